@@ -1,0 +1,47 @@
+# Bare `make` lists the targets. Everything runs from .venv, which `make setup` fills once.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := $(shell cat requirements/torch.constraint)
+# The stamp names what was installed: a changed pin re-installs, anything else does not.
+STAMP := $(VENV)/.installed-$(shell cat requirements/dev.txt requirements/torch.constraint | cksum | cut -d' ' -f1)
+
+.PHONY: help setup demo test test-all lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## install everything that demo and tests need into .venv (CPU build of torch, no CUDA)
+
+# torch goes in without its dependencies (dev.txt pins those of the CPU build). The CPU wheel comes from
+# pip's own sources where these hold one, else from PyTorch's CPU index, which uv knows by name.
+$(STAMP): requirements/dev.txt requirements/torch.constraint
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s; set PYTHON=/path/to/python3.11" % sys.version.split()[0])'
+	@echo "setting up $(VENV) (once; a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)+cpu" 2>/dev/null \
+	  || { $(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend=cpu "$(TORCH)"; }
+	@rm -f $(VENV)/.installed-*; touch $@
+
+demo: $(STAMP) ## the whole pipeline on this machine: prepare, train, kill, resume, report (about 4 minutes)
+	@$(BIN)/python -m demo.run
+
+test: $(STAMP) ## the fast tests
+	@$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+
+test-all: $(STAMP) ## all tests that need no GPU
+	@$(BIN)/python -m pytest -n 2 -m 'not gpu'
+
+lint: $(STAMP) ## ruff and shellcheck
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/shellcheck .ci/run requirements/compile.sh
+
+clean: ## remove the virtual environment and the demo's files
+	rm -rf $(VENV) .demo

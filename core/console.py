@@ -1,0 +1,108 @@
+"""What entries print: logging, progress, and errors as one sentence.
+
+if __name__ == "__main__":
+    run_entry(main)
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from core.errors import LauncherError
+
+# Exit codes, also in docs/formats.md. SkyPilot's recover_on_exit_codes names PREEMPTED.
+OK = 0
+FAILED = 1
+PREEMPTED = 33
+
+
+def set_up_logging(speaks: bool = True) -> None:
+    """Plain lines on standard error; only warnings where `speaks` is false (ranks above 0)."""
+    logging.basicConfig(
+        level=logging.INFO if speaks else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for noisy in ("botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def run_entry(main: Callable[[list[str]], int | None]) -> None:
+    """Run an entry and exit: our own errors become one line, anything else keeps its traceback."""
+    try:
+        code = main(sys.argv[1:]) or OK
+    except LauncherError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output (`| head`) is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+class Progress:
+    """Counts up to `total` in a bar on a terminal, in one plain line every `interval_seconds` elsewhere."""
+
+    def __init__(self, title: str, total: float | None, unit: str, interval_seconds: float = 10.0):
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.done = 0.0
+        self._interval = interval_seconds
+        self._start = self._last = time.monotonic()
+        self._bar = self._task = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task(title, total=total, text="")
+            self._bar.start()
+
+    def advance(self, amount: float) -> None:
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, text=self._text())
+        elif time.monotonic() - self._last >= self._interval:
+            self._last = time.monotonic()
+            logging.getLogger(__name__).info("%s: %s", self.title, self._text())
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _text(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        share = f" of {quantity(self.total)} ({100 * self.done / self.total:.0f} %)" if self.total else ""
+        return f"{quantity(self.done)}{share} {self.unit}, {quantity(self.done / seconds)}/s"
+
+
+@contextlib.contextmanager
+def progress(title: str, total: float | None, unit: str) -> Iterator[Progress]:
+    bar = Progress(title, total, unit)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def quantity(number: float) -> str:
+    """1234567 → "1.23M"."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"

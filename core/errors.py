@@ -1,0 +1,51 @@
+"""Every exception that a user can meet, by who must act.
+
+    LauncherError
+    ├── ConfigError         the settings are wrong: edit the YAML, a flag or a variable
+    ├── DataError           stored tokens, manifests or source documents are wrong
+    ├── StorageError        the bucket, its credentials or the network
+    │   ├── ObjectNotFound  the object is not there
+    │   └── ObjectExists    somebody else wrote it first (exclusive creation)
+    ├── CheckpointError     checkpoints exist but cannot be used
+    ├── RunError            the run folder belongs to something else, or another segment took it over
+    └── TrainingError       the numbers went wrong (NaN, Inf)
+
+A message is one sentence that says what (with the value), where (file and key, URI, rank, step) and how to
+fix it. Entries print it without a traceback and exit non-zero (`core.console.run_entry`).
+"""
+
+
+class LauncherError(Exception):
+    """Base of all errors that are reported as one sentence."""
+
+
+class ConfigError(LauncherError):
+    """A setting is unknown, has the wrong type, or contradicts another one."""
+
+
+class DataError(LauncherError):
+    """Source documents, shards or a manifest are missing, foreign or damaged."""
+
+
+class StorageError(LauncherError):
+    """An object store refused or failed, after the retries that make sense."""
+
+
+class ObjectNotFound(StorageError):
+    """There is no object at this URI."""
+
+
+class ObjectExists(StorageError):
+    """Exclusive creation lost: there is an object at this URI already."""
+
+
+class CheckpointError(LauncherError):
+    """Checkpoints exist, but none of them can be used, or one cannot be written."""
+
+
+class RunError(LauncherError):
+    """The run folder holds another run, or a newer segment of this run took over."""
+
+
+class TrainingError(LauncherError):
+    """The loss or a gradient is not finite."""

@@ -1,0 +1,166 @@
+"""Append-only event lists in object storage, out of whole immutable objects.
+
+A journal is a folder of JSON-lines objects. Each object is named by the sequence numbers it holds
+(`00000000-00000011.jsonl`); a background thread stores what was added every few seconds, and now and then
+replaces its small objects by one that covers them, so that a day is some hundred objects, not twenty thousand.
+Killed at any moment, a journal loses at most the last `flush_seconds`; a reader keeps each sequence number once.
+"""
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from core import storage
+from core.errors import LauncherError
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 3.0
+OBJECTS_PER_CHUNK = 100
+_NAME = re.compile(r"^(\d{8,})-(\d{8,})\.jsonl$")
+
+
+class Journal:
+    """Writer of one journal folder; thread-safe. `close` stores the rest and stops the thread.
+
+    Storing never blocks `add`. While the store is away events wait in memory and are stored later; the failure
+    is logged once per outage and does not stop the caller.
+    """
+
+    def __init__(self, folder: str, flush_seconds: float = FLUSH_SECONDS, before_flush=None):
+        self.folder = folder
+        self._flush_seconds = flush_seconds
+        self._before_flush = before_flush  # lets an owner add a heartbeat that is as fresh as the object
+        self._lock = threading.Lock()
+        self._store_lock = threading.Lock()
+        self._pending: list[str] = []
+        self._next = 0
+        self._chunk_lines: list[str] = []
+        self._chunk_objects: list[str] = []
+        self._failing = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"journal {folder.rsplit('/', 1)[-1]}", daemon=True)
+        self._thread.start()
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Append one JSON-able event. A number that is not finite is stored as null."""
+        line = json.dumps(_finite(event), separators=(",", ":"))
+        with self._lock:
+            self._pending.append(line)
+
+    def flush(self) -> bool:
+        """Store everything added so far, now. False if the store refused; the events stay queued."""
+        with self._store_lock:
+            return self._store()
+
+    def close(self) -> bool:
+        """Store the rest and stop. False if something could not be stored."""
+        self._stop.set()
+        self._thread.join()
+        with self._store_lock:
+            return self._store() and self._compact()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._flush_seconds):
+            if self._before_flush:
+                self._before_flush()
+            with self._store_lock:
+                if self._store() and len(self._chunk_objects) >= OBJECTS_PER_CHUNK:
+                    self._compact()
+
+    def _store(self) -> bool:
+        with self._lock:
+            lines = list(self._pending)
+        if not lines:
+            return True
+        name = _name(self._next, self._next + len(lines) - 1)
+        try:
+            storage.write_bytes(storage.join(self.folder, name), _encode(lines))
+        except LauncherError as error:
+            if not self._failing:
+                log.warning("%s: events wait in memory until the store answers again: %s", self.folder, error)
+            self._failing = True
+            return False
+        if self._failing:
+            log.warning("%s: stored again, nothing was lost", self.folder)
+        self._failing = False
+        with self._lock:
+            del self._pending[: len(lines)]
+        self._next += len(lines)
+        self._chunk_lines += lines
+        self._chunk_objects.append(name)
+        return True
+
+    def _compact(self) -> bool:
+        if len(self._chunk_objects) < 2:
+            return True
+        whole = _name(self._next - len(self._chunk_lines), self._next - 1)
+        try:
+            storage.write_bytes(storage.join(self.folder, whole), _encode(self._chunk_lines))
+            for name in self._chunk_objects:
+                storage.delete(storage.join(self.folder, name))
+        except LauncherError as error:
+            log.warning("%s: not compacted, which only costs a longer listing: %s", self.folder, error)
+            return False
+        finally:
+            self._chunk_lines = []
+            self._chunk_objects = []
+        return True
+
+
+def read(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """All events of a journal in order, and one sentence for each object that could not be read."""
+    return read_objects([info.uri for info in storage.list_objects(folder)])
+
+
+def read_objects(uris: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """As `read`, from a listing that the caller already has. Objects that a larger one covers are not fetched."""
+    ranges = []
+    for uri in uris:
+        match = _NAME.match(uri.rsplit("/", 1)[-1])
+        if match:
+            ranges.append((int(match.group(1)), int(match.group(2)), uri))
+    ranges.sort(key=lambda item: (item[0], -item[1]))
+    events: dict[int, dict[str, Any]] = {}
+    problems = []
+    covered = -1
+    for first, last, uri in ranges:
+        if last <= covered:
+            continue
+        try:
+            lines = storage.read_bytes(uri).decode().splitlines()
+        except (LauncherError, UnicodeDecodeError) as error:
+            problems.append(f"{uri}: skipped, it cannot be read ({error})")
+            continue
+        for number, line in enumerate(lines):
+            try:
+                event = json.loads(line)
+                if not isinstance(event, dict):
+                    raise ValueError("not an object")
+            except ValueError:
+                problems.append(f"{uri}: line {number + 1} skipped, it is not valid JSON")
+                continue
+            events[first + number] = event
+        covered = max(covered, last)
+    return [events[number] for number in sorted(events)], problems
+
+
+def _name(first: int, last: int) -> str:
+    return f"{first:08d}-{last:08d}.jsonl"
+
+
+def _encode(lines: list[str]) -> bytes:
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,226 @@
+"""The ledger of a run: what each machine's stretch (segment) ran on and how its time was spent.
+
+    RUN_URL/ledger/segment-000001/start.jsonl                    claimed by exclusive creation: the segment's number
+    RUN_URL/ledger/segment-000001/events/00000000-00000004.jsonl its timeline (core.journal)
+
+The timeline is a gapless list of spans. A span says how many seconds of its wall time went to each phase; the
+phases of a span add up to its length, so that the phases of a segment add up to the segment, and their dollars
+to the bill. A heartbeat closes the current span every few seconds, so a SIGKILL loses no more than that.
+Field by field in docs/formats.md.
+"""
+
+import contextlib
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from core import storage
+from core.errors import ObjectExists, RunError
+from core.journal import FLUSH_SECONDS, Journal
+
+VERSION = 1
+FOLDER = "ledger"
+PHASES = ("setup", "init", "compile", "restore", "data_wait", "train", "eval", "sample", "checkpoint", "idle")
+STEP_PHASES = ("train", "data_wait")  # what one optimizer step consists of
+CLOCK_JUMP_SECONDS = 5.0
+_SEGMENT = re.compile(r"^segment-(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a segment runs on. None is "not known", which a report prints as `?`; it is never taken for zero.
+
+    `usd_per_hour` is the price of all `nodes` together; `price_source` says where it comes from.
+    """
+
+    cloud: str | None = None
+    region: str | None = None
+    zone: str | None = None
+    instance_type: str | None = None
+    gpu: str | None = None
+    gpus_per_node: int = 0
+    nodes: int = 1
+    spot: bool | None = None
+    usd_per_hour: float | None = None
+    price_source: str | None = None
+    host: str | None = None
+
+
+def segment_name(number: int) -> str:
+    return f"segment-{number:06d}"
+
+
+def segment_numbers(run_url: str) -> list[int]:
+    """Numbers of all segments that ever started, ascending."""
+    names = storage.list_names(storage.join(run_url, FOLDER))
+    return sorted(int(match.group(1)) for name in names if (match := _SEGMENT.match(name)))
+
+
+def claim_segment(run_url: str, start_event: Mapping[str, Any]) -> int:
+    """Take the next segment number by creating its start object, and return it.
+
+    Of several machines that start at once each gets its own number; the highest number owns the run.
+    """
+    number = (segment_numbers(run_url) or [0])[-1] + 1
+    while True:
+        event = {"event": "start", "version": VERSION, "segment": number, **start_event}
+        uri = storage.join(run_url, FOLDER, segment_name(number), "start.jsonl")
+        try:
+            storage.write_bytes(uri, (json.dumps(event, separators=(",", ":")) + "\n").encode(), exclusive=True)
+            return number
+        except ObjectExists:
+            number += 1
+
+
+def check_owner(run_url: str, segment: int) -> None:
+    """Raise RunError if a newer segment has taken this run over (we are a machine that was given up)."""
+    newest = (segment_numbers(run_url) or [segment])[-1]
+    if newest > segment:
+        raise RunError(
+            f"{run_url}: segment {newest} has taken over this run, so segment {segment} stops writing; "
+            "two machines may not train one run: stop this one, or give it another run.url"
+        )
+
+
+class Ledger:
+    """Books one segment's time. One phase is current at any moment; spans are gapless by construction.
+
+    `started_at` is when the paid time of this process began (unix seconds); the time from then to now is booked
+    as `setup`. Times advance by the monotonic clock, so a clock that is set back cannot make a span negative;
+    the jump is recorded.
+    """
+
+    def __init__(
+        self,
+        run_url: str,
+        machine: Machine,
+        program: Mapping[str, Any],
+        started_at: float | None = None,
+        flush_seconds: float = FLUSH_SECONDS,
+    ):
+        now = time.time()
+        self._wall_origin = now
+        self._monotonic_origin = time.monotonic()
+        started_at = now if started_at is None else min(started_at, now)
+        self.run_url = run_url
+        self.machine = machine
+        self.started_at = started_at
+        self.segment = claim_segment(
+            run_url, {"time": started_at, "machine": asdict(machine), "program": dict(program)}
+        )
+        self._lock = threading.RLock()
+        self._phase = "init"
+        self._phase_start = now
+        self._span_start = started_at
+        self._seconds: dict[str, float] = {"setup": now - started_at} if now > started_at else {}
+        self._steps: list[list[float]] = []
+        self._totals: dict[str, float] = {}
+        self._step_totals = [0.0 for _ in STEP_PHASES]
+        self._jump_seen = 0.0
+        self._closed = False
+        self.journal = Journal(
+            storage.join(run_url, FOLDER, segment_name(self.segment), "events"), flush_seconds, self._heartbeat
+        )
+
+    def now(self) -> float:
+        """Unix seconds that never run backwards within this process."""
+        return self._wall_origin + time.monotonic() - self._monotonic_origin
+
+    def switch(self, phase: str) -> None:
+        """From now on time belongs to `phase`."""
+        if phase not in PHASES:
+            raise ValueError(f"unknown phase {phase!r}")
+        with self._lock:
+            self._settle()
+            self._phase = phase
+
+    @contextlib.contextmanager
+    def phase(self, phase: str) -> Iterator[None]:
+        """Book the enclosed time on `phase`, then return to the phase before."""
+        before = self._phase
+        self.switch(phase)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def book(self, phase: str, seconds: float) -> None:
+        """Move `seconds` of the current phase's time to `phase`, for a part that was measured apart."""
+        with self._lock:
+            self._settle()
+            moved = min(seconds, self._seconds.get(self._phase, 0.0))
+            self._add(self._phase, -moved)
+            self._add(phase, moved)
+
+    def step_done(self, step: int) -> None:
+        """Optimizer step `step` (counted from 1) is complete: the train and data-wait time since the last is its."""
+        with self._lock:
+            self._settle()
+            seconds = [self._totals.get(phase, 0.0) for phase in STEP_PHASES]
+            self._steps.append(
+                [step, *(round(now - before, 6) for now, before in zip(seconds, self._step_totals, strict=True))]
+            )
+            self._step_totals = seconds
+
+    def mark(self, name: str, **details: Any) -> None:
+        """Record that something happened: restored, checkpoint, notice, ..."""
+        self.journal.add({"event": "mark", "time": self.now(), "name": name, **details})
+
+    def elapsed_seconds(self) -> float:
+        return self.now() - self.started_at
+
+    def spent_usd(self) -> float | None:
+        """Dollars of this segment so far, or None when the price is not known."""
+        price = self.machine.usd_per_hour
+        return None if price is None else self.elapsed_seconds() / 3600 * price
+
+    def flush(self) -> bool:
+        self._heartbeat()
+        return self.journal.flush()
+
+    def close(self, reason: str, step: int | None = None, **details: Any) -> bool:
+        """Book the last span, say how the segment ended and store everything. Idempotent.
+
+        Reasons: finished, preempted, failed, cap, interrupted. False if the store did not take it.
+        """
+        with self._lock:
+            if self._closed:
+                return True
+            self._closed = True
+            self._emit_span()
+            self.journal.add({"event": "end", "time": self.now(), "reason": reason, "step": step, **details})
+        return self.journal.close()
+
+    def _settle(self) -> None:
+        now = self.now()
+        self._add(self._phase, now - self._phase_start)
+        self._phase_start = now
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        self._totals[phase] = self._totals.get(phase, 0.0) + seconds
+
+    def _heartbeat(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._emit_span()
+
+    def _emit_span(self) -> None:
+        self._settle()
+        end = self._phase_start
+        jump = time.time() - end
+        if abs(jump - self._jump_seen) > CLOCK_JUMP_SECONDS:
+            self.journal.add({"event": "mark", "time": end, "name": "clock_jump", "seconds": jump - self._jump_seen})
+            self._jump_seen = jump
+        if end > self._span_start:
+            phases = {name: seconds for name in PHASES if (seconds := self._seconds.get(name, 0.0)) > 0}
+            self.journal.add(
+                {"event": "span", "start": self._span_start, "end": end, "phases": phases, "steps": self._steps}
+            )
+        self._span_start = end
+        self._seconds = {}
+        self._steps = []

@@ -1,0 +1,237 @@
+"""Every setting of data preparation and training, with its default, its meaning and what it may not be."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.config import SettingError, section, setting
+
+
+def _require(holds: bool, key: str, problem: str) -> None:
+    if not holds:
+        raise SettingError(key, problem)
+
+
+# --- data preparation ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where documents come from."""
+
+    url: str = setting(
+        "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",
+        "documents: a parquet file or glob (local, s3://, gs://, hf://)",
+        env="SOURCE_URL",
+    )
+    text_column: str = setting("text", "column with the document's text")
+    id_column: str = setting("id", "column with the document's unique id; the train/val split hashes it")
+
+    def __post_init__(self):
+        _require(bool(self.url), "url", "is empty; give a parquet file or glob")
+
+
+@dataclass(frozen=True)
+class PrepDataConfig:
+    """Where shards go and how they are cut."""
+
+    url: str = setting("", "folder for shards and manifest (local, s3://, gs://)", env="DATA_URL")
+    shard_tokens: int = setting(1 << 26, "tokens per shard (the last of a split has fewer); 2 bytes each")
+    val_fraction: float = setting(0.001, "share of documents that go to validation, by hash of their id")
+    seed: int = setting(1337, "seed of the split and the shuffle")
+
+    def __post_init__(self):
+        _require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
+        _require(0 < self.shard_tokens < 2**31, "shard_tokens", f"is {self.shard_tokens}, must be 1 to 2147483647")
+        _require(0 <= self.val_fraction < 1, "val_fraction", f"is {self.val_fraction}, must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes ids."""
+
+    name: Literal["gpt2"] = setting("gpt2", "vocabulary")
+    engine: Literal["auto", "gigatoken", "tiktoken"] = setting(
+        "auto",
+        "encoder: gigatoken (fast), tiktoken (reference), or auto: the fast one where it has a wheel",
+        identity=False,
+    )
+    vocab_url: str = setting(
+        "", "vocab.bpe or rank file of GPT-2; empty: tiktoken's own download", identity=False, env="VOCAB_URL"
+    )
+
+
+@dataclass(frozen=True)
+class PrepConfig:
+    """`python -m data_prep.prepare`."""
+
+    source: SourceConfig = section(SourceConfig)
+    data: PrepDataConfig = section(PrepDataConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    workers: int = setting(0, "parallel workers; 0: one per core. Does not change the result", identity=False)
+
+    def __post_init__(self):
+        _require(self.workers >= 0, "workers", f"is {self.workers}, must be 0 (one per core) or more")
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run and its folder."""
+
+    url: str = setting(
+        "", "folder for checkpoints, metrics and ledger (local, s3://, gs://)", env="RUN_URL", identity=False
+    )
+
+    def __post_init__(self):
+        _require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from."""
+
+    url: str = setting(
+        "",
+        "folder with shards and manifest, as written by data_prep (local, s3://, gs://)",
+        env="DATA_URL",
+        identity=False,
+    )
+    cache_dir: str = setting(
+        "",
+        "local folder for fetched shards; empty: a folder under the system's temporary one",
+        env="DATA_CACHE_DIR",
+        identity=False,
+    )
+    cache_gb: float = setting(20.0, "upper bound of that folder in GB (10^9 bytes)", identity=False)
+    shuffle_shards: int = setting(4, "shards that are mixed with each other, and open at a time")
+    prefetch: int = setting(4, "micro-batches prepared ahead", identity=False)
+
+    def __post_init__(self):
+        _require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
+        _require(self.cache_gb > 0, "cache_gb", f"is {self.cache_gb}, must be above 0")
+        _require(self.shuffle_shards > 0, "shuffle_shards", f"is {self.shuffle_shards}, must be at least 1")
+        _require(self.prefetch > 0, "prefetch", f"is {self.prefetch}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """GPT-2 (Radford et al. 2019): pre-norm blocks, GELU-tanh, learned positions, tied embedding."""
+
+    layers: int = setting(12, "transformer blocks")
+    heads: int = setting(12, "attention heads")
+    width: int = setting(768, "model dimension")
+    context: int = setting(1024, "tokens per sequence")
+    vocab_rows: int = setting(
+        50304, "rows of the embedding: the vocabulary, padded to a multiple of 64 or 128 for speed"
+    )
+
+    def __post_init__(self):
+        for key in ("layers", "heads", "width", "context", "vocab_rows"):
+            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+        _require(self.width % self.heads == 0, "heads", f"is {self.heads}, must divide the width {self.width}")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many tokens make one optimizer step, and how many sequences go through the model at once."""
+
+    tokens: int = setting(524288, "tokens per optimizer step, over all ranks")
+    micro_batch: int = setting(32, "sequences per forward pass and rank; accumulation follows from it")
+
+    def __post_init__(self):
+        for key in ("tokens", "micro_batch"):
+            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with GPT-3's schedule (Brown et al. 2020, appendix B)."""
+
+    lr: float = setting(6e-4, "peak learning rate")
+    min_lr_ratio: float = setting(0.1, "last learning rate over the peak one")
+    warmup_steps: int = setting(715, "steps of linear warm-up")
+    weight_decay: float = setting(0.1, "decay of matrices and embeddings; none for biases and norms")
+    beta1: float = setting(0.9, "first-moment decay")
+    beta2: float = setting(0.95, "second-moment decay")
+    eps: float = setting(1e-8, "denominator term")
+    clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
+
+    def __post_init__(self):
+        for key in ("lr", "eps"):
+            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+        for key in ("weight_decay", "clip", "warmup_steps"):
+            _require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
+        for key in ("beta1", "beta2"):
+            _require(0 <= getattr(self, key) < 1, key, f"is {getattr(self, key)}, must be at least 0 and below 1")
+        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", f"is {self.min_lr_ratio}, must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainLoopConfig:
+    """Length and cadence."""
+
+    steps: int = setting(19073, "optimizer steps of the whole run")
+    seed: int = setting(1337, "seed of weights and data order")
+    log_every: int = setting(10, "steps between log lines; metrics have every step", identity=False)
+    eval_every: int = setting(250, "steps between validation losses; 0: only at the end", identity=False)
+    eval_tokens: int = setting(10485760, "validation tokens each time, always the same ones", identity=False)
+    sample_every: int = setting(1000, "steps between text samples; 0: only at the end", identity=False)
+    sample_tokens: int = setting(48, "tokens per sample", identity=False)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train", identity=False)
+    compile: bool = setting(True, "torch.compile the model (CUDA only)", identity=False)
+    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", identity=False)
+
+    def __post_init__(self):
+        _require(self.steps > 0, "steps", f"is {self.steps}, must be above 0")
+        for key in ("eval_every", "sample_every", "sample_tokens", "cpu_threads"):
+            _require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
+        for key in ("log_every", "eval_tokens"):
+            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every: int = setting(250, "steps between checkpoints", identity=False)
+    keep: int = setting(
+        2, "newest complete checkpoints to keep, at least 2: the last one may prove unreadable", identity=False
+    )
+
+    def __post_init__(self):
+        _require(self.every > 0, "every", f"is {self.every}, must be above 0")
+        _require(
+            self.keep >= 2,
+            "keep",
+            f"is {self.keep}, must be at least 2, so that a damaged newest one has a predecessor",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`torchrun -m trainer.train`."""
+
+    run: RunConfig = section(RunConfig)
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+    batch: BatchConfig = section(BatchConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    train: TrainLoopConfig = section(TrainLoopConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+
+    def __post_init__(self):
+        per_micro_batch = self.batch.micro_batch * self.model.context
+        _require(
+            self.batch.tokens % per_micro_batch == 0,
+            "batch.tokens",
+            f"is {self.batch.tokens}, must be a multiple of batch.micro_batch x model.context = "
+            f"{self.batch.micro_batch} x {self.model.context} = {per_micro_batch}; "
+            f"the nearest is {max(1, round(self.batch.tokens / per_micro_batch)) * per_micro_batch}",
+        )
+        _require(
+            self.optimizer.warmup_steps <= self.train.steps,
+            "optimizer.warmup_steps",
+            f"is {self.optimizer.warmup_steps}, more than train.steps = {self.train.steps}",
+        )

@@ -1,0 +1,445 @@
+"""Objects by URI: local paths, memory://, s3:// (AWS, Cloudflare R2, any endpoint), gs:// and hf:// (read only).
+
+One small set of functions over fsspec. Objects are whole and immutable to a reader: a write is visible only
+when it is complete. Transient faults are retried with exponential backoff and jitter; anything else fails at
+once with the URI and the remedy. Credentials come from the environment alone (AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, HF_TOKEN, ...) and never appear in a message.
+
+    storage.write_bytes("s3://bucket/a.json", b"{}")
+    storage.read_range("s3://bucket/shard.bin", 0, 1024)
+    [o.uri for o in storage.list_objects("s3://bucket/run/checkpoints")]
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import logging
+import os
+import random
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import fsspec
+
+from core import faults
+from core.errors import ObjectNotFound, StorageError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SCHEMES = ("file", "memory", "s3", "gs", "hf")
+READ_ONLY_SCHEMES = ("hf",)
+COPY_CHUNK_BYTES = 8 << 20
+
+# About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
+ATTEMPTS = 7
+BACKOFF_SECONDS = 0.25
+BACKOFF_CAP_SECONDS = 15.0
+
+_s3_options_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One stored object: its URI, its size in bytes and, where the store tells, its modification time (unix s)."""
+
+    uri: str
+    size: int
+    modified: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.uri.rsplit("/", 1)[-1]
+
+
+def scheme_of(uri: str) -> str:
+    """`s3` for s3://bucket/key, `file` for a plain path. Raises StorageError for an unknown scheme."""
+    match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    scheme = match.group(1).lower() if match else "file"
+    if scheme not in SCHEMES:
+        raise StorageError(
+            f"{uri}: unknown storage scheme {scheme!r}; use a local path or one of "
+            + ", ".join(f"{s}://" for s in SCHEMES)
+        )
+    return scheme
+
+
+def is_local(uri: str) -> bool:
+    return scheme_of(uri) == "file"
+
+
+def local_path(uri: str) -> Path:
+    """The path behind a local URI (file:// or plain)."""
+    return Path(uri.removeprefix("file://")).expanduser()
+
+
+def join(uri: str, *parts: str) -> str:
+    """Append path parts to a URI, with single slashes between them."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object. Raises ObjectNotFound, StorageError."""
+    return _retrying(
+        "read", uri, lambda: local_path(uri).read_bytes() if is_local(uri) else _fs(uri).cat_file(_key(uri))
+    )
+
+
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of an object; exactly end - start of them, or StorageError."""
+    if not 0 <= start <= end:
+        raise ValueError(f"bad byte range [{start}, {end})")
+    if start == end:
+        return b""
+
+    def read() -> bytes:
+        if is_local(uri):
+            with local_path(uri).open("rb") as file:
+                file.seek(start)
+                data = file.read(end - start)
+        else:
+            data = _fs(uri).cat_file(_key(uri), start=start, end=end)
+        if len(data) != end - start:
+            raise faults.ShortRead(f"got {len(data)} of {end - start} bytes")
+        return data
+
+    return _retrying("read", uri, read)
+
+
+def download(uri: str, path: str | os.PathLike, expected_sha256: str | None = None) -> int:
+    """Copy an object into a local file, which appears only when complete. Returns its bytes.
+
+    Raises StorageError when `expected_sha256` is given and the content differs.
+    """
+    path = Path(path)
+
+    def copy() -> int:
+        digest = hashlib.sha256()
+        size = 0
+        with _replacing(path) as target, open_read(uri) as source:
+            while chunk := source.read(COPY_CHUNK_BYTES):
+                target.write(chunk)
+                size += len(chunk)
+                if expected_sha256:
+                    digest.update(chunk)
+            if expected_sha256 and digest.hexdigest() != expected_sha256:
+                raise StorageError(
+                    f"{uri}: checksum is {digest.hexdigest()[:12]}…, expected {expected_sha256[:12]}…; "
+                    "the object is damaged: write it again from its source"
+                )
+        return size
+
+    return _retrying("download", uri, copy)
+
+
+def write_bytes(uri: str, data: bytes | memoryview, *, exclusive: bool = False) -> None:
+    """Store an object whole: readers see the old one or the new one, never a part.
+
+    With `exclusive`, raises ObjectExists if there is one already (If-None-Match on S3, a hard link locally);
+    of several racing writers exactly one wins.
+    """
+    _writable(uri)
+
+    def write() -> None:
+        if is_local(uri):
+            with _replacing(local_path(uri), exclusive=exclusive) as file:
+                file.write(data)
+            return
+        fs = _fs(uri)
+        if exclusive and scheme_of(uri) in ("memory", "gs") and fs.exists(_key(uri)):
+            raise FileExistsError(uri)
+        if exclusive and scheme_of(uri) == "s3":
+            fs.pipe_file(_key(uri), data, mode="create")
+        else:
+            fs.pipe_file(_key(uri), data)
+
+    attempt = 0
+
+    def write_once_more() -> None:
+        # An exclusive PUT whose answer was lost has happened: the retry then meets its own object.
+        nonlocal attempt
+        attempt += 1
+        try:
+            write()
+        except (FileExistsError, OSError) as error:
+            if exclusive and attempt > 1 and faults.is_conflict(error) and read_bytes(uri) == bytes(data):
+                return
+            raise
+
+    _retrying("write", uri, write_once_more)
+
+
+def write_file(uri: str, path: str | os.PathLike) -> int:
+    """Store a local file as an object, whole or not at all. Returns its bytes."""
+    _writable(uri)
+    path = Path(path)
+
+    def write() -> int:
+        size = path.stat().st_size
+        if is_local(uri):
+            with _replacing(local_path(uri)) as target, path.open("rb") as source:
+                shutil.copyfileobj(source, target, COPY_CHUNK_BYTES)
+        else:
+            _fs(uri).put_file(str(path), _key(uri))
+        return size
+
+    return _retrying("write", uri, write)
+
+
+def open_read(uri: str) -> BinaryIO:
+    """A seekable binary file over an object, for readers that want one (parquet)."""
+    return _retrying(
+        "open", uri, lambda: local_path(uri).open("rb") if is_local(uri) else _fs(uri).open(_key(uri), "rb")
+    )
+
+
+def size_of(uri: str) -> int:
+    """Size in bytes. Raises ObjectNotFound, for a folder too."""
+
+    def size() -> int:
+        if is_local(uri):
+            path = local_path(uri)
+            if path.is_dir():
+                raise FileNotFoundError(uri)
+            return path.stat().st_size
+        info = _fs(uri).info(_key(uri))
+        if info["type"] != "file":
+            raise FileNotFoundError(uri)
+        return int(info["size"])
+
+    return _retrying("stat", uri, size)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object at this URI (a folder is none)."""
+    try:
+        size_of(uri)
+    except ObjectNotFound:
+        return False
+    return True
+
+
+def list_objects(prefix: str) -> list[ObjectInfo]:
+    """All objects below a folder, at any depth, sorted by URI. An absent folder lists as empty.
+
+    A missing bucket is not an absent folder: it raises StorageError.
+    """
+
+    def find() -> list[ObjectInfo]:
+        if is_local(prefix):
+            return _list_local(prefix)
+        fs = _fs(prefix)
+        scheme = prefix.split("://", 1)[0]
+        found = fs.find(_key(prefix.rstrip("/") + "/"), detail=True)
+        if not found:
+            _check_bucket(prefix)
+        return [
+            ObjectInfo(f"{scheme}://{key.lstrip('/')}", int(info["size"]), _modified(info))
+            for key, info in found.items()
+            if info["type"] == "file"
+        ]
+
+    return sorted(_retrying("list", prefix, find), key=lambda info: info.uri)
+
+
+def list_names(prefix: str) -> list[str]:
+    """Names one level below a folder: objects and sub-folders, sorted. An absent folder lists as empty."""
+
+    def names() -> list[str]:
+        if is_local(prefix):
+            path = local_path(prefix)
+            return [entry.name for entry in path.iterdir() if not _is_temporary(entry.name)] if path.is_dir() else []
+        fs = _fs(prefix)
+        try:
+            entries = fs.ls(_key(prefix), detail=False)
+        except FileNotFoundError:
+            _check_bucket(prefix)
+            return []
+        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries]
+
+    return sorted(_retrying("list", prefix, names))
+
+
+def expand(pattern: str) -> list[str]:
+    """URIs that match a glob pattern (`*`, `?`, `[...]`, `**`), sorted; a pattern without them is itself."""
+    if not re.search(r"[*?\[]", pattern):
+        return [pattern]
+    if is_local(pattern):
+        path = local_path(pattern)
+        root = Path(*[part for part in _literal_parts(path)])
+        wanted = str(path.relative_to(root))
+        return sorted(str(found) for found in root.glob(wanted) if found.is_file())
+    scheme = pattern.split("://", 1)[0]
+    keys = _retrying("list", pattern, lambda: _fs(pattern).glob(_key(pattern)))
+    return sorted(f"{scheme}://{key.lstrip('/')}" for key in keys)
+
+
+def delete(uri: str) -> None:
+    """Remove one object; it may be gone already."""
+    _writable(uri)
+
+    def remove() -> None:
+        try:
+            if is_local(uri):
+                local_path(uri).unlink()
+            else:
+                _fs(uri).rm_file(_key(uri))
+        except FileNotFoundError:
+            pass
+
+    _retrying("delete", uri, remove)
+
+
+def matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+# --- the file systems ------------------------------------------------------------------------------------------
+
+
+def _fs(uri: str) -> fsspec.AbstractFileSystem:
+    scheme = scheme_of(uri)
+    if scheme == "s3":
+        return _s3()
+    try:
+        options = {"use_listings_cache": False} if scheme == "hf" else {}
+        return fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        package = {"gs": "gcsfs", "hf": "huggingface-hub"}.get(scheme, scheme)
+        raise StorageError(f"{uri}: {scheme}:// needs the package {package}; run `pip install {package}`") from error
+
+
+def _s3() -> fsspec.AbstractFileSystem:
+    import s3fs
+
+    with _s3_options_lock:
+        # One retry loop, ours: s3fs and botocore would multiply it by five each. Listings are never cached,
+        # because other machines write to the same prefix.
+        fs = s3fs.S3FileSystem(
+            use_listings_cache=False,
+            config_kwargs={
+                "connect_timeout": 10,
+                "read_timeout": 60,
+                "retries": {"total_max_attempts": 1},
+                "max_pool_connections": 64,
+                # Without it, R2 and older S3-compatible servers refuse the newest checksum trailers.
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            },
+        )
+        fs.retries = 1
+        return fs
+
+
+def _key(uri: str) -> str:
+    """The path that fsspec wants, without the scheme."""
+    return uri.split("://", 1)[1] if scheme_of(uri) != "memory" else "/" + uri.split("://", 1)[1].lstrip("/")
+
+
+def _writable(uri: str) -> None:
+    if scheme_of(uri) in READ_ONLY_SCHEMES:
+        raise StorageError(f"{uri}: {scheme_of(uri)}:// is read only here; write to a local path, s3:// or gs://")
+
+
+def _check_bucket(uri: str) -> None:
+    """Raise FileNotFoundError if the bucket itself is missing (an empty prefix is fine)."""
+    if scheme_of(uri) in ("s3", "gs"):
+        bucket = _key(uri).split("/", 1)[0]
+        # Listing (not HEAD) also works for keys that may only list: least privilege.
+        _fs(uri).ls(bucket, detail=False, refresh=True)
+
+
+def _modified(info: dict) -> float | None:
+    stamp = info.get("LastModified") or info.get("mtime") or info.get("created") or info.get("updated")
+    return stamp.timestamp() if hasattr(stamp, "timestamp") else None
+
+
+# --- local files -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
+    """Write beside `path`, flush to disk, then move into place; nothing is left behind on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        if exclusive:
+            os.link(temporary, path)  # atomic, and fails if the name is taken
+        else:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _list_local(prefix: str) -> list[ObjectInfo]:
+    root = local_path(prefix)
+    found = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if _is_temporary(name):
+                continue
+            path = Path(folder, name)
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # removed while we walk
+                continue
+            found.append(ObjectInfo(join(prefix, str(path.relative_to(root))), stat.st_size, stat.st_mtime))
+    return found
+
+
+def _literal_parts(path: Path) -> list[str]:
+    parts = []
+    for part in path.parts:
+        if re.search(r"[*?\[]", part):
+            break
+        parts.append(part)
+    return parts or ["."]
+
+
+# --- retries ---------------------------------------------------------------------------------------------------
+
+
+def _retrying(verb: str, uri: str, call: Callable[[], T]) -> T:
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except StorageError:
+            raise
+        except Exception as error:
+            if not faults.is_transient(error):
+                raise faults.translated(verb, uri, error) from error
+            if attempt == ATTEMPTS:
+                raise StorageError(
+                    f"{uri}: could not {verb} after {ATTEMPTS} attempts ({faults.brief(error)}); "
+                    f"check the network and {faults.endpoint_of(uri)}, then run the same command again"
+                ) from error
+            pause = min(BACKOFF_CAP_SECONDS, BACKOFF_SECONDS * 2 ** (attempt - 1)) * random.uniform(0.7, 1.3)
+            pause = max(pause, faults.retry_after_seconds(error))
+            log.warning(
+                "%s: %s failed (%s), attempt %d of %d, again in %.1f s",
+                uri,
+                verb,
+                faults.brief(error),
+                attempt,
+                ATTEMPTS,
+                pause,
+            )
+            time.sleep(pause)
+    raise AssertionError("unreachable")

@@ -1,0 +1,160 @@
+"""A real S3 server on loopback (SeaweedFS, from its PyPI package), for the demo, the tests and the benchmarks.
+
+    with S3Server(Path("/tmp/s3")) as server:
+        subprocess.run([...], env=os.environ | server.environment())
+
+Bound to 127.0.0.1 on free ports, telemetry off, data in the given folder, dies with its parent.
+"""
+
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+START_SECONDS = 60.0
+_PORTS = (
+    "master.port master.port.grpc volume.port volume.port.grpc filer.port filer.port.grpc s3.port s3.port.grpc "
+    "s3.port.iceberg s3.port.lance"
+).split()
+
+
+class S3Server:
+    """Context manager; `environment()` are the variables that make S3 clients use it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.access_key = "local"
+        self.secret_key = secrets.token_hex(16)
+        self.port = 0
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def __enter__(self) -> "S3Server":
+        data = self.folder / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        identities = self.folder / "identities.json"
+        keys = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        identities.write_text(json.dumps({"identities": [{"name": "local", "credentials": keys, "actions": actions}]}))
+        identities.chmod(0o600)
+        ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        self.port = ports["s3.port"]
+        command = [_weed(), "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
+        command += [
+            "-filer",
+            "-s3",
+            "-s3.autoCreateBucket=false",
+            f"-s3.config={identities}",
+            "-master.volumeSizeLimitMB=256",
+            "-volume.max=100",
+        ]
+        command += [f"-{name}={port}" for name, port in ports.items()]
+        with (self.folder / "server.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self._process and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def make_bucket(self, name: str) -> None:
+        self._client().create_bucket(Bucket=name)
+
+    def _client(self):
+        import botocore.session
+
+        return botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+        )
+
+    def _wait(self) -> None:
+        """Until the server lists and stores: it answers before its volumes are ready."""
+        probe = f"probe-{secrets.token_hex(4)}"
+        deadline = time.monotonic() + START_SECONDS
+        client = None
+        while True:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the S3 server stopped; see {self.folder / 'server.log'}")
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                    pass
+                client = client or self._client()
+                if probe not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+                    client.create_bucket(Bucket=probe)
+                client.put_object(Bucket=probe, Key="ready", Body=b"yes")
+                client.delete_object(Bucket=probe, Key="ready")
+                client.delete_bucket(Bucket=probe)
+                return
+            except Exception as error:  # whatever is not ready yet; the deadline decides
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"no S3 server after {START_SECONDS:.0f} s ({error}); see {self.folder / 'server.log'}"
+                    ) from error
+                time.sleep(0.2)
+
+
+def _weed() -> str:
+    found = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if not found:
+        raise RuntimeError("the S3 server is not installed; run `make setup`")
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends the server when we die, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Refresh the hash-pinned sets from pyproject.toml. No registry address is written into them.
+#   requirements/compile.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+common=(--quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --upgrade
+        --constraint requirements/torch.constraint)
+without_torch=(--override requirements/no-torch.override)
+uv pip compile "${common[@]}" pyproject.toml --extra prep -o requirements/prep.txt
+uv pip compile "${common[@]}" pyproject.toml --extra train -o requirements/train-cuda.txt
+uv pip compile "${common[@]}" pyproject.toml --extra launch -o requirements/launch.txt
+uv pip compile "${common[@]}" "${without_torch[@]}" pyproject.toml requirements/torch-cpu.in \
+  --extra prep --extra train --extra dev -o requirements/dev.txt

