@@ -1,0 +1,49 @@
+"""What the earlier segments of a run have cost, read cheaply: two objects per segment.
+
+spent = spent_before("s3://bucket/run", segment=3)
+"""
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+from core import journal, ledger, storage
+from core.errors import LauncherError
+
+
+def spent_before(run_url: str, segment: int) -> float | None:
+    """Dollars of all segments with a lower number; None when the price or the time of one cannot be told.
+
+    A segment is counted to its last heartbeat, so a machine that was killed is short by at most a few seconds;
+    one that left no heartbeat at all counts as one heartbeat interval. Raises StorageError.
+    """
+    numbers = [number for number in ledger.segment_numbers(run_url) if number < segment]
+    with ThreadPoolExecutor(16) as pool:
+        amounts = list(pool.map(lambda number: _spent_by(run_url, number), numbers))
+    return None if None in amounts else math.fsum(amounts)
+
+
+def _spent_by(run_url: str, number: int) -> float | None:
+    folder = storage.join(run_url, ledger.FOLDER, ledger.segment_name(number))
+    try:
+        start = json.loads(storage.read_bytes(storage.join(folder, "start.jsonl")))
+        price, began = start["machine"]["usd_per_hour"], start["time"]
+        if start["version"] > ledger.VERSION or not 0 < price < math.inf:
+            return None
+        return max(0.0, _last_heartbeat(folder, began) - began) / 3600 * price
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _last_heartbeat(folder: str, began: float) -> float:
+    """End of the newest span: of the newest object, unless that holds none or cannot be read."""
+    newest = sorted(storage.list_objects(storage.join(folder, "events")), key=lambda info: info.name, reverse=True)
+    for info in newest:
+        try:
+            events, _ = journal.read_objects([info.uri])
+        except LauncherError:
+            continue
+        ends = [event["end"] for event in events if event.get("event") == "span"]
+        if ends:
+            return max(ends)
+    return began + journal.FLUSH_SECONDS

@@ -1,0 +1,8 @@
+"""What a run cost: `python cost_report.py RUN_URL`; all options with --help, documented in docs/costs.md."""
+
+from core.console import run_entry, set_up_logging
+from costs.command import main
+
+if __name__ == "__main__":
+    set_up_logging()
+    run_entry(main)

@@ -1,0 +1,58 @@
+"""A report as JSON, CSV or rows for a DataFrame: the figures of the terminal, unformatted."""
+
+import csv
+import io
+import json
+from dataclasses import asdict, fields
+from typing import Any
+
+from costs.breakdown import Line, Report
+
+FORMAT = "cost-report"
+VERSION = 1
+
+
+def document(report: Report) -> dict[str, Any]:
+    """Plain nested values. A figure that is not known is None; dollars are rounded as printed."""
+    return {"format": FORMAT, "version": VERSION, "currency": "USD"} | asdict(report)
+
+
+def as_json(report: Report) -> str:
+    return json.dumps(document(report), indent=1)
+
+
+def rows(report: Report) -> list[dict[str, Any]]:
+    """One dict per line of every table, with the same keys: `pandas.DataFrame(rows(report))`."""
+    tables: list[tuple[str, list[Line]]] = [("total", [report.total]), ("phase", report.phases)]
+    tables += [("segment", list(report.segments)), *report.by.items()]
+    columns = [field.name for field in fields(Line)]
+    return [
+        {"run": report.run, "table": table} | {column: getattr(line, column) for column in columns}
+        for table, lines in tables
+        for line in lines
+    ] + [
+        {"run": report.run, "table": "unit"} | dict.fromkeys(columns) | {"name": name, "value": getattr(report, name)}
+        for name in ("last_step", "tokens", "usd_per_billion_tokens", "train_loss", "val_loss")
+    ]
+
+
+def as_csv(report: Report) -> str:
+    """`rows` as CSV. A figure that is not known is `?`, so that no reader takes it for zero."""
+    table = rows(report)
+    out = io.StringIO()
+    columns = [*dict.fromkeys(key for row in table for key in row)]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in table:
+        writer.writerow(_field(row, column) for column in columns)
+    return out.getvalue()
+
+
+def _field(row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        return ""
+    value = row[column]
+    if value is None:
+        # The columns of the other kind of row are empty; a missing figure is "?".
+        return "?" if column == "value" or (column == "usd" and row["table"] != "unit") else ""
+    return f"{value:.6f}" if isinstance(value, float) and column in ("seconds", "share") else value

@@ -1,0 +1,51 @@
+"""Dollars that add up: rounding a list of amounts so that the printed parts sum to the printed total."""
+
+from collections.abc import Sequence
+from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
+
+UNKNOWN = "?"
+
+
+def places_for(total: float) -> int:
+    """Digits after the point that show something: cents, or hundredths of a cent for a total below a dollar."""
+    return 2 if total >= 1 else 4
+
+
+def apportion(amounts: Sequence[float | None], places: int, total: float | None = None) -> list[float | None]:
+    """Round each amount to `places` so that they add up to the rounded total (largest remainder method).
+
+    `total` is their sum as printed elsewhere; it decides when another order of summation rounds half a cent the
+    other way. None, an amount that is not known, stays None and takes no part. Ties go to the earlier amount.
+    """
+    unit = Decimal(1).scaleb(-places)
+    exact = {index: Decimal(amount) for index, amount in enumerate(amounts) if amount is not None}
+    floors = {index: (value / unit).to_integral_value(ROUND_FLOOR) for index, value in exact.items()}
+    whole = sum(exact.values(), Decimal(0)) if total is None else Decimal(total)
+    missing = int((whole / unit).to_integral_value(ROUND_HALF_EVEN) - sum(floors.values(), Decimal(0)))
+    by_remainder = sorted(exact, key=lambda index: floors[index] - exact[index] / unit)
+    for index in by_remainder[: max(0, missing)]:
+        floors[index] += 1
+    return [float(floors[index] * unit) if index in exact else None for index in range(len(amounts))]
+
+
+def text(usd: float | None, places: int = 2, complete: bool = True) -> str:
+    """1234.5 → "1,234.50"; None → "?"; a sum in which a part is not known → "1,234.50 + ?"."""
+    if usd is None:
+        return UNKNOWN
+    return f"{usd:,.{places}f}" + ("" if complete else f" + {UNKNOWN}")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as the two units that matter: "4.2 s", "3 min 20 s", "2 h 05 min", "3 d 4 h"."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"

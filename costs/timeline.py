@@ -1,0 +1,156 @@
+"""From ledger and metrics events to a Segment. Events come in journal order, and may come in several portions.
+
+What is not understood is named in `segment.problems` and left out; no event makes a report impossible.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from core import ledger
+from core.ledger import Machine
+from costs.model import COARSE_SLICE_SECONDS, FINE_FOR_SECONDS, FINE_SLICE_SECONDS, Segment, Slice
+
+# Spans of one segment are gapless by construction; their stored ends are rounded to floats.
+TOLERANCE_SECONDS = 0.001
+_MACHINE_FIELDS = {field.name for field in fields(Machine)}
+
+
+class NewerFormat(ValueError):
+    """The segment was written by a newer release, whose events may mean something else."""
+
+
+def start(segment: Segment, event: Mapping[str, Any]) -> None:
+    """Take in the start object. Raises ValueError with the reason if it cannot be used, NewerFormat among them."""
+    if event.get("event") != "start" or not isinstance(event.get("machine"), Mapping):
+        raise ValueError("it is no start event")
+    if not isinstance(event.get("version"), int) or event["version"] > ledger.VERSION:
+        raise NewerFormat(f"ledger version {event.get('version')!r} is newer than this release; update the checkout")
+    machine = {key: value for key, value in event["machine"].items() if key in _MACHINE_FIELDS}
+    machine["usd_per_hour"] = _price(segment, event["machine"])
+    for key, least in (("gpus_per_node", 0), ("nodes", 1)):
+        if not isinstance(machine.get(key, least), int) or machine.get(key, least) < least:
+            segment.problems.append(f"segment {segment.number}: {key} is {machine[key]!r}; taken for {least}")
+            machine[key] = least
+    segment.machine = Machine(**machine)
+    segment.started_at = number(event.get("time"))
+    segment.program = _mapping(event.get("program"))
+    segment.launcher = _mapping(event.get("launcher"))
+    tags = event.get("tags")
+    segment.tags = tuple(str(tag) for tag in tags) if isinstance(tags, list) else ()
+
+
+def absorb(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
+    """Append timeline events: spans, marks, the end."""
+    for event in events:
+        kind = event.get("event")
+        if kind == "span":
+            _span(segment, event)
+        elif kind == "mark" and isinstance(event.get("name"), str):
+            segment.marks.append(dict(event))
+        elif kind == "end":
+            segment.end = dict(event)
+        else:
+            segment.problems.append(f"segment {segment.number}: skipped an event of unknown kind {kind!r}")
+
+
+def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
+    """Append metrics: training points thinned to the resolution of the timeline (the newest always stays)."""
+    curve = segment.curve
+    for event in events:
+        step, time = event.get("step"), number(event.get("time"))
+        if not isinstance(step, int) or time is None:
+            continue
+        if event.get("kind") == "train":
+            if len(curve.time) > 1 and time - curve.time[-2] < _slice_seconds(time - curve.time[0]):
+                for column in vars(curve).values():
+                    column.pop()
+            curve.step.append(step)
+            curve.time.append(time)
+            for name in ("tokens", "loss", "tokens_per_second", "mfu"):
+                getattr(curve, name).append(number(event.get(name)))
+        elif event.get("kind") == "eval" and number(event.get("val_loss")) is not None:
+            segment.evals.append(
+                {"step": step, "time": time} | {k: number(event.get(k)) for k in ("tokens", "val_loss")}
+            )
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _span(segment: Segment, event: Mapping[str, Any]) -> None:
+    start, end = number(event.get("start")), number(event.get("end"))
+    if start is None or end is None or end < start:
+        segment.problems.append(
+            f"segment {segment.number}: skipped a span from {event.get('start')!r} to {event.get('end')!r}: "
+            "its clock went backwards"
+        )
+        return
+    before = segment.ended_at
+    if before is not None and start > before + TOLERANCE_SECONDS:
+        # A part of the timeline was lost. The machine was paid for meanwhile: time without a phase.
+        segment.slices.append(Slice(before, start))
+    elif segment.slices and start < before - TOLERANCE_SECONDS:
+        segment.problems.append(
+            f"segment {segment.number}: a span starts {before - start:.1f} s before the one before it ended; "
+            "the time in common is counted once"
+        )
+        start = min(before, end)
+    phases = {
+        name: seconds for name, value in _mapping(event.get("phases")).items() if (seconds := number(value) or 0) > 0
+    }
+    booked, length = sum(phases.values()), end - start
+    if booked > length:
+        if booked > length + TOLERANCE_SECONDS:
+            segment.problems.append(
+                f"segment {segment.number}: a span of {length:.1f} s books {booked:.1f} s; scaled to its length"
+            )
+        phases = {name: seconds * length / booked for name, seconds in phases.items()}
+    for step in event.get("steps") or []:
+        if isinstance(step, list) and len(step) >= 3 and None not in map(number, step[:3]):
+            segment.steps.number.append(int(step[0]))
+            segment.steps.train.append(max(0.0, step[1]))
+            segment.steps.wait.append(max(0.0, step[2]))
+    _extend(segment, start, end, phases)
+
+
+def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:
+    """Add to the newest slice while it is short and of the same UTC hour, so that days stay exact; else a new one."""
+    last = segment.slices[-1] if segment.slices else None
+    if (
+        last is not None
+        and last.phases
+        and last.seconds < _slice_seconds(start - segment.slices[0].start)
+        and last.start // 3600 == end // 3600
+    ):
+        for name, seconds in phases.items():
+            last.phases[name] = last.phases.get(name, 0.0) + seconds
+        last.end = end
+    else:
+        segment.slices.append(Slice(start, end, dict(phases)))
+
+
+def _slice_seconds(age_seconds: float) -> float:
+    return FINE_SLICE_SECONDS if age_seconds < FINE_FOR_SECONDS else COARSE_SLICE_SECONDS
+
+
+def _price(segment: Segment, machine: Mapping[str, Any]) -> float | None:
+    """The price per hour in dollars, or None (and a sentence) when what is stored cannot be one."""
+    stored, currency = machine.get("usd_per_hour"), machine.get("currency", "USD")
+    if currency != "USD":
+        segment.problems.append(f"segment {segment.number}: its price is in {currency}, not USD; taken for unknown")
+        return None
+    price = number(stored)
+    if stored is not None and (price is None or price <= 0):
+        segment.problems.append(f"segment {segment.number}: usd_per_hour is {stored!r}, no price; taken for unknown")
+        return None
+    return price
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
