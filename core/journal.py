@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from core import storage
-from core.errors import LauncherError
+from core.errors import LauncherError, ObjectNotFound
 
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 3.0
 OBJECTS_PER_CHUNK = 100
+READ_ATTEMPTS = 3
 _NAME = re.compile(r"^(\d{8,})-(\d{8,})\.jsonl$")
 
 
@@ -111,41 +112,60 @@ class Journal:
         return True
 
 
-def read(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """All events of a journal in order, and one sentence for each object that could not be read."""
-    return read_objects([info.uri for info in storage.list_objects(folder)])
+def read(folder: str, after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events of a journal in order, and one sentence for each object that could not be read.
+
+    `after` leaves out the events up to that sequence number, which the caller has already.
+    """
+    for _ in range(READ_ATTEMPTS - 1):
+        try:
+            return read_objects([info.uri for info in storage.list_objects(folder)], after)
+        except ObjectNotFound:  # its writer has put objects together since we listed them
+            continue
+    return read_objects([info.uri for info in storage.list_objects(folder)], after)
 
 
-def read_objects(uris: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """As `read`, from a listing that the caller already has. Objects that a larger one covers are not fetched."""
+def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
+    """As `read`, from a listing that the caller already has. Objects that a larger one covers are not fetched.
+
+    Raises ObjectNotFound if one is gone since the listing: list again.
+    """
     ranges = []
     for uri in uris:
-        match = _NAME.match(uri.rsplit("/", 1)[-1])
-        if match:
-            ranges.append((int(match.group(1)), int(match.group(2)), uri))
+        numbers = sequence_numbers(uri)
+        if numbers:
+            ranges.append((*numbers, uri))
     ranges.sort(key=lambda item: (item[0], -item[1]))
     events: dict[int, dict[str, Any]] = {}
     problems = []
-    covered = -1
+    covered = after
     for first, last, uri in ranges:
         if last <= covered:
             continue
         try:
             lines = storage.read_bytes(uri).decode().splitlines()
+        except ObjectNotFound:
+            raise
         except (LauncherError, UnicodeDecodeError) as error:
             problems.append(f"{uri}: skipped, it cannot be read ({error})")
             continue
-        for number, line in enumerate(lines):
+        for number, line in enumerate(lines, first):
             try:
                 event = json.loads(line)
                 if not isinstance(event, dict):
                     raise ValueError("not an object")
             except ValueError:
-                problems.append(f"{uri}: line {number + 1} skipped, it is not valid JSON")
+                problems.append(f"{uri}: line {number - first + 1} skipped, it is not valid JSON")
                 continue
-            events[first + number] = event
+            events[number] = event
         covered = max(covered, last)
-    return [events[number] for number in sorted(events)], problems
+    return [events[number] for number in sorted(events) if number > after], problems
+
+
+def sequence_numbers(uri: str) -> tuple[int, int] | None:
+    """First and last sequence number that an object holds, by its name; None if it is no journal object."""
+    match = _NAME.match(uri.rsplit("/", 1)[-1])
+    return (int(match.group(1)), int(match.group(2))) if match else None
 
 
 def _name(first: int, last: int) -> str:

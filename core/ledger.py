@@ -11,6 +11,7 @@ Field by field in docs/formats.md.
 
 import contextlib
 import json
+import os
 import re
 import threading
 import time
@@ -86,6 +87,21 @@ def check_owner(run_url: str, segment: int) -> None:
         )
 
 
+def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
+    """By which names SkyPilot knows this machine, so that a report can find its records of it."""
+    facts = {
+        "task_id": environment.get("SKYPILOT_TASK_ID"),
+        "managed_job_id": environment.get("SKYPILOT_MANAGED_JOB_ID"),
+        "node_ips": environment.get("SKYPILOT_NODE_IPS"),
+    }
+    try:
+        cluster = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
+        facts["cluster"] = cluster.get("cluster_name")
+    except (ValueError, AttributeError):
+        pass
+    return {name: str(value) for name, value in facts.items() if value}
+
+
 class Ledger:
     """Books one segment's time. One phase is current at any moment; spans are gapless by construction.
 
@@ -110,7 +126,14 @@ class Ledger:
         self.machine = machine
         self.started_at = started_at
         self.segment = claim_segment(
-            run_url, {"time": started_at, "machine": asdict(machine), "program": dict(program)}
+            run_url,
+            {
+                "time": started_at,
+                "machine": asdict(machine),
+                "program": dict(program),
+                "launcher": launcher_facts(os.environ),
+                "tags": [tag.strip() for tag in os.environ.get("RUN_TAGS", "").split(",") if tag.strip()],
+            },
         )
         self._lock = threading.RLock()
         self._phase = "init"

@@ -8,7 +8,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 from core import journal, ledger, storage
-from core.errors import LauncherError
 
 
 def spent_before(run_url: str, segment: int) -> float | None:
@@ -39,10 +38,7 @@ def _last_heartbeat(folder: str, began: float) -> float:
     """End of the newest span: of the newest object, unless that holds none or cannot be read."""
     newest = sorted(storage.list_objects(storage.join(folder, "events")), key=lambda info: info.name, reverse=True)
     for info in newest:
-        try:
-            events, _ = journal.read_objects([info.uri])
-        except LauncherError:
-            continue
+        events, _ = journal.read_objects([info.uri])
         ends = [event["end"] for event in events if event.get("event") == "span"]
         if ends:
             return max(ends)
