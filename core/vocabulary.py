@@ -28,6 +28,11 @@ class Vocabulary:
     ranks: dict[bytes, int]
     sha256: str
 
+    @property
+    def stored(self) -> bytes:
+        """The stored form, a tiktoken rank file."""
+        return rank_file(self.ranks)
+
     def encoding(self):
         """The tiktoken encoding of these ranks (tiktoken is imported here)."""
         import tiktoken

@@ -1,0 +1,186 @@
+"""All parts into one set: choose the validation documents, order the shards, write the manifest last.
+
+The parts' shards are final as they lie; only the few candidates for validation are read again. Of these, the
+documents with the lowest hashes become the validation set until it holds `data.val_tokens`, so that the split is
+one rule, "hash below a threshold", whatever the order of parts; the rest goes to training as shards of its own.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from core import manifest, storage
+from core.errors import DataError
+from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
+from core.schema import PrepConfig
+from core.shard import HEADER_BYTES
+from core.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_SHA256, GPT2_VOCAB_SIZE
+from data_prep import part as parts
+from data_prep.pack import ShardWriter
+from data_prep.part import Record
+from data_prep.plan import Plan
+
+READ_THREADS = 16
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    threshold: int
+    documents: int
+
+
+def missing(plan: Plan, data_url: str) -> list[str]:
+    """Names of the parts that are not done."""
+    done = parts.done_parts(data_url)
+    return [part.name for part in plan.parts if part.name not in done]
+
+
+def finalize(config: PrepConfig, plan: Plan) -> Manifest:
+    """Write the manifest. Raises DataError while parts are missing, or when nothing is left to train on."""
+    data = config.data
+    absent = missing(plan, data.url)
+    if absent:
+        raise DataError(
+            f"{data.url}: {len(absent)} of {len(plan.parts)} parts are not done ({', '.join(absent[:5])}"
+            f"{', …' if len(absent) > 5 else ''}); run python -m data_prep.prepare with the same settings again"
+        )
+    records = _read_records(config, plan)
+    _judge(records, config)
+    chosen = _choose(records, config)
+    with (
+        ShardWriter(data.url, "val/{:05d}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle) as val,
+        ShardWriter(data.url, "train/rest-{:05d}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle) as rest,
+    ):
+        for key, document in _candidates(records, config):
+            (val if key < chosen.threshold else rest).add(document, _order(key, data.seed))
+    train_shards = [shard for record in records for shard in record.shards] + list(rest.entries)
+    if data.shuffle:
+        train_shards.sort(key=lambda shard: _order(shard.name, data.seed))
+    documents = sum(record.documents for record in records)
+    splits = {
+        "train": _split(train_shards, documents - chosen.documents),
+        "val": _split(val.entries, chosen.documents),
+    }
+    if not splits["train"].tokens:
+        raise DataError(
+            f"{config.source.url}: no document is left for training (dropped: "
+            f"{_words(_sum(record.dropped for record in records)) or 'none'}); check the filters and the source"
+        )
+    made = Manifest(
+        TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, GPT2_SHA256),
+        source={
+            "url": config.source.url,
+            "revision": config.source.revision,
+            "files": len(plan.files),
+            "bytes": plan.source_bytes,
+            "plan_sha256": plan.sha256,
+        },
+        split_rule={
+            "rule": "val if the first 8 bytes, big-endian, of blake2b(id, digest_size=16, key=str(seed)) "
+            "are below the threshold",
+            "hashed": config.source.id_column or "text",
+            "seed": data.seed,
+            "threshold": chosen.threshold,
+            "val_fraction": data.val_fraction,
+            "val_tokens": data.val_tokens,
+        },
+        splits=splits,
+        stats=_stats(records),
+    )
+    manifest.write(data.url, made)
+    return made
+
+
+def _read_records(config: PrepConfig, plan: Plan) -> list[Record]:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        records = list(pool.map(lambda part: parts.read_record(config.data.url, part.name), plan.parts))
+    for record in records:
+        if record.plan_sha256 != plan.sha256:
+            raise DataError(
+                f"{config.data.url}: part {record.part} was made with other settings or another source; "
+                "choose another data.url, or delete that folder"
+            )
+    return records
+
+
+def _judge(records: list[Record], config: PrepConfig) -> None:
+    bad = sum(record.dropped.get("bad", 0) for record in records)
+    rows = sum(record.documents + sum(record.dropped.values()) for record in records)
+    if bad > config.source.max_bad_share * rows:
+        raise DataError(
+            f"{config.source.url}: {bad} of {rows} rows are bad, more than "
+            f"source.max_bad_share = {config.source.max_bad_share:g}; check the source, or raise that share"
+        )
+
+
+def _choose(records: list[Record], config: PrepConfig) -> _Chosen:
+    """The threshold below which documents are for validation: whole ties, so that equal ids stay together."""
+    candidates = sorted(candidate for record in records for candidate in record.candidates)
+    limit = config.data.val_tokens
+    tokens = number = 0
+    while number < len(candidates) and (not limit or tokens < limit):
+        key = candidates[number][0]
+        while number < len(candidates) and candidates[number][0] == key:
+            tokens += candidates[number][1]
+            number += 1
+    if number == len(candidates):
+        return _Chosen(int(config.data.val_fraction * 2**64), number)
+    return _Chosen(candidates[number][0], number)
+
+
+def _candidates(records: list[Record], config: PrepConfig) -> Iterator[tuple[int, np.ndarray]]:
+    """All candidates with their key, one part in memory at a time, the parts in a seeded order."""
+    ordered = records
+    if config.data.shuffle:
+        ordered = sorted(records, key=lambda record: _order(record.part, config.data.seed))
+    for record in ordered:
+        tokens = np.concatenate([np.zeros(0, np.uint16), *_tokens(record.candidate_shards, config.data.url)])
+        start = 0
+        for key, length in record.candidates:
+            # The writer puts the end-of-text token back.
+            yield key, tokens[start + 1 : start + length].copy()
+            start += length
+
+
+def _tokens(shards: tuple[ShardEntry, ...], data_url: str) -> Iterator[np.ndarray]:
+    for shard in shards:
+        uri = storage.join(data_url, shard.name)
+        data = storage.read_bytes(uri)
+        if hashlib.sha256(data).hexdigest() != shard.sha256:
+            raise DataError(f"{uri}: its content is not what was stored; delete that part's .json and prepare again")
+        yield np.frombuffer(data, dtype="<u2", offset=HEADER_BYTES)
+
+
+def _order(value: int | str, seed: int) -> int:
+    """A place in a shuffle: the same on every machine and for every version of NumPy."""
+    digest = hashlib.blake2b(str(value).encode(), digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _split(shards: list[ShardEntry] | tuple[ShardEntry, ...], documents: int) -> Split:
+    return Split(sum(shard.tokens for shard in shards), documents, tuple(shards))
+
+
+def _stats(records: list[Record]) -> dict:
+    return {
+        "documents": sum(record.documents for record in records),
+        "tokens": sum(record.tokens for record in records),
+        "text_bytes": sum(record.text_bytes for record in records),
+        "dropped": _sum(record.dropped for record in records),
+        "length_classes": np.sum([record.length_classes for record in records], axis=0).tolist(),
+    }
+
+
+def _sum(counts: Iterator[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(sorted(total.items()))
+
+
+def _words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in counts.items())

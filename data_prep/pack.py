@@ -1,0 +1,93 @@
+"""Documents into shards: shuffled within a shard, cut at exactly `shard_tokens`, uploaded behind the next one.
+
+Each document is preceded by the end-of-text token. A shard's documents are put in the order of a hash of their
+ids, which needs no random generator and is the same on every machine. The document that the cut falls into goes
+on at the start of the next shard.
+"""
+
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from operator import itemgetter
+
+import numpy as np
+
+from core import storage
+from core.manifest import ShardEntry
+from core.shard import HEADER_BYTES, header_bytes
+
+_TOKEN_BYTES = 2
+
+
+class ShardWriter:
+    """Context manager: `add` documents, then read `entries`. Shards lie at `data_url/<name(number)>`.
+
+    Holds at most the documents of one shard, that shard, and the one before it, which is being stored.
+    """
+
+    def __init__(self, data_url: str, name: str, shard_tokens: int, end_of_text: int, shuffle: bool):
+        self._data_url = data_url
+        self._name = name
+        self._shard_tokens = shard_tokens
+        self._end_of_text = np.array([end_of_text], dtype=np.uint16)
+        self._shuffle = shuffle
+        self._carry = np.zeros(0, np.uint16)
+        self._documents: list[tuple[int, np.ndarray]] = []
+        self._tokens = 0
+        self._stored: list[Future[ShardEntry]] = []
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                while self._tokens:
+                    self._flush()
+                self._await(0)
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def entries(self) -> tuple[ShardEntry, ...]:
+        """The shards, in order; complete once the context has been left."""
+        return tuple(future.result() for future in self._stored)
+
+    def add(self, ids: np.ndarray, order: int) -> None:
+        """One document (uint16 ids without end-of-text); `order` is its place in a shuffled shard."""
+        self._documents.append((order, ids))
+        self._tokens += len(ids) + 1
+        while self._tokens >= self._shard_tokens:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._shuffle:
+            self._documents.sort(key=itemgetter(0))
+        pieces = [self._carry]
+        for _, ids in self._documents:
+            pieces += (self._end_of_text, ids)
+        cut = min(self._tokens, self._shard_tokens)
+        # One allocation holds header and tokens, so that hashing and storing need no further copy.
+        shard = bytearray(HEADER_BYTES + self._tokens * _TOKEN_BYTES)
+        tokens = np.frombuffer(shard, dtype="<u2", offset=HEADER_BYTES)
+        np.concatenate(pieces, out=tokens)
+        self._carry = tokens[cut:].copy()
+        del tokens
+        del shard[HEADER_BYTES + cut * _TOKEN_BYTES :]
+        shard[:HEADER_BYTES] = header_bytes(cut)
+        self._documents.clear()
+        self._tokens -= cut
+        self._await(1)
+        name = self._name.format(len(self._stored))
+        self._stored.append(self._pool.submit(_store, self._data_url, name, shard, cut))
+
+    def _await(self, unfinished: int) -> None:
+        """Wait until at most `unfinished` uploads are under way; raises what the others raised."""
+        for future in self._stored[: len(self._stored) - unfinished]:
+            future.result()
+
+
+def _store(data_url: str, name: str, shard: bytearray, tokens: int) -> ShardEntry:
+    digest = hashlib.sha256(shard).hexdigest()
+    storage.write_bytes(storage.join(data_url, name), shard)
+    return ShardEntry(name, tokens, len(shard), digest)

@@ -1,0 +1,196 @@
+"""One part of a parquet file as Arrow record batches, downloaded ahead of decoding and in bounded memory.
+
+Only the column chunks that are needed are fetched, neighbours together, by range reads of several row groups at
+a time, so reading starts long before the file has arrived as a whole, and a row group of any size is decoded in
+slices of a few megabytes.
+"""
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from core import storage
+from core.errors import DataError
+from data_prep.plan import Part
+
+# Large enough that a request's latency does not matter, small enough that three of them per worker do not either.
+FETCH_BYTES = 16 << 20
+FETCH_AHEAD = 3
+# Unwanted bytes between two wanted ranges that cost less than another request.
+GAP_BYTES = 1 << 20
+# Decoded text per batch.
+BATCH_BYTES = 8 << 20
+FOOTER_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Row groups that are fetched together, and the byte ranges to fetch."""
+
+    rows: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(end - start for start, end in self.ranges)
+
+
+def schema_of(uri: str, size: int) -> pa.Schema:
+    """The Arrow schema in the file's footer. Raises DataError."""
+    return _metadata(uri, size).schema.to_arrow_schema()
+
+
+def read(part: Part, columns: Sequence[str], fetched: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
+    """Batches with `columns`, in file order. `fetched` is told the bytes of each piece that was read.
+
+    Raises DataError for a damaged file, StorageError when it cannot be fetched.
+    """
+    metadata = _metadata(part.file.uri, part.file.size)
+    groups = _groups(metadata, part, columns)
+    waiting: deque[tuple[_Group, list[Future]]] = deque()
+    with ThreadPoolExecutor(FETCH_AHEAD, thread_name_prefix="fetch") as pool:
+        try:
+            for group in groups:
+                waiting.append((group, [pool.submit(storage.read_range, part.file.uri, *r) for r in group.ranges]))
+                if len(waiting) >= FETCH_AHEAD:
+                    yield from _decode(*waiting.popleft(), metadata, part, columns, fetched)
+            while waiting:
+                yield from _decode(*waiting.popleft(), metadata, part, columns, fetched)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@lru_cache(maxsize=4)  # the parts of a file follow one another
+def _metadata(uri: str, size: int) -> pq.FileMetaData:
+    tail = storage.read_range(uri, max(0, size - FOOTER_BYTES), size)
+    needed = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < needed <= size:
+        tail = storage.read_range(uri, size - needed, size)
+    try:
+        return pq.read_metadata(pa.BufferReader(tail))
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(uri, "its footer", error) from error
+
+
+def _groups(metadata: pq.FileMetaData, part: Part, columns: Sequence[str]) -> Iterator[_Group]:
+    wanted = [number for number in range(metadata.num_columns) if _top_level(metadata, number) in columns]
+    rows: list[int] = []
+    ranges: list[tuple[int, int]] = []
+    for number in range(metadata.num_row_groups):
+        chunks = sorted(_chunk_range(metadata.row_group(number).column(column)) for column in wanted)
+        if not chunks or not part.start <= chunks[0][0] < part.end:
+            continue
+        rows.append(number)
+        ranges = _joined(ranges + chunks)
+        if sum(end - start for start, end in ranges) >= FETCH_BYTES:
+            yield _Group(tuple(rows), tuple(_cut(ranges)))
+            rows, ranges = [], []
+    if rows:
+        yield _Group(tuple(rows), tuple(_cut(ranges)))
+
+
+def _top_level(metadata: pq.FileMetaData, column: int) -> str:
+    return metadata.schema.column(column).path.split(".", 1)[0]
+
+
+def _chunk_range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+        start = min(start, chunk.dictionary_page_offset)
+    return start, start + chunk.total_compressed_size
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if joined and start - joined[-1][1] <= GAP_BYTES:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _cut(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """A large range as several, so that they are fetched side by side and retried one by one."""
+    for start, end in ranges:
+        for at in range(start, end, FETCH_BYTES):
+            yield at, min(end, at + FETCH_BYTES)
+
+
+def _decode(
+    group: _Group,
+    pieces: list[Future],
+    metadata: pq.FileMetaData,
+    part: Part,
+    columns: Sequence[str],
+    fetched: Callable[[int], None],
+) -> Iterator[pa.RecordBatch]:
+    spans = _Spans([(r[0], future.result()) for r, future in zip(group.ranges, pieces, strict=True)], part.file.size)
+    pieces.clear()
+    fetched(group.bytes)
+    groups = [metadata.row_group(number) for number in group.rows]
+    rows = sum(each.num_rows for each in groups)
+    row_bytes = sum(each.total_byte_size for each in groups) / max(1, rows)
+    where = f"row groups {group.rows[0]} to {group.rows[-1]}"
+    try:
+        file = pq.ParquetFile(pa.PythonFile(spans, mode="r"), metadata=metadata)
+        yield from file.iter_batches(
+            batch_size=max(1, int(BATCH_BYTES / max(1.0, row_bytes))),
+            row_groups=list(group.rows),
+            columns=list(columns),
+            use_threads=False,
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(part.file.uri, where, error) from error
+
+
+def _damaged(uri: str, where: str, error: Exception) -> DataError:
+    return DataError(
+        f"{uri}: {where} cannot be read as parquet ({' '.join(str(error).split())[:160]}); "
+        "the file is damaged or truncated: copy it again, then run the same command"
+    )
+
+
+class _Spans(io.RawIOBase):
+    """Some byte ranges of a file as if it were the whole file, for the parquet reader."""
+
+    def __init__(self, spans: list[tuple[int, bytes]], size: int):
+        self._spans = spans
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def size(self) -> int:
+        return self._size
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        end = self._size if count < 0 else min(self._size, self._at + count)
+        found = []
+        while self._at < end:
+            for start, data in self._spans:
+                if start <= self._at < start + len(data):
+                    piece = memoryview(data)[self._at - start : end - start]
+                    found.append(piece)
+                    self._at += len(piece)
+                    break
+            else:
+                raise OSError(f"bytes from {self._at} were not fetched; its footer gives wrong offsets")
+        return bytes(found[0]) if len(found) == 1 else b"".join(found)

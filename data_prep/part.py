@@ -1,0 +1,147 @@
+"""One part of the work: read, filter, encode, split, pack, store, and only then record it as done.
+
+Writes, below the data URL, the part's shards `train/<part>-<number>.bin`, the candidates for validation
+`parts/<part>-val.bin` (a shard, too) and last the record `parts/<part>.json`. All of it follows from the plan
+alone, so a part that was cut off is simply done again, and two processes that do the same part store the same
+bytes.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from core import storage
+from core.errors import DataError
+from core.manifest import ShardEntry
+from core.schema import PrepConfig
+from core.vocabulary import GPT2_END_OF_TEXT
+from data_prep import source
+from data_prep.encode import Check, Engine
+from data_prep.pack import ShardWriter
+from data_prep.plan import Part
+
+# Document lengths are counted in classes [2**k, 2**(k+1)).
+LENGTH_CLASSES = 32
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished part stored and saw. `candidates` are [split key, tokens] of each possible validation
+    document, in the order of `candidate_shards`; the tokens count the end-of-text token."""
+
+    part: int
+    plan_sha256: str
+    shards: tuple[ShardEntry, ...]
+    candidate_shards: tuple[ShardEntry, ...]
+    candidates: tuple[tuple[int, int], ...]
+    documents: int
+    tokens: int
+    text_bytes: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    length_classes: tuple[int, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
+
+
+@dataclass
+class Work:
+    """What a worker process keeps from one part to the next."""
+
+    config: PrepConfig
+    plan_sha256: str
+    engine: Engine
+    check: Check | None
+    fetched: Callable[[int], None]
+    encoded: Callable[[int], None]
+
+
+def record_uri(data_url: str, name: str) -> str:
+    return storage.join(data_url, f"parts/{name}.json")
+
+
+def read_record(data_url: str, name: str) -> Record:
+    """Raises ObjectNotFound while the part is not done."""
+    uri = record_uri(data_url, name)
+    try:
+        document: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        for key in ("shards", "candidate_shards"):
+            document[key] = tuple(ShardEntry(**entry) for entry in document[key])
+        document["candidates"] = tuple((int(key), int(tokens)) for key, tokens in document["candidates"])
+        return Record(**document)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{uri}: no record of a part ({error}); delete it and prepare again") from error
+
+
+def done_parts(data_url: str) -> set[str]:
+    """Names of the parts with a record."""
+    names = storage.list_names(storage.join(data_url, "parts"))
+    return {name.removesuffix(".json") for name in names if name.endswith(".json") and name != "plan.json"}
+
+
+def prepare(part: Part, work: Work) -> Record:
+    """Do one part. Raises DataError, StorageError; then nothing is recorded."""
+    config, data = work.config, work.config.data
+    threshold = int(data.val_fraction * 2**64)
+    dropped: Counter[str] = Counter()
+    lengths = np.zeros(LENGTH_CLASSES, np.int64)
+    candidates: list[tuple[int, int, np.ndarray]] = []
+    tokens = text_bytes = 0
+    if work.check:
+        work.check.restart()
+    with ShardWriter(
+        data.url, f"train/{part.name}-{{:03d}}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle
+    ) as train:
+        for batch in source.read(part, config.source, config.filter, data.seed, dropped, work.fetched):
+            ids, offsets = work.engine.encode(batch.texts)
+            if work.check:
+                work.check.compare(batch.texts, ids, offsets, str(part))
+            sizes = np.diff(offsets)
+            keep = _length_filter(sizes, config, dropped)
+            lengths += np.bincount(np.log2(sizes[keep]).astype(int), minlength=LENGTH_CLASSES)[:LENGTH_CLASSES]
+            kept_tokens = int(sizes[keep].sum()) + int(keep.sum())
+            tokens += kept_tokens
+            text_bytes += int(batch.text_bytes[keep].sum())
+            bounds = offsets.tolist()
+            splits = batch.keys[:, 0].tolist()
+            orders = batch.keys[:, 1].tolist()
+            for number in np.flatnonzero(keep).tolist():
+                document = ids[bounds[number] : bounds[number + 1]]
+                if splits[number] < threshold:
+                    candidates.append((splits[number], orders[number], document.copy()))
+                else:
+                    train.add(document, orders[number])
+            work.encoded(kept_tokens)
+    if data.shuffle:
+        candidates.sort(key=lambda candidate: candidate[1])
+    with ShardWriter(data.url, f"parts/{part.name}-val-{{:03d}}.bin", 2**30, GPT2_END_OF_TEXT, False) as val:
+        for _, order, document in candidates:
+            val.add(document, order)
+    record = Record(
+        part=part.index,
+        plan_sha256=work.plan_sha256,
+        shards=train.entries,
+        candidate_shards=val.entries,
+        candidates=tuple((split, len(document) + 1) for split, _, document in candidates),
+        documents=int(lengths.sum()),
+        tokens=tokens,
+        text_bytes=text_bytes,
+        dropped=dict(sorted((+dropped).items())),
+        length_classes=tuple(lengths.tolist()),
+    )
+    storage.write_bytes(record_uri(data.url, part.name), record.to_bytes())
+    return record
+
+
+def _length_filter(sizes: np.ndarray, config: PrepConfig, dropped: Counter) -> np.ndarray:
+    """Mask of the documents whose length is allowed."""
+    short = sizes < config.filter.min_tokens
+    long = sizes > config.filter.max_tokens if config.filter.max_tokens else np.zeros(len(sizes), bool)
+    dropped["empty"] += int((sizes == 0).sum())
+    dropped["short"] += int((short & (sizes > 0)).sum())
+    dropped["long"] += int(long.sum())
+    return ~(short | long)

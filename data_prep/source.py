@@ -1,0 +1,162 @@
+"""Documents of a part: whatever the file's kind, Arrow batches of valid text with a 128-bit key per document.
+
+The key is a keyed hash of the document's id, so that neither order nor number of workers, nodes or runs has a say
+in anything that is derived from it: the upper half decides the split, the lower half the place in the shuffle.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from core.errors import DataError
+from core.schema import FilterConfig, SourceConfig
+from data_prep import parquet
+from data_prep.plan import Part, SourceFile
+
+KEY_BYTES = 16
+# A share of very few rows says nothing.
+JUDGED_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts without nulls, and per text its key: column 0 for the split, column 1 for the order (uint64)."""
+
+    texts: pa.LargeStringArray
+    keys: np.ndarray
+
+    @property
+    def text_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each text (int64)."""
+        return pc.binary_length(self.texts).to_numpy()
+
+
+def columns_of(source: SourceConfig, keep: FilterConfig) -> list[str]:
+    """The columns that these settings read."""
+    wanted = [source.text_column, source.id_column]
+    wanted += [keep.score_column] if keep.min_score is not None else []
+    wanted += [keep.language_column] if keep.languages else []
+    return [column for column in dict.fromkeys(wanted) if column]
+
+
+def check_columns(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> None:
+    """Raises DataError if a column is missing or holds something else than is needed."""
+    if file.uri.endswith(".parquet"):
+        _check_schema(parquet.schema_of(file.uri, file.size), file.uri, source, keep)
+
+
+def read(
+    part: Part,
+    source: SourceConfig,
+    keep: FilterConfig,
+    seed: int,
+    dropped: Counter,
+    fetched: Callable[[int], None],
+) -> Iterator[Batch]:
+    """The documents of a part that pass the row filters, in order; `dropped` counts the others by reason.
+
+    Raises DataError when more than `source.max_bad_share` of the rows are bad.
+    """
+    check_columns(part.file, source, keep)
+    rows = 0
+    for batch in _batches(part, columns_of(source, keep), fetched):
+        rows += batch.num_rows
+        yield _documents(batch, source, keep, seed, dropped)
+        if rows >= JUDGED_ROWS:
+            _judge(part, rows, dropped["bad"], source)
+    _judge(part, rows, dropped["bad"], source)
+
+
+def _batches(part: Part, columns: Sequence[str], fetched: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
+    if part.file.uri.endswith(".parquet"):
+        return parquet.read(part, columns, fetched)
+    raise DataError(f"{part.file.uri}: only parquet files can be read")
+
+
+def _documents(batch: pa.RecordBatch, source: SourceConfig, keep: FilterConfig, seed: int, dropped: Counter) -> Batch:
+    texts = batch.column(source.text_column).cast(pa.large_string())
+    ids = batch.column(source.id_column).cast(pa.large_string()) if source.id_column else None
+    good = _valid(texts)
+    if ids is not None and ids.null_count:
+        good = pc.and_(good, pc.is_valid(ids))
+    dropped["bad"] += len(good) - good.true_count
+    for reason, passes in _filters(batch, keep):
+        passes = pc.fill_null(passes, False)
+        dropped[reason] += pc.and_not(good, passes).true_count
+        good = pc.and_(good, passes)
+    if good.true_count < len(good):
+        texts = texts.filter(good)
+        ids = ids.filter(good) if ids is not None else None
+    return Batch(texts, _keys(ids if ids is not None else texts, seed))
+
+
+def _valid(texts: pa.LargeStringArray) -> pa.BooleanArray:
+    """Which rows hold text; parquet files may call bytes text that are no UTF-8."""
+    good = pc.is_valid(texts)
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        good = pa.array([valid and _is_utf8(texts[row]) for row, valid in enumerate(good.to_pylist())])
+    return good
+
+
+def _is_utf8(text: pa.LargeStringScalar) -> bool:
+    try:
+        text.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _filters(batch: pa.RecordBatch, keep: FilterConfig) -> Iterator[tuple[str, pa.BooleanArray]]:
+    if keep.min_score is not None:
+        yield "low_score", pc.greater_equal(batch.column(keep.score_column), keep.min_score)
+    if keep.languages:
+        yield "language", pc.is_in(batch.column(keep.language_column), pa.array(keep.languages))
+
+
+def _keys(values: pa.LargeStringArray, seed: int) -> np.ndarray:
+    """Keyed hashes of the values, shape [documents, 2], uint64."""
+    _, offsets, data = values.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1].tolist()
+    data = memoryview(data) if data is not None else memoryview(b"")
+    keyed = hashlib.blake2b(digest_size=KEY_BYTES, key=str(seed).encode())
+    digests = []
+    for start, end in pairwise(bounds):
+        one = keyed.copy()
+        one.update(data[start:end])
+        digests.append(one.digest())
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def _judge(part: Part, rows: int, bad: int, source: SourceConfig) -> None:
+    if bad > source.max_bad_share * rows:
+        raise DataError(
+            f"{part}: {bad} of the first {rows} rows have no text, no id or no valid UTF-8, more than "
+            f"source.max_bad_share = {source.max_bad_share:g}; check text_column and id_column, or raise that share"
+        )
+
+
+def _check_schema(schema: pa.Schema, uri: str, source: SourceConfig, keep: FilterConfig) -> None:
+    for column in columns_of(source, keep):
+        if column not in schema.names:
+            hint = "; set --source.id_column= (empty) to use the text's hash" if column == source.id_column else ""
+            raise DataError(f"{uri}: has no column {column!r}, only {', '.join(schema.names)}{hint}")
+        kind = schema.field(column).type
+        if column == keep.score_column and keep.min_score is not None:
+            if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+                raise DataError(f"{uri}: column {column!r} is {kind}, filter.min_score needs numbers")
+        elif not _is_text(kind):
+            raise DataError(f"{uri}: column {column!r} is {kind}, not text; name another column")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -1,0 +1,101 @@
+"""Re-read a whole token set and check everything that its manifest promises.
+
+    python -m data_prep.verify DATA_URL
+
+Per shard: header, size, SHA-256, every token id below the vocabulary size. Also the vocabulary file itself. Prints
+one line per problem; exit code 0 only without any.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from core import manifest, storage, vocabulary
+from core.console import progress, run_entry, set_up_logging
+from core.errors import ConfigError, LauncherError
+from core.manifest import Manifest, ShardEntry
+from core.shard import HEADER_BYTES, check_size, parse_header
+
+log = logging.getLogger(__name__)
+
+USAGE = "python -m data_prep.verify DATA_URL\n\nRe-read every shard below DATA_URL and check it against the manifest."
+READ_BYTES = 16 << 20
+THREADS = 4
+
+
+def main(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        return 0
+    urls = arguments or [url for url in [os.environ.get("DATA_URL")] if url]
+    if len(urls) != 1 or urls[0].startswith("-"):
+        raise ConfigError("give exactly one DATA_URL: python -m data_prep.verify DATA_URL")
+    set_up_logging()
+    url = urls[0]
+    made = manifest.read(url)
+    problems = list(problems_of(url, made))
+    for problem in problems:
+        print(problem)
+    shards = sum(len(split.shards) for split in made.splits.values())
+    tokens = sum(split.tokens for split in made.splits.values())
+    if problems:
+        print(f"{url}: {len(problems)} problems in {shards} shards; delete the set and prepare it again")
+        return 1
+    print(
+        f"{url}: {shards} shards with {tokens:,} tokens are as the manifest says (fingerprint {made.fingerprint[:12]})"
+    )
+    return 0
+
+
+def problems_of(data_url: str, made: Manifest) -> Iterator[str]:
+    """One sentence per problem."""
+    vocab_uri = storage.join(data_url, made.tokenizer.vocab_file)
+    try:
+        if vocabulary.read(vocab_uri).sha256 != made.tokenizer.vocab_sha256:
+            yield f"{vocab_uri}: is not the vocabulary that the manifest names"
+    except LauncherError as error:
+        yield str(error)
+    shards = [shard for split in made.splits.values() for shard in split.shards]
+    total = sum(shard.bytes for shard in shards)
+    with progress("verify", total, "bytes") as bar, ThreadPoolExecutor(THREADS) as pool:
+        for shard, problem in zip(shards, pool.map(lambda each: _check(data_url, each, made), shards), strict=True):
+            bar.advance(shard.bytes)
+            if problem:
+                yield problem
+
+
+def _check(data_url: str, shard: ShardEntry, made: Manifest) -> str | None:
+    """The first problem of a shard."""
+    uri = storage.join(data_url, shard.name)
+    try:
+        size = storage.size_of(uri)
+        header_bytes = storage.read_range(uri, 0, min(size, HEADER_BYTES))
+        header = parse_header(header_bytes, uri)
+        check_size(header, size, uri)
+        if (header.tokens, header.bits) != (shard.tokens, made.bits):
+            return (
+                f"{uri}: holds {header.tokens} tokens of {header.bits} bits, "
+                f"the manifest says {shard.tokens} of {made.bits}"
+            )
+        digest = hashlib.sha256(header_bytes)
+        for start in range(HEADER_BYTES, size, READ_BYTES):
+            data = storage.read_range(uri, start, min(size, start + READ_BYTES))
+            digest.update(data)
+            tokens = np.frombuffer(data, header.dtype)
+            if int(tokens.max()) >= made.tokenizer.vocab_size:
+                wrong = int(np.argmax(tokens >= made.tokenizer.vocab_size))
+                position = (start - HEADER_BYTES) // header.dtype.itemsize + wrong
+                return f"{uri}: token {position} is {tokens[wrong]}, but ids end at {made.tokenizer.vocab_size - 1}"
+    except LauncherError as error:
+        return str(error)
+    if digest.hexdigest() != shard.sha256:
+        return f"{uri}: SHA-256 is {digest.hexdigest()[:12]}…, the manifest says {shard.sha256[:12]}…"
+    return None
+
+
+if __name__ == "__main__":
+    run_entry(main)
