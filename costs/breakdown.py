@@ -5,12 +5,15 @@ report.phases, report.segments, report.by["day"]
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from costs import money
-from costs.cells import PHASES, Cell, Lost, cells, lost_work
-from costs.model import Run, Segment
+from costs.cells import PHASES, Cell, Lost, booked, cells, lost_work
+from costs.charts import Charts, charts
+from costs.model import Origin, Run, Segment, StorageUse
+from costs.spend import Spend
+from costs.units import Units, units
 
 # Machines seldom agree on the time to the second; below this, an overlap proves nothing.
 CLOCKS_AGREE_SECONDS = 2.0
@@ -57,63 +60,104 @@ class Report:
     phases: list[Line]
     segments: list[SegmentLine]
     by: dict[str, list[Line]]
-    last_step: int | None
-    tokens: float | None
-    usd_per_billion_tokens: float | None
-    train_loss: float | None
-    val_loss: float | None
+    units: Units
+    charts: Charts
+    origins: list[Origin] = field(default_factory=list)
+    storage: StorageUse | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def build(run: Run, now: float) -> Report:
+# Dollars per hour on demand, by cloud, region and instance type; None where not known.
+OnDemand = Callable[[str, str, str], float | None]
+
+
+def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None) -> Report:
     """The report on a run, as of `now` (unix seconds), which decides whether its last machine still runs."""
-    parts = cells(run, now)
     lost = lost_work(run, now)
-    priced = math.fsum(cell.usd for cell in parts if cell.usd is not None)
-    places = money.places_for(priced)
+    books = booked(run, lost)
+    parts = cells(run, books)
+    spend = Spend(run, books)
+    places = money.places_for(math.fsum(cell.usd for cell in parts if cell.usd is not None))
     [total] = table(parts, None, ["total"], places)
     used = {cell.phase for cell in parts}
     # These two lines stand even at zero: that nothing was lost or left over is worth reading.
     always = {"train_lost", "not_attributed"} if "train_kept" in used else {"not_attributed"}
     order = [*(phase for phase in PHASES if phase in used | always), *sorted(used - set(PHASES))]
-    by_segment = table(parts, "segment", [str(segment.number) for segment in run.segments], places, total.usd)
-    tokens = _final(run, "tokens")
-    whole_usd = total.usd if total.complete else None
+    phases = table(parts, "phase", order, places, total.usd)
+    numbers = [str(segment.number) for segment in run.segments]
+    others = sorted({cell.segment for cell in parts} - set(numbers))
+    lines = table(parts, "segment", numbers + others, places, total.usd)
     return Report(
         run=run.url,
         stage=run.stage,
         state=_how_it_ended(run, run.segments[-1], now),
         places=places,
         total=total,
-        phases=table(parts, "phase", order, places, total.usd),
+        phases=phases,
         segments=[
             _segment_line(run, segment, line, lost[segment.number], now)
-            for segment, line in zip(run.segments, by_segment, strict=True)
-        ],
+            for segment, line in zip(run.segments, lines, strict=False)
+        ]
+        + [SegmentLine(**vars(line), end="no ledger") for line in lines[len(numbers) :]],
         by={
-            group: table(parts, group, sorted({getattr(c, group) for c in parts}), places, total.usd)
+            group: table(parts, group, sorted({getattr(cell, group) for cell in parts}), places, total.usd)
             for group in GROUPS
         },
-        last_step=max((segment.steps.number[-1] for segment in run.segments if segment.steps.number), default=None),
-        tokens=tokens,
-        usd_per_billion_tokens=None if whole_usd is None or not tokens else whole_usd / tokens * 1e9,
-        train_loss=_final(run, "loss"),
-        val_loss=next((s.evals[-1]["val_loss"] for s in reversed(run.segments) if s.evals), None),
+        units=units(
+            run,
+            lost,
+            spend,
+            {line.name: line.seconds for line in phases},
+            total.usd if total.complete else None,
+            _on_demand_usd(parts, on_demand),
+        ),
+        charts=charts(run, spend),
+        origins=[*_origins(run), *run.origins],
+        storage=run.storage,
         notes=[*run.problems, *_price_notes(run), *_time_notes(run, now)],
     )
+
+
+def _on_demand_usd(parts: list[Cell], on_demand: OnDemand) -> float | None:
+    """What the same hours would have cost without spot, or None if a price is missing or there was no spot."""
+    if not any(cell.market == "spot" for cell in parts):
+        return None
+    usd = 0.0
+    for cell in parts:
+        if cell.market == "spot":
+            price = on_demand(cell.cloud, cell.region, cell.instance)
+            cost = None if price is None else cell.seconds / 3600 * price * cell.nodes
+        else:
+            cost = cell.usd
+        if cost is None:
+            return None
+        usd += cost
+    return usd
+
+
+def _origins(run: Run) -> list[Origin]:
+    found = [Origin("time by phase", f"ledger of {len(run.segments)} segment{'s' * (len(run.segments) != 1)}")]
+    prices: dict[str, list[str]] = {}
+    for segment in run.segments:
+        if segment.machine.usd_per_hour is not None:
+            prices.setdefault(segment.machine.price_source or "ledger, without a source", []).append(
+                str(segment.number)
+            )
+    return found + [Origin(f"price of segment {_some(numbers)}", source) for source, numbers in prices.items()]
 
 
 def table(
     parts: Iterable[Cell], group: str | None, order: list[str], places: int, total: float | None = None
 ) -> list[Line]:
     """Sum cells by one of their fields (None: all of them), a line per name of `order`, rounded to add up."""
-    seconds, usd = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0.0)
-    unpriced, priced = set(), set()
+    cells_of = {name: [] for name in order}
     for cell in parts:
-        name = getattr(cell, group) if group else order[0]
-        seconds[name] += cell.seconds
-        usd[name] += cell.usd or 0.0
-        (unpriced if cell.usd is None else priced).add(name)
+        cells_of[getattr(cell, group) if group else order[0]].append(cell)
+    # fsum: the order of the cells, which the cache may change, must not change a digit.
+    seconds = {name: math.fsum(cell.seconds for cell in own) for name, own in cells_of.items()}
+    usd = {name: math.fsum(cell.usd or 0.0 for cell in own) for name, own in cells_of.items()}
+    priced = {name for name, own in cells_of.items() if any(cell.usd is not None for cell in own)}
+    unpriced = {name for name, own in cells_of.items() if any(cell.usd is None for cell in own)}
     # A line without anything in it costs nothing, unless nothing at all has a price.
     known = [usd[name] if name in priced or (priced and name not in unpriced) else None for name in order]
     shown = money.apportion(known, places, total)
@@ -156,15 +200,6 @@ def _how_it_ended(run: Run, segment: Segment, now: float) -> str:
     if segment is run.segments[-1] and segment.is_live(now):
         return "running"
     return "killed (end: last heartbeat)"
-
-
-def _final(run: Run, column: str) -> float | None:
-    """The newest known value of a training metric; of a step that was done twice, the later one's."""
-    for segment in reversed(run.segments):
-        for value in reversed(getattr(segment.curve, column)):
-            if value is not None:
-                return value
-    return None
 
 
 def _price_notes(run: Run) -> list[str]:

@@ -12,12 +12,18 @@ import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from costs.model import Run, Segment
+import numpy as np
+
+from costs.model import Run, Segment, Slice, Stretch, Uptime
 
 PHASES = (
     "provision image setup init compile restore data_wait train_kept train_lost eval sample checkpoint idle "
     "idle_until_down not_attributed"
 ).split()
+
+
+# The slices of each segment, by its number, with the phases of a report.
+Books = dict[int, list[Slice]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Cell:
     zone: str
     instance: str
     market: str
+    nodes: int
     price_source: str
 
 
@@ -47,78 +54,125 @@ class Lost:
     wait_seconds: float = 0.0
 
 
-def cells(run: Run, now: float) -> list[Cell]:
-    """All cells of a run as of `now` (unix seconds)."""
-    lost = lost_work(run, now)
-    return [cell for segment in run.segments for cell in _segment_cells(run, segment, lost[segment.number])]
+def cells(run: Run, books: Books) -> list[Cell]:
+    """All cells of a run; `books` as from `booked`."""
+    parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, books[segment.number])]
+    return parts + [cell for stretch in run.around for cell in _stretch_cells(run, stretch)]
 
 
 def lost_work(run: Run, now: float) -> dict[int, Lost]:
-    """By segment number."""
+    """By segment number. `now` tells whether the last segment may still finish its step."""
     found = {}
     boundary = math.inf
     for segment in reversed(run.segments):
-        unfinished = not completed(segment) and not (segment is run.segments[-1] and segment.is_live(now))
-        found[segment.number] = _lost(segment, boundary, unfinished)
+        finished = segment.end is not None and segment.end.get("reason") == "finished"
+        running = segment is run.segments[-1] and segment.is_live(now)
+        found[segment.number] = _lost(segment, boundary, unfinished=not finished and not running)
         restored = segment.restored_step
         boundary = boundary if restored is None else min(boundary, restored)
     return found
 
 
-def completed(segment: Segment) -> bool:
-    return segment.end is not None and segment.end.get("reason") == "finished"
-
-
 def _lost(segment: Segment, boundary: float, unfinished: bool) -> Lost:
     steps = segment.steps
-    again = [index for index, step in enumerate(steps.number) if step > boundary]
-    lost = Lost(len(again), math.fsum(steps.train[i] for i in again), math.fsum(steps.wait[i] for i in again))
+    again = np.asarray(steps.number) > boundary
+    lost = Lost(int(again.sum()), *(float(np.asarray(column)[again].sum()) for column in (steps.train, steps.wait)))
     if not unfinished:
         return lost
     booked = {name: math.fsum(s.phases.get(name, 0.0) for s in segment.slices) for name in ("train", "data_wait")}
     return Lost(
         lost.steps,
-        lost.train_seconds + max(0.0, booked["train"] - math.fsum(steps.train)),
-        lost.wait_seconds + max(0.0, booked["data_wait"] - math.fsum(steps.wait)),
+        lost.train_seconds + max(0.0, booked["train"] - float(np.sum(steps.train))),
+        lost.wait_seconds + max(0.0, booked["data_wait"] - float(np.sum(steps.wait))),
     )
 
 
-def _segment_cells(run: Run, segment: Segment, lost: Lost) -> list[Cell]:
-    """Walk the timeline backwards: steps are in order, so what was lost is the last of the train time."""
-    sums: dict[tuple[str, str], float] = {}
+def booked(run: Run, lost: dict[int, Lost]) -> Books:
+    """By segment number; `lost` as from `lost_work`."""
+    return {segment.number: _booked(segment, lost[segment.number]) for segment in run.segments}
+
+
+def _booked(segment: Segment, lost: Lost) -> list[Slice]:
+    """The segment's slices with the phases of a report, newest first.
+
+    Steps are in order, so what was lost is the last of the train time: it is taken off from the end.
+    """
     left = {"train": lost.train_seconds, "data_wait": lost.wait_seconds}
+    slices = []
     for stretch in reversed(segment.slices):
-        day = datetime.fromtimestamp(stretch.start, UTC).date().isoformat()
-        unclaimed = stretch.seconds
+        phases = {"not_attributed": max(0.0, stretch.seconds - math.fsum(stretch.phases.values()))}
         for phase, seconds in stretch.phases.items():
-            unclaimed -= seconds
-            in_vain = min(seconds, left.get(phase, 0.0))
-            if in_vain > 0:
+            if in_vain := min(seconds, left.get(phase, 0.0)):
                 left[phase] -= in_vain
-                sums["train_lost", day] = sums.get(("train_lost", day), 0.0) + in_vain
-            name = "train_kept" if phase == "train" else phase
-            sums[name, day] = sums.get((name, day), 0.0) + seconds - in_vain
-        sums["not_attributed", day] = sums.get(("not_attributed", day), 0.0) + max(0.0, unclaimed)
+                phases["train_lost"] = phases.get("train_lost", 0.0) + in_vain
+            phases["train_kept" if phase == "train" else phase] = seconds - in_vain
+        slices.append(Slice(stretch.start, stretch.end, phases))
+    return slices
+
+
+def _segment_cells(run: Run, segment: Segment, book: list[Slice]) -> list[Cell]:
+    sums: dict[tuple[str, str], float] = {}
+    for stretch in book:
+        day = _day(stretch.start)
+        for phase, seconds in stretch.phases.items():
+            sums[phase, day] = sums.get((phase, day), 0.0) + seconds
     price = segment.machine.usd_per_hour
     if not sums:  # a machine that left no heartbeat ran for an unknown time
-        day = datetime.fromtimestamp(segment.started_at, UTC).date().isoformat() if segment.started_at else "?"
-        sums["not_attributed", day], price = 0.0, None
-    machine = segment.machine
+        sums["not_attributed", _day(segment.started_at)], price = 0.0, None
     return [
-        Cell(
-            phase=phase,
-            seconds=seconds,
-            usd=None if price is None else seconds / 3600 * price,
-            segment=str(segment.number),
-            stage=run.stage or "?",
-            day=day,
-            cloud=machine.cloud or "?",
-            region=machine.region or "?",
-            zone=machine.zone or "?",
-            instance=machine.instance_type or "?",
-            market={None: "?", True: "spot", False: "on demand"}[machine.spot],
-            price_source=machine.price_source or "?",
-        )
+        _cell(run, segment, phase, day, seconds, price)
         for (phase, day), seconds in sums.items()
         if seconds > 0 or price is None
     ]
+
+
+def _stretch_cells(run: Run, stretch: Stretch) -> list[Cell]:
+    """Cut at midnight, UTC."""
+    uptime = stretch.uptime
+    price = uptime.usd_per_hour
+    if stretch.segment is not None and stretch.segment.machine.usd_per_hour is not None:
+        price = stretch.segment.machine.usd_per_hour  # one machine has one price
+    found = []
+    start = stretch.start
+    while start < stretch.end:
+        end = min(stretch.end, (start // 86400 + 1) * 86400)
+        found.append(_cell(run, stretch.segment, stretch.phase, _day(start), end - start, price, uptime))
+        start = end
+    return found
+
+
+def _cell(
+    run: Run,
+    segment: Segment | None,
+    phase: str,
+    day: str,
+    seconds: float,
+    price: float | None,
+    uptime: Uptime | None = None,
+) -> Cell:
+    """What the segment does not say about its machine, the launcher's record may."""
+
+    def of(ours: str) -> object:
+        known = [getattr(source, ours) for source in (segment and segment.machine, uptime) if source]
+        return next((value for value in known if value is not None), None)
+
+    spot = of("spot")
+    return Cell(
+        phase=phase,
+        seconds=seconds,
+        usd=None if price is None else seconds / 3600 * price,
+        segment=str(segment.number) if segment else f"– {uptime.cluster}",
+        stage=run.stage or "?",
+        day=day,
+        cloud=of("cloud") or "?",
+        region=of("region") or "?",
+        zone=of("zone") or "?",
+        instance=of("instance_type") or "?",
+        market={None: "?", True: "spot", False: "on demand"}[spot],
+        nodes=int(of("nodes") or 1),
+        price_source=of("price_source") or "?",
+    )
+
+
+def _day(time: float | None) -> str:
+    return "?" if time is None else datetime.fromtimestamp(time, UTC).date().isoformat()

@@ -14,7 +14,9 @@ VERSION = 1
 
 def document(report: Report) -> dict[str, Any]:
     """Plain nested values. A figure that is not known is None; dollars are rounded as printed."""
-    return {"format": FORMAT, "version": VERSION, "currency": "USD"} | asdict(report)
+    plain = asdict(report)
+    del plain["charts"]  # many points, for drawing; costs.charts gives them to a notebook
+    return {"format": FORMAT, "version": VERSION, "currency": "USD"} | plain
 
 
 def as_json(report: Report) -> str:
@@ -26,14 +28,18 @@ def rows(report: Report) -> list[dict[str, Any]]:
     tables: list[tuple[str, list[Line]]] = [("total", [report.total]), ("phase", report.phases)]
     tables += [("segment", list(report.segments)), *report.by.items()]
     columns = [field.name for field in fields(Line)]
-    return [
+    found = [
         {"run": report.run, "table": table} | {column: getattr(line, column) for column in columns}
         for table, lines in tables
         for line in lines
-    ] + [
-        {"run": report.run, "table": "unit"} | dict.fromkeys(columns) | {"name": name, "value": getattr(report, name)}
-        for name in ("last_step", "tokens", "usd_per_billion_tokens", "train_loss", "val_loss")
     ]
+    unit = {"run": report.run, "table": "unit"} | dict.fromkeys(columns)
+    for each in fields(report.units):
+        if each.name != "usd_to_val_loss":
+            found.append(unit | {"name": each.name, "value": getattr(report.units, each.name)})
+    for level in report.units.usd_to_val_loss:
+        found.append(unit | {"name": f"usd_to_val_loss_{level.val_loss:g}", "value": level.usd})
+    return found
 
 
 def as_csv(report: Report) -> str:

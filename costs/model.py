@@ -1,5 +1,6 @@
 """What a run is to the report: plain values that costs.read fills from storage and costs.breakdown computes on."""
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +30,11 @@ class Slice:
 
 @dataclass
 class Steps:
-    """Optimizer steps of a segment in order: parallel lists of number, train seconds, data-wait seconds."""
+    """Optimizer steps of a segment in order: number, train seconds, data-wait seconds. Arrays, as there are many."""
 
-    number: list[int] = field(default_factory=list)
-    train: list[float] = field(default_factory=list)
-    wait: list[float] = field(default_factory=list)
+    number: array = field(default_factory=lambda: array("q"))
+    train: array = field(default_factory=lambda: array("d"))
+    wait: array = field(default_factory=lambda: array("d"))
 
 
 @dataclass
@@ -91,12 +92,70 @@ class Segment:
         return self.end is None and self.ended_at is not None and now - self.ended_at < SILENT_SECONDS
 
 
+@dataclass(frozen=True)
+class Uptime:
+    """One machine (or cluster), from launch to shutdown; `end` is None while it is up.
+
+    `was_up` is false when the record itself shows that no machine was ever had: a launch that failed.
+    `usd_per_hour` is for all nodes together.
+    """
+
+    cluster: str
+    start: float
+    end: float | None
+    origin: str
+    was_up: bool = True
+    nodes: int = 1
+    usd_per_hour: float | None = None
+    price_source: str | None = None
+    cloud: str | None = None
+    region: str | None = None
+    zone: str | None = None
+    instance_type: str | None = None
+    spot: bool | None = None
+    job: str | None = None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Time of a machine outside its segments. `segment` is the one it belongs to, None for a machine without."""
+
+    phase: str
+    start: float
+    end: float
+    uptime: Uptime
+    segment: Segment | None = None
+
+
+@dataclass(frozen=True)
+class StorageUse:
+    """What the objects below the run folder take."""
+
+    objects: int
+    bytes: int
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a figure is from, or why it is not there."""
+
+    figure: str
+    source: str
+
+
 @dataclass
 class Run:
-    """A run folder. `config` is what run.json holds, empty when there is none."""
+    """A run folder. `config` is what run.json holds, empty when there is none.
+
+    `around` is what others' records add to the segments' time (costs.uptime), `storage` what its objects take.
+    """
 
     url: str
     segments: list[Segment] = field(default_factory=list)
     config: Mapping[str, Any] = field(default_factory=dict)
     stage: str | None = None
+    around: list[Stretch] = field(default_factory=list)
+    storage: StorageUse | None = None
+    origins: list[Origin] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

@@ -1,28 +1,24 @@
 """A report as tables on the terminal."""
 
-from datetime import UTC, datetime
-
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from core.console import quantity
 from costs import money
 from costs.breakdown import Line, Report
-
-
-def label(name: str) -> str:
-    return name.replace("_", " ")
+from costs.wording import clock, headline, label, steps, unit_rows
 
 
 def render(report: Report) -> RenderableType:
     return Group(
         Text(f"{report.run}", style="bold"),
-        Text(f"{report.stage or 'stage ?'}, {report.state}; {_span(report)}"),
+        Text(headline(report)),
         _phases(report),
         _segments(report),
+        _groups(report),
         _units(report),
+        _origins(report),
         *(Text(f"note: {note}", style="yellow") for note in report.notes),
     )
 
@@ -33,12 +29,6 @@ def show(report: Report) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
     console.print(render(report))
-
-
-def _span(report: Report) -> str:
-    count = len(report.segments)
-    dollars = "$" + money.text(report.total.usd, report.places, report.total.complete)
-    return f"{count} segment{'s' * (count != 1)}, {money.duration(report.total.seconds)} of machine time, {dollars}"
 
 
 def _phases(report: Report) -> Table:
@@ -61,22 +51,42 @@ def _segments(report: Report) -> Table:
     for heading in ("USD/h", "time", "USD", "share", "steps", "steps lost"):
         table.add_column(heading, justify="right")
     for line in report.segments:
-        started = (
-            "?" if line.started_at is None else f"{datetime.fromtimestamp(line.started_at, UTC):%Y-%m-%d %H:%M:%S}"
-        )
-        first = "?" if line.restored_step is None else str(line.restored_step)
-        last = first if line.last_step is None else str(line.last_step)
         table.add_row(
             line.name,
-            started,
+            clock(line.started_at),
             line.machine,
             line.end,
             money.text(line.usd_per_hour),
             money.duration(line.seconds),
             *_money(report, line),
-            f"{first} → {last}",
+            steps(line),
             str(line.steps_lost),
         )
+    return table
+
+
+def _groups(report: Report) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("by", ""):
+        table.add_column(heading)
+    for heading in ("time", "USD", "share"):
+        table.add_column(heading, justify="right")
+    for group, lines in report.by.items():
+        # A group of one line says what the total says; what is not known at all says nothing.
+        if len(lines) > 1 or (lines and lines[0].name != "?" and group not in ("stage", "day")):
+            for index, line in enumerate(lines):
+                table.add_row(
+                    group if not index else "", line.name, money.duration(line.seconds), *_money(report, line)
+                )
+    return table
+
+
+def _origins(report: Report) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("figure")
+    table.add_column("from")
+    for origin in report.origins:
+        table.add_row(origin.figure, origin.source)
     return table
 
 
@@ -84,11 +94,8 @@ def _units(report: Report) -> Table:
     table = Table(box=SIMPLE_HEAD, show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
-    table.add_row("last step", "?" if report.last_step is None else f"{report.last_step:,}")
-    table.add_row("tokens", "?" if report.tokens is None else f"{quantity(report.tokens)} ({report.tokens:,.0f})")
-    table.add_row("USD per billion tokens", money.text(report.usd_per_billion_tokens))
-    for name, loss in (("train", report.train_loss), ("validation", report.val_loss)):
-        table.add_row(f"final {name} loss", "?" if loss is None else f"{loss:.4f}")
+    for row in unit_rows(report):
+        table.add_row(*row)
     return table
 
 

@@ -48,10 +48,10 @@ def test_the_golden_run_is_priced_by_phase(tmp_path: Path):
         (3.72, "killed (end: last heartbeat)", 5),
         (1.20, "finished", 0),
     ]
-    assert report.tokens == 12e6
-    assert report.usd_per_billion_tokens == pytest.approx(4.92 / 12e6 * 1e9)
-    assert report.train_loss == pytest.approx(3.8)
-    assert report.val_loss == 3.5
+    assert report.units.tokens == 12e6
+    assert report.units.usd_per_billion_tokens == pytest.approx(4.92 / 12e6 * 1e9)
+    assert report.units.train_loss == pytest.approx(3.8)
+    assert report.units.val_loss == 3.5
     assert report.notes == []
 
 
@@ -107,7 +107,7 @@ def test_what_is_no_price_is_unknown_and_never_zero(tmp_path: Path, price: objec
     assert report.segments[1].usd is None
     assert not report.total.complete
     assert report.total.usd == 3.72
-    assert report.usd_per_billion_tokens is None
+    assert report.units.usd_per_billion_tokens is None
     assert "no price is known for segment 2" in " ".join(report.notes)
     if price is not None:
         assert f"usd_per_hour is {price!r}, no price" in " ".join(report.notes)
@@ -210,7 +210,7 @@ def test_a_preparation_run_has_no_training_lines(tmp_path: Path):
     report = report_on(run)
     assert report.stage == "prep"
     assert "train_lost" not in usd(report)
-    assert report.tokens is None
+    assert report.units.tokens is None
 
 
 def test_the_forms_give_the_same_figures(tmp_path: Path):

@@ -1,0 +1,147 @@
+"""What has been read of a run, kept on this machine, so that a report fetches only what is new.
+
+One NumPy file per run below $COST_CACHE_DIR (default ~/.cache/pretrain-launcher/costs). It holds no secret and may
+be deleted at any time; a file that is damaged or of another release is ignored and written anew.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+import zipfile
+from array import array
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.ledger import Machine
+from costs.model import Curve, Segment, Slice, Steps
+
+log = logging.getLogger(__name__)
+VERSION = 1
+_PLAIN = ("number", "started_at", "program", "launcher", "marks", "end", "evals", "problems")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How far a segment has been read. `start` tells its start object from a later one of the same name."""
+
+    start: str
+    ledger: int = -1
+    metrics: int = -1
+
+
+Known = Mapping[int, tuple[Segment, Seen]]
+
+
+def path_for(run_url: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """The file for a run. The same URL at another endpoint is another run."""
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
+    digest = hashlib.sha256(f"{endpoint} {run_url.rstrip('/')}".encode()).hexdigest()
+    return folder(environment) / f"{digest[:20]}.npz"
+
+
+def folder(environment: Mapping[str, str] = os.environ) -> Path:
+    if environment.get("COST_CACHE_DIR"):
+        return Path(environment["COST_CACHE_DIR"])
+    root = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "pretrain-launcher" / "costs"
+
+
+def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
+    """Segments by number; empty if there is no file that this release can use."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            columns = {name: stored[name] for name in stored.files}
+        head = json.loads(columns.pop("head").tobytes())
+        if head["version"] != VERSION:
+            return {}
+        return _unpack(head, columns)
+    except FileNotFoundError:
+        return {}
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+        log.warning("%s: ignored and written anew (%s)", path, error)
+        return {}
+
+
+def save(path: Path, known: Known) -> None:
+    """Replace the file whole. A folder that cannot be written only costs time at the next report."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **_pack(known))
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: not kept (%s); the next report reads everything again", path, error)
+
+
+def _pack(known: Known) -> dict[str, np.ndarray]:
+    segments = [segment for segment, _ in known.values()]
+    slices = [each for segment in segments for each in segment.slices]
+    phases = sorted({phase for each in slices for phase in each.phases})
+    place = {phase: column for column, phase in enumerate(phases)}
+    seconds = np.zeros((len(slices), len(phases)))
+    for row, each in enumerate(slices):
+        for phase, value in each.phases.items():
+            seconds[row, place[phase]] = value
+    head = {"version": VERSION, "phases": phases, "segments": []}
+    for segment, seen in known.values():
+        plain = {name: getattr(segment, name) for name in _PLAIN}
+        counts = [len(segment.slices), len(segment.steps.number), len(segment.curve.step)]
+        plain |= {"machine": asdict(segment.machine), "tags": segment.tags, "seen": asdict(seen), "counts": counts}
+        head["segments"].append(plain)
+    columns = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8), "phase_seconds": seconds}
+    columns |= {f"slice_{name}": np.array([getattr(s, name) for s in slices], float) for name in ("start", "end")}
+    for name in vars(Steps()):
+        parts = [np.asarray(getattr(segment.steps, name)) for segment in segments]
+        columns[f"steps_{name}"] = np.concatenate(parts) if parts else np.array([])
+    for name in vars(Curve()):
+        values = [value for segment in segments for value in getattr(segment.curve, name)]
+        columns[f"curve_{name}"] = np.array([math.nan if v is None else v for v in values], float)
+    return columns
+
+
+def _unpack(head: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> dict[int, tuple[Segment, Seen]]:
+    phases = head["phases"]
+    lists = {name: values.tolist() for name, values in columns.items() if not name.startswith("steps_")}
+    at = [0, 0, 0]
+    known = {}
+    for plain in head["segments"]:
+        ranges = [slice(begin, begin + count) for begin, count in zip(at, plain["counts"], strict=True)]
+        at = [each.stop for each in ranges]
+        rows = zip(*(lists[name][ranges[0]] for name in ("slice_start", "slice_end", "phase_seconds")), strict=True)
+        segment = Segment(
+            **{name: plain[name] for name in _PLAIN},
+            machine=Machine(**plain["machine"]),
+            tags=tuple(plain["tags"]),
+            slices=[
+                Slice(start, end, {phase: value for phase, value in zip(phases, row, strict=True) if value})
+                for start, end, row in rows
+            ],
+            steps=Steps(**{name: _array(columns[f"steps_{name}"][ranges[1]]) for name in vars(Steps())}),
+            curve=_curve(lists, ranges[2]),
+        )
+        known[segment.number] = (segment, Seen(**plain["seen"]))
+    return known
+
+
+def _array(values: np.ndarray) -> array:
+    found = array("q" if values.dtype.kind == "i" else "d")
+    found.frombytes(values.tobytes())
+    return found
+
+
+def _curve(lists: Mapping[str, list[float]], rows: slice) -> Curve:
+    """What is stored as not a number was not known; steps are counted."""
+    columns = {name: lists[f"curve_{name}"][rows] for name in vars(Curve())}
+    found = {name: [None if value != value else value for value in values] for name, values in columns.items()}
+    return Curve(**found | {"step": [int(step) for step in columns["step"]]})

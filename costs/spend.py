@@ -1,0 +1,52 @@
+"""Dollars as a function of time: what had been spent, on which phase, when a loss was reached. Pure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from costs.cells import PHASES, Books
+from costs.model import Run
+
+
+class Spend:
+    """Cumulative dollars of a run by phase. Time without a known price counts as no dollars; `complete` says so."""
+
+    def __init__(self, run: Run, books: Books):
+        self.complete = True
+        pieces: dict[str, list[tuple[float, float, float]]] = {}
+        for segment in run.segments:
+            price = segment.machine.usd_per_hour
+            self.complete &= price is not None
+            for stretch in books[segment.number] if price else ():
+                for phase, seconds in stretch.phases.items():
+                    if seconds > 0:
+                        pieces.setdefault(phase, []).append((stretch.start, stretch.end, seconds / 3600 * price))
+        for stretch in run.around:
+            price = (stretch.segment and stretch.segment.machine.usd_per_hour) or stretch.uptime.usd_per_hour
+            self.complete &= price is not None
+            usd = (stretch.end - stretch.start) / 3600 * (price or 0.0)
+            pieces.setdefault(stretch.phase, []).append((stretch.start, stretch.end, usd))
+        names = [*(p for p in PHASES if p in pieces), *sorted(set(pieces) - set(PHASES))]
+        self.curves = {name: _ramp(pieces[name]) for name in names}
+        edges = [edge for phase in pieces.values() for start, end, _ in phase for edge in (start, end)]
+        self.start, self.end = (min(edges), max(edges)) if edges else (0.0, 0.0)
+
+    def by_phase(self, times: Sequence[float]) -> dict[str, np.ndarray]:
+        """Cumulative dollars of each phase at each time."""
+        return {name: np.interp(times, *curve) for name, curve in self.curves.items()}
+
+    def at(self, times: Sequence[float]) -> np.ndarray:
+        """Cumulative dollars of all phases at each time."""
+        return sum(self.by_phase(times).values(), np.zeros(len(times)))
+
+
+def _ramp(pieces: list[tuple[float, float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Times and cumulative dollars of overlapping stretches, each spent evenly. Touching stretches share a corner."""
+    start, end, usd = (np.array(column) for column in zip(*pieces, strict=True))
+    rate = usd / np.maximum(end - start, 1e-9)
+    corners = np.unique(np.concatenate([start, end]))
+    change = np.zeros(len(corners))
+    np.add.at(change, np.searchsorted(corners, start), rate)
+    np.add.at(change, np.searchsorted(corners, end), -rate)
+    spent = np.concatenate([[0.0], np.cumsum(np.cumsum(change)[:-1] * np.diff(corners))])
+    return corners, spent

@@ -1,0 +1,192 @@
+"""What the dollars bought: unit costs of a run. Pure.
+
+A unit cost is known only if every second of the run has a price; it is None otherwise, never too low.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from costs.cells import Lost
+from costs.model import Run
+from costs.spend import Spend
+
+# Validation losses people quote for GPT-2: tenths, and 3.28 (GPT-2 124M on FineWeb, llm.c discussion 481).
+QUOTED_LEVELS = (3.28,)
+LEVELS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Level:
+    """When the validation loss was first at `val_loss` or below, on the path that was kept."""
+
+    val_loss: float
+    step: int
+    usd: float | None
+
+
+@dataclass(frozen=True)
+class Units:
+    """None is "not known"."""
+
+    last_step: int | None
+    tokens: float | None
+    train_loss: float | None
+    val_loss: float | None
+    usd_per_billion_tokens: float | None
+    usd_per_exaflop: float | None
+    usd_per_loss_point: float | None
+    gpu_hours: float | None
+    usd_per_gpu_hour: float | None
+    mfu: float | None
+    goodput: float | None
+    tokens_per_second: float | None
+    restarts: int
+    usd_per_restart: float | None
+    usd_on_demand: float | None
+    usd_saved: float | None
+    hour_more_usd: float | None
+    hour_more_tokens: float | None
+    hour_more_val_loss: float | None
+    usd_to_val_loss: list[Level] = field(default_factory=list)
+
+
+def units(
+    run: Run,
+    lost: Mapping[int, Lost],
+    spend: Spend,
+    seconds: Mapping[str, float],
+    usd: float | None,
+    usd_on_demand: float | None,
+) -> Units:
+    """`seconds` by phase and `usd` of the whole run (None: not fully known); `usd_on_demand` of the same hours."""
+    evals = kept_evals(run)
+    tokens = final(run, "tokens")
+    flops = flops_per_token(run.config)
+    whole = math.fsum(seconds.values())
+    kept = seconds.get("train_kept", 0.0)
+    gpu_hours = _gpu_hours(run)
+    drop = evals[0]["val_loss"] - evals[-1]["val_loss"] if len(evals) > 1 else 0.0
+    speed = tokens / kept if tokens and kept else None
+    hour_tokens = tokens / whole * 3600 if tokens and whole else None
+    restarts = len(run.segments) - 1
+    return Units(
+        last_step=max((segment.steps.number[-1] for segment in run.segments if segment.steps.number), default=None),
+        tokens=tokens,
+        train_loss=final(run, "loss"),
+        val_loss=evals[-1]["val_loss"] if evals else None,
+        usd_per_billion_tokens=_ratio(usd, tokens, 1e9),
+        usd_per_exaflop=_ratio(usd, tokens * flops if tokens and flops else None, 1e18),
+        usd_per_loss_point=_ratio(usd, drop if drop > 0 else None),
+        gpu_hours=gpu_hours,
+        usd_per_gpu_hour=_ratio(usd, gpu_hours),
+        mfu=_mean_mfu(run),
+        goodput=kept / whole if whole and kept else None,
+        tokens_per_second=speed,
+        restarts=restarts,
+        usd_per_restart=_usd_per_restart(run, lost, restarts),
+        usd_on_demand=usd_on_demand,
+        usd_saved=None if usd is None or usd_on_demand is None else usd_on_demand - usd,
+        hour_more_usd=_newest_price(run) if hour_tokens else None,
+        hour_more_tokens=hour_tokens,
+        hour_more_val_loss=_loss_after(evals, hour_tokens),
+        usd_to_val_loss=levels(evals, spend),
+    )
+
+
+def flops_per_token(config: Mapping[str, Any]) -> float | None:
+    """Forward and backward FLOPs per token from a run's settings: 6 per matrix weight and 12 L T D for attention
+    (Chowdhery et al. 2022, PaLM, appendix B), or None for a model this does not describe."""
+    model = config.get("model")
+    try:
+        layers, width, context, rows = (int(model[name]) for name in ("layers", "width", "context", "vocab_rows"))
+    except (TypeError, KeyError, ValueError):
+        return None
+    return 6.0 * (rows * width + 12 * layers * width**2) + 12.0 * layers * context * width
+
+
+def final(run: Run, column: str) -> float | None:
+    """The newest known value of a training metric; of a step that was done twice, the later one's."""
+    for segment in reversed(run.segments):
+        for value in reversed(getattr(segment.curve, column)):
+            if value is not None:
+                return value
+    return None
+
+
+def kept_evals(run: Run) -> list[dict[str, Any]]:
+    """Validation losses in order of step, without those of steps that were done again."""
+    kept: list[dict[str, Any]] = []
+    boundary = math.inf
+    for segment in reversed(run.segments):
+        kept = [each for each in segment.evals if each["step"] <= boundary] + kept
+        if segment.restored_step is not None:
+            boundary = min(boundary, segment.restored_step)
+    return kept
+
+
+def levels(evals: list[dict[str, Any]], spend: Spend) -> list[Level]:
+    """The dollars at which each quoted loss was first reached; the lowest ones, at most LEVELS_SHOWN."""
+    if not evals:
+        return []
+    best = min(each["val_loss"] for each in evals)
+    lowest = math.ceil(best * 10 - 1e-9)
+    tenths = [tenth / 10 for tenth in range(lowest, max(lowest, math.ceil(evals[0]["val_loss"] * 10)))]
+    wanted = sorted({*tenths, *(level for level in QUOTED_LEVELS if best <= level < evals[0]["val_loss"])})
+    reached = []
+    for level in wanted[:LEVELS_SHOWN][::-1]:
+        first = next(each for each in evals if each["val_loss"] <= level + 1e-9)
+        usd = float(spend.at([first["time"]])[0]) if spend.complete else None
+        reached.append(Level(level, first["step"], usd))
+    return reached
+
+
+def _ratio(usd: float | None, amount: float | None, per: float = 1.0) -> float | None:
+    return None if usd is None or not amount else usd / amount * per
+
+
+def _gpu_hours(run: Run) -> float | None:
+    """None if any segment does not know its GPUs, as on a CPU."""
+    if not run.segments or not all(segment.gpus for segment in run.segments):
+        return None
+    inside = sum((s.ended_at - s.started_at) * s.gpus for s in run.segments if s.slices)
+    around = sum((each.end - each.start) * (each.segment.gpus if each.segment else 0) for each in run.around)
+    return (inside + around) / 3600
+
+
+def _mean_mfu(run: Run) -> float | None:
+    known = [value for segment in run.segments for value in segment.curve.mfu if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _usd_per_restart(run: Run, lost: Mapping[int, Lost], restarts: int) -> float | None:
+    """What one preemption has cost: the steps done again, and getting ready to train once more."""
+    if not restarts:
+        return None
+    usd = 0.0
+    for segment in run.segments:
+        price = segment.machine.usd_per_hour
+        if price is None:
+            return None
+        seconds = lost[segment.number].train_seconds + lost[segment.number].wait_seconds
+        if segment is not run.segments[0]:
+            ready = ("setup", "init", "compile", "restore")
+            seconds += math.fsum(stretch.phases.get(phase, 0.0) for stretch in segment.slices for phase in ready)
+        usd += seconds / 3600 * price
+    return usd / restarts
+
+
+def _newest_price(run: Run) -> float | None:
+    return run.segments[-1].machine.usd_per_hour
+
+
+def _loss_after(evals: list[dict[str, Any]], more_tokens: float | None) -> float | None:
+    """An estimate: the straight line through the last two validation losses, over the logarithm of tokens."""
+    if len(evals) < 2 or not more_tokens:
+        return None
+    (before, now) = evals[-2:]
+    if not before["tokens"] or not now["tokens"] or now["tokens"] <= before["tokens"]:
+        return None
+    slope = (now["val_loss"] - before["val_loss"]) / math.log(now["tokens"] / before["tokens"])
+    return now["val_loss"] + slope * math.log(1 + more_tokens / now["tokens"])

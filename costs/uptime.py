@@ -1,0 +1,75 @@
+"""When machines were up, by somebody else's record, and what of it the ledger does not cover.
+
+The ledger begins with a process and ends with its last heartbeat. A launcher's record of the same machine
+reaches further: from the launch (`provision`) to the shutdown (`idle_until_down`). Pure.
+"""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from costs import money
+from costs.model import Segment, Stretch, Uptime
+
+# A launcher polls: it notices up to this much later that a machine is gone, which is not billed.
+NOTICED_LATE_SECONDS = 120.0
+
+
+@dataclass
+class Surroundings:
+    stretches: list[Stretch] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def surroundings(segments: list[Segment], uptimes: Iterable[Uptime], now: float) -> Surroundings:
+    """What the records of this run's machines add to its ledger."""
+    around = Surroundings()
+    clusters = {s.launcher.get("cluster") for s in segments} - {None}
+    jobs = {s.launcher.get("managed_job_id") for s in segments} - {None}
+    for uptime in sorted(uptimes, key=lambda record: record.start):
+        if uptime.cluster not in clusters and (uptime.job is None or uptime.job not in jobs):
+            continue
+        end = now if uptime.end is None else uptime.end
+        inside = [s for s in segments if _same_machine(s, uptime) and s.started_at < end and s.ended_at > uptime.start]
+        if inside:
+            _around_segments(around, uptime, end, inside, now)
+        elif uptime.was_up:
+            around.stretches.append(Stretch("provision", uptime.start, end, uptime))
+            around.notes.append(
+                f"{uptime.origin}: {uptime.cluster} was up for {money.duration(end - uptime.start)} and never got to "
+                "the point of writing a ledger; its time is booked as provision"
+            )
+        else:
+            around.notes.append(
+                f"{uptime.origin}: a launch of {uptime.cluster} failed after {money.duration(end - uptime.start)} "
+                "without getting a machine; nothing is counted for it"
+            )
+    return around
+
+
+def _same_machine(segment: Segment, uptime: Uptime) -> bool:
+    if segment.started_at is None:
+        return False
+    cluster = segment.launcher.get("cluster")
+    return cluster == uptime.cluster or (cluster is None and segment.launcher.get("managed_job_id") == uptime.job)
+
+
+def _around_segments(around: Surroundings, uptime: Uptime, end: float, inside: list[Segment], now: float) -> None:
+    first, last = inside[0], max(inside, key=lambda segment: segment.ended_at)
+    if first.started_at > uptime.start:
+        around.stretches.append(Stretch("provision", uptime.start, first.started_at, uptime, first))
+    reached = first.ended_at
+    for before, after in itertools.pairwise(inside):
+        if after.started_at > reached:
+            around.stretches.append(Stretch("idle", reached, after.started_at, uptime, before))
+        reached = max(reached, after.ended_at)
+    rest = end - reached
+    if rest <= 0 or last.is_live(now):
+        return
+    if last.end is None and uptime.end is not None and rest <= NOTICED_LATE_SECONDS:
+        around.notes.append(
+            f"segment {last.number}: {uptime.origin} has its machine up for {money.duration(rest)} after its last "
+            "heartbeat; taken for the delay in noticing that it was gone, not counted"
+        )
+    else:
+        around.stretches.append(Stretch("idle_until_down", reached, end, uptime, last))
