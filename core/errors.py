@@ -5,7 +5,8 @@
     ├── DataError           stored tokens, manifests or source documents are wrong
     ├── StorageError        the bucket, its credentials or the network
     │   ├── ObjectNotFound  the object is not there
-    │   └── ObjectExists    somebody else wrote it first (exclusive creation)
+    │   ├── ObjectExists    somebody else wrote it first (exclusive creation)
+    │   └── ObjectDamaged   its content is not what its checksum says
     ├── CheckpointError     checkpoints exist but cannot be used
     ├── RunError            the run folder belongs to something else, or another segment took it over
     └── TrainingError       the numbers went wrong (NaN, Inf)
@@ -37,6 +38,10 @@ class ObjectNotFound(StorageError):
 
 class ObjectExists(StorageError):
     """Exclusive creation lost: there is an object at this URI already."""
+
+
+class ObjectDamaged(StorageError):
+    """The content of the object at this URI is not what its checksum says."""
 
 
 class CheckpointError(LauncherError):

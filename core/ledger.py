@@ -105,8 +105,8 @@ def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
 class Ledger:
     """Books one segment's time. One phase is current at any moment; spans are gapless by construction.
 
-    `started_at` is when the paid time of this process began (unix seconds); the time from then to now is booked
-    as `setup`. Times advance by the monotonic clock, so a clock that is set back cannot make a span negative;
+    `started_at` is when the paid time of this segment began and `process_started_at` when this process did (unix
+    seconds): what lies between is booked as `setup`, the time from then on as `init`. Times advance by the monotonic clock, so a clock that is set back cannot make a span negative;
     the jump is recorded.
     """
 
@@ -116,12 +116,14 @@ class Ledger:
         machine: Machine,
         program: Mapping[str, Any],
         started_at: float | None = None,
+        process_started_at: float | None = None,
         flush_seconds: float = FLUSH_SECONDS,
     ):
         now = time.time()
         self._wall_origin = now
         self._monotonic_origin = time.monotonic()
-        started_at = now if started_at is None else min(started_at, now)
+        process_started_at = now if process_started_at is None else min(process_started_at, now)
+        started_at = process_started_at if started_at is None else min(started_at, process_started_at)
         self.run_url = run_url
         self.machine = machine
         self.started_at = started_at
@@ -137,9 +139,9 @@ class Ledger:
         )
         self._lock = threading.RLock()
         self._phase = "init"
-        self._phase_start = now
+        self._phase_start = process_started_at
         self._span_start = started_at
-        self._seconds: dict[str, float] = {"setup": now - started_at} if now > started_at else {}
+        self._seconds: dict[str, float] = {"setup": process_started_at - started_at}
         self._steps: list[list[float]] = []
         self._totals: dict[str, float] = {}
         self._step_totals = [0.0 for _ in STEP_PHASES]

@@ -12,6 +12,7 @@ AWS_ENDPOINT_URL, HF_TOKEN, ...) and never appear in a message.
 
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import logging
 import os
@@ -37,6 +38,8 @@ T = TypeVar("T")
 SCHEMES = ("file", "memory", "s3", "gs", "hf")
 READ_ONLY_SCHEMES = ("hf",)
 COPY_CHUNK_BYTES = 8 << 20
+# Larger objects go up in parts, side by side; S3 takes up to 5 GB in one piece.
+SINGLE_PUT_BYTES = 256 << 20
 
 # About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
 ATTEMPTS = 7
@@ -116,7 +119,7 @@ def read_range(uri: str, start: int, end: int) -> bytes:
 def download(uri: str, path: str | os.PathLike, expected_sha256: str | None = None) -> int:
     """Copy an object into a local file, which appears only when complete. Returns its bytes.
 
-    Raises StorageError when `expected_sha256` is given and the content differs.
+    Raises ObjectDamaged when `expected_sha256` is given and the content differs.
     """
     path = Path(path)
 
@@ -130,7 +133,7 @@ def download(uri: str, path: str | os.PathLike, expected_sha256: str | None = No
                 if expected_sha256:
                     digest.update(chunk)
             if expected_sha256 and digest.hexdigest() != expected_sha256:
-                raise StorageError(
+                raise ObjectDamaged(
                     f"{uri}: checksum is {digest.hexdigest()[:12]}…, expected {expected_sha256[:12]}…; "
                     "the object is damaged: write it again from its source"
                 )
@@ -139,7 +142,7 @@ def download(uri: str, path: str | os.PathLike, expected_sha256: str | None = No
     return _retrying("download", uri, copy)
 
 
-def write_bytes(uri: str, data: bytes | memoryview, *, exclusive: bool = False) -> None:
+def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
     """Store an object whole: readers see the old one or the new one, never a part.
 
     With `exclusive`, raises ObjectExists if there is one already (If-None-Match on S3, a hard link locally);
@@ -152,13 +155,13 @@ def write_bytes(uri: str, data: bytes | memoryview, *, exclusive: bool = False) 
             with _replacing(local_path(uri), exclusive=exclusive) as file:
                 file.write(data)
             return
+        if scheme_of(uri) == "s3" and len(data) <= SINGLE_PUT_BYTES:
+            _put_s3(uri, data, exclusive)
+            return
         fs = _fs(uri)
-        if exclusive and scheme_of(uri) in ("memory", "gs") and fs.exists(_key(uri)):
+        if exclusive and fs.exists(_key(uri)):
             raise FileExistsError(uri)
-        if exclusive and scheme_of(uri) == "s3":
-            fs.pipe_file(_key(uri), data, mode="create")
-        else:
-            fs.pipe_file(_key(uri), data)
+        fs.pipe_file(_key(uri), data)
 
     attempt = 0
 
@@ -320,22 +323,42 @@ def _s3() -> fsspec.AbstractFileSystem:
     import s3fs
 
     with _s3_options_lock:
-        # One retry loop, ours: s3fs and botocore would multiply it by five each. Listings are never cached,
-        # because other machines write to the same prefix.
-        fs = s3fs.S3FileSystem(
-            use_listings_cache=False,
-            config_kwargs={
-                "connect_timeout": 10,
-                "read_timeout": 60,
-                "retries": {"total_max_attempts": 1},
-                "max_pool_connections": 64,
-                # Without it, R2 and older S3-compatible servers refuse the newest checksum trailers.
-                "request_checksum_calculation": "when_required",
-                "response_checksum_validation": "when_required",
-            },
-        )
+        # Listings are never cached, because other machines write to the same prefix.
+        fs = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=_S3_CONFIG)
         fs.retries = 1
         return fs
+
+
+# One retry loop, ours: s3fs and botocore would multiply it by five each.
+_S3_CONFIG = {
+    "connect_timeout": 10,
+    "read_timeout": 60,
+    "retries": {"total_max_attempts": 1},
+    "max_pool_connections": 64,
+    # Without it, R2 and older S3-compatible servers refuse the newest checksum trailers.
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+}
+
+
+def _put_s3(uri: str, data: bytes | bytearray | memoryview, exclusive: bool) -> None:
+    """One PUT by botocore's own client: measured 0.25 CPU-seconds per GB, s3fs takes 3.3."""
+    bucket, _, key = _key(uri).partition("/")
+    condition = {"IfNoneMatch": "*"} if exclusive else {}
+    body = bytes(data) if isinstance(data, memoryview) else data
+    client = _s3_client(tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_"))))
+    client.put_object(Bucket=bucket, Key=key, Body=body, **condition)
+
+
+@functools.lru_cache(maxsize=4)
+def _s3_client(environment: tuple[tuple[str, str], ...]):
+    """A client for these AWS_ variables; safe to share between threads, costly to make."""
+    import botocore.config
+    import botocore.session
+
+    # Signing the body means hashing it once more; over https botocore does not sign it by default either.
+    options = botocore.config.Config(**_S3_CONFIG, s3={"payload_signing_enabled": False})
+    return botocore.session.Session().create_client("s3", config=options)
 
 
 def _key(uri: str) -> str:

@@ -1,0 +1,134 @@
+"""Find the newest usable checkpoint and read it, on any number of ranks.
+
+Rank 0 lists the candidates, all ranks read their share of the files and broadcast them, so that storage gives each
+byte once. A checkpoint that is incomplete or damaged is skipped by name, on all ranks alike, and the one before it
+is tried. If complete checkpoints exist but none can be used, training stops: it never silently starts again.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from core import storage
+from core.errors import CheckpointError, ObjectNotFound
+from trainer.checkpoint import layout
+from trainer.checkpoint.layout import CheckpointManifest
+from trainer.checkpoint.pieces import parse_key
+from trainer.distributed import Ranks, gather_objects, on_main
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The checkpoint that was loaded, and [(name, why)] of those that were skipped for it."""
+
+    step: int
+    state: Mapping[str, Any]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def load_newest(run_url: str, targets: Mapping[str, torch.Tensor], ranks: Ranks) -> Restored | None:
+    """Fill `targets` (full tensors by name, on every rank) from the newest usable checkpoint; None if there is none.
+
+    Raises CheckpointError if complete checkpoints exist but all are damaged.
+    """
+    found = on_main(lambda: layout.steps(run_url), ranks)
+    skipped: list[tuple[str, str]] = []
+    damaged = 0
+    for step in found:
+        manifest, why = on_main(lambda step=step: _open(run_url, step), ranks)
+        if manifest is not None:
+            why = _load(run_url, manifest, targets, ranks)
+            if why is None:
+                return Restored(step, manifest.state, tuple(skipped))
+        if why != "":
+            damaged += 1
+        skipped.append((layout.step_name(step), why or "incomplete: it was never finished"))
+        if ranks.is_main:
+            log.warning("checkpoint %s skipped: %s", *skipped[-1])
+    if damaged:
+        raise CheckpointError(
+            f"{storage.join(run_url, layout.FOLDER)}: none of {len(found)} checkpoints can be used, "
+            f"the newest because: {skipped[0][1]}; restore one from a backup, or start over with another run.url"
+        )
+    return None
+
+
+def _open(run_url: str, step: int) -> tuple[CheckpointManifest | None, str]:
+    """Rank 0: the manifest, or None and why not ("" for one that was never finished)."""
+    if not layout.is_complete(run_url, step):
+        return None, ""
+    try:
+        return layout.read_manifest(run_url, step), ""
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _load(run_url: str, manifest: CheckpointManifest, targets: Mapping[str, torch.Tensor], ranks: Ranks) -> str | None:
+    """Read and broadcast all files. None when `targets` are filled, else what is wrong; nothing is filled then."""
+    files = manifest.files
+    mine: dict[int, dict[str, torch.Tensor]] = {}
+    problem = None
+    for index in range(ranks.rank, len(files), ranks.world):
+        uri = storage.join(layout.folder_of(run_url, manifest.step), files[index].name)
+        try:
+            data = storage.read_bytes(uri)
+            if layout.checksum(data) != files[index].xxh3_128:
+                problem = f"{uri}: checksum differs from its manifest's"
+                break
+            mine[index] = safetensors.torch.load(data)
+        except ObjectNotFound as error:
+            problem = str(error)
+            break
+        except safetensors.SafetensorError as error:
+            problem = f"{uri}: not a safetensors file ({error})"
+            break
+    headers = {index: [(key, str(tensor.dtype)) for key, tensor in tensors.items()] for index, tensors in mine.items()}
+    reports = gather_objects((problem, headers), ranks)
+    problems = [report for report, _ in reports if report]
+    if problems:
+        return problems[0]
+    keys = {index: blocks for _, headers in reports for index, blocks in headers.items()}
+    wrong = _check_cover(keys, targets)
+    if wrong:
+        return f"{layout.folder_of(run_url, manifest.step)}: {wrong}"
+    for index in range(len(files)):
+        for key, _ in keys[index]:
+            name, start, stop = parse_key(key)
+            rows = targets[name].detach()[start:stop]
+            if index in mine:
+                rows.copy_(mine[index][key])
+            if ranks.world > 1:
+                dist.broadcast(rows, src=index % ranks.world)
+    return None
+
+
+def _check_cover(keys: Mapping[int, list[tuple[str, str]]], targets: Mapping[str, torch.Tensor]) -> str | None:
+    """Whether the blocks of all files are exactly the targets' rows, of the same type."""
+    blocks: dict[str, list[tuple[int, int]]] = {}
+    for entries in keys.values():
+        for key, dtype in entries:
+            try:
+                name, start, stop = parse_key(key)
+            except ValueError as error:
+                return str(error)
+            if name not in targets:
+                return f"holds {name}, which this model does not have"
+            if dtype != str(targets[name].dtype):
+                return f"holds {name} as {dtype}, this model has {targets[name].dtype}"
+            blocks.setdefault(name, []).append((start, stop))
+    for name, tensor in targets.items():
+        position = 0
+        for start, stop in sorted(blocks.get(name, [])):
+            if start != position:
+                break
+            position = stop
+        if position != tensor.shape[0]:
+            return f"holds {position} of {tensor.shape[0]} rows of {name}"
+    return None

@@ -1,0 +1,105 @@
+"""Tensors cut into row blocks, dealt to the ranks, and laid out as a safetensors file in memory.
+
+A unit is a block of rows of one parameter, together with the optimizer state of the same rows. Units are dealt to
+the ranks so that each writes about the same number of bytes. A checkpoint names its blocks ("wte.weight[0:25152]"),
+so that any number of ranks can read what any other number wrote.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+MAX_UNIT_ELEMENTS = 4 << 20
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
+_KEY = re.compile(r"^(.+)\[(\d+):(\d+)\]$")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows [start, stop) of a parameter, and the rank that stores them."""
+
+    name: str
+    start: int
+    stop: int
+    owner: int
+
+
+def deal(shapes: Mapping[str, Sequence[int]], world: int, max_elements: int = MAX_UNIT_ELEMENTS) -> list[Unit]:
+    """Cut parameters into row blocks of at most `max_elements` and deal them out, largest first to the least loaded.
+
+    Depends on names, shapes and `world` alone, so all ranks come to the same answer.
+    """
+    blocks = []
+    for name, shape in shapes.items():
+        rows, per_row = shape[0], torch.Size(shape[1:]).numel()
+        step = max(1, max_elements // per_row)
+        blocks += [
+            (min(step, rows - start) * per_row, name, start, min(start + step, rows)) for start in range(0, rows, step)
+        ]
+    loads = [0] * world
+    units = []
+    for elements, name, start, stop in sorted(blocks, key=lambda block: (-block[0], block[1], block[2])):
+        owner = min(range(world), key=lambda rank: (loads[rank], rank))
+        loads[owner] += elements
+        units.append(Unit(name, start, stop, owner))
+    return sorted(units, key=lambda unit: (unit.owner, unit.name, unit.start))
+
+
+def key_of(name: str, start: int, stop: int) -> str:
+    return f"{name}[{start}:{stop}]"
+
+
+def parse_key(key: str) -> tuple[str, int, int]:
+    """Raises ValueError for anything but NAME[START:STOP]."""
+    match = _KEY.match(key)
+    if not match:
+        raise ValueError(f"{key!r} is no row block")
+    return match.group(1), int(match.group(2)), int(match.group(3))
+
+
+class StagedFile:
+    """A safetensors file in one host buffer that is allocated once (pinned when the tensors live on a GPU).
+
+    `fill` is the only part that training waits for: one copy into memory that exists already.
+    """
+
+    def __init__(self, blocks: Iterable[tuple[str, torch.Tensor]]):
+        blocks = list(blocks)
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for key, tensor in blocks:
+            size = tensor.numel() * tensor.element_size()
+            header[key] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start 8-byte aligned
+        start = 8 + len(text)
+        on_gpu = any(tensor.is_cuda for _, tensor in blocks)
+        self._buffer = torch.empty(start + offset, dtype=torch.uint8, pin_memory=on_gpu)
+        self._buffer.fill_(0)  # touch the pages now, not in the first save
+        self._buffer[:start] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+        self._views = {}
+        for key, tensor in blocks:
+            first, last = header[key]["data_offsets"]
+            self._views[key] = self._buffer[start + first : start + last].view(tensor.dtype).view(tensor.shape)
+
+    @torch.no_grad()
+    def fill(self, blocks: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy the tensors in; keys, shapes and dtypes as at construction."""
+        on_gpu = False
+        for key, tensor in blocks:
+            self._views[key].copy_(tensor, non_blocking=True)
+            on_gpu |= tensor.is_cuda
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+
+    @property
+    def data(self) -> memoryview:
+        return memoryview(self._buffer.numpy())

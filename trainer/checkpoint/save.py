@@ -1,0 +1,147 @@
+"""Write checkpoints: snapshot to host memory, then upload in the background while training goes on.
+
+Every rank stores its own payload; rank 0 learns of each finished upload through the job's key-value store, then
+writes the manifest and, last, the marker. One checkpoint is in flight at a time: the staging buffer is the bound
+on memory, and `busy` tells the caller to wait or to save later.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from core import storage
+from core.errors import CheckpointError, LauncherError
+from core.ledger import Ledger, check_owner
+from trainer.checkpoint import layout
+from trainer.checkpoint.layout import CheckpointManifest, PayloadFile
+from trainer.checkpoint.pieces import StagedFile
+from trainer.distributed import Ranks
+
+log = logging.getLogger(__name__)
+
+# Uploads of other ranks are given up after this; the next checkpoint is a new chance.
+PEER_SECONDS = 600.0
+POLL_SECONDS = 0.05
+
+
+class Saver:
+    """Saves what `blocks()` yields: (key, tensor) pairs of this rank, the same keys and shapes each time.
+
+    `ledger` is rank 0's and None elsewhere.
+    """
+
+    def __init__(
+        self,
+        run_url: str,
+        segment: int,
+        ranks: Ranks,
+        keep: int,
+        ledger: Ledger | None,
+        blocks: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+    ):
+        self.run_url = run_url
+        self.segment = segment
+        self.ranks = ranks
+        self.keep = keep
+        self.ledger = ledger
+        self._blocks = blocks
+        self._staged = StagedFile(blocks())
+        self._thread: threading.Thread | None = None
+        self.failure: LauncherError | None = None
+        self.last_step = 0
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, step: int, state: dict[str, Any]) -> None:
+        """Snapshot now (waits for a save in flight), store in the background. All ranks call it at the same step."""
+        self.wait()
+        started = time.monotonic()
+        self._staged.fill(self._blocks())
+        blocked = time.monotonic() - started
+        if self.ledger:
+            self.ledger.mark("checkpoint_begun", step=step)
+        self._thread = threading.Thread(target=self._store, args=(step, state, blocked), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the save in flight is complete or given up."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self, step: int) -> None:
+        """Wait, and raise CheckpointError unless the checkpoint of `step` is complete (on rank 0, who knows)."""
+        self.wait()
+        if self.ranks.is_main and self.last_step != step:
+            raise CheckpointError(
+                f"{layout.folder_of(self.run_url, step)}: could not be completed: "
+                f"{self.failure or 'a rank did not store its part'}"
+            )
+
+    def _store(self, step: int, state: dict[str, Any], blocked_seconds: float) -> None:
+        started = time.monotonic()
+        try:
+            file = self._upload(step)
+            self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps(file.__dict__))
+            if self.ranks.is_main:
+                files = self._gather(step)
+                check_owner(self.run_url, self.segment)
+                layout.write_marker(self.run_url, CheckpointManifest(step, self.segment, files, state))
+                self.last_step = step
+                if self.ledger:
+                    self.ledger.mark(
+                        "checkpoint",
+                        step=step,
+                        bytes=sum(file.bytes for file in files),
+                        blocked_seconds=blocked_seconds,
+                        background_seconds=time.monotonic() - started,
+                    )
+                self._prune()
+        except LauncherError as error:
+            # The run goes on: the checkpoint before is still there, and the next one may succeed.
+            self.failure = error
+            log.warning("checkpoint of step %d was not completed: %s", step, error)
+            self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps({"error": str(error)}))
+
+    def _upload(self, step: int) -> PayloadFile:
+        data = self._staged.data
+        name = layout.payload_name(self.segment, self.ranks.rank, self.ranks.world)
+        storage.write_bytes(storage.join(layout.folder_of(self.run_url, step), name), data)
+        return PayloadFile(name, len(data), layout.checksum(data))
+
+    def _gather(self, step: int) -> tuple[PayloadFile, ...]:
+        """Wait for every rank's report."""
+        deadline = time.monotonic() + PEER_SECONDS
+        files = []
+        for rank in range(self.ranks.world):
+            key = self._key(step, rank)
+            while not self.ranks.store.check([key]):
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"rank {rank} did not store its part of step {step} within {PEER_SECONDS:.0f} s"
+                    )
+                time.sleep(POLL_SECONDS)
+            report = json.loads(self.ranks.store.get(key))
+            if "error" in report:
+                raise CheckpointError(f"rank {rank}: {report['error']}")
+            files.append(PayloadFile(**report))
+        return tuple(files)
+
+    def _key(self, step: int, rank: int) -> str:
+        return f"checkpoint/{self.segment}/{step}/{rank}"
+
+    def _prune(self) -> None:
+        try:
+            found = layout.steps(self.run_url)
+            complete = [step for step in found if layout.is_complete(self.run_url, step)]
+            for step in layout.to_remove(found, complete, self.keep):
+                layout.remove(self.run_url, step)
+        except LauncherError as error:
+            log.warning("old checkpoints were not removed, which only costs storage: %s", error)

@@ -1,0 +1,198 @@
+"""Token windows out of shards in object storage, through a bounded cache on the node's disk.
+
+A window whose shard is not on disk yet is read by its byte range (2 kB), so that the first batch needs no whole
+shard. Meanwhile one rank per node downloads whole shards in the order they will be needed, checks their SHA-256
+and moves them into place; all ranks of the node map the same files. When the folder would outgrow its bound, the
+shards that are needed last go first. A rank that finds a shard gone reads by range again: the cache decides the
+speed, never the content.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from core import storage
+from core.errors import DataError, LauncherError, ObjectDamaged, StorageError
+from core.manifest import Manifest, ShardEntry
+from core.shard import HEADER_BYTES, check_size, parse_header
+
+log = logging.getLogger(__name__)
+
+RANGE_READERS = 16
+READ_AHEAD_SHARDS = 64
+STALL_RETRY_SECONDS = 5.0
+
+
+class ShardCache:
+    """Reads windows of one split. `length` is T; a window is T + 1 tokens."""
+
+    def __init__(self, data_url: str, manifest: Manifest, split: str, folder: Path, limit_bytes: float, length: int):
+        self.data_url = data_url
+        self.shards: tuple[ShardEntry, ...] = manifest.split(split, data_url).shards
+        self.folder = folder / manifest.fingerprint[:16]
+        self.limit_bytes = limit_bytes
+        self.length = length
+        self.vocab_size = manifest.tokenizer.vocab_size
+        self.dtype = np.dtype(f"<u{manifest.bits // 8}")
+        self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])])
+        self._mapped: dict[int, np.ndarray] = {}
+        self._tails: dict[int, np.ndarray] = {}
+        self._readers = ThreadPoolExecutor(RANGE_READERS, thread_name_prefix="range reader")
+
+    def windows(self, shard: int, windows: np.ndarray) -> np.ndarray:
+        """Tokens of some windows of one shard: (len(windows), T + 1), of the shard's dtype."""
+        tokens = self._local(shard)
+        offset = int(-self.starts[shard] % self.length)
+        begins = offset + windows * self.length
+        if tokens is None:
+            rows = list(self._readers.map(lambda begin: self._read(shard, int(begin), self.length + 1), begins))
+            return np.stack(rows)
+        inside = begins + self.length < len(tokens)
+        view = np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1)
+        if inside.all():
+            return view[begins]
+        out = np.empty((len(begins), self.length + 1), self.dtype)
+        out[inside] = view[begins[inside]]
+        for row in np.flatnonzero(~inside):
+            out[row] = self._read(shard, int(begins[row]), self.length + 1)
+        return out
+
+    def stream(self, begin: int, count: int) -> np.ndarray:
+        """`count` consecutive tokens of the split from token `begin` on."""
+        shard = int(np.searchsorted(self.starts, begin, side="right")) - 1
+        return self._read(shard, begin - int(self.starts[shard]), count)
+
+    def path(self, shard: int) -> Path:
+        return self.folder / self.shards[shard].name
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def _local(self, shard: int) -> np.ndarray | None:
+        """The shard's tokens as a memory map if the file is there, else None."""
+        path = self.path(shard)
+        tokens = self._mapped.get(shard)
+        if tokens is not None:
+            return tokens
+        try:
+            tokens = np.memmap(path, self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.shards[shard].tokens,))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise DataError(f"{path}: cached shard is shorter than its manifest says; remove the file") from error
+        if len(self._mapped) >= READ_AHEAD_SHARDS:  # file handles are bounded too
+            self._mapped.pop(next(iter(self._mapped)))
+        self._mapped[shard] = tokens
+        return tokens
+
+    def _read(self, shard: int, begin: int, wanted: int) -> np.ndarray:
+        """`wanted` tokens from token `begin` of the shard on, which may run into the shards after it."""
+        parts = []
+        while wanted:
+            count = min(wanted, self.shards[shard].tokens - begin)
+            parts.append(self._read_tokens(shard, begin, count))
+            wanted -= count
+            shard, begin = shard + 1, 0
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _read_tokens(self, shard: int, begin: int, count: int) -> np.ndarray:
+        tokens = self._local(shard)
+        if tokens is not None:
+            return tokens[begin : begin + count]
+        uri = storage.join(self.data_url, self.shards[shard].name)
+        first = HEADER_BYTES + begin * self.dtype.itemsize
+        read = np.frombuffer(storage.read_range(uri, first, first + count * self.dtype.itemsize), self.dtype)
+        if read.max() >= self.vocab_size:
+            raise DataError(
+                f"{uri}: token {read.max()} at or after position {begin}, the vocabulary has {self.vocab_size}; "
+                "the shard is damaged: run python -m data_prep.verify on data.url"
+            )
+        return read
+
+
+class ReadAhead:
+    """Downloads the shards that will be needed next; one per node. `upcoming` gives them, the soonest first."""
+
+    def __init__(self, cache: ShardCache, upcoming: Callable[[int], list[int]]):
+        self.cache = cache
+        self._upcoming = upcoming
+        self.failure: LauncherError | None = None
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """The position moved on."""
+        self._wake.set()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            shard = self._next_missing()
+            if shard is None:
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            try:
+                self._fetch(shard)
+            except ObjectDamaged as error:
+                self.failure = DataError(f"{error}; fetched twice with the same result")
+                return
+            except DataError as error:
+                self.failure = error
+                return
+            except StorageError as error:
+                # Batches still come by range reads if they can; this is only the fast path.
+                log.warning("read-ahead pauses for %.0f s: %s", STALL_RETRY_SECONDS, error)
+                self._stop.wait(STALL_RETRY_SECONDS)
+
+    def _next_missing(self) -> int | None:
+        """The shard to fetch now: the soonest needed one that is not here and still fits."""
+        budget = self.cache.limit_bytes
+        for shard in self._upcoming(READ_AHEAD_SHARDS):
+            budget -= self.cache.shards[shard].bytes
+            if budget < 0:
+                return None
+            if not self.cache.path(shard).exists():
+                return shard
+        return None
+
+    def _fetch(self, shard: int) -> None:
+        entry = self.cache.shards[shard]
+        self._make_room(entry.bytes)
+        uri, path = storage.join(self.cache.data_url, entry.name), self.cache.path(shard)
+        started = time.monotonic()
+        try:
+            size = storage.download(uri, path, entry.sha256)
+        except ObjectDamaged as error:
+            log.warning("%s; fetching it once more", error)
+            size = storage.download(uri, path, entry.sha256)
+        with path.open("rb") as file:
+            header = parse_header(file.read(HEADER_BYTES), uri)
+        check_size(header, size, uri)
+        if header.tokens != entry.tokens:
+            raise DataError(
+                f"{uri}: header says {header.tokens} tokens, the manifest {entry.tokens}; prepare the data again"
+            )
+        log.info("fetched %s (%.0f MB in %.1f s)", entry.name, size / 1e6, time.monotonic() - started)
+
+    def _make_room(self, size: int) -> None:
+        """Remove what is needed last, or not at all soon, until `size` more bytes fit."""
+        here = [path for path in self.cache.folder.rglob("*") if path.is_file()]
+        total = sum(path.stat().st_size for path in here)
+        soon = {self.cache.path(shard): rank for rank, shard in enumerate(self._upcoming(READ_AHEAD_SHARDS))}
+        for path in sorted(here, key=lambda path: -soon.get(path, READ_AHEAD_SHARDS)):
+            if total + size <= self.cache.limit_bytes:
+                return
+            total -= path.stat().st_size
+            path.unlink(missing_ok=True)

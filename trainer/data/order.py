@@ -1,0 +1,152 @@
+"""Which window of the token stream is sample number s: a pure function, the same for any number of ranks.
+
+The shards of a split, one after the other, are one stream of N tokens; window i holds tokens [i T, i T + T], so
+that all (N - 1) // T windows together predict each token once and shard tails are included. A window belongs to
+the shard that its first token lies in.
+
+Per epoch the shards are visited in a pseudo-random order, `shuffle_shards` of them at a time, and the windows of
+such a group in a pseudo-random order among themselves. Both orders are keyed Feistel permutations with cycle
+walking (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"), evaluated at any position in constant
+time: nothing is stored per window, a few numbers per shard, and any sample can be sought directly.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from core.errors import DataError
+
+_ROUNDS = 6
+_U64 = np.uint64
+_MASK64 = (1 << 64) - 1
+
+
+def _mix(x: np.ndarray, key: int) -> np.ndarray:
+    """splitmix64's finaliser (Steele et al. 2014): 64 well-mixed bits of x and key."""
+    with np.errstate(over="ignore"):
+        x = x + _U64(key)
+        x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+        return x ^ (x >> _U64(31))
+
+
+def derive_key(*parts: int) -> int:
+    """A 64-bit key out of small integers (seed, epoch, purpose)."""
+    key = 0
+    for part in parts:
+        key = (key ^ part) + 0x9E3779B97F4A7C15 & _MASK64
+        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+        key = (key ^ key >> 27) * 0x94D049BB133111EB & _MASK64
+        key ^= key >> 31
+    return key
+
+
+def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Images of `indices` (int64, each in [0, size)) under the keyed permutation of [0, size)."""
+    if size <= 1:
+        return np.zeros_like(indices)
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = _U64((1 << half) - 1)
+    shift = _U64(half)
+    keys = [derive_key(key, round_number) for round_number in range(_ROUNDS)]
+    result = indices.astype(np.uint64)
+    walking = np.arange(len(result))
+    while len(walking):
+        # The Feistel domain is the next power of four: walk the cycle until we are back inside [0, size).
+        left, right = result[walking] >> shift, result[walking] & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right, round_key) & mask)
+        result[walking] = (left << shift) | right
+        walking = walking[result[walking] >= _U64(size)]
+    return result.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Where samples lie: for each, its shard and the window's number within that shard (both int64)."""
+
+    shard: np.ndarray
+    window: np.ndarray
+
+
+class WindowOrder:
+    """The order of one split. `shard_tokens`: tokens of each shard in stream order; `length`: T."""
+
+    def __init__(self, shard_tokens: list[int], length: int, seed: int, shuffle_shards: int, where: str):
+        tokens = np.asarray(shard_tokens, dtype=np.int64)
+        self.length = length
+        self.seed = seed
+        self.group_shards = shuffle_shards
+        self.starts = np.concatenate([[0], np.cumsum(tokens)])
+        self.windows = int((self.starts[-1] - 1) // length)
+        if self.windows < 1:
+            raise DataError(
+                f"{where}: {self.starts[-1]} tokens are fewer than one window of {length} + 1; "
+                "prepare more data, or lower model.context"
+            )
+        # First window of each shard: the smallest i with i T >= start; windows past the last full one do not exist.
+        self.first_window = np.minimum(-(-self.starts // length), self.windows)
+        self.shard_windows = np.diff(self.first_window)
+        self._plans: dict[int, _EpochPlan] = {}
+
+    def locate(self, samples: np.ndarray) -> Windows:
+        """Shard and window of the samples with these global numbers (int64, at or above 0)."""
+        shard = np.empty_like(samples)
+        window = np.empty_like(samples)
+        epochs = samples // self.windows
+        for epoch in np.unique(epochs):
+            plan = self._plan(int(epoch))
+            here = np.flatnonzero(epochs == epoch)
+            position = samples[here] - epoch * self.windows
+            groups = plan.group_of(position)
+            for group in np.unique(groups):
+                chosen = groups == group
+                first = int(plan.group_starts[group])
+                size = int(plan.group_starts[group + 1]) - first
+                inside = permute(position[chosen] - first, size, derive_key(self.seed, int(epoch), 2, int(group)))
+                shards = self._group(plan, int(group))
+                ends = np.cumsum(self.shard_windows[shards])
+                slot = np.searchsorted(ends, inside, side="right")
+                shard[here[chosen]] = shards[slot]
+                window[here[chosen]] = inside - (ends - self.shard_windows[shards])[slot]
+        return Windows(shard, window)
+
+    def shards_from(self, sample: int, count: int) -> list[int]:
+        """The next `count` distinct shards that samples from `sample` on need, the soonest first."""
+        count = min(count, int(np.count_nonzero(self.shard_windows)))
+        found: dict[int, None] = {}
+        epoch, position = divmod(sample, self.windows)
+        while len(found) < count:
+            plan = self._plan(epoch)
+            group = int(plan.group_of(np.array([position]))[0])
+            for number in range(group, len(plan.group_starts) - 1):
+                found |= {int(shard): None for shard in self._group(plan, number) if self.shard_windows[shard]}
+                if len(found) >= count:
+                    break
+            epoch, position = epoch + 1, 0
+        return list(found)[:count]
+
+    def _plan(self, epoch: int) -> "_EpochPlan":
+        # Two threads ask (batches and read-ahead): plans are immutable, and losing one costs only its recomputation.
+        plan = self._plans.get(epoch)
+        if plan is None:
+            shards = len(self.shard_windows)
+            order = permute(np.arange(shards, dtype=np.int64), shards, derive_key(self.seed, epoch, 1))
+            ends = np.concatenate([[0], np.cumsum(self.shard_windows[order])])
+            plan = _EpochPlan(order, ends[[*range(0, shards, self.group_shards), shards]])
+            self._plans = {epoch: plan, **{k: v for k, v in self._plans.items() if abs(k - epoch) <= 1}}
+        return plan
+
+    def _group(self, plan: "_EpochPlan", group: int) -> np.ndarray:
+        return plan.shard_order[group * self.group_shards : (group + 1) * self.group_shards]
+
+
+@dataclass(frozen=True)
+class _EpochPlan:
+    """One epoch's shard order and the first sample (within the epoch) of each group of shards."""
+
+    shard_order: np.ndarray
+    group_starts: np.ndarray
+
+    def group_of(self, position: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.group_starts, position, side="right") - 1

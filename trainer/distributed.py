@@ -1,0 +1,122 @@
+"""The ranks of one training job: who we are, which device, and small exchanges between us.
+
+Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment) or plainly, as one rank.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from core.errors import ConfigError, LauncherError
+
+T = TypeVar("T")
+
+# A rank may wait this long for the others: longer than storage's patience plus a slow upload.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others. `store` is the job's key-value store, for use outside of collectives;
+    `control` is a group over the CPU, so that small exchanges do not wait for the GPU's queue."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    store: dist.Store
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str) -> Ranks:
+    """Join the job. Raises ConfigError for a device that is not there."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, but torch sees no GPU; check nvidia-smi and the driver, or set cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{local_world} ranks on this node, but torch sees {torch.cuda.device_count()} GPUs; "
+            f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
+        )
+    chosen = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(chosen)
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=dist.PrefixStore("process-group", store),
+        rank=rank,
+        world_size=world,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=chosen if cuda else None,
+    )
+    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else dist.group.WORLD
+    return Ranks(rank, world, local_rank, local_world, chosen, store, control)
+
+
+def stop() -> None:
+    """Leave the job; harmless if it was never joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class PeerFailed(Exception):
+    """Another rank failed and says why itself; this one only leaves."""
+
+
+def on_main(call: Callable[[], T], ranks: Ranks) -> T:
+    """Run `call` on rank 0 alone and return its (picklable) result on all ranks; its error ends all of them."""
+    result, error = None, None
+    if ranks.is_main:
+        try:
+            result = call()
+        except LauncherError as failure:
+            error = failure
+    box = [(result, error is not None)]
+    if ranks.world > 1:
+        dist.broadcast_object_list(box, src=0, group=ranks.control)
+    if error is not None:
+        raise error
+    if box[0][1]:
+        raise PeerFailed
+    return box[0][0]
+
+
+def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
+    """The `value` of every rank, in rank order, on all ranks. Only for small, trusted, picklable values."""
+    box: list[Any] = [value] * ranks.world
+    if ranks.world > 1:
+        dist.all_gather_object(box, value, group=ranks.control)
+    return box
+
+
+def gather_numbers(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """`values` (K numbers) of every rank as a float64 CPU tensor of shape (world, K)."""
+    mine = torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(1, -1)
+    if ranks.world == 1:
+        return mine
+    everyone = torch.empty(ranks.world, mine.shape[1], dtype=torch.float64)
+    dist.all_gather_into_tensor(everyone, mine, group=ranks.control)
+    return everyone
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,99 @@
+"""What rank 0 writes about the run: run.json, the ledger and the metrics. Other ranks hold an empty one.
+
+Metrics are JSON lines below RUN_URL/metrics/segment-NNNNNN/ (docs/formats.md).
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core import config, ledger, storage
+from core.journal import Journal
+from core.run import machine_from_environment, open_run, program_versions
+from core.schema import TrainConfig
+from trainer.checkpoint.load import Restored
+from trainer.distributed import Ranks, on_main
+
+log = logging.getLogger("train")
+
+
+class Record:
+    """Opens the run and its next segment; `phase` books time, `metric` keeps numbers."""
+
+    def __init__(self, settings: TrainConfig, data_fingerprint: str, ranks: Ranks):
+        self.ledger: ledger.Ledger | None = None
+        self._metrics: Journal | None = None
+        self.segment: int = on_main(lambda: self._open(settings, data_fingerprint, ranks), ranks)
+
+    def _open(self, settings: TrainConfig, data_fingerprint: str, ranks: Ranks) -> int:
+        url = settings.run.url
+        created = open_run(url, config.identity(settings), config.to_dict(settings), data_fingerprint)
+        gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
+        machine = machine_from_environment(gpu, ranks.local_world if gpu else 0)
+        program = program_versions(("torch", "numpy", "s3fs")) | {"ranks": ranks.world, "command": "trainer.train"}
+        self.ledger = ledger.Ledger(url, machine, program, _started_at(), process_started_at())
+        self._metrics = Journal(storage.join(url, "metrics", ledger.segment_name(self.ledger.segment)))
+        log.info("%s %s, segment %d", "new run at" if created else "continuing", url, self.ledger.segment)
+        return self.ledger.segment
+
+    def phase(self, name: str):
+        return self.ledger.phase(name) if self.ledger else contextlib.nullcontext()
+
+    def switch(self, name: str) -> None:
+        if self.ledger:
+            self.ledger.switch(name)
+
+    def mark(self, name: str, **details: Any) -> None:
+        if self.ledger:
+            self.ledger.mark(name, **details)
+
+    def restored(self, restored: Restored | None) -> None:
+        """Note where this segment starts."""
+        step = restored.step if restored else 0
+        skipped = [{"name": name, "why": why} for name, why in restored.skipped] if restored else []
+        self.mark("restored", step=step, skipped=skipped)
+        log.info("resumed from step %d" if restored else "starting at step %d", step)
+
+    def step_done(self, step: int) -> None:
+        if self.ledger:
+            self.ledger.step_done(step)
+
+    def metric(self, kind: str, values: Mapping[str, Any]) -> None:
+        if self._metrics:
+            self._metrics.add({"kind": kind, "time": self.ledger.now(), **values})
+
+    def spent_usd(self) -> float | None:
+        return self.ledger.spent_usd() if self.ledger else None
+
+    def close(self, reason: str, step: int | None, **details: Any) -> None:
+        """Store everything; a store that is away is logged, not raised: the reason to close matters more."""
+        if self._metrics:
+            self._metrics.close()
+        if self.ledger:
+            self.ledger.close(reason, step, **details)
+
+
+def process_started_at() -> float:
+    """When this process began (unix seconds), so that imports are booked too. Now, where the system cannot tell."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
+def _started_at() -> float | None:
+    """SEGMENT_STARTED_AT (unix seconds): when the machine's paid time for this segment began, if the launcher knows."""
+    text = os.environ.get("SEGMENT_STARTED_AT")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        log.warning("environment variable SEGMENT_STARTED_AT is %r, not a unix time; ignored", text)
+        return None
