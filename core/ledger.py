@@ -106,8 +106,8 @@ class Ledger:
     """Books one segment's time. One phase is current at any moment; spans are gapless by construction.
 
     `started_at` is when the paid time of this segment began and `process_started_at` when this process did (unix
-    seconds): what lies between is booked as `setup`, the time from then on as `init`. Times advance by the monotonic clock, so a clock that is set back cannot make a span negative;
-    the jump is recorded.
+    seconds): what lies between is booked as `setup`, the time from then on as `init`. Times advance by the
+    monotonic clock, so a clock that is set back cannot make a span negative; the jump is recorded.
     """
 
     def __init__(

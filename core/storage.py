@@ -30,7 +30,7 @@ from typing import BinaryIO, TypeVar
 import fsspec
 
 from core import faults
-from core.errors import ObjectNotFound, StorageError
+from core.errors import ObjectDamaged, ObjectNotFound, StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

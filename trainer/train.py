@@ -212,7 +212,8 @@ def describe(settings: TrainConfig, model, data: manifest.Manifest, accumulation
             f"data: {quantity(available)} training tokens, {data.splits['val'].tokens:,} validation tokens, "
             f"fingerprint {data.fingerprint[:12]}",
             f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x "
-            f"{settings.model.context} tokens x {accumulation} micro-batches x {ranks.world} ranks on {ranks.device.type}",
+            f"{settings.model.context} tokens x {accumulation} micro-batches x "
+            f"{ranks.world} ranks on {ranks.device.type}",
             f"length: {settings.train.steps:,} steps = {quantity(tokens)} tokens = {tokens / available:.2f} epochs",
         ]
     )
