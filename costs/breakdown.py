@@ -39,6 +39,7 @@ class SegmentLine(Line):
     """One machine's stretch. `end` says how it ended, and how that is known."""
 
     started_at: float | None = None
+    ended_at: float | None = None
     machine: str = "?"
     usd_per_hour: float | None = None
     price_source: str | None = None
@@ -62,6 +63,7 @@ class Report:
     by: dict[str, list[Line]]
     units: Units
     charts: Charts
+    tags: tuple[str, ...] = ()
     origins: list[Origin] = field(default_factory=list)
     storage: StorageUse | None = None
     notes: list[str] = field(default_factory=list)
@@ -112,6 +114,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None) -> Report
             _on_demand_usd(parts, on_demand),
         ),
         charts=charts(run, spend),
+        tags=tuple(sorted({tag for segment in run.segments for tag in segment.tags})),
         origins=[*_origins(run), *run.origins],
         storage=run.storage,
         notes=[*run.problems, *_price_notes(run), *_time_notes(run, now)],
@@ -173,6 +176,7 @@ def _segment_line(run: Run, segment: Segment, line: Line, lost: Lost, now: float
     return SegmentLine(
         **vars(line),
         started_at=segment.started_at,
+        ended_at=segment.ended_at,
         machine=_machine(segment),
         usd_per_hour=segment.machine.usd_per_hour,
         price_source=segment.machine.price_source,

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -19,8 +20,10 @@ def document(report: Report) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "currency": "USD"} | plain
 
 
-def as_json(report: Report) -> str:
-    return json.dumps(document(report), indent=1)
+def as_json(reports: Sequence[Report]) -> str:
+    """One document, or a list of them for several runs."""
+    documents = [document(report) for report in reports]
+    return json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n"
 
 
 def rows(report: Report) -> list[dict[str, Any]]:
@@ -42,9 +45,9 @@ def rows(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def as_csv(report: Report) -> str:
-    """`rows` as CSV. A figure that is not known is `?`, so that no reader takes it for zero."""
-    table = rows(report)
+def as_csv(reports: Sequence[Report]) -> str:
+    """`rows` of all runs as CSV. A figure that is not known is `?`, so that no reader takes it for zero."""
+    table = [row for report in reports for row in rows(report)]
     out = io.StringIO()
     columns = [*dict.fromkeys(key for row in table for key in row)]
     writer = csv.writer(out, lineterminator="\n")

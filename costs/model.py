@@ -89,7 +89,7 @@ class Segment:
 
     def is_live(self, now: float) -> bool:
         """Whether it may still be running: no end event, and a heartbeat not long ago."""
-        return self.end is None and self.ended_at is not None and now - self.ended_at < SILENT_SECONDS
+        return self.end is None and self.ended_at is not None and abs(now - self.ended_at) < SILENT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,25 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class StorageRates:
+    """What a store charges, in dollars."""
+
+    name: str
+    usd_per_gb_month: float
+    usd_per_million_writes: float
+    usd_per_million_reads: float
+    usd_per_gb_egress: float
+    source: str
+
+
+@dataclass(frozen=True)
 class StorageUse:
     """What the objects below the run folder take."""
 
     objects: int
     bytes: int
     checkpoint_bytes: int
+    rates: StorageRates | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def steps(line: SegmentLine) -> str:
     return f"{first} → {first if line.last_step is None else line.last_step}"
 
 
-def unit_rows(report: Report) -> list[tuple[str, str]]:
+def unit_rows(report: Report, levels: bool = True) -> list[tuple[str, str]]:
     """Name and value of each unit cost; those that cannot apply to the run are left out, unknown ones are `?`."""
     of = report.units
     if of.tokens is None and not any(line.name == "train_kept" for line in report.phases):
@@ -39,13 +39,13 @@ def unit_rows(report: Report) -> list[tuple[str, str]]:
         ("tokens", money.UNKNOWN if of.tokens is None else f"{quantity(of.tokens)} ({of.tokens:,.0f})"),
         ("USD per billion tokens", money.text(of.usd_per_billion_tokens)),
         ("USD per 1e18 FLOPs", _or(of.usd_per_exaflop, "{:.4f}")),
-        ("final train loss", _or(of.train_loss, "{:.4f}")),
-        ("final validation loss", _or(of.val_loss, "{:.4f}")),
+        ("final train loss", loss(of.train_loss)),
+        ("final validation loss", loss(of.val_loss)),
         ("USD per point of validation loss", money.text(of.usd_per_loss_point)),
     ]
     rows += [
         (f"USD to validation loss {level.val_loss:g} (step {level.step:,})", money.text(level.usd, report.places))
-        for level in of.usd_to_val_loss
+        for level in (of.usd_to_val_loss if levels else ())
     ]
     rows += [
         ("GPU-hours", _or(of.gpu_hours, "{:,.2f}")),
@@ -66,10 +66,33 @@ def unit_rows(report: Report) -> list[tuple[str, str]]:
             ("USD for the same hours on demand", f"{money.text(of.usd_on_demand, report.places)} (saved {saved})")
         )
     if of.hour_more_tokens is not None:
-        loss = "" if of.hour_more_val_loss is None else f", validation loss about {of.hour_more_val_loss:.3f}"
+        reached = "" if of.hour_more_val_loss is None else f", validation loss about {of.hour_more_val_loss:.3f}"
         price = money.text(of.hour_more_usd)
-        rows.append((f"one hour more (estimate), for {price} USD", f"{quantity(of.hour_more_tokens)} tokens{loss}"))
+        rows.append((f"one hour more (estimate), for {price} USD", f"{quantity(of.hour_more_tokens)} tokens{reached}"))
     return rows
+
+
+def storage_rows(report: Report) -> list[tuple[str, str, str]]:
+    """What the run's objects take, and the rates at which they cost; requests and egress are not counted by anybody
+    we could ask, so only their rates are known."""
+    use = report.storage
+    if use is None or use.rates is None:
+        return []
+    month = use.bytes / 1e9 * use.rates.usd_per_gb_month
+    return [
+        (
+            f"{use.objects:,} objects, of which checkpoints {quantity(use.checkpoint_bytes)}B",
+            f"{quantity(use.bytes)}B",
+            f"${money.text(month, 4 if month < 1 else 2)} a month, at ${use.rates.usd_per_gb_month:g} per GB",
+        ),
+        ("writes and listings", money.UNKNOWN, f"${use.rates.usd_per_million_writes:g} per million"),
+        ("reads", money.UNKNOWN, f"${use.rates.usd_per_million_reads:g} per million"),
+        ("egress to the internet", money.UNKNOWN, f"${use.rates.usd_per_gb_egress:g} per GB"),
+    ]
+
+
+def loss(value: float | None) -> str:
+    return _or(value, "{:.4f}")
 
 
 def _or(value: float | None, form: str) -> str:

@@ -1,0 +1,109 @@
+"""What AWS itself says: paid spot prices of a zone and its hours, and the bill by tag (Cost Explorer).
+
+Uses botocore, which s3fs brings. Reads only; needs ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage.
+"""
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+
+PRICE_SOURCE = "AWS spot price history"
+
+
+class NotThere(Exception):
+    """AWS cannot tell; the message says why, as a part of a sentence."""
+
+
+def spot_history(
+    zone: str, instance_type: str, region: str | None, start: float, end: float, client: Any = None
+) -> list[tuple[float, float]]:
+    """(from when, dollars per hour of one node), for a zone and type from `start` to `end` (unix seconds).
+
+    AWS charges the price in force. Its answer begins with the price that was in force at `start`. Raises NotThere.
+    """
+    ec2 = client or _client("ec2", region)
+    try:
+        pages = ec2.get_paginator("describe_spot_price_history").paginate(
+            InstanceTypes=[instance_type],
+            ProductDescriptions=["Linux/UNIX"],
+            StartTime=_utc(start),
+            EndTime=_utc(end),
+            **_zone(zone),
+        )
+        return [
+            (entry["Timestamp"].timestamp(), float(entry["SpotPrice"]))
+            for page in pages
+            for entry in page["SpotPriceHistory"]
+        ]
+    except Exception as error:  # credentials, permissions, network: whatever botocore raises
+        raise NotThere(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+
+
+def weighted(history: list[tuple[float, float]], start: float, end: float) -> float:
+    """Mean price over [start, end], weighted by time. Raises NotThere if the history does not reach back to `start`."""
+    changes = sorted(history)
+    if not changes or changes[0][0] > start or end <= start:
+        raise NotThere("its history does not reach back to the start")
+    total = 0.0
+    for (since, price), until in zip(changes, [when for when, _ in changes[1:]] + [end], strict=True):
+        total += price * max(0.0, min(until, end) - max(since, start))
+    return total / (end - start)
+
+
+def billed_usd(tag: str, value: str, start: float, end: float, client: Any = None) -> dict[str, float]:
+    """Unblended dollars by service that Cost Explorer has for a cost allocation tag, whole days. Raises NotThere."""
+    explorer = client or _client("ce", "us-east-1")
+    first, last = (datetime.datetime.fromtimestamp(at, datetime.UTC).date() for at in (start, end))
+    arguments: dict[str, Any] = {
+        "TimePeriod": {"Start": first.isoformat(), "End": (last + datetime.timedelta(days=1)).isoformat()},
+        "Granularity": "DAILY",
+        "Metrics": ["UnblendedCost"],
+        "GroupBy": [{"Type": "DIMENSION", "Key": "SERVICE"}],
+        "Filter": {"Tags": {"Key": tag, "Values": [value], "MatchOptions": ["EQUALS"]}},
+    }
+    by_service: dict[str, float] = {}
+    try:
+        while True:
+            answer = explorer.get_cost_and_usage(**arguments)
+            for day in answer["ResultsByTime"]:
+                for group in day["Groups"]:
+                    _add(by_service, group)
+            if not answer.get("NextPageToken"):
+                break
+            arguments["NextPageToken"] = answer["NextPageToken"]
+    except NotThere:
+        raise
+    except Exception as error:  # not enabled, no permission, no network
+        raise NotThere(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+    if not by_service:
+        raise NotThere(f"Cost Explorer has nothing under {tag}={value} yet (it lags by up to a day)")
+    return by_service
+
+
+def _add(by_service: dict[str, float], group: Mapping[str, Any]) -> None:
+    cost = group["Metrics"]["UnblendedCost"]
+    if cost["Unit"] != "USD":
+        raise NotThere(f"the bill is in {cost['Unit']}, not USD")
+    name = group["Keys"][0]
+    by_service[name] = by_service.get(name, 0.0) + float(cost["Amount"])
+
+
+def _zone(zone: str) -> dict[str, str]:
+    """Zones have names (us-east-1a) and, in SkyPilot's catalog, ids (use1-az1)."""
+    return {"AvailabilityZoneId": zone} if "-az" in zone else {"AvailabilityZone": zone}
+
+
+def _utc(time: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(time, datetime.UTC)
+
+
+def _client(service: str, region: str | None) -> Any:
+    import botocore.config
+    import botocore.session
+
+    settings = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 2})
+    try:
+        return botocore.session.Session().create_client(service, region_name=region, config=settings)
+    except Exception as error:  # no region, broken configuration
+        raise NotThere(f"{type(error).__name__}: {error}") from error

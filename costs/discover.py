@@ -1,0 +1,62 @@
+"""Find runs below a URL, and what a run's objects take in storage."""
+
+from collections.abc import Iterator, Mapping
+
+from core import storage
+from core.errors import ConfigError
+from core.run import NAME
+from costs.model import StorageRates, StorageUse
+
+DEPTH = 3
+# Folders of a run, of prepared data or of ours, which hold no runs: not worth a listing.
+_NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
+
+# Public list prices in US dollars, first tier, no free allowance. Storage and R2: sourced; S3's requests and egress
+# are its long-standing us-east-1 prices, an assumption until the bill says otherwise.
+RATES = {
+    "r2": StorageRates("Cloudflare R2", 0.015, 4.50, 0.36, 0.0, "developers.cloudflare.com/r2/pricing, 2026"),
+    "s3": StorageRates(
+        "S3 Standard", 0.023, 5.00, 0.40, 0.09, "aws.amazon.com/s3/pricing, us-east-1; requests assumed"
+    ),
+}
+
+
+def runs_url(environment: Mapping[str, str]) -> str:
+    """RUNS_URL, where this project keeps its runs. Raises ConfigError."""
+    url = environment.get("RUNS_URL")
+    if not url:
+        raise ConfigError("no run given; name a RUN_URL, or set RUNS_URL to the folder that holds your runs")
+    return url
+
+
+def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
+    """URLs of the runs at or below `url`, in order, at most `depth` folders down. One listing per folder."""
+    names = storage.list_names(url)
+    if NAME in names or "ledger" in names:
+        yield url
+    elif depth:
+        for name in names:
+            if "." not in name and name not in _NO_RUNS:
+                yield from find_runs(storage.join(url, name), depth - 1)
+
+
+def storage_use(run_url: str, environment: Mapping[str, str]) -> StorageUse:
+    """Count the objects of a run: one listing."""
+    objects = storage.list_objects(run_url)
+    checkpoints = storage.join(run_url, "checkpoints") + "/"
+    return StorageUse(
+        len(objects),
+        sum(each.size for each in objects),
+        sum(each.size for each in objects if each.uri.startswith(checkpoints)),
+        rates_for(run_url, environment),
+    )
+
+
+def rates_for(url: str, environment: Mapping[str, str]) -> StorageRates | None:
+    """What the store behind a URL charges, or None where that is not known."""
+    if storage.scheme_of(url) != "s3":
+        return None
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
+    if not endpoint or ".amazonaws.com" in endpoint:
+        return RATES["s3"]
+    return RATES["r2"] if ".r2.cloudflarestorage.com" in endpoint else None

@@ -1,0 +1,162 @@
+"""The charts of a report, each drawn for a width: dollars over time, phases, loss over dollars, speed over time."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from core.console import quantity
+from costs import money, svg
+from costs.breakdown import Report
+from costs.wording import label
+
+WIDTHS = {"wide": 720, "narrow": 350}
+HEIGHT = 280
+TOP, BOTTOM, RIGHT = 14, 28, 12
+# A phase with less than this of the dollars is drawn, together with its like, as "other".
+SMALL_SHARE = 0.005
+LOSSES_SHOWN = 0.97
+
+Draw = Callable[[Report, int, str], str]
+
+
+def both(draw: Draw, report: Report) -> str:
+    """A wide and a narrow drawing; the style sheet shows the one that fits."""
+    return "".join(draw(report, width, kind) for kind, width in WIDTHS.items())
+
+
+def stacked(report: Report) -> dict[str, list[float]]:
+    """Cumulative dollars by phase for the stack, small phases put together."""
+    usd = report.charts.spend_usd
+    whole = sum(curve[-1] for curve in usd.values())
+    small = [name for name, curve in usd.items() if curve[-1] < SMALL_SHARE * whole]
+    kept = {name: curve for name, curve in usd.items() if name not in small}
+    if small:
+        kept["other"] = [sum(values) for values in zip(*(usd[name] for name in small), strict=True)]
+    # What was bought for stands at the bottom, where its growth can be read.
+    return {name: kept[name] for name in sorted(kept, key=lambda name: name != "train_kept")}
+
+
+def spend_over_time(report: Report, width: int, kind: str) -> str:
+    times = report.charts.spend_time
+    curves = stacked(report)
+    total = [sum(values) for values in zip(*curves.values(), strict=True)]
+    x = svg.time_axis(times[0], times[-1], 52, width - RIGHT)
+    y = svg.value_axis(0.0, total[-1], HEIGHT - BOTTOM, TOP, _dollars(total[-1]))
+    parts = svg.frame(x, y)
+    low = [0.0] * len(times)
+    for name, curve in curves.items():
+        high = [below + value for below, value in zip(low, curve, strict=True)]
+        parts.append(svg.area(x, y, times, low, high, f"p-{name}"))
+        low = high
+    hints = [
+        (at, f"{x.text(at)}: ${money.text(total[i], report.places)}" + "".join(_parts(curves, i, report.places)))
+        for i, at in enumerate(times)
+    ]
+    parts += _machines(report, x)
+    parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
+    return svg.chart(width, HEIGHT, parts, "Dollars spent over time, by phase", kind)
+
+
+def waterfall(report: Report, width: int, kind: str) -> str:
+    """One bar per phase, each starting where the one before ended, so that the last one ends at the total."""
+    rows = [line for line in report.phases if line.usd]
+    left, right, pitch = (118, 70, 24) if kind == "wide" else (96, 58, 24)
+    height = TOP + pitch * (len(rows) + 1) + 8
+    total = report.total.usd
+    x = svg.value_axis(0.0, total, left, width - right, str)
+    parts, reached = [], 0.0
+    for row, line in enumerate(rows):
+        y = TOP + pitch * row
+        parts.append(svg.words(left - 8, y + 13, label(line.name), anchor="end"))
+        hint = f"{label(line.name)}: ${money.text(line.usd, report.places)}, {money.duration(line.seconds)}"
+        parts.append(svg.bar(x(reached), y, x(reached + line.usd) - x(reached), 16, f"p-{line.name}", hint))
+        reached += line.usd
+        parts.append(svg.words(width - right + 8, y + 13, money.text(line.usd, report.places), "value"))
+    y = TOP + pitch * len(rows)
+    parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y - 4}" y2="{y - 4}"/>')
+    parts.append(svg.words(left - 8, y + 13, "total", "value", "end"))
+    parts.append(svg.bar(left, y, width - right - left, 16, "p-total", f"total: ${money.text(total, report.places)}"))
+    parts.append(svg.words(width - right + 8, y + 13, money.text(total, report.places), "value"))
+    return svg.chart(width, height, parts, "Phases as a waterfall that ends at the total", kind)
+
+
+def loss_over_dollars(report: Report, width: int, kind: str) -> str:
+    charts = report.charts
+    train = list(zip(charts.loss_usd, charts.loss, strict=True))
+    val = list(zip(charts.val_usd, charts.val_loss, strict=True))
+    # The first steps fall from about ln(vocabulary): drawn in full they would flatten all that follows.
+    losses = sorted(loss for _, loss in train + val)
+    losses = losses[: max(1, math.ceil(len(losses) * LOSSES_SHOWN))]
+    room = (losses[-1] - losses[0]) * 0.05 or 0.1
+    train, val = ([(usd, loss if loss <= losses[-1] else None) for usd, loss in curve] for curve in (train, val))
+    x = svg.value_axis(0.0, max(usd for usd, _ in train + val), 52, width - RIGHT, _dollars(report.total.usd))
+    y = svg.value_axis(losses[0] - room, losses[-1] + room, HEIGHT - BOTTOM, TOP, "{:g}".format)
+    parts = [*svg.frame(x, y), svg.line(x, y, train, "s-train"), svg.line(x, y, val, "s-val")]
+    hints = [
+        (usd, f"${money.text(usd, report.places)}: train loss {loss:.4f}")
+        for usd, loss in zip(charts.loss_usd, charts.loss, strict=True)
+    ]
+    parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
+    parts += svg.dots(x, y, val, "s-val", lambda u, v: f"${money.text(u, report.places)}: validation loss {v:.4f}")
+    return svg.chart(width, HEIGHT, parts, "Loss over dollars spent", kind)
+
+
+def speed_over_time(report: Report, width: int, kind: str) -> str:
+    """Tokens per second above, MFU below (where known), with the same time axis; a machine's end is marked."""
+    charts = report.charts
+    has_mfu = any(value is not None for value in charts.mfu)
+    split = HEIGHT - BOTTOM if not has_mfu else round(HEIGHT * 0.55)
+    times = charts.spend_time or charts.speed_time
+    x = svg.time_axis(times[0], times[-1], 52, width - RIGHT)
+    fastest = max(value for value in charts.tokens_per_second if value is not None)
+    y = svg.value_axis(0.0, fastest * 1.3, split, TOP, quantity)
+    speed = _interrupted(charts.speed_time, charts.tokens_per_second, charts.starts)
+    parts = [*svg.frame(x, y, x_labels=not has_mfu), svg.line(x, y, speed, "s-speed")]
+    parts.append(svg.words(x.start + 4, TOP + 10, "tokens/s", "caption"))
+    if has_mfu:
+        percent = [None if value is None else 100 * value for value in charts.mfu]
+        top = split + 22
+        most = max(value for value in percent if value is not None)
+        below = svg.value_axis(0.0, max(1.0, most * 1.5), HEIGHT - BOTTOM, top, lambda value: f"{value:g} %")
+        parts += svg.frame(x, below)
+        parts.append(svg.line(x, below, _interrupted(charts.speed_time, percent, charts.starts), "s-mfu"))
+        parts.append(svg.words(x.start + 4, top + 10, "MFU", "caption"))
+    hints = [
+        (at, f"{x.text(at)}: {'?' if speed is None else quantity(speed)} tokens/s" + _mfu(mfu))
+        for at, speed, mfu in zip(charts.speed_time, charts.tokens_per_second, charts.mfu, strict=True)
+    ]
+    parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
+    parts += _machines(report, x)
+    return svg.chart(width, HEIGHT, parts, "Training speed over time, with machines lost", kind)
+
+
+def _machines(report: Report, x: svg.Axis) -> list[str]:
+    """A dashed line where a machine was lost. Many of them would hide the chart: then only the first hundred."""
+    return [
+        svg.vertical(x, TOP, HEIGHT - BOTTOM, at, "gone", f"machine of segment {number} ended")
+        for number, at in enumerate(report.charts.losses_of_machines[:100], 1)
+    ]
+
+
+def _interrupted(times: Sequence[float], values: Sequence[float | None], starts: Sequence[float]) -> svg.Points:
+    """Lift the pen where a new machine started: nothing was trained in between."""
+    points: list[tuple[float, float | None]] = []
+    starts = sorted(starts)
+    for index, (at, value) in enumerate(zip(times, values, strict=True)):
+        if index and any(times[index - 1] < start <= at for start in starts):
+            points.append((at, None))
+        points.append((at, value))
+    return points
+
+
+def _parts(curves: dict[str, list[float]], index: int, places: int) -> list[str]:
+    return [f"\n{label(name)} ${money.text(curve[index], places)}" for name, curve in curves.items() if curve[index]]
+
+
+def _mfu(mfu: float | None) -> str:
+    return "" if mfu is None else f", MFU {100 * mfu:.1f} %"
+
+
+def _dollars(most: float) -> Callable[[float], str]:
+    """Words a tick with as many digits as the axis needs."""
+    digits = 0 if most >= 10 else 2 if most >= 0.1 else 4
+    return lambda value: f"${value:,.{digits}f}"

@@ -1,0 +1,115 @@
+"""A report as one HTML page that needs no network, no script and no other file."""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+
+from costs import drawings, money
+from costs.breakdown import Report
+from costs.sheets import Sheet, sheets
+from costs.wording import headline, label
+
+STYLE = Path(__file__).with_name("page.css")
+
+
+def as_html(report: Report, now: float) -> str:
+    tables = {
+        name: _section(sheet.title, _table(sheet) + (_notes(report) if name == "origins" else ""), name)
+        for name, sheet in sheets(report).items()
+    }
+    body = [
+        f"<h1>{escape(report.run)}</h1>",
+        f'<p class="lead">{escape(headline(report))}</p>',
+        _cards(report),
+        '<div class="grid">',
+        *_charts(report),
+        f'<div class="stack">{tables["phases"]}{tables.get("groups", "")}</div>',
+        f'<div class="stack">{tables.get("units", "")}{tables.get("storage", "")}</div>',
+        tables["segments"],
+        tables["origins"],
+        "</div>",
+        f"<footer>Written {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC. All amounts in US dollars; ? is not "
+        "known. Times are UTC.</footer>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>Cost of {escape(report.run)}</title>'
+        f"<style>{STYLE.read_text(encoding='utf-8')}</style></head><body><main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _cards(report: Report) -> str:
+    of, phases = report.units, {line.name: line for line in report.phases}
+    cards = [("total", "$" + money.text(report.total.usd, report.places, report.total.complete))]
+    if "train_kept" in phases:
+        for name in ("train_kept", "train_lost"):
+            line = phases[name]
+            usd = money.text(line.usd, report.places, line.complete)
+            cards.append((f"{label(name)}, {100 * line.share:.1f} %", f"${usd}"))
+        cards.append(("per billion tokens", "$" + money.text(of.usd_per_billion_tokens)))
+        cards.append(("goodput", "?" if of.goodput is None else f"{100 * of.goodput:.1f} %"))
+        cards.append(("validation loss", "?" if of.val_loss is None else f"{of.val_loss:.4f}"))
+    return (
+        '<div class="cards">'
+        + "".join(f'<div class="card"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in cards)
+        + "</div>"
+    )
+
+
+def _charts(report: Report) -> Iterable[str]:
+    charts = report.charts
+    if charts.spend_time and charts.spend_usd:
+        yield _section("Dollars over time", drawings.both(drawings.spend_over_time, report) + _legend(report))
+        yield _section("Where they went", drawings.both(drawings.waterfall, report))
+    if charts.loss or charts.val_loss:
+        legend = _key([("s-train", "train loss"), ("s-val", "validation loss")])
+        yield _section("Loss against dollars", drawings.both(drawings.loss_over_dollars, report) + legend)
+    if any(value is not None for value in charts.tokens_per_second):
+        legend = _key([("gone", "machine lost or ended")]) if charts.losses_of_machines else ""
+        yield _section("Speed", drawings.both(drawings.speed_over_time, report) + legend)
+
+
+def _legend(report: Report) -> str:
+    """The phases of the stack, top one first, with their dollars."""
+    items = []
+    usd = {line.name: line.usd or 0.0 for line in report.phases}
+    drawn = drawings.stacked(report)
+    usd["other"] = sum(amount for name, amount in usd.items() if name not in drawn)
+    for name in reversed(drawn):
+        swatch = f'<svg viewBox="0 0 10 10"><rect class="area p-{name}" width="10" height="10" rx="2"/></svg>'
+        items.append(f"<li>{swatch}{escape(label(name))} ${money.text(usd[name], report.places)}</li>")
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _key(lines: Iterable[tuple[str, str]]) -> str:
+    items = (
+        f'<li><svg viewBox="0 0 10 10"><line class="line {css}" x1="0" x2="10" y1="5" y2="5"/></svg>{text}</li>'
+        for css, text in lines
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _section(title: str, content: str, css: str = "") -> str:
+    return f'<section class="{css}"><h2>{title}</h2>{content}</section>'
+
+
+def _table(sheet: Sheet) -> str:
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(
+            f'<{tag} class="{"wrap" if column < sheet.words else "n"}">{escape(text)}</{tag}>'
+            for column, text in enumerate(row)
+        )
+
+    head = f"<thead><tr>{cells('th', sheet.heads)}</tr></thead>" if any(sheet.heads) else ""
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in sheet.rows)
+    foot = f"<tfoot><tr>{cells('td', sheet.foot)}</tr></tfoot>" if sheet.foot else ""
+    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody>{foot}</table></div>'
+
+
+def _notes(report: Report) -> str:
+    items = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    return f'<ul class="notes">{items}</ul>' if items else ""

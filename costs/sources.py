@@ -1,0 +1,100 @@
+"""Ask everybody else: SkyPilot when machines were up, AWS what they cost, the store what the run takes.
+
+Each answer, and each answer that could not be had, becomes an origin in the report. None of them is needed.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from core.errors import StorageError
+from costs import aws, skypilot
+from costs.discover import storage_use
+from costs.model import Origin, Run, Segment, Uptime
+from costs.uptime import surroundings
+
+SpotHistory = Callable[[str, str, str | None, float, float], list[tuple[float, float]]]
+
+
+def add_sources(
+    run: Run,
+    environment: Mapping[str, str],
+    now: float,
+    offline: bool = False,
+    uptimes: Callable[[], list[Uptime]] = skypilot.uptimes,
+    spot_history: SpotHistory = aws.spot_history,
+    bill: Callable[..., dict[str, float]] = aws.billed_usd,
+) -> None:
+    """Add to `run` what other sources know. `offline` asks the store alone."""
+    try:
+        run.storage = storage_use(run.url, environment)
+        rates = run.storage.rates
+        run.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
+    except StorageError as error:
+        run.origins.append(Origin("storage", f"? ({error})"))
+    if offline:
+        run.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
+        return
+    _launcher(run, now, uptimes)
+    _paid_spot_prices(run, spot_history)
+    _bill(run, environment, now, bill)
+
+
+def _launcher(run: Run, now: float, uptimes: Callable[[], list[Uptime]]) -> None:
+    if not any(segment.launcher for segment in run.segments):
+        run.origins.append(Origin("launch, idle until down", "? (the run was not started by SkyPilot)"))
+        return
+    try:
+        around = surroundings(run.segments, uptimes(), now)
+    except skypilot.NotThere as error:
+        run.origins.append(Origin("launch, idle until down", f"? ({error})"))
+        return
+    run.around = around.stretches
+    run.problems += around.notes
+    run.origins.append(Origin("launch, idle until down", skypilot.ORIGIN))
+
+
+def _paid_spot_prices(run: Run, spot_history: SpotHistory) -> None:
+    """What was paid for a spot machine is what AWS's history says, not what somebody expected at the launch.
+
+    One question per zone and type. The first refusal ends the asking: what stops one stops all.
+    """
+    groups: dict[tuple[str, str, str | None], list[Segment]] = {}
+    for segment in run.segments:
+        machine = segment.machine
+        if machine.spot and (machine.cloud or "").lower() == "aws" and machine.zone and machine.instance_type:
+            groups.setdefault((machine.zone, machine.instance_type, machine.region), []).append(segment)
+    for (zone, instance_type, region), segments in groups.items():
+        used = [segment for segment in segments if segment.slices]
+        try:
+            history = used and spot_history(
+                zone, instance_type, region, min(s.started_at for s in used), max(s.ended_at for s in used)
+            )
+            for segment in used:
+                price = aws.weighted(history, segment.started_at, segment.ended_at) * segment.machine.nodes
+                segment.machine = dataclasses.replace(
+                    segment.machine, usd_per_hour=price, price_source=f"{aws.PRICE_SOURCE}, {zone}"
+                )
+        except aws.NotThere as error:
+            run.origins.append(Origin("paid spot prices", f"? ({error})"))
+            return
+
+
+def _bill(run: Run, environment: Mapping[str, str], now: float, bill: Callable[..., dict[str, float]]) -> None:
+    """COST_TAG=key=value names the cost allocation tag under which AWS bills this run."""
+    key, separator, value = environment.get("COST_TAG", "").partition("=")
+    starts = [segment.started_at for segment in run.segments if segment.started_at is not None]
+    if not separator or not starts:
+        return
+    try:
+        by_service = bill(key, value, min(starts), _last(run.segments, now))
+    except aws.NotThere as error:
+        run.origins.append(Origin("AWS bill", f"? ({error})"))
+        return
+    services = ", ".join(f"{name} {usd:,.2f}" for name, usd in sorted(by_service.items(), key=lambda item: -item[1]))
+    run.origins.append(
+        Origin("AWS bill", f"Cost Explorer, {key}={value}, whole days: ${sum(by_service.values()):,.2f} ({services})")
+    )
+
+
+def _last(segments: list[Segment], now: float) -> float:
+    return max((segment.ended_at for segment in segments if segment.ended_at is not None), default=now)

@@ -1,0 +1,134 @@
+"""Line, area and bar charts as inline SVG text. Colours are CSS classes of costs/page.css, so that a page can be dark.
+
+Each chart is a function of data and width: a page holds a wide and a narrow drawing of it, because text inside a
+scaled SVG would shrink with it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+Points = Sequence[tuple[float, float | None]]
+HOVER_COLUMNS = 60
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values `low` to `high`, drawn from pixel `start` to `end`; `text` words a tick."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    text: Callable[[float], str]
+    ticks: tuple[float, ...]
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return round(self.start + share * (self.end - self.start), 2)
+
+
+def nice_ticks(low: float, high: float, most: int) -> tuple[float, ...]:
+    """Round values from `low` to `high`, at most `most` of them: steps of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        return (low,)
+    rough = (high - low) / max(1, most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return tuple(round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1))
+
+
+def time_axis(low: float, high: float, start: float, end: float) -> Axis:
+    """Time since the run began, in the unit that fits."""
+    span = high - low
+    unit, name = next(
+        ((size, name) for size, name in ((86400, "d"), (3600, "h"), (60, "min")) if span >= 2 * size), (1, "s")
+    )
+    ticks = nice_ticks(0.0, span / unit, max(3, int((end - start) / 90)))
+    return Axis(
+        low, high, start, end, lambda value: f"{(value - low) / unit:g} {name}", tuple(low + t * unit for t in ticks)
+    )
+
+
+def value_axis(low: float, high: float, start: float, end: float, text: Callable[[float], str]) -> Axis:
+    most = max(3, int(abs(end - start) / (70 if end > start else 40)))
+    return Axis(low, high, start, end, text, nice_ticks(low, high, most))
+
+
+def chart(width: int, height: int, body: Sequence[str], label: str, kind: str) -> str:
+    return (
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{escape(label)}">{"".join(body)}</svg>'
+    )
+
+
+def frame(x: Axis, y: Axis, *, x_labels: bool = True) -> list[str]:
+    """Horizontal grid lines with their values, and the values below."""
+    parts = []
+    for tick in y.ticks:
+        parts.append(f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{y(tick)}" y2="{y(tick)}"/>')
+        parts.append(f'<text class="tick" x="{x.start - 6}" y="{y(tick) + 4}" text-anchor="end">{y.text(tick)}</text>')
+    for tick in x.ticks if x_labels else ():
+        parts.append(f'<text class="tick" x="{x(tick)}" y="{y.start + 16}" text-anchor="middle">{x.text(tick)}</text>')
+    return parts
+
+
+def line(x: Axis, y: Axis, points: Points, css: str) -> str:
+    """A line that is interrupted where a value is None."""
+    path, pen_up = [], True
+    for at, value in points:
+        if value is None:
+            pen_up = True
+            continue
+        path.append(f"{'M' if pen_up else 'L'}{x(at)} {y(value)}")
+        pen_up = False
+    return f'<path class="line {css}" d="{"".join(path)}"/>'
+
+
+def area(x: Axis, y: Axis, times: Sequence[float], low: Sequence[float], high: Sequence[float], css: str) -> str:
+    upper = [f"{x(at)} {y(value)}" for at, value in zip(times, high, strict=True)]
+    lower = [f"{x(at)} {y(value)}" for at, value in zip(times, low, strict=True)]
+    return f'<path class="area {css}" d="M{"L".join(upper + lower[::-1])}Z"/>'
+
+
+def dots(x: Axis, y: Axis, points: Points, css: str, hint: Callable[[float, float], str]) -> list[str]:
+    return [
+        f'<circle class="{css}" cx="{x(at)}" cy="{y(value)}" r="3.5"><title>{escape(hint(at, value))}</title></circle>'
+        for at, value in points
+        if value is not None
+    ]
+
+
+def vertical(x: Axis, top: float, bottom: float, at: float, css: str, hint: str) -> str:
+    return (
+        f'<line class="{css}" x1="{x(at)}" x2="{x(at)}" y1="{top}" y2="{bottom}"><title>{escape(hint)}</title></line>'
+    )
+
+
+def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]) -> list[str]:
+    """Invisible columns that show a hint where the pointer is; browsers do this without a script."""
+    stride = max(1, len(hints) // HOVER_COLUMNS)
+    shown = hints[::stride]
+    edges = [x(at) for at, _ in shown]
+    parts = []
+    for index, (_, hint) in enumerate(shown):
+        left = (edges[index - 1] + edges[index]) / 2 if index else edges[index]
+        right = (edges[index] + edges[index + 1]) / 2 if index + 1 < len(edges) else x.end
+        parts.append(
+            f'<rect class="hover" x="{left:.2f}" y="{top}" width="{max(0.0, right - left):.2f}" '
+            f'height="{bottom - top}"><title>{escape(hint)}</title></rect>'
+        )
+    return parts
+
+
+def bar(x: float, y: float, width: float, height: float, css: str, hint: str) -> str:
+    return (
+        f'<rect class="area {css}" x="{x}" y="{y}" width="{max(width, 1.0):.2f}" height="{height}" rx="2">'
+        f"<title>{escape(hint)}</title></rect>"
+    )
+
+
+def words(x: float, y: float, text: str, css: str = "tick", anchor: str = "start") -> str:
+    return f'<text class="{css}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
