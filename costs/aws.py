@@ -7,7 +7,6 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
-
 PRICE_SOURCE = "AWS spot price history"
 
 

@@ -10,4 +10,4 @@ uv pip compile "${common[@]}" pyproject.toml --extra prep -o requirements/prep.t
 uv pip compile "${common[@]}" pyproject.toml --extra train -o requirements/train-cuda.txt
 uv pip compile "${common[@]}" pyproject.toml --extra launch -o requirements/launch.txt
 uv pip compile "${common[@]}" "${without_torch[@]}" pyproject.toml requirements/torch-cpu.in \
-  --extra prep --extra train --extra dev -o requirements/dev.txt
+  --extra prep --extra train --extra plot --extra dev -o requirements/dev.txt

@@ -1,0 +1,193 @@
+"""`cost_report.py estimate TASK.yaml`: what a launch would cost, before it."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+
+from core.console import quantity
+from core.errors import ConfigError
+from costs import cache, discover, markdown, money, prices, terminal, throughput
+from costs import task as tasks
+from costs.advice import Change, best_change, describe, dominates
+from costs.forecast import Assumptions, Plan, Row, forecast, preparation_usd
+from costs.read import read_run
+from costs.sheets import Sheet
+
+ROWS_SHOWN = 20
+USAGE = """\
+Every offer that fits a task, with hours and dollars; an estimate, marked with how each figure is known.
+
+  python cost_report.py estimate sky/pretrain-8xa100.yaml
+  python cost_report.py estimate sky/pretrain-8xa100.yaml --tokens 10e9 --like s3://bucket/runs/earlier
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Raises ConfigError; a plan above --cap (or MAX_USD) is a warning, not an error."""
+    options = _parser().parse_args(arguments)
+    task = tasks.load(options.task)
+    catalog = prices.load(options.offline)
+    measured = _measured(options.like)
+    assume = _assumptions(options)
+    rates = discover.rates_for("s3://", os.environ)
+    plan = forecast(task, catalog, assume, rates, options.tokens, measured)
+    if not plan.rows:
+        raise ConfigError(f"{options.task}: no offer fits its resources in {catalog.source}")
+    change = best_change(plan, catalog, assume, rates, measured)
+    notes = _notes(plan, change, assume, options.cap or _cap(task)) + _price_notes(plan, catalog, assume)
+    if options.json:
+        print(json.dumps(_document(plan, assume, notes), indent=1))
+    elif options.markdown:
+        sys.stdout.write(markdown.table(_sheet(plan, options.all)) + "\n\n" + "".join(f"- {n}\n" for n in notes))
+    else:
+        console = terminal.console()
+        console.print(f"[bold]{task.name}[/bold]: {_work(plan)}", highlight=False)
+        console.print(terminal.table(_sheet(plan, options.all)))
+        for note in notes:
+            console.print(note, markup=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "cost_report.py estimate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", metavar="TASK.yaml", help="a SkyPilot task")
+    parser.add_argument(
+        "--tokens", type=float, help="tokens to train on or prepare; default: as the task's config says"
+    )
+    parser.add_argument("--like", metavar="RUN_URL", help="take speed and overhead from a run of this project")
+    parser.add_argument("--cap", type=float, metavar="USD", help="warn if it is exceeded; default: the task's MAX_USD")
+    parser.add_argument("--offline", action="store_true", help="use the price snapshot, do not ask SkyPilot")
+    parser.add_argument("--all", action="store_true", help=f"all offers, not only the first {ROWS_SHOWN}")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
+    for field in dataclasses.fields(Assumptions):
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(field.default), metavar=str(field.default), help=argparse.SUPPRESS)
+    return parser
+
+
+def _assumptions(options: argparse.Namespace) -> Assumptions:
+    """Defaults, unless a flag of the same name says otherwise (`--preemptions-per-hour 0.2`)."""
+    names = [field.name for field in dataclasses.fields(Assumptions)]
+    return Assumptions(**{name: value for name in names if (value := getattr(options, name)) is not None})
+
+
+def _measured(run_url: str | None) -> throughput.Measured | None:
+    if run_url is None:
+        return None
+    found = throughput.measure(read_run(run_url, cache.path_for(run_url)))
+    if found is None:
+        raise ConfigError(f"--like {run_url}: no segment of this run has trained with metrics")
+    return found
+
+
+def _cap(task: tasks.Task) -> float | None:
+    try:
+        return float(os.environ.get("MAX_USD") or task.envs.get("MAX_USD") or "") or None
+    except ValueError:
+        return None
+
+
+def _work(plan: Plan) -> str:
+    stage = plan.task.work.stage or "stage ?"
+    tokens = "? tokens" if plan.tokens is None else f"{quantity(plan.tokens)} tokens"
+    flops = "" if plan.flops is None else f", {quantity(plan.flops)} FLOPs per token"
+    nodes = f", {plan.task.nodes} nodes" if plan.task.nodes > 1 else ""
+    return f"{stage}, {tokens}{flops}{nodes}; prices: {plan.prices}"
+
+
+def _sheet(plan: Plan, everything: bool) -> Sheet:
+    heads = [
+        "cloud",
+        "region or zone",
+        "instance",
+        "market",
+        "speed",
+        "USD/h",
+        "hours",
+        "USD",
+        "from",
+        "to",
+        "restarts",
+    ]
+    shown = plan.rows if everything else plan.rows[:ROWS_SHOWN]
+    rows = [[*_where(row), row.kind, *_dollars(row)] for row in shown]
+    left = len(plan.rows) - len(shown)
+    foot = [f"{left} more: --all", *[""] * (len(heads) - 1)] if left else ()
+    return Sheet("What would fit, by expected dollars (an estimate)", heads, rows, 5, foot)
+
+
+def _where(row: Row) -> list[str]:
+    offer = row.offer
+    return [offer.cloud, offer.zone or offer.region, offer.instance_type, "spot" if row.spot else "on demand"]
+
+
+def _dollars(row: Row) -> list[str]:
+    hours = money.UNKNOWN if row.hours is None else f"{row.hours:.2f}"
+    amounts = [money.text(usd) for usd in (row.usd, row.usd_low, row.usd_high)]
+    return [money.text(row.usd_per_hour), hours, *amounts, f"{row.restarts:.2f}" if row.spot else "–"]
+
+
+def _notes(plan: Plan, change: Change | None, assume: Assumptions, cap: float | None) -> list[str]:
+    best, work = plan.rows[0], plan.task.work
+    notes = [f"speed of {source}" if source[:11] != "preparation" else source for source in plan.sources]
+    if work.config is None:
+        notes.append(f"the settings of its program are not known: {work.why_not}")
+    if plan.tokens is None:
+        notes.append("how much work it does is not known, so only the rate is; give --tokens")
+    elif best.usd is None:
+        notes.append("how fast the machine is is not known, so only the rate is; give --like RUN_URL of an earlier run")
+    if (main_part := dominates(best)) is not None:
+        parts = ", ".join(f"{name} {money.text(usd)}" for name, usd in best.parts.items() if usd >= 0.005)
+        notes.append(f"dominated by {main_part} on {describe(best)}: {parts}")
+    if change is not None:
+        notes.append(f"the single change that would save most: {change.what}: ${money.text(change.usd)} instead")
+    if best.usd is not None:
+        notes.append(
+            f"assumed per start: provision {assume.provision_seconds:.0f} s, image {assume.image_seconds:.0f} s, "
+            f"set-up and first step {assume.setup_seconds + assume.ready_seconds:.0f} s; on spot "
+            f"{assume.preemptions_per_hour:g} preemptions an hour; `--NAME VALUE` changes any (docs/costs.md)"
+        )
+    if cap is not None and best.usd is not None and best.usd > cap:
+        notes.append(
+            f"warning: the cheapest offer is expected to cost ${money.text(best.usd)}, above the cap of ${cap:,.2f}"
+        )
+    return notes
+
+
+def _price_notes(plan: Plan, catalog: prices.Catalog, assume: Assumptions) -> list[str]:
+    notes = []
+    spot = prices.spot_range(row.offer for row in plan.rows if row.spot)
+    if spot and spot[0] * 1.5 < spot[1]:
+        notes.append(
+            f"spot prices of the offers above: lowest {spot[0]:.2f}, median {spot[1]:.2f}, highest {spot[2]:.2f}; "
+            "a launch that takes the lowest for granted may pay the median"
+        )
+    prep = preparation_usd(catalog, plan.tokens, assume) if plan.tokens and plan.task.work.stage == "pretrain" else None
+    if prep is not None:
+        offer, usd = prep
+        notes.append(
+            f"preparing these tokens, once, is not in the dollars above: about ${money.text(usd)} on a "
+            f"{offer.instance_type} in {offer.region} (assumed: {assume.prep_bytes_per_second / 1e6:.0f} MB/s)"
+        )
+    return notes
+
+
+def _document(plan: Plan, assume: Assumptions, notes: list[str]) -> dict:
+    return {
+        "format": "cost-estimate",
+        "version": 1,
+        "currency": "USD",
+        "task": plan.task.path,
+        "stage": plan.task.work.stage,
+        "tokens": plan.tokens,
+        "flops_per_token": plan.flops,
+        "prices": plan.prices,
+        "assumptions": dataclasses.asdict(assume),
+        "offers": [dataclasses.asdict(row) for row in plan.rows],
+        "notes": notes,
+    }

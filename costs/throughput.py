@@ -1,0 +1,100 @@
+"""How fast a GPU trains a model: MFU that others have published, or a finished run of this project has shown.
+
+tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of costs.units.flops_per_token. The published runs are
+GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † are worked out from the source's
+tokens/s or ms/step, not printed there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.gpus import peak_flops
+from costs.model import Run
+from costs.units import flops_per_token
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Share of peak: what to expect, and between what. `kind`: measured, sourced or assumed."""
+
+    low: float
+    expected: float
+    high: float
+    kind: str
+    source: str
+
+
+_PUBLISHED = {
+    "A100": Speed(
+        0.36,
+        0.51,
+        0.60,
+        "sourced",
+        "a 416M model on 8xA100-40 35.9 %; modded-nanogpt track 3 on 8xA100-80 51 %†; llm.c 124M 300 ms/step 60 %†",
+    ),
+    "H100": Speed(
+        0.33, 0.41, 0.50, "sourced", "torchtitan 8B 33-39 %; llm.c 124M 140 ms/step 41 %†; llm.c 1558M about 50 %"
+    ),
+    "GH200": Speed(
+        0.25, 0.33, 0.41, "sourced", "a 270M model without flash attention 25 %†; modded-nanogpt on 4xGH200 33 %†; H100"
+    ),
+}
+ASSUMED = Speed(0.25, 0.35, 0.45, "assumed", "no published run known for this GPU")
+# Names of SkyPilot's accelerators where core.gpus has another word for the same device.
+_DEVICE = {"A100-80GB": "A100", "A10G": "A10G", "H100-SXM": "H100"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run of this project has shown on its last machine."""
+
+    run: str
+    instance_type: str | None
+    gpu: str | None
+    gpus: int
+    tokens_per_second: float
+    flops_per_token: float | None
+    ready_seconds: float
+    overhead_share: float
+
+
+def tokens_per_second(accelerator: str | None, gpus: int, flops: float | None) -> tuple[Speed, float] | None:
+    """Published speed of so many GPUs on a model, as expected tokens/s; None without GPU or model."""
+    peak = peak_flops(accelerator) if accelerator else None
+    if peak is None or not flops or not gpus:
+        return None
+    name = _DEVICE.get(accelerator, accelerator)
+    speed = _PUBLISHED.get(name, ASSUMED)
+    return speed, speed.expected * peak * gpus / flops
+
+
+def measure(run: Run) -> Measured | None:
+    """From the newest segment that trained; None if no segment did."""
+    for segment in reversed(run.segments):
+        seconds, count = sum(segment.steps.train), len(segment.steps.number)
+        tokens = _tokens_of(segment.curve.step, segment.curve.tokens)
+        if not seconds or not count or tokens is None:
+            continue
+        booked: dict[str, float] = {}
+        for stretch in segment.slices:
+            for phase, spent in stretch.phases.items():
+                booked[phase] = booked.get(phase, 0.0) + spent
+        trained = booked.get("train", 0.0)
+        others = sum(booked.get(phase, 0.0) for phase in ("data_wait", "eval", "sample", "checkpoint"))
+        return Measured(
+            run=run.url,
+            instance_type=segment.machine.instance_type,
+            gpu=segment.machine.gpu,
+            gpus=segment.gpus,
+            tokens_per_second=tokens * count / seconds,
+            flops_per_token=flops_per_token(run.config),
+            ready_seconds=sum(booked.get(phase, 0.0) for phase in ("setup", "init", "compile", "restore")),
+            overhead_share=others / trained if trained else 0.0,
+        )
+    return None
+
+
+def _tokens_of(steps: Sequence[int], tokens: Sequence[float | None]) -> float | None:
+    """Tokens of one step."""
+    known = [(step, count) for step, count in zip(steps, tokens, strict=True) if count and step]
+    return known[-1][1] / known[-1][0] if known else None
