@@ -1,0 +1,294 @@
+"""The forecast: what fits a task, what it costs, and how well that is known."""
+
+import dataclasses
+import json
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from core.errors import ConfigError
+from costs import advice, command, discover, prices, skypilot, throughput
+from costs import task as tasks
+from costs.breakdown import build
+from costs.forecast import Assumptions, fits, forecast
+from costs.prices import Catalog, Offer
+from costs.read import read_run
+from costs.task import Want
+from tests.golden import NOON, RunFolder, mark, span, train_metric
+
+LATER = NOON + 86400
+GPT2 = "torchrun --nproc-per-node=8 -m trainer.train trainer/configs/gpt2-124m.yaml --run.url=$RUN_URL"
+BARE = Assumptions(
+    provision_seconds=0, image_seconds=0, setup_seconds=0, ready_seconds=0, shutdown_seconds=0,
+    checkpoint_blocked_seconds=0, preemptions_per_hour=0,
+)  # fmt: skip
+
+
+def write(path: Path, resources: str, run: str = GPT2, more: str = "") -> str:
+    file = path / "task.yaml"
+    lines = textwrap.indent(textwrap.dedent(resources).strip(), "  ")
+    file.write_text(
+        f"name: example\nresources:\n{lines}\n{more}\nenvs: {{RUN_URL: '', DATA_URL: ''}}\nrun: |\n  {run}\n"
+    )
+    return str(file)
+
+
+def offer(**fields) -> Offer:
+    return Offer(**{
+        "cloud": "aws", "region": "us-east-1", "zone": "use1-az1", "instance_type": "p4d.24xlarge",
+        "accelerator": "A100", "accelerators": 8, "vcpus": 96.0, "memory_gb": 1152.0, "arch": "x86_64",
+        "usd_on_demand": 20.0, "usd_spot": 8.0,
+    } | fields)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("resources", "wants"),
+    [
+        ("accelerators: A100:8", [Want(accelerator="A100", accelerators=8)]),
+        ("accelerators: {H100: 8}", [Want(accelerator="H100", accelerators=8)]),
+        ("accelerators: [A100:8, H100:8]", [Want(accelerator=name, accelerators=8) for name in ("A100", "H100")]),
+        ("infra: aws/us-east-1", [Want(cloud="aws", region="us-east-1")]),
+        ("infra: aws/*/us-east-1a", [Want(cloud="aws", zone="us-east-1a")]),
+        ("{cloud: Lambda, instance_type: gpu_8x_a100}", [Want(cloud="lambda", instance_type="gpu_8x_a100")]),
+        ("{cpus: 8+, memory: 32}", [Want(cpus=(8.0, True), memory_gb=(32.0, False))]),
+        ("{use_spot: true, max_hourly_cost: 12}", [Want(spot=True, max_usd_per_hour=12)]),
+        (
+            "accelerators: A100:8\nany_of: [{cloud: aws, use_spot: true}, {cloud: lambda}]",
+            [
+                Want(cloud="aws", accelerator="A100", accelerators=8, spot=True),
+                Want(cloud="lambda", accelerator="A100", accelerators=8),
+            ],
+        ),
+        (
+            "ordered: [{accelerators: H100}, {cpus: 4}]",
+            [Want(accelerator="H100", accelerators=1), Want(cpus=(4.0, False))],
+        ),
+    ],
+)
+def test_resources_are_read_as_skypilot_documents_them(tmp_path: Path, resources: str, wants: list[Want]):
+    assert list(tasks.load(write(tmp_path, resources)).wants) == wants
+
+
+def test_the_work_is_what_the_task_runs(tmp_path: Path):
+    task = tasks.load(
+        write(tmp_path, "accelerators: A100:8", GPT2 + " --train.steps=${STEPS:-1000} --batch.tokens=1048576")
+    )
+    assert task.work.stage == "pretrain"
+    assert (task.work.config.train.steps, task.work.config.batch.tokens) == (1000, 1048576)
+    prep = tasks.load(
+        write(tmp_path, "cpus: 8+", "python -m data_prep.prepare data_prep/configs/fineweb-edu-10bt.yaml")
+    )
+    assert prep.work.stage == "prep"
+    other = tasks.load(write(tmp_path, "cpus: 8+", "echo hello"))
+    assert other.work.why_not == "its commands run no program of this project"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a list", "is no SkyPilot task"),
+        ("name: [unclosed", "cannot be read as a task"),
+        ("resources: {accelerators: 'A100:many'}\nrun: x", "must be NAME or NAME:COUNT"),
+        ("resources: {cpus: several}\nrun: x", "resources.cpus is 'several'"),
+    ],
+)
+def test_what_is_no_task_is_one_sentence(tmp_path: Path, content: str, message: str):
+    path = tmp_path / "task.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        tasks.load(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_task_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such task file"):
+        tasks.load("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("want", "holds"),
+    [
+        (Want(), False),  # no accelerator asked for: not a GPU machine
+        (Want(accelerator="a100", accelerators=8), True),
+        (Want(accelerator="A100", accelerators=4), False),
+        (Want(accelerator="A100-80GB", accelerators=8), False),
+        (Want(instance_type="p4d.24xlarge"), True),
+        (Want(instance_type="p4d.24xlarge", cpus=(96.0, False)), True),
+        (Want(instance_type="p4d.24xlarge", cpus=(100.0, True)), False),
+        (Want(accelerator="A100", accelerators=8, max_usd_per_hour=10.0), False),
+        (Want(accelerator="A100", accelerators=8, max_usd_per_hour=10.0, spot=True), True),
+        (Want(accelerator="A100", accelerators=8, region="us-west-2"), False),
+    ],
+)
+def test_an_offer_fits_what_was_asked_for(want: Want, holds: bool):
+    assert fits(offer(), want) is holds
+
+
+def test_an_offer_without_a_spot_price_is_no_spot_offer():
+    assert not fits(offer(usd_spot=None), Want(accelerator="A100", accelerators=8, spot=True))
+
+
+def test_dollars_are_work_over_speed_times_price(tmp_path: Path):
+    """GPT-2 124M, 10B tokens, 8 A100s at 51 % of 312 TFLOP/s: 854,654,976 FLOPs per token, 1.489M tokens/s."""
+    task = tasks.load(write(tmp_path, "accelerators: A100:8", GPT2 + " --train.eval_every=0"))
+    plan = forecast(task, Catalog((offer(),), "by hand"), BARE, None)
+    [row] = plan.rows
+    seconds = 19073 * 524288 / (0.51 * 312e12 * 8 / 854654976)
+    assert plan.flops == 854654976
+    assert row.hours == pytest.approx(seconds / 3600)
+    assert row.usd == pytest.approx(seconds / 3600 * 20.0)
+    assert row.usd_low == pytest.approx(row.usd * 0.51 / 0.60)
+    assert row.usd_high == pytest.approx(row.usd * 0.51 / 0.36)
+    assert row.kind == "sourced"
+
+
+def test_parts_add_up_and_spot_pays_for_its_restarts(tmp_path: Path):
+    resources = "accelerators: A100:8\nany_of: [{use_spot: true}, {use_spot: false}]"
+    task = tasks.load(write(tmp_path, resources))
+    plan = forecast(task, Catalog((offer(),), "by hand"), Assumptions(preemptions_per_hour=1.0), discover.RATES["s3"])
+    spot, on_demand = plan.rows
+    assert (spot.spot, on_demand.spot) == (True, False)
+    assert spot.restarts > 1
+    assert spot.parts["restarts and lost work"] > 0
+    assert "restarts and lost work" not in on_demand.parts
+    for row in plan.rows:
+        assert sum(row.parts.values()) == pytest.approx(row.usd)
+        assert row.usd_low < row.usd < row.usd_high
+
+
+def test_offers_are_sorted_by_expected_dollars_and_on_demand_zones_are_one(tmp_path: Path):
+    dear = offer(zone="use1-az2", usd_spot=9.0)
+    slow = offer(instance_type="g5.xlarge", accelerator="A10G", accelerators=1, usd_on_demand=1.0, usd_spot=0.4)
+    resources = "any_of: [{accelerators: A100:8, use_spot: true}, {accelerators: A100:8}, {accelerators: A10G:1}]"
+    plan = forecast(tasks.load(write(tmp_path, resources)), Catalog((offer(), dear, slow), "by hand"), BARE, None)
+    assert [row.usd for row in plan.rows] == sorted(row.usd for row in plan.rows)
+    assert [(row.offer.instance_type, row.offer.zone, row.spot) for row in plan.rows] == [
+        ("p4d.24xlarge", "use1-az1", True),
+        ("p4d.24xlarge", "use1-az2", True),
+        ("p4d.24xlarge", None, False),
+        ("g5.xlarge", None, False),  # the lowest price per hour, and the dearest run
+    ]
+
+
+def test_a_gpu_nobody_has_published_is_assumed_and_an_unknown_one_unknown(tmp_path: Path):
+    task = tasks.load(write(tmp_path, "any_of: [{accelerators: L4:1}, {accelerators: X9:1}]"))
+    offers = (offer(accelerator="L4", accelerators=1), offer(accelerator="X9", accelerators=1, instance_type="x"))
+    known, unknown = forecast(task, Catalog(offers, "by hand"), BARE, None).rows
+    assert (known.kind, unknown.kind) == ("assumed", "?")
+    assert (unknown.hours, unknown.usd) == (None, None)
+
+
+def test_egress_is_paid_where_the_bucket_is_elsewhere(tmp_path: Path):
+    task = tasks.load(write(tmp_path, "accelerators: A100:8"))
+    both = Catalog((offer(), offer(cloud="lambda", usd_spot=None)), "by hand")
+    by_cloud = {row.offer.cloud: row for row in forecast(task, both, BARE, discover.RATES["s3"]).rows}
+    assert by_cloud["lambda"].parts["egress"] == pytest.approx(19073 * 524288 * 2 / 1e9 * 0.09)
+    assert "egress" not in by_cloud["aws"].parts
+
+
+def measured_run(tmp_path: Path) -> RunFolder:
+    """100 steps of 1M tokens at 2 s each, with 10 % beside them, on one p4d; 60 s to get ready, on the bill 290 s."""
+    run = RunFolder(tmp_path / "run", config={"train": {}})
+    steps = [[step, 2.0, 0.1] for step in range(1, 101)]
+    events = [mark("restored", step=0), span(NOON, NOON + 60, setup=40.0, compile=20.0)]
+    events.append(span(NOON + 60, NOON + 280, steps, train=200.0, data_wait=10.0, checkpoint=10.0))
+    events.append({"event": "end", "time": NOON + 280, "reason": "finished", "step": 100})
+    run.segment(1, NOON, events, usd_per_hour=20.0)
+    run.metrics(1, [train_metric(step, NOON + 60 + 2.2 * step) for step in range(1, 101)])
+    return run
+
+
+def test_a_forecast_from_a_run_agrees_with_its_report(tmp_path: Path):
+    run = read_run(measured_run(tmp_path).url)
+    measured = throughput.measure(run)
+    assert measured.tokens_per_second == pytest.approx(5e5)
+    assert (measured.ready_seconds, measured.overhead_share) == (60.0, pytest.approx(0.1))
+    task = tasks.load(write(tmp_path, "accelerators: A100:8", "python -m trainer.evaluate"))
+    [row] = forecast(task, Catalog((offer(),), "by hand"), BARE, None, tokens=100e6, measured=measured).rows
+    assert row.kind == "measured"
+    assert row.usd == pytest.approx(build(run, LATER).total.usd, rel=0.01)
+
+
+def test_the_best_single_change_saves_most(tmp_path: Path):
+    task = tasks.load(write(tmp_path, "{accelerators: 'A100:8', use_spot: false}"))
+    catalog = Catalog((offer(),), "by hand")
+    plan = forecast(task, catalog, Assumptions(), None)
+    change = advice.best_change(plan, catalog, Assumptions(), None, None)
+    assert change.what == "take aws p4d.24xlarge in use1-az1, spot"
+    assert change.usd < plan.rows[0].usd
+    slow_to_start = dataclasses.replace(Assumptions(), image_seconds=36000.0)
+    only = Catalog((offer(usd_spot=None),), "by hand")
+    change = advice.best_change(forecast(task, only, slow_to_start, None), only, slow_to_start, None, None)
+    assert change.what == "an image that is already on the machine"
+    assert advice.dominates(forecast(task, only, slow_to_start, None).rows[0]).startswith("image, ")
+
+
+def estimate(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    command.main(["estimate", "--offline", *arguments])
+    return capsys.readouterr().out
+
+
+def test_the_command_works_from_the_snapshot_in_seconds(tmp_path: Path, capsys):
+    path = write(tmp_path, "accelerators: A100:8\nany_of: [{cloud: aws, use_spot: true}, {cloud: lambda}]")
+    began = time.perf_counter()
+    out = estimate(capsys, path)
+    assert time.perf_counter() - began < 5
+    for part in ("p4d.24xlarge", "gpu_8x_a100", "not today's prices", "dominated by train", "single change", "median"):
+        assert part in out
+    document = json.loads(estimate(capsys, path, "--json"))
+    assert document["tokens"] == 19073 * 524288
+    assert {row["kind"] for row in document["offers"]} == {"sourced"}
+    assert document["offers"][0]["usd"] < 10
+
+
+def test_work_that_is_not_known_gives_rates_only(tmp_path: Path, capsys):
+    path = write(tmp_path, "accelerators: A100:8", "bash train.sh")
+    assert "how much work it does is not known, so only the rate is" in estimate(capsys, path)
+    assert "| ? | ? | ? | ? |" in estimate(capsys, path, "--markdown")
+
+
+def test_a_forecast_above_the_cap_is_a_warning(tmp_path: Path, capsys):
+    path = write(tmp_path, "accelerators: A100:8")
+    assert "above the cap of $5.00" in estimate(capsys, path, "--cap", "5")
+    assert "above the cap" not in estimate(capsys, path, "--cap", "500")
+
+
+def test_an_assumption_can_be_changed(tmp_path: Path, capsys):
+    path = write(tmp_path, "{accelerators: 'A100:8', use_spot: true}")
+    calm, wild = (
+        json.loads(estimate(capsys, path, "--json", "--preemptions-per-hour", rate))["offers"][0]["usd"]
+        for rate in ("0", "5")
+    )
+    assert wild > calm
+
+
+def test_no_offer_that_fits_is_one_sentence(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no offer fits its resources"):
+        command.main(["estimate", "--offline", write(tmp_path, "accelerators: TPU-v9:4")])
+
+
+def test_every_row_of_the_snapshot_is_an_offer_with_a_price():
+    offers = prices.snapshot().offers
+    assert len(offers) == 294
+    assert all(each.usd_on_demand or each.usd_spot for each in offers)
+    assert prices.on_demand_price("AWS", "us-east-1", "p4d.24xlarge") == 21.957642
+    assert prices.on_demand_price("aws", "us-east-1", "nothing") is None
+
+
+def test_skypilots_catalog_comes_first_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
+    nothing = float("nan")  # how its table says "no entry"
+    row = {"InstanceType": "gpu_1x_gh200", "AcceleratorName": "GH200", "AcceleratorCount": 1.0, "vCPUs": 64.0}
+    row |= {"MemoryGiB": 432.0, "Price": 2.29, "SpotPrice": nothing, "Region": "us-east-1", "Arch": nothing}
+    monkeypatch.setattr(skypilot, "catalog_rows", lambda cloud: [row])
+    catalog = prices.load()
+    assert catalog.source == "SkyPilot's catalog on this machine"
+    assert (catalog.offers[0].usd_on_demand, catalog.offers[0].usd_spot, catalog.offers[0].arch) == (2.29, None, None)
+
+    def absent(cloud):
+        raise skypilot.NotThere("SkyPilot is not installed")
+
+    monkeypatch.setattr(skypilot, "catalog_rows", absent)
+    assert prices.load() is prices.snapshot()

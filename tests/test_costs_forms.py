@@ -1,0 +1,246 @@
+"""The forms of a report: page, Markdown, plots, several runs."""
+
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from core.errors import ConfigError, LauncherError
+from costs import command, discover, drawings, markdown, page, plots, sheets, svg, terminal
+from costs.breakdown import Report, build
+from costs.read import read_run
+from tests.golden import NOON, RunFolder, preempted_and_resumed, span
+
+LATER = NOON + 86400
+MODEL = {"layers": 2, "heads": 2, "width": 64, "context": 128, "vocab_rows": 50304}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return preempted_and_resumed(tmp_path / "runs" / "first")
+
+
+@pytest.fixture
+def report(run: RunFolder) -> Report:
+    return build(read_run(run.url), LATER)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COST_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("RUNS_URL", raising=False)
+
+
+class Page(HTMLParser):
+    """Collects what matters of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.paths: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("href", "src", "xlink:href", "action")]
+        self.paths += [value for name, value in attributes if (tag, name) == ("path", "d")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_nothing_but_itself(report: Report):
+    text = page.as_html(report, LATER)
+    found = Page(text)
+    assert found.links == ["data:,"]
+    assert "script" not in found.tags
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_every_chart_has_data_and_every_table_its_figures(report: Report):
+    found = Page(page.as_html(report, LATER))
+    for title in ("Dollars over time", "Where they went", "Loss against dollars", "Speed"):
+        assert title in found.text
+    assert all(re.fullmatch(r"(M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)*Z?)+", path) for path in found.paths)
+    for sheet in sheets.sheets(report).values():
+        for row in sheet.rows:
+            assert all(cell in found.text for cell in row)
+
+
+def test_a_page_escapes_what_others_wrote(tmp_path: Path):
+    run = RunFolder(tmp_path / "<b>run")
+    run.segment(1, NOON, [span(NOON, NOON + 9, **{"<script>x": 9.0})], usd_per_hour=36.0, zone="<img src=x onerror=y>")
+    found = Page(page.as_html(build(read_run(run.url), LATER), LATER))
+    assert not {"script", "img"} & set(found.tags)
+    assert "<img src=x onerror=y>" in found.text
+
+
+def test_a_run_without_prices_or_metrics_still_makes_a_page(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    run.segment(1, NOON, [span(NOON, NOON + 9, setup=9.0)])
+    text = page.as_html(build(read_run(run.url), LATER), LATER)
+    assert "$?" in text
+    assert "Loss against dollars" not in text
+
+
+def test_the_waterfall_ends_at_the_total(report: Report):
+    drawn = drawings.waterfall(report, 720, "wide")
+    bars = [
+        (float(x), float(w))
+        for x, w in re.findall(r'<rect class="area[^"]*" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn)
+    ]
+    *phases, total = bars
+    for (x, width), (after, _) in itertools.pairwise(phases):
+        assert after == pytest.approx(x + width, abs=1.5)
+    assert phases[-1][0] + phases[-1][1] == pytest.approx(total[0] + total[1], abs=1.5)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most"), [(0, 1, 5), (3.17, 10.4, 6), (0, 7e-4, 5), (1e9, 1.2e9, 4), (2, 2, 5)]
+)
+def test_ticks_are_few_round_and_inside(low, high, most):
+    ticks = svg.nice_ticks(low, high, most)
+    assert 1 <= len(ticks) <= most + 1
+    assert all(low <= tick <= high for tick in ticks)
+
+
+def test_markdown_holds_the_same_tables(report: Report):
+    text = markdown.as_markdown(report)
+    assert "| train lost | 1 min 52 s | 1.12 | 22.8 % |" in text
+    assert "| **total** | **10 min 12 s** | **4.92** | **100.0 %** |" in text
+    assert "|---" not in text.replace("| --- |", "")
+
+
+def test_markdown_keeps_foreign_words_in_their_cell(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    run.segment(1, NOON, [span(NOON, NOON + 9, setup=9.0)], usd_per_hour=36.0, zone="a|b\nc")
+    assert "a\\|b c" in markdown.as_markdown(build(read_run(run.url), LATER))
+
+
+def test_plots_are_pictures(report: Report, tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    written = plots.save_all(report, tmp_path / "plots")
+    names = ["dollars-over-time", "phases", "speed", "loss-against-dollars"]
+    assert [path.stem for path in written] == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def entry(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    command.main(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_without_an_argument_all_runs_are_shown(run, capsys, monkeypatch, tmp_path):
+    second = preempted_and_resumed(tmp_path / "runs" / "nested" / "second")
+    (tmp_path / "runs" / "data" / "shards").mkdir(parents=True)
+    monkeypatch.setenv("RUNS_URL", str(tmp_path / "runs"))
+    assert list(discover.find_runs(str(tmp_path / "runs"))) == [run.url, second.url]
+    out = entry(capsys, "--offline")
+    assert "2 runs" in out
+    assert "9.84" in out
+    assert [each["run"] for each in json.loads(entry(capsys, "--offline", "--json"))] == [run.url, second.url]
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(run, capsys, monkeypatch, tmp_path):
+    RunFolder(tmp_path / "runs" / "empty")
+    monkeypatch.setenv("RUNS_URL", str(tmp_path / "runs"))
+    assert "1 run" in entry(capsys, "--offline")
+
+
+def test_since_and_tag_choose_runs(run, capsys, monkeypatch, tmp_path):
+    tagged = preempted_and_resumed(tmp_path / "runs" / "tagged")
+    start = tagged.path / "ledger/segment-000001/start.jsonl"
+    start.write_text(start.read_text().replace('"program": {}', '"tags": ["paper"]'))
+    monkeypatch.setenv("RUNS_URL", str(tmp_path / "runs"))
+    assert json.loads(entry(capsys, "--offline", "--json", "--tag", "paper"))["run"] == tagged.url
+    assert len(json.loads(entry(capsys, "--offline", "--json", "--since", "2026-11-20T12:10"))) == 2
+    with pytest.raises(LauncherError, match="2 runs found, none to report"):
+        command.main(["--offline", "--since", "2026-11-21"])
+    with pytest.raises(ConfigError, match="--since is 'yesterday'"):
+        command.main(["--offline", "--since", "yesterday"])
+    with pytest.raises(ConfigError, match="leave RUN_URL out"):
+        command.main([run.url, "--tag", "paper"])
+
+
+def test_no_run_and_no_place_to_look_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="set RUNS_URL"):
+        command.main([])
+    monkeypatch.setenv("RUNS_URL", str(tmp_path / "nothing"))
+    with pytest.raises(LauncherError, match="no run found here"):
+        command.main([])
+
+
+def test_runs_side_by_side(run, capsys, tmp_path):
+    cheap = preempted_and_resumed(tmp_path / "cheap")
+    cheap.segment(1, NOON, [span(NOON, NOON + 100, setup=20.0, train=80.0)], usd_per_hour=3.6)
+    out = entry(capsys, "--offline", "--markdown", "--compare", run.url, cheap.url)
+    rows = {line.split("|")[1].strip(): line for line in out.splitlines()}
+    assert "| first | cheap |" in rows[""]
+    assert "4.92" in rows["USD total"]
+    assert "1.30 (" in rows["USD setup"]
+
+
+def test_a_run_is_followed_until_it_ends(run, monkeypatch):
+    """`--watch` on a terminal: a report that changes, then the last one."""
+    states = iter(["running", "running", "finished"])
+    real = command._report
+    slept = []
+
+    def stepping(url, options):
+        report = real(url, options)
+        return Report(**{**vars(report), "state": next(states)})
+
+    monkeypatch.setattr(command, "_report", stepping)
+    monkeypatch.setattr(command.time, "sleep", slept.append)
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "console", lambda: Console(file=screen, force_terminal=True, width=150))
+    command.main([run.url, "--offline", "--watch", "2"])
+    assert slept == [2.0, 2.0]
+    assert "finished" in screen.getvalue()
+
+
+def test_html_file_is_written(run, tmp_path):
+    target = tmp_path / "report.html"
+    command.main([run.url, "--offline", "--html", str(target)])
+    assert target.read_text().startswith("<!doctype html>")
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+def test_a_browser_shows_every_chart_and_logs_no_error(run, tmp_path):
+    target = tmp_path / "report.html"
+    command.main([run.url, "--offline", "--html", str(target)])
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=2000"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    shown = subprocess.run(
+        [BROWSER, *flags.split(), profile, "--dump-dom", f"file://{target}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in shown.stderr
+    found = Page(shown.stdout)
+    charts = [label for label in re.findall(r'aria-label="([^"]+)"', shown.stdout)]
+    assert len(charts) == 8  # four, each wide and narrow
+    assert len([path for path in found.paths if len(path) > 30]) >= 6
+
+
+def test_flops_follow_the_models_formula():
+    from costs.units import flops_per_token
+
+    matrices = 50304 * 64 + 2 * 12 * 64 * 64
+    assert flops_per_token({"model": MODEL}) == 6 * matrices + 12 * 2 * 128 * 64
+    assert flops_per_token({"model": {"kind": "other"}}) is None
+    assert flops_per_token({}) is None

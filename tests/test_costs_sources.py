@@ -1,0 +1,280 @@
+"""What SkyPilot, AWS and the store add to the ledger, and what launchers' own reports get wrong."""
+
+import datetime
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import botocore.session
+import pytest
+from botocore.stub import Stubber
+
+from costs import aws, skypilot
+from costs.breakdown import Report, build
+from costs.model import Run
+from costs.read import read_run
+from costs.skypilot import from_record
+from costs.sources import add_sources
+from tests.conftest import REPOSITORY
+from tests.golden import NOON, RunFolder, span
+
+LATER = NOON + 86400
+
+
+def find_distribution(name: str) -> list:
+    return list(metadata.distributions(name=name))
+
+
+def record(*intervals: tuple[float, float | None], price: float | None = 36.0, **fields) -> dict:
+    """A record as `sky.get(sky.cost_report())` gives it (0.14.1), for the cluster `gpt2-7`."""
+
+    def get_cost(seconds: float) -> float:
+        if price is None:
+            raise ValueError("Instance type 'p4d.24xlarge' not found")
+        return price * seconds / 3600
+
+    resources = SimpleNamespace(
+        cloud="AWS",
+        region="us-east-1",
+        zone="us-east-1a",
+        instance_type="p4d.24xlarge",
+        use_spot=False,
+        get_cost=get_cost,
+    )
+    return {
+        "name": "gpt2-7",
+        "num_nodes": 1,
+        "resources": resources,
+        "usage_intervals": list(intervals),
+        "status": None,
+        "node_names": "i-1",
+        "total_cost": 880.0,
+    } | fields
+
+
+def one_segment(folder: Path, *, killed: bool = False, **machine) -> RunFolder:
+    """A machine of cluster gpt2-7 that wrote a ledger for 100 s from noon on."""
+    run = RunFolder(folder)
+    events = [span(NOON, NOON + 100, setup=20.0, train=80.0)]
+    if not killed:
+        events.append({"event": "end", "time": NOON + 100, "reason": "finished", "step": 1})
+    run.segment(1, NOON, events, **{"usd_per_hour": 36.0, "spot": False} | machine)
+    named = run.path / "ledger/segment-000001/start.jsonl"
+    named.write_text(named.read_text().replace('"program": {}', '"launcher": {"cluster": "gpt2-7"}'))
+    return run
+
+
+def merged(run: RunFolder, *records: dict, now: float = LATER, **sources) -> tuple[Run, Report]:
+    read = read_run(run.url)
+    sources = {"uptimes": lambda: [u for each in records for u in from_record(each)], "spot_history": no_aws} | sources
+    add_sources(read, {}, now, **sources)
+    return read, build(read, now)
+
+
+def no_aws(*_):
+    raise aws.NotThere("NoCredentialsError")
+
+
+def usd(report: Report) -> dict[str, float | None]:
+    return {line.name: line.usd for line in report.phases if line.seconds}
+
+
+def test_the_launch_before_and_the_idle_time_after_are_paid(tmp_path: Path):
+    _, report = merged(one_segment(tmp_path), record((NOON - 60, NOON + 400)))
+    assert usd(report) == {"provision": 0.60, "setup": 0.20, "train_kept": 0.80, "idle_until_down": 3.00}
+    assert report.total.usd == 4.60
+    assert report.segments[0].usd == 4.60
+
+
+def test_a_cluster_that_is_still_up_costs_until_now(tmp_path: Path):
+    _, report = merged(one_segment(tmp_path), record((NOON, None), status="UP"), now=NOON + 1000)
+    assert usd(report)["idle_until_down"] == 9.00
+
+
+def test_a_launch_that_never_got_a_machine_costs_nothing(tmp_path: Path):
+    """SkyPilot issue 1751: an interval opens at the launch attempt, and its report charges for it."""
+    phantom = record((NOON - 5000, NOON - 4000), node_names=None)
+    _, report = merged(one_segment(tmp_path), record((NOON, NOON + 100)), phantom)
+    assert report.total.usd == 1.00
+    assert "a launch of gpt2-7 failed after 16 min 40 s without getting a machine" in " ".join(report.notes)
+
+
+def test_a_machine_that_died_while_it_was_set_up_is_paid_and_shown(tmp_path: Path):
+    _, report = merged(one_segment(tmp_path), record((NOON - 900, NOON - 600)), record((NOON, NOON + 100)))
+    assert usd(report)["provision"] == 3.00
+    assert [(line.name, line.usd, line.end) for line in report.segments[1:]] == [("– gpt2-7", 3.00, "no ledger")]
+    assert sum(line.usd for line in report.segments) == report.total.usd == 4.00
+
+
+def test_a_preempted_machine_is_not_paid_until_somebody_noticed(tmp_path: Path):
+    _, report = merged(one_segment(tmp_path, killed=True, spot=True), record((NOON, NOON + 130)))
+    assert report.total.usd == 1.00
+    assert "taken for the delay in noticing that it was gone" in " ".join(report.notes)
+
+
+def test_a_killed_process_on_a_machine_that_stayed_up_is_paid(tmp_path: Path):
+    _, report = merged(one_segment(tmp_path, killed=True), record((NOON, NOON + 1000)))
+    assert usd(report)["idle_until_down"] == 9.00
+
+
+def test_each_recovery_of_a_managed_job_is_its_own_machine(tmp_path: Path):
+    """SkyPilot issue 1670: the cost of a spot job across recoveries. Its records share a name."""
+    run = one_segment(tmp_path, killed=True, spot=True)
+    second = NOON + 300
+    events = [span(second, second + 50, train=50.0), {"event": "end", "time": second + 50, "reason": "finished"}]
+    run.segment(2, second, events, usd_per_hour=36.0, spot=True)
+    named = run.path / "ledger/segment-000002/start.jsonl"
+    named.write_text(named.read_text().replace('"program": {}', '"launcher": {"cluster": "gpt2-7"}'))
+    _, report = merged(run, record((NOON - 30, NOON + 110)), record((second - 40, second + 60)))
+    assert [line.usd for line in report.segments] == [1.30, 1.00]
+    assert usd(report)["provision"] == 0.70
+
+
+def test_a_type_that_left_the_catalog_is_unknown_not_free(tmp_path: Path):
+    """SkyPilot issue 7304: a failed price lookup there counts as zero dollars."""
+    _, report = merged(one_segment(tmp_path, usd_per_hour=None), record((NOON - 60, NOON + 100), price=None))
+    assert report.total.usd is None
+
+
+def test_the_launchers_price_fills_in_for_provision_only_where_ours_is_missing(tmp_path: Path):
+    _, report = merged(one_segment(tmp_path, usd_per_hour=18.0), record((NOON - 100, NOON + 100), price=36.0))
+    assert usd(report)["provision"] == 0.50
+
+
+def test_other_clusters_are_none_of_this_runs_business(tmp_path: Path):
+    _, report = merged(one_segment(tmp_path), record((NOON, NOON + 100)), record((NOON, NOON + 9000), name="else-8"))
+    assert report.total.usd == 1.00
+
+
+def test_time_over_midnight_is_cut_by_day(tmp_path: Path):
+    _, report = merged(one_segment(tmp_path), record((NOON, NOON + 50000)), now=NOON + 90000)
+    assert [line.name for line in report.by["day"]] == ["2026-11-20", "2026-11-21"]
+    assert [line.seconds for line in report.by["day"]] == [43200, 6800]
+
+
+def test_paid_spot_prices_replace_what_the_launch_expected(tmp_path: Path):
+    def history(zone, instance_type, region, start, end):
+        assert (zone, instance_type, region, start, end) == (
+            "us-east-1a", "p4d.24xlarge", "us-east-1", NOON, NOON + 100
+        )  # fmt: skip
+        return [(NOON - 500, 18.0), (NOON + 75, 36.0)]
+
+    _, report = merged(one_segment(tmp_path, spot=True), spot_history=history)
+    assert report.segments[0].usd_per_hour == pytest.approx(22.5)
+    assert report.segments[0].price_source == "AWS spot price history, us-east-1a"
+
+
+def test_what_a_source_cannot_say_is_an_origin_with_its_reason(tmp_path: Path):
+    def absent():
+        raise skypilot.NotThere("SkyPilot is not installed")
+
+    _, report = merged(one_segment(tmp_path, spot=True), uptimes=absent)
+    origins = {origin.figure: origin.source for origin in report.origins}
+    assert origins["launch, idle until down"] == "? (SkyPilot is not installed)"
+    assert origins["paid spot prices"] == "? (NoCredentialsError)"
+    assert report.total.usd == 1.00
+
+
+def test_the_history_must_reach_back_to_the_start():
+    assert aws.weighted([(0.0, 2.0), (50.0, 4.0)], 0.0, 100.0) == pytest.approx(3.0)
+    for history in ([], [(10.0, 2.0)]):
+        with pytest.raises(aws.NotThere, match="does not reach back"):
+            aws.weighted(history, 0.0, 100.0)
+
+
+def client(service: str):
+    return botocore.session.Session().create_client(
+        service, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
+    )
+
+
+def test_spot_prices_are_read_as_ec2_answers():
+    """botocore checks question and answer against the service's own model."""
+    ec2 = client("ec2")
+    when = datetime.datetime.fromtimestamp(NOON - 10, datetime.UTC)
+    with Stubber(ec2) as stub:
+        entry = {"Timestamp": when, "SpotPrice": "8.1243", "AvailabilityZone": "us-east-1a"}
+        stub.add_response(
+            "describe_spot_price_history",
+            {"SpotPriceHistory": [entry]},
+            {
+                "InstanceTypes": ["p4d.24xlarge"],
+                "ProductDescriptions": ["Linux/UNIX"],
+                "StartTime": datetime.datetime.fromtimestamp(NOON, datetime.UTC),
+                "EndTime": datetime.datetime.fromtimestamp(NOON + 60, datetime.UTC),
+                "AvailabilityZone": "us-east-1a",
+            },
+        )
+        history = aws.spot_history("us-east-1a", "p4d.24xlarge", "us-east-1", NOON, NOON + 60, ec2)
+    assert history == [(NOON - 10, 8.1243)]
+
+
+def cost_explorer(*days: dict) -> tuple:
+    explorer = client("ce")
+    stub = Stubber(explorer)
+    stub.add_response("get_cost_and_usage", {"ResultsByTime": list(days)})
+    stub.activate()
+    return explorer, stub
+
+
+def day(*groups: tuple[str, str], unit: str = "USD") -> dict:
+    return {
+        "TimePeriod": {"Start": "2026-11-20", "End": "2026-11-21"},
+        "Groups": [
+            {"Keys": [name], "Metrics": {"UnblendedCost": {"Amount": amount, "Unit": unit}}} for name, amount in groups
+        ],
+        "Estimated": True,
+    }
+
+
+def test_the_bill_is_summed_by_service():
+    explorer, _ = cost_explorer(day(("EC2", "4.50"), ("S3", "0.10")), day(("EC2", "1.00")))
+    assert aws.billed_usd("run", "gpt2", NOON, NOON + 90000, explorer) == pytest.approx({"EC2": 5.5, "S3": 0.1})
+
+
+def test_a_bill_in_another_currency_or_without_entries_is_refused():
+    explorer, _ = cost_explorer(day(("EC2", "4.50"), unit="EUR"))
+    with pytest.raises(aws.NotThere, match="in EUR, not USD"):
+        aws.billed_usd("run", "gpt2", NOON, NOON + 60, explorer)
+    explorer, _ = cost_explorer(day())
+    with pytest.raises(aws.NotThere, match="nothing under run=gpt2 yet"):
+        aws.billed_usd("run", "gpt2", NOON, NOON + 60, explorer)
+
+
+def test_the_bill_stands_beside_the_report_for_reconciliation(tmp_path: Path):
+    read = read_run(one_segment(tmp_path).url)
+    add_sources(
+        read,
+        {"COST_TAG": "run=gpt2"},
+        LATER,
+        uptimes=list,
+        spot_history=no_aws,
+        bill=lambda *_: {"EC2": 1.01, "S3": 0.2},
+    )
+    assert read.origins[-1].source == "Cost Explorer, run=gpt2, whole days: $1.21 (EC2 1.01, S3 0.20)"
+
+
+def test_storage_is_counted_with_its_rate(tmp_path: Path):
+    run = one_segment(tmp_path)
+    run.write("checkpoints/step-00000001/model.bin", "x" * 1000)
+    read, _ = merged(run)
+    assert read.storage.checkpoint_bytes == 1000
+    assert read.storage.bytes > 1000
+    assert read.storage.rates is None
+
+
+@pytest.mark.skipif(bool(find_distribution("skypilot")), reason="SkyPilot is installed: nothing to mistake for it")
+def test_the_projects_own_sky_folder_is_not_taken_for_skypilot(tmp_path: Path):
+    (tmp_path / "sky").mkdir()
+    (tmp_path / "sky" / "train.yaml").write_text("name: x\n")
+    code = (
+        "from costs import skypilot\n"
+        "try:\n    skypilot.package()\nexcept skypilot.NotThere as error:\n    print(error)\n"
+        "import sys; print('sky' in sys.modules)"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["SkyPilot is not installed", "False"], done.stderr
