@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 from core.errors import ObjectExists, ObjectNotFound, StorageError
 
+# The Hub counts requests in windows of five minutes.
+MAX_WAIT_SECONDS = 300.0
+
 
 class ShortRead(OSError):
     """Fewer bytes than asked for: a truncated body, or an object that is shorter than thought."""
@@ -67,11 +70,15 @@ def is_conflict(error: BaseException) -> bool:
 
 
 def retry_after_seconds(error: BaseException) -> float:
-    """Seconds that the server asked us to wait (Retry-After), at most two minutes; 0 when it did not."""
+    """Seconds that the server asked us to wait, at most MAX_WAIT_SECONDS; 0 when it did not."""
     for link in _chain(error):
         headers = getattr(getattr(link, "response", None), "headers", None)
         if headers and str(headers.get("Retry-After", "")).isdigit():
-            return min(float(headers["Retry-After"]), 120.0)
+            return min(float(headers["Retry-After"]), MAX_WAIT_SECONDS)
+        # The Hugging Face Hub's form: `"api";r=0;t=55`, nothing left for 55 seconds.
+        window = re.search(r"\br=0;\s*t=(\d+)", str(headers.get("RateLimit", ""))) if headers else None
+        if window:
+            return min(float(window.group(1)), MAX_WAIT_SECONDS)
     return 0.0
 
 
@@ -109,7 +116,11 @@ def translated(verb: str, uri: str, error: Exception) -> Exception:
             "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
         )
     if isinstance(error, PermissionError) or codes & {"AccessDenied", "403", "401", "Forbidden"}:
-        what = "file permissions" if "://" not in uri else "that the key may read and write this bucket"
+        what = "that the key may read and write this bucket"
+        if "://" not in uri:
+            what = "file permissions"
+        elif uri.startswith("hf://"):
+            what = "the name of the repository, and HF_TOKEN if it is private or gated"
         return StorageError(f"{uri}: may not {verb} ({brief(error)}); check {what}")
     if isinstance(error, FileNotFoundError) or codes & {"NoSuchKey", "404"}:
         return ObjectNotFound(f"{uri}: not found; check the URL")

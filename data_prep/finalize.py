@@ -112,8 +112,8 @@ def _judge(records: list[Record], config: PrepConfig) -> None:
     rows = sum(record.documents + sum(record.dropped.values()) for record in records)
     if bad > config.source.max_bad_share * rows:
         raise DataError(
-            f"{config.source.url}: {bad} of {rows} rows are bad, more than "
-            f"source.max_bad_share = {config.source.max_bad_share:g}; check the source, or raise that share"
+            f"{config.source.url}: {bad} of {rows} rows have no text, no id or no valid UTF-8, more than "
+            f"source.max_bad_share = {config.source.max_bad_share:g}; check text_column and id_column, or raise that share"
         )
 
 

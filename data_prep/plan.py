@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from core import config as settings
-from core import manifest, storage
+from core import hub, manifest, storage
 from core.errors import DataError, ObjectExists, ObjectNotFound
 from core.schema import PrepConfig
 
@@ -101,15 +101,15 @@ def uri_of(data_url: str) -> str:
 
 def make(config: PrepConfig) -> Plan:
     """List the source. Raises DataError when there is nothing to read or a file is no parquet file."""
-    pattern = _pinned(config.source.url, config.source.revision)
-    uris = storage.expand(pattern)
-    if not uris:
+    pattern = _pinned(config)
+    found = storage.expand_objects(pattern)
+    if not found:
         raise DataError(f"source.url {pattern}: no file matches; check the address and the pattern")
-    for uri in uris:
-        if not uri.endswith(SUFFIXES):
-            raise DataError(f"{uri}: unknown kind of source; give files that end in {', '.join(SUFFIXES)}")
+    for info in found:
+        if not info.uri.endswith(SUFFIXES):
+            raise DataError(f"{info.uri}: unknown kind of source; give files that end in {', '.join(SUFFIXES)}")
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        files = tuple(pool.map(_identify, uris))
+        files = tuple(pool.map(_identify, found))
     return Plan({key: _plain(value) for key, value in settings.identity(config).items() if _defines(key)}, files)
 
 
@@ -153,23 +153,30 @@ def read(data_url: str) -> Plan:
         ) from error
 
 
-def _pinned(url: str, revision: str) -> str:
-    """hf://datasets/OWNER/NAME/path at a revision: hf://datasets/OWNER/NAME@REVISION/path."""
-    if not revision:
+def _pinned(config: PrepConfig) -> str:
+    """source.url with its Hub revision as a commit: the one of a set that is begun already, if none is asked for."""
+    url, revision = config.source.url, config.source.revision
+    if not url.startswith("hf://"):
         return url
-    kind, owner, name, path = url.removeprefix("hf://").split("/", 3)
-    return f"hf://{kind}/{owner}/{name}@{revision}/{path}"
+    where = hub.parse(url)
+    if not revision and not where.revision:
+        try:
+            begun = read(config.data.url)
+        except ObjectNotFound:
+            begun = None
+        if begun and begun.settings.get("source.url") == url:
+            return where.at(hub.parse(begun.files[0].uri).revision)
+    return storage.pinned(where.at(revision) if revision else url)
 
 
-def _identify(uri: str) -> SourceFile:
-    size = storage.size_of(uri)
-    tail = storage.read_range(uri, max(0, size - TAIL_BYTES), size)
-    if uri.endswith(".parquet") and (size < 12 or not tail.endswith(b"PAR1")):
+def _identify(info: storage.ObjectInfo) -> SourceFile:
+    tail = storage.read_range(info.uri, max(0, info.size - TAIL_BYTES), info.size)
+    if info.uri.endswith(".parquet") and (info.size < 12 or not tail.endswith(b"PAR1")):
         raise DataError(
-            f"{uri}: {size} bytes without the end mark of a parquet file; "
+            f"{info.uri}: {info.size} bytes without the end mark of a parquet file; "
             "it is truncated or of another kind: copy it again"
         )
-    return SourceFile(uri, size, hashlib.sha256(tail).hexdigest())
+    return SourceFile(info.uri, info.size, hashlib.sha256(tail).hexdigest())
 
 
 def _defines(key: str) -> bool:

@@ -6,7 +6,7 @@ in anything that is derived from it: the upper half decides the split, the lower
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 
 from core.errors import DataError
 from core.schema import FilterConfig, SourceConfig
-from data_prep import parquet
+from data_prep import parquet, text
 from data_prep.plan import Part, SourceFile
 
 KEY_BYTES = 16
-# A share of very few rows says nothing.
+# A share of very few rows says nothing; the whole set is judged once more in the end.
 JUDGED_ROWS = 1000
 
 
@@ -37,18 +37,24 @@ class Batch:
         return pc.binary_length(self.texts).to_numpy()
 
 
-def columns_of(source: SourceConfig, keep: FilterConfig) -> list[str]:
-    """The columns that these settings read."""
-    wanted = [source.text_column, source.id_column]
-    wanted += [keep.score_column] if keep.min_score is not None else []
-    wanted += [keep.language_column] if keep.languages else []
-    return [column for column in dict.fromkeys(wanted) if column]
+def columns_of(source: SourceConfig, keep: FilterConfig) -> dict[str, str]:
+    """The columns that these settings read, and what each must hold: `text`, `id` or `number`."""
+    wanted = {source.text_column: "text"}
+    if source.id_column:
+        wanted.setdefault(source.id_column, "id")
+    if keep.min_score is not None:
+        wanted.setdefault(keep.score_column, "number")
+    if keep.languages:
+        wanted.setdefault(keep.language_column, "text")
+    return wanted
 
 
 def check_columns(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> None:
     """Raises DataError if a column is missing or holds something else than is needed."""
     if file.uri.endswith(".parquet"):
         _check_schema(parquet.schema_of(file.uri, file.size), file.uri, source, keep)
+    elif file.uri.endswith(".txt") and (keep.min_score is not None or keep.languages):
+        raise DataError(f"{file.uri}: plain text has no columns; unset filter.min_score and filter.languages")
 
 
 def read(
@@ -70,13 +76,14 @@ def read(
         yield _documents(batch, source, keep, seed, dropped)
         if rows >= JUDGED_ROWS:
             _judge(part, rows, dropped["bad"], source)
-    _judge(part, rows, dropped["bad"], source)
 
 
-def _batches(part: Part, columns: Sequence[str], fetched: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
+def _batches(part: Part, columns: dict[str, str], fetched: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
     if part.file.uri.endswith(".parquet"):
-        return parquet.read(part, columns, fetched)
-    raise DataError(f"{part.file.uri}: only parquet files can be read")
+        return parquet.read(part, list(columns), fetched)
+    if part.file.uri.endswith(".txt"):
+        return text.read_whole(part, list(columns), fetched)
+    return text.read_lines(part, columns, fetched)
 
 
 def _documents(batch: pa.RecordBatch, source: SourceConfig, keep: FilterConfig, seed: int, dropped: Counter) -> Batch:
@@ -144,15 +151,15 @@ def _judge(part: Part, rows: int, bad: int, source: SourceConfig) -> None:
 
 
 def _check_schema(schema: pa.Schema, uri: str, source: SourceConfig, keep: FilterConfig) -> None:
-    for column in columns_of(source, keep):
+    for column, holds in columns_of(source, keep).items():
         if column not in schema.names:
-            hint = "; set --source.id_column= (empty) to use the text's hash" if column == source.id_column else ""
+            hint = "; set --source.id_column= (empty) to use the text's hash" if holds == "id" else ""
             raise DataError(f"{uri}: has no column {column!r}, only {', '.join(schema.names)}{hint}")
         kind = schema.field(column).type
-        if column == keep.score_column and keep.min_score is not None:
-            if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-                raise DataError(f"{uri}: column {column!r} is {kind}, filter.min_score needs numbers")
-        elif not _is_text(kind):
+        numeric = pa.types.is_floating(kind) or pa.types.is_integer(kind)
+        if holds == "number" and not numeric:
+            raise DataError(f"{uri}: column {column!r} is {kind}, filter.min_score needs numbers")
+        if not (_is_text(kind) or (numeric and holds != "text")):
             raise DataError(f"{uri}: column {column!r} is {kind}, not text; name another column")
 
 

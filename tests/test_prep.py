@@ -4,18 +4,14 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from core import manifest, storage, vocabulary
 from core.errors import DataError, LauncherError, StorageError
-from core.shard import HEADER_BYTES
 from data_prep import prepare
-from tests.corpus import documents, prepare_config, prepare_set, speeches, table, write_parquet
-
-EOT = 50256
+from tests.corpus import documents, documents_of, prepare_config, prepare_set, speeches, table, write_parquet
 
 
 def stored(data_url: str) -> dict[str, str]:
@@ -24,19 +20,6 @@ def stored(data_url: str) -> dict[str, str]:
         info.uri.removeprefix(data_url): hashlib.sha256(storage.read_bytes(info.uri)).hexdigest()
         for info in storage.list_objects(data_url)
     }
-
-
-def documents_of(data_url: str, split: str) -> list[tuple[int, ...]]:
-    """The token sequences between end-of-text tokens, over all shards of a split in the order of their names."""
-    shards = sorted(manifest.read(data_url).splits[split].shards, key=lambda shard: shard.name)
-    found: list[tuple[int, ...]] = []
-    for shard in shards:
-        tokens = np.frombuffer(storage.read_bytes(storage.join(data_url, shard.name)), "<u2", offset=HEADER_BYTES)
-        pieces = np.split(tokens, np.flatnonzero(tokens == EOT))
-        if found and len(pieces[0]):  # the document that the cut fell into goes on here
-            found[-1] += tuple(pieces[0].tolist())
-        found += [tuple(piece[1:].tolist()) for piece in pieces[1:]]
-    return found
 
 
 @pytest.fixture
@@ -237,8 +220,15 @@ def test_few_bad_rows_are_counted(tmp_path: Path, vocab_bpe: Path):
 def test_many_bad_rows_stop_the_run(tmp_path: Path, vocab_bpe: Path):
     source = write(tmp_path, table([*documents(90), *[None] * 10]))
     message = refused(source, tmp_path, vocab_bpe)
-    assert "10 of the first 100 rows have no text, no id or no valid UTF-8" in message
-    assert "source.max_bad_share = 0.01" in message
+    assert "10 of 100 rows have no text, no id or no valid UTF-8, more than source.max_bad_share = 0.01" in message
+    prepare_set(source, str(tmp_path / "set"), vocab_bpe, "--source.max_bad_share=0.2")
+    assert manifest.read(str(tmp_path / "set")).stats["dropped"] == {"bad": 10}
+
+
+def test_many_bad_rows_stop_a_part_early(tmp_path: Path, vocab_bpe: Path):
+    source = write(tmp_path, table([*documents(1000), *[None] * 100, *documents(5000)]))
+    assert "rows have no text, no id" in refused(source, tmp_path, vocab_bpe, "--data.part_bytes=10000000")
+    assert not list(Path(tmp_path, "set/parts").glob("0*.json"))
 
 
 @pytest.mark.parametrize("cut", [7, 1000, 4000])
@@ -260,6 +250,8 @@ def test_foreign_and_empty_sources(tmp_path: Path, vocab_bpe: Path):
     (tmp_path / "a.parquet").write_text("this is no parquet file, whatever its name says")
     assert "of another kind" in refused(str(tmp_path / "a.parquet"), tmp_path, vocab_bpe)
     assert "no file matches" in refused(str(tmp_path / "*.nothing"), tmp_path, vocab_bpe)
+    (tmp_path / "a.csv").write_text("text,id")
+    assert "a.nothing: not found" in refused(str(tmp_path / "a.nothing"), tmp_path, vocab_bpe)
     assert "unknown kind of source" in refused(str(tmp_path / "a.csv"), tmp_path, vocab_bpe)
     none = write(tmp_path, table([]))
     assert "no document is left for training" in refused(none, tmp_path, vocab_bpe)

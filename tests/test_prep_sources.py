@@ -1,0 +1,96 @@
+"""Other sources than parquet on disk: JSON lines, plain text, a Hub that throttles, and documents that are left out."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from core import manifest, vocabulary
+from core.errors import DataError
+from tests.corpus import documents, documents_of, prepare_set, table, write_parquet
+
+
+def jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def encoded(texts: list[str], vocab: Path) -> list[tuple[int, ...]]:
+    encoding = vocabulary.read(str(vocab)).encoding()
+    return sorted(tuple(encoding.encode_ordinary(text)) for text in texts)
+
+
+def both_splits(url: str) -> list[tuple[int, ...]]:
+    return sorted(documents_of(url, "train") + documents_of(url, "val"))
+
+
+@pytest.mark.parametrize("part_bytes", [700, 701, 1000, 4096, 10**6])
+def test_json_lines_are_read_once_wherever_parts_are_cut(tmp_path: Path, vocab_bpe: Path, part_bytes: int):
+    texts = documents(100)
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": text, "id": i} for i, text in enumerate(texts)]).rstrip(b"\n"))
+    prepare_set(str(tmp_path / "a.jsonl"), str(tmp_path / "set"), vocab_bpe, f"--data.part_bytes={part_bytes}")
+    assert both_splits(str(tmp_path / "set")) == encoded(texts, vocab_bpe)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_json_lines(tmp_path: Path, vocab_bpe: Path, suffix: str):
+    texts = documents(100)
+    data = jsonl([{"text": text, "id": f"{i}"} for i, text in enumerate(texts)])
+    packed = gzip.compress(data) if suffix == "gz" else pa.compress(data, "zstd", asbytes=True)
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(packed)
+    prepare_set(str(tmp_path / "*.jsonl.*"), str(tmp_path / "set"), vocab_bpe)
+    assert both_splits(str(tmp_path / "set")) == encoded(texts, vocab_bpe)
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"damaged or truncated|more than source\.max_bad_share"):
+        prepare_set(str(tmp_path / "*.jsonl.*"), str(tmp_path / "other"), vocab_bpe)
+
+
+def test_lone_surrogate_becomes_the_replacement_character(tmp_path: Path, vocab_bpe: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b", "id": "x"}\n')
+    prepare_set(str(tmp_path / "a.jsonl"), str(tmp_path / "set"), vocab_bpe, "--data.val_fraction=0")
+    assert documents_of(str(tmp_path / "set"), "train") == encoded(["a \ufffd b"], vocab_bpe)
+
+
+def test_bad_json_lines_are_counted(tmp_path: Path, vocab_bpe: Path):
+    rows = jsonl([{"text": text, "id": i} for i, text in enumerate(documents(400))])
+    (tmp_path / "a.jsonl").write_bytes(rows + b'{"text": 7, "id": "n"}\nnot json\n[1]\n')
+    prepare_set(str(tmp_path / "a.jsonl"), str(tmp_path / "set"), vocab_bpe)
+    assert manifest.read(str(tmp_path / "set")).stats["dropped"] == {"bad": 3}
+
+
+def test_plain_text_is_one_document_per_file(tmp_path: Path, vocab_bpe: Path):
+    (tmp_path / "poem.txt").write_text("Roses are red,\nviolets are blue.\n")
+    prepare_set(str(tmp_path / "poem.txt"), str(tmp_path / "set"), vocab_bpe, "--data.val_fraction=0")
+    assert documents_of(str(tmp_path / "set"), "train") == encoded(["Roses are red,\nviolets are blue.\n"], vocab_bpe)
+
+
+def test_text_hash_takes_the_place_of_a_missing_id(tmp_path: Path, vocab_bpe: Path):
+    texts = documents(200)
+    for name, rows in (("a", table(texts)), ("b", table(texts[::-1]))):
+        pq.write_table(rows.drop_columns(["id"]), tmp_path / f"{name}.parquet")
+        prepare_set(str(tmp_path / f"{name}.parquet"), str(tmp_path / name), vocab_bpe, "--source.id_column=")
+    first, second = (documents_of(str(tmp_path / name), "val") for name in "ab")
+    assert len(first) > 5
+    assert sorted(first) == sorted(second)
+
+
+# --- filters ---------------------------------------------------------------------------------------------------
+
+
+def test_filters_drop_and_count(tmp_path: Path, vocab_bpe: Path):
+    texts = [*documents(90), "tiny", *documents(9, words=400)]
+    source = write_parquet(tmp_path / "source", [texts])
+    url = str(tmp_path / "set")
+    flags = ("--filter.min_score=3.5", "--filter.languages=en", "--filter.min_tokens=5", "--filter.max_tokens=100")
+    prepare_set(source, url, vocab_bpe, *flags)
+    kept = [text for i, text in enumerate(texts) if i % 3 and i % 10 != 9 and i < 90]
+    assert both_splits(url) == encoded(kept, vocab_bpe)
+    assert manifest.read(url).stats["dropped"] == {"language": 6, "long": 6, "low_score": 34}
+
+
+def test_filter_on_a_column_that_holds_no_numbers(tmp_path: Path, vocab_bpe: Path):
+    source = write_parquet(tmp_path / "source", [documents(5)])
+    with pytest.raises(DataError, match=r"column 'dump' is string, filter\.min_score needs numbers"):
+        prepare_set(source, str(tmp_path / "set"), vocab_bpe, "--filter.min_score=3", "--filter.score_column=dump")
