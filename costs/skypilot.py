@@ -6,6 +6,7 @@ that folder and succeeds. What was imported is therefore checked.
 
 import functools
 import importlib
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ class NotThere(Exception):
 
 def package() -> Any:
     """The SkyPilot package. Raises NotThere."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # its database migrations speak at every import
     try:
         module = importlib.import_module("sky")
     except ImportError as error:

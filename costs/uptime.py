@@ -40,9 +40,11 @@ def surroundings(segments: list[Segment], uptimes: Iterable[Uptime], now: float)
                 "the point of writing a ledger; its time is booked as provision"
             )
         else:
+            price = uptime.usd_per_hour
+            most = None if price is None else (end - uptime.start) / 3600 * price
             around.notes.append(
                 f"{uptime.origin}: a launch of {uptime.cluster} failed after {money.duration(end - uptime.start)} "
-                "without getting a machine; nothing is counted for it"
+                f"without a machine that is known of; nothing is counted for it (at most ${money.text(most)})"
             )
     return around
 
