@@ -99,10 +99,9 @@ def test_a_launch_that_never_got_a_machine_costs_nothing(tmp_path: Path):
     phantom = record((NOON - 5000, NOON - 4000), node_names=None)
     _, report = merged(one_segment(tmp_path), record((NOON, NOON + 100)), phantom)
     assert report.total.usd == 1.00
-    assert (
-        "a launch of gpt2-7 failed after 16 min 40 s without a machine that is known of; nothing is counted for it (at most $10.00)"
-        in " ".join(report.notes)
-    )
+    notes = " ".join(report.notes)
+    assert "a launch of gpt2-7 failed after 16 min 40 s without a machine that is known of" in notes
+    assert "nothing is counted for it (at most $10.00)" in notes
 
 
 def test_a_machine_that_died_while_it_was_set_up_is_paid_and_shown(tmp_path: Path):
