@@ -6,17 +6,17 @@
 Bound to 127.0.0.1 on free ports, telemetry off, data in the given folder, dies with its parent.
 """
 
-import ctypes
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from demo.processes import die_with_parent
 
 START_SECONDS = 60.0
 _PORTS = (
@@ -75,7 +75,7 @@ class S3Server:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         try:
             self._wait()
@@ -152,9 +152,3 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
-
-
-def _die_with_parent() -> None:
-    """Linux: the kernel ends the server when we die, even by SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

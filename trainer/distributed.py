@@ -18,6 +18,9 @@ from core.errors import ConfigError, LauncherError
 
 T = TypeVar("T")
 
+# Its name since torch 2.13; the code also runs on 2.11.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # A rank may wait this long for the others: longer than storage's patience plus a slow upload.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -112,7 +115,7 @@ def gather_numbers(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> torc
     if ranks.world == 1:
         return mine
     everyone = torch.empty(ranks.world, mine.shape[1], dtype=torch.float64)
-    dist.all_gather_into_tensor(everyone, mine, group=ranks.control)
+    all_gather(everyone, mine, group=ranks.control)
     return everyone
 
 

@@ -78,7 +78,11 @@ class Loop:
             leaving = self._exchange(fetched)
             waited = time.monotonic() - started
             if step > first_step:
-                self._between_steps(step, last=leaving or step == steps)
+                self._save(step, last=leaving or step == steps)
+            elif step == steps:
+                log.info("the run has reached its last step, %d, before", step)
+            if step > first_step or step == steps:
+                self._look(step, leaving)
             if leaving or step == steps:
                 return step
             self.record.switch("compile" if self.compiled and step == first_step else "train")
@@ -109,18 +113,21 @@ class Loop:
         log.info("asked to stop (%s): saving, then leaving", kind)
         return True
 
-    def _between_steps(self, step: int, last: bool) -> None:
-        """Save first, then look: an evaluation that fails must not cost the step."""
-        train = self.settings.train
-        if last or step % self.settings.checkpoint.every == 0:
-            with self.record.phase("checkpoint"):
-                self.saver.begin(step, self._state(step))
-                if last:
-                    self.saver.finish(step)
+    def _save(self, step: int, last: bool) -> None:
+        """Begin a checkpoint if one is due; the last one of a segment is waited for."""
+        if not last and step % self.settings.checkpoint.every:
+            return
+        with self.record.phase("checkpoint"):
+            self.saver.begin(step, self._state(step))
             if last:
+                self.saver.finish(step)
                 log.info("step %d is saved", step)
+
+    def _look(self, step: int, leaving: bool) -> None:
+        """Validation loss and samples where due. After the save: what fails here must not cost the step."""
+        train = self.settings.train
         finished = step == train.steps
-        if last and not finished:
+        if leaving and not finished:
             return
         if finished or (train.eval_every and step % train.eval_every == 0):
             with self.record.phase("eval"):
@@ -209,7 +216,15 @@ class Loop:
     def _evaluate(self, step: int) -> None:
         validation = self.validation()
         loss = validation(self.model)
-        self.record.metric("eval", {"step": step, "tokens": step * self.settings.batch.tokens, "val_loss": loss})
+        self.record.metric(
+            "eval",
+            {
+                "step": step,
+                "tokens": step * self.settings.batch.tokens,
+                "val_loss": loss,
+                "eval_tokens": validation.tokens,
+            },
+        )
         log.info(
             "step %d/%d | validation loss %.4f over %s tokens",
             step,

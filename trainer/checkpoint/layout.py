@@ -10,7 +10,7 @@ files with its successor's. The marker names its manifest and the manifest's che
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,14 +71,20 @@ def checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def steps(run_url: str) -> list[int]:
-    """Steps that have a checkpoint folder, complete or not, newest first."""
-    names = storage.list_names(storage.join(run_url, FOLDER))
-    return sorted((int(match.group(1)) for name in names if (match := _STEP.match(name))), reverse=True)
+def stored(run_url: str) -> dict[int, dict[str, int]]:
+    """All checkpoints there are, complete or not, newest first: step → object name → bytes."""
+    found: dict[int, dict[str, int]] = {}
+    for info in storage.list_objects(storage.join(run_url, FOLDER)):
+        folder, _, name = info.uri.rpartition("/")
+        match = _STEP.match(folder.rpartition("/")[2])
+        if match:
+            found.setdefault(int(match.group(1)), {})[name] = info.size
+    return dict(sorted(found.items(), reverse=True))
 
 
-def is_complete(run_url: str, step: int) -> bool:
-    return storage.exists(storage.join(folder_of(run_url, step), MARKER))
+def complete_steps(run_url: str) -> list[int]:
+    """Steps whose checkpoint has its marker, newest first."""
+    return [step for step, names in stored(run_url).items() if MARKER in names]
 
 
 def write_marker(run_url: str, manifest: CheckpointManifest) -> None:
@@ -92,8 +98,8 @@ def write_marker(run_url: str, manifest: CheckpointManifest) -> None:
     )
 
 
-def read_manifest(run_url: str, step: int) -> CheckpointManifest:
-    """Manifest of a complete checkpoint, its files present with the right sizes.
+def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> CheckpointManifest:
+    """Manifest of a complete checkpoint whose objects are `sizes` (see `stored`), all there with the right sizes.
 
     Raises CheckpointError saying what is wrong with this one; StorageError if the store cannot be reached.
     """
@@ -115,7 +121,6 @@ def read_manifest(run_url: str, step: int) -> CheckpointManifest:
         raise CheckpointError(f"{folder}: incomplete ({error})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: damaged marker or manifest ({type(error).__name__}: {error})") from error
-    sizes = {info.name: info.size for info in storage.list_objects(folder)}
     for file in files:
         if file.name not in sizes:
             raise CheckpointError(f"{storage.join(folder, file.name)}: missing")
@@ -126,16 +131,14 @@ def read_manifest(run_url: str, step: int) -> CheckpointManifest:
     return manifest
 
 
-def remove(run_url: str, step: int) -> None:
+def remove(run_url: str, step: int, names: Iterable[str]) -> None:
     """Delete a checkpoint, marker first, so that it is never complete and damaged at once."""
-    folder = folder_of(run_url, step)
-    storage.delete(storage.join(folder, MARKER))
-    for info in storage.list_objects(folder):
-        storage.delete(info.uri)
+    for name in sorted(names, key=lambda name: name != MARKER):
+        storage.delete(storage.join(folder_of(run_url, step), name))
 
 
-def to_remove(found: Sequence[int], complete: Sequence[int], keep: int) -> list[int]:
+def to_remove(found: Mapping[int, Mapping[str, int]], keep: int) -> list[int]:
     """Steps to delete: all complete ones but the newest `keep`, and incomplete ones older than the newest complete."""
-    complete = sorted(complete, reverse=True)
+    complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)
     newest = complete[0] if complete else -1
     return [step for step in found if (step in complete[keep:]) or (step not in complete and step < newest)]

@@ -5,6 +5,7 @@ byte once. A checkpoint that is incomplete or damaged is skipped by name, on all
 is tried. If complete checkpoints exist but none can be used, training stops: it never silently starts again.
 """
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,11 +39,11 @@ def load_newest(run_url: str, targets: Mapping[str, torch.Tensor], ranks: Ranks)
 
     Raises CheckpointError if complete checkpoints exist but all are damaged.
     """
-    found = on_main(lambda: layout.steps(run_url), ranks)
+    found = on_main(lambda: layout.stored(run_url), ranks)
     skipped: list[tuple[str, str]] = []
     damaged = 0
-    for step in found:
-        manifest, why = on_main(lambda step=step: _open(run_url, step), ranks)
+    for step, names in found.items():
+        manifest, why = on_main(functools.partial(_open, run_url, step, names), ranks)
         if manifest is not None:
             why = _load(run_url, manifest, targets, ranks)
             if why is None:
@@ -54,18 +55,18 @@ def load_newest(run_url: str, targets: Mapping[str, torch.Tensor], ranks: Ranks)
             log.warning("checkpoint %s skipped: %s", *skipped[-1])
     if damaged:
         raise CheckpointError(
-            f"{storage.join(run_url, layout.FOLDER)}: none of {len(found)} checkpoints can be used, "
+            f"{storage.join(run_url, layout.FOLDER)}: none of the {damaged} complete checkpoints can be used, "
             f"the newest because: {skipped[0][1]}; restore one from a backup, or start over with another run.url"
         )
     return None
 
 
-def _open(run_url: str, step: int) -> tuple[CheckpointManifest | None, str]:
+def _open(run_url: str, step: int, names: Mapping[str, int]) -> tuple[CheckpointManifest | None, str]:
     """Rank 0: the manifest, or None and why not ("" for one that was never finished)."""
-    if not layout.is_complete(run_url, step):
+    if layout.MARKER not in names:
         return None, ""
     try:
-        return layout.read_manifest(run_url, step), ""
+        return layout.read_manifest(run_url, step, names), ""
     except CheckpointError as error:
         return None, str(error)
 

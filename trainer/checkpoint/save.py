@@ -139,9 +139,8 @@ class Saver:
 
     def _prune(self) -> None:
         try:
-            found = layout.steps(self.run_url)
-            complete = [step for step in found if layout.is_complete(self.run_url, step)]
-            for step in layout.to_remove(found, complete, self.keep):
-                layout.remove(self.run_url, step)
+            found = layout.stored(self.run_url)
+            for step in layout.to_remove(found, self.keep):
+                layout.remove(self.run_url, step, found[step])
         except LauncherError as error:
             log.warning("old checkpoints were not removed, which only costs storage: %s", error)

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer.distributed import all_gather
+
 
 def odd_part(number: int) -> int:
     """The largest odd divisor: 12 → 3."""
@@ -113,5 +115,5 @@ def _tree_all_reduce(buffer: torch.Tensor) -> None:
     received = torch.empty_like(padded)
     dist.all_to_all_single(received, padded)
     mine = tree_sum(received.view(world, slice_size).unbind(0))
-    dist.all_gather_into_tensor(padded, mine)
+    all_gather(padded, mine)
     buffer.copy_(padded[: buffer.numel()])

@@ -1,0 +1,117 @@
+"""Start the real trainer as its users do: torchrun, processes, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import numpy as safetensors
+
+from core import journal, storage
+from trainer.checkpoint import layout
+
+REPOSITORY = Path(__file__).parent.parent
+PATIENCE_SECONDS = 240.0
+
+# One layer, sixteen wide: what takes time is the GPT-2 vocabulary and starting Python.
+TINY = [
+    "--model.layers=1",
+    "--model.heads=2",
+    "--model.width=16",
+    "--model.context=32",
+    "--batch.tokens=512",
+    "--batch.micro_batch=2",
+    "--optimizer.lr=1e-2",
+    "--optimizer.warmup_steps=2",
+    "--train.log_every=1",
+    "--train.eval_every=0",
+    "--train.eval_tokens=256",
+    "--train.sample_every=0",
+    "--train.sample_tokens=4",
+    "--train.cpu_threads=1",
+]
+
+
+def start(ranks: int, *flags: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
+    """torchrun in a process group of its own, output to be read."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    command += ["-m", "trainer.train", *TINY, *flags]
+    env = {**os.environ, "TORCHELASTIC_ERROR_FILE": os.devnull, **(environment or {})}
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit code and output, at the end."""
+    try:
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return process.returncode, output
+
+
+def train(ranks: int, *flags: str, environment: Mapping[str, str] | None = None) -> str:
+    """Run to the end, which must be a success. Returns the output."""
+    code, output = finish(start(ranks, *flags, environment=environment))
+    assert code == 0, output
+    return output
+
+
+def kill(process: subprocess.Popen, number: signal.Signals = signal.SIGKILL) -> None:
+    """Signal the whole process group: torchrun and all ranks at once."""
+    os.killpg(process.pid, number)
+    process.wait()
+    process.stdout.close()
+
+
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Until something is true of the run; fails when the process ends first."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        if process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode} before its time:\n{process.stdout.read()}")
+        if time.monotonic() > deadline:
+            kill(process)
+            raise AssertionError("nothing happened in time")
+        time.sleep(0.02)
+
+
+def completed(run_url: str) -> list[int]:
+    """Steps with a complete checkpoint, newest first."""
+    return layout.complete_steps(run_url)
+
+
+def manifest(run_url: str, step: int) -> layout.CheckpointManifest:
+    return layout.read_manifest(run_url, step, layout.stored(run_url)[step])
+
+
+def tensors(run_url: str, step: int) -> dict[str, bytes]:
+    """The exact bits of a checkpoint, by row block."""
+    found = {}
+    folder = layout.folder_of(run_url, step)
+    for file in manifest(run_url, step).files:
+        for key, array in safetensors.load(storage.read_bytes(storage.join(folder, file.name))).items():
+            found[key] = array.tobytes()
+    return found
+
+
+def metrics(run_url: str, kind: str = "train") -> dict[int, dict]:
+    """The newest record of each step over all segments."""
+    found = {}
+    for segment in storage.list_names(storage.join(run_url, "metrics")):
+        events, problems = journal.read(storage.join(run_url, "metrics", segment))
+        assert not problems
+        found |= {event["step"]: event for event in events if event["kind"] == kind}
+    return found

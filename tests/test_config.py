@@ -1,0 +1,111 @@
+"""core.config: three layers, typed values, errors that say where."""
+
+from pathlib import Path
+
+import pytest
+
+from core import config
+from core.errors import ConfigError
+from core.schema import TrainConfig
+
+REPOSITORY = Path(__file__).parent.parent
+URLS = ["--run.url=/r", "--data.url=/d"]
+
+
+def load(*arguments: str, **environment: str) -> TrainConfig:
+    return config.load(TrainConfig, [*URLS, *arguments], environment)
+
+
+def write(folder: Path, text: str) -> str:
+    (folder / "c.yaml").write_text(text)
+    return str(folder / "c.yaml")
+
+
+def test_layers_and_types(tmp_path: Path):
+    file = write(
+        tmp_path, "optimizer:\n  lr: 6e-4\ntrain:\n  steps: 1_000\n  compile: no\n  sample_prompts: [a, 'b, c']\n"
+    )
+    loaded = load(file, "--train.steps=2e3")
+    assert loaded.optimizer.lr == 6e-4
+    assert loaded.train.steps == 2000
+    assert loaded.train.compile is False
+    assert loaded.train.sample_prompts == ("a", "b, c")
+    assert load("--train.compile").train.compile is True
+    assert load("--train.sample_prompts=x,y").train.sample_prompts == ("x", "y")
+
+
+def test_environment_overrides_the_file_and_a_flag_both(tmp_path: Path):
+    file = write(tmp_path, "run:\n  url: /from-file\ndata:\n  url: /d\n")
+    assert config.load(TrainConfig, [file], {}).run.url == "/from-file"
+    assert config.load(TrainConfig, [file], {"RUN_URL": "/from-env"}).run.url == "/from-env"
+    assert config.load(TrainConfig, [file, "--run.url=/flag"], {"RUN_URL": "/from-env"}).run.url == "/flag"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "optimizer:\n  lr: 1e-3\n  warmup: 5\n",
+            r"c\.yaml:3: unknown setting optimizer\.warmup; did you mean optimizer\.warmup_steps\?",
+        ),
+        ("steps: 5\n", r"c\.yaml:1: unknown setting steps; did you mean train\.steps\?"),
+        ("train:\n  steps: many\n", r"c\.yaml:2: train\.steps is 'many', must be a whole number"),
+        ("train:\n  steps: 1.5\n", r"c\.yaml:2: train\.steps is '1\.5', must be a whole number"),
+        ("train:\n  compile: 3\n", r"c\.yaml:2: train\.compile is '3', must be true or false"),
+        ("train:\n  device: gpu\n", r"c\.yaml:2: train\.device is 'gpu', must be one of auto, cpu, cuda"),
+        ("train: 5\n", r"c\.yaml:1: train must be a mapping"),
+        ("train:\n  seed: 1\n  seed: 2\n", r"c\.yaml:3: train\.seed is set twice; the first is at .*c\.yaml:2"),
+        ("model:\n\n  heads: 7\n", r"c\.yaml:3: model\.heads: is 7, must divide the width 768"),
+        ("checkpoint:\n  keep: 1\n", r"c\.yaml:2: checkpoint\.keep: is 1, must be at least 2"),
+        ("a: [b\n", r"c\.yaml: not valid YAML"),
+    ],
+)
+def test_errors_name_file_line_and_remedy(tmp_path: Path, text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, text))
+
+
+def test_errors_of_flags(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"flag --train\.step=3: unknown setting train\.step; did you mean train\.steps\?"
+    ):
+        load("--train.step=3")
+    with pytest.raises(ConfigError, match=r"flag --train\.steps: no value; write --train\.steps=VALUE"):
+        load("--train.steps")
+    with pytest.raises(ConfigError, match=r"flag --train=1: train is a section"):
+        load("--train=1")
+    with pytest.raises(ConfigError, match=r"/no/such\.yaml: no such config file"):
+        load("/no/such.yaml")
+    with pytest.raises(ConfigError, match="more than one config file"):
+        load(write(tmp_path, ""), write(tmp_path, ""))
+    with pytest.raises(
+        ConfigError, match=r"batch\.tokens: is 1000, must be a multiple of .* = 32 x 1024 = 32768; the nearest is 32768"
+    ):
+        load("--batch.tokens=1000")
+    with pytest.raises(ConfigError, match=r"url: is empty; set it, --run\.url"):
+        config.load(TrainConfig, [], {})
+
+
+def test_round_trip_and_identity():
+    loaded = load("--train.steps=2000", "--train.log_every=3")
+    assert config.from_dict(TrainConfig, config.to_dict(loaded), "stored") == loaded
+    identity = config.identity(loaded)
+    assert identity["train.steps"] == 2000
+    assert "train.log_every" not in identity
+    assert "run.url" not in identity
+    with pytest.raises(ConfigError, match=r"stored: unknown setting train\.nonsense"):
+        config.from_dict(TrainConfig, {"train": {"nonsense": 1}}, "stored")
+
+
+def test_help_names_every_setting():
+    text = config.help_text(TrainConfig, "usage")
+    for key in config.flatten(config.to_dict(load())):
+        assert f"--{key}=" in text
+
+
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "trainer" / "configs").glob("*.yaml")), ids=lambda file: file.name
+)
+def test_shipped_training_configs_load(file: Path):
+    loaded = load(str(file))
+    assert loaded.batch.tokens % (loaded.batch.micro_batch * loaded.model.context) == 0

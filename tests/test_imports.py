@@ -1,0 +1,83 @@
+"""Who may import what: the floor loads no torch, stages do not know each other, `sky` stays SkyPilot's name."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGES = ("core", "data_prep", "costs", "trainer")
+TORCH_FREE = ("core", "data_prep", "costs")
+
+
+def modules(package: str) -> list[str]:
+    files = sorted((REPOSITORY / package).rglob("*.py"))
+    return [
+        ".".join(file.relative_to(REPOSITORY).with_suffix("").parts) for file in files if file.name != "__init__.py"
+    ]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def import_all_and_look(names: list[str], forbidden: str) -> subprocess.CompletedProcess:
+    loads = "; ".join(f"import {name}" for name in names)
+    return run_python(f"import sys; {loads}; sys.exit({forbidden!r} in sys.modules)")
+
+
+def test_the_floor_loads_no_torch():
+    names = [name for package in TORCH_FREE for name in modules(package)] + ["cost_report"]
+    result = import_all_and_look(names, "torch")
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_check_above_can_fail():
+    assert import_all_and_look(["trainer.model.gpt"], "torch").returncode == 1
+
+
+def test_our_sky_folder_does_not_hide_skypilot(tmp_path: Path):
+    """From the repository's root `import sky` must find SkyPilot, not the folder of task YAMLs."""
+    assert not (REPOSITORY / "sky" / "__init__.py").exists()
+    installed = tmp_path / "sky"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("__version__ = 'the installed one'\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import sky; print(sky.__version__)"
+    assert run_python(code).stdout.strip() == "the installed one"
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_stages_import_the_floor_and_never_each_other(package: str):
+    allowed = {package, "core"}
+    for file in (REPOSITORY / package).rglob("*.py"):
+        others = {name.partition(".")[0] for name in imports_of(file)} & (set(PACKAGES) | {"demo", "tests", "launch"})
+        assert others <= allowed, f"{file} imports {others - allowed}"
+
+
+def test_nothing_imports_an_entry():
+    def is_entry(file: Path) -> bool:
+        return "\nif __name__ == " in file.read_text()
+
+    files = [file for package in PACKAGES for file in (REPOSITORY / package).rglob("*.py")]
+    entries = {".".join(f.relative_to(REPOSITORY).with_suffix("").parts) for f in files if is_entry(f)}
+    assert {"trainer.train", "data_prep.prepare", "data_prep.verify"} <= entries
+    for file in files:
+        assert not imports_of(file) & entries, file
+
+
+def test_package_markers_are_empty():
+    for package in PACKAGES:
+        for marker in (REPOSITORY / package).rglob("__init__.py"):
+            assert not marker.read_text().strip(), marker

@@ -1,0 +1,121 @@
+"""The trainer as a whole: real torchrun processes, a real S3 server, real kills."""
+
+import signal
+
+import pytest
+
+from core import storage
+from tests import corpus, launching
+from trainer.checkpoint import layout
+
+
+@pytest.fixture(scope="module")
+def data_url(s3, tmp_path_factory, vocab_bpe) -> str:
+    """A prepared token set in a bucket."""
+    s3.make_bucket("train-data")
+    source = corpus.write_parquet(tmp_path_factory.mktemp("source"), [corpus.speeches(16)])
+    url = "s3://train-data/set"
+    corpus.prepare_set(source, url, vocab_bpe)
+    return url
+
+
+@pytest.fixture(scope="module")
+def straight(data_url: str) -> str:
+    """A run on one rank that nothing interrupted."""
+    run_url = data_url.replace("/set", "/straight")
+    launching.train(1, f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=100")
+    return run_url
+
+
+def assert_equal_runs(run_url: str, other: str, step: int) -> None:
+    assert launching.tensors(run_url, step) == launching.tensors(other, step)
+    mine, theirs = launching.metrics(run_url), launching.metrics(other)
+    assert sorted(mine) == sorted(theirs) == list(range(1, step + 1))
+    for number in mine:
+        assert (mine[number]["loss"], mine[number]["grad_norm"]) == (
+            theirs[number]["loss"],
+            theirs[number]["grad_norm"],
+        )
+
+
+def test_killed_and_resumed_on_other_ranks_equals_uninterrupted_to_the_bit(data_url: str, straight: str):
+    """Two ranks, SIGKILL; four ranks, SIGKILL; two ranks to the end: the bits of one rank that nothing stopped."""
+    run_url = straight.replace("straight", "killed")
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=3"]
+    for ranks, step in ((2, 6), (4, 12)):
+        process = launching.start(ranks, *flags)
+        launching.wait_until(lambda step=step: (launching.completed(run_url) or [0])[0] >= step, process)
+        launching.kill(process)
+    assert launching.completed(run_url)[0] < 24
+    output = launching.train(2, *flags)
+    assert "resumed from step" in output
+    assert_equal_runs(run_url, straight, 24)
+    assert launching.metrics(run_url, "eval")[24]["val_loss"] == launching.metrics(straight, "eval")[24]["val_loss"]
+
+
+def test_sigterm_saves_and_leaves_and_the_rest_follows(data_url: str, straight: str, tmp_path):
+    run_url = straight.replace("straight", "asked")
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=100"]
+    process = launching.start(2, *flags, environment={"EXIT_CODE_FILE": str(tmp_path / "code")})
+    launching.wait_until(lambda: bool(storage.list_names(storage.join(run_url, "metrics"))), process)
+    process.send_signal(signal.SIGTERM)
+    code, output = launching.finish(process)
+    assert code != 0, "only a run that reached its last step may exit with 0"
+    assert (tmp_path / "code").read_text() == "33\n"
+    saved = launching.completed(run_url)
+    assert len(saved) == 1, output
+    output = launching.train(1, *flags)
+    assert f"resumed from step {saved[0]}" in output
+    assert_equal_runs(run_url, straight, 24)
+    assert "the run has reached its last step" in launching.train(1, *flags)
+
+
+def test_bad_input_is_one_sentence_and_changes_nothing(data_url: str, straight: str, tmp_path):
+    before = storage.list_objects(straight)
+
+    def refused(*flags: str) -> str:
+        code, output = launching.finish(launching.start(1, *flags))
+        assert code != 0
+        lines = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, output
+        assert "Traceback" not in output.split("error: ")[0]
+        return lines[0]
+
+    run = f"--run.url={straight}"
+    data = f"--data.url={data_url}"
+    assert "holds a run with optimizer.lr=0.01, this config has optimizer.lr=0.5" in refused(
+        run, data, "--optimizer.lr=0.5", "--train.steps=24"
+    )
+    assert "there is no manifest; prepare the data first" in refused(run, f"--data.url={data_url}/absent")
+    assert "bucket 'no-such-bucket' does not exist" in refused(run, "--data.url=s3://no-such-bucket/x")
+    assert "model.vocab_rows is 1000, fewer than the 50257 tokens" in refused(run, data, "--model.vocab_rows=1000")
+    assert "unknown setting train.step; did you mean train.steps?" in refused(run, data, "--train.step=3")
+    assert storage.list_objects(straight) == before
+
+
+def test_batch_that_does_not_divide_over_the_ranks(data_url: str, straight: str):
+    code, output = launching.finish(
+        launching.start(3, f"--data.url={data_url}", f"--run.url={straight}", "--train.steps=24")
+    )
+    assert code != 0
+    assert "makes 8 micro-batches of 2 x 32 tokens, which do not divide over 3 ranks; start 2 ranks" in output
+
+
+def test_damaged_checkpoints_are_skipped_by_name_and_never_replaced_by_a_fresh_start(data_url: str, straight: str):
+    run_url = straight.replace("straight", "damaged")
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=8", "--checkpoint.every=2"]
+    launching.train(1, *flags)
+    assert launching.completed(run_url) == [8, 6]
+    newest = storage.join(layout.folder_of(run_url, 8), launching.manifest(run_url, 8).files[0].name)
+    data = bytearray(storage.read_bytes(newest))
+    data[len(data) // 2] ^= 1
+    storage.write_bytes(newest, bytes(data))
+    output = launching.train(1, *flags)
+    assert "checkpoint step-00000008 skipped" in output
+    assert "checksum differs" in output
+    assert "resumed from step 6" in output
+    for step in (8, 6):
+        storage.delete(storage.join(layout.folder_of(run_url, step), launching.manifest(run_url, step).files[0].name))
+    code, output = launching.finish(launching.start(1, *flags))
+    assert code != 0
+    assert "none of the 2 complete checkpoints can be used" in output, output
