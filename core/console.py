@@ -1,7 +1,6 @@
 """What entries print: logging, progress, and errors as one sentence.
 
-if __name__ == "__main__":
-    run_entry(main)
+An entry is a module with `main(arguments) -> exit code`, run by `run_entry(main)`.
 """
 
 import contextlib
