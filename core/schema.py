@@ -140,6 +140,50 @@ class PrepConfig:
         )
 
 
+@dataclass(frozen=True)
+class FetchSourceConfig:
+    """Token shards that somebody else has made."""
+
+    train_url: str = setting("", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, hf://)")
+    val_url: str = setting("", "validation shards, likewise; empty: none")
+    revision: str = setting(
+        "", "commit or tag of hf:// sources; empty: the newest, pinned when the import first starts"
+    )
+
+    def __post_init__(self):
+        _require(bool(self.train_url), "train_url", "is empty; give a file or glob")
+        _require(
+            not self.revision or self.train_url.startswith("hf://"),
+            "revision",
+            f"is {self.revision!r}, but only an hf:// source has revisions",
+        )
+
+
+@dataclass(frozen=True)
+class FetchDataConfig:
+    """Where the imported shards go."""
+
+    url: str = setting("", "folder for shards and manifest (local, s3://, gs://)", env="DATA_URL", identity=False)
+    shard_tokens: int = setting(1 << 25, "tokens per shard (the last of each source file has fewer); 2 bytes each")
+
+    def __post_init__(self):
+        _require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
+        _require(0 < self.shard_tokens < 2**31, "shard_tokens", f"is {self.shard_tokens}, must be 1 to 2147483647")
+
+
+@dataclass(frozen=True)
+class FetchConfig:
+    """`python -m data_prep.fetch`."""
+
+    source: FetchSourceConfig = section(FetchSourceConfig)
+    data: FetchDataConfig = section(FetchDataConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    workers: int = setting(4, "shards that are copied side by side", identity=False)
+
+    def __post_init__(self):
+        _require(self.workers > 0, "workers", f"is {self.workers}, must be at least 1")
+
+
 # --- training --------------------------------------------------------------------------------------------------
 
 
@@ -150,9 +194,17 @@ class RunConfig:
     url: str = setting(
         "", "folder for checkpoints, metrics and ledger (local, s3://, gs://)", env="RUN_URL", identity=False
     )
+    max_usd: float = setting(
+        0.0, "hard cap in dollars over all segments: save and stop before it; 0: none", env="MAX_USD", identity=False
+    )
+    shutdown_seconds: float = setting(
+        120.0, "paid time between the trainer's end and the machine's, kept in reserve under the cap", identity=False
+    )
 
     def __post_init__(self):
         _require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+        for key in ("max_usd", "shutdown_seconds"):
+            _require(0 <= getattr(self, key) < float("inf"), key, f"is {getattr(self, key)}, must not be below 0")
 
 
 @dataclass(frozen=True)
@@ -224,6 +276,9 @@ class OptimizerConfig:
     beta2: float = setting(0.95, "second-moment decay")
     eps: float = setting(1e-8, "denominator term")
     clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
+    shard: bool = setting(
+        False, "each rank keeps the optimizer state of its share of rows only (ZeRO-1); same results", identity=False
+    )
 
     def __post_init__(self):
         for key in ("lr", "eps"):
@@ -265,17 +320,25 @@ class TrainLoopConfig:
 class CheckpointConfig:
     """When to save, and what to keep."""
 
-    every: int = setting(250, "steps between checkpoints", identity=False)
+    every: int = setting(0, "steps between checkpoints; 0: by time, from measured costs", identity=False)
+    max_lost_seconds: float = setting(
+        60.0, "by time: a machine that goes without notice loses at most so much work", identity=False
+    )
+    mean_hours_between_failures: float = setting(
+        4.0, "by time: expected hours until a machine goes (spot: 1 to 20)", identity=False
+    )
     keep: int = setting(
         2, "newest complete checkpoints to keep, at least 2: the last one may prove unreadable", identity=False
     )
+    keep_every: int = setting(0, "also keep every checkpoint at a multiple of so many steps; 0: none", identity=False)
 
     def __post_init__(self):
-        _require(self.every > 0, "every", f"is {self.every}, must be above 0")
+        for key in ("every", "keep_every"):
+            _require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
+        for key in ("max_lost_seconds", "mean_hours_between_failures"):
+            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
         _require(
-            self.keep >= 2,
-            "keep",
-            f"is {self.keep}, must be at least 2, so that a damaged newest one has a predecessor",
+            self.keep >= 2, "keep", f"is {self.keep}, must be at least 2, so that a damaged newest one has a predecessor"
         )
 
 

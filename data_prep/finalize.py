@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core import manifest, storage
+from core import hub, manifest, storage
 from core.errors import DataError
 from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
 from core.schema import PrepConfig
@@ -25,6 +25,7 @@ from data_prep.part import Record
 from data_prep.plan import Plan
 
 READ_THREADS = 16
+GPT2 = TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, GPT2_SHA256)
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ def finalize(config: PrepConfig, plan: Plan) -> Manifest:
             f"{_words(_sum(record.dropped for record in records)) or 'none'}); check the filters and the source"
         )
     made = Manifest(
-        TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, GPT2_SHA256),
+        GPT2,
         source={
             "url": config.source.url,
-            "revision": config.source.revision,
+            "revision": hub.parse(plan.files[0].uri).revision if config.source.url.startswith("hf://") else "",
             "files": len(plan.files),
             "bytes": plan.source_bytes,
             "plan_sha256": plan.sha256,
@@ -113,7 +114,8 @@ def _judge(records: list[Record], config: PrepConfig) -> None:
     if bad > config.source.max_bad_share * rows:
         raise DataError(
             f"{config.source.url}: {bad} of {rows} rows have no text, no id or no valid UTF-8, more than "
-            f"source.max_bad_share = {config.source.max_bad_share:g}; check text_column and id_column, or raise that share"
+            f"source.max_bad_share = {config.source.max_bad_share:g}; "
+            "check text_column and id_column, or raise that share"
         )
 
 

@@ -82,20 +82,25 @@ def done_parts(data_url: str) -> set[str]:
     return {name.removesuffix(".json") for name in names if name.endswith(".json") and name != "plan.json"}
 
 
-def prepare(part: Part, work: Work) -> Record:
-    """Do one part. Raises DataError, StorageError; then nothing is recorded."""
+def prepare(part: Part, work: Work, drops: np.ndarray | None = None) -> Record:
+    """Do one part without the documents numbered `drops`. Raises DataError, StorageError; then nothing is recorded."""
     config, data = work.config, work.config.data
     threshold = int(data.val_fraction * 2**64)
     dropped: Counter[str] = Counter()
     lengths = np.zeros(LENGTH_CLASSES, np.int64)
     candidates: list[tuple[int, int, np.ndarray]] = []
-    tokens = text_bytes = 0
+    tokens = text_bytes = seen = 0
     if work.check:
         work.check.restart()
     with ShardWriter(
         data.url, f"train/{part.name}-{{:03d}}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle
     ) as train:
         for batch in source.read(part, config.source, config.filter, data.seed, dropped, work.fetched):
+            if drops is not None:
+                numbers = np.arange(seen, seen + len(batch.texts))
+                seen += len(batch.texts)
+                batch = batch.only(~np.isin(numbers, drops, assume_unique=True))
+                dropped["duplicate"] += len(numbers) - len(batch.texts)
             ids, offsets = work.engine.encode(batch.texts)
             if work.check:
                 work.check.compare(batch.texts, ids, offsets, str(part))

@@ -101,16 +101,44 @@ def uri_of(data_url: str) -> str:
 
 def make(config: PrepConfig) -> Plan:
     """List the source. Raises DataError when there is nothing to read or a file is no parquet file."""
-    pattern = _pinned(config)
+    files = list_files(pinned(config.source.url, config.source.revision, config.data.url), SUFFIXES)
+    return Plan(identity_of(config), files)
+
+
+def identity_of(config: Any) -> dict[str, Any]:
+    """The settings that define the result, as they are stored."""
+    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.identity(config).items()}
+    # How many bad rows are tolerated decides whether there is a result, not which one.
+    plain.pop("source.max_bad_share", None)
+    return plain
+
+
+def list_files(pattern: str, suffixes: tuple[str, ...]) -> tuple[SourceFile, ...]:
+    """The files of a source in the order of their names. Raises DataError if there is none, or one of another kind."""
     found = storage.expand_objects(pattern)
     if not found:
-        raise DataError(f"source.url {pattern}: no file matches; check the address and the pattern")
+        raise DataError(f"{pattern}: no file matches; check the address and the pattern")
     for info in found:
-        if not info.uri.endswith(SUFFIXES):
-            raise DataError(f"{info.uri}: unknown kind of source; give files that end in {', '.join(SUFFIXES)}")
+        if not info.uri.endswith(suffixes):
+            raise DataError(f"{info.uri}: unknown kind of source; give files that end in {', '.join(suffixes)}")
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        files = tuple(pool.map(_identify, found))
-    return Plan({key: _plain(value) for key, value in settings.identity(config).items() if _defines(key)}, files)
+        return tuple(pool.map(_identify, found))
+
+
+def pinned(url: str, revision: str, data_url: str) -> str:
+    """An hf:// address at a commit: of the set that is begun at `data_url`, if no revision is asked for."""
+    if not url.startswith("hf://"):
+        return url
+    where = hub.parse(url)
+    if not revision and not where.revision:
+        try:
+            begun = read(data_url)
+        except ObjectNotFound:
+            begun = None
+        if begun and url in begun.settings.values():
+            sources = [hub.parse(file.uri) for file in begun.files if file.uri.startswith("hf://")]
+            return where.at(next(each.revision for each in sources if each.repository == where.repository))
+    return storage.pinned(where.at(revision) if revision else url)
 
 
 def claim(plan: Plan, data_url: str) -> bool:
@@ -153,22 +181,6 @@ def read(data_url: str) -> Plan:
         ) from error
 
 
-def _pinned(config: PrepConfig) -> str:
-    """source.url with its Hub revision as a commit: the one of a set that is begun already, if none is asked for."""
-    url, revision = config.source.url, config.source.revision
-    if not url.startswith("hf://"):
-        return url
-    where = hub.parse(url)
-    if not revision and not where.revision:
-        try:
-            begun = read(config.data.url)
-        except ObjectNotFound:
-            begun = None
-        if begun and begun.settings.get("source.url") == url:
-            return where.at(hub.parse(begun.files[0].uri).revision)
-    return storage.pinned(where.at(revision) if revision else url)
-
-
 def _identify(info: storage.ObjectInfo) -> SourceFile:
     tail = storage.read_range(info.uri, max(0, info.size - TAIL_BYTES), info.size)
     if info.uri.endswith(".parquet") and (info.size < 12 or not tail.endswith(b"PAR1")):
@@ -177,15 +189,6 @@ def _identify(info: storage.ObjectInfo) -> SourceFile:
             "it is truncated or of another kind: copy it again"
         )
     return SourceFile(info.uri, info.size, hashlib.sha256(tail).hexdigest())
-
-
-def _defines(key: str) -> bool:
-    # How many bad rows are tolerated decides whether there is a result, not which one.
-    return key != "source.max_bad_share"
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _difference(found: Plan | None, wanted: Plan) -> str:

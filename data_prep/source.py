@@ -31,6 +31,9 @@ class Batch:
     texts: pa.LargeStringArray
     keys: np.ndarray
 
+    def only(self, mask: np.ndarray) -> "Batch":
+        return Batch(self.texts.filter(pa.array(mask)), self.keys[mask])
+
     @property
     def text_bytes(self) -> np.ndarray:
         """UTF-8 bytes of each text (int64)."""
@@ -128,16 +131,22 @@ def _filters(batch: pa.RecordBatch, keep: FilterConfig) -> Iterator[tuple[str, p
         yield "language", pc.is_in(batch.column(keep.language_column), pa.array(keep.languages))
 
 
-def _keys(values: pa.LargeStringArray, seed: int) -> np.ndarray:
-    """Keyed hashes of the values, shape [documents, 2], uint64."""
+def buffers(values: pa.LargeStringArray) -> Iterator[memoryview]:
+    """The bytes of each value, without a copy."""
     _, offsets, data = values.buffers()
     bounds = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1].tolist()
-    data = memoryview(data) if data is not None else memoryview(b"")
+    whole = memoryview(data) if data is not None else memoryview(b"")
+    for start, end in pairwise(bounds):
+        yield whole[start:end]
+
+
+def _keys(values: pa.LargeStringArray, seed: int) -> np.ndarray:
+    """Keyed hashes of the values, shape [documents, 2], uint64."""
     keyed = hashlib.blake2b(digest_size=KEY_BYTES, key=str(seed).encode())
     digests = []
-    for start, end in pairwise(bounds):
+    for value in buffers(values):
         one = keyed.copy()
-        one.update(data[start:end])
+        one.update(value)
         digests.append(one.digest())
     return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
 

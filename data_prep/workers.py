@@ -18,9 +18,10 @@ from core import vocabulary
 from core.console import set_up_logging
 from core.errors import DataError
 from core.schema import PrepConfig
+from data_prep import duplicates
 from data_prep import part as parts
 from data_prep.encode import Check, open_engine
-from data_prep.part import Record, Work
+from data_prep.part import Work
 from data_prep.plan import Part
 
 POLL_SECONDS = 0.5
@@ -37,6 +38,9 @@ class Done:
         return Done(self.tokens + other.tokens, self.text_bytes + other.text_bytes)
 
 
+Task = Callable[[Part, Work], Done]
+
+
 @dataclass(frozen=True)
 class Job:
     """What every worker needs to begin."""
@@ -46,15 +50,15 @@ class Job:
     vocab_url: str
 
 
-def run(job: Job, todo: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Done:
-    """Do the parts; `advance` is told of source bytes as they are read. Raises the first error of a part.
+def run(task: Task, job: Job, todo: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Done:
+    """Do a task for each part; `advance` is told of source bytes as they are read. Raises the first error of a part.
 
     After an error no further part is begun; what is recorded stays.
     """
     workers = min(workers, len(todo))
     if workers <= 1:
         work = _open(job, advance)
-        return sum((_done(parts.prepare(part, work)) for part in todo), Done())
+        return sum((task(part, work) for part in todo), Done())
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_prep.workers", "awkward", "gigatoken", "s3fs"])
     read = context.Value("q", 0)
@@ -63,7 +67,7 @@ def run(job: Job, todo: Sequence[Part], workers: int, advance: Callable[[int], N
     # The server may have been started before a variable was set.
     with ProcessPoolExecutor(workers, context, _begin, (job, dict(os.environ), read)) as pool:
         try:
-            running: set[Future[Done]] = {pool.submit(_do, part) for part in todo}
+            running: set[Future[Done]] = {pool.submit(_do, task, part) for part in todo}
             while running:
                 done, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
                 total = sum((future.result() for future in done), total)
@@ -77,6 +81,19 @@ def run(job: Job, todo: Sequence[Part], workers: int, advance: Callable[[int], N
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def prepare(part: Part, work: Work) -> Done:
+    """Task: the part's shards and its record."""
+    drops = duplicates.drops_of(work.config.data.url, part) if work.config.filter.drop_duplicates else None
+    record = parts.prepare(part, work, drops)
+    return Done(record.tokens, record.text_bytes)
+
+
+def hash_texts(part: Part, work: Work) -> Done:
+    """Task: the hashes of the part's texts."""
+    duplicates.hash_part(part, work)
+    return Done()
 
 
 # --- in the worker process -------------------------------------------------------------------------------------
@@ -99,12 +116,8 @@ def _begin(job: Job, environment: dict[str, str], read) -> None:
     _work = functools.cache(lambda: _open(job, fetched))
 
 
-def _do(part: Part) -> Done:
-    return _done(parts.prepare(part, _work()))
-
-
-def _done(record: Record) -> Done:
-    return Done(record.tokens, record.text_bytes)
+def _do(task: Task, part: Part) -> Done:
+    return task(part, _work())
 
 
 def _open(job: Job, fetched: Callable[[int], None]) -> Work:

@@ -1,5 +1,6 @@
 """Small sources for the tests of data preparation: documents as parquet with FineWeb-Edu's columns."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from core import config as settings
 from core import manifest, storage
 from core.schema import PrepConfig
 from core.shard import HEADER_BYTES
-from data_prep import prepare
+from data_prep import build
 
 EOT = 50256
 WORDS = "the of and a to in he have it that for they with as not on she at by this we you do but from".split()
@@ -67,7 +68,7 @@ def prepare_config(source: str, data_url: str, vocab: Path, *flags: str) -> Prep
 
 
 def prepare_set(source: str, data_url: str, vocab: Path, *flags: str) -> None:
-    prepare.prepare(prepare_config(source, data_url, vocab, *flags))
+    build.prepare(prepare_config(source, data_url, vocab, *flags))
 
 
 def documents_of(data_url: str, split: str) -> list[tuple[int, ...]]:
@@ -81,3 +82,11 @@ def documents_of(data_url: str, split: str) -> list[tuple[int, ...]]:
             found[-1] += tuple(pieces[0].tolist())
         found += [tuple(piece[1:].tolist()) for piece in pieces[1:]]
     return found
+
+
+def stored(data_url: str) -> dict[str, str]:
+    """SHA-256 of every object of a set."""
+    return {
+        info.uri.removeprefix(data_url): hashlib.sha256(storage.read_bytes(info.uri)).hexdigest()
+        for info in storage.list_objects(data_url)
+    }

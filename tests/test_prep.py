@@ -10,16 +10,8 @@ import pytest
 
 from core import manifest, storage, vocabulary
 from core.errors import DataError, LauncherError, StorageError
-from data_prep import prepare
-from tests.corpus import documents, documents_of, prepare_config, prepare_set, speeches, table, write_parquet
-
-
-def stored(data_url: str) -> dict[str, str]:
-    """SHA-256 of every object of a set."""
-    return {
-        info.uri.removeprefix(data_url): hashlib.sha256(storage.read_bytes(info.uri)).hexdigest()
-        for info in storage.list_objects(data_url)
-    }
+from data_prep import build
+from tests.corpus import documents, documents_of, prepare_config, prepare_set, speeches, stored, table, write_parquet
 
 
 @pytest.fixture
@@ -270,7 +262,7 @@ def test_folder_without_write_permission(tmp_path: Path, vocab_bpe: Path):
 
 
 def test_manifest_holds_no_time_and_no_machine(source: str, tmp_path: Path, vocab_bpe: Path):
-    prepare.prepare(prepare_config(source, str(tmp_path / "a"), vocab_bpe))
-    prepare.prepare(prepare_config(source, str(tmp_path / "b"), vocab_bpe))
+    build.prepare(prepare_config(source, str(tmp_path / "a"), vocab_bpe))
+    build.prepare(prepare_config(source, str(tmp_path / "b"), vocab_bpe))
     first, second = (json.loads(Path(tmp_path, name, "manifest.json").read_text()) for name in "ab")
     assert first == second

@@ -10,7 +10,8 @@ import pytest
 
 from core import manifest, vocabulary
 from core.errors import DataError
-from tests.corpus import documents, documents_of, prepare_set, table, write_parquet
+from data_prep import duplicates
+from tests.corpus import documents, documents_of, prepare_set, stored, table, write_parquet
 
 
 def jsonl(rows: list[dict]) -> bytes:
@@ -94,3 +95,32 @@ def test_filter_on_a_column_that_holds_no_numbers(tmp_path: Path, vocab_bpe: Pat
     source = write_parquet(tmp_path / "source", [documents(5)])
     with pytest.raises(DataError, match=r"column 'dump' is string, filter\.min_score needs numbers"):
         prepare_set(source, str(tmp_path / "set"), vocab_bpe, "--filter.min_score=3", "--filter.score_column=dump")
+
+
+# --- duplicates ------------------------------------------------------------------------------------------------
+
+
+def repeated_source(tmp_path: Path) -> tuple[str, list[str]]:
+    """Five files in which every third text occurs again, in the same file and in others; and the distinct texts."""
+    texts = documents(120)
+    files = [texts[number * 24 : number * 24 + 24] + texts[::3] for number in range(5)]
+    files[0] += files[0][:5]
+    return write_parquet(tmp_path / "source", files), texts
+
+
+def test_exact_duplicates_are_dropped_across_files_and_nodes(tmp_path: Path, vocab_bpe: Path):
+    source, texts = repeated_source(tmp_path)
+    prepare_set(source, str(tmp_path / "one"), vocab_bpe, "--filter.drop_duplicates=true", "--workers=2")
+    assert both_splits(str(tmp_path / "one")) == encoded(texts, vocab_bpe)
+    assert manifest.read(str(tmp_path / "one")).stats["dropped"] == {"duplicate": 5 * 64 + 5 - 120}
+    for rank in (1, 0):
+        flags = ("--filter.drop_duplicates=true", "--num_nodes=2", f"--node_rank={rank}")
+        prepare_set(source, str(tmp_path / "two"), vocab_bpe, *flags)
+    assert stored(str(tmp_path / "one")) == stored(str(tmp_path / "two"))
+
+
+def test_duplicates_are_found_range_by_range(tmp_path: Path, vocab_bpe: Path, monkeypatch: pytest.MonkeyPatch):
+    source, texts = repeated_source(tmp_path)
+    monkeypatch.setattr(duplicates, "MEMORY_BYTES", 10 * duplicates.SORT_BYTES)
+    prepare_set(source, str(tmp_path / "set"), vocab_bpe, "--filter.drop_duplicates=true")
+    assert both_splits(str(tmp_path / "set")) == encoded(texts, vocab_bpe)

@@ -1,0 +1,119 @@
+"""Exact duplicates: which documents have a text that an earlier one has, over the whole set, in bounded memory.
+
+A first pass over the source stores, per part, the hash of every document's text, sorted. Then each node reads the
+hashes of all parts, one range of hash values at a time, and stores for each of its own parts the numbers of the
+documents to leave out. Which of several equal documents is the first follows from the order of the source, so it
+depends neither on the number of nodes nor on who was faster.
+
+    parts/<part>.hashes   257 int64 offsets, then the documents by hash: upper and lower half (uint64), number (uint32)
+    parts/<part>.drops    uint32 numbers, ascending
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from core import storage
+from data_prep import source
+from data_prep.part import Work
+from data_prep.plan import Part
+
+BUCKETS = 256  # by the first byte of the hash
+ENTRY = np.dtype([("upper", "<u8"), ("lower", "<u8"), ("number", "<u4")])
+# Sorting a range of hashes takes about this much per document; it bounds how many ranges are taken at once.
+SORT_BYTES = 64
+MEMORY_BYTES = 512 << 20
+THREADS = 16
+
+
+def hash_part(part: Part, work: Work) -> None:
+    """Store the hashes of a part's documents, as `data_prep.source` numbers them."""
+    config = work.config
+    digests: list[bytes] = []
+    for batch in source.read(part, config.source, config.filter, config.data.seed, Counter(), work.fetched):
+        digests += [hashlib.blake2b(text, digest_size=16).digest() for text in source.buffers(batch.texts)]
+    halves = np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+    entries = np.empty(len(halves), ENTRY)
+    entries["upper"], entries["lower"] = halves[:, 0], halves[:, 1]
+    entries["number"] = np.arange(len(halves))
+    entries.sort(order=("upper", "lower", "number"))
+    first_bytes = (entries["upper"] >> np.uint64(56)).astype(np.int64)
+    offsets = np.searchsorted(first_bytes, np.arange(BUCKETS + 1)).astype("<i8")
+    storage.write_bytes(_uri(config.data.url, part, "hashes"), offsets.tobytes() + entries.tobytes())
+
+
+def hashed(data_url: str) -> set[str]:
+    """Names of the parts whose hashes are stored."""
+    return _names(data_url, ".hashes")
+
+
+def find(parts: Sequence[Part], mine: Sequence[Part], data_url: str) -> None:
+    """Store the drops of the parts `mine`. All hashes must be there."""
+    known = _names(data_url, ".drops")
+    if all(part.name in known for part in mine):
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        offsets = list(pool.map(lambda part: _offsets(data_url, part), parts))
+        drops: dict[int, list[np.ndarray]] = defaultdict(list)
+        for low, high in _ranges(np.sum([np.diff(each) for each in offsets], axis=0)):
+            pieces = pool.map(lambda job: _entries(data_url, *job), [
+                (part, int(each[low]), int(each[high])) for part, each in zip(parts, offsets, strict=True)
+            ])  # fmt: skip
+            for index, numbers in _repeated(list(pieces)):
+                drops[index].append(numbers)
+        for part in mine:
+            found = np.sort(np.concatenate([np.zeros(0, "<u4"), *drops[part.index]]))
+            storage.write_bytes(_uri(data_url, part, "drops"), found.astype("<u4").tobytes())
+
+
+def drops_of(data_url: str, part: Part) -> np.ndarray:
+    """The numbers of the part's documents that are left out, ascending."""
+    return np.frombuffer(storage.read_bytes(_uri(data_url, part, "drops")), "<u4")
+
+
+def _repeated(pieces: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """Per part that has any: the documents whose hash an earlier part, or an earlier document of it, has."""
+    entries = np.concatenate(pieces)
+    origin = np.repeat(np.arange(len(pieces), dtype=np.uint32), [len(piece) for piece in pieces])
+    # Stable, and the pieces come in the order of parts with their documents in order among equals.
+    order = np.lexsort((entries["lower"], entries["upper"]))
+    entries, origin = entries[order], origin[order]
+    same = (entries["upper"][1:] == entries["upper"][:-1]) & (entries["lower"][1:] == entries["lower"][:-1])
+    repeated = np.flatnonzero(same) + 1
+    for index in np.unique(origin[repeated]).tolist():
+        yield index, entries["number"][repeated[origin[repeated] == index]]
+
+
+def _ranges(counts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Neighbouring buckets together, as many as fit into the memory."""
+    low = total = 0
+    for bucket, count in enumerate(counts.tolist()):
+        if total and (total + count) * SORT_BYTES > MEMORY_BYTES:
+            yield low, bucket
+            low, total = bucket, 0
+        total += count
+    yield low, len(counts)
+
+
+def _offsets(data_url: str, part: Part) -> np.ndarray:
+    return np.frombuffer(storage.read_range(_uri(data_url, part, "hashes"), 0, 8 * (BUCKETS + 1)), "<i8")
+
+
+def _entries(data_url: str, part: Part, start: int, end: int) -> np.ndarray:
+    head = 8 * (BUCKETS + 1)
+    size = ENTRY.itemsize
+    return np.frombuffer(
+        storage.read_range(_uri(data_url, part, "hashes"), head + start * size, head + end * size), ENTRY
+    )
+
+
+def _uri(data_url: str, part: Part, kind: str) -> str:
+    return storage.join(data_url, f"parts/{part.name}.{kind}")
+
+
+def _names(data_url: str, suffix: str) -> set[str]:
+    names = storage.list_names(storage.join(data_url, "parts"))
+    return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
