@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements/dev.txt requirements/torch.
 .PHONY: help setup demo test test-all lint clean
 
 help: ## list the targets
-	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## install everything that demo and tests need into .venv (CPU build of torch, no CUDA)
 
@@ -41,7 +41,9 @@ test-all: $(STAMP) ## all tests that need no GPU
 lint: $(STAMP) ## ruff and shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/shellcheck .ci/run requirements/compile.sh
+	@$(BIN)/shellcheck .ci/run requirements/compile.sh launch/container.sh
+
+include launch/targets.mk
 
 clean: ## remove the virtual environment and the demo's files
 	rm -rf $(VENV) .demo

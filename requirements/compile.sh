@@ -11,3 +11,6 @@ uv pip compile "${common[@]}" pyproject.toml --extra train -o requirements/train
 uv pip compile "${common[@]}" pyproject.toml --extra launch -o requirements/launch.txt
 uv pip compile "${common[@]}" "${without_torch[@]}" pyproject.toml requirements/torch-cpu.in \
   --extra prep --extra train --extra plot --extra dev -o requirements/dev.txt
+# The CPU image differs from the GPU image in nothing but torch and its libraries.
+uv pip compile "${common[@]}" "${without_torch[@]}" --constraint requirements/train-cuda.txt \
+  pyproject.toml requirements/torch-cpu.in --extra train -o requirements/train-cpu.txt

@@ -1,0 +1,289 @@
+"""Looks for what would make a launch fail or cost more than expected, before anything costs money.
+
+    BUCKET=my-bucket python -m launch.check sky/pretrain-8xa100.yaml
+
+One line per check: `ok`, `!` (works, but look), `x` (would fail, with the remedy), `?` (could not be asked).
+Exits 1 if there is an `x`. Writes one small object into the bucket and deletes it.
+"""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core import config, manifest, storage
+from core.console import run_entry
+from core.errors import ConfigError, DataError, LauncherError
+from core.schema import TrainConfig
+from launch import memory, registry
+from launch.left import lambda_get
+from launch.submit import candidates, find_sky, is_managed, read_task, revision, sky_command, with_dotenv
+
+# Service Quotas codes of EC2: vCPUs of running instances by family, on demand and spot.
+QUOTAS = {
+    "p": ("L-417A185B", "L-7212CCBC"),
+    "g": ("L-DB2E81BA", "L-3819A6DF"),
+    "standard": ("L-1216C47A", "L-34B43A08"),
+}
+# Instance type and vCPUs of what the tasks ask for by accelerator.
+AWS_TYPES = {
+    "A100:8": ("p4d.24xlarge", 96),
+    "A100-80GB:8": ("p4de.24xlarge", 96),
+    "H100:8": ("p5.48xlarge", 192),
+    "A10G:1": ("g5.xlarge", 4),
+    "L4:1": ("g6.xlarge", 4),
+}
+# AWS's list price for the first terabytes to the internet, and between its regions in the US (EC2 pricing page).
+INTERNET_USD_PER_GB = 0.09
+INTER_REGION_USD_PER_GB = 0.02
+
+
+@dataclass(frozen=True)
+class Finding:
+    mark: str  # ok ! x ?
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.mark:>2}  {self.what}"
+
+
+Check = Callable[[dict[str, Any], Mapping[str, str]], Iterator[Finding]]
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        raise ConfigError("usage: python -m launch.check sky/TASK.yaml")
+    environment = with_dotenv(os.environ, Path(".env"))
+    os.environ.update(environment)
+    task = read_task(arguments[0])
+    settings = {name: value for name, value in (task.get("envs") or {}).items() if value is not None}
+    settings |= {name: environment[name] for name in task.get("envs") or {} if environment.get(name)}
+    settings = {**environment, **settings}
+    print(f"{arguments[0]}:")
+    failed = 0
+    for check in CHECKS:
+        for finding in _safely(check, task, settings):
+            print(finding, flush=True)
+            failed += finding.mark == "x"
+    if failed:
+        print(f"{failed} to be cured before this task can run")
+        return 1
+    command = sky_command(arguments[0], task, environment, revision(), [] if is_managed(task) else ["--dryrun"])
+    if is_managed(task):  # sky jobs launch has no --dryrun; sky launch prices the same candidates
+        command = [command[0], "launch", "--dryrun", *command[5:-2], command[-1]]
+    print(f"$ sky {' '.join(command[1:])}", flush=True)
+    return subprocess.call(command)
+
+
+def _safely(check: Check, task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    try:
+        yield from check(task, settings)
+    except LauncherError as error:
+        yield Finding("x", str(error))
+    except Exception as error:  # what a cloud's library raises without credentials, rights or network
+        name = check.__name__.removeprefix("check_").replace("_", " ")
+        yield Finding("?", f"{name}: could not be asked ({' '.join(f'{type(error).__name__}: {error}'.split())[:160]})")
+
+
+def check_clouds(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Credentials, by SkyPilot's own check, for the clouds of the candidates."""
+    clouds = sorted({_cloud(candidate) for candidate in candidates(task)})
+    done = subprocess.run([find_sky(), "check", *clouds], capture_output=True, text=True)
+    working = []
+    for cloud in clouds:
+        enabled = any(cloud in line.lower() and "enabled" in line.lower() for line in done.stdout.splitlines())
+        working += [cloud] if enabled else []
+        if enabled:
+            yield Finding("ok", f"credentials: {cloud} lets SkyPilot in")
+        else:
+            yield Finding("!", f"credentials: {cloud} does not; see `sky check {cloud}` (its candidates are left out)")
+    if not working:
+        yield Finding("x", "credentials: none of the task's clouds can be used; set up one (docs/launch.md)")
+
+
+def check_secrets(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    """An empty key is found out on the node otherwise, after the image is built."""
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    empty = [key for key in keys if not settings.get(key)]
+    elsewhere = sorted({_cloud(candidate) for candidate in candidates(task)} - {"aws"})
+    if len(empty) == 1:
+        yield Finding("x", f"secrets: {empty[0]} is empty, its partner is set; set both or none in .env")
+    elif empty and elsewhere and not settings.get("GOOGLE_APPLICATION_CREDENTIALS"):
+        yield Finding(
+            "x" if elsewhere == sorted({_cloud(c) for c in candidates(task)}) else "!",
+            f"secrets: {' and '.join(keys)} are empty: a node on {', '.join(elsewhere)} could not reach the bucket; "
+            "set them in .env to keys that launch/bucket-policy.json limits",
+        )
+    else:
+        yield Finding("ok", "secrets: " + ("the node's own role" if empty else "keys for the bucket are set"))
+
+
+def check_bucket(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    url = bucket_url(settings)
+    probe = storage.join(url, f".check-{os.urandom(6).hex()}")
+    storage.write_bytes(probe, b"launch.check\n")
+    storage.read_bytes(probe)
+    storage.delete(probe)
+    yield Finding("ok", f"bucket: {url} can be written, read and deleted in")
+    yield from _region(task, settings, url)
+
+
+def _region(task: dict[str, Any], settings: Mapping[str, str], url: str) -> Iterator[Finding]:
+    """Machines elsewhere read the data over a link that is billed by the gigabyte."""
+    if not url.startswith("s3://") or settings.get("AWS_ENDPOINT_URL"):
+        return
+    import boto3
+
+    bucket = url.removeprefix("s3://").partition("/")[0]
+    home = boto3.client("s3").get_bucket_location(Bucket=bucket)["LocationConstraint"] or "us-east-1"
+    size = data_bytes(settings)
+    for place in sorted({str(candidate.get("infra") or "") for candidate in candidates(task)}):
+        cloud, _, region = place.partition("/")
+        usd = INTERNET_USD_PER_GB if cloud != "aws" else INTER_REGION_USD_PER_GB if region != home else 0
+        if usd and (region or cloud != "aws"):
+            amount = f"${usd * size / 1e9:.2f} for this data" if size else f"${usd:.2f} per GB"
+            yield Finding("!", f"bucket: it is in {home}; a machine at {place} reads it for {amount}")
+
+
+def check_data(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    if "trainer.train" not in task["run"] or "data_prep" in task["run"]:
+        return
+    try:
+        found = manifest.read(data_url(settings))
+    except DataError as error:
+        yield Finding("x", f"data: {error}; `make prep-data` makes it")
+        return
+    yield Finding("ok", f"data: {found.splits['train'].tokens:,} training tokens at {data_url(settings)}")
+
+
+def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Settings, batch over ranks, and memory on the smallest GPU of the candidates."""
+    if "trainer.train" not in task["run"]:
+        return
+    arguments = [settings["CONFIG"], *(settings.get("TRAIN_ARGS") or "").split()]
+    train = config.load(TrainConfig, arguments, {"RUN_URL": run_url(settings), "DATA_URL": data_url(settings)})
+    yield Finding("ok", f"config: {settings['CONFIG']}, {train.train.steps:,} steps of {train.batch.tokens:,} tokens")
+    for candidate in candidates(task):
+        gpu, count = accelerator(candidate)
+        if not gpu or settings.get("DEVICE") == "cpu":
+            continue
+        ranks = int(settings.get("RANKS_PER_NODE") or count) * int(task.get("num_nodes") or 1)
+        micro_batches = train.batch.tokens // (train.batch.micro_batch * train.model.context)
+        if micro_batches % ranks:
+            yield Finding(
+                "x", f"config: {micro_batches} micro-batches do not divide over {ranks} ranks of {gpu}:{count}"
+            )
+        problem = memory.problem(train, gpu)
+        if problem:
+            yield Finding("x", f"config: {problem}")
+
+
+def check_quotas(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    """vCPU quotas of AWS. On demand and spot have separate ones; a new account has 0 for GPU machines."""
+    asked = set()
+    nodes = int(task.get("num_nodes") or 1)
+    for candidate in candidates(task):
+        cloud, _, region = str(candidate.get("infra") or "").partition("/")
+        kind, vcpus = AWS_TYPES.get(str(candidate.get("accelerators")), (str(candidate.get("instance_type")), 8))
+        if cloud != "aws" or (region, kind, bool(candidate.get("use_spot"))) in asked:
+            continue
+        asked.add((region, kind, bool(candidate.get("use_spot"))))
+        import boto3
+
+        family = kind[0] if kind[0] in "pg" else "standard"
+        code = QUOTAS[family][bool(candidate.get("use_spot"))]
+        client = boto3.client("service-quotas", region_name=region or settings.get("AWS_DEFAULT_REGION") or "us-east-1")
+        limit = client.get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
+        market = "spot" if candidate.get("use_spot") else "on demand"
+        where = f"{region or client.meta.region_name}, {family} {market}: {limit:.0f} vCPUs"
+        enough = limit >= vcpus * nodes
+        yield Finding("ok" if enough else "!", f"quota: {where}" + ("" if enough else f", {nodes} x {kind} need more"))
+
+
+def check_lambda_capacity(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    wanted = [accelerator(c) for c in candidates(task) if _cloud(c) == "lambda" and accelerator(c)[0]]
+    types = lambda_get("instance-types") if wanted else None
+    for gpu, count in wanted if types is not None else ():
+        prefix = f"gpu_{count}x_{gpu.lower().replace('-', '_')}"
+        regions = sorted(
+            region["name"]
+            for name, entry in types.items()
+            if name.startswith(prefix) and ("80gb" in name) == ("80GB" in gpu)
+            for region in entry["regions_with_capacity_available"]
+        )
+        if regions:
+            yield Finding("ok", f"capacity: lambda has {gpu}:{count} now in {', '.join(regions)}")
+        else:
+            yield Finding("!", f"capacity: lambda has no {gpu}:{count} now")
+
+
+def check_image(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    image = settings.get("IMAGE")
+    if not image:
+        yield Finding("ok", "image: built on the node (IMAGE is empty); `make image` publishes one")
+        return
+    for target in ("prep", "train"):
+        if f"image {target}" in task.get("setup", ""):
+            platforms = registry.platforms(f"{image}-{target}")
+            missing = {_platform(candidate) for candidate in candidates(task)} - platforms
+            if missing:
+                yield Finding(
+                    "x", f"image: {image}-{target} is there, but not for {', '.join(sorted(missing))}; `make image`"
+                )
+            else:
+                yield Finding("ok", f"image: {image}-{target} is there for {', '.join(sorted(platforms))}")
+
+
+CHECKS: tuple[Check, ...] = (
+    check_secrets,
+    check_bucket,
+    check_data,
+    check_config,
+    check_image,
+    check_clouds,
+    check_quotas,
+    check_lambda_capacity,
+)
+
+
+def bucket_url(settings: Mapping[str, str]) -> str:
+    bucket = settings.get("BUCKET")
+    if not bucket:
+        raise ConfigError("BUCKET is empty; give BUCKET=NAME to make, or set it in .env")
+    return bucket if "://" in bucket else f"s3://{bucket}"
+
+
+def run_url(settings: Mapping[str, str]) -> str:
+    return storage.join(bucket_url(settings), "runs", settings["RUN"])
+
+
+def data_url(settings: Mapping[str, str]) -> str:
+    return storage.join(bucket_url(settings), "data", settings["DATA"])
+
+
+def data_bytes(settings: Mapping[str, str]) -> int:
+    """What a machine would read; 0 if there is no data yet."""
+    try:
+        return sum(shard.bytes for shard in manifest.read(data_url(settings)).splits["train"].shards)
+    except LauncherError:
+        return 0
+
+
+def accelerator(candidate: Mapping[str, Any]) -> tuple[str, int]:
+    name, _, count = str(candidate.get("accelerators") or "").partition(":")
+    return name, int(count or 1)
+
+
+def _cloud(candidate: Mapping[str, Any]) -> str:
+    return str(candidate.get("infra") or "").partition("/")[0]
+
+
+def _platform(candidate: Mapping[str, Any]) -> str:
+    arm = "GH200" in str(candidate.get("accelerators")) or str(candidate.get("instance_type")).startswith("c7g.")
+    return "linux/arm64" if arm else "linux/amd64"
+
+
+if __name__ == "__main__":
+    run_entry(main)

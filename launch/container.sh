@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# On a rented node, outside the container: make the image, and run one command in it that ends when the job ends.
+#   launch/container.sh image TARGET              pull $IMAGE, or build TARGET (prep, train) of the Dockerfile here
+#   launch/container.sh build TARGET              build it in any case
+#   launch/container.sh push TARGET               try it, push it to $IMAGE, join it with that of the other platform
+#   launch/container.sh run TARGET COMMAND ...    exits with the command's code
+# Called by the tasks in sky/. SkyPilot's variables, the tasks' envs and their secrets reach the container by name.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+NAME=pretrain-launcher
+# What was paid for before this time belongs to an earlier job on this machine.
+ENDED=$HOME/.pretrain-launcher-ended
+# Time to save, within the two minutes that AWS gives before it takes a spot machine.
+STOP_SECONDS=100
+
+say() { printf '%s %s\n' "$(date -u +%T)" "$*" >&2; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+DOCKER=(docker)
+find_docker() {
+  command -v docker >/dev/null || { say "installing docker"; sudo apt-get update -qq; sudo apt-get install -y -qq docker.io >/dev/null; }
+  docker info >/dev/null 2>&1 && return
+  # Lambda's user is not in the group docker. -E: variables go to the container by name.
+  DOCKER=(sudo -E docker)
+  "${DOCKER[@]}" info >/dev/null || fail "the docker engine of $(hostname) does not answer; see the lines above"
+}
+
+# s3://BUCKET/FOLDER/NAME; a bucket elsewhere is given as gs://BUCKET.
+bucket_url() { # FOLDER NAME
+  [ -n "${BUCKET:-}" ] || fail "BUCKET is empty; give --env BUCKET=NAME"
+  case $BUCKET in *://*) echo "${BUCKET%/}/$1/$2" ;; *) echo "s3://$BUCKET/$1/$2" ;; esac
+}
+
+machine_arch() { case $(uname -m) in x86_64) echo amd64 ;; aarch64) echo arm64 ;; *) uname -m ;; esac; }
+
+image() { # TARGET
+  local target=$1 arch
+  if [ -z "${IMAGE:-}" ]; then
+    build "$target"
+    return
+  fi
+  say "pulling $IMAGE-$target"
+  "${DOCKER[@]}" pull --quiet "$IMAGE-$target"
+  arch=$("${DOCKER[@]}" image inspect -f '{{.Architecture}}' "$IMAGE-$target")
+  [ "$arch" = "$(machine_arch)" ] || fail "image $IMAGE-$target is for $arch, this machine is $(machine_arch);" \
+    "publish it for both (make image), or leave IMAGE empty to build it here"
+  "${DOCKER[@]}" tag "$IMAGE-$target" "$NAME:$target"
+}
+
+build() { # TARGET
+  local target=$1
+  say "building the image $target here"
+  # With its cache inside, a pushed image also shortens the next build (IMAGE_CACHE).
+  # An attestation would make each platform's image an index, which cannot be joined with another.
+  DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1 "${DOCKER[@]}" build --target "$target" --tag "$NAME:$target" \
+    --build-arg "TORCH=${DEVICE:-cuda}" --build-arg "GIT_REVISION=${GIT_REVISION:-}" \
+    --build-arg BUILDKIT_INLINE_CACHE=1 ${IMAGE_CACHE:+--cache-from "$IMAGE_CACHE-$target"} .
+  say "image $target: $("${DOCKER[@]}" image inspect -f '{{.Size}} bytes, {{.Architecture}}' "$NAME:$target")"
+}
+
+push() { # TARGET
+  local target=$1 one other
+  "${DOCKER[@]}" run --rm "$NAME:$target"
+  if [ -z "${REGISTRY_USER:-}" ]; then
+    say "REGISTRY_USER is empty: built, not pushed"
+    return
+  fi
+  [ -n "${REGISTRY_PASSWORD:-}" ] || fail "REGISTRY_PASSWORD is empty; give it as a secret"
+  "${DOCKER[@]}" login --username "$REGISTRY_USER" --password-stdin "${IMAGE%%/*}" <<<"$REGISTRY_PASSWORD"
+  one=$IMAGE-$target-$(machine_arch)
+  "${DOCKER[@]}" tag "$NAME:$target" "$one"
+  "${DOCKER[@]}" push --quiet "$one"
+  case $(machine_arch) in amd64) other=$IMAGE-$target-arm64 ;; *) other=$IMAGE-$target-amd64 ;; esac
+  if ! "${DOCKER[@]}" manifest inspect "$other" >/dev/null 2>&1; then
+    say "$other is not there yet: whoever builds it joins them"
+    return
+  fi
+  "${DOCKER[@]}" manifest create --amend "$IMAGE-$target" "$one" "$other"
+  "${DOCKER[@]}" manifest push --purge "$IMAGE-$target"
+}
+
+remove_container() { # what a killed docker client left behind still holds the GPUs and the name
+  if "${DOCKER[@]}" container inspect "$NAME" >/dev/null 2>&1; then "${DOCKER[@]}" rm -f "$NAME" >/dev/null; fi
+}
+
+stop_container() {
+  # `sky cancel` ends the client, not the container: it dies of a broken pipe before it could pass SIGTERM on.
+  if "${DOCKER[@]}" container inspect "$NAME" >/dev/null 2>&1; then
+    "${DOCKER[@]}" stop -t $STOP_SECONDS "$NAME" >/dev/null
+  fi
+  date +%s >"$ENDED"
+}
+
+# When the time that this job is accountable for began: the boot, or the end of the job before it.
+started_at() {
+  local boot ended=0
+  boot=$(($(date +%s) - $(ps -o etimes= -p 1)))
+  [ ! -s "$ENDED" ] || ended=$(cat "$ENDED")
+  echo $((ended > boot ? ended : boot))
+}
+
+run() { # TARGET COMMAND ...
+  local target=$1 name device options=()
+  shift
+  remove_container
+  SEGMENT_STARTED_AT=$(started_at)
+  # The kernel log is not readable in the container; XID lines name GPU faults.
+  NODE_XIDS=$(sudo -n dmesg 2>/dev/null | grep -o 'NVRM: Xid.*' | tail -n 20) || NODE_XIDS=
+  RUN_URL=${RUN_URL:-$(bucket_url runs "$RUN")}
+  DATA_URL=${DATA_URL:-$(bucket_url data "$DATA")}
+  export SEGMENT_STARTED_AT NODE_XIDS RUN_URL DATA_URL
+  for name in $(compgen -e); do
+    case $name in
+      SKYPILOT_* | AWS_* | NCCL_* | DEVICE | MAX_USD | USD_PER_HOUR | PRICE_SOURCE | \
+        CLOUD | REGION | ZONE | INSTANCE_TYPE | USE_SPOT | RUN_URL | DATA_URL | SOURCE_URL | VOCAB_URL | RUN_TAGS | \
+        RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | GOOGLE_APPLICATION_CREDENTIALS | SEGMENT_STARTED_AT | NODE_XIDS)
+        # An empty AWS_ENDPOINT_URL or AWS_ACCESS_KEY_ID is not the same as none.
+        [ -z "${!name}" ] || options+=(-e "$name") ;;
+    esac
+  done
+  if nvidia-smi >/dev/null 2>&1; then options+=(--gpus all); fi
+  for device in /dev/infiniband/*; do [ ! -e "$device" ] || options+=(--device "$device"); done
+  # AWS's GPU images carry libfabric and its NCCL plugin here; ours does not.
+  for name in /opt/amazon/efa /opt/amazon/ofi-nccl; do [ ! -d "$name" ] || options+=(-v "$name:$name:ro"); done
+  trap stop_container EXIT
+  trap 'exit 143' TERM
+  trap 'exit 130' INT
+  trap 'exit 129' HUP
+  # Host network: rendezvous, NCCL and the metadata service. Host IPC and memlock: NCCL and data workers share memory.
+  "${DOCKER[@]}" run --rm --init --name "$NAME" --network host --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \
+    -v "$NAME-cache:/cache" "${options[@]}" "$NAME:$target" "$@" &
+  wait $!
+}
+
+case "${1:-} $#" in
+  "image 2" | "build 2" | "push 2") find_docker; "$1" "$2" ;;
+  "run "[3-9] | "run "[1-9][0-9]*) find_docker; shift; run "$@" ;;
+  *) sed -n 2,7p "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+esac

@@ -1,0 +1,148 @@
+"""What this node is and what it costs, for the ledger: from SkyPilot, the cloud's metadata service and price records.
+
+    os.environ.update(describe(os.environ, gpus()))
+
+Nothing here is guessed: what nobody tells stays unset, and a price says where it is from. Torch-free.
+"""
+
+import json
+import logging
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from costs import aws, prices
+
+log = logging.getLogger(__name__)
+
+METADATA = "http://169.254.169.254/latest"
+METADATA_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One line of nvidia-smi; None where the driver does not report it."""
+
+    name: str
+    memory_mib: float
+    driver: str
+    uncorrected_ecc_errors: int | None
+    failed_row_remaps: int | None
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that the driver sees; none where there is no driver."""
+    fields = "name,memory.total,driver_version,ecc.errors.uncorrected.volatile.total,remapped_rows.failure"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    return [Gpu(name, float(mib), driver, _count(ecc), _count(remap)) for name, mib, driver, ecc, remap in rows]
+
+
+def describe(
+    environment: Mapping[str, str],
+    found: list[Gpu],
+    metadata: Callable[[str], str | None] | None = None,
+    spot_price: Callable[[str, str, str], float | None] | None = None,
+) -> dict[str, str]:
+    """The variables of core.run.machine_from_environment. What is set already wins."""
+    try:
+        cluster = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
+    except ValueError:
+        cluster = {}
+    cloud = environment.get("CLOUD") or cluster.get("cloud") or ""
+    facts: dict[str, str | None] = {"CLOUD": cloud, "REGION": cluster.get("region"), "ZONE": cluster.get("zone")}
+    if cloud.lower() == "aws":
+        ask = metadata or instance_metadata
+        life_cycle = ask("instance-life-cycle")
+        facts |= {
+            "REGION": ask("placement/region") or facts["REGION"],
+            "ZONE": ask("placement/availability-zone") or facts["ZONE"],
+            "INSTANCE_TYPE": ask("instance-type"),
+            "USE_SPOT": None if life_cycle is None else str(life_cycle == "spot").lower(),
+        }
+    elif cloud.lower() == "lambda":
+        facts |= {"INSTANCE_TYPE": _only({offer.instance_type for offer in _lambda_offers(found)}), "USE_SPOT": "false"}
+    facts |= {name: environment[name] for name in facts if environment.get(name)}
+    if not environment.get("USD_PER_HOUR"):
+        usd, source = _price_per_node(facts, found, spot_price or current_spot_price)
+        if usd:
+            nodes = int(environment.get("SKYPILOT_NUM_NODES") or 1)
+            facts |= {"USD_PER_HOUR": f"{usd * nodes:.6g}", "PRICE_SOURCE": source}
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def instance_metadata(path: str) -> str | None:
+    """One value of AWS's instance metadata service (version 2), or None."""
+    token = {"X-aws-ec2-metadata-token-ttl-seconds": "300"}
+    try:
+        request = urllib.request.Request(f"{METADATA}/api/token", method="PUT", headers=token)
+        # A proxy must not see link-local addresses.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=METADATA_SECONDS) as answer:
+            headers = {"X-aws-ec2-metadata-token": answer.read().decode()}
+        request = urllib.request.Request(f"{METADATA}/meta-data/{path}", headers=headers)
+        with opener.open(request, timeout=METADATA_SECONDS) as answer:
+            return answer.read().decode().strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def current_spot_price(zone: str, instance_type: str, region: str) -> float | None:
+    """The spot price in force now, if this machine's role may ask for it (ec2:DescribeSpotPriceHistory)."""
+    now = time.time()
+    try:
+        history = aws.spot_history(zone, instance_type, region, now, now)
+    except aws.NotThere as problem:
+        log.info("spot price: AWS does not tell (%s)", problem)
+        return None
+    return max(history)[1] if history else None
+
+
+def _price_per_node(facts: Mapping[str, str | None], found: list[Gpu], spot_price) -> tuple[float | None, str]:
+    cloud, region, instance_type = ((facts.get(name) or "").lower() for name in ("CLOUD", "REGION", "INSTANCE_TYPE"))
+    if cloud == "lambda":
+        # Lambda has one price for a type, whatever the region; the snapshot holds only some regions.
+        offers = [o for o in _lambda_offers(found) if instance_type in ("", o.instance_type)]
+        return _only({offer.usd_on_demand for offer in offers}), prices.SNAPSHOT
+    if not instance_type or facts.get("USE_SPOT") is None:
+        return None, ""
+    if facts["USE_SPOT"] == "false":
+        return prices.on_demand_price(cloud, region, instance_type), prices.SNAPSHOT
+    usd = spot_price(facts.get("ZONE") or "", instance_type, region)
+    if usd:
+        return usd, aws.PRICE_SOURCE
+    offers = [o for o in prices.snapshot().offers if (o.instance_type, o.region) == (instance_type, region)]
+    spread = prices.spot_range(offers)
+    return spread[1] if spread else None, f"median over the zones of {region}, {prices.SNAPSHOT}"
+
+
+def _lambda_offers(found: list[Gpu]) -> list[prices.Offer]:
+    """Lambda's nodes do not say their type: the offers that have as many GPUs of this kind."""
+    offers = [offer for offer in prices.snapshot().offers if offer.cloud == "lambda"]
+    return [offer for offer in offers if offer.accelerators == len(found) and (not found or is_a(found[0], offer))]
+
+
+def is_a(gpu: Gpu, offer: prices.Offer) -> bool:
+    """Whether a GPU is what the offer calls its accelerator: "NVIDIA A100-SXM4-80GB" is an A100-80GB, no A100."""
+    kind, eighty, _ = (offer.accelerator or "?").partition("-80GB")
+    if kind == "A100" and bool(eighty) != (gpu.memory_mib > 60_000):
+        return False
+    return kind in gpu.name and (kind == "GH200" or "GH200" not in gpu.name)
+
+
+def _only(values: set):
+    """The one value, or None if there are several or none."""
+    return next(iter(values)) if len(values) == 1 else None
+
+
+def _count(text: str) -> int | None:
+    """nvidia-smi's `0` or `3`; `No` or `Yes` for row remaps; None for `[N/A]`."""
+    if text.lower() in ("no", "yes"):
+        return int(text.lower() == "yes")
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,63 @@
+# Launching on rented machines. Settings by variables: BUCKET=… RUN=… CONFIG=… MAX_USD=…, or any of a task's envs.
+# Each target prints the sky command that it runs. SkyPilot lives in an environment of its own: it shares few versions
+# with training, and the tests of training must not need it.
+LAUNCH_VENV ?= .venv-launch
+# A command to run all of it under, such as one that enters another network. Empty: none.
+LAUNCH_PREFIX ?=
+LAUNCH_PYTHON := $(LAUNCH_PREFIX) $(LAUNCH_VENV)/bin/python
+LAUNCH_STAMP := $(LAUNCH_VENV)/.installed-$(shell cksum < requirements/launch.txt | cut -d' ' -f1)
+TASK ?= pretrain-8xa100
+RUN ?= gpt2-124m
+# What pull and logs read: the run's folder.
+RUN_URL ?= $(if $(BUCKET),$(if $(findstring ://,$(BUCKET)),,s3://)$(BUCKET)/runs/$(RUN))
+
+.PHONY: setup-launch check prep-data pretrain pretrain-spot smoke status logs pull down image test-sky test-launch test-image
+
+setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
+
+$(LAUNCH_STAMP): requirements/launch.txt
+	@echo "setting up $(LAUNCH_VENV) (once; about a minute)"
+	$(PYTHON) -m venv $(LAUNCH_VENV)
+	$(LAUNCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/launch.txt
+	@rm -f $(LAUNCH_VENV)/.installed-*; touch $@
+
+check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
+	@$(LAUNCH_PYTHON) -m launch.check sky/$(TASK).yaml
+
+prep-data: $(LAUNCH_STAMP) ## FineWeb-Edu 10BT to token shards in BUCKET, on cheap CPU nodes (NODES=1)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(if $(NODES),--num-nodes $(NODES))
+
+pretrain: $(LAUNCH_STAMP) ## GPT-2 124M on 8 A100 on demand; another task: TASK=pretrain-gh200, …
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml
+
+pretrain-spot: $(LAUNCH_STAMP) ## the same on spot machines, as a managed job that recovers from preemptions
+	@$(LAUNCH_PYTHON) -m launch.submit sky/pretrain-8xa100-spot.yaml
+
+smoke: TASK := $(if $(filter command line,$(origin TASK)),$(TASK),smoke-cpu)
+smoke: $(LAUNCH_STAMP) ## the cheapest proof that all works, end to end (TASK=smoke-gpu: on a GPU)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml
+
+status: $(LAUNCH_STAMP) ## clusters, managed jobs, and what is up at the clouds
+	@$(LAUNCH_PYTHON) -m launch.status $(RUN_URL)
+
+logs: $(LAUNCH_STAMP) ## output of TASK while it runs; with FROM=bucket all of RUN, preempted machines included
+	@$(LAUNCH_PYTHON) -m launch.logs $(if $(filter bucket,$(FROM)),$(RUN_URL),sky/$(TASK).yaml)
+
+pull: $(LAUNCH_STAMP) ## metrics, samples, ledger, logs and newest checkpoint of RUN to pulled/
+	@$(LAUNCH_PYTHON) -m launch.pull "$(RUN_URL)" pulled/$(RUN)
+
+down: $(LAUNCH_STAMP) ## end all jobs and clusters of this project and prove that nothing is left
+	@$(LAUNCH_PYTHON) -m launch.left --down
+
+image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag
+	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml
+	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml --cluster build-image-arm64 --instance-type c7g.4xlarge
+
+test-sky: $(LAUNCH_STAMP) $(STAMP) ## the task files against SkyPilot's own loader and optimizer
+	@SKY_PYTHON=$(LAUNCH_VENV)/bin/python $(BIN)/python -m pytest tests/test_sky.py tests/test_sky_loader.py
+
+test-launch: $(LAUNCH_STAMP) $(STAMP) ## launch the tasks for real on an emulated cloud (LAB_DIR=…; skipped without one)
+	@$(BIN)/python -m pytest -m lab -s tests/test_launch_lab.py
+
+test-image: $(STAMP) ## lint the Dockerfile, build both images (CPU build of torch) and run their self-tests (needs root)
+	@$(BIN)/python -m pytest -m image -s tests/test_image.py
