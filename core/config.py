@@ -78,6 +78,7 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
             sources.put(key, environment[name], f"environment variable {name}")
     for flag in flags:
         key, separator, text = flag[2:].partition("=")
+        key = key.replace("-", "_")  # --num-nodes is --num_nodes
         if not separator:
             field = known.get(key)
             if field is None or field.type is not bool:

@@ -29,7 +29,7 @@ RENEW_TEXT_BYTES = 64 << 20
 
 # The run-time check compares the two engines on this much text at the start of each part.
 CHECK_BYTES = 256 << 10
-# tiktoken takes quadratic time on some megabyte-long words; the tests cover those.
+# Many documents say more than one long one, and tiktoken takes a second for some megabyte-long words.
 CHECK_DOCUMENT_BYTES = 100 << 10
 
 
