@@ -1,13 +1,19 @@
-"""What AWS itself says: paid spot prices of a zone and its hours, and the bill by tag (Cost Explorer).
+"""What AWS itself says: when instances ran, what spot cost in a zone and hour, the bill by tag (Cost Explorer).
 
-Uses botocore, which s3fs brings. Reads only; needs ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage.
+Uses botocore, which s3fs brings. Reads only; needs ec2:DescribeInstances,
+ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage.
 """
 
 import datetime
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from costs.model import Instance
+
 PRICE_SOURCE = "AWS spot price history"
+# "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
+_TRANSITION = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
 class NotThere(Exception):
@@ -37,6 +43,37 @@ def spot_history(
         ]
     except Exception as error:  # credentials, permissions, network: whatever botocore raises
         raise NotThere(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+
+
+def instances(clusters: Iterable[str], region: str, client: Any = None) -> list[Instance]:
+    """The instances of SkyPilot's clusters in a region; EC2 lists a terminated one for about an hour. Raises NotThere.
+
+    SkyPilot tags an instance with the name of its cluster followed by a hash of the user.
+    """
+    ec2 = client or _client("ec2", region)
+    names = list(clusters)
+    found = []
+    try:
+        pages = ec2.get_paginator("describe_instances").paginate(
+            Filters=[{"Name": "tag:ray-cluster-name", "Values": [f"{name}-*" for name in names]}]
+        )
+        for instance in (i for page in pages for group in page["Reservations"] for i in group["Instances"]):
+            tag = next(tag["Value"] for tag in instance["Tags"] if tag["Key"] == "ray-cluster-name")
+            ended = _TRANSITION.search(instance.get("StateTransitionReason") or "")
+            state = instance["State"]["Name"]
+            found.append(
+                Instance(
+                    cluster=tag.rpartition("-")[0],
+                    start=instance["LaunchTime"].timestamp(),
+                    end=_time(ended.group(1))
+                    if ended and state in ("terminated", "shutting-down", "stopped")
+                    else None,
+                    running=state in ("pending", "running"),
+                )
+            )
+    except Exception as error:  # credentials, permissions, network: whatever botocore raises
+        raise NotThere(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+    return found
 
 
 def weighted(history: list[tuple[float, float]], start: float, end: float) -> float:
@@ -91,6 +128,10 @@ def _add(by_service: dict[str, float], group: Mapping[str, Any]) -> None:
 def _zone(zone: str) -> dict[str, str]:
     """Zones have names (us-east-1a) and, in SkyPilot's catalog, ids (use1-az1)."""
     return {"AvailabilityZoneId": zone} if "-az" in zone else {"AvailabilityZone": zone}
+
+
+def _time(text: str) -> float:
+    return datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=datetime.UTC).timestamp()
 
 
 def _utc(time: float) -> datetime.datetime:

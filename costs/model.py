@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from core.ledger import Machine
 
@@ -96,7 +96,8 @@ class Segment:
 class Uptime:
     """One machine (or cluster), from launch to shutdown; `end` is None while it is up.
 
-    `was_up` is false when the record itself shows that no machine was ever had: a launch that failed.
+    `was_up` is false when the record itself shows that no machine was ever had: a launch that failed. `exact` is
+    true for the cloud's own times, false for those of a launcher, which notices late.
     `usd_per_hour` is for all nodes together.
     """
 
@@ -105,6 +106,7 @@ class Uptime:
     end: float | None
     origin: str
     was_up: bool = True
+    exact: bool = False
     nodes: int = 1
     usd_per_hour: float | None = None
     price_source: str | None = None
@@ -114,6 +116,18 @@ class Uptime:
     instance_type: str | None = None
     spot: bool | None = None
     job: str | None = None
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A machine as the cloud itself lists it; `end` is None while it runs, or when the cloud does not say."""
+
+    ORIGIN: ClassVar[str] = "EC2's list of instances"
+
+    cluster: str
+    start: float
+    end: float | None
+    running: bool
 
 
 @dataclass(frozen=True)

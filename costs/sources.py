@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from core.errors import StorageError
 from costs import aws, skypilot
 from costs.discover import storage_use
-from costs.model import Origin, Run, Segment, Uptime
-from costs.uptime import surroundings
+from costs.model import Instance, Origin, Run, Segment, Uptime
+from costs.uptime import is_of, surroundings, with_cloud_times
 
+Instances = Callable[[list[str], str], list[Instance]]
 SpotHistory = Callable[[str, str, str | None, float, float], list[tuple[float, float]]]
 
 
@@ -21,6 +22,7 @@ def add_sources(
     now: float,
     offline: bool = False,
     uptimes: Callable[[], list[Uptime]] = skypilot.uptimes,
+    instances: Instances = aws.instances,
     spot_history: SpotHistory = aws.spot_history,
     bill: Callable[..., dict[str, float]] = aws.billed_usd,
 ) -> None:
@@ -34,23 +36,40 @@ def add_sources(
     if offline:
         run.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
         return
-    _launcher(run, now, uptimes)
+    _launcher(run, now, uptimes, instances)
     _paid_spot_prices(run, spot_history)
     _bill(run, environment, now, bill)
 
 
-def _launcher(run: Run, now: float, uptimes: Callable[[], list[Uptime]]) -> None:
+def _launcher(run: Run, now: float, uptimes: Callable[[], list[Uptime]], instances: Instances) -> None:
     if not any(segment.launcher for segment in run.segments):
         run.origins.append(Origin("launch, idle until down", "? (the run was not started by SkyPilot)"))
         return
     try:
-        around = surroundings(run.segments, uptimes(), now)
+        records = [record for record in uptimes() if is_of(run.segments, record)]
     except skypilot.NotThere as error:
         run.origins.append(Origin("launch, idle until down", f"? ({error})"))
         return
+    source = skypilot.ORIGIN
+    try:
+        records = _with_instances(records, now, instances)
+        source = ", ".join(sorted({record.origin for record in records})) or source
+    except aws.NotThere as error:
+        run.origins.append(Origin("times of the instances themselves", f"? ({error})"))
+    around = surroundings(run.segments, records, now)
     run.around = around.stretches
     run.problems += around.notes
-    run.origins.append(Origin("launch, idle until down", skypilot.ORIGIN))
+    run.origins.append(Origin("launch, idle until down", source))
+
+
+def _with_instances(records: list[Uptime], now: float, instances: Instances) -> list[Uptime]:
+    """SkyPilot's intervals begin before the machine and end when it noticed; EC2 knows both to the second."""
+    regions: dict[str, set[str]] = {}
+    for record in records:
+        if record.cloud == "aws" and record.region:
+            regions.setdefault(record.region, set()).add(record.cluster)
+    found = [each for region, clusters in regions.items() for each in instances(sorted(clusters), region)]
+    return with_cloud_times(records, found, now)
 
 
 def _paid_spot_prices(run: Run, spot_history: SpotHistory) -> None:
@@ -71,6 +90,12 @@ def _paid_spot_prices(run: Run, spot_history: SpotHistory) -> None:
             )
             for segment in used:
                 price = aws.weighted(history, segment.started_at, segment.ended_at) * segment.machine.nodes
+                expected = segment.machine.usd_per_hour
+                if expected is not None and not 0.5 < price / expected < 2:
+                    run.problems.append(
+                        f"segment {segment.number}: AWS's price history has ${price:g} an hour, the ledger expected "
+                        f"${expected:g}; the history is used"
+                    )
                 segment.machine = dataclasses.replace(
                     segment.machine, usd_per_hour=price, price_source=f"{aws.PRICE_SOURCE}, {zone}"
                 )

@@ -6,10 +6,10 @@ reaches further: from the launch (`provision`) to the shutdown (`idle_until_down
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from costs import money
-from costs.model import Segment, Stretch, Uptime
+from costs.model import Instance, Segment, Stretch, Uptime
 
 # A launcher polls: it notices up to this much later that a machine is gone, which is not billed.
 NOTICED_LATE_SECONDS = 120.0
@@ -24,10 +24,8 @@ class Surroundings:
 def surroundings(segments: list[Segment], uptimes: Iterable[Uptime], now: float) -> Surroundings:
     """What the records of this run's machines add to its ledger."""
     around = Surroundings()
-    clusters = {s.launcher.get("cluster") for s in segments} - {None}
-    jobs = {s.launcher.get("managed_job_id") for s in segments} - {None}
     for uptime in sorted(uptimes, key=lambda record: record.start):
-        if uptime.cluster not in clusters and (uptime.job is None or uptime.job not in jobs):
+        if not is_of(segments, uptime):
             continue
         end = now if uptime.end is None else uptime.end
         inside = [s for s in segments if _same_machine(s, uptime) and s.started_at < end and s.ended_at > uptime.start]
@@ -47,6 +45,31 @@ def surroundings(segments: list[Segment], uptimes: Iterable[Uptime], now: float)
                 f"without a machine that is known of; nothing is counted for it (at most ${money.text(most)})"
             )
     return around
+
+
+def is_of(segments: list[Segment], uptime: Uptime) -> bool:
+    """Whether a record is of one of this run's clusters, by the names that the segments were given."""
+    clusters = {segment.launcher.get("cluster") for segment in segments}
+    jobs = {segment.launcher.get("managed_job_id") for segment in segments} - {None}
+    return uptime.cluster in clusters or uptime.job in jobs
+
+
+def with_cloud_times(uptimes: Iterable[Uptime], instances: Iterable[Instance], now: float) -> list[Uptime]:
+    """Replace a launcher's times by those of the cloud's own instances, where it still remembers them."""
+    known = list(instances)
+    refined = []
+    for uptime in uptimes:
+        until = now if uptime.end is None else uptime.end
+        own = [each for each in known if each.cluster == uptime.cluster and uptime.start - 60 <= each.start <= until]
+        ends = [each.end for each in own]
+        if not own:
+            refined.append(uptime)
+            continue
+        end = None if any(each.running for each in own) else uptime.end if None in ends else max(ends)
+        exact = end is not None and None not in ends
+        start = min(each.start for each in own)
+        refined.append(replace(uptime, start=start, end=end, exact=exact, was_up=True, origin=Instance.ORIGIN))
+    return refined
 
 
 def _same_machine(segment: Segment, uptime: Uptime) -> bool:
@@ -69,6 +92,9 @@ def _around_segments(around: Surroundings, uptime: Uptime, end: float, inside: l
     if rest <= 0 or last.is_live(now):
         return
     if last.end is None and uptime.end is not None and rest <= NOTICED_LATE_SECONDS:
+        if uptime.exact:  # killed between a heartbeat and the next
+            around.stretches.append(Stretch("not_attributed", reached, end, uptime, last))
+            return
         around.notes.append(
             f"segment {last.number}: {uptime.origin} has its machine up for {money.duration(rest)} after its last "
             "heartbeat; taken for the delay in noticing that it was gone, not counted"

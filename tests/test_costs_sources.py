@@ -14,7 +14,7 @@ from botocore.stub import Stubber
 
 from costs import aws, skypilot
 from costs.breakdown import Report, build
-from costs.model import Run
+from costs.model import Instance, Run
 from costs.read import read_run
 from costs.skypilot import from_record
 from costs.sources import add_sources
@@ -69,7 +69,11 @@ def one_segment(folder: Path, *, killed: bool = False, **machine) -> RunFolder:
 
 def merged(run: RunFolder, *records: dict, now: float = LATER, **sources) -> tuple[Run, Report]:
     read = read_run(run.url)
-    sources = {"uptimes": lambda: [u for each in records for u in from_record(each)], "spot_history": no_aws} | sources
+    sources = {
+        "uptimes": lambda: [u for each in records for u in from_record(each)],
+        "spot_history": no_aws,
+        "instances": no_aws,
+    } | sources
     add_sources(read, {}, now, **sources)
     return read, build(read, now)
 
@@ -280,3 +284,55 @@ def test_the_projects_own_sky_folder_is_not_taken_for_skypilot(tmp_path: Path):
     environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["SkyPilot is not installed", "False"], done.stderr
+
+
+def test_the_clouds_own_times_come_before_the_launchers(tmp_path: Path):
+    """SkyPilot's interval opens before the machine is there and closes when it noticed; EC2 knows both."""
+    listed = [
+        Instance("gpt2-7", NOON - 40, NOON + 102, running=False),
+        Instance("gpt2-7", NOON - 9000, NOON - 8000, False),
+    ]
+    run = one_segment(tmp_path, killed=True, spot=True)
+    read, report = merged(run, record((NOON - 60, NOON + 130)), instances=lambda clusters, region: listed)
+    assert usd(report) == {"provision": 0.40, "setup": 0.20, "train_lost": 0.80, "not_attributed": 0.02}
+    assert {origin.figure: origin.source for origin in read.origins}["launch, idle until down"] == Instance.ORIGIN
+
+
+@pytest.mark.parametrize(
+    ("instance", "total"),
+    [
+        (Instance("gpt2-7", NOON - 40, None, running=True), 10.40),  # up until now
+        (
+            Instance("gpt2-7", NOON - 40, None, running=False),
+            4.40,
+        ),  # gone, the cloud does not say when: the record does
+    ],
+)
+def test_an_end_that_the_cloud_does_not_tell_is_not_made_up(tmp_path: Path, instance: Instance, total: float):
+    run = one_segment(tmp_path)
+    _, report = merged(run, record((NOON - 60, NOON + 400)), now=NOON + 1000, instances=lambda *_: [instance])
+    assert report.total.usd == total
+
+
+def test_instances_are_read_as_ec2_answers():
+    ec2 = client("ec2")
+    tags = [{"Key": "Name", "Value": "sky-gpt2-7-ab12-head"}, {"Key": "ray-cluster-name", "Value": "gpt2-7-ab12"}]
+    launched = datetime.datetime.fromtimestamp(NOON, datetime.UTC)
+    gone = {"State": {"Name": "terminated"}, "StateTransitionReason": "User initiated (2026-11-20 12:05:00 GMT)"}
+    up = {"State": {"Name": "running"}, "StateTransitionReason": ""}
+    unsaid = {"State": {"Name": "terminated"}, "StateTransitionReason": "Server.SpotInstanceTermination"}
+    listed = [{"LaunchTime": launched, "Tags": tags} | state for state in (gone, up, unsaid)]
+    with Stubber(ec2) as stub:
+        question = {"Filters": [{"Name": "tag:ray-cluster-name", "Values": ["gpt2-7-*"]}]}
+        stub.add_response("describe_instances", {"Reservations": [{"Instances": listed}]}, question)
+        found = aws.instances(["gpt2-7"], "us-east-1", ec2)
+    assert found == [
+        Instance("gpt2-7", NOON, NOON + 300, running=False),
+        Instance("gpt2-7", NOON, None, running=True),
+        Instance("gpt2-7", NOON, None, running=False),
+    ]
+
+
+def test_a_price_far_from_the_expected_one_is_pointed_out(tmp_path: Path):
+    _, report = merged(one_segment(tmp_path, spot=True), spot_history=lambda *_: [(NOON - 1, 0.36)])
+    assert "AWS's price history has $0.36 an hour, the ledger expected $36" in " ".join(report.notes)
