@@ -1,0 +1,80 @@
+"""Small sets beside the shards: checked when stored, checked when read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from core import sets
+from core.errors import ConfigError, DataError
+from data_prep import hellaswag, instructions
+from data_prep import sets as entry
+
+GOOD = [
+    {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+    {"instruction": "Add.", "input": "2 and 2", "output": "4"},
+    {"instruction": "Say hello.", "output": "Hello."},
+]
+
+
+def write_rows(path: Path, rows: list) -> str:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def test_instructions_are_stored_in_one_form(tmp_path: Path, capsys: pytest.CaptureFixture):
+    source = write_rows(tmp_path / "rows.jsonl", GOOD)
+    assert entry.main(["instructions", str(tmp_path), f"--from={source}", "--licence=CC0"]) == 0
+    assert "3 rows" in capsys.readouterr().out
+    rows = sets.read(str(tmp_path), "instructions")
+    assert [row["messages"][0]["content"] for row in rows] == ["2+2?", "Add.\n\n2 and 2", "Say hello."]
+    assert sets.info_of(str(tmp_path), "instructions").licence == "CC0"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("not json", "is no JSON object"),
+        ({"text": "x"}, "has neither messages nor instruction and output"),
+        ({"instruction": "x", "output": " "}, "empty message of role 'assistant'"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "does not go user, assistant in turn"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "does not go user, assistant in turn"),
+        ({"messages": ["x"]}, "a message that is no object"),
+    ],
+)
+def test_bad_rows_are_named_and_refused(tmp_path: Path, row, problem: str):
+    source = write_rows(tmp_path / "rows.jsonl", [*GOOD, row])
+    with pytest.raises(DataError, match=f"1 of 4 rows are no conversations .row 4: .*{problem}"):
+        instructions.store(str(tmp_path), source, "instructions", "CC0")
+    instructions.store(str(tmp_path), write_rows(tmp_path / "many.jsonl", [*GOOD * 40, row]), "instructions", "CC0")
+    assert len(sets.read(str(tmp_path), "instructions")) == 120
+
+
+def test_damaged_and_missing_sets_are_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=r"there is no set 'hellaswag'; store it first: python -m data_prep\.sets"):
+        sets.read(str(tmp_path), "hellaswag")
+    instructions.store(str(tmp_path), write_rows(tmp_path / "rows.jsonl", GOOD), "instructions", "CC0")
+    (tmp_path / "sets/instructions.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="its content is not what was stored"):
+        sets.read(str(tmp_path), "instructions")
+
+
+def test_hellaswag_is_the_published_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    row = dict.fromkeys(hellaswag.FIELDS, "x") | {"ind": 1, "label": "3", "endings": ["a", "b", "c", "d"]}
+    shuffled = dict(sorted(row.items()))
+    source = write_rows(tmp_path / "hellaswag.jsonl", [shuffled])
+    with pytest.raises(DataError, match=r"its 1 rows have the checksum .* HellaSwag's validation set has dc1be2fa1bef"):
+        hellaswag.store(str(tmp_path), source)
+    assert not (tmp_path / "sets").exists()
+    with pytest.raises(DataError, match=r"no HellaSwag rows .KeyError"):
+        hellaswag.store(str(tmp_path), write_rows(tmp_path / "other.jsonl", [{"a": 1}]))
+    # The checksum is that of one form, whatever the order of columns in the copy.
+    assert list(json.loads(hellaswag.canonical([shuffled], "x"))) == list(hellaswag.FIELDS)
+    assert json.loads(hellaswag.canonical([shuffled], "x"))["label"] == 3
+
+
+def test_unknown_kind_and_missing_source(tmp_path: Path):
+    with pytest.raises(ConfigError, match="give a kind and a DATA_URL"):
+        entry.main(["mmlu", str(tmp_path)])
+    with pytest.raises(ConfigError, match="--from is missing"):
+        entry.main(["instructions", str(tmp_path)])
