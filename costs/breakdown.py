@@ -117,7 +117,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None) -> Report
         tags=tuple(sorted({tag for segment in run.segments for tag in segment.tags})),
         origins=[*_origins(run), *run.origins],
         storage=run.storage,
-        notes=[*run.problems, *_price_notes(run), *_time_notes(run, now)],
+        notes=[*run.problems, *_price_notes(run), *_cap_notes(run), *_time_notes(run, now)],
     )
 
 
@@ -214,6 +214,21 @@ def _price_notes(run: Run) -> list[str]:
         f"no price is known for segment {_some(unpriced)}: its dollars are ?, and sums with it hold only the rest; "
         "set USD_PER_HOUR where the run is started"
     ]
+
+
+def _cap_notes(run: Run) -> list[str]:
+    """Why a run stopped although nothing failed, and how to go on."""
+    return [
+        f"segment {segment.number} stopped at the cap of ${_dollars(mark.get('limit_usd'))} with "
+        f"${_dollars(mark.get('spent_usd'))} spent, as asked; start the run again with a higher MAX_USD to go on"
+        for segment in run.segments
+        for mark in segment.marks
+        if mark["name"] == "cap"
+    ]
+
+
+def _dollars(value: object) -> str:
+    return money.text(value if isinstance(value, int | float) else None)
 
 
 def _time_notes(run: Run, now: float) -> list[str]:

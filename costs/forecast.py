@@ -32,7 +32,7 @@ class Assumptions:
     ready_seconds: float = 90.0  # imports, first shards, torch.compile, restore
     shutdown_seconds: float = 600.0  # idle until autodown on a plain launch (`idle_minutes: 10`)
     checkpoint_blocked_seconds: float = 0.3  # first save of 124M measured at 0.25-0.33 s, later ones at 0.1 s
-    preemptions_per_hour: float = 0.05  # spot; AWS publishes bands per month, not a rate: an assumption
+    preemptions_per_hour: float = 0.25  # spot; what checkpoint.mean_hours_between_failures takes for granted, too
     prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
     storage_months: float = 1.0
@@ -205,21 +205,25 @@ def _parts(
         "ready": ready,
         "prepare" if prepares else "train": work,
     }
-    interval = 0.0
+    interval = _checkpoint_seconds(train, speed) if train else 0.0
     if same:
         parts["eval, sample, checkpoint, wait"] = work * measured.overhead_share
     elif train:
         steps = tokens / train.batch.tokens
         if train.train.eval_every:
             parts["eval"] = steps / train.train.eval_every * train.train.eval_tokens / (speed * EVAL_SPEEDUP)
-        parts["checkpoint"] = steps / train.checkpoint.every * assume.checkpoint_blocked_seconds
-    if train:
-        interval = train.checkpoint.every * train.batch.tokens / speed
+        parts["checkpoint"] = work / interval * assume.checkpoint_blocked_seconds
     parts["idle until down"] = 0.0 if row.spot else assume.shutdown_seconds
     restarts = assume.preemptions_per_hour * unlucky * sum(parts.values()) / 3600 if row.spot else 0.0
     if restarts:
         parts["restarts and lost work"] = restarts * (start + interval / 2)
     return parts, restarts
+
+
+def _checkpoint_seconds(train: TrainConfig, speed: float) -> float:
+    """Training time between checkpoints. By time, the trainer chooses an interval up to the loss it may risk."""
+    every = train.checkpoint.every
+    return every * train.batch.tokens / speed if every else train.checkpoint.max_lost_seconds
 
 
 def _around(

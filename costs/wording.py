@@ -66,7 +66,7 @@ def unit_rows(report: Report, levels: bool = True) -> list[tuple[str, str]]:
             ("USD for the same hours on demand", f"{money.text(of.usd_on_demand, report.places)} (saved {saved})")
         )
     if of.hour_more_tokens is not None:
-        reached = "" if of.hour_more_val_loss is None else f", validation loss about {of.hour_more_val_loss:.3f}"
+        reached = "" if of.hour_more_val_loss is None else f", val loss {of.hour_more_val_loss:.3f}"
         price = money.text(of.hour_more_usd)
         rows.append((f"one hour more (estimate), for {price} USD", f"{quantity(of.hour_more_tokens)} tokens{reached}"))
     return rows

@@ -199,6 +199,19 @@ def test_a_segment_of_a_newer_release_is_named_and_left_out(tmp_path: Path):
     assert any("segment 3: left out, ledger version 2 is newer" in note for note in report.notes)
 
 
+def test_a_run_that_its_cap_stopped_says_so_and_how_to_go_on(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    end = {"event": "end", "time": NOON + 100, "reason": "cap", "step": 3}
+    events = [span(NOON, NOON + 100, train=100.0), mark("cap", limit_usd=1.25, spent_usd=1.0), end]
+    run.segment(1, NOON, events, usd_per_hour=36.0)
+    report = report_on(run)
+    assert report.state == "stopped by its cap"
+    assert report.notes == [
+        "segment 1 stopped at the cap of $1.25 with $1.00 spent, as asked; "
+        "start the run again with a higher MAX_USD to go on"
+    ]
+
+
 def test_an_unknown_phase_keeps_its_line(tmp_path: Path):
     run = RunFolder(tmp_path)
     run.segment(1, NOON, [span(NOON, NOON + 100, train=40.0, distil=60.0)], usd_per_hour=36.0)
