@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 
 from core.errors import LauncherError
 
-# Exit codes, also in docs/formats.md. SkyPilot's recover_on_exit_codes names PREEMPTED.
+# Exit codes, also in docs/formats.md. SkyPilot's recover_on_exit_codes names PREEMPTED, and must not name CAPPED.
 OK = 0
 FAILED = 1
 PREEMPTED = 33
+CAPPED = 34
 
 
 def set_up_logging(speaks: bool = True) -> None:

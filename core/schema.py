@@ -338,7 +338,9 @@ class CheckpointConfig:
         for key in ("max_lost_seconds", "mean_hours_between_failures"):
             _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
         _require(
-            self.keep >= 2, "keep", f"is {self.keep}, must be at least 2, so that a damaged newest one has a predecessor"
+            self.keep >= 2,
+            "keep",
+            f"is {self.keep}, must be at least 2, so that a damaged newest one has a predecessor",
         )
 
 

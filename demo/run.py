@@ -22,7 +22,7 @@ from rich.console import Console
 from core import manifest, storage
 from core.shard import HEADER_BYTES
 from demo import speeches
-from demo.processes import kill_group, start
+from demo.processes import kill_tree, start
 from demo.s3_server import S3Server
 
 ROOT = Path(__file__).parent.parent
@@ -119,13 +119,13 @@ def follow(command: list[str], environment: dict[str, str] | None = None, stop_w
         for line in process.stdout:
             console.print("  " + line.rstrip(), markup=False, soft_wrap=True, style="dim")
             if stop_when(line):
-                kill_group(process)
+                kill_tree(process)
                 return True
         if process.wait() != 0:
             raise DemoFailed(f"`{' '.join(command[1:4])} ...` ended with exit code {process.returncode}, see above")
         return False
     finally:
-        kill_group(process)
+        kill_tree(process)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Start the real trainer as its users do: torchrun, processes, signals."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from safetensors import numpy as safetensors
 
 from core import journal, storage
+from demo.processes import kill_tree
 from trainer.checkpoint import layout
 
 REPOSITORY = Path(__file__).parent.parent
@@ -69,10 +69,9 @@ def train(ranks: int, *flags: str, environment: Mapping[str, str] | None = None)
     return output
 
 
-def kill(process: subprocess.Popen, number: signal.Signals = signal.SIGKILL) -> None:
-    """Signal the whole process group: torchrun and all ranks at once."""
-    os.killpg(process.pid, number)
-    process.wait()
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL for torchrun and all ranks at once."""
+    kill_tree(process)
     process.stdout.close()
 
 

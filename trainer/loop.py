@@ -28,11 +28,15 @@ from trainer.evals.sample import sample
 from trainer.model.gpt import GPT
 from trainer.optim.reduce import TreeReducer
 from trainer.optim.schedule import learning_rate
+from trainer.optim.units import UnitOptimizer
 from trainer.precision import autocast
 from trainer.record import Record
-from trainer.watch.notice import StopRequest
+from trainer.watch.cap import SpendingCap
+from trainer.watch.notice import Notice, Requests
 
 log = logging.getLogger("train")
+
+KINDS = ("signal", "spot", "cap")  # why ranks leave, as they tell each other
 
 
 @dataclass
@@ -42,12 +46,13 @@ class Loop:
     settings: TrainConfig
     ranks: Ranks
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizer: UnitOptimizer
     accumulation: int
     batches: Batches
     saver: Saver
     record: Record
-    stop: StopRequest
+    requests: Requests
+    cap: SpendingCap | None
     validation: Callable[[], ValidationLoss]
     encoding: Callable[[], object]
     data_fingerprint: str
@@ -65,26 +70,29 @@ class Loop:
         peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
         self.peak_flops = peak * self.ranks.world if peak else None
         self.flops_per_step = self.model.flops_per_token() * self.settings.batch.tokens
-        self.step_clock = 0.0
+        self.step_seconds = 0.0
 
-    def run(self, first_step: int) -> int:
-        """Train up to the last step or until asked to stop. Returns the step reached, which is saved."""
+    def run(self, first_step: int) -> tuple[int, Notice | None]:
+        """Train up to the last step or until asked to leave. Returns the step reached, which is saved, and why."""
         steps = self.settings.train.steps
         step = first_step
         while True:
             self.record.switch("data_wait")
             started = time.monotonic()
             fetched = self._fetch() if step < steps else []
-            leaving = self._exchange(fetched)
+            notice, save = self._exchange(step, fetched)
             waited = time.monotonic() - started
             if step > first_step:
-                self._save(step, last=leaving or step == steps)
+                self._save(step, save, last=notice is not None or step == steps)
             elif step == steps:
                 log.info("the run has reached its last step, %d, before", step)
-            if step > first_step or step == steps:
-                self._look(step, leaving)
-            if leaving or step == steps:
-                return step
+            if step == steps:
+                self._look(step)
+                return step, None
+            if notice:
+                return step, notice
+            if step > first_step:
+                self._look(step)
             self.record.switch("compile" if self.compiled and step == first_step else "train")
             self._step(step + 1, fetched, waited)
             step += 1
@@ -98,24 +106,33 @@ class Loop:
         except LauncherError as error:
             return error
 
-    def _exchange(self, fetched: list[torch.Tensor] | LauncherError) -> bool:
-        """All ranks learn what any of them knows. True if the job is to leave; raises if a rank failed."""
-        failed = isinstance(fetched, LauncherError)
-        told = gather_numbers([failed, self.stop.kind is not None], self.ranks)
-        if failed:
-            raise fetched
+    def _exchange(self, step: int, fetched: list[torch.Tensor] | LauncherError) -> tuple[Notice | None, bool]:
+        """All ranks learn what any of them knows: (why to leave, whether to save). Raises if a rank failed."""
+        failure = fetched if isinstance(fetched, LauncherError) else self.saver.taken_over
+        save = False
+        if self.ranks.is_main:
+            if self.cap.reached(self.step_seconds, self.saver.seconds()):
+                self.requests.ask_to_leave("cap", self.cap.describe())
+            save = self.saver.cadence.due(step, self.step_seconds) and not self.saver.busy
+        wish = self.requests.take_save()
+        if wish:
+            log.warning("saving now: %s", wish)
+        leave = self.requests.leave
+        mine = [failure is not None, KINDS.index(leave.kind) + 1 if leave else 0, save or wish is not None]
+        told = gather_numbers(mine, self.ranks)
+        if failure is not None:
+            raise failure
         if told[:, 0].any():
             raise PeerFailed
-        if not told[:, 1].any():
-            return False
-        kind = self.stop.kind or f"rank {int(told[:, 1].argmax())} was asked"
-        self.record.mark("notice", kind="signal", detail=kind)
-        log.info("asked to stop (%s): saving, then leaving", kind)
-        return True
+        if told[:, 1].any():
+            asked = int(told[:, 1].argmax())
+            kind = KINDS[int(told[asked, 1]) - 1]
+            return (leave or Notice(kind, f"told by rank {asked}")), True
+        return None, bool(told[:, 2].any())
 
-    def _save(self, step: int, last: bool) -> None:
+    def _save(self, step: int, due: bool, last: bool) -> None:
         """Begin a checkpoint if one is due; the last one of a segment is waited for."""
-        if not last and step % self.settings.checkpoint.every:
+        if not (due or last):
             return
         with self.record.phase("checkpoint"):
             self.saver.begin(step, self._state(step))
@@ -123,12 +140,10 @@ class Loop:
                 self.saver.finish(step)
                 log.info("step %d is saved", step)
 
-    def _look(self, step: int, leaving: bool) -> None:
+    def _look(self, step: int) -> None:
         """Validation loss and samples where due. After the save: what fails here must not cost the step."""
         train = self.settings.train
         finished = step == train.steps
-        if leaving and not finished:
-            return
         if finished or (train.eval_every and step % train.eval_every == 0):
             with self.record.phase("eval"):
                 self._evaluate(step)
@@ -157,11 +172,10 @@ class Loop:
         everyones = gather_numbers(torch.stack(losses).double().cpu(), self.ranks)
         self._check_finite(step, everyones, float(norm))
         rate = learning_rate(step, settings.train.steps, settings.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.record.step_done(step)
         seconds = time.monotonic() - started + waited_seconds
+        self.step_seconds = seconds
         self._report(step, float(everyones.mean()), rate, float(norm), seconds, waited_seconds)
 
     def _check_finite(self, step: int, losses: torch.Tensor, norm: float) -> None:
@@ -198,7 +212,7 @@ class Loop:
         if step % train.log_every and step != train.steps:
             return
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if self.ranks.device.type == "cuda" else "cpu"
-        spent = self.record.spent_usd()
+        spent = self.cap.spent_usd() if self.cap else None
         log.info(
             "step %d/%d | loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | MFU %s | %s | spent %s | remaining %s",
             step,

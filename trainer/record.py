@@ -19,6 +19,7 @@ from core.run import machine_from_environment, open_run, program_versions
 from core.schema import TrainConfig
 from trainer.checkpoint.load import Restored
 from trainer.distributed import Ranks, on_main
+from trainer.watch.cap import SpendingCap, spent_by_earlier_segments
 
 log = logging.getLogger("train")
 
@@ -28,6 +29,7 @@ class Record:
 
     def __init__(self, settings: TrainConfig, data_fingerprint: str, ranks: Ranks):
         self.ledger: ledger.Ledger | None = None
+        self.cap: SpendingCap | None = None
         self._metrics: Journal | None = None
         self.segment: int = on_main(lambda: self._open(settings, data_fingerprint, ranks), ranks)
 
@@ -37,7 +39,9 @@ class Record:
         gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
         machine = machine_from_environment(gpu, ranks.local_world if gpu else 0)
         program = program_versions(("torch", "numpy", "s3fs")) | {"ranks": ranks.world, "command": "trainer.train"}
+        before = spent_by_earlier_segments(url, machine, settings.run.max_usd)
         self.ledger = ledger.Ledger(url, machine, program, _started_at(), process_started_at())
+        self.cap = SpendingCap(self.ledger, settings.run.max_usd, settings.run.shutdown_seconds, before)
         self._metrics = Journal(storage.join(url, "metrics", ledger.segment_name(self.ledger.segment)))
         log.info("%s %s, segment %d", "new run at" if created else "continuing", url, self.ledger.segment)
         return self.ledger.segment
@@ -68,8 +72,10 @@ class Record:
         if self._metrics:
             self._metrics.add({"kind": kind, "time": self.ledger.now(), **values})
 
-    def spent_usd(self) -> float | None:
-        return self.ledger.spent_usd() if self.ledger else None
+    def flush(self) -> bool:
+        """Store all that is known up to now. A checkpoint is marked complete only after that: what it keeps of the
+        run must not be missing in the books."""
+        return self._metrics.flush() and self.ledger.flush() if self.ledger else True
 
     def close(self, reason: str, step: int | None, **details: Any) -> None:
         """Store everything; a store that is away is logged, not raised: the reason to close matters more."""

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from core import config, manifest, storage
-from core.console import FAILED, OK, PREEMPTED, run_entry, set_up_logging
+from core.console import CAPPED, FAILED, OK, PREEMPTED, run_entry, set_up_logging
 from core.schema import TrainConfig
 
 log = logging.getLogger("train")
@@ -52,6 +52,7 @@ def run(settings: TrainConfig, ranks) -> int:
     import torch
 
     from core.vocabulary import read as read_vocabulary
+    from trainer import plan
     from trainer.checkpoint.load import load_newest
     from trainer.checkpoint.save import Saver
     from trainer.data.loader import Batches, TokenSource
@@ -59,33 +60,37 @@ def run(settings: TrainConfig, ranks) -> int:
     from trainer.evals.loss import ValidationLoss
     from trainer.loop import Loop
     from trainer.model.gpt import GPT
-    from trainer.optim import adamw
+    from trainer.optim.units import UnitOptimizer
     from trainer.record import Record
-    from trainer.state import TrainState
-    from trainer.watch.notice import StopRequest
+    from trainer.watch.notice import Requests
+    from trainer.watch.spot import SpotWatch
 
-    stop = StopRequest()
-    restore_handlers = stop.listen()
+    requests = Requests()
+    restore_handlers = requests.listen_to_signals()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        requests.listen_to_parent()
     set_up_torch(settings, ranks)
 
     # 1. The data and the run: checked before anything is written.
     data = on_main(functools.partial(manifest.read, settings.data.url), ranks)
-    check_vocabulary(settings, data)
-    accumulation = accumulation_of(settings, ranks.world)
+    plan.check_vocabulary(settings, data)
+    accumulation = plan.accumulation_of(settings, ranks.world)
     record = Record(settings, data.fingerprint, ranks)
+    spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
     try:
-        # 2. Model and optimizer, the same bits on every rank, then the newest checkpoint over them.
-        model = GPT(settings.model)
-        model.initialise(settings.train.seed)
-        model.to(ranks.device)
-        optimizer = adamw.make(model, settings.optimizer, ranks.device)
-        state = TrainState(model, optimizer, ranks.rank, ranks.world)
+        # 2. Model and optimizer, from the newest checkpoint or the seed: the same bits on every rank.
+        with torch.device("meta"):
+            model = GPT(settings.model)
+        model.to_empty(device=ranks.device)
+        optimizer = UnitOptimizer(model, settings.optimizer, ranks.rank, ranks.world)
         with record.phase("restore"):
-            restored = load_newest(settings.run.url, state.tensors(), ranks)
+            restored = load_newest(settings.run.url, optimizer, ranks)
             first_step = restored.step if restored else 0
-            state.set_step(first_step)
+            optimizer.set_step(first_step)
+            if not restored:
+                model.initialise(settings.train.seed)
         record.restored(restored)
-        log.info("%s", describe(settings, model, data, accumulation, ranks))
+        log.info("%s", plan.describe(settings, model, data, accumulation, ranks))
 
         # 3. Batches start to arrive while the rest is made ready.
         cache_dir = Path(settings.data.cache_dir or default_cache_dir())
@@ -119,7 +124,15 @@ def run(settings: TrainConfig, ranks) -> int:
         encoding = functools.cache(lambda: read_vocabulary(vocabulary).encoding())
 
         # 4. Train.
-        saver = Saver(settings.run.url, record.segment, ranks, settings.checkpoint.keep, record.ledger, state.blocks)
+        saver = Saver(
+            settings.run.url,
+            record.segment,
+            ranks,
+            settings.checkpoint,
+            record.ledger,
+            record.flush,
+            optimizer.blocks,
+        )
         loop = Loop(
             settings=settings,
             ranks=ranks,
@@ -129,17 +142,16 @@ def run(settings: TrainConfig, ranks) -> int:
             batches=batches,
             saver=saver,
             record=record,
-            stop=stop,
+            requests=requests,
+            cap=record.cap,
             validation=validation,
             encoding=encoding,
             data_fingerprint=data.fingerprint,
         )
-        reached = loop.run(first_step)
+        reached, notice = loop.run(first_step)
         saver.wait()
         batches.close()
-        finished = reached == settings.train.steps
-        record.close("finished" if finished else "preempted", reached)
-        return OK if finished else PREEMPTED
+        return leave(settings, record, reached, notice)
     except BaseException as error:
         record.close(
             "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", None, error=describe_error(error)
@@ -147,8 +159,31 @@ def run(settings: TrainConfig, ranks) -> int:
         raise
     finally:
         restore_handlers()
+        if spot:
+            spot.close()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def leave(settings: TrainConfig, record, reached: int, notice) -> int:
+    """Close the books and say how to go on. Returns the exit code."""
+    if notice is None:
+        record.close("finished", reached)
+        return OK
+    record.mark("notice", kind=notice.kind, detail=notice.detail)
+    if notice.kind == "cap":
+        record.mark("cap", limit_usd=settings.run.max_usd, spent_usd=record.cap.spent_usd() if record.cap else None)
+        record.close("cap", reached)
+        log.warning(
+            "stopped by the cap at step %d of %d, which is saved: %s; go on with a larger MAX_USD and the same command",
+            reached,
+            settings.train.steps,
+            notice.detail,
+        )
+        return CAPPED
+    record.close("preempted", reached)
+    log.warning("left at step %d of %d (%s: %s)", reached, settings.train.steps, notice.kind, notice.detail)
+    return PREEMPTED
 
 
 def set_up_torch(settings: TrainConfig, ranks) -> None:
@@ -159,64 +194,11 @@ def set_up_torch(settings: TrainConfig, ranks) -> None:
         torch.set_num_threads(settings.train.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
 
 
-def check_vocabulary(settings: TrainConfig, data: manifest.Manifest) -> None:
-    """The model must have a row for every token id of the data."""
-    from core.errors import ConfigError
-
-    tokenizer = data.tokenizer
-    if tokenizer.name != "gpt2":
-        raise ConfigError(
-            f"{settings.data.url}: was made with tokenizer {tokenizer.name!r}, this model needs 'gpt2'; "
-            "prepare the data with it"
-        )
-    if tokenizer.vocab_size > settings.model.vocab_rows:
-        raise ConfigError(
-            f"model.vocab_rows is {settings.model.vocab_rows}, fewer than the {tokenizer.vocab_size} tokens of "
-            f"{settings.data.url}; "
-            f"set it to {-(-tokenizer.vocab_size // 128) * 128}"
-        )
-
-
 def default_cache_dir() -> str:
     import getpass
     import tempfile
 
     return str(Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}")
-
-
-def accumulation_of(settings: TrainConfig, world: int) -> int:
-    """Micro-batches per rank and step. Raises ConfigError if they do not divide."""
-    from core.errors import ConfigError
-
-    micro_batches = settings.batch.tokens // (settings.batch.micro_batch * settings.model.context)
-    if micro_batches % world:
-        possible = next(count for count in range(world, 0, -1) if micro_batches % count == 0)
-        raise ConfigError(
-            f"batch.tokens = {settings.batch.tokens} makes {micro_batches} micro-batches of "
-            f"{settings.batch.micro_batch} x {settings.model.context} tokens, which do not divide over {world} ranks; "
-            f"start {possible} ranks, or lower batch.micro_batch"
-        )
-    return micro_batches // world
-
-
-def describe(settings: TrainConfig, model, data: manifest.Manifest, accumulation: int, ranks) -> str:
-    """The numbers that the run follows from, in order."""
-    from core.console import quantity
-
-    tokens = settings.batch.tokens * settings.train.steps
-    available = data.splits["train"].tokens
-    return "\n".join(
-        [
-            "settings:\n" + config.to_yaml(settings).rstrip(),
-            f"model: {model.parameter_count():,} parameters, {quantity(model.flops_per_token())} FLOPs per token",
-            f"data: {quantity(available)} training tokens, {data.splits['val'].tokens:,} validation tokens, "
-            f"fingerprint {data.fingerprint[:12]}",
-            f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x "
-            f"{settings.model.context} tokens x {accumulation} micro-batches x "
-            f"{ranks.world} ranks on {ranks.device.type}",
-            f"length: {settings.train.steps:,} steps = {quantity(tokens)} tokens = {tokens / available:.2f} epochs",
-        ]
-    )
 
 
 def describe_error(error: BaseException) -> str:

@@ -137,8 +137,10 @@ def remove(run_url: str, step: int, names: Iterable[str]) -> None:
         storage.delete(storage.join(folder_of(run_url, step), name))
 
 
-def to_remove(found: Mapping[int, Mapping[str, int]], keep: int) -> list[int]:
-    """Steps to delete: all complete ones but the newest `keep`, and incomplete ones older than the newest complete."""
+def to_remove(found: Mapping[int, Mapping[str, int]], keep: int, keep_every: int) -> list[int]:
+    """Steps to delete: complete ones but the newest `keep` and the multiples of `keep_every`, and incomplete ones
+    older than the newest complete (what a dead segment left behind)."""
     complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)
     newest = complete[0] if complete else -1
-    return [step for step in found if (step in complete[keep:]) or (step not in complete and step < newest)]
+    old = {step for step in complete[keep:] if not keep_every or step % keep_every}
+    return [step for step in found if step in old or (step not in complete and step < newest)]

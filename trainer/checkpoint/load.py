@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -24,6 +24,8 @@ from trainer.distributed import Ranks, gather_objects, on_main
 
 log = logging.getLogger(__name__)
 
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -34,8 +36,16 @@ class Restored:
     skipped: tuple[tuple[str, str], ...]
 
 
-def load_newest(run_url: str, targets: Mapping[str, torch.Tensor], ranks: Ranks) -> Restored | None:
-    """Fill `targets` (full tensors by name, on every rank) from the newest usable checkpoint; None if there is none.
+class Target(Protocol):
+    """What can be filled from a checkpoint (trainer.optim.units.UnitOptimizer)."""
+
+    def layout(self) -> Mapping[str, tuple[int, torch.dtype]]: ...
+    def shape_of(self, name: str) -> torch.Size: ...
+    def restore(self, name: str, start: int, values: torch.Tensor) -> None: ...
+
+
+def load_newest(run_url: str, target: Target, ranks: Ranks) -> Restored | None:
+    """Fill `target` from the newest usable checkpoint, on all ranks; None if there is none.
 
     Raises CheckpointError if complete checkpoints exist but all are damaged.
     """
@@ -45,7 +55,7 @@ def load_newest(run_url: str, targets: Mapping[str, torch.Tensor], ranks: Ranks)
     for step, names in found.items():
         manifest, why = on_main(functools.partial(_open, run_url, step, names), ranks)
         if manifest is not None:
-            why = _load(run_url, manifest, targets, ranks)
+            why = _load(run_url, manifest, target, ranks)
             if why is None:
                 return Restored(step, manifest.state, tuple(skipped))
         if why != "":
@@ -71,8 +81,8 @@ def _open(run_url: str, step: int, names: Mapping[str, int]) -> tuple[Checkpoint
         return None, str(error)
 
 
-def _load(run_url: str, manifest: CheckpointManifest, targets: Mapping[str, torch.Tensor], ranks: Ranks) -> str | None:
-    """Read and broadcast all files. None when `targets` are filled, else what is wrong; nothing is filled then."""
+def _load(run_url: str, manifest: CheckpointManifest, target: Target, ranks: Ranks) -> str | None:
+    """Read and broadcast all files. None when `target` is filled, else what is wrong; nothing is filled then."""
     files = manifest.files
     mine: dict[int, dict[str, torch.Tensor]] = {}
     problem = None
@@ -96,22 +106,26 @@ def _load(run_url: str, manifest: CheckpointManifest, targets: Mapping[str, torc
     if problems:
         return problems[0]
     keys = {index: blocks for _, headers in reports for index, blocks in headers.items()}
-    wrong = _check_cover(keys, targets)
+    wrong = _check_cover(keys, target.layout())
     if wrong:
         return f"{layout.folder_of(run_url, manifest.step)}: {wrong}"
     for index in range(len(files)):
-        for key, _ in keys[index]:
+        for key, dtype in keys[index]:
             name, start, stop = parse_key(key)
-            rows = targets[name].detach()[start:stop]
             if index in mine:
-                rows.copy_(mine[index][key])
+                values = mine[index][key].to(ranks.device)
+            else:
+                values = torch.empty(stop - start, *target.shape_of(name), dtype=DTYPES[dtype], device=ranks.device)
             if ranks.world > 1:
-                dist.broadcast(rows, src=index % ranks.world)
+                dist.broadcast(values, src=index % ranks.world)
+            target.restore(name, start, values)
     return None
 
 
-def _check_cover(keys: Mapping[int, list[tuple[str, str]]], targets: Mapping[str, torch.Tensor]) -> str | None:
-    """Whether the blocks of all files are exactly the targets' rows, of the same type."""
+def _check_cover(
+    keys: Mapping[int, list[tuple[str, str]]], layout: Mapping[str, tuple[int, torch.dtype]]
+) -> str | None:
+    """What is wrong if the blocks of all files are not exactly the rows of `layout`, of the same type."""
     blocks: dict[str, list[tuple[int, int]]] = {}
     for entries in keys.values():
         for key, dtype in entries:
@@ -119,17 +133,17 @@ def _check_cover(keys: Mapping[int, list[tuple[str, str]]], targets: Mapping[str
                 name, start, stop = parse_key(key)
             except ValueError as error:
                 return str(error)
-            if name not in targets:
+            if name not in layout:
                 return f"holds {name}, which this model does not have"
-            if dtype != str(targets[name].dtype):
-                return f"holds {name} as {dtype}, this model has {targets[name].dtype}"
+            if DTYPES.get(dtype) != layout[name][1]:
+                return f"holds {name} as {dtype}, this model has {layout[name][1]}"
             blocks.setdefault(name, []).append((start, stop))
-    for name, tensor in targets.items():
+    for name, (rows, _) in layout.items():
         position = 0
         for start, stop in sorted(blocks.get(name, [])):
             if start != position:
                 break
             position = stop
-        if position != tensor.shape[0]:
-            return f"holds {position} of {tensor.shape[0]} rows of {name}"
+        if position != rows:
+            return f"holds {position} of {rows} rows of {name}"
     return None

@@ -5,6 +5,7 @@ writes the manifest and, last, the marker. One checkpoint is in flight at a time
 on memory, and `busy` tells the caller to wait or to save later.
 """
 
+import contextlib
 import json
 import logging
 import threading
@@ -13,11 +14,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from core import storage
-from core.errors import CheckpointError, LauncherError
+from core.errors import CheckpointError, LauncherError, RunError
 from core.ledger import Ledger, check_owner
+from core.schema import CheckpointConfig
 from trainer.checkpoint import layout
+from trainer.checkpoint.interval import Cadence
 from trainer.checkpoint.layout import CheckpointManifest, PayloadFile
 from trainer.checkpoint.pieces import StagedFile
 from trainer.distributed import Ranks
@@ -32,7 +36,7 @@ POLL_SECONDS = 0.05
 class Saver:
     """Saves what `blocks()` yields: (key, tensor) pairs of this rank, the same keys and shapes each time.
 
-    `ledger` is rank 0's and None elsewhere.
+    `ledger` is rank 0's and None elsewhere. `flush_books` stores what the books hold and says whether it could.
     """
 
     def __init__(
@@ -40,19 +44,23 @@ class Saver:
         run_url: str,
         segment: int,
         ranks: Ranks,
-        keep: int,
+        config: CheckpointConfig,
         ledger: Ledger | None,
+        flush_books: Callable[[], bool],
         blocks: Callable[[], Iterable[tuple[str, torch.Tensor]]],
     ):
         self.run_url = run_url
         self.segment = segment
         self.ranks = ranks
-        self.keep = keep
+        self.config = config
+        self.cadence = Cadence(config)
         self.ledger = ledger
+        self._flush_books = flush_books
         self._blocks = blocks
         self._staged = StagedFile(blocks())
         self._thread: threading.Thread | None = None
         self.failure: LauncherError | None = None
+        self.taken_over: RunError | None = None
         self.last_step = 0
 
     @property
@@ -62,6 +70,7 @@ class Saver:
     def begin(self, step: int, state: dict[str, Any]) -> None:
         """Snapshot now (waits for a save in flight), store in the background. All ranks call it at the same step."""
         self.wait()
+        self.cadence.saved()
         started = time.monotonic()
         self._staged.fill(self._blocks())
         blocked = time.monotonic() - started
@@ -82,8 +91,12 @@ class Saver:
         if self.ranks.is_main and self.last_step != step:
             raise CheckpointError(
                 f"{layout.folder_of(self.run_url, step)}: could not be completed: "
-                f"{self.failure or 'a rank did not store its part'}"
+                f"{self.taken_over or self.failure or 'a rank did not store its part'}"
             )
+
+    def seconds(self) -> float:
+        """What the last checkpoint took, start to marker; 0 before the first."""
+        return self.cadence.seconds()
 
     def _store(self, step: int, state: dict[str, Any], blocked_seconds: float) -> None:
         started = time.monotonic()
@@ -93,22 +106,25 @@ class Saver:
             if self.ranks.is_main:
                 files = self._gather(step)
                 check_owner(self.run_url, self.segment)
+                if not self._flush_books():
+                    raise CheckpointError("the metrics and the ledger of its steps could not be stored before it")
                 layout.write_marker(self.run_url, CheckpointManifest(step, self.segment, files, state))
                 self.last_step = step
+                background = time.monotonic() - started
+                self.cadence.measured(blocked_seconds, background)
                 if self.ledger:
-                    self.ledger.mark(
-                        "checkpoint",
-                        step=step,
-                        bytes=sum(file.bytes for file in files),
-                        blocked_seconds=blocked_seconds,
-                        background_seconds=time.monotonic() - started,
-                    )
+                    size = sum(file.bytes for file in files)
+                    costs = {"blocked_seconds": blocked_seconds, "background_seconds": background}
+                    self.ledger.mark("checkpoint", step=step, bytes=size, **costs)
                 self._prune()
-        except LauncherError as error:
+        except RunError as error:
+            self.taken_over = error
+        except (LauncherError, dist.DistError) as error:
             # The run goes on: the checkpoint before is still there, and the next one may succeed.
-            self.failure = error
+            self.failure = CheckpointError(str(error))
             log.warning("checkpoint of step %d was not completed: %s", step, error)
-            self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps({"error": str(error)}))
+            with contextlib.suppress(dist.DistError):  # the store went with torchrun
+                self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps({"error": str(error)}))
 
     def _upload(self, step: int) -> PayloadFile:
         data = self._staged.data
@@ -140,7 +156,7 @@ class Saver:
     def _prune(self) -> None:
         try:
             found = layout.stored(self.run_url)
-            for step in layout.to_remove(found, self.keep):
+            for step in layout.to_remove(found, self.config.keep, self.config.keep_every):
                 layout.remove(self.run_url, step, found[step])
         except LauncherError as error:
             log.warning("old checkpoints were not removed, which only costs storage: %s", error)

@@ -1,0 +1,56 @@
+"""What a run is going to do, checked before it costs anything: vocabulary, batch, length."""
+
+from core import config
+from core.console import quantity
+from core.errors import ConfigError
+from core.manifest import Manifest
+from core.schema import TrainConfig
+from trainer.distributed import Ranks
+from trainer.model.gpt import GPT
+
+
+def check_vocabulary(settings: TrainConfig, data: Manifest) -> None:
+    """The model must have a row for every token id of the data."""
+    tokenizer = data.tokenizer
+    if tokenizer.name != "gpt2":
+        raise ConfigError(
+            f"{settings.data.url}: was made with tokenizer {tokenizer.name!r}, this model needs 'gpt2'; "
+            "prepare the data with it"
+        )
+    if tokenizer.vocab_size > settings.model.vocab_rows:
+        raise ConfigError(
+            f"model.vocab_rows is {settings.model.vocab_rows}, fewer than the {tokenizer.vocab_size} tokens of "
+            f"{settings.data.url}; "
+            f"set it to {-(-tokenizer.vocab_size // 128) * 128}"
+        )
+
+
+def accumulation_of(settings: TrainConfig, world: int) -> int:
+    """Micro-batches per rank and step. Raises ConfigError if they do not divide."""
+    micro_batches = settings.batch.tokens // (settings.batch.micro_batch * settings.model.context)
+    if micro_batches % world:
+        possible = next(count for count in range(world, 0, -1) if micro_batches % count == 0)
+        raise ConfigError(
+            f"batch.tokens = {settings.batch.tokens} makes {micro_batches} micro-batches of "
+            f"{settings.batch.micro_batch} x {settings.model.context} tokens, which do not divide over {world} ranks; "
+            f"start {possible} ranks, or lower batch.micro_batch"
+        )
+    return micro_batches // world
+
+
+def describe(settings: TrainConfig, model: GPT, data: Manifest, accumulation: int, ranks: Ranks) -> str:
+    """The numbers that the run follows from, in order."""
+    tokens = settings.batch.tokens * settings.train.steps
+    available = data.splits["train"].tokens
+    return "\n".join(
+        [
+            "settings:\n" + config.to_yaml(settings).rstrip(),
+            f"model: {model.parameter_count():,} parameters, {quantity(model.flops_per_token())} FLOPs per token",
+            f"data: {quantity(available)} training tokens, {data.splits['val'].tokens:,} validation tokens, "
+            f"fingerprint {data.fingerprint[:12]}",
+            f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x "
+            f"{settings.model.context} tokens x {accumulation} micro-batches x "
+            f"{ranks.world} ranks on {ranks.device.type}",
+            f"length: {settings.train.steps:,} steps = {quantity(tokens)} tokens = {tokens / available:.2f} epochs",
+        ]
+    )

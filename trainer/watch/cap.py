@@ -1,0 +1,55 @@
+"""The hard dollar cap of a run: all its segments together never cost more than MAX_USD.
+
+What earlier segments cost comes from their ledgers. The cap is reached early enough that the money left still pays
+for the last checkpoint and for the time until the machine is down.
+"""
+
+from core.errors import ConfigError
+from core.ledger import Ledger, Machine
+from core.spending import spent_before
+
+ALL_SEGMENTS = 1 << 62
+SAFETY = 1.5  # on the time that the last checkpoint is expected to take
+
+
+def spent_by_earlier_segments(run_url: str, machine: Machine, max_usd: float) -> float:
+    """Dollars before this segment; 0 without a cap. Raises ConfigError if a price is not known: no cap could hold."""
+    if not max_usd:
+        return 0.0
+    if machine.usd_per_hour is None:
+        raise ConfigError(
+            f"run.max_usd is {max_usd:g}, but this machine's price is not known; "
+            "set USD_PER_HOUR to what all its nodes cost per hour, or remove the cap"
+        )
+    before = spent_before(run_url, ALL_SEGMENTS)
+    if before is None:
+        raise ConfigError(
+            f"run.max_usd is {max_usd:g}, but an earlier segment of {run_url} ran at an unknown price; "
+            "remove the cap, or use another run.url"
+        )
+    return before
+
+
+class SpendingCap:
+    """Rank 0's view of the money. `spent_before` are the dollars of earlier segments."""
+
+    def __init__(self, ledger: Ledger, max_usd: float, shutdown_seconds: float, spent_before: float):
+        self.max_usd = max_usd
+        self._ledger = ledger
+        self._shutdown_seconds = shutdown_seconds
+        self._before = spent_before
+
+    def spent_usd(self) -> float | None:
+        """Dollars of the whole run so far (without a cap: of this segment)."""
+        here = self._ledger.spent_usd()
+        return None if here is None else self._before + here
+
+    def reached(self, step_seconds: float, checkpoint_seconds: float) -> bool:
+        """Whether one more step would leave too little for the last checkpoint and the way down."""
+        if not self.max_usd:
+            return False
+        reserve = step_seconds + SAFETY * checkpoint_seconds + self._shutdown_seconds
+        return self.spent_usd() + reserve / 3600 * self._ledger.machine.usd_per_hour >= self.max_usd
+
+    def describe(self) -> str:
+        return f"${self.spent_usd():.2f} of ${self.max_usd:g} spent"
