@@ -26,7 +26,7 @@ FORMS = ("json", "csv", "markdown")
 USAGE = """\
 Where the dollars of a run went, phase by phase, adding up to the cent.
 
-  python cost_report.py                                   all runs below $RUNS_URL
+  python cost_report.py                                   all runs in $BUCKET
   python cost_report.py s3://bucket/runs/gpt2             one run
   python cost_report.py RUN_URL --html report.html        one self-contained page
   python cost_report.py --compare RUN_URL RUN_URL         side by side
@@ -95,7 +95,7 @@ def _report(run_url: str, options: argparse.Namespace) -> Report:
 
 
 def _all_reports(options: argparse.Namespace) -> list[Report]:
-    """Of all runs below RUNS_URL that pass the filters. A run that cannot be read is named and left out."""
+    """Of all runs in BUCKET that pass the filters. A run that cannot be read is named and left out."""
     root = discover.runs_url(os.environ)
     since = _since(options.since, time.time()) if options.since else 0.0
     found, kept = 0, []

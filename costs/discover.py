@@ -22,11 +22,11 @@ RATES = {
 
 
 def runs_url(environment: Mapping[str, str]) -> str:
-    """RUNS_URL, where this project keeps its runs. Raises ConfigError."""
-    url = environment.get("RUNS_URL")
-    if not url:
-        raise ConfigError("no run given; name a RUN_URL, or set RUNS_URL to the folder that holds your runs")
-    return url
+    """`runs` in BUCKET (a name on S3, gs://name, or a local path), where launches keep them. Raises ConfigError."""
+    bucket = environment.get("BUCKET")
+    if not bucket:
+        raise ConfigError("no run given; name a RUN_URL, or set BUCKET to show all runs in it")
+    return storage.join(bucket if "/" in bucket else f"s3://{bucket}", "runs")
 
 
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:

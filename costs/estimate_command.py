@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--markdown", action="store_true")
     for field in dataclasses.fields(Assumptions):
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), metavar=str(field.default), help=argparse.SUPPRESS)
+        kind = str if isinstance(field.default, str) else float
+        parser.add_argument(flag, type=kind, metavar=str(field.default), help=argparse.SUPPRESS)
     return parser
 
 

@@ -5,6 +5,7 @@ plan.rows[0].usd
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ BYTES_PER_TOKEN = 2  # uint16 shards
 BYTES_PER_PARAMETER_SAVED = 12  # fp32 weights and two AdamW moments
 # A forward pass is a third of a training step: 2 of 6 FLOPs per parameter and token.
 EVAL_SPEEDUP = 3.0
+UNSAID_IDLE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Assumptions:
     image_seconds: float = 180.0  # pull of a CUDA image of some 6 GB compressed
     setup_seconds: float = 30.0
     ready_seconds: float = 90.0  # imports, first shards, torch.compile, restore
-    shutdown_seconds: float = 600.0  # idle until autodown on a plain launch (`idle_minutes: 10`)
+    shutdown_seconds: float | None = None  # idle until shut down; None: as the task's autostop says, else 10 minutes
     checkpoint_blocked_seconds: float = 0.3  # first save of 124M measured at 0.25-0.33 s, later ones at 0.1 s
     preemptions_per_hour: float = 0.25  # spot; what checkpoint.mean_hours_between_failures takes for granted, too
     prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
@@ -81,6 +83,11 @@ def forecast(
     train = settings if isinstance(settings, TrainConfig) else None
     if tokens is None and train:
         tokens = float(train.train.steps) * train.batch.tokens
+    if tokens is None and isinstance(settings, PrepConfig):
+        tokens = _tokens_of_source(settings.source.url)
+    if assume.shutdown_seconds is None:
+        idle = task.idle_seconds
+        assume = dataclasses.replace(assume, shutdown_seconds=UNSAID_IDLE_SECONDS if idle is None else idle)
     flops = flops_per_token({"model": dataclasses.asdict(train.model)}) if train else None
     prepares = task.work.stage == "prep" or isinstance(settings, PrepConfig)
     sources: set[str] = set()
@@ -213,7 +220,7 @@ def _parts(
         if train.train.eval_every:
             parts["eval"] = steps / train.train.eval_every * train.train.eval_tokens / (speed * EVAL_SPEEDUP)
         parts["checkpoint"] = work / interval * assume.checkpoint_blocked_seconds
-    parts["idle until down"] = 0.0 if row.spot else assume.shutdown_seconds
+    parts["idle until down"] = assume.shutdown_seconds or 0.0
     restarts = assume.preemptions_per_hour * unlucky * sum(parts.values()) / 3600 if row.spot else 0.0
     if restarts:
         parts["restarts and lost work"] = restarts * (start + interval / 2)
@@ -239,6 +246,12 @@ def _around(
     if not prepares and row.offer.cloud != assume.bucket_cloud:
         found["egress"] = tokens * BYTES_PER_TOKEN / 1e9 * rates.usd_per_gb_egress
     return found
+
+
+def _tokens_of_source(url: str) -> float | None:
+    """FineWeb and FineWeb-Edu name their samples by GPT-2 tokens: sample/10BT is about 10 billion."""
+    match = re.search(r"sample/(\d+)BT/", url)
+    return float(match.group(1)) * 1e9 if match else None
 
 
 def preparation_usd(catalog: Catalog, tokens: float, assume: Assumptions) -> tuple[Offer, float] | None:

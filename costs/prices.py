@@ -8,6 +8,7 @@ import csv
 import functools
 import logging
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "catalog"
 CLOUDS = ("aws", "lambda")
 # Commits of skypilot-org/skypilot-catalog, also in costs/catalog/README.md.
+# AWS Local Zones (use1-atl2-az1) have to be opted in to; SkyPilot does not launch there.
+_LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 SNAPSHOT = "price snapshot of SkyPilot's catalog (AWS 00148f2, Lambda 0f40703), not today's prices"
 
 
@@ -91,6 +94,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _offers(cloud: str, rows: Iterable[Mapping[str, Any]]) -> Iterable[Offer]:
     for row in rows:
+        if _LOCAL_ZONE.match(str(row.get("AvailabilityZone"))):
+            continue
         count = _number(row.get("AcceleratorCount"))
         yield Offer(
             cloud=cloud,

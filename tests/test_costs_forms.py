@@ -35,7 +35,7 @@ def report(run: RunFolder) -> Report:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COST_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("RUNS_URL", raising=False)
+    monkeypatch.delenv("BUCKET", raising=False)
 
 
 class Page(HTMLParser):
@@ -142,7 +142,7 @@ def entry(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_without_an_argument_all_runs_are_shown(run, capsys, monkeypatch, tmp_path):
     second = preempted_and_resumed(tmp_path / "runs" / "nested" / "second")
     (tmp_path / "runs" / "data" / "shards").mkdir(parents=True)
-    monkeypatch.setenv("RUNS_URL", str(tmp_path / "runs"))
+    monkeypatch.setenv("BUCKET", str(tmp_path))
     assert list(discover.find_runs(str(tmp_path / "runs"))) == [run.url, second.url]
     out = entry(capsys, "--offline")
     assert "2 runs" in out
@@ -152,7 +152,7 @@ def test_without_an_argument_all_runs_are_shown(run, capsys, monkeypatch, tmp_pa
 
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(run, capsys, monkeypatch, tmp_path):
     RunFolder(tmp_path / "runs" / "empty")
-    monkeypatch.setenv("RUNS_URL", str(tmp_path / "runs"))
+    monkeypatch.setenv("BUCKET", str(tmp_path))
     assert "1 run" in entry(capsys, "--offline")
 
 
@@ -160,7 +160,7 @@ def test_since_and_tag_choose_runs(run, capsys, monkeypatch, tmp_path):
     tagged = preempted_and_resumed(tmp_path / "runs" / "tagged")
     start = tagged.path / "ledger/segment-000001/start.jsonl"
     start.write_text(start.read_text().replace('"program": {}', '"tags": ["paper"]'))
-    monkeypatch.setenv("RUNS_URL", str(tmp_path / "runs"))
+    monkeypatch.setenv("BUCKET", str(tmp_path))
     assert json.loads(entry(capsys, "--offline", "--json", "--tag", "paper"))["run"] == tagged.url
     assert len(json.loads(entry(capsys, "--offline", "--json", "--since", "2026-11-20T12:10"))) == 2
     with pytest.raises(LauncherError, match="2 runs found, none to report"):
@@ -172,9 +172,9 @@ def test_since_and_tag_choose_runs(run, capsys, monkeypatch, tmp_path):
 
 
 def test_no_run_and_no_place_to_look_is_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="set RUNS_URL"):
+    with pytest.raises(ConfigError, match="set BUCKET"):
         command.main([])
-    monkeypatch.setenv("RUNS_URL", str(tmp_path / "nothing"))
+    monkeypatch.setenv("BUCKET", str(tmp_path / "nothing"))
     with pytest.raises(LauncherError, match="no run found here"):
         command.main([])
 
