@@ -1,0 +1,231 @@
+"""trainer.checkpoint: what counts, what is skipped by name, what is kept, who may write."""
+
+import json
+
+import pytest
+import torch
+
+from core import storage
+from core.errors import CheckpointError
+from core.ledger import Ledger, Machine
+from core.schema import CheckpointConfig, ModelConfig, OptimizerConfig
+from trainer import distributed
+from trainer.checkpoint import layout, pieces
+from trainer.checkpoint.load import load_newest
+from trainer.checkpoint.save import Saver
+from trainer.model.gpt import GPT
+from trainer.optim.units import UnitOptimizer
+
+MODEL = ModelConfig(layers=1, heads=2, width=8, context=4, vocab_rows=32)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    patch = pytest.MonkeyPatch()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        patch.delenv(name, raising=False)
+    yield distributed.start("cpu")
+    distributed.stop()
+    patch.undo()
+
+
+def trained(seed: int, steps: int) -> tuple[GPT, UnitOptimizer]:
+    """A model and its optimizer after some steps on made-up gradients."""
+    model = GPT(MODEL)
+    model.initialise(seed)
+    optimizer = UnitOptimizer(model, OptimizerConfig(warmup_steps=0), rank=0, world=1)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step(0.01)
+    return model, optimizer
+
+
+def saver(run_url: str, ranks, optimizer: UnitOptimizer, segment: int = 1, **config: int) -> Saver:
+    return Saver(run_url, segment, ranks, CheckpointConfig(**config), None, lambda: True, optimizer.blocks)
+
+
+def save(run_url: str, ranks, *steps: int, segment: int = 1, **config: int) -> None:
+    _, optimizer = trained(1, 1)
+    each = saver(run_url, ranks, optimizer, segment, **config)
+    for step in steps:
+        each.begin(step, {"step": step})
+        each.finish(step)
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path, ranks):
+    run_url = str(tmp_path)
+    model, optimizer = trained(1, 3)
+    each = saver(run_url, ranks, optimizer)
+    each.begin(3, {"step": 3, "tokens": 99})
+    # The snapshot is taken: what training does meanwhile must not reach the checkpoint.
+    expected = {key: rows.clone() for key, rows in optimizer.blocks()}
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    each.finish(3)
+    other_model, other = trained(2, 1)
+    restored = load_newest(run_url, other, ranks)
+    assert (restored.step, restored.state, restored.skipped) == (3, {"step": 3, "tokens": 99}, ())
+    found = dict(other.blocks())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert not torch.equal(other_model.wte.weight, model.wte.weight)
+
+
+def test_payload_is_plain_safetensors(tmp_path, ranks):
+    import safetensors.torch
+
+    _, optimizer = trained(1, 2)
+    staged = pieces.StagedFile(optimizer.blocks())
+    staged.fill(optimizer.blocks())
+    loaded = safetensors.torch.load(bytes(staged.data))
+    assert loaded.keys() == dict(optimizer.blocks()).keys()
+    assert all(torch.equal(loaded[key], rows) for key, rows in optimizer.blocks())
+
+
+def test_nothing_stored_is_a_fresh_start(tmp_path, ranks):
+    assert load_newest(str(tmp_path), trained(1, 1)[1], ranks) is None
+
+
+def payload(run_url: str, step: int) -> str:
+    manifest = layout.read_manifest(run_url, step, layout.stored(run_url)[step])
+    return storage.join(layout.folder_of(run_url, step), manifest.files[0].name)
+
+
+def flip(uri: str, position: int) -> None:
+    data = bytearray(storage.read_bytes(uri))
+    data[position] ^= 4
+    storage.write_bytes(uri, bytes(data))
+
+
+DAMAGES = {
+    "no marker": (lambda run: storage.delete(f"{run}/checkpoints/step-00000002/COMPLETE"), "never finished"),
+    "missing file": (lambda run: storage.delete(payload(run, 2)), "safetensors: missing"),
+    "truncated": (
+        lambda run: storage.write_bytes(payload(run, 2), storage.read_bytes(payload(run, 2))[:-5]),
+        "its manifest says",
+    ),
+    "flipped bit": (lambda run: flip(payload(run, 2), -9), "checksum differs from its manifest's"),
+    "flipped header": (lambda run: flip(payload(run, 2), 9), "checksum differs from its manifest's"),
+    "swapped": (
+        lambda run: storage.write_bytes(payload(run, 2), storage.read_bytes(payload(run, 1))),
+        "checksum differs",
+    ),
+    "no manifest": (
+        lambda run: storage.delete(f"{run}/checkpoints/step-00000002/manifest-segment-000001.json"),
+        "incomplete",
+    ),
+    "edited manifest": (
+        lambda run: flip(f"{run}/checkpoints/step-00000002/manifest-segment-000001.json", 30),
+        "checksum differs from its marker's",
+    ),
+    "empty marker": (
+        lambda run: storage.write_bytes(f"{run}/checkpoints/step-00000002/COMPLETE", b""),
+        "damaged marker",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_newest_is_skipped_by_name_for_the_one_before(tmp_path, ranks, kind: str):
+    damage, reason = DAMAGES[kind]
+    run_url = str(tmp_path)
+    _, optimizer = trained(1, 1)
+    each = saver(run_url, ranks, optimizer)
+    for step in (1, 2):
+        optimizer.step(0.01)  # so that the two differ
+        each.begin(step, {"step": step})
+        each.finish(step)
+    damage(run_url)
+    restored = load_newest(run_url, trained(3, 1)[1], ranks)
+    assert restored.step == 1
+    ((name, why),) = restored.skipped
+    assert name == "step-00000002"
+    assert reason in why
+
+
+def test_all_damaged_stops_and_leaves_the_targets_alone(tmp_path, ranks):
+    run_url = str(tmp_path)
+    save(run_url, ranks, 1, 2)
+    for step in (1, 2):
+        flip(payload(run_url, step), -1)
+    model, optimizer = trained(5, 1)
+    before = model.wte.weight.clone()
+    with pytest.raises(
+        CheckpointError, match=r"none of the 2 complete checkpoints can be used, the newest because: .*step-00000002"
+    ):
+        load_newest(run_url, optimizer, ranks)
+    assert torch.equal(model.wte.weight, before)
+
+
+def test_another_models_checkpoint_is_refused(tmp_path, ranks):
+    save(str(tmp_path), ranks, 1)
+    wider = GPT(ModelConfig(layers=1, heads=2, width=8, context=4, vocab_rows=64))
+    with pytest.raises(CheckpointError, match=r"holds 32 of 64 rows of model\.wte\.weight"):
+        load_newest(str(tmp_path), UnitOptimizer(wider, OptimizerConfig(warmup_steps=0), 0, 1), ranks)
+
+
+def test_retention_keeps_the_newest_and_the_multiples(tmp_path, ranks):
+    save(str(tmp_path), ranks, *range(1, 12), keep=3, keep_every=4)
+    assert layout.complete_steps(str(tmp_path)) == [11, 10, 9, 8, 4]
+
+
+def test_leftovers_of_dead_segments_go_and_newer_ones_stay(tmp_path, ranks):
+    run_url = str(tmp_path)
+    for step in (3, 9):
+        storage.write_bytes(storage.join(layout.folder_of(run_url, step), layout.payload_name(1, 0, 1)), b"half")
+    save(run_url, ranks, 5, segment=2)
+    assert sorted(layout.stored(run_url)) == [5, 9]
+    assert layout.complete_steps(run_url) == [5]
+
+
+def test_a_machine_that_was_replaced_does_not_complete_its_checkpoint(tmp_path, ranks):
+    run_url = str(tmp_path)
+    old, new = (Ledger(run_url, Machine(), {}) for _ in range(2))
+    _, optimizer = trained(1, 1)
+    zombie = saver(run_url, ranks, optimizer, old.segment)
+    zombie.begin(7, {"step": 7})
+    with pytest.raises(CheckpointError, match="segment 2 has taken over this run, so segment 1 stops writing"):
+        zombie.finish(7)
+    assert zombie.taken_over is not None
+    assert layout.complete_steps(run_url) == []
+    save(run_url, ranks, 7, segment=new.segment)
+    assert layout.complete_steps(run_url) == [7]
+    for ledger in (old, new):
+        ledger.close("finished")
+
+
+def test_books_that_cannot_be_stored_hold_the_marker_back(tmp_path, ranks):
+    _, optimizer = trained(1, 1)
+    each = Saver(str(tmp_path), 1, ranks, CheckpointConfig(), None, lambda: False, optimizer.blocks)
+    each.begin(1, {})
+    with pytest.raises(CheckpointError, match="metrics and the ledger of its steps could not be stored"):
+        each.finish(1)
+    assert layout.complete_steps(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_rows_are_dealt_out_once_and_evenly(world: int):
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in GPT(ModelConfig()).named_parameters()}
+    units = pieces.deal(shapes, world)
+    loads = [0] * world
+    for name, shape in shapes.items():
+        position = 0
+        for unit in sorted((unit for unit in units if unit.name == name), key=lambda unit: unit.start):
+            assert unit.start == position
+            position = unit.stop
+            loads[unit.owner] += (unit.stop - unit.start) * shape[1:].numel()
+        assert position == shape[0]
+    assert max(loads) - min(loads) <= pieces.MAX_UNIT_ELEMENTS
+    cuts = {(unit.name, unit.start, unit.stop) for unit in units}
+    assert cuts == {(unit.name, unit.start, unit.stop) for unit in pieces.deal(shapes, 1)}, (
+        "cuts do not depend on ranks"
+    )
+
+
+def test_marker_names_its_manifest(tmp_path, ranks):
+    save(str(tmp_path), ranks, 1)
+    marker = json.loads(storage.read_bytes(storage.join(layout.folder_of(str(tmp_path), 1), layout.MARKER)))
+    assert marker["manifest"] == "manifest-segment-000001.json"

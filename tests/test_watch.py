@@ -1,0 +1,176 @@
+"""trainer.watch and the checkpoint interval: notices, the dollar cap, when to save."""
+
+import http.server
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from core.errors import ConfigError
+from core.ledger import Ledger, Machine
+from core.schema import CheckpointConfig
+from trainer.checkpoint.interval import Cadence
+from trainer.watch.cap import SpendingCap, spent_by_earlier_segments
+from trainer.watch.notice import Requests
+from trainer.watch.spot import SpotWatch
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """IMDSv2 as AWS documents it: a token by PUT, then items by GET; no token, no answer."""
+
+    items: dict[str, str]
+    tokens: list[str]
+
+    def do_PUT(self) -> None:
+        assert self.path == "/latest/api/token"
+        assert 0 < int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) <= 21600
+        self.tokens.append(f"token-{len(self.tokens)}")
+        self.answer(200, self.tokens[-1])
+
+    def do_GET(self) -> None:
+        if not self.tokens or self.headers["X-aws-ec2-metadata-token"] != self.tokens[-1]:
+            self.answer(401, "")
+            return
+        item = self.items.get(self.path.removeprefix("/latest/meta-data/"))
+        self.answer(200 if item else 404, item or "")
+
+    def answer(self, code: int, text: str) -> None:
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def metadata_service() -> Iterator[tuple[type[Metadata], dict[str, str]]]:
+    handler = type("Service", (Metadata,), {"items": {}, "tokens": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield handler, {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def wait_for(holds) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.01)
+
+
+def test_spot_interruption_asks_to_leave_and_rebalance_to_save():
+    with metadata_service() as (service, environment):
+        requests = Requests()
+        watch = SpotWatch(requests, environment, poll_seconds=0.02)
+        wait_for(lambda: service.tokens)
+        time.sleep(0.1)
+        assert requests.leave is None
+        assert requests.take_save() is None
+        service.items["events/recommendations/rebalance"] = '{"noticeTime": "2026-11-20T08:00:00Z"}'
+        found = []
+        wait_for(lambda: found.append(requests.take_save()) or found[-1])
+        assert found[-1] == "rebalance recommendation of 2026-11-20T08:00:00Z"
+        time.sleep(0.1)
+        assert requests.take_save() is None, "one notice is one save"
+        service.tokens.append("another one: ours has expired")
+        service.items["spot/instance-action"] = '{"action": "terminate", "time": "2026-11-20T08:02:00Z"}'
+        wait_for(lambda: requests.leave)
+        assert (requests.leave.kind, requests.leave.detail) == ("spot", "terminate at 2026-11-20T08:02:00Z")
+        watch.close()
+
+
+def test_without_a_metadata_service_the_watch_ends_quietly(caplog: pytest.LogCaptureFixture):
+    requests = Requests()
+    with metadata_service() as (_, gone):
+        pass
+    watch = SpotWatch(requests, {**gone, "CLOUD": "AWS"}, poll_seconds=0.01)
+    wait_for(lambda: not watch._thread.is_alive())
+    assert requests.leave is None
+    assert "no spot notices" in caplog.text
+    assert "metadata hop limit of 2" in caplog.text
+    assert SpotWatch(requests, {"AWS_EC2_METADATA_DISABLED": "true"})._thread is None
+
+
+def test_signals_are_remembered_and_the_first_counts():
+    requests = Requests()
+    restore = requests.listen_to_signals()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_for(lambda: requests.leave)
+        os.kill(os.getpid(), signal.SIGTERM)
+        requests.ask_to_leave("spot", "later")
+        assert (requests.leave.kind, requests.leave.detail) == ("signal", "SIGUSR1")
+    finally:
+        restore()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class Clock:
+    """A ledger's clock that the test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.seconds = 0.0
+        monkeypatch.setattr(Ledger, "elapsed_seconds", lambda ledger: self.seconds)
+
+
+def test_cap_counts_all_segments_and_keeps_a_reserve(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    run_url, machine = str(tmp_path / "run"), Machine(usd_per_hour=36.0)
+    now = time.time()
+    first = Ledger(run_url, machine, {}, started_at=now - 100)
+    first.close("preempted")
+    before = spent_by_earlier_segments(run_url, machine, 5.0)
+    assert before == pytest.approx(1.0, abs=0.02), "100 seconds at a cent a second"
+    second = Ledger(run_url, machine, {})
+    cap = SpendingCap(second, max_usd=5.0, shutdown_seconds=120, spent_before=1.0)
+    clock = Clock(monkeypatch)
+    # 4.00 are left for this segment: 120 s of shutdown, 1.5 x 20 s of checkpoint and a step of 10 s cost 1.60.
+    clock.seconds = 239
+    assert not cap.reached(step_seconds=10, checkpoint_seconds=20)
+    clock.seconds = 241
+    assert cap.reached(step_seconds=10, checkpoint_seconds=20)
+    assert cap.describe() == "$3.41 of $5 spent"
+    assert not SpendingCap(second, 0.0, 120, 1.0).reached(10, 20)
+    second.close("cap")
+
+
+def test_cap_without_a_known_price_is_refused(tmp_path):
+    run_url = str(tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"run\.max_usd is 20, but this machine's price is not known; set USD_PER_HOUR"
+    ):
+        spent_by_earlier_segments(run_url, Machine(), 20.0)
+    assert spent_by_earlier_segments(run_url, Machine(), 0.0) == 0.0
+    Ledger(run_url, Machine(), {}).close("failed")
+    with pytest.raises(ConfigError, match=r"an earlier segment of .* ran at an unknown price"):
+        spent_by_earlier_segments(run_url, Machine(usd_per_hour=1.0), 20.0)
+
+
+def test_interval_follows_costs_within_the_bound():
+    cadence = Cadence(CheckpointConfig(max_lost_seconds=60, mean_hours_between_failures=4), now=0.0)
+    assert cadence.interval_seconds() == 30
+    # Young: sqrt(2 * 0.02 * 14400) = 24 s, within 60 - 3.
+    cadence.measured(0.02, 3.0)
+    assert cadence.interval_seconds() == pytest.approx(24.0)
+    # A costly save would like 120 s; the bound wins.
+    cadence.measured(0.5, 3.0)
+    assert cadence.interval_seconds() == 57
+    # Uploads that take longer than the bound follow each other.
+    cadence.measured(0.5, 80.0)
+    assert cadence.interval_seconds() == 80
+    cadence.measured(0.5, 3.0)
+    cadence.saved(now=100.0)
+    assert not cadence.due(1, step_seconds=2.0, now=154.9)
+    assert cadence.due(1, step_seconds=2.0, now=155.1)
+
+
+def test_interval_in_steps():
+    cadence = Cadence(CheckpointConfig(every=50), now=0.0)
+    assert [step for step in range(1, 200) if cadence.due(step, 1.0, now=1e9)] == [50, 100, 150]
