@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from core import storage
-from core.errors import DataError, LauncherError, ObjectDamaged, StorageError
+from core.errors import DataError, LauncherError, ObjectDamaged, ObjectNotFound, StorageError
 from core.manifest import Manifest, ShardEntry
 from core.shard import HEADER_BYTES, check_size, parse_header
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 RANGE_READERS = 16
 READ_AHEAD_SHARDS = 64
 STALL_RETRY_SECONDS = 5.0
+STALL_SECONDS = 480.0  # below the collectives' time limit, so that the cause is named, not a time-out of the others
 
 
 class ShardCache:
@@ -42,6 +43,7 @@ class ShardCache:
         self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])])
         self._mapped: dict[int, np.ndarray] = {}
         self._tails: dict[int, np.ndarray] = {}
+        self._closed = False
         self._readers = ThreadPoolExecutor(RANGE_READERS, thread_name_prefix="range reader")
 
     def windows(self, shard: int, windows: np.ndarray) -> np.ndarray:
@@ -53,11 +55,10 @@ class ShardCache:
             rows = list(self._readers.map(lambda begin: self._read(shard, int(begin), self.length + 1), begins))
             return np.stack(rows)
         inside = begins + self.length < len(tokens)
-        view = np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1)
-        if inside.all():
-            return view[begins]
         out = np.empty((len(begins), self.length + 1), self.dtype)
-        out[inside] = view[begins[inside]]
+        if inside.any():
+            view = np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1)
+            out[inside] = view[begins[inside]]
         for row in np.flatnonzero(~inside):
             out[row] = self._read(shard, int(begins[row]), self.length + 1)
         return out
@@ -71,6 +72,7 @@ class ShardCache:
         return self.folder / self.shards[shard].name
 
     def close(self) -> None:
+        self._closed = True
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _local(self, shard: int) -> np.ndarray | None:
@@ -106,13 +108,27 @@ class ShardCache:
             return tokens[begin : begin + count]
         uri = storage.join(self.data_url, self.shards[shard].name)
         first = HEADER_BYTES + begin * self.dtype.itemsize
-        read = np.frombuffer(storage.read_range(uri, first, first + count * self.dtype.itemsize), self.dtype)
+        read = np.frombuffer(self._read_patiently(uri, first, first + count * self.dtype.itemsize), self.dtype)
         if read.max() >= self.vocab_size:
             raise DataError(
                 f"{uri}: token {read.max()} at or after position {begin}, the vocabulary has {self.vocab_size}; "
                 "the shard is damaged: run python -m data_prep.verify on data.url"
             )
         return read
+
+    def _read_patiently(self, uri: str, start: int, end: int) -> bytes:
+        """Wait out a stall of the storage: the time counts as data wait, and other ranks wait too, to a limit."""
+        deadline = time.monotonic() + STALL_SECONDS
+        while True:
+            try:
+                return storage.read_range(uri, start, end)
+            except ObjectNotFound as error:
+                raise DataError(f"{error}; the data set has changed since the run began") from error
+            except StorageError as error:
+                if time.monotonic() > deadline or self._closed:
+                    raise
+                log.warning("the storage stalls, waiting: %s", error)
+                time.sleep(STALL_RETRY_SECONDS)
 
 
 class ReadAhead:
@@ -150,6 +166,9 @@ class ReadAhead:
                 return
             except DataError as error:
                 self.failure = error
+                return
+            except ObjectNotFound as error:
+                self.failure = DataError(f"{error}; the data set has changed since the run began")
                 return
             except StorageError as error:
                 # Batches still come by range reads if they can; this is only the fast path.
