@@ -32,7 +32,6 @@ from launch.supervise import Child, Outcome
 
 log = logging.getLogger("node")
 
-CAP_REACHED = 34
 BAD_NODE = 35
 # More refusals than this in a day are not bad luck with machines: then the job ends, for a person to look at it.
 REFUSALS_PER_DAY = 3

@@ -1,0 +1,163 @@
+"""The task files, read as YAML: what they name exists, and they carry the rules of this project.
+
+tests/test_sky_loader.py gives the same files to SkyPilot's own loader and optimizer.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from costs import task as cost_task
+from launch import submit
+
+ROOT = Path(__file__).parent.parent
+TASKS = sorted((ROOT / "sky").glob("*.yaml"))
+TRAINING = [path for path in TASKS if path.stem.startswith(("pretrain", "smoke"))]
+# Exit codes of docs/formats.md; the cap's may not be here, or a capped job would start again.
+RECOVERED = [33, 35]
+
+
+def task_of(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.fixture(params=TASKS, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
+
+
+def test_the_folder_holds_tasks_only():
+    assert {path.suffix for path in (ROOT / "sky").iterdir()} == {".yaml"}
+    stems = {path.stem for path in TASKS}
+    assert {"prep-data", "pretrain-8xa100", "pretrain-8xa100-spot", "pretrain-gh200", "pretrain-multinode"} <= stems
+
+
+def test_head_comment_says_how_to_launch_watch_and_stop_and_what_it_costs(path):
+    head = path.read_text().split("\nname:")[0]
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "launch/targets.mk").read_text(), re.M))
+    for word in ("launch", "watch", "stop", "costs"):
+        assert re.search(rf"^#   {word} +\S", head, re.M), word
+    assert set(re.findall(r"\bmake ([a-z-]+)", head)) <= targets
+    assert re.search(r"\$\d", head)
+    assert re.search(r"commits? [0-9a-f]{7}", head), "prices without their date"
+
+
+def test_every_machine_ends_by_itself(path):
+    resources = task_of(path)["resources"]
+    if "job_recovery" in resources:  # a managed job's machines end with it
+        assert "autostop" not in resources
+    else:
+        assert resources["autostop"]["down"] is True
+        assert 0 < resources["autostop"]["idle_minutes"] <= 5
+        assert resources["autostop"]["wait_for"] == "jobs"
+    assert resources["max_hourly_cost"] > 0
+    assert resources["labels"] == {"project": "pretrain-launcher"}
+
+
+def test_recovery_names_our_codes_and_never_the_cap():
+    recoveries = [task_of(path)["resources"].get("job_recovery") for path in TASKS]
+    managed = [recovery for recovery in recoveries if recovery]
+    assert managed
+    for recovery in managed:
+        assert recovery["recover_on_exit_codes"] == RECOVERED
+        assert recovery["max_restarts_on_errors"] == 0
+
+
+def test_managed_jobs_order_their_candidates():
+    """SkyPilot 0.14.1 tries any_of of a managed job in arbitrary order."""
+    for path in TASKS:
+        resources = task_of(path)["resources"]
+        if "job_recovery" in resources:
+            assert "any_of" not in resources
+            spot = [candidate.get("use_spot", False) for candidate in resources["ordered"]]
+            assert spot == sorted(spot, reverse=True), "on demand is the last resort"
+
+
+def test_commands_stop_at_the_first_error_and_name_what_exists(path):
+    task = task_of(path)
+    for part in ("setup", "run"):
+        script = task[part]
+        assert script.startswith("set -euo pipefail\n")
+        assert "|| true" not in script
+        assert "apt" not in script
+        assert "pip " not in script
+        for file in re.findall(r"\bbash (\S+)", script):
+            assert (ROOT / file).is_file()
+        for module in re.findall(r"-m ([a-z_.]+)", script):
+            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+        for target in re.findall(r"container\.sh \w+ (\w+)", script):
+            assert re.search(rf"^FROM \S+ AS {target}$", (ROOT / "Dockerfile").read_text(), re.M), target
+
+
+def test_configs_exist_and_fit_their_program(path):
+    envs = task_of(path)["envs"]
+    if "CONFIG" not in envs:
+        pytest.skip("names no config")
+    assert (ROOT / envs["CONFIG"]).is_file()
+    work = cost_task.load(str(path)).work
+    assert work.stage in ("pretrain", "prep")
+
+
+def test_every_variable_that_a_command_uses_is_declared(path):
+    """And the other way round: a declared variable reaches the container, or the launcher."""
+    task = task_of(path)
+    declared = set(task["envs"]) | set(task.get("secrets") or {})
+    used = set(re.findall(r"\$\{?([A-Z_]+)", task["setup"] + task["run"]))
+    assert used - {"RUN_URL"} <= declared
+    launcher = (ROOT / "launch/container.sh").read_text()
+    for name in declared - used:
+        assert re.search(rf"\b{name}\b", launcher) or name.startswith("AWS_"), f"{name} goes nowhere"
+
+
+def test_secrets_are_no_envs(path):
+    task = task_of(path)
+    assert not [name for name in task["envs"] if re.search(r"KEY|TOKEN|PASSWORD|SECRET", name)]
+    assert all(value in ("", None) for value in (task.get("secrets") or {}).values())
+
+
+def test_shared_parts_are_the_same_in_all():
+    """Each env that several tasks have means the same in all of them."""
+    meaning: dict[str, set[str]] = {}
+    for path in TRAINING:
+        for name, comment in re.findall(r"^  ([A-Z_]+): .*?# (.*)$", path.read_text(), re.M):
+            meaning.setdefault(name, set()).add(comment)
+    specific = {"RUN", "DATA", "PREP_ARGS"}
+    assert {name: said for name, said in meaning.items() if len(said) > 1 and name not in specific} == {}
+
+
+def test_sky_command_carries_settings_and_hides_secrets(monkeypatch):
+    monkeypatch.setattr(submit, "find_sky", lambda: "sky")
+    path = "sky/pretrain-8xa100.yaml"
+    given = {"BUCKET": "b", "MAX_USD": "5", "AWS_ACCESS_KEY_ID": "AKIA-very-secret", "UNRELATED": "x"}
+    command = submit.sky_command(path, task_of(ROOT / path), given, "abc", [])
+    text = " ".join(command)
+    assert text.startswith("sky launch --cluster pretrain-8xa100 --yes")
+    for part in ("--env BUCKET=b", "--env MAX_USD=5", "--env GIT_REVISION=abc", "--secret AWS_ACCESS_KEY_ID"):
+        assert part in text
+    assert "very-secret" not in text
+    assert "UNRELATED" not in text
+
+
+def test_spot_is_a_managed_job(monkeypatch):
+    monkeypatch.setattr(submit, "find_sky", lambda: "sky")
+    path = "sky/pretrain-8xa100-spot.yaml"
+    command = submit.sky_command(path, task_of(ROOT / path), {"BUCKET": "b"}, "", [])
+    assert command[:3] == ["sky", "jobs", "launch"]
+
+
+def test_without_a_bucket_one_sentence(monkeypatch):
+    monkeypatch.setattr(submit, "find_sky", lambda: "sky")
+    path = "sky/pretrain-8xa100.yaml"
+    with pytest.raises(submit.ConfigError, match=r"BUCKET is required and empty; give BUCKET=\.\.\."):
+        submit.sky_command(path, task_of(ROOT / path), {}, "", [])
+
+
+def test_dotenv_yields_to_the_environment_and_refuses_nonsense(tmp_path):
+    file = tmp_path / ".env"
+    file.write_text("# comment\nBUCKET=from-file\nexport RUN='a b'\n\nMAX_USD=5\n")
+    assert submit.with_dotenv({"BUCKET": "from-shell"}, file) == {"BUCKET": "from-shell", "RUN": "a b", "MAX_USD": "5"}
+    file.write_text("BUCKET=b\nnot a line\n")
+    with pytest.raises(submit.ConfigError, match=r"\.env:2: is no NAME=value line"):
+        submit.with_dotenv({}, file)
