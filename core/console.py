@@ -27,7 +27,7 @@ def set_up_logging(speaks: bool = True) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
-    for noisy in ("botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx", "asyncio"):
+    for noisy in ("botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx", "httpx2", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
