@@ -22,7 +22,7 @@ def dominates(row: Row) -> str | None:
     if not row.parts or not row.usd:
         return None
     name, usd = max(row.parts.items(), key=lambda item: item[1])
-    return f"{name}, {100 * usd / row.usd:.0f} % of ${money.text(row.usd)}"
+    return f"{name}, {100 * usd / row.usd:.0f} % of ${money.text(row.usd, money.places_for(row.usd))}"
 
 
 def best_change(

@@ -12,11 +12,10 @@ from costs import money
 from costs.cells import PHASES, Cell, Lost, booked, cells, lost_work
 from costs.charts import Charts, charts
 from costs.model import Origin, Run, Segment, StorageUse
+from costs.notes import notes, some
 from costs.spend import Spend
 from costs.units import Units, units
 
-# Machines seldom agree on the time to the second; below this, an overlap proves nothing.
-CLOCKS_AGREE_SECONDS = 2.0
 GROUPS = ("stage", "day", "cloud", "region", "zone", "instance", "market")
 
 
@@ -45,6 +44,7 @@ class SegmentLine(Line):
     price_source: str | None = None
     restored_step: int | None = None
     last_step: int | None = None
+    steps_kept: int = 0
     steps_lost: int = 0
     end: str = "?"
 
@@ -117,7 +117,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None) -> Report
         tags=tuple(sorted({tag for segment in run.segments for tag in segment.tags})),
         origins=[*_origins(run), *run.origins],
         storage=run.storage,
-        notes=[*run.problems, *_price_notes(run), *_cap_notes(run), *_time_notes(run, now)],
+        notes=[*run.problems, *notes(run)],
     )
 
 
@@ -146,7 +146,7 @@ def _origins(run: Run) -> list[Origin]:
             prices.setdefault(segment.machine.price_source or "ledger, without a source", []).append(
                 str(segment.number)
             )
-    return found + [Origin(f"price of segment {_some(numbers)}", source) for source, numbers in prices.items()]
+    return found + [Origin(f"price of segment {some(numbers)}", source) for source, numbers in prices.items()]
 
 
 def table(
@@ -182,6 +182,7 @@ def _segment_line(run: Run, segment: Segment, line: Line, lost: Lost, now: float
         price_source=segment.machine.price_source,
         restored_step=segment.restored_step,
         last_step=segment.steps.number[-1] if segment.steps.number else None,
+        steps_kept=len(segment.steps.number) - lost.steps,
         steps_lost=lost.steps,
         end=_how_it_ended(run, segment, now),
     )
@@ -204,60 +205,3 @@ def _how_it_ended(run: Run, segment: Segment, now: float) -> str:
     if segment is run.segments[-1] and segment.is_live(now):
         return "running"
     return "killed (end: last heartbeat)"
-
-
-def _price_notes(run: Run) -> list[str]:
-    unpriced = [str(segment.number) for segment in run.segments if segment.machine.usd_per_hour is None]
-    if not unpriced:
-        return []
-    return [
-        f"no price is known for segment {_some(unpriced)}: its dollars are ?, and sums with it hold only the rest; "
-        "set USD_PER_HOUR where the run is started"
-    ]
-
-
-def _cap_notes(run: Run) -> list[str]:
-    """Why a run stopped although nothing failed, and how to go on."""
-    return [
-        f"segment {segment.number} stopped at the cap of ${_dollars(mark.get('limit_usd'))} with "
-        f"${_dollars(mark.get('spent_usd'))} spent, as asked; start the run again with a higher MAX_USD to go on"
-        for segment in run.segments
-        for mark in segment.marks
-        if mark["name"] == "cap"
-    ]
-
-
-def _dollars(value: object) -> str:
-    return money.text(value if isinstance(value, int | float) else None)
-
-
-def _time_notes(run: Run, now: float) -> list[str]:
-    notes = []
-    for segment in run.segments:
-        jumps = [mark for mark in segment.marks if mark["name"] == "clock_jump"]
-        if jumps:
-            seconds = sum(mark.get("seconds") or 0.0 for mark in jumps)
-            notes.append(
-                f"segment {segment.number}: its clock was set by {seconds:+.0f} s while it ran; no duration is touched"
-            )
-    silent = [str(s.number) for s in run.segments if _how_it_ended(run, s, now) == "no heartbeat"]
-    if silent:
-        notes.append(f"segment {_some(silent)} left a start but no heartbeat: what that machine cost is not known")
-    for before, after in zip(run.segments, run.segments[1:], strict=False):
-        if before.ended_at is None or after.started_at is None:
-            continue
-        if before.started_at is not None and after.started_at < before.started_at - CLOCKS_AGREE_SECONDS:
-            notes.append(
-                f"segment {after.number} starts {before.started_at - after.started_at:.0f} s before segment "
-                f"{before.number}, which is older: the clocks of the two machines differ"
-            )
-        elif (common := before.ended_at - after.started_at) > CLOCKS_AGREE_SECONDS:
-            notes.append(
-                f"segments {before.number} and {after.number} overlap by {money.duration(common)}: "
-                "two machines were paid at once, or their clocks differ"
-            )
-    return notes
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])} and {len(names) - 8} more"

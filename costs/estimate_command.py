@@ -129,8 +129,12 @@ def _where(row: Row) -> list[str]:
 
 def _dollars(row: Row) -> list[str]:
     hours = money.UNKNOWN if row.hours is None else f"{row.hours:.2f}"
-    amounts = [money.text(usd) for usd in (row.usd, row.usd_low, row.usd_high)]
+    amounts = [_usd(usd) for usd in (row.usd, row.usd_low, row.usd_high)]
     return [money.text(row.usd_per_hour), hours, *amounts, f"{row.restarts:.2f}" if row.spot else "–"]
+
+
+def _usd(usd: float | None) -> str:
+    return money.text(usd, money.places_for(usd or 0.0))
 
 
 def _notes(plan: Plan, change: Change | None, assume: Assumptions, cap: float | None) -> list[str]:
@@ -143,10 +147,10 @@ def _notes(plan: Plan, change: Change | None, assume: Assumptions, cap: float | 
     elif best.usd is None:
         notes.append("how fast the machine is is not known, so only the rate is; give --like RUN_URL of an earlier run")
     if (main_part := dominates(best)) is not None:
-        parts = ", ".join(f"{name} {money.text(usd)}" for name, usd in best.parts.items() if usd >= 0.005)
+        parts = ", ".join(f"{name} {_usd(usd)}" for name, usd in best.parts.items() if usd >= best.usd / 1000)
         notes.append(f"dominated by {main_part} on {describe(best)}: {parts}")
     if change is not None:
-        notes.append(f"the single change that would save most: {change.what}: ${money.text(change.usd)} instead")
+        notes.append(f"the single change that would save most: {change.what}: ${_usd(change.usd)} instead")
     if best.usd is not None:
         notes.append(
             f"assumed per start: provision {assume.provision_seconds:.0f} s, image {assume.image_seconds:.0f} s, "
@@ -172,7 +176,7 @@ def _price_notes(plan: Plan, catalog: prices.Catalog, assume: Assumptions) -> li
     if prep is not None:
         offer, usd = prep
         notes.append(
-            f"preparing these tokens, once, is not in the dollars above: about ${money.text(usd)} on a "
+            f"preparing these tokens, once, is not in the dollars above: about ${_usd(usd)} on a "
             f"{offer.instance_type} in {offer.region} (assumed: {assume.prep_bytes_per_second / 1e6:.0f} MB/s)"
         )
     return notes

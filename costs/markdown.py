@@ -2,7 +2,7 @@
 
 from costs.breakdown import Report
 from costs.sheets import Sheet, sheets
-from costs.wording import headline
+from costs.wording import headline, notes
 
 
 def as_markdown(report: Report) -> str:
@@ -10,7 +10,7 @@ def as_markdown(report: Report) -> str:
     for sheet in sheets(report).values():
         parts += [f"### {sheet.title}", table(sheet)]
     if report.notes:
-        parts.append("\n".join(f"- {_plain(note)}" for note in report.notes))
+        parts.append("\n".join(f"- {_plain(note)}" for note in notes(report)))
     return "\n\n".join(parts) + "\n"
 
 

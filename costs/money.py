@@ -7,8 +7,8 @@ UNKNOWN = "?"
 
 
 def places_for(total: float) -> int:
-    """Digits after the point that show something: cents, or hundredths of a cent for a total below a dollar."""
-    return 2 if total >= 1 else 4
+    """Digits after the point that show something: cents, and more of them for a total below a dollar or a cent."""
+    return 2 if total >= 1 else 4 if total >= 0.01 or total <= 0 else 6
 
 
 def apportion(amounts: Sequence[float | None], places: int, total: float | None = None) -> list[float | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from costs import drawings, money
 from costs.breakdown import Report
 from costs.sheets import Sheet, sheets
-from costs.wording import headline, label
+from costs.wording import headline, label, notes
 
 STYLE = Path(__file__).with_name("page.css")
 
@@ -111,5 +111,5 @@ def _table(sheet: Sheet) -> str:
 
 
 def _notes(report: Report) -> str:
-    items = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes(report))
     return f'<ul class="notes">{items}</ul>' if items else ""

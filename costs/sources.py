@@ -10,6 +10,7 @@ from core.errors import StorageError
 from costs import aws, skypilot
 from costs.discover import storage_use
 from costs.model import Instance, Origin, Run, Segment, Uptime
+from costs.notes import some
 from costs.uptime import is_of, surroundings, with_cloud_times
 
 Instances = Callable[[list[str], str], list[Instance]]
@@ -78,6 +79,7 @@ def _paid_spot_prices(run: Run, spot_history: SpotHistory) -> None:
     One question per zone and type. The first refusal ends the asking: what stops one stops all.
     """
     groups: dict[tuple[str, str, str | None], list[Segment]] = {}
+    surprises: dict[tuple[str, str], list[str]] = {}
     for segment in run.segments:
         machine = segment.machine
         if machine.spot and (machine.cloud or "").lower() == "aws" and machine.zone and machine.instance_type:
@@ -92,16 +94,18 @@ def _paid_spot_prices(run: Run, spot_history: SpotHistory) -> None:
                 price = aws.weighted(history, segment.started_at, segment.ended_at) * segment.machine.nodes
                 expected = segment.machine.usd_per_hour
                 if expected is not None and not 0.5 < price / expected < 2:
-                    run.problems.append(
-                        f"segment {segment.number}: AWS's price history has ${price:g} an hour, the ledger expected "
-                        f"${expected:g}; the history is used"
-                    )
+                    surprises.setdefault((f"{price:g}", f"{expected:g}"), []).append(str(segment.number))
                 segment.machine = dataclasses.replace(
                     segment.machine, usd_per_hour=price, price_source=f"{aws.PRICE_SOURCE}, {zone}"
                 )
         except aws.NotThere as error:
             run.origins.append(Origin("paid spot prices", f"? ({error})"))
-            return
+            break
+    run.problems += [
+        f"segment {some(numbers)}: AWS's price history has ${price} an hour, the ledger expected ${expected}; "
+        "the history is used"
+        for (price, expected), numbers in surprises.items()
+    ]
 
 
 def _bill(run: Run, environment: Mapping[str, str], now: float, bill: Callable[..., dict[str, float]]) -> None:

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from costs.breakdown import Report
 from costs.sheets import Sheet, sheets
-from costs.wording import headline
+from costs.wording import headline, notes
 
 STYLES = {"train lost": "red", "train kept": "green"}
 
@@ -17,7 +17,7 @@ def render(report: Report) -> RenderableType:
         Text(report.run, style="bold"),
         Text(headline(report)),
         *(table(sheet) for sheet in sheets(report).values()),
-        *(Text(f"note: {note}", style="yellow") for note in report.notes),
+        *(Text(f"note: {note}", style="yellow") for note in notes(report)),
     )
 
 

@@ -6,6 +6,8 @@ from core.console import quantity
 from costs import money
 from costs.breakdown import Report, SegmentLine
 
+NOTES_SHOWN = 20
+
 
 def label(name: str) -> str:
     """train_lost → "train lost"."""
@@ -22,6 +24,12 @@ def headline(report: Report) -> str:
     segments = f"{count} segment{'s' * (count != 1)}"
     time = f"{money.duration(report.total.seconds)} of machine time"
     return f"{report.stage or 'stage ?'}, {report.state}; {segments}, {time}, {usd}"
+
+
+def notes(report: Report) -> list[str]:
+    """The notes, as many as somebody would read; JSON has all of them."""
+    left = len(report.notes) - NOTES_SHOWN
+    return report.notes[:NOTES_SHOWN] + ([f"{left} more notes: --json has all"] if left > 0 else [])
 
 
 def steps(line: SegmentLine) -> str:

@@ -1,11 +1,13 @@
 """The forms of a report: page, Markdown, plots, several runs."""
 
+import dataclasses
 import io
 import itertools
 import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from rich.console import Console
 from core.errors import ConfigError, LauncherError
 from costs import command, discover, drawings, markdown, page, plots, sheets, svg, terminal
 from costs.breakdown import Report, build
+from costs.forecast import Assumptions
 from costs.read import read_run
+from tests.conftest import REPOSITORY
 from tests.golden import NOON, RunFolder, preempted_and_resumed, span
 
 LATER = NOON + 86400
@@ -244,3 +248,32 @@ def test_flops_follow_the_models_formula():
     assert flops_per_token({"model": MODEL}) == 6 * matrices + 12 * 2 * 128 * 64
     assert flops_per_token({"model": {"kind": "other"}}) is None
     assert flops_per_token({}) is None
+
+
+def test_what_the_command_takes_is_documented(capsys):
+    """Every flag of the report and the forecast, and every assumption, is in docs/costs.md."""
+    documented = (REPOSITORY / "docs/costs.md").read_text()
+    flags = set()
+    for arguments in (["--help"], ["estimate", "--help"]):
+        with pytest.raises(SystemExit):
+            command.main(arguments)
+        flags |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    missing = {flag for flag in flags - {"--help"} if flag not in documented}
+    assert not missing
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(Assumptions)]
+    assert [name for name in names if name not in documented] == []
+
+
+def test_thousands_of_notes_do_not_bury_the_figures(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    for number in range(1, 40):
+        run.segment(number, NOON - number * 1000, [span(NOON - number * 1000, NOON - number * 1000 + 9, setup=9.0)])
+    report = build(read_run(run.url), LATER)
+    assert len(report.notes) > 30
+    assert "more notes: --json has all" in markdown.as_markdown(report)
+
+
+def test_plots_without_matplotlib_are_one_sentence(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pip install 'pretrain-launcher\[plot\]'"):
+        plots.save_all(report, tmp_path / "plots")
