@@ -6,6 +6,7 @@ tiktoken loads. The GPT-2 merges file (`vocab.bpe`) is read too, because that is
 
 import base64
 import binascii
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -35,6 +36,10 @@ class Vocabulary:
 
     def encoding(self):
         """The tiktoken encoding of these ranks (tiktoken is imported here)."""
+        return self._encoding
+
+    @functools.cached_property
+    def _encoding(self):
         import tiktoken
 
         return tiktoken.Encoding(
@@ -46,6 +51,7 @@ class Vocabulary:
         )
 
 
+@functools.lru_cache(maxsize=2)
 def parse(data: bytes, where: str) -> Vocabulary:
     """Ranks from a rank file or from GPT-2's vocab.bpe. Raises DataError unless they are exactly GPT-2's."""
     ranks = _ranks_of_merges(data) if data.startswith(b"#version") else _ranks_of_rank_file(data, where)

@@ -6,6 +6,7 @@ one rule, "hash below a threshold", whatever the order of parts; the rest goes t
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from data_prep import part as parts
 from data_prep.pack import ShardWriter
 from data_prep.part import Record
 from data_prep.plan import Plan
+
+log = logging.getLogger(__name__)
 
 READ_THREADS = 16
 GPT2 = TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, GPT2_SHA256)
@@ -129,6 +132,13 @@ def _choose(records: list[Record], config: PrepConfig) -> _Chosen:
         while number < len(candidates) and candidates[number][0] == key:
             tokens += candidates[number][1]
             number += 1
+    if tokens < limit or (config.data.val_fraction and not tokens):
+        log.warning(
+            "validation has %d tokens, %s; raise data.val_fraction (now %g) in a new set for more",
+            tokens,
+            f"not the {limit} that data.val_tokens asks for" if limit else "no document fell into it",
+            config.data.val_fraction,
+        )
     if number == len(candidates):
         return _Chosen(int(config.data.val_fraction * 2**64), number)
     return _Chosen(candidates[number][0], number)

@@ -1,7 +1,9 @@
 """Preparation end to end on small parquet files: the tokens, the split, the bytes, and what is refused."""
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -259,6 +261,32 @@ def test_folder_without_write_permission(tmp_path: Path, vocab_bpe: Path):
     (tmp_path / "set").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match="set"):
         prepare_set(write(tmp_path, table(documents(3))), str(tmp_path / "set"), vocab_bpe)
+
+
+def test_full_disk(source: str, tmp_path: Path, vocab_bpe: Path, monkeypatch: pytest.MonkeyPatch):
+    prepare_set(source, str(tmp_path / "whole"), vocab_bpe)
+    calls = iter(range(10**6))
+
+    def full(handle: int) -> None:
+        if next(calls) > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "could not write: the disk is full" in refused(source, tmp_path, vocab_bpe)
+    kept = set(Path(tmp_path, "set/parts").glob("0*.json"))
+    assert kept
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    prepare_set(source, str(tmp_path / "set"), vocab_bpe)
+    assert {path: path.stat().st_mtime_ns for path in kept} == times
+    assert stored(str(tmp_path / "set")) == stored(str(tmp_path / "whole"))
+
+
+def test_a_validation_set_that_is_too_small_is_reported(
+    source: str, tmp_path: Path, vocab_bpe: Path, caplog: pytest.LogCaptureFixture
+):
+    prepare_set(source, str(tmp_path / "set"), vocab_bpe, "--data.val_tokens=100000000")
+    assert "not the 100000000 that data.val_tokens asks for; raise data.val_fraction" in caplog.text
 
 
 def test_manifest_holds_no_time_and_no_machine(source: str, tmp_path: Path, vocab_bpe: Path):
