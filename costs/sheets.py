@@ -7,6 +7,9 @@ from costs import money
 from costs.breakdown import Line, Report
 from costs.wording import clock, label, loss, steps, storage_rows, unit_rows
 
+# Of more segments the first and the last ones; nobody reads a thousand rows.
+SEGMENTS_SHOWN = 40
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -100,7 +103,12 @@ def _segments(report: Report) -> Sheet:
         "steps lost",
     ]
     rows = []
-    for line in report.segments:
+    left = len(report.segments) - SEGMENTS_SHOWN
+    for index, line in enumerate(report.segments):
+        if left > 0 and SEGMENTS_SHOWN // 2 <= index < SEGMENTS_SHOWN // 2 + left:
+            if index == SEGMENTS_SHOWN // 2:
+                rows.append(["…", "", f"{left:,} more: --json has all", *[""] * (len(heads) - 3)])
+            continue
         about = [line.name, clock(line.started_at), line.machine, line.end, money.text(line.usd_per_hour)]
         rows.append([*about, *_figures(report, line), steps(line), str(line.steps_lost)])
     return Sheet("Segments", heads, rows, 4)

@@ -264,13 +264,18 @@ def test_what_the_command_takes_is_documented(capsys):
     assert [name for name in names if name not in documented] == []
 
 
-def test_thousands_of_notes_do_not_bury_the_figures(tmp_path: Path):
+def test_thousands_of_segments_and_notes_do_not_bury_the_figures(tmp_path: Path):
     run = RunFolder(tmp_path)
-    for number in range(1, 40):
+    for number in range(1, 61):
         run.segment(number, NOON - number * 1000, [span(NOON - number * 1000, NOON - number * 1000 + 9, setup=9.0)])
     report = build(read_run(run.url), LATER)
     assert len(report.notes) > 30
-    assert "more notes: --json has all" in markdown.as_markdown(report)
+    text = markdown.as_markdown(report)
+    assert "more notes: --json has all" in text
+    assert "20 more: --json has all" in text
+    shown = [row[0] for row in sheets.sheets(report)["segments"].rows]
+    assert shown == [*map(str, range(1, 21)), "…", *map(str, range(41, 61))]
+    assert len(report.segments) == 60
 
 
 def test_plots_without_matplotlib_are_one_sentence(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
