@@ -225,7 +225,7 @@ class DataConfig:
     )
     cache_gb: float = setting(20.0, "upper bound of that folder in GB (10^9 bytes)", identity=False)
     shuffle_shards: int = setting(4, "shards that are mixed with each other, and open at a time")
-    prefetch: int = setting(4, "micro-batches prepared ahead", identity=False)
+    prefetch: int = setting(8, "micro-batches prepared ahead, about", identity=False)
 
     def __post_init__(self):
         _require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")

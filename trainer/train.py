@@ -55,6 +55,7 @@ def run(settings: TrainConfig, ranks) -> int:
     from trainer import plan
     from trainer.checkpoint.load import load_newest
     from trainer.checkpoint.save import Saver
+    from trainer.data.cache import ShardCache
     from trainer.data.loader import Batches, TokenSource
     from trainer.distributed import on_main
     from trainer.evals.loss import ValidationLoss
@@ -94,17 +95,11 @@ def run(settings: TrainConfig, ranks) -> int:
 
         # 3. Batches start to arrive while the rest is made ready.
         cache_dir = Path(settings.data.cache_dir or default_cache_dir())
-        sources = functools.partial(TokenSource, settings.data.url, data)
-        train_tokens = sources(
-            "train",
-            cache_dir,
-            settings.data.cache_gb * 1e9,
-            settings.model.context,
-            settings.train.seed,
-            settings.data.shuffle_shards,
-        )
+        limit_bytes = settings.data.cache_gb * 1e9
+        train_cache = ShardCache(settings.data.url, data, "train", cache_dir, limit_bytes)
+        length, seed = settings.model.context, settings.train.seed
         batches = Batches(
-            train_tokens,
+            TokenSource(train_cache, length, seed, settings.data.shuffle_shards),
             first_step,
             batch=settings.batch.tokens // settings.model.context,
             micro_batch=settings.batch.micro_batch,
@@ -114,11 +109,9 @@ def run(settings: TrainConfig, ranks) -> int:
             device=ranks.device,
             fetches=ranks.local_rank == 0,
         )
-        val_tokens = sources("val", cache_dir, 0, settings.model.context, settings.train.seed, 1)
+        val_cache = ShardCache(settings.data.url, data, "val", cache_dir, limit_bytes)
         validation = functools.cache(
-            lambda: ValidationLoss(
-                val_tokens.cache, data, settings.train.eval_tokens, settings.batch.micro_batch, ranks
-            )
+            lambda: ValidationLoss(val_cache, length, settings.train.eval_tokens, settings.batch.micro_batch, ranks)
         )
         vocabulary = storage.join(settings.data.url, data.tokenizer.vocab_file)
         encoding = functools.cache(lambda: read_vocabulary(vocabulary).encoding())

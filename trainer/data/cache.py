@@ -10,7 +10,7 @@ speed, never the content.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,37 +30,41 @@ STALL_SECONDS = 480.0  # below the collectives' time limit, so that the cause is
 
 
 class ShardCache:
-    """Reads windows of one split. `length` is T; a window is T + 1 tokens."""
+    """Reads tokens of one split."""
 
-    def __init__(self, data_url: str, manifest: Manifest, split: str, folder: Path, limit_bytes: float, length: int):
+    def __init__(self, data_url: str, manifest: Manifest, split: str, folder: Path, limit_bytes: float):
         self.data_url = data_url
         self.shards: tuple[ShardEntry, ...] = manifest.split(split, data_url).shards
         self.folder = folder / manifest.fingerprint[:16]
         self.limit_bytes = limit_bytes
-        self.length = length
         self.vocab_size = manifest.tokenizer.vocab_size
         self.dtype = np.dtype(f"<u{manifest.bits // 8}")
         self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])])
         self._mapped: dict[int, np.ndarray] = {}
-        self._tails: dict[int, np.ndarray] = {}
         self._closed = False
         self._readers = ThreadPoolExecutor(RANGE_READERS, thread_name_prefix="range reader")
 
-    def windows(self, shard: int, windows: np.ndarray) -> np.ndarray:
-        """Tokens of some windows of one shard: (len(windows), T + 1), of the shard's dtype."""
-        tokens = self._local(shard)
-        offset = int(-self.starts[shard] % self.length)
-        begins = offset + windows * self.length
-        if tokens is None:
-            rows = list(self._readers.map(lambda begin: self._read(shard, int(begin), self.length + 1), begins))
-            return np.stack(rows)
-        inside = begins + self.length < len(tokens)
-        out = np.empty((len(begins), self.length + 1), self.dtype)
-        if inside.any():
-            view = np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1)
-            out[inside] = view[begins[inside]]
-        for row in np.flatnonzero(~inside):
-            out[row] = self._read(shard, int(begins[row]), self.length + 1)
+    def read(self, shards: Sequence[int], begins: Sequence[int], count: int) -> np.ndarray:
+        """`count` tokens from token `begins[i]` of shard `shards[i]` on, for each i: (len(shards), count), int32.
+
+        They may run into the shards after it. Each row is one slice copy that widens on the way: at 2 kB a row that
+        is faster than numpy's index arrays, and it keeps the order.
+        """
+        out = np.empty((len(shards), count), np.int32)
+        mapped, by_range = self._mapped, []
+        for row, (shard, begin) in enumerate(zip(shards, begins, strict=True)):
+            tokens = mapped.get(shard)
+            if tokens is None:
+                tokens = self._map(shard)
+            end = begin + count
+            if tokens is None or end > len(tokens):
+                by_range.append(row)
+            else:
+                out[row] = tokens[begin:end]
+        if by_range:
+            found = self._readers.map(lambda row: self._read(shards[row], begins[row], count), by_range)
+            for row, tokens in zip(by_range, found, strict=True):
+                out[row] = tokens
         return out
 
     def stream(self, begin: int, count: int) -> np.ndarray:
@@ -75,14 +79,12 @@ class ShardCache:
         self._closed = True
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    def _local(self, shard: int) -> np.ndarray | None:
-        """The shard's tokens as a memory map if the file is there, else None."""
+    def _map(self, shard: int) -> np.ndarray | None:
+        """The shard's tokens as a memory map if the file is on disk, else None."""
         path = self.path(shard)
-        tokens = self._mapped.get(shard)
-        if tokens is not None:
-            return tokens
         try:
-            tokens = np.memmap(path, self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.shards[shard].tokens,))
+            # A plain array over the map: slices of np.memmap objects cost three times as much.
+            tokens = np.asarray(np.memmap(path, self.dtype, "r", HEADER_BYTES, (self.shards[shard].tokens,)))
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -103,7 +105,9 @@ class ShardCache:
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _read_tokens(self, shard: int, begin: int, count: int) -> np.ndarray:
-        tokens = self._local(shard)
+        tokens = self._mapped.get(shard)
+        if tokens is None:
+            tokens = self._map(shard)
         if tokens is not None:
             return tokens[begin : begin + count]
         uri = storage.join(self.data_url, self.shards[shard].name)

@@ -7,46 +7,30 @@ samples, and rank r of W has the r-th consecutive W-th of a step's micro-batches
 
 import queue
 import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from core.manifest import Manifest
 from trainer.data.cache import ReadAhead, ShardCache
 from trainer.data.order import WindowOrder
 
+LOCATED_AT_ONCE = 4096
+HANDED_OVER_AT_ONCE = 512
+
 
 class TokenSource:
-    """Samples of one split by number: the order and the cache together."""
+    """Samples of one split by number: the order and the cache together. A sample is T + 1 tokens."""
 
-    def __init__(
-        self,
-        data_url: str,
-        manifest: Manifest,
-        split: str,
-        folder: Path,
-        limit_bytes: float,
-        length: int,
-        seed: int,
-        shuffle_shards: int,
-    ):
-        self.cache = ShardCache(data_url, manifest, split, folder, limit_bytes, length)
-        tokens = [shard.tokens for shard in self.cache.shards]
-        self.order = WindowOrder(tokens, length, seed, shuffle_shards, f"{data_url} ({split})")
+    def __init__(self, cache: ShardCache, length: int, seed: int, shuffle_shards: int):
+        self.cache = cache
+        self.length = length
+        tokens = [shard.tokens for shard in cache.shards]
+        self.order = WindowOrder(tokens, length, seed, shuffle_shards, cache.data_url)
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of samples: (len(numbers), T + 1)."""
         where = self.order.locate(numbers)
-        out = np.empty((len(numbers), self.cache.length + 1), self.cache.dtype)
-        for shard in np.unique(where.shard):
-            rows = where.shard == shard
-            out[rows] = self.cache.windows(int(shard), where.window[rows])
-        return out
-
-    def close(self) -> None:
-        self.cache.close()
+        return self.cache.read(where.shard.tolist(), where.begin.tolist(), self.length + 1)
 
 
 class Batches:
@@ -74,9 +58,11 @@ class Batches:
         self._offset = rank * self._per_rank
         self._device = device
         self._position = first_step * batch
-        self._queue: queue.Queue[torch.Tensor | Exception] = queue.Queue(prefetch)
+        self._queue: queue.Queue[torch.Tensor | Exception] = queue.Queue(2)
         self._stop = threading.Event()
-        self.wait_seconds = 0.0
+        self._chunk_rows = micro_batch * max(1, min(prefetch // 2, HANDED_OVER_AT_ONCE // micro_batch))
+        self._chunk = torch.empty(0)
+        self._row = 0
         self._read_ahead = ReadAhead(source.cache, self._upcoming) if fetches else None
         self._thread = threading.Thread(target=self._produce, args=(first_step,), name="batches", daemon=True)
         self._thread.start()
@@ -84,12 +70,14 @@ class Batches:
     def __next__(self) -> torch.Tensor:
         if self._read_ahead and self._read_ahead.failure:
             raise self._read_ahead.failure
-        started = time.monotonic()
-        item = self._queue.get()
-        self.wait_seconds += time.monotonic() - started
-        if isinstance(item, Exception):
-            raise item
-        return item.to(self._device, non_blocking=True)
+        if self._row == len(self._chunk):
+            item = self._queue.get()
+            if isinstance(item, Exception):
+                raise item
+            self._chunk, self._row = item, 0
+        rows = self._chunk[self._row : self._row + self._micro_batch]
+        self._row += self._micro_batch
+        return rows.to(self._device, non_blocking=True)
 
     def close(self) -> None:
         self._stop.set()
@@ -100,23 +88,32 @@ class Batches:
                 self._queue.get_nowait()
             except queue.Empty:
                 self._thread.join(0.05)
-        self._source.close()
+        self._source.cache.close()
 
     def _upcoming(self, count: int) -> list[int]:
         return self._source.order.shards_from(self._position, count)
 
     def _produce(self, step: int) -> None:
+        # Many samples are located at once and several micro-batches handed over at once: both cost per call.
+        steps_at_once = max(1, LOCATED_AT_ONCE // self._per_rank)
+        rows = self._micro_batch  # the very first one on its own: somebody waits for it
         try:
             while not self._stop.is_set():
-                first = step * self._batch + self._offset
-                self._position = step * self._batch
-                if self._read_ahead:
-                    self._read_ahead.wake()
-                for begin in range(first, first + self._per_rank, self._micro_batch):
-                    tokens = self._source.samples(np.arange(begin, begin + self._micro_batch))
-                    tensor = torch.from_numpy(tokens.astype(np.int32))
+                firsts = (step + np.arange(steps_at_once)) * self._batch + self._offset
+                where = self._source.order.locate((firsts[:, None] + np.arange(self._per_rank)).ravel())
+                shards, begins = where.shard.tolist(), where.begin.tolist()
+                row = 0
+                while row < len(shards) and not self._stop.is_set():
+                    self._position = (step + row // self._per_rank) * self._batch
+                    if self._read_ahead:
+                        self._read_ahead.wake()
+                    chunk = slice(row, row + rows)
+                    tokens = self._source.cache.read(shards[chunk], begins[chunk], self._source.length + 1)
+                    tensor = torch.from_numpy(tokens)
                     self._put(tensor.pin_memory() if self._device.type == "cuda" else tensor)
-                step += 1
+                    row += rows
+                    rows = self._chunk_rows
+                step += steps_at_once
         except Exception as error:  # it belongs to the consumer, who would wait for ever
             self._put(error)
 

@@ -63,10 +63,12 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Windows:
-    """Where samples lie: for each, its shard and the window's number within that shard (both int64)."""
+    """Where samples lie: for each its shard, the window's number within that shard and the number of the window's
+    first token within that shard (all int64)."""
 
     shard: np.ndarray
     window: np.ndarray
+    begin: np.ndarray
 
 
 class WindowOrder:
@@ -109,7 +111,8 @@ class WindowOrder:
                 slot = np.searchsorted(ends, inside, side="right")
                 shard[here[chosen]] = shards[slot]
                 window[here[chosen]] = inside - (ends - self.shard_windows[shards])[slot]
-        return Windows(shard, window)
+        begin = (self.first_window[shard] + window) * self.length - self.starts[shard]
+        return Windows(shard, window, begin)
 
     def shards_from(self, sample: int, count: int) -> list[int]:
         """The next `count` distinct shards that samples from `sample` on need, the soonest first."""

@@ -3,8 +3,6 @@
 import numpy as np
 import torch
 
-from core import storage
-from core.manifest import Manifest
 from trainer.data.cache import ShardCache
 from trainer.distributed import Ranks, gather_objects
 from trainer.precision import autocast
@@ -16,10 +14,9 @@ class ValidationLoss:
     Micro-batches are dealt to the ranks in turn and their losses are summed in the order of the tokens.
     """
 
-    def __init__(self, cache: ShardCache, manifest: Manifest, tokens: int, micro_batch: int, ranks: Ranks):
+    def __init__(self, cache: ShardCache, length: int, tokens: int, micro_batch: int, ranks: Ranks):
         self._ranks = ranks
-        length = cache.length
-        available = manifest.split("val", storage.join(cache.data_url, "val")).tokens
+        available = sum(shard.tokens for shard in cache.shards)
         windows = max(1, min(tokens, available - 1) // length)
         rows = min(micro_batch, windows)
         self._count = windows // rows  # a ragged last batch would compile the model once more
