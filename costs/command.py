@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,9 +43,10 @@ def main(arguments: list[str]) -> None:
     form = next((name for name in FORMS if getattr(options, name)), None)
     if options.compare:
         reports = [_report(url, options) for url in options.compare]
-        return _put_many(reports, sheets.comparison, form)
+        return _put_many(reports, [sheets.comparison(reports)], form)
     if not options.run_url:
-        return _put_many(_all_reports(options), sheets.overview, form)
+        reports = _all_reports(options)
+        return _put_many(reports, [sheets.overview(reports), sheets.overview_groups(reports)], form)
     if options.since or options.tag:
         raise ConfigError("--since and --tag choose among all runs; leave RUN_URL out, or leave them out")
     if options.watch is not None:
@@ -113,13 +113,15 @@ def _all_reports(options: argparse.Namespace) -> list[Report]:
     return kept
 
 
-def _put_many(reports: list[Report], sheet: Callable[[Sequence[Report]], sheets.Sheet], form: str | None) -> None:
+def _put_many(reports: list[Report], tables: list[sheets.Sheet], form: str | None) -> None:
     if form in ("json", "csv"):
         sys.stdout.write({"json": export.as_json, "csv": export.as_csv}[form](reports))
     elif form == "markdown":
-        sys.stdout.write(markdown.table(sheet(reports)) + "\n")
+        sys.stdout.write("\n\n".join(markdown.table(table) for table in tables if table.rows) + "\n")
     else:
-        terminal.console().print(terminal.table(sheet(reports)))
+        for table in tables:
+            if table.rows:
+                terminal.console().print(terminal.table(table))
 
 
 def _watch(options: argparse.Namespace) -> None:

@@ -61,6 +61,22 @@ def overview(reports: Sequence[Report]) -> Sheet:
     return Sheet("Runs", heads, rows, 4, foot)
 
 
+def overview_groups(reports: Sequence[Report]) -> Sheet:
+    """All runs together by stage, day, place and machine; what the runs print adds up to it."""
+    rows: list[list[str]] = []
+    for group in reports[0].by:
+        names: dict[str, list[Line]] = {}
+        for report in reports:
+            for line in report.by[group]:
+                names.setdefault(line.name, []).append(line)
+        for index, (name, lines) in enumerate(sorted(names.items()) if len(names) > 1 else ()):
+            known = [line.usd for line in lines if line.usd is not None]
+            usd = money.text(sum(known) if known else None, 2, all(line.complete for line in lines))
+            seconds = sum(line.seconds for line in lines)
+            rows.append([group if not index else "", name, money.duration(seconds), usd])
+    return Sheet("All of them by stage, day, place and machine", ["by", "", "time", "USD"], rows, 2)
+
+
 def comparison(reports: Sequence[Report]) -> Sheet:
     """Runs side by side: a column per run, a row per phase and unit cost."""
     names = [report.run.rstrip("/").rsplit("/", 1)[-1] for report in reports]

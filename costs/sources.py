@@ -5,14 +5,16 @@ Each answer, and each answer that could not be had, becomes an origin in the rep
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from core.errors import StorageError
-from costs import aws, skypilot
+from costs import aws, money, skypilot
 from costs.discover import storage_use
 from costs.model import Instance, Origin, Run, Segment, Uptime
 from costs.notes import some
 from costs.uptime import is_of, surroundings, with_cloud_times
 
+Jobs = Callable[[], list[Mapping[str, Any]]]
 Instances = Callable[[list[str], str], list[Instance]]
 SpotHistory = Callable[[str, str, str | None, float, float], list[tuple[float, float]]]
 
@@ -24,6 +26,7 @@ def add_sources(
     offline: bool = False,
     uptimes: Callable[[], list[Uptime]] = skypilot.uptimes,
     instances: Instances = aws.instances,
+    jobs: Jobs = skypilot.jobs,
     spot_history: SpotHistory = aws.spot_history,
     bill: Callable[..., dict[str, float]] = aws.billed_usd,
 ) -> None:
@@ -37,12 +40,12 @@ def add_sources(
     if offline:
         run.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
         return
-    _launcher(run, now, uptimes, instances)
+    _launcher(run, now, uptimes, instances, jobs)
     _paid_spot_prices(run, spot_history)
     _bill(run, environment, now, bill)
 
 
-def _launcher(run: Run, now: float, uptimes: Callable[[], list[Uptime]], instances: Instances) -> None:
+def _launcher(run: Run, now: float, uptimes: Callable[[], list[Uptime]], instances: Instances, jobs: Jobs) -> None:
     if not any(segment.launcher for segment in run.segments):
         run.origins.append(Origin("launch, idle until down", "? (the run was not started by SkyPilot)"))
         return
@@ -61,6 +64,26 @@ def _launcher(run: Run, now: float, uptimes: Callable[[], list[Uptime]], instanc
     run.around = around.stretches
     run.problems += around.notes
     run.origins.append(Origin("launch, idle until down", source))
+    run.origins += _managed_jobs(run, jobs)
+
+
+def _managed_jobs(run: Run, jobs: Jobs) -> list[Origin]:
+    """What SkyPilot says of the managed jobs that ran this: how it ended, and how often it had to start anew."""
+    wanted = {segment.launcher.get("managed_job_id") for segment in run.segments} - {None}
+    if not wanted:
+        return []
+    try:
+        found = [job for job in jobs() if str(job.get("job_id")) in wanted]
+    except skypilot.NotThere as error:
+        return [Origin("managed job", f"? ({error})")]
+    return [
+        Origin(
+            f"managed job {job['job_id']}",
+            f"{getattr(job.get('status'), 'value', job.get('status'))}, {job.get('recovery_count', '?')} recoveries, "
+            f"{money.duration(job.get('job_duration'))} running, by SkyPilot's queue",
+        )
+        for job in found
+    ]
 
 
 def _with_instances(records: list[Uptime], now: float, instances: Instances) -> list[Uptime]:

@@ -13,6 +13,7 @@ from costs.model import Instance, Segment, Stretch, Uptime
 
 # A launcher polls: it notices up to this much later that a machine is gone, which is not billed.
 NOTICED_LATE_SECONDS = 120.0
+FAILED_LAUNCH_BEFORE_SECONDS = 3600.0
 
 
 @dataclass
@@ -48,10 +49,22 @@ def surroundings(segments: list[Segment], uptimes: Iterable[Uptime], now: float)
 
 
 def is_of(segments: list[Segment], uptime: Uptime) -> bool:
-    """Whether a record is of one of this run's clusters, by the names that the segments were given."""
-    clusters = {segment.launcher.get("cluster") for segment in segments}
-    jobs = {segment.launcher.get("managed_job_id") for segment in segments} - {None}
-    return uptime.cluster in clusters or uptime.job in jobs
+    """Whether a record is of this run, by the names that its segments were given.
+
+    The cluster of a managed job has its name to itself. Any other name is used again and again, for other runs too:
+    then a record belongs here if it lies between this run's first and last sign of life, or is of a launch that
+    failed shortly before.
+    """
+    for segment in segments:
+        job, cluster = segment.launcher.get("managed_job_id"), segment.launcher.get("cluster")
+        if job is not None and (uptime.cluster == cluster if cluster else uptime.job == job):
+            return True
+    own = [segment for segment in segments if segment.launcher.get("cluster") == uptime.cluster]
+    times = [(segment.started_at, segment.ended_at) for segment in own if segment.started_at is not None]
+    if not times:
+        return False
+    earliest = min(start for start, _ in times) - (0.0 if uptime.was_up else FAILED_LAUNCH_BEFORE_SECONDS)
+    return uptime.start <= max(end for _, end in times) and (uptime.end is None or uptime.end >= earliest)
 
 
 def with_cloud_times(uptimes: Iterable[Uptime], instances: Iterable[Instance], now: float) -> list[Uptime]:

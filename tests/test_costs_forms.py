@@ -151,6 +151,8 @@ def test_without_an_argument_all_runs_are_shown(run, capsys, monkeypatch, tmp_pa
     out = entry(capsys, "--offline")
     assert "2 runs" in out
     assert "9.84" in out
+    by_market = [line.split() for line in out.splitlines() if "on demand" in line or line.split()[:1] == ["spot"]]
+    assert [float(words[-1]) for words in by_market] == [7.44, 2.40]
     assert [each["run"] for each in json.loads(entry(capsys, "--offline", "--json"))] == [run.url, second.url]
 
 

@@ -100,7 +100,7 @@ def test_a_cluster_that_is_still_up_costs_until_now(tmp_path: Path):
 
 def test_a_launch_that_never_got_a_machine_costs_nothing(tmp_path: Path):
     """SkyPilot issue 1751: an interval opens at the launch attempt, and its report charges for it."""
-    phantom = record((NOON - 5000, NOON - 4000), node_names=None)
+    phantom = record((NOON - 3000, NOON - 2000), node_names=None)
     _, report = merged(one_segment(tmp_path), record((NOON, NOON + 100)), phantom)
     assert report.total.usd == 1.00
     notes = " ".join(report.notes)
@@ -109,7 +109,10 @@ def test_a_launch_that_never_got_a_machine_costs_nothing(tmp_path: Path):
 
 
 def test_a_machine_that_died_while_it_was_set_up_is_paid_and_shown(tmp_path: Path):
-    _, report = merged(one_segment(tmp_path), record((NOON - 900, NOON - 600)), record((NOON, NOON + 100)))
+    run = one_segment(tmp_path)
+    start = run.path / "ledger/segment-000001/start.jsonl"
+    start.write_text(start.read_text().replace('{"cluster": "gpt2-7"}', '{"cluster": "gpt2-7", "managed_job_id": "7"}'))
+    _, report = merged(run, record((NOON - 900, NOON - 600)), record((NOON, NOON + 100)), jobs=list)
     assert usd(report)["provision"] == 3.00
     assert [(line.name, line.usd, line.end) for line in report.segments[1:]] == [("– gpt2-7", 3.00, "no ledger")]
     assert sum(line.usd for line in report.segments) == report.total.usd == 4.00
@@ -153,6 +156,25 @@ def test_the_launchers_price_fills_in_for_provision_only_where_ours_is_missing(t
 def test_other_clusters_are_none_of_this_runs_business(tmp_path: Path):
     _, report = merged(one_segment(tmp_path), record((NOON, NOON + 100)), record((NOON, NOON + 9000), name="else-8"))
     assert report.total.usd == 1.00
+
+
+def test_a_cluster_name_that_another_run_used_before_is_not_charged_twice(tmp_path: Path):
+    """A task without a job of its own launches under the same name each time."""
+    yesterday, before, after = (record((NOON + at, NOON + at + 3000)) for at in (-90000, -7200, 9000))
+    _, report = merged(one_segment(tmp_path), yesterday, before, record((NOON - 60, NOON + 100)), after)
+    assert report.total.usd == 1.60
+    assert report.notes == []
+
+
+def test_a_managed_job_is_named_with_its_recoveries(tmp_path: Path):
+    run = one_segment(tmp_path)
+    start = run.path / "ledger/segment-000001/start.jsonl"
+    start.write_text(start.read_text().replace('{"cluster": "gpt2-7"}', '{"cluster": "gpt2-7", "managed_job_id": "7"}'))
+    queue = [{"job_id": 7, "status": SimpleNamespace(value="SUCCEEDED"), "recovery_count": 2, "job_duration": 482.0}]
+    read, _ = merged(run, record((NOON, NOON + 100)), jobs=lambda: [*queue, {"job_id": 8, "status": "RUNNING"}])
+    assert [(origin.figure, origin.source) for origin in read.origins if "job" in origin.figure] == [
+        ("managed job 7", "SUCCEEDED, 2 recoveries, 8 min 02 s running, by SkyPilot's queue")
+    ]
 
 
 def test_time_over_midnight_is_cut_by_day(tmp_path: Path):
