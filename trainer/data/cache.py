@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 RANGE_READERS = 16
 READ_AHEAD_SHARDS = 64
+LOOK_SECONDS = 0.5  # how often the read-ahead looks where training is; looking costs a stat per shard
 STALL_RETRY_SECONDS = 5.0
 STALL_SECONDS = 480.0  # below the collectives' time limit, so that the cause is named, not a time-out of the others
 
@@ -142,26 +143,19 @@ class ReadAhead:
         self.cache = cache
         self._upcoming = upcoming
         self.failure: LauncherError | None = None
-        self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
         self._thread.start()
 
-    def wake(self) -> None:
-        """The position moved on."""
-        self._wake.set()
-
     def close(self) -> None:
         self._stop.set()
-        self._wake.set()
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
         while not self._stop.is_set():
             shard = self._next_missing()
             if shard is None:
-                self._wake.wait()
-                self._wake.clear()
+                self._stop.wait(LOOK_SECONDS)
                 continue
             try:
                 self._fetch(shard)

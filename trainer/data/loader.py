@@ -15,7 +15,7 @@ from trainer.data.cache import ReadAhead, ShardCache
 from trainer.data.order import WindowOrder
 
 LOCATED_AT_ONCE = 4096
-HANDED_OVER_AT_ONCE = 512
+HANDED_OVER_AT_ONCE = 128
 
 
 class TokenSource:
@@ -105,8 +105,6 @@ class Batches:
                 row = 0
                 while row < len(shards) and not self._stop.is_set():
                     self._position = (step + row // self._per_rank) * self._batch
-                    if self._read_ahead:
-                        self._read_ahead.wake()
                     chunk = slice(row, row + rows)
                     tokens = self._source.cache.read(shards[chunk], begins[chunk], self._source.length + 1)
                     tensor = torch.from_numpy(tokens)

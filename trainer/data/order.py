@@ -16,7 +16,7 @@ import numpy as np
 
 from core.errors import DataError
 
-_ROUNDS = 6
+_ROUNDS = 4  # Luby & Rackoff 1988: four suffice for a strong pseudo-random permutation
 _U64 = np.uint64
 _MASK64 = (1 << 64) - 1
 
