@@ -7,6 +7,7 @@ Nothing here is guessed: what nobody tells stays unset, and a price says where i
 
 import json
 import logging
+import re
 import subprocess
 import time
 import urllib.request
@@ -133,7 +134,7 @@ def is_a(gpu: Gpu, offer: prices.Offer) -> bool:
     kind, eighty, _ = (offer.accelerator or "?").partition("-80GB")
     if kind == "A100" and bool(eighty) != (gpu.memory_mib > 60_000):
         return False
-    return kind in gpu.name and (kind == "GH200" or "GH200" not in gpu.name)
+    return re.search(rf"\b{re.escape(kind)}\b", gpu.name) is not None  # an A10 is no A100
 
 
 def _only(values: set):

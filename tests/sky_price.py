@@ -18,10 +18,11 @@ sys.path = [place for place in sys.path if Path(place or ".").resolve() != Path.
 
 def main(catalog: Path, files: list[str]) -> None:
     make_catalog(catalog, Path.home() / ".sky/catalogs/v8")
-    import sky
     import yaml
-    from sky import check, global_user_state, optimizer
     from sky.clouds import CloudCapability
+
+    import sky
+    from sky import check, global_user_state, optimizer
 
     global_user_state.set_allowed_clouds(check._get_workspace_allowed_clouds("default"), "default")
     global_user_state.set_enabled_clouds(["AWS", "Lambda"], CloudCapability.COMPUTE, "default")
