@@ -54,7 +54,6 @@ class Task:
     name: str
     nodes: int
     wants: tuple[Want, ...]
-    ordered: bool
     work: Work
     envs: Mapping[str, str]
     idle_seconds: float | None
@@ -78,7 +77,6 @@ def load(path: str) -> Task:
         name=str(document.get("name") or Path(path).stem),
         nodes=int(document.get("num_nodes") or 1),
         wants=tuple(_wants(path, resources)),
-        ordered="ordered" in resources,
         work=_work(path, document, envs),
         envs=envs,
         idle_seconds=_idle_seconds(resources),
