@@ -90,9 +90,13 @@ def join(uri: str, *parts: str) -> str:
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises ObjectNotFound, StorageError."""
-    return _retrying(
-        "read", uri, lambda: local_path(uri).read_bytes() if is_local(uri) else _fs(uri).cat_file(_key(uri))
-    )
+
+    def read() -> bytes:
+        if is_local(uri):
+            return local_path(uri).read_bytes()
+        return _get_s3(uri) if scheme_of(uri) == "s3" else _fs(uri).cat_file(_key(uri))
+
+    return _retrying("read", uri, read)
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
@@ -109,6 +113,8 @@ def read_range(uri: str, start: int, end: int) -> bytes:
                 data = file.read(end - start)
         elif scheme_of(uri) == "hf":
             data = hub.read_range(uri, start, end)
+        elif scheme_of(uri) == "s3":
+            data = _get_s3(uri, Range=f"bytes={start}-{end - 1}")
         else:
             data = _fs(uri).cat_file(_key(uri), start=start, end=end)
         if len(data) != end - start:
@@ -366,13 +372,24 @@ _S3_CONFIG = {
 }
 
 
+# Whole objects and ranges go through botocore's own client: measured 0.25 CPU-seconds per GB up and 0.4 down, where
+# s3fs takes 3.3 up, 0.6 for a range and 2.7 for a whole object. s3fs remains for listings and file objects.
+
+
 def _put_s3(uri: str, data: bytes | bytearray | memoryview, exclusive: bool) -> None:
-    """One PUT by botocore's own client: measured 0.25 CPU-seconds per GB, s3fs takes 3.3."""
     bucket, _, key = _key(uri).partition("/")
     condition = {"IfNoneMatch": "*"} if exclusive else {}
     body = bytes(data) if isinstance(data, memoryview) else data
-    client = _s3_client(tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_"))))
-    client.put_object(Bucket=bucket, Key=key, Body=body, **condition)
+    _s3_client(_aws_variables()).put_object(Bucket=bucket, Key=key, Body=body, **condition)
+
+
+def _get_s3(uri: str, **options: str) -> bytes:
+    bucket, _, key = _key(uri).partition("/")
+    return _s3_client(_aws_variables()).get_object(Bucket=bucket, Key=key, **options)["Body"].read()
+
+
+def _aws_variables() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
 
 
 @functools.lru_cache(maxsize=4)

@@ -60,7 +60,7 @@ def run(task: Task, job: Job, todo: Sequence[Part], workers: int, advance: Calla
         work = _open(job, advance)
         return sum((task(part, work) for part in todo), Done())
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.workers", "awkward", "gigatoken", "s3fs"])
+    context.set_forkserver_preload(["data_prep.workers", "awkward", "gigatoken", "botocore.session"])
     read = context.Value("q", 0)
     told = 0
     total = Done()
