@@ -158,5 +158,5 @@ def _mfu(mfu: float | None) -> str:
 
 def _dollars(most: float) -> Callable[[float], str]:
     """Words a tick with as many digits as the axis needs."""
-    digits = 0 if most >= 10 else 2 if most >= 0.1 else 1 - math.floor(math.log10(most))
+    digits = 0 if most >= 10 else 2 if most >= 0.1 or most <= 0 else 1 - math.floor(math.log10(most))
     return lambda value: f"${value:,.{digits}f}"

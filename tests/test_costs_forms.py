@@ -96,6 +96,15 @@ def test_a_run_without_prices_or_metrics_still_makes_a_page(tmp_path: Path):
     assert "Loss against dollars" not in text
 
 
+@pytest.mark.parametrize("price", [1e-9, 1e-4, 1e9])
+def test_a_run_of_any_price_makes_a_page(tmp_path: Path, price: float):
+    run = preempted_and_resumed(tmp_path)
+    for number, start in ((1, NOON), (2, NOON + 500)):
+        steps = [[number, 50.0, 0.0]]
+        run.segment(number, start, [span(start, start + 100, steps, setup=50.0, train=50.0)], usd_per_hour=price)
+    assert "Loss against dollars" in page.as_html(build(read_run(run.url), LATER), LATER)
+
+
 def test_the_waterfall_ends_at_the_total(report: Report):
     drawn = drawings.waterfall(report, 720, "wide")
     bars = [
