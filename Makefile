@@ -33,10 +33,10 @@ demo: $(STAMP) ## the whole pipeline on this machine: prepare, train, kill, resu
 	@$(BIN)/python -m demo.run
 
 test: $(STAMP) ## the fast tests
-	@$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	@$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not image and not lab'
 
 test-all: $(STAMP) ## all tests that need no GPU
-	@$(BIN)/python -m pytest -n 2 -m 'not gpu'
+	@$(BIN)/python -m pytest -n 2 -m 'not gpu and not image and not lab'
 
 lint: $(STAMP) ## ruff and shellcheck
 	@$(BIN)/ruff check .
