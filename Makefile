@@ -11,7 +11,7 @@ TORCH := $(shell cat requirements/torch.constraint)
 # The stamp names what was installed: a changed pin re-installs, anything else does not.
 STAMP := $(VENV)/.installed-$(shell cat requirements/dev.txt requirements/torch.constraint | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all lint bench-prep clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,5 +45,8 @@ lint: $(STAMP) ## ruff and shellcheck
 
 include launch/targets.mk
 
-clean: ## remove the virtual environment and the demo's files
-	rm -rf $(VENV) .demo
+bench-prep: $(STAMP) ## data preparation against the usual scripts, end to end (fetches 140 MB of text; 10 minutes)
+	@mkdir -p .bench && $(BIN)/python -m bench.prep --scratch=.bench --encode --larger --out=bench/results/$$(date +%F)-prep.json
+
+clean: ## remove the virtual environment and what demo and benchmarks left
+	rm -rf $(VENV) .demo .bench
