@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -39,7 +40,8 @@ SCHEMES = ("file", "memory", "s3", "gs", "hf")
 READ_ONLY_SCHEMES = ("hf",)
 COPY_CHUNK_BYTES = 8 << 20
 # Larger objects go up in parts, side by side; S3 takes up to 5 GB in one piece.
-SINGLE_PUT_BYTES = 256 << 20
+PART_BYTES = 64 << 20  # S3 takes at most 10,000 parts: objects up to 640 GB
+PARTS_AT_ONCE = 4
 
 # About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
 ATTEMPTS = 7
@@ -163,7 +165,7 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
             with _replacing(local_path(uri), exclusive=exclusive) as file:
                 file.write(data)
             return
-        if scheme_of(uri) == "s3" and len(data) <= SINGLE_PUT_BYTES:
+        if scheme_of(uri) == "s3":
             _put_s3(uri, data, exclusive)
             return
         fs = _fs(uri)
@@ -379,8 +381,30 @@ _S3_CONFIG = {
 def _put_s3(uri: str, data: bytes | bytearray | memoryview, exclusive: bool) -> None:
     bucket, _, key = _key(uri).partition("/")
     condition = {"IfNoneMatch": "*"} if exclusive else {}
-    body = bytes(data) if isinstance(data, memoryview) else data
-    _s3_client(_aws_variables()).put_object(Bucket=bucket, Key=key, Body=body, **condition)
+    client = _s3_client(_aws_variables())
+    target = {"Bucket": bucket, "Key": key}
+    view = memoryview(data)
+    if view.nbytes < 2 * PART_BYTES:
+        body = bytes(data) if isinstance(data, memoryview) else data
+        client.put_object(**target, Body=body, **condition)
+        return
+    upload = {**target, "UploadId": client.create_multipart_upload(**target)["UploadId"]}
+
+    def put_part(begin: int) -> dict[str, str | int]:
+        number = begin // PART_BYTES + 1
+        # botocore sends bytes only: the buffer is copied a part at a time, and a part that fails is sent again.
+        body = bytes(view[begin : begin + PART_BYTES])
+        sent = _retrying("write", uri, lambda: client.upload_part(**upload, PartNumber=number, Body=body))
+        return {"PartNumber": number, "ETag": sent["ETag"]}
+
+    try:
+        with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+            parts = list(pool.map(put_part, range(0, view.nbytes, PART_BYTES)))
+        client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, **condition)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what is left costs storage until the bucket's own clean-up
+            client.abort_multipart_upload(**upload)
+        raise
 
 
 def _get_s3(uri: str, **options: str) -> bytes:

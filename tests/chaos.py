@@ -34,7 +34,8 @@ def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int, longe
         "--checkpoint.max_lost_seconds=2",
     ]
     straight, killed = f"{base_url}/straight", f"{base_url}/killed"
-    launching.train(2, *flags, f"--run.url={straight}")
+    patience = 60 + steps  # seconds; a step takes a fraction of one
+    launching.train(2, *flags, f"--run.url={straight}", patience_seconds=patience)
     happened = {"kills of everything": 0, "kills of one rank": 0, "died before its kill": 0, "lives": 0}
     while happened["lives"] < kills:
         ranks, shard = choose.choice([1, 2, 4]), choose.choice(["true", "false"])
@@ -58,7 +59,7 @@ def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int, longe
             happened["kills of everything"] += 1
         newest = (launching.completed(killed) or ["none"])[0]
         print(f"life {happened['lives']}: {ranks} ranks, newest checkpoint {newest}", flush=True)
-    launching.train(2, *flags, f"--run.url={killed}")
+    launching.train(2, *flags, f"--run.url={killed}", patience_seconds=patience)
     compare(killed, straight, steps)
     return happened | {"steps": steps}
 

@@ -52,19 +52,19 @@ def start(ranks: int, *flags: str, environment: Mapping[str, str] | None = None)
     )
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
+def finish(process: subprocess.Popen, patience_seconds: float = PATIENCE_SECONDS) -> tuple[int, str]:
     """Exit code and output, at the end."""
     try:
-        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        output, _ = process.communicate(timeout=patience_seconds)
     except subprocess.TimeoutExpired:
         kill(process)
         raise
     return process.returncode, output
 
 
-def train(ranks: int, *flags: str, environment: Mapping[str, str] | None = None) -> str:
+def train(ranks: int, *flags: str, patience_seconds: float = PATIENCE_SECONDS) -> str:
     """Run to the end, which must be a success. Returns the output."""
-    code, output = finish(start(ranks, *flags, environment=environment))
+    code, output = finish(start(ranks, *flags), patience_seconds)
     assert code == 0, output
     return output
 

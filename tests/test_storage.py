@@ -94,6 +94,29 @@ def test_files_travel_whole(base: str, tmp_path: Path):
         assert file.read() == source.read_bytes()[-4:]
 
 
+def test_buffers_go_up_in_parts_whole_or_not_at_all(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    data = os.urandom(17 << 20)
+    uri = storage.join(bucket, "parts")
+    storage.write_bytes(uri, memoryview(data))
+    assert storage.read_bytes(uri) == data
+    with pytest.raises(ObjectExists):
+        storage.write_bytes(uri, memoryview(data[:-1]), exclusive=True)
+    real, calls = storage._retrying, []
+
+    def third_part_fails(verb, name, call):
+        if verb == "write" and name == uri:
+            calls.append(1)
+            if len(calls) == 4:
+                raise StorageError("the network is gone")
+        return real(verb, name, call)
+
+    monkeypatch.setattr(storage, "_retrying", third_part_fails)
+    with pytest.raises(StorageError, match="the network is gone"):
+        storage.write_bytes(uri, memoryview(bytes(17 << 20)))
+    assert storage.read_bytes(uri) == data
+
+
 def test_short_object_is_an_error_not_a_short_answer(base: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(storage, "ATTEMPTS", 1)
     storage.write_bytes(storage.join(base, "s"), b"12345")
