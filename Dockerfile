@@ -5,8 +5,8 @@
 #   docker build --target train --build-arg TORCH=cpu --build-arg PIP_FIND_LINKS=DIRECTORY_OR_URL ...   (no GPU)
 #
 # torch's wheels bring CUDA 13.0 with them, so a slim base is enough; the host needs NVIDIA's driver R580 or newer and
-# its container toolkit. A registry mirror or a private CA reaches the build by PIP_* build arguments.
-# Written for BuildKit of Docker 20.10 and buildah 1.28: no heredocs, no COPY --link.
+# its container toolkit. A mirror of the package index or a private CA reaches the build by the PIP_ build arguments.
+# Written for the BuildKit of Docker 20.10 and for buildah 1.28, which lack heredocs and linked copies.
 
 # Debian 12 (bookworm-20260406-slim), the index of all its platforms.
 ARG BASE_IMAGE=debian:bookworm-slim@sha256:4724b8cc51e33e398f0e2e15e18d5ec2851ff0c2280647e1310bc1642182655d
@@ -31,7 +31,9 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /app
 
 FROM base AS prep
+ARG PIP_CERT
 ARG PIP_FIND_LINKS
+ARG PIP_INDEX_URL
 COPY requirements/prep.txt requirements/
 RUN --mount=type=cache,id=pip,target=/root/.cache/pip pip install --require-hashes -r requirements/prep.txt
 COPY core core
@@ -44,7 +46,7 @@ ENV GIT_REVISION=${GIT_REVISION} IMAGE_TARGET=prep
 LABEL org.opencontainers.image.title="pretrain-launcher prep" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="${GIT_REVISION}"
-USER app
+USER 10001:10001
 HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.selftest"]
 CMD ["python", "-m", "launch.selftest"]
 
@@ -56,7 +58,9 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ openssl python3-dev \
  && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig/aux-cache
 ARG TORCH=cuda
+ARG PIP_CERT
 ARG PIP_FIND_LINKS
+ARG PIP_INDEX_URL
 COPY requirements/train-cuda.txt requirements/train-cpu.txt requirements/torch.constraint requirements/
 # hadolint ignore=DL3013
 RUN --mount=type=cache,id=pip,target=/root/.cache/pip \
@@ -78,6 +82,6 @@ ENV GIT_REVISION=${GIT_REVISION} IMAGE_TARGET=train
 LABEL org.opencontainers.image.title="pretrain-launcher train" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="${GIT_REVISION}"
-USER app
+USER 10001:10001
 HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.selftest"]
 CMD ["python", "-m", "launch.selftest"]

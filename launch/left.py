@@ -1,10 +1,11 @@
 """Takes down what this project has running, then asks the clouds themselves whether anything is left.
 
     python -m launch.left             look only
-    python -m launch.left --down      cancel its managed jobs, take its clusters down, then look
+    python -m launch.left --down      cancel its managed jobs, take its clusters down, delete what they left, then look
 
 SkyPilot's own list is not the proof: the clouds are asked for instances, spot requests and volumes with this
-project's label, or with the name of one of its tasks. Exits 1 and names them if there are any.
+project's label, or with the name of one of its tasks. Exits 1 and names them if there are any. Machines are taken down
+through SkyPilot alone: a label does not tell yours from those of a colleague in the same account.
 """
 
 import json
@@ -12,7 +13,9 @@ import os
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from core.console import run_entry
@@ -58,11 +61,26 @@ def take_down(names: Mapping[str, bool]) -> None:
     up = {cluster["name"] for cluster in _listed([sky, "status", "-o", "json"], "clusters")}
     if ours := sorted(up & set(names)):
         _show([sky, "down", "--yes", *ours])
+    for thing in look(names)[0]:
+        if thing.end:
+            print(f"ending {thing}", flush=True)
+            thing.end()
 
 
-def look(names: Iterable[str]) -> tuple[list[str], list[str]]:
+@dataclass(frozen=True)
+class Left:
+    """Something that may cost money. `end` deletes what holds nothing anybody could miss."""
+
+    what: str
+    end: Callable[[], object] | None = None
+
+    def __str__(self) -> str:
+        return self.what
+
+
+def look(names: Iterable[str]) -> tuple[list[Left], list[str]]:
     """What the clouds still have of ours, and which cloud could not be asked."""
-    found: list[str] = []
+    found: list[Left] = []
     unknown: list[str] = []
     for ask in (aws_left, lambda_left):
         try:
@@ -74,7 +92,7 @@ def look(names: Iterable[str]) -> tuple[list[str], list[str]]:
     return found, unknown
 
 
-def aws_left(names: tuple[str, ...], regions: Iterable[str] = ()) -> list[str]:
+def aws_left(names: tuple[str, ...], regions: Iterable[str] = ()) -> list[Left]:
     """Instances, open spot requests and unattached volumes with our label, in all regions. Empty without an account."""
     import boto3
 
@@ -91,23 +109,26 @@ def aws_left(names: tuple[str, ...], regions: Iterable[str] = ()) -> list[str]:
         ec2 = session.client("ec2", region_name=region)
         answer = ec2.describe_instances(Filters=[ours, {"Name": "instance-state-name", "Values": ALIVE}])
         for instance in (i for r in answer["Reservations"] for i in r["Instances"]):
-            found.append(
-                f"aws {region}: {instance['InstanceType']} {instance['InstanceId']} ({instance['State']['Name']})"
-            )
+            kind, state = instance["InstanceType"], instance["State"]["Name"]
+            found.append(Left(f"aws {region}: {kind} {instance['InstanceId']} ({state})"))
         answer = ec2.describe_spot_instance_requests(Filters=[ours, {"Name": "state", "Values": ["open"]}])
-        found += [f"aws {region}: spot request {r['SpotInstanceRequestId']}" for r in answer["SpotInstanceRequests"]]
+        for request in (r["SpotInstanceRequestId"] for r in answer["SpotInstanceRequests"]):
+            cancel = partial(ec2.cancel_spot_instance_requests, SpotInstanceRequestIds=[request])
+            found.append(Left(f"aws {region}: spot request {request}", cancel))
         answer = ec2.describe_volumes(Filters=[ours, {"Name": "status", "Values": ["available"]}])
-        found += [f"aws {region}: volume {v['VolumeId']}, {v['Size']} GB" for v in answer["Volumes"]]
+        for volume in answer["Volumes"]:
+            delete = partial(ec2.delete_volume, VolumeId=volume["VolumeId"])
+            found.append(Left(f"aws {region}: unattached volume {volume['VolumeId']}, {volume['Size']} GB", delete))
     return found
 
 
-def lambda_left(names: tuple[str, ...]) -> list[str]:
+def lambda_left(names: tuple[str, ...]) -> list[Left]:
     """Lambda has no labels: instances that carry the name of a task, as SkyPilot names them."""
     answer = lambda_get("instances")
     if answer is None:
         return []
     return [
-        f"lambda {instance['region']['name']}: {instance['instance_type']['name']} {instance['id']}"
+        Left(f"lambda {instance['region']['name']}: {instance['instance_type']['name']} {instance['id']}")
         for instance in answer
         if any((instance.get("name") or "").startswith(name) for name in names)
     ]
