@@ -9,18 +9,13 @@ this, the allocator wastes some: refused is only what is over by the estimate al
 """
 
 from core.schema import TrainConfig
+from costs.forecast import parameters
 
 # GB as NVIDIA's data sheets give them (10^9 bytes); the driver keeps a little.
 GPU_GB = {"A100": 40, "A100-80GB": 80, "H100": 80, "H200": 141, "GH200": 96, "A10": 24, "A10G": 24, "L4": 24}
 BYTES_PER_PARAMETER = 16
 BYTES_PER_ACTIVATION = 34
 CHUNK_ROWS = 4096  # as in trainer/model/loss.py
-
-
-def parameters(settings: TrainConfig) -> int:
-    model = settings.model
-    per_layer = 12 * model.width**2 + 13 * model.width
-    return (model.vocab_rows + model.context) * model.width + model.layers * per_layer + 2 * model.width
 
 
 def needed_bytes(settings: TrainConfig) -> int:

@@ -114,6 +114,8 @@ def find_base(tmp_path_factory) -> str:
     if subprocess.run(["buildah", "inspect", "--type", "image", HERE], capture_output=True).returncode:
         root = tmp_path_factory.mktemp("base") / "rootfs"
         run("debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", str(root))
+        for cache in ("var/cache/apt/archives", "var/lib/apt/lists"):  # which Debian's published images do not hold
+            shutil.rmtree(root / cache)
         container = run("buildah", "from", "--pull-never", "scratch").strip()
         run("buildah", "add", container, str(root), "/")
         run("buildah", "commit", container, HERE)
@@ -179,9 +181,11 @@ def test_prep_image_holds_no_torch(built):
 def test_no_layer_holds_a_secret_or_a_cache(built, target):
     found = []
     for name, member, archive in files(built[target]):
+        if not member.isfile() or "/.wh." in name:  # .wh. marks what a layer deletes
+            continue
         if FORBIDDEN_NAMES.search(name) and not name.startswith("opt/venv/lib"):
             found.append(name)
-        if member.isfile() and member.size < 1 << 20 and not KEYS_OF_PACKAGES.search(name):
+        if member.size < 1 << 20 and not KEYS_OF_PACKAGES.search(name):
             content = archive.extractfile(member).read()
             found += [f"{name}: {match.group()[:12]!r}" for match in [KEYS.search(content)] if match]
     assert found == []
