@@ -126,8 +126,10 @@ def settings_of(*arguments: str) -> schema.TrainConfig:
 URLS = ("--run.url=/r", "--data.url=/d")
 
 
-def test_parameter_count_is_the_models():
-    assert memory.parameters(settings_of()) == 124_475_904
+def test_the_estimate_counts_weights_optimizer_activations_and_logits():
+    """124M parameters x 16 bytes, 32 x 1024 tokens x 768 x (34 x 12 + 8), 4096 rows of logits x 50304 x 6 bytes."""
+    by_hand = 124_475_904 * 16 + 32 * 1024 * 768 * (34 * 12 + 8) + 4096 * 50304 * 6
+    assert memory.needed_bytes(settings_of()) == pytest.approx(by_hand, rel=0.01)
 
 
 def test_the_preset_fits_every_gpu_that_its_tasks_name():
