@@ -77,13 +77,15 @@ def _vocabulary() -> str:
 
 def _end_to_end(options: argparse.Namespace, server: S3Server) -> dict:
     runs: dict[str, list[dict]] = {side: [] for side in options.sides.split(",")}
+    # Not timed: the server's first writes make it lay out its volumes.
+    _run(_ours("source", "set-warm-up"), server)
     for number in range(options.rounds):
         for side in runs:
             target = f"set-{side}-{number}"
             command = _ours("source", target) if side == "ours" else _rival(side, target)
             runs[side].append(_run(command, server))
             print(f"round {number + 1}, {side}: {runs[side][-1]['seconds']:.1f} s", file=sys.stderr)
-    stats = manifest.read(f"s3://{BUCKET}/set-ours-0").stats
+    stats = manifest.read(f"s3://{BUCKET}/set-warm-up").stats
     return {
         "date": date.today().isoformat(),
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
