@@ -19,7 +19,7 @@ from core.errors import ConfigError, DataError, LauncherError
 from core.schema import TrainConfig
 from launch import memory, registry
 from launch.left import lambda_get
-from launch.submit import candidates, find_sky, is_managed, read_task, revision, sky_command, with_dotenv
+from launch.submit import candidates, find_sky, read_task, revision, sky_command, with_dotenv
 
 # Service Quotas codes of EC2: vCPUs of running instances by family, on demand and spot.
 QUOTAS = {
@@ -70,11 +70,15 @@ def main(arguments: list[str]) -> int:
     if failed:
         print(f"{failed} to be cured before this task can run")
         return 1
-    command = sky_command(arguments[0], task, environment, revision(), [] if is_managed(task) else ["--dryrun"])
-    if is_managed(task):  # sky jobs launch has no --dryrun; sky launch prices the same candidates
-        command = [command[0], "launch", "--dryrun", *command[5:-2], command[-1]]
+    command = pricing_command(arguments[0], task, environment)
     print(f"$ sky {' '.join(command[1:])}", flush=True)
     return subprocess.call(command)
+
+
+def pricing_command(path: str, task: dict[str, Any], environment: Mapping[str, str]) -> list[str]:
+    """What prints SkyPilot's price table. `sky jobs launch` has no --dryrun; `sky launch` prices the same machines."""
+    resources = {key: value for key, value in task["resources"].items() if key != "job_recovery"}
+    return sky_command(path, {**task, "resources": resources}, environment, revision(), ["--dryrun"])
 
 
 def _safely(check: Check, task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:

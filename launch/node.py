@@ -25,7 +25,7 @@ from pathlib import Path
 
 from core import storage
 from core.console import FAILED, OK, PREEMPTED, run_entry, set_up_logging
-from core.errors import ConfigError
+from core.errors import ConfigError, LauncherError
 from core.journal import Journal
 from launch import machine, network, preflight
 from launch.supervise import Child, Outcome
@@ -73,6 +73,9 @@ def main(arguments: list[str]) -> int:
         code = job(arguments[1], arguments[2:], environment, found, output, attempt)
         log.info("exit code %d", code)
         return code
+    except LauncherError as error:  # reported by run_entry; kept for those who read the log later
+        output.add({"time": time.time(), "line": f"error: {error}"})
+        raise
     finally:
         logging.getLogger().removeHandler(ours)
         output.close()

@@ -14,7 +14,7 @@ from moto import mock_aws
 
 from core import journal, schema, storage
 from core.errors import ConfigError, ObjectNotFound
-from launch import check, left, logs, memory, pull, registry
+from launch import check, left, logs, memory, pull, registry, submit
 from tests import corpus
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +112,15 @@ def test_what_cannot_be_asked_is_no_failure():
     (finding,) = check._safely(check_broken, {}, {})
     assert finding.mark == "?"
     assert "broken: could not be asked (RuntimeError: no network here)" in finding.what
+
+
+def test_a_managed_job_is_priced_by_a_plain_dry_run(monkeypatch):
+    monkeypatch.setattr(submit, "find_sky", lambda: "sky")
+    path = "sky/pretrain-8xa100-spot.yaml"
+    given = {"BUCKET": "b", "AWS_ACCESS_KEY_ID": "a"}
+    command = " ".join(check.pricing_command(path, task("pretrain-8xa100-spot"), given))
+    assert command.startswith("sky launch --cluster pretrain-8xa100-spot --yes --env BUCKET=b")
+    assert command.endswith(f"--secret AWS_ACCESS_KEY_ID --dryrun {path}")
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
