@@ -62,11 +62,7 @@ def test_anything_else_is_refused_by_name(tmp_path: Path, data: bytes, problem: 
 
 
 def test_a_missing_manifest_and_an_empty_split_name_the_remedy(tmp_path: Path):
-    with pytest.raises(
-        DataError, match=r"there is no manifest; prepare the data first"
-    ):
+    with pytest.raises(DataError, match=r"there is no manifest; prepare the data first"):
         manifest.read(str(tmp_path))
-    with pytest.raises(
-        DataError, match=r"has no 'val' tokens \(it has train, val\)"
-    ):
+    with pytest.raises(DataError, match=r"has no 'val' tokens \(it has train, val\)"):
         GOOD.split("val", "s3://b/set")
