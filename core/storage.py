@@ -181,7 +181,7 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
         attempt += 1
         try:
             write()
-        except (FileExistsError, OSError) as error:
+        except Exception as error:
             if exclusive and attempt > 1 and faults.is_conflict(error) and read_bytes(uri) == bytes(data):
                 return
             raise

@@ -6,6 +6,7 @@ import pytest
 
 from core import storage
 from tests import corpus, launching
+from tests.faulty_proxy import FaultyProxy
 from trainer.checkpoint import layout
 
 
@@ -68,6 +69,19 @@ def test_sigterm_saves_and_leaves_and_the_rest_follows(data_url: str, straight: 
     assert f"resumed from step {saved[0]}" in output
     assert_equal_runs(run_url, straight, 24)
     assert "the run has reached its last step" in launching.train(1, *flags)
+
+
+def test_a_store_that_fails_one_request_in_ten_changes_nothing(s3, data_url: str, straight: str, tmp_path):
+    run_url = straight.replace("straight", "flaky")
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=4"]
+    with FaultyProxy(s3.endpoint, share=0.1, seed=3) as proxy:
+        environment = {"AWS_ENDPOINT_URL": proxy.url, "DATA_CACHE_DIR": str(tmp_path / "cache")}
+        code, output = launching.finish(launching.start(2, *flags, environment=environment))
+    assert code == 0, output
+    assert sum(proxy.injected.values()) >= 5, proxy.injected
+    assert "again in" in output
+    assert_equal_runs(run_url, straight, 24)
+    assert launching.completed(run_url)[0] == 24
 
 
 def test_bad_input_is_one_sentence_and_changes_nothing(data_url: str, straight: str, tmp_path):

@@ -1,0 +1,134 @@
+"""A reverse proxy that breaks some of what passes through it, as object stores and networks do.
+
+    with FaultyProxy("http://127.0.0.1:8333", share=0.1, seed=1) as proxy:
+        run(environment={"AWS_ENDPOINT_URL": proxy.url})
+
+Faults before the request reaches the store: 500, 503 SlowDown, a reset. After it: a truncated body, an answer that
+is lost although the store has acted, a hang.
+"""
+
+import contextlib
+import http.client
+import http.server
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from urllib.parse import urlsplit
+
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+INTERNAL = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We encountered an error.</Message></Error>"
+HANG_SECONDS = 2.0
+FAULTS = ("500", "503", "reset", "truncated", "answer lost", "hang")
+
+
+class FaultyProxy:
+    """`share` of the requests get a fault; `injected` counts them by kind."""
+
+    def __init__(self, upstream: str, share: float, seed: int):
+        parts = urlsplit(upstream)
+        self.upstream = (parts.hostname, parts.port)
+        self.share = share
+        self.injected: Counter[str] = Counter()
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
+        self._server.daemon_threads = True
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "FaultyProxy":
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def draw(self) -> str | None:
+        with self._lock:
+            if self._random.random() >= self.share:
+                return None
+            fault = self._random.choice(FAULTS)
+            self.injected[fault] += 1
+            return fault
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: FaultyProxy
+
+    def _handle(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.proxy.draw()
+        if fault in ("500", "503"):
+            self._answer(int(fault), {}, INTERNAL if fault == "500" else SLOW_DOWN)
+            return
+        if fault == "reset":
+            self._reset()
+            return
+        connection = http.client.HTTPConnection(*self.proxy.upstream, timeout=60)
+        try:
+            # The Host header is signed, so it goes on as it came.
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in ("connection", "expect"):
+                    connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            content = answer.read()
+        finally:
+            connection.close()
+        if fault == "hang":
+            time.sleep(HANG_SECONDS)
+        if fault == "answer lost":
+            self._reset()
+            return
+        headers = {
+            name: value
+            for name, value in answer.getheaders()
+            if name.lower() not in ("transfer-encoding", "connection")
+        }
+        self._answer(answer.status, headers, content, cut=fault == "truncated" and len(content) > 1)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
+
+    def _answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "date", "server"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", str(len(content))) if self.command == "HEAD" else str(len(content))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(content[: len(content) // 2] if cut else content)
+        if cut:
+            self.wfile.flush()
+            self._reset()
+
+    def _reset(self) -> None:
+        """Close with RST instead of FIN."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (OSError, ValueError):  # the client, or we ourselves, closed the connection
+            self.close_connection = True
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+    def log_message(self, *_: object) -> None:
+        pass

@@ -1,0 +1,46 @@
+"""core.storage behind a store and a network that break requests: every operation comes out right."""
+
+import os
+
+import pytest
+
+from core import storage
+from core.errors import ObjectExists
+from tests.faulty_proxy import FAULTS, FaultyProxy
+
+
+@pytest.fixture
+def flaky(s3, bucket: str, monkeypatch: pytest.MonkeyPatch):
+    """The bucket, seen through a proxy that breaks one request in three."""
+    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(storage, "ATTEMPTS", 20)
+    monkeypatch.setattr("tests.faulty_proxy.HANG_SECONDS", 0.1)
+    with FaultyProxy(s3.endpoint, share=0.33, seed=11) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield bucket, proxy
+
+
+def test_everything_comes_out_right(flaky, tmp_path):
+    bucket, proxy = flaky
+    contents = {f"{bucket}/f/{number:02d}": os.urandom(20_000 + number) for number in range(15)}
+    for uri, data in contents.items():
+        storage.write_bytes(uri, data)
+    for uri, data in contents.items():
+        assert storage.read_bytes(uri) == data
+        assert storage.read_range(uri, 100, 9000) == data[100:9000]
+        storage.download(uri, tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == data
+    assert {info.uri: info.size for info in storage.list_objects(f"{bucket}/f")} == {
+        u: len(d) for u, d in contents.items()
+    }
+    assert set(proxy.injected) == set(FAULTS), "every kind of fault was met"
+
+
+def test_an_exclusive_write_whose_answer_is_lost_is_ours(flaky):
+    bucket, _ = flaky
+    for number in range(30):
+        storage.write_bytes(f"{bucket}/claim/{number}", b"mine %d" % number, exclusive=True)
+    for number in range(30):
+        with pytest.raises(ObjectExists):
+            storage.write_bytes(f"{bucket}/claim/{number}", b"theirs", exclusive=True)
+        assert storage.read_bytes(f"{bucket}/claim/{number}") == b"mine %d" % number
