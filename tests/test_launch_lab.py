@@ -207,7 +207,7 @@ def test_spot_job_is_preempted_twice_and_finishes(lab, data):
 
 def test_no_ending_leaves_a_machine(lab, data):
     """Success and failure, SIGKILL of the trainer, the cap, a cancelled job, a cancelled managed job."""
-    small = f"{SMALL} --train.steps=5"
+    small = f"{SMALL} --train.steps=10"
     endless = f"{SMALL} --train.steps=100000"
     started = time.monotonic()
     lab.launch("pretrain-8xa100", "end-success", RUN="end-success", TRAIN_ARGS=small)
