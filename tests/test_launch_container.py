@@ -1,0 +1,127 @@
+"""launch/container.sh with a docker that records what it is told; tests/test_launch_lab.py runs it on a real engine."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCKER = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >>"$RECORD"
+case "$1 $2" in
+  "image inspect") [[ $* == *Architecture* ]] && echo "${IMAGE_ARCH:-amd64}" ;;
+  "container inspect") [ -e "$RECORD.running" ] || exit 1 ;;
+  "run --rm") touch "$RECORD.running"; eval "${PROGRAM:-true}" ;;
+  "rm -f" | "stop -t") rm -f "$RECORD.running" ;;
+esac
+"""
+
+
+@pytest.fixture
+def node(tmp_path):
+    """A function that starts container.sh with these variables, and the list of docker's command lines."""
+    (tmp_path / "docker").write_text(DOCKER)
+    (tmp_path / "docker").chmod(0o755)
+    (tmp_path / "uname").write_text("#!/bin/sh\necho x86_64\n")
+    (tmp_path / "uname").chmod(0o755)
+    record = tmp_path / "record"
+
+    def start(*arguments: str, **settings: str) -> subprocess.Popen:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin:/usr/sbin", "HOME": str(tmp_path), "RECORD": str(record)}
+        environment |= {"BUCKET": "b", "RUN": "r", "DATA": "d", **settings}
+        command = ["bash", str(ROOT / "launch/container.sh"), *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    start.calls = lambda: record.read_text().splitlines()
+    return start
+
+
+def test_the_programs_exit_code_is_the_nodes(node):
+    process = node("run", "train", "python", PROGRAM="exit 33")
+    process.communicate()
+    assert process.returncode == 33
+
+
+def test_variables_go_by_name_and_empty_ones_do_not(node):
+    settings = {"AWS_SECRET_ACCESS_KEY": "very-secret", "AWS_ENDPOINT_URL": "", "UNRELATED": "x", "MAX_USD": "5"}
+    node("run", "train", "python", "-m", "launch.node", **settings).communicate()
+    (line,) = [call for call in node.calls() if call.startswith("run --rm")]
+    words = line.split()
+    given = {words[at + 1] for at, word in enumerate(words) if word == "-e"}
+    assert {"AWS_SECRET_ACCESS_KEY", "MAX_USD", "RUN_URL", "DATA_URL", "SEGMENT_STARTED_AT"} <= given
+    assert not {"AWS_ENDPOINT_URL", "UNRELATED"} & given
+    assert "very-secret" not in line
+    assert line.endswith("pretrain-launcher:train python -m launch.node")
+
+
+def test_a_container_of_an_earlier_job_is_removed_first(node, tmp_path):
+    (tmp_path / "record.running").touch()
+    node("run", "train", "true").communicate()
+    calls = node.calls()
+    remove = calls.index("rm -f pretrain-launcher")
+    assert remove < next(at for at, call in enumerate(calls) if call.startswith("run --rm"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_cancelled_job_stops_its_container(node, tmp_path, number):
+    process = node("run", "train", "true", PROGRAM="sleep 30")
+    for _ in range(100):
+        if (tmp_path / "record.running").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(20) == 128 + number
+    assert any(call.startswith("stop -t") for call in node.calls())
+    assert (tmp_path / ".pretrain-launcher-ended").read_text().strip().isdigit()
+
+
+def test_time_is_accounted_from_the_end_of_the_job_before(node, tmp_path):
+    """The program sees when its paid time began: the boot, or later, the end of the job before."""
+    ended = int(time.time()) - 7
+    (tmp_path / ".pretrain-launcher-ended").write_text(f"{ended}\n")
+    process = node("run", "train", "true", PROGRAM="echo began $SEGMENT_STARTED_AT; echo $RUN_URL $DATA_URL")
+    output, _ = process.communicate()
+    assert f"began {ended}" in output
+    assert "s3://b/runs/r s3://b/data/d" in output
+
+
+def test_an_image_of_another_architecture_is_refused_before_it_runs(node):
+    process = node("image", "train", IMAGE="ghcr.io/me/image:1", IMAGE_ARCH="arm64")
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert "error: image ghcr.io/me/image:1-train is for arm64, this machine is amd64" in output
+
+
+def test_an_image_is_pulled_or_built(node):
+    node("image", "prep", IMAGE="ghcr.io/me/image:1").communicate()
+    node("image", "prep", DEVICE="cpu", IMAGE_CACHE="ghcr.io/me/image:1").communicate()
+    calls = node.calls()
+    assert "pull --quiet ghcr.io/me/image:1-prep" in calls
+    (build,) = [call for call in calls if call.startswith("build ")]
+    assert "--target prep --tag pretrain-launcher:prep --build-arg TORCH=cpu" in build
+    assert "--cache-from ghcr.io/me/image:1-prep" in build
+
+
+def test_without_a_bucket_one_sentence(node):
+    process = node("run", "train", "true", BUCKET="")
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert output.splitlines()[-1] == "error: BUCKET is empty; give --env BUCKET=NAME"
+
+
+def test_no_password_reaches_a_command_line(node):
+    settings = {"IMAGE": "ghcr.io/me/image:1", "REGISTRY_USER": "me", "REGISTRY_PASSWORD": "very-secret"}
+    process = node("push", "prep", **settings)
+    process.communicate()
+    assert process.returncode == 0
+    assert "login --username me --password-stdin ghcr.io" in node.calls()
+    assert "very-secret" not in "\n".join(node.calls())
+
+
+def test_wrong_usage_shows_the_right_one(node):
+    process = node("run", "train")
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert "launch/container.sh run TARGET COMMAND" in output
