@@ -99,7 +99,7 @@ def job(
         code_file = Path(folder) / "exit-code"
         command = [sys.executable, "-m", module, *arguments]
         if trains:
-            launcher = [sys.executable, "-m", "torch.distributed.run", *network.rendezvous(environment)]
+            launcher = [sys.executable, "-m", "trainer.torchrun", *network.rendezvous(environment)]
             command = [*launcher, "-m", module, *arguments]
         log.info("running %s", " ".join(command))
 

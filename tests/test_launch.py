@@ -327,3 +327,16 @@ def test_preflight_of_a_rehearsal_measures_and_passes(tmp_path):
     assert report.figures["all_reduce_gb_per_s"] > 0
     assert report.figures["bucket_read_mb_per_s"] > 0
     assert not list((tmp_path / "preflight").iterdir()), "the probe is deleted"
+
+
+def test_a_failing_worker_has_the_last_word(tmp_path):
+    """One sentence, not torchrun's own traceback, and no run is begun."""
+    settings = {"RUN_URL": str(tmp_path), "DATA_URL": str(tmp_path / "none"), "DEVICE": "cpu", "CLOUD": ""}
+    command = [sys.executable, "-m", "launch.node", "-m", "trainer.train", "trainer/configs/debug.yaml"]
+    command += ["--train.device=cpu"]
+    environment = {**os.environ, **settings}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert "there is no manifest; prepare the data first" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run.json").exists()
