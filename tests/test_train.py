@@ -1,10 +1,12 @@
 """The trainer as a whole: real torchrun processes, a real S3 server, real kills."""
 
+import re
 import signal
 
 import pytest
 
 from core import storage
+from core.spending import spent_before
 from tests import corpus, launching
 from tests.faulty_proxy import FaultyProxy
 from trainer.checkpoint import layout
@@ -105,6 +107,40 @@ def test_bad_input_is_one_sentence_and_changes_nothing(data_url: str, straight: 
     assert "model.vocab_rows is 1000, fewer than the 50257 tokens" in refused(run, data, "--model.vocab_rows=1000")
     assert "unknown setting train.step; did you mean train.steps?" in refused(run, data, "--train.step=3")
     assert storage.list_objects(straight) == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(data_url: str):
+    run_url = data_url.replace("/set", "/diverged")
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=1"]
+    wild = ["--optimizer.lr=1e30", "--optimizer.clip=0", "--optimizer.warmup_steps=0"]
+    code, output = launching.finish(launching.start(2, *flags, *wild))
+    assert code != 0
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    found = re.match(r"error: step (\d+): the (loss on rank \d+|gradient norm) is (nan|inf|-inf)", line)
+    assert found, line
+    assert "the weights were not changed" in line
+    assert max(launching.metrics(run_url)) == int(found.group(1)) - 1
+    assert launching.completed(run_url)[0] == int(found.group(1)) - 1
+
+
+@pytest.mark.slow
+def test_the_cap_stops_the_run_saved_and_a_larger_one_goes_on(data_url: str, tmp_path):
+    """A dollar a second: 30 dollars are half a minute, of which three seconds are kept for the way down."""
+    run_url = data_url.replace("/set", "/capped")
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=100000", "--run.shutdown_seconds=3"]
+    machine = {"USD_PER_HOUR": "3600", "EXIT_CODE_FILE": str(tmp_path / "code")}
+    reached = []
+    for limit in ("30", "30", "60"):
+        code, output = launching.finish(launching.start(1, *flags, environment={**machine, "MAX_USD": limit}))
+        assert code != 0
+        assert (tmp_path / "code").read_text() == "34\n", output
+        assert "stopped by the cap at step" in output
+        reached.append((launching.completed(run_url) or [0])[0])
+        assert spent_before(run_url, 10) < float(limit) or reached[-1] == reached[-2]
+    assert 0 < reached[0] == reached[1] < reached[2]
+    code, output = launching.finish(launching.start(1, *flags, environment={"MAX_USD": "60"}))
+    assert code != 0
+    assert "run.max_usd is 60, but this machine's price is not known; set USD_PER_HOUR" in output
 
 
 def test_batch_that_does_not_divide_over_the_ranks(data_url: str, straight: str):

@@ -181,6 +181,8 @@ class Loop:
     def _check_finite(self, step: int, losses: torch.Tensor, norm: float) -> None:
         if bool(losses.isfinite().all()) and math.isfinite(norm):
             return
+        if not self.ranks.is_main:
+            raise PeerFailed  # all ranks see it, one says it
         bad = (~losses.isfinite()).nonzero()
         where = (
             f"the loss on rank {int(bad[0, 0])} is {float(losses[tuple(bad[0])])}"

@@ -78,6 +78,7 @@ def run(settings: TrainConfig, ranks) -> int:
     accumulation = plan.accumulation_of(settings, ranks.world)
     record = Record(settings, data.fingerprint, ranks)
     spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
+    saver = None
     try:
         # 2. Model and optimizer, from the newest checkpoint or the seed: the same bits on every rank.
         with torch.device("meta"):
@@ -146,6 +147,8 @@ def run(settings: TrainConfig, ranks) -> int:
         batches.close()
         return leave(settings, record, reached, notice)
     except BaseException as error:
+        if saver:
+            saver.wait()  # what is on its way to storage is still good
         record.close(
             "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", None, error=describe_error(error)
         )
