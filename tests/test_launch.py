@@ -340,3 +340,12 @@ def test_a_failing_worker_has_the_last_word(tmp_path):
     assert "there is no manifest; prepare the data first" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "run.json").exists()
+
+
+def test_the_launcher_needs_neither_torch_nor_skypilot():
+    """It runs in the prep image and on a laptop; the sky command is a program beside it."""
+    names = [f"launch.{path.stem}" for path in (ROOT / "launch").glob("*.py") if path.stem != "__init__"]
+    code = "import importlib,sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    code += "print(sorted({'torch', 'sky', 'boto3'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
