@@ -136,8 +136,8 @@ def download(uri: str, path: str | os.PathLike, expected_sha256: str | None = No
     def copy() -> int:
         digest = hashlib.sha256()
         size = 0
-        with _replacing(path) as target, open_read(uri) as source:
-            while chunk := source.read(COPY_CHUNK_BYTES):
+        with _replacing(path) as target:
+            for chunk in _chunks(uri):
                 target.write(chunk)
                 size += len(chunk)
                 if expected_sha256:
@@ -410,6 +410,17 @@ def _put_s3(uri: str, data: bytes | bytearray | memoryview, exclusive: bool) -> 
 def _get_s3(uri: str, **options: str) -> bytes:
     bucket, _, key = _key(uri).partition("/")
     return _s3_client(_aws_variables()).get_object(Bucket=bucket, Key=key, **options)["Body"].read()
+
+
+def _chunks(uri: str) -> Iterator[bytes]:
+    """The content of an object, piece by piece."""
+    if scheme_of(uri) == "s3":
+        bucket, _, key = _key(uri).partition("/")
+        yield from _s3_client(_aws_variables()).get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(COPY_CHUNK_BYTES)
+        return
+    with open_read(uri) as source:
+        while chunk := source.read(COPY_CHUNK_BYTES):
+            yield chunk
 
 
 def _aws_variables() -> tuple[tuple[str, str], ...]:

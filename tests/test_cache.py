@@ -1,7 +1,6 @@
 """trainer.data: windows are right whether they come by range or from disk, whatever goes wrong."""
 
 import hashlib
-import io
 import shutil
 import time
 from pathlib import Path
@@ -153,15 +152,15 @@ def test_a_corrupt_shard_is_fetched_once_more_then_stops_the_run_by_name(url: st
 
 def test_a_corrupt_transfer_is_healed_by_the_second_fetch(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stream = make_set(url)
-    real, spoiled = storage.open_read, []
+    real, spoiled = storage._chunks, []
 
-    def open_read(uri: str):
+    def chunks(uri: str):
         if uri.endswith("00002.bin") and not spoiled:
             spoiled.append(uri)
-            return io.BytesIO(real(uri).read()[::-1])
+            return [b"".join(real(uri))[::-1]]
         return real(uri)
 
-    monkeypatch.setattr(storage, "open_read", open_read)
+    monkeypatch.setattr(storage, "_chunks", chunks)
     tokens = source(url, tmp_path / "cache")
     each = batches(tokens)
     fetch_all(each, tokens)
@@ -182,6 +181,7 @@ def test_a_stall_of_the_storage_is_waited_out(url: str, tmp_path: Path, monkeypa
     stream = make_set(url)
     monkeypatch.setattr(storage, "ATTEMPTS", 1)
     monkeypatch.setattr("trainer.data.cache.STALL_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("trainer.data.cache.PATIENCE_SECONDS", 0.05)
     real, down_until = storage.read_range, time.monotonic() + 1.0
 
     def read_range(uri: str, start: int, end: int) -> bytes:
@@ -202,6 +202,7 @@ def test_a_stall_of_the_storage_is_waited_out(url: str, tmp_path: Path, monkeypa
 def test_a_full_disk_slows_down_and_does_not_stop(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     stream = make_set(url)
     monkeypatch.setattr("trainer.data.cache.STALL_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("trainer.data.cache.PATIENCE_SECONDS", 0.05)
 
     def download(uri: str, path: Path, expected_sha256: str) -> int:
         raise StorageError(f"{path}: could not write: the disk is full; free space or choose another folder")

@@ -10,7 +10,7 @@ speed, never the content.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 RANGE_READERS = 16
 READ_AHEAD_SHARDS = 64
+FETCHERS = 4
+# A shard that is on its way is worth waiting for: as thousands of range reads its windows would take longer.
+PATIENCE_SECONDS = 10.0
+IMPATIENT_SECONDS = 60.0
 LOOK_SECONDS = 0.5  # how often the read-ahead looks where training is; looking costs a stat per shard
 STALL_RETRY_SECONDS = 5.0
 STALL_SECONDS = 480.0  # below the collectives' time limit, so that the cause is named, not a time-out of the others
@@ -43,6 +47,8 @@ class ShardCache:
         self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])])
         self._mapped: dict[int, np.ndarray] = {}
         self._closed = False
+        self.patient = False  # set once the first batch is out
+        self._not_before: dict[int, float] = {}
         self._readers = ThreadPoolExecutor(RANGE_READERS, thread_name_prefix="range reader")
 
     def read(self, shards: Sequence[int], begins: Sequence[int], count: int) -> np.ndarray:
@@ -56,7 +62,7 @@ class ShardCache:
         for row, (shard, begin) in enumerate(zip(shards, begins, strict=True)):
             tokens = mapped.get(shard)
             if tokens is None:
-                tokens = self._map(shard)
+                tokens = self._wait_for(shard) if self.patient else self._map(shard)
             end = begin + count
             if tokens is None or end > len(tokens):
                 by_range.append(row)
@@ -79,6 +85,19 @@ class ShardCache:
     def close(self) -> None:
         self._closed = True
         self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def _wait_for(self, shard: int) -> np.ndarray | None:
+        """The shard once it is on disk; None when it does not come, and then not waited for again for a while."""
+        now = time.monotonic()
+        if now < self._not_before.get(shard, 0.0):
+            return self._map(shard)
+        deadline = now + PATIENCE_SECONDS
+        while (tokens := self._map(shard)) is None and not self._closed:
+            if time.monotonic() > deadline:
+                self._not_before[shard] = time.monotonic() + IMPATIENT_SECONDS
+                return None
+            time.sleep(0.005)
+        return tokens
 
     def _map(self, shard: int) -> np.ndarray | None:
         """The shard's tokens as a memory map if the file is on disk, else None."""
@@ -137,23 +156,30 @@ class ShardCache:
 
 
 class ReadAhead:
-    """Downloads the shards that will be needed next; one per node. `upcoming` gives them, the soonest first."""
+    """Downloads the shards that will be needed next; one per node. `upcoming` gives them, the soonest first.
+
+    Several at a time: the windows of a group of shards are mixed, so that all of a group are needed at once.
+    """
 
     def __init__(self, cache: ShardCache, upcoming: Callable[[int], list[int]]):
         self.cache = cache
         self._upcoming = upcoming
         self.failure: LauncherError | None = None
+        self._lock = threading.Lock()
+        self._in_flight: set[int] = set()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, name="read-ahead", daemon=True) for _ in range(FETCHERS)]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join(timeout=5)
+        for thread in self._threads:
+            thread.join(timeout=5)
 
     def _run(self) -> None:
-        while not self._stop.is_set():
-            shard = self._next_missing()
+        while not self._stop.is_set() and self.failure is None:
+            shard = self._claim()
             if shard is None:
                 self._stop.wait(LOOK_SECONDS)
                 continue
@@ -161,32 +187,35 @@ class ReadAhead:
                 self._fetch(shard)
             except ObjectDamaged as error:
                 self.failure = DataError(f"{error}; fetched twice with the same result")
-                return
             except DataError as error:
                 self.failure = error
-                return
             except ObjectNotFound as error:
                 self.failure = DataError(f"{error}; the data set has changed since the run began")
-                return
             except StorageError as error:
                 # Batches still come by range reads if they can; this is only the fast path.
                 log.warning("read-ahead pauses for %.0f s: %s", STALL_RETRY_SECONDS, error)
                 self._stop.wait(STALL_RETRY_SECONDS)
+            finally:
+                with self._lock:
+                    self._in_flight.discard(shard)
 
-    def _next_missing(self) -> int | None:
-        """The shard to fetch now: the soonest needed one that is not here and still fits."""
-        budget = self.cache.limit_bytes
-        for shard in self._upcoming(READ_AHEAD_SHARDS):
-            budget -= self.cache.shards[shard].bytes
-            if budget < 0:
-                return None
-            if not self.cache.path(shard).exists():
-                return shard
-        return None
+    def _claim(self) -> int | None:
+        """The shard to fetch now, with room made for it: the soonest needed one that is not here and still fits."""
+        with self._lock:
+            budget = self.cache.limit_bytes
+            soon = self._upcoming(READ_AHEAD_SHARDS)
+            for shard in soon:
+                budget -= self.cache.shards[shard].bytes
+                if budget < 0:
+                    return None
+                if shard not in self._in_flight and not self.cache.path(shard).exists():
+                    self._in_flight.add(shard)
+                    self._make_room({self.cache.path(shard): rank for rank, shard in enumerate(soon)})
+                    return shard
+            return None
 
     def _fetch(self, shard: int) -> None:
         entry = self.cache.shards[shard]
-        self._make_room(entry.bytes)
         uri, path = storage.join(self.cache.data_url, entry.name), self.cache.path(shard)
         started = time.monotonic()
         try:
@@ -203,13 +232,12 @@ class ReadAhead:
             )
         log.info("fetched %s (%.0f MB in %.1f s)", entry.name, size / 1e6, time.monotonic() - started)
 
-    def _make_room(self, size: int) -> None:
-        """Remove what is needed last, or not at all soon, until `size` more bytes fit."""
-        here = [path for path in self.cache.folder.rglob("*") if path.is_file()]
-        total = sum(path.stat().st_size for path in here)
-        soon = {self.cache.path(shard): rank for rank, shard in enumerate(self._upcoming(READ_AHEAD_SHARDS))}
+    def _make_room(self, soon: Mapping[Path, int]) -> None:
+        """Remove what is needed last, or not at all soon, until everything in flight fits."""
+        here = {path: path.stat().st_size for path in self.cache.folder.rglob("*.bin")}
+        total = sum(here.values()) + sum(self.cache.shards[shard].bytes for shard in self._in_flight)
         for path in sorted(here, key=lambda path: -soon.get(path, READ_AHEAD_SHARDS)):
-            if total + size <= self.cache.limit_bytes:
+            if total <= self.cache.limit_bytes:
                 return
-            total -= path.stat().st_size
+            total -= here[path]
             path.unlink(missing_ok=True)

@@ -94,7 +94,7 @@ class Batches:
         return self._source.order.shards_from(self._position, count)
 
     def _produce(self, step: int) -> None:
-        # Many samples are located at once and several micro-batches handed over at once: both cost per call.
+        # Many samples are located at once, and several micro-batches handed over at once: both cost per call.
         steps_at_once = max(1, LOCATED_AT_ONCE // self._per_rank)
         rows = self._micro_batch  # the very first one on its own: somebody waits for it
         try:
@@ -111,6 +111,7 @@ class Batches:
                     self._put(tensor.pin_memory() if self._device.type == "cuda" else tensor)
                     row += rows
                     rows = self._chunk_rows
+                    self._source.cache.patient = True
                 step += steps_at_once
         except Exception as error:  # it belongs to the consumer, who would wait for ever
             self._put(error)
