@@ -11,7 +11,7 @@ TORCH := $(shell cat requirements/torch.constraint)
 # The stamp names what was installed: a changed pin re-installs, anything else does not.
 STAMP := $(VENV)/.installed-$(shell cat requirements/dev.txt requirements/torch.constraint | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test test-all lint bench-prep clean
+.PHONY: help setup demo test test-all chaos lint bench-prep clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test: $(STAMP) ## the fast tests
 
 test-all: $(STAMP) ## all tests that need no GPU
 	@$(BIN)/python -m pytest -n 2 -m 'not gpu and not image and not lab'
+
+chaos: $(STAMP) ## one training run under 100 random kills, compared bit by bit with a quiet one (KILLS=100)
+	@$(BIN)/python -m tests.chaos --kills=$(or $(KILLS),100)
 
 lint: $(STAMP) ## ruff and shellcheck
 	@$(BIN)/ruff check .

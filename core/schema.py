@@ -306,6 +306,11 @@ class TrainLoopConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train", identity=False)
     compile: bool = setting(True, "torch.compile the model (CUDA only)", identity=False)
+    compile_cache: bool = setting(
+        False,
+        "keep compiled kernels in the run's folder; they hold pickles, so whoever may write there may run code here",
+        identity=False,
+    )
     cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", identity=False)
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ collective, and a checkpoint always comes before the evaluation that could fail.
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class Loop:
         self.peak_flops = peak * self.ranks.world if peak else None
         self.flops_per_step = self.model.flops_per_token() * self.settings.batch.tokens
         self.step_seconds = 0.0
+        self.after_first_step: Callable[[], None] | None = None
 
     def run(self, first_step: int) -> tuple[int, Notice | None]:
         """Train up to the last step or until asked to leave. Returns the step reached, which is saved, and why."""
@@ -98,6 +100,8 @@ class Loop:
             step += 1
             if step == first_step + 1:
                 self.record.mark("first_step", step=step)
+                if self.after_first_step:
+                    threading.Thread(target=self.after_first_step, name="after first step", daemon=True).start()
 
     def _fetch(self) -> list[torch.Tensor] | LauncherError:
         """This rank's micro-batches of the next step, or why there are none."""

@@ -52,7 +52,7 @@ def run(settings: TrainConfig, ranks) -> int:
     import torch
 
     from core.vocabulary import read as read_vocabulary
-    from trainer import plan
+    from trainer import compile_cache, plan
     from trainer.checkpoint.load import load_newest
     from trainer.checkpoint.save import Saver
     from trainer.data.cache import ShardCache
@@ -142,6 +142,13 @@ def run(settings: TrainConfig, ranks) -> int:
             encoding=encoding,
             data_fingerprint=data.fingerprint,
         )
+        if loop.compiled and settings.train.compile_cache:
+            kernels = compile_cache.uri_of(
+                settings.run.url, settings.model, settings.batch.micro_batch, torch.cuda.get_device_name()
+            )
+            with record.phase("compile"):
+                compile_cache.load(kernels)
+            loop.after_first_step = functools.partial(compile_cache.save, kernels) if ranks.is_main else None
         reached, notice = loop.run(first_step)
         saver.wait()
         batches.close()
