@@ -6,6 +6,7 @@ python -m launch.logs s3://bucket/runs/gpt2-124m     all output so far, preempte
 
 import datetime
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from core import journal, storage
 from core.console import run_entry
 from core.errors import ObjectNotFound
 from launch.submit import find_sky, is_managed, read_task, with_dotenv
+
+# Lines that bring their own time, as those of our programs do.
+_TIMED = re.compile(r"\d\d:\d\d:\d\d ")
 
 
 def main(arguments: list[str]) -> int:
@@ -38,8 +42,8 @@ def show_stored(run_url: str) -> int:
         print(f"--- {attempt}")
         events, problems = journal.read(storage.join(run_url, "logs", attempt))
         for event in events:
-            stamp = datetime.datetime.fromtimestamp(event["time"], datetime.UTC)
-            print(f"{stamp:%H:%M:%S} {event['line']}")
+            stamp = f"{datetime.datetime.fromtimestamp(event['time'], datetime.UTC):%H:%M:%S} "
+            print(event["line"] if _TIMED.match(event["line"]) else stamp + event["line"])
         for problem in problems:
             print(f"warning: {problem}", file=sys.stderr)
     return 0
