@@ -65,7 +65,7 @@ class S3Server:
             "-s3.autoCreateBucket=false",
             f"-s3.config={identities}",
             "-master.volumeSizeLimitMB=256",
-            "-volume.max=100",
+            "-volume.max=2000",
         ]
         command += [f"-{name}={port}" for name, port in ports.items()]
         with (self.folder / "server.log").open("wb") as log:
@@ -95,6 +95,9 @@ class S3Server:
     def make_bucket(self, name: str) -> None:
         self._client().create_bucket(Bucket=name)
 
+    def has_bucket(self, name: str) -> bool:
+        return name in [bucket["Name"] for bucket in self._client().list_buckets()["Buckets"]]
+
     def _client(self):
         import botocore.session
 
@@ -118,7 +121,7 @@ class S3Server:
                 with socket.create_connection(("127.0.0.1", self.port), timeout=1):
                     pass
                 client = client or self._client()
-                if probe not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+                if not self.has_bucket(probe):
                     client.create_bucket(Bucket=probe)
                 client.put_object(Bucket=probe, Key="ready", Body=b"yes")
                 client.delete_object(Bucket=probe, Key="ready")

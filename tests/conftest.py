@@ -21,10 +21,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def bucket(s3: S3Server, request: pytest.FixtureRequest) -> str:
-    """The URL of a fresh bucket."""
-    name = f"b{abs(hash(request.node.nodeid)):x}"
-    s3.make_bucket(name)
-    return f"s3://{name}"
+    """The URL of a folder in a bucket, of this test alone: every bucket more takes the server several volumes."""
+    if not s3.has_bucket("tests"):
+        s3.make_bucket("tests")
+    return f"s3://tests/{abs(hash(request.node.nodeid)):x}"
 
 
 @pytest.fixture(scope="session")
