@@ -31,9 +31,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         ranks = distributed.start(settings.train.device)
-        code = run(settings, ranks)
-        tell_launcher(code, ranks.is_main)
-        return code
+        return run(settings, ranks)
     except distributed.PeerFailed:
         return FAILED
     finally:
@@ -152,7 +150,10 @@ def run(settings: TrainConfig, ranks) -> int:
         reached, notice = loop.run(first_step)
         saver.wait()
         batches.close()
-        return leave(settings, record, reached, notice)
+        code = leave(settings, record, reached, notice)
+        # While signals are still caught: another rank that is already gone makes torchrun end this one.
+        tell_launcher(code, ranks.is_main)
+        return code
     except BaseException as error:
         if saver:
             saver.wait()  # what is on its way to storage is still good
