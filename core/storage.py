@@ -11,7 +11,6 @@ AWS_ENDPOINT_URL, HF_TOKEN, ...) and never appear in a message.
 """
 
 import contextlib
-import fnmatch
 import functools
 import hashlib
 import logging
@@ -23,14 +22,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import fsspec
 
-from core import faults, hub
+from core import faults, hub, s3
 from core.errors import ObjectDamaged, ObjectNotFound, StorageError
 
 log = logging.getLogger(__name__)
@@ -40,8 +38,6 @@ SCHEMES = ("file", "memory", "s3", "gs", "hf")
 READ_ONLY_SCHEMES = ("hf",)
 COPY_CHUNK_BYTES = 8 << 20
 # Larger objects go up in parts, side by side; S3 takes up to 5 GB in one piece.
-PART_BYTES = 64 << 20  # S3 takes at most 10,000 parts: objects up to 640 GB
-PARTS_AT_ONCE = 4
 
 # About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
 ATTEMPTS = 7
@@ -96,7 +92,7 @@ def read_bytes(uri: str) -> bytes:
     def read() -> bytes:
         if is_local(uri):
             return local_path(uri).read_bytes()
-        return _get_s3(uri) if scheme_of(uri) == "s3" else _fs(uri).cat_file(_key(uri))
+        return s3.get(_key(uri)) if scheme_of(uri) == "s3" else _fs(uri).cat_file(_key(uri))
 
     return _retrying("read", uri, read)
 
@@ -116,7 +112,7 @@ def read_range(uri: str, start: int, end: int) -> bytes:
         elif scheme_of(uri) == "hf":
             data = hub.read_range(uri, start, end)
         elif scheme_of(uri) == "s3":
-            data = _get_s3(uri, Range=f"bytes={start}-{end - 1}")
+            data = s3.get(_key(uri), Range=f"bytes={start}-{end - 1}")
         else:
             data = _fs(uri).cat_file(_key(uri), start=start, end=end)
         if len(data) != end - start:
@@ -166,7 +162,7 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
                 file.write(data)
             return
         if scheme_of(uri) == "s3":
-            _put_s3(uri, data, exclusive)
+            s3.put(_key(uri), data, exclusive, functools.partial(_retrying, "write", uri))
             return
         fs = _fs(uri)
         if exclusive and fs.exists(_key(uri)):
@@ -333,10 +329,6 @@ def delete(uri: str) -> None:
     _retrying("delete", uri, remove)
 
 
-def matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern)
-
-
 # --- the file systems ------------------------------------------------------------------------------------------
 
 
@@ -357,85 +349,19 @@ def _s3() -> fsspec.AbstractFileSystem:
 
     with _s3_options_lock:
         # Listings are never cached, because other machines write to the same prefix.
-        fs = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=_S3_CONFIG)
+        fs = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=s3.CONFIG)
         fs.retries = 1
         return fs
-
-
-# One retry loop, ours: s3fs and botocore would multiply it by five each.
-_S3_CONFIG = {
-    "connect_timeout": 10,
-    "read_timeout": 60,
-    "retries": {"total_max_attempts": 1},
-    "max_pool_connections": 64,
-    # Without it, R2 and older S3-compatible servers refuse the newest checksum trailers.
-    "request_checksum_calculation": "when_required",
-    "response_checksum_validation": "when_required",
-}
-
-
-# Whole objects and ranges go through botocore's own client: measured 0.25 CPU-seconds per GB up and 0.4 down, where
-# s3fs takes 3.3 up, 0.6 for a range and 2.7 for a whole object. s3fs remains for listings and file objects.
-
-
-def _put_s3(uri: str, data: bytes | bytearray | memoryview, exclusive: bool) -> None:
-    bucket, _, key = _key(uri).partition("/")
-    condition = {"IfNoneMatch": "*"} if exclusive else {}
-    client = _s3_client(_aws_variables())
-    target = {"Bucket": bucket, "Key": key}
-    view = memoryview(data)
-    if view.nbytes < 2 * PART_BYTES:
-        body = bytes(data) if isinstance(data, memoryview) else data
-        client.put_object(**target, Body=body, **condition)
-        return
-    upload = {**target, "UploadId": client.create_multipart_upload(**target)["UploadId"]}
-
-    def put_part(begin: int) -> dict[str, str | int]:
-        number = begin // PART_BYTES + 1
-        # botocore sends bytes only: the buffer is copied a part at a time, and a part that fails is sent again.
-        body = bytes(view[begin : begin + PART_BYTES])
-        sent = _retrying("write", uri, lambda: client.upload_part(**upload, PartNumber=number, Body=body))
-        return {"PartNumber": number, "ETag": sent["ETag"]}
-
-    try:
-        with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-            parts = list(pool.map(put_part, range(0, view.nbytes, PART_BYTES)))
-        client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, **condition)
-    except BaseException:
-        with contextlib.suppress(Exception):  # what is left costs storage until the bucket's own clean-up
-            client.abort_multipart_upload(**upload)
-        raise
-
-
-def _get_s3(uri: str, **options: str) -> bytes:
-    bucket, _, key = _key(uri).partition("/")
-    return _s3_client(_aws_variables()).get_object(Bucket=bucket, Key=key, **options)["Body"].read()
 
 
 def _chunks(uri: str) -> Iterator[bytes]:
     """The content of an object, piece by piece."""
     if scheme_of(uri) == "s3":
-        bucket, _, key = _key(uri).partition("/")
-        yield from _s3_client(_aws_variables()).get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(COPY_CHUNK_BYTES)
+        yield from s3.chunks(_key(uri), COPY_CHUNK_BYTES)
         return
     with open_read(uri) as source:
         while chunk := source.read(COPY_CHUNK_BYTES):
             yield chunk
-
-
-def _aws_variables() -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-
-
-@functools.lru_cache(maxsize=4)
-def _s3_client(environment: tuple[tuple[str, str], ...]):
-    """A client for these AWS_ variables; safe to share between threads, costly to make."""
-    import botocore.config
-    import botocore.session
-
-    # Signing the body means hashing it once more; over https botocore does not sign it by default either.
-    options = botocore.config.Config(**_S3_CONFIG, s3={"payload_signing_enabled": False})
-    return botocore.session.Session().create_client("s3", config=options)
 
 
 def _key(uri: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from core import faults, storage
+from core import s3 as s3_transport
 from core.errors import ObjectExists, ObjectNotFound, StorageError
 
 
@@ -95,7 +96,7 @@ def test_files_travel_whole(base: str, tmp_path: Path):
 
 
 def test_buffers_go_up_in_parts_whole_or_not_at_all(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3_transport, "PART_BYTES", 5 << 20)
     data = os.urandom(17 << 20)
     uri = storage.join(bucket, "parts")
     storage.write_bytes(uri, memoryview(data))
