@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from core.architecture import ModelConfig
 from core.config import SettingError, section, setting
 
 
@@ -235,76 +236,108 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """GPT-2 (Radford et al. 2019): pre-norm blocks, GELU-tanh, learned positions, tied embedding."""
-
-    layers: int = setting(12, "transformer blocks")
-    heads: int = setting(12, "attention heads")
-    width: int = setting(768, "model dimension")
-    context: int = setting(1024, "tokens per sequence")
-    vocab_rows: int = setting(
-        50304, "rows of the embedding: the vocabulary, padded to a multiple of 64 or 128 for speed"
-    )
-
-    def __post_init__(self):
-        for key in ("layers", "heads", "width", "context", "vocab_rows"):
-            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
-        _require(self.width % self.heads == 0, "heads", f"is {self.heads}, must divide the width {self.width}")
-
-
-@dataclass(frozen=True)
 class BatchConfig:
     """How many tokens make one optimizer step, and how many sequences go through the model at once."""
 
     tokens: int = setting(524288, "tokens per optimizer step, over all ranks")
-    micro_batch: int = setting(32, "sequences per forward pass and rank; accumulation follows from it")
+    micro_batch: int = setting(
+        32,
+        "sequences per forward pass and rank; accumulation follows. 0: the most that fit, found once",
+    )
 
     def __post_init__(self):
-        for key in ("tokens", "micro_batch"):
-            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+        _require(self.tokens > 0, "tokens", f"is {self.tokens}, must be above 0")
+        _require(self.micro_batch >= 0, "micro_batch", f"is {self.micro_batch}, must be above 0, or 0 for what fits")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with GPT-3's schedule (Brown et al. 2020, appendix B)."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the matrices of the blocks only."""
 
-    lr: float = setting(6e-4, "peak learning rate")
+    name: Literal["adamw", "muon"] = setting("adamw", "what updates the blocks' matrices")
+    lr: float = setting(6e-4, "peak learning rate of AdamW")
+    embedding_lr: float = setting(0.0, "AdamW's rate for embeddings; 0: lr")
+    head_lr: float = setting(0.0, "AdamW's rate for an untied output layer; 0: lr")
+    scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr")
+    schedule: Literal["cosine", "linear"] = setting("cosine", "how the rates fall")
+    cooldown: float = setting(1.0, "share of the steps, at the end, in which they fall; before it they stay")
     min_lr_ratio: float = setting(0.1, "last learning rate over the peak one")
     warmup_steps: int = setting(715, "steps of linear warm-up")
-    weight_decay: float = setting(0.1, "decay of matrices and embeddings; none for biases and norms")
+    weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings; none for biases and norms")
     beta1: float = setting(0.9, "first-moment decay")
     beta2: float = setting(0.95, "second-moment decay")
     eps: float = setting(1e-8, "denominator term")
+    muon_lr: float = setting(0.02, "peak learning rate of Muon")
+    muon_momentum: float = setting(0.95, "Muon's momentum")
+    muon_weight_decay: float = setting(0.0, "Muon's decay")
+    muon_rounds: int = setting(5, "Newton-Schulz rounds per update")
     clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
     shard: bool = setting(
         False, "each rank keeps the optimizer state of its share of rows only (ZeRO-1); same results", identity=False
     )
 
     def __post_init__(self):
-        for key in ("lr", "eps"):
+        for key in ("lr", "eps", "muon_lr", "muon_rounds"):
             _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
-        for key in ("weight_decay", "clip", "warmup_steps"):
+        for key in (
+            "embedding_lr",
+            "head_lr",
+            "scalar_lr",
+            "weight_decay",
+            "muon_weight_decay",
+            "clip",
+            "warmup_steps",
+        ):
             _require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "muon_momentum"):
             _require(0 <= getattr(self, key) < 1, key, f"is {getattr(self, key)}, must be at least 0 and below 1")
-        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", f"is {self.min_lr_ratio}, must be between 0 and 1")
+        for key in ("cooldown", "min_lr_ratio"):
+            _require(0 <= getattr(self, key) <= 1, key, f"is {getattr(self, key)}, must be between 0 and 1")
 
 
 @dataclass(frozen=True)
 class TrainLoopConfig:
-    """Length and cadence."""
+    """Length, cadence, and how the step is computed."""
 
     steps: int = setting(19073, "optimizer steps of the whole run")
     seed: int = setting(1337, "seed of weights and data order")
+    skip_batches: tuple[int, ...] = setting(
+        (),
+        "steps whose data is left out, after they made numbers that are not finite: step s then takes the next "
+        "batch that is not in the list",
+        identity=False,
+    )
+    overfit: bool = setting(False, "one batch again and again, to see that everything works; --overfit for short")
+    overfit_bound: float = setting(0.1, "loss below which such a run must end, else it fails", identity=False)
     log_every: int = setting(10, "steps between log lines; metrics have every step", identity=False)
+    norms_every: int = setting(
+        100, "steps between norms of updates and largest activations per block; 0: never", identity=False
+    )
     eval_every: int = setting(250, "steps between validation losses; 0: only at the end", identity=False)
     eval_tokens: int = setting(10485760, "validation tokens each time, always the same ones", identity=False)
+    hellaswag_every: int = setting(
+        0, "steps between HellaSwag scores, if the set was stored beside the data; 0: only at the end", identity=False
+    )
+    hellaswag_items: int = setting(10042, "items of it, the first ones; 0: none at all", identity=False)
     sample_every: int = setting(1000, "steps between text samples; 0: only at the end", identity=False)
     sample_tokens: int = setting(48, "tokens per sample", identity=False)
     sample_prompts: tuple[str, ...] = setting(
         ("The most important thing about", "In the United States,"), "what samples continue", identity=False
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train", identity=False)
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = setting(
+        "auto",
+        "of matrix products: auto is bf16 on a GPU and fp32 on a CPU; fp8 (blocks only) needs Hopper or newer",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "of gradients on their way between ranks; with bf16 the bits depend on the number of ranks"
+    )
+    recompute: bool = setting(
+        False, "keep only block inputs for the backward pass: less memory, a third more work", identity=False
+    )
+    deterministic: bool = setting(
+        False, "only kernels that give the same bits each time, slower on a GPU; a CPU needs no such thing"
+    )
     compile: bool = setting(True, "torch.compile the model (CUDA only)", identity=False)
     compile_cache: bool = setting(
         False,
@@ -312,13 +345,23 @@ class TrainLoopConfig:
         identity=False,
     )
     cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", identity=False)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting(
+        (), "also send metrics there, if installed; their failures never stop a run", identity=False
+    )
+    view: Literal["auto", "live", "lines"] = setting(
+        "auto", "live: one picture that is kept up to date; lines: a log; auto: live on a terminal", identity=False
+    )
 
     def __post_init__(self):
         _require(self.steps > 0, "steps", f"is {self.steps}, must be above 0")
-        for key in ("eval_every", "sample_every", "sample_tokens", "cpu_threads"):
+        every = ("eval_every", "norms_every", "hellaswag_every", "sample_every")
+        for key in (*every, "hellaswag_items", "sample_tokens", "cpu_threads"):
             _require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
-        for key in ("log_every", "eval_tokens"):
+        for key in ("log_every", "eval_tokens", "overfit_bound"):
             _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+        _require(
+            all(step > 0 for step in self.skip_batches), "skip_batches", f"is {self.skip_batches}; steps count from 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -362,12 +405,13 @@ class TrainConfig:
     checkpoint: CheckpointConfig = section(CheckpointConfig)
 
     def __post_init__(self):
-        per_micro_batch = self.batch.micro_batch * self.model.context
+        # A micro-batch that is still to be found is a divisor of the batch by construction.
+        per_micro_batch = max(1, self.batch.micro_batch) * self.model.context
         _require(
             self.batch.tokens % per_micro_batch == 0,
             "batch.tokens",
             f"is {self.batch.tokens}, must be a multiple of batch.micro_batch x model.context = "
-            f"{self.batch.micro_batch} x {self.model.context} = {per_micro_batch}; "
+            f"{max(1, self.batch.micro_batch)} x {self.model.context} = {per_micro_batch}; "
             f"the nearest is {max(1, round(self.batch.tokens / per_micro_batch)) * per_micro_batch}",
         )
         _require(

@@ -69,5 +69,10 @@ def read(data_url: str, name: str) -> Sequence[dict[str, Any]]:
     return [json.loads(line) for line in data.splitlines()]
 
 
+def read_if_there(data_url: str, name: str) -> Sequence[dict[str, Any]] | None:
+    """All rows of a set, or None if it was never stored."""
+    return read(data_url, name) if storage.exists(_uri(data_url, f"{name}.json")) else None
+
+
 def _uri(data_url: str, name: str) -> str:
     return storage.join(data_url, "sets", name)

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from core import architecture
+from core.architecture import ModelConfig
+from core.config import from_dict
+from core.errors import LauncherError
 from costs.cells import Lost
 from costs.model import Run
 from costs.spend import Spend
@@ -96,14 +100,11 @@ def units(
 
 
 def flops_per_token(config: Mapping[str, Any]) -> float | None:
-    """Forward and backward FLOPs per token from a run's settings: 6 per matrix weight and 12 L T D for attention
-    (Chowdhery et al. 2022, PaLM, appendix B), or None for a model this does not describe."""
-    model = config.get("model")
+    """Forward and backward FLOPs per token from a run's settings, or None for a model this release does not know."""
     try:
-        layers, width, context, rows = (int(model[name]) for name in ("layers", "width", "context", "vocab_rows"))
-    except (TypeError, KeyError, ValueError):
+        return architecture.flops_per_token(from_dict(ModelConfig, config["model"], "run.json"))
+    except (KeyError, TypeError, LauncherError):
         return None
-    return 6.0 * (rows * width + 12 * layers * width**2) + 12.0 * layers * context * width
 
 
 def final(run: Run, column: str) -> float | None:

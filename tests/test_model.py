@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from core.schema import ModelConfig, OptimizerConfig
 from trainer.model.gpt import GPT
 from trainer.model.loss import chunked_cross_entropy
-from trainer.optim.schedule import learning_rate
+from trainer.optim.schedule import rate_factor
 
 TINY = ModelConfig(layers=2, heads=2, width=16, context=12, vocab_rows=64)
 
@@ -67,11 +67,11 @@ def test_chunked_loss_equals_the_plain_one(rows: int):
 
 def test_schedule_warms_up_and_ends_at_its_floor():
     config = OptimizerConfig(lr=1.0, warmup_steps=10, min_lr_ratio=0.1)
-    rates = [learning_rate(step, 110, config) for step in range(1, 111)]
+    rates = [config.lr * rate_factor(step, 110, config) for step in range(1, 111)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
     assert rates[59] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
     assert max(rates) == rates[9]
     flat = dataclasses.replace(config, warmup_steps=0)
-    assert learning_rate(1, 1, flat) == pytest.approx(0.1)
+    assert rate_factor(1, 1, flat) == pytest.approx(0.1)

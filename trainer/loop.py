@@ -16,24 +16,24 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from core import config
-from core.console import quantity
 from core.errors import LauncherError, TrainingError
-from core.gpus import peak_flops
 from core.schema import TrainConfig
 from trainer.checkpoint.save import Saver
 from trainer.data.loader import Batches
 from trainer.data.order import derive_key
 from trainer.distributed import PeerFailed, Ranks, gather_numbers
-from trainer.evals.loss import ValidationLoss
-from trainer.evals.sample import sample
+from trainer.evals.looks import Looks
 from trainer.model.gpt import GPT
 from trainer.optim.reduce import TreeReducer
-from trainer.optim.schedule import learning_rate
+from trainer.optim.schedule import rate_factor
 from trainer.optim.units import UnitOptimizer
-from trainer.precision import autocast
+from trainer.precision import autocast, use_fp8
 from trainer.record import Record
+from trainer.report import Report
 from trainer.watch.cap import SpendingCap
+from trainer.watch.norms import StepNorms
 from trainer.watch.notice import Notice, Requests
+from trainer.watch.peers import SlowPeers
 
 log = logging.getLogger("train")
 
@@ -42,7 +42,7 @@ KINDS = ("signal", "spot", "cap")  # why ranks leave, as they tell each other
 
 @dataclass
 class Loop:
-    """Runs the optimizer steps of one segment. `validation` and `encoding` are made at their first use."""
+    """Runs the optimizer steps of one segment. `precision` is resolved (trainer.precision)."""
 
     settings: TrainConfig
     ranks: Ranks
@@ -54,24 +54,24 @@ class Loop:
     record: Record
     requests: Requests
     cap: SpendingCap | None
-    validation: Callable[[], ValidationLoss]
-    encoding: Callable[[], object]
+    looks: Looks
+    report: Report
+    precision: str
     data_fingerprint: str
 
     def __post_init__(self):
         on_gpu = self.ranks.device.type == "cuda"
         self.compiled = self.settings.train.compile and on_gpu
+        if self.precision == "fp8":
+            use_fp8(self.model.h)
         if self.compiled:
-            # Block by block: equal blocks compile once, and DDP can send early gradients while later ones are
-            # computed, which one graph for the whole model would not allow.
-            for block in self.model.h:
-                block.compile()
+            self.model.compile_blocks()
         self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self.reducer = TreeReducer(self.ddp, self.accumulation)
-        peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
-        self.peak_flops = peak * self.ranks.world if peak else None
-        self.flops_per_step = self.model.flops_per_token() * self.settings.batch.tokens
+        self.reducer = TreeReducer(self.ddp, self.accumulation, self.settings.train.reduce_dtype)
+        self.slow_peers = SlowPeers(self.ranks.world)
+        self.only_batch: list[torch.Tensor] = []
         self.step_seconds = 0.0
+        self.last_loss: float | None = None
         self.after_first_step: Callable[[], None] | None = None
 
     def run(self, first_step: int) -> tuple[int, Notice | None]:
@@ -89,12 +89,13 @@ class Loop:
             elif step == steps:
                 log.info("the run has reached its last step, %d, before", step)
             if step == steps:
-                self._look(step)
+                self.looks(step)
+                self._check_overfit()
                 return step, None
             if notice:
                 return step, notice
             if step > first_step:
-                self._look(step)
+                self.looks(step)
             self.record.switch("compile" if self.compiled and step == first_step else "train")
             self._step(step + 1, fetched, waited)
             step += 1
@@ -105,10 +106,15 @@ class Loop:
 
     def _fetch(self) -> list[torch.Tensor] | LauncherError:
         """This rank's micro-batches of the next step, or why there are none."""
+        if self.only_batch:
+            return self.only_batch
         try:
-            return [next(self.batches) for _ in range(self.accumulation)]
+            fetched = [next(self.batches) for _ in range(self.accumulation)]
         except LauncherError as error:
             return error
+        if self.settings.train.overfit:
+            self.only_batch = fetched
+        return fetched
 
     def _exchange(self, step: int, fetched: list[torch.Tensor] | LauncherError) -> tuple[Notice | None, bool]:
         """All ranks learn what any of them knows: (why to leave, whether to save). Raises if a rank failed."""
@@ -144,43 +150,49 @@ class Loop:
                 self.saver.finish(step)
                 log.info("step %d is saved", step)
 
-    def _look(self, step: int) -> None:
-        """Validation loss and samples where due. After the save: what fails here must not cost the step."""
-        train = self.settings.train
-        finished = step == train.steps
-        if finished or (train.eval_every and step % train.eval_every == 0):
-            with self.record.phase("eval"):
-                self._evaluate(step)
-        if finished or (train.sample_every and step % train.sample_every == 0):
-            with self.record.phase("sample"):
-                self._sample(step)
-
     def _step(self, step: int, micro_batches: list[torch.Tensor], waited_seconds: float) -> None:
         """One optimizer step. Raises TrainingError before the weights change if a number is not finite."""
         settings = self.settings
+        train = settings.train
         started = time.monotonic()
         micro_batches_in_all = self.accumulation * self.ranks.world
+        norms = StepNorms(self.model) if train.norms_every and step % train.norms_every == 0 else None
         losses = []
+        clock = ForwardClock(self.ranks.device)
         self.reducer.reset()
         for index, tokens in enumerate(micro_batches):
             # Whatever is random in a forward pass depends on the micro-batch, not on who computes it.
-            torch.manual_seed(derive_key(settings.train.seed, step, self.ranks.rank * self.accumulation + index))
+            torch.manual_seed(derive_key(train.seed, step, self.ranks.rank * self.accumulation + index))
             with self.reducer.context(index):
-                with autocast(self.ranks.device):
+                with clock, autocast(self.ranks.device, self.precision):
                     loss = self.ddp(tokens[:, :-1], tokens[:, 1:])
                 (loss / micro_batches_in_all).backward()
             losses.append(loss.detach())
             self.reducer.micro_batch_done(index)
         clip = settings.optimizer.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        everyones = gather_numbers(torch.stack(losses).double().cpu(), self.ranks)
-        self._check_finite(step, everyones, float(norm))
-        rate = learning_rate(step, settings.train.steps, settings.optimizer)
-        self.optimizer.step(rate)
+        mine = torch.stack(losses).double().cpu()
+        everyones = gather_numbers(torch.cat([mine, torch.tensor([clock.seconds()], dtype=mine.dtype)]), self.ranks)
+        losses_of_ranks, forward_seconds = everyones[:, :-1], everyones[:, -1]
+        self._check_finite(step, losses_of_ranks, float(norm))
+        factor = rate_factor(step, train.steps, settings.optimizer)
+        gradient_norms = norms.gradients() if norms else {}
+        self.optimizer.step(factor)
         self.record.step_done(step)
         seconds = time.monotonic() - started + waited_seconds
         self.step_seconds = seconds
-        self._report(step, float(everyones.mean()), rate, float(norm), seconds, waited_seconds)
+        self.last_loss = float(losses_of_ranks.mean())
+        self.report.step(step, self.last_loss, factor * settings.optimizer.lr, float(norm), seconds, waited_seconds)
+        if norms:
+            self.report.metric("norms", {"step": step, "gradients": gradient_norms, **norms.finish()})
+        for rank, times in self.slow_peers.look(forward_seconds.tolist()) if self.ranks.world > 1 else []:
+            self.record.mark("slow_rank", rank=rank, times=times)
+            log.warning(
+                "rank %d computes %.2f times as long as the median rank, and all wait for it: its GPU may throttle or "
+                "be damaged; look at nvidia-smi -q -d PERFORMANCE on its node, or take another machine",
+                rank,
+                times,
+            )
 
     def _check_finite(self, step: int, losses: torch.Tensor, norm: float) -> None:
         if bool(losses.isfinite().all()) and math.isfinite(norm):
@@ -198,70 +210,14 @@ class Loop:
             "and if it comes back lower optimizer.lr or look at the data of this step"
         )
 
-    def _report(self, step: int, loss: float, rate: float, norm: float, seconds: float, waited_seconds: float) -> None:
-        """One metric per step; one log line per interval."""
+    def _check_overfit(self) -> None:
         train = self.settings.train
-        speed = self.settings.batch.tokens / seconds
-        mfu = self.flops_per_step / seconds / self.peak_flops if self.peak_flops else None
-        values = {
-            "step": step,
-            "loss": loss,
-            "lr": rate,
-            "grad_norm": norm,
-            "tokens": step * self.settings.batch.tokens,
-            "step_seconds": seconds,
-            "tokens_per_second": speed,
-            "mfu": mfu,
-            "data_wait_seconds": waited_seconds,
-        }
-        self.record.metric("train", values)
-        if step % train.log_every and step != train.steps:
-            return
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if self.ranks.device.type == "cuda" else "cpu"
-        spent = self.cap.spent_usd() if self.cap else None
-        log.info(
-            "step %d/%d | loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | MFU %s | %s | spent %s | remaining %s",
-            step,
-            train.steps,
-            loss,
-            rate,
-            norm,
-            quantity(speed),
-            "?" if mfu is None else f"{100 * mfu:.1f} %",
-            memory,
-            "?" if spent is None else f"${spent:.2f}",
-            _duration(seconds * (train.steps - step)),
-        )
-
-    def _evaluate(self, step: int) -> None:
-        validation = self.validation()
-        loss = validation(self.model)
-        self.record.metric(
-            "eval",
-            {
-                "step": step,
-                "tokens": step * self.settings.batch.tokens,
-                "val_loss": loss,
-                "eval_tokens": validation.tokens,
-            },
-        )
-        log.info(
-            "step %d/%d | validation loss %.4f over %s tokens",
-            step,
-            self.settings.train.steps,
-            loss,
-            quantity(validation.tokens),
-        )
-
-    def _sample(self, step: int) -> None:
-        if not self.ranks.is_main:
-            return
-        train = self.settings.train
-        for number, prompt in enumerate(train.sample_prompts):
-            seed = derive_key(train.seed, number) >> 1
-            text = sample(self.model, self.encoding(), prompt, train.sample_tokens, seed, self.ranks.device)
-            self.record.metric("sample", {"step": step, "prompt": prompt, "text": text})
-            log.info("step %d/%d | sample: %s", step, train.steps, " ".join(text.split()))
+        if train.overfit and self.last_loss is not None and self.last_loss >= train.overfit_bound:
+            raise TrainingError(
+                f"step {train.steps}: with one batch repeated the loss is {self.last_loss:.4f}, not below "
+                f"train.overfit_bound = {train.overfit_bound:g}; model or optimizer do not learn: look at optimizer.lr "
+                "and at what was changed in the model"
+            )
 
     def _state(self, step: int) -> dict:
         """What a checkpoint holds besides tensors. Random numbers need no state: they are a function of the step."""
@@ -275,6 +231,29 @@ class Loop:
         }
 
 
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
+class ForwardClock:
+    """Adds up the time of forward passes, without making the CPU wait for a GPU."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._marks: list = []
+
+    def __enter__(self) -> None:
+        self._marks.append(self._mark())
+
+    def __exit__(self, *_: object) -> None:
+        self._marks.append(self._mark())
+
+    def seconds(self) -> float:
+        """Call after the device has finished what was measured."""
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        if self._on_gpu:
+            return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+        return sum(end - begin for begin, end in pairs)
+
+    def _mark(self):
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

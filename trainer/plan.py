@@ -1,6 +1,7 @@
 """What a run is going to do, checked before it costs anything: vocabulary, batch, length."""
 
 from core import config
+from core.architecture import flops_per_token
 from core.console import quantity
 from core.errors import ConfigError
 from core.manifest import Manifest
@@ -45,7 +46,7 @@ def describe(settings: TrainConfig, model: GPT, data: Manifest, accumulation: in
     return "\n".join(
         [
             "settings:\n" + config.to_yaml(settings).rstrip(),
-            f"model: {model.parameter_count():,} parameters, {quantity(model.flops_per_token())} FLOPs per token",
+            f"model: {model.parameter_count():,} parameters, {quantity(flops_per_token(settings.model))} FLOPs per token",
             f"data: {quantity(available)} training tokens, {data.splits['val'].tokens:,} validation tokens, "
             f"fingerprint {data.fingerprint[:12]}",
             f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x "

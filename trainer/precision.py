@@ -1,12 +1,51 @@
-"""bf16 autocast on CUDA, plain fp32 elsewhere."""
+"""In which numbers the matrix products of a forward and backward pass are made. Weights stay in float32.
+
+bf16 is autocast (Micikevicius et al. 2018, mixed precision); fp8 is torchao's conversion of the blocks' linear layers
+(Micikevicius et al. 2022, "FP8 formats for deep learning": e4m3 forward, e5m2 for gradients, scaled per tensor).
+"""
 
 import contextlib
 
 import torch
+from torch import nn
+
+from core.errors import ConfigError
+
+FP8_FROM = (8, 9)  # compute capability: Ada; Hopper is (9, 0)
+FP8_MULTIPLE = 16  # both sides of a matrix in fp8 products
 
 
-def autocast(device: torch.device):
+def resolve(precision: str, device: torch.device) -> str:
+    """What `auto` means here. Raises ConfigError for what the device cannot do."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if precision == "fp8":
+        if device.type != "cuda":
+            raise ConfigError("train.precision is fp8, but training runs on a CPU; set fp32 or auto")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_FROM:
+            raise ConfigError(
+                f"train.precision is fp8, but {torch.cuda.get_device_name(device)} has compute capability "
+                f"{capability[0]}.{capability[1]} and no fp8 units (from {FP8_FROM[0]}.{FP8_FROM[1]} on); set bf16"
+            )
+    return precision
+
+
+def autocast(device: torch.device, precision: str = "auto"):
     """The context in which forward passes run."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    if precision == "fp32" or (precision == "auto" and device.type != "cuda"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def use_fp8(blocks: nn.Module, emulate: bool = False) -> None:
+    """Turn the linear layers of `blocks` into fp8 ones, in place; names and weights stay. Raises ConfigError."""
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ConfigError("train.precision is fp8, which needs torchao: pip install torchao") from error
+
+    def fits(layer: nn.Module, _: str) -> bool:
+        return not isinstance(layer, nn.Linear) or all(side % FP8_MULTIPLE == 0 for side in layer.weight.shape)
+
+    convert_to_float8_training(blocks, config=Float8LinearConfig(emulate=emulate), module_filter_fn=fits)

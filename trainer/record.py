@@ -30,12 +30,13 @@ class Record:
     def __init__(self, settings: TrainConfig, data_fingerprint: str, ranks: Ranks):
         self.ledger: ledger.Ledger | None = None
         self.cap: SpendingCap | None = None
+        self.config = config.to_dict(settings)
         self._metrics: Journal | None = None
         self.segment: int = on_main(lambda: self._open(settings, data_fingerprint, ranks), ranks)
 
     def _open(self, settings: TrainConfig, data_fingerprint: str, ranks: Ranks) -> int:
         url = settings.run.url
-        created = open_run(url, config.identity(settings), config.to_dict(settings), data_fingerprint)
+        created = open_run(url, config.identity(settings), self.config, data_fingerprint)
         gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
         machine = machine_from_environment(gpu, ranks.local_world if gpu else 0)
         program = program_versions(("torch", "numpy", "s3fs")) | {"ranks": ranks.world, "command": "trainer.train"}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from core import config, manifest, storage
 from core.console import CAPPED, FAILED, OK, PREEMPTED, run_entry, set_up_logging
+from core.errors import ObjectNotFound
 from core.schema import TrainConfig
 
 log = logging.getLogger("train")
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(config.help_text(TrainConfig, USAGE))
         return OK
+    arguments = ["--train.overfit=true" if each == "--overfit" else each for each in arguments]
     settings = config.load(TrainConfig, arguments, os.environ)
     # torch takes seconds to import: a wrong setting should not have to wait for it.
     from trainer import distributed
@@ -49,18 +51,24 @@ def run(settings: TrainConfig, ranks) -> int:
     """One segment, from opening the run to its end."""
     import torch
 
+    from core import sets
+    from core.run import read_run
     from core.vocabulary import read as read_vocabulary
-    from trainer import compile_cache, plan
+    from trainer import compile_cache, fit, plan, precision
     from trainer.checkpoint.load import load_newest
     from trainer.checkpoint.save import Saver
     from trainer.data.cache import ShardCache
     from trainer.data.loader import Batches, TokenSource
     from trainer.distributed import on_main
+    from trainer.evals.hellaswag import NAME as HELLASWAG
+    from trainer.evals.hellaswag import HellaSwag
+    from trainer.evals.looks import Looks
     from trainer.evals.loss import ValidationLoss
     from trainer.loop import Loop
     from trainer.model.gpt import GPT
     from trainer.optim.units import UnitOptimizer
     from trainer.record import Record
+    from trainer.report import Report
     from trainer.watch.notice import Requests
     from trainer.watch.spot import SpotWatch
 
@@ -73,14 +81,17 @@ def run(settings: TrainConfig, ranks) -> int:
     # 1. The data and the run: checked before anything is written.
     data = on_main(functools.partial(manifest.read, settings.data.url), ranks)
     plan.check_vocabulary(settings, data)
+    numbers = precision.resolve(settings.train.precision, ranks.device)
+    earlier = on_main(functools.partial(stored_micro_batch, read_run, settings.run.url), ranks)
+    settings = fit.with_micro_batch(settings, earlier, ranks)
     accumulation = plan.accumulation_of(settings, ranks.world)
     record = Record(settings, data.fingerprint, ranks)
     spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
-    saver = None
+    saver = report = None
     try:
         # 2. Model and optimizer, from the newest checkpoint or the seed: the same bits on every rank.
         with torch.device("meta"):
-            model = GPT(settings.model)
+            model = GPT(settings.model, settings.train.recompute)
         model.to_empty(device=ranks.device)
         optimizer = UnitOptimizer(model, settings.optimizer, ranks.rank, ranks.world)
         with record.phase("restore"):
@@ -99,7 +110,7 @@ def run(settings: TrainConfig, ranks) -> int:
         length, seed = settings.model.context, settings.train.seed
         batches = Batches(
             TokenSource(train_cache, length, seed, settings.data.shuffle_shards),
-            first_step,
+            0 if settings.train.overfit else first_step,
             batch=settings.batch.tokens // settings.model.context,
             micro_batch=settings.batch.micro_batch,
             rank=ranks.rank,
@@ -107,13 +118,24 @@ def run(settings: TrainConfig, ranks) -> int:
             prefetch=settings.data.prefetch,
             device=ranks.device,
             fetches=ranks.local_rank == 0,
+            skip=settings.train.skip_batches,
         )
-        val_cache = ShardCache(settings.data.url, data, "val", cache_dir, limit_bytes)
-        validation = functools.cache(
-            lambda: ValidationLoss(val_cache, length, settings.train.eval_tokens, settings.batch.micro_batch, ranks)
-        )
+
+        def validation() -> ValidationLoss | None:
+            if not data.splits["val"].tokens:
+                log.warning("%s has no validation tokens, so there is no validation loss", settings.data.url)
+                return None
+            cache = ShardCache(settings.data.url, data, "val", cache_dir, limit_bytes)
+            return ValidationLoss(cache, length, settings.train.eval_tokens, settings.batch.micro_batch, ranks, numbers)
+
         vocabulary = storage.join(settings.data.url, data.tokenizer.vocab_file)
         encoding = functools.cache(lambda: read_vocabulary(vocabulary).encoding())
+
+        def hellaswag() -> HellaSwag | None:
+            items = on_main(functools.partial(sets.read_if_there, settings.data.url, HELLASWAG), ranks)
+            if items is None:
+                return None
+            return HellaSwag(items[: settings.train.hellaswag_items], encoding(), ranks, numbers)
 
         # 4. Train.
         saver = Saver(
@@ -125,6 +147,7 @@ def run(settings: TrainConfig, ranks) -> int:
             record.flush,
             optimizer.blocks,
         )
+        report = Report(settings, ranks, record)
         loop = Loop(
             settings=settings,
             ranks=ranks,
@@ -136,8 +159,9 @@ def run(settings: TrainConfig, ranks) -> int:
             record=record,
             requests=requests,
             cap=record.cap,
-            validation=validation,
-            encoding=encoding,
+            looks=Looks(settings, ranks, model, record, report, validation, hellaswag, encoding),
+            report=report,
+            precision=numbers,
             data_fingerprint=data.fingerprint,
         )
         if loop.compiled and settings.train.compile_cache:
@@ -162,11 +186,21 @@ def run(settings: TrainConfig, ranks) -> int:
         )
         raise
     finally:
+        if report:
+            report.close()
         restore_handlers()
         if spot:
             spot.close()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def stored_micro_batch(read_run, run_url: str) -> int | None:
+    """The micro-batch size that this run's first segment settled on, if there was one."""
+    try:
+        return read_run(run_url)["config"]["batch"]["micro_batch"]
+    except ObjectNotFound:
+        return None
 
 
 def leave(settings: TrainConfig, record, reached: int, notice) -> int:
@@ -194,6 +228,10 @@ def set_up_torch(settings: TrainConfig, ranks) -> None:
     import torch
 
     torch.set_float32_matmul_precision("high")  # TF32 where something stays in fp32
+    if settings.train.deterministic:
+        # cuBLAS reads this when it starts; without it torch refuses its products in deterministic mode.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if ranks.device.type == "cpu":
         torch.set_num_threads(settings.train.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -27,15 +28,21 @@ class Unit:
     owner: int
 
 
-def deal(shapes: Mapping[str, Sequence[int]], world: int, max_elements: int = MAX_UNIT_ELEMENTS) -> list[Unit]:
+def deal(
+    shapes: Mapping[str, Sequence[int]],
+    world: int,
+    max_elements: int = MAX_UNIT_ELEMENTS,
+    whole: Mapping[str, int] = MappingProxyType({}),
+) -> list[Unit]:
     """Cut parameters into row blocks of at most `max_elements` and deal them out, largest first to the least loaded.
 
-    Depends on names, shapes and `world` alone, so all ranks come to the same answer.
+    `whole` names parameters that are cut into blocks of so many rows instead, however large these are. Depends on
+    names, shapes, `world` and these alone, so all ranks come to the same answer.
     """
     blocks = []
     for name, shape in shapes.items():
         rows, per_row = shape[0], torch.Size(shape[1:]).numel()
-        step = max(1, max_elements // per_row)
+        step = whole.get(name) or max(1, max_elements // per_row)
         blocks += [
             (min(step, rows - start) * per_row, name, start, min(start + step, rows)) for start in range(0, rows, step)
         ]

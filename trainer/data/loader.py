@@ -7,6 +7,7 @@ samples, and rank r of W has the r-th consecutive W-th of a step's micro-batches
 
 import queue
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ class TokenSource:
 class Batches:
     """Iterates over this rank's micro-batches from step `first_step` (from 0) on, endlessly.
 
-    Each item is a (micro_batch, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:].
+    Each item is a (micro_batch, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. `skip` are
+    steps, counted from 1, whose batches are left out: later ones move up.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Batches:
         prefetch: int,
         device: torch.device,
         fetches: bool,
+        skip: Sequence[int] = (),
     ):
+        self._skip = sorted(set(skip))
         self._source = source
         self._batch = batch
         self._micro_batch = micro_batch
@@ -99,7 +103,7 @@ class Batches:
         rows = self._micro_batch  # the very first one on its own: somebody waits for it
         try:
             while not self._stop.is_set():
-                firsts = (step + np.arange(steps_at_once)) * self._batch + self._offset
+                firsts = batch_numbers(step + np.arange(steps_at_once), self._skip) * self._batch + self._offset
                 where = self._source.order.locate((firsts[:, None] + np.arange(self._per_rank)).ravel())
                 shards, begins = where.shard.tolist(), where.begin.tolist()
                 row = 0
@@ -123,3 +127,11 @@ class Batches:
                 return
             except queue.Full:
                 continue
+
+
+def batch_numbers(steps: np.ndarray, skip: Sequence[int]) -> np.ndarray:
+    """Which batch (from 0) each step (from 0) takes, when those of the steps `skip` (sorted, from 1) are left out."""
+    numbers = steps.copy()
+    for left_out in skip:
+        numbers += numbers >= left_out - 1
+    return numbers

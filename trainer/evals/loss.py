@@ -14,7 +14,16 @@ class ValidationLoss:
     Micro-batches are dealt to the ranks in turn and their losses are summed in the order of the tokens.
     """
 
-    def __init__(self, cache: ShardCache, length: int, tokens: int, micro_batch: int, ranks: Ranks):
+    def __init__(
+        self,
+        cache: ShardCache,
+        length: int,
+        tokens: int,
+        micro_batch: int,
+        ranks: Ranks,
+        precision: str = "auto",
+    ):
+        self._precision = precision
         self._ranks = ranks
         available = sum(shard.tokens for shard in cache.shards)
         windows = max(1, min(tokens, available - 1) // length)
@@ -34,7 +43,7 @@ class ValidationLoss:
         losses = []
         for batch in self._batches:
             tokens = batch.to(self._ranks.device, non_blocking=True)
-            with autocast(self._ranks.device):
+            with autocast(self._ranks.device, self._precision):
                 losses.append(model(tokens[:, :-1], tokens[:, 1:]).double())
         model.train()
         mine = torch.stack(losses).cpu().tolist() if losses else []

@@ -17,7 +17,7 @@ def sample(model: torch.nn.Module, encoding, prompt: str, new_tokens: int, seed:
     model.eval()
     for _ in range(new_tokens):
         window = torch.tensor([tokens[-context:]], device=device)
-        with autocast(device):
+        with autocast(device), torch.compiler.set_stance("force_eager"):  # its length changes with every token
             logits = model(window)[0, -1, :GPT2_VOCAB_SIZE].float().cpu()
         best, ids = logits.topk(TOP_K)
         chosen = int(ids[torch.multinomial(best.softmax(0), 1, generator=generator)])

@@ -1,106 +1,179 @@
-"""GPT-2: pre-norm transformer decoder with learned positions, GELU-tanh and a tied output layer.
+"""A decoder-only transformer with explicit choices (core.architecture); the defaults are GPT-2.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; parameter names and initialisation
-follow the released code (openai/gpt-2), so that public weights load by name.
+follow the released code (openai/gpt-2), so that public weights load by name. Linear layers keep PyTorch's layout
+(out, in).
 
-Shapes: B sequences, T positions, D model width, H heads, K head width, V vocabulary rows.
+Shapes: B sequences, T positions, D model width, H heads, K head width, V vocabulary rows, S cached positions.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from core.schema import ModelConfig
-from trainer.model.loss import chunked_cross_entropy
+from core.architecture import ModelConfig
+from trainer.model.attention import Attention, Context, document_mask, rotations
+from trainer.model.cache import KVCache
+from trainer.model.loss import chunked_cross_entropy, soft_cap
 
 INIT_STD = 0.02
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.c_attn = nn.Linear(config.width, 3 * config.width)
-        self.c_proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        B, T, D = x_BTD.shape
-        q_BHTK, k_BHTK, v_BHTK = self.c_attn(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
-        return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
+def norm(config: ModelConfig) -> nn.Module:
+    kind = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
+    return kind(config.width, eps=config.norm_eps)
 
 
 class MLP(nn.Module):
-    """Four times wider, GELU in its tanh form (Hendrycks & Gimpel 2016), as in GPT-2."""
+    """GELU-tanh as in GPT-2, squared ReLU (So et al. 2021), or SwiGLU (Shazeer 2020; gate and value in one matrix)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.width, 4 * config.width)
-        self.c_proj = nn.Linear(4 * config.width, config.width)
+        self.kind = config.mlp
+        self.dropout = config.dropout
+        widening = 2 if config.mlp == "swiglu" else 1
+        self.c_fc = nn.Linear(config.width, widening * config.hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden, config.width, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x_BTD), approximate="tanh"))
+        h = self.c_fc(x_BTD)
+        if self.kind == "gelu":
+            h = F.gelu(h, approximate="tanh")
+        elif self.kind == "relu2":
+            h = F.relu(h).square()
+        else:
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        return F.dropout(self.c_proj(h), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.width)
+        self.ln_1 = norm(config)
+        self.attn = Attention(config, index)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
+        # Weights of the residual stream and of the embedding.
+        self.skip = nn.Parameter(torch.empty(2)) if config.embedding_skip else None
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD))
-        return x_BTD + self.mlp(self.ln_2(x_BTD))
+    def forward(
+        self, x_BTD: torch.Tensor, x0_BTD: torch.Tensor, v0_BHTK: torch.Tensor | None, context: Context
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`x0` is the embedding, `v0` the first block's values, where a choice uses them; returns both onwards."""
+        if self.skip is not None:
+            x_BTD = self.skip[0] * x_BTD + self.skip[1] * x0_BTD
+        y_BTD, v0_BHTK = self.attn(self.ln_1(x_BTD), v0_BHTK, context)
+        x_BTD = x_BTD + y_BTD
+        return x_BTD + self.mlp(self.ln_2(x_BTD)), v0_BHTK
 
 
 class GPT(nn.Module):
-    """`forward(tokens, targets)` is the mean cross-entropy in nats; `forward(tokens)` are the logits."""
+    """`forward(tokens, targets)` is the mean cross-entropy in nats; `forward(tokens)` are the logits.
 
-    def __init__(self, config: ModelConfig):
+    `recompute` gives up each block's activations after its forward pass and computes them again in the backward
+    pass (Chen et al. 2016): a third more work for a fraction of the memory.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: bool = False):
         super().__init__()
         self.config = config
+        self.recompute = recompute
+        # Told (block, residual stream) where a look inside is wanted; outside of what is compiled.
+        self.watch: Callable[[int, torch.Tensor], None] | None = None
+        self.fused = False  # set by `compile_blocks`: what only pays, or only works, with a compiler
         self.wte = nn.Embedding(config.vocab_rows, config.width)
-        self.wpe = nn.Embedding(config.context, config.width)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.ln_f = nn.LayerNorm(config.width)
+        self.wpe = nn.Embedding(config.context, config.width) if config.position == "learned" else None
+        self.ln_e = norm(config) if config.embedding_norm else None
+        self.h = nn.ModuleList(Block(config, index) for index in range(config.layers))
+        self.ln_f = norm(config)
+        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_rows, bias=False)
 
-    def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """tokens_BT: integer ids, T at most the context. Returns a float32 scalar, or logits_BTV."""
-        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTD = self.wte(tokens_BT) + self.wpe(positions_T)
-        for block in self.h:
-            x_BTD = block(x_BTD)
-        x_BTD = self.ln_f(x_BTD)
+    @property
+    def head(self) -> torch.Tensor:
+        """Weights of the output layer, (V, D)."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """tokens_BT: integer ids, T at most the context. Returns a float32 scalar, or logits_BTV.
+
+        A target below 0 is left out of the mean. With a `cache` the tokens follow those that it holds, per row.
+        """
+        x_BTD = self.hidden(tokens_BT, cache)
         if targets_BT is None:
-            return F.linear(x_BTD, self.wte.weight)
-        return chunked_cross_entropy(x_BTD.flatten(0, 1), self.wte.weight, targets_BT.flatten())
+            return soft_cap(F.linear(x_BTD, self.head), self.config.logit_softcap)
+        return chunked_cross_entropy(
+            x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), self.config.logit_softcap, self.fused
+        )
+
+    def hidden(self, tokens_BT: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """What the output layer sees, x_BTD, after the last norm."""
+        config = self.config
+        T = tokens_BT.shape[1]
+        # (T,), or (B, T) with a cache, whose rows may be of different length.
+        positions = torch.arange(T, device=tokens_BT.device) if cache is None else cache.positions(T)
+        x_BTD = self.wte(tokens_BT)
+        if self.wpe is not None:
+            x_BTD = x_BTD + self.wpe(positions)
+        if self.ln_e is not None:
+            x_BTD = self.ln_e(x_BTD)
+        x_BTD = F.dropout(x_BTD, config.dropout, self.training)
+        mask = None
+        if cache is not None:
+            mask = cache.mask(positions)
+        elif config.document_mask:
+            mask = document_mask(tokens_BT, self.fused)
+        rotary = rotations(positions, config) if config.position == "rope" else None
+        x0_BTD, v0_BHTK = x_BTD, None
+        context = Context(rotary, mask, cache)
+        for index, block in enumerate(self.h):
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x_BTD, v0_BHTK = checkpoint(block, x_BTD, x0_BTD, v0_BHTK, context, use_reentrant=False)
+            else:
+                x_BTD, v0_BHTK = block(x_BTD, x0_BTD, v0_BHTK, context)
+            if self.watch is not None:
+                self.watch(index, x_BTD)
+        if cache is not None:
+            cache.advance(T)
+        return self.ln_f(x_BTD)
+
+    def compile_blocks(self) -> None:
+        """Compile block by block, and the loss: equal blocks compile once, and early gradients can be sent while later
+        ones are computed, which one graph for the whole model would not allow. A graph break is an error."""
+        self.fused = True
+        for block in self.h:
+            block.compile(fullgraph=True)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """GPT-2's initialisation: N(0, 0.02), residual projections smaller by sqrt(2 layers), biases zero.
+        """Starting values (core.architecture, `init`); biases and skips neutral.
 
         Drawn on the CPU from `seed` alone, so that every device and rank starts from the same bits.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                parameter.fill_(1.0 if ".weight" in name else 0.0)
+                neutral = {"skip": (1.0, 0.0), "mix": (1.0, 0.0)}.get(name.rpartition(".")[2])
+                parameter.copy_(torch.tensor(neutral)) if neutral else parameter.fill_(1.0 if ".weight" in name else 0)
                 continue
-            std = INIT_STD / math.sqrt(2 * self.config.layers) if name.endswith("c_proj.weight") else INIT_STD
+            std = self._initial_std(name, parameter)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def _initial_std(self, name: str, parameter: torch.Tensor) -> float:
+        closes_branch = "c_proj" in name
+        if self.config.init == "gpt2":
+            return INIT_STD / math.sqrt(2 * self.config.layers) if closes_branch else INIT_STD
+        if closes_branch or name.startswith("lm_head"):
+            return 0.0
+        # An embedding that is the output layer too must not start with logits as large as its width.
+        is_embedding = name.startswith(("wte", "wpe"))
+        return (INIT_STD if self.config.tied else 1.0) if is_embedding else math.sqrt(1 / (3 * parameter.shape[1]))
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def flops_per_token(self) -> float:
-        """Forward and backward FLOPs per token: 6 per matrix weight, 12 L T D for attention (Chowdhery et al. 2022,
-        PaLM, appendix B; the causal half is counted, as everybody does)."""
-        config = self.config
-        matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name != "wpe.weight")
-        return 6 * matrices + 12 * config.layers * config.context * config.width

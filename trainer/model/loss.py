@@ -7,6 +7,8 @@ logits are at hand: the same three matrix products as the plain way, but no (B T
 Shapes: N rows (B T positions), D model width, V vocabulary rows, C rows of a chunk.
 """
 
+import functools
+
 import torch
 
 # 26 MB of float32 logits stay in a CPU's cache; a GPU wants larger products, 800 MB at the GPT-2 vocabulary.
@@ -14,46 +16,111 @@ CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
 
 
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap tanh(logits / cap) (Gemma Team 2024, "Gemma 2", section 2); unchanged if cap is 0."""
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def chunked_cross_entropy(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0, fused: bool = False
+) -> torch.Tensor:
+    """Mean cross-entropy in nats (float32 scalar) of logits x_ND @ weight_VD.T against targets_N, soft-capped.
+
+    Rows whose target is below 0 do not count; without any row the loss is 0. `fused` compiles the passes over the
+    logits into few: on a GPU they are bound by memory.
+    """
+    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused)
+
+
+@torch.no_grad()
+def token_losses(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy per row in nats, float32 (N,); 0 where the target is below 0."""
+    losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=x_ND.device)
+    dtype = _product_dtype(x_ND)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        w_VD = weight_VD.to(dtype)
+        for chunk in _chunks(x_ND):
+            logits_CV = x_ND[chunk].to(dtype) @ w_VD.T
+            losses_N[chunk] = _losses(logits_CV, targets_N[chunk].long(), softcap)
+    return losses_N
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        rows = x_ND.shape[0]
-        chunk = GPU_CHUNK_ROWS if x_ND.is_cuda else CPU_CHUNK_ROWS
+    def forward(ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float, fused: bool):
+        kernel = _compiled() if fused else _loss_and_gradient
         training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        dtype = (
-            torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else x_ND.dtype
-        )
+        dtype = _product_dtype(x_ND)
         with torch.autocast(x_ND.device.type, enabled=False):
             w_VD = weight_VD.to(dtype)
             total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+            share = 1 / (targets_N >= 0).sum().clamp(min=1).float()
             grad_x_ND = torch.empty_like(x_ND) if training else None
             grad_w_VD = torch.zeros_like(weight_VD) if training else None
-            for first in range(0, rows, chunk):
-                x_CD = x_ND[first : first + chunk].to(dtype)
-                targets_C1 = targets_N[first : first + chunk, None]
-                logits_CV = (x_CD @ w_VD.T).float()
-                lse_C1 = logits_CV.logsumexp(1, keepdim=True)
-                total += (lse_C1 - logits_CV.gather(1, targets_C1)).sum()
-                if training:
-                    # d loss / d logits = (softmax - one-hot) / N, in the memory of the logits.
-                    logits_CV.sub_(lse_C1).exp_()
-                    logits_CV.scatter_add_(1, targets_C1, torch.full_like(lse_C1, -1.0))
-                    grad_CV = logits_CV.mul_(1 / rows).to(dtype)
-                    grad_x_ND[first : first + chunk] = grad_CV @ w_VD
-                    if dtype == grad_w_VD.dtype:
-                        grad_w_VD.addmm_(grad_CV.T, x_CD)
-                    else:
-                        grad_w_VD += grad_CV.T @ x_CD
+            for chunk in _chunks(x_ND):
+                x_CD = x_ND[chunk].to(dtype)
+                logits_CV = x_CD @ w_VD.T
+                if not training:
+                    total += _losses(logits_CV, targets_N[chunk], softcap).sum()
+                    continue
+                loss, grad_CV = kernel(logits_CV, targets_N[chunk], share, softcap, fused)
+                total += loss
+                grad_x_ND[chunk] = grad_CV @ w_VD
+                if dtype == grad_w_VD.dtype:
+                    grad_w_VD.addmm_(grad_CV.T, x_CD)
+                else:
+                    grad_w_VD += grad_CV.T @ x_CD
         if training:
             ctx.save_for_backward(grad_x_ND, grad_w_VD)
-        return total / rows
+        return total * share
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         grad_x_ND, grad_w_VD = ctx.saved_tensors
-        return grad_x_ND * grad, grad_w_VD * grad, None
+        return grad_x_ND * grad, grad_w_VD * grad, None, None, None
 
 
-def chunked_cross_entropy(x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats (float32 scalar) of logits x_ND @ weight_VD.T against targets_N."""
-    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long())
+def _losses(logits_CV: torch.Tensor, targets_C: torch.Tensor, softcap: float) -> torch.Tensor:
+    z_CV = soft_cap(logits_CV.float(), softcap)
+    of_target_C = z_CV.gather(1, targets_C.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets_C >= 0, z_CV.logsumexp(1) - of_target_C, 0.0)
+
+
+def _loss_and_gradient(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, share: torch.Tensor, softcap: float, fused: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss, and d (share x loss) / d logits = share (softmax - one-hot), in the dtype of the logits.
+
+    Without a compiler, and thus without fusion, this works in the memory of `logits_CV` where it can.
+    """
+    z_CV = soft_cap(logits_CV.float(), softcap)
+    lse_C1 = z_CV.logsumexp(1, keepdim=True)
+    counts_C1 = (targets_C >= 0)[:, None]
+    targets_C1 = targets_C.clamp(min=0)[:, None]
+    loss = torch.where(counts_C1, lse_C1 - z_CV.gather(1, targets_C1), 0.0).sum()
+    if fused:
+        columns_V = torch.arange(z_CV.shape[1], device=z_CV.device)
+        grad_CV = (z_CV - lse_C1).exp() - (columns_V == targets_C1).float()
+    else:
+        grad_CV = (z_CV - lse_C1 if softcap else z_CV.sub_(lse_C1)).exp_()
+        grad_CV.scatter_add_(1, targets_C1, torch.full_like(lse_C1, -1.0))
+    if softcap:
+        grad_CV = grad_CV * (1 - (z_CV / softcap).square())  # the derivative of the soft cap
+    return loss, grad_CV.mul_(counts_C1 * share).to(logits_CV.dtype)
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(_loss_and_gradient, dynamic=False)
+
+
+def _chunks(x_ND: torch.Tensor) -> list[slice]:
+    rows = GPU_CHUNK_ROWS if x_ND.is_cuda else CPU_CHUNK_ROWS
+    return [slice(first, first + rows) for first in range(0, len(x_ND), rows)]
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

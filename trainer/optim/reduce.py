@@ -43,12 +43,14 @@ class TreeReducer:
     """Sums the gradients of a DDP model over `accumulation` micro-batches and all ranks in tree order.
 
     Per micro-batch i of a step: run the backward pass inside `context(i)`, then call `micro_batch_done(i)`.
-    After the last one `.grad` holds the sum of all M micro-batches on every rank.
+    After the last one `.grad` holds the sum of all M micro-batches on every rank. With `dtype` bf16 half the bytes
+    travel between ranks, and what a rank sums itself is rounded before, so that bits depend on the number of ranks.
     """
 
-    def __init__(self, model: DistributedDataParallel, accumulation: int):
+    def __init__(self, model: DistributedDataParallel, accumulation: int, dtype: str = "fp32"):
         self.model = model
         self.accumulation = accumulation
+        self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         self.group = odd_part(accumulation)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._index = {parameter: index for index, parameter in enumerate(self.parameters)}
@@ -91,29 +93,32 @@ class TreeReducer:
             if occupied:
                 torch._foreach_add_(gradients, [level[index] for index in indices])
         if self._stream is None:
-            _tree_all_reduce(buffer)
+            _tree_all_reduce(buffer, self._dtype)
             future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
             future.set_result(buffer)
             return future
         # On its own stream the exchange runs beside the rest of the backward pass; buckets keep their order.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            _tree_all_reduce(buffer)
+            _tree_all_reduce(buffer, self._dtype)
             buffer.record_stream(self._stream)
             future = torch.futures.Future(devices=[buffer.device])
             future.set_result(buffer)
         return future
 
 
-def _tree_all_reduce(buffer: torch.Tensor) -> None:
-    """In place, `buffer` becomes the tree sum over all ranks. `buffer` is one-dimensional."""
+def _tree_all_reduce(buffer: torch.Tensor, dtype: torch.dtype) -> None:
+    """In place, `buffer` becomes the tree sum over all ranks. `buffer` is one-dimensional.
+
+    What travels is of `dtype`; sums are made in that of the buffer.
+    """
     world = dist.get_world_size()
     if world == 1:
         return
     slice_size = -(-buffer.numel() // world)
-    padded = nn.functional.pad(buffer, (0, slice_size * world - buffer.numel()))
+    padded = nn.functional.pad(buffer, (0, slice_size * world - buffer.numel())).to(dtype)
     received = torch.empty_like(padded)
     dist.all_to_all_single(received, padded)
-    mine = tree_sum(received.view(world, slice_size).unbind(0))
-    all_gather(padded, mine)
+    mine = tree_sum(received.to(buffer.dtype).view(world, slice_size).unbind(0))
+    all_gather(padded, mine.to(dtype))
     buffer.copy_(padded[: buffer.numel()])

@@ -5,11 +5,16 @@ import math
 from core.schema import OptimizerConfig
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of optimizer step `step` (1 .. steps): linear warm-up, then a cosine down to `min_lr_ratio` of the peak
-    at the last step (Loshchilov & Hutter 2017; Brown et al. 2020, appendix B)."""
+def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Share of the peak rate at optimizer step `step` (1 .. steps).
+
+    A linear warm-up, then the peak, then over the last `cooldown` share of the steps down to `min_lr_ratio` at the
+    last one: along a cosine (Loshchilov & Hutter 2017; with cooldown 1 the schedule of Brown et al. 2020, appendix B)
+    or a line (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024).
+    """
     if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    low = config.lr * config.min_lr_ratio
-    return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return step / config.warmup_steps
+    begin = max(config.warmup_steps, steps - round(config.cooldown * steps))
+    progress = min(1.0, max(0, step - begin) / max(1, steps - begin))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left

@@ -12,10 +12,10 @@ ALL_SEGMENTS = 1 << 62
 SAFETY = 1.5  # on the time that the last checkpoint is expected to take
 
 
-def spent_by_earlier_segments(run_url: str, machine: Machine, max_usd: float) -> float:
-    """Dollars before this segment; 0 without a cap. Raises ConfigError if a price is not known: no cap could hold."""
+def spent_by_earlier_segments(run_url: str, machine: Machine, max_usd: float) -> float | None:
+    """Dollars before this segment, None if a price is not known. Raises ConfigError if a cap could not hold then."""
     if not max_usd:
-        return 0.0
+        return spent_before(run_url, ALL_SEGMENTS)
     if machine.usd_per_hour is None:
         raise ConfigError(
             f"run.max_usd is {max_usd:g}, but this machine's price is not known; "
@@ -33,16 +33,16 @@ def spent_by_earlier_segments(run_url: str, machine: Machine, max_usd: float) ->
 class SpendingCap:
     """Rank 0's view of the money. `spent_before` are the dollars of earlier segments."""
 
-    def __init__(self, ledger: Ledger, max_usd: float, shutdown_seconds: float, spent_before: float):
+    def __init__(self, ledger: Ledger, max_usd: float, shutdown_seconds: float, spent_before: float | None):
         self.max_usd = max_usd
         self._ledger = ledger
         self._shutdown_seconds = shutdown_seconds
         self._before = spent_before
 
     def spent_usd(self) -> float | None:
-        """Dollars of the whole run so far (without a cap: of this segment)."""
+        """Dollars of the whole run so far, None if a price is not known (with a cap all are)."""
         here = self._ledger.spent_usd()
-        return None if here is None else self._before + here
+        return None if here is None or self._before is None else self._before + here
 
     def reached(self, step_seconds: float, checkpoint_seconds: float) -> bool:
         """Whether one more step would leave too little for the last checkpoint and the way down."""

@@ -1,0 +1,112 @@
+"""Causal multi-head self-attention (Vaswani et al. 2017, section 3.2), with the choices of core.architecture.
+
+Fused kernels throughout: scaled_dot_product_attention picks FlashAttention where it applies. Attention that stays
+within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU, where its block mask skips what
+no query sees, and a dense mask elsewhere.
+
+Shapes: B sequences, T positions, D model width, H heads, K head width, S cached positions.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from core.architecture import ModelConfig
+from core.vocabulary import GPT2_END_OF_TEXT
+from trainer.model.cache import KVCache
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward pass share: cos and sin of rotary positions, the mask, the cache."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    mask: torch.Tensor | BlockMask | None
+    cache: KVCache | None
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.config = config
+        self.index = index
+        width = config.width
+        self.c_attn = nn.Linear(width, 3 * width, bias=config.bias and config.qkv_bias)
+        self.c_proj = nn.Linear(width, width, bias=config.bias)
+        self.c_proj_2 = nn.Linear(width, width, bias=config.bias) if config.extra_projection else None
+        # Weights of a block's own values and of the first block's.
+        self.mix = nn.Parameter(torch.empty(2)) if config.value_skip else None
+
+    def forward(
+        self, x_BTD: torch.Tensor, v0_BHTK: torch.Tensor | None, context: Context
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config = self.config
+        B, T, D = x_BTD.shape
+        q_BHTK, k_BHTK, v_BHTK = (
+            self.c_attn(x_BTD).view(B, T, 3, config.heads, config.head_width).permute(2, 0, 3, 1, 4)
+        )
+        if self.mix is not None:
+            if v0_BHTK is None:
+                v0_BHTK = v_BHTK
+            v_BHTK = (self.mix[0] * v_BHTK + self.mix[1] * v0_BHTK).to(v_BHTK.dtype)
+        if config.qk_norm:
+            q_BHTK, k_BHTK = (F.rms_norm(each, each.shape[-1:], eps=config.norm_eps) for each in (q_BHTK, k_BHTK))
+        if context.rotary is not None:
+            q_BHTK, k_BHTK = rotate(q_BHTK, context.rotary), rotate(k_BHTK, context.rotary)
+        q_BHTK, k_BHTK = q_BHTK.to(v_BHTK.dtype), k_BHTK.to(v_BHTK.dtype)
+        if context.cache is not None:
+            k_BHTK, v_BHTK = context.cache.extend(self.index, k_BHTK, v_BHTK)
+        scale = config.attention_scale or None
+        if isinstance(context.mask, BlockMask):
+            y_BHTK = flex_attention(q_BHTK, k_BHTK, v_BHTK, block_mask=context.mask, scale=scale)
+        else:
+            y_BHTK = F.scaled_dot_product_attention(
+                q_BHTK,
+                k_BHTK,
+                v_BHTK,
+                attn_mask=context.mask,
+                dropout_p=config.dropout if self.training else 0.0,
+                is_causal=context.mask is None,
+                scale=scale,
+            )
+        y_BTD = self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
+        if self.c_proj_2 is not None:
+            y_BTD = self.c_proj_2(y_BTD)
+        return F.dropout(y_BTD, config.dropout, self.training), v0_BHTK
+
+
+def rotations(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the angles of rotary positions (Su et al. 2021), float32, (T, K/2) or (B, 1, T, K/2).
+
+    Dimension i turns together with i + K/2, as in GPT-NeoX and Llama; those beyond `rope_share` stand still.
+    """
+    half = config.head_width // 2
+    turning = max(1, round(half * config.rope_share))
+    index = torch.arange(half, device=positions.device, dtype=torch.float32)
+    speeds = torch.where(index < turning, config.rope_base ** (-index / turning), 0.0)
+    angles = positions.float()[..., None] * speeds
+    if angles.dim() == 3:
+        angles = angles[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    cos, sin = rotary
+    a, b = x_BHTK.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def document_mask(tokens_BT: torch.Tensor, fused: bool) -> torch.Tensor | BlockMask:
+    """Causal and within documents, each of which begins with the end-of-text token: a block mask, or (B, 1, T, T)."""
+    document_BT = (tokens_BT == GPT2_END_OF_TEXT).cumsum(1)
+    B, T = tokens_BT.shape
+    if fused:
+
+        def sees(b, h, q, k):
+            return (q >= k) & (document_BT[b, q] == document_BT[b, k])
+
+        return create_block_mask(sees, B, None, T, T, device=tokens_BT.device, _compile=True)
+    same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
+    return same & torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril()
