@@ -1,0 +1,109 @@
+"""A trained model by its name: what evaluation, generation, export and fine-tuning start from.
+
+    opened = open_weights("s3://bucket/runs/first", device)                                  # newest checkpoint of a run
+    opened = open_weights("s3://bucket/runs/first/checkpoints/step-00001000", device)        # that one
+
+Weights only, without the optimizer's state; every file's checksum is compared.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from core import storage
+from core.architecture import ModelConfig
+from core.config import from_dict
+from core.errors import CheckpointError, ConfigError, ObjectNotFound
+from core.vocabulary import FILE_NAME as VOCABULARY_FILE
+from core.vocabulary import read as read_vocabulary
+from trainer.checkpoint import layout
+from trainer.checkpoint.pieces import parse_key
+from trainer.model.gpt import GPT
+
+READERS = 8
+_STEP = re.compile(r"^(?P<run>.*)/checkpoints/(?P<name>step-(?P<step>\d{8,}))/?$")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its weights, and where they are from. `state` is what the checkpoint holds besides tensors."""
+
+    name: str
+    model: GPT
+    run_url: str | None
+    step: int | None
+    state: Mapping[str, Any]
+
+    @property
+    def data_url(self) -> str | None:
+        """The token set it was trained on."""
+        return self.state.get("config", {}).get("data", {}).get("url")
+
+    @functools.cached_property
+    def encoding(self):
+        """The tiktoken encoding of its vocabulary: VOCAB_URL, or what lies beside its data. Raises ConfigError."""
+        places = [os.environ.get("VOCAB_URL"), self.data_url and storage.join(self.data_url, VOCABULARY_FILE)]
+        for uri in filter(None, places):
+            try:
+                return read_vocabulary(uri).encoding()
+            except ObjectNotFound:
+                continue
+        raise ConfigError(
+            f"{self.name}: its vocabulary is not at {', '.join(filter(None, places)) or 'any known place'}; "
+            "set VOCAB_URL to OpenAI's vocab.bpe or to tokenizer/gpt2.tiktoken of a prepared data set"
+        )
+
+
+def open_weights(where: str, device: torch.device) -> Opened:
+    """The model at a run's or a checkpoint's URL. Raises CheckpointError naming what is missing or damaged."""
+    match = _STEP.match(where)
+    run_url = match["run"] if match else where.rstrip("/")
+    found = layout.stored(run_url)
+    steps = [int(match["step"])] if match else [step for step, names in found.items() if layout.MARKER in names]
+    if not steps or layout.MARKER not in found.get(steps[0], {}):
+        wanted = match["name"] if match else "a complete checkpoint"
+        there = ", ".join(layout.step_name(step) for step, names in found.items() if layout.MARKER in names)
+        raise CheckpointError(f"{run_url}: has no {wanted}; complete ones: {there or 'none'}")
+    manifest = layout.read_manifest(run_url, steps[0], found[steps[0]])
+    config = from_dict(ModelConfig, manifest.state["config"]["model"], layout.folder_of(run_url, steps[0]))
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    _fill(model, run_url, manifest)
+    model.eval()
+    return Opened(f"{run_url} step {steps[0]}", model, run_url, steps[0], manifest.state)
+
+
+@torch.no_grad()
+def _fill(model: GPT, run_url: str, manifest: layout.CheckpointManifest) -> None:
+    parameters = dict(model.named_parameters())
+    missing = {name: parameter.shape[0] for name, parameter in parameters.items()}
+
+    def read(file: layout.PayloadFile) -> dict[str, torch.Tensor]:
+        uri = storage.join(layout.folder_of(run_url, manifest.step), file.name)
+        data = storage.read_bytes(uri)
+        if layout.checksum(data) != file.xxh3_128:
+            raise CheckpointError(f"{uri}: checksum differs from its manifest's")
+        tensors = safetensors.torch.load(data)
+        return {key: values for key, values in tensors.items() if key.startswith("model.")}
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for blocks in pool.map(read, manifest.files):
+            for key, values in blocks.items():
+                name, start, stop = parse_key(key.removeprefix("model."))
+                if name not in parameters or parameters[name].shape[1:] != values.shape[1:]:
+                    raise CheckpointError(
+                        f"{layout.folder_of(run_url, manifest.step)}: {key} fits no weight of its model"
+                    )
+                parameters[name][start:stop].copy_(values)
+                missing[name] -= stop - start
+    lacking = [name for name, rows in missing.items() if rows]
+    if lacking:
+        raise CheckpointError(f"{layout.folder_of(run_url, manifest.step)}: lacks rows of {', '.join(lacking[:3])}")
