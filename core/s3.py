@@ -1,13 +1,14 @@
-"""S3 objects by botocore's own client: whole, by range, in parts.
+"""S3 objects by botocore's own client: whole, by range, in parts; and what there is.
 
 core.storage is the way in; this is its transport. Measured 0.25 CPU-seconds per GB up and 0.4 down, where s3fs takes
-3.3 up, 0.6 for a range and 2.7 for a whole object; s3fs remains for listings and file objects. A `path` is
-"bucket/key". Errors are botocore's; retries and their translation are the caller's.
+3.3 up, 0.6 for a range and 2.7 for a whole object, and half a second to import and to open; s3fs remains for file
+objects. A `path` is "bucket/key". Errors are botocore's; retries and their translation are the caller's.
 """
 
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +26,8 @@ CONFIG = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
 }
+
+_making = threading.Lock()
 
 
 def put(
@@ -68,6 +71,36 @@ def chunks(path: str, size: int) -> Iterator[bytes]:
     yield from _client(_variables()).get_object(**_target(path))["Body"].iter_chunks(size)
 
 
+def size(path: str) -> int:
+    """Bytes of an object."""
+    return _client(_variables()).head_object(**_target(path))["ContentLength"]
+
+
+def objects(prefix: str) -> Iterator[dict[str, Any]]:
+    """All objects whose path begins so: Key, Size, LastModified."""
+    for page in _pages(prefix):
+        yield from page.get("Contents", ())
+
+
+def names(folder: str) -> Iterator[str]:
+    """Names one level below "bucket/key": of objects, and of folders."""
+    prefix = folder.rstrip("/") + "/"
+    start = len(_target(prefix)["Key"])
+    for page in _pages(prefix, Delimiter="/"):
+        yield from (each["Prefix"][start:-1] for each in page.get("CommonPrefixes", ()))
+        yield from (each["Key"][start:] for each in page.get("Contents", ()) if each["Key"][start:])
+
+
+def delete(path: str) -> None:
+    """Remove an object; without complaint if there is none."""
+    _client(_variables()).delete_object(**_target(path))
+
+
+def _pages(prefix: str, **options: str) -> Iterator[dict[str, Any]]:
+    bucket, _, key = prefix.partition("/")
+    return iter(_client(_variables()).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key, **options))
+
+
 def _target(path: str) -> dict[str, str]:
     bucket, _, key = path.partition("/")
     return {"Bucket": bucket, "Key": key}
@@ -77,9 +110,14 @@ def _variables() -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
 
 
-@functools.lru_cache(maxsize=4)
 def _client(environment: tuple[tuple[str, str], ...]):
     """A client for these AWS_ variables; safe to share between threads, costly to make."""
+    with _making:  # or the first threads would each make their own
+        return _made(environment)
+
+
+@functools.lru_cache(maxsize=4)
+def _made(environment: tuple[tuple[str, str], ...]):
     import botocore.config
     import botocore.session
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import fsspec
+from fsspec.utils import glob_translate
 
 from core import faults, hub, s3
 from core.errors import ObjectDamaged, ObjectNotFound, StorageError
@@ -218,6 +219,8 @@ def size_of(uri: str) -> int:
             if path.is_dir():
                 raise FileNotFoundError(uri)
             return path.stat().st_size
+        if scheme_of(uri) == "s3":
+            return s3.size(_key(uri))
         info = _fs(uri).info(_key(uri))
         if info["type"] != "file":
             raise FileNotFoundError(uri)
@@ -244,6 +247,8 @@ def list_objects(prefix: str) -> list[ObjectInfo]:
     def find() -> list[ObjectInfo]:
         if is_local(prefix):
             return _list_local(prefix)
+        if scheme_of(prefix) == "s3":
+            return _list_s3(prefix.rstrip("/") + "/")
         fs = _fs(prefix)
         scheme = prefix.split("://", 1)[0]
         found = fs.find(_key(prefix.rstrip("/") + "/"), detail=True)
@@ -265,6 +270,8 @@ def list_names(prefix: str) -> list[str]:
         if is_local(prefix):
             path = local_path(prefix)
             return [entry.name for entry in path.iterdir() if not _is_temporary(entry.name)] if path.is_dir() else []
+        if scheme_of(prefix) == "s3":
+            return list(s3.names(_key(prefix)))
         fs = _fs(prefix)
         try:
             entries = fs.ls(_key(prefix), detail=False)
@@ -290,6 +297,11 @@ def expand_objects(pattern: str) -> list[ObjectInfo]:
         root = Path(*[part for part in _literal_parts(path)])
         found = [each for each in root.glob(str(path.relative_to(root))) if each.is_file()]
         return sorted((ObjectInfo(str(each), each.stat().st_size, None) for each in found), key=lambda info: info.uri)
+    if scheme_of(pattern) == "s3":
+        matches = re.compile(glob_translate(pattern)).match
+        literal = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+        found = _retrying("list", pattern, lambda: _list_s3(literal))
+        return sorted((info for info in found if matches(info.uri)), key=lambda info: info.uri)
     scheme = pattern.split("://", 1)[0]
     infos = _retrying("list", pattern, lambda: _fs(pattern).glob(_key(pattern), detail=True))
     return sorted(
@@ -321,6 +333,8 @@ def delete(uri: str) -> None:
         try:
             if is_local(uri):
                 local_path(uri).unlink()
+            elif scheme_of(uri) == "s3":
+                s3.delete(_key(uri))
             else:
                 _fs(uri).rm_file(_key(uri))
         except FileNotFoundError:
@@ -354,6 +368,16 @@ def _s3() -> fsspec.AbstractFileSystem:
         return fs
 
 
+def _list_s3(prefix: str) -> list[ObjectInfo]:
+    """Objects whose URI begins so. A key that ends in a slash is a folder that some tool has marked."""
+    bucket = _key(prefix).split("/", 1)[0]
+    return [
+        ObjectInfo(f"s3://{bucket}/{each['Key']}", each["Size"], each["LastModified"].timestamp())
+        for each in s3.objects(_key(prefix))
+        if not each["Key"].endswith("/")
+    ]
+
+
 def _chunks(uri: str) -> Iterator[bytes]:
     """The content of an object, piece by piece."""
     if scheme_of(uri) == "s3":
@@ -376,7 +400,7 @@ def _writable(uri: str) -> None:
 
 def _check_bucket(uri: str) -> None:
     """Raise FileNotFoundError if the bucket itself is missing (an empty prefix is fine)."""
-    if scheme_of(uri) in ("s3", "gs"):
+    if scheme_of(uri) == "gs":
         bucket = _key(uri).split("/", 1)[0]
         # Listing (not HEAD) also works for keys that may only list: least privilege.
         _fs(uri).ls(bucket, detail=False, refresh=True)

@@ -8,7 +8,7 @@ import base64
 import binascii
 import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from core import storage
 from core.errors import DataError
@@ -24,15 +24,15 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """GPT-2's ranks: the bytes of a token → its id. `sha256` is that of the stored form."""
+    """GPT-2's ranks: the bytes of a token → its id. `stored` is the stored form, a tiktoken rank file."""
 
     ranks: dict[bytes, int]
-    sha256: str
+    stored: bytes = field(repr=False)
 
     @property
-    def stored(self) -> bytes:
-        """The stored form, a tiktoken rank file."""
-        return rank_file(self.ranks)
+    def sha256(self) -> str:
+        """Of the stored form."""
+        return GPT2_SHA256
 
     def encoding(self):
         """The tiktoken encoding of these ranks (tiktoken is imported here)."""
@@ -55,14 +55,16 @@ class Vocabulary:
 def parse(data: bytes, where: str) -> Vocabulary:
     """Ranks from a rank file or from GPT-2's vocab.bpe. Raises DataError unless they are exactly GPT-2's."""
     ranks = _ranks_of_merges(data) if data.startswith(b"#version") else _ranks_of_rank_file(data, where)
-    sha256 = hashlib.sha256(rank_file(ranks)).hexdigest()
+    # Ranks are written out again only if these bytes are not the stored form already.
+    stored = data if hashlib.sha256(data).hexdigest() == GPT2_SHA256 else rank_file(ranks)
+    sha256 = hashlib.sha256(stored).hexdigest()
     if sha256 != GPT2_SHA256:
         raise DataError(
             f"{where}: {len(ranks)} ranks with checksum {sha256[:12]}…, "
             f"GPT-2's are {GPT2_VOCAB_SIZE - 1} with {GPT2_SHA256[:12]}…; "
             "give OpenAI's vocab.bpe or the tokenizer file of a prepared data set"
         )
-    return Vocabulary(ranks, sha256)
+    return Vocabulary(ranks, stored)
 
 
 def read(uri: str) -> Vocabulary:

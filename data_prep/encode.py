@@ -27,8 +27,11 @@ log = logging.getLogger(__name__)
 RENEW_RESIDENT_BYTES = 640 << 20
 RENEW_TEXT_BYTES = 64 << 20
 
-# The run-time check compares the two engines on this much text at the start of each part.
+# The run-time check compares the two engines on text from the start of each part: the 128th part of its source
+# bytes, within these limits.
 CHECK_BYTES = 256 << 10
+CHECK_LEAST_BYTES = 64 << 10
+CHECK_SHARE = 1 / 128
 # Many documents say more than one long one, and tiktoken takes a second for some megabyte-long words.
 CHECK_DOCUMENT_BYTES = 100 << 10
 
@@ -128,9 +131,9 @@ class Check:
         self._reference = TiktokenEngine(vocabulary)
         self._left = 0
 
-    def restart(self) -> None:
-        """A new part begins."""
-        self._left = CHECK_BYTES
+    def restart(self, part_bytes: int) -> None:
+        """A new part, of so many source bytes, begins."""
+        self._left = min(CHECK_BYTES, max(CHECK_LEAST_BYTES, int(part_bytes * CHECK_SHARE)))
 
     def compare(self, texts: pa.LargeStringArray, ids: np.ndarray, offsets: np.ndarray, where: str) -> None:
         """Raises DataError if a document was encoded otherwise than tiktoken does it."""

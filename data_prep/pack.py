@@ -13,9 +13,7 @@ import numpy as np
 
 from core import storage
 from core.manifest import ShardEntry
-from core.shard import HEADER_BYTES, header_bytes
-
-_TOKEN_BYTES = 2
+from core.shard import header_bytes
 
 
 class ShardWriter:
@@ -63,18 +61,18 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._shuffle:
             self._documents.sort(key=itemgetter(0))
+        cut = min(self._tokens, self._shard_tokens)
         pieces = [self._carry]
         for _, ids in self._documents:
             pieces += (self._end_of_text, ids)
-        cut = min(self._tokens, self._shard_tokens)
-        # One allocation holds header and tokens, so that hashing and storing need no further copy.
-        shard = bytearray(HEADER_BYTES + self._tokens * _TOKEN_BYTES)
-        tokens = np.frombuffer(shard, dtype="<u2", offset=HEADER_BYTES)
-        np.concatenate(pieces, out=tokens)
-        self._carry = tokens[cut:].copy()
-        del tokens
-        del shard[HEADER_BYTES + cut * _TOKEN_BYTES :]
-        shard[:HEADER_BYTES] = header_bytes(cut)
+        ends = np.cumsum([len(piece) for piece in pieces])
+        whole = int(np.searchsorted(ends, cut, side="right"))
+        # Of the piece that the cut falls into, this shard takes what still fits.
+        rest = cut - (int(ends[whole - 1]) if whole else 0)
+        taken = [*pieces[:whole], *(piece[:rest] for piece in pieces[whole : whole + 1])]
+        # Joined once, header included, so that hashing and storing need no further copy.
+        shard = b"".join([header_bytes(cut), *(piece.astype("<u2", copy=False) for piece in taken)])
+        self._carry = np.concatenate([np.zeros(0, np.uint16), *pieces[whole:]])[rest:]
         self._documents.clear()
         self._tokens -= cut
         self._await(1)
@@ -87,7 +85,7 @@ class ShardWriter:
             future.result()
 
 
-def _store(data_url: str, name: str, shard: bytearray, tokens: int) -> ShardEntry:
+def _store(data_url: str, name: str, shard: bytes, tokens: int) -> ShardEntry:
     digest = hashlib.sha256(shard).hexdigest()
     storage.write_bytes(storage.join(data_url, name), shard)
     return ShardEntry(name, tokens, len(shard), digest)

@@ -91,7 +91,7 @@ def prepare(part: Part, work: Work, drops: np.ndarray | None = None) -> Record:
     candidates: list[tuple[int, int, np.ndarray]] = []
     tokens = text_bytes = seen = 0
     if work.check:
-        work.check.restart()
+        work.check.restart(part.end - part.start)
     with ShardWriter(
         data.url, f"train/{part.name}-{{:03d}}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle
     ) as train:

@@ -12,7 +12,7 @@ import os
 from core import config as settings
 from core.console import run_entry, set_up_logging
 from core.schema import PrepConfig
-from data_prep import build, summary
+from data_prep import starter
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,11 @@ def main(arguments: list[str]) -> int:
     set_up_logging()
     config = settings.load(PrepConfig, arguments, os.environ)
     log.info("settings:\n%s", settings.to_yaml(config).rstrip())
+    if config.workers != 1:
+        starter.start()
+    # Slow imports, which the workers' server makes meanwhile on another core.
+    from data_prep import build, summary
+
     made = build.prepare(config)
     if made:
         summary.show(made, config.data.url)

@@ -18,7 +18,7 @@ from core import vocabulary
 from core.console import set_up_logging
 from core.errors import DataError
 from core.schema import PrepConfig
-from data_prep import duplicates
+from data_prep import duplicates, starter
 from data_prep import part as parts
 from data_prep.encode import Check, open_engine
 from data_prep.part import Work
@@ -59,8 +59,8 @@ def run(task: Task, job: Job, todo: Sequence[Part], workers: int, advance: Calla
     if workers <= 1:
         work = _open(job, advance)
         return sum((task(part, work) for part in todo), Done())
+    starter.start()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.workers", "awkward", "gigatoken", "botocore.session"])
     read = context.Value("q", 0)
     told = 0
     total = Done()

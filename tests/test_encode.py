@@ -123,11 +123,11 @@ def test_check_finds_a_wrong_token(words: Vocabulary, fast: GigatokenEngine):
     check = Check(words)
     texts = pa.array(speeches(3), pa.large_string())
     ids, offsets = fast.encode(texts)
-    check.restart()
+    check.restart(1 << 30)
     check.compare(texts, ids, offsets, "a.parquet")
     wrong = ids.copy()
     wrong[offsets[1] + 5] ^= 1
-    check.restart()
+    check.restart(1 << 30)
     with pytest.raises(
         DataError, match=r"a\.parquet: the fast tokenizer and tiktoken disagree.*--tokenizer\.engine=tiktoken"
     ):
@@ -139,7 +139,7 @@ def test_check_looks_at_a_bounded_sample(words: Vocabulary, fast: GigatokenEngin
     texts = pa.array(["x" * 1000] * (CHECK_BYTES // 1000 + 100), pa.large_string())
     ids, offsets = fast.encode(texts)
     ids[-1] ^= 1
-    check.restart()
+    check.restart(1 << 30)
     check.compare(texts, ids, offsets, "a.parquet")
 
 
