@@ -7,6 +7,7 @@ no query sees, and a dense mask elsewhere.
 Shapes: B sequences, T positions, D model width, H heads, K head width, S cached positions.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,12 @@ def rotate(x_BHTK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> t
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+@functools.cache
+def _block_masks():
+    """Compiled: otherwise a (B, T, T) mask would be made first."""
+    return torch.compile(create_block_mask)
+
+
 def document_mask(tokens_BT: torch.Tensor, fused: bool) -> torch.Tensor | BlockMask:
     """Causal and within documents, each of which begins with the end-of-text token: a block mask, or (B, 1, T, T)."""
     document_BT = (tokens_BT == GPT2_END_OF_TEXT).cumsum(1)
@@ -107,6 +114,6 @@ def document_mask(tokens_BT: torch.Tensor, fused: bool) -> torch.Tensor | BlockM
         def sees(b, h, q, k):
             return (q >= k) & (document_BT[b, q] == document_BT[b, k])
 
-        return create_block_mask(sees, B, None, T, T, device=tokens_BT.device, _compile=True)
+        return _block_masks()(sees, B, None, T, T, device=tokens_BT.device)
     same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
     return same & torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril()

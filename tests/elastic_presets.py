@@ -1,0 +1,69 @@
+"""A few steps of every small preset on the ranks that torchrun gives, from the newest checkpoint to a last step.
+
+    torchrun --nproc-per-node=2 -m tests.elastic_presets FOLDER LAST_STEP [shard]
+
+Writes FOLDER/<preset>/checkpoints, as training does. Run by tests/test_optim.py.
+"""
+
+import dataclasses
+import sys
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from core.schema import CheckpointConfig, OptimizerConfig
+from tests import presets
+from trainer import distributed
+from trainer.checkpoint.load import load_newest
+from trainer.checkpoint.save import Saver
+from trainer.model.gpt import GPT
+from trainer.optim.reduce import TreeReducer
+from trainer.optim.schedule import rate_factor
+from trainer.optim.units import UnitOptimizer
+
+MICRO_BATCHES = 4
+STEPS = 8
+
+
+def optimizer_of(name: str) -> OptimizerConfig:
+    found = presets.pretraining()
+    config = found[name].optimizer if name in found else OptimizerConfig(name="muon")
+    return dataclasses.replace(config, warmup_steps=2)
+
+
+def main(folder: str, last: int, shard: bool) -> None:
+    torch.set_num_threads(1)
+    ranks = distributed.start("cpu")
+    for number, (name, architecture) in enumerate(presets.architectures().items()):
+        model = GPT(architecture)
+        config = dataclasses.replace(optimizer_of(name), shard=shard)
+        optimizer = UnitOptimizer(model, config, ranks.rank, ranks.world)
+        url = f"{folder}/{name}"
+        restored = load_newest(url, optimizer, ranks)
+        first = restored.step if restored else 0
+        optimizer.set_step(first)
+        if not restored:
+            model.initialise(1)
+        # Ranks tell each other of their uploads by segment and step, so each of these needs a segment of its own.
+        saver = Saver(url, 100 * last + number, ranks, CheckpointConfig(), None, lambda: True, optimizer.blocks)
+        accumulation = MICRO_BATCHES // ranks.world
+        ddp = DistributedDataParallel(model.train(), gradient_as_bucket_view=True)
+        reducer = TreeReducer(ddp, accumulation)
+        for step in range(first + 1, last + 1):
+            reducer.reset()
+            for index in range(accumulation):
+                torch.manual_seed(
+                    step * MICRO_BATCHES + ranks.rank * accumulation + index
+                )  # of the tokens, and of dropout
+                tokens = torch.randint(0, 64, (2, architecture.context + 1))
+                with reducer.context(index):
+                    (ddp(tokens[:, :-1], tokens[:, 1:]) / MICRO_BATCHES).backward()
+                reducer.micro_batch_done(index)
+            optimizer.step(rate_factor(step, STEPS, config))
+        saver.begin(last, {"step": last})
+        saver.finish(last)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), "shard" in sys.argv[3:])
