@@ -1,11 +1,13 @@
 """A trained model by its name: what evaluation, generation, export and fine-tuning start from.
 
-    opened = open_weights("s3://bucket/runs/first", device)                                  # newest checkpoint of a run
-    opened = open_weights("s3://bucket/runs/first/checkpoints/step-00001000", device)        # that one
+    opened = open_weights("s3://bucket/runs/first", device)                              # a run's newest checkpoint
+    opened = open_weights("s3://bucket/runs/first/checkpoints/step-00001000", device)    # that one
+    opened = open_weights("gpt2", device)               # a public model, also hf:OWNER/NAME, or a folder in that form
 
-Weights only, without the optimizer's state; every file's checksum is compared.
+Weights only, without the optimizer's state; a checkpoint's files have their checksums compared.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -19,12 +21,14 @@ import torch
 
 from core import storage
 from core.architecture import ModelConfig
-from core.config import from_dict
+from core.config import from_dict, to_dict
 from core.errors import CheckpointError, ConfigError, ObjectNotFound
 from core.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.vocabulary import read as read_vocabulary
 from trainer.checkpoint import layout
 from trainer.checkpoint.pieces import parse_key
+from trainer.exchange import folder as public
+from trainer.exchange import huggingface
 from trainer.model.gpt import GPT
 
 READERS = 8
@@ -33,13 +37,17 @@ _STEP = re.compile(r"^(?P<run>.*)/checkpoints/(?P<name>step-(?P<step>\d{8,}))/?$
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with its weights, and where they are from. `state` is what the checkpoint holds besides tensors."""
+    """A model with its weights, and where they are from: a run's step, or a `folder` in Hugging Face's form.
+
+    `state` is what the checkpoint holds besides tensors.
+    """
 
     name: str
     model: GPT
     run_url: str | None
     step: int | None
     state: Mapping[str, Any]
+    folder: str | None = None
 
     @property
     def data_url(self) -> str | None:
@@ -48,13 +56,20 @@ class Opened:
 
     @functools.cached_property
     def encoding(self):
-        """The tiktoken encoding of its vocabulary: VOCAB_URL, or what lies beside its data. Raises ConfigError."""
+        """The tiktoken encoding of its vocabulary: VOCAB_URL, or what lies beside its data or weights.
+
+        Raises ConfigError, and DataError for another vocabulary than GPT-2's.
+        """
         places = [os.environ.get("VOCAB_URL"), self.data_url and storage.join(self.data_url, VOCABULARY_FILE)]
         for uri in filter(None, places):
             try:
                 return read_vocabulary(uri).encoding()
             except ObjectNotFound:
                 continue
+        if self.folder:
+            with contextlib.suppress(ObjectNotFound):
+                return public.vocabulary_of(self.folder).encoding()
+            places.append(storage.join(self.folder, public.TOKENIZER))
         raise ConfigError(
             f"{self.name}: its vocabulary is not at {', '.join(filter(None, places)) or 'any known place'}; "
             "set VOCAB_URL to OpenAI's vocab.bpe or to tokenizer/gpt2.tiktoken of a prepared data set"
@@ -62,7 +77,12 @@ class Opened:
 
 
 def open_weights(where: str, device: torch.device) -> Opened:
-    """The model at a run's or a checkpoint's URL. Raises CheckpointError naming what is missing or damaged."""
+    """The model of a run, a checkpoint, a folder in Hugging Face's form or a public name.
+
+    Raises CheckpointError naming what is missing, damaged, or of another architecture or vocabulary.
+    """
+    if public.is_public(where) or public.is_folder(where):
+        return _open_folder(where, device)
     match = _STEP.match(where)
     run_url = match["run"] if match else where.rstrip("/")
     found = layout.stored(run_url)
@@ -73,12 +93,40 @@ def open_weights(where: str, device: torch.device) -> Opened:
         raise CheckpointError(f"{run_url}: has no {wanted}; complete ones: {there or 'none'}")
     manifest = layout.read_manifest(run_url, steps[0], found[steps[0]])
     config = from_dict(ModelConfig, manifest.state["config"]["model"], layout.folder_of(run_url, steps[0]))
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=device)
+    model = _empty(config, device)
     _fill(model, run_url, manifest)
     model.eval()
     return Opened(f"{run_url} step {steps[0]}", model, run_url, steps[0], manifest.state)
+
+
+def _empty(config: ModelConfig, device: torch.device) -> GPT:
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.to_empty(device=device)
+
+
+def _open_folder(where: str, device: torch.device) -> Opened:
+    place = public.resolve(where)
+    kind, config = public.read_config(place)
+    tensors = huggingface.from_hub(kind, config, public.read_tensors(place), place)
+    model = _empty(config, device)
+    _fill_whole(model, tensors, place)
+    model.eval()
+    return Opened(where, model, None, None, {"config": {"model": to_dict(config)}}, place)
+
+
+@torch.no_grad()
+def _fill_whole(model: GPT, tensors: Mapping[str, torch.Tensor], place: str) -> None:
+    parameters = dict(model.named_parameters())
+    for name in sorted({*parameters, *tensors}):
+        if name not in tensors:
+            raise CheckpointError(f"{place}: its weights lack {name}; copy the model again")
+        if name not in parameters:
+            raise CheckpointError(f"{place}: holds {name}, which a model of its config.json does not have")
+        if parameters[name].shape != tensors[name].shape:
+            stored, wanted = list(tensors[name].shape), list(parameters[name].shape)
+            raise CheckpointError(f"{place}: {name} is {stored}, its config.json asks for {wanted}")
+        parameters[name].copy_(tensors[name])
 
 
 @torch.no_grad()

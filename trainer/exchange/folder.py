@@ -1,0 +1,120 @@
+"""Read a model's folder in Hugging Face's form: local, in a bucket, or a public name.
+
+    where = resolve("gpt2")            # a local folder, downloaded once into Hugging Face's own cache
+    kind, config = read_config(where)
+    tensors = read_tensors(where)
+
+Only safetensors are read: a pickle may run code.
+"""
+
+import json
+import re
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from core import storage
+from core.errors import CheckpointError, ConfigError, ObjectNotFound, StorageError
+from core.vocabulary import Vocabulary
+from core.vocabulary import parse as parse_vocabulary
+from core.vocabulary import read as read_vocabulary
+from trainer.exchange import huggingface
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+MERGES = "merges.txt"
+TOKENIZER = "tokenizer.json"
+PUBLIC = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+_HUB = re.compile(r"^hf:(?!//)(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
+
+
+def is_public(where: str) -> bool:
+    """Whether this names a model on the Hub: hf:OWNER/NAME[@REVISION], or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    return where in PUBLIC or where.startswith("hf:")
+
+
+def is_folder(where: str) -> bool:
+    """Whether a model in Hugging Face's form lies at this URL."""
+    return storage.exists(storage.join(where, CONFIG))
+
+
+def resolve(where: str) -> str:
+    """The folder of a public model, downloaded if need be; any other URL as it is. Raises StorageError, ConfigError."""
+    if not is_public(where):
+        return where.rstrip("/")
+    match = _HUB.match(f"hf:{PUBLIC.get(where, where.removeprefix('hf:'))}")
+    if not match:
+        raise ConfigError(f"{where}: not of the form hf:OWNER/NAME[@REVISION]")
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise ConfigError(f"{where}: needs huggingface-hub; run `pip install huggingface-hub`") from error
+    try:
+        return snapshot_download(
+            match["name"],
+            revision=match["revision"],
+            allow_patterns=[CONFIG, "model*.safetensors", INDEX, MERGES, "vocab.json", TOKENIZER],
+        )
+    except errors.LocalEntryNotFoundError as error:
+        raise StorageError(
+            f"{where}: the Hub cannot be reached, and it was not downloaded before; go online once, or name a folder"
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise StorageError(f"{where}: cannot be downloaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def read_config(folder: str) -> tuple[str, huggingface.ModelConfig]:
+    """What kind of model, and its choices. Raises CheckpointError."""
+    uri = storage.join(folder, CONFIG)
+    document = _json(uri)
+    return str(document.get("model_type")), huggingface.config_of(document, uri)
+
+
+def read_tensors(folder: str) -> dict[str, torch.Tensor]:
+    """All tensors under their stored names. Raises CheckpointError for a file that is missing or cut off."""
+    try:
+        index = _json(storage.join(folder, INDEX)) if storage.exists(storage.join(folder, INDEX)) else None
+        names = sorted(set(index["weight_map"].values())) if index else [WEIGHTS]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{storage.join(folder, INDEX)}: is no index of weights; copy the model again") from error
+    tensors = {}
+    for name in names:
+        uri = storage.join(folder, name)
+        try:
+            tensors |= safetensors.torch.load(storage.read_bytes(uri))
+        except ObjectNotFound as error:
+            pickled = storage.exists(storage.join(folder, "pytorch_model.bin"))
+            why = "; its pytorch_model.bin is a pickle, which is not loaded: convert it to safetensors" * pickled
+            raise CheckpointError(f"{uri}: is not there{why or '; copy the model again'}") from error
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{uri}: cut off or damaged ({error}); copy or download it again") from error
+    return tensors
+
+
+def vocabulary_of(folder: str) -> Vocabulary:
+    """GPT-2's byte pairs out of merges.txt or tokenizer.json. Raises ObjectNotFound, DataError if they are others."""
+    merges = storage.join(folder, MERGES)
+    if storage.exists(merges):
+        return read_vocabulary(merges)
+    uri = storage.join(folder, TOKENIZER)
+    document = json.loads(storage.read_bytes(uri))
+    try:
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in document["model"]["merges"]]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{uri}: holds no byte pairs; GPT-2's tokenizer is needed") from error
+    return parse_vocabulary("\n".join(["#version: 0.2", *pairs]).encode(), uri)
+
+
+def _json(uri: str) -> dict[str, Any]:
+    try:
+        document = json.loads(storage.read_bytes(uri))
+        if not isinstance(document, dict):
+            raise ValueError("not a JSON object")
+        return document
+    except ObjectNotFound as error:
+        raise CheckpointError(f"{uri}: is not there; copy the model again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{uri}: not valid JSON ({error}); copy the model again") from error
