@@ -42,11 +42,12 @@ def accumulation_of(settings: TrainConfig, world: int) -> int:
 def describe(settings: TrainConfig, model: GPT, data: Manifest, accumulation: int, ranks: Ranks) -> str:
     """The numbers that the run follows from, in order."""
     tokens = settings.batch.tokens * settings.train.steps
+    flops = flops_per_token(settings.model)
     available = data.splits["train"].tokens
     return "\n".join(
         [
             "settings:\n" + config.to_yaml(settings).rstrip(),
-            f"model: {model.parameter_count():,} parameters, {quantity(flops_per_token(settings.model))} FLOPs per token",
+            f"model: {model.parameter_count():,} parameters, {quantity(flops)} FLOPs per token",
             f"data: {quantity(available)} training tokens, {data.splits['val'].tokens:,} validation tokens, "
             f"fingerprint {data.fingerprint[:12]}",
             f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x "

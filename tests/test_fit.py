@@ -1,0 +1,93 @@
+"""trainer.fit: what fits, and what to do when it does not."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from core.architecture import activation_bytes, training_bytes
+from core.errors import ConfigError
+from tests import presets
+from trainer import fit
+from trainer.distributed import Ranks
+from trainer.model.attention import Context, rotations
+from trainer.model.gpt import GPT
+
+PRESETS = presets.pretraining()
+
+
+def ranks(world: int = 1) -> Ranks:
+    return Ranks(0, world, 0, world, torch.device("cpu"), None, None)
+
+
+def test_sizes_divide_the_batch_over_the_ranks():
+    settings = PRESETS["gpt2-124m"]
+    assert fit.possible(settings, 8) == [64, 32, 16, 8, 4, 2, 1]
+    assert fit.possible(settings, 8)[0] * 1024 * 8 == settings.batch.tokens
+    odd = dataclasses.replace(settings, batch=dataclasses.replace(settings.batch, tokens=96 * 1024))
+    assert fit.possible(odd, 3) == [32, 16, 8, 4, 2, 1]
+    with pytest.raises(ConfigError, match=r"batch.tokens = 524288 is 512 sequences of 1024, which do not divide over 7"):
+        fit.possible(settings, 7)
+
+
+def test_a_preset_that_does_not_fit_is_told_what_does():
+    settings = PRESETS["gpt2-1.5b"]
+    plain = dataclasses.replace(
+        settings,
+        optimizer=dataclasses.replace(settings.optimizer, shard=False),
+        train=dataclasses.replace(settings.train, recompute=False),
+    )
+    advice = fit.advice(plain, 8, 80e9)
+    assert advice.startswith("try --batch.micro_batch=")
+    size = int(advice.split("micro_batch=")[1].split()[0])
+    tuned = dataclasses.replace(plain, optimizer=dataclasses.replace(plain.optimizer, shard="shard" in advice))
+    assert fit.estimate(tuned, size, 8, recompute="recompute" in advice) <= 80e9
+    assert "no setting of this preset fits" in fit.advice(plain, 8, 10e9)
+
+
+def test_the_largest_that_fits_is_taken_and_kept(monkeypatch):
+    settings = PRESETS["debug"]
+    asked = dataclasses.replace(settings, batch=dataclasses.replace(settings.batch, micro_batch=0))
+    room = fit.estimate(asked, 4, 1)
+    monkeypatch.setattr(fit, "_memory_bytes", lambda _: room)
+    assert fit.with_micro_batch(asked, None, ranks()).batch.micro_batch == 4
+    # A later segment takes what the first one found, whatever its own memory.
+    assert fit.with_micro_batch(asked, 16, ranks()).batch.micro_batch == 16
+    monkeypatch.setattr(fit, "_memory_bytes", lambda _: 1e6)
+    with pytest.raises(ConfigError, match=r"batch.micro_batch = 1 needs about .* GB per rank, this machine has 0.0 GB"):
+        fit.with_micro_batch(asked, None, ranks())
+
+
+def test_estimate_grows_with_what_needs_memory():
+    model = PRESETS["gpt2-124m"].model
+
+    def needed(sequences=8, accumulation=1, world=8, shard=False, muon=False, recompute=False) -> float:
+        return training_bytes(model, sequences, accumulation, world, shard, muon, recompute)
+
+    assert needed(16) > needed(8)
+    assert needed(accumulation=4) > needed(accumulation=2) > needed(accumulation=1) == needed(accumulation=3)
+    assert needed(recompute=True) < needed()
+    assert needed(muon=True) < needed()
+    assert needed(shard=True, world=8) < needed(shard=True, world=2)
+
+
+@pytest.mark.parametrize("name", ["gpt2-124m", "llama-416m", "speedrun-162m"])
+def test_activations_are_of_the_estimated_order(name: str):
+    """What autograd really keeps for a block, in float32 on the CPU, against the estimate for mixed precision."""
+    small = dataclasses.replace(presets.small(PRESETS[name].model), width=64, context=64, mlp_width=0)
+    model = GPT(small)
+    model.initialise(0)
+    x_BTD = model.wte(torch.zeros(4, 64, dtype=torch.int32)).detach().requires_grad_()
+    rotary = rotations(torch.arange(64), small) if small.position == "rope" else None
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.h[0](x_BTD, x_BTD, None, Context(rotary, None, None))
+    measured = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
+    estimated = activation_bytes(small, 4, False) / small.layers
+    assert 0.5 < measured / 2 / estimated < 2.0  # float32 takes twice the bytes of bf16

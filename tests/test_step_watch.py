@@ -1,0 +1,154 @@
+"""What a step is watched by: norms and activations, slow ranks, trackers, the picture on a terminal."""
+
+import os
+import pty
+import re
+import sys
+
+import pytest
+import torch
+
+from core.architecture import ModelConfig
+from core.schema import OptimizerConfig
+from tests import corpus, launching
+from trainer import trackers
+from trainer.model.gpt import GPT
+from trainer.optim.units import UnitOptimizer
+from trainer.screen import curve
+from trainer.watch.norms import StepNorms
+from trainer.watch.peers import SlowPeers
+
+
+def test_norms_of_one_step():
+    model = GPT(ModelConfig(layers=2, heads=2, width=8, context=4, vocab_rows=32, tied=False))
+    model.initialise(1)
+    optimizer = UnitOptimizer(model, OptimizerConfig(weight_decay=0.0), rank=0, world=1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    norms = StepNorms(model)
+    tokens = torch.randint(0, 32, (2, 5))
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    gradients = norms.gradients()
+    optimizer.step(0.5)
+    found = norms.finish()
+    assert set(gradients) == set(found["updates"]) == {"embedding", "head", "attention", "mlp", "other"}
+    moved = (model.lm_head.weight - before["lm_head.weight"]).norm()
+    assert found["updates"]["head"] == pytest.approx(moved.item())
+    assert found["weights"]["head"] == pytest.approx(model.lm_head.weight.norm().item())
+    assert gradients["head"] == pytest.approx(model.lm_head.weight.grad.norm().item())
+    assert len(found["largest_activations"]) == 2
+    assert min(found["largest_activations"]) > 0
+    assert model.watch is None
+
+
+def test_a_rank_that_stays_slow_is_named_once():
+    peers = SlowPeers(4)
+    fine, slow = [1.0, 1.0, 1.1, 1.0], [1.0, 1.0, 1.5, 1.0]
+    assert [peers.look(slow), peers.look(slow), peers.look(fine)] == [[], [], []]
+    assert [peers.look(slow), peers.look(slow)] == [[], []]
+    assert peers.look(slow) == [(2, 1.5)]
+    assert peers.look(slow) == []
+
+
+def test_a_tracker_that_fails_is_named_and_left_out(monkeypatch, caplog):
+    got = []
+
+    def good(run_url: str, config: dict):
+        return lambda step, values: got.append((step, dict(values))), lambda: got.append("closed")
+
+    def bad(run_url: str, config: dict):
+        def send(step: int, values: dict) -> None:
+            raise OSError("no route to its server")
+
+        return send, lambda: None
+
+    monkeypatch.setattr(trackers, "_KINDS", {"wandb": good, "mlflow": bad})
+    sender = trackers.Trackers(("wandb", "mlflow"), "s3://bucket/runs/first", {})
+    sender.add("train", {"step": 1, "loss": 2.5, "mfu": None, "updates": {"mlp": 0.1}})
+    sender.add("sample", {"step": 1, "text": "no number"})
+    sender.add("train", {"step": 2, "loss": 2.0})
+    sender.close()
+    assert got == [(1, {"train/loss": 2.5, "train/updates/mlp": 0.1}), (2, {"train/loss": 2.0}), "closed"]
+    assert [record.message for record in caplog.records] == [
+        "train.trackers: mlflow fails and gets no more metrics (OSError: no route to its server)"
+    ]
+
+
+def test_a_tracker_that_is_not_installed_is_said(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    sender = trackers.Trackers(("wandb",), "run", {})
+    sender.close()
+    assert "wandb is not installed and gets no metrics: pip install wandb" in caplog.text
+
+
+def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path))
+    sender = trackers.Trackers(("tensorboard",), "s3://bucket/runs/first", {"model": {"layers": 2}})
+    for step in (1, 2):
+        sender.add("train", {"step": step, "loss": 3.0 - step})
+    sender.close()
+    events = EventAccumulator(str(tmp_path / "first")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def test_curve_draws_the_fall_of_a_loss():
+    assert curve([]) == ""
+    assert curve([1.0]) == "▁"
+    assert curve([4, 3, 2, 1]) == "█▆▃▁"
+    assert curve([8.0] * 60 + [1.0] * 60, columns=4) == "██▁▁"
+
+
+@pytest.fixture(scope="module")
+def data_url(tmp_path_factory, vocab_bpe) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    source = corpus.write_parquet(folder / "source", [corpus.speeches(4)])
+    corpus.prepare_set(source, str(folder / "set"), vocab_bpe)
+    return str(folder / "set")
+
+
+def test_on_a_terminal_a_picture_is_kept_up_to_date(data_url: str, tmp_path):
+    flags = [f"--data.url={data_url}", f"--run.url={tmp_path}/run", "--train.steps=4", "--checkpoint.every=9"]
+    environment = {**os.environ, "COLUMNS": "100", "LINES": "30", "TERM": "xterm-256color", "USD_PER_HOUR": "3.6"}
+    command = [sys.executable, "-m", "trainer.train", *launching.TINY, *flags, "--train.norms_every=2"]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(launching.REPOSITORY)
+        os.execve(sys.executable, command, environment)
+    output = b""
+    while True:
+        try:
+            output += os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            break
+    _, status = os.waitpid(process, 0)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
+    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert "step 4 of 4" in text
+    for name in ("loss", "tokens/s", "MFU", "spent", "left under the cap", "time to go", "validation loss"):
+        assert name in text, name
+    assert "| loss" not in text  # no log line per step beside it
+    norms = launching.metrics(f"{tmp_path}/run", "norms")
+    assert sorted(norms) == [2, 4]
+
+
+def test_overfit_mode_reaches_its_bound(data_url: str, tmp_path):
+    """`--overfit`, which a newcomer runs first: one batch is learned by heart. What cannot learn fails."""
+    flags = [
+        f"--data.url={data_url}",
+        "--overfit",
+        "--checkpoint.every=1000",
+        "--batch.tokens=64",
+        "--train.log_every=50",
+    ]
+    output = launching.train(1, *flags, f"--run.url={tmp_path}/learns", "--train.steps=150")
+    losses = launching.metrics(f"{tmp_path}/learns")
+    assert losses[1]["loss"] > 10
+    assert losses[150]["loss"] < 0.1, output
+    flags += ["--optimizer.lr=1e-7", "--train.steps=5"]
+    code, output = launching.finish(launching.start(1, *flags, f"--run.url={tmp_path}/learns-not"))
+    assert code == 1
+    assert re.search(
+        r"error: step 5: with one batch repeated the loss is 1\d\.\d+, not below train.overfit_bound", output
+    )
