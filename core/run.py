@@ -4,15 +4,20 @@ RUN_URL/run.json    written once, by the first segment: the settings and the dat
 """
 
 import json
+import logging
 import os
 import platform
 import socket
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from core import storage
 from core.errors import ConfigError, ObjectExists, RunError
 from core.ledger import Machine
+
+log = logging.getLogger(__name__)
 
 NAME = "run.json"
 VERSION = 1
@@ -106,6 +111,26 @@ def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def process_started_at() -> float:
+    """When this process began (unix seconds), so that imports are booked too. Now, where the system cannot tell."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
+def segment_started_at() -> float | None:
+    """SEGMENT_STARTED_AT (unix seconds): when the machine's paid time for this segment began, if the launcher knows."""
+    text = os.environ.get("SEGMENT_STARTED_AT")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        log.warning("environment variable SEGMENT_STARTED_AT is %r, not a unix time; ignored", text)
+        return None
 
 
 def _positive(environment: Mapping[str, str], name: str) -> float | None:

@@ -11,15 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from core import config
 from core.errors import LauncherError, TrainingError
-from core.schema import TrainConfig
 from trainer.checkpoint.save import Saver
-from trainer.data.loader import Batches
 from trainer.data.order import derive_key
 from trainer.distributed import PeerFailed, Ranks, gather_numbers
 from trainer.evals.looks import Looks
@@ -30,6 +28,7 @@ from trainer.optim.units import UnitOptimizer
 from trainer.precision import autocast, use_fp8
 from trainer.record import Record
 from trainer.report import Report
+from trainer.stages.stage import MicroBatches, Stage
 from trainer.watch.cap import SpendingCap
 from trainer.watch.norms import StepNorms
 from trainer.watch.notice import Notice, Requests
@@ -42,34 +41,34 @@ KINDS = ("signal", "spot", "cap")  # why ranks leave, as they tell each other
 
 @dataclass
 class Loop:
-    """Runs the optimizer steps of one segment. `precision` is resolved (trainer.precision)."""
+    """Runs the optimizer steps of one segment."""
 
-    settings: TrainConfig
+    stage: Stage
     ranks: Ranks
     model: GPT
     optimizer: UnitOptimizer
-    accumulation: int
-    batches: Batches
+    batches: MicroBatches
     saver: Saver
     record: Record
     requests: Requests
     cap: SpendingCap | None
     looks: Looks
     report: Report
-    precision: str
-    data_fingerprint: str
 
     def __post_init__(self):
+        self.settings = self.stage.settings
+        self.accumulation = self.stage.accumulation
+        self.precision = self.stage.precision
         on_gpu = self.ranks.device.type == "cuda"
         self.compiled = self.settings.train.compile and on_gpu
         if self.precision == "fp8":
             use_fp8(self.model.h)
         if self.compiled:
             self.model.compile_blocks()
-        self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self.ddp = DistributedDataParallel(self.stage.objective(self.model), gradient_as_bucket_view=True)
         self.reducer = TreeReducer(self.ddp, self.accumulation, self.settings.train.reduce_dtype)
         self.slow_peers = SlowPeers(self.ranks.world)
-        self.only_batch: list[torch.Tensor] = []
+        self.only_batch: list[Any] = []
         self.step_seconds = 0.0
         self.last_loss: float | None = None
         self.after_first_step: Callable[[], None] | None = None
@@ -104,7 +103,7 @@ class Loop:
                 if self.after_first_step:
                     threading.Thread(target=self.after_first_step, name="after first step", daemon=True).start()
 
-    def _fetch(self) -> list[torch.Tensor] | LauncherError:
+    def _fetch(self) -> list[Any] | LauncherError:
         """This rank's micro-batches of the next step, or why there are none."""
         if self.only_batch:
             return self.only_batch
@@ -116,7 +115,7 @@ class Loop:
             self.only_batch = fetched
         return fetched
 
-    def _exchange(self, step: int, fetched: list[torch.Tensor] | LauncherError) -> tuple[Notice | None, bool]:
+    def _exchange(self, step: int, fetched: list[Any] | LauncherError) -> tuple[Notice | None, bool]:
         """All ranks learn what any of them knows: (why to leave, whether to save). Raises if a rank failed."""
         failure = fetched if isinstance(fetched, LauncherError) else self.saver.taken_over
         save = False
@@ -150,7 +149,7 @@ class Loop:
                 self.saver.finish(step)
                 log.info("step %d is saved", step)
 
-    def _step(self, step: int, micro_batches: list[torch.Tensor], waited_seconds: float) -> None:
+    def _step(self, step: int, micro_batches: list[Any], waited_seconds: float) -> None:
         """One optimizer step. Raises TrainingError before the weights change if a number is not finite."""
         settings = self.settings
         train = settings.train
@@ -160,12 +159,12 @@ class Loop:
         losses = []
         clock = ForwardClock(self.ranks.device)
         self.reducer.reset()
-        for index, tokens in enumerate(micro_batches):
+        for index, micro_batch in enumerate(micro_batches):
             # Whatever is random in a forward pass depends on the micro-batch, not on who computes it.
             torch.manual_seed(derive_key(train.seed, step, self.ranks.rank * self.accumulation + index))
             with self.reducer.context(index):
                 with clock, autocast(self.ranks.device, self.precision):
-                    loss = self.ddp(tokens[:, :-1], tokens[:, 1:])
+                    loss = self.ddp(micro_batch)
                 (loss / micro_batches_in_all).backward()
             losses.append(loss.detach())
             self.reducer.micro_batch_done(index)
@@ -225,9 +224,10 @@ class Loop:
             "step": step,
             "tokens": step * self.settings.batch.tokens,
             "rng": {"rule": "seeded per micro-batch from (train.seed, step, index)", "seed": self.settings.train.seed},
-            "config": config.to_dict(self.settings),
-            "data_fingerprint": self.data_fingerprint,
+            "config": self.stage.config,
+            "data_fingerprint": self.stage.fingerprint,
             "torch": torch.__version__,
+            **self.stage.state(),
         }
 
 

@@ -5,20 +5,17 @@ Metrics are JSON lines below RUN_URL/metrics/segment-NNNNNN/ (docs/formats.md).
 
 import contextlib
 import logging
-import os
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from core import config, ledger, storage
+from core import ledger, storage
 from core.journal import Journal
-from core.run import machine_from_environment, open_run, program_versions
-from core.schema import TrainConfig
+from core.run import machine_from_environment, open_run, process_started_at, program_versions, segment_started_at
 from trainer.checkpoint.load import Restored
 from trainer.distributed import Ranks, on_main
+from trainer.stages.stage import Stage
 from trainer.watch.cap import SpendingCap, spent_by_earlier_segments
 
 log = logging.getLogger("train")
@@ -27,22 +24,23 @@ log = logging.getLogger("train")
 class Record:
     """Opens the run and its next segment; `phase` books time, `metric` keeps numbers."""
 
-    def __init__(self, settings: TrainConfig, data_fingerprint: str, ranks: Ranks):
+    def __init__(self, stage: Stage, ranks: Ranks):
         self.ledger: ledger.Ledger | None = None
         self.cap: SpendingCap | None = None
-        self.config = config.to_dict(settings)
+        self.config = stage.config
         self._metrics: Journal | None = None
-        self.segment: int = on_main(lambda: self._open(settings, data_fingerprint, ranks), ranks)
+        self.segment: int = on_main(lambda: self._open(stage, ranks), ranks)
 
-    def _open(self, settings: TrainConfig, data_fingerprint: str, ranks: Ranks) -> int:
-        url = settings.run.url
-        created = open_run(url, config.identity(settings), self.config, data_fingerprint)
+    def _open(self, stage: Stage, ranks: Ranks) -> int:
+        run = stage.settings.run
+        url = run.url
+        created = open_run(url, stage.identity, self.config, stage.fingerprint)
         gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
         machine = machine_from_environment(gpu, ranks.local_world if gpu else 0)
-        program = program_versions(("torch", "numpy", "s3fs")) | {"ranks": ranks.world, "command": "trainer.train"}
-        before = spent_by_earlier_segments(url, machine, settings.run.max_usd)
-        self.ledger = ledger.Ledger(url, machine, program, _started_at(), process_started_at())
-        self.cap = SpendingCap(self.ledger, settings.run.max_usd, settings.run.shutdown_seconds, before)
+        program = program_versions(("torch", "numpy", "s3fs")) | {"ranks": ranks.world, "stage": stage.name}
+        before = spent_by_earlier_segments(url, machine, run.max_usd)
+        self.ledger = ledger.Ledger(url, machine, program, segment_started_at(), process_started_at())
+        self.cap = SpendingCap(self.ledger, run.max_usd, run.shutdown_seconds, before)
         self._metrics = Journal(storage.join(url, "metrics", ledger.segment_name(self.ledger.segment)))
         log.info("%s %s, segment %d", "new run at" if created else "continuing", url, self.ledger.segment)
         return self.ledger.segment
@@ -84,23 +82,3 @@ class Record:
             self._metrics.close()
         if self.ledger:
             self.ledger.close(reason, step, **details)
-
-
-def process_started_at() -> float:
-    """When this process began (unix seconds), so that imports are booked too. Now, where the system cannot tell."""
-    try:
-        ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return time.time()
-
-
-def _started_at() -> float | None:
-    """SEGMENT_STARTED_AT (unix seconds): when the machine's paid time for this segment began, if the launcher knows."""
-    text = os.environ.get("SEGMENT_STARTED_AT")
-    try:
-        return float(text) if text else None
-    except ValueError:
-        log.warning("environment variable SEGMENT_STARTED_AT is %r, not a unix time; ignored", text)
-        return None

@@ -6,13 +6,12 @@ import sys
 
 import torch
 
-from core.architecture import flops_per_token
 from core.console import quantity
 from core.gpus import peak_flops
-from core.schema import TrainConfig
 from trainer.distributed import Ranks
 from trainer.record import Record
 from trainer.screen import Screen
+from trainer.stages.stage import Stage
 from trainer.trackers import Trackers
 
 log = logging.getLogger("train")
@@ -21,13 +20,14 @@ log = logging.getLogger("train")
 class Report:
     """Rank 0 writes; the other ranks' instances are silent."""
 
-    def __init__(self, settings: TrainConfig, ranks: Ranks, record: Record):
-        self._settings = settings
+    def __init__(self, stage: Stage, ranks: Ranks, record: Record):
+        self._settings = settings = stage.settings
         self._ranks = ranks
         self._record = record
         peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
-        self._peak_flops = peak * ranks.world if peak else None
-        self._flops_per_step = flops_per_token(settings.model) * settings.batch.tokens
+        known = peak and stage.flops_per_token
+        self._peak_flops = peak * ranks.world if known else None
+        self._flops_per_step = stage.flops_per_token * settings.batch.tokens if known else 0.0
         view = settings.train.view
         live = ranks.is_main and (view == "live" or (view == "auto" and sys.stderr.isatty()))
         self._screen = Screen(settings, record.cap) if live else None

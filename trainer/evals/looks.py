@@ -2,45 +2,32 @@
 
 import functools
 import logging
-from collections.abc import Callable
 
 from core.console import quantity
-from core.schema import TrainConfig
 from trainer.data.order import derive_key
 from trainer.distributed import Ranks
-from trainer.evals.hellaswag import HellaSwag
-from trainer.evals.loss import ValidationLoss
 from trainer.evals.sample import sample
 from trainer.model.gpt import GPT
 from trainer.record import Record
 from trainer.report import Report
+from trainer.stages.stage import Stage
 
 log = logging.getLogger("train")
 
 
 class Looks:
-    """`__call__(step)` does what is due. `hellaswag` may give None: the set is not there."""
+    """`__call__(step)` does what is due."""
 
-    def __init__(
-        self,
-        settings: TrainConfig,
-        ranks: Ranks,
-        model: GPT,
-        record: Record,
-        report: Report,
-        validation: Callable[[], ValidationLoss | None],
-        hellaswag: Callable[[], HellaSwag | None],
-        encoding: Callable[[], object],
-    ):
-        self._train = settings.train
-        self._tokens_per_step = settings.batch.tokens
+    def __init__(self, stage: Stage, ranks: Ranks, model: GPT, record: Record, report: Report):
+        self._stage = stage
+        self._train = stage.settings.train
+        self._tokens_per_step = stage.settings.batch.tokens
         self._ranks = ranks
         self._model = model
         self._record = record
         self._report = report
-        self._validation = functools.cache(validation)
-        self._hellaswag = functools.cache(hellaswag)
-        self._encoding = functools.cache(encoding)
+        self._held_out = functools.cache(stage.held_out)
+        self._hellaswag = functools.cache(stage.hellaswag)
 
     def __call__(self, step: int) -> None:
         train = self._train
@@ -58,15 +45,15 @@ class Looks:
         return step == self._train.steps or bool(every and step % every == 0)
 
     def _measure(self, step: int) -> None:
-        validation = self._validation()
-        if validation is None:
+        held_out = self._held_out()
+        if held_out is None:
             return
-        loss = validation(self._model)
-        tokens = step * self._tokens_per_step
-        values = {"step": step, "tokens": tokens, "val_loss": loss, "eval_tokens": validation.tokens}
-        self._report.metric("eval", values)
-        text = "step %d/%d | validation loss %.4f over %s tokens"
-        log.info(text, step, self._train.steps, loss, quantity(validation.tokens))
+        found = held_out(self._model)
+        self._report.metric("eval", {"step": step, "tokens": step * self._tokens_per_step, **found})
+        text = f"step %d/%d | validation loss {found['val_loss']:.4f} over {quantity(found['eval_tokens'])} tokens"
+        more = [name for name in found if name not in ("val_loss", "eval_tokens")]
+        text += "".join(f" | {name.removeprefix('val_').replace('_', ' ')} {found[name]:.4f}" for name in more)
+        log.info(text, step, self._train.steps)
 
     def _answer(self, step: int) -> None:
         hellaswag = self._hellaswag()
@@ -80,9 +67,11 @@ class Looks:
     def _sample(self, step: int) -> None:
         if not self._ranks.is_main:
             return
-        train = self._train
+        train, stage = self._train, self._stage
         for number, prompt in enumerate(train.sample_prompts):
             seed = derive_key(train.seed, number) >> 1
-            text = sample(self._model, self._encoding(), prompt, train.sample_tokens, seed, self._ranks.device)
+            text = sample(
+                self._model, stage.encoding, stage.as_prompt(prompt), train.sample_tokens, seed, self._ranks.device
+            )
             self._report.metric("sample", {"step": step, "prompt": prompt, "text": text})
             log.info("step %d/%d | sample: %s", step, train.steps, " ".join(text.split()))

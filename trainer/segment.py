@@ -1,0 +1,168 @@
+"""One segment of a run: from opening the run to its end, the same for every stage of training.
+
+A segment is one machine's stretch of a run. Started again with the same settings a run continues from its newest
+complete checkpoint, on any number of ranks.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.console import CAPPED, FAILED, OK, PREEMPTED
+from core.schema import TrainConfig
+from trainer import compile_cache, distributed
+from trainer.checkpoint.load import load_newest
+from trainer.checkpoint.save import Saver
+from trainer.distributed import Ranks
+from trainer.evals.looks import Looks
+from trainer.loop import Loop
+from trainer.optim.units import UnitOptimizer
+from trainer.record import Record
+from trainer.report import Report
+from trainer.stages.stage import Stage
+from trainer.watch.notice import Requests
+from trainer.watch.spot import SpotWatch
+
+log = logging.getLogger("train")
+
+
+def run_stage(make: Callable[[Ranks], Stage], settings: Any) -> int:
+    """Join the other ranks, make the stage, run it. `settings.train` says how. Returns the exit code."""
+    try:
+        ranks = distributed.start(settings.train.device)
+        return run(make, settings, ranks)
+    except distributed.PeerFailed:
+        return FAILED
+    finally:
+        distributed.stop()
+
+
+def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks) -> int:
+    requests = Requests()
+    restore_handlers = requests.listen_to_signals()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        requests.listen_to_parent()
+    set_up_torch(settings.train, ranks)
+
+    # 1. The data and the run: checked before anything is written.
+    stage = make(ranks)
+    settings = stage.settings
+    record = Record(stage, ranks)
+    spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
+    saver = report = None
+    try:
+        # 2. Model and optimizer, from the newest checkpoint or the start: the same bits on every rank.
+        model = stage.build()
+        model.to_empty(device=ranks.device)
+        optimizer = UnitOptimizer(model, settings.optimizer, ranks.rank, ranks.world)
+        with record.phase("restore"):
+            restored = load_newest(settings.run.url, optimizer, ranks)
+            first_step = restored.step if restored else 0
+            optimizer.set_step(first_step)
+            stage.fill(model, restored)
+        record.restored(restored)
+        log.info("%s", stage.describe(model))
+
+        # 3. Batches start to arrive while the rest is made ready.
+        batches = stage.batches(first_step)
+
+        # 4. Train.
+        saver = Saver(
+            settings.run.url,
+            record.segment,
+            ranks,
+            settings.checkpoint,
+            record.ledger,
+            record.flush,
+            optimizer.blocks,
+        )
+        report = Report(stage, ranks, record)
+        loop = Loop(
+            stage=stage,
+            ranks=ranks,
+            model=model,
+            optimizer=optimizer,
+            batches=batches,
+            saver=saver,
+            record=record,
+            requests=requests,
+            cap=record.cap,
+            looks=Looks(stage, ranks, model, record, report),
+            report=report,
+        )
+        if loop.compiled and settings.train.compile_cache:
+            kernels = compile_cache.uri_of(
+                settings.run.url, settings.model, settings.batch.micro_batch, torch.cuda.get_device_name()
+            )
+            with record.phase("compile"):
+                compile_cache.load(kernels)
+            loop.after_first_step = functools.partial(compile_cache.save, kernels) if ranks.is_main else None
+        reached, notice = loop.run(first_step)
+        saver.wait()
+        batches.close()
+        code = leave(settings, record, reached, notice)
+        # While signals are still caught: another rank that is already gone makes torchrun end this one.
+        tell_launcher(code, ranks.is_main)
+        return code
+    except BaseException as error:
+        if saver:
+            saver.wait()  # what is on its way to storage is still good
+        record.close(
+            "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", None, error=describe_error(error)
+        )
+        raise
+    finally:
+        if report:
+            report.close()
+        restore_handlers()
+        if spot:
+            spot.close()
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def leave(settings: TrainConfig, record: Record, reached: int, notice) -> int:
+    """Close the books and say how to go on. Returns the exit code."""
+    if notice is None:
+        record.close("finished", reached)
+        return OK
+    record.mark("notice", kind=notice.kind, detail=notice.detail)
+    if notice.kind == "cap":
+        record.mark("cap", limit_usd=settings.run.max_usd, spent_usd=record.cap.spent_usd() if record.cap else None)
+        record.close("cap", reached)
+        log.warning(
+            "stopped by the cap at step %d of %d, which is saved: %s; go on with a larger MAX_USD and the same command",
+            reached,
+            settings.train.steps,
+            notice.detail,
+        )
+        return CAPPED
+    record.close("preempted", reached)
+    log.warning("left at step %d of %d (%s: %s)", reached, settings.train.steps, notice.kind, notice.detail)
+    return PREEMPTED
+
+
+def tell_launcher(code: int, is_main: bool) -> None:
+    """torchrun exits with 1 whatever its workers say, so the code is also left in EXIT_CODE_FILE, if that is set."""
+    path = os.environ.get("EXIT_CODE_FILE")
+    if path and is_main:
+        Path(path).write_text(f"{code}\n")
+
+
+def set_up_torch(train: Any, ranks: Ranks) -> None:
+    torch.set_float32_matmul_precision("high")  # TF32 where something stays in fp32
+    if train.deterministic:
+        # cuBLAS reads this when it starts; without it torch refuses its products in deterministic mode.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
+
+
+def describe_error(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

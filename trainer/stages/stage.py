@@ -1,0 +1,150 @@
+"""What pretraining, fine-tuning, distillation and preference optimisation do differently.
+
+`trainer.segment` runs a stage: one loop, with resume, ranks, ledger, cap, notices and checkpoints, for all of them. A
+stage says where micro-batches come from, which weights a run begins with and which of them train, what the loss of a
+micro-batch is, and what is measured on held-out data.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from core import sets
+from core.architecture import flops_per_token
+from core.errors import ObjectNotFound
+from core.run import read_run
+from core.schema import TrainConfig
+from trainer import fit, plan, precision
+from trainer.checkpoint.load import Restored
+from trainer.distributed import Ranks, on_main
+from trainer.evals.hellaswag import NAME as HELLASWAG
+from trainer.evals.hellaswag import HellaSwag
+from trainer.model.gpt import GPT
+
+
+class MicroBatches(Protocol):
+    """This rank's micro-batches, endlessly; each is one argument of the objective. `next` raises LauncherError."""
+
+    def __next__(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+class HeldOut(Protocol):
+    """Measures a model on held-out data, with the same result on any number of ranks.
+
+    The result has `val_loss` and `eval_tokens`; more numbers may follow.
+    """
+
+    def __call__(self, model: GPT) -> Mapping[str, float]: ...
+
+
+class Stage(abc.ABC):
+    """Made on all ranks before anything is written, so that a wrong setting changes nothing.
+
+    `settings` is what loop, report and looks read, with the micro-batch that was found to fit.
+    """
+
+    name: str  # in the ledger
+
+    def __init__(self, settings: TrainConfig, ranks: Ranks):
+        self.ranks = ranks
+        self.precision = precision.resolve(settings.train.precision, ranks.device)
+        earlier = on_main(functools.partial(stored_config, settings.run.url), ranks)
+        found = earlier["batch"]["micro_batch"] if earlier else None
+        self.settings = fit.with_micro_batch(settings, found, ranks)
+        self.accumulation = plan.accumulation_of(self.settings, ranks.world)
+
+    @property
+    @abc.abstractmethod
+    def config(self) -> Mapping[str, Any]:
+        """The whole configuration, as run.json and checkpoints keep it; `model` among it."""
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> Mapping[str, Any]:
+        """What defines the result; another segment with other values is refused."""
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Of the data."""
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """For the MFU; None where nobody has counted them."""
+        return flops_per_token(self.settings.model)
+
+    def build(self) -> GPT:
+        """The model, without memory for its weights. What requires no gradient does not train and is not saved."""
+        with torch.device("meta"):
+            return GPT(self.settings.model, self.settings.train.recompute)
+
+    @abc.abstractmethod
+    def fill(self, model: GPT, restored: Restored | None) -> None:
+        """The weights that no checkpoint of this run has filled: all of them in its first segment."""
+
+    @abc.abstractmethod
+    def describe(self, model: GPT) -> str:
+        """The numbers that the run follows from, for the log."""
+
+    @abc.abstractmethod
+    def objective(self, model: GPT) -> nn.Module:
+        """Its forward(micro_batch) is a loss, to be averaged over a step's micro-batches."""
+
+    @abc.abstractmethod
+    def batches(self, first_step: int) -> MicroBatches: ...
+
+    @abc.abstractmethod
+    def held_out(self) -> HeldOut | None:
+        """None if there is no held-out data."""
+
+    def hellaswag(self) -> HellaSwag | None:
+        """None if the set was never stored beside the data."""
+        url = self.data_url
+        items = on_main(functools.partial(sets.read_if_there, url, HELLASWAG), self.ranks) if url else None
+        if items is None:
+            return None
+        return HellaSwag(items[: self.settings.train.hellaswag_items], self.encoding, self.ranks, self.precision)
+
+    @property
+    def data_url(self) -> str:
+        return self.settings.data.url
+
+    @property
+    @abc.abstractmethod
+    def encoding(self):
+        """The tiktoken encoding of the vocabulary."""
+
+    def as_prompt(self, text: str) -> str:
+        """What a sample continues."""
+        return text
+
+    def state(self) -> Mapping[str, Any]:
+        """What a checkpoint says of the stage, beside what all of them say."""
+        return {}
+
+
+def stored_config(run_url: str) -> Mapping[str, Any] | None:
+    """The configuration that this run's first segment settled on, if there was one."""
+    try:
+        return read_run(run_url)["config"]
+    except ObjectNotFound:
+        return None
+
+
+def default_cache_dir() -> Path:
+    import getpass
+    import tempfile
+
+    return Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}"
+
+
+def with_batch(config: Any, settings: TrainConfig) -> Any:
+    """`config` with the micro-batch and the length that `settings` came to."""
+    return dataclasses.replace(config, batch=settings.batch, train=settings.train)
