@@ -25,7 +25,10 @@ from core.journal import FLUSH_SECONDS, Journal
 
 VERSION = 1
 FOLDER = "ledger"
-PHASES = ("setup", "init", "compile", "restore", "data_wait", "train", "eval", "sample", "checkpoint", "idle")
+PHASES = (
+    *("setup", "init", "compile", "restore", "data_wait", "train", "eval", "sample", "checkpoint", "idle"),
+    *("prep", "finalize"),  # of a preparation
+)
 STEP_PHASES = ("train", "data_wait")  # what one optimizer step consists of
 CLOCK_JUMP_SECONDS = 5.0
 _SEGMENT = re.compile(r"^segment-(\d{6,})$")

@@ -24,7 +24,11 @@ class SourceConfig:
         "documents: a file or glob of .parquet, .jsonl(.gz, .zst) or .txt (local, s3://, gs://, hf://)",
         env="SOURCE_URL",
     )
-    revision: str = setting("", "commit or tag of an hf:// source; empty: the newest, pinned when prep first starts")
+    revision: str = setting(
+        "",
+        "commit or tag of an hf:// source that names none itself (@...); other sources have none. "
+        "Empty: the newest, pinned when prep first starts",
+    )
     text_column: str = setting("text", "column with the document's text")
     id_column: str = setting(
         "id", "column with the document's unique id; the split hashes it. Empty: the hash of the text takes its place"
@@ -37,11 +41,6 @@ class SourceConfig:
         _require(bool(self.url), "url", "is empty; give a file or glob")
         _require(bool(self.text_column), "text_column", "is empty; name the column with the text")
         _require(0 <= self.max_bad_share <= 1, "max_bad_share", f"is {self.max_bad_share}, must be between 0 and 1")
-        _require(
-            not self.revision or self.url.startswith("hf://"),
-            "revision",
-            f"is {self.revision!r}, but only an hf:// source has revisions",
-        )
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,26 @@ from core import manifest
 from core.console import progress, quantity
 from core.manifest import Manifest
 from core.schema import PrepConfig
-from data_prep import duplicates, finalize, part, plan, source, words, workers
+from data_prep import duplicates, finalize, part, plan, record, source, words, workers
 from data_prep.plan import Part, Plan
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: PrepConfig) -> Manifest | None:
-    """Do what is left to do. None when the rest is with other nodes. Raises ConfigError, DataError, StorageError."""
+def prepare(config: PrepConfig, switch: record.Switch = lambda phase: None) -> Manifest | None:
+    """Do what is left to do; `switch` is told the phases. None when the rest is with other nodes.
+
+    Raises ConfigError, DataError, StorageError.
+    """
     todo = plan.make(config)
     if plan.claim(todo, config.data.url):
         log.info("%s is complete already, with the same source and settings: nothing to do", config.data.url)
         return manifest.read(config.data.url)
     source.check_columns(todo.files[0], config.source, config.filter)
     if config.phase != "finalize":
+        switch("prep")
         _encode(config, todo)
+    switch("finalize")
     absent = finalize.missing(todo, config.data.url)
     if config.phase == "encode" or (config.phase == "all" and config.num_nodes > 1 and absent):
         log.info(

@@ -108,6 +108,8 @@ def make(config: PrepConfig) -> Plan:
 def identity_of(config: Any) -> dict[str, Any]:
     """The settings that define the result, as they are stored."""
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.identity(config).items()}
+    if not str(plain.get("source.url", "hf://")).startswith("hf://"):
+        plain["source.revision"] = ""  # a config's, for the source that this one replaces
     # How many bad rows are tolerated decides whether there is a result, not which one.
     plain.pop("source.max_bad_share", None)
     return plain
@@ -126,7 +128,10 @@ def list_files(pattern: str, suffixes: tuple[str, ...]) -> tuple[SourceFile, ...
 
 
 def pinned(url: str, revision: str, data_url: str) -> str:
-    """An hf:// address at a commit: of the set that is begun at `data_url`, if no revision is asked for."""
+    """An hf:// address at a commit: of the set that is begun at `data_url`, if no revision is asked for.
+
+    What the address itself says wins, so that SOURCE_URL replaces a config's source whole.
+    """
     if not url.startswith("hf://"):
         return url
     where = hub.parse(url)
@@ -138,7 +143,7 @@ def pinned(url: str, revision: str, data_url: str) -> str:
         if begun and url in begun.settings.values():
             sources = [hub.parse(file.uri) for file in begun.files if file.uri.startswith("hf://")]
             return where.at(next(each.revision for each in sources if each.repository == where.repository))
-    return storage.pinned(where.at(revision) if revision else url)
+    return storage.pinned(where.at(revision) if revision and not where.revision else url)
 
 
 def claim(plan: Plan, data_url: str) -> bool:

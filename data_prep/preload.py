@@ -4,6 +4,7 @@ Nothing else imports this module. The collector sleeps meanwhile, and what is he
 modules stay, and going through them took a tenth of a worker's time.
 """
 
+import contextlib
 import gc
 
 gc.disable()
@@ -14,10 +15,8 @@ import tiktoken  # noqa: E402, F401
 
 import data_prep.workers  # noqa: E402, F401
 
-try:
+with contextlib.suppress(ImportError):  # the worker says so
     import gigatoken  # noqa: F401
-except ImportError:
-    pass  # the worker says so
 
 gc.freeze()
 gc.enable()

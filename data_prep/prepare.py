@@ -3,7 +3,7 @@
     python -m data_prep.prepare data_prep/configs/fineweb-edu-10bt.yaml --data.url=s3://BUCKET/fineweb-edu-10bt
 
 Reads parquet, JSON lines or plain text (local, s3://, gs://, hf://) and writes, below data.url, token shards, the
-vocabulary and, last, manifest.json. How: data_prep/build.py.
+vocabulary and, last, manifest.json; with RUN_URL set also a ledger for the cost report. How: data_prep/build.py.
 """
 
 import logging
@@ -34,9 +34,10 @@ def main(arguments: list[str]) -> int:
     if config.workers != 1:
         starter.start()
     # Slow imports, which the workers' server makes meanwhile on another core.
-    from data_prep import build, summary
+    from data_prep import build, record, summary
 
-    made = build.prepare(config)
+    with record.opened(config) as switch:
+        made = build.prepare(config, switch)
     if made:
         summary.show(made, config.data.url)
     return 0

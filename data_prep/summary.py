@@ -9,6 +9,8 @@ def show(made: Manifest, url: str) -> None:
     print(f"documents  {stats['documents']:,}" + (f" (dropped: {dropped})" if dropped else ""))
     for name, split in made.splits.items():
         print(f"{name:<10} {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards")
+    if not made.splits["val"].tokens:
+        print("           nothing to validate on: training will report no validation loss")
     print(f"set        {url} (fingerprint {made.fingerprint[:12]})")
     print(f"check it   python -m data_prep.verify {url}")
     print(f"train      torchrun --nproc-per-node=N -m trainer.train CONFIG --data.url={url} --run.url=RUN_URL")

@@ -32,6 +32,7 @@ class S3Server:
         self.folder = folder
         self.access_key = "local"
         self.secret_key = secrets.token_hex(16)
+        self.reader_secret_key = secrets.token_hex(16)
         self.port = 0
         self._process: subprocess.Popen | None = None
 
@@ -48,13 +49,20 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    def reader_environment(self) -> dict[str, str]:
+        """Likewise, with keys that may read and list, and write nothing."""
+        keys = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": self.reader_secret_key}
+        return self.environment() | keys
+
     def __enter__(self) -> "S3Server":
         data = self.folder / "data"
         data.mkdir(parents=True, exist_ok=True)
         identities = self.folder / "identities.json"
-        keys = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        identities.write_text(json.dumps({"identities": [{"name": "local", "credentials": keys, "actions": actions}]}))
+        found = [
+            _identity(self.access_key, self.secret_key, "Admin", "Read", "Write", "List", "Tagging"),
+            _identity("reader", self.reader_secret_key, "Read", "List"),
+        ]
+        identities.write_text(json.dumps({"identities": found}))
         identities.chmod(0o600)
         ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
         self.port = ports["s3.port"]
@@ -133,6 +141,11 @@ class S3Server:
                         f"no S3 server after {START_SECONDS:.0f} s ({error}); see {self.folder / 'server.log'}"
                     ) from error
                 time.sleep(0.2)
+
+
+def _identity(access_key: str, secret_key: str, *actions: str) -> dict:
+    keys = {"accessKey": access_key, "secretKey": secret_key}
+    return {"name": access_key, "credentials": [keys], "actions": actions}
 
 
 def _weed() -> str:

@@ -142,7 +142,7 @@ for path in pathlib.Path(sys.argv[2]).iterdir():
 def data(lab) -> str:
     """The tokens, prepared by the task itself. Returns what it printed."""
     source = {"SOURCE_URL": f"s3://{BUCKET}/source/*.parquet", "VOCAB_URL": f"s3://{BUCKET}/source/vocab.bpe"}
-    arguments = "--source.revision= --data.val_fraction=0.05"
+    arguments = "--data.val_fraction=0.05"
     config = "data_prep/configs/fineweb-edu-10bt.yaml"
     cluster = lab.launch("prep-data", RUN="prep", CONFIG=config, PREP_ARGS=arguments, **source)
     return lab.output(cluster)

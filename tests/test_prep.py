@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -294,3 +296,14 @@ def test_manifest_holds_no_time_and_no_machine(source: str, tmp_path: Path, voca
     build.prepare(prepare_config(source, str(tmp_path / "b"), vocab_bpe))
     first, second = (json.loads(Path(tmp_path, name, "manifest.json").read_text()) for name in "ab")
     assert first == second
+
+
+def test_preparing_parquet_imports_no_pandas(source: str, tmp_path: Path, vocab_bpe: Path):
+    """Arrow imports it behind one's back where it is installed: half a second in every worker."""
+    flags = [f"--source.url={source}", f"--data.url={tmp_path}/set", f"--tokenizer.vocab_url={vocab_bpe}"]
+    code = f"""import sys
+from data_prep import prepare
+prepare.main({[*flags, "--workers=1"]})
+print("pandas" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

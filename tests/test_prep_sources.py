@@ -7,10 +7,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from core import manifest, vocabulary
-from core.errors import DataError
-from data_prep import duplicates
+from core import config as settings
+from core import hub, manifest, storage, vocabulary
+from core.errors import DataError, StorageError
+from core.schema import PrepConfig
+from data_prep import build, duplicates, plan
 from tests.corpus import documents, documents_of, prepare_set, stored, table, write_parquet
 
 
@@ -124,3 +127,49 @@ def test_duplicates_are_found_range_by_range(tmp_path: Path, vocab_bpe: Path, mo
     monkeypatch.setattr(duplicates, "MEMORY_BYTES", 10 * duplicates.SORT_BYTES)
     prepare_set(source, str(tmp_path / "set"), vocab_bpe, "--filter.drop_duplicates=true")
     assert both_splits(str(tmp_path / "set")) == encoded(texts, vocab_bpe)
+
+
+# --- where a source is pinned, and where nothing can be written ------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["", "@main"])
+def test_a_configs_revision_does_not_hinder_another_source(address: str, tmp_path: Path, vocab_bpe: Path):
+    """SOURCE_URL replaces the source of a config whole: the revision is read for an hf:// address that names none."""
+    source = write_parquet(tmp_path / "source", [documents(60)])
+    written = "revision: c0ffee" if not address else f"url: hf://datasets/a/b{address}/x.parquet"
+    config = tmp_path / "config.yaml"
+    config.write_text(f"source:\n  {written}\ndata:\n  url: {tmp_path}/set\n")
+    environment = {"SOURCE_URL": source, "VOCAB_URL": str(vocab_bpe)}
+    loaded = settings.load(PrepConfig, [str(config), "--workers=1"], environment)
+    assert build.prepare(loaded).source["revision"] == ""
+    # The same documents without that config are the same set: the unused revision is no part of it.
+    plain = settings.load(PrepConfig, [f"--data.url={tmp_path}/set", "--workers=1"], environment)
+    assert build.prepare(plain) is not None
+
+
+def test_the_revision_in_an_address_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(plan.storage, "pinned", lambda uri: uri)
+    url = "hf://datasets/a/b@v2/x.parquet"
+    assert plan.pinned(url, "v1", str(tmp_path)) == url
+    assert plan.pinned("hf://datasets/a/b/x.parquet", "v1", str(tmp_path)) == "hf://datasets/a/b@v1/x.parquet"
+
+
+def test_shipped_configs_pin_their_source_in_its_address():
+    for path in Path("data_prep/configs").glob("fineweb-edu*.yaml"):
+        if "ready" not in path.name:
+            assert hub.parse(yaml.safe_load(path.read_text())["source"]["url"]).revision, path
+
+
+def test_a_bucket_without_write_permission_is_refused_before_any_work(
+    s3, bucket: str, tmp_path: Path, vocab_bpe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    local = write_parquet(tmp_path / "source", [documents(60)])
+    for path in Path(local).parent.iterdir():
+        storage.write_file(f"{bucket}/source/{path.name}", path)
+    for name, value in s3.reader_environment().items():
+        monkeypatch.setenv(name, value)
+    caplog.set_level("INFO")
+    with pytest.raises(StorageError, match=r"may not write .*check that the key may read and write this bucket"):
+        prepare_set(f"{bucket}/source/*.parquet", f"{bucket}/set", vocab_bpe)
+    assert "workers" not in caplog.text  # the line before the first part
+    assert storage.list_objects(f"{bucket}/set") == []

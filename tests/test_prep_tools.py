@@ -199,3 +199,17 @@ def test_importing_data_prep_loads_no_torch():
     code = f"import sys; [__import__('data_prep.' + name) for name in {names}]; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+# --- the overfit set -------------------------------------------------------------------------------------------
+
+
+def test_the_overfit_set_says_that_it_has_no_validation(tmp_path: Path, vocab_bpe: Path, capsys: pytest.CaptureFixture):
+    poem = tmp_path / "poem.txt"
+    poem.write_text("Two roads diverged in a yellow wood, and sorry I could not travel both. " * 20)
+    flags = (f"--source.url={poem}", f"--data.url={tmp_path}/set", f"--tokenizer.vocab_url={vocab_bpe}")
+    assert prepare.main(["data_prep/configs/overfit.yaml", *flags]) == 0
+    made = manifest.read(f"{tmp_path}/set")
+    assert made.splits["val"].tokens == 0
+    assert made.splits["train"].documents == 1
+    assert "nothing to validate on: training will report no validation loss" in capsys.readouterr().out
