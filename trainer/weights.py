@@ -29,6 +29,7 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.pieces import parse_key
 from trainer.exchange import folder as public
 from trainer.exchange import huggingface
+from trainer.model import lora
 from trainer.model.gpt import GPT
 
 READERS = 8
@@ -60,20 +61,33 @@ class Opened:
 
         Raises ConfigError, and DataError for another vocabulary than GPT-2's.
         """
-        places = [os.environ.get("VOCAB_URL"), self.data_url and storage.join(self.data_url, VOCABULARY_FILE)]
-        for uri in filter(None, places):
-            try:
-                return read_vocabulary(uri).encoding()
-            except ObjectNotFound:
-                continue
-        if self.folder:
-            with contextlib.suppress(ObjectNotFound):
-                return public.vocabulary_of(self.folder).encoding()
-            places.append(storage.join(self.folder, public.TOKENIZER))
-        raise ConfigError(
-            f"{self.name}: its vocabulary is not at {', '.join(filter(None, places)) or 'any known place'}; "
-            "set VOCAB_URL to OpenAI's vocab.bpe or to tokenizer/gpt2.tiktoken of a prepared data set"
-        )
+        return encoding_at(self.name, self.data_url, self.folder)
+
+
+def encoding_at(name: str, data_url: str | None, folder: str | None = None):
+    """The tiktoken encoding at VOCAB_URL, beside the data or in the folder of the model `name`; as Opened.encoding."""
+    places = [os.environ.get("VOCAB_URL"), data_url and storage.join(data_url, VOCABULARY_FILE)]
+    for uri in filter(None, places):
+        try:
+            return read_vocabulary(uri).encoding()
+        except ObjectNotFound:
+            continue
+    if folder:
+        with contextlib.suppress(ObjectNotFound):
+            return public.vocabulary_of(folder).encoding()
+        places.append(storage.join(folder, public.TOKENIZER))
+    raise ConfigError(
+        f"{name}: its vocabulary is not at {', '.join(filter(None, places)) or 'any known place'}; "
+        "set VOCAB_URL to OpenAI's vocab.bpe or to tokenizer/gpt2.tiktoken of a prepared data set"
+    )
+
+
+def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
+    """The model by a name that will mean the same later, a run's newest checkpoint by its step, and its state."""
+    if public.is_public(where) or public.is_folder(where):
+        return where, {"config": {"model": to_dict(public.read_config(public.resolve(where))[1])}}
+    run_url, manifest = _checkpoint(where)
+    return layout.folder_of(run_url, manifest.step), manifest.state
 
 
 def open_weights(where: str, device: torch.device) -> Opened:
@@ -83,6 +97,24 @@ def open_weights(where: str, device: torch.device) -> Opened:
     """
     if public.is_public(where) or public.is_folder(where):
         return _open_folder(where, device)
+    run_url, manifest = _checkpoint(where)
+    state = manifest.state
+    config = from_dict(ModelConfig, state["config"]["model"], layout.folder_of(run_url, manifest.step))
+    if "lora" in state:
+        model = open_weights(state["start"], device).model
+        _check_base(model, state, layout.folder_of(run_url, manifest.step))
+        lora.attach(model, **state["lora"])
+        _fill(lora.adapters(model), run_url, manifest)
+        lora.merge(model)
+    else:
+        model = _empty(config, device)
+        _fill(dict(model.named_parameters()), run_url, manifest)
+    model.eval()
+    return Opened(f"{run_url} step {manifest.step}", model, run_url, manifest.step, state)
+
+
+def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
+    """The run, and its newest complete checkpoint or the one that `where` names."""
     match = _STEP.match(where)
     run_url = match["run"] if match else where.rstrip("/")
     found = layout.stored(run_url)
@@ -91,12 +123,16 @@ def open_weights(where: str, device: torch.device) -> Opened:
         wanted = match["name"] if match else "a complete checkpoint"
         there = ", ".join(layout.step_name(step) for step, names in found.items() if layout.MARKER in names)
         raise CheckpointError(f"{run_url}: has no {wanted}; complete ones: {there or 'none'}")
-    manifest = layout.read_manifest(run_url, steps[0], found[steps[0]])
-    config = from_dict(ModelConfig, manifest.state["config"]["model"], layout.folder_of(run_url, steps[0]))
-    model = _empty(config, device)
-    _fill(model, run_url, manifest)
-    model.eval()
-    return Opened(f"{run_url} step {steps[0]}", model, run_url, steps[0], manifest.state)
+    return run_url, layout.read_manifest(run_url, steps[0], found[steps[0]])
+
+
+def _check_base(model: GPT, state: Mapping[str, Any], where: str) -> None:
+    found = lora.digest(lora.base(model))
+    if found != state["start_digest"]:
+        raise CheckpointError(
+            f"{where}: its adapters belong to weights with the checksum {state['start_digest']}, those of "
+            f"{state['start']} have {found}; put back the weights that it was trained from"
+        )
 
 
 def _empty(config: ModelConfig, device: torch.device) -> GPT:
@@ -130,8 +166,7 @@ def _fill_whole(model: GPT, tensors: Mapping[str, torch.Tensor], place: str) -> 
 
 
 @torch.no_grad()
-def _fill(model: GPT, run_url: str, manifest: layout.CheckpointManifest) -> None:
-    parameters = dict(model.named_parameters())
+def _fill(parameters: Mapping[str, torch.Tensor], run_url: str, manifest: layout.CheckpointManifest) -> None:
     missing = {name: parameter.shape[0] for name, parameter in parameters.items()}
 
     def read(file: layout.PayloadFile) -> dict[str, torch.Tensor]:

@@ -117,3 +117,10 @@ def document_mask(tokens_BT: torch.Tensor, fused: bool) -> torch.Tensor | BlockM
         return _block_masks()(sees, B, None, T, T, device=tokens_BT.device)
     same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
     return same & torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril()
+
+
+def document_positions(tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Positions (B, T) that begin at 0 with every end-of-text token."""
+    positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    begins_BT = torch.where(tokens_BT == GPT2_END_OF_TEXT, positions_T, 0)
+    return positions_T - begins_BT.cummax(1).values

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from core.architecture import ModelConfig
-from trainer.model.attention import Attention, Context, document_mask, rotations
+from trainer.model.attention import Attention, Context, document_mask, document_positions, rotations
 from trainer.model.cache import KVCache
 from trainer.model.loss import chunked_cross_entropy, soft_cap
 
@@ -99,25 +99,33 @@ class GPT(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
-        self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        packed: bool = False,
     ) -> torch.Tensor:
         """tokens_BT: integer ids, T at most the context. Returns a float32 scalar, or logits_BTV.
 
         A target below 0 is left out of the mean. With a `cache` the tokens follow those that it holds, per row.
+        `packed` rows hold several texts, each after an end-of-text token, and each as if it were alone.
         """
-        x_BTD = self.hidden(tokens_BT, cache)
+        x_BTD = self.hidden(tokens_BT, cache, packed)
         if targets_BT is None:
             return soft_cap(F.linear(x_BTD, self.head), self.config.logit_softcap)
         return chunked_cross_entropy(
             x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), self.config.logit_softcap, self.fused
         )
 
-    def hidden(self, tokens_BT: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def hidden(self, tokens_BT: torch.Tensor, cache: KVCache | None = None, packed: bool = False) -> torch.Tensor:
         """What the output layer sees, x_BTD, after the last norm."""
         config = self.config
         T = tokens_BT.shape[1]
-        # (T,), or (B, T) with a cache, whose rows may be of different length.
-        positions = torch.arange(T, device=tokens_BT.device) if cache is None else cache.positions(T)
+        # (T,), or (B, T) with a cache, whose rows may be of different length, and with texts that count from 0 each.
+        if cache is not None:
+            positions = cache.positions(T)
+        else:
+            positions = document_positions(tokens_BT) if packed else torch.arange(T, device=tokens_BT.device)
         x_BTD = self.wte(tokens_BT)
         if self.wpe is not None:
             x_BTD = x_BTD + self.wpe(positions)
@@ -127,7 +135,7 @@ class GPT(nn.Module):
         mask = None
         if cache is not None:
             mask = cache.mask(positions)
-        elif config.document_mask:
+        elif config.document_mask or packed:
             mask = document_mask(tokens_BT, self.fused)
         rotary = rotations(positions, config) if config.position == "rope" else None
         x0_BTD, v0_BHTK = x_BTD, None

@@ -25,11 +25,11 @@ MUON_STATE = ("momentum",)
 
 
 class UnitOptimizer:
-    """Decay for matrices and embeddings, none for biases and norms; fused on CUDA."""
+    """Of what requires a gradient. Decay for matrices and embeddings, none for biases and norms; fused on CUDA."""
 
     def __init__(self, model: GPT, config: OptimizerConfig, rank: int, world: int):
         self._config = config
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._rank = rank
         self._world = world
         self._matrices = _matrices(model) if config.name == "muon" else {}

@@ -1,0 +1,86 @@
+"""Low-rank adapters (Hu et al. 2021, "LoRA"): y = W x + (alpha / rank) B A x, where only A and B train.
+
+Adapters are parameters of their own, `h.0.attn.c_attn.lora_a` (rank, in) and `.lora_b` (out, rank), beside the weights
+that they adapt, which keep their names. B starts at zero, so that the first step starts from the model as it was.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+import xxhash
+from torch import nn
+
+from trainer.model.gpt import GPT
+
+_MARK = ".lora_"
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer whose weights stand still, and its adapter."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = alpha / rank
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, **like))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def attach(model: GPT, rank: int, alpha: float, targets: Iterable[str]) -> None:
+    """Adapters on the layers `targets` ("attn.c_attn", ...) of every block; nothing else trains from now on."""
+    model.requires_grad_(False)
+    for block in model.h:
+        for target in targets:
+            parent, _, name = target.rpartition(".")
+            module = block.get_submodule(parent)
+            setattr(module, name, LoraLinear(getattr(module, name), rank, alpha))
+
+
+@torch.no_grad()
+def initialise(model: GPT, seed: int) -> None:
+    """A from N(0, 1 / in), B zero. Drawn on the CPU from `seed` alone, as the model's own starting values."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapters(model).items():
+        if name.endswith("lora_a"):
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn / math.sqrt(parameter.shape[1]))
+        else:
+            parameter.zero_()
+
+
+@torch.no_grad()
+def merge(model: GPT) -> None:
+    """Into a plain model, in place: each adapter is added to the weights that it adapts."""
+    for block in model.h:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, LoraLinear):
+                has_bias = module.bias is not None
+                plain = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
+                module.weight.add_(module.lora_b @ module.lora_a, alpha=module.scale)
+                plain.weight, plain.bias = module.weight, module.bias
+                block.set_submodule(name, plain)
+    model.requires_grad_(True)
+
+
+def adapters(model: GPT) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if _MARK in name}
+
+
+def base(model: GPT) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if _MARK not in name}
+
+
+def digest(parameters: Mapping[str, torch.Tensor]) -> str:
+    """XXH3-128 of the weights: adapters fit no other ones than those they were trained on."""
+    checksum = xxhash.xxh3_128()
+    for name in sorted(parameters):
+        checksum.update(name.encode())
+        checksum.update(parameters[name].detach().float().contiguous().cpu().numpy())
+    return checksum.hexdigest()
