@@ -15,7 +15,6 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,13 +24,13 @@ import time
 import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench import record
 from core import manifest, storage
 from core.console import quantity
 from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
@@ -217,8 +216,7 @@ def main() -> None:
         for side, all_runs in runs.items()
     }
     results = {
-        "date": date.today().isoformat(),
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
+        **record.header("numpy", "mosaicml-streaming", "litdata", "botocore"),
         "tokens": shards * SHARD_TOKENS,
         "rounds": options.rounds,
         "median": medians,
