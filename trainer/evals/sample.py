@@ -2,27 +2,24 @@
 
 import torch
 
-from core.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
-from trainer.precision import autocast
+from trainer.generation.engine import Engine, Request
+from trainer.generation.settings import Sampling
 
 TOP_K = 50
 
 
-@torch.no_grad()
 def sample(model: torch.nn.Module, encoding, prompt: str, new_tokens: int, seed: int, device: torch.device) -> str:
-    """Continue `prompt` (top-k 50 at temperature 1, as in build-nanogpt) until the end of a document at most."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = [GPT2_END_OF_TEXT, *encoding.encode_ordinary(prompt)]
-    context = model.config.context
+    """`prompt` continued (top-k 50 at temperature 1, as in build-nanogpt) until the end of a document at most.
+
+    Of a prompt that leaves no room for the new tokens in the model's context, the beginning is cut off.
+    """
+    if not new_tokens:
+        return prompt
+    engine = Engine(model, encoding, device)
+    tokens = engine.encode(prompt)[-max(1, engine.context - new_tokens) :]
+    settings = Sampling(tokens=new_tokens, temperature=1.0, top_k=TOP_K, seed=seed)
     model.eval()
-    for _ in range(new_tokens):
-        window = torch.tensor([tokens[-context:]], device=device)
-        with autocast(device), torch.compiler.set_stance("force_eager"):  # its length changes with every token
-            logits = model(window)[0, -1, :GPT2_VOCAB_SIZE].float().cpu()
-        best, ids = logits.topk(TOP_K)
-        chosen = int(ids[torch.multinomial(best.softmax(0), 1, generator=generator)])
-        if chosen == GPT2_END_OF_TEXT:
-            break
-        tokens.append(chosen)
+    with torch.compiler.set_stance("force_eager"):  # lengths vary, so that blocks would be compiled again and again
+        completion = engine.complete([Request(tokens, settings)])[0]
     model.train()
-    return encoding.decode(tokens[1:])
+    return prompt + completion.text

@@ -6,6 +6,8 @@ token overwrites the padding. What lies at or beyond a row's end is masked.
 Shapes: B rows, H heads, S room in positions, K head width, T new positions.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from core.architecture import ModelConfig
@@ -16,6 +18,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, rows: int, room: int, device: torch.device, dtype: torch.dtype):
         shape = (config.layers, rows, config.heads, room, config.head_width)
+        self.config = config
         self.room = room
         self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -45,3 +48,18 @@ class KVCache:
     def set_lengths(self, length_B: torch.Tensor) -> None:
         """Say where rows end: after a padded prompt, or to take tokens back."""
         self.length_B = length_B.to(self.length_B)
+
+
+def merged(parts: Sequence[tuple[KVCache, Sequence[int]]], room: int) -> KVCache:
+    """These rows of each cache, one below the other, with that room: for when rows leave, join or grow."""
+    first = parts[0][0]
+    rows = sum(len(index) for _, index in parts)
+    made = KVCache(first.config, rows, room, first.length_B.device, first._keys.dtype)
+    start = 0
+    for cache, index in parts:
+        span, kept = slice(start, start + len(index)), slice(0, min(room, cache.room))
+        made._keys[:, span, :, kept] = cache._keys[:, index, :, kept]
+        made._values[:, span, :, kept] = cache._values[:, index, :, kept]
+        made.length_B[span] = cache.length_B[index]
+        start = span.stop
+    return made
