@@ -1,0 +1,178 @@
+"""The sides of bench.train_step: a training step of the same model, as different trainers do it.
+
+Each builder takes (settings, device) and gives a Side: `forward(tokens)` is the loss of a micro-batch, ready for its
+backward pass, and `finish()` clips and updates after the last one. Other people's trainers are not part of this
+project: they are loaded from checkouts in a folder that is named on the command line.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from core.schema import TrainConfig
+from trainer.model.gpt import GPT
+from trainer.optim.reduce import TreeReducer
+from trainer.optim.units import UnitOptimizer
+from trainer.precision import autocast
+
+
+@dataclasses.dataclass
+class Side:
+    """`begin` clears gradients; `context(i)` wraps forward and backward of micro-batch i, `done(i)` follows it."""
+
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    finish: Callable[[], None]
+    begin: Callable[[], None]
+    context: Callable[[int], object]
+    done: Callable[[int], None] = lambda _: None
+
+
+def ours(settings: TrainConfig, device: torch.device, accumulation: int) -> Side:
+    """What trainer.loop does, with its own parts."""
+    model = GPT(settings.model, settings.train.recompute)
+    model.initialise(1)
+    model.to(device)
+    optimizer = UnitOptimizer(model, settings.optimizer, rank=0, world=1)
+    if device.type == "cuda":
+        model.compile_blocks()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    reducer = TreeReducer(ddp, accumulation)
+
+    def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
+        with autocast(device):
+            return ddp(tokens_BT[:, :-1], tokens_BT[:, 1:])
+
+    def finish() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.clip or float("inf"))
+        optimizer.step(1.0)
+
+    return Side(forward, finish, reducer.reset, reducer.context, reducer.micro_batch_done)
+
+
+def plain(settings: TrainConfig, device: torch.device, accumulation: int, compiled: bool = False) -> Side:
+    """The same model in the plain way of teaching code: whole logits, F.cross_entropy, torch's AdamW."""
+    model = GPT(settings.model)
+    model.initialise(1)
+    model.to(device)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    config = settings.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=device.type == "cuda",
+    )
+    run = torch.compile(model) if compiled else model
+
+    def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
+        with autocast(device):
+            logits_BTV = run(tokens_BT[:, :-1])
+            return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten().long())
+
+    return _usual(forward, model, optimizer)
+
+
+def nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
+    """karpathy/nanoGPT with its own optimizer and whole-model compilation."""
+    module = _load(folder / "nanoGPT" / "model.py")
+    model_config = settings.model
+    shape = module.GPTConfig(
+        block_size=model_config.context,
+        vocab_size=model_config.vocab_rows,
+        n_layer=model_config.layers,
+        n_head=model_config.heads,
+        n_embd=model_config.width,
+        dropout=0.0,
+        bias=True,
+    )
+    model = module.GPT(shape).to(device)
+    config = settings.optimizer
+    optimizer = model.configure_optimizers(config.weight_decay, config.lr, (config.beta1, config.beta2), device.type)
+    run = torch.compile(model) if device.type == "cuda" else model
+
+    def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
+        with autocast(device):
+            return run(tokens_BT[:, :-1], tokens_BT[:, 1:].long().contiguous())[1]
+
+    return _usual(forward, model, optimizer)
+
+
+def build_nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
+    """karpathy/build-nanogpt, as its last commit runs it: not compiled."""
+    # Its evaluation needs packages that a step does not.
+    sys.modules.setdefault("hellaswag", types.SimpleNamespace(render_example=None, iterate_examples=None))
+    module = _load(folder / "build-nanogpt" / "train_gpt2.py", before="\n# simple launch:")
+    module.master_process = False
+    model_config = settings.model
+    shape = module.GPTConfig(
+        block_size=model_config.context,
+        vocab_size=model_config.vocab_rows,
+        n_layer=model_config.layers,
+        n_head=model_config.heads,
+        n_embd=model_config.width,
+    )
+    model = module.GPT(shape).to(device)
+    config = settings.optimizer
+    optimizer = model.configure_optimizers(config.weight_decay, config.lr, device.type)
+
+    def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
+        with autocast(device):
+            return model(tokens_BT[:, :-1], tokens_BT[:, 1:].long())[1]
+
+    return _usual(forward, model, optimizer)
+
+
+def modded(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
+    """KellerJordan/modded-nanogpt's train_gpt_simple.py (track 3): its own model, AdamW for all, whole compilation.
+
+    Its optimizer is compared in bench.token_efficiency; here only the step counts, so that AdamW stands for it.
+    """
+    path = folder / "modded-nanogpt" / "records" / "track_3_optimization" / "train_gpt_simple.py"
+    module = _load(path, before="########################################\n#                Setup")
+    model = module.GPT(settings.model.vocab_rows, settings.model.layers, settings.model.width).to(device)
+    if device.type == "cuda":
+        model.compile(dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.optimizer.lr, fused=device.type == "cuda")
+
+    def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
+        targets_BT = tokens_BT[:, 1:].long().contiguous()
+        return model(tokens_BT[:, :-1], targets_BT) / targets_BT.numel()
+
+    return _usual(forward, model, optimizer)
+
+
+OTHERS = {"nanoGPT": nanogpt, "build-nanogpt": build_nanogpt, "modded-nanogpt": modded}
+
+
+def _usual(forward: Callable, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Side:
+    def finish() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return Side(forward, finish, lambda: optimizer.zero_grad(set_to_none=True), lambda _: contextlib.nullcontext())
+
+
+def _load(path: Path, before: str | None = None) -> types.ModuleType:
+    """A module from a file, or from its part before a line: scripts train as soon as they are imported."""
+    source = path.read_text()
+    if before:
+        if before not in source:
+            raise SystemExit(f"{path}: has no line {before.strip()!r}; another version than this adapter knows")
+        source = source[: source.index(before)]
+    module = types.ModuleType(f"rival_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    argv, sys.argv = sys.argv, [str(path)]  # some read their own source
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    finally:
+        sys.argv = argv
+    return module

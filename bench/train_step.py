@@ -1,0 +1,237 @@
+"""A training step side by side: tokens/s, MFU, memory, and where its time goes, against the limit of the device.
+
+    python -m bench.train_step --preset=gpt2-124m --micro-batch=32 [--rivals=FOLDER] [--out=FILE]
+
+One device, the same model, batch and precision for all sides, each in a process of its own, rounds interleaved,
+medians printed. `ours` is the loop's own step; `plain` is teaching code's (whole logits, torch's AdamW), on a GPU
+also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt. Tokens are random: data is
+measured by bench.loader.
+
+The roofline: a step cannot be faster than its matrix products at the device's peak (core.gpus; on a CPU, of a large
+product measured right here), nor than reading and writing weights, gradients and optimizer state once.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from core import config
+from core.architecture import flops_per_token, parameters
+from core.console import quantity
+from core.gpus import peak_flops
+from core.schema import TrainConfig
+
+CONFIGS = Path(__file__).parent.parent / "trainer" / "configs"
+PARTS = ("forward", "backward", "optimizer")
+
+
+def main() -> None:
+    options = _options()
+    settings = _settings(options)
+    if options.one:
+        print(json.dumps(_measure(options, settings)))
+        return
+    sides = options.sides.split(",") if options.sides else _sides(options)
+    runs: dict[str, list[dict]] = {side: [] for side in sides}
+    for number in range(options.rounds):
+        for side in sides:
+            command = [sys.executable, "-m", "bench.train_step", *sys.argv[1:], f"--one={side}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
+            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1}, {side}: {runs[side][-1]['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
+    results = {
+        "date": date.today().isoformat(),
+        "command": "python -m bench.train_step " + " ".join(sys.argv[1:]),
+        "machine": {"python": platform.python_version(), "system": platform.platform(), **runs[sides[0]][0]["machine"]},
+        "model": config.to_dict(settings.model),
+        "parameters": parameters(settings.model),
+        "flops_per_token": flops_per_token(settings.model),
+        "micro_batch": settings.batch.micro_batch,
+        "accumulation": options.accumulation,
+        "steps": options.steps,
+        "runs": runs,
+    }
+    _show(results)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="gpt2-124m", help="a name in trainer/configs")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: the preset's")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
+    parser.add_argument("--context", type=int, default=0, help="tokens per sequence; 0: the preset's")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps per round, after --warm-up ones")
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", default="", help="of ours, plain, plain-compiled and rivals; default: all there are")
+    parser.add_argument("--rivals", type=Path, help="folder with checkouts of other trainers")
+    parser.add_argument("--device", default="", help="cpu or cuda; default: what there is")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _settings(options: argparse.Namespace) -> TrainConfig:
+    flags = [str(CONFIGS / f"{options.preset}.yaml"), "--run.url=unused", "--data.url=unused"]
+    settings = config.load(TrainConfig, flags, {})
+    size = options.micro_batch or settings.batch.micro_batch
+    context = options.context or settings.model.context
+    flags += [f"--model.context={context}", f"--batch.micro_batch={size}"]
+    return config.load(TrainConfig, [*flags, f"--batch.tokens={size * options.accumulation * context}"], {})
+
+
+def _sides(options: argparse.Namespace) -> list[str]:
+    import torch
+
+    from bench.step_sides import OTHERS
+
+    there = [name for name in OTHERS if options.rivals and (options.rivals / name).is_dir()]
+    compiled = ["plain-compiled"] if torch.cuda.is_available() and options.device != "cpu" else []
+    return ["ours", "plain", *compiled, *there]
+
+
+def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
+    import torch
+
+    from bench import step_sides
+    from trainer import distributed
+
+    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.start(kind).device
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(1)
+    if options.one in step_sides.OTHERS:
+        side = step_sides.OTHERS[options.one](options.rivals, settings, device)
+    elif options.one == "ours":
+        side = step_sides.ours(settings, device, options.accumulation)
+    else:
+        side = step_sides.plain(settings, device, options.accumulation, options.one == "plain-compiled")
+    shape = (settings.batch.micro_batch, settings.model.context + 1)
+    batches = [torch.randint(0, 50000, shape, device=device, dtype=torch.int32) for _ in range(options.accumulation)]
+    for _ in range(options.warm_up):
+        _step(side, batches, _Clock(device))
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clocks = []
+    for _ in range(options.steps):
+        clocks.append(_Clock(device))
+        loss = _step(side, batches, clocks[-1])
+    steps = [clock.seconds() for clock in clocks]
+    whole = sorted(sum(parts.values()) for parts in steps)
+    tokens = settings.batch.tokens / statistics.median(whole)
+    peak = peak_flops(torch.cuda.get_device_name()) if kind == "cuda" else _measured_peak(device)
+    moved = (
+        4 * parameters(settings.model) * 9
+    )  # weights, gradients and two moments: AdamW reads 4, writes 3; zero, clip
+    result = {
+        "tokens_per_second": tokens,
+        "mfu": tokens * flops_per_token(settings.model) / peak if peak else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if kind == "cuda" else None,
+        "step_seconds": {f"p{share}": whole[round((len(whole) - 1) * share / 100)] for share in (10, 50, 90)},
+        "share": {part: sum(step[part] for step in steps) / sum(whole) for part in PARTS},
+        "roofline": {
+            "peak_flops": peak,
+            "products_seconds": settings.batch.tokens * flops_per_token(settings.model) / peak if peak else None,
+            "optimizer_bytes": moved,
+        },
+        "loss": loss,
+        "machine": {
+            "device": torch.cuda.get_device_name() if kind == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
+    }
+    distributed.stop()
+    return result
+
+
+def _step(side, batches: list, clock: "_Clock") -> float:
+    side.begin()
+    clock.mark(None)
+    for index, tokens in enumerate(batches):
+        with side.context(index):
+            loss = side.forward(tokens) / len(batches)
+            clock.mark("forward")
+            loss.backward()
+        side.done(index)
+        clock.mark("backward")
+    side.finish()
+    clock.mark("optimizer")
+    return float(loss.detach()) * len(batches)
+
+
+class _Clock:
+    """Time between marks, booked to the part that ends there."""
+
+    def __init__(self, device):
+        self._on_gpu = device.type == "cuda"
+        self._marks: list = []
+
+    def mark(self, part: str | None) -> None:
+        if self._on_gpu:
+            import torch
+
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((part, event))
+        else:
+            self._marks.append((part, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        found = dict.fromkeys(PARTS, 0.0)
+        for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
+            found[part] += begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
+        return found
+
+
+def _measured_peak(device) -> float:
+    """FLOP/s of a large float32 product on this CPU, the best of a few."""
+    import torch
+
+    size, best = 2048, 0.0
+    a, b = torch.randn(2, size, size, device=device).unbind(0)
+    for _ in range(8):
+        started = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def _show(results: dict) -> None:
+    about = f"{results['machine']['device']}, torch {results['machine']['torch']}, {results['date']}"
+    batch = f"{results['micro_batch']} x {results['model']['context']} x {results['accumulation']} tokens per step"
+    title = f"{quantity(results['parameters'])} parameters, {batch}; {about}"
+    heads = ["side", "tokens/s", "x ours", "MFU", "memory", "step p10/p50/p90 s", "forward / backward / optimizer"]
+    table = Table(*heads, title=title)
+    reference = next(iter(results["runs"].values()))
+    ours = statistics.median(run["tokens_per_second"] for run in reference)
+    for side, runs in results["runs"].items():
+        middle = sorted(runs, key=lambda run: run["tokens_per_second"])[len(runs) // 2]
+        speed = middle["tokens_per_second"]
+        table.add_row(
+            side,
+            quantity(speed),
+            f"{speed / ours:.2f}",
+            "?" if middle["mfu"] is None else f"{100 * middle['mfu']:.1f} %",
+            "" if middle["peak_bytes"] is None else f"{middle['peak_bytes'] / 1e9:.1f} GB",
+            " / ".join(f"{value:.3f}" for value in middle["step_seconds"].values()),
+            " / ".join(f"{100 * value:.0f} %" for value in middle["share"].values()),
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
