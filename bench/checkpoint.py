@@ -11,14 +11,12 @@ documentation says. CPU seconds are those of this process.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
 
+from bench import record
 from core import storage
 from core.schema import CheckpointConfig, ModelConfig, OptimizerConfig
 from demo.s3_server import S3Server
@@ -56,9 +55,7 @@ def main() -> None:
                     runs[name].append(measured)
     distributed.stop()
     results = {
-        "date": date.today().isoformat(),
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
-        "torch": torch.__version__,
+        **record.header("torch"),
         "bytes": size,
         "rounds": options.rounds,
         "median": {
@@ -95,7 +92,7 @@ def _sides(folder: Path, ranks, optimizer: UnitOptimizer) -> dict[str, Callable[
         url: Saver(url, 1, ranks, CheckpointConfig(), None, lambda: True, optimizer.blocks)
         for url in (str(folder / "ours"), "s3://bench/ours")
     }
-    payload = savers["s3://bench/ours"]._staged.data
+    payload = savers["s3://bench/ours"].staged.data
 
     def copy(_: int) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -130,6 +130,7 @@ class Ledger:
         self.run_url = run_url
         self.machine = machine
         self.started_at = started_at
+        self.process_started_at = process_started_at
         self.segment = claim_segment(
             run_url,
             {

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -38,7 +39,9 @@ T = TypeVar("T")
 SCHEMES = ("file", "memory", "s3", "gs", "hf")
 READ_ONLY_SCHEMES = ("hf",)
 COPY_CHUNK_BYTES = 8 << 20
-# Larger objects go up in parts, side by side; S3 takes up to 5 GB in one piece.
+# One connection to S3 carries 80 to 100 MB/s.
+READ_PART_BYTES = 16 << 20
+READ_PARTS_AT_ONCE = 8
 
 # About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
 ATTEMPTS = 7
@@ -113,7 +116,7 @@ def read_range(uri: str, start: int, end: int) -> bytes:
         elif scheme_of(uri) == "hf":
             data = hub.read_range(uri, start, end)
         elif scheme_of(uri) == "s3":
-            data = s3.get(_key(uri), Range=f"bytes={start}-{end - 1}")
+            data = s3.get(_key(uri), f"bytes={start}-{end - 1}")
         else:
             data = _fs(uri).cat_file(_key(uri), start=start, end=end)
         if len(data) != end - start:
@@ -121,6 +124,19 @@ def read_range(uri: str, start: int, end: int) -> bytes:
         return data
 
     return _retrying("read", uri, read)
+
+
+def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
+    """Fill `buffer` with the first bytes of an object, by ranges side by side; yields it part by part, in order."""
+    parts = [buffer[start : start + READ_PART_BYTES] for start in range(0, len(buffer), READ_PART_BYTES)]
+
+    def fill(number: int) -> None:
+        start = number * READ_PART_BYTES
+        parts[number][:] = read_range(uri, start, start + len(parts[number]))
+
+    with ThreadPoolExecutor(READ_PARTS_AT_ONCE, thread_name_prefix="part reader") as pool:
+        for part, _ in zip(parts, pool.map(fill, range(len(parts))), strict=True):
+            yield part
 
 
 def download(uri: str, path: str | os.PathLike, expected_sha256: str | None = None) -> int:

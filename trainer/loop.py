@@ -99,7 +99,7 @@ class Loop:
             self._step(step + 1, fetched, waited)
             step += 1
             if step == first_step + 1:
-                self.record.mark("first_step", step=step)
+                self.record.first_step(step, self.step_seconds - waited)
                 if self.after_first_step:
                     threading.Thread(target=self.after_first_step, name="after first step", daemon=True).start()
 

@@ -63,6 +63,13 @@ class Record:
         self.mark("restored", step=step, skipped=skipped)
         log.info("resumed from step %d" if restored else "starting at step %d", step)
 
+    def first_step(self, step: int, step_seconds: float) -> None:
+        """Note how long it took from the start of this process to the beginning of its first step."""
+        if self.ledger:
+            seconds = self.ledger.now() - self.ledger.process_started_at - step_seconds
+            self.mark("first_step", step=step, seconds=seconds, step_seconds=step_seconds)
+            log.info("the first step began %.1f s after the start and took %.1f s", seconds, step_seconds)
+
     def step_done(self, step: int) -> None:
         if self.ledger:
             self.ledger.step_done(step)

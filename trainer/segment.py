@@ -16,6 +16,7 @@ import torch
 from core.console import CAPPED, FAILED, OK, PREEMPTED
 from core.schema import TrainConfig
 from trainer import compile_cache, distributed
+from trainer.checkpoint.early import EarlyFetch
 from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
 from trainer.distributed import Ranks
@@ -31,18 +32,21 @@ from trainer.watch.spot import SpotWatch
 log = logging.getLogger("train")
 
 
-def run_stage(make: Callable[[Ranks], Stage], settings: Any) -> int:
-    """Join the other ranks, make the stage, run it. `settings.train` says how. Returns the exit code."""
+def run_stage(make: Callable[[Ranks], Stage], settings: Any, fetched: EarlyFetch | None = None) -> int:
+    """Join the other ranks, make the stage, run it. `settings.train` says how. Returns the exit code.
+
+    `fetched` is what was begun to be fetched of the newest checkpoint before torch was imported.
+    """
     try:
         ranks = distributed.start(settings.train.device)
-        return run(make, settings, ranks)
+        return run(make, settings, ranks, fetched)
     except distributed.PeerFailed:
         return FAILED
     finally:
         distributed.stop()
 
 
-def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks) -> int:
+def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: EarlyFetch | None) -> int:
     requests = Requests()
     restore_handlers = requests.listen_to_signals()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -61,7 +65,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks) -> int:
         model.to_empty(device=ranks.device)
         optimizer = UnitOptimizer(model, settings.optimizer, ranks.rank, ranks.world)
         with record.phase("restore"):
-            restored = load_newest(settings.run.url, optimizer, ranks)
+            restored = load_newest(settings.run.url, optimizer, ranks, fetched)
             first_step = restored.step if restored else 0
             optimizer.set_step(first_step)
             stage.fill(model, restored)

@@ -13,6 +13,7 @@ import os
 from core import config
 from core.console import OK, run_entry, set_up_logging
 from core.schema import TrainConfig
+from trainer.checkpoint import early
 
 USAGE = "torchrun --nproc-per-node=N -m trainer.train CONFIG.yaml [--section.key=value ...]"
 
@@ -24,11 +25,12 @@ def main(arguments: list[str]) -> int:
         return OK
     arguments = ["--train.overfit=true" if each == "--overfit" else each for each in arguments]
     settings = config.load(TrainConfig, arguments, os.environ)
-    # torch takes seconds to import: a wrong setting should not have to wait for it.
+    # torch takes seconds to import: a wrong setting should not have to wait for it, and a checkpoint arrives meanwhile.
+    fetched = early.start(settings.run.url, os.environ)
     from trainer.segment import run_stage
     from trainer.stages.pretrain import Pretrain
 
-    return run_stage(functools.partial(Pretrain, settings), settings)
+    return run_stage(functools.partial(Pretrain, settings), settings, fetched)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 
 from core import storage
 from core.errors import CheckpointError, ObjectNotFound
 from trainer.checkpoint import layout
+from trainer.checkpoint.early import EarlyFetch, read_payload
 from trainer.checkpoint.layout import CheckpointManifest
-from trainer.checkpoint.pieces import parse_key
+from trainer.checkpoint.pieces import parse_key, tensors_of
 from trainer.distributed import Ranks, gather_objects, on_main
 
 log = logging.getLogger(__name__)
@@ -44,18 +44,28 @@ class Target(Protocol):
     def restore(self, name: str, start: int, values: torch.Tensor) -> None: ...
 
 
-def load_newest(run_url: str, target: Target, ranks: Ranks) -> Restored | None:
+def load_newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None = None) -> Restored | None:
     """Fill `target` from the newest usable checkpoint, on all ranks; None if there is none.
+
+    `early` may hold some of it already, and is closed.
 
     Raises CheckpointError if complete checkpoints exist but all are damaged.
     """
+    try:
+        return _newest(run_url, target, ranks, early)
+    finally:
+        if early:
+            early.close()
+
+
+def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None) -> Restored | None:
     found = on_main(lambda: layout.stored(run_url), ranks)
     skipped: list[tuple[str, str]] = []
     damaged = 0
     for step, names in found.items():
         manifest, why = on_main(functools.partial(_open, run_url, step, names), ranks)
         if manifest is not None:
-            why = _load(run_url, manifest, target, ranks)
+            why = _load(run_url, manifest, target, ranks, early)
             if why is None:
                 return Restored(step, manifest.state, tuple(skipped))
         if why != "":
@@ -81,7 +91,9 @@ def _open(run_url: str, step: int, names: Mapping[str, int]) -> tuple[Checkpoint
         return None, str(error)
 
 
-def _load(run_url: str, manifest: CheckpointManifest, target: Target, ranks: Ranks) -> str | None:
+def _load(
+    run_url: str, manifest: CheckpointManifest, target: Target, ranks: Ranks, early: EarlyFetch | None
+) -> str | None:
     """Read and broadcast all files. None when `target` is filled, else what is wrong; nothing is filled then."""
     files = manifest.files
     mine: dict[int, dict[str, torch.Tensor]] = {}
@@ -89,16 +101,16 @@ def _load(run_url: str, manifest: CheckpointManifest, target: Target, ranks: Ran
     for index in range(ranks.rank, len(files), ranks.world):
         uri = storage.join(layout.folder_of(run_url, manifest.step), files[index].name)
         try:
-            data = storage.read_bytes(uri)
-            if layout.checksum(data) != files[index].xxh3_128:
+            data, checksum = (early.take(uri) if early else None) or read_payload(uri, files[index].bytes)
+            if checksum != files[index].xxh3_128:
                 problem = f"{uri}: checksum differs from its manifest's"
                 break
-            mine[index] = safetensors.torch.load(data)
+            mine[index] = tensors_of(data)
         except ObjectNotFound as error:
             problem = str(error)
             break
-        except safetensors.SafetensorError as error:
-            problem = f"{uri}: not a safetensors file ({error})"
+        except ValueError as error:
+            problem = f"{uri}: {error}"
             break
     headers = {index: [(key, str(tensor.dtype)) for key, tensor in tensors.items()] for index, tensors in mine.items()}
     reports = gather_objects((problem, headers), ranks)

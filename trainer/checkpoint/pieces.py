@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import torch
 
 MAX_UNIT_ELEMENTS = 4 << 20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
+_TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _KEY = re.compile(r"^(.+)\[(\d+):(\d+)\]$")
 
 
@@ -89,6 +91,8 @@ class StagedFile:
         text += b" " * (-len(text) % 8)  # tensors start 8-byte aligned
         start = 8 + len(text)
         on_gpu = any(tensor.is_cuda for _, tensor in blocks)
+        if on_gpu:  # a thread of its own would pin memory in the context of the first GPU
+            torch.cuda.set_device(blocks[0][1].device)
         self._buffer = torch.empty(start + offset, dtype=torch.uint8, pin_memory=on_gpu)
         self._buffer.fill_(0)  # touch the pages now, not in the first save
         self._buffer[:start] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
@@ -110,3 +114,28 @@ class StagedFile:
     @property
     def data(self) -> memoryview:
         return memoryview(self._buffer.numpy())
+
+
+def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file (uint8), in its own memory: the library's loader would copy it twice.
+
+    Raises ValueError for anything else.
+    """
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if len(data) < 8 or start > len(data):
+        raise ValueError("not a safetensors file: its header is longer than the file")
+    header = json.loads(data[8:start].tobytes())
+    tensors = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        try:
+            dtype, shape = _TYPES[entry["dtype"]], torch.Size(entry["shape"])
+            first, last = entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a safetensors file: {key} is described as {entry!r}") from error
+        if not 0 <= first <= last <= len(data) - start or shape.numel() * dtype.itemsize != last - first:
+            raise ValueError(f"not a safetensors file: {key} lies at {first}:{last} of {len(data) - start} bytes")
+        flat = torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=start + first) if shape.numel() else None
+        tensors[key] = torch.empty(shape, dtype=dtype) if flat is None else flat.view(shape)
+    return tensors

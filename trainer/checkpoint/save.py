@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -57,11 +58,17 @@ class Saver:
         self.ledger = ledger
         self._flush_books = flush_books
         self._blocks = blocks
-        self._staged = StagedFile(blocks())
+        # Touching its memory takes a while, and nobody needs it before the first checkpoint.
+        self._staging = ThreadPoolExecutor(1, "staging").submit(StagedFile, list(blocks()))
         self._thread: threading.Thread | None = None
         self.failure: LauncherError | None = None
         self.taken_over: RunError | None = None
         self.last_step = 0
+
+    @property
+    def staged(self) -> StagedFile:
+        """The buffer that snapshots go to."""
+        return self._staging.result()
 
     @property
     def busy(self) -> bool:
@@ -72,7 +79,7 @@ class Saver:
         self.wait()
         self.cadence.saved()
         started = time.monotonic()
-        self._staged.fill(self._blocks())
+        self.staged.fill(self._blocks())
         blocked = time.monotonic() - started
         if self.ledger:
             self.ledger.mark("checkpoint_begun", step=step)
@@ -127,7 +134,7 @@ class Saver:
                 self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps({"error": str(error)}))
 
     def _upload(self, step: int) -> PayloadFile:
-        data = self._staged.data
+        data = self.staged.data
         name = layout.payload_name(self.segment, self.ranks.rank, self.ranks.world)
         storage.write_bytes(storage.join(layout.folder_of(self.run_url, step), name), data)
         return PayloadFile(name, len(data), layout.checksum(data))

@@ -1,10 +1,10 @@
 """Token windows out of shards in object storage, through a bounded cache on the node's disk.
 
-A window whose shard is not on disk yet is read by its byte range (2 kB), so that the first batch needs no whole
-shard. Meanwhile one rank per node downloads whole shards in the order they will be needed, checks their SHA-256
-and moves them into place; all ranks of the node map the same files. When the folder would outgrow its bound, the
-shards that are needed last go first. A rank that finds a shard gone reads by range again: the cache decides the
-speed, never the content.
+A window whose shard is not on disk yet is read by its byte range (2 kB; one range for several that lie close
+together), so that the first batch needs no whole shard. Once that is out, one rank per node downloads whole shards
+in the order they will be needed, checks their SHA-256 and moves them into place; all ranks of the node map the same
+files. When the folder would outgrow its bound, the shards that are needed last go first. A rank that finds a shard
+gone reads by range again: the cache decides the speed, never the content.
 """
 
 import logging
@@ -23,7 +23,10 @@ from core.shard import HEADER_BYTES, check_size, parse_header
 
 log = logging.getLogger(__name__)
 
-RANGE_READERS = 16
+RANGE_READERS = 32
+# Windows of one shard that are this close come by one request: a megabyte arrives sooner than another first byte.
+GAP_BYTES = 1 << 20
+SPAN_BYTES = 8 << 20  # but not by one so long that another connection would be faster
 READ_AHEAD_SHARDS = 64
 FETCHERS = 4
 # A shard that is on its way is worth waiting for: as thousands of range reads its windows would take longer.
@@ -32,6 +35,8 @@ IMPATIENT_SECONDS = 60.0
 LOOK_SECONDS = 0.5  # how often the read-ahead looks where training is; looking costs a stat per shard
 STALL_RETRY_SECONDS = 5.0
 STALL_SECONDS = 480.0  # below the collectives' time limit, so that the cause is named, not a time-out of the others
+
+Window = tuple[int, int, int]  # shard, first token within it, row of the batch
 
 
 class ShardCache:
@@ -69,10 +74,31 @@ class ShardCache:
             else:
                 out[row] = tokens[begin:end]
         if by_range:
-            found = self._readers.map(lambda row: self._read(shards[row], begins[row], count), by_range)
-            for row, tokens in zip(by_range, found, strict=True):
-                out[row] = tokens
+            spans = self._spans(sorted((shards[row], begins[row], row) for row in by_range), count)
+            for span, tokens in zip(
+                spans, self._readers.map(lambda span: self._read_span(span, count), spans), strict=True
+            ):
+                first = span[0][1]
+                for _, begin, row in span:
+                    out[row] = tokens[begin - first : begin - first + count]
         return out
+
+    def _spans(self, windows: list[Window], count: int) -> list[list[Window]]:
+        """Sorted windows in groups that one read each serves."""
+        spans: list[list[Window]] = []
+        for shard, begin, row in windows:
+            if spans and spans[-1][0][0] == shard:
+                gap = (begin - spans[-1][-1][1] - count) * self.dtype.itemsize
+                length = (begin - spans[-1][0][1] + count) * self.dtype.itemsize
+                if gap <= GAP_BYTES and length <= SPAN_BYTES:
+                    spans[-1].append((shard, begin, row))
+                    continue
+            spans.append([(shard, begin, row)])
+        return spans
+
+    def _read_span(self, span: list[Window], count: int) -> np.ndarray:
+        (shard, first, _), (_, last, _) = span[0], span[-1]
+        return self._read(shard, first, last - first + count)
 
     def stream(self, begin: int, count: int) -> np.ndarray:
         """`count` consecutive tokens of the split from token `begin` on."""
@@ -158,7 +184,8 @@ class ShardCache:
 class ReadAhead:
     """Downloads the shards that will be needed next; one per node. `upcoming` gives them, the soonest first.
 
-    Several at a time: the windows of a group of shards are mixed, so that all of a group are needed at once.
+    Several at a time: the windows of a group of shards are mixed, so that all of a group are needed at once. They
+    begin at `start`, so that they do not compete with the first batch.
     """
 
     def __init__(self, cache: ShardCache, upcoming: Callable[[int], list[int]]):
@@ -167,17 +194,23 @@ class ReadAhead:
         self.failure: LauncherError | None = None
         self._lock = threading.Lock()
         self._in_flight: set[int] = set()
+        self._begin = threading.Event()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, name="read-ahead", daemon=True) for _ in range(FETCHERS)]
         for thread in self._threads:
             thread.start()
 
+    def start(self) -> None:
+        self._begin.set()
+
     def close(self) -> None:
         self._stop.set()
+        self._begin.set()
         for thread in self._threads:
             thread.join(timeout=5)
 
     def _run(self) -> None:
+        self._begin.wait()
         while not self._stop.is_set() and self.failure is None:
             shard = self._claim()
             if shard is None:

@@ -116,6 +116,8 @@ class Batches:
                     row += rows
                     rows = self._chunk_rows
                     self._source.cache.patient = True
+                    if self._read_ahead:
+                        self._read_ahead.start()
                 step += steps_at_once
         except Exception as error:  # it belongs to the consumer, who would wait for ever
             self._put(error)

@@ -1,0 +1,70 @@
+"""Fetch the newest checkpoint while torch is still being imported.
+
+A restart has two long parts that do not need each other: Python's imports and the transfer of the checkpoint. `start`
+needs no torch; the trainer calls it before anything else. What it fetched is only used if it turns out to be what
+rank 0 chooses to restore from, and its checksum is compared there.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+import xxhash
+
+from core import storage
+from core.errors import LauncherError
+from trainer.checkpoint import layout
+
+log = logging.getLogger(__name__)
+
+
+def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
+    """The bytes of a payload file and their XXH3-128, computed on the way."""
+    data = np.empty(size, np.uint8)
+    digest = xxhash.xxh3_128()
+    for part in storage.read_into(uri, memoryview(data)):
+        digest.update(part)
+    return data, digest.hexdigest()
+
+
+class EarlyFetch:
+    """This rank's files of the newest complete checkpoint of a run, if there is one."""
+
+    def __init__(self, run_url: str, rank: int, world: int):
+        self._run_url = run_url
+        self._rank = rank
+        self._world = world
+        self._found: dict[str, tuple[np.ndarray, str]] = {}
+        self._thread = threading.Thread(target=self._fetch, name="early fetch", daemon=True)
+        self._thread.start()
+
+    def take(self, uri: str) -> tuple[np.ndarray, str] | None:
+        """The content of a payload file and its checksum, once; None if it was not fetched."""
+        self._thread.join()
+        return self._found.pop(uri, None)
+
+    def close(self) -> None:
+        """Give the memory of what nobody wanted back."""
+        self._thread.join()
+        self._found.clear()
+
+    def _fetch(self) -> None:
+        try:
+            found = layout.stored(self._run_url)
+            complete = [step for step, names in found.items() if layout.MARKER in names]
+            if not complete:
+                return
+            step = complete[0]
+            files = layout.read_manifest(self._run_url, step, found[step]).files
+            for file in files[self._rank :: self._world]:
+                uri = storage.join(layout.folder_of(self._run_url, step), file.name)
+                self._found[uri] = read_payload(uri, file.bytes)
+        except LauncherError as error:
+            # Whoever restores meets the same and says so.
+            log.debug("no early fetch: %s", error)
+
+
+def start(run_url: str, environment: Mapping[str, str]) -> EarlyFetch:
+    """Begin to fetch for the rank that torchrun's variables name."""
+    return EarlyFetch(run_url, int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")))
