@@ -77,6 +77,8 @@ class Loop:
         """Train up to the last step or until asked to leave. Returns the step reached, which is saved, and why."""
         steps = self.settings.train.steps
         step = first_step
+        if step == 0 and self.stage.measures_start:
+            self.looks.measure(step)
         while True:
             self.record.switch("data_wait")
             started = time.monotonic()

@@ -32,8 +32,7 @@ class Looks:
     def __call__(self, step: int) -> None:
         train = self._train
         if self._due(step, train.eval_every):
-            with self._record.phase("eval"):
-                self._measure(step)
+            self.measure(step)
         if train.hellaswag_items and self._due(step, train.hellaswag_every):
             with self._record.phase("eval"):
                 self._answer(step)
@@ -44,11 +43,13 @@ class Looks:
     def _due(self, step: int, every: int) -> bool:
         return step == self._train.steps or bool(every and step % every == 0)
 
-    def _measure(self, step: int) -> None:
-        held_out = self._held_out()
-        if held_out is None:
-            return
-        found = held_out(self._model)
+    def measure(self, step: int) -> None:
+        """On held-out data, if there is any."""
+        with self._record.phase("eval"):
+            held_out = self._held_out()
+            if held_out is None:
+                return
+            found = held_out(self._model)
         self._report.metric("eval", {"step": step, "tokens": step * self._tokens_per_step, **found})
         text = f"step %d/%d | validation loss {found['val_loss']:.4f} over {quantity(found['eval_tokens'])} tokens"
         more = [name for name in found if name not in ("val_loss", "eval_tokens")]

@@ -1,0 +1,36 @@
+"""Fine-tune on conversations: all weights or low-rank adapters, with the loop, resume and ledger of pretraining.
+
+    python -m trainer.finetune trainer/configs/finetune-chat.yaml --finetune.start=RUN --run.url=s3://bucket/runs/chat
+    torchrun --nproc-per-node=8 -m trainer.finetune CONFIG.yaml --finetune.start=gpt2 --data.rows=rows.jsonl ...
+
+Reads the start's weights and instruction rows: a set stored by data_prep.sets, or a .jsonl file. Writes below run.url
+what trainer.train writes. A run with adapters keeps the adapters only, and its start must stay where it is; opened by
+any other program it is a plain model.
+"""
+
+import functools
+import os
+
+from core import config
+from core.console import OK, run_entry, set_up_logging
+from core.schema_tuning import FinetuneConfig
+from trainer.checkpoint import early
+
+USAGE = "torchrun --nproc-per-node=N -m trainer.finetune CONFIG.yaml --finetune.start=RUN [--section.key=value ...]"
+
+
+def main(arguments: list[str]) -> int:
+    set_up_logging(speaks=os.environ.get("RANK", "0") == "0")
+    if {"-h", "--help"} & set(arguments):
+        print(config.help_text(FinetuneConfig, USAGE))
+        return OK
+    settings = config.load(FinetuneConfig, arguments, os.environ)
+    fetched = early.start(settings.run.url, os.environ)
+    from trainer.segment import run_stage
+    from trainer.stages.finetune import Finetune
+
+    return run_stage(functools.partial(Finetune, settings), settings, fetched)
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,128 @@
+"""Fine-tuning: the answers of conversations, several of them packed into a row, none of which sees another.
+
+The loss of a step is the mean over all its answer tokens: each counts the same, in whatever micro-batch it is, and
+on however many ranks.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from core.schema_tuning import FinetuneConfig
+from core.vocabulary import GPT2_END_OF_TEXT
+from trainer.chat_template import NO_TARGET
+from trainer.data.examples import Examples, Texts, read_conversations
+from trainer.data.packing import NumberedBatches, pack
+from trainer.evals.in_turn import in_turn
+from trainer.model.gpt import GPT
+from trainer.precision import autocast
+from trainer.stages.stage import HeldOut
+from trainer.stages.tuned import Tuned
+
+
+class Packed(NamedTuple):
+    """A micro-batch; `weight` makes the mean over its answer tokens its share of the step's."""
+
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    weight: float
+
+
+class Rows:
+    """Texts packed into rows. What is left of a row is end-of-text tokens, each of them a text of its own."""
+
+    def __init__(self, texts: Texts, length: int):
+        self._texts = texts
+        self._length = length
+        self._rows = pack(texts.lengths, length)
+        answers = texts.answers()
+        self.answers = np.array([answers[row].sum() for row in self._rows], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def tensors(self, numbers: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = np.full((len(numbers), self._length), GPT2_END_OF_TEXT, np.int32)
+        targets = np.full((len(numbers), self._length), NO_TARGET, np.int32)
+        for place, number in enumerate(numbers):
+            end = 0
+            for text in self._rows[number]:
+                end = self._texts.put(text, tokens[place], targets[place], end)
+        return torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
+
+
+class AnswerLoss(nn.Module):
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, packed: Packed) -> torch.Tensor:
+        return self.model(packed.tokens_BT, packed.targets_BT, packed=True) * packed.weight
+
+
+class Finetune(Tuned):
+    name = "finetune"
+
+    def read(self, own: FinetuneConfig, length: int) -> Examples:
+        return read_conversations(own.data, self._encoding(), length)
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        return Rows(self.examples.train, self.length)
+
+    def count_items(self) -> int:
+        return len(self.rows)
+
+    def describe_items(self) -> str:
+        filled = len(self.examples.train.tokens) / (len(self.rows) * self.length)
+        return f"rows, {100 * filled:.1f} % filled"
+
+    def objective(self, model: GPT) -> nn.Module:
+        return AnswerLoss(model)
+
+    def batches(self, first_step: int) -> NumberedBatches:
+        train, batch = self.settings.train, self.settings.batch
+        return NumberedBatches(
+            len(self.rows),
+            train.seed,
+            0 if train.overfit else first_step,
+            batch=self.items_per_step,
+            micro_batch=batch.micro_batch,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            make=self._micro_batch,
+            skip=train.skip_batches,
+        )
+
+    def _micro_batch(self, of_step: np.ndarray, mine: np.ndarray) -> Packed:
+        micro_batches = self.accumulation * self.ranks.world
+        share = self.rows.answers[mine].sum() / self.rows.answers[of_step].sum()
+        return Packed(*self.rows.tensors(mine, self.ranks.device), float(share * micro_batches))
+
+    def held_out(self) -> HeldOut | None:
+        if not len(self.examples.val):
+            return None
+        rows = Rows(self.examples.val, self.length)
+        size = self.settings.batch.micro_batch
+        count = min(len(rows), max(1, self.settings.train.eval_tokens // self.length))
+        groups = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
+
+        @torch.no_grad()
+        def measure(model: GPT) -> Mapping[str, float]:
+            def loss(index: int) -> list[float]:
+                tokens_BT, targets_BT = rows.tensors(groups[index], self.ranks.device)
+                with autocast(self.ranks.device, self.precision):
+                    return [float(model(tokens_BT, targets_BT, packed=True))]
+
+            model.eval()
+            answers = [int(rows.answers[group].sum()) for group in groups]
+            losses = in_turn(len(groups), loss, self.ranks)
+            model.train()
+            total = sum(answers[index] * losses[index][0] for index in range(len(groups)))
+            return {"val_loss": total / sum(answers), "eval_tokens": sum(answers)}
+
+        return measure
