@@ -101,6 +101,21 @@ def on_main(call: Callable[[], T], ranks: Ranks) -> T:
     return box[0][0]
 
 
+def on_all(call: Callable[[], T], ranks: Ranks) -> T:
+    """Run `call` on every rank; if it fails anywhere, the first rank where it does says so and all of them end."""
+    result, error = None, None
+    try:
+        result = call()
+    except LauncherError as failure:
+        error = failure
+    failed = gather_objects(error is not None, ranks)
+    if not any(failed):
+        return result
+    if error is not None and failed.index(True) == ranks.rank:
+        raise error
+    raise PeerFailed
+
+
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     """The `value` of every rank, in rank order, on all ranks. Only for small, trusted, picklable values."""
     box: list[Any] = [value] * ranks.world

@@ -4,22 +4,24 @@ The context and each ending become text in the harness's form; the ending with t
 answer, once as it is (`accuracy`, its acc) and once per character of the ending (`accuracy_norm`, its acc_norm). The
 items come from DATA_URL/sets/hellaswag.jsonl (data_prep.sets).
 
-llm.c and build-nanogpt take another text (no activity label) and divide by tokens: their 29.5 % for GPT-2 124M is
-not this number, which the harness gives as 31.1 %.
+The style "llm.c" (and build-nanogpt) takes another text, `ctx` without the activity label or any cleaning, and
+divides by tokens: its 29.5 % for GPT-2 124M is not the harness's number, 31.1 %.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.errors import DataError
 from trainer.distributed import Ranks
-from trainer.evals.likelihood import Request, log_likelihoods
+from trainer.evals.kept import Kept
+from trainer.evals.likelihood import Request, likelihoods
 from trainer.model.gpt import GPT
 
 NAME = "hellaswag"  # of the set
+STYLES = ("harness", "llm.c")
 
 
 @dataclass(frozen=True)
@@ -42,44 +44,84 @@ class Score:
         )
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Which items were answered rightly, by the sums and by the sums over lengths."""
+
+    right: list[bool]
+    right_norm: list[bool]
+
+    def score(self, without: Container[int] = ()) -> Score:
+        """Over all items but those with a number in `without`."""
+        kept = [number for number in range(len(self.right)) if number not in without]
+        right, right_norm = (sum(each[number] for number in kept) for each in (self.right, self.right_norm))
+        items = len(kept)
+        share, share_norm = (count / items if items else math.nan for count in (right, right_norm))
+        return Score(items, share, _error(share, items), share_norm, _error(share_norm, items))
+
+
 class HellaSwag:
     """Items made into requests once; called with a model as often as one likes."""
 
-    def __init__(self, items: Sequence[Mapping[str, Any]], encoding, ranks: Ranks, precision: str = "auto"):
+    def __init__(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        encoding,
+        ranks: Ranks,
+        precision: str = "auto",
+        style: str = "harness",
+    ):
         """`items` as in the published rows. Raises DataError for one that is none."""
         self._ranks = ranks
         self._precision = precision
         self._requests: list[Request] = []
         self._labels: list[int] = []
-        self._characters: list[list[int]] = []
+        self._lengths: list[list[int]] = []  # what the normalised sums are divided by
         for number, item in enumerate(items):
             try:
-                context, endings, label = text_of(item)
+                label = int(item["label"])
+                requests, lengths = _of_harness(item, encoding) if style == "harness" else _of_llm_c(item, encoding)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise DataError(
                     f"HellaSwag item {number}: {type(error).__name__}: {error}; store the set again"
                 ) from error
             self._labels.append(label)
-            self._characters.append([len(ending) for ending in endings])
-            self._requests += [request_of(context, f" {ending}", encoding) for ending in endings]
+            self._lengths.append(lengths)
+            self._requests += requests
 
     def __call__(self, model: GPT) -> Score:
-        likelihoods = log_likelihoods(model, self._requests, self._ranks, self._precision)
-        right = right_norm = 0
+        return self.answers(model).score()
+
+    def answers(self, model: GPT, kept: Kept | None = None, title: str = "") -> Answers:
+        """On all ranks; `kept` and `title` as for `likelihoods`."""
+        found = likelihoods(model, self._requests, self._ranks, self._precision, kept, title=title)
+        answers = Answers([], [])
         position = 0
-        for label, characters in zip(self._labels, self._characters, strict=True):
-            sums = likelihoods[position : position + len(characters)]
-            position += len(characters)
-            right += _best(sums) == label
-            right_norm += _best([each / length for each, length in zip(sums, characters, strict=True)]) == label
-        items = len(self._labels)
-        return Score(items, right / items, _error(right, items), right_norm / items, _error(right_norm, items))
+        for label, lengths in zip(self._labels, self._lengths, strict=True):
+            sums = [each.total for each in found[position : position + len(lengths)]]
+            position += len(lengths)
+            means = [each / length for each, length in zip(sums, lengths, strict=True)]
+            answers.right.append(_best(sums) == label)
+            answers.right_norm.append(_best(means) == label)
+        return answers
+
+
+def _of_harness(item: Mapping[str, Any], encoding) -> tuple[list[Request], list[int]]:
+    context, endings, _ = text_of(item)
+    return [request_of(context, f" {ending}", encoding) for ending in endings], [len(ending) for ending in endings]
+
+
+def _of_llm_c(item: Mapping[str, Any], encoding) -> tuple[list[Request], list[int]]:
+    """As build-nanogpt's hellaswag.py: context and endings are encoded apart."""
+    context = encoding.encode_ordinary(item["ctx"])
+    endings = [encoding.encode_ordinary(f" {ending}") for ending in item["endings"]]
+    return [Request(context, ending) for ending in endings], [len(ending) for ending in endings]
 
 
 def text_of(item: Mapping[str, Any]) -> tuple[str, list[str], int]:
     """Context, endings and the right one's number, in the harness's form."""
     context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
-    return _clean(context), [_clean(ending) for ending in item["endings"]], int(item["label"])
+    return clean(context), [clean(ending) for ending in item["endings"]], int(item["label"])
 
 
 def request_of(context: str, continuation: str, encoding) -> Request:
@@ -92,7 +134,7 @@ def request_of(context: str, continuation: str, encoding) -> Request:
     return Request(whole[:begin], whole[begin:])
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """WikiHow's marks out of the text, as the harness does."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
@@ -102,7 +144,6 @@ def _best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda index: values[index])
 
 
-def _error(right: int, items: int) -> float:
+def _error(share: float, items: int) -> float:
     """Standard error of a share, with Bessel's correction."""
-    share = right / items
     return math.sqrt(share * (1 - share) / (items - 1)) if items > 1 else math.nan

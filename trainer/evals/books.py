@@ -1,0 +1,49 @@
+"""What an evaluation costs: a ledger of its own beside its results, since whoever opens a segment in the run's own
+ledger takes the run over.
+
+    RUN_URL/evaluations/run.json    what this folder is
+    RUN_URL/evaluations/ledger/     segments of the stage "evaluate" (core.ledger)
+"""
+
+import contextlib
+import logging
+
+import torch
+
+from core import config
+from core.ledger import Ledger
+from core.run import machine_from_environment, open_run, process_started_at, program_versions, segment_started_at
+from trainer.distributed import Ranks, on_main
+from trainer.evals.settings import EvaluateConfig
+
+log = logging.getLogger("evaluate")
+
+
+class Books:
+    """On all ranks; rank 0 writes."""
+
+    def __init__(self, home: str, settings: EvaluateConfig, ranks: Ranks):
+        self._ledger: Ledger | None = None
+        on_main(lambda: self._open(home, settings, ranks), ranks)
+
+    def _open(self, home: str, settings: EvaluateConfig, ranks: Ranks) -> None:
+        open_run(home, {}, {"evaluate": config.to_dict(settings)}, "")
+        gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
+        machine = machine_from_environment(gpu, ranks.local_world if gpu else 0)
+        program = program_versions(("torch", "numpy", "s3fs")) | {"ranks": ranks.world, "stage": "evaluate"}
+        self._ledger = Ledger(home, machine, program, segment_started_at(), process_started_at())
+
+    def phase(self, name: str):
+        return self._ledger.phase(name) if self._ledger else contextlib.nullcontext()
+
+    def __enter__(self) -> "Books":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not self._ledger:
+            return
+        reason = "finished" if error is None else "interrupted" if kind is KeyboardInterrupt else "failed"
+        said = {} if error is None else {"error": " ".join(f"{kind.__name__}: {error}".split())[:500]}
+        self._ledger.close(reason, None, **said)
+        if error is None and (spent := self._ledger.spent_usd()) is not None:
+            log.info("spent $%.2f", spent)

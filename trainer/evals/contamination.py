@@ -1,0 +1,99 @@
+"""Which items of an evaluation set occur in the training text? By runs of tokens that both have.
+
+An item counts as seen if `run` tokens in a row (GPT-3 took 13, Brown et al. 2020, appendix C) of its text also stand
+somewhere in the training shards. Shards are dealt to the ranks and read one at a time; besides a shard, memory holds
+one number per token of the set and a table of 16 MB. A run that is cut by a shard's end is not found.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from core import storage
+from core.console import progress
+from core.manifest import Manifest
+from trainer.distributed import Ranks, gather_objects
+from trainer.evals.hellaswag import text_of
+from trainer.evals.kept import Kept
+from trainer.evals.perplexity import read_shard
+
+BASE = np.uint64(0x9E3779B97F4A7C15)  # any odd number with its bits well mixed
+TABLE_BITS = 24
+CHUNK_TOKENS = 1 << 20  # hashed at once, within the CPU's caches
+
+
+def item_tokens(item, encoding) -> np.ndarray:
+    """A HellaSwag item as it may stand in a text: the context with its right ending, without the activity label."""
+    context, endings, label = text_of(item)
+    context = context.partition(": ")[2]
+    return np.array(encoding.encode_ordinary(f"{context} {endings[label]}"), np.uint64)
+
+
+def seen(
+    items: Sequence[np.ndarray], data_url: str, manifest: Manifest, run: int, ranks: Ranks, kept: Kept
+) -> list[int]:
+    """Numbers of the items that the training shards share `run` tokens in a row with, on all ranks."""
+    hashes_of = [hashes(tokens, run) for tokens in items]
+    known = np.concatenate([np.empty(0, np.uint64), *hashes_of])
+    order = np.argsort(known, kind="stable")
+    sorted_hashes = known[order]
+    owners = np.repeat(np.arange(len(items)), [len(each) for each in hashes_of])[order]
+    table = np.zeros(1 << TABLE_BITS, bool)
+    table[_places(sorted_hashes)] = True
+
+    shards = manifest.split("train", data_url).shards
+    found = set()
+    for name in (shard.name for shard in shards if shard.name in kept.found):
+        found.update(kept.found[name])
+    left = [shard for shard in shards if shard.name not in kept.found]
+    mine: set[int] = set()
+    with progress("contamination", sum(shard.tokens for shard in left) / ranks.world, "tokens per rank") as bar:
+        for shard in left[ranks.rank :: ranks.world]:
+            hits: set[int] = set()
+            for piece in _pieces(read_shard(storage.join(data_url, shard.name), manifest), run):
+                candidates = hashes(piece, run)
+                candidates = candidates[table[_places(candidates)]]
+                first = np.searchsorted(sorted_hashes, candidates, "left")
+                last = np.searchsorted(sorted_hashes, candidates, "right")
+                for begin, end in zip(first.tolist(), last.tolist(), strict=True):
+                    hits.update(owners[begin:end].tolist())
+            kept.add({shard.name: sorted(hits)})
+            mine |= hits
+            bar.advance(shard.tokens)
+    return sorted(found.union(*gather_objects(mine, ranks)))
+
+
+def hashes(tokens: np.ndarray, run: int) -> np.ndarray:
+    """A 64-bit number for each `run` consecutive tokens: a polynomial, built up by doubling."""
+    if len(tokens) < run:
+        return np.empty(0, np.uint64)
+    done = 0
+    value = np.empty(0, np.uint64)
+    power, factor = (tokens.astype(np.uint64) + np.uint64(1)) * BASE, BASE  # of 1, 2, 4, ... tokens
+    size = 1
+    while done < run:
+        if run & size:
+            if done:
+                count = len(tokens) - done - size + 1
+                value = value[:count] * factor + power[done : done + count]
+            else:
+                value = power
+            done += size
+        if done < run:
+            power = power[: len(power) - size] * factor + power[size:]
+            factor = factor * factor
+            size *= 2
+    # Multiplication moves differences upwards only: bring them down again.
+    value = value ^ (value >> np.uint64(29))
+    value = value * np.uint64(0xBF58476D1CE4E5B9)
+    return value ^ (value >> np.uint64(32))
+
+
+def _places(values: np.ndarray) -> np.ndarray:
+    return (values >> np.uint64(64 - TABLE_BITS)).astype(np.int64)
+
+
+def _pieces(tokens: np.ndarray, run: int) -> Iterator[np.ndarray]:
+    """Overlapping, so that every run of tokens lies in one of them."""
+    for first in range(0, len(tokens), CHUNK_TOKENS):
+        yield tokens[first : first + CHUNK_TOKENS + run - 1]

@@ -1,0 +1,138 @@
+"""Any task of lm-evaluation-harness on our models, through its own model interface (extra `eval`: pip install lm-eval).
+
+Every rank builds the same requests and computes its share of them; all get all answers, and the same scores.
+"""
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from core.errors import ConfigError
+from core.vocabulary import GPT2_END_OF_TEXT
+from trainer.distributed import Ranks, gather_objects
+from trainer.evals.kept import Kept
+from trainer.evals.likelihood import Request, likelihoods
+from trainer.evals.perplexity import rolling
+from trainer.generation.engine import Engine
+from trainer.generation.engine import Request as Prompt
+from trainer.generation.settings import Sampling
+from trainer.weights import Opened
+
+try:
+    from lm_eval.api.model import TemplateLM
+except ImportError as error:
+    raise ConfigError(
+        f"tasks of lm-evaluation-harness need it: pip install lm-eval, or `pip install -e .[eval]` ({error})"
+    ) from error
+
+NEW_TOKENS = 256  # where a task sets no limit; the harness's own default
+
+
+def version() -> str:
+    from importlib.metadata import version
+
+    return version("lm-eval")
+
+
+def run(
+    task: str, opened: Opened, ranks: Ranks, precision: str, kept: Kept, folder: str, limit: int, few_shot: int
+) -> dict[str, Any]:
+    """The harness's own scores: metric → number, TASK/METRIC for sub-tasks. Raises ConfigError for an unknown task."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    tasks = TaskManager(include_path=folder or None)
+    if not tasks.match_tasks([task]):
+        raise ConfigError(f"lm-eval:{task}: the harness has no such task; `lm_eval ls tasks` lists them")
+    found = simple_evaluate(
+        HarnessModel(opened, ranks, precision, kept),
+        tasks=[task],
+        num_fewshot=None if few_shot < 0 else few_shot,
+        limit=limit or None,
+        log_samples=False,
+        task_manager=tasks,
+        # Spreads of metrics that are no means are drawn; the rest have a formula.
+        bootstrap_iters=1000,
+    )
+    scores = {}
+    for name, metrics in sorted(found["results"].items()):
+        for metric, value in metrics.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                short = metric.removesuffix(",none")
+                scores[short if name == task else f"{name}/{short}"] = value
+    return scores
+
+
+class HarnessModel(TemplateLM):
+    """Encoding of pairs is the harness's own (TemplateLM)."""
+
+    def __init__(self, opened: Opened, ranks: Ranks, precision: str, kept: Kept):
+        super().__init__()
+        self._model = opened.model
+        self._encoding = opened.encoding
+        self._ranks = ranks
+        self._precision = precision
+        self._kept = kept
+        self._calls = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return GPT2_END_OF_TEXT
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "gpt2"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self._encoding.encode(string, allowed_special="all")
+
+    def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
+        found = self._compute([Request(context, continuation) for _, context, continuation in requests])
+        return [tuple(each) for each in found]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        context = self._model.config.context
+        windows = [
+            list(rolling(np.array(self.tok_encode(string), np.int64), context))
+            for (string,) in (request.args for request in requests)
+        ]
+        found = iter(self._compute([window for document in windows for window in document]))
+        return [sum(next(found).total for _ in document) for document in windows]
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Each rank writes its share; greedy unless the task says otherwise."""
+        engine = Engine(self._model, self._encoding, self._ranks.device, self._precision)
+        mine = {}
+        numbers = range(self._ranks.rank, len(requests), self._ranks.world)
+        prompts = [self._prompt(*requests[number].args) for number in numbers]
+        for number, completion in zip(numbers, engine.complete(prompts), strict=True):
+            mine[number] = completion.text
+        found = {number: text for part in gather_objects(mine, self._ranks) for number, text in part.items()}
+        return [found[number] for number in range(len(requests))]
+
+    def _prompt(self, text: str, options: dict[str, Any]) -> Prompt:
+        until = options.get("until") or []
+        limit = int(options.get("max_gen_toks", NEW_TOKENS))
+        room = self._model.config.context - limit
+        if room < 1:
+            raise ConfigError(
+                f"a task asks for {limit} new tokens, the model's context is {self._model.config.context}; "
+                "take a model with a longer one, or another task"
+            )
+        tokens = (self.tok_encode(text) or [GPT2_END_OF_TEXT])[-room:]
+        sampling = Sampling(
+            tokens=limit,
+            temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+            top_k=0,
+            top_p=float(options.get("top_p", 1.0)),
+            seed=0,
+            stop=(until,) if isinstance(until, str) else tuple(until),
+        )
+        return Prompt(tokens, sampling)
+
+    def _compute(self, requests: list[Request]):
+        self._calls += 1
+        part = f"{self._calls}/"
+        return likelihoods(self._model, requests, self._ranks, self._precision, self._kept, part, "lm-eval")

@@ -1,0 +1,54 @@
+"""What evaluation may be told (`python -m trainer.evaluate --help`). Torch-free."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.config import SettingError, setting
+
+LM_EVAL = "lm-eval:"
+OWN_TASKS = ("perplexity", "hellaswag")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`python -m trainer.evaluate`."""
+
+    tasks: tuple[str, ...] = setting(
+        OWN_TASKS, "what to measure: perplexity, hellaswag, lm-eval:NAME for a task of lm-evaluation-harness"
+    )
+    compare: tuple[str, ...] = setting((), "more models, by commas: runs, checkpoints, folders, gpt2, hf:OWNER/NAME")
+    again: bool = setting(False, "measure anew what is stored already; the older result stays")
+    data_url: str = setting(
+        "", "validation tokens, HellaSwag and training shards; empty: those of the first run", env="DATA_URL"
+    )
+    results: str = setting(
+        "", "folder for results of models that are no run of ours; empty: the first run's, else ./evaluations"
+    )
+    tokens: int = setting(0, "validation tokens of the perplexity, the first ones; 0: all")
+    rolling: bool = setting(
+        False, "perplexity of each document on its own with as much context as fits, as the harness's wikitext"
+    )
+    items: int = setting(0, "items of HellaSwag and of the harness's tasks, the first ones; 0: all")
+    hellaswag_style: Literal["harness", "llm.c"] = setting(
+        "harness", "llm.c: its text and its division by tokens, to compare with its 29.5 % for GPT-2 124M"
+    )
+    contamination: bool = setting(
+        False, "look for HellaSwag's items in the training shards, and score without those found; reads all shards"
+    )
+    contamination_tokens: int = setting(13, "tokens in a row that an item must share with the training text")
+    few_shot: int = setting(-1, "solved examples before each question of the harness's tasks; -1: as the task says")
+    lm_eval_folder: str = setting("", "local folder with more tasks for the harness, as YAML files")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
+    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks")
+
+    def __post_init__(self):
+        for task in self.tasks:
+            if task not in OWN_TASKS and not (task.startswith(LM_EVAL) and task != LM_EVAL):
+                near = ", ".join((*OWN_TASKS, f"{LM_EVAL}NAME"))
+                raise SettingError("tasks", f"{task!r} is no task; there are {near}")
+        for key in ("tokens", "items", "cpu_threads"):
+            if getattr(self, key) < 0:
+                raise SettingError(key, f"is {getattr(self, key)}, must not be below 0")
+        if self.contamination_tokens < 2:
+            raise SettingError("contamination_tokens", f"is {self.contamination_tokens}, must be at least 2")

@@ -1,0 +1,160 @@
+"""Evaluate trained models, and public ones beside them.
+
+    python -m trainer.evaluate s3://bucket/runs/first --tasks=perplexity,hellaswag --compare=gpt2,s3://bucket/runs/second
+    torchrun --nproc-per-node=8 -m trainer.evaluate s3://bucket/runs/first/checkpoints/step-00001000
+
+A model is a run (its newest checkpoint), a checkpoint, a folder in Hugging Face's form, gpt2 ... gpt2-xl or
+hf:OWNER/NAME; without one, RUN_URL. Reads the data that the first run was trained on. Writes results below
+RUN_URL/evaluations/ (docs/formats.md), what it cost into the ledger there, and prints a table. What is stored is not
+measured again, and what was cut off goes on where it was. The scores do not depend on the number of ranks.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+from core import config
+from core.console import FAILED, OK, run_entry, set_up_logging
+from core.errors import ConfigError
+from trainer.evals.settings import EvaluateConfig
+
+log = logging.getLogger("evaluate")
+USAGE = "python -m trainer.evaluate [RUN_OR_CHECKPOINT ...] [CONFIG.yaml] [--setting=value ...]"
+
+
+def main(arguments: list[str]) -> int:
+    is_main = os.environ.get("RANK", "0") == "0"
+    set_up_logging(speaks=is_main)
+    if {"-h", "--help"} & set(arguments):
+        print(config.help_text(EvaluateConfig, USAGE))
+        return OK
+    targets = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
+    settings = config.load(EvaluateConfig, [each for each in arguments if each not in targets], os.environ)
+    targets = targets or [url for url in [os.environ.get("RUN_URL")] if url]
+    if not targets:
+        raise ConfigError(f"no model given; {USAGE}, or set RUN_URL")
+    # torch takes seconds to import: a wrong setting should not have to wait for it.
+    from trainer import distributed
+
+    try:
+        ranks = distributed.start(settings.device)
+        run(list(dict.fromkeys([*targets, *settings.compare])), settings, ranks)
+        return OK
+    except distributed.PeerFailed:
+        return FAILED
+    finally:
+        distributed.stop()
+
+
+def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
+    """Measure every target, one after the other; on all ranks."""
+    import torch
+
+    from core import storage
+    from trainer import precision
+    from trainer.distributed import on_all
+    from trainer.evals import results
+    from trainer.evals.books import Books
+    from trainer.evals.tasks import Data, measurements
+    from trainer.weights import open_weights
+
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(settings.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
+    numbers = precision.resolve(settings.precision, ranks.device)
+    opened = on_all(lambda: open_weights(targets[0], ranks.device), ranks)
+    own = storage.join(opened.run_url, results.FOLDER) if opened.run_url else None
+    home = settings.results or own or results.FOLDER
+    data = Data(settings.data_url or opened.data_url or "", ranks)
+    tasks = measurements(settings, data, ranks, numbers, home)
+    columns: dict[str, dict[str, Mapping]] = {}
+    with Books(own or home, settings, ranks) as books:
+        for target in targets:
+            if opened is None:
+                with books.phase("restore"):
+                    opened = on_all(lambda target=target: open_weights(target, ranks.device), ranks)
+            name = unique_name(opened.name, columns)
+            columns[name] = {}
+            folder = results.folder_of(opened, home)
+            for task in tasks:
+                columns[name][task.name] = measured(task, opened, folder, settings, ranks, books)
+            opened = None  # the memory is for the next one
+    if ranks.is_main:
+        show(columns, [task.name for task in tasks])
+
+
+def measured(task, opened, folder: str, settings: EvaluateConfig, ranks, books) -> Mapping[str, float]:
+    """The scores, as stored or as found now and stored."""
+    import torch
+
+    from core import storage
+    from core.run import program_versions
+    from trainer.distributed import on_main
+    from trainer.evals import results
+    from trainer.evals.kept import Kept
+
+    key = results.key_of(task.name, task.identity)
+    stored = None if settings.again else on_main(lambda: results.find(folder, key), ranks)
+    if stored:
+        log.info("%s: %s was measured before (--again measures anew)", opened.name, task.name)
+        return stored["scores"]
+    started = time.monotonic()
+    with books.phase("eval"), Kept(storage.join(folder, "partial", key), ranks) as kept:
+        found = task.compute(opened, kept)
+    document = {
+        "task": task.name,
+        "model": opened.name,
+        "run_url": opened.run_url,
+        "step": opened.step,
+        "identity": task.identity,
+        **found,
+        "time": time.time(),
+        "seconds": time.monotonic() - started,
+        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
+        "ranks": ranks.world,
+        "program": program_versions(("torch", "numpy", "lm-eval")),
+    }
+    uri = on_main(lambda: results.store(folder, key, document), ranks)
+    kept.discard()
+    log.info("%s: %s in %.0f s, %s", opened.name, task.name, document["seconds"], uri)
+    return found["scores"]
+
+
+def unique_name(name: str, taken: Mapping[str, object]) -> str:
+    """What is told apart in the table's heading: the last part of a URL where that is enough."""
+    short = name.rstrip("/").rpartition("/")[2]
+    return short if short not in taken else name
+
+
+def show(columns: Mapping[str, Mapping[str, Mapping[str, float]]], tasks: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "metric")
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    for task in tasks:
+        metrics = dict.fromkeys(metric for scores in columns.values() for metric in scores[task])
+        for metric in metrics:
+            if not metric.endswith("_stderr"):
+                table.add_row(task, metric, *(_cell(scores[task], metric) for scores in columns.values()))
+        table.add_section()
+    Console().print(table)
+
+
+def _cell(scores: Mapping[str, float], metric: str) -> str:
+    value = scores.get(metric)
+    if value is None:
+        return "?"
+    if isinstance(value, int):
+        return f"{value:,}"
+    error = scores.get(f"{metric}_stderr")
+    share = "accuracy" in metric
+    shown = f"{100 * value:.2f}" if share else f"{value:,.4f}"
+    if error is not None:
+        shown += f" ± {100 * error:.2f}" if share else f" ± {error:.4f}"
+    return f"{shown} %" if share else shown
+
+
+if __name__ == "__main__":
+    run_entry(main)
