@@ -24,6 +24,7 @@ from core.architecture import ModelConfig
 from core.config import from_dict, to_dict
 from core.errors import CheckpointError, ConfigError, ObjectNotFound
 from core.vocabulary import FILE_NAME as VOCABULARY_FILE
+from core.vocabulary import Vocabulary
 from core.vocabulary import read as read_vocabulary
 from trainer.checkpoint import layout
 from trainer.checkpoint.pieces import parse_key
@@ -55,26 +56,36 @@ class Opened:
         """The token set it was trained on."""
         return self.state.get("config", {}).get("data", {}).get("url")
 
-    @functools.cached_property
+    @property
     def encoding(self):
-        """The tiktoken encoding of its vocabulary: VOCAB_URL, or what lies beside its data or weights.
+        """The tiktoken encoding of its vocabulary. Raises as `vocabulary`."""
+        return self.vocabulary.encoding()
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """VOCAB_URL's, or what lies beside its data or weights.
 
         Raises ConfigError, and DataError for another vocabulary than GPT-2's.
         """
-        return encoding_at(self.name, self.data_url, self.folder)
+        return vocabulary_at(self.name, self.data_url, self.folder)
 
 
 def encoding_at(name: str, data_url: str | None, folder: str | None = None):
-    """The tiktoken encoding at VOCAB_URL, beside the data or in the folder of the model `name`; as Opened.encoding."""
+    """The tiktoken encoding of `vocabulary_at`."""
+    return vocabulary_at(name, data_url, folder).encoding()
+
+
+def vocabulary_at(name: str, data_url: str | None, folder: str | None = None) -> Vocabulary:
+    """The vocabulary at VOCAB_URL, beside the data or in the folder of the model `name`; as Opened.vocabulary."""
     places = [os.environ.get("VOCAB_URL"), data_url and storage.join(data_url, VOCABULARY_FILE)]
     for uri in filter(None, places):
         try:
-            return read_vocabulary(uri).encoding()
+            return read_vocabulary(uri)
         except ObjectNotFound:
             continue
     if folder:
         with contextlib.suppress(ObjectNotFound):
-            return public.vocabulary_of(folder).encoding()
+            return public.vocabulary_of(folder)
         places.append(storage.join(folder, public.TOKENIZER))
     raise ConfigError(
         f"{name}: its vocabulary is not at {', '.join(filter(None, places)) or 'any known place'}; "
