@@ -22,7 +22,7 @@ OWN_CLASS = "PretrainLauncherForCausalLM"
 OWN_MODULE = f"modeling_{OWN}"
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", OWN: OWN_CLASS}
 # GPT-2's Conv1D layers hold their weights as (in, out).
-_TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _LLAMA_NAMES = {
     "ln_1.weight": "input_layernorm.weight",
@@ -207,7 +207,7 @@ def to_hub(config: ModelConfig, tensors: Tensors) -> dict[str, torch.Tensor]:
         if name in ("wte.weight", "lm_head.weight"):
             values = values[:GPT2_VOCAB_SIZE]
         if kind == "gpt2":
-            turned = values.T if name.endswith(_TURNED) else values
+            turned = values.T if name.endswith(TURNED) else values
             found[name if name == "lm_head.weight" else f"transformer.{name}"] = turned.contiguous()
         elif kind == "llama":
             found |= {new: part.contiguous() for new, part in _llama_parts(name, values)}
@@ -227,7 +227,7 @@ def from_hub(kind: str, config: ModelConfig, tensors: Tensors, where: str) -> di
             name = name.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config.tied):
                 continue  # the causal mask, which old files hold, and the embedding again
-            found[name] = values.T.contiguous() if name.endswith(_TURNED) else values
+            found[name] = values.T.contiguous() if name.endswith(TURNED) else values
         return found
     if kind == "llama":
         return _from_llama(config, tensors, where)
