@@ -50,6 +50,13 @@ def preference(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return chosen, rejected
 
 
+def conversation_prompt(row: Any) -> list[dict[str, str]]:
+    """Messages that end with the user's: a row's `prompt`, a text, or its `messages`. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError("is no JSON object")
+    return _turns(row["messages"], "user") if "messages" in row else [_message("user", row.get("prompt"))]
+
+
 def question_of(messages: list[dict[str, str]]) -> str:
     """All that stands before the last answer, as one text: what a split by hash keeps together."""
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages[:-1])

@@ -9,6 +9,7 @@
     │   └── ObjectDamaged   its content is not what its checksum says
     ├── CheckpointError     checkpoints exist but cannot be used
     ├── RunError            the run folder belongs to something else, or another segment took it over
+    ├── EndpointError       a model behind an API does not answer
     └── TrainingError       the numbers went wrong (NaN, Inf)
 
 A message is one sentence that says what (with the value), where (file and key, URI, rank, step) and how to
@@ -50,6 +51,10 @@ class CheckpointError(LauncherError):
 
 class RunError(LauncherError):
     """The run folder holds another run, or a newer segment of this run took over."""
+
+
+class EndpointError(LauncherError):
+    """A model behind an API is down, or gave up on some prompts."""
 
 
 class TrainingError(LauncherError):

@@ -231,10 +231,14 @@ class BudgetConfig:
 class SynthesisConfig:
     """What is asked, and where rows go."""
 
-    prompts: str = setting("", "file of prompts: .txt, one per line, or .jsonl with `prompt` or `messages`")
+    prompts: str = setting(
+        "", "file of prompts: .txt, one per line, or .jsonl with `prompt` or `messages`", identity=False
+    )
     url: str = setting("", "token set beside which the set is stored", env="DATA_URL", identity=False)
-    name: str = setting("synthetic", "of the set: url/sets/NAME.jsonl")
-    licence: str = setting("", "what the endpoint's terms allow with its answers; stands in the set's description")
+    name: str = setting("synthetic", "of the set: url/sets/NAME.jsonl", identity=False)
+    licence: str = setting(
+        "", "what the endpoint's terms allow with its answers; stands in the set's description", identity=False
+    )
     system: str = setting("", "system message of every call; not part of the rows")
     answers: int = setting(1, "answers per prompt")
     temperature: float = setting(0.7, "of the sampling at the endpoint")
@@ -253,10 +257,20 @@ class SynthesisConfig:
 
 
 @dataclass(frozen=True)
+class WorkConfig:
+    """Where the work is kept."""
+
+    url: str = setting("", "folder for calls, answers and ledger (local, s3://, gs://)", env="RUN_URL", identity=False)
+
+    def __post_init__(self):
+        _require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+
+
+@dataclass(frozen=True)
 class MakeConfig:
     """`python -m trainer.distil make`."""
 
-    run: RunConfig = section(RunConfig)
+    run: WorkConfig = section(WorkConfig)
     make: SynthesisConfig = section(SynthesisConfig)
     endpoint: EndpointConfig = section(EndpointConfig)
     budget: BudgetConfig = section(BudgetConfig)

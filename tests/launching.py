@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import numpy as safetensors
@@ -35,11 +35,17 @@ TINY = [
 ]
 
 
-def start(ranks: int, *flags: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
+def start(
+    ranks: int,
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+    module: str = "trainer.train",
+    base: Sequence[str] = TINY,
+) -> subprocess.Popen:
     """torchrun in a process group of its own, output to be read."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    command += ["-m", "trainer.train", *TINY, *flags]
+    command += ["-m", module, *base, *flags]
     env = {**os.environ, "TORCHELASTIC_ERROR_FILE": os.devnull, **(environment or {})}
     return subprocess.Popen(
         command,

@@ -1,10 +1,13 @@
 """Validation loss on a fixed stretch of the validation tokens: the same number on any number of ranks."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from trainer.data.cache import ShardCache
-from trainer.distributed import Ranks, gather_objects
+from trainer.distributed import Ranks
+from trainer.evals.in_turn import in_turn
 from trainer.precision import autocast
 
 
@@ -36,17 +39,20 @@ class ValidationLoss:
             view = np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
             self._batches.append(torch.from_numpy(np.ascontiguousarray(view)))
 
-    @torch.no_grad()
     def __call__(self, model: torch.nn.Module) -> float:
         """Nats per token."""
-        model.eval()
-        losses = []
-        for batch in self._batches:
-            tokens = batch.to(self._ranks.device, non_blocking=True)
+        return self.means(model, lambda tokens: model(tokens[:, :-1], tokens[:, 1:])[None])[0]
+
+    @torch.no_grad()
+    def means(self, model: torch.nn.Module, measure: Callable[[torch.Tensor], torch.Tensor]) -> list[float]:
+        """Means over all batches, (rows, T + 1), of the numbers that `measure` finds."""
+
+        def of_batch(index: int) -> list[float]:
+            tokens = self._batches[index // self._ranks.world].to(self._ranks.device, non_blocking=True)
             with autocast(self._ranks.device, self._precision):
-                losses.append(model(tokens[:, :-1], tokens[:, 1:]).double())
+                return measure(tokens).double().tolist()
+
+        model.eval()
+        found = in_turn(self._count, of_batch, self._ranks)
         model.train()
-        mine = torch.stack(losses).cpu().tolist() if losses else []
-        everyone = gather_objects(mine, self._ranks)
-        ordered = [everyone[index % self._ranks.world][index // self._ranks.world] for index in range(self._count)]
-        return sum(ordered) / self._count
+        return [sum(column) / self._count for column in zip(*found, strict=True)]

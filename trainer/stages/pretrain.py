@@ -44,6 +44,10 @@ class Pretrain(Stage):
         super().__init__(settings, ranks)
 
     @property
+    def dealt(self) -> bool:
+        return self.settings.optimizer.deal_sums
+
+    @property
     def config(self) -> Mapping[str, Any]:
         return config.to_dict(self.settings)
 
@@ -79,6 +83,7 @@ class Pretrain(Stage):
             device=self.ranks.device,
             fetches=self.ranks.local_rank == 0,
             skip=settings.train.skip_batches,
+            dealt=self.dealt,
         )
 
     def held_out(self) -> HeldOut | None:

@@ -51,6 +51,7 @@ class Stage(abc.ABC):
     """
 
     name: str  # in the ledger
+    dealt = False  # whether ranks take turns at micro-batches (trainer.optim.reduce)
     measures_start = False  # on held-out data, before the first step
 
     def __init__(self, settings: TrainConfig, ranks: Ranks):

@@ -1,0 +1,205 @@
+"""Direct preference optimisation (Rafailov et al. 2023, "Direct Preference Optimization", equation 7).
+
+The reference is the start, as it was: its log-probabilities are computed once, before the first step, and stored with
+the run, so that only one model is in memory and a resumed run has the same numbers.
+
+Shapes: P pairs, (P, 2) chosen and rejected, B = 2 P sequences, T positions.
+"""
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core import storage
+from core.errors import CheckpointError, ConfigError, ObjectNotFound
+from core.schema_tuning import DpoConfig
+from core.vocabulary import GPT2_END_OF_TEXT
+from trainer.chat_template import NO_TARGET
+from trainer.data.examples import Examples, Texts, read_preferences
+from trainer.data.packing import NumberedBatches
+from trainer.distributed import Ranks, on_main
+from trainer.evals.in_turn import in_turn
+from trainer.model.gpt import GPT
+from trainer.model.recomputed import token_log_probs
+from trainer.precision import autocast
+from trainer.stages.stage import HeldOut
+from trainer.stages.tuned import Tuned
+from trainer.weights import open_weights
+
+log = logging.getLogger("train")
+
+REFERENCE = "reference.safetensors"
+MULTIPLE = 64  # of padded lengths: few shapes, so that few are compiled
+
+
+class Pairs(NamedTuple):
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    reference_P2: torch.Tensor
+
+
+def answer_log_probs(model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each sequence's targets together, float32 (B,)."""
+    counts_BT = targets_BT != NO_TARGET
+    x_ND = model.hidden(tokens_BT)[counts_BT]
+    log_probs_N = token_log_probs(x_ND, model.head, targets_BT[counts_BT], model.config.logit_softcap)
+    # Scattered and then summed: sums by index are not the same each time on a GPU.
+    return torch.zeros_like(targets_BT, dtype=torch.float32).masked_scatter(counts_BT, log_probs_N).sum(1)
+
+
+def margins(policy_P2: torch.Tensor, reference_P2: torch.Tensor, beta: float) -> torch.Tensor:
+    """How much more reward the chosen answer has than the rejected one, (P,)."""
+    rewards_P2 = beta * (policy_P2 - reference_P2)
+    return rewards_P2[:, 0] - rewards_P2[:, 1]
+
+
+def preference_losses(margins_P: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """(P,); with label smoothing the conservative form (Mitchell 2023)."""
+    right, wrong = -F.logsigmoid(margins_P), -F.logsigmoid(-margins_P)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
+class PreferenceLoss(nn.Module):
+    def __init__(self, model: GPT, beta: float, label_smoothing: float):
+        super().__init__()
+        self.model = model
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+
+    def forward(self, pairs: Pairs) -> torch.Tensor:
+        policy_P2 = answer_log_probs(self.model, pairs.tokens_BT, pairs.targets_BT).view(-1, 2)
+        return preference_losses(margins(policy_P2, pairs.reference_P2, self.beta), self.label_smoothing).mean()
+
+
+class Dpo(Tuned):
+    name = "dpo"
+    sequences_per_item = 2
+    flops_per_token = None  # rows are only as long as their longest answer needs
+
+    def __init__(self, own: DpoConfig, ranks: Ranks):
+        super().__init__(own, ranks)
+        if self.settings.batch.micro_batch % 2:
+            raise ConfigError(
+                f"batch.micro_batch = {self.settings.batch.micro_batch} is what fits, but a pair is two sequences; "
+                "set an even number"
+            )
+        self._reference: dict[str, np.ndarray] = {}
+
+    def read(self, own: DpoConfig, length: int) -> Examples:
+        return read_preferences(own.data, self._encoding(), length)
+
+    def count_items(self) -> int:
+        return len(self.examples.train) // 2
+
+    def describe_items(self) -> str:
+        return "pairs"
+
+    def objective(self, model: GPT) -> nn.Module:
+        return PreferenceLoss(model, self.own.dpo.beta, self.own.dpo.label_smoothing)
+
+    def batches(self, first_step: int) -> NumberedBatches:
+        self._reference = self._stored_reference() or self._new_reference()
+        train = self.settings.train
+        return NumberedBatches(
+            self.count_items(),
+            train.seed,
+            0 if train.overfit else first_step,
+            batch=self.items_per_step,
+            micro_batch=self.settings.batch.micro_batch // 2,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            make=lambda _, mine: self._pairs("train", mine),
+            skip=train.skip_batches,
+        )
+
+    def held_out(self) -> HeldOut | None:
+        texts = self.examples.val
+        if not len(texts):
+            return None
+        count = min(len(texts), max(2, self.settings.train.eval_tokens // self.length)) // 2
+        groups = self._groups(count)
+        answers = int(texts.answers()[: 2 * count].sum())
+        beta, smoothing = self.own.dpo.beta, self.own.dpo.label_smoothing
+
+        @torch.no_grad()
+        def measure(model: GPT) -> Mapping[str, float]:
+            def margins_of(index: int) -> list[float]:
+                tokens_BT, targets_BT, reference_P2 = self._pairs("val", groups[index])
+                policy_P2 = self._log_probs(model, tokens_BT, targets_BT)
+                return margins(policy_P2, reference_P2, beta).tolist()
+
+            model.eval()
+            found = [margin for part in in_turn(len(groups), margins_of, self.ranks) for margin in part]
+            model.train()
+            losses = preference_losses(torch.tensor(found, dtype=torch.float64), smoothing)
+            return {
+                "val_loss": float(losses.mean()),
+                "eval_tokens": answers,
+                "val_reward_accuracy": sum(margin > 0 for margin in found) / len(found),
+                "val_reward_margin": sum(found) / len(found),
+            }
+
+        return measure
+
+    def _log_probs(self, model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        # Lengths vary, so that compiled blocks would be compiled again and again.
+        with autocast(self.ranks.device, self.precision), torch.compiler.set_stance("force_eager"):
+            return answer_log_probs(model, tokens_BT, targets_BT).view(-1, 2)
+
+    def _groups(self, count: int) -> list[np.ndarray]:
+        """Pairs that go through the model together when nothing is learned from them."""
+        size = self.settings.batch.micro_batch // 2
+        return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
+
+    def _pairs(self, split: str, numbers: np.ndarray) -> Pairs:
+        tokens_BT, targets_BT = self._sequences(getattr(self.examples, split), numbers)
+        reference_P2 = torch.from_numpy(self._reference[split][numbers]).to(self.ranks.device)
+        return Pairs(tokens_BT, targets_BT, reference_P2)
+
+    def _sequences(self, texts: Texts, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chosen and rejected in turn, padded on the right, which no token before it sees."""
+        of_pairs = np.stack([2 * numbers, 2 * numbers + 1], 1).ravel()
+        longest = int((texts.starts[of_pairs + 1] - texts.starts[of_pairs]).max())
+        width = min(self.length, -(-longest // MULTIPLE) * MULTIPLE)
+        tokens = np.full((len(of_pairs), width), GPT2_END_OF_TEXT, np.int32)
+        targets = np.full((len(of_pairs), width), NO_TARGET, np.int32)
+        for place, number in enumerate(of_pairs):
+            texts.put(int(number), tokens[place], targets[place], 0)
+        return torch.from_numpy(tokens).to(self.ranks.device), torch.from_numpy(targets).to(self.ranks.device)
+
+    def _stored_reference(self) -> dict[str, np.ndarray] | None:
+        return on_main(functools.partial(_read_reference, storage.join(self.settings.run.url, REFERENCE)), self.ranks)
+
+    @torch.no_grad()
+    def _new_reference(self) -> dict[str, np.ndarray]:
+        log.info("log-probabilities of %s, the reference, are computed once", self.start.where)
+        model = open_weights(self.start.where, self.ranks.device).model
+        found = {}
+        for split in ("train", "val"):
+            texts = getattr(self.examples, split)
+            groups = self._groups(len(texts) // 2)
+
+            def of_group(index: int, texts: Texts = texts, groups: list[np.ndarray] = groups) -> list[float]:
+                return self._log_probs(model, *self._sequences(texts, groups[index])).flatten().tolist()
+
+            flat = [each for part in in_turn(len(groups), of_group, self.ranks) for each in part]
+            found[split] = np.array(flat, np.float32).reshape(-1, 2)
+        uri = storage.join(self.settings.run.url, REFERENCE)
+        on_main(functools.partial(storage.write_bytes, uri, safetensors.numpy.save(found)), self.ranks)
+        return found
+
+
+def _read_reference(uri: str) -> dict[str, np.ndarray] | None:
+    try:
+        return safetensors.numpy.load(storage.read_bytes(uri))
+    except ObjectNotFound:
+        return None
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{uri}: is damaged ({error}); delete it, and it is computed again") from error
