@@ -15,6 +15,7 @@ from core.architecture import ModelConfig
 from core.errors import ConfigError, TrainingError
 from core.vocabulary import GPT2_END_OF_TEXT
 from tests import presets
+from tests.checkpoints import random_model
 from trainer.evals.sample import sample
 from trainer.generation.choose import choose
 from trainer.generation.engine import ROOM_STEP, Engine, Request
@@ -25,16 +26,6 @@ from trainer.model.gpt import GPT
 CPU = torch.device("cpu")
 FAMILIES = {name: settings.model for name, settings in presets.pretraining().items()} | presets.OTHERS
 TINY = ModelConfig(layers=2, heads=2, width=16, context=48, vocab_rows=64)
-
-
-def random_model(config: ModelConfig, seed: int = 0) -> GPT:
-    """Weights so large that every choice in the model matters to the logits."""
-    model = GPT(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + ("ln_" in name))
-    return model.eval()
 
 
 def prompts(*lengths: int, rows: int = 64) -> list[list[int]]:
@@ -323,8 +314,8 @@ def test_alternatives_are_the_likeliest_tokens():
     for token in found.tokens:
         logprobs_V = model(torch.tensor([tokens]))[0, -1].log_softmax(0)
         values, best = logprobs_V.topk(4)
-        assert [id for id, _ in token.top] == best.tolist()
-        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert [other.id for other in token.top] == best.tolist()
+        assert [other.logprob for other in token.top] == pytest.approx(values.tolist(), abs=1e-4)
         assert token.logprob == pytest.approx(logprobs_V[token.id].item(), abs=1e-4)
         tokens.append(token.id)
 

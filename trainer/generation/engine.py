@@ -50,13 +50,19 @@ class Request:
     endless: bool = False
 
 
+class Alternative(NamedTuple):
+    id: int
+    data: bytes
+    logprob: float
+
+
 class Token(NamedTuple):
-    """A chosen token; log-probabilities in nats, before any of the sampling's settings."""
+    """A chosen token, and the likeliest ones; log-probabilities in nats, before any of the sampling's settings."""
 
     id: int
     data: bytes
     logprob: float | None
-    top: tuple[tuple[int, float], ...]
+    top: tuple[Alternative, ...]
 
 
 class Piece(NamedTuple):
@@ -93,9 +99,9 @@ class Engine:
         self.model = model
         self.encoding = encoding
         self.device = device
-        self._precision = precision
+        self.precision = precision
         bf16 = resolve(precision, device) == "bf16"
-        self._dtype = torch.bfloat16 if bf16 else model.wte.weight.dtype
+        self.dtype = torch.bfloat16 if bf16 else model.wte.weight.dtype
         self._most_rows = rows
         self._numbers = itertools.count()
         self._waiting: deque[_Row] = deque()
@@ -106,6 +112,11 @@ class Engine:
     @property
     def context(self) -> int:
         return self.model.config.context
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding beyond the vocabulary are padding."""
+        return min(GPT2_VOCAB_SIZE, self.model.config.vocab_rows)
 
     @property
     def busy(self) -> bool:
@@ -127,9 +138,9 @@ class Engine:
         if self.model.config.document_mask and GPT2_END_OF_TEXT in tokens:
             # Such a model never looks beyond the beginning of a document.
             del tokens[: len(tokens) - 1 - tokens[::-1].index(GPT2_END_OF_TEXT)]
-        wrong = [token for token in tokens if not 0 <= token < self._vocabulary]
+        wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
         if wrong:
-            raise ConfigError(f"the prompt holds token {wrong[0]}, ids go from 0 to {self._vocabulary - 1}")
+            raise ConfigError(f"the prompt holds token {wrong[0]}, ids go from 0 to {self.vocabulary - 1}")
         if len(tokens) >= self.context:
             raise ConfigError(
                 f"the prompt has {len(tokens)} tokens, the model's context is {self.context}; "
@@ -160,7 +171,7 @@ class Engine:
             if self._room() > self._cache.room:
                 self._cache = merged([(self._cache, range(len(rows)))], self._room())
             tokens_B1 = torch.tensor([row.tokens[-1:] for row in rows], device=self.device)
-            with autocast(self.device, self._precision):
+            with autocast(self.device, self.precision):
                 x_BD = self.model.hidden(tokens_B1, self._cache)[:, 0]
             logits_BV = self._logits(x_BD)
         else:
@@ -199,11 +210,6 @@ class Engine:
             for text, found, finish in zip(texts, tokens, finishes, strict=True)
         ]
 
-    @property
-    def _vocabulary(self) -> int:
-        """Rows of the embedding beyond the vocabulary are padding."""
-        return min(GPT2_VOCAB_SIZE, self.model.config.vocab_rows)
-
     def _next_in_line(self) -> list[_Row]:
         rows: list[_Row] = []
         longest = 0
@@ -226,16 +232,16 @@ class Engine:
         for index, row in enumerate(rows):
             tokens_BT[index, : lengths[index]] = torch.tensor(row.tokens)
         room = min(self.context, -(-max(lengths) // ROOM_STEP) * ROOM_STEP)
-        cache = KVCache(self.model.config, len(rows), room, self.device, self._dtype)
+        cache = KVCache(self.model.config, len(rows), room, self.device, self.dtype)
         lengths_B = torch.tensor(lengths, device=self.device)
-        with autocast(self.device, self._precision):
+        with autocast(self.device, self.precision):
             x_BTD = self.model.hidden(tokens_BT.to(self.device), cache)
         cache.set_lengths(lengths_B)
         return cache, self._logits(x_BTD[torch.arange(len(rows), device=self.device), lengths_B - 1])
 
     def _logits(self, x_BD: torch.Tensor) -> torch.Tensor:
-        with autocast(self.device, self._precision):
-            logits_BV = F.linear(x_BD, self.model.head)[:, : self._vocabulary]
+        with autocast(self.device, self.precision):
+            logits_BV = F.linear(x_BD, self.model.head)[:, : self.vocabulary]
         return soft_cap(logits_BV.float(), self.model.config.logit_softcap)
 
     def _extend(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> list[Piece]:
@@ -254,17 +260,21 @@ class Engine:
     def _piece(self, row: _Row, id: int, logprobs_V: torch.Tensor | None) -> Piece:
         if id == GPT2_END_OF_TEXT:
             return Piece(row.number, row.text.feed(b"", final=True)[0], None, "stop")
-        data = self.encoding.decode_single_token_bytes(id) if self.encoding else b""
+        data = self._bytes_of(id)
         token = Token(id, data, None, ())
         if logprobs_V is not None:
             values, ids = logprobs_V.topk(row.request.logprobs)
-            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+            pairs = zip(ids.tolist(), values.tolist(), strict=True)
+            top = tuple(Alternative(other, self._bytes_of(other), value) for other, value in pairs)
             token = Token(id, data, logprobs_V[id].item(), top)
         row.tokens.append(id)
         row.seen.add(id)
         row.left -= 1
         text, stopped = row.text.feed(data, final=not row.left)
         return Piece(row.number, text, token, "stop" if stopped else None if row.left else "length")
+
+    def _bytes_of(self, id: int) -> bytes:
+        return self.encoding.decode_single_token_bytes(id) if self.encoding else b""
 
     def _let_go(self, numbers: set[int]) -> None:
         kept = [index for index, row in enumerate(self._rows) if row.number not in numbers]

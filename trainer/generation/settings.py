@@ -62,12 +62,21 @@ def split_arguments(arguments: Sequence[str], usage: str) -> tuple[str, list[str
 
 def load(schema: type, flags: Sequence[str], environment: Mapping[str, str]) -> Any:
     """`config.load`, with \\n and \\t in stop texts as what they stand for. Raises ConfigError."""
-    settings = config.load(schema, flags, environment)
-    stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in settings.stop)
-    return dataclasses.replace(settings, stop=stop)
+    return _unescaped(config.load(schema, flags, environment))
+
+
+def changed(sampling: Sampling, key: str, text: str, where: str) -> Sampling:
+    """One setting replaced by what a user wrote. Raises ConfigError naming `where`."""
+    found = _unescaped(config.from_dict(Sampling, {key: text}, where))
+    return dataclasses.replace(sampling, **{key: getattr(found, key)})
 
 
 def sampling_of(settings: Sampling, **changes: Any) -> Sampling:
     """The part of larger settings that is about sampling."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Sampling)}
     return Sampling(**fields | changes)
+
+
+def _unescaped(settings: Any) -> Any:
+    stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in settings.stop)
+    return dataclasses.replace(settings, stop=stop)
