@@ -1,6 +1,6 @@
 """Tokens to a loss: the plain recipe against the speedrun's, same text, same batches, several seeds.
 
-    python -m bench.token_efficiency --data=DATA_URL --scratch=FOLDER --steps=1000 [--shares=0.6] [--seeds=3] [--out=FILE]
+    python -m bench.token_efficiency --data=DATA_URL --scratch=FOLDER --steps=1000 [--shares=0.6] [--seeds=3]
         [-- --model.layers=4 ...]
 
 For every seed the plain recipe trains for `--steps` steps to the end of its own schedule; the other one gets a share of

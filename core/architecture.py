@@ -136,7 +136,15 @@ LOSS_CHUNK_ROWS = 4096  # trainer.model.loss on a GPU
 
 
 def training_bytes(
-    model: ModelConfig, sequences: int, accumulation: int, world: int, shard: bool, muon: bool, recompute: bool
+    model: ModelConfig,
+    sequences: int,
+    accumulation: int,
+    world: int,
+    *,
+    shard: bool,
+    deal_sums: bool,
+    muon: bool,
+    recompute: bool,
 ) -> float:
     """Memory that one GPU needs to train with `sequences` per micro-batch, `accumulation` of them per step and rank.
 
@@ -146,7 +154,7 @@ def training_bytes(
     """
     count = parameters(model)
     matrices = matrix_parameters(model) - model.vocab_rows * model.width if muon else 0
-    levels = max(0, (accumulation & -accumulation).bit_length() - 1)
+    levels = max(0, (accumulation & -accumulation).bit_length() - 1) / (world if deal_sums else 1)
     adamw_bytes = 2 * FP32_BYTES * (count - matrices) / (world if shard else 1)
     muon_bytes = FP32_BYTES * matrices / world
     exchange = FP32_BYTES * (count if shard else matrices) if world > 1 else 0

@@ -274,6 +274,11 @@ class OptimizerConfig:
     shard: bool = setting(
         False, "each rank keeps the optimizer state of its share of rows only (ZeRO-1); same results", identity=False
     )
+    deal_sums: bool = setting(
+        False,
+        "each rank keeps partial gradient sums of its share only (ZeRO-2), for an exchange per turn; same results",
+        identity=False,
+    )
 
     def __post_init__(self):
         for key in ("lr", "eps", "muon_lr", "muon_rounds"):

@@ -1,6 +1,6 @@
 """A few steps of every small preset on the ranks that torchrun gives, from the newest checkpoint to a last step.
 
-    torchrun --nproc-per-node=2 -m tests.elastic_presets FOLDER LAST_STEP [shard]
+    torchrun --nproc-per-node=2 -m tests.elastic_presets FOLDER LAST_STEP [shard] [deal]
 
 Writes FOLDER/<preset>/checkpoints, as training does. Run by tests/test_optim.py.
 """
@@ -16,12 +16,13 @@ from tests import presets
 from trainer import distributed
 from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
+from trainer.data.order import micro_batch_numbers
 from trainer.model.gpt import GPT
 from trainer.optim.reduce import TreeReducer
 from trainer.optim.schedule import rate_factor
 from trainer.optim.units import UnitOptimizer
 
-MICRO_BATCHES = 4
+MICRO_BATCHES = 24  # two ranks have four turns of three each
 STEPS = 8
 
 
@@ -31,7 +32,7 @@ def optimizer_of(name: str) -> OptimizerConfig:
     return dataclasses.replace(config, warmup_steps=2)
 
 
-def main(folder: str, last: int, shard: bool) -> None:
+def main(folder: str, last: int, shard: bool, deal: bool) -> None:
     torch.set_num_threads(1)
     ranks = distributed.start("cpu")
     for number, (name, architecture) in enumerate(presets.architectures().items()):
@@ -48,13 +49,14 @@ def main(folder: str, last: int, shard: bool) -> None:
         saver = Saver(url, 100 * last + number, ranks, CheckpointConfig(), None, lambda: True, optimizer.blocks)
         accumulation = MICRO_BATCHES // ranks.world
         ddp = DistributedDataParallel(model.train(), gradient_as_bucket_view=True)
-        reducer = TreeReducer(ddp, accumulation)
+        reducer = TreeReducer(ddp, accumulation, dealt=deal)
+        numbers = micro_batch_numbers(ranks.rank, ranks.world, accumulation, deal)
+        some = torch.zeros(2, architecture.context, dtype=torch.int32)
+        reducer.settle(lambda ddp=ddp, some=some: ddp(some, some))
         for step in range(first + 1, last + 1):
             reducer.reset()
-            for index in range(accumulation):
-                torch.manual_seed(
-                    step * MICRO_BATCHES + ranks.rank * accumulation + index
-                )  # of the tokens, and of dropout
+            for index, each in enumerate(numbers):
+                torch.manual_seed(step * MICRO_BATCHES + each)  # of the tokens, and of dropout
                 tokens = torch.randint(0, 64, (2, architecture.context + 1))
                 with reducer.context(index):
                     (ddp(tokens[:, :-1], tokens[:, 1:]) / MICRO_BATCHES).backward()
@@ -66,4 +68,4 @@ def main(folder: str, last: int, shard: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), "shard" in sys.argv[3:])
+    main(sys.argv[1], int(sys.argv[2]), "shard" in sys.argv[3:], "deal" in sys.argv[3:])

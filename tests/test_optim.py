@@ -118,10 +118,10 @@ def whole_tensors(url: str, step: int) -> dict[str, bytes]:
 
 
 def test_every_preset_resumes_on_other_ranks_to_the_bit(tmp_path):
-    """One rank to step 6, against 2 ranks sharded, 4 ranks not, 1 rank sharded, two steps each."""
+    """One rank to step 6, against 2 ranks sharded and dealt, 4 ranks dealt, 1 rank sharded, two steps each."""
     run_ranks(1, tmp_path / "straight", 6)
-    run_ranks(2, tmp_path / "moved", 2, "shard")
-    run_ranks(4, tmp_path / "moved", 4)
+    run_ranks(2, tmp_path / "moved", 2, "shard", "deal")
+    run_ranks(4, tmp_path / "moved", 4, "deal")
     run_ranks(1, tmp_path / "moved", 6, "shard")
     for name in presets.architectures():
         expected = whole_tensors(f"{tmp_path}/straight/{name}", 6)

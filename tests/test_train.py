@@ -42,11 +42,14 @@ def assert_equal_runs(run_url: str, other: str, step: int) -> None:
 
 
 def test_killed_and_resumed_on_other_ranks_equals_uninterrupted_to_the_bit(data_url: str, straight: str):
-    """Two ranks, SIGKILL; four ranks, SIGKILL; two ranks to the end: the bits of one rank that nothing stopped."""
+    """Two ranks, SIGKILL; four ranks, SIGKILL; two ranks to the end: the bits of one rank that nothing stopped.
+
+    The four ranks deal out the optimizer's state and the partial sums of gradients."""
     run_url = straight.replace("straight", "killed")
     flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=3"]
     for ranks, step in ((2, 6), (4, 12)):
-        process = launching.start(ranks, *flags)
+        dealt = ["--optimizer.shard=true", "--optimizer.deal_sums=true"] if ranks == 4 else []
+        process = launching.start(ranks, *flags, *dealt)
         launching.wait_until(lambda step=step: (launching.completed(run_url) or [0])[0] >= step, process)
         launching.kill(process)
     assert launching.completed(run_url)[0] < 24

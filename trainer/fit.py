@@ -8,6 +8,7 @@ what the first one found, whatever machine they run on, because sums depend on i
 import dataclasses
 import logging
 import os
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def with_micro_batch(settings: TrainConfig, found_before: int | None, ranks: Ran
     `found_before` is what the run's first segment settled on.
     """
     if settings.batch.micro_batch or found_before:
-        settings = _replaced(settings, settings.batch.micro_batch or found_before or 0)
+        settings = _with(settings, "batch.micro_batch", settings.batch.micro_batch or found_before)
         if not found_before and ranks.device.type == "cuda":
             _check(settings, ranks)
         return settings
@@ -45,7 +46,7 @@ def with_micro_batch(settings: TrainConfig, found_before: int | None, ranks: Ran
         if not size:
             raise ConfigError(_too_large(settings, fitting[-1], ranks, memory))
     log.info("batch.micro_batch: %d sequences fit", size)
-    return _replaced(settings, size)
+    return _with(settings, "batch.micro_batch", size)
 
 
 def possible(settings: TrainConfig, world: int) -> list[int]:
@@ -60,7 +61,7 @@ def possible(settings: TrainConfig, world: int) -> list[int]:
     return sizes
 
 
-def estimate(settings: TrainConfig, micro_batch: int, world: int, recompute: bool | None = None) -> float:
+def estimate(settings: TrainConfig, micro_batch: int, world: int) -> float:
     """Bytes on one device."""
     accumulation = max(1, settings.batch.tokens // (micro_batch * settings.model.context * world))
     return training_bytes(
@@ -68,9 +69,10 @@ def estimate(settings: TrainConfig, micro_batch: int, world: int, recompute: boo
         micro_batch,
         accumulation,
         world,
-        settings.optimizer.shard,
-        settings.optimizer.name == "muon",
-        settings.train.recompute if recompute is None else recompute,
+        shard=settings.optimizer.shard,
+        deal_sums=settings.optimizer.deal_sums,
+        muon=settings.optimizer.name == "muon",
+        recompute=settings.train.recompute,
     )
 
 
@@ -90,19 +92,28 @@ def _too_large(settings: TrainConfig, size: int, ranks: Ranks, memory: float) ->
 
 
 def advice(settings: TrainConfig, world: int, memory: float) -> str:
-    """The nearest settings that fit, in order of what they cost."""
-    for shard, recompute in ((False, False), (True, False), (True, True)):
-        if shard and world == 1 and not recompute:
-            continue
-        shard = shard or settings.optimizer.shard
-        changed = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, shard=shard))
+    """The nearest settings that fit, in order of what they cost in speed."""
+    remedies = ["optimizer.shard", "optimizer.deal_sums"] if world > 1 else []
+    remedies = [key for key in (*remedies, "train.recompute") if not _get(settings, key)]
+    for count in range(len(remedies) + 1):
+        changed = settings
+        for key in remedies[:count]:
+            changed = _with(changed, key, True)
         for size in possible(settings, world):
-            if estimate(changed, size, world, recompute or settings.train.recompute) <= memory:
-                flags = [f"--batch.micro_batch={size}"]
-                flags += ["--optimizer.shard=true"] if shard and world > 1 else []
-                flags += ["--train.recompute=true"] if recompute else []
+            if estimate(changed, size, world) <= memory:
+                flags = [f"--batch.micro_batch={size}", *(f"--{key}=true" for key in remedies[:count])]
                 return f"try {' '.join(flags)}"
     return "no setting of this preset fits; take more or larger GPUs, or a smaller preset"
+
+
+def _get(settings: TrainConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(settings, section), name)
+
+
+def _with(settings: TrainConfig, key: str, value: Any) -> TrainConfig:
+    section, name = key.split(".")
+    return dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
 
 
 def _trial(model: ModelConfig, size: int, train, ranks: Ranks) -> bool:
@@ -130,7 +141,3 @@ def _memory_bytes(ranks: Ranks) -> float:
     else:
         mine = CPU_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks.local_world
     return float(gather_numbers([mine], ranks).min())
-
-
-def _replaced(settings: TrainConfig, size: int) -> TrainConfig:
-    return dataclasses.replace(settings, batch=dataclasses.replace(settings.batch, micro_batch=size))

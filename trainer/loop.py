@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import LauncherError, TrainingError
 from trainer.checkpoint.save import Saver
-from trainer.data.order import derive_key
+from trainer.data.order import derive_key, micro_batch_numbers
 from trainer.distributed import PeerFailed, Ranks, gather_numbers
 from trainer.evals.looks import Looks
 from trainer.model.gpt import GPT
@@ -66,7 +66,9 @@ class Loop:
         if self.compiled:
             self.model.compile_blocks()
         self.ddp = DistributedDataParallel(self.stage.objective(self.model), gradient_as_bucket_view=True)
-        self.reducer = TreeReducer(self.ddp, self.accumulation, self.settings.train.reduce_dtype)
+        dealt = self.stage.dealt
+        self.reducer = TreeReducer(self.ddp, self.accumulation, self.settings.train.reduce_dtype, dealt)
+        self.numbers = micro_batch_numbers(self.ranks.rank, self.ranks.world, self.accumulation, dealt)
         self.slow_peers = SlowPeers(self.ranks.world)
         self.only_batch: list[Any] = []
         self.step_seconds = 0.0
@@ -98,6 +100,8 @@ class Loop:
             if step > first_step:
                 self.looks(step)
             self.record.switch("compile" if self.compiled and step == first_step else "train")
+            if step == first_step:
+                self.reducer.settle(lambda batch=fetched[0]: self._loss(batch))
             self._step(step + 1, fetched, waited)
             step += 1
             if step == first_step + 1:
@@ -161,12 +165,12 @@ class Loop:
         losses = []
         clock = ForwardClock(self.ranks.device)
         self.reducer.reset()
-        for index, micro_batch in enumerate(micro_batches):
+        for index, (number, micro_batch) in enumerate(zip(self.numbers, micro_batches, strict=True)):
             # Whatever is random in a forward pass depends on the micro-batch, not on who computes it.
-            torch.manual_seed(derive_key(train.seed, step, self.ranks.rank * self.accumulation + index))
+            torch.manual_seed(derive_key(train.seed, step, number))
             with self.reducer.context(index):
-                with clock, autocast(self.ranks.device, self.precision):
-                    loss = self.ddp(micro_batch)
+                with clock:
+                    loss = self._loss(micro_batch)
                 (loss / micro_batches_in_all).backward()
             losses.append(loss.detach())
             self.reducer.micro_batch_done(index)
@@ -182,7 +186,8 @@ class Loop:
         self.record.step_done(step)
         seconds = time.monotonic() - started + waited_seconds
         self.step_seconds = seconds
-        self.last_loss = float(losses_of_ranks.mean())
+        # An exact sum, so that its bits do not depend on who computed which.
+        self.last_loss = math.fsum(losses_of_ranks.flatten().tolist()) / losses_of_ranks.numel()
         self.report.step(step, self.last_loss, factor * settings.optimizer.lr, float(norm), seconds, waited_seconds)
         if norms:
             self.report.metric("norms", {"step": step, "gradients": gradient_norms, **norms.finish()})
@@ -194,6 +199,10 @@ class Loop:
                 rank,
                 times,
             )
+
+    def _loss(self, micro_batch: Any) -> torch.Tensor:
+        with autocast(self.ranks.device, self.precision):
+            return self.ddp(micro_batch)
 
     def _check_finite(self, step: int, losses: torch.Tensor, norm: float) -> None:
         if bool(losses.isfinite().all()) and math.isfinite(norm):

@@ -1,7 +1,8 @@
 """Batches by (step, micro-batch, rank): the same global batches for any number of ranks.
 
 Sample numbers of step s (from 0) are [s B, (s + 1) B) for a batch of B sequences; micro-batches are consecutive
-samples, and rank r of W has the r-th consecutive W-th of a step's micro-batches. A background thread prepares
+samples, and rank r of W has the r-th consecutive W-th of a step's micro-batches, or, dealt, takes its turns among
+them (trainer.data.order.micro_batch_numbers). A background thread prepares
 `prefetch` micro-batches ahead.
 """
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from trainer.data.cache import ReadAhead, ShardCache
-from trainer.data.order import WindowOrder
+from trainer.data.order import WindowOrder, micro_batch_numbers
 
 LOCATED_AT_ONCE = 4096
 HANDED_OVER_AT_ONCE = 128
@@ -53,13 +54,15 @@ class Batches:
         device: torch.device,
         fetches: bool,
         skip: Sequence[int] = (),
+        dealt: bool = False,
     ):
         self._skip = sorted(set(skip))
         self._source = source
         self._batch = batch
         self._micro_batch = micro_batch
         self._per_rank = batch // world
-        self._offset = rank * self._per_rank
+        numbers = micro_batch_numbers(rank, world, self._per_rank // micro_batch, dealt)
+        self._rows = (np.array(numbers)[:, None] * micro_batch + np.arange(micro_batch)).ravel()
         self._device = device
         self._position = first_step * batch
         self._queue: queue.Queue[torch.Tensor | Exception] = queue.Queue(2)
@@ -103,8 +106,8 @@ class Batches:
         rows = self._micro_batch  # the very first one on its own: somebody waits for it
         try:
             while not self._stop.is_set():
-                firsts = batch_numbers(step + np.arange(steps_at_once), self._skip) * self._batch + self._offset
-                where = self._source.order.locate((firsts[:, None] + np.arange(self._per_rank)).ravel())
+                firsts = batch_numbers(step + np.arange(steps_at_once), self._skip) * self._batch
+                where = self._source.order.locate((firsts[:, None] + self._rows).ravel())
                 shards, begins = where.shard.tolist(), where.begin.tolist()
                 row = 0
                 while row < len(shards) and not self._stop.is_set():

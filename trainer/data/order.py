@@ -153,3 +153,17 @@ class _EpochPlan:
 
     def group_of(self, position: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.group_starts, position, side="right") - 1
+
+
+def odd_part(number: int) -> int:
+    """The largest odd divisor: 12 → 3."""
+    return number // (number & -number)
+
+
+def micro_batch_numbers(rank: int, world: int, accumulation: int, dealt: bool) -> list[int]:
+    """Which of a step's micro-batches are this rank's, in order: a stretch, or every world-th group of them."""
+    if not dealt:
+        return list(range(rank * accumulation, (rank + 1) * accumulation))
+    group = odd_part(accumulation)
+    turns = accumulation // group
+    return [(turn * world + rank) * group + index for turn in range(turns) for index in range(group)]
