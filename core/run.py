@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import socket
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,18 +100,33 @@ def machine_from_environment(
 
 
 def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Python, platform, git revision (GIT_REVISION, set in the image) and package versions, for the record."""
+    """Python, platform, git revision, image and package versions, for the record.
+
+    GIT_REVISION is set in the image, IMAGE_DIGEST by launch/container.sh; elsewhere the checkout itself is asked.
+    """
     from importlib import metadata
 
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    if os.environ.get("GIT_REVISION"):
-        versions["git_revision"] = os.environ["GIT_REVISION"]
+    revision = os.environ.get("GIT_REVISION") or _revision_of_checkout()
+    if revision:
+        versions["git_revision"] = revision
+    if os.environ.get("IMAGE_DIGEST"):
+        versions["image"] = os.environ["IMAGE_DIGEST"]
     for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _revision_of_checkout() -> str | None:
+    """Commit of the working tree, marked if files differ from it; None without git or outside of a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def process_started_at() -> float:

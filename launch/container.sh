@@ -109,12 +109,15 @@ run() { # TARGET COMMAND ...
   NODE_XIDS=$(sudo -n dmesg 2>/dev/null | grep -o 'NVRM: Xid.*' | tail -n 20) || NODE_XIDS=
   RUN_URL=${RUN_URL:-$(bucket_url runs "$RUN")}
   DATA_URL=${DATA_URL:-$(bucket_url data "$DATA")}
-  export SEGMENT_STARTED_AT NODE_XIDS RUN_URL DATA_URL
+  # A pulled image is named by its registry's digest, one that was built here by its own id.
+  IMAGE_DIGEST=$("${DOCKER[@]}" image inspect --format \
+    '{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}' "$NAME:$target")
+  export SEGMENT_STARTED_AT NODE_XIDS RUN_URL DATA_URL IMAGE_DIGEST
   for name in $(compgen -e); do
     case $name in
       SKYPILOT_* | AWS_* | NCCL_* | DEVICE | MAX_USD | USD_PER_HOUR | PRICE_SOURCE | \
         CLOUD | REGION | ZONE | INSTANCE_TYPE | USE_SPOT | RUN_URL | DATA_URL | SOURCE_URL | VOCAB_URL | RUN_TAGS | \
-        RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | GOOGLE_APPLICATION_CREDENTIALS | SEGMENT_STARTED_AT | NODE_XIDS)
+        RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | GOOGLE_APPLICATION_CREDENTIALS | SEGMENT_STARTED_AT | NODE_XIDS | IMAGE_DIGEST)
         # An empty AWS_ENDPOINT_URL or AWS_ACCESS_KEY_ID is not the same as none.
         [ -z "${!name}" ] || options+=(-e "$name") ;;
     esac

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 DOCKER = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$RECORD"
 case "$1 $2" in
-  "image inspect") [[ $* == *Architecture* ]] && echo "${IMAGE_ARCH:-amd64}" ;;
+  "image inspect") if [[ $* == *Architecture* ]]; then echo "${IMAGE_ARCH:-amd64}"; else echo sha256:1234; fi ;;
   "container inspect") [ -e "$RECORD.running" ] || exit 1 ;;
   "run --rm") touch "$RECORD.running"; eval "${PROGRAM:-true}" ;;
   "rm -f" | "stop -t") rm -f "$RECORD.running" ;;
@@ -81,10 +81,10 @@ def test_time_is_accounted_from_the_end_of_the_job_before(node, tmp_path):
     """The program sees when its paid time began: the boot, or later, the end of the job before."""
     ended = int(time.time()) - 7
     (tmp_path / ".pretrain-launcher-ended").write_text(f"{ended}\n")
-    process = node("run", "train", "true", PROGRAM="echo began $SEGMENT_STARTED_AT; echo $RUN_URL $DATA_URL")
+    process = node("run", "train", "true", PROGRAM="echo began $SEGMENT_STARTED_AT; echo $RUN_URL $DATA_URL $IMAGE_DIGEST")
     output, _ = process.communicate()
     assert f"began {ended}" in output
-    assert "s3://b/runs/r s3://b/data/d" in output
+    assert "s3://b/runs/r s3://b/data/d sha256:1234" in output
 
 
 def test_an_image_of_another_architecture_is_refused_before_it_runs(node):
