@@ -60,3 +60,15 @@ def test_readme_names_the_test_command_that_ci_runs():
     ci = (REPOSITORY / ".ci" / "run").read_text()
     assert "make test" in (REPOSITORY / "README.md").read_text()
     assert re.search(r"^make test$", ci, re.M)
+
+
+def test_the_table_of_presets_is_true():
+    from core.architecture import parameters
+    from tests import presets
+
+    rows = re.findall(
+        r"^\| `([\w.-]+)` \| ([\d,]+) \| (\d+) x (\d+) \|", (REPOSITORY / "docs/models.md").read_text(), re.M
+    )
+    found = {name: (int(count.replace(",", "")), int(layers), int(width)) for name, count, layers, width in rows}
+    expected = {name: settings.model for name, settings in presets.pretraining().items()}
+    assert found == {name: (parameters(model), model.layers, model.width) for name, model in expected.items()}
