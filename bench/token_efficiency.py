@@ -11,17 +11,16 @@ trainer.train; what follows `--` goes to both recipes (a smaller model, another 
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from core import journal, storage
+from bench import record
+from core import history
 
 CONFIGS = Path(__file__).parent.parent / "trainer" / "configs"
 
@@ -29,9 +28,8 @@ CONFIGS = Path(__file__).parent.parent / "trainer" / "configs"
 def main() -> None:
     options, both = _options()
     results: dict = {
-        "date": date.today().isoformat(),
+        **record.header("torch"),
         "command": "python -m bench.token_efficiency " + " ".join(sys.argv[1:]),
-        "machine": {"python": platform.python_version(), "system": platform.platform()},
         "steps": options.steps,
         "runs": [],
     }
@@ -74,11 +72,9 @@ def _run(options: argparse.Namespace, preset: str, steps: int, seed: int, both: 
     done = subprocess.run([*command, "-m", "trainer.train", *flags, *both], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{preset}, seed {seed} failed:\n{done.stderr[-3000:]}")
-    events = []
-    for name in storage.list_names(storage.join(url, "metrics")):
-        events += journal.read(storage.join(url, "metrics", name))[0]
-    last = max((event for event in events if event["kind"] == "eval"), key=lambda event: event["step"])
-    seconds = sum(event["step_seconds"] for event in events if event["kind"] == "train")
+    measured = history.read(url)
+    last = measured.points("eval")[-1].values
+    seconds = sum(point.values["step_seconds"] for point in measured.points("train"))
     return {"val_loss": last["val_loss"], "tokens": last["tokens"], "train_seconds": seconds}
 
 

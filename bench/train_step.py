@@ -13,17 +13,16 @@ product measured right here), nor than reading and writing weights, gradients an
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from bench import record
 from core import config
 from core.architecture import flops_per_token, parameters
 from core.console import quantity
@@ -51,9 +50,9 @@ def main() -> None:
             runs[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}, {side}: {runs[side][-1]['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
     results = {
-        "date": date.today().isoformat(),
+        **record.header("torch", "numpy"),
         "command": "python -m bench.train_step " + " ".join(sys.argv[1:]),
-        "machine": {"python": platform.python_version(), "system": platform.platform(), **runs[sides[0]][0]["machine"]},
+        "device": runs[sides[0]][0]["device"],
         "model": config.to_dict(settings.model),
         "parameters": parameters(settings.model),
         "flops_per_token": flops_per_token(settings.model),
@@ -148,11 +147,7 @@ def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
             "optimizer_bytes": moved,
         },
         "loss": loss,
-        "machine": {
-            "device": torch.cuda.get_device_name() if kind == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-        },
+        "device": torch.cuda.get_device_name() if kind == "cuda" else f"CPU, {torch.get_num_threads()} threads",
     }
     distributed.stop()
     return result
@@ -211,7 +206,7 @@ def _measured_peak(device) -> float:
 
 
 def _show(results: dict) -> None:
-    about = f"{results['machine']['device']}, torch {results['machine']['torch']}, {results['date']}"
+    about = f"{results['device']}, torch {results['versions']['torch']}, {results['date']}"
     batch = f"{results['micro_batch']} x {results['model']['context']} x {results['accumulation']} tokens per step"
     title = f"{quantity(results['parameters'])} parameters, {batch}; {about}"
     heads = ["side", "tokens/s", "x ours", "MFU", "memory", "step p10/p50/p90 s", "forward / backward / optimizer"]
