@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import DataError
-from trainer.data.order import WindowOrder, derive_key, permute
+from trainer.data.loader import batch_numbers
+from trainer.data.order import WindowOrder, derive_key, micro_batch_numbers, permute
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
@@ -84,3 +85,22 @@ def test_the_order_is_pinned():
 
 PINNED = [2010, 1032, 2006, 1031, 2012, 1006, 2002, 1022]
 PINNED_KEY = 15270377480210099868
+
+
+def test_a_step_whose_batch_is_left_out_takes_the_next_one():
+    steps = np.arange(6)
+    assert batch_numbers(steps, []).tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch_numbers(steps, [3]).tolist() == [0, 1, 3, 4, 5, 6]
+    # The one that moved up is left out too: batches 2 and 3 belong to steps 3 and 4.
+    assert batch_numbers(steps, [3, 4]).tolist() == [0, 1, 4, 5, 6, 7]
+    assert batch_numbers(np.array([10]), [1, 2, 12]).tolist() == [13]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("dealt", [False, True])
+def test_every_micro_batch_is_somebodys(world: int, dealt: bool):
+    numbers = [micro_batch_numbers(rank, world, 24 // world, dealt) for rank in range(world)]
+    assert sorted(number for each in numbers for number in each) == list(range(24))
+    assert all(each == sorted(each) for each in numbers)
+    if dealt and world == 2:  # four turns of three
+        assert numbers[1] == [3, 4, 5, 9, 10, 11, 15, 16, 17, 21, 22, 23]
