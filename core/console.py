@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 
 from core.errors import LauncherError
 
-# Exit codes, also in docs/formats.md. SkyPilot's recover_on_exit_codes names PREEMPTED, and must not name CAPPED.
+# Exit codes, also in docs/formats.md. SkyPilot's recover_on_exit_codes names PREEMPTED and BAD_NODE, never CAPPED.
 OK = 0
 FAILED = 1
 PREEMPTED = 33
 CAPPED = 34
+BAD_NODE = 35
 
 
 def set_up_logging(speaks: bool = True) -> None:

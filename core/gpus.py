@@ -1,4 +1,4 @@
-"""Peak dense matrix FLOP/s of accelerators, for MFU. From NVIDIA's data sheets, without sparsity.
+"""What accelerators can do: peak dense matrix FLOP/s, for MFU, and memory. From NVIDIA's data sheets, without sparsity.
 
 Sources, read 2026-11: A100 data sheet (2021): 312 TFLOP/s bf16; H100 data sheet (2023): 989 SXM, 756 PCIe;
 H200 data sheet (2024): 989; GH200 data sheet (2024): 989 (the GPU is an H100 with HBM3/HBM3e); L4: 121;
@@ -19,6 +19,27 @@ _PEAK_BF16_TFLOPS = (
     ("V100", 125.0),
     ("RTX 4090", 165.0),
 )
+
+
+# Memory in GB (10^9 bytes) by the name that SkyPilot's catalog gives a GPU, of the same sheets and, for the A10G, AWS's
+# page of g5, read 2026-11; a GH200 of Lambda has HBM3. What a driver shows as free is a little more or less than this.
+_MEMORY_GB = {
+    "A100": 40,
+    "A100-80GB": 80,
+    "H100": 80,
+    "H200": 141,
+    "GH200": 96,
+    "A10": 24,
+    "A10G": 24,
+    "L4": 24,
+    "L40S": 48,
+}
+
+
+def memory_bytes(accelerator: str) -> float | None:
+    """Memory of an accelerator of SkyPilot's catalog, or None if it is not in the table."""
+    gb = _MEMORY_GB.get(accelerator)
+    return None if gb is None else gb * 1e9
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -163,25 +163,26 @@ def check_data(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Fi
 
 
 def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Settings, batch over ranks, and memory on the smallest GPU of the candidates."""
+    """Settings, and for each kind of GPU among the candidates: batch over ranks, and memory."""
     if "trainer.train" not in task["run"]:
         return
     arguments = [settings["CONFIG"], *(settings.get("TRAIN_ARGS") or "").split()]
     train = config.load(TrainConfig, arguments, {"RUN_URL": run_url(settings), "DATA_URL": data_url(settings)})
     yield Finding("ok", f"config: {settings['CONFIG']}, {train.train.steps:,} steps of {train.batch.tokens:,} tokens")
-    for candidate in candidates(task):
-        gpu, count = accelerator(candidate)
-        if not gpu or settings.get("DEVICE") == "cpu":
+    if settings.get("DEVICE") == "cpu":
+        return
+    for gpu, count in dict.fromkeys(accelerator(candidate) for candidate in candidates(task)):
+        if not gpu:
             continue
         ranks = int(settings.get("RANKS_PER_NODE") or count) * int(task.get("num_nodes") or 1)
-        micro_batches = train.batch.tokens // (train.batch.micro_batch * train.model.context)
+        micro_batches = train.batch.tokens // (max(1, train.batch.micro_batch) * train.model.context)
         if micro_batches % ranks:
             yield Finding(
                 "x", f"config: {micro_batches} micro-batches do not divide over {ranks} ranks of {gpu}:{count}"
             )
-        problem = memory.problem(train, gpu)
-        if problem:
-            yield Finding("x", f"config: {problem}")
+        elif (found := memory.verdict(train, gpu, ranks)) is not None:
+            fits, said = found
+            yield Finding("ok" if fits else "x", f"memory: {said}")
 
 
 def check_quotas(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from core import storage
-from core.console import FAILED, OK, PREEMPTED, run_entry, set_up_logging
+from core.console import BAD_NODE, FAILED, OK, PREEMPTED, run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
 from core.journal import Journal
 from launch import machine, network, preflight
@@ -32,7 +32,6 @@ from launch.supervise import Child, Outcome
 
 log = logging.getLogger("node")
 
-BAD_NODE = 35
 # More refusals than this in a day are not bad luck with machines: then the job ends, for a person to look at it.
 REFUSALS_PER_DAY = 3
 # The head node's code is the one that counts: others give it this long to end by itself before they end the job.

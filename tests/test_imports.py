@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("core", "data_prep", "costs", "trainer")
-TORCH_FREE = ("core", "data_prep", "costs")
+TORCH_FREE = ("core", "data_prep", "costs", "launch")
 
 
 def modules(package: str) -> list[str]:

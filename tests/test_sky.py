@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from core.console import BAD_NODE, PREEMPTED
 from costs import task as cost_task
 from launch import submit
 
 ROOT = Path(__file__).parent.parent
 TASKS = sorted((ROOT / "sky").glob("*.yaml"))
 TRAINING = [path for path in TASKS if path.stem.startswith(("pretrain", "smoke"))]
-# Exit codes of docs/formats.md; the cap's may not be here, or a capped job would start again.
-RECOVERED = [33, 35]
+# The cap's may not be here, or a capped job would start again.
+RECOVERED = [PREEMPTED, BAD_NODE]
 
 
 def task_of(path: Path) -> dict:

@@ -1,19 +1,18 @@
 """Does it fit? The memory of a run, estimated before anything is allocated, and the largest micro-batch.
 
-With `batch.micro_batch: 0` the first segment of a run finds the most sequences that fit: by the estimate
-(core.architecture.training_bytes), on a GPU confirmed by a trial of forward and backward pass. Later segments use
-what the first one found, whatever machine they run on, because sums depend on it.
+With `batch.micro_batch: 0` the first segment of a run finds the most sequences that fit: by the estimate (core.fit), on
+a GPU confirmed by a trial of forward and backward pass. Later segments use what the first one found, whatever machine
+they run on, because sums depend on it.
 """
 
-import dataclasses
 import logging
 import os
-from typing import Any
 
 import torch
 
-from core.architecture import ModelConfig, training_bytes
+from core.architecture import ModelConfig
 from core.errors import ConfigError
+from core.fit import advice, changed_to, estimate, possible
 from core.schema import TrainConfig
 from trainer.distributed import Ranks, gather_numbers
 from trainer.model.gpt import GPT
@@ -21,7 +20,6 @@ from trainer.precision import autocast, resolve
 
 log = logging.getLogger("train")
 
-LARGEST = 128  # sequences; more are never faster
 CPU_SHARE = 0.5  # of the memory that is free, which also holds the page cache that the shards live in
 
 
@@ -31,7 +29,7 @@ def with_micro_batch(settings: TrainConfig, found_before: int | None, ranks: Ran
     `found_before` is what the run's first segment settled on.
     """
     if settings.batch.micro_batch or found_before:
-        settings = _with(settings, "batch.micro_batch", settings.batch.micro_batch or found_before)
+        settings = changed_to(settings, "batch.micro_batch", settings.batch.micro_batch or found_before)
         if not found_before and ranks.device.type == "cuda":
             _check(settings, ranks)
         return settings
@@ -46,34 +44,7 @@ def with_micro_batch(settings: TrainConfig, found_before: int | None, ranks: Ran
         if not size:
             raise ConfigError(_too_large(settings, fitting[-1], ranks, memory))
     log.info("batch.micro_batch: %d sequences fit", size)
-    return _with(settings, "batch.micro_batch", size)
-
-
-def possible(settings: TrainConfig, world: int) -> list[int]:
-    """Micro-batch sizes that divide the batch over `world` ranks, largest first. Raises ConfigError if none does."""
-    sequences = settings.batch.tokens // settings.model.context
-    sizes = [size for size in range(min(LARGEST, sequences), 0, -1) if sequences % (size * world) == 0]
-    if not sizes:
-        raise ConfigError(
-            f"batch.tokens = {settings.batch.tokens} is {sequences} sequences of {settings.model.context}, which do "
-            f"not divide over {world} ranks; make it a multiple of {world * settings.model.context}"
-        )
-    return sizes
-
-
-def estimate(settings: TrainConfig, micro_batch: int, world: int) -> float:
-    """Bytes on one device."""
-    accumulation = max(1, settings.batch.tokens // (micro_batch * settings.model.context * world))
-    return training_bytes(
-        settings.model,
-        micro_batch,
-        accumulation,
-        world,
-        shard=settings.optimizer.shard,
-        deal_sums=settings.optimizer.deal_sums,
-        muon=settings.optimizer.name == "muon",
-        recompute=settings.train.recompute,
-    )
+    return changed_to(settings, "batch.micro_batch", size)
 
 
 def _check(settings: TrainConfig, ranks: Ranks) -> None:
@@ -89,31 +60,6 @@ def _too_large(settings: TrainConfig, size: int, ranks: Ranks, memory: float) ->
         f"batch.micro_batch = {size} needs about {needed / 1e9:.1f} GB per rank, {name} has {memory / 1e9:.1f} GB free"
     )
     return f"{said}; {advice(settings, ranks.world, memory)}"
-
-
-def advice(settings: TrainConfig, world: int, memory: float) -> str:
-    """The nearest settings that fit, in order of what they cost in speed."""
-    remedies = ["optimizer.shard", "optimizer.deal_sums"] if world > 1 else []
-    remedies = [key for key in (*remedies, "train.recompute") if not _get(settings, key)]
-    for count in range(len(remedies) + 1):
-        changed = settings
-        for key in remedies[:count]:
-            changed = _with(changed, key, True)
-        for size in possible(settings, world):
-            if estimate(changed, size, world) <= memory:
-                flags = [f"--batch.micro_batch={size}", *(f"--{key}=true" for key in remedies[:count])]
-                return f"try {' '.join(flags)}"
-    return "no setting of this preset fits; take more or larger GPUs, or a smaller preset"
-
-
-def _get(settings: TrainConfig, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(settings, section), name)
-
-
-def _with(settings: TrainConfig, key: str, value: Any) -> TrainConfig:
-    section, name = key.split(".")
-    return dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
 
 
 def _trial(model: ModelConfig, size: int, train, ranks: Ranks) -> bool:

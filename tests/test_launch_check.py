@@ -1,0 +1,256 @@
+"""What is looked at before a launch: settings, memory, keys, bucket, data, image."""
+
+import http.server
+import json
+import re
+import threading
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from moto import mock_aws
+
+from core import config, schema
+from core.errors import ConfigError
+from core.gpus import memory_bytes
+from launch import check, memory, registry, submit
+from tests import corpus
+
+ROOT = Path(__file__).parent.parent
+
+
+def task(name: str) -> dict:
+    return yaml.safe_load((ROOT / f"sky/{name}.yaml").read_text())
+
+
+def marks(findings) -> list[tuple[str, str]]:
+    return [(finding.mark, finding.what) for finding in findings]
+
+
+# --- check -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready(tmp_path, vocab_bpe, monkeypatch) -> dict[str, str]:
+    """Settings of a training task whose data is there, in a folder that stands for the bucket."""
+    source = corpus.write_parquet(tmp_path / "source", [corpus.documents(60)])
+    corpus.prepare_set(source, str(tmp_path / "data/tokens"), vocab_bpe)
+    monkeypatch.chdir(ROOT)
+    envs = {name: value for name, value in task("pretrain-8xa100")["envs"].items() if value}
+    return {**envs, "BUCKET": f"file://{tmp_path}", "DATA": "tokens"}
+
+
+def test_config_that_divides_and_fits_is_ok(ready):
+    assert {mark for mark, _ in marks(check.check_config(task("pretrain-8xa100"), ready))} == {"ok"}
+
+
+def test_a_preset_that_fits_says_how_much_it_takes_on_each_kind_of_gpu(ready):
+    said = [what for _, what in marks(check.check_config(task("pretrain-8xa100"), ready))]
+    assert said[1:] == [
+        "memory: A100: about 17 of 40 GB per GPU, by estimate",
+        "memory: A100-80GB: about 17 of 80 GB per GPU, by estimate",
+    ]
+
+
+def test_config_for_more_memory_than_the_gpu_has_is_refused_with_a_cure(ready):
+    ready["TRAIN_ARGS"] = "--batch.micro_batch=64 --model.width=1536 --model.heads=16 --model.layers=24"
+    _, small, large = marks(check.check_config(task("pretrain-8xa100"), ready))
+    assert small[0] == "x"
+    found = re.fullmatch(
+        r"memory: A100: batch\.micro_batch = 64 needs about (\d+) GB per GPU, it has 40; try (.*)", small[1]
+    )
+    assert int(found[1]) > 80
+    cured = {**ready, "TRAIN_ARGS": f"{ready['TRAIN_ARGS']} {found[2]}"}
+    assert {mark for mark, _ in marks(check.check_config(task("pretrain-8xa100"), cured))} == {"ok"}
+    assert large[0] == "x"
+
+
+def test_a_rehearsal_without_gpus_needs_no_gpu_memory(ready):
+    ready |= {"DEVICE": "cpu", "TRAIN_ARGS": "--batch.micro_batch=64 --model.width=1536 --model.layers=24"}
+    assert [mark for mark, _ in marks(check.check_config(task("pretrain-8xa100"), ready))] == ["ok"]
+
+
+def test_micro_batches_that_do_not_divide_over_all_ranks_are_refused(ready):
+    ready["TRAIN_ARGS"] = "--batch.tokens=262144 --batch.micro_batch=32"
+    found = marks(check.check_config(task("pretrain-multinode"), ready))
+    assert ("x", "config: 8 micro-batches do not divide over 16 ranks of A100:8") in found
+
+
+def test_unknown_setting_is_refused(ready):
+    ready["TRAIN_ARGS"] = "--train.stepz=5"
+    with pytest.raises(ConfigError, match=r"did you mean train\.steps"):
+        list(check.check_config(task("pretrain-8xa100"), ready))
+
+
+def test_data_that_is_there_and_data_that_is_not(ready):
+    assert next(check.check_data(task("pretrain-8xa100"), ready)).mark == "ok"
+    (finding,) = check.check_data(task("pretrain-8xa100"), {**ready, "DATA": "elsewhere"})
+    assert finding.mark == "x"
+    assert "`make prep-data` makes it" in finding.what
+
+
+def test_bucket_is_tried_and_left_clean(ready, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert next(check.check_bucket(task("pretrain-8xa100"), ready)).mark == "ok"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "mark", "word"),
+    [
+        ("pretrain-8xa100", {"AWS_ACCESS_KEY_ID": "a"}, "x", "AWS_SECRET_ACCESS_KEY is empty, its partner is set"),
+        ("pretrain-gh200", {}, "x", "a node on lambda could not reach the bucket"),
+        ("pretrain-8xa100", {}, "!", "a node on lambda could not reach the bucket"),
+        ("pretrain-8xa100-spot", {}, "ok", "the node's own role"),
+        ("pretrain-gh200", {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}, "ok", "keys for the bucket"),
+    ],
+)
+def test_empty_secrets_are_found_before_the_node_finds_them(name, keys, mark, word):
+    (finding,) = check.check_secrets(task(name), keys)
+    assert finding.mark == mark
+    assert word in finding.what
+
+
+@mock_aws
+def test_a_bucket_in_another_region_is_named_with_its_price(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    location = {"LocationConstraint": "us-west-2"}
+    boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="far", CreateBucketConfiguration=location)
+    settings = {"BUCKET": "far", "DATA": "none"}
+    found = [what for _, what in marks(check._region(task("pretrain-8xa100-spot"), settings, "s3://far"))]
+    assert "bucket: it is in us-west-2; a machine at aws/us-east-1 reads it for $0.02 per GB" in found
+    assert not [what for what in found if "aws/us-west-2 reads" in what]
+
+
+def test_what_cannot_be_asked_is_no_failure():
+    def check_broken(task, settings):
+        raise RuntimeError("no network here")
+        yield
+
+    (finding,) = check._safely(check_broken, {}, {})
+    assert finding.mark == "?"
+    assert "broken: could not be asked (RuntimeError: no network here)" in finding.what
+
+
+def test_a_managed_job_is_priced_by_a_plain_dry_run(monkeypatch):
+    monkeypatch.setattr(submit, "find_sky", lambda: "sky")
+    path = "sky/pretrain-8xa100-spot.yaml"
+    given = {"BUCKET": "b", "AWS_ACCESS_KEY_ID": "a"}
+    command = " ".join(check.pricing_command(path, task("pretrain-8xa100-spot"), given))
+    assert command.startswith("sky launch --cluster pretrain-8xa100-spot --yes --env BUCKET=b")
+    assert command.endswith(f"--secret AWS_ACCESS_KEY_ID --dryrun {path}")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+def settings_of(*arguments: str) -> schema.TrainConfig:
+    return config.load(schema.TrainConfig, [str(ROOT / "trainer/configs/gpt2-124m.yaml"), *arguments, *URLS], {})
+
+
+URLS = ("--run.url=/r", "--data.url=/d")
+
+
+def test_every_gpu_that_a_task_names_has_a_known_memory():
+    tasks = [yaml.safe_load(path.read_text()) for path in (ROOT / "sky").glob("*.yaml")]
+    gpus = {check.accelerator(candidate)[0] for each in tasks for candidate in submit.candidates(each)} - {""}
+    assert {"A100", "A100-80GB", "GH200", "A10G"} <= gpus
+    assert [gpu for gpu in gpus if memory_bytes(gpu) is None] == []
+
+
+def test_the_preset_fits_every_gpu_that_its_tasks_name():
+    for gpu, world in (("A100", 8), ("A100-80GB", 8), ("A100", 2), ("GH200", 1)):
+        assert memory.verdict(settings_of(), gpu, world)[0], gpu
+
+
+def test_a_model_that_fits_nowhere_asks_for_larger_gpus():
+    fits, said = memory.verdict(
+        settings_of("--model.width=8192", "--model.heads=64", "--model.layers=64"), "A100", world=8
+    )
+    assert not fits
+    assert said.endswith("take more or larger GPUs, or a smaller preset")
+
+
+def test_a_micro_batch_that_is_to_be_found_is_looked_for():
+    settings = settings_of("--batch.micro_batch=0")
+    assert memory.verdict(settings, "A10G", world=1) == (
+        True,
+        "A10G: about 19 of 24 GB per GPU, by estimate, with 32 sequences per micro-batch",
+    )
+
+
+def test_of_an_unknown_gpu_nothing_is_said():
+    assert memory.verdict(settings_of(), "V9000", world=1) is None
+
+
+# --- registry --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [
+        ("ghcr.io/me/image:1.0", ("ghcr.io", "me/image", "1.0")),
+        ("me/image", ("registry-1.docker.io", "me/image", "latest")),
+        ("debian:12", ("registry-1.docker.io", "library/debian", "12")),
+        ("localhost:5000/image@sha256:ab", ("localhost:5000", "image", "sha256:ab")),
+    ],
+)
+def test_references_are_read_as_docker_does(reference, parts):
+    assert registry.split(reference) == parts
+
+
+@pytest.fixture
+def registry_host():
+    """A registry with one image for one platform, behind a token as public registries have it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            host = f"http://{self.headers['Host']}"
+            if self.path.startswith("/token"):
+                return self.answer({"token": "for-all"})
+            if self.headers.get("Authorization") != "Bearer for-all":
+                return self.answer({}, 401, {"WWW-Authenticate": f'Bearer realm="{host}/token",service="s"'})
+            if self.path == "/v2/me/image/manifests/1":
+                entries = [{"platform": {"os": "linux", "architecture": "amd64"}}]
+                entries += [{"platform": {"os": "unknown", "architecture": "unknown"}}]  # an attestation
+                return self.answer({"manifests": entries})
+            return self.answer({}, 404)
+
+        def answer(self, document, code=200, headers=()):
+            self.send_response(code)
+            for name, value in dict(headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(json.dumps(document).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_platforms_of_a_public_image(registry_host):
+    assert registry.platforms(f"{registry_host}/me/image:1") == {"linux/amd64"}
+
+
+def test_an_image_that_is_not_there_one_sentence(registry_host):
+    with pytest.raises(ConfigError, match=r"cannot be read from 127\.0\.0\.1:\d+ \(HTTP 404\); push it"):
+        registry.platforms(f"{registry_host}/me/image:2")
+
+
+def test_an_image_for_another_architecture_is_refused(registry_host):
+    settings = {"IMAGE": f"{registry_host}/me/image:1"}
+    with_suffix = {**task("pretrain-gh200"), "setup": "bash launch/container.sh image train"}
+    real = registry.platforms
+    registry.platforms = lambda reference: real(reference.removesuffix("-train"))
+    try:
+        (finding,) = check.check_image(with_suffix, settings)
+    finally:
+        registry.platforms = real
+    assert finding.mark == "x"
+    assert "not for linux/arm64" in finding.what

@@ -1,0 +1,175 @@
+"""What a node finds out about itself: machine facts and price, network, health of its GPUs."""
+
+import json
+import os
+
+import pytest
+
+from core.errors import ConfigError
+from core.run import machine_from_environment
+from costs import prices
+from launch import machine, network, preflight
+from launch.machine import Gpu
+
+A100 = Gpu("NVIDIA A100-SXM4-40GB", 40960.0, "580.95.05", 0, 0)
+METADATA = {
+    "placement/region": "us-east-1",
+    "placement/availability-zone": "us-east-1b",
+    "instance-type": "p4d.24xlarge",
+    "instance-life-cycle": "on-demand",
+}
+
+
+# --- machine ---------------------------------------------------------------------------------------------------
+
+
+def facts(cloud: str, found: list[Gpu], spot_price=None, metadata=METADATA, **environment: str) -> dict[str, str]:
+    info = {"cluster_name": "c", "cloud": cloud, "region": "us-east-1", "zone": "us-east-1b"}
+    environment = {"SKYPILOT_CLUSTER_INFO": json.dumps(info), **environment}
+    return machine.describe(environment, found, metadata.get, lambda *_: spot_price)
+
+
+def test_on_demand_machine_on_aws():
+    found = facts("AWS", [A100] * 8, SKYPILOT_NUM_NODES="2")
+    assert found["INSTANCE_TYPE"] == "p4d.24xlarge"
+    assert found["USE_SPOT"] == "false"
+    assert float(found["USD_PER_HOUR"]) == pytest.approx(2 * 21.957642, rel=1e-5)
+    assert found["PRICE_SOURCE"] == prices.SNAPSHOT
+    assert machine_from_environment(None, 8, found).zone == "us-east-1b"
+
+
+def test_spot_price_is_the_one_in_force_where_aws_tells_it():
+    spot = {**METADATA, "instance-life-cycle": "spot"}
+    assert facts("AWS", [A100] * 8, 8.5, spot)["USD_PER_HOUR"] == "8.5"
+    guessed = facts("AWS", [A100] * 8, None, spot)
+    assert guessed["PRICE_SOURCE"].startswith("median over the zones of us-east-1")
+
+
+def test_lambda_node_is_known_by_its_gpus():
+    assert facts("Lambda", [A100] * 8)["INSTANCE_TYPE"] == "gpu_8x_a100"
+    eighty = Gpu("NVIDIA A100-SXM4-80GB", 81920.0, "580.0", 0, 0)
+    assert facts("Lambda", [eighty] * 8)["INSTANCE_TYPE"] == "gpu_8x_a100_80gb_sxm4"
+    gh200 = Gpu("NVIDIA GH200 480GB", 97871.0, "580.0", 0, 0)
+    assert facts("Lambda", [gh200])["USD_PER_HOUR"] == "2.29"
+
+
+def test_types_of_one_price_give_the_price_and_no_type():
+    """Lambda has one A100 as SXM and as PCIe, which the driver's name does not always tell apart."""
+    found = facts("Lambda", [A100])
+    assert "INSTANCE_TYPE" not in found
+    assert found["USD_PER_HOUR"] == "1.99"
+
+
+def test_what_is_not_known_stays_unset():
+    found = facts("AWS", [], metadata={})
+    assert "USD_PER_HOUR" not in found
+    assert "INSTANCE_TYPE" not in found
+    assert machine.describe({}, []) == {}
+
+
+def test_what_the_user_says_wins():
+    found = facts("AWS", [A100] * 8, USD_PER_HOUR="3.5", PRICE_SOURCE="contract")
+    assert "USD_PER_HOUR" not in found
+
+
+# --- network ---------------------------------------------------------------------------------------------------
+
+
+def test_rendezvous_of_two_nodes():
+    environment = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "1"}
+    arguments = network.rendezvous({**environment, "SKYPILOT_NUM_GPUS_PER_NODE": "8"})
+    assert arguments == [
+        "--nnodes=2",
+        "--node-rank=1",
+        "--nproc-per-node=8",
+        "--master-addr=10.0.0.1",
+        "--master-port=29500",
+    ]
+
+
+def test_interface_is_found_by_the_address_that_others_know():
+    assert network.interface_of("127.0.0.1") == "lo"
+    assert network.interface_of("203.0.113.7") is None
+    found = network.settings({"SKYPILOT_NODE_IPS": "127.0.0.1 10.0.0.2"})
+    assert found["GLOO_SOCKET_IFNAME"] == "lo"
+    assert found["NCCL_SOCKET_IFNAME"] == "=lo"
+
+
+def test_efa_only_where_device_and_plugin_are(tmp_path, monkeypatch):
+    (tmp_path / "uverbs0").touch()
+    environment = {"SKYPILOT_NODE_IPS": "127.0.0.1 10.0.0.2", "LD_LIBRARY_PATH": "/x"}
+    assert "FI_PROVIDER" not in network.settings(environment, tmp_path)
+    monkeypatch.setattr(network, "EFA_LIBRARIES", (str(tmp_path),))
+    found = network.settings(environment, tmp_path)
+    assert found["FI_PROVIDER"] == "efa"
+    assert found["LD_LIBRARY_PATH"] == f"{tmp_path}:/x"
+    assert "FI_PROVIDER" not in network.settings(environment, tmp_path / "none")
+
+
+def test_a_rank_without_an_address_is_refused():
+    with pytest.raises(ConfigError, match="SKYPILOT_NODE_RANK is 1, but SKYPILOT_NODE_IPS has 1 addresses"):
+        network.nodes({"SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NODE_RANK": "1"})
+
+
+# --- preflight -------------------------------------------------------------------------------------------------
+
+
+def test_healthy_gpus_have_no_problem():
+    environment = {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "INSTANCE_TYPE": "p4d.24xlarge"}
+    assert preflight.gpu_problems(environment, [A100] * 8) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "found", "problem"),
+    [
+        ({}, [A100] * 7, "8 GPUs were asked for, the driver sees 7"),
+        ({"INSTANCE_TYPE": "p5.48xlarge"}, [A100] * 8, "a p5.48xlarge has H100, the driver sees NVIDIA A100"),
+        ({"INSTANCE_TYPE": "p4de.24xlarge"}, [A100] * 8, "a p4de.24xlarge has A100-80GB"),
+        ({}, [Gpu(A100.name, 40960.0, "580", 2, 0)] * 8, "GPU 0 has 2 uncorrectable memory errors"),
+        ({}, [Gpu(A100.name, 40960.0, "580", 0, 1)] * 8, "GPU 0 could not remap"),
+        (
+            {"NODE_XIDS": "NVRM: Xid (PCI:0000:10:1c): 79, pid=1, GPU has fallen off the bus."},
+            [A100] * 8,
+            "the kernel reports a GPU fault: NVRM: Xid (PCI:0000:10:1c): 79",
+        ),
+    ],
+)
+def test_sick_gpus_are_named(environment, found, problem):
+    problems = preflight.gpu_problems({"SKYPILOT_NUM_GPUS_PER_NODE": "8", **environment}, found)
+    assert problems
+    assert problems[0].startswith(problem)
+
+
+def test_faults_of_programs_are_no_reason_to_leave():
+    environment = {"NODE_XIDS": "NVRM: Xid (PCI:0000:10:1c): 31, pid=1, MMU Fault\nNVRM: Xid (PCI:0000:10:1c): 43, x"}
+    assert preflight.gpu_problems(environment, [A100]) == []
+
+
+def test_an_old_driver_is_nobodys_fault_but_ends_the_job():
+    with pytest.raises(ConfigError, match=r"driver is 570\.12, the image's CUDA 13\.0 needs R580"):
+        preflight.check_driver([Gpu(A100.name, 40960.0, "570.12", 0, 0)])
+
+
+def test_a_slow_link_and_a_wrong_clock_are_judged():
+    report = preflight.Report(figures={"all_reduce_gb_per_s": 20.0, "clock_skew_seconds": -400.0})
+    preflight.judge(report, {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}, [A100] * 8, rehearsal=False)
+    assert [problem.split(",")[0] for problem in report.problems] == [
+        "the GPUs all-reduce 20 GB/s",
+        "the clock is -400 s off the bucket's",
+    ]
+    healthy = preflight.Report(figures={"all_reduce_gb_per_s": 230.0, "clock_skew_seconds": 1.0})
+    preflight.judge(healthy, {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}, [A100] * 8, rehearsal=False)
+    assert healthy.problems == []
+
+
+def test_nvidia_smi_is_read_with_and_without_counters(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\necho 'NVIDIA A100-SXM4-40GB, 40960, 580.95.05, 0, No'\n"
+        "echo 'NVIDIA A10, 23028, 570.1, [N/A], [N/A]'\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert machine.gpus() == [A100, Gpu("NVIDIA A10", 23028.0, "570.1", None, None)]
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert machine.gpus() == []

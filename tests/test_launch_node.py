@@ -1,0 +1,186 @@
+"""What runs on a node around the program: supervision, exit codes, the log that is kept, a whole preflight."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from core import journal
+from core.console import BAD_NODE
+from launch import node, preflight
+from launch.supervise import Child, Outcome
+
+ROOT = Path(__file__).parent.parent
+
+
+def child(script: str, lines: list[str], **options) -> Child:
+    return Child([sys.executable, "-c", script], os.environ, lines.append, **options)
+
+
+# --- supervision -----------------------------------------------------------------------------------------------
+
+
+def test_output_is_kept_line_by_line_and_the_code_is_told():
+    lines = []
+    outcome = child("import sys; print('one'); print('two', file=sys.stderr); sys.exit(7)", lines).wait(60)
+    assert sorted(lines) == ["one", "two"]
+    assert outcome == Outcome(7)
+
+
+def test_a_request_to_stop_reaches_the_worker_below_a_launcher():
+    """As torchrun: the workers are its children, and only they know how to save."""
+    worker = "import signal,time\nsignal.signal(15, lambda *_: exit(print('saved')))\nprint('ready')\ntime.sleep(60)"
+    launcher = f"import subprocess,sys; sys.exit(subprocess.call([sys.executable, '-c', {worker!r}]))"
+    lines = []
+    running = child(launcher, lines, launched=True)
+    stop_when(running, lambda: "ready" in lines)
+    outcome = running.wait(60)
+    assert lines == ["ready", "saved"]
+    assert outcome.stopped
+
+
+def test_who_does_not_stop_is_killed():
+    lines = []
+    running = child("import signal,time\nsignal.signal(15, signal.SIG_IGN)\nprint('ready')\ntime.sleep(60)", lines)
+    stop_when(running, lambda: "ready" in lines)
+    assert running.wait(60, stop_seconds=1).returncode == -signal.SIGKILL
+
+
+def test_a_hang_prints_the_stacks_and_ends():
+    script = "import signal,time\nsignal.signal(10, signal.SIG_IGN)\ndef stuck_here():\n time.sleep(60)\n"
+    script += "print('go')\nstuck_here()"
+    lines = []
+    outcome = child(script, lines).wait(hang_seconds=2)
+    assert outcome.hung
+    assert any("in stuck_here" in line or "line 4" in line for line in lines), lines
+
+
+def test_a_hang_that_can_still_save_is_not_aborted():
+    script = "import signal,time\nsignal.signal(10, lambda *_: exit(print('saved')))\nprint('go')\ntime.sleep(60)"
+    lines = []
+    outcome = child(script, lines).wait(hang_seconds=2)
+    assert outcome.hung
+    assert lines == ["go", "saved"]
+
+
+def test_nothing_that_the_child_started_outlives_it():
+    script = "import subprocess,time\np=subprocess.Popen(['sleep','600'])\nprint(p.pid)\ntime.sleep(3)"
+    lines = []
+    child(script, lines).wait(60)
+    assert gone(int(lines[0]))
+
+
+def stop_when(running: Child, ready) -> None:
+    def wait() -> None:
+        while not ready():
+            time.sleep(0.05)
+        running.stop()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def gone(pid: int) -> bool:
+    for _ in range(50):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+# --- exit codes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told", "code"),
+    [
+        (Outcome(0), 0, 0),
+        (Outcome(1), 33, 33),  # torchrun says 1, whatever its workers say
+        (Outcome(1), 34, 34),
+        (Outcome(1), None, 1),
+        (Outcome(-9), None, 1),
+        (Outcome(0), None, 0),  # preparation does not write a code
+        (Outcome(-15, stopped=True), None, 33),
+        (Outcome(1, stopped=True), None, 1),
+    ],
+)
+def test_exit_code(outcome, told, code):
+    assert node.exit_code(outcome, told) == code
+
+
+def test_a_bad_node_is_left_a_few_times_then_the_job_ends(tmp_path):
+    run_url = str(tmp_path)
+    codes = [node.refuse(run_url, f"{stamp(-60 + n)}-node-000", ["GPU 3 is gone"]) for n in range(4)]
+    assert codes == [BAD_NODE] * node.REFUSALS_PER_DAY + [1]
+    assert json.loads(next((tmp_path / "refused").iterdir()).read_text())["problems"] == ["GPU 3 is gone"]
+
+
+def test_refusals_of_yesterday_do_not_count(tmp_path):
+    for number in range(5):
+        node.refuse(str(tmp_path), f"{stamp(-2 * 86400 + number)}-node-000", ["slow"])
+    assert node.refuse(str(tmp_path), f"{stamp(0)}-node-000", ["slow"]) == BAD_NODE
+
+
+def stamp(seconds: float) -> str:
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() + seconds))
+
+
+def test_the_node_program_runs_a_module_and_keeps_its_log(tmp_path):
+    environment = {**os.environ, "RUN_URL": str(tmp_path), "CLOUD": "", "SKYPILOT_CLUSTER_INFO": ""}
+    command = [sys.executable, "-m", "launch.node", "-m", "platform"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (attempt,) = (tmp_path / "logs").iterdir()
+    events, problems = journal.read(str(attempt))
+    lines = [event["line"] for event in events]
+    assert problems == []
+    assert lines[0].startswith("node 1 of 1: ?/?/?")
+    assert any(line.startswith("Linux") for line in lines)
+    assert lines[-1] == "exit code 0"
+
+
+def test_without_a_run_url_one_sentence():
+    command = [sys.executable, "-m", "launch.node", "-m", "platform"]
+    environment = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: RUN_URL is not set")
+
+
+def test_preflight_of_a_rehearsal_measures_and_passes(tmp_path):
+    """The whole of it with two gloo ranks instead of GPUs."""
+    report = preflight.run({"RUN_URL": str(tmp_path), "DEVICE": "cpu", "RANKS_PER_NODE": "2"}, [])
+    assert report.problems == []
+    assert report.figures["all_reduce_gb_per_s"] > 0
+    assert report.figures["bucket_read_mb_per_s"] > 0
+    assert not list((tmp_path / "preflight").iterdir()), "the probe is deleted"
+
+
+def test_a_failing_worker_has_the_last_word(tmp_path):
+    """One sentence, not torchrun's own traceback, and no run is begun."""
+    settings = {"RUN_URL": str(tmp_path), "DATA_URL": str(tmp_path / "none"), "DEVICE": "cpu", "CLOUD": ""}
+    command = [sys.executable, "-m", "launch.node", "-m", "trainer.train", "trainer/configs/debug.yaml"]
+    command += ["--train.device=cpu"]
+    environment = {**os.environ, **settings}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert "there is no manifest; prepare the data first" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_the_launcher_needs_neither_torch_nor_skypilot():
+    """It runs in the prep image and on a laptop; the sky command is a program beside it."""
+    names = [f"launch.{path.stem}" for path in (ROOT / "launch").glob("*.py") if path.stem != "__init__"]
+    code = "import importlib,sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    code += "print(sorted({'torch', 'sky', 'boto3'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
