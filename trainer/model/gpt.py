@@ -44,7 +44,8 @@ class MLP(nn.Module):
         if self.kind == "gelu":
             h = F.gelu(h, approximate="tanh")
         elif self.kind == "relu2":
-            h = F.relu(h).square()
+            h = F.relu(h)
+            h = h * h  # square() is a power, which autocast makes in float32
         else:
             gate, value = h.chunk(2, dim=-1)
             h = F.silu(gate) * value
