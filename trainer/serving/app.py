@@ -1,10 +1,7 @@
 """The HTTP side: routes, keys, errors as OpenAI words them, event streams."""
 
-import hmac
-import ipaddress
 import json
 import logging
-import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -16,12 +13,11 @@ from core.errors import LauncherError
 from trainer.generation.engine import Piece, Token
 from trainer.generation.settings import Sampling
 from trainer.generation.speaker import Speaker
-from trainer.serving import protocol
+from trainer.serving import access, protocol
 from trainer.serving.protocol import Answers, ApiError, Ask
 from trainer.serving.worker import Busy, Failed, Worker
 
 log = logging.getLogger("serve")
-KEY = "SERVE_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
 MOST_BODY_BYTES = 1 << 20
 # The page needs nothing but itself and this server.
@@ -59,14 +55,14 @@ class Endpoint:
     async def _guard(self, request: web.Request, handler) -> web.StreamResponse:
         if not self._key:
             # Without a key only this computer may ask; a page elsewhere whose name points here is not from it.
-            if not is_loopback(_host_of(request)):
-                raise ApiError(403, f"the host {request.host!r} is not this computer; set {KEY} to serve others")
-        elif request.path.startswith("/v1/"):
-            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
-                raise ApiError(
-                    401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key"
-                )
+            if not access.is_loopback(access.name_in(request.host)):
+                problem = f"the host {request.host!r} is not this computer; set {access.KEY} to serve others"
+                raise ApiError(403, problem)
+        elif request.path.startswith("/v1/") and not access.presents(
+            self._key, request.headers.get("Authorization", "")
+        ):
+            problem = "the API key is missing or wrong; send Authorization: Bearer KEY"
+            raise ApiError(401, problem, code="invalid_api_key")
         return await handler(request)
 
     async def _page(self, _: web.Request) -> web.Response:
@@ -146,9 +142,11 @@ class Endpoint:
                 piece = await anext(pieces, None)
             if ask.with_usage:
                 await send(answers.closing(ask, count))
+            await send("[DONE]")
         except Failed as error:
             await send(ApiError(500, str(error)).body)
-        await send("[DONE]")
+        except ConnectionError:
+            log.debug("a client went away before its answer's end")
         return response
 
 
@@ -170,22 +168,3 @@ async def _errors_as_json(request: web.Request, handler) -> web.StreamResponse:
         log.exception("%s %s failed", request.method, request.path)
         failure = ApiError(500, "this server failed; its log says why")
     return web.json_response(failure.body, status=failure.status)
-
-
-def api_key() -> str:
-    return os.environ.get(KEY, "").strip()
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _host_of(request: web.Request) -> str:
-    """The name in the Host header, without port and brackets."""
-    host = request.host
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

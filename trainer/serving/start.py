@@ -1,9 +1,13 @@
 """Open a checkpoint and serve it until SIGINT or SIGTERM: what `trainer.serve` and `trainer.chat --serve` run."""
 
+import asyncio
 import logging
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from aiohttp import web
 
 from core import config
 from core.config import SettingError, setting
@@ -11,6 +15,7 @@ from core.console import OK, set_up_logging
 from core.errors import ConfigError
 from trainer.generation import settings as generation
 from trainer.generation.settings import Machine, Sampling
+from trainer.serving import access
 
 log = logging.getLogger("serve")
 USAGE = "python -m trainer.serve RUN_OR_CHECKPOINT [--name=value ...]"
@@ -43,28 +48,22 @@ def serve(arguments: Sequence[str]) -> int:
     where, flags = generation.split_arguments(arguments, USAGE)
     settings = generation.load(ServeConfig, flags, os.environ)
     set_up_logging()
+    if not access.key() and not access.is_loopback(settings.host):
+        problem = f"host is {settings.host}, which others can reach, and {access.KEY} is empty"
+        raise ConfigError(f"{problem}; set it to a secret")
     # torch takes seconds to import: a wrong setting should not have to wait for it.
-    import asyncio
-
     from trainer.generation.speaker import open_speaker
-    from trainer.serving.app import KEY, Endpoint, api_key, is_loopback
+    from trainer.serving.app import Endpoint
 
-    if not api_key() and not is_loopback(settings.host):
-        raise ConfigError(f"host is {settings.host}, which others can reach, and {KEY} is empty; set it to a secret")
     speaker = open_speaker(where, settings)
     log.info("%s, opened in %.1f s", speaker.name, speaker.opened_seconds)
     name = settings.name or where.rstrip("/").rpartition("/")[2]
-    endpoint = Endpoint(speaker, name, generation.sampling_of(settings), api_key(), settings.queue)
+    endpoint = Endpoint(speaker, name, generation.sampling_of(settings), access.key(), settings.queue)
     asyncio.run(_until_stopped(endpoint, settings, name))
     return OK
 
 
 async def _until_stopped(endpoint, settings: ServeConfig, name: str) -> None:
-    import asyncio
-    import signal
-
-    from aiohttp import web
-
     # A client that goes away takes its handler with it, and thus its texts out of the model's work.
     runner = web.AppRunner(
         endpoint.application(), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS

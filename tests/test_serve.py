@@ -1,0 +1,502 @@
+"""trainer.serve: the official client's calls, errors, keys, many clients at once, and the page in a browser."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import aiohttp
+import openai
+import pytest
+import torch
+
+from core import vocabulary
+from core.vocabulary import GPT2_END_OF_TEXT
+from tests import checkpoints
+from tests.conftest import REPOSITORY
+from trainer import chat_template
+from trainer.generation.engine import Engine, Request
+from trainer.generation.settings import Sampling
+from trainer.serving.worker import Failed, Worker
+
+PATIENCE_SECONDS = 120
+CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
+
+
+@pytest.fixture(scope="module")
+def encoding(vocab_bpe):
+    return vocabulary.read(str(vocab_bpe)).encoding()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    checkpoints.store(str(folder / "base"), checkpoints.random_model(CONFIG))
+    checkpoints.store(str(folder / "tuned"), checkpoints.random_model(CONFIG, seed=1), template=chat_template.NAME)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(encoding) -> Engine:
+    """The tuned model, here."""
+    return Engine(checkpoints.random_model(CONFIG, seed=1), encoding, torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def serving(run: Path, vocab_bpe: Path, *flags: str, key: str = "", module: str = "serve") -> Iterator[str]:
+    """URL of a server in a process of its own, which must end well when asked to."""
+    environment = {**os.environ, "VOCAB_URL": str(vocab_bpe), "SERVE_API_KEY": key, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"trainer.{module}", str(run), "--port=0", *flags]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if match := re.search(r"page at (http://\S+)/,", line):
+                break
+        else:
+            raise AssertionError(said)
+        yield match[1]
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0, rest
+        assert "Traceback" not in rest
+        assert not key or key not in said + rest
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def url(folder, vocab_bpe) -> Iterator[str]:
+    """The tuned model's server."""
+    with serving(folder / "tuned", vocab_bpe, "--rows=4") as url:
+        yield url
+
+
+KEY = "correct-horse-battery"
+
+
+@pytest.fixture(scope="module")
+def guarded(folder, vocab_bpe) -> Iterator[str]:
+    """The base model's server, on an address that others reach, by way of `chat --serve`; one text at a time."""
+    flags = ("--serve", "--host=0.0.0.0", "--rows=1", "--queue=2")
+    with serving(folder / "base", vocab_bpe, *flags, key=KEY, module="chat") as url:
+        yield url.replace("0.0.0.0", "127.0.0.1")
+
+
+@pytest.fixture
+def client(url) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def locally(engine: Engine, prompt: list[int], **sampling) -> str:
+    return engine.complete([Request(prompt, Sampling(**sampling))])[0].text
+
+
+def test_models(client, url):
+    assert [model.id for model in client.models.list()] == ["tuned"]
+    assert client.models.retrieve("tuned").id == "tuned"
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist; this is tuned"):
+        client.models.retrieve("other")
+    assert json.load(urllib.request.urlopen(f"{url}/health")) == {"status": "ok"}
+
+
+def test_completion(client, engine):
+    expected = locally(engine, engine.encode("Once upon"), tokens=9, temperature=0)
+    found = client.completions.create(model="tuned", prompt="Once upon", max_tokens=9, temperature=0)
+    assert found.choices[0].text == expected
+    assert found.choices[0].finish_reason == "length"
+    prompt_tokens = len(engine.encode("Once upon"))
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (prompt_tokens, 9)
+    assert found.usage.total_tokens == prompt_tokens + 9
+
+
+def test_completion_of_several_prompts_and_choices(client, engine):
+    prompts = ["Once upon", [GPT2_END_OF_TEXT, 11, 12]]
+    found = client.completions.create(model="tuned", prompt=prompts[:1], n=2, max_tokens=5, seed=3)
+    expected = [locally(engine, engine.encode("Once upon"), tokens=5, seed=seed) for seed in (3, 4)]
+    assert [choice.text for choice in found.choices] == expected
+    assert [choice.index for choice in found.choices] == [0, 1]
+    found = client.completions.create(model="tuned", prompt=[prompts[1]], max_tokens=5, temperature=0)
+    assert found.choices[0].text == locally(engine, prompts[1], tokens=5, temperature=0)
+    found = client.completions.create(model="tuned", prompt=["a", "b", "c"], max_tokens=2)
+    assert len(found.choices) == 3
+
+
+def test_completion_as_a_stream(client, engine):
+    stream = client.completions.create(
+        model="tuned", prompt="Once", max_tokens=8, seed=1, stream=True, stream_options={"include_usage": True}
+    )
+    events = list(stream)
+    text = "".join(event.choices[0].text for event in events if event.choices)
+    assert text == locally(engine, engine.encode("Once"), tokens=8, seed=1)
+    assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "length"
+    assert len(events) > 4
+    assert events[-1].usage.completion_tokens == 8
+
+
+def test_chat(client, engine, encoding):
+    tokens = chat_template.render(HELLO, encoding, add_generation_prompt=True).tokens
+    found = client.chat.completions.create(model="tuned", messages=HELLO, max_completion_tokens=7, temperature=0)
+    message = found.choices[0].message
+    assert (message.role, message.content) == ("assistant", locally(engine, tokens, tokens=7, temperature=0))
+    assert found.usage.prompt_tokens == len(tokens)
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, *HELLO]
+    found = client.chat.completions.create(model="tuned", messages=parts, max_tokens=3)
+    assert found.usage.completion_tokens == 3
+
+
+def test_chat_as_a_stream_of_two_choices(client, engine, encoding):
+    tokens = chat_template.render(HELLO, encoding, add_generation_prompt=True).tokens
+    texts, roles, finishes = {0: "", 1: ""}, {}, {}
+    for event in client.chat.completions.create(model="tuned", messages=HELLO, max_tokens=6, seed=5, n=2, stream=True):
+        for choice in event.choices:
+            texts[choice.index] += choice.delta.content or ""
+            roles[choice.index] = choice.delta.role or roles[choice.index]
+            finishes[choice.index] = choice.finish_reason
+    assert texts == {index: locally(engine, tokens, tokens=6, seed=5 + index) for index in (0, 1)}
+    assert roles == {0: "assistant", 1: "assistant"}
+    assert finishes == {0: "length", 1: "length"}
+
+
+def test_stop_texts(client, engine):
+    text = locally(engine, engine.encode("Once"), tokens=30, temperature=0)
+    stop = text[len(text) // 2 :][:6]
+    for stream in (False, True):
+        found = client.completions.create(
+            model="tuned", prompt="Once", max_tokens=30, temperature=0, stop=["never there", stop], stream=stream
+        )
+        events = list(found) if stream else [found]
+        assert "".join(event.choices[0].text for event in events) == text[: text.index(stop)]
+        assert events[-1].choices[0].finish_reason == "stop"
+
+
+def test_logprobs(client):
+    found = client.completions.create(model="tuned", prompt="Once", max_tokens=4, temperature=0, logprobs=3)
+    logprobs = found.choices[0].logprobs
+    assert "".join(logprobs.tokens) == found.choices[0].text
+    assert [len(alternatives) for alternatives in logprobs.top_logprobs] == [3] * 4
+    for token, value, best in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert max(best, key=best.get) == token  # greedy
+        assert best[token] == pytest.approx(value)
+        assert sum(map(math.exp, best.values())) < 1
+    assert logprobs.text_offset[2] == len("".join(logprobs.tokens[:2]))
+    chat = client.chat.completions.create(
+        model="tuned", messages=HELLO, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2
+    )
+    for entry in chat.choices[0].logprobs.content:
+        assert bytes(entry.bytes).decode("utf-8", "replace") == entry.token
+        assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob)
+    stream = client.completions.create(
+        model="tuned", prompt="Once", max_tokens=4, temperature=0, logprobs=0, stream=True
+    )
+    offsets = [place for event in stream for place in event.choices[0].logprobs.text_offset]
+    assert offsets == logprobs.text_offset
+
+
+def test_own_settings_by_way_of_extra_body(client, engine):
+    more = {"top_k": 3, "min_p": 0.05, "repetition_penalty": 1.3}
+    found = client.completions.create(model="tuned", prompt="Once", max_tokens=9, seed=2, extra_body=more)
+    assert found.choices[0].text == locally(engine, engine.encode("Once"), tokens=9, seed=2, **more)
+
+
+def test_many_clients_are_answered_together_as_if_alone(url, engine):
+    """More than there are rows; each gets its own text."""
+    prompts = [f"Number {index} of" for index in range(12)]
+    expected = [
+        locally(engine, engine.encode(prompt), tokens=10 + index, seed=index) for index, prompt in enumerate(prompts)
+    ]
+
+    async def ask(index: int, prompt: str) -> str:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            found = await client.completions.create(model="tuned", prompt=prompt, max_tokens=10 + index, seed=index)
+            return found.choices[0].text
+
+    async def ask_all() -> list[str]:
+        return await asyncio.gather(*(ask(index, prompt) for index, prompt in enumerate(prompts)))
+
+    assert asyncio.run(ask_all()) == expected
+
+
+BAD = {
+    "max_tokens is 0, must be at least 1": {"max_tokens": 0},
+    "max_tokens is 'many', must be a whole number": {"max_tokens": "many"},
+    "temperature is -1.0, must be 0 or above": {"temperature": -1},
+    "n is 99, must be 1 to 16": {"n": 99},
+    "frequency_penalty is not supported; leave it out": {"frequency_penalty": 0.5},
+    "unknown parameter 'temprature'": {"temprature": 1},
+    "stop must be a text or a list of at most 4, none of them empty": {"stop": ["a", ""]},
+    "prompt must be a text, a list of token ids, or a list of either": {"prompt": {"a": 1}},
+    "the prompt holds token 99999, ids go from 0 to 50256": {"prompt": [1, 99999]},
+    "the prompt has 1024 tokens, the model's context is 1024; shorten it": {"prompt": [11] * 1024},
+    "stream is 'yes', must be true or false": {"stream": "yes"},
+}
+
+
+def post(url: str, data: bytes, path: str = "/v1/completions", **headers: str) -> tuple[int, dict]:
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_wrong_is_told(url, message: str):
+    body = {"model": "tuned", "prompt": "Once", "max_tokens": 2} | BAD[message]
+    for stream in [False, True] if "stream" not in BAD[message] else [None]:
+        status, answer = post(url, json.dumps(body if stream is None else body | {"stream": stream}).encode())
+        assert status == 400
+        assert answer["error"]["message"] == message
+        assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_what_is_no_request_is_refused(url, client):
+    assert post(url, b"{")[0] == 400
+    assert post(url, b"[]")[1]["error"]["message"] == "the body must be a JSON object"
+    assert post(url, b"x" * (2 << 20))[0] == 413
+    assert post(url, b"{}", **{"Content-Type": "text/plain"})[0] == 415
+    assert post(url, b"{}", path="/v1/embeddings")[0] == 404
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt-4' does not exist; this is tuned"):
+        client.completions.create(model="gpt-4", prompt="a")
+    with pytest.raises(openai.BadRequestError, match=r"message 0: its role is 'tool'") as caught:
+        client.chat.completions.create(model="tuned", messages=[{"role": "tool", "content": "a", "tool_call_id": "1"}])
+    assert caught.value.param == "messages"
+    with pytest.raises(openai.BadRequestError, match="context is 1024") as caught:
+        client.chat.completions.create(model="tuned", messages=[{"role": "user", "content": "a " * 2000}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_without_a_key_only_names_of_this_computer_are_served(url):
+    assert post(url, b"{}", Host="localhost:8000")[0] == 404  # of the model
+    status, answer = post(url, b"{}", Host="rebound.example.org")
+    assert status == 403
+    assert "the host 'rebound.example.org' is not this computer; set SERVE_API_KEY" in answer["error"]["message"]
+
+
+def test_a_client_that_goes_away_frees_its_place(guarded):
+    """With one row, the next client waits for the one before to end, or to go."""
+    client = openai.OpenAI(base_url=f"{guarded}/v1", api_key=KEY, max_retries=0)
+    stream = client.completions.create(model="base", prompt="Once", max_tokens=1000, seed=0, stream=True)
+    next(iter(stream))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.completions.create, model="base", prompt="Once", max_tokens=2)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:  # until the one above is in the queue
+            try:
+                client.completions.create(model="base", prompt=["a", "b"], max_tokens=1)
+            except openai.RateLimitError as error:
+                if "2 texts are in work or waiting, at most 2 may; try again later" in str(error):
+                    break
+            assert time.monotonic() < deadline
+        assert not waiting.done()
+        stream.close()
+        assert waiting.result(PATIENCE_SECONDS).usage.completion_tokens == 2
+    client.close()
+
+
+def test_a_key_is_asked_for(guarded):
+    for wrong in ("none", KEY[:-1], KEY + "y"):
+        client = openai.OpenAI(base_url=f"{guarded}/v1", api_key=wrong, max_retries=0)
+        with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+            client.models.list()
+        with pytest.raises(openai.AuthenticationError):
+            client.completions.create(model="base", prompt="a")
+    assert post(guarded, b"{}")[0] == 401
+    client = openai.OpenAI(base_url=f"{guarded}/v1", api_key=KEY, max_retries=0)
+    assert client.completions.create(model="base", prompt="a", max_tokens=1).usage.completion_tokens == 1
+    assert urllib.request.urlopen(f"{guarded}/").status == 200  # the page asks for the key itself
+
+
+def test_a_base_model_takes_no_conversation(guarded):
+    client = openai.OpenAI(base_url=f"{guarded}/v1", api_key=KEY, max_retries=0)
+    with pytest.raises(openai.BadRequestError, match="is a base model and knows no turns; use /v1/completions"):
+        client.chat.completions.create(model="base", messages=HELLO)
+
+
+def test_a_taken_port_is_told(folder, vocab_bpe):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = subprocess.run(
+            [sys.executable, "-m", "trainer.serve", str(folder / "base"), f"--port={port}"],
+            cwd=REPOSITORY,
+            env={**os.environ, "VOCAB_URL": str(vocab_bpe)},
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 1
+    assert f"error: cannot listen on 127.0.0.1:{port}: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_failing_model_ends_open_requests_and_serves_the_next(encoding):
+    model = checkpoints.random_model(CONFIG)
+    kept = model.ln_f.weight.data.clone()
+    requests = [Request([1, 2], Sampling(tokens=3)), Request([3], Sampling(tokens=3))]
+
+    async def use() -> tuple[list[str], int]:
+        worker = Worker(Engine(model, encoding, torch.device("cpu")), 8)
+        messages = []
+        for broken in (True, False):
+            model.ln_f.weight.data = kept * math.nan if broken else kept
+            try:
+                pieces = [piece async for piece in worker.stream(requests)]
+            except Failed as error:
+                messages.append(str(error))
+        await worker.stop()
+        return messages, len(pieces)
+
+    assert asyncio.run(use()) == (["TrainingError in the model"], 6)
+
+
+# --- the page --------------------------------------------------------------------------------------------------
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Keeps every length that an answer had, and what the page loaded.
+WATCH = """
+globalThis.lengths = [];
+new MutationObserver(() => {
+  const answers = document.querySelectorAll(".answer");
+  if (answers.length) lengths.push(answers[answers.length - 1].textContent.length);
+}).observe(document.getElementById("log"), {subtree: true, childList: true, characterData: true});
+"""
+ASK = """
+document.getElementById("text").value = %s;
+document.getElementById("form").requestSubmit();
+"""
+STATE = """JSON.stringify({
+  name: document.getElementById("name")?.textContent,
+  about: document.getElementById("about")?.textContent,
+  answers: [...document.querySelectorAll(".answer")].map(each => [each.textContent, each.dataset.done === "true"]),
+  errors: [...document.querySelectorAll(".error")].map(each => each.textContent),
+  lengths: globalThis.lengths ?? [],
+  hosts: [...new Set(performance.getEntriesByType("resource").map(each => new URL(each.name).host))],
+})"""
+
+
+class Tab:
+    """One page in a headless browser, by the DevTools protocol."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse):
+        self._socket = socket
+        self._number = 0
+
+    async def run(self, script: str):
+        self._number += 1
+        await self._socket.send_json(
+            {"id": self._number, "method": "Runtime.evaluate", "params": {"expression": script}}
+        )
+        async for message in self._socket:
+            answer = message.json()
+            if answer.get("id") == self._number:
+                assert "exceptionDetails" not in answer["result"], answer
+                return answer["result"]["result"].get("value")
+        raise AssertionError("the browser is gone")
+
+    async def until(self, holds) -> dict:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not holds(state := json.loads(await self.run(STATE))):
+            assert time.monotonic() < deadline, state
+            await asyncio.sleep(0.05)
+        return state
+
+
+@contextlib.asynccontextmanager
+async def tab_at(url: str, profile: Path):
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --remote-debugging-port=0"
+    process = await asyncio.create_subprocess_exec(
+        BROWSER, *flags.split(), f"--user-data-dir={profile}", url, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        port_file = profile / "DevToolsActivePort"
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        pages = []
+        async with aiohttp.ClientSession() as session:
+            while not pages:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+                with contextlib.suppress(FileNotFoundError, ValueError, aiohttp.ClientError):
+                    port = int(port_file.read_text().split()[0])
+                    async with session.get(f"http://127.0.0.1:{port}/json") as answer:
+                        pages = [page for page in await answer.json() if page["url"].startswith(url)]
+            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as channel:
+                yield Tab(channel)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+def test_the_page_streams_an_answer(url, engine, encoding, tmp_path):
+    async def look() -> dict:
+        async with tab_at(f"{url}/", tmp_path / "profile") as tab:
+            await tab.until(lambda state: state.get("name") == "tuned")
+            await tab.run(WATCH)
+            await tab.run('document.getElementById("tokens").value = "40"')
+            await tab.run('document.getElementById("temperature").value = "0"')
+            await tab.run(ASK % json.dumps("Hello"))
+            first = await tab.until(lambda state: state["answers"] and state["answers"][-1][1])
+            await tab.run(ASK % json.dumps("And then?"))
+            second = await tab.until(lambda state: len(state["answers"]) == 2 and state["answers"][-1][1])
+            await tab.run('document.getElementById("tokens").value = "900"')
+            await tab.run(ASK % json.dumps("Everything"))
+            await tab.until(lambda state: len(state["answers"]) == 3 and state["answers"][-1][0])
+            await tab.run('document.getElementById("stop").click()')
+            stopped = await tab.until(lambda state: state["answers"][-1][1])
+            return {"first": first, "second": second, "stopped": stopped}
+
+    found = asyncio.run(look())
+    tokens = chat_template.render(HELLO, encoding, add_generation_prompt=True).tokens
+    first = locally(engine, tokens, tokens=40, temperature=0)
+    assert found["first"]["answers"][0][0] == first
+    lengths = found["first"]["lengths"]
+    assert len(set(lengths)) > 5, "it came at once"
+    assert lengths == sorted(lengths)
+    messages = [*HELLO, {"role": "assistant", "content": first}, {"role": "user", "content": "And then?"}]
+    tokens = chat_template.render(messages, encoding, add_generation_prompt=True).tokens
+    assert found["second"]["answers"][1][0] == locally(engine, tokens, tokens=40, temperature=0)
+    stopped = encoding.encode_ordinary(found["stopped"]["answers"][2][0])
+    assert 0 < len(stopped) < 900
+    assert found["stopped"]["errors"] == []
+    assert found["stopped"]["hosts"] == [url.removeprefix("http://")]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+def test_the_page_asks_for_the_key(guarded, tmp_path):
+    async def look() -> dict:
+        async with tab_at(f"{guarded}/", tmp_path / "profile") as tab:
+            await tab.until(lambda state: state["errors"])
+            await tab.run(f'document.getElementById("key").value = "{KEY}"')
+            await tab.run('document.getElementById("connect").click()')
+            await tab.until(lambda state: state.get("name") == "base")
+            await tab.run('document.getElementById("tokens").value = "5"')
+            await tab.run(ASK % json.dumps("Once"))
+            return await tab.until(lambda state: state["answers"] and state["answers"][-1][1])
+
+    state = asyncio.run(look())
+    assert state["about"] == "continues your text · context 1024"
+    assert state["answers"][0][0]
+    assert state["errors"] == ["the API key is missing or wrong; send Authorization: Bearer KEY"]
