@@ -23,8 +23,8 @@ from core.ledger import Machine
 from costs.model import Curve, Segment, Slice, Steps
 
 log = logging.getLogger(__name__)
-VERSION = 1
-_PLAIN = ("number", "started_at", "program", "launcher", "marks", "end", "evals", "problems")
+VERSION = 2
+_PLAIN = ("number", "started_at", "program", "launcher", "marks", "end", "evals", "hellaswag", "problems")
 
 
 @dataclass(frozen=True)

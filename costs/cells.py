@@ -17,8 +17,8 @@ import numpy as np
 from costs.model import Run, Segment, Slice, Stretch, Uptime
 
 PHASES = (
-    "provision image setup init prep finalize compile restore data_wait train_kept train_lost eval sample checkpoint idle "
-    "idle_until_down not_attributed"
+    "provision image setup init prep finalize compile restore data_wait train_kept train_lost eval sample checkpoint "
+    "idle idle_until_down not_attributed"
 ).split()
 
 

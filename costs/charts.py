@@ -6,7 +6,7 @@ import numpy as np
 
 from costs.model import Run
 from costs.spend import Spend
-from costs.units import kept_evals
+from costs.units import kept
 
 POINTS = 300
 
@@ -44,7 +44,7 @@ def charts(run: Run, spend: Spend) -> Charts:
         )
     ]
     points = _thin(points)
-    evals = kept_evals(run)
+    evals = kept(run, "evals")
     with_loss = [(time, loss) for time, loss, _, _ in points if loss is not None] if spend.complete else []
     with_eval = evals if spend.complete else []
     return Charts(

@@ -8,6 +8,7 @@ from core.run import NAME
 from costs.model import StorageRates, StorageUse
 
 DEPTH = 3
+EVALUATIONS = "evaluations"  # trainer.evaluate
 # Folders of a run, of prepared data or of ours, which hold no runs: not worth a listing.
 _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 
@@ -30,10 +31,15 @@ def runs_url(environment: Mapping[str, str]) -> str:
 
 
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
-    """URLs of the runs at or below `url`, in order, at most `depth` folders down. One listing per folder."""
+    """URLs of the runs at or below `url`, in order, at most `depth` folders down. One listing per folder.
+
+    What was measured on a run's weights afterwards has a ledger of its own, in a folder of the run.
+    """
     names = storage.list_names(url)
     if NAME in names or "ledger" in names:
         yield url
+        if EVALUATIONS in names:
+            yield storage.join(url, EVALUATIONS)
     elif depth:
         for name in names:
             if "." not in name and name not in _NO_RUNS:

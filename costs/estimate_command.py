@@ -95,7 +95,8 @@ def _cap(task: tasks.Task) -> float | None:
 
 def _work(plan: Plan) -> str:
     stage = plan.task.work.stage or "stage ?"
-    tokens = "? tokens" if plan.tokens is None else f"{quantity(plan.tokens)} tokens"
+    unknown = "both" if plan.task.work.stage == "image" else "? tokens"
+    tokens = unknown if plan.tokens is None else f"{quantity(plan.tokens)} tokens"
     flops = "" if plan.flops is None else f", {quantity(plan.flops)} FLOPs per token"
     nodes = f", {plan.task.nodes} nodes" if plan.task.nodes > 1 else ""
     return f"{stage}, {tokens}{flops}{nodes}; prices: {plan.prices}"
@@ -139,10 +140,10 @@ def _usd(usd: float | None) -> str:
 
 def _notes(plan: Plan, change: Change | None, assume: Assumptions, cap: float | None) -> list[str]:
     best, work = plan.rows[0], plan.task.work
-    notes = [f"speed of {source}" if source[:11] != "preparation" else source for source in plan.sources]
-    if work.config is None:
+    notes = list(plan.sources)
+    if work.why_not:
         notes.append(f"the settings of its program are not known: {work.why_not}")
-    if plan.tokens is None:
+    if plan.tokens is None and work.stage != "image":
         notes.append("how much work it does is not known, so only the rate is; give --tokens")
     elif best.usd is None:
         notes.append("how fast the machine is is not known, so only the rate is; give --like RUN_URL of an earlier run")

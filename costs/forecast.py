@@ -9,19 +9,20 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from core.schema import PrepConfig, TrainConfig
+from core import architecture
+from core.schema import PrepConfig
 from costs import throughput
 from costs.model import StorageRates
 from costs.prices import Catalog, Offer
-from costs.task import Task, Want
-from costs.throughput import Measured
-from costs.units import flops_per_token
+from costs.task import Task, Training, Want, Work
+from costs.throughput import Measured, Rate
 
 BYTES_PER_TOKEN = 2  # uint16 shards
 BYTES_PER_PARAMETER_SAVED = 12  # fp32 weights and two AdamW moments
 # A forward pass is a third of a training step: 2 of 6 FLOPs per parameter and token.
 EVAL_SPEEDUP = 3.0
 UNSAID_IDLE_SECONDS = 600.0
+_WORK = {"prep": "prepare", "evaluate": "eval", "image": "build"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Assumptions:
     preemptions_per_hour: float = 0.25  # spot; what checkpoint.mean_hours_between_failures takes for granted, too
     prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
+    evaluate_tokens: float = 25e6  # validation set of sample-10BT (0.2 %), and HellaSwag's 40,168 endings in context
+    build_seconds: float = 1800.0  # both images on 8 cores
     storage_months: float = 1.0
     bucket_cloud: str = "aws"
 
@@ -56,6 +59,23 @@ class Row:
     restarts: float = 0.0
     kind: str = "?"
     parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What there is to do, `amount` at `rate`: tokens, or for images the seconds themselves."""
+
+    work: Work
+    amount: float
+    rate: Rate
+
+    @property
+    def stage(self) -> str | None:
+        return self.work.stage
+
+    @property
+    def training(self) -> Training | None:
+        return None if self.work.config is None or self.stage == "prep" else self.work.config
 
 
 @dataclass(frozen=True)
@@ -79,32 +99,33 @@ def forecast(
     tokens: float | None = None,
     measured: Measured | None = None,
 ) -> Plan:
-    settings = task.work.config
-    train = settings if isinstance(settings, TrainConfig) else None
-    if tokens is None and train:
-        tokens = float(train.train.steps) * train.batch.tokens
-    if tokens is None and isinstance(settings, PrepConfig):
-        tokens = _tokens_of_source(settings.source.url)
+    work = task.work
+    if tokens is None:
+        tokens = _tokens(work, assume)
     if assume.shutdown_seconds is None:
         idle = task.idle_seconds
         assume = dataclasses.replace(assume, shutdown_seconds=UNSAID_IDLE_SECONDS if idle is None else idle)
-    flops = flops_per_token({"model": dataclasses.asdict(train.model)}) if train else None
-    prepares = task.work.stage == "prep" or isinstance(settings, PrepConfig)
-    sources: set[str] = set()
+    flops = architecture.flops_per_token(work.model) if work.model else None
+    sources = {f"assumed: {work.assumed}"} if work.assumed else set()
 
     def row(offer: Offer, spot: bool) -> Row:
         found = Row(offer, spot, task.nodes, (offer.usd_spot if spot else offer.usd_on_demand) * task.nodes)
-        speed = None
-        if prepares and tokens:
-            rate = assume.prep_bytes_per_second / assume.source_bytes_per_token * task.nodes
-            speed = (rate / 2, rate, rate * 2, "assumed")
-            sources.add("preparation: assumed to be limited by the network, at "
-                        f"{assume.prep_bytes_per_second / 1e6:.0f} MB/s per node")  # fmt: skip
-        elif tokens:
-            speed = _speed(offer, task.nodes, flops, measured, sources)
-        if speed is None:
+        if work.stage == "image":
+            rate = Rate(0.5, 1.0, 2.0, "assumed", f"building both images: {assume.build_seconds:.0f} s, assumed")
+        elif not tokens:
             return found
-        return _price(found, tokens, speed, train, assume, rates, measured, prepares)
+        elif work.stage == "prep":
+            each = assume.prep_bytes_per_second / assume.source_bytes_per_token * task.nodes
+            said = f"preparation: limited by the network, at {assume.prep_bytes_per_second / 1e6:.0f} MB/s per node"
+            rate = Rate(each / 2, each, each * 2, "assumed", f"{said}, assumed")
+        else:
+            rate = throughput.rate_of(offer, task.nodes, flops, measured)
+        if rate is None:
+            return found
+        sources.add(rate.source)
+        if work.stage == "evaluate" and rate.kind != "measured":
+            rate = rate.times(EVAL_SPEEDUP)
+        return _price(found, Job(work, tokens or assume.build_seconds, rate), assume, rates, measured)
 
     fitting = [(offer, want.spot) for want in task.wants for offer in catalog.offers if fits(offer, want)]
     rows = [row(offer, spot) for offer, spot in dict.fromkeys(fitting)]
@@ -112,6 +133,18 @@ def forecast(
     others = [row(offer, spot) for offer, spot in _alternatives(task, catalog) if (offer, spot) not in set(fitting)]
     key = _by_dollars
     return Plan(task, tokens, flops, sorted(_merged(rows), key=key), sorted(others, key=key), named, catalog.source)
+
+
+def _tokens(work: Work, assume: Assumptions) -> float | None:
+    """What the settings say. None where the number of steps follows from data that a forecast does not read."""
+    settings = work.config
+    if isinstance(settings, PrepConfig):
+        return _tokens_of_source(settings.source.url)
+    if work.stage == "evaluate":
+        return assume.evaluate_tokens
+    if settings is None or getattr(getattr(settings, work.stage, None), "epochs", 0):
+        return None
+    return float(settings.train.steps) * settings.batch.tokens
 
 
 def fits(offer: Offer, want: Want) -> bool:
@@ -142,41 +175,11 @@ def _enough(there: float | None, wanted: tuple[float, bool] | None) -> bool:
     return there is not None and (there >= amount if or_more else there == amount)
 
 
-def _speed(
-    offer: Offer, nodes: int, flops: float | None, measured: Measured | None, sources: set[str]
-) -> tuple[float, float, float, str] | None:
-    """Low, expected and high tokens/s, and how that is known."""
-    gpus = offer.accelerators * nodes
-    if measured and offer.instance_type == measured.instance_type:
-        scale = measured.flops_per_token / flops if flops and measured.flops_per_token else 1.0
-        if gpus and measured.gpus:
-            scale *= gpus / measured.gpus
-        rate = measured.tokens_per_second * scale
-        sources.add(f"{offer.instance_type}: measured by {measured.run}")
-        return rate * 0.9, rate, rate * 1.1, "measured"
-    published = throughput.tokens_per_second(offer.accelerator, gpus, flops)
-    if published is None:
-        return None
-    speed, rate = published
-    sources.add(f"{offer.accelerator}: MFU {speed.expected:.0%} ({speed.low:.0%} to {speed.high:.0%}), {speed.source}")
-    return rate * speed.low / speed.expected, rate, rate * speed.high / speed.expected, speed.kind
-
-
-def _price(
-    row: Row,
-    tokens: float,
-    speed: tuple[float, float, float, str],
-    train: TrainConfig | None,
-    assume: Assumptions,
-    rates: StorageRates | None,
-    measured: Measured | None,
-    prepares: bool,
-) -> Row:
-    low, expected, high, kind = speed
-    parts, restarts = _parts(row, tokens, expected, train, assume, measured, prepares)
-    around = _around(row, tokens, train, assume, rates, prepares)
-    slow, _ = _parts(row, tokens, low, train, assume, measured, prepares, unlucky=2.0)
-    fast, _ = _parts(row, tokens, high, train, assume, measured, prepares, unlucky=0.0)
+def _price(row: Row, job: Job, assume: Assumptions, rates: StorageRates | None, measured: Measured | None) -> Row:
+    parts, restarts = _parts(row, job, job.rate.expected, assume, measured)
+    around = _around(row, job, assume, rates)
+    slow, _ = _parts(row, job, job.rate.low, assume, measured, unlucky=2.0)
+    fast, _ = _parts(row, job, job.rate.high, assume, measured, unlucky=0.0)
     per_second = row.usd_per_hour / 3600
     fixed = sum(around.values())
     return dataclasses.replace(
@@ -186,65 +189,57 @@ def _price(
         usd_low=sum(fast.values()) * per_second + fixed,
         usd_high=sum(slow.values()) * per_second + fixed,
         restarts=restarts,
-        kind=kind,
+        kind=job.rate.kind,
         parts={name: seconds * per_second for name, seconds in parts.items()} | around,
     )
 
 
 def _parts(
-    row: Row,
-    tokens: float,
-    speed: float,
-    train: TrainConfig | None,
-    assume: Assumptions,
-    measured: Measured | None,
-    prepares: bool,
-    unlucky: float = 1.0,
+    row: Row, job: Job, speed: float, assume: Assumptions, measured: Measured | None, unlucky: float = 1.0
 ) -> tuple[dict[str, float], float]:
     """Seconds of machine time by phase, and the restarts expected; `unlucky` multiplies the preemptions."""
-    work = tokens / speed
+    work = job.amount / speed
     same = measured is not None and measured.instance_type == row.offer.instance_type
-    ready = measured.ready_seconds if same else assume.setup_seconds + (0.0 if prepares else assume.ready_seconds)
-    start = assume.provision_seconds + assume.image_seconds + ready
-    parts = {
-        "provision": assume.provision_seconds,
-        "image": assume.image_seconds,
-        "ready": ready,
-        "prepare" if prepares else "train": work,
-    }
+    imports = 0.0 if job.stage in ("prep", "image") else assume.ready_seconds
+    ready = measured.ready_seconds if same else assume.setup_seconds + imports
+    image = 0.0 if job.stage == "image" else assume.image_seconds
+    parts = {"provision": assume.provision_seconds, "image": image, "ready": ready}
+    parts[_WORK.get(job.stage, "train")] = work
+    train = job.training
     interval = _checkpoint_seconds(train, speed) if train else 0.0
     if same:
         parts["eval, sample, checkpoint, wait"] = work * measured.overhead_share
     elif train:
-        steps = tokens / train.batch.tokens
+        steps = job.amount / train.batch.tokens
         if train.train.eval_every:
             parts["eval"] = steps / train.train.eval_every * train.train.eval_tokens / (speed * EVAL_SPEEDUP)
         parts["checkpoint"] = work / interval * assume.checkpoint_blocked_seconds
     parts["idle until down"] = assume.shutdown_seconds or 0.0
     restarts = assume.preemptions_per_hour * unlucky * sum(parts.values()) / 3600 if row.spot else 0.0
     if restarts:
+        start = assume.provision_seconds + image + ready
         parts["restarts and lost work"] = restarts * (start + interval / 2)
-    return parts, restarts
+    return {name: seconds for name, seconds in parts.items() if seconds}, restarts
 
 
-def _checkpoint_seconds(train: TrainConfig, speed: float) -> float:
+def _checkpoint_seconds(train: Training, speed: float) -> float:
     """Training time between checkpoints. By time, the trainer chooses an interval up to the loss it may risk."""
     every = train.checkpoint.every
     return every * train.batch.tokens / speed if every else train.checkpoint.max_lost_seconds
 
 
-def _around(
-    row: Row, tokens: float, train: TrainConfig | None, assume: Assumptions, rates: StorageRates | None, prepares: bool
-) -> dict[str, float]:
+def _around(row: Row, job: Job, assume: Assumptions, rates: StorageRates | None) -> dict[str, float]:
     """Dollars that are not machine time: keeping the objects, and moving the tokens out of another cloud."""
-    if rates is None:
+    if rates is None or job.stage == "image":
         return {}
-    stored = tokens * BYTES_PER_TOKEN
-    if train:
-        stored += train.checkpoint.keep * parameters(train) * BYTES_PER_PARAMETER_SAVED
+    moved = job.amount * BYTES_PER_TOKEN
+    stored = 0.0 if job.stage == "evaluate" else moved
+    if job.training and job.work.model:
+        size = architecture.parameters(job.work.model) * BYTES_PER_PARAMETER_SAVED
+        stored += job.training.checkpoint.keep * size
     found = {"storage": stored / 1e9 * rates.usd_per_gb_month * assume.storage_months}
-    if not prepares and row.offer.cloud != assume.bucket_cloud:
-        found["egress"] = tokens * BYTES_PER_TOKEN / 1e9 * rates.usd_per_gb_egress
+    if job.stage != "prep" and row.offer.cloud != assume.bucket_cloud:
+        found["egress"] = moved / 1e9 * rates.usd_per_gb_egress
     return found
 
 
@@ -261,14 +256,9 @@ def preparation_usd(catalog: Catalog, tokens: float, assume: Assumptions) -> tup
         return None
     offer = min(fit, key=lambda each: each.usd_on_demand)
     rate = assume.prep_bytes_per_second / assume.source_bytes_per_token
-    parts, _ = _parts(Row(offer, False, 1, offer.usd_on_demand), tokens, rate, None, assume, None, prepares=True)
+    job = Job(Work("prep", None), tokens, Rate(rate, rate, rate, "assumed", ""))
+    parts, _ = _parts(Row(offer, False, 1, offer.usd_on_demand), job, rate, assume, None)
     return offer, sum(parts.values()) / 3600 * offer.usd_on_demand
-
-
-def parameters(train: TrainConfig) -> int:
-    """Of GPT-2 with a tied embedding, without biases and norms, which do not matter for dollars."""
-    model = train.model
-    return (model.vocab_rows + model.context) * model.width + 12 * model.layers * model.width**2
 
 
 def _alternatives(task: Task, catalog: Catalog) -> Iterable[tuple[Offer, bool]]:

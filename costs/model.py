@@ -68,6 +68,7 @@ class Segment:
     end: dict[str, Any] | None = None
     curve: Curve = field(default_factory=Curve)
     evals: list[dict[str, Any]] = field(default_factory=list)
+    hellaswag: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from costs import drawings, money
 from costs.breakdown import Report
 from costs.sheets import Sheet, sheets
-from costs.wording import headline, label, notes
+from costs.wording import headline, hellaswag_rows, label, notes
 
 STYLE = Path(__file__).with_name("page.css")
 
@@ -53,6 +53,7 @@ def _cards(report: Report) -> str:
         cards.append(("per billion tokens", "$" + money.text(of.usd_per_billion_tokens)))
         cards.append(("goodput", "?" if of.goodput is None else f"{100 * of.goodput:.1f} %"))
         cards.append(("validation loss", "?" if of.val_loss is None else f"{of.val_loss:.4f}"))
+        cards += [(name.partition(",")[0], value) for name, value in hellaswag_rows(of)[:1]]
     return (
         '<div class="cards">'
         + "".join(f'<div class="card"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in cards)

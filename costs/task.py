@@ -8,19 +8,38 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from core import config
+from core.architecture import ModelConfig
 from core.errors import ConfigError
 from core.schema import PrepConfig, TrainConfig
+from core.schema_tuning import DistilConfig, DpoConfig, FinetuneConfig
 
 _COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)([^\S\n][^\n;&|]*)?")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
-STAGES = {"train": "pretrain", "finetune": "finetune", "evaluate": "evaluate", "prepare": "prep"}
+# Stage and schema of each program; what evaluate is told does not change what it costs by much.
+_PROGRAMS = {
+    "trainer.train": ("pretrain", TrainConfig),
+    "trainer.finetune": ("finetune", FinetuneConfig),
+    "trainer.dpo": ("dpo", DpoConfig),
+    "trainer.distil": ("distil", DistilConfig),
+    "trainer.evaluate": ("evaluate", None),
+    "data_prep.prepare": ("prep", PrepConfig),
+}
+_BUILDS = re.compile(r"container\.sh build\b")
+# Layers, heads and width of what finetune.start may name.
+_PUBLIC = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+Training = TrainConfig | FinetuneConfig | DpoConfig | DistilConfig
 
 
 @dataclass(frozen=True)
@@ -41,11 +60,14 @@ class Want:
 
 @dataclass(frozen=True)
 class Work:
-    """What the task does. `config` is None where its command names none that can be read."""
+    """What the task does: a stage, or "image" for the images themselves. `config` is None where its command names none
+    that can be read. `assumed` says what was taken for granted about `model`."""
 
     stage: str | None
-    config: TrainConfig | PrepConfig | None
+    config: Training | PrepConfig | None
     why_not: str = ""
+    model: ModelConfig | None = None
+    assumed: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,12 +176,13 @@ def _work(path: str, document: Mapping[str, Any], envs: Mapping[str, str]) -> Wo
     matches = list(_COMMAND.finditer(commands))
     match = next((each for each in matches if each.group(1) == "trainer"), matches[0] if matches else None)
     if match is None:
-        return Work(None, None, "its commands run no program of this project")
+        stage = "image" if _BUILDS.search(commands) else None
+        return Work(stage, None, "" if stage else "its commands run no program of this project")
     package, program, rest = match.groups()
-    stage = STAGES.get(program)
-    schema = {"trainer": TrainConfig, "data_prep": PrepConfig}[package]
-    if stage is None or program not in ("train", "prepare"):
-        return Work(stage, None, f"{package}.{program} has settings that a forecast does not read")
+    stage, schema = _PROGRAMS.get(f"{package}.{program}", (None, None))
+    if schema is None:
+        said = "" if stage else f"{package}.{program} has settings that a forecast does not read"
+        return _with_model(Work(stage, None, said), envs)
     try:
         words = shlex.split(_expand(rest or "", envs))
     except ValueError:
@@ -170,9 +193,25 @@ def _work(path: str, document: Mapping[str, Any], envs: Mapping[str, str]) -> Wo
     environment = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
     environment |= {name: value for name, value in envs.items() if value}
     try:
-        return Work(stage, config.load(schema, _near(path, arguments), environment))
+        return _with_model(Work(stage, config.load(schema, _near(path, arguments), environment)), envs)
     except ConfigError as error:
         return Work(stage, None, str(error))
+
+
+def _with_model(work: Work, envs: Mapping[str, str]) -> Work:
+    """The model of the settings, or the public one that they begin with; any other is taken for GPT-2 124M."""
+    if work.stage in (None, "prep"):
+        return work
+    if isinstance(work.config, TrainConfig):
+        return replace(work, model=work.config.model)
+    if isinstance(work.config, DistilConfig):
+        return replace(work, model=work.config.model, assumed="what the teacher computes is not counted")
+    said = getattr(work.config, "finetune", None) or getattr(work.config, "dpo", None)
+    start = said.start if said else envs.get("MODEL", "")
+    if start in _PUBLIC:
+        layers, heads, width = _PUBLIC[start]
+        return replace(work, model=ModelConfig(layers=layers, heads=heads, width=width))
+    return replace(work, model=ModelConfig(), assumed=f"the model {start or 'it works on'} is taken for GPT-2 124M")
 
 
 def _expand(text: str, envs: Mapping[str, str]) -> str:

@@ -1,15 +1,16 @@
-"""How fast a GPU trains a model: MFU that others have published, or a finished run of this project has shown.
+"""How fast a machine trains a model: MFU that others have published, or a finished run of this project has shown.
 
-tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of costs.units.flops_per_token. The published runs are
+tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.architecture. The published runs are
 GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † are worked out from the source's
 tokens/s or ms/step, not printed there.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.gpus import peak_flops
 from costs.model import Run
+from costs.prices import Offer
 from costs.units import flops_per_token
 
 
@@ -44,6 +45,29 @@ ASSUMED = Speed(0.25, 0.35, 0.45, "assumed", "no published run known for this GP
 _DEVICE = {"A100-80GB": "A100", "A10G": "A10G", "H100-SXM": "H100"}
 
 
+# Of one vCPU that trains in float32, and by how much other processors may differ.
+CPU_FLOPS_PER_VCPU = 33e9
+_CPU_FACTOR = 2.0
+_CPU_SOURCE = (
+    "speed of a CPU: 33 GFLOP/s per vCPU, which the debug preset had on 2 vCPUs of an AMD EPYC (README, demo); assumed "
+    "of others, within a factor of 2"
+)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second of a whole task; `source` is a sentence. `kind` as of Speed."""
+
+    low: float
+    expected: float
+    high: float
+    kind: str
+    source: str
+
+    def times(self, factor: float) -> "Rate":
+        return replace(self, low=self.low * factor, expected=self.expected * factor, high=self.high * factor)
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a run of this project has shown on its last machine."""
@@ -58,14 +82,30 @@ class Measured:
     overhead_share: float
 
 
-def tokens_per_second(accelerator: str | None, gpus: int, flops: float | None) -> tuple[Speed, float] | None:
-    """Published speed of so many GPUs on a model, as expected tokens/s; None without GPU or model."""
-    peak = peak_flops(accelerator) if accelerator else None
-    if peak is None or not flops or not gpus:
+def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | None) -> Rate | None:
+    """Of so many machines that train a model of `flops` per token: as measured, else as published, else as assumed for
+    a CPU. None without any."""
+    gpus = offer.accelerators * nodes
+    if measured and offer.instance_type == measured.instance_type:
+        scale = measured.flops_per_token / flops if flops and measured.flops_per_token else 1.0
+        if gpus and measured.gpus:
+            scale *= gpus / measured.gpus
+        rate = measured.tokens_per_second * scale
+        return Rate(rate * 0.9, rate, rate * 1.1, "measured", f"speed of {offer.instance_type}: by {measured.run}")
+    if not flops:
         return None
-    name = _DEVICE.get(accelerator, accelerator)
-    speed = _PUBLISHED.get(name, ASSUMED)
-    return speed, speed.expected * peak * gpus / flops
+    if not offer.accelerator:
+        rate = CPU_FLOPS_PER_VCPU * (offer.vcpus or 0.0) * nodes / flops
+        return Rate(rate / _CPU_FACTOR, rate, rate * _CPU_FACTOR, "assumed", _CPU_SOURCE) if rate else None
+    peak = peak_flops(offer.accelerator)
+    if peak is None:
+        return None
+    speed = _PUBLISHED.get(_DEVICE.get(offer.accelerator, offer.accelerator), ASSUMED)
+    full = peak * gpus / flops
+    said = (
+        f"speed of {offer.accelerator}: MFU {speed.expected:.0%} ({speed.low:.0%} to {speed.high:.0%}), {speed.source}"
+    )
+    return Rate(speed.low * full, speed.expected * full, speed.high * full, speed.kind, said)
 
 
 def measure(run: Run) -> Measured | None:

@@ -56,7 +56,10 @@ def absorb(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append metrics: training points thinned to the resolution of the timeline (the newest always stays)."""
+    """Append metrics: training points thinned to the resolution of the timeline (the newest always stays).
+
+    Kinds that no report shows, such as norms and samples, are passed over.
+    """
     curve = segment.curve
     for event in events:
         step, time = event.get("step"), number(event.get("time"))
@@ -71,9 +74,9 @@ def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> Non
             for name in ("tokens", "loss", "tokens_per_second", "mfu"):
                 getattr(curve, name).append(number(event.get(name)))
         elif event.get("kind") == "eval" and number(event.get("val_loss")) is not None:
-            segment.evals.append(
-                {"step": step, "time": time} | {k: number(event.get(k)) for k in ("tokens", "val_loss")}
-            )
+            segment.evals.append({"step": step, "time": time} | _numbers(event, "tokens", "val_loss"))
+        elif event.get("kind") == "hellaswag":
+            segment.hellaswag.append({"step": step, "time": time} | _numbers(event, "accuracy", "accuracy_norm"))
 
 
 def number(value: Any) -> float | None:
@@ -81,6 +84,10 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _numbers(event: Mapping[str, Any], *names: str) -> dict[str, float | None]:
+    return {name: number(event.get(name)) for name in names}
 
 
 def _span(segment: Segment, event: Mapping[str, Any]) -> None:

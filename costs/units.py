@@ -6,7 +6,7 @@ A unit cost is known only if every second of the run has a price; it is None oth
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from core import architecture
 from core.architecture import ModelConfig
@@ -38,6 +38,8 @@ class Units:
     tokens: float | None
     train_loss: float | None
     val_loss: float | None
+    hellaswag: float | None
+    hellaswag_norm: float | None
     usd_per_billion_tokens: float | None
     usd_per_exaflop: float | None
     usd_per_loss_point: float | None
@@ -65,14 +67,15 @@ def units(
     usd_on_demand: float | None,
 ) -> Units:
     """`seconds` by phase and `usd` of the whole run (None: not fully known); `usd_on_demand` of the same hours."""
-    evals = kept_evals(run)
+    evals = kept(run, "evals")
+    hellaswag = kept(run, "hellaswag")
     tokens = final(run, "tokens")
     flops = flops_per_token(run.config)
     whole = math.fsum(seconds.values())
-    kept = seconds.get("train_kept", 0.0)
+    trained = seconds.get("train_kept", 0.0)
     gpu_hours = _gpu_hours(run)
     drop = evals[0]["val_loss"] - evals[-1]["val_loss"] if len(evals) > 1 else 0.0
-    speed = tokens / kept if tokens and kept else None
+    speed = tokens / trained if tokens and trained else None
     hour_tokens = tokens / whole * 3600 if tokens and whole else None
     restarts = len(run.segments) - 1
     return Units(
@@ -80,13 +83,15 @@ def units(
         tokens=tokens,
         train_loss=final(run, "loss"),
         val_loss=evals[-1]["val_loss"] if evals else None,
+        hellaswag=hellaswag[-1]["accuracy"] if hellaswag else None,
+        hellaswag_norm=hellaswag[-1]["accuracy_norm"] if hellaswag else None,
         usd_per_billion_tokens=_ratio(usd, tokens, 1e9),
         usd_per_exaflop=_ratio(usd, tokens * flops if tokens and flops else None, 1e18),
         usd_per_loss_point=_ratio(usd, drop if drop > 0 else None),
         gpu_hours=gpu_hours,
         usd_per_gpu_hour=_ratio(usd, gpu_hours),
         mfu=_mean_mfu(run),
-        goodput=kept / whole if whole and kept else None,
+        goodput=trained / whole if whole and trained else None,
         tokens_per_second=speed,
         restarts=restarts,
         usd_per_restart=_usd_per_restart(run, lost, restarts),
@@ -116,15 +121,15 @@ def final(run: Run, column: str) -> float | None:
     return None
 
 
-def kept_evals(run: Run) -> list[dict[str, Any]]:
-    """Validation losses in order of step, without those of steps that were done again."""
-    kept: list[dict[str, Any]] = []
+def kept(run: Run, measured: Literal["evals", "hellaswag"]) -> list[dict[str, Any]]:
+    """What was measured, in order of step, without that of steps that were done again."""
+    found: list[dict[str, Any]] = []
     boundary = math.inf
     for segment in reversed(run.segments):
-        kept = [each for each in segment.evals if each["step"] <= boundary] + kept
+        found = [each for each in getattr(segment, measured) if each["step"] <= boundary] + found
         if segment.restored_step is not None:
             boundary = min(boundary, segment.restored_step)
-    return kept
+    return found
 
 
 def levels(evals: list[dict[str, Any]], spend: Spend) -> list[Level]:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from core.console import quantity
 from costs import money
 from costs.breakdown import Report, SegmentLine
+from costs.units import Units
 
 NOTES_SHOWN = 20
 
@@ -49,6 +50,7 @@ def unit_rows(report: Report, levels: bool = True) -> list[tuple[str, str]]:
         ("USD per 1e18 FLOPs", _or(of.usd_per_exaflop, "{:.4f}")),
         ("final train loss", loss(of.train_loss)),
         ("final validation loss", loss(of.val_loss)),
+        *hellaswag_rows(of),
         ("USD per point of validation loss", money.text(of.usd_per_loss_point)),
     ]
     rows += [
@@ -78,6 +80,12 @@ def unit_rows(report: Report, levels: bool = True) -> list[tuple[str, str]]:
         price = money.text(of.hour_more_usd)
         rows.append((f"one hour more (estimate), for {price} USD", f"{quantity(of.hour_more_tokens)} tokens{reached}"))
     return rows
+
+
+def hellaswag_rows(of: Units) -> list[tuple[str, str]]:
+    """Nothing for a run that never measured it."""
+    rows = (("HellaSwag, by character (acc_norm)", of.hellaswag_norm), ("HellaSwag, as it is (acc)", of.hellaswag))
+    return [(name, _percent(value)) for name, value in rows if value is not None]
 
 
 def storage_rows(report: Report) -> list[tuple[str, str, str]]:

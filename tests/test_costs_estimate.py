@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import textwrap
-import time
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,22 +17,13 @@ from costs.read import read_run
 from costs.task import Want
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, RunFolder, mark, span, train_metric
+from tests.sky_tasks import GPT2, write
 
 LATER = NOON + 86400
-GPT2 = "torchrun --nproc-per-node=8 -m trainer.train trainer/configs/gpt2-124m.yaml --run.url=$RUN_URL"
 BARE = Assumptions(
     provision_seconds=0, image_seconds=0, setup_seconds=0, ready_seconds=0, shutdown_seconds=0,
     checkpoint_blocked_seconds=0, preemptions_per_hour=0,
 )  # fmt: skip
-
-
-def write(path: Path, resources: str, run: str = GPT2, more: str = "") -> str:
-    file = path / "task.yaml"
-    lines = textwrap.indent(textwrap.dedent(resources).strip(), "  ")
-    file.write_text(
-        f"name: example\nresources:\n{lines}\n{more}\nenvs: {{RUN_URL: '', DATA_URL: ''}}\nrun: |\n  {run}\n"
-    )
-    return str(file)
 
 
 def offer(**fields) -> Offer:
@@ -44,96 +34,18 @@ def offer(**fields) -> Offer:
     } | fields)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("resources", "wants"),
-    [
-        ("accelerators: A100:8", [Want(accelerator="A100", accelerators=8)]),
-        ("accelerators: {H100: 8}", [Want(accelerator="H100", accelerators=8)]),
-        ("accelerators: [A100:8, H100:8]", [Want(accelerator=name, accelerators=8) for name in ("A100", "H100")]),
-        ("infra: aws/us-east-1", [Want(cloud="aws", region="us-east-1")]),
-        ("infra: aws/*/us-east-1a", [Want(cloud="aws", zone="us-east-1a")]),
-        ("{cloud: Lambda, instance_type: gpu_8x_a100}", [Want(cloud="lambda", instance_type="gpu_8x_a100")]),
-        ("{cpus: 8+, memory: 32}", [Want(cpus=(8.0, True), memory_gb=(32.0, False))]),
-        ("{use_spot: true, max_hourly_cost: 12}", [Want(spot=True, max_usd_per_hour=12)]),
-        (
-            "accelerators: A100:8\nany_of: [{cloud: aws, use_spot: true}, {cloud: lambda}]",
-            [
-                Want(cloud="aws", accelerator="A100", accelerators=8, spot=True),
-                Want(cloud="lambda", accelerator="A100", accelerators=8),
-            ],
-        ),
-        (
-            "ordered: [{accelerators: H100}, {cpus: 4}]",
-            [Want(accelerator="H100", accelerators=1), Want(cpus=(4.0, False))],
-        ),
-    ],
-)
-def test_resources_are_read_as_skypilot_documents_them(tmp_path: Path, resources: str, wants: list[Want]):
-    assert list(tasks.load(write(tmp_path, resources)).wants) == wants
-
-
-def test_the_work_is_what_the_task_runs(tmp_path: Path):
-    task = tasks.load(
-        write(tmp_path, "accelerators: A100:8", GPT2 + " --train.steps=${STEPS:-1000} --batch.tokens=1048576")
-    )
-    assert task.work.stage == "pretrain"
-    assert (task.work.config.train.steps, task.work.config.batch.tokens) == (1000, 1048576)
-    prep = tasks.load(
-        write(tmp_path, "cpus: 8+", "python -m data_prep.prepare data_prep/configs/fineweb-edu-10bt.yaml")
-    )
-    assert prep.work.stage == "prep"
-    other = tasks.load(write(tmp_path, "cpus: 8+", "echo hello"))
-    assert other.work.why_not == "its commands run no program of this project"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("- a list", "is no SkyPilot task"),
-        ("name: [unclosed", "cannot be read as a task"),
-        ("resources: {accelerators: 'A100:many'}\nrun: x", "must be NAME or NAME:COUNT"),
-        ("resources: {cpus: several}\nrun: x", "resources.cpus is 'several'"),
-    ],
-)
-def test_what_is_no_task_is_one_sentence(tmp_path: Path, content: str, message: str):
-    path = tmp_path / "task.yaml"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match=message) as caught:
-        tasks.load(str(path))
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("resources", "seconds"),
-    [
-        ("{cpus: 4, autostop: {idle_minutes: 2, down: true}}", 120.0),
-        ("{cpus: 4, autostop: 3}", 180.0),
-        ("{cpus: 4, job_recovery: {strategy: FAILOVER}}", 0.0),
-        ("cpus: 4", None),
-    ],
-)
-def test_idle_time_until_the_machine_goes_is_read_from_the_task(tmp_path: Path, resources: str, seconds: float | None):
-    assert tasks.load(write(tmp_path, resources)).idle_seconds == seconds
-
-
-def test_training_counts_for_a_task_that_prepares_as_well(tmp_path: Path):
-    path = write(tmp_path, "accelerators: A100:8", f"python -m data_prep.prepare\n  {GPT2}")
-    assert tasks.load(path).work.stage == "pretrain"
-
-
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("sky/*.yaml")), ids=lambda path: path.stem)
-def test_every_task_of_the_project_has_a_forecast(path: Path, capsys):
+def test_every_task_of_the_project_has_a_forecast_without_a_network(path: Path, capsys, monkeypatch):
+    def refuse(self, address):
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     document = json.loads(estimate(capsys, str(path), "--json"))
-    assert document["offers"]
+    best = document["offers"][0]
+    assert 0 < best["usd_low"] < best["usd"] < best["usd_high"]
+    assert best["usd"] == pytest.approx(sum(best["parts"].values()))
     if path.stem.startswith(("pretrain", "prep")):
         assert document["tokens"] == pytest.approx(10e9, rel=0.01)
-        assert document["offers"][0]["usd"] > 0
-
-
-def test_an_absent_task_file_is_named():
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such task file"):
-        tasks.load("nowhere.yaml")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +121,37 @@ def test_a_gpu_nobody_has_published_is_assumed_and_an_unknown_one_unknown(tmp_pa
     assert (unknown.hours, unknown.usd) == (None, None)
 
 
+def test_a_cpu_is_as_fast_as_its_processors(tmp_path: Path):
+    task = tasks.load(write(tmp_path, "cpus: 4+", "python -m trainer.train trainer/configs/debug.yaml"))
+    bare = {"accelerator": None, "accelerators": 0, "usd_on_demand": 0.2}
+    small, large = (offer(vcpus=vcpus, instance_type=str(vcpus), **bare) for vcpus in (4.0, 8.0))
+    rows = forecast(task, Catalog((small, large), "by hand"), BARE, None).rows
+    by_size = {row.offer.vcpus: row for row in rows}
+    assert by_size[4.0].parts["train"] == pytest.approx(2 * by_size[8.0].parts["train"])
+    assert by_size[4.0].parts["train"] / 0.2 * 3600 == pytest.approx(100 * 4096 * 20_103_168 / (4 * 33e9))
+    assert by_size[4.0].kind == "assumed"
+
+
+def test_evaluation_needs_a_third_of_the_work_per_token(tmp_path: Path):
+    catalog = Catalog((offer(),), "by hand")
+    run = "torchrun -m trainer.evaluate s3://b/runs/x"
+    tokens = 30e6
+    [scored] = forecast(
+        tasks.load(write(tmp_path, "accelerators: A100:8", run)), catalog, BARE, None, tokens=tokens
+    ).rows
+    [trained] = forecast(tasks.load(write(tmp_path, "accelerators: A100:8")), catalog, BARE, None, tokens=tokens).rows
+    assert 3 * scored.parts["eval"] == pytest.approx(trained.parts["train"])
+    assert scored.parts.keys() == {"eval"}
+
+
+def test_epochs_of_unknown_data_are_unknown_work(tmp_path: Path):
+    run = "torchrun -m trainer.finetune --finetune.start=gpt2 --finetune.epochs=2"
+    task = tasks.load(write(tmp_path, "accelerators: A100:8", run))
+    catalog = Catalog((offer(),), "by hand")
+    assert forecast(task, catalog, BARE, None).rows[0].usd is None
+    assert forecast(task, catalog, BARE, None, tokens=10e6).rows[0].usd > 0
+
+
 def test_egress_is_paid_where_the_bucket_is_elsewhere(tmp_path: Path):
     task = tasks.load(write(tmp_path, "accelerators: A100:8"))
     both = Catalog((offer(), offer(cloud="lambda", usd_spot=None)), "by hand")
@@ -234,7 +177,7 @@ def test_a_forecast_from_a_run_agrees_with_its_report(tmp_path: Path):
     measured = throughput.measure(run)
     assert measured.tokens_per_second == pytest.approx(5e5)
     assert (measured.ready_seconds, measured.overhead_share) == (60.0, pytest.approx(0.1))
-    task = tasks.load(write(tmp_path, "accelerators: A100:8", "python -m trainer.evaluate"))
+    task = tasks.load(write(tmp_path, "accelerators: A100:8", GPT2))
     [row] = forecast(task, Catalog((offer(),), "by hand"), BARE, None, tokens=100e6, measured=measured).rows
     assert row.kind == "measured"
     assert row.usd == pytest.approx(build(run, LATER).total.usd, rel=0.01)
@@ -259,11 +202,9 @@ def estimate(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_command_works_from_the_snapshot_in_seconds(tmp_path: Path, capsys):
+def test_the_command_works_from_the_snapshot(tmp_path: Path, capsys):
     path = write(tmp_path, "accelerators: A100:8\nany_of: [{cloud: aws, use_spot: true}, {cloud: lambda}]")
-    began = time.perf_counter()
     out = estimate(capsys, path)
-    assert time.perf_counter() - began < 5
     for part in ("p4d.24xlarge", "gpu_8x_a100", "not today's prices", "dominated by train", "single change", "median"):
         assert part in out
     document = json.loads(estimate(capsys, path, "--json"))
