@@ -9,7 +9,7 @@ KEY = "SERVE_API_KEY"
 
 def key() -> str:
     """Empty for none."""
-    return os.environ.get(KEY, "").strip()
+    return os.environ.get("SERVE_API_KEY", "").strip()
 
 
 def presents(key: str, authorization: str) -> bool:
