@@ -50,6 +50,12 @@ def preference(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return chosen, rejected
 
 
+def preference_row(row: Any) -> dict[str, Any]:
+    """A row of pairs in the stored form: `chosen` and `rejected` are lists of messages. Raises ValueError."""
+    chosen, rejected = preference(row)
+    return {"chosen": chosen["messages"], "rejected": rejected["messages"]}
+
+
 def conversation_prompt(row: Any) -> list[dict[str, str]]:
     """Messages that end with the user's: a row's `prompt`, a text, or its `messages`. Raises ValueError."""
     if not isinstance(row, dict):

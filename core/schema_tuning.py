@@ -39,6 +39,15 @@ class RowsConfig:
         _require(0 <= self.max_bad_share <= 1, "max_bad_share", f"is {self.max_bad_share}, must be between 0 and 1")
 
 
+@dataclass(frozen=True)
+class PairsConfig(RowsConfig):
+    """Where pairs of answers come from, and how they become sequences."""
+
+    rows: str = setting(
+        "preferences", "name of a set below url/sets, or a .jsonl file (local, s3://, gs://)", identity=False
+    )
+
+
 LayerName = Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 
@@ -132,7 +141,7 @@ class DpoConfig:
     """`python -m trainer.dpo`."""
 
     run: RunConfig = section(RunConfig)
-    data: RowsConfig = section(RowsConfig)
+    data: PairsConfig = section(PairsConfig)
     dpo: PreferenceConfig = section(PreferenceConfig)
     lora: LoraConfig = section(LoraConfig)
     batch: BatchConfig = section(BatchConfig)

@@ -11,7 +11,7 @@ RUN ?= gpt2-124m
 # What pull and logs read: the run's folder.
 RUN_URL ?= $(if $(BUCKET),$(if $(findstring ://,$(BUCKET)),,s3://)$(BUCKET)/runs/$(RUN))
 
-.PHONY: setup-launch check prep-data pretrain pretrain-spot smoke status logs pull down image test-sky test-launch test-image
+.PHONY: setup-launch check prep-data pretrain pretrain-spot finetune smoke status logs pull down image test-sky test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
 
@@ -32,6 +32,9 @@ pretrain: $(LAUNCH_STAMP) ## GPT-2 124M on 8 A100 on demand; another task: TASK=
 
 pretrain-spot: $(LAUNCH_STAMP) ## the same on spot machines, as a managed job that recovers from preemptions
 	@$(LAUNCH_PYTHON) -m launch.submit sky/pretrain-8xa100-spot.yaml
+
+finetune: $(LAUNCH_STAMP) ## conversations stored beside DATA onto START=run, on one small GPU, as the run RUN=chat
+	@$(LAUNCH_PYTHON) -m launch.submit sky/finetune.yaml
 
 smoke: TASK := $(if $(filter command line,$(origin TASK)),$(TASK),smoke-cpu)
 smoke: $(LAUNCH_STAMP) ## the cheapest proof that all works, end to end (TASK=smoke-gpu: on a GPU)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from demo.s3_server import S3Server
-from tests import corpus
+from tests import corpus, tuning
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -31,3 +31,9 @@ def bucket(s3: S3Server, request: pytest.FixtureRequest) -> str:
 def vocab_bpe() -> Path:
     """OpenAI's GPT-2 merges."""
     return corpus.vocab_bpe()
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, vocab_bpe: Path) -> tuple[str, str]:
+    """(data_url, run_url) of a small token set and a short run on it, from which tuning starts."""
+    return tuning.pretrain(tmp_path_factory.mktemp("pretrained"), vocab_bpe)

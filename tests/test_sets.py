@@ -78,3 +78,17 @@ def test_unknown_kind_and_missing_source(tmp_path: Path):
         entry.main(["mmlu", str(tmp_path)])
     with pytest.raises(ConfigError, match="--from is missing"):
         entry.main(["instructions", str(tmp_path)])
+
+
+def test_preference_pairs_are_stored_in_one_form(tmp_path: Path):
+    pairs = [{"prompt": "Q", "chosen": "A", "rejected": "B"}]
+    source = write_rows(tmp_path / "pairs.jsonl", pairs)
+    assert entry.main(["preferences", str(tmp_path), f"--from={source}", "--licence=CC0"]) == 0
+    assert sets.info_of(str(tmp_path), "preferences").schema == "preferences"
+    (row,) = sets.read(str(tmp_path), "preferences")
+    question = {"role": "user", "content": "Q"}
+    assert row["chosen"] == [question, {"role": "assistant", "content": "A"}]
+    assert row["rejected"] == [question, {"role": "assistant", "content": "B"}]
+    source = write_rows(tmp_path / "bad.jsonl", [{"prompt": "Q", "chosen": "A"}])
+    with pytest.raises(DataError, match=r"1 of 1 rows are no preferences \(row 1: has an empty message"):
+        entry.main(["preferences", str(tmp_path), f"--from={source}"])

@@ -98,7 +98,7 @@ def test_configs_exist_and_fit_their_program(path):
         pytest.skip("names no config")
     assert (ROOT / envs["CONFIG"]).is_file()
     work = cost_task.load(str(path)).work
-    assert work.stage in ("pretrain", "prep")
+    assert work.stage in ("pretrain", "prep", "finetune")
 
 
 def test_every_variable_that_a_command_uses_is_declared(path):

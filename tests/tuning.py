@@ -49,8 +49,7 @@ def conversations(count: int, seed: int = 1) -> list[dict]:
     rows = []
     for number in range(count):
         thing, colour = chosen.choice(THINGS), chosen.choice(COLOURS)
-        question = f"What is the colour of the {thing} in picture {number}, {colour} or not?"
-        rows.append({"instruction": question, "output": f"The {thing} is {colour}, as you see."})
+        rows.append({"instruction": f"{number}: is the {thing} {colour}?", "output": f"Yes, the {thing} is {colour}."})
     return rows
 
 

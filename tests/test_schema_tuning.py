@@ -1,0 +1,59 @@
+"""Settings of what follows pretraining: the shipped files load, and contradictions are refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from core import config
+from core.errors import ConfigError
+from core.schema_tuning import DistilConfig, DpoConfig, FinetuneConfig, MakeConfig
+
+FOLDER = Path(__file__).parent.parent / "trainer" / "configs" / "tuning"
+RUN = "--run.url=s3://bucket/run"
+# By the first word of a file's name: its program's settings, and what only the user can say.
+PROGRAMS = {
+    "finetune": (FinetuneConfig, ["--finetune.start=gpt2"]),
+    "dpo": (DpoConfig, ["--dpo.start=gpt2"]),
+    "distil-logits": (DistilConfig, ["--distil.teacher=gpt2-xl", "--data.url=s3://bucket/data"]),
+    "distil-make": (
+        MakeConfig,
+        ["--make.prompts=p.txt", "--make.url=s3://bucket/data", "--make.licence=x", "--endpoint.model=m"],
+    ),
+}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_configs_load(file: Path):
+    (known,) = [name for name in PROGRAMS if file.stem.startswith(name)]
+    schema, flags = PROGRAMS[known]
+    loaded = config.load(schema, [str(file), RUN, *flags], {})
+    if known in ("finetune", "dpo"):
+        assert loaded.batch.tokens % (max(1, loaded.batch.micro_batch) * 1024) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "problem"),
+    [
+        ("finetune", "--data.val_fraction=1", "data.val_fraction: is 1.0, must be at least 0 and below 1"),
+        ("finetune", "--lora.targets=attn.c_atn", "lora.targets is 'attn.c_atn', must be one of"),
+        ("finetune", "--model.width=3", "unknown setting model.width"),
+        ("dpo", "--dpo.beta=0", "dpo.beta: is 0.0, must be above 0"),
+        ("dpo", "--batch.micro_batch=3", "batch.micro_batch: is 3, must be even"),
+        ("distil-logits", "--distil.weight=0", "distil.weight: is 0.0, must be above 0 and at most 1"),
+        ("distil-make", "--budget.max_usd=1", "nothing would be counted against max_usd; set the endpoint's prices"),
+        ("distil-make", "--endpoint.url=ftp://x", "endpoint.url: is 'ftp://x', must begin with http:// or https://"),
+    ],
+)
+def test_contradictions_are_refused(name: str, flag: str, problem: str):
+    schema, flags = PROGRAMS[name]
+    with pytest.raises(ConfigError) as failure:
+        config.load(schema, [RUN, *flags, flag], {})
+    assert problem in str(failure.value)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_help_names_every_setting(name: str):
+    schema, flags = PROGRAMS[name]
+    text = config.help_text(schema, "usage")
+    for key in config.flatten(config.to_dict(config.load(schema, [RUN, *flags], {}))):
+        assert f"--{key}=" in text
