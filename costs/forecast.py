@@ -38,6 +38,7 @@ class Assumptions:
     preemptions_per_hour: float = 0.25  # spot; what checkpoint.mean_hours_between_failures takes for granted, too
     prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
+    epoch_tokens: float = 5e6  # of a set of conversations, about the size of Alpaca's 52,002
     evaluate_tokens: float = 25e6  # validation set of sample-10BT (0.2 %), and HellaSwag's 40,168 endings in context
     build_seconds: float = 1800.0  # both images on 8 cores
     storage_months: float = 1.0
@@ -70,12 +71,8 @@ class Job:
     rate: Rate
 
     @property
-    def stage(self) -> str | None:
-        return self.work.stage
-
-    @property
     def training(self) -> Training | None:
-        return None if self.work.config is None or self.stage == "prep" else self.work.config
+        return None if self.work.config is None or self.work.stage == "prep" else self.work.config
 
 
 @dataclass(frozen=True)
@@ -100,13 +97,15 @@ def forecast(
     measured: Measured | None = None,
 ) -> Plan:
     work = task.work
+    sources = {f"assumed: {work.assumed}"} if work.assumed else set()
     if tokens is None:
         tokens = _tokens(work, assume)
+        if work.stage == "evaluate" or _epochs(work):
+            sources.add(f"assumed: {tokens:,.0f} tokens; give --tokens")
     if assume.shutdown_seconds is None:
         idle = task.idle_seconds
         assume = dataclasses.replace(assume, shutdown_seconds=UNSAID_IDLE_SECONDS if idle is None else idle)
     flops = architecture.flops_per_token(work.model) if work.model else None
-    sources = {f"assumed: {work.assumed}"} if work.assumed else set()
 
     def row(offer: Offer, spot: bool) -> Row:
         found = Row(offer, spot, task.nodes, (offer.usd_spot if spot else offer.usd_on_demand) * task.nodes)
@@ -128,23 +127,35 @@ def forecast(
         return _price(found, Job(work, tokens or assume.build_seconds, rate), assume, rates, measured)
 
     fitting = [(offer, want.spot) for want in task.wants for offer in catalog.offers if fits(offer, want)]
-    rows = [row(offer, spot) for offer, spot in dict.fromkeys(fitting)]
+    rows = sorted(_merged(row(offer, spot) for offer, spot in dict.fromkeys(fitting)), key=_by_dollars)
     named = sorted(sources)
-    others = [row(offer, spot) for offer, spot in _alternatives(task, catalog) if (offer, spot) not in set(fitting)]
-    key = _by_dollars
-    return Plan(task, tokens, flops, sorted(_merged(rows), key=key), sorted(others, key=key), named, catalog.source)
+    other = [pair for pair in _alternatives(task, catalog) if pair not in set(fitting)]
+    others = sorted((row(offer, spot) for offer, spot in other), key=_by_dollars)
+    return Plan(task, tokens, flops, rows, others, named, catalog.source)
 
 
 def _tokens(work: Work, assume: Assumptions) -> float | None:
-    """What the settings say. None where the number of steps follows from data that a forecast does not read."""
+    """What the settings say."""
     settings = work.config
     if isinstance(settings, PrepConfig):
         return _tokens_of_source(settings.source.url)
     if work.stage == "evaluate":
         return assume.evaluate_tokens
-    if settings is None or getattr(getattr(settings, work.stage, None), "epochs", 0):
+    if settings is None:
         return None
-    return float(settings.train.steps) * settings.batch.tokens
+    epochs = _epochs(work)
+    return epochs * assume.epoch_tokens if epochs else float(settings.train.steps) * settings.batch.tokens
+
+
+def _epochs(work: Work) -> float:
+    """Passes over data of which a forecast does not know the size; 0 where the settings give the steps."""
+    return getattr(getattr(work.config, str(work.stage), None), "epochs", 0.0)
+
+
+def _eval_tokens(train: Training, assume: Assumptions) -> float:
+    """Of one validation. What is held out of conversations is a share of them."""
+    held_out = getattr(train.data, "val_fraction", None)
+    return train.train.eval_tokens if held_out is None else held_out * assume.epoch_tokens
 
 
 def fits(offer: Offer, want: Want) -> bool:
@@ -200,11 +211,11 @@ def _parts(
     """Seconds of machine time by phase, and the restarts expected; `unlucky` multiplies the preemptions."""
     work = job.amount / speed
     same = measured is not None and measured.instance_type == row.offer.instance_type
-    imports = 0.0 if job.stage in ("prep", "image") else assume.ready_seconds
+    imports = 0.0 if job.work.stage in ("prep", "image") else assume.ready_seconds
     ready = measured.ready_seconds if same else assume.setup_seconds + imports
-    image = 0.0 if job.stage == "image" else assume.image_seconds
+    image = 0.0 if job.work.stage == "image" else assume.image_seconds
     parts = {"provision": assume.provision_seconds, "image": image, "ready": ready}
-    parts[_WORK.get(job.stage, "train")] = work
+    parts[_WORK.get(job.work.stage, "train")] = work
     train = job.training
     interval = _checkpoint_seconds(train, speed) if train else 0.0
     if same:
@@ -212,7 +223,8 @@ def _parts(
     elif train:
         steps = job.amount / train.batch.tokens
         if train.train.eval_every:
-            parts["eval"] = steps / train.train.eval_every * train.train.eval_tokens / (speed * EVAL_SPEEDUP)
+            looks = steps / train.train.eval_every * _eval_tokens(train, assume)
+            parts["eval"] = looks / (speed * EVAL_SPEEDUP)
         parts["checkpoint"] = work / interval * assume.checkpoint_blocked_seconds
     parts["idle until down"] = assume.shutdown_seconds or 0.0
     restarts = assume.preemptions_per_hour * unlucky * sum(parts.values()) / 3600 if row.spot else 0.0
@@ -230,15 +242,15 @@ def _checkpoint_seconds(train: Training, speed: float) -> float:
 
 def _around(row: Row, job: Job, assume: Assumptions, rates: StorageRates | None) -> dict[str, float]:
     """Dollars that are not machine time: keeping the objects, and moving the tokens out of another cloud."""
-    if rates is None or job.stage == "image":
+    if rates is None or job.work.stage == "image":
         return {}
     moved = job.amount * BYTES_PER_TOKEN
-    stored = 0.0 if job.stage == "evaluate" else moved
+    stored = 0.0 if job.work.stage == "evaluate" else moved
     if job.training and job.work.model:
         size = architecture.parameters(job.work.model) * BYTES_PER_PARAMETER_SAVED
         stored += job.training.checkpoint.keep * size
     found = {"storage": stored / 1e9 * rates.usd_per_gb_month * assume.storage_months}
-    if job.stage != "prep" and row.offer.cloud != assume.bucket_cloud:
+    if job.work.stage != "prep" and row.offer.cloud != assume.bucket_cloud:
         found["egress"] = moved / 1e9 * rates.usd_per_gb_egress
     return found
 

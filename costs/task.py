@@ -32,7 +32,9 @@ _PROGRAMS = {
     "data_prep.prepare": ("prep", PrepConfig),
 }
 _BUILDS = re.compile(r"container\.sh build\b")
-# Layers, heads and width of what finetune.start may name.
+# Settings without which a config does not load, and which only a launch gives.
+_STARTS = {"finetune": "finetune.start", "dpo": "dpo.start", "distil": "distil.teacher"}
+# Layers, heads and width of what a start may name.
 _PUBLIC = {
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -192,6 +194,8 @@ def _work(path: str, document: Mapping[str, Any], envs: Mapping[str, str]) -> Wo
     arguments = [word for word in words if word.endswith((".yaml", ".yml")) and not word.startswith("--")] + flags
     environment = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
     environment |= {name: value for name, value in envs.items() if value}
+    if stage in _STARTS and not any(flag.startswith(f"--{_STARTS[stage]}=") for flag in flags):
+        arguments.append(f"--{_STARTS[stage]}=?")
     try:
         return _with_model(Work(stage, config.load(schema, _near(path, arguments), environment)), envs)
     except ConfigError as error:
@@ -206,12 +210,11 @@ def _with_model(work: Work, envs: Mapping[str, str]) -> Work:
         return replace(work, model=work.config.model)
     if isinstance(work.config, DistilConfig):
         return replace(work, model=work.config.model, assumed="what the teacher computes is not counted")
-    said = getattr(work.config, "finetune", None) or getattr(work.config, "dpo", None)
-    start = said.start if said else envs.get("MODEL", "")
+    start = getattr(work.config, work.stage).start if work.config else envs.get("MODEL", "")
     if start in _PUBLIC:
         layers, heads, width = _PUBLIC[start]
         return replace(work, model=ModelConfig(layers=layers, heads=heads, width=width))
-    return replace(work, model=ModelConfig(), assumed=f"the model {start or 'it works on'} is taken for GPT-2 124M")
+    return replace(work, model=ModelConfig(), assumed="the model that it begins with is taken for GPT-2 124M")
 
 
 def _expand(text: str, envs: Mapping[str, str]) -> str:

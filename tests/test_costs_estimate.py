@@ -144,12 +144,16 @@ def test_evaluation_needs_a_third_of_the_work_per_token(tmp_path: Path):
     assert scored.parts.keys() == {"eval"}
 
 
-def test_epochs_of_unknown_data_are_unknown_work(tmp_path: Path):
-    run = "torchrun -m trainer.finetune --finetune.start=gpt2 --finetune.epochs=2"
+def test_epochs_of_unknown_data_are_assumed_unless_they_are_given(tmp_path: Path):
+    run = "torchrun -m trainer.finetune --finetune.start=$START --finetune.epochs=2 --train.eval_every=0"
     task = tasks.load(write(tmp_path, "accelerators: A100:8", run))
     catalog = Catalog((offer(),), "by hand")
-    assert forecast(task, catalog, BARE, None).rows[0].usd is None
-    assert forecast(task, catalog, BARE, None, tokens=10e6).rows[0].usd > 0
+    assumed = forecast(task, catalog, BARE, None)
+    given = forecast(task, catalog, BARE, None, tokens=40e6)
+    assert assumed.tokens == 10e6
+    assert 4 * assumed.rows[0].parts["train"] == pytest.approx(given.rows[0].parts["train"])
+    assert "assumed: 10,000,000 tokens; give --tokens" in assumed.sources
+    assert not [source for source in given.sources if "give --tokens" in source]
 
 
 def test_egress_is_paid_where_the_bucket_is_elsewhere(tmp_path: Path):

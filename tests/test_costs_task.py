@@ -102,7 +102,7 @@ def test_a_build_of_images_is_work_as_well(tmp_path: Path):
     ("start", "width", "assumed"),
     [
         ("gpt2-large", 1280, ""),
-        ("s3://b/runs/x", 768, "the model s3://b/runs/x is taken for GPT-2 124M"),
+        ("s3://b/runs/x", 768, "the model that it begins with is taken for GPT-2 124M"),
     ],
 )
 def test_what_is_tuned_is_the_model_that_its_start_names(tmp_path: Path, start: str, width: int, assumed: str):
