@@ -81,7 +81,7 @@ def hashes(tokens: np.ndarray, run: int) -> np.ndarray:
             done += size
         if done < run:
             power = power[: len(power) - size] * factor + power[size:]
-            factor = factor * factor
+            factor = np.uint64(int(factor) ** 2 % (1 << 64))
             size *= 2
     # Multiplication moves differences upwards only: bring them down again.
     value = value ^ (value >> np.uint64(29))

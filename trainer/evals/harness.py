@@ -3,6 +3,7 @@
 Every rank builds the same requests and computes its share of them; all get all answers, and the same scores.
 """
 
+import functools
 import logging
 from typing import Any
 
@@ -43,7 +44,10 @@ def run(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    tasks = TaskManager(include_path=folder or None)
+    # Its own thousands of tasks take half a minute to index: not where the task is one of the folder's.
+    tasks = TaskManager(include_path=folder, include_defaults=False) if folder else None
+    if tasks is None or not tasks.match_tasks([task]):
+        tasks = _all_tasks(folder)
     if not tasks.match_tasks([task]):
         raise ConfigError(f"lm-eval:{task}: the harness has no such task; `lm_eval ls tasks` lists them")
     found = simple_evaluate(
@@ -63,6 +67,13 @@ def run(
                 short = metric.removesuffix(",none")
                 scores[short if name == task else f"{name}/{short}"] = value
     return scores
+
+
+@functools.cache
+def _all_tasks(folder: str):
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder or None)
 
 
 class HarnessModel(TemplateLM):

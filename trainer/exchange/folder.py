@@ -27,6 +27,7 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 MERGES = "merges.txt"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 PUBLIC = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 _HUB = re.compile(r"^hf:(?!//)(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
 
@@ -56,7 +57,7 @@ def resolve(where: str) -> str:
         return snapshot_download(
             match["name"],
             revision=match["revision"],
-            allow_patterns=[CONFIG, "model*.safetensors", INDEX, MERGES, "vocab.json", TOKENIZER],
+            allow_patterns=[CONFIG, "model*.safetensors", INDEX, MERGES, "vocab.json", TOKENIZER, TOKENIZER_CONFIG],
         )
     except errors.LocalEntryNotFoundError as error:
         raise StorageError(
@@ -106,6 +107,13 @@ def vocabulary_of(folder: str) -> Vocabulary:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{uri}: holds no byte pairs; GPT-2's tokenizer is needed") from error
     return parse_vocabulary("\n".join(["#version: 0.2", *pairs]).encode(), uri)
+
+
+def turn_template_of(folder: str) -> str:
+    """The turn template that the model was tuned on, in `transformers`' language; empty for none."""
+    uri = storage.join(folder, TOKENIZER_CONFIG)
+    template = _json(uri).get("chat_template") if storage.exists(uri) else None
+    return template if isinstance(template, str) else ""
 
 
 def _json(uri: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from core.architecture import ModelConfig
 from core.errors import ConfigError
 from core.vocabulary import GPT2_END_OF_TEXT, Vocabulary
 from trainer.exchange import huggingface
-from trainer.exchange.tokenizer import END_OF_TEXT, recover_merges, shown
+from trainer.exchange.tokenizer import END_OF_TEXT, merges_of, shown
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -78,7 +78,7 @@ def _add_vocabulary(writer: Any, gguf: Any, vocabulary: Vocabulary, chat_templat
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*tokens, END_OF_TEXT])
     writer.add_token_types([*(plain for _ in tokens), control])
-    writer.add_token_merges([" ".join(map(shown, pair)) for pair in recover_merges(vocabulary.ranks)])
+    writer.add_token_merges(merges_of(vocabulary))
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
         add(GPT2_END_OF_TEXT)
     writer.add_add_bos_token(False)

@@ -112,7 +112,6 @@ def document_of(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
-        "use_cache": False,
         "choices": to_dict(dataclasses.replace(config, vocab_rows=GPT2_VOCAB_SIZE)),
     }
 

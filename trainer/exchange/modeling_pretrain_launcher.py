@@ -3,17 +3,17 @@
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 One file that depends on torch and transformers alone, and travels with the weights. `config.choices` are the settings
-of the model in pretrain-launcher (core/architecture.py), which also says where each idea is from. Generation computes
-the whole text again for each token (no KV cache). Dropout is not applied.
+of the model in pretrain-launcher (core/architecture.py), which also says where each idea is from. Dropout is not
+applied.
 
-Shapes: B sequences, T positions, D model width, H heads, K head width, V vocabulary.
+Shapes: B sequences, T new positions, S positions in all, D model width, H heads, K head width, V vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class PretrainLauncherConfig(PretrainedConfig):
@@ -30,16 +30,17 @@ def norm(choices: dict) -> nn.Module:
 
 
 class Attention(nn.Module):
-    def __init__(self, choices: dict):
+    def __init__(self, choices: dict, index: int):
         super().__init__()
         self.choices = choices
+        self.index = index
         width, bias = choices["width"], choices["bias"]
         self.c_attn = nn.Linear(width, 3 * width, bias=bias and choices["qkv_bias"])
         self.c_proj = nn.Linear(width, width, bias=bias)
         self.c_proj_2 = nn.Linear(width, width, bias=bias) if choices["extra_projection"] else None
         self.mix = nn.Parameter(torch.empty(2)) if choices["value_skip"] else None
 
-    def forward(self, x_BTD, v0_BHTK, rotary, mask):
+    def forward(self, x_BTD, v0_BHTK, rotary, mask, past):
         choices = self.choices
         B, T, D = x_BTD.shape
         heads = choices["heads"]
@@ -52,10 +53,12 @@ class Attention(nn.Module):
             q_BHTK, k_BHTK = (F.rms_norm(each, each.shape[-1:], eps=eps) for each in (q_BHTK, k_BHTK))
         if rotary is not None:
             q_BHTK, k_BHTK = rotate(q_BHTK, rotary), rotate(k_BHTK, rotary)
+        q_BHTK, k_BHTK = q_BHTK.to(v_BHTK.dtype), k_BHTK.to(v_BHTK.dtype)
+        k_BHSK, v_BHSK = (k_BHTK, v_BHTK) if past is None else past.update(k_BHTK, v_BHTK, self.index)
         y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK.to(v_BHTK.dtype),
-            k_BHTK.to(v_BHTK.dtype),
-            v_BHTK,
+            q_BHTK,
+            k_BHSK,
+            v_BHSK,
             attn_mask=mask,
             is_causal=mask is None,
             scale=choices["attention_scale"] or None,
@@ -85,18 +88,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, choices: dict):
+    def __init__(self, choices: dict, index: int):
         super().__init__()
         self.ln_1 = norm(choices)
-        self.attn = Attention(choices)
+        self.attn = Attention(choices, index)
         self.ln_2 = norm(choices)
         self.mlp = MLP(choices)
         self.skip = nn.Parameter(torch.empty(2)) if choices["embedding_skip"] else None
 
-    def forward(self, x_BTD, x0_BTD, v0_BHTK, rotary, mask):
+    def forward(self, x_BTD, x0_BTD, v0_BHTK, rotary, mask, past):
         if self.skip is not None:
             x_BTD = self.skip[0] * x_BTD + self.skip[1] * x0_BTD
-        y_BTD, v0_BHTK = self.attn(self.ln_1(x_BTD), v0_BHTK, rotary, mask)
+        y_BTD, v0_BHTK = self.attn(self.ln_1(x_BTD), v0_BHTK, rotary, mask, past)
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.mlp(self.ln_2(x_BTD)), v0_BHTK
 
@@ -111,7 +114,7 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
         learned = choices["position"] == "learned"
         self.wpe = nn.Embedding(choices["context"], choices["width"]) if learned else None
         self.ln_e = norm(choices) if choices["embedding_norm"] else None
-        self.h = nn.ModuleList(Block(choices) for _ in range(choices["layers"]))
+        self.h = nn.ModuleList(Block(choices, index) for index in range(choices["layers"]))
         self.ln_f = norm(choices)
         head = nn.Linear(choices["width"], choices["vocab_rows"], bias=False)
         self.lm_head = None if choices["tied"] else head
@@ -123,26 +126,31 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         """Weights come from the file, all of them."""
 
-    def forward(self, input_ids, attention_mask=None, labels=None, **_):
-        """Logits of all positions, and their loss against `labels` (shifted here; -100 does not count)."""
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, labels=None, **_):
+        """Logits of the new positions, and their loss against `labels` (shifted here; -100 does not count).
+
+        `attention_mask` (B, S) may leave out padding on the left. With `past_key_values` the tokens follow those in it.
+        """
         choices = self.config.choices
         B, T = input_ids.shape
-        if choices["context"] < T:
-            raise ValueError(f"{T} tokens, the model's context is {choices['context']}")
-        positions_BT = torch.arange(T, device=input_ids.device).expand(B, T)
+        past = DynamicCache() if use_cache and past_key_values is None else past_key_values
+        before = 0 if past is None else past.get_seq_length()
+        if before + T > (limit := choices["context"]):
+            raise ValueError(f"{before + T} tokens, the model's context is {limit}")
+        positions_BT = torch.arange(before, before + T, device=input_ids.device).expand(B, T)
         padded = attention_mask is not None and not bool(attention_mask.all())
-        if padded:  # on the left, as `generate` wants it
-            positions_BT = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        if padded:
+            positions_BT = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, before:]
         x_BTD = self.wte(input_ids)
         if self.wpe is not None:
             x_BTD = x_BTD + self.wpe(positions_BT)
         if self.ln_e is not None:
             x_BTD = self.ln_e(x_BTD)
-        mask = self._mask(input_ids, attention_mask if padded else None)
+        mask = self._mask(input_ids, attention_mask if padded else None, past, before)
         rotary = rotations(positions_BT, choices) if choices["position"] == "rope" else None
         x0_BTD, v0_BHTK = x_BTD, None
         for block in self.h:
-            x_BTD, v0_BHTK = block(x_BTD, x0_BTD, v0_BHTK, rotary, mask)
+            x_BTD, v0_BHTK = block(x_BTD, x0_BTD, v0_BHTK, rotary, mask, past)
         head_VD = self.wte.weight if self.lm_head is None else self.lm_head.weight
         logits_BTV = F.linear(self.ln_f(x_BTD), head_VD)
         if cap := choices["logit_softcap"]:
@@ -150,21 +158,27 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits_BTV)
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past)
 
-    def _mask(self, input_ids, attention_mask):
-        """Which positions each one sees, (B, 1, T, T); None: all before it."""
+    def _mask(self, input_ids, attention_mask, past, before):
+        """Which positions each new one sees, (B, 1, T, S); None: all before it, and none was before the first."""
         document_mask = self.config.choices["document_mask"]
-        if attention_mask is None and not document_mask:
+        if attention_mask is None and not document_mask and not before:
             return None
         B, T = input_ids.shape
-        seen = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril().expand(B, 1, T, T)
+        S = before + T
+        seen = torch.ones(T, S, dtype=torch.bool, device=input_ids.device).tril(before).expand(B, 1, T, S)
         if document_mask:  # each document begins with the end-of-text token
-            document_BT = (input_ids == self.config.eos_token_id).cumsum(1)
-            seen = seen & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
+            ends_BS = input_ids == self.config.eos_token_id
+            if past is not None:
+                if before:
+                    ends_BS = torch.cat([past.ends_BS, ends_BS], 1)
+                past.ends_BS = ends_BS
+            document_BS = ends_BS.cumsum(1)
+            seen = seen & (document_BS[:, None, before:, None] == document_BS[:, None, None, :])
         if attention_mask is not None:
             # Padding sees itself, so that no row of the softmax is empty.
-            own = torch.eye(T, dtype=torch.bool, device=input_ids.device)
+            own = torch.eye(S, dtype=torch.bool, device=input_ids.device)[before:]
             seen = seen & attention_mask.bool()[:, None, None, :] | own
         return seen
 

@@ -15,7 +15,7 @@ def files(vocabulary: Vocabulary, context: int, chat_template: str = "") -> dict
     """Name → content. `context` is the most tokens that the model takes."""
     ids = {shown(token): rank for token, rank in sorted(vocabulary.ranks.items(), key=lambda item: item[1])}
     ids[END_OF_TEXT] = GPT2_END_OF_TEXT
-    merges = [" ".join(map(shown, pair)) for pair in recover_merges(vocabulary.ranks)]
+    merges = merges_of(vocabulary)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     document = {
         "version": "1.0",
@@ -65,6 +65,11 @@ def files(vocabulary: Vocabulary, context: int, chat_template: str = "") -> dict
         "tokenizer_config.json": _json(settings),
         "special_tokens_map.json": _json(dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)),
     }
+
+
+def merges_of(vocabulary: Vocabulary) -> list[str]:
+    """Lines of merges.txt, in order of rank."""
+    return [" ".join(map(shown, pair)) for pair in recover_merges(vocabulary.ranks)]
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
