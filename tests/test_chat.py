@@ -15,7 +15,7 @@ import torch
 from core import vocabulary
 from tests import checkpoints
 from tests.conftest import REPOSITORY
-from trainer import chat_template
+from trainer import chat_template, export
 from trainer.generation.engine import Engine, Request
 from trainer.generation.face import printable
 from trainer.generation.settings import Machine, Sampling
@@ -207,6 +207,13 @@ def test_old_turns_leave_a_full_context(folder, vocab_bpe, monkeypatch):
     assert left_out == 4
     assert tokens == speaker.conversation([messages[0], *messages[5:]])
     assert speaker.recent(messages[-1:], Sampling())[1] == 0
+
+
+def test_an_exported_folder_is_spoken_to_as_what_it_was(folder, vocab_bpe, monkeypatch, tmp_path):
+    monkeypatch.setenv("VOCAB_URL", str(vocab_bpe))
+    for name, tuned in {"base": False, "tuned": True}.items():
+        export.main([str(folder / name), str(tmp_path / name)])
+        assert open_speaker(str(tmp_path / name), Machine(device="cpu")).tuned == tuned
 
 
 def test_control_characters_do_not_reach_the_terminal():

@@ -26,6 +26,7 @@ from core.errors import CheckpointError, ConfigError, ObjectNotFound
 from core.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.vocabulary import Vocabulary
 from core.vocabulary import read as read_vocabulary
+from trainer import chat_template
 from trainer.checkpoint import layout
 from trainer.checkpoint.pieces import parse_key
 from trainer.exchange import folder as public
@@ -159,7 +160,10 @@ def _open_folder(where: str, device: torch.device) -> Opened:
     model = _empty(config, device)
     _fill_whole(model, tensors, place)
     model.eval()
-    return Opened(where, model, None, None, {"config": {"model": to_dict(config)}}, place)
+    state: dict[str, Any] = {"config": {"model": to_dict(config)}}
+    if public.turn_template_of(place) == chat_template.JINJA:  # of another one we know no turns
+        state[chat_template.STATE_KEY] = chat_template.NAME
+    return Opened(where, model, None, None, state, place)
 
 
 @torch.no_grad()
