@@ -72,3 +72,11 @@ def test_the_table_of_presets_is_true():
     found = {name: (int(count.replace(",", "")), int(layers), int(width)) for name, count, layers, width in rows}
     expected = {name: settings.model for name, settings in presets.pretraining().items()}
     assert found == {name: (parameters(model), model.layers, model.width) for name, model in expected.items()}
+
+
+def test_the_table_of_measurements_is_that_of_the_records():
+    from bench import tables
+
+    text = (REPOSITORY / "README.md").read_text()
+    assert tables.BEGIN in text
+    assert tables.with_table(text) == text, "run python -m bench.tables"

@@ -1,0 +1,97 @@
+"""The table of measurements in README.md, out of the newest records in bench/results.
+
+python -m bench.tables        writes it between its marks; tests/test_docs.py fails while it is not up to date
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from core.console import quantity
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+Row = tuple[str, str, str, float]  # what, ours, the other's with its name, how many times as good
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text()))
+
+
+def with_table(text: str) -> str:
+    """`text` with what stands between the marks replaced by today's table."""
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table()}\n{END}", text, flags=re.S)
+
+
+def table() -> str:
+    lines = ["| measured | ours | other | times as good | record |", "|---|---|---|---|---|"]
+    for kind, rows_of in _KINDS.items():
+        for path in sorted(RESULTS.glob(f"*-{kind}.json"))[-1:]:
+            record = f"[{path.stem}](bench/results/{path.name})"
+            for what, ours, other, times in rows_of(json.loads(path.read_text())):
+                lines.append(f"| {what} | {ours} | {other} | {times:.3g} | {record} |")
+    return "\n".join(lines)
+
+
+def _prep(record: Mapping[str, Any]) -> list[Row]:
+    speed = {
+        side: record["tokens"] / statistics.median(run["seconds"] for run in runs)
+        for side, runs in record["runs"].items()
+    }
+    what = "text to token shards, bucket to bucket"
+    ours, other = speed["ours"], speed["fineweb"]
+    return [(what, f"{quantity(ours)} tokens/s", f"{quantity(other)} (the usual script)", ours / other)]
+
+
+def _loader(record: Mapping[str, Any]) -> list[Row]:
+    median = record["median"]
+    ours = median["ours"]
+    rows: list[Row] = []
+    for name, side in (("streaming", "mosaicml-streaming"), ("litdata", "litdata")):
+        if name in median:
+            mine, theirs = ours["pass_2"], median[name]["pass_2"]
+            rows.append(
+                (
+                    "random windows from cached shards",
+                    f"{quantity(mine)} tokens/s",
+                    f"{quantity(theirs)} ({side})",
+                    mine / theirs,
+                )
+            )
+            mine, theirs = ours["first_batch"], median[name]["first_batch"]
+            rows.append(("first batch from S3", f"{mine:.2f} s", f"{theirs:.2f} s ({side})", theirs / mine))
+    return rows
+
+
+def _checkpoint(record: Mapping[str, Any]) -> list[Row]:
+    mine, theirs = (record["median"][side]["blocked"] for side in ("ours, S3", "torch.save, local"))
+    what = f"training blocked by a checkpoint of {record['bytes'] / 1e9:.1f} GB"
+    return [(what, f"{mine:.2f} s (to S3)", f"{theirs:.2f} s (torch.save, local disk)", theirs / mine)]
+
+
+def _train_step(record: Mapping[str, Any]) -> list[Row]:
+    speed = {side: statistics.median(run["tokens_per_second"] for run in runs) for side, runs in record["runs"].items()}
+    what = f"training step, {quantity(record['parameters'])} parameters, {record['device']}"
+    return [
+        (what, f"{quantity(speed['ours'])} tokens/s", f"{quantity(theirs)} ({side})", speed["ours"] / theirs)
+        for side, theirs in speed.items()
+        if side != "ours"
+    ]
+
+
+_KINDS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
+    "prep": _prep,
+    "loader": _loader,
+    "checkpoint": _checkpoint,
+    "train-step": _train_step,
+}
+
+
+if __name__ == "__main__":
+    main()
