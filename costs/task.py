@@ -211,10 +211,17 @@ def _with_model(work: Work, envs: Mapping[str, str]) -> Work:
     if isinstance(work.config, DistilConfig):
         return replace(work, model=work.config.model, assumed="what the teacher computes is not counted")
     start = getattr(work.config, work.stage).start if work.config else envs.get("MODEL", "")
-    if start in _PUBLIC:
-        layers, heads, width = _PUBLIC[start]
-        return replace(work, model=ModelConfig(layers=layers, heads=heads, width=width))
+    if (model := public_model(start)) is not None:
+        return replace(work, model=model)
     return replace(work, model=ModelConfig(), assumed="the model that it begins with is taken for GPT-2 124M")
+
+
+def public_model(name: str) -> ModelConfig | None:
+    """OpenAI's models by name, None for any other."""
+    if name not in _PUBLIC:
+        return None
+    layers, heads, width = _PUBLIC[name]
+    return ModelConfig(layers=layers, heads=heads, width=width)
 
 
 def _expand(text: str, envs: Mapping[str, str]) -> str:

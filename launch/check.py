@@ -9,17 +9,16 @@ Exits 1 if there is an `x`. Writes one small object into the bucket and deletes 
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core import config, manifest, storage
+from core import storage
 from core.console import run_entry
-from core.errors import ConfigError, DataError, LauncherError
-from core.schema import TrainConfig
-from launch import memory, registry
+from core.errors import ConfigError, LauncherError
+from launch import registry, work
 from launch.left import lambda_get
 from launch.submit import candidates, find_sky, read_task, revision, sky_command, with_dotenv
+from launch.work import Finding, accelerator, bucket_url, data_bytes
 
 # Service Quotas codes of EC2: vCPUs of running instances by family, on demand and spot.
 QUOTAS = {
@@ -38,15 +37,6 @@ AWS_TYPES = {
 # AWS's list price for the first terabytes to the internet, and between its regions in the US (EC2 pricing page).
 INTERNET_USD_PER_GB = 0.09
 INTER_REGION_USD_PER_GB = 0.02
-
-
-@dataclass(frozen=True)
-class Finding:
-    mark: str  # ok ! x ?
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.mark:>2}  {self.what}"
 
 
 Check = Callable[[dict[str, Any], Mapping[str, str]], Iterator[Finding]]
@@ -151,40 +141,6 @@ def _region(task: dict[str, Any], settings: Mapping[str, str], url: str) -> Iter
             yield Finding("!", f"bucket: it is in {home}; a machine at {place} reads it for {amount}")
 
 
-def check_data(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    if "trainer.train" not in task["run"] or "data_prep" in task["run"]:
-        return
-    try:
-        found = manifest.read(data_url(settings))
-    except DataError as error:
-        yield Finding("x", f"data: {error}; `make prep-data` makes it")
-        return
-    yield Finding("ok", f"data: {found.splits['train'].tokens:,} training tokens at {data_url(settings)}")
-
-
-def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Settings, and for each kind of GPU among the candidates: batch over ranks, and memory."""
-    if "trainer.train" not in task["run"]:
-        return
-    arguments = [settings["CONFIG"], *(settings.get("TRAIN_ARGS") or "").split()]
-    train = config.load(TrainConfig, arguments, {"RUN_URL": run_url(settings), "DATA_URL": data_url(settings)})
-    yield Finding("ok", f"config: {settings['CONFIG']}, {train.train.steps:,} steps of {train.batch.tokens:,} tokens")
-    if settings.get("DEVICE") == "cpu":
-        return
-    for gpu, count in dict.fromkeys(accelerator(candidate) for candidate in candidates(task)):
-        if not gpu:
-            continue
-        ranks = int(settings.get("RANKS_PER_NODE") or count) * int(task.get("num_nodes") or 1)
-        micro_batches = train.batch.tokens // (max(1, train.batch.micro_batch) * train.model.context)
-        if micro_batches % ranks:
-            yield Finding(
-                "x", f"config: {micro_batches} micro-batches do not divide over {ranks} ranks of {gpu}:{count}"
-            )
-        elif (found := memory.verdict(train, gpu, ranks)) is not None:
-            fits, said = found
-            yield Finding("ok" if fits else "x", f"memory: {said}")
-
-
 def check_quotas(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
     """vCPU quotas of AWS. On demand and spot have separate ones; a new account has 0 for GPU machines."""
     asked = set()
@@ -244,41 +200,13 @@ def check_image(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[F
 CHECKS: tuple[Check, ...] = (
     check_secrets,
     check_bucket,
-    check_data,
-    check_config,
+    work.check_data,
+    work.check_config,
     check_image,
     check_clouds,
     check_quotas,
     check_lambda_capacity,
 )
-
-
-def bucket_url(settings: Mapping[str, str]) -> str:
-    bucket = settings.get("BUCKET")
-    if not bucket:
-        raise ConfigError("BUCKET is empty; give BUCKET=NAME to make, or set it in .env")
-    return bucket if "://" in bucket else f"s3://{bucket}"
-
-
-def run_url(settings: Mapping[str, str]) -> str:
-    return storage.join(bucket_url(settings), "runs", settings["RUN"])
-
-
-def data_url(settings: Mapping[str, str]) -> str:
-    return storage.join(bucket_url(settings), "data", settings["DATA"])
-
-
-def data_bytes(settings: Mapping[str, str]) -> int:
-    """What a machine would read; 0 if there is no data yet."""
-    try:
-        return sum(shard.bytes for shard in manifest.read(data_url(settings)).splits["train"].shards)
-    except LauncherError:
-        return 0
-
-
-def accelerator(candidate: Mapping[str, Any]) -> tuple[str, int]:
-    name, _, count = str(candidate.get("accelerators") or "").partition(":")
-    return name, int(count or 1)
 
 
 def _cloud(candidate: Mapping[str, Any]) -> str:

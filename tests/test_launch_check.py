@@ -1,5 +1,6 @@
 """What is looked at before a launch: settings, memory, keys, bucket, data, image."""
 
+import dataclasses
 import http.server
 import json
 import re
@@ -11,10 +12,12 @@ import pytest
 import yaml
 from moto import mock_aws
 
-from core import config, schema
+from core import config, schema, sets, storage
+from core.architecture import ModelConfig
 from core.errors import ConfigError
 from core.gpus import memory_bytes
-from launch import check, memory, registry, submit
+from core.run import open_run
+from launch import check, memory, registry, submit, work
 from tests import corpus
 
 ROOT = Path(__file__).parent.parent
@@ -42,11 +45,11 @@ def ready(tmp_path, vocab_bpe, monkeypatch) -> dict[str, str]:
 
 
 def test_config_that_divides_and_fits_is_ok(ready):
-    assert {mark for mark, _ in marks(check.check_config(task("pretrain-8xa100"), ready))} == {"ok"}
+    assert {mark for mark, _ in marks(work.check_config(task("pretrain-8xa100"), ready))} == {"ok"}
 
 
 def test_a_preset_that_fits_says_how_much_it_takes_on_each_kind_of_gpu(ready):
-    said = [what for _, what in marks(check.check_config(task("pretrain-8xa100"), ready))]
+    said = [what for _, what in marks(work.check_config(task("pretrain-8xa100"), ready))]
     assert said[1:] == [
         "memory: A100: about 17 of 40 GB per GPU, by estimate",
         "memory: A100-80GB: about 17 of 80 GB per GPU, by estimate",
@@ -55,37 +58,37 @@ def test_a_preset_that_fits_says_how_much_it_takes_on_each_kind_of_gpu(ready):
 
 def test_config_for_more_memory_than_the_gpu_has_is_refused_with_a_cure(ready):
     ready["TRAIN_ARGS"] = "--batch.micro_batch=64 --model.width=1536 --model.heads=16 --model.layers=24"
-    _, small, large = marks(check.check_config(task("pretrain-8xa100"), ready))
+    _, small, large = marks(work.check_config(task("pretrain-8xa100"), ready))
     assert small[0] == "x"
     found = re.fullmatch(
         r"memory: A100: batch\.micro_batch = 64 needs about (\d+) GB per GPU, it has 40; try (.*)", small[1]
     )
     assert int(found[1]) > 80
     cured = {**ready, "TRAIN_ARGS": f"{ready['TRAIN_ARGS']} {found[2]}"}
-    assert {mark for mark, _ in marks(check.check_config(task("pretrain-8xa100"), cured))} == {"ok"}
+    assert {mark for mark, _ in marks(work.check_config(task("pretrain-8xa100"), cured))} == {"ok"}
     assert large[0] == "x"
 
 
 def test_a_rehearsal_without_gpus_needs_no_gpu_memory(ready):
     ready |= {"DEVICE": "cpu", "TRAIN_ARGS": "--batch.micro_batch=64 --model.width=1536 --model.layers=24"}
-    assert [mark for mark, _ in marks(check.check_config(task("pretrain-8xa100"), ready))] == ["ok"]
+    assert [mark for mark, _ in marks(work.check_config(task("pretrain-8xa100"), ready))] == ["ok"]
 
 
 def test_micro_batches_that_do_not_divide_over_all_ranks_are_refused(ready):
     ready["TRAIN_ARGS"] = "--batch.tokens=262144 --batch.micro_batch=32"
-    found = marks(check.check_config(task("pretrain-multinode"), ready))
+    found = marks(work.check_config(task("pretrain-multinode"), ready))
     assert ("x", "config: 8 micro-batches do not divide over 16 ranks of A100:8") in found
 
 
 def test_unknown_setting_is_refused(ready):
     ready["TRAIN_ARGS"] = "--train.stepz=5"
     with pytest.raises(ConfigError, match=r"did you mean train\.steps"):
-        list(check.check_config(task("pretrain-8xa100"), ready))
+        list(work.check_config(task("pretrain-8xa100"), ready))
 
 
 def test_data_that_is_there_and_data_that_is_not(ready):
-    assert next(check.check_data(task("pretrain-8xa100"), ready)).mark == "ok"
-    (finding,) = check.check_data(task("pretrain-8xa100"), {**ready, "DATA": "elsewhere"})
+    assert next(work.check_data(task("pretrain-8xa100"), ready)).mark == "ok"
+    (finding,) = work.check_data(task("pretrain-8xa100"), {**ready, "DATA": "elsewhere"})
     assert finding.mark == "x"
     assert "`make prep-data` makes it" in finding.what
 
@@ -143,6 +146,38 @@ def test_a_managed_job_is_priced_by_a_plain_dry_run(monkeypatch):
     assert command.endswith(f"--secret AWS_ACCESS_KEY_ID --dryrun {path}")
 
 
+@pytest.fixture
+def tuning(ready, tmp_path) -> dict[str, str]:
+    """Settings of fine-tuning whose start and rows are there."""
+    data_url, start = f"file://{tmp_path}/data/tokens", f"file://{tmp_path}/runs/base"
+    sets.write(data_url, "instructions", "conversation", "by hand", "none", b"{}\n{}\n")
+    open_run(start, {}, {"model": dataclasses.asdict(ModelConfig(layers=24, heads=16, width=1024))}, "f")
+    storage.write_bytes(f"{start}/checkpoints/step-00000010/COMPLETE", b"{}")
+    envs = {name: value for name, value in task("finetune")["envs"].items() if value}
+    return {**envs, "BUCKET": f"file://{tmp_path}", "DATA": "tokens", "START": start}
+
+
+def test_what_is_tuned_its_rows_and_its_memory_are_looked_for(tuning):
+    found = marks(work.check_data(task("finetune"), tuning))
+    assert found == [
+        ("ok", f"start: {tuning['START']} has weights"),
+        ("ok", "data: 2 rows of 'instructions'"),
+    ]
+    found = marks(work.check_config(task("finetune"), tuning))
+    assert {mark for mark, _ in found} == {"ok"}
+    assert re.fullmatch(
+        r"memory: A10G: about \d+ of 24 GB per GPU, by estimate, with \d+ sequences per micro-batch", found[1][1]
+    )
+
+
+def test_a_start_without_weights_and_rows_that_were_never_stored_are_named(tuning):
+    start = f"{tuning['START']}-elsewhere"
+    (mark, what), *_ = marks(check._safely(work.check_data, task("finetune"), {**tuning, "START": start}))
+    assert (mark, what) == ("x", f"start: {start} has no checkpoint; check the name, or `make pretrain` first")
+    other = {**tuning, "TRAIN_ARGS": "--data.rows=preferences"}
+    assert marks(check._safely(work.check_data, task("finetune"), other))[-1][0] == "x"
+
+
 # --- memory ----------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +190,7 @@ URLS = ("--run.url=/r", "--data.url=/d")
 
 def test_every_gpu_that_a_task_names_has_a_known_memory():
     tasks = [yaml.safe_load(path.read_text()) for path in (ROOT / "sky").glob("*.yaml")]
-    gpus = {check.accelerator(candidate)[0] for each in tasks for candidate in submit.candidates(each)} - {""}
+    gpus = {work.accelerator(candidate)[0] for each in tasks for candidate in submit.candidates(each)} - {""}
     assert {"A100", "A100-80GB", "GH200", "A10G"} <= gpus
     assert [gpu for gpu in gpus if memory_bytes(gpu) is None] == []
 

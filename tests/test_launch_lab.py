@@ -6,26 +6,14 @@ training, preemptions, and the end of every machine. LAB_DIR is the emulated clo
 skipped.
 """
 
-import json
-import os
 import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests import corpus
+from tests import corpus, tuning
+from tests.lab import BUCKET, LAB, ROOT, Lab, wait
 
-ROOT = Path(__file__).parent.parent
-LAB = Path(os.environ.get("LAB_DIR") or "/nonexistent")
-PYTHON = ROOT / ".venv-launch/bin/python"
-BUCKET = "my-bucket"
 SMALL = "--checkpoint.every=5 --train.log_every=5 --batch.tokens=1024 --train.eval_every=0 --train.eval_tokens=1024"
-REHEARSAL = {"DEVICE": "cpu", "RANKS_PER_NODE": "1", "CONFIG": "trainer/configs/debug.yaml", "DATA": "small"}
-# What the emulated cloud does not offer, and what stands for it there.
-STAND_INS = {'"GH200:1"': '"A10:1"', '"A100:2"': '"A100:1"'}
-NOT_OFFERED = ("aws/us-east-2", '"L4:1"')
 # Idle time in the tasks, the minute that SkyPilot takes to look, and the way down.
 GONE_SECONDS = 6 * 60
 
@@ -33,84 +21,6 @@ pytestmark = [
     pytest.mark.lab,
     pytest.mark.skipif(not (LAB / "labexec").exists(), reason="LAB_DIR names no emulated cloud"),
 ]
-
-
-class Lab:
-    """The emulated cloud, and this repository's commands run inside of it."""
-
-    def __init__(self, scratch: Path):
-        self.scratch = scratch
-        answer = self.inside("sh", "-c", "echo $AWS_ENDPOINT_URL")
-        self.endpoint = answer.stdout.strip()
-
-    def inside(self, *command: str, environment: dict[str, str] | None = None, seconds: float = 600):
-        given = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-        given |= environment or {}
-        settings = [f"{name}={value}" for name, value in given.items()]
-        return subprocess.run(
-            [LAB / "labexec", "env", *settings, *command], cwd=ROOT, capture_output=True, text=True, timeout=seconds
-        )
-
-    def python(self, *arguments: str, **options) -> str:
-        done = self.inside(str(PYTHON), *arguments, **options)
-        assert done.returncode == 0, f"{arguments}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
-        return done.stdout
-
-    def control(self, *arguments: str) -> str:
-        return subprocess.run([LAB / "labctl", *arguments], capture_output=True, text=True, check=True).stdout
-
-    def instances(self, name: str = "") -> list[dict]:
-        alive = ("pending", "running", "booting", "active")
-        found = json.loads(self.control("json"))
-        return [i for i in found if i["state"] in alive and (i["cluster"] or "").startswith(name)]
-
-    def task(self, name: str, called: str = "") -> str:
-        """A task file, with stand-ins for what is not offered here; `called`: another name."""
-        lines = (ROOT / f"sky/{name}.yaml").read_text().splitlines(True)
-        text = "".join(line for line in lines if not any(word in line for word in NOT_OFFERED))
-        for word, other in STAND_INS.items():
-            text = text.replace(word, other)
-        file = self.scratch / f"{called or name}.yaml"
-        file.write_text(text.replace(f"\nname: {name}\n", f"\nname: {called or name}\n"))
-        return str(file)
-
-    def launch(self, name: str, called: str = "", **settings: str) -> str:
-        """Submit as `make` does. Returns the name of cluster or job."""
-        environment = {"BUCKET": BUCKET, "AWS_ENDPOINT_URL": self.endpoint, **REHEARSAL, **settings}
-        self.python("-m", "launch.submit", self.task(name, called), environment=environment)
-        return called or name
-
-    def output(self, cluster: str) -> str:
-        """All output of the cluster's newest job, once it has ended."""
-        return self.inside("sky", "logs", cluster).stdout
-
-    def kept_output(self, run: str) -> str:
-        """What the run's machines left in the bucket, which outlives them."""
-        environment = {"AWS_ENDPOINT_URL": self.endpoint}
-        return self.inside(
-            str(PYTHON), "-m", "launch.logs", f"s3://{BUCKET}/runs/{run}", environment=environment
-        ).stdout
-
-    def objects(self, folder: str) -> list[str]:
-        code = "import sys; from core import storage\nfor found in storage.list_objects(sys.argv[1]): print(found.uri)"
-        uri = f"s3://{BUCKET}/{folder}"
-        found = self.python("-c", code, uri, environment={"AWS_ENDPOINT_URL": self.endpoint}).split()
-        return [each.removeprefix(f"{uri}/") for each in found]
-
-    def step(self, run: str) -> int:
-        """Of the newest complete checkpoint; 0 without one."""
-        names = self.objects(f"runs/{run}/checkpoints")
-        return max((int(name[5:13]) for name in names if name.endswith("/COMPLETE")), default=0)
-
-    def report(self, run: str) -> dict:
-        environment = {"AWS_ENDPOINT_URL": self.endpoint}
-        return json.loads(
-            self.python("cost_report.py", f"s3://{BUCKET}/runs/{run}", "--offline", "--json", environment=environment)
-        )
-
-    def on_node(self, cluster: str, script: str) -> None:
-        (instance,) = self.instances(cluster)
-        self.control("ssh", instance["id"], "bash", "-c", script)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +43,7 @@ s3.create_bucket(Bucket=sys.argv[1])
 for path in pathlib.Path(sys.argv[2]).iterdir():
     s3.upload_file(str(path), sys.argv[1], f"source/{path.name}")
 """
+    tuning.write_rows(scratch / "source/rows.jsonl", tuning.conversations(200))
     here.python("-c", code, BUCKET, str(scratch / "source"), environment={"AWS_ENDPOINT_URL": here.endpoint})
     yield here
     subprocess.run([LAB / "down.sh"], check=True)
@@ -146,14 +57,6 @@ def data(lab) -> str:
     config = "data_prep/configs/fineweb-edu-10bt.yaml"
     cluster = lab.launch("prep-data", RUN="prep", CONFIG=config, PREP_ARGS=arguments, **source)
     return lab.output(cluster)
-
-
-def wait(what: str, holds: Callable[[], object], seconds: float = 900):
-    deadline = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-        time.sleep(2)
-    return found
 
 
 def test_preparation_writes_a_complete_set(lab, data):
@@ -199,7 +102,9 @@ def test_image_is_built_on_its_own_node(lab):
     assert lab.inside("sky", "down", "--yes", cluster).returncode == 0
 
 
-def test_spot_job_is_preempted_twice_and_finishes(lab, data):
+@pytest.fixture(scope="module")
+def spot(lab, data) -> str:
+    """A managed job on spot machines, two of which were taken away. Returns its name; its run is "spot"."""
     job = lab.launch("pretrain-8xa100-spot", RUN="spot", TRAIN_ARGS=f"{SMALL} --train.steps=60")
     for number, step in enumerate((10, 25), 1):
         wait(f"step {step}", lambda step=step: lab.step("spot") >= step)
@@ -207,6 +112,19 @@ def test_spot_job_is_preempted_twice_and_finishes(lab, data):
         lab.control("preempt", job)
     wait("the last step", lambda: lab.step("spot") == 60)
     wait("no machine", lambda: lab.instances(job) == [], GONE_SECONDS)
+    return job
+
+
+@pytest.fixture(scope="module")
+def on_demand(lab, data) -> str:
+    """A run of 40 steps on AWS, which tells when its machines were up, to the end of the machine."""
+    settings = {"RUN": "on-demand", "TRAIN_ARGS": f"{SMALL} --train.steps=40"}
+    cluster = lab.launch("pretrain-8xa100", "on-demand", without="lambda", **settings)
+    wait("no machine", lambda: lab.step("on-demand") == 40 and lab.instances(cluster) == [], 900)
+    return cluster
+
+
+def test_spot_job_is_preempted_twice_and_finishes(lab, spot):
     report = lab.report("spot")
     ends = [segment["end"] for segment in report["segments"]]
     assert len(ends) == 3
@@ -214,6 +132,51 @@ def test_spot_job_is_preempted_twice_and_finishes(lab, data):
     assert "finished" not in ends[:2]
     lost = next(phase for phase in report["phases"] if phase["name"] == "train_lost")
     assert 0 <= lost["seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("run", "clusters"), [("prep", "prep-data"), ("on-demand", "on-demand"), ("spot", "pretrain-8xa100-spot")]
+)
+def test_the_report_is_the_bill(lab, data, on_demand, spot, run, clusters):
+    """Within one per cent of what the cloud charges, and its phases add up to its total."""
+    wait("no machine", lambda: lab.instances(clusters) == [], GONE_SECONDS)
+    report, bill = lab.report(run, "--json"), lab.bill(clusters)
+    total = report["total"]["usd"]
+    print(f"{run}: report ${total:.4f}, bill ${bill:.4f}, {100 * (total / bill - 1):+.2f} %")
+    assert total == pytest.approx(bill, rel=0.01)
+    assert sum(phase["usd"] for phase in report["phases"]) == pytest.approx(total, abs=1e-9)
+    assert sum(segment["usd"] for segment in report["segments"]) == pytest.approx(total, abs=1e-9)
+
+
+def test_the_forecast_is_the_report(lab, on_demand):
+    """A run of three times the length, forecast from the shorter one: its speed, and its time to come and to go."""
+    before = {phase["name"]: phase["seconds"] for phase in lab.report("on-demand", "--json")["phases"]}
+    settings = {"RUN": "longer", "TRAIN_ARGS": f"{SMALL} --train.steps=120"}
+    known = [f"--provision-seconds={before['provision']}", "--image-seconds=0"]
+    known += [f"--shutdown-seconds={before['idle_until_down']}", f"--like=s3://{BUCKET}/runs/on-demand"]
+    expected = lab.forecast(lab.task("pretrain-8xa100", "longer", "lambda"), *known, **settings)
+    cluster = lab.launch("pretrain-8xa100", "longer", without="lambda", **settings)
+    wait("no machine", lambda: lab.step("longer") == 120 and lab.instances(cluster) == [], 900)
+    usd = lab.report("longer", "--json")["total"]["usd"]
+    print(f"forecast ${expected['usd']:.4f}, report ${usd:.4f}, {100 * (expected['usd'] / usd - 1):+.1f} %")
+    assert expected["offer"]["instance_type"] == "p4d.24xlarge"
+    assert expected["usd"] == pytest.approx(usd, rel=0.2)
+
+
+def test_a_trained_model_is_fine_tuned(lab, data):
+    lab.launch("pretrain-8xa100", "base", RUN="base", TRAIN_ARGS=f"{SMALL} --train.steps=10")
+    wait("the model", lambda: lab.step("base") == 10)
+    small = "--train.steps=6 --batch.tokens=1024 --batch.micro_batch=4 --train.eval_every=0"
+    rows = f"--data.rows=s3://{BUCKET}/source/rows.jsonl --checkpoint.every=3"
+    start = f"s3://{BUCKET}/runs/base"
+    config = "trainer/configs/tuning/finetune-chat.yaml"
+    cluster = lab.launch("finetune", RUN="chat", START=start, CONFIG=config, TRAIN_ARGS=f"{small} {rows}")
+    output = lab.output(cluster)
+    assert "SUCCEEDED" in output, output[-3000:]
+    assert lab.step("chat") == 6
+    assert lab.report("chat")["stage"] == "finetune"
+    for each in (cluster, "base"):
+        assert lab.inside("sky", "down", "--yes", each).returncode == 0
 
 
 def test_no_ending_leaves_a_machine(lab, data):
