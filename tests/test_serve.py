@@ -1,14 +1,9 @@
 """trainer.serve: the official client's calls, errors, keys, many clients at once, and the page in a browser."""
 
 import asyncio
-import contextlib
-import dataclasses
 import json
 import math
 import os
-import re
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import aiohttp
 import openai
 import pytest
 import torch
@@ -28,13 +22,11 @@ from core import vocabulary
 from core.vocabulary import GPT2_END_OF_TEXT
 from tests import checkpoints
 from tests.conftest import REPOSITORY
+from tests.serving import CONFIG, HELLO, KEY, PATIENCE_SECONDS, locally, runs_in, serving
 from trainer import chat_template
 from trainer.generation.engine import Engine, Request
 from trainer.generation.settings import Sampling
 from trainer.serving.worker import Failed, Worker
-
-PATIENCE_SECONDS = 120
-CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +36,7 @@ def encoding(vocab_bpe):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    checkpoints.store(str(folder / "base"), checkpoints.random_model(CONFIG))
-    checkpoints.store(str(folder / "tuned"), checkpoints.random_model(CONFIG, seed=1), template=chat_template.NAME)
-    return folder
+    return runs_in(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -56,40 +45,11 @@ def engine(encoding) -> Engine:
     return Engine(checkpoints.random_model(CONFIG, seed=1), encoding, torch.device("cpu"))
 
 
-@contextlib.contextmanager
-def serving(run: Path, vocab_bpe: Path, *flags: str, key: str = "", module: str = "serve") -> Iterator[str]:
-    """URL of a server in a process of its own, which must end well when asked to."""
-    environment = {**os.environ, "VOCAB_URL": str(vocab_bpe), "SERVE_API_KEY": key, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"trainer.{module}", str(run), "--port=0", *flags]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        said = ""
-        for line in process.stderr:
-            said += line
-            if match := re.search(r"page at (http://\S+)/,", line):
-                break
-        else:
-            raise AssertionError(said)
-        yield match[1]
-        process.send_signal(signal.SIGTERM)
-        _, rest = process.communicate(timeout=PATIENCE_SECONDS)
-        assert process.returncode == 0, rest
-        assert "Traceback" not in rest
-        assert not key or key not in said + rest
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-
-
 @pytest.fixture(scope="module")
 def url(folder, vocab_bpe) -> Iterator[str]:
     """The tuned model's server."""
     with serving(folder / "tuned", vocab_bpe, "--rows=4") as url:
         yield url
-
-
-KEY = "correct-horse-battery"
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +63,6 @@ def guarded(folder, vocab_bpe) -> Iterator[str]:
 @pytest.fixture
 def client(url) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
-HELLO = [{"role": "user", "content": "Hello"}]
-
-
-def locally(engine: Engine, prompt: list[int], **sampling) -> str:
-    return engine.complete([Request(prompt, Sampling(**sampling))])[0].text
 
 
 def test_models(client, url):
@@ -369,134 +322,3 @@ def test_a_failing_model_ends_open_requests_and_serves_the_next(encoding):
         return messages, len(pieces)
 
     assert asyncio.run(use()) == (["TrainingError in the model"], 6)
-
-
-# --- the page --------------------------------------------------------------------------------------------------
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Keeps every length that an answer had, and what the page loaded.
-WATCH = """
-globalThis.lengths = [];
-new MutationObserver(() => {
-  const answers = document.querySelectorAll(".answer");
-  if (answers.length) lengths.push(answers[answers.length - 1].textContent.length);
-}).observe(document.getElementById("log"), {subtree: true, childList: true, characterData: true});
-"""
-ASK = """
-document.getElementById("text").value = %s;
-document.getElementById("form").requestSubmit();
-"""
-STATE = """JSON.stringify({
-  name: document.getElementById("name")?.textContent,
-  about: document.getElementById("about")?.textContent,
-  answers: [...document.querySelectorAll(".answer")].map(each => [each.textContent, each.dataset.done === "true"]),
-  errors: [...document.querySelectorAll(".error")].map(each => each.textContent),
-  lengths: globalThis.lengths ?? [],
-  hosts: [...new Set(performance.getEntriesByType("resource").map(each => new URL(each.name).host))],
-})"""
-
-
-class Tab:
-    """One page in a headless browser, by the DevTools protocol."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse):
-        self._socket = socket
-        self._number = 0
-
-    async def run(self, script: str):
-        self._number += 1
-        await self._socket.send_json(
-            {"id": self._number, "method": "Runtime.evaluate", "params": {"expression": script}}
-        )
-        async for message in self._socket:
-            answer = message.json()
-            if answer.get("id") == self._number:
-                assert "exceptionDetails" not in answer["result"], answer
-                return answer["result"]["result"].get("value")
-        raise AssertionError("the browser is gone")
-
-    async def until(self, holds) -> dict:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not holds(state := json.loads(await self.run(STATE))):
-            assert time.monotonic() < deadline, state
-            await asyncio.sleep(0.05)
-        return state
-
-
-@contextlib.asynccontextmanager
-async def tab_at(url: str, profile: Path):
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --remote-debugging-port=0"
-    process = await asyncio.create_subprocess_exec(
-        BROWSER, *flags.split(), f"--user-data-dir={profile}", url, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    try:
-        port_file = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        pages = []
-        async with aiohttp.ClientSession() as session:
-            while not pages:
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.1)
-                with contextlib.suppress(FileNotFoundError, ValueError, aiohttp.ClientError):
-                    port = int(port_file.read_text().split()[0])
-                    async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-                        pages = [page for page in await answer.json() if page["url"].startswith(url)]
-            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as channel:
-                yield Tab(channel)
-    finally:
-        process.kill()
-        await process.wait()
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
-def test_the_page_streams_an_answer(url, engine, encoding, tmp_path):
-    async def look() -> dict:
-        async with tab_at(f"{url}/", tmp_path / "profile") as tab:
-            await tab.until(lambda state: state.get("name") == "tuned")
-            await tab.run(WATCH)
-            await tab.run('document.getElementById("tokens").value = "40"')
-            await tab.run('document.getElementById("temperature").value = "0"')
-            await tab.run(ASK % json.dumps("Hello"))
-            first = await tab.until(lambda state: state["answers"] and state["answers"][-1][1])
-            await tab.run(ASK % json.dumps("And then?"))
-            second = await tab.until(lambda state: len(state["answers"]) == 2 and state["answers"][-1][1])
-            await tab.run('document.getElementById("tokens").value = "900"')
-            await tab.run(ASK % json.dumps("Everything"))
-            await tab.until(lambda state: len(state["answers"]) == 3 and state["answers"][-1][0])
-            await tab.run('document.getElementById("stop").click()')
-            stopped = await tab.until(lambda state: state["answers"][-1][1])
-            return {"first": first, "second": second, "stopped": stopped}
-
-    found = asyncio.run(look())
-    tokens = chat_template.render(HELLO, encoding, add_generation_prompt=True).tokens
-    first = locally(engine, tokens, tokens=40, temperature=0)
-    assert found["first"]["answers"][0][0] == first
-    lengths = found["first"]["lengths"]
-    assert len(set(lengths)) > 5, "it came at once"
-    assert lengths == sorted(lengths)
-    messages = [*HELLO, {"role": "assistant", "content": first}, {"role": "user", "content": "And then?"}]
-    tokens = chat_template.render(messages, encoding, add_generation_prompt=True).tokens
-    assert found["second"]["answers"][1][0] == locally(engine, tokens, tokens=40, temperature=0)
-    stopped = encoding.encode_ordinary(found["stopped"]["answers"][2][0])
-    assert 0 < len(stopped) < 900
-    assert found["stopped"]["errors"] == []
-    assert found["stopped"]["hosts"] == [url.removeprefix("http://")]
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
-def test_the_page_asks_for_the_key(guarded, tmp_path):
-    async def look() -> dict:
-        async with tab_at(f"{guarded}/", tmp_path / "profile") as tab:
-            await tab.until(lambda state: state["errors"])
-            await tab.run(f'document.getElementById("key").value = "{KEY}"')
-            await tab.run('document.getElementById("connect").click()')
-            await tab.until(lambda state: state.get("name") == "base")
-            await tab.run('document.getElementById("tokens").value = "5"')
-            await tab.run(ASK % json.dumps("Once"))
-            return await tab.until(lambda state: state["answers"] and state["answers"][-1][1])
-
-    state = asyncio.run(look())
-    assert state["about"] == "continues your text · context 1024"
-    assert state["answers"][0][0]
-    assert state["errors"] == ["the API key is missing or wrong; send Authorization: Bearer KEY"]

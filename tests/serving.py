@@ -1,0 +1,59 @@
+"""A server of trainer.serve in a process of its own, and what it should answer."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests import checkpoints
+from tests.conftest import REPOSITORY
+from trainer import chat_template
+from trainer.generation.engine import Engine, Request
+from trainer.generation.settings import Sampling
+
+PATIENCE_SECONDS = 120
+CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
+KEY = "correct-horse-battery"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def runs_in(folder: Path) -> Path:
+    """Store the runs `base` and `tuned` there."""
+    checkpoints.store(str(folder / "base"), checkpoints.random_model(CONFIG))
+    checkpoints.store(str(folder / "tuned"), checkpoints.random_model(CONFIG, seed=1), template=chat_template.NAME)
+    return folder
+
+
+@contextlib.contextmanager
+def serving(run: Path, vocab_bpe: Path, *flags: str, key: str = "", module: str = "serve") -> Iterator[str]:
+    """URL of a server in a process of its own, which must end well when asked to."""
+    environment = {**os.environ, "VOCAB_URL": str(vocab_bpe), "SERVE_API_KEY": key, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"trainer.{module}", str(run), "--port=0", *flags]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if match := re.search(r"page at (http://\S+)/,", line):
+                break
+        else:
+            raise AssertionError(said)
+        yield match[1]
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0, rest
+        assert "Traceback" not in rest
+        assert not key or key not in said + rest
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def locally(engine: Engine, prompt: list[int], **sampling) -> str:
+    return engine.complete([Request(prompt, Sampling(**sampling))])[0].text
