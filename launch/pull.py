@@ -16,7 +16,7 @@ from core.errors import ConfigError, ObjectNotFound
 from core.storage import ObjectInfo
 from launch.submit import with_dotenv
 
-FOLDERS = ("ledger", "metrics", "logs", "preflight", "refused")
+FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "refused")
 LISTINGS = 3
 _CHECKPOINT = re.compile(r"/checkpoints/(step-\d+)/")
 

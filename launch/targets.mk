@@ -11,7 +11,7 @@ RUN ?= gpt2-124m
 # What pull and logs read: the run's folder.
 RUN_URL ?= $(if $(BUCKET),$(if $(findstring ://,$(BUCKET)),,s3://)$(BUCKET)/runs/$(RUN))
 
-.PHONY: setup-launch check prep-data pretrain pretrain-spot finetune smoke status logs pull down image test-sky test-launch test-image
+.PHONY: setup-launch check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
 
@@ -35,6 +35,9 @@ pretrain-spot: $(LAUNCH_STAMP) ## the same on spot machines, as a managed job th
 
 finetune: $(LAUNCH_STAMP) ## conversations stored beside DATA onto START=run, on one small GPU, as the run RUN=chat
 	@$(LAUNCH_PYTHON) -m launch.submit sky/finetune.yaml
+
+evaluate: $(LAUNCH_STAMP) ## perplexity and HellaSwag of RUN's newest checkpoint, on one small GPU (EVAL_ARGS=…)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/evaluate.yaml
 
 smoke: TASK := $(if $(filter command line,$(origin TASK)),$(TASK),smoke-cpu)
 smoke: $(LAUNCH_STAMP) ## the cheapest proof that all works, end to end (TASK=smoke-gpu: on a GPU)
