@@ -37,6 +37,7 @@ STATE = """JSON.stringify({
   about: document.getElementById("about")?.textContent,
   answers: [...document.querySelectorAll(".answer")].map(each => [each.textContent, each.dataset.done === "true"]),
   errors: [...document.querySelectorAll(".error")].map(each => each.textContent),
+  asks_for_key: document.getElementById("key-row")?.checkVisibility(),
   lengths: globalThis.lengths ?? [],
   hosts: [...new Set(performance.getEntriesByType("resource").map(each => new URL(each.name).host))],
 })"""
@@ -135,13 +136,15 @@ def test_the_page_streams_an_answer(folder, vocab_bpe, tmp_path):
     stopped = encoding.encode_ordinary(found["stopped"]["answers"][2][0])
     assert 0 < len(stopped) < 900
     assert found["stopped"]["errors"] == []
+    assert not found["stopped"]["asks_for_key"]
     assert found["stopped"]["hosts"] == [url.removeprefix("http://")]
 
 
 def test_the_page_asks_for_the_key(folder, vocab_bpe, tmp_path):
     async def look(url: str) -> dict:
         async with tab_at(f"{url}/", tmp_path / "profile") as tab:
-            await tab.until(lambda state: state["errors"])
+            asked = await tab.until(lambda state: state["errors"])
+            assert asked["asks_for_key"]
             await tab.run(f'document.getElementById("key").value = "{KEY}"')
             await tab.run('document.getElementById("connect").click()')
             await tab.until(lambda state: state.get("name") == "base")
@@ -151,6 +154,7 @@ def test_the_page_asks_for_the_key(folder, vocab_bpe, tmp_path):
 
     with serving(folder / "base", vocab_bpe, key=KEY) as url:
         state = asyncio.run(look(url))
+    assert not state["asks_for_key"]
     assert state["about"] == "continues your text · context 1024"
     assert state["answers"][0][0]
     assert state["errors"] == ["the API key is missing or wrong; send Authorization: Bearer KEY"]
