@@ -1,6 +1,7 @@
 """Synthetic data from an endpoint that fails, over real HTTP: nothing lost, nothing paid twice, never over budget."""
 
 import json
+import signal
 import time
 
 import pytest
@@ -79,6 +80,18 @@ def test_killed_it_goes_on_without_asking_again(tmp_path):
     assert tuning.stage_in_report(str(tmp_path / "run")) == ("distil", 2)
     before = storage.list_names(str(tmp_path / "run" / "answers"))
     assert len(before) == 2
+
+
+def test_asked_to_stop_it_waits_for_what_is_in_flight(tmp_path):
+    write_prompts(tmp_path, 30)
+    with FakeEndpoint(faults=False, seconds_per_call=0.3) as endpoint:
+        arguments = flags_of(endpoint, tmp_path)
+        process = tuning.start_alone(MODULE, *arguments, environment={"OPENAI_API_KEY": KEY})
+        launching.wait_until(lambda: len(endpoint.prompts) > 4, process)
+        process.send_signal(signal.SIGTERM)
+        code, output = launching.finish(process)
+    assert code == 33, output
+    assert len(kept.read(str(tmp_path / "run")).rows) == sum(endpoint.prompts.values()) < 30
 
 
 def spent(tmp_path) -> float:

@@ -146,7 +146,7 @@ def test_packed_examples_do_not_see_each_other(encoding, position: str):
         )
         for number in (1, 2, 3)
     ]
-    texts = examples.Texts.of([(each.tokens, each.targets) for each in rendered])
+    texts = examples.Texts.of([(np.array(each.tokens), np.array(each.targets)) for each in rendered])
     rows = Rows(texts, 64)
     assert len(rows) == 1
     tokens, targets = rows.tensors(np.array([0]), CPU)

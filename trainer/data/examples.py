@@ -36,11 +36,11 @@ class Texts:
     starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @classmethod
-    def of(cls, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> "Texts":
+    def of(cls, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Texts":
         if not texts:
             return cls()
         lengths = [len(tokens) for tokens, _ in texts]
-        tokens, targets = (np.concatenate([np.asarray(text[part], np.int32) for text in texts]) for part in (0, 1))
+        tokens, targets = (np.concatenate([text[part] for text in texts]) for part in (0, 1))
         return cls(tokens, targets, np.concatenate([[0], np.cumsum(lengths)]))
 
     def __len__(self) -> int:
@@ -120,7 +120,8 @@ def _read(
         if any(max(targets) == NO_TARGET for _, targets in cut) or (per_example == 2 and cut[0] == cut[1]):
             lost += 1
             continue
-        sides["val" if _hashed(question) < data.val_fraction else "train"] += cut
+        side = sides["val" if _hashed(question) < data.val_fraction else "train"]
+        side += [(np.array(tokens, np.int32), np.array(targets, np.int32)) for tokens, targets in cut]
     for problem in problems[:TOLD]:
         log.warning("%s: left out %s", where, problem)
     if len(problems) > data.max_bad_share * count:

@@ -6,6 +6,7 @@ with both distributions softened by the temperature T (Hinton et al. 2015, "Dist
 Network"; T² keeps the gradients' size).
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -22,8 +23,8 @@ from trainer.distributed import Ranks, on_main
 from trainer.model.gpt import GPT
 from trainer.model.recomputed import divergence_and_cross_entropy
 from trainer.stages.pretrain import Pretrain
-from trainer.stages.stage import HeldOut, with_batch
-from trainer.stages.teacher import Teacher, open_teacher
+from trainer.stages.stage import HeldOut, lasting_name, with_batch
+from trainer.stages.teacher import FOREIGN, Teacher, open_teacher
 from trainer.weights import look_up, open_weights
 
 
@@ -71,10 +72,14 @@ class Distil(Pretrain):
             checkpoint=own.checkpoint,
         )
         super().__init__(view, ranks)
+        teacher = own.distil.teacher
+        if not teacher.startswith(FOREIGN):
+            teacher = on_main(functools.partial(lasting_name, teacher, own.run.url, "distil", "teacher"), ranks)
+        own = dataclasses.replace(own, distil=dataclasses.replace(own.distil, teacher=teacher))
         self.own = with_batch(own, self.settings)
         if own.distil.start:
             on_main(functools.partial(_check_same_model, own), ranks)
-        self.teacher = open_teacher(own.distil.teacher, self.encoding, ranks.device)
+        self.teacher = open_teacher(teacher, self.encoding, ranks.device)
         if self.teacher.context < own.model.context:
             raise ConfigError(
                 f"distil.teacher: {self.teacher.name} has a context of {self.teacher.context} tokens, the student's is "

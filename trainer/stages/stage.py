@@ -15,17 +15,20 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from core import sets
+from core import sets, storage
 from core.architecture import flops_per_token
 from core.errors import ObjectNotFound
 from core.run import read_run
 from core.schema import TrainConfig
 from trainer import fit, plan, precision
+from trainer.checkpoint import layout
 from trainer.checkpoint.load import Restored
 from trainer.distributed import Ranks, on_main
 from trainer.evals.hellaswag import NAME as HELLASWAG
 from trainer.evals.hellaswag import HellaSwag
+from trainer.exchange import folder as public
 from trainer.model.gpt import GPT
+from trainer.weights import look_up
 
 
 class MicroBatches(Protocol):
@@ -138,6 +141,19 @@ def stored_config(run_url: str) -> Mapping[str, Any] | None:
         return read_run(run_url)["config"]
     except ObjectNotFound:
         return None
+
+
+def lasting_name(given: str, run_url: str, section: str, key: str) -> str:
+    """Rank 0: the model `given` by a name that means the same in every segment of a run.
+
+    A run that was begun keeps what it began with, though what it was begun with may have newer checkpoints by now.
+    """
+    if not public.is_public(given) and storage.is_local(given):
+        given = str(storage.local_path(given).resolve())
+    kept = (stored_config(run_url) or {}).get(section, {}).get(key)
+    if kept and given.rstrip("/") in (kept, kept.rpartition(f"/{layout.FOLDER}/")[0]):
+        return kept
+    return look_up(given)[0]
 
 
 def default_cache_dir() -> Path:

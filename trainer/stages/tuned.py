@@ -12,21 +12,19 @@ import torch
 import torch.distributed as dist
 
 from core import config as settings_of
-from core import storage
 from core.architecture import ModelConfig, flops_per_token
 from core.console import quantity
 from core.errors import CheckpointError, ConfigError
 from core.schema import DataConfig, TrainConfig
 from core.schema_tuning import DpoConfig, FinetuneConfig
 from trainer import chat_template
-from trainer.checkpoint import layout
 from trainer.checkpoint.load import Restored
 from trainer.data.examples import Examples
 from trainer.distributed import Ranks, on_main
 from trainer.exchange import folder as public
 from trainer.model import lora
 from trainer.model.gpt import GPT
-from trainer.stages.stage import Stage, stored_config
+from trainer.stages.stage import Stage, lasting_name, stored_config
 from trainer.weights import encoding_at, look_up, open_weights
 
 log = logging.getLogger("train")
@@ -186,16 +184,13 @@ class Tuned(Stage):
 
 
 def _start_of(own: Any, name: str) -> Start:
-    """Rank 0. A run that was begun keeps what it began with, though its start may have newer checkpoints by now."""
-    given = getattr(own, name).start
-    if not public.is_public(given) and storage.is_local(given):
-        given = str(storage.local_path(given).resolve())
+    """Rank 0. A run that was begun knows its model and data: without adapters it can do without its start."""
+    where = lasting_name(getattr(own, name).start, own.run.url, name, "start")
     earlier = stored_config(own.run.url)
-    kept = earlier.get(name, {}).get("start") if earlier else None
-    if kept and given.rstrip("/") in (kept, kept.rpartition(f"/{layout.FOLDER}/")[0]):
-        where, state = kept, {"config": earlier}
+    if earlier and earlier.get(name, {}).get("start") == where:
+        state: Mapping[str, Any] = {"config": earlier}
     else:
-        where, state = look_up(given)
+        state = look_up(where)[1]
         chat_template.is_tuned(state, where)
     model = settings_of.from_dict(ModelConfig, state["config"]["model"], where)
     return Start(where, model, state["config"].get("data", {}).get("url", ""))
