@@ -13,7 +13,7 @@ from core import config
 from core.architecture import ModelConfig
 from core.errors import CheckpointError, ConfigError, DataError, StorageError
 from core.schema import TrainConfig
-from tests import models
+from tests import launching, models
 from trainer import export, import_weights
 from trainer.exchange import folder, huggingface
 from trainer.generation.engine import Engine, Request
@@ -312,3 +312,16 @@ def test_import_refuses_what_would_be_another_model_or_overwrite_a_run(gpt2: Pat
     assert open_weights(run_url, CPU).state["config"]["model"]["dropout"] == 0.1
     with pytest.raises(Exception, match=r"run: there is something already"):
         import_weights.main([str(gpt2), run_url, f"--data.url={data_url}"])
+
+
+def test_training_goes_on_from_imported_weights(tmp_path, data_url):
+    shape = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "public")
+    flags = [flag for flag in launching.TINY if not flag.startswith("--model.")]
+    flags += ["--train.steps=3", "--train.seed=7", f"--data.url={data_url}"]
+    run_url = str(tmp_path / "run")
+    import_weights.main([str(tmp_path / "public"), run_url, *flags])
+    output = launching.train(1, *flags, "--model.vocab_rows=50257", f"--run.url={run_url}")
+    assert "resumed from step 0" in output
+    before, after = (open_weights(where, CPU).model.wte.weight for where in (str(tmp_path / "public"), run_url))
+    assert 0 < (after - before).abs().max() < 0.1, "three steps away from where it began"

@@ -63,7 +63,7 @@ def resolve(where: str) -> str:
         raise StorageError(
             f"{where}: the Hub cannot be reached, and it was not downloaded before; go online once, or name a folder"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except Exception as error:  # its own, the system's, and those of whichever HTTP library it uses
         raise StorageError(f"{where}: cannot be downloaded: {' '.join(str(error).split())[:300]}") from error
 
 

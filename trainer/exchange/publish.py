@@ -43,13 +43,13 @@ def publish(folder: Path, where: str, private: bool) -> str:
         store(folder, where)
         return where
     try:
-        from huggingface_hub import HfApi, errors
+        from huggingface_hub import HfApi
     except ImportError as error:
         raise ConfigError("publishing needs huggingface-hub: pip install huggingface-hub") from error
     api = HfApi(token=os.environ["HF_TOKEN"])
     try:
         api.create_repo(match[1], private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=match[1], folder_path=folder, commit_message="Upload by pretrain-launcher")
-    except (errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # its own, the system's, and those of whichever HTTP library it uses
         raise StorageError(f"{where}: the Hub refused: {' '.join(str(error).split())[:300]}") from error
     return commit.commit_url
