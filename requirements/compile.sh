@@ -7,10 +7,10 @@ common=(--quiet --universal --python-version 3.11 --generate-hashes --no-header 
         --constraint requirements/torch.constraint)
 without_torch=(--override requirements/no-torch.override)
 uv pip compile "${common[@]}" pyproject.toml --extra prep -o requirements/prep.txt
-uv pip compile "${common[@]}" pyproject.toml --extra train -o requirements/train-cuda.txt
+uv pip compile "${common[@]}" pyproject.toml --extra train --extra fp8 -o requirements/train-cuda.txt
 uv pip compile "${common[@]}" pyproject.toml --extra launch -o requirements/launch.txt
 uv pip compile "${common[@]}" "${without_torch[@]}" pyproject.toml requirements/torch-cpu.in \
-  --extra prep --extra train --extra plot --extra dev -o requirements/dev.txt
+  --extra prep --extra train --extra chat --extra plot --extra dev -o requirements/dev.txt
 # The CPU image differs from the GPU image in nothing but torch and its libraries.
 uv pip compile "${common[@]}" "${without_torch[@]}" --constraint requirements/train-cuda.txt \
-  pyproject.toml requirements/torch-cpu.in --extra train -o requirements/train-cpu.txt
+  pyproject.toml requirements/torch-cpu.in --extra train --extra fp8 -o requirements/train-cpu.txt
