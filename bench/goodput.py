@@ -1,12 +1,16 @@
 """What share of the paid time becomes training that is kept, under preemptions.
 
-    python -m bench.goodput [--checkpoint=bench/results/DATE-checkpoint.json] [--restart-seconds=60] [--out=FILE]
+    python -m bench.goodput [--checkpoint=FILE] [--restart=FILE] [--chaos=FILE] [--out=FILE]
 
 A simulation of one run, event by event, with costs that were measured: the blocking part of a checkpoint and its
-upload (from bench.checkpoint, scaled to --upload-mb-per-second if given) and the seconds from a machine's start to
-its first step. The trainer's own Cadence decides when to save. Preemptions are a Poisson process, or the gaps of a
-trace (--trace=FILE: one gap in hours per line). Paid time is the time that a machine is up; `notice` is the share of
-preemptions that come with a warning early enough to save (AWS: two minutes), which then lose no step.
+upload (from bench.checkpoint, scaled to --upload-mb-per-second if given) and the seconds from the start of torchrun
+to the first step (from bench.restart; --machine-seconds adds what a machine is paid for before that). The trainer's
+own Cadence decides when to save. Preemptions are a Poisson process, or the gaps of a trace (--trace=FILE: one gap in
+hours per line). Paid time is the time that a machine is up; `notice` is the share of preemptions that come with a
+warning early enough to save (AWS: two minutes), which then lose no step.
+
+With --chaos (the file that tests.chaos wrote) the lives of that run are simulated with its own costs, and what it
+really kept is printed beside what the simulation says.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from trainer.checkpoint.interval import Cadence
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds. `restart` is from a machine's start to its first step, restore included."""
+    """Seconds. `restart` is from the start of paid time to the first step, restore included."""
 
     step: float
     blocked: float
@@ -52,20 +56,27 @@ class Outcome:
         return self.kept + self.lost + self.blocked + self.restart
 
 
-def simulate(costs: Costs, gaps: Iterator[float], notice: float, work_seconds: float, chance: random.Random) -> Outcome:
-    """Run until `work_seconds` of training are kept. `gaps` are the machines' lifetimes in seconds."""
+def simulate(
+    costs: Costs,
+    lives: Iterator[tuple[float, float]],
+    notice: float,
+    work_seconds: float,
+    chance: random.Random,
+    config: CheckpointConfig,
+) -> Outcome:
+    """Run until `work_seconds` of training are kept. `lives`: how long a machine lives, how long its start takes."""
     outcome = Outcome()
     while outcome.kept < work_seconds:
-        life = next(gaps)
+        life, restart = next(lives)
         noticed = chance.random() < notice
-        if life <= costs.restart:
+        if life <= restart:
             outcome.restart += life
             outcome.preemptions += 1
             continue
-        outcome.restart += costs.restart
-        cadence = Cadence(CheckpointConfig(), now=costs.restart)
+        outcome.restart += restart
+        cadence = Cadence(config, now=restart)
         cadence.measured(costs.blocked, costs.upload)
-        now, trained, safe = costs.restart, 0.0, 0.0
+        now, trained, safe = restart, 0.0, 0.0
         in_flight: tuple[float, float] | None = None  # (when it is complete, work that it holds)
         step = 0
         while True:
@@ -105,14 +116,15 @@ def main() -> None:
     upload = ours["total"] - ours["blocked"]
     if options.upload_mb_per_second:
         upload = measured["bytes"] / 1e6 / options.upload_mb_per_second
-    costs = Costs(options.step_seconds, ours["blocked"], upload, options.restart_seconds)
+    restart = json.loads(options.restart.read_text())["median"]["all"]
+    costs = Costs(options.step_seconds, ours["blocked"], upload, restart + options.machine_seconds)
     rows = []
     for mean_hours, notice in itertools.product(options.mean_hours, (0.0, 1.0)):
         outcomes = []
         for seed in range(options.runs):
             chance = random.Random(seed)
-            gaps = _gaps(options, mean_hours, chance)
-            outcomes.append(simulate(costs, gaps, notice, options.work_hours * 3600, chance))
+            lives = ((gap, costs.restart) for gap in _gaps(options, mean_hours, chance))
+            outcomes.append(simulate(costs, lives, notice, options.work_hours * 3600, chance, CheckpointConfig()))
         rows.append(
             {
                 "mean_hours": mean_hours,
@@ -125,16 +137,33 @@ def main() -> None:
             }
         )
     _show(costs, options, rows)
+    real = compare_with(json.loads(options.chaos.read_text())) if options.chaos else None
     if options.out:
         facts = {"date": date.today().isoformat(), "costs": costs.__dict__, "runs": options.runs, "rows": rows}
+        facts |= {"chaos": real} if real else {}
         options.out.write_text(json.dumps(facts | {"checkpoint": options.checkpoint.name}, indent=1) + "\n")
+
+
+def compare_with(chaos: dict) -> dict[str, float]:
+    """Goodput of a run under kills, real and simulated with the lives, the starts and the mean costs of that run."""
+    costs = Costs(*(chaos[f"{name}_seconds"] for name in ("step", "blocked", "background", "restart")))
+    # A life that did not reach a step was all start.
+    lives = [(life["seconds"], life["restart_seconds"] or life["seconds"]) for life in chaos["lives"]]
+    lives[-1] = (float("inf"), lives[-1][1])  # nothing killed the last one
+    config = CheckpointConfig(max_lost_seconds=chaos["max_lost_seconds"])
+    simulated = simulate(costs, iter(lives), 0.0, chaos["kept_seconds"], random.Random(0), config)
+    found = {"real": chaos["kept_seconds"] / chaos["up_seconds"], "simulated": simulated.kept / simulated.paid}
+    print(f"chaos run of {len(lives) - 1} kills: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in found.items()))
+    return found
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("bench/results/2026-11-20-checkpoint.json"))
     parser.add_argument("--upload-mb-per-second", type=float, help="another network than the measured one")
-    parser.add_argument("--restart-seconds", type=float, default=60.0, help="machine up to first step")
+    parser.add_argument("--restart", type=Path, default=Path("bench/results/2026-11-20-restart.json"))
+    parser.add_argument("--machine-seconds", type=float, default=0.0, help="paid before torchrun starts")
+    parser.add_argument("--chaos", type=Path, help="what tests.chaos --out wrote")
     parser.add_argument("--step-seconds", type=float, default=0.3, help="llm.c's 124M on 8xA100: 300 ms")
     parser.add_argument("--work-hours", type=float, default=2.0)
     parser.add_argument(

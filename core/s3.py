@@ -149,20 +149,18 @@ class _Reader:
 
     def __init__(self, session, credentials, region: str, endpoint: str | None):
         import botocore.httpsession
+        import botocore.utils
 
         self._credentials = credentials
         self._region = region
         self._endpoint = endpoint
         self._elsewhere: set[str] = set()  # buckets that the client has to find
-        # The variables that botocore's client obeys too.
-        verify = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE", True)
-        self._http = functools.cache(
-            lambda proxies: botocore.httpsession.URLLib3Session(
-                verify=verify,
-                proxies=dict(proxies),
-                timeout=(CONFIG["connect_timeout"], CONFIG["read_timeout"]),
-                max_pool_connections=CONFIG["max_pool_connections"],
-            )
+        self._http = botocore.httpsession.URLLib3Session(
+            # The variables that botocore's client obeys too.
+            verify=session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE", True),
+            proxies=botocore.utils.get_environ_proxies(endpoint or f"https://s3.{region}.amazonaws.com"),
+            timeout=(CONFIG["connect_timeout"], CONFIG["read_timeout"]),
+            max_pool_connections=CONFIG["max_pool_connections"],
         )
 
     def open(self, path: str, headers: dict[str, str]):
@@ -170,7 +168,6 @@ class _Reader:
         import botocore.auth
         import botocore.awsrequest
         import botocore.exceptions
-        import botocore.utils
 
         bucket, _, key = path.partition("/")
         if bucket in self._elsewhere or not _PLAIN_BUCKET.match(bucket):
@@ -181,8 +178,7 @@ class _Reader:
         # Frozen, because temporary credentials may be renewed by another thread in the middle.
         frozen = self._credentials.get_frozen_credentials()
         botocore.auth.S3SigV4Auth(frozen, "s3", self._region).add_auth(request)
-        proxies = tuple(sorted(botocore.utils.get_environ_proxies(url).items()))
-        answer = self._http(proxies).send(request.prepare())
+        answer = self._http.send(request.prepare())
         if answer.status_code in (200, 206):
             return answer.raw
         about = _error_of(answer.content)

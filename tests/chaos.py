@@ -1,27 +1,38 @@
 """One training run under many SIGKILLs, compared bit by bit with a run that nothing interrupted.
 
-    python -m tests.chaos --kills=100            (or: make chaos)
+    python -m tests.chaos --kills=100 [--out=FILE]           (or: make chaos)
 
 Every life of the run starts on 1, 2 or 4 ranks, with the optimizer's state sharded or not, and is killed at a random
-moment after its start: all processes at once (a machine goes away) or a single rank. Then the run is finished, and
-its weights, its optimizer state, the metrics of every step and the kept steps of its ledger must be those of the
-run that was never touched.
+moment: soon after its start, or, while the run is behind its schedule (the last kill is to come before the last
+step), some time after it has made a new checkpoint. All processes at once (a machine goes away) or a single rank.
+Then the run is finished, and its weights, its optimizer state, the metrics of every step and the kept steps of its
+ledger must be those of the run that was never touched. The file that --out names gets what the run was made of and
+what it kept, which bench.goodput compares with its simulation.
 """
 
 import argparse
 import json
 import os
+import platform
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
+import torch
+
+from core import journal, ledger, storage
 from demo.processes import descendants
 from demo.s3_server import S3Server
 from tests import corpus, launching
+
+MAX_LOST_SECONDS = 2
+BEFORE_LAST_KILL = 0.9  # share of the steps that are to be done when the last kill comes
 
 
 def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int, longest_life: float) -> dict:
@@ -31,23 +42,27 @@ def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int, longe
         f"--data.url={data_url}",
         f"--train.steps={steps}",
         "--train.log_every=100",
-        "--checkpoint.max_lost_seconds=2",
+        f"--checkpoint.max_lost_seconds={MAX_LOST_SECONDS}",
     ]
     straight, killed = f"{base_url}/straight", f"{base_url}/killed"
     patience = 60 + steps  # seconds; a step takes a fraction of one
     launching.train(2, *flags, f"--run.url={straight}", patience_seconds=patience)
-    happened = {"kills of everything": 0, "kills of one rank": 0, "died before its kill": 0, "lives": 0}
-    while happened["lives"] < kills:
+    happened = {"kills of everything": 0, "kills of one rank": 0}
+    lives: list[tuple[float, float]] = []  # when each began, how long it lasted
+    newest = 0
+    while len(lives) < kills:
         ranks, shard = choose.choice([1, 2, 4]), choose.choice(["true", "false"])
-        process = launching.start(ranks, *flags, f"--run.url={killed}", f"--optimizer.shard={shard}")
-        happened["lives"] += 1
-        time.sleep(choose.uniform(0.0, longest_life))
+        begun = time.time()
+        environment = {"SEGMENT_STARTED_AT": str(begun)}
+        flags_now = [*flags, f"--run.url={killed}", f"--optimizer.shard={shard}"]
+        process = launching.start(ranks, *flags_now, environment=environment)
+        behind = newest < BEFORE_LAST_KILL * steps * len(lives) / kills
+        if behind:
+            wait_for_checkpoint_after(newest, killed, process)
+        time.sleep(choose.uniform(0.0, longest_life / 4 if behind else longest_life))
         if process.poll() is not None:
-            # Nothing killed it: it must have finished, and what is left of the kills has nothing to hit.
-            code, output = launching.finish(process)
-            assert code == 0, output
-            happened["died before its kill"] += 1
-            break
+            _, output = launching.finish(process)
+            raise AssertionError(f"ended before its kill, the {len(lives) + 1}th; more --steps are needed:\n{output}")
         workers = [pid for pid in descendants(process.pid) if is_rank(pid)]
         if ranks > 1 and workers and choose.random() < 0.3:
             os.kill(choose.choice(workers), signal.SIGKILL)
@@ -57,15 +72,56 @@ def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int, longe
         else:
             launching.kill(process)
             happened["kills of everything"] += 1
-        newest = (launching.completed(killed) or ["none"])[0]
-        print(f"life {happened['lives']}: {ranks} ranks, newest checkpoint {newest}", flush=True)
-    launching.train(2, *flags, f"--run.url={killed}", patience_seconds=patience)
-    compare(killed, straight, steps)
-    return happened | {"steps": steps}
+        lives.append((begun, time.time() - begun))
+        newest = (launching.completed(killed) or [0])[0]
+        print(f"life {len(lives)}: {lives[-1][1]:.1f} s on {ranks} ranks, newest checkpoint {newest}", flush=True)
+    begun = time.time()
+    finish = launching.start(2, *flags, f"--run.url={killed}", environment={"SEGMENT_STARTED_AT": str(begun)})
+    code, output = launching.finish(finish, patience)
+    assert code == 0, output
+    report = compare(killed, straight, steps)
+    lives.append((begun, time.time() - begun))
+    return happened | {"steps": steps} | measured(killed, report, lives)
 
 
-def compare(killed: str, straight: str, steps: int) -> None:
-    """Same bits in the last checkpoint, same numbers per step, and each step kept exactly once in the books."""
+def wait_for_checkpoint_after(step: int, run_url: str, process: subprocess.Popen) -> None:
+    launching.wait_until(lambda: (launching.completed(run_url) or [0])[0] > step, process)
+
+
+def measured(run_url: str, report: dict, lives: list[tuple[float, float]]) -> dict:
+    """What the run was made of, from its own books: the figures that a simulation of it needs, and what it kept."""
+    marks, starts = [], {}
+    for number in ledger.segment_numbers(run_url):
+        folder = storage.join(run_url, ledger.FOLDER, ledger.segment_name(number))
+        start = json.loads(storage.read_bytes(storage.join(folder, "start.jsonl")))
+        events, _ = journal.read(storage.join(folder, "events"))
+        found = [event for event in events if event["event"] == "mark"]
+        marks += found
+        for mark in found:
+            if mark["name"] == "first_step":
+                starts[start["time"]] = mark["time"] - mark["step_seconds"] - start["time"]
+    saves = [mark for mark in marks if mark["name"] == "checkpoint"]
+    kept_seconds = next(phase["seconds"] for phase in report["phases"] if phase["name"] == "train_kept")
+    steps = kept_steps(report)
+    return {
+        "max_lost_seconds": MAX_LOST_SECONDS,
+        "step_seconds": kept_seconds / steps,
+        "blocked_seconds": statistics.mean(mark["blocked_seconds"] for mark in saves),
+        "background_seconds": statistics.mean(mark["background_seconds"] for mark in saves),
+        "restart_seconds": statistics.mean(starts.values()),
+        "checkpoints": len(saves),
+        "lives_that_reached_a_step": len(starts),
+        "kept_seconds": kept_seconds,
+        "up_seconds": sum(seconds for _, seconds in lives),
+        "lives": [{"seconds": seconds, "restart_seconds": starts.get(begun)} for begun, seconds in lives],
+    }
+
+
+def compare(killed: str, straight: str, steps: int) -> dict:
+    """Same bits in the last checkpoint, same numbers per step, and each step kept exactly once in the books.
+
+    Returns the killed run's report.
+    """
     assert launching.tensors(killed, steps) == launching.tensors(straight, steps)
     mine, theirs = launching.metrics(killed), launching.metrics(straight)
     assert sorted(mine) == sorted(theirs) == list(range(1, steps + 1))
@@ -82,6 +138,7 @@ def compare(killed: str, straight: str, steps: int) -> None:
     )
     kept = kept_steps(report)
     assert kept == steps, f"the books keep {kept} steps of {steps}"
+    return report
 
 
 def kept_steps(report: dict) -> int:
@@ -98,9 +155,10 @@ def is_rank(pid: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--longest-life", type=float, default=20.0, help="seconds from a start to its kill, at most")
+    parser.add_argument("--longest-life", type=float, default=10.0, help="seconds; a start that is behind gets more")
+    parser.add_argument("--out", type=Path, help="JSON file for what happened")
     arguments = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, S3Server(Path(folder) / "s3") as server:
@@ -112,7 +170,13 @@ def main() -> None:
         happened = chaos(
             "s3://chaos/set", "s3://chaos", arguments.kills, arguments.steps, arguments.seed, arguments.longest_life
         )
-    print(f"bit-identical after {happened}, {time.monotonic() - begun:.0f} s")
+    seconds = time.monotonic() - begun
+    short = {name: value for name, value in happened.items() if name != "lives"}
+    print(f"bit-identical after {len(happened['lives']) - 1} kills, {seconds:.0f} s: {json.dumps(short, indent=1)}")
+    if arguments.out:
+        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
+        facts = {"date": date.today().isoformat(), "machine": machine, "torch": torch.__version__, "seconds": seconds}
+        arguments.out.write_text(json.dumps(facts | happened, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
 
 Faults before the request reaches the store: 500, 503 SlowDown, a reset. After it: a truncated body, an answer that
 is lost although the store has acted, a hang.
+
+`stall` holds every request back for a while. With `listing_lag_seconds` listings are as old as that: they omit what
+was stored since, and show what was deleted since.
 """
 
 import contextlib
@@ -16,12 +19,14 @@ import struct
 import threading
 import time
 from collections import Counter
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.etree import ElementTree
 
 SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
 INTERNAL = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We encountered an error.</Message></Error>"
+NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 HANG_SECONDS = 2.0
 FAULTS = ("500", "503", "reset", "truncated", "answer lost", "hang")
 
@@ -29,11 +34,15 @@ FAULTS = ("500", "503", "reset", "truncated", "answer lost", "hang")
 class FaultyProxy:
     """`share` of the requests get a fault; `injected` counts them by kind."""
 
-    def __init__(self, upstream: str, share: float, seed: int):
+    def __init__(self, upstream: str, share: float = 0.0, seed: int = 0, listing_lag_seconds: float = 0.0):
         parts = urlsplit(upstream)
         self.upstream = (parts.hostname, parts.port)
         self.share = share
         self.injected: Counter[str] = Counter()
+        self.listing_lag_seconds = listing_lag_seconds
+        self.stalled_until = 0.0
+        self._stored: dict[str, float] = {}  # "bucket/key" → when
+        self._deleted: dict[str, float] = {}
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
@@ -51,6 +60,48 @@ class FaultyProxy:
         self._server.shutdown()
         self._server.server_close()
 
+    def stall(self, seconds: float) -> None:
+        """From now on nothing is answered for so long."""
+        self.stalled_until = time.monotonic() + seconds
+
+    def saw(self, method: str, path: str) -> None:
+        """Remember when an object came and went."""
+        key = unquote(urlsplit(path).path.lstrip("/"))
+        with self._lock:
+            if method == "PUT":
+                self._stored.setdefault(key, time.monotonic())
+                self._deleted.pop(key, None)
+            elif method == "DELETE" and key in self._stored:
+                self._deleted[key] = time.monotonic()
+
+    def aged(self, path: str, listing: bytes) -> bytes:
+        """A listing (ListObjectsV2) as it was `listing_lag_seconds` ago, as far as we saw."""
+        bucket = urlsplit(path).path.strip("/")
+        query = parse_qs(urlsplit(path).query)
+        if "list-type" not in query:
+            return listing
+        prefix, since = query.get("prefix", [""])[0], time.monotonic() - self.listing_lag_seconds
+        ElementTree.register_namespace("", NAMESPACE)
+        root = ElementTree.fromstring(listing)
+        with self._lock:
+            for entry in root.findall(f"{{{NAMESPACE}}}Contents"):
+                if self._stored.get(f"{bucket}/{entry.findtext(f'{{{NAMESPACE}}}Key')}", 0.0) > since:
+                    root.remove(entry)
+                    self.injected["omitted"] += 1
+            for folder in root.findall(f"{{{NAMESPACE}}}CommonPrefixes"):
+                name = f"{bucket}/{folder.findtext(f'{{{NAMESPACE}}}Prefix')}"
+                if min((at for key, at in self._stored.items() if key.startswith(name)), default=0.0) > since:
+                    root.remove(folder)
+                    self.injected["omitted"] += 1
+            for key, at in self._deleted.items():
+                if query.get("delimiter", [""]) == [""] and at > since and key.startswith(f"{bucket}/{prefix}"):
+                    entry = ElementTree.SubElement(root, f"{{{NAMESPACE}}}Contents")
+                    facts = {"Key": key.removeprefix(f"{bucket}/"), "LastModified": "2026-01-01T00:00:00Z", "Size": "1"}
+                    for name, text in facts.items():
+                        ElementTree.SubElement(entry, f"{{{NAMESPACE}}}{name}").text = text
+                    self.injected["shown though deleted"] += 1
+        return ElementTree.tostring(root, xml_declaration=True, encoding="utf-8")
+
     def draw(self) -> str | None:
         with self._lock:
             if self._random.random() >= self.share:
@@ -66,6 +117,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        time.sleep(max(0.0, self.proxy.stalled_until - time.monotonic()))
         fault = self.proxy.draw()
         if fault in ("500", "503"):
             self._answer(int(fault), {}, INTERNAL if fault == "500" else SLOW_DOWN)
@@ -85,6 +137,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = answer.read()
         finally:
             connection.close()
+        if self.proxy.listing_lag_seconds:
+            self.proxy.saw(self.command, self.path)
+            content = self.proxy.aged(self.path, content) if self.command == "GET" else content
         if fault == "hang":
             time.sleep(HANG_SECONDS)
         if fault == "answer lost":

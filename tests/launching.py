@@ -41,11 +41,12 @@ def start(
     environment: Mapping[str, str] | None = None,
     module: str = "trainer.train",
     base: Sequence[str] = TINY,
+    torchrun: Sequence[str] = ("--rdzv-endpoint=127.0.0.1:0",),
+    within: Sequence[str] = (),
 ) -> subprocess.Popen:
-    """torchrun in a process group of its own, output to be read."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    command += ["-m", module, *base, *flags]
+    """torchrun in a process group of its own, output to be read; `within` is a command that runs another."""
+    command = [*within, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--local-addr=127.0.0.1", *torchrun, "-m", module, *base, *flags]
     env = {**os.environ, "TORCHELASTIC_ERROR_FILE": os.devnull, **(environment or {})}
     return subprocess.Popen(
         command,

@@ -53,7 +53,7 @@ class ShardCache:
         self._mapped: dict[int, np.ndarray] = {}
         self._closed = False
         self.patient = False  # set once the first batch is out
-        self._not_before: dict[int, float] = {}
+        self._not_before = 0.0
         self._readers = ThreadPoolExecutor(RANGE_READERS, thread_name_prefix="range reader")
 
     def read(self, shards: Sequence[int], begins: Sequence[int], count: int) -> np.ndarray:
@@ -113,14 +113,14 @@ class ShardCache:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _wait_for(self, shard: int) -> np.ndarray | None:
-        """The shard once it is on disk; None when it does not come, and then not waited for again for a while."""
+        """The shard once it is on disk; None when it does not come, and then no shard is waited for for a while."""
         now = time.monotonic()
-        if now < self._not_before.get(shard, 0.0):
+        if now < self._not_before:
             return self._map(shard)
         deadline = now + PATIENCE_SECONDS
         while (tokens := self._map(shard)) is None and not self._closed:
             if time.monotonic() > deadline:
-                self._not_before[shard] = time.monotonic() + IMPATIENT_SECONDS
+                self._not_before = time.monotonic() + IMPATIENT_SECONDS
                 return None
             time.sleep(0.005)
         return tokens
