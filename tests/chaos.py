@@ -155,9 +155,9 @@ def is_rank(pid: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--longest-life", type=float, default=10.0, help="seconds; a start that is behind gets more")
+    parser.add_argument("--longest-life", type=float, default=8.0, help="seconds; a start that is behind gets more")
     parser.add_argument("--out", type=Path, help="JSON file for what happened")
     arguments = parser.parse_args()
     begun = time.monotonic()
