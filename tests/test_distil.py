@@ -18,8 +18,8 @@ from trainer.stages.teacher import Teacher, open_teacher
 
 MODULE = "trainer.distil"
 STUDENT = ["--model.layers=1", "--model.heads=2", "--model.width=16", "--model.context=64"]
-FLAGS = [*STUDENT, *tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--train.eval_tokens=1024"]
-FLAGS += ["--checkpoint.every=3"]
+FLAGS = [*STUDENT, *tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--train.eval_tokens=256"]
+FLAGS += ["--checkpoint.every=3", "--batch.tokens=256"]  # each token costs two softmaxes over the vocabulary
 CPU = torch.device("cpu")
 
 
