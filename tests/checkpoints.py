@@ -9,6 +9,8 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.pieces import key_of
 from trainer.model.gpt import GPT
 
+# Threads wait for each other at the end of every product, on a busy machine far longer than a small one takes.
+torch.set_num_threads(1)
 SMALL = ModelConfig(layers=1, heads=2, width=16, context=128, vocab_rows=50304)
 
 
