@@ -13,8 +13,8 @@ from core import journal, ledger, storage
 def spent_before(run_url: str, segment: int) -> float | None:
     """Dollars of all segments with a lower number; None when the price or the time of one cannot be told.
 
-    A segment is counted to its last heartbeat, so a machine that was killed is short by at most a few seconds;
-    one that left no heartbeat at all counts as one heartbeat interval. Raises StorageError.
+    A machine that was killed is counted to its last heartbeat and one heartbeat interval more, which it may have lived:
+    a cap must hold after many of them. Raises StorageError.
     """
     numbers = [number for number in ledger.segment_numbers(run_url) if number < segment]
     with ThreadPoolExecutor(16) as pool:
@@ -29,17 +29,19 @@ def _spent_by(run_url: str, number: int) -> float | None:
         price, began = start["machine"]["usd_per_hour"], start["time"]
         if start["version"] > ledger.VERSION or not 0 < price < math.inf:
             return None
-        return max(0.0, _last_heartbeat(folder, began) - began) / 3600 * price
+        return max(0.0, _ended_at(folder, began) - began) / 3600 * price
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _last_heartbeat(folder: str, began: float) -> float:
-    """End of the newest span: of the newest object, unless that holds none or cannot be read."""
+def _ended_at(folder: str, began: float) -> float:
+    """When it said that it ended, else the latest that it may have lived: the end of its newest span, which is in the
+    newest object unless that holds none or cannot be read, and the interval until the next one."""
     newest = sorted(storage.list_objects(storage.join(folder, "events")), key=lambda info: info.name, reverse=True)
     for info in newest:
         events, _ = journal.read_objects([info.uri])
         ends = [event["end"] for event in events if event.get("event") == "span"]
         if ends:
-            return max(ends)
+            closed = any(event.get("event") == "end" for event in events)
+            return max(ends) + (0.0 if closed else journal.FLUSH_SECONDS)
     return began + journal.FLUSH_SECONDS

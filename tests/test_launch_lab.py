@@ -163,7 +163,7 @@ def test_the_forecast_is_the_report(lab, on_demand):
     assert expected["usd"] == pytest.approx(usd, rel=0.2)
 
 
-def test_a_trained_model_is_fine_tuned(lab, data):
+def test_a_trained_model_is_fine_tuned_and_evaluated(lab, data):
     lab.launch("pretrain-8xa100", "base", RUN="base", TRAIN_ARGS=f"{SMALL} --train.steps=10")
     wait("the model", lambda: lab.step("base") == 10)
     small = "--train.steps=6 --batch.tokens=1024 --batch.micro_batch=4 --train.eval_every=0"
@@ -175,7 +175,13 @@ def test_a_trained_model_is_fine_tuned(lab, data):
     assert "SUCCEEDED" in output, output[-3000:]
     assert lab.step("chat") == 6
     assert lab.report("chat")["stage"] == "finetune"
-    for each in (cluster, "base"):
+    arguments = "--tasks=perplexity --tokens=4096"
+    scored = lab.launch("evaluate", RUN="base", EVAL_ARGS=arguments)
+    output = lab.output(scored)
+    assert "SUCCEEDED" in output, output[-3000:]
+    assert any(name.startswith("step-00000010/perplexity") for name in lab.objects("runs/base/evaluations"))
+    assert lab.report("base/evaluations")["stage"] == "evaluate"
+    for each in (cluster, scored, "base"):
         assert lab.inside("sky", "down", "--yes", each).returncode == 0
 
 

@@ -141,6 +141,20 @@ def test_cap_counts_all_segments_and_keeps_a_reserve(tmp_path, monkeypatch: pyte
     second.close("cap")
 
 
+def test_on_spot_the_cap_pays_for_one_more_arrival(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock(monkeypatch)
+    clock.seconds = 100  # from the boot until now
+    for spot, reached_at in ((True, 1000 - 120 - 150), (False, 1000 - 120)):
+        book = Ledger(str(tmp_path / str(spot)), Machine(usd_per_hour=36.0, spot=spot), {})
+        clock.seconds = 100
+        cap = SpendingCap(book, max_usd=10.0, shutdown_seconds=120, spent_before=0.0)
+        clock.seconds = reached_at - 1
+        assert not cap.reached(step_seconds=0, checkpoint_seconds=0)
+        clock.seconds = reached_at + 1
+        assert cap.reached(step_seconds=0, checkpoint_seconds=0)
+        book.close("cap")
+
+
 def test_cap_without_a_known_price_is_refused(tmp_path):
     run_url = str(tmp_path / "run")
     with pytest.raises(

@@ -16,17 +16,18 @@ import torch
 from core.console import CAPPED, FAILED, OK, PREEMPTED
 from core.schema import TrainConfig
 from trainer import compile_cache, distributed
+from trainer.checkpoint import layout
 from trainer.checkpoint.early import EarlyFetch
 from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, on_main
 from trainer.evals.looks import Looks
 from trainer.loop import Loop
 from trainer.optim.units import UnitOptimizer
 from trainer.record import Record
 from trainer.report import Report
 from trainer.stages.stage import Stage
-from trainer.watch.notice import Requests
+from trainer.watch.notice import Notice, Requests
 from trainer.watch.spot import SpotWatch
 
 log = logging.getLogger("train")
@@ -60,6 +61,13 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
     spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
     saver = report = None
     try:
+        spent = on_main(lambda: record.cap.describe() if record.cap.reached(0.0, 0.0) else "", ranks)
+        if spent:  # by the machines before: this one shall cost as little as it can
+            saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
+            code = leave(settings, record, saved, Notice("cap", spent))
+            tell_launcher(code, ranks.is_main)
+            return code
+
         # 2. Model and optimizer, from the newest checkpoint or the start: the same bits on every rank.
         model = stage.build()
         model.to_empty(device=ranks.device)

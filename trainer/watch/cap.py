@@ -1,7 +1,8 @@
 """The hard dollar cap of a run: all its segments together never cost more than MAX_USD.
 
 What earlier segments cost comes from their ledgers. The cap is reached early enough that the money left still pays
-for the last checkpoint and for the time until the machine is down.
+for the last checkpoint and for the time until the machine is down; on spot also for another machine, should this one
+be taken away now, up to the point where it finds that the money is spent.
 """
 
 from core.errors import ConfigError
@@ -9,7 +10,7 @@ from core.ledger import Ledger, Machine
 from core.spending import spent_before
 
 ALL_SEGMENTS = 1 << 62
-SAFETY = 1.5  # on the time that the last checkpoint is expected to take
+SAFETY = 1.5  # on the times that the last checkpoint and a new machine are expected to take
 
 
 def spent_by_earlier_segments(run_url: str, machine: Machine, max_usd: float) -> float | None:
@@ -38,6 +39,7 @@ class SpendingCap:
         self._ledger = ledger
         self._shutdown_seconds = shutdown_seconds
         self._before = spent_before
+        self._arrival_seconds = ledger.elapsed_seconds() if ledger.machine.spot else 0.0
 
     def spent_usd(self) -> float | None:
         """Dollars of the whole run so far, None if a price is not known (with a cap all are)."""
@@ -48,7 +50,7 @@ class SpendingCap:
         """Whether one more step would leave too little for the last checkpoint and the way down."""
         if not self.max_usd:
             return False
-        reserve = step_seconds + SAFETY * checkpoint_seconds + self._shutdown_seconds
+        reserve = step_seconds + SAFETY * (checkpoint_seconds + self._arrival_seconds) + self._shutdown_seconds
         return self.spent_usd() + reserve / 3600 * self._ledger.machine.usd_per_hour >= self.max_usd
 
     def describe(self) -> str:
