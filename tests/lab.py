@@ -102,14 +102,16 @@ class Lab:
         arguments = ("cost_report.py", "estimate", task, "--json", *options)
         return json.loads(self.python(*arguments, environment=environment))["offers"][0]
 
-    def bill(self, name: str) -> float:
-        """What the cloud charges for the machines of the clusters whose names begin so: from start to end, by its own
-        record of events, at its own prices; spot at what its price history says."""
+    def bill(self, name: str) -> tuple[float, float]:
+        """Seconds and dollars that the cloud charges for the machines of the clusters whose names begin so: from start
+        to end, by its own record of events, at its own prices; spot at what its price history says."""
         events = json.loads(self.inside("curl", "-s", f"{self.endpoint.rpartition(':')[0]}:5001/events").stdout)
         started = {i: event for event in events if event["kind"] == "run_instances" for i in event["ids"]}
         ended = {event["id"]: event["t"] for event in events if event["kind"] == "kill"}
         ours = [i for i in json.loads(self.control("json")) if (i["cluster"] or "").startswith(name)]
-        return sum((ended[i["id"]] - started[i["id"]]["t"]) / 3600 * self._usd_per_hour(i) for i in ours)
+        seconds = [ended[i["id"]] - started[i["id"]]["t"] for i in ours]
+        usd = [each / 3600 * self._usd_per_hour(i) for each, i in zip(seconds, ours, strict=True)]
+        return sum(seconds), sum(usd)
 
     def _usd_per_hour(self, instance: dict) -> float:
         if instance["market"] == "spot":
