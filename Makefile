@@ -18,13 +18,13 @@ help: ## list the targets
 
 setup: $(STAMP) ## install everything that demo and tests need into .venv (CPU build of torch, no CUDA)
 
-# torch goes in without its dependencies (dev.txt pins those of the CPU build). The CPU wheel comes from
-# pip's own sources where these hold one, else from PyTorch's CPU index, which uv knows by name.
+# dev.txt names all there is to install but torch, so nothing is resolved. torch's CPU wheel comes from pip's own
+# sources where these hold one, else from PyTorch's CPU index, which uv knows by name.
 $(STAMP): requirements/dev.txt requirements/torch.constraint
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s; set PYTHON=/path/to/python3.11" % sys.version.split()[0])'
 	@echo "setting up $(VENV) (once; a few minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)+cpu" 2>/dev/null \
 	  || { $(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend=cpu "$(TORCH)"; }
 	@rm -f $(VENV)/.installed-*; touch $@

@@ -81,7 +81,9 @@ def test_time_is_accounted_from_the_end_of_the_job_before(node, tmp_path):
     """The program sees when its paid time began: the boot, or later, the end of the job before."""
     ended = int(time.time()) - 7
     (tmp_path / ".pretrain-launcher-ended").write_text(f"{ended}\n")
-    process = node("run", "train", "true", PROGRAM="echo began $SEGMENT_STARTED_AT; echo $RUN_URL $DATA_URL $IMAGE_DIGEST")
+    process = node(
+        "run", "train", "true", PROGRAM="echo began $SEGMENT_STARTED_AT; echo $RUN_URL $DATA_URL $IMAGE_DIGEST"
+    )
     output, _ = process.communicate()
     assert f"began {ended}" in output
     assert "s3://b/runs/r s3://b/data/d sha256:1234" in output

@@ -7,7 +7,6 @@ from core.ledger import Ledger, Machine
 from core.spending import spent_before
 from tests.golden import NOON, RunFolder, mark, preempted_and_resumed, span
 
-
 # The first machine of the golden run was killed, at a cent a second: it may have lived for one interval more.
 KILLED = 3.72 + 0.03
 
