@@ -97,10 +97,11 @@ class Lab:
         return json.loads(self.python("cost_report.py", f"s3://{BUCKET}/runs/{run}", *options, environment=environment))
 
     def forecast(self, task: str, *options: str, **settings: str) -> dict:
-        """The offer that `estimate` expects to be the cheapest."""
+        """The offer of `estimate` whose speed was measured; the pretended GPUs of others have published speeds."""
         environment = {"BUCKET": BUCKET, "AWS_ENDPOINT_URL": self.endpoint, **REHEARSAL, **settings}
         arguments = ("cost_report.py", "estimate", task, "--json", *options)
-        return json.loads(self.python(*arguments, environment=environment))["offers"][0]
+        offers = json.loads(self.python(*arguments, environment=environment))["offers"]
+        return next(offer for offer in offers if offer["kind"] == "measured")
 
     def bill(self, name: str) -> tuple[float, float]:
         """Seconds and dollars that the cloud charges for the machines of the clusters whose names begin so: from start

@@ -171,7 +171,7 @@ def test_the_forecast_is_the_report(lab, on_demand):
 def test_a_trained_model_is_fine_tuned_and_evaluated(lab, data):
     lab.launch("pretrain-8xa100", "base", RUN="base", TRAIN_ARGS=f"{SMALL} --train.steps=10")
     wait("the model", lambda: lab.step("base") == 10)
-    small = "--train.steps=6 --batch.tokens=1024 --batch.micro_batch=4 --train.eval_every=0"
+    small = "--train.steps=6 --batch.tokens=1024 --batch.micro_batch=4 --train.eval_every=0 --optimizer.warmup_steps=2"
     rows = f"--data.rows=s3://{BUCKET}/source/rows.jsonl --checkpoint.every=3"
     start = f"s3://{BUCKET}/runs/base"
     config = "trainer/configs/tuning/finetune-chat.yaml"
