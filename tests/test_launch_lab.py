@@ -158,7 +158,7 @@ def test_the_forecast_is_the_report(lab, on_demand):
     """A run of three times the length, forecast from the shorter one: its speed, and its time to come and to go."""
     before = {phase["name"]: phase["seconds"] for phase in lab.report("on-demand", "--json")["phases"]}
     settings = {"RUN": "longer", "TRAIN_ARGS": f"{SMALL} --train.steps=120"}
-    known = [f"--provision-seconds={before['provision']}", "--image-seconds=0"]
+    known = [f"--provision-seconds={before.get('provision', 0)}", "--image-seconds=0"]
     known += [f"--shutdown-seconds={before['idle_until_down']}", f"--like=s3://{BUCKET}/runs/on-demand"]
     expected = lab.forecast(lab.task("pretrain-8xa100", "longer", "lambda"), *known, **settings)
     cluster = lab.launch("pretrain-8xa100", "longer", without="lambda", **settings)
