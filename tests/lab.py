@@ -18,7 +18,7 @@ PYTHON = ROOT / ".venv-launch/bin/python"
 BUCKET = "my-bucket"
 REHEARSAL = {"DEVICE": "cpu", "RANKS_PER_NODE": "1", "CONFIG": "trainer/configs/debug.yaml", "DATA": "small"}
 # What the emulated cloud does not offer, and what stands for it there.
-STAND_INS = {'"GH200:1"': '"A10:1"', '"A100:2"': '"A100:1"'}
+STAND_INS = {'"GH200:1"': '"A10:1"', '"A100:2"': '"A10:1"'}
 NOT_OFFERED = ("aws/us-east-2", '"L4:1"')
 
 
