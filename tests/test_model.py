@@ -132,6 +132,7 @@ def test_document_mask_stops_at_the_end_of_text():
         assert torch.all(reach[t + 1 :] == 0)
 
 
+@pytest.mark.slow
 def test_block_mask_says_what_the_dense_one_says():
     from torch.nn.attention.flex_attention import flex_attention
 
