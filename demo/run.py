@@ -7,7 +7,6 @@ Its files lie in .demo/ and are replaced by the next demo. Ctrl-C ends everythin
 """
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from core import manifest, storage
+from core import history, manifest, storage
 from core.shard import HEADER_BYTES
 from demo import speeches
 from demo.processes import kill_tree, start
@@ -159,14 +158,10 @@ def tokens_of(split: str) -> np.ndarray:
 
 def check_learning(unigrams: Unigrams) -> None:
     """Compare with the frequencies: the last steps' training loss (tokens seen for the first time) and validation."""
-    found: dict[str, dict[int, dict]] = {"train": {}, "eval": {}, "sample": {}}
-    for info in storage.list_objects(storage.join(RUN_URL, "metrics")):
-        for line in storage.read_bytes(info.uri).decode().splitlines():
-            event = json.loads(line)
-            found[event["kind"]][event["step"]] = event
-    steps = sorted(found["train"])
-    train_loss = float(np.mean([found["train"][step]["loss"] for step in steps[-LAST_STEPS:]]))
-    last = found["eval"][max(found["eval"])]
+    measured = history.read(RUN_URL)
+    steps = [point.step for point in measured.points("train")]
+    train_loss = float(np.mean([point.values["loss"] for point in measured.points("train")[-LAST_STEPS:]]))
+    last = measured.points("eval")[-1].values
     baseline = unigrams.loss(tokens_of("val")[1 : last["eval_tokens"] + 1])
     say(f"training loss, last {LAST_STEPS} steps  {train_loss:.2f} nats, frequencies alone {unigrams.entropy:.2f}")
     say(f"validation loss              {last['val_loss']:.2f} nats, frequencies alone {baseline:.2f}")
