@@ -55,17 +55,17 @@ def environment(vocab_bpe) -> dict[str, str]:
 
 
 class Terminal:
-    """A chat on a pseudo-terminal of 40 lines and 160 columns."""
+    """A chat on a pseudo-terminal of 40 lines and 240 columns."""
 
     def __init__(self, folder: Path, environment: dict[str, str], *arguments: str):
         self.child = pexpect.spawn(
             sys.executable,
             ["-m", "trainer.chat", *arguments],
             cwd=str(REPOSITORY),
-            env=environment | {"PYTHONPATH": str(REPOSITORY)},
+            env=environment | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "240", "LINES": "40"},
             encoding="utf-8",
             timeout=PATIENCE_SECONDS,
-            dimensions=(40, 160),
+            dimensions=(40, 240),  # wide: names of models are paths here, and stand whole above their columns
         )
         self.child.delaybeforesend = None
         self.wait()
