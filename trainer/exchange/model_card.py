@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core import config as settings
-from core import journal, ledger, manifest, storage
+from core import history, ledger, manifest, storage
 from core.architecture import ModelConfig, parameters
-from core.errors import LauncherError
+from core.errors import DataError, LauncherError
 from core.spending import spent_before
 from core.vocabulary import GPT2_VOCAB_SIZE
 from trainer.evals import results
@@ -178,19 +178,17 @@ def thinned(values: Sequence[int], count: int) -> list[int]:
 
 
 def _losses(run_url: str, last_step: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """Training and validation losses up to a step; of a step that was done again the later one counts."""
-    train, held_out = {}, {}
-    for segment in storage.list_names(storage.join(run_url, "metrics")):
-        events, _ = journal.read(storage.join(run_url, "metrics", segment))
-        for event in events:
-            if event.get("kind") == "train":
-                train[event["step"]] = event["loss"]
-            elif event.get("kind") == "eval":
-                held_out[event["step"]] = event["val_loss"]
-    return tuple(
-        sorted((step, loss) for step, loss in losses.items() if step <= last_step and loss is not None)
-        for losses in (train, held_out)
-    )
+    """Training and validation losses of the kept steps up to one."""
+    try:
+        measured = history.read(run_url)
+    except DataError:  # weights that were imported, not trained here
+        return [], []
+
+    def curve(kind: str, key: str) -> list[tuple[int, float]]:
+        points = [(point.step, point.values.get(key)) for point in measured.points(kind)]
+        return [(step, loss) for step, loss in points if step <= last_step and loss is not None]
+
+    return curve("train", "loss"), curve("eval", "val_loss")
 
 
 def _loss(value: float | None) -> str:
