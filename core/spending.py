@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from core import journal, ledger, storage
 
 
-def spent_before(run_url: str, segment: int) -> float | None:
-    """Dollars of all segments with a lower number; None when the price or the time of one cannot be told.
+def spent_before(run_url: str, segment: int | None = None) -> float | None:
+    """Dollars of all segments, or of those with a lower number; None when the price or the time of one cannot be told.
 
     A machine that was killed is counted to its last heartbeat and one heartbeat interval more, which it may have lived:
     a cap must hold after many of them. Raises StorageError.
     """
-    numbers = [number for number in ledger.segment_numbers(run_url) if number < segment]
+    numbers = [number for number in ledger.segment_numbers(run_url) if segment is None or number < segment]
     with ThreadPoolExecutor(16) as pool:
         amounts = list(pool.map(lambda number: _spent_by(run_url, number), numbers))
     return None if None in amounts else math.fsum(amounts)

@@ -19,7 +19,6 @@ from trainer.exchange import huggingface
 from trainer.weights import Opened
 
 POINTS = 12  # of the loss curve's table
-ALL_SEGMENTS = 1 << 62
 
 
 @dataclass
@@ -49,10 +48,10 @@ def gather(opened: Opened) -> Facts:
             facts.data = None  # moved or removed since: the card says less
     facts.segments = len(ledger.segment_numbers(opened.run_url))
     if facts.segments:
-        facts.spent_usd = spent_before(opened.run_url, ALL_SEGMENTS)
+        facts.spent_usd = spent_before(opened.run_url)
     evaluations = storage.join(opened.run_url, results.FOLDER)
     if ledger.segment_numbers(evaluations):
-        facts.evaluation_usd = spent_before(evaluations, ALL_SEGMENTS)
+        facts.evaluation_usd = spent_before(evaluations)
     return facts
 
 

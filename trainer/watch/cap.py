@@ -9,20 +9,19 @@ from core.errors import ConfigError
 from core.ledger import Ledger, Machine
 from core.spending import spent_before
 
-ALL_SEGMENTS = 1 << 62
 SAFETY = 1.5  # on the times that the last checkpoint and a new machine are expected to take
 
 
 def spent_by_earlier_segments(run_url: str, machine: Machine, max_usd: float) -> float | None:
     """Dollars before this segment, None if a price is not known. Raises ConfigError if a cap could not hold then."""
     if not max_usd:
-        return spent_before(run_url, ALL_SEGMENTS)
+        return spent_before(run_url)
     if machine.usd_per_hour is None:
         raise ConfigError(
             f"run.max_usd is {max_usd:g}, but this machine's price is not known; "
             "set USD_PER_HOUR to what all its nodes cost per hour, or remove the cap"
         )
-    before = spent_before(run_url, ALL_SEGMENTS)
+    before = spent_before(run_url)
     if before is None:
         raise ConfigError(
             f"run.max_usd is {max_usd:g}, but an earlier segment of {run_url} ran at an unknown price; "
