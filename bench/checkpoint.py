@@ -50,6 +50,8 @@ def main() -> None:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for number in range(options.rounds + 1):
             for name, side in sides.items():
+                if name != "copy":  # the others fill files
+                    record.touch_pages(size)
                 measured = side(number + 1)
                 if number:  # the first round touches memory and fills caches
                     runs[name].append(measured)
@@ -161,7 +163,7 @@ def _sides(folder: Path, ranks, optimizer: UnitOptimizer) -> dict[str, Callable[
 
 def _show(results: dict) -> None:
     gigabytes = results["bytes"] / 1e9
-    about = f"torch {results['torch']}, {results['machine']['cores']} cores, medians of {results['rounds']}"
+    about = f"torch {results['versions']['torch']}, {results['machine']['cores']} cores, medians of {results['rounds']}"
     title = f"{gigabytes:.2f} GB, {about}"
     table = Table("side", "blocked s", "x copy", "total s", "CPU s per GB", "restore s", title=title)
     copy = results["median"]["copy"]["blocked"]

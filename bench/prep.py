@@ -1,6 +1,6 @@
 """Data preparation side by side: ours against the two usual ways, end to end and encoding alone.
 
-    python -m bench.prep --scratch=/tmp/bench-prep [--megabytes=300] [--rounds=3] [--encode] [--larger]
+    python -m bench.prep --scratch=/tmp/bench-prep [--text=prose] [--megabytes=300] [--rounds=3] [--encode] [--larger]
                          [--store=/dev/shm] [--out=FILE]
 
 End to end: parquet in a bucket of a real S3 server on loopback → token shards in that bucket, on all cores of this
@@ -12,6 +12,7 @@ the limit: our reader alone. Text: bench/corpus.py.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -33,13 +34,15 @@ from demo.s3_server import S3Server
 # Looking at the memory of all processes takes 15 ms of the cores that are measured.
 SAMPLE_SECONDS = 0.5
 BUCKET = "bench"
+# What a side, its server and their files may need.
+PAGES_BYTES = 3 << 30
 
 
 def main() -> None:
     options = _options()
     os.environ.setdefault("VOCAB_URL", _vocabulary())
-    files = corpus.parquet_files(options.scratch, options.megabytes)
-    larger = corpus.parquet_files(options.scratch, 4 * options.megabytes) if options.larger else []
+    files = corpus.parquet_files(options.scratch, options.megabytes, options.text)
+    larger = corpus.parquet_files(options.scratch, 4 * options.megabytes, options.text) if options.larger else []
     with tempfile.TemporaryDirectory(dir=options.store or options.scratch) as folder, S3Server(Path(folder)) as server:
         server.make_bucket(BUCKET)
         os.environ.update(server.environment())
@@ -61,6 +64,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the text, kept between runs")
+    parser.add_argument("--text", choices=("code", "prose"), default="prose")
     parser.add_argument("--megabytes", type=int, default=300, help="text in MB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", default="ours,fineweb,map,read")
@@ -109,17 +113,19 @@ def _rival(side: str, target: str) -> list[str]:
 
 def _run(command: list[str], server: S3Server) -> dict:
     """Run one side: wall seconds, CPU seconds and peak memory of its process tree (sampled), CPU of the server."""
+    record.touch_pages(PAGES_BYTES)
     server_before = _cpu_seconds(server._process.pid)
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         peak = 0
         cpu: dict[int, float] = {}
-        while process.poll() is None:
+        while process.returncode is None:
             members = _session(process.pid)
             peak = max(peak, sum(map(_bytes, members)))
             cpu |= {member: _cpu_seconds(member) or cpu.get(member, 0.0) for member in members}
-            time.sleep(SAMPLE_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SAMPLE_SECONDS)
         seconds = time.perf_counter() - started
         if process.returncode:
             output.seek(0)

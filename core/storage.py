@@ -139,17 +139,20 @@ def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
             yield part
 
 
-def download(uri: str, path: str | os.PathLike, expected_sha256: str | None = None) -> int:
+def download(
+    uri: str, path: str | os.PathLike, expected_sha256: str | None = None, *, survives_crash: bool = True
+) -> int:
     """Copy an object into a local file, which appears only when complete. Returns its bytes.
 
-    Raises ObjectDamaged when `expected_sha256` is given and the content differs.
+    Without `survives_crash` the file is not flushed to the disk, so that after a power cut its name may stand for
+    less than its content. Raises ObjectDamaged when `expected_sha256` is given and the content differs.
     """
     path = Path(path)
 
     def copy() -> int:
         digest = hashlib.sha256()
         size = 0
-        with _replacing(path) as target:
+        with _replacing(path, flush=survives_crash) as target:
             for chunk in _chunks(uri):
                 target.write(chunk)
                 size += len(chunk)
@@ -431,7 +434,7 @@ def _modified(info: dict) -> float | None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
+def _replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterator[BinaryIO]:
     """Write beside `path`, flush to disk, then move into place; nothing is left behind on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -439,8 +442,9 @@ def _replacing(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.chmod(0o644)
         if exclusive:
             os.link(temporary, path)  # atomic, and fails if the name is taken

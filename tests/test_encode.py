@@ -160,7 +160,7 @@ def test_a_hundred_megabytes_of_real_text(fast: GigatokenEngine, words: Vocabula
     reference = TiktokenEngine(words)
     texts: list[str] = []
     size = total = 0
-    for text in corpus.texts(tmp_path):
+    for text in corpus.code(tmp_path):
         texts.append(text)
         size += len(text)
         if size > 4_000_000:

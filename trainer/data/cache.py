@@ -5,9 +5,14 @@ together), so that the first batch needs no whole shard. Once that is out, one r
 in the order they will be needed, checks their SHA-256 and moves them into place; all ranks of the node map the same
 files. When the folder would outgrow its bound, the shards that are needed last go first. A rank that finds a shard
 gone reads by range again: the cache decides the speed, never the content.
+
+The folder is that of one boot of the machine. Within a boot the page cache is the truth, so that no shard waits for
+the disk; what an earlier boot left may have been cut off by a power failure and is removed unread.
 """
 
 import logging
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +41,11 @@ LOOK_SECONDS = 0.5  # how often the read-ahead looks where training is; looking 
 STALL_RETRY_SECONDS = 5.0
 STALL_SECONDS = 480.0  # below the collectives' time limit, so that the cause is named, not a time-out of the others
 
+try:
+    BOOT = "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+except OSError:  # not Linux: one folder for all boots, and every shard is flushed to the disk
+    BOOT = ""
+
 Window = tuple[int, int, int]  # shard, first token within it, row of the batch
 
 
@@ -45,8 +55,9 @@ class ShardCache:
     def __init__(self, data_url: str, manifest: Manifest, split: str, folder: Path, limit_bytes: float):
         self.data_url = data_url
         self.shards: tuple[ShardEntry, ...] = manifest.split(split, data_url).shards
-        self.folder = folder / manifest.fingerprint[:16]
+        self.folder = folder / f"{manifest.fingerprint[:16]}{BOOT}"
         self.limit_bytes = limit_bytes
+        self.fits = sum(shard.bytes for shard in self.shards) <= limit_bytes
         self.vocab_size = manifest.tokenizer.vocab_size
         self.dtype = np.dtype(f"<u{manifest.bits // 8}")
         self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])])
@@ -107,6 +118,10 @@ class ShardCache:
 
     def path(self, shard: int) -> Path:
         return self.folder / self.shards[shard].name
+
+    def is_here(self, shard: int) -> bool:
+        """Whether the shard is on disk."""
+        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # a Path takes four times as long
 
     def close(self) -> None:
         self._closed = True
@@ -197,6 +212,7 @@ class ReadAhead:
         self._begin = threading.Event()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, name="read-ahead", daemon=True) for _ in range(FETCHERS)]
+        self._threads.append(threading.Thread(target=self._remove_earlier_boots, name="clean-up", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -241,7 +257,7 @@ class ReadAhead:
                 budget -= self.cache.shards[shard].bytes
                 if budget < 0:
                     return None
-                if shard not in self._in_flight and not self.cache.path(shard).exists():
+                if shard not in self._in_flight and not self.cache.is_here(shard):
                     self._in_flight.add(shard)
                     self._make_room({self.cache.path(shard): rank for rank, shard in enumerate(soon)})
                     return shard
@@ -252,10 +268,10 @@ class ReadAhead:
         uri, path = storage.join(self.cache.data_url, entry.name), self.cache.path(shard)
         started = time.monotonic()
         try:
-            size = storage.download(uri, path, entry.sha256)
+            size = storage.download(uri, path, entry.sha256, survives_crash=not BOOT)
         except ObjectDamaged as error:
             log.warning("%s; fetching it once more", error)
-            size = storage.download(uri, path, entry.sha256)
+            size = storage.download(uri, path, entry.sha256, survives_crash=not BOOT)
         with path.open("rb") as file:
             header = parse_header(file.read(HEADER_BYTES), uri)
         check_size(header, size, uri)
@@ -265,8 +281,17 @@ class ReadAhead:
             )
         log.info("fetched %s (%.0f MB in %.1f s)", entry.name, size / 1e6, time.monotonic() - started)
 
+    def _remove_earlier_boots(self) -> None:
+        self._begin.wait()
+        folder = self.cache.folder
+        for other in folder.parent.glob(f"{folder.name.removesuffix(BOOT)}*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+
     def _make_room(self, soon: Mapping[Path, int]) -> None:
         """Remove what is needed last, or not at all soon, until everything in flight fits."""
+        if self.cache.fits:
+            return
         here = {path: path.stat().st_size for path in self.cache.folder.rglob("*.bin")}
         total = sum(here.values()) + sum(self.cache.shards[shard].bytes for shard in self._in_flight)
         for path in sorted(here, key=lambda path: -soon.get(path, READ_AHEAD_SHARDS)):
