@@ -94,6 +94,7 @@ def _end_to_end(options: argparse.Namespace, server: S3Server) -> dict:
     stats = manifest.read(f"s3://{BUCKET}/set-warm-up").stats
     return {
         **record.header("gigatoken", "pyarrow", "tiktoken", "datasets", "botocore"),
+        "text": options.text,
         "text_bytes": stats["text_bytes"],
         "tokens": stats["tokens"],
         "documents": stats["documents"],

@@ -125,6 +125,26 @@ def test_a_shard_that_vanishes_from_disk_is_read_by_range(url: str, tmp_path: Pa
     assert np.array_equal(again.samples(numbers), expected(stream, again, numbers))
 
 
+def test_what_an_earlier_boot_left_is_removed_unread(url: str, tmp_path: Path):
+    stream = make_set(url)
+    folder = tmp_path / "cache"
+    fingerprint = manifest.read(url).fingerprint[:16]
+    # As after a power cut: the name is there, its content is not.
+    left = folder / f"{fingerprint}-an-earlier-boot" / "train" / "00000.bin"
+    other = folder / "another-set" / "train" / "00000.bin"
+    for path in (left, other):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(1024 + 2 * SIZES[0]))
+    tokens = source(url, folder)
+    each = batches(tokens)
+    fetch_all(each, tokens)
+    numbers = np.arange(2)
+    assert np.array_equal(tokens.samples(numbers), expected(stream, tokens, numbers))
+    each.close()
+    assert not left.exists()
+    assert other.exists()
+
+
 def take_until_failure(each: Batches) -> Exception:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
@@ -204,7 +224,7 @@ def test_a_full_disk_slows_down_and_does_not_stop(url: str, tmp_path: Path, monk
     monkeypatch.setattr("trainer.data.cache.STALL_RETRY_SECONDS", 0.05)
     monkeypatch.setattr("trainer.data.cache.PATIENCE_SECONDS", 0.05)
 
-    def download(uri: str, path: Path, expected_sha256: str) -> int:
+    def download(uri: str, path: Path, expected_sha256: str, survives_crash: bool) -> int:
         raise StorageError(f"{path}: could not write: the disk is full; free space or choose another folder")
 
     monkeypatch.setattr(storage, "download", download)

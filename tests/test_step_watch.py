@@ -3,7 +3,9 @@
 import os
 import pty
 import re
+import struct
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -91,6 +93,57 @@ def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
     sender.close()
     events = EventAccumulator(str(tmp_path / "first")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def _in_two_segments(kind: str) -> None:
+    """Steps 1 to 5, then 4 to 6 again, as after a preemption."""
+    for first, last in ((1, 5), (4, 6)):
+        sender = trackers.Trackers((kind,), "s3://bucket/runs/first", {"model": {"layers": 2}})
+        for step in range(first, last + 1):
+            sender.add("train", {"step": step, "loss": 7.0 - step})
+        sender.close()
+
+
+def _log_entries(data: bytes) -> Iterator[bytes]:
+    """The entries of a short log in LevelDB's format behind W&B's head: checksum, length, type, content."""
+    at = 7
+    while at + 7 <= len(data):
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        assert kind == 1, "an entry of several parts"
+        yield data[at + 7 : at + 7 + length]
+        at += 7 + length
+
+
+def test_wandb_gets_the_metrics_of_every_segment(tmp_path, monkeypatch):
+    """Needs wandb; offline."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    _in_two_segments("wandb")
+    found = []
+    for path in sorted(tmp_path.rglob("*.wandb")):
+        for data in _log_entries(path.read_bytes()):
+            record = Record.FromString(data)
+            values = {item.nested_key[0] or item.key: item.value_json for item in record.history.item}
+            if record.HasField("run"):
+                assert record.run.run_id == "first"
+            if values:
+                found.append((int(values["step"]), float(values["train/loss"])))
+    assert found == [(step, 7.0 - step) for step in (1, 2, 3, 4, 5, 4, 5, 6)]
+
+
+def test_mlflow_gets_one_run_for_all_segments(tmp_path, monkeypatch):
+    """Needs mlflow; into a folder."""
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    _in_two_segments("mlflow")
+    (run,) = mlflow.search_runs(output_format="list")
+    assert run.data.params == {"model.layers": "2"}
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+    assert [(each.step, each.value) for each in history] == [(step, 7.0 - step) for step in (1, 2, 3, 4, 5, 4, 5, 6)]
 
 
 def test_curve_draws_the_fall_of_a_loss():

@@ -44,7 +44,10 @@ def _wandb(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callable[[], 
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "pretraining"), id=name, name=name, resume="allow", config=dict(config)
     )
-    return lambda step, values: run.log(dict(values), step=step), run.finish
+    # An axis of ours: W&B's own step only grows, and drops what a resumed run does again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return lambda step, values: run.log({**values, "step": step}), run.finish
 
 
 def _mlflow(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
