@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from core.errors import LauncherError
 
@@ -46,6 +47,12 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
+
+
+def tell_launcher(code: int) -> None:
+    """torchrun exits with 1 whatever its workers say, so the code is also left in EXIT_CODE_FILE, if that is set."""
+    if path := os.environ.get("EXIT_CODE_FILE"):
+        Path(path).write_text(f"{code}\n")
 
 
 class Progress:

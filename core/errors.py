@@ -10,7 +10,8 @@
     ├── CheckpointError     checkpoints exist but cannot be used
     ├── RunError            the run folder belongs to something else, or another segment took it over
     ├── EndpointError       a model behind an API does not answer
-    └── TrainingError       the numbers went wrong (NaN, Inf)
+    ├── TrainingError       the numbers went wrong (NaN, Inf)
+    └── CapReached          nothing is wrong: the money that the cap allows is spent
 
 A message is one sentence that says what (with the value), where (file and key, URI, rank, step) and how to
 fix it. Entries print it without a traceback and exit non-zero (`core.console.run_entry`).
@@ -59,3 +60,7 @@ class EndpointError(LauncherError):
 
 class TrainingError(LauncherError):
     """The loss or a gradient is not finite."""
+
+
+class CapReached(LauncherError):
+    """Nothing is wrong: the money that the cap allows is spent, and what was done is kept."""

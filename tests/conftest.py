@@ -27,6 +27,19 @@ def bucket(s3: S3Server, request: pytest.FixtureRequest) -> str:
     return f"s3://tests/{abs(hash(request.node.nodeid)):x}"
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    """This process as the only rank of a job, and afterwards as none."""
+    from trainer import distributed
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")  # so that it is absent again at the end
+            patch.delenv(name)
+        yield distributed.start("cpu")
+        distributed.stop()
+
+
 @pytest.fixture(scope="session")
 def vocab_bpe() -> Path:
     """OpenAI's GPT-2 merges."""

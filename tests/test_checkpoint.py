@@ -9,7 +9,6 @@ from core import storage
 from core.errors import CheckpointError
 from core.ledger import Ledger, Machine
 from core.schema import CheckpointConfig, ModelConfig, OptimizerConfig
-from trainer import distributed
 from trainer.checkpoint import layout, pieces
 from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
@@ -17,16 +16,6 @@ from trainer.model.gpt import GPT
 from trainer.optim.units import UnitOptimizer
 
 MODEL = ModelConfig(layers=1, heads=2, width=8, context=4, vocab_rows=32)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    patch = pytest.MonkeyPatch()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        patch.delenv(name, raising=False)
-    yield distributed.start("cpu")
-    distributed.stop()
-    patch.undo()
 
 
 def trained(seed: int, steps: int) -> tuple[GPT, UnitOptimizer]:

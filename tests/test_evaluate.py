@@ -17,7 +17,7 @@ from costs import discover
 from costs.breakdown import build
 from costs.read import read_run
 from tests import models
-from trainer import distributed, evaluate, export
+from trainer import evaluate, export
 from trainer.evals import contamination, likelihood, perplexity, results
 from trainer.evals.hellaswag import HellaSwag
 from trainer.evals.likelihood import Request, likelihoods
@@ -52,12 +52,6 @@ def fresh(run_url: str, tmp_path: Path) -> str:
     """A copy of the run without any evaluation."""
     shutil.copytree(Path(run_url) / "checkpoints", tmp_path / "run" / "checkpoints")
     return str(tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield distributed.start("cpu")
-    distributed.stop()
 
 
 def evaluated(url: str, *flags: str, ranks) -> dict[str, dict]:

@@ -3,6 +3,7 @@
 Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment) or plainly, as one rank.
 """
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -77,6 +78,14 @@ def stop() -> None:
     """Leave the job; harmless if it was never joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
+    """Wait until all ranks have come to the place of this name, at most so long; without a collective, which a rank
+    that is busy elsewhere would never join."""
+    ranks.store.set(f"{name}/{ranks.rank}", "here")
+    with contextlib.suppress(dist.DistStoreError):  # the time is over
+        ranks.store.wait([f"{name}/{rank}" for rank in range(ranks.world)], timedelta(seconds=seconds))
 
 
 class PeerFailed(Exception):

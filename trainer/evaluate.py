@@ -15,8 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from core import config
-from core.console import FAILED, OK, run_entry, set_up_logging
-from core.errors import ConfigError
+from core.console import CAPPED, FAILED, OK, run_entry, set_up_logging, tell_launcher
+from core.errors import CapReached, ConfigError
 from trainer.evals.settings import EvaluateConfig
 
 log = logging.getLogger("evaluate")
@@ -41,6 +41,11 @@ def main(arguments: list[str]) -> int:
         ranks = distributed.start(settings.device)
         run(list(dict.fromkeys([*targets, *settings.compare])), settings, ranks)
         return OK
+    except CapReached as reached:
+        log.warning("%s", reached)
+        tell_launcher(CAPPED)
+        distributed.meet(ranks, "cap")  # or torchrun would kill the others before they have stored what they found
+        return CAPPED
     except distributed.PeerFailed:
         return FAILED
     finally:
@@ -98,8 +103,9 @@ def measured(task, opened, folder: str, settings: EvaluateConfig, ranks, books) 
     if stored:
         log.info("%s: %s was measured before (--again measures anew)", opened.name, task.name)
         return stored["scores"]
+    books.check()
     started = time.monotonic()
-    with books.phase("eval"), Kept(storage.join(folder, "partial", key), ranks) as kept:
+    with books.phase("eval"), Kept(storage.join(folder, "partial", key), ranks, books.check) as kept:
         found = task.compute(opened, kept)
     document = {
         "task": task.name,

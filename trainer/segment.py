@@ -8,12 +8,11 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from core.console import CAPPED, FAILED, OK, PREEMPTED
+from core.console import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
 from core.schema import TrainConfig
 from trainer import compile_cache, distributed
 from trainer.checkpoint import layout
@@ -65,7 +64,8 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
         if spent:  # by the machines before: this one shall cost as little as it can
             saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
             code = leave(settings, record, saved, Notice("cap", spent))
-            tell_launcher(code, ranks.is_main)
+            if ranks.is_main:
+                tell_launcher(code)
             return code
 
         # 2. Model and optimizer, from the newest checkpoint or the start: the same bits on every rank.
@@ -119,7 +119,8 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
         batches.close()
         code = leave(settings, record, reached, notice)
         # While signals are still caught: another rank that is already gone makes torchrun end this one.
-        tell_launcher(code, ranks.is_main)
+        if ranks.is_main:
+            tell_launcher(code)
         return code
     except BaseException as error:
         if saver:
@@ -157,13 +158,6 @@ def leave(settings: TrainConfig, record: Record, reached: int, notice) -> int:
     record.close("preempted", reached)
     log.warning("left at step %d of %d (%s: %s)", reached, settings.train.steps, notice.kind, notice.detail)
     return PREEMPTED
-
-
-def tell_launcher(code: int, is_main: bool) -> None:
-    """torchrun exits with 1 whatever its workers say, so the code is also left in EXIT_CODE_FILE, if that is set."""
-    path = os.environ.get("EXIT_CODE_FILE")
-    if path and is_main:
-        Path(path).write_text(f"{code}\n")
 
 
 def set_up_torch(train: Any, ranks: Ranks) -> None:

@@ -1,6 +1,6 @@
 """What a task has found so far, in storage, so that an evaluation that was cut off goes on where it was.
 
-    with Kept("s3://bucket/runs/first/evaluations/step-00001000/partial/hellaswag-0123abcd", ranks) as kept:
+    with Kept("s3://bucket/runs/first/evaluations/step-00001000/partial/perplexity-01ab", ranks, books.check) as kept:
         kept.found        # by key, of all attempts before
         kept.add({"17": [-12.5, False]})
 
@@ -8,6 +8,7 @@ Each rank adds to a journal of its own (core.journal): at most a few seconds are
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from core import journal, storage
@@ -16,8 +17,10 @@ from trainer.distributed import Ranks, gather_objects, on_main
 
 
 class Kept:
-    def __init__(self, folder: str, ranks: Ranks):
+    def __init__(self, folder: str, ranks: Ranks, check: Callable[[], None]):
+        """`check` is called after each addition, and raises to stop."""
         self.folder = folder
+        self.check = check
         self._ranks = ranks
         self.found: dict[str, Any]
         self.found, attempt = on_main(lambda: (_read(folder), time.time_ns()), ranks)
@@ -26,6 +29,7 @@ class Kept:
     def add(self, values: dict[str, Any]) -> None:
         """Plain values that this rank has found."""
         self._journal.add({"values": values})
+        self.check()
 
     def discard(self) -> None:
         """Remove it all: the result is stored. On all ranks, after `with` has ended."""

@@ -38,6 +38,14 @@ class EvaluateConfig:
     contamination_tokens: int = setting(13, "tokens in a row that an item must share with the training text")
     few_shot: int = setting(-1, "solved examples before each question of the harness's tasks; -1: as the task says")
     lm_eval_folder: str = setting("", "local folder with more tasks for the harness, as YAML files")
+    max_usd: float = setting(
+        0.0,
+        "hard cap in dollars over all evaluations of this folder: stop before it, what is found is kept; 0: none",
+        env="MAX_USD",
+    )
+    shutdown_seconds: float = setting(
+        120.0, "paid time between the end of this program and the machine's, kept in reserve under the cap"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
     cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks")
@@ -47,8 +55,8 @@ class EvaluateConfig:
             if task not in OWN_TASKS and not (task.startswith(LM_EVAL) and task != LM_EVAL):
                 near = ", ".join((*OWN_TASKS, f"{LM_EVAL}NAME"))
                 raise SettingError("tasks", f"{task!r} is no task; there are {near}")
-        for key in ("tokens", "items", "cpu_threads"):
-            if getattr(self, key) < 0:
+        for key in ("tokens", "items", "cpu_threads", "max_usd", "shutdown_seconds"):
+            if not 0 <= getattr(self, key) < float("inf"):
                 raise SettingError(key, f"is {getattr(self, key)}, must not be below 0")
         if self.contamination_tokens < 2:
             raise SettingError("contamination_tokens", f"is {self.contamination_tokens}, must be at least 2")

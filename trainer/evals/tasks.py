@@ -92,7 +92,7 @@ def _hellaswag(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, pr
         answers = scorer(opened.encoding).answers(opened.model, kept, task)
         scores = answers.score().as_dict()
         if settings.contamination:
-            seen = set(_seen(items, opened.encoding, data, settings, ranks, home, seen_in))
+            seen = set(_seen(items, opened.encoding, data, settings, ranks, home, seen_in, kept.check))
             scores["seen_items"] = len(seen)
             scores |= {f"unseen_{name}": value for name, value in answers.score(seen).as_dict().items()}
         bits = {name: "".join("01"[each] for each in values) for name, values in asdict(answers).items()}
@@ -101,13 +101,22 @@ def _hellaswag(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, pr
     return Measurement(task if style == "harness" else f"{task}-{style}", identity, compute)
 
 
-def _seen(items, encoding, data: Data, settings: EvaluateConfig, ranks: Ranks, home: str, identity) -> list[int]:
+def _seen(
+    items,
+    encoding,
+    data: Data,
+    settings: EvaluateConfig,
+    ranks: Ranks,
+    home: str,
+    identity,
+    check: Callable[[], None],
+) -> list[int]:
     """Items that occur in the training shards; a property of the data alone, and kept as such."""
     key = results.key_of("contamination", identity)
     found = on_main(lambda: results.find(home, key), ranks)
     if found is None:
         tokens = [contamination.item_tokens(item, encoding) for item in items]
-        with Kept(f"{home}/partial/{key}", ranks) as kept:
+        with Kept(f"{home}/partial/{key}", ranks, check) as kept:
             run = settings.contamination_tokens
             seen = contamination.seen(tokens, data.url, data.manifest, run, ranks, kept)
         found = {"task": "contamination", "identity": identity, "seen": seen}

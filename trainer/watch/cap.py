@@ -5,6 +5,8 @@ for the last checkpoint and for the time until the machine is down; on spot also
 be taken away now, up to the point where it finds that the money is spent.
 """
 
+import math
+
 from core.errors import ConfigError
 from core.ledger import Ledger, Machine
 from core.spending import spent_before
@@ -47,10 +49,14 @@ class SpendingCap:
 
     def reached(self, step_seconds: float, checkpoint_seconds: float) -> bool:
         """Whether one more step would leave too little for the last checkpoint and the way down."""
+        return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
+
+    def latest(self, seconds: float = 0.0) -> float:
+        """When work must begin to end (unix s) that takes `seconds` to do so, for the money to suffice."""
         if not self.max_usd:
-            return False
-        reserve = step_seconds + SAFETY * (checkpoint_seconds + self._arrival_seconds) + self._shutdown_seconds
-        return self.spent_usd() + reserve / 3600 * self._ledger.machine.usd_per_hour >= self.max_usd
+            return math.inf
+        paid_for = (self.max_usd - self.spent_usd()) / self._ledger.machine.usd_per_hour * 3600
+        return self._ledger.now() + paid_for - seconds - SAFETY * self._arrival_seconds - self._shutdown_seconds
 
     def describe(self) -> str:
         return f"${self.spent_usd():.2f} of ${self.max_usd:g} spent"
