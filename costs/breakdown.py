@@ -127,7 +127,7 @@ def _on_demand_usd(parts: list[Cell], on_demand: OnDemand) -> float | None:
         return None
     usd = 0.0
     for cell in parts:
-        if cell.market == "spot":
+        if cell.market == "spot" and cell.phase != "api":
             price = on_demand(cell.cloud, cell.region, cell.instance)
             cost = None if price is None else cell.seconds / 3600 * price * cell.nodes
         else:

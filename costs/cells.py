@@ -5,11 +5,12 @@ Every figure in dollars is a sum over cells, so that each way of grouping them a
 
 Kept work: a step counts for the last segment that did it. Steps of an earlier segment above the step that a
 later one restored were done again: their train and data-wait time, and that of a step which a segment did not
-live to finish, is `train_lost`. Time that no phase claims is `not_attributed`.
+live to finish, is `train_lost`. Time that no phase claims is `not_attributed`. `api` is what a paid endpoint took, and
+no time: the machine's own time of asking is another phase.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -17,8 +18,8 @@ import numpy as np
 from costs.model import Run, Segment, Slice, Stretch, Uptime
 
 PHASES = (
-    "provision image setup init prep finalize compile restore data_wait train_kept train_lost eval sample checkpoint "
-    "idle idle_until_down not_attributed"
+    "provision image setup init prep finalize compile restore data_wait train_kept train_lost eval sample api "
+    "checkpoint idle idle_until_down not_attributed"
 ).split()
 
 
@@ -57,6 +58,7 @@ class Lost:
 def cells(run: Run, books: Books) -> list[Cell]:
     """All cells of a run; `books` as from `booked`."""
     parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, books[segment.number])]
+    parts += _api_cells(run)
     return parts + [cell for stretch in run.around for cell in _stretch_cells(run, stretch)]
 
 
@@ -124,6 +126,20 @@ def _segment_cells(run: Run, segment: Segment, book: list[Slice]) -> list[Cell]:
         for (phase, day), seconds in sums.items()
         if seconds > 0 or price is None
     ]
+
+
+def _api_cells(run: Run) -> list[Cell]:
+    """What each segment paid an endpoint. The marks count from the run's beginning: what a machine paid that was killed
+    is with the next one, which found it in the run's folder."""
+    found, known = [], 0.0
+    for segment in run.segments:
+        for mark in segment.marks:
+            paid = mark.get("usd") if mark["name"] == "api" else None
+            if isinstance(paid, int | float) and known < paid < math.inf:
+                cell = _cell(run, segment, "api", _day(segment.ended_at), 0.0, None)
+                found.append(replace(cell, usd=paid - known, price_source="budget of the run's settings"))
+                known = paid
+    return found
 
 
 def _stretch_cells(run: Run, stretch: Stretch) -> list[Cell]:

@@ -10,7 +10,8 @@ from costs.wording import label
 COLOURS = {
     "train_kept": "#2f9e63", "train_lost": "#d64545", "data_wait": "#d9a13b", "setup": "#8d99ae", "init": "#a5afc0",
     "compile": "#6d8fd6", "restore": "#8a6fc9", "eval": "#3aa6b9", "sample": "#7cc4c9", "checkpoint": "#b0749e",
-    "provision": "#707d91", "idle_until_down": "#c9ced6", "idle": "#c9ced6", "not_attributed": "#e3b7b7",
+    "api": "#b58f5c", "provision": "#707d91", "idle_until_down": "#c9ced6", "idle": "#c9ced6",
+    "not_attributed": "#e3b7b7",
 }  # fmt: skip
 OTHER = "#b9c0ca"
 

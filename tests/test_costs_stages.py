@@ -43,6 +43,28 @@ def test_every_stage_is_a_run_of_its_own_and_a_line_of_the_whole(bucket: Path, c
     assert {name.strip() for _, name in rows} >= set(STAGES.values())
 
 
+def test_what_an_endpoint_took_is_a_line_of_its_own(tmp_path: Path):
+    """The marks count from the run's beginning; the second machine was killed before it could say anything."""
+    url = str(tmp_path / "run")
+    Path(url).mkdir()
+    Path(url, "run.json").write_text(json.dumps({"format": "run", "version": 1, "config": {}}))
+    for paid in (1.25, None, 3.0):
+        books = ledger.Ledger(url, Machine(usd_per_hour=36.0, spot=True), {"stage": "distil"})
+        with books.phase("sample"):
+            pass
+        if paid is not None:
+            books.mark("api", usd=paid, answers=1)
+        books.close("finished", None)
+    report = build(read_run(url), NOON, lambda *_: 72.0)
+    [api] = [line for line in report.phases if line.name == "api"]
+    assert (api.usd, api.seconds) == (pytest.approx(3.0), 0)
+    assert [line.usd > 1 for line in report.segments] == [True, False, True]
+    for lines in (report.phases, report.segments, *report.by.values()):
+        assert sum(line.usd for line in lines) == pytest.approx(report.total.usd)
+    machines = report.total.seconds / 3600 * 36.0
+    assert report.total.usd == pytest.approx(3.0 + machines, abs=10**-report.places)
+
+
 def with_scores(path: Path) -> RunFolder:
     """Scored at step 10 on both machines, since the second did it again, and by the way norms and samples."""
     run = preempted_and_resumed(path)

@@ -7,6 +7,8 @@ import time
 import pytest
 
 from core import journal, sets, storage
+from costs.breakdown import build
+from costs.read import read_run
 from tests import launching, tuning
 from tests.fake_endpoint import KEY, FakeEndpoint
 from trainer.synthesis import kept
@@ -114,6 +116,9 @@ def test_the_budget_is_never_exceeded_and_a_larger_one_goes_on(tmp_path):
             assert len(rows) == endpoint.calls["answer"]
         make(*flags_of(endpoint, tmp_path, *prices, "--budget.max_usd=10"))
     assert len(sets.read(str(tmp_path / "data"), "synthetic")) == 40
+    run = read_run(str(tmp_path / "run"))
+    [api] = [line for line in build(run, run.segments[-1].ended_at).phases if line.name == "api"]
+    assert api.usd == pytest.approx(spent(tmp_path))
 
 
 def test_calls_whose_end_is_not_known_count_in_full(tmp_path):

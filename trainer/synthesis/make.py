@@ -50,9 +50,11 @@ def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
             "%d prompts, and %d duplicates of them; segment %d", len(asked.prompts), asked.duplicates, books.segment
         )
         log.info("%d answers are there from before, $%.4f spent", len(known.rows), known.usd)
-        with books.phase("sample"):
-            asyncio.run(maker.run())
-        books.mark("api", usd=maker.purse.spent_usd, answers=len(known.rows))
+        try:
+            with books.phase("sample"):
+                asyncio.run(maker.run())
+        finally:
+            books.mark("api", usd=maker.purse.spent_usd, answers=len(known.rows))
         _write_set(settings, source, known)
         code = maker.verdict()
     except BaseException as error:
