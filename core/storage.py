@@ -10,7 +10,6 @@ AWS_ENDPOINT_URL, HF_TOKEN, ...) and never appear in a message.
     [o.uri for o in storage.list_objects("s3://bucket/run/checkpoints")]
 """
 
-import contextlib
 import functools
 import hashlib
 import logging
@@ -18,7 +17,6 @@ import os
 import random
 import re
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +28,7 @@ from typing import BinaryIO, TypeVar
 import fsspec
 from fsspec.utils import glob_translate
 
-from core import faults, hub, s3
+from core import faults, files, hub, s3
 from core.errors import ObjectDamaged, ObjectNotFound, StorageError
 
 log = logging.getLogger(__name__)
@@ -152,7 +150,7 @@ def download(
     def copy() -> int:
         digest = hashlib.sha256()
         size = 0
-        with _replacing(path, flush=survives_crash) as target:
+        with files.replacing(path, flush=survives_crash) as target:
             for chunk in _chunks(uri):
                 target.write(chunk)
                 size += len(chunk)
@@ -178,7 +176,7 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
 
     def write() -> None:
         if is_local(uri):
-            with _replacing(local_path(uri), exclusive=exclusive) as file:
+            with files.replacing(local_path(uri), exclusive=exclusive) as file:
                 file.write(data)
             return
         if scheme_of(uri) == "s3":
@@ -213,7 +211,7 @@ def write_file(uri: str, path: str | os.PathLike) -> int:
     def write() -> int:
         size = path.stat().st_size
         if is_local(uri):
-            with _replacing(local_path(uri)) as target, path.open("rb") as source:
+            with files.replacing(local_path(uri)) as target, path.open("rb") as source:
                 shutil.copyfileobj(source, target, COPY_CHUNK_BYTES)
         else:
             _fs(uri).put_file(str(path), _key(uri))
@@ -265,7 +263,11 @@ def list_objects(prefix: str) -> list[ObjectInfo]:
 
     def find() -> list[ObjectInfo]:
         if is_local(prefix):
-            return _list_local(prefix)
+            root = local_path(prefix)
+            return [
+                ObjectInfo(join(prefix, str(path.relative_to(root))), stat.st_size, stat.st_mtime)
+                for path, stat in files.below(root)
+            ]
         if scheme_of(prefix) == "s3":
             return _list_s3(prefix.rstrip("/") + "/")
         fs = _fs(prefix)
@@ -287,8 +289,7 @@ def list_names(prefix: str) -> list[str]:
 
     def names() -> list[str]:
         if is_local(prefix):
-            path = local_path(prefix)
-            return [entry.name for entry in path.iterdir() if not _is_temporary(entry.name)] if path.is_dir() else []
+            return files.names(local_path(prefix))
         if scheme_of(prefix) == "s3":
             return list(s3.names(_key(prefix)))
         fs = _fs(prefix)
@@ -312,9 +313,7 @@ def expand_objects(pattern: str) -> list[ObjectInfo]:
     if not is_pattern(pattern):
         return [ObjectInfo(pattern, size_of(pattern), None)]
     if is_local(pattern):
-        path = local_path(pattern)
-        root = Path(*[part for part in _literal_parts(path)])
-        found = [each for each in root.glob(str(path.relative_to(root))) if each.is_file()]
+        found = files.matching(local_path(pattern))
         return sorted((ObjectInfo(str(each), each.stat().st_size, None) for each in found), key=lambda info: info.uri)
     if scheme_of(pattern) == "s3":
         matches = re.compile(glob_translate(pattern)).match
@@ -428,59 +427,6 @@ def _check_bucket(uri: str) -> None:
 def _modified(info: dict) -> float | None:
     stamp = info.get("LastModified") or info.get("mtime") or info.get("created") or info.get("updated")
     return stamp.timestamp() if hasattr(stamp, "timestamp") else None
-
-
-# --- local files -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterator[BinaryIO]:
-    """Write beside `path`, flush to disk, then move into place; nothing is left behind on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        if exclusive:
-            os.link(temporary, path)  # atomic, and fails if the name is taken
-        else:
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
-
-
-def _list_local(prefix: str) -> list[ObjectInfo]:
-    root = local_path(prefix)
-    found = []
-    for folder, _, names in os.walk(root):
-        for name in names:
-            if _is_temporary(name):
-                continue
-            path = Path(folder, name)
-            try:
-                stat = path.stat()
-            except FileNotFoundError:  # removed while we walk
-                continue
-            found.append(ObjectInfo(join(prefix, str(path.relative_to(root))), stat.st_size, stat.st_mtime))
-    return found
-
-
-def _literal_parts(path: Path) -> list[str]:
-    parts = []
-    for part in path.parts:
-        if re.search(r"[*?\[]", part):
-            break
-        parts.append(part)
-    return parts or ["."]
 
 
 # --- retries ---------------------------------------------------------------------------------------------------
