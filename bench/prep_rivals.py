@@ -65,7 +65,7 @@ def mapped(source: str, target: str, scratch: Path) -> None:
 
 def read(source: str, target: str, scratch: Path) -> None:
     from core import config as settings
-    from core.schema import PrepConfig
+    from core.schema_prep import PrepConfig
     from data_prep import plan, words, workers
 
     flags = [f"--source.url={source}/*.parquet", f"--data.url={scratch}/set", "--data.part_bytes=8000000"]

@@ -45,6 +45,12 @@ class SettingError(ConfigError):
         self.problem = problem
 
 
+def require(holds: bool, key: str, problem: str) -> None:
+    """For a schema's `__post_init__`: raises SettingError unless it `holds`."""
+    if not holds:
+        raise SettingError(key, problem)
+
+
 @dataclasses.dataclass
 class _Sources:
     """Where each dotted key got its value, for error messages."""

@@ -1,190 +1,10 @@
-"""Every setting of data preparation and training, with its default, its meaning and what it may not be."""
+"""Every setting of training, with its default, its meaning and what it may not be."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from core.architecture import ModelConfig
-from core.config import SettingError, section, setting
-
-
-def _require(holds: bool, key: str, problem: str) -> None:
-    if not holds:
-        raise SettingError(key, problem)
-
-
-# --- data preparation ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """Where documents come from."""
-
-    url: str = setting(
-        "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",
-        "documents: a file or glob of .parquet, .jsonl(.gz, .zst) or .txt (local, s3://, gs://, hf://)",
-        env="SOURCE_URL",
-    )
-    revision: str = setting(
-        "",
-        "commit or tag of an hf:// source that names none itself (@...); other sources have none. "
-        "Empty: the newest, pinned when prep first starts",
-    )
-    text_column: str = setting("text", "column with the document's text")
-    id_column: str = setting(
-        "id", "column with the document's unique id; the split hashes it. Empty: the hash of the text takes its place"
-    )
-    max_bad_share: float = setting(
-        0.01, "share of rows without text, id or valid UTF-8 at which prep stops; below it they are counted"
-    )
-
-    def __post_init__(self):
-        _require(bool(self.url), "url", "is empty; give a file or glob")
-        _require(bool(self.text_column), "text_column", "is empty; name the column with the text")
-        _require(0 <= self.max_bad_share <= 1, "max_bad_share", f"is {self.max_bad_share}, must be between 0 and 1")
-
-
-@dataclass(frozen=True)
-class FilterConfig:
-    """Which documents are left out. A filter that is off needs no column."""
-
-    min_score: float | None = setting(None, "least value of score_column (FineWeb-Edu: 3 to 5); none: no filter")
-    score_column: str = setting("score", "column that min_score reads")
-    languages: tuple[str, ...] = setting((), "values of language_column to keep, such as en,de; empty: all")
-    language_column: str = setting("language", "column that languages reads")
-    min_tokens: int = setting(1, "shorter documents are dropped (counted without the end-of-text token)")
-    max_tokens: int = setting(0, "longer documents are dropped; 0: no limit")
-    drop_duplicates: bool = setting(
-        False, "keep only the first of documents with the same text; reads the source twice"
-    )
-
-    def __post_init__(self):
-        _require(self.min_tokens >= 1, "min_tokens", f"is {self.min_tokens}, must be at least 1")
-        _require(
-            self.max_tokens == 0 or self.max_tokens >= self.min_tokens,
-            "max_tokens",
-            f"is {self.max_tokens}, must be 0 (no limit) or at least min_tokens = {self.min_tokens}",
-        )
-
-
-@dataclass(frozen=True)
-class PrepDataConfig:
-    """Where shards go and how they are cut."""
-
-    url: str = setting("", "folder for shards and manifest (local, s3://, gs://)", env="DATA_URL", identity=False)
-    shard_tokens: int = setting(1 << 25, "tokens per shard (the last of each part has fewer); 2 bytes each")
-    part_bytes: int = setting(
-        256 << 20, "source bytes per part, the unit of work and of resuming; a part ends its last shard early"
-    )
-    val_fraction: float = setting(0.002, "largest share of documents for validation, by hash of their id")
-    val_tokens: int = setting(
-        0, "validation size: the documents with the lowest hashes until this is reached; 0: all of val_fraction"
-    )
-    shuffle: bool = setting(True, "shuffle documents within a shard, and shards")
-    seed: int = setting(1337, "seed of the split and the shuffle")
-
-    def __post_init__(self):
-        _require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
-        _require(0 < self.shard_tokens < 2**31, "shard_tokens", f"is {self.shard_tokens}, must be 1 to 2147483647")
-        _require(self.part_bytes > 0, "part_bytes", f"is {self.part_bytes}, must be above 0")
-        _require(0 <= self.val_fraction < 1, "val_fraction", f"is {self.val_fraction}, must be at least 0 and below 1")
-        _require(self.val_tokens >= 0, "val_tokens", f"is {self.val_tokens}, must not be below 0")
-        _require(
-            not self.val_tokens or self.val_fraction > 0,
-            "val_tokens",
-            f"is {self.val_tokens}, but val_fraction is 0: no document could go there",
-        )
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """How text becomes ids."""
-
-    name: Literal["gpt2"] = setting("gpt2", "vocabulary")
-    engine: Literal["auto", "gigatoken", "tiktoken"] = setting(
-        "auto",
-        "encoder: gigatoken (fast), tiktoken (reference), or auto: the fast one where it has a wheel",
-        identity=False,
-    )
-    vocab_url: str = setting(
-        "", "vocab.bpe or rank file of GPT-2; empty: tiktoken's own download", identity=False, env="VOCAB_URL"
-    )
-
-
-@dataclass(frozen=True)
-class PrepConfig:
-    """`python -m data_prep.prepare`."""
-
-    source: SourceConfig = section(SourceConfig)
-    filter: FilterConfig = section(FilterConfig)
-    data: PrepDataConfig = section(PrepDataConfig)
-    tokenizer: TokenizerConfig = section(TokenizerConfig)
-    workers: int = setting(0, "parallel workers; 0: one per core. Does not change the result", identity=False)
-    num_nodes: int = setting(
-        1, "machines that share the work; the result does not depend on it", identity=False, env="SKYPILOT_NUM_NODES"
-    )
-    node_rank: int = setting(0, "this machine, from 0", identity=False, env="SKYPILOT_NODE_RANK")
-    phase: Literal["all", "encode", "finalize"] = setting(
-        "all",
-        "encode: only this node's parts; finalize: only the manifest, an error while parts are missing; "
-        "all: both, where the node that finishes last writes the manifest",
-        identity=False,
-    )
-
-    def __post_init__(self):
-        _require(self.workers >= 0, "workers", f"is {self.workers}, must be 0 (one per core) or more")
-        _require(self.num_nodes > 0, "num_nodes", f"is {self.num_nodes}, must be at least 1")
-        _require(
-            0 <= self.node_rank < self.num_nodes,
-            "node_rank",
-            f"is {self.node_rank}, must be from 0 to num_nodes - 1 = {self.num_nodes - 1}",
-        )
-
-
-@dataclass(frozen=True)
-class FetchSourceConfig:
-    """Token shards that somebody else has made."""
-
-    train_url: str = setting("", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, hf://)")
-    val_url: str = setting("", "validation shards, likewise; empty: none")
-    revision: str = setting(
-        "", "commit or tag of hf:// sources; empty: the newest, pinned when the import first starts"
-    )
-
-    def __post_init__(self):
-        _require(bool(self.train_url), "train_url", "is empty; give a file or glob")
-        _require(
-            not self.revision or self.train_url.startswith("hf://"),
-            "revision",
-            f"is {self.revision!r}, but only an hf:// source has revisions",
-        )
-
-
-@dataclass(frozen=True)
-class FetchDataConfig:
-    """Where the imported shards go."""
-
-    url: str = setting("", "folder for shards and manifest (local, s3://, gs://)", env="DATA_URL", identity=False)
-    shard_tokens: int = setting(1 << 25, "tokens per shard (the last of each source file has fewer); 2 bytes each")
-
-    def __post_init__(self):
-        _require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
-        _require(0 < self.shard_tokens < 2**31, "shard_tokens", f"is {self.shard_tokens}, must be 1 to 2147483647")
-
-
-@dataclass(frozen=True)
-class FetchConfig:
-    """`python -m data_prep.fetch`."""
-
-    source: FetchSourceConfig = section(FetchSourceConfig)
-    data: FetchDataConfig = section(FetchDataConfig)
-    tokenizer: TokenizerConfig = section(TokenizerConfig)
-    workers: int = setting(4, "shards that are copied side by side", identity=False)
-
-    def __post_init__(self):
-        _require(self.workers > 0, "workers", f"is {self.workers}, must be at least 1")
-
-
-# --- training --------------------------------------------------------------------------------------------------
+from core.config import require, section, setting
 
 
 @dataclass(frozen=True)
@@ -202,9 +22,9 @@ class RunConfig:
     )
 
     def __post_init__(self):
-        _require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
         for key in ("max_usd", "shutdown_seconds"):
-            _require(0 <= getattr(self, key) < float("inf"), key, f"is {getattr(self, key)}, must not be below 0")
+            require(0 <= getattr(self, key) < float("inf"), key, f"is {getattr(self, key)}, must not be below 0")
 
 
 @dataclass(frozen=True)
@@ -228,10 +48,10 @@ class DataConfig:
     prefetch: int = setting(8, "micro-batches prepared ahead, about", identity=False)
 
     def __post_init__(self):
-        _require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
-        _require(self.cache_gb > 0, "cache_gb", f"is {self.cache_gb}, must be above 0")
-        _require(self.shuffle_shards > 0, "shuffle_shards", f"is {self.shuffle_shards}, must be at least 1")
-        _require(self.prefetch > 0, "prefetch", f"is {self.prefetch}, must be at least 1")
+        require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
+        require(self.cache_gb > 0, "cache_gb", f"is {self.cache_gb}, must be above 0")
+        require(self.shuffle_shards > 0, "shuffle_shards", f"is {self.shuffle_shards}, must be at least 1")
+        require(self.prefetch > 0, "prefetch", f"is {self.prefetch}, must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -245,8 +65,8 @@ class BatchConfig:
     )
 
     def __post_init__(self):
-        _require(self.tokens > 0, "tokens", f"is {self.tokens}, must be above 0")
-        _require(self.micro_batch >= 0, "micro_batch", f"is {self.micro_batch}, must be above 0, or 0 for what fits")
+        require(self.tokens > 0, "tokens", f"is {self.tokens}, must be above 0")
+        require(self.micro_batch >= 0, "micro_batch", f"is {self.micro_batch}, must be above 0, or 0 for what fits")
 
 
 @dataclass(frozen=True)
@@ -282,7 +102,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         for key in ("lr", "eps", "muon_lr", "muon_rounds"):
-            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+            require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
         for key in (
             "embedding_lr",
             "head_lr",
@@ -292,11 +112,11 @@ class OptimizerConfig:
             "clip",
             "warmup_steps",
         ):
-            _require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
+            require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
         for key in ("beta1", "beta2", "muon_momentum"):
-            _require(0 <= getattr(self, key) < 1, key, f"is {getattr(self, key)}, must be at least 0 and below 1")
+            require(0 <= getattr(self, key) < 1, key, f"is {getattr(self, key)}, must be at least 0 and below 1")
         for key in ("cooldown", "min_lr_ratio"):
-            _require(0 <= getattr(self, key) <= 1, key, f"is {getattr(self, key)}, must be between 0 and 1")
+            require(0 <= getattr(self, key) <= 1, key, f"is {getattr(self, key)}, must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -357,13 +177,13 @@ class TrainLoopConfig:
     )
 
     def __post_init__(self):
-        _require(self.steps > 0, "steps", f"is {self.steps}, must be above 0")
+        require(self.steps > 0, "steps", f"is {self.steps}, must be above 0")
         every = ("eval_every", "norms_every", "hellaswag_every", "sample_every")
         for key in (*every, "hellaswag_items", "sample_tokens", "cpu_threads"):
-            _require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
+            require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
         for key in ("log_every", "eval_tokens", "overfit_bound"):
-            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
-        _require(
+            require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+        require(
             all(step > 0 for step in self.skip_batches), "skip_batches", f"is {self.skip_batches}; steps count from 1"
         )
 
@@ -386,10 +206,10 @@ class CheckpointConfig:
 
     def __post_init__(self):
         for key in ("every", "keep_every"):
-            _require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
+            require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
         for key in ("max_lost_seconds", "mean_hours_between_failures"):
-            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
-        _require(
+            require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+        require(
             self.keep >= 2,
             "keep",
             f"is {self.keep}, must be at least 2, so that a damaged newest one has a predecessor",
@@ -411,14 +231,14 @@ class TrainConfig:
     def __post_init__(self):
         # A micro-batch that is still to be found is a divisor of the batch by construction.
         per_micro_batch = max(1, self.batch.micro_batch) * self.model.context
-        _require(
+        require(
             self.batch.tokens % per_micro_batch == 0,
             "batch.tokens",
             f"is {self.batch.tokens}, must be a multiple of batch.micro_batch x model.context = "
             f"{max(1, self.batch.micro_batch)} x {self.model.context} = {per_micro_batch}; "
             f"the nearest is {max(1, round(self.batch.tokens / per_micro_batch)) * per_micro_batch}",
         )
-        _require(
+        require(
             self.optimizer.warmup_steps <= self.train.steps,
             "optimizer.warmup_steps",
             f"is {self.optimizer.warmup_steps}, more than train.steps = {self.train.steps}",

@@ -4,13 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core.architecture import ModelConfig
-from core.config import SettingError, section, setting
+from core.config import require, section, setting
 from core.schema import BatchConfig, CheckpointConfig, DataConfig, OptimizerConfig, RunConfig, TrainLoopConfig
-
-
-def _require(holds: bool, key: str, problem: str) -> None:
-    if not holds:
-        raise SettingError(key, problem)
 
 
 @dataclass(frozen=True)
@@ -33,10 +28,10 @@ class RowsConfig:
     )
 
     def __post_init__(self):
-        _require(bool(self.rows), "rows", "is empty; name a set or a .jsonl file")
-        _require(self.length >= 0, "length", f"is {self.length}, must be above 0, or 0 for the model's context")
-        _require(0 <= self.val_fraction < 1, "val_fraction", f"is {self.val_fraction}, must be at least 0 and below 1")
-        _require(0 <= self.max_bad_share <= 1, "max_bad_share", f"is {self.max_bad_share}, must be between 0 and 1")
+        require(bool(self.rows), "rows", "is empty; name a set or a .jsonl file")
+        require(self.length >= 0, "length", f"is {self.length}, must be above 0, or 0 for the model's context")
+        require(0 <= self.val_fraction < 1, "val_fraction", f"is {self.val_fraction}, must be at least 0 and below 1")
+        require(0 <= self.max_bad_share <= 1, "max_bad_share", f"is {self.max_bad_share}, must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -62,13 +57,13 @@ class LoraConfig:
     )
 
     def __post_init__(self):
-        _require(self.rank >= 0, "rank", f"is {self.rank}, must not be below 0")
-        _require(self.alpha > 0, "alpha", f"is {self.alpha}, must be above 0")
-        _require(not self.rank or bool(self.targets), "targets", "is empty, so that nothing would train")
+        require(self.rank >= 0, "rank", f"is {self.rank}, must not be below 0")
+        require(self.alpha > 0, "alpha", f"is {self.alpha}, must be above 0")
+        require(not self.rank or bool(self.targets), "targets", "is empty, so that nothing would train")
 
 
 def _check_start(start: str) -> None:
-    _require(
+    require(
         bool(start),
         "start",
         "is empty; name a run, a checkpoint, a folder in Hugging Face's form, or gpt2 and the like",
@@ -88,7 +83,7 @@ class StartConfig:
 
     def __post_init__(self):
         _check_start(self.start)
-        _require(self.epochs >= 0, "epochs", f"is {self.epochs}, must not be below 0")
+        require(self.epochs >= 0, "epochs", f"is {self.epochs}, must not be below 0")
 
 
 @dataclass(frozen=True)
@@ -104,9 +99,9 @@ class PreferenceConfig:
 
     def __post_init__(self):
         _check_start(self.start)
-        _require(self.epochs >= 0, "epochs", f"is {self.epochs}, must not be below 0")
-        _require(self.beta > 0, "beta", f"is {self.beta}, must be above 0")
-        _require(
+        require(self.epochs >= 0, "epochs", f"is {self.epochs}, must not be below 0")
+        require(self.beta > 0, "beta", f"is {self.beta}, must be above 0")
+        require(
             0 <= self.label_smoothing < 0.5,
             "label_smoothing",
             f"is {self.label_smoothing}, must be at least 0 and below 0.5",
@@ -115,8 +110,8 @@ class PreferenceConfig:
 
 def _check_lora(config) -> None:
     if config.lora.rank:
-        _require(config.optimizer.name == "adamw", "optimizer.name", "is muon, which does not fit adapters; set adamw")
-        _require(config.train.precision != "fp8", "train.precision", "is fp8, which adapters do not have; set bf16")
+        require(config.optimizer.name == "adamw", "optimizer.name", "is muon, which does not fit adapters; set adamw")
+        require(config.train.precision != "fp8", "train.precision", "is fp8, which adapters do not have; set bf16")
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,7 @@ class DpoConfig:
 
     def __post_init__(self):
         _check_lora(self)
-        _require(
+        require(
             self.batch.micro_batch % 2 == 0,
             "batch.micro_batch",
             f"is {self.batch.micro_batch}, must be even: a pair is two sequences",
@@ -172,9 +167,9 @@ class TeacherConfig:
     weight: float = setting(0.5, "share of the teacher in the loss; the rest is cross-entropy with the data")
 
     def __post_init__(self):
-        _require(bool(self.teacher), "teacher", "is empty; name a run, a checkpoint or a public model")
-        _require(self.temperature > 0, "temperature", f"is {self.temperature}, must be above 0")
-        _require(0 < self.weight <= 1, "weight", f"is {self.weight}, must be above 0 and at most 1")
+        require(bool(self.teacher), "teacher", "is empty; name a run, a checkpoint or a public model")
+        require(self.temperature > 0, "temperature", f"is {self.temperature}, must be above 0")
+        require(0 < self.weight <= 1, "weight", f"is {self.weight}, must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -208,12 +203,12 @@ class EndpointConfig:
     )
 
     def __post_init__(self):
-        _require(bool(self.model), "model", "is empty; name the model that shall answer")
-        _require(
+        require(bool(self.model), "model", "is empty; name the model that shall answer")
+        require(
             self.url.startswith(("http://", "https://")), "url", f"is {self.url!r}, must begin with http:// or https://"
         )
         for key in ("concurrency", "timeout_seconds", "attempts", "max_wait_seconds"):
-            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+            require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
 
 
 @dataclass(frozen=True)
@@ -226,10 +221,10 @@ class BudgetConfig:
 
     def __post_init__(self):
         for key in ("max_usd", "usd_per_million_input", "usd_per_million_output"):
-            _require(0 <= getattr(self, key) < float("inf"), key, f"is {getattr(self, key)}, must not be below 0")
+            require(0 <= getattr(self, key) < float("inf"), key, f"is {getattr(self, key)}, must not be below 0")
         priced = self.usd_per_million_input or self.usd_per_million_output
-        _require(bool(self.max_usd) or not priced, "max_usd", "is 0, but answers have a price; set what they may cost")
-        _require(
+        require(bool(self.max_usd) or not priced, "max_usd", "is 0, but answers have a price; set what they may cost")
+        require(
             bool(priced) or not self.max_usd,
             "usd_per_million_output",
             "is 0, and so is the input's: nothing would be counted against max_usd; set the endpoint's prices",
@@ -260,9 +255,9 @@ class SynthesisConfig:
             ("url", "set it, --make.url=... or DATA_URL"),
             ("licence", "say under which terms the answers may be used; whoever trains on the rows will want to know"),
         ):
-            _require(bool(getattr(self, key)), key, f"is empty; {remedy}")
+            require(bool(getattr(self, key)), key, f"is empty; {remedy}")
         for key in ("answers", "max_tokens"):
-            _require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
+            require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
 
 
 @dataclass(frozen=True)
@@ -272,7 +267,7 @@ class WorkConfig:
     url: str = setting("", "folder for calls, answers and ledger (local, s3://, gs://)", env="RUN_URL", identity=False)
 
     def __post_init__(self):
-        _require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from core import architecture
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 from costs import throughput
 from costs.model import StorageRates
 from costs.prices import Catalog, Offer

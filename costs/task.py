@@ -17,7 +17,8 @@ import yaml
 from core import config
 from core.architecture import ModelConfig
 from core.errors import ConfigError
-from core.schema import PrepConfig, TrainConfig
+from core.schema import TrainConfig
+from core.schema_prep import PrepConfig
 from core.schema_tuning import DistilConfig, DpoConfig, FinetuneConfig
 
 _COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)([^\S\n][^\n;&|]*)?")

@@ -17,7 +17,7 @@ import time
 from core import manifest
 from core.console import progress, quantity
 from core.manifest import Manifest
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 from data_prep import duplicates, finalize, part, plan, record, source, words, workers
 from data_prep.plan import Part, Plan
 

@@ -11,7 +11,7 @@ import os
 
 from core import config as settings
 from core.console import run_entry, set_up_logging
-from core.schema import FetchConfig
+from core.schema_prep import FetchConfig
 from data_prep import ready, summary
 
 log = logging.getLogger(__name__)

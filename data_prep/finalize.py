@@ -17,7 +17,7 @@ import numpy as np
 from core import hub, manifest, storage
 from core.errors import DataError
 from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 from core.shard import HEADER_BYTES
 from core.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_SHA256, GPT2_VOCAB_SIZE
 from data_prep import part as parts

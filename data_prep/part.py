@@ -17,7 +17,7 @@ import numpy as np
 from core import storage
 from core.errors import DataError
 from core.manifest import ShardEntry
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 from core.vocabulary import GPT2_END_OF_TEXT
 from data_prep import source
 from data_prep.encode import Check, Engine

@@ -21,7 +21,7 @@ from typing import Any
 from core import config as settings
 from core import hub, manifest, storage
 from core.errors import DataError, ObjectExists, ObjectNotFound
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 
 FORMAT = "data-plan"
 # Increased whenever the same settings would give other shards: an unfinished set is then not continued.

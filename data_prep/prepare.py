@@ -11,7 +11,7 @@ import os
 
 from core import config as settings
 from core.console import run_entry, set_up_logging
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 from data_prep import starter
 
 log = logging.getLogger(__name__)

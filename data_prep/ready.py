@@ -19,7 +19,7 @@ from core import hub, manifest, storage
 from core.console import progress
 from core.errors import DataError
 from core.manifest import Manifest, ShardEntry, Split
-from core.schema import FetchConfig
+from core.schema_prep import FetchConfig
 from core.shard import HEADER_BYTES, MAGIC, header_bytes
 from core.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from data_prep import part, plan, words

