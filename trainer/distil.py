@@ -7,12 +7,12 @@
 torch. The other form trains as trainer.train does, on the same token shards, with a teacher beside the student.
 """
 
-import functools
 import os
 
 from core import config
 from core.console import OK, run_entry, set_up_logging
 from core.schema_tuning import DistilConfig, MakeConfig
+from trainer import entry
 
 USAGE = """torchrun --nproc-per-node=N -m trainer.distil CONFIG.yaml --distil.teacher=RUN [--section.key=value ...]
 
@@ -23,23 +23,23 @@ The endpoint's key comes from the environment: OPENAI_API_KEY."""
 
 
 def main(arguments: list[str]) -> int:
-    set_up_logging(speaks=os.environ.get("RANK", "0") == "0")
-    makes = arguments[:1] == ["make"]
+    return _make(arguments[1:]) if arguments[:1] == ["make"] else entry.train(arguments, DistilConfig, USAGE, _stage)
+
+
+def _make(arguments: list[str]) -> int:
+    set_up_logging()
     if {"-h", "--help"} & set(arguments):
-        print(config.help_text(MakeConfig, MAKE_USAGE) if makes else config.help_text(DistilConfig, USAGE))
+        print(config.help_text(MakeConfig, MAKE_USAGE))
         return OK
-    if makes:
-        from trainer.synthesis import make
+    from trainer.synthesis import make
 
-        return make.run(config.load(MakeConfig, arguments[1:], os.environ), os.environ)
-    settings = config.load(DistilConfig, arguments, os.environ)
-    from trainer.checkpoint import early
+    return make.run(config.load(MakeConfig, arguments, os.environ), os.environ)
 
-    fetched = early.start(settings.run.url, os.environ)
-    from trainer.segment import run_stage
+
+def _stage():
     from trainer.stages.distil import Distil
 
-    return run_stage(functools.partial(Distil, settings), settings, fetched)
+    return Distil
 
 
 if __name__ == "__main__":

@@ -8,28 +8,21 @@ what trainer.train writes. A run with adapters keeps the adapters only, and its 
 any other program it is a plain model.
 """
 
-import functools
-import os
-
-from core import config
-from core.console import OK, run_entry, set_up_logging
+from core.console import run_entry
 from core.schema_tuning import FinetuneConfig
-from trainer.checkpoint import early
+from trainer import entry
 
 USAGE = "torchrun --nproc-per-node=N -m trainer.finetune CONFIG.yaml --finetune.start=RUN [--section.key=value ...]"
 
 
 def main(arguments: list[str]) -> int:
-    set_up_logging(speaks=os.environ.get("RANK", "0") == "0")
-    if {"-h", "--help"} & set(arguments):
-        print(config.help_text(FinetuneConfig, USAGE))
-        return OK
-    settings = config.load(FinetuneConfig, arguments, os.environ)
-    fetched = early.start(settings.run.url, os.environ)
-    from trainer.segment import run_stage
+    return entry.train(arguments, FinetuneConfig, USAGE, _stage)
+
+
+def _stage():
     from trainer.stages.finetune import Finetune
 
-    return run_stage(functools.partial(Finetune, settings), settings, fetched)
+    return Finetune
 
 
 if __name__ == "__main__":

@@ -7,30 +7,22 @@ Started again with the same settings it continues from the newest complete check
 Exit codes: 0 only when the run reached its last step, 33 when it was asked to stop and saved, else 1.
 """
 
-import functools
-import os
-
-from core import config
-from core.console import OK, run_entry, set_up_logging
+from core.console import run_entry
 from core.schema import TrainConfig
-from trainer.checkpoint import early
+from trainer import entry
 
 USAGE = "torchrun --nproc-per-node=N -m trainer.train CONFIG.yaml [--section.key=value ...]"
 
 
 def main(arguments: list[str]) -> int:
-    set_up_logging(speaks=os.environ.get("RANK", "0") == "0")
-    if {"-h", "--help"} & set(arguments):
-        print(config.help_text(TrainConfig, USAGE))
-        return OK
     arguments = ["--train.overfit=true" if each == "--overfit" else each for each in arguments]
-    settings = config.load(TrainConfig, arguments, os.environ)
-    # torch takes seconds to import: a wrong setting should not have to wait for it, and a checkpoint arrives meanwhile.
-    fetched = early.start(settings.run.url, os.environ)
-    from trainer.segment import run_stage
+    return entry.train(arguments, TrainConfig, USAGE, _stage)
+
+
+def _stage():
     from trainer.stages.pretrain import Pretrain
 
-    return run_stage(functools.partial(Pretrain, settings), settings, fetched)
+    return Pretrain
 
 
 if __name__ == "__main__":

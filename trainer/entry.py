@@ -1,0 +1,26 @@
+"""What the entries that train have in common: settings first, torch only when they hold."""
+
+import functools
+import os
+from collections.abc import Callable
+
+from core import config
+from core.console import OK, set_up_logging
+from trainer.checkpoint import early
+
+
+def train(arguments: list[str], schema: type, usage: str, stage: Callable[[], Callable]) -> int:
+    """Load `schema` from the arguments and train; `stage` imports the class of the stage, which takes torch.
+
+    Returns the exit code. Raises LauncherError.
+    """
+    set_up_logging(speaks=os.environ.get("RANK", "0") == "0")
+    if {"-h", "--help"} & set(arguments):
+        print(config.help_text(schema, usage))
+        return OK
+    settings = config.load(schema, arguments, os.environ)
+    # torch takes seconds to import: a wrong setting should not have to wait for it, and a checkpoint arrives meanwhile.
+    fetched = early.start(settings.run.url, os.environ)
+    from trainer.segment import run_stage
+
+    return run_stage(functools.partial(stage(), settings), settings, fetched)
