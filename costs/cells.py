@@ -58,7 +58,9 @@ class Lost:
 def cells(run: Run, books: Books) -> list[Cell]:
     """All cells of a run; `books` as from `booked`."""
     parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, books[segment.number])]
-    parts += _api_cells(run)
+    for segment, usd in paid_to_endpoints(run):
+        cell = _cell(run, segment, "api", _day(segment.ended_at), 0.0, None)
+        parts.append(replace(cell, usd=usd, price_source="budget of the run's settings"))
     return parts + [cell for stretch in run.around for cell in _stretch_cells(run, stretch)]
 
 
@@ -87,6 +89,19 @@ def _lost(segment: Segment, boundary: float, unfinished: bool) -> Lost:
         lost.train_seconds + max(0.0, booked["train"] - float(np.sum(steps.train))),
         lost.wait_seconds + max(0.0, booked["data_wait"] - float(np.sum(steps.wait))),
     )
+
+
+def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
+    """Dollars that segments paid. The marks count from the run's beginning: what a machine paid that was killed is with
+    the next one, which found it in the run's folder."""
+    found, known = [], 0.0
+    for segment in run.segments:
+        for mark in segment.marks:
+            paid = mark.get("usd") if mark["name"] == "api" else None
+            if isinstance(paid, int | float) and known < paid < math.inf:
+                found.append((segment, paid - known))
+                known = paid
+    return found
 
 
 def booked(run: Run, lost: dict[int, Lost]) -> Books:
@@ -126,20 +141,6 @@ def _segment_cells(run: Run, segment: Segment, book: list[Slice]) -> list[Cell]:
         for (phase, day), seconds in sums.items()
         if seconds > 0 or price is None
     ]
-
-
-def _api_cells(run: Run) -> list[Cell]:
-    """What each segment paid an endpoint. The marks count from the run's beginning: what a machine paid that was killed
-    is with the next one, which found it in the run's folder."""
-    found, known = [], 0.0
-    for segment in run.segments:
-        for mark in segment.marks:
-            paid = mark.get("usd") if mark["name"] == "api" else None
-            if isinstance(paid, int | float) and known < paid < math.inf:
-                cell = _cell(run, segment, "api", _day(segment.ended_at), 0.0, None)
-                found.append(replace(cell, usd=paid - known, price_source="budget of the run's settings"))
-                known = paid
-    return found
 
 
 def _stretch_cells(run: Run, stretch: Stretch) -> list[Cell]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from costs.cells import PHASES, Books
+from costs.cells import PHASES, Books, paid_to_endpoints
 from costs.model import Run
 
 
@@ -26,6 +26,8 @@ class Spend:
             self.complete &= price is not None
             usd = (stretch.end - stretch.start) / 3600 * (price or 0.0)
             pieces.setdefault(stretch.phase, []).append((stretch.start, stretch.end, usd))
+        for segment, usd in paid_to_endpoints(run):
+            pieces.setdefault("api", []).append((segment.started_at, segment.ended_at, usd))
         names = [*(p for p in PHASES if p in pieces), *sorted(set(pieces) - set(PHASES))]
         self.curves = {name: _ramp(pieces[name]) for name in names}
         edges = [edge for phase in pieces.values() for start, end, _ in phase for edge in (start, end)]

@@ -61,6 +61,7 @@ def test_what_an_endpoint_took_is_a_line_of_its_own(tmp_path: Path):
     assert [line.usd > 1 for line in report.segments] == [True, False, True]
     for lines in (report.phases, report.segments, *report.by.values()):
         assert sum(line.usd for line in lines) == pytest.approx(report.total.usd)
+    assert sum(curve[-1] for curve in report.charts.spend_usd.values()) == pytest.approx(report.total.usd, abs=1e-3)
     machines = report.total.seconds / 3600 * 36.0
     assert report.total.usd == pytest.approx(3.0 + machines, abs=10**-report.places)
 
