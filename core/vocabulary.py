@@ -24,15 +24,19 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """GPT-2's ranks: the bytes of a token → its id. `stored` is the stored form, a tiktoken rank file."""
+    """GPT-2's ranks; `stored` is the stored form, a tiktoken rank file."""
 
-    ranks: dict[bytes, int]
     stored: bytes = field(repr=False)
 
     @property
     def sha256(self) -> str:
         """Of the stored form."""
         return GPT2_SHA256
+
+    @functools.cached_property
+    def ranks(self) -> dict[bytes, int]:
+        """The bytes of a token → its id."""
+        return _ranks_of_rank_file(self.stored, "the vocabulary")
 
     def encoding(self):
         """The tiktoken encoding of these ranks (tiktoken is imported here)."""
@@ -54,9 +58,10 @@ class Vocabulary:
 @functools.lru_cache(maxsize=2)
 def parse(data: bytes, where: str) -> Vocabulary:
     """Ranks from a rank file or from GPT-2's vocab.bpe. Raises DataError unless they are exactly GPT-2's."""
+    if hashlib.sha256(data).hexdigest() == GPT2_SHA256:
+        return Vocabulary(data)
     ranks = _ranks_of_merges(data) if data.startswith(b"#version") else _ranks_of_rank_file(data, where)
-    # Ranks are written out again only if these bytes are not the stored form already.
-    stored = data if hashlib.sha256(data).hexdigest() == GPT2_SHA256 else rank_file(ranks)
+    stored = rank_file(ranks)
     sha256 = hashlib.sha256(stored).hexdigest()
     if sha256 != GPT2_SHA256:
         raise DataError(
@@ -64,7 +69,7 @@ def parse(data: bytes, where: str) -> Vocabulary:
             f"GPT-2's are {GPT2_VOCAB_SIZE - 1} with {GPT2_SHA256[:12]}…; "
             "give OpenAI's vocab.bpe or the tokenizer file of a prepared data set"
         )
-    return Vocabulary(ranks, stored)
+    return Vocabulary(stored)
 
 
 def read(uri: str) -> Vocabulary:

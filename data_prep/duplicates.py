@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from core import storage
-from data_prep import source
+from data_prep import source, values
 from data_prep.part import Work
 from data_prep.plan import Part
 
@@ -34,7 +34,7 @@ def hash_part(part: Part, work: Work) -> None:
     config = work.config
     digests: list[bytes] = []
     for batch in source.read(part, config.source, config.filter, config.data.seed, Counter(), work.fetched):
-        digests += [hashlib.blake2b(text, digest_size=16).digest() for text in source.buffers(batch.texts)]
+        digests += [hashlib.blake2b(text, digest_size=16).digest() for text in values.buffers(batch.texts)]
     halves = np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     entries = np.empty(len(halves), ENTRY)
     entries["upper"], entries["lower"] = halves[:, 0], halves[:, 1]

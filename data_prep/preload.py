@@ -9,14 +9,13 @@ import gc
 
 gc.disable()
 
-import awkward  # noqa: E402, F401
 import botocore.session  # noqa: E402, F401
 import tiktoken  # noqa: E402, F401
 
 import data_prep.workers  # noqa: E402, F401
 
 with contextlib.suppress(ImportError):  # the worker says so
-    import gigatoken  # noqa: F401
+    import gigatoken.gigatoken_rs  # noqa: F401
 
 gc.freeze()
 gc.enable()

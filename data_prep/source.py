@@ -8,7 +8,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from core.errors import DataError
 from core.schema_prep import FilterConfig, SourceConfig
 from data_prep import parquet, text
 from data_prep.plan import Part, SourceFile
+from data_prep.values import buffers, offsets_of
 
 KEY_BYTES = 16
 # A share of very few rows says nothing; the whole set is judged once more in the end.
@@ -129,24 +129,6 @@ def _filters(batch: pa.RecordBatch, keep: FilterConfig) -> Iterator[tuple[str, p
         yield "low_score", pc.greater_equal(batch.column(keep.score_column), keep.min_score)
     if keep.languages:
         yield "language", pc.is_in(batch.column(keep.language_column), pa.array(keep.languages))
-
-
-def offsets_of(values: pa.LargeStringArray) -> np.ndarray:
-    """Where each value begins in the data buffer, and where the last one ends (int64, n + 1), without a copy.
-
-    Arrow's own ways to NumPy import pandas if it is installed: half a second in every worker.
-    """
-    if not len(values):
-        return np.zeros(1, np.int64)
-    return np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
-
-
-def buffers(values: pa.LargeStringArray) -> Iterator[memoryview]:
-    """The bytes of each value, without a copy."""
-    data = values.buffers()[2]
-    whole = memoryview(data) if data is not None else memoryview(b"")
-    for start, end in pairwise(offsets_of(values).tolist()):
-        yield whole[start:end]
 
 
 def _keys(values: pa.LargeStringArray, seed: int) -> np.ndarray:
