@@ -1,14 +1,15 @@
 """Data preparation side by side: ours against the two usual ways, end to end and encoding alone.
 
     python -m bench.prep --scratch=/tmp/bench-prep [--text=prose] [--megabytes=300] [--rounds=3] [--encode] [--larger]
-                         [--store=/dev/shm] [--out=FILE]
+                         [--where=folder] [--store=/dev/shm] [--out=FILE]
 
 End to end: parquet in a bucket of a real S3 server on loopback → token shards in that bucket, on all cores of this
 machine, which the server shares. Its data lie in --store, which may be a folder in memory: the fast side writes more
 in a second than a small disk takes. Sides are interleaved; medians are printed, with the peak memory of the whole
 process tree (proportional set size) and the CPU times: of the side, which is what counts when the machine is
-shared, and of the S3 server, which takes from everyone's cores what a real store does not. `read` is
-the limit: our reader alone. Text: bench/corpus.py.
+shared, and of the S3 server, which takes from everyone's cores what a real store does not: with --where=folder
+there is none, and parquet and shards lie in a folder of --store. `read` is the limit: our reader alone.
+Text: bench/corpus.py.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -43,18 +45,16 @@ def main() -> None:
     os.environ.setdefault("VOCAB_URL", _vocabulary())
     files = corpus.parquet_files(options.scratch, options.megabytes, options.text)
     larger = corpus.parquet_files(options.scratch, 4 * options.megabytes, options.text) if options.larger else []
-    with tempfile.TemporaryDirectory(dir=options.store or options.scratch) as folder, S3Server(Path(folder)) as server:
-        server.make_bucket(BUCKET)
-        os.environ.update(server.environment())
+    with _place(options) as (place, server):
         for name, paths in (("source", files), ("larger", larger)):
             for path in paths:
-                storage.write_file(f"s3://{BUCKET}/{name}/{path.name}", path)
-        results = _end_to_end(options, server)
+                storage.write_file(f"{place}/{name}/{path.name}", path)
+        results = _end_to_end(options, place, server)
         if options.encode:
             results["encode"] = _encode_only(options, files)
         if larger:
-            results["larger"] = [_run(_ours("larger", "set-larger"), server)]
-            stats = manifest.read(f"s3://{BUCKET}/set-larger").stats
+            results["larger"] = [_run(_ours(f"{place}/larger", f"{place}/set-larger"), server)]
+            stats = manifest.read(f"{place}/set-larger").stats
             results["larger_text_bytes"], results["larger_tokens"] = stats["text_bytes"], stats["tokens"]
     _show(results)
     if options.out:
@@ -69,7 +69,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", default="ours,fineweb,map,read")
     parser.add_argument("--encode", action="store_true", help="also encoding alone, text and tokens in memory")
-    parser.add_argument("--store", type=Path, help="folder for the S3 server's data, for a disk that keeps up")
+    parser.add_argument("--where", choices=("bucket", "folder"), default="bucket", help="of parquet and shards")
+    parser.add_argument("--store", type=Path, help="where bucket or folder lie, for a disk that keeps up")
     parser.add_argument("--larger", action="store_true", help="also ours with four times the text, for its memory")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser.parse_args()
@@ -81,41 +82,56 @@ def _vocabulary() -> str:
     return str(Path(package.origin).parent / "data" / "vocab.bpe")
 
 
-def _end_to_end(options: argparse.Namespace, server: S3Server) -> dict:
+@contextlib.contextmanager
+def _place(options: argparse.Namespace) -> Iterator[tuple[str, S3Server | None]]:
+    """Address of an empty bucket or folder, and the bucket's server."""
+    with tempfile.TemporaryDirectory(dir=options.store or options.scratch) as folder:
+        if options.where == "folder":
+            yield folder, None
+            return
+        with S3Server(Path(folder)) as server:
+            server.make_bucket(BUCKET)
+            os.environ.update(server.environment())
+            yield f"s3://{BUCKET}", server
+
+
+def _end_to_end(options: argparse.Namespace, place: str, server: S3Server | None) -> dict:
     runs: dict[str, list[dict]] = {side: [] for side in options.sides.split(",")}
+    source = f"{place}/source"
     # Not timed: the server's first writes make it lay out its volumes.
-    _run(_ours("source", "set-warm-up"), server)
+    _run(_ours(source, f"{place}/set-warm-up"), server)
     for number in range(options.rounds):
         for side in runs:
-            target = f"set-{side}-{number}"
-            command = _ours("source", target) if side == "ours" else _rival(side, target)
+            target = f"{place}/set-{side}-{number}"
+            command = _ours(source, target) if side == "ours" else _rival(side, source, target)
             runs[side].append(_run(command, server))
             print(f"round {number + 1}, {side}: {runs[side][-1]['seconds']:.1f} s", file=sys.stderr)
-    stats = manifest.read(f"s3://{BUCKET}/set-warm-up").stats
+    stats = manifest.read(f"{place}/set-warm-up").stats
     return {
         **record.header("gigatoken", "pyarrow", "tiktoken", "datasets", "botocore"),
         "text": options.text,
+        "where": options.where,
         "text_bytes": stats["text_bytes"],
         "tokens": stats["tokens"],
         "documents": stats["documents"],
-        "parquet_bytes": sum(info.size for info in storage.list_objects(f"s3://{BUCKET}/source")),
+        "parquet_bytes": sum(info.size for info in storage.list_objects(source)),
         "runs": runs,
     }
 
 
 def _ours(source: str, target: str) -> list[str]:
-    flags = [f"--source.url=s3://{BUCKET}/{source}/*.parquet", f"--data.url=s3://{BUCKET}/{target}"]
+    flags = [f"--source.url={source}/*.parquet", f"--data.url={target}"]
     return [sys.executable, "-m", "data_prep.prepare", *flags, "--data.part_bytes=8000000"]
 
 
-def _rival(side: str, target: str) -> list[str]:
-    return [sys.executable, "-m", "bench.prep_rivals", side, f"s3://{BUCKET}/source", f"s3://{BUCKET}/{target}"]
+def _rival(side: str, source: str, target: str) -> list[str]:
+    return [sys.executable, "-m", "bench.prep_rivals", side, source, target]
 
 
-def _run(command: list[str], server: S3Server) -> dict:
+def _run(command: list[str], server: S3Server | None) -> dict:
     """Run one side: wall seconds, CPU seconds and peak memory of its process tree (sampled), CPU of the server."""
     record.touch_pages(PAGES_BYTES)
-    server_before = _cpu_seconds(server._process.pid)
+    server_before = _cpu_seconds(server._process.pid) if server else 0.0
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
@@ -131,7 +147,7 @@ def _run(command: list[str], server: S3Server) -> dict:
         if process.returncode:
             output.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{output.read().decode()}")
-    server_cpu = _cpu_seconds(server._process.pid) - server_before
+    server_cpu = _cpu_seconds(server._process.pid) - server_before if server else 0.0
     return {
         "seconds": seconds,
         "cpu_seconds": sum(cpu.values()),
