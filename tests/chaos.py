@@ -3,8 +3,9 @@
     python -m tests.chaos --kills=100 [--out=FILE]           (or: make chaos)
 
 Every life of the run starts on 1, 2 or 4 ranks, with the optimizer's state sharded or not, and is killed at a random
-moment: soon after its start, or, while the run is behind its schedule (the last kill is to come before the last
-step), some time after it has made a new checkpoint. All processes at once (a machine goes away) or a single rank.
+moment: within one and a half times what the untouched run took to its first step, or, while the run is behind its
+schedule (the last kill is to come before the last step), some time after it has made a new checkpoint. All processes
+at once (a machine goes away) or a single rank.
 Then the run is finished, and its weights, its optimizer state, the metrics of every step and the kept steps of its
 ledger must be those of the run that was never touched. The file that --out names gets what the run was made of and
 what it kept, which bench.goodput compares with its simulation.
@@ -35,7 +36,7 @@ MAX_LOST_SECONDS = 2
 BEFORE_LAST_KILL = 0.9  # share of the steps that are to be done when the last kill comes
 
 
-def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int, longest_life: float) -> dict:
+def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int) -> dict:
     """Run both and compare. Returns what happened; raises AssertionError where the two differ."""
     choose = random.Random(seed)
     flags = [
@@ -46,7 +47,9 @@ def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int, longe
     ]
     straight, killed = f"{base_url}/straight", f"{base_url}/killed"
     patience = 60 + steps  # seconds; a step takes a fraction of one
-    launching.train(2, *flags, f"--run.url={straight}", patience_seconds=patience)
+    begun = {"SEGMENT_STARTED_AT": str(time.time())}
+    launching.train(2, *flags, f"--run.url={straight}", patience_seconds=patience, environment=begun)
+    soon = 1.5 * next(iter(starts_and_saves(straight)[0].values()))
     happened = {"kills of everything": 0, "kills of one rank": 0}
     lives: list[tuple[float, float]] = []  # when each began, how long it lasted
     newest = 0
@@ -59,7 +62,7 @@ def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int, longe
         behind = newest < BEFORE_LAST_KILL * steps * len(lives) / kills
         if behind:
             wait_for_checkpoint_after(newest, killed, process)
-        time.sleep(choose.uniform(0.0, longest_life / 4 if behind else longest_life))
+        time.sleep(choose.uniform(0.0, MAX_LOST_SECONDS if behind else soon))
         if process.poll() is not None:
             _, output = launching.finish(process)
             raise AssertionError(f"ended before its kill, the {len(lives) + 1}th; more --steps are needed:\n{output}")
@@ -90,17 +93,7 @@ def wait_for_checkpoint_after(step: int, run_url: str, process: subprocess.Popen
 
 def measured(run_url: str, report: dict, lives: list[tuple[float, float]]) -> dict:
     """What the run was made of, from its own books: the figures that a simulation of it needs, and what it kept."""
-    marks, starts = [], {}
-    for number in ledger.segment_numbers(run_url):
-        folder = storage.join(run_url, ledger.FOLDER, ledger.segment_name(number))
-        start = json.loads(storage.read_bytes(storage.join(folder, "start.jsonl")))
-        events, _ = journal.read(storage.join(folder, "events"))
-        found = [event for event in events if event["event"] == "mark"]
-        marks += found
-        for mark in found:
-            if mark["name"] == "first_step":
-                starts[start["time"]] = mark["time"] - mark["step_seconds"] - start["time"]
-    saves = [mark for mark in marks if mark["name"] == "checkpoint"]
+    starts, saves = starts_and_saves(run_url)
     kept_seconds = next(phase["seconds"] for phase in report["phases"] if phase["name"] == "train_kept")
     steps = kept_steps(report)
     return {
@@ -115,6 +108,21 @@ def measured(run_url: str, report: dict, lives: list[tuple[float, float]]) -> di
         "up_seconds": sum(seconds for _, seconds in lives),
         "lives": [{"seconds": seconds, "restart_seconds": starts.get(begun)} for begun, seconds in lives],
     }
+
+
+def starts_and_saves(run_url: str) -> tuple[dict[float, float], list[dict]]:
+    """Seconds to the first step of each segment that reached it, by when it began; and the marks of all checkpoints."""
+    starts, saves = {}, []
+    for number in ledger.segment_numbers(run_url):
+        folder = storage.join(run_url, ledger.FOLDER, ledger.segment_name(number))
+        start = json.loads(storage.read_bytes(storage.join(folder, "start.jsonl")))
+        events, _ = journal.read(storage.join(folder, "events"))
+        for mark in (event for event in events if event["event"] == "mark"):
+            if mark["name"] == "first_step":
+                starts[start["time"]] = mark["time"] - mark["step_seconds"] - start["time"]
+            elif mark["name"] == "checkpoint":
+                saves.append(mark)
+    return starts, saves
 
 
 def compare(killed: str, straight: str, steps: int) -> dict:
@@ -155,9 +163,8 @@ def is_rank(pid: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--longest-life", type=float, default=8.0, help="seconds; a start that is behind gets more")
     parser.add_argument("--out", type=Path, help="JSON file for what happened")
     arguments = parser.parse_args()
     begun = time.monotonic()
@@ -167,9 +174,7 @@ def main() -> None:
         source = corpus.write_parquet(Path(folder) / "source", [corpus.speeches(40)])
         vocabulary = corpus.vocab_bpe()
         corpus.prepare_set(source, "s3://chaos/set", vocabulary)
-        happened = chaos(
-            "s3://chaos/set", "s3://chaos", arguments.kills, arguments.steps, arguments.seed, arguments.longest_life
-        )
+        happened = chaos("s3://chaos/set", "s3://chaos", arguments.kills, arguments.steps, arguments.seed)
     seconds = time.monotonic() - begun
     short = {name: value for name, value in happened.items() if name != "lives"}
     print(f"bit-identical after {len(happened['lives']) - 1} kills, {seconds:.0f} s: {json.dumps(short, indent=1)}")

@@ -69,9 +69,14 @@ def finish(process: subprocess.Popen, patience_seconds: float = PATIENCE_SECONDS
     return process.returncode, output
 
 
-def train(ranks: int, *flags: str, patience_seconds: float = PATIENCE_SECONDS) -> str:
+def train(
+    ranks: int,
+    *flags: str,
+    patience_seconds: float = PATIENCE_SECONDS,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run to the end, which must be a success. Returns the output."""
-    code, output = finish(start(ranks, *flags), patience_seconds)
+    code, output = finish(start(ranks, *flags, environment=environment), patience_seconds)
     assert code == 0, output
     return output
 

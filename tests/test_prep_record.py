@@ -67,7 +67,8 @@ def test_an_error_is_booked_as_one(tmp_path: Path, vocab_bpe: Path):
 def test_a_killed_prep_leaves_a_readable_ledger(tmp_path: Path, vocab_bpe: Path):
     source = write_parquet(tmp_path / "source", [speeches(240)] * 8)
     run = str(tmp_path / "run")
-    slow = ("--tokenizer.engine=tiktoken", "--data.part_bytes=1000000")
+    # Slow enough to be there still when the first events are stored.
+    slow = ("--tokenizer.engine=tiktoken", "--workers=1")
     process = start(source, f"{tmp_path}/set", vocab_bpe, run, *slow)
     deadline = time.monotonic() + 60
     while not storage.list_objects(f"{run}/ledger/segment-000001/events"):
