@@ -46,7 +46,8 @@ def main() -> None:
     print("Assumptions:")
     for line in (
         f"computing: {options.results.name}, median {seconds:.1f} s for {results['tokens'] / 1e6:.1f}M tokens on "
-        f"{cores} cores, with the S3 server on the same cores; a vCPU counts as such a core, and they add up",
+        f"{cores} cores, from {results['where']} to {results['where']} on one machine; a vCPU counts as such a core, "
+        "and they add up",
         f"{tokens / 1e9:g} billion tokens of {options.bytes_per_token:g} bytes of text, "
         f"{PARQUET_BYTES / 1e9:.1f} GB of parquet",
         f"{options.download_gbit:g} Gbit/s sustained from the Hub, {options.upload_gbit:g} Gbit/s to the bucket: "

@@ -44,7 +44,7 @@ def _prep(record: Mapping[str, Any]) -> list[Row]:
         side: record["tokens"] / statistics.median(run["seconds"] for run in runs)
         for side, runs in record["runs"].items()
     }
-    what = f"{record['text']} to token shards, bucket to bucket"
+    what = f"{record['text']} to token shards, {record['where']} to {record['where']}"
     ours, other = speed["ours"], speed["fineweb"]
     return [(what, f"{quantity(ours)} tokens/s", f"{quantity(other)} (the usual script)", ours / other)]
 
@@ -86,7 +86,9 @@ def _train_step(record: Mapping[str, Any]) -> list[Row]:
 
 
 _KINDS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
+    "prep-folder": _prep,
     "prep": _prep,
+    "prep-code-folder": _prep,
     "prep-code": _prep,
     "loader": _loader,
     "checkpoint": _checkpoint,
