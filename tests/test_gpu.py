@@ -1,0 +1,145 @@
+"""The trainer on a real GPU. TEST_DEVICE=cpu rehearses it where there is none; TEST_DATA names a prepared token set."""
+
+import dataclasses
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from core.architecture import ModelConfig
+from core.vocabulary import GPT2_END_OF_TEXT
+from tests import launching, presets
+from trainer.model.gpt import GPT
+from trainer.precision import autocast
+
+pytestmark = pytest.mark.gpu
+
+STEPS = 24
+
+
+def sized(model: ModelConfig) -> ModelConfig:
+    """Two layers, with the head size that the presets have and the kernels are made for."""
+    wide = {"layers": 2, "heads": 4, "width": 256, "context": 256, "vocab_rows": 50304}
+    return dataclasses.replace(model, **wide, mlp_width=384 if model.mlp_width else 0, dropout=0.0)
+
+
+ARCHITECTURES = {name: sized(model) for name, model in presets.architectures().items()}
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    kind = os.environ.get("TEST_DEVICE", "cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return torch.device(kind)
+
+
+@pytest.fixture(scope="module")
+def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if ready := os.environ.get("TEST_DATA"):
+        return ready
+    from tests import corpus
+
+    folder = tmp_path_factory.mktemp("data")
+    source = corpus.write_parquet(folder / "source", [corpus.speeches(16)])
+    corpus.prepare_set(source, str(folder / "set"), corpus.vocab_bpe())
+    return str(folder / "set")
+
+
+def tokens_of(config: ModelConfig, device: torch.device, sequences: int = 4) -> torch.Tensor:
+    """Random ids; a document ends at every hundredth."""
+    found = torch.randint(0, 50000, (sequences, config.context + 1), generator=torch.Generator().manual_seed(1))
+    found[:, ::100] = GPT2_END_OF_TEXT
+    return found.int().to(device)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_compiled_blocks_compute_what_the_plain_model_does(name: str, device: torch.device):
+    config = ARCHITECTURES[name]
+    tokens_BT = tokens_of(config, device)
+    losses, gradients = [], []
+    for compiled in (False, True):
+        model = GPT(config)
+        model.initialise(1)
+        model.to(device)
+        if compiled and device.type == "cuda":
+            model.compile_blocks()
+        with autocast(device):
+            loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append([parameter.grad.flatten() for parameter in model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    for plain, fused in zip(*gradients, strict=True):
+        if plain.norm() > 0:  # weights that start at zero pass nothing on
+            assert torch.cosine_similarity(plain, fused, dim=0) > 0.99
+
+
+def test_logits_of_the_whole_vocabulary_never_exist(device: torch.device):
+    if device.type != "cuda":
+        pytest.skip("only CUDA tells the peak of its memory")
+    config = ARCHITECTURES["gpt2-124m"]
+    tokens_BT = tokens_of(config, device, sequences=128)
+    model = GPT(config)
+    model.initialise(1)
+    model.to(device)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with autocast(device):
+        model(tokens_BT[:, :-1], tokens_BT[:, 1:]).backward()
+    logits_bytes = 4 * 128 * config.context * config.vocab_rows
+    assert torch.cuda.max_memory_allocated() - before < logits_bytes / 2
+
+
+def flags_of(data_url: str, run_url: str, device: torch.device, *more: str) -> list[str]:
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", f"--train.device={device.type}"]
+    return [*flags, f"--train.steps={STEPS}", "--checkpoint.every=3", *more]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(name: str, data_url: str, device: torch.device, tmp_path):
+    straight, killed = f"{tmp_path}/straight", f"{tmp_path}/killed"
+    exact = ("--train.deterministic=true", f"--optimizer.name={name}")
+    launching.train(1, *flags_of(data_url, straight, device, *exact))
+    for step in (6, 15):
+        process = launching.start(1, *flags_of(data_url, killed, device, *exact))
+        launching.wait_until(lambda step=step: (launching.completed(killed) or [0])[0] >= step, process)
+        launching.kill(process)
+    assert launching.completed(killed)[0] < STEPS
+    launching.train(1, *flags_of(data_url, killed, device, *exact))
+    assert launching.tensors(killed, STEPS) == launching.tensors(straight, STEPS)
+    mine, theirs = launching.metrics(killed), launching.metrics(straight)
+    assert {step: mine[step]["loss"] for step in mine} == {step: theirs[step]["loss"] for step in theirs}
+
+
+def test_the_largest_micro_batch_is_tried_out_and_kept(data_url: str, device: torch.device, tmp_path):
+    run_url = f"{tmp_path}/run"
+    flags = flags_of(data_url, run_url, device, "--batch.micro_batch=0")
+    process = launching.start(1, *flags)
+    launching.wait_until(lambda: bool(launching.completed(run_url)), process)
+    process.terminate()
+    assert "16 sequences fit" in launching.finish(process)[1]
+    output = launching.train(1, *flags)
+    assert "sequences fit" not in output
+    assert "512 tokens = 16 sequences x 32 tokens x 1 micro-batches" in output
+
+
+def test_one_batch_is_learned_by_heart(data_url: str, device: torch.device, tmp_path):
+    run_url = f"{tmp_path}/run"
+    flags = flags_of(data_url, run_url, device, "--overfit", "--batch.tokens=64", "--train.steps=150")
+    launching.train(1, *flags, "--checkpoint.every=1000")
+    assert launching.metrics(run_url)[150]["loss"] < 0.1
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="torchao is not installed")
+def test_fp8_trains_as_bf16_does(data_url: str, device: torch.device, tmp_path):
+    if device.type != "cuda" or torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this device has no fp8")
+    wide = ("--model.width=256", "--model.heads=4", "--model.context=128", "--batch.tokens=2048")
+    losses = []
+    for precision in ("bf16", "fp8"):
+        run_url = f"{tmp_path}/{precision}"
+        launching.train(1, *flags_of(data_url, run_url, device, *wide, f"--train.precision={precision}"))
+        losses.append(launching.metrics(run_url)[STEPS]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
