@@ -189,7 +189,7 @@ def _gaps(options: argparse.Namespace, mean_hours: float, chance: random.Random)
 def _show(costs: Costs, options: argparse.Namespace, rows: list[dict]) -> None:
     title = (
         f"{options.runs} runs of {options.work_hours:g} h of work; step {costs.step:g} s, "
-        f"save blocks {costs.blocked:.3f} s, upload {costs.upload:.1f} s, restart {costs.restart:g} s"
+        f"save blocks {costs.blocked:.3f} s, upload {costs.upload:.1f} s, restart {costs.restart:.1f} s"
     )
     table = Table("mean h between", "notice", "goodput", "lost", "restarting", "blocked", "worst loss s", title=title)
     for row in rows:
