@@ -32,7 +32,15 @@ def node(tmp_path):
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin:/usr/sbin", "HOME": str(tmp_path), "RECORD": str(record)}
         environment |= {"BUCKET": "b", "RUN": "r", "DATA": "d", **settings}
         command = ["bash", str(ROOT / "launch/container.sh"), *arguments]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A shell cannot trap what was ignored when it began, as SIGINT is when the tests run in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     start.calls = lambda: record.read_text().splitlines()
     return start
