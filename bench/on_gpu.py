@@ -3,9 +3,10 @@
     python -m bench.on_gpu --data=DATA_URL --out=FOLDER [--minutes=9] [--rivals=FOLDER] [--only=tests,steps]
 
 Each part is a command of its own, shown before it runs; all share --minutes. One that fails does not keep the others
-from running, unless they need its result, and the exit status says that one did. FOLDER gets each command's output and dated results, to be
-put below bench/results/. How many steps bench.token_efficiency makes follows from the measured step and the minutes
-that are left. --rehearse runs the same on a CPU, with small models: for the commands, not for the numbers.
+from running, unless they need its result, and the exit status says that one did. FOLDER gets each command's output and
+dated results, to be put below bench/results/. How many steps bench.token_efficiency makes follows from the measured
+step and the minutes that are left. --rehearse runs the same on a CPU, with small models: for the commands, not for the
+numbers.
 """
 
 import argparse
