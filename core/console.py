@@ -8,9 +8,12 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 
+from core import environment, secrets
 from core.errors import LauncherError
 
 # Exit codes, also in docs/formats.md. SkyPilot's recover_on_exit_codes names PREEMPTED and BAD_NODE, never CAPPED.
@@ -34,11 +37,13 @@ def set_up_logging(speaks: bool = True) -> None:
 
 
 def run_entry(main: Callable[[list[str]], int | None]) -> None:
-    """Run an entry and exit: our own errors become one line, anything else keeps its traceback."""
+    """Run an entry and exit: our own errors become one line, anything else keeps its traceback. Neither shows a key."""
+    environment.drop_empty(os.environ)
+    sys.excepthook = _print_traceback
     try:
         code = main(sys.argv[1:]) or OK
     except LauncherError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {secrets.scrub(str(error))}", file=sys.stderr)
         code = FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -47,6 +52,10 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(secrets.scrub("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def tell_launcher(code: int) -> None:

@@ -82,7 +82,7 @@ def machine_from_environment(
         cluster = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
     except ValueError:
         cluster = {}
-    price = _positive(environment, "USD_PER_HOUR")
+    price = positive(environment, "USD_PER_HOUR")
     spot = environment.get("USE_SPOT")
     return Machine(
         cloud=environment.get("CLOUD") or cluster.get("cloud"),
@@ -91,7 +91,7 @@ def machine_from_environment(
         instance_type=environment.get("INSTANCE_TYPE"),
         gpu=gpu,
         gpus_per_node=gpus_per_node,
-        nodes=int(_positive(environment, "SKYPILOT_NUM_NODES") or 1),
+        nodes=int(positive(environment, "SKYPILOT_NUM_NODES") or 1),
         spot=None if not spot else spot.lower() in ("1", "true", "yes"),
         usd_per_hour=price,
         price_source=(environment.get("PRICE_SOURCE") or "USD_PER_HOUR variable") if price else None,
@@ -149,7 +149,8 @@ def segment_started_at() -> float | None:
         return None
 
 
-def _positive(environment: Mapping[str, str], name: str) -> float | None:
+def positive(environment: Mapping[str, str], name: str) -> float | None:
+    """The number in a variable, None if it is empty. Raises ConfigError unless it is above zero."""
     text = environment.get(name)
     if not text:
         return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from core import storage
+from core import bucket, storage
 from core.errors import ConfigError
 from core.run import NAME
 from costs.model import StorageRates, StorageUse
@@ -23,11 +23,10 @@ RATES = {
 
 
 def runs_url(environment: Mapping[str, str]) -> str:
-    """`runs` in BUCKET (a name on S3, gs://name, or a local path), where launches keep them. Raises ConfigError."""
-    bucket = environment.get("BUCKET")
-    if not bucket:
+    """`runs` in BUCKET, where launches keep them. Raises ConfigError."""
+    if not environment.get("BUCKET"):
         raise ConfigError("no run given; name a RUN_URL, or set BUCKET to show all runs in it")
-    return storage.join(bucket if "/" in bucket else f"s3://{bucket}", "runs")
+    return storage.join(bucket.root(environment), "runs")
 
 
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:

@@ -9,16 +9,16 @@ Exits 1 if there is an `x`. Writes one small object into the bucket and deletes 
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from core import storage
+from core import bucket, environment, secrets, storage
 from core.console import run_entry
 from core.errors import ConfigError, LauncherError
 from launch import registry, work
 from launch.left import lambda_get
-from launch.submit import candidates, find_sky, read_task, revision, sky_command, with_dotenv
-from launch.work import Finding, accelerator, bucket_url, data_bytes
+from launch.skypilot import find_sky
+from launch.task import candidates, read_task, revision, settings_of, sky_command
+from launch.work import Finding, accelerator, data_bytes
 
 # Service Quotas codes of EC2: vCPUs of running instances by family, on demand and spot.
 QUOTAS = {
@@ -45,40 +45,42 @@ Check = Callable[[dict[str, Any], Mapping[str, str]], Iterator[Finding]]
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         raise ConfigError("usage: python -m launch.check sky/TASK.yaml")
-    environment = with_dotenv(os.environ, Path(".env"))
-    os.environ.update(environment)
+    environment.adopt()
     task = read_task(arguments[0])
-    settings = {name: value for name, value in (task.get("envs") or {}).items() if value is not None}
-    settings |= {name: environment[name] for name in task.get("envs") or {} if environment.get(name)}
-    settings = {**environment, **settings}
+    settings = settings_of(task, os.environ)
     print(f"{arguments[0]}:")
     failed = 0
     for check in CHECKS:
-        for finding in _safely(check, task, settings):
+        for finding in findings(check, task, settings):
             print(finding, flush=True)
             failed += finding.mark == "x"
     if failed:
-        print(f"{failed} to be cured before this task can run")
+        print(f"{failed} to mend before this task can run")
         return 1
-    command = pricing_command(arguments[0], task, environment)
+    command = pricing_command(arguments[0], task, os.environ)
     print(f"$ sky {' '.join(command[1:])}", flush=True)
     return subprocess.call(command)
 
 
-def pricing_command(path: str, task: dict[str, Any], environment: Mapping[str, str]) -> list[str]:
-    """What prints SkyPilot's price table. `sky jobs launch` has no --dryrun; `sky launch` prices the same machines."""
+def pricing_command(path: str, task: dict[str, Any], given: Mapping[str, str]) -> list[str]:
+    """The command that prints SkyPilot's price table.
+
+    `sky jobs launch` has no --dryrun; `sky launch` prices the same machines.
+    """
     resources = {key: value for key, value in task["resources"].items() if key != "job_recovery"}
-    return sky_command(path, {**task, "resources": resources}, environment, revision(), ["--dryrun"])
+    return sky_command(path, {**task, "resources": resources}, given, revision(), ["--dryrun"])
 
 
-def _safely(check: Check, task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+def findings(check: Check, task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Findings of one check; an error is one as well."""
     try:
         yield from check(task, settings)
     except LauncherError as error:
-        yield Finding("x", str(error))
+        yield Finding("x", secrets.scrub(str(error)))
     except Exception as error:  # what a cloud's library raises without credentials, rights or network
         name = check.__name__.removeprefix("check_").replace("_", " ")
-        yield Finding("?", f"{name}: could not be asked ({' '.join(f'{type(error).__name__}: {error}'.split())[:160]})")
+        said = secrets.scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:160]
+        yield Finding("?", f"{name}: could not be asked ({said})")
 
 
 def check_clouds(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
@@ -115,7 +117,9 @@ def check_secrets(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator
 
 
 def check_bucket(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    url = bucket_url(settings)
+    if "BUCKET" not in task["envs"]:
+        return
+    url = bucket.root(settings)
     probe = storage.join(url, f".check-{os.urandom(6).hex()}")
     storage.write_bytes(probe, b"launch.check\n")
     storage.read_bytes(probe)
@@ -130,8 +134,8 @@ def _region(task: dict[str, Any], settings: Mapping[str, str], url: str) -> Iter
         return
     import boto3
 
-    bucket = url.removeprefix("s3://").partition("/")[0]
-    home = boto3.client("s3").get_bucket_location(Bucket=bucket)["LocationConstraint"] or "us-east-1"
+    name = url.removeprefix("s3://").partition("/")[0]
+    home = boto3.client("s3").get_bucket_location(Bucket=name)["LocationConstraint"] or "us-east-1"
     size = data_bytes(settings)
     for place in sorted({str(candidate.get("infra") or "") for candidate in candidates(task)}):
         cloud, _, region = place.partition("/")
@@ -197,11 +201,10 @@ def check_image(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[F
                 yield Finding("ok", f"image: {image}-{target} is there for {', '.join(sorted(platforms))}")
 
 
+# These ask only the bucket and this checkout; a launch runs them, too. Settings come first, at which it may end.
+FREE_CHECKS: tuple[Check, ...] = (work.check_config, check_secrets, check_bucket, work.check_data)
 CHECKS: tuple[Check, ...] = (
-    check_secrets,
-    check_bucket,
-    work.check_data,
-    work.check_config,
+    *FREE_CHECKS,
     check_image,
     check_clouds,
     check_quotas,

@@ -26,10 +26,9 @@ find_docker() {
   "${DOCKER[@]}" info >/dev/null || fail "the docker engine of $(hostname) does not answer; see the lines above"
 }
 
-# s3://BUCKET/FOLDER/NAME; a bucket elsewhere is given as gs://BUCKET.
-bucket_url() { # FOLDER NAME
-  [ -n "${BUCKET:-}" ] || fail "BUCKET is empty; give --env BUCKET=NAME"
-  case $BUCKET in *://*) echo "${BUCKET%/}/$1/$2" ;; *) echo "s3://$BUCKET/$1/$2" ;; esac
+# The URL that BUCKET and RUN (or DATA) name, worked out where the programs on the user's computer do it, too.
+bucket_url() { # RUN or DATA
+  python3 -m launch.place "$1"
 }
 
 machine_arch() { case $(uname -m) in x86_64) echo amd64 ;; aarch64) echo arm64 ;; *) uname -m ;; esac; }
@@ -107,8 +106,8 @@ run() { # TARGET COMMAND ...
   SEGMENT_STARTED_AT=$(started_at)
   # The kernel log is not readable in the container; XID lines name GPU faults.
   NODE_XIDS=$(sudo -n dmesg 2>/dev/null | grep -o 'NVRM: Xid.*' | tail -n 20) || NODE_XIDS=
-  RUN_URL=${RUN_URL:-$(bucket_url runs "$RUN")}
-  DATA_URL=${DATA_URL:-$(bucket_url data "$DATA")}
+  RUN_URL=${RUN_URL:-$(bucket_url RUN)}
+  DATA_URL=${DATA_URL:-$(bucket_url DATA)}
   # A pulled image is named by its registry's digest, one that was built here by its own id.
   IMAGE_DIGEST=$("${DOCKER[@]}" image inspect --format \
     '{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}' "$NAME:$target")

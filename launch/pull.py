@@ -1,6 +1,7 @@
 """Brings a run to this machine: metrics, ledger, logs, and the newest complete checkpoint. Files that are there stay.
 
-    python -m launch.pull s3://bucket/runs/gpt2-124m pulled/gpt2-124m
+    python -m launch.pull sky/pretrain-8xa100.yaml             the run that BUCKET and RUN name, to pulled/RUN
+    python -m launch.pull s3://bucket/runs/gpt2-124m [FOLDER]  a run by its URL
 
 The copy is a run folder like any other: `python cost_report.py pulled/gpt2-124m` works on it.
 """
@@ -10,11 +11,11 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from core import storage
+from core import environment, storage
 from core.console import progress, run_entry, set_up_logging
 from core.errors import ConfigError, ObjectNotFound
 from core.storage import ObjectInfo
-from launch.submit import with_dotenv
+from launch.work import run_of
 
 FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "refused")
 LISTINGS = 3
@@ -22,11 +23,12 @@ _CHECKPOINT = re.compile(r"/checkpoints/(step-\d+)/")
 
 
 def main(arguments: list[str]) -> None:
-    os.environ.update(with_dotenv(os.environ, Path(".env")))
+    environment.adopt()
     set_up_logging()
-    if len(arguments) != 2 or not arguments[0]:
-        raise ConfigError("usage: python -m launch.pull RUN_URL FOLDER (make pull BUCKET=… RUN=…)")
-    run_url, folder = arguments
+    if len(arguments) not in (1, 2) or not arguments[0]:
+        raise ConfigError("usage: python -m launch.pull RUN_URL|sky/TASK.yaml [FOLDER] (make pull BUCKET=… RUN=…)")
+    run_url = run_of(arguments[0], os.environ)
+    folder = arguments[1] if len(arguments) == 2 else f"pulled/{run_url.rstrip('/').rpartition('/runs/')[2]}"
     for attempt in range(LISTINGS):
         wanted = choose(run_url, storage.list_objects(run_url))
         try:
@@ -36,7 +38,8 @@ def main(arguments: list[str]) -> None:
             if attempt == LISTINGS - 1:
                 raise
     steps = {match.group(1) for info in wanted if (match := _CHECKPOINT.search(info.uri))}
-    print(f"{len(missing)} of {len(wanted)} objects fetched to {folder}; checkpoint: {', '.join(steps) or 'none yet'}")
+    found = f"{len(missing)} of {len(wanted)} objects fetched to {folder}"
+    print(f"{run_url}: {found}; checkpoint: {', '.join(steps) or 'none yet'}")
 
 
 def fetch(wanted: list[ObjectInfo], run_url: str, folder: str) -> list[ObjectInfo]:

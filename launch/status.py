@@ -1,36 +1,45 @@
-"""What is running: SkyPilot's clusters and managed jobs, and what the clouds themselves say. Optionally a run's cost.
+"""SkyPilot's clusters and managed jobs, what the clouds themselves say, and what the run has cost so far.
 
+python -m launch.status sky/pretrain-8xa100.yaml     of the run that BUCKET and RUN name, if BUCKET is set
 python -m launch.status [RUN_URL]
 """
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+from core import environment, storage
 from core.console import run_entry
 from core.errors import LauncherError
+from core.ledger import FOLDER, segment_numbers
 from core.spending import spent_before
-from launch.left import look
-from launch.submit import find_sky, read_task, with_dotenv
+from launch.left import look, project_tasks
+from launch.skypilot import find_sky
+from launch.work import run_of
 
 
 def main(arguments: list[str]) -> int:
-    os.environ.update(with_dotenv(os.environ, Path(".env")))
+    environment.adopt()
     print("$ sky status --refresh", flush=True)
     code = subprocess.call([find_sky(), "status", "--refresh"])
-    found, unknown = look([read_task(str(path))["name"] for path in Path("sky").glob("*.yaml")])
+    found, unknown = look(project_tasks())
     print("\nThe clouds say:")
     for line in [*found, *(f"? {problem}" for problem in unknown)] or ["nothing of this project is up"]:
         print(f"  {line}")
-    for run_url in arguments:
-        try:
-            usd = spent_before(run_url, sys.maxsize)
-        except LauncherError as error:
-            print(f"\n{error}")
-            continue
-        print(f"\n{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py says on what)")
+    if arguments and (not arguments[0].endswith(".yaml") or os.environ.get("BUCKET") or os.environ.get("RUN_URL")):
+        print(f"\n{_spent(run_of(arguments[0], os.environ))}")
     return code
+
+
+def _spent(run_url: str) -> str:
+    """A line about the run's dollars. A run that is not there has not cost $0.00: its name may be wrong."""
+    try:
+        if not segment_numbers(run_url):
+            return f"{storage.join(run_url, FOLDER)}: no run here yet; check RUN and BUCKET"
+        usd = spent_before(run_url, sys.maxsize)
+    except LauncherError as error:
+        return str(error)
+    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py says on what)"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 # Launching on rented machines. Settings by variables: BUCKET=… RUN=… CONFIG=… MAX_USD=…, or any of a task's envs.
-# Each target prints the sky command that it runs. SkyPilot lives in an environment of its own: it shares few versions
+# Each target prints the sky command that it runs. NO_CHECK=1 launches without the checks that cost nothing. SkyPilot lives in an environment of its own: it shares few versions
 # with training, and the tests of training must not need it.
 LAUNCH_VENV ?= .venv-launch
 # A command to run all of it under, such as one that enters another network. Empty: none.
 LAUNCH_PREFIX ?=
 LAUNCH_PYTHON := $(LAUNCH_PREFIX) $(LAUNCH_VENV)/bin/python
+OPTIONS := $(if $(NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/.installed-$(shell cksum < requirements/launch.txt | cut -d' ' -f1)
 TASK ?= pretrain-8xa100
-RUN ?= gpt2-124m
-# What pull and logs read: the run's folder.
-RUN_URL ?= $(if $(BUCKET),$(if $(findstring ://,$(BUCKET)),,s3://)$(BUCKET)/runs/$(RUN))
 
 .PHONY: setup-launch check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky test-launch test-image
 
@@ -25,39 +23,39 @@ check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, buck
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(TASK).yaml
 
 prep-data: $(LAUNCH_STAMP) ## FineWeb-Edu 10BT to token shards in BUCKET, on cheap CPU nodes (NODES=1)
-	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(if $(NODES),--num-nodes $(NODES))
+	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(OPTIONS) $(if $(NODES),--num-nodes $(NODES))
 
 pretrain: $(LAUNCH_STAMP) ## GPT-2 124M on 8 A100 on demand; another task: TASK=pretrain-gh200, …
-	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS)
 
 pretrain-spot: $(LAUNCH_STAMP) ## the same on spot machines, as a managed job that recovers from preemptions
-	@$(LAUNCH_PYTHON) -m launch.submit sky/pretrain-8xa100-spot.yaml
+	@$(LAUNCH_PYTHON) -m launch.submit sky/pretrain-8xa100-spot.yaml $(OPTIONS)
 
 finetune: $(LAUNCH_STAMP) ## conversations stored beside DATA onto START=run, on one small GPU, as the run RUN=chat
-	@$(LAUNCH_PYTHON) -m launch.submit sky/finetune.yaml
+	@$(LAUNCH_PYTHON) -m launch.submit sky/finetune.yaml $(OPTIONS)
 
 evaluate: $(LAUNCH_STAMP) ## perplexity and HellaSwag of RUN's newest checkpoint, on one small GPU (EVAL_ARGS=…)
-	@$(LAUNCH_PYTHON) -m launch.submit sky/evaluate.yaml
+	@$(LAUNCH_PYTHON) -m launch.submit sky/evaluate.yaml $(OPTIONS)
 
 smoke: TASK := $(if $(filter command line,$(origin TASK)),$(TASK),smoke-cpu)
 smoke: $(LAUNCH_STAMP) ## the cheapest proof that all works, end to end (TASK=smoke-gpu: on a GPU)
-	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS)
 
 status: $(LAUNCH_STAMP) ## clusters, managed jobs, and what is up at the clouds
-	@$(LAUNCH_PYTHON) -m launch.status $(RUN_URL)
+	@$(LAUNCH_PYTHON) -m launch.status sky/$(TASK).yaml
 
 logs: $(LAUNCH_STAMP) ## output of TASK while it runs; with FROM=bucket all of RUN, preempted machines included
-	@$(LAUNCH_PYTHON) -m launch.logs $(if $(filter bucket,$(FROM)),$(RUN_URL),sky/$(TASK).yaml)
+	@$(LAUNCH_PYTHON) -m launch.logs $(if $(filter bucket,$(FROM)),--stored) sky/$(TASK).yaml
 
 pull: $(LAUNCH_STAMP) ## metrics, samples, ledger, logs and newest checkpoint of RUN to pulled/
-	@$(LAUNCH_PYTHON) -m launch.pull "$(RUN_URL)" pulled/$(RUN)
+	@$(LAUNCH_PYTHON) -m launch.pull sky/$(TASK).yaml
 
 down: $(LAUNCH_STAMP) ## end all jobs and clusters of this project and prove that nothing is left
 	@$(LAUNCH_PYTHON) -m launch.left --down
 
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag
-	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml
-	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml --cluster build-image-arm64 --instance-type c7g.4xlarge
+	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml $(OPTIONS)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml $(OPTIONS) --cluster build-image-arm64 --instance-type c7g.4xlarge
 
 test-sky: $(LAUNCH_STAMP) $(STAMP) ## the task files against SkyPilot's own loader and optimizer
 	@SKY_PYTHON=$(LAUNCH_VENV)/bin/python $(BIN)/python -m pytest tests/test_sky.py tests/test_sky_loader.py

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core import config, manifest, sets, storage
+from core import bucket, config, manifest, sets, storage
 from core.architecture import ModelConfig
-from core.errors import ConfigError, DataError, LauncherError
+from core.errors import DataError, LauncherError
 from core.run import read_run
 from core.schema import DataConfig, TrainConfig
 from core.schema_tuning import FinetuneConfig
 from costs.task import public_model
-from launch import memory
-from launch.submit import candidates
+from launch import memory, node_settings
+from launch.task import candidates, read_task, settings_of
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,20 @@ def _start(start: str) -> Iterator[Finding]:
 
 
 def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Settings, and for each kind of GPU among the candidates: batch over ranks, and memory."""
+    """Settings, by the parsers of the node, and for each kind of GPU: batch over ranks, and memory."""
+    problems = node_settings.problems(settings)
+    for problem in problems:
+        yield Finding("x", f"settings: {problem}")
+    if problems:
+        return
+    if float(settings.get("MAX_USD") or 1) == 0:
+        yield Finding(
+            "!",
+            "settings: MAX_USD is 0, so nothing caps what this costs "
+            "(shells and make turn $20 into 0: for twenty dollars write MAX_USD=20)",
+        )
     if "trainer.train" in task["run"]:
-        train = config.load(TrainConfig, _arguments(settings), _urls(settings))
+        train = config.load(TrainConfig, _arguments(settings), _variables(settings))
     elif "trainer.finetune" in task["run"]:
         train = _as_training(_finetune(settings))
     else:
@@ -85,7 +96,7 @@ def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
 
 def _finetune(settings: Mapping[str, str]) -> FinetuneConfig:
     return config.load(
-        FinetuneConfig, [*_arguments(settings), f"--finetune.start={settings['START']}"], _urls(settings)
+        FinetuneConfig, [*_arguments(settings), f"--finetune.start={settings['START']}"], _variables(settings)
     )
 
 
@@ -101,26 +112,32 @@ def _as_training(tuned: FinetuneConfig) -> TrainConfig:
 
 
 def _arguments(settings: Mapping[str, str]) -> list[str]:
-    return [settings["CONFIG"], *(settings.get("TRAIN_ARGS") or "").split()]
+    """As the task's own command gives them."""
+    device = [f"--train.device={settings['DEVICE']}"] if settings.get("DEVICE") else []
+    return [settings["CONFIG"], *device, *(settings.get("TRAIN_ARGS") or "").split()]
 
 
-def _urls(settings: Mapping[str, str]) -> dict[str, str]:
-    return {"RUN_URL": run_url(settings), "DATA_URL": data_url(settings)}
-
-
-def bucket_url(settings: Mapping[str, str]) -> str:
-    bucket = settings.get("BUCKET")
-    if not bucket:
-        raise ConfigError("BUCKET is empty; give BUCKET=NAME to make, or set it in .env")
-    return bucket if "://" in bucket else f"s3://{bucket}"
+def _variables(settings: Mapping[str, str]) -> dict[str, str]:
+    """What the program reads from its environment on the node."""
+    urls = {"RUN_URL": run_url(settings), "DATA_URL": data_url(settings)}
+    return {**urls, "MAX_USD": settings.get("MAX_USD", "")}
 
 
 def run_url(settings: Mapping[str, str]) -> str:
-    return storage.join(bucket_url(settings), "runs", settings["RUN"])
+    """Raises ConfigError."""
+    return bucket.url(settings, "RUN")
+
+
+def run_of(source: str, environment: Mapping[str, str]) -> str:
+    """The URL of a run: `source`, or for a task's file RUN_URL, else that of BUCKET and RUN. Raises ConfigError."""
+    if not source.endswith(".yaml"):
+        return source
+    return environment.get("RUN_URL") or run_url(settings_of(read_task(source), environment))
 
 
 def data_url(settings: Mapping[str, str]) -> str:
-    return storage.join(bucket_url(settings), "data", settings["DATA"])
+    """Raises ConfigError."""
+    return bucket.url(settings, "DATA")
 
 
 def data_bytes(settings: Mapping[str, str]) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from demo.s3_server import S3Server
 from tests import corpus, tuning
+from tests.sky_command import SkyCommand
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -50,3 +51,9 @@ def vocab_bpe() -> Path:
 def pretrained(tmp_path_factory: pytest.TempPathFactory, vocab_bpe: Path) -> tuple[str, str]:
     """(data_url, run_url) of a small token set and a short run on it, from which tuning starts."""
     return tuning.pretrain(tmp_path_factory.mktemp("pretrained"), vocab_bpe)
+
+
+@pytest.fixture
+def sky(tmp_path) -> SkyCommand:
+    """A `sky` command with answers of our choice."""
+    return SkyCommand(tmp_path)

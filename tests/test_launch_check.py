@@ -17,7 +17,8 @@ from core.architecture import ModelConfig
 from core.errors import ConfigError
 from core.gpus import memory_bytes
 from core.run import open_run
-from launch import check, memory, registry, submit, work
+from launch import check, memory, registry, work
+from launch import task as launch_task
 from tests import corpus
 
 ROOT = Path(__file__).parent.parent
@@ -132,13 +133,13 @@ def test_what_cannot_be_asked_is_no_failure():
         raise RuntimeError("no network here")
         yield
 
-    (finding,) = check._safely(check_broken, {}, {})
+    (finding,) = check.findings(check_broken, {}, {})
     assert finding.mark == "?"
     assert "broken: could not be asked (RuntimeError: no network here)" in finding.what
 
 
 def test_a_managed_job_is_priced_by_a_plain_dry_run(monkeypatch):
-    monkeypatch.setattr(submit, "find_sky", lambda: "sky")
+    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
     path = "sky/pretrain-8xa100-spot.yaml"
     given = {"BUCKET": "b", "AWS_ACCESS_KEY_ID": "a"}
     command = " ".join(check.pricing_command(path, task("pretrain-8xa100-spot"), given))
@@ -172,10 +173,10 @@ def test_what_is_tuned_its_rows_and_its_memory_are_looked_for(tuning):
 
 def test_a_start_without_weights_and_rows_that_were_never_stored_are_named(tuning):
     start = f"{tuning['START']}-elsewhere"
-    (mark, what), *_ = marks(check._safely(work.check_data, task("finetune"), {**tuning, "START": start}))
+    (mark, what), *_ = marks(check.findings(work.check_data, task("finetune"), {**tuning, "START": start}))
     assert (mark, what) == ("x", f"start: {start} has no checkpoint; check the name, or `make pretrain` first")
     other = {**tuning, "TRAIN_ARGS": "--data.rows=preferences"}
-    assert marks(check._safely(work.check_data, task("finetune"), other))[-1][0] == "x"
+    assert marks(check.findings(work.check_data, task("finetune"), other))[-1][0] == "x"
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ URLS = ("--run.url=/r", "--data.url=/d")
 
 def test_every_gpu_that_a_task_names_has_a_known_memory():
     tasks = [yaml.safe_load(path.read_text()) for path in (ROOT / "sky").glob("*.yaml")]
-    gpus = {work.accelerator(candidate)[0] for each in tasks for candidate in submit.candidates(each)} - {""}
+    gpus = {work.accelerator(candidate)[0] for each in tasks for candidate in launch_task.candidates(each)} - {""}
     assert {"A100", "A100-80GB", "GH200", "A10G"} <= gpus
     assert [gpu for gpu in gpus if memory_bytes(gpu) is None] == []
 

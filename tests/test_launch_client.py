@@ -91,7 +91,7 @@ def test_pull_takes_the_newest_complete_checkpoint_and_no_other(run_url, tmp_pat
     assert (tmp_path / "here/ledger/segment-000001/start.jsonl").read_text() == "ledger/segment-000001/start.jsonl"
     assert "checkpoint: step-00000100" in capsys.readouterr().out
     pull.main([run_url, str(tmp_path / "here")])
-    assert capsys.readouterr().out.startswith("0 of ")
+    assert capsys.readouterr().out.startswith("memory://pull/run: 0 of ")
 
 
 def test_pull_without_a_run_one_sentence(tmp_path):

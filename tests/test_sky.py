@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from core.console import BAD_NODE, PREEMPTED
+from core.errors import ConfigError
 from costs import task as cost_task
-from launch import submit
+from launch import task as launch_task
 
 ROOT = Path(__file__).parent.parent
 TASKS = sorted((ROOT / "sky").glob("*.yaml"))
@@ -129,10 +130,10 @@ def test_shared_parts_are_the_same_in_all():
 
 
 def test_sky_command_carries_settings_and_hides_secrets(monkeypatch):
-    monkeypatch.setattr(submit, "find_sky", lambda: "sky")
+    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
     path = "sky/pretrain-8xa100.yaml"
     given = {"BUCKET": "b", "MAX_USD": "5", "AWS_ACCESS_KEY_ID": "AKIA-very-secret", "UNRELATED": "x"}
-    command = submit.sky_command(path, task_of(ROOT / path), given, "abc", [])
+    command = launch_task.sky_command(path, task_of(ROOT / path), given, "abc", [])
     text = " ".join(command)
     assert text.startswith("sky launch --cluster pretrain-8xa100 --yes")
     for part in ("--env BUCKET=b", "--env MAX_USD=5", "--env GIT_REVISION=abc", "--secret AWS_ACCESS_KEY_ID"):
@@ -142,23 +143,14 @@ def test_sky_command_carries_settings_and_hides_secrets(monkeypatch):
 
 
 def test_spot_is_a_managed_job(monkeypatch):
-    monkeypatch.setattr(submit, "find_sky", lambda: "sky")
+    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
     path = "sky/pretrain-8xa100-spot.yaml"
-    command = submit.sky_command(path, task_of(ROOT / path), {"BUCKET": "b"}, "", [])
+    command = launch_task.sky_command(path, task_of(ROOT / path), {"BUCKET": "b"}, "", [])
     assert command[:3] == ["sky", "jobs", "launch"]
 
 
 def test_without_a_bucket_one_sentence(monkeypatch):
-    monkeypatch.setattr(submit, "find_sky", lambda: "sky")
+    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
     path = "sky/pretrain-8xa100.yaml"
-    with pytest.raises(submit.ConfigError, match=r"BUCKET is required and empty; give BUCKET=\.\.\."):
-        submit.sky_command(path, task_of(ROOT / path), {}, "", [])
-
-
-def test_dotenv_yields_to_the_environment_and_refuses_nonsense(tmp_path):
-    file = tmp_path / ".env"
-    file.write_text("# comment\nBUCKET=from-file\nexport RUN='a b'\n\nMAX_USD=5\n")
-    assert submit.with_dotenv({"BUCKET": "from-shell"}, file) == {"BUCKET": "from-shell", "RUN": "a b", "MAX_USD": "5"}
-    file.write_text("BUCKET=b\nnot a line\n")
-    with pytest.raises(submit.ConfigError, match=r"\.env:2: is no NAME=value line"):
-        submit.with_dotenv({}, file)
+    with pytest.raises(ConfigError, match=r"BUCKET is required and empty; give BUCKET=\.\.\."):
+        launch_task.sky_command(path, task_of(ROOT / path), {}, "", [])

@@ -1,0 +1,68 @@
+"""BUCKET, RUN and DATA as people type them, and the one place that they name.
+
+    bucket.url({"BUCKET": "my-bucket/team/", "RUN": "gpt2-124m"}, "RUN")    s3://my-bucket/team/runs/gpt2-124m
+
+Nodes use this outside of the container, too, with their own Python (launch/place.py): the standard library alone, and
+Python 3.8 or newer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from core.errors import ConfigError
+
+FOLDERS = {"RUN": "runs", "DATA": "data"}
+# An S3 key has at most 1,024 bytes, and a run's objects add their own names.
+NAME_BYTES = 512
+
+
+def root(environment: Mapping[str, str]) -> str:
+    """The URL of BUCKET without a slash at its end. Raises ConfigError.
+
+    A bare name is a bucket on S3 and may go on with a folder; a path that begins with `/`, `./` or `~` is local.
+    """
+    text = environment.get("BUCKET", "").strip()
+    if not text:
+        raise ConfigError("BUCKET is empty; give BUCKET=NAME to make or to sky launch --env, or set it in .env")
+    _check_characters("BUCKET", text)
+    if re.match(r"\.{0,2}/|~", text):
+        return text.rstrip("/") or "/"
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "s3", text
+        if ":" in text.split("/")[0] or re.match(r"(s3|gs|az|hf|file|https?)//", text, re.IGNORECASE):
+            wanted = re.sub(r"^([A-Za-z0-9]+):?/*", lambda match: match.group(1).lower() + "://", text)
+            raise ConfigError(f"BUCKET is {text!r}, neither a bucket's name nor a URL; did you mean {wanted}?")
+    parts = [part for part in rest.split("/") if part]
+    if not parts:
+        raise ConfigError(f"BUCKET is {text!r}, which names no bucket; give BUCKET=NAME")
+    if {".", ".."} & set(parts):
+        raise ConfigError(f"BUCKET is {text!r}, must not hold the parts . or ..; give BUCKET=NAME/FOLDER")
+    return scheme.lower() + "://" + ("/" if scheme.lower() == "file" else "") + "/".join(parts)
+
+
+def name(environment: Mapping[str, str], variable: str) -> str:
+    """RUN or DATA: a folder's name, with parts below it if it has slashes. Raises ConfigError."""
+    text = environment.get(variable, "").strip()
+    _check_characters(variable, text)
+    parts = [part for part in text.split("/") if part]
+    folder = FOLDERS[variable]
+    if "://" in text:
+        raise ConfigError(f"{variable} is {text!r}, must be the name of a folder in BUCKET/{folder}, not a URL")
+    if not parts or {".", ".."} & set(parts):
+        raise ConfigError(f"{variable} is {text!r}, must be the name of a folder in BUCKET/{folder}, without . or ..")
+    if len(text.encode()) > NAME_BYTES:
+        raise ConfigError(f"{variable} has {len(text.encode()):,} bytes, must not have more than {NAME_BYTES}")
+    return "/".join(parts)
+
+
+def url(environment: Mapping[str, str], variable: str) -> str:
+    """The URL of a run (`RUN`) or of a token set (`DATA`). Raises ConfigError."""
+    return f"{root(environment)}/{FOLDERS[variable]}/{name(environment, variable)}"
+
+
+def _check_characters(variable: str, text: str) -> None:
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise ConfigError(f"{variable} is {text!r}, must not hold control characters or line ends")

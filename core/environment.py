@@ -1,0 +1,68 @@
+"""Variables: from the shell, over those of a .env file. An empty variable is an absent one.
+
+environment.adopt()      os.environ gets what .env holds, and loses what is empty and would mislead a library
+"""
+
+import io
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from core.errors import ConfigError
+
+DOTENV = Path(".env")
+# Libraries take an empty variable at its word: botocore asks `s3..amazonaws.com` for AWS_DEFAULT_REGION="", Google's
+# library opens the file "", Hugging Face's caches below the current folder for XDG_CACHE_HOME="".
+_READ_BY_LIBRARIES = re.compile(
+    r"(AWS|GOOGLE|HF|WANDB|MLFLOW|OPENAI|XDG|CUBLAS|OPENBLAS)_\w+|REQUESTS_CA_BUNDLE|TENSORBOARD_DIR"
+    r"|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE"
+)
+
+
+def adopt(dotenv: Path = DOTENV) -> None:
+    """Make os.environ what `with_dotenv` says. Raises ConfigError."""
+    found = with_dotenv(os.environ, dotenv)
+    drop_empty(os.environ)
+    os.environ.update(found)
+
+
+def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
+    """`environment` over the variables of a file, where there is one. An empty value never hides another one.
+
+    Raises ConfigError.
+    """
+    given = dict(environment)
+    drop_empty(given)
+    from_file = {name: value for name, value in read_dotenv(dotenv).items() if value}
+    return {**from_file, **{name: value for name, value in given.items() if value or name not in from_file}}
+
+
+def drop_empty(environment: MutableMapping[str, str]) -> None:
+    """Remove the empty variables that a library would read as a value."""
+    for name in [name for name, value in environment.items() if not value and _READ_BY_LIBRARIES.fullmatch(name)]:
+        del environment[name]
+
+
+def read_dotenv(path: Path) -> dict[str, str]:
+    """The variables of a .env file, as python-dotenv reads them; none without a file. Raises ConfigError."""
+    try:
+        # A byte order mark is an editor's, not a part of the first name.
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; save it again as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    from dotenv import dotenv_values
+    from dotenv.parser import parse_stream
+
+    for binding in parse_stream(io.StringIO(text)):
+        # The value stays out of the message: it may be a key.
+        if binding.error or (binding.key is not None and binding.value is None):
+            line = binding.original.line + len(binding.original.string) - len(binding.original.string.lstrip("\n"))
+            raise ConfigError(f"{path}:{line}: is not a NAME=value line; a comment begins with #")
+        if binding.value and "\0" in binding.value:
+            raise ConfigError(f"{path}:{binding.original.line}: {binding.key} holds a NUL character; remove it")
+    return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text)).items()}

@@ -1,0 +1,56 @@
+"""The settings that a node parses, parsed by the same functions before a node is rented.
+
+problems({"MAX_USD": "$20", ...})     ["environment variable MAX_USD: max_usd is '$20', must be a number ..."]
+"""
+
+from collections.abc import Callable, Mapping
+
+from core import bucket, config
+from core.errors import ConfigError
+from core.run import positive
+from core.schema import RunConfig
+from launch import network, node
+
+DEVICES = ("cuda", "cpu")
+
+
+def problems(settings: Mapping[str, str]) -> list[str]:
+    """One sentence for each setting that the node would refuse. An empty setting has its default."""
+    found = []
+    for name, parse in PARSERS.items():
+        if settings.get(name):
+            try:
+                parse(settings)
+            except ConfigError as error:
+                found.append(str(error))
+    return found
+
+
+def _cap(settings: Mapping[str, str]) -> float:
+    return config.load(RunConfig, [], {"RUN_URL": "any", "MAX_USD": settings["MAX_USD"]}).max_usd
+
+
+def _device(settings: Mapping[str, str]) -> str:
+    if settings["DEVICE"] not in DEVICES:
+        raise ConfigError(f"DEVICE is {settings['DEVICE']!r}, must be {' or '.join(DEVICES)}")
+    return settings["DEVICE"]
+
+
+def _endpoint(settings: Mapping[str, str]) -> str:
+    url = settings["AWS_ENDPOINT_URL"]
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"AWS_ENDPOINT_URL is {url!r}, must begin with https:// or http://")
+    return url
+
+
+PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
+    "BUCKET": bucket.root,
+    "RUN": lambda settings: bucket.name(settings, "RUN"),
+    "DATA": lambda settings: bucket.name(settings, "DATA"),
+    "MAX_USD": _cap,
+    "USD_PER_HOUR": lambda settings: positive(settings, "USD_PER_HOUR"),
+    "RANKS_PER_NODE": network.ranks_per_node,
+    "HANG_MINUTES": node.hang_minutes,
+    "DEVICE": _device,
+    "AWS_ENDPOINT_URL": _endpoint,
+}

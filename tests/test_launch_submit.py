@@ -1,0 +1,102 @@
+"""Launching: settings go along, and what a node would refuse is refused before anything is rented."""
+
+from pathlib import Path
+
+import pytest
+
+from core import config
+from core.errors import LauncherError
+from core.schema import RunConfig
+from launch import check, work
+from launch.task import read_task, settings_of
+from tests import corpus
+
+ROOT = Path(__file__).parent.parent
+TRAIN = "sky/pretrain-8xa100.yaml"
+REHEARSAL = {"DEVICE": "cpu", "CONFIG": "trainer/configs/debug.yaml", "DATA": "tokens"}
+
+
+@pytest.fixture(scope="module")
+def bucket_folder(tmp_path_factory, vocab_bpe) -> Path:
+    """A folder in the place of the bucket, with a small token set."""
+    folder = tmp_path_factory.mktemp("bucket")
+    corpus.prepare_set(
+        corpus.write_parquet(folder / "source", [corpus.documents(60)]), str(folder / "data/tokens"), vocab_bpe
+    )
+    return folder
+
+
+def test_a_task_that_can_run_is_launched_with_its_settings(sky, bucket_folder):
+    done = sky.run("launch.submit", TRAIN, **REHEARSAL, BUCKET=str(bucket_folder), MAX_USD="20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (launch,) = sky.called()
+    assert launch.startswith("launch --cluster pretrain-8xa100 --yes --detach-run --env BUCKET=")
+    assert "--env MAX_USD=20" in launch
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MAX_USD", "$20", "environment variable MAX_USD: max_usd is '$20', must be a number"),
+        ("MAX_USD", "20 USD", "max_usd is '20 USD', must be a number"),
+        ("MAX_USD", "20,50", "max_usd is '20,50', must be a number"),
+        ("MAX_USD", "-5", "max_usd: is -5.0, must not be below 0"),
+        ("USD_PER_HOUR", "$12", "USD_PER_HOUR is '$12', must be a number above zero"),
+        ("RANKS_PER_NODE", "eight", "RANKS_PER_NODE is 'eight', must be a whole number"),
+        ("HANG_MINUTES", "15m", "HANG_MINUTES is '15m', must be a number above 0"),
+        ("DEVICE", "gpu", "DEVICE is 'gpu', must be cuda or cpu"),
+        ("RUN", "../x", "RUN is '../x', must be the name of a folder in BUCKET/runs"),
+        ("BUCKET", "s3:/b", "BUCKET is 's3:/b', neither a bucket's name nor a URL; did you mean s3://b?"),
+        ("AWS_ENDPOINT_URL", "r2.example.com", "AWS_ENDPOINT_URL is 'r2.example.com', must begin with https://"),
+        ("TRAIN_ARGS", "--train.stepz=5", "unknown setting train.stepz"),
+        ("DATA", "elsewhere", "`make prep-data` makes it"),
+    ],
+)
+def test_what_the_node_would_refuse_is_refused_by_launch_and_check(sky, bucket_folder, name, value, said):
+    given = {**REHEARSAL, "BUCKET": str(bucket_folder), name: value}
+    done = sky.run("launch.submit", TRAIN, **given)
+    assert done.returncode == 1
+    assert said in done.stdout
+    assert "nothing was rented" in done.stderr
+    assert sky.called() == []
+    done = sky.run("launch.check", TRAIN, **given)
+    assert done.returncode == 1
+    assert said in done.stdout
+
+
+def test_a_launch_without_checks_must_be_asked_for(sky, bucket_folder):
+    given = {**REHEARSAL, "BUCKET": str(bucket_folder), "DATA": "elsewhere"}
+    assert sky.run("launch.submit", TRAIN, "--no-check", **given).returncode == 0
+    (launch,) = sky.called()
+    assert "--no-check" not in launch
+
+
+def test_a_cap_of_zero_is_said_aloud(sky, bucket_folder):
+    """Shells, and make once more, turn MAX_USD=$20 into MAX_USD=0, which is no cap."""
+    done = sky.run("launch.submit", TRAIN, **REHEARSAL, BUCKET=str(bucket_folder), MAX_USD="0")
+    assert done.returncode == 0
+    assert "MAX_USD is 0, so nothing caps what this costs" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["$20", "20.", "1e1", "0", "-5", "20 USD", "nan", "inf", "1_000", "", "none"])
+def test_check_and_node_agree_on_a_cap(monkeypatch, text):
+    monkeypatch.chdir(ROOT)
+    task = read_task(TRAIN)
+    settings = settings_of(task, {"BUCKET": "b", "MAX_USD": text})
+    refused = any(finding.mark == "x" for finding in check.findings(work.check_config, task, settings))
+    try:
+        config.load(RunConfig, [], {"RUN_URL": "x", "MAX_USD": text})
+        assert not refused
+    except LauncherError:
+        assert refused
+
+
+def test_status_of_a_run_that_is_not_there_shows_no_dollars(sky, bucket_folder):
+    done = sky.run("launch.status", TRAIN, BUCKET=f"{bucket_folder}/", RUN="mistyped")
+    assert f"{bucket_folder}/runs/mistyped/ledger: no run here yet; check RUN and BUCKET" in done.stdout
+    assert "$0.00" not in done.stdout
+
+
+def test_a_task_without_a_bucket_needs_none(sky):
+    done = sky.run("launch.submit", "sky/build-image.yaml", IMAGE="registry/name:tag")
+    assert done.returncode == 0, done.stdout + done.stderr
