@@ -8,7 +8,7 @@ Exits 1 if there is an `x`. Writes one small object into the bucket and deletes 
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from core import bucket, environment, secrets, storage
@@ -50,10 +50,9 @@ def main(arguments: list[str]) -> int:
     settings = settings_of(task, os.environ)
     print(f"{arguments[0]}:")
     failed = 0
-    for check in CHECKS:
-        for finding in findings(check, task, settings):
-            print(finding, flush=True)
-            failed += finding.mark == "x"
+    for finding in all_findings(CHECKS, task, settings):
+        print(finding, flush=True)
+        failed += finding.mark == "x"
     if failed:
         print(f"{failed} to mend before this task can run")
         return 1
@@ -69,6 +68,17 @@ def pricing_command(path: str, task: dict[str, Any], given: Mapping[str, str]) -
     """
     resources = {key: value for key, value in task["resources"].items() if key != "job_recovery"}
     return sky_command(path, {**task, "resources": resources}, given, revision(), ["--dryrun"])
+
+
+def all_findings(checks: Iterable[Check], task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Findings of several checks, in order; a wrong setting that several of them meet comes once."""
+    said = set()
+    for check in checks:
+        for finding in findings(check, task, settings):
+            text = finding.what.removeprefix("settings: ")
+            if text not in said:
+                yield finding
+            said.add(text)
 
 
 def findings(check: Check, task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:

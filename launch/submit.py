@@ -40,11 +40,12 @@ def main(arguments: list[str]) -> int:
 
 def launchable(task: dict, settings: dict[str, str]) -> bool:
     """Print the findings of the free checks that are not `ok`. False if one of them forbids the launch."""
-    findings = [finding for each in check.FREE_CHECKS for finding in check.findings(each, task, settings)]
-    for finding in findings:
+    allowed = True
+    for finding in check.all_findings(check.FREE_CHECKS, task, settings):
+        allowed = allowed and finding.mark != "x"
         if finding.mark != "ok":
             print(finding, flush=True)
-    return not any(finding.mark == "x" for finding in findings)
+    return allowed
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ LAUNCH_VENV ?= .venv-launch
 LAUNCH_PREFIX ?=
 LAUNCH_PYTHON := $(LAUNCH_PREFIX) $(LAUNCH_VENV)/bin/python
 OPTIONS := $(if $(NO_CHECK),--no-check)
-LAUNCH_STAMP := $(LAUNCH_VENV)/.installed-$(shell cksum < requirements/launch.txt | cut -d' ' -f1)
+LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
 .PHONY: setup-launch check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
 
-$(LAUNCH_STAMP): requirements/launch.txt
+$(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
 	@echo "setting up $(LAUNCH_VENV) (once; about a minute)"
-	$(PYTHON) -m venv $(LAUNCH_VENV)
-	$(LAUNCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/launch.txt
+	@$(SETUP) launch "$(LAUNCH_VENV)"
 	@rm -f $(LAUNCH_VENV)/.installed-*; touch $@
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
