@@ -5,12 +5,19 @@ with files.replacing(Path("run/a.json")) as file:
 """
 
 import contextlib
+import errno
+import heapq
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import BinaryIO
+
+from fsspec.utils import glob_translate
+
+from core.errors import StorageError
 
 
 @contextlib.contextmanager
@@ -38,30 +45,116 @@ def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterat
 
 
 def below(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """All files below a folder, at any depth; none if there is no such folder."""
-    for folder, _, names_here in os.walk(root):
-        for name in names_here:
-            if _is_temporary(name):
-                continue
-            path = Path(folder, name)
-            with contextlib.suppress(FileNotFoundError):  # removed while we walk
-                yield path, path.stat()
+    """All files below a folder, at any depth and through links; none if there is no such folder.
+
+    A folder that has several names is read once, under the name with the fewest links in it, so that a loop of links
+    ends. A link to nothing is listed with the link's own size: it is there, and reading it fails. Raises StorageError
+    if `root` is such a link, OSError for a folder that cannot be read.
+    """
+    _check_link(root)
+    yield from _walk(root, lambda names: True, bounded=False)
 
 
 def names(folder: Path) -> list[str]:
-    """Names of files and folders in a folder; none if there is no such folder."""
-    return [entry.name for entry in folder.iterdir() if not _is_temporary(entry.name)] if folder.is_dir() else []
+    """Names of files, folders and links in a folder; none if there is no such folder. Raises as `below`."""
+    try:
+        return [entry.name for entry in _entries(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        _check_link(folder)
+        return []
 
 
-def matching(pattern: Path) -> list[Path]:
-    """Files whose path fits a pattern with `*`, `?`, `[...]` or `**`."""
-    literal = []
-    for part in pattern.parts:
-        if re.search(r"[*?\[]", part):
-            break
-        literal.append(part)
-    root = Path(*literal)
-    return [path for path in root.glob(str(pattern.relative_to(root))) if path.is_file()]
+def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
+    """Files whose path fits a pattern with `*`, `?`, `[...]` or `**`; links, folders and errors as in `below`.
+
+    Raises StorageError for a link to nothing where the pattern leads into folders: files would be missing silently.
+    """
+    wild = next(number for number, part in enumerate(pattern.parts) if re.search(r"[*?\[]", part))
+    root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
+    fits = re.compile(glob_translate("/".join(parts))).match
+    parts_fit = [re.compile(glob_translate(part)).match for part in parts]
+    recursive = parts.index("**") if "**" in parts else None
+
+    def leads(names: tuple[str, ...]) -> bool:
+        if recursive is None and len(names) >= len(parts):
+            return False
+        return all(fit(name) for name, fit in zip(names[:recursive], parts_fit, strict=False))
+
+    _check_link(root)
+    found = []
+    for path, stat in _walk(root, leads, bounded=recursive is None):
+        if not (S_ISREG(stat.st_mode) or S_ISLNK(stat.st_mode)):
+            continue
+        relative = path.relative_to(root)
+        if fits(relative.as_posix()):
+            found.append((path, stat))
+        elif S_ISLNK(stat.st_mode) and leads(relative.parts):
+            _check_link(path)
+    return found
+
+
+def link_to_nothing(path: Path) -> Path | None:
+    """The link, `path` itself or a folder above it, that leads to nothing; None if there is none."""
+    for each in (path, *path.parents):
+        if os.path.lexists(each):
+            return each if each.is_symlink() and not os.path.exists(each) else None
+    return None
+
+
+def _check_link(path: Path) -> None:
+    if link := link_to_nothing(path):
+        raise StorageError(
+            f"{link}: is a link to {os.readlink(link)}, which is not there; mount or restore it, or remove the link"
+        )
+
+
+def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[Path, os.stat_result]]:
+    """Files in those folders whose names below `root` satisfy `leads`; `root` is always read.
+
+    Where `leads` is `bounded` in depth, a folder is read once at each depth, since names may fit at one and not at
+    another.
+    """
+    # The fewest links first, then the shortest path: of the names of a folder, that one is kept.
+    waiting = [(0, 0, root)]
+    read: set[tuple[int, int, int]] = set()
+    while waiting:
+        links, depth, folder = heapq.heappop(waiting)
+        try:
+            stat = folder.stat()
+            known = (stat.st_dev, stat.st_ino, depth if bounded else 0)
+            if known in read:
+                continue
+            entries = _entries(folder)
+        except (FileNotFoundError, NotADirectoryError):  # removed while we walk, or never there
+            continue
+        read.add(known)
+        for entry in entries:
+            path = folder / entry.name
+            found = _stat(entry)
+            if found is None:
+                continue
+            if not S_ISDIR(found.st_mode):
+                yield path, found
+            elif leads(path.relative_to(root).parts):
+                heapq.heappush(waiting, (links + entry.is_symlink(), depth + 1, path))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not _is_temporary(entry.name)]
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what the entry leads to, or of the link itself if that is nothing; None if it was removed meanwhile."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
 
 
 def _is_temporary(name: str) -> bool:

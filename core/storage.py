@@ -258,7 +258,8 @@ def exists(uri: str) -> bool:
 def list_objects(prefix: str) -> list[ObjectInfo]:
     """All objects below a folder, at any depth, sorted by URI. An absent folder lists as empty.
 
-    A missing bucket is not an absent folder: it raises StorageError.
+    A missing bucket is not an absent folder: it raises StorageError, and so does a local link to nothing in its place.
+    Local links are followed, each folder once (`core.files.below`).
     """
 
     def find() -> list[ObjectInfo]:
@@ -313,8 +314,8 @@ def expand_objects(pattern: str) -> list[ObjectInfo]:
     if not is_pattern(pattern):
         return [ObjectInfo(pattern, size_of(pattern), None)]
     if is_local(pattern):
-        found = files.matching(local_path(pattern))
-        return sorted((ObjectInfo(str(each), each.stat().st_size, None) for each in found), key=lambda info: info.uri)
+        found = _retrying("list", pattern, lambda: files.matching(local_path(pattern)))
+        return sorted((ObjectInfo(str(path), stat.st_size, None) for path, stat in found), key=lambda info: info.uri)
     if scheme_of(pattern) == "s3":
         matches = re.compile(glob_translate(pattern)).match
         literal = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
@@ -337,6 +338,14 @@ def pinned(uri: str) -> str:
     if scheme_of(uri) != "hf":
         return uri
     return hub.parse(uri).at(_retrying("read", uri, lambda: hub.commit_of(uri)))
+
+
+def link_to_nothing(uri: str) -> str | None:
+    """Where a local link points to if nothing is there; None for any other object, and for one that is not there."""
+    if not is_local(uri):
+        return None
+    path = local_path(uri)
+    return os.readlink(path) if files.link_to_nothing(path) == path else None
 
 
 def is_pattern(uri: str) -> bool:

@@ -61,7 +61,8 @@ def choose(run_url: str, objects: list[ObjectInfo]) -> list[ObjectInfo]:
     root = run_url.rstrip("/")
     if not any(info.uri == f"{root}/run.json" for info in objects):
         raise ObjectNotFound(f"{root}/run.json: there is no run here; check RUN and BUCKET")
-    complete = sorted(match.group(1) for i in objects if i.name == "COMPLETE" and (match := _CHECKPOINT.search(i.uri)))
+    markers = [info.uri for info in objects if info.name == "COMPLETE" and info.uri.startswith(f"{root}/checkpoints/")]
+    complete = sorted(match.group(1) for uri in markers if (match := _CHECKPOINT.search(uri)))
     prefixes = [f"{root}/{folder}/" for folder in FOLDERS]
     prefixes += [f"{root}/checkpoints/{complete[-1]}/"] if complete else []
     return [info for info in objects if info.uri == f"{root}/run.json" or info.uri.startswith(tuple(prefixes))]

@@ -10,21 +10,26 @@ files with its successor's. The marker names its manifest and the manifest's che
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import xxhash
 
 from core import storage
-from core.errors import CheckpointError, ObjectNotFound
+from core.errors import CheckpointError, ObjectNotFound, StorageError
 from core.ledger import segment_name
+from core.storage import ObjectInfo
 
 FOLDER = "checkpoints"
 MARKER = "COMPLETE"
 FORMAT = "checkpoint"
 VERSION = 1
 _STEP = re.compile(r"^step-(\d{8,})$")
+_OBJECT = re.compile(
+    rf"^({MARKER}|manifest-segment-\d{{6,}}\.json|segment-\d{{6,}}-rank-\d{{5,}}-of-\d{{5,}}\.safetensors)$"
+)
+LISTINGS = 3
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,59 @@ def checksum(data: bytes | memoryview) -> str:
 
 def stored(run_url: str) -> dict[int, dict[str, int]]:
     """All checkpoints there are, complete or not, newest first: step → object name → bytes."""
+    folder = storage.join(run_url, FOLDER)
+    return _by_step(folder, storage.list_objects(folder))
+
+
+def restorable(run_url: str) -> dict[int, dict[str, int]]:
+    """As `stored`, for a reader that must not miss a checkpoint: compares what two listings show.
+
+    Raises CheckpointError for a step that only one of them shows, or that is there and cannot be read.
+    """
+    folder = storage.join(run_url, FOLDER)
+    for _ in range(LISTINGS):  # another machine of this run may store or remove one between the two listings
+        try:
+            names = storage.list_names(folder)
+            objects = storage.list_objects(folder)
+            problem = next(_problems(folder, names, objects), None)
+        except StorageError as error:
+            cause = error.__cause__
+            if not isinstance(cause, PermissionError) or not cause.filename:
+                raise
+            raise CheckpointError(
+                f"{cause.filename}: may not be read ({cause.strerror}); make it readable for this user, or move the "
+                f"checkpoint out of {folder} to train without it"
+            ) from error
+        if problem is None:
+            return _by_step(folder, objects)
+    raise CheckpointError(f"{problem}, or move the checkpoint out of {folder} to train without it")
+
+
+def _by_step(folder: str, objects: Iterable[ObjectInfo]) -> dict[int, dict[str, int]]:
     found: dict[int, dict[str, int]] = {}
-    for info in storage.list_objects(storage.join(run_url, FOLDER)):
-        folder, _, name = info.uri.rpartition("/")
-        match = _STEP.match(folder.rpartition("/")[2])
-        if match:
-            found.setdefault(int(match.group(1)), {})[name] = info.size
+    for info in objects:
+        below = info.uri.removeprefix(f"{folder}/").split("/")
+        if len(below) == 2 and (match := _STEP.match(below[0])):
+            found.setdefault(int(match.group(1)), {})[below[1]] = info.size
     return dict(sorted(found.items(), reverse=True))
+
+
+def _problems(folder: str, names: Sequence[str], objects: Sequence[ObjectInfo]) -> Iterator[str]:
+    """What hides a step from one of two listings, with half of the remedy. A step without any object is none."""
+    for name in filter(_STEP.match, names):
+        uri = storage.join(folder, name)
+        shown = {info.uri for info in objects if info.uri == uri or info.uri.startswith(f"{uri}/")}
+        for each in sorted(shown):
+            if target := storage.link_to_nothing(each):
+                yield f"{each}: is a link to {target}, which is not there; mount or restore it"
+        if uri in shown:
+            yield f"{uri}: is a file, where a checkpoint has its folder; restore the folder"
+        elif shown:
+            hidden = storage.join(uri, MARKER) not in shown and storage.exists(storage.join(uri, MARKER))
+        else:
+            hidden = bool(storage.list_names(uri))
+        if uri not in shown and hidden:
+            yield f"{uri}: one listing of the store shows it and another does not; check the store"
 
 
 def complete_steps(run_url: str) -> list[int]:
@@ -132,9 +183,20 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
 
 
 def remove(run_url: str, step: int, names: Iterable[str]) -> None:
-    """Delete a checkpoint, marker first, so that it is never complete and damaged at once."""
+    """Delete a checkpoint, marker first, so that it is never complete and damaged at once.
+
+    Where its folder is a link, only a checkpoint's own objects are deleted behind it; of a link into another run's
+    checkpoints, only the link.
+    """
+    folder = folder_of(run_url, step)
+    path = storage.local_path(folder) if storage.is_local(folder) else None
+    if path and path.is_symlink():
+        if path.resolve().parent.name == FOLDER:
+            path.unlink()
+            return
+        names = filter(_OBJECT.match, names)
     for name in sorted(names, key=lambda name: name != MARKER):
-        storage.delete(storage.join(folder_of(run_url, step), name))
+        storage.delete(storage.join(folder, name))
 
 
 def to_remove(found: Mapping[int, Mapping[str, int]], keep: int, keep_every: int) -> list[int]:

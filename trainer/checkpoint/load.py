@@ -2,7 +2,8 @@
 
 Rank 0 lists the candidates, all ranks read their share of the files and broadcast them, so that storage gives each
 byte once. A checkpoint that is incomplete or damaged is skipped by name, on all ranks alike, and the one before it
-is tried. If complete checkpoints exist but none can be used, training stops: it never silently starts again.
+is tried. If complete checkpoints exist but none can be used, or if one may be hidden from the listing, training stops:
+it never silently starts again.
 """
 
 import functools
@@ -49,7 +50,7 @@ def load_newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | 
 
     `early` may hold some of it already, and is closed.
 
-    Raises CheckpointError if complete checkpoints exist but all are damaged.
+    Raises CheckpointError if complete checkpoints exist but all are damaged, or if one is hidden (`layout.restorable`).
     """
     try:
         return _newest(run_url, target, ranks, early)
@@ -59,7 +60,7 @@ def load_newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | 
 
 
 def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None) -> Restored | None:
-    found = on_main(lambda: layout.stored(run_url), ranks)
+    found = on_main(lambda: layout.restorable(run_url), ranks)
     skipped: list[tuple[str, str]] = []
     damaged = 0
     for step, names in found.items():
