@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +22,22 @@ from core.errors import ConfigError
 Schema = TypeVar("Schema")
 
 
-def setting(default: Any, help: str, *, env: str | None = None, identity: bool = True) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    env: str | None = None,
+    identity: bool = True,
+    check: Callable[[str], str | None] | None = None,
+) -> Any:
     """One documented setting.
 
     `env` names a variable that overrides file and flag-less default alike. `identity=False` marks what may
-    differ between the segments of one run (paths, cadence, prices): it does not change the result.
+    differ between the segments of one run (paths, cadence, prices): it does not change the result. `check` returns
+    what is wrong with a text that is given, or None (`core.urls`); of a list, each item is checked.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "env": env, "identity": identity})
+    metadata = {"help": help, "env": env, "identity": identity, "check": check}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def section(schema: type) -> Any:
@@ -96,6 +105,11 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
     converted = {
         key: _convert(value, known[key].type, key, sources.where[key]) for key, value in sources.values.items()
     }
+    for key, value in converted.items():
+        check = known[key].metadata["check"]
+        for item in (value if isinstance(value, tuple) else (value,)) if check else ():
+            if item and (problem := check(item)):
+                raise ConfigError(f"{sources.where[key]}: {key} is {item!r}, which {problem}")
     return _build(schema, "", converted, sources.where)
 
 

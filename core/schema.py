@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from core import urls
 from core.architecture import ModelConfig
 from core.config import require, section, setting
 
@@ -12,7 +13,11 @@ class RunConfig:
     """The run and its folder."""
 
     url: str = setting(
-        "", "folder for checkpoints, metrics and ledger (local, s3://, gs://)", env="RUN_URL", identity=False
+        "",
+        "folder for checkpoints, metrics and ledger (local, s3://, gs://)",
+        env="RUN_URL",
+        identity=False,
+        check=urls.mistake,
     )
     max_usd: float = setting(
         0.0, "hard cap in dollars over all segments: save and stop before it; 0: none", env="MAX_USD", identity=False
@@ -36,12 +41,14 @@ class DataConfig:
         "folder with shards and manifest, as written by data_prep (local, s3://, gs://)",
         env="DATA_URL",
         identity=False,
+        check=urls.mistake,
     )
     cache_dir: str = setting(
         "",
         "local folder for fetched shards; empty: a folder under the system's temporary one",
         env="DATA_CACHE_DIR",
         identity=False,
+        check=urls.mistake_in_folder,
     )
     cache_gb: float = setting(20.0, "upper bound of that folder in GB (10^9 bytes)", identity=False)
     shuffle_shards: int = setting(4, "shards that are mixed with each other, and open at a time")

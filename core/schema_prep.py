@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from core import urls
 from core.config import require, section, setting
 
 
@@ -14,6 +15,7 @@ class SourceConfig:
         "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",
         "documents: a file or glob of .parquet, .jsonl(.gz, .zst) or .txt (local, s3://, gs://, hf://)",
         env="SOURCE_URL",
+        check=urls.mistake,
     )
     revision: str = setting(
         "",
@@ -61,7 +63,13 @@ class FilterConfig:
 class PrepDataConfig:
     """Where shards go and how they are cut."""
 
-    url: str = setting("", "folder for shards and manifest (local, s3://, gs://)", env="DATA_URL", identity=False)
+    url: str = setting(
+        "",
+        "folder for shards and manifest (local, s3://, gs://)",
+        env="DATA_URL",
+        identity=False,
+        check=urls.mistake,
+    )
     shard_tokens: int = setting(1 << 25, "tokens per shard (the last of each part has fewer); 2 bytes each")
     part_bytes: int = setting(
         256 << 20, "source bytes per part, the unit of work and of resuming; a part ends its last shard early"
@@ -97,7 +105,11 @@ class TokenizerConfig:
         identity=False,
     )
     vocab_url: str = setting(
-        "", "vocab.bpe or rank file of GPT-2; empty: tiktoken's own download", identity=False, env="VOCAB_URL"
+        "",
+        "vocab.bpe or rank file of GPT-2; empty: tiktoken's own download",
+        identity=False,
+        env="VOCAB_URL",
+        check=urls.mistake,
     )
 
 
@@ -135,8 +147,10 @@ class PrepConfig:
 class FetchSourceConfig:
     """Token shards that somebody else has made."""
 
-    train_url: str = setting("", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, hf://)")
-    val_url: str = setting("", "validation shards, likewise; empty: none")
+    train_url: str = setting(
+        "", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, hf://)", check=urls.mistake
+    )
+    val_url: str = setting("", "validation shards, likewise; empty: none", check=urls.mistake)
     revision: str = setting(
         "", "commit or tag of hf:// sources; empty: the newest, pinned when the import first starts"
     )
@@ -154,7 +168,13 @@ class FetchSourceConfig:
 class FetchDataConfig:
     """Where the imported shards go."""
 
-    url: str = setting("", "folder for shards and manifest (local, s3://, gs://)", env="DATA_URL", identity=False)
+    url: str = setting(
+        "",
+        "folder for shards and manifest (local, s3://, gs://)",
+        env="DATA_URL",
+        identity=False,
+        check=urls.mistake,
+    )
     shard_tokens: int = setting(1 << 25, "tokens per shard (the last of each source file has fewer); 2 bytes each")
 
     def __post_init__(self):

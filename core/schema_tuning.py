@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from core import urls
 from core.architecture import ModelConfig
 from core.config import require, section, setting
 from core.schema import BatchConfig, CheckpointConfig, DataConfig, OptimizerConfig, RunConfig, TrainLoopConfig
@@ -17,9 +18,13 @@ class RowsConfig:
         "token set (local, s3://, gs://) beside which sets lie; empty: the one that the start was trained on",
         env="DATA_URL",
         identity=False,
+        check=urls.mistake,
     )
     rows: str = setting(
-        "instructions", "name of a set below url/sets, or a .jsonl file (local, s3://, gs://)", identity=False
+        "instructions",
+        "name of a set below url/sets, or a .jsonl file (local, s3://, gs://)",
+        identity=False,
+        check=urls.mistake,
     )
     length: int = setting(0, "tokens per sequence; what is longer is cut at its end. 0: the model's context")
     val_fraction: float = setting(0.05, "share of the examples that is held out, by hash of their question")
@@ -39,7 +44,10 @@ class PairsConfig(RowsConfig):
     """Where pairs of answers come from, and how they become sequences."""
 
     rows: str = setting(
-        "preferences", "name of a set below url/sets, or a .jsonl file (local, s3://, gs://)", identity=False
+        "preferences",
+        "name of a set below url/sets, or a .jsonl file (local, s3://, gs://)",
+        identity=False,
+        check=urls.mistake,
     )
 
 
@@ -78,7 +86,7 @@ EPOCHS = "passes over the examples, which give the number of steps; 0: train.ste
 class StartConfig:
     """What to tune, and how long."""
 
-    start: str = setting("", START)
+    start: str = setting("", START, check=urls.mistake_in_model)
     epochs: float = setting(0.0, EPOCHS)
 
     def __post_init__(self):
@@ -90,7 +98,7 @@ class StartConfig:
 class PreferenceConfig:
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
-    start: str = setting("", START + "; also the reference")
+    start: str = setting("", START + "; also the reference", check=urls.mistake_in_model)
     epochs: float = setting(0.0, EPOCHS)
     beta: float = setting(0.1, "how dear it is to move away from the reference")
     label_smoothing: float = setting(
@@ -161,8 +169,13 @@ class TeacherConfig:
         "",
         "a run, a checkpoint, a folder in Hugging Face's form, a public name such as gpt2-xl; or transformers:NAME for "
         "what only `transformers` can run. Its vocabulary must be GPT-2's",
+        check=urls.mistake_in_model,
     )
-    start: str = setting("", "weights to begin with, named likewise, of the same model; empty: from train.seed")
+    start: str = setting(
+        "",
+        "weights to begin with, named likewise, of the same model; empty: from train.seed",
+        check=urls.mistake_in_model,
+    )
     temperature: float = setting(2.0, "both distributions are softened by it")
     weight: float = setting(0.5, "share of the teacher in the loss; the rest is cross-entropy with the data")
 
@@ -236,9 +249,14 @@ class SynthesisConfig:
     """What is asked, and where rows go."""
 
     prompts: str = setting(
-        "", "file of prompts: .txt, one per line, or .jsonl with `prompt` or `messages`", identity=False
+        "",
+        "file of prompts: .txt, one per line, or .jsonl with `prompt` or `messages`",
+        identity=False,
+        check=urls.mistake,
     )
-    url: str = setting("", "token set beside which the set is stored", env="DATA_URL", identity=False)
+    url: str = setting(
+        "", "token set beside which the set is stored", env="DATA_URL", identity=False, check=urls.mistake
+    )
     name: str = setting("synthetic", "of the set: url/sets/NAME.jsonl", identity=False)
     licence: str = setting(
         "", "what the endpoint's terms allow with its answers; stands in the set's description", identity=False
@@ -264,7 +282,13 @@ class SynthesisConfig:
 class WorkConfig:
     """Where the work is kept."""
 
-    url: str = setting("", "folder for calls, answers and ledger (local, s3://, gs://)", env="RUN_URL", identity=False)
+    url: str = setting(
+        "",
+        "folder for calls, answers and ledger (local, s3://, gs://)",
+        env="RUN_URL",
+        identity=False,
+        check=urls.mistake,
+    )
 
     def __post_init__(self):
         require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")

@@ -28,13 +28,12 @@ from typing import BinaryIO, TypeVar
 import fsspec
 from fsspec.utils import glob_translate
 
-from core import faults, files, hub, s3
+from core import faults, files, hub, s3, urls
 from core.errors import ObjectDamaged, ObjectNotFound, StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-SCHEMES = ("file", "memory", "s3", "gs", "hf")
 READ_ONLY_SCHEMES = ("hf",)
 COPY_CHUNK_BYTES = 8 << 20
 # One connection to S3 carries 80 to 100 MB/s.
@@ -63,15 +62,11 @@ class ObjectInfo:
 
 
 def scheme_of(uri: str) -> str:
-    """`s3` for s3://bucket/key, `file` for a plain path. Raises StorageError for an unknown scheme."""
-    match = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*)://", uri)
-    scheme = match.group(1).lower() if match else "file"
-    if scheme not in SCHEMES:
-        raise StorageError(
-            f"{uri}: unknown storage scheme {scheme!r}; use a local path or one of "
-            + ", ".join(f"{s}://" for s in SCHEMES)
-        )
-    return scheme
+    """`s3` for s3://bucket/key, `file` for a plain path. Raises StorageError for another spelling (`core.urls`)."""
+    if problem := urls.mistake(uri):
+        raise StorageError(f"{uri}: {problem}")
+    scheme, separator, _ = uri.partition("://")
+    return scheme if separator and scheme in urls.SCHEMES else "file"
 
 
 def is_local(uri: str) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from core import urls
 from core.ledger import Machine
 from costs.model import Curve, Segment, Slice, Steps
 
@@ -48,7 +49,7 @@ def path_for(run_url: str, environment: Mapping[str, str] = os.environ) -> Path:
 
 def folder(environment: Mapping[str, str] = os.environ) -> Path:
     if environment.get("COST_CACHE_DIR"):
-        return Path(environment["COST_CACHE_DIR"])
+        return urls.local_path(environment["COST_CACHE_DIR"], "environment variable COST_CACHE_DIR")
     root = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "pretrain-launcher" / "costs"
 

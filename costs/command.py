@@ -7,11 +7,11 @@ import re
 import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 from rich.console import RenderableType
 from rich.live import Live
 
+from core import urls
 from core.errors import ConfigError, LauncherError, RunError
 from costs import cache, discover, export, markdown, page, plots, sheets, terminal
 from costs.breakdown import Report, build
@@ -49,20 +49,24 @@ def main(arguments: list[str]) -> None:
         return _put_many(reports, [sheets.overview(reports), sheets.overview_groups(reports)], form)
     if options.since or options.tag:
         raise ConfigError("--since and --tag choose among all runs; leave RUN_URL out, or leave them out")
+    html, plot = (
+        urls.local_path(text, flag) if text else None
+        for flag, text in (("--html", options.html), ("--plot", options.plot))
+    )
     if options.watch is not None:
         return _watch(options)
     report = _report(options.run_url, options)
-    if options.html:
-        Path(options.html).write_text(page.as_html(report, time.time()), encoding="utf-8")
-        log.info("wrote %s", options.html)
-    if options.plot:
-        for path in plots.save_all(report, Path(options.plot)):
+    if html:
+        html.write_text(page.as_html(report, time.time()), encoding="utf-8")
+        log.info("wrote %s", html)
+    if plot:
+        for path in plots.save_all(report, plot):
             log.info("wrote %s", path)
     if form == "markdown":
         sys.stdout.write(markdown.as_markdown(report))
     elif form:
         sys.stdout.write({"json": export.as_json, "csv": export.as_csv}[form]([report]))
-    elif not options.html and not options.plot:
+    elif not html and not plot:
         terminal.console().print(terminal.render(report))
 
 

@@ -8,6 +8,7 @@ Reads JSON lines or parquet (local, s3://, gs://, hf://), checks every row, writ
 then <name>.json with rows, bytes and SHA-256.
 """
 
+from core import urls
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError
 from data_prep import hellaswag, instructions
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> int:
             f"give a kind and a DATA_URL (got {' '.join(arguments)}); see python -m data_prep.sets --help"
         )
     kind, data_url = names
+    urls.check(data_url)
     if kind == "hellaswag":
         info = hellaswag.store(data_url, flags.get("from") or hellaswag.SOURCE)
     else:

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from core import config
+from core import config, urls
 from core.config import setting
 from core.console import FAILED, OK, run_entry, set_up_logging
 from trainer.generation import settings as generation
@@ -24,7 +24,9 @@ USAGE = "python -m trainer.chat RUN_OR_CHECKPOINT [--name=value ...] [--serve ..
 class ChatConfig(Machine, Sampling):
     """What `trainer.chat` takes."""
 
-    compare: str = setting("", "another run or checkpoint that answers beside this one, as /compare")
+    compare: str = setting(
+        "", "another run or checkpoint that answers beside this one, as /compare", check=urls.mistake_in_model
+    )
 
     def __post_init__(self):
         Sampling.__post_init__(self)

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from core import config
+from core import config, urls
 from core.console import CAPPED, FAILED, OK, run_entry, set_up_logging, tell_launcher
 from core.errors import CapReached, ConfigError
 from trainer.evals.settings import EvaluateConfig
@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     targets = targets or [url for url in [os.environ.get("RUN_URL")] if url]
     if not targets:
         raise ConfigError(f"no model given; {USAGE}, or set RUN_URL")
+    for target in targets:
+        urls.check_model(target)
     # torch takes seconds to import: a wrong setting should not have to wait for it.
     from trainer import distributed
 

@@ -16,7 +16,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from core import config
+from core import config, urls
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError
 from trainer.exchange.settings import ExportConfig
@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> None:
     if len(names) != 2:
         raise ConfigError(f"give a model and a folder, not {len(names)} names: {USAGE}")
     where, target = names
+    urls.check_model(where)
+    urls.check(target)
     settings = config.load(ExportConfig, [each for each in arguments if each.startswith("--")], os.environ)
     import torch
 

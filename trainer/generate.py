@@ -11,7 +11,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from core import config, storage
+from core import config, storage, urls
 from core.config import SettingError, setting
 from core.console import OK, run_entry, set_up_logging
 from core.errors import ConfigError
@@ -27,7 +27,9 @@ class GenerateConfig(Machine, Sampling):
     """What `trainer.generate` takes."""
 
     prompt: str = setting("", "text to continue; empty: the beginning of a document")
-    prompts: str = setting("", "file with one prompt per line (local, s3://, gs://), instead of --prompt")
+    prompts: str = setting(
+        "", "file with one prompt per line (local, s3://, gs://), instead of --prompt", check=urls.mistake
+    )
     samples: int = setting(1, "texts per prompt; with a seed, the next one has the next seed")
     json: bool = setting(False, "one JSON object per text instead of plain text")
 

@@ -9,7 +9,7 @@ The model's settings are those of the weights; dropout, document_mask and everyt
 
 import os
 
-from core import config, manifest
+from core import config, manifest, urls
 from core.architecture import ModelConfig
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError
@@ -29,6 +29,8 @@ def main(arguments: list[str]) -> None:
     if len(names) != 2:
         raise ConfigError(f"give a model and a run, not {len(names)} names: {USAGE}")
     where, run_url = names
+    urls.check_model(where)
+    urls.check(run_url)
     rest = [each for each in arguments if each not in names]
     import torch
 

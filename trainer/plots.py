@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core import history
+from core import history, urls
 from core.console import OK, run_entry, set_up_logging
 from core.errors import ConfigError
 from core.history import History, Point
@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str]) -> Options:
         smooth = -1.0
     if not 0 <= smooth < 1:
         raise ConfigError(f"--smooth={flags['smooth']}: must be a number, at least 0 and below 1")
-    return Options(tuple(runs), Path(flags["out"]), formats, smooth)
+    return Options(tuple(runs), urls.local_path(flags["out"], "--out"), formats, smooth)
 
 
 def named(urls: Sequence[str]) -> dict[str, str]:

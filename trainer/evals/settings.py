@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from core import urls
 from core.config import SettingError, setting
 
 LM_EVAL = "lm-eval:"
@@ -16,13 +17,20 @@ class EvaluateConfig:
     tasks: tuple[str, ...] = setting(
         OWN_TASKS, "what to measure: perplexity, hellaswag, lm-eval:NAME for a task of lm-evaluation-harness"
     )
-    compare: tuple[str, ...] = setting((), "more models, by commas: runs, checkpoints, folders, gpt2, hf:OWNER/NAME")
+    compare: tuple[str, ...] = setting(
+        (), "more models, by commas: runs, checkpoints, folders, gpt2, hf:OWNER/NAME", check=urls.mistake_in_model
+    )
     again: bool = setting(False, "measure anew what is stored already; the older result stays")
     data_url: str = setting(
-        "", "validation tokens, HellaSwag and training shards; empty: those of the first run", env="DATA_URL"
+        "",
+        "validation tokens, HellaSwag and training shards; empty: those of the first run",
+        env="DATA_URL",
+        check=urls.mistake,
     )
     results: str = setting(
-        "", "folder for results of models that are no run of ours; empty: the first run's, else ./evaluations"
+        "",
+        "folder for results of models that are no run of ours; empty: the first run's, else ./evaluations",
+        check=urls.mistake,
     )
     tokens: int = setting(0, "validation tokens of the perplexity, the first ones; 0: all")
     rolling: bool = setting(
@@ -37,7 +45,9 @@ class EvaluateConfig:
     )
     contamination_tokens: int = setting(13, "tokens in a row that an item must share with the training text")
     few_shot: int = setting(-1, "solved examples before each question of the harness's tasks; -1: as the task says")
-    lm_eval_folder: str = setting("", "local folder with more tasks for the harness, as YAML files")
+    lm_eval_folder: str = setting(
+        "", "local folder with more tasks for the harness, as YAML files", check=urls.mistake_in_folder
+    )
     max_usd: float = setting(
         0.0,
         "hard cap in dollars over all evaluations of this folder: stop before it, what is found is kept; 0: none",

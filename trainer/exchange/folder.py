@@ -8,14 +8,13 @@ Only safetensors are read: a pickle may run code.
 """
 
 import json
-import re
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
-from core import storage
+from core import storage, urls
 from core.errors import CheckpointError, ConfigError, ObjectNotFound, StorageError
 from core.vocabulary import Vocabulary
 from core.vocabulary import parse as parse_vocabulary
@@ -29,12 +28,11 @@ MERGES = "merges.txt"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PUBLIC = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-_HUB = re.compile(r"^hf:(?!//)(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
 
 
 def is_public(where: str) -> bool:
     """Whether this names a model on the Hub: hf:OWNER/NAME[@REVISION], or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
-    return where in PUBLIC or where.startswith("hf:")
+    return where in PUBLIC or where.lower().startswith("hf:")
 
 
 def is_folder(where: str) -> bool:
@@ -46,9 +44,8 @@ def resolve(where: str) -> str:
     """The folder of a public model, downloaded if need be; any other URL as it is. Raises StorageError, ConfigError."""
     if not is_public(where):
         return where.rstrip("/")
-    match = _HUB.match(f"hf:{PUBLIC.get(where, where.removeprefix('hf:'))}")
-    if not match:
-        raise ConfigError(f"{where}: not of the form hf:OWNER/NAME[@REVISION]")
+    urls.check_model(where)
+    match = urls.HUB_MODEL.match(f"hf:{PUBLIC.get(where, where.removeprefix('hf:'))}")
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:

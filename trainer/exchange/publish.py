@@ -12,7 +12,7 @@ _HUB = re.compile(r"^hf:(?!//)([\w.-]+/[\w.-]+)$")
 
 def check(where: str) -> None:
     """Before anything is computed: raise ConfigError for an address or a key that cannot work."""
-    if where.startswith("hf:"):
+    if where.lower().startswith("hf:"):
         if not _HUB.match(where):
             raise ConfigError(f"publish: {where} is not of the form hf:OWNER/NAME")
         if not os.environ.get("HF_TOKEN"):

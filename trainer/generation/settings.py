@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from core import config
+from core import config, urls
 from core.config import SettingError, setting
 from core.errors import ConfigError
 
@@ -57,6 +57,7 @@ def split_arguments(arguments: Sequence[str], usage: str) -> tuple[str, list[str
     names = [argument for argument in arguments if not argument.startswith("--")]
     if len(names) != 1:
         raise ConfigError(f"give exactly one checkpoint or run, not {len(names)}: {usage}")
+    urls.check_model(names[0])
     return names[0], [argument for argument in arguments if argument.startswith("--")]
 
 

@@ -1,0 +1,100 @@
+"""How places are written in settings: URLs of stores, local folders, names of models.
+
+    mistake("s3:/bucket/run")      # "looks like a URL and is none; did you mean s3://bucket/run? ..."
+    mistake("./s3:/bucket/run")    # None: a local path
+
+Each check returns what is wrong, worded to follow "PLACE" or "KEY is PLACE, which", or None. pathlib, shells and
+`.env` files turn s3:// into much that would otherwise be a local folder, which dies with its machine.
+"""
+
+import re
+from pathlib import Path
+
+from core.errors import ConfigError
+
+SCHEMES = ("file", "memory", "s3", "gs", "hf")
+_BUCKETS = ("s3", "gs", "hf")
+_NO_BUCKET = tuple(f"{scheme}://" for scheme in _BUCKETS)
+_SCHEME = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):+(?P<slashes>/*)(?P<rest>.*)$", re.DOTALL)
+_NO_COLON = re.compile(rf"^({'|'.join(SCHEMES)})//+(.*)$", re.IGNORECASE | re.DOTALL)
+_WRAPPED = re.compile(rf"^[\s'\"]+((?:{'|'.join(SCHEMES)}):.*?)[\s'\"]*$", re.IGNORECASE | re.DOTALL)
+# A model on the Hugging Face Hub, as models are named: without slashes after the colon.
+HUB_MODEL = re.compile(r"^hf:(?!//)(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
+
+
+def mistake(place: str) -> str | None:
+    """What is wrong with a place in a store: a URL, or a path that could be meant as one."""
+    if wrapped := _WRAPPED.match(place):
+        return f"has spaces or quotes around it; did you mean {_corrected(wrapped[1])}?"
+    if bare := _NO_COLON.match(place):
+        return _meant(place, f"{bare[1].lower()}://{bare[2]}")
+    match = _SCHEME.match(place)
+    if not match:
+        return None
+    scheme, slashes = match["scheme"], match["slashes"]
+    if scheme.lower() not in SCHEMES:
+        if not slashes:  # a name with a colon in it
+            return None
+        known = ", ".join(f"{each}://" for each in SCHEMES)
+        return f"has the unknown storage scheme {scheme!r}; use a local path or one of {known}"
+    right = _corrected(place)
+    if right in _NO_BUCKET:
+        return f"names no bucket; write {right}BUCKET/FOLDER"
+    if place == right:
+        return None
+    if place == right.replace(scheme.lower(), scheme, 1):
+        return f"has its scheme in capitals; did you mean {right}?"
+    return _meant(place, right)
+
+
+def mistake_in_model(name: str) -> str | None:
+    """What is wrong with the name of a model: a place, a public name, hf:OWNER/NAME or transformers:NAME."""
+    if name.startswith("transformers:"):
+        return None
+    if not name.lower().startswith("hf:"):
+        return mistake(name)
+    if HUB_MODEL.match(name):
+        return None
+    right = "hf:" + re.sub(r"^hf:/*", "", name, flags=re.IGNORECASE)
+    hint = f"; did you mean {right}?" if HUB_MODEL.match(right) else ""
+    return f"is not of the form hf:OWNER/NAME[@REVISION]{hint}"
+
+
+def mistake_in_folder(path: str) -> str | None:
+    """What is wrong with a folder or file of this machine: that it looks like a URL."""
+    if not mistake(path) and not re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path):
+        return None
+    return f"is no path of this machine; give a local path, or ./{path} if that is its name"
+
+
+def check(place: str) -> None:
+    """Raises ConfigError for a place that is written wrongly."""
+    if problem := mistake(place):
+        raise ConfigError(f"{place}: {problem}")
+
+
+def check_model(name: str) -> None:
+    """Raises ConfigError for the name of a model that is written wrongly."""
+    if problem := mistake_in_model(name):
+        raise ConfigError(f"{name}: {problem}")
+
+
+def local_path(path: str, where: str) -> Path:
+    """Raises ConfigError, naming the flag or variable, for what looks like a URL."""
+    if problem := mistake_in_folder(path):
+        raise ConfigError(f"{where} is {path!r}, which {problem}")
+    return Path(path)
+
+
+def _corrected(url: str) -> str:
+    """A URL of a known scheme as it is written."""
+    match = _SCHEME.match(url)
+    scheme, slashes, rest = match["scheme"].lower(), match["slashes"], match["rest"].lstrip(":")
+    if scheme in _BUCKETS:
+        return f"{scheme}://{rest.lstrip('/')}"
+    # What follows file:// is a path, and file:/folder means file:///folder.
+    return f"{scheme}://{slashes if len(slashes) < 2 else slashes[2:]}{rest}"
+
+
+def _meant(place: str, right: str) -> str:
+    return f"looks like a URL and is none; did you mean {right}? (a local path of that name is ./{place})"
