@@ -1,15 +1,18 @@
 """Import of token shards that others have made: every token checked, cut into our shards, with our manifest.
 
-Reads llm.c's .bin files (magic 20240520 version 1 with uint16, and 20240801 version 7 with uint32), NumPy's .npy,
-and plain uint16 .bin without a header. Each shard is one piece of work with its record, so an import that was cut
-off continues.
+Reads llm.c's .bin files (magic 20240520 version 1 with uint16, and 20240801 version 7 with uint32), NumPy's .npy of
+any integers, and plain uint16 .bin without a header. Each shard is one piece of work with its record, so an import
+that was cut off continues. What would give wrong tokens silently is refused: a file in both splits, ids that are wider
+than they are read, headers of an unknown kind.
 """
 
 import hashlib
 import io
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".bin", ".npy")
 # karpathy/llm.c, dev/data/data_common.py: (magic, version) → token type.
 LLMC_HEADERS = {(MAGIC, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
+SAMPLE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,13 @@ def fetch(config: FetchConfig) -> Manifest:
         for split, url in (("train", config.source.train_url), ("val", config.source.val_url))
         if url
     }
+    _check_splits(files)
+    pieces = {split: list(_pieces(split, each, config.data.shard_tokens)) for split, each in files.items()}
     todo = Plan(plan.identity_of(config), tuple(file for each in files.values() for file in each))
     if plan.claim(todo, data_url):
         log.info("%s is complete already, from the same source: nothing to do", data_url)
         return manifest.read(data_url)
     words.store(config.tokenizer.vocab_url, data_url)
-    pieces = {split: list(_pieces(split, each, config.data.shard_tokens)) for split, each in files.items()}
     done = part.done_parts(data_url)
     left = [piece for each in pieces.values() for piece in each if piece.record not in done]
     total = sum((piece.end - piece.start) * piece.source.dtype.itemsize for piece in left)
@@ -81,6 +86,15 @@ def fetch(config: FetchConfig) -> Manifest:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     splits = {split: _split(each, data_url) for split, each in pieces.items()}
+    for name, split in splits.items():
+        if not split.documents:
+            log.warning(
+                "%s: no end-of-text token (%d) occurs in the %s split, so its documents run into each other, and its "
+                "ids may be of another vocabulary (such as characters); check how the source was tokenized",
+                data_url,
+                GPT2_END_OF_TEXT,
+                name,
+            )
     splits.setdefault("val", Split(0, 0, ()))
     made = Manifest(
         GPT2,
@@ -103,6 +117,42 @@ def fetch(config: FetchConfig) -> Manifest:
     return made
 
 
+def _check_splits(files: Mapping[str, tuple[SourceFile, ...]]) -> None:
+    """Raise DataError for a file that would be imported twice: into both splits, or by two names."""
+    train, val = files["train"], files.get("val", ())
+    remedy = "narrow source.train_url, for example to *train*, or leave source.val_url empty"
+    places: dict[str, str] = {}
+    for split, file in [("train", file) for file in train] + [("val", file) for file in val]:
+        place = _place(file.uri)
+        if place not in places:
+            places[place] = split
+        elif places[place] == split:
+            raise DataError(f"{file.uri}: is in the {split} split by two names; narrow source.{split}_url to one")
+        else:
+            raise DataError(f"{file.uri}: is in both splits, so that validation would measure training text; {remedy}")
+    for one, other in itertools.product(train, val):
+        if _same_content(one, other):
+            raise DataError(
+                f"{one.uri}: has the content of {other.uri}, so that validation would measure training text; {remedy}"
+            )
+
+
+def _place(uri: str) -> str:
+    """One name for each file, whatever links lead to it."""
+    return os.path.realpath(storage.local_path(uri)) if storage.is_local(uri) else uri
+
+
+def _same_content(one: SourceFile, other: SourceFile) -> bool:
+    if (one.size, one.tail_sha256) != (other.size, other.tail_sha256):
+        return False
+    return one.size <= plan.TAIL_BYTES or _sha256(one.uri) == _sha256(other.uri)
+
+
+def _sha256(uri: str) -> str:
+    with storage.open_read(uri) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _pieces(split: str, files: tuple[SourceFile, ...], shard_tokens: int) -> Iterator[_Piece]:
     number = 0
     for file in files:
@@ -113,13 +163,19 @@ def _pieces(split: str, files: tuple[SourceFile, ...], shard_tokens: int) -> Ite
 
 
 def _tokens_of(file: SourceFile) -> _Tokens:
-    """Find out of what kind a file is. Raises DataError if its size is not what its header says."""
-    head = storage.read_range(file.uri, 0, min(file.size, HEADER_BYTES))
+    """Find out of what kind a file is. Raises DataError if its size is not what its header says, or its ids are wider
+    than they would be read."""
+    head = storage.read_range(file.uri, 0, min(file.size, SAMPLE_BYTES))
     if file.uri.endswith(".npy"):
         tokens = _npy(file, head)
     else:
-        fields = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
+        fields = np.frombuffer(head[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), "<i4").tolist()
         dtype = LLMC_HEADERS.get((fields[0], fields[1]))
+        if dtype is None and len(head) >= HEADER_BYTES and not any(fields[4:]):
+            raise DataError(
+                f"{file.uri}: begins with a header of an unknown kind (magic {fields[0]}, version {fields[1]}); "
+                "give llm.c's shards of GPT-2's tokens, or save the ids as .npy"
+            )
         if dtype is None:
             tokens = _Tokens(file, 0, file.size // 2, np.dtype("<u2"))
         else:
@@ -130,7 +186,32 @@ def _tokens_of(file: SourceFile) -> _Tokens:
             f"{file.uri}: {file.size} bytes, but {tokens.count} tokens of {tokens.dtype.itemsize} bytes take "
             f"{expected}; it is truncated or of another kind: copy it again"
         )
+    end = len(head) - (len(head) - tokens.offset) % tokens.dtype.itemsize
+    _check_width(np.frombuffer(head[tokens.offset : end], tokens.dtype), file.uri, 0)
     return tokens
+
+
+def _check_width(tokens: np.ndarray, uri: str, first: int) -> None:
+    """Raise DataError if 16-bit numbers, of which `first` precede these, are the halves or quarters of wider ids.
+
+    Then the others are zero, or mostly so where ids do not end at 65535; in text in 16 bits, the id 0 is rare.
+    """
+    if tokens.dtype != np.dtype("<u2"):
+        return
+    for words_per_id in (4, 2):
+        rows = tokens[: len(tokens) // words_per_id * words_per_id].reshape(-1, words_per_id)
+        used = np.count_nonzero(rows, axis=0)
+        low = int(np.argmax(used))
+        if len(rows) < 4 or 2 * np.delete(used, low).max() >= used[low]:
+            continue
+        kind = f"u{2 * words_per_id}"
+        swapped = (first + low) % words_per_id == words_per_id - 1  # big-endian
+        read = f"np.fromfile('FILE.bin', '{'>' if swapped else '<'}{kind}')"
+        every = {2: "every second", 4: "three of four"}[words_per_id]
+        raise DataError(
+            f"{uri}: {every} of its 16-bit numbers are zero, so its ids are {16 * words_per_id} bits wide and would be "
+            f"read as {words_per_id} tokens each; save them with their type: np.save('FILE.npy', {read})"
+        )
 
 
 def _npy(file: SourceFile, head: bytes) -> _Tokens:
@@ -141,8 +222,10 @@ def _npy(file: SourceFile, head: bytes) -> _Tokens:
         shape, _, dtype = read(stream)
     except ValueError as error:
         raise DataError(f"{file.uri}: no .npy file ({error}); copy it again") from error
-    if len(shape) != 1 or dtype.kind not in "iu" or dtype.byteorder == ">":
-        raise DataError(f"{file.uri}: holds {dtype} of shape {shape}, not a row of token ids")
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise DataError(
+            f"{file.uri}: holds {dtype} of shape {shape}, not a row of token ids; save a one-dimensional integer array"
+        )
     return _Tokens(file, stream.tell(), shape[0], dtype)
 
 
@@ -152,11 +235,13 @@ def _copy(piece: _Piece, data_url: str) -> _Piece:
     width = source.dtype.itemsize
     data = storage.read_range(source.file.uri, source.offset + piece.start * width, source.offset + piece.end * width)
     tokens = np.frombuffer(data, source.dtype)
+    _check_width(tokens, source.file.uri, piece.start)
     if int(tokens.max()) >= GPT2_VOCAB_SIZE or int(tokens.min()) < 0:
         wrong = int(np.argmax((tokens >= GPT2_VOCAB_SIZE) | (tokens < 0)))
         raise DataError(
             f"{source.file.uri}: token {piece.start + wrong} is {tokens[wrong]}, GPT-2's ids end at "
-            f"{GPT2_VOCAB_SIZE - 1}; the file is damaged or was made with another tokenizer"
+            f"{GPT2_VOCAB_SIZE - 1}; the file is damaged or was made with another tokenizer: "
+            "copy it again, or prepare its text (python -m data_prep.prepare)"
         )
     shard = header_bytes(len(tokens)) + tokens.astype("<u2").tobytes()
     storage.write_bytes(storage.join(data_url, piece.name), shard)
