@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from core import urls
 from core.errors import ConfigError
 
 FOLDERS = {"RUN": "runs", "DATA": "data"}
@@ -30,17 +31,16 @@ def root(environment: Mapping[str, str]) -> str:
     if re.match(r"\.{0,2}/|~", text):
         return text.rstrip("/") or "/"
     scheme, separator, rest = text.partition("://")
-    if not separator:
-        scheme, rest = "s3", text
-        if ":" in text.split("/")[0] or re.match(r"(s3|gs|az|hf|file|https?)//", text, re.IGNORECASE):
-            wanted = re.sub(r"^([A-Za-z0-9]+):?/*", lambda match: match.group(1).lower() + "://", text)
-            raise ConfigError(f"BUCKET is {text!r}, neither a bucket's name nor a URL; did you mean {wanted}?")
+    place = f"{scheme.lower()}://{rest}" if separator else text
+    if problem := urls.mistake(place):
+        raise ConfigError(f"BUCKET is {text!r}, which {problem}")
+    scheme, rest = (scheme.lower(), rest) if separator else ("s3", text)
     parts = [part for part in rest.split("/") if part]
     if not parts:
         raise ConfigError(f"BUCKET is {text!r}, which names no bucket; give BUCKET=NAME")
     if {".", ".."} & set(parts):
         raise ConfigError(f"BUCKET is {text!r}, must not hold the parts . or ..; give BUCKET=NAME/FOLDER")
-    return scheme.lower() + "://" + ("/" if scheme.lower() == "file" else "") + "/".join(parts)
+    return scheme + "://" + ("/" if scheme == "file" else "") + "/".join(parts)
 
 
 def name(environment: Mapping[str, str], variable: str) -> str:

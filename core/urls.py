@@ -7,6 +7,8 @@ Each check returns what is wrong, worded to follow "PLACE" or "KEY is PLACE, whi
 `.env` files turn s3:// into much that would otherwise be a local folder, which dies with its machine.
 """
 
+from __future__ import annotations  # a node's own Python may be older than the image's (core/bucket.py)
+
 import re
 from pathlib import Path
 
