@@ -4,31 +4,35 @@
 
 Every life of the run starts on 1, 2 or 4 ranks, with the optimizer's state sharded or not, and is killed at a random
 moment: within one and a half times what the untouched run took to its first step, or, while the run is behind its
-schedule (the last kill is to come before the last step), some time after it has made a new checkpoint. All processes
-at once (a machine goes away) or a single rank.
+schedule (the last kill is to come before the last step), some time after it has made a new checkpoint; at the latest
+when it is ahead of its schedule. All processes at once (a machine goes away) or a single rank.
 Then the run is finished, and its weights, its optimizer state, the metrics of every step and the kept steps of its
 ledger must be those of the run that was never touched. The file that --out names gets what the run was made of and
 what it kept, which bench.goodput compares with its simulation.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import random
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
 
 from core import journal, ledger, storage
-from demo.processes import descendants
+from demo.processes import descendants, kill_tree
 from demo.s3_server import S3Server
 from tests import corpus, launching
 
@@ -42,42 +46,43 @@ def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int) -> di
     flags = [
         f"--data.url={data_url}",
         f"--train.steps={steps}",
-        "--train.log_every=100",
+        "--train.log_every=5",
         f"--checkpoint.max_lost_seconds={MAX_LOST_SECONDS}",
     ]
     straight, killed = f"{base_url}/straight", f"{base_url}/killed"
-    patience = 60 + steps  # seconds; a step takes a fraction of one
+    patience = 600 + 10 * steps  # seconds; a step takes a fraction of one
     begun = {"SEGMENT_STARTED_AT": str(time.time())}
     launching.train(2, *flags, f"--run.url={straight}", patience_seconds=patience, environment=begun)
     soon = 1.5 * next(iter(starts_and_saves(straight)[0].values()))
-    happened = {"kills of everything": 0, "kills of one rank": 0}
+    happened = {"kills of everything": 0, "kills of one rank": 0, "ended before its kill": 0}
     lives: list[tuple[float, float]] = []  # when each began, how long it lasted
     newest = 0
     while len(lives) < kills:
         ranks, shard = choose.choice([1, 2, 4]), choose.choice(["true", "false"])
         begun = time.time()
-        environment = {"SEGMENT_STARTED_AT": str(begun)}
-        flags_now = [*flags, f"--run.url={killed}", f"--optimizer.shard={shard}"]
-        process = launching.start(ranks, *flags_now, environment=environment)
-        behind = newest < BEFORE_LAST_KILL * steps * len(lives) / kills
+        life = Life(ranks, [*flags, f"--run.url={killed}", f"--optimizer.shard={shard}"], begun)
+        schedule = BEFORE_LAST_KILL * steps / kills
+        behind = newest < schedule * len(lives)
         if behind:
-            wait_for_checkpoint_after(newest, killed, process)
-        time.sleep(choose.uniform(0.0, MAX_LOST_SECONDS if behind else soon))
-        if process.poll() is not None:
-            _, output = launching.finish(process)
-            raise AssertionError(f"ended before its kill, the {len(lives) + 1}th; more --steps are needed:\n{output}")
-        workers = [pid for pid in descendants(process.pid) if is_rank(pid)]
+            life.wait(lambda newest=newest: (launching.completed(killed) or [0])[0] > newest, patience)
+        # On a machine that is faster now than when `soon` was measured, the run would be over before its kill.
+        ahead = schedule * (len(lives) + 1)
+        life.wait(
+            lambda life=life, ahead=ahead: life.step >= ahead, choose.uniform(0, MAX_LOST_SECONDS if behind else soon)
+        )
+        workers = [pid for pid in descendants(life.process.pid) if is_rank(pid)]
         if ranks > 1 and workers and choose.random() < 0.3:
-            os.kill(choose.choice(workers), signal.SIGKILL)
-            code, output = launching.finish(process)
-            assert code != 0, output
-            happened["kills of one rank"] += 1
+            life.kill(choose.choice(workers))
+            kind = "kills of one rank"
         else:
-            launching.kill(process)
-            happened["kills of everything"] += 1
+            life.kill()
+            kind = "kills of everything"
+        happened["ended before its kill" if life.finished else kind] += 1
         lives.append((begun, time.time() - begun))
         newest = (launching.completed(killed) or [0])[0]
         print(f"life {len(lives)}: {lives[-1][1]:.1f} s on {ranks} ranks, newest checkpoint {newest}", flush=True)
+        if life.finished:
+            break
     begun = time.time()
     finish = launching.start(2, *flags, f"--run.url={killed}", environment={"SEGMENT_STARTED_AT": str(begun)})
     code, output = launching.finish(finish, patience)
@@ -87,8 +92,49 @@ def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int) -> di
     return happened | {"steps": steps} | measured(killed, report, lives)
 
 
-def wait_for_checkpoint_after(step: int, run_url: str, process: subprocess.Popen) -> None:
-    launching.wait_until(lambda: (launching.completed(run_url) or [0])[0] > step, process)
+class Life:
+    """One start of the run. Its log, read as it comes, says how far it is."""
+
+    def __init__(self, ranks: int, flags: list[str], begun: float):
+        self.process = launching.start(ranks, *flags, environment={"SEGMENT_STARTED_AT": str(begun)})
+        self.step = 0
+        self._output: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its last step before it could be killed."""
+        return self.process.returncode == 0
+
+    def wait(self, holds: Callable[[], bool], seconds: float) -> None:
+        """Until something is true of the run, it is over, or the time is up. Raises AssertionError if it fails."""
+        deadline = time.monotonic() + seconds
+        while not holds() and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self.process.poll():
+            raise AssertionError(f"ended with {self.process.returncode} before its kill:\n{self._said()}")
+
+    def kill(self, rank: int | None = None) -> None:
+        """SIGKILL for everything, or for one rank, whose loss torchrun must notice."""
+        if self.process.poll() is not None:
+            return
+        if rank is None:
+            kill_tree(self.process)
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+            self.process.wait(launching.PATIENCE_SECONDS)
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self._output.append(line)
+            if found := re.search(r"step (\d+)/", line):
+                self.step = int(found[1])
+
+    def _said(self) -> str:
+        self._reader.join()
+        return "".join(self._output)
 
 
 def measured(run_url: str, report: dict, lives: list[tuple[float, float]]) -> dict:

@@ -11,10 +11,10 @@ from safetensors import numpy as safetensors
 
 from core import journal, storage
 from demo.processes import kill_tree
+from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint import layout
 
 REPOSITORY = Path(__file__).parent.parent
-PATIENCE_SECONDS = 240.0
 
 # One layer, sixteen wide: what takes time is the GPT-2 vocabulary and starting Python.
 TINY = [

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tests import checkpoints
 from tests.conftest import REPOSITORY
+from tests.patience import PATIENCE_SECONDS
 from trainer import chat_template
 from trainer.generation.engine import Engine, Request
 from trainer.generation.settings import Sampling
 
-PATIENCE_SECONDS = 120
 CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
 KEY = "correct-horse-battery"
 HELLO = [{"role": "user", "content": "Hello"}]

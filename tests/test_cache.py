@@ -13,6 +13,7 @@ from core import manifest, storage
 from core.errors import DataError, StorageError
 from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
 from core.shard import shard_bytes
+from tests.patience import PATIENCE_SECONDS
 from trainer.data.cache import ShardCache
 from trainer.data.loader import Batches, TokenSource
 
@@ -59,7 +60,7 @@ def expected(stream: np.ndarray, tokens: TokenSource, numbers: np.ndarray) -> np
 
 def fetch_all(each: Batches, tokens: TokenSource) -> None:
     """Wait until the read-ahead has every shard on disk that a window begins in."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     wanted = tokens.order.shards_from(0, len(SIZES))
     while not all(tokens.cache.path(shard).exists() for shard in wanted):
         assert time.monotonic() < deadline
@@ -146,7 +147,7 @@ def test_what_an_earlier_boot_left_is_removed_unread(url: str, tmp_path: Path):
 
 
 def take_until_failure(each: Batches) -> Exception:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         try:
             next(each)

@@ -15,13 +15,13 @@ import torch
 from core import vocabulary
 from tests import checkpoints
 from tests.conftest import REPOSITORY
+from tests.patience import PATIENCE_SECONDS
 from trainer import chat_template, export
 from trainer.generation.engine import Engine, Request
 from trainer.generation.face import printable
 from trainer.generation.settings import Machine, Sampling
 from trainer.generation.speaker import Speaker, open_speaker
 
-PATIENCE_SECONDS = 120
 READY, TAKEN = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste is on while a line is written
 CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
 GREEDY = Sampling(tokens=12, temperature=0)

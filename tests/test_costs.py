@@ -16,6 +16,7 @@ from costs.read import read_run
 from costs.wording import label
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, RunFolder, lines, mark, preempted_and_resumed, span
+from tests.patience import PATIENCE_SECONDS
 
 LATER = NOON + 86400
 
@@ -278,7 +279,7 @@ def test_a_damaged_run_json_is_named(tmp_path: Path):
 
 def _entry(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "cost_report.py", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
 def _printed(renderable) -> list[str]:

@@ -21,6 +21,7 @@ from costs.forecast import Assumptions
 from costs.read import read_run
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, RunFolder, preempted_and_resumed, span
+from tests.patience import PATIENCE_SECONDS
 
 LATER = NOON + 86400
 MODEL = {"layers": 2, "heads": 2, "width": 64, "context": 128, "vocab_rows": 50304}
@@ -243,7 +244,7 @@ def test_a_browser_shows_every_chart_and_logs_no_error(run, tmp_path):
         [BROWSER, *flags.split(), profile, "--dump-dom", f"file://{target}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert "CONSOLE" not in shown.stderr
     found = Page(shown.stdout)

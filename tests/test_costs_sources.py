@@ -20,6 +20,7 @@ from costs.skypilot import from_record
 from costs.sources import add_sources
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, RunFolder, span
+from tests.patience import PATIENCE_SECONDS
 
 LATER = NOON + 86400
 
@@ -304,7 +305,9 @@ def test_the_projects_own_sky_folder_is_not_taken_for_skypilot(tmp_path: Path):
         "import sys; print('sky' in sys.modules)"
     )
     environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.stdout.splitlines() == ["SkyPilot is not installed", "False"], done.stderr
 
 

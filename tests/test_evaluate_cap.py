@@ -35,6 +35,8 @@ def ends(run_url: str) -> list[str]:
 
 def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, monkeypatch):
     monkeypatch.setenv("USD_PER_HOUR", "36")
+    # Paid for from now on, not since this process began, which may have run other tests for long.
+    monkeypatch.setenv("SEGMENT_STARTED_AT", str(time.time()))
     monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 512)
     compute, batches = likelihood._scores, []
 
@@ -51,6 +53,7 @@ def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, mo
     assert ends(run_url) == ["cap"]
     monkeypatch.undo()
     monkeypatch.setenv("USD_PER_HOUR", "36")
+    monkeypatch.setenv("SEGMENT_STARTED_AT", str(time.time()))
     monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 512)
     rest = []
     monkeypatch.setattr(likelihood, "_scores", lambda *given: rest.append(len(given[1])) or compute(*given))

@@ -13,6 +13,7 @@ from core import storage
 from core.architecture import ModelConfig
 from core.schema import OptimizerConfig
 from tests import launching, presets
+from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint import layout
 from trainer.checkpoint.pieces import parse_key
 from trainer.model.gpt import GPT
@@ -101,7 +102,7 @@ def test_linear_cooldown_stays_then_falls_to_nothing():
 def run_ranks(ranks: int, folder, last: int, *flags: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["--local-addr=127.0.0.1", "-m", "tests.elastic_presets", str(folder), str(last), *flags]
-    done = subprocess.run(command, cwd=launching.REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=launching.REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
 
 

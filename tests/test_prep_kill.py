@@ -12,6 +12,7 @@ import pytest
 
 from core import manifest
 from tests.corpus import prepare_set, speeches, stored, write_parquet
+from tests.patience import PATIENCE_SECONDS
 
 # Set to repeat a failure.
 SEED = int(os.environ.get("KILL_SEED", "0")) or random.randrange(1, 10**6)
@@ -57,7 +58,7 @@ def kill_at_random(process: subprocess.Popen, chance: random.Random, longest_sec
 
 
 def run_to_the_end(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, errors
 
 
@@ -106,7 +107,7 @@ def test_three_nodes_of_which_one_is_killed_and_restarted(
 def test_workers_end_with_their_parent(source: str, tmp_path: Path, vocab_bpe: Path):
     process = start(source, str(tmp_path / "set"), vocab_bpe)
     wait_for_work(process)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while len(group_of(process.pid)) < 3 and time.monotonic() < deadline:  # parent, server, a worker
         time.sleep(0.05)
     assert len(group_of(process.pid)) >= 3

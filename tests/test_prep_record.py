@@ -13,6 +13,7 @@ from core import storage
 from costs import breakdown, read
 from costs.breakdown import Report
 from tests.corpus import documents, speeches, write_parquet
+from tests.patience import PATIENCE_SECONDS
 
 
 def start(source: str, url: str, vocab: Path, run_url: str, *flags: str, **variables: str) -> subprocess.Popen:
@@ -70,7 +71,7 @@ def test_a_killed_prep_leaves_a_readable_ledger(tmp_path: Path, vocab_bpe: Path)
     # Slow enough to be there still when the first events are stored.
     slow = ("--tokenizer.engine=tiktoken", "--workers=1")
     process = start(source, f"{tmp_path}/set", vocab_bpe, run, *slow)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not storage.list_objects(f"{run}/ledger/segment-000001/events"):
         assert process.poll() is None
         assert time.monotonic() < deadline

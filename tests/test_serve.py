@@ -22,7 +22,8 @@ from core import vocabulary
 from core.vocabulary import GPT2_END_OF_TEXT
 from tests import checkpoints
 from tests.conftest import REPOSITORY
-from tests.serving import CONFIG, HELLO, KEY, PATIENCE_SECONDS, locally, runs_in, serving
+from tests.patience import PATIENCE_SECONDS
+from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
 from trainer import chat_template
 from trainer.generation.engine import Engine, Request
 from trainer.generation.settings import Sampling

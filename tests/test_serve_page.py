@@ -14,7 +14,8 @@ import torch
 
 from core import vocabulary
 from tests import checkpoints
-from tests.serving import CONFIG, HELLO, KEY, PATIENCE_SECONDS, locally, runs_in, serving
+from tests.patience import PATIENCE_SECONDS
+from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
 from trainer import chat_template
 from trainer.generation.engine import Engine
 

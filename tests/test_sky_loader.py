@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS
+
 ROOT = Path(__file__).parent.parent
 PYTHON = Path(os.environ.get("SKY_PYTHON") or ROOT / ".venv-launch/bin/python")
 TASKS = sorted((ROOT / "sky").glob("*.yaml"))
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="SkyPilot is not ins
 def price(home: Path, *files: Path) -> subprocess.CompletedProcess:
     command = [PYTHON, "tests/sky_price.py", "costs/catalog", *map(str, files)]
     environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
 @pytest.fixture(scope="module")

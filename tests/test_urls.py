@@ -12,6 +12,7 @@ from core.errors import ConfigError, StorageError
 from core.schema import TrainConfig
 from core.schema_prep import FetchConfig, PrepConfig
 from core.schema_tuning import DistilConfig, DpoConfig, FinetuneConfig, MakeConfig
+from tests.patience import PATIENCE_SECONDS
 from trainer.chat import ChatConfig
 from trainer.evals.settings import EvaluateConfig
 from trainer.exchange import folder as public
@@ -192,7 +193,7 @@ def test_an_entry_refuses_it_and_writes_nothing(entry: str, tmp_path: Path):
     work.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COST_CACHE_DIR": str(tmp_path / "costs")}
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()[-1:]
     assert line.startswith("error: ")
