@@ -24,8 +24,10 @@ from core.errors import StorageError
 def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterator[BinaryIO]:
     """Write beside `path`, flush to disk, then move into place; nothing is left behind on failure.
 
-    With `exclusive`, raises FileExistsError if the name is taken.
+    With `exclusive`, raises FileExistsError if the name is taken. Raises StorageError for a folder that is a link to
+    nothing.
     """
+    _check_link(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)

@@ -22,7 +22,7 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.load import load_newest
 from trainer.exchange.begin import write_first_checkpoint
 from trainer.exchange.publish import check_empty
-from trainer.weights import open_weights
+from trainer.weights import look_up, open_weights
 
 
 def put(*paths: Path) -> None:
@@ -125,7 +125,12 @@ def test_a_link_to_nothing_is_not_an_absent_object(tmp_path: Path):
 @pytest.mark.parametrize("below", ["", "/checkpoints", "/a/b"])
 def test_a_folder_that_should_be_behind_a_link_is_no_empty_one(tmp_path: Path, below: str):
     (tmp_path / "run").symlink_to("/gone/run")
-    for call in (storage.list_objects, storage.list_names, lambda uri: storage.expand(f"{uri}/*")):
+    for call in (
+        storage.list_objects,
+        storage.list_names,
+        lambda uri: storage.expand(f"{uri}/*"),
+        lambda uri: storage.write_bytes(f"{uri}/run.json", b"", exclusive=True),  # the name is not taken either
+    ):
         with pytest.raises(StorageError, match=r"run: is a link to /gone/run, which is not there; mount or restore it"):
             call(f"{tmp_path}/run{below}")
 
@@ -221,9 +226,10 @@ def test_a_step_that_may_be_hidden_stops_training(run: Path, tmp_path: Path, ran
     hide(run, tmp_path / "disk")
     with pytest.raises(CheckpointError, match=message) as caught:
         load_newest(str(run), trained(2, 1)[1], ranks)
-    assert f"out of {run}/checkpoints to train without it" in str(caught.value)
+    assert f"out of {run}/checkpoints to go on without it" in str(caught.value)
     with pytest.raises(CheckpointError, match=message):
-        open_weights(str(run), ranks.device)
+        look_up(str(run))
+    assert look_up(layout.folder_of(str(run), 2))[1] == {"step": 2}, "one that is asked for by name needs no other"
 
 
 def test_a_step_that_cannot_be_read_stops_training(run: Path, ranks):

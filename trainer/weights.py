@@ -129,7 +129,7 @@ def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
     """The run, and its newest complete checkpoint or the one that `where` names."""
     match = _STEP.match(where)
     run_url = match["run"] if match else where.rstrip("/")
-    found = layout.restorable(run_url)
+    found = layout.stored(run_url) if match else layout.restorable(run_url)
     steps = [int(match["step"])] if match else [step for step, names in found.items() if layout.MARKER in names]
     if not steps or layout.MARKER not in found.get(steps[0], {}):
         wanted = match["name"] if match else "a complete checkpoint"

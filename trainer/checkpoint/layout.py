@@ -99,11 +99,11 @@ def restorable(run_url: str) -> dict[int, dict[str, int]]:
                 raise
             raise CheckpointError(
                 f"{cause.filename}: may not be read ({cause.strerror}); make it readable for this user, or move the "
-                f"checkpoint out of {folder} to train without it"
+                f"checkpoint out of {folder} to go on without it"
             ) from error
         if problem is None:
             return _by_step(folder, objects)
-    raise CheckpointError(f"{problem}, or move the checkpoint out of {folder} to train without it")
+    raise CheckpointError(f"{problem}, or move the checkpoint out of {folder} to go on without it")
 
 
 def _by_step(folder: str, objects: Iterable[ObjectInfo]) -> dict[int, dict[str, int]]:
