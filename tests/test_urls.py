@@ -104,7 +104,7 @@ def test_names_of_models():
         assert urls.mistake_in_model(fine) is None
     for name, meant in (("HF:a/b", "hf:a/b"), ("hf:/a/b", "hf:a/b"), ("hf://a/b", "hf:a/b"), ("s3:/b", "s3://b")):
         assert f"did you mean {meant}?" in urls.mistake_in_model(name)
-    with pytest.raises(ConfigError, match=r"HF:a/b: is not of the form .*; did you mean hf:a/b\?"):
+    with pytest.raises(ConfigError, match=r"HF:a/b: not of the form hf:OWNER/NAME\[@REVISION\]"):
         public.resolve("HF:a/b")
     with pytest.raises(ConfigError, match="HF:a/b is not of the form hf:OWNER/NAME"):
         publish.check("HF:a/b")

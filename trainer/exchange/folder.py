@@ -44,8 +44,9 @@ def resolve(where: str) -> str:
     """The folder of a public model, downloaded if need be; any other URL as it is. Raises StorageError, ConfigError."""
     if not is_public(where):
         return where.rstrip("/")
-    urls.check_model(where)
-    match = urls.HUB_MODEL.match(f"hf:{PUBLIC.get(where, where.removeprefix('hf:'))}")
+    match = urls.HUB_MODEL.match(f"hf:{PUBLIC[where]}" if where in PUBLIC else where)
+    if not match:
+        raise ConfigError(f"{where}: not of the form hf:OWNER/NAME[@REVISION]")
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
