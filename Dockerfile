@@ -4,8 +4,10 @@
 #   docker build --target train -t pretrain-launcher:train .
 #   docker build --target train --build-arg TORCH=cpu --build-arg PIP_FIND_LINKS=DIRECTORY_OR_URL ...   (no GPU)
 #
-# torch's wheels bring CUDA 13.0 with them, so a slim base is enough; the host needs NVIDIA's driver R580 or newer and
-# its container toolkit. A mirror of the package index or a private CA reaches the build by the PIP_ build arguments.
+# torch's wheels bring CUDA 13.0 with them, so a slim base is enough; the host needs NVIDIA's container toolkit and a
+# driver R580 or newer, or on data-centre GPUs R535 or newer, for which the image holds NVIDIA's compatibility package
+# (docs/launch.md, Drivers). --build-arg CUDA_COMPAT=no leaves that out, where NVIDIA's apt repository is out of reach.
+# A mirror of the package index or a private CA reaches the build by the PIP_ build arguments.
 # Written for the BuildKit of Docker 20.10 and for buildah 1.28, which lack heredocs and linked copies.
 
 # Debian 12 (bookworm-20260406-slim), the index of all its platforms.
@@ -72,6 +74,16 @@ RUN --mount=type=cache,id=pip,target=/root/.cache/pip \
       pip install --require-hashes -r requirements/train-cpu.txt \
    && pip install --no-deps "$(cat requirements/torch.constraint)+cpu"; \
     fi
+# yes or no; empty: as torch needs it. The key is that of NVIDIA's repository, cudatools@nvidia.com.
+ARG CUDA_COMPAT
+ARG CUDA_REPOSITORY=https://developer.download.nvidia.com/compute/cuda/repos
+ARG CUDA_KEY=EB693B3035CD5710E231E123A4B469963BF863CC
+COPY requirements/cuda-compat.sh requirements/
+RUN case "${CUDA_COMPAT:-$TORCH}" in \
+      yes | cuda) bash requirements/cuda-compat.sh ;; \
+      no | cpu) ;; \
+      *) echo "error: CUDA_COMPAT is '$CUDA_COMPAT', must be yes or no" >&2; exit 1 ;; \
+    esac
 # What NVIDIA's container runtime gives to the container: the devices and the driver's libraries.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY core core

@@ -4,6 +4,9 @@ The build takes the CPU build of torch. Its base is a Debian 12 made here with d
 Dockerfile names by digest cannot be pulled; what is in the images above the base is the same.
 """
 
+import functools
+import hashlib
+import http.server
 import io
 import json
 import os
@@ -11,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -198,6 +202,141 @@ def test_sizes_are_stated(built):
         sizes = [layer.stat().st_size / 1e6 for layer in layers(image)]
         print(f"{target}: {sum(sizes):.0f} MB compressed; layers {', '.join(f'{size:.0f}' for size in sizes)}")
         assert sum(sizes) > 0
+
+
+# --- NVIDIA's compatibility package, from a repository made here ---------------------------------------------------
+
+PACKAGE = """Package: cuda-compat-13-0
+Version: 580.95.05-1
+Architecture: {architecture}
+Maintainer: nobody <nobody@example.org>
+Description: what NVIDIA's package holds, without its content
+"""
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A function that serves an apt repository, signed by a new key, whose key file holds all keys made so far.
+
+    Returns the repository's address and the key's fingerprint.
+    """
+    if not shutil.which("gpg"):
+        pytest.skip("needs gpg")
+    keys = tmp_path / "gnupg"
+    keys.mkdir(mode=0o700)
+    gpg = (
+        "gpg",
+        "--homedir",
+        str(keys),
+        "--batch",
+        "--yes",
+        "--quiet",
+        "--pinentry-mode",
+        "loopback",
+        "--passphrase",
+        "",
+    )
+    servers = []
+
+    def serve() -> tuple[str, str]:
+        name = f"key-{len(servers)}@example.org"
+        run(*gpg, "--quick-generate-key", name, "rsa2048", "sign", "never")
+        listed = run(*gpg, "--with-colons", "--list-keys", name)
+        fingerprint = next(line.split(":")[9] for line in listed.splitlines() if line.startswith("fpr:"))
+        top = tmp_path / f"repository-{len(servers)}"
+        architecture = run("dpkg", "--print-architecture").strip()
+        folder = top / {"amd64": "debian12/x86_64", "arm64": "ubuntu2404/sbsa"}[architecture]
+        folder.mkdir(parents=True)
+        control = PACKAGE.format(architecture=architecture)
+        content = tmp_path / f"content-{len(servers)}"
+        (content / "DEBIAN").mkdir(parents=True)
+        (content / "DEBIAN/control").write_text(control)
+        libraries = content / "usr/local/cuda-13.0/compat"
+        libraries.mkdir(parents=True)
+        (libraries / "libcuda.so.580.95.05").write_text("a library\n")
+        (libraries / "libcuda.so.1").symlink_to("libcuda.so.580.95.05")
+        run("dpkg-deb", "--root-owner-group", "--build", str(content), str(folder / "package.deb"))
+        package = (folder / "package.deb").read_bytes()
+        digest = hashlib.sha256(package).hexdigest()
+        index = f"{control}Filename: ./package.deb\nSize: {len(package)}\nSHA256: {digest}\n".encode()
+        (folder / "Packages").write_bytes(index)
+        digest = hashlib.sha256(index).hexdigest()
+        (folder / "Release").write_text(f"Origin: test\nSHA256:\n {digest} {len(index)} Packages\n")
+        run(
+            *gpg,
+            "--local-user",
+            fingerprint,
+            "--clearsign",
+            "--output",
+            str(folder / "InRelease"),
+            str(folder / "Release"),
+        )
+        (folder / "3bf863cc.pub").write_text(run(*gpg, "--armor", "--export"))
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(top))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}", fingerprint
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def container(built):
+    """A function that runs a command as root in a container of the train image. Returns its code and output."""
+    name = run("buildah", "from", "--pull-never", "localhost/train").strip()
+
+    def execute(*command: str, **environment: str) -> tuple[int, str]:
+        settings = [f"{key}={value}" for key, value in environment.items()]
+        inside = ["buildah", "run", "--user", "root", "--isolation", "chroot", name, "--", "env", *settings, *command]
+        done = subprocess.run(inside, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    yield execute
+    run("buildah", "rm", name)
+
+
+@pytest.mark.image
+def test_nvidias_package_comes_from_a_signed_repository(container, repository):
+    address, fingerprint = repository()
+    assert container("test", "-e", "/usr/local/cuda-13.0")[0] == 1, "not with TORCH=cpu"
+    settings = {"CUDA_REPOSITORY": address, "CUDA_KEY": fingerprint}
+    code, output = container("bash", "requirements/cuda-compat.sh", **settings)
+    assert code == 0, output
+    code, output = container("cat", "/usr/local/cuda-13.0/compat/libcuda.so.1", "/usr/local/cuda/compat/libcuda.so.1")
+    assert (code, output) == (0, "a library\na library\n")
+    code, output = container("sh", "-c", "ls /etc/apt/keyrings /etc/apt/sources.list.d /var/lib/apt/lists")
+    assert "nvidia" not in output
+
+
+@pytest.mark.image
+def test_a_repository_that_another_key_signed_is_refused(container, repository):
+    """Also if the file of keys, which comes from the same place, holds that key beside NVIDIA's."""
+    _, trusted = repository()
+    address, _ = repository()
+    code, output = container("bash", "requirements/cuda-compat.sh", CUDA_REPOSITORY=address, CUDA_KEY=trusted)
+    assert code != 0
+    assert "is not signed" in output
+    assert "CUDA_COMPAT=no leaves it out" in output
+    assert container("test", "-e", "/usr/local/cuda-13.0")[0] == 1
+
+
+@pytest.mark.image
+def test_a_repository_out_of_reach_names_the_way_around_it(container):
+    settings = {"CUDA_REPOSITORY": "http://127.0.0.1:9", "CUDA_KEY": "0" * 40}
+    code, output = container("bash", "requirements/cuda-compat.sh", **settings)
+    assert code != 0
+    assert "from http://127.0.0.1:9; the lines above say why. --build-arg CUDA_COMPAT=no leaves it out" in output
+
+
+def test_nvidias_key_is_pinned_by_its_fingerprint_and_the_package_is_left_out_without_cuda():
+    assert re.search(r"^ARG CUDA_KEY=EB693B3035CD5710E231E123A4B469963BF863CC$", DOCKERFILE, re.M)
+    assert re.search(
+        r"^ARG CUDA_REPOSITORY=https://developer\.download\.nvidia\.com/compute/cuda/repos$", DOCKERFILE, re.M
+    )
+    assert re.search(r"yes \| cuda\) bash requirements/cuda-compat\.sh ;;", DOCKERFILE)
 
 
 def test_the_scan_can_find_something():
