@@ -20,29 +20,49 @@ log = logging.getLogger(__name__)
 
 METADATA = "http://169.254.169.254/latest"
 METADATA_SECONDS = 2.0
+# Without persistence mode the driver starts all GPUs for each call.
+NVIDIA_SMI_SECONDS = 60.0
+# What stands for a figure, in brackets or not, on a GPU that is well.
+NOT_REPORTED = {"N/A", "Not Supported", "Not Found", "Insufficient Permissions"}
+NOT_REPORTED |= {"Requested functionality has been deprecated"}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One line of nvidia-smi; None where the driver does not report it."""
+    """One line of nvidia-smi: None where the driver does not report a figure, `fault` where it reports an error."""
 
     name: str
-    memory_mib: float
+    memory_mib: float | None
     driver: str
     uncorrected_ecc_errors: int | None
     failed_row_remaps: int | None
+    fault: str | None = None
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that the driver sees; none where there is no driver."""
+    """The GPUs that the driver knows, lost ones included; none where there is no driver.
+
+    The exit code of nvidia-smi does not count: 14 is a warning, and 15 means that one GPU of several is lost.
+    """
     fields = "name,memory.total,driver_version,ecc.errors.uncorrected.volatile.total,remapped_rows.failure"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_SECONDS)
+    except FileNotFoundError:
         return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    return [Gpu(name, float(mib), driver, _count(ecc), _count(remap)) for name, mib, driver, ecc, remap in rows]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("nvidia-smi: %s", error)
+        return []
+    found = []
+    for line in filter(None, map(str.strip, done.stdout.splitlines() + done.stderr.splitlines())):
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == fields.count(",") + 1:
+            found.append(_gpu(*cells))
+        elif line.startswith("Unable to determine the device handle"):
+            found.append(Gpu("?", None, "?", None, None, line))
+        else:
+            log.warning("nvidia-smi: %s", line)
+    return found
 
 
 def describe(
@@ -126,13 +146,14 @@ def _price_per_node(facts: Mapping[str, str | None], found: list[Gpu], spot_pric
 def _lambda_offers(found: list[Gpu]) -> list[prices.Offer]:
     """Lambda's nodes do not say their type: the offers that have as many GPUs of this kind."""
     offers = [offer for offer in prices.snapshot().offers if offer.cloud == "lambda"]
-    return [offer for offer in offers if offer.accelerators == len(found) and (not found or is_a(found[0], offer))]
+    healthy = [gpu for gpu in found if not gpu.fault]
+    return [o for o in offers if o.accelerators == len(found) and all(is_a(gpu, o) for gpu in healthy[:1])]
 
 
 def is_a(gpu: Gpu, offer: prices.Offer) -> bool:
     """Whether a GPU is what the offer calls its accelerator: "NVIDIA A100-SXM4-80GB" is an A100-80GB, no A100."""
     kind, eighty, _ = (offer.accelerator or "?").partition("-80GB")
-    if kind == "A100" and bool(eighty) != (gpu.memory_mib > 60_000):
+    if kind == "A100" and gpu.memory_mib is not None and bool(eighty) != (gpu.memory_mib > 60_000):
         return False
     return re.search(rf"\b{re.escape(kind)}\b", gpu.name) is not None  # an A10 is no A100
 
@@ -142,8 +163,25 @@ def _only(values: set):
     return next(iter(values)) if len(values) == 1 else None
 
 
-def _count(text: str) -> int | None:
-    """nvidia-smi's `0` or `3`; `No` or `Yes` for row remaps; None for `[N/A]`."""
-    if text.lower() in ("no", "yes"):
-        return int(text.lower() == "yes")
-    return int(text) if text.isdigit() else None
+def _gpu(name: str, memory: str, driver: str, ecc: str, remaps: str) -> Gpu:
+    faults: list[str] = []
+    figures = [_figure(cell, faults) for cell in (memory, ecc, remaps)]
+    if name.startswith("["):
+        faults.insert(0, name)
+    mib, errors, failures = figures
+    counts = [None if count is None else int(count) for count in (errors, failures)]
+    return Gpu(name, mib, driver, *counts, faults[0] if faults else None)
+
+
+def _figure(cell: str, faults: list[str]) -> float | None:
+    """A number; `No` or `Yes`, of row remaps, as 0 or 1; None for `[N/A]`. What is no figure goes to `faults`."""
+    text = cell.strip("[]")
+    if text in ("No", "Yes"):
+        return float(text == "Yes")
+    if text in NOT_REPORTED:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        faults.append(cell)
+        return None

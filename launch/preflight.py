@@ -94,9 +94,12 @@ def gpu_problems(environment: Mapping[str, str], found: Sequence[Gpu]) -> list[s
     if len(found) < asked:
         problems.append(f"{asked} GPUs were asked for, the driver sees {len(found)}")
     offer = next((o for o in prices.snapshot().offers if o.instance_type == environment.get("INSTANCE_TYPE")), None)
-    if offer and offer.accelerator and found and not is_a(found[0], offer):
-        problems.append(f"a {offer.instance_type} has {offer.accelerator}, the driver sees {found[0].name}")
+    for gpu in [gpu for gpu in found if not gpu.fault][:1]:
+        if offer and offer.accelerator and not is_a(gpu, offer):
+            problems.append(f"a {offer.instance_type} has {offer.accelerator}, the driver sees {gpu.name}")
     for number, gpu in enumerate(found):
+        if gpu.fault:
+            problems.append(f"GPU {number} does not answer, nvidia-smi says: {gpu.fault}")
         if gpu.uncorrected_ecc_errors:
             problems.append(f"GPU {number} has {gpu.uncorrected_ecc_errors} uncorrectable memory errors since its boot")
         if gpu.failed_row_remaps:

@@ -162,14 +162,68 @@ def test_a_slow_link_and_a_wrong_clock_are_judged():
     assert healthy.problems == []
 
 
-def test_nvidia_smi_is_read_with_and_without_counters(tmp_path, monkeypatch):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(
-        "#!/bin/sh\necho 'NVIDIA A100-SXM4-40GB, 40960, 580.95.05, 0, No'\n"
-        "echo 'NVIDIA A10, 23028, 570.1, [N/A], [N/A]'\n"
+LOST = "[GPU is lost]"
+NO_HANDLE = "Unable to determine the device handle for GPU 0000:07:00.0: Unknown Error"
+ROW = "NVIDIA A100-SXM4-40GB, 40960, 580.95.05, 0, 0"
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A function that puts an nvidia-smi with this output and exit code on the PATH."""
+
+    def install(*lines: str, code: int = 0) -> None:
+        (tmp_path / "output").write_text("\n".join(lines) + "\n")
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\ncat '{tmp_path}/output'\nexit {code}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return install
+
+
+def test_nvidia_smi_is_read_with_and_without_counters(nvidia_smi, monkeypatch):
+    nvidia_smi(
+        "NVIDIA A100-SXM4-40GB, 40960, 580.95.05, 0, No",
+        "NVIDIA A10, 23028, 570.1, [N/A], [N/A]",
+        "NVIDIA A10G, 23028, 535.1, [Not Supported], Yes",
+        "NVIDIA GB10, [N/A], 580.95.05, N/A, [N/A]",
     )
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert machine.gpus() == [A100, Gpu("NVIDIA A10", 23028.0, "570.1", None, None)]
+    assert machine.gpus() == [
+        A100,
+        Gpu("NVIDIA A10", 23028.0, "570.1", None, None),
+        Gpu("NVIDIA A10G", 23028.0, "535.1", None, 1),
+        Gpu("NVIDIA GB10", None, "580.95.05", None, None),
+    ]
     monkeypatch.setenv("PATH", "/nowhere")
     assert machine.gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "fault"),
+    [
+        (", ".join([LOST] * 5), 0, LOST),
+        ("NVIDIA A100-SXM4-40GB, [Unknown Error], 580.95.05, [Unknown Error], 0", 0, "[Unknown Error]"),
+        ("NVIDIA A100-SXM4-40GB, 40960, 580.95.05, ERR!, 0", 0, "ERR!"),
+        (NO_HANDLE, 15, NO_HANDLE),
+    ],
+)
+def test_a_gpu_that_does_not_answer_is_a_finding(nvidia_smi, line, code, fault):
+    """It refuses the machine; the others are read, and the machine's price is still known."""
+    nvidia_smi(*[ROW] * 7, line, code=code)
+    found = machine.gpus()
+    assert len(found) == 8
+    environment = {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "INSTANCE_TYPE": "p4d.24xlarge"}
+    assert preflight.gpu_problems(environment, found) == [f"GPU 7 does not answer, nvidia-smi says: {fault}"]
+    nvidia_smi(line, *[ROW] * 7, code=code)
+    found = machine.gpus()
+    assert preflight.gpu_problems(environment, found) == [f"GPU 0 does not answer, nvidia-smi says: {fault}"]
+    assert facts("Lambda", found)["INSTANCE_TYPE"] == "gpu_8x_a100"
+
+
+def test_rows_count_whatever_the_exit_code(nvidia_smi, caplog):
+    nvidia_smi(ROW, "WARNING: infoROM is corrupted at gpu 0000:00:1E.0", code=14)
+    assert machine.gpus() == [A100]
+    assert "infoROM is corrupted" in caplog.text
+    nvidia_smi("Failed to initialize NVML: Driver/library version mismatch", code=18)
+    assert machine.gpus() == []
+    assert "version mismatch" in caplog.text
