@@ -2,10 +2,10 @@
 
     report = run(os.environ, machine.gpus())
 
-Checks the GPUs' number, kind, driver and error counters, the clock, the disk, the way to the bucket, and (in
-trainer/preflight.py, meanwhile, with torch) that all GPUs reach each other and how fast. A `problem` is this
-machine's fault and another one may do better; what no other machine would cure raises ConfigError; the rest is
-only noted. Torch-free. RUN_URL/preflight/ keeps the reports.
+Checks the GPUs' number, kind and error counters, the clock, the disk, the way to the bucket, and (in
+trainer/preflight.py, meanwhile, with torch) that CUDA initialises with this driver, that all GPUs reach each other and
+how fast. A `problem` is this machine's fault and another one may do better; what no other machine would cure raises
+ConfigError; the rest is only noted. Torch-free. RUN_URL/preflight/ keeps the reports.
 """
 
 import json
@@ -26,15 +26,12 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from core import storage
-from core.errors import ConfigError
 from costs import prices
 from launch import network
 from launch.machine import Gpu, is_a
 
 log = logging.getLogger(__name__)
 
-# requirements/train-cuda.txt is built for CUDA 13.0, which needs R580 (CUDA 13.0 release notes, table 2).
-MIN_DRIVER = 580
 # Faults of the hardware, not of a program (NVIDIA's Xid catalog): double-bit ECC, row remapping failed, NVLink,
 # fallen off the bus, uncontained ECC, GSP time-outs.
 FATAL_XIDS = {48, 64, 74, 79, 95, 119, 120}
@@ -54,6 +51,8 @@ class Report:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     figures: dict[str, float | None] = field(default_factory=dict)
+    driver: str | None = None
+    libcuda: str | None = None  # the file that CUDA came from, and its version
     seconds: float = 0.0
 
     def to_dict(self) -> dict:
@@ -64,9 +63,8 @@ def run(environment: Mapping[str, str], found: Sequence[Gpu]) -> Report:
     """All checks, side by side where they do not disturb each other. Raises ConfigError, StorageError."""
     started = time.monotonic()
     rehearsal = environment.get("DEVICE") == "cpu"
-    report = Report(problems=gpu_problems(environment, found))
-    if found and not rehearsal:
-        check_driver(found)
+    healthy = [gpu for gpu in found if not gpu.fault]
+    report = Report(problems=gpu_problems(environment, found), driver=healthy[0].driver if healthy else None)
     with ThreadPoolExecutor() as pool:
         together = pool.submit(all_reduce, environment, rehearsal) if not report.problems else None
         bucket = pool.submit(bucket_speed, environment["RUN_URL"])
@@ -80,6 +78,7 @@ def run(environment: Mapping[str, str], found: Sequence[Gpu]) -> Report:
             if isinstance(answer, str):
                 report.problems.append(answer)
             else:
+                report.libcuda = answer.pop("libcuda", None)
                 report.figures |= answer
     judge(report, environment, found, rehearsal)
     report.seconds = time.monotonic() - started
@@ -111,16 +110,6 @@ def gpu_problems(environment: Mapping[str, str], found: Sequence[Gpu]) -> list[s
     return problems
 
 
-def check_driver(found: Sequence[Gpu]) -> None:
-    """An old driver is that of the machine image: the next machine would have it as well."""
-    major = found[0].driver.partition(".")[0]
-    if major.isdigit() and int(major) < MIN_DRIVER:
-        raise ConfigError(
-            f"the NVIDIA driver is {found[0].driver}, the image's CUDA 13.0 needs R{MIN_DRIVER} or newer; "
-            "launch on another cloud, or ask yours for a newer machine image"
-        )
-
-
 def judge(report: Report, environment: Mapping[str, str], found: Sequence[Gpu], rehearsal: bool) -> None:
     """Sentences for figures that are too far off."""
     speed = report.figures.get("all_reduce_gb_per_s")
@@ -138,8 +127,8 @@ def judge(report: Report, environment: Mapping[str, str], found: Sequence[Gpu], 
             report.notes.append(f"{name} is {value:.0f}, less than {least:.0f}: expect waits")
 
 
-def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict[str, float] | str:
-    """Figures of trainer/preflight.py on all GPUs of this node, or what went wrong."""
+def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
+    """What trainer/preflight.py finds on all GPUs of this node, or what went wrong."""
     ranks = network.ranks_per_node(environment)
     # --standalone would resolve the host name, which in a container need not be known.
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
@@ -153,10 +142,13 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict[str, flo
             )
         except subprocess.TimeoutExpired:
             return f"{ranks} GPUs did not finish a small all-reduce within {ALL_REDUCE_SECONDS:.0f} s"
-        if done.returncode or not answer.exists():
+        found = json.loads(answer.read_text()) if answer.exists() else None
+        if found and "problem" in found:
+            return found["problem"]
+        if done.returncode or found is None:
             log.error("%s", done.stderr[-4000:])
             return f"{ranks} GPUs could not all-reduce; the lines above say why"
-        return json.loads(answer.read_text())
+        return found
 
 
 def bucket_speed(run_url: str) -> dict[str, float]:
@@ -206,4 +198,6 @@ def summary(report: Report) -> str:
         f"{name.replace('_', ' ')} {'?' if value is None else format(value, '.3g')}"
         for name, value in report.figures.items()
     ]
-    return "; ".join([*report.problems, *report.notes, *figures])
+    cuda = [f"driver {report.driver}"] if report.driver else []
+    cuda += [f"libcuda {report.libcuda}"] if report.libcuda else []
+    return "; ".join([*report.problems, *report.notes, *cuda, *figures])

@@ -1,4 +1,4 @@
-"""Is this image whole? Imports what its programs import; with GPUs, multiplies and compiles on each.
+"""Is this image whole? Imports what its programs import; with GPUs, starts CUDA, multiplies and compiles on each.
 
     docker run --rm IMAGE            (also its health check)
 
@@ -12,6 +12,7 @@ import sys
 
 from core.console import run_entry
 from core.errors import ConfigError
+from launch.machine import gpus
 
 PROGRAMS = {
     "prep": ("data_prep.prepare", "data_prep.verify", "cost_report", "launch.node"),
@@ -41,16 +42,21 @@ def check_torch() -> str:
     import torch
 
     # trainer.train imports these when it needs them.
-    for module in ("trainer.loop", "trainer.checkpoint.save", "trainer.preflight"):
+    for module in ("trainer.loop", "trainer.checkpoint.save"):
         importlib.import_module(module)
+    preflight = importlib.import_module("trainer.preflight")
     if not shutil.which("cc"):
         raise ConfigError("there is no C compiler in the train image, which Triton needs")
-    for number in range(torch.cuda.device_count()):
+    # torch counts none where CUDA does not initialise.
+    count = max(torch.cuda.device_count(), len(gpus())) if torch.version.cuda else 0
+    for number in range(count):
+        if problem := preflight.cuda_problem(torch.device("cuda", number)):
+            raise ConfigError(problem)
         ones = torch.ones(256, 256, device=f"cuda:{number}", dtype=torch.bfloat16)
         double = torch.compile(lambda x: x @ x * 2)
         if float(double(ones).float().mean()) != 512.0:
             raise ConfigError(f"GPU {number} multiplies wrongly")
-    return f"torch {torch.__version__}, {torch.cuda.device_count()} GPUs"
+    return f"torch {torch.__version__}, {count} GPUs" + (f", libcuda {preflight.libcuda()}" if count else "")
 
 
 def revision() -> str:
