@@ -5,26 +5,29 @@
 Nothing here is guessed: what nobody tells stays unset, and a price says where it is from. Torch-free.
 """
 
+import functools
 import json
 import logging
+import os
 import re
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from core.metadata import Metadata, NoAnswer
 from costs import aws, prices
 
 log = logging.getLogger(__name__)
 
-METADATA = "http://169.254.169.254/latest"
-METADATA_SECONDS = 2.0
 # Without persistence mode the driver starts all GPUs for each call.
 NVIDIA_SMI_SECONDS = 60.0
 # What stands for a figure, in brackets or not, on a GPU that is well.
 NOT_REPORTED = {"N/A", "Not Supported", "Not Found", "Insufficient Permissions"}
 NOT_REPORTED |= {"Requested functionality has been deprecated"}
+# The metadata service may need a while after the boot. Without it a price is not known, and a cap not possible.
+METADATA_SECONDS = 20.0
+METADATA_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def describe(
     cloud = environment.get("CLOUD") or cluster.get("cloud") or ""
     facts: dict[str, str | None] = {"CLOUD": cloud, "REGION": cluster.get("region"), "ZONE": cluster.get("zone")}
     if cloud.lower() == "aws":
-        ask = metadata or instance_metadata
+        together = time.monotonic() + METADATA_SECONDS
+        ask = metadata or functools.partial(instance_metadata, service=Metadata(environment), deadline=together)
         life_cycle = ask("instance-life-cycle")
         facts |= {
             "REGION": ask("placement/region") or facts["REGION"],
@@ -98,20 +102,19 @@ def describe(
     return {name: str(value) for name, value in facts.items() if value}
 
 
-def instance_metadata(path: str) -> str | None:
-    """One value of AWS's instance metadata service (version 2), or None."""
-    token = {"X-aws-ec2-metadata-token-ttl-seconds": "300"}
-    try:
-        request = urllib.request.Request(f"{METADATA}/api/token", method="PUT", headers=token)
-        # A proxy must not see link-local addresses.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=METADATA_SECONDS) as answer:
-            headers = {"X-aws-ec2-metadata-token": answer.read().decode()}
-        request = urllib.request.Request(f"{METADATA}/meta-data/{path}", headers=headers)
-        with opener.open(request, timeout=METADATA_SECONDS) as answer:
-            return answer.read().decode().strip() or None
-    except (OSError, ValueError):
-        return None
+def instance_metadata(path: str, service: Metadata | None = None, deadline: float | None = None) -> str | None:
+    """One value of AWS's metadata service, or None. Waits for an answer until `deadline` (monotonic)."""
+    service = service or Metadata(os.environ)
+    deadline = time.monotonic() + METADATA_SECONDS if deadline is None else deadline
+    while not service.disabled:
+        try:
+            return (service.get(path) or "").strip() or None
+        except NoAnswer as error:
+            if time.monotonic() + METADATA_PAUSE_SECONDS > deadline:
+                log.warning("this machine's %s is not known: %s", path, error)
+                return None
+            time.sleep(METADATA_PAUSE_SECONDS)
+    return None
 
 
 def current_spot_price(zone: str, instance_type: str, region: str) -> float | None:

@@ -1,42 +1,36 @@
-"""AWS's warnings that a spot machine will be taken away, from its metadata service (IMDSv2).
+"""AWS's warnings that a spot machine will be taken away, from its metadata service (core.metadata).
 
 Two minutes before, `spot/instance-action` appears: leave. Often earlier, `events/recommendations/rebalance` says
 that the risk has grown: save once more, and go on. Both are polled every five seconds, as AWS advises (EC2 User
-Guide, "Spot Instance interruption notices"). AWS_EC2_METADATA_SERVICE_ENDPOINT names another endpoint,
-AWS_EC2_METADATA_DISABLED=true turns this off; botocore knows the same variables.
+Guide, "Spot Instance interruption notices"). On AWS nothing that the service does ends the watch.
 """
 
 import json
 import logging
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 
+from core.metadata import Metadata, NoAnswer
 from trainer.watch.notice import Requests
 
 log = logging.getLogger("train")
 
-ENDPOINT = "http://169.254.169.254"
 POLL_SECONDS = 5.0
-TIMEOUT_SECONDS = 2.0
-TOKEN_SECONDS = 21600
 GIVE_UP_AFTER = 3
 
 
 class SpotWatch:
-    """Polls in a thread of its own; one per node. Where there is no such service it ends after a few attempts."""
+    """Polls in a thread of its own; one per node. Elsewhere than on AWS it ends after a few attempts."""
 
     def __init__(self, requests: Requests, environment: Mapping[str, str], poll_seconds: float = POLL_SECONDS):
         self._requests = requests
-        self._endpoint = (environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or ENDPOINT).rstrip("/")
+        self._metadata = Metadata(environment)
         self._on_aws = environment.get("CLOUD", "").lower() == "aws"
         self._poll_seconds = poll_seconds
-        self._token: str | None = None
         self._rebalance_seen: str | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        if environment.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true":
+        if not self._metadata.disabled:
             self._thread = threading.Thread(target=self._run, name="spot watch", daemon=True)
             self._thread.start()
 
@@ -45,55 +39,46 @@ class SpotWatch:
 
     def _run(self) -> None:
         failures = 0
-        answered = False
         while not self._stop.is_set() and self._requests.leave is None:
             try:
                 self._look()
-                failures, answered = 0, True
-            except (OSError, ValueError) as error:
+                if failures >= GIVE_UP_AFTER:
+                    log.warning("spot notices: %s answers again", self._metadata.endpoint)
+                failures, self._on_aws = 0, True
+            except NoAnswer as error:
                 failures += 1
-                if not answered and failures >= GIVE_UP_AFTER:
-                    # Elsewhere than on AWS this is normal; in a container on AWS it is the hop limit.
+                if failures == GIVE_UP_AFTER:
+                    # Elsewhere than on AWS this is normal; in a container on AWS it may be the hop limit.
                     log.log(
                         logging.WARNING if self._on_aws else logging.DEBUG,
-                        "no spot notices: %s does not answer (%s); give the container the host's network, "
+                        "no spot notices: %s; if that does not pass, give the container the host's network, "
                         "or the instance a metadata hop limit of 2",
-                        self._endpoint,
                         error,
                     )
-                    return
+                    if not self._on_aws:
+                        return
             self._stop.wait(self._poll_seconds)
 
     def _look(self) -> None:
-        action = self._get("spot/instance-action")
+        """Raises NoAnswer, also for an answer that is no notice."""
+        action = self._get("spot/instance-action", "action")
         if action is not None:
-            found = json.loads(action)
-            self._requests.ask_to_leave("spot", f"{found.get('action')} at {found.get('time')}")
+            self._requests.ask_to_leave("spot", f"{action['action']} at {action.get('time')}")
             return
-        rebalance = self._get("events/recommendations/rebalance")
-        if rebalance is not None and rebalance != self._rebalance_seen:
-            self._rebalance_seen = rebalance
-            self._requests.ask_to_save(f"rebalance recommendation of {json.loads(rebalance).get('noticeTime')}")
+        rebalance = self._get("events/recommendations/rebalance", "noticeTime")
+        if rebalance is not None and rebalance["noticeTime"] != self._rebalance_seen:
+            self._rebalance_seen = rebalance["noticeTime"]
+            self._requests.ask_to_save(f"rebalance recommendation of {self._rebalance_seen}")
 
-    def _get(self, path: str) -> str | None:
-        """A metadata item, or None if there is none. Raises OSError."""
-        for _ in range(2):
-            if self._token is None:
-                header = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
-                self._token = self._ask("PUT", "/latest/api/token", header)
-            try:
-                return self._ask("GET", f"/latest/meta-data/{path}", {"X-aws-ec2-metadata-token": self._token})
-            except urllib.error.HTTPError as error:
-                if error.code == 404:
-                    return None
-                if error.code != 401:
-                    raise
-                self._token = None  # expired: once more with a new one
-        return None
-
-    def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> str:
-        request = urllib.request.Request(self._endpoint + path, method=method, headers=dict(headers))
-        # Never through a proxy: the service is the machine's own.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
-            return answer.read().decode()
+    def _get(self, path: str, key: str) -> dict | None:
+        """The notice at `path`, which has `key`; None if there is none."""
+        text = self._metadata.get(path)
+        if text is None:
+            return None
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or key not in found:
+            raise NoAnswer(f"{self._metadata.endpoint} has something at {path} that is no notice: {text[:80]!r}")
+        return found
