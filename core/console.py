@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from core import environment, secrets
+from core import environment, secrets, stop
 from core.errors import LauncherError
 
 # Exit codes, also in docs/formats.md. SkyPilot's recover_on_exit_codes names PREEMPTED and BAD_NODE, never CAPPED.
@@ -37,7 +37,10 @@ def set_up_logging(speaks: bool = True) -> None:
 
 
 def run_entry(main: Callable[[list[str]], int | None]) -> None:
-    """Run an entry and exit: our own errors become one line, anything else keeps its traceback. Neither shows a key."""
+    """Run an entry and exit: our own errors become one line, anything else keeps its traceback. Neither shows a key.
+
+    After a request to stop every failure counts as PREEMPTED: the store may be away, other ranks may be gone.
+    """
     environment.drop_empty(os.environ)
     sys.excepthook = _print_traceback
     try:
@@ -51,6 +54,14 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output (`| head`) is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except Exception as error:
+        if not stop.is_certain():
+            raise
+        said = secrets.scrub(" ".join(str(error).split()))[:500]
+        print(f"error: {type(error).__name__}: {said}", file=sys.stderr)
+        code = FAILED
+    if stop.is_certain():
+        stop.leave(code if code in (OK, CAPPED, BAD_NODE) else PREEMPTED)
     sys.exit(code)
 
 
@@ -61,7 +72,9 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 def tell_launcher(code: int) -> None:
     """torchrun exits with 1 whatever its workers say, so the code is also left in EXIT_CODE_FILE, if that is set."""
     if path := os.environ.get("EXIT_CODE_FILE"):
-        Path(path).write_text(f"{code}\n")
+        whole = Path(f"{path}.{os.getpid()}")
+        whole.write_text(f"{code}\n")
+        whole.replace(path)  # the launcher reads all of it or nothing
 
 
 class Progress:

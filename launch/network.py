@@ -40,7 +40,16 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
     """torchrun's arguments. Static, no elastic restarts: after a failure the whole job starts again from storage."""
     rank, addresses = nodes(environment)
     arguments = [f"--nnodes={len(addresses)}", f"--node-rank={rank}", f"--nproc-per-node={ranks_per_node(environment)}"]
-    return [*arguments, f"--master-addr={addresses[0]}", f"--master-port={MASTER_PORT}"]
+    # Nodes must agree on a port; on a single one another job may have it.
+    port = MASTER_PORT if len(addresses) > 1 else free_port()
+    return [*arguments, f"--master-addr={addresses[0]}", f"--master-port={port}"]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def settings(environment: Mapping[str, str], devices: Path = Path("/dev/infiniband")) -> dict[str, str]:

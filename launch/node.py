@@ -11,14 +11,24 @@ below RUN_URL/logs/, since what SkyPilot shows of a preempted node is lost. Exit
     34   the cap on dollars is reached                  (a managed job ends)
     35   this machine is bad or hung: take another one  (a managed job starts again, REFUSALS_PER_DAY times)
     else the program failed: its own fault, so the job ends
+
+Asked to stop (SIGTERM, SIGHUP, SIGINT), at whatever moment, it ends with 33, unless the program says 0 or 34.
 """
+
+import signal
+
+from core import stop
+
+if __name__ == "__main__":
+    stop.listen(signal.SIGINT)  # before the imports that take seconds
 
 import json
 import logging
 import os
-import signal
+import secrets
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +38,7 @@ from core.console import BAD_NODE, FAILED, OK, PREEMPTED, run_entry, set_up_logg
 from core.errors import ConfigError, LauncherError
 from core.journal import Journal
 from launch import machine, network, preflight
-from launch.supervise import Child, Outcome
+from launch.supervise import Child, Outcome, kill_descendants
 
 log = logging.getLogger("node")
 
@@ -39,6 +49,9 @@ HEAD_START_SECONDS = 30.0
 # Longer than the ten minutes after which a collective gives up by itself and names the rank that is missing.
 HANG_MINUTES = 15.0
 LOG_FLUSH_SECONDS = 10.0
+# So long after the program was killed this one leaves too, whatever holds it up: before launch/container.sh kills it.
+AFTER_KILL_SECONDS = 4.0
+SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 class Keep(logging.Handler):
@@ -59,17 +72,24 @@ def main(arguments: list[str]) -> int:
     environment = dict(os.environ)
     if not environment.get("RUN_URL"):
         raise ConfigError("RUN_URL is not set; launch/container.sh derives it from BUCKET and RUN")
+    hang_minutes(environment)
+    stop.seconds()
+    # Until the program runs there is nothing to save: a request to stop ends the preflight, and this program.
+    stop.on_leaving(kill_descendants)
     rank, addresses = network.nodes(environment)
     found = machine.gpus()
     environment |= machine.describe(environment, found)
     run_url = environment["RUN_URL"]
-    attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-node-{rank:03d}"
+    # Two machines may begin in the same second.
+    attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-node-{rank:03d}-{secrets.token_hex(4)}"
     output = Journal(storage.join(run_url, "logs", attempt), LOG_FLUSH_SECONDS)
+    stop.on_leaving(output.close)
     ours = Keep(output)
     logging.getLogger().addHandler(ours)
     try:
         log.info("node %d of %d: %s", rank + 1, len(addresses), describe(environment))
         code = job(arguments[1], arguments[2:], environment, found, output, attempt)
+        stop.settle(code if code != FAILED else PREEMPTED)
         log.info("exit code %d", code)
         return code
     except LauncherError as error:  # reported by run_entry; kept for those who read the log later
@@ -77,7 +97,8 @@ def main(arguments: list[str]) -> int:
         raise
     finally:
         logging.getLogger().removeHandler(ours)
-        output.close()
+        if not stop.asked():  # else within a time limit (stop.leave)
+            output.close()
 
 
 def job(
@@ -87,6 +108,7 @@ def job(
     trains = module.startswith("trainer.")
     if trains:
         report = preflight.run(environment, found)
+        stop.hold_if_leaving()
         storage.write_bytes(
             storage.join(environment["RUN_URL"], "preflight", f"{attempt}.json"),
             (json.dumps(report.to_dict(), indent=1) + "\n").encode(),
@@ -105,11 +127,15 @@ def job(
         def keep(line: str) -> None:
             output.add({"time": time.time(), "line": line})
 
-        child = Child(command, {**environment, "EXIT_CODE_FILE": str(code_file)}, keep, launched=trains)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, child.stop)
-        outcome = child.wait(hang_minutes(environment) * 60)
+        asked = threading.Event()
+        stop.inform(lambda reason: asked.set())
+        stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: whatever is still open is given up")
+        files = {"EXIT_CODE_FILE": str(code_file), "STOP_FILE": f"{folder}/stop"}
+        child = Child(command, {**environment, **files}, keep, launched=trains, asked=asked)
+        outcome = child.wait(hang_minutes(environment) * 60, stop.seconds())
         told = int(code_file.read_text()) if code_file.exists() else None
+    if outcome.stopped:
+        return exit_code(outcome, told)
     if outcome.hung:
         return refuse(environment["RUN_URL"], attempt, ["the program hung; its stacks are in the log"])
     code = exit_code(outcome, told)
@@ -124,13 +150,16 @@ def exit_code(outcome: Outcome, told: int | None) -> int:
     """torchrun ends with 1 whatever its workers say; `told` is what rank 0 wrote down. None: it did not get there."""
     if told is not None:
         return told
-    if outcome.stopped and outcome.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM):
-        return PREEMPTED  # a program that keeps nothing to save, or saves as it goes
-    return OK if outcome.returncode == 0 else FAILED
+    if outcome.returncode == 0:
+        return OK
+    # Killed after the time limit, ended by an error of a store that is away, before it could listen: all the same.
+    # SIGTERM for torchrun alone is a request as well.
+    return PREEMPTED if outcome.stopped or outcome.returncode in SIGTERMED else FAILED
 
 
 def refuse(run_url: str, attempt: str, problems: list[str]) -> int:
     """Leave this machine: BAD_NODE, or FAILED if that has happened too often."""
+    stop.hold_if_leaving()
     for problem in problems:
         log.error("this node is refused: %s", problem)
     folder = storage.join(run_url, "refused")

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from core import storage
+from core import stop, storage
 from costs import prices
 from launch import network
 from launch.machine import Gpu, is_a
@@ -131,17 +131,18 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
     """What trainer/preflight.py finds on all GPUs of this node, or what went wrong."""
     ranks = network.ranks_per_node(environment)
     # --standalone would resolve the host name, which in a container need not be known.
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
-    command = [sys.executable, *launcher, "--master-port=29400", "-m", "trainer.preflight"]
+    launcher = ["-m", "trainer.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
+    command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.preflight"]
+    # PARENT_PID: what we start ends when we do.
+    variables = {**os.environ, **environment, "PARENT_PID": str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command += ["cpu" if rehearsal else "cuda", str(answer)]
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=ALL_REDUCE_SECONDS, env={**os.environ, **environment}
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=ALL_REDUCE_SECONDS, env=variables)
         except subprocess.TimeoutExpired:
             return f"{ranks} GPUs did not finish a small all-reduce within {ALL_REDUCE_SECONDS:.0f} s"
+        stop.hold_if_leaving()
         found = json.loads(answer.read_text()) if answer.exists() else None
         if found and "problem" in found:
             return found["problem"]

@@ -4,29 +4,35 @@
     outcome = child.wait(hang_seconds=900)
 
 The program that trains is a child of torchrun. It gets signals itself, because torchrun gives its children only
-30 seconds to save. Torch-free.
+30 seconds to save. STOP_FILE, which exists from then on, tells a worker that SIGTERM is such a request, and one that
+begins later that there was one (core.stop). Torch-free.
 """
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from core import stop
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 # What a worker that was asked to stop may take to save; then it is killed.
-STOP_SECONDS = 90.0
+STOP_SECONDS = stop.SECONDS
 DUMP_SECONDS = 15.0
 # A process that outlives the child may hold its output open; we do not wait for it.
 DRAIN_SECONDS = 10.0
+DRAIN_AFTER_STOP_SECONDS = 3.0
+KILL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Outcome:
 class Child:
     """A running program. `keep` gets every line of its output, which also goes to our standard output.
 
-    `launched`: the program is torchrun, and its children are the workers.
+    `launched`: the program is torchrun, and its children are the workers. `asked` is set when it is to stop.
     """
 
     def __init__(
@@ -50,16 +56,26 @@ class Child:
         environment: Mapping[str, str],
         keep: Callable[[str], None],
         launched: bool = False,
+        asked: threading.Event | None = None,
     ):
         self._workers_are_children = launched
         self._keep = keep
-        self._stop = threading.Event()
+        self._stop = asked or threading.Event()
+        self._stop_file = environment.get("STOP_FILE")
+        self._asked: set[int] = set()  # processes that got SIGTERM
+        self._stop_seconds = STOP_SECONDS
+        self._kill_at = math.inf
         self._last_output = time.monotonic()
         self._started: set[int] = set()  # all processes below the child, also once it has left them behind
         self.process = subprocess.Popen(
             command,
             # SIGABRT makes Python print the stacks of all threads before it dies, even in a stuck C call.
-            env={**environment, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"},
+            env={
+                **environment,
+                "PYTHONFAULTHANDLER": "1",
+                "PYTHONUNBUFFERED": "1",
+                "PARENT_PID": str(os.getpid()),  # it goes when we go
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -76,52 +92,67 @@ class Child:
 
     def wait(self, hang_seconds: float, stop_seconds: float = STOP_SECONDS) -> Outcome:
         """Until the child is gone, and all it started."""
-        asked_at = None
+        self._stop_seconds = stop_seconds
         hung = False
         while self.process.poll() is None:
             time.sleep(POLL_SECONDS)
-            now = time.monotonic()
             self._started |= descendants_of(self.process.pid)
-            if self._stop.is_set() and asked_at is None:
-                asked_at = now
-                self._signal(signal.SIGTERM)
-            if asked_at is not None and now - asked_at > stop_seconds:
+            self._pass_stop_on()
+            if self._is_overdue():
                 log.warning("still running %.0f s after it was asked to stop: killed", stop_seconds)
                 break
-            if now - self._last_output > hang_seconds:
+            if not self._stop.is_set() and time.monotonic() - self._last_output > hang_seconds:
                 hung = True
                 self._end_hang(hang_seconds)
                 break
         self._kill_rest()
-        self._reader.join(DRAIN_SECONDS)
+        self._reader.join(DRAIN_AFTER_STOP_SECONDS if self._stop.is_set() else DRAIN_SECONDS)
         return Outcome(self.process.returncode, hung, self._stop.is_set())
+
+    def _pass_stop_on(self) -> None:
+        """SIGTERM for every worker that has not had it, also for one that has just been started; for the launcher
+        while there are none."""
+        if not self._stop.is_set():
+            return
+        if self._kill_at == math.inf:
+            self._kill_at = time.monotonic() + self._stop_seconds
+            log.info("the program is asked to stop and gets %.0f s to save", self._stop_seconds)
+            if self._stop_file:
+                Path(self._stop_file).touch()
+        workers = set(self._workers())
+        if not workers and not self._asked:
+            workers = {self.process.pid}
+        _send(signal.SIGTERM, workers - self._asked)
+        self._asked |= workers
+
+    def _is_overdue(self) -> bool:
+        return time.monotonic() > self._kill_at
 
     def _end_hang(self, hang_seconds: float) -> None:
         """Ask to save, which works if only one rank waits; then have all threads print where they are."""
         log.error("no line of output for %.0f s: taken as hung", hang_seconds)
-        self._signal(signal.SIGUSR1)
+        _send(signal.SIGUSR1, self._workers() or [self.process.pid])
         if self._gone_within(min(STOP_SECONDS, hang_seconds)):
             return
         log.error("it does not react: the stacks of its workers follow")
-        self._signal(signal.SIGABRT)
+        _send(signal.SIGABRT, self._workers() or [self.process.pid])
         self._gone_within(DUMP_SECONDS)
 
     def _gone_within(self, seconds: float) -> bool:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
+        """Whether the child ends in that time; a request to stop may shorten it."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline and not self._is_overdue():
+            time.sleep(POLL_SECONDS)
+            self._pass_stop_on()
         return self.process.returncode is not None
 
-    def _signal(self, number: int) -> None:
-        parent_of = parents() if self._workers_are_children else {}
-        workers = [pid for pid, parent in parent_of.items() if parent == self.process.pid]
-        for pid in workers or [self.process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+    def _workers(self) -> list[int]:
+        if not self._workers_are_children:
+            return [self.process.pid]
+        return [pid for pid, parent in parents().items() if parent == self.process.pid]
 
     def _kill_rest(self) -> None:
-        for pid in [*self._started, self.process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _send(signal.SIGKILL, [*self._started, self.process.pid])
         self.process.wait()
 
     def _read(self) -> None:
@@ -137,13 +168,29 @@ class Child:
                     shown = False
 
 
+def _send(number: int, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def kill_descendants() -> None:
+    """SIGKILL for all that this process has started, and what that has."""
+    deadline = time.monotonic() + KILL_SECONDS
+    while (found := descendants_of(os.getpid())) and time.monotonic() < deadline:
+        _send(signal.SIGKILL, found)
+        time.sleep(0.05)
+
+
 def parents() -> dict[int, int]:
     """Process → its parent, of everything that runs in this container."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # The command, in parentheses, may hold spaces.
-            found[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(stat.parent.name)] = int(parent)
     return found
 
 

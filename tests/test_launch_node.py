@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core import journal
+from core import journal, stop
 from core.console import BAD_NODE
 from launch import node, preflight
 from launch.supervise import Child, Outcome
@@ -43,6 +43,39 @@ def test_a_request_to_stop_reaches_the_worker_below_a_launcher():
     outcome = running.wait(60)
     assert lines == ["ready", "saved"]
     assert outcome.stopped
+
+
+def test_a_worker_that_begins_after_the_request_is_asked_too(tmp_path):
+    """And it can tell a request from the signal with which torchrun ends what is left when a worker has failed."""
+    early = (
+        "import signal,time\nsignal.signal(15, lambda *_: print('early'))\nprint('ready')\nwhile True: time.sleep(60)"
+    )
+    late = "import os,signal,sys,time\ndef end(*_): sys.exit(print(os.path.exists(os.environ['STOP_FILE'])))\n"
+    late += "signal.signal(15, end)\ntime.sleep(60)"
+    launcher = "import os,subprocess,sys,time\n"
+    launcher += f"first = subprocess.Popen([sys.executable, '-c', {early!r}])\n"
+    launcher += "while not os.path.exists(os.environ['STOP_FILE']): time.sleep(0.05)\n"
+    launcher += f"subprocess.call([sys.executable, '-c', {late!r}]); first.kill()"
+    lines = []
+    environment = {**os.environ, "STOP_FILE": str(tmp_path / "stop")}
+    running = Child([sys.executable, "-c", launcher], environment, lines.append, launched=True)
+    stop_when(running, lambda: "ready" in lines)
+    running.wait(60)
+    assert lines in (["ready", "early", "True"], ["ready", "early"]), "asked before it could listen it just ends"
+
+
+def test_a_request_during_a_hang_does_not_take_longer():
+    """What hangs is asked to save for up to 90 s, and then for its stacks: too long for a machine that goes away."""
+    lines = []
+    script = (
+        "import signal,time\nfor n in (10, 6, 15): signal.signal(n, lambda n, _: print('got', n))\nprint('ready')\n"
+    )
+    running = child(script + "while True: time.sleep(60)", lines)
+    stop_when(running, lambda: "got 10" in lines)
+    outcome = running.wait(hang_seconds=3, stop_seconds=1)
+    assert outcome.stopped
+    assert "got 15" in lines
+    assert outcome.returncode == -signal.SIGKILL
 
 
 def test_who_does_not_stop_is_killed():
@@ -109,7 +142,13 @@ def gone(pid: int) -> bool:
         (Outcome(-9), None, 1),
         (Outcome(0), None, 0),  # preparation does not write a code
         (Outcome(-15, stopped=True), None, 33),
-        (Outcome(1, stopped=True), None, 1),
+        (Outcome(1, stopped=True), None, 33),  # ranks that were importing, a store that is away
+        (Outcome(-9, stopped=True), None, 33),  # killed when its time was over
+        (Outcome(0, stopped=True), None, 0),
+        (Outcome(1, stopped=True), 0, 0),
+        (Outcome(1, stopped=True), 34, 34),
+        (Outcome(-15), None, 33),  # somebody asked torchrun itself
+        (Outcome(143), None, 33),
     ],
 )
 def test_exit_code(outcome, told, code):
@@ -145,6 +184,20 @@ def test_the_node_program_runs_a_module_and_keeps_its_log(tmp_path):
     assert lines[0].startswith("node 1 of 1: ?/?/?")
     assert any(line.startswith("Linux") for line in lines)
     assert lines[-1] == "exit code 0"
+
+
+def test_two_starts_in_one_second_have_logs_of_their_own(tmp_path, monkeypatch):
+    """Two machines on one run: a managed job that recovers, beside a start by hand."""
+    monkeypatch.setenv("RUN_URL", str(tmp_path))
+    monkeypatch.setenv("CLOUD", "")
+    monkeypatch.setenv("SKYPILOT_CLUSTER_INFO", "")
+    monkeypatch.setattr(node.time, "strftime", lambda *_: "20261129T120000Z")
+    try:
+        assert [node.main(["-m", "platform"]) for _ in range(2)] == [0, 0]
+    finally:
+        stop.forget()
+    found = [journal.read(str(attempt))[0] for attempt in (tmp_path / "logs").iterdir()]
+    assert [events[-1]["line"] for events in found] == ["exit code 0"] * 2
 
 
 def test_without_a_run_url_one_sentence():

@@ -7,6 +7,11 @@ nccl-tests defines it (bytes x 2(n-1)/n / time), the median of a few rounds; and
 with direct access. A rank on which CUDA does not initialise writes `problem` instead, and fails, as does a wrong sum.
 """
 
+from core import stop
+
+if __name__ == "__main__":
+    stop.follow_parent()  # before torch's import, which takes seconds
+
 import ctypes
 import json
 import os

@@ -1,0 +1,297 @@
+"""Requests to stop this process, heard from the first moment that Python runs.
+
+    from core import stop
+
+    if __name__ == "__main__":
+        stop.listen()  # before the imports that take seconds
+
+A thread of its own answers them, because the main thread may wait for an import, a GPU or a store. The answer is to
+leave at once with exit code 33, until the program says with `allow` that it has something to save.
+
+A signal is a certain request unless it may be torchrun's: torchrun also sends SIGTERM to its workers because one of
+them has failed. launch.node therefore creates STOP_FILE before it signals. Only a certain request makes a failure
+count as exit code 33 (core.console.run_entry). Loads no torch, and before `listen` little else.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+# AWS takes a spot machine two minutes after its notice; launch/container.sh gives the container 100 s.
+SECONDS = 90.0
+# By so much sooner than launch.node kills it, a program leaves by itself, so that it can say how far it came.
+SOONER_SECONDS = 10.0
+# torchrun kills its workers 30 s after it has signalled them.
+UNCERTAIN_SECONDS = 20.0
+# For closing logs and books on the way out.
+CLOSE_SECONDS = 5.0
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+WAKE = 0  # no signal has this number
+
+
+class _State:
+    """Of this process. Times are of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.parent = 0
+        self.pipe = (-1, -1)
+        self.before: dict[int, object] = {}  # signal → its earlier handler
+        self.reason = ""
+        self.certain = False
+        self.since = self.hurried_since = math.inf
+        self.allowed_seconds: float | None = None
+        self.last_words: Callable[[], str] | None = None
+        self.verdict: int | None = None
+        self.informed: list[Callable[[str], None]] = []
+        self.cleanups: list[Callable[[], object]] = []
+        self.leaving = self.closed = False
+
+
+_lock = threading.Lock()
+_state = _State()
+
+
+def listen(*more: signal.Signals) -> None:
+    """Hear SIGTERM, SIGHUP, SIGUSR1 and `more` from now on. In the main thread; a second call changes nothing.
+
+    A signal that is ignored (SIGHUP under nohup, SIGINT in the background) stays ignored.
+    """
+    if _state.before:
+        return
+    _state.parent = os.getppid()
+    _state.pipe = os.pipe()
+    for end in _state.pipe:
+        os.set_blocking(end, False)
+    # The C handler writes the signal's number even while the main thread cannot run Python code.
+    signal.set_wakeup_fd(_state.pipe[1], warn_on_full_buffer=False)
+    for number in (*SIGNALS, *more):
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+            _state.before[number] = signal.signal(number, _handle)
+    threading.Thread(target=_watch, args=(_state,), name="stop", daemon=True).start()
+    if _stop_file_exists():
+        ask("before it began")
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """Linux: get SIGTERM when the process that started this one dies, so that nothing outlives it and holds a GPU."""
+    parent = os.environ.get("PARENT_PID", "")
+    if sys.platform != "linux" or not (parent or "TORCHELASTIC_RUN_ID" in os.environ):
+        return
+    import ctypes  # takes a while, and the handlers come first
+
+    if not parent or parent == str(os.getppid()):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if parent and not os.path.exists(f"/proc/{parent}"):  # it died before that
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def asked() -> bool:
+    """Whether this process was asked to stop, perhaps by torchrun because another rank failed."""
+    return bool(_state.reason)
+
+
+def is_certain() -> bool:
+    """Whether somebody really wants this process to stop, as far as it can tell."""
+    return _state.certain
+
+
+def is_hurried() -> bool:
+    """Whether the machine goes away, so that the time to leave is limited."""
+    return _state.hurried_since < math.inf
+
+
+def ask(reason: str) -> None:
+    """Ask this process to stop because its machine goes away, as a certain signal does."""
+    _note(reason, certain=True, hurry=True)
+
+
+def inform(call: Callable[[str], None]) -> None:
+    """`call(reason)` once when this process is asked to stop; now if it was asked before."""
+    with _lock:
+        _state.informed.append(call)
+        reason = _state.reason
+    if reason:
+        call(reason)
+
+
+def allow(seconds: float, last_words: Callable[[], str] | None = None) -> None:
+    """There is something to save: from now on a request leaves `seconds` for it, counted from the request.
+
+    When they are over the process leaves with what `settle` said, or 33. `last_words` says what that means.
+    """
+    with _lock:
+        if not _state.leaving:
+            _state.allowed_seconds, _state.last_words = seconds, last_words
+            _wake()
+            return
+    _wait_for_the_end()
+
+
+def settle(code: int) -> None:
+    """The exit code is known: whatever keeps this process from leaving does not change it."""
+    _state.verdict = code
+
+
+def on_leaving(call: Callable[[], object]) -> None:
+    """Close something on the way out. Runs beside whatever the main thread does, for CLOSE_SECONDS at most."""
+    with _lock:
+        _state.cleanups.append(call)
+
+
+def leave(code: int, words: str = "") -> NoReturn:
+    """End this process now. Threads that wait for a store, which Python would wait for, do not hold it up."""
+    from core.console import tell_launcher  # imports this module
+
+    with _lock:
+        is_second, _state.leaving = _state.leaving, True
+    if is_second:
+        _wait_for_the_end()
+    if os.environ.get("LOCAL_RANK", "0") == "0" and _state.certain and os.getppid() == _state.parent:
+        tell_launcher(code)
+    # Each in a thread, because any of them may hang. The line first, since a cleanup may store it.
+    _within(CLOSE_SECONDS, [functools.partial(_say, words)] if words else [])
+    _within(CLOSE_SECONDS, _state.cleanups)
+    _within(CLOSE_SECONDS, [sys.stdout.flush, sys.stderr.flush])
+    os._exit(code)
+
+
+def hold_if_leaving() -> None:
+    """Return unless another thread is ending this process: what has failed since then has failed because of that."""
+    if _state.leaving:
+        _wait_for_the_end()
+
+
+def seconds() -> float:
+    """What launch.node gives its program after a request to stop. Raises ConfigError."""
+    from core.errors import ConfigError
+
+    text = os.environ.get("LEAVE_SECONDS") or str(SECONDS)
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"LEAVE_SECONDS is {text!r}, must be a number above 0; leave it empty for {SECONDS:.0f}")
+
+
+def own_seconds() -> float:
+    """What a program under launch.node takes of them."""
+    return seconds() - min(SOONER_SECONDS, seconds() / 4)
+
+
+def forget() -> None:
+    """Undo `listen` and all that followed, for tests."""
+    global _state
+    with _lock:
+        _state.closed = True
+        _wake()
+        for number, handler in _state.before.items():
+            signal.signal(number, handler)
+        if _state.before:
+            signal.set_wakeup_fd(-1)
+        _state = _State()
+
+
+def _handle(number: int, _: object) -> None:
+    """In case an event loop has replaced the wake-up descriptor. Takes no lock: it may interrupt what holds it."""
+    with contextlib.suppress(BlockingIOError):  # so many signals are waiting already
+        os.write(_state.pipe[1], bytes([number]))
+
+
+def _watch(state: _State) -> None:
+    """The thread that answers."""
+    while not state.closed:
+        with _lock:
+            at = _leave_at()
+        wait = None if at == math.inf else max(0.0, at - time.monotonic())
+        if select.select([state.pipe[0]], [], [], wait)[0]:
+            for number in os.read(state.pipe[0], 512):
+                if number in state.before and not state.closed:
+                    _note(signal.Signals(number).name, _certain(number), hurry=number != signal.SIGUSR1)
+        elif wait is not None:
+            leave(_verdict(state), _words(state))
+    for end in state.pipe:
+        os.close(end)
+
+
+def _say(words: str) -> None:
+    import logging
+
+    logging.getLogger("stop").info("%s", words)
+
+
+def _certain(number: int) -> bool:
+    """SIGTERM is the signal with which torchrun ends the workers that are left when one has failed."""
+    return number != signal.SIGTERM or "TORCHELASTIC_RUN_ID" not in os.environ or _stop_file_exists()
+
+
+def _verdict(state: _State) -> int:
+    from core.console import PREEMPTED  # imports this module
+
+    return PREEMPTED if state.verdict is None else state.verdict
+
+
+def _words(state: _State) -> str:
+    if state.allowed_seconds is not None:
+        return state.last_words() if state.last_words else ""
+    return f"asked to stop ({state.reason}) with nothing to save: leaving at once"
+
+
+def _leave_at() -> float:
+    """When this process must leave; the lock is held."""
+    if not _state.reason:
+        return math.inf
+    if _state.allowed_seconds is not None:
+        return _state.hurried_since + _state.allowed_seconds
+    return _state.since + (0.0 if _state.certain else UNCERTAIN_SECONDS)
+
+
+def _note(reason: str, certain: bool, hurry: bool) -> None:
+    now = time.monotonic()
+    with _lock:
+        is_first = not _state.reason
+        if is_first:
+            _state.reason, _state.since = reason, now
+        _state.certain |= certain
+        if hurry:
+            _state.hurried_since = min(_state.hurried_since, now)
+        informed = list(_state.informed) if is_first else []
+        _wake()
+    for call in informed:
+        call(reason)
+
+
+def _wake() -> None:
+    if _state.pipe[1] >= 0:
+        with contextlib.suppress(BlockingIOError):
+            os.write(_state.pipe[1], bytes([WAKE]))
+
+
+def _stop_file_exists() -> bool:
+    path = os.environ.get("STOP_FILE")
+    return bool(path) and os.path.exists(path)
+
+
+def _within(limit: float, calls: list[Callable[[], object]]) -> None:
+    """All at once, each in a thread; whoever is not done within `limit` seconds is left behind."""
+    deadline = time.monotonic() + limit
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _wait_for_the_end() -> NoReturn:
+    """Another thread is about to end the process."""
+    while True:
+        time.sleep(1.0)
