@@ -126,18 +126,38 @@ run() { # TARGET COMMAND ...
   for device in /dev/infiniband/*; do [ ! -e "$device" ] || options+=(--device "$device"); done
   # AWS's GPU images carry libfabric and its NCCL plugin here; ours does not.
   for name in /opt/amazon/efa /opt/amazon/ofi-nccl; do [ ! -d "$name" ] || options+=(-v "$name:$name:ro"); done
-  trap stop_container EXIT
-  trap 'exit 143' TERM
-  trap 'exit 130' INT
-  trap 'exit 129' HUP
   # Host network: rendezvous, NCCL and the metadata service. Host IPC and memlock: NCCL and data workers share memory.
   "${DOCKER[@]}" run --rm --init --name "$NAME" --network host --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \
     -v "$NAME-cache:/cache" "${options[@]}" "$NAME:$target" "$@" &
-  wait $!
+  CLIENT=$!
+  wait "$CLIENT"
+}
+
+# A request to stop is no failure, whether it comes here, or to a program that Python has not begun yet (143): with 33
+# a managed job starts again. Only what the program itself says counts more: done (0), the cap (34), a bad machine (35).
+CLIENT=
+leave() { # EXIT_CODE
+  local code=$1 said=
+  stop_container || say "the container could not be stopped; see the lines above"
+  case $code in 129 | 130 | 143) ;; *) exit "$code" ;; esac
+  if [ -n "$CLIENT" ]; then
+    for _ in {1..50}; do kill -0 "$CLIENT" 2>/dev/null || break; sleep 0.1; done
+    if kill -0 "$CLIENT" 2>/dev/null; then
+      stop_container || say "the container could not be stopped"  # perhaps it has begun only now
+    else
+      wait "$CLIENT" && said=0 || said=$?
+    fi
+  fi
+  case $said in 0 | 34 | 35) exit "$said" ;; *) exit 33 ;; esac
 }
 
 case "${1:-} $#" in
   "image 2" | "build 2" | "push 2") find_docker; "$1" "$2" ;;
-  "run "[3-9] | "run "[1-9][0-9]*) find_docker; shift; run "$@" ;;
+  "run "[3-9] | "run "[1-9][0-9]*)
+    trap 'leave $?' EXIT
+    trap 'exit 143' TERM
+    trap 'exit 130' INT
+    trap 'exit 129' HUP
+    find_docker; shift; run "$@" ;;
   *) sed -n 2,7p "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

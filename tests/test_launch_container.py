@@ -16,8 +16,11 @@ printf '%s\\n' "$*" >>"$RECORD"
 case "$1 $2" in
   "image inspect") if [[ $* == *Architecture* ]]; then echo "${IMAGE_ARCH:-amd64}"; else echo sha256:1234; fi ;;
   "container inspect") [ -e "$RECORD.running" ] || exit 1 ;;
-  "run --rm") touch "$RECORD.running"; eval "${PROGRAM:-true}" ;;
-  "rm -f" | "stop -t") rm -f "$RECORD.running" ;;
+  "run --rm")
+    bash -c "${PROGRAM:-true}" & echo $! >"$RECORD.running"
+    wait $! ;;
+  "rm -f") rm -f "$RECORD.running" ;;
+  "stop -t") kill -TERM "$(cat "$RECORD.running")"; rm -f "$RECORD.running" ;;
 esac
 """
 
@@ -76,17 +79,52 @@ def test_a_container_of_an_earlier_job_is_removed_first(node, tmp_path):
     assert remove < next(at for at, call in enumerate(calls) if call.startswith("run --rm"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_cancelled_job_stops_its_container(node, tmp_path, number):
-    process = node("run", "train", "true", PROGRAM="sleep 30")
+def until(holds, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (tmp_path / "record.running").exists():
-        assert time.monotonic() < deadline
+    while not holds():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_cancelled_job_stops_its_container_and_may_start_again(node, tmp_path, number):
+    process = node("run", "train", "true", PROGRAM="exec sleep 300")
+    until((tmp_path / "record.running").exists, process)
     process.send_signal(number)
-    assert process.wait(PATIENCE_SECONDS) == 128 + number
+    assert process.wait(PATIENCE_SECONDS) == 33
     assert any(call.startswith("stop -t") for call in node.calls())
     assert (tmp_path / ".pretrain-launcher-ended").read_text().strip().isdigit()
+
+
+@pytest.mark.parametrize(("said", "code"), [(0, 0), (34, 34), (35, 35), (33, 33), (1, 33), (143, 33)])
+def test_what_the_program_says_when_it_is_asked_to_stop_counts(node, tmp_path, said, code):
+    program = f"trap 'exit {said}' TERM; touch $RECORD.listens; while :; do sleep 0.1; done"
+    process = node("run", "train", "true", PROGRAM=program)
+    until((tmp_path / "record.listens").exists, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_SECONDS) == code
+
+
+def test_a_program_that_ended_by_sigterm_before_it_could_listen_may_start_again(node):
+    """`docker stop` in the instant before Python runs."""
+    process = node("run", "train", "true", PROGRAM="kill -TERM $$")
+    process.communicate()
+    assert process.returncode == 33
+
+
+@pytest.mark.parametrize("call", ["info", "container inspect", "image inspect"])
+def test_a_request_to_stop_before_the_container_runs(node, tmp_path, call):
+    """While docker is looked for, an old container is removed, the image is asked for its name."""
+    docker = tmp_path / "docker"
+    wait = f'case "$1 $2" in "{call}"*) touch "$RECORD.here"; until [ -e "$RECORD.go" ]; do sleep 0.1; done ;; esac\n'
+    docker.write_text(DOCKER.replace("case", wait + "case", 1))
+    process = node("run", "train", "true")
+    until((tmp_path / "record.here").exists, process)
+    process.send_signal(signal.SIGTERM)
+    (tmp_path / "record.go").touch()
+    assert process.wait(PATIENCE_SECONDS) == 33
+    assert not [line for line in node.calls() if line.startswith("run ")]
 
 
 def test_time_is_accounted_from_the_end_of_the_job_before(node, tmp_path):
