@@ -13,9 +13,73 @@ NAME=pretrain-launcher
 ENDED=$HOME/.pretrain-launcher-ended
 # Time to save, within the two minutes that AWS gives before it takes a spot machine.
 STOP_SECONDS=100
+# torch's CUDA 13.0 came with driver R580. On an older one it needs NVIDIA's compatibility package, which supports
+# data-centre GPUs, from R535 on (NVIDIA's "CUDA Compatibility", table of forward compatibility, 2026-09).
+CUDA_DRIVER=580
+COMPAT_DRIVER=535
+COMPAT=/usr/local/cuda-13.0/compat
+# As in core/console.py: a managed job takes another machine, so long after it was submitted; then it ends.
+BAD_NODE=35
+TRY_MACHINES_MINUTES=15
 
 say() { printf '%s %s\n' "$(date -u +%T)" "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# GPUS: driver and name of each GPU of this host that answers. DRIVER: that driver. OLD_DRIVER: the same, if CUDA needs
+# the compatibility package with it. The exit code does not count: 14 is a warning, 15 means that one GPU is lost.
+GPUS='' DRIVER='' OLD_DRIVER=''
+find_gpus() {
+  GPUS=$(
+    set +o pipefail
+    timeout -k 5 60 nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+, '
+  ) || GPUS=''
+  DRIVER=${GPUS%%,*}
+  OLD_DRIVER=''
+  if [ -n "$DRIVER" ] && [ "${DRIVER%%.*}" -lt $CUDA_DRIVER ]; then OLD_DRIVER=$DRIVER; fi
+}
+
+# Before minutes are paid for an image: can this host's driver run it? Where nothing answers, the preflight decides.
+check_driver() {
+  local unsupported
+  [ "${DEVICE:-}" = cuda ] || return 0
+  find_gpus
+  if [ -z "$DRIVER" ]; then
+    [ "${SKYPILOT_SETUP_NUM_GPUS_PER_NODE:-0}" = 0 ] || say "nvidia-smi shows no GPU"
+    return 0
+  fi
+  say "driver $DRIVER, $(cut -d' ' -f2- <<<"$GPUS" | uniq -c | xargs)"
+  [ -n "$OLD_DRIVER" ] || return 0
+  unsupported=$(grep -m1 -oE '[^,]*(GeForce|RTX|Quadro|TITAN).*' <<<"$GPUS") || unsupported=''
+  if [ "${DRIVER%%.*}" -lt $COMPAT_DRIVER ]; then
+    refuse "its driver $DRIVER is older than R$COMPAT_DRIVER, the oldest that NVIDIA's compatibility package for CUDA" \
+      "13.0 supports; take a machine with R$CUDA_DRIVER or newer, from another cloud or with another machine image"
+  elif [ -n "$unsupported" ]; then
+    refuse "its driver $DRIVER is older than CUDA 13.0 needs (R$CUDA_DRIVER), and NVIDIA's compatibility package does" \
+      "not support its$unsupported; take a machine with R$CUDA_DRIVER or newer, or with data-centre GPUs (A10, A100, ...)"
+  elif [ -z "${IMAGE:-}" ] && [ "${CUDA_COMPAT:-}" = no ]; then
+    refuse_without_compat "CUDA_COMPAT=no leaves that out of the image"
+  fi
+  say "it is older than CUDA 13.0 needs (R$CUDA_DRIVER): the image's compatibility package stands in"
+}
+
+refuse() { # REASON ...: this machine cannot run the image, another one may
+  local last=$((${SUBMITTED_AT:-0} + TRY_MACHINES_MINUTES * 60))
+  # SkyPilot would restart a managed job on this code for ever.
+  if [ -n "${SKYPILOT_MANAGED_JOB_ID:-}" ] && [ "$(date +%s)" -gt $last ]; then
+    fail "this node is refused, and the job ends, since it takes others only $TRY_MACHINES_MINUTES minutes long: $*"
+  fi
+  printf 'error: this node is refused: %s\n' "$*" >&2
+  exit $BAD_NODE
+}
+
+refuse_without_compat() { # CAUSE
+  refuse "its driver $DRIVER is older than CUDA 13.0 needs (R$CUDA_DRIVER) without NVIDIA's compatibility package, and" \
+    "$1; take a machine with R$CUDA_DRIVER or newer, or an image that holds the package"
+}
+
+holds_compat() { # TARGET
+  "${DOCKER[@]}" run --rm --network none "$NAME:$1" test -e "$COMPAT/libcuda.so.1"
+}
 
 DOCKER=(docker)
 find_docker() {
@@ -45,16 +109,22 @@ image() { # TARGET
   [ "$arch" = "$(machine_arch)" ] || fail "image $IMAGE-$target is for $arch, this machine is $(machine_arch);" \
     "publish it for both (make image), or leave IMAGE empty to build it here"
   "${DOCKER[@]}" tag "$IMAGE-$target" "$NAME:$target"
+  if [ "$target" = train ] && [ -n "$OLD_DRIVER" ] && ! holds_compat "$target"; then
+    refuse_without_compat "$IMAGE-$target does not hold it"
+  fi
 }
 
 build() { # TARGET
-  local target=$1
+  local target=$1 compat=${CUDA_COMPAT:-}
+  # Built here, for here: a driver that is new enough needs nothing from NVIDIA's repository.
+  if [ -n "$DRIVER" ] && [ -z "$OLD_DRIVER" ]; then compat=${compat:-no}; fi
   say "building the image $target here"
   # With its cache inside, a pushed image also shortens the next build (IMAGE_CACHE).
   # An attestation would make each platform's image an index, which cannot be joined with another.
   DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1 "${DOCKER[@]}" build --target "$target" --tag "$NAME:$target" \
-    --build-arg "TORCH=${DEVICE:-cuda}" --build-arg "GIT_REVISION=${GIT_REVISION:-}" \
-    --build-arg BUILDKIT_INLINE_CACHE=1 ${IMAGE_CACHE:+--cache-from "$IMAGE_CACHE-$target"} .
+    --build-arg "TORCH=${DEVICE:-cuda}" ${compat:+--build-arg "CUDA_COMPAT=$compat"} \
+    --build-arg "GIT_REVISION=${GIT_REVISION:-}" --build-arg BUILDKIT_INLINE_CACHE=1 \
+    ${IMAGE_CACHE:+--cache-from "$IMAGE_CACHE-$target"} .
   say "image $target: $("${DOCKER[@]}" image inspect -f '{{.Size}} bytes, {{.Architecture}}' "$NAME:$target")"
 }
 
@@ -122,7 +192,13 @@ run() { # TARGET COMMAND ...
         [ -z "${!name}" ] || options+=(-e "$name") ;;
     esac
   done
-  if nvidia-smi >/dev/null 2>&1; then options+=(--gpus all); fi
+  find_gpus
+  if [ -n "$GPUS" ]; then options+=(--gpus all); fi
+  # NVIDIA's container toolkit does this from 1.17.5 on, unless it is switched off. Never with a driver that is new
+  # enough: there the older libcuda would fail.
+  if [ -n "$OLD_DRIVER" ] && [ "${DEVICE:-}" = cuda ] && holds_compat "$target"; then
+    options+=(-e "LD_LIBRARY_PATH=$COMPAT")
+  fi
   for device in /dev/infiniband/*; do [ ! -e "$device" ] || options+=(--device "$device"); done
   # AWS's GPU images carry libfabric and its NCCL plugin here; ours does not.
   for name in /opt/amazon/efa /opt/amazon/ofi-nccl; do [ ! -d "$name" ] || options+=(-v "$name:$name:ro"); done
@@ -152,7 +228,8 @@ leave() { # EXIT_CODE
 }
 
 case "${1:-} $#" in
-  "image 2" | "build 2" | "push 2") find_docker; "$1" "$2" ;;
+  "image 2") check_driver; find_docker; image "$2" ;;
+  "build 2" | "push 2") find_docker; "$1" "$2" ;;
   "run "[3-9] | "run "[1-9][0-9]*)
     trap 'leave $?' EXIT
     trap 'exit 143' TERM

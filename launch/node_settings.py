@@ -11,8 +11,6 @@ from core.run import positive
 from core.schema import RunConfig
 from launch import network, node
 
-DEVICES = ("cuda", "cpu")
-
 
 def problems(settings: Mapping[str, str]) -> list[str]:
     """One sentence for each setting that the node would refuse. An empty setting has its default."""
@@ -30,10 +28,13 @@ def _cap(settings: Mapping[str, str]) -> float:
     return config.load(RunConfig, [], {"RUN_URL": "any", "MAX_USD": settings["MAX_USD"]}).max_usd
 
 
-def _device(settings: Mapping[str, str]) -> str:
-    if settings["DEVICE"] not in DEVICES:
-        raise ConfigError(f"DEVICE is {settings['DEVICE']!r}, must be {' or '.join(DEVICES)}")
-    return settings["DEVICE"]
+def _one_of(name: str, *choices: str) -> Callable[[Mapping[str, str]], str]:
+    def parse(settings: Mapping[str, str]) -> str:
+        if settings[name] not in choices:
+            raise ConfigError(f"{name} is {settings[name]!r}, must be {' or '.join(choices)}")
+        return settings[name]
+
+    return parse
 
 
 def _endpoint(settings: Mapping[str, str]) -> str:
@@ -51,6 +52,7 @@ PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
     "USD_PER_HOUR": lambda settings: positive(settings, "USD_PER_HOUR"),
     "RANKS_PER_NODE": network.ranks_per_node,
     "HANG_MINUTES": node.hang_minutes,
-    "DEVICE": _device,
+    "DEVICE": _one_of("DEVICE", "cuda", "cpu"),
+    "CUDA_COMPAT": _one_of("CUDA_COMPAT", "yes", "no"),
     "AWS_ENDPOINT_URL": _endpoint,
 }

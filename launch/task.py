@@ -5,6 +5,7 @@ settings_of(task, os.environ)["RUN"]      gpt2-124m
 """
 
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def sky_command(
         command += ["--detach-run"]
     given = dict(environment)
     given.setdefault("GIT_REVISION", git_revision)
+    given["SUBMITTED_AT"] = f"{time.time():.0f}"
     for name, default in (task.get("envs") or {}).items():
         if given.get(name):
             command += ["--env", f"{name}={given[name]}"]

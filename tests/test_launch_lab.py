@@ -6,6 +6,7 @@ training, preemptions, and the end of every machine. LAB_DIR is the emulated clo
 skipped.
 """
 
+import os
 import subprocess
 
 import pytest
@@ -27,7 +28,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, vocab_bpe):
     scratch = tmp_path_factory.mktemp("lab")
-    subprocess.run([LAB / "up.sh"], check=True)
+    # A driver that needs NVIDIA's compatibility package where it is not rehearsed on the CPU.
+    subprocess.run([LAB / "up.sh"], check=True, env={**os.environ, "LAB_DRIVER": "570.00"})
     for target in ("prep", "train"):
         arguments = ["--target", target, "-t", f"pretrain-launcher:{target}", "--build-arg", "TORCH=cpu"]
         subprocess.run([LAB / "image.sh", ROOT, *arguments], check=True, capture_output=True)
@@ -80,6 +82,16 @@ def test_training_on_demand(lab, data, name):
     assert segment["usd_per_hour"] > 0
     assert lab.inside("sky", "down", "--yes", cluster).returncode == 0
     assert lab.instances(cluster) == []
+
+
+def test_a_driver_that_cannot_run_the_image_is_refused_before_the_build(lab):
+    cluster = lab.launch("pretrain-8xa100", "old-driver", RUN="old-driver", DEVICE="cuda", CUDA_COMPAT="no")
+    output = lab.output(cluster)
+    assert "FAILED_SETUP" in output, output[-3000:]
+    assert "returncode=35" in output
+    assert "this node is refused: its driver 570.00 is older than CUDA 13.0 needs (R580)" in output
+    assert "building the image" not in output
+    wait("no machine", lambda: lab.instances(cluster) == [], GONE_SECONDS)
 
 
 @pytest.mark.parametrize("name", ["smoke-cpu", "smoke-gpu"])
