@@ -6,6 +6,11 @@ Reads parquet, JSON lines or plain text (local, s3://, gs://, hf://) and writes,
 vocabulary and, last, manifest.json; with RUN_URL set also a ledger for the cost report. How: data_prep/build.py.
 """
 
+from core import stop
+
+if __name__ == "__main__":
+    stop.listen()  # before the imports that take a while
+
 import logging
 import os
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from core import ledger, run
+from core import ledger, run, stop
 from core.schema_prep import PrepConfig
 
 Switch = Callable[[str], None]
@@ -31,6 +31,7 @@ def opened(config: PrepConfig, environment: Mapping[str, str] = os.environ) -> I
         "node": config.node_rank,
     }
     book = ledger.Ledger(run_url, machine, program, run.segment_started_at(), run.process_started_at())
+    stop.on_leaving(lambda: book.close("preempted"))
     reason = "failed"
     try:
         yield book.switch

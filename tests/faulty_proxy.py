@@ -6,8 +6,8 @@
 Faults before the request reaches the store: 500, 503 SlowDown, a reset. After it: a truncated body, an answer that
 is lost although the store has acted, a hang.
 
-`stall` holds every request back for a while. With `listing_lag_seconds` listings are as old as that: they omit what
-was stored since, and show what was deleted since.
+`stall` holds every request back for a while; while `away` is "hang" or "refuse" none is answered. With
+`listing_lag_seconds` listings are as old as that: they omit what was stored since, and show what was deleted since.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ class FaultyProxy:
         self.injected: Counter[str] = Counter()
         self.listing_lag_seconds = listing_lag_seconds
         self.stalled_until = 0.0
+        self.away = ""
         self._stored: dict[str, float] = {}  # "bucket/key" → when
         self._deleted: dict[str, float] = {}
         self._random = random.Random(seed)
@@ -57,6 +58,7 @@ class FaultyProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.away = ""
         self._server.shutdown()
         self._server.server_close()
 
@@ -118,6 +120,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         time.sleep(max(0.0, self.proxy.stalled_until - time.monotonic()))
+        while self.proxy.away == "hang":
+            time.sleep(0.05)
+        if self.proxy.away == "refuse":
+            self._reset()
+            return
         fault = self.proxy.draw()
         if fault in ("500", "503"):
             self._answer(int(fault), {}, INTERNAL if fault == "500" else SLOW_DOWN)

@@ -1,6 +1,8 @@
-"""trainer.evaluate under a cap: it stops in time, keeps what it found, says so with its exit code, and can go on."""
+"""trainer.evaluate under a cap, and asked to stop: it stops in time, keeps what it found, says so with its exit code,
+and can go on."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,6 +79,27 @@ def test_all_ranks_leave_with_the_code_of_the_cap(run_url, tmp_path):
     assert "evaluating has cost nearly the $1 of max_usd" in done.stderr
     assert ends(run_url) == ["cap"]
     assert not [name for name in storage.list_names(f"{run_url}/evaluations") if name.startswith("step-")]
+
+
+def test_asked_to_stop_it_leaves_with_33_and_keeps_what_it_found(tmp_path, vocab_bpe):
+    """With so many validation tokens that it is not done before it is asked."""
+    run_url = str(tmp_path / "run")
+    models.make_run(
+        run_url, models.prepare_data(tmp_path, vocab_bpe, 4, ("Once upon a time there was a cap. " * 4000,) * 24)
+    )
+    environment = {**os.environ, "EXIT_CODE_FILE": str(tmp_path / "code")}
+    command = [sys.executable, "-m", "trainer.evaluate", run_url, "--tasks=perplexity", "--cpu_threads=1"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "run" / "evaluations"
+    while not list(folder.glob("*/partial/*/*/*.jsonl")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 33
+    assert (tmp_path / "code").read_text() == "33\n"
+    assert ends(run_url) == ["preempted"]
+    assert list(folder.glob("*/partial/*/*/*.jsonl"))
 
 
 def test_a_cap_without_a_price_is_refused(run_url, ranks, monkeypatch):

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from core import manifest
+from costs.read import read_run
 from tests.corpus import prepare_set, speeches, stored, write_parquet
 from tests.patience import PATIENCE_SECONDS
 
@@ -33,11 +35,16 @@ def expected(source: str, vocab_bpe: Path, tmp_path_factory: pytest.TempPathFact
     return stored(url)
 
 
-def start(source: str, url: str, vocab: Path, *flags: str) -> subprocess.Popen:
+def start(
+    source: str, url: str, vocab: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen:
     """A preparation in a process group of its own, slow enough (tiktoken) to be hit in the middle."""
     settings = (f"--source.url={source}", f"--data.url={url}", f"--tokenizer.vocab_url={vocab}", *PARTS)
     command = [sys.executable, "-m", "data_prep.prepare", *settings, "--tokenizer.engine=tiktoken", "--workers=2"]
-    return subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {**os.environ, **(environment or {})}
+    return subprocess.Popen(
+        [*command, *flags], stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
 
 
 def wait_for_work(process: subprocess.Popen) -> None:
@@ -75,6 +82,24 @@ def killed_again_and_again(kills: int, source: str, url: str, vocab: Path) -> No
 def test_killed_twice_then_resumed(source: str, expected: dict[str, str], tmp_path: Path, vocab_bpe: Path):
     killed_again_and_again(2, source, str(tmp_path / "set"), vocab_bpe)
     assert stored(str(tmp_path / "set")) == expected, f"seed {SEED}"
+
+
+def test_asked_to_stop_it_leaves_with_33_and_is_resumed(
+    source: str, expected: dict[str, str], tmp_path: Path, vocab_bpe: Path
+):
+    """As a spot machine that goes away: the ledger says so, and its workers go too."""
+    url, run_url, code = str(tmp_path / "set"), str(tmp_path / "run"), tmp_path / "code"
+    environment = {"RUN_URL": run_url, "EXIT_CODE_FILE": str(code)}
+    process = start(source, url, vocab_bpe, environment=environment)
+    wait_for_work(process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()  # ends when no worker holds its output any more
+    assert process.returncode == 33
+    assert code.read_text() == "33\n"
+    (segment,) = read_run(run_url).segments
+    assert segment.end["reason"] == "preempted"
+    run_to_the_end(start(source, url, vocab_bpe))
+    assert stored(url) == expected
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
-"""trainer.watch and the checkpoint interval: notices, the dollar cap, when to save."""
+"""trainer.watch and the checkpoint interval: notices, the dollar cap, when to save. The metadata service in trouble."""
 
+import contextlib
 import http.server
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -10,13 +9,15 @@ from contextlib import contextmanager
 
 import pytest
 
+from core import metadata
 from core.errors import ConfigError
 from core.ledger import Ledger, Machine
 from core.schema import CheckpointConfig
+from launch import machine
 from trainer.checkpoint.interval import Cadence
 from trainer.watch.cap import SpendingCap, spent_by_earlier_segments
 from trainer.watch.notice import Requests
-from trainer.watch.spot import SpotWatch
+from trainer.watch.spot import GIVE_UP_AFTER, SpotWatch
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -24,14 +25,20 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 
     items: dict[str, str]
     tokens: list[str]
+    trouble: list[str]  # of the next requests, one each; see `_troubled`
+    dripping: threading.Event  # set: no more of it
 
     def do_PUT(self) -> None:
+        if self._troubled():
+            return
         assert self.path == "/latest/api/token"
         assert 0 < int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) <= 21600
         self.tokens.append(f"token-{len(self.tokens)}")
         self.answer(200, self.tokens[-1])
 
     def do_GET(self) -> None:
+        if self._troubled():
+            return
         if not self.tokens or self.headers["X-aws-ec2-metadata-token"] != self.tokens[-1]:
             self.answer(401, "")
             return
@@ -43,24 +50,61 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
+    def _troubled(self) -> bool:
+        """Answer wrongly if that is this request's lot."""
+        kind = self.trouble.pop(0) if self.trouble else ""
+        if kind.isdigit():
+            self.answer(int(kind), "busy")
+        elif kind == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "60")
+            self.end_headers()
+            self.wfile.write(b'{"act')
+        elif kind == "no HTTP":
+            self.wfile.write(b"\x00\x01 what?\r\n")
+        elif kind == "no text":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"\xff\xfe{}")
+        elif kind == "drip of headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            self._drip(b"X-Slow: yes\r\n")
+        elif kind in ("drip with a length", "drip without"):
+            self.send_response(200)
+            if kind == "drip with a length":
+                self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self._drip(b"x")
+        elif kind.startswith("says "):
+            self.answer(200, kind.removeprefix("says "))
+        return bool(kind)
+
+    def _drip(self, piece: bytes) -> None:
+        """So often that no time limit between two bytes is reached, until the client has gone."""
+        with contextlib.suppress(OSError):
+            while not self.dripping.wait(0.05):
+                self.wfile.write(piece)
+                self.wfile.flush()
+
     def log_message(self, *_: object) -> None:
         pass
 
 
 @contextmanager
 def metadata_service() -> Iterator[tuple[type[Metadata], dict[str, str]]]:
-    handler = type("Service", (Metadata,), {"items": {}, "tokens": []})
+    handler = type("Service", (Metadata,), {"items": {}, "tokens": [], "trouble": [], "dripping": threading.Event()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield handler, {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
     finally:
+        handler.dripping.set()
         server.shutdown()
         server.server_close()
 
 
 def wait_for(holds) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not holds():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.01)
@@ -87,30 +131,83 @@ def test_spot_interruption_asks_to_leave_and_rebalance_to_save():
         watch.close()
 
 
-def test_without_a_metadata_service_the_watch_ends_quietly(caplog: pytest.LogCaptureFixture):
+def test_elsewhere_without_a_metadata_service_the_watch_ends_quietly(caplog: pytest.LogCaptureFixture):
     requests = Requests()
     with metadata_service() as (_, gone):
         pass
-    watch = SpotWatch(requests, {**gone, "CLOUD": "AWS"}, poll_seconds=0.01)
+    watch = SpotWatch(requests, {**gone, "CLOUD": "Lambda"}, poll_seconds=0.01)
     wait_for(lambda: not watch._thread.is_alive())
     assert requests.leave is None
-    assert "no spot notices" in caplog.text
-    assert "metadata hop limit of 2" in caplog.text
+    assert caplog.text == ""
     assert SpotWatch(requests, {"AWS_EC2_METADATA_DISABLED": "true"})._thread is None
 
 
-def test_signals_are_remembered_and_the_first_counts():
-    requests = Requests()
-    restore = requests.listen_to_signals()
-    try:
-        os.kill(os.getpid(), signal.SIGUSR1)
+TROUBLE = (
+    *("503", "500", "302", "403", "cut", "no HTTP", "no text"),
+    *("says []", 'says "terminate"', "says {}", "says {", "says null", f"says {'[' * 100_000}"),
+)
+
+
+@pytest.mark.parametrize("cloud", ["aws", "AWS"])
+def test_on_aws_the_watch_outlives_whatever_the_service_does(cloud, caplog: pytest.LogCaptureFixture):
+    """In answer to a token as well as to a question for a notice, and with nothing listening for a while."""
+    with metadata_service() as (service, environment):
+        requests = Requests()
+        service.trouble += [kind for kind in TROUBLE for _ in range(2)] * 2
+        watch = SpotWatch(requests, {**environment, "CLOUD": cloud}, poll_seconds=0.01)
+        wait_for(lambda: not service.trouble)
+        service.items["spot/instance-action"] = '{"action": "terminate", "time": "2026-11-20T08:02:00Z"}'
         wait_for(lambda: requests.leave)
-        os.kill(os.getpid(), signal.SIGTERM)
-        requests.ask_to_leave("spot", "later")
-        assert (requests.leave.kind, requests.leave.detail) == ("signal", "SIGUSR1")
-    finally:
-        restore()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert requests.leave.kind == "spot"
+        assert "metadata hop limit of 2" in caplog.text
+        wait_for(lambda: "answers again" in caplog.text)
+        watch.close()
+    requests = Requests()
+    watch = SpotWatch(requests, {**environment, "CLOUD": cloud}, poll_seconds=0.01)
+    caplog.clear()
+    wait_for(lambda: "does not answer" in caplog.text)
+    assert watch._thread.is_alive()
+    watch.close()
+
+
+@pytest.mark.parametrize("kind", ["drip of headers", "drip with a length", "drip without"])
+def test_an_answer_that_drips_ends_at_the_deadline(kind, monkeypatch):
+    monkeypatch.setattr(metadata, "REQUEST_SECONDS", 0.5)
+    with metadata_service() as (service, environment):
+        requests = Requests()
+        service.trouble += [kind] * (GIVE_UP_AFTER + 1)
+        service.items["spot/instance-action"] = '{"action": "stop", "time": "2026-11-20T08:02:00Z"}'
+        watch = SpotWatch(requests, {**environment, "CLOUD": "aws"}, poll_seconds=0.01)
+        wait_for(lambda: requests.leave)
+        watch.close()
+
+
+def test_the_launcher_waits_for_the_metadata_service(monkeypatch):
+    """Without the type of its machine it does not know the price, and a cap would end the job."""
+    monkeypatch.setattr(machine, "METADATA_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(metadata, "REQUEST_SECONDS", 0.5)
+    with metadata_service() as (service, environment):
+        service.trouble += ["503", "503", "cut", "drip without", "no HTTP"]
+        service.items |= {"instance-type": "p4d.24xlarge\n", "instance-life-cycle": "on-demand"}
+        service.items |= {"placement/region": "us-east-1", "placement/availability-zone": "us-east-1b"}
+        environment |= {"CLOUD": "aws"}
+        found = machine.describe(environment, [])
+        assert (found["INSTANCE_TYPE"], found["USE_SPOT"], found["ZONE"]) == ("p4d.24xlarge", "false", "us-east-1b")
+        assert "USD_PER_HOUR" in found
+        assert "INSTANCE_TYPE" not in machine.describe({**environment, "AWS_EC2_METADATA_DISABLED": "true"}, [])
+        service.trouble += ["503"] * 1000
+        monkeypatch.setattr(machine, "METADATA_SECONDS", 0.2)
+        assert "INSTANCE_TYPE" not in machine.describe(environment, [])
+
+
+def test_the_first_reason_to_leave_counts_and_a_spot_notice_hurries():
+    hurried = []
+    requests = Requests(hurry=hurried.append)
+    requests.heard("SIGUSR1")
+    assert hurried == []
+    requests.ask_to_leave("spot", "terminate at 08:02")
+    assert (requests.leave.kind, requests.leave.detail) == ("signal", "SIGUSR1")
+    assert hurried == ["spot notice: terminate at 08:02"]
 
 
 class Clock:

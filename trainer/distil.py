@@ -7,6 +7,11 @@
 torch. The other form trains as trainer.train does, on the same token shards, with a teacher beside the student.
 """
 
+from core import stop
+
+if __name__ == "__main__":
+    stop.listen()  # before the imports that take seconds
+
 import os
 
 from core import config

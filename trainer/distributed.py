@@ -6,6 +6,7 @@ Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment) or plainly
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from core import stop as stop_requests
 from core.errors import ConfigError, LauncherError
 
 T = TypeVar("T")
@@ -24,6 +26,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 # A rank may wait this long for the others: longer than storage's patience plus a slow upload.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+ASK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,30 @@ def stop() -> None:
 def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
     """Wait until all ranks have come to the place of this name, at most so long; without a collective, which a rank
     that is busy elsewhere would never join."""
-    ranks.store.set(f"{name}/{ranks.rank}", "here")
-    with contextlib.suppress(dist.DistStoreError):  # the time is over
+    with contextlib.suppress(dist.DistError):  # the time is over, or the store went with torchrun
+        ranks.store.set(f"{name}/{ranks.rank}", "here")
         ranks.store.wait([f"{name}/{rank}" for rank in range(ranks.world)], timedelta(seconds=seconds))
+
+
+def say_left(ranks: Ranks) -> None:
+    """Tell the other ranks that this one was asked to stop and leaves: what they see of it is a lost connection."""
+    if stop_requests.is_certain():
+        with contextlib.suppress(dist.DistError):
+            ranks.store.set("has left", str(ranks.rank))
+
+
+def has_left(ranks: Ranks) -> bool:
+    """Whether a rank has said so. The machine that holds the store may be gone as well."""
+    found: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(dist.DistError):
+            found.append(ranks.store.check(["has left"]))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ASK_SECONDS)
+    return found == [True]
 
 
 class PeerFailed(Exception):

@@ -6,6 +6,11 @@ Reads the start's weights and rows with `prompt`, `chosen` and `rejected`. Write
 writes, and reference.safetensors: log-probabilities of all answers by the start.
 """
 
+from core import stop
+
+if __name__ == "__main__":
+    stop.listen()  # before the imports that take seconds
+
 from core.console import run_entry
 from core.schema_tuning import DpoConfig
 from trainer import entry

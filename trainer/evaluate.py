@@ -9,6 +9,11 @@ RUN_URL/evaluations/ (docs/formats.md), what it cost into the ledger there, and 
 measured again, and what was cut off goes on where it was. The scores do not depend on the number of ranks.
 """
 
+from core import stop
+
+if __name__ == "__main__":
+    stop.listen()  # before the imports that take seconds
+
 import logging
 import os
 import time

@@ -8,6 +8,11 @@ what trainer.train writes. A run with adapters keeps the adapters only, and its 
 any other program it is a plain model.
 """
 
+from core import stop
+
+if __name__ == "__main__":
+    stop.listen()  # before the imports that take seconds
+
 from core.console import run_entry
 from core.schema_tuning import FinetuneConfig
 from trainer import entry

@@ -2,24 +2,27 @@
 
 At each step boundary the ranks first tell each other what they know (a failed batch, a request to stop), then all
 do the same: save what the last step made, evaluate it, and go on or leave. So no rank is left alone in a
-collective, and a checkpoint always comes before the evaluation that could fail.
+collective, and a checkpoint always comes before the evaluation that could fail. A request to stop also ends an
+evaluation and a wait for data. Before the first step is done there is nothing to save: the process leaves at once.
 """
 
+import contextlib
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from core import stop
 from core.errors import LauncherError, TrainingError
 from trainer.checkpoint.save import Saver
 from trainer.data.order import derive_key, micro_batch_numbers
-from trainer.distributed import PeerFailed, Ranks, gather_numbers
+from trainer.distributed import PeerFailed, Ranks, gather_numbers, on_main
 from trainer.evals.looks import Looks
 from trainer.model.gpt import GPT
 from trainer.optim.reduce import TreeReducer
@@ -31,7 +34,7 @@ from trainer.report import Report
 from trainer.stages.stage import MicroBatches, Stage
 from trainer.watch.cap import SpendingCap
 from trainer.watch.norms import StepNorms
-from trainer.watch.notice import Notice, Requests
+from trainer.watch.notice import Abandoned, Notice, Requests
 from trainer.watch.peers import SlowPeers
 
 log = logging.getLogger("train")
@@ -75,12 +78,18 @@ class Loop:
         self.last_loss: float | None = None
         self.after_first_step: Callable[[], None] | None = None
 
-    def run(self, first_step: int) -> tuple[int, Notice | None]:
-        """Train up to the last step or until asked to leave. Returns the step reached, which is saved, and why."""
+    def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, Notice | None]:
+        """Train up to the last step or until asked to leave. Returns the step reached, which is saved, and why.
+
+        `measured` are the kinds of metrics that there are of `first_step`; of what is due there the rest is measured.
+        """
         steps = self.settings.train.steps
         step = first_step
         if step == 0 and self.stage.measures_start:
-            self.looks.measure(step)
+            with contextlib.suppress(Abandoned):  # the exchange below says why
+                self.looks.measure(step)
+        elif 0 < step < steps:
+            self.looks(step, measured)
         while True:
             self.record.switch("data_wait")
             started = time.monotonic()
@@ -92,29 +101,33 @@ class Loop:
             elif step == steps:
                 log.info("the run has reached its last step, %d, before", step)
             if step == steps:
-                self.looks(step)
+                if not self.looks(step):
+                    return step, self._why_to_leave(step)
                 self._check_overfit()
                 return step, None
             if notice:
                 return step, notice
-            if step > first_step:
-                self.looks(step)
+            if step > first_step and not self.looks(step):
+                return step, self._leave_evaluation(step)
             self.record.switch("compile" if self.compiled and step == first_step else "train")
             if step == first_step:
                 self.reducer.settle(lambda batch=fetched[0]: self._loss(batch))
             self._step(step + 1, fetched, waited)
             step += 1
             if step == first_step + 1:
+                stop.allow(stop.own_seconds(), self._last_words)
                 self.record.first_step(step, self.step_seconds - waited)
                 if self.after_first_step:
                     threading.Thread(target=self.after_first_step, name="after first step", daemon=True).start()
 
     def _fetch(self) -> list[Any] | LauncherError:
-        """This rank's micro-batches of the next step, or why there are none."""
+        """This rank's micro-batches of the next step, or why there are none; none when it is to leave."""
         if self.only_batch:
             return self.only_batch
         try:
             fetched = [next(self.batches) for _ in range(self.accumulation)]
+        except Abandoned:
+            return []
         except LauncherError as error:
             return error
         if self.settings.train.overfit:
@@ -122,8 +135,12 @@ class Loop:
         return fetched
 
     def _exchange(self, step: int, fetched: list[Any] | LauncherError) -> tuple[Notice | None, bool]:
-        """All ranks learn what any of them knows: (why to leave, whether to save). Raises if a rank failed."""
-        failure = fetched if isinstance(fetched, LauncherError) else self.saver.taken_over
+        """All ranks learn what any of them knows: (why to leave, whether to save). Raises if a rank failed.
+
+        Data that cannot be read does not keep the ranks from saving before they leave.
+        """
+        failure = self.saver.taken_over
+        no_data = fetched if isinstance(fetched, LauncherError) else None
         save = False
         if self.ranks.is_main:
             if self.cap.reached(self.step_seconds, self.saver.seconds()):
@@ -133,17 +150,41 @@ class Loop:
         if wish:
             log.warning("saving now: %s", wish)
         leave = self.requests.leave
-        mine = [failure is not None, KINDS.index(leave.kind) + 1 if leave else 0, save or wish is not None]
-        told = gather_numbers(mine, self.ranks)
-        if failure is not None:
-            raise failure
-        if told[:, 0].any():
-            raise PeerFailed
-        if told[:, 1].any():
-            asked = int(told[:, 1].argmax())
-            kind = KINDS[int(told[asked, 1]) - 1]
-            return (leave or Notice(kind, f"told by rank {asked}")), True
-        return None, bool(told[:, 2].any())
+        kind = KINDS.index(leave.kind) + 1 if leave else 0
+        mine = [failure is not None, no_data is not None, kind, stop.is_hurried(), save or wish is not None]
+        failed, without_data, kinds, hurried, saves = gather_numbers(mine, self.ranks).T
+        if failed.any() or (without_data.any() and not kinds.any()):
+            raise failure or no_data or PeerFailed()
+        if kinds.any():
+            asked = int(kinds.argmax())
+            leave = leave or Notice(KINDS[int(kinds[asked]) - 1], f"told by rank {asked}")
+            self.requests.ask_to_leave(leave.kind, leave.detail)
+            if hurried.any():
+                stop.ask(leave.detail)
+            return leave, True
+        return None, bool(saves.any())
+
+    def _why_to_leave(self, step: int) -> Notice:
+        """When a rank has given up an evaluation because it is to leave."""
+        notice, _ = self._exchange(step, [])
+        assert notice is not None
+        return notice
+
+    def _leave_evaluation(self, step: int) -> Notice:
+        """Save what was being evaluated, unless that is done already. Returns why to leave."""
+        notice = self._why_to_leave(step)
+        with self.record.phase("checkpoint"):
+            if not on_main(lambda: self.saver.has(step), self.ranks):
+                self.saver.begin(step, self._state(step))
+            self.saver.finish(step)
+        log.info("step %d is saved", step)
+        return notice
+
+    def _last_words(self) -> str:
+        """When the time to leave is over."""
+        newest = self.saver.last_step
+        stored = f"the newest stored step is {newest}" if newest else "no step is stored"
+        return f"the time to save is over: {stored}, and what was done since is lost; the same command goes on there"
 
     def _save(self, step: int, due: bool, last: bool) -> None:
         """Begin a checkpoint if one is due; the last one of a segment is waited for."""

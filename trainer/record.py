@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from core import ledger, storage
+from core import journal, ledger, storage
+from core.errors import ObjectNotFound
 from core.journal import Journal
 from core.run import machine_from_environment, open_run, process_started_at, program_versions, segment_started_at
 from trainer.checkpoint.load import Restored
@@ -19,6 +20,8 @@ from trainer.stages.stage import Stage
 from trainer.watch.cap import SpendingCap, spent_by_earlier_segments
 
 log = logging.getLogger("train")
+
+METRICS = "metrics"
 
 
 class Record:
@@ -41,7 +44,7 @@ class Record:
         before = spent_by_earlier_segments(url, machine, run.max_usd)
         self.ledger = ledger.Ledger(url, machine, program, segment_started_at(), process_started_at())
         self.cap = SpendingCap(self.ledger, run.max_usd, run.shutdown_seconds, before)
-        self._metrics = Journal(storage.join(url, "metrics", ledger.segment_name(self.ledger.segment)))
+        self._metrics = Journal(storage.join(url, METRICS, ledger.segment_name(self.ledger.segment)))
         log.info("%s %s, segment %d", "new run at" if created else "continuing", url, self.ledger.segment)
         return self.ledger.segment
 
@@ -73,6 +76,23 @@ class Record:
     def step_done(self, step: int) -> None:
         if self.ledger:
             self.ledger.step_done(step)
+
+    def measured(self, restored: Restored) -> set[str]:
+        """Which kinds of metrics there are of the step that was restored: not those of an evaluation that was cut off.
+
+        The segment that saved the step measured it, or one after it.
+        """
+        found: set[str] = set()
+        url = self.ledger.run_url
+        for segment in range(restored.segment, self.segment):
+            folder = storage.join(url, METRICS, ledger.segment_name(segment))
+            for info in reversed(storage.list_objects(folder)):
+                with contextlib.suppress(ObjectNotFound):  # its writer has just put it together with others
+                    events, _ = journal.read_objects([info.uri])
+                    found |= {event["kind"] for event in events if event["step"] == restored.step}
+                    if events and events[0]["step"] < restored.step:
+                        break
+        return found
 
     def metric(self, kind: str, values: Mapping[str, Any]) -> None:
         if self._metrics:

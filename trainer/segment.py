@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from core import stop
 from core.console import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
 from core.schema import TrainConfig
 from trainer import compile_cache, distributed
@@ -31,42 +32,52 @@ from trainer.watch.spot import SpotWatch
 
 log = logging.getLogger("train")
 
+MEET_SECONDS = 60.0
+
 
 def run_stage(make: Callable[[Ranks], Stage], settings: Any, fetched: EarlyFetch | None = None) -> int:
     """Join the other ranks, make the stage, run it. `settings.train` says how. Returns the exit code.
 
     `fetched` is what was begun to be fetched of the newest checkpoint before torch was imported.
     """
+    stop.listen()  # already done by our entries
+    ranks = None
     try:
         ranks = distributed.start(settings.train.device)
+        stop.on_leaving(functools.partial(distributed.say_left, ranks))
         return run(make, settings, ranks, fetched)
-    except distributed.PeerFailed:
-        return FAILED
+    except Exception as error:
+        if ranks and distributed.has_left(ranks):
+            log.warning("another rank was asked to stop and has left: %s", describe_error(error))
+            return tell(PREEMPTED, ranks)
+        if isinstance(error, distributed.PeerFailed):
+            return FAILED
+        raise
     finally:
         distributed.stop()
 
 
 def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: EarlyFetch | None) -> int:
-    requests = Requests()
-    restore_handlers = requests.listen_to_signals()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        requests.listen_to_parent()
+    requests = Requests(hurry=stop.ask)
+    stop.inform(requests.heard)
+
+    def is_leaving() -> bool:
+        return requests.leave is not None
+
     set_up_torch(settings.train, ranks)
 
     # 1. The data and the run: checked before anything is written.
     stage = make(ranks)
     settings = stage.settings
     record = Record(stage, ranks)
+    stop.on_leaving(functools.partial(close_books, record, requests))
     spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
     saver = report = None
     try:
         spent = on_main(lambda: record.cap.describe() if record.cap.reached(0.0, 0.0) else "", ranks)
         if spent:  # by the machines before: this one shall cost as little as it can
             saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
-            code = leave(settings, record, saved, Notice("cap", spent))
-            if ranks.is_main:
-                tell_launcher(code)
-            return code
+            return leave_together(leave(settings, record, saved, Notice("cap", spent)), ranks)
 
         # 2. Model and optimizer, from the newest checkpoint or the start: the same bits on every rank.
         model = stage.build()
@@ -82,6 +93,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
 
         # 3. Batches start to arrive while the rest is made ready.
         batches = stage.batches(first_step)
+        batches.is_leaving = is_leaving
 
         # 4. Train.
         saver = Saver(
@@ -92,6 +104,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
             record.ledger,
             record.flush,
             optimizer.blocks,
+            first_step,
         )
         report = Report(stage, ranks, record)
         loop = Loop(
@@ -104,9 +117,12 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
             record=record,
             requests=requests,
             cap=record.cap,
-            looks=Looks(stage, ranks, model, record, report),
+            looks=Looks(stage, ranks, model, record, report, is_leaving),
             report=report,
         )
+        measured: set[str] = set()
+        if 0 < first_step < settings.train.steps and loop.looks.due(first_step):
+            measured = on_main(lambda: record.measured(restored), ranks)
         if loop.compiled and settings.train.compile_cache:
             kernels = compile_cache.uri_of(
                 settings.run.url, settings.model, settings.batch.micro_batch, torch.cuda.get_device_name()
@@ -114,38 +130,59 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
             with record.phase("compile"):
                 compile_cache.load(kernels)
             loop.after_first_step = functools.partial(compile_cache.save, kernels) if ranks.is_main else None
-        reached, notice = loop.run(first_step)
+        reached, notice = loop.run(first_step, measured)
         saver.wait()
+        code = leave_together(leave(settings, record, reached, notice), ranks)
         batches.close()
-        code = leave(settings, record, reached, notice)
-        # While signals are still caught: another rank that is already gone makes torchrun end this one.
-        if ranks.is_main:
-            tell_launcher(code)
         return code
     except BaseException as error:
         if saver:
             saver.wait()  # what is on its way to storage is still good
+        ended = "preempted" if stop.is_certain() else "failed"
         record.close(
-            "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", None, error=describe_error(error)
+            "interrupted" if isinstance(error, KeyboardInterrupt) else ended, None, error=describe_error(error)
         )
         raise
     finally:
         if report:
             report.close()
-        restore_handlers()
         if spot:
             spot.close()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
 
+def leave_together(code: int, ranks: Ranks) -> int:
+    """The exit code, once all ranks come to it: torchrun ends what is left 30 s after the first rank has failed."""
+    tell(code, ranks)
+    if code != OK:
+        distributed.meet(ranks, "left", MEET_SECONDS)
+    return code
+
+
+def tell(code: int, ranks: Ranks) -> int:
+    """The exit code, also for the launcher of each node."""
+    if ranks.local_rank == 0:
+        tell_launcher(code)
+    return code
+
+
+def close_books(record: Record, requests: Requests) -> None:
+    """Where nothing was saved since the newest checkpoint, and nothing will be."""
+    if requests.leave:
+        record.mark("notice", kind=requests.leave.kind, detail=requests.leave.detail)
+    record.close("preempted", None)
+
+
 def leave(settings: TrainConfig, record: Record, reached: int, notice) -> int:
     """Close the books and say how to go on. Returns the exit code."""
     if notice is None:
+        stop.settle(OK)
         record.close("finished", reached)
         return OK
     record.mark("notice", kind=notice.kind, detail=notice.detail)
     if notice.kind == "cap":
+        stop.settle(CAPPED)
         record.mark("cap", limit_usd=settings.run.max_usd, spent_usd=record.cap.spent_usd() if record.cap else None)
         record.close("cap", reached)
         log.warning(

@@ -7,6 +7,11 @@ Started again with the same settings it continues from the newest complete check
 Exit codes: 0 only when the run reached its last step, 33 when it was asked to stop and saved, else 1.
 """
 
+from core import stop
+
+if __name__ == "__main__":
+    stop.listen()  # before the imports that take seconds
+
 from core.console import run_entry
 from core.schema import TrainConfig
 from trainer import entry

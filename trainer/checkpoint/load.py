@@ -35,6 +35,7 @@ class Restored:
     step: int
     state: Mapping[str, Any]
     skipped: tuple[tuple[str, str], ...]
+    segment: int  # that saved it
 
 
 class Target(Protocol):
@@ -68,7 +69,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
         if manifest is not None:
             why = _load(run_url, manifest, target, ranks, early)
             if why is None:
-                return Restored(step, manifest.state, tuple(skipped))
+                return Restored(step, manifest.state, tuple(skipped), manifest.segment)
         if why != "":
             damaged += 1
         skipped.append((layout.step_name(step), why or "incomplete: it was never finished"))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core import storage
+from core import stop, storage
 from core.errors import CheckpointError, LauncherError, RunError
 from core.ledger import Ledger, check_owner
 from core.schema import CheckpointConfig
@@ -32,12 +32,14 @@ log = logging.getLogger(__name__)
 # Uploads of other ranks are given up after this; the next checkpoint is a new chance.
 PEER_SECONDS = 600.0
 POLL_SECONDS = 0.05
+AGAIN_SECONDS = 2.0
 
 
 class Saver:
     """Saves what `blocks()` yields: (key, tensor) pairs of this rank, the same keys and shapes each time.
 
-    `ledger` is rank 0's and None elsewhere. `flush_books` stores what the books hold and says whether it could.
+    `ledger` is rank 0's and None elsewhere. `flush_books` stores what the books hold and says whether it could. Once
+    `is_hurried()` there will be no next checkpoint, so one that the store refuses is tried again until it is stored.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Saver:
         ledger: Ledger | None,
         flush_books: Callable[[], bool],
         blocks: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+        first_step: int = 0,
+        is_hurried: Callable[[], bool] = stop.is_hurried,
     ):
         self.run_url = run_url
         self.segment = segment
@@ -58,12 +62,13 @@ class Saver:
         self.ledger = ledger
         self._flush_books = flush_books
         self._blocks = blocks
+        self._is_hurried = is_hurried
         # Touching its memory takes a while, and nobody needs it before the first checkpoint.
         self._staging = ThreadPoolExecutor(1, "staging").submit(StagedFile, list(blocks()))
         self._thread: threading.Thread | None = None
         self.failure: LauncherError | None = None
         self.taken_over: RunError | None = None
-        self.last_step = 0
+        self.last_step = first_step  # of the newest complete checkpoint, as far as rank 0 knows
 
     @property
     def staged(self) -> StagedFile:
@@ -92,6 +97,11 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is complete (on rank 0, who knows), after the save in flight."""
+        self.wait()
+        return self.last_step == step
+
     def finish(self, step: int) -> None:
         """Wait, and raise CheckpointError unless the checkpoint of `step` is complete (on rank 0, who knows)."""
         self.wait()
@@ -106,6 +116,20 @@ class Saver:
         return self.cadence.seconds()
 
     def _store(self, step: int, state: dict[str, Any], blocked_seconds: float) -> None:
+        try:
+            while not self._stored(step, state, blocked_seconds):
+                time.sleep(AGAIN_SECONDS)
+        except RunError as error:
+            self.taken_over = error
+        except (LauncherError, dist.DistError) as error:
+            # The run goes on: the checkpoint before is still there, and the next one may succeed.
+            self.failure = CheckpointError(str(error))
+            log.warning("checkpoint of step %d was not completed: %s", step, error)
+            with contextlib.suppress(dist.DistError):  # the store went with torchrun
+                self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps({"error": str(error)}))
+
+    def _stored(self, step: int, state: dict[str, Any], blocked_seconds: float) -> bool:
+        """One attempt. False if another one is worth it, else raises what kept it from being stored."""
         started = time.monotonic()
         try:
             file = self._upload(step)
@@ -124,14 +148,14 @@ class Saver:
                     costs = {"blocked_seconds": blocked_seconds, "background_seconds": background}
                     self.ledger.mark("checkpoint", step=step, bytes=size, **costs)
                 self._prune()
-        except RunError as error:
-            self.taken_over = error
-        except (LauncherError, dist.DistError) as error:
-            # The run goes on: the checkpoint before is still there, and the next one may succeed.
-            self.failure = CheckpointError(str(error))
-            log.warning("checkpoint of step %d was not completed: %s", step, error)
-            with contextlib.suppress(dist.DistError):  # the store went with torchrun
-                self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps({"error": str(error)}))
+            return True
+        except RunError:
+            raise
+        except LauncherError as error:
+            if not self._is_hurried():
+                raise
+            log.warning("checkpoint of step %d could not be stored yet: %s", step, error)
+            return False
 
     def _upload(self, step: int) -> PayloadFile:
         data = self.staged.data

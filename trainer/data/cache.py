@@ -39,6 +39,7 @@ PATIENCE_SECONDS = 10.0
 IMPATIENT_SECONDS = 60.0
 LOOK_SECONDS = 0.5  # how often the read-ahead looks where training is; looking costs a stat per shard
 STALL_RETRY_SECONDS = 5.0
+CLOSE_SECONDS = 5.0
 STALL_SECONDS = 480.0  # below the collectives' time limit, so that the cause is named, not a time-out of the others
 
 try:
@@ -222,8 +223,9 @@ class ReadAhead:
     def close(self) -> None:
         self._stop.set()
         self._begin.set()
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         self._begin.wait()

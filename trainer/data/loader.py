@@ -8,14 +8,17 @@ them (trainer.data.order.micro_batch_numbers). A background thread prepares
 
 import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from trainer.data.cache import ReadAhead, ShardCache
+from trainer.data.cache import CLOSE_SECONDS, ReadAhead, ShardCache
 from trainer.data.order import WindowOrder, micro_batch_numbers
+from trainer.watch.notice import Abandoned
 
+LOOK_SECONDS = 0.2  # how often somebody who waits for data asks whether to leave
 LOCATED_AT_ONCE = 4096
 HANDED_OVER_AT_ONCE = 128
 
@@ -39,7 +42,8 @@ class Batches:
     """Iterates over this rank's micro-batches from step `first_step` (from 0) on, endlessly.
 
     Each item is a (micro_batch, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. `skip` are
-    steps, counted from 1, whose batches are left out: later ones move up.
+    steps, counted from 1, whose batches are left out: later ones move up. Waiting for data ends with Abandoned once
+    `is_leaving()`.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Batches:
         skip: Sequence[int] = (),
         dealt: bool = False,
     ):
+        self.is_leaving: Callable[[], bool] = lambda: False
         self._skip = sorted(set(skip))
         self._source = source
         self._batch = batch
@@ -78,7 +83,7 @@ class Batches:
         if self._read_ahead and self._read_ahead.failure:
             raise self._read_ahead.failure
         if self._row == len(self._chunk):
-            item = self._queue.get()
+            item = self._wait()
             if isinstance(item, Exception):
                 raise item
             self._chunk, self._row = item, 0
@@ -86,11 +91,21 @@ class Batches:
         self._row += self._micro_batch
         return rows.to(self._device, non_blocking=True)
 
+    def _wait(self) -> torch.Tensor | Exception:
+        while True:
+            try:
+                return self._queue.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                if self.is_leaving():
+                    raise Abandoned from None
+
     def close(self) -> None:
+        """Stop reading. A read that the store does not answer is left behind."""
         self._stop.set()
+        deadline = time.monotonic() + CLOSE_SECONDS
         if self._read_ahead:
             self._read_ahead.close()
-        while self._thread.is_alive():  # it may wait for room
+        while self._thread.is_alive() and time.monotonic() < deadline:  # it may wait for room
             try:
                 self._queue.get_nowait()
             except queue.Empty:

@@ -58,6 +58,7 @@ class NumberedBatches:
         make: Callable[[np.ndarray, np.ndarray], Any],
         skip: Sequence[int] = (),
     ):
+        self.is_leaving: Callable[[], bool] = lambda: False  # nothing here waits
         self._items = items
         self._seed = seed
         self._step = first_step

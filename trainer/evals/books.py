@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from core import config
+from core import config, stop
 from core.errors import CapReached
 from core.ledger import Ledger
 from core.run import machine_from_environment, open_run, process_started_at, program_versions, segment_started_at
@@ -39,6 +39,7 @@ class Books:
         program = program_versions(("torch", "numpy", "s3fs")) | {"ranks": ranks.world, "stage": "evaluate"}
         before = spent_by_earlier_segments(home, machine, settings.max_usd)
         self._ledger = Ledger(home, machine, program, segment_started_at(), process_started_at())
+        stop.on_leaving(lambda: self._ledger.close("preempted"))
         return SpendingCap(self._ledger, settings.max_usd, settings.shutdown_seconds, before).latest()
 
     def check(self) -> None:
@@ -58,7 +59,7 @@ class Books:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if not self._ledger:
             return
-        reason = _REASONS.get(kind, "failed")
+        reason = _REASONS.get(kind, "preempted" if stop.is_certain() else "failed")
         said = {} if error is None else {"error": " ".join(f"{kind.__name__}: {error}".split())[:500]}
         self._ledger.close(reason, None, **said)
         if error is None and (spent := self._ledger.spent_usd()) is not None:

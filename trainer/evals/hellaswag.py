@@ -16,6 +16,7 @@ from typing import Any
 
 from core.errors import DataError
 from trainer.distributed import Ranks
+from trainer.evals.in_turn import Between
 from trainer.evals.kept import Kept
 from trainer.evals.likelihood import Request, likelihoods
 from trainer.model.gpt import GPT
@@ -89,12 +90,12 @@ class HellaSwag:
             self._lengths.append(lengths)
             self._requests += requests
 
-    def __call__(self, model: GPT) -> Score:
-        return self.answers(model).score()
+    def __call__(self, model: GPT, between: Between | None = None) -> Score:
+        return self.answers(model, between=between).score()
 
-    def answers(self, model: GPT, kept: Kept | None = None, title: str = "") -> Answers:
-        """On all ranks; `kept` and `title` as for `likelihoods`."""
-        found = likelihoods(model, self._requests, self._ranks, self._precision, kept, title=title)
+    def answers(self, model: GPT, kept: Kept | None = None, title: str = "", between: Between | None = None) -> Answers:
+        """On all ranks; `kept`, `title` and `between` as for `likelihoods`."""
+        found = likelihoods(model, self._requests, self._ranks, self._precision, kept, title=title, between=between)
         answers = Answers([], [])
         position = 0
         for label, lengths in zip(self._labels, self._lengths, strict=True):

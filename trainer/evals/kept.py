@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from core import journal, storage
+from core import journal, stop, storage
 from core.journal import Journal
 from trainer.distributed import Ranks, gather_objects, on_main
 
@@ -25,6 +25,7 @@ class Kept:
         self.found: dict[str, Any]
         self.found, attempt = on_main(lambda: (_read(folder), time.time_ns()), ranks)
         self._journal = Journal(storage.join(folder, f"{attempt}-rank-{ranks.rank:05d}"))
+        stop.on_leaving(self._journal.close)
 
     def add(self, values: dict[str, Any]) -> None:
         """Plain values that this rank has found."""

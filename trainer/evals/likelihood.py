@@ -16,6 +16,7 @@ from core.console import progress
 from core.errors import TrainingError
 from core.vocabulary import GPT2_VOCAB_SIZE
 from trainer.distributed import PeerFailed, Ranks, gather_objects
+from trainer.evals.in_turn import Between
 from trainer.evals.kept import Kept
 from trainer.model.gpt import GPT
 from trainer.model.loss import token_scores
@@ -53,11 +54,13 @@ def likelihoods(
     kept: Kept | None = None,
     part: str = "",
     title: str = "",
+    between: Between | None = None,
 ) -> list[Likelihood]:
     """One per request, in their order, on all ranks. What is longer than the model's context is cut on the left, as
     lm-evaluation-harness does.
 
     `kept` holds what an attempt before has found, under keys that begin with `part`; with a `title` progress is told.
+    `between` is called before each round of batches, one per rank.
     Raises TrainingError for numbers that are not finite.
     """
     windows = [cut(request, model.config.context) for request in requests]
@@ -78,7 +81,12 @@ def likelihoods(
     with progress(title, len(windows), "requests") if tells else contextlib.nullcontext(_Untold()) as bar:
         bar.advance(len(known))
         with torch.compiler.set_stance("force_eager"):
-            for batch in left[ranks.rank :: ranks.world]:
+            for first in range(0, len(left), ranks.world):
+                if between:
+                    between()
+                if first + ranks.rank >= len(left):
+                    continue
+                batch = left[first + ranks.rank]
                 values = _scores(model, [windows[index] for index in batch], ranks.device, precision)
                 mine |= dict(zip(batch, values, strict=True))
                 if kept:

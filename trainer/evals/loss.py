@@ -7,7 +7,7 @@ import torch
 
 from trainer.data.cache import ShardCache
 from trainer.distributed import Ranks
-from trainer.evals.in_turn import in_turn
+from trainer.evals.in_turn import Between, in_turn
 from trainer.precision import autocast
 
 
@@ -39,12 +39,17 @@ class ValidationLoss:
             view = np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
             self._batches.append(torch.from_numpy(np.ascontiguousarray(view)))
 
-    def __call__(self, model: torch.nn.Module) -> float:
+    def __call__(self, model: torch.nn.Module, between: Between | None = None) -> float:
         """Nats per token."""
-        return self.means(model, lambda tokens: model(tokens[:, :-1], tokens[:, 1:])[None])[0]
+        return self.means(model, lambda tokens: model(tokens[:, :-1], tokens[:, 1:])[None], between)[0]
 
     @torch.no_grad()
-    def means(self, model: torch.nn.Module, measure: Callable[[torch.Tensor], torch.Tensor]) -> list[float]:
+    def means(
+        self,
+        model: torch.nn.Module,
+        measure: Callable[[torch.Tensor], torch.Tensor],
+        between: Between | None = None,
+    ) -> list[float]:
         """Means over all batches, (rows, T + 1), of the numbers that `measure` finds."""
 
         def of_batch(index: int) -> list[float]:
@@ -53,6 +58,6 @@ class ValidationLoss:
                 return measure(tokens).double().tolist()
 
         model.eval()
-        found = in_turn(self._count, of_batch, self._ranks)
+        found = in_turn(self._count, of_batch, self._ranks, between)
         model.train()
         return [sum(column) / self._count for column in zip(*found, strict=True)]

@@ -20,6 +20,7 @@ from core.schema import TrainConfig
 from core.schema_tuning import DistilConfig
 from trainer.checkpoint.load import Restored
 from trainer.distributed import Ranks, on_main
+from trainer.evals.in_turn import Between
 from trainer.model.gpt import GPT
 from trainer.model.recomputed import divergence_and_cross_entropy
 from trainer.stages.pretrain import Pretrain
@@ -112,9 +113,9 @@ class Distil(Pretrain):
         if validation is None:
             return None
 
-        def measure(model: GPT) -> Mapping[str, float]:
+        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
             distillation = self.objective(model)
-            divergence, loss = validation.means(model, lambda tokens: distillation.parts(tokens, 1.0))
+            divergence, loss = validation.means(model, lambda tokens: distillation.parts(tokens, 1.0), between)
             return {"val_loss": loss, "eval_tokens": validation.tokens, "val_divergence": divergence}
 
         return measure

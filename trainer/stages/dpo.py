@@ -25,7 +25,7 @@ from trainer.chat_template import NO_TARGET
 from trainer.data.examples import Examples, Texts, read_preferences
 from trainer.data.packing import NumberedBatches
 from trainer.distributed import Ranks, on_main
-from trainer.evals.in_turn import in_turn
+from trainer.evals.in_turn import Between, in_turn
 from trainer.model.gpt import GPT
 from trainer.model.recomputed import token_log_probs
 from trainer.precision import autocast
@@ -129,14 +129,14 @@ class Dpo(Tuned):
         beta, smoothing = self.own.dpo.beta, self.own.dpo.label_smoothing
 
         @torch.no_grad()
-        def measure(model: GPT) -> Mapping[str, float]:
+        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
             def margins_of(index: int) -> list[float]:
                 tokens_BT, targets_BT, reference_P2 = self._pairs("val", groups[index])
                 policy_P2 = self._log_probs(model, tokens_BT, targets_BT)
                 return margins(policy_P2, reference_P2, beta).tolist()
 
             model.eval()
-            found = [margin for part in in_turn(len(groups), margins_of, self.ranks) for margin in part]
+            found = [margin for part in in_turn(len(groups), margins_of, self.ranks, between) for margin in part]
             model.train()
             losses = preference_losses(torch.tensor(found, dtype=torch.float64), smoothing)
             return {

@@ -17,7 +17,7 @@ from core.vocabulary import GPT2_END_OF_TEXT
 from trainer.chat_template import NO_TARGET
 from trainer.data.examples import Examples, Texts, read_conversations
 from trainer.data.packing import NumberedBatches, pack
-from trainer.evals.in_turn import in_turn
+from trainer.evals.in_turn import Between, in_turn
 from trainer.model.gpt import GPT
 from trainer.precision import autocast
 from trainer.stages.stage import HeldOut
@@ -112,7 +112,7 @@ class Finetune(Tuned):
         groups = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
         @torch.no_grad()
-        def measure(model: GPT) -> Mapping[str, float]:
+        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
             def loss(index: int) -> list[float]:
                 tokens_BT, targets_BT = rows.tensors(groups[index], self.ranks.device)
                 with autocast(self.ranks.device, self.precision):
@@ -120,7 +120,7 @@ class Finetune(Tuned):
 
             model.eval()
             answers = [int(rows.answers[group].sum()) for group in groups]
-            losses = in_turn(len(groups), loss, self.ranks)
+            losses = in_turn(len(groups), loss, self.ranks, between)
             model.train()
             total = sum(answers[index] * losses[index][0] for index in range(len(groups)))
             return {"val_loss": total / sum(answers), "eval_tokens": sum(answers)}

@@ -17,6 +17,7 @@ from trainer.checkpoint.load import Restored
 from trainer.data.cache import ShardCache
 from trainer.data.loader import Batches, TokenSource
 from trainer.distributed import Ranks, on_main
+from trainer.evals.in_turn import Between
 from trainer.evals.loss import ValidationLoss
 from trainer.model.gpt import GPT
 from trainer.stages.stage import HeldOut, Stage, default_cache_dir
@@ -90,7 +91,11 @@ class Pretrain(Stage):
         validation = self.validation()
         if validation is None:
             return None
-        return lambda model: {"val_loss": validation(model), "eval_tokens": validation.tokens}
+
+        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
+            return {"val_loss": validation(model, between), "eval_tokens": validation.tokens}
+
+        return measure
 
     def validation(self) -> ValidationLoss | None:
         settings = self.settings

@@ -8,7 +8,7 @@ micro-batch is, and what is measured on held-out data.
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,13 +26,17 @@ from trainer.checkpoint.load import Restored
 from trainer.distributed import Ranks, on_main
 from trainer.evals.hellaswag import NAME as HELLASWAG
 from trainer.evals.hellaswag import HellaSwag
+from trainer.evals.in_turn import Between
 from trainer.exchange import folder as public
 from trainer.model.gpt import GPT
 from trainer.weights import look_up
 
 
 class MicroBatches(Protocol):
-    """This rank's micro-batches, endlessly; each is one argument of the objective. `next` raises LauncherError."""
+    """This rank's micro-batches, endlessly; each is one argument of the objective. `next` raises LauncherError, and
+    Abandoned where it would wait although `is_leaving()`."""
+
+    is_leaving: Callable[[], bool]
 
     def __next__(self) -> Any: ...
     def close(self) -> None: ...
@@ -41,10 +45,10 @@ class MicroBatches(Protocol):
 class HeldOut(Protocol):
     """Measures a model on held-out data, with the same result on any number of ranks.
 
-    The result has `val_loss` and `eval_tokens`; more numbers may follow.
+    The result has `val_loss` and `eval_tokens`; more numbers may follow. `between` may end it (trainer.evals.in_turn).
     """
 
-    def __call__(self, model: GPT) -> Mapping[str, float]: ...
+    def __call__(self, model: GPT, between: Between | None = None) -> Mapping[str, float]: ...
 
 
 class Stage(abc.ABC):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from core import config, ledger, sets, storage
+from core import config, ledger, sets, stop, storage
 from core.console import CAPPED, OK, PREEMPTED, Progress, progress
 from core.errors import ConfigError, EndpointError, LauncherError
 from core.run import machine_from_environment, open_run, process_started_at, program_versions, segment_started_at
@@ -83,8 +83,9 @@ class Maker:
     async def run(self) -> None:
         settings = self._settings
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGINT, self._stop)
+        stop.inform(lambda reason: None if loop.is_closed() else loop.call_soon_threadsafe(self._stop))
+        stop.allow(stop.own_seconds())
         todo = self._todo()
         total = len(self._prompts) * settings.make.answers
         done = len(self._known.rows) + len(self._known.left_out)
