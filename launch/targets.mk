@@ -49,7 +49,11 @@ logs: $(LAUNCH_STAMP) ## output of TASK while it runs; with FROM=bucket all of R
 pull: $(LAUNCH_STAMP) ## metrics, samples, ledger, logs and newest checkpoint of RUN to pulled/
 	@$(LAUNCH_PYTHON) -m launch.pull sky/$(TASK).yaml
 
-down: $(LAUNCH_STAMP) ## end all jobs and clusters of this project and prove that nothing is left
+# An emergency: whatever SkyPilot is installed will do.
+$(LAUNCH_VENV)/bin/sky:
+	@$(MAKE) --no-print-directory setup-launch
+
+down: | $(LAUNCH_VENV)/bin/sky ## end all jobs and clusters of this project and prove that nothing is left
 	@$(LAUNCH_PYTHON) -m launch.left --down
 
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag
