@@ -58,7 +58,7 @@ def sky_command(
     if "--dryrun" not in options:
         command += ["--detach-run"]
     given = dict(environment)
-    given.setdefault("GIT_REVISION", git_revision)
+    given["GIT_REVISION"] = given.get("GIT_REVISION") or git_revision
     given["SUBMITTED_AT"] = f"{time.time():.0f}"
     for name, default in (task.get("envs") or {}).items():
         if given.get(name):

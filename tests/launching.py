@@ -35,6 +35,12 @@ TINY = [
 ]
 
 
+def no_ranks() -> dict[str, str]:
+    """The environment without the variables of the fixture `ranks`, for a program that is not one of its ranks."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in names}
+
+
 def start(
     ranks: int,
     *flags: str,
@@ -44,10 +50,16 @@ def start(
     torchrun: Sequence[str] = ("--rdzv-endpoint=127.0.0.1:0",),
     within: Sequence[str] = (),
 ) -> subprocess.Popen:
-    """torchrun in a process group of its own, output to be read; `within` is a command that runs another."""
-    command = [*within, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--local-addr=127.0.0.1", *torchrun, "-m", module, *base, *flags]
-    env = {**os.environ, "TORCHELASTIC_ERROR_FILE": os.devnull, **(environment or {})}
+    """A run in a process group of its own, output to be read; `within` is a command that runs another.
+
+    Several ranks are started by torchrun, one rank directly: torchrun takes as long to start as the rank itself.
+    """
+    command = [*within, sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
+        command += ["--rdzv-backend=c10d", "--local-addr=127.0.0.1", *torchrun]
+    command += ["-m", module, *base, *flags]
+    env = {**no_ranks(), "TORCHELASTIC_ERROR_FILE": os.devnull, **(environment or {})}
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,

@@ -1,8 +1,11 @@
 """The short form of tests/chaos.py."""
 
+import pytest
+
 from tests import chaos, corpus
 
 
+@pytest.mark.slow
 def test_kills_leave_no_trace(s3, tmp_path_factory, vocab_bpe):
     s3.make_bucket("chaos-short")
     source = corpus.write_parquet(tmp_path_factory.mktemp("source"), [corpus.speeches(16)])

@@ -59,7 +59,7 @@ def test_the_checks_above_can_fail():
 def test_readme_names_the_test_command_that_ci_runs():
     ci = (REPOSITORY / ".ci" / "run").read_text()
     assert "make test" in (REPOSITORY / "README.md").read_text()
-    assert re.search(r"^make test$", ci, re.M)
+    assert re.search(r"^stage test make test$", ci, re.M)
 
 
 def test_the_table_of_presets_is_true():

@@ -14,7 +14,7 @@ import torch
 from core import config, storage
 from core.errors import CapReached, ConfigError
 from costs.read import read_run
-from tests import models
+from tests import launching, models
 from trainer import evaluate
 from trainer.evals import books, likelihood, results
 from trainer.evals.settings import EvaluateConfig
@@ -37,8 +37,8 @@ def ends(run_url: str) -> list[str]:
 
 def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, monkeypatch):
     monkeypatch.setenv("USD_PER_HOUR", "36")
-    # Paid for from now on, not since this process began, which may have run other tests for long.
-    monkeypatch.setenv("SEGMENT_STARTED_AT", str(time.time()))
+    # Paid for from now on: this process may have run other tests for long.
+    monkeypatch.setattr(books, "process_started_at", time.time)
     monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 512)
     compute, batches = likelihood._scores, []
 
@@ -55,7 +55,7 @@ def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, mo
     assert ends(run_url) == ["cap"]
     monkeypatch.undo()
     monkeypatch.setenv("USD_PER_HOUR", "36")
-    monkeypatch.setenv("SEGMENT_STARTED_AT", str(time.time()))
+    monkeypatch.setattr(books, "process_started_at", time.time)
     monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 512)
     rest = []
     monkeypatch.setattr(likelihood, "_scores", lambda *given: rest.append(len(given[1])) or compute(*given))
@@ -87,7 +87,7 @@ def test_asked_to_stop_it_leaves_with_33_and_keeps_what_it_found(tmp_path, vocab
     models.make_run(
         run_url, models.prepare_data(tmp_path, vocab_bpe, 4, ("Once upon a time there was a cap. " * 4000,) * 24)
     )
-    environment = {**os.environ, "EXIT_CODE_FILE": str(tmp_path / "code")}
+    environment = {**launching.no_ranks(), "EXIT_CODE_FILE": str(tmp_path / "code")}
     command = [sys.executable, "-m", "trainer.evaluate", run_url, "--tasks=perplexity", "--cpu_threads=1"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "run" / "evaluations"

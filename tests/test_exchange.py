@@ -165,6 +165,7 @@ def test_llama_comes_and_goes_bit_by_bit(tmp_path, data_url, vocab_bpe, monkeypa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_holds_the_weights(tmp_path, data_url):
     gguf = pytest.importorskip("gguf", reason="needs the extra `hub`: pip install gguf")
     model = models.make_run(str(tmp_path / "run"), data_url)

@@ -76,6 +76,7 @@ def test_killed_and_resumed_equals_uninterrupted(pretrained, rows, straight, tmp
     assert tuning.stage_in_report(killed) == ("finetune", 2)
 
 
+@pytest.mark.slow
 def test_adapters_train_alone_resume_and_open_as_a_plain_model(pretrained, rows, tmp_path):
     straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
     adapters = ["--lora.rank=4", "--optimizer.lr=3e-2"]

@@ -7,7 +7,7 @@ import pytest
 from core import config
 from core.errors import LauncherError
 from core.schema import RunConfig
-from launch import check, work
+from launch import check, submit, work
 from launch.task import read_task, settings_of
 from tests import corpus
 
@@ -52,16 +52,24 @@ def test_a_task_that_can_run_is_launched_with_its_settings(sky, bucket_folder):
         ("DATA", "elsewhere", "`make prep-data` makes it"),
     ],
 )
-def test_what_the_node_would_refuse_is_refused_by_launch_and_check(sky, bucket_folder, name, value, said):
-    given = {**REHEARSAL, "BUCKET": str(bucket_folder), name: value}
+def test_what_the_node_would_refuse_is_refused(monkeypatch, capsys, bucket_folder, name, value, said):
+    monkeypatch.chdir(ROOT)
+    task = read_task(TRAIN)
+    settings = settings_of(task, {**REHEARSAL, "BUCKET": str(bucket_folder), name: value})
+    assert not submit.launchable(task, settings)
+    assert said in capsys.readouterr().out
+
+
+def test_launch_and_check_say_the_same_and_rent_nothing(sky, bucket_folder):
+    given = {**REHEARSAL, "BUCKET": str(bucket_folder), "MAX_USD": "$20"}
     done = sky.run("launch.submit", TRAIN, **given)
     assert done.returncode == 1
-    assert said in done.stdout
+    assert "max_usd is '$20', must be a number" in done.stdout
     assert "nothing was rented" in done.stderr
     assert sky.called() == []
     done = sky.run("launch.check", TRAIN, **given)
     assert done.returncode == 1
-    assert said in done.stdout
+    assert "max_usd is '$20', must be a number" in done.stdout
 
 
 def test_a_launch_without_checks_must_be_asked_for(sky, bucket_folder):

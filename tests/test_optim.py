@@ -118,6 +118,7 @@ def whole_tensors(url: str, step: int) -> dict[str, bytes]:
     return {name: b"".join(data for _, data in sorted(parts)) for name, parts in blocks.items()}
 
 
+@pytest.mark.slow
 def test_every_preset_resumes_on_other_ranks_to_the_bit(tmp_path):
     """One rank to step 6, against 2 ranks sharded and dealt, 4 ranks dealt, 1 rank sharded, two steps each."""
     run_ranks(1, tmp_path / "straight", 6)
