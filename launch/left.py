@@ -51,8 +51,14 @@ def main(arguments: list[str]) -> int:
     waiting_for: list[str] = []
     while True:
         found, unknown = look(names, (records_left, aws_left, lambda_left))
-        if not found or time.monotonic() > deadline:
+        if not found or time.monotonic() >= deadline:
             break
+        # Also what a machine left that has only now gone.
+        for thing in found:
+            if thing.end:
+                with _step(str(thing), failures):
+                    print(f"ending {thing}", flush=True)
+                    thing.end()
         if waiting_for != (waiting_for := [str(thing) for thing in found]):
             print(f"waiting until it is gone: {'; '.join(waiting_for)}", flush=True)
         time.sleep(POLL_SECONDS)
@@ -75,7 +81,7 @@ def project_tasks() -> dict[str, bool]:
 
 
 def take_down(names: Mapping[str, bool]) -> tuple[dict[str, bool], list[str]]:
-    """End all that can be ended. Returns `names` with those of the clusters as the clouds know them, and what failed.
+    """End all jobs and clusters. Returns `names` with those of the clusters as the clouds know them, and what failed.
 
     Managed jobs come first: a job that is not cancelled would replace the machine that is taken from it.
     """
@@ -94,11 +100,6 @@ def take_down(names: Mapping[str, bool]) -> tuple[dict[str, bool], list[str]]:
         names |= {cluster["cluster_name_on_cloud"]: False for cluster in ours if cluster.get("cluster_name_on_cloud")}
         if ours:
             _sky(["down", "--yes", *(cluster["name"] for cluster in ours)])
-    for thing in look(names)[0]:
-        if thing.end:
-            with _step(str(thing), failures):
-                print(f"ending {thing}", flush=True)
-                thing.end()
     return names, failures
 
 

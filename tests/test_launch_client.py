@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import partial
 from pathlib import Path
 
 import boto3
@@ -46,6 +47,32 @@ def test_instances_and_volumes_of_ours_are_named_and_only_volumes_ended(account)
     assert re.fullmatch(r"aws us-east-1: unattached volume vol-\w+, 100 GB", str(volume))
     volume.end()
     assert left.aws_left((), ["us-east-1"]) == [machine]
+
+
+def test_what_a_machine_leaves_as_it_goes_is_ended_too(account, monkeypatch, capsys):
+    """A volume shows as unattached only once its machine is gone, after the first look."""
+    tags = [{"ResourceType": "volume", "Tags": TAGS}]
+
+    def volume() -> None:
+        account.create_volume(AvailabilityZone="us-east-1a", Size=100, TagSpecifications=tags)
+
+    def machine_goes(names):
+        gone.append(names)
+        if len(gone) == 1:
+            volume()
+        return []
+
+    gone: list = []
+    volume()
+    monkeypatch.setattr(left, "take_down", lambda names: (names, []))
+    monkeypatch.setattr(left, "records_left", lambda names: [])
+    monkeypatch.setattr(left, "lambda_left", machine_goes)
+    monkeypatch.setattr(left, "aws_left", partial(left.aws_left, regions=["us-east-1"]))
+    monkeypatch.setattr(left, "POLL_SECONDS", 0.0)
+    monkeypatch.chdir(ROOT)
+    assert left.main(["--down"]) == 0
+    assert capsys.readouterr().out.count("ending aws us-east-1: unattached volume") == 2
+    assert left.aws_left(()) == []
 
 
 def test_the_label_is_that_of_the_tasks():
