@@ -27,7 +27,6 @@ def flags_of(base: tuple[str, str], run_url: str, *more: str) -> list[str]:
     return [f"--data.url={base[0]}", f"--distil.teacher={base[1]}", f"--run.url={run_url}", *FLAGS, *more]
 
 
-@pytest.mark.slow
 def test_the_student_nears_the_teacher_and_killed_it_resumes_to_the_bit(pretrained, tmp_path):
     straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
     tuning.run_alone(MODULE, *flags_of(pretrained, straight))

@@ -32,7 +32,6 @@ def flags_of(base: tuple[str, str], pairs: str, run_url: str, *more: str) -> lis
     return [f"--dpo.start={base[1]}", f"--data.rows={pairs}", f"--run.url={run_url}", *FLAGS, *more]
 
 
-@pytest.mark.slow
 def test_it_learns_and_killed_it_resumes_to_the_bit(pretrained, pairs, tmp_path):
     straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
     tuning.run_alone(MODULE, *flags_of(pretrained, pairs, straight))
