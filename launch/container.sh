@@ -218,11 +218,12 @@ leave() { # EXIT_CODE
   case $code in 129 | 130 | 143) ;; *) exit "$code" ;; esac
   if [ -n "$CLIENT" ]; then
     for _ in {1..50}; do kill -0 "$CLIENT" 2>/dev/null || break; sleep 0.1; done
-    if kill -0 "$CLIENT" 2>/dev/null; then
-      stop_container || say "the container could not be stopped"  # perhaps it has begun only now
-    else
-      wait "$CLIENT" && said=0 || said=$?
+    # Perhaps it has begun only now.
+    if kill -0 "$CLIENT" 2>/dev/null && ! stop_container; then
+      say "the container could not be stopped; see the lines above"
+      exit 33
     fi
+    wait "$CLIENT" && said=0 || said=$?
   fi
   case $said in 0 | 34 | 35) exit "$said" ;; *) exit 33 ;; esac
 }

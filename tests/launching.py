@@ -1,6 +1,7 @@
 """Start the real trainer as its users do: torchrun, processes, signals."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,12 @@ TINY = [
     "--train.sample_tokens=4",
     "--train.cpu_threads=1",
 ]
+
+
+def default_signals() -> None:
+    """For `preexec_fn`: a program inherits what is ignored, as SIGINT is in the background and SIGHUP under nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def no_ranks() -> dict[str, str]:

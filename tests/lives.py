@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests import launching
+from tests.patience import PATIENCE_SECONDS
 
-PATIENCE_SECONDS = 600.0
 SIGTERM_BIT = 1 << (signal.SIGTERM - 1)
 
 
@@ -36,6 +36,7 @@ class Life:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=launching.default_signals,
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import launching
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +18,7 @@ case "$1 $2" in
   "image inspect") if [[ $* == *Architecture* ]]; then echo "${IMAGE_ARCH:-amd64}"; else echo sha256:1234; fi ;;
   "container inspect") [ -e "$RECORD.running" ] || exit 1 ;;
   "run --rm")
-    bash -c "${PROGRAM:-true}" & echo $! >"$RECORD.running"
+    bash -c "${PROGRAM:-true}" & echo $! >"$RECORD.new"; mv "$RECORD.new" "$RECORD.running"
     wait $! ;;
   "rm -f") rm -f "$RECORD.running" ;;
   "stop -t") kill -TERM "$(cat "$RECORD.running")"; rm -f "$RECORD.running" ;;
@@ -45,8 +46,8 @@ def node(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # A shell cannot trap what was ignored when it began, as SIGINT is when the tests run in the background.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # A shell cannot trap what was ignored when it began.
+            preexec_fn=launching.default_signals,
         )
 
     start.calls = lambda: record.read_text().splitlines()
@@ -102,6 +103,7 @@ def test_what_the_program_says_when_it_is_asked_to_stop_counts(node, tmp_path, s
     program = f"trap 'exit {said}' TERM; touch $RECORD.listens; while :; do sleep 0.1; done"
     process = node("run", "train", "true", PROGRAM=program)
     until((tmp_path / "record.listens").exists, process)
+    until((tmp_path / "record.running").exists, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_SECONDS) == code
 

@@ -15,6 +15,7 @@ from core import journal, stop
 from core.console import BAD_NODE
 from launch import node, preflight
 from launch.supervise import Child, Outcome
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,7 +176,7 @@ def stamp(seconds: float) -> str:
 def test_the_node_program_runs_a_module_and_keeps_its_log(tmp_path):
     environment = {**os.environ, "RUN_URL": str(tmp_path), "CLOUD": "", "SKYPILOT_CLUSTER_INFO": ""}
     command = [sys.executable, "-m", "launch.node", "-m", "platform"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
     (attempt,) = (tmp_path / "logs").iterdir()
     events, problems = journal.read(str(attempt))
@@ -203,7 +204,7 @@ def test_two_starts_in_one_second_have_logs_of_their_own(tmp_path, monkeypatch):
 def test_without_a_run_url_one_sentence():
     command = [sys.executable, "-m", "launch.node", "-m", "platform"]
     environment = {"PATH": os.environ["PATH"]}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: RUN_URL is not set")
 
@@ -223,7 +224,7 @@ def test_a_failing_worker_has_the_last_word(tmp_path):
     command = [sys.executable, "-m", "launch.node", "-m", "trainer.train", "trainer/configs/debug.yaml"]
     command += ["--train.device=cpu"]
     environment = {**os.environ, **settings}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 1
     assert "there is no manifest; prepare the data first" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -235,5 +236,7 @@ def test_the_launcher_needs_neither_torch_nor_skypilot():
     names = [f"launch.{path.stem}" for path in (ROOT / "launch").glob("*.py") if path.stem != "__init__"]
     code = "import importlib,sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
     code += "print(sorted({'torch', 'sky', 'boto3'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.stdout.strip() == "[]", done.stderr

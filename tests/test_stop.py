@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from tests import launching
+from tests.patience import PATIENCE_SECONDS
+
 ROOT = Path(__file__).parent.parent
 # Ten minutes in C, where Python calls no signal handler.
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', (1 << 31) - 1)"
-PATIENCE_SECONDS = 120
 
 
 class Program:
     """A script that listens, then does what it likes; it prints `ready` when a signal may come."""
 
-    def __init__(self, script: str, **environment: str):
+    def __init__(self, script: str, inherits_signals: bool = False, **environment: str):
         code = "import os, sys, threading, time\nfrom core import stop\nstop.listen()\n"
         code += "from core.console import run_entry\n"
         left_out = ("TORCHELASTIC_RUN_ID", "EXIT_CODE_FILE", "STOP_FILE", "PARENT_PID", "LOCAL_RANK")
@@ -29,6 +31,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=None if inherits_signals else launching.default_signals,
         )
 
     def wait_for(self, line: str) -> None:
@@ -73,7 +76,7 @@ def test_what_is_ignored_stays_ignored():
     """
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        program = Program(script)
+        program = Program(script, inherits_signals=True)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert program.end() == (0, "True True\n")

@@ -17,7 +17,8 @@ import pytest
 from core import ledger, sets, storage
 from tests import corpus, launching, models
 from tests.faulty_proxy import FaultyProxy
-from tests.lives import PATIENCE_SECONDS, Life
+from tests.lives import Life
+from tests.patience import PATIENCE_SECONDS
 
 STEPS = 12
 EVERY = 4

@@ -14,6 +14,7 @@ from core.errors import ConfigError
 from core.ledger import Ledger, Machine
 from core.schema import CheckpointConfig
 from launch import machine
+from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint.interval import Cadence
 from trainer.watch.cap import SpendingCap, spent_by_earlier_segments
 from trainer.watch.notice import Requests
@@ -104,7 +105,7 @@ def metadata_service() -> Iterator[tuple[type[Metadata], dict[str, str]]]:
 
 
 def wait_for(holds) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not holds():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.01)
