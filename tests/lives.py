@@ -39,11 +39,13 @@ class Life:
             preexec_fn=launching.default_signals,
         )
         self.lines: list[str] = []
+        self._times: list[float] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         for line in self.process.stdout:
+            self._times.append(time.monotonic())
             self.lines.append(line.rstrip("\n"))
 
     @property
@@ -62,7 +64,24 @@ class Life:
         return self
 
     def until_said(self, text: str) -> "Life":
-        return self.until(lambda: any(text in line for line in self.lines))
+        return self.until(lambda: self.has_said(text))
+
+    def has_said(self, text: str) -> bool:
+        return any(text in line for line in self.lines)
+
+    def said_at(self, text: str) -> float:
+        """When (monotonic)."""
+        return next(at for at, line in zip(self._times, self.lines, strict=False) if text in line)
+
+    def lives_on(self, text: str | None, seconds: float) -> bool:
+        """Wait until it has said something, and so long after that. False if it has ended before."""
+        while text and not self.has_said(text) and self.process.poll() is None:
+            time.sleep(0.02)
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
 
     def until_it_listens(self) -> "Life":
         """Python runs, and has installed its handlers: from here on nothing may end it with another code."""

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import pytest
 
 from core import ledger, sets, storage
 from tests import corpus, launching, models
+from tests.fake_metadata import metadata_service
 from tests.faulty_proxy import FaultyProxy
 from tests.lives import Life
 from tests.patience import PATIENCE_SECONDS
@@ -53,15 +55,6 @@ def data_in_bucket(s3, data_url: str) -> str:
     return "s3://lives/set"
 
 
-@pytest.fixture(scope="module")
-def straight(data_in_bucket: str) -> str:
-    """A run that nothing interrupted, with the checkpoints of all its steps."""
-    run_url = "s3://lives/straight"
-    every = ["--checkpoint.every=1", "--checkpoint.keep=100"]
-    launching.train(1, *FLAGS, *every, f"--data.url={data_in_bucket}", f"--run.url={run_url}")
-    return run_url
-
-
 class Run:
     """A run in one life after the other; what each of them leaves behind is looked at."""
 
@@ -89,6 +82,25 @@ class Run:
             assert launching.tensors(self.url, self.newest) == launching.tensors(self._straight, self.newest)
         assert not storage.list_names(f"{self.url}/refused"), "no machine is to blame"
         return code
+
+    def copy(self, name: str) -> "Run":
+        """The same run elsewhere."""
+        url = f"{self.url}-{name}"
+        for info in storage.list_objects(self.url):
+            if not info.uri.startswith(f"{self.url}/logs/"):
+                storage.write_bytes(info.uri.replace(self.url, url, 1), storage.read_bytes(info.uri))
+        return Run(url, self._flags, self._straight)
+
+    def continues(self, environment: Mapping[str, str]) -> None:
+        """The next start goes on from the newest checkpoint, to the end."""
+        newest = self.newest
+        command = [sys.executable, "-m", "trainer.train", *launching.TINY, *self._flags, f"--run.url={self.url}"]
+        done = subprocess.run(
+            command, cwd=launching.REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"resumed from step {newest}" in done.stderr
+        self.assert_finished()
 
     def assert_finished(self) -> None:
         """Every step and everything that was due is in the metrics, as if nothing had happened."""
@@ -159,63 +171,99 @@ def test_a_checkpoint_that_cannot_be_stored_before_the_time_is_over(s3, bucket, 
     assert launching.completed(run_url) == []
 
 
+@pytest.mark.slow
+def test_a_spot_notice_ends_an_evaluation(data_url, tmp_path):
+    """The trainer itself hears it; the launcher does not know of it but by the exit code."""
+    run_url = str(tmp_path / "run")
+    command = [sys.executable, "-m", "trainer.train", *launching.TINY, *FLAGS, "--train.eval_tokens=10000000"]
+    command += [f"--data.url={data_url}", f"--run.url={run_url}", f"--data.cache_dir={tmp_path}/cache"]
+    with metadata_service() as (service, environment):
+        environment = {**os.environ, **environment, "CLOUD": "aws", "EXIT_CODE_FILE": str(tmp_path / "code")}
+        environment.pop("AWS_EC2_METADATA_DISABLED", None)
+        process = subprocess.Popen(
+            command, cwd=launching.REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if f"step {EVERY}/" in line:
+                service.items["spot/instance-action"] = '{"action": "terminate", "time": "2026-11-20T08:02:00Z"}'
+        assert process.wait(PATIENCE_SECONDS) == 33, "".join(said)
+    assert (tmp_path / "code").read_text() == "33\n"
+    assert f"left at step {EVERY} of {STEPS} (spot: terminate at 2026-11-20T08:02:00Z)" in "".join(said)
+    assert launching.completed(run_url)[0] == EVERY
+
+
 # --- the full sweep --------------------------------------------------------------------------------------------
 
 STEP_SECONDS = 0.2
-MOST_POINTS = 100  # where a life takes longer than that many steps, these are longer
+MOST_POINTS = 25  # of a phase; where it takes longer than so many steps, these are longer
+LOOK = 2 * EVERY
+# How the phases of a life begin, by lines of its log. Each is swept from its beginning to that of the next.
+PHASES = {
+    "start and preflight": None,
+    "imports": "running ",
+    "restore": "continuing ",
+    "first step": "resumed from step",
+    "steps": "the first step began",
+    "evaluation": f"step {LOOK}/{STEPS} | loss",
+    "HellaSwag": f"step {LOOK}/{STEPS} | validation loss",
+    "samples": f"step {LOOK}/{STEPS} | HellaSwag",
+    "more steps": f"step {LOOK}/{STEPS} | sample",
+    "last checkpoint": f"step {STEPS}/{STEPS} | loss",
+    "last evaluation": f"step {STEPS} is saved",
+    "last HellaSwag": f"step {STEPS}/{STEPS} | validation loss",
+    "last samples": f"step {STEPS}/{STEPS} | HellaSwag",
+    "end": f"step {STEPS}/{STEPS} | sample",
+}
+# So that each phase takes some steps of the sweep on a machine of today.
+LONGER = ("--batch.tokens=1024", "--train.eval_tokens=16384", "--train.sample_tokens=24", "--train.log_every=1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["reachable", "away"])
-def test_sigterm_at_every_moment_of_a_life(s3, data_in_bucket, straight, tmp_path, store):
-    """Each life goes on where the one before was ended, a moment later than that one; a run that is finished is
-    followed by a new one. Where the store is away it refuses or hangs from the request to stop until the end."""
-    codes: dict[int, int] = {}
+def test_sigterm_at_every_moment_of_a_life(s3, data_in_bucket, tmp_path, store):
+    """Each life goes on from a copy of the same run. Where the store is away it refuses or hangs from the request to
+    stop until the end. What a life has stored is continued by a next start, which ends as a run never stopped."""
+    flags = [*FLAGS, *LONGER, f"--data.url={data_in_bucket}", f"--data.cache_dir={tmp_path}"]
+    straight = f"s3://lives/{store}/straight"
+    launching.train(1, *flags, "--checkpoint.every=1", "--checkpoint.keep=100", f"--run.url={straight}")
+    codes: dict[str, list[int]] = {phase: [] for phase in PHASES}
     with FaultyProxy(s3.endpoint) as proxy:
-        flags = [*FLAGS, f"--data.url={data_in_bucket}", f"--data.cache_dir={tmp_path}"]
         environment = {"AWS_ENDPOINT_URL": proxy.url, **(STORE_IS_AWAY if store == "away" else {})}
-        run, whole = begun(f"s3://lives/{store}-0", straight, flags, environment)
-        step_seconds = max(STEP_SECONDS, whole / MOST_POINTS)
-        points = 0
-        while points * step_seconds <= whole:
-            life = run.live(**environment).until_it_listens()
-            ended_by_itself = waited(life, points * step_seconds)
-            if store == "away" and not ended_by_itself:
-                proxy.away = "hang" if points % 2 else "refuse"
-            code = run_ends(run, life.ask(), proxy)
-            codes[code] = codes.get(code, 0) + 1
-            print(f"{store}: {points * step_seconds:5.1f} s: {code}, step {run.began_at} to {run.newest}", flush=True)
-            points += 1
-            if code == 0:
-                run.assert_finished()
-                run, _ = begun(f"s3://lives/{store}-{points}", straight, flags, environment)
-        assert run_ends(run, run.live(**environment), proxy) == 0
-        run.assert_finished()
-    print(f"{store}: {points} points, every {step_seconds:.2f} s, exit codes {codes}")
-    assert codes[33] > points / 2
+        base = Run(f"s3://lives/{store}/base", flags, straight)
+        assert base.ends(base.live(**environment).until_said(f"step {EVERY - 2}/").ask()) == 33
+        assert 0 < base.newest < LOOK
+        seconds_of = durations(base.copy("whole").live(**environment))
+        for phase, following in itertools.pairwise([*PHASES, None]):
+            for point in itertools.count():
+                run = base.copy(f"{phase}-{point}".replace(" ", "-"))
+                seconds = point * max(STEP_SECONDS, seconds_of[phase] / MOST_POINTS)
+                life = run.live(**environment).until_it_listens()
+                is_over = not life.lives_on(PHASES[phase], seconds)
+                is_over |= following is not None and life.has_said(PHASES[following])
+                if store == "away":
+                    proxy.away = "hang" if point % 2 else "refuse"
+                life.ask().end()
+                proxy.away = ""
+                codes[phase].append(run.ends(life))
+                stored = f"step {run.began_at} to {run.newest}"
+                print(f"{store}: {phase} + {seconds:.1f} s: exit code {codes[phase][-1]}, {stored}", flush=True)
+                if run.newest > run.began_at:
+                    run.continues(environment)
+                if is_over:
+                    break
+    found = {phase: dict(Counter(each)) for phase, each in codes.items()}
+    print(f"{store}: {sum(map(len, codes.values()))} points, exit codes by phase: {found}")
+    assert sum(each.count(33) for each in codes.values()) > len(PHASES)
 
 
-def begun(run_url: str, straight: str, flags: list[str], environment: dict[str, str]) -> tuple[Run, float]:
-    """A run with a checkpoint, so that its next life restores one; and how long an undisturbed life would take."""
-    run = Run(run_url, flags, straight)
-    started = time.monotonic()
-    life = run.live(**environment).until_said(f"step {EVERY - 1}/").ask()
-    assert run.ends(life) == 33
-    assert run.newest
-    return run, 2 * (time.monotonic() - started)
-
-
-def waited(life: Life, seconds: float) -> bool:
-    """Whether the life ended in that time."""
-    try:
-        life.process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def run_ends(run: Run, life: Life, proxy: FaultyProxy) -> int:
-    """The store comes back once the processes are gone."""
-    life.end()
-    proxy.away = ""
-    return run.ends(life)
+def durations(undisturbed: Life) -> dict[str, float]:
+    """Seconds of each phase."""
+    began = time.monotonic()
+    assert undisturbed.end() == 0, undisturbed.output
+    starts = [undisturbed.said_at(text) if text else began for text in PHASES.values()]
+    return {
+        phase: max(0.0, end - start)
+        for phase, (start, end) in zip(PHASES, itertools.pairwise([*starts, time.monotonic()]), strict=True)
+    }
