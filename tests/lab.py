@@ -62,10 +62,11 @@ class Lab:
         file.write_text(text.replace(f"\nname: {name}\n", f"\nname: {called or name}\n"))
         return str(file)
 
-    def launch(self, name: str, called: str = "", without: str = "", **settings: str) -> str:
-        """Submit as `make` does. Returns the name of cluster or job."""
+    def launch(self, name: str, called: str = "", without: str = "", checks: bool = True, **settings: str) -> str:
+        """Submit as `make` does, with `checks` or without. Returns the name of cluster or job."""
         environment = {"BUCKET": BUCKET, "AWS_ENDPOINT_URL": self.endpoint, **REHEARSAL, **settings}
-        self.python("-m", "launch.submit", self.task(name, called, without), environment=environment)
+        options = [] if checks else ["--no-check"]
+        self.python("-m", "launch.submit", self.task(name, called, without), *options, environment=environment)
         return called or name
 
     def output(self, cluster: str) -> str:
