@@ -100,7 +100,7 @@ def asked() -> bool:
 
 
 def is_certain() -> bool:
-    """Whether somebody really wants this process to stop, as far as it can tell."""
+    """Whether the request to stop is really meant for this process, as far as it can tell."""
     return _state.certain
 
 
@@ -282,7 +282,7 @@ def _stop_file_exists() -> bool:
 
 
 def _within(limit: float, calls: list[Callable[[], object]]) -> None:
-    """All at once, each in a thread; whoever is not done within `limit` seconds is left behind."""
+    """Run all calls at once, each in a thread; leave behind what takes longer than `limit` seconds."""
     deadline = time.monotonic() + limit
     threads = [threading.Thread(target=call, daemon=True) for call in calls]
     for thread in threads:

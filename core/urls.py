@@ -1,6 +1,6 @@
 """How places are written in settings: URLs of stores, local folders, names of models.
 
-    mistake("s3:/bucket/run")      # "looks like a URL and is none; did you mean s3://bucket/run? ..."
+    mistake("s3:/bucket/run")      # "looks like a URL but is not one; did you mean s3://bucket/run? ..."
     mistake("./s3:/bucket/run")    # None: a local path
 
 Each check returns what is wrong, worded to follow "PLACE" or "KEY is PLACE, which", or None. pathlib, shells and
@@ -66,7 +66,7 @@ def mistake_in_folder(path: str) -> str | None:
     """What is wrong with a folder or file of this machine: that it looks like a URL."""
     if not mistake(path) and not re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path):
         return None
-    return f"is no path of this machine; give a local path, or ./{path} if that is its name"
+    return f"is not a path of this machine; give a local path, or ./{path} if that is its name"
 
 
 def check(place: str) -> None:
@@ -99,4 +99,4 @@ def _corrected(url: str) -> str:
 
 
 def _meant(place: str, right: str) -> str:
-    return f"looks like a URL and is none; did you mean {right}? (a local path of that name is ./{place})"
+    return f"looks like a URL but is not one; did you mean {right}? (a local path of that name is ./{place})"

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         print(finding, flush=True)
         failed += finding.mark == "x"
     if failed:
-        print(f"{failed} to mend before this task can run")
+        print(f"{failed} to fix before this task can run")
         return 1
     command = pricing_command(arguments[0], task, os.environ)
     print(f"$ sky {' '.join(command[1:])}", flush=True)
@@ -211,7 +211,7 @@ def check_image(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[F
                 yield Finding("ok", f"image: {image}-{target} is there for {', '.join(sorted(platforms))}")
 
 
-# These ask only the bucket and this checkout; a launch runs them, too. Settings come first, at which it may end.
+# These ask only the bucket and this checkout; a launch runs them, too. Settings come first.
 FREE_CHECKS: tuple[Check, ...] = (work.check_config, check_secrets, check_bucket, work.check_data)
 CHECKS: tuple[Check, ...] = (
     *FREE_CHECKS,

@@ -133,7 +133,7 @@ def clusters_of(names: Iterable[str]) -> list[dict]:
 
 @dataclass(frozen=True)
 class Left:
-    """Something that may cost money. `end` deletes what holds nothing anybody could miss."""
+    """Something that may cost money. `end` deletes what holds no data of yours."""
 
     what: str
     end: Callable[[], object] | None = None

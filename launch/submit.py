@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     command = sky_command(path, task, os.environ, revision(), [each for each in options if each != NO_CHECK])
     if NO_CHECK not in options and not launchable(task, settings_of(task, os.environ)):
         print(
-            f"nothing was rented; cure this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr
+            f"nothing was rented; fix this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr
         )
         return FAILED
     print(f"$ {shlex.join(['sky', *command[1:]])}", flush=True)

@@ -46,7 +46,7 @@ def test_a_task_that_can_run_is_launched_with_its_settings(sky, bucket_folder):
         ("HANG_MINUTES", "15m", "HANG_MINUTES is '15m', must be a number above 0"),
         ("DEVICE", "gpu", "DEVICE is 'gpu', must be cuda or cpu"),
         ("RUN", "../x", "RUN is '../x', must be the name of a folder in BUCKET/runs"),
-        ("BUCKET", "s3:/b", "BUCKET is 's3:/b', which looks like a URL and is none; did you mean s3://b?"),
+        ("BUCKET", "s3:/b", "BUCKET is 's3:/b', which looks like a URL but is not one; did you mean s3://b?"),
         ("AWS_ENDPOINT_URL", "r2.example.com", "AWS_ENDPOINT_URL is 'r2.example.com', must begin with https://"),
         ("TRAIN_ARGS", "--train.stepz=5", "unknown setting train.stepz"),
         ("DATA", "elsewhere", "`make prep-data` makes it"),

@@ -1,4 +1,4 @@
-"""core.urls: what looks like a URL and is none is refused with the right spelling, by every entry, before it writes."""
+"""core.urls: every entry refuses a misspelt URL with the right spelling, before it writes anything."""
 
 import os
 import subprocess
@@ -159,7 +159,7 @@ def test_variables_are_checked_and_named():
 @pytest.mark.parametrize("place", ["s3://b/x", "s3:/b/x", "file:///x"])
 def test_a_local_folder_is_no_url(schema: type, key: str, place: str):
     flags = SETTINGS[schema][0]
-    with pytest.raises(ConfigError, match=rf"{key} is '{place}', which is no path of this machine"):
+    with pytest.raises(ConfigError, match=rf"{key} is '{place}', which is not a path of this machine"):
         config.load(schema, [*flags, f"--{key}={place}"], {})
 
 
@@ -198,6 +198,6 @@ def test_an_entry_refuses_it_and_writes_nothing(entry: str, tmp_path: Path):
     (line,) = done.stderr.splitlines()[-1:]
     assert line.startswith("error: ")
     assert "s3:/b/x" in line
-    assert "did you mean s3://b/x" in line or "is no path of this machine" in line
+    assert "did you mean s3://b/x" in line or "is not a path of this machine" in line
     assert not list(work.rglob("*"))
     assert not list(tmp_path.glob("pulled*"))
