@@ -12,6 +12,7 @@ from safetensors import numpy as safetensors
 
 from core import journal, storage
 from demo.processes import kill_tree
+from tests import warm
 from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint import layout
 
@@ -59,7 +60,7 @@ def start(
 ) -> subprocess.Popen:
     """A run in a process group of its own, output to be read; `within` is a command that runs another.
 
-    Several ranks are started by torchrun, one rank directly: torchrun takes as long to start as the rank itself.
+    torchrun starts several ranks; one rank starts directly.
     """
     command = [*within, sys.executable]
     if ranks > 1:
@@ -67,7 +68,8 @@ def start(
         command += ["--rdzv-backend=c10d", "--local-addr=127.0.0.1", *torchrun]
     command += ["-m", module, *base, *flags]
     env = {**no_ranks(), "TORCHELASTIC_ERROR_FILE": os.devnull, **(environment or {})}
-    return subprocess.Popen(
+    popen = subprocess.Popen if within else warm.Popen
+    return popen(
         command,
         cwd=REPOSITORY,
         env=env,

@@ -5,12 +5,12 @@ import dataclasses
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
-from tests import checkpoints
+from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from trainer import chat_template
@@ -34,7 +34,7 @@ def serving(run: Path, vocab_bpe: Path, *flags: str, key: str = "", module: str 
     """URL of a server in a process of its own, which must end well when asked to."""
     environment = {**os.environ, "VOCAB_URL": str(vocab_bpe), "SERVE_API_KEY": key, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", f"trainer.{module}", str(run), "--port=0", *flags]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen(command, cwd=REPOSITORY, env=environment, stderr=PIPE, text=True)
     try:
         said = ""
         for line in process.stderr:

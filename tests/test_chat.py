@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from core import vocabulary
-from tests import checkpoints
+from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from trainer import chat_template, export
@@ -161,15 +161,8 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(folder, environment):
 
 
 def piped(environment, module: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"trainer.{module}", *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
+    command = [sys.executable, "-m", f"trainer.{module}", *arguments]
+    return warm.run(command, cwd=REPOSITORY, env=environment, input=text, timeout=PATIENCE_SECONDS)
 
 
 def test_a_conversation_in_a_pipe(folder, environment, models, encoding, tmp_path):

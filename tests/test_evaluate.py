@@ -1,10 +1,7 @@
 """Scores: against lm-evaluation-harness itself, on one and two ranks, after an end in the middle; and their cost."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ from core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from costs import discover
 from costs.breakdown import build
 from costs.read import read_run
-from tests import models
+from tests import launching, models
 from trainer import evaluate, export
 from trainer.evals import contamination, likelihood, perplexity, results
 from trainer.evals.hellaswag import HellaSwag
@@ -285,16 +282,14 @@ def test_one_and_two_ranks_give_the_same_scores(fresh, tmp_path):
     for count in (1, 2):
         url = str(tmp_path / f"ranks-{count}")
         shutil.copytree(Path(fresh) / "checkpoints", Path(url) / "checkpoints")
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-        command += ["-m", "trainer.evaluate", url, "--cpu_threads=1", "--contamination", "--rolling", "--tokens=1500"]
-        environment = os.environ | {"TORCHELASTIC_ERROR_FILE": os.devnull, "USD_PER_HOUR": "36"}
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        flags = [url, "--cpu_threads=1", "--contamination", "--rolling", "--tokens=1500"]
+        process = launching.start(count, *flags, module="trainer.evaluate", base=(), environment={"USD_PER_HOUR": "36"})
+        code, output = launching.finish(process)
+        assert code == 0, output
         documents = results.read_all(f"{url}/evaluations/step-00000000")
         found[count] = [(each["task"], each["scores"], each.get("answers")) for each in documents]
         assert {each["ranks"] for each in documents} == {count}
-        assert "accuracy_norm" in done.stdout
+        assert "accuracy_norm" in output
     assert len(found[1]) == 2
     assert found[1] == found[2]
     # What it cost is a stage of its own, beside the run's.

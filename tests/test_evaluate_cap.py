@@ -3,10 +3,10 @@ and can go on."""
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ import torch
 from core import config, storage
 from core.errors import CapReached, ConfigError
 from costs.read import read_run
-from tests import launching, models
+from tests import launching, models, warm
 from trainer import evaluate
 from trainer.evals import books, likelihood, results
 from trainer.evals.settings import EvaluateConfig
@@ -71,9 +71,7 @@ def test_all_ranks_leave_with_the_code_of_the_cap(run_url, tmp_path):
     environment |= {"SEGMENT_STARTED_AT": str(time.time() - 120), "EXIT_CODE_FILE": str(tmp_path / "code")}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    done = subprocess.run(
-        [*command, "-m", "trainer.evaluate", run_url, *TASK], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = warm.run([*command, "-m", "trainer.evaluate", run_url, *TASK], cwd=ROOT, env=environment)
     assert done.returncode == 1
     assert (tmp_path / "code").read_text() == "34\n"
     assert "evaluating has cost nearly the $1 of max_usd" in done.stderr
@@ -89,7 +87,7 @@ def test_asked_to_stop_it_leaves_with_33_and_keeps_what_it_found(tmp_path, vocab
     )
     environment = {**launching.no_ranks(), "EXIT_CODE_FILE": str(tmp_path / "code")}
     command = [sys.executable, "-m", "trainer.evaluate", run_url, "--tasks=perplexity", "--cpu_threads=1"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen(command, cwd=ROOT, env=environment, stderr=PIPE, text=True)
     folder = tmp_path / "run" / "evaluations"
     while not list(folder.glob("*/partial/*/*/*.jsonl")):
         assert process.poll() is None, process.stderr.read()

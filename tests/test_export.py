@@ -16,7 +16,7 @@ from core import ledger, storage
 from core.errors import ConfigError
 from core.journal import Journal
 from core.ledger import Ledger, Machine
-from tests import models
+from tests import models, warm
 from tests.patience import PATIENCE_SECONDS
 from trainer import export
 from trainer.checkpoint import layout
@@ -237,9 +237,7 @@ def call(hub: Hub, tmp_path: Path, module: str, *arguments: str) -> subprocess.C
     environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": "3"}
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
+    done = warm.run(command, cwd=REPOSITORY, env=environment, timeout=PATIENCE_SECONDS)
     assert "hf_secret" not in done.stdout + done.stderr
     return done
 

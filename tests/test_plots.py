@@ -2,7 +2,6 @@
 
 import json
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from core import history
 from core.errors import ConfigError, DataError
-from tests import launching
+from tests import launching, warm
 from trainer import plots
 
 
@@ -90,7 +89,7 @@ def test_figures_of_two_runs(run: Path, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     segment(tmp_path / "second", 1, 0.0, None, [], [step(1, 10.0, 5.0), step(2, 20.0, 4.0)])
     command = [sys.executable, "-m", "trainer.plots", str(run), str(tmp_path / "second"), f"--out={tmp_path}/plots"]
-    done = subprocess.run(command, cwd=launching.REPOSITORY, capture_output=True, text=True)
+    done = warm.run(command, cwd=launching.REPOSITORY)
     assert done.returncode == 0, done.stderr
     written = sorted(path.name for path in (tmp_path / "plots").iterdir())
     figures = ("hellaswag", "loss", "norms", "recipe", "speed")

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -20,7 +19,7 @@ import torch
 
 from core import vocabulary
 from core.vocabulary import GPT2_END_OF_TEXT
-from tests import checkpoints
+from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
@@ -293,12 +292,10 @@ def test_a_taken_port_is_told(folder, vocab_bpe):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = subprocess.run(
+        result = warm.run(
             [sys.executable, "-m", "trainer.serve", str(folder / "base"), f"--port={port}"],
             cwd=REPOSITORY,
             env={**os.environ, "VOCAB_URL": str(vocab_bpe)},
-            capture_output=True,
-            text=True,
         )
     assert result.returncode == 1
     assert f"error: cannot listen on 127.0.0.1:{port}: " in result.stderr

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests import corpus, launching
+from tests import corpus, launching, warm
 
 MODEL = ["--model.layers=2", "--model.heads=2", "--model.width=32", "--model.context=64"]
 BATCH = ["--batch.tokens=512", "--batch.micro_batch=2", "--optimizer.lr=1e-2", "--optimizer.warmup_steps=2"]
@@ -71,8 +71,8 @@ def write_rows(path: Path, rows: Sequence) -> str:
 
 
 def start_alone(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
-    """A program as one rank, without torchrun: quicker to start."""
-    return subprocess.Popen(
+    """A program as one rank, without torchrun and imports: quicker to start."""
+    return warm.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=launching.REPOSITORY,
         env={**os.environ, **(environment or {})},

@@ -1,0 +1,154 @@
+"""Programs of ours that start from a process which has imported torch already.
+
+`python -m trainer.train` spends three seconds of a core on imports before its first line, and the tests start it often.
+`warm.Popen` is subprocess.Popen, except that a server process forks instead of starting an interpreter: the child gets
+the arguments, environment, folder, session and pipes that a new interpreter would have had, and runs the module as
+`__main__`. Tests of starting itself (imports, signals at the first instant, torchrun) use subprocess.
+
+    python -m tests.warm FD     the server, on the socket with this number
+"""
+
+import atexit
+import ctypes
+import functools
+import gc
+import importlib
+import inspect
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+# The entries run anew in each child, as `__main__`; these are what they import.
+PRELOADED = """
+    torch torch.distributed torch.nn.parallel torch._dynamo torch._inductor.utils pyarrow.parquet tiktoken
+    trainer.segment trainer.stages.pretrain trainer.stages.finetune trainer.stages.dpo trainer.stages.distil
+    trainer.generation.engine trainer.evals.harness trainer.exchange.folder costs.command
+""".split()
+LONGEST_REQUEST = 1 << 20
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Popen(subprocess.Popen):
+    """`[sys.executable, "-m", module, *arguments]` or `[sys.executable, script, *arguments]`, warm on Linux."""
+
+    def _execute_child(self, *given, **named):
+        bound = inspect.signature(super()._execute_child).bind(*given, **named).arguments
+        command = [str(each) for each in bound["args"]]
+        if sys.platform != "linux" or command[0] != sys.executable:
+            return super()._execute_child(*given, **named)
+        request = {
+            "arguments": command[1:],
+            "folder": str(bound["cwd"] or os.getcwd()),
+            "environment": dict(os.environ if bound["env"] is None else bound["env"]),
+            "is_session": bound["start_new_session"],
+        }
+        streams = [bound[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        self.pid = _fork_in_server(request, [own if given == -1 else given for own, given in enumerate(streams)])
+        self._child_created = True
+        for descriptor in {each for each in streams if each > 2}:
+            os.close(descriptor)
+
+
+def run(command: list[str], **options) -> subprocess.CompletedProcess:
+    """subprocess.run with capture_output and text, by a warm process."""
+    timeout, text = options.pop("timeout", None), options.pop("input", None)
+    stdin = subprocess.DEVNULL if text is None else subprocess.PIPE
+    with Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            output, errors = process.communicate(text, timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def _fork_in_server(request: dict, streams: list[int]) -> int:
+    """The process number of a new child of ours: the server forks twice, and we adopt the orphan."""
+    server = _server(os.getpid())
+    _adopt_orphans(True)
+    try:
+        message = json.dumps(request).encode()
+        socket.send_fds(server, [len(message).to_bytes(4, "little")], streams)
+        server.sendall(message)
+        answer = server.recv(4)
+    finally:
+        _adopt_orphans(False)
+    if not answer:
+        raise RuntimeError("the warm process has ended; its error is above")
+    return int.from_bytes(answer, "little")
+
+
+def _adopt_orphans(is_wanted: bool) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(is_wanted), 0, 0, 0)
+
+
+@functools.cache
+def _server(owner: int) -> socket.socket:
+    """The socket of a running server; it ends when `owner`, the process that asks, does."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
+    process = subprocess.Popen(command, cwd=REPOSITORY, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)
+    return ours
+
+
+def serve(connection: socket.socket) -> list[str]:
+    """Fork for each request. Returns, in the child only, the arguments to run."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()
+    while True:
+        head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+        if not head:
+            os._exit(0)
+        length, message = int.from_bytes(head, "little"), b""
+        while len(message) < length:
+            message += connection.recv(LONGEST_REQUEST)
+        number, into = os.pipe()
+        if (between := os.fork()) == 0:
+            if (child := os.fork()) == 0:
+                connection.close()
+                return become(json.loads(message), streams)
+            os.write(into, child.to_bytes(4, "little"))
+            os._exit(0)
+        os.waitpid(between, 0)  # from here on the child is an orphan
+        connection.sendall(os.read(number, 4))
+        for descriptor in (number, into, *streams):
+            os.close(descriptor)
+
+
+def become(request: dict, streams: list[int]) -> list[str]:
+    if request["is_session"]:
+        os.setsid()
+    for own, given in enumerate(streams):
+        os.dup2(given, own)
+    os.closerange(3, 4096)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through="PYTHONUNBUFFERED" in os.environ)
+    return request["arguments"]
+
+
+def main() -> None:
+    arguments = serve(socket.socket(fileno=int(sys.argv[1])))
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        sys.path[0] = os.getcwd()
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
