@@ -36,6 +36,8 @@ PRETEND_PRICE = {"USD_PER_HOUR": "22.32", "PRICE_SOURCE": "pretended for the dem
 ENVIRONMENT = {"DATA_CACHE_DIR": str(FOLDER / "cache"), "CLOUD": "demo", "INSTANCE_TYPE": "this-machine"}
 
 LAST_STEPS = 20
+# Nats below what token frequencies alone give, so that perplexity is at least a fifth lower.
+MARGIN = 0.25
 
 console = Console(highlight=False)
 
@@ -168,7 +170,7 @@ def check_learning(unigrams: Unigrams) -> None:
     say(f"validation loss              {last['val_loss']:.2f} nats, frequencies alone {baseline:.2f}")
     if steps != list(range(1, steps[-1] + 1)):
         raise DemoFailed("a step is missing in the metrics")
-    if train_loss > unigrams.entropy - 0.4 or last["val_loss"] > baseline - 0.4:
+    if train_loss > unigrams.entropy - MARGIN or last["val_loss"] > baseline - MARGIN:
         raise DemoFailed("the model learned too little, see the losses above")
 
 
