@@ -9,7 +9,7 @@ import platform
 from datetime import date
 from typing import Any
 
-from core.run import program_versions
+from core.run.machine import program_versions
 
 
 def header(*packages: str) -> dict[str, Any]:

@@ -28,8 +28,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from core import journal, ledger, manifest, storage
+from core import manifest, storage
 from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
+from core.run import journal
+from core.run.folder import RunFolder
 from core.shard import shard_bytes
 from demo.processes import kill_tree
 from demo.s3_server import S3Server
@@ -71,7 +73,7 @@ def life(options: argparse.Namespace, segment: int, polite: bool) -> dict[str, f
     with tempfile.TemporaryDirectory() as cache:
         process = start(options, cache)
         deadline = time.monotonic() + PATIENCE_SECONDS
-        folder = storage.join(RUN, "ledger", ledger.segment_name(segment), "events")
+        folder = RunFolder(RUN).segment(segment).events
         while True:
             events = journal.read(folder)[0]
             marks = [event for event in events if event.get("name") == "first_step"]

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import record
-from core import history
+from core.run.reader import Detail, read_run
 
 CONFIGS = Path(__file__).parent.parent / "trainer" / "configs"
 
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace, preset: str, steps: int, seed: int, both: 
     done = subprocess.run([*command, "-m", "trainer.train", *flags, *both], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{preset}, seed {seed} failed:\n{done.stderr[-3000:]}")
-    measured = history.read(url)
+    measured = read_run(url, Detail.ALL)
     last = measured.points("eval")[-1].values
     seconds = sum(point.values["step_seconds"] for point in measured.points("train"))
     return {"val_loss": last["val_loss"], "tokens": last["tokens"], "train_seconds": seconds}

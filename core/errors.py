@@ -17,6 +17,8 @@ A message is one sentence that says what (with the value), where (file and key, 
 fix it. Entries print it without a traceback and exit non-zero (`core.console.run_entry`).
 """
 
+LONGEST_LINE = 500
+
 
 class LauncherError(Exception):
     """Base of all errors that are reported as one sentence."""
@@ -64,3 +66,8 @@ class TrainingError(LauncherError):
 
 class CapReached(LauncherError):
     """Nothing is wrong: the money that the cap allows is spent, and what was done is kept."""
+
+
+def one_line(error: BaseException, longest: int = LONGEST_LINE) -> str:
+    """Any exception as one line: its type and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:longest]

@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from core.run.machine import Price
+from core.run.model import Lost, Run, Segment
+from core.run.phases import REPORT_PHASES
 from costs import money
-from costs.cells import PHASES, Cell, Lost, booked, cells, lost_work
+from costs.cells import Cell, attribute, cells
 from costs.charts import Charts, charts
-from costs.model import Origin, Run, Segment, StorageUse
+from costs.model import Origin, Outside, StorageUse
 from costs.notes import notes, some
 from costs.spend import Spend
 from costs.units import Units, units
@@ -73,18 +76,22 @@ class Report:
 OnDemand = Callable[[str, str, str], float | None]
 
 
-def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None) -> Report:
-    """The report on a run, as of `now` (unix seconds), which decides whether its last machine still runs."""
-    lost = lost_work(run, now)
-    books = booked(run, lost)
-    parts = cells(run, books)
-    spend = Spend(run, books)
+def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: Outside | None = None) -> Report:
+    """The report on a run, as of `now` (unix seconds), which decides whether its last machine still runs.
+
+    `outside` is what other sources add to the ledger (costs.sources).
+    """
+    outside = outside or Outside()
+    lost = run.lost(now)
+    attributed = attribute(run, lost)
+    parts = cells(run, attributed, outside.times)
+    spend = Spend(run, attributed, outside.times)
     places = money.places_for(math.fsum(cell.usd for cell in parts if cell.usd is not None))
     [total] = table(parts, None, ["total"], places)
     used = {cell.phase for cell in parts}
     # These two lines stand even at zero: that nothing was lost or left over is worth reading.
     always = {"train_lost", "not_attributed"} if "train_kept" in used else {"not_attributed"}
-    order = [*(phase for phase in PHASES if phase in used | always), *sorted(used - set(PHASES))]
+    order = [*(phase for phase in REPORT_PHASES if phase in used | always), *sorted(used - set(REPORT_PHASES))]
     phases = table(parts, "phase", order, places, total.usd)
     numbers = [str(segment.number) for segment in run.segments]
     others = sorted({cell.segment for cell in parts} - set(numbers))
@@ -112,12 +119,13 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None) -> Report
             {line.name: line.seconds for line in phases},
             total.usd if total.complete else None,
             _on_demand_usd(parts, on_demand),
+            outside.times,
         ),
         charts=charts(run, spend),
         tags=tuple(sorted({tag for segment in run.segments for tag in segment.tags})),
-        origins=[*_origins(run), *run.origins],
-        storage=run.storage,
-        notes=[*run.problems, *notes(run)],
+        origins=[*_origins(run), *outside.origins],
+        storage=outside.storage,
+        notes=[*run.problems, *outside.notes, *notes(run)],
     )
 
 
@@ -129,7 +137,7 @@ def _on_demand_usd(parts: list[Cell], on_demand: OnDemand) -> float | None:
     for cell in parts:
         if cell.market == "spot" and cell.phase != "api":
             price = on_demand(cell.cloud, cell.region, cell.instance)
-            cost = None if price is None else cell.seconds / 3600 * price * cell.nodes
+            cost = None if price is None else Price(price * cell.nodes, "on demand").usd(cell.seconds)
         else:
             cost = cell.usd
         if cost is None:
@@ -142,10 +150,8 @@ def _origins(run: Run) -> list[Origin]:
     found = [Origin("time by phase", f"ledger of {len(run.segments)} segment{'s' * (len(run.segments) != 1)}")]
     prices: dict[str, list[str]] = {}
     for segment in run.segments:
-        if segment.machine.usd_per_hour is not None:
-            prices.setdefault(segment.machine.price_source or "ledger, without a source", []).append(
-                str(segment.number)
-            )
+        if segment.price:
+            prices.setdefault(segment.price.source, []).append(str(segment.number))
     return found + [Origin(f"price of segment {some(numbers)}", source) for source, numbers in prices.items()]
 
 
@@ -200,7 +206,7 @@ def _machine(segment: Segment) -> str:
 def _how_it_ended(run: Run, segment: Segment, now: float) -> str:
     if segment.end is not None:
         return {"cap": "stopped by its cap"}.get(str(segment.end.get("reason")), str(segment.end.get("reason")))
-    if not segment.slices:
+    if not segment.spans:
         return "no heartbeat"
     if segment is run.segments[-1] and segment.is_live(now):
         return "running"

@@ -10,21 +10,16 @@ no time: the machine's own time of asking is another phase.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-import numpy as np
+from core.run.machine import Price
+from core.run.model import Lost, Run, Segment, Span
+from costs.model import OutsideTime, Uptime
 
-from costs.model import Run, Segment, Slice, Stretch, Uptime
-
-PHASES = (
-    "provision image setup init prep finalize compile restore data_wait train_kept train_lost eval sample api "
-    "checkpoint idle idle_until_down not_attributed"
-).split()
-
-
-# The slices of each segment, by its number, with the phases of a report.
-Books = dict[int, list[Slice]]
+# The spans of each segment, by its number, with the phases of a report.
+Attributed = dict[int, list[Span]]
 
 
 @dataclass(frozen=True)
@@ -46,49 +41,13 @@ class Cell:
     price_source: str
 
 
-@dataclass(frozen=True)
-class Lost:
-    """What a segment did in vain: steps that were done again, and seconds of them and of its unfinished step."""
-
-    steps: int = 0
-    train_seconds: float = 0.0
-    wait_seconds: float = 0.0
-
-
-def cells(run: Run, books: Books) -> list[Cell]:
-    """All cells of a run; `books` as from `booked`."""
-    parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, books[segment.number])]
+def cells(run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ()) -> list[Cell]:
+    """All cells of a run and of its machines' time outside it; `attributed` as from `attribute`."""
+    parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, attributed[segment.number])]
     for segment, usd in paid_to_endpoints(run):
         cell = _cell(run, segment, "api", _day(segment.ended_at), 0.0, None)
         parts.append(replace(cell, usd=usd, price_source="budget of the run's settings"))
-    return parts + [cell for stretch in run.around for cell in _stretch_cells(run, stretch)]
-
-
-def lost_work(run: Run, now: float) -> dict[int, Lost]:
-    """By segment number. `now` tells whether the last segment may still finish its step."""
-    found = {}
-    boundary = math.inf
-    for segment in reversed(run.segments):
-        finished = segment.end is not None and segment.end.get("reason") == "finished"
-        running = segment is run.segments[-1] and segment.is_live(now)
-        found[segment.number] = _lost(segment, boundary, unfinished=not finished and not running)
-        restored = segment.restored_step
-        boundary = boundary if restored is None else min(boundary, restored)
-    return found
-
-
-def _lost(segment: Segment, boundary: float, unfinished: bool) -> Lost:
-    steps = segment.steps
-    again = np.asarray(steps.number) > boundary
-    lost = Lost(int(again.sum()), *(float(np.asarray(column)[again].sum()) for column in (steps.train, steps.wait)))
-    if not unfinished:
-        return lost
-    booked = {name: math.fsum(s.phases.get(name, 0.0) for s in segment.slices) for name in ("train", "data_wait")}
-    return Lost(
-        lost.steps,
-        lost.train_seconds + max(0.0, booked["train"] - float(np.sum(steps.train))),
-        lost.wait_seconds + max(0.0, booked["data_wait"] - float(np.sum(steps.wait))),
-    )
+    return parts + [cell for time in outside for cell in _outside_cells(run, time)]
 
 
 def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
@@ -104,36 +63,36 @@ def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
     return found
 
 
-def booked(run: Run, lost: dict[int, Lost]) -> Books:
-    """By segment number; `lost` as from `lost_work`."""
-    return {segment.number: _booked(segment, lost[segment.number]) for segment in run.segments}
+def attribute(run: Run, lost: dict[int, Lost]) -> Attributed:
+    """Split the ledger's phases into those of a report; `lost` as from `run.lost`."""
+    return {segment.number: _attribute(segment, lost[segment.number]) for segment in run.segments}
 
 
-def _booked(segment: Segment, lost: Lost) -> list[Slice]:
-    """The segment's slices with the phases of a report, newest first.
+def _attribute(segment: Segment, lost: Lost) -> list[Span]:
+    """The segment's spans with the phases of a report, newest first.
 
     Steps are in order, so what was lost is the last of the train time: it is taken off from the end.
     """
     left = {"train": lost.train_seconds, "data_wait": lost.wait_seconds}
-    slices = []
-    for stretch in reversed(segment.slices):
-        phases = {"not_attributed": max(0.0, stretch.seconds - math.fsum(stretch.phases.values()))}
-        for phase, seconds in stretch.phases.items():
-            if in_vain := min(seconds, left.get(phase, 0.0)):
-                left[phase] -= in_vain
-                phases["train_lost"] = phases.get("train_lost", 0.0) + in_vain
-            phases["train_kept" if phase == "train" else phase] = seconds - in_vain
-        slices.append(Slice(stretch.start, stretch.end, phases))
-    return slices
+    spans = []
+    for span in reversed(segment.spans):
+        phases = {"not_attributed": max(0.0, span.seconds - math.fsum(span.phases.values()))}
+        for phase, seconds in span.phases.items():
+            if again := min(seconds, left.get(phase, 0.0)):
+                left[phase] -= again
+                phases["train_lost"] = phases.get("train_lost", 0.0) + again
+            phases["train_kept" if phase == "train" else phase] = seconds - again
+        spans.append(Span(span.start, span.end, phases))
+    return spans
 
 
-def _segment_cells(run: Run, segment: Segment, book: list[Slice]) -> list[Cell]:
+def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
     sums: dict[tuple[str, str], float] = {}
-    for stretch in book:
-        day = _day(stretch.start)
-        for phase, seconds in stretch.phases.items():
+    for span in spans:
+        day = _day(span.start)
+        for phase, seconds in span.phases.items():
             sums[phase, day] = sums.get((phase, day), 0.0) + seconds
-    price = segment.machine.usd_per_hour
+    price = segment.price
     if not sums:  # a machine that left no heartbeat ran for an unknown time
         sums["not_attributed", _day(segment.started_at)], price = 0.0, None
     return [
@@ -143,17 +102,13 @@ def _segment_cells(run: Run, segment: Segment, book: list[Slice]) -> list[Cell]:
     ]
 
 
-def _stretch_cells(run: Run, stretch: Stretch) -> list[Cell]:
+def _outside_cells(run: Run, time: OutsideTime) -> list[Cell]:
     """Cut at midnight, UTC."""
-    uptime = stretch.uptime
-    price = uptime.usd_per_hour
-    if stretch.segment is not None and stretch.segment.machine.usd_per_hour is not None:
-        price = stretch.segment.machine.usd_per_hour  # one machine has one price
     found = []
-    start = stretch.start
-    while start < stretch.end:
-        end = min(stretch.end, (start // 86400 + 1) * 86400)
-        found.append(_cell(run, stretch.segment, stretch.phase, _day(start), end - start, price, uptime))
+    start = time.start
+    while start < time.end:
+        end = min(time.end, (start // 86400 + 1) * 86400)
+        found.append(_cell(run, time.segment, time.phase, _day(start), end - start, time.price, time.uptime))
         start = end
     return found
 
@@ -164,7 +119,7 @@ def _cell(
     phase: str,
     day: str,
     seconds: float,
-    price: float | None,
+    price: Price | None,
     uptime: Uptime | None = None,
 ) -> Cell:
     """What the segment does not say about its machine, the launcher's record may."""
@@ -177,7 +132,7 @@ def _cell(
     return Cell(
         phase=phase,
         seconds=seconds,
-        usd=None if price is None else seconds / 3600 * price,
+        usd=price and price.usd(seconds),
         segment=str(segment.number) if segment else f"– {uptime.cluster}",
         stage=run.stage or "?",
         day=day,

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from costs.model import Run
+from core.run.model import Run
 from costs.spend import Spend
-from costs.units import kept
 
 POINTS = 300
 
@@ -32,31 +31,19 @@ def charts(run: Run, spend: Spend) -> Charts:
     """Dollars over time by phase, loss over dollars, speed over time. Loss over dollars needs every price."""
     times = np.linspace(spend.start, spend.end, POINTS) if spend.end > spend.start else np.array([])
     by_phase = spend.by_phase(times) if len(times) else {}
-    points = [
-        (time, loss, speed, mfu)
-        for segment in run.segments
-        for time, loss, speed, mfu in zip(
-            segment.curve.time,
-            segment.curve.loss,
-            segment.curve.tokens_per_second,
-            segment.curve.mfu,
-            strict=True,
-        )
-    ]
-    points = _thin(points)
-    evals = kept(run, "evals")
-    with_loss = [(time, loss) for time, loss, _, _ in points if loss is not None] if spend.complete else []
-    with_eval = evals if spend.complete else []
+    points = _thin(run.points("train"))
+    with_loss = [point for point in points if point.values["loss"] is not None] if spend.complete else []
+    with_eval = run.points("eval") if spend.complete else []
     return Charts(
         spend_time=[float(time) for time in times],
         spend_usd={name: [float(usd) for usd in curve] for name, curve in by_phase.items()},
-        loss_usd=[float(usd) for usd in spend.at([time for time, _ in with_loss])],
-        loss=[loss for _, loss in with_loss],
-        val_usd=[float(usd) for usd in spend.at([each["time"] for each in with_eval])],
-        val_loss=[each["val_loss"] for each in with_eval],
-        speed_time=[time for time, _, _, _ in points],
-        tokens_per_second=[speed for _, _, speed, _ in points],
-        mfu=[mfu for _, _, _, mfu in points],
+        loss_usd=[float(usd) for usd in spend.at([point.time for point in with_loss])],
+        loss=[point.values["loss"] for point in with_loss],
+        val_usd=[float(usd) for usd in spend.at([point.time for point in with_eval])],
+        val_loss=[point.values["val_loss"] for point in with_eval],
+        speed_time=[point.time for point in points],
+        tokens_per_second=[point.values["tokens_per_second"] for point in points],
+        mfu=[point.values["mfu"] for point in points],
         starts=[segment.started_at for segment in run.segments if segment.started_at is not None],
         losses_of_machines=[s.ended_at for s in run.segments[:-1] if s.ended_at is not None],
     )

@@ -13,11 +13,12 @@ from rich.live import Live
 
 from core import urls
 from core.errors import ConfigError, LauncherError, RunError
-from costs import cache, discover, export, markdown, page, plots, sheets, terminal
+from core.run import cache
+from core.run.reader import read_run
+from costs import discover, export, markdown, page, sheets, terminal
 from costs.breakdown import Report, build
 from costs.prices import on_demand_price
-from costs.read import read_run
-from costs.sources import add_sources
+from costs.sources import ask_others
 
 log = logging.getLogger(__name__)
 WATCH_SECONDS = 15.0
@@ -49,24 +50,18 @@ def main(arguments: list[str]) -> None:
         return _put_many(reports, [sheets.overview(reports), sheets.overview_groups(reports)], form)
     if options.since or options.tag:
         raise ConfigError("--since and --tag choose among all runs; leave RUN_URL out, or leave them out")
-    html, plot = (
-        urls.local_path(text, flag) if text else None
-        for flag, text in (("--html", options.html), ("--plot", options.plot))
-    )
+    html = urls.local_path(options.html, "--html") if options.html else None
     if options.watch is not None:
         return _watch(options)
     report = _report(options.run_url, options)
     if html:
         html.write_text(page.as_html(report, time.time()), encoding="utf-8")
         log.info("wrote %s", html)
-    if plot:
-        for path in plots.save_all(report, plot):
-            log.info("wrote %s", path)
     if form == "markdown":
         sys.stdout.write(markdown.as_markdown(report))
     elif form:
         sys.stdout.write({"json": export.as_json, "csv": export.as_csv}[form]([report]))
-    elif not html and not plot:
+    elif not html:
         terminal.console().print(terminal.render(report))
 
 
@@ -79,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     for name in FORMS:
         form.add_argument(f"--{name}", action="store_true", help=f"print {name.upper()} instead of tables")
     parser.add_argument("--html", metavar="FILE", help="write one page that needs no network")
-    parser.add_argument("--plot", metavar="DIR", help="write the charts as PNG files (needs the extra `plot`)")
     parser.add_argument("--compare", nargs="+", metavar="RUN_URL", help="put runs side by side")
     parser.add_argument(
         "--watch", nargs="?", type=float, const=WATCH_SECONDS, metavar="SECONDS", help="follow a run that is running"
@@ -92,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(run_url: str, options: argparse.Namespace) -> Report:
-    run = read_run(run_url, None if options.no_cache else cache.path_for(run_url))
+    run = read_run(run_url, cache_file=None if options.no_cache else cache.path_for(run_url))
     now = time.time()
-    add_sources(run, os.environ, now, offline=options.offline)
-    return build(run, now, on_demand_price)
+    outside = ask_others(run, os.environ, now, offline=options.offline)
+    return build(run, now, on_demand_price, outside)
 
 
 def _all_reports(options: argparse.Namespace) -> list[Report]:

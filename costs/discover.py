@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping
 
 from core import bucket, storage
 from core.errors import ConfigError
-from core.run import NAME
+from core.run.folder import RunFolder
 from costs.model import StorageRates, StorageUse
 
 DEPTH = 3
-EVALUATIONS = "evaluations"  # trainer.evaluate
 # Folders of a run, of prepared data or of ours, which hold no runs: not worth a listing.
 _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 
@@ -35,25 +34,30 @@ def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
     What was measured on a run's weights afterwards has a ledger of its own, in a folder of the run.
     """
     names = storage.list_names(url)
-    if NAME in names or "ledger" in names:
+    folder = RunFolder(url)
+    if {_name(folder.description), _name(folder.ledger)} & set(names):
         yield url
-        if EVALUATIONS in names:
-            yield storage.join(url, EVALUATIONS)
+        if _name(folder.evaluations) in names:
+            yield folder.evaluations
     elif depth:
         for name in names:
             if "." not in name and name not in _NO_RUNS:
                 yield from find_runs(storage.join(url, name), depth - 1)
 
 
-def storage_use(run_url: str, environment: Mapping[str, str]) -> StorageUse:
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def storage_use(folder: RunFolder, environment: Mapping[str, str]) -> StorageUse:
     """Count the objects of a run: one listing."""
-    objects = storage.list_objects(run_url)
-    checkpoints = storage.join(run_url, "checkpoints") + "/"
+    objects = storage.list_objects(folder.url)
+    checkpoints = f"{folder.checkpoints}/"
     return StorageUse(
         len(objects),
         sum(each.size for each in objects),
         sum(each.size for each in objects if each.uri.startswith(checkpoints)),
-        rates_for(run_url, environment),
+        rates_for(folder.url, environment),
     )
 
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from core.console import quantity
+from core.run.phases import label
 from costs import money, svg
 from costs.breakdown import Report
-from costs.wording import label
 
 WIDTHS = {"wide": 720, "narrow": 350}
 HEIGHT = 280

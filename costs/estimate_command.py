@@ -8,11 +8,12 @@ import sys
 
 from core.console import quantity
 from core.errors import ConfigError
-from costs import cache, discover, markdown, money, prices, terminal, throughput
+from core.run import cache
+from core.run.reader import read_run
+from costs import discover, markdown, money, prices, terminal, throughput
 from costs import task as tasks
 from costs.advice import Change, best_change, describe, dominates
 from costs.forecast import Assumptions, Plan, Row, forecast, preparation_usd
-from costs.read import read_run
 from costs.sheets import Sheet
 
 ROWS_SHOWN = 20
@@ -80,7 +81,7 @@ def _assumptions(options: argparse.Namespace) -> Assumptions:
 def _measured(run_url: str | None) -> throughput.Measured | None:
     if run_url is None:
         return None
-    found = throughput.measure(read_run(run_url, cache.path_for(run_url)))
+    found = throughput.measure(read_run(run_url, cache_file=cache.path_for(run_url)))
     if found is None:
         raise ConfigError(f"--like {run_url}: no segment of this run has trained with metrics")
     return found

@@ -2,8 +2,8 @@
 
 import itertools
 
+from core.run.model import Run
 from costs import money
-from costs.model import Run
 
 # Machines seldom agree on the time to the second; below this, an overlap proves nothing.
 CLOCKS_AGREE_SECONDS = 2.0
@@ -19,7 +19,7 @@ def some(names: list[str]) -> str:
 
 
 def _price_notes(run: Run) -> list[str]:
-    unpriced = [str(segment.number) for segment in run.segments if segment.machine.usd_per_hour is None]
+    unpriced = [str(segment.number) for segment in run.segments if segment.price is None]
     if not unpriced:
         return []
     return [
@@ -52,7 +52,7 @@ def _time_notes(run: Run) -> list[str]:
             notes.append(
                 f"segment {segment.number}: its clock was set by {seconds:+.0f} s while it ran; no duration is touched"
             )
-    silent = [str(segment.number) for segment in run.segments if not segment.slices]
+    silent = [str(segment.number) for segment in run.segments if not segment.spans]
     if silent:
         notes.append(f"segment {some(silent)} left a start but no heartbeat: what that machine cost is not known")
     for before, after in itertools.pairwise(run.segments):

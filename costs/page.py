@@ -5,10 +5,12 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
+from core.run import phases
+from core.run.phases import label
 from costs import drawings, money
 from costs.breakdown import Report
 from costs.sheets import Sheet, sheets
-from costs.wording import headline, hellaswag_rows, label, notes
+from costs.wording import headline, hellaswag_rows, notes
 
 STYLE = Path(__file__).with_name("page.css")
 
@@ -36,7 +38,7 @@ def as_html(report: Report, now: float) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>Cost of {escape(report.run)}</title>'
-        f"<style>{STYLE.read_text(encoding='utf-8')}</style></head><body><main>\n"
+        f"<style>{phases.css()}{STYLE.read_text(encoding='utf-8')}</style></head><body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from core.run.phases import label
 from costs import money
 from costs.breakdown import Line, Report
-from costs.wording import clock, label, loss, steps, storage_rows, unit_rows
+from costs.wording import clock, loss, steps, storage_rows, unit_rows
 
 # Of more segments the first and the last ones; nobody reads a thousand rows.
 SEGMENTS_SHOWN = 40

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from core.errors import StorageError
+from core.run.model import Run, Segment
 from costs import aws, money, skypilot
 from costs.discover import storage_use
-from costs.model import Instance, Origin, Run, Segment, Uptime
+from costs.model import Instance, Origin, Outside, Uptime
 from costs.notes import some
 from costs.uptime import is_of, surroundings, with_cloud_times
 
@@ -19,7 +20,7 @@ Instances = Callable[[list[str], str], list[Instance]]
 SpotHistory = Callable[[str, str, str | None, float, float], list[tuple[float, float]]]
 
 
-def add_sources(
+def ask_others(
     run: Run,
     environment: Mapping[str, str],
     now: float,
@@ -29,42 +30,54 @@ def add_sources(
     jobs: Jobs = skypilot.jobs,
     spot_history: SpotHistory = aws.spot_history,
     bill: Callable[..., dict[str, float]] = aws.billed_usd,
-) -> None:
-    """Add to `run` what other sources know. `offline` asks the store alone."""
+) -> Outside:
+    """What other sources know of `run`. `offline` asks the store alone.
+
+    The prices of `run` become what was paid, where AWS's history of spot prices has it.
+    """
+    outside = Outside()
     try:
-        run.storage = storage_use(run.url, environment)
-        rates = run.storage.rates
-        run.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
+        outside.storage = storage_use(run.folder, environment)
+        rates = outside.storage.rates
+        outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
     except StorageError as error:
-        run.origins.append(Origin("storage", f"? ({error})"))
+        outside.origins.append(Origin("storage", f"? ({error})"))
     if offline:
-        run.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
-        return
-    _launcher(run, now, uptimes, instances, jobs)
-    _paid_spot_prices(run, spot_history)
-    _bill(run, environment, now, bill)
+        outside.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
+        return outside
+    _launcher(run, outside, now, uptimes, instances, jobs)
+    _paid_spot_prices(run, outside, spot_history)
+    _bill(run, outside, environment, now, bill)
+    return outside
 
 
-def _launcher(run: Run, now: float, uptimes: Callable[[], list[Uptime]], instances: Instances, jobs: Jobs) -> None:
+def _launcher(
+    run: Run,
+    outside: Outside,
+    now: float,
+    uptimes: Callable[[], list[Uptime]],
+    instances: Instances,
+    jobs: Jobs,
+) -> None:
     if not any(segment.launcher for segment in run.segments):
-        run.origins.append(Origin("launch, idle until down", "? (the run was not started by SkyPilot)"))
+        outside.origins.append(Origin("launch, idle until down", "? (the run was not started by SkyPilot)"))
         return
     try:
         records = [record for record in uptimes() if is_of(run.segments, record)]
     except skypilot.NotThere as error:
-        run.origins.append(Origin("launch, idle until down", f"? ({error})"))
+        outside.origins.append(Origin("launch, idle until down", f"? ({error})"))
         return
     source = skypilot.ORIGIN
     try:
         records = _with_instances(records, now, instances)
         source = ", ".join(sorted({record.origin for record in records})) or source
     except aws.NotThere as error:
-        run.origins.append(Origin("times of the instances themselves", f"? ({error})"))
+        outside.origins.append(Origin("times of the instances themselves", f"? ({error})"))
     around = surroundings(run.segments, records, now)
-    run.around = around.stretches
-    run.problems += around.notes
-    run.origins.append(Origin("launch, idle until down", source))
-    run.origins += _managed_jobs(run, jobs)
+    outside.times = around.stretches
+    outside.notes += around.notes
+    outside.origins.append(Origin("launch, idle until down", source))
+    outside.origins += _managed_jobs(run, jobs)
 
 
 def _managed_jobs(run: Run, jobs: Jobs) -> list[Origin]:
@@ -96,7 +109,7 @@ def _with_instances(records: list[Uptime], now: float, instances: Instances) -> 
     return with_cloud_times(records, found, now)
 
 
-def _paid_spot_prices(run: Run, spot_history: SpotHistory) -> None:
+def _paid_spot_prices(run: Run, outside: Outside, spot_history: SpotHistory) -> None:
     """What was paid for a spot machine is what AWS's history says, not what somebody expected at the launch.
 
     One question per zone and type. The first refusal ends the asking: what stops one stops all.
@@ -108,7 +121,7 @@ def _paid_spot_prices(run: Run, spot_history: SpotHistory) -> None:
         if machine.spot and (machine.cloud or "").lower() == "aws" and machine.zone and machine.instance_type:
             groups.setdefault((machine.zone, machine.instance_type, machine.region), []).append(segment)
     for (zone, instance_type, region), segments in groups.items():
-        used = [segment for segment in segments if segment.slices]
+        used = [segment for segment in segments if segment.spans]
         try:
             history = used and spot_history(
                 zone, instance_type, region, min(s.started_at for s in used), max(s.ended_at for s in used)
@@ -122,16 +135,18 @@ def _paid_spot_prices(run: Run, spot_history: SpotHistory) -> None:
                     segment.machine, usd_per_hour=price, price_source=f"{aws.PRICE_SOURCE}, {zone}"
                 )
         except aws.NotThere as error:
-            run.origins.append(Origin("paid spot prices", f"? ({error})"))
+            outside.origins.append(Origin("paid spot prices", f"? ({error})"))
             break
-    run.problems += [
+    outside.notes += [
         f"segment {some(numbers)}: AWS's price history has ${price} an hour, the ledger expected ${expected}; "
         "the history is used"
         for (price, expected), numbers in surprises.items()
     ]
 
 
-def _bill(run: Run, environment: Mapping[str, str], now: float, bill: Callable[..., dict[str, float]]) -> None:
+def _bill(
+    run: Run, outside: Outside, environment: Mapping[str, str], now: float, bill: Callable[..., dict[str, float]]
+) -> None:
     """COST_TAG=key=value names the cost allocation tag under which AWS bills this run."""
     key, separator, value = environment.get("COST_TAG", "").partition("=")
     starts = [segment.started_at for segment in run.segments if segment.started_at is not None]
@@ -140,10 +155,10 @@ def _bill(run: Run, environment: Mapping[str, str], now: float, bill: Callable[.
     try:
         by_service = bill(key, value, min(starts), _last(run.segments, now))
     except aws.NotThere as error:
-        run.origins.append(Origin("AWS bill", f"? ({error})"))
+        outside.origins.append(Origin("AWS bill", f"? ({error})"))
         return
     services = ", ".join(f"{name} {usd:,.2f}" for name, usd in sorted(by_service.items(), key=lambda item: -item[1]))
-    run.origins.append(
+    outside.origins.append(
         Origin("AWS bill", f"Cost Explorer, {key}={value}, whole days: ${sum(by_service.values()):,.2f} ({services})")
     )
 

@@ -4,31 +4,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from costs.cells import PHASES, Books, paid_to_endpoints
-from costs.model import Run
+from core.run.model import Run
+from core.run.phases import REPORT_PHASES
+from costs.cells import Attributed, paid_to_endpoints
+from costs.model import OutsideTime
 
 
 class Spend:
     """Cumulative dollars of a run by phase. Time without a known price counts as no dollars; `complete` says so."""
 
-    def __init__(self, run: Run, books: Books):
+    def __init__(self, run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ()):
         self.complete = True
         pieces: dict[str, list[tuple[float, float, float]]] = {}
         for segment in run.segments:
-            price = segment.machine.usd_per_hour
-            self.complete &= price is not None
-            for stretch in books[segment.number] if price else ():
-                for phase, seconds in stretch.phases.items():
+            self.complete &= segment.price is not None
+            for span in attributed[segment.number] if segment.price else ():
+                for phase, seconds in span.phases.items():
                     if seconds > 0:
-                        pieces.setdefault(phase, []).append((stretch.start, stretch.end, seconds / 3600 * price))
-        for stretch in run.around:
-            price = (stretch.segment and stretch.segment.machine.usd_per_hour) or stretch.uptime.usd_per_hour
-            self.complete &= price is not None
-            usd = (stretch.end - stretch.start) / 3600 * (price or 0.0)
-            pieces.setdefault(stretch.phase, []).append((stretch.start, stretch.end, usd))
+                        pieces.setdefault(phase, []).append((span.start, span.end, segment.price.usd(seconds)))
+        for time in outside:
+            self.complete &= time.price is not None
+            usd = time.price.usd(time.end - time.start) if time.price else 0.0
+            pieces.setdefault(time.phase, []).append((time.start, time.end, usd))
         for segment, usd in paid_to_endpoints(run):
             pieces.setdefault("api", []).append((segment.started_at, segment.ended_at, usd))
-        names = [*(p for p in PHASES if p in pieces), *sorted(set(pieces) - set(PHASES))]
+        names = [*(p for p in REPORT_PHASES if p in pieces), *sorted(set(pieces) - set(REPORT_PHASES))]
         self.curves = {name: _ramp(pieces[name]) for name in names}
         edges = [edge for phase in pieces.values() for start, end, _ in phase for edge in (start, end)]
         self.start, self.end = (min(edges), max(edges)) if edges else (0.0, 0.0)

@@ -5,11 +5,13 @@ GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † ar
 tokens/s or ms/step, not printed there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from core.gpus import peak_flops
-from costs.model import Run
+from core.run.model import Run
+from core.run.phases import PREPARATION_PHASES
 from costs.prices import Offer
 from costs.units import flops_per_token
 
@@ -112,15 +114,12 @@ def measure(run: Run) -> Measured | None:
     """From the newest segment that trained; None if no segment did."""
     for segment in reversed(run.segments):
         seconds, count = sum(segment.steps.train), len(segment.steps.number)
-        tokens = _tokens_of(segment.curve.step, segment.curve.tokens)
+        tokens = _tokens_of(segment.records("train"))
         if not seconds or not count or tokens is None:
             continue
-        booked: dict[str, float] = {}
-        for stretch in segment.slices:
-            for phase, spent in stretch.phases.items():
-                booked[phase] = booked.get(phase, 0.0) + spent
-        trained = booked.get("train", 0.0)
-        others = sum(booked.get(phase, 0.0) for phase in ("data_wait", "eval", "sample", "checkpoint"))
+        spent = segment.phase_seconds()
+        trained = spent.get("train", 0.0)
+        others = sum(spent.get(phase, 0.0) for phase in ("data_wait", "eval", "sample", "checkpoint"))
         return Measured(
             run=run.url,
             instance_type=segment.machine.instance_type,
@@ -128,13 +127,13 @@ def measure(run: Run) -> Measured | None:
             gpus=segment.gpus,
             tokens_per_second=tokens * count / seconds,
             flops_per_token=flops_per_token(run.config),
-            ready_seconds=sum(booked.get(phase, 0.0) for phase in ("setup", "init", "compile", "restore")),
+            ready_seconds=sum(spent.get(phase, 0.0) for phase in PREPARATION_PHASES),
             overhead_share=others / trained if trained else 0.0,
         )
     return None
 
 
-def _tokens_of(steps: Sequence[int], tokens: Sequence[float | None]) -> float | None:
+def _tokens_of(records: Sequence[Mapping[str, Any]]) -> float | None:
     """Tokens of one step."""
-    known = [(step, count) for step, count in zip(steps, tokens, strict=True) if count and step]
-    return known[-1][1] / known[-1][0] if known else None
+    known = [record for record in records if record["tokens"] and record["step"]]
+    return known[-1]["tokens"] / known[-1]["step"] if known else None

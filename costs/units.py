@@ -4,16 +4,17 @@ A unit cost is known only if every second of the run has a price; it is None oth
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from core import architecture
 from core.architecture import ModelConfig
 from core.config import from_dict
 from core.errors import LauncherError
-from costs.cells import Lost
-from costs.model import Run
+from core.run.model import Lost, Point, Run
+from core.run.phases import PREPARATION_PHASES
+from costs.model import OutsideTime
 from costs.spend import Spend
 
 # Validation losses people quote for GPT-2: tenths, and 3.28 (GPT-2 124M on FineWeb, llm.c discussion 481).
@@ -65,26 +66,28 @@ def units(
     seconds: Mapping[str, float],
     usd: float | None,
     usd_on_demand: float | None,
+    outside: Sequence[OutsideTime] = (),
 ) -> Units:
     """`seconds` by phase and `usd` of the whole run (None: not fully known); `usd_on_demand` of the same hours."""
-    evals = kept(run, "evals")
-    hellaswag = kept(run, "hellaswag")
-    tokens = final(run, "tokens")
+    evals = run.points("eval")
+    hellaswag = run.points("hellaswag")
+    train = run.points("train")
+    tokens = newest(train, "tokens")
     flops = flops_per_token(run.config)
     whole = math.fsum(seconds.values())
     trained = seconds.get("train_kept", 0.0)
-    gpu_hours = _gpu_hours(run)
-    drop = evals[0]["val_loss"] - evals[-1]["val_loss"] if len(evals) > 1 else 0.0
+    gpu_hours = _gpu_hours(run, outside)
+    drop = evals[0].values["val_loss"] - evals[-1].values["val_loss"] if len(evals) > 1 else 0.0
     speed = tokens / trained if tokens and trained else None
     hour_tokens = tokens / whole * 3600 if tokens and whole else None
     restarts = len(run.segments) - 1
     return Units(
-        last_step=max((segment.steps.number[-1] for segment in run.segments if segment.steps.number), default=None),
+        last_step=run.last_step,
         tokens=tokens,
-        train_loss=final(run, "loss"),
-        val_loss=evals[-1]["val_loss"] if evals else None,
-        hellaswag=hellaswag[-1]["accuracy"] if hellaswag else None,
-        hellaswag_norm=hellaswag[-1]["accuracy_norm"] if hellaswag else None,
+        train_loss=newest(train, "loss"),
+        val_loss=evals[-1].values["val_loss"] if evals else None,
+        hellaswag=hellaswag[-1].values["accuracy"] if hellaswag else None,
+        hellaswag_norm=hellaswag[-1].values["accuracy_norm"] if hellaswag else None,
         usd_per_billion_tokens=_ratio(usd, tokens, 1e9),
         usd_per_exaflop=_ratio(usd, tokens * flops if tokens and flops else None, 1e18),
         usd_per_loss_point=_ratio(usd, drop if drop > 0 else None),
@@ -97,7 +100,7 @@ def units(
         usd_per_restart=_usd_per_restart(run, lost, restarts),
         usd_on_demand=usd_on_demand,
         usd_saved=None if usd is None or usd_on_demand is None else usd_on_demand - usd,
-        hour_more_usd=_newest_price(run) if hour_tokens else None,
+        hour_more_usd=run.segments[-1].machine.usd_per_hour if hour_tokens else None,
         hour_more_tokens=hour_tokens,
         hour_more_val_loss=_loss_after(evals, hour_tokens),
         usd_to_val_loss=levels(evals, spend),
@@ -112,39 +115,24 @@ def flops_per_token(config: Mapping[str, Any]) -> float | None:
         return None
 
 
-def final(run: Run, column: str) -> float | None:
-    """The newest known value of a training metric; of a step that was done twice, the later one's."""
-    for segment in reversed(run.segments):
-        for value in reversed(getattr(segment.curve, column)):
-            if value is not None:
-                return value
-    return None
+def newest(points: Sequence[Point], name: str) -> float | None:
+    """The newest known value of a metric."""
+    return next((value for point in reversed(points) if (value := point.values[name]) is not None), None)
 
 
-def kept(run: Run, measured: Literal["evals", "hellaswag"]) -> list[dict[str, Any]]:
-    """What was measured, in order of step, without that of steps that were done again."""
-    found: list[dict[str, Any]] = []
-    boundary = math.inf
-    for segment in reversed(run.segments):
-        found = [each for each in getattr(segment, measured) if each["step"] <= boundary] + found
-        if segment.restored_step is not None:
-            boundary = min(boundary, segment.restored_step)
-    return found
-
-
-def levels(evals: list[dict[str, Any]], spend: Spend) -> list[Level]:
+def levels(evals: Sequence[Point], spend: Spend) -> list[Level]:
     """The dollars at which each quoted loss was first reached; the lowest ones, at most LEVELS_SHOWN."""
     if not evals:
         return []
-    best = min(each["val_loss"] for each in evals)
+    best = min(each.values["val_loss"] for each in evals)
     lowest = math.ceil(best * 10 - 1e-9)
-    tenths = [tenth / 10 for tenth in range(lowest, max(lowest, math.ceil(evals[0]["val_loss"] * 10)))]
-    wanted = sorted({*tenths, *(level for level in QUOTED_LEVELS if best <= level < evals[0]["val_loss"])})
+    tenths = [tenth / 10 for tenth in range(lowest, max(lowest, math.ceil(evals[0].values["val_loss"] * 10)))]
+    wanted = sorted({*tenths, *(level for level in QUOTED_LEVELS if best <= level < evals[0].values["val_loss"])})
     reached = []
     for level in wanted[:LEVELS_SHOWN][::-1]:
-        first = next(each for each in evals if each["val_loss"] <= level + 1e-9)
-        usd = float(spend.at([first["time"]])[0]) if spend.complete else None
-        reached.append(Level(level, first["step"], usd))
+        first = next(each for each in evals if each.values["val_loss"] <= level + 1e-9)
+        usd = float(spend.at([first.time])[0]) if spend.complete else None
+        reached.append(Level(level, first.step, usd))
     return reached
 
 
@@ -152,17 +140,17 @@ def _ratio(usd: float | None, amount: float | None, per: float = 1.0) -> float |
     return None if usd is None or not amount else usd / amount * per
 
 
-def _gpu_hours(run: Run) -> float | None:
+def _gpu_hours(run: Run, outside: Sequence[OutsideTime]) -> float | None:
     """None if any segment does not know its GPUs, as on a CPU."""
     if not run.segments or not all(segment.gpus for segment in run.segments):
         return None
-    inside = sum((s.ended_at - s.started_at) * s.gpus for s in run.segments if s.slices)
-    around = sum((each.end - each.start) * (each.segment.gpus if each.segment else 0) for each in run.around)
-    return (inside + around) / 3600
+    inside = sum(segment.seconds * segment.gpus for segment in run.segments)
+    others = sum((each.end - each.start) * (each.segment.gpus if each.segment else 0) for each in outside)
+    return (inside + others) / 3600
 
 
 def _mean_mfu(run: Run) -> float | None:
-    known = [value for segment in run.segments for value in segment.curve.mfu if value is not None]
+    known = [mfu for segment in run.segments for each in segment.records("train") if (mfu := each["mfu"]) is not None]
     return math.fsum(known) / len(known) if known else None
 
 
@@ -172,26 +160,21 @@ def _usd_per_restart(run: Run, lost: Mapping[int, Lost], restarts: int) -> float
         return None
     usd = 0.0
     for segment in run.segments:
-        price = segment.machine.usd_per_hour
-        if price is None:
+        if segment.price is None:
             return None
-        seconds = lost[segment.number].train_seconds + lost[segment.number].wait_seconds
+        seconds = lost[segment.number].seconds
         if segment is not run.segments[0]:
-            ready = ("setup", "init", "compile", "restore")
-            seconds += math.fsum(stretch.phases.get(phase, 0.0) for stretch in segment.slices for phase in ready)
-        usd += seconds / 3600 * price
+            spent = segment.phase_seconds()
+            seconds += math.fsum(spent.get(phase, 0.0) for phase in PREPARATION_PHASES)
+        usd += segment.price.usd(seconds)
     return usd / restarts
 
 
-def _newest_price(run: Run) -> float | None:
-    return run.segments[-1].machine.usd_per_hour
-
-
-def _loss_after(evals: list[dict[str, Any]], more_tokens: float | None) -> float | None:
+def _loss_after(evals: Sequence[Point], more_tokens: float | None) -> float | None:
     """An estimate: the straight line through the last two validation losses, over the logarithm of tokens."""
     if len(evals) < 2 or not more_tokens:
         return None
-    (before, now) = evals[-2:]
+    before, now = (each.values for each in evals[-2:])
     if not before["tokens"] or not now["tokens"] or now["tokens"] <= before["tokens"]:
         return None
     slope = (now["val_loss"] - before["val_loss"]) / math.log(now["tokens"] / before["tokens"])

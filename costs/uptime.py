@@ -8,8 +8,9 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from core.run.model import Segment
 from costs import money
-from costs.model import Instance, Segment, Stretch, Uptime
+from costs.model import Instance, OutsideTime, Uptime
 
 # A launcher polls: it notices up to this much later that a machine is gone, which is not billed.
 NOTICED_LATE_SECONDS = 120.0
@@ -18,7 +19,7 @@ FAILED_LAUNCH_BEFORE_SECONDS = 3600.0
 
 @dataclass
 class Surroundings:
-    stretches: list[Stretch] = field(default_factory=list)
+    stretches: list[OutsideTime] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -33,14 +34,13 @@ def surroundings(segments: list[Segment], uptimes: Iterable[Uptime], now: float)
         if inside:
             _around_segments(around, uptime, end, inside, now)
         elif uptime.was_up:
-            around.stretches.append(Stretch("provision", uptime.start, end, uptime))
+            around.stretches.append(OutsideTime("provision", uptime.start, end, uptime))
             around.notes.append(
                 f"{uptime.origin}: {uptime.cluster} was up for {money.duration(end - uptime.start)} and never got to "
                 "the point of writing a ledger; its time is booked as provision"
             )
         else:
-            price = uptime.usd_per_hour
-            most = None if price is None else (end - uptime.start) / 3600 * price
+            most = uptime.price and uptime.price.usd(end - uptime.start)
             around.notes.append(
                 f"{uptime.origin}: a launch of {uptime.cluster} failed after {money.duration(end - uptime.start)} "
                 f"without a machine that is known of; nothing is counted for it (at most ${money.text(most)})"
@@ -95,22 +95,22 @@ def _same_machine(segment: Segment, uptime: Uptime) -> bool:
 def _around_segments(around: Surroundings, uptime: Uptime, end: float, inside: list[Segment], now: float) -> None:
     first, last = inside[0], max(inside, key=lambda segment: segment.ended_at)
     if first.started_at > uptime.start:
-        around.stretches.append(Stretch("provision", uptime.start, first.started_at, uptime, first))
+        around.stretches.append(OutsideTime("provision", uptime.start, first.started_at, uptime, first))
     reached = first.ended_at
     for before, after in itertools.pairwise(inside):
         if after.started_at > reached:
-            around.stretches.append(Stretch("idle", reached, after.started_at, uptime, before))
+            around.stretches.append(OutsideTime("idle", reached, after.started_at, uptime, before))
         reached = max(reached, after.ended_at)
     rest = end - reached
     if rest <= 0 or last.is_live(now):
         return
     if last.end is None and uptime.end is not None and rest <= NOTICED_LATE_SECONDS:
         if uptime.exact:  # killed between a heartbeat and the next
-            around.stretches.append(Stretch("not_attributed", reached, end, uptime, last))
+            around.stretches.append(OutsideTime("not_attributed", reached, end, uptime, last))
             return
         around.notes.append(
             f"segment {last.number}: {uptime.origin} has its machine up for {money.duration(rest)} after its last "
             "heartbeat; taken for the delay in noticing that it was gone, not counted"
         )
     else:
-        around.stretches.append(Stretch("idle_until_down", reached, end, uptime, last))
+        around.stretches.append(OutsideTime("idle_until_down", reached, end, uptime, last))

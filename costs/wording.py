@@ -10,11 +10,6 @@ from costs.units import Units
 NOTES_SHOWN = 20
 
 
-def label(name: str) -> str:
-    """train_lost → "train lost"."""
-    return name.replace("_", " ")
-
-
 def clock(time: float | None) -> str:
     return "?" if time is None else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S}"
 

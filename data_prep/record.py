@@ -1,15 +1,16 @@
 """The ledger of a preparation: where this node's time goes, for the cost report. Kept if RUN_URL is set.
 
-Every node books a segment of its own, at its share of the price of all nodes, because each starts and ends by itself.
+Every node opens a segment of its own, at its share of the price of all nodes, because each starts and ends for itself.
 The phases: `init` (imports, the plan), `prep` (documents to shards) and `finalize`.
 """
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
-from core import ledger, run, stop
+from core import stop
+from core.run.folder import RunFolder
+from core.run.segment import Opening, open_segment
 from core.schema_prep import PrepConfig
 
 Switch = Callable[[str], None]
@@ -22,22 +23,13 @@ def opened(config: PrepConfig, environment: Mapping[str, str] = os.environ) -> I
     if not run_url:
         yield lambda phase: None
         return
-    together = run.machine_from_environment(None, 0, environment)
-    price = together.usd_per_hour
-    machine = replace(together, nodes=1, usd_per_hour=price and price / together.nodes)
-    program = run.program_versions(("numpy", "pyarrow", "gigatoken", "tiktoken")) | {
-        "stage": "prep",
-        "command": "data_prep.prepare",
-        "node": config.node_rank,
-    }
-    book = ledger.Ledger(run_url, machine, program, run.segment_started_at(), run.process_started_at())
-    stop.on_leaving(lambda: book.close("preempted"))
-    reason = "failed"
-    try:
-        yield book.switch
-        reason = "finished"
-    except KeyboardInterrupt:
-        reason = "interrupted"
-        raise
-    finally:
-        book.close(reason)
+    opening = Opening(
+        stage="prep",
+        config={},
+        packages=("numpy", "pyarrow", "gigatoken", "tiktoken"),
+        program={"command": "data_prep.prepare", "node": config.node_rank},
+        is_per_node=True,
+    )
+    with open_segment(RunFolder(run_url), opening, environment=environment) as segment:
+        stop.on_leaving(lambda: segment.close("preempted"))
+        yield segment.switch

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from core import history, manifest, storage
+from core import manifest, storage
+from core.run.reader import Detail, read_run
 from core.shard import HEADER_BYTES
 from demo import speeches
 from demo.processes import kill_tree, start
@@ -161,7 +162,7 @@ def tokens_of(split: str) -> np.ndarray:
 
 def check_learning(unigrams: Unigrams) -> None:
     """Compare with the frequencies: the last steps' training loss (tokens seen for the first time) and validation."""
-    measured = history.read(RUN_URL)
+    measured = read_run(RUN_URL, Detail.ALL)
     steps = [point.step for point in measured.points("train")]
     train_loss = float(np.mean([point.values["loss"] for point in measured.points("train")[-LAST_STEPS:]]))
     last = measured.points("eval")[-1].values

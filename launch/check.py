@@ -13,7 +13,7 @@ from typing import Any
 
 from core import bucket, environment, secrets, storage
 from core.console import run_entry
-from core.errors import ConfigError, LauncherError
+from core.errors import ConfigError, LauncherError, one_line
 from launch import registry, work
 from launch.left import lambda_get
 from launch.skypilot import find_sky
@@ -89,7 +89,7 @@ def findings(check: Check, task: dict[str, Any], settings: Mapping[str, str]) ->
         yield Finding("x", secrets.scrub(str(error)))
     except Exception as error:  # what a cloud's library raises without credentials, rights or network
         name = check.__name__.removeprefix("check_").replace("_", " ")
-        said = secrets.scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:160]
+        said = secrets.scrub(one_line(error))[:160]
         yield Finding("?", f"{name}: could not be asked ({said})")
 
 

@@ -11,9 +11,11 @@ import re
 import subprocess
 import sys
 
-from core import environment, journal, storage
+from core import environment, storage
 from core.console import run_entry
 from core.errors import ConfigError, ObjectNotFound
+from core.run import journal
+from core.run.folder import RunFolder
 from launch import skypilot
 from launch.task import is_managed, read_task, settings_of
 from launch.work import run_of
@@ -65,12 +67,13 @@ def _of_cluster(name: str, elsewhere: str) -> list[str]:
 
 def show_stored(url: str) -> int:
     """Print the logs of a run, by its URL, in order of attempts. Raises ObjectNotFound when there are none."""
-    attempts = sorted(storage.list_names(storage.join(url, "logs")))
+    folder = RunFolder(url).logs
+    attempts = sorted(storage.list_names(folder))
     if not attempts:
-        raise ObjectNotFound(f"{storage.join(url, 'logs')}: no machine has written output yet; check RUN and BUCKET")
+        raise ObjectNotFound(f"{folder}: no machine has written output yet; check RUN and BUCKET")
     for attempt in attempts:
         print(f"--- {attempt}")
-        events, problems = journal.read(storage.join(url, "logs", attempt))
+        events, problems = journal.read(storage.join(folder, attempt))
         for event in events:
             stamp = f"{datetime.datetime.fromtimestamp(event['time'], datetime.UTC):%H:%M:%S} "
             print(event["line"] if _TIMED.match(event["line"]) else stamp + event["line"])

@@ -74,7 +74,7 @@ def describe(
     metadata: Callable[[str], str | None] | None = None,
     spot_price: Callable[[str, str, str], float | None] | None = None,
 ) -> dict[str, str]:
-    """The variables of core.run.machine_from_environment. What is set already wins."""
+    """The variables of core.run.machine.machine_from_environment. What is set already wins."""
     try:
         cluster = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
     except ValueError:

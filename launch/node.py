@@ -36,7 +36,8 @@ from pathlib import Path
 from core import storage
 from core.console import BAD_NODE, FAILED, OK, PREEMPTED, run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
-from core.journal import Journal
+from core.run.folder import RunFolder
+from core.run.journal import Journal
 from launch import machine, network, preflight
 from launch.supervise import Child, Outcome, kill_descendants
 
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> int:
     run_url = environment["RUN_URL"]
     # Two machines may begin in the same second.
     attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-node-{rank:03d}-{secrets.token_hex(4)}"
-    output = Journal(storage.join(run_url, "logs", attempt), LOG_FLUSH_SECONDS)
+    output = Journal(storage.join(RunFolder(run_url).logs, attempt), LOG_FLUSH_SECONDS)
     stop.on_leaving(output.close)
     ours = Keep(output)
     logging.getLogger().addHandler(ours)
@@ -110,7 +111,7 @@ def job(
         report = preflight.run(environment, found)
         stop.hold_if_leaving()
         storage.write_bytes(
-            storage.join(environment["RUN_URL"], "preflight", f"{attempt}.json"),
+            storage.join(RunFolder(environment["RUN_URL"]).preflight, f"{attempt}.json"),
             (json.dumps(report.to_dict(), indent=1) + "\n").encode(),
         )
         if report.problems:
@@ -162,7 +163,7 @@ def refuse(run_url: str, attempt: str, problems: list[str]) -> int:
     stop.hold_if_leaving()
     for problem in problems:
         log.error("this node is refused: %s", problem)
-    folder = storage.join(run_url, "refused")
+    folder = RunFolder(run_url).refusals
     day_ago = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() - 86400))
     recent = [name for name in storage.list_names(folder) if name >= day_ago]
     document = {"time": time.time(), "problems": problems}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from core import bucket, config
 from core.errors import ConfigError
-from core.run import positive
+from core.run.machine import positive
 from core.schema import RunConfig
 from launch import network, node
 

@@ -26,6 +26,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from core import stop, storage
+from core.run.folder import RunFolder
 from costs import prices
 from launch import network
 from launch.machine import Gpu, is_a
@@ -154,7 +155,7 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
 
 def bucket_speed(run_url: str) -> dict[str, float]:
     """Write, read and delete one probe object. Raises StorageError, which names the remedy."""
-    uri = storage.join(run_url, "preflight", f"probe-{os.urandom(8).hex()}")
+    uri = storage.join(RunFolder(run_url).preflight, f"probe-{os.urandom(8).hex()}")
     data = os.urandom(PROBE_BYTES)
     started = time.monotonic()
     storage.write_bytes(uri, data)

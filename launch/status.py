@@ -6,13 +6,12 @@ python -m launch.status [RUN_URL]
 
 import os
 import subprocess
-import sys
 
-from core import environment, storage
+from core import environment
 from core.console import run_entry
 from core.errors import LauncherError
-from core.ledger import FOLDER, segment_numbers
-from core.spending import spent_before
+from core.run.folder import RunFolder
+from core.run.reader import Detail, read_run
 from launch.left import look, project_tasks
 from launch.skypilot import find_sky
 from launch.work import run_of
@@ -34,9 +33,10 @@ def main(arguments: list[str]) -> int:
 def _spent(run_url: str) -> str:
     """A line about the run's dollars. A run that is not there has not cost $0.00: its name may be wrong."""
     try:
-        if not segment_numbers(run_url):
-            return f"{storage.join(run_url, FOLDER)}: no run here yet; check RUN and BUCKET"
-        usd = spent_before(run_url, sys.maxsize)
+        folder = RunFolder(run_url)
+        if not folder.segment_numbers():
+            return f"{folder.ledger}: no run here yet; check RUN and BUCKET"
+        usd = read_run(run_url, Detail.MONEY).usd
     except LauncherError as error:
         return str(error)
     return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py says on what)"

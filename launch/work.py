@@ -10,7 +10,7 @@ from typing import Any
 from core import bucket, config, manifest, sets, storage
 from core.architecture import ModelConfig
 from core.errors import DataError, LauncherError
-from core.run import read_run
+from core.run.folder import RunFolder, read_description
 from core.schema import DataConfig, TrainConfig
 from core.schema_tuning import FinetuneConfig
 from costs.task import public_model
@@ -50,7 +50,7 @@ def _start(start: str) -> Iterator[Finding]:
     """Weights that are there; of a public name nothing is asked."""
     if "://" not in start:
         return
-    steps = storage.list_names(start if "/checkpoints/" in start else storage.join(start, "checkpoints"))
+    steps = storage.list_names(start if "/checkpoints/" in start else RunFolder(start).checkpoints)
     if steps:
         yield Finding("ok", f"start: {start} has weights")
     else:
@@ -106,7 +106,7 @@ def _as_training(tuned: FinetuneConfig) -> TrainConfig:
     start = tuned.finetune.start.partition("/checkpoints/")[0]
     model = public_model(start) or ModelConfig()
     if "://" in start:
-        model = config.from_dict(ModelConfig, read_run(start)["config"]["model"], start)
+        model = config.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
     kept = {name: getattr(tuned, name) for name in ("run", "batch", "optimizer", "train", "checkpoint")}
     return TrainConfig(data=DataConfig(url=tuned.data.url or start), model=model, **kept)
 

@@ -31,7 +31,9 @@ from pathlib import Path
 
 import torch
 
-from core import journal, ledger, storage
+from core import storage
+from core.run import journal
+from core.run.folder import RunFolder
 from demo.processes import descendants, kill_tree
 from demo.s3_server import S3Server
 from tests import corpus, launching
@@ -159,10 +161,10 @@ def measured(run_url: str, report: dict, lives: list[tuple[float, float]]) -> di
 def starts_and_saves(run_url: str) -> tuple[dict[float, float], list[dict]]:
     """Seconds to the first step of each segment that reached it, by when it began; and the marks of all checkpoints."""
     starts, saves = {}, []
-    for number in ledger.segment_numbers(run_url):
-        folder = storage.join(run_url, ledger.FOLDER, ledger.segment_name(number))
+    for number in RunFolder(run_url).segment_numbers():
+        folder = RunFolder(run_url).segment(number)
         start = json.loads(storage.read_bytes(storage.join(folder, "start.jsonl")))
-        events, _ = journal.read(storage.join(folder, "events"))
+        events, _ = journal.read(folder.events)
         for mark in (event for event in events if event["event"] == "mark"):
             if mark["name"] == "first_step":
                 starts[start["time"]] = mark["time"] - mark["step_seconds"] - start["time"]

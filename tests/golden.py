@@ -21,7 +21,7 @@ def mark(name: str, **details: Any) -> dict[str, Any]:
     return {"event": "mark", "time": NOON, "name": name, **details}
 
 
-class RunFolder:
+class GoldenRun:
     """Writes the objects of one run below `path`."""
 
     def __init__(self, path: Path, config: dict[str, Any] | None = None):
@@ -51,12 +51,12 @@ class RunFolder:
         self.write(f"metrics/segment-{number:06d}/00000000-{len(events) - 1:08d}.jsonl", lines(*events))
 
 
-def preempted_and_resumed(path: Path) -> RunFolder:
+def preempted_and_resumed(path: Path) -> GoldenRun:
     """Two machines. The first, at a cent a second, is killed after step 10 and 7 s of step 11.
 
     The second, at half a cent, continues from step 5, loses 9.4 s of timeline and finishes at step 12.
     """
-    run = RunFolder(path)
+    run = GoldenRun(path)
     steps = [[step, 20.0, 1.0] for step in range(1, 11)]
     run.segment(
         1,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from safetensors import numpy as safetensors
 
-from core import journal, storage
+from core import storage
+from core.run import journal
 from demo.processes import kill_tree
 from tests import warm
 from tests.patience import PATIENCE_SECONDS

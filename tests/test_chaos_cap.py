@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core import ledger, storage
+from core import storage
 from core.console import CAPPED
 from tests import corpus, launching, sky_tasks
 
@@ -22,7 +22,7 @@ MACHINE = {"CLOUD": "aws", "REGION": "us-east-1", "INSTANCE_TYPE": "p4d.24xlarge
 STEPS = 1_000_000
 
 
-def life(run_url: str, data_url: str, max_usd: float, seconds: float, code_file: Path, begins=ledger.FOLDER) -> float:
+def life(run_url: str, data_url: str, max_usd: float, seconds: float, code_file: Path, begins="ledger") -> float:
     """A machine that is taken away so many seconds after it has opened its books (or has first written to another
     folder of the run). Returns how long it was paid."""
     flags = [f"--data.url={data_url}", f"--run.url={run_url}", f"--train.steps={STEPS}", "--train.log_every=50"]
@@ -60,7 +60,7 @@ def test_many_machines_together_never_cost_more_than_the_cap(s3, tmp_path, vocab
     max_usd = GENEROUS_USD
     while not code_file.exists():
         # Every other machine gets so far as to train.
-        begins = "metrics" if len(paid) % 2 else ledger.FOLDER
+        begins = "metrics" if len(paid) % 2 else "ledger"
         paid.append(life(run_url, data_url, max_usd, choose.uniform(2.0, 12.0), code_file, begins))
         if len(paid) == KILLED_FIRST:  # however fast this computer is, the cap is two or three machines away
             max_usd = 1.6 * usd(paid)

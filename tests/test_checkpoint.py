@@ -7,7 +7,9 @@ import torch
 
 from core import storage
 from core.errors import CheckpointError
-from core.ledger import Ledger, Machine
+from core.run.folder import RunFolder
+from core.run.ledger import Ledger
+from core.run.machine import Machine
 from core.schema import CheckpointConfig, ModelConfig, OptimizerConfig
 from trainer.checkpoint import layout, pieces
 from trainer.checkpoint.load import load_newest
@@ -171,7 +173,7 @@ def test_leftovers_of_dead_segments_go_and_newer_ones_stay(tmp_path, ranks):
 
 def test_a_machine_that_was_replaced_does_not_complete_its_checkpoint(tmp_path, ranks):
     run_url = str(tmp_path)
-    old, new = (Ledger(run_url, Machine(), {}) for _ in range(2))
+    old, new = (Ledger(RunFolder(run_url), Machine(), {}) for _ in range(2))
     _, optimizer = trained(1, 1)
     zombie = saver(run_url, ranks, optimizer, old.segment)
     zombie.begin(7, {"step": 7})

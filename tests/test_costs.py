@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from core.errors import RunError
+from core.run.phases import label
+from core.run.reader import read_run
 from costs import export, terminal
 from costs.breakdown import Report, build
-from costs.read import read_run
-from costs.wording import label
 from tests.conftest import REPOSITORY
-from tests.golden import NOON, RunFolder, lines, mark, preempted_and_resumed, span
+from tests.golden import NOON, GoldenRun, lines, mark, preempted_and_resumed, span
 from tests.patience import PATIENCE_SECONDS
 
 LATER = NOON + 86400
 
 
-def report_on(run: RunFolder, now: float = LATER) -> Report:
+def report_on(run: GoldenRun, now: float = LATER) -> Report:
     return build(read_run(run.url), now)
 
 
@@ -67,7 +67,7 @@ def test_every_table_adds_up_to_the_total_as_printed(tmp_path: Path):
 
 
 def test_a_step_that_three_machines_did_counts_for_the_last(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     for number, restored, last in ((1, 0, 6), (2, 4, 8), (3, 2, 9)):
         start = NOON + 1000 * number
         steps = [[step, 10.0, 0.0] for step in range(restored + 1, last + 1)]
@@ -81,7 +81,7 @@ def test_a_step_that_three_machines_did_counts_for_the_last(tmp_path: Path):
 
 
 def test_a_machine_that_died_before_it_restored_loses_nobodys_steps(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     run.segment(
         1, NOON, [mark("restored", step=0), span(NOON, NOON + 20, [[1, 10.0, 0.0], [2, 10.0, 0.0]], train=20.0)]
     )
@@ -90,7 +90,7 @@ def test_a_machine_that_died_before_it_restored_loses_nobodys_steps(tmp_path: Pa
 
 
 def test_an_unfinished_step_of_a_running_machine_is_not_lost(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     run.segment(
         1, NOON, [mark("restored", step=0), span(NOON, NOON + 20, [[1, 12.0, 0.0]], train=20.0)], usd_per_hour=36
     )
@@ -118,7 +118,7 @@ def test_what_is_no_price_is_unknown_and_never_zero(tmp_path: Path, price: objec
 
 
 def test_a_run_without_any_price_has_times_and_question_marks(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     run.segment(1, NOON, [span(NOON, NOON + 100, setup=25.0, train=75.0)])
     report = report_on(run)
     assert report.total.usd is None
@@ -128,7 +128,7 @@ def test_a_run_without_any_price_has_times_and_question_marks(tmp_path: Path):
 
 
 def test_a_foreign_currency_is_not_taken_for_dollars(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     run.segment(1, NOON, [span(NOON, NOON + 100, train=100.0)], usd_per_hour=30.0, currency="EUR")
     report = report_on(run)
     assert report.total.usd is None
@@ -136,7 +136,7 @@ def test_a_foreign_currency_is_not_taken_for_dollars(tmp_path: Path):
 
 
 def test_overlapping_machines_are_both_paid_and_named(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     run.segment(1, NOON, [span(NOON, NOON + 100, setup=100.0)], usd_per_hour=36.0)
     run.segment(2, NOON + 40, [span(NOON + 40, NOON + 100, setup=60.0)], usd_per_hour=36.0)
     report = report_on(run)
@@ -145,14 +145,14 @@ def test_overlapping_machines_are_both_paid_and_named(tmp_path: Path):
 
 
 def test_a_newer_machine_with_an_older_clock_is_named(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     run.segment(1, NOON, [span(NOON, NOON + 100, setup=100.0)], usd_per_hour=36.0)
     run.segment(2, NOON - 50, [span(NOON - 50, NOON - 20, setup=30.0)], usd_per_hour=36.0)
     assert "segment 2 starts 50 s before segment 1, which is older" in report_on(run).notes[0]
 
 
 def test_a_clock_that_jumps_or_runs_backwards_makes_no_time(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     events = [
         span(NOON, NOON + 50, setup=50.0),
         mark("clock_jump", seconds=-3600.0),
@@ -201,7 +201,7 @@ def test_a_segment_of_a_newer_release_is_named_and_left_out(tmp_path: Path):
 
 
 def test_a_run_that_its_cap_stopped_says_so_and_how_to_go_on(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     end = {"event": "end", "time": NOON + 100, "reason": "cap", "step": 3}
     events = [span(NOON, NOON + 100, train=100.0), mark("cap", limit_usd=1.25, spent_usd=1.0), end]
     run.segment(1, NOON, events, usd_per_hour=36.0)
@@ -214,13 +214,13 @@ def test_a_run_that_its_cap_stopped_says_so_and_how_to_go_on(tmp_path: Path):
 
 
 def test_an_unknown_phase_keeps_its_line(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     run.segment(1, NOON, [span(NOON, NOON + 100, train=40.0, distil=60.0)], usd_per_hour=36.0)
     assert usd(report_on(run))["distil"] == 0.60
 
 
 def test_a_preparation_run_has_no_training_lines(tmp_path: Path):
-    run = RunFolder(tmp_path, config={"source": {"url": "x"}})
+    run = GoldenRun(tmp_path, config={"source": {"url": "x"}})
     run.segment(1, NOON, [span(NOON, NOON + 100, setup=40.0, prepare=60.0)], usd_per_hour=0.34)
     report = report_on(run)
     assert report.stage == "prep"
@@ -244,7 +244,7 @@ def test_the_forms_give_the_same_figures(tmp_path: Path):
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path):
     with pytest.raises(RunError, match="holds no run to report on"):
         read_run(str(tmp_path))
-    RunFolder(tmp_path)
+    GoldenRun(tmp_path)
     with pytest.raises(RunError, match="no segment has started"):
         read_run(str(tmp_path))
 

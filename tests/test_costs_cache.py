@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from core import storage
-from costs import cache
+from core.run import cache
+from core.run.reader import read_run
 from costs.breakdown import build
-from costs.read import read_run
-from tests.golden import NOON, RunFolder, lines, mark, preempted_and_resumed, span
+from tests.golden import NOON, GoldenRun, lines, mark, preempted_and_resumed, span
 
 LATER = NOON + 86400
 
@@ -27,23 +27,23 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_second_report_fetches_nothing_but_the_description(tmp_path: Path, fetched: list[str]):
     run = preempted_and_resumed(tmp_path / "run")
     file = tmp_path / "cache.npz"
-    first = build(read_run(run.url, file), LATER)
+    first = build(read_run(run.url, cache_file=file), LATER)
     assert len(fetched) == 7
     fetched.clear()
-    second = build(read_run(run.url, file), LATER)
+    second = build(read_run(run.url, cache_file=file), LATER)
     assert fetched == ["run.json"]
     assert second == first == build(read_run(run.url), LATER)
 
 
 def test_a_live_run_is_followed_by_fetching_only_the_new_objects(tmp_path: Path, fetched: list[str]):
-    run = RunFolder(tmp_path / "run")
+    run = GoldenRun(tmp_path / "run")
     file = tmp_path / "cache.npz"
     run.segment(1, NOON, [mark("restored", step=0), span(NOON, NOON + 30, setup=30.0)], usd_per_hour=36.0)
-    read_run(run.url, file)
+    read_run(run.url, cache_file=file)
     fetched.clear()
     new = span(NOON + 30, NOON + 50, [[1, 20.0, 0.0]], train=20.0)
     run.write("ledger/segment-000001/events/00000002-00000002.jsonl", lines(new))
-    followed = build(read_run(run.url, file), NOON + 51)
+    followed = build(read_run(run.url, cache_file=file), NOON + 51)
     assert fetched == ["run.json", "00000002-00000002.jsonl"]
     assert followed == build(read_run(run.url), NOON + 51)
     # The writer put its objects together: nothing new, nothing to fetch.
@@ -53,17 +53,17 @@ def test_a_live_run_is_followed_by_fetching_only_the_new_objects(tmp_path: Path,
         path.unlink()
     run.write("ledger/segment-000001/events/00000000-00000002.jsonl", whole)
     fetched.clear()
-    assert build(read_run(run.url, file), NOON + 51) == followed
+    assert build(read_run(run.url, cache_file=file), NOON + 51) == followed
     assert fetched == ["run.json"]
 
 
 def test_another_run_in_the_same_place_is_read_anew(tmp_path: Path):
     file = tmp_path / "cache.npz"
     run = preempted_and_resumed(tmp_path / "run")
-    read_run(run.url, file)
+    read_run(run.url, cache_file=file)
     run.segment(1, NOON + 1, [span(NOON + 1, NOON + 11, setup=10.0)], usd_per_hour=36.0)
     (tmp_path / "run/ledger/segment-000001/events/00000000-00000003.jsonl").unlink()
-    assert build(read_run(run.url, file), LATER).segments[0].usd == 0.10
+    assert build(read_run(run.url, cache_file=file), LATER).segments[0].usd == 0.10
 
 
 def test_what_could_not_be_read_is_tried_again(tmp_path: Path):
@@ -72,9 +72,9 @@ def test_what_could_not_be_read_is_tried_again(tmp_path: Path):
     path = tmp_path / "run/ledger/segment-000001/events/00000000-00000003.jsonl"
     good = path.read_text()
     path.write_text(good[: len(good) // 2])
-    assert build(read_run(run.url, file), LATER).total.usd < 4.92
+    assert build(read_run(run.url, cache_file=file), LATER).total.usd < 4.92
     path.write_text(good)
-    assert build(read_run(run.url, file), LATER).total.usd == 4.92
+    assert build(read_run(run.url, cache_file=file), LATER).total.usd == 4.92
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 cut off"])
@@ -82,14 +82,14 @@ def test_a_damaged_cache_is_ignored(tmp_path: Path, content: bytes):
     file = tmp_path / "cache.npz"
     file.write_bytes(content)
     run = preempted_and_resumed(tmp_path / "run")
-    assert build(read_run(run.url, file), LATER).total.usd == 4.92
+    assert build(read_run(run.url, cache_file=file), LATER).total.usd == 4.92
     assert cache.load(file).keys() == {1, 2}
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path):
     (tmp_path / "file").write_text("")
     run = preempted_and_resumed(tmp_path / "run")
-    assert build(read_run(run.url, tmp_path / "file" / "cache.npz"), LATER).total.usd == 4.92
+    assert build(read_run(run.url, cache_file=tmp_path / "file" / "cache.npz"), LATER).total.usd == 4.92
 
 
 def test_the_same_url_at_another_endpoint_has_another_file():
@@ -100,7 +100,7 @@ def test_the_same_url_at_another_endpoint_has_another_file():
 
 @pytest.mark.slow
 def test_thousands_of_segments_and_a_month_of_metrics_report_in_two_seconds(tmp_path: Path):
-    run = RunFolder(tmp_path / "run")
+    run = GoldenRun(tmp_path / "run")
     for number in range(1, 3001):
         start = NOON + 600 * number
         steps = [[step, 1.0, 0.0] for step in range(10 * number - 9, 10 * number + 1)]
@@ -119,9 +119,9 @@ def test_thousands_of_segments_and_a_month_of_metrics_report_in_two_seconds(tmp_
         name = f"{first + 1:08d}-{first + len(part):08d}.jsonl"
         run.write(f"ledger/segment-003001/events/{name}", "\n".join(part) + "\n")
     file = tmp_path / "cache.npz"
-    first = build(read_run(run.url, file), LATER + month)
+    first = build(read_run(run.url, cache_file=file), LATER + month)
     began = time.process_time()  # of this process: what else the machine does is not its fault
-    second = build(read_run(run.url, file), LATER + month)
+    second = build(read_run(run.url, cache_file=file), LATER + month)
     seconds = time.process_time() - began
     assert second.total == first.total
     assert first.total.seconds == pytest.approx(30000 + month)
@@ -130,7 +130,7 @@ def test_thousands_of_segments_and_a_month_of_metrics_report_in_two_seconds(tmp_
 
 def test_objects_put_together_while_we_read_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "cache.npz"
-    run = RunFolder(tmp_path / "run")
+    run = GoldenRun(tmp_path / "run")
     run.segment(1, NOON, [span(NOON, NOON + 30, setup=30.0)], usd_per_hour=36.0)
     events = tmp_path / "run/ledger/segment-000001/events"
     old = (events / "00000000-00000000.jsonl").read_text()
@@ -146,4 +146,4 @@ def test_objects_put_together_while_we_read_are_counted_once(tmp_path: Path, mon
 
     monkeypatch.setattr(storage, "list_objects", list_then_compact)
     for _ in range(2):
-        assert build(read_run(run.url, file), NOON + 51).total.seconds == pytest.approx(50)
+        assert build(read_run(run.url, cache_file=file), NOON + 51).total.seconds == pytest.approx(50)

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError
+from core.run.reader import read_run
 from costs import advice, command, discover, prices, skypilot, throughput
 from costs import task as tasks
 from costs.breakdown import build
 from costs.forecast import Assumptions, fits, forecast
 from costs.prices import Catalog, Offer
-from costs.read import read_run
 from costs.task import Want
 from tests.conftest import REPOSITORY
-from tests.golden import NOON, RunFolder, mark, span, train_metric
+from tests.golden import NOON, GoldenRun, mark, span, train_metric
 from tests.sky_tasks import GPT2, write
 
 LATER = NOON + 86400
@@ -164,9 +164,9 @@ def test_egress_is_paid_where_the_bucket_is_elsewhere(tmp_path: Path):
     assert "egress" not in by_cloud["aws"].parts
 
 
-def measured_run(tmp_path: Path) -> RunFolder:
+def measured_run(tmp_path: Path) -> GoldenRun:
     """100 steps of 1M tokens at 2 s each, with 10 % beside them, on one p4d; 60 s to get ready, on the bill 290 s."""
-    run = RunFolder(tmp_path / "run", config={"train": {}})
+    run = GoldenRun(tmp_path / "run", config={"train": {}})
     steps = [[step, 2.0, 0.1] for step in range(1, 101)]
     events = [mark("restored", step=0), span(NOON, NOON + 60, setup=40.0, compile=20.0)]
     events.append(span(NOON + 60, NOON + 280, steps, train=200.0, data_wait=10.0, checkpoint=10.0))

@@ -1,4 +1,4 @@
-"""The forms of a report: page, Markdown, plots, several runs."""
+"""The forms of a report: page, Markdown, several runs."""
 
 import dataclasses
 import io
@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import pytest
 from rich.console import Console
 
 from core.errors import ConfigError, LauncherError
-from costs import command, discover, drawings, markdown, page, plots, sheets, svg, terminal
+from core.run.reader import read_run
+from costs import command, discover, drawings, markdown, page, sheets, svg, terminal
 from costs.breakdown import Report, build
 from costs.forecast import Assumptions
-from costs.read import read_run
 from tests.conftest import REPOSITORY
-from tests.golden import NOON, RunFolder, preempted_and_resumed, span
+from tests.golden import NOON, GoldenRun, preempted_and_resumed, span
 from tests.patience import PATIENCE_SECONDS
 
 LATER = NOON + 86400
@@ -28,12 +27,12 @@ MODEL = {"layers": 2, "heads": 2, "width": 64, "context": 128, "vocab_rows": 503
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
+def run(tmp_path: Path) -> GoldenRun:
     return preempted_and_resumed(tmp_path / "runs" / "first")
 
 
 @pytest.fixture
-def report(run: RunFolder) -> Report:
+def report(run: GoldenRun) -> Report:
     return build(read_run(run.url), LATER)
 
 
@@ -82,7 +81,7 @@ def test_every_chart_has_data_and_every_table_its_figures(report: Report):
 
 
 def test_a_page_escapes_what_others_wrote(tmp_path: Path):
-    run = RunFolder(tmp_path / "<b>run")
+    run = GoldenRun(tmp_path / "<b>run")
     run.segment(1, NOON, [span(NOON, NOON + 9, **{"<script>x": 9.0})], usd_per_hour=36.0, zone="<img src=x onerror=y>")
     found = Page(page.as_html(build(read_run(run.url), LATER), LATER))
     assert not {"script", "img"} & set(found.tags)
@@ -90,7 +89,7 @@ def test_a_page_escapes_what_others_wrote(tmp_path: Path):
 
 
 def test_a_run_without_prices_or_metrics_still_makes_a_page(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     run.segment(1, NOON, [span(NOON, NOON + 9, setup=9.0)])
     text = page.as_html(build(read_run(run.url), LATER), LATER)
     assert "$?" in text
@@ -135,17 +134,9 @@ def test_markdown_holds_the_same_tables(report: Report):
 
 
 def test_markdown_keeps_foreign_words_in_their_cell(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     run.segment(1, NOON, [span(NOON, NOON + 9, setup=9.0)], usd_per_hour=36.0, zone="a|b\nc")
     assert "a\\|b c" in markdown.as_markdown(build(read_run(run.url), LATER))
-
-
-def test_plots_are_pictures(report: Report, tmp_path: Path):
-    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    written = plots.save_all(report, tmp_path / "plots")
-    names = ["dollars-over-time", "phases", "speed", "loss-against-dollars"]
-    assert [path.stem for path in written] == names
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 def entry(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -167,7 +158,7 @@ def test_without_an_argument_all_runs_are_shown(run, capsys, monkeypatch, tmp_pa
 
 
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(run, capsys, monkeypatch, tmp_path):
-    RunFolder(tmp_path / "runs" / "empty")
+    GoldenRun(tmp_path / "runs" / "empty")
     monkeypatch.setenv("BUCKET", str(tmp_path))
     assert "1 run" in entry(capsys, "--offline")
 
@@ -277,7 +268,7 @@ def test_what_the_command_takes_is_documented(capsys):
 
 
 def test_thousands_of_segments_and_notes_do_not_bury_the_figures(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = GoldenRun(tmp_path)
     for number in range(1, 61):
         run.segment(number, NOON - number * 1000, [span(NOON - number * 1000, NOON - number * 1000 + 9, setup=9.0)])
     report = build(read_run(run.url), LATER)
@@ -288,9 +279,3 @@ def test_thousands_of_segments_and_notes_do_not_bury_the_figures(tmp_path: Path)
     shown = [row[0] for row in sheets.sheets(report)["segments"].rows]
     assert shown == [*map(str, range(1, 21)), "…", *map(str, range(41, 61))]
     assert len(report.segments) == 60
-
-
-def test_plots_without_matplotlib_are_one_sentence(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"pip install 'pretrain-launcher\[plot\]'"):
-        plots.save_all(report, tmp_path / "plots")

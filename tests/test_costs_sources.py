@@ -12,14 +12,14 @@ import botocore.session
 import pytest
 from botocore.stub import Stubber
 
+from core.run.reader import read_run
 from costs import aws, skypilot
 from costs.breakdown import Report, build
-from costs.model import Instance, Run
-from costs.read import read_run
+from costs.model import Instance, Outside
 from costs.skypilot import from_record
-from costs.sources import add_sources
+from costs.sources import ask_others
 from tests.conftest import REPOSITORY
-from tests.golden import NOON, RunFolder, span
+from tests.golden import NOON, GoldenRun, span
 from tests.patience import PATIENCE_SECONDS
 
 LATER = NOON + 86400
@@ -56,9 +56,9 @@ def record(*intervals: tuple[float, float | None], price: float | None = 36.0, *
     } | fields
 
 
-def one_segment(folder: Path, *, killed: bool = False, **machine) -> RunFolder:
+def one_segment(folder: Path, *, killed: bool = False, **machine) -> GoldenRun:
     """A machine of cluster gpt2-7 that wrote a ledger for 100 s from noon on."""
-    run = RunFolder(folder)
+    run = GoldenRun(folder)
     events = [span(NOON, NOON + 100, setup=20.0, train=80.0)]
     if not killed:
         events.append({"event": "end", "time": NOON + 100, "reason": "finished", "step": 1})
@@ -68,15 +68,15 @@ def one_segment(folder: Path, *, killed: bool = False, **machine) -> RunFolder:
     return run
 
 
-def merged(run: RunFolder, *records: dict, now: float = LATER, **sources) -> tuple[Run, Report]:
+def merged(run: GoldenRun, *records: dict, now: float = LATER, **sources) -> tuple[Outside, Report]:
     read = read_run(run.url)
     sources = {
         "uptimes": lambda: [u for each in records for u in from_record(each)],
         "spot_history": no_aws,
         "instances": no_aws,
     } | sources
-    add_sources(read, {}, now, **sources)
-    return read, build(read, now)
+    outside = ask_others(read, {}, now, **sources)
+    return outside, build(read, now, outside=outside)
 
 
 def no_aws(*_):
@@ -275,7 +275,7 @@ def test_a_bill_in_another_currency_or_without_entries_is_refused():
 
 def test_the_bill_stands_beside_the_report_for_reconciliation(tmp_path: Path):
     read = read_run(one_segment(tmp_path).url)
-    add_sources(
+    outside = ask_others(
         read,
         {"COST_TAG": "run=gpt2"},
         LATER,
@@ -283,16 +283,16 @@ def test_the_bill_stands_beside_the_report_for_reconciliation(tmp_path: Path):
         spot_history=no_aws,
         bill=lambda *_: {"EC2": 1.01, "S3": 0.2},
     )
-    assert read.origins[-1].source == "Cost Explorer, run=gpt2, whole days: $1.21 (EC2 1.01, S3 0.20)"
+    assert outside.origins[-1].source == "Cost Explorer, run=gpt2, whole days: $1.21 (EC2 1.01, S3 0.20)"
 
 
 def test_storage_is_counted_with_its_rate(tmp_path: Path):
     run = one_segment(tmp_path)
     run.write("checkpoints/step-00000001/model.bin", "x" * 1000)
-    read, _ = merged(run)
-    assert read.storage.checkpoint_bytes == 1000
-    assert read.storage.bytes > 1000
-    assert read.storage.rates is None
+    outside, _ = merged(run)
+    assert outside.storage.checkpoint_bytes == 1000
+    assert outside.storage.bytes > 1000
+    assert outside.storage.rates is None
 
 
 @pytest.mark.skipif(bool(find_distribution("skypilot")), reason="SkyPilot is installed: nothing to mistake for it")

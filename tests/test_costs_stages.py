@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from core import ledger
-from core.ledger import Machine
+from core.run import ledger
+from core.run.folder import RunFolder
+from core.run.machine import Machine
+from core.run.reader import read_run
 from costs import command, page, terminal
 from costs.breakdown import build
-from costs.read import read_run
-from tests.golden import NOON, RunFolder, preempted_and_resumed, train_metric
+from tests.golden import NOON, GoldenRun, preempted_and_resumed, train_metric
 
 STAGES = {"runs/base": "pretrain", "runs/base/evaluations": "evaluate"}
 STAGES |= {f"runs/{stage}": stage for stage in ("finetune", "distil", "dpo")}
@@ -19,7 +20,7 @@ STAGES |= {f"runs/{stage}": stage for stage in ("finetune", "distil", "dpo")}
 def book(url: str, stage: str) -> None:
     """A finished segment, written by the ledger that the programs use."""
     machine = Machine(cloud="aws", region="us-east-1", instance_type="g5.xlarge", gpus_per_node=1, usd_per_hour=360.0)
-    books = ledger.Ledger(url, machine, {"stage": stage})
+    books = ledger.Ledger(RunFolder(url), machine, {"stage": stage})
     Path(url, "run.json").write_text(json.dumps({"format": "run", "version": 1, "config": {"train": {}}}))
     with books.phase("eval" if stage == "evaluate" else "train"):
         pass
@@ -49,7 +50,7 @@ def test_what_an_endpoint_took_is_a_line_of_its_own(tmp_path: Path):
     Path(url).mkdir()
     Path(url, "run.json").write_text(json.dumps({"format": "run", "version": 1, "config": {}}))
     for paid in (1.25, None, 3.0):
-        books = ledger.Ledger(url, Machine(usd_per_hour=36.0, spot=True), {"stage": "distil"})
+        books = ledger.Ledger(RunFolder(url), Machine(usd_per_hour=36.0, spot=True), {"stage": "distil"})
         with books.phase("sample"):
             pass
         if paid is not None:
@@ -66,7 +67,7 @@ def test_what_an_endpoint_took_is_a_line_of_its_own(tmp_path: Path):
     assert report.total.usd == pytest.approx(3.0 + machines, abs=10**-report.places)
 
 
-def with_scores(path: Path) -> RunFolder:
+def with_scores(path: Path) -> GoldenRun:
     """Scored at step 10 on both machines, since the second did it again, and by the way norms and samples."""
     run = preempted_and_resumed(path)
     steps = [train_metric(step, NOON + 150 + 21 * step) for step in range(1, 11)]
@@ -109,6 +110,6 @@ def test_a_run_without_it_has_no_such_line(tmp_path: Path):
 
 def test_scores_come_back_from_the_cache(tmp_path: Path):
     run = with_scores(tmp_path / "run")
-    first, second = (build(read_run(run.url, tmp_path / "cache.npz"), NOON + 86400) for _ in range(2))
+    first, second = (build(read_run(run.url, cache_file=tmp_path / "cache.npz"), NOON + 86400) for _ in range(2))
     assert first.units == second.units
     assert second.units.hellaswag_norm == 0.2961

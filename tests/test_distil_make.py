@@ -6,9 +6,10 @@ import time
 
 import pytest
 
-from core import journal, sets, storage
+from core import sets, storage
+from core.run import journal
+from core.run.reader import read_run
 from costs.breakdown import build
-from costs.read import read_run
 from tests import launching, tuning
 from tests.fake_endpoint import KEY, FakeEndpoint
 from trainer.synthesis import kept

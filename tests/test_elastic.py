@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from core import journal, ledger, storage
+from core.run import journal
+from core.run.folder import RunFolder
 from demo.processes import descendants
 from tests import corpus, launching
 from tests.chaos import compare, is_rank
@@ -50,7 +51,7 @@ def reached(run_url: str) -> int:
 
 def spans_of(run_url: str, segment: int) -> tuple[list[dict], list[dict]]:
     """A segment's spans and marks; spans must be gapless, and their phases add up to them."""
-    folder = storage.join(run_url, ledger.FOLDER, ledger.segment_name(segment), "events")
+    folder = RunFolder(run_url).segment(segment).events
     events, problems = journal.read(folder)
     assert not problems
     spans = [event for event in events if event["event"] == "span"]
@@ -119,7 +120,7 @@ def test_a_lost_worker_of_two_nodes_is_restarted_by_torchrun(data_url: str, stra
             reader.join()
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert "resumed from step" in outputs[0] + outputs[1]
-    assert len(ledger.segment_numbers(run_url)) == 2
+    assert len(RunFolder(run_url).segment_numbers()) == 2
     compare(run_url, straight, STEPS)
 
 
@@ -149,7 +150,7 @@ def test_listings_that_are_seconds_old_cost_steps_and_nothing_else(s3, data_url:
         assert code == 0, output
         assert proxy.injected["omitted"] > 0
         assert proxy.injected["shown though deleted"] > 0, proxy.injected
-    assert len(ledger.segment_numbers(run_url)) == 3
+    assert len(RunFolder(run_url).segment_numbers()) == 3
     compare(run_url, straight, STEPS)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from core import config, storage
 from core.errors import CapReached, ConfigError
-from costs.read import read_run
+from core.run.reader import read_run
 from tests import launching, models, warm
 from trainer import evaluate
 from trainer.evals import books, likelihood, results
@@ -38,7 +38,7 @@ def ends(run_url: str) -> list[str]:
 def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, monkeypatch):
     monkeypatch.setenv("USD_PER_HOUR", "36")
     # Paid for from now on: this process may have run other tests for long.
-    monkeypatch.setattr(books, "process_started_at", time.time)
+    monkeypatch.setattr("core.run.segment.process_started_at", time.time)
     monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 512)
     compute, batches = likelihood._scores, []
 
@@ -55,7 +55,7 @@ def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, mo
     assert ends(run_url) == ["cap"]
     monkeypatch.undo()
     monkeypatch.setenv("USD_PER_HOUR", "36")
-    monkeypatch.setattr(books, "process_started_at", time.time)
+    monkeypatch.setattr("core.run.segment.process_started_at", time.time)
     monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 512)
     rest = []
     monkeypatch.setattr(likelihood, "_scores", lambda *given: rest.append(len(given[1])) or compute(*given))

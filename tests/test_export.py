@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from core import ledger, storage
+from core import storage
 from core.errors import ConfigError
-from core.journal import Journal
-from core.ledger import Ledger, Machine
+from core.run.folder import RunFolder
+from core.run.journal import Journal
+from core.run.ledger import Ledger
+from core.run.machine import Machine
 from tests import models, warm
 from tests.patience import PATIENCE_SECONDS
 from trainer import export
@@ -40,8 +42,8 @@ def run_url(tmp_path_factory, data_url) -> str:
     models.make_run(url, data_url)
     machine = Machine(usd_per_hour=36_000.0)  # ten dollars a second
     for first in (1, 21):
-        books = Ledger(url, machine, {}, started_at=None)
-        metrics = Journal(storage.join(url, "metrics", ledger.segment_name(books.segment)))
+        books = Ledger(RunFolder(url), machine, {}, started_at=None)
+        metrics = Journal(RunFolder(url).segment(books.segment).metrics)
         for step in range(first, first + 30):
             metrics.add({"kind": "train", "time": 0.0, "step": step, "loss": 10 - step / 10 - first / 1000})
         metrics.add({"kind": "eval", "time": 0.0, "step": first + 29, "val_loss": 5.0 + first, "eval_tokens": 1})

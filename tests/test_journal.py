@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from core import journal, storage
+from core import storage
 from core.errors import StorageError
-from core.journal import Journal
+from core.run import journal
+from core.run.journal import Journal
 
 NEVER = 3600.0  # no background flush: the test decides
 

@@ -16,7 +16,7 @@ from core import config, schema, sets, storage
 from core.architecture import ModelConfig
 from core.errors import ConfigError
 from core.gpus import memory_bytes
-from core.run import open_run
+from core.run.folder import RunFolder, open_run
 from launch import check, memory, registry, work
 from launch import task as launch_task
 from tests import corpus
@@ -152,7 +152,7 @@ def tuning(ready, tmp_path) -> dict[str, str]:
     """Settings of fine-tuning whose start and rows are there."""
     data_url, start = f"file://{tmp_path}/data/tokens", f"file://{tmp_path}/runs/base"
     sets.write(data_url, "instructions", "conversation", "by hand", "none", b"{}\n{}\n")
-    open_run(start, {}, {"model": dataclasses.asdict(ModelConfig(layers=24, heads=16, width=1024))}, "f")
+    open_run(RunFolder(start), {}, {"model": dataclasses.asdict(ModelConfig(layers=24, heads=16, width=1024))}, "f")
     storage.write_bytes(f"{start}/checkpoints/step-00000010/COMPLETE", b"{}")
     envs = {name: value for name, value in task("finetune")["envs"].items() if value}
     return {**envs, "BUCKET": f"file://{tmp_path}", "DATA": "tokens", "START": start}

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from moto import mock_aws
 
-from core import journal, storage
+from core import storage
 from core.errors import ObjectNotFound
+from core.run import journal
 from launch import left, logs, pull
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from core.errors import ConfigError
-from core.run import machine_from_environment
+from core.run.machine import machine_from_environment
 from costs import prices
 from launch import machine, network, preflight
 from launch.machine import Gpu

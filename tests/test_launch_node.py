@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from core import journal, stop
+from core import stop
 from core.console import BAD_NODE
+from core.run import journal
 from launch import node, preflight
 from launch.supervise import Child, Outcome
 from tests.patience import PATIENCE_SECONDS

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from core import journal, ledger
 from core.errors import RunError
-from core.ledger import Ledger, Machine, check_owner, claim_segment
+from core.run import journal, ledger, machine
+from core.run.folder import RunFolder
+from core.run.ledger import Ledger, check_owner, claim_segment
+from core.run.machine import Machine
 
 START = 1_795_176_000.0
 
 
 class Clock:
-    """Stands in for the time module inside core.ledger."""
+    """Stands in for the time module inside core.run.ledger."""
 
     def __init__(self) -> None:
         self.wall = START
@@ -38,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def open_ledger(folder: Path, **details: object) -> Ledger:
-    return Ledger(str(folder), Machine(usd_per_hour=36.0), {"torch": "2"}, flush_seconds=3600.0, **details)
+    return Ledger(RunFolder(str(folder)), Machine(usd_per_hour=36.0), {"torch": "2"}, flush_seconds=3600.0, **details)
 
 
 def events_of(folder: Path, segment: int = 1) -> list[dict]:
@@ -105,13 +107,15 @@ def test_the_start_says_what_the_segment_runs_on(tmp_path: Path, monkeypatch: py
 
 
 def test_a_cluster_description_that_is_no_json_is_left_out():
-    assert ledger.launcher_facts({"SKYPILOT_CLUSTER_INFO": "{", "SKYPILOT_TASK_ID": "t"}) == {"task_id": "t"}
-    assert ledger.launcher_facts({"SKYPILOT_CLUSTER_INFO": "[]"}) == {}
+    assert machine.launcher_facts({"SKYPILOT_CLUSTER_INFO": "{", "SKYPILOT_TASK_ID": "t"}) == {"task_id": "t"}
+    assert machine.launcher_facts({"SKYPILOT_CLUSTER_INFO": "[]"}) == {}
 
 
 def test_machines_that_start_at_once_get_different_numbers(tmp_path: Path):
     got: list[int] = []
-    threads = [threading.Thread(target=lambda: got.append(claim_segment(str(tmp_path), {}))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: got.append(claim_segment(RunFolder(str(tmp_path)), {}))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -120,14 +124,14 @@ def test_machines_that_start_at_once_get_different_numbers(tmp_path: Path):
 
 
 def test_a_machine_that_was_given_up_stops_writing(tmp_path: Path):
-    first = claim_segment(str(tmp_path), {})
-    check_owner(str(tmp_path), first)
-    claim_segment(str(tmp_path), {})
+    first = claim_segment(RunFolder(str(tmp_path)), {})
+    check_owner(RunFolder(str(tmp_path)), first)
+    claim_segment(RunFolder(str(tmp_path)), {})
     with pytest.raises(RunError, match="segment 2 has taken over this run, so segment 1 stops"):
-        check_owner(str(tmp_path), first)
+        check_owner(RunFolder(str(tmp_path)), first)
 
 
 def test_without_a_price_nothing_is_claimed_to_be_spent(tmp_path: Path):
-    book = Ledger(str(tmp_path), Machine(), {}, flush_seconds=3600.0)
+    book = Ledger(RunFolder(str(tmp_path)), Machine(), {}, flush_seconds=3600.0)
     assert book.spent_usd() is None
     book.close("finished")

@@ -12,9 +12,10 @@ import pytest
 
 from core import storage
 from core.errors import CheckpointError, RunError, StorageError
-from core.ledger import Ledger, Machine
-from core.spending import spent_before
-from costs.read import read_run
+from core.run.folder import RunFolder
+from core.run.ledger import Ledger
+from core.run.machine import Machine
+from core.run.reader import read_run, spent_usd_at_most
 from launch import pull
 from tests import checkpoints
 from tests.test_checkpoint import save, trained
@@ -337,12 +338,12 @@ def test_pull_takes_the_runs_own_newest_checkpoint(run: Path, tmp_path: Path, ra
 def test_what_a_linked_segment_cost_still_counts(tmp_path: Path):
     url = str(tmp_path / "run")
     for _ in range(2):
-        Ledger(url, Machine(usd_per_hour=3.0), {}).close("finished")
-    before, spent = [segment.end for segment in read_run(url).segments], spent_before(url)
+        Ledger(RunFolder(url), Machine(usd_per_hour=3.0), {}).close("finished")
+    before, spent = [segment.end for segment in read_run(url).segments], spent_usd_at_most(url)
     (tmp_path / "run/ledger/segment-000001").rename(tmp_path / "disk")
     (tmp_path / "run/ledger/segment-000001").symlink_to(tmp_path / "disk")
     assert [segment.end for segment in read_run(url).segments] == before
-    assert spent_before(url) == spent
+    assert spent_usd_at_most(url) == spent
 
 
 def test_the_newest_checkpoint_behind_a_link_is_pulled_and_opened(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""core.history and trainer.plots: what a run measured, on the path that was kept, and its figures."""
+"""core.run.model and trainer.plots: what a run measured, on the path that was kept, and its figures."""
 
 import json
 import struct
@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from core import history
 from core.errors import ConfigError, DataError
 from tests import launching, warm
 from trainer import plots
+from trainer.plots import read_measured
 
 
 def segment(run: Path, number: int, start: float, price: float | None, marks: list[dict], metrics: list[dict]) -> None:
     """Write one segment as a trainer does: 100 seconds of ledger, and its metrics."""
     folder = run / "ledger" / f"segment-{number:06d}"
     (folder / "events").mkdir(parents=True)
-    (folder / "start.jsonl").write_text(json.dumps({"time": start, "machine": {"usd_per_hour": price}}) + "\n")
+    begun = {"event": "start", "version": 1, "time": start, "machine": {"usd_per_hour": price}}
+    (folder / "start.jsonl").write_text(json.dumps(begun) + "\n")
     events = [{"event": "mark", **mark} for mark in marks]
     events.append({"event": "span", "start": start, "end": start + 100, "phases": {}, "steps": None})
     lines = "".join(json.dumps(event) + "\n" for event in events)
@@ -57,32 +58,35 @@ def run(tmp_path) -> Path:
 
 
 def test_history_keeps_each_step_once_with_time_and_dollars(run: Path):
-    found = history.read(str(run))
+    found = read_measured(str(run))
     train = found.points("train")
     assert [(point.step, point.values["loss"]) for point in train] == [(1, 9.0), (2, 8.0), (3, 6.5)]
     assert [point.seconds for point in train] == [10.0, 20.0, 110.0]
     # 3.6 dollars an hour are 0.001 a second; the second machine costs twice as much.
     assert [point.usd for point in train] == pytest.approx([0.010, 0.020, 0.100 + 0.020])
     assert [point.values["val_loss"] for point in found.points("eval")] == [7.0]
-    assert (found.restarts, found.checkpoints, found.problems) == ([100.0], [30.0], [])
+    assert (found.restarts(), found.machine_seconds("checkpoint_begun")) == ([100.0], [30.0])
 
 
 def test_an_unknown_price_makes_the_rest_unknown(run: Path):
     start = run / "ledger" / "segment-000002" / "start.jsonl"
-    start.write_text(json.dumps({"time": 5000.0, "machine": {"usd_per_hour": None}}))
-    assert [point.usd is None for point in history.read(str(run)).points("train")] == [False, False, True]
+    start.write_text(json.dumps({"event": "start", "version": 1, "time": 5000.0, "machine": {"usd_per_hour": None}}))
+    assert [point.usd is None for point in read_measured(str(run)).points("train")] == [False, False, True]
 
 
-def test_a_segment_that_cannot_be_read_is_named(run: Path):
+def test_a_damaged_start_is_named_and_its_dollars_are_unknown(run: Path):
     (run / "ledger" / "segment-000002" / "start.jsonl").write_text("{")
-    found = history.read(str(run))
-    assert [point.step for point in found.points("train")] == [1, 2, 3, 4]
-    assert "segment 2 left out" in found.problems[0]
+    found = read_measured(str(run))
+    assert [(point.step, point.usd is None) for point in found.points("train")] == [(1, False), (2, False), (3, True)]
+    assert any("segment 2: " in problem and "cannot be used" in problem for problem in found.problems)
 
 
 def test_no_run_is_said(tmp_path):
+    with pytest.raises(RunError, match=r"holds no run to report on .*; give the run.url of a training run"):
+        read_measured(str(tmp_path))
+    segment(tmp_path, 1, 0.0, None, [], [])
     with pytest.raises(DataError, match=r"holds no metrics; give the run.url of a training run"):
-        history.read(str(tmp_path))
+        read_measured(str(tmp_path))
 
 
 def test_figures_of_two_runs(run: Path, tmp_path):

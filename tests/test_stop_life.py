@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from core import ledger, sets, storage
+from core import sets, storage
+from core.run.folder import RunFolder
 from tests import corpus, launching, models
 from tests.fake_metadata import metadata_service
 from tests.faulty_proxy import FaultyProxy
@@ -136,13 +137,13 @@ def test_one_instant_of_each_kind(data_url, tmp_path):
         assert f"the evaluation of step {STEPS} is cut off" in last.output
     assert f"resumed from step {EVERY}" in last.output
     assert EVERY in launching.metrics(run.url, "eval"), "what was cut off is done again"
-    reasons = [ended(run.url, number) for number in ledger.segment_numbers(run.url)]
+    reasons = [ended(run.url, number) for number in RunFolder(run.url).segment_numbers()]
     assert set(reasons) <= {"preempted", "finished"}
 
 
 def ended(run_url: str, number: int) -> str | None:
     """How a segment ended, by its ledger."""
-    from costs.read import read_run
+    from core.run.reader import read_run
 
     (segment,) = [each for each in read_run(run_url).segments if each.number == number]
     return segment.end and segment.end["reason"]

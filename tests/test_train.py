@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from core import storage
-from core.spending import spent_before
+from core.run.reader import spent_usd_at_most
 from tests import corpus, launching
 from tests.faulty_proxy import FaultyProxy
 from trainer.checkpoint import layout
@@ -139,7 +139,7 @@ def test_the_cap_stops_the_run_saved_and_a_larger_one_goes_on(data_url: str, tmp
         assert (tmp_path / "code").read_text() == "34\n", output
         assert "stopped by the cap at step" in output
         reached.append((launching.completed(run_url) or [0])[0])
-        assert spent_before(run_url, 10) < float(limit) or reached[-1] == reached[-2]
+        assert spent_usd_at_most(run_url) < float(limit) or reached[-1] == reached[-2]
     assert 0 < reached[0] == reached[1] < reached[2]
     code, output = launching.finish(launching.start(1, *flags, environment={"MAX_USD": "60"}))
     assert code != 0

@@ -6,13 +6,15 @@ import pytest
 
 from core import metadata
 from core.errors import ConfigError
-from core.ledger import Ledger, Machine
+from core.run.cap import SpendingCap, spent_by_earlier_segments
+from core.run.folder import RunFolder
+from core.run.ledger import Ledger
+from core.run.machine import Machine
 from core.schema import CheckpointConfig
 from launch import machine
 from tests.fake_metadata import metadata_service
 from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint.interval import Cadence
-from trainer.watch.cap import SpendingCap, spent_by_earlier_segments
 from trainer.watch.notice import Requests
 from trainer.watch.spot import GIVE_UP_AFTER, SpotWatch
 
@@ -135,11 +137,11 @@ class Clock:
 def test_cap_counts_all_segments_and_keeps_a_reserve(tmp_path, monkeypatch: pytest.MonkeyPatch):
     run_url, machine = str(tmp_path / "run"), Machine(usd_per_hour=36.0)
     now = time.time()
-    first = Ledger(run_url, machine, {}, started_at=now - 100)
+    first = Ledger(RunFolder(run_url), machine, {}, started_at=now - 100)
     first.close("preempted")
     before = spent_by_earlier_segments(run_url, machine, 5.0)
     assert before == pytest.approx(1.0, abs=0.02), "100 seconds at a cent a second"
-    second = Ledger(run_url, machine, {})
+    second = Ledger(RunFolder(run_url), machine, {})
     cap = SpendingCap(second, max_usd=5.0, shutdown_seconds=120, spent_before=1.0)
     clock = Clock(monkeypatch)
     # 4.00 are left for this segment: 120 s of shutdown, 1.5 x 20 s of checkpoint and a step of 10 s cost 1.60.
@@ -156,7 +158,7 @@ def test_on_spot_the_cap_pays_for_one_more_arrival(tmp_path, monkeypatch: pytest
     clock = Clock(monkeypatch)
     clock.seconds = 100  # from the boot until now
     for spot, reached_at in ((True, 1000 - 120 - 150), (False, 1000 - 120)):
-        book = Ledger(str(tmp_path / str(spot)), Machine(usd_per_hour=36.0, spot=spot), {})
+        book = Ledger(RunFolder(str(tmp_path / str(spot))), Machine(usd_per_hour=36.0, spot=spot), {})
         clock.seconds = 100
         cap = SpendingCap(book, max_usd=10.0, shutdown_seconds=120, spent_before=0.0)
         clock.seconds = reached_at - 1
@@ -173,7 +175,7 @@ def test_cap_without_a_known_price_is_refused(tmp_path):
     ):
         spent_by_earlier_segments(run_url, Machine(), 20.0)
     assert spent_by_earlier_segments(run_url, Machine(), 0.0) == 0.0
-    Ledger(run_url, Machine(), {}).close("failed")
+    Ledger(RunFolder(run_url), Machine(), {}).close("failed")
     with pytest.raises(ConfigError, match=r"an earlier segment of .* ran at an unknown price"):
         spent_by_earlier_segments(run_url, Machine(usd_per_hour=1.0), 20.0)
 

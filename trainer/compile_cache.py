@@ -15,17 +15,17 @@ import torch
 
 from core import config, storage
 from core.errors import LauncherError, ObjectNotFound
+from core.run.folder import RunFolder
 from core.schema import ModelConfig
 
 log = logging.getLogger("train")
-FOLDER = "compile-cache"
 
 
 def uri_of(run_url: str, model: ModelConfig, micro_batch: int, device: str) -> str:
     """Where the artifacts of this model on this kind of device are kept."""
     facts = [torch.__version__, device, micro_batch, config.to_dict(model)]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    return storage.join(run_url, FOLDER, f"{key}.bin")
+    return storage.join(RunFolder(run_url).compiled_kernels, f"{key}.bin")
 
 
 def load(uri: str) -> bool:

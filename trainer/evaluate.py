@@ -10,6 +10,7 @@ measured again, and what was cut off goes on where it was. The scores do not dep
 """
 
 from core import stop
+from core.run.folder import RunFolder
 
 if __name__ == "__main__":
     stop.listen()  # before the imports that take seconds
@@ -63,7 +64,6 @@ def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
     """Measure every target, one after the other; on all ranks."""
     import torch
 
-    from core import storage
     from trainer import precision
     from trainer.distributed import on_all
     from trainer.evals import results
@@ -75,8 +75,8 @@ def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
         torch.set_num_threads(settings.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
     numbers = precision.resolve(settings.precision, ranks.device)
     opened = on_all(lambda: open_weights(targets[0], ranks.device), ranks)
-    own = storage.join(opened.run_url, results.FOLDER) if opened.run_url else None
-    home = settings.results or own or results.FOLDER
+    own = RunFolder(opened.run_url).evaluations if opened.run_url else None
+    home = settings.results or own or "evaluations"
     data = Data(settings.data_url or opened.data_url or "", ranks)
     tasks = measurements(settings, data, ranks, numbers, home)
     columns: dict[str, dict[str, Mapping]] = {}
@@ -100,7 +100,7 @@ def measured(task, opened, folder: str, settings: EvaluateConfig, ranks, books) 
     import torch
 
     from core import storage
-    from core.run import program_versions
+    from core.run.machine import program_versions
     from trainer.distributed import on_main
     from trainer.evals import results
     from trainer.evals.kept import Kept

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core import stop
 from core.errors import LauncherError, TrainingError
+from core.run.cap import SpendingCap
 from trainer.checkpoint.save import Saver
 from trainer.data.order import derive_key, micro_batch_numbers
 from trainer.distributed import PeerFailed, Ranks, gather_numbers, on_main
@@ -32,7 +33,6 @@ from trainer.precision import autocast, use_fp8
 from trainer.record import Record
 from trainer.report import Report
 from trainer.stages.stage import MicroBatches, Stage
-from trainer.watch.cap import SpendingCap
 from trainer.watch.norms import StepNorms
 from trainer.watch.notice import Abandoned, Notice, Requests
 from trainer.watch.peers import SlowPeers

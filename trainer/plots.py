@@ -2,7 +2,7 @@
 
     python -m trainer.plots RUN_URL [RUN_URL ...] [--out=plots] [--format=png,svg] [--smooth=0.9]
 
-Reads metrics and ledger of each run (core.history) and writes into --out: loss (over tokens, machine hours and
+Reads metrics and ledger of each run (core.run.reader) and writes into --out: loss (over tokens, machine hours and
 dollars), hellaswag, recipe (learning rate and gradient norm), speed (tokens/s and MFU, with restarts and
 checkpoints), norms, and samples.md: what each prompt was continued with, step by step. A figure without data is left
 out and named. Needs matplotlib (the extra `plot`).
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core import history, urls
+from core import urls
 from core.console import OK, run_entry, set_up_logging
-from core.errors import ConfigError
-from core.history import History, Point
+from core.errors import ConfigError, DataError
+from core.run.model import Point, Run
+from core.run.reader import Detail, read_run
 
 log = logging.getLogger("plots")
 FORMATS = ("png", "svg")
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("plots need matplotlib; run `pip install 'pretrain-launcher[plot]'`") from None
-    runs = [(name, history.read(url)) for name, url in named(options.runs).items()]
+    runs = [(name, read_measured(url)) for name, url in named(options.runs).items()]
     for _, run in runs:
         for problem in run.problems:
             log.warning("%s", problem)
@@ -67,6 +68,14 @@ def main(arguments: list[str]) -> int:
         path.write_text(table)
         print(path)
     return OK
+
+
+def read_measured(run_url: str) -> Run:
+    """Raises DataError for a run without metrics."""
+    run = read_run(run_url, Detail.ALL)
+    if not any(segment.metrics for segment in run.segments):
+        raise DataError(f"{run_url}: holds no metrics; give the run.url of a training run")
+    return run
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -112,7 +121,7 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
     return found
 
 
-def samples(runs: Sequence[tuple[str, History]]) -> str:
+def samples(runs: Sequence[tuple[str, Run]]) -> str:
     """Markdown: a table per run and prompt, a line per step."""
     parts = []
     for name, run in runs:
@@ -126,7 +135,7 @@ def samples(runs: Sequence[tuple[str, History]]) -> str:
     return "\n".join(parts)
 
 
-Runs = Sequence[tuple[str, History]]
+Runs = Sequence[tuple[str, Run]]
 
 
 def _loss(figure: Any, runs: Runs, smooth: float) -> bool:
@@ -201,9 +210,9 @@ def _speed(figure: Any, runs: Runs, smooth: float) -> bool:
             if points:
                 panel.plot(*zip(*points, strict=True), ".", color=colour, markersize=2, label=name)
                 drawn = True
-            for mark in run.checkpoints[:MARKED_AT_MOST]:
+            for mark in run.machine_seconds("checkpoint_begun")[:MARKED_AT_MOST]:
                 panel.axvline(mark / 3600, color=CHECKPOINT, linewidth=0.6, alpha=0.6)
-            for mark in run.restarts[:MARKED_AT_MOST]:
+            for mark in run.restarts()[:MARKED_AT_MOST]:
                 panel.axvline(mark / 3600, color=RESTART, linestyle="--", linewidth=1)
         if not panel.get_legend_handles_labels()[0]:
             panel.text(0.5, 0.5, "not known", ha="center", transform=panel.transAxes)

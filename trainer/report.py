@@ -31,7 +31,7 @@ class Report:
         view = settings.train.view
         live = ranks.is_main and (view == "live" or (view == "auto" and sys.stderr.isatty()))
         self._screen = Screen(settings, record.cap) if live else None
-        self._trackers = Trackers(settings.train.trackers if ranks.is_main else (), settings.run.url, record.config)
+        self._trackers = Trackers(settings.train.trackers if ranks.is_main else (), settings.run.url, stage.config)
 
     def step(self, step: int, loss: float, rate: float, norm: float, seconds: float, waited_seconds: float) -> None:
         """Report optimizer step `step`, which took `seconds`, `waited_seconds` of them for data."""

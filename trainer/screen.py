@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from core.console import quantity
+from core.run.cap import SpendingCap
 from core.schema import TrainConfig
-from trainer.watch.cap import SpendingCap
 
 REFRESHES_PER_SECOND = 4
 CURVE_COLUMNS = 60

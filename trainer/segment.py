@@ -14,6 +14,7 @@ import torch
 
 from core import stop
 from core.console import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
+from core.errors import one_line
 from core.schema import TrainConfig
 from trainer import compile_cache, distributed
 from trainer.checkpoint import layout
@@ -24,7 +25,7 @@ from trainer.distributed import Ranks, on_main
 from trainer.evals.looks import Looks
 from trainer.loop import Loop
 from trainer.optim.units import UnitOptimizer
-from trainer.record import Record
+from trainer.record import Record, open_record
 from trainer.report import Report
 from trainer.stages.stage import Stage
 from trainer.watch.notice import Notice, Requests
@@ -48,7 +49,7 @@ def run_stage(make: Callable[[Ranks], Stage], settings: Any, fetched: EarlyFetch
         return run(make, settings, ranks, fetched)
     except Exception as error:
         if ranks and distributed.has_left(ranks):
-            log.warning("another rank was asked to stop and has left: %s", describe_error(error))
+            log.warning("another rank was asked to stop and has left: %s", one_line(error))
             return tell(PREEMPTED, ranks)
         if isinstance(error, distributed.PeerFailed):
             return FAILED
@@ -69,7 +70,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
     # 1. The data and the run: checked before anything is written.
     stage = make(ranks)
     settings = stage.settings
-    record = Record(stage, ranks)
+    record = open_record(stage, ranks)
     stop.on_leaving(functools.partial(close_books, record, requests))
     spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
     saver = report = None
@@ -98,7 +99,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
         # 4. Train.
         saver = Saver(
             settings.run.url,
-            record.segment,
+            record.number,
             ranks,
             settings.checkpoint,
             record.ledger,
@@ -139,9 +140,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
         if saver:
             saver.wait()  # what is on its way to storage is still good
         ended = "preempted" if stop.is_certain() else "failed"
-        record.close(
-            "interrupted" if isinstance(error, KeyboardInterrupt) else ended, None, error=describe_error(error)
-        )
+        record.close("interrupted" if isinstance(error, KeyboardInterrupt) else ended, None, error=one_line(error))
         raise
     finally:
         if report:
@@ -183,7 +182,7 @@ def leave(settings: TrainConfig, record: Record, reached: int, notice) -> int:
     record.mark("notice", kind=notice.kind, detail=notice.detail)
     if notice.kind == "cap":
         stop.settle(CAPPED)
-        record.mark("cap", limit_usd=settings.run.max_usd, spent_usd=record.cap.spent_usd() if record.cap else None)
+        record.mark("cap", limit_usd=settings.run.max_usd, spent_usd=record.cap and record.cap.spent_usd())
         record.close("cap", reached)
         log.warning(
             "stopped by the cap at step %d of %d, which is saved: %s; go on with a larger MAX_USD and the same command",
@@ -205,7 +204,3 @@ def set_up_torch(train: Any, ranks: Ranks) -> None:
         torch.use_deterministic_algorithms(True)
     if ranks.device.type == "cpu":
         torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
-
-
-def describe_error(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -18,10 +18,9 @@ import xxhash
 
 from core import storage
 from core.errors import CheckpointError, ObjectNotFound, StorageError
-from core.ledger import segment_name
+from core.run.folder import RunFolder, segment_name
 from core.storage import ObjectInfo
 
-FOLDER = "checkpoints"
 MARKER = "COMPLETE"
 FORMAT = "checkpoint"
 VERSION = 1
@@ -56,12 +55,8 @@ class CheckpointManifest:
         ).encode()
 
 
-def step_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 def folder_of(run_url: str, step: int) -> str:
-    return storage.join(run_url, FOLDER, step_name(step))
+    return RunFolder(run_url).checkpoint(step)
 
 
 def payload_name(segment: int, rank: int, world: int) -> str:
@@ -78,7 +73,7 @@ def checksum(data: bytes | memoryview) -> str:
 
 def stored(run_url: str) -> dict[int, dict[str, int]]:
     """All checkpoints there are, complete or not, newest first: step → object name → bytes."""
-    folder = storage.join(run_url, FOLDER)
+    folder = RunFolder(run_url).checkpoints
     return _by_step(folder, storage.list_objects(folder))
 
 
@@ -87,7 +82,7 @@ def restorable(run_url: str) -> dict[int, dict[str, int]]:
 
     Raises CheckpointError for a step that only one of them shows, or that is there and cannot be read.
     """
-    folder = storage.join(run_url, FOLDER)
+    folder = RunFolder(run_url).checkpoints
     for _ in range(LISTINGS):  # another machine of this run may store or remove one between the two listings
         try:
             names = storage.list_names(folder)
@@ -191,7 +186,7 @@ def remove(run_url: str, step: int, names: Iterable[str]) -> None:
     folder = folder_of(run_url, step)
     path = storage.local_path(folder) if storage.is_local(folder) else None
     if path and path.is_symlink():
-        if path.resolve().parent.name == FOLDER:
+        if path.resolve().parent.name == "checkpoints":
             path.unlink()
             return
         names = filter(_OBJECT.match, names)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from core import storage
 from core.errors import CheckpointError, ObjectNotFound
+from core.run.folder import RunFolder
 from trainer.checkpoint import layout
 from trainer.checkpoint.early import EarlyFetch, read_payload
 from trainer.checkpoint.layout import CheckpointManifest
@@ -77,7 +78,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
             log.warning("checkpoint %s skipped: %s", *skipped[-1])
     if damaged:
         raise CheckpointError(
-            f"{storage.join(run_url, layout.FOLDER)}: none of the {damaged} complete checkpoints can be used, "
+            f"{RunFolder(run_url).checkpoints}: none of the {damaged} complete checkpoints can be used, "
             f"the newest because: {skipped[0][1]}; restore one from a backup, or start over with another run.url"
         )
     return None

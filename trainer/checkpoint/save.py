@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from core import stop, storage
 from core.errors import CheckpointError, LauncherError, RunError
-from core.ledger import Ledger, check_owner
+from core.run.folder import RunFolder
+from core.run.ledger import Ledger, check_owner
 from core.schema import CheckpointConfig
 from trainer.checkpoint import layout
 from trainer.checkpoint.interval import Cadence
@@ -136,7 +137,7 @@ class Saver:
             self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps(file.__dict__))
             if self.ranks.is_main:
                 files = self._gather(step)
-                check_owner(self.run_url, self.segment)
+                check_owner(RunFolder(self.run_url), self.segment)
                 if not self._flush_books():
                     raise CheckpointError("the metrics and the ledger of its steps could not be stored before it")
                 layout.write_marker(self.run_url, CheckpointManifest(step, self.segment, files, state))

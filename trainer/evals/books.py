@@ -1,11 +1,10 @@
-"""What an evaluation costs: a ledger of its own beside its results, since whoever opens a segment in the run's own
-ledger takes the run over.
+"""The segment of an evaluation: a run folder of its own beside its results, since a segment in the run's own ledger
+would take the run over.
 
     RUN_URL/evaluations/run.json    what this folder is
-    RUN_URL/evaluations/ledger/     segments of the stage "evaluate" (core.ledger)
+    RUN_URL/evaluations/ledger/     segments of the stage "evaluate" (core.run.ledger)
 """
 
-import contextlib
 import logging
 import time
 
@@ -13,34 +12,39 @@ import torch
 
 from core import config, stop
 from core.errors import CapReached
-from core.ledger import Ledger
-from core.run import machine_from_environment, open_run, process_started_at, program_versions, segment_started_at
+from core.run.folder import RunFolder
+from core.run.segment import Opening, SegmentLog, open_segment
 from trainer.distributed import Ranks, on_main
 from trainer.evals.settings import EvaluateConfig
-from trainer.watch.cap import SpendingCap, spent_by_earlier_segments
 
 log = logging.getLogger("evaluate")
-_REASONS = {None: "finished", KeyboardInterrupt: "interrupted", CapReached: "cap"}
 
 
 class Books:
     """On all ranks; rank 0 writes."""
 
     def __init__(self, home: str, settings: EvaluateConfig, ranks: Ranks):
-        self._ledger: Ledger | None = None
+        self._segment = SegmentLog()
         self._home, self._max_usd = home, settings.max_usd
         # As a time, every rank can ask on its own.
         self._latest = on_main(lambda: self._open(home, settings, ranks), ranks)
 
     def _open(self, home: str, settings: EvaluateConfig, ranks: Ranks) -> float:
-        open_run(home, {}, {"evaluate": config.to_dict(settings)}, "")
         gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
-        machine = machine_from_environment(gpu, ranks.local_world if gpu else 0)
-        program = program_versions(("torch", "numpy", "s3fs")) | {"ranks": ranks.world, "stage": "evaluate"}
-        before = spent_by_earlier_segments(home, machine, settings.max_usd)
-        self._ledger = Ledger(home, machine, program, segment_started_at(), process_started_at())
-        stop.on_leaving(lambda: self._ledger.close("preempted"))
-        return SpendingCap(self._ledger, settings.max_usd, settings.shutdown_seconds, before).latest()
+        opening = Opening(
+            stage="evaluate",
+            config={"evaluate": config.to_dict(settings)},
+            identity={},
+            packages=("torch", "numpy", "s3fs"),
+            program={"ranks": ranks.world},
+            gpu=gpu,
+            gpus_per_node=ranks.local_world if gpu else 0,
+            max_usd=settings.max_usd,
+            shutdown_seconds=settings.shutdown_seconds,
+        )
+        self._segment = open_segment(RunFolder(home), opening)
+        stop.on_leaving(lambda: self._segment.close("preempted"))
+        return self._segment.cap.latest()
 
     def check(self) -> None:
         """Raises CapReached once another batch could cost more than the cap leaves."""
@@ -51,16 +55,13 @@ class Books:
             )
 
     def phase(self, name: str):
-        return self._ledger.phase(name) if self._ledger else contextlib.nullcontext()
+        return self._segment.phase(name)
 
     def __enter__(self) -> "Books":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not self._ledger:
-            return
-        reason = _REASONS.get(kind, "preempted" if stop.is_certain() else "failed")
-        said = {} if error is None else {"error": " ".join(f"{kind.__name__}: {error}".split())[:500]}
-        self._ledger.close(reason, None, **said)
-        if error is None and (spent := self._ledger.spent_usd()) is not None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._segment.__exit__(kind, error, trace)
+        ledger = self._segment.ledger
+        if error is None and ledger and (spent := ledger.spent_usd()) is not None:
             log.info("spent $%.2f", spent)

@@ -4,7 +4,7 @@
         kept.found        # by key, of all attempts before
         kept.add({"17": [-12.5, False]})
 
-Each rank adds to a journal of its own (core.journal): at most a few seconds are lost.
+Each rank adds to a journal of its own (core.run.journal): at most a few seconds are lost.
 """
 
 import time
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from core import journal, stop, storage
-from core.journal import Journal
+from core.run.journal import Journal
 from trainer.distributed import Ranks, gather_objects, on_main
 
 

@@ -16,10 +16,9 @@ from typing import Any
 
 from core import storage
 from core.errors import ObjectExists
-from trainer.checkpoint.layout import step_name
+from core.run.folder import RunFolder, step_name
 from trainer.weights import Opened
 
-FOLDER = "evaluations"
 FORMAT = "evaluation"
 VERSION = 1
 _NAME = re.compile(r"^(?P<key>.+-[0-9a-f]{8})(-(?P<number>\d+))?\.json$")
@@ -28,7 +27,7 @@ _NAME = re.compile(r"^(?P<key>.+-[0-9a-f]{8})(-(?P<number>\d+))?\.json$")
 def folder_of(opened: Opened, home: str) -> str:
     """Where results about a model lie: with its run, or below `home` for a model that is no run of ours."""
     if opened.run_url:
-        return storage.join(opened.run_url, FOLDER, step_name(opened.step))
+        return storage.join(RunFolder(opened.run_url).evaluations, step_name(opened.step))
     return storage.join(home, re.sub(r"[^\w.-]+", "-", opened.name).strip("-"))
 
 

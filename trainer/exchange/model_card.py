@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core import config as settings
-from core import history, ledger, manifest, storage
+from core import manifest
 from core.architecture import ModelConfig, parameters
-from core.errors import DataError, LauncherError
-from core.spending import spent_before
+from core.errors import LauncherError
+from core.run.folder import RunFolder
+from core.run.model import Run
+from core.run.reader import Detail, read_run
 from core.vocabulary import GPT2_VOCAB_SIZE
 from trainer.evals import results
 from trainer.exchange import huggingface
@@ -39,19 +41,21 @@ def gather(opened: Opened) -> Facts:
     facts = Facts()
     if not opened.run_url:
         return facts
-    facts.train, facts.held_out = _losses(opened.run_url, opened.step)
     facts.evaluations = results.read_all(results.folder_of(opened, ""))
     if opened.data_url:
         try:
             facts.data = manifest.read(opened.data_url)
         except LauncherError:
             facts.data = None  # moved or removed since: the card says less
-    facts.segments = len(ledger.segment_numbers(opened.run_url))
+    facts.segments = len(RunFolder(opened.run_url).segment_numbers())
     if facts.segments:
-        facts.spent_usd = spent_before(opened.run_url)
-    evaluations = storage.join(opened.run_url, results.FOLDER)
-    if ledger.segment_numbers(evaluations):
-        facts.evaluation_usd = spent_before(evaluations)
+        run = read_run(opened.run_url, Detail.ALL)
+        facts.spent_usd = run.usd
+        facts.train = _curve(run, "train", "loss", opened.step)
+        facts.held_out = _curve(run, "eval", "val_loss", opened.step)
+    evaluations = RunFolder(opened.run_url).evaluations
+    if RunFolder(evaluations).segment_numbers():
+        facts.evaluation_usd = read_run(evaluations, Detail.MONEY).usd
     return facts
 
 
@@ -176,18 +180,10 @@ def thinned(values: Sequence[int], count: int) -> list[int]:
     return [values[(index + 1) * len(values) // count - 1] for index in range(count)]
 
 
-def _losses(run_url: str, last_step: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """Training and validation losses of the kept steps up to one."""
-    try:
-        measured = history.read(run_url)
-    except DataError:  # weights that were imported, not trained here
-        return [], []
-
-    def curve(kind: str, key: str) -> list[tuple[int, float]]:
-        points = [(point.step, point.values.get(key)) for point in measured.points(kind)]
-        return [(step, loss) for step, loss in points if step <= last_step and loss is not None]
-
-    return curve("train", "loss"), curve("eval", "val_loss")
+def _curve(run: Run, kind: str, name: str, last_step: int) -> list[tuple[int, float]]:
+    """A metric by kept step, up to one; empty for weights that were imported, not trained here."""
+    points = [(point.step, point.values.get(name)) for point in run.points(kind)]
+    return [(step, loss) for step, loss in points if step <= last_step and loss is not None]
 
 
 def _loss(value: float | None) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 
 from core import storage
 from core.errors import CheckpointError, ConfigError, ObjectNotFound
+from core.run.folder import RunFolder
 from core.schema_tuning import DpoConfig
 from core.vocabulary import GPT2_END_OF_TEXT
 from trainer.chat_template import NO_TARGET
@@ -35,7 +36,6 @@ from trainer.weights import open_weights
 
 log = logging.getLogger("train")
 
-REFERENCE = "reference.safetensors"
 MULTIPLE = 64  # of padded lengths: few shapes, so that few are compiled
 
 
@@ -175,7 +175,7 @@ class Dpo(Tuned):
         return torch.from_numpy(tokens).to(self.ranks.device), torch.from_numpy(targets).to(self.ranks.device)
 
     def _stored_reference(self) -> dict[str, np.ndarray] | None:
-        return on_main(functools.partial(_read_reference, storage.join(self.settings.run.url, REFERENCE)), self.ranks)
+        return on_main(functools.partial(_read_reference, RunFolder(self.settings.run.url).reference), self.ranks)
 
     @torch.no_grad()
     def _new_reference(self) -> dict[str, np.ndarray]:
@@ -191,7 +191,7 @@ class Dpo(Tuned):
 
             flat = [each for part in in_turn(len(groups), of_group, self.ranks) for each in part]
             found[split] = np.array(flat, np.float32).reshape(-1, 2)
-        uri = storage.join(self.settings.run.url, REFERENCE)
+        uri = RunFolder(self.settings.run.url).reference
         on_main(functools.partial(storage.write_bytes, uri, safetensors.numpy.save(found)), self.ranks)
         return found
 

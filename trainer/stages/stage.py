@@ -18,10 +18,9 @@ from torch import nn
 from core import sets, storage
 from core.architecture import flops_per_token
 from core.errors import ObjectNotFound
-from core.run import read_run
+from core.run.folder import RunFolder, read_description
 from core.schema import TrainConfig
 from trainer import fit, plan, precision
-from trainer.checkpoint import layout
 from trainer.checkpoint.load import Restored
 from trainer.distributed import Ranks, on_main
 from trainer.evals.hellaswag import NAME as HELLASWAG
@@ -142,7 +141,7 @@ class Stage(abc.ABC):
 def stored_config(run_url: str) -> Mapping[str, Any] | None:
     """The configuration that this run's first segment settled on, if there was one."""
     try:
-        return read_run(run_url)["config"]
+        return read_description(RunFolder(run_url))["config"]
     except ObjectNotFound:
         return None
 
@@ -155,7 +154,7 @@ def lasting_name(given: str, run_url: str, section: str, key: str) -> str:
     if not public.is_public(given) and storage.is_local(given):
         given = str(storage.local_path(given).resolve())
     kept = (stored_config(run_url) or {}).get(section, {}).get(key)
-    if kept and given.rstrip("/") in (kept, kept.rpartition(f"/{layout.FOLDER}/")[0]):
+    if kept and given.rstrip("/") in (kept, kept.rpartition("/checkpoints/")[0]):
         return kept
     return look_up(given)[0]
 

@@ -1,6 +1,6 @@
 """Every call and every answer of a synthesis, in the run's folder, so that nothing paid for is lost or paid twice.
 
-    RUN_URL/answers/segment-000001/00000000-00000015.jsonl      a journal per segment (core.journal)
+    RUN_URL/answers/segment-000001/00000000-00000015.jsonl      a journal per segment (core.run.journal)
 
 Before a call `begun` is stored with the most that it can cost, after it what became of it: `answer`, `left_out` or
 `failed`, with what it cost. A call whose end is not there, because this process was killed, counts in full.
@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from core import journal, ledger, storage
+from core import storage
 from core.errors import DataError
+from core.run import journal
+from core.run.folder import RunFolder
 
-FOLDER = "answers"
 PAUSE_SECONDS = 1.0
 
 
@@ -36,7 +37,7 @@ class Known:
 def read(run_url: str) -> Known:
     """Raises DataError for answers that are there and cannot be read: they were paid for."""
     known = Known()
-    folder = storage.join(run_url, FOLDER)
+    folder = RunFolder(run_url).answers
     for segment in sorted(storage.list_names(folder)):
         events, problems = journal.read(storage.join(folder, segment))
         if problems:
@@ -57,7 +58,7 @@ class Keeper:
     """Stores events; `put` returns when an event is safe. Events that come together are stored together."""
 
     def __init__(self, run_url: str, segment: int):
-        self._journal = journal.Journal(storage.join(run_url, FOLDER, ledger.segment_name(segment)))
+        self._journal = journal.Journal(RunFolder(run_url).segment(segment).answers)
         self._waiting: list[asyncio.Future] = []
         self._task: asyncio.Task | None = None
 

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from core import config, ledger, sets, stop, storage
+from core import config, sets, stop, storage
 from core.console import CAPPED, OK, PREEMPTED, Progress, progress
 from core.errors import ConfigError, EndpointError, LauncherError
-from core.run import machine_from_environment, open_run, process_started_at, program_versions, segment_started_at
+from core.run.folder import RunFolder
+from core.run.segment import Opening, open_segment
 from core.schema_tuning import MakeConfig
 from trainer.synthesis import kept, prompts
 from trainer.synthesis.endpoint import Declined, Endpoint, Passing, Prices, Purse, Reply
@@ -38,29 +39,29 @@ def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
     url = settings.run.url
     source = f"written by {settings.endpoint.model}, prompts {asked.fingerprint[:12]}, run {url}"
     _check_name(settings, source)
-    open_run(url, config.identity(settings), config.to_dict(settings), asked.fingerprint)
-    program = program_versions(("aiohttp", "numpy", "s3fs")) | {"stage": "distil"}
-    machine = machine_from_environment(None, 0, environment)
-    books = ledger.Ledger(url, machine, program, segment_started_at(), process_started_at())
-    try:
-        with books.phase("restore"):
+    opening = Opening(
+        stage="distil",
+        config=config.to_dict(settings),
+        identity=config.identity(settings),
+        fingerprint=asked.fingerprint,
+        packages=("aiohttp", "numpy", "s3fs"),
+    )
+    with open_segment(RunFolder(url), opening, environment=environment) as segment:
+        with segment.phase("restore"):
             known = kept.read(url)
-        maker = Maker(settings, asked.prompts, known, books.segment, environment.get("OPENAI_API_KEY", ""))
+        maker = Maker(settings, asked.prompts, known, segment.number, environment.get("OPENAI_API_KEY", ""))
         log.info(
-            "%d prompts, and %d duplicates of them; segment %d", len(asked.prompts), asked.duplicates, books.segment
+            "%d prompts, and %d duplicates of them; segment %d", len(asked.prompts), asked.duplicates, segment.number
         )
         log.info("%d answers are there from before, $%.4f spent", len(known.rows), known.usd)
         try:
-            with books.phase("sample"):
+            with segment.phase("sample"):
                 asyncio.run(maker.run())
         finally:
-            books.mark("api", usd=maker.purse.spent_usd, answers=len(known.rows))
+            segment.mark("api", usd=maker.purse.spent_usd, answers=len(known.rows))
         _write_set(settings, source, known)
         code = maker.verdict()
-    except BaseException as error:
-        books.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=type(error).__name__)
-        raise
-    books.close({OK: "finished", CAPPED: "cap", PREEMPTED: "preempted"}[code])
+        segment.close({OK: "finished", CAPPED: "cap", PREEMPTED: "preempted"}[code])
     return code
 
 

@@ -1,121 +1,71 @@
-"""The ledger of a run: what each machine's stretch (segment) ran on and how its time was spent.
+"""The ledger of a run: what each segment ran on and how its time was spent.
 
     RUN_URL/ledger/segment-000001/start.jsonl                    claimed by exclusive creation: the segment's number
-    RUN_URL/ledger/segment-000001/events/00000000-00000004.jsonl its timeline (core.journal)
+    RUN_URL/ledger/segment-000001/events/00000000-00000004.jsonl its timeline (core.run.journal)
 
 The timeline is a gapless list of spans. A span says how many seconds of its wall time went to each phase; the
 phases of a span add up to its length, so that the phases of a segment add up to the segment, and their dollars
 to the bill. A heartbeat closes the current span every few seconds, so a SIGKILL loses no more than that.
-Field by field in docs/formats.md.
+docs/formats.md describes each field.
 """
 
 import contextlib
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from core import storage
 from core.errors import ObjectExists, RunError
-from core.journal import FLUSH_SECONDS, Journal
+from core.run.folder import RunFolder
+from core.run.journal import FLUSH_SECONDS, Journal
+from core.run.machine import Machine, launcher_facts
+from core.run.phases import LEDGER_PHASES, STEP_PHASES, check_mark
 
 VERSION = 1
-FOLDER = "ledger"
-PHASES = (
-    *("setup", "init", "compile", "restore", "data_wait", "train", "eval", "sample", "checkpoint", "idle"),
-    *("prep", "finalize"),  # of a preparation
-)
-STEP_PHASES = ("train", "data_wait")  # what one optimizer step consists of
 CLOCK_JUMP_SECONDS = 5.0
-_SEGMENT = re.compile(r"^segment-(\d{6,})$")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a segment runs on. None is "not known", which a report prints as `?`; it is never taken for zero.
-
-    `usd_per_hour` is the price of all `nodes` together; `price_source` says where it comes from.
-    """
-
-    cloud: str | None = None
-    region: str | None = None
-    zone: str | None = None
-    instance_type: str | None = None
-    gpu: str | None = None
-    gpus_per_node: int = 0
-    nodes: int = 1
-    spot: bool | None = None
-    usd_per_hour: float | None = None
-    price_source: str | None = None
-    host: str | None = None
-
-
-def segment_name(number: int) -> str:
-    return f"segment-{number:06d}"
-
-
-def segment_numbers(run_url: str) -> list[int]:
-    """Numbers of all segments that ever started, ascending."""
-    names = storage.list_names(storage.join(run_url, FOLDER))
-    return sorted(int(match.group(1)) for name in names if (match := _SEGMENT.match(name)))
-
-
-def claim_segment(run_url: str, start_event: Mapping[str, Any]) -> int:
+def claim_segment(folder: RunFolder, start_event: Mapping[str, Any]) -> int:
     """Take the next segment number by creating its start object, and return it.
 
     Of several machines that start at once each gets its own number; the highest number owns the run.
     """
-    number = (segment_numbers(run_url) or [0])[-1] + 1
+    number = (folder.segment_numbers() or [0])[-1] + 1
     while True:
         event = {"event": "start", "version": VERSION, "segment": number, **start_event}
-        uri = storage.join(run_url, FOLDER, segment_name(number), "start.jsonl")
+        data = (json.dumps(event, separators=(",", ":")) + "\n").encode()
         try:
-            storage.write_bytes(uri, (json.dumps(event, separators=(",", ":")) + "\n").encode(), exclusive=True)
+            storage.write_bytes(folder.segment(number).start, data, exclusive=True)
             return number
         except ObjectExists:
             number += 1
 
 
-def check_owner(run_url: str, segment: int) -> None:
+def check_owner(folder: RunFolder, segment: int) -> None:
     """Raise RunError if a newer segment has taken this run over (we are a machine that was given up)."""
-    newest = (segment_numbers(run_url) or [segment])[-1]
+    newest = (folder.segment_numbers() or [segment])[-1]
     if newest > segment:
         raise RunError(
-            f"{run_url}: segment {newest} has taken over this run, so segment {segment} stops writing; "
+            f"{folder}: segment {newest} has taken over this run, so segment {segment} stops writing; "
             "two machines may not train one run: stop this one, or give it another run.url"
         )
 
 
-def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
-    """By which names SkyPilot knows this machine, so that a report can find its records of it."""
-    facts = {
-        "task_id": environment.get("SKYPILOT_TASK_ID"),
-        "managed_job_id": environment.get("SKYPILOT_MANAGED_JOB_ID"),
-        "node_ips": environment.get("SKYPILOT_NODE_IPS"),
-    }
-    try:
-        cluster = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
-        facts["cluster"] = cluster.get("cluster_name")
-    except (ValueError, AttributeError):
-        pass
-    return {name: str(value) for name, value in facts.items() if value}
-
-
 class Ledger:
-    """Books one segment's time. One phase is current at any moment; spans are gapless by construction.
+    """Writer of one segment's ledger. One phase is current at any moment; spans are gapless by construction.
 
     `started_at` is when the paid time of this segment began and `process_started_at` when this process did (unix
-    seconds): what lies between is booked as `setup`, the time from then on as `init`. Times advance by the
-    monotonic clock, so a clock that is set back cannot make a span negative; the jump is recorded.
+    seconds): the time between them is `setup`, the time from then on `init`. Times advance by the monotonic clock,
+    so a clock that is set back cannot make a span negative; the jump is recorded.
     """
 
     def __init__(
         self,
-        run_url: str,
+        folder: RunFolder,
         machine: Machine,
         program: Mapping[str, Any],
         started_at: float | None = None,
@@ -127,12 +77,12 @@ class Ledger:
         self._monotonic_origin = time.monotonic()
         process_started_at = now if process_started_at is None else min(process_started_at, now)
         started_at = process_started_at if started_at is None else min(started_at, process_started_at)
-        self.run_url = run_url
+        self.folder = folder
         self.machine = machine
         self.started_at = started_at
         self.process_started_at = process_started_at
         self.segment = claim_segment(
-            run_url,
+            folder,
             {
                 "time": started_at,
                 "machine": asdict(machine),
@@ -151,9 +101,7 @@ class Ledger:
         self._step_totals = [0.0 for _ in STEP_PHASES]
         self._jump_seen = 0.0
         self._closed = False
-        self.journal = Journal(
-            storage.join(run_url, FOLDER, segment_name(self.segment), "events"), flush_seconds, self._heartbeat
-        )
+        self.journal = Journal(folder.segment(self.segment).events, flush_seconds, self._heartbeat)
 
     def now(self) -> float:
         """Unix seconds that never run backwards within this process."""
@@ -161,7 +109,7 @@ class Ledger:
 
     def switch(self, phase: str) -> None:
         """From now on time belongs to `phase`."""
-        if phase not in PHASES:
+        if phase not in LEDGER_PHASES:
             raise ValueError(f"unknown phase {phase!r}")
         with self._lock:
             self._settle()
@@ -169,7 +117,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def phase(self, phase: str) -> Iterator[None]:
-        """Book the enclosed time on `phase`, then return to the phase before."""
+        """The enclosed time belongs to `phase`; afterwards the phase before goes on."""
         before = self._phase
         self.switch(phase)
         try:
@@ -196,7 +144,8 @@ class Ledger:
             self._step_totals = seconds
 
     def mark(self, name: str, **details: Any) -> None:
-        """Record that something happened: restored, checkpoint, notice, ..."""
+        """Record a dated fact of the table core.run.phases.MARKS. Raises ValueError for any other."""
+        check_mark(name, set(details))
         self.journal.add({"event": "mark", "time": self.now(), "name": name, **details})
 
     def elapsed_seconds(self) -> float:
@@ -204,15 +153,15 @@ class Ledger:
 
     def spent_usd(self) -> float | None:
         """Dollars of this segment so far, or None when the price is not known."""
-        price = self.machine.usd_per_hour
-        return None if price is None else self.elapsed_seconds() / 3600 * price
+        price = self.machine.price
+        return price and price.usd(self.elapsed_seconds())
 
     def flush(self) -> bool:
         self._heartbeat()
         return self.journal.flush()
 
     def close(self, reason: str, step: int | None = None, **details: Any) -> bool:
-        """Book the last span, say how the segment ended and store everything. Idempotent.
+        """Write the last span, say how the segment ended and store everything. Idempotent.
 
         Reasons: finished, preempted, failed, cap, interrupted. False if the store did not take it.
         """
@@ -246,7 +195,7 @@ class Ledger:
             self.journal.add({"event": "mark", "time": end, "name": "clock_jump", "seconds": jump - self._jump_seen})
             self._jump_seen = jump
         if end > self._span_start:
-            phases = {name: seconds for name in PHASES if (seconds := self._seconds.get(name, 0.0)) > 0}
+            phases = {name: seconds for name in LEDGER_PHASES if (seconds := self._seconds.get(name, 0.0)) > 0}
             self.journal.add(
                 {"event": "span", "start": self._span_start, "end": end, "phases": phases, "steps": self._steps}
             )

@@ -1,4 +1,4 @@
-"""What has been read of a run, kept on this machine, so that a report fetches only what is new.
+"""A copy of what has been read of a run, on this machine, so that a report fetches only what is new.
 
 One NumPy file per run below $COST_CACHE_DIR (default ~/.cache/pretrain-launcher/costs). It holds no secret and may
 be deleted at any time; a file that is damaged or of another release is ignored and written anew.
@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from core import urls
-from core.ledger import Machine
-from costs.model import Curve, Segment, Slice, Steps
+from core.run.machine import Machine
+from core.run.model import Segment, Span, Steps
+from core.run.timeline import SHOWN
 
 log = logging.getLogger(__name__)
-VERSION = 2
-_PLAIN = ("number", "started_at", "program", "launcher", "marks", "end", "evals", "hellaswag", "problems")
+VERSION = 3
+_PLAIN = ("number", "started_at", "program", "launcher", "marks", "end", "problems")
+_CURVE = ("step", "time", *SHOWN["train"])
 
 
 @dataclass(frozen=True)
@@ -87,26 +89,27 @@ def save(path: Path, known: Known) -> None:
 
 def _pack(known: Known) -> dict[str, np.ndarray]:
     segments = [segment for segment, _ in known.values()]
-    slices = [each for segment in segments for each in segment.slices]
-    phases = sorted({phase for each in slices for phase in each.phases})
+    spans = [each for segment in segments for each in segment.spans]
+    phases = sorted({phase for each in spans for phase in each.phases})
     place = {phase: column for column, phase in enumerate(phases)}
-    seconds = np.zeros((len(slices), len(phases)))
-    for row, each in enumerate(slices):
+    seconds = np.zeros((len(spans), len(phases)))
+    for row, each in enumerate(spans):
         for phase, value in each.phases.items():
             seconds[row, place[phase]] = value
     head = {"version": VERSION, "phases": phases, "segments": []}
     for segment, seen in known.values():
         plain = {name: getattr(segment, name) for name in _PLAIN}
-        counts = [len(segment.slices), len(segment.steps.number), len(segment.curve.step)]
+        plain["metrics"] = {kind: records for kind, records in segment.metrics.items() if kind != "train"}
+        counts = [len(segment.spans), len(segment.steps.number), len(segment.records("train"))]
         plain |= {"machine": asdict(segment.machine), "tags": segment.tags, "seen": asdict(seen), "counts": counts}
         head["segments"].append(plain)
     columns = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8), "phase_seconds": seconds}
-    columns |= {f"slice_{name}": np.array([getattr(s, name) for s in slices], float) for name in ("start", "end")}
+    columns |= {f"span_{name}": np.array([getattr(s, name) for s in spans], float) for name in ("start", "end")}
     for name in vars(Steps()):
         parts = [np.asarray(getattr(segment.steps, name)) for segment in segments]
         columns[f"steps_{name}"] = np.concatenate(parts) if parts else np.array([])
-    for name in vars(Curve()):
-        values = [value for segment in segments for value in getattr(segment.curve, name)]
+    for name in _CURVE:
+        values = [record[name] for segment in segments for record in segment.records("train")]
         columns[f"curve_{name}"] = np.array([math.nan if v is None else v for v in values], float)
     return columns
 
@@ -119,17 +122,17 @@ def _unpack(head: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> dict[
     for plain in head["segments"]:
         ranges = [slice(begin, begin + count) for begin, count in zip(at, plain["counts"], strict=True)]
         at = [each.stop for each in ranges]
-        rows = zip(*(lists[name][ranges[0]] for name in ("slice_start", "slice_end", "phase_seconds")), strict=True)
+        rows = zip(*(lists[name][ranges[0]] for name in ("span_start", "span_end", "phase_seconds")), strict=True)
         segment = Segment(
             **{name: plain[name] for name in _PLAIN},
             machine=Machine(**plain["machine"]),
             tags=tuple(plain["tags"]),
-            slices=[
-                Slice(start, end, {phase: value for phase, value in zip(phases, row, strict=True) if value})
+            spans=[
+                Span(start, end, {phase: value for phase, value in zip(phases, row, strict=True) if value})
                 for start, end, row in rows
             ],
             steps=Steps(**{name: _array(columns[f"steps_{name}"][ranges[1]]) for name in vars(Steps())}),
-            curve=_curve(lists, ranges[2]),
+            metrics=plain["metrics"] | _curve(lists, ranges[2]),
         )
         known[segment.number] = (segment, Seen(**plain["seen"]))
     return known
@@ -141,8 +144,8 @@ def _array(values: np.ndarray) -> array:
     return found
 
 
-def _curve(lists: Mapping[str, list[float]], rows: slice) -> Curve:
-    """What is stored as not a number was not known; steps are counted."""
-    columns = {name: lists[f"curve_{name}"][rows] for name in vars(Curve())}
-    found = {name: [None if value != value else value for value in values] for name, values in columns.items()}
-    return Curve(**found | {"step": [int(step) for step in columns["step"]]})
+def _curve(lists: Mapping[str, list[float]], rows: slice) -> dict[str, list[dict[str, Any]]]:
+    """The training records. A value stored as not a number was not known; steps are counted."""
+    columns = [[None if value != value else value for value in lists[f"curve_{name}"][rows]] for name in _CURVE]
+    records = [dict(zip(_CURVE, values, strict=True)) for values in zip(*columns, strict=True)]
+    return {"train": [record | {"step": int(record["step"])} for record in records]} if records else {}

@@ -8,9 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from core import ledger
-from core.ledger import Machine
-from costs.model import COARSE_SLICE_SECONDS, FINE_FOR_SECONDS, FINE_SLICE_SECONDS, Segment, Slice
+from core.run import ledger
+from core.run.machine import Machine
+from core.run.model import Segment, Span
+
+# A span is kept apart this long; longer segments are kept coarser, so that months stay small.
+FINE_SPAN_SECONDS = 10.0
+COARSE_SPAN_SECONDS = 60.0
+FINE_FOR_SECONDS = 3600.0
+# What a report shows of the metrics; the other kinds, such as norms and samples, only where all are wanted.
+SHOWN = {
+    "train": ("tokens", "loss", "tokens_per_second", "mfu"),
+    "eval": ("tokens", "val_loss"),
+    "hellaswag": ("accuracy", "accuracy_norm"),
+}
 
 # Spans of one segment are gapless by construction; their stored ends are rounded to floats.
 TOLERANCE_SECONDS = 0.001
@@ -56,27 +67,27 @@ def absorb(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append metrics: training points thinned to the resolution of the timeline (the newest always stays).
-
-    Kinds that no report shows, such as norms and samples, are passed over.
-    """
-    curve = segment.curve
+    """Append what a report shows; training records are thinned to the resolution of the timeline (the newest stays)."""
     for event in events:
-        step, time = event.get("step"), number(event.get("time"))
-        if not isinstance(step, int) or time is None:
+        kind, step, time = event.get("kind"), event.get("step"), number(event.get("time"))
+        if kind not in SHOWN or not isinstance(step, int) or time is None:
             continue
-        if event.get("kind") == "train":
-            if len(curve.time) > 1 and time - curve.time[-2] < _slice_seconds(time - curve.time[0]):
-                for column in vars(curve).values():
-                    column.pop()
-            curve.step.append(step)
-            curve.time.append(time)
-            for name in ("tokens", "loss", "tokens_per_second", "mfu"):
-                getattr(curve, name).append(number(event.get(name)))
-        elif event.get("kind") == "eval" and number(event.get("val_loss")) is not None:
-            segment.evals.append({"step": step, "time": time} | _numbers(event, "tokens", "val_loss"))
-        elif event.get("kind") == "hellaswag":
-            segment.hellaswag.append({"step": step, "time": time} | _numbers(event, "accuracy", "accuracy_norm"))
+        record = {"step": step, "time": time} | {name: number(event.get(name)) for name in SHOWN[kind]}
+        if kind == "eval" and record["val_loss"] is None:
+            continue
+        known = segment.metrics.setdefault(kind, [])
+        if kind == "train" and len(known) > 1:
+            since = time - known[0]["time"]
+            if time - known[-2]["time"] < _span_seconds(since):
+                known.pop()
+        known.append(record)
+
+
+def absorb_all_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
+    """Append every record as it is."""
+    for event in events:
+        if isinstance(event.get("step"), int) and number(event.get("time")) is not None and "kind" in event:
+            segment.metrics.setdefault(event["kind"], []).append(dict(event))
 
 
 def number(value: Any) -> float | None:
@@ -84,10 +95,6 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def _numbers(event: Mapping[str, Any], *names: str) -> dict[str, float | None]:
-    return {name: number(event.get(name)) for name in names}
 
 
 def _span(segment: Segment, event: Mapping[str, Any]) -> None:
@@ -101,8 +108,8 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
     before = segment.ended_at
     if before is not None and start > before + TOLERANCE_SECONDS:
         # A part of the timeline was lost. The machine was paid for meanwhile: time without a phase.
-        segment.slices.append(Slice(before, start))
-    elif segment.slices and start < before - TOLERANCE_SECONDS:
+        segment.spans.append(Span(before, start))
+    elif segment.spans and start < before - TOLERANCE_SECONDS:
         segment.problems.append(
             f"segment {segment.number}: a span starts {before - start:.1f} s before the one before it ended; "
             "the time in common is counted once"
@@ -127,23 +134,23 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:
-    """Add to the newest slice while it is short and of the same UTC hour, so that days stay exact; else a new one."""
-    last = segment.slices[-1] if segment.slices else None
+    """Add to the newest span while it is short and of the same UTC hour, so that days stay exact; else a new one."""
+    last = segment.spans[-1] if segment.spans else None
     if (
         last is not None
         and last.phases
-        and last.seconds < _slice_seconds(start - segment.slices[0].start)
+        and last.seconds < _span_seconds(start - segment.spans[0].start)
         and last.start // 3600 == end // 3600
     ):
         for name, seconds in phases.items():
             last.phases[name] = last.phases.get(name, 0.0) + seconds
         last.end = end
     else:
-        segment.slices.append(Slice(start, end, dict(phases)))
+        segment.spans.append(Span(start, end, dict(phases)))
 
 
-def _slice_seconds(age_seconds: float) -> float:
-    return FINE_SLICE_SECONDS if age_seconds < FINE_FOR_SECONDS else COARSE_SLICE_SECONDS
+def _span_seconds(age_seconds: float) -> float:
+    return FINE_SPAN_SECONDS if age_seconds < FINE_FOR_SECONDS else COARSE_SPAN_SECONDS
 
 
 def _price(segment: Segment, machine: Mapping[str, Any]) -> float | None:

@@ -1,0 +1,186 @@
+"""Where things are below a run's URL, and run.json, which says what the run is.
+
+    folder = RunFolder("s3://bucket/runs/first")
+    folder.segment(3).start, folder.checkpoint(1000), folder.evaluations
+
+RUN_URL/run.json is written once, by the first segment: the settings and the data that define the run.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from core import storage
+from core.errors import ObjectExists, RunError
+
+VERSION = 1
+_SEGMENT = re.compile(r"^segment-(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class SegmentFolder:
+    """The objects of one segment. `events` and `metrics` are journals (core.run.journal)."""
+
+    url: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return segment_name(self.number)
+
+    @property
+    def start(self) -> str:
+        """Created exclusively: whoever creates it has the number."""
+        return storage.join(self.url, "ledger", self.name, "start.jsonl")
+
+    @property
+    def events(self) -> str:
+        return storage.join(self.url, "ledger", self.name, "events")
+
+    @property
+    def metrics(self) -> str:
+        return storage.join(self.url, "metrics", self.name)
+
+    @property
+    def answers(self) -> str:
+        """A journal of what a paid endpoint answered."""
+        return storage.join(self.url, "answers", self.name)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's URL, without a slash at its end."""
+
+    url: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "url", self.url.rstrip("/"))
+
+    def __str__(self) -> str:
+        return self.url
+
+    def _at(self, *names: str) -> str:
+        return storage.join(self.url, *names)
+
+    @property
+    def description(self) -> str:
+        return self._at("run.json")
+
+    @property
+    def ledger(self) -> str:
+        return self._at("ledger")
+
+    @property
+    def metrics(self) -> str:
+        return self._at("metrics")
+
+    @property
+    def checkpoints(self) -> str:
+        return self._at("checkpoints")
+
+    @property
+    def evaluations(self) -> str:
+        """Results, and a run folder of its own: an evaluation's ledger must not take over the run's."""
+        return self._at("evaluations")
+
+    @property
+    def answers(self) -> str:
+        return self._at("answers")
+
+    @property
+    def logs(self) -> str:
+        return self._at("logs")
+
+    @property
+    def preflight(self) -> str:
+        return self._at("preflight")
+
+    @property
+    def refusals(self) -> str:
+        """Machines that preflight refused."""
+        return self._at("refused")
+
+    @property
+    def compiled_kernels(self) -> str:
+        return self._at("compile-cache")
+
+    @property
+    def reference(self) -> str:
+        """Log-probabilities under the start of a DPO run."""
+        return self._at("reference.safetensors")
+
+    def segment(self, number: int) -> SegmentFolder:
+        return SegmentFolder(self.url, number)
+
+    def segment_numbers(self) -> list[int]:
+        """Numbers of all segments that ever started, ascending."""
+        return sorted(number for name in storage.list_names(self.ledger) if (number := segment_number(name)))
+
+    def checkpoint(self, step: int) -> str:
+        return storage.join(self.checkpoints, step_name(step))
+
+
+def segment_name(number: int) -> str:
+    return f"segment-{number:06d}"
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def segment_number(name: str) -> int | None:
+    """None if a name is no segment's."""
+    match = _SEGMENT.match(name)
+    return int(match.group(1)) if match else None
+
+
+def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str, Any], data_fingerprint: str) -> bool:
+    """Create the run, or check that the one in `folder` has the same settings and data. True if created.
+
+    `identity` holds the flat settings that define the result. Raises RunError naming what differs.
+    """
+    document = {
+        "format": "run",
+        "version": VERSION,
+        "identity": dict(identity),
+        "data_fingerprint": data_fingerprint,
+        "config": dict(config),
+    }
+    data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+    try:
+        storage.write_bytes(folder.description, data, exclusive=True)
+        return True
+    except ObjectExists:
+        pass
+    stored = read_description(folder)
+    remedy = "use the settings it was started with, or another run.url"
+    for key in sorted({*stored["identity"], *identity}):
+        there, here = stored["identity"].get(key), identity.get(key)
+        if _plain(there) != _plain(here):
+            raise RunError(f"{folder}: holds a run with {key}={there!r}, this config has {key}={here!r}; {remedy}")
+    if stored["data_fingerprint"] != data_fingerprint:
+        raise RunError(
+            f"{folder}: this run was started on data {stored['data_fingerprint'][:12]}…, "
+            f"data.url now holds {data_fingerprint[:12]}…; "
+            "point data.url at the data it was started on, or use another run.url"
+        )
+    return False
+
+
+def read_description(folder: RunFolder) -> dict[str, Any]:
+    """The stored run.json. Raises ObjectNotFound, RunError."""
+    uri = folder.description
+    try:
+        document = json.loads(storage.read_bytes(uri))
+        if document["format"] != "run" or document["version"] != VERSION:
+            raise ValueError(f"format {document['format']!r} version {document['version']!r}")
+        document["identity"], document["config"], document["data_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{uri}: is no run description of this release ({error}); use another run.url") from error
+    return document
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,172 @@
+"""The machine that a segment runs on, its price, and the program: what the environment says of them."""
+
+import json
+import logging
+import math
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars per hour of all nodes together, and where that figure comes from."""
+
+    usd_per_hour: float
+    source: str
+
+    def usd(self, seconds: float) -> float:
+        return seconds / 3600 * self.usd_per_hour
+
+    def seconds(self, usd: float) -> float:
+        """How long so many dollars last."""
+        return usd / self.usd_per_hour * 3600
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a segment runs on. None is "not known", which a report prints as `?`; it is never taken for zero.
+
+    `usd_per_hour` is the price of all `nodes` together; `price_source` says where it comes from.
+    """
+
+    cloud: str | None = None
+    region: str | None = None
+    zone: str | None = None
+    instance_type: str | None = None
+    gpu: str | None = None
+    gpus_per_node: int = 0
+    nodes: int = 1
+    spot: bool | None = None
+    usd_per_hour: float | None = None
+    price_source: str | None = None
+    host: str | None = None
+
+    @property
+    def price(self) -> Price | None:
+        """None where the price is not known."""
+        if self.usd_per_hour is None or not 0 < self.usd_per_hour < math.inf:
+            return None
+        return Price(self.usd_per_hour, self.price_source or "ledger, without a source")
+
+
+def machine_from_environment(
+    gpu: str | None, gpus_per_node: int, environment: Mapping[str, str] = os.environ
+) -> Machine:
+    """This node by the variables that the launcher sets (.env.example lists them).
+
+    SkyPilot gives cloud, region and zone in SKYPILOT_CLUSTER_INFO; ours win over it. An absent price stays None.
+    Raises ConfigError for a price or node count that is no number above zero.
+    """
+    cluster = _cluster_info(environment)
+    price = positive(environment, "USD_PER_HOUR")
+    spot = environment.get("USE_SPOT")
+    return Machine(
+        cloud=environment.get("CLOUD") or cluster.get("cloud"),
+        region=environment.get("REGION") or cluster.get("region"),
+        zone=environment.get("ZONE") or cluster.get("zone"),
+        instance_type=environment.get("INSTANCE_TYPE"),
+        gpu=gpu,
+        gpus_per_node=gpus_per_node,
+        nodes=int(positive(environment, "SKYPILOT_NUM_NODES") or 1),
+        spot=None if not spot else spot.lower() in ("1", "true", "yes"),
+        usd_per_hour=price,
+        price_source=(environment.get("PRICE_SOURCE") or "USD_PER_HOUR variable") if price else None,
+        host=socket.gethostname(),
+    )
+
+
+def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
+    """The names by which SkyPilot knows this machine, so that a report can find its records of it."""
+    facts = {
+        "task_id": environment.get("SKYPILOT_TASK_ID"),
+        "managed_job_id": environment.get("SKYPILOT_MANAGED_JOB_ID"),
+        "node_ips": environment.get("SKYPILOT_NODE_IPS"),
+        "cluster": _cluster_info(environment).get("cluster_name"),
+    }
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Python, platform, git revision, image and package versions, for the record.
+
+    GIT_REVISION is set in the image, IMAGE_DIGEST by launch/container.sh; elsewhere the checkout itself is asked.
+    """
+    from importlib import metadata  # takes 20 ms, which the commands on a user's computer need not wait for
+
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    revision = os.environ.get("GIT_REVISION") or _revision_of_checkout()
+    if revision:
+        versions["git_revision"] = revision
+    if os.environ.get("IMAGE_DIGEST"):
+        versions["image"] = os.environ["IMAGE_DIGEST"]
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def process_started_at() -> float:
+    """When this process began (unix seconds), so that imports are counted too. Now, where the system cannot tell."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
+def segment_started_at() -> float | None:
+    """SEGMENT_STARTED_AT (unix seconds): when the machine's paid time for this segment began, if the launcher knows."""
+    text = os.environ.get("SEGMENT_STARTED_AT")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        log.warning("environment variable SEGMENT_STARTED_AT is %r, not a unix time; ignored", text)
+        return None
+
+
+def positive(environment: Mapping[str, str], name: str) -> float | None:
+    """The number in a variable, None if it is empty. Raises ConfigError unless it is above zero."""
+    text = environment.get(name)
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ConfigError(
+            f"environment variable {name} is {text!r}, must be a number above zero; leave it empty if it is not known"
+        )
+    return value
+
+
+def _cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:
+    try:
+        found = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _revision_of_checkout() -> str | None:
+    """Commit of the working tree, marked if files differ from it; None without git or outside of a checkout."""
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,256 @@
+"""A run as its folder tells it: segments, their time, their steps, and what follows by arithmetic.
+
+    run = read_run("s3://bucket/run")
+    run.usd, run.lost(now), run.points("eval")
+
+Every consumer (report, page, plots, status, model card, cap) takes dollars, kept steps and lost work from here.
+"""
+
+import math
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from core.run.folder import RunFolder
+from core.run.journal import FLUSH_SECONDS
+from core.run.machine import Machine, Price
+
+# No heartbeat for this long: the machine is gone. Heartbeats come every few seconds, store outages last minutes.
+SILENT_SECONDS = 180.0
+
+
+@dataclass
+class Span:
+    """A stretch of a segment's timeline: seconds by phase. The rest of its length has no phase."""
+
+    start: float
+    end: float
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass
+class Steps:
+    """Optimizer steps of a segment in order: number, train seconds, data-wait seconds. Arrays, as there are many."""
+
+    number: array = field(default_factory=lambda: array("q"))
+    train: array = field(default_factory=lambda: array("d"))
+    wait: array = field(default_factory=lambda: array("d"))
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Work of a segment that was done again: its steps, and seconds of them and of its unfinished step."""
+
+    steps: int = 0
+    train_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.train_seconds + self.wait_seconds
+
+
+@dataclass
+class Segment:
+    """One machine's stretch of a run, as far as its ledger and metrics tell.
+
+    `machine.usd_per_hour` is None unless it is a usable price. `metrics` holds records by kind, each with `step` and
+    `time`. `problems` are sentences for the reader.
+    """
+
+    number: int
+    machine: Machine = field(default_factory=Machine)
+    started_at: float | None = None
+    program: Mapping[str, Any] = field(default_factory=dict)
+    launcher: Mapping[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    spans: list[Span] = field(default_factory=list)
+    steps: Steps = field(default_factory=Steps)
+    marks: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] | None = None
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    is_newer_format: bool = False  # written by a newer release, so nothing of it is read
+
+    @property
+    def price(self) -> Price | None:
+        return self.machine.price
+
+    @property
+    def ended_at(self) -> float | None:
+        """When its timeline ends: the last heartbeat, whether or not an end event followed."""
+        return self.spans[-1].end if self.spans else self.started_at
+
+    @property
+    def seconds(self) -> float:
+        """Machine time up to the last heartbeat."""
+        return self.spans[-1].end - self.spans[0].start if self.spans else 0.0
+
+    @property
+    def usd(self) -> float | None:
+        """Dollars up to the last heartbeat. None without a price, or without any heartbeat: it ran for an unknown
+        time."""
+        return self.price.usd(self.seconds) if self.price and self.spans else None
+
+    @property
+    def usd_at_most(self) -> float | None:
+        """As `usd`, but a machine that was killed may have lived until just before its next heartbeat."""
+        if self.price is None or self.started_at is None:
+            return None
+        return self.price.usd(self.seconds + (0.0 if self.end and self.spans else FLUSH_SECONDS))
+
+    @property
+    def restored_step(self) -> int | None:
+        """The step it continued from (0: fresh start), or None if it did not get that far."""
+        steps = [
+            mark["step"] for mark in self.marks if mark["name"] == "restored" and isinstance(mark.get("step"), int)
+        ]
+        return steps[-1] if steps else None
+
+    @property
+    def gpus(self) -> int:
+        return self.machine.gpus_per_node * self.machine.nodes
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        return self.metrics.get(kind, [])
+
+    def is_live(self, now: float) -> bool:
+        """Whether it may still be running: no end event, and a heartbeat not long ago."""
+        return self.end is None and self.ended_at is not None and abs(now - self.ended_at) < SILENT_SECONDS
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds by the ledger's phases."""
+        found: dict[str, list[float]] = {}
+        for span in self.spans:
+            for name, seconds in span.phases.items():
+                found.setdefault(name, []).append(seconds)
+        return {name: math.fsum(parts) for name, parts in found.items()}
+
+    def usd_until(self, time: float) -> float | None:
+        """Dollars from its beginning to a moment of it."""
+        if self.price is None or self.started_at is None:
+            return None
+        return self.price.usd(max(0.0, time - self.started_at))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A record of a kept step. `seconds` of machine time and `usd` of the whole run up to it; `usd` is None if a price
+    is not known."""
+
+    step: int
+    time: float
+    seconds: float
+    usd: float | None
+    values: Mapping[str, Any]
+
+
+@dataclass
+class Run:
+    """A run folder. `config` is what run.json holds, empty when there is none."""
+
+    folder: RunFolder
+    segments: list[Segment] = field(default_factory=list)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    stage: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return self.folder.url
+
+    @property
+    def usd(self) -> float | None:
+        """The ledger's dollars; None if those of a segment are not known."""
+        return _sum(segment.usd for segment in self.segments)
+
+    @property
+    def usd_at_most(self) -> float | None:
+        """The cap's cautious upper bound."""
+        return _sum(segment.usd_at_most for segment in self.segments)
+
+    @property
+    def last_step(self) -> int | None:
+        return max((segment.steps.number[-1] for segment in self.segments if segment.steps.number), default=None)
+
+    def boundaries(self) -> list[float]:
+        """For each segment the last step that counts of it: later segments may have restored an earlier one and done
+        the rest again."""
+        found, boundary = [], math.inf
+        for segment in reversed(self.segments):
+            found.append(boundary)
+            if segment.restored_step is not None:
+                boundary = min(boundary, segment.restored_step)
+        return found[::-1]
+
+    def lost(self, now: float) -> dict[int, Lost]:
+        """By segment number. `now` tells whether the last segment may still finish its step."""
+        found = {}
+        for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
+            finished = segment.end is not None and segment.end.get("reason") == "finished"
+            running = segment is self.segments[-1] and segment.is_live(now)
+            found[segment.number] = _lost(segment, boundary, unfinished=not finished and not running)
+        return found
+
+    def points(self, kind: str) -> list[Point]:
+        """Records of one kind at the steps that were kept, by step and then by time."""
+        found: list[Point] = []
+        seconds, usd = 0.0, 0.0
+        for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
+            for record in segment.records(kind):
+                if record["step"] <= boundary:
+                    since = max(0.0, record["time"] - (segment.started_at or record["time"]))
+                    more = segment.usd_until(record["time"])
+                    spent = None if usd is None or more is None else usd + more
+                    found.append(Point(record["step"], record["time"], seconds + since, spent, record))
+            seconds += segment.seconds
+            usd = _sum((usd, segment.usd if segment.spans else 0.0))
+        return sorted(found, key=lambda point: point.step)
+
+    def newest(self, kind: str, name: str) -> Any:
+        """The newest known value of a metric on the path that was kept."""
+        values = (point.values.get(name) for point in reversed(self.points(kind)))
+        return next((value for value in values if value is not None), None)
+
+    def machine_seconds(self, mark: str) -> list[float]:
+        """Machine time of the whole run at each mark of a name."""
+        found, seconds = [], 0.0
+        for segment in self.segments:
+            started_at = segment.started_at or 0.0
+            found += [seconds + each["time"] - started_at for each in segment.marks if each["name"] == mark]
+            seconds += segment.seconds
+        return found
+
+    def restarts(self) -> list[float]:
+        """Machine time of the whole run at the beginning of each segment but the first."""
+        found, seconds = [], 0.0
+        for segment in self.segments[:-1]:
+            seconds += segment.seconds
+            found.append(seconds)
+        return found
+
+
+def _lost(segment: Segment, boundary: float, unfinished: bool) -> Lost:
+    steps = segment.steps
+    again = np.asarray(steps.number) > boundary
+    lost = Lost(int(again.sum()), *(float(np.asarray(column)[again].sum()) for column in (steps.train, steps.wait)))
+    if not unfinished:
+        return lost
+    spent = segment.phase_seconds()
+    return Lost(
+        lost.steps,
+        lost.train_seconds + max(0.0, spent.get("train", 0.0) - float(np.sum(steps.train))),
+        lost.wait_seconds + max(0.0, spent.get("data_wait", 0.0) - float(np.sum(steps.wait))),
+    )
+
+
+def _sum(amounts) -> float | None:
+    known = list(amounts)
+    return None if None in known else math.fsum(known)

@@ -1,0 +1,122 @@
+"""The kinds of time that dollars go to, and the dated facts of a ledger: two tables that everything else reads.
+
+A new phase is a line of PHASES: the ledger accepts it, the report, the page and docs/formats.md show it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A kind of time. Colours are CSS hexadecimals, `dark` on a dark page."""
+
+    name: str
+    by: Literal["ledger", "launcher", "report"]  # who books time on it
+    help: str
+    colour: str
+    dark: str
+    is_preparation: bool = False  # the machine gets ready to work
+
+    @property
+    def label(self) -> str:
+        return label(self.name)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A dated fact and its fields, in Markdown."""
+
+    name: str
+    fields: tuple[str, ...]
+    help: str
+
+
+# In the order in which a report lists them.
+PHASES = (
+    Phase("provision", "launcher", "from the launch to the first sign of life", "#707d91", "#9aa5b6"),
+    Phase("setup", "ledger", "from the machine's start to the program's", "#8d99ae", "#7f8ba0", is_preparation=True),
+    Phase("init", "ledger", "imports, data and run opened", "#a5afc0", "#667085", is_preparation=True),
+    Phase("prep", "ledger", "of a preparation: documents to shards", "#2f9e63", "#3fb577"),
+    Phase("finalize", "ledger", "of a preparation: shards chosen and the manifest written", "#3aa6b9", "#4fb9cb"),
+    Phase("compile", "ledger", "the first step with torch.compile", "#6d8fd6", "#7d9de0", is_preparation=True),
+    Phase("restore", "ledger", "weights and optimizer state arrive", "#8a6fc9", "#a08be0", is_preparation=True),
+    Phase("data_wait", "ledger", "the step waits for tokens", "#d9a13b", "#e0b159"),
+    Phase("train", "ledger", "optimizer steps", "#2f9e63", "#3fb577"),
+    Phase("train_kept", "report", "the part of `train` whose steps count", "#2f9e63", "#3fb577"),
+    Phase("train_lost", "report", "steps that were done again, and unfinished ones", "#d64545", "#ec6a6a"),
+    Phase("eval", "ledger", "validation loss and HellaSwag", "#3aa6b9", "#4fb9cb"),
+    Phase("sample", "ledger", "text samples; of `distil make`: calls of the endpoint", "#7cc4c9", "#3f8d96"),
+    Phase("api", "report", "dollars that a paid endpoint took; no time", "#b58f5c", "#c8a573"),
+    Phase("checkpoint", "ledger", "the part of a checkpoint that blocks training", "#b0749e", "#c98bb6"),
+    Phase("idle", "launcher", "between two segments on one machine", "#c9ced6", "#4a515c"),
+    Phase("idle_until_down", "launcher", "from the last segment to the machine's end", "#c9ced6", "#4a515c"),
+    Phase("not_attributed", "report", "paid time that no phase claims", "#e3b7b7", "#8d5a5a"),
+)
+BY_NAME = {phase.name: phase for phase in PHASES}
+LEDGER_PHASES = tuple(phase.name for phase in PHASES if phase.by == "ledger")
+# What a ledger's `train` becomes in a report.
+REPORT_PHASES = tuple(phase.name for phase in PHASES if phase.name != "train")
+PREPARATION_PHASES = tuple(phase.name for phase in PHASES if phase.is_preparation)
+STEP_PHASES = ("train", "data_wait")  # what one optimizer step consists of
+
+MARKS = (
+    Mark(
+        "restored",
+        ("step", "checkpoint", "skipped"),
+        "`step` continued from (0: fresh start), `checkpoint`, `skipped`: list of `{name, why}`",
+    ),
+    Mark(
+        "first_step",
+        ("step", "seconds", "step_seconds"),
+        "`step`: the first one completed; `seconds` from the start of the process to the beginning of it, "
+        "`step_seconds` that it took itself (compilation included)",
+    ),
+    Mark("checkpoint_begun", ("step",), "`step`"),
+    Mark(
+        "checkpoint",
+        ("step", "bytes", "blocked_seconds", "background_seconds"),
+        "`step`, `bytes`, `blocked_seconds`, `background_seconds`; written once it is complete",
+    ),
+    Mark("notice", ("kind", "detail"), "`kind` and `detail` of a warning that the machine will be taken away"),
+    Mark("cap", ("limit_usd", "spent_usd"), "`limit_usd`, `spent_usd`"),
+    Mark("slow_rank", ("rank", "times"), "`rank` whose steps take `times` as long as the others'"),
+    Mark("api", ("usd", "answers"), "`usd` that a paid endpoint took since the run began, `answers`"),
+    Mark("clock_jump", ("seconds",), "`seconds` by which the wall clock was set"),
+)
+_FIELDS = {mark.name: frozenset(mark.fields) for mark in MARKS}
+
+
+def label(name: str) -> str:
+    """train_lost → "train lost"."""
+    return name.replace("_", " ")
+
+
+def check_mark(name: str, fields: set[str]) -> None:
+    """Raises ValueError for a mark or a field that the table does not list."""
+    if name not in _FIELDS:
+        raise ValueError(f"unknown mark {name!r}; known: {', '.join(_FIELDS)}")
+    if unknown := fields - _FIELDS[name]:
+        raise ValueError(f"mark {name!r} has no field {', '.join(sorted(unknown))}")
+
+
+def markdown() -> str:
+    """Both tables, as docs/formats.md holds them."""
+    lines = ["| phase | booked by | time |", "|---|---|---|"]
+    lines += [f"| `{phase.name}` | {phase.by} | {phase.help} |" for phase in PHASES]
+    lines += ["", "| mark | fields |", "|---|---|"]
+    lines += [f"| `{mark.name}` | {mark.help} |" for mark in MARKS]
+    return "\n".join(lines)
+
+
+def css() -> str:
+    """Colours of the phases as CSS variables and classes, for the cost page."""
+
+    def variables(colour: str) -> str:
+        return " ".join(f"--p-{phase.name}: {getattr(phase, colour)};" for phase in PHASES)
+
+    classes = " ".join(f".p-{phase.name} {{ fill: var(--p-{phase.name}); }}" for phase in PHASES)
+    return (
+        f":root {{ {variables('colour')} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {variables('dark')} }} }}\n{classes}\n"
+    )

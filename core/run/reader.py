@@ -1,0 +1,207 @@
+"""The one reader of a run: RUN_URL/run.json, ledger and metrics → core.run.model.Run.
+
+    read_run("s3://bucket/run")                    what a report shows
+    read_run("s3://bucket/run", Detail.ALL)        every metrics record too, for plots
+    read_run("s3://bucket/run", Detail.MONEY)      two objects per segment: dollars, for a cap
+
+Two listings find every object; objects are fetched in parallel. What cannot be read is named, not fatal.
+"""
+
+import enum
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from core import storage
+from core.errors import LauncherError, ObjectNotFound, RunError
+from core.run import cache, journal, timeline
+from core.run.cache import Seen
+from core.run.folder import RunFolder, segment_number
+from core.run.model import Run, Segment
+from core.storage import ObjectInfo
+
+PARALLEL_FETCHES = 16
+Objects = Mapping[int, list[ObjectInfo]]
+
+
+class Detail(enum.Enum):
+    """How much of a run is read."""
+
+    MONEY = "money"  # when each segment began, was last heard of and ended, and its price
+    REPORT = "report"  # all of the ledger; metrics that a report shows, thinned
+    ALL = "all"  # all of the ledger and of the metrics
+
+
+def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | None = None) -> Run:
+    """The run at `run_url`; with `cache_file`, only what is new since the last call is fetched (Detail.REPORT).
+
+    Raises RunError if there is no run, StorageError if the store refuses.
+    """
+    run = Run(RunFolder(run_url))
+    ledgers = _by_segment(run.folder.ledger)
+    if detail is not Detail.MONEY or not ledgers:
+        _read_description(run)
+    if not ledgers:
+        found = "a run.json but no ledger: no segment has started" if run.config else "neither run.json nor ledger"
+        raise RunError(f"{run_url}: holds no run to report on ({found}); give the run.url of a training run")
+    if detail is Detail.MONEY:
+        run.segments = _each(sorted(ledgers), lambda number: _read_money(run.folder, number, ledgers[number]))
+    else:
+        _read_segments(run, ledgers, detail, cache_file)
+    run.problems += [problem for segment in run.segments for problem in segment.problems]
+    run.stage = _stage(run)
+    return run
+
+
+def spent_usd_at_most(run_url: str) -> float | None:
+    """The cap's cautious upper bound of what all segments so far have cost: 0 before the first, None where a price or a
+    time is not known. Raises StorageError."""
+    if not RunFolder(run_url).segment_numbers():
+        return 0.0
+    return read_run(run_url, Detail.MONEY).usd_at_most
+
+
+def _each(numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
+    with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
+        return list(pool.map(read, numbers))
+
+
+def _read_description(run: Run) -> None:
+    uri = run.folder.description
+    try:
+        document = json.loads(storage.read_bytes(uri))
+        run.config = document["config"]
+        run.stage = document.get("stage")
+    except ObjectNotFound:
+        run.problems.append(f"{uri}: not there, so the settings of this run are not known")
+    except (ValueError, KeyError, TypeError) as error:
+        run.problems.append(f"{uri}: cannot be understood ({error}), so the settings of this run are not known")
+
+
+def _by_segment(root: str) -> dict[int, list[ObjectInfo]]:
+    """The objects of each segment."""
+    found: dict[int, list[ObjectInfo]] = {}
+    for info in storage.list_objects(root):
+        number = segment_number(info.uri[len(root) :].lstrip("/").split("/", 1)[0])
+        if number:
+            found.setdefault(number, []).append(info)
+    return found
+
+
+def _read_money(folder: RunFolder, number: int, objects: list[ObjectInfo]) -> Segment:
+    """The start and the newest span, which is in the newest object unless that holds none or cannot be read."""
+    segment = _started(folder, number)
+    by_age = sorted((info for info in objects if journal.sequence_numbers(info.uri)), key=_last_number, reverse=True)
+    for info in by_age:
+        events, _, problems = _read_journal(folder.segment(number).events, [info], -1)
+        timeline.absorb(segment, events)
+        segment.problems += problems
+        if segment.spans:
+            break
+    return segment
+
+
+def _read_segments(run: Run, ledgers: Objects, detail: Detail, cache_file: Path | None) -> None:
+    metrics = _by_segment(run.folder.metrics)
+    known = cache.load(cache_file) if cache_file else {}
+    targets = {number: _seen(run.folder, number, ledgers, metrics) for number in ledgers}
+    unchanged = {number: known[number] for number in ledgers if number in known and targets[number] == known[number][1]}
+    rest = sorted(set(ledgers) - set(unchanged))
+    read_one = functools.partial(_read_segment, run.folder, ledgers, metrics, detail, targets, known)
+    read = unchanged | dict(zip(rest, _each(rest, read_one), strict=True))
+    run.segments = [read[number][0] for number in sorted(read)]
+    if cache_file:
+        # What was read with an error is read again the next time.
+        whole = {number: (segment, seen) for number, (segment, seen) in read.items() if seen}
+        if rest or whole.keys() != known.keys():
+            cache.save(cache_file, whole)
+
+
+def _seen(folder: RunFolder, number: int, ledgers: Objects, metrics: Objects) -> Seen:
+    """How far a segment has been read once all of these listings has been."""
+    start_uri = folder.segment(number).start
+    stamp = next((f"{info.size} {info.modified}" for info in ledgers[number] if info.uri == start_uri), "")
+    return Seen(stamp, _newest(ledgers[number]), _newest(metrics.get(number, [])))
+
+
+def _read_segment(
+    folder: RunFolder,
+    ledgers: Objects,
+    metrics: Objects,
+    detail: Detail,
+    targets: Mapping[int, Seen],
+    known: Mapping[int, tuple[Segment, Seen]],
+    number: int,
+) -> tuple[Segment, Seen | None]:
+    """The segment, and how far it has been read: None if something could not be."""
+    target = targets[number]
+    segment, seen = known.get(number, (None, None))
+    # A ledger that is shorter than what is known of it is another one: nothing of the old may stay.
+    is_longer = seen and seen.start == target.start and seen.ledger <= target.ledger and seen.metrics <= target.metrics
+    if not is_longer:
+        segment, seen = _started(folder, number), Seen(target.start)
+        if segment.problems and segment.started_at is None:
+            seen = Seen("")
+        if segment.is_newer_format:
+            return segment, None
+    events, newest, problems = _read_journal(folder.segment(number).events, ledgers[number], seen.ledger)
+    timeline.absorb(segment, events)
+    records, newest_record, more_problems = _read_journal(
+        folder.segment(number).metrics, metrics.get(number, []), seen.metrics
+    )
+    absorb = timeline.absorb_all_metrics if detail is Detail.ALL else timeline.absorb_metrics
+    absorb(segment, records)
+    problems += more_problems
+    segment.problems += problems
+    whole = seen.start and not problems
+    return segment, Seen(target.start, newest, newest_record) if whole else None
+
+
+def _started(folder: RunFolder, number: int) -> Segment:
+    """A segment as its start object has it. One that cannot be used becomes a problem."""
+    segment, uri = Segment(number), folder.segment(number).start
+    try:
+        event = json.loads(storage.read_bytes(uri))
+        timeline.start(segment, event if isinstance(event, Mapping) else {})
+    except timeline.NewerFormat as error:
+        segment.is_newer_format = True
+        segment.problems.append(f"segment {number}: left out, {error} ({uri})")
+    except (LauncherError, ValueError) as error:
+        segment.problems.append(f"segment {number}: {uri} cannot be used: {error}")
+    return segment
+
+
+def _read_journal(folder: str, objects: list[ObjectInfo], after: int) -> tuple[list[dict[str, Any]], int, list[str]]:
+    """Events after number `after`, the number of the newest one, and what could not be read."""
+    if _newest(objects) <= after:
+        return [], after, []
+    for _ in range(journal.READ_ATTEMPTS):
+        try:
+            events, problems = journal.read_objects([info.uri for info in objects], after)
+            return events, _newest(objects), problems
+        except ObjectNotFound:  # its writer put objects together since we listed them
+            objects = storage.list_objects(folder)
+    return [], after, [f"{folder}: its objects change faster than they can be read"]
+
+
+def _newest(objects: Iterable[ObjectInfo]) -> int:
+    """The highest sequence number in a journal's listing."""
+    return max((_last_number(info) for info in objects), default=-1)
+
+
+def _last_number(info: ObjectInfo) -> int:
+    numbers = journal.sequence_numbers(info.uri)
+    return numbers[1] if numbers else -1
+
+
+def _stage(run: Run) -> str | None:
+    """prep, pretrain, finetune, evaluate: as the run says, else by which settings it has."""
+    named: Any = run.stage or next((s.program["stage"] for s in run.segments if s.program.get("stage")), None)
+    if named:
+        return str(named)
+    if "train" in run.config:
+        return "pretrain"
+    return "prep" if "source" in run.config else None

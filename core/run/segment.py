@@ -1,0 +1,145 @@
+"""Open a segment of a run and write it: one sequence for training, evaluation, preparation and synthesis.
+
+with open_segment(folder, "evaluate", config) as segment:
+    with segment.phase("eval"):
+        ...
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
+
+from core import stop
+from core.errors import CapReached, one_line
+from core.run.cap import SpendingCap, spent_by_earlier_segments
+from core.run.folder import RunFolder, open_run
+from core.run.journal import Journal
+from core.run.ledger import Ledger
+from core.run.machine import (
+    Machine,
+    machine_from_environment,
+    process_started_at,
+    program_versions,
+    segment_started_at,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a segment is opened with. `identity` None: the folder gets no run.json."""
+
+    stage: str
+    config: Mapping[str, Any]
+    identity: Mapping[str, Any] | None = None
+    fingerprint: str = ""
+    packages: tuple[str, ...] = ("numpy",)
+    program: Mapping[str, Any] | None = None
+    gpu: str | None = None
+    gpus_per_node: int = 0
+    max_usd: float = 0.0
+    shutdown_seconds: float = 0.0
+    is_per_node: bool = False  # each node opens a segment of its own, at its share of the price
+    has_metrics: bool = False
+
+
+class SegmentLog:
+    """An open segment: its ledger, metrics and cap. Without a ledger, on ranks that do not write, it does nothing."""
+
+    def __init__(
+        self,
+        ledger: Ledger | None = None,
+        metrics: Journal | None = None,
+        cap: SpendingCap | None = None,
+        number: int = 0,
+        is_new_run: bool = False,
+    ):
+        self.ledger = ledger
+        self.metrics = metrics
+        self.cap = cap
+        self.number = ledger.segment if ledger else number
+        self.is_new_run = is_new_run
+
+    def phase(self, name: str):
+        return self.ledger.phase(name) if self.ledger else contextlib.nullcontext()
+
+    def switch(self, name: str) -> None:
+        if self.ledger:
+            self.ledger.switch(name)
+
+    def mark(self, name: str, **fields: Any) -> None:
+        if self.ledger:
+            self.ledger.mark(name, **fields)
+
+    def step_done(self, step: int) -> None:
+        if self.ledger:
+            self.ledger.step_done(step)
+
+    def metric(self, kind: str, values: Mapping[str, Any]) -> None:
+        if self.metrics:
+            self.metrics.add({"kind": kind, "time": self.ledger.now(), **values})
+
+    def flush(self) -> bool:
+        """Store all that is known up to now. A checkpoint is marked complete only after that: the time and the metrics
+        of the steps that it keeps must not be missing."""
+        return (not self.metrics or self.metrics.flush()) and (not self.ledger or self.ledger.flush())
+
+    def close(self, reason: str, step: int | None = None, **details: Any) -> None:
+        """Store everything; idempotent. A store that is away is logged, not raised: the reason matters more."""
+        if self.metrics:
+            self.metrics.close()
+        if self.ledger:
+            self.ledger.close(reason, step, **details)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self.close(reason_for(error), **({} if error is None else {"error": one_line(error)}))
+
+
+Log = TypeVar("Log", bound=SegmentLog)
+
+
+def open_segment(
+    folder: RunFolder,
+    opening: Opening,
+    kind: type[Log] = SegmentLog,
+    environment: Mapping[str, str] = os.environ,
+) -> Log:
+    """Check the run, claim the next segment, start its ledger and metrics. As a context manager it closes with the
+    reason for which the block ended; a request to stop that ends the process closes it too.
+
+    Raises RunError for a folder that holds another run, ConfigError for a cap that could not hold.
+    """
+    is_new = opening.identity is not None and open_run(folder, opening.identity, opening.config, opening.fingerprint)
+    machine = machine_from_environment(opening.gpu, opening.gpus_per_node, environment)
+    if opening.is_per_node:
+        machine = one_node_of(machine)
+    program = program_versions(opening.packages) | {"stage": opening.stage} | dict(opening.program or {})
+    before = spent_by_earlier_segments(folder, machine, opening.max_usd)
+    ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())
+    cap = SpendingCap(ledger, opening.max_usd, opening.shutdown_seconds, before)
+    metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
+    return kind(ledger, metrics, cap, is_new_run=is_new)
+
+
+def one_node_of(machine: Machine) -> Machine:
+    """Each node begins and ends for itself, so each has its share of the price."""
+    price = machine.usd_per_hour
+    return replace(machine, nodes=1, usd_per_hour=price and price / machine.nodes)
+
+
+def reason_for(error: BaseException | None) -> str:
+    """How a segment ended: finished, cap, interrupted, preempted or failed."""
+    if error is None:
+        return "finished"
+    if isinstance(error, CapReached):
+        return "cap"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "preempted" if stop.is_certain() else "failed"
