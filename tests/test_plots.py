@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, RunError
 from tests import launching, warm
 from trainer import plots
 from trainer.plots import read_measured

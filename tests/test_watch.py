@@ -139,7 +139,7 @@ def test_cap_counts_all_segments_and_keeps_a_reserve(tmp_path, monkeypatch: pyte
     now = time.time()
     first = Ledger(RunFolder(run_url), machine, {}, started_at=now - 100)
     first.close("preempted")
-    before = spent_by_earlier_segments(run_url, machine, 5.0)
+    before = spent_by_earlier_segments(RunFolder(run_url), machine, 5.0)
     assert before == pytest.approx(1.0, abs=0.02), "100 seconds at a cent a second"
     second = Ledger(RunFolder(run_url), machine, {})
     cap = SpendingCap(second, max_usd=5.0, shutdown_seconds=120, spent_before=1.0)
@@ -173,11 +173,11 @@ def test_cap_without_a_known_price_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"run\.max_usd is 20, but this machine's price is not known; set USD_PER_HOUR"
     ):
-        spent_by_earlier_segments(run_url, Machine(), 20.0)
-    assert spent_by_earlier_segments(run_url, Machine(), 0.0) == 0.0
+        spent_by_earlier_segments(RunFolder(run_url), Machine(), 20.0)
+    assert spent_by_earlier_segments(RunFolder(run_url), Machine(), 0.0) == 0.0
     Ledger(RunFolder(run_url), Machine(), {}).close("failed")
     with pytest.raises(ConfigError, match=r"an earlier segment of .* ran at an unknown price"):
-        spent_by_earlier_segments(run_url, Machine(usd_per_hour=1.0), 20.0)
+        spent_by_earlier_segments(RunFolder(run_url), Machine(usd_per_hour=1.0), 20.0)
 
 
 def test_interval_follows_costs_within_the_bound():

@@ -23,6 +23,7 @@ from core import storage
 from core.architecture import ModelConfig
 from core.config import from_dict, to_dict
 from core.errors import CheckpointError, ConfigError, ObjectNotFound
+from core.run.folder import step_name
 from core.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.vocabulary import Vocabulary
 from core.vocabulary import read as read_vocabulary
@@ -133,7 +134,7 @@ def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
     steps = [int(match["step"])] if match else [step for step, names in found.items() if layout.MARKER in names]
     if not steps or layout.MARKER not in found.get(steps[0], {}):
         wanted = match["name"] if match else "a complete checkpoint"
-        there = ", ".join(layout.step_name(step) for step, names in found.items() if layout.MARKER in names)
+        there = ", ".join(step_name(step) for step, names in found.items() if layout.MARKER in names)
         raise CheckpointError(f"{run_url}: has no {wanted}; complete ones: {there or 'none'}")
     return run_url, layout.read_manifest(run_url, steps[0], found[steps[0]])
 

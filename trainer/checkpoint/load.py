@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from core import storage
 from core.errors import CheckpointError, ObjectNotFound
-from core.run.folder import RunFolder
+from core.run.folder import RunFolder, step_name
 from trainer.checkpoint import layout
 from trainer.checkpoint.early import EarlyFetch, read_payload
 from trainer.checkpoint.layout import CheckpointManifest
@@ -73,7 +73,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
                 return Restored(step, manifest.state, tuple(skipped), manifest.segment)
         if why != "":
             damaged += 1
-        skipped.append((layout.step_name(step), why or "incomplete: it was never finished"))
+        skipped.append((step_name(step), why or "incomplete: it was never finished"))
         if ranks.is_main:
             log.warning("checkpoint %s skipped: %s", *skipped[-1])
     if damaged:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from core import journal, stop, storage
+from core import stop, storage
+from core.run import journal
 from core.run.journal import Journal
 from trainer.distributed import Ranks, gather_objects, on_main
 
