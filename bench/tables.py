@@ -1,6 +1,7 @@
-"""The table of measurements in README.md, out of the newest records in bench/results.
+"""Tables that the documents hold and the code knows: measurements in README.md, out of the newest records in
+bench/results, and phases and marks in docs/formats.md.
 
-python -m bench.tables        writes it between its marks; tests/test_docs.py fails while it is not up to date
+python -m bench.tables        writes them between their marks; tests/test_docs.py fails while one is not up to date
 """
 
 import json
@@ -11,22 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from core.console import quantity
+from core.run import phases
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 Row = tuple[str, str, str, float]  # what, ours, the other's with its name, how many times as good
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text()))
+    for path, text in up_to_date().items():
+        path.write_text(text)
 
 
-def with_table(text: str) -> str:
-    """`text` with what stands between the marks replaced by today's table."""
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table()}\n{END}", text, flags=re.S)
+def up_to_date() -> dict[Path, str]:
+    """The documents with today's tables."""
+    return {
+        ROOT / "README.md": _between("measured", table(), ROOT / "README.md"),
+        ROOT / "docs" / "formats.md": _between("phases", phases.markdown(), ROOT / "docs" / "formats.md"),
+    }
+
+
+def _between(name: str, content: str, path: Path) -> str:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", path.read_text(), flags=re.S)
 
 
 def table() -> str:

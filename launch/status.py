@@ -26,11 +26,11 @@ def main(arguments: list[str]) -> int:
     for line in [*found, *(f"? {problem}" for problem in unknown)] or ["nothing of this project is up"]:
         print(f"  {line}")
     if arguments and (not arguments[0].endswith(".yaml") or os.environ.get("BUCKET") or os.environ.get("RUN_URL")):
-        print(f"\n{_spent(run_of(arguments[0], os.environ))}")
+        print(f"\n{spent_line(run_of(arguments[0], os.environ))}")
     return code
 
 
-def _spent(run_url: str) -> str:
+def spent_line(run_url: str) -> str:
     """A line about the run's dollars. A run that is not there has not cost $0.00: its name may be wrong."""
     try:
         folder = RunFolder(run_url)

@@ -74,9 +74,9 @@ def test_the_table_of_presets_is_true():
     assert found == {name: (parameters(model), model.layers, model.width) for name, model in expected.items()}
 
 
-def test_the_table_of_measurements_is_that_of_the_records():
+def test_tables_of_the_documents_are_those_of_records_and_code():
     from bench import tables
 
-    text = (REPOSITORY / "README.md").read_text()
-    assert tables.BEGIN in text
-    assert tables.with_table(text) == text, "run python -m bench.tables"
+    for path, text in tables.up_to_date().items():
+        assert text.count(": begin -->") == 1 + (path.name == "README.md"), path
+        assert text == path.read_text(), "run python -m bench.tables"
