@@ -1,55 +1,162 @@
-"""The lines that a page or a plot draws, as plain lists of a few hundred points. Pure."""
+"""The charts of a report, each drawn for a width: dollars over time, phases, loss over dollars, speed over time."""
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
 
-import numpy as np
+from core.console import quantity
+from core.run.phases import label
+from costs import money, svg
+from costs.report import Report
 
-from core.run.model import Run
-from costs.spend import Spend
+WIDTHS = {"wide": 720, "narrow": 350}
+HEIGHT = 280
+TOP, BOTTOM, RIGHT = 14, 28, 12
+# A phase with less than this of the dollars is drawn, together with its like, as "other".
+SMALL_SHARE = 0.005
+LOSSES_SHOWN = 0.97
 
-POINTS = 300
-
-
-@dataclass(frozen=True)
-class Charts:
-    """Times are unix seconds; the lists of one group are parallel. Empty where nothing is known."""
-
-    spend_time: list[float] = field(default_factory=list)
-    spend_usd: dict[str, list[float]] = field(default_factory=dict)
-    loss_usd: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    val_usd: list[float] = field(default_factory=list)
-    val_loss: list[float] = field(default_factory=list)
-    speed_time: list[float] = field(default_factory=list)
-    tokens_per_second: list[float | None] = field(default_factory=list)
-    mfu: list[float | None] = field(default_factory=list)
-    starts: list[float] = field(default_factory=list)
-    losses_of_machines: list[float] = field(default_factory=list)
+Draw = Callable[[Report, int, str], str]
 
 
-def charts(run: Run, spend: Spend) -> Charts:
-    """Dollars over time by phase, loss over dollars, speed over time. Loss over dollars needs every price."""
-    times = np.linspace(spend.start, spend.end, POINTS) if spend.end > spend.start else np.array([])
-    by_phase = spend.by_phase(times) if len(times) else {}
-    points = _thin(run.points("train"))
-    with_loss = [point for point in points if point.values["loss"] is not None] if spend.complete else []
-    with_eval = run.points("eval") if spend.complete else []
-    return Charts(
-        spend_time=[float(time) for time in times],
-        spend_usd={name: [float(usd) for usd in curve] for name, curve in by_phase.items()},
-        loss_usd=[float(usd) for usd in spend.at([point.time for point in with_loss])],
-        loss=[point.values["loss"] for point in with_loss],
-        val_usd=[float(usd) for usd in spend.at([point.time for point in with_eval])],
-        val_loss=[point.values["val_loss"] for point in with_eval],
-        speed_time=[point.time for point in points],
-        tokens_per_second=[point.values["tokens_per_second"] for point in points],
-        mfu=[point.values["mfu"] for point in points],
-        starts=[segment.started_at for segment in run.segments if segment.started_at is not None],
-        losses_of_machines=[s.ended_at for s in run.segments[:-1] if s.ended_at is not None],
-    )
+def both(draw: Draw, report: Report) -> str:
+    """A wide and a narrow drawing; the style sheet shows the one that fits."""
+    return "".join(draw(report, width, kind) for kind, width in WIDTHS.items())
 
 
-def _thin(points: list) -> list:
-    """Every n-th point, and the last."""
-    stride = max(1, len(points) // POINTS)
-    return points[::stride] + ([points[-1]] if points and (len(points) - 1) % stride else [])
+def stacked(report: Report) -> dict[str, list[float]]:
+    """Cumulative dollars by phase for the stack, small phases put together."""
+    usd = report.curves.spend_usd
+    whole = sum(curve[-1] for curve in usd.values())
+    small = [name for name, curve in usd.items() if curve[-1] < SMALL_SHARE * whole]
+    kept = {name: curve for name, curve in usd.items() if name not in small}
+    if small:
+        kept["other"] = [sum(values) for values in zip(*(usd[name] for name in small), strict=True)]
+    # What was bought for stands at the bottom, where its growth can be read.
+    return {name: kept[name] for name in sorted(kept, key=lambda name: name != "train_kept")}
+
+
+def spend_over_time(report: Report, width: int, kind: str) -> str:
+    times = report.curves.spend_time
+    curves = stacked(report)
+    total = [sum(values) for values in zip(*curves.values(), strict=True)]
+    x = svg.time_axis(times[0], times[-1], 52, width - RIGHT)
+    y = svg.value_axis(0.0, total[-1], HEIGHT - BOTTOM, TOP, _dollars(total[-1]))
+    parts = svg.frame(x, y)
+    low = [0.0] * len(times)
+    for name, curve in curves.items():
+        high = [below + value for below, value in zip(low, curve, strict=True)]
+        parts.append(svg.area(x, y, times, low, high, f"p-{name}"))
+        low = high
+    hints = [
+        (at, f"{x.text(at)}: ${money.text(total[i], report.places)}" + "".join(_parts(curves, i, report.places)))
+        for i, at in enumerate(times)
+    ]
+    parts += _machines(report, x)
+    parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
+    return svg.chart(width, HEIGHT, parts, "Dollars spent over time, by phase", kind)
+
+
+def waterfall(report: Report, width: int, kind: str) -> str:
+    """One bar per phase, each starting where the one before ended, so that the last one ends at the total."""
+    rows = [line for line in report.phases if line.usd]
+    left, right, pitch = (118, 70, 24) if kind == "wide" else (96, 58, 24)
+    height = TOP + pitch * (len(rows) + 1) + 8
+    total = report.total.usd
+    x = svg.value_axis(0.0, total, left, width - right, str)
+    parts, reached = [], 0.0
+    for row, line in enumerate(rows):
+        y = TOP + pitch * row
+        parts.append(svg.words(left - 8, y + 13, label(line.name), anchor="end"))
+        hint = f"{label(line.name)}: ${money.text(line.usd, report.places)}, {money.duration(line.seconds)}"
+        parts.append(svg.bar(x(reached), y, x(reached + line.usd) - x(reached), 16, f"p-{line.name}", hint))
+        reached += line.usd
+        parts.append(svg.words(width - right + 8, y + 13, money.text(line.usd, report.places), "value"))
+    y = TOP + pitch * len(rows)
+    parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y - 4}" y2="{y - 4}"/>')
+    parts.append(svg.words(left - 8, y + 13, "total", "value", "end"))
+    parts.append(svg.bar(left, y, width - right - left, 16, "p-total", f"total: ${money.text(total, report.places)}"))
+    parts.append(svg.words(width - right + 8, y + 13, money.text(total, report.places), "value"))
+    return svg.chart(width, height, parts, "Phases as a waterfall that ends at the total", kind)
+
+
+def loss_over_dollars(report: Report, width: int, kind: str) -> str:
+    curves = report.curves
+    train = list(zip(curves.loss_usd, curves.loss, strict=True))
+    val = list(zip(curves.val_usd, curves.val_loss, strict=True))
+    # The first steps fall from about ln(vocabulary): drawn in full they would flatten all that follows.
+    losses = sorted(loss for _, loss in train + val)
+    losses = losses[: max(1, math.ceil(len(losses) * LOSSES_SHOWN))]
+    room = (losses[-1] - losses[0]) * 0.05 or 0.1
+    train, val = ([(usd, loss if loss <= losses[-1] else None) for usd, loss in curve] for curve in (train, val))
+    x = svg.value_axis(0.0, max(usd for usd, _ in train + val), 52, width - RIGHT, _dollars(report.total.usd))
+    y = svg.value_axis(losses[0] - room, losses[-1] + room, HEIGHT - BOTTOM, TOP, "{:g}".format)
+    parts = [*svg.frame(x, y), svg.line(x, y, train, "s-train"), svg.line(x, y, val, "s-val")]
+    hints = [
+        (usd, f"${money.text(usd, report.places)}: train loss {loss:.4f}")
+        for usd, loss in zip(curves.loss_usd, curves.loss, strict=True)
+    ]
+    parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
+    parts += svg.dots(x, y, val, "s-val", lambda u, v: f"${money.text(u, report.places)}: validation loss {v:.4f}")
+    return svg.chart(width, HEIGHT, parts, "Loss over dollars spent", kind)
+
+
+def speed_over_time(report: Report, width: int, kind: str) -> str:
+    """Tokens per second above, MFU below (where known), with the same time axis; a machine's end is marked."""
+    curves = report.curves
+    has_mfu = any(value is not None for value in curves.mfu)
+    split = HEIGHT - BOTTOM if not has_mfu else round(HEIGHT * 0.55)
+    times = curves.spend_time or curves.speed_time
+    x = svg.time_axis(times[0], times[-1], 52, width - RIGHT)
+    fastest = max(value for value in curves.tokens_per_second if value is not None)
+    y = svg.value_axis(0.0, fastest * 1.3, split, TOP, quantity)
+    speed = _interrupted(curves.speed_time, curves.tokens_per_second, curves.starts)
+    parts = [*svg.frame(x, y, x_labels=not has_mfu), svg.line(x, y, speed, "s-speed")]
+    parts.append(svg.words(x.start + 4, TOP + 10, "tokens/s", "caption"))
+    if has_mfu:
+        percent = [None if value is None else 100 * value for value in curves.mfu]
+        top = split + 22
+        most = max(value for value in percent if value is not None)
+        below = svg.value_axis(0.0, max(1.0, most * 1.5), HEIGHT - BOTTOM, top, lambda value: f"{value:g} %")
+        parts += svg.frame(x, below)
+        parts.append(svg.line(x, below, _interrupted(curves.speed_time, percent, curves.starts), "s-mfu"))
+        parts.append(svg.words(x.start + 4, top + 10, "MFU", "caption"))
+    hints = [
+        (at, f"{x.text(at)}: {'?' if speed is None else quantity(speed)} tokens/s" + _mfu(mfu))
+        for at, speed, mfu in zip(curves.speed_time, curves.tokens_per_second, curves.mfu, strict=True)
+    ]
+    parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
+    parts += _machines(report, x)
+    return svg.chart(width, HEIGHT, parts, "Training speed over time, with machines lost", kind)
+
+
+def _machines(report: Report, x: svg.Axis) -> list[str]:
+    """A dashed line where a machine was lost. Many of them would hide the chart: then only the first hundred."""
+    return [
+        svg.vertical(x, TOP, HEIGHT - BOTTOM, at, "gone", f"machine of segment {number} ended")
+        for number, at in enumerate(report.curves.losses_of_machines[:100], 1)
+    ]
+
+
+def _interrupted(times: Sequence[float], values: Sequence[float | None], starts: Sequence[float]) -> svg.Points:
+    """Lift the pen where a new machine started: nothing was trained in between."""
+    points: list[tuple[float, float | None]] = []
+    starts = sorted(starts)
+    for index, (at, value) in enumerate(zip(times, values, strict=True)):
+        if index and any(times[index - 1] < start <= at for start in starts):
+            points.append((at, None))
+        points.append((at, value))
+    return points
+
+
+def _parts(curves: dict[str, list[float]], index: int, places: int) -> list[str]:
+    return [f"\n{label(name)} ${money.text(curve[index], places)}" for name, curve in curves.items() if curve[index]]
+
+
+def _mfu(mfu: float | None) -> str:
+    return "" if mfu is None else f", MFU {100 * mfu:.1f} %"
+
+
+def _dollars(most: float) -> Callable[[float], str]:
+    """Words a tick with as many digits as the axis needs."""
+    digits = 0 if most >= 10 else 2 if most >= 0.1 or most <= 0 else 1 - math.floor(math.log10(most))
+    return lambda value: f"${value:,.{digits}f}"

@@ -15,9 +15,9 @@ from core import urls
 from core.errors import ConfigError, LauncherError, RunError
 from core.run import cache
 from core.run.reader import read_run
-from costs import discover, export, markdown, page, sheets, terminal
-from costs.breakdown import Report, build
+from costs import discover, page, render, tables
 from costs.prices import on_demand_price
+from costs.report import Report, build
 from costs.sources import ask_others
 
 log = logging.getLogger(__name__)
@@ -44,10 +44,10 @@ def main(arguments: list[str]) -> None:
     form = next((name for name in FORMS if getattr(options, name)), None)
     if options.compare:
         reports = [_report(url, options) for url in options.compare]
-        return _put_many(reports, [sheets.comparison(reports)], form)
+        return _put_many(reports, [tables.comparison(reports)], form)
     if not options.run_url:
         reports = _all_reports(options)
-        return _put_many(reports, [sheets.overview(reports), sheets.overview_groups(reports)], form)
+        return _put_many(reports, [tables.overview(reports), tables.overview_groups(reports)], form)
     if options.since or options.tag:
         raise ConfigError("--since and --tag choose among all runs; leave RUN_URL out, or leave them out")
     html = urls.local_path(options.html, "--html") if options.html else None
@@ -58,11 +58,11 @@ def main(arguments: list[str]) -> None:
         html.write_text(page.as_html(report, time.time()), encoding="utf-8")
         log.info("wrote %s", html)
     if form == "markdown":
-        sys.stdout.write(markdown.as_markdown(report))
+        sys.stdout.write(render.as_markdown(report))
     elif form:
-        sys.stdout.write({"json": export.as_json, "csv": export.as_csv}[form]([report]))
+        sys.stdout.write({"json": render.as_json, "csv": render.as_csv}[form]([report]))
     elif not html:
-        terminal.console().print(terminal.render(report))
+        render.console().print(render.render(report))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,22 +104,22 @@ def _all_reports(options: argparse.Namespace) -> list[Report]:
         except LauncherError as error:
             log.warning("left out: %s", error)
             continue
-        if sheets.last_seen(report) >= since and (not options.tag or options.tag in report.tags):
+        if tables.last_seen(report) >= since and (not options.tag or options.tag in report.tags):
             kept.append(report)
     if not kept:
         raise RunError(f"{root}: {found} runs found, none to report" if found else f"{root}: no run found here")
     return kept
 
 
-def _put_many(reports: list[Report], tables: list[sheets.Sheet], form: str | None) -> None:
+def _put_many(reports: list[Report], tables: list[tables.Sheet], form: str | None) -> None:
     if form in ("json", "csv"):
-        sys.stdout.write({"json": export.as_json, "csv": export.as_csv}[form](reports))
+        sys.stdout.write({"json": render.as_json, "csv": render.as_csv}[form](reports))
     elif form == "markdown":
-        sys.stdout.write("\n\n".join(markdown.table(table) for table in tables if table.rows) + "\n")
+        sys.stdout.write("\n\n".join(render.markdown_table(table) for table in tables if table.rows) + "\n")
     else:
         for table in tables:
             if table.rows:
-                terminal.console().print(terminal.table(table))
+                render.console().print(render.terminal_table(table))
 
 
 def _watch(options: argparse.Namespace) -> None:
@@ -127,10 +127,10 @@ def _watch(options: argparse.Namespace) -> None:
 
     def current() -> tuple[Report, RenderableType]:
         report = _report(options.run_url, options)
-        return report, terminal.render(report)
+        return report, render.render(report)
 
     report, shown = current()
-    console = terminal.console()
+    console = render.console()
     if not console.is_terminal:
         raise ConfigError("--watch needs a terminal; call cost_report.py again and again instead, it reads only news")
     with Live(shown, console=console, auto_refresh=False, vertical_overflow="visible") as live:

@@ -10,11 +10,10 @@ from core.console import quantity
 from core.errors import ConfigError
 from core.run import cache
 from core.run.reader import read_run
-from costs import discover, markdown, money, prices, terminal, throughput
+from costs import discover, money, prices, render, throughput
 from costs import task as tasks
-from costs.advice import Change, best_change, describe, dominates
-from costs.forecast import Assumptions, Plan, Row, forecast, preparation_usd
-from costs.sheets import Sheet
+from costs.forecast import Assumptions, Change, Plan, Row, best_change, describe, dominates, forecast, preparation_usd
+from costs.tables import Sheet
 
 ROWS_SHOWN = 20
 USAGE = """\
@@ -41,11 +40,11 @@ def main(arguments: list[str]) -> None:
     if options.json:
         print(json.dumps(_document(plan, assume, notes), indent=1))
     elif options.markdown:
-        sys.stdout.write(markdown.table(_sheet(plan, options.all)) + "\n\n" + "".join(f"- {n}\n" for n in notes))
+        sys.stdout.write(render.markdown_table(_sheet(plan, options.all)) + "\n\n" + "".join(f"- {n}\n" for n in notes))
     else:
-        console = terminal.console()
+        console = render.console()
         console.print(f"[bold]{task.name}[/bold]: {_work(plan)}", highlight=False)
-        console.print(terminal.table(_sheet(plan, options.all)))
+        console.print(render.terminal_table(_sheet(plan, options.all)))
         for note in notes:
             console.print(note, markup=False)
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from core.run import phases
 from core.run.phases import label
-from costs import drawings, money
-from costs.breakdown import Report
-from costs.sheets import Sheet, sheets
-from costs.wording import headline, hellaswag_rows, notes
+from costs import charts, money
+from costs.report import Report
+from costs.tables import Sheet, headline, hellaswag_rows, notes, sheets
 
 STYLE = Path(__file__).with_name("page.css")
 
@@ -64,23 +63,23 @@ def _cards(report: Report) -> str:
 
 
 def _charts(report: Report) -> Iterable[str]:
-    charts = report.charts
-    if charts.spend_time and charts.spend_usd:
-        yield _section("Dollars over time", drawings.both(drawings.spend_over_time, report) + _legend(report))
-        yield _section("Where they went", drawings.both(drawings.waterfall, report))
-    if charts.loss or charts.val_loss:
+    curves = report.curves
+    if curves.spend_time and curves.spend_usd:
+        yield _section("Dollars over time", charts.both(charts.spend_over_time, report) + _legend(report))
+        yield _section("Where they went", charts.both(charts.waterfall, report))
+    if curves.loss or curves.val_loss:
         legend = _key([("s-train", "train loss"), ("s-val", "validation loss")])
-        yield _section("Loss against dollars", drawings.both(drawings.loss_over_dollars, report) + legend)
-    if any(value is not None for value in charts.tokens_per_second):
-        legend = _key([("gone", "machine lost or ended")]) if charts.losses_of_machines else ""
-        yield _section("Speed", drawings.both(drawings.speed_over_time, report) + legend)
+        yield _section("Loss against dollars", charts.both(charts.loss_over_dollars, report) + legend)
+    if any(value is not None for value in curves.tokens_per_second):
+        legend = _key([("gone", "machine lost or ended")]) if curves.losses_of_machines else ""
+        yield _section("Speed", charts.both(charts.speed_over_time, report) + legend)
 
 
 def _legend(report: Report) -> str:
     """The phases of the stack, top one first, with their dollars."""
     items = []
     usd = {line.name: line.usd or 0.0 for line in report.phases}
-    drawn = drawings.stacked(report)
+    drawn = charts.stacked(report)
     usd["other"] = sum(amount for name, amount in usd.items() if name not in drawn)
     for name in reversed(drawn):
         swatch = f'<svg viewBox="0 0 10 10"><rect class="area p-{name}" width="10" height="10" rx="2"/></svg>'

@@ -12,7 +12,7 @@ from core.run.model import Run, Segment
 from costs import aws, money, skypilot
 from costs.discover import storage_use
 from costs.model import Instance, Origin, Outside, Uptime
-from costs.notes import some
+from costs.report import some
 from costs.uptime import is_of, surroundings, with_cloud_times
 
 Jobs = Callable[[], list[Mapping[str, Any]]]

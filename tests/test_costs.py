@@ -12,8 +12,8 @@ import pytest
 from core.errors import RunError
 from core.run.phases import label
 from core.run.reader import read_run
-from costs import export, terminal
-from costs.breakdown import Report, build
+from costs import render
+from costs.report import Report, build
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, lines, mark, preempted_and_resumed, span
 from tests.patience import PATIENCE_SECONDS
@@ -113,7 +113,7 @@ def test_what_is_no_price_is_unknown_and_never_zero(tmp_path: Path, price: objec
     assert "no price is known for segment 2" in " ".join(report.notes)
     if price is not None:
         assert f"usd_per_hour is {price!r}, no price" in " ".join(report.notes)
-    rows = list(csv.DictReader(io.StringIO(export.as_csv([report]))))
+    rows = list(csv.DictReader(io.StringIO(render.as_csv([report]))))
     assert [row["usd"] for row in rows if row["table"] == "segment"] == ["3.72", "?"]
 
 
@@ -124,7 +124,7 @@ def test_a_run_without_any_price_has_times_and_question_marks(tmp_path: Path):
     assert report.total.usd is None
     assert {line.usd for line in report.phases} == {None}
     assert [line.share for line in report.phases][:1] == [0.25]
-    assert json.loads(export.as_json([report]))["total"]["usd"] is None
+    assert json.loads(render.as_json([report]))["total"]["usd"] is None
 
 
 def test_a_foreign_currency_is_not_taken_for_dollars(tmp_path: Path):
@@ -231,12 +231,12 @@ def test_a_preparation_run_has_no_training_lines(tmp_path: Path):
 def test_the_forms_give_the_same_figures(tmp_path: Path):
     run = preempted_and_resumed(tmp_path)
     report = report_on(run)
-    document = json.loads(export.as_json([report]))
-    rows = list(csv.DictReader(io.StringIO(export.as_csv([report]))))
+    document = json.loads(render.as_json([report]))
+    rows = list(csv.DictReader(io.StringIO(render.as_csv([report]))))
     by_json = {line["name"]: line["usd"] for line in document["phases"]}
     by_csv = {row["name"]: float(row["usd"]) for row in rows if row["table"] == "phase"}
     assert by_json == by_csv == usd(report)
-    printed = _printed(terminal.render(report))
+    printed = _printed(render.render(report))
     for line in report.phases:
         assert f"{line.usd:.2f}" in next(row for row in printed if row.strip().startswith(label(line.name)))
 

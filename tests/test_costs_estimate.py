@@ -9,11 +9,11 @@ import pytest
 
 from core.errors import ConfigError
 from core.run.reader import read_run
-from costs import advice, command, discover, prices, skypilot, throughput
+from costs import command, discover, prices, skypilot, throughput
 from costs import task as tasks
-from costs.breakdown import build
-from costs.forecast import Assumptions, fits, forecast
+from costs.forecast import Assumptions, best_change, dominates, fits, forecast
 from costs.prices import Catalog, Offer
+from costs.report import build
 from costs.task import Want
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, mark, span, train_metric
@@ -191,14 +191,14 @@ def test_the_best_single_change_saves_most(tmp_path: Path):
     task = tasks.load(write(tmp_path, "{accelerators: 'A100:8', use_spot: false}"))
     catalog = Catalog((offer(),), "by hand")
     plan = forecast(task, catalog, Assumptions(), None)
-    change = advice.best_change(plan, catalog, Assumptions(), None, None)
+    change = best_change(plan, catalog, Assumptions(), None, None)
     assert change.what == "take aws p4d.24xlarge in use1-az1, spot"
     assert change.usd < plan.rows[0].usd
     slow_to_start = dataclasses.replace(Assumptions(), image_seconds=36000.0)
     only = Catalog((offer(usd_spot=None),), "by hand")
-    change = advice.best_change(forecast(task, only, slow_to_start, None), only, slow_to_start, None, None)
+    change = best_change(forecast(task, only, slow_to_start, None), only, slow_to_start, None, None)
     assert change.what == "an image that is already on the machine"
-    assert advice.dominates(forecast(task, only, slow_to_start, None).rows[0]).startswith("image, ")
+    assert dominates(forecast(task, only, slow_to_start, None).rows[0]).startswith("image, ")
 
 
 def estimate(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

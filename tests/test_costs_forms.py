@@ -15,9 +15,9 @@ from rich.console import Console
 
 from core.errors import ConfigError, LauncherError
 from core.run.reader import read_run
-from costs import command, discover, drawings, markdown, page, sheets, svg, terminal
-from costs.breakdown import Report, build
+from costs import charts, command, discover, page, render, svg, tables
 from costs.forecast import Assumptions
+from costs.report import Report, build
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, preempted_and_resumed, span
 from tests.patience import PATIENCE_SECONDS
@@ -75,7 +75,7 @@ def test_every_chart_has_data_and_every_table_its_figures(report: Report):
     for title in ("Dollars over time", "Where they went", "Loss against dollars", "Speed"):
         assert title in found.text
     assert all(re.fullmatch(r"(M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)*Z?)+", path) for path in found.paths)
-    for sheet in sheets.sheets(report).values():
+    for sheet in tables.sheets(report).values():
         for row in sheet.rows:
             assert all(cell in found.text for cell in row)
 
@@ -106,7 +106,7 @@ def test_a_run_of_any_price_makes_a_page(tmp_path: Path, price: float):
 
 
 def test_the_waterfall_ends_at_the_total(report: Report):
-    drawn = drawings.waterfall(report, 720, "wide")
+    drawn = charts.waterfall(report, 720, "wide")
     bars = [
         (float(x), float(w))
         for x, w in re.findall(r'<rect class="area[^"]*" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn)
@@ -127,7 +127,7 @@ def test_ticks_are_few_round_and_inside(low, high, most):
 
 
 def test_markdown_holds_the_same_tables(report: Report):
-    text = markdown.as_markdown(report)
+    text = render.as_markdown(report)
     assert "| train lost | 1 min 52 s | 1.12 | 22.8 % |" in text
     assert "| **total** | **10 min 12 s** | **4.92** | **100.0 %** |" in text
     assert "|---" not in text.replace("| --- |", "")
@@ -136,7 +136,7 @@ def test_markdown_holds_the_same_tables(report: Report):
 def test_markdown_keeps_foreign_words_in_their_cell(tmp_path: Path):
     run = GoldenRun(tmp_path)
     run.segment(1, NOON, [span(NOON, NOON + 9, setup=9.0)], usd_per_hour=36.0, zone="a|b\nc")
-    assert "a\\|b c" in markdown.as_markdown(build(read_run(run.url), LATER))
+    assert "a\\|b c" in render.as_markdown(build(read_run(run.url), LATER))
 
 
 def entry(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -209,7 +209,7 @@ def test_a_run_is_followed_until_it_ends(run, monkeypatch):
     monkeypatch.setattr(command, "_report", stepping)
     monkeypatch.setattr(command.time, "sleep", slept.append)
     screen = io.StringIO()
-    monkeypatch.setattr(terminal, "console", lambda: Console(file=screen, force_terminal=True, width=150))
+    monkeypatch.setattr(render, "console", lambda: Console(file=screen, force_terminal=True, width=150))
     command.main([run.url, "--offline", "--watch", "2"])
     assert slept == [2.0, 2.0]
     assert "finished" in screen.getvalue()
@@ -273,9 +273,9 @@ def test_thousands_of_segments_and_notes_do_not_bury_the_figures(tmp_path: Path)
         run.segment(number, NOON - number * 1000, [span(NOON - number * 1000, NOON - number * 1000 + 9, setup=9.0)])
     report = build(read_run(run.url), LATER)
     assert len(report.notes) > 30
-    text = markdown.as_markdown(report)
+    text = render.as_markdown(report)
     assert "more notes: --json has all" in text
     assert "20 more: --json has all" in text
-    shown = [row[0] for row in sheets.sheets(report)["segments"].rows]
+    shown = [row[0] for row in tables.sheets(report)["segments"].rows]
     assert shown == [*map(str, range(1, 21)), "…", *map(str, range(41, 61))]
     assert len(report.segments) == 60

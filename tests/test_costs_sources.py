@@ -14,8 +14,8 @@ from botocore.stub import Stubber
 
 from core.run.reader import read_run
 from costs import aws, skypilot
-from costs.breakdown import Report, build
 from costs.model import Instance, Outside
+from costs.report import Report, build
 from costs.skypilot import from_record
 from costs.sources import ask_others
 from tests.conftest import REPOSITORY

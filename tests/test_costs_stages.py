@@ -9,8 +9,8 @@ from core.run import ledger
 from core.run.folder import RunFolder
 from core.run.machine import Machine
 from core.run.reader import read_run
-from costs import command, page, terminal
-from costs.breakdown import build
+from costs import command, page, render
+from costs.report import build
 from tests.golden import NOON, GoldenRun, preempted_and_resumed, train_metric
 
 STAGES = {"runs/base": "pretrain", "runs/base/evaluations": "evaluate"}
@@ -62,7 +62,7 @@ def test_what_an_endpoint_took_is_a_line_of_its_own(tmp_path: Path):
     assert [line.usd > 1 for line in report.segments] == [True, False, True]
     for lines in (report.phases, report.segments, *report.by.values()):
         assert sum(line.usd for line in lines) == pytest.approx(report.total.usd)
-    assert sum(curve[-1] for curve in report.charts.spend_usd.values()) == pytest.approx(report.total.usd, abs=1e-3)
+    assert sum(curve[-1] for curve in report.curves.spend_usd.values()) == pytest.approx(report.total.usd, abs=1e-3)
     machines = report.total.seconds / 3600 * 36.0
     assert report.total.usd == pytest.approx(3.0 + machines, abs=10**-report.places)
 
@@ -93,9 +93,9 @@ def test_hellaswag_stands_beside_the_validation_loss(tmp_path: Path):
     assert report.notes == build(read_run(preempted_and_resumed(tmp_path / "without").url), NOON + 86400).notes
     html = page.as_html(report, NOON)
     assert "<b>29.6 %</b><span>HellaSwag</span>" in html
-    console = terminal.console()
+    console = render.console()
     with console.capture() as captured:
-        console.print(terminal.render(report))
+        console.print(render.render(report))
     lines = captured.get().splitlines()
     [at] = [number for number, line in enumerate(lines) if "final validation loss" in line]
     assert "HellaSwag, by character (acc_norm)" in lines[at + 1]

@@ -9,7 +9,7 @@ import pytest
 from core import sets, storage
 from core.run import journal
 from core.run.reader import read_run
-from costs.breakdown import build
+from costs.report import build
 from tests import launching, tuning
 from tests.fake_endpoint import KEY, FakeEndpoint
 from trainer.synthesis import kept

@@ -12,7 +12,7 @@ from core import config, manifest, sets, storage
 from core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from core.run.reader import read_run
 from costs import discover
-from costs.breakdown import build
+from costs.report import build
 from tests import launching, models
 from trainer import evaluate, export
 from trainer.evals import contamination, likelihood, perplexity, results

@@ -11,8 +11,7 @@ import pytest
 
 from core import storage
 from core.run.reader import read_run
-from costs import breakdown
-from costs.breakdown import Report
+from costs.report import Report, build
 from tests.corpus import documents, speeches, write_parquet
 from tests.patience import PATIENCE_SECONDS
 
@@ -25,7 +24,7 @@ def start(source: str, url: str, vocab: Path, run_url: str, *flags: str, **varia
 
 
 def report_of(run_url: str) -> Report:
-    return breakdown.build(read_run(run_url), time.time())
+    return build(read_run(run_url), time.time())
 
 
 def test_prep_stands_in_the_report_by_stage(tmp_path: Path, vocab_bpe: Path):
@@ -79,6 +78,6 @@ def test_a_killed_prep_leaves_a_readable_ledger(tmp_path: Path, vocab_bpe: Path)
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    report = breakdown.build(read_run(run), time.time() + 3600)
+    report = build(read_run(run), time.time() + 3600)
     assert report.state == "killed (end: last heartbeat)"
     assert {line.name for line in report.phases if line.seconds} >= {"init", "prep"}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from core.run.reader import Detail, read_run, spent_usd_at_most
-from costs import export, page
-from costs.breakdown import build
+from costs import page, render
+from costs.report import build
 from launch.status import spent_line
 from tests.golden import NOON, GoldenRun, mark, preempted_and_resumed, span, train_metric
 from trainer.exchange import model_card
@@ -73,7 +73,7 @@ def test_all_consumers_agree(golden: Callable[[Path], GoldenRun], tmp_path: Path
     # Dollars: ledger, report, JSON, page, status, card, plots.
     assert {read_run(url, detail).usd for detail in Detail} == {usd}
     assert report.total.usd == pytest.approx(usd, abs=10**-report.places / 2)
-    assert json.loads(export.as_json([report]))["total"]["usd"] == report.total.usd
+    assert json.loads(render.as_json([report]))["total"]["usd"] == report.total.usd
     assert cents in page.as_html(report, LATER)
     assert f"${usd:.2f} so far" in spent_line(url)
     opened = types.SimpleNamespace(run_url=url, step=10**9, data_url=None)

@@ -10,7 +10,7 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -133,15 +133,8 @@ class Segment:
                 found.setdefault(name, []).append(seconds)
         return {name: math.fsum(parts) for name, parts in found.items()}
 
-    def usd_until(self, time: float) -> float | None:
-        """Dollars from its beginning to a moment of it."""
-        if self.price is None or self.started_at is None:
-            return None
-        return self.price.usd(max(0.0, time - self.started_at))
 
-
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A record of a kept step. `seconds` of machine time and `usd` of the whole run up to it; `usd` is None if a price
     is not known."""
 
@@ -204,11 +197,11 @@ class Run:
         found: list[Point] = []
         seconds, usd = 0.0, 0.0
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
+            start, price = segment.started_at, segment.price if usd is not None else None
             for record in segment.records(kind):
                 if record["step"] <= boundary:
-                    since = max(0.0, record["time"] - (segment.started_at or record["time"]))
-                    more = segment.usd_until(record["time"])
-                    spent = None if usd is None or more is None else usd + more
+                    since = 0.0 if start is None else max(0.0, record["time"] - start)
+                    spent = price and usd + price.usd(since)
                     found.append(Point(record["step"], record["time"], seconds + since, spent, record))
             seconds += segment.seconds
             usd = _sum((usd, segment.usd if segment.spans else 0.0))

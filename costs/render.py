@@ -1,4 +1,4 @@
-"""A report as JSON, CSV or rows for a DataFrame: the figures of the terminal, unformatted."""
+"""A report on the terminal, as Markdown, as JSON, as CSV, and as rows for a DataFrame."""
 
 import csv
 import io
@@ -7,7 +7,67 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from costs.breakdown import Line, Report
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from costs.report import Line, Report
+from costs.tables import Sheet, headline, notes, sheets
+
+STYLES = {"train lost": "red", "train kept": "green"}
+
+
+def render(report: Report) -> RenderableType:
+    return Group(
+        Text(report.run, style="bold"),
+        Text(headline(report)),
+        *(terminal_table(sheet) for sheet in sheets(report).values()),
+        *(Text(f"note: {note}", style="yellow") for note in notes(report)),
+    )
+
+
+def terminal_table(sheet: Sheet) -> Table:
+    found = Table(
+        box=SIMPLE_HEAD, title=sheet.title, title_justify="left", title_style="bold",
+        show_header=any(sheet.heads), show_footer=bool(sheet.foot),
+    )  # fmt: skip
+    for column, head in enumerate(sheet.heads):
+        foot = sheet.foot[column] if sheet.foot else ""
+        found.add_column(head, foot, justify="left" if column < sheet.words else "right", overflow="fold")
+    for row in sheet.rows:
+        found.add_row(*(Text(cell) for cell in row), style=STYLES.get(row[0], ""))
+    return found
+
+
+def console() -> Console:
+    """Without a terminal there is no width to respect: a log or a pipe gets every column in full."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=180)
+
+
+def as_markdown(report: Report) -> str:
+    parts = [f"## Cost of {_plain(report.run)}", _plain(headline(report))]
+    for sheet in sheets(report).values():
+        parts += [f"### {sheet.title}", markdown_table(sheet)]
+    if report.notes:
+        parts.append("\n".join(f"- {_plain(note)}" for note in notes(report)))
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(sheet: Sheet) -> str:
+    rule = ["---" if column < sheet.words else "---:" for column in range(len(sheet.heads))]
+    foot = [[f"**{cell}**" if cell else "" for cell in sheet.foot]] if sheet.foot else []
+    rows = [[_plain(cell) for cell in row] for row in sheet.rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(sheet.heads), rule, *rows, *foot])
+
+
+def _plain(text: str) -> str:
+    """What would end a cell or start markup is escaped."""
+    for character in "\\|*_`<[":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())
+
 
 FORMAT = "cost-report"
 VERSION = 1
@@ -16,7 +76,7 @@ VERSION = 1
 def document(report: Report) -> dict[str, Any]:
     """Plain nested values. A figure that is not known is None; dollars are rounded as printed."""
     plain = asdict(report)
-    del plain["charts"]  # many points, for drawing; costs.charts gives them to a notebook
+    del plain["curves"]  # many points, for drawing; costs.units.curves gives them to a notebook
     return {"format": FORMAT, "version": VERSION, "currency": "USD"} | plain
 
 
