@@ -7,12 +7,14 @@ import sys
 import torch
 
 from core.console import quantity
+from core.errors import ConfigError
 from core.gpus import peak_flops
+from core.schema import TrainConfig
 from trainer.distributed import Ranks
 from trainer.record import Record
-from trainer.screen import Screen
 from trainer.stages.stage import Stage
 from trainer.trackers import Trackers
+from trainer.watch.cap import SpendingCap
 
 log = logging.getLogger("train")
 
@@ -30,7 +32,7 @@ class Report:
         self._flops_per_step = stage.flops_per_token * settings.batch.tokens if known else 0.0
         view = settings.train.view
         live = ranks.is_main and (view == "live" or (view == "auto" and sys.stderr.isatty()))
-        self._screen = Screen(settings, record.cap) if live else None
+        self._screen = screen(settings, record.cap) if live else None
         self._trackers = Trackers(settings.train.trackers if ranks.is_main else (), settings.run.url, stage.config)
 
     def step(self, step: int, loss: float, rate: float, norm: float, seconds: float, waited_seconds: float) -> None:
@@ -84,6 +86,19 @@ class Report:
         if self._screen:
             self._screen.close()
         self._trackers.close()
+
+
+def screen(settings: TrainConfig, cap: SpendingCap | None):
+    """The live picture; None without rich, unless the settings ask for it. Raises ConfigError."""
+    try:
+        from trainer.screen import Screen
+    except ImportError as error:
+        if settings.train.view == "live":
+            raise ConfigError(
+                "train.view is live, which needs the package rich; run `pip install rich`, or set train.view to lines"
+            ) from error
+        return None
+    return Screen(settings, cap)
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from core import storage
@@ -183,6 +182,8 @@ def _fill_whole(model: GPT, tensors: Mapping[str, torch.Tensor], place: str) -> 
 
 @torch.no_grad()
 def _fill(parameters: Mapping[str, torch.Tensor], run_url: str, manifest: layout.CheckpointManifest) -> None:
+    import safetensors.torch  # here, so that training starts without it
+
     missing = {name: parameter.shape[0] for name, parameter in parameters.items()}
 
     def read(file: layout.PayloadFile) -> dict[str, torch.Tensor]:

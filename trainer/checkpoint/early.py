@@ -10,10 +10,10 @@ import threading
 from collections.abc import Mapping
 
 import numpy as np
-import xxhash
 
 from core import storage
 from core.errors import LauncherError
+from core.xxh3 import xxh3_128
 from trainer.checkpoint import layout
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
     """The bytes of a payload file and their XXH3-128, computed on the way."""
     data = np.empty(size, np.uint8)
-    digest = xxhash.xxh3_128()
+    digest = xxh3_128()
     for part in storage.read_into(uri, memoryview(data)):
         digest.update(part)
     return data, digest.hexdigest()

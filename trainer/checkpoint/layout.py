@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import xxhash
-
 from core import storage
 from core.errors import CheckpointError, ObjectNotFound, StorageError
 from core.run.folder import RunFolder, segment_name
 from core.storage import ObjectInfo
+from core.xxh3 import xxh3_128
 
 MARKER = "COMPLETE"
 FORMAT = "checkpoint"
@@ -68,7 +67,9 @@ def manifest_name(segment: int) -> str:
 
 
 def checksum(data: bytes | memoryview) -> str:
-    return xxhash.xxh3_128_hexdigest(data)
+    digest = xxh3_128()
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def stored(run_url: str) -> dict[int, dict[str, int]]:

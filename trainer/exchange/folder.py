@@ -10,8 +10,6 @@ Only safetensors are read: a pickle may run code.
 import json
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
 from core import storage, urls
@@ -74,6 +72,8 @@ def read_config(folder: str) -> tuple[str, huggingface.ModelConfig]:
 
 def read_tensors(folder: str) -> dict[str, torch.Tensor]:
     """All tensors under their stored names. Raises CheckpointError for a file that is missing or cut off."""
+    import safetensors.torch  # here, so that training starts without it
+
     try:
         index = _json(storage.join(folder, INDEX)) if storage.exists(storage.join(folder, INDEX)) else None
         names = sorted(set(index["weight_map"].values())) if index else [WEIGHTS]

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
-import xxhash
 from torch import nn
 
+from core.xxh3 import xxh3_128
 from trainer.model.gpt import GPT
 
 _MARK = ".lora_"
@@ -79,7 +79,7 @@ def base(model: GPT) -> dict[str, nn.Parameter]:
 
 def digest(parameters: Mapping[str, torch.Tensor]) -> str:
     """XXH3-128 of the weights: adapters fit no other ones than those they were trained on."""
-    checksum = xxhash.xxh3_128()
+    checksum = xxh3_128()
     for name in sorted(parameters):
         checksum.update(name.encode())
         checksum.update(parameters[name].detach().float().contiguous().cpu().numpy())
