@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 
-def die_with_parent() -> None:
-    """For `preexec_fn`. Linux: the kernel ends the child when we die, even by SIGKILL."""
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """For `preexec_fn`. Linux: the kernel sends the child this signal when we die, even by SIGKILL."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
@@ -44,14 +45,25 @@ def kill_tree(process: subprocess.Popen) -> None:
 
 def descendants(pid: int) -> list[int]:
     """Children, their children and so on."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     children: dict[int, list[int]] = {}
-    for line in listing.splitlines():
-        child, parent = map(int, line.split())
+    for child, parent in _parents():
         children.setdefault(parent, []).append(child)
     found, waiting = [], [pid]
     while waiting:
         new = children.get(waiting.pop(), [])
         found += new
         waiting += new
+    return found
+
+
+def _parents() -> list[tuple[int, int]]:
+    """(process, its parent) of all processes: from /proc, or from `ps` where there is none (macOS)."""
+    if not Path("/proc/self/stat").exists():
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        return [(int(child), int(parent)) for child, parent in map(str.split, listing.splitlines())]
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            # The name of the program, in parentheses, may hold spaces and parentheses itself.
+            found.append((int(stat.parent.name), int(stat.read_text(errors="replace").rsplit(")", 1)[1].split()[1])))
     return found

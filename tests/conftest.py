@@ -1,12 +1,18 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use.
+
+They import what they need themselves: tests/test_gpu.py runs where many packages are not installed.
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from demo.s3_server import S3Server
-from tests import corpus, tuning
-from tests.sky_command import SkyCommand
+if TYPE_CHECKING:
+    from demo.s3_server import S3Server
+    from tests.sky_command import SkyCommand
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -14,6 +20,8 @@ REPOSITORY = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory):
     """A real S3 server; `s3.environment()` is set for the whole test process."""
+    from demo.s3_server import S3Server
+
     with S3Server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
@@ -44,16 +52,22 @@ def ranks():
 @pytest.fixture(scope="session")
 def vocab_bpe() -> Path:
     """OpenAI's GPT-2 merges."""
+    from tests import corpus
+
     return corpus.vocab_bpe()
 
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, vocab_bpe: Path) -> tuple[str, str]:
     """(data_url, run_url) of a small token set and a short run on it, from which tuning starts."""
+    from tests import tuning
+
     return tuning.pretrain(tmp_path_factory.mktemp("pretrained"), vocab_bpe)
 
 
 @pytest.fixture
 def sky(tmp_path) -> SkyCommand:
     """A `sky` command with answers of our choice."""
+    from tests.sky_command import SkyCommand
+
     return SkyCommand(tmp_path)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import numpy as safetensors
+import numpy as np
 
 from core import storage
 from core.run import journal
@@ -16,6 +16,7 @@ from demo.processes import kill_tree
 from tests import warm
 from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint import layout
+from trainer.checkpoint.pieces import tensors_of
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -121,6 +122,14 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended: one that nothing waits for stays in the list of processes."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def completed(run_url: str) -> list[int]:
     """Steps with a complete checkpoint, newest first."""
     return layout.complete_steps(run_url)
@@ -135,8 +144,9 @@ def tensors(run_url: str, step: int) -> dict[str, bytes]:
     found = {}
     folder = layout.folder_of(run_url, step)
     for file in manifest(run_url, step).files:
-        for key, array in safetensors.load(storage.read_bytes(storage.join(folder, file.name))).items():
-            found[key] = array.tobytes()
+        data = np.frombuffer(bytearray(storage.read_bytes(storage.join(folder, file.name))), np.uint8)
+        for key, tensor in tensors_of(data).items():
+            found[key] = tensor.numpy().tobytes()
     return found
 
 
