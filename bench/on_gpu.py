@@ -1,137 +1,145 @@
-"""Everything that needs a GPU, in one call: tests, training steps beside other trainers, tokens to a loss.
+"""A quarter of an hour on one GPU: what works, whether it is exact, how fast it is. docs/gpu-check.md
 
-    python -m bench.on_gpu --data=DATA_URL --out=FOLDER [--minutes=9] [--rivals=FOLDER] [--only=tests,steps]
+    python -m bench.on_gpu look --out=FOLDER      3 minutes: versions, steps of two presets, graphs, a profile
+    python -m bench.on_gpu exact --out=FOLDER     4 minutes: compiled against plain, kill and resume, determinism
+    python -m bench.on_gpu speed --out=FOLDER     5 minutes: MFU beside other trainers, attention kernels, switches
+    python -m bench.on_gpu all --out=FOLDER       the three, one after another
 
-Each part is a command of its own, shown before it runs; all share --minutes. One that fails does not keep the others
-from running, unless they need its result, and the exit status says that one did. FOLDER gets each command's output and
-dated results, to be put below bench/results/. How many steps bench.token_efficiency makes follows from the measured
-step and the minutes that are left. --rehearse runs the same on a CPU, with small models: for the commands, not for the
-numbers.
+Each measurement is a process of its own, and its results are in FOLDER as soon as they are there: a JSON record and the
+same as text per part, and a log of what the processes printed. One that fails does not keep the others from running;
+what no time is left for is skipped, by name. The exit status is 0 if nothing failed and nothing was skipped for time.
+It needs torch, numpy, PyYAML and fsspec, no network, and makes its own tokens. --rehearse runs the same on a CPU, with
+small models: for the commands, not for the numbers.
 """
 
 import argparse
-import json
 import os
-import shlex
-import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
+from typing import TextIO
 
-from demo.processes import kill_tree
+from bench.gpu import children, tokens
+from bench.gpu.parts import MINUTES, PARTS, Place, Skip, shown
+from bench.gpu.records import Record
 
-PLAIN, OTHER, SEEDS, SHARE = "gpt2-124m", "speedrun-162m", 3, 0.6
-# A start until the first step, compilation and the last evaluation; per run of bench.token_efficiency.
-RUN_SECONDS = 40.0
-# So that some steps are between warm-up and end.
-FEWEST_STEPS = 20
-SMALL = ["--model.layers=2", "--model.heads=2", "--model.width=64", "--model.context=64"]
+TOKENS, SMALL_TOKENS = 1 << 24, 1 << 16
+_PROBLEMS = ("failed", "no time")
+NO_TIME = "the minutes were over before it; give it more, --minutes"
 
 
 def main() -> None:
     options = _options()
-    if "://" not in options.data:
-        options.data = str(Path(options.data).resolve())
-    options.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * options.minutes
-    failed = [name for name, command in _parts(options, deadline) if not _run(name, command, options, deadline)]
-    if failed:
-        sys.exit(f"failed or out of time: {', '.join(failed)}; see {options.out}/NAME.log")
+    children.end_on_signals()
+    if options.rehearse:
+        os.environ["OMP_NUM_THREADS"] = "1"  # small models gain nothing from more, and another program loses
+    problems = []
+    with tempfile.TemporaryDirectory(prefix="on-gpu-", ignore_cleanup_errors=True) as work:
+        data = options.data or str(Path(work) / "tokens")
+        if not options.data:
+            tokens.make(data, SMALL_TOKENS if options.rehearse else TOKENS, options.text)
+        for name in PARTS if options.part == "all" else [options.part]:
+            place = Place(data, Path(work) / name, options.out.resolve(), options.rivals, options.rehearse)
+            problems += _run(name, place, options)
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="token set, as data_prep writes it; best a local folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder for outputs and results")
-    parser.add_argument("--minutes", type=float, default=60.0, help="in all")
-    parser.add_argument("--rivals", type=Path, help="folder with checkouts of other trainers: bench.train_step --help")
-    parser.add_argument("--only", default="tests,steps,efficiency", help="parts to run")
-    parser.add_argument("--micro-batch", type=int, default=32, help="sequences, of the steps that are measured")
+    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("--out", type=Path, required=True, help="folder for records, logs and traces")
+    parser.add_argument("--minutes", type=float, help=f"for each part; default {MINUTES}")
+    parser.add_argument("--rivals", type=_folder, help="folder that holds a checkout of karpathy/nanoGPT")
+    parser.add_argument("--data", default="", help="a token set to train on; default: made-up tokens")
+    parser.add_argument("--text", type=Path, help="a file whose bytes are the tokens, instead of made-up ones")
+    parser.add_argument("--only", default="", help="names of measurements, by commas; default: all of the part")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with small models")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes is {options.minutes:g}, must be above 0")
+    if options.data and options.text:
+        parser.error("--data and --text both say what the tokens are; give one of them")
+    if options.only and options.part == "all":
+        parser.error("--only goes with one part; name look, exact or speed instead of all")
+    if options.data and "://" not in options.data:
+        options.data = str(Path(options.data).resolve())
+    return options
 
 
-def _parts(options: argparse.Namespace, deadline: float) -> Iterator[tuple[str, list[str]]]:
-    """Name and command of each part; later ones look at what earlier ones measured."""
-    only = options.only.split(",")
-    if "tests" in only:
-        yield "tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/test_gpu.py"]
-    if "steps" in only:
-        for preset in (PLAIN, OTHER):
-            yield f"train-step-{preset}", _step_command(options, preset)
-    if "efficiency" in only:
-        steps = _affordable_steps(options, deadline - time.monotonic())
-        yield "token-efficiency", _efficiency_command(options, steps)
+def _folder(text: str) -> Path:
+    path = Path(text).resolve()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return path
 
 
-def _step_command(options: argparse.Namespace, preset: str) -> list[str]:
-    command = [sys.executable, "-m", "bench.train_step", f"--preset={preset}", f"--out={_result(options, preset)}"]
-    if options.rehearse:
-        return [*command, "--device=cpu", "--micro-batch=1", "--context=32", "--steps=2", "--warm-up=1", "--rounds=1"]
-    command += [f"--micro-batch={options.micro_batch}"]
-    return [*command, f"--rivals={options.rivals}"] if options.rivals and preset == PLAIN else command
+def _run(name: str, place: Place, options: argparse.Namespace) -> list[str]:
+    """One part. Returns a sentence per measurement that has no result and should have one."""
+    minutes = options.minutes or MINUTES[name]
+    deadline = time.monotonic() + 60 * minutes
+    place.work.mkdir()
+    command = shown([sys.executable, "-m", "bench.on_gpu", *sys.argv[1:]])
+    label = f"gpu-{name}-rehearsal" if options.rehearse else f"gpu-{name}"
+    record = Record(place.out, label, command, part=name, rehearsal=options.rehearse, minutes=minutes)
+    only, names = {each for each in options.only.split(",") if each}, []
+    state = "cut off"
+    try:
+        with record.path.with_suffix(".log").open("w") as log:
+            for measurement, what in PARTS[name](place, record):
+                names.append(measurement)
+                if not only or measurement in only:
+                    _measure(measurement, what, place, record, deadline, log)
+        state = "finished"
+    finally:
+        record.finish(state)
+        print(f"\n{record.as_text()}\n\nrecord: {record.path}", flush=True)
+    return _problems(record) + _unknown(only, names, name)
 
 
-def _efficiency_command(options: argparse.Namespace, steps: int) -> list[str]:
-    command = [sys.executable, "-m", "bench.token_efficiency", f"--data={options.data}", f"--steps={steps}"]
-    command += [f"--scratch={options.out}/runs-{steps}", f"--plain={PLAIN}", f"--other={OTHER}", f"--seeds={SEEDS}"]
-    command += [
-        f"--shares={SHARE}",
-        f"--out={_named(options, 'token-efficiency')}",
-        "--",
-        f"--batch.tokens={_tokens(options)}",
-    ]
-    if options.rehearse:
-        return [*command, "--train.device=cpu", "--batch.micro_batch=1", *SMALL]
-    return [*command, f"--batch.micro_batch={options.micro_batch}", "--checkpoint.keep=1"]
-
-
-def _tokens(options: argparse.Namespace) -> int:
-    """Per step of bench.token_efficiency: one micro-batch of 4, small for a GPU, so that there are many steps."""
-    return 256 if options.rehearse else 4 * options.micro_batch * 1024
-
-
-def _affordable_steps(options: argparse.Namespace, seconds_left: float) -> int:
-    """Steps of the plain recipe, so that all runs end in the time that is left."""
-    if options.rehearse:
-        return FEWEST_STEPS
-    per_step = 0.0
-    for preset, share in ((PLAIN, 1.0), (OTHER, SHARE)):
-        path = _result(options, preset)
-        if not path.exists():
-            sys.exit(f"{path} is not there: run the part `steps` on this machine first")
-        runs = json.loads(path.read_text())["runs"]["ours"]
-        per_step += share * _tokens(options) / statistics.median(run["tokens_per_second"] for run in runs)
-    return max(FEWEST_STEPS, int((seconds_left / SEEDS - 2 * RUN_SECONDS) / per_step))
-
-
-def _result(options: argparse.Namespace, preset: str) -> Path:
-    return _named(options, f"train-step-{preset}")
-
-
-def _named(options: argparse.Namespace, name: str) -> Path:
-    return options.out / f"{date.today().isoformat()}-{name}.json"
-
-
-def _run(name: str, command: list[str], options: argparse.Namespace, deadline: float) -> bool:
-    print(f"$ {shlex.join(command)}", flush=True)
-    environment = os.environ | ({"TEST_DEVICE": "cpu"} if options.rehearse else {}) | {"TEST_DATA": options.data}
+def _measure(name: str, what, place: Place, record: Record, deadline: float, log: TextIO) -> None:
+    """Run it, or say why not."""
+    if isinstance(what, Skip):
+        record.skip(name, what.why)
+        return
+    if isinstance(what, dict):
+        record.begin(name, "")
+        record.add(name, what)
+        record.end(name, "measured", 0.0)
+        print(f"  {what['text']}", flush=True)
+        return
+    if time.monotonic() >= deadline:
+        record.skip(name, NO_TIME, "no time")
+        return
+    command = shown(what, place.work.parent)
+    print(f"$ {command}", flush=True)
+    log.write(f"$ {command}\n")
+    record.begin(name, command)
     started = time.monotonic()
-    with (options.out / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            process.wait(max(1.0, deadline - started))
-        except subprocess.TimeoutExpired:
-            kill_tree(process)
-    output = (options.out / f"{name}.log").read_text()
-    print(output[-4000:])
-    print(f"{name}: exit status {process.returncode} after {time.monotonic() - started:.0f} s", flush=True)
-    return process.returncode == 0
+
+    def take(result: dict) -> None:
+        record.add(name, result)
+        print("  " + result["text"].replace("\n", "\n  "), flush=True)
+
+    state, why = "cut off", ""
+    try:
+        why = children.run(what, log, deadline, take)
+        state = ("no time" if time.monotonic() >= deadline else "failed") if why else "measured"
+    finally:
+        record.end(name, state, time.monotonic() - started, why)
+    print(f"  {name}: {why or f'{time.monotonic() - started:.0f} s'}", flush=True)
+
+
+def _problems(record: Record) -> list[str]:
+    found = record.document["measurements"]
+    return [f"{name} {each['state']}: {each['why']}" for name, each in found.items() if each["state"] in _PROBLEMS]
+
+
+def _unknown(only: set[str], names: list[str], part: str) -> list[str]:
+    """What `--only` names and the part does not have."""
+    known = f"which {part} does not measure; it measures {', '.join(names)}"
+    return [f"--only names {each}, {known}" for each in sorted(only - set(names))]
 
 
 if __name__ == "__main__":

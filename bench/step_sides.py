@@ -70,7 +70,8 @@ def plain(settings: TrainConfig, device: torch.device, accumulation: int, compil
         betas=(config.beta1, config.beta2),
         fused=device.type == "cuda",
     )
-    run = torch.compile(model) if compiled else model
+    # A CPU rehearses it: the same graph, without a compiler behind it.
+    run = torch.compile(model, backend="inductor" if device.type == "cuda" else "aot_eager") if compiled else model
 
     def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
         with autocast(device):

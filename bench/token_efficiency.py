@@ -68,7 +68,8 @@ def _run(options: argparse.Namespace, preset: str, steps: int, seed: int, both: 
     flags += [f"--train.steps={steps}", "--train.eval_every=0", "--train.sample_every=0", "--train.hellaswag_items=0"]
     # GPT-3's warm-up is 375M tokens of 300B; with so few steps in all, a tenth of them.
     flags += [f"--optimizer.warmup_steps={steps // 10}"] if preset == options.plain else []
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.ranks}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     done = subprocess.run([*command, "-m", "trainer.train", *flags, *both], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{preset}, seed {seed} failed:\n{done.stderr[-3000:]}")

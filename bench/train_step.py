@@ -4,8 +4,8 @@
 
 One device, the same model, batch and precision for all sides, each in a process of its own, rounds interleaved,
 medians printed. `ours` is the loop's own step; `plain` is teaching code's (whole logits, torch's AdamW), on a GPU
-also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt. Tokens are random: data is
-measured by bench.loader.
+also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt. Tokens are random, or the first
+ones of a token set (--data): reading is measured by bench.loader.
 
 The roofline: a step cannot be faster than its matrix products at the device's peak (core.gpus; on a CPU, of a large
 product measured right here), nor than reading and writing weights, gradients and optimizer state once.
@@ -18,11 +18,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any
 
 from bench import record
+from bench.gpu import children, tokens
 from core import config
 from core.architecture import flops_per_token, parameters
 from core.console import quantity
@@ -31,13 +30,15 @@ from core.schema import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "trainer" / "configs"
 PARTS = ("forward", "backward", "optimizer")
+ATTENTION = ("flash", "cudnn", "mem_efficient", "math")  # torch.backends.cuda.enable_NAME_sdp
 
 
 def main() -> None:
     options = _options()
     settings = _settings(options)
     if options.one:
-        print(json.dumps(_measure(options, settings)))
+        result = _measure(options, settings)
+        children.say(_line(options.one, result), **result)
         return
     sides = options.sides.split(",") if options.sides else _sides(options)
     runs: dict[str, list[dict]] = {side: [] for side in sides}
@@ -47,7 +48,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
-            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+            runs[side].append(children.heard(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}, {side}: {runs[side][-1]['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
     results = {
         **record.header("torch", "numpy"),
@@ -78,6 +79,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sides", default="", help="of ours, plain, plain-compiled and rivals; default: all there are")
     parser.add_argument("--rivals", type=Path, help="folder with checkouts of other trainers")
     parser.add_argument("--device", default="", help="cpu or cuda; default: what there is")
+    parser.add_argument("--data", default="", help="token set whose first tokens are trained on; default: random ones")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting beside the preset's")
+    parser.add_argument("--optimize-ddp", choices=("on", "off"), help="torch's splitting of graphs under DDP")
+    parser.add_argument("--attention", choices=ATTENTION, help="the only kernel of attention that torch may choose")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -85,6 +90,7 @@ def _options() -> argparse.Namespace:
 
 def _settings(options: argparse.Namespace) -> TrainConfig:
     flags = [str(CONFIGS / f"{options.preset}.yaml"), "--run.url=unused", "--data.url=unused"]
+    flags += [f"--{each}" for each in options.set]
     settings = config.load(TrainConfig, flags, {})
     size = options.micro_batch or settings.batch.micro_batch
     context = options.context or settings.model.context
@@ -106,6 +112,7 @@ def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
     import torch
 
     from bench import step_sides
+    from bench.gpu import clock
     from trainer import distributed
 
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,26 +125,30 @@ def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
         side = step_sides.ours(settings, device, options.accumulation)
     else:
         side = step_sides.plain(settings, device, options.accumulation, options.one == "plain-compiled")
-    shape = (settings.batch.micro_batch, settings.model.context + 1)
-    batches = [torch.randint(0, 50000, shape, device=device, dtype=torch.int32) for _ in range(options.accumulation)]
+    _toggle(options)
+    batches = _batches(options, settings, device)
     for _ in range(options.warm_up):
-        _step(side, batches, _Clock(device))
+        _step(side, batches, clock.Parts(device, PARTS))
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clocks = []
     for _ in range(options.steps):
-        clocks.append(_Clock(device))
+        clocks.append(clock.Parts(device, PARTS))
         loss = _step(side, batches, clocks[-1])
-    steps = [clock.seconds() for clock in clocks]
-    whole = sorted(sum(parts.values()) for parts in steps)
-    tokens = settings.batch.tokens / statistics.median(whole)
+    steps = [parts.seconds() for parts in clocks]
+    in_order = [sum(step.values()) for step in steps]
+    whole = sorted(in_order)
+    rounds = clock.summary(in_order)
+    tokens_per_second = settings.batch.tokens / rounds["median"]
     peak = peak_flops(torch.cuda.get_device_name()) if kind == "cuda" else _measured_peak(device)
     moved = (
         4 * parameters(settings.model) * 9
     )  # weights, gradients and two moments: AdamW reads 4, writes 3; zero, clip
     result = {
-        "tokens_per_second": tokens,
-        "mfu": tokens * flops_per_token(settings.model) / peak if peak else None,
+        "tokens_per_second": tokens_per_second,
+        "mfu": tokens_per_second * flops_per_token(settings.model) / peak if peak else None,
+        "rounds_seconds": rounds["rounds"],
+        "optimize_ddp": str(torch._dynamo.config.optimize_ddp),
         "peak_bytes": torch.cuda.max_memory_allocated() if kind == "cuda" else None,
         "step_seconds": {f"p{share}": whole[round((len(whole) - 1) * share / 100)] for share in (10, 50, 90)},
         "share": {part: sum(step[part] for step in steps) / sum(whole) for part in PARTS},
@@ -153,43 +164,48 @@ def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
     return result
 
 
-def _step(side, batches: list, clock: "_Clock") -> float:
+def _toggle(options: argparse.Namespace) -> None:
+    """What torch itself has switches for; read when the first step is compiled."""
+    import torch
+
+    if options.optimize_ddp:
+        torch._dynamo.config.optimize_ddp = options.optimize_ddp == "on"
+    for kernel in ATTENTION if options.attention else ():
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel == options.attention)
+
+
+def _batches(options: argparse.Namespace, settings: TrainConfig, device) -> list:
+    """The micro-batches of every step."""
+    import torch
+
+    shape = (settings.batch.micro_batch, settings.model.context + 1)
+    if not options.data:
+        return [torch.randint(0, 50000, shape, device=device, dtype=torch.int32) for _ in range(options.accumulation)]
+    rows = tokens.first_windows(options.data, shape[0] * options.accumulation, shape[1])
+    return list(torch.from_numpy(rows).to(device).chunk(options.accumulation))
+
+
+def _line(side: str, result: dict[str, Any]) -> str:
+    """One side in a line."""
+    mfu = "" if result["mfu"] is None else f", MFU {100 * result['mfu']:.1f} %"
+    memory = "" if result["peak_bytes"] is None else f", {result['peak_bytes'] / 1e9:.1f} GB"
+    milliseconds = 1e3 * result["step_seconds"]["p50"]
+    return f"{side}: {milliseconds:.1f} ms per step, {quantity(result['tokens_per_second'])} tokens/s{mfu}{memory}"
+
+
+def _step(side, batches: list, parts) -> float:
     side.begin()
-    clock.mark(None)
-    for index, tokens in enumerate(batches):
+    parts.mark(None)
+    for index, tokens_BT in enumerate(batches):
         with side.context(index):
-            loss = side.forward(tokens) / len(batches)
-            clock.mark("forward")
+            loss = side.forward(tokens_BT) / len(batches)
+            parts.mark("forward")
             loss.backward()
         side.done(index)
-        clock.mark("backward")
+        parts.mark("backward")
     side.finish()
-    clock.mark("optimizer")
+    parts.mark("optimizer")
     return float(loss.detach()) * len(batches)
-
-
-class _Clock:
-    """Time between marks, booked to the part that ends there."""
-
-    def __init__(self, device):
-        self._on_gpu = device.type == "cuda"
-        self._marks: list = []
-
-    def mark(self, part: str | None) -> None:
-        if self._on_gpu:
-            import torch
-
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((part, event))
-        else:
-            self._marks.append((part, time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        found = dict.fromkeys(PARTS, 0.0)
-        for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
-            found[part] += begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
-        return found
 
 
 def _measured_peak(device) -> float:
@@ -206,6 +222,9 @@ def _measured_peak(device) -> float:
 
 
 def _show(results: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     about = f"{results['device']}, torch {results['versions']['torch']}, {results['date']}"
     batch = f"{results['micro_batch']} x {results['model']['context']} x {results['accumulation']} tokens per step"
     title = f"{quantity(results['parameters'])} parameters, {batch}; {about}"

@@ -35,6 +35,8 @@ def kill_tree(process: subprocess.Popen) -> None:
 
     A process group is not enough: torchrun puts each of its workers into a session of its own.
     """
+    if process.poll() is not None:
+        return  # its number may be another process's by now
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGSTOP)  # it must not restart what we kill
     for pid in [process.pid, *descendants(process.pid)]:

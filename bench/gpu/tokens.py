@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from core import manifest, storage
+from core.errors import DataError
 from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
-from core.shard import shard_bytes
+from core.shard import HEADER_BYTES, shard_bytes
 from core.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 
 FOLLOWERS, DOCUMENT = (0.5, 0.25, 0.15, 0.1), 512
@@ -42,6 +43,18 @@ def make(folder: str, tokens: int, text: Path | None = None) -> Manifest:
     made = Manifest(tokenizer, source, {"rule": f"the last one in {VAL_SHARE} tokens"}, splits)
     manifest.write(folder, made)
     return made
+
+
+def first_windows(data_url: str, rows: int, length: int) -> np.ndarray:
+    """(rows, length) int32: the first windows of the set's first training shard."""
+    found = manifest.read(data_url)
+    shard = found.split("train", data_url).shards[0]
+    count = rows * length
+    if shard.tokens < count:
+        raise DataError(f"{data_url}: {shard.name} has {shard.tokens} tokens, {rows} windows of {length} take {count}")
+    width = found.bits // 8
+    data = storage.read_range(storage.join(data_url, shard.name), HEADER_BYTES, HEADER_BYTES + count * width)
+    return np.frombuffer(data, f"<u{width}").astype(np.int32).reshape(rows, length)
 
 
 def _split(folder: str, name: str, ids: np.ndarray) -> Split:

@@ -1,0 +1,70 @@
+"""Time on a device: CUDA events between synchronised ends on a GPU, the host's clock elsewhere; medians of rounds."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def mark(device: torch.device):
+    """A moment in the device's queue."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin, end) -> float:
+    """Call once the device has passed both marks (`finish`)."""
+    return begin.elapsed_time(end) / 1e3 if hasattr(begin, "elapsed_time") else end - begin
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rounds(call: Callable[[], object], device: torch.device, count: int, calls: int, warm_up: int = 3) -> list[float]:
+    """Seconds per call in each of `count` rounds of `calls` calls."""
+    for _ in range(warm_up):
+        call()
+    found = []
+    for _ in range(count):
+        finish(device)
+        begin = mark(device)
+        for _ in range(calls):
+            call()
+        end = mark(device)
+        finish(device)
+        found.append(seconds_between(begin, end) / calls)
+    return found
+
+
+def summary(seconds: Sequence[float], of_rounds: int = 4) -> dict[str, float | list[float]]:
+    """Consecutive times as the median of the medians of rounds, these, and the spread of all."""
+    size = max(1, len(seconds) // of_rounds)
+    medians = [statistics.median(seconds[first : first + size]) for first in range(0, len(seconds), size)]
+    ordered = sorted(seconds)
+    spread = {f"p{share}": ordered[round((len(ordered) - 1) * share / 100)] for share in (10, 90)}
+    return {"median": statistics.median(medians), "rounds": medians, **spread}
+
+
+class Parts:
+    """Time between marks, booked to the part that ends there."""
+
+    def __init__(self, device: torch.device, parts: Sequence[str]):
+        self._device = device
+        self._parts = parts
+        self._marks: list = []
+
+    def mark(self, part: str | None) -> None:
+        self._marks.append((part, mark(self._device)))
+
+    def seconds(self) -> dict[str, float]:
+        """Call once the device has passed all marks."""
+        found = dict.fromkeys(self._parts, 0.0)
+        for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
+            found[part] += seconds_between(begin, end)
+        return found

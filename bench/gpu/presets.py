@@ -1,0 +1,49 @@
+"""The presets as bench.on_gpu measures them: as they are on a GPU, small on a CPU that rehearses."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from core import config
+from core.architecture import ModelConfig
+from core.schema import TrainConfig
+
+CONFIGS = Path(__file__).parent.parent.parent / "trainer" / "configs"
+PLAIN, OTHER = "gpt2-124m", "speedrun-162m"
+# A micro-batch of one sequence of 32 tokens takes a CPU's core a moment.
+SMALL = {"layers": 2, "heads": 2, "width": 32, "context": 32}
+
+
+def path(preset: str) -> Path:
+    return CONFIGS / f"{preset}.yaml"
+
+
+def settings_of(preset: str, *flags: str) -> TrainConfig:
+    return config.load(TrainConfig, [str(path(preset)), "--run.url=unused", "--data.url=unused", *flags], {})
+
+
+def small(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(model, **SMALL)
+
+
+def small_flags() -> list[str]:
+    return [f"--model.{key}={value}" for key, value in SMALL.items()]
+
+
+def options(description: str | None, *presets: str) -> argparse.ArgumentParser:
+    """What the measurements have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if presets:
+        parser.add_argument("--preset", default=presets[0], help="a name in trainer/configs")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with a small model")
+    return parser
+
+
+def device_of(parsed: argparse.Namespace) -> torch.device:
+    if parsed.rehearse:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device; look at nvidia-smi, or rehearse on a CPU with --rehearse")
+    return torch.device("cuda", 0)

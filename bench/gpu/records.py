@@ -1,0 +1,87 @@
+"""The record of one part: JSON, and the same as text, both written anew after each result.
+
+    FOLDER/2026-12-01-gpu-look.json    date, machine, versions, commit, command, and per measurement its results
+    FOLDER/2026-12-01-gpu-look.txt     for people
+
+A record that says `running` is one whose program was killed; what it holds was measured.
+"""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import record
+from core import files
+from core.run import program_versions
+
+# Those whose versions change what is measured.
+PACKAGES = ("torch", "triton", "numpy", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-nccl-cu13", "torchao")
+
+
+class Record:
+    def __init__(self, folder: Path, name: str, command: str, **facts: Any):
+        folder.mkdir(parents=True, exist_ok=True)
+        head = record.header(*PACKAGES)
+        self.path = folder / f"{head['date']}-{name}.json"
+        gpu = {"gpu": gpu_facts()}
+        commit = program_versions(()).get("git_revision")
+        self.document: dict[str, Any] = {**head, **gpu, "commit": commit, "command": command, **facts}
+        self.document |= {"state": "running", "measurements": {}}
+        self.write()
+
+    def begin(self, name: str, command: str) -> None:
+        self._set(name, state="running", command=command, results=[])
+
+    def add(self, name: str, result: dict[str, Any]) -> None:
+        self.document["measurements"][name]["results"].append(result)
+        self.write()
+
+    def end(self, name: str, state: str, seconds: float, why: str = "") -> None:
+        self._set(name, state=state, seconds=round(seconds, 1), **({"why": why} if why else {}))
+
+    def skip(self, name: str, why: str, state: str = "skipped") -> None:
+        self._set(name, state=state, why=why, results=[])
+
+    def finish(self, state: str) -> None:
+        self.document["state"] = state
+        self.write()
+
+    def results(self, name: str) -> list[dict[str, Any]]:
+        return self.document["measurements"].get(name, {}).get("results", [])
+
+    def write(self) -> None:
+        for path, text in ((self.path, json.dumps(self.document, indent=1)), (self.text_path, self.as_text())):
+            with files.replacing(path) as file:
+                file.write(f"{text}\n".encode())
+
+    @property
+    def text_path(self) -> Path:
+        return self.path.with_suffix(".txt")
+
+    def as_text(self) -> str:
+        document = self.document
+        machine = f"{document['gpu'] or 'no GPU'}, {document['machine']['cores']} cores"
+        versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+        lines = [f"{document['command']}", f"{document['date']}, {machine}; {versions}"]
+        lines += [f"commit {document['commit'] or '?'}; {document['state']}", ""]
+        for name, each in document["measurements"].items():
+            seconds = f" after {each['seconds']} s" if "seconds" in each else ""
+            lines.append(f"{name}: {each['state']}{seconds}{': ' + each['why'] if 'why' in each else ''}")
+            lines += [f"  {line}" for result in each["results"] for line in result["text"].splitlines()]
+        return "\n".join(lines)
+
+    def _set(self, name: str, **values: Any) -> None:
+        self.document["measurements"].setdefault(name, {}).update(values)
+        self.write()
+
+
+def gpu_facts(query: Sequence[str] = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")) -> str:
+    """What nvidia-smi says of the first GPU; empty without one."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return said.splitlines()[0] if said.strip() else ""

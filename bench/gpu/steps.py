@@ -1,0 +1,138 @@
+"""Part of bench.on_gpu: steps of the real trainer, timed, with what was compiled and a profile of the last ones.
+
+    python -m bench.gpu.steps --steps=30 [--profile] [--trace=FILE] -- CONFIG.yaml --data.url=... --run.url=...
+
+What follows `--` goes to trainer.train, which runs in this process; only its step is watched.
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu import children, clock, compiled, kernels
+from core.architecture import flops_per_token
+from core.console import quantity
+from core.errors import LauncherError
+from core.fit import estimate
+from core.gpus import peak_flops
+from trainer import train
+from trainer.loop import Loop
+
+SETTLED = 2  # steps after which nothing new should have to be compiled
+PROFILED = 3  # the last steps
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    split = arguments.index("--")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--profile", action="store_true", help="the last steps under torch.profiler")
+    parser.add_argument("--trace", type=Path, help="file for the profiler's trace, if it is small")
+    options = parser.parse_args(arguments[:split])
+    watch = Watch(options.steps, options.profile)
+    watch.install()
+    flags = [*arguments[split + 1 :], f"--train.steps={options.steps}"]
+    try:
+        code = train.main(flags)
+    except LauncherError as error:
+        sys.exit(f"error: {error}")
+    if code:
+        sys.exit(f"the trainer ended with {code}")
+    watch.say(options.trace)
+
+
+class Watch:
+    """Times from the beginning of a step to that of the next one, so that what lies between two steps is in them."""
+
+    def __init__(self, steps: int, profile: bool):
+        self._steps = steps
+        self._first_profiled = steps - PROFILED + 1 if profile else steps + 1
+        self._marks: list = []
+        self._profile: Any = None
+        self._settled = 0
+        self._loop: Any = None
+        self._profiling = contextlib.ExitStack()
+
+    def install(self) -> None:
+        original = Loop._step
+
+        def step(loop: Loop, number: int, *arguments: Any) -> None:
+            self._before(loop, number)
+            original(loop, number, *arguments)
+            self._after(loop, number)
+
+        Loop._step = step
+
+    def _before(self, loop: Loop, number: int) -> None:
+        device = loop.ranks.device
+        if number == 1:
+            self._loop = loop
+            if device.type != "cuda":
+                compiled.compile_blocks(loop.model, device)
+        if number == self._first_profiled:
+            clock.finish(device)
+            self._profile = self._profiling.enter_context(kernels.profiled(device))
+        if number <= self._first_profiled:
+            self._marks.append(clock.mark(device))
+
+    def _after(self, loop: Loop, number: int) -> None:
+        device = loop.ranks.device
+        if number == SETTLED:
+            self._settled = compiled.compilations()
+        if number == self._steps:
+            if number < self._first_profiled:
+                self._marks.append(clock.mark(device))
+            clock.finish(device)
+            self._profiling.close()
+
+    def say(self, trace: Path | None) -> None:
+        device, settings = self._loop.ranks.device, self._loop.settings
+        pairs = list(zip(self._marks, self._marks[1:], strict=False))
+        seconds = [clock.seconds_between(*pair) for pair in pairs]
+        measured = clock.summary(seconds[SETTLED + 1 :] or seconds)
+        tokens = settings.batch.tokens / measured["median"]
+        peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+        mfu = tokens * flops_per_token(settings.model) / peak if peak else None
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        text = f"{1e3 * measured['median']:.1f} ms per step of {settings.batch.tokens} tokens"
+        text += f": {quantity(tokens)} tokens/s"
+        text += f", MFU {100 * mfu:.1f} %" if mfu else ""
+        text += f", {memory / 1e9:.1f} GB" if memory else ""
+        children.say(
+            text,
+            kind="steps",
+            device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            step_seconds=measured,
+            first_steps_seconds=seconds[: SETTLED + 1],
+            tokens_per_step=settings.batch.tokens,
+            micro_batch=settings.batch.micro_batch,
+            tokens_per_second=tokens,
+            mfu=mfu,
+            peak_bytes=memory,
+            estimated_bytes=_estimate(settings),
+            loss=self._loop.last_loss,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        counts = compiled.counts(self._settled)
+        children.say(compiled.described(counts), kind="compiled", **counts)
+        if self._profile is not None:
+            found = kernels.table(self._profile, device)
+            kept = {"trace": kernels.keep_trace(self._profile, trace)} if trace else {}
+            children.say(kernels.described(found), kind="profile", steps=PROFILED, **found, **kept)
+
+
+def _estimate(settings: Any) -> float | None:
+    """The memory that the launcher's check would have asked for, to be compared with the peak."""
+    try:
+        return float(estimate(settings, settings.batch.micro_batch, 1))
+    except (TypeError, AttributeError):  # another form of it
+        return None
+
+
+if __name__ == "__main__":
+    main()
