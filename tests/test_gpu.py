@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
+from bench.gpu import equivalence, resume, tokens
 from core.architecture import ModelConfig
-from core.vocabulary import GPT2_END_OF_TEXT
 from tests import launching, presets
 from trainer.model.gpt import GPT
 from trainer.precision import autocast
@@ -16,6 +16,7 @@ from trainer.precision import autocast
 pytestmark = pytest.mark.gpu
 
 STEPS = 24
+WITHOUT_TOKENIZER = ("--train.hellaswag_items=0", "--train.sample_prompts=")
 
 
 def sized(model: ModelConfig) -> ModelConfig:
@@ -39,48 +40,24 @@ def device() -> torch.device:
 def data_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     if ready := os.environ.get("TEST_DATA"):
         return ready
-    from tests import corpus
-
-    folder = tmp_path_factory.mktemp("data")
-    source = corpus.write_parquet(folder / "source", [corpus.speeches(16)])
-    corpus.prepare_set(source, str(folder / "set"), corpus.vocab_bpe())
-    return str(folder / "set")
-
-
-def tokens_of(config: ModelConfig, device: torch.device, sequences: int = 4) -> torch.Tensor:
-    """Random ids; a document ends at every hundredth."""
-    found = torch.randint(0, 50000, (sequences, config.context + 1), generator=torch.Generator().manual_seed(1))
-    found[:, ::100] = GPT2_END_OF_TEXT
-    return found.int().to(device)
+    folder = str(tmp_path_factory.mktemp("data"))
+    tokens.make(folder, 1 << 20)
+    return folder
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_compiled_blocks_compute_what_the_plain_model_does(name: str, device: torch.device):
-    config = ARCHITECTURES[name]
-    tokens_BT = tokens_of(config, device)
-    losses, gradients = [], []
-    for compiled in (False, True):
-        model = GPT(config)
-        model.initialise(1)
-        model.to(device)
-        if compiled and device.type == "cuda":
-            model.compile_blocks()
-        with autocast(device):
-            loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
-        loss.backward()
-        losses.append(float(loss.detach()))
-        gradients.append([parameter.grad.flatten() for parameter in model.parameters()])
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
-    for plain, fused in zip(*gradients, strict=True):
-        if plain.norm() > 0:  # weights that start at zero pass nothing on
-            assert torch.cosine_similarity(plain, fused, dim=0) > 0.99
+    tokens_BT = equivalence.tokens_of(ARCHITECTURES[name], device)
+    plain, fused = (equivalence.one_pass(ARCHITECTURES[name], tokens_BT, is_compiled=each) for each in (False, True))
+    found = equivalence.difference(fused, plain)
+    assert found.is_small, found
 
 
 def test_logits_of_the_whole_vocabulary_never_exist(device: torch.device):
     if device.type != "cuda":
         pytest.skip("only CUDA tells the peak of its memory")
     config = ARCHITECTURES["gpt2-124m"]
-    tokens_BT = tokens_of(config, device, sequences=128)
+    tokens_BT = equivalence.tokens_of(config, device, sequences=128)
     model = GPT(config)
     model.initialise(1)
     model.to(device)
@@ -94,23 +71,20 @@ def test_logits_of_the_whole_vocabulary_never_exist(device: torch.device):
 
 def flags_of(data_url: str, run_url: str, device: torch.device, *more: str) -> list[str]:
     flags = [f"--data.url={data_url}", f"--run.url={run_url}", f"--train.device={device.type}"]
-    return [*flags, f"--train.steps={STEPS}", "--checkpoint.every=3", *more]
+    return [*flags, f"--train.steps={STEPS}", "--checkpoint.every=3", *WITHOUT_TOKENIZER, *more]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(name: str, data_url: str, device: torch.device, tmp_path):
-    straight, killed = f"{tmp_path}/straight", f"{tmp_path}/killed"
-    exact = ("--train.deterministic=true", f"--optimizer.name={name}")
-    launching.train(1, *flags_of(data_url, straight, device, *exact))
-    for step in (6, 15):
-        process = launching.start(1, *flags_of(data_url, killed, device, *exact))
-        launching.wait_until(lambda step=step: (launching.completed(killed) or [0])[0] >= step, process)
-        launching.kill(process)
-    assert launching.completed(killed)[0] < STEPS
-    launching.train(1, *flags_of(data_url, killed, device, *exact))
-    assert launching.tensors(killed, STEPS) == launching.tensors(straight, STEPS)
-    mine, theirs = launching.metrics(killed), launching.metrics(straight)
-    assert {step: mine[step]["loss"] for step in mine} == {step: theirs[step]["loss"] for step in theirs}
+    flags = [f"--data.url={data_url}", f"--train.device={device.type}", "--checkpoint.every=3", *WITHOUT_TOKENIZER]
+    # A step takes a GPU a few milliseconds: enough of them for a kill between two checkpoints.
+    steps = 400 if device.type == "cuda" else STEPS
+    runs = resume.Runs(tmp_path, steps, [*launching.TINY, *flags, f"--optimizer.name={name}"])
+    with runs.beside("straight"):
+        for share in (4, 2):
+            assert runs.kill("killed", after=steps // share) < steps
+        runs.train("killed")
+    assert runs.differences() == []
 
 
 def test_the_largest_micro_batch_is_tried_out_and_kept(data_url: str, device: torch.device, tmp_path):
