@@ -94,6 +94,22 @@ def _train_step(record: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def _gpu_speed(record: Mapping[str, Any]) -> list[Row]:
+    """Each other trainer's step beside ours at the same micro-batch: measurements are named SIDE-SEQUENCES."""
+    steps = {name: each["results"][0] for name, each in record["measurements"].items() if each["results"]}
+    rows: list[Row] = []
+    for name, other in steps.items():
+        side, _, sequences = name.rpartition("-")
+        ours = steps.get(f"ours-{sequences}")
+        if side not in ("plain-compiled", "nanoGPT") or not ours:
+            continue
+        mine, theirs = ours["tokens_per_second"], other["tokens_per_second"]
+        what = f"training step, gpt2-124m, {ours['device']}, {sequences} sequences"
+        mfu = "" if ours["mfu"] is None else f", MFU {100 * ours['mfu']:.1f} %"
+        rows.append((what, f"{quantity(mine)} tokens/s{mfu}", f"{quantity(theirs)} ({side})", mine / theirs))
+    return rows
+
+
 _KINDS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "prep-folder": _prep,
     "prep": _prep,
@@ -102,6 +118,7 @@ _KINDS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "loader": _loader,
     "checkpoint": _checkpoint,
     "train-step": _train_step,
+    "gpu-speed": _gpu_speed,
 }
 
 
