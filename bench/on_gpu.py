@@ -32,6 +32,9 @@ NO_TIME = "the minutes were over before it; give it more, --minutes"
 def main() -> None:
     options = _options()
     children.end_on_signals()
+    if sys.platform == "linux":  # ranks are one process each: they meet on loopback, whatever networks there are
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if options.rehearse:
         os.environ["OMP_NUM_THREADS"] = "1"  # small models gain nothing from more, and another program loses
     problems = []

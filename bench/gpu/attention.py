@@ -103,9 +103,9 @@ def measure(name: str, call: Callable, shape: Shape, device: torch.device, round
             forward = clock.rounds(lambda: call(*inputs), device, rounds, CALLS)
         whole = clock.rounds(both, device, rounds, CALLS)
         ran = kernel_names(both, device)
-    except RuntimeError as refusal:
-        why = " ".join(str(refusal).split())[:300]
-        children.say(f"{name}, {shape}: not for this shape: {why}", **said, refused=why)
+    except Exception as refusal:  # torch's, a compiler's or a kernel's own; the others are still measured
+        why = " ".join(f"{type(refusal).__name__}: {refusal}".split())[:300]
+        children.say(f"{name}, {shape}: does not run: {why}", **said, refused=why)
         return
     forward_ms, whole_ms = (1e3 * clock.summary(each, len(each))["median"] for each in (forward, whole))
     rates = {

@@ -59,4 +59,8 @@ def _name(metrics) -> str:
 
 def _metrics() -> list:
     """Forward passes alone: the compilation of a backward pass has no frame of its own."""
-    return [each for each in utils.get_compilation_metrics() if each.co_name and each.is_forward is not False]
+    return [
+        each
+        for each in utils.get_compilation_metrics()
+        if each.co_name and getattr(each, "is_forward", None) is not False
+    ]

@@ -53,6 +53,7 @@ def main() -> None:
     tokens_BT = tokens_of(model, device)
     plain = one_pass(model, tokens_BT)
     fused = one_pass(model, tokens_BT, is_compiled=True)
+    torch.set_float32_matmul_precision("highest")
     exact = one_pass(model, tokens_BT, precision="fp32")
     found = {
         "compiled, plain": difference(fused, plain),

@@ -81,12 +81,10 @@ def keep_trace(profile: torch.profiler.profile, path: Path) -> str:
 def _kernels(profile: torch.profiler.profile, device: torch.device) -> list:
     if device.type != "cuda":
         return []
-    return [each for each in profile.events() if each.device_type == DeviceType.CUDA and not _is_note(each)]
-
-
-def _is_note(event) -> bool:
-    """A range that the program has marked, not a kernel."""
-    return getattr(event, "is_user_annotation", False) or event.name.startswith(("ProfilerStep", "##"))
+    events = profile.events()
+    # A range that the program has marked is shown on the GPU too, under its name on the CPU.
+    marked = {each.name for each in events if each.device_type == DeviceType.CPU}
+    return [each for each in events if each.device_type == DeviceType.CUDA and each.name not in marked]
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:

@@ -15,7 +15,7 @@ from bench.gpu import children
 from bench.gpu.presets import OTHER, PLAIN, path, small_flags
 from bench.gpu.records import Record
 
-MICRO_BATCHES = (64, 32, 128)  # sequences; the first one is tried first
+MICRO_BATCHES = (64, 32, 96)  # sequences, in this order; whole logits of more would not fit 141 GB
 # Heads as wide as the preset's, few of them: a checkpoint has to be stored every few steps.
 NARROW = {PLAIN: ["--model.heads=4"], OTHER: ["--model.heads=2"]}
 

@@ -56,6 +56,7 @@ class Watch:
         self._profile: Any = None
         self._settled = 0
         self._loop: Any = None
+        self._peak_bytes: int | None = None
         self._profiling = contextlib.ExitStack()
 
     def install(self) -> None:
@@ -89,6 +90,8 @@ class Watch:
                 self._marks.append(clock.mark(device))
             clock.finish(device)
             self._profiling.close()
+            # Here, so that the evaluation at the end is not in it.
+            self._peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
     def say(self, trace: Path | None) -> None:
         device, settings = self._loop.ranks.device, self._loop.settings
@@ -98,11 +101,10 @@ class Watch:
         tokens = settings.batch.tokens / measured["median"]
         peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
         mfu = tokens * flops_per_token(settings.model) / peak if peak else None
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         text = f"{1e3 * measured['median']:.1f} ms per step of {settings.batch.tokens} tokens"
         text += f": {quantity(tokens)} tokens/s"
         text += f", MFU {100 * mfu:.1f} %" if mfu else ""
-        text += f", {memory / 1e9:.1f} GB" if memory else ""
+        text += f", {self._peak_bytes / 1e9:.1f} GB" if self._peak_bytes else ""
         children.say(
             text,
             kind="steps",
@@ -113,7 +115,7 @@ class Watch:
             micro_batch=settings.batch.micro_batch,
             tokens_per_second=tokens,
             mfu=mfu,
-            peak_bytes=memory,
+            peak_bytes=self._peak_bytes,
             estimated_bytes=_estimate(settings),
             loss=self._loop.last_loss,
             deterministic=torch.are_deterministic_algorithms_enabled(),
