@@ -9,8 +9,11 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.autograd import DeviceType
 
 from bench.gpu import children, clock, kernels
 from bench.gpu.parts import PARTS
@@ -206,8 +209,25 @@ def test_a_record_is_stored_with_each_result(tmp_path):
     )
 
 
-def test_idle_time_is_what_no_kernel_covers():
-    assert kernels._covered([(0, 10), (5, 12), (20, 30), (22, 25)]) == 22
+def test_a_gpu_s_profile_counts_kernels_alone_and_the_time_that_none_covers():
+    def event(name: str, device: DeviceType, begin: float = 0, end: float = 0) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=begin, end=end))
+
+    gpu, cpu = DeviceType.CUDA, DeviceType.CPU
+    events = [
+        event("nvjet_tst", gpu, 0, 10_000),
+        event("flash_bwd_kernel", gpu, 5_000, 12_000),
+        event("nvjet_tst", gpu, 20_000, 30_000),
+        event("nvjet_tst", gpu, 22_000, 25_000),
+        # What the program marks is shown on both sides.
+        event("Optimizer.step#AdamW.step", cpu, 0, 90_000),
+        event("Optimizer.step#AdamW.step", gpu, 0, 90_000),
+    ]
+    found = kernels.table(SimpleNamespace(events=lambda: events), torch.device("cuda"))
+    assert found["top"][0] == {"name": "nvjet_tst", "ms": 23.0, "calls": 3}
+    assert found["ms_by_kind"] == {"matrix products": 23.0, "attention": 7.0}
+    assert (found["span_ms"], found["idle_ms"]) == (30.0, 8.0)
+    assert "the GPU ran nothing for 8.0 of 30.0 ms (26.7 %)" in kernels.described(found)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +237,9 @@ def test_idle_time_is_what_no_kernel_covers():
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN", "matrix products"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
-        ("triton_poi_fused_gelu_3", "other"),
+        ("triton_poi_fused_gelu_3", "fused by the compiler"),
+        ("triton_tem_fused_flex_attention_0", "attention"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "other"),
     ],
 )
 def test_kernels_are_told_apart_by_name(name: str, kind: str):

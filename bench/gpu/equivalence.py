@@ -80,6 +80,7 @@ def one_pass(config: ModelConfig, tokens_BT: torch.Tensor, is_compiled: bool = F
     model.initialise(1)
     model.to(tokens_BT.device)
     if is_compiled:
+        torch.compiler.reset()  # all blocks share their code, of which torch compiles a few forms at most
         compiled.compile_blocks(model, tokens_BT.device)
     with autocast(tokens_BT.device, precision):
         loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])

@@ -18,8 +18,9 @@ LARGEST_TRACE_BYTES = 8 << 20
 # First match counts; names of kernels on a GPU, of operators on a CPU.
 KINDS = {
     "attention": r"flash|fmha|attention|cudnn.*sdp|sdpa|flex",
-    "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|::(add)?mm\b|::b?mm\b|addmm|linear|matmul|sm\d\d_",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|::(add|b|ba)?mm\b|addmm|linear|matmul|sm\d\d_|triton_tem.*mm",
     "optimizer": r"adam|multi_tensor|foreach|lerp",
+    "fused by the compiler": r"triton_",
     "copies": r"memcpy|memset|copy_|::to\b",
 }
 
