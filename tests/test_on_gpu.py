@@ -158,7 +158,7 @@ def run_code(code: str, deadline_seconds: float = PATIENCE_SECONDS) -> tuple[str
 SAY = "from bench.gpu.children import say; say('one', value=1); "
 
 
-def test_results_and_output_are_told_apart():
+def test_results_and_output_are_kept_apart():
     why, results, log = run_code(SAY + "print('hello'); say('two', value=2)")
     assert why == ""
     assert [each["value"] for each in results] == [1, 2]
@@ -242,7 +242,7 @@ def test_a_gpu_s_profile_counts_kernels_alone_and_the_time_that_none_covers():
         ("void at::native::vectorized_elementwise_kernel<4>", "other"),
     ],
 )
-def test_kernels_are_told_apart_by_name(name: str, kind: str):
+def test_the_kind_of_a_kernel_follows_from_its_name(name: str, kind: str):
     assert kernels.kind_of(name) == kind
 
 

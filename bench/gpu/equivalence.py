@@ -2,7 +2,7 @@
 
     python -m bench.gpu.equivalence --preset=gpt2-124m
 
-Both are also compared with the plain model in float32, so that a difference can be told from rounding.
+Both are also compared with the plain model in float32, which shows how large rounding is.
 """
 
 import dataclasses

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 class Watch:
-    """Times from the beginning of a step to that of the next one, so that what lies between two steps is in them."""
+    """Times from the beginning of a step to that of the next one, with what happens in between."""
 
     def __init__(self, steps: int, profile: bool):
         self._steps = steps
