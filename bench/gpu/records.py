@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import record
 from core import files
-from core.run import program_versions
+from core.run.machine import program_versions
 
 # Those whose versions change what is measured.
 PACKAGES = ("torch", "triton", "numpy", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-nccl-cu13", "torchao")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu import children
-from core import history
+from core.run.reader import Detail, read_run
 from demo.processes import kill_tree
 from trainer.checkpoint import layout
 from trainer.checkpoint.early import read_payload
@@ -137,7 +137,7 @@ class Runs:
 
     def _losses_that_differ(self) -> list[str]:
         one, other = (
-            {point.step: point.values["loss"] for point in history.read(str(self._work / name)).points("train")}
+            {point.step: point.values["loss"] for point in read_run(str(self._work / name), Detail.ALL).points("train")}
             for name in ("straight", "killed")
         )
         different = sorted(step for step in one.keys() | other.keys() if one.get(step) != other.get(step))
