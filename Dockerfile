@@ -40,6 +40,7 @@ ARG PIP_INDEX_URL
 COPY requirements/prep.txt requirements/
 RUN --mount=type=cache,id=pip,target=/root/.cache/pip pip install --require-hashes -r requirements/prep.txt
 COPY core core
+COPY clouds clouds
 COPY costs costs
 COPY launch launch
 COPY data_prep data_prep
@@ -87,6 +88,7 @@ RUN case "${CUDA_COMPAT:-$TORCH}" in \
 # What NVIDIA's container runtime gives to the container: the devices and the driver's libraries.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY core core
+COPY clouds clouds
 COPY costs costs
 COPY launch launch
 COPY trainer trainer

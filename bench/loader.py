@@ -34,7 +34,7 @@ from rich.table import Table
 
 from bench import record
 from core import manifest, storage
-from core.console import quantity
+from core.figures import quantity
 from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
 from core.shard import shard_bytes
 from demo.s3_server import S3Server

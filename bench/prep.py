@@ -30,7 +30,7 @@ from rich.table import Table
 
 from bench import corpus, record
 from core import manifest, storage
-from core.console import quantity
+from core.figures import quantity
 from demo.s3_server import S3Server
 
 # Looking at the memory of all processes takes 15 ms of the cores that are measured.

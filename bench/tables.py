@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.console import quantity
+from core.figures import quantity
 from core.run import phases
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ from bench import record
 from bench.gpu import children, tokens
 from core import config
 from core.architecture import flops_per_token, parameters
-from core.console import quantity
+from core.figures import quantity
 from core.gpus import peak_flops
 from core.schema import TrainConfig
 

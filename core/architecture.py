@@ -87,6 +87,23 @@ class ModelConfig:
         return self.mlp_width or 4 * self.width
 
 
+# Layers, heads and width of OpenAI's released models, which a start may name.
+_PUBLIC = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+def public_model(name: str) -> ModelConfig | None:
+    """OpenAI's models by name, None for any other."""
+    if name not in _PUBLIC:
+        return None
+    layers, heads, width = _PUBLIC[name]
+    return ModelConfig(layers=layers, heads=heads, width=width)
+
+
 def matrix_parameters(model: ModelConfig) -> int:
     """Weights of all matrix products of a forward pass, the output layer included."""
     attention = (4 + model.extra_projection) * model.width**2

@@ -10,18 +10,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 
 from core import environment, secrets, stop
 from core.errors import LauncherError
-
-# Exit codes, also in docs/formats.md. SkyPilot's recover_on_exit_codes names PREEMPTED and BAD_NODE, never CAPPED.
-OK = 0
-FAILED = 1
-PREEMPTED = 33
-CAPPED = 34
-BAD_NODE = 35
+from core.exit_codes import BAD_NODE, CAPPED, FAILED, OK, PREEMPTED
+from core.figures import quantity
 
 
 def set_up_logging(speaks: bool = True) -> None:
@@ -67,14 +61,6 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     print(secrets.scrub("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
-
-
-def tell_launcher(code: int) -> None:
-    """torchrun exits with 1 whatever its workers say, so the code is also left in EXIT_CODE_FILE, if that is set."""
-    if path := os.environ.get("EXIT_CODE_FILE"):
-        whole = Path(f"{path}.{os.getpid()}")
-        whole.write_text(f"{code}\n")
-        whole.replace(path)  # the launcher reads all of it or nothing
 
 
 class Progress:
@@ -128,11 +114,3 @@ def progress(title: str, total: float | None, unit: str) -> Iterator[Progress]:
         yield bar
     finally:
         bar.close()
-
-
-def quantity(number: float) -> str:
-    """1234567 → "1.23M"."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{suffix}"
-    return f"{number:.3g}"

@@ -149,7 +149,7 @@ def on_leaving(call: Callable[[], object]) -> None:
 
 def leave(code: int, words: str = "") -> NoReturn:
     """End this process now. Threads that wait for a store, which Python would wait for, do not hold it up."""
-    from core.console import tell_launcher  # imports this module
+    from core.exit_codes import tell_launcher
 
     with _lock:
         is_second, _state.leaving = _state.leaving, True
@@ -235,7 +235,7 @@ def _certain(number: int) -> bool:
 
 
 def _verdict(state: _State) -> int:
-    from core.console import PREEMPTED  # imports this module
+    from core.exit_codes import PREEMPTED
 
     return PREEMPTED if state.verdict is None else state.verdict
 

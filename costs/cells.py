@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from clouds.base import MachineRecord
 from core.run.machine import Price
 from core.run.model import Lost, Run, Segment, Span
 from core.run.phases import REPORT_PHASES
-from costs.model import OutsideTime, Uptime
+from costs.model import OutsideTime
 
 # The spans of each segment, by its number, with the phases of a report.
 Attributed = dict[int, list[Span]]
@@ -123,7 +124,7 @@ def _cell(
     day: str,
     seconds: float,
     price: Price | None,
-    uptime: Uptime | None = None,
+    uptime: MachineRecord | None = None,
 ) -> Cell:
     """What the segment does not say about its machine, the launcher's record may."""
 

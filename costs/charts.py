@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 
-from core.console import quantity
+from core import figures
+from core.figures import quantity
 from core.run.phases import label
-from costs import money, svg
+from costs import svg
 from costs.report import Report
 
 WIDTHS = {"wide": 720, "narrow": 350}
@@ -48,7 +49,7 @@ def spend_over_time(report: Report, width: int, kind: str) -> str:
         parts.append(svg.area(x, y, times, low, high, f"p-{name}"))
         low = high
     hints = [
-        (at, f"{x.text(at)}: ${money.text(total[i], report.places)}" + "".join(_parts(curves, i, report.places)))
+        (at, f"{x.text(at)}: ${figures.dollars(total[i], report.places)}" + "".join(_parts(curves, i, report.places)))
         for i, at in enumerate(times)
     ]
     parts += _machines(report, x)
@@ -67,15 +68,17 @@ def waterfall(report: Report, width: int, kind: str) -> str:
     for row, line in enumerate(rows):
         y = TOP + pitch * row
         parts.append(svg.words(left - 8, y + 13, label(line.name), anchor="end"))
-        hint = f"{label(line.name)}: ${money.text(line.usd, report.places)}, {money.duration(line.seconds)}"
+        hint = f"{label(line.name)}: ${figures.dollars(line.usd, report.places)}, {figures.duration(line.seconds)}"
         parts.append(svg.bar(x(reached), y, x(reached + line.usd) - x(reached), 16, f"p-{line.name}", hint))
         reached += line.usd
-        parts.append(svg.words(width - right + 8, y + 13, money.text(line.usd, report.places), "value"))
+        parts.append(svg.words(width - right + 8, y + 13, figures.dollars(line.usd, report.places), "value"))
     y = TOP + pitch * len(rows)
     parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y - 4}" y2="{y - 4}"/>')
     parts.append(svg.words(left - 8, y + 13, "total", "value", "end"))
-    parts.append(svg.bar(left, y, width - right - left, 16, "p-total", f"total: ${money.text(total, report.places)}"))
-    parts.append(svg.words(width - right + 8, y + 13, money.text(total, report.places), "value"))
+    parts.append(
+        svg.bar(left, y, width - right - left, 16, "p-total", f"total: ${figures.dollars(total, report.places)}")
+    )
+    parts.append(svg.words(width - right + 8, y + 13, figures.dollars(total, report.places), "value"))
     return svg.chart(width, height, parts, "Phases as a waterfall that ends at the total", kind)
 
 
@@ -92,11 +95,11 @@ def loss_over_dollars(report: Report, width: int, kind: str) -> str:
     y = svg.value_axis(losses[0] - room, losses[-1] + room, HEIGHT - BOTTOM, TOP, "{:g}".format)
     parts = [*svg.frame(x, y), svg.line(x, y, train, "s-train"), svg.line(x, y, val, "s-val")]
     hints = [
-        (usd, f"${money.text(usd, report.places)}: train loss {loss:.4f}")
+        (usd, f"${figures.dollars(usd, report.places)}: train loss {loss:.4f}")
         for usd, loss in zip(curves.loss_usd, curves.loss, strict=True)
     ]
     parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
-    parts += svg.dots(x, y, val, "s-val", lambda u, v: f"${money.text(u, report.places)}: validation loss {v:.4f}")
+    parts += svg.dots(x, y, val, "s-val", lambda u, v: f"${figures.dollars(u, report.places)}: validation loss {v:.4f}")
     return svg.chart(width, HEIGHT, parts, "Loss over dollars spent", kind)
 
 
@@ -149,7 +152,9 @@ def _interrupted(times: Sequence[float], values: Sequence[float | None], starts:
 
 
 def _parts(curves: dict[str, list[float]], index: int, places: int) -> list[str]:
-    return [f"\n{label(name)} ${money.text(curve[index], places)}" for name, curve in curves.items() if curve[index]]
+    return [
+        f"\n{label(name)} ${figures.dollars(curve[index], places)}" for name, curve in curves.items() if curve[index]
+    ]
 
 
 def _mfu(mfu: float | None) -> str:

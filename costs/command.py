@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from rich.console import RenderableType
 from rich.live import Live
 
+from clouds.prices import on_demand_price
 from core import urls
 from core.errors import ConfigError, LauncherError, RunError
 from core.run import cache
 from core.run.reader import read_run
 from costs import discover, page, render, tables
-from costs.prices import on_demand_price
 from costs.report import Report, build
 from costs.sources import ask_others
 

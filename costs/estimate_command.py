@@ -6,12 +6,14 @@ import json
 import os
 import sys
 
-from core.console import quantity
+from clouds import prices
+from core import figures
+from core import task as tasks
 from core.errors import ConfigError
+from core.figures import quantity
 from core.run import cache
 from core.run.reader import read_run
-from costs import discover, money, prices, render, throughput
-from costs import task as tasks
+from costs import discover, render, throughput
 from costs.forecast import Assumptions, Change, Plan, Row, best_change, describe, dominates, forecast, preparation_usd
 from costs.tables import Sheet
 
@@ -129,13 +131,13 @@ def _where(row: Row) -> list[str]:
 
 
 def _dollars(row: Row) -> list[str]:
-    hours = money.UNKNOWN if row.hours is None else f"{row.hours:.2f}"
+    hours = figures.UNKNOWN if row.hours is None else f"{row.hours:.2f}"
     amounts = [_usd(usd) for usd in (row.usd, row.usd_low, row.usd_high)]
-    return [money.text(row.usd_per_hour), hours, *amounts, f"{row.restarts:.2f}" if row.spot else "–"]
+    return [figures.dollars(row.usd_per_hour), hours, *amounts, f"{row.restarts:.2f}" if row.spot else "–"]
 
 
 def _usd(usd: float | None) -> str:
-    return money.text(usd, money.places_for(usd or 0.0))
+    return figures.dollars(usd, figures.places_for(usd or 0.0))
 
 
 def _notes(plan: Plan, change: Change | None, assume: Assumptions, cap: float | None) -> list[str]:
@@ -160,7 +162,8 @@ def _notes(plan: Plan, change: Change | None, assume: Assumptions, cap: float | 
         )
     if cap is not None and best.usd is not None and best.usd > cap:
         notes.append(
-            f"warning: the cheapest offer is expected to cost ${money.text(best.usd)}, above the cap of ${cap:,.2f}"
+            f"warning: the cheapest offer is expected to cost ${figures.dollars(best.usd)}, "
+            f"above the cap of ${cap:,.2f}"
         )
     return notes
 

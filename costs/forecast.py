@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from core import architecture
+from clouds.prices import Catalog, Offer
+from core import architecture, figures
 from core.schema_prep import PrepConfig
-from costs import money, throughput
+from core.task import Task, Training, Want, Work
+from costs import throughput
 from costs.model import StorageRates
-from costs.prices import Catalog, Offer
-from costs.task import Task, Training, Want, Work
 from costs.throughput import Measured, Rate
 
 BYTES_PER_TOKEN = 2  # uint16 shards
@@ -313,7 +313,7 @@ def dominates(row: Row) -> str | None:
     if not row.parts or not row.usd:
         return None
     name, usd = max(row.parts.items(), key=lambda item: item[1])
-    return f"{name}, {100 * usd / row.usd:.0f} % of ${money.text(row.usd, money.places_for(row.usd))}"
+    return f"{name}, {100 * usd / row.usd:.0f} % of ${figures.dollars(row.usd, figures.places_for(row.usd))}"
 
 
 def best_change(

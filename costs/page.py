@@ -5,9 +5,10 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
+from core import figures
 from core.run import phases
 from core.run.phases import label
-from costs import charts, money
+from costs import charts
 from costs.report import Report
 from costs.tables import Sheet, headline, hellaswag_rows, notes, sheets
 
@@ -45,13 +46,13 @@ def as_html(report: Report, now: float) -> str:
 
 def _cards(report: Report) -> str:
     of, phases = report.units, {line.name: line for line in report.phases}
-    cards = [("total", "$" + money.text(report.total.usd, report.places, report.total.complete))]
+    cards = [("total", "$" + figures.dollars(report.total.usd, report.places, report.total.complete))]
     if "train_kept" in phases:
         for name in ("train_kept", "train_lost"):
             line = phases[name]
-            usd = money.text(line.usd, report.places, line.complete)
+            usd = figures.dollars(line.usd, report.places, line.complete)
             cards.append((f"{label(name)}, {100 * line.share:.1f} %", f"${usd}"))
-        cards.append(("per billion tokens", "$" + money.text(of.usd_per_billion_tokens)))
+        cards.append(("per billion tokens", "$" + figures.dollars(of.usd_per_billion_tokens)))
         cards.append(("goodput", "?" if of.goodput is None else f"{100 * of.goodput:.1f} %"))
         cards.append(("validation loss", "?" if of.val_loss is None else f"{of.val_loss:.4f}"))
         cards += [(name.partition(",")[0], value) for name, value in hellaswag_rows(of)[:1]]
@@ -83,7 +84,7 @@ def _legend(report: Report) -> str:
     usd["other"] = sum(amount for name, amount in usd.items() if name not in drawn)
     for name in reversed(drawn):
         swatch = f'<svg viewBox="0 0 10 10"><rect class="area p-{name}" width="10" height="10" rx="2"/></svg>'
-        items.append(f"<li>{swatch}{escape(label(name))} ${money.text(usd[name], report.places)}</li>")
+        items.append(f"<li>{swatch}{escape(label(name))} ${figures.dollars(usd[name], report.places)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 

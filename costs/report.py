@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from core import figures
 from core.run.machine import Price
 from core.run.model import Lost, Run, Segment
 from core.run.phases import REPORT_PHASES
-from costs import money
 from costs.cells import Cell, Spend, attribute, cells
 from costs.model import Origin, Outside, StorageUse
 from costs.units import Curves, Units, curves, units
@@ -84,7 +84,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     attributed = attribute(run, lost)
     parts = cells(run, attributed, outside.times)
     spend = Spend(run, attributed, outside.times)
-    places = money.places_for(math.fsum(cell.usd for cell in parts if cell.usd is not None))
+    places = figures.places_for(math.fsum(cell.usd for cell in parts if cell.usd is not None))
     [total] = table(parts, None, ["total"], places)
     used = {cell.phase for cell in parts}
     # These two lines stand even at zero: that nothing was lost or left over is worth reading.
@@ -167,7 +167,7 @@ def table(
     unpriced = {name for name, own in cells_of.items() if any(cell.usd is None for cell in own)}
     # A line without anything in it costs nothing, unless nothing at all has a price.
     known = [usd[name] if name in priced or (priced and name not in unpriced) else None for name in order]
-    shown = money.apportion(known, places, total)
+    shown = figures.apportion(known, places, total)
     whole = seconds if unpriced else usd
     sum_of_whole = math.fsum(whole.values())
     return [
@@ -246,7 +246,7 @@ def _cap_notes(run: Run) -> list[str]:
 
 
 def _dollars(value: object) -> str:
-    return money.text(value if isinstance(value, int | float) else None)
+    return figures.dollars(value if isinstance(value, int | float) else None)
 
 
 def _time_notes(run: Run) -> list[str]:
@@ -271,7 +271,7 @@ def _time_notes(run: Run) -> list[str]:
             )
         elif (common := before.ended_at - after.started_at) > CLOCKS_AGREE_SECONDS:
             notes.append(
-                f"segments {before.number} and {after.number} overlap by {money.duration(common)}: "
+                f"segments {before.number} and {after.number} overlap by {figures.duration(common)}: "
                 "two machines were paid at once, or their clocks differ"
             )
     return notes

@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from clouds import aws, skypilot
+from clouds.base import Instance, MachineRecord, Unavailable
+from core import figures
 from core.errors import StorageError
 from core.run.model import Run, Segment
-from costs import aws, money, skypilot
 from costs.discover import storage_use
-from costs.model import Instance, Origin, Outside, Uptime
+from costs.model import Origin, Outside
 from costs.report import some
 from costs.uptime import is_of, surroundings, with_cloud_times
 
@@ -25,7 +27,7 @@ def ask_others(
     environment: Mapping[str, str],
     now: float,
     offline: bool = False,
-    uptimes: Callable[[], list[Uptime]] = skypilot.uptimes,
+    uptimes: Callable[[], list[MachineRecord]] = skypilot.uptimes,
     instances: Instances = aws.instances,
     jobs: Jobs = skypilot.jobs,
     spot_history: SpotHistory = aws.spot_history,
@@ -55,7 +57,7 @@ def _launcher(
     run: Run,
     outside: Outside,
     now: float,
-    uptimes: Callable[[], list[Uptime]],
+    uptimes: Callable[[], list[MachineRecord]],
     instances: Instances,
     jobs: Jobs,
 ) -> None:
@@ -64,14 +66,14 @@ def _launcher(
         return
     try:
         records = [record for record in uptimes() if is_of(run.segments, record)]
-    except skypilot.NotThere as error:
+    except Unavailable as error:
         outside.origins.append(Origin("launch, idle until down", f"? ({error})"))
         return
     source = skypilot.ORIGIN
     try:
         records = _with_instances(records, now, instances)
         source = ", ".join(sorted({record.origin for record in records})) or source
-    except aws.NotThere as error:
+    except Unavailable as error:
         outside.origins.append(Origin("times of the instances themselves", f"? ({error})"))
     around = surroundings(run.segments, records, now)
     outside.times = around.stretches
@@ -87,19 +89,19 @@ def _managed_jobs(run: Run, jobs: Jobs) -> list[Origin]:
         return []
     try:
         found = [job for job in jobs() if str(job.get("job_id")) in wanted]
-    except skypilot.NotThere as error:
+    except Unavailable as error:
         return [Origin("managed job", f"? ({error})")]
     return [
         Origin(
             f"managed job {job['job_id']}",
             f"{getattr(job.get('status'), 'value', job.get('status'))}, {job.get('recovery_count', '?')} recoveries, "
-            f"{money.duration(job.get('job_duration'))} running, by SkyPilot's queue",
+            f"{figures.duration(job.get('job_duration'))} running, by SkyPilot's queue",
         )
         for job in found
     ]
 
 
-def _with_instances(records: list[Uptime], now: float, instances: Instances) -> list[Uptime]:
+def _with_instances(records: list[MachineRecord], now: float, instances: Instances) -> list[MachineRecord]:
     """SkyPilot's intervals begin before the machine and end when it noticed; EC2 knows both to the second."""
     regions: dict[str, set[str]] = {}
     for record in records:
@@ -134,7 +136,7 @@ def _paid_spot_prices(run: Run, outside: Outside, spot_history: SpotHistory) -> 
                 segment.machine = dataclasses.replace(
                     segment.machine, usd_per_hour=price, price_source=f"{aws.PRICE_SOURCE}, {zone}"
                 )
-        except aws.NotThere as error:
+        except Unavailable as error:
             outside.origins.append(Origin("paid spot prices", f"? ({error})"))
             break
     outside.notes += [
@@ -154,7 +156,7 @@ def _bill(
         return
     try:
         by_service = bill(key, value, min(starts), _last(run.segments, now))
-    except aws.NotThere as error:
+    except Unavailable as error:
         outside.origins.append(Origin("AWS bill", f"? ({error})"))
         return
     services = ", ".join(f"{name} {usd:,.2f}" for name, usd in sorted(by_service.items(), key=lambda item: -item[1]))

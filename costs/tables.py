@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from core.console import quantity
+from core import figures
+from core.figures import quantity
 from core.run.phases import label
-from costs import money
 from costs.report import Line, Report, SegmentLine
 from costs.units import Units
 
@@ -53,13 +53,13 @@ def overview(reports: Sequence[Report]) -> Sheet:
     rows = []
     for report in sorted(reports, key=last_seen, reverse=True):
         lost = next((line for line in report.phases if line.name == "train_lost"), None)
-        usd = money.text(report.total.usd, report.places, report.total.complete)
-        time, part = money.duration(report.total.seconds), f"{100 * lost.share:.1f} %" if lost else "–"
+        usd = figures.dollars(report.total.usd, report.places, report.total.complete)
+        time, part = figures.duration(report.total.seconds), f"{100 * lost.share:.1f} %" if lost else "–"
         about = [report.run, report.stage or "?", report.state, clock(last_seen(report) or None)]
         rows.append([*about, time, usd, part, *_trained(report)])
     priced = [report.total.usd for report in reports if report.total.usd is not None]
     complete = all(report.total.complete for report in reports)
-    total = money.text(sum(priced) if priced else None, 2, complete)
+    total = figures.dollars(sum(priced) if priced else None, 2, complete)
     foot = [f"{len(reports)} run{'s' * (len(reports) != 1)}", "", "", "", "", total, "", "", "", ""]
     return Sheet("Runs", heads, rows, 4, foot)
 
@@ -74,9 +74,9 @@ def overview_groups(reports: Sequence[Report]) -> Sheet:
                 names.setdefault(line.name, []).append(line)
         for index, (name, lines) in enumerate(sorted(names.items()) if len(names) > 1 else ()):
             known = [line.usd for line in lines if line.usd is not None]
-            usd = money.text(sum(known) if known else None, 2, all(line.complete for line in lines))
+            usd = figures.dollars(sum(known) if known else None, 2, all(line.complete for line in lines))
             seconds = sum(line.seconds for line in lines)
-            rows.append([group if not index else "", name, money.duration(seconds), usd])
+            rows.append([group if not index else "", name, figures.duration(seconds), usd])
     return Sheet("All of them by stage, day, place and machine", ["by", "", "time", "USD"], rows, 2)
 
 
@@ -94,10 +94,13 @@ def last_seen(report: Report) -> float:
 
 
 def _column(report: Report) -> dict[str, str]:
-    column = {"state": report.state, "USD total": money.text(report.total.usd, report.places, report.total.complete)}
-    column |= {"time": money.duration(report.total.seconds), "segments": str(len(report.segments))}
+    column = {
+        "state": report.state,
+        "USD total": figures.dollars(report.total.usd, report.places, report.total.complete),
+    }
+    column |= {"time": figures.duration(report.total.seconds), "segments": str(len(report.segments))}
     for line in report.phases:
-        usd = money.text(line.usd, report.places, line.complete)
+        usd = figures.dollars(line.usd, report.places, line.complete)
         column[f"USD {label(line.name)}"] = f"{usd} ({100 * line.share:.1f} %)"
     return column | {name: value for name, value in unit_rows(report, levels=False)}
 
@@ -128,7 +131,7 @@ def _segments(report: Report) -> Sheet:
             if index == SEGMENTS_SHOWN // 2:
                 rows.append(["…", "", f"{left:,} more: --json has all", *[""] * (len(heads) - 3)])
             continue
-        about = [line.name, clock(line.started_at), line.machine, line.end, money.text(line.usd_per_hour)]
+        about = [line.name, clock(line.started_at), line.machine, line.end, figures.dollars(line.usd_per_hour)]
         rows.append([*about, *_figures(report, line), steps(line), str(line.steps_lost)])
     return Sheet("Segments", heads, rows, 4)
 
@@ -137,12 +140,12 @@ def _trained(report: Report) -> tuple[str, str, str]:
     of = report.units
     if of.tokens is None:
         return "–", "–", "–"
-    return f"{of.tokens:,.0f}", loss(of.val_loss), money.text(of.usd_per_billion_tokens)
+    return f"{of.tokens:,.0f}", loss(of.val_loss), figures.dollars(of.usd_per_billion_tokens)
 
 
 def _figures(report: Report, line: Line) -> tuple[str, str, str]:
-    usd = money.text(line.usd, report.places, line.complete)
-    return money.duration(line.seconds), usd, f"{100 * line.share:.1f} %"
+    usd = figures.dollars(line.usd, report.places, line.complete)
+    return figures.duration(line.seconds), usd, f"{100 * line.share:.1f} %"
 
 
 def _share(report: Report) -> str:
@@ -158,9 +161,9 @@ def clock(time: float | None) -> str:
 
 def headline(report: Report) -> str:
     count = len(report.segments)
-    usd = "$" + money.text(report.total.usd, report.places, report.total.complete)
+    usd = "$" + figures.dollars(report.total.usd, report.places, report.total.complete)
     segments = f"{count} segment{'s' * (count != 1)}"
-    time = f"{money.duration(report.total.seconds)} of machine time"
+    time = f"{figures.duration(report.total.seconds)} of machine time"
     return f"{report.stage or 'stage ?'}, {report.state}; {segments}, {time}, {usd}"
 
 
@@ -182,21 +185,21 @@ def unit_rows(report: Report, levels: bool = True) -> list[tuple[str, str]]:
         return []
     rows = [
         ("last step", _or(of.last_step, "{:,}")),
-        ("tokens", money.UNKNOWN if of.tokens is None else f"{quantity(of.tokens)} ({of.tokens:,.0f})"),
-        ("USD per billion tokens", money.text(of.usd_per_billion_tokens)),
+        ("tokens", figures.UNKNOWN if of.tokens is None else f"{quantity(of.tokens)} ({of.tokens:,.0f})"),
+        ("USD per billion tokens", figures.dollars(of.usd_per_billion_tokens)),
         ("USD per 1e18 FLOPs", _or(of.usd_per_exaflop, "{:.4f}")),
         ("final train loss", loss(of.train_loss)),
         ("final validation loss", loss(of.val_loss)),
         *hellaswag_rows(of),
-        ("USD per point of validation loss", money.text(of.usd_per_loss_point)),
+        ("USD per point of validation loss", figures.dollars(of.usd_per_loss_point)),
     ]
     rows += [
-        (f"USD to validation loss {level.val_loss:g} (step {level.step:,})", money.text(level.usd, report.places))
+        (f"USD to validation loss {level.val_loss:g} (step {level.step:,})", figures.dollars(level.usd, report.places))
         for level in (of.usd_to_val_loss if levels else ())
     ]
     rows += [
         ("GPU-hours", _or(of.gpu_hours, "{:,.2f}")),
-        ("USD per GPU-hour", money.text(of.usd_per_gpu_hour)),
+        ("USD per GPU-hour", figures.dollars(of.usd_per_gpu_hour)),
         ("utilisation of the GPUs while training (MFU)", _percent(of.mfu)),
         ("goodput: share of paid time in training that was kept", _percent(of.goodput)),
     ]
@@ -204,17 +207,17 @@ def unit_rows(report: Report, levels: bool = True) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"USD per restart ({of.restarts}): steps done again and getting ready",
-                money.text(of.usd_per_restart, report.places),
+                figures.dollars(of.usd_per_restart, report.places),
             )
         )
     if of.usd_on_demand is not None:
-        saved = money.text(of.usd_saved, report.places)
+        saved = figures.dollars(of.usd_saved, report.places)
         rows.append(
-            ("USD for the same hours on demand", f"{money.text(of.usd_on_demand, report.places)} (saved {saved})")
+            ("USD for the same hours on demand", f"{figures.dollars(of.usd_on_demand, report.places)} (saved {saved})")
         )
     if of.hour_more_tokens is not None:
         reached = "" if of.hour_more_val_loss is None else f", val loss {of.hour_more_val_loss:.3f}"
-        price = money.text(of.hour_more_usd)
+        price = figures.dollars(of.hour_more_usd)
         rows.append((f"one hour more (estimate), for {price} USD", f"{quantity(of.hour_more_tokens)} tokens{reached}"))
     return rows
 
@@ -236,11 +239,11 @@ def storage_rows(report: Report) -> list[tuple[str, str, str]]:
         (
             f"{use.objects:,} objects, of which checkpoints {quantity(use.checkpoint_bytes)}B",
             f"{quantity(use.bytes)}B",
-            f"${money.text(month, 4 if month < 1 else 2)} a month, at ${use.rates.usd_per_gb_month:g} per GB",
+            f"${figures.dollars(month, 4 if month < 1 else 2)} a month, at ${use.rates.usd_per_gb_month:g} per GB",
         ),
-        ("writes and listings", money.UNKNOWN, f"${use.rates.usd_per_million_writes:g} per million"),
-        ("reads", money.UNKNOWN, f"${use.rates.usd_per_million_reads:g} per million"),
-        ("egress to the internet", money.UNKNOWN, f"${use.rates.usd_per_gb_egress:g} per GB"),
+        ("writes and listings", figures.UNKNOWN, f"${use.rates.usd_per_million_writes:g} per million"),
+        ("reads", figures.UNKNOWN, f"${use.rates.usd_per_million_reads:g} per million"),
+        ("egress to the internet", figures.UNKNOWN, f"${use.rates.usd_per_gb_egress:g} per GB"),
     ]
 
 
@@ -249,8 +252,8 @@ def loss(value: float | None) -> str:
 
 
 def _or(value: float | None, form: str) -> str:
-    return money.UNKNOWN if value is None else form.format(value)
+    return figures.UNKNOWN if value is None else form.format(value)
 
 
 def _percent(value: float | None) -> str:
-    return money.UNKNOWN if value is None else f"{100 * value:.1f} %"
+    return figures.UNKNOWN if value is None else f"{100 * value:.1f} %"

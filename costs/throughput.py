@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from clouds.prices import Offer
 from core.gpus import peak_flops
 from core.run.model import Run
 from core.run.phases import PREPARATION_PHASES
-from costs.prices import Offer
 from costs.units import flops_per_token
 
 

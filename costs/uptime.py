@@ -8,9 +8,10 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from clouds.base import Instance, MachineRecord
+from core import figures
 from core.run.model import Segment
-from costs import money
-from costs.model import Instance, OutsideTime, Uptime
+from costs.model import OutsideTime
 
 # A launcher polls: it notices up to this much later that a machine is gone, which is not billed.
 NOTICED_LATE_SECONDS = 120.0
@@ -23,7 +24,7 @@ class Surroundings:
     notes: list[str] = field(default_factory=list)
 
 
-def surroundings(segments: list[Segment], uptimes: Iterable[Uptime], now: float) -> Surroundings:
+def surroundings(segments: list[Segment], uptimes: Iterable[MachineRecord], now: float) -> Surroundings:
     """What the records of this run's machines add to its ledger."""
     around = Surroundings()
     for uptime in sorted(uptimes, key=lambda record: record.start):
@@ -36,19 +37,19 @@ def surroundings(segments: list[Segment], uptimes: Iterable[Uptime], now: float)
         elif uptime.was_up:
             around.stretches.append(OutsideTime("provision", uptime.start, end, uptime))
             around.notes.append(
-                f"{uptime.origin}: {uptime.cluster} was up for {money.duration(end - uptime.start)} and never got to "
+                f"{uptime.origin}: {uptime.cluster} was up for {figures.duration(end - uptime.start)} and never got to "
                 "the point of writing a ledger; its time is booked as provision"
             )
         else:
             most = uptime.price and uptime.price.usd(end - uptime.start)
             around.notes.append(
-                f"{uptime.origin}: a launch of {uptime.cluster} failed after {money.duration(end - uptime.start)} "
-                f"without a machine that is known of; nothing is counted for it (at most ${money.text(most)})"
+                f"{uptime.origin}: a launch of {uptime.cluster} failed after {figures.duration(end - uptime.start)} "
+                f"without a machine that is known of; nothing is counted for it (at most ${figures.dollars(most)})"
             )
     return around
 
 
-def is_of(segments: list[Segment], uptime: Uptime) -> bool:
+def is_of(segments: list[Segment], uptime: MachineRecord) -> bool:
     """Whether a record is of this run, by the names that its segments were given.
 
     The cluster of a managed job has its name to itself. Any other name is used again and again, for other runs too:
@@ -67,7 +68,9 @@ def is_of(segments: list[Segment], uptime: Uptime) -> bool:
     return uptime.start <= max(end for _, end in times) and (uptime.end is None or uptime.end >= earliest)
 
 
-def with_cloud_times(uptimes: Iterable[Uptime], instances: Iterable[Instance], now: float) -> list[Uptime]:
+def with_cloud_times(
+    uptimes: Iterable[MachineRecord], instances: Iterable[Instance], now: float
+) -> list[MachineRecord]:
     """Replace a launcher's times by those of the cloud's own instances, where it still remembers them."""
     known = list(instances)
     refined = []
@@ -85,14 +88,16 @@ def with_cloud_times(uptimes: Iterable[Uptime], instances: Iterable[Instance], n
     return refined
 
 
-def _same_machine(segment: Segment, uptime: Uptime) -> bool:
+def _same_machine(segment: Segment, uptime: MachineRecord) -> bool:
     if segment.started_at is None:
         return False
     cluster = segment.launcher.get("cluster")
     return cluster == uptime.cluster or (cluster is None and segment.launcher.get("managed_job_id") == uptime.job)
 
 
-def _around_segments(around: Surroundings, uptime: Uptime, end: float, inside: list[Segment], now: float) -> None:
+def _around_segments(
+    around: Surroundings, uptime: MachineRecord, end: float, inside: list[Segment], now: float
+) -> None:
     first, last = inside[0], max(inside, key=lambda segment: segment.ended_at)
     if first.started_at > uptime.start:
         around.stretches.append(OutsideTime("provision", uptime.start, first.started_at, uptime, first))
@@ -109,7 +114,7 @@ def _around_segments(around: Surroundings, uptime: Uptime, end: float, inside: l
             around.stretches.append(OutsideTime("not_attributed", reached, end, uptime, last))
             return
         around.notes.append(
-            f"segment {last.number}: {uptime.origin} has its machine up for {money.duration(rest)} after its last "
+            f"segment {last.number}: {uptime.origin} has its machine up for {figures.duration(rest)} after its last "
             "heartbeat; taken for the delay in noticing that it was gone, not counted"
         )
     else:

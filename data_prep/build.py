@@ -15,7 +15,8 @@ import os
 import time
 
 from core import manifest
-from core.console import progress, quantity
+from core.console import progress
+from core.figures import quantity
 from core.manifest import Manifest
 from core.schema_prep import PrepConfig
 from data_prep import duplicates, finalize, part, plan, record, source, words, workers

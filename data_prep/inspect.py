@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from core import manifest, storage, vocabulary
-from core.console import quantity, run_entry
+from core.console import run_entry
 from core.errors import ConfigError
+from core.figures import quantity
 from core.manifest import Manifest
 from core.shard import HEADER_BYTES
 

@@ -33,12 +33,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from clouds import machine
 from core import storage
-from core.console import BAD_NODE, FAILED, OK, PREEMPTED, run_entry, set_up_logging
+from core.console import run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
+from core.exit_codes import BAD_NODE, FAILED, OK, PREEMPTED
 from core.run.folder import RunFolder
 from core.run.journal import Journal
-from launch import machine, network, preflight
+from launch import network, preflight
 from launch.supervise import Child, Outcome, kill_descendants
 
 log = logging.getLogger("node")

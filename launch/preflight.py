@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from clouds import prices
+from clouds.machine import Gpu, is_a
 from core import stop, storage
 from core.run.folder import RunFolder
-from costs import prices
 from launch import network
-from launch.machine import Gpu, is_a
 
 log = logging.getLogger(__name__)
 

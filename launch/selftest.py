@@ -10,9 +10,9 @@ import os
 import shutil
 import sys
 
+from clouds.machine import gpus
 from core.console import run_entry
 from core.errors import ConfigError
-from launch.machine import gpus
 
 PROGRAMS = {
     "prep": ("data_prep.prepare", "data_prep.verify", "cost_report", "launch.node"),

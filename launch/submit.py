@@ -14,8 +14,9 @@ import subprocess
 import sys
 
 from core import environment
-from core.console import FAILED, run_entry
+from core.console import run_entry
 from core.errors import ConfigError
+from core.exit_codes import FAILED
 from launch import check
 from launch.task import read_task, revision, settings_of, sky_command
 

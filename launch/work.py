@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from core import bucket, config, manifest, sets, storage
-from core.architecture import ModelConfig
+from core.architecture import ModelConfig, public_model
 from core.errors import DataError, LauncherError
 from core.run.folder import RunFolder, read_description
 from core.schema import DataConfig, TrainConfig
 from core.schema_tuning import FinetuneConfig
-from costs.task import public_model
 from launch import memory, node_settings
 from launch.task import candidates, read_task, settings_of
 

@@ -117,7 +117,7 @@ class Lab:
 
     def _usd_per_hour(self, instance: dict) -> float:
         if instance["market"] == "spot":
-            code = "import sys, time; from costs import aws; now = time.time()\n"
+            code = "import sys, time; from clouds import aws; now = time.time()\n"
             code += "print(max(aws.spot_history(sys.argv[1], sys.argv[2], sys.argv[3], now, now))[1])"
             place = (instance["zone"], instance["type"], instance["region"])
             return float(self.python("-c", code, *place, environment={"AWS_ENDPOINT_URL": self.endpoint}))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from core import storage
-from core.console import CAPPED
+from core.exit_codes import CAPPED
 from tests import corpus, launching, sky_tasks
 
 USD_PER_HOUR = 21.957642  # of a p4d.24xlarge by the price snapshot

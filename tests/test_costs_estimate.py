@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from clouds import prices, skypilot
+from clouds.base import Unavailable
+from clouds.prices import Catalog, Offer
+from core import task as tasks
 from core.errors import ConfigError
 from core.run.reader import read_run
-from costs import command, discover, prices, skypilot, throughput
-from costs import task as tasks
+from core.task import Want
+from costs import command, discover, throughput
 from costs.forecast import Assumptions, best_change, dominates, fits, forecast
-from costs.prices import Catalog, Offer
 from costs.report import build
-from costs.task import Want
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, mark, span, train_metric
 from tests.sky_tasks import GPT2, write
@@ -261,7 +263,7 @@ def test_skypilots_catalog_comes_first_where_it_is_installed(monkeypatch: pytest
     assert (catalog.offers[0].usd_on_demand, catalog.offers[0].usd_spot, catalog.offers[0].arch) == (2.29, None, None)
 
     def absent(cloud):
-        raise skypilot.NotThere("SkyPilot is not installed")
+        raise Unavailable("SkyPilot is not installed")
 
     monkeypatch.setattr(skypilot, "catalog_rows", absent)
     assert prices.load() is prices.snapshot()

@@ -12,11 +12,12 @@ import botocore.session
 import pytest
 from botocore.stub import Stubber
 
+from clouds import aws
+from clouds.base import Instance, Unavailable
+from clouds.skypilot import from_record
 from core.run.reader import read_run
-from costs import aws, skypilot
-from costs.model import Instance, Outside
+from costs.model import Outside
 from costs.report import Report, build
-from costs.skypilot import from_record
 from costs.sources import ask_others
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, span
@@ -80,7 +81,7 @@ def merged(run: GoldenRun, *records: dict, now: float = LATER, **sources) -> tup
 
 
 def no_aws(*_):
-    raise aws.NotThere("NoCredentialsError")
+    raise Unavailable("NoCredentialsError")
 
 
 def usd(report: Report) -> dict[str, float | None]:
@@ -198,7 +199,7 @@ def test_paid_spot_prices_replace_what_the_launch_expected(tmp_path: Path):
 
 def test_what_a_source_cannot_say_is_an_origin_with_its_reason(tmp_path: Path):
     def absent():
-        raise skypilot.NotThere("SkyPilot is not installed")
+        raise Unavailable("SkyPilot is not installed")
 
     _, report = merged(one_segment(tmp_path, spot=True), uptimes=absent)
     origins = {origin.figure: origin.source for origin in report.origins}
@@ -210,7 +211,7 @@ def test_what_a_source_cannot_say_is_an_origin_with_its_reason(tmp_path: Path):
 def test_the_history_must_reach_back_to_the_start():
     assert aws.weighted([(0.0, 2.0), (50.0, 4.0)], 0.0, 100.0) == pytest.approx(3.0)
     for history in ([], [(10.0, 2.0)]):
-        with pytest.raises(aws.NotThere, match="does not reach back"):
+        with pytest.raises(Unavailable, match="does not reach back"):
             aws.weighted(history, 0.0, 100.0)
 
 
@@ -266,10 +267,10 @@ def test_the_bill_is_summed_by_service():
 
 def test_a_bill_in_another_currency_or_without_entries_is_refused():
     explorer, _ = cost_explorer(day(("EC2", "4.50"), unit="EUR"))
-    with pytest.raises(aws.NotThere, match="in EUR, not USD"):
+    with pytest.raises(Unavailable, match="in EUR, not USD"):
         aws.billed_usd("run", "gpt2", NOON, NOON + 60, explorer)
     explorer, _ = cost_explorer(day())
-    with pytest.raises(aws.NotThere, match="nothing under run=gpt2 yet"):
+    with pytest.raises(Unavailable, match="nothing under run=gpt2 yet"):
         aws.billed_usd("run", "gpt2", NOON, NOON + 60, explorer)
 
 
@@ -300,8 +301,8 @@ def test_the_projects_own_sky_folder_is_not_taken_for_skypilot(tmp_path: Path):
     (tmp_path / "sky").mkdir()
     (tmp_path / "sky" / "train.yaml").write_text("name: x\n")
     code = (
-        "from costs import skypilot\n"
-        "try:\n    skypilot.package()\nexcept skypilot.NotThere as error:\n    print(error)\n"
+        "from clouds import skypilot\nfrom clouds.base import Unavailable\n"
+        "try:\n    skypilot.package()\nexcept Unavailable as error:\n    print(error)\n"
         "import sys; print('sky' in sys.modules)"
     )
     environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}

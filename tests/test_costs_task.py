@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from core import task as tasks
 from core.errors import ConfigError
-from costs import task as tasks
-from costs.task import Want
+from core.task import Want
 from tests.sky_tasks import GPT2, write
 
 

@@ -1,6 +1,7 @@
 """Who may import what: the floor loads no torch, stages do not know each other, `sky` stays SkyPilot's name."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-PACKAGES = ("core", "data_prep", "costs", "trainer")
-TORCH_FREE = ("core", "data_prep", "costs", "launch")
+PACKAGES = ("core", "clouds", "data_prep", "costs", "trainer", "launch")
+TORCH_FREE = ("core", "clouds", "data_prep", "costs", "launch")
+FLOORS = ("core", "clouds")  # what the packages above may import, and the second the first
 
 
 def modules(package: str) -> list[str]:
@@ -59,18 +61,29 @@ def imports_of(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_stages_import_the_floor_and_never_each_other(package: str):
-    allowed = {package, "core"}
+def test_imports_point_down_and_never_sideways(package: str):
+    below = FLOORS[: FLOORS.index(package)] if package in FLOORS else FLOORS
+    allowed = {package, *below}
     for file in (REPOSITORY / package).rglob("*.py"):
-        others = {name.partition(".")[0] for name in imports_of(file)} & (set(PACKAGES) | {"demo", "tests", "launch"})
+        others = {name.partition(".")[0] for name in imports_of(file)} & {*PACKAGES, "demo", "tests", "bench"}
         assert others <= allowed, f"{file} imports {others - allowed}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    names = {name for package in PACKAGES for name in modules(package)}
+    graph = {name: imports_of(REPOSITORY / f"{name.replace('.', '/')}.py") & names for name in names}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
 
 
 def test_nothing_imports_an_entry():
     def is_entry(file: Path) -> bool:
         return "\nif __name__ == " in file.read_text()
 
-    files = [file for package in PACKAGES for file in (REPOSITORY / package).rglob("*.py")]
+    libraries = [package for package in PACKAGES if package != "launch"]  # whose commands build on each other
+    files = [file for package in libraries for file in (REPOSITORY / package).rglob("*.py")]
     entries = {".".join(f.relative_to(REPOSITORY).with_suffix("").parts) for f in files if is_entry(f)}
     assert {"trainer.train", "data_prep.prepare", "data_prep.verify"} <= entries
     for file in files:

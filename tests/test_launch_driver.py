@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from core.console import BAD_NODE, FAILED
+from clouds.machine import Gpu
+from core.exit_codes import BAD_NODE, FAILED
 from launch import preflight
-from launch.machine import Gpu
 
 ROOT = Path(__file__).parent.parent
 COMPAT = "/usr/local/cuda-13.0/compat"

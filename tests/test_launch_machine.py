@@ -5,11 +5,11 @@ import os
 
 import pytest
 
+from clouds import machine, prices
+from clouds.machine import Gpu
 from core.errors import ConfigError
 from core.run.machine import machine_from_environment
-from costs import prices
-from launch import machine, network, preflight
-from launch.machine import Gpu
+from launch import network, preflight
 
 A100 = Gpu("NVIDIA A100-SXM4-40GB", 40960.0, "580.95.05", 0, 0)
 METADATA = {

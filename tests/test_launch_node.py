@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from core import stop
-from core.console import BAD_NODE
+from core.exit_codes import BAD_NODE
 from core.run import journal
 from launch import node, preflight
 from launch.supervise import Child, Outcome

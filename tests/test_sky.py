@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.console import BAD_NODE, PREEMPTED
+from core import task as cost_task
 from core.errors import ConfigError
-from costs import task as cost_task
+from core.exit_codes import BAD_NODE, PREEMPTED
 from launch import task as launch_task
 
 ROOT = Path(__file__).parent.parent

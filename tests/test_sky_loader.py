@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="SkyPilot is not ins
 
 
 def price(home: Path, *files: Path) -> subprocess.CompletedProcess:
-    command = [PYTHON, "tests/sky_price.py", "costs/catalog", *map(str, files)]
+    command = [PYTHON, "tests/sky_price.py", "clouds/catalog", *map(str, files)]
     environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from clouds import machine
 from core import metadata
 from core.errors import ConfigError
 from core.run.cap import SpendingCap, spent_by_earlier_segments
@@ -11,7 +12,6 @@ from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
 from core.schema import CheckpointConfig
-from launch import machine
 from tests.fake_metadata import metadata_service
 from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint.interval import Cadence

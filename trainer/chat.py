@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from core import config, urls
 from core.config import setting
-from core.console import FAILED, OK, run_entry, set_up_logging
+from core.console import run_entry, set_up_logging
+from core.exit_codes import FAILED, OK
 from trainer.generation import settings as generation
 from trainer.generation.settings import Machine, Sampling
 

@@ -15,7 +15,8 @@ if __name__ == "__main__":
 import os
 
 from core import config
-from core.console import OK, run_entry, set_up_logging
+from core.console import run_entry, set_up_logging
+from core.exit_codes import OK
 from core.schema_tuning import DistilConfig, MakeConfig
 from trainer import entry
 

@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable
 
 from core import config
-from core.console import OK, set_up_logging
+from core.console import set_up_logging
+from core.exit_codes import OK
 from trainer.checkpoint import early
 
 

@@ -21,8 +21,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from core import config, urls
-from core.console import CAPPED, FAILED, OK, run_entry, set_up_logging, tell_launcher
+from core.console import run_entry, set_up_logging
 from core.errors import CapReached, ConfigError
+from core.exit_codes import CAPPED, FAILED, OK, tell_launcher
 from trainer.evals.settings import EvaluateConfig
 
 log = logging.getLogger("evaluate")

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from core import config, storage, urls
 from core.config import SettingError, setting
-from core.console import OK, run_entry, set_up_logging
+from core.console import run_entry, set_up_logging
 from core.errors import ConfigError
+from core.exit_codes import OK
 from trainer.generation import settings as generation
 from trainer.generation.settings import Machine, Sampling
 

@@ -2,8 +2,8 @@
 
 from core import config
 from core.architecture import flops_per_token
-from core.console import quantity
 from core.errors import ConfigError
+from core.figures import quantity
 from core.manifest import Manifest
 from core.schema import TrainConfig
 from trainer.distributed import Ranks

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from core import urls
-from core.console import OK, run_entry, set_up_logging
+from core.console import run_entry, set_up_logging
 from core.errors import ConfigError, DataError
+from core.exit_codes import OK
 from core.run.model import Point, Run
 from core.run.reader import Detail, read_run
 

@@ -1,20 +1,19 @@
 """What a step is told as: one metric per step, one log line per interval or a live picture, a copy to trackers."""
 
 import logging
-import math
 import sys
 
 import torch
 
-from core.console import quantity
 from core.errors import ConfigError
+from core.figures import duration, quantity
 from core.gpus import peak_flops
+from core.run.cap import SpendingCap
 from core.schema import TrainConfig
 from trainer.distributed import Ranks
 from trainer.record import Record
 from trainer.stages.stage import Stage
 from trainer.trackers import Trackers
-from trainer.watch.cap import SpendingCap
 
 log = logging.getLogger("train")
 
@@ -99,10 +98,3 @@ def screen(settings: TrainConfig, cap: SpendingCap | None):
             ) from error
         return None
     return Screen(settings, cap)
-
-
-def duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes = seconds / 60
-    return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"

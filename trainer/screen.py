@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from core.console import quantity
+from core.figures import duration, quantity
 from core.run.cap import SpendingCap
 from core.schema import TrainConfig
 
@@ -63,7 +63,6 @@ class Screen:
                 handler.setStream(stream)
 
     def _picture(self) -> Panel:
-        from trainer.report import duration
 
         train = self._settings.train
         step = self._step.get("step", 0)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from core import stop
-from core.console import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
 from core.errors import one_line
+from core.exit_codes import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
 from core.schema import TrainConfig
 from trainer import compile_cache, distributed
 from trainer.checkpoint import layout

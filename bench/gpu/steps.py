@@ -15,8 +15,8 @@ import torch
 
 from bench.gpu import children, clock, compiled, kernels
 from core.architecture import flops_per_token
-from core.console import quantity
 from core.errors import LauncherError
+from core.figures import quantity
 from core.fit import estimate
 from core.gpus import peak_flops
 from trainer import train

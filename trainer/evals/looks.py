@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Collection
 
-from core.console import quantity
+from core.figures import quantity
 from trainer.data.order import derive_key
 from trainer.distributed import Ranks, gather_numbers
 from trainer.evals.sample import sample

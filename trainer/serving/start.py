@@ -11,8 +11,9 @@ from aiohttp import web
 
 from core import config
 from core.config import SettingError, setting
-from core.console import OK, set_up_logging
+from core.console import set_up_logging
 from core.errors import ConfigError
+from core.exit_codes import OK
 from trainer.generation import settings as generation
 from trainer.generation.settings import Machine, Sampling
 from trainer.serving import access

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from core import config as settings_of
 from core.architecture import ModelConfig, flops_per_token
-from core.console import quantity
 from core.errors import CheckpointError, ConfigError
+from core.figures import quantity
 from core.schema import DataConfig, TrainConfig
 from core.schema_tuning import DpoConfig, FinetuneConfig
 from trainer import chat_template

@@ -17,8 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from core import config, sets, stop, storage
-from core.console import CAPPED, OK, PREEMPTED, Progress, progress
+from core.console import Progress, progress
 from core.errors import ConfigError, EndpointError, LauncherError
+from core.exit_codes import CAPPED, OK, PREEMPTED
 from core.run.folder import RunFolder
 from core.run.segment import Opening, open_segment
 from core.schema_tuning import MakeConfig

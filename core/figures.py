@@ -1,5 +1,6 @@
-"""Dollars that add up: rounding a list of amounts so that the printed parts sum to the printed total."""
+"""Numbers for people: amounts, durations, and dollars whose printed parts sum to the printed total."""
 
+import math
 from collections.abc import Sequence
 from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 
@@ -28,7 +29,7 @@ def apportion(amounts: Sequence[float | None], places: int, total: float | None 
     return [float(floors[index] * unit) if index in exact else None for index in range(len(amounts))]
 
 
-def text(usd: float | None, places: int = 2, complete: bool = True) -> str:
+def dollars(usd: float | None, places: int = 2, complete: bool = True) -> str:
     """1234.5 → "1,234.50"; None → "?"; a sum in which a part is not known → "1,234.50 + ?"."""
     if usd is None:
         return UNKNOWN
@@ -37,7 +38,7 @@ def text(usd: float | None, places: int = 2, complete: bool = True) -> str:
 
 def duration(seconds: float | None) -> str:
     """Seconds as the two units that matter: "4.2 s", "3 min 20 s", "2 h 05 min", "3 d 4 h"."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -49,3 +50,11 @@ def duration(seconds: float | None) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24} h"
+
+
+def quantity(number: float) -> str:
+    """1234567 → "1.23M"."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costs import money
+from core import figures
 
 AMOUNTS = st.lists(st.none() | st.floats(0, 1e6), max_size=40)
 
 
 @given(AMOUNTS, st.sampled_from([2, 4]))
 def test_parts_add_up_to_the_rounded_total_and_stay_next_to_their_value(amounts, places):
-    shown = money.apportion(amounts, places)
+    shown = figures.apportion(amounts, places)
     exact = [value for value in amounts if value is not None]
     assert [value is None for value in shown] == [value is None for value in amounts]
     total = math.fsum(value for value in shown if value is not None)
@@ -22,12 +22,12 @@ def test_parts_add_up_to_the_rounded_total_and_stay_next_to_their_value(amounts,
 
 
 def test_three_thirds_of_a_dollar_are_a_dollar():
-    assert money.apportion([1 / 3] * 3, 2) == [0.34, 0.33, 0.33]
+    assert figures.apportion([1 / 3] * 3, 2) == [0.34, 0.33, 0.33]
 
 
 def test_what_is_not_known_prints_a_question_mark():
-    assert money.text(None) == "?"
-    assert money.text(1234.5, 2, complete=False) == "1,234.50 + ?"
+    assert figures.dollars(None) == "?"
+    assert figures.dollars(1234.5, 2, complete=False) == "1,234.50 + ?"
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_what_is_not_known_prints_a_question_mark():
     ],
 )
 def test_durations_have_two_units(seconds, text):
-    assert money.duration(seconds) == text
+    assert figures.duration(seconds) == text

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from core import config
-from core.architecture import ModelConfig
+from core.architecture import ModelConfig, public_model
 from core.errors import ConfigError
 from core.schema import TrainConfig
 from core.schema_prep import PrepConfig
@@ -35,13 +35,6 @@ _PROGRAMS = {
 _BUILDS = re.compile(r"container\.sh build\b")
 # Settings without which a config does not load, and which only a launch gives.
 _STARTS = {"finetune": "finetune.start", "dpo": "dpo.start", "distil": "distil.teacher"}
-# Layers, heads and width of what a start may name.
-_PUBLIC = {
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
 Training = TrainConfig | FinetuneConfig | DpoConfig | DistilConfig
 
 
@@ -215,14 +208,6 @@ def _with_model(work: Work, envs: Mapping[str, str]) -> Work:
     if (model := public_model(start)) is not None:
         return replace(work, model=model)
     return replace(work, model=ModelConfig(), assumed="the model that it begins with is taken for GPT-2 124M")
-
-
-def public_model(name: str) -> ModelConfig | None:
-    """OpenAI's models by name, None for any other."""
-    if name not in _PUBLIC:
-        return None
-    layers, heads, width = _PUBLIC[name]
-    return ModelConfig(layers=layers, heads=heads, width=width)
 
 
 def _expand(text: str, envs: Mapping[str, str]) -> str:

@@ -9,15 +9,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from costs.model import Instance
+from clouds.base import Instance, Unavailable
 
 PRICE_SOURCE = "AWS spot price history"
 # "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
 _TRANSITION = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
-
-
-class NotThere(Exception):
-    """AWS cannot tell; the message says why, as a part of a sentence."""
 
 
 def spot_history(
@@ -25,7 +21,7 @@ def spot_history(
 ) -> list[tuple[float, float]]:
     """(from when, dollars per hour of one node), for a zone and type from `start` to `end` (unix seconds).
 
-    AWS charges the price in force. Its answer begins with the price that was in force at `start`. Raises NotThere.
+    AWS charges the price in force. Its answer begins with the price that was in force at `start`. Raises Unavailable.
     """
     ec2 = client or _client("ec2", region)
     try:
@@ -42,13 +38,13 @@ def spot_history(
             for entry in page["SpotPriceHistory"]
         ]
     except Exception as error:  # credentials, permissions, network: whatever botocore raises
-        raise NotThere(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+        raise Unavailable(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
 
 
 def instances(clusters: Iterable[str], region: str, client: Any = None) -> list[Instance]:
-    """The instances of SkyPilot's clusters in a region; EC2 lists a terminated one for about an hour. Raises NotThere.
+    """The instances of SkyPilot's clusters in a region; EC2 lists a terminated one for about an hour.
 
-    SkyPilot tags an instance with the name of its cluster followed by a hash of the user.
+    SkyPilot tags an instance with the name of its cluster followed by a hash of the user. Raises Unavailable.
     """
     ec2 = client or _client("ec2", region)
     names = list(clusters)
@@ -72,15 +68,15 @@ def instances(clusters: Iterable[str], region: str, client: Any = None) -> list[
                 )
             )
     except Exception as error:  # credentials, permissions, network: whatever botocore raises
-        raise NotThere(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+        raise Unavailable(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
     return found
 
 
 def weighted(history: list[tuple[float, float]], start: float, end: float) -> float:
-    """Mean price over [start, end], weighted by time. Raises NotThere if the history does not reach back to `start`."""
+    """Mean price over [start, end], weighted by time. Raises Unavailable if the history begins after `start`."""
     changes = sorted(history)
     if not changes or changes[0][0] > start or end <= start:
-        raise NotThere("its history does not reach back to the start")
+        raise Unavailable("its history does not reach back to the start")
     total = 0.0
     for (since, price), until in zip(changes, [when for when, _ in changes[1:]] + [end], strict=True):
         total += price * max(0.0, min(until, end) - max(since, start))
@@ -88,7 +84,7 @@ def weighted(history: list[tuple[float, float]], start: float, end: float) -> fl
 
 
 def billed_usd(tag: str, value: str, start: float, end: float, client: Any = None) -> dict[str, float]:
-    """Unblended dollars by service that Cost Explorer has for a cost allocation tag, whole days. Raises NotThere."""
+    """Unblended dollars by service that Cost Explorer has for a cost allocation tag, whole days. Raises Unavailable."""
     explorer = client or _client("ce", "us-east-1")
     first, last = (datetime.datetime.fromtimestamp(at, datetime.UTC).date() for at in (start, end))
     arguments: dict[str, Any] = {
@@ -108,19 +104,19 @@ def billed_usd(tag: str, value: str, start: float, end: float, client: Any = Non
             if not answer.get("NextPageToken"):
                 break
             arguments["NextPageToken"] = answer["NextPageToken"]
-    except NotThere:
+    except Unavailable:
         raise
     except Exception as error:  # not enabled, no permission, no network
-        raise NotThere(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+        raise Unavailable(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
     if not by_service:
-        raise NotThere(f"Cost Explorer has nothing under {tag}={value} yet (it lags by up to a day)")
+        raise Unavailable(f"Cost Explorer has nothing under {tag}={value} yet (it lags by up to a day)")
     return by_service
 
 
 def _add(by_service: dict[str, float], group: Mapping[str, Any]) -> None:
     cost = group["Metrics"]["UnblendedCost"]
     if cost["Unit"] != "USD":
-        raise NotThere(f"the bill is in {cost['Unit']}, not USD")
+        raise Unavailable(f"the bill is in {cost['Unit']}, not USD")
     name = group["Keys"][0]
     by_service[name] = by_service.get(name, 0.0) + float(cost["Amount"])
 
@@ -146,4 +142,4 @@ def _client(service: str, region: str | None) -> Any:
     try:
         return botocore.session.Session().create_client(service, region_name=region, config=settings)
     except Exception as error:  # no region, broken configuration
-        raise NotThere(f"{type(error).__name__}: {error}") from error
+        raise Unavailable(f"{type(error).__name__}: {error}") from error

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from costs import skypilot
+from clouds import skypilot
+from clouds.base import Unavailable
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "catalog"
@@ -58,7 +59,7 @@ def load(offline: bool = False) -> Catalog:
             rows = {cloud: skypilot.catalog_rows(cloud) for cloud in CLOUDS}
             found = tuple(offer for cloud in CLOUDS for offer in _offers(cloud, rows[cloud]))
             return Catalog(found, "SkyPilot's catalog on this machine")
-        except skypilot.NotThere as error:
+        except Unavailable as error:
             log.info("prices: %s; using the snapshot", error)
     return snapshot()
 

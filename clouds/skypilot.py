@@ -11,45 +11,41 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from costs.model import Uptime
+from clouds.base import MachineRecord, Unavailable
 
 ORIGIN = "SkyPilot cluster records"
 DAYS = 365
 
 
-class NotThere(Exception):
-    """SkyPilot cannot tell; the message says why, as a part of a sentence."""
-
-
 def package() -> Any:
-    """The SkyPilot package. Raises NotThere."""
+    """The SkyPilot package. Raises Unavailable."""
     logging.getLogger("alembic").setLevel(logging.WARNING)  # its database migrations speak at every import
     try:
         module = importlib.import_module("sky")
     except ImportError as error:
-        raise NotThere(f"SkyPilot is not installed ({error})") from None
+        raise Unavailable(f"SkyPilot is not installed ({error})") from None
     if not hasattr(module, "__version__"):
         del sys.modules["sky"]  # our folder of YAML, as a namespace package
-        raise NotThere("SkyPilot is not installed")
+        raise Unavailable("SkyPilot is not installed")
     return module
 
 
 def catalog_rows(cloud: str) -> list[dict[str, Any]]:
-    """Rows of SkyPilot's catalog of a cloud, as it keeps them on this machine. Raises NotThere."""
+    """Rows of SkyPilot's catalog of a cloud, as it keeps them on this machine. Raises Unavailable."""
     package()
     from sky.catalog import common
 
     try:
         return common.read_catalog(f"{cloud}/vms.csv").to_dict("records")
     except Exception as error:  # network, a damaged file: SkyPilot raises whatever its libraries do
-        raise NotThere(f"SkyPilot has no catalog of {cloud} ({type(error).__name__})") from error
+        raise Unavailable(f"SkyPilot has no catalog of {cloud} ({type(error).__name__})") from error
 
 
-def uptimes() -> list[Uptime]:
-    """All clusters that SkyPilot remembers, those of managed jobs among them, asked for once. Raises NotThere."""
+def uptimes() -> list[MachineRecord]:
+    """All clusters that SkyPilot remembers, those of managed jobs among them, asked for once. Raises Unavailable."""
     records, refusal = _cost_records()
     if refusal:
-        raise NotThere(refusal)
+        raise Unavailable(refusal)
     return [uptime for record in records for uptime in from_record(record)]
 
 
@@ -58,22 +54,22 @@ def _cost_records() -> tuple[list[Mapping[str, Any]], str]:
     try:
         sky = package()
         return sky.get(sky.cost_report(days=DAYS)), ""
-    except NotThere as error:
+    except Unavailable as error:
         return [], str(error)
     except Exception as error:  # no API server, no network: whatever its client raises
         return [], f"SkyPilot's API server did not answer ({type(error).__name__})"
 
 
 def jobs() -> list[Mapping[str, Any]]:
-    """SkyPilot's managed jobs: id, name, status, recoveries. Raises NotThere."""
+    """SkyPilot's managed jobs: id, name, status, recoveries. Raises Unavailable."""
     sky = package()
     try:
         return list(sky.get(sky.jobs.queue_v2(refresh=False, all_users=False))[0])
     except Exception as error:  # no controller, no API server
-        raise NotThere(f"SkyPilot has no list of managed jobs ({type(error).__name__})") from error
+        raise Unavailable(f"SkyPilot has no list of managed jobs ({type(error).__name__})") from error
 
 
-def from_record(record: Mapping[str, Any]) -> list[Uptime]:
+def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
     """One stretch per usage interval of a record of `sky.cost_report`.
 
     Intervals open at the launch attempt and close when SkyPilot notices that the machine is gone. A record whose
@@ -86,7 +82,7 @@ def from_record(record: Mapping[str, Any]) -> list[Uptime]:
     failed = "node_names" in record and not record["node_names"] and _ended(record)
     job = _job_of(str(record.get("name") or ""))
     return [
-        Uptime(
+        MachineRecord(
             cluster=str(record.get("name")),
             start=float(start),
             end=None if end is None else float(end),

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from clouds import aws, prices
+from clouds.base import Unavailable
 from core.metadata import Metadata, NoAnswer
-from costs import aws, prices
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def current_spot_price(zone: str, instance_type: str, region: str) -> float | No
     now = time.time()
     try:
         history = aws.spot_history(zone, instance_type, region, now, now)
-    except aws.NotThere as problem:
+    except Unavailable as problem:
         log.info("spot price: AWS does not tell (%s)", problem)
         return None
     return max(history)[1] if history else None
