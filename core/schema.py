@@ -87,7 +87,9 @@ class OptimizerConfig:
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr")
     schedule: Literal["cosine", "linear"] = setting("cosine", "how the rates fall")
     cooldown: float = setting(1.0, "share of the steps, at the end, in which they fall; before it they stay")
-    min_lr_ratio: float = setting(0.1, "last learning rate over the peak one")
+    min_lr_ratio: float = setting(
+        0.1, "rate at the end over the peak one; a cosine reaches it at the last step, a line one step later"
+    )
     warmup_steps: int = setting(715, "steps of linear warm-up")
     weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings; none for biases and norms")
     beta1: float = setting(0.9, "first-moment decay")

@@ -90,11 +90,15 @@ def test_cosine_warms_up_and_ends_at_its_floor():
     assert rate_factor(1, 1, dataclasses.replace(config, warmup_steps=0)) == pytest.approx(0.1)
 
 
-def test_linear_cooldown_stays_then_falls_to_nothing():
+def test_linear_cooldown_stays_then_falls_and_the_last_step_still_moves():
     config = OptimizerConfig(warmup_steps=0, min_lr_ratio=0.0, schedule="linear", cooldown=0.25)
     factors = [rate_factor(step, 100, config) for step in range(1, 101)]
     assert factors[:75] == [1.0] * 75
-    np.testing.assert_allclose(factors[75:], 1 - np.arange(1, 26) / 25, atol=1e-12)
+    np.testing.assert_allclose(factors[75:], 1 - np.arange(1, 26) / 26, atol=1e-12)
+    assert factors[-1] > 0
+    assert 0 < rate_factor(1, 1, dataclasses.replace(config, cooldown=1.0)) <= 1
+    floor = dataclasses.replace(config, min_lr_ratio=0.1)
+    assert rate_factor(100, 100, floor) == pytest.approx(0.1 + 0.9 / 26)
     flat = dataclasses.replace(config, cooldown=0.0)
     assert [rate_factor(step, 100, flat) for step in (1, 99)] == [1.0, 1.0]
 
