@@ -1,5 +1,6 @@
 """trainer.model: parameter counts, equality with the published GPT-2, causality, documents, the loss."""
 
+import dataclasses
 import importlib.util
 import math
 import shutil
@@ -7,6 +8,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 from core import architecture
 from core.architecture import ModelConfig
@@ -190,6 +193,24 @@ def test_blocks_compile_without_a_graph_break(name: str):
         torch.randn(2, 12, 16), torch.randn(2, 12, 16), None, context_of(config)
     )
     assert explained.graph_break_count == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2-124m", "llama-416m"])
+@torch._dynamo.config.patch(optimize_ddp=True)  # its default, and again after the test
+def test_each_block_is_one_graph_within_ddp(name: str, ranks):
+    """Blocks larger than DDP's first bucket of a megabyte, at whose end its optimizer would cut them."""
+    torch._dynamo.reset()
+    wide = {"width": 256, "heads": 4, "mlp_width": 512 if ARCHITECTURES[name].mlp_width else 0}
+    model = GPT(dataclasses.replace(ARCHITECTURES[name], **wide))
+    model.initialise(0)
+    graphs = CompileCounterWithBackend("aot_eager")
+    model.compile_blocks(backend=graphs)
+    model.fused = False  # the loss needs no compiler here
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    tokens = torch.randint(0, 64, (2, 13))
+    for _ in range(2):
+        ddp(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert graphs.frame_count == 1  # of equal blocks, compiled once
 
 
 def context_of(config: ModelConfig):

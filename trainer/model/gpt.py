@@ -152,12 +152,17 @@ class GPT(nn.Module):
             cache.advance(T)
         return self.ln_f(x_BTD)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile block by block, and the loss: equal blocks compile once, and early gradients can be sent while later
-        ones are computed, which one graph for the whole model would not allow. A graph break is an error."""
+        ones are computed, which one graph for the whole model would not allow. A graph break is an error.
+
+        Each block is one graph. DistributedDataParallel would have it cut at its buckets, which gains nothing here,
+        since gradients are sent after each block, and keeps more activations: what crosses a cut must be stored.
+        """
+        torch._dynamo.config.optimize_ddp = False
         self.fused = True
         for block in self.h:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, backend=backend)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
