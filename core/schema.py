@@ -140,8 +140,14 @@ class TrainLoopConfig:
         "batch that is not in the list",
         identity=False,
     )
-    overfit: bool = setting(False, "one batch again and again, to see that everything works; --overfit for short")
-    overfit_bound: float = setting(0.1, "loss below which such a run must end, else it fails", identity=False)
+    overfit: bool = setting(
+        False,
+        "one micro-batch again and again, at a constant rate and without dropout, to see that everything works; "
+        "--overfit for short",
+    )
+    overfit_bound: float = setting(
+        0.1, "loss below which such a run stops; it fails if it is not there after `steps`", identity=False
+    )
     log_every: int = setting(10, "steps between log lines; metrics have every step", identity=False)
     norms_every: int = setting(
         100, "steps between norms of updates and largest activations per block; 0: never", identity=False

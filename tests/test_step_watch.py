@@ -184,24 +184,3 @@ def test_on_a_terminal_a_picture_is_kept_up_to_date(data_url: str, tmp_path):
     assert "| loss" not in text  # no log line per step beside it
     norms = launching.metrics(f"{tmp_path}/run", "norms")
     assert sorted(norms) == [2, 4]
-
-
-def test_overfit_mode_reaches_its_bound(data_url: str, tmp_path):
-    """`--overfit`, which a newcomer runs first: one batch is learned by heart. What cannot learn fails."""
-    flags = [
-        f"--data.url={data_url}",
-        "--overfit",
-        "--checkpoint.every=1000",
-        "--batch.tokens=64",
-        "--train.log_every=50",
-    ]
-    output = launching.train(1, *flags, f"--run.url={tmp_path}/learns", "--train.steps=150")
-    losses = launching.metrics(f"{tmp_path}/learns")
-    assert losses[1]["loss"] > 10
-    assert losses[150]["loss"] < 0.1, output
-    flags += ["--optimizer.lr=1e-7", "--train.steps=5"]
-    code, output = launching.finish(launching.start(1, *flags, f"--run.url={tmp_path}/learns-not"))
-    assert code == 1
-    assert re.search(
-        r"error: step 5: with one batch repeated the loss is 1\d\.\d+, not below train.overfit_bound", output
-    )

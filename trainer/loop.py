@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from core import stop
 from core.errors import LauncherError, TrainingError
 from core.run.cap import SpendingCap
+from trainer import overfit
 from trainer.checkpoint.save import Saver
 from trainer.data.order import derive_key, micro_batch_numbers
 from trainer.distributed import PeerFailed, Ranks, gather_numbers, on_main
@@ -57,6 +58,7 @@ class Loop:
     cap: SpendingCap | None
     looks: Looks
     report: Report
+    last_loss: float | None = None  # of the step that was restored, where its checkpoint has it
 
     def __post_init__(self):
         self.settings = self.stage.settings
@@ -75,7 +77,6 @@ class Loop:
         self.slow_peers = SlowPeers(self.ranks.world)
         self.only_batch: list[Any] = []
         self.step_seconds = 0.0
-        self.last_loss: float | None = None
         self.after_first_step: Callable[[], None] | None = None
 
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, Notice | None]:
@@ -83,27 +84,27 @@ class Loop:
 
         `measured` are the kinds of metrics that there are of `first_step`; of what is due there the rest is measured.
         """
-        steps = self.settings.train.steps
         step = first_step
         if step == 0 and self.stage.measures_start:
             with contextlib.suppress(Abandoned):  # the exchange below says why
                 self.looks.measure(step)
-        elif 0 < step < steps:
+        elif step > 0 and not self.is_last(step):
             self.looks(step, measured)
         while True:
             self.record.switch("data_wait")
             started = time.monotonic()
-            fetched = self._fetch() if step < steps else []
+            is_last = self.is_last(step)
+            fetched = [] if is_last else self._fetch()
             notice, save = self._exchange(step, fetched)
             waited = time.monotonic() - started
             if step > first_step:
-                self._save(step, save, last=notice is not None or step == steps)
-            elif step == steps:
+                self._save(step, save, last=notice is not None or is_last)
+            elif is_last:
                 log.info("the run has reached its last step, %d, before", step)
-            if step == steps:
-                if not self.looks(step):
+            if is_last:
+                self._check_overfit(step)
+                if not self.looks(step, is_last=True):
                     return step, self._why_to_leave(step)
-                self._check_overfit()
                 return step, None
             if notice:
                 return step, notice
@@ -119,6 +120,10 @@ class Loop:
                 self.record.first_step(step, self.step_seconds - waited)
                 if self.after_first_step:
                     threading.Thread(target=self.after_first_step, name="after first step", daemon=True).start()
+
+    def is_last(self, step: int) -> bool:
+        """Whether the run ends after `step`, on all ranks alike."""
+        return step == self.settings.train.steps or overfit.is_learned(self.settings, self.last_loss)
 
     def _fetch(self) -> list[Any] | LauncherError:
         """This rank's micro-batches of the next step, or why there are none; none when it is to leave."""
@@ -261,19 +266,26 @@ class Loop:
             "and if it comes back lower optimizer.lr or look at the data of this step"
         )
 
-    def _check_overfit(self) -> None:
+    def _check_overfit(self, step: int) -> None:
         train = self.settings.train
-        if train.overfit and self.last_loss is not None and self.last_loss >= train.overfit_bound:
+        if not train.overfit or self.last_loss is None:
+            return
+        bound = f"train.overfit_bound = {train.overfit_bound:g}"
+        if not overfit.is_learned(self.settings, self.last_loss):
             raise TrainingError(
-                f"step {train.steps}: with one batch repeated the loss is {self.last_loss:.4f}, not below "
-                f"train.overfit_bound = {train.overfit_bound:g}; model or optimizer do not learn: look at optimizer.lr "
-                "and at what was changed in the model"
+                f"step {step}: with one micro-batch repeated the loss is {self.last_loss:.4f}, not below {bound}; "
+                "if it was still falling raise train.steps, else look at optimizer.lr and at what was changed in the "
+                "model"
             )
+        log.info("step %d: the micro-batch is learned by heart, its loss %.4f is below %s", step, self.last_loss, bound)
 
     def _state(self, step: int) -> dict:
         """What a checkpoint holds besides tensors. Random numbers need no state: they are a function of the step."""
+        # Whether a run that learns one micro-batch has ended depends on it.
+        loss = {"loss": self.last_loss} if self.settings.train.overfit else {}
         return {
             "step": step,
+            **loss,
             "tokens": step * self.settings.batch.tokens,
             "rng": {"rule": "seeded per micro-batch from (train.seed, step, index)", "seed": self.settings.train.seed},
             "config": self.stage.config,

@@ -6,6 +6,7 @@ from core.errors import ConfigError
 from core.figures import quantity
 from core.manifest import Manifest
 from core.schema import TrainConfig
+from trainer import overfit
 from trainer.distributed import Ranks
 from trainer.model.gpt import GPT
 
@@ -41,18 +42,28 @@ def accumulation_of(settings: TrainConfig, world: int) -> int:
 
 def describe(settings: TrainConfig, model: GPT, data: Manifest, accumulation: int, ranks: Ranks) -> str:
     """The numbers that the run follows from, in order."""
-    tokens = settings.batch.tokens * settings.train.steps
     flops = flops_per_token(settings.model)
     available = data.splits["train"].tokens
+    if settings.train.overfit:
+        batch_and_length = overfit.describe(settings, ranks)
+    else:
+        batch_and_length = _batch_and_length(settings, accumulation, ranks, available)
     return "\n".join(
         [
             "settings:\n" + config.to_yaml(settings).rstrip(),
             f"model: {model.parameter_count():,} parameters, {quantity(flops)} FLOPs per token",
             f"data: {quantity(available)} training tokens, {data.splits['val'].tokens:,} validation tokens, "
             f"fingerprint {data.fingerprint[:12]}",
-            f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x "
-            f"{settings.model.context} tokens x {accumulation} micro-batches x "
-            f"{ranks.world} ranks on {ranks.device.type}",
-            f"length: {settings.train.steps:,} steps = {quantity(tokens)} tokens = {tokens / available:.2f} epochs",
+            *batch_and_length,
         ]
     )
+
+
+def _batch_and_length(settings: TrainConfig, accumulation: int, ranks: Ranks, available: int) -> list[str]:
+    tokens = settings.batch.tokens * settings.train.steps
+    return [
+        f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x "
+        f"{settings.model.context} tokens x {accumulation} micro-batches x "
+        f"{ranks.world} ranks on {ranks.device.type}",
+        f"length: {settings.train.steps:,} steps = {quantity(tokens)} tokens = {tokens / available:.2f} epochs",
+    ]

@@ -28,7 +28,8 @@ class Report:
         peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
         known = peak and stage.flops_per_token
         self._peak_flops = peak * ranks.world if known else None
-        self._flops_per_step = stage.flops_per_token * settings.batch.tokens if known else 0.0
+        copies = ranks.world // stage.share_world  # of each micro-batch, where all ranks compute the same one
+        self._flops_per_step = stage.flops_per_token * settings.batch.tokens * copies if known else 0.0
         view = settings.train.view
         live = ranks.is_main and (view == "live" or (view == "auto" and sys.stderr.isatty()))
         self._screen = screen(settings, record.cap) if live else None

@@ -120,9 +120,10 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
             cap=record.cap,
             looks=Looks(stage, ranks, model, record, report, is_leaving),
             report=report,
+            last_loss=restored.state.get("loss") if restored else None,
         )
         measured: set[str] = set()
-        if 0 < first_step < settings.train.steps and loop.looks.due(first_step):
+        if first_step > 0 and not loop.is_last(first_step) and loop.looks.due(first_step):
             measured = on_main(lambda: record.measured(restored), ranks)
         if loop.compiled and settings.train.compile_cache:
             kernels = compile_cache.uri_of(

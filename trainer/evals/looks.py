@@ -43,10 +43,10 @@ class Looks:
         self._held_out = functools.cache(stage.held_out)
         self._hellaswag = functools.cache(stage.hellaswag)
 
-    def __call__(self, step: int, without: Collection[str] = ()) -> bool:
+    def __call__(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
         """Whether all of it was done, on all ranks alike; without the kinds of metrics that are there already."""
         looks = {"eval": self.measure, "hellaswag": self._answer, "sample": self._sample}
-        due = [looks[kind] for kind in self.due(step) if kind not in without]
+        due = [looks[kind] for kind in self.due(step, is_last) if kind not in without]
         if not due:
             return True
         is_done = True
@@ -61,13 +61,13 @@ class Looks:
             log.warning("the evaluation of step %d is cut off: the next segment does it again", step)
         return is_done
 
-    def due(self, step: int) -> list[str]:
-        """The kinds of metrics that are due after `step`."""
+    def due(self, step: int, is_last: bool = False) -> list[str]:
+        """The kinds of metrics that are due after `step`; all of them after the last one."""
         train = self._train
         every = {"eval": train.eval_every, "hellaswag": train.hellaswag_every, "sample": train.sample_every}
         if not train.hellaswag_items:
             del every["hellaswag"]
-        return [kind for kind, steps in every.items() if step == train.steps or (steps and step % steps == 0)]
+        return [kind for kind, steps in every.items() if is_last or (steps and step % steps == 0)]
 
     def measure(self, step: int) -> None:
         """On held-out data, if there is any. Raises Abandoned."""

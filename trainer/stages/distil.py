@@ -77,7 +77,7 @@ class Distil(Pretrain):
         if not teacher.startswith(FOREIGN):
             teacher = on_main(functools.partial(lasting_name, teacher, own.run.url, "distil", "teacher"), ranks)
         own = dataclasses.replace(own, distil=dataclasses.replace(own.distil, teacher=teacher))
-        self.own = with_batch(own, self.settings)
+        self.own = dataclasses.replace(with_batch(own, self.settings), model=self.settings.model)
         if own.distil.start:
             on_main(functools.partial(_check_same_model, own), ranks)
         self.teacher = open_teacher(teacher, self.encoding, ranks.device)

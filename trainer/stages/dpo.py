@@ -113,8 +113,8 @@ class Dpo(Tuned):
             0 if train.overfit else first_step,
             batch=self.items_per_step,
             micro_batch=self.settings.batch.micro_batch // 2,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
+            rank=self.share_rank,
+            world=self.share_world,
             make=lambda _, mine: self._pairs("train", mine),
             skip=train.skip_batches,
         )

@@ -92,14 +92,14 @@ class Finetune(Tuned):
             0 if train.overfit else first_step,
             batch=self.items_per_step,
             micro_batch=batch.micro_batch,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
+            rank=self.share_rank,
+            world=self.share_world,
             make=self._micro_batch,
             skip=train.skip_batches,
         )
 
     def _micro_batch(self, of_step: np.ndarray, mine: np.ndarray) -> Packed:
-        micro_batches = self.accumulation * self.ranks.world
+        micro_batches = self.accumulation * self.share_world
         share = self.rows.answers[mine].sum() / self.rows.answers[of_step].sum()
         return Packed(*self.rows.tensors(mine, self.ranks.device), float(share * micro_batches))
 

@@ -20,7 +20,7 @@ from core.architecture import flops_per_token
 from core.errors import ObjectNotFound
 from core.run.folder import RunFolder, read_description
 from core.schema import TrainConfig
-from trainer import fit, plan, precision
+from trainer import fit, overfit, plan, precision
 from trainer.checkpoint.load import Restored
 from trainer.distributed import Ranks, on_main
 from trainer.evals.hellaswag import NAME as HELLASWAG
@@ -66,7 +66,12 @@ class Stage(abc.ABC):
         earlier = on_main(functools.partial(stored_config, settings.run.url), ranks)
         found = earlier["batch"]["micro_batch"] if earlier else None
         self.settings = fit.with_micro_batch(settings, found, ranks)
-        self.accumulation = plan.accumulation_of(self.settings, ranks.world)
+        # Whose share of a step's micro-batches this rank computes; when overfitting all ranks share a single one.
+        self.share_rank, self.share_world = ranks.rank, ranks.world
+        if settings.train.overfit:
+            self.settings = overfit.one_micro_batch(self.settings)
+            self.share_rank, self.share_world = 0, 1
+        self.accumulation = plan.accumulation_of(self.settings, self.share_world)
 
     @property
     @abc.abstractmethod
@@ -167,5 +172,5 @@ def default_cache_dir() -> Path:
 
 
 def with_batch(config: Any, settings: TrainConfig) -> Any:
-    """`config` with the micro-batch and the length that `settings` came to."""
-    return dataclasses.replace(config, batch=settings.batch, train=settings.train)
+    """`config` with the batch, the rates and the length that `settings` came to."""
+    return dataclasses.replace(config, batch=settings.batch, optimizer=settings.optimizer, train=settings.train)

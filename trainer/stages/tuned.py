@@ -17,14 +17,14 @@ from core.errors import CheckpointError, ConfigError
 from core.figures import quantity
 from core.schema import DataConfig, TrainConfig
 from core.schema_tuning import DpoConfig, FinetuneConfig
-from trainer import chat_template
+from trainer import chat_template, overfit
 from trainer.checkpoint.load import Restored
 from trainer.data.examples import Examples
 from trainer.distributed import Ranks, on_main
 from trainer.exchange import folder as public
 from trainer.model import lora
 from trainer.model.gpt import GPT
-from trainer.stages.stage import Stage, lasting_name, stored_config
+from trainer.stages.stage import Stage, lasting_name, stored_config, with_batch
 from trainer.weights import encoding_at, look_up, open_weights
 
 log = logging.getLogger("train")
@@ -56,7 +56,7 @@ class Tuned(Stage):
             )
         url = own.data.url or start.data_url
         own = dataclasses.replace(own, data=dataclasses.replace(own.data, url=url))
-        self.start, self.length, self.model_config = start, length, start.model
+        self.start, self.length = start, length
         self._encoding = functools.partial(_encoding, start.where, url)
         self.examples: Examples = on_main(lambda: self.read(own, length), ranks)
         self.items = self.count_items()
@@ -71,12 +71,9 @@ class Tuned(Stage):
             checkpoint=own.checkpoint,
         )
         super().__init__(view, ranks)
-        self.own = dataclasses.replace(
-            own,
-            batch=self.settings.batch,
-            train=self.settings.train,
-            **{self.name: dataclasses.replace(section, start=start.where)},
-        )
+        self.model_config = dataclasses.replace(start.model, dropout=self.settings.model.dropout)
+        own = with_batch(own, self.settings)
+        self.own = dataclasses.replace(own, **{self.name: dataclasses.replace(section, start=start.where)})
         self.digest = ""  # of the weights that adapters belong to
 
     @abc.abstractmethod
@@ -159,18 +156,24 @@ class Tuned(Stage):
     def describe(self, model: GPT) -> str:
         settings = self.settings
         training = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        steps, per_step = settings.train.steps, self.items_per_step
         return "\n".join(
             [
                 "settings:\n" + settings_of.to_yaml(self.own).rstrip(),
                 f"model: {model.parameter_count():,} parameters of {self.start.where}, of which {training:,} train",
                 self.examples.report,
-                f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x {self.length} "
-                f"tokens x {self.accumulation} micro-batches x {self.ranks.world} ranks on {self.ranks.device.type}",
-                f"length: {steps:,} steps = {quantity(settings.batch.tokens * steps)} tokens, padding counted, "
-                f"= {steps * per_step / self.items:.2f} epochs of {self.items:,} {self.describe_items()}",
+                *(overfit.describe(settings, self.ranks) if settings.train.overfit else self._batch_and_length()),
             ]
         )
+
+    def _batch_and_length(self) -> list[str]:
+        settings = self.settings
+        steps, per_step = settings.train.steps, self.items_per_step
+        return [
+            f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x {self.length} "
+            f"tokens x {self.accumulation} micro-batches x {self.ranks.world} ranks on {self.ranks.device.type}",
+            f"length: {steps:,} steps = {quantity(settings.batch.tokens * steps)} tokens, padding counted, "
+            f"= {steps * per_step / self.items:.2f} epochs of {self.items:,} {self.describe_items()}",
+        ]
 
     @abc.abstractmethod
     def describe_items(self) -> str: ...
