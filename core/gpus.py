@@ -21,6 +21,9 @@ _PEAK_BF16_TFLOPS = (
 )
 
 
+# By their compute capability: from 8.9 on, which is Ada and Hopper.
+_WITH_FP8 = frozenset({"H100", "H200", "GH200", "L4", "L40S"})
+
 # Memory in GB (10^9 bytes) by the name that SkyPilot's catalog gives a GPU, of the same sheets and, for the A10G, AWS's
 # page of g5, read 2026-11; a GH200 of Lambda has HBM3. What a driver shows as free is a little more or less than this.
 _MEMORY_GB = {
@@ -40,6 +43,11 @@ def memory_bytes(accelerator: str) -> float | None:
     """Memory of an accelerator of SkyPilot's catalog, or None if it is not in the table."""
     gb = _MEMORY_GB.get(accelerator)
     return None if gb is None else gb * 1e9
+
+
+def has_fp8(accelerator: str) -> bool | None:
+    """Whether an accelerator of SkyPilot's catalog has fp8 units, or None if it is not in the table."""
+    return accelerator in _WITH_FP8 if accelerator in _MEMORY_GB else None
 
 
 def peak_flops(device_name: str) -> float | None:

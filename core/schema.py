@@ -175,7 +175,9 @@ class TrainLoopConfig:
         False, "keep only block inputs for the backward pass: less memory, a third more work", identity=False
     )
     deterministic: bool = setting(
-        False, "only kernels that give the same bits each time, slower on a GPU; a CPU needs no such thing"
+        True,
+        "on a GPU only kernels that give the same bits each time, so that a resume is exact to the bit; false may be "
+        "faster. A CPU's always do",
     )
     compile: bool = setting(True, "torch.compile the model (CUDA only)", identity=False)
     compile_cache: bool = setting(
@@ -193,6 +195,11 @@ class TrainLoopConfig:
 
     def __post_init__(self):
         require(self.steps > 0, "steps", f"is {self.steps}, must be above 0")
+        require(
+            not (self.precision == "fp8" and self.device == "cpu"),
+            "precision",
+            "is fp8, but device is cpu, which has no fp8 units; set fp32 or auto",
+        )
         every = ("eval_every", "norms_every", "hellaswag_every", "sample_every")
         for key in (*every, "hellaswag_items", "sample_tokens", "cpu_threads"):
             require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")

@@ -10,6 +10,7 @@ from typing import Any
 from core import bucket, config, manifest, sets, storage
 from core.architecture import ModelConfig, public_model
 from core.errors import DataError, LauncherError
+from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
 from core.schema import DataConfig, TrainConfig
 from core.schema_tuning import FinetuneConfig
@@ -88,6 +89,8 @@ def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
             yield Finding(
                 "x", f"config: {micro_batches} micro-batches do not divide over {ranks} ranks of {gpu}:{count}"
             )
+        elif train.train.precision == "fp8" and has_fp8(gpu) is False:
+            yield Finding("x", f"config: train.precision is fp8, but {gpu} has no fp8 units; set bf16, or take H100")
         elif (found := memory.verdict(train, gpu, ranks)) is not None:
             fits, said = found
             yield Finding("ok" if fits else "x", f"memory: {said}")

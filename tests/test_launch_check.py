@@ -75,6 +75,14 @@ def test_a_rehearsal_without_gpus_needs_no_gpu_memory(ready):
     assert [mark for mark, _ in marks(work.check_config(task("pretrain-8xa100"), ready))] == ["ok"]
 
 
+def test_fp8_on_gpus_without_it_is_refused_before_they_are_rented(ready):
+    ready["TRAIN_ARGS"] = "--train.precision=fp8"
+    found = [what for mark, what in marks(work.check_config(task("pretrain-8xa100"), ready)) if mark == "x"]
+    assert found[0] == "config: train.precision is fp8, but A100 has no fp8 units; set bf16, or take H100"
+    assert len(found) == 2  # and the A100 of 80 GB
+    assert all(mark == "ok" for mark, _ in marks(work.check_config(task("pretrain-gh200"), ready)))
+
+
 def test_micro_batches_that_do_not_divide_over_all_ranks_are_refused(ready):
     ready["TRAIN_ARGS"] = "--batch.tokens=262144 --batch.micro_batch=32"
     found = marks(work.check_config(task("pretrain-multinode"), ready))

@@ -16,7 +16,7 @@ from core import stop
 from core.errors import one_line
 from core.exit_codes import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
 from core.schema import TrainConfig
-from trainer import compile_cache, distributed
+from trainer import compile_cache, determinism, distributed
 from trainer.checkpoint import layout
 from trainer.checkpoint.early import EarlyFetch
 from trainer.checkpoint.load import load_newest
@@ -53,6 +53,8 @@ def run_stage(make: Callable[[Ranks], Stage], settings: Any, fetched: EarlyFetch
             return tell(PREEMPTED, ranks)
         if isinstance(error, distributed.PeerFailed):
             return FAILED
+        if refusal := determinism.refusal(error):
+            raise refusal from error
         raise
     finally:
         distributed.stop()
@@ -66,6 +68,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
         return requests.leave is not None
 
     set_up_torch(settings.train, ranks)
+    determinism.set_up(settings.train, ranks.device)
 
     # 1. The data and the run: checked before anything is written.
     stage = make(ranks)
@@ -91,6 +94,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
             stage.fill(model, restored)
         record.restored(restored)
         log.info("%s", stage.describe(model))
+        log.info("%s", determinism.describe(settings.train, ranks, stage.lengths_vary))
 
         # 3. Batches start to arrive while the rest is made ready.
         batches = stage.batches(first_step)
@@ -199,9 +203,5 @@ def leave(settings: TrainConfig, record: Record, reached: int, notice) -> int:
 
 def set_up_torch(train: Any, ranks: Ranks) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where something stays in fp32
-    if train.deterministic:
-        # cuBLAS reads this when it starts; without it torch refuses its products in deterministic mode.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     if ranks.device.type == "cpu":
         torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))

@@ -81,6 +81,7 @@ class PreferenceLoss(nn.Module):
 class Dpo(Tuned):
     name = "dpo"
     sequences_per_item = 2
+    lengths_vary = True
     flops_per_token = None  # rows are only as long as their longest answer needs
 
     def __init__(self, own: DpoConfig, ranks: Ranks):

@@ -59,6 +59,7 @@ class Stage(abc.ABC):
     name: str  # in the ledger
     dealt = False  # whether ranks take turns at micro-batches (trainer.optim.reduce)
     measures_start = False  # on held-out data, before the first step
+    lengths_vary = False  # of the rows of its micro-batches, from one to the next
 
     def __init__(self, settings: TrainConfig, ranks: Ranks):
         self.ranks = ranks
