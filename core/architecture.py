@@ -133,20 +133,41 @@ def flops_per_token(model: ModelConfig) -> float:
 
 
 def activation_bytes(model: ModelConfig, sequences: int, recompute: bool) -> float:
-    """Memory of one micro-batch between forward and backward pass, in mixed precision with fused attention.
+    """Memory of one micro-batch between forward and backward pass, under autocast to bfloat16, in compiled blocks.
 
-    Counted as in Korthikanti et al. 2022 ("Reducing Activation Recomputation", section 4.1), without the attention
-    scores, which fused kernels do not keep, and with a residual stream in float32. With `recompute` only each
-    block's input is kept, and one block's activations while its backward pass runs. An estimate: compilers keep
-    less, allocators need more.
+    Counted from what autograd stores there (tests/activations.py): with torch 2.13 the partitioner of torch.compile
+    keeps, per block, what `_block_bytes` lists, and computes the rest again. With `recompute` only each block's input
+    is kept, and all of one block while its backward pass runs.
     """
     tokens = sequences * model.context
-    width, hidden = model.width, model.hidden
-    branches = {"gelu": 2, "relu2": 2, "swiglu": 3}[model.mlp]
-    block = 2 * FP32_BYTES * width + 5 * BF16_BYTES * width + BF16_BYTES * (width + branches * hidden)
-    block += 3 * width if model.dropout else 0
-    kept = FP32_BYTES * width * model.layers + block if recompute else block * model.layers
-    return float(tokens * kept)
+    block, residual = _block_bytes(model), FP32_BYTES * model.width
+    blocks = residual * (model.layers - 1) + block if recompute else block * model.layers
+    # Around the blocks: the last norm's input and the gradient that the loss has made already; the embedding's norm
+    # and dropout.
+    around = 2 * residual + _norm_bytes(model)
+    around += residual + _norm_bytes(model) if model.embedding_norm else 0
+    around += model.width if model.dropout else 0
+    # The first block's values, which all blocks see, are a part of its queries, keys and values.
+    around += 3 * BF16_BYTES * model.width if model.value_skip and recompute else 0
+    return float(tokens * (blocks + around))
+
+
+def _block_bytes(model: ModelConfig) -> int:
+    """What a compiled block stores for its backward pass, per token, its input included."""
+    products = 7 * model.width  # both norms' results, queries, keys and values, attention's result, its projection
+    products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
+    if model.position == "rope" or model.qk_norm:
+        products += 3 * model.width  # queries and keys as attention takes them, and its result in another order
+    products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # before and after the activation
+    kept = FP32_BYTES * model.width + BF16_BYTES * products
+    kept += 2 * model.width if model.dropout else 0  # a byte per element says what was dropped
+    statistics = model.heads * (3 if model.qk_norm else 1)  # attention's log-sum-exp, and the norms per head
+    return kept + FP32_BYTES * statistics + 2 * _norm_bytes(model)
+
+
+def _norm_bytes(model: ModelConfig) -> int:
+    """Statistics that a norm stores per token: the inverse deviation, and a LayerNorm's mean."""
+    return FP32_BYTES * (2 if model.norm == "layernorm" else 1)
 
 
 LOSS_CHUNK_ROWS = 4096  # trainer.model.loss on a GPU
@@ -167,7 +188,7 @@ def training_bytes(
 
     Weights, gradients and their partial sums (trainer.optim.reduce keeps one per level of its tree) in float32, the
     optimizer's state, the exchange of a dealt one, bfloat16 copies of the weights, activations, the loss's chunk. An
-    estimate, to be confirmed by a trial on the GPU: 10 % are added for the allocator and the libraries.
+    estimate, not confirmed on a GPU yet: 10 % are added for gradients of activations, the allocator and the libraries.
     """
     count = parameters(model)
     matrices = matrix_parameters(model) - model.vocab_rows * model.width if muon else 0

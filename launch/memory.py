@@ -1,6 +1,6 @@
 """Would a training config fit the GPUs of a task? The trainer's own estimate, before a machine is rented.
 
-    verdict(settings, "A100", world=8)        (True, "A100: about 17 of 40 GB per GPU, by estimate"), or None
+    verdict(settings, "A100", world=8)        (True, "A100: about 17 of 40 GB per GPU, by estimate …"), or None
 
 Only what is above a GPU's memory by the estimate alone is refused; the trainer tries it out on the machine.
 """
@@ -8,6 +8,8 @@ Only what is above a GPU's memory by the estimate alone is refused; the trainer 
 from core import fit
 from core.gpus import memory_bytes
 from core.schema import TrainConfig
+
+UNCONFIRMED = "by estimate, not confirmed on a GPU yet"
 
 
 def verdict(settings: TrainConfig, gpu: str, world: int) -> tuple[bool, str] | None:
@@ -24,6 +26,7 @@ def verdict(settings: TrainConfig, gpu: str, world: int) -> tuple[bool, str] | N
     need = fit.estimate(settings, size, world)
     if need <= memory:
         found = "" if given else f", with {size} sequences per micro-batch"
-        return True, f"{gpu}: about {need / 1e9:.0f} of {memory / 1e9:.0f} GB per GPU, by estimate{found}"
-    said = f"{gpu}: batch.micro_batch = {size} needs about {need / 1e9:.0f} GB per GPU, it has {memory / 1e9:.0f}"
+        return True, f"{gpu}: about {need / 1e9:.0f} of {memory / 1e9:.0f} GB per GPU, {UNCONFIRMED}{found}"
+    needs = f"batch.micro_batch = {size} needs about {need / 1e9:.0f} GB per GPU ({UNCONFIRMED})"
+    said = f"{gpu}: {needs}, it has {memory / 1e9:.0f}"
     return False, f"{said}; {fit.advice(settings, world, memory)}"
