@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from core import config, journal, storage
+from core import journal, storage
 from core.schema import TrainConfig
 from tests import corpus, launching, presets
 from trainer import overfit
@@ -114,6 +114,5 @@ def test_the_documented_first_command_succeeds(data_url: str, tmp_path):
     flags = [f"--data.url={data_url}", f"--run.url={tmp_path}/run", "--overfit"]
     code, output = launching.finish(launching.start(1, *flags, base=["trainer/configs/debug.yaml"]))
     assert code == 0, output
-    settings = config.load(TrainConfig, ["trainer/configs/debug.yaml", *flags], {})
-    assert max(launching.metrics(f"{tmp_path}/run")) < settings.train.steps
+    assert max(launching.metrics(f"{tmp_path}/run")) < PRESETS["debug"].train.steps
     assert endings(f"{tmp_path}/run")[-1][0] == "finished"
