@@ -103,7 +103,8 @@ def test_one_batch_is_learned_by_heart(data_url: str, device: torch.device, tmp_
     run_url = f"{tmp_path}/run"
     flags = flags_of(data_url, run_url, device, "--overfit", "--batch.tokens=64", "--train.steps=150")
     launching.train(1, *flags, "--checkpoint.every=1000")
-    assert launching.metrics(run_url)[150]["loss"] < 0.1
+    found = launching.metrics(run_url)
+    assert found[max(found)]["loss"] < 0.1
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="torchao is not installed")
