@@ -123,7 +123,7 @@ def ours(cache: Path) -> Iterator[object]:
     from trainer.data.loader import Batches, TokenSource
 
     shards = ShardCache(f"{ROOT}/ours", manifest.read(f"{ROOT}/ours"), "train", cache, 1e12)
-    source = TokenSource(shards, LENGTH, seed=1, shuffle_shards=4)
+    source = TokenSource(shards, LENGTH, seed=1, shards_mixed=4)
     each = Batches(source, 0, BATCH, BATCH, 0, 1, 8, torch.device("cpu"), fetches=True)
     while True:
         for _ in range(source.order.windows // BATCH):

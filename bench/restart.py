@@ -1,6 +1,6 @@
 """From the start of a process to its first step: what a preemption costs besides the work that was lost.
 
-    python -m bench.restart --scratch=/tmp/bench [--rounds=3] [--ranks=1] [--setting=--checkpoint.keep=3] [--out=FILE]
+    python -m bench.restart --scratch=/tmp/bench [--rounds=3] [--ranks=1] [--setting=FLAG] [--out=FILE]
 
 The trainer itself, as its users start it (torchrun), on this CPU: GPT-2 124M with AdamW's moments (1.49 GB in a real
 S3 server on loopback), one sequence per step, an empty shard cache each time. A first life trains two steps and is
@@ -56,7 +56,7 @@ def start(options: argparse.Namespace, cache: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.ranks}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     command += ["-m", "trainer.train", "trainer/configs/gpt2-124m.yaml", f"--data.url={DATA}", f"--run.url={RUN}"]
-    command += ["--train.device=cpu", f"--batch.tokens={1024 * options.ranks}", "--batch.micro_batch=1"]
+    command += ["--train.device=cpu", f"--batch.tokens_per_step={1024 * options.ranks}", "--batch.micro_batch_size=1"]
     command += ["--train.eval_every=0", "--train.sample_every=0", "--train.log_every=1", *options.setting]
     return subprocess.Popen(
         command,

@@ -36,7 +36,7 @@ class Side:
 
 def ours(settings: TrainConfig, device: torch.device, accumulation: int) -> Side:
     """What trainer.loop does, with its own parts."""
-    model = GPT(settings.model, settings.train.recompute)
+    model = GPT(settings.model, settings.train.activation_checkpointing)
     model.initialise(1)
     model.to(device)
     optimizer = UnitOptimizer(model, settings.optimizer, rank=0, world=1)
@@ -50,7 +50,7 @@ def ours(settings: TrainConfig, device: torch.device, accumulation: int) -> Side
             return ddp(tokens_BT[:, :-1], tokens_BT[:, 1:])
 
     def finish() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.clip or float("inf"))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.grad_clip or float("inf"))
         optimizer.step(1.0)
 
     return Side(forward, finish, reducer.reset, reducer.context, reducer.micro_batch_done)
@@ -87,7 +87,7 @@ def nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
     model_config = settings.model
     shape = module.GPTConfig(
         block_size=model_config.context,
-        vocab_size=model_config.vocab_rows,
+        vocab_size=model_config.padded_vocab_size,
         n_layer=model_config.layers,
         n_head=model_config.heads,
         n_embd=model_config.width,
@@ -115,7 +115,7 @@ def build_nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> 
     model_config = settings.model
     shape = module.GPTConfig(
         block_size=model_config.context,
-        vocab_size=model_config.vocab_rows,
+        vocab_size=model_config.padded_vocab_size,
         n_layer=model_config.layers,
         n_head=model_config.heads,
         n_embd=model_config.width,
@@ -138,7 +138,7 @@ def modded(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
     """
     path = folder / "modded-nanogpt" / "records" / "track_3_optimization" / "train_gpt_simple.py"
     module = _load(path, before="########################################\n#                Setup")
-    model = module.GPT(settings.model.vocab_rows, settings.model.layers, settings.model.width).to(device)
+    model = module.GPT(settings.model.padded_vocab_size, settings.model.layers, settings.model.width).to(device)
     if device.type == "cuda":
         model.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.optimizer.lr, fused=device.type == "cuda")

@@ -57,7 +57,7 @@ def main() -> None:
         "model": config.to_dict(settings.model),
         "parameters": parameters(settings.model),
         "flops_per_token": flops_per_token(settings.model),
-        "micro_batch": settings.batch.micro_batch,
+        "micro_batch_size": settings.batch.micro_batch_size,
         "accumulation": options.accumulation,
         "steps": options.steps,
         "runs": runs,
@@ -92,10 +92,10 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     flags = [str(CONFIGS / f"{options.preset}.yaml"), "--run.url=unused", "--data.url=unused"]
     flags += [f"--{each}" for each in options.set]
     settings = config.load(TrainConfig, flags, {})
-    size = options.micro_batch or settings.batch.micro_batch
+    size = options.micro_batch_size or settings.batch.micro_batch_size
     context = options.context or settings.model.context
-    flags += [f"--model.context={context}", f"--batch.micro_batch={size}"]
-    return config.load(TrainConfig, [*flags, f"--batch.tokens={size * options.accumulation * context}"], {})
+    flags += [f"--model.context={context}", f"--batch.micro_batch_size={size}"]
+    return config.load(TrainConfig, [*flags, f"--batch.tokens_per_step={size * options.accumulation * context}"], {})
 
 
 def _sides(options: argparse.Namespace) -> list[str]:
@@ -139,7 +139,7 @@ def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
     in_order = [sum(step.values()) for step in steps]
     whole = sorted(in_order)
     rounds = clock.summary(in_order)
-    tokens_per_second = settings.batch.tokens / rounds["median"]
+    tokens_per_second = settings.batch.tokens_per_step / rounds["median"]
     peak = peak_flops(torch.cuda.get_device_name()) if kind == "cuda" else _measured_peak(device)
     moved = (
         4 * parameters(settings.model) * 9
@@ -154,7 +154,9 @@ def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
         "share": {part: sum(step[part] for step in steps) / sum(whole) for part in PARTS},
         "roofline": {
             "peak_flops": peak,
-            "products_seconds": settings.batch.tokens * flops_per_token(settings.model) / peak if peak else None,
+            "products_seconds": settings.batch.tokens_per_step * flops_per_token(settings.model) / peak
+            if peak
+            else None,
             "optimizer_bytes": moved,
         },
         "loss": loss,
@@ -178,7 +180,7 @@ def _batches(options: argparse.Namespace, settings: TrainConfig, device) -> list
     """The micro-batches of every step."""
     import torch
 
-    shape = (settings.batch.micro_batch, settings.model.context + 1)
+    shape = (settings.batch.micro_batch_size, settings.model.context + 1)
     if not options.data:
         return [torch.randint(0, 50000, shape, device=device, dtype=torch.int32) for _ in range(options.accumulation)]
     rows = tokens.first_windows(options.data, shape[0] * options.accumulation, shape[1])
@@ -226,7 +228,7 @@ def _show(results: dict) -> None:
     from rich.table import Table
 
     about = f"{results['device']}, torch {results['versions']['torch']}, {results['date']}"
-    batch = f"{results['micro_batch']} x {results['model']['context']} x {results['accumulation']} tokens per step"
+    batch = f"{results['micro_batch_size']} x {results['model']['context']} x {results['accumulation']} tokens per step"
     title = f"{quantity(results['parameters'])} parameters, {batch}; {about}"
     heads = ["side", "tokens/s", "x ours", "MFU", "memory", "step p10/p50/p90 s", "forward / backward / optimizer"]
     table = Table(*heads, title=title)

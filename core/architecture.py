@@ -20,7 +20,7 @@ class ModelConfig:
     heads: int = setting(12, "attention heads")
     width: int = setting(768, "model dimension")
     context: int = setting(1024, "tokens per sequence")
-    vocab_rows: int = setting(
+    padded_vocab_size: int = setting(
         50304, "rows of the embedding: the vocabulary, padded to a multiple of 64 or 128 for speed"
     )
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation (Ba 2016; Zhang & Sennrich 2019)")
@@ -29,14 +29,16 @@ class ModelConfig:
         "learned", "learned embeddings, or rotary (Su et al. 2021), which adds no parameters"
     )
     rope_base: float = setting(10000.0, "longest wavelength of rotary positions, over 2 pi")
-    rope_share: float = setting(1.0, "share of each head's dimensions that rotate (GPT-NeoX, Black et al. 2022: 0.25)")
+    rope_fraction: float = setting(
+        1.0, "share of each head's dimensions that rotate (GPT-NeoX, Black et al. 2022: 0.25)"
+    )
     mlp: Literal["gelu", "relu2", "swiglu"] = setting(
         "gelu", "GELU-tanh (Hendrycks & Gimpel 2016), ReLU² (So et al. 2021) or SwiGLU (Shazeer 2020)"
     )
     mlp_width: int = setting(0, "hidden width of the MLP; 0: four times the model's")
     bias: bool = setting(True, "biases in the linear layers of the blocks")
     qkv_bias: bool = setting(True, "biases of queries, keys and values; none without `bias`")
-    tied: bool = setting(True, "the output layer is the embedding (Press & Wolf 2017)")
+    tie_embeddings: bool = setting(True, "the output layer is the embedding (Press & Wolf 2017)")
     qk_norm: bool = setting(False, "RMS-norm of queries and keys, per head (Dehghani et al. 2023)")
     attention_scale: float = setting(0.0, "factor of the attention scores; 0: one over the root of the head's width")
     logit_softcap: float = setting(0.0, "logits become c tanh(logits / c) (Gemma 2, 2024); 0: not")
@@ -59,7 +61,7 @@ class ModelConfig:
             if not holds:
                 raise SettingError(key, problem)
 
-        for key in ("layers", "heads", "width", "context", "vocab_rows", "norm_eps", "rope_base"):
+        for key in ("layers", "heads", "width", "context", "padded_vocab_size", "norm_eps", "rope_base"):
             require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
         for key in ("mlp_width", "attention_scale", "logit_softcap"):
             require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
@@ -74,7 +76,7 @@ class ModelConfig:
             "heads",
             f"is {self.heads}, so that heads are {self.head_width} wide; rotary positions need an even width",
         )
-        require(0 < self.rope_share <= 1, "rope_share", f"is {self.rope_share}, must be above 0 and at most 1")
+        require(0 < self.rope_fraction <= 1, "rope_fraction", f"is {self.rope_fraction}, must be above 0 and at most 1")
         require(0 <= self.dropout < 1, "dropout", f"is {self.dropout}, must be at least 0 and below 1")
 
     @property
@@ -108,7 +110,7 @@ def matrix_parameters(model: ModelConfig) -> int:
     """Weights of all matrix products of a forward pass, the output layer included."""
     attention = (4 + model.extra_projection) * model.width**2
     mlp = (3 if model.mlp == "swiglu" else 2) * model.width * model.hidden
-    return model.layers * (attention + mlp) + model.vocab_rows * model.width
+    return model.layers * (attention + mlp) + model.padded_vocab_size * model.width
 
 
 def parameters(model: ModelConfig) -> int:
@@ -122,7 +124,7 @@ def parameters(model: ModelConfig) -> int:
     scalars = 2 * model.embedding_skip + 2 * model.value_skip
     count = matrix_parameters(model) + model.layers * (2 * norm + biases + scalars) + norm
     count += norm if model.embedding_norm else 0
-    count += 0 if model.tied else model.vocab_rows * width
+    count += 0 if model.tie_embeddings else model.padded_vocab_size * width
     return count + (model.context * width if model.position == "learned" else 0)
 
 
@@ -179,8 +181,7 @@ def training_bytes(
     accumulation: int,
     world: int,
     *,
-    shard: bool,
-    deal_sums: bool,
+    zero: int,
     muon: bool,
     recompute: bool,
 ) -> float:
@@ -191,13 +192,16 @@ def training_bytes(
     estimate, not confirmed on a GPU yet: 10 % are added for gradients of activations, the allocator and the libraries.
     """
     count = parameters(model)
-    matrices = matrix_parameters(model) - model.vocab_rows * model.width if muon else 0
-    levels = max(0, (accumulation & -accumulation).bit_length() - 1) / (world if deal_sums else 1)
-    adamw_bytes = 2 * FP32_BYTES * (count - matrices) / (world if shard else 1)
+    matrices = matrix_parameters(model) - model.padded_vocab_size * model.width if muon else 0
+    levels = max(0, (accumulation & -accumulation).bit_length() - 1) / (world if zero == 2 else 1)
+    adamw_bytes = 2 * FP32_BYTES * (count - matrices) / (world if zero else 1)
     muon_bytes = FP32_BYTES * matrices / world
-    exchange = FP32_BYTES * (count if shard else matrices) if world > 1 else 0
+    exchange = FP32_BYTES * (count if zero else matrices) if world > 1 else 0
     weights = FP32_BYTES * count * (2 + levels) + BF16_BYTES * count
     rows = min(LOSS_CHUNK_ROWS, sequences * model.context)
-    loss = rows * model.vocab_rows * (FP32_BYTES + 2 * BF16_BYTES) + 2 * FP32_BYTES * model.vocab_rows * model.width
+    loss = (
+        rows * model.padded_vocab_size * (FP32_BYTES + 2 * BF16_BYTES)
+        + 2 * FP32_BYTES * model.padded_vocab_size * model.width
+    )
     parts = weights + adamw_bytes + muon_bytes + exchange + loss + activation_bytes(model, sequences, recompute)
     return 1.1 * parts

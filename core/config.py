@@ -4,7 +4,7 @@ A schema is a frozen dataclass whose fields are sections (dataclasses) or settin
 Values are converted by declared type, so that `lr: 6e-4`, which PyYAML reads as text, is a float. An unknown
 key is an error with file, line and the nearest name. Secrets are no settings: they stay in the environment.
 
-    config = load(TrainConfig, ["trainer/configs/gpt2-124m.yaml", "--batch.micro_batch=16"], environment)
+    config = load(TrainConfig, ["trainer/configs/gpt2-124m.yaml", "--batch.micro_batch_size=16"], environment)
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from core.errors import ConfigError
+from core.renamed import RENAMED
 
 Schema = TypeVar("Schema")
 
@@ -191,6 +192,8 @@ def _walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, dataclas
 def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
     if key in known:
         return
+    if (today := RENAMED.get(key, "")) and today.partition("=")[0] in known:
+        raise ConfigError(f"{where}: {key} is an old name; write {today}")
     sections = {name.rpartition(".")[0] for name in known}
     if key in sections:
         raise ConfigError(
@@ -265,9 +268,9 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
                 continue
         return _convert(value, kinds[-1], key, where)
     if origin is typing.Literal:
-        choices = typing.get_args(kind)
-        if value in choices:
-            return value
+        choices = {str(choice): choice for choice in typing.get_args(kind)}
+        if str(value) in choices:
+            return choices[str(value)]
         near = difflib.get_close_matches(str(value), choices, n=1)
         raise ConfigError(
             f"{where}: {key} is {value!r}, must be one of {', '.join(choices)}"

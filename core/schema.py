@@ -22,13 +22,13 @@ class RunConfig:
     max_usd: float = setting(
         0.0, "hard cap in dollars over all segments: save and stop before it; 0: none", env="MAX_USD", identity=False
     )
-    shutdown_seconds: float = setting(
+    shutdown_reserve_seconds: float = setting(
         120.0, "paid time between the trainer's end and the machine's, kept in reserve under the cap", identity=False
     )
 
     def __post_init__(self):
         require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
-        for key in ("max_usd", "shutdown_seconds"):
+        for key in ("max_usd", "shutdown_reserve_seconds"):
             require(0 <= getattr(self, key) < float("inf"), key, f"is {getattr(self, key)}, must not be below 0")
 
 
@@ -51,13 +51,13 @@ class DataConfig:
         check=urls.mistake_in_folder,
     )
     cache_gb: float = setting(20.0, "upper bound of that folder in GB (10^9 bytes)", identity=False)
-    shuffle_shards: int = setting(4, "shards that are mixed with each other, and open at a time")
+    shards_mixed: int = setting(4, "shards that are mixed with each other, and open at a time")
     prefetch: int = setting(8, "micro-batches prepared ahead, about", identity=False)
 
     def __post_init__(self):
         require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
         require(self.cache_gb > 0, "cache_gb", f"is {self.cache_gb}, must be above 0")
-        require(self.shuffle_shards > 0, "shuffle_shards", f"is {self.shuffle_shards}, must be at least 1")
+        require(self.shards_mixed > 0, "shards_mixed", f"is {self.shards_mixed}, must be at least 1")
         require(self.prefetch > 0, "prefetch", f"is {self.prefetch}, must be at least 1")
 
 
@@ -65,15 +65,19 @@ class DataConfig:
 class BatchConfig:
     """How many tokens make one optimizer step, and how many sequences go through the model at once."""
 
-    tokens: int = setting(524288, "tokens per optimizer step, over all ranks")
-    micro_batch: int = setting(
+    tokens_per_step: int = setting(524288, "tokens per optimizer step, over all ranks")
+    micro_batch_size: int = setting(
         32,
         "sequences per forward pass and rank; accumulation follows. 0: the most that fit, found once",
     )
 
     def __post_init__(self):
-        require(self.tokens > 0, "tokens", f"is {self.tokens}, must be above 0")
-        require(self.micro_batch >= 0, "micro_batch", f"is {self.micro_batch}, must be above 0, or 0 for what fits")
+        require(self.tokens_per_step > 0, "tokens_per_step", f"is {self.tokens_per_step}, must be above 0")
+        require(
+            self.micro_batch_size >= 0,
+            "micro_batch_size",
+            f"is {self.micro_batch_size}, must be above 0, or 0 for what fits",
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class OptimizerConfig:
     head_lr: float = setting(0.0, "AdamW's rate for an untied output layer; 0: lr")
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr")
     schedule: Literal["cosine", "linear"] = setting("cosine", "how the rates fall")
-    cooldown: float = setting(1.0, "share of the steps, at the end, in which they fall; before it they stay")
+    cooldown_fraction: float = setting(1.0, "share of the steps, at the end, in which they fall; before it they stay")
     min_lr_ratio: float = setting(
         0.1, "rate at the end over the peak one; a cosine reaches it at the last step, a line one step later"
     )
@@ -98,19 +102,17 @@ class OptimizerConfig:
     muon_lr: float = setting(0.02, "peak learning rate of Muon")
     muon_momentum: float = setting(0.95, "Muon's momentum")
     muon_weight_decay: float = setting(0.0, "Muon's decay")
-    muon_rounds: int = setting(5, "Newton-Schulz rounds per update")
-    clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
-    shard: bool = setting(
-        False, "each rank keeps the optimizer state of its share of rows only (ZeRO-1); same results", identity=False
-    )
-    deal_sums: bool = setting(
-        False,
-        "each rank keeps partial gradient sums of its share only (ZeRO-2), for an exchange per turn; same results",
+    muon_ns_steps: int = setting(5, "Newton-Schulz rounds per update")
+    grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
+    zero: Literal[0, 1, 2] = setting(
+        0,
+        "ZeRO stage (Rajbhandari et al. 2020): 1: each rank keeps the optimizer state of its share of rows only; 2: "
+        "and the partial gradient sums of that share, for an exchange per turn. Same results",
         identity=False,
     )
 
     def __post_init__(self):
-        for key in ("lr", "eps", "muon_lr", "muon_rounds"):
+        for key in ("lr", "eps", "muon_lr", "muon_ns_steps"):
             require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
         for key in (
             "embedding_lr",
@@ -118,13 +120,13 @@ class OptimizerConfig:
             "scalar_lr",
             "weight_decay",
             "muon_weight_decay",
-            "clip",
+            "grad_clip",
             "warmup_steps",
         ):
             require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
         for key in ("beta1", "beta2", "muon_momentum"):
             require(0 <= getattr(self, key) < 1, key, f"is {getattr(self, key)}, must be at least 0 and below 1")
-        for key in ("cooldown", "min_lr_ratio"):
+        for key in ("cooldown_fraction", "min_lr_ratio"):
             require(0 <= getattr(self, key) <= 1, key, f"is {getattr(self, key)}, must be between 0 and 1")
 
 
@@ -134,7 +136,7 @@ class TrainLoopConfig:
 
     steps: int = setting(19073, "optimizer steps of the whole run")
     seed: int = setting(1337, "seed of weights and data order")
-    skip_batches: tuple[int, ...] = setting(
+    skip_steps: tuple[int, ...] = setting(
         (),
         "steps whose data is left out, after they made numbers that are not finite: step s then takes the next "
         "batch that is not in the list",
@@ -145,7 +147,7 @@ class TrainLoopConfig:
         "one micro-batch again and again, at a constant rate and without dropout, to see that everything works; "
         "--overfit for short",
     )
-    overfit_bound: float = setting(
+    overfit_max_loss: float = setting(
         0.1, "loss below which such a run stops; it fails if it is not there after `steps`", identity=False
     )
     log_every: int = setting(10, "steps between log lines; metrics have every step", identity=False)
@@ -168,10 +170,10 @@ class TrainLoopConfig:
         "auto",
         "of matrix products: auto is bf16 on a GPU and fp32 on a CPU; fp8 (blocks only) needs Hopper or newer",
     )
-    reduce_dtype: Literal["fp32", "bf16"] = setting(
+    grad_reduce_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "of gradients on their way between ranks; with bf16 the bits depend on the number of ranks"
     )
-    recompute: bool = setting(
+    activation_checkpointing: bool = setting(
         False, "keep only block inputs for the backward pass: less memory, a third more work", identity=False
     )
     deterministic: bool = setting(
@@ -189,7 +191,7 @@ class TrainLoopConfig:
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting(
         (), "also send metrics there, if installed; their failures never stop a run", identity=False
     )
-    view: Literal["auto", "live", "lines"] = setting(
+    display: Literal["auto", "live", "lines"] = setting(
         "auto", "live: one picture that is kept up to date; lines: a log; auto: live on a terminal", identity=False
     )
 
@@ -203,38 +205,38 @@ class TrainLoopConfig:
         every = ("eval_every", "norms_every", "hellaswag_every", "sample_every")
         for key in (*every, "hellaswag_items", "sample_tokens", "cpu_threads"):
             require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
-        for key in ("log_every", "eval_tokens", "overfit_bound"):
+        for key in ("log_every", "eval_tokens", "overfit_max_loss"):
             require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
-        require(
-            all(step > 0 for step in self.skip_batches), "skip_batches", f"is {self.skip_batches}; steps count from 1"
-        )
+        require(all(step > 0 for step in self.skip_steps), "skip_steps", f"is {self.skip_steps}; steps count from 1")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and what to keep."""
 
-    every: int = setting(0, "steps between checkpoints; 0: by time, from measured costs", identity=False)
+    every_steps: int = setting(0, "steps between checkpoints; 0: by time, from measured costs", identity=False)
     max_lost_seconds: float = setting(
         60.0, "by time: a machine that goes without notice loses at most so much work", identity=False
     )
-    mean_hours_between_failures: float = setting(
+    expected_hours_between_failures: float = setting(
         4.0, "by time: expected hours until a machine goes (spot: 1 to 20)", identity=False
     )
-    keep: int = setting(
+    keep_last: int = setting(
         2, "newest complete checkpoints to keep, at least 2: the last one may prove unreadable", identity=False
     )
-    keep_every: int = setting(0, "also keep every checkpoint at a multiple of so many steps; 0: none", identity=False)
+    keep_every_steps: int = setting(
+        0, "also keep every checkpoint at a multiple of so many steps; 0: none", identity=False
+    )
 
     def __post_init__(self):
-        for key in ("every", "keep_every"):
+        for key in ("every_steps", "keep_every_steps"):
             require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
-        for key in ("max_lost_seconds", "mean_hours_between_failures"):
+        for key in ("max_lost_seconds", "expected_hours_between_failures"):
             require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
         require(
-            self.keep >= 2,
-            "keep",
-            f"is {self.keep}, must be at least 2, so that a damaged newest one has a predecessor",
+            self.keep_last >= 2,
+            "keep_last",
+            f"is {self.keep_last}, must be at least 2, so that a damaged newest one has a predecessor",
         )
 
 
@@ -252,13 +254,13 @@ class TrainConfig:
 
     def __post_init__(self):
         # A micro-batch that is still to be found is a divisor of the batch by construction.
-        per_micro_batch = max(1, self.batch.micro_batch) * self.model.context
+        per_micro_batch = max(1, self.batch.micro_batch_size) * self.model.context
         require(
-            self.batch.tokens % per_micro_batch == 0,
-            "batch.tokens",
-            f"is {self.batch.tokens}, must be a multiple of batch.micro_batch x model.context = "
-            f"{max(1, self.batch.micro_batch)} x {self.model.context} = {per_micro_batch}; "
-            f"the nearest is {max(1, round(self.batch.tokens / per_micro_batch)) * per_micro_batch}",
+            self.batch.tokens_per_step % per_micro_batch == 0,
+            "batch.tokens_per_step",
+            f"is {self.batch.tokens_per_step}, must be a multiple of batch.micro_batch_size x model.context = "
+            f"{max(1, self.batch.micro_batch_size)} x {self.model.context} = {per_micro_batch}; "
+            f"the nearest is {max(1, round(self.batch.tokens_per_step / per_micro_batch)) * per_micro_batch}",
         )
         require(
             self.optimizer.warmup_steps <= self.train.steps,

@@ -20,7 +20,7 @@ class RowsConfig:
         identity=False,
         check=urls.mistake,
     )
-    rows: str = setting(
+    examples: str = setting(
         "instructions",
         "name of a set below url/sets, or a .jsonl file (local, s3://, gs://)",
         identity=False,
@@ -28,22 +28,24 @@ class RowsConfig:
     )
     length: int = setting(0, "tokens per sequence; what is longer is cut at its end. 0: the model's context")
     val_fraction: float = setting(0.05, "share of the examples that is held out, by hash of their question")
-    max_bad_share: float = setting(
+    max_bad_fraction: float = setting(
         0.01, "share of rows without an answer, or of another form, at which to stop; below it they are left out"
     )
 
     def __post_init__(self):
-        require(bool(self.rows), "rows", "is empty; name a set or a .jsonl file")
+        require(bool(self.examples), "examples", "is empty; name a set or a .jsonl file")
         require(self.length >= 0, "length", f"is {self.length}, must be above 0, or 0 for the model's context")
         require(0 <= self.val_fraction < 1, "val_fraction", f"is {self.val_fraction}, must be at least 0 and below 1")
-        require(0 <= self.max_bad_share <= 1, "max_bad_share", f"is {self.max_bad_share}, must be between 0 and 1")
+        require(
+            0 <= self.max_bad_fraction <= 1, "max_bad_fraction", f"is {self.max_bad_fraction}, must be between 0 and 1"
+        )
 
 
 @dataclass(frozen=True)
 class PairsConfig(RowsConfig):
     """Where pairs of answers come from, and how they become sequences."""
 
-    rows: str = setting(
+    examples: str = setting(
         "preferences",
         "name of a set below url/sets, or a .jsonl file (local, s3://, gs://)",
         identity=False,
@@ -155,9 +157,9 @@ class DpoConfig:
     def __post_init__(self):
         _check_lora(self)
         require(
-            self.batch.micro_batch % 2 == 0,
-            "batch.micro_batch",
-            f"is {self.batch.micro_batch}, must be even: a pair is two sequences",
+            self.batch.micro_batch_size % 2 == 0,
+            "batch.micro_batch_size",
+            f"is {self.batch.micro_batch_size}, must be even: a pair is two sequences",
         )
 
 
@@ -177,12 +179,12 @@ class TeacherConfig:
         check=urls.mistake_in_model,
     )
     temperature: float = setting(2.0, "both distributions are softened by it")
-    weight: float = setting(0.5, "share of the teacher in the loss; the rest is cross-entropy with the data")
+    kl_weight: float = setting(0.5, "share of the teacher in the loss; the rest is cross-entropy with the data")
 
     def __post_init__(self):
         require(bool(self.teacher), "teacher", "is empty; name a run, a checkpoint or a public model")
         require(self.temperature > 0, "temperature", f"is {self.temperature}, must be above 0")
-        require(0 < self.weight <= 1, "weight", f"is {self.weight}, must be above 0 and at most 1")
+        require(0 < self.kl_weight <= 1, "kl_weight", f"is {self.kl_weight}, must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)

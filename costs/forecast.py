@@ -35,7 +35,7 @@ class Assumptions:
     ready_seconds: float = 90.0  # imports, first shards, torch.compile, restore
     shutdown_seconds: float | None = None  # idle until shut down; None: as the task's autostop says, else 10 minutes
     checkpoint_blocked_seconds: float = 0.3  # first save of 124M measured at 0.25-0.33 s, later ones at 0.1 s
-    preemptions_per_hour: float = 0.25  # spot; what checkpoint.mean_hours_between_failures takes for granted, too
+    preemptions_per_hour: float = 0.25  # spot; what checkpoint.expected_hours_between_failures takes for granted, too
     prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
     epoch_tokens: float = 5e6  # of a set of conversations, about the size of Alpaca's 52,002
@@ -144,7 +144,7 @@ def _tokens(work: Work, assume: Assumptions) -> float | None:
     if settings is None:
         return None
     epochs = _epochs(work)
-    return epochs * assume.epoch_tokens if epochs else float(settings.train.steps) * settings.batch.tokens
+    return epochs * assume.epoch_tokens if epochs else float(settings.train.steps) * settings.batch.tokens_per_step
 
 
 def _epochs(work: Work) -> float:
@@ -221,7 +221,7 @@ def _parts(
     if same:
         parts["eval, sample, checkpoint, wait"] = work * measured.overhead_share
     elif train:
-        steps = job.amount / train.batch.tokens
+        steps = job.amount / train.batch.tokens_per_step
         if train.train.eval_every:
             looks = steps / train.train.eval_every * _eval_tokens(train, assume)
             parts["eval"] = looks / (speed * EVAL_SPEEDUP)
@@ -236,8 +236,8 @@ def _parts(
 
 def _checkpoint_seconds(train: Training, speed: float) -> float:
     """Training time between checkpoints. By time, the trainer chooses an interval up to the loss it may risk."""
-    every = train.checkpoint.every
-    return every * train.batch.tokens / speed if every else train.checkpoint.max_lost_seconds
+    every = train.checkpoint.every_steps
+    return every * train.batch.tokens_per_step / speed if every else train.checkpoint.max_lost_seconds
 
 
 def _around(row: Row, job: Job, assume: Assumptions, rates: StorageRates | None) -> dict[str, float]:
@@ -248,7 +248,7 @@ def _around(row: Row, job: Job, assume: Assumptions, rates: StorageRates | None)
     stored = 0.0 if job.work.stage == "evaluate" else moved
     if job.training and job.work.model:
         size = architecture.parameters(job.work.model) * BYTES_PER_PARAMETER_SAVED
-        stored += job.training.checkpoint.keep * size
+        stored += job.training.checkpoint.keep_last * size
     found = {"storage": stored / 1e9 * rates.usd_per_gb_month * assume.storage_months}
     if job.work.stage != "prep" and row.offer.cloud != assume.bucket_cloud:
         found["egress"] = moved / 1e9 * rates.usd_per_gb_egress

@@ -20,13 +20,13 @@ def verdict(settings: TrainConfig, gpu: str, world: int) -> tuple[bool, str] | N
     memory = memory_bytes(gpu)
     if memory is None:
         return None
-    given = settings.batch.micro_batch
+    given = settings.batch.micro_batch_size
     sizes = [given] if given else fit.possible(settings, world)  # the trainer looks for the largest that fits
     size = next((each for each in sizes if fit.estimate(settings, each, world) <= memory), sizes[-1])
     need = fit.estimate(settings, size, world)
     if need <= memory:
         found = "" if given else f", with {size} sequences per micro-batch"
         return True, f"{gpu}: about {need / 1e9:.0f} of {memory / 1e9:.0f} GB per GPU, {UNCONFIRMED}{found}"
-    needs = f"batch.micro_batch = {size} needs about {need / 1e9:.0f} GB per GPU ({UNCONFIRMED})"
+    needs = f"batch.micro_batch_size = {size} needs about {need / 1e9:.0f} GB per GPU ({UNCONFIRMED})"
     said = f"{gpu}: {needs}, it has {memory / 1e9:.0f}"
     return False, f"{said}; {fit.advice(settings, world, memory)}"

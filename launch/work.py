@@ -33,7 +33,7 @@ def check_data(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Fi
     if "trainer.finetune" in run or "trainer.evaluate" in run:
         yield from _start(settings["START"] if "trainer.finetune" in run else run_url(settings))
     if "trainer.finetune" in run:
-        rows = _finetune(settings).data.rows
+        rows = _finetune(settings).data.examples
         if not rows.endswith(".jsonl"):
             yield Finding("ok", f"data: {sets.info_of(data_url(settings), rows).rows:,} rows of {rows!r}")
     if "trainer.train" not in run or "data_prep" in run:
@@ -76,7 +76,7 @@ def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
         train = _as_training(_finetune(settings))
     else:
         return
-    length = f"{train.train.steps:,} steps of {train.batch.tokens:,} tokens"
+    length = f"{train.train.steps:,} steps of {train.batch.tokens_per_step:,} tokens"
     yield Finding("ok", f"config: {settings['CONFIG']}, {length}")
     if settings.get("DEVICE") == "cpu":
         return
@@ -84,7 +84,7 @@ def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
         if not gpu:
             continue
         ranks = int(settings.get("RANKS_PER_NODE") or count) * int(task.get("num_nodes") or 1)
-        micro_batches = train.batch.tokens // (max(1, train.batch.micro_batch) * train.model.context)
+        micro_batches = train.batch.tokens_per_step // (max(1, train.batch.micro_batch_size) * train.model.context)
         if micro_batches % ranks:
             yield Finding(
                 "x", f"config: {micro_batches} micro-batches do not divide over {ranks} ranks of {gpu}:{count}"

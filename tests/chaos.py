@@ -60,9 +60,9 @@ def chaos(data_url: str, base_url: str, kills: int, steps: int, seed: int) -> di
     lives: list[tuple[float, float]] = []  # when each began, how long it lasted
     newest = 0
     while len(lives) < kills:
-        ranks, shard = choose.choice([1, 2, 4]), choose.choice(["true", "false"])
+        ranks, zero = choose.choice([1, 2, 4]), choose.choice([0, 1])
         begun = time.time()
-        life = Life(ranks, [*flags, f"--run.url={killed}", f"--optimizer.shard={shard}"], begun)
+        life = Life(ranks, [*flags, f"--run.url={killed}", f"--optimizer.zero={zero}"], begun)
         schedule = BEFORE_LAST_KILL * steps / kills
         behind = newest < schedule * len(lives)
         if behind:

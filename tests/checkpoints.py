@@ -11,7 +11,7 @@ from trainer.model.gpt import GPT
 
 # Threads wait for each other at the end of every product, on a busy machine far longer than a small one takes.
 torch.set_num_threads(1)
-SMALL = ModelConfig(layers=1, heads=2, width=16, context=128, vocab_rows=50304)
+SMALL = ModelConfig(layers=1, heads=2, width=16, context=128, padded_vocab_size=50304)
 
 
 def random_model(model_config: ModelConfig = SMALL, seed: int = 0) -> GPT:

@@ -37,7 +37,7 @@ def main(folder: str, last: int, shard: bool, deal: bool) -> None:
     ranks = distributed.start("cpu")
     for number, (name, architecture) in enumerate(presets.architectures().items()):
         model = GPT(architecture)
-        config = dataclasses.replace(optimizer_of(name), shard=shard)
+        config = dataclasses.replace(optimizer_of(name), zero=int(shard))
         optimizer = UnitOptimizer(model, config, ranks.rank, ranks.world)
         url = f"{folder}/{name}"
         restored = load_newest(url, optimizer, ranks)

@@ -20,21 +20,21 @@ def pretraining() -> dict[str, TrainConfig]:
     return found
 
 
-def small(model: ModelConfig, vocab_rows: int = 64) -> ModelConfig:
+def small(model: ModelConfig, padded_vocab_size: int = 64) -> ModelConfig:
     return dataclasses.replace(
         model,
         layers=2,
         heads=2,
         width=16,
         context=12,
-        vocab_rows=vocab_rows,
+        padded_vocab_size=padded_vocab_size,
         mlp_width=24 if model.mlp_width else 0,
     )
 
 
 # Choices that no preset makes.
 OTHERS = {
-    "skips": ModelConfig(embedding_skip=True, value_skip=True, init="zero_out", tied=False),
+    "skips": ModelConfig(embedding_skip=True, value_skip=True, init="zero_out", tie_embeddings=False),
     "documents": ModelConfig(document_mask=True),
     "rope-gelu": ModelConfig(position="rope", qk_norm=True, embedding_norm=True),
 }

@@ -45,7 +45,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def source(url: str, folder: Path, limit_bytes: float = 1e9) -> TokenSource:
     cache = ShardCache(url, manifest.read(url), "train", folder, limit_bytes)
-    return TokenSource(cache, LENGTH, seed=5, shuffle_shards=2)
+    return TokenSource(cache, LENGTH, seed=5, shards_mixed=2)
 
 
 def batches(tokens: TokenSource, first_step: int = 0, rank: int = 0, world: int = 1, fetches: bool = True) -> Batches:

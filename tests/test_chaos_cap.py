@@ -26,7 +26,7 @@ def life(run_url: str, data_url: str, max_usd: float, seconds: float, code_file:
     """A machine that is taken away so many seconds after it has opened its books (or has first written to another
     folder of the run). Returns how long it was paid."""
     flags = [f"--data.url={data_url}", f"--run.url={run_url}", f"--train.steps={STEPS}", "--train.log_every=50"]
-    flags += ["--checkpoint.max_lost_seconds=2", f"--run.shutdown_seconds={SHUTDOWN_SECONDS}"]
+    flags += ["--checkpoint.max_lost_seconds=2", f"--run.shutdown_reserve_seconds={SHUTDOWN_SECONDS}"]
     folder = storage.join(run_url, begins)
     before = storage.list_names(folder)
     began = time.time()

@@ -17,7 +17,7 @@ from trainer.checkpoint.save import Saver
 from trainer.model.gpt import GPT
 from trainer.optim.units import UnitOptimizer
 
-MODEL = ModelConfig(layers=1, heads=2, width=8, context=4, vocab_rows=32)
+MODEL = ModelConfig(layers=1, heads=2, width=8, context=4, padded_vocab_size=32)
 
 
 def trained(seed: int, steps: int) -> tuple[GPT, UnitOptimizer]:
@@ -152,13 +152,13 @@ def test_all_damaged_stops_and_leaves_the_targets_alone(tmp_path, ranks):
 
 def test_another_models_checkpoint_is_refused(tmp_path, ranks):
     save(str(tmp_path), ranks, 1)
-    wider = GPT(ModelConfig(layers=1, heads=2, width=8, context=4, vocab_rows=64))
+    wider = GPT(ModelConfig(layers=1, heads=2, width=8, context=4, padded_vocab_size=64))
     with pytest.raises(CheckpointError, match=r"holds 32 of 64 rows of model\.wte\.weight"):
         load_newest(str(tmp_path), UnitOptimizer(wider, OptimizerConfig(warmup_steps=0), 0, 1), ranks)
 
 
 def test_retention_keeps_the_newest_and_the_multiples(tmp_path, ranks):
-    save(str(tmp_path), ranks, *range(1, 12), keep=3, keep_every=4)
+    save(str(tmp_path), ranks, *range(1, 12), keep_last=3, keep_every_steps=4)
     assert layout.complete_steps(str(tmp_path)) == [11, 10, 9, 8, 4]
 
 

@@ -6,7 +6,10 @@ import pytest
 
 from core import config
 from core.errors import ConfigError
+from core.renamed import RENAMED
 from core.schema import TrainConfig
+from core.schema_tuning import DistilConfig, DpoConfig, FinetuneConfig
+from trainer.evals.settings import EvaluateConfig
 
 REPOSITORY = Path(__file__).parent.parent
 URLS = ["--run.url=/r", "--data.url=/d"]
@@ -56,7 +59,7 @@ def test_environment_overrides_the_file_and_a_flag_both(tmp_path: Path):
         ("train: 5\n", r"c\.yaml:1: train must be a mapping"),
         ("train:\n  seed: 1\n  seed: 2\n", r"c\.yaml:3: train\.seed is set twice; the first is at .*c\.yaml:2"),
         ("model:\n\n  heads: 7\n", r"c\.yaml:3: model\.heads: is 7, must divide the width 768"),
-        ("checkpoint:\n  keep: 1\n", r"c\.yaml:2: checkpoint\.keep: is 1, must be at least 2"),
+        ("checkpoint:\n  keep_last: 1\n", r"c\.yaml:2: checkpoint\.keep_last: is 1, must be at least 2"),
         ("a: [b\n", r"c\.yaml: not valid YAML"),
     ],
 )
@@ -79,9 +82,10 @@ def test_errors_of_flags(tmp_path: Path):
     with pytest.raises(ConfigError, match="more than one config file"):
         load(write(tmp_path, ""), write(tmp_path, ""))
     with pytest.raises(
-        ConfigError, match=r"batch\.tokens: is 1000, must be a multiple of .* = 32 x 1024 = 32768; the nearest is 32768"
+        ConfigError,
+        match=r"batch\.tokens_per_step: is 1000, must be a multiple of .* = 32 x 1024 = 32768; the nearest is 32768",
     ):
-        load("--batch.tokens=1000")
+        load("--batch.tokens_per_step=1000")
     with pytest.raises(ConfigError, match=r"url: is empty; set it, --run\.url"):
         config.load(TrainConfig, [], {})
 
@@ -108,4 +112,20 @@ def test_help_names_every_setting():
 )
 def test_shipped_training_configs_load(file: Path):
     loaded = load(str(file))
-    assert loaded.batch.tokens % (loaded.batch.micro_batch * loaded.model.context) == 0
+    assert loaded.batch.tokens_per_step % (loaded.batch.micro_batch_size * loaded.model.context) == 0
+
+
+def test_an_old_name_of_a_setting_is_answered_with_the_new_one(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"flag --batch\.tokens=512: batch\.tokens is an old name; write batch\.tokens_"
+    ):
+        load("--batch.tokens=512")
+    with pytest.raises(ConfigError, match=r"c\.yaml:2: optimizer\.deal_sums is an old name; write optimizer\.zero=2"):
+        load(write(tmp_path, "optimizer:\n  deal_sums: true\n"))
+
+
+def test_every_new_name_is_a_setting():
+    schemas = (TrainConfig, FinetuneConfig, DpoConfig, DistilConfig, EvaluateConfig)
+    known = {key for schema in schemas for key, _ in config._walk(schema)}
+    assert {name.partition("=")[0] for name in RENAMED.values()} <= known
+    assert not set(RENAMED) & known

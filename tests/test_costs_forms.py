@@ -23,7 +23,7 @@ from tests.golden import NOON, GoldenRun, preempted_and_resumed, span
 from tests.patience import PATIENCE_SECONDS
 
 LATER = NOON + 86400
-MODEL = {"layers": 2, "heads": 2, "width": 64, "context": 128, "vocab_rows": 50304}
+MODEL = {"layers": 2, "heads": 2, "width": 64, "context": 128, "padded_vocab_size": 50304}
 
 
 @pytest.fixture

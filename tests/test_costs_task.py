@@ -40,10 +40,10 @@ def test_resources_are_read_as_skypilot_documents_them(tmp_path: Path, resources
 
 def test_the_work_is_what_the_task_runs(tmp_path: Path):
     task = tasks.load(
-        write(tmp_path, "accelerators: A100:8", GPT2 + " --train.steps=${STEPS:-1000} --batch.tokens=1048576")
+        write(tmp_path, "accelerators: A100:8", GPT2 + " --train.steps=${STEPS:-1000} --batch.tokens_per_step=1048576")
     )
     assert task.work.stage == "pretrain"
-    assert (task.work.config.train.steps, task.work.config.batch.tokens) == (1000, 1048576)
+    assert (task.work.config.train.steps, task.work.config.batch.tokens_per_step) == (1000, 1048576)
     prep = tasks.load(
         write(tmp_path, "cpus: 8+", "python -m data_prep.prepare data_prep/configs/fineweb-edu-10bt.yaml")
     )
@@ -106,7 +106,7 @@ def test_a_build_of_images_is_work_as_well(tmp_path: Path):
     ],
 )
 def test_what_is_tuned_is_the_model_that_its_start_names(tmp_path: Path, start: str, width: int, assumed: str):
-    run = f"torchrun -m trainer.finetune --finetune.start={start} --train.steps=1000 --batch.tokens=65536"
+    run = f"torchrun -m trainer.finetune --finetune.start={start} --train.steps=1000 --batch.tokens_per_step=65536"
     work = tasks.load(write(tmp_path, "accelerators: A100:1", run)).work
     assert (work.stage, work.model.width, work.assumed) == ("finetune", width, assumed)
 

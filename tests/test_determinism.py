@@ -29,7 +29,9 @@ def test_an_exact_resume_is_the_default_and_the_log_says_what_holds():
     assert described(CPU, deterministic=False).startswith("a resume is exact to the bit on CPUs of this kind, with ")
     assert "set train.compile=false for the same bits" in described(CUDA, lengths_vary=True)
     assert "to the bit" in described(CUDA, lengths_vary=True, compile=False)
-    assert described(CUDA, reduce_dtype="bf16").endswith("with the same number of ranks (train.reduce_dtype is bf16)")
+    assert described(CUDA, grad_reduce_dtype="bf16").endswith(
+        "with the same number of ranks (train.grad_reduce_dtype is bf16)"
+    )
 
 
 @pytest.fixture

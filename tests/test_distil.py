@@ -19,7 +19,10 @@ from trainer.stages.teacher import Teacher, open_teacher
 MODULE = "trainer.distil"
 STUDENT = ["--model.layers=1", "--model.heads=2", "--model.width=16", "--model.context=64"]
 FLAGS = [*STUDENT, *tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--train.eval_tokens=256"]
-FLAGS += ["--checkpoint.every=3", "--batch.tokens=256"]  # each token costs two softmaxes over the vocabulary
+FLAGS += [
+    "--checkpoint.every_steps=3",
+    "--batch.tokens_per_step=256",
+]  # each token costs two softmaxes over the vocabulary
 CPU = torch.device("cpu")
 
 
@@ -77,7 +80,7 @@ def test_the_loss_in_chunks_is_that_of_whole_logits():
 
 
 def test_the_mixture_is_hintons():
-    config = ModelConfig(layers=1, heads=2, width=16, context=16, vocab_rows=50304)
+    config = ModelConfig(layers=1, heads=2, width=16, context=16, padded_vocab_size=50304)
     student, teacher = GPT(config), GPT(config)
     student.initialise(1)
     teacher.initialise(2)

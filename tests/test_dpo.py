@@ -20,7 +20,7 @@ from trainer.stages.dpo import answer_log_probs, margins, preference_losses
 
 MODULE = "trainer.dpo"
 FLAGS = [*tuning.BATCH, *tuning.QUIET, "--optimizer.lr=3e-3", "--train.steps=18", "--train.eval_every=0"]
-FLAGS += ["--checkpoint.every=3", "--data.val_fraction=0.1"]
+FLAGS += ["--checkpoint.every_steps=3", "--data.val_fraction=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def pairs(tmp_path_factory) -> str:
 
 
 def flags_of(base: tuple[str, str], pairs: str, run_url: str, *more: str) -> list[str]:
-    return [f"--dpo.start={base[1]}", f"--data.rows={pairs}", f"--run.url={run_url}", *FLAGS, *more]
+    return [f"--dpo.start={base[1]}", f"--data.examples={pairs}", f"--run.url={run_url}", *FLAGS, *more]
 
 
 def test_it_learns_and_killed_it_resumes_to_the_bit(pretrained, pairs, tmp_path):
@@ -96,7 +96,7 @@ def test_the_loss_is_the_reference_implementations(beta: float, smoothing: float
 
 
 def test_log_probabilities_and_their_gradients_are_those_of_whole_logits():
-    model = GPT(ModelConfig(layers=1, heads=2, width=16, context=32, vocab_rows=50304, logit_softcap=20.0))
+    model = GPT(ModelConfig(layers=1, heads=2, width=16, context=32, padded_vocab_size=50304, logit_softcap=20.0))
     model.initialise(1)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 50000, (12, 32), generator=generator)
@@ -123,7 +123,7 @@ def test_only_the_last_answer_counts(tmp_path, vocab_bpe):
         {"role": "user", "content": "How are you?"},
     ]
     row = {"prompt": before, "chosen": "Very well", "rejected": "Go away now"}
-    config = RowsConfig(rows=tuning.write_rows(tmp_path / "rows.jsonl", [row]), val_fraction=0.0)
+    config = RowsConfig(examples=tuning.write_rows(tmp_path / "rows.jsonl", [row]), val_fraction=0.0)
     texts = examples.read_preferences(config, encoding, 64).train
     assert len(texts) == 2
     for index, answer in enumerate(("Very well", "Go away now")):
@@ -158,16 +158,16 @@ def test_bad_input_is_one_sentence(pretrained, pairs, tmp_path):
     def refused(*more: str) -> str:
         return tuning.refused(MODULE, *flags_of(pretrained, pairs, run_url, *more))
 
-    assert "batch.micro_batch: is 1, must be even" in refused("--batch.micro_batch=1")
+    assert "batch.micro_batch_size: is 1, must be even" in refused("--batch.micro_batch_size=1")
     assert "dpo.label_smoothing: is 0.5, must be at least 0 and below 0.5" in refused("--dpo.label_smoothing=0.5")
     rows = tuning.write_rows(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": ""}])
-    assert "1 of 1 rows cannot be used, such as row 1 has an empty message" in refused(f"--data.rows={rows}")
+    assert "1 of 1 rows cannot be used, such as row 1 has an empty message" in refused(f"--data.examples={rows}")
     assert not storage.list_objects(run_url)
 
 
 def test_pairs_that_differ_only_beyond_the_cut_are_left_out(tmp_path, vocab_bpe):
     encoding = read_vocabulary(str(vocab_bpe)).encoding()
     row = {"prompt": "Q", "chosen": "same " * 50 + "good", "rejected": "same " * 50 + "bad"}
-    config = RowsConfig(rows=tuning.write_rows(tmp_path / "rows.jsonl", [row]), val_fraction=0.0)
+    config = RowsConfig(examples=tuning.write_rows(tmp_path / "rows.jsonl", [row]), val_fraction=0.0)
     with pytest.raises(DataError, match="1 lost their answer to a cut after 32 tokens"):
         examples.read_preferences(config, encoding, 32)

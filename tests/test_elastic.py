@@ -42,7 +42,13 @@ def straight(data_url: str) -> str:
 
 
 def flags(data_url: str, run_url: str, *more: str) -> list[str]:
-    return [f"--data.url={data_url}", f"--run.url={run_url}", f"--train.steps={STEPS}", "--checkpoint.every=3", *more]
+    return [
+        f"--data.url={data_url}",
+        f"--run.url={run_url}",
+        f"--train.steps={STEPS}",
+        "--checkpoint.every_steps=3",
+        *more,
+    ]
 
 
 def reached(run_url: str) -> int:
@@ -66,9 +72,9 @@ def spans_of(run_url: str, segment: int) -> tuple[list[dict], list[dict]]:
 def test_any_number_of_ranks_sharded_or_not_in_turn(data_url: str, straight: str):
     """1, 2, 4, 2 and 1 ranks, the optimizer's state sharded in every second life: the bits of one undisturbed rank."""
     run_url = straight.replace("straight", "elastic")
-    ways = list(zip((1, 2, 4, 2, 1), ("true", "false", "true", "true", "false"), strict=True))
-    for life, (ranks, shard) in enumerate(ways):
-        process = launching.start(ranks, *flags(data_url, run_url, f"--optimizer.shard={shard}"))
+    ways = list(zip((1, 2, 4, 2, 1), (1, 0, 1, 1, 0), strict=True))
+    for life, (ranks, zero) in enumerate(ways):
+        process = launching.start(ranks, *flags(data_url, run_url, f"--optimizer.zero={zero}"))
         if life == len(ways) - 1:
             code, output = launching.finish(process)
             assert code == 0, output
@@ -178,7 +184,7 @@ def test_a_clock_that_is_set_back_and_forth_changes_no_duration(data_url: str, s
     environment = {"CLOCK": str(clock), "PYTHONPATH": f"{tmp_path}{os.pathsep}{launching.REPOSITORY}"}
     began = time.time()
     process = launching.start(
-        2, *flags(data_url, run_url, "--checkpoint.every=2"), environment=environment, module="jumping"
+        2, *flags(data_url, run_url, "--checkpoint.every_steps=2"), environment=environment, module="jumping"
     )
     for goal, seconds in ((6, -86400.0), (20, 86400.0), (34, 0.0)):
         launching.wait_until(lambda goal=goal: (launching.completed(run_url) or [0])[0] >= goal, process)

@@ -146,9 +146,9 @@ def test_each_ending_is_as_likely_as_the_harness_says(run_url, data_url, by_the_
 
 
 def test_perplexity_of_documents_equals_the_harness(fresh, by_the_harness, ranks):
-    ours = evaluated(fresh, "--tasks=perplexity", "--rolling", f"--tokens={TOKENS}", ranks=ranks)["perplexity-rolling"][
-        "scores"
-    ]
+    ours = evaluated(fresh, "--tasks=perplexity", "--per_document", f"--tokens={TOKENS}", ranks=ranks)[
+        "perplexity-rolling"
+    ]["scores"]
     theirs = by_the_harness["results"]["local_pages"]
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         assert ours[name] == pytest.approx(theirs[f"{name},none"], rel=1e-4)
@@ -157,7 +157,7 @@ def test_perplexity_of_documents_equals_the_harness(fresh, by_the_harness, ranks
 def test_any_task_of_the_harness_runs_on_our_interface(fresh, harness_tasks, by_the_harness, ranks):
     names = ("local_hellaswag", "local_pages", "local_word", "local_write")
     tasks = f"--tasks={','.join(f'lm-eval:{name}' for name in names)}"
-    ours = evaluated(fresh, tasks, f"--lm_eval_folder={harness_tasks}", ranks=ranks)
+    ours = evaluated(fresh, tasks, f"--lm_eval_tasks={harness_tasks}", ranks=ranks)
     for name in names:
         theirs = {
             metric: value for metric, value in by_the_harness["results"][name].items() if metric.endswith(",none")
@@ -282,7 +282,7 @@ def test_one_and_two_ranks_give_the_same_scores(fresh, tmp_path):
     for count in (1, 2):
         url = str(tmp_path / f"ranks-{count}")
         shutil.copytree(Path(fresh) / "checkpoints", Path(url) / "checkpoints")
-        flags = [url, "--cpu_threads=1", "--contamination", "--rolling", "--tokens=1500"]
+        flags = [url, "--cpu_threads=1", "--contamination", "--per_document", "--tokens=1500"]
         process = launching.start(count, *flags, module="trainer.evaluate", base=(), environment={"USD_PER_HOUR": "36"})
         code, output = launching.finish(process)
         assert code == 0, output
@@ -307,14 +307,14 @@ def test_a_result_is_kept_and_never_overwritten(fresh, ranks, caplog, capsys):
     first = evaluated(fresh, "--tasks=hellaswag", ranks=ranks)["hellaswag"]
     assert "before" not in caplog.text
     assert evaluated(fresh, "--tasks=hellaswag", ranks=ranks)["hellaswag"] == first
-    assert "hellaswag was measured before (--again measures anew)" in caplog.text
+    assert "hellaswag was measured before (--rerun measures anew)" in caplog.text
     stored = {
         info.uri: storage.read_bytes(info.uri) for info in storage.list_objects(f"{fresh}/evaluations/step-00000000")
     }
-    again = evaluated(fresh, "--tasks=hellaswag", "--again", ranks=ranks)["hellaswag"]
+    again = evaluated(fresh, "--tasks=hellaswag", "--rerun", ranks=ranks)["hellaswag"]
     assert again["time"] > first["time"]
     assert again["scores"] == first["scores"]
-    other = evaluated(fresh, "--tasks=hellaswag", "--items=10", ranks=ranks)
+    other = evaluated(fresh, "--tasks=hellaswag", "--limit=10", ranks=ranks)
     assert [name for name in storage.list_names(f"{fresh}/evaluations/step-00000000") if name.endswith("-2.json")]
     assert other["hellaswag"]["scores"]["items"] in (10, ITEMS)
     now = {

@@ -133,7 +133,7 @@ def test_import_and_export_are_inverses_bit_by_bit(gpt2: Path, tmp_path, data_ur
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_llama_comes_and_goes_bit_by_bit(tmp_path, data_url, vocab_bpe, monkeypatch, tied: bool, bias: bool):
     monkeypatch.setenv("VOCAB_URL", str(vocab_bpe))
@@ -322,7 +322,7 @@ def test_training_goes_on_from_imported_weights(tmp_path, data_url):
     flags += ["--train.steps=3", "--train.seed=7", f"--data.url={data_url}"]
     run_url = str(tmp_path / "run")
     import_weights.main([str(tmp_path / "public"), run_url, *flags])
-    output = launching.train(1, *flags, "--model.vocab_rows=50257", f"--run.url={run_url}")
+    output = launching.train(1, *flags, "--model.padded_vocab_size=50257", f"--run.url={run_url}")
     assert "resumed from step 0" in output
     before, after = (open_weights(where, CPU).model.wte.weight for where in (str(tmp_path / "public"), run_url))
     assert 0 < (after - before).abs().max() < 0.1, "three steps away from where it began"

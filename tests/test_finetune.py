@@ -20,7 +20,7 @@ from trainer.model.gpt import GPT
 from trainer.stages.finetune import Rows
 
 MODULE = "trainer.finetune"
-FLAGS = [*tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--checkpoint.every=3"]
+FLAGS = [*tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--checkpoint.every_steps=3"]
 CPU = torch.device("cpu")
 
 
@@ -35,7 +35,7 @@ def encoding(vocab_bpe):
 
 
 def flags_of(base: tuple[str, str], rows: str, run_url: str, *more: str) -> list[str]:
-    return [f"--finetune.start={base[1]}", f"--data.rows={rows}", f"--run.url={run_url}", *FLAGS, *more]
+    return [f"--finetune.start={base[1]}", f"--data.examples={rows}", f"--run.url={run_url}", *FLAGS, *more]
 
 
 def assert_learned(run_url: str, least: float) -> None:
@@ -120,7 +120,7 @@ def test_adapters_train_alone_resume_and_open_as_a_plain_model(pretrained, rows,
 
 
 def test_a_merged_adapter_is_the_adapter():
-    model = GPT(ModelConfig(layers=2, heads=2, width=16, context=16, vocab_rows=128))
+    model = GPT(ModelConfig(layers=2, heads=2, width=16, context=16, padded_vocab_size=128))
     model.initialise(1)
     tokens = torch.arange(12)[None]
     before = model(tokens).detach()
@@ -151,7 +151,7 @@ def test_packed_examples_do_not_see_each_other(encoding, position: str):
     rows = Rows(texts, 64)
     assert len(rows) == 1
     tokens, targets = rows.tensors(np.array([0]), CPU)
-    model = GPT(ModelConfig(layers=2, heads=2, width=16, context=64, vocab_rows=50304, position=position))
+    model = GPT(ModelConfig(layers=2, heads=2, width=16, context=64, padded_vocab_size=50304, position=position))
     model.initialise(1)
     packed = model(tokens, packed=True)
     place, count = 0, 0
@@ -202,7 +202,7 @@ def test_batches_are_the_same_for_any_ranks_and_from_any_step():
 
 
 def read(tmp_path, encoding, rows: list, **settings) -> examples.Examples:
-    config = RowsConfig(url="", rows=tuning.write_rows(tmp_path / "rows.jsonl", rows), **settings)
+    config = RowsConfig(url="", examples=tuning.write_rows(tmp_path / "rows.jsonl", rows), **settings)
     return examples.read_conversations(config, encoding, 32)
 
 
@@ -219,7 +219,7 @@ def test_bad_rows_are_counted_cut_and_refused(tmp_path, encoding):
     unanswered = {"instruction": "Why?", "output": ""}
     with pytest.raises(DataError, match="1 of 51 rows cannot be used, such as row 51 has an empty message"):
         read(tmp_path, encoding, [*good, unanswered])
-    tolerated = read(tmp_path, encoding, [*good, unanswered, "text"], max_bad_share=0.1)
+    tolerated = read(tmp_path, encoding, [*good, unanswered, "text"], max_bad_fraction=0.1)
     assert "2 without an answer or of no known form left out" in tolerated.report
     with pytest.raises(DataError, match="none of its 1 rows is left to train on"):
         read(tmp_path, encoding, [long_question])
@@ -245,6 +245,6 @@ def test_bad_input_is_one_sentence(pretrained, rows, tmp_path):
     assert "finetune.start: is empty" in refused("--finetune.start=")
     assert "has no a complete checkpoint" in refused(f"--finetune.start={tmp_path}/absent")
     assert "data.length is 128, but" in refused("--data.length=128")
-    assert "there is no set 'absent'; store it first" in refused("--data.rows=absent")
+    assert "there is no set 'absent'; store it first" in refused("--data.examples=absent")
     assert "optimizer.name: is muon, which does not fit adapters" in refused("--lora.rank=2", "--optimizer.name=muon")
     assert not storage.list_objects(run_url)

@@ -25,7 +25,7 @@ from trainer.model.gpt import GPT
 
 CPU = torch.device("cpu")
 FAMILIES = {name: settings.model for name, settings in presets.pretraining().items()} | presets.OTHERS
-TINY = ModelConfig(layers=2, heads=2, width=16, context=48, vocab_rows=64)
+TINY = ModelConfig(layers=2, heads=2, width=16, context=48, padded_vocab_size=64)
 
 
 def prompts(*lengths: int, rows: int = 64) -> list[list[int]]:
@@ -67,7 +67,7 @@ def test_cached_equals_uncached(name: str):
 
 
 def test_a_model_that_sees_one_document_forgets_what_is_before_it():
-    config = dataclasses.replace(TINY, vocab_rows=presets.EOT_ROWS, document_mask=True, position="rope")
+    config = dataclasses.replace(TINY, padded_vocab_size=presets.EOT_ROWS, document_mask=True, position="rope")
     model = random_model(config)
     prompt = [5, 6, GPT2_END_OF_TEXT, 7, 8]
     sampling = Sampling(tokens=8, temperature=0)
@@ -240,7 +240,7 @@ class Parrot(torch.nn.Module):
 
     def __init__(self, script: list[int]):
         super().__init__()
-        self.config = dataclasses.replace(TINY, context=len(script), vocab_rows=50304)
+        self.config = dataclasses.replace(TINY, context=len(script), padded_vocab_size=50304)
         self.wte = torch.nn.Embedding(1, 1)
         self.register_buffer("script", torch.tensor([*script[1:], GPT2_END_OF_TEXT]))
         self.register_buffer("head", torch.eye(50304, 8)[:, :0])
@@ -285,7 +285,7 @@ def test_text_ends_at_most_tokens_or_the_context(encoding):
     pieces = says(encoding, "one two three four", Sampling(temperature=0, tokens=2))
     assert [piece.text for piece in pieces] == ["one", " two"]
     assert pieces[-1].finish == "length"
-    model = random_model(dataclasses.replace(TINY, vocab_rows=50304))
+    model = random_model(dataclasses.replace(TINY, padded_vocab_size=50304))
     full = Engine(model, encoding, CPU).complete([Request(prompts(40)[0], Sampling(tokens=99), endless=True)])[0]
     assert (len(full.tokens), full.finish) == (TINY.context - 40, "length")
 
@@ -321,7 +321,7 @@ def test_alternatives_are_the_likeliest_tokens():
 
 
 def test_samples_of_a_training_run_follow_from_the_seed(encoding):
-    model = random_model(dataclasses.replace(TINY, vocab_rows=50304))
+    model = random_model(dataclasses.replace(TINY, padded_vocab_size=50304))
     first = sample(model, encoding, "The state of", 10, 1, CPU)
     assert model.training
     assert first.startswith("The state of")

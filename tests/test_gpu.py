@@ -21,7 +21,7 @@ WITHOUT_TOKENIZER = ("--train.hellaswag_items=0", "--train.sample_prompts=")
 
 def sized(model: ModelConfig) -> ModelConfig:
     """Two layers, with the head size that the presets have and the kernels are made for."""
-    wide = {"layers": 2, "heads": 4, "width": 256, "context": 256, "vocab_rows": 50304}
+    wide = {"layers": 2, "heads": 4, "width": 256, "context": 256, "padded_vocab_size": 50304}
     return dataclasses.replace(model, **wide, mlp_width=384 if model.mlp_width else 0, dropout=0.0)
 
 
@@ -65,18 +65,23 @@ def test_logits_of_the_whole_vocabulary_never_exist(device: torch.device):
     torch.cuda.reset_peak_memory_stats()
     with autocast(device):
         model(tokens_BT[:, :-1], tokens_BT[:, 1:]).backward()
-    logits_bytes = 4 * 128 * config.context * config.vocab_rows
+    logits_bytes = 4 * 128 * config.context * config.padded_vocab_size
     assert torch.cuda.max_memory_allocated() - before < logits_bytes / 2
 
 
 def flags_of(data_url: str, run_url: str, device: torch.device, *more: str) -> list[str]:
     flags = [f"--data.url={data_url}", f"--run.url={run_url}", f"--train.device={device.type}"]
-    return [*flags, f"--train.steps={STEPS}", "--checkpoint.every=3", *WITHOUT_TOKENIZER, *more]
+    return [*flags, f"--train.steps={STEPS}", "--checkpoint.every_steps=3", *WITHOUT_TOKENIZER, *more]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(name: str, data_url: str, device: torch.device, tmp_path):
-    flags = [f"--data.url={data_url}", f"--train.device={device.type}", "--checkpoint.every=3", *WITHOUT_TOKENIZER]
+    flags = [
+        f"--data.url={data_url}",
+        f"--train.device={device.type}",
+        "--checkpoint.every_steps=3",
+        *WITHOUT_TOKENIZER,
+    ]
     # A step takes a GPU a few milliseconds: enough of them for a kill between two checkpoints.
     steps = 400 if device.type == "cuda" else STEPS
     runs = resume.Runs(tmp_path, steps, [*launching.TINY, *flags, f"--optimizer.name={name}"])
@@ -89,7 +94,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(name: str, data_url:
 
 def test_the_largest_micro_batch_is_tried_out_and_kept(data_url: str, device: torch.device, tmp_path):
     run_url = f"{tmp_path}/run"
-    flags = flags_of(data_url, run_url, device, "--batch.micro_batch=0")
+    flags = flags_of(data_url, run_url, device, "--batch.micro_batch_size=0")
     process = launching.start(1, *flags)
     launching.wait_until(lambda: bool(launching.completed(run_url)), process)
     process.terminate()
@@ -101,8 +106,8 @@ def test_the_largest_micro_batch_is_tried_out_and_kept(data_url: str, device: to
 
 def test_one_batch_is_learned_by_heart(data_url: str, device: torch.device, tmp_path):
     run_url = f"{tmp_path}/run"
-    flags = flags_of(data_url, run_url, device, "--overfit", "--batch.tokens=64", "--train.steps=150")
-    launching.train(1, *flags, "--checkpoint.every=1000")
+    flags = flags_of(data_url, run_url, device, "--overfit", "--batch.tokens_per_step=64", "--train.steps=150")
+    launching.train(1, *flags, "--checkpoint.every_steps=1000")
     found = launching.metrics(run_url)
     assert found[max(found)]["loss"] < 0.1
 
@@ -111,7 +116,7 @@ def test_one_batch_is_learned_by_heart(data_url: str, device: torch.device, tmp_
 def test_fp8_trains_as_bf16_does(data_url: str, device: torch.device, tmp_path):
     if device.type != "cuda" or torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this device has no fp8")
-    wide = ("--model.width=256", "--model.heads=4", "--model.context=128", "--batch.tokens=2048")
+    wide = ("--model.width=256", "--model.heads=4", "--model.context=128", "--batch.tokens_per_step=2048")
     losses = []
     for precision in ("bf16", "fp8"):
         run_url = f"{tmp_path}/{precision}"

@@ -58,11 +58,12 @@ def test_a_preset_that_fits_says_how_much_it_takes_on_each_kind_of_gpu(ready):
 
 
 def test_config_for_more_memory_than_the_gpu_has_is_refused_with_a_cure(ready):
-    ready["TRAIN_ARGS"] = "--batch.micro_batch=64 --model.width=1536 --model.heads=16 --model.layers=24"
+    ready["TRAIN_ARGS"] = "--batch.micro_batch_size=64 --model.width=1536 --model.heads=16 --model.layers=24"
     _, small, large = marks(work.check_config(task("pretrain-8xa100"), ready))
     assert small[0] == "x"
     found = re.fullmatch(
-        r"memory: A100: batch\.micro_batch = 64 needs about (\d+) GB per GPU \(by estimate, .*\), it has 40; try (.*)",
+        r"memory: A100: batch\.micro_batch_size = 64 needs about (\d+) GB per GPU "
+        r"\(by estimate, .*\), it has 40; try (.*)",
         small[1],
     )
     assert int(found[1]) > 80
@@ -72,7 +73,7 @@ def test_config_for_more_memory_than_the_gpu_has_is_refused_with_a_cure(ready):
 
 
 def test_a_rehearsal_without_gpus_needs_no_gpu_memory(ready):
-    ready |= {"DEVICE": "cpu", "TRAIN_ARGS": "--batch.micro_batch=64 --model.width=1536 --model.layers=24"}
+    ready |= {"DEVICE": "cpu", "TRAIN_ARGS": "--batch.micro_batch_size=64 --model.width=1536 --model.layers=24"}
     assert [mark for mark, _ in marks(work.check_config(task("pretrain-8xa100"), ready))] == ["ok"]
 
 
@@ -85,7 +86,7 @@ def test_fp8_on_gpus_without_it_is_refused_before_they_are_rented(ready):
 
 
 def test_micro_batches_that_do_not_divide_over_all_ranks_are_refused(ready):
-    ready["TRAIN_ARGS"] = "--batch.tokens=262144 --batch.micro_batch=32"
+    ready["TRAIN_ARGS"] = "--batch.tokens_per_step=262144 --batch.micro_batch_size=32"
     found = marks(work.check_config(task("pretrain-multinode"), ready))
     assert ("x", "config: 8 micro-batches do not divide over 16 ranks of A100:8") in found
 
@@ -184,7 +185,7 @@ def test_a_start_without_weights_and_rows_that_were_never_stored_are_named(tunin
     start = f"{tuning['START']}-elsewhere"
     (mark, what), *_ = marks(check.findings(work.check_data, task("finetune"), {**tuning, "START": start}))
     assert (mark, what) == ("x", f"start: {start} has no checkpoint; check the name, or `make pretrain` first")
-    other = {**tuning, "TRAIN_ARGS": "--data.rows=preferences"}
+    other = {**tuning, "TRAIN_ARGS": "--data.examples=preferences"}
     assert marks(check.findings(work.check_data, task("finetune"), other))[-1][0] == "x"
 
 
@@ -219,7 +220,7 @@ def test_a_model_that_fits_nowhere_asks_for_larger_gpus():
 
 
 def test_a_micro_batch_that_is_to_be_found_is_looked_for():
-    settings = settings_of("--batch.micro_batch=0")
+    settings = settings_of("--batch.micro_batch_size=0")
     assert memory.verdict(settings, "A10G", world=1) == (
         True,
         "A10G: about 18 of 24 GB per GPU, by estimate, not confirmed on a GPU yet, with 32 sequences per micro-batch",

@@ -14,8 +14,8 @@ import pytest
 from tests import corpus, tuning
 from tests.lab import BUCKET, LAB, ROOT, Lab, wait
 
-SMALL = "--checkpoint.every=5 --train.log_every=5 --batch.tokens=1024 --batch.micro_batch=4 --train.eval_every=0"
-SMALL += " --train.eval_tokens=1024"
+SMALL = "--checkpoint.every_steps=5 --train.log_every=5 --batch.tokens_per_step=1024 --batch.micro_batch_size=4"
+SMALL += " --train.eval_every=0 --train.eval_tokens=1024"
 # Idle time in the tasks, the minute that SkyPilot takes to look, and the way down.
 GONE_SECONDS = 6 * 60
 
@@ -187,7 +187,7 @@ def test_a_trained_model_is_fine_tuned_and_evaluated(lab, data):
     lab.launch("pretrain-8xa100", "base", RUN="base", TRAIN_ARGS=f"{SMALL} --train.steps=10")
     wait("the model", lambda: lab.step("base") == 10)
     small = f"{SMALL} --train.steps=6 --optimizer.warmup_steps=2"
-    rows = f"--data.rows=s3://{BUCKET}/source/rows.jsonl"
+    rows = f"--data.examples=s3://{BUCKET}/source/rows.jsonl"
     start = f"s3://{BUCKET}/runs/base"
     config = "trainer/configs/tuning/finetune-chat.yaml"
     cluster = lab.launch("finetune", RUN="chat", START=start, CONFIG=config, TRAIN_ARGS=f"{small} {rows}")

@@ -38,7 +38,7 @@ def test_activations_are_what_compiled_blocks_and_the_rest_keep(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_activations_of_every_preset_and_micro_batch(name: str):
-    for sequences in (1, PRESETS[name].batch.micro_batch):
+    for sequences in (1, PRESETS[name].batch.micro_batch_size):
         check(PRESETS[name].model, sequences)
 
 

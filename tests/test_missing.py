@@ -36,6 +36,8 @@ def test_a_live_view_without_rich_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "trainer.screen", None)  # as where its own imports fail
     settings = presets.pretraining()["debug"]
     assert report.screen(settings, None) is None
-    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, view="live"))
-    with pytest.raises(ConfigError, match=r"train.view is live, which needs the package rich; run `pip install rich`"):
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, display="live"))
+    with pytest.raises(
+        ConfigError, match=r"train.display is live, which needs the package rich; run `pip install rich`"
+    ):
         report.screen(settings, None)

@@ -21,7 +21,7 @@ from trainer.model.cache import KVCache
 from trainer.model.gpt import GPT
 from trainer.model.loss import chunked_cross_entropy, token_losses
 
-TINY = ModelConfig(layers=2, heads=2, width=16, context=12, vocab_rows=64)
+TINY = ModelConfig(layers=2, heads=2, width=16, context=12, padded_vocab_size=64)
 ARCHITECTURES = presets.architectures()
 
 PUBLISHED = {
@@ -64,7 +64,7 @@ def test_counts_and_flops_by_arithmetic_are_those_of_the_model(name: str):
     products = [
         parameter.numel()
         for key, parameter in model.named_parameters()
-        if parameter.dim() == 2 and not key.startswith("wpe") and (config.tied or not key.startswith("wte"))
+        if parameter.dim() == 2 and not key.startswith("wpe") and (config.tie_embeddings or not key.startswith("wte"))
     ]
     assert architecture.matrix_parameters(config) == sum(products)
 
@@ -78,7 +78,7 @@ def test_speedrun_costs_the_matrix_products_of_124m():
 def test_gpt2_is_the_published_one():
     """Same weights, same logits, loss and gradients as transformers' GPT-2, to fp32 noise."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = ModelConfig(layers=3, heads=4, width=32, context=24, vocab_rows=96)
+    config = ModelConfig(layers=3, heads=4, width=32, context=24, padded_vocab_size=96)
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=96, n_positions=24, n_embd=32, n_layer=3, n_head=4, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
@@ -253,7 +253,7 @@ def test_zero_out_starts_as_a_guess_among_all_tokens():
 def test_rotary_scores_depend_on_distance_only():
     from trainer.model.attention import rotate, rotations
 
-    config = ModelConfig(heads=2, width=32, position="rope", rope_share=0.5)
+    config = ModelConfig(heads=2, width=32, position="rope", rope_fraction=0.5)
     q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
     scores = []
     for first, second in ((3, 1), (9, 7)):
@@ -302,7 +302,7 @@ def test_a_loss_without_targets_is_zero():
     [
         ({"heads": 5}, "heads: is 5, must divide the width 768; the nearest that does is 4"),
         ({"heads": 256, "position": "rope"}, "heads are 3 wide; rotary positions need an even width"),
-        ({"rope_share": 0.0}, "rope_share: is 0.0"),
+        ({"rope_fraction": 0.0}, "rope_fraction: is 0.0"),
         ({"dropout": 1.0}, "dropout: is 1.0"),
     ],
 )
@@ -315,7 +315,7 @@ def test_impossible_choices_are_refused(choice: dict, said: str):
 def test_fp8_converts_the_blocks_and_keeps_names_and_weights():
     from trainer.precision import use_fp8
 
-    config = ModelConfig(layers=1, heads=2, width=32, context=16, vocab_rows=64)
+    config = ModelConfig(layers=1, heads=2, width=32, context=16, padded_vocab_size=64)
     model, plain = built(config), built(config)
     names = [name for name, _ in model.named_parameters()]
     use_fp8(model.h, emulate=True)

@@ -36,7 +36,7 @@ def test_muon_makes_matrices_nearly_orthogonal(shape: tuple[int, int]):
 
 
 def test_muon_moves_matrices_and_adamw_the_rest():
-    model = GPT(ModelConfig(layers=1, heads=2, width=8, context=4, vocab_rows=32, tied=False))
+    model = GPT(ModelConfig(layers=1, heads=2, width=8, context=4, padded_vocab_size=32, tie_embeddings=False))
     model.initialise(1)
     optimizer = UnitOptimizer(model, OptimizerConfig(name="muon", embedding_lr=0.5, lr=0.25), rank=0, world=1)
     for parameter in model.parameters():
@@ -64,7 +64,7 @@ def test_muon_learns_faster_than_adamw_on_a_small_task():
 
     def loss_after(name: str) -> float:
         torch.manual_seed(0)
-        model = GPT(ModelConfig(layers=2, heads=2, width=32, context=16, vocab_rows=64))
+        model = GPT(ModelConfig(layers=2, heads=2, width=32, context=16, padded_vocab_size=64))
         model.initialise(1)
         config = OptimizerConfig(name=name, lr=3e-3, muon_lr=0.02, weight_decay=0.0)
         optimizer = UnitOptimizer(model, config, rank=0, world=1)
@@ -91,15 +91,15 @@ def test_cosine_warms_up_and_ends_at_its_floor():
 
 
 def test_linear_cooldown_stays_then_falls_and_the_last_step_still_moves():
-    config = OptimizerConfig(warmup_steps=0, min_lr_ratio=0.0, schedule="linear", cooldown=0.25)
+    config = OptimizerConfig(warmup_steps=0, min_lr_ratio=0.0, schedule="linear", cooldown_fraction=0.25)
     factors = [rate_factor(step, 100, config) for step in range(1, 101)]
     assert factors[:75] == [1.0] * 75
     np.testing.assert_allclose(factors[75:], 1 - np.arange(1, 26) / 26, atol=1e-12)
     assert factors[-1] > 0
-    assert 0 < rate_factor(1, 1, dataclasses.replace(config, cooldown=1.0)) <= 1
+    assert 0 < rate_factor(1, 1, dataclasses.replace(config, cooldown_fraction=1.0)) <= 1
     floor = dataclasses.replace(config, min_lr_ratio=0.1)
     assert rate_factor(100, 100, floor) == pytest.approx(0.1 + 0.9 / 26)
-    flat = dataclasses.replace(config, cooldown=0.0)
+    flat = dataclasses.replace(config, cooldown_fraction=0.0)
     assert [rate_factor(step, 100, flat) for step in (1, 99)] == [1.0, 1.0]
 
 

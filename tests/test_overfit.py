@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from core import journal, storage
+from core import storage
+from core.run import journal
 from core.schema import TrainConfig
 from tests import corpus, launching, presets
 from trainer import overfit
@@ -41,7 +42,7 @@ def test_every_preset_repeats_one_micro_batch_at_a_constant_rate(name: str):
     settings = overfit.one_micro_batch(PRESETS[name])
     steps = settings.train.steps
     assert {rate_factor(step, steps, settings.optimizer) for step in (1, 2, steps // 2, steps - 1, steps)} == {1.0}
-    assert settings.batch.tokens == settings.batch.micro_batch * settings.model.context
+    assert settings.batch.tokens_per_step == settings.batch.micro_batch_size * settings.model.context
     assert settings.model.dropout == 0
     assert settings == overfit.one_micro_batch(settings)
 
@@ -61,7 +62,7 @@ def test_every_preset_learns_a_micro_batch_by_heart_with_its_own_optimizer(name:
         if overfit.is_learned(with_overfit(settings), float(loss.detach())):
             return
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.clip or float("inf"))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.grad_clip or float("inf"))
         optimizer.step(rate_factor(step, 300, settings.optimizer))
     raise AssertionError(f"the loss is {float(loss.detach())} after 300 steps")
 
@@ -74,7 +75,7 @@ def test_one_micro_batch_is_learned_by_heart_and_the_run_is_finished(data_url: s
     """It stops at the bound, is killed and continues to the same bits, and ends alike on two ranks."""
     flags = [f"--data.url={data_url}", "--overfit", "--train.steps=400", "--train.log_every=50"]
     run_url = f"{tmp_path}/learns"
-    output = launching.train(1, *flags, f"--run.url={run_url}", "--checkpoint.every=1000")
+    output = launching.train(1, *flags, f"--run.url={run_url}", "--checkpoint.every_steps=1000")
     losses = {step: found["loss"] for step, found in launching.metrics(run_url).items()}
     last = max(losses)
     assert losses[1] > 10
@@ -91,10 +92,10 @@ def test_one_micro_batch_is_learned_by_heart_and_the_run_is_finished(data_url: s
     assert max(launching.metrics(run_url)) == last
 
     killed = f"{tmp_path}/killed"
-    process = launching.start(2, *flags, f"--run.url={killed}", "--checkpoint.every=5")
+    process = launching.start(2, *flags, f"--run.url={killed}", "--checkpoint.every_steps=5")
     launching.wait_until(lambda: bool(launching.completed(killed)), process)
     launching.kill(process)
-    launching.train(1, *flags, f"--run.url={killed}", "--checkpoint.every=1000")
+    launching.train(1, *flags, f"--run.url={killed}", "--checkpoint.every_steps=1000")
     assert {step: found["loss"] for step, found in launching.metrics(killed).items()} == losses
     assert launching.tensors(killed, last) == launching.tensors(run_url, last)
 
@@ -105,7 +106,8 @@ def test_a_model_that_does_not_learn_fails_each_time(data_url: str, tmp_path):
         code, output = launching.finish(launching.start(1, *flags, "--optimizer.lr=1e-7"))
         assert code == 1
         assert re.search(
-            r"error: step 5: with one micro-batch repeated the loss is 1\d\.\d+, not below train.overfit_bound", output
+            r"error: step 5: with one micro-batch repeated the loss is 1\d\.\d+, not below train.overfit_max_loss",
+            output,
         )
 
 

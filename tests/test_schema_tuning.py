@@ -28,7 +28,7 @@ def test_shipped_configs_load(file: Path):
     schema, flags = PROGRAMS[known]
     loaded = config.load(schema, [str(file), RUN, *flags], {})
     if known in ("finetune", "dpo"):
-        assert loaded.batch.tokens % (max(1, loaded.batch.micro_batch) * 1024) == 0
+        assert loaded.batch.tokens_per_step % (max(1, loaded.batch.micro_batch_size) * 1024) == 0
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def test_shipped_configs_load(file: Path):
         ("finetune", "--lora.targets=attn.c_atn", "lora.targets is 'attn.c_atn', must be one of"),
         ("finetune", "--model.width=3", "unknown setting model.width"),
         ("dpo", "--dpo.beta=0", "dpo.beta: is 0.0, must be above 0"),
-        ("dpo", "--batch.micro_batch=3", "batch.micro_batch: is 3, must be even"),
-        ("distil-logits", "--distil.weight=0", "distil.weight: is 0.0, must be above 0 and at most 1"),
+        ("dpo", "--batch.micro_batch_size=3", "batch.micro_batch_size: is 3, must be even"),
+        ("distil-logits", "--distil.kl_weight=0", "distil.kl_weight: is 0.0, must be above 0 and at most 1"),
         ("distil-make", "--budget.max_usd=1", "nothing would be counted against max_usd; set the endpoint's prices"),
         ("distil-make", "--endpoint.url=ftp://x", "endpoint.url: is 'ftp://x', must begin with http:// or https://"),
     ],

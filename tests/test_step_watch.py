@@ -22,7 +22,7 @@ from trainer.watch.peers import SlowPeers
 
 
 def test_norms_of_one_step():
-    model = GPT(ModelConfig(layers=2, heads=2, width=8, context=4, vocab_rows=32, tied=False))
+    model = GPT(ModelConfig(layers=2, heads=2, width=8, context=4, padded_vocab_size=32, tie_embeddings=False))
     model.initialise(1)
     optimizer = UnitOptimizer(model, OptimizerConfig(weight_decay=0.0), rank=0, world=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -162,7 +162,7 @@ def data_url(tmp_path_factory, vocab_bpe) -> str:
 
 
 def test_on_a_terminal_a_picture_is_kept_up_to_date(data_url: str, tmp_path):
-    flags = [f"--data.url={data_url}", f"--run.url={tmp_path}/run", "--train.steps=4", "--checkpoint.every=9"]
+    flags = [f"--data.url={data_url}", f"--run.url={tmp_path}/run", "--train.steps=4", "--checkpoint.every_steps=9"]
     environment = {**os.environ, "COLUMNS": "100", "LINES": "30", "TERM": "xterm-256color", "USD_PER_HOUR": "3.6"}
     command = [sys.executable, "-m", "trainer.train", *launching.TINY, *flags, "--train.norms_every=2"]
     process, terminal = pty.fork()

@@ -27,7 +27,7 @@ STEPS = 12
 EVERY = 4
 FLAGS = [
     f"--train.steps={STEPS}",
-    "--checkpoint.every=2",
+    "--checkpoint.every_steps=2",
     f"--train.eval_every={EVERY}",
     f"--train.hellaswag_every={EVERY}",
     "--train.hellaswag_items=12",
@@ -153,7 +153,7 @@ def ended(run_url: str, number: int) -> str | None:
 def test_a_checkpoint_that_cannot_be_stored_before_the_time_is_over(s3, bucket, data_url, tmp_path, mood):
     """The store goes away with the machine: 33, and the log says how far the run has come."""
     run_url = f"{bucket}/run"
-    flags = [*launching.TINY, *FLAGS, "--train.steps=100000", "--checkpoint.every=1000000"]
+    flags = [*launching.TINY, *FLAGS, "--train.steps=100000", "--checkpoint.every_steps=1000000"]
     with FaultyProxy(s3.endpoint) as proxy:
         environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.url, "LEAVE_SECONDS": "4"}
         command = [sys.executable, "-m", "trainer.train", *flags, "--train.eval_every=0", "--train.sample_every=0"]
@@ -218,7 +218,12 @@ PHASES = {
     "end": f"step {STEPS}/{STEPS} | sample",
 }
 # So that each phase takes some steps of the sweep on a machine of today.
-LONGER = ("--batch.tokens=1024", "--train.eval_tokens=16384", "--train.sample_tokens=24", "--train.log_every=1")
+LONGER = (
+    "--batch.tokens_per_step=1024",
+    "--train.eval_tokens=16384",
+    "--train.sample_tokens=24",
+    "--train.log_every=1",
+)
 
 
 @pytest.mark.slow
@@ -228,7 +233,7 @@ def test_sigterm_at_every_moment_of_a_life(s3, data_in_bucket, tmp_path, store):
     stop until the end. What a life has stored is continued by a next start, which ends as a run never stopped."""
     flags = [*FLAGS, *LONGER, f"--data.url={data_in_bucket}", f"--data.cache_dir={tmp_path}"]
     straight = f"s3://lives/{store}/straight"
-    launching.train(1, *flags, "--checkpoint.every=1", "--checkpoint.keep=100", f"--run.url={straight}")
+    launching.train(1, *flags, "--checkpoint.every_steps=1", "--checkpoint.keep_last=100", f"--run.url={straight}")
     codes: dict[str, list[int]] = {phase: [] for phase in PHASES}
     with FaultyProxy(s3.endpoint) as proxy:
         environment = {"AWS_ENDPOINT_URL": proxy.url, **(STORE_IS_AWAY if store == "away" else {})}

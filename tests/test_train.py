@@ -26,7 +26,9 @@ def data_url(s3, tmp_path_factory, vocab_bpe) -> str:
 def straight(data_url: str) -> str:
     """A run on one rank that nothing interrupted."""
     run_url = data_url.replace("/set", "/straight")
-    launching.train(1, f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=100")
+    launching.train(
+        1, f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=100"
+    )
     return run_url
 
 
@@ -46,9 +48,9 @@ def test_killed_and_resumed_on_other_ranks_equals_uninterrupted_to_the_bit(data_
 
     The four ranks deal out the optimizer's state and the partial sums of gradients."""
     run_url = straight.replace("straight", "killed")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=3"]
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=3"]
     for ranks, step in ((2, 6), (4, 12)):
-        dealt = ["--optimizer.shard=true", "--optimizer.deal_sums=true"] if ranks == 4 else []
+        dealt = ["--optimizer.zero=2"] if ranks == 4 else []
         process = launching.start(ranks, *flags, *dealt)
         launching.wait_until(lambda step=step: (launching.completed(run_url) or [0])[0] >= step, process)
         launching.kill(process)
@@ -61,7 +63,7 @@ def test_killed_and_resumed_on_other_ranks_equals_uninterrupted_to_the_bit(data_
 
 def test_sigterm_saves_and_leaves_and_the_rest_follows(data_url: str, straight: str, tmp_path):
     run_url = straight.replace("straight", "asked")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=100"]
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=100"]
     process = launching.start(2, *flags, environment={"EXIT_CODE_FILE": str(tmp_path / "code")})
     launching.wait_until(lambda: bool(storage.list_names(storage.join(run_url, "metrics"))), process)
     process.send_signal(signal.SIGTERM)
@@ -78,7 +80,7 @@ def test_sigterm_saves_and_leaves_and_the_rest_follows(data_url: str, straight: 
 
 def test_a_store_that_fails_one_request_in_ten_changes_nothing(s3, data_url: str, straight: str, tmp_path):
     run_url = straight.replace("straight", "flaky")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=4"]
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=4"]
     with FaultyProxy(s3.endpoint, share=0.1, seed=3) as proxy:
         environment = {"AWS_ENDPOINT_URL": proxy.url, "DATA_CACHE_DIR": str(tmp_path / "cache")}
         code, output = launching.finish(launching.start(2, *flags, environment=environment))
@@ -107,15 +109,17 @@ def test_bad_input_is_one_sentence_and_changes_nothing(data_url: str, straight: 
     )
     assert "there is no manifest; prepare the data first" in refused(run, f"--data.url={data_url}/absent")
     assert "bucket 'no-such-bucket' does not exist" in refused(run, "--data.url=s3://no-such-bucket/x")
-    assert "model.vocab_rows is 1000, fewer than the 50257 tokens" in refused(run, data, "--model.vocab_rows=1000")
+    assert "model.padded_vocab_size is 1000, fewer than the 50257 tokens" in refused(
+        run, data, "--model.padded_vocab_size=1000"
+    )
     assert "unknown setting train.step; did you mean train.steps?" in refused(run, data, "--train.step=3")
     assert storage.list_objects(straight) == before
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(data_url: str):
     run_url = data_url.replace("/set", "/diverged")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every=1"]
-    wild = ["--optimizer.lr=1e30", "--optimizer.clip=0", "--optimizer.warmup_steps=0"]
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=1"]
+    wild = ["--optimizer.lr=1e30", "--optimizer.grad_clip=0", "--optimizer.warmup_steps=0"]
     code, output = launching.finish(launching.start(2, *flags, *wild))
     assert code != 0
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -130,7 +134,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(data_url: str):
 def test_the_cap_stops_the_run_saved_and_a_larger_one_goes_on(data_url: str, tmp_path):
     """A dollar a second: 30 dollars are half a minute, of which three seconds are kept for the way down."""
     run_url = data_url.replace("/set", "/capped")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=100000", "--run.shutdown_seconds=3"]
+    flags = [
+        f"--data.url={data_url}",
+        f"--run.url={run_url}",
+        "--train.steps=100000",
+        "--run.shutdown_reserve_seconds=3",
+    ]
     machine = {"USD_PER_HOUR": "3600", "EXIT_CODE_FILE": str(tmp_path / "code")}
     reached = []
     for limit in ("30", "30", "60"):
@@ -156,7 +165,7 @@ def test_batch_that_does_not_divide_over_the_ranks(data_url: str, straight: str)
 
 def test_damaged_checkpoints_are_skipped_by_name_and_never_replaced_by_a_fresh_start(data_url: str, straight: str):
     run_url = straight.replace("straight", "damaged")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=8", "--checkpoint.every=2"]
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=8", "--checkpoint.every_steps=2"]
     launching.train(1, *flags)
     assert launching.completed(run_url) == [8, 6]
     newest = storage.join(layout.folder_of(run_url, 8), launching.manifest(run_url, 8).files[0].name)

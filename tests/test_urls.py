@@ -122,9 +122,9 @@ SETTINGS = {
     ),
     FinetuneConfig: (
         (*TUNED, "--finetune.start=gpt2"),
-        ("run.url", "data.url", "data.rows", "finetune.start"),
+        ("run.url", "data.url", "data.examples", "finetune.start"),
     ),
-    DpoConfig: ((*TUNED, "--dpo.start=gpt2"), ("run.url", "data.url", "data.rows", "dpo.start")),
+    DpoConfig: ((*TUNED, "--dpo.start=gpt2"), ("run.url", "data.url", "data.examples", "dpo.start")),
     DistilConfig: ((*TUNED, "--distil.teacher=gpt2"), ("run.url", "data.url", "distil.teacher", "distil.start")),
     MakeConfig: (MAKE, ("run.url", "make.url", "make.prompts")),
     EvaluateConfig: ((), ("data_url", "results", "compare")),
@@ -144,7 +144,7 @@ def test_every_setting_that_is_a_place_is_checked(schema: type, key: str):
 def test_no_setting_that_is_a_place_was_forgotten():
     tested = {(schema, key) for schema, (_, keys) in SETTINGS.items() for key in keys}
     names = ("url", "start", "teacher", "rows", "prompts", "results", "compare")
-    others = {"endpoint.url", "model.vocab_rows", "rows", "train.sample_prompts"}  # an API; numbers; texts
+    others = {"endpoint.url", "model.padded_vocab_size", "rows", "train.sample_prompts"}  # an API; numbers; texts
     for schema in SETTINGS:
         found = {key for key, _ in config._walk(schema) if key.endswith(names)} - others
         assert {(schema, key) for key in found} <= tested
@@ -155,7 +155,7 @@ def test_variables_are_checked_and_named():
         config.load(TrainConfig, ["--data.url=/d"], {"RUN_URL": "s3:/b"})
 
 
-@pytest.mark.parametrize(("schema", "key"), [(TrainConfig, "data.cache_dir"), (EvaluateConfig, "lm_eval_folder")])
+@pytest.mark.parametrize(("schema", "key"), [(TrainConfig, "data.cache_dir"), (EvaluateConfig, "lm_eval_tasks")])
 @pytest.mark.parametrize("place", ["s3://b/x", "s3:/b/x", "file:///x"])
 def test_a_local_folder_is_no_url(schema: type, key: str, place: str):
     flags = SETTINGS[schema][0]

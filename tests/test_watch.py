@@ -181,7 +181,7 @@ def test_cap_without_a_known_price_is_refused(tmp_path):
 
 
 def test_interval_follows_costs_within_the_bound():
-    cadence = Cadence(CheckpointConfig(max_lost_seconds=60, mean_hours_between_failures=4), now=0.0)
+    cadence = Cadence(CheckpointConfig(max_lost_seconds=60, expected_hours_between_failures=4), now=0.0)
     assert cadence.interval_seconds() == 30
     # Young: sqrt(2 * 0.02 * 14400) = 24 s, within 60 - 3.
     cadence.measured(0.02, 3.0)
@@ -199,5 +199,5 @@ def test_interval_follows_costs_within_the_bound():
 
 
 def test_interval_in_steps():
-    cadence = Cadence(CheckpointConfig(every=50), now=0.0)
+    cadence = Cadence(CheckpointConfig(every_steps=50), now=0.0)
     assert [step for step in range(1, 200) if cadence.due(step, 1.0, now=1e9)] == [50, 100, 150]

@@ -11,7 +11,12 @@ from pathlib import Path
 from tests import corpus, launching, warm
 
 MODEL = ["--model.layers=2", "--model.heads=2", "--model.width=32", "--model.context=64"]
-BATCH = ["--batch.tokens=512", "--batch.micro_batch=2", "--optimizer.lr=1e-2", "--optimizer.warmup_steps=2"]
+BATCH = [
+    "--batch.tokens_per_step=512",
+    "--batch.micro_batch_size=2",
+    "--optimizer.lr=1e-2",
+    "--optimizer.warmup_steps=2",
+]
 QUIET = [
     "--optimizer.weight_decay=0",
     "--train.log_every=1",

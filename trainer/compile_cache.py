@@ -21,9 +21,9 @@ from core.schema import ModelConfig
 log = logging.getLogger("train")
 
 
-def uri_of(run_url: str, model: ModelConfig, micro_batch: int, device: str) -> str:
+def uri_of(run_url: str, model: ModelConfig, micro_batch_size: int, device: str) -> str:
     """Where the artifacts of this model on this kind of device are kept."""
-    facts = [torch.__version__, device, micro_batch, config.to_dict(model)]
+    facts = [torch.__version__, device, micro_batch_size, config.to_dict(model)]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     return storage.join(RunFolder(run_url).compiled_kernels, f"{key}.bin")
 

@@ -65,5 +65,7 @@ def describe(train: TrainLoopConfig, ranks: Ranks, lengths_vary: bool) -> str:
         )
     else:
         where = "on GPUs of this kind, by deterministic kernels"
-    same_ranks = ", with the same number of ranks (train.reduce_dtype is bf16)" if train.reduce_dtype == "bf16" else ""
+    same_ranks = (
+        ", with the same number of ranks (train.grad_reduce_dtype is bf16)" if train.grad_reduce_dtype == "bf16" else ""
+    )
     return f"a resume is exact to the bit {where}{same_ranks}"

@@ -1,6 +1,6 @@
 """Preference optimisation on pairs of answers, with the loop, resume and ledger of pretraining.
 
-    python -m trainer.dpo trainer/configs/dpo.yaml --dpo.start=RUN --data.rows=pairs.jsonl --run.url=s3://bucket/runs/dpo
+    python -m trainer.dpo trainer/configs/dpo.yaml --dpo.start=RUN --data.examples=pairs.jsonl --run.url=s3://bucket/runs/dpo
 
 Reads the start's weights and rows with `prompt`, `chosen` and `rejected`. Writes below run.url what trainer.train
 writes, and reference.safetensors: log-probabilities of all answers by the start.

@@ -107,9 +107,9 @@ def measured(task, opened, folder: str, settings: EvaluateConfig, ranks, books) 
     from trainer.evals.kept import Kept
 
     key = results.key_of(task.name, task.identity)
-    stored = None if settings.again else on_main(lambda: results.find(folder, key), ranks)
+    stored = None if settings.rerun else on_main(lambda: results.find(folder, key), ranks)
     if stored:
-        log.info("%s: %s was measured before (--again measures anew)", opened.name, task.name)
+        log.info("%s: %s was measured before (--rerun measures anew)", opened.name, task.name)
         return stored["scores"]
     books.check()
     started = time.monotonic()

@@ -1,7 +1,7 @@
 """Fine-tune on conversations: all weights or low-rank adapters, with the loop, resume and ledger of pretraining.
 
     python -m trainer.finetune trainer/configs/finetune-chat.yaml --finetune.start=RUN --run.url=s3://bucket/runs/chat
-    torchrun --nproc-per-node=8 -m trainer.finetune CONFIG.yaml --finetune.start=gpt2 --data.rows=rows.jsonl ...
+    torchrun --nproc-per-node=8 -m trainer.finetune CONFIG.yaml --finetune.start=gpt2 --data.examples=rows.jsonl ...
 
 Reads the start's weights and instruction rows: a set stored by data_prep.sets, or a .jsonl file. Writes below run.url
 what trainer.train writes. A run with adapters keeps the adapters only, and its start must stay where it is; opened by

@@ -1,8 +1,8 @@
 """Does it fit? The memory of a run, estimated before anything is allocated, and the largest micro-batch.
 
-With `batch.micro_batch: 0` the first segment of a run finds the most sequences that fit: by the estimate (core.fit), on
-a GPU confirmed by a trial of forward and backward pass. Later segments use what the first one found, whatever machine
-they run on, because sums depend on it.
+With `batch.micro_batch_size: 0` the first segment of a run finds the most sequences that fit: by the estimate
+(core.fit), on a GPU confirmed by a trial of forward and backward pass. Later segments use what the first one found,
+whatever machine they run on, because sums depend on it.
 """
 
 import logging
@@ -28,8 +28,8 @@ def with_micro_batch(settings: TrainConfig, found_before: int | None, ranks: Ran
 
     `found_before` is what the run's first segment settled on.
     """
-    if settings.batch.micro_batch or found_before:
-        settings = changed_to(settings, "batch.micro_batch", settings.batch.micro_batch or found_before)
+    if settings.batch.micro_batch_size or found_before:
+        settings = changed_to(settings, "batch.micro_batch_size", settings.batch.micro_batch_size or found_before)
         if not found_before and ranks.device.type == "cuda":
             _check(settings, ranks)
         return settings
@@ -43,22 +43,21 @@ def with_micro_batch(settings: TrainConfig, found_before: int | None, ranks: Ran
         size = next((each for each in fitting if _trial(settings.model, each, settings.train, ranks)), 0)
         if not size:
             raise ConfigError(_too_large(settings, fitting[-1], ranks, memory))
-    log.info("batch.micro_batch: %d sequences fit", size)
-    return changed_to(settings, "batch.micro_batch", size)
+    log.info("batch.micro_batch_size: %d sequences fit", size)
+    return changed_to(settings, "batch.micro_batch_size", size)
 
 
 def _check(settings: TrainConfig, ranks: Ranks) -> None:
     memory = _memory_bytes(ranks)
-    if estimate(settings, settings.batch.micro_batch, ranks.world) > memory:
-        raise ConfigError(_too_large(settings, settings.batch.micro_batch, ranks, memory))
+    if estimate(settings, settings.batch.micro_batch_size, ranks.world) > memory:
+        raise ConfigError(_too_large(settings, settings.batch.micro_batch_size, ranks, memory))
 
 
 def _too_large(settings: TrainConfig, size: int, ranks: Ranks, memory: float) -> str:
     needed = estimate(settings, size, ranks.world)
     name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "this machine"
-    said = (
-        f"batch.micro_batch = {size} needs about {needed / 1e9:.1f} GB per rank, {name} has {memory / 1e9:.1f} GB free"
-    )
+    said = f"batch.micro_batch_size = {size} needs about {needed / 1e9:.1f} GB per rank, "
+    said += f"{name} has {memory / 1e9:.1f} GB free"
     return f"{said}; {advice(settings, ranks.world, memory)}"
 
 
@@ -67,7 +66,7 @@ def _trial(model: ModelConfig, size: int, train, ranks: Ranks) -> bool:
     fits = True
     try:
         with torch.device(ranks.device):
-            trial = GPT(model, train.recompute)
+            trial = GPT(model, train.activation_checkpointing)
         tokens = torch.zeros(size, model.context, dtype=torch.int32, device=ranks.device)
         with autocast(ranks.device, resolve(train.precision, ranks.device)):
             loss = trial(tokens, tokens)

@@ -72,7 +72,7 @@ class Loop:
             self.model.compile_blocks()
         self.ddp = DistributedDataParallel(self.stage.objective(self.model), gradient_as_bucket_view=True)
         dealt = self.stage.dealt
-        self.reducer = TreeReducer(self.ddp, self.accumulation, self.settings.train.reduce_dtype, dealt)
+        self.reducer = TreeReducer(self.ddp, self.accumulation, self.settings.train.grad_reduce_dtype, dealt)
         self.numbers = micro_batch_numbers(self.ranks.rank, self.ranks.world, self.accumulation, dealt)
         self.slow_peers = SlowPeers(self.ranks.world)
         self.only_batch: list[Any] = []
@@ -211,16 +211,16 @@ class Loop:
         losses = []
         clock = ForwardClock(self.ranks.device)
         self.reducer.reset()
-        for index, (number, micro_batch) in enumerate(zip(self.numbers, micro_batches, strict=True)):
+        for index, (number, micro_batch_size) in enumerate(zip(self.numbers, micro_batches, strict=True)):
             # Whatever is random in a forward pass depends on the micro-batch, not on who computes it.
             torch.manual_seed(derive_key(train.seed, step, number))
             with self.reducer.context(index):
                 with clock:
-                    loss = self._loss(micro_batch)
+                    loss = self._loss(micro_batch_size)
                 (loss / micro_batches_in_all).backward()
             losses.append(loss.detach())
             self.reducer.micro_batch_done(index)
-        clip = settings.optimizer.clip or math.inf
+        clip = settings.optimizer.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         mine = torch.stack(losses).double().cpu()
         everyones = gather_numbers(torch.cat([mine, torch.tensor([clock.seconds()], dtype=mine.dtype)]), self.ranks)
@@ -246,9 +246,9 @@ class Loop:
                 times,
             )
 
-    def _loss(self, micro_batch: Any) -> torch.Tensor:
+    def _loss(self, micro_batch_size: Any) -> torch.Tensor:
         with autocast(self.ranks.device, self.precision):
-            return self.ddp(micro_batch)
+            return self.ddp(micro_batch_size)
 
     def _check_finite(self, step: int, losses: torch.Tensor, norm: float) -> None:
         if bool(losses.isfinite().all()) and math.isfinite(norm):
@@ -270,7 +270,7 @@ class Loop:
         train = self.settings.train
         if not train.overfit or self.last_loss is None:
             return
-        bound = f"train.overfit_bound = {train.overfit_bound:g}"
+        bound = f"train.overfit_max_loss = {train.overfit_max_loss:g}"
         if not overfit.is_learned(self.settings, self.last_loss):
             raise TrainingError(
                 f"step {step}: with one micro-batch repeated the loss is {self.last_loss:.4f}, not below {bound}; "
@@ -286,7 +286,7 @@ class Loop:
         return {
             "step": step,
             **loss,
-            "tokens": step * self.settings.batch.tokens,
+            "tokens": step * self.settings.batch.tokens_per_step,
             "rng": {"rule": "seeded per micro-batch from (train.seed, step, index)", "seed": self.settings.train.seed},
             "config": self.stage.config,
             "data_fingerprint": self.stage.fingerprint,

@@ -19,23 +19,23 @@ def check_vocabulary(settings: TrainConfig, data: Manifest) -> None:
             f"{settings.data.url}: was made with tokenizer {tokenizer.name!r}, this model needs 'gpt2'; "
             "prepare the data with it"
         )
-    if tokenizer.vocab_size > settings.model.vocab_rows:
+    if tokenizer.vocab_size > settings.model.padded_vocab_size:
         raise ConfigError(
-            f"model.vocab_rows is {settings.model.vocab_rows}, fewer than the {tokenizer.vocab_size} tokens of "
-            f"{settings.data.url}; "
+            f"model.padded_vocab_size is {settings.model.padded_vocab_size}, fewer than the {tokenizer.vocab_size} "
+            f"tokens of {settings.data.url}; "
             f"set it to {-(-tokenizer.vocab_size // 128) * 128}"
         )
 
 
 def accumulation_of(settings: TrainConfig, world: int) -> int:
     """Micro-batches per rank and step. Raises ConfigError if they do not divide."""
-    micro_batches = settings.batch.tokens // (settings.batch.micro_batch * settings.model.context)
+    micro_batches = settings.batch.tokens_per_step // (settings.batch.micro_batch_size * settings.model.context)
     if micro_batches % world:
         possible = next(count for count in range(world, 0, -1) if micro_batches % count == 0)
         raise ConfigError(
-            f"batch.tokens = {settings.batch.tokens} makes {micro_batches} micro-batches of "
-            f"{settings.batch.micro_batch} x {settings.model.context} tokens, which do not divide over {world} ranks; "
-            f"start {possible} ranks, or lower batch.micro_batch"
+            f"batch.tokens_per_step = {settings.batch.tokens_per_step} makes {micro_batches} micro-batches "
+            f"of {settings.batch.micro_batch_size} x {settings.model.context} tokens, "
+            f"which do not divide over {world} ranks; start {possible} ranks, or lower batch.micro_batch_size"
         )
     return micro_batches // world
 
@@ -60,9 +60,9 @@ def describe(settings: TrainConfig, model: GPT, data: Manifest, accumulation: in
 
 
 def _batch_and_length(settings: TrainConfig, accumulation: int, ranks: Ranks, available: int) -> list[str]:
-    tokens = settings.batch.tokens * settings.train.steps
+    tokens = settings.batch.tokens_per_step * settings.train.steps
     return [
-        f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x "
+        f"batch: {settings.batch.tokens_per_step:,} tokens = {settings.batch.micro_batch_size} sequences x "
         f"{settings.model.context} tokens x {accumulation} micro-batches x "
         f"{ranks.world} ranks on {ranks.device.type}",
         f"length: {settings.train.steps:,} steps = {quantity(tokens)} tokens = {tokens / available:.2f} epochs",

@@ -70,7 +70,7 @@ def open_record(stage: Stage, ranks: Ranks) -> Record:
             gpu=gpu,
             gpus_per_node=ranks.local_world if gpu else 0,
             max_usd=settings.run.max_usd,
-            shutdown_seconds=settings.run.shutdown_seconds,
+            shutdown_seconds=settings.run.shutdown_reserve_seconds,
             has_metrics=True,
         )
         record = open_segment(RunFolder(settings.run.url), opening, Record)

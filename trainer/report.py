@@ -29,8 +29,8 @@ class Report:
         known = peak and stage.flops_per_token
         self._peak_flops = peak * ranks.world if known else None
         copies = ranks.world // stage.share_world  # of each micro-batch, where all ranks compute the same one
-        self._flops_per_step = stage.flops_per_token * settings.batch.tokens * copies if known else 0.0
-        view = settings.train.view
+        self._flops_per_step = stage.flops_per_token * settings.batch.tokens_per_step * copies if known else 0.0
+        view = settings.train.display
         live = ranks.is_main and (view == "live" or (view == "auto" and sys.stderr.isatty()))
         self._screen = screen(settings, record.cap) if live else None
         self._trackers = Trackers(settings.train.trackers if ranks.is_main else (), settings.run.url, stage.config)
@@ -38,14 +38,14 @@ class Report:
     def step(self, step: int, loss: float, rate: float, norm: float, seconds: float, waited_seconds: float) -> None:
         """Report optimizer step `step`, which took `seconds`, `waited_seconds` of them for data."""
         train = self._settings.train
-        speed = self._settings.batch.tokens / seconds
+        speed = self._settings.batch.tokens_per_step / seconds
         mfu = self._flops_per_step / seconds / self._peak_flops if self._peak_flops else None
         values = {
             "step": step,
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
-            "tokens": step * self._settings.batch.tokens,
+            "tokens": step * self._settings.batch.tokens_per_step,
             "step_seconds": seconds,
             "tokens_per_second": speed,
             "mfu": mfu,
@@ -93,9 +93,10 @@ def screen(settings: TrainConfig, cap: SpendingCap | None):
     try:
         from trainer.screen import Screen
     except ImportError as error:
-        if settings.train.view == "live":
+        if settings.train.display == "live":
             raise ConfigError(
-                "train.view is live, which needs the package rich; run `pip install rich`, or set train.view to lines"
+                "train.display is live, which needs the package rich; "
+                "run `pip install rich`, or set train.display to lines"
             ) from error
         return None
     return Screen(settings, cap)

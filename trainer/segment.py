@@ -131,7 +131,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
             measured = on_main(lambda: record.measured(restored), ranks)
         if loop.compiled and settings.train.compile_cache:
             kernels = compile_cache.uri_of(
-                settings.run.url, settings.model, settings.batch.micro_batch, torch.cuda.get_device_name()
+                settings.run.url, settings.model, settings.batch.micro_batch_size, torch.cuda.get_device_name()
             )
             with record.phase("compile"):
                 compile_cache.load(kernels)

@@ -96,9 +96,13 @@ def _trainer_flags(place: Place, preset: str, sequences: int, accumulation: int,
     """Settings of a short run without evaluations in between, samples and questions, which need a tokenizer."""
     tokens = sequences * accumulation * context
     flags = [str(path(preset)), f"--data.url={place.data}", f"--data.cache_dir={place.work / 'cache'}"]
-    flags += [f"--batch.tokens={tokens}", f"--batch.micro_batch={sequences}", "--optimizer.warmup_steps=2"]
+    flags += [
+        f"--batch.tokens_per_step={tokens}",
+        f"--batch.micro_batch_size={sequences}",
+        "--optimizer.warmup_steps=2",
+    ]
     flags += ["--train.eval_every=0", f"--train.eval_tokens={tokens}", "--train.hellaswag_items=0"]
-    flags += ["--train.sample_prompts=", "--train.view=lines", "--train.log_every=10"]
+    flags += ["--train.sample_prompts=", "--train.display=lines", "--train.log_every=10"]
     if place.rehearse:
         return [*flags, "--train.device=cpu", "--train.cpu_threads=1", *small_flags()]
     return [*flags, "--train.device=cuda"]
@@ -117,7 +121,7 @@ def _resume(place: Place, preset: str) -> list[str]:
     trainer = _trainer_flags(place, preset, sequences, accumulation, context)
     if not place.rehearse:
         trainer += ["--model.layers=2", "--model.width=256", *NARROW[preset]]
-    trainer += ["--checkpoint.every=2"]
+    trainer += ["--checkpoint.every_steps=2"]
     return _module("bench.gpu.resume", f"--work={place.work / f'resume-{preset}'}", f"--steps={steps}", "--", *trainer)
 
 

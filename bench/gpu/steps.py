@@ -98,10 +98,10 @@ class Watch:
         pairs = list(zip(self._marks, self._marks[1:], strict=False))
         seconds = [clock.seconds_between(*pair) for pair in pairs]
         measured = clock.summary(seconds[SETTLED + 1 :] or seconds)
-        tokens = settings.batch.tokens / measured["median"]
+        tokens = settings.batch.tokens_per_step / measured["median"]
         peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
         mfu = tokens * flops_per_token(settings.model) / peak if peak else None
-        text = f"{1e3 * measured['median']:.1f} ms per step of {settings.batch.tokens} tokens"
+        text = f"{1e3 * measured['median']:.1f} ms per step of {settings.batch.tokens_per_step} tokens"
         text += f": {quantity(tokens)} tokens/s"
         text += f", MFU {100 * mfu:.1f} %" if mfu else ""
         text += f", {self._peak_bytes / 1e9:.1f} GB" if self._peak_bytes else ""
@@ -111,8 +111,8 @@ class Watch:
             device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             step_seconds=measured,
             first_steps_seconds=seconds[: SETTLED + 1],
-            tokens_per_step=settings.batch.tokens,
-            micro_batch=settings.batch.micro_batch,
+            tokens_per_step=settings.batch.tokens_per_step,
+            micro_batch_size=settings.batch.micro_batch_size,
             tokens_per_second=tokens,
             mfu=mfu,
             peak_bytes=self._peak_bytes,
@@ -131,7 +131,7 @@ class Watch:
 def _estimate(settings: Any) -> float | None:
     """The memory that the launcher's check would have asked for, to be compared with the peak."""
     try:
-        return float(estimate(settings, settings.batch.micro_batch, 1))
+        return float(estimate(settings, settings.batch.micro_batch_size, 1))
     except (TypeError, AttributeError):  # another form of it
         return None
 

@@ -15,7 +15,7 @@ from typing import Any
 from core import storage
 from core.errors import ObjectExists, RunError
 
-VERSION = 1
+VERSION = 2  # 1 had other names of settings
 _SEGMENT = re.compile(r"^segment-(\d{6,})$")
 
 

@@ -22,15 +22,15 @@ class Cadence:
 
     def interval_seconds(self) -> float:
         """Seconds between two snapshots, from what was measured so far."""
-        young = math.sqrt(2 * self._blocked * self._config.mean_hours_between_failures * 3600)
+        young = math.sqrt(2 * self._blocked * self._config.expected_hours_between_failures * 3600)
         longest = self._config.max_lost_seconds - self._background
         # One upload at a time: when it takes more than half of the bound, saves follow each other at once.
         return max(self._background, min(young, longest)) if self._background else longest / 2
 
     def due(self, step: int, step_seconds: float, now: float | None = None) -> bool:
         """Whether to save after `step`, so that the next step would come too late."""
-        if self._config.every:
-            return step % self._config.every == 0
+        if self._config.every_steps:
+            return step % self._config.every_steps == 0
         now = time.monotonic() if now is None else now
         return now + step_seconds - self._last >= self.interval_seconds()
 

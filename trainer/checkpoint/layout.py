@@ -22,7 +22,7 @@ from core.xxh3 import xxh3_128
 
 MARKER = "COMPLETE"
 FORMAT = "checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had other names of settings in `state.config`
 _STEP = re.compile(r"^step-(\d{8,})$")
 _OBJECT = re.compile(
     rf"^({MARKER}|manifest-segment-\d{{6,}}\.json|segment-\d{{6,}}-rank-\d{{5,}}-of-\d{{5,}}\.safetensors)$"

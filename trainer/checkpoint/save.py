@@ -188,7 +188,7 @@ class Saver:
     def _prune(self) -> None:
         try:
             found = layout.stored(self.run_url)
-            for step in layout.to_remove(found, self.config.keep, self.config.keep_every):
+            for step in layout.to_remove(found, self.config.keep_last, self.config.keep_every_steps):
                 layout.remove(self.run_url, step, found[step])
         except LauncherError as error:
             log.warning("old checkpoints were not removed, which only costs storage: %s", error)

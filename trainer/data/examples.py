@@ -124,10 +124,10 @@ def _read(
         side += [(np.array(tokens, np.int32), np.array(targets, np.int32)) for tokens, targets in cut]
     for problem in problems[:TOLD]:
         log.warning("%s: left out %s", where, problem)
-    if len(problems) > data.max_bad_share * count:
+    if len(problems) > data.max_bad_fraction * count:
         raise DataError(
             f"{where}: {len(problems)} of {count} rows cannot be used, such as {problems[0]}; mend them, or raise "
-            "data.max_bad_share to leave them out"
+            "data.max_bad_fraction to leave them out"
         )
     if not sides["train"]:
         raise DataError(
@@ -145,12 +145,12 @@ def _read(
 
 def rows_of(data: RowsConfig) -> tuple[str, Iterable[Any], str]:
     """Where the rows are, the rows (None for a line that is no JSON), and a fingerprint of them."""
-    if not data.rows.endswith(".jsonl"):
-        info = sets.info_of(data.url, data.rows)
-        return f"{data.url}/sets/{data.rows}.jsonl", sets.read(data.url, data.rows), info.sha256
-    content = storage.read_bytes(data.rows)
+    if not data.examples.endswith(".jsonl"):
+        info = sets.info_of(data.url, data.examples)
+        return f"{data.url}/sets/{data.examples}.jsonl", sets.read(data.url, data.examples), info.sha256
+    content = storage.read_bytes(data.examples)
     return (
-        data.rows,
+        data.examples,
         [_parsed(line) for line in content.splitlines() if line.strip()],
         hashlib.sha256(content).hexdigest(),
     )

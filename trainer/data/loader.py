@@ -26,11 +26,11 @@ HANDED_OVER_AT_ONCE = 128
 class TokenSource:
     """Samples of one split by number: the order and the cache together. A sample is T + 1 tokens."""
 
-    def __init__(self, cache: ShardCache, length: int, seed: int, shuffle_shards: int):
+    def __init__(self, cache: ShardCache, length: int, seed: int, shards_mixed: int):
         self.cache = cache
         self.length = length
         tokens = [shard.tokens for shard in cache.shards]
-        self.order = WindowOrder(tokens, length, seed, shuffle_shards, cache.data_url)
+        self.order = WindowOrder(tokens, length, seed, shards_mixed, cache.data_url)
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of samples: (len(numbers), T + 1)."""
@@ -41,7 +41,7 @@ class TokenSource:
 class Batches:
     """Iterates over this rank's micro-batches from step `first_step` (from 0) on, endlessly.
 
-    Each item is a (micro_batch, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. `skip` are
+    Each item is a (micro_batch_size, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. `skip` are
     steps, counted from 1, whose batches are left out: later ones move up. Waiting for data ends with Abandoned once
     `is_leaving()`.
     """
@@ -51,7 +51,7 @@ class Batches:
         source: TokenSource,
         first_step: int,
         batch: int,
-        micro_batch: int,
+        micro_batch_size: int,
         rank: int,
         world: int,
         prefetch: int,
@@ -64,15 +64,15 @@ class Batches:
         self._skip = sorted(set(skip))
         self._source = source
         self._batch = batch
-        self._micro_batch = micro_batch
+        self._micro_batch = micro_batch_size
         self._per_rank = batch // world
-        numbers = micro_batch_numbers(rank, world, self._per_rank // micro_batch, dealt)
-        self._rows = (np.array(numbers)[:, None] * micro_batch + np.arange(micro_batch)).ravel()
+        numbers = micro_batch_numbers(rank, world, self._per_rank // micro_batch_size, dealt)
+        self._rows = (np.array(numbers)[:, None] * micro_batch_size + np.arange(micro_batch_size)).ravel()
         self._device = device
         self._position = first_step * batch
         self._queue: queue.Queue[torch.Tensor | Exception] = queue.Queue(2)
         self._stop = threading.Event()
-        self._chunk_rows = micro_batch * max(1, min(prefetch // 2, HANDED_OVER_AT_ONCE // micro_batch))
+        self._chunk_rows = micro_batch_size * max(1, min(prefetch // 2, HANDED_OVER_AT_ONCE // micro_batch_size))
         self._chunk = torch.empty(0)
         self._row = 0
         self._read_ahead = ReadAhead(source.cache, self._upcoming) if fetches else None

@@ -4,7 +4,7 @@ The shards of a split, one after the other, are one stream of N tokens; window i
 that all (N - 1) // T windows together predict each token once and shard tails are included. A window belongs to
 the shard that its first token lies in.
 
-Per epoch the shards are visited in a pseudo-random order, `shuffle_shards` of them at a time, and the windows of
+Per epoch the shards are visited in a pseudo-random order, `shards_mixed` of them at a time, and the windows of
 such a group in a pseudo-random order among themselves. Both orders are keyed Feistel permutations with cycle
 walking (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"), evaluated at any position in constant
 time: nothing is stored per window, a few numbers per shard, and any sample can be sought directly.
@@ -74,11 +74,11 @@ class Windows:
 class WindowOrder:
     """The order of one split. `shard_tokens`: tokens of each shard in stream order; `length`: T."""
 
-    def __init__(self, shard_tokens: list[int], length: int, seed: int, shuffle_shards: int, where: str):
+    def __init__(self, shard_tokens: list[int], length: int, seed: int, shards_mixed: int, where: str):
         tokens = np.asarray(shard_tokens, dtype=np.int64)
         self.length = length
         self.seed = seed
-        self.group_shards = shuffle_shards
+        self.group_shards = shards_mixed
         self.starts = np.concatenate([[0], np.cumsum(tokens)])
         self.windows = int((self.starts[-1] - 1) // length)
         if self.windows < 1:

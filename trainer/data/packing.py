@@ -52,7 +52,7 @@ class NumberedBatches:
         seed: int,
         first_step: int,
         batch: int,
-        micro_batch: int,
+        micro_batch_size: int,
         rank: int,
         world: int,
         make: Callable[[np.ndarray, np.ndarray], Any],
@@ -63,7 +63,7 @@ class NumberedBatches:
         self._seed = seed
         self._step = first_step
         self._batch = batch
-        self._micro_batch = micro_batch
+        self._micro_batch = micro_batch_size
         self._per_rank = batch // world
         self._offset = rank * self._per_rank
         self._make = make

@@ -40,7 +40,7 @@ class Books:
             gpu=gpu,
             gpus_per_node=ranks.local_world if gpu else 0,
             max_usd=settings.max_usd,
-            shutdown_seconds=settings.shutdown_seconds,
+            shutdown_seconds=settings.shutdown_reserve_seconds,
         )
         self._segment = open_segment(RunFolder(home), opening)
         stop.on_leaving(lambda: self._segment.close("preempted"))

@@ -37,7 +37,7 @@ def version() -> str:
 
 
 def run(
-    task: str, opened: Opened, ranks: Ranks, precision: str, kept: Kept, folder: str, limit: int, few_shot: int
+    task: str, opened: Opened, ranks: Ranks, precision: str, kept: Kept, folder: str, limit: int, num_fewshot: int
 ) -> dict[str, Any]:
     """The harness's own scores: metric → number, TASK/METRIC for sub-tasks. Raises ConfigError for an unknown task."""
     from lm_eval import simple_evaluate
@@ -53,7 +53,7 @@ def run(
     found = simple_evaluate(
         HarnessModel(opened, ranks, precision, kept),
         tasks=[task],
-        num_fewshot=None if few_shot < 0 else few_shot,
+        num_fewshot=None if num_fewshot < 0 else num_fewshot,
         limit=limit or None,
         log_samples=False,
         task_manager=tasks,

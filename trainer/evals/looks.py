@@ -34,7 +34,7 @@ class Looks:
     ):
         self._stage = stage
         self._train = stage.settings.train
-        self._tokens_per_step = stage.settings.batch.tokens
+        self._tokens_per_step = stage.settings.batch.tokens_per_step
         self._ranks = ranks
         self._model = model
         self._record = record

@@ -22,7 +22,7 @@ class ValidationLoss:
         cache: ShardCache,
         length: int,
         tokens: int,
-        micro_batch: int,
+        micro_batch_size: int,
         ranks: Ranks,
         precision: str = "auto",
     ):
@@ -30,7 +30,7 @@ class ValidationLoss:
         self._ranks = ranks
         available = sum(shard.tokens for shard in cache.shards)
         windows = max(1, min(tokens, available - 1) // length)
-        rows = min(micro_batch, windows)
+        rows = min(micro_batch_size, windows)
         self._count = windows // rows  # a ragged last batch would compile the model once more
         self.tokens = self._count * rows * length
         self._batches = []

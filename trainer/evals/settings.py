@@ -20,7 +20,7 @@ class EvaluateConfig:
     compare: tuple[str, ...] = setting(
         (), "more models, by commas: runs, checkpoints, folders, gpt2, hf:OWNER/NAME", check=urls.mistake_in_model
     )
-    again: bool = setting(False, "measure anew what is stored already; the older result stays")
+    rerun: bool = setting(False, "measure anew what is stored already; the older result stays")
     data_url: str = setting(
         "",
         "validation tokens, HellaSwag and training shards; empty: those of the first run",
@@ -33,10 +33,10 @@ class EvaluateConfig:
         check=urls.mistake,
     )
     tokens: int = setting(0, "validation tokens of the perplexity, the first ones; 0: all")
-    rolling: bool = setting(
+    per_document: bool = setting(
         False, "perplexity of each document on its own with as much context as fits, as the harness's wikitext"
     )
-    items: int = setting(0, "items of HellaSwag and of the harness's tasks, the first ones; 0: all")
+    limit: int = setting(0, "items of HellaSwag and of the harness's tasks, the first ones; 0: all")
     hellaswag_style: Literal["harness", "llm.c"] = setting(
         "harness", "llm.c: its text and its division by tokens, to compare with its 29.5 % for GPT-2 124M"
     )
@@ -44,8 +44,8 @@ class EvaluateConfig:
         False, "look for HellaSwag's items in the training shards, and score without those found; reads all shards"
     )
     contamination_tokens: int = setting(13, "tokens in a row that an item must share with the training text")
-    few_shot: int = setting(-1, "solved examples before each question of the harness's tasks; -1: as the task says")
-    lm_eval_folder: str = setting(
+    num_fewshot: int = setting(-1, "solved examples before each question of the harness's tasks; -1: as the task says")
+    lm_eval_tasks: str = setting(
         "", "local folder with more tasks for the harness, as YAML files", check=urls.mistake_in_folder
     )
     max_usd: float = setting(
@@ -53,7 +53,7 @@ class EvaluateConfig:
         "hard cap in dollars over all evaluations of this folder: stop before it, what is found is kept; 0: none",
         env="MAX_USD",
     )
-    shutdown_seconds: float = setting(
+    shutdown_reserve_seconds: float = setting(
         120.0, "paid time between the end of this program and the machine's, kept in reserve under the cap"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
@@ -65,7 +65,7 @@ class EvaluateConfig:
             if task not in OWN_TASKS and not (task.startswith(LM_EVAL) and task != LM_EVAL):
                 near = ", ".join((*OWN_TASKS, f"{LM_EVAL}NAME"))
                 raise SettingError("tasks", f"{task!r} is no task; there are {near}")
-        for key in ("tokens", "items", "cpu_threads", "max_usd", "shutdown_seconds"):
+        for key in ("tokens", "limit", "cpu_threads", "max_usd", "shutdown_reserve_seconds"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise SettingError(key, f"is {getattr(self, key)}, must not be below 0")
         if self.contamination_tokens < 2:

@@ -66,16 +66,16 @@ def _perplexity(
     tokens = functools.cache(
         lambda: on_all(lambda: perplexity.read_tokens(data.url, data.manifest, settings.tokens), ranks)
     )
-    how = perplexity.of_documents if settings.rolling else perplexity.of_stream
+    how = perplexity.of_documents if settings.per_document else perplexity.of_stream
 
     def compute(opened: Opened, kept: Kept) -> Found:
         return {"scores": how(opened.model, tokens(), opened.encoding, ranks, precision, kept)}
 
-    return Measurement(f"{task}-rolling" if settings.rolling else task, identity, compute)
+    return Measurement(f"{task}-rolling" if settings.per_document else task, identity, compute)
 
 
 def _hellaswag(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, precision: str, home: str) -> Measurement:
-    items = data.hellaswag(settings.items)
+    items = data.hellaswag(settings.limit)
     info = on_main(lambda: sets.info_of(data.url, HELLASWAG), ranks)
     style = settings.hellaswag_style
     identity = {"set": info.sha256, "items": len(items), "style": style, "precision": precision}
@@ -131,14 +131,14 @@ def _harness(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, prec
     name = task.removeprefix(LM_EVAL)
     identity = {
         "lm_eval": harness.version(),
-        "items": settings.items,
-        "few_shot": settings.few_shot,
-        "folder": settings.lm_eval_folder,
+        "items": settings.limit,
+        "num_fewshot": settings.num_fewshot,
+        "folder": settings.lm_eval_tasks,
         "precision": precision,
     }
 
     def compute(opened: Opened, kept: Kept) -> Found:
-        folder, limit, few_shot = settings.lm_eval_folder, settings.items, settings.few_shot
-        return {"scores": harness.run(name, opened, ranks, precision, kept, folder, limit, few_shot)}
+        folder, limit, num_fewshot = settings.lm_eval_tasks, settings.limit, settings.num_fewshot
+        return {"scores": harness.run(name, opened, ranks, precision, kept, folder, limit, num_fewshot)}
 
     return Measurement(task, identity, compute)

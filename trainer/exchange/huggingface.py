@@ -48,7 +48,18 @@ Tensors = Mapping[str, torch.Tensor]
 def kind_of(config: ModelConfig) -> str:
     """Which `transformers` model holds this one: gpt2, llama, or our own."""
     plain = ModelConfig()
-    sizes = {"layers", "heads", "width", "context", "vocab_rows", "norm_eps", "mlp_width", "tied", "dropout", "init"}
+    sizes = {
+        "layers",
+        "heads",
+        "width",
+        "context",
+        "padded_vocab_size",
+        "norm_eps",
+        "mlp_width",
+        "tie_embeddings",
+        "dropout",
+        "init",
+    }
     unusual = {
         field.name
         for field in dataclasses.fields(config)
@@ -72,7 +83,7 @@ def document_of(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "vocab_size": GPT2_VOCAB_SIZE,
         "bos_token_id": GPT2_END_OF_TEXT,
         "eos_token_id": GPT2_END_OF_TEXT,
-        "tie_word_embeddings": config.tied,
+        "tie_word_embeddings": config.tie_embeddings,
         "dtype": dtype,
     }
     if kind == "gpt2":
@@ -112,7 +123,7 @@ def document_of(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
-        "choices": to_dict(dataclasses.replace(config, vocab_rows=GPT2_VOCAB_SIZE)),
+        "choices": to_dict(dataclasses.replace(config, padded_vocab_size=GPT2_VOCAB_SIZE)),
     }
 
 
@@ -128,9 +139,9 @@ def config_of(document: Mapping[str, Any], where: str) -> ModelConfig:
         raise CheckpointError(f"{where}: has no {error.args[0]!r}; it is no whole config.json") from error
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    if config.vocab_rows < GPT2_VOCAB_SIZE:
+    if config.padded_vocab_size < GPT2_VOCAB_SIZE:
         raise CheckpointError(
-            f"{where}: vocab_size is {config.vocab_rows}, GPT-2's vocabulary has {GPT2_VOCAB_SIZE}: "
+            f"{where}: vocab_size is {config.padded_vocab_size}, GPT-2's vocabulary has {GPT2_VOCAB_SIZE}: "
             "a model of another vocabulary, which cannot be read here"
         )
     return config
@@ -146,10 +157,10 @@ def _gpt2_config(document: Mapping[str, Any], where: str) -> ModelConfig:
         heads=document["n_head"],
         width=document["n_embd"],
         context=document["n_positions"],
-        vocab_rows=document["vocab_size"],
+        padded_vocab_size=document["vocab_size"],
         norm_eps=document.get("layer_norm_epsilon", 1e-5),
         mlp_width=_mlp_width(document.get("n_inner"), document["n_embd"]),
-        tied=document.get("tie_word_embeddings", True),
+        tie_embeddings=document.get("tie_word_embeddings", True),
     )
 
 
@@ -167,7 +178,7 @@ def _llama_config(document: Mapping[str, Any], where: str) -> ModelConfig:
         heads=heads,
         width=document["hidden_size"],
         context=document["max_position_embeddings"],
-        vocab_rows=document["vocab_size"],
+        padded_vocab_size=document["vocab_size"],
         norm="rmsnorm",
         norm_eps=document.get("rms_norm_eps", 1e-6),
         position="rope",
@@ -175,7 +186,7 @@ def _llama_config(document: Mapping[str, Any], where: str) -> ModelConfig:
         mlp="swiglu",
         mlp_width=_mlp_width(document["intermediate_size"], document["hidden_size"]),
         bias=bias,
-        tied=document.get("tie_word_embeddings", False),
+        tie_embeddings=document.get("tie_word_embeddings", False),
     )
 
 
@@ -224,7 +235,9 @@ def from_hub(kind: str, config: ModelConfig, tensors: Tensors, where: str) -> di
         found = {}
         for name, values in tensors.items():
             name = name.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config.tied):
+            if name.endswith((".attn.bias", ".attn.masked_bias")) or (
+                name == "lm_head.weight" and config.tie_embeddings
+            ):
                 continue  # the causal mask, which old files hold, and the embedding again
             found[name] = values.T.contiguous() if name.endswith(TURNED) else values
         return found
@@ -250,12 +263,12 @@ def _llama_parts(name: str, values: torch.Tensor):
 
 def _from_llama(config: ModelConfig, tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
     left = {name: values for name, values in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tied:
+    if config.tie_embeddings:
         left.pop("lm_head.weight", None)
     found = {}
     try:
         for ours, theirs in _LLAMA_ENDS.items():
-            if ours != "lm_head.weight" or not config.tied:
+            if ours != "lm_head.weight" or not config.tie_embeddings:
                 found[ours] = left.pop(theirs)
         for layer in range(config.layers):
             prefix = f"model.layers.{layer}"

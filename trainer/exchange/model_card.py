@@ -92,10 +92,10 @@ def _usage(kind: str) -> str:
 
 def _model(opened: Opened, kind: str, dtype: str) -> str:
     config = opened.model.config
-    count = parameters(ModelConfig(**{**vars(config), "vocab_rows": GPT2_VOCAB_SIZE}))
+    count = parameters(ModelConfig(**{**vars(config), "padded_vocab_size": GPT2_VOCAB_SIZE}))
     plain = settings.to_dict(ModelConfig())
     chosen = {key: value for key, value in settings.to_dict(config).items() if value != plain[key]}
-    chosen.pop("vocab_rows", None)
+    chosen.pop("padded_vocab_size", None)
     lines = [
         "## Model",
         "",
@@ -103,8 +103,8 @@ def _model(opened: Opened, kind: str, dtype: str) -> str:
         f"- {config.layers} layers, {config.heads} heads, width {config.width}, context {config.context} tokens",
         f"- vocabulary: GPT-2's {GPT2_VOCAB_SIZE:,} byte pairs",
     ]
-    if config.vocab_rows > GPT2_VOCAB_SIZE:
-        lines.append(f"- {config.vocab_rows - GPT2_VOCAB_SIZE} rows that padded it in training are cut off")
+    if config.padded_vocab_size > GPT2_VOCAB_SIZE:
+        lines.append(f"- {config.padded_vocab_size - GPT2_VOCAB_SIZE} rows that padded it in training are cut off")
     unusual = {key: value for key, value in chosen.items() if key not in ("layers", "heads", "width", "context")}
     if unusual:
         lines.append(f"- other than GPT-2: {', '.join(f'{key} {value}' for key, value in unusual.items())}")
@@ -132,7 +132,14 @@ def _training(opened: Opened, facts: Facts, curve: str | None) -> str:
         return ""
     lines = ["## Training", "", f"- {opened.step:,} steps, {opened.state.get('tokens', 0):,} tokens"]
     flat = settings.flatten(opened.state.get("config", {}))
-    shown = ("batch.tokens", "optimizer.name", "optimizer.lr", "optimizer.schedule", "train.seed", "train.precision")
+    shown = (
+        "batch.tokens_per_step",
+        "optimizer.name",
+        "optimizer.lr",
+        "optimizer.schedule",
+        "train.seed",
+        "train.precision",
+    )
     lines += [f"- {key}: {flat[key]}" for key in shown if key in flat]
     if facts.train:
         lines += ["", "| step | training loss | validation loss |", "|-:|-:|-:|"]

@@ -110,14 +110,14 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: PretrainLauncherConfig):
         super().__init__(config)
         choices = config.choices
-        self.wte = nn.Embedding(choices["vocab_rows"], choices["width"])
+        self.wte = nn.Embedding(choices["padded_vocab_size"], choices["width"])
         learned = choices["position"] == "learned"
         self.wpe = nn.Embedding(choices["context"], choices["width"]) if learned else None
         self.ln_e = norm(choices) if choices["embedding_norm"] else None
         self.h = nn.ModuleList(Block(choices, index) for index in range(choices["layers"]))
         self.ln_f = norm(choices)
-        head = nn.Linear(choices["width"], choices["vocab_rows"], bias=False)
-        self.lm_head = None if choices["tied"] else head
+        head = nn.Linear(choices["width"], choices["padded_vocab_size"], bias=False)
+        self.lm_head = None if choices["tie_embeddings"] else head
         self.post_init()
 
     def get_input_embeddings(self):
@@ -186,7 +186,7 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
 def rotations(positions_BT, choices: dict):
     """cos and sin of rotary positions, (B, 1, T, K/2): dimension i turns together with i + K/2."""
     half = choices["width"] // choices["heads"] // 2
-    turning = max(1, round(half * choices["rope_share"]))
+    turning = max(1, round(half * choices["rope_fraction"]))
     index = torch.arange(half, device=positions_BT.device, dtype=torch.float32)
     speeds = torch.where(index < turning, choices["rope_base"] ** (-index / turning), 0.0)
     angles = (positions_BT.float()[..., None] * speeds)[:, None]

@@ -116,7 +116,7 @@ class Engine:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding beyond the vocabulary are padding."""
-        return min(GPT2_VOCAB_SIZE, self.model.config.vocab_rows)
+        return min(GPT2_VOCAB_SIZE, self.model.config.padded_vocab_size)
 
     @property
     def busy(self) -> bool:

@@ -81,10 +81,10 @@ class Attention(nn.Module):
 def rotations(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the angles of rotary positions (Su et al. 2021), float32, (T, K/2) or (B, 1, T, K/2).
 
-    Dimension i turns together with i + K/2, as in GPT-NeoX and Llama; those beyond `rope_share` stand still.
+    Dimension i turns together with i + K/2, as in GPT-NeoX and Llama; those beyond `rope_fraction` stand still.
     """
     half = config.head_width // 2
-    turning = max(1, round(half * config.rope_share))
+    turning = max(1, round(half * config.rope_fraction))
     index = torch.arange(half, device=positions.device, dtype=torch.float32)
     speeds = torch.where(index < turning, config.rope_base ** (-index / turning), 0.0)
     angles = positions.float()[..., None] * speeds

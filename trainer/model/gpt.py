@@ -87,12 +87,12 @@ class GPT(nn.Module):
         # Told (block, residual stream) where a look inside is wanted; outside of what is compiled.
         self.watch: Callable[[int, torch.Tensor], None] | None = None
         self.fused = False  # set by `compile_blocks`: what only pays, or only works, with a compiler
-        self.wte = nn.Embedding(config.vocab_rows, config.width)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.width)
         self.wpe = nn.Embedding(config.context, config.width) if config.position == "learned" else None
         self.ln_e = norm(config) if config.embedding_norm else None
         self.h = nn.ModuleList(Block(config, index) for index in range(config.layers))
         self.ln_f = norm(config)
-        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_rows, bias=False)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.width, config.padded_vocab_size, bias=False)
 
     @property
     def head(self) -> torch.Tensor:
@@ -187,7 +187,11 @@ class GPT(nn.Module):
             return 0.0
         # An embedding that is the output layer too must not start with logits as large as its width.
         is_embedding = name.startswith(("wte", "wpe"))
-        return (INIT_STD if self.config.tied else 1.0) if is_embedding else math.sqrt(1 / (3 * parameter.shape[1]))
+        return (
+            (INIT_STD if self.config.tie_embeddings else 1.0)
+            if is_embedding
+            else math.sqrt(1 / (3 * parameter.shape[1]))
+        )
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -64,15 +64,15 @@ class TreeReducer:
         self._stream = torch.cuda.Stream() if next(model.parameters()).is_cuda else None
         model.register_comm_hook(None, self._reduce_bucket)
 
-    def context(self, micro_batch: int):
+    def context(self, micro_batch_size: int):
         """DDP synchronises in the last micro-batch only, or, dealt, in the last one of each group."""
-        self._last = micro_batch == self.accumulation - 1
-        ends_group = self._dealt and (micro_batch + 1) % self.group == 0
+        self._last = micro_batch_size == self.accumulation - 1
+        ends_group = self._dealt and (micro_batch_size + 1) % self.group == 0
         return contextlib.nullcontext() if self._last or ends_group else self.model.no_sync()
 
-    def micro_batch_done(self, micro_batch: int) -> None:
+    def micro_batch_done(self, micro_batch_size: int) -> None:
         """Move a finished group's sum out of `.grad` into the tree."""
-        if self._dealt or micro_batch == self.accumulation - 1 or (micro_batch + 1) % self.group:
+        if self._dealt or micro_batch_size == self.accumulation - 1 or (micro_batch_size + 1) % self.group:
             return
         carry = [parameter.grad for parameter in self.parameters]
         level = 0

@@ -15,7 +15,7 @@ def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
-    begin = max(config.warmup_steps, steps - round(config.cooldown * steps))
+    begin = max(config.warmup_steps, steps - round(config.cooldown_fraction * steps))
     fallen = max(0, step - begin)
     if config.schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * min(1.0, fallen / max(1, steps - begin))))

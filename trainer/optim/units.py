@@ -36,7 +36,7 @@ class UnitOptimizer:
         shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
         self._units = deal(shapes, world, whole=self._matrices)
         self._owned = [unit for unit in self._units if unit.owner == rank]
-        self._dealt = [unit for unit in self._units if world > 1 and (config.shard or unit.name in self._matrices)]
+        self._dealt = [unit for unit in self._units if world > 1 and (config.zero or unit.name in self._matrices)]
         dealt = set(self._dealt)
         self._rows = {
             unit: nn.Parameter(self._parameters[unit.name].detach()[unit.start : unit.stop])
@@ -77,7 +77,7 @@ class UnitOptimizer:
                 continue
             momentum = self._state[unit]["momentum"]
             rate, decay = config.muon_lr * factor, config.muon_weight_decay
-            muon.update(rows, gradient, momentum, rate, decay, config.muon_momentum, config.muon_rounds)
+            muon.update(rows, gradient, momentum, rate, decay, config.muon_momentum, config.muon_ns_steps)
         self._adamw.step()
         if self._dealt:
             self._share()

@@ -106,7 +106,7 @@ class Distil(Pretrain):
         return f"{super().describe(model)}\nteacher: {self.teacher.name}"
 
     def objective(self, model: GPT) -> Distillation:
-        return Distillation(model, self.teacher, self.own.distil.temperature, self.own.distil.weight)
+        return Distillation(model, self.teacher, self.own.distil.temperature, self.own.distil.kl_weight)
 
     def held_out(self) -> HeldOut | None:
         validation = self.validation()

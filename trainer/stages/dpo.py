@@ -86,10 +86,10 @@ class Dpo(Tuned):
 
     def __init__(self, own: DpoConfig, ranks: Ranks):
         super().__init__(own, ranks)
-        if self.settings.batch.micro_batch % 2:
+        if self.settings.batch.micro_batch_size % 2:
             raise ConfigError(
-                f"batch.micro_batch = {self.settings.batch.micro_batch} is what fits, but a pair is two sequences; "
-                "set an even number"
+                f"batch.micro_batch_size = {self.settings.batch.micro_batch_size} is what fits, "
+                "but a pair is two sequences; set an even number"
             )
         self._reference: dict[str, np.ndarray] = {}
 
@@ -113,11 +113,11 @@ class Dpo(Tuned):
             train.seed,
             0 if train.overfit else first_step,
             batch=self.items_per_step,
-            micro_batch=self.settings.batch.micro_batch // 2,
+            micro_batch_size=self.settings.batch.micro_batch_size // 2,
             rank=self.share_rank,
             world=self.share_world,
             make=lambda _, mine: self._pairs("train", mine),
-            skip=train.skip_batches,
+            skip=train.skip_steps,
         )
 
     def held_out(self) -> HeldOut | None:
@@ -156,7 +156,7 @@ class Dpo(Tuned):
 
     def _groups(self, count: int) -> list[np.ndarray]:
         """Pairs that go through the model together when nothing is learned from them."""
-        size = self.settings.batch.micro_batch // 2
+        size = self.settings.batch.micro_batch_size // 2
         return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
     def _pairs(self, split: str, numbers: np.ndarray) -> Pairs:

@@ -91,11 +91,11 @@ class Finetune(Tuned):
             train.seed,
             0 if train.overfit else first_step,
             batch=self.items_per_step,
-            micro_batch=batch.micro_batch,
+            micro_batch_size=batch.micro_batch_size,
             rank=self.share_rank,
             world=self.share_world,
             make=self._micro_batch,
-            skip=train.skip_batches,
+            skip=train.skip_steps,
         )
 
     def _micro_batch(self, of_step: np.ndarray, mine: np.ndarray) -> Packed:
@@ -107,7 +107,7 @@ class Finetune(Tuned):
         if not len(self.examples.val):
             return None
         rows = Rows(self.examples.val, self.length)
-        size = self.settings.batch.micro_batch
+        size = self.settings.batch.micro_batch_size
         count = min(len(rows), max(1, self.settings.train.eval_tokens // self.length))
         groups = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 

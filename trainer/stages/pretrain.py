@@ -46,7 +46,7 @@ class Pretrain(Stage):
 
     @property
     def dealt(self) -> bool:
-        return self.settings.optimizer.deal_sums
+        return self.settings.optimizer.zero == 2
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -74,16 +74,16 @@ class Pretrain(Stage):
         settings = self.settings
         length, seed = settings.model.context, settings.train.seed
         return Batches(
-            TokenSource(self._cache("train"), length, seed, settings.data.shuffle_shards),
+            TokenSource(self._cache("train"), length, seed, settings.data.shards_mixed),
             0 if settings.train.overfit else first_step,
-            batch=settings.batch.tokens // length,
-            micro_batch=settings.batch.micro_batch,
+            batch=settings.batch.tokens_per_step // length,
+            micro_batch_size=settings.batch.micro_batch_size,
             rank=self.share_rank,
             world=self.share_world,
             prefetch=settings.data.prefetch,
             device=self.ranks.device,
             fetches=self.ranks.local_rank == 0,
-            skip=settings.train.skip_batches,
+            skip=settings.train.skip_steps,
             dealt=self.dealt,
         )
 
@@ -108,7 +108,7 @@ class Pretrain(Stage):
             self._cache("val"),
             settings.model.context,
             settings.train.eval_tokens,
-            settings.batch.micro_batch,
+            settings.batch.micro_batch_size,
             self.ranks,
             self.precision,
         )

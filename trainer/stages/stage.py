@@ -65,7 +65,7 @@ class Stage(abc.ABC):
         self.ranks = ranks
         self.precision = precision.resolve(settings.train.precision, ranks.device)
         earlier = on_main(functools.partial(stored_config, settings.run.url), ranks)
-        found = earlier["batch"]["micro_batch"] if earlier else None
+        found = earlier["batch"]["micro_batch_size"] if earlier else None
         self.settings = fit.with_micro_batch(settings, found, ranks)
         # Whose share of a step's micro-batches this rank computes; when overfitting all ranks share a single one.
         self.share_rank, self.share_world = ranks.rank, ranks.world
@@ -97,7 +97,7 @@ class Stage(abc.ABC):
     def build(self) -> GPT:
         """The model, without memory for its weights. What requires no gradient does not train and is not saved."""
         with torch.device("meta"):
-            return GPT(self.settings.model, self.settings.train.recompute)
+            return GPT(self.settings.model, self.settings.train.activation_checkpointing)
 
     @abc.abstractmethod
     def fill(self, model: GPT, restored: Restored | None) -> None:
@@ -109,7 +109,7 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def objective(self, model: GPT) -> nn.Module:
-        """Its forward(micro_batch) is a loss, to be averaged over a step's micro-batches."""
+        """Its forward(micro_batch_size) is a loss, to be averaged over a step's micro-batches."""
 
     @abc.abstractmethod
     def batches(self, first_step: int) -> MicroBatches: ...

@@ -84,7 +84,7 @@ class Tuned(Stage):
 
     @property
     def items_per_step(self) -> int:
-        return self.settings.batch.tokens // self.length // self.sequences_per_item
+        return self.settings.batch.tokens_per_step // self.length // self.sequences_per_item
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -116,7 +116,7 @@ class Tuned(Stage):
 
     def build(self) -> GPT:
         with torch.device("meta"):
-            model = GPT(self.model_config, self.settings.train.recompute)
+            model = GPT(self.model_config, self.settings.train.activation_checkpointing)
             if self.own.lora.rank:
                 lora.attach(model, **self._lora())
         return model
@@ -169,9 +169,10 @@ class Tuned(Stage):
         settings = self.settings
         steps, per_step = settings.train.steps, self.items_per_step
         return [
-            f"batch: {settings.batch.tokens:,} tokens = {settings.batch.micro_batch} sequences x {self.length} "
-            f"tokens x {self.accumulation} micro-batches x {self.ranks.world} ranks on {self.ranks.device.type}",
-            f"length: {steps:,} steps = {quantity(settings.batch.tokens * steps)} tokens, padding counted, "
+            f"batch: {settings.batch.tokens_per_step:,} tokens = {settings.batch.micro_batch_size} sequences "
+            f"x {self.length} tokens x {self.accumulation} micro-batches x {self.ranks.world} ranks "
+            f"on {self.ranks.device.type}",
+            f"length: {steps:,} steps = {quantity(settings.batch.tokens_per_step * steps)} tokens, padding counted, "
             f"= {steps * per_step / self.items:.2f} epochs of {self.items:,} {self.describe_items()}",
         ]
 
@@ -182,7 +183,7 @@ class Tuned(Stage):
         return {"rank": self.own.lora.rank, "alpha": self.own.lora.alpha, "targets": list(self.own.lora.targets)}
 
     def _steps(self, own: Any, epochs: float) -> int:
-        per_step = own.batch.tokens // self.length // self.sequences_per_item
+        per_step = own.batch.tokens_per_step // self.length // self.sequences_per_item
         return max(1, math.ceil(epochs * self.items / max(1, per_step))) if epochs else own.train.steps
 
 
