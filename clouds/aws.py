@@ -1,7 +1,7 @@
 """What AWS itself says: when instances ran, what spot cost in a zone and hour, the bill by tag (Cost Explorer).
 
-Uses botocore, which s3fs brings. Reads only; needs ec2:DescribeInstances,
-ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage.
+Uses botocore, where it is installed. Reads only; needs ec2:DescribeInstances, ec2:DescribeSpotPriceHistory and
+ce:GetCostAndUsage.
 """
 
 import datetime
@@ -135,11 +135,11 @@ def _utc(time: float) -> datetime.datetime:
 
 
 def _client(service: str, region: str | None) -> Any:
-    import botocore.config
-    import botocore.session
-
-    settings = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 2})
     try:
+        import botocore.config
+        import botocore.session
+
+        settings = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 2})
         return botocore.session.Session().create_client(service, region_name=region, config=settings)
-    except Exception as error:  # no region, broken configuration
+    except Exception as error:  # no botocore, no region, broken configuration
         raise Unavailable(f"{type(error).__name__}: {error}") from error

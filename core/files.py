@@ -8,16 +8,16 @@ import contextlib
 import errno
 import heapq
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import BinaryIO
 
-from fsspec.utils import glob_translate
-
+from core import patterns
 from core.errors import StorageError
+
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 @contextlib.contextmanager
@@ -39,11 +39,23 @@ def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterat
                 os.fsync(file.fileno())
         temporary.chmod(0o644)
         if exclusive:
-            os.link(temporary, path)  # atomic, and fails if the name is taken
+            _move_to_free_name(temporary, path)
         else:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move_to_free_name(temporary: Path, path: Path) -> None:
+    """Raises FileExistsError if the name is taken; of several racing callers exactly one succeeds."""
+    try:
+        os.link(temporary, path)  # atomic, and the name never stands for less than the whole
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # exFAT, SMB and some FUSE file systems have no hard links. The name is empty for the moment between the calls.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        temporary.replace(path)
 
 
 def below(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -71,10 +83,10 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 
     Raises StorageError for a link to nothing where the pattern leads into folders: files would be missing silently.
     """
-    wild = next(number for number, part in enumerate(pattern.parts) if re.search(r"[*?\[]", part))
+    wild = next(number for number, part in enumerate(pattern.parts) if patterns.is_pattern(part))
     root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
-    fits = re.compile(glob_translate("/".join(parts))).match
-    parts_fit = [re.compile(glob_translate(part)).match for part in parts]
+    fits = patterns.matcher("/".join(parts))
+    parts_fit = [patterns.matcher(part) for part in parts]
     recursive = parts.index("**") if "**" in parts else None
 
     def leads(names: tuple[str, ...]) -> bool:

@@ -38,6 +38,16 @@ def parse(uri: str) -> HubPath:
     return HubPath(kind, repository, revision or "", path or "")
 
 
+def is_address(uri: str) -> bool:
+    """Whether a URI is of the Hub, and so has revisions."""
+    return uri.startswith("hf://")
+
+
+def revision_of(uri: str) -> str:
+    """The revision that a URI names; empty for one that names none, or is not of the Hub."""
+    return parse(uri).revision if is_address(uri) else ""
+
+
 def commit_of(uri: str) -> str:
     """The commit hash that the URI's revision (or the main branch) stands for now. One request, no retry."""
     from huggingface_hub import HfApi

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from core import urls
+from core import hub, urls
 from core.config import require, section, setting
 
 
@@ -158,7 +158,7 @@ class FetchSourceConfig:
     def __post_init__(self):
         require(bool(self.train_url), "train_url", "is empty; give a file or glob")
         require(
-            not self.revision or self.train_url.startswith("hf://"),
+            not self.revision or hub.is_address(self.train_url),
             "revision",
             f"is {self.revision!r}, but only an hf:// source has revisions",
         )

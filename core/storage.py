@@ -1,51 +1,48 @@
-"""Objects by URI: local paths, memory://, s3:// (AWS, Cloudflare R2, any endpoint), gs:// and hf:// (read only).
+"""Objects by URI: local paths, memory://, s3:// (AWS, Cloudflare R2, any endpoint), gs://, az:// and hf:// (read only).
 
-One small set of functions over fsspec. Objects are whole and immutable to a reader: a write is visible only
-when it is complete. Transient faults are retried with exponential backoff and jitter; anything else fails at
-once with the URI and the remedy. Credentials come from the environment alone (AWS_ACCESS_KEY_ID,
-AWS_ENDPOINT_URL, HF_TOKEN, ...) and never appear in a message.
+One small set of functions over the stores of core/stores. Objects are whole and immutable to a reader: a write is
+visible only when it is complete. Transient faults are retried with exponential backoff and jitter; anything else fails
+at once with the URI and the remedy. Credentials come from the environment (core/stores/credentials.py) and never appear
+in a message.
 
     storage.write_bytes("s3://bucket/a.json", b"{}")
     storage.read_range("s3://bucket/shard.bin", 0, 1024)
     [o.uri for o in storage.list_objects("s3://bucket/run/checkpoints")]
 """
 
+import contextlib
 import functools
 import hashlib
+import io
 import logging
 import os
 import random
-import re
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-import fsspec
-from fsspec.utils import glob_translate
-
-from core import faults, files, hub, s3, urls
-from core.errors import ObjectDamaged, ObjectNotFound, StorageError
+from core import files, patterns
+from core.errors import LauncherError, ObjectDamaged, ObjectNotFound, StorageError
+from core.stores import faults, local
+from core.stores.base import Buffer, Found, Store, Terms
+from core.stores.opener import open_store
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-READ_ONLY_SCHEMES = ("hf",)
-COPY_CHUNK_BYTES = 8 << 20
 # One connection to S3 carries 80 to 100 MB/s.
 READ_PART_BYTES = 16 << 20
 READ_PARTS_AT_ONCE = 8
+FILE_BUFFER_BYTES = 1 << 20
 
 # About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
 ATTEMPTS = 7
 BACKOFF_SECONDS = 0.25
 BACKOFF_CAP_SECONDS = 15.0
-
-_s3_options_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -61,21 +58,17 @@ class ObjectInfo:
         return self.uri.rsplit("/", 1)[-1]
 
 
-def scheme_of(uri: str) -> str:
-    """`s3` for s3://bucket/key, `file` for a plain path. Raises StorageError for another spelling (`core.urls`)."""
-    if problem := urls.mistake(uri):
-        raise StorageError(f"{uri}: {problem}")
-    scheme, separator, _ = uri.partition("://")
-    return scheme if separator and scheme in urls.SCHEMES else "file"
-
-
 def is_local(uri: str) -> bool:
-    return scheme_of(uri) == "file"
+    return open_store(uri)[0].is_local
 
 
-def local_path(uri: str) -> Path:
-    """The path behind a local URI (file:// or plain)."""
-    return Path(uri.removeprefix("file://")).expanduser()
+local_path = local.path_of
+is_pattern = patterns.is_pattern
+
+
+def terms_of(uri: str) -> Terms:
+    """Which service and server hold a URI."""
+    return open_store(uri)[0].terms
 
 
 def join(uri: str, *parts: str) -> str:
@@ -85,51 +78,60 @@ def join(uri: str, *parts: str) -> str:
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises ObjectNotFound, StorageError."""
-
-    def read() -> bytes:
-        if is_local(uri):
-            return local_path(uri).read_bytes()
-        return s3.get(_key(uri)) if scheme_of(uri) == "s3" else _fs(uri).cat_file(_key(uri))
-
-    return _retrying("read", uri, read)
+    return b"".join(_chunks(uri))
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
     """Bytes [start, end) of an object; exactly end - start of them, or StorageError."""
-    if not 0 <= start <= end:
-        raise ValueError(f"bad byte range [{start}, {end})")
-    if start == end:
-        return b""
+    _check_range(start, end)
+    return _on(uri, "read", lambda store, key: b"".join(_get(store, key, start, end))) if end > start else b""
 
-    def read() -> bytes:
-        if is_local(uri):
-            with local_path(uri).open("rb") as file:
-                file.seek(start)
-                data = file.read(end - start)
-        elif scheme_of(uri) == "hf":
-            data = hub.read_range(uri, start, end)
-        elif scheme_of(uri) == "s3":
-            data = s3.get(_key(uri), f"bytes={start}-{end - 1}")
-        else:
-            data = _fs(uri).cat_file(_key(uri), start=start, end=end)
-        if len(data) != end - start:
-            raise faults.ShortRead(f"got {len(data)} of {end - start} bytes")
-        return data
 
-    return _retrying("read", uri, read)
+def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+    """The bytes of each range, none of them empty; those that are close to each other come by one request."""
+    for start, end in ranges:
+        _check_range(start, end)
+
+    def read(store: Store, key: str) -> list[Buffer]:
+        found = list(store.get_ranges(key, ranges))
+        for (start, end), data in zip(ranges, found, strict=True):
+            _check_length(len(data), end - start)
+        return found
+
+    return _on(uri, "read", read) if ranges else []
 
 
 def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
     """Fill `buffer` with the first bytes of an object, by ranges side by side; yields it part by part, in order."""
-    parts = [buffer[start : start + READ_PART_BYTES] for start in range(0, len(buffer), READ_PART_BYTES)]
 
-    def fill(number: int) -> None:
-        start = number * READ_PART_BYTES
-        parts[number][:] = read_range(uri, start, start + len(parts[number]))
+    def fill(start: int, end: int) -> memoryview:
+        def read(store: Store, key: str) -> memoryview:
+            at = start
+            for piece in _get(store, key, start, end):
+                buffer[at : at + len(piece)] = piece
+                at += len(piece)
+            return buffer[start:end]
 
-    with ThreadPoolExecutor(READ_PARTS_AT_ONCE, thread_name_prefix="part reader") as pool:
-        for part, _ in zip(parts, pool.map(fill, range(len(parts))), strict=True):
-            yield part
+        return _on(uri, "read", read)
+
+    return side_by_side(fill, _parts(len(buffer)))
+
+
+def side_by_side(
+    fetch: Callable[[int, int], T], ranges: Iterable[tuple[int, int]], at_once: int = READ_PARTS_AT_ONCE
+) -> Iterator[T]:
+    """`fetch(start, end)` of each range in order, so many of them at once ahead of the reader."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(at_once, thread_name_prefix="part reader") as pool:
+        try:
+            for each in ranges:
+                waiting.append(pool.submit(fetch, *each))
+                if len(waiting) >= at_once:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def download(
@@ -140,12 +142,10 @@ def download(
     Without `survives_crash` the file is not flushed to the disk, so that after a power cut its name may stand for
     less than its content. Raises ObjectDamaged when `expected_sha256` is given and the content differs.
     """
-    path = Path(path)
-
-    def copy() -> int:
-        digest = hashlib.sha256()
-        size = 0
-        with files.replacing(path, flush=survives_crash) as target:
+    digest = hashlib.sha256()
+    size = 0
+    try:
+        with files.replacing(Path(path), flush=survives_crash) as target:
             for chunk in _chunks(uri):
                 target.write(chunk)
                 size += len(chunk)
@@ -156,89 +156,49 @@ def download(
                     f"{uri}: checksum is {digest.hexdigest()[:12]}…, expected {expected_sha256[:12]}…; "
                     "the object is damaged: write it again from its source"
                 )
-        return size
-
-    return _retrying("download", uri, copy)
+    except OSError as error:  # of the local file; the store's own errors are translated by now
+        raise faults.translated("download", uri, error, faults.marks_of(error), local.TERMS) from error
+    return size
 
 
 def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
     """Store an object whole: readers see the old one or the new one, never a part.
 
-    With `exclusive`, raises ObjectExists if there is one already (If-None-Match on S3, a hard link locally);
-    of several racing writers exactly one wins.
+    With `exclusive`, raises ObjectExists if there is one already; of several racing writers exactly one wins.
     """
-    _writable(uri)
-
-    def write() -> None:
-        if is_local(uri):
-            with files.replacing(local_path(uri), exclusive=exclusive) as file:
-                file.write(data)
-            return
-        if scheme_of(uri) == "s3":
-            s3.put(_key(uri), data, exclusive, functools.partial(_retrying, "write", uri))
-            return
-        fs = _fs(uri)
-        if exclusive and fs.exists(_key(uri)):
-            raise FileExistsError(uri)
-        fs.pipe_file(_key(uri), data)
-
+    view = memoryview(data).cast("B")
     attempt = 0
 
-    def write_once_more() -> None:
-        # An exclusive PUT whose answer was lost has happened: the retry then meets its own object.
+    def write(store: Store, key: str) -> None:
+        # An exclusive write whose answer was lost has happened: the retry then meets its own object.
         nonlocal attempt
         attempt += 1
         try:
-            write()
+            store.put(key, view, exclusive)
         except Exception as error:
-            if exclusive and attempt > 1 and faults.is_conflict(error) and read_bytes(uri) == bytes(data):
+            if exclusive and attempt > 1 and faults.is_conflict(faults.marks_of(error)) and read_bytes(uri) == data:
                 return
             raise
 
-    _retrying("write", uri, write_once_more)
+    _on(uri, "write", write)
 
 
 def write_file(uri: str, path: str | os.PathLike) -> int:
     """Store a local file as an object, whole or not at all. Returns its bytes."""
-    _writable(uri)
-    path = Path(path)
-
-    def write() -> int:
-        size = path.stat().st_size
-        if is_local(uri):
-            with files.replacing(local_path(uri)) as target, path.open("rb") as source:
-                shutil.copyfileobj(source, target, COPY_CHUNK_BYTES)
-        else:
-            _fs(uri).put_file(str(path), _key(uri))
-        return size
-
-    return _retrying("write", uri, write)
+    _on(uri, "write", lambda store, key: store.put_file(key, str(path)))
+    return Path(path).stat().st_size
 
 
 def open_read(uri: str) -> BinaryIO:
     """A seekable binary file over an object, for readers that want one (parquet)."""
-    return _retrying(
-        "open", uri, lambda: local_path(uri).open("rb") if is_local(uri) else _fs(uri).open(_key(uri), "rb")
-    )
+    if is_local(uri):
+        return _on(uri, "open", lambda store, key: local_path(key).open("rb"))
+    return io.BufferedReader(_RangeFile(uri, size_of(uri)), FILE_BUFFER_BYTES)
 
 
 def size_of(uri: str) -> int:
     """Size in bytes. Raises ObjectNotFound, for a folder too."""
-
-    def size() -> int:
-        if is_local(uri):
-            path = local_path(uri)
-            if path.is_dir():
-                raise FileNotFoundError(uri)
-            return path.stat().st_size
-        if scheme_of(uri) == "s3":
-            return s3.size(_key(uri))
-        info = _fs(uri).info(_key(uri))
-        if info["type"] != "file":
-            raise FileNotFoundError(uri)
-        return int(info["size"])
-
-    return _retrying("stat", uri, size)
+    return _on(uri, "stat", lambda store, key: store.size(key))
 
 
 def exists(uri: str) -> bool:
@@ -256,47 +216,12 @@ def list_objects(prefix: str) -> list[ObjectInfo]:
     A missing bucket is not an absent folder: it raises StorageError, and so does a local link to nothing in its place.
     Local links are followed, each folder once (`core.files.below`).
     """
-
-    def find() -> list[ObjectInfo]:
-        if is_local(prefix):
-            root = local_path(prefix)
-            return [
-                ObjectInfo(join(prefix, str(path.relative_to(root))), stat.st_size, stat.st_mtime)
-                for path, stat in files.below(root)
-            ]
-        if scheme_of(prefix) == "s3":
-            return _list_s3(prefix.rstrip("/") + "/")
-        fs = _fs(prefix)
-        scheme = prefix.split("://", 1)[0]
-        found = fs.find(_key(prefix.rstrip("/") + "/"), detail=True)
-        if not found:
-            _check_bucket(prefix)
-        return [
-            ObjectInfo(f"{scheme}://{key.lstrip('/')}", int(info["size"]), _modified(info))
-            for key, info in found.items()
-            if info["type"] == "file"
-        ]
-
-    return sorted(_retrying("list", prefix, find), key=lambda info: info.uri)
+    return _listed(prefix, lambda store, key: store.objects(key))
 
 
 def list_names(prefix: str) -> list[str]:
     """Names one level below a folder: objects and sub-folders, sorted. An absent folder lists as empty."""
-
-    def names() -> list[str]:
-        if is_local(prefix):
-            return files.names(local_path(prefix))
-        if scheme_of(prefix) == "s3":
-            return list(s3.names(_key(prefix)))
-        fs = _fs(prefix)
-        try:
-            entries = fs.ls(_key(prefix), detail=False)
-        except FileNotFoundError:
-            _check_bucket(prefix)
-            return []
-        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries]
-
-    return sorted(_retrying("list", prefix, names))
+    return sorted(_on(prefix, "list", lambda store, key: list(store.names(key))))
 
 
 def expand(pattern: str) -> list[str]:
@@ -308,31 +233,12 @@ def expand_objects(pattern: str) -> list[ObjectInfo]:
     """As `expand`, with sizes, by as few requests as the store allows. Raises ObjectNotFound without wildcards."""
     if not is_pattern(pattern):
         return [ObjectInfo(pattern, size_of(pattern), None)]
-    if is_local(pattern):
-        found = _retrying("list", pattern, lambda: files.matching(local_path(pattern)))
-        return sorted((ObjectInfo(str(path), stat.st_size, None) for path, stat in found), key=lambda info: info.uri)
-    if scheme_of(pattern) == "s3":
-        matches = re.compile(glob_translate(pattern)).match
-        literal = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-        found = _retrying("list", pattern, lambda: _list_s3(literal))
-        return sorted((info for info in found if matches(info.uri)), key=lambda info: info.uri)
-    scheme = pattern.split("://", 1)[0]
-    infos = _retrying("list", pattern, lambda: _fs(pattern).glob(_key(pattern), detail=True))
-    return sorted(
-        (
-            ObjectInfo(f"{scheme}://{key.lstrip('/')}", int(info["size"]), _modified(info))
-            for key, info in infos.items()
-            if info["type"] == "file"
-        ),
-        key=lambda info: info.uri,
-    )
+    return _listed(pattern, lambda store, key: store.matching(key))
 
 
 def pinned(uri: str) -> str:
-    """An hf:// URI at the commit that its branch or tag stands for now; any other URI as it is."""
-    if scheme_of(uri) != "hf":
-        return uri
-    return hub.parse(uri).at(_retrying("read", uri, lambda: hub.commit_of(uri)))
+    """A URI of the Hub at the commit that its branch or tag stands for now; any other URI as it is."""
+    return uri.removesuffix(open_store(uri)[1]) + _on(uri, "read", lambda store, key: store.pinned(key))
 
 
 def link_to_nothing(uri: str) -> str | None:
@@ -343,123 +249,130 @@ def link_to_nothing(uri: str) -> str | None:
     return os.readlink(path) if files.link_to_nothing(path) == path else None
 
 
-def is_pattern(uri: str) -> bool:
-    return bool(re.search(r"[*?\[]", uri))
-
-
 def delete(uri: str) -> None:
     """Remove one object; it may be gone already."""
-    _writable(uri)
-
-    def remove() -> None:
-        try:
-            if is_local(uri):
-                local_path(uri).unlink()
-            elif scheme_of(uri) == "s3":
-                s3.delete(_key(uri))
-            else:
-                _fs(uri).rm_file(_key(uri))
-        except FileNotFoundError:
-            pass
-
-    _retrying("delete", uri, remove)
+    with contextlib.suppress(ObjectNotFound):
+        _on(uri, "delete", lambda store, key: store.delete(key))
 
 
-# --- the file systems ------------------------------------------------------------------------------------------
+# --- parts -----------------------------------------------------------------------------------------------------
 
 
-def _fs(uri: str) -> fsspec.AbstractFileSystem:
-    scheme = scheme_of(uri)
-    if scheme == "s3":
-        return _s3()
-    try:
-        options = {"use_listings_cache": False} if scheme == "hf" else {}
-        return fsspec.filesystem(scheme, **options)
-    except ImportError as error:
-        package = {"gs": "gcsfs", "hf": "huggingface-hub"}.get(scheme, scheme)
-        raise StorageError(f"{uri}: {scheme}:// needs the package {package}; run `pip install {package}`") from error
+def _chunks(uri: str) -> Iterator[Buffer]:
+    """The content of an object in order. A large one comes in parts side by side, each with retries of its own."""
+
+    def begin(store: Store, key: str) -> list[Buffer] | int:
+        size, pieces = store.get(key)
+        return size if size > READ_PART_BYTES else list(pieces)
+
+    found = _on(uri, "read", begin)
+    if isinstance(found, int):
+        yield from side_by_side(functools.partial(read_range, uri), _parts(found))
+    else:
+        yield from found
 
 
-def _s3() -> fsspec.AbstractFileSystem:
-    import s3fs
-
-    with _s3_options_lock:
-        # Listings are never cached, because other machines write to the same prefix.
-        fs = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=s3.CONFIG)
-        fs.retries = 1
-        return fs
+def _parts(size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(size, start + READ_PART_BYTES)) for start in range(0, size, READ_PART_BYTES))
 
 
-def _list_s3(prefix: str) -> list[ObjectInfo]:
-    """Objects whose URI begins so. A key that ends in a slash is a folder that some tool has marked."""
-    bucket = _key(prefix).split("/", 1)[0]
-    return [
-        ObjectInfo(f"s3://{bucket}/{each['Key']}", each["Size"], each["LastModified"].timestamp())
-        for each in s3.objects(_key(prefix))
-        if not each["Key"].endswith("/")
-    ]
+def _get(store: Store, key: str, start: int, end: int) -> Iterator[Buffer]:
+    """Exactly the bytes [start, end)."""
+    count, pieces = store.get(key, start, end)
+    _check_length(count, end - start)
+    got = 0
+    for piece in pieces:
+        got += len(piece)
+        _check_length(min(got, count), got)
+        yield piece
+    _check_length(got, count)
 
 
-def _chunks(uri: str) -> Iterator[bytes]:
-    """The content of an object, piece by piece."""
-    if scheme_of(uri) == "s3":
-        yield from s3.chunks(_key(uri), COPY_CHUNK_BYTES)
-        return
-    with open_read(uri) as source:
-        while chunk := source.read(COPY_CHUNK_BYTES):
-            yield chunk
+def _check_range(start: int, end: int) -> None:
+    if not 0 <= start <= end:
+        raise ValueError(f"bad byte range [{start}, {end})")
 
 
-def _key(uri: str) -> str:
-    """The path that fsspec wants, without the scheme."""
-    return uri.split("://", 1)[1] if scheme_of(uri) != "memory" else "/" + uri.split("://", 1)[1].lstrip("/")
+def _check_length(got: int, wanted: int) -> None:
+    if got != wanted:
+        raise faults.ShortRead(f"got {got} of {wanted} bytes")
 
 
-def _writable(uri: str) -> None:
-    if scheme_of(uri) in READ_ONLY_SCHEMES:
-        raise StorageError(f"{uri}: {scheme_of(uri)}:// is read only here; write to a local path, s3:// or gs://")
+def _listed(place: str, find: Callable[[Store, str], Iterable[Found]]) -> list[ObjectInfo]:
+    key = open_store(place)[1]
+    # Empty for stores whose keys are whole URIs.
+    before = place.removesuffix(key) if key else f"{place.rstrip('/')}/"
+    found = _on(place, "list", lambda store, key: list(find(store, key)))
+    return sorted(
+        (ObjectInfo(before + each.key, each.size, each.modified) for each in found), key=lambda info: info.uri
+    )
 
 
-def _check_bucket(uri: str) -> None:
-    """Raise FileNotFoundError if the bucket itself is missing (an empty prefix is fine)."""
-    if scheme_of(uri) == "gs":
-        bucket = _key(uri).split("/", 1)[0]
-        # Listing (not HEAD) also works for keys that may only list: least privilege.
-        _fs(uri).ls(bucket, detail=False, refresh=True)
+class _RangeFile(io.RawIOBase):
+    """An object as a file, by ranges."""
 
+    def __init__(self, uri: str, size: int):
+        self._uri = uri
+        self._size = size
+        self._at = 0
 
-def _modified(info: dict) -> float | None:
-    stamp = info.get("LastModified") or info.get("mtime") or info.get("created") or info.get("updated")
-    return stamp.timestamp() if hasattr(stamp, "timestamp") else None
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = read_range(self._uri, self._at, max(self._at, min(self._size, self._at + len(buffer))))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 # --- retries ---------------------------------------------------------------------------------------------------
 
 
-def _retrying(verb: str, uri: str, call: Callable[[], T]) -> T:
-    for attempt in range(1, ATTEMPTS + 1):
+def _on(uri: str, verb: str, call: Callable[[Store, str], T]) -> T:
+    """`call` with the store behind a URI and the object's key."""
+    store, key = open_store(uri)
+    return _retrying(verb, uri, lambda: call(store, key), store)
+
+
+def _retrying(verb: str, uri: str, call: Callable[[], T], store: Store | None = None) -> T:
+    store = store or open_store(uri)[0]
+    renewed = False
+    attempt = 1
+    while True:
         try:
             return call()
-        except StorageError:
+        except LauncherError:
             raise
         except Exception as error:
-            if not faults.is_transient(error):
-                raise faults.translated(verb, uri, error) from error
-            if attempt == ATTEMPTS:
+            marks = faults.marks_of(error)
+            if not renewed and store.renew(error):
+                renewed = True
+                continue
+            if isinstance(error, faults.GaveUp) or (faults.is_transient(marks) and attempt == ATTEMPTS):
                 raise StorageError(
-                    f"{uri}: could not {verb} after {ATTEMPTS} attempts ({faults.brief(error)}); "
-                    f"check the network and {faults.endpoint_of(uri)}, then run the same command again"
+                    f"{uri}: could not {verb} after {ATTEMPTS} attempts ({faults.brief(error.__cause__ or error)}); "
+                    f"check the network and {store.terms.endpoint}, then run the same command again"
                 ) from error
-            pause = min(BACKOFF_CAP_SECONDS, BACKOFF_SECONDS * 2 ** (attempt - 1)) * random.uniform(0.7, 1.3)
-            pause = max(pause, faults.retry_after_seconds(error))
-            log.warning(
-                "%s: %s failed (%s), attempt %d of %d, again in %.1f s",
-                uri,
-                verb,
-                faults.brief(error),
-                attempt,
-                ATTEMPTS,
-                pause,
-            )
-            time.sleep(pause)
-    raise AssertionError("unreachable")
+            if not faults.is_transient(marks):
+                raise faults.translated(verb, uri, error, marks, store.terms) from error
+            _pause(verb, uri, attempt, error, marks)
+            attempt += 1
+
+
+def _pause(verb: str, uri: str, attempt: int, error: Exception, marks: frozenset[str]) -> None:
+    pause = min(BACKOFF_CAP_SECONDS, BACKOFF_SECONDS * 2 ** (attempt - 1))
+    pause = max(pause, faults.wait_seconds(error, marks)) * random.uniform(0.7, 1.3)
+    words = (uri, verb, faults.brief(error), attempt, ATTEMPTS, pause)
+    log.warning("%s: %s failed (%s), attempt %d of %d, again in %.1f s", *words)
+    time.sleep(pause)

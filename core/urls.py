@@ -14,8 +14,8 @@ from pathlib import Path
 
 from core.errors import ConfigError
 
-SCHEMES = ("file", "memory", "s3", "gs", "hf")
-_BUCKETS = ("s3", "gs", "hf")
+SCHEMES = ("file", "memory", "s3", "gs", "az", "hf")
+_BUCKETS = ("s3", "gs", "az", "hf")
 _NO_BUCKET = tuple(f"{scheme}://" for scheme in _BUCKETS)
 _SCHEME = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):+(?P<slashes>/*)(?P<rest>.*)$", re.DOTALL)
 _NO_COLON = re.compile(rf"^({'|'.join(SCHEMES)})//+(.*)$", re.IGNORECASE | re.DOTALL)

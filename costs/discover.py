@@ -8,6 +8,7 @@ from core.run.folder import RunFolder
 from costs.model import StorageRates, StorageUse
 
 DEPTH = 3
+FORECAST_BUCKET = "s3://forecast"  # a forecast assumes a bucket at the endpoint that is set
 # Folders of a run, of prepared data or of ours, which hold no runs: not worth a listing.
 _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 
@@ -15,7 +16,7 @@ _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 # are its long-standing us-east-1 prices, an assumption until the bill says otherwise.
 RATES = {
     "r2": StorageRates("Cloudflare R2", 0.015, 4.50, 0.36, 0.0, "developers.cloudflare.com/r2/pricing, 2026"),
-    "s3": StorageRates(
+    "aws": StorageRates(
         "S3 Standard", 0.023, 5.00, 0.40, 0.09, "aws.amazon.com/s3/pricing, us-east-1; requests assumed"
     ),
 }
@@ -49,7 +50,7 @@ def _name(uri: str) -> str:
     return uri.rpartition("/")[2]
 
 
-def storage_use(folder: RunFolder, environment: Mapping[str, str]) -> StorageUse:
+def storage_use(folder: RunFolder) -> StorageUse:
     """Count the objects of a run: one listing."""
     objects = storage.list_objects(folder.url)
     checkpoints = f"{folder.checkpoints}/"
@@ -57,15 +58,10 @@ def storage_use(folder: RunFolder, environment: Mapping[str, str]) -> StorageUse
         len(objects),
         sum(each.size for each in objects),
         sum(each.size for each in objects if each.uri.startswith(checkpoints)),
-        rates_for(folder.url, environment),
+        rates_for(folder.url),
     )
 
 
-def rates_for(url: str, environment: Mapping[str, str]) -> StorageRates | None:
+def rates_for(url: str) -> StorageRates | None:
     """What the store behind a URL charges, or None where that is not known."""
-    if storage.scheme_of(url) != "s3":
-        return None
-    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
-    if not endpoint or ".amazonaws.com" in endpoint:
-        return RATES["s3"]
-    return RATES["r2"] if ".r2.cloudflarestorage.com" in endpoint else None
+    return RATES.get(storage.terms_of(url).service)

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     catalog = prices.load(options.offline)
     measured = _measured(options.like)
     assume = _assumptions(options)
-    rates = discover.rates_for("s3://forecast", os.environ)
+    rates = discover.rates_for(discover.FORECAST_BUCKET)
     plan = forecast(task, catalog, assume, rates, options.tokens, measured)
     if not plan.rows:
         raise ConfigError(f"{options.task}: no offer fits its resources in {catalog.source}")

@@ -39,7 +39,7 @@ def ask_others(
     """
     outside = Outside()
     try:
-        outside.storage = storage_use(run.folder, environment)
+        outside.storage = storage_use(run.folder)
         rates = outside.storage.rates
         outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
     except StorageError as error:

@@ -78,7 +78,7 @@ def finalize(config: PrepConfig, plan: Plan) -> Manifest:
         GPT2,
         source={
             "url": config.source.url,
-            "revision": hub.parse(plan.files[0].uri).revision if config.source.url.startswith("hf://") else "",
+            "revision": hub.revision_of(plan.files[0].uri),
             "files": len(plan.files),
             "bytes": plan.source_bytes,
             "plan_sha256": plan.sha256,

@@ -108,7 +108,7 @@ def make(config: PrepConfig) -> Plan:
 def identity_of(config: Any) -> dict[str, Any]:
     """The settings that define the result, as they are stored."""
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.identity(config).items()}
-    if not str(plain.get("source.url", "hf://")).startswith("hf://"):
+    if "source.url" in plain and not hub.is_address(str(plain["source.url"])):
         plain["source.revision"] = ""  # a config's, for the source that this one replaces
     # How many bad rows are tolerated decides whether there is a result, not which one.
     plain.pop("source.max_bad_share", None)
@@ -132,7 +132,7 @@ def pinned(url: str, revision: str, data_url: str) -> str:
 
     What the address itself says wins, so that SOURCE_URL replaces a config's source whole.
     """
-    if not url.startswith("hf://"):
+    if not hub.is_address(url):
         return url
     where = hub.parse(url)
     if not revision and not where.revision:
@@ -141,7 +141,7 @@ def pinned(url: str, revision: str, data_url: str) -> str:
         except ObjectNotFound:
             begun = None
         if begun and url in begun.settings.values():
-            sources = [hub.parse(file.uri) for file in begun.files if file.uri.startswith("hf://")]
+            sources = [hub.parse(file.uri) for file in begun.files if hub.is_address(file.uri)]
             return where.at(next(each.revision for each in sources if each.repository == where.repository))
     return storage.pinned(where.at(revision) if revision and not where.revision else url)
 

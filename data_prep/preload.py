@@ -9,9 +9,9 @@ import gc
 
 gc.disable()
 
-import botocore.session  # noqa: E402, F401
 import tiktoken  # noqa: E402, F401
 
+import core.stores.remote  # noqa: E402, F401
 import data_prep.workers  # noqa: E402, F401
 
 with contextlib.suppress(ImportError):  # the worker says so

@@ -100,7 +100,7 @@ def fetch(config: FetchConfig) -> Manifest:
         GPT2,
         source={
             "url": config.source.train_url,
-            "revision": hub.parse(todo.files[0].uri).revision if config.source.train_url.startswith("hf://") else "",
+            "revision": hub.revision_of(todo.files[0].uri),
             "files": len(todo.files),
             "bytes": todo.source_bytes,
             "plan_sha256": todo.sha256,

@@ -29,6 +29,7 @@ from clouds import prices
 from clouds.machine import Gpu, is_a
 from core import stop, storage
 from core.run.folder import RunFolder
+from core.stores import aws
 from launch import network
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def disk_speed() -> float:
 
 def clock_skew_seconds(environment: Mapping[str, str]) -> float | None:
     """This clock minus the object store's, by the Date header of its answer, to a second. None without one."""
-    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+    endpoint = aws.endpoint_of(environment)
     try:
         with urllib.request.urlopen(endpoint or "https://s3.amazonaws.com", timeout=10) as answer:
             header = answer.headers["Date"]

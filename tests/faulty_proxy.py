@@ -104,7 +104,8 @@ class FaultyProxy:
                     self.injected["shown though deleted"] += 1
         return ElementTree.tostring(root, xml_declaration=True, encoding="utf-8")
 
-    def draw(self) -> str | None:
+    def draw(self, method: str, path: str) -> str | None:
+        """The fault that a request gets."""
         with self._lock:
             if self._random.random() >= self.share:
                 return None
@@ -125,7 +126,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.proxy.away == "refuse":
             self._reset()
             return
-        fault = self.proxy.draw()
+        fault = self.proxy.draw(self.command, self.path)
         if fault in ("500", "503"):
             self._answer(int(fault), {}, INTERNAL if fault == "500" else SLOW_DOWN)
             return

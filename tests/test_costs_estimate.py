@@ -90,7 +90,7 @@ def test_dollars_are_work_over_speed_times_price(tmp_path: Path):
 def test_parts_add_up_and_spot_pays_for_its_restarts(tmp_path: Path):
     resources = "accelerators: A100:8\nany_of: [{use_spot: true}, {use_spot: false}]"
     task = tasks.load(write(tmp_path, resources))
-    plan = forecast(task, Catalog((offer(),), "by hand"), Assumptions(preemptions_per_hour=1.0), discover.RATES["s3"])
+    plan = forecast(task, Catalog((offer(),), "by hand"), Assumptions(preemptions_per_hour=1.0), discover.RATES["aws"])
     spot, on_demand = plan.rows
     assert (spot.spot, on_demand.spot) == (True, False)
     assert spot.restarts > 1
@@ -163,7 +163,7 @@ def test_epochs_of_unknown_data_are_assumed_unless_they_are_given(tmp_path: Path
 def test_egress_is_paid_where_the_bucket_is_elsewhere(tmp_path: Path):
     task = tasks.load(write(tmp_path, "accelerators: A100:8"))
     both = Catalog((offer(), offer(cloud="lambda", usd_spot=None)), "by hand")
-    by_cloud = {row.offer.cloud: row for row in forecast(task, both, BARE, discover.RATES["s3"]).rows}
+    by_cloud = {row.offer.cloud: row for row in forecast(task, both, BARE, discover.RATES["aws"]).rows}
     assert by_cloud["lambda"].parts["egress"] == pytest.approx(19073 * 524288 * 2 / 1e9 * 0.09)
     assert "egress" not in by_cloud["aws"].parts
 

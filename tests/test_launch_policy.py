@@ -6,7 +6,6 @@ from pathlib import Path
 
 import boto3
 import pytest
-import s3fs
 from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
 
@@ -41,9 +40,7 @@ def limited():
         for name, value in ours.items():
             patch.setenv(name, value)
         patch.delenv("AWS_SESSION_TOKEN", raising=False)
-        s3fs.S3FileSystem.clear_instance_cache()  # it knows a client by its arguments, not by the environment
         yield
-    s3fs.S3FileSystem.clear_instance_cache()
     enforce(endpoint, after="inf")
     server.stop()
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from core import faults, storage
-from core import s3 as s3_transport
+from core import storage
 from core.errors import ObjectExists, ObjectNotFound, StorageError
+from core.stores import faults, remote
+from tests.faulty_proxy import FaultyProxy
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -95,27 +96,47 @@ def test_files_travel_whole(base: str, tmp_path: Path):
         assert file.read() == source.read_bytes()[-4:]
 
 
-def test_buffers_go_up_in_parts_whole_or_not_at_all(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(s3_transport, "PART_BYTES", 5 << 20)
+class Spoiled(FaultyProxy):
+    """Once so many parts of uploads have come, it refuses all requests but those that remove an upload."""
+
+    parts = 2
+
+    def draw(self, method: str, path: str) -> str | None:
+        if "partNumber=" in path:
+            self.parts -= 1
+        return "500" if self.parts < 0 and method != "DELETE" else None
+
+
+def uploads_left(s3) -> list[str]:
+    client = s3._client()
+    return [each["Key"] for each in client.list_multipart_uploads(Bucket="tests").get("Uploads", [])]
+
+
+@pytest.mark.parametrize("how", ["buffer", "file"])
+def test_large_objects_go_up_in_parts_whole_or_not_at_all(s3, bucket: str, tmp_path: Path, monkeypatch, how: str):
+    monkeypatch.setattr(remote, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(remote, "_RETRIES_OF_PARTS", remote._RETRIES_OFF)
     data = os.urandom(17 << 20)
     uri = storage.join(bucket, "parts")
-    storage.write_bytes(uri, memoryview(data))
+
+    def write(content: bytes) -> None:
+        if how == "buffer":
+            storage.write_bytes(uri, memoryview(content))
+        else:
+            (tmp_path / "content").write_bytes(content)
+            assert storage.write_file(uri, tmp_path / "content") == len(content)
+
+    write(data)
     assert storage.read_bytes(uri) == data
     with pytest.raises(ObjectExists):
         storage.write_bytes(uri, memoryview(data[:-1]), exclusive=True)
-    real, calls = storage._retrying, []
-
-    def third_part_fails(verb, name, call):
-        if verb == "write" and name == uri:
-            calls.append(1)
-            if len(calls) == 4:
-                raise StorageError("the network is gone")
-        return real(verb, name, call)
-
-    monkeypatch.setattr(storage, "_retrying", third_part_fails)
-    with pytest.raises(StorageError, match="the network is gone"):
-        storage.write_bytes(uri, memoryview(bytes(17 << 20)))
+    with Spoiled(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with pytest.raises(StorageError, match=r"parts: could not write after 7 attempts \(500 Internal Server Error"):
+            write(bytes(17 << 20))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
     assert storage.read_bytes(uri) == data
+    assert uploads_left(s3) == []
 
 
 def test_short_object_is_an_error_not_a_short_answer(base: str, monkeypatch: pytest.MonkeyPatch):

@@ -65,7 +65,7 @@ def open_record(stage: Stage, ranks: Ranks) -> Record:
             config=stage.config,
             identity=stage.identity,
             fingerprint=stage.fingerprint,
-            packages=("torch", "numpy", "s3fs"),
+            packages=("torch", "numpy", "obstore"),
             program={"ranks": ranks.world},
             gpu=gpu,
             gpus_per_node=ranks.local_world if gpu else 0,

@@ -23,6 +23,7 @@ from core import urls
 from core.run.machine import Machine
 from core.run.model import Segment, Span, Steps
 from core.run.timeline import SHOWN
+from core.stores import aws
 
 log = logging.getLogger(__name__)
 VERSION = 3
@@ -44,7 +45,7 @@ Known = Mapping[int, tuple[Segment, Seen]]
 
 def path_for(run_url: str, environment: Mapping[str, str] = os.environ) -> Path:
     """The file for a run. The same URL at another endpoint is another run."""
-    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
+    endpoint = aws.endpoint_of(environment) or ""
     digest = hashlib.sha256(f"{endpoint} {run_url.rstrip('/')}".encode()).hexdigest()
     return folder(environment) / f"{digest[:20]}.npz"
 

@@ -35,7 +35,7 @@ class Books:
             stage="evaluate",
             config={"evaluate": config.to_dict(settings)},
             identity={},
-            packages=("torch", "numpy", "s3fs"),
+            packages=("torch", "numpy", "obstore"),
             program={"ranks": ranks.world},
             gpu=gpu,
             gpus_per_node=ranks.local_world if gpu else 0,

@@ -45,7 +45,7 @@ def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
         config=config.to_dict(settings),
         identity=config.identity(settings),
         fingerprint=asked.fingerprint,
-        packages=("aiohttp", "numpy", "s3fs"),
+        packages=("aiohttp", "numpy", "obstore"),
     )
     with open_segment(RunFolder(url), opening, environment=environment) as segment:
         with segment.phase("restore"):

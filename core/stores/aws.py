@@ -1,0 +1,112 @@
+"""Where a bucket of the S3 protocol is: endpoint, region and style of address, by the variables of BUCKET_ and AWS_."""
+
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from core.stores import faults
+from core.stores.base import Terms
+
+log = logging.getLogger(__name__)
+DEFAULT_REGION = "us-east-1"
+LOOK_UP_SECONDS = 10.0
+
+
+def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -> str | None:
+    """The server of S3 buckets; None for AWS's own."""
+    for name in ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if variables.get(name):
+            return variables[name].rstrip("/")
+    return profile.get("endpoint_url")
+
+
+def service_of(endpoint: str | None) -> str:
+    """aws, r2, or s3 for any other server."""
+    host = urlsplit(endpoint or "").hostname or ""
+    if not endpoint or host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        return "aws"
+    return "r2" if host.endswith(".r2.cloudflarestorage.com") else "s3"
+
+
+def place_of(bucket: str, variables: Mapping[str, str], profile: Mapping[str, str]) -> "Place":
+    named = next(
+        (variables[n] for n in ("BUCKET_REGION", "AWS_REGION", "AWS_DEFAULT_REGION") if variables.get(n)), None
+    )
+    return Place(bucket, endpoint_of(variables, profile), named or profile.get("region"))
+
+
+class Place:
+    """Of one bucket. `region` changes when the server says that the bucket is elsewhere."""
+
+    def __init__(self, bucket: str, endpoint: str | None, region: str | None):
+        self.bucket = bucket
+        self.endpoint = endpoint
+        self.region = region or DEFAULT_REGION
+
+    def settings(self, variables: Mapping[str, str]) -> dict[str, Any]:
+        """obstore's configuration, also where the environment would say otherwise."""
+        found: dict[str, Any] = {
+            "region": self.region,
+            "conditional_put": "etag",
+            # Signing the body means hashing it once more. AWS's own tools do not either over https.
+            "unsigned_payload": True,
+        }
+        endpoint = self.endpoint or _special_endpoint(self.region, variables)
+        if endpoint:
+            # The name within the endpoint: https://bucket.s3.example.com
+            named = (urlsplit(endpoint).hostname or "").startswith(f"{self.bucket}.")
+            found |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
+            found |= {"virtual_hosted_style_request": True} if named else {}
+        if metadata := variables.get("AWS_EC2_METADATA_SERVICE_ENDPOINT"):
+            found["metadata_endpoint"] = metadata.rstrip("/")
+        return found
+
+    def terms(self, bucket: str) -> Terms:
+        endpoint = f" --endpoint-url {self.endpoint}" if self.endpoint else ""
+        return Terms(
+            service_of(self.endpoint),
+            bucket,
+            f"the endpoint ({self.endpoint or 'AWS'})",
+            f"create it (`aws{endpoint} s3 mb s3://{bucket}`)",
+            "BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY, BUCKET_SESSION_TOKEN if the keys are temporary",
+        )
+
+    def renew(self, marks: frozenset[str]) -> bool:
+        """Whether the bucket is in another region than thought, and which is known now."""
+        if not marks & faults.ELSEWHERE:
+            return False
+        found = self.home()
+        if not found or found == self.region:
+            return False
+        log.info("s3://%s is in %s, not in %s", self.bucket, found, self.region)
+        self.region = found
+        return True
+
+    def home(self) -> str | None:
+        """The bucket's region as the server tells anybody who asks; None if it does not."""
+        address = f"{self.endpoint or 'https://s3.amazonaws.com'}/{quote(self.bucket)}"
+        request = urllib.request.Request(address, method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=LOOK_UP_SECONDS) as answer:
+                return answer.headers["x-amz-bucket-region"]
+        except urllib.error.HTTPError as error:  # refusals and redirects name the region, too
+            return error.headers["x-amz-bucket-region"]
+        except (OSError, ValueError):
+            return None
+
+
+def _special_endpoint(region: str, variables: Mapping[str, str]) -> str | None:
+    """AWS's addresses beside the usual one: FIPS, dual stack, China."""
+
+    def is_set(name: str) -> bool:
+        return variables.get(name, "").lower() == "true"
+
+    china = region.startswith("cn-")
+    fips, dual = is_set("AWS_USE_FIPS_ENDPOINT"), is_set("AWS_USE_DUALSTACK_ENDPOINT")
+    if not (china or fips or dual):
+        return None
+    host = ("s3-fips" if fips else "s3") + (".dualstack" if dual else "")
+    return f"https://{host}.{region}.amazonaws.com" + (".cn" if china else "")

@@ -1,0 +1,187 @@
+"""Errors of storage libraries: which of them are worth another try, and what they mean to the user.
+
+An error is known by the names of its types and by its codes: the server's error code, the HTTP status, and what kind of
+connection failure the library reports.
+"""
+
+import errno
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from core.errors import LauncherError, ObjectExists, ObjectNotFound, StorageError
+from core.stores.base import Terms
+
+# The Hub counts requests in windows of five minutes.
+MAX_WAIT_SECONDS = 300.0
+# After a 429 or 503 a sooner request makes matters worse. obstore does not show the server's Retry-After.
+THROTTLED_SECONDS = 1.0
+
+
+class ShortRead(OSError):
+    """Fewer bytes than asked for: a truncated body, or an object that is shorter than thought."""
+
+
+class GaveUp(Exception):
+    """A store has tried often enough by itself; `__cause__` is the last error."""
+
+
+THROTTLED = frozenset(
+    "429 503 SlowDown ServiceUnavailable Throttling ThrottlingException TooManyRequests ServerBusy".split()
+)
+TRANSIENT = THROTTLED | frozenset(
+    # The server's codes. NoSuchUpload: an upload whose answer was lost is complete, or was cleaned away.
+    "500 502 504 408 InternalError RequestTimeout IncompleteBody OperationAborted ConditionalRequestConflict "
+    "OperationTimedOut NoSuchUpload InvalidBlockList "
+    # Types of errors. By name, so that no HTTP library has to be imported.
+    "ShortRead ConnectionError TimeoutError Timeout ConnectTimeout ReadTimeout ReadError RemoteProtocolError "
+    "ConnectError ChunkedEncodingError "
+    # obstore's kinds of connection failures.
+    "http:Connect http:Interrupted http:Timeout http:Request http:Decode".split()
+)
+_FINAL_TYPES = frozenset("FileExistsError PermissionError IsADirectoryError NotADirectoryError GaveUp".split())
+REFUSED_KEYS = frozenset(
+    "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken TokenRefreshRequired AuthenticationFailed "
+    "InvalidSecurity".split()
+)
+EXPIRED = frozenset("ExpiredToken InvalidToken TokenRefreshRequired UnauthenticatedError".split())
+ELSEWHERE = frozenset("301 307 PermanentRedirect TemporaryRedirect AuthorizationHeaderMalformed redirect".split())
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A kind of error, by its types or codes, and what the user is to read."""
+
+    marks: frozenset[str]
+    kind: type[StorageError]
+    text: str
+
+
+def _row(marks: str, text: str, kind: type[StorageError] = StorageError) -> _Row:
+    return _Row(frozenset(marks.split()), kind, text)
+
+
+# The first row that fits counts: the server's codes say more than the library's types.
+_TABLE = (
+    _row("NoSuchBucket ContainerNotFound", "bucket {bucket!r} does not exist; {create} or correct the URL"),
+    _row(
+        "RequestTimeTooSkewed",
+        "could not {verb}: the clock of this machine is wrong ({said}); set it (`sudo timedatectl set-ntp true`)",
+    ),
+    _row("credentials", "no credentials; set {keys} (see .env.example){hint}"),
+    _Row(
+        ELSEWHERE, StorageError, "could not {verb}: bucket {bucket!r} is in another region ({said}); set BUCKET_REGION"
+    ),
+    _row(
+        "AlreadyExistsError FileExistsError PreconditionError 412 BlobAlreadyExists",
+        "exists already; nothing was overwritten",
+        ObjectExists,
+    ),
+    _Row(REFUSED_KEYS, StorageError, "the credentials were refused ({said}); check {keys}"),
+    _row(
+        "PermissionDeniedError UnauthenticatedError PermissionError AccessDenied 403 401",
+        "may not {verb} ({said}); check {access}",
+    ),
+    _row("FileNotFoundError NoSuchKey BlobNotFound 404", "not found; check the URL", ObjectNotFound),
+    _row("disk-full", "could not {verb}: the disk is full; free space or choose another folder"),
+    _row("path", "could not {verb}: the name is not one that an object store takes ({said}); rename it"),
+)
+
+
+def marks_of(error: BaseException) -> frozenset[str]:
+    """Names of the types of an error and of its causes, and the codes in them."""
+    found: set[str] = set()
+    for link in _chain(error):
+        found |= {kind.__name__ for kind in type(link).__mro__} | _codes(link)
+    return frozenset(found)
+
+
+def is_transient(marks: frozenset[str]) -> bool:
+    """Whether trying again can help: resets, time-outs, 429, 5xx, short bodies; not 403, 404 or a full disk."""
+    if marks & _FINAL_TYPES or "credentials" in marks:
+        return False
+    if "FileNotFoundError" in marks:
+        return "NoSuchUpload" in marks
+    return bool(marks & TRANSIENT)
+
+
+def is_conflict(marks: frozenset[str]) -> bool:
+    return _fitting(marks) is not None and _fitting(marks).kind is ObjectExists
+
+
+def wait_seconds(error: BaseException, marks: frozenset[str]) -> float:
+    """The least time before another try: what the server asked for where that is known, at most MAX_WAIT_SECONDS."""
+    for link in _chain(error):
+        headers = getattr(getattr(link, "response", None), "headers", None)
+        if headers and str(headers.get("Retry-After", "")).isdigit():
+            return min(float(headers["Retry-After"]), MAX_WAIT_SECONDS)
+        # The Hugging Face Hub's form: `"api";r=0;t=55`, nothing left for 55 seconds.
+        window = re.search(r"\br=0;\s*t=(\d+)", str(headers.get("RateLimit", ""))) if headers else None
+        if window:
+            return min(float(window.group(1)), MAX_WAIT_SECONDS)
+    return THROTTLED_SECONDS if marks & THROTTLED else 0.0
+
+
+def brief(error: BaseException) -> str:
+    """One line: of a server's answer its status, code and message, without the request's signature."""
+    text = str(error).partition("Debug source:")[0]
+    answer = re.search(r"status code: (?P<status>[^:<]+)", text)
+    if answer:
+        parts = [re.search(rf"<{name}>([^<]*)</{name}>", text) for name in ("Code", "Message")]
+        text = " ".join([answer["status"].strip(), *(part[1] for part in parts if part)])
+    elif kind := re.search(r"kind: (Connect|Timeout|Interrupted)\b", str(error)):
+        cause = re.search(r'message: "([^"]*)"', str(error))
+        words = {"Connect": "no connection", "Timeout": "no answer in time", "Interrupted": "the connection broke"}
+        text = words[kind[1]] + (f": {cause[1]}" if cause else "")
+    text = " ".join(text.split()) or type(error).__name__
+    # Signed URLs carry credentials in their query.
+    text = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?…", text)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def translated(verb: str, uri: str, error: Exception, marks: frozenset[str], terms: Terms) -> LauncherError:
+    row = _fitting(marks)
+    said = brief(error)
+    if row is None:
+        return StorageError(f"{uri}: could not {verb}: {said}; check the URL and {terms.endpoint}")
+    hint = "" if "credentials" not in marks else _hint(error)
+    words = {"verb": verb, "said": said, "hint": hint, **vars(terms)}
+    return row.kind(f"{uri}: {row.text.format(**words)}")
+
+
+def _fitting(marks: frozenset[str]) -> _Row | None:
+    return next((row for row in _TABLE if row.marks & marks), None)
+
+
+def _hint(error: BaseException) -> str:
+    return next((f"; {link}" for link in _chain(error) if type(link).__name__ == "NoCredentials" and str(link)), "")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+# Addresses that a library asks for credentials when it has found none.
+_METADATA = re.compile(r"https?://(169\.254\.169\.254|169\.254\.170\.\d+|metadata\.google\.internal|\[fd00:ec2::254\])")
+
+
+def _codes(error: BaseException) -> set[str]:
+    text = str(error)
+    found = set(re.findall(r"non-2xx status code: (\d+)", text)) | set(re.findall(r"<Code>(\w+)</Code>", text))
+    found |= {f"http:{kind}" for kind in re.findall(r"kind: (Connect|Interrupted|Timeout|Request|Decode)\b", text)}
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    found |= {str(status)} if isinstance(status, int) else set()
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        found.add("disk-full")
+    if type(error).__name__ == "NoCredentials" or _METADATA.search(text):
+        found.add("credentials")
+    if isinstance(error, ValueError) and "Could not parse path" in text:
+        found.add("path")
+    if "redirect without LOCATION" in text:
+        found.add("redirect")
+    return found

@@ -1,0 +1,85 @@
+"""Local folders as a store, over core.files: every write is flushed to the disk, links are followed."""
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from core import files
+from core.stores.base import Buffer, Found, Terms
+
+CHUNK_BYTES = 8 << 20
+TERMS = Terms("disk", endpoint="the folder", access="file permissions")
+
+
+def path_of(uri: str) -> Path:
+    """The path behind a local URI (file:// or plain)."""
+    return Path(uri.removeprefix("file://")).expanduser()
+
+
+class LocalStore:
+    """Keys are whole URIs: plain paths, or file:// before one."""
+
+    terms = TERMS
+    is_local = True
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
+        path = path_of(key)
+        size = path.stat().st_size
+        # To the end of the file where no end is given: a pipe has no size.
+        return max(0, (size if end is None else min(end, size)) - start), _chunks(path, start, end)
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        with path_of(key).open("rb") as file:
+            return [_piece(file, start, end) for start, end in ranges]
+
+    def put(self, key: str, data: memoryview, exclusive: bool) -> None:
+        with files.replacing(path_of(key), exclusive=exclusive) as file:
+            file.write(data)
+
+    def put_file(self, key: str, path: str) -> None:
+        with files.replacing(path_of(key)) as target, open(path, "rb") as source:
+            shutil.copyfileobj(source, target, CHUNK_BYTES)
+
+    def size(self, key: str) -> int:
+        path = path_of(key)
+        if path.is_dir():
+            raise FileNotFoundError(key)
+        return path.stat().st_size
+
+    def objects(self, folder: str) -> Iterable[Found]:
+        root = path_of(folder)
+        for path, stat in files.below(root):
+            name = path.relative_to(root).as_posix()
+            yield Found(f"{folder.rstrip('/')}/{name}", stat.st_size, stat.st_mtime)
+
+    def names(self, folder: str) -> Iterable[str]:
+        return files.names(path_of(folder))
+
+    def matching(self, pattern: str) -> Iterable[Found]:
+        return [Found(str(path), stat.st_size, None) for path, stat in files.matching(path_of(pattern))]
+
+    def pinned(self, key: str) -> str:
+        return key
+
+    def delete(self, key: str) -> None:
+        path_of(key).unlink()
+
+    def renew(self, error: Exception) -> bool:
+        return False
+
+
+def _chunks(path: Path, start: int, end: int | None) -> Iterator[bytes]:
+    left = math.inf if end is None else end - start
+    with path.open("rb") as file:
+        if start:
+            file.seek(start)
+        while left > 0 and (chunk := file.read(int(min(left, CHUNK_BYTES)))):
+            left -= len(chunk)
+            yield chunk
+
+
+def _piece(file: BinaryIO, start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)

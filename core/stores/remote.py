@@ -1,0 +1,191 @@
+"""Object stores over obstore: S3 and what speaks its protocol, Google, Azure, and memory.
+
+Retries are core.storage's. Only the parts of a large upload are tried again by obstore, which alone has them.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import obstore
+from obstore.store import MemoryStore
+
+from core import patterns
+from core.errors import StorageError
+from core.stores import faults
+from core.stores.base import Buffer, Found, Terms
+
+CONNECT_SECONDS = 10
+# Without a byte for so long a request has failed. A part of an upload counts as one byte.
+SILENT_SECONDS = 60
+SILENT_UPLOAD_SECONDS = 300
+# No limit for a whole request: a large object takes as long as it takes.
+REQUEST_SECONDS = 24 * 3600
+
+PART_BYTES = 16 << 20
+MOST_PARTS = 9000  # S3 takes 10,000
+PARTS_AT_ONCE = 6
+UPLOAD_TRIES = 7
+# A larger piece at once is copied more often on its way.
+PIECE_BYTES = 1 << 20
+WHOLE_BYTES = 4 << 20
+# Ranges that are this close come by one request: a megabyte arrives sooner than another first byte.
+GAP_BYTES = 1 << 20
+PAGE_OBJECTS = 1000
+
+_RETRIES_OFF = {"max_retries": 0, "retry_timeout": timedelta(0)}
+# 1, 2, 4, 8, 15 and 15 s: about 45 s of patience, and never sooner than a throttling server wants.
+_RETRIES_OF_PARTS = {
+    "max_retries": UPLOAD_TRIES - 1,
+    "retry_timeout": timedelta(seconds=SILENT_UPLOAD_SECONDS),
+    "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=15), "base": 2},
+}
+
+Make = Callable[[dict[str, Any], dict[str, Any]], Any]
+
+_used = _forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _used
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class RemoteStore:
+    """`make` builds obstore's store from client options and a retry configuration."""
+
+    is_local = False
+
+    def __init__(self, terms: Terms, make: Make, move: Callable[[frozenset[str]], bool] = lambda marks: False):
+        self.terms = terms
+        self._make = make
+        self._move = move
+        self._lock = threading.Lock()
+        self._plain: Any = None
+        self._patient: Any = None
+
+    @property
+    def _store(self) -> Any:
+        """For single requests."""
+        return self._made("_plain", SILENT_SECONDS, _RETRIES_OFF)
+
+    @property
+    def _uploads(self) -> Any:
+        """For large uploads."""
+        return self._made("_patient", SILENT_UPLOAD_SECONDS, _RETRIES_OF_PARTS)
+
+    def _made(self, name: str, silent_seconds: int, retry: dict[str, Any]) -> Any:
+        global _used
+        if _forked:
+            # obstore's threads are not there, and a request would wait for them for ever.
+            raise StorageError("storage was used before this process was forked; start it by forkserver or spawn")
+        if store := getattr(self, name):
+            return store
+        client = {
+            "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+            "read_timeout": timedelta(seconds=silent_seconds),
+            "timeout": timedelta(seconds=REQUEST_SECONDS),
+        }
+        with self._lock:
+            if getattr(self, name) is None:
+                setattr(self, name, self._make(client, retry))
+                _used = True
+            return getattr(self, name)
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
+        result = obstore.get(self._store, key, options=None if end is None else {"range": (start, end)})
+        count = result.range[1] - result.range[0]
+        if count <= WHOLE_BYTES:
+            return count, iter([memoryview(result.bytes())])
+        return count, iter(result.stream(PIECE_BYTES))
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        starts, ends = zip(*ranges, strict=True)
+        found = obstore.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=GAP_BYTES)
+        return [memoryview(each) for each in found]
+
+    def put(self, key: str, data: memoryview, exclusive: bool) -> None:
+        if exclusive or data.nbytes < 2 * PART_BYTES:
+            mode = "create" if exclusive else "overwrite"
+            obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+        else:
+            self._upload(key, data, data.nbytes)
+
+    def put_file(self, key: str, path: str) -> None:
+        size = os.path.getsize(path)
+        if size < 2 * PART_BYTES:
+            with open(path, "rb") as file:
+                self.put(key, memoryview(file.read()), exclusive=False)
+        else:
+            with open(path, "rb") as file:
+                self._upload(key, file, size)
+
+    def _upload(self, key: str, content: Any, size: int) -> None:
+        """In parts side by side. If one cannot be sent, obstore removes the others."""
+        part = max(PART_BYTES, -(-size // MOST_PARTS))
+        try:
+            obstore.put(self._uploads, key, content, use_multipart=True, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
+        except Exception as error:
+            if "NoSuchUpload" in faults.marks_of(error) or not faults.is_transient(faults.marks_of(error)):
+                raise
+            raise faults.GaveUp from error
+
+    def size(self, key: str) -> int:
+        return obstore.head(self._store, key)["size"]
+
+    def objects(self, folder: str) -> Iterator[Found]:
+        folder = folder.strip("/")
+        for page in obstore.list(self._store, folder or None, chunk_size=PAGE_OBJECTS):
+            for meta in page:
+                if meta["path"] != folder and not self._marks_folder(meta):
+                    yield Found(meta["path"], meta["size"], meta["last_modified"].timestamp())
+
+    def _marks_folder(self, meta: Any) -> bool:
+        """Whether this is no object but the empty one with a slash at its end by which some tools mark a folder.
+
+        obstore leaves the slash out.
+        """
+        if meta["size"]:
+            return False
+        try:
+            obstore.head(self._store, meta["path"])
+        except FileNotFoundError:
+            return True
+        return False
+
+    def names(self, folder: str) -> list[str]:
+        folder = folder.strip("/")
+        found = obstore.list_with_delimiter(self._store, folder or None)
+        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths if path != folder]
+
+    def matching(self, pattern: str) -> Iterator[Found]:
+        fits = patterns.matcher(pattern)
+        return (each for each in self.objects(patterns.fixed_part(pattern).rpartition("/")[0]) if fits(each.key))
+
+    def pinned(self, key: str) -> str:
+        return key
+
+    def delete(self, key: str) -> None:
+        obstore.delete(self._store, key)
+
+    def renew(self, error: Exception) -> bool:
+        marks = faults.marks_of(error)
+        if not (marks & faults.EXPIRED or self._move(marks)):
+            return False
+        with self._lock:
+            self._plain = self._patient = None
+        return True
+
+
+_MEMORY = MemoryStore()
+
+
+def in_memory() -> RemoteStore:
+    """Objects of this process alone."""
+    return RemoteStore(Terms("memory"), lambda client, retry: _MEMORY)
