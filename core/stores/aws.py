@@ -53,6 +53,8 @@ class Place:
             "conditional_put": "etag",
             # Signing the body means hashing it once more. AWS's own tools do not either over https.
             "unsigned_payload": True,
+            # Not every server of the protocol takes lists of keys, and we delete one at a time.
+            "disable_bulk_delete": True,
         }
         endpoint = self.endpoint or _special_endpoint(self.region, variables)
         if endpoint:
