@@ -76,6 +76,10 @@ class FaultyProxy:
             elif method == "DELETE" and key in self._stored:
                 self._deleted[key] = time.monotonic()
 
+    def sent(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[str, dict[str, str]]:
+        """The path and the headers with which a request goes on to the store."""
+        return path, headers
+
     def aged(self, path: str, listing: bytes) -> bytes:
         """A listing (ListObjectsV2) as it was `listing_lag_seconds` ago, as far as we saw."""
         bucket = urlsplit(path).path.strip("/")
@@ -136,10 +140,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         connection = http.client.HTTPConnection(*self.proxy.upstream, timeout=60)
         try:
             # The Host header is signed, so it goes on as it came.
-            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                if name.lower() not in ("connection", "expect"):
-                    connection.putheader(name, value)
+            given = {name: v for name, v in self.headers.items() if name.lower() not in ("connection", "expect")}
+            path, headers = self.proxy.sent(self.command, self.path, given, body)
+            connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
+            for name, value in headers.items():
+                connection.putheader(name, value)
             connection.endheaders(body)
             answer = connection.getresponse()
             content = answer.read()

@@ -1,25 +1,77 @@
-"""core.storage on local files, memory and a real S3 server: one behaviour."""
+"""core.storage on local files, memory, two S3 servers, Azure's emulator and a stand-in for Google: one behaviour."""
 
-import concurrent.futures
 import errno
+import hashlib
 import os
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from core import storage
 from core.errors import ObjectExists, ObjectNotFound, StorageError
 from core.stores import faults, remote
+from tests import racing, stores
 from tests.faulty_proxy import FaultyProxy
 
+STORES = ("local", "memory", "s3", "moto", "google", "azure")
 
-@pytest.fixture(params=["local", "memory", "s3"])
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+
+@pytest.fixture(scope="module")
+def moto():
+    """The variables of another S3 server, which has the bucket `tests`."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"BUCKET_ACCESS_KEY_ID": "moto", "BUCKET_SECRET_ACCESS_KEY": "moto", "BUCKET_REGION": "us-east-1"}
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        region_name="us-east-1",
+        aws_access_key_id="moto",
+        aws_secret_access_key="moto",
+    )
+    client.create_bucket(Bucket="tests")
+    yield keys | {"BUCKET_ENDPOINT_URL": f"http://{host}:{port}"}
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def azure(tmp_path_factory: pytest.TempPathFactory):
+    if not stores.azurite():
+        pytest.skip(stores.HOW_TO_INSTALL)
+    with stores.Azurite(tmp_path_factory.mktemp("azurite")) as server:
+        yield server
+
+
+@pytest.fixture
+def base(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder in a store of each kind; `request.param` is one of STORES."""
+    name, variables = request.node.name.replace("[", "-").rstrip("]"), {}
     if request.param == "local":
-        return str(tmp_path / "store")
-    if request.param == "memory":
-        return "memory://" + request.node.name.replace("[", "-").rstrip("]")
-    return request.getfixturevalue("bucket")
+        yield str(tmp_path / "store")
+    elif request.param == "memory":
+        yield f"memory://{name}"
+    elif request.param == "s3":
+        yield request.getfixturevalue("bucket")
+    elif request.param == "google":
+        request.getfixturevalue("bucket")
+        with stores.GoogleStandIn(request.getfixturevalue("s3")) as server:
+            for variable, value in server.environment().items():
+                monkeypatch.setenv(variable, value)
+            yield f"gs://tests/{name}"
+    else:
+        server = request.getfixturevalue(request.param)
+        variables, root = (server, "s3://tests") if request.param == "moto" else (server.environment(), server.url)
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        yield f"{root}/{name}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "base" in metafunc.fixturenames:
+        metafunc.parametrize("base", STORES, indirect=True)
 
 
 def test_whole_objects_and_ranges(base: str):
@@ -61,24 +113,96 @@ def test_missing_object_is_named(base: str):
             call(uri)
 
 
-def test_exclusive_write_has_one_winner(base: str):
-    uri = storage.join(base, "claim")
+def race(base: str, rounds: int) -> list[int]:
+    return (racing.by_threads if base.startswith("memory") else racing.by_processes)(base, rounds)
 
-    def claim(number: int) -> bool:
-        try:
-            storage.write_bytes(uri, b"%d" % number, exclusive=True)
-            return True
-        except ObjectExists:
-            return False
 
-    storage.write_bytes(storage.join(base, "warm"), b"")
-    if base.startswith("memory"):  # one process, no race to speak of
-        outcomes = [claim(number) for number in range(8)]
-    else:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            outcomes = list(pool.map(claim, range(8)))
-    assert sum(outcomes) == 1
-    assert storage.read_bytes(uri) == b"%d" % outcomes.index(True)
+def test_of_two_writers_who_want_no_other_exactly_one_wins(base: str):
+    assert len(race(base, 30)) == 30
+
+
+@pytest.mark.slow
+def test_of_two_writers_exactly_one_wins_a_thousand_times(base: str):
+    assert len(race(base, 1000)) == 1000
+
+
+@pytest.mark.parametrize("rounds", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_exactly_one_wins_where_the_file_system_has_no_hard_links(tmp_path: Path, rounds: int):
+    assert len(racing.by_processes(str(tmp_path), rounds, hard_links=False)) == rounds
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number:04d}" for number in range(rounds)]
+
+
+def test_a_store_that_ignores_conditions_lets_both_win(s3, bucket: str, monkeypatch: pytest.MonkeyPatch):
+    """So that the races above can fail."""
+    with stores.WithoutConditions(s3) as server:
+        monkeypatch.setenv("BUCKET_ENDPOINT_URL", server.url)
+        with pytest.raises(AssertionError, match="round 0"):
+            race(bucket, 2)
+
+
+NAMES = ("with space", "plus+and&", "é", "#hash", "question?", "percent%41", "star[x]", "quote'\"", "~tilde", "a=b,c;d")
+
+
+def test_names_are_taken_as_they_are(base: str):
+    uris = [storage.join(base, name, "x") for name in NAMES]
+    for uri in uris:
+        storage.write_bytes(uri, uri.encode())
+    assert {info.uri: storage.read_bytes(info.uri).decode() for info in storage.list_objects(base)} == {
+        uri: uri for uri in uris
+    }
+    assert storage.list_names(base) == sorted(NAMES)
+    for uri in uris:
+        storage.delete(uri)
+    assert storage.list_objects(base) == []
+
+
+@pytest.mark.parametrize("name", ["a//b", "a/../b", "line\nend"])
+def test_names_that_no_object_store_takes_are_refused(name: str):
+    with pytest.raises(
+        StorageError, match=r"could not write: the name is not one that an object store takes \(.*rename"
+    ):
+        storage.write_bytes(f"memory://refused/{name}", b"")
+
+
+def test_many_ranges_at_once(base: str):
+    data = os.urandom(5 << 20)
+    uri = storage.join(base, "ranges")
+    storage.write_bytes(uri, data)
+    ranges = [(0, 10), (4 << 20, (4 << 20) + 2048), (5, 3000), (2048, 2049), ((5 << 20) - 1, 5 << 20)]
+    assert [bytes(each) for each in storage.read_ranges(uri, ranges)] == [data[start:end] for start, end in ranges]
+    assert storage.read_ranges(uri, []) == []
+
+
+def test_large_objects_come_and_go_in_parts(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "READ_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(remote, "PART_BYTES", 5 << 20)
+    data, uri = os.urandom(23 << 20), storage.join(base, "large")
+    storage.write_bytes(uri, memoryview(data))
+    assert storage.read_bytes(uri) == data
+    found = memoryview(bytearray(len(data)))
+    assert b"".join(storage.read_into(uri, found)) == data
+    assert storage.download(uri, tmp_path / "copy", hashlib.sha256(data).hexdigest()) == len(data)
+    assert storage.write_file(uri, tmp_path / "copy") == len(data)
+    assert storage.read_range(uri, 1, 12 << 20) == data[1 : 12 << 20]
+
+
+def test_empty_objects_and_marked_folders(base: str):
+    storage.write_bytes(storage.join(base, "f/empty"), b"")
+    assert storage.read_bytes(storage.join(base, "f/empty")) == b""
+    assert storage.size_of(storage.join(base, "f/empty")) == 0
+    assert [info.name for info in storage.list_objects(storage.join(base, "f"))] == ["empty"]
+
+
+def test_an_empty_object_that_marks_a_folder_is_none(moto: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    for variable, value in moto.items():
+        monkeypatch.setenv(variable, value)
+    client = boto3.client(
+        "s3", endpoint_url=moto["BUCKET_ENDPOINT_URL"], aws_access_key_id="moto", aws_secret_access_key="moto"
+    )
+    for key in ("marked/", "marked/below/", "marked/object"):
+        client.put_object(Bucket="tests", Key=key, Body=b"x" if key.endswith("t") else b"")
+    assert [info.uri for info in storage.list_objects("s3://tests/marked")] == ["s3://tests/marked/object"]
+    assert storage.list_names("s3://tests/marked") == ["below", "object"]
 
 
 def test_files_travel_whole(base: str, tmp_path: Path):
