@@ -10,12 +10,13 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.stores import aws
 
 DOTENV = Path(".env")
 # Libraries take an empty variable at its word: botocore asks `s3..amazonaws.com` for AWS_DEFAULT_REGION="", Google's
 # library opens the file "", Hugging Face's caches below the current folder for XDG_CACHE_HOME="".
 _READ_BY_LIBRARIES = re.compile(
-    r"(AWS|GOOGLE|HF|WANDB|MLFLOW|OPENAI|XDG|CUBLAS|OPENBLAS)_\w+|REQUESTS_CA_BUNDLE|TENSORBOARD_DIR"
+    r"(AWS|GOOGLE|AZURE|HF|WANDB|MLFLOW|OPENAI|XDG|CUBLAS|OPENBLAS)_\w+|REQUESTS_CA_BUNDLE|TENSORBOARD_DIR"
     r"|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE"
 )
 
@@ -35,6 +36,7 @@ def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
     given = dict(environment)
     drop_empty(given)
     from_file = {name: value for name, value in read_dotenv(dotenv).items() if value}
+    _check_whose_keys(dotenv, from_file)
     return {**from_file, **{name: value for name, value in given.items() if value or name not in from_file}}
 
 
@@ -42,6 +44,20 @@ def drop_empty(environment: MutableMapping[str, str]) -> None:
     """Remove the empty variables that a library would read as a value."""
     for name in [name for name, value in environment.items() if not value and _READ_BY_LIBRARIES.fullmatch(name)]:
         del environment[name]
+
+
+def _check_whose_keys(dotenv: Path, found: Mapping[str, str]) -> None:
+    """AWS_ACCESS_KEY_ID is also what SkyPilot logs in to AWS with. Raises ConfigError for keys of another server."""
+    endpoint = aws.endpoint_of(found)
+    if not found.get("AWS_ACCESS_KEY_ID") or found.get("BUCKET_ACCESS_KEY_ID") or aws.service_of(endpoint) == "aws":
+        return
+    old = next(name for name in aws.ENDPOINTS if found.get(name))
+    rename = "AWS_ACCESS_KEY_ID to BUCKET_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY to BUCKET_SECRET_ACCESS_KEY"
+    rename += f", {old} to BUCKET_ENDPOINT_URL" if old != "BUCKET_ENDPOINT_URL" else ""
+    raise ConfigError(
+        f"{dotenv}: AWS_ACCESS_KEY_ID is a key of the bucket at {endpoint}, and SkyPilot would log in to AWS with it; "
+        f"rename {rename}"
+    )
 
 
 def read_dotenv(path: Path) -> dict[str, str]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from core import bucket, environment, secrets, storage
 from core.console import run_entry
-from core.errors import ConfigError, LauncherError, one_line
+from core.errors import ConfigError, LauncherError, ObjectExists, one_line
+from core.stores import aws
 from launch import registry, work
 from launch.left import lambda_get
 from launch.skypilot import find_sky
@@ -37,6 +38,12 @@ AWS_TYPES = {
 # AWS's list price for the first terabytes to the internet, and between its regions in the US (EC2 pricing page).
 INTERNET_USD_PER_GB = 0.09
 INTER_REGION_USD_PER_GB = 0.02
+
+KEY_PAIRS = (
+    ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"),
+    ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+)
+ONE_KEY = {"google": "BUCKET_GOOGLE_KEY", "azure": "BUCKET_AZURE_KEY"}
 
 
 Check = Callable[[dict[str, Any], Mapping[str, str]], Iterator[Finding]]
@@ -111,19 +118,29 @@ def check_clouds(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
 
 def check_secrets(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
     """An empty key is found out on the node otherwise, after the image is built."""
-    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    service = storage.terms_of(bucket.root(settings)).service if settings.get("BUCKET") else "aws"
+    keys = _keys(service, settings)
     empty = [key for key in keys if not settings.get(key)]
-    elsewhere = sorted({_cloud(candidate) for candidate in candidates(task)} - {"aws"})
-    if len(empty) == 1:
+    clouds = {_cloud(candidate) for candidate in candidates(task)}
+    # A role of AWS opens no bucket of another service.
+    elsewhere = sorted(clouds if service in ("r2", "s3", *ONE_KEY) else clouds - {"aws"})
+    if empty and len(empty) < len(keys):
         yield Finding("x", f"secrets: {empty[0]} is empty, its partner is set; set both or none in .env")
-    elif empty and elsewhere and not settings.get("GOOGLE_APPLICATION_CREDENTIALS"):
+    elif empty and elsewhere:
         yield Finding(
-            "x" if elsewhere == sorted({_cloud(c) for c in candidates(task)}) else "!",
-            f"secrets: {' and '.join(keys)} are empty: a node on {', '.join(elsewhere)} could not reach the bucket; "
+            "x" if elsewhere == sorted(clouds) else "!",
+            f"secrets: without {' and '.join(keys)} a node on {', '.join(elsewhere)} could not reach the bucket; "
             "set them in .env to keys that launch/bucket-policy.json limits",
         )
     else:
         yield Finding("ok", "secrets: " + ("the node's own role" if empty else "keys for the bucket are set"))
+
+
+def _keys(service: str, settings: Mapping[str, str]) -> tuple[str, ...]:
+    """The variables that open the bucket from outside of its cloud."""
+    if service in ONE_KEY:
+        return (ONE_KEY[service],)
+    return next((pair for pair in KEY_PAIRS if any(settings.get(name) for name in pair)), KEY_PAIRS[0])
 
 
 def check_bucket(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
@@ -131,21 +148,36 @@ def check_bucket(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
         return
     url = bucket.root(settings)
     probe = storage.join(url, f".check-{os.urandom(6).hex()}")
-    storage.write_bytes(probe, b"launch.check\n")
+    storage.write_bytes(probe, b"launch.check\n", exclusive=True)
     storage.read_bytes(probe)
+    taken = _is_refused(probe)
     storage.delete(probe)
-    yield Finding("ok", f"bucket: {url} can be written, read and deleted in")
+    if taken:
+        yield Finding("ok", f"bucket: {url} can be written, read and deleted in")
+    else:
+        yield Finding(
+            "x",
+            f"bucket: {url} at {storage.terms_of(url).endpoint} ignores conditional writes (If-None-Match), "
+            "so that two machines could take the same segment of a run; use another store",
+        )
     yield from _region(task, settings, url)
+
+
+def _is_refused(taken: str) -> bool:
+    """Whether the store keeps a second writer from a name that is taken."""
+    try:
+        storage.write_bytes(taken, b"launch.check once more\n", exclusive=True)
+    except ObjectExists:
+        return True
+    return False
 
 
 def _region(task: dict[str, Any], settings: Mapping[str, str], url: str) -> Iterator[Finding]:
     """Machines elsewhere read the data over a link that is billed by the gigabyte."""
-    if not url.startswith("s3://") or settings.get("AWS_ENDPOINT_URL"):
+    terms = storage.terms_of(url)
+    home = aws.Place(terms.bucket, None, None).home() if terms.service == "aws" else None
+    if not home:
         return
-    import boto3
-
-    name = url.removeprefix("s3://").partition("/")[0]
-    home = boto3.client("s3").get_bucket_location(Bucket=name)["LocationConstraint"] or "us-east-1"
     size = data_bytes(settings)
     for place in sorted({str(candidate.get("infra") or "") for candidate in candidates(task)}):
         cloud, _, region = place.partition("/")

@@ -9,6 +9,7 @@ from core import bucket, config
 from core.errors import ConfigError
 from core.run.machine import positive
 from core.schema import RunConfig
+from core.stores import credentials
 from launch import network, node
 
 
@@ -37,11 +38,14 @@ def _one_of(name: str, *choices: str) -> Callable[[Mapping[str, str]], str]:
     return parse
 
 
-def _endpoint(settings: Mapping[str, str]) -> str:
-    url = settings["AWS_ENDPOINT_URL"]
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"AWS_ENDPOINT_URL is {url!r}, must begin with https:// or http://")
-    return url
+def _endpoint(name: str) -> Callable[[Mapping[str, str]], str]:
+    def parse(settings: Mapping[str, str]) -> str:
+        url = settings[name]
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"{name} is {url!r}, must begin with https:// or http://")
+        return url
+
+    return parse
 
 
 PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
@@ -54,5 +58,7 @@ PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
     "HANG_MINUTES": node.hang_minutes,
     "DEVICE": _one_of("DEVICE", "cuda", "cpu"),
     "CUDA_COMPAT": _one_of("CUDA_COMPAT", "yes", "no"),
-    "AWS_ENDPOINT_URL": _endpoint,
+    "BUCKET_ENDPOINT_URL": _endpoint("BUCKET_ENDPOINT_URL"),
+    "BUCKET_GOOGLE_KEY": credentials.for_google,
+    "AWS_ENDPOINT_URL": _endpoint("AWS_ENDPOINT_URL"),
 }

@@ -17,6 +17,7 @@ from core import environment
 from core.console import run_entry
 from core.errors import ConfigError
 from core.exit_codes import FAILED
+from core.stores import credentials
 from launch import check
 from launch.task import read_task, revision, settings_of, sky_command
 
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"usage: python -m launch.submit sky/TASK.yaml [{NO_CHECK}] [options of sky launch]")
     environment.adopt()
+    credentials.inline_google_key(os.environ)  # the node has no such file
     path, *options = arguments
     task = read_task(path)
     command = sky_command(path, task, os.environ, revision(), [each for each in options if each != NO_CHECK])

@@ -65,10 +65,16 @@ def sky_command(
             command += ["--env", f"{name}={given[name]}"]
         elif default is None:
             raise ConfigError(f"{path}: {name} is required and empty; give {name}=... to make, or set it in .env")
-    for name in task.get("secrets") or {}:
-        if environment.get(name):
-            command += ["--secret", name]
+    for name in _secrets(task, environment):
+        command += ["--secret", name]
     return [*command, *options, path]
+
+
+def _secrets(task: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
+    """The secrets to send. The user's own AWS keys go along only where the bucket has no keys of its own."""
+    given = [name for name in task.get("secrets") or {} if environment.get(name)]
+    own = any(name.startswith("BUCKET_") for name in given)
+    return [name for name in given if not (own and name.startswith("AWS_"))]
 
 
 def revision() -> str:

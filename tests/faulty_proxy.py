@@ -163,11 +163,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for name, value in answer.getheaders()
             if name.lower() not in ("transfer-encoding", "connection")
         }
+        if fault == "hang in the body":
+            self._answer(answer.status, headers, content, hangs=True)
+            return
         self._answer(answer.status, headers, content, cut=fault == "truncated" and len(content) > 1)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
 
-    def _answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False) -> None:
+    def _answer(
+        self, status: int, headers: dict[str, str], content: bytes, cut: bool = False, hangs: bool = False
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             if name.lower() not in ("content-length", "date", "server"):
@@ -177,7 +182,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(content[: len(content) // 2] if cut else content)
+        self.wfile.write(content[: len(content) // 2] if cut or hangs else content)
+        if hangs:
+            self.wfile.flush()
+            self.rfile.read()  # until the client gives up
         if cut:
             self.wfile.flush()
             self._reset()

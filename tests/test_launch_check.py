@@ -7,10 +7,8 @@ import re
 import threading
 from pathlib import Path
 
-import boto3
 import pytest
 import yaml
-from moto import mock_aws
 
 from core import config, schema, sets, storage
 from core.architecture import ModelConfig
@@ -19,7 +17,7 @@ from core.gpus import memory_bytes
 from core.run.folder import RunFolder, open_run
 from launch import check, memory, registry, work
 from launch import task as launch_task
-from tests import corpus
+from tests import corpus, stores
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,6 +116,15 @@ def test_bucket_is_tried_and_left_clean(ready, tmp_path):
         ("pretrain-8xa100", {}, "!", "a node on lambda could not reach the bucket"),
         ("pretrain-8xa100-spot", {}, "ok", "the node's own role"),
         ("pretrain-gh200", {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}, "ok", "keys for the bucket"),
+        ("pretrain-gh200", {"BUCKET_ACCESS_KEY_ID": "a", "BUCKET_SECRET_ACCESS_KEY": "b"}, "ok", "keys for the bucket"),
+        (
+            "pretrain-8xa100",
+            {"BUCKET_ACCESS_KEY_ID": "a"},
+            "x",
+            "BUCKET_SECRET_ACCESS_KEY is empty, its partner is set",
+        ),
+        ("pretrain-8xa100-spot", {"BUCKET": "gs://b"}, "x", "without BUCKET_GOOGLE_KEY a node on aws could not reach"),
+        ("pretrain-gh200", {"BUCKET": "az://account/c", "BUCKET_AZURE_KEY": "k"}, "ok", "keys for the bucket are set"),
     ],
 )
 def test_empty_secrets_are_found_before_the_node_finds_them(name, keys, mark, word):
@@ -126,12 +133,19 @@ def test_empty_secrets_are_found_before_the_node_finds_them(name, keys, mark, wo
     assert word in finding.what
 
 
-@mock_aws
+def test_a_store_that_ignores_conditional_writes_is_refused_by_name(s3, bucket, monkeypatch):
+    with stores.WithoutConditions(s3) as server:
+        monkeypatch.setenv("BUCKET_ENDPOINT_URL", server.url)
+        found = marks(check.check_bucket(task("pretrain-8xa100"), {"BUCKET": bucket}))
+        assert [mark for mark, _ in found] == ["x"]
+        assert found[0][1].startswith(f"bucket: {bucket} at the endpoint ({server.url}) ignores conditional writes")
+        assert storage.list_objects(bucket) == []
+
+
 def test_a_bucket_in_another_region_is_named_with_its_price(monkeypatch):
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+    for name in ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
-    location = {"LocationConstraint": "us-west-2"}
-    boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="far", CreateBucketConfiguration=location)
+    monkeypatch.setattr("core.stores.aws.Place.home", lambda place: {"far": "us-west-2"}[place.bucket])
     settings = {"BUCKET": "far", "DATA": "none"}
     found = [what for _, what in marks(check._region(task("pretrain-8xa100-spot"), settings, "s3://far"))]
     assert "bucket: it is in us-west-2; a machine at aws/us-east-1 reads it for $0.02 per GB" in found

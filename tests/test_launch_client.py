@@ -146,13 +146,16 @@ NOT_SETTINGS = {"PATH", "HOME", "LD_LIBRARY_PATH"}
 
 
 def variables_in_python() -> set[str]:
-    """Names in environ["X"], environ.get("X"), environment.get("X"), settings["X"], and settings with env="X"."""
+    """Names in environ["X"], environ.get("X"), environment.get("X"), settings["X"], settings with env="X", and those of
+    the stores, which look several up in turn."""
     found = set()
     for folder in ("core", "costs", "data_prep", "launch", "trainer"):
         for path in [*(ROOT / folder).rglob("*.py"), ROOT / "cost_report.py"]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.keyword) and node.arg == "env" and isinstance(node.value, ast.Constant):
                     found.add(node.value.value)
+                if isinstance(node, ast.Constant) and re.fullmatch(r"(BUCKET|AWS)_[A-Z0-9_]+", str(node.value)):
+                    found.add(node.value)
                 source = None
                 if isinstance(node, ast.Subscript):
                     source, name = node.value, node.slice

@@ -61,13 +61,20 @@ def test_the_programs_exit_code_is_the_nodes(node):
 
 
 def test_variables_go_by_name_and_empty_ones_do_not(node):
-    settings = {"AWS_SECRET_ACCESS_KEY": "very-secret", "AWS_ENDPOINT_URL": "", "UNRELATED": "x", "MAX_USD": "5"}
+    settings = {
+        "BUCKET_SECRET_ACCESS_KEY": "very-secret",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "BUCKET_REGION": "",
+        "AWS_ENDPOINT_URL": "",
+        "UNRELATED": "x",
+        "MAX_USD": "5",
+    }
     node("run", "train", "python", "-m", "launch.node", **settings).communicate()
     (line,) = [call for call in node.calls() if call.startswith("run --rm")]
     words = line.split()
     given = {words[at + 1] for at, word in enumerate(words) if word == "-e"}
-    assert {"AWS_SECRET_ACCESS_KEY", "MAX_USD", "RUN_URL", "DATA_URL", "SEGMENT_STARTED_AT"} <= given
-    assert not {"AWS_ENDPOINT_URL", "UNRELATED"} & given
+    assert {"BUCKET_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY", "MAX_USD", "RUN_URL", "SEGMENT_STARTED_AT"} <= given
+    assert not {"AWS_ENDPOINT_URL", "BUCKET_REGION", "BUCKET", "UNRELATED"} & given
     assert "very-secret" not in line
     assert line.endswith("pretrain-launcher:train python -m launch.node")
 

@@ -48,6 +48,8 @@ def test_a_task_that_can_run_is_launched_with_its_settings(sky, bucket_folder):
         ("RUN", "../x", "RUN is '../x', must be the name of a folder in BUCKET/runs"),
         ("BUCKET", "s3:/b", "BUCKET is 's3:/b', which looks like a URL but is not one; did you mean s3://b?"),
         ("AWS_ENDPOINT_URL", "r2.example.com", "AWS_ENDPOINT_URL is 'r2.example.com', must begin with https://"),
+        ("BUCKET_ENDPOINT_URL", "r2.example.com", "BUCKET_ENDPOINT_URL is 'r2.example.com', must begin with https://"),
+        ("BUCKET_GOOGLE_KEY", "nowhere.json", "BUCKET_GOOGLE_KEY: the file cannot be read (No such file or directory)"),
         ("TRAIN_ARGS", "--train.stepz=5", "unknown setting train.stepz"),
         ("DATA", "elsewhere", "`make prep-data` makes it"),
     ],

@@ -110,7 +110,7 @@ def test_every_variable_that_a_command_uses_is_declared(path):
     assert used - {"RUN_URL"} <= declared
     launcher = (ROOT / "launch/container.sh").read_text()
     for name in declared - used:
-        assert re.search(rf"\b{name}\b", launcher) or name.startswith("AWS_"), f"{name} goes nowhere"
+        assert re.search(rf"\b{name}\b", launcher) or name.startswith(("AWS_", "BUCKET_")), f"{name} goes nowhere"
 
 
 def test_secrets_are_no_envs(path):
@@ -140,6 +140,16 @@ def test_sky_command_carries_settings_and_hides_secrets(monkeypatch):
         assert part in text
     assert "very-secret" not in text
     assert "UNRELATED" not in text
+
+
+def test_awss_own_keys_stay_here_where_the_bucket_has_keys(monkeypatch):
+    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
+    path = "sky/pretrain-8xa100.yaml"
+    given = {"BUCKET": "b", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "s", "WANDB_API_KEY": "w"}
+    for name in ("BUCKET_ACCESS_KEY_ID", "BUCKET_GOOGLE_KEY", "BUCKET_AZURE_KEY"):
+        command = launch_task.sky_command(path, task_of(ROOT / path), {**given, name: "x"}, "abc", [])
+        sent = [command[at + 1] for at, word in enumerate(command) if word == "--secret"]
+        assert sent == ["WANDB_API_KEY", name]
 
 
 def test_spot_is_a_managed_job(monkeypatch):

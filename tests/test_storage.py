@@ -114,6 +114,8 @@ def test_missing_object_is_named(base: str):
 
 
 def race(base: str, rounds: int) -> list[int]:
+    if "BUCKET_ENDPOINT_URL" in os.environ and os.environ.get("BUCKET_ACCESS_KEY_ID") == "moto":
+        pytest.skip("moto looks for the object and stores its own in two steps, so that both may win")
     return (racing.by_threads if base.startswith("memory") else racing.by_processes)(base, rounds)
 
 

@@ -1,8 +1,6 @@
 """Where a bucket of the S3 protocol is: endpoint, region and style of address, by the variables of BUCKET_ and AWS_."""
 
 import logging
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -12,12 +10,15 @@ from core.stores.base import Terms
 
 log = logging.getLogger(__name__)
 DEFAULT_REGION = "us-east-1"
+# The first that is set counts.
+ENDPOINTS = ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+REGIONS = ("BUCKET_REGION", "AWS_REGION", "AWS_DEFAULT_REGION")
 LOOK_UP_SECONDS = 10.0
 
 
 def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -> str | None:
     """The server of S3 buckets; None for AWS's own."""
-    for name in ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+    for name in ENDPOINTS:
         if variables.get(name):
             return variables[name].rstrip("/")
     return profile.get("endpoint_url")
@@ -89,6 +90,9 @@ class Place:
 
     def home(self) -> str | None:
         """The bucket's region as the server tells anybody who asks; None if it does not."""
+        import urllib.error  # not at the top: most programs never ask
+        import urllib.request
+
         address = f"{self.endpoint or 'https://s3.amazonaws.com'}/{quote(self.bucket)}"
         request = urllib.request.Request(address, method="HEAD")
         try:

@@ -8,9 +8,8 @@ are obstore's: application default credentials, Azure CLI, the machine's identit
 import datetime
 import importlib.util
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def _profile() -> dict[str, Any]:
     return provider()
 
 
-def inline_google_key(environment: dict[str, str] | os._Environ) -> None:
+def inline_google_key(environment: MutableMapping[str, str]) -> None:
     """Replace a path in BUCKET_GOOGLE_KEY by what the file holds, for machines without it. Raises ConfigError."""
     key = environment.get("BUCKET_GOOGLE_KEY", "").strip()
     if key and not key.startswith("{"):

@@ -154,7 +154,10 @@ def _fitting(marks: frozenset[str]) -> _Row | None:
 
 
 def _hint(error: BaseException) -> str:
-    return next((f"; {link}" for link in _chain(error) if type(link).__name__ == "NoCredentials" and str(link)), "")
+    """Why our own source of keys has none, as obstore repeats it."""
+    found = next(filter(None, (_PROVIDER.search(str(link)) for link in _chain(error))), None)
+    said = found["said"].strip() if found else ""
+    return f"; {said}" if said else ""
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -168,6 +171,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 # Addresses that a library asks for credentials when it has found none.
 _METADATA = re.compile(r"https?://(169\.254\.169\.254|169\.254\.170\.\d+|metadata\.google\.internal|\[fd00:ec2::254\])")
+_PROVIDER = re.compile(r"External \w+ credential provider: (?:NoCredentials: ?)?(?P<said>[^\n]*)")
 
 
 def _codes(error: BaseException) -> set[str]:
@@ -178,7 +182,7 @@ def _codes(error: BaseException) -> set[str]:
     found |= {str(status)} if isinstance(status, int) else set()
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         found.add("disk-full")
-    if type(error).__name__ == "NoCredentials" or _METADATA.search(text):
+    if _PROVIDER.search(text) or _METADATA.search(text):
         found.add("credentials")
     if isinstance(error, ValueError) and "Could not parse path" in text:
         found.add("path")
