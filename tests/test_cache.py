@@ -203,14 +203,14 @@ def test_a_stall_of_the_storage_is_waited_out(url: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(storage, "ATTEMPTS", 1)
     monkeypatch.setattr("trainer.data.cache.STALL_RETRY_SECONDS", 0.05)
     monkeypatch.setattr("trainer.data.cache.PATIENCE_SECONDS", 0.05)
-    real, down_until = storage.read_range, time.monotonic() + 1.0
+    real, down_until = storage.read_ranges, time.monotonic() + 1.0
 
-    def read_range(uri: str, start: int, end: int) -> bytes:
+    def read_ranges(uri: str, ranges: list[tuple[int, int]]):
         if time.monotonic() < down_until:
             raise StorageError(f"{uri}: could not read after 1 attempts (reset)")
-        return real(uri, start, end)
+        return real(uri, ranges)
 
-    monkeypatch.setattr(storage, "read_range", read_range)
+    monkeypatch.setattr(storage, "read_ranges", read_ranges)
     tokens = source(url, tmp_path / "cache")
     each = batches(tokens, fetches=False)
     started = time.monotonic()

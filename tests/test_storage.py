@@ -175,6 +175,24 @@ def test_many_ranges_at_once(base: str):
     assert storage.read_ranges(uri, []) == []
 
 
+class Counting(FaultyProxy):
+    requests = 0
+
+    def draw(self, method: str, path: str) -> str | None:
+        self.requests += 1
+        return None
+
+
+def test_ranges_that_are_near_each_other_come_by_one_request(s3, bucket: str, monkeypatch: pytest.MonkeyPatch):
+    storage.write_bytes(f"{bucket}/near", bytes(4 << 20))
+    with Counting(s3.endpoint) as proxy:
+        monkeypatch.setenv("BUCKET_ENDPOINT_URL", proxy.url)
+        storage.read_ranges(f"{bucket}/near", [(start, start + 2048) for start in range(0, 2 << 20, 100_000)])
+        assert proxy.requests == 1
+        storage.read_ranges(f"{bucket}/near", [(0, 2048), (3 << 20, (3 << 20) + 2048)])
+        assert proxy.requests == 3
+
+
 def test_large_objects_come_and_go_in_parts(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(storage, "READ_PART_BYTES", 5 << 20)
     monkeypatch.setattr(remote, "PART_BYTES", 5 << 20)

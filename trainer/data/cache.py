@@ -1,7 +1,7 @@
 """Token windows out of shards in object storage, through a bounded cache on the node's disk.
 
-A window whose shard is not on disk yet is read by its byte range (2 kB; one range for several that lie close
-together), so that the first batch needs no whole shard. Once that is out, one rank per node downloads whole shards
+A window whose shard is not on disk yet is read by its byte range (2 kB; one request for several that are close to each
+other), so that the first batch needs no whole shard. Once that is out, one rank per node downloads whole shards
 in the order they will be needed, checks their SHA-256 and moves them into place; all ranks of the node map the same
 files. When the folder would outgrow its bound, the shards that are needed last go first. A rank that finds a shard
 gone reads by range again: the cache decides the speed, never the content.
@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,13 +26,14 @@ from core import storage
 from core.errors import DataError, LauncherError, ObjectDamaged, ObjectNotFound, StorageError
 from core.manifest import Manifest, ShardEntry
 from core.shard import HEADER_BYTES, check_size, parse_header
+from core.stores.base import Buffer
 
 log = logging.getLogger(__name__)
 
 RANGE_READERS = 32
-# Windows of one shard that are this close come by one request: a megabyte arrives sooner than another first byte.
-GAP_BYTES = 1 << 20
-SPAN_BYTES = 8 << 20  # but not by one so long that another connection would be faster
+# Windows within so many bytes of a shard are asked for at once. Where all are near each other they come by one request,
+# which must not be so long that another connection would be faster.
+STRETCH_BYTES = 8 << 20
 READ_AHEAD_SHARDS = 64
 FETCHERS = 4
 # A shard that is on its way is worth waiting for: as thousands of range reads its windows would take longer.
@@ -86,31 +88,34 @@ class ShardCache:
             else:
                 out[row] = tokens[begin:end]
         if by_range:
-            spans = self._spans(sorted((shards[row], begins[row], row) for row in by_range), count)
-            for span, tokens in zip(
-                spans, self._readers.map(lambda span: self._read_span(span, count), spans), strict=True
-            ):
-                first = span[0][1]
-                for _, begin, row in span:
-                    out[row] = tokens[begin - first : begin - first + count]
+            self._read_windows([(shards[row], begins[row], row) for row in by_range], out)
         return out
 
-    def _spans(self, windows: list[Window], count: int) -> list[list[Window]]:
-        """Sorted windows in groups that one read each serves."""
-        spans: list[list[Window]] = []
-        for shard, begin, row in windows:
-            if spans and spans[-1][0][0] == shard:
-                gap = (begin - spans[-1][-1][1] - count) * self.dtype.itemsize
-                length = (begin - spans[-1][0][1] + count) * self.dtype.itemsize
-                if gap <= GAP_BYTES and length <= SPAN_BYTES:
-                    spans[-1].append((shard, begin, row))
-                    continue
-            spans.append([(shard, begin, row)])
-        return spans
+    def _read_windows(self, windows: list[Window], out: np.ndarray) -> None:
+        """Fill rows of `out` from storage: the windows of a stretch of a shard by one call, which joins near ones."""
+        stretches: dict[tuple[int, int], list[Window]] = defaultdict(list)
+        for window in windows:
+            shard, begin, _ = window
+            stretches[shard, begin * self.dtype.itemsize // STRETCH_BYTES].append(window)
 
-    def _read_span(self, span: list[Window], count: int) -> np.ndarray:
-        (shard, first, _), (_, last, _) = span[0], span[-1]
-        return self._read(shard, first, last - first + count)
+        def read(stretch: list[Window]) -> None:
+            count = out.shape[1]
+            inside = [window for window in stretch if window[1] + count <= self.shards[window[0]].tokens]
+            for (_, _, row), tokens in zip(inside, self._read_inside(inside, count), strict=True):
+                out[row] = tokens
+            for shard, begin, row in set(stretch) - set(inside):
+                out[row] = self._read(shard, begin, count)
+
+        for _ in self._readers.map(read, stretches.values()):
+            pass
+
+    def _read_inside(self, windows: list[Window], count: int) -> list[np.ndarray]:
+        """`count` tokens of each window; all are of one shard, and none runs into the next."""
+        if not windows:
+            return []
+        starts = [HEADER_BYTES + begin * self.dtype.itemsize for _, begin, _ in windows]
+        ranges = [(start, start + count * self.dtype.itemsize) for start in starts]
+        return self._read_tokens(windows[0][0], ranges)
 
     def stream(self, begin: int, count: int) -> np.ndarray:
         """`count` consecutive tokens of the split from token `begin` on."""
@@ -161,33 +166,40 @@ class ShardCache:
         parts = []
         while wanted:
             count = min(wanted, self.shards[shard].tokens - begin)
-            parts.append(self._read_tokens(shard, begin, count))
+            parts.append(self._read_piece(shard, begin, count))
             wanted -= count
             shard, begin = shard + 1, 0
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def _read_tokens(self, shard: int, begin: int, count: int) -> np.ndarray:
+    def _read_piece(self, shard: int, begin: int, count: int) -> np.ndarray:
         tokens = self._mapped.get(shard)
         if tokens is None:
             tokens = self._map(shard)
         if tokens is not None:
             return tokens[begin : begin + count]
-        uri = storage.join(self.data_url, self.shards[shard].name)
         first = HEADER_BYTES + begin * self.dtype.itemsize
-        read = np.frombuffer(self._read_patiently(uri, first, first + count * self.dtype.itemsize), self.dtype)
-        if read.max() >= self.vocab_size:
-            raise DataError(
-                f"{uri}: token {read.max()} at or after position {begin}, the vocabulary has {self.vocab_size}; "
-                "the shard is damaged: run python -m data_prep.verify on data.url"
-            )
+        [read] = self._read_tokens(shard, [(first, first + count * self.dtype.itemsize)])
         return read
 
-    def _read_patiently(self, uri: str, start: int, end: int) -> bytes:
+    def _read_tokens(self, shard: int, ranges: list[tuple[int, int]]) -> list[np.ndarray]:
+        """The tokens in byte ranges of a shard's object. Raises DataError for one that the vocabulary does not have."""
+        uri = storage.join(self.data_url, self.shards[shard].name)
+        found = [np.frombuffer(data, self.dtype) for data in self._read_patiently(uri, ranges)]
+        for (start, _), read in zip(ranges, found, strict=True):
+            if read.max() >= self.vocab_size:
+                raise DataError(
+                    f"{uri}: token {read.max()} at or after position {(start - HEADER_BYTES) // self.dtype.itemsize}, "
+                    f"the vocabulary has {self.vocab_size}; "
+                    "the shard is damaged: run python -m data_prep.verify on data.url"
+                )
+        return found
+
+    def _read_patiently(self, uri: str, ranges: list[tuple[int, int]]) -> Sequence[Buffer]:
         """Wait out a stall of the storage: the time counts as data wait, and other ranks wait too, to a limit."""
         deadline = time.monotonic() + STALL_SECONDS
         while True:
             try:
-                return storage.read_range(uri, start, end)
+                return storage.read_ranges(uri, ranges)
             except ObjectNotFound as error:
                 raise DataError(f"{error}; the data set has changed since the run began") from error
             except StorageError as error:
