@@ -123,7 +123,7 @@ def check_secrets(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator
     empty = [key for key in keys if not settings.get(key)]
     clouds = {_cloud(candidate) for candidate in candidates(task)}
     # A role of AWS opens no bucket of another service.
-    elsewhere = sorted(clouds if service in ("r2", "s3", *ONE_KEY) else clouds - {"aws"})
+    elsewhere = sorted(clouds if service in ("r2", "s3-like", *ONE_KEY) else clouds - {"aws"})
     if empty and len(empty) < len(keys):
         yield Finding("x", f"secrets: {empty[0]} is empty, its partner is set; set both or none in .env")
     elif empty and elsewhere:

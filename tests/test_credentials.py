@@ -191,7 +191,7 @@ def test_the_service_and_the_endpoint_by_the_variables():
     assert aws.service_of(aws.endpoint_of({})) == "aws"
     assert aws.service_of("https://s3.eu-west-1.amazonaws.com") == "aws"
     assert aws.service_of("https://0f.r2.cloudflarestorage.com") == "r2"
-    assert aws.service_of("http://amazonaws.com.example:9000") == "s3"
+    assert aws.service_of("http://amazonaws.com.example:9000") == "s3-like"
     given = {"AWS_ENDPOINT_URL": "http://a/", "AWS_ENDPOINT_URL_S3": "http://b/"}
     assert aws.endpoint_of(given) == "http://b"
     assert aws.endpoint_of({**given, "BUCKET_ENDPOINT_URL": "http://c"}) == "http://c"

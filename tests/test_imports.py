@@ -2,8 +2,10 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,82 @@ def test_package_markers_are_empty():
     for package in PACKAGES:
         for marker in (REPOSITORY / package).rglob("__init__.py"):
             assert not marker.read_text().strip(), marker
+
+
+# --- stores ----------------------------------------------------------------------------------------------------
+
+# How places are spelt, and what opens them. Everything else asks the store.
+KNOW_SCHEMES = {"core/urls.py", "core/bucket.py", "core/hub.py", "core/stores/hub.py", "core/stores/opener.py"}
+PARTS = (*PACKAGES, "launch")
+
+
+def test_only_the_opener_branches_on_a_scheme():
+    found = {}
+    for package in PARTS:
+        for file in sorted((REPOSITORY / package).rglob("*.py")):
+            literals = [
+                node.value
+                for node in ast.walk(ast.parse(file.read_text()))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            ]
+            name = file.relative_to(REPOSITORY).as_posix()
+            if schemes := [text for text in literals if re.fullmatch(r"(s3|gs|az|hf)(://)?", text)]:
+                found[name] = schemes
+    # Azure's command line has the name of a scheme.
+    assert found.pop("core/stores/credentials.py") == ["az"]
+    assert set(found) == KNOW_SCHEMES
+
+
+def test_only_the_stores_import_what_reads_them():
+    allowed = {
+        "obstore": {"core/stores/credentials.py", "core/stores/opener.py", "core/stores/remote.py"},
+        "botocore": {"core/stores/credentials.py", "costs/aws.py"},
+        "boto3": {"core/stores/credentials.py", "launch/check.py", "launch/left.py"},
+        "fsspec": set(),
+        "s3fs": set(),
+    }
+    found: dict[str, set[str]] = {name: set() for name in allowed}
+    for package in PARTS:
+        for file in (REPOSITORY / package).rglob("*.py"):
+            for name in {name.partition(".")[0] for name in imports_of(file)} & set(allowed):
+                found[name].add(file.relative_to(REPOSITORY).as_posix())
+    assert found == allowed
+
+
+IMAGES = {
+    "prep": ("core", "costs", "launch", "data_prep"),
+    "train": ("core", "costs", "launch", "trainer"),
+}
+# Imported where they are installed only: on the user's computer, or in an image to which they were added.
+NOT_IN_IMAGES = {"boto3", "dotenv", "gguf", "lm_eval", "matplotlib", "mlflow", "prompt_toolkit", "sky", "transformers"}
+NOT_IN_IMAGES |= {"tensorboard", "wandb"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+# launch.preflight asks torch about GPUs, on machines that have some.
+ELSEWHERE = {"prep": {"torch"}, "train": set()}
+# Declared and not imported by our own files: datasets reads buckets by s3fs.
+FOR_OTHERS = {"prep": {"datasets", "s3fs"}, "train": set()}
+
+
+def third_party(folders: tuple[str, ...]) -> set[str]:
+    files = [file for folder in folders for file in (REPOSITORY / folder).rglob("*.py")] + [
+        REPOSITORY / "cost_report.py"
+    ]
+    found = {name.partition(".")[0] for file in files for name in imports_of(file)}
+    return found - set(sys.stdlib_module_names) - set(PARTS) - NOT_IN_IMAGES - {"cost_report"}
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_holds_what_its_programs_import_and_nothing_else(image: str):
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = {"prep": ("prep",), "train": ("train", "fp8")}[image]
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    declared = {re.match(r"[\w-]+", line)[0] for line in lines}
+    imported = {DISTRIBUTIONS.get(name, name) for name in third_party(IMAGES[image])}
+    assert imported - ELSEWHERE[image] == declared - FOR_OTHERS[image]
+
+
+def test_gpu_images_hold_no_other_reader_of_buckets():
+    for name in ("train-cuda", "train-cpu"):
+        pinned = set(re.findall(r"^([\w.-]+)==", (REPOSITORY / f"requirements/{name}.txt").read_text(), re.M))
+        assert "obstore" in pinned
+        assert not pinned & {"boto3", "s3fs", "aiobotocore", "gcsfs", "adlfs"}

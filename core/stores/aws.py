@@ -25,11 +25,11 @@ def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -
 
 
 def service_of(endpoint: str | None) -> str:
-    """aws, r2, or s3 for any other server."""
+    """aws, r2, or s3-like for any other server."""
     host = urlsplit(endpoint or "").hostname or ""
     if not endpoint or host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         return "aws"
-    return "r2" if host.endswith(".r2.cloudflarestorage.com") else "s3"
+    return "r2" if host.endswith(".r2.cloudflarestorage.com") else "s3-like"
 
 
 def place_of(bucket: str, variables: Mapping[str, str], profile: Mapping[str, str]) -> "Place":
@@ -114,5 +114,5 @@ def _special_endpoint(region: str, variables: Mapping[str, str]) -> str | None:
     fips, dual = is_set("AWS_USE_FIPS_ENDPOINT"), is_set("AWS_USE_DUALSTACK_ENDPOINT")
     if not (china or fips or dual):
         return None
-    host = ("s3-fips" if fips else "s3") + (".dualstack" if dual else "")
-    return f"https://{host}.{region}.amazonaws.com" + (".cn" if china else "")
+    host = f"s3{'-fips' if fips else ''}{'.dualstack' if dual else ''}.{region}.amazonaws.com"
+    return f"https://{host}{'.cn' if china else ''}"

@@ -19,7 +19,7 @@ class Found(NamedTuple):
 class Terms:
     """What messages and reports call a store.
 
-    `service` is one of aws, r2, s3 (any other server of that protocol), google, azure, hub, memory and disk.
+    `service` is one of aws, r2, s3-like (any other server of that protocol), google, azure, hub, memory and disk.
     """
 
     service: str
