@@ -14,7 +14,7 @@ class RunConfig:
 
     url: str = setting(
         "",
-        "folder for checkpoints, metrics and ledger (local, s3://, gs://)",
+        "folder for checkpoints, metrics and ledger (local, s3://, gs://, az://)",
         env="RUN_URL",
         identity=False,
         check=urls.mistake,
@@ -38,7 +38,7 @@ class DataConfig:
 
     url: str = setting(
         "",
-        "folder with shards and manifest, as written by data_prep (local, s3://, gs://)",
+        "folder with shards and manifest, as written by data_prep (local, s3://, gs://, az://)",
         env="DATA_URL",
         identity=False,
         check=urls.mistake,

@@ -13,7 +13,7 @@ class SourceConfig:
 
     url: str = setting(
         "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",
-        "documents: a file or glob of .parquet, .jsonl(.gz, .zst) or .txt (local, s3://, gs://, hf://)",
+        "documents: a file or glob of .parquet, .jsonl(.gz, .zst) or .txt (local, s3://, gs://, az://, hf://)",
         env="SOURCE_URL",
         check=urls.mistake,
     )
@@ -65,7 +65,7 @@ class PrepDataConfig:
 
     url: str = setting(
         "",
-        "folder for shards and manifest (local, s3://, gs://)",
+        "folder for shards and manifest (local, s3://, gs://, az://)",
         env="DATA_URL",
         identity=False,
         check=urls.mistake,
@@ -148,7 +148,7 @@ class FetchSourceConfig:
     """Token shards that somebody else has made."""
 
     train_url: str = setting(
-        "", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, hf://)", check=urls.mistake
+        "", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, az://, hf://)", check=urls.mistake
     )
     val_url: str = setting("", "validation shards, likewise; empty: none", check=urls.mistake)
     revision: str = setting(
@@ -170,7 +170,7 @@ class FetchDataConfig:
 
     url: str = setting(
         "",
-        "folder for shards and manifest (local, s3://, gs://)",
+        "folder for shards and manifest (local, s3://, gs://, az://)",
         env="DATA_URL",
         identity=False,
         check=urls.mistake,

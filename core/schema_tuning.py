@@ -15,14 +15,14 @@ class RowsConfig:
 
     url: str = setting(
         "",
-        "token set (local, s3://, gs://) beside which sets lie; empty: the one that the start was trained on",
+        "token set (local, s3://, gs://, az://) beside which sets lie; empty: the one that the start was trained on",
         env="DATA_URL",
         identity=False,
         check=urls.mistake,
     )
     examples: str = setting(
         "instructions",
-        "name of a set below url/sets, or a .jsonl file (local, s3://, gs://)",
+        "name of a set below url/sets, or a .jsonl file (local, s3://, gs://, az://)",
         identity=False,
         check=urls.mistake,
     )
@@ -47,7 +47,7 @@ class PairsConfig(RowsConfig):
 
     examples: str = setting(
         "preferences",
-        "name of a set below url/sets, or a .jsonl file (local, s3://, gs://)",
+        "name of a set below url/sets, or a .jsonl file (local, s3://, gs://, az://)",
         identity=False,
         check=urls.mistake,
     )
@@ -286,7 +286,7 @@ class WorkConfig:
 
     url: str = setting(
         "",
-        "folder for calls, answers and ledger (local, s3://, gs://)",
+        "folder for calls, answers and ledger (local, s3://, gs://, az://)",
         env="RUN_URL",
         identity=False,
         check=urls.mistake,

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.live import Live
 
 from clouds.prices import on_demand_price
-from core import urls
+from core import environment, urls
 from core.errors import ConfigError, LauncherError, RunError
 from core.run import cache
 from core.run.reader import read_run
@@ -36,6 +36,7 @@ Where the dollars of a run went, phase by phase, adding up to the cent.
 
 def main(arguments: list[str]) -> None:
     """Raises LauncherError when there is nothing to report."""
+    environment.adopt()
     if arguments[:1] == ["estimate"]:
         from costs import estimate_command
 

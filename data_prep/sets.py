@@ -4,7 +4,7 @@
     python -m data_prep.sets instructions DATA_URL --from=rows.jsonl [--name=instructions] [--licence=...]
     python -m data_prep.sets preferences DATA_URL --from=pairs.jsonl [--name=preferences] [--licence=...]
 
-Reads JSON lines or parquet (local, s3://, gs://, hf://), checks every row, writes DATA_URL/sets/<name>.jsonl and
+Reads JSON lines or parquet (local, s3://, gs://, az://, hf://), checks every row, writes DATA_URL/sets/<name>.jsonl and
 then <name>.json with rows, bytes and SHA-256.
 """
 

@@ -143,9 +143,9 @@ IMAGES = {
     "train": ("core", "costs", "launch", "trainer"),
 }
 # Imported where they are installed only: on the user's computer, or in an image to which they were added.
-NOT_IN_IMAGES = {"boto3", "dotenv", "gguf", "lm_eval", "matplotlib", "mlflow", "prompt_toolkit", "sky", "transformers"}
+NOT_IN_IMAGES = {"boto3", "gguf", "lm_eval", "matplotlib", "mlflow", "prompt_toolkit", "sky", "transformers"}
 NOT_IN_IMAGES |= {"tensorboard", "wandb"}
-DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
 # launch.preflight asks torch about GPUs, on machines that have some.
 ELSEWHERE = {"prep": {"torch"}, "train": set()}
 # Declared and not imported by our own files: datasets reads buckets by s3fs.

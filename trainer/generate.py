@@ -29,7 +29,7 @@ class GenerateConfig(Machine, Sampling):
 
     prompt: str = setting("", "text to continue; empty: the beginning of a document")
     prompts: str = setting(
-        "", "file with one prompt per line (local, s3://, gs://), instead of --prompt", check=urls.mistake
+        "", "file with one prompt per line (local, s3://, gs://, az://), instead of --prompt", check=urls.mistake
     )
     samples: int = setting(1, "texts per prompt; with a seed, the next one has the next seed")
     json: bool = setting(False, "one JSON object per text instead of plain text")

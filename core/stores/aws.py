@@ -114,5 +114,5 @@ def _special_endpoint(region: str, variables: Mapping[str, str]) -> str | None:
     fips, dual = is_set("AWS_USE_FIPS_ENDPOINT"), is_set("AWS_USE_DUALSTACK_ENDPOINT")
     if not (china or fips or dual):
         return None
-    host = f"s3{'-fips' if fips else ''}{'.dualstack' if dual else ''}.{region}.amazonaws.com"
-    return f"https://{host}{'.cn' if china else ''}"
+    host = f"https://s3{'-fips' if fips else ''}{'.dualstack' if dual else ''}.{region}.amazonaws.com"
+    return host + (".cn" if china else "")

@@ -132,7 +132,7 @@ class Chat:
             )
 
     def do_save(self, rest: str) -> None:
-        """FILE: keep what was said as JSONL (local, s3://, gs://)"""
+        """FILE: keep what was said as JSONL (local, s3://, gs://, az://)"""
         if not rest:
             raise ConfigError("/save: where? write /save FILE")
         lines = []
