@@ -30,6 +30,7 @@ from core.errors import LauncherError, ObjectDamaged, ObjectNotFound, StorageErr
 from core.stores import faults, local
 from core.stores.base import Buffer, Found, Store, Terms
 from core.stores.opener import open_store
+from core.stores.waiting import interruptible
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -342,7 +343,9 @@ class _RangeFile(io.RawIOBase):
 def _on(uri: str, verb: str, call: Callable[[Store, str], T]) -> T:
     """`call` with the store behind a URI and the object's key."""
     store, key = open_store(uri)
-    return _retrying(verb, uri, lambda: call(store, key), store)
+    if store.is_local:
+        return _retrying(verb, uri, lambda: call(store, key), store)
+    return _retrying(verb, uri, lambda: interruptible(lambda: call(store, key)), store)
 
 
 def _retrying(verb: str, uri: str, call: Callable[[], T], store: Store | None = None) -> T:

@@ -16,6 +16,9 @@ _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 # are its long-standing us-east-1 prices, an assumption until the bill says otherwise.
 RATES = {
     "r2": StorageRates("Cloudflare R2", 0.015, 4.50, 0.36, 0.0, "developers.cloudflare.com/r2/pricing, 2026"),
+    "google": StorageRates(
+        "Cloud Storage Standard", 0.020, 5.00, 0.40, 0.12, "cloud.google.com/storage/pricing-examples, us-east1"
+    ),
     "aws": StorageRates(
         "S3 Standard", 0.023, 5.00, 0.40, 0.09, "aws.amazon.com/s3/pricing, us-east-1; requests assumed"
     ),

@@ -42,6 +42,7 @@ class FaultyProxy:
         self.listing_lag_seconds = listing_lag_seconds
         self.stalled_until = 0.0
         self.away = ""
+        self.hung = threading.Event()  # set once a request waits because of `away`
         self._stored: dict[str, float] = {}  # "bucket/key" → when
         self._deleted: dict[str, float] = {}
         self._random = random.Random(seed)
@@ -126,6 +127,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         time.sleep(max(0.0, self.proxy.stalled_until - time.monotonic()))
         while self.proxy.away == "hang":
+            self.proxy.hung.set()
             time.sleep(0.05)
         if self.proxy.away == "refuse":
             self._reset()

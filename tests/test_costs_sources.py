@@ -16,6 +16,7 @@ from clouds import aws
 from clouds.base import Instance, Unavailable
 from clouds.skypilot import from_record
 from core.run.reader import read_run
+from costs import discover
 from costs.model import Outside
 from costs.report import Report, build
 from costs.sources import ask_others
@@ -294,6 +295,18 @@ def test_storage_is_counted_with_its_rate(tmp_path: Path):
     assert outside.storage.checkpoint_bytes == 1000
     assert outside.storage.bytes > 1000
     assert outside.storage.rates is None
+
+
+def test_each_service_has_its_own_rates_or_none(monkeypatch):
+    for name in ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    assert discover.rates_for("s3://b/runs/x").name == "S3 Standard"
+    assert discover.rates_for("gs://b/runs/x").name == "Cloud Storage Standard"
+    assert discover.rates_for("az://account/container/runs/x") is None
+    monkeypatch.setenv("BUCKET_ENDPOINT_URL", "https://0f.r2.cloudflarestorage.com")
+    assert discover.rates_for("s3://b/runs/x").name == "Cloudflare R2"
+    monkeypatch.setenv("BUCKET_ENDPOINT_URL", "http://127.0.0.1:9000")
+    assert discover.rates_for("s3://b/runs/x") is None
 
 
 @pytest.mark.skipif(bool(find_distribution("skypilot")), reason="SkyPilot is installed: nothing to mistake for it")

@@ -378,16 +378,16 @@ def test_a_server_that_hangs_in_the_middle_of_a_body_is_asked_again(s3, bucket: 
     with Hanging(s3.endpoint) as proxy:
         monkeypatch.setenv("BUCKET_ENDPOINT_URL", proxy.url)
         assert storage.read_bytes(f"{bucket}/body") == data
-    assert proxy.hung == 2
+    assert proxy.bodies == 2
 
 
 class Hanging(FaultyProxy):
     """Sends half of the first two bodies and keeps the connection."""
 
-    hung = 0
+    bodies = 0
 
     def draw(self, method: str, path: str) -> str | None:
-        if self.hung == 2:
+        if self.bodies == 2:
             return None
-        self.hung += 1
+        self.bodies += 1
         return "hang in the body"

@@ -1,13 +1,18 @@
 """core.storage behind a store and a network that break requests: every operation comes out right."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from core import storage
 from core.errors import ObjectExists
 from core.stores import faults
+from tests import launching
 from tests.faulty_proxy import FAULTS, FaultyProxy
+from tests.patience import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -36,6 +41,34 @@ def test_everything_comes_out_right(flaky, tmp_path):
         u: len(d) for u, d in contents.items()
     }
     assert set(proxy.injected) == set(FAULTS), "every kind of fault was met"
+
+
+WAITS = """
+import sys
+from core import storage
+from core.console import run_entry
+from core.stores import remote
+
+remote.SILENT_SECONDS = 1_000_000
+run_entry(lambda arguments: storage.read_bytes(arguments[0]) and 0)
+"""
+
+
+def test_ctrl_c_ends_a_request_that_hangs(s3, bucket):
+    with FaultyProxy(s3.endpoint) as proxy:
+        proxy.away = "hang"
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITS, f"{bucket}/object"],
+            env={**os.environ, "AWS_ENDPOINT_URL": proxy.url},
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=launching.default_signals,
+        )
+        assert proxy.hung.wait(PATIENCE_SECONDS)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert said == "interrupted\n"
+    assert process.returncode == 130
 
 
 def test_an_exclusive_write_whose_answer_is_lost_is_ours(flaky):
