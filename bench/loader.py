@@ -164,12 +164,12 @@ def raw(cache: Path) -> Iterator[object]:
 
 
 SIDES = {"ours": ours, "streaming": streaming, "litdata": litdata, "raw": raw}
-BOTOCORE = ("botocore.session", "botocore.auth", "botocore.httpsession")
+OBSTORE = "core.stores.remote"
 LIBRARIES = {
-    "ours": ("trainer.data.loader", *BOTOCORE),
+    "ours": ("trainer.data.loader", OBSTORE),
     "streaming": ("streaming", "boto3"),
     "litdata": ("litdata", "boto3"),
-    "raw": ("core.storage", *BOTOCORE),
+    "raw": ("core.storage", OBSTORE),
 }
 
 
@@ -235,7 +235,7 @@ def main() -> None:
         for side, all_runs in runs.items()
     }
     results = {
-        **record.header("numpy", "mosaicml-streaming", "litdata", "botocore"),
+        **record.header("numpy", "mosaicml-streaming", "litdata", "obstore"),
         "tokens": shards * SHARD_TOKENS,
         "rounds": options.rounds,
         "median": medians,

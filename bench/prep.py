@@ -108,7 +108,7 @@ def _end_to_end(options: argparse.Namespace, place: str, server: S3Server | None
             print(f"round {number + 1}, {side}: {runs[side][-1]['seconds']:.1f} s", file=sys.stderr)
     stats = manifest.read(f"{place}/set-warm-up").stats
     return {
-        **record.header("gigatoken", "pyarrow", "tiktoken", "datasets", "botocore"),
+        **record.header("gigatoken", "pyarrow", "tiktoken", "datasets", "obstore"),
         "text": options.text,
         "where": options.where,
         "text_bytes": stats["text_bytes"],
