@@ -11,7 +11,6 @@ in a message.
 """
 
 import contextlib
-import functools
 import hashlib
 import io
 import logging
@@ -266,9 +265,13 @@ def _chunks(uri: str) -> Iterator[Buffer]:
         size, pieces = store.get(key)
         return size if size > READ_PART_BYTES else list(pieces)
 
+    def part(start: int, end: int) -> list[Buffer]:
+        return _on(uri, "read", lambda store, key: list(_get(store, key, start, end)))
+
     found = _on(uri, "read", begin)
     if isinstance(found, int):
-        yield from side_by_side(functools.partial(read_range, uri), _parts(found))
+        for pieces in side_by_side(part, _parts(found)):
+            yield from pieces
     else:
         yield from found
 
