@@ -58,4 +58,4 @@ bench-prep: $(STAMP) ## data preparation against the usual scripts, end to end (
 	@mkdir -p .bench && $(BIN)/python -m bench.prep --scratch=.bench --encode --larger --out=bench/results/$$(date +%F)-prep.json
 
 clean: ## remove the virtual environments and what demo and benchmarks left
-	rm -rf $(VENV) .venv-demo .venv-launch .demo .bench
+	rm -rf $(VENV) .venv-demo .venv-launch .demo .bench .azurite

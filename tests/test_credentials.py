@@ -1,8 +1,10 @@
 """Whose keys open a bucket, which server it is on, and what is said where that goes wrong."""
 
+import datetime
 import http.server
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -11,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from core import environment, storage
 from core.errors import ConfigError, StorageError
@@ -247,9 +254,11 @@ LONG_AGO = "Sat, 01 Jan 2000 00:00:00 GMT"
 
 
 @contextmanager
-def server_that(answer) -> Iterator[tuple[str, list]]:
+def server_that(answer, context: ssl.SSLContext | None = None) -> Iterator[tuple[str, list]]:
     handler = type("Answering", (Server,), {"answer": staticmethod(answer), "seen": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", handler.seen
@@ -353,6 +362,41 @@ def test_an_endpoint_with_a_path_and_a_proxy(s3, bucket: str, keys, monkeypatch)
         monkeypatch.setenv("HTTP_PROXY", url)
         assert storage.read_bytes("s3://b/by-proxy") == b"content"
         assert seen[-1][1] == "http://store.invalid:9000/b/by-proxy"
+
+
+def authority(folder: Path) -> None:
+    """A private authority (ca.pem) and the certificate of localhost that it has signed (server.pem, with its key)."""
+    now = datetime.datetime.now(datetime.UTC)
+
+    def certificate(name: str, key, issuer: str, signer, *extensions) -> x509.Certificate:
+        names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (name, issuer)]
+        made = x509.CertificateBuilder(*reversed(names), key.public_key(), x509.random_serial_number())
+        made = made.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+        for extension in extensions:
+            made = made.add_extension(extension, critical=False)
+        return made.sign(signer, hashes.SHA256())
+
+    ours, servers = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    ca = certificate("ca", ours, "ca", ours, x509.BasicConstraints(ca=True, path_length=None))
+    server = certificate("server", servers, "ca", ours, x509.SubjectAlternativeName([x509.DNSName("localhost")]))
+    plain = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "ca.pem").write_bytes(ca.public_bytes(Encoding.PEM))
+    (folder / "server.pem").write_bytes(servers.private_bytes(*plain) + server.public_bytes(Encoding.PEM))
+
+
+def test_a_server_behind_a_private_authority(keys, tmp_path: Path, monkeypatch):
+    authority(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    with server_that(lambda request: (200, {}, ""), context) as (url, _):
+        monkeypatch.setenv("BUCKET_ENDPOINT_URL", url.replace("http://127.0.0.1", "https://localhost"))
+        with pytest.raises(StorageError, match=r"is not trusted \(UnknownIssuer\); set REQUESTS_CA_BUNDLE"):
+            storage.read_bytes("s3://b/object")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", f"{tmp_path}/ca.pem")
+        assert storage.read_bytes("s3://b/object") == b"content"
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", f"{tmp_path}/nowhere.pem")
+        with pytest.raises(StorageError, match="certificates cannot be read"):
+            storage.read_bytes("s3://b/object")
 
 
 def test_an_endpoint_may_be_an_ipv6_address(keys, monkeypatch):

@@ -71,6 +71,28 @@ def test_ctrl_c_ends_a_request_that_hangs(s3, bucket):
     assert process.returncode == 130
 
 
+FORKS = """
+import os, sys
+from core import storage
+
+storage.read_bytes(sys.argv[1])
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    storage.read_bytes(sys.argv[1])
+except Exception as error:
+    print(error)
+"""
+
+
+def test_a_forked_process_is_told_and_does_not_wait_for_ever(s3, bucket):
+    storage.write_bytes(f"{bucket}/object", b"x")
+    command = [sys.executable, "-c", FORKS, f"{bucket}/object"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.stdout == "storage was used before this process was forked; start it by forkserver or spawn\n"
+    assert done.returncode == 0
+
+
 def test_an_exclusive_write_whose_answer_is_lost_is_ours(flaky):
     bucket, _ = flaky
     for number in range(30):

@@ -69,6 +69,11 @@ _TABLE = (
         "could not {verb}: the clock of this machine is wrong ({said}); set it (`sudo timedatectl set-ntp true`)",
     ),
     _row("credentials", "no credentials; set {keys} (see .env.example){hint}"),
+    _row(
+        "certificate",
+        "could not {verb}: the certificate of {endpoint} is not trusted ({said}); set REQUESTS_CA_BUNDLE to a file with "
+        "the certificate of its authority",
+    ),
     _Row(
         ELSEWHERE, StorageError, "could not {verb}: bucket {bucket!r} is in another region ({said}); set BUCKET_REGION"
     ),
@@ -98,7 +103,7 @@ def marks_of(error: BaseException) -> frozenset[str]:
 
 def is_transient(marks: frozenset[str]) -> bool:
     """Whether trying again can help: resets, time-outs, 429, 5xx, short bodies; not 403, 404 or a full disk."""
-    if marks & _FINAL_TYPES or "credentials" in marks:
+    if marks & _FINAL_TYPES or marks & {"credentials", "certificate"}:
         return False
     if "FileNotFoundError" in marks:
         return "NoSuchUpload" in marks
@@ -129,6 +134,8 @@ def brief(error: BaseException) -> str:
     if answer:
         parts = [re.search(rf"<{name}>([^<]*)</{name}>", text) for name in ("Code", "Message")]
         text = " ".join([answer["status"].strip(), *(part[1] for part in parts if part)])
+    elif reason := _CERTIFICATE.search(str(error)):
+        text = reason[1]
     elif kind := re.search(r"kind: (Connect|Timeout|Interrupted)\b", str(error)):
         cause = re.search(r'message: "([^"]*)"', str(error))
         words = {"Connect": "no connection", "Timeout": "no answer in time", "Interrupted": "the connection broke"}
@@ -171,6 +178,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 # Addresses that a library asks for credentials when it has found none.
 _METADATA = re.compile(r"https?://(169\.254\.169\.254|169\.254\.170\.\d+|metadata\.google\.internal|\[fd00:ec2::254\])")
+# The innermost reason that rustls gives.
+_CERTIFICATE = re.compile(r"InvalidCertificate\([\s(]*(?:Other\(\s*OtherError\(\s*)?(\w+)")
 _PROVIDER = re.compile(r"External \w+ credential provider: (?:NoCredentials: ?)?(?P<said>[^\n]*)")
 
 
@@ -186,6 +195,8 @@ def _codes(error: BaseException) -> set[str]:
         found.add("credentials")
     if isinstance(error, ValueError) and "Could not parse path" in text:
         found.add("path")
+    if _CERTIFICATE.search(text):
+        found.add("certificate")
     if "redirect without LOCATION" in text:
         found.add("redirect")
     return found
