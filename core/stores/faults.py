@@ -71,8 +71,8 @@ _TABLE = (
     _row("credentials", "no credentials; set {keys} (see .env.example){hint}"),
     _row(
         "certificate",
-        "could not {verb}: the certificate of {endpoint} is not trusted ({said}); set REQUESTS_CA_BUNDLE to a file with "
-        "the certificate of its authority",
+        "could not {verb}: the certificate of {endpoint} is not trusted ({said}); "
+        "set REQUESTS_CA_BUNDLE to a file with the certificate of its authority",
     ),
     _Row(
         ELSEWHERE, StorageError, "could not {verb}: bucket {bucket!r} is in another region ({said}); set BUCKET_REGION"
