@@ -224,7 +224,9 @@ def test_a_server_behind_a_private_authority(keys, tmp_path: Path, monkeypatch):
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", f"{tmp_path}/ca.pem")
         assert storage.read_bytes("s3://b/object") == b"content"
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", f"{tmp_path}/nowhere.pem")
-        with pytest.raises(StorageError, match="certificates cannot be read"):
+        with pytest.raises(
+            StorageError, match=r"REQUESTS_CA_BUNDLE is .*nowhere\.pem', which cannot be read \(No such file"
+        ):
             storage.read_bytes("s3://b/object")
 
 

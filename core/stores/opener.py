@@ -17,7 +17,8 @@ from core.stores.hub import HubStore
 from core.stores.local import LocalStore
 
 # Those that decide which server answers, and as whom.
-_VARIABLES = ("BUCKET_", "AWS_", "GOOGLE_", "AZURE_", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "HOME")
+_BUNDLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+_VARIABLES = ("BUCKET_", "AWS_", "GOOGLE_", "AZURE_", "HOME", *_BUNDLES)
 _KEPT = 16
 
 _lock = threading.Lock()
@@ -51,18 +52,15 @@ def open_store(uri: str) -> tuple[Store, str]:
 
 
 def _client_options(variables: Mapping[str, str], endpoint: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
     if endpoint and endpoint.startswith("http://"):
-        options["allow_http"] = True
-    bundle = variables.get("AWS_CA_BUNDLE") or variables.get("REQUESTS_CA_BUNDLE") or variables.get("SSL_CERT_FILE")
-    if bundle:
-        try:
-            options["root_certificate"] = Path(bundle).read_bytes()
-        except OSError as error:
-            raise StorageError(
-                f"{bundle}: certificates cannot be read ({error.strerror}); check REQUESTS_CA_BUNDLE"
-            ) from None
-    return options
+        return {"allow_http": True}
+    name = next((name for name in _BUNDLES if variables.get(name)), None)
+    if not name:
+        return {}
+    try:
+        return {"root_certificate": Path(variables[name]).read_bytes()}
+    except OSError as error:
+        raise StorageError(f"{name} is {variables[name]!r}, which cannot be read ({error.strerror})") from None
 
 
 def _s3(bucket: str, variables: Mapping[str, str]) -> Store:
