@@ -5,11 +5,15 @@ ce:GetCostAndUsage.
 """
 
 import datetime
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from clouds.base import Instance, Unavailable
+from core import storage
+from core.stores import aws as bucket_place
+from core.stores import credentials
 
 PRICE_SOURCE = "AWS spot price history"
 # "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
@@ -130,16 +134,40 @@ def _time(text: str) -> float:
     return datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=datetime.UTC).timestamp()
 
 
+def unfinished_uploads(run_url: str) -> int | None:
+    """Uploads in parts below a run that are not complete; None where the store cannot be asked for them."""
+    terms = storage.terms_of(run_url)
+    if terms.service not in bucket_place.SERVICES:
+        return None
+    prefix = run_url.partition(f"{terms.bucket}/")[2].rstrip("/") + "/"
+    try:
+        profile = credentials.profile_settings(os.environ)
+        place = bucket_place.place_of(terms.bucket, os.environ, profile)
+        provider = credentials.for_s3(os.environ)
+        keys = provider() if provider else {}
+        client = _client("s3", place.region, endpoint_url=place.endpoint, **_in_botocores_names(keys))
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=terms.bucket, Prefix=prefix)
+        return sum(len(page.get("Uploads", ())) for page in pages)
+    except Exception:  # no right to list them, a server that does not: not worth a line of the report
+        return None
+
+
+def _in_botocores_names(keys: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
+    names |= {"token": "aws_session_token"}
+    return {names[name]: value for name, value in keys.items() if name in names}
+
+
 def _utc(time: float) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(time, datetime.UTC)
 
 
-def _client(service: str, region: str | None) -> Any:
+def _client(service: str, region: str | None, **options: Any) -> Any:
     try:
         import botocore.config
         import botocore.session
 
         settings = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 2})
-        return botocore.session.Session().create_client(service, region_name=region, config=settings)
+        return botocore.session.Session().create_client(service, region_name=region, config=settings, **options)
     except Exception as error:  # no botocore, no region, broken configuration
         raise Unavailable(f"{type(error).__name__}: {error}") from error

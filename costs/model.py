@@ -43,6 +43,7 @@ class StorageUse:
     bytes: int
     checkpoint_bytes: int
     rates: StorageRates | None = None
+    unfinished_uploads: int = 0  # running, or cut off: their parts are billed and are in no listing
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def ask_others(
     if offline:
         outside.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
         return outside
+    if outside.storage and (unfinished := aws.unfinished_uploads(run.url)):
+        outside.storage = dataclasses.replace(outside.storage, unfinished_uploads=unfinished)
     _launcher(run, outside, now, uptimes, instances, jobs)
     _paid_spot_prices(run, outside, spot_history)
     _bill(run, outside, environment, now, bill)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from core import figures
 from core.figures import quantity
 from core.run.phases import label
+from costs.model import StorageUse
 from costs.report import Line, Report, SegmentLine
 from costs.units import Units
 
@@ -232,8 +233,13 @@ def storage_rows(report: Report) -> list[tuple[str, str, str]]:
     """What the run's objects take, and the rates at which they cost; requests and egress are not counted by anybody
     we could ask, so only their rates are known."""
     use = report.storage
-    if use is None or use.rates is None:
+    if use is None:
         return []
+    rows = [("unfinished uploads", f"{use.unfinished_uploads:,}", "their parts are billed")]
+    return (_rated_rows(use) if use.rates else []) + (rows if use.unfinished_uploads else [])
+
+
+def _rated_rows(use: StorageUse) -> list[tuple[str, str, str]]:
     month = use.bytes / 1e9 * use.rates.usd_per_gb_month
     return [
         (

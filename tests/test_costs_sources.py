@@ -16,8 +16,8 @@ from clouds import aws
 from clouds.base import Instance, Unavailable
 from clouds.skypilot import from_record
 from core.run.reader import read_run
-from costs import discover
-from costs.model import Outside
+from costs import discover, tables
+from costs.model import Outside, StorageUse
 from costs.report import Report, build
 from costs.sources import ask_others
 from tests.conftest import REPOSITORY
@@ -295,6 +295,20 @@ def test_storage_is_counted_with_its_rate(tmp_path: Path):
     assert outside.storage.checkpoint_bytes == 1000
     assert outside.storage.bytes > 1000
     assert outside.storage.rates is None
+
+
+def test_uploads_that_were_cut_off_are_counted(s3, bucket):
+    where, run = bucket.removeprefix("s3://tests/"), f"{bucket}/run"
+    for key in (f"{where}/run/a", f"{where}/run/b", f"{where}/run-2/a"):
+        s3._client().create_multipart_upload(Bucket="tests", Key=key)
+    assert aws.unfinished_uploads(run) == 2
+    assert aws.unfinished_uploads("memory://run") is None
+    use = StorageUse(1, 1000, 0, discover.RATES["aws"], 2)
+    assert tables.storage_rows(SimpleNamespace(storage=use))[-1] == (
+        "unfinished uploads",
+        "2",
+        "their parts are billed",
+    )
 
 
 def test_each_service_has_its_own_rates_or_none(monkeypatch):

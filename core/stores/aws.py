@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 DEFAULT_REGION = "us-east-1"
 # The first that is set counts.
 ENDPOINTS = ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+SERVICES = ("aws", "r2", "s3-like")
 REGIONS = ("BUCKET_REGION", "AWS_REGION", "AWS_DEFAULT_REGION")
 LOOK_UP_SECONDS = 10.0
 
