@@ -37,6 +37,8 @@ T = TypeVar("T")
 # One connection to S3 carries 80 to 100 MB/s.
 READ_PART_BYTES = 16 << 20
 READ_PARTS_AT_ONCE = 8
+# Fewer where parts wait in memory to be written in order: several shards are fetched at a time.
+PARTS_AHEAD = 4
 FILE_BUFFER_BYTES = 1 << 20
 
 # About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
@@ -176,7 +178,7 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
         try:
             store.put(key, view, exclusive)
         except Exception as error:
-            if exclusive and attempt > 1 and faults.is_conflict(faults.marks_of(error)) and read_bytes(uri) == data:
+            if exclusive and attempt > 1 and faults.is_conflict(faults.marks_of(error)) and read_bytes(uri) == view:
                 return
             raise
 
@@ -270,7 +272,7 @@ def _chunks(uri: str) -> Iterator[Buffer]:
 
     found = _on(uri, "read", begin)
     if isinstance(found, int):
-        for pieces in side_by_side(part, _parts(found)):
+        for pieces in side_by_side(part, _parts(found), PARTS_AHEAD):
             yield from pieces
     else:
         yield from found
