@@ -17,6 +17,7 @@ from core.errors import ConfigError
 SCHEMES = ("file", "memory", "s3", "gs", "az", "hf")
 _BUCKETS = ("s3", "gs", "az", "hf")
 _NO_BUCKET = tuple(f"{scheme}://" for scheme in _BUCKETS)
+_NO_CONTAINER = re.compile(r"^az://[^/]*/*$")
 _SCHEME = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):+(?P<slashes>/*)(?P<rest>.*)$", re.DOTALL)
 _NO_COLON = re.compile(rf"^({'|'.join(SCHEMES)})//+(.*)$", re.IGNORECASE | re.DOTALL)
 _WRAPPED = re.compile(rf"^[\s'\"]+((?:{'|'.join(SCHEMES)}):.*?)[\s'\"]*$", re.IGNORECASE | re.DOTALL)
@@ -40,6 +41,8 @@ def mistake(place: str) -> str | None:
         known = ", ".join(f"{each}://" for each in SCHEMES)
         return f"has the unknown storage scheme {scheme!r}; use a local path or one of {known}"
     right = _corrected(place)
+    if _NO_CONTAINER.match(right):
+        return "names no container; write az://ACCOUNT/CONTAINER/FOLDER"
     if right in _NO_BUCKET:
         return f"names no bucket; write {right}BUCKET/FOLDER"
     if place == right:

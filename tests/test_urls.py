@@ -29,6 +29,7 @@ MEANT = {
     "s3:://b/x": "s3://b/x",
     "gs:/b/*.bin": "gs://b/*.bin",
     "hf:/datasets/a/b": "hf://datasets/a/b",
+    "az:/account/container/x": "az://account/container/x",
     "S3://b/x": "s3://b/x",
     "Hf://datasets/a/b": "hf://datasets/a/b",
     "file:/a/b": "file:///a/b",
@@ -74,6 +75,12 @@ def test_a_store_that_there_is_not_is_refused(place: str, tmp_path: Path, monkey
 def test_a_url_without_a_bucket_is_refused(place: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StorageError, match=r"names no bucket; write \w+://BUCKET/FOLDER"):
+        storage.list_objects(place)
+
+
+@pytest.mark.parametrize("place", ["az://", "az:/account", "az://account/"])
+def test_an_account_without_a_container_is_refused(place: str):
+    with pytest.raises(StorageError, match="names no container; write az://ACCOUNT/CONTAINER/FOLDER"):
         storage.list_objects(place)
 
 
