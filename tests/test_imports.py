@@ -102,12 +102,11 @@ def test_package_markers_are_empty():
 
 # How places are spelt, and what opens them. Everything else asks the store.
 KNOW_SCHEMES = {"core/urls.py", "core/bucket.py", "core/hub.py", "core/stores/hub.py", "core/stores/opener.py"}
-PARTS = (*PACKAGES, "launch")
 
 
 def test_only_the_opener_branches_on_a_scheme():
     found = {}
-    for package in PARTS:
+    for package in PACKAGES:
         for file in sorted((REPOSITORY / package).rglob("*.py")):
             literals = [
                 node.value
@@ -118,20 +117,20 @@ def test_only_the_opener_branches_on_a_scheme():
             if schemes := [text for text in literals if re.fullmatch(r"(s3|gs|az|hf)(://)?", text)]:
                 found[name] = schemes
     # Azure's command line, and a service in botocore's words.
-    assert (found.pop("core/stores/credentials.py"), found.pop("costs/aws.py")) == (["az"], ["s3"])
+    assert (found.pop("core/stores/credentials.py"), found.pop("clouds/aws.py")) == (["az"], ["s3"])
     assert set(found) == KNOW_SCHEMES
 
 
 def test_only_the_stores_import_what_reads_them():
     allowed = {
         "obstore": {"core/stores/credentials.py", "core/stores/opener.py", "core/stores/remote.py"},
-        "botocore": {"core/stores/credentials.py", "costs/aws.py"},
+        "botocore": {"core/stores/credentials.py", "clouds/aws.py"},
         "boto3": {"core/stores/credentials.py", "launch/check.py", "launch/left.py"},
         "fsspec": set(),
         "s3fs": set(),
     }
     found: dict[str, set[str]] = {name: set() for name in allowed}
-    for package in PARTS:
+    for package in PACKAGES:
         for file in (REPOSITORY / package).rglob("*.py"):
             for name in {name.partition(".")[0] for name in imports_of(file)} & set(allowed):
                 found[name].add(file.relative_to(REPOSITORY).as_posix())
@@ -139,15 +138,15 @@ def test_only_the_stores_import_what_reads_them():
 
 
 IMAGES = {
-    "prep": ("core", "costs", "launch", "data_prep"),
-    "train": ("core", "costs", "launch", "trainer"),
+    "prep": ("core", "clouds", "costs", "launch", "data_prep"),
+    "train": ("core", "clouds", "costs", "launch", "trainer"),
 }
 # Imported where they are installed only: on the user's computer, or in an image to which they were added.
 NOT_IN_IMAGES = {"boto3", "gguf", "lm_eval", "matplotlib", "mlflow", "prompt_toolkit", "sky", "transformers"}
 NOT_IN_IMAGES |= {"tensorboard", "wandb"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
-# launch.preflight asks torch about GPUs, on machines that have some.
-ELSEWHERE = {"prep": {"torch"}, "train": set()}
+# launch.preflight asks torch about GPUs, on machines that have some; core.xxh3 sums checkpoints.
+ELSEWHERE = {"prep": {"torch", "xxhash"}, "train": set()}
 # Declared and not imported by our own files: datasets reads buckets by s3fs.
 FOR_OTHERS = {"prep": {"datasets", "s3fs"}, "train": set()}
 
@@ -157,7 +156,7 @@ def third_party(folders: tuple[str, ...]) -> set[str]:
         REPOSITORY / "cost_report.py"
     ]
     found = {name.partition(".")[0] for file in files for name in imports_of(file)}
-    return found - set(sys.stdlib_module_names) - set(PARTS) - NOT_IN_IMAGES - {"cost_report"}
+    return found - set(sys.stdlib_module_names) - set(PACKAGES) - NOT_IN_IMAGES - {"cost_report"}
 
 
 @pytest.mark.parametrize("image", IMAGES)
