@@ -31,7 +31,7 @@ BUCKET = "s3://demo-bucket"
 DATA_URL, RUN_URL = f"{BUCKET}/tokens", f"{BUCKET}/runs/demo"
 RANKS = 2
 # Killed at the first log line from here on: well after a checkpoint, so that some work is lost.
-KILL_STEP = 180
+KILL_STEP = 120
 PRETEND_PRICE = {"USD_PER_HOUR": "22.32", "PRICE_SOURCE": "pretended for the demo (Lambda's listed 8xA100 80 GB)"}
 # A small shared cache, and no lookup of a cloud's metadata service.
 ENVIRONMENT = {"DATA_CACHE_DIR": str(FOLDER / "cache"), "CLOUD": "demo", "INSTANCE_TYPE": "this-machine"}

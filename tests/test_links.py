@@ -172,7 +172,7 @@ def move_and_link(run: Path, disk: Path, *steps: int) -> None:
 @pytest.fixture
 def run(tmp_path: Path, ranks) -> Path:
     """A run with checkpoints of the steps 1, 2 and 3."""
-    save(str(tmp_path / "run"), ranks, 1, 2, 3, keep=3)
+    save(str(tmp_path / "run"), ranks, 1, 2, 3, keep_last=3)
     return tmp_path / "run"
 
 
@@ -268,13 +268,13 @@ def test_a_listing_that_was_only_late_does_not_stop_training(run: Path, ranks, m
 
 
 def test_a_folder_that_pruning_left_empty_hides_nothing(tmp_path: Path, ranks):
-    save(str(tmp_path), ranks, 1, 2, 3, keep=2)
+    save(str(tmp_path), ranks, 1, 2, 3, keep_last=2)
     assert "step-00000001" in storage.list_names(f"{tmp_path}/checkpoints")
     assert load_newest(str(tmp_path), trained(2, 1)[1], ranks).step == 3
 
 
 def test_an_unfinished_step_in_a_bucket_hides_nothing(bucket: str, ranks):
-    save(bucket, ranks, 1, 2, 3, keep=2)
+    save(bucket, ranks, 1, 2, 3, keep_last=2)
     storage.delete(f"{layout.folder_of(bucket, 3)}/COMPLETE")
     assert list(layout.restorable(bucket)) == [3, 2]
     assert load_newest(bucket, trained(2, 1)[1], ranks).step == 2
@@ -295,7 +295,7 @@ def test_pruning_removes_a_checkpoint_behind_a_link_and_nothing_else_there(run: 
     disk = tmp_path / "disk"
     move_and_link(run, disk, 1, 3)
     put(disk / "step-00000001/notes.txt", disk / "step-00000001/sub/file", disk / "step-00000007/COMPLETE")
-    save(str(run), ranks, 4, keep=2)
+    save(str(run), ranks, 4, keep_last=2)
     assert layout.complete_steps(str(run)) == [4, 3]
     assert sorted(path.name for path in (disk / "step-00000001").iterdir()) == ["notes.txt", "sub"]
     assert (disk / "step-00000007/COMPLETE").exists()
@@ -308,7 +308,7 @@ def test_pruning_does_not_touch_the_checkpoints_of_another_run(run: Path, tmp_pa
     (other / "checkpoints").mkdir(parents=True)
     for step in (1, 2):
         Path(layout.folder_of(str(other), step)).symlink_to(layout.folder_of(str(run), step))
-    save(str(other), ranks, 4, 5, keep=2)
+    save(str(other), ranks, 4, 5, keep_last=2)
     assert layout.complete_steps(str(other)) == [5, 4]
     assert storage.list_names(f"{other}/checkpoints") == ["step-00000004", "step-00000005"]
     assert layout.complete_steps(str(run)) == [3, 2, 1]
@@ -318,7 +318,7 @@ def test_pruning_does_not_touch_the_checkpoints_of_another_run(run: Path, tmp_pa
 def test_a_step_that_links_to_the_run_itself_costs_it_nothing(run: Path, ranks):
     put(run / "run.json")
     (run / "checkpoints/step-00000000").symlink_to("..")
-    save(str(run), ranks, 4, keep=3)
+    save(str(run), ranks, 4, keep_last=3)
     assert layout.complete_steps(str(run)) == [4, 3, 2]
     assert (run / "run.json").exists()
 

@@ -20,6 +20,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
@@ -113,12 +114,15 @@ def serve(connection: socket.socket) -> list[str]:
             message += connection.recv(LONGEST_REQUEST)
         number, into = os.pipe()
         if (between := os.fork()) == 0:
+            parent = os.getpid()
             if (child := os.fork()) == 0:
                 connection.close()
+                while os.getppid() == parent:  # programs remember their parent, to notice that it has gone
+                    time.sleep(0.001)
                 return become(json.loads(message), streams)
             os.write(into, child.to_bytes(4, "little"))
             os._exit(0)
-        os.waitpid(between, 0)  # from here on the child is an orphan
+        os.waitpid(between, 0)  # from here on the child is an orphan, and its parent is who asked
         connection.sendall(os.read(number, 4))
         for descriptor in (number, into, *streams):
             os.close(descriptor)
