@@ -7,41 +7,48 @@ explicit choices instead of a class per paper; trainer/configs/*.yaml are the na
 from dataclasses import dataclass
 from typing import Literal
 
-from core.config import SettingError, setting
+from core.config import Bounded, require, setting
 
 FP32_BYTES, BF16_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Bounded):
     """A decoder-only transformer; the defaults are GPT-2 (Radford et al. 2019): pre-norm, GELU-tanh, tied."""
 
-    layers: int = setting(12, "transformer blocks")
-    heads: int = setting(12, "attention heads")
-    width: int = setting(768, "model dimension")
-    context: int = setting(1024, "tokens per sequence")
+    layers: int = setting(12, "transformer blocks", gt=0)
+    heads: int = setting(12, "attention heads", gt=0)
+    width: int = setting(768, "model dimension", gt=0)
+    context: int = setting(1024, "tokens per sequence", gt=0)
     padded_vocab_size: int = setting(
-        50304, "rows of the embedding: the vocabulary, padded to a multiple of 64 or 128 for speed"
+        50304,
+        "rows of the embedding: the vocabulary, padded to a multiple of 64 or 128 for speed",
+        gt=0,
     )
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation (Ba 2016; Zhang & Sennrich 2019)")
-    norm_eps: float = setting(1e-5, "added to the variance in every norm")
+    norm_eps: float = setting(1e-5, "added to the variance in every norm", gt=0)
     position: Literal["learned", "rope"] = setting(
         "learned", "learned embeddings, or rotary (Su et al. 2021), which adds no parameters"
     )
-    rope_base: float = setting(10000.0, "longest wavelength of rotary positions, over 2 pi")
+    rope_base: float = setting(10000.0, "longest wavelength of rotary positions, over 2 pi", gt=0)
     rope_fraction: float = setting(
-        1.0, "share of each head's dimensions that rotate (GPT-NeoX, Black et al. 2022: 0.25)"
+        1.0,
+        "share of each head's dimensions that rotate (GPT-NeoX, Black et al. 2022: 0.25)",
+        gt=0,
+        le=1,
     )
     mlp: Literal["gelu", "relu2", "swiglu"] = setting(
         "gelu", "GELU-tanh (Hendrycks & Gimpel 2016), ReLU² (So et al. 2021) or SwiGLU (Shazeer 2020)"
     )
-    mlp_width: int = setting(0, "hidden width of the MLP; 0: four times the model's")
+    mlp_width: int = setting(0, "hidden width of the MLP; 0: four times the model's", ge=0)
     bias: bool = setting(True, "biases in the linear layers of the blocks")
     qkv_bias: bool = setting(True, "biases of queries, keys and values; none without `bias`")
     tie_embeddings: bool = setting(True, "the output layer is the embedding (Press & Wolf 2017)")
     qk_norm: bool = setting(False, "RMS-norm of queries and keys, per head (Dehghani et al. 2023)")
-    attention_scale: float = setting(0.0, "factor of the attention scores; 0: one over the root of the head's width")
-    logit_softcap: float = setting(0.0, "logits become c tanh(logits / c) (Gemma 2, 2024); 0: not")
+    attention_scale: float = setting(
+        0.0, "factor of the attention scores; 0: one over the root of the head's width", ge=0
+    )
+    logit_softcap: float = setting(0.0, "logits become c tanh(logits / c) (Gemma 2, 2024); 0: not", ge=0)
     embedding_norm: bool = setting(False, "norm right after the embedding (BLOOM, 2022)")
     embedding_skip: bool = setting(False, "each block also sees the embedding, with two learned weights")
     value_skip: bool = setting(
@@ -49,7 +56,9 @@ class ModelConfig:
     )
     extra_projection: bool = setting(False, "a second linear layer after the attention's output projection")
     document_mask: bool = setting(False, "no attention across the end-of-text token")
-    dropout: float = setting(0.0, "share of zeroed activations in training, in attention and after each branch")
+    dropout: float = setting(
+        0.0, "share of zeroed activations in training, in attention and after each branch", ge=0, lt=1
+    )
     init: Literal["gpt2", "zero_out"] = setting(
         "gpt2",
         "GPT-2's N(0, 0.02), residual projections smaller; or zero_out: residual projections and an untied output "
@@ -57,14 +66,7 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        def require(holds: bool, key: str, problem: str) -> None:
-            if not holds:
-                raise SettingError(key, problem)
-
-        for key in ("layers", "heads", "width", "context", "padded_vocab_size", "norm_eps", "rope_base"):
-            require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
-        for key in ("mlp_width", "attention_scale", "logit_softcap"):
-            require(getattr(self, key) >= 0, key, f"is {getattr(self, key)}, must not be below 0")
+        super().__post_init__()
         nearest = min((n for n in range(1, self.width + 1) if self.width % n == 0), key=lambda n: abs(n - self.heads))
         require(
             self.width % self.heads == 0,
@@ -76,8 +78,6 @@ class ModelConfig:
             "heads",
             f"is {self.heads}, so that heads are {self.head_width} wide; rotary positions need an even width",
         )
-        require(0 < self.rope_fraction <= 1, "rope_fraction", f"is {self.rope_fraction}, must be above 0 and at most 1")
-        require(0 <= self.dropout < 1, "dropout", f"is {self.dropout}, must be at least 0 and below 1")
 
     @property
     def head_width(self) -> int:

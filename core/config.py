@@ -9,6 +9,8 @@ key is an error with file, line and the nearest name. Secrets are no settings: t
 
 import dataclasses
 import difflib
+import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -30,14 +32,22 @@ def setting(
     env: str | None = None,
     identity: bool = True,
     check: Callable[[str], str | None] | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
 ) -> Any:
     """One documented setting.
+
+    `ge`, `gt`, `le` and `lt` bound a number; a schema that derives from Bounded checks them. A number that has a bound
+    is finite.
 
     `env` names a variable that overrides file and flag-less default alike. `identity=False` marks what may
     differ between the segments of one run (paths, cadence, prices): it does not change the result. `check` returns
     what is wrong with a text that is given, or None (`core.urls`); of a list, each item is checked.
     """
-    metadata = {"help": help, "env": env, "identity": identity, "check": check}
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -53,6 +63,26 @@ class SettingError(ConfigError):
         super().__init__(f"{key}: {problem}")
         self.key = key
         self.problem = problem
+
+
+class Bounded:
+    """Base of a schema: every setting lies within the bounds that it declares. Raises SettingError."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, bounds = getattr(self, field.name), field.metadata.get("bounds") or {}
+            known = {name: bound for name, bound in bounds.items() if bound is not None}
+            if known and isinstance(value, int | float):
+                holds = math.isfinite(value) and all(getattr(operator, name)(value, known[name]) for name in known)
+                require(holds, field.name, f"is {value}, must be {_range(known)}")
+
+
+def _range(bounds: Mapping[str, float]) -> str:
+    """{"ge": 0, "lt": 1} → "at least 0 and below 1"."""
+    if bounds.keys() == {"ge", "le"}:
+        return f"between {bounds['ge']:g} and {bounds['le']:g}"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return " and ".join(f"{words[name]} {bound:g}" for name, bound in bounds.items())
 
 
 def require(holds: bool, key: str, problem: str) -> None:

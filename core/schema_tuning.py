@@ -5,12 +5,12 @@ from typing import Literal
 
 from core import urls
 from core.architecture import ModelConfig
-from core.config import require, section, setting
+from core.config import Bounded, require, section, setting
 from core.schema import BatchConfig, CheckpointConfig, DataConfig, OptimizerConfig, RunConfig, TrainLoopConfig
 
 
 @dataclass(frozen=True)
-class RowsConfig:
+class RowsConfig(Bounded):
     """Where examples come from, and how they become sequences."""
 
     url: str = setting(
@@ -26,19 +26,18 @@ class RowsConfig:
         identity=False,
         check=urls.mistake,
     )
-    length: int = setting(0, "tokens per sequence; what is longer is cut at its end. 0: the model's context")
-    val_fraction: float = setting(0.05, "share of the examples that is held out, by hash of their question")
+    length: int = setting(0, "tokens per sequence; what is longer is cut at its end. 0: the model's context", ge=0)
+    val_fraction: float = setting(0.05, "share of the examples that is held out, by hash of their question", ge=0, lt=1)
     max_bad_fraction: float = setting(
-        0.01, "share of rows without an answer, or of another form, at which to stop; below it they are left out"
+        0.01,
+        "share of rows without an answer, or of another form, at which to stop; below it they are left out",
+        ge=0,
+        le=1,
     )
 
     def __post_init__(self):
+        super().__post_init__()
         require(bool(self.examples), "examples", "is empty; name a set or a .jsonl file")
-        require(self.length >= 0, "length", f"is {self.length}, must be above 0, or 0 for the model's context")
-        require(0 <= self.val_fraction < 1, "val_fraction", f"is {self.val_fraction}, must be at least 0 and below 1")
-        require(
-            0 <= self.max_bad_fraction <= 1, "max_bad_fraction", f"is {self.max_bad_fraction}, must be between 0 and 1"
-        )
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,17 @@ LayerName = Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Bounded):
     """Low-rank adapters (Hu et al. 2021) instead of all weights."""
 
-    rank: int = setting(0, "of the adapters; 0: all weights train")
-    alpha: float = setting(16.0, "adapters count alpha / rank times")
+    rank: int = setting(0, "of the adapters; 0: all weights train", ge=0)
+    alpha: float = setting(16.0, "adapters count alpha / rank times", gt=0)
     targets: tuple[LayerName, ...] = setting(
         ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), "layers of every block that get one"
     )
 
     def __post_init__(self):
-        require(self.rank >= 0, "rank", f"is {self.rank}, must not be below 0")
-        require(self.alpha > 0, "alpha", f"is {self.alpha}, must be above 0")
+        super().__post_init__()
         require(not self.rank or bool(self.targets), "targets", "is empty, so that nothing would train")
 
 
@@ -164,7 +162,7 @@ class DpoConfig:
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Bounded):
     """Distillation on the teacher's distributions (Hinton et al. 2015)."""
 
     teacher: str = setting(
@@ -178,13 +176,14 @@ class TeacherConfig:
         "weights to begin with, named likewise, of the same model; empty: from train.seed",
         check=urls.mistake_in_model,
     )
-    temperature: float = setting(2.0, "both distributions are softened by it")
-    kl_weight: float = setting(0.5, "share of the teacher in the loss; the rest is cross-entropy with the data")
+    temperature: float = setting(2.0, "both distributions are softened by it", gt=0)
+    kl_weight: float = setting(
+        0.5, "share of the teacher in the loss; the rest is cross-entropy with the data", gt=0, le=1
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         require(bool(self.teacher), "teacher", "is empty; name a run, a checkpoint or a public model")
-        require(self.temperature > 0, "temperature", f"is {self.temperature}, must be above 0")
-        require(0 < self.kl_weight <= 1, "kl_weight", f"is {self.kl_weight}, must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -205,38 +204,39 @@ class DistilConfig:
 
 
 @dataclass(frozen=True)
-class EndpointConfig:
+class EndpointConfig(Bounded):
     """An OpenAI-compatible server."""
 
     url: str = setting("https://api.openai.com/v1", "its base URL", env="OPENAI_BASE_URL", identity=False)
     model: str = setting("", "name of the model there")
-    concurrency: int = setting(8, "calls at a time", identity=False)
-    timeout_seconds: float = setting(120.0, "for one call", identity=False)
-    attempts: int = setting(6, "calls for one answer, before its prompt is given up", identity=False)
+    concurrency: int = setting(8, "calls at a time", identity=False, gt=0)
+    timeout_seconds: float = setting(120.0, "for one call", identity=False, gt=0)
+    attempts: int = setting(6, "calls for one answer, before its prompt is given up", identity=False, gt=0)
     max_wait_seconds: float = setting(
-        120.0, "longest pause before a call is made again; Retry-After counts up to this", identity=False
+        120.0,
+        "longest pause before a call is made again; Retry-After counts up to this",
+        identity=False,
+        gt=0,
     )
 
     def __post_init__(self):
+        super().__post_init__()
         require(bool(self.model), "model", "is empty; name the model that shall answer")
         require(
             self.url.startswith(("http://", "https://")), "url", f"is {self.url!r}, must begin with http:// or https://"
         )
-        for key in ("concurrency", "timeout_seconds", "attempts", "max_wait_seconds"):
-            require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
 
 
 @dataclass(frozen=True)
-class BudgetConfig:
+class BudgetConfig(Bounded):
     """What the answers may cost, by the endpoint's price list."""
 
-    max_usd: float = setting(0.0, "no call is made that could exceed it; required", identity=False)
-    usd_per_million_input: float = setting(0.0, "price of a million prompt tokens in dollars", identity=False)
-    usd_per_million_output: float = setting(0.0, "price of a million answer tokens in dollars", identity=False)
+    max_usd: float = setting(0.0, "no call is made that could exceed it; required", identity=False, ge=0)
+    usd_per_million_input: float = setting(0.0, "price of a million prompt tokens in dollars", identity=False, ge=0)
+    usd_per_million_output: float = setting(0.0, "price of a million answer tokens in dollars", identity=False, ge=0)
 
     def __post_init__(self):
-        for key in ("max_usd", "usd_per_million_input", "usd_per_million_output"):
-            require(0 <= getattr(self, key) < float("inf"), key, f"is {getattr(self, key)}, must not be below 0")
+        super().__post_init__()
         priced = self.usd_per_million_input or self.usd_per_million_output
         require(bool(self.max_usd) or not priced, "max_usd", "is 0, but answers have a price; set what they may cost")
         require(
@@ -247,7 +247,7 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True)
-class SynthesisConfig:
+class SynthesisConfig(Bounded):
     """What is asked, and where rows go."""
 
     prompts: str = setting(
@@ -264,20 +264,19 @@ class SynthesisConfig:
         "", "what the endpoint's terms allow with its answers; stands in the set's description", identity=False
     )
     system: str = setting("", "system message of every call; not part of the rows")
-    answers: int = setting(1, "answers per prompt")
+    answers: int = setting(1, "answers per prompt", gt=0)
     temperature: float = setting(0.7, "of the sampling at the endpoint")
     top_p: float = setting(1.0, "likewise")
-    max_tokens: int = setting(512, "longest answer; one that is cut off there is left out")
+    max_tokens: int = setting(512, "longest answer; one that is cut off there is left out", gt=0)
 
     def __post_init__(self):
+        super().__post_init__()
         for key, remedy in (
             ("prompts", "name a file"),
             ("url", "set it, --make.url=... or DATA_URL"),
             ("licence", "say under which terms the answers may be used; whoever trains on the rows will want to know"),
         ):
             require(bool(getattr(self, key)), key, f"is empty; {remedy}")
-        for key in ("answers", "max_tokens"):
-            require(getattr(self, key) > 0, key, f"is {getattr(self, key)}, must be above 0")
 
 
 @dataclass(frozen=True)

@@ -335,7 +335,7 @@ def test_samples_of_a_training_run_follow_from_the_seed(encoding):
 def test_settings_say_what_is_wrong():
     for flag, error in {
         "--tokens=0": "flag --tokens: tokens: is 0, must be at least 1",
-        "--temperature=-1": "flag --temperature: temperature: is -1.0, must be 0 or above",
+        "--temperature=-1": "flag --temperature: temperature: is -1.0, must be at least 0",
         "--top_p=0": "flag --top_p: top_p: is 0.0, must be above 0 and at most 1",
         "--min_p=2": "flag --min_p: min_p: is 2.0, must be between 0 and 1",
         "--temprature=1": "flag --temprature=1: unknown setting temprature; did you mean temperature?",

@@ -40,7 +40,7 @@ def test_a_task_that_can_run_is_launched_with_its_settings(sky, bucket_folder):
         ("MAX_USD", "$20", "environment variable MAX_USD: max_usd is '$20', must be a number"),
         ("MAX_USD", "20 USD", "max_usd is '20 USD', must be a number"),
         ("MAX_USD", "20,50", "max_usd is '20,50', must be a number"),
-        ("MAX_USD", "-5", "max_usd: is -5.0, must not be below 0"),
+        ("MAX_USD", "-5", "max_usd: is -5.0, must be at least 0"),
         ("USD_PER_HOUR", "$12", "USD_PER_HOUR is '$12', must be a number above zero"),
         ("RANKS_PER_NODE", "eight", "RANKS_PER_NODE is 'eight', must be a whole number"),
         ("HANG_MINUTES", "15m", "HANG_MINUTES is '15m', must be a number above 0"),

@@ -193,7 +193,7 @@ def test_many_clients_are_answered_together_as_if_alone(url, engine):
 BAD = {
     "max_tokens is 0, must be at least 1": {"max_tokens": 0},
     "max_tokens is 'many', must be a whole number": {"max_tokens": "many"},
-    "temperature is -1.0, must be 0 or above": {"temperature": -1},
+    "temperature is -1.0, must be at least 0": {"temperature": -1},
     "n is 99, must be 1 to 16": {"n": 99},
     "frequency_penalty is not supported; leave it out": {"frequency_penalty": 0.5},
     "unknown parameter 'temprature'": {"temprature": 1},

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core import urls
-from core.config import SettingError, setting
+from core.config import Bounded, SettingError, setting
 
 LM_EVAL = "lm-eval:"
 OWN_TASKS = ("perplexity", "hellaswag")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Bounded):
     """`python -m trainer.evaluate`."""
 
     tasks: tuple[str, ...] = setting(
@@ -32,18 +32,18 @@ class EvaluateConfig:
         "folder for results of models that are no run of ours; empty: the first run's, else ./evaluations",
         check=urls.mistake,
     )
-    tokens: int = setting(0, "validation tokens of the perplexity, the first ones; 0: all")
+    tokens: int = setting(0, "validation tokens of the perplexity, the first ones; 0: all", ge=0)
     per_document: bool = setting(
         False, "perplexity of each document on its own with as much context as fits, as the harness's wikitext"
     )
-    limit: int = setting(0, "items of HellaSwag and of the harness's tasks, the first ones; 0: all")
+    limit: int = setting(0, "items of HellaSwag and of the harness's tasks, the first ones; 0: all", ge=0)
     hellaswag_style: Literal["harness", "llm.c"] = setting(
         "harness", "llm.c: its text and its division by tokens, to compare with its 29.5 % for GPT-2 124M"
     )
     contamination: bool = setting(
         False, "look for HellaSwag's items in the training shards, and score without those found; reads all shards"
     )
-    contamination_tokens: int = setting(13, "tokens in a row that an item must share with the training text")
+    contamination_tokens: int = setting(13, "tokens in a row that an item must share with the training text", ge=2)
     num_fewshot: int = setting(-1, "solved examples before each question of the harness's tasks; -1: as the task says")
     lm_eval_tasks: str = setting(
         "", "local folder with more tasks for the harness, as YAML files", check=urls.mistake_in_folder
@@ -52,21 +52,20 @@ class EvaluateConfig:
         0.0,
         "hard cap in dollars over all evaluations of this folder: stop before it, what is found is kept; 0: none",
         env="MAX_USD",
+        ge=0,
     )
     shutdown_reserve_seconds: float = setting(
-        120.0, "paid time between the end of this program and the machine's, kept in reserve under the cap"
+        120.0,
+        "paid time between the end of this program and the machine's, kept in reserve under the cap",
+        ge=0,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
-    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks")
+    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", ge=0)
 
     def __post_init__(self):
+        super().__post_init__()
         for task in self.tasks:
             if task not in OWN_TASKS and not (task.startswith(LM_EVAL) and task != LM_EVAL):
                 near = ", ".join((*OWN_TASKS, f"{LM_EVAL}NAME"))
                 raise SettingError("tasks", f"{task!r} is no task; there are {near}")
-        for key in ("tokens", "limit", "cpu_threads", "max_usd", "shutdown_reserve_seconds"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise SettingError(key, f"is {getattr(self, key)}, must not be below 0")
-        if self.contamination_tokens < 2:
-            raise SettingError("contamination_tokens", f"is {self.contamination_tokens}, must be at least 2")

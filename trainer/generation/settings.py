@@ -6,50 +6,43 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from core import config, urls
-from core.config import SettingError, setting
+from core.config import Bounded, require, setting
 from core.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Bounded):
     """One request's settings, applied in the order in which they stand here, as `transformers` does."""
 
-    tokens: int = setting(128, "most new tokens; prompt and answer end at the model's context")
+    tokens: int = setting(128, "most new tokens; prompt and answer end at the model's context", ge=1)
     repetition_penalty: float = setting(
-        1.0, "above 1: logits of tokens already there are divided (if negative, multiplied) by it (Keskar et al. 2019)"
+        1.0,
+        "above 1: logits of tokens already there are divided (if negative, multiplied) by it (Keskar et al. 2019)",
+        gt=0,
     )
-    temperature: float = setting(0.8, "logits are divided by it; 0: always the likeliest token")
-    top_k: int = setting(50, "only the k likeliest tokens; 0: all")
-    top_p: float = setting(1.0, "the likeliest tokens that have this probability together (Holtzman et al. 2020)")
-    min_p: float = setting(0.0, "only tokens with this share of the likeliest one's probability (Nguyen et al. 2024)")
+    temperature: float = setting(0.8, "logits are divided by it; 0: always the likeliest token", ge=0)
+    top_k: int = setting(50, "only the k likeliest tokens; 0: all", ge=0)
+    top_p: float = setting(
+        1.0, "the likeliest tokens that have this probability together (Holtzman et al. 2020)", gt=0, le=1
+    )
+    min_p: float = setting(
+        0.0, "only tokens with this share of the likeliest one's probability (Nguyen et al. 2024)", ge=0, le=1
+    )
     seed: int | None = setting(None, "the same seed gives the same text; none: another one each time")
     stop: tuple[str, ...] = setting((), "texts, by commas, before which to stop; \\n is a line break")
 
     def __post_init__(self):
-        def require(holds: bool, key: str, problem: str) -> None:
-            if not holds:
-                raise SettingError(key, f"is {getattr(self, key)}, {problem}")
-
-        require(self.tokens >= 1, "tokens", "must be at least 1")
-        require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "must be above 0")
-        require(0 <= self.temperature < float("inf"), "temperature", "must be 0 or above")
-        require(self.top_k >= 0, "top_k", "must be 0 (all) or above")
-        require(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
-        require(0 <= self.min_p <= 1, "min_p", "must be between 0 and 1")
-        require(all(self.stop), "stop", "must not hold an empty text")
+        super().__post_init__()
+        require(all(self.stop), "stop", f"is {self.stop}, must not hold an empty text")
 
 
 @dataclass(frozen=True)
-class Machine:
+class Machine(Bounded):
     """Where and in which numbers a model runs."""
 
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: a GPU if there is one")
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
-    rows: int = setting(16, "texts that are computed together; more wait")
-
-    def __post_init__(self):
-        if self.rows < 1:
-            raise SettingError("rows", f"is {self.rows}, must be at least 1")
+    rows: int = setting(16, "texts that are computed together; more wait", ge=1)
 
 
 def split_arguments(arguments: Sequence[str], usage: str) -> tuple[str, list[str]]:
