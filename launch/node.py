@@ -3,7 +3,7 @@
     python -m launch.node -m trainer.train CONFIG [--key=value ...]     (under torchrun, after a preflight)
     python -m launch.node -m data_prep.prepare CONFIG [--key=value ...]
 
-Runs the module with this machine's facts in its environment (launch/machine.py), and keeps its output, line by line,
+Runs the module with this machine's facts in its environment (clouds/machine.py), and keeps its output, line by line,
 below RUN_URL/logs/, since what SkyPilot shows of a preempted node is lost. Exit codes, which the tasks in sky/ rely on:
 
     0    the last step is reached
