@@ -57,7 +57,7 @@ def main() -> None:
         "model": config.to_dict(settings.model),
         "parameters": parameters(settings.model),
         "flops_per_token": flops_per_token(settings.model),
-        "micro_batch_size": settings.batch.micro_batch_size,
+        "micro_batch": settings.batch.micro_batch_size,
         "accumulation": options.accumulation,
         "steps": options.steps,
         "runs": runs,
@@ -228,7 +228,7 @@ def _show(results: dict) -> None:
     from rich.table import Table
 
     about = f"{results['device']}, torch {results['versions']['torch']}, {results['date']}"
-    batch = f"{results['micro_batch_size']} x {results['model']['context']} x {results['accumulation']} tokens per step"
+    batch = f"{results['micro_batch']} x {results['model']['context']} x {results['accumulation']} tokens per step"
     title = f"{quantity(results['parameters'])} parameters, {batch}; {about}"
     heads = ["side", "tokens/s", "x ours", "MFU", "memory", "step p10/p50/p90 s", "forward / backward / optimizer"]
     table = Table(*heads, title=title)

@@ -133,7 +133,7 @@ def test_import_and_export_are_inverses_bit_by_bit(gpt2: Path, tmp_path, data_ur
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 
-@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_llama_comes_and_goes_bit_by_bit(tmp_path, data_url, vocab_bpe, monkeypatch, tied: bool, bias: bool):
     monkeypatch.setenv("VOCAB_URL", str(vocab_bpe))
