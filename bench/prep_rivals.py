@@ -71,16 +71,17 @@ def read(source: str, target: str, scratch: Path) -> None:
 
     flags = [f"--source.url={source}/*.parquet", f"--data.url={scratch}/set", "--data.part_bytes=8000000"]
     config = settings.load(PrepConfig, flags, os.environ)
-    todo = plan.make(config)
+    config, todo = plan.make(config)
     job = workers.Job(config, todo.sha256, words.store(config.tokenizer.vocab_url, config.data.url))
     workers.run(decode, job, todo.parts, os.cpu_count() or 1, lambda count: None)
 
 
 def decode(part, work):
     """Task: fetch and decode a part's text and ids, and drop them."""
-    from data_prep import parquet, workers
+    from data_prep import workers
+    from data_prep.sources import parquet
 
-    for _ in parquet.read(part, ["text", "id"], work.fetched):
+    for _ in parquet.read(part, None, ["text", "id"], work.fetched):
         pass
     return workers.Done()
 

@@ -36,6 +36,7 @@ def setting(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    replaces: tuple[str, ...] = (),
 ) -> Any:
     """One documented setting.
 
@@ -44,10 +45,11 @@ def setting(
 
     `env` names a variable that overrides file and flag-less default alike. `identity=False` marks what may
     differ between the segments of one run (paths, cadence, prices): it does not change the result. `check` returns
-    what is wrong with a text that is given, or None (`core.urls`); of a list, each item is checked.
+    what is wrong with a text that is given, or None (`core.urls`); of a list, each item is checked. Giving the setting
+    unsets those of its section that it `replaces`, where a lower layer (see `load`) has set them.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds}
+    metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds, "replaces": replaces}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -93,14 +95,25 @@ def require(holds: bool, key: str, problem: str) -> None:
 
 @dataclasses.dataclass
 class _Sources:
-    """Where each dotted key got its value, for error messages."""
+    """Where each dotted key got its value, for error messages, and in which layer: 0 file, 1 environment, 2 flags."""
 
     values: dict[str, Any]
     where: dict[str, str]
+    layers: dict[str, int] = dataclasses.field(default_factory=dict)
+    layer: int = 0
 
     def put(self, key: str, value: Any, where: str) -> None:
         self.values[key] = value
         self.where[key] = where
+        self.layers[key] = self.layer
+
+    def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
+        """Unset what a setting of a higher layer replaces."""
+        for key in [key for key, value in self.values.items() if value]:
+            for name in known[key].metadata["replaces"]:
+                other = f"{key.rpartition('.')[0]}.{name}"
+                if other in self.values and self.layers[other] < self.layers[key]:
+                    del self.values[other]
 
 
 def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[str, str]) -> Schema:
@@ -118,10 +131,12 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
         )
     for file in files:
         _read_yaml(Path(file), known, sources)
+    sources.layer = 1
     for key, field in known.items():
         name = field.metadata["env"]
         if name and environment.get(name):
             sources.put(key, environment[name], f"environment variable {name}")
+    sources.layer = 2
     for flag in flags:
         key, separator, text = flag[2:].partition("=")
         key = key.replace("-", "_")  # --num-nodes is --num_nodes
@@ -133,6 +148,7 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
             text = "true"
         _check_known(key, known, f"flag {flag}")
         sources.put(key, text, f"flag --{key}")
+    sources.drop_replaced(known)
     converted = {
         key: _convert(value, known[key].type, key, sources.where[key]) for key, value in sources.values.items()
     }

@@ -11,28 +11,60 @@ from core.config import require, section, setting
 class SourceConfig:
     """Where documents come from."""
 
+    dataset: str = setting(
+        "",
+        "a data set of the Hugging Face Hub by its name, such as HuggingFaceFW/fineweb-edu; with `name` and `split`",
+        replaces=("url", "name", "split", "revision"),
+    )
+    name: str = setting("", "the data set's configuration (subset), such as sample-10BT. Empty: its default")
+    split: str = setting("train", "the data set's split")
     url: str = setting(
-        "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",
-        "documents: a file or glob of .parquet, .jsonl(.gz, .zst) or .txt (local, s3://, gs://, az://, hf://)",
+        "",
+        "files instead: one or a glob of .parquet, .jsonl, .json, .csv, .tsv (.gz, .zst), .txt, .arrow or .tar "
+        "(local, https://, s3://, gs://, az://, hf://)",
         env="SOURCE_URL",
-        check=urls.mistake,
+        check=urls.mistake_in_source,
+        replaces=("dataset", "name", "split", "revision"),
     )
     revision: str = setting(
         "",
-        "commit or tag of an hf:// source that names none itself (@...); other sources have none. "
+        "commit or tag of the data set, or of an hf:// address that names none (@...); other sources have none. "
         "Empty: the newest, pinned when prep first starts",
     )
-    text_column: str = setting("text", "column with the document's text")
-    id_column: str = setting(
-        "id", "column with the document's unique id; the split hashes it. Empty: the hash of the text takes its place"
+    text_column: str | None = setting(
+        None, "column with the document's text, or with its conversation; none: text, content, messages, conversations"
+    )
+    id_column: str | None = setting(
+        None,
+        "column with the document's unique id; the split hashes it. Empty: the hash of the text takes its place; "
+        "none: the column id if there is one, else as empty",
+    )
+    text_documents: Literal["file", "blocks"] = setting(
+        "file", "documents of .txt files: each file, or each of its blocks of lines between blank ones"
     )
     max_bad_share: float = setting(
         0.01, "share of rows without text, id or valid UTF-8 at which prep stops; below it they are counted"
     )
 
+    @property
+    def place(self) -> str:
+        """What the source is called in messages."""
+        return self.url or "/".join(filter(None, (self.dataset, self.name, self.split)))
+
     def __post_init__(self):
-        require(bool(self.url), "url", "is empty; give a file or glob")
-        require(bool(self.text_column), "text_column", "is empty; name the column with the text")
+        require(
+            bool(self.url or self.dataset),
+            "url",
+            "is empty, and so is dataset; name a data set (--source.dataset=HuggingFaceFW/fineweb-edu "
+            "--source.name=sample-10BT) or files (--source.url=...)",
+        )
+        require(
+            not (self.url and self.dataset),
+            "url",
+            f"is {self.url!r}, but dataset is {self.dataset!r}, too; give one of them",
+        )
+        require(self.text_column != "", "text_column", "is empty; name the column with the text, or leave it out")
+        require(bool(self.split), "split", "is empty; name one, such as train")
         require(0 <= self.max_bad_share <= 1, "max_bad_share", f"is {self.max_bad_share}, must be between 0 and 1")
 
 

@@ -52,6 +52,16 @@ def mistake(place: str) -> str | None:
     return _meant(place, right)
 
 
+def is_web(place: str) -> bool:
+    """Whether a place is a file on a web server, which sources alone may be."""
+    return place.startswith(("https://", "http://"))
+
+
+def mistake_in_source(place: str) -> str | None:
+    """What is wrong with the place of source files: what `mistake` says, but for https:// addresses."""
+    return None if is_web(place) else mistake(place)
+
+
 def mistake_in_model(name: str) -> str | None:
     """What is wrong with the name of a model: a place, a public name, hf:OWNER/NAME or transformers:NAME."""
     if name.startswith("transformers:"):

@@ -138,7 +138,7 @@ def _tokens(work: Work, assume: Assumptions) -> float | None:
     """What the settings say."""
     settings = work.config
     if isinstance(settings, PrepConfig):
-        return _tokens_of_source(settings.source.url)
+        return _tokens_of_source(settings.source.place)
     if work.stage == "evaluate":
         return assume.evaluate_tokens
     if settings is None:
@@ -255,9 +255,9 @@ def _around(row: Row, job: Job, assume: Assumptions, rates: StorageRates | None)
     return found
 
 
-def _tokens_of_source(url: str) -> float | None:
-    """FineWeb and FineWeb-Edu name their samples by GPT-2 tokens: sample/10BT is about 10 billion."""
-    match = re.search(r"sample/(\d+)BT/", url)
+def _tokens_of_source(place: str) -> float | None:
+    """FineWeb and FineWeb-Edu name their samples by GPT-2 tokens: sample/10BT and sample-10BT are about 10 billion."""
+    match = re.search(r"\bsample[/-](\d+)BT/", place)
     return float(match.group(1)) * 1e9 if match else None
 
 

@@ -19,8 +19,9 @@ from core.console import progress
 from core.figures import quantity
 from core.manifest import Manifest
 from core.schema_prep import PrepConfig
-from data_prep import duplicates, finalize, part, plan, record, source, words, workers
-from data_prep.plan import Part, Plan
+from data_prep import duplicates, finalize, part, plan, record, words, workers
+from data_prep.plan import Plan
+from data_prep.sources.files import Part
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,11 @@ def prepare(config: PrepConfig, switch: record.Switch = lambda phase: None) -> M
 
     Raises ConfigError, DataError, StorageError.
     """
-    todo = plan.make(config)
-    if plan.claim(todo, config.data.url):
+    config, todo = plan.make(config)
+    todo, complete = plan.claim(todo, config.data.url)
+    if complete:
         log.info("%s is complete already, with the same source and settings: nothing to do", config.data.url)
         return manifest.read(config.data.url)
-    source.check_columns(todo.files[0], config.source, config.filter)
     if config.phase != "finalize":
         switch("prep")
         _encode(config, todo)

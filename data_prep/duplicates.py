@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from core import storage
-from data_prep import source, values
+from data_prep import values
 from data_prep.part import Work
-from data_prep.plan import Part
+from data_prep.sources import documents
+from data_prep.sources.files import Part
 
 BUCKETS = 256  # by the first byte of the hash
 ENTRY = np.dtype([("upper", "<u8"), ("lower", "<u8"), ("number", "<u4")])
@@ -30,10 +31,10 @@ THREADS = 16
 
 
 def hash_part(part: Part, work: Work) -> None:
-    """Store the hashes of a part's documents, as `data_prep.source` numbers them."""
+    """Store the hashes of a part's documents, as `documents.read` numbers them."""
     config = work.config
     digests: list[bytes] = []
-    for batch in source.read(part, config.source, config.filter, config.data.seed, Counter(), work.fetched):
+    for batch in documents.read(part, config.source, config.filter, config.data.seed, Counter(), work.fetched):
         digests += [hashlib.blake2b(text, digest_size=16).digest() for text in values.buffers(batch.texts)]
     halves = np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     entries = np.empty(len(halves), ENTRY)

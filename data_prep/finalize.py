@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core import hub, manifest, storage
+from core import manifest, storage
 from core.errors import DataError
 from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
 from core.schema_prep import PrepConfig
@@ -71,14 +71,13 @@ def finalize(config: PrepConfig, plan: Plan) -> Manifest:
     }
     if not splits["train"].tokens:
         raise DataError(
-            f"{config.source.url}: no document is left for training (dropped: "
+            f"{config.source.place}: no document is left for training (dropped: "
             f"{_words(_sum(record.dropped for record in records)) or 'none'}); check the filters and the source"
         )
     made = Manifest(
         GPT2,
         source={
-            "url": config.source.url,
-            "revision": hub.revision_of(plan.files[0].uri),
+            **plan.origin,
             "files": len(plan.files),
             "bytes": plan.source_bytes,
             "plan_sha256": plan.sha256,
@@ -116,7 +115,7 @@ def _judge(records: list[Record], config: PrepConfig) -> None:
     rows = sum(record.documents + sum(record.dropped.values()) for record in records)
     if bad > config.source.max_bad_share * rows:
         raise DataError(
-            f"{config.source.url}: {bad} of {rows} rows have no text, no id or no valid UTF-8, more than "
+            f"{config.source.place}: {bad} of {rows} rows have no text, no id or no valid UTF-8, more than "
             f"source.max_bad_share = {config.source.max_bad_share:g}; "
             "check text_column and id_column, or raise that share"
         )

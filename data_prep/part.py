@@ -19,10 +19,10 @@ from core.errors import DataError
 from core.manifest import ShardEntry
 from core.schema_prep import PrepConfig
 from core.vocabulary import GPT2_END_OF_TEXT
-from data_prep import source
 from data_prep.encode import Check, Engine
 from data_prep.pack import ShardWriter
-from data_prep.plan import Part
+from data_prep.sources import documents
+from data_prep.sources.files import Part
 
 # Document lengths are counted in classes [2**k, 2**(k+1)).
 LENGTH_CLASSES = 32
@@ -95,7 +95,7 @@ def prepare(part: Part, work: Work, drops: np.ndarray | None = None) -> Record:
     with ShardWriter(
         data.url, f"train/{part.name}-{{:03d}}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle
     ) as train:
-        for batch in source.read(part, config.source, config.filter, data.seed, dropped, work.fetched):
+        for batch in documents.read(part, config.source, config.filter, data.seed, dropped, work.fetched):
             if drops is not None:
                 numbers = np.arange(seen, seen + len(batch.texts))
                 seen += len(batch.texts)

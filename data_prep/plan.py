@@ -9,12 +9,13 @@ A source file is recognized by its size and the hash of its last bytes. In a par
 with the offsets and statistics of every column chunk: another content has another footer.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,38 +23,16 @@ from core import config as settings
 from core import hub, manifest, storage
 from core.errors import DataError, ObjectExists, ObjectNotFound
 from core.schema_prep import PrepConfig
+from data_prep.sources import columns, kinds, named, places
+from data_prep.sources.files import Part, SourceFile
 
 FORMAT = "data-plan"
 # Increased whenever the same settings would give other shards: an unfinished set is then not continued.
 VERSION = 1
 TAIL_BYTES = 64 << 10
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 LISTING_THREADS = 32
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    uri: str
-    size: int
-    tail_sha256: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes [start, end) of a source file; `index` numbers the parts of a set."""
-
-    index: int
-    file: SourceFile
-    start: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.index:05d}"
-
-    def __str__(self) -> str:
-        whole = self.start == 0 and self.end == self.file.size
-        return self.file.uri if whole else f"{self.file.uri}[{self.start}:{self.end}]"
+# How a source is named does not define the result: the files do, which the plan lists.
+NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
 
 
 @dataclass(frozen=True)
@@ -68,8 +47,7 @@ class Plan:
         step = self.settings["data.part_bytes"]
         parts = []
         for file in self.files:
-            # Compressed text has no points to enter at.
-            width = step if file.uri.endswith((".parquet", ".jsonl")) else file.size
+            width = step if kinds.kind_of(file).divisible else file.size
             # A last range below half a part joins the one before.
             count = max(1, (file.size + width // 2) // width) if width else 1
             bounds = [number * width for number in range(count)] + [file.size]
@@ -86,7 +64,7 @@ class Plan:
             "format": FORMAT,
             "version": VERSION,
             "settings": dict(self.settings),
-            "files": [asdict(file) for file in self.files],
+            "files": [file.to_dict() for file in self.files],
         }
         return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
 
@@ -94,22 +72,52 @@ class Plan:
     def sha256(self) -> str:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """How the source was named when the preparation began, for the manifest."""
+        revision = {"revision": hub.revision_of(self.files[0].uri)}
+        if not self.settings.get("source.dataset"):
+            return {"url": self.settings["source.url"], **revision}
+        named = {name: self.settings[f"source.{name}"] for name in ("name", "split")}
+        return {"url": f"hf://datasets/{self.settings['source.dataset']}", **named, **revision}
+
+    def gives_the_same(self, other: "Plan") -> bool:
+        """Whether both give the same bytes, however their sources were named."""
+        return self.files == other.files and self._result() == other._result()
+
+    def _result(self) -> dict[str, Any]:
+        return {key: value for key, value in self.settings.items() if key not in NAMING}
+
 
 def uri_of(data_url: str) -> str:
     return storage.join(data_url, "parts/plan.json")
 
 
-def make(config: PrepConfig) -> Plan:
-    """List the source. Raises DataError when there is nothing to read or a file is no parquet file."""
-    files = list_files(pinned(config.source.url, config.source.revision, config.data.url), SUFFIXES)
-    return Plan(identity_of(config), files)
+def make(config: PrepConfig) -> tuple[PrepConfig, Plan]:
+    """List the source; the settings that come back name all columns.
+
+    Raises ConfigError, DataError when there is nothing to read, or a file or column is not what it should be.
+    """
+    source = config.source
+    if source.dataset:
+        files = _identified(named.find(source, _begun_revision(config)))
+    else:
+        files = list_files(pinned(source.url, source.revision, config.data.url), kinds.SUFFIXES)
+    config = replace(config, source=columns.resolved(files[0], source, config.filter))
+    return config, Plan(identity_of(config), files)
 
 
 def identity_of(config: Any) -> dict[str, Any]:
     """The settings that define the result, as they are stored."""
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.identity(config).items()}
-    if "source.url" in plain and not hub.is_address(str(plain["source.url"])):
-        plain["source.revision"] = ""  # a config's, for the source that this one replaces
+    if plain.get("source.url") and not hub.is_address(str(plain["source.url"])):
+        plain["source.revision"] = ""  # not read
+    # Absent where they say nothing, as in the plans of releases that did not know them.
+    if not plain.get("source.dataset"):
+        for name in ("dataset", "name", "split"):
+            plain.pop(f"source.{name}", None)
+    if plain.get("source.text_documents") == "file":
+        del plain["source.text_documents"]
     # How many bad rows are tolerated decides whether there is a result, not which one.
     plain.pop("source.max_bad_share", None)
     return plain
@@ -117,14 +125,16 @@ def identity_of(config: Any) -> dict[str, Any]:
 
 def list_files(pattern: str, suffixes: tuple[str, ...]) -> tuple[SourceFile, ...]:
     """The files of a source in the order of their names. Raises DataError if there is none, or one of another kind."""
-    found = storage.expand_objects(pattern)
-    if not found:
-        raise DataError(f"{pattern}: no file matches; check the address and the pattern")
-    for info in found:
-        if not info.uri.endswith(suffixes):
-            raise DataError(f"{info.uri}: unknown kind of source; give files that end in {', '.join(suffixes)}")
+    found = [SourceFile(info.uri, info.size, "") for info in places.find(pattern)]
+    for file in found:
+        if not places.has_suffix(file.uri, suffixes):
+            raise DataError(f"{file.uri}: unknown kind of source; give files that end in {', '.join(suffixes)}")
+    return _identified(found)
+
+
+def _identified(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        return tuple(pool.map(_identify, found))
+        return tuple(pool.map(_identify, files))
 
 
 def pinned(url: str, revision: str, data_url: str) -> str:
@@ -146,26 +156,36 @@ def pinned(url: str, revision: str, data_url: str) -> str:
     return storage.pinned(where.at(revision) if revision and not where.revision else url)
 
 
-def claim(plan: Plan, data_url: str) -> bool:
-    """Fix the plan below `data_url`, or meet the same one there. True when the set is complete already.
+def _begun_revision(config: PrepConfig) -> str:
+    """The commit of the same data set that a preparation at `data.url` has begun with; empty if there is none."""
+    with contextlib.suppress(ObjectNotFound):
+        begun = read(config.data.url)
+        same = ("dataset", "name", "split", "revision")
+        if all(begun.settings.get(f"source.{name}") == getattr(config.source, name) for name in same):
+            return hub.revision_of(begun.files[0].uri)
+    return ""
+
+
+def claim(plan: Plan, data_url: str) -> tuple[Plan, bool]:
+    """Fix the plan below `data_url`, or meet an equal one there. The plan in force, and whether its set is complete.
 
     Raises DataError if another source, seed or setting was used there, and StorageError if it is not writable.
     """
     try:
         stored = manifest.read(data_url) if manifest.exists(data_url) else None
         if stored and stored.source.get("plan_sha256") == plan.sha256:
-            return True
+            return plan, True
         if stored is None:
             try:
                 storage.write_bytes(uri_of(data_url), plan.to_bytes(), exclusive=True)
-                return False
+                return plan, False
             except ObjectExists:
                 pass
         found = read(data_url)
     except ObjectNotFound:
         found = None
-    if found == plan and stored is None:
-        return False
+    if found and found.gives_the_same(plan) and (not stored or stored.source.get("plan_sha256") == found.sha256):
+        return found, stored is not None
     raise DataError(
         f"{data_url}: holds the tokens of another preparation{_difference(found, plan)}; "
         "nothing was changed: choose another data.url, or delete that folder"
@@ -186,23 +206,24 @@ def read(data_url: str) -> Plan:
         ) from error
 
 
-def _identify(info: storage.ObjectInfo) -> SourceFile:
-    tail = storage.read_range(info.uri, max(0, info.size - TAIL_BYTES), info.size)
-    if info.uri.endswith(".parquet") and (info.size < 12 or not tail.endswith(b"PAR1")):
+def _identify(file: SourceFile) -> SourceFile:
+    tail = places.read_range(file.uri, max(0, file.size - TAIL_BYTES), file.size)
+    if places.has_suffix(file.uri, (".parquet",)) and (file.size < 12 or not tail.endswith(b"PAR1")):
         raise DataError(
-            f"{info.uri}: {info.size} bytes without the end mark of a parquet file; "
+            f"{file.uri}: {file.size} bytes without the end mark of a parquet file; "
             "it is truncated or of another kind: copy it again"
         )
-    return SourceFile(info.uri, info.size, hashlib.sha256(tail).hexdigest())
+    return replace(file, tail_sha256=hashlib.sha256(tail).hexdigest())
 
 
 def _difference(found: Plan | None, wanted: Plan) -> str:
     """The first thing that differs, for the message."""
     if found is None:
         return ""
-    for key, value in wanted.settings.items():
-        if found.settings.get(key) != value:
-            return f" ({key} is {found.settings.get(key)!r} there and {value!r} here)"
+    for key in sorted(wanted.settings, key=lambda key: key in NAMING):
+        old, new = found.settings.get(key), wanted.settings[key]
+        if old != new:
+            return f" ({key} is {old!r} there and {new!r} here)"
     for old, new in zip(found.files, wanted.files, strict=False):
         if old != new:
             what = "content" if old.uri == new.uri else "name"

@@ -27,7 +27,8 @@ from core.shard import HEADER_BYTES, MAGIC, header_bytes
 from core.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from data_prep import part, plan, words
 from data_prep.finalize import GPT2
-from data_prep.plan import Plan, SourceFile
+from data_prep.plan import Plan
+from data_prep.sources.files import SourceFile
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def fetch(config: FetchConfig) -> Manifest:
     _check_splits(files)
     pieces = {split: list(_pieces(split, each, config.data.shard_tokens)) for split, each in files.items()}
     todo = Plan(plan.identity_of(config), tuple(file for each in files.values() for file in each))
-    if plan.claim(todo, data_url):
+    todo, complete = plan.claim(todo, data_url)
+    if complete:
         log.info("%s is complete already, from the same source: nothing to do", data_url)
         return manifest.read(data_url)
     words.store(config.tokenizer.vocab_url, data_url)

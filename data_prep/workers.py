@@ -22,7 +22,7 @@ from data_prep import duplicates, starter
 from data_prep import part as parts
 from data_prep.encode import Check, open_engine
 from data_prep.part import Work
-from data_prep.plan import Part
+from data_prep.sources.files import Part
 
 POLL_SECONDS = 0.5
 

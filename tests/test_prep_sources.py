@@ -10,24 +10,15 @@ import pytest
 import yaml
 
 from core import config as settings
-from core import hub, manifest, storage, vocabulary
+from core import hub, manifest, storage
 from core.errors import DataError, StorageError
 from core.schema_prep import PrepConfig
 from data_prep import build, duplicates, plan
-from tests.corpus import documents, documents_of, prepare_set, stored, table, write_parquet
+from tests.corpus import both_splits, documents, documents_of, encoded, prepare_set, stored, table, write_parquet
 
 
 def jsonl(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def encoded(texts: list[str], vocab: Path) -> list[tuple[int, ...]]:
-    encoding = vocabulary.read(str(vocab)).encoding()
-    return sorted(tuple(encoding.encode_ordinary(text)) for text in texts)
-
-
-def both_splits(url: str) -> list[tuple[int, ...]]:
-    return sorted(documents_of(url, "train") + documents_of(url, "val"))
 
 
 @pytest.mark.parametrize("part_bytes", [700, 701, 1000, 4096, 10**6])

@@ -122,7 +122,7 @@ TUNED = ("--run.url=/r", "--data.url=/d")
 MAKE = ("--endpoint.model=m", "--run.url=/r", "--make.url=/d", "--make.prompts=p.txt", "--make.licence=MIT")
 SETTINGS = {
     TrainConfig: (TUNED, ("run.url", "data.url")),
-    PrepConfig: (("--data.url=/d",), ("source.url", "data.url", "tokenizer.vocab_url")),
+    PrepConfig: (("--data.url=/d", "--source.url=/s"), ("source.url", "data.url", "tokenizer.vocab_url")),
     FetchConfig: (
         ("--data.url=/d", "--source.train_url=/t"),
         ("source.train_url", "source.val_url", "data.url", "tokenizer.vocab_url"),

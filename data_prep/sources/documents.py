@@ -6,7 +6,7 @@ in anything that is derived from it: the upper half decides the split, the lower
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from core.errors import DataError
 from core.schema_prep import FilterConfig, SourceConfig
-from data_prep import parquet, text
-from data_prep.plan import Part, SourceFile
+from data_prep.sources import chat, columns, kinds
+from data_prep.sources.files import Fetched, Part
 from data_prep.values import buffers, offsets_of
 
 KEY_BYTES = 16
@@ -40,57 +40,30 @@ class Batch:
         return np.diff(offsets_of(self.texts))
 
 
-def columns_of(source: SourceConfig, keep: FilterConfig) -> dict[str, str]:
-    """The columns that these settings read, and what each must hold: `text`, `id` or `number`."""
-    wanted = {source.text_column: "text"}
-    if source.id_column:
-        wanted.setdefault(source.id_column, "id")
-    if keep.min_score is not None:
-        wanted.setdefault(keep.score_column, "number")
-    if keep.languages:
-        wanted.setdefault(keep.language_column, "text")
-    return wanted
-
-
-def check_columns(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> None:
-    """Raises DataError if a column is missing or holds something else than is needed."""
-    if file.uri.endswith(".parquet"):
-        _check_schema(parquet.schema_of(file.uri, file.size), file.uri, source, keep)
-    elif file.uri.endswith(".txt") and (keep.min_score is not None or keep.languages):
-        raise DataError(f"{file.uri}: plain text has no columns; unset filter.min_score and filter.languages")
-
-
 def read(
     part: Part,
     source: SourceConfig,
     keep: FilterConfig,
     seed: int,
     dropped: Counter,
-    fetched: Callable[[int], None],
+    fetched: Fetched,
 ) -> Iterator[Batch]:
     """The documents of a part that pass the row filters, in order; `dropped` counts the others by reason.
 
     Raises DataError when more than `source.max_bad_share` of the rows are bad.
     """
-    check_columns(part.file, source, keep)
+    columns.check(part.file, source, keep)
     rows = 0
-    for batch in _batches(part, columns_of(source, keep), fetched):
+    for batch in kinds.kind_of(part.file).read(part, source, columns.wanted(source, keep), fetched):
         rows += batch.num_rows
         yield _documents(batch, source, keep, seed, dropped)
         if rows >= JUDGED_ROWS:
             _judge(part, rows, dropped["bad"], source)
 
 
-def _batches(part: Part, columns: dict[str, str], fetched: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
-    if part.file.uri.endswith(".parquet"):
-        return parquet.read(part, list(columns), fetched)
-    if part.file.uri.endswith(".txt"):
-        return text.read_whole(part, list(columns), fetched)
-    return text.read_lines(part, columns, fetched)
-
-
 def _documents(batch: pa.RecordBatch, source: SourceConfig, keep: FilterConfig, seed: int, dropped: Counter) -> Batch:
-    texts = batch.column(source.text_column).cast(pa.large_string())
+    texts = batch.column(source.text_column)
+    texts = chat.texts_of(texts) if chat.is_chat(texts.type) else texts.cast(pa.large_string())
     ids = batch.column(source.id_column).cast(pa.large_string()) if source.id_column else None
     good = _valid(texts)
     if ids is not None and ids.null_count:
@@ -148,22 +121,3 @@ def _judge(part: Part, rows: int, bad: int, source: SourceConfig) -> None:
             f"{part}: {bad} of the first {rows} rows have no text, no id or no valid UTF-8, more than "
             f"source.max_bad_share = {source.max_bad_share:g}; check text_column and id_column, or raise that share"
         )
-
-
-def _check_schema(schema: pa.Schema, uri: str, source: SourceConfig, keep: FilterConfig) -> None:
-    for column, holds in columns_of(source, keep).items():
-        if column not in schema.names:
-            hint = "; set --source.id_column= (empty) to use the text's hash" if holds == "id" else ""
-            raise DataError(f"{uri}: has no column {column!r}, only {', '.join(schema.names)}{hint}")
-        kind = schema.field(column).type
-        numeric = pa.types.is_floating(kind) or pa.types.is_integer(kind)
-        if holds == "number" and not numeric:
-            raise DataError(f"{uri}: column {column!r} is {kind}, filter.min_score needs numbers")
-        if not (_is_text(kind) or (numeric and holds != "text")):
-            raise DataError(f"{uri}: column {column!r} is {kind}, not text; name another column")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -7,7 +7,7 @@ slices of a few megabytes.
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,9 +15,10 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from core import storage
 from core.errors import DataError
-from data_prep.plan import Part
+from core.schema_prep import SourceConfig
+from data_prep.sources import places
+from data_prep.sources.files import Fetched, Part, SourceFile
 
 # Large enough that a request's latency does not matter, small enough that three of them per worker do not either.
 FETCH_BYTES = 16 << 20
@@ -41,12 +42,14 @@ class _Group:
         return sum(end - start for start, end in self.ranges)
 
 
-def schema_of(uri: str, size: int) -> pa.Schema:
+def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
     """The Arrow schema in the file's footer. Raises DataError."""
-    return _metadata(uri, size).schema.to_arrow_schema()
+    return _metadata(file.uri, file.size).schema.to_arrow_schema()
 
 
-def read(part: Part, columns: Sequence[str], fetched: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
+def read(
+    part: Part, source: SourceConfig | None, columns: Collection[str], fetched: Fetched
+) -> Iterator[pa.RecordBatch]:
     """Batches with `columns`, in file order. `fetched` is told the bytes of each piece that was read.
 
     Raises DataError for a damaged file, StorageError when it cannot be fetched.
@@ -57,7 +60,7 @@ def read(part: Part, columns: Sequence[str], fetched: Callable[[int], None]) -> 
     with ThreadPoolExecutor(FETCH_AHEAD, thread_name_prefix="fetch") as pool:
         try:
             for group in groups:
-                waiting.append((group, [pool.submit(storage.read_range, part.file.uri, *r) for r in group.ranges]))
+                waiting.append((group, [pool.submit(places.read_range, part.file.uri, *r) for r in group.ranges]))
                 if len(waiting) >= FETCH_AHEAD:
                     yield from _decode(*waiting.popleft(), metadata, part, columns, fetched)
             while waiting:
@@ -68,17 +71,17 @@ def read(part: Part, columns: Sequence[str], fetched: Callable[[int], None]) -> 
 
 @lru_cache(maxsize=4)  # the parts of a file follow one another
 def _metadata(uri: str, size: int) -> pq.FileMetaData:
-    tail = storage.read_range(uri, max(0, size - FOOTER_BYTES), size)
+    tail = places.read_range(uri, max(0, size - FOOTER_BYTES), size)
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if len(tail) < needed <= size:
-        tail = storage.read_range(uri, size - needed, size)
+        tail = places.read_range(uri, size - needed, size)
     try:
         return pq.read_metadata(pa.BufferReader(tail))
     except (pa.ArrowException, OSError) as error:
         raise _damaged(uri, "its footer", error) from error
 
 
-def _groups(metadata: pq.FileMetaData, part: Part, columns: Sequence[str]) -> Iterator[_Group]:
+def _groups(metadata: pq.FileMetaData, part: Part, columns: Collection[str]) -> Iterator[_Group]:
     wanted = [number for number in range(metadata.num_columns) if _top_level(metadata, number) in columns]
     rows: list[int] = []
     ranges: list[tuple[int, int]] = []
@@ -128,8 +131,8 @@ def _decode(
     pieces: list[Future],
     metadata: pq.FileMetaData,
     part: Part,
-    columns: Sequence[str],
-    fetched: Callable[[int], None],
+    columns: Collection[str],
+    fetched: Fetched,
 ) -> Iterator[pa.RecordBatch]:
     spans = _Spans([(r[0], future.result()) for r, future in zip(group.ranges, pieces, strict=True)], part.file.size)
     pieces.clear()

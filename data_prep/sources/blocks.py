@@ -1,0 +1,135 @@
+"""The bytes of source files in order: fetched some blocks ahead of the reader, decompressed on the way."""
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pyarrow as pa
+
+from core.errors import DataError
+from data_prep.sources import places
+from data_prep.sources.files import Fetched, SourceFile
+
+BLOCK_BYTES = 8 << 20
+BLOCKS_AHEAD = 3
+HEAD_BYTES = 1 << 20
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+def compression_of(uri: str) -> str | None:
+    """How a file is compressed, as Arrow calls it."""
+    return next((kind for suffix, kind in COMPRESSIONS.items() if places.has_suffix(uri, (suffix,))), None)
+
+
+def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Iterator[bytes]:
+    """The bytes of a range in order, some blocks ahead of the reader."""
+    ranges = ((at, min(end, at + BLOCK_BYTES)) for at in range(start, end, BLOCK_BYTES))
+    waiting: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(BLOCKS_AHEAD, thread_name_prefix="fetch") as pool:
+        try:
+            for each in ranges:
+                waiting.append(pool.submit(places.read_range, uri, *each))
+                if len(waiting) >= BLOCKS_AHEAD:
+                    block = waiting.popleft().result()
+                    fetched(len(block))
+                    yield block
+            while waiting:
+                block = waiting.popleft().result()
+                fetched(len(block))
+                yield block
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def content(file: SourceFile, fetched: Fetched) -> Iterator[bytes]:
+    """A whole file, decompressed if its name says that it is compressed. Raises DataError for a damaged one."""
+    raw = ranged(file.uri, 0, file.size, fetched)
+    kind = compression_of(file.uri)
+    if kind is None:
+        yield from raw
+        return
+    try:
+        with pa.CompressedInputStream(pa.PythonFile(Stream(raw), mode="r"), kind) as plain:
+            while block := plain.read(BLOCK_BYTES):
+                yield block
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file.uri}: cannot be decompressed ({' '.join(str(error).split())[:160]}); "
+            "the file is damaged or truncated: copy it again, then run the same command"
+        ) from error
+
+
+def head(file: SourceFile) -> bytes:
+    """The first bytes of a file, decompressed."""
+    if compression_of(file.uri):
+        return next(content(file, lambda count: None), b"")
+    return places.read_range(file.uri, 0, min(file.size, HEAD_BYTES))
+
+
+class Stream(io.RawIOBase):
+    """An iterator of blocks as a file that is read from front to back."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks = blocks
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, count: int = -1) -> bytes:
+        if count < 0:
+            return self.readall()
+        if not self._rest:
+            self._rest = memoryview(next(self._blocks, b""))
+        piece, self._rest = self._rest[:count], self._rest[count:]
+        return bytes(piece)
+
+    def readall(self) -> bytes:
+        whole = bytes(self._rest) + b"".join(self._blocks)
+        self._rest = memoryview(b"")
+        return whole
+
+    def readinto(self, buffer: memoryview) -> int:
+        piece = self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+class SeekableStream(Stream):
+    """A file that is read from front to back but for a few jumps; blocks are fetched anew after a jump.
+
+    `reached` is called with the position after each read.
+    """
+
+    def __init__(self, file: SourceFile, reached: Callable[[int], None]):
+        super().__init__(iter(()))
+        self._file = file
+        self._reached = reached
+        self._move_to(0)
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        if 0 <= target - self._at <= len(self._rest):
+            self._rest = self._rest[target - self._at :]
+            self._at = target
+        else:
+            self._move_to(target)
+        return target
+
+    def read(self, count: int = -1) -> bytes:
+        piece = super().read(count)
+        self._at += len(piece)
+        self._reached(self._at)
+        return piece
+
+    def _move_to(self, position: int) -> None:
+        self._at = position
+        self._rest = memoryview(b"")
+        self._blocks = ranged(self._file.uri, position, self._file.size, lambda count: None)

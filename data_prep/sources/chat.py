@@ -1,0 +1,40 @@
+"""Conversations as text: `ROLE: CONTENT` for each message, a blank line between two of them.
+
+A column holds them as a list of {"role", "content"}, or of {"from", "value"} as ShareGPT writes them.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+
+FIELDS = (("role", "content"), ("from", "value"))
+
+
+def is_chat(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds conversations."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    names = {kind.value_type.field(number).name for number in range(kind.value_type.num_fields)}
+    return any(set(pair) <= names for pair in FIELDS)
+
+
+def text_of(messages: Any) -> str | None:
+    """None for what is no conversation, or an empty one."""
+    if not isinstance(messages, list) or not messages:
+        return None
+    turns = [_turn(message) for message in messages]
+    return None if None in turns else "\n\n".join(turns)
+
+
+def texts_of(values: pa.Array) -> pa.LargeStringArray:
+    """The conversations of a column as text; null for what is none."""
+    return pa.array([text_of(value) for value in values.to_pylist()], pa.large_string())
+
+
+def _turn(message: Any) -> str | None:
+    if not isinstance(message, dict):
+        return None
+    for role, content in FIELDS:
+        if isinstance(message.get(role), str) and isinstance(message.get(content), str):
+            return f"{message[role]}: {message[content]}"
+    return None

@@ -1,0 +1,123 @@
+"""Which columns of a source hold text and id: those that the settings name, else those with the usual names."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pyarrow as pa
+
+from core.errors import DataError
+from core.schema_prep import FilterConfig, SourceConfig
+from data_prep.sources import chat, kinds
+from data_prep.sources.files import SourceFile
+
+# Where text, conversations and ids are looked for, the likeliest name first; `txt` and `__key__` are WebDataset's.
+TEXTS = ("text", "content", "txt")
+CHATS = ("messages", "conversations", "conversation")
+IDS = ("id", "__key__")
+
+
+def wanted(source: SourceConfig, keep: FilterConfig) -> dict[str, str]:
+    """The columns that these settings read, and what each must hold: `text`, `id` or `number`."""
+    found = {source.text_column: "text"}
+    if source.id_column:
+        found.setdefault(source.id_column, "id")
+    if keep.min_score is not None:
+        found.setdefault(keep.score_column, "number")
+    if keep.languages:
+        found.setdefault(keep.language_column, "text")
+    return found
+
+
+def resolved(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> SourceConfig:
+    """The settings with all columns named, as this file has them.
+
+    Raises DataError if no column holds text, or if one that is named is missing or holds something else.
+    """
+    kind = kinds.kind_of(file)
+    schema = kind.schema(file, source)
+    if not schema.names:  # no rows, or none that is valid: reading says so
+        return replace(source, text_column=source.text_column or TEXTS[0], id_column=source.id_column or "")
+    text = source.text_column if source.text_column is not None else _text(schema, file.uri)
+    key = source.id_column if source.id_column is not None else _id(schema, text)
+    source = replace(source, text_column=text, id_column=key)
+    if kind.columns == "by row":
+        _check_type(schema, file.uri, _present(schema, file.uri, text), "text")
+    else:
+        check(file, source, keep)
+    return source
+
+
+def check(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> None:
+    """Raises DataError if a column is missing or holds something else than is needed."""
+    kind = kinds.kind_of(file)
+    if kind.columns == "none" and (keep.min_score is not None or keep.languages):
+        raise DataError(f"{file.uri}: plain text has no columns; unset filter.min_score and filter.languages")
+    if kind.columns == "fixed":
+        schema = kind.schema(file, source)
+        for column, holds in wanted(source, keep).items() if schema.names else ():
+            hint = "; set --source.id_column= (empty) to use the text's hash" if holds == "id" else ""
+            _check_type(schema, file.uri, _present(schema, file.uri, column, hint), holds)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The names that could be meant, for the end of a message."""
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _text(schema: pa.Schema, uri: str) -> str:
+    by_name = {name.lower(): name for name in reversed(schema.names)}
+    for names, fits in ((TEXTS, _is_text), (CHATS, chat.is_chat)):
+        for name in names:
+            found = by_name.get(name)
+            if found and (fits(schema.field(found).type) or schema.field(found).type == pa.null()):
+                return found
+    texts = [name for name in schema.names if _is_text(schema.field(name).type) and name.lower() not in IDS]
+    if len(texts) == 1:
+        return texts[0]
+    described = ", ".join(f"{field.name} ({_described(field.type)})" for field in schema)
+    raise DataError(
+        f"{uri}: has no column {', '.join(TEXTS[:2])} or {CHATS[0]}, only {described or 'none'}; "
+        "name the one with the documents: --source.text_column=..."
+    )
+
+
+def _id(schema: pa.Schema, text: str) -> str:
+    """Empty if there is no column of ids: the hash of the text takes their place."""
+    fitting = (name for name in IDS if name in schema.names and name != text)
+    return next((name for name in fitting if _is_text(schema.field(name).type) or _is_number(schema, name)), "")
+
+
+def _present(schema: pa.Schema, uri: str, column: str, hint: str = "") -> str:
+    if column not in schema.names:
+        meant = nearest(column, schema.names)
+        raise DataError(f"{uri}: has no column {column!r}, only {', '.join(schema.names) or 'none'}{meant or hint}")
+    return column
+
+
+def _check_type(schema: pa.Schema, uri: str, column: str, holds: str) -> None:
+    kind = schema.field(column).type
+    if kind == pa.null():  # as far as is known, it holds nothing
+        return
+    numeric = _is_number(schema, column)
+    if holds == "number" and not numeric:
+        raise DataError(f"{uri}: column {column!r} is {_described(kind)}, filter.min_score needs numbers")
+    if not (_is_text(kind) or (holds == "text" and chat.is_chat(kind)) or (numeric and holds != "text")):
+        raise DataError(f"{uri}: column {column!r} is {_described(kind)}, not text; name another column")
+
+
+def _described(kind: pa.DataType) -> str:
+    text = str(kind).replace("large_", "")
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _is_number(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

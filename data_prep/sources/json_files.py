@@ -1,0 +1,36 @@
+"""Files called .json: JSON lines if the first line is an object, else one document that `datasets` reads whole."""
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+import pyarrow as pa
+
+from core.errors import DataError
+from core.schema_prep import SourceConfig
+from data_prep.sources import blocks, lines, streamed
+from data_prep.sources.files import Fetched, Part, SourceFile
+
+LARGEST_DOCUMENT_BYTES = 128 << 20
+
+
+def schema_of(file: SourceFile, source: SourceConfig) -> pa.Schema:
+    return (lines if _has_lines(file) else streamed).schema_of(file, source)
+
+
+def read(part: Part, source: SourceConfig, columns: Mapping[str, str], fetched: Fetched) -> Iterator[pa.RecordBatch]:
+    return (lines if _has_lines(part.file) else streamed).read(part, source, columns, fetched)
+
+
+@lru_cache(maxsize=4)
+def _has_lines(file: SourceFile) -> bool:
+    start = blocks.head(file).lstrip()
+    first, separator, _ = start.partition(b"\n")
+    # An object on the first line, or one that is longer than the sample.
+    if start.startswith(b"{") and (not separator or lines.is_object(first)):
+        return True
+    if file.size > LARGEST_DOCUMENT_BYTES:
+        raise DataError(
+            f"{file.uri}: is one JSON document of {file.size} bytes, which does not fit into memory; "
+            "write it as JSON lines: jq -c '.[]' FILE.json > FILE.jsonl"
+        )
+    return False

@@ -1,0 +1,134 @@
+"""JSON lines as Arrow record batches, like those of a parquet file.
+
+A line belongs to the part in whose byte range it starts, so a large file is read by many workers. Compressed files
+cannot be entered in the middle: each is one part. A line that is no JSON object, or whose text is no string, becomes a
+row without text, which is counted as bad.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from core.errors import DataError
+from core.schema_prep import SourceConfig
+from data_prep.sources import blocks, chat
+from data_prep.sources.files import Fetched, Part, SourceFile
+
+# No document of text is that long; a file without line ends must not fill the memory.
+LONGEST_LINE_BYTES = 256 << 20
+# Rows that show which columns there are.
+SAMPLE_ROWS = 100
+
+
+def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
+    """The columns of the first rows. What is of several types there has the type null."""
+    pieces = blocks.head(file).split(b"\n")
+    # The last line may be cut off; without a line end, it is all there is.
+    rows = [row for row in map(_row, pieces[:-1] or pieces) if row][:SAMPLE_ROWS]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.schema([(name, _type([row.get(name) for row in rows])) for name in names])
+
+
+def read(
+    part: Part, source: SourceConfig | None, columns: Mapping[str, str], fetched: Fetched
+) -> Iterator[pa.RecordBatch]:
+    """Batches in file order; `columns` says what each holds (`text`, `id`, `number`), and what does not is null.
+
+    Raises DataError for a damaged compressed file.
+    """
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for line in _lines(part, fetched):
+        if not line.strip():
+            continue
+        rows.append(_row(line))
+        size += len(line)
+        if size >= blocks.BLOCK_BYTES:
+            yield _batch(rows, columns)
+            rows, size = [], 0
+    if rows:
+        yield _batch(rows, columns)
+
+
+def is_object(line: bytes) -> bool:
+    """Whether a line holds a whole JSON object."""
+    return bool(_row(line))
+
+
+def _type(values: list[Any]) -> pa.DataType:
+    try:
+        return pa.array(values).type
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        return pa.null()
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _batch(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pa.RecordBatch:
+    types = {"number": pa.float64(), "id": pa.large_string(), "text": pa.large_string()}
+    arrays = [
+        pa.array([_CONVERT[holds](row.get(name)) for row in rows], types[holds]) for name, holds in columns.items()
+    ]
+    return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+def _text(value: Any) -> str | None:
+    value = chat.text_of(value) if isinstance(value, list) else value
+    if not isinstance(value, str):
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # A lone surrogate (JSON can write one) becomes U+FFFD, as in tiktoken.
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+def _id(value: Any) -> str | None:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+_CONVERT: dict[str, Callable[[Any], Any]] = {"text": _text, "id": _id, "number": _number}
+
+
+def _lines(part: Part, fetched: Fetched) -> Iterator[bytes]:
+    if part.start == 0 and part.end == part.file.size:
+        yield from split(blocks.content(part.file, fetched), part.file.uri)
+        return
+    # The byte before tells whether a line starts at `start`; the last line may end beyond `end`.
+    position = max(0, part.start - 1)
+    found = split(blocks.ranged(part.file.uri, position, part.file.size, fetched), part.file.uri)
+    for number, line in enumerate(found):
+        if number or not part.start:
+            yield line
+        position += len(line) + 1
+        if position >= part.end:
+            return
+
+
+def split(content: Iterator[bytes], uri: str) -> Iterator[bytes]:
+    """The lines of a file, without their ends. Raises DataError for a line that fills the memory."""
+    pending = b""
+    for block in content:
+        pieces = (pending + block).split(b"\n")
+        pending = pieces.pop()
+        yield from pieces
+        if len(pending) > LONGEST_LINE_BYTES:
+            raise DataError(
+                f"{uri}: a line is longer than {LONGEST_LINE_BYTES} bytes; "
+                "JSON lines have one document per line: check that the file is of that kind"
+            )
+    if pending:
+        yield pending

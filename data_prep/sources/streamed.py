@@ -1,0 +1,192 @@
+"""Every kind of file that `datasets` reads and we do not: CSV, Arrow, WebDataset and others, streamed.
+
+`datasets` opens the file through an fsspec file system that reads by our own storage, so that all places, credentials,
+retries and progress are the same as for other kinds. A file is one unit of work. Memory holds a few blocks of bytes and
+one batch: of CSV, ROWS rows; of Arrow, what its writer put into one.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from core.errors import DataError, LauncherError
+from core.schema_prep import SourceConfig
+from data_prep.sources import blocks, places
+from data_prep.sources.files import Fetched, Part, SourceFile
+
+PROTOCOL = "prepsource"
+# By the ending of a file's name: the module of `datasets`, and its settings.
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".arrow": ("arrow", {}),
+    ".tar": ("webdataset", {}),
+    ".json": ("json", {}),
+}
+ROWS = 500
+BUFFER_BYTES = 1 << 20
+_NUMBERS_ABSENT = ["", "NA", "N/A", "NaN", "nan", "null", "None"]
+
+
+@lru_cache(maxsize=4)
+def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
+    """The columns of the first rows, none if there are no rows. A column without values has the type null.
+
+    Raises DataError.
+    """
+    with _rows(file, {}, lambda count: None) as batches:
+        first = next(batches, None)
+    if first is None:
+        return pa.schema([])
+    empty = [column.null_count == len(column) for column in first.columns]
+    return pa.schema((pa.field(f.name, pa.null()) if no else f) for f, no in zip(first.schema, empty, strict=True))
+
+
+def read(
+    part: Part, source: SourceConfig | None, columns: Mapping[str, str], fetched: Fetched
+) -> Iterator[pa.RecordBatch]:
+    """Batches with `columns`, in file order. Raises DataError for a file that `datasets` cannot read."""
+    with _rows(part.file, columns, fetched) as batches:
+        for table in batches:
+            yield from table.select(list(columns)).combine_chunks().to_batches()
+
+
+def reader_of(uri: str) -> tuple[str, dict[str, Any]] | None:
+    """The module of `datasets` and its settings that the ending of a name says."""
+    return next((reader for suffix, reader in READERS.items() if places.has_suffix(_plain(uri), (suffix,))), None)
+
+
+def _plain(uri: str) -> str:
+    """A name without the ending of its compression, which is undone before `datasets` sees the file."""
+    path = places.path_of(uri)
+    return path.rsplit(".", 1)[0] if blocks.compression_of(uri) else path
+
+
+@contextlib.contextmanager
+def _rows(file: SourceFile, columns: Mapping[str, str], fetched: Fetched) -> Iterator[Iterator[pa.Table]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    module, options = (file.reader, json.loads(file.options or "{}")) if file.reader else reader_of(file.uri)
+    with tempfile.TemporaryDirectory() as cache, _opened(file, fetched) as address, _explained(file, module):
+        builder = datasets.load_dataset_builder(
+            module, data_files=[address], cache_dir=cache, **_settings(module, columns), **options
+        )
+        stream = builder.as_streaming_dataset(split="train")
+        if isinstance(builder, datasets.ArrowBasedBuilder):
+            yield stream.with_format("arrow").iter(batch_size=ROWS)
+        else:  # rows that are objects, whose fields may be in another order each
+            wanted = stream.select_columns(list(columns)) if columns else stream
+            yield (pa.table(batch) for batch in wanted.iter(batch_size=ROWS))
+
+
+def _settings(module: str, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Settings that keep CSV's text as it is, whatever it looks like, and its batches small."""
+    if module != "csv":
+        return {}
+    if not columns:  # to see of which types they are
+        return {"chunksize": ROWS}
+    import datasets
+
+    types = {"text": "string", "id": "string", "number": "float64"}
+    features = {name: datasets.Value(types[holds]) for name, holds in columns.items()}
+    absent = {name: _NUMBERS_ABSENT for name, holds in columns.items() if holds == "number"}
+    return {
+        "chunksize": ROWS,
+        "features": datasets.Features(features),
+        "keep_default_na": False,
+        "na_values": absent,
+    }
+
+
+@contextlib.contextmanager
+def _explained(file: SourceFile, module: str) -> Iterator[None]:
+    """What goes wrong in `datasets`, as one sentence about the file."""
+    try:
+        yield
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None and not isinstance(link, LauncherError):
+            link = link.__cause__ or link.__context__
+        if link is not None:
+            raise link from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{file.uri}: cannot be read as {module} ({said[:160]}); correct the file, or convert it to parquet"
+        ) from error
+
+
+# --- our files as `datasets` opens them ----------------------------------------------------------------------------
+
+
+@dataclass
+class _Entry:
+    """A file that `datasets` may open, and how far it has been read: what is read twice counts once."""
+
+    file: SourceFile
+    fetched: Fetched
+    furthest: int = 0
+
+    def reached(self, position: int) -> None:
+        if position > self.furthest:
+            self.fetched(position - self.furthest)
+            self.furthest = position
+
+    def open(self) -> io.BufferedReader:
+        if blocks.compression_of(self.file.uri):
+            stream = blocks.Stream(blocks.content(self.file, self.fetched))
+        else:
+            stream = blocks.SeekableStream(self.file, self.reached)
+        # Arrow takes a short read for the end of the file.
+        return io.BufferedReader(stream, BUFFER_BYTES)
+
+
+_entries: dict[str, _Entry] = {}
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def _opened(file: SourceFile, fetched: Fetched) -> Iterator[str]:
+    """An address under which `datasets` finds the file; it keeps the ending, and has no characters that are special."""
+    _register()
+    suffix = _plain(file.uri).rsplit("/", 1)[-1].rpartition(".")[2].lower()
+    name = f"{next(_numbers)}.{suffix}"
+    _entries[name] = _Entry(file, fetched)
+    try:
+        yield f"{PROTOCOL}://{name}"
+    finally:
+        del _entries[name]
+
+
+@lru_cache(maxsize=1)
+def _register() -> None:
+    import fsspec
+    from fsspec.spec import AbstractFileSystem
+
+    class SourceFileSystem(AbstractFileSystem):
+        protocol = PROTOCOL
+        cachable = False
+
+        def info(self, path: str, **_: Any) -> dict[str, Any]:
+            name = self._strip_protocol(path)
+            if name not in _entries:
+                raise FileNotFoundError(path)
+            size = _entries[name].file.size
+            return {"name": name, "size": size, "type": "file"}
+
+        def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
+            return [self.info(path)] if detail else [self._strip_protocol(path)]
+
+        def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BufferedReader:
+            return _entries[self._strip_protocol(path)].open()
+
+    fsspec.register_implementation(PROTOCOL, SourceFileSystem)
