@@ -82,7 +82,7 @@ def similar_datasets(name: str) -> list[str]:
     for query in ({"author": owner} if owner else {}, {"search": last}):
         with contextlib.suppress(Exception):
             found += [each.id for each in HfApi().list_datasets(limit=500, **query)] if query else []
-    return found
+    return list(dict.fromkeys(found))
 
 
 def cached(uri: str) -> str | None:

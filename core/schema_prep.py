@@ -1,5 +1,6 @@
 """Every setting of data preparation and import, with its default, its meaning and what it may not be."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +63,11 @@ class SourceConfig:
             not (self.url and self.dataset),
             "url",
             f"is {self.url!r}, but dataset is {self.dataset!r}, too; give one of them",
+        )
+        require(
+            bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*|", self.dataset)),
+            "dataset",
+            f"is {self.dataset!r}, which is no name on the Hub; write OWNER/NAME, or name files by source.url",
         )
         require(self.text_column != "", "text_column", "is empty; name the column with the text, or leave it out")
         require(bool(self.split), "split", "is empty; name one, such as train")

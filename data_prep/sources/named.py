@@ -198,8 +198,6 @@ def _explained(source: SourceConfig, revision: str) -> Iterator[None]:
         if isinstance(cause, RepositoryNotFoundError):
             raise _unknown(source) from error
         raise
-    except ConfigError as error:
-        raise ConfigError(f"source.dataset is {source.dataset!r}: write OWNER/NAME, as the Hub does") from error
 
 
 def _gated(source: SourceConfig) -> ConfigError:
