@@ -9,6 +9,7 @@ single blanks, as in text extracted from web pages; GPT-2's vocabulary spends a 
     paths = parquet_files(Path("/tmp/scratch"), megabytes=400, kind="prose")
 """
 
+import csv
 import gzip
 import io
 import random
@@ -60,6 +61,18 @@ def parquet_files(scratch: Path, megabytes: int, kind: str) -> list[Path]:
             )
         done.touch()
     return sorted(folder.glob("*.parquet"))
+
+
+def as_csv(parquet: Path) -> Path:
+    """The ids and texts of such a file as CSV beside it; written once."""
+    target = parquet.with_suffix(".csv")
+    if not target.exists():
+        with target.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "text"])
+            for batch in pq.ParquetFile(parquet).iter_batches(1000, columns=["id", "text"]):
+                writer.writerows(zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True))
+    return target
 
 
 def code(scratch: Path) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """Data preparation side by side: ours against the two usual ways, end to end and encoding alone.
 
     python -m bench.prep --scratch=/tmp/bench-prep [--text=prose] [--megabytes=300] [--rounds=3] [--encode] [--larger]
-                         [--where=folder] [--store=/dev/shm] [--out=FILE]
+                         [--kind=csv] [--where=folder] [--store=/dev/shm] [--out=FILE]
 
 End to end: parquet in a bucket of a real S3 server on loopback → token shards in that bucket, on all cores of this
-machine, which the server shares. Its data lie in --store, which may be a folder in memory: the fast side writes more
+machine, which the server shares. With --kind=csv the files are CSV, which `ours` reads through datasets, too (sides:
+ours, map). The server's data lie in --store, which may be a folder in memory: the fast side writes more
 in a second than a small disk takes. Sides are interleaved; medians are printed, with the peak memory of the whole
 process tree (proportional set size) and the CPU times: of the side, which is what counts when the machine is
 shared, and of the S3 server, which takes from everyone's cores what a real store does not: with --where=folder
@@ -43,8 +44,8 @@ PAGES_BYTES = 3 << 30
 def main() -> None:
     options = _options()
     os.environ.setdefault("VOCAB_URL", _vocabulary())
-    files = corpus.parquet_files(options.scratch, options.megabytes, options.text)
-    larger = corpus.parquet_files(options.scratch, 4 * options.megabytes, options.text) if options.larger else []
+    files = _files(options, options.megabytes)
+    larger = _files(options, 4 * options.megabytes) if options.larger else []
     with _place(options) as (place, server):
         for name, paths in (("source", files), ("larger", larger)):
             for path in paths:
@@ -65,6 +66,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the text, kept between runs")
     parser.add_argument("--text", choices=("code", "prose"), default="prose")
+    parser.add_argument("--kind", choices=("parquet", "csv"), default="parquet", help="of the source's files")
     parser.add_argument("--megabytes", type=int, default=300, help="text in MB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", default="ours,fineweb,map,read")
@@ -74,6 +76,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--larger", action="store_true", help="also ours with four times the text, for its memory")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser.parse_args()
+
+
+def _files(options: argparse.Namespace, megabytes: int) -> list[Path]:
+    paths = corpus.parquet_files(options.scratch, megabytes, options.text)
+    return paths if options.kind == "parquet" else [corpus.as_csv(path) for path in paths]
 
 
 def _vocabulary() -> str:
@@ -110,17 +117,18 @@ def _end_to_end(options: argparse.Namespace, place: str, server: S3Server | None
     return {
         **record.header("gigatoken", "pyarrow", "tiktoken", "datasets", "obstore"),
         "text": options.text,
+        "kind": options.kind,
         "where": options.where,
         "text_bytes": stats["text_bytes"],
         "tokens": stats["tokens"],
         "documents": stats["documents"],
-        "parquet_bytes": sum(info.size for info in storage.list_objects(source)),
+        f"{options.kind}_bytes": sum(info.size for info in storage.list_objects(source)),
         "runs": runs,
     }
 
 
 def _ours(source: str, target: str) -> list[str]:
-    flags = [f"--source.url={source}/*.parquet", f"--data.url={target}"]
+    flags = [f"--source.url={source}/*", f"--data.url={target}"]
     return [sys.executable, "-m", "data_prep.prepare", *flags, "--data.part_bytes=8000000"]
 
 

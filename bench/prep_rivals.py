@@ -113,7 +113,8 @@ def _load(source: str, scratch: Path):
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
-    return load_dataset("parquet", data_files=str(scratch / "source/*.parquet"), split="train")
+    files = sorted(str(path) for path in (scratch / "source").iterdir())
+    return load_dataset(Path(files[0]).suffix[1:], data_files=files, split="train")
 
 
 def _store(tokens: np.ndarray, target: str, number: int) -> None:
