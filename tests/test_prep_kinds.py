@@ -335,6 +335,13 @@ def test_files_on_a_web_server(suffix: str, server: str, tmp_path: Path, vocab_b
     assert both_splits(str(tmp_path / "set")) == encoded(TEXTS, vocab_bpe)
 
 
+def test_a_text_on_a_web_server(server: str, tmp_path: Path, vocab_bpe: Path):
+    """As Tiny Shakespeare is published."""
+    (tmp_path / "web/input.txt").write_text("\n\n".join(documents(80)))
+    prepare_set(f"{server}/input.txt", str(tmp_path / "set"), vocab_bpe, "--source.text_documents=blocks")
+    assert both_splits(str(tmp_path / "set")) == encoded(documents(80), vocab_bpe)
+
+
 def test_a_web_server_without_ranges(server: str, tmp_path: Path, vocab_bpe: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "web", "a.csv", TEXTS)
     prepare_set(f"{server}/whole/a.csv", str(tmp_path / "set"), vocab_bpe)
