@@ -3,8 +3,8 @@
     python -m data_prep.prepare data_prep/configs/fineweb-edu-10bt.yaml --data.url=s3://BUCKET/fineweb-edu-10bt
 
 Reads a data set of the Hugging Face Hub by its name (source.dataset), or files (source.url): parquet, JSON, CSV, text,
-Arrow, WebDataset. Writes, below data.url, token shards, the vocabulary and, last, manifest.json; with RUN_URL set also a
-ledger for the cost report. How: data_prep/build.py, data_prep/sources/kinds.py.
+Arrow, WebDataset. Writes, below data.url, token shards, the vocabulary and, last, manifest.json; with RUN_URL set also
+a ledger for the cost report. How: data_prep/build.py, data_prep/sources/kinds.py.
 """
 
 from core import stop

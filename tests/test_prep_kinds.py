@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import gc
 import http.server
 import io
 import json
@@ -16,7 +17,7 @@ import pytest
 
 from core import manifest, storage
 from core.errors import DataError, ObjectNotFound, StorageError
-from data_prep.sources import blocks, kinds, web
+from data_prep.sources import blocks, kinds, streamed, web
 from data_prep.sources.files import Part, SourceFile
 from tests.corpus import both_splits, documents, documents_of, encoded, prepare_set, stored, table
 
@@ -145,6 +146,23 @@ def test_source_bytes_count_once(tmp_path: Path):
         found = kinds.kind_of(file).read(Part(0, file, 0, file.size), None, {column: "text"}, counts.append)
         assert sum(batch.num_rows for batch in found) == len(TEXTS)
         assert sum(counts) == file.size, suffix
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "arrow", "file.arrow", "tar"])
+def test_no_fetching_goes_on_behind_a_reader(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is left to the collector to end would wait for threads wherever the collector happens to run."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
+    path = write(tmp_path, f"a.{suffix}", TEXTS)
+    file = SourceFile(str(path), path.stat().st_size, "")
+    found = kinds.kind_of(file).read(Part(0, file, 0, file.size), None, {}, lambda count: None)
+    gc.disable()
+    try:
+        streamed.schema_of.__wrapped__(file)
+        next(found)
+        found.close()
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("fetch")]
+    finally:
+        gc.enable()
 
 
 # --- columns -------------------------------------------------------------------------------------------------------

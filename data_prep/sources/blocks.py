@@ -1,8 +1,9 @@
 """The bytes of source files in order: fetched some blocks ahead of the reader, decompressed on the way."""
 
+import contextlib
 import io
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ def compression_of(uri: str) -> str | None:
     return next((kind for suffix, kind in COMPRESSIONS.items() if places.has_suffix(uri, (suffix,))), None)
 
 
-def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Iterator[bytes]:
+def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Generator[bytes, None, None]:
     """The bytes of a range in order, some blocks ahead of the reader."""
     ranges = ((at, min(end, at + BLOCK_BYTES)) for at in range(start, end, BLOCK_BYTES))
     waiting: deque[Future[bytes]] = deque()
@@ -42,7 +43,7 @@ def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Iterator[bytes]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def content(file: SourceFile, fetched: Fetched) -> Iterator[bytes]:
+def content(file: SourceFile, fetched: Fetched) -> Generator[bytes, None, None]:
     """A whole file, decompressed if its name says that it is compressed. Raises DataError for a damaged one."""
     raw = ranged(file.uri, 0, file.size, fetched)
     kind = compression_of(file.uri)
@@ -50,7 +51,7 @@ def content(file: SourceFile, fetched: Fetched) -> Iterator[bytes]:
         yield from raw
         return
     try:
-        with pa.CompressedInputStream(pa.PythonFile(Stream(raw), mode="r"), kind) as plain:
+        with Stream(raw) as packed, pa.CompressedInputStream(pa.PythonFile(packed, mode="r"), kind) as plain:
             while block := plain.read(BLOCK_BYTES):
                 yield block
     except (pa.ArrowException, OSError) as error:
@@ -63,19 +64,30 @@ def content(file: SourceFile, fetched: Fetched) -> Iterator[bytes]:
 def head(file: SourceFile) -> bytes:
     """The first bytes of a file, decompressed."""
     if compression_of(file.uri):
-        return next(content(file, lambda count: None), b"")
+        with contextlib.closing(content(file, _uncounted)) as found:
+            return next(found, b"")
     return places.read_range(file.uri, 0, min(file.size, HEAD_BYTES))
 
 
-class Stream(io.RawIOBase):
-    """An iterator of blocks as a file that is read from front to back."""
+def _uncounted(count: int) -> None:
+    pass
 
-    def __init__(self, blocks: Iterator[bytes]):
+
+class Stream(io.RawIOBase):
+    """A generator of blocks as a file that is read from front to back."""
+
+    def __init__(self, blocks: Generator[bytes, None, None]):
         self._blocks = blocks
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        """End the fetching. A stream that is only dropped may be collected in one of its own threads, which would then
+        wait for itself."""
+        self._blocks.close()
+        super().close()
 
     def read(self, count: int = -1) -> bytes:
         if count < 0:
@@ -103,10 +115,10 @@ class SeekableStream(Stream):
     """
 
     def __init__(self, file: SourceFile, reached: Callable[[int], None]):
-        super().__init__(iter(()))
+        super().__init__(ranged(file.uri, 0, file.size, _uncounted))
         self._file = file
         self._reached = reached
-        self._move_to(0)
+        self._at = 0
 
     def seekable(self) -> bool:
         return True
@@ -130,6 +142,7 @@ class SeekableStream(Stream):
         return piece
 
     def _move_to(self, position: int) -> None:
+        self._blocks.close()
         self._at = position
         self._rest = memoryview(b"")
-        self._blocks = ranged(self._file.uri, position, self._file.size, lambda count: None)
+        self._blocks = ranged(self._file.uri, position, self._file.size, _uncounted)

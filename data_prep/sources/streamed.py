@@ -11,7 +11,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -135,17 +135,24 @@ class _Entry:
     file: SourceFile
     fetched: Fetched
     furthest: int = 0
+    streams: list[blocks.Stream] = field(default_factory=list)
 
     def reached(self, position: int) -> None:
         if position > self.furthest:
             self.fetched(position - self.furthest)
             self.furthest = position
 
+    def close(self) -> None:
+        """Close what `datasets` has opened, and may only drop."""
+        for stream in self.streams:
+            stream.close()
+
     def open(self) -> io.BufferedReader:
         if blocks.compression_of(self.file.uri):
             stream = blocks.Stream(blocks.content(self.file, self.fetched))
         else:
             stream = blocks.SeekableStream(self.file, self.reached)
+        self.streams.append(stream)
         # Arrow takes a short read for the end of the file.
         return io.BufferedReader(stream, BUFFER_BYTES)
 
@@ -164,7 +171,7 @@ def _opened(file: SourceFile, fetched: Fetched) -> Iterator[str]:
     try:
         yield f"{PROTOCOL}://{name}"
     finally:
-        del _entries[name]
+        _entries.pop(name).close()
 
 
 @lru_cache(maxsize=1)
