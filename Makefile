@@ -32,7 +32,7 @@ $(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/setup.sh
 	@$(SETUP) demo .venv-demo torch
 	@rm -f .venv-demo/.installed-*; touch $@
 
-demo: $(DEMO_STAMP) ## the whole pipeline on this machine: prepare, train, kill, resume, report (about 4 minutes)
+demo: $(DEMO_STAMP) ## the whole pipeline on this machine: prepare, train, kill, resume, report (2 to 3 minutes)
 	@$(DEMO_VENV)/bin/python -m demo.run
 
 test: $(STAMP) ## the fast tests
