@@ -100,7 +100,9 @@ def make(config: PrepConfig) -> tuple[PrepConfig, Plan]:
     """
     source = config.source
     if source.dataset:
-        files = _identified(named.find(source, _begun_revision(config)))
+        found = named.find(source, _begun_revision(config))
+        with named.explained(source, source.revision):  # of a gated set the card may be open
+            files = _identified(found)
     else:
         files = list_files(pinned(source.url, source.revision, config.data.url), kinds.SUFFIXES)
     config = replace(config, source=columns.resolved(files[0], source, config.filter))

@@ -11,7 +11,7 @@ REVISIONS = ("main", "v1")
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `files` as the data set owner/name at COMMIT. A gated one has its files for no token."""
+    """Serves `files` as the data set owner/name at COMMIT. A gated one shows only its card without a token."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Answer)
@@ -44,7 +44,10 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         elif tree := re.fullmatch(rf"/api/datasets/{REPOSITORY}/tree/({COMMIT})(?:/(.*))?", path):
             self._json([self._entry(name) for name in sorted(self.server.files) if name.startswith(tree[2] or "")])
         elif file := re.fullmatch(rf"/datasets/{REPOSITORY}/resolve/{COMMIT}/(.+)", path):
-            self._range(self.server.files[file[1]])
+            if self.server.gated and file[1] != "README.md" and not self.headers.get("Authorization"):
+                self._refuse(401, "GatedRepo", "Access to dataset owner/name is restricted.")
+            else:
+                self._range(self.server.files[file[1]])
         else:
             self._refuse(401, "RepoNotFound", "Invalid username or password.")
 
@@ -59,9 +62,6 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         return {"type": "file", "path": name, "size": len(self.server.files[name]), "oid": "0" * 40}
 
     def _range(self, data: bytes) -> None:
-        if self.server.gated and not self.headers.get("Authorization"):
-            self._refuse(401, "GatedRepo", "Access to dataset owner/name is restricted.")
-            return
         self.server.ranges += 1
         if self.server.ranges % 3 == 1:
             status, headers = ((429, {"Retry-After": "0"}), (503, {}))[self.server.ranges % 2]

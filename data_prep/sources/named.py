@@ -121,7 +121,7 @@ def _copy_of(source: SourceConfig, revision: str) -> Iterator[_Copy]:
         return
     repository, commit = _resolved(source, revision)
     root = hub.HubPath("datasets", repository, "", "").at(commit)
-    with _explained(source, revision):
+    with explained(source, revision):
         sizes = {info.uri.removeprefix(root): info.size for info in storage.list_objects(root)}
         with tempfile.TemporaryDirectory() as folder:
             for path in sizes:
@@ -163,7 +163,7 @@ def _cached(source: SourceConfig, revision: str) -> _Copy:
 def _resolved(source: SourceConfig, revision: str) -> tuple[str, str]:
     """The repository's full name, and the commit."""
     repository = source.dataset if "/" in source.dataset else _full_name(source)
-    with _explained(source, revision):
+    with explained(source, revision):
         address = hub.HubPath("datasets", repository, "", "")
         return repository, hub.revision_of(storage.pinned(address.at(revision or "main")))
 
@@ -180,7 +180,7 @@ def _full_name(source: SourceConfig) -> str:
 
 
 @contextlib.contextmanager
-def _explained(source: SourceConfig, revision: str) -> Iterator[None]:
+def explained(source: SourceConfig, revision: str) -> Iterator[None]:
     """What the Hub refuses, as one sentence about the setting."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
