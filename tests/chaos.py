@@ -163,7 +163,7 @@ def starts_and_saves(run_url: str) -> tuple[dict[float, float], list[dict]]:
     starts, saves = {}, []
     for number in RunFolder(run_url).segment_numbers():
         folder = RunFolder(run_url).segment(number)
-        start = json.loads(storage.read_bytes(storage.join(folder, "start.jsonl")))
+        start = json.loads(storage.read_bytes(folder.start))
         events, _ = journal.read(folder.events)
         for mark in (event for event in events if event["event"] == "mark"):
             if mark["name"] == "first_step":
