@@ -12,7 +12,7 @@ from costs.report import Report
 WIDTHS = {"wide": 720, "narrow": 350}
 HEIGHT = 280
 TOP, BOTTOM, RIGHT = 14, 28, 12
-# A phase with less than this of the dollars is drawn, together with its like, as "other".
+# Phases below this share of the dollars are drawn together, as "other".
 SMALL_SHARE = 0.005
 LOSSES_SHOWN = 0.97
 
@@ -32,7 +32,7 @@ def stacked(report: Report) -> dict[str, list[float]]:
     kept = {name: curve for name, curve in usd.items() if name not in small}
     if small:
         kept["other"] = [sum(values) for values in zip(*(usd[name] for name in small), strict=True)]
-    # What was bought for stands at the bottom, where its growth can be read.
+    # Kept training is at the bottom, where its growth is easiest to read.
     return {name: kept[name] for name in sorted(kept, key=lambda name: name != "train_kept")}
 
 

@@ -41,7 +41,7 @@ def terminal_table(sheet: Sheet) -> Table:
 
 
 def console() -> Console:
-    """Without a terminal there is no width to respect: a log or a pipe gets every column in full."""
+    """A console as wide as the terminal; a log or a pipe has no width, so it gets every column in full."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=180)
 

@@ -11,7 +11,7 @@ from costs.model import StorageUse
 from costs.report import Line, Report, SegmentLine
 from costs.units import Units
 
-# Of more segments the first and the last ones; nobody reads a thousand rows.
+# A longer table shows the first and the last segments.
 SEGMENTS_SHOWN = 40
 
 
@@ -169,7 +169,7 @@ def headline(report: Report) -> str:
 
 
 def notes(report: Report) -> list[str]:
-    """The notes, as many as somebody would read; JSON has all of them."""
+    """The first NOTES_SHOWN notes; JSON has all of them."""
     left = len(report.notes) - NOTES_SHOWN
     return report.notes[:NOTES_SHOWN] + ([f"{left} more notes: --json has all"] if left > 0 else [])
 

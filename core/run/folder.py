@@ -32,7 +32,7 @@ class SegmentFolder:
 
     @property
     def start(self) -> str:
-        """Created exclusively: whoever creates it has the number."""
+        """The first object of a segment. Its exclusive creation decides which machine has the number."""
         return storage.join(self.url, "ledger", self.name, "start.jsonl")
 
     @property
@@ -131,7 +131,7 @@ def step_name(step: int) -> str:
 
 
 def segment_number(name: str) -> int | None:
-    """None if a name is no segment's."""
+    """The number in a segment's name, None for any other name."""
     match = _SEGMENT.match(name)
     return int(match.group(1)) if match else None
 
@@ -139,7 +139,7 @@ def segment_number(name: str) -> int | None:
 def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str, Any], data_fingerprint: str) -> bool:
     """Create the run, or check that the one in `folder` has the same settings and data. True if created.
 
-    `identity` holds the flat settings that define the result. Raises RunError naming what differs.
+    `identity` holds the flat settings that define the result. Raises RunError, which names the setting that differs.
     """
     document = {
         "format": "run",
