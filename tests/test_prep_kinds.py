@@ -275,6 +275,13 @@ def test_what_cannot_be_read_is_one_sentence(name: str, data: bytes, message: st
     assert "\n" not in str(caught.value)
 
 
+def test_a_json_document_that_is_too_long(tmp_path: Path, vocab_bpe: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("data_prep.sources.json_files.LARGEST_DOCUMENT_BYTES", 100)
+    (tmp_path / "a.json").write_text(json.dumps(rows(documents(9))))
+    with pytest.raises(DataError, match=r"more than 100; write it as JSON lines: jq -c '\.\[\]' FILE"):
+        prepare_set(str(tmp_path / "a.json"), str(tmp_path / "set"), vocab_bpe)
+
+
 def test_a_bucket_that_fails_in_the_middle_is_the_buckets_fault(
     tmp_path: Path, vocab_bpe: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -11,6 +11,8 @@ from data_prep.sources import blocks, lines, streamed
 from data_prep.sources.files import Fetched, Part, SourceFile
 
 LARGEST_DOCUMENT_BYTES = 128 << 20
+# Bytes of JSON that a byte of a compressed file may stand for.
+PACKED_RATIO = 8
 
 
 def schema_of(file: SourceFile, source: SourceConfig) -> pa.Schema:
@@ -28,9 +30,10 @@ def _has_lines(file: SourceFile) -> bool:
     # An object on the first line, or one that is longer than the sample.
     if start.startswith(b"{") and (not separator or lines.is_object(first)):
         return True
-    if file.size > LARGEST_DOCUMENT_BYTES:
+    limit = LARGEST_DOCUMENT_BYTES // (PACKED_RATIO if blocks.compression_of(file.uri) else 1)
+    if file.size > limit:
         raise DataError(
-            f"{file.uri}: is one JSON document of {file.size} bytes, which does not fit into memory; "
+            f"{file.uri}: is one JSON document, which is read whole, of {file.size} bytes, more than {limit}; "
             "write it as JSON lines: jq -c '.[]' FILE.json > FILE.jsonl"
         )
     return False
