@@ -92,7 +92,7 @@ def _settings(options: argparse.Namespace) -> TrainConfig:
     flags = [str(CONFIGS / f"{options.preset}.yaml"), "--run.url=unused", "--data.url=unused"]
     flags += [f"--{each}" for each in options.set]
     settings = config.load(TrainConfig, flags, {})
-    size = options.micro_batch_size or settings.batch.micro_batch_size
+    size = options.micro_batch or settings.batch.micro_batch_size
     context = options.context or settings.model.context
     flags += [f"--model.context={context}", f"--batch.micro_batch_size={size}"]
     return config.load(TrainConfig, [*flags, f"--batch.tokens_per_step={size * options.accumulation * context}"], {})
