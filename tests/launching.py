@@ -57,17 +57,18 @@ def start(
     environment: Mapping[str, str] | None = None,
     module: str = "trainer.train",
     base: Sequence[str] = TINY,
-    torchrun: Sequence[str] = ("--rdzv-endpoint=127.0.0.1:0",),
+    torchrun: Sequence[str] = (),
     within: Sequence[str] = (),
 ) -> subprocess.Popen:
     """A run in a process group of its own, output to be read; `within` is a command that runs another.
 
-    torchrun starts several ranks; one rank starts directly.
+    torchrun starts several ranks, or one that is given options of it; else one rank starts directly.
     """
     command = [*within, sys.executable]
-    if ranks > 1:
+    if ranks > 1 or torchrun:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
-        command += ["--rdzv-backend=c10d", "--local-addr=127.0.0.1", *torchrun]
+        command += ["--rdzv-backend=c10d", "--local-addr=127.0.0.1"]
+        command += torchrun or ["--rdzv-endpoint=127.0.0.1:0"]
     command += ["-m", module, *base, *flags]
     env = {**no_ranks(), "TORCHELASTIC_ERROR_FILE": os.devnull, **(environment or {})}
     popen = subprocess.Popen if within else warm.Popen
