@@ -10,6 +10,7 @@ from core.run import journal, ledger, machine
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger, check_owner, claim_segment
 from core.run.machine import Machine
+from core.run.segment import Opening, open_segment
 
 START = 1_795_176_000.0
 
@@ -135,3 +136,15 @@ def test_without_a_price_nothing_is_claimed_to_be_spent(tmp_path: Path):
     book = Ledger(RunFolder(str(tmp_path)), Machine(), {}, flush_seconds=3600.0)
     assert book.spent_usd() is None
     book.close("finished")
+
+
+def test_a_key_in_an_error_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMIexample")
+    with (
+        pytest.raises(ValueError, match="denied"),
+        open_segment(RunFolder(str(tmp_path)), Opening(stage="evaluate", config={})),
+    ):
+        raise ValueError("denied for wJalrXUtnFEMIexample")
+    stored = "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
+    assert "denied for" in stored
+    assert "wJalrXUtnFEMIexample" not in stored

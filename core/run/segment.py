@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
-from core import stop
+from core import secrets, stop
 from core.errors import CapReached, one_line
 from core.run.cap import SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
@@ -93,7 +93,9 @@ class SegmentLog:
         if self.metrics:
             self.metrics.close()
         if self.ledger:
-            self.ledger.close(reason, step, **details)
+            # A foreign library's message may quote a key.
+            plain = {key: secrets.scrub(each) if isinstance(each, str) else each for key, each in details.items()}
+            self.ledger.close(reason, step, **plain)
 
     def __enter__(self) -> Self:
         return self
