@@ -74,7 +74,7 @@ def _options() -> argparse.Namespace:
 def _folder(text: str) -> Path:
     path = Path(text).resolve()
     if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no folder")
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
     return path
 
 

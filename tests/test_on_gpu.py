@@ -137,7 +137,7 @@ def test_what_fails_and_what_has_no_time_is_named_and_the_rest_runs(tmp_path):
         (["look", "--minutes=0"], "--minutes is 0, must be above 0"),
         (["all", "--only=versions"], "--only goes with one part; name look, exact or speed instead of all"),
         (["look", "--data=a", "--text=b"], "--data and --text both say what the tokens are; give one of them"),
-        (["speed", "--rivals=/not/there"], "--rivals: /not/there is no folder"),
+        (["speed", "--rivals=/not/there"], "--rivals: /not/there is not a folder"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: list[str], problem: str, tmp_path):

@@ -95,6 +95,7 @@ def test_an_answer_that_drips_ends_at_the_deadline(kind, monkeypatch):
         service.items["spot/instance-action"] = '{"action": "stop", "time": "2026-11-20T08:02:00Z"}'
         watch = SpotWatch(requests, {**environment, "CLOUD": "aws"}, poll_seconds=0.01)
         wait_for(lambda: requests.leave)
+        assert requests.leave.kind == "spot"
         watch.close()
 
 

@@ -178,7 +178,7 @@ def read_description(folder: RunFolder) -> dict[str, Any]:
             raise ValueError(f"format {document['format']!r} version {document['version']!r}")
         document["identity"], document["config"], document["data_fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{uri}: is no run description of this release ({error}); use another run.url") from error
+        raise RunError(f"{uri}: is not a run description of this release ({error}); use another run.url") from error
     return document
 
 

@@ -207,11 +207,6 @@ class Run:
             usd = _sum((usd, segment.usd if segment.spans else 0.0))
         return sorted(found, key=lambda point: point.step)
 
-    def newest(self, kind: str, name: str) -> Any:
-        """The newest known value of a metric on the path that was kept."""
-        values = (point.values.get(name) for point in reversed(self.points(kind)))
-        return next((value for value in values if value is not None), None)
-
     def machine_seconds(self, mark: str) -> list[float]:
         """Machine time of the whole run at each mark of a name."""
         found, seconds = [], 0.0

@@ -18,10 +18,6 @@ class Phase:
     dark: str
     is_preparation: bool = False  # the machine gets ready to work
 
-    @property
-    def label(self) -> str:
-        return label(self.name)
-
 
 @dataclass(frozen=True)
 class Mark:
@@ -53,7 +49,6 @@ PHASES = (
     Phase("idle_until_down", "launcher", "from the last segment to the machine's end", "#c9ced6", "#4a515c"),
     Phase("not_attributed", "report", "paid time that no phase claims", "#e3b7b7", "#8d5a5a"),
 )
-BY_NAME = {phase.name: phase for phase in PHASES}
 LEDGER_PHASES = tuple(phase.name for phase in PHASES if phase.by == "ledger")
 # What a ledger's `train` becomes in a report.
 REPORT_PHASES = tuple(phase.name for phase in PHASES if phase.name != "train")

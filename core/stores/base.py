@@ -51,10 +51,10 @@ class Store(Protocol):
     def size(self, key: str) -> int: ...
 
     def objects(self, folder: str) -> Iterable[Found]:
-        """All objects below a folder, at any depth; none if there is no such folder."""
+        """All objects below a folder, at any depth; an absent folder has none."""
 
     def names(self, folder: str) -> Iterable[str]:
-        """Names one level below a folder, of objects and folders; none if there is no such folder."""
+        """Names of objects and folders one level below a folder; an absent folder has none."""
 
     def matching(self, pattern: str) -> Iterable[Found]: ...
 

@@ -146,7 +146,7 @@ class RemoteStore:
                     yield Found(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     def _marks_folder(self, meta: Any) -> bool:
-        """Whether this is no object but the empty one with a slash at its end by which some tools mark a folder.
+        """Whether this is the empty object, named with a slash at its end, by which some tools mark a folder.
 
         obstore leaves the slash out.
         """
