@@ -51,8 +51,8 @@ LABEL org.opencontainers.image.title="pretrain-launcher prep" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="${GIT_REVISION}"
 USER 10001:10001
-HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.selftest"]
-CMD ["python", "-m", "launch.selftest"]
+HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.node.selftest"]
+CMD ["python", "-m", "launch.node.selftest"]
 
 FROM base AS train
 # Triton compiles a small C program with Python's headers for each kernel it launches; Inductor needs g++ and openssl
@@ -99,5 +99,5 @@ LABEL org.opencontainers.image.title="pretrain-launcher train" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="${GIT_REVISION}"
 USER 10001:10001
-HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.selftest"]
-CMD ["python", "-m", "launch.selftest"]
+HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.node.selftest"]
+CMD ["python", "-m", "launch.node.selftest"]

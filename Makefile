@@ -50,7 +50,7 @@ chaos: $(STAMP) ## one training run under 100 random kills, compared bit by bit 
 lint: $(STAMP) ## ruff and shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/shellcheck .ci/run requirements/*.sh launch/container.sh tests/conditions.sh
+	@$(BIN)/shellcheck .ci/run requirements/*.sh launch/node/container.sh tests/conditions.sh
 
 include launch/targets.mk
 

@@ -26,19 +26,19 @@ from rich.table import Table
 
 from bench import record
 from core import storage
-from core.schema import CheckpointConfig, ModelConfig, OptimizerConfig
+from core.settings.training import CheckpointConfig, ModelConfig, OptimizerConfig
 from demo.s3_server import S3Server
-from trainer import distributed
 from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
+from trainer.distributed import process_group
 from trainer.model.gpt import GPT
-from trainer.optim.units import UnitOptimizer
+from trainer.optim.optimizer import UnitOptimizer
 
 
 def main() -> None:
     options = _options()
     os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-    ranks = distributed.start("cpu")
+    ranks = process_group.start("cpu")
     model = GPT(ModelConfig(layers=options.layers))
     model.initialise(0)
     optimizer = UnitOptimizer(model, OptimizerConfig(), 0, 1)
@@ -55,7 +55,7 @@ def main() -> None:
                 measured = side(number + 1)
                 if number:  # the first round touches memory and fills caches
                     runs[name].append(measured)
-    distributed.stop()
+    process_group.stop()
     results = {
         **record.header("torch"),
         "bytes": size,

@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from core.schema import CheckpointConfig
+from core.settings.training import CheckpointConfig
 from trainer.checkpoint.interval import Cadence
 
 

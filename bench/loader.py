@@ -33,10 +33,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import record
-from core import manifest, storage
+from core import storage
+from core.data import manifest
+from core.data.manifest import Manifest, ShardEntry, Split, TokenizerInfo
+from core.data.shard import shard_bytes
 from core.figures import quantity
-from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
-from core.shard import shard_bytes
 from demo.s3_server import S3Server
 
 LENGTH, BATCH = 1024, 64

@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import corpus, record
-from core import manifest, storage
+from core import storage
+from core.data import manifest
 from core.figures import quantity
 from demo.s3_server import S3Server
 

@@ -65,8 +65,8 @@ def mapped(source: str, target: str, scratch: Path) -> None:
 
 
 def read(source: str, target: str, scratch: Path) -> None:
-    from core import config as settings
-    from core.schema_prep import PrepConfig
+    from core.settings import loader as settings
+    from core.settings.preparation import PrepConfig
     from data_prep import plan, words, workers
 
     flags = [f"--source.url={source}/*.parquet", f"--data.url={scratch}/set", "--data.part_bytes=8000000"]
@@ -99,7 +99,7 @@ def tokenize(document: dict) -> np.ndarray:
 def _tokenizer():
     global _encoding
     if _encoding is None:
-        from core import vocabulary
+        from core.data import vocabulary
 
         _encoding = vocabulary.read(os.environ["VOCAB_URL"]).encoding()
     return _encoding
@@ -141,7 +141,7 @@ def encode_only(side: str, files: list[Path]) -> float:
 def _ours(batches: list) -> Iterator[int]:
     import pyarrow as pa
 
-    from core import vocabulary
+    from core.data import vocabulary
     from data_prep.encode import GigatokenEngine
 
     global _encode_share

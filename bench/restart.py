@@ -28,11 +28,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from core import manifest, storage
-from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
+from core import storage
+from core.data import manifest
+from core.data.manifest import Manifest, ShardEntry, Split, TokenizerInfo
+from core.data.shard import shard_bytes
 from core.run import journal
 from core.run.folder import RunFolder
-from core.shard import shard_bytes
 from demo.processes import kill_tree
 from demo.s3_server import S3Server
 

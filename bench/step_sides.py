@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from core.schema import TrainConfig
+from core.settings.training import TrainConfig
 from trainer.model.gpt import GPT
+from trainer.model.precision import autocast
+from trainer.optim.optimizer import UnitOptimizer
 from trainer.optim.reduce import TreeReducer
-from trainer.optim.units import UnitOptimizer
-from trainer.precision import autocast
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class Side:
 
 
 def ours(settings: TrainConfig, device: torch.device, accumulation: int) -> Side:
-    """What trainer.loop does, with its own parts."""
+    """What trainer.loop.loop does, with its own parts."""
     model = GPT(settings.model, settings.train.activation_checkpointing)
     model.initialise(1)
     model.to(device)

@@ -22,11 +22,11 @@ from typing import Any
 
 from bench import record
 from bench.gpu import children, tokens
-from core import config
-from core.architecture import flops_per_token, parameters
 from core.figures import quantity
 from core.gpus import peak_flops
-from core.schema import TrainConfig
+from core.settings import loader
+from core.settings.model import flops_per_token, parameters
+from core.settings.training import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "trainer" / "configs"
 PARTS = ("forward", "backward", "optimizer")
@@ -54,7 +54,7 @@ def main() -> None:
         **record.header("torch", "numpy"),
         "command": "python -m bench.train_step " + " ".join(sys.argv[1:]),
         "device": runs[sides[0]][0]["device"],
-        "model": config.to_dict(settings.model),
+        "model": loader.to_dict(settings.model),
         "parameters": parameters(settings.model),
         "flops_per_token": flops_per_token(settings.model),
         "micro_batch": settings.batch.micro_batch_size,
@@ -91,11 +91,11 @@ def _options() -> argparse.Namespace:
 def _settings(options: argparse.Namespace) -> TrainConfig:
     flags = [str(CONFIGS / f"{options.preset}.yaml"), "--run.url=unused", "--data.url=unused"]
     flags += [f"--{each}" for each in options.set]
-    settings = config.load(TrainConfig, flags, {})
+    settings = loader.load(TrainConfig, flags, {})
     size = options.micro_batch or settings.batch.micro_batch_size
     context = options.context or settings.model.context
     flags += [f"--model.context={context}", f"--batch.micro_batch_size={size}"]
-    return config.load(TrainConfig, [*flags, f"--batch.tokens_per_step={size * options.accumulation * context}"], {})
+    return loader.load(TrainConfig, [*flags, f"--batch.tokens_per_step={size * options.accumulation * context}"], {})
 
 
 def _sides(options: argparse.Namespace) -> list[str]:
@@ -113,10 +113,10 @@ def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
 
     from bench import step_sides
     from bench.gpu import clock
-    from trainer import distributed
+    from trainer.distributed import process_group
 
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = distributed.start(kind).device
+    device = process_group.start(kind).device
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(1)
     if options.one in step_sides.OTHERS:
@@ -162,7 +162,7 @@ def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
         "loss": loss,
         "device": torch.cuda.get_device_name() if kind == "cuda" else f"CPU, {torch.get_num_threads()} threads",
     }
-    distributed.stop()
+    process_group.stop()
     return result
 
 

@@ -2,7 +2,7 @@
 
     bucket.url({"BUCKET": "my-bucket/team/", "RUN": "gpt2-124m"}, "RUN")    s3://my-bucket/team/runs/gpt2-124m
 
-Nodes use this outside of the container, too, with their own Python (launch/place.py): the standard library alone, and
+Nodes use this outside of the container, too, with their own Python (launch/node/place.py): standard library alone, and
 Python 3.8 or newer.
 """
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-# AWS takes a spot machine two minutes after its notice; launch/container.sh gives the container 100 s.
+# AWS takes a spot machine two minutes after its notice; launch/node/container.sh gives the container 100 s.
 SECONDS = 90.0
 # By so much sooner than launch.node kills it, a program leaves by itself, so that it can say how far it came.
 SOONER_SECONDS = 10.0

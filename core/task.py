@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from core import config
-from core.architecture import ModelConfig, public_model
 from core.errors import ConfigError
-from core.schema import TrainConfig
-from core.schema_prep import PrepConfig
-from core.schema_tuning import DistilConfig, DpoConfig, FinetuneConfig
+from core.settings import loader
+from core.settings.model import ModelConfig, public_model
+from core.settings.preparation import PrepConfig
+from core.settings.training import TrainConfig
+from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig
 
 _COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)([^\S\n][^\n;&|]*)?")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
@@ -191,7 +191,7 @@ def _work(path: str, document: Mapping[str, Any], envs: Mapping[str, str]) -> Wo
     if stage in _STARTS and not any(flag.startswith(f"--{_STARTS[stage]}=") for flag in flags):
         arguments.append(f"--{_STARTS[stage]}=?")
     try:
-        return _with_model(Work(stage, config.load(schema, _near(path, arguments), environment)), envs)
+        return _with_model(Work(stage, loader.load(schema, _near(path, arguments), environment)), envs)
     except ConfigError as error:
         return Work(stage, None, str(error))
 

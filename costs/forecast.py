@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from clouds.prices import Catalog, Offer
-from core import architecture, figures
-from core.schema_prep import PrepConfig
+from core import figures
+from core.settings.model import flops_per_token, parameters
+from core.settings.preparation import PrepConfig
 from core.task import Task, Training, Want, Work
 from costs import throughput
 from costs.model import StorageRates
@@ -105,7 +106,7 @@ def forecast(
     if assume.shutdown_seconds is None:
         idle = task.idle_seconds
         assume = dataclasses.replace(assume, shutdown_seconds=UNSAID_IDLE_SECONDS if idle is None else idle)
-    flops = architecture.flops_per_token(work.model) if work.model else None
+    flops = flops_per_token(work.model) if work.model else None
 
     def row(offer: Offer, spot: bool) -> Row:
         found = Row(offer, spot, task.nodes, (offer.usd_spot if spot else offer.usd_on_demand) * task.nodes)
@@ -247,7 +248,7 @@ def _around(row: Row, job: Job, assume: Assumptions, rates: StorageRates | None)
     moved = job.amount * BYTES_PER_TOKEN
     stored = 0.0 if job.work.stage == "evaluate" else moved
     if job.training and job.work.model:
-        size = architecture.parameters(job.work.model) * BYTES_PER_PARAMETER_SAVED
+        size = parameters(job.work.model) * BYTES_PER_PARAMETER_SAVED
         stored += job.training.checkpoint.keep_last * size
     found = {"storage": stored / 1e9 * rates.usd_per_gb_month * assume.storage_months}
     if job.work.stage != "prep" and row.offer.cloud != assume.bucket_cloud:

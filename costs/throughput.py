@@ -1,6 +1,6 @@
 """How fast a machine trains a model: MFU that others have published, or a finished run of this project has shown.
 
-tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.architecture. The published runs are
+tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.settings.model. The published runs are
 GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † are worked out from the source's
 tokens/s or ms/step, not printed there.
 """

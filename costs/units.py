@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from core import architecture
-from core.architecture import ModelConfig
-from core.config import from_dict
 from core.errors import LauncherError
 from core.run.model import Lost, Point, Run
 from core.run.phases import PREPARATION_PHASES
+from core.settings import model as architecture
+from core.settings.loader import from_dict
+from core.settings.model import ModelConfig
 from costs.cells import Spend
 from costs.model import OutsideTime
 

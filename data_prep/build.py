@@ -14,11 +14,11 @@ import logging
 import os
 import time
 
-from core import manifest
 from core.console import progress
+from core.data import manifest
+from core.data.manifest import Manifest
 from core.figures import quantity
-from core.manifest import Manifest
-from core.schema_prep import PrepConfig
+from core.settings.preparation import PrepConfig
 from data_prep import duplicates, finalize, part, plan, record, words, workers
 from data_prep.plan import Plan
 from data_prep.sources.files import Part

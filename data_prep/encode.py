@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from core.data.vocabulary import Vocabulary
 from core.errors import ConfigError, DataError
-from core.vocabulary import Vocabulary
 from data_prep.values import buffers
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ vocabulary and, last, manifest.json. How: data_prep/ready.py.
 import logging
 import os
 
-from core import config as settings
 from core.console import run_entry, set_up_logging
-from core.schema_prep import FetchConfig
+from core.settings import loader as settings
+from core.settings.preparation import FetchConfig
 from data_prep import ready, summary
 
 log = logging.getLogger(__name__)

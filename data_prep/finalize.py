@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core import manifest, storage
+from core import storage
+from core.data import manifest
+from core.data.manifest import Manifest, ShardEntry, Split, TokenizerInfo
+from core.data.shard import HEADER_BYTES
+from core.data.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_SHA256, GPT2_VOCAB_SIZE
 from core.errors import DataError
-from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
-from core.schema_prep import PrepConfig
-from core.shard import HEADER_BYTES
-from core.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_SHA256, GPT2_VOCAB_SIZE
+from core.settings.preparation import PrepConfig
 from data_prep import part as parts
 from data_prep.pack import ShardWriter
 from data_prep.part import Record

@@ -7,9 +7,10 @@ form and compared with that form's checksum, so that scores are comparable with 
 import hashlib
 from typing import Any
 
-from core import sets, storage
+from core import storage
+from core.data import sets
+from core.data.sets import SetInfo
 from core.errors import DataError
-from core.sets import SetInfo
 from data_prep import rows
 
 NAME = "hellaswag"

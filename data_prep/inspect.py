@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from core import manifest, storage, vocabulary
+from core import storage
 from core.console import run_entry
+from core.data import manifest, vocabulary
+from core.data.manifest import Manifest
+from core.data.shard import HEADER_BYTES
 from core.errors import ConfigError
 from core.figures import quantity
-from core.manifest import Manifest
-from core.shard import HEADER_BYTES
 
 USAGE = """python -m data_prep.inspect DATA_URL [--samples=3] [--split=train] [--seed=0]
 

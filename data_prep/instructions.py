@@ -1,12 +1,12 @@
-"""Rows for fine-tuning and preference optimisation, checked one by one and stored in one form (core.conversations)."""
+"""Rows for fine-tuning and preference optimisation, checked and stored in one form (core.data.conversations)."""
 
 import logging
 from typing import Any
 
-from core import sets
-from core.conversations import conversation, preference_row
+from core.data import sets
+from core.data.conversations import conversation, preference_row
+from core.data.sets import SetInfo
 from core.errors import DataError
-from core.sets import SetInfo
 from data_prep import rows
 
 log = logging.getLogger(__name__)

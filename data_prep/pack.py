@@ -12,8 +12,8 @@ from operator import itemgetter
 import numpy as np
 
 from core import storage
-from core.manifest import ShardEntry
-from core.shard import header_bytes
+from core.data.manifest import ShardEntry
+from core.data.shard import header_bytes
 
 
 class ShardWriter:

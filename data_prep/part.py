@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from core import storage
+from core.data.manifest import ShardEntry
+from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import DataError
-from core.manifest import ShardEntry
-from core.schema_prep import PrepConfig
-from core.vocabulary import GPT2_END_OF_TEXT
+from core.settings.preparation import PrepConfig
 from data_prep.encode import Check, Engine
 from data_prep.pack import ShardWriter
 from data_prep.sources import documents

@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from core import config as settings
-from core import hub, manifest, storage
+from core import hub, storage
+from core.data import manifest
 from core.errors import DataError, ObjectExists, ObjectNotFound
-from core.schema_prep import PrepConfig
+from core.settings import loader as settings
+from core.settings.preparation import PrepConfig
 from data_prep.sources import columns, kinds, named, places
 from data_prep.sources.files import Part, SourceFile
 

@@ -15,9 +15,9 @@ if __name__ == "__main__":
 import logging
 import os
 
-from core import config as settings
 from core.console import run_entry, set_up_logging
-from core.schema_prep import PrepConfig
+from core.settings import loader as settings
+from core.settings.preparation import PrepConfig
 from data_prep import starter
 
 log = logging.getLogger(__name__)

@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from core import hub, manifest, storage
+from core import hub, storage
 from core.console import progress
+from core.data import manifest
+from core.data.manifest import Manifest, ShardEntry, Split
+from core.data.shard import HEADER_BYTES, MAGIC, header_bytes
+from core.data.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from core.errors import DataError
-from core.manifest import Manifest, ShardEntry, Split
-from core.schema_prep import FetchConfig
-from core.shard import HEADER_BYTES, MAGIC, header_bytes
-from core.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
+from core.settings.preparation import FetchConfig
 from data_prep import part, plan, words
 from data_prep.finalize import GPT2
 from data_prep.plan import Plan

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from core import stop
 from core.run.folder import RunFolder
 from core.run.segment import Opening, open_segment
-from core.schema_prep import PrepConfig
+from core.settings.preparation import PrepConfig
 
 Switch = Callable[[str], None]
 

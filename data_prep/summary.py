@@ -1,6 +1,6 @@
 """What a finished set holds, in a few lines, and what to do with it next."""
 
-from core.manifest import Manifest
+from core.data.manifest import Manifest
 
 
 def show(made: Manifest, url: str) -> None:

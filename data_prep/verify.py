@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from core import manifest, storage, vocabulary
+from core import storage
 from core.console import progress, run_entry, set_up_logging
+from core.data import manifest, vocabulary
+from core.data.manifest import Manifest, ShardEntry
+from core.data.shard import HEADER_BYTES, check_size, parse_header
 from core.errors import ConfigError, LauncherError
-from core.manifest import Manifest, ShardEntry
-from core.shard import HEADER_BYTES, check_size, parse_header
 
 log = logging.getLogger(__name__)
 

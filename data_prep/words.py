@@ -1,8 +1,9 @@
 """GPT-2's vocabulary, stored beside the shards, so that no later stage needs anybody's server for it."""
 
-from core import storage, vocabulary
+from core import storage
+from core.data import vocabulary
+from core.data.vocabulary import Vocabulary
 from core.errors import ConfigError, ObjectNotFound
-from core.vocabulary import Vocabulary
 
 
 def store(vocab_url: str, data_url: str) -> str:

@@ -14,10 +14,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from core import vocabulary
 from core.console import set_up_logging
+from core.data import vocabulary
 from core.errors import DataError
-from core.schema_prep import PrepConfig
+from core.settings.preparation import PrepConfig
 from data_prep import duplicates, starter
 from data_prep import part as parts
 from data_prep.encode import Check, open_engine

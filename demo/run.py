@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from core import manifest, storage
+from core import storage
+from core.data import manifest
+from core.data.shard import HEADER_BYTES
 from core.run.reader import Detail, read_run
-from core.shard import HEADER_BYTES
 from demo import speeches
 from demo.processes import kill_tree, start
 from demo.s3_server import S3Server

@@ -16,7 +16,7 @@ from core.console import run_entry
 from core.errors import ConfigError, LauncherError, ObjectExists, one_line
 from core.stores import aws
 from launch import registry, work
-from launch.left import lambda_get
+from launch.down import lambda_get
 from launch.skypilot import find_sky
 from launch.task import candidates, read_task, revision, settings_of, sky_command
 from launch.work import Finding, accelerator, data_bytes

@@ -5,12 +5,14 @@ problems({"MAX_USD": "$20", ...})     ["environment variable MAX_USD: max_usd is
 
 from collections.abc import Callable, Mapping
 
-from core import bucket, config
+from core import bucket
 from core.errors import ConfigError
 from core.run.machine import positive
-from core.schema import RunConfig
+from core.settings import loader
+from core.settings.training import RunConfig
 from core.stores import credentials
-from launch import network, node
+from launch.node import __main__ as node
+from launch.node import network
 
 
 def problems(settings: Mapping[str, str]) -> list[str]:
@@ -26,7 +28,7 @@ def problems(settings: Mapping[str, str]) -> list[str]:
 
 
 def _cap(settings: Mapping[str, str]) -> float:
-    return config.load(RunConfig, [], {"RUN_URL": "any", "MAX_USD": settings["MAX_USD"]}).max_usd
+    return loader.load(RunConfig, [], {"RUN_URL": "any", "MAX_USD": settings["MAX_USD"]}).max_usd
 
 
 def _one_of(name: str, *choices: str) -> Callable[[Mapping[str, str]], str]:

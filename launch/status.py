@@ -12,7 +12,7 @@ from core.console import run_entry
 from core.errors import LauncherError
 from core.run.folder import RunFolder
 from core.run.reader import Detail, read_run
-from launch.left import look, project_tasks
+from launch.down import look, project_tasks
 from launch.skypilot import find_sky
 from launch.work import run_of
 

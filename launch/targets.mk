@@ -54,7 +54,7 @@ $(LAUNCH_VENV)/bin/sky:
 	@$(MAKE) --no-print-directory setup-launch
 
 down: | $(LAUNCH_VENV)/bin/sky ## end all jobs and clusters of this project and prove that nothing is left
-	@$(LAUNCH_PYTHON) -m launch.left --down
+	@$(LAUNCH_PYTHON) -m launch.down --down
 
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag
 	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml $(OPTIONS)

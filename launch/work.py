@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core import bucket, config, manifest, sets, storage
-from core.architecture import ModelConfig, public_model
+from core import bucket, storage
+from core.data import manifest, sets
 from core.errors import DataError, LauncherError
 from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
-from core.schema import DataConfig, TrainConfig
-from core.schema_tuning import FinetuneConfig
-from launch import memory, node_settings
+from core.settings import loader, memory
+from core.settings.model import ModelConfig, public_model
+from core.settings.training import DataConfig, TrainConfig
+from core.settings.tuning import FinetuneConfig
+from launch import node_settings
 from launch.task import candidates, read_task, settings_of
 
 
@@ -71,7 +73,7 @@ def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
             "(shells and make turn $20 into 0: for twenty dollars write MAX_USD=20)",
         )
     if "trainer.train" in task["run"]:
-        train = config.load(TrainConfig, _arguments(settings), _variables(settings))
+        train = loader.load(TrainConfig, _arguments(settings), _variables(settings))
     elif "trainer.finetune" in task["run"]:
         train = _as_training(_finetune(settings))
     else:
@@ -97,7 +99,7 @@ def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
 
 
 def _finetune(settings: Mapping[str, str]) -> FinetuneConfig:
-    return config.load(
+    return loader.load(
         FinetuneConfig, [*_arguments(settings), f"--finetune.start={settings['START']}"], _variables(settings)
     )
 
@@ -108,7 +110,7 @@ def _as_training(tuned: FinetuneConfig) -> TrainConfig:
     start = tuned.finetune.start.partition("/checkpoints/")[0]
     model = public_model(start) or ModelConfig()
     if "://" in start:
-        model = config.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
+        model = loader.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
     kept = {name: getattr(tuned, name) for name in ("run", "batch", "optimizer", "train", "checkpoint")}
     return TrainConfig(data=DataConfig(url=tuned.data.url or start), model=model, **kept)
 

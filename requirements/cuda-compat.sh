@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # For the Dockerfile, as root on Debian 12: NVIDIA's forward-compatibility libcuda of CUDA 13.0, from NVIDIA's apt
-# repository, into /usr/local/cuda-13.0/compat. Nothing looks there by itself: launch/container.sh and NVIDIA's
+# repository, into /usr/local/cuda-13.0/compat. Nothing looks there by itself: launch/node/container.sh and NVIDIA's
 # container toolkit do, where the host's driver is older.
 #   CUDA_REPOSITORY=https://... CUDA_KEY=FINGERPRINT requirements/cuda-compat.sh
 # apt accepts only an index that the key of this fingerprint signed, and only a package whose hash is in that index.

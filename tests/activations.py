@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.architecture import ModelConfig
+from core.settings.model import ModelConfig
 from trainer.model import loss
 from trainer.model.attention import Context, rotations
 from trainer.model.gpt import GPT, Block

@@ -3,10 +3,11 @@
 import safetensors.torch
 import torch
 
-from core import config, storage
-from core.architecture import ModelConfig
+from core import storage
+from core.settings import loader
+from core.settings.model import ModelConfig
 from trainer.checkpoint import layout
-from trainer.checkpoint.pieces import key_of
+from trainer.checkpoint.blocks import key_of
 from trainer.model.gpt import GPT
 
 # Threads wait for each other at the end of every product, on a busy machine far longer than a small one takes.
@@ -30,6 +31,6 @@ def store(run_url: str, model: GPT, step: int = 1, **state) -> str:
     data = safetensors.torch.save(blocks)
     file = layout.PayloadFile(layout.payload_name(1, 0, 1), len(data), layout.checksum(data))
     storage.write_bytes(storage.join(layout.folder_of(run_url, step), file.name), data)
-    state = {"config": {"model": config.to_dict(model.config), "data": {"url": ""}}, **state}
+    state = {"config": {"model": loader.to_dict(model.config), "data": {"url": ""}}, **state}
     layout.write_marker(run_url, layout.CheckpointManifest(step, 1, (file,), state))
     return run_url

@@ -39,14 +39,14 @@ def bucket(s3: S3Server, request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def ranks():
     """This process as the only rank of a job, and afterwards as none."""
-    from trainer import distributed
+    from trainer.distributed import process_group
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             patch.setenv(name, "")  # so that it is absent again at the end
             patch.delenv(name)
-        yield distributed.start("cpu")
-        distributed.stop()
+        yield process_group.start("cpu")
+        process_group.stop()
 
 
 @pytest.fixture(scope="session")

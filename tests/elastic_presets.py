@@ -11,16 +11,16 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from core.schema import CheckpointConfig, OptimizerConfig
+from core.settings.training import CheckpointConfig, OptimizerConfig
 from tests import presets
-from trainer import distributed
 from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
 from trainer.data.order import micro_batch_numbers
+from trainer.distributed import process_group
 from trainer.model.gpt import GPT
+from trainer.optim.optimizer import UnitOptimizer
 from trainer.optim.reduce import TreeReducer
 from trainer.optim.schedule import rate_factor
-from trainer.optim.units import UnitOptimizer
 
 MICRO_BATCHES = 24  # two ranks have four turns of three each
 STEPS = 8
@@ -34,7 +34,7 @@ def optimizer_of(name: str) -> OptimizerConfig:
 
 def main(folder: str, last: int, shard: bool, deal: bool) -> None:
     torch.set_num_threads(1)
-    ranks = distributed.start("cpu")
+    ranks = process_group.start("cpu")
     for number, (name, architecture) in enumerate(presets.architectures().items()):
         model = GPT(architecture)
         config = dataclasses.replace(optimizer_of(name), zero=int(shard))
@@ -64,7 +64,7 @@ def main(folder: str, last: int, shard: bool, deal: bool) -> None:
             optimizer.step(rate_factor(step, STEPS, config))
         saver.begin(last, {"step": last})
         saver.finish(last)
-    distributed.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from demo.processes import kill_tree
 from tests import warm
 from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint import layout
-from trainer.checkpoint.pieces import tensors_of
+from trainer.checkpoint.blocks import tensors_of
 
 REPOSITORY = Path(__file__).parent.parent
 

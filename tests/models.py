@@ -6,12 +6,13 @@ from random import Random
 
 import torch
 
-from core import config, sets
-from core.architecture import ModelConfig
-from core.schema import TrainConfig
+from core.data import sets
+from core.settings import loader
+from core.settings.model import ModelConfig
+from core.settings.training import TrainConfig
 from tests import corpus
-from trainer.exchange.begin import write_first_checkpoint
 from trainer.model.gpt import GPT
+from trainer.weights.begin import write_first_checkpoint
 
 SMALL = ModelConfig(layers=2, heads=2, width=32, context=64)
 # What GPT-2's pattern and HellaSwag's cleaning treat in different ways.
@@ -66,7 +67,7 @@ def random_model(choices: ModelConfig, seed: int = 0) -> GPT:
 def make_run(run_url: str, data_url: str, choices: ModelConfig = SMALL, seed: int = 0) -> GPT:
     """A run with one checkpoint, of step 0."""
     model = random_model(choices, seed)
-    flags = [f"--model.{key}={value}" for key, value in config.to_dict(choices).items()]
-    settings = config.load(TrainConfig, [*flags, f"--run.url={run_url}", f"--data.url={data_url}"], {})
+    flags = [f"--model.{key}={value}" for key, value in loader.to_dict(choices).items()]
+    settings = loader.load(TrainConfig, [*flags, f"--run.url={run_url}", f"--data.url={data_url}"], {})
     write_first_checkpoint(settings, model, "random numbers", "")
     return model

@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from core import config
-from core.architecture import ModelConfig
-from core.schema import TrainConfig
+from core.settings import loader
+from core.settings.model import ModelConfig
+from core.settings.training import TrainConfig
 
 FOLDER = Path(__file__).parent.parent / "trainer" / "configs"
 EOT_ROWS = 50257  # documents are told apart by the last token id, so that even a small model needs its row
@@ -16,7 +16,7 @@ def pretraining() -> dict[str, TrainConfig]:
     found = {}
     for path in sorted(FOLDER.glob("*.yaml")):
         if "\nmodel:" in path.read_text():
-            found[path.stem] = config.load(TrainConfig, [str(path), "--run.url=unused", "--data.url=unused"], {})
+            found[path.stem] = loader.load(TrainConfig, [str(path), "--run.url=unused", "--data.url=unused"], {})
     return found
 
 

@@ -13,9 +13,9 @@ from subprocess import PIPE
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
-from trainer import chat_template
-from trainer.generation.engine import Engine, Request
-from trainer.generation.settings import Sampling
+from trainer.data import chat_template
+from trainer.inference.engine import Engine, Request
+from trainer.inference.sampling import Sampling
 
 CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
 KEY = "correct-horse-battery"

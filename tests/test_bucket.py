@@ -33,9 +33,9 @@ FORMS = {
 
 
 def of_a_node(given: str, name: str) -> str:
-    """As launch/container.sh asks for it."""
+    """As launch/node/container.sh asks for it."""
     environment = {**os.environ, "BUCKET": given, "RUN": name}
-    command = [sys.executable, "-S", "-m", "launch.place", "RUN"]  # -S: a node's Python has none of our packages
+    command = [sys.executable, "-S", "-m", "launch.node.place", "RUN"]  # -S: a node's Python has none of our packages
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.stdout.strip() or done.stderr
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from core import manifest, storage
+from core import storage
+from core.data import manifest
+from core.data.manifest import Manifest, ShardEntry, Split, TokenizerInfo
+from core.data.shard import shard_bytes
 from core.errors import DataError, StorageError
-from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
-from core.shard import shard_bytes
 from tests.patience import PATIENCE_SECONDS
 from trainer.data.cache import ShardCache
 from trainer.data.loader import Batches, TokenSource

@@ -12,15 +12,16 @@ import pexpect
 import pytest
 import torch
 
-from core import vocabulary
+from core.data import vocabulary
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
-from trainer import chat_template, export
-from trainer.generation.engine import Engine, Request
-from trainer.generation.face import printable
-from trainer.generation.settings import Machine, Sampling
-from trainer.generation.speaker import Speaker, open_speaker
+from trainer import export
+from trainer.data import chat_template
+from trainer.inference.chat_model import Speaker, open_speaker
+from trainer.inference.engine import Engine, Request
+from trainer.inference.sampling import Machine, Sampling
+from trainer.inference.terminal import printable
 
 READY, TAKEN = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste is on while a line is written
 CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)

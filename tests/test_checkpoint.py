@@ -10,12 +10,12 @@ from core.errors import CheckpointError
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
-from core.schema import CheckpointConfig, ModelConfig, OptimizerConfig
-from trainer.checkpoint import layout, pieces
+from core.settings.training import CheckpointConfig, ModelConfig, OptimizerConfig
+from trainer.checkpoint import blocks, layout
 from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
 from trainer.model.gpt import GPT
-from trainer.optim.units import UnitOptimizer
+from trainer.optim.optimizer import UnitOptimizer
 
 MODEL = ModelConfig(layers=1, heads=2, width=8, context=4, padded_vocab_size=32)
 
@@ -68,7 +68,7 @@ def test_payload_is_plain_safetensors(tmp_path, ranks):
     import safetensors.torch
 
     _, optimizer = trained(1, 2)
-    staged = pieces.StagedFile(optimizer.blocks())
+    staged = blocks.StagedFile(optimizer.blocks())
     staged.fill(optimizer.blocks())
     loaded = safetensors.torch.load(bytes(staged.data))
     assert loaded.keys() == dict(optimizer.blocks()).keys()
@@ -200,7 +200,7 @@ def test_books_that_cannot_be_stored_hold_the_marker_back(tmp_path, ranks):
 def test_rows_are_dealt_out_once_and_evenly(world: int):
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in GPT(ModelConfig()).named_parameters()}
-    units = pieces.deal(shapes, world)
+    units = blocks.deal(shapes, world)
     loads = [0] * world
     for name, shape in shapes.items():
         position = 0
@@ -209,9 +209,9 @@ def test_rows_are_dealt_out_once_and_evenly(world: int):
             position = unit.stop
             loads[unit.owner] += (unit.stop - unit.start) * shape[1:].numel()
         assert position == shape[0]
-    assert max(loads) - min(loads) <= pieces.MAX_UNIT_ELEMENTS
+    assert max(loads) - min(loads) <= blocks.MAX_UNIT_ELEMENTS
     cuts = {(unit.name, unit.start, unit.stop) for unit in units}
-    assert cuts == {(unit.name, unit.start, unit.stop) for unit in pieces.deal(shapes, 1)}, (
+    assert cuts == {(unit.name, unit.start, unit.stop) for unit in blocks.deal(shapes, 1)}, (
         "cuts do not depend on ranks"
     )
 

@@ -1,4 +1,4 @@
-"""trainer.compile_cache: a second process finds what the first one compiled. Slow: a compiler runs."""
+"""trainer.loop.compile_cache: a second process finds what the first one compiled. Slow: a compiler runs."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parent.parent
 PROGRAM = """
 import sys, torch
 from torch._dynamo.utils import counters
-from core.schema import ModelConfig
+from core.settings.training import ModelConfig
 from trainer import compile_cache
 
 uri = compile_cache.uri_of(sys.argv[1], ModelConfig(), 4, "cpu")

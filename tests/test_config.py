@@ -1,22 +1,22 @@
-"""core.config: three layers, typed values, errors that say where."""
+"""core.settings.loader: three layers, typed values, errors that say where."""
 
 from pathlib import Path
 
 import pytest
 
-from core import config
 from core.errors import ConfigError
-from core.renamed import RENAMED
-from core.schema import TrainConfig
-from core.schema_tuning import DistilConfig, DpoConfig, FinetuneConfig
-from trainer.evals.settings import EvaluateConfig
+from core.settings import loader
+from core.settings.evaluation import EvaluateConfig
+from core.settings.renamed import RENAMED
+from core.settings.training import TrainConfig
+from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig
 
 REPOSITORY = Path(__file__).parent.parent
 URLS = ["--run.url=/r", "--data.url=/d"]
 
 
 def load(*arguments: str, **environment: str) -> TrainConfig:
-    return config.load(TrainConfig, [*URLS, *arguments], environment)
+    return loader.load(TrainConfig, [*URLS, *arguments], environment)
 
 
 def write(folder: Path, text: str) -> str:
@@ -39,9 +39,9 @@ def test_layers_and_types(tmp_path: Path):
 
 def test_environment_overrides_the_file_and_a_flag_both(tmp_path: Path):
     file = write(tmp_path, "run:\n  url: /from-file\ndata:\n  url: /d\n")
-    assert config.load(TrainConfig, [file], {}).run.url == "/from-file"
-    assert config.load(TrainConfig, [file], {"RUN_URL": "/from-env"}).run.url == "/from-env"
-    assert config.load(TrainConfig, [file, "--run.url=/flag"], {"RUN_URL": "/from-env"}).run.url == "/flag"
+    assert loader.load(TrainConfig, [file], {}).run.url == "/from-file"
+    assert loader.load(TrainConfig, [file], {"RUN_URL": "/from-env"}).run.url == "/from-env"
+    assert loader.load(TrainConfig, [file, "--run.url=/flag"], {"RUN_URL": "/from-env"}).run.url == "/flag"
 
 
 @pytest.mark.parametrize(
@@ -87,23 +87,23 @@ def test_errors_of_flags(tmp_path: Path):
     ):
         load("--batch.tokens_per_step=1000")
     with pytest.raises(ConfigError, match=r"url: is empty; set it, --run\.url"):
-        config.load(TrainConfig, [], {})
+        loader.load(TrainConfig, [], {})
 
 
 def test_round_trip_and_identity():
     loaded = load("--train.steps=2000", "--train.log_every=3")
-    assert config.from_dict(TrainConfig, config.to_dict(loaded), "stored") == loaded
-    identity = config.identity(loaded)
+    assert loader.from_dict(TrainConfig, loader.to_dict(loaded), "stored") == loaded
+    identity = loader.identity(loaded)
     assert identity["train.steps"] == 2000
     assert "train.log_every" not in identity
     assert "run.url" not in identity
     with pytest.raises(ConfigError, match=r"stored: unknown setting train\.nonsense"):
-        config.from_dict(TrainConfig, {"train": {"nonsense": 1}}, "stored")
+        loader.from_dict(TrainConfig, {"train": {"nonsense": 1}}, "stored")
 
 
 def test_help_names_every_setting():
-    text = config.help_text(TrainConfig, "usage")
-    for key in config.flatten(config.to_dict(load())):
+    text = loader.help_text(TrainConfig, "usage")
+    for key in loader.flatten(loader.to_dict(load())):
         assert f"--{key}=" in text
 
 
@@ -126,6 +126,6 @@ def test_an_old_name_of_a_setting_is_answered_with_the_new_one(tmp_path: Path):
 
 def test_every_new_name_is_a_setting():
     schemas = (TrainConfig, FinetuneConfig, DpoConfig, DistilConfig, EvaluateConfig)
-    known = {key for schema in schemas for key, _ in config._walk(schema)}
+    known = {key for schema in schemas for key, _ in loader._walk(schema)}
     assert {name.partition("=")[0] for name in RENAMED.values()} <= known
     assert not set(RENAMED) & known

@@ -94,7 +94,7 @@ def test_an_absent_task_file_is_named():
 
 
 def test_a_build_of_images_is_work_as_well(tmp_path: Path):
-    work = tasks.load(write(tmp_path, "cpus: 8+", "bash launch/container.sh build prep")).work
+    work = tasks.load(write(tmp_path, "cpus: 8+", "bash launch/node/container.sh build prep")).work
     assert (work.stage, work.config, work.why_not) == ("image", None, "")
 
 

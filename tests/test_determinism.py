@@ -1,4 +1,4 @@
-"""trainer.determinism: what is promised on which device, and that torch refuses nothing of a training step."""
+"""trainer.loop.determinism: what is promised on which device, and that torch refuses nothing of a training step."""
 
 import re
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.config import SettingError
 from core.errors import ConfigError
-from core.schema import OptimizerConfig, TrainLoopConfig
+from core.settings.loader import SettingError
+from core.settings.training import OptimizerConfig, TrainLoopConfig
 from tests import presets
-from trainer import determinism
-from trainer.distributed import Ranks
+from trainer.distributed.process_group import Ranks
+from trainer.loop import determinism
 from trainer.model.gpt import GPT
-from trainer.optim.units import UnitOptimizer
+from trainer.optim.optimizer import UnitOptimizer
 
 ARCHITECTURES = presets.architectures()
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from core import storage
-from core.architecture import ModelConfig
+from core.data.vocabulary import GPT2_VOCAB_SIZE
+from core.data.vocabulary import read as read_vocabulary
 from core.errors import ConfigError
-from core.vocabulary import GPT2_VOCAB_SIZE
-from core.vocabulary import read as read_vocabulary
+from core.settings.model import ModelConfig
 from tests import corpus, launching, tuning
 from trainer.model.gpt import GPT
 from trainer.model.recomputed import divergence_and_cross_entropy

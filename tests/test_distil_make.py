@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from core import sets, storage
+from core import storage
+from core.data import sets
 from core.run import journal
 from core.run.reader import read_run
 from costs.report import build
@@ -171,7 +172,7 @@ def test_rows_are_what_finetune_reads(tmp_path):
     write_prompts(tmp_path, 3)
     with FakeEndpoint(faults=False) as endpoint:
         make(*flags_of(endpoint, tmp_path))
-    from core.conversations import conversation
+    from core.data.conversations import conversation
 
     for line in (tmp_path / "data/sets/synthetic.jsonl").read_text().splitlines():
         assert conversation(json.loads(line))["messages"][1]["content"].startswith("An answer to: ")

@@ -63,7 +63,7 @@ def test_readme_names_the_test_command_that_ci_runs():
 
 
 def test_the_table_of_presets_is_true():
-    from core.architecture import parameters
+    from core.settings.model import parameters
     from tests import presets
 
     rows = re.findall(

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from core import storage
-from core.architecture import ModelConfig
-from core.conversations import preference
+from core.data.conversations import preference
+from core.data.vocabulary import read as read_vocabulary
 from core.errors import DataError
-from core.schema_tuning import RowsConfig
-from core.vocabulary import read as read_vocabulary
+from core.settings.model import ModelConfig
+from core.settings.tuning import RowsConfig
 from tests import launching, tuning
-from trainer.chat_template import NO_TARGET, render
 from trainer.data import examples
+from trainer.data.chat_template import NO_TARGET, render
 from trainer.model.gpt import GPT
 from trainer.stages.dpo import answer_log_probs, margins, preference_losses
 

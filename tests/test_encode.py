@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import vocabulary
+from core.data import vocabulary
+from core.data.vocabulary import Vocabulary
 from core.errors import ConfigError, DataError
-from core.vocabulary import Vocabulary
 from data_prep.encode import CHECK_BYTES, Check, GigatokenEngine, TiktokenEngine, open_engine
 from tests.corpus import speeches
 

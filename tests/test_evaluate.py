@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from core import config, manifest, sets, storage
+from core import storage
+from core.data import manifest, sets
 from core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from core.run.reader import read_run
+from core.settings import loader
+from core.settings.evaluation import EvaluateConfig
 from costs import discover
 from costs.report import build
 from tests import launching, models
@@ -18,9 +21,8 @@ from trainer import evaluate, export
 from trainer.evals import contamination, likelihood, perplexity, results
 from trainer.evals.hellaswag import HellaSwag
 from trainer.evals.likelihood import Request, likelihoods
-from trainer.evals.settings import EvaluateConfig
 from trainer.model.gpt import GPT
-from trainer.weights import open_weights
+from trainer.weights.open import open_weights
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -53,7 +55,7 @@ def fresh(run_url: str, tmp_path: Path) -> str:
 
 def evaluated(url: str, *flags: str, ranks) -> dict[str, dict]:
     """The newest results by task."""
-    settings = config.load(EvaluateConfig, ["--cpu_threads=1", *flags], {})
+    settings = loader.load(EvaluateConfig, ["--cpu_threads=1", *flags], {})
     evaluate.run([url], settings, ranks)
     found = results.read_all(results.folder_of(open_weights(url, CPU), settings.results))
     return {document["task"]: document for document in found}
@@ -354,7 +356,7 @@ def test_runs_and_public_models_side_by_side(fresh, run_url, ranks, capsys):
     export.main([run_url, f"{fresh}-hf/public"])
     capsys.readouterr()
     flags = ("--tasks=hellaswag", f"--compare={fresh}-hf/public,{fresh}/checkpoints/step-00000000")
-    settings = config.load(EvaluateConfig, ["--cpu_threads=1", *flags], {})
+    settings = loader.load(EvaluateConfig, ["--cpu_threads=1", *flags], {})
     evaluate.run([fresh, *settings.compare], settings, ranks)
     printed = capsys.readouterr().out
     assert "run step 0" in printed
@@ -367,7 +369,7 @@ def test_runs_and_public_models_side_by_side(fresh, run_url, ranks, capsys):
 
 def test_what_cannot_be_measured_is_one_sentence(fresh, run_url, data_url, ranks, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="'helaswag' is no task; there are perplexity, hellaswag, lm-eval:NAME"):
-        config.load(EvaluateConfig, ["--tasks=helaswag"], {})
+        loader.load(EvaluateConfig, ["--tasks=helaswag"], {})
     with pytest.raises(CheckpointError, match="absent: has no a complete checkpoint"):
         evaluated(str(tmp_path / "absent"), ranks=ranks)
     export.main([run_url, str(tmp_path / "out")])
@@ -395,7 +397,7 @@ def test_vocabulary_of_a_damaged_model_is_not_guessed(run_url, tmp_path, data_ur
 
 
 def _encoding(data_url: str):
-    from core.vocabulary import FILE_NAME, read
+    from core.data.vocabulary import FILE_NAME, read
 
     return read(storage.join(data_url, FILE_NAME)).encoding()
 

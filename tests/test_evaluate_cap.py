@@ -11,14 +11,15 @@ from subprocess import PIPE
 import pytest
 import torch
 
-from core import config, storage
+from core import storage
 from core.errors import CapReached, ConfigError
 from core.run.reader import read_run
+from core.settings import loader
+from core.settings.evaluation import EvaluateConfig
 from tests import launching, models, warm
 from trainer import evaluate
 from trainer.evals import books, likelihood, results
-from trainer.evals.settings import EvaluateConfig
-from trainer.weights import open_weights
+from trainer.weights.open import open_weights
 
 ROOT = Path(__file__).parent.parent
 TASK = ["--tasks=perplexity", "--tokens=3000", "--cpu_threads=1"]
@@ -50,7 +51,7 @@ def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, mo
 
     monkeypatch.setattr(likelihood, "_scores", counted)
     with pytest.raises(CapReached, match=r"the \$5 of max_usd.*larger MAX_USD"):
-        evaluate.run([run_url], config.load(EvaluateConfig, TASK, {"MAX_USD": "5"}), ranks)
+        evaluate.run([run_url], loader.load(EvaluateConfig, TASK, {"MAX_USD": "5"}), ranks)
     assert len(batches) == 3
     assert ends(run_url) == ["cap"]
     monkeypatch.undo()
@@ -59,7 +60,7 @@ def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, mo
     monkeypatch.setattr(likelihood, "TOKENS_PER_BATCH", 512)
     rest = []
     monkeypatch.setattr(likelihood, "_scores", lambda *given: rest.append(len(given[1])) or compute(*given))
-    evaluate.run([run_url], config.load(EvaluateConfig, TASK, {"MAX_USD": "50"}), ranks)
+    evaluate.run([run_url], loader.load(EvaluateConfig, TASK, {"MAX_USD": "50"}), ranks)
     [document] = results.read_all(results.folder_of(open_weights(run_url, torch.device("cpu")), ""))
     assert sum(batches) + sum(rest) == -(-document["scores"]["tokens"] // 64), "nothing is computed twice"
     assert ends(run_url) == ["cap", "finished"]
@@ -103,4 +104,4 @@ def test_asked_to_stop_it_leaves_with_33_and_keeps_what_it_found(tmp_path, vocab
 def test_a_cap_without_a_price_is_refused(run_url, ranks, monkeypatch):
     monkeypatch.delenv("USD_PER_HOUR", raising=False)
     with pytest.raises(ConfigError, match="this machine's price is not known; set USD_PER_HOUR"):
-        evaluate.run([run_url], config.load(EvaluateConfig, TASK, {"MAX_USD": "5"}), ranks)
+        evaluate.run([run_url], loader.load(EvaluateConfig, TASK, {"MAX_USD": "5"}), ranks)

@@ -9,16 +9,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from core import config
-from core.architecture import ModelConfig
 from core.errors import CheckpointError, ConfigError, DataError, StorageError
-from core.schema import TrainConfig
+from core.settings import loader
+from core.settings.model import ModelConfig
+from core.settings.training import TrainConfig
 from tests import launching, models
 from trainer import export, import_weights
-from trainer.exchange import folder, huggingface
-from trainer.generation.engine import Engine, Request
-from trainer.generation.settings import Sampling
-from trainer.weights import open_weights
+from trainer.inference.engine import Engine, Request
+from trainer.inference.sampling import Sampling
+from trainer.weights import folder, huggingface
+from trainer.weights.open import open_weights
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `hub`: pip install transformers")
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ TEXT = "The naïve dog's 3 puppies: \n\n\n  don't know 🙂 what [they] want… 
 
 def small(preset: Path) -> ModelConfig:
     """A preset's choices at another size."""
-    made = config.load(TrainConfig, [str(preset), "--run.url=r", "--data.url=d"], {}).model
+    made = loader.load(TrainConfig, [str(preset), "--run.url=r", "--data.url=d"], {}).model
     sizes = {"layers": 2, "heads": 2, "width": 32, "context": 64, "mlp_width": 80 if made.mlp_width else 0}
     return dataclasses.replace(made, **sizes)
 

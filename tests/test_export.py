@@ -23,8 +23,8 @@ from tests.patience import PATIENCE_SECONDS
 from trainer import export
 from trainer.checkpoint import layout
 from trainer.evals import results
-from trainer.exchange.model_card import thinned
-from trainer.weights import open_weights
+from trainer.weights.card import thinned
+from trainer.weights.open import open_weights
 
 REPOSITORY = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

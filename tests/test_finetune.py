@@ -5,19 +5,19 @@ import pytest
 import torch
 
 from core import storage
-from core.architecture import ModelConfig
+from core.data.vocabulary import read as read_vocabulary
 from core.errors import CheckpointError, DataError
-from core.schema_tuning import RowsConfig
-from core.vocabulary import read as read_vocabulary
+from core.settings.model import ModelConfig
+from core.settings.tuning import RowsConfig
 from tests import launching, tuning
-from trainer import weights
-from trainer.chat_template import NO_TARGET, render
 from trainer.checkpoint import layout
 from trainer.data import examples
+from trainer.data.chat_template import NO_TARGET, render
 from trainer.data.packing import NumberedBatches, in_order, pack
 from trainer.model import lora
 from trainer.model.gpt import GPT
 from trainer.stages.finetune import Rows
+from trainer.weights import open as weights
 
 MODULE = "trainer.finetune"
 FLAGS = [*tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--checkpoint.every_steps=3"]

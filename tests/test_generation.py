@@ -1,4 +1,4 @@
-"""trainer.generation: cached equals uncached, greedy equals `transformers`, what sampling keeps, streams of text."""
+"""trainer.inference: cached equals uncached, greedy equals `transformers`, what sampling keeps, streams of text."""
 
 import dataclasses
 import random
@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process
 
-from core import vocabulary
-from core.architecture import ModelConfig
+from core.data import vocabulary
+from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import ConfigError, TrainingError
-from core.vocabulary import GPT2_END_OF_TEXT
+from core.settings.model import ModelConfig
 from tests import presets
 from tests.checkpoints import random_model
-from trainer.evals.sample import sample
-from trainer.generation.choose import choose
-from trainer.generation.engine import ROOM_STEP, Engine, Request
-from trainer.generation.settings import Sampling, load
-from trainer.generation.text import TextStream
+from trainer.inference.choose import choose
+from trainer.inference.engine import ROOM_STEP, Engine, Request
+from trainer.inference.sampling import Sampling, load
+from trainer.inference.text import TextStream
+from trainer.loop.samples import sample
 from trainer.model.gpt import GPT
 
 CPU = torch.device("cpu")

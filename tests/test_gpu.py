@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bench.gpu import equivalence, resume, tokens
-from core.architecture import ModelConfig
+from core.settings.model import ModelConfig
 from tests import launching, presets
 from trainer.model.gpt import GPT
-from trainer.precision import autocast
+from trainer.model.precision import autocast
 
 pytestmark = pytest.mark.gpu
 

@@ -125,7 +125,7 @@ def test_only_the_stores_import_what_reads_them():
     allowed = {
         "obstore": {"core/stores/credentials.py", "core/stores/opener.py", "core/stores/remote.py"},
         "botocore": {"core/stores/credentials.py", "clouds/aws.py"},
-        "boto3": {"core/stores/credentials.py", "launch/check.py", "launch/left.py"},
+        "boto3": {"core/stores/credentials.py", "launch/check.py", "launch/down.py"},
         "fsspec": {"data_prep/sources/streamed.py"},
         "s3fs": set(),
     }
@@ -145,7 +145,7 @@ IMAGES = {
 NOT_IN_IMAGES = {"boto3", "gguf", "lm_eval", "matplotlib", "mlflow", "prompt_toolkit", "sky", "transformers"}
 NOT_IN_IMAGES |= {"tensorboard", "wandb"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
-# launch.preflight asks torch about GPUs, on machines that have some; core.xxh3 sums checkpoints.
+# launch.node.preflight asks torch about GPUs, on machines that have some; core.xxh3 sums checkpoints.
 ELSEWHERE = {"prep": {"torch", "xxhash"}, "train": set()}
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core import config, schema, sets, storage
-from core.architecture import ModelConfig
+from core import storage
+from core.data import sets
 from core.errors import ConfigError
 from core.gpus import memory_bytes
 from core.run.folder import RunFolder, open_run
-from launch import check, memory, registry, work
+from core.settings import loader, memory, training
+from core.settings.model import ModelConfig
+from launch import check, registry, work
 from launch import task as launch_task
 from tests import corpus, stores
 
@@ -206,8 +208,8 @@ def test_a_start_without_weights_and_rows_that_were_never_stored_are_named(tunin
 # --- memory ----------------------------------------------------------------------------------------------------
 
 
-def settings_of(*arguments: str) -> schema.TrainConfig:
-    return config.load(schema.TrainConfig, [str(ROOT / "trainer/configs/gpt2-124m.yaml"), *arguments, *URLS], {})
+def settings_of(*arguments: str) -> training.TrainConfig:
+    return loader.load(training.TrainConfig, [str(ROOT / "trainer/configs/gpt2-124m.yaml"), *arguments, *URLS], {})
 
 
 URLS = ("--run.url=/r", "--data.url=/d")
@@ -305,7 +307,7 @@ def test_an_image_that_is_not_there_one_sentence(registry_host):
 
 def test_an_image_for_another_architecture_is_refused(registry_host):
     settings = {"IMAGE": f"{registry_host}/me/image:1"}
-    with_suffix = {**task("pretrain-gh200"), "setup": "bash launch/container.sh image train"}
+    with_suffix = {**task("pretrain-gh200"), "setup": "bash launch/node/container.sh image train"}
     real = registry.platforms
     registry.platforms = lambda reference: real(reference.removesuffix("-train"))
     try:

@@ -13,7 +13,7 @@ from moto import mock_aws
 from core import storage
 from core.errors import ObjectNotFound
 from core.run import journal
-from launch import left, logs, pull
+from launch import down, logs, pull
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +34,7 @@ TAGS = [{"Key": "project", "Value": "pretrain-launcher"}]
 
 def test_nothing_of_ours_is_nothing_left(account):
     account.run_instances(ImageId="ami-12345678", MinCount=1, MaxCount=1)  # somebody else's
-    assert left.aws_left((), ["us-east-1"]) == []
+    assert down.aws_left((), ["us-east-1"]) == []
 
 
 def test_instances_and_volumes_of_ours_are_named_and_only_volumes_ended(account):
@@ -42,12 +42,12 @@ def test_instances_and_volumes_of_ours_are_named_and_only_volumes_ended(account)
     account.run_instances(ImageId="ami-12345678", MinCount=1, MaxCount=1, TagSpecifications=tags)
     tags = [{"ResourceType": "volume", "Tags": TAGS}]
     account.create_volume(AvailabilityZone="us-east-1a", Size=100, TagSpecifications=tags)
-    machine, volume = left.aws_left((), ["us-east-1"])
+    machine, volume = down.aws_left((), ["us-east-1"])
     assert re.fullmatch(r"aws us-east-1: \S+ i-\w+ \(running\)", str(machine))
     assert machine.end is None, "a label does not tell yours from a colleague's"
     assert re.fullmatch(r"aws us-east-1: unattached volume vol-\w+, 100 GB", str(volume))
     volume.end()
-    assert left.aws_left((), ["us-east-1"]) == [machine]
+    assert down.aws_left((), ["us-east-1"]) == [machine]
 
 
 def test_what_a_machine_leaves_as_it_goes_is_ended_too(account, monkeypatch, capsys):
@@ -65,29 +65,29 @@ def test_what_a_machine_leaves_as_it_goes_is_ended_too(account, monkeypatch, cap
 
     gone: list = []
     volume()
-    monkeypatch.setattr(left, "take_down", lambda names: (names, []))
-    monkeypatch.setattr(left, "records_left", lambda names: [])
-    monkeypatch.setattr(left, "lambda_left", machine_goes)
-    monkeypatch.setattr(left, "aws_left", partial(left.aws_left, regions=["us-east-1"]))
-    monkeypatch.setattr(left, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(down, "take_down", lambda names: (names, []))
+    monkeypatch.setattr(down, "records_left", lambda names: [])
+    monkeypatch.setattr(down, "lambda_left", machine_goes)
+    monkeypatch.setattr(down, "aws_left", partial(down.aws_left, regions=["us-east-1"]))
+    monkeypatch.setattr(down, "POLL_SECONDS", 0.0)
     monkeypatch.chdir(ROOT)
-    assert left.main(["--down"]) == 0
+    assert down.main(["--down"]) == 0
     assert capsys.readouterr().out.count("ending aws us-east-1: unattached volume") == 2
-    assert left.aws_left(()) == []
+    assert down.aws_left(()) == []
 
 
 def test_the_label_is_that_of_the_tasks():
     for path in (ROOT / "sky").glob("*.yaml"):
-        assert yaml.safe_load(path.read_text())["resources"]["labels"] == dict([left.LABEL])
+        assert yaml.safe_load(path.read_text())["resources"]["labels"] == dict([down.LABEL])
 
 
 def test_a_cloud_that_does_not_answer_is_not_nothing(monkeypatch):
     def lambda_left(names):
         raise OSError("timed out")
 
-    monkeypatch.setattr(left, "aws_left", lambda names: [])
-    monkeypatch.setattr(left, "lambda_left", lambda_left)
-    found, unknown = left.look(["x"])
+    monkeypatch.setattr(down, "aws_left", lambda names: [])
+    monkeypatch.setattr(down, "lambda_left", lambda_left)
+    found, unknown = down.look(["x"])
     assert found == []
     assert len(unknown) == 1
     assert "timed out" in unknown[0]

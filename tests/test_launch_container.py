@@ -1,4 +1,4 @@
-"""launch/container.sh with a docker that records what it is told; tests/test_launch_lab.py runs it on a real engine."""
+"""launch/node/container.sh with a docker that records its arguments; test_launch_lab.py runs it on a real engine."""
 
 import signal
 import subprocess
@@ -39,7 +39,7 @@ def node(tmp_path):
         path = f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin"
         environment = {"PATH": path, "HOME": str(tmp_path), "RECORD": str(record)}
         environment |= {"BUCKET": "b", "RUN": "r", "DATA": "d", **settings}
-        command = ["bash", str(ROOT / "launch/container.sh"), *arguments]
+        command = ["bash", str(ROOT / "launch/node/container.sh"), *arguments]
         return subprocess.Popen(
             command,
             env=environment,
@@ -185,4 +185,4 @@ def test_wrong_usage_shows_the_right_one(node):
     process = node("run", "train")
     output, _ = process.communicate()
     assert process.returncode == 2
-    assert "launch/container.sh run TARGET COMMAND" in output
+    assert "launch/node/container.sh run TARGET COMMAND" in output

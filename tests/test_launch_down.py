@@ -29,7 +29,7 @@ def job(number: int, status: str = "RUNNING") -> dict:
 )
 def test_down_ends_clusters_whatever_the_queue_of_jobs_says(sky, queue):
     sky(**{"jobs queue": queue, "status": (BROUGHT_UP + json.dumps([cluster("pretrain-8xa100")]), "", 0)})
-    done = sky.run("launch.left", "--down")
+    done = sky.run("launch.down", "--down")
     assert "down --yes pretrain-8xa100" in sky.called()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing is left" in done.stdout
@@ -38,7 +38,7 @@ def test_down_ends_clusters_whatever_the_queue_of_jobs_says(sky, queue):
 def test_down_says_what_could_not_be_listed_and_ends_the_rest(sky):
     refused = ("", "Traceback ...\nConnectionError: server is unhealthy\n", 1)
     sky(**{"jobs queue": refused, "status": (json.dumps([cluster("pretrain-8xa100")]), "", 0)})
-    done = sky.run("launch.left", "--down")
+    done = sky.run("launch.down", "--down")
     assert "down --yes pretrain-8xa100" in sky.called()
     assert done.returncode == 1
     assert "managed jobs: `sky jobs queue --skip-finished` failed: Traceback ... ConnectionError" in done.stdout
@@ -47,7 +47,7 @@ def test_down_says_what_could_not_be_listed_and_ends_the_rest(sky):
 
 def test_clusters_that_cannot_be_listed_are_ended_by_name(sky):
     sky(**{"jobs queue": NO_CONTROLLER, "status": ("not what was asked for\n", "", 0)})
-    done = sky.run("launch.left", "--down")
+    done = sky.run("launch.down", "--down")
     (down,) = [call for call in sky.called() if call.startswith("down")]
     assert {"pretrain-8xa100", "pretrain-gh200", "prep-data"} <= set(down.split())
     assert "pretrain-8xa100-spot" not in down.split()
@@ -74,7 +74,7 @@ def test_down_that_fails_for_one_thing_goes_on_with_the_next(sky):
 def test_two_jobs_of_one_name_are_cancelled_by_number(sky):
     ended = [job(1, "SUCCEEDED"), {"job_id": 4, "job_name": "of-somebody-else", "status": "RUNNING"}]
     sky(**{"jobs queue": (json.dumps([*ended, job(2), job(3, "RECOVERING")]), "", 0), "status": ("[]", "", 0)})
-    done = sky.run("launch.left", "--down")
+    done = sky.run("launch.down", "--down")
     assert "jobs cancel --yes 3 2" in sky.called()
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -84,13 +84,13 @@ def test_down_ends_a_cluster_of_ours_that_has_a_made_up_name_and_no_other(sky):
     mine, other = cluster("sky-1a2b-user", labels=labels), cluster("workbench", labels={"project": "mine"})
     managed = cluster("pretrain-8xa100-spot-7", labels=labels, is_managed=True)
     sky(**{"jobs queue": NO_CONTROLLER, "status": (json.dumps([mine, other, managed]), "", 0)})
-    sky.run("launch.left", "--down")
+    sky.run("launch.down", "--down")
     assert [call for call in sky.called() if call.startswith("down")] == ["down --yes sky-1a2b-user"]
 
 
 def test_without_sky_the_clouds_are_asked_and_the_exit_is_1(sky, tmp_path):
     (tmp_path / "bin/sky").unlink()
-    done = sky.run("launch.left", "--down")
+    done = sky.run("launch.down", "--down")
     assert done.returncode == 1
     assert "the sky command is not installed; run `make setup-launch`" in done.stdout
     assert "nothing is left" not in done.stdout
@@ -139,7 +139,7 @@ KEY = "secret_of-the-team.0123456789abcdef"
 @pytest.fixture
 def lambda_api(monkeypatch, tmp_path):
     """A server in the place of Lambda's: refuses `refusals` times with 429, then knows KEY."""
-    from launch import left
+    from launch import down
 
     class Handler(http.server.BaseHTTPRequestHandler):
         refusals = 0
@@ -163,9 +163,9 @@ def lambda_api(monkeypatch, tmp_path):
     Handler.asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(left, "LAMBDA_API", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(left, "LAMBDA_KEYS", tmp_path / "lambda_keys")
-    monkeypatch.setattr(left, "aws_left", lambda names: [])
+    monkeypatch.setattr(down, "LAMBDA_API", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(down, "LAMBDA_KEYS", tmp_path / "lambda_keys")
+    monkeypatch.setattr(down, "aws_left", lambda names: [])
     yield Handler
     server.shutdown()
     server.server_close()
@@ -182,36 +182,36 @@ def lambda_api(monkeypatch, tmp_path):
     ],
 )
 def test_lambda_keys_are_read_as_skypilot_reads_them(lambda_api, tmp_path, text):
-    from launch import left
+    from launch import down
 
     (tmp_path / "lambda_keys").write_text(text, encoding="utf-8")
-    assert left.look(["pretrain-8xa100"]) == ([], [])
+    assert down.look(["pretrain-8xa100"]) == ([], [])
     assert lambda_api.asked == [f"Bearer {KEY}"]
 
 
 def test_too_many_requests_are_waited_out(lambda_api, tmp_path):
-    from launch import left
+    from launch import down
 
     (tmp_path / "lambda_keys").write_text(f"api_key = {KEY}\n")
     lambda_api.refusals = 2
-    assert left.look(["pretrain-8xa100"]) == ([], [])
+    assert down.look(["pretrain-8xa100"]) == ([], [])
     assert len(lambda_api.asked) == 3
 
 
 def test_a_key_that_no_header_can_carry_is_not_printed(lambda_api, tmp_path):
-    from launch import left
+    from launch import down
 
     (tmp_path / "lambda_keys").write_text(f"api_key = {KEY}\x01more-of-it\n")
-    found, (problem,) = left.look(["pretrain-8xa100"])
+    found, (problem,) = down.look(["pretrain-8xa100"])
     assert found == []
     assert "could not be asked" in problem
     assert KEY not in problem
 
 
 def test_a_file_without_a_key_one_sentence(lambda_api, tmp_path):
-    from launch import left
+    from launch import down
 
     (tmp_path / "lambda_keys").write_text("api_key=without-blanks\n")
-    _, (problem,) = left.look(["pretrain-8xa100"])
+    _, (problem,) = down.look(["pretrain-8xa100"])
     assert "holds no `api_key = ...` line, with a blank on both sides of the =" in problem
     assert "without-blanks" not in problem

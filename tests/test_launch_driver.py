@@ -1,6 +1,6 @@
 """The host's driver and the image's CUDA: looked at before anything is built, decided by whether CUDA initialises.
 
-launch/container.sh runs here with an nvidia-smi and a docker that record what they are told. Only a GPU can show that
+launch/node/container.sh runs here with a recording nvidia-smi and a recording docker. Only a GPU can show that
 CUDA does initialise with NVIDIA's compatibility package.
 """
 
@@ -14,7 +14,7 @@ import pytest
 
 from clouds.machine import Gpu
 from core.exit_codes import BAD_NODE, FAILED
-from launch import preflight
+from launch.node import preflight
 
 ROOT = Path(__file__).parent.parent
 COMPAT = "/usr/local/cuda-13.0/compat"
@@ -48,7 +48,7 @@ def node(tmp_path):
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin:/usr/sbin", "HOME": str(tmp_path), "RECORD": str(record)}
         environment |= {"BUCKET": "b", "RUN": "r", "DATA": "d", "DEVICE": "cuda"}
         environment |= {"ROWS": "\n".join([f"{driver}, {gpu}"] * 8), **settings}
-        command = ["bash", str(ROOT / "launch/container.sh"), *arguments]
+        command = ["bash", str(ROOT / "launch/node/container.sh"), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         done.calls = record.read_text().splitlines() if record.exists() else []
         done.last_line = (done.stderr.splitlines() or [""])[-1]
@@ -210,7 +210,7 @@ def test_the_library_in_use_is_stated_where_all_is_well():
 
 
 def test_the_script_and_the_image_agree():
-    script = (ROOT / "launch/container.sh").read_text()
+    script = (ROOT / "launch/node/container.sh").read_text()
     assert f"\nBAD_NODE={BAD_NODE}\n" in script
     assert f"\nCOMPAT={COMPAT}\n" in script
     assert f"{COMPAT}/libcuda.so.1" in (ROOT / "requirements/cuda-compat.sh").read_text()

@@ -9,7 +9,7 @@ from clouds import machine, prices
 from clouds.machine import Gpu
 from core.errors import ConfigError
 from core.run.machine import machine_from_environment
-from launch import network, preflight
+from launch.node import network, preflight
 
 A100 = Gpu("NVIDIA A100-SXM4-40GB", 40960.0, "580.95.05", 0, 0)
 METADATA = {

@@ -14,8 +14,9 @@ import pytest
 from core import stop
 from core.exit_codes import BAD_NODE
 from core.run import journal
-from launch import node, preflight
-from launch.supervise import Child, Outcome
+from launch.node import __main__ as node
+from launch.node import preflight
+from launch.node.supervise import Child, Outcome
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from core import config
 from core.errors import LauncherError
-from core.schema import RunConfig
+from core.settings import loader
+from core.settings.training import RunConfig
 from launch import check, submit, work
 from launch.task import read_task, settings_of
 from tests import corpus
@@ -95,7 +95,7 @@ def test_check_and_node_agree_on_a_cap(monkeypatch, text):
     settings = settings_of(task, {"BUCKET": "b", "MAX_USD": text})
     refused = any(finding.mark == "x" for finding in check.findings(work.check_config, task, settings))
     try:
-        config.load(RunConfig, [], {"RUN_URL": "x", "MAX_USD": text})
+        loader.load(RunConfig, [], {"RUN_URL": "x", "MAX_USD": text})
         assert not refused
     except LauncherError:
         assert refused

@@ -21,9 +21,9 @@ from tests import checkpoints
 from tests.test_checkpoint import save, trained
 from trainer.checkpoint import layout
 from trainer.checkpoint.load import load_newest
-from trainer.exchange.begin import write_first_checkpoint
-from trainer.exchange.publish import check_empty
-from trainer.weights import look_up, open_weights
+from trainer.weights.begin import write_first_checkpoint
+from trainer.weights.open import look_up, open_weights
+from trainer.weights.publish import check_empty
 
 
 def put(*paths: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from core import manifest
+from core.data import manifest
+from core.data.manifest import Manifest, ShardEntry, Split, TokenizerInfo
 from core.errors import DataError
-from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
 
 SHARDS = (ShardEntry("train/a.bin", 100, 1224, "a" * 64), ShardEntry("train/b.bin", 50, 1124, "b" * 64))
 GOOD = Manifest(

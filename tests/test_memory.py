@@ -1,8 +1,8 @@
-"""core.architecture's estimate of activations, against what training really keeps (tests/activations.py)."""
+"""core.settings.model's estimate of activations, against what training really keeps (tests/activations.py)."""
 
 import pytest
 
-from core.architecture import ModelConfig, activation_bytes
+from core.settings.model import ModelConfig, activation_bytes
 from tests import activations, presets
 
 PRESETS = presets.pretraining()
@@ -43,7 +43,7 @@ def test_activations_of_every_preset_and_micro_batch(name: str):
 
 
 def test_compiled_blocks_keep_their_weights_in_bfloat16():
-    """As core.architecture.training_bytes counts them."""
+    """As core.settings.model.training_bytes counts them."""
     config = PRESETS["gpt2-124m"].model
     matrices = 12 * config.width**2
     assert activations.of_compiled_block(config, 2).weight_copies == 2 * matrices

@@ -10,7 +10,7 @@ from bench.gpu import tokens
 from core import storage
 from core.errors import ConfigError
 from tests import launching, missing, presets
-from trainer import report
+from trainer.loop import report
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_the_trainer_trains_and_its_checkpoint_is_as_with_all_packages(data_url:
 
 
 def test_a_live_view_without_rich_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "trainer.screen", None)  # as where its own imports fail
+    monkeypatch.setitem(sys.modules, "trainer.loop.screen", None)  # as where its own imports fail
     settings = presets.pretraining()["debug"]
     assert report.screen(settings, None) is None
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, display="live"))

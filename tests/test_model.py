@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
-from core import architecture
-from core.architecture import ModelConfig
-from core.config import SettingError
-from core.vocabulary import GPT2_END_OF_TEXT
+from core.data.vocabulary import GPT2_END_OF_TEXT
+from core.settings.loader import SettingError
+from core.settings.model import ModelConfig, flops_per_token, matrix_parameters, parameters
 from tests import presets
 from trainer.model.attention import document_mask
 from trainer.model.cache import KVCache
@@ -52,27 +51,27 @@ def test_preset_has_exactly_its_parameters(name: str):
     config = presets.pretraining()[name].model
     with torch.device("meta"):
         model = GPT(config)
-    assert model.parameter_count() == PUBLISHED[name] == architecture.parameters(config)
+    assert model.parameter_count() == PUBLISHED[name] == parameters(config)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_counts_and_flops_by_arithmetic_are_those_of_the_model(name: str):
     config = ARCHITECTURES[name]
     model = GPT(config)
-    assert architecture.parameters(config) == model.parameter_count()
+    assert parameters(config) == model.parameter_count()
     # Norms and biases have one dimension, the embedding is looked up, and the tied one is the output layer too.
     products = [
         parameter.numel()
         for key, parameter in model.named_parameters()
         if parameter.dim() == 2 and not key.startswith("wpe") and (config.tie_embeddings or not key.startswith("wte"))
     ]
-    assert architecture.matrix_parameters(config) == sum(products)
+    assert matrix_parameters(config) == sum(products)
 
 
 def test_speedrun_costs_the_matrix_products_of_124m():
     found = presets.pretraining()
     mine, faithful = (found[name].model for name in ("speedrun-162m", "gpt2-124m"))
-    assert architecture.flops_per_token(mine) == architecture.flops_per_token(faithful)
+    assert flops_per_token(mine) == flops_per_token(faithful)
 
 
 def test_gpt2_is_the_published_one():
@@ -313,7 +312,7 @@ def test_impossible_choices_are_refused(choice: dict, said: str):
 
 @pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="torchao is not installed")
 def test_fp8_converts_the_blocks_and_keeps_names_and_weights():
-    from trainer.precision import use_fp8
+    from trainer.model.precision import use_fp8
 
     config = ModelConfig(layers=1, heads=2, width=32, context=16, padded_vocab_size=64)
     model, plain = built(config), built(config)

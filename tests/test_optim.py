@@ -10,16 +10,16 @@ import torch
 from safetensors import numpy as safetensors
 
 from core import storage
-from core.architecture import ModelConfig
-from core.schema import OptimizerConfig
+from core.settings.model import ModelConfig
+from core.settings.training import OptimizerConfig
 from tests import launching, presets
 from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint import layout
-from trainer.checkpoint.pieces import parse_key
+from trainer.checkpoint.blocks import parse_key
 from trainer.model.gpt import GPT
 from trainer.optim import muon
+from trainer.optim.optimizer import UnitOptimizer
 from trainer.optim.schedule import rate_factor
-from trainer.optim.units import UnitOptimizer
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])

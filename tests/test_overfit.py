@@ -8,12 +8,12 @@ import torch
 
 from core import storage
 from core.run import journal
-from core.schema import TrainConfig
+from core.settings.training import TrainConfig
 from tests import corpus, launching, presets
-from trainer import overfit
 from trainer.model.gpt import GPT
+from trainer.optim.optimizer import UnitOptimizer
 from trainer.optim.schedule import rate_factor
-from trainer.optim.units import UnitOptimizer
+from trainer.stages import overfit
 
 PRESETS = presets.pretraining()
 # Made small, the others are the first of these.

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from core import manifest, storage, vocabulary
+from core import storage
+from core.data import manifest, vocabulary
 from core.errors import DataError, LauncherError, StorageError
 from data_prep import build
 from tests.corpus import documents, documents_of, prepare_config, prepare_set, speeches, stored, table, write_parquet

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core import config as settings
-from core import manifest, storage
+from core import storage
+from core.data import manifest
+from core.data.manifest import Manifest
+from core.data.shard import HEADER_BYTES
 from core.errors import DataError
-from core.manifest import Manifest
-from core.schema_prep import FetchConfig
-from core.shard import HEADER_BYTES
+from core.settings import loader as settings
+from core.settings.preparation import FetchConfig
 from data_prep import ready
 from tests.corpus import EOT
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core import manifest
+from core.data import manifest
 from core.run.reader import read_run
 from tests.corpus import prepare_set, speeches, stored, write_parquet
 from tests.patience import PATIENCE_SECONDS

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from core import manifest, storage
+from core import storage
+from core.data import manifest
 from core.errors import DataError, ObjectNotFound, StorageError
 from data_prep.sources import blocks, kinds, streamed, web
 from data_prep.sources.files import Part, SourceFile

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from core import config as settings
-from core import manifest
-from core.schema_prep import PrepConfig, SourceConfig
+from core.data import manifest
+from core.settings import loader as settings
+from core.settings.preparation import PrepConfig, SourceConfig
 from data_prep import plan
 from tests import hub_cache
 from tests.corpus import both_splits, documents, encoded, prepare_set, speeches, stored
@@ -77,7 +77,7 @@ REFUSED = """
 import json, os, sys
 from core import config
 from core.errors import LauncherError
-from core.schema_prep import PrepConfig
+from core.settings.preparation import PrepConfig
 from data_prep import plan
 
 for flags in json.loads(sys.argv[1]):

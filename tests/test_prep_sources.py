@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from core import config as settings
-from core import hub, manifest, storage
+from core import hub, storage
+from core.data import manifest
 from core.errors import DataError, StorageError
-from core.schema_prep import PrepConfig
+from core.settings import loader as settings
+from core.settings.preparation import PrepConfig
 from data_prep import build, duplicates, plan
 from tests.corpus import both_splits, documents, documents_of, encoded, prepare_set, stored, table, write_parquet
 

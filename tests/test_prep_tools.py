@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core import config as settings
-from core import manifest, storage
+from core import storage
+from core.data import manifest
+from core.data.shard import HEADER_BYTES
 from core.errors import ConfigError, DataError
-from core.schema_prep import FetchConfig
-from core.shard import HEADER_BYTES
+from core.settings import loader as settings
+from core.settings.preparation import FetchConfig
 from data_prep import fetch, inspect, prepare, ready, verify
 from tests.corpus import EOT, documents, documents_of, prepare_set, write_parquet
 

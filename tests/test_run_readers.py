@@ -12,8 +12,8 @@ from costs import page, render
 from costs.report import build
 from launch.status import spent_line
 from tests.golden import NOON, GoldenRun, mark, preempted_and_resumed, span, train_metric
-from trainer.exchange import model_card
 from trainer.plots import read_measured
+from trainer.weights import card
 
 LATER = NOON + 86400
 
@@ -77,7 +77,7 @@ def test_all_consumers_agree(golden: Callable[[Path], GoldenRun], tmp_path: Path
     assert cents in page.as_html(report, LATER)
     assert f"${usd:.2f} so far" in spent_line(url)
     opened = types.SimpleNamespace(run_url=url, step=10**9, data_url=None)
-    facts = model_card.gather(opened)
+    facts = card.gather(opened)
     assert facts.spent_usd == usd
     measured = read_measured(url)
     assert measured.points("train")[-1].usd <= usd

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from core import config
 from core.errors import ConfigError
-from core.schema_tuning import DistilConfig, DpoConfig, FinetuneConfig, MakeConfig
+from core.settings import loader
+from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, MakeConfig
 
 FOLDER = Path(__file__).parent.parent / "trainer" / "configs" / "tuning"
 RUN = "--run.url=s3://bucket/run"
@@ -26,7 +26,7 @@ PROGRAMS = {
 def test_shipped_configs_load(file: Path):
     (known,) = [name for name in PROGRAMS if file.stem.startswith(name)]
     schema, flags = PROGRAMS[known]
-    loaded = config.load(schema, [str(file), RUN, *flags], {})
+    loaded = loader.load(schema, [str(file), RUN, *flags], {})
     if known in ("finetune", "dpo"):
         assert loaded.batch.tokens_per_step % (max(1, loaded.batch.micro_batch_size) * 1024) == 0
 
@@ -47,13 +47,13 @@ def test_shipped_configs_load(file: Path):
 def test_contradictions_are_refused(name: str, flag: str, problem: str):
     schema, flags = PROGRAMS[name]
     with pytest.raises(ConfigError) as failure:
-        config.load(schema, [RUN, *flags, flag], {})
+        loader.load(schema, [RUN, *flags, flag], {})
     assert problem in str(failure.value)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_help_names_every_setting(name: str):
     schema, flags = PROGRAMS[name]
-    text = config.help_text(schema, "usage")
-    for key in config.flatten(config.to_dict(config.load(schema, [RUN, *flags], {}))):
+    text = loader.help_text(schema, "usage")
+    for key in loader.flatten(loader.to_dict(loader.load(schema, [RUN, *flags], {}))):
         assert f"--{key}=" in text

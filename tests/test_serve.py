@@ -17,16 +17,16 @@ import openai
 import pytest
 import torch
 
-from core import vocabulary
-from core.vocabulary import GPT2_END_OF_TEXT
+from core.data import vocabulary
+from core.data.vocabulary import GPT2_END_OF_TEXT
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
-from trainer import chat_template
-from trainer.generation.engine import Engine, Request
-from trainer.generation.settings import Sampling
-from trainer.serving.worker import Failed, Worker
+from trainer.data import chat_template
+from trainer.inference.engine import Engine, Request
+from trainer.inference.sampling import Sampling
+from trainer.inference.worker import Failed, Worker
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import aiohttp
 import pytest
 import torch
 
-from core import vocabulary
+from core.data import vocabulary
 from tests import checkpoints
 from tests.patience import PATIENCE_SECONDS
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
-from trainer import chat_template
-from trainer.generation.engine import Engine
+from trainer.data import chat_template
+from trainer.inference.engine import Engine
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core import sets
+from core.data import sets
 from core.errors import ConfigError, DataError
 from data_prep import hellaswag, instructions
 from data_prep import sets as entry

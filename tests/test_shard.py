@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from core.data.shard import HEADER_BYTES, check_size, header_bytes, parse_header, shard_bytes
 from core.errors import DataError
-from core.shard import HEADER_BYTES, check_size, header_bytes, parse_header, shard_bytes
 
 
 @pytest.mark.parametrize("kind", ["<u2", "<u4"])

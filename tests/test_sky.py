@@ -88,7 +88,8 @@ def test_commands_stop_at_the_first_error_and_name_what_exists(path):
         for file in re.findall(r"\bbash (\S+)", script):
             assert (ROOT / file).is_file()
         for module in re.findall(r"-m ([a-z_.]+)", script):
-            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+            place = ROOT / module.replace(".", "/")
+            assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
         for target in re.findall(r"container\.sh \w+ (\w+)", script):
             assert re.search(rf"^FROM \S+ AS {target}$", (ROOT / "Dockerfile").read_text(), re.M), target
 
@@ -108,7 +109,7 @@ def test_every_variable_that_a_command_uses_is_declared(path):
     declared = set(task["envs"]) | set(task.get("secrets") or {})
     used = set(re.findall(r"\$\{?([A-Z_]+)", task["setup"] + task["run"]))
     assert used - {"RUN_URL"} <= declared
-    launcher = (ROOT / "launch/container.sh").read_text()
+    launcher = (ROOT / "launch/node/container.sh").read_text()
     for name in declared - used:
         assert re.search(rf"\b{name}\b", launcher) or name.startswith(("AWS_", "BUCKET_")), f"{name} goes nowhere"
 

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from core.architecture import ModelConfig
-from core.schema import OptimizerConfig
+from core.settings.model import ModelConfig
+from core.settings.training import OptimizerConfig
 from tests import corpus, launching
-from trainer import trackers
+from trainer.loop import trackers
+from trainer.loop.norms import StepNorms
+from trainer.loop.peers import SlowPeers
+from trainer.loop.screen import curve
 from trainer.model.gpt import GPT
-from trainer.optim.units import UnitOptimizer
-from trainer.screen import curve
-from trainer.watch.norms import StepNorms
-from trainer.watch.peers import SlowPeers
+from trainer.optim.optimizer import UnitOptimizer
 
 
 def test_norms_of_one_step():

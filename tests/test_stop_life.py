@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from core import sets, storage
+from core import storage
+from core.data import sets
 from core.run.folder import RunFolder
 from tests import corpus, launching, models
 from tests.fake_metadata import metadata_service
@@ -120,7 +121,7 @@ class Run:
 
 def test_one_instant_of_each_kind(data_url, tmp_path):
     run = Run(str(tmp_path / "run"), [*FLAGS, f"--data.url={data_url}", f"--data.cache_dir={tmp_path}/cache"])
-    preflight = run.live().until_said("node 1 of 1").until_it_runs("trainer.preflight").ask()
+    preflight = run.live().until_said("node 1 of 1").until_it_runs("trainer.distributed.preflight").ask()
     assert run.ends(preflight) == 33
     assert not storage.list_names(f"{run.url}/preflight")
     imports = run.live(ranks=1).until_it_runs("-m trainer.train").ask(signal.SIGHUP).ask(signal.SIGINT)

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from core import config, storage, urls
+from core import storage, urls
 from core.errors import ConfigError, StorageError
-from core.schema import TrainConfig
-from core.schema_prep import FetchConfig, PrepConfig
-from core.schema_tuning import DistilConfig, DpoConfig, FinetuneConfig, MakeConfig
+from core.settings import loader
+from core.settings.evaluation import EvaluateConfig
+from core.settings.preparation import FetchConfig, PrepConfig
+from core.settings.training import TrainConfig
+from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, MakeConfig
 from tests.patience import PATIENCE_SECONDS
 from trainer.chat import ChatConfig
-from trainer.evals.settings import EvaluateConfig
-from trainer.exchange import folder as public
-from trainer.exchange import publish
 from trainer.generate import GenerateConfig
+from trainer.weights import folder as public
+from trainer.weights import publish
 
 ROOT = Path(__file__).parent.parent
 MEANT = {
@@ -144,8 +145,8 @@ SETTINGS = {
 def test_every_setting_that_is_a_place_is_checked(schema: type, key: str):
     others = [flag for flag in SETTINGS[schema][0] if not flag.startswith(f"--{key}=")]
     with pytest.raises(ConfigError, match=rf"^flag --{key}: {key} is 's3:/b/x', which .*did you mean s3://b/x\?"):
-        config.load(schema, [*others, f"--{key}=s3:/b/x"], {})
-    assert config.load(schema, [*others, f"--{key}=./s3:/b/x"], {})
+        loader.load(schema, [*others, f"--{key}=s3:/b/x"], {})
+    assert loader.load(schema, [*others, f"--{key}=./s3:/b/x"], {})
 
 
 def test_no_setting_that_is_a_place_was_forgotten():
@@ -153,13 +154,13 @@ def test_no_setting_that_is_a_place_was_forgotten():
     names = ("url", "start", "teacher", "rows", "prompts", "results", "compare")
     others = {"endpoint.url", "model.padded_vocab_size", "rows", "train.sample_prompts"}  # an API; numbers; texts
     for schema in SETTINGS:
-        found = {key for key, _ in config._walk(schema) if key.endswith(names)} - others
+        found = {key for key, _ in loader._walk(schema) if key.endswith(names)} - others
         assert {(schema, key) for key in found} <= tested
 
 
 def test_variables_are_checked_and_named():
     with pytest.raises(ConfigError, match=r"^environment variable RUN_URL: run.url is 's3:/b', which"):
-        config.load(TrainConfig, ["--data.url=/d"], {"RUN_URL": "s3:/b"})
+        loader.load(TrainConfig, ["--data.url=/d"], {"RUN_URL": "s3:/b"})
 
 
 @pytest.mark.parametrize(("schema", "key"), [(TrainConfig, "data.cache_dir"), (EvaluateConfig, "lm_eval_tasks")])
@@ -167,7 +168,7 @@ def test_variables_are_checked_and_named():
 def test_a_local_folder_is_no_url(schema: type, key: str, place: str):
     flags = SETTINGS[schema][0]
     with pytest.raises(ConfigError, match=rf"{key} is '{place}', which is not a path of this machine"):
-        config.load(schema, [*flags, f"--{key}={place}"], {})
+        loader.load(schema, [*flags, f"--{key}={place}"], {})
 
 
 # Entries as they are called, with settings that are complete but for the place.

@@ -1,4 +1,4 @@
-"""trainer.watch and the checkpoint interval: notices, the dollar cap, when to save. The metadata service in trouble."""
+"""trainer.loop and the checkpoint interval: notices, the dollar cap, when to save. The metadata service in trouble."""
 
 import time
 
@@ -11,12 +11,12 @@ from core.run.cap import SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
-from core.schema import CheckpointConfig
+from core.settings.training import CheckpointConfig
 from tests.fake_metadata import metadata_service
 from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint.interval import Cadence
-from trainer.watch.notice import Requests
-from trainer.watch.spot import GIVE_UP_AFTER, SpotWatch
+from trainer.loop.requests import Requests
+from trainer.loop.spot import GIVE_UP_AFTER, SpotWatch
 
 
 def wait_for(holds) -> None:

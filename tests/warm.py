@@ -27,8 +27,8 @@ REPOSITORY = Path(__file__).parent.parent
 # The entries run anew in each child, as `__main__`; these are what they import.
 PRELOADED = """
     torch torch.distributed torch.nn.parallel torch._dynamo torch._inductor.utils pyarrow.parquet tiktoken
-    trainer.segment trainer.stages.pretrain trainer.stages.finetune trainer.stages.dpo trainer.stages.distil
-    trainer.generation.engine trainer.evals.harness trainer.exchange.folder costs.command
+    trainer.loop.segment trainer.stages.pretrain trainer.stages.finetune trainer.stages.dpo trainer.stages.distil
+    trainer.inference.engine trainer.evals.harness trainer.weights.folder costs.command
 """.split()
 LONGEST_REQUEST = 1 << 20
 PR_SET_CHILD_SUBREAPER = 36

@@ -11,12 +11,13 @@ import os
 import sys
 from dataclasses import dataclass
 
-from core import config, urls
-from core.config import setting
+from core import urls
 from core.console import run_entry, set_up_logging
 from core.exit_codes import FAILED, OK
-from trainer.generation import settings as generation
-from trainer.generation.settings import Machine, Sampling
+from core.settings import loader
+from core.settings.loader import setting
+from trainer.inference import sampling as generation
+from trainer.inference.sampling import Machine, Sampling
 
 USAGE = "python -m trainer.chat RUN_OR_CHECKPOINT [--name=value ...] [--serve ...]"
 
@@ -36,19 +37,19 @@ class ChatConfig(Machine, Sampling):
 
 def main(arguments: list[str]) -> int:
     if "--serve" in arguments:
-        from trainer.serving.start import serve
+        from trainer.inference.start import serve
 
         return serve([argument for argument in arguments if argument != "--serve"])
     if {"-h", "--help"} & set(arguments):
-        print(config.help_text(ChatConfig, USAGE))
+        print(loader.help_text(ChatConfig, USAGE))
         return OK
     where, flags = generation.split_arguments(arguments, USAGE)
     settings = generation.load(ChatConfig, flags, os.environ)
     set_up_logging(speaks=False)
     # torch takes seconds to import: a wrong setting should not have to wait for it.
-    from trainer.generation.commands import Chat
-    from trainer.generation.face import Face
-    from trainer.generation.speaker import open_speaker
+    from trainer.inference.chat import Chat
+    from trainer.inference.chat_model import open_speaker
+    from trainer.inference.terminal import Face
 
     face = Face()
     with face.waiting(f"opening {where}"):

@@ -14,10 +14,10 @@ if __name__ == "__main__":
 
 import os
 
-from core import config
 from core.console import run_entry, set_up_logging
 from core.exit_codes import OK
-from core.schema_tuning import DistilConfig, MakeConfig
+from core.settings import loader
+from core.settings.tuning import DistilConfig, MakeConfig
 from trainer import entry
 
 USAGE = """torchrun --nproc-per-node=N -m trainer.distil CONFIG.yaml --distil.teacher=RUN [--section.key=value ...]
@@ -35,11 +35,11 @@ def main(arguments: list[str]) -> int:
 def _make(arguments: list[str]) -> int:
     set_up_logging()
     if {"-h", "--help"} & set(arguments):
-        print(config.help_text(MakeConfig, MAKE_USAGE))
+        print(loader.help_text(MakeConfig, MAKE_USAGE))
         return OK
     from trainer.synthesis import make
 
-    return make.run(config.load(MakeConfig, arguments, os.environ), os.environ)
+    return make.run(loader.load(MakeConfig, arguments, os.environ), os.environ)
 
 
 def _stage():

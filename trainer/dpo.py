@@ -12,7 +12,7 @@ if __name__ == "__main__":
     stop.listen()  # before the imports that take seconds
 
 from core.console import run_entry
-from core.schema_tuning import DpoConfig
+from core.settings.tuning import DpoConfig
 from trainer import entry
 
 USAGE = "torchrun --nproc-per-node=N -m trainer.dpo CONFIG.yaml --dpo.start=RUN [--section.key=value ...]"

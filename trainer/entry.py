@@ -4,9 +4,9 @@ import functools
 import os
 from collections.abc import Callable
 
-from core import config
 from core.console import set_up_logging
 from core.exit_codes import OK
+from core.settings import loader
 from trainer.checkpoint import early
 
 
@@ -17,11 +17,11 @@ def train(arguments: list[str], schema: type, usage: str, stage: Callable[[], Ca
     """
     set_up_logging(speaks=os.environ.get("RANK", "0") == "0")
     if {"-h", "--help"} & set(arguments):
-        print(config.help_text(schema, usage))
+        print(loader.help_text(schema, usage))
         return OK
-    settings = config.load(schema, arguments, os.environ)
+    settings = loader.load(schema, arguments, os.environ)
     # torch takes seconds to import: a wrong setting should not have to wait for it, and a checkpoint arrives meanwhile.
     fetched = early.start(settings.run.url, os.environ)
-    from trainer.segment import run_stage
+    from trainer.loop.segment import run_stage
 
     return run_stage(functools.partial(stage(), settings), settings, fetched)

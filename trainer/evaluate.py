@@ -20,11 +20,12 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from core import config, urls
+from core import urls
 from core.console import run_entry, set_up_logging
 from core.errors import CapReached, ConfigError
 from core.exit_codes import CAPPED, FAILED, OK, tell_launcher
-from trainer.evals.settings import EvaluateConfig
+from core.settings import loader
+from core.settings.evaluation import EvaluateConfig
 
 log = logging.getLogger("evaluate")
 USAGE = "python -m trainer.evaluate [RUN_OR_CHECKPOINT ...] [CONFIG.yaml] [--setting=value ...]"
@@ -34,43 +35,43 @@ def main(arguments: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     set_up_logging(speaks=is_main)
     if {"-h", "--help"} & set(arguments):
-        print(config.help_text(EvaluateConfig, USAGE))
+        print(loader.help_text(EvaluateConfig, USAGE))
         return OK
     targets = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
-    settings = config.load(EvaluateConfig, [each for each in arguments if each not in targets], os.environ)
+    settings = loader.load(EvaluateConfig, [each for each in arguments if each not in targets], os.environ)
     targets = targets or [url for url in [os.environ.get("RUN_URL")] if url]
     if not targets:
         raise ConfigError(f"no model given; {USAGE}, or set RUN_URL")
     for target in targets:
         urls.check_model(target)
     # torch takes seconds to import: a wrong setting should not have to wait for it.
-    from trainer import distributed
+    from trainer.distributed import process_group
 
     try:
-        ranks = distributed.start(settings.device)
+        ranks = process_group.start(settings.device)
         run(list(dict.fromkeys([*targets, *settings.compare])), settings, ranks)
         return OK
     except CapReached as reached:
         log.warning("%s", reached)
         tell_launcher(CAPPED)
-        distributed.meet(ranks, "cap")  # or torchrun would kill the others before they have stored what they found
+        process_group.meet(ranks, "cap")  # or torchrun would kill the others before they have stored what they found
         return CAPPED
-    except distributed.PeerFailed:
+    except process_group.PeerFailed:
         return FAILED
     finally:
-        distributed.stop()
+        process_group.stop()
 
 
 def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
     """Measure every target, one after the other; on all ranks."""
     import torch
 
-    from trainer import precision
-    from trainer.distributed import on_all
+    from trainer.distributed.process_group import on_all
     from trainer.evals import results
     from trainer.evals.books import Books
-    from trainer.evals.tasks import Data, measurements
-    from trainer.weights import open_weights
+    from trainer.evals.suite import Data, measurements
+    from trainer.model import precision
+    from trainer.weights.open import open_weights
 
     if ranks.device.type == "cpu":
         torch.set_num_threads(settings.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
@@ -102,9 +103,9 @@ def measured(task, opened, folder: str, settings: EvaluateConfig, ranks, books) 
 
     from core import storage
     from core.run.machine import program_versions
-    from trainer.distributed import on_main
+    from trainer.distributed.process_group import on_main
     from trainer.evals import results
-    from trainer.evals.kept import Kept
+    from trainer.evals.progress import Kept
 
     key = results.key_of(task.name, task.identity)
     stored = None if settings.rerun else on_main(lambda: results.find(folder, key), ranks)

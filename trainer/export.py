@@ -16,10 +16,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from core import config, urls
+from core import urls
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError
-from trainer.exchange.settings import ExportConfig
+from core.settings import loader
+from trainer.weights.settings import ExportConfig
 
 log = logging.getLogger("export")
 USAGE = "python -m trainer.export RUN_OR_CHECKPOINT FOLDER [--setting=value ...]"
@@ -28,7 +29,7 @@ USAGE = "python -m trainer.export RUN_OR_CHECKPOINT FOLDER [--setting=value ...]
 def main(arguments: list[str]) -> None:
     set_up_logging()
     if {"-h", "--help"} & set(arguments):
-        print(config.help_text(ExportConfig, USAGE))
+        print(loader.help_text(ExportConfig, USAGE))
         return
     names = [each for each in arguments if not each.startswith("--")]
     if len(names) != 2:
@@ -36,11 +37,11 @@ def main(arguments: list[str]) -> None:
     where, target = names
     urls.check_model(where)
     urls.check(target)
-    settings = config.load(ExportConfig, [each for each in arguments if each.startswith("--")], os.environ)
+    settings = loader.load(ExportConfig, [each for each in arguments if each.startswith("--")], os.environ)
     import torch
 
-    from trainer.exchange import publish
-    from trainer.weights import open_weights
+    from trainer.weights import publish
+    from trainer.weights.open import open_weights
 
     publish.check_empty(target)
     publish.check(settings.publish)
@@ -58,8 +59,8 @@ def write(folder: Path, opened, settings: ExportConfig) -> None:
     """All files, into a local folder. Raises ConfigError where the vocabulary is missing or the format cannot be."""
     import safetensors.torch
 
-    from trainer import chat_template
-    from trainer.exchange import curve, gguf_file, huggingface, model_card, tokenizer
+    from trainer.data import chat_template
+    from trainer.weights import card, curve, gguf_file, huggingface, tokenizer
 
     model, vocabulary = opened.model, opened.vocabulary
     template = chat_template.JINJA if chat_template.is_tuned(opened.state, opened.name) else ""
@@ -80,11 +81,11 @@ def write(folder: Path, opened, settings: ExportConfig) -> None:
         _put(folder / "config.json", document)
         _put(folder / "generation_config.json", ends)
         if huggingface.kind_of(model.config) == huggingface.OWN:
-            source = Path(__file__).parent / "exchange" / f"{huggingface.OWN_MODULE}.py"
+            source = Path(__file__).parent / "weights" / f"{huggingface.OWN_MODULE}.py"
             (folder / source.name).write_bytes(source.read_bytes())
-    facts = model_card.gather(opened)
+    facts = card.gather(opened)
     picture = curve.draw(folder / "loss.png", facts.train, facts.held_out)
-    (folder / "README.md").write_text(model_card.write(opened, facts, settings.dtype, picture, file), encoding="utf-8")
+    (folder / "README.md").write_text(card.write(opened, facts, settings.dtype, picture, file), encoding="utf-8")
 
 
 def _put(path: Path, document: dict) -> None:

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     stop.listen()  # before the imports that take seconds
 
 from core.console import run_entry
-from core.schema_tuning import FinetuneConfig
+from core.settings.tuning import FinetuneConfig
 from trainer import entry
 
 USAGE = "torchrun --nproc-per-node=N -m trainer.finetune CONFIG.yaml --finetune.start=RUN [--section.key=value ...]"

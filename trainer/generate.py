@@ -11,13 +11,14 @@ import os
 import time
 from dataclasses import dataclass
 
-from core import config, storage, urls
-from core.config import SettingError, setting
+from core import storage, urls
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError
 from core.exit_codes import OK
-from trainer.generation import settings as generation
-from trainer.generation.settings import Machine, Sampling
+from core.settings import loader
+from core.settings.loader import SettingError, setting
+from trainer.inference import sampling as generation
+from trainer.inference.sampling import Machine, Sampling
 
 log = logging.getLogger("generate")
 USAGE = "python -m trainer.generate RUN_OR_CHECKPOINT [--prompt=TEXT | --prompts=FILE] [--name=value ...]"
@@ -45,15 +46,15 @@ class GenerateConfig(Machine, Sampling):
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        print(config.help_text(GenerateConfig, USAGE))
+        print(loader.help_text(GenerateConfig, USAGE))
         return OK
     where, flags = generation.split_arguments(arguments, USAGE)
     settings = generation.load(GenerateConfig, flags, os.environ)
     set_up_logging()
     prompts = _prompts(settings)
     # torch takes seconds to import: a wrong setting should not have to wait for it.
-    from trainer.generation.engine import Request
-    from trainer.generation.speaker import open_speaker
+    from trainer.inference.chat_model import open_speaker
+    from trainer.inference.engine import Request
 
     speaker = open_speaker(where, settings)
     log.info("%s, opened in %.1f s", speaker.name, speaker.opened_seconds)

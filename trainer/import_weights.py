@@ -9,11 +9,13 @@ The model's settings are those of the weights; dropout, document_mask and everyt
 
 import os
 
-from core import config, manifest, urls
-from core.architecture import ModelConfig
+from core import urls
 from core.console import run_entry, set_up_logging
+from core.data import manifest
 from core.errors import ConfigError
-from core.schema import TrainConfig
+from core.settings import loader
+from core.settings.model import ModelConfig
+from core.settings.training import TrainConfig
 
 USAGE = "python -m trainer.import_weights MODEL RUN_URL [CONFIG.yaml] [--section.key=value ...]"
 # What training may choose anew without being another model.
@@ -23,7 +25,7 @@ FREE = ("dropout", "document_mask", "init")
 def main(arguments: list[str]) -> None:
     set_up_logging()
     if {"-h", "--help"} & set(arguments):
-        print(config.help_text(TrainConfig, USAGE))
+        print(loader.help_text(TrainConfig, USAGE))
         return
     names = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
     if len(names) != 2:
@@ -34,18 +36,18 @@ def main(arguments: list[str]) -> None:
     rest = [each for each in arguments if each not in names]
     import torch
 
-    from trainer.exchange.begin import write_first_checkpoint
-    from trainer.weights import open_weights
+    from trainer.weights.begin import write_first_checkpoint
+    from trainer.weights.open import open_weights
 
     opened = open_weights(where, torch.device("cpu"))
-    given, usual = config.to_dict(opened.model.config), config.to_dict(ModelConfig())
+    given, usual = loader.to_dict(opened.model.config), loader.to_dict(ModelConfig())
     # Flags win over the file, whose sizes are those of another model; what a flag itself says is compared below.
     sized = [(key, value) for key, value in given.items() if key not in FREE]
     sizes = [f"--model.{key}={value}" for key, value in sized]
     flags = [each for each in rest if each.startswith("--")]
     files = [each for each in rest if not each.startswith("--")]
-    settings = config.load(TrainConfig, [*files, *sizes, *flags, f"--run.url={run_url}"], os.environ)
-    check_same(given, config.to_dict(settings.model), where)
+    settings = loader.load(TrainConfig, [*files, *sizes, *flags, f"--run.url={run_url}"], os.environ)
+    check_same(given, loader.to_dict(settings.model), where)
     data = manifest.read(settings.data.url)
     folder = write_first_checkpoint(settings, opened.model, opened.name, data.fingerprint)
     print(f"{folder}: {opened.model.parameter_count():,} parameters of {opened.name}")

@@ -7,7 +7,7 @@ SERVE_API_KEY in the environment. Ends with 0 on SIGINT and SIGTERM.
 """
 
 from core.console import run_entry
-from trainer.serving.start import serve
+from trainer.inference.start import serve
 
 if __name__ == "__main__":
     run_entry(serve)

@@ -13,7 +13,7 @@ if __name__ == "__main__":
     stop.listen()  # before the imports that take seconds
 
 from core.console import run_entry
-from core.schema import TrainConfig
+from core.settings.training import TrainConfig
 from trainer import entry
 
 USAGE = "torchrun --nproc-per-node=N -m trainer.train CONFIG.yaml [--section.key=value ...]"

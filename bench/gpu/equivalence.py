@@ -11,10 +11,10 @@ import sys
 import torch
 
 from bench.gpu import children, compiled, presets
-from core.architecture import ModelConfig
-from core.vocabulary import GPT2_END_OF_TEXT
+from core.data.vocabulary import GPT2_END_OF_TEXT
+from core.settings.model import ModelConfig
 from trainer.model.gpt import GPT
-from trainer.precision import autocast
+from trainer.model.precision import autocast
 
 LARGEST_LOSS_DIFFERENCE, SMALLEST_COSINE = 2e-3, 0.99
 SEQUENCES = 4

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from core import config
-from core.architecture import ModelConfig
-from core.schema import TrainConfig
+from core.settings import loader
+from core.settings.model import ModelConfig
+from core.settings.training import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent.parent / "trainer" / "configs"
 PLAIN, OTHER = "gpt2-124m", "speedrun-162m"
@@ -21,7 +21,7 @@ def path(preset: str) -> Path:
 
 
 def settings_of(preset: str, *flags: str) -> TrainConfig:
-    return config.load(TrainConfig, [str(path(preset)), "--run.url=unused", "--data.url=unused", *flags], {})
+    return loader.load(TrainConfig, [str(path(preset)), "--run.url=unused", "--data.url=unused", *flags], {})
 
 
 def small(model: ModelConfig) -> ModelConfig:

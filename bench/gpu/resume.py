@@ -20,8 +20,8 @@ from bench.gpu import children
 from core.run.reader import Detail, read_run
 from demo.processes import kill_tree
 from trainer.checkpoint import layout
+from trainer.checkpoint.blocks import tensors_of
 from trainer.checkpoint.early import read_payload
-from trainer.checkpoint.pieces import tensors_of
 
 KILLS = 2
 LOOK_SECONDS = 0.02

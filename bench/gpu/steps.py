@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from bench.gpu import children, clock, compiled, kernels
-from core.architecture import flops_per_token
 from core.errors import LauncherError
 from core.figures import quantity
-from core.fit import estimate
 from core.gpus import peak_flops
+from core.settings.memory import estimate
+from core.settings.model import flops_per_token
 from trainer import train
-from trainer.loop import Loop
+from trainer.loop.loop import Loop
 
 SETTLED = 2  # steps after which nothing new should have to be compiled
 PROFILED = 3  # the last steps

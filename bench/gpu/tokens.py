@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from core import manifest, storage
+from core import storage
+from core.data import manifest
+from core.data.manifest import Manifest, ShardEntry, Split, TokenizerInfo
+from core.data.shard import HEADER_BYTES, shard_bytes
+from core.data.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from core.errors import DataError
-from core.manifest import Manifest, ShardEntry, Split, TokenizerInfo
-from core.shard import HEADER_BYTES, shard_bytes
-from core.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 
 FOLLOWERS, DOCUMENT = (0.5, 0.25, 0.15, 0.1), 512
 VAL_SHARE = 16  # one token in so many, at the end, is held out

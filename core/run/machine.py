@@ -101,7 +101,7 @@ def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
 def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
     """Python, platform, git revision, image and package versions, for the record.
 
-    GIT_REVISION is set in the image, IMAGE_DIGEST by launch/container.sh; elsewhere the checkout itself is asked.
+    GIT_REVISION is set in the image, IMAGE_DIGEST by launch/node/container.sh; elsewhere the checkout itself is asked.
     """
     from importlib import metadata  # takes 20 ms, which the commands on a user's computer need not wait for
 

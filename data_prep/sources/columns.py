@@ -7,7 +7,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from core.errors import DataError
-from core.schema_prep import FilterConfig, SourceConfig
+from core.settings.preparation import FilterConfig, SourceConfig
 from data_prep.sources import chat, kinds
 from data_prep.sources.files import SourceFile
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import DataError
-from core.schema_prep import FilterConfig, SourceConfig
+from core.settings.preparation import FilterConfig, SourceConfig
 from data_prep.sources import chat, columns, kinds
 from data_prep.sources.files import Fetched, Part
 from data_prep.values import buffers, offsets_of

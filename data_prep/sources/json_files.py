@@ -6,7 +6,7 @@ from functools import lru_cache
 import pyarrow as pa
 
 from core.errors import DataError
-from core.schema_prep import SourceConfig
+from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, lines, streamed
 from data_prep.sources.files import Fetched, Part, SourceFile
 

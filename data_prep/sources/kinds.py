@@ -7,7 +7,7 @@ from typing import Literal
 import pyarrow as pa
 
 from core.errors import DataError
-from core.schema_prep import SourceConfig
+from core.settings.preparation import SourceConfig
 from data_prep.sources import json_files as json
 from data_prep.sources import lines, parquet, places, streamed, text
 from data_prep.sources.files import Fetched, Part, SourceFile

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from core.errors import DataError
-from core.schema_prep import SourceConfig
+from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, chat
 from data_prep.sources.files import Fetched, Part, SourceFile
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from core import hub, storage
 from core.errors import ConfigError, DataError, StorageError
-from core.schema_prep import SourceConfig
+from core.settings.preparation import SourceConfig
 from data_prep.sources import kinds, streamed
 from data_prep.sources.columns import nearest
 from data_prep.sources.files import SourceFile

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from core.errors import DataError, LauncherError
-from core.schema_prep import SourceConfig
+from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, places
 from data_prep.sources.files import Fetched, Part, SourceFile
 

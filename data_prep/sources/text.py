@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 
 from core.errors import DataError
-from core.schema_prep import SourceConfig
+from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, lines
 from data_prep.sources.files import Fetched, Part, SourceFile
 

@@ -8,7 +8,7 @@ without notice loses the interval plus the upload in flight, at most `max_lost_s
 import math
 import time
 
-from core.schema import CheckpointConfig
+from core.settings.training import CheckpointConfig
 
 
 class Cadence:

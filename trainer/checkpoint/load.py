@@ -19,10 +19,10 @@ from core import storage
 from core.errors import CheckpointError, ObjectNotFound
 from core.run.folder import RunFolder, step_name
 from trainer.checkpoint import layout
+from trainer.checkpoint.blocks import parse_key, tensors_of
 from trainer.checkpoint.early import EarlyFetch, read_payload
 from trainer.checkpoint.layout import CheckpointManifest
-from trainer.checkpoint.pieces import parse_key, tensors_of
-from trainer.distributed import Ranks, gather_objects, on_main
+from trainer.distributed.process_group import Ranks, gather_objects, on_main
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Restored:
 
 
 class Target(Protocol):
-    """What can be filled from a checkpoint (trainer.optim.units.UnitOptimizer)."""
+    """What can be filled from a checkpoint (trainer.optim.optimizer.UnitOptimizer)."""
 
     def layout(self) -> Mapping[str, tuple[int, torch.dtype]]: ...
     def shape_of(self, name: str) -> torch.Size: ...

@@ -21,12 +21,12 @@ from core import stop, storage
 from core.errors import CheckpointError, LauncherError, RunError
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger, check_owner
-from core.schema import CheckpointConfig
+from core.settings.training import CheckpointConfig
 from trainer.checkpoint import layout
+from trainer.checkpoint.blocks import StagedFile
 from trainer.checkpoint.interval import Cadence
 from trainer.checkpoint.layout import CheckpointManifest, PayloadFile
-from trainer.checkpoint.pieces import StagedFile
-from trainer.distributed import Ranks
+from trainer.distributed.process_group import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from core import storage
+from core.data.manifest import Manifest, ShardEntry
+from core.data.shard import HEADER_BYTES, check_size, parse_header
 from core.errors import DataError, LauncherError, ObjectDamaged, ObjectNotFound, StorageError
-from core.manifest import Manifest, ShardEntry
-from core.shard import HEADER_BYTES, check_size, parse_header
 from core.stores.base import Buffer
 
 log = logging.getLogger(__name__)

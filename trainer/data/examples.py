@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from core import sets, storage
-from core.conversations import conversation, preference, question_of
+from core import storage
+from core.data import sets
+from core.data.conversations import conversation, preference, question_of
 from core.errors import DataError
-from core.schema_tuning import RowsConfig
-from trainer.chat_template import NO_TARGET, render
+from core.settings.tuning import RowsConfig
+from trainer.data.chat_template import NO_TARGET, render
 
 log = logging.getLogger("train")
 

@@ -10,12 +10,13 @@ import time
 
 import torch
 
-from core import config, stop
+from core import stop
 from core.errors import CapReached
 from core.run.folder import RunFolder
 from core.run.segment import Opening, SegmentLog, open_segment
-from trainer.distributed import Ranks, on_main
-from trainer.evals.settings import EvaluateConfig
+from core.settings import loader
+from core.settings.evaluation import EvaluateConfig
+from trainer.distributed.process_group import Ranks, on_main
 
 log = logging.getLogger("evaluate")
 
@@ -33,7 +34,7 @@ class Books:
         gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
         opening = Opening(
             stage="evaluate",
-            config={"evaluate": config.to_dict(settings)},
+            config={"evaluate": loader.to_dict(settings)},
             identity={},
             packages=("torch", "numpy", "obstore"),
             program={"ranks": ranks.world},

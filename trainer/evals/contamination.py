@@ -11,11 +11,11 @@ import numpy as np
 
 from core import storage
 from core.console import progress
-from core.manifest import Manifest
-from trainer.distributed import Ranks, gather_objects
+from core.data.manifest import Manifest
+from trainer.distributed.process_group import Ranks, gather_objects
 from trainer.evals.hellaswag import text_of
-from trainer.evals.kept import Kept
 from trainer.evals.perplexity import read_shard
+from trainer.evals.progress import Kept
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # any odd number with its bits well mixed
 TABLE_BITS = 24

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import ConfigError
-from core.vocabulary import GPT2_END_OF_TEXT
-from trainer.distributed import Ranks, gather_objects
-from trainer.evals.kept import Kept
+from trainer.distributed.process_group import Ranks, gather_objects
 from trainer.evals.likelihood import Request, likelihoods
 from trainer.evals.perplexity import rolling
-from trainer.generation.engine import Engine
-from trainer.generation.engine import Request as Prompt
-from trainer.generation.settings import Sampling
-from trainer.weights import Opened
+from trainer.evals.progress import Kept
+from trainer.inference.engine import Engine
+from trainer.inference.engine import Request as Prompt
+from trainer.inference.sampling import Sampling
+from trainer.weights.open import Opened
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.errors import DataError
-from trainer.distributed import Ranks
-from trainer.evals.in_turn import Between
-from trainer.evals.kept import Kept
+from trainer.distributed.in_turn import Between
+from trainer.distributed.process_group import Ranks
 from trainer.evals.likelihood import Request, likelihoods
+from trainer.evals.progress import Kept
 from trainer.model.gpt import GPT
 
 NAME = "hellaswag"  # of the set

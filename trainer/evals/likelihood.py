@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from core.console import progress
+from core.data.vocabulary import GPT2_VOCAB_SIZE
 from core.errors import TrainingError
-from core.vocabulary import GPT2_VOCAB_SIZE
-from trainer.distributed import PeerFailed, Ranks, gather_objects
-from trainer.evals.in_turn import Between
-from trainer.evals.kept import Kept
+from trainer.distributed.in_turn import Between
+from trainer.distributed.process_group import PeerFailed, Ranks, gather_objects
+from trainer.evals.progress import Kept
 from trainer.model.gpt import GPT
 from trainer.model.loss import token_scores
-from trainer.precision import autocast
+from trainer.model.precision import autocast
 
 TOKENS_PER_BATCH = 32_768
 MULTIPLE = 8  # of padded lengths

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from core import storage
+from core.data.manifest import Manifest
+from core.data.shard import DTYPES, HEADER_BYTES, check_size, parse_header
+from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import DataError
-from core.manifest import Manifest
-from core.shard import DTYPES, HEADER_BYTES, check_size, parse_header
-from core.vocabulary import GPT2_END_OF_TEXT
-from trainer.distributed import Ranks
-from trainer.evals.kept import Kept
+from trainer.distributed.process_group import Ranks
 from trainer.evals.likelihood import Request, likelihoods
+from trainer.evals.progress import Kept
 from trainer.model.gpt import GPT
 
 

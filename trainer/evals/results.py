@@ -17,7 +17,7 @@ from typing import Any
 from core import storage
 from core.errors import ObjectExists
 from core.run.folder import RunFolder, step_name
-from trainer.weights import Opened
+from trainer.weights.open import Opened
 
 FORMAT = "evaluation"
 VERSION = 1

@@ -1,4 +1,4 @@
-"""Causal multi-head self-attention (Vaswani et al. 2017, section 3.2), with the choices of core.architecture.
+"""Causal multi-head self-attention (Vaswani et al. 2017, section 3.2), with the choices of core.settings.model.
 
 Fused kernels throughout: scaled_dot_product_attention picks FlashAttention where it applies. Attention that stays
 within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU, where its block mask skips what
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from core.architecture import ModelConfig
-from core.vocabulary import GPT2_END_OF_TEXT
+from core.data.vocabulary import GPT2_END_OF_TEXT
+from core.settings.model import ModelConfig
 from trainer.model.cache import KVCache
 
 

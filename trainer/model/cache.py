@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from core.architecture import ModelConfig
+from core.settings.model import ModelConfig
 
 
 class KVCache:

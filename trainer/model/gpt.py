@@ -1,4 +1,4 @@
-"""A decoder-only transformer with explicit choices (core.architecture); the defaults are GPT-2.
+"""A decoder-only transformer with explicit choices (core.settings.model); the defaults are GPT-2.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; parameter names and initialisation
 follow the released code (openai/gpt-2), so that public weights load by name. Linear layers keep PyTorch's layout
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from core.architecture import ModelConfig
+from core.settings.model import ModelConfig
 from trainer.model.attention import Attention, Context, document_mask, document_positions, rotations
 from trainer.model.cache import KVCache
 from trainer.model.loss import chunked_cross_entropy, soft_cap
@@ -166,7 +166,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Starting values (core.architecture, `init`); biases and skips neutral.
+        """Starting values (core.settings.model, `init`); biases and skips neutral.
 
         Drawn on the CPU from `seed` alone, so that every device and rank starts from the same bits.
         """

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from core.vocabulary import GPT2_VOCAB_SIZE
+from core.data.vocabulary import GPT2_VOCAB_SIZE
 from trainer.model.loss import CPU_CHUNK_ROWS, GPU_CHUNK_ROWS, soft_cap
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.data.order import odd_part
-from trainer.distributed import all_gather
+from trainer.distributed.process_group import all_gather
 
 
 def tree_sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import math
 
-from core.schema import OptimizerConfig
+from core.settings.training import OptimizerConfig
 
 
 def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:

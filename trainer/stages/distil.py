@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from core import config as settings_of
 from core.errors import ConfigError
-from core.schema import TrainConfig
-from core.schema_tuning import DistilConfig
+from core.settings import loader as settings_of
+from core.settings.training import TrainConfig
+from core.settings.tuning import DistilConfig
 from trainer.checkpoint.load import Restored
-from trainer.distributed import Ranks, on_main
-from trainer.evals.in_turn import Between
+from trainer.distributed.in_turn import Between
+from trainer.distributed.process_group import Ranks, on_main
 from trainer.model.gpt import GPT
 from trainer.model.recomputed import divergence_and_cross_entropy
 from trainer.stages.pretrain import Pretrain
 from trainer.stages.stage import HeldOut, lasting_name, with_batch
 from trainer.stages.teacher import FOREIGN, Teacher, open_teacher
-from trainer.weights import look_up, open_weights
+from trainer.weights.open import look_up, open_weights
 
 
 class Distillation(nn.Module):

@@ -18,21 +18,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from core import storage
+from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import CheckpointError, ConfigError, ObjectNotFound
 from core.run.folder import RunFolder
-from core.schema_tuning import DpoConfig
-from core.vocabulary import GPT2_END_OF_TEXT
-from trainer.chat_template import NO_TARGET
+from core.settings.tuning import DpoConfig
+from trainer.data.chat_template import NO_TARGET
 from trainer.data.examples import Examples, Texts, read_preferences
 from trainer.data.packing import NumberedBatches
-from trainer.distributed import Ranks, on_main
-from trainer.evals.in_turn import Between, in_turn
+from trainer.distributed.in_turn import Between, in_turn
+from trainer.distributed.process_group import Ranks, on_main
 from trainer.model.gpt import GPT
+from trainer.model.precision import autocast
 from trainer.model.recomputed import token_log_probs
-from trainer.precision import autocast
 from trainer.stages.stage import HeldOut
 from trainer.stages.tuned import Tuned
-from trainer.weights import open_weights
+from trainer.weights.open import open_weights
 
 log = logging.getLogger("train")
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from core.schema_tuning import FinetuneConfig
-from core.vocabulary import GPT2_END_OF_TEXT
-from trainer.chat_template import NO_TARGET
+from core.data.vocabulary import GPT2_END_OF_TEXT
+from core.settings.tuning import FinetuneConfig
+from trainer.data.chat_template import NO_TARGET
 from trainer.data.examples import Examples, Texts, read_conversations
 from trainer.data.packing import NumberedBatches, pack
-from trainer.evals.in_turn import Between, in_turn
+from trainer.distributed.in_turn import Between, in_turn
 from trainer.model.gpt import GPT
-from trainer.precision import autocast
+from trainer.model.precision import autocast
 from trainer.stages.stage import HeldOut
 from trainer.stages.tuned import Tuned
 

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from core import config, manifest, storage
-from core.schema import TrainConfig
-from core.vocabulary import read as read_vocabulary
-from trainer import plan
+from core import storage
+from core.data import manifest
+from core.data.vocabulary import read as read_vocabulary
+from core.settings import loader
+from core.settings.training import TrainConfig
 from trainer.checkpoint.load import Restored
 from trainer.data.cache import ShardCache
 from trainer.data.loader import Batches, TokenSource
-from trainer.distributed import Ranks, on_main
-from trainer.evals.in_turn import Between
-from trainer.evals.loss import ValidationLoss
+from trainer.distributed.in_turn import Between
+from trainer.distributed.process_group import Ranks, on_main
+from trainer.evals.validation import ValidationLoss
 from trainer.model.gpt import GPT
+from trainer.stages import plan
 from trainer.stages.stage import HeldOut, Stage, default_cache_dir
 
 log = logging.getLogger("train")
@@ -50,11 +52,11 @@ class Pretrain(Stage):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return config.to_dict(self.settings)
+        return loader.to_dict(self.settings)
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return config.identity(self.settings)
+        return loader.identity(self.settings)
 
     @property
     def fingerprint(self) -> str:

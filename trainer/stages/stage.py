@@ -1,6 +1,6 @@
 """What pretraining, fine-tuning, distillation and preference optimisation do differently.
 
-`trainer.segment` runs a stage: one loop, with resume, ranks, ledger, cap, notices and checkpoints, for all of them. A
+`trainer.loop.segment` runs a stage: one loop, with resume, ranks, ledger, cap, notices and checkpoints. A
 stage says where micro-batches come from, which weights a run begins with and which of them train, what the loss of a
 micro-batch is, and what is measured on held-out data.
 """
@@ -15,20 +15,22 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from core import sets, storage
-from core.architecture import flops_per_token
+from core import storage
+from core.data import sets
 from core.errors import ObjectNotFound
 from core.run.folder import RunFolder, read_description
-from core.schema import TrainConfig
-from trainer import fit, overfit, plan, precision
+from core.settings.model import flops_per_token
+from core.settings.training import TrainConfig
 from trainer.checkpoint.load import Restored
-from trainer.distributed import Ranks, on_main
+from trainer.distributed.in_turn import Between
+from trainer.distributed.process_group import Ranks, on_main
 from trainer.evals.hellaswag import NAME as HELLASWAG
 from trainer.evals.hellaswag import HellaSwag
-from trainer.evals.in_turn import Between
-from trainer.exchange import folder as public
+from trainer.model import precision
 from trainer.model.gpt import GPT
-from trainer.weights import look_up
+from trainer.stages import overfit, plan, sizing
+from trainer.weights import folder as public
+from trainer.weights.open import look_up
 
 
 class MicroBatches(Protocol):
@@ -44,7 +46,7 @@ class MicroBatches(Protocol):
 class HeldOut(Protocol):
     """Measures a model on held-out data, with the same result on any number of ranks.
 
-    The result has `val_loss` and `eval_tokens`; more numbers may follow. `between` may end it (trainer.evals.in_turn).
+    The result has `val_loss` and `eval_tokens`; more numbers may follow. `between` may end the measurement.
     """
 
     def __call__(self, model: GPT, between: Between | None = None) -> Mapping[str, float]: ...
@@ -66,7 +68,7 @@ class Stage(abc.ABC):
         self.precision = precision.resolve(settings.train.precision, ranks.device)
         earlier = on_main(functools.partial(stored_config, settings.run.url), ranks)
         found = earlier["batch"]["micro_batch_size"] if earlier else None
-        self.settings = fit.with_micro_batch(settings, found, ranks)
+        self.settings = sizing.with_micro_batch(settings, found, ranks)
         # Whose share of a step's micro-batches this rank computes; when overfitting all ranks share a single one.
         self.share_rank, self.share_world = ranks.rank, ranks.world
         if settings.train.overfit:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from core.data.vocabulary import GPT2_VOCAB_SIZE
 from core.errors import ConfigError
-from core.vocabulary import GPT2_VOCAB_SIZE
-from trainer.weights import open_weights
+from trainer.weights.open import open_weights
 
 FOREIGN = "transformers:"
 PROBE = "The president's speech, of 1865, was short: 700 words — and\n\n\tno more."

@@ -11,21 +11,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core import config as settings_of
-from core.architecture import ModelConfig, flops_per_token
 from core.errors import CheckpointError, ConfigError
 from core.figures import quantity
-from core.schema import DataConfig, TrainConfig
-from core.schema_tuning import DpoConfig, FinetuneConfig
-from trainer import chat_template, overfit
+from core.settings import loader as settings_of
+from core.settings.model import ModelConfig, flops_per_token
+from core.settings.training import DataConfig, TrainConfig
+from core.settings.tuning import DpoConfig, FinetuneConfig
 from trainer.checkpoint.load import Restored
+from trainer.data import chat_template
 from trainer.data.examples import Examples
-from trainer.distributed import Ranks, on_main
-from trainer.exchange import folder as public
+from trainer.distributed.process_group import Ranks, on_main
 from trainer.model import lora
 from trainer.model.gpt import GPT
+from trainer.stages import overfit
 from trainer.stages.stage import Stage, lasting_name, stored_config, with_batch
-from trainer.weights import encoding_at, look_up, open_weights
+from trainer.weights import folder as public
+from trainer.weights.open import encoding_at, look_up, open_weights
 
 log = logging.getLogger("train")
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from core.errors import ConfigError
-from core.schema_tuning import BudgetConfig, EndpointConfig, SynthesisConfig
+from core.settings.tuning import BudgetConfig, EndpointConfig, SynthesisConfig
 
 LARGEST_REPLY_BYTES = 16 << 20
 # What a chat template adds to a prompt: an upper bound, like one token per byte of the text.

@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from core import config, sets, stop, storage
+from core import stop, storage
 from core.console import Progress, progress
+from core.data import sets
 from core.errors import ConfigError, EndpointError, LauncherError
 from core.exit_codes import CAPPED, OK, PREEMPTED
 from core.run.folder import RunFolder
 from core.run.segment import Opening, open_segment
-from core.schema_tuning import MakeConfig
+from core.settings import loader
+from core.settings.tuning import MakeConfig
 from trainer.synthesis import kept, prompts
 from trainer.synthesis.endpoint import Declined, Endpoint, Passing, Prices, Purse, Reply
 from trainer.synthesis.prompts import Prompt, digest_of
@@ -42,8 +44,8 @@ def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
     _check_name(settings, source)
     opening = Opening(
         stage="distil",
-        config=config.to_dict(settings),
-        identity=config.identity(settings),
+        config=loader.to_dict(settings),
+        identity=loader.identity(settings),
         fingerprint=asked.fingerprint,
         packages=("aiohttp", "numpy", "obstore"),
     )

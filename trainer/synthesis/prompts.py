@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 
 from core import storage
-from core.conversations import conversation_prompt
+from core.data.conversations import conversation_prompt
 from core.errors import DataError
 
 

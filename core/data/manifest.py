@@ -1,0 +1,166 @@
+"""The data manifest: which shards make up a token set, what they hold and where they came from.
+
+`DATA_URL/manifest.json`, written last, so that its presence means that every shard is stored. It holds no time
+and no host name: the same source, seed and settings give the same bytes. Field by field in docs/formats.md.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from core import storage
+from core.data.shard import DTYPES, HEADER_BYTES
+from core.errors import DataError, ObjectNotFound
+
+NAME = "manifest.json"
+FORMAT = "token-shards"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard object: its path below the data URL, tokens, object bytes and the SHA-256 of the whole object."""
+
+    name: str
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """`train` or `val`: its shards in order, and what went into them."""
+
+    tokens: int
+    documents: int
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Which vocabulary the ids index; `vocab_file` lies below the data URL, so nobody's server is needed again."""
+
+    name: str
+    vocab_size: int
+    end_of_text: int
+    vocab_file: str
+    vocab_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete token set."""
+
+    tokenizer: TokenizerInfo
+    source: Mapping[str, Any]
+    split_rule: Mapping[str, Any]
+    splits: Mapping[str, Split]
+    bits: int = 16
+    stats: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over vocabulary and shard contents in order: equal exactly when the token streams are equal."""
+        digest = hashlib.sha256(f"{self.tokenizer.vocab_sha256} {self.bits}".encode())
+        for name in sorted(self.splits):
+            for shard in self.splits[name].shards:
+                digest.update(f"\n{name} {shard.tokens} {shard.sha256}".encode())
+        return digest.hexdigest()
+
+    def split(self, name: str, where: str) -> Split:
+        """One split; DataError naming `where` if it is missing or empty."""
+        split = self.splits.get(name)
+        if split is None or not split.tokens:
+            raise DataError(
+                f"{where}: the data set has no {name!r} tokens (it has {', '.join(sorted(self.splits)) or 'none'}); "
+                f"prepare it with a larger {name} share"
+            )
+        return split
+
+    def to_bytes(self) -> bytes:
+        document = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, **asdict(self)}
+        return (json.dumps(document, indent=1, sort_keys=True, default=dict) + "\n").encode()
+
+
+def uri_of(data_url: str) -> str:
+    return storage.join(data_url, NAME)
+
+
+def exists(data_url: str) -> bool:
+    return storage.exists(uri_of(data_url))
+
+
+def write(data_url: str, manifest: Manifest) -> None:
+    storage.write_bytes(uri_of(data_url), manifest.to_bytes())
+
+
+def read(data_url: str) -> Manifest:
+    """Load and check a manifest. Raises DataError for anything that is not a complete manifest of ours."""
+    uri = uri_of(data_url)
+    try:
+        data = storage.read_bytes(uri)
+    except ObjectNotFound as error:
+        raise DataError(
+            f"{uri}: there is no manifest; prepare the data first (python -m data_prep.prepare), or correct data.url"
+        ) from error
+    try:
+        document = json.loads(data)
+        if not isinstance(document, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise DataError(f"{uri}: not valid JSON ({error}); prepare the data again") from error
+    if document.get("format") != FORMAT:
+        raise DataError(
+            f"{uri}: format is {document.get('format')!r}, not {FORMAT!r}; this is no data manifest of ours"
+        )
+    if document.get("version") != VERSION:
+        raise DataError(
+            f"{uri}: manifest version {document.get('version')!r} is not {VERSION}; "
+            "use the release that wrote it, or prepare the data again"
+        )
+    try:
+        splits = {
+            name: Split(
+                int(split["tokens"]), int(split["documents"]), tuple(ShardEntry(**shard) for shard in split["shards"])
+            )
+            for name, split in document["splits"].items()
+        }
+        manifest = Manifest(
+            TokenizerInfo(**document["tokenizer"]),
+            document["source"],
+            document["split_rule"],
+            splits,
+            document["bits"],
+            document["stats"],
+        )
+        stated = document["fingerprint"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{uri}: incomplete manifest ({type(error).__name__}: {error}); prepare the data again"
+        ) from error
+    _check(manifest, stated, uri)
+    return manifest
+
+
+def _check(manifest: Manifest, stated_fingerprint: str, uri: str) -> None:
+    if manifest.bits not in DTYPES:
+        raise DataError(f"{uri}: bits is {manifest.bits}, must be 16 or 32")
+    for name, split in manifest.splits.items():
+        if split.tokens != sum(shard.tokens for shard in split.shards):
+            raise DataError(
+                f"{uri}: split {name!r} says {split.tokens} tokens, "
+                f"its shards add up to {sum(s.tokens for s in split.shards)}; prepare the data again"
+            )
+        for shard in split.shards:
+            if shard.bytes != HEADER_BYTES + shard.tokens * manifest.bits // 8:
+                raise DataError(
+                    f"{uri}: shard {shard.name} says {shard.tokens} tokens in {shard.bytes} bytes, "
+                    "which does not fit; prepare the data again"
+                )
+    if manifest.fingerprint != stated_fingerprint:
+        raise DataError(
+            f"{uri}: fingerprint does not match its shards; "
+            "the manifest was edited or mixed from two sets: prepare the data again"
+        )

@@ -1,0 +1,382 @@
+"""Settings in three layers: dataclass defaults, then one YAML file, then `--section.key=value`.
+
+A schema is a frozen dataclass whose fields are sections (dataclasses) or settings (`setting(default, help)`).
+Values are converted by declared type, so that `lr: 6e-4`, which PyYAML reads as text, is a float. An unknown
+key is an error with file, line and the nearest name. Secrets are no settings: they stay in the environment.
+
+    config = load(TrainConfig, ["trainer/configs/gpt2-124m.yaml", "--batch.micro_batch_size=16"], environment)
+"""
+
+import dataclasses
+import difflib
+import math
+import operator
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from core.errors import ConfigError
+from core.settings.renamed import RENAMED
+
+Schema = TypeVar("Schema")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    env: str | None = None,
+    identity: bool = True,
+    check: Callable[[str], str | None] | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    replaces: tuple[str, ...] = (),
+) -> Any:
+    """One documented setting.
+
+    `ge`, `gt`, `le` and `lt` bound a number; a schema that derives from Bounded checks them. A number that has a bound
+    is finite.
+
+    `env` names a variable that overrides file and flag-less default alike. `identity=False` marks what may
+    differ between the segments of one run (paths, cadence, prices): it does not change the result. `check` returns
+    what is wrong with a text that is given, or None (`core.urls`); of a list, each item is checked. Giving the setting
+    unsets those of its section that it `replaces`, where a lower layer (see `load`) has set them.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds, "replaces": replaces}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(schema: type) -> Any:
+    """A nested group of settings."""
+    return dataclasses.field(default_factory=schema)
+
+
+class SettingError(ConfigError):
+    """A check in a schema's `__post_init__` failed on `key`; `load` adds where that key was set."""
+
+    def __init__(self, key: str, problem: str):
+        super().__init__(f"{key}: {problem}")
+        self.key = key
+        self.problem = problem
+
+
+class Bounded:
+    """Base of a schema: every setting lies within the bounds that it declares. Raises SettingError."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, bounds = getattr(self, field.name), field.metadata.get("bounds") or {}
+            known = {name: bound for name, bound in bounds.items() if bound is not None}
+            if known and isinstance(value, int | float):
+                holds = math.isfinite(value) and all(getattr(operator, name)(value, known[name]) for name in known)
+                require(holds, field.name, f"is {value}, must be {_range(known)}")
+
+
+def _range(bounds: Mapping[str, float]) -> str:
+    """{"ge": 0, "lt": 1} → "at least 0 and below 1"."""
+    if bounds.keys() == {"ge", "le"}:
+        return f"between {bounds['ge']:g} and {bounds['le']:g}"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return " and ".join(f"{words[name]} {bound:g}" for name, bound in bounds.items())
+
+
+def require(holds: bool, key: str, problem: str) -> None:
+    """For a schema's `__post_init__`: raises SettingError unless it `holds`."""
+    if not holds:
+        raise SettingError(key, problem)
+
+
+@dataclasses.dataclass
+class _Sources:
+    """Where each dotted key got its value, for error messages, and in which layer: 0 file, 1 environment, 2 flags."""
+
+    values: dict[str, Any]
+    where: dict[str, str]
+    layers: dict[str, int] = dataclasses.field(default_factory=dict)
+    layer: int = 0
+
+    def put(self, key: str, value: Any, where: str) -> None:
+        self.values[key] = value
+        self.where[key] = where
+        self.layers[key] = self.layer
+
+    def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
+        """Unset what a setting of a higher layer replaces."""
+        for key in [key for key, value in self.values.items() if value]:
+            for name in known[key].metadata["replaces"]:
+                other = f"{key.rpartition('.')[0]}.{name}"
+                if other in self.values and self.layers[other] < self.layers[key]:
+                    del self.values[other]
+
+
+def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[str, str]) -> Schema:
+    """Build `schema` from command-line arguments: at most one YAML file, any number of `--section.key=value`.
+
+    Precedence, lowest first: defaults, file, environment, flags. Raises ConfigError.
+    """
+    known = dict(_walk(schema))
+    sources = _Sources({}, {})
+    files = [argument for argument in arguments if not argument.startswith("--")]
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    if len(files) > 1:
+        raise ConfigError(
+            f"more than one config file: {', '.join(files)}; give one, and the rest as --section.key=value"
+        )
+    for file in files:
+        _read_yaml(Path(file), known, sources)
+    sources.layer = 1
+    for key, field in known.items():
+        name = field.metadata["env"]
+        if name and environment.get(name):
+            sources.put(key, environment[name], f"environment variable {name}")
+    sources.layer = 2
+    for flag in flags:
+        key, separator, text = flag[2:].partition("=")
+        key = key.replace("-", "_")  # --num-nodes is --num_nodes
+        if not separator:
+            field = known.get(key)
+            if field is None or field.type is not bool:
+                _check_known(key, known, f"flag {flag}")
+                raise ConfigError(f"flag {flag}: no value; write --{key}=VALUE")
+            text = "true"
+        _check_known(key, known, f"flag {flag}")
+        sources.put(key, text, f"flag --{key}")
+    sources.drop_replaced(known)
+    converted = {
+        key: _convert(value, known[key].type, key, sources.where[key]) for key, value in sources.values.items()
+    }
+    for key, value in converted.items():
+        check = known[key].metadata["check"]
+        for item in (value if isinstance(value, tuple) else (value,)) if check else ():
+            if item and (problem := check(item)):
+                raise ConfigError(f"{sources.where[key]}: {key} is {item!r}, which {problem}")
+    return _build(schema, "", converted, sources.where)
+
+
+def from_dict(schema: type[Schema], nested: Mapping[str, Any], where: str) -> Schema:
+    """Build `schema` from nested mappings, as stored with a checkpoint or run. Raises ConfigError."""
+    known = dict(_walk(schema))
+    flat = flatten(nested)
+    for key in flat:
+        _check_known(key, known, where)
+    converted = {key: _convert(value, known[key].type, key, where) for key, value in flat.items()}
+    return _build(schema, "", converted, dict.fromkeys(flat, where))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, for JSON or YAML."""
+    return {
+        field.name: to_dict(value)
+        if dataclasses.is_dataclass(value)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for field in dataclasses.fields(config)
+        for value in [getattr(config, field.name)]
+    }
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=False)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The flat settings that define the result of a run (see `setting`)."""
+    known = dict(_walk(type(config)))
+    return {key: value for key, value in flatten(to_dict(config)).items() if known[key].metadata["identity"]}
+
+
+def help_text(schema: type, usage: str) -> str:
+    """Usage and all settings with default and meaning, for --help."""
+    lines = [usage.strip(), "", "Settings (defaults < YAML file < environment < --section.key=value):"]
+    heading = None
+    for key, field in _walk(schema):
+        group = key.rpartition(".")[0]
+        if group != heading:
+            lines.append("")
+            heading = group
+        default = "none" if field.default is None else field.default if field.default != "" else '""'
+        variable = f" [{field.metadata['env']}]" if field.metadata["env"] else ""
+        lines.append(f"  --{key}={default}{variable}")
+        lines.append(f"        {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+# --- inside ----------------------------------------------------------------------------------------------------
+
+
+def _walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, dataclasses.Field]]:
+    """Dotted key and field of each setting, with the field's type resolved."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        field.type = hints[field.name]
+        if dataclasses.is_dataclass(field.type):
+            yield from _walk(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
+    if key in known:
+        return
+    if (today := RENAMED.get(key, "")) and today.partition("=")[0] in known:
+        raise ConfigError(f"{where}: {key} is an old name; write {today}")
+    sections = {name.rpartition(".")[0] for name in known}
+    if key in sections:
+        raise ConfigError(
+            f"{where}: {key} is a section, not a setting; set one of "
+            + ", ".join(name for name in known if name.startswith(f"{key}."))
+        )
+    # A right name in the wrong section is the commonest slip: look for the last part first.
+    last = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    near = (
+        same
+        or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        or [
+            n
+            for n in known
+            if n.rpartition(".")[2] in difflib.get_close_matches(last, [k.rpartition(".")[2] for k in known], n=1)
+        ]
+    )
+    hint = f"did you mean {near[0]}?" if near else f"known settings: {', '.join(known)}"
+    raise ConfigError(f"{where}: unknown setting {key}; {hint}")
+
+
+def _read_yaml(path: Path, known: Mapping[str, Any], sources: _Sources) -> None:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a config file: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if root is not None:
+        _read_node(root, "", path, known, sources)
+
+
+def _read_node(node: yaml.Node, prefix: str, path: Path, known: Mapping[str, Any], sources: _Sources) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(
+            f"{path}:{node.start_mark.line + 1}: {prefix.rstrip('.') or 'the file'} must be a mapping of settings"
+        )
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        if key not in known and any(name.startswith(f"{key}.") for name in known):
+            _read_node(value_node, f"{key}.", path, known, sources)
+            continue
+        _check_known(key, known, where)
+        if key in sources.values:
+            raise ConfigError(f"{where}: {key} is set twice; the first is at {sources.where[key]}")
+        sources.put(key, _plain(value_node), where)
+
+
+def _plain(node: yaml.Node) -> Any:
+    """Scalars stay text (the declared type decides), lists become lists of text, null is None."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _plain(value) for key, value in node.value}
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
+
+
+def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
+            return None
+        kinds = [arm for arm in typing.get_args(kind) if arm is not types.NoneType]
+        for arm in kinds[:-1]:
+            try:
+                return _convert(value, arm, key, where)
+            except ConfigError:
+                continue
+        return _convert(value, kinds[-1], key, where)
+    if origin is typing.Literal:
+        choices = {str(choice): choice for choice in typing.get_args(kind)}
+        if str(value) in choices:
+            return choices[str(value)]
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        raise ConfigError(
+            f"{where}: {key} is {value!r}, must be one of {', '.join(choices)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [item for item in str(value).split(",") if item.strip()]
+        return tuple(
+            _convert(item.strip() if isinstance(item, str) else item, typing.get_args(kind)[0], key, where)
+            for item in items
+        )
+    text = str(value).strip() if isinstance(value, str) else value
+    problem = ConfigError(f"{where}: {key} is {value!r}, must be {_KIND_NAMES.get(kind, kind)}")
+    if kind is bool:
+        if isinstance(text, bool):
+            return text
+        if str(text).lower() in ("true", "yes", "on", "1"):
+            return True
+        if str(text).lower() in ("false", "no", "off", "0"):
+            return False
+        raise problem
+    if kind is str:
+        if isinstance(value, str):
+            return value
+        raise problem
+    if isinstance(text, bool) or not isinstance(text, str | int | float):
+        raise problem
+    try:
+        number = float(str(text).replace("_", ""))
+        if kind is float:
+            if number != number:
+                raise problem
+            return number
+        if number != int(number):
+            raise problem
+        # Through int() where possible: a float would round integers above 2**53.
+        digits = str(text).replace("_", "")
+        return int(digits) if digits.lstrip("+-").isdigit() else int(number)
+    except (ValueError, OverflowError):
+        raise problem from None
+
+
+_KIND_NAMES = {
+    int: "a whole number (such as 512, 10_000 or 1e9)",
+    float: "a number (such as 0.1 or 6e-4)",
+    bool: "true or false",
+    str: "text",
+}
+
+
+def _build(schema: type[Schema], prefix: str, values: Mapping[str, Any], where: Mapping[str, str]) -> Schema:
+    arguments = {}
+    for field in dataclasses.fields(schema):
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.type):
+            arguments[field.name] = _build(field.type, f"{key}.", values, where)
+        elif key in values:
+            arguments[field.name] = values[key]
+    try:
+        return schema(**arguments)
+    except SettingError as error:
+        key = error.key if error.key.startswith(prefix) else f"{prefix}{error.key}"
+        raise ConfigError(f"{where.get(key, 'default')}: {key}: {error.problem}") from None

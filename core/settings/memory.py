@@ -1,0 +1,91 @@
+"""Does a training config fit a GPU's memory, and if not, which settings nearest to it do? By estimate alone.
+
+    estimate(settings, micro_batch_size=32, world=8) <= memory_bytes("A100")
+    verdict(settings, "A100", world=8)      (True, "A100: about 17 of 40 GB per GPU, by estimate …"), or None
+
+Torch-free, so that a check before launch says what the trainer would say on the machine. `memory` is what a rank may
+use, in bytes. A launch is refused only if the estimate alone exceeds the memory; the trainer measures on the machine.
+"""
+
+import dataclasses
+from typing import Any
+
+from core.errors import ConfigError
+from core.gpus import memory_bytes
+from core.settings.model import training_bytes
+from core.settings.training import TrainConfig
+
+UNCONFIRMED = "by estimate, not confirmed on a GPU yet"
+
+LARGEST = 128  # sequences; more are never faster
+
+
+def possible(settings: TrainConfig, world: int) -> list[int]:
+    """Micro-batch sizes that divide the batch over `world` ranks, largest first. Raises ConfigError if none does."""
+    sequences = settings.batch.tokens_per_step // settings.model.context
+    sizes = [size for size in range(min(LARGEST, sequences), 0, -1) if sequences % (size * world) == 0]
+    if not sizes:
+        raise ConfigError(
+            f"batch.tokens_per_step = {settings.batch.tokens_per_step} is {sequences} sequences of "
+            f"{settings.model.context}, which do not divide over {world} ranks; "
+            f"make it a multiple of {world * settings.model.context}"
+        )
+    return sizes
+
+
+def estimate(settings: TrainConfig, micro_batch_size: int, world: int) -> float:
+    """Bytes on one device."""
+    accumulation = max(1, settings.batch.tokens_per_step // (micro_batch_size * settings.model.context * world))
+    return training_bytes(
+        settings.model,
+        micro_batch_size,
+        accumulation,
+        world,
+        zero=settings.optimizer.zero,
+        muon=settings.optimizer.name == "muon",
+        recompute=settings.train.activation_checkpointing,
+    )
+
+
+def advice(settings: TrainConfig, world: int, memory: float) -> str:
+    """The nearest settings that fit, in order of what they cost in speed."""
+    stages = range(settings.optimizer.zero + 1, 3) if world > 1 else ()
+    remedies: list[tuple[str, Any]] = [("optimizer.zero", stage) for stage in stages]
+    if not settings.train.activation_checkpointing:
+        remedies.append(("train.activation_checkpointing", True))
+    for count in range(len(remedies) + 1):
+        taken = dict(remedies[:count])  # a later stage replaces an earlier one
+        changed = settings
+        for key, value in taken.items():
+            changed = changed_to(changed, key, value)
+        for size in possible(settings, world):
+            if estimate(changed, size, world) <= memory:
+                flags = [f"--{key}={str(value).lower()}" for key, value in taken.items()]
+                return f"try {' '.join([f'--batch.micro_batch_size={size}', *flags])}"
+    return "no setting of this preset fits; take more or larger GPUs, or a smaller preset"
+
+
+def changed_to(settings: TrainConfig, key: str, value: Any) -> TrainConfig:
+    """The same settings with another value of section.name."""
+    section, name = key.split(".")
+    return dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
+
+
+def verdict(settings: TrainConfig, gpu: str, world: int) -> tuple[bool, str] | None:
+    """Whether `settings` fit, in words with the nearest that do. None if nobody knows the GPU's memory.
+
+    Raises ConfigError if the batch does not divide over `world` ranks.
+    """
+    memory = memory_bytes(gpu)
+    if memory is None:
+        return None
+    given = settings.batch.micro_batch_size
+    sizes = [given] if given else possible(settings, world)  # the trainer looks for the largest that fits
+    size = next((each for each in sizes if estimate(settings, each, world) <= memory), sizes[-1])
+    need = estimate(settings, size, world)
+    if need <= memory:
+        found = "" if given else f", with {size} sequences per micro-batch"
+        return True, f"{gpu}: about {need / 1e9:.0f} of {memory / 1e9:.0f} GB per GPU, {UNCONFIRMED}{found}"
+    needs = f"batch.micro_batch_size = {size} needs about {need / 1e9:.0f} GB per GPU ({UNCONFIRMED})"
+    said = f"{gpu}: {needs}, it has {memory / 1e9:.0f}"
+    return False, f"{said}; {advice(settings, world, memory)}"

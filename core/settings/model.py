@@ -1,0 +1,207 @@
+"""The choices that make a model, and what follows from them by arithmetic: parameters, FLOPs, memory.
+
+Torch-free, so that a forecast or a check before launch can count what `trainer.model.gpt` will build. One model with
+explicit choices instead of a class per paper; trainer/configs/*.yaml are the named combinations.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.settings.loader import Bounded, require, setting
+
+FP32_BYTES, BF16_BYTES = 4, 2
+
+
+@dataclass(frozen=True)
+class ModelConfig(Bounded):
+    """A decoder-only transformer; the defaults are GPT-2 (Radford et al. 2019): pre-norm, GELU-tanh, tied."""
+
+    layers: int = setting(12, "transformer blocks", gt=0)
+    heads: int = setting(12, "attention heads", gt=0)
+    width: int = setting(768, "model dimension", gt=0)
+    context: int = setting(1024, "tokens per sequence", gt=0)
+    padded_vocab_size: int = setting(
+        50304,
+        "rows of the embedding: the vocabulary, padded to a multiple of 64 or 128 for speed",
+        gt=0,
+    )
+    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation (Ba 2016; Zhang & Sennrich 2019)")
+    norm_eps: float = setting(1e-5, "added to the variance in every norm", gt=0)
+    position: Literal["learned", "rope"] = setting(
+        "learned", "learned embeddings, or rotary (Su et al. 2021), which adds no parameters"
+    )
+    rope_base: float = setting(10000.0, "longest wavelength of rotary positions, over 2 pi", gt=0)
+    rope_fraction: float = setting(
+        1.0,
+        "share of each head's dimensions that rotate (GPT-NeoX, Black et al. 2022: 0.25)",
+        gt=0,
+        le=1,
+    )
+    mlp: Literal["gelu", "relu2", "swiglu"] = setting(
+        "gelu", "GELU-tanh (Hendrycks & Gimpel 2016), ReLU² (So et al. 2021) or SwiGLU (Shazeer 2020)"
+    )
+    mlp_width: int = setting(0, "hidden width of the MLP; 0: four times the model's", ge=0)
+    bias: bool = setting(True, "biases in the linear layers of the blocks")
+    qkv_bias: bool = setting(True, "biases of queries, keys and values; none without `bias`")
+    tie_embeddings: bool = setting(True, "the output layer is the embedding (Press & Wolf 2017)")
+    qk_norm: bool = setting(False, "RMS-norm of queries and keys, per head (Dehghani et al. 2023)")
+    attention_scale: float = setting(
+        0.0, "factor of the attention scores; 0: one over the root of the head's width", ge=0
+    )
+    logit_softcap: float = setting(0.0, "logits become c tanh(logits / c) (Gemma 2, 2024); 0: not", ge=0)
+    embedding_norm: bool = setting(False, "norm right after the embedding (BLOOM, 2022)")
+    embedding_skip: bool = setting(False, "each block also sees the embedding, with two learned weights")
+    value_skip: bool = setting(
+        False, "values are mixed with the first block's, with learned weights (Zhou et al. 2024, value residual)"
+    )
+    extra_projection: bool = setting(False, "a second linear layer after the attention's output projection")
+    document_mask: bool = setting(False, "no attention across the end-of-text token")
+    dropout: float = setting(
+        0.0, "share of zeroed activations in training, in attention and after each branch", ge=0, lt=1
+    )
+    init: Literal["gpt2", "zero_out"] = setting(
+        "gpt2",
+        "GPT-2's N(0, 0.02), residual projections smaller; or zero_out: residual projections and an untied output "
+        "layer start at zero, matrices at one third over their fan-in, embeddings at N(0, 1)",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        nearest = min((n for n in range(1, self.width + 1) if self.width % n == 0), key=lambda n: abs(n - self.heads))
+        require(
+            self.width % self.heads == 0,
+            "heads",
+            f"is {self.heads}, must divide the width {self.width}; the nearest that does is {nearest}",
+        )
+        require(
+            self.position != "rope" or self.head_width % 2 == 0,
+            "heads",
+            f"is {self.heads}, so that heads are {self.head_width} wide; rotary positions need an even width",
+        )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.mlp_width or 4 * self.width
+
+
+# Layers, heads and width of OpenAI's released models, which a start may name.
+_PUBLIC = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+def public_model(name: str) -> ModelConfig | None:
+    """OpenAI's models by name, None for any other."""
+    if name not in _PUBLIC:
+        return None
+    layers, heads, width = _PUBLIC[name]
+    return ModelConfig(layers=layers, heads=heads, width=width)
+
+
+def matrix_parameters(model: ModelConfig) -> int:
+    """Weights of all matrix products of a forward pass, the output layer included."""
+    attention = (4 + model.extra_projection) * model.width**2
+    mlp = (3 if model.mlp == "swiglu" else 2) * model.width * model.hidden
+    return model.layers * (attention + mlp) + model.padded_vocab_size * model.width
+
+
+def parameters(model: ModelConfig) -> int:
+    """Parameters in all, as trainer.model.gpt builds them."""
+    width, hidden = model.width, model.hidden
+    norm = (2 if model.norm == "layernorm" else 1) * width
+    biases = 0
+    if model.bias:
+        biases += (1 + model.extra_projection) * width + (3 * width if model.qkv_bias else 0)
+        biases += (2 * hidden if model.mlp == "swiglu" else hidden) + width
+    scalars = 2 * model.embedding_skip + 2 * model.value_skip
+    count = matrix_parameters(model) + model.layers * (2 * norm + biases + scalars) + norm
+    count += norm if model.embedding_norm else 0
+    count += 0 if model.tie_embeddings else model.padded_vocab_size * width
+    return count + (model.context * width if model.position == "learned" else 0)
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """Forward and backward FLOPs per token: 6 per matrix weight, 12 L T D for attention (Chowdhery et al. 2022,
+    PaLM, appendix B; the masked half is counted, as everybody does)."""
+    return 6.0 * matrix_parameters(model) + 12.0 * model.layers * model.context * model.width
+
+
+def activation_bytes(model: ModelConfig, sequences: int, recompute: bool) -> float:
+    """Memory of one micro-batch between forward and backward pass, under autocast to bfloat16, in compiled blocks.
+
+    Counted from what autograd stores there (tests/activations.py): with torch 2.13 the partitioner of torch.compile
+    keeps, per block, what `_block_bytes` lists, and computes the rest again. With `recompute` only each block's input
+    is kept, and all of one block while its backward pass runs.
+    """
+    tokens = sequences * model.context
+    block, residual = _block_bytes(model), FP32_BYTES * model.width
+    blocks = residual * (model.layers - 1) + block if recompute else block * model.layers
+    # Around the blocks: the last norm's input and the gradient that the loss has made already; the embedding's norm
+    # and dropout.
+    around = 2 * residual + _norm_bytes(model)
+    around += residual + _norm_bytes(model) if model.embedding_norm else 0
+    around += model.width if model.dropout else 0
+    # The first block's values, which all blocks see, are a part of its queries, keys and values.
+    around += 3 * BF16_BYTES * model.width if model.value_skip and recompute else 0
+    return float(tokens * (blocks + around))
+
+
+def _block_bytes(model: ModelConfig) -> int:
+    """What a compiled block stores for its backward pass, per token, its input included."""
+    products = 7 * model.width  # both norms' results, queries, keys and values, attention's result, its projection
+    products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
+    if model.position == "rope" or model.qk_norm:
+        products += 3 * model.width  # queries and keys as attention takes them, and its result in another order
+    products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # before and after the activation
+    kept = FP32_BYTES * model.width + BF16_BYTES * products
+    kept += 2 * model.width if model.dropout else 0  # a byte per element says what was dropped
+    statistics = model.heads * (3 if model.qk_norm else 1)  # attention's log-sum-exp, and the norms per head
+    return kept + FP32_BYTES * statistics + 2 * _norm_bytes(model)
+
+
+def _norm_bytes(model: ModelConfig) -> int:
+    """Statistics that a norm stores per token: the inverse deviation, and a LayerNorm's mean."""
+    return FP32_BYTES * (2 if model.norm == "layernorm" else 1)
+
+
+LOSS_CHUNK_ROWS = 4096  # trainer.model.loss on a GPU
+
+
+def training_bytes(
+    model: ModelConfig,
+    sequences: int,
+    accumulation: int,
+    world: int,
+    *,
+    zero: int,
+    muon: bool,
+    recompute: bool,
+) -> float:
+    """Memory that one GPU needs to train with `sequences` per micro-batch, `accumulation` of them per step and rank.
+
+    Weights, gradients and their partial sums (trainer.optim.reduce keeps one per level of its tree) in float32, the
+    optimizer's state, the exchange of a dealt one, bfloat16 copies of the weights, activations, the loss's chunk. An
+    estimate, not confirmed on a GPU yet: 10 % are added for gradients of activations, the allocator and the libraries.
+    """
+    count = parameters(model)
+    matrices = matrix_parameters(model) - model.padded_vocab_size * model.width if muon else 0
+    levels = max(0, (accumulation & -accumulation).bit_length() - 1) / (world if zero == 2 else 1)
+    adamw_bytes = 2 * FP32_BYTES * (count - matrices) / (world if zero else 1)
+    muon_bytes = FP32_BYTES * matrices / world
+    exchange = FP32_BYTES * (count if zero else matrices) if world > 1 else 0
+    weights = FP32_BYTES * count * (2 + levels) + BF16_BYTES * count
+    rows = min(LOSS_CHUNK_ROWS, sequences * model.context)
+    loss = (
+        rows * model.padded_vocab_size * (FP32_BYTES + 2 * BF16_BYTES)
+        + 2 * FP32_BYTES * model.padded_vocab_size * model.width
+    )
+    parts = weights + adamw_bytes + muon_bytes + exchange + loss + activation_bytes(model, sequences, recompute)
+    return 1.1 * parts

@@ -1,0 +1,198 @@
+"""The first program in the container on each node: checks the node, runs the job under supervision, ends it.
+
+    python -m launch.node -m trainer.train CONFIG [--key=value ...]     (under torchrun, after a preflight)
+    python -m launch.node -m data_prep.prepare CONFIG [--key=value ...]
+
+Runs the module with this machine's facts in its environment (clouds/machine.py), and keeps its output, line by line,
+below RUN_URL/logs/, since what SkyPilot shows of a preempted node is lost. Exit codes, which the tasks in sky/ rely on:
+
+    0    the last step is reached
+    33   asked to stop, and saved                       (a managed job starts again)
+    34   the cap on dollars is reached                  (a managed job ends)
+    35   this machine is bad or hung: take another one  (a managed job starts again, REFUSALS_PER_DAY times)
+    else the program failed: its own fault, so the job ends
+
+Asked to stop (SIGTERM, SIGHUP, SIGINT), at whatever moment, it ends with 33, unless the program says 0 or 34.
+"""
+
+import signal
+
+from core import stop
+
+if __name__ == "__main__":
+    stop.listen(signal.SIGINT)  # before the imports that take seconds
+
+import json
+import logging
+import os
+import secrets
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from clouds import machine
+from core import storage
+from core.console import run_entry, set_up_logging
+from core.errors import ConfigError, LauncherError
+from core.exit_codes import BAD_NODE, FAILED, OK, PREEMPTED
+from core.run.folder import RunFolder
+from core.run.journal import Journal
+from launch.node import network, preflight
+from launch.node.supervise import Child, Outcome, kill_descendants
+
+log = logging.getLogger("node")
+
+# More refusals than this in a day are not bad luck with machines: then the job ends, for a person to look at it.
+REFUSALS_PER_DAY = 3
+# The head node's code is the one that counts: others give it this long to end by itself before they end the job.
+HEAD_START_SECONDS = 30.0
+# Longer than the ten minutes after which a collective gives up by itself and names the rank that is missing.
+HANG_MINUTES = 15.0
+LOG_FLUSH_SECONDS = 10.0
+# So long after the program was killed this one leaves too, whatever holds it up: before container.sh kills it.
+AFTER_KILL_SECONDS = 4.0
+SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+class Keep(logging.Handler):
+    """Our own log lines go into storage as well, among those of the program."""
+
+    def __init__(self, output: Journal):
+        super().__init__()
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._output.add({"time": record.created, "line": self.format(record)})
+
+
+def main(arguments: list[str]) -> int:
+    set_up_logging()
+    if len(arguments) < 2 or arguments[0] != "-m":
+        raise ConfigError("usage: python -m launch.node -m MODULE [ARGUMENTS ...]")
+    environment = dict(os.environ)
+    if not environment.get("RUN_URL"):
+        raise ConfigError("RUN_URL is not set; launch/node/container.sh derives it from BUCKET and RUN")
+    hang_minutes(environment)
+    stop.seconds()
+    # Until the program runs there is nothing to save: a request to stop ends the preflight, and this program.
+    stop.on_leaving(kill_descendants)
+    rank, addresses = network.nodes(environment)
+    found = machine.gpus()
+    environment |= machine.describe(environment, found)
+    run_url = environment["RUN_URL"]
+    # Two machines may begin in the same second.
+    attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-node-{rank:03d}-{secrets.token_hex(4)}"
+    output = Journal(storage.join(RunFolder(run_url).logs, attempt), LOG_FLUSH_SECONDS)
+    stop.on_leaving(output.close)
+    ours = Keep(output)
+    logging.getLogger().addHandler(ours)
+    try:
+        log.info("node %d of %d: %s", rank + 1, len(addresses), describe(environment))
+        code = job(arguments[1], arguments[2:], environment, found, output, attempt)
+        stop.settle(code if code != FAILED else PREEMPTED)
+        log.info("exit code %d", code)
+        return code
+    except LauncherError as error:  # reported by run_entry; kept for those who read the log later
+        output.add({"time": time.time(), "line": f"error: {error}"})
+        raise
+    finally:
+        logging.getLogger().removeHandler(ours)
+        if not stop.asked():  # else within a time limit (stop.leave)
+            output.close()
+
+
+def job(
+    module: str, arguments: list[str], environment: dict[str, str], found: list[machine.Gpu], output, attempt: str
+) -> int:
+    """Preflight and program. Returns the exit code of this node."""
+    trains = module.startswith("trainer.")
+    if trains:
+        report = preflight.run(environment, found)
+        stop.hold_if_leaving()
+        storage.write_bytes(
+            storage.join(RunFolder(environment["RUN_URL"]).preflight, f"{attempt}.json"),
+            (json.dumps(report.to_dict(), indent=1) + "\n").encode(),
+        )
+        if report.problems:
+            return refuse(environment["RUN_URL"], attempt, report.problems)
+        environment |= network.settings(environment)
+    with tempfile.TemporaryDirectory() as folder:
+        code_file = Path(folder) / "exit-code"
+        command = [sys.executable, "-m", module, *arguments]
+        if trains:
+            launcher = [sys.executable, "-m", "trainer.distributed.torchrun", *network.rendezvous(environment)]
+            command = [*launcher, "-m", module, *arguments]
+        log.info("running %s", " ".join(command))
+
+        def keep(line: str) -> None:
+            output.add({"time": time.time(), "line": line})
+
+        asked = threading.Event()
+        stop.inform(lambda reason: asked.set())
+        stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: whatever is still open is given up")
+        files = {"EXIT_CODE_FILE": str(code_file), "STOP_FILE": f"{folder}/stop"}
+        child = Child(command, {**environment, **files}, keep, launched=trains, asked=asked)
+        outcome = child.wait(hang_minutes(environment) * 60, stop.seconds())
+        told = int(code_file.read_text()) if code_file.exists() else None
+    if outcome.stopped:
+        return exit_code(outcome, told)
+    if outcome.hung:
+        return refuse(environment["RUN_URL"], attempt, ["the program hung; its stacks are in the log"])
+    code = exit_code(outcome, told)
+    if code == FAILED and trains and (problems := preflight.gpu_problems(environment, machine.gpus())):
+        return refuse(environment["RUN_URL"], attempt, problems)
+    if code and network.nodes(environment)[0] > 0:
+        time.sleep(HEAD_START_SECONDS)
+    return code
+
+
+def exit_code(outcome: Outcome, told: int | None) -> int:
+    """torchrun ends with 1 whatever its workers say; `told` is what rank 0 wrote down. None: it did not get there."""
+    if told is not None:
+        return told
+    if outcome.returncode == 0:
+        return OK
+    # Killed after the time limit, ended by an error of a store that is away, before it could listen: all the same.
+    # SIGTERM for torchrun alone is a request as well.
+    return PREEMPTED if outcome.stopped or outcome.returncode in SIGTERMED else FAILED
+
+
+def refuse(run_url: str, attempt: str, problems: list[str]) -> int:
+    """Leave this machine: BAD_NODE, or FAILED if that has happened too often."""
+    stop.hold_if_leaving()
+    for problem in problems:
+        log.error("this node is refused: %s", problem)
+    folder = RunFolder(run_url).refusals
+    day_ago = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() - 86400))
+    recent = [name for name in storage.list_names(folder) if name >= day_ago]
+    document = {"time": time.time(), "problems": problems}
+    storage.write_bytes(storage.join(folder, f"{attempt}.json"), (json.dumps(document) + "\n").encode())
+    if len(recent) < REFUSALS_PER_DAY:
+        return BAD_NODE
+    log.error("%d nodes were refused within a day: the job ends; see %s, then start it again", len(recent) + 1, folder)
+    return FAILED
+
+
+def hang_minutes(environment: Mapping[str, str]) -> float:
+    text = environment.get("HANG_MINUTES") or str(HANG_MINUTES)
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"HANG_MINUTES is {text!r}, must be a number above 0")
+
+
+def describe(environment: Mapping[str, str]) -> str:
+    place = "/".join(environment.get(name) or "?" for name in ("CLOUD", "REGION", "ZONE"))
+    market = {"true": "spot", "false": "on demand"}.get(environment.get("USE_SPOT", ""), "?")
+    price = environment.get("USD_PER_HOUR")
+    price = f"${price}/h ({environment.get('PRICE_SOURCE', 'USD_PER_HOUR')})" if price else "price not known"
+    return f"{place}, {environment.get('INSTANCE_TYPE') or '?'}, {market}, {price}"
+
+
+if __name__ == "__main__":
+    run_entry(main)

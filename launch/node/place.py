@@ -1,0 +1,26 @@
+"""Prints the URL that BUCKET and RUN, or BUCKET and DATA, name in the environment: for shell scripts on a node.
+
+    python3 -m launch.node.place RUN     s3://my-bucket/runs/gpt2-124m
+
+Runs with a node's own Python: the standard library alone, and Python 3.8 or newer.
+"""
+
+import os
+import sys
+
+from core import bucket
+from core.errors import ConfigError
+
+
+def main(arguments):
+    if len(arguments) != 1 or arguments[0] not in bucket.FOLDERS:
+        return "usage: python3 -m launch.node.place RUN|DATA"
+    try:
+        print(bucket.url(os.environ, arguments[0]))
+    except ConfigError as error:
+        return f"error: {error}"
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""Is this image whole? Imports what its programs import; with GPUs, starts CUDA, multiplies and compiles on each.
+
+    docker run --rm IMAGE            (also its health check)
+
+IMAGE_TARGET, set in the image, says which programs it is for. Prints one line, or fails with the first error.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+
+from clouds.machine import gpus
+from core.console import run_entry
+from core.errors import ConfigError
+
+PROGRAMS = {
+    "prep": ("data_prep.prepare", "data_prep.verify", "cost_report", "launch.node"),
+    "train": ("trainer.train", "cost_report", "launch.node"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    target = os.environ.get("IMAGE_TARGET")
+    if target not in PROGRAMS:
+        raise ConfigError(f"IMAGE_TARGET is {target!r}, must be one of {', '.join(PROGRAMS)}; is this our image?")
+    for program in (*PROGRAMS[target], "core.stores.remote"):  # which is imported with the first bucket
+        importlib.import_module(program)
+    if os.geteuid() == 0:
+        raise ConfigError("the image runs as root; its USER was changed")
+    found = check_torch() if target == "train" else check_no_torch()
+    print(f"{target} image works: Python {sys.version.split()[0]}, {found}, revision {revision()}")
+
+
+def check_no_torch() -> str:
+    if importlib.util.find_spec("torch"):
+        raise ConfigError("torch is installed in the prep image")
+    return "no torch"
+
+
+def check_torch() -> str:
+    import torch
+
+    # trainer.train imports these when it needs them.
+    for module in ("trainer.loop.loop", "trainer.checkpoint.save"):
+        importlib.import_module(module)
+    preflight = importlib.import_module("trainer.distributed.preflight")
+    if not shutil.which("cc"):
+        raise ConfigError("there is no C compiler in the train image, which Triton needs")
+    # torch counts none where CUDA does not initialise.
+    count = max(torch.cuda.device_count(), len(gpus())) if torch.version.cuda else 0
+    for number in range(count):
+        if problem := preflight.cuda_problem(torch.device("cuda", number)):
+            raise ConfigError(problem)
+        ones = torch.ones(256, 256, device=f"cuda:{number}", dtype=torch.bfloat16)
+        double = torch.compile(lambda x: x @ x * 2)
+        if float(double(ones).float().mean()) != 512.0:
+            raise ConfigError(f"GPU {number} multiplies wrongly")
+    return f"torch {torch.__version__}, {count} GPUs" + (f", libcuda {preflight.libcuda()}" if count else "")
+
+
+def revision() -> str:
+    return os.environ.get("GIT_REVISION") or "not stated"
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,63 @@
+"""Validation loss on a fixed stretch of the validation tokens: the same number on any number of ranks."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from trainer.data.cache import ShardCache
+from trainer.distributed.in_turn import Between, in_turn
+from trainer.distributed.process_group import Ranks
+from trainer.model.precision import autocast
+
+
+class ValidationLoss:
+    """Mean next-token loss over the first `tokens` validation tokens, in windows of the context length.
+
+    Micro-batches are dealt to the ranks in turn and their losses are summed in the order of the tokens.
+    """
+
+    def __init__(
+        self,
+        cache: ShardCache,
+        length: int,
+        tokens: int,
+        micro_batch_size: int,
+        ranks: Ranks,
+        precision: str = "auto",
+    ):
+        self._precision = precision
+        self._ranks = ranks
+        available = sum(shard.tokens for shard in cache.shards)
+        windows = max(1, min(tokens, available - 1) // length)
+        rows = min(micro_batch_size, windows)
+        self._count = windows // rows  # a ragged last batch would compile the model once more
+        self.tokens = self._count * rows * length
+        self._batches = []
+        for index in range(ranks.rank, self._count, ranks.world):
+            flat = cache.stream(index * rows * length, rows * length + 1).astype(np.int32)
+            view = np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
+            self._batches.append(torch.from_numpy(np.ascontiguousarray(view)))
+
+    def __call__(self, model: torch.nn.Module, between: Between | None = None) -> float:
+        """Nats per token."""
+        return self.means(model, lambda tokens: model(tokens[:, :-1], tokens[:, 1:])[None], between)[0]
+
+    @torch.no_grad()
+    def means(
+        self,
+        model: torch.nn.Module,
+        measure: Callable[[torch.Tensor], torch.Tensor],
+        between: Between | None = None,
+    ) -> list[float]:
+        """Means over all batches, (rows, T + 1), of the numbers that `measure` finds."""
+
+        def of_batch(index: int) -> list[float]:
+            tokens = self._batches[index // self._ranks.world].to(self._ranks.device, non_blocking=True)
+            with autocast(self._ranks.device, self._precision):
+                return measure(tokens).double().tolist()
+
+        model.eval()
+        found = in_turn(self._count, of_batch, self._ranks, between)
+        model.train()
+        return [sum(column) / self._count for column in zip(*found, strict=True)]

@@ -1,0 +1,123 @@
+"""The run's metrics, also to TensorBoard, Weights & Biases or MLflow, for those who look there.
+
+The JSON lines in the run's folder are the record; this is a copy. It is made on a thread of its own, and a tracker
+that fails is named once and left out from then on: it never holds up or stops a run. Where things go is set the way
+each tool has it: TENSORBOARD_DIR, WANDB_PROJECT and WANDB_API_KEY, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from core.settings.loader import flatten
+
+log = logging.getLogger("train")
+
+CLOSE_SECONDS = 20.0
+WAITING_AT_MOST = 10_000
+
+Send = Callable[[int, Mapping[str, float]], None]
+
+
+def _tensorboard(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(os.path.join(os.environ.get("TENSORBOARD_DIR", "runs"), _name(run_url)))
+    writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in flatten(config).items()))
+
+    def send(step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    return send, writer.close
+
+
+def _wandb(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
+    import wandb
+
+    # One id per run folder, so that the segments of a preempted run are one line.
+    name = _name(run_url)
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "pretraining"), id=name, name=name, resume="allow", config=dict(config)
+    )
+    # An axis of ours: W&B's own step only grows, and drops what a resumed run does again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return lambda step, values: run.log({**values, "step": step}), run.finish
+
+
+def _mlflow(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
+    import mlflow
+
+    name = _name(run_url)
+    earlier = mlflow.search_runs(filter_string=f"attributes.run_name = '{name}'", output_format="list")
+    mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=name)
+    if not earlier:
+        mlflow.log_params(flatten(config))
+    return lambda step, values: mlflow.log_metrics(dict(values), step=step), mlflow.end_run
+
+
+_KINDS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+
+
+class Trackers:
+    """Takes metrics like the run's own journal does."""
+
+    def __init__(self, kinds: tuple[str, ...], run_url: str, config: Mapping[str, Any]):
+        self._kinds = kinds
+        self._run_url = run_url
+        self._config = config
+        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(WAITING_AT_MOST)
+        self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
+        if kinds:
+            self._thread.start()
+
+    def add(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Pass on the numbers among `values` as `kind`/name at values["step"]; dropped if a tracker is far behind."""
+        numbers = {
+            f"{kind}/{key.replace('.', '/')}": float(value)
+            for key, value in flatten(values).items()
+            if isinstance(value, int | float) and key != "step"
+        }
+        if self._kinds and numbers:
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait((values["step"], numbers))
+
+    def close(self) -> None:
+        """Send the rest, for at most CLOSE_SECONDS."""
+        if self._kinds:
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=CLOSE_SECONDS)
+            self._thread.join(CLOSE_SECONDS)
+
+    def _work(self) -> None:
+        open_ones = {}
+        for kind in self._kinds:
+            with self._tolerating(kind):
+                open_ones[kind] = _KINDS[kind](self._run_url, self._config)
+        while (item := self._queue.get()) is not None:
+            for kind in list(open_ones):
+                with self._tolerating(kind, open_ones):
+                    open_ones[kind][0](*item)
+        for kind in list(open_ones):
+            with self._tolerating(kind, open_ones):
+                open_ones[kind][1]()
+
+    @contextlib.contextmanager
+    def _tolerating(self, kind: str, open_ones: dict | None = None):
+        try:
+            yield
+        except ImportError:
+            log.warning("train.trackers: %s is not installed and gets no metrics: pip install %s", kind, kind)
+        except Exception as error:
+            log.warning("train.trackers: %s fails and gets no more metrics (%s: %s)", kind, type(error).__name__, error)
+            if open_ones is not None:
+                open_ones.pop(kind, None)
+
+
+def _name(run_url: str) -> str:
+    return run_url.rstrip("/").rsplit("/", 1)[-1]

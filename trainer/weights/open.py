@@ -1,0 +1,209 @@
+"""A trained model by its name: what evaluation, generation, export and fine-tuning start from.
+
+    opened = open_weights("s3://bucket/runs/first", device)                              # a run's newest checkpoint
+    opened = open_weights("s3://bucket/runs/first/checkpoints/step-00001000", device)    # that one
+    opened = open_weights("gpt2", device)               # a public model, also hf:OWNER/NAME, or a folder in that form
+
+Weights only, without the optimizer's state; a checkpoint's files have their checksums compared.
+"""
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core import storage
+from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
+from core.data.vocabulary import Vocabulary
+from core.data.vocabulary import read as read_vocabulary
+from core.errors import CheckpointError, ConfigError, ObjectNotFound
+from core.run.folder import step_name
+from core.settings.loader import from_dict, to_dict
+from core.settings.model import ModelConfig
+from trainer.checkpoint import layout
+from trainer.checkpoint.blocks import parse_key
+from trainer.data import chat_template
+from trainer.model import lora
+from trainer.model.gpt import GPT
+from trainer.weights import folder as public
+from trainer.weights import huggingface
+
+READERS = 8
+_STEP = re.compile(r"^(?P<run>.*)/checkpoints/(?P<name>step-(?P<step>\d{8,}))/?$")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its weights, and where they are from: a run's step, or a `folder` in Hugging Face's form.
+
+    `state` is what the checkpoint holds besides tensors.
+    """
+
+    name: str
+    model: GPT
+    run_url: str | None
+    step: int | None
+    state: Mapping[str, Any]
+    folder: str | None = None
+
+    @property
+    def data_url(self) -> str | None:
+        """The token set it was trained on."""
+        return self.state.get("config", {}).get("data", {}).get("url")
+
+    @property
+    def encoding(self):
+        """The tiktoken encoding of its vocabulary. Raises as `vocabulary`."""
+        return self.vocabulary.encoding()
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """VOCAB_URL's, or what lies beside its data or weights.
+
+        Raises ConfigError, and DataError for another vocabulary than GPT-2's.
+        """
+        return vocabulary_at(self.name, self.data_url, self.folder)
+
+
+def encoding_at(name: str, data_url: str | None, folder: str | None = None):
+    """The tiktoken encoding of `vocabulary_at`."""
+    return vocabulary_at(name, data_url, folder).encoding()
+
+
+def vocabulary_at(name: str, data_url: str | None, folder: str | None = None) -> Vocabulary:
+    """The vocabulary at VOCAB_URL, beside the data or in the folder of the model `name`; as Opened.vocabulary."""
+    places = [os.environ.get("VOCAB_URL"), data_url and storage.join(data_url, VOCABULARY_FILE)]
+    for uri in filter(None, places):
+        try:
+            return read_vocabulary(uri)
+        except ObjectNotFound:
+            continue
+    if folder:
+        with contextlib.suppress(ObjectNotFound):
+            return public.vocabulary_of(folder)
+        places.append(storage.join(folder, public.TOKENIZER))
+    raise ConfigError(
+        f"{name}: its vocabulary is not at {', '.join(filter(None, places)) or 'any known place'}; "
+        "set VOCAB_URL to OpenAI's vocab.bpe or to tokenizer/gpt2.tiktoken of a prepared data set"
+    )
+
+
+def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
+    """The model by a name that will mean the same later, a run's newest checkpoint by its step, and its state."""
+    if public.is_public(where) or public.is_folder(where):
+        return where, {"config": {"model": to_dict(public.read_config(public.resolve(where))[1])}}
+    run_url, manifest = _checkpoint(where)
+    return layout.folder_of(run_url, manifest.step), manifest.state
+
+
+def open_weights(where: str, device: torch.device) -> Opened:
+    """The model of a run, a checkpoint, a folder in Hugging Face's form or a public name.
+
+    Raises CheckpointError naming what is missing, damaged, or of another architecture or vocabulary.
+    """
+    if public.is_public(where) or public.is_folder(where):
+        return _open_folder(where, device)
+    run_url, manifest = _checkpoint(where)
+    state = manifest.state
+    config = from_dict(ModelConfig, state["config"]["model"], layout.folder_of(run_url, manifest.step))
+    if "lora" in state:
+        model = open_weights(state["start"], device).model
+        _check_base(model, state, layout.folder_of(run_url, manifest.step))
+        lora.attach(model, **state["lora"])
+        _fill(lora.adapters(model), run_url, manifest)
+        lora.merge(model)
+    else:
+        model = _empty(config, device)
+        _fill(dict(model.named_parameters()), run_url, manifest)
+    model.eval()
+    return Opened(f"{run_url} step {manifest.step}", model, run_url, manifest.step, state)
+
+
+def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
+    """The run, and its newest complete checkpoint or the one that `where` names."""
+    match = _STEP.match(where)
+    run_url = match["run"] if match else where.rstrip("/")
+    found = layout.stored(run_url) if match else layout.restorable(run_url)
+    steps = [int(match["step"])] if match else [step for step, names in found.items() if layout.MARKER in names]
+    if not steps or layout.MARKER not in found.get(steps[0], {}):
+        wanted = match["name"] if match else "a complete checkpoint"
+        there = ", ".join(step_name(step) for step, names in found.items() if layout.MARKER in names)
+        raise CheckpointError(f"{run_url}: has no {wanted}; complete ones: {there or 'none'}")
+    return run_url, layout.read_manifest(run_url, steps[0], found[steps[0]])
+
+
+def _check_base(model: GPT, state: Mapping[str, Any], where: str) -> None:
+    found = lora.digest(lora.base(model))
+    if found != state["start_digest"]:
+        raise CheckpointError(
+            f"{where}: its adapters belong to weights with the checksum {state['start_digest']}, those of "
+            f"{state['start']} have {found}; put back the weights that it was trained from"
+        )
+
+
+def _empty(config: ModelConfig, device: torch.device) -> GPT:
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.to_empty(device=device)
+
+
+def _open_folder(where: str, device: torch.device) -> Opened:
+    place = public.resolve(where)
+    kind, config = public.read_config(place)
+    tensors = huggingface.from_hub(kind, config, public.read_tensors(place), place)
+    model = _empty(config, device)
+    _fill_whole(model, tensors, place)
+    model.eval()
+    state: dict[str, Any] = {"config": {"model": to_dict(config)}}
+    if public.turn_template_of(place) == chat_template.JINJA:  # of another one we know no turns
+        state[chat_template.STATE_KEY] = chat_template.NAME
+    return Opened(where, model, None, None, state, place)
+
+
+@torch.no_grad()
+def _fill_whole(model: GPT, tensors: Mapping[str, torch.Tensor], place: str) -> None:
+    parameters = dict(model.named_parameters())
+    for name in sorted({*parameters, *tensors}):
+        if name not in tensors:
+            raise CheckpointError(f"{place}: its weights lack {name}; copy the model again")
+        if name not in parameters:
+            raise CheckpointError(f"{place}: holds {name}, which a model of its config.json does not have")
+        if parameters[name].shape != tensors[name].shape:
+            stored, wanted = list(tensors[name].shape), list(parameters[name].shape)
+            raise CheckpointError(f"{place}: {name} is {stored}, its config.json asks for {wanted}")
+        parameters[name].copy_(tensors[name])
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, torch.Tensor], run_url: str, manifest: layout.CheckpointManifest) -> None:
+    import safetensors.torch  # here, so that training starts without it
+
+    missing = {name: parameter.shape[0] for name, parameter in parameters.items()}
+
+    def read(file: layout.PayloadFile) -> dict[str, torch.Tensor]:
+        uri = storage.join(layout.folder_of(run_url, manifest.step), file.name)
+        data = storage.read_bytes(uri)
+        if layout.checksum(data) != file.xxh3_128:
+            raise CheckpointError(f"{uri}: checksum differs from its manifest's")
+        tensors = safetensors.torch.load(data)
+        return {key: values for key, values in tensors.items() if key.startswith("model.")}
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for blocks in pool.map(read, manifest.files):
+            for key, values in blocks.items():
+                name, start, stop = parse_key(key.removeprefix("model."))
+                if name not in parameters or parameters[name].shape[1:] != values.shape[1:]:
+                    raise CheckpointError(
+                        f"{layout.folder_of(run_url, manifest.step)}: {key} fits no weight of its model"
+                    )
+                parameters[name][start:stop].copy_(values)
+                missing[name] -= stop - start
+    lacking = [name for name, rows in missing.items() if rows]
+    if lacking:
+        raise CheckpointError(f"{layout.folder_of(run_url, manifest.step)}: lacks rows of {', '.join(lacking[:3])}")
