@@ -18,7 +18,7 @@ from trainer.evals.progress import Kept
 from trainer.inference.engine import Engine
 from trainer.inference.engine import Request as Prompt
 from trainer.inference.sampling import Sampling
-from trainer.weights.open import Opened
+from trainer.weights.open import TrainedModel
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -37,7 +37,7 @@ def version() -> str:
 
 
 def run(
-    task: str, opened: Opened, ranks: Ranks, precision: str, kept: Kept, folder: str, limit: int, num_fewshot: int
+    task: str, opened: TrainedModel, ranks: Ranks, precision: str, kept: Kept, folder: str, limit: int, num_fewshot: int
 ) -> dict[str, Any]:
     """The harness's own scores: metric → number, TASK/METRIC for sub-tasks. Raises ConfigError for an unknown task."""
     from lm_eval import simple_evaluate
@@ -79,7 +79,7 @@ def _all_tasks(folder: str):
 class HarnessModel(TemplateLM):
     """Encoding of pairs is the harness's own (TemplateLM)."""
 
-    def __init__(self, opened: Opened, ranks: Ranks, precision: str, kept: Kept):
+    def __init__(self, opened: TrainedModel, ranks: Ranks, precision: str, kept: Kept):
         super().__init__()
         self._model = opened.model
         self._encoding = opened.encoding

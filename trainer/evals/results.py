@@ -17,14 +17,14 @@ from typing import Any
 from core import storage
 from core.errors import ObjectExists
 from core.run.folder import RunFolder, step_name
-from trainer.weights.open import Opened
+from trainer.weights.open import TrainedModel
 
 FORMAT = "evaluation"
 VERSION = 1
 _NAME = re.compile(r"^(?P<key>.+-[0-9a-f]{8})(-(?P<number>\d+))?\.json$")
 
 
-def folder_of(opened: Opened, home: str) -> str:
+def folder_of(opened: TrainedModel, home: str) -> str:
     """Where results about a model lie: with its run, or below `home` for a model that is no run of ours."""
     if opened.run_url:
         return storage.join(RunFolder(opened.run_url).evaluations, step_name(opened.step))

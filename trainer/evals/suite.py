@@ -17,7 +17,7 @@ from trainer.evals import contamination, perplexity, results
 from trainer.evals.hellaswag import NAME as HELLASWAG
 from trainer.evals.hellaswag import HellaSwag
 from trainer.evals.progress import Kept
-from trainer.weights.open import Opened
+from trainer.weights.open import TrainedModel
 
 Found = dict[str, Any]  # `scores`, and what else is worth keeping
 
@@ -26,7 +26,7 @@ Found = dict[str, Any]  # `scores`, and what else is worth keeping
 class Measurement:
     name: str
     identity: Mapping[str, Any]
-    compute: Callable[[Opened, Kept], Found]  # on all ranks, the same everywhere
+    compute: Callable[[TrainedModel, Kept], Found]  # on all ranks, the same everywhere
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _perplexity(
     )
     how = perplexity.of_documents if settings.per_document else perplexity.of_stream
 
-    def compute(opened: Opened, kept: Kept) -> Found:
+    def compute(opened: TrainedModel, kept: Kept) -> Found:
         return {"scores": how(opened.model, tokens(), opened.encoding, ranks, precision, kept)}
 
     return Measurement(f"{task}-rolling" if settings.per_document else task, identity, compute)
@@ -88,7 +88,7 @@ def _hellaswag(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, pr
     def scorer(encoding) -> HellaSwag:
         return HellaSwag(items, encoding, ranks, precision, style)
 
-    def compute(opened: Opened, kept: Kept) -> Found:
+    def compute(opened: TrainedModel, kept: Kept) -> Found:
         answers = scorer(opened.encoding).answers(opened.model, kept, task)
         scores = answers.score().as_dict()
         if settings.contamination:
@@ -137,7 +137,7 @@ def _harness(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, prec
         "precision": precision,
     }
 
-    def compute(opened: Opened, kept: Kept) -> Found:
+    def compute(opened: TrainedModel, kept: Kept) -> Found:
         folder, limit, num_fewshot = settings.lm_eval_tasks, settings.limit, settings.num_fewshot
         return {"scores": harness.run(name, opened, ranks, precision, kept, folder, limit, num_fewshot)}
 
