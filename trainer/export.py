@@ -79,7 +79,7 @@ def write(folder: Path, trained, settings: ExportConfig) -> None:
     import safetensors.torch
 
     from trainer.data import chat_template
-    from trainer.evals import results
+    from trainer.evals import suite
     from trainer.weights import card, gguf, huggingface, tokenizer
 
     model, vocabulary = trained.model, trained.vocabulary
@@ -103,7 +103,7 @@ def write(folder: Path, trained, settings: ExportConfig) -> None:
         if huggingface.kind_of(model.config) == huggingface.OWN:
             source = Path(__file__).parent / "weights" / f"{huggingface.OWN_MODULE}.py"
             (folder / source.name).write_bytes(source.read_bytes())
-    evaluations = results.read_all(results.folder_of(trained, "")) if trained.run_url else []
+    evaluations = suite.read_results(suite.results_folder(trained, "")) if trained.run_url else []
     facts = card.gather(trained, evaluations)
     curve = card.draw_curve(folder / "loss.png", facts.train, facts.validation)
     (folder / "README.md").write_text(card.write(trained, facts, settings.dtype, curve, file), encoding="utf-8")
