@@ -15,7 +15,7 @@ from core.settings.model import ModelConfig
 from core.settings.training import TrainConfig
 from tests import launching, models
 from trainer import export, import_weights
-from trainer.inference.engine import Engine, Request
+from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
 from trainer.weights import folder, huggingface
 from trainer.weights.open import open_weights
@@ -87,7 +87,7 @@ def test_an_export_gives_the_same_logits_and_the_same_text(preset: Path, tmp_pat
     opened = open_weights(str(tmp_path / "run"), CPU)
     prompt = opened.encoding.encode_ordinary("The dog runs")
     engine = Engine(opened.model, opened.encoding, CPU)
-    [answer] = engine.complete([Request(prompt, Sampling(temperature=0, tokens=20))])
+    [answer] = engine.complete([GenerationRequest(prompt, Sampling(temperature=0, max_tokens=20))])
     written = other.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
     assert [token.id for token in answer.tokens] == [token for token in written if token != 50256]
 

@@ -15,7 +15,7 @@ from trainer.distributed.process_group import Ranks, gather_objects
 from trainer.evals.likelihood import ScoringRequest, likelihoods
 from trainer.evals.perplexity import rolling
 from trainer.evals.progress import PartialResults
-from trainer.inference.engine import Engine, Request
+from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
 from trainer.weights.open import TrainedModel
 
@@ -129,7 +129,7 @@ class HarnessModel(TemplateLM):
         found = {number: text for part in gather_objects(mine, self._ranks) for number, text in part.items()}
         return [found[number] for number in range(len(requests))]
 
-    def _prompt(self, text: str, options: dict[str, Any]) -> Request:
+    def _prompt(self, text: str, options: dict[str, Any]) -> GenerationRequest:
         until = options.get("until") or []
         limit = int(options.get("max_gen_toks", NEW_TOKENS))
         room = self._model.config.context - limit
@@ -140,14 +140,14 @@ class HarnessModel(TemplateLM):
             )
         tokens = (self.tok_encode(text) or [GPT2_END_OF_TEXT])[-room:]
         sampling = Sampling(
-            tokens=limit,
+            max_tokens=limit,
             temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
             top_k=0,
             top_p=float(options.get("top_p", 1.0)),
             seed=0,
             stop=(until,) if isinstance(until, str) else tuple(until),
         )
-        return Request(tokens, sampling)
+        return GenerationRequest(tokens, sampling)
 
     def _compute(self, requests: list[ScoringRequest]):
         self._calls += 1
