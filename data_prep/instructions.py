@@ -1,11 +1,10 @@
-"""Rows for fine-tuning and preference optimisation, checked and stored in one form (core.data.conversations)."""
+"""Rows for fine-tuning and preference optimisation, checked and stored in one form (core.data.sets)."""
 
 import logging
 from typing import Any
 
 from core.data import sets
-from core.data.conversations import conversation, preference_row
-from core.data.sets import SetInfo
+from core.data.sets import SetInfo, conversation, preference_row
 from core.errors import DataError
 from data_prep import rows
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core import storage
-from core.data.conversations import preference
+from core.data.sets import preference
 from core.data.vocabulary import read as read_vocabulary
 from core.errors import DataError
 from core.settings.model import ModelConfig

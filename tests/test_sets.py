@@ -34,12 +34,12 @@ def test_instructions_are_stored_in_one_form(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("not json", "is no JSON object"),
+        ("not json", "is not a JSON object"),
         ({"text": "x"}, "has neither messages nor instruction and output"),
         ({"instruction": "x", "output": " "}, "empty message of role 'assistant'"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "does not go user, assistant in turn"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "does not go user, assistant in turn"),
-        ({"messages": ["x"]}, "a message that is no object"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "does not alternate user, assistant"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "does not alternate user, assistant"),
+        ({"messages": ["x"]}, "a message that is not an object"),
     ],
 )
 def test_bad_rows_are_named_and_refused(tmp_path: Path, row, problem: str):
@@ -55,7 +55,7 @@ def test_damaged_and_missing_sets_are_refused(tmp_path: Path):
         sets.read(str(tmp_path), "hellaswag")
     instructions.store(str(tmp_path), write_rows(tmp_path / "rows.jsonl", GOOD), "instructions", "CC0")
     (tmp_path / "sets/instructions.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match="its content is not what was stored"):
+    with pytest.raises(DataError, match="its checksum has changed"):
         sets.read(str(tmp_path), "instructions")
 
 
