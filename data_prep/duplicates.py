@@ -17,8 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from core import storage
-from data_prep import values
-from data_prep.part import Work
+from data_prep.part import WorkerState
 from data_prep.sources import documents
 from data_prep.sources.files import Part
 
@@ -30,12 +29,12 @@ MEMORY_BYTES = 512 << 20
 THREADS = 16
 
 
-def hash_part(part: Part, work: Work) -> None:
+def hash_part(part: Part, state: WorkerState) -> None:
     """Store the hashes of a part's documents, as `documents.read` numbers them."""
-    config = work.config
+    config = state.config
     digests: list[bytes] = []
-    for batch in documents.read(part, config.source, config.filter, config.data.seed, Counter(), work.fetched):
-        digests += [hashlib.blake2b(text, digest_size=16).digest() for text in values.buffers(batch.texts)]
+    for batch in documents.read(part, config.source, config.filter, config.data.seed, Counter(), state.fetched):
+        digests += [hashlib.blake2b(text, digest_size=16).digest() for text in documents.buffers(batch.texts)]
     halves = np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     entries = np.empty(len(halves), ENTRY)
     entries["upper"], entries["lower"] = halves[:, 0], halves[:, 1]

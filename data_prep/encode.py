@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from core.data.vocabulary import Vocabulary
 from core.errors import ConfigError, DataError
-from data_prep.values import buffers
+from data_prep.sources.documents import buffers
 
 log = logging.getLogger(__name__)
 

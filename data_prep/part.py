@@ -29,7 +29,7 @@ LENGTH_CLASSES = 32
 
 
 @dataclass(frozen=True)
-class Record:
+class PartRecord:
     """What a finished part stored and saw. `candidates` are [split key, tokens] of each possible validation
     document, in the order of `candidate_shards`; the tokens count the end-of-text token."""
 
@@ -49,7 +49,7 @@ class Record:
 
 
 @dataclass
-class Work:
+class WorkerState:
     """What a worker process keeps from one part to the next."""
 
     config: PrepConfig
@@ -63,7 +63,7 @@ def record_uri(data_url: str, name: str) -> str:
     return storage.join(data_url, f"parts/{name}.json")
 
 
-def read_record(data_url: str, name: str) -> Record:
+def read_record(data_url: str, name: str) -> PartRecord:
     """Raises ObjectNotFound while the part is not done."""
     uri = record_uri(data_url, name)
     try:
@@ -71,7 +71,7 @@ def read_record(data_url: str, name: str) -> Record:
         for key in ("shards", "candidate_shards"):
             document[key] = tuple(ShardEntry(**entry) for entry in document[key])
         document["candidates"] = tuple((int(key), int(tokens)) for key, tokens in document["candidates"])
-        return Record(**document)
+        return PartRecord(**document)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{uri}: no record of a part ({error}); delete it and prepare again") from error
 
@@ -82,28 +82,28 @@ def done_parts(data_url: str) -> set[str]:
     return {name.removesuffix(".json") for name in names if name.endswith(".json") and name != "plan.json"}
 
 
-def prepare(part: Part, work: Work, drops: np.ndarray | None = None) -> Record:
+def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> PartRecord:
     """Do one part without the documents numbered `drops`. Raises DataError, StorageError; then nothing is recorded."""
-    config, data = work.config, work.config.data
+    config, data = state.config, state.config.data
     threshold = int(data.val_fraction * 2**64)
     dropped: Counter[str] = Counter()
     lengths = np.zeros(LENGTH_CLASSES, np.int64)
     candidates: list[tuple[int, int, np.ndarray]] = []
     tokens = text_bytes = seen = 0
-    if work.check:
-        work.check.restart(part.end - part.start)
+    if state.check:
+        state.check.restart(part.end - part.start)
     with ShardWriter(
         data.url, f"train/{part.name}-{{:03d}}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle
     ) as train:
-        for batch in documents.read(part, config.source, config.filter, data.seed, dropped, work.fetched):
+        for batch in documents.read(part, config.source, config.filter, data.seed, dropped, state.fetched):
             if drops is not None:
                 numbers = np.arange(seen, seen + len(batch.texts))
                 seen += len(batch.texts)
                 batch = batch.only(~np.isin(numbers, drops, assume_unique=True))
                 dropped["duplicate"] += len(numbers) - len(batch.texts)
-            ids, offsets = work.engine.encode(batch.texts)
-            if work.check:
-                work.check.compare(batch.texts, ids, offsets, str(part))
+            ids, offsets = state.engine.encode(batch.texts)
+            if state.check:
+                state.check.compare(batch.texts, ids, offsets, str(part))
             sizes = np.diff(offsets)
             keep = _length_filter(sizes, config, dropped)
             lengths += np.bincount(np.log2(sizes[keep]).astype(int), minlength=LENGTH_CLASSES)[:LENGTH_CLASSES]
@@ -123,9 +123,9 @@ def prepare(part: Part, work: Work, drops: np.ndarray | None = None) -> Record:
     with ShardWriter(data.url, f"parts/{part.name}-val-{{:03d}}.bin", 2**30, GPT2_END_OF_TEXT, False) as val:
         for _, order, document in candidates:
             val.add(document, order)
-    record = Record(
+    record = PartRecord(
         part=part.index,
-        plan_sha256=work.plan_sha256,
+        plan_sha256=state.plan_sha256,
         shards=train.entries,
         candidate_shards=val.entries,
         candidates=tuple((split, len(document) + 1) for split, _, document in candidates),

@@ -24,8 +24,8 @@ from core.data import manifest
 from core.errors import DataError, ObjectExists, ObjectNotFound
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig
-from data_prep.sources import columns, kinds, named, places
-from data_prep.sources.files import Part, SourceFile
+from data_prep.sources import columns, kinds, named
+from data_prep.sources.files import Part, SourceFile, find_files, has_suffix, read_range
 
 FORMAT = "data-plan"
 # Increased whenever the same settings would give other shards: an unfinished set is then not continued.
@@ -37,7 +37,7 @@ NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrepPlan:
     """The settings that define the result, and the source files in order."""
 
     settings: Mapping[str, Any]
@@ -82,7 +82,7 @@ class Plan:
         named = {name: self.settings[f"source.{name}"] for name in ("name", "split")}
         return {"url": f"hf://datasets/{self.settings['source.dataset']}", **named, **revision}
 
-    def gives_the_same(self, other: "Plan") -> bool:
+    def gives_the_same(self, other: "PrepPlan") -> bool:
         """Whether both give the same bytes, however their sources were named."""
         return self.files == other.files and self._result() == other._result()
 
@@ -94,7 +94,7 @@ def uri_of(data_url: str) -> str:
     return storage.join(data_url, "parts/plan.json")
 
 
-def make(config: PrepConfig) -> tuple[PrepConfig, Plan]:
+def make(config: PrepConfig) -> tuple[PrepConfig, PrepPlan]:
     """List the source; the settings that come back name all columns.
 
     Raises ConfigError, DataError when there is nothing to read, or a file or column is not what it should be.
@@ -107,7 +107,7 @@ def make(config: PrepConfig) -> tuple[PrepConfig, Plan]:
     else:
         files = list_files(pinned(source.url, source.revision, config.data.url), kinds.SUFFIXES)
     config = replace(config, source=columns.resolved(files[0], source, config.filter))
-    return config, Plan(identity_of(config), files)
+    return config, PrepPlan(identity_of(config), files)
 
 
 def identity_of(config: Any) -> dict[str, Any]:
@@ -128,9 +128,9 @@ def identity_of(config: Any) -> dict[str, Any]:
 
 def list_files(pattern: str, suffixes: tuple[str, ...]) -> tuple[SourceFile, ...]:
     """The files of a source in the order of their names. Raises DataError if there is none, or one of another kind."""
-    found = [SourceFile(info.uri, info.size, "") for info in places.find(pattern)]
+    found = [SourceFile(info.uri, info.size, "") for info in find_files(pattern)]
     for file in found:
-        if not places.has_suffix(file.uri, suffixes):
+        if not has_suffix(file.uri, suffixes):
             raise DataError(f"{file.uri}: unknown kind of source; give files that end in {', '.join(suffixes)}")
     return _identified(found)
 
@@ -169,7 +169,7 @@ def _begun_revision(config: PrepConfig) -> str:
     return ""
 
 
-def claim(plan: Plan, data_url: str) -> tuple[Plan, bool]:
+def claim(plan: PrepPlan, data_url: str) -> tuple[PrepPlan, bool]:
     """Fix the plan below `data_url`, or meet an equal one there. The plan in force, and whether its set is complete.
 
     Raises DataError if another source, seed or setting was used there, and StorageError if it is not writable.
@@ -195,14 +195,14 @@ def claim(plan: Plan, data_url: str) -> tuple[Plan, bool]:
     )
 
 
-def read(data_url: str) -> Plan:
+def read(data_url: str) -> PrepPlan:
     """The stored plan. Raises ObjectNotFound, DataError."""
     uri = uri_of(data_url)
     try:
         document = json.loads(storage.read_bytes(uri))
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"{document['format']} version {document['version']}, not {FORMAT} version {VERSION}")
-        return Plan(document["settings"], tuple(SourceFile(**file) for file in document["files"]))
+        return PrepPlan(document["settings"], tuple(SourceFile(**file) for file in document["files"]))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{uri}: no plan of this release ({error}); choose another data.url, or delete that folder"
@@ -210,8 +210,8 @@ def read(data_url: str) -> Plan:
 
 
 def _identify(file: SourceFile) -> SourceFile:
-    tail = places.read_range(file.uri, max(0, file.size - TAIL_BYTES), file.size)
-    if places.has_suffix(file.uri, (".parquet",)) and (file.size < 12 or not tail.endswith(b"PAR1")):
+    tail = read_range(file.uri, max(0, file.size - TAIL_BYTES), file.size)
+    if has_suffix(file.uri, (".parquet",)) and (file.size < 12 or not tail.endswith(b"PAR1")):
         raise DataError(
             f"{file.uri}: {file.size} bytes without the end mark of a parquet file; "
             "it is truncated or of another kind: copy it again"
@@ -219,7 +219,7 @@ def _identify(file: SourceFile) -> SourceFile:
     return replace(file, tail_sha256=hashlib.sha256(tail).hexdigest())
 
 
-def _difference(found: Plan | None, wanted: Plan) -> str:
+def _difference(found: PrepPlan | None, wanted: PrepPlan) -> str:
     """The first thing that differs, for the message."""
     if found is None:
         return ""

@@ -21,7 +21,7 @@ from core.settings.preparation import PrepConfig
 from data_prep import duplicates, starter
 from data_prep import part as parts
 from data_prep.encode import Check, open_engine
-from data_prep.part import Work
+from data_prep.part import WorkerState
 from data_prep.sources.files import Part
 
 POLL_SECONDS = 0.5
@@ -38,11 +38,11 @@ class Done:
         return Done(self.tokens + other.tokens, self.text_bytes + other.text_bytes)
 
 
-Task = Callable[[Part, Work], Done]
+Task = Callable[[Part, WorkerState], Done]
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepJob:
     """What every worker needs to begin."""
 
     config: PrepConfig
@@ -50,15 +50,15 @@ class Job:
     vocab_url: str
 
 
-def run(task: Task, job: Job, todo: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Done:
+def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Done:
     """Do a task for each part; `advance` is told of source bytes as they are read. Raises the first error of a part.
 
     After an error no further part is begun; what is recorded stays.
     """
     workers = min(workers, len(todo))
     if workers <= 1:
-        work = _open(job, advance)
-        return sum((task(part, work) for part in todo), Done())
+        state = _open(job, advance)
+        return sum((task(part, state) for part in todo), Done())
     starter.start()
     context = multiprocessing.get_context("forkserver")
     read = context.Value("q", 0)
@@ -83,25 +83,25 @@ def run(task: Task, job: Job, todo: Sequence[Part], workers: int, advance: Calla
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def prepare(part: Part, work: Work) -> Done:
+def prepare(part: Part, state: WorkerState) -> Done:
     """Task: the part's shards and its record."""
-    drops = duplicates.drops_of(work.config.data.url, part) if work.config.filter.drop_duplicates else None
-    record = parts.prepare(part, work, drops)
+    drops = duplicates.drops_of(state.config.data.url, part) if state.config.filter.drop_duplicates else None
+    record = parts.prepare(part, state, drops)
     return Done(record.tokens, record.text_bytes)
 
 
-def hash_texts(part: Part, work: Work) -> Done:
+def hash_texts(part: Part, state: WorkerState) -> Done:
     """Task: the hashes of the part's texts."""
-    duplicates.hash_part(part, work)
+    duplicates.hash_part(part, state)
     return Done()
 
 
 # --- in the worker process -------------------------------------------------------------------------------------
 
-_work: Callable[[], Work]
+_work: Callable[[], WorkerState]
 
 
-def _begin(job: Job, environment: dict[str, str], read) -> None:
+def _begin(job: PrepJob, environment: dict[str, str], read) -> None:
     global _work
     os.environ.update(environment)
     set_up_logging(speaks=False)
@@ -120,11 +120,11 @@ def _do(task: Task, part: Part) -> Done:
     return task(part, _work())
 
 
-def _open(job: Job, fetched: Callable[[int], None]) -> Work:
+def _open(job: PrepJob, fetched: Callable[[int], None]) -> WorkerState:
     words = vocabulary.read(job.vocab_url)
     engine = open_engine(job.config.tokenizer.engine, words)
     check = Check(words) if engine.name != "tiktoken" else None
-    return Work(job.config, job.plan_sha256, engine, check, fetched)
+    return WorkerState(job.config, job.plan_sha256, engine, check, fetched)
 
 
 def _end_with_parent() -> None:

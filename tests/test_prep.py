@@ -163,7 +163,7 @@ def test_a_changed_source_is_refused(source: str, tmp_path: Path, vocab_bpe: Pat
 def test_finalize_refuses_while_parts_are_missing(source: str, tmp_path: Path, vocab_bpe: Path):
     url = str(tmp_path / "set")
     prepare_set(source, url, vocab_bpe, "--num_nodes=2", "--node_rank=1", "--phase=encode")
-    with pytest.raises(DataError, match=r"parts are not done \(00000, 00002.*run python -m data_prep.prepare"):
+    with pytest.raises(DataError, match=r"parts are missing \(00000, 00002.*run python -m data_prep.prepare"):
         prepare_set(source, url, vocab_bpe, "--phase=finalize")
     assert not manifest.exists(url)
 

@@ -15,7 +15,7 @@ from core.data.shard import HEADER_BYTES
 from core.errors import DataError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
-from data_prep import ready
+from data_prep import fetch as entry
 from tests.corpus import EOT
 
 RANDOM = np.random.default_rng(5)
@@ -33,7 +33,7 @@ def fetch(folder: Path, train: str, val: str = "", *flags: str) -> Manifest:
 
     places = [f"--source.train_url={folder}/{train}", f"--data.url={folder}/set"]
     places += [f"--source.val_url={folder}/{val}"] if val else []
-    return ready.fetch(settings.load(FetchConfig, [*places, f"--tokenizer.vocab_url={vocab_bpe()}", *flags], {}))
+    return entry.fetch(settings.load(FetchConfig, [*places, f"--tokenizer.vocab_url={vocab_bpe()}", *flags], {}))
 
 
 def imported(folder: Path, split: str = "train") -> np.ndarray:
@@ -102,7 +102,7 @@ def test_a_bucket_is_looked_at_likewise(bucket: str, tmp_path: Path):
         f"--data.url={bucket}/set",
     ]
     with pytest.raises(DataError, match=r"val_0\.npy: is in both splits"):
-        ready.fetch(settings.load(FetchConfig, arguments, {}))
+        entry.fetch(settings.load(FetchConfig, arguments, {}))
     assert storage.list_objects(f"{bucket}/set") == []
 
 

@@ -9,8 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pyarrow as pa
 
 from core.errors import DataError
-from data_prep.sources import places
-from data_prep.sources.files import Fetched, SourceFile
+from data_prep.sources.files import Fetched, SourceFile, has_suffix, read_range
 
 BLOCK_BYTES = 8 << 20
 BLOCKS_AHEAD = 3
@@ -20,7 +19,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 def compression_of(uri: str) -> str | None:
     """How a file is compressed, as Arrow calls it."""
-    return next((kind for suffix, kind in COMPRESSIONS.items() if places.has_suffix(uri, (suffix,))), None)
+    return next((kind for suffix, kind in COMPRESSIONS.items() if has_suffix(uri, (suffix,))), None)
 
 
 def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Generator[bytes, None, None]:
@@ -30,7 +29,7 @@ def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Generator[bytes,
     with ThreadPoolExecutor(BLOCKS_AHEAD, thread_name_prefix="fetch") as pool:
         try:
             for each in ranges:
-                waiting.append(pool.submit(places.read_range, uri, *each))
+                waiting.append(pool.submit(read_range, uri, *each))
                 if len(waiting) >= BLOCKS_AHEAD:
                     block = waiting.popleft().result()
                     fetched(len(block))
@@ -66,7 +65,7 @@ def head(file: SourceFile) -> bytes:
     if compression_of(file.uri):
         with contextlib.closing(content(file, _uncounted)) as found:
             return next(found, b"")
-    return places.read_range(file.uri, 0, min(file.size, HEAD_BYTES))
+    return read_range(file.uri, 0, min(file.size, HEAD_BYTES))
 
 
 def _uncounted(count: int) -> None:

@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,6 @@ from core.errors import DataError
 from core.settings.preparation import FilterConfig, SourceConfig
 from data_prep.sources import chat, columns, kinds
 from data_prep.sources.files import Fetched, Part
-from data_prep.values import buffers, offsets_of
 
 KEY_BYTES = 16
 # A share of very few rows says nothing; the whole set is judged once more in the end.
@@ -121,3 +121,21 @@ def _judge(part: Part, rows: int, bad: int, source: SourceConfig) -> None:
             f"{part}: {bad} of the first {rows} rows have no text, no id or no valid UTF-8, more than "
             f"source.max_bad_share = {source.max_bad_share:g}; check text_column and id_column, or raise that share"
         )
+
+
+def offsets_of(values: pa.LargeStringArray) -> np.ndarray:
+    """Offsets of the values in the data buffer, (n + 1,), int64, without a copy.
+
+    Arrow's conversions to NumPy import pandas if it is installed, which takes half a second in each worker.
+    """
+    if not len(values):
+        return np.zeros(1, np.int64)
+    return np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
+
+
+def buffers(values: pa.LargeStringArray) -> Iterator[memoryview]:
+    """The bytes of each value, without a copy."""
+    data = values.buffers()[2]
+    whole = memoryview(data) if data is not None else memoryview(b"")
+    for start, end in pairwise(offsets_of(values).tolist()):
+        yield whole[start:end]

@@ -9,8 +9,8 @@ import pyarrow as pa
 from core.errors import DataError
 from core.settings.preparation import SourceConfig
 from data_prep.sources import json_files as json
-from data_prep.sources import lines, parquet, places, streamed, text
-from data_prep.sources.files import Fetched, Part, SourceFile
+from data_prep.sources import lines, parquet, streamed, text
+from data_prep.sources.files import Fetched, Part, SourceFile, has_suffix
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
 
 def of_name(uri: str) -> SourceKind | None:
     """The kind that the ending of a file's name says."""
-    return next((kind for kind in KINDS if places.has_suffix(uri, kind.suffixes)), None)
+    return next((kind for kind in KINDS if has_suffix(uri, kind.suffixes)), None)
 
 
 def kind_of(file: SourceFile) -> SourceKind:

@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 
 from core.errors import DataError
 from core.settings.preparation import SourceConfig
-from data_prep.sources import places
-from data_prep.sources.files import Fetched, Part, SourceFile
+from data_prep.sources.files import Fetched, Part, SourceFile, read_range
 
 # Large enough that a request's latency does not matter, small enough that three of them per worker do not either.
 FETCH_BYTES = 16 << 20
@@ -60,7 +59,7 @@ def read(
     with ThreadPoolExecutor(FETCH_AHEAD, thread_name_prefix="fetch") as pool:
         try:
             for group in groups:
-                waiting.append((group, [pool.submit(places.read_range, part.file.uri, *r) for r in group.ranges]))
+                waiting.append((group, [pool.submit(read_range, part.file.uri, *r) for r in group.ranges]))
                 if len(waiting) >= FETCH_AHEAD:
                     yield from _decode(*waiting.popleft(), metadata, part, columns, fetched)
             while waiting:
@@ -71,10 +70,10 @@ def read(
 
 @lru_cache(maxsize=4)  # the parts of a file follow one another
 def _metadata(uri: str, size: int) -> pq.FileMetaData:
-    tail = places.read_range(uri, max(0, size - FOOTER_BYTES), size)
+    tail = read_range(uri, max(0, size - FOOTER_BYTES), size)
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if len(tail) < needed <= size:
-        tail = places.read_range(uri, size - needed, size)
+        tail = read_range(uri, size - needed, size)
     try:
         return pq.read_metadata(pa.BufferReader(tail))
     except (pa.ArrowException, OSError) as error:

@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from core.errors import DataError, LauncherError
 from core.settings.preparation import SourceConfig
-from data_prep.sources import blocks, places
-from data_prep.sources.files import Fetched, Part, SourceFile
+from data_prep.sources import blocks
+from data_prep.sources.files import Fetched, Part, SourceFile, has_suffix, path_of
 
 PROTOCOL = "prepsource"
 # By the ending of a file's name: the module of `datasets`, and its settings.
@@ -61,12 +61,12 @@ def read(
 
 def reader_of(uri: str) -> tuple[str, dict[str, Any]] | None:
     """The module of `datasets` and its settings that the ending of a name says."""
-    return next((reader for suffix, reader in READERS.items() if places.has_suffix(_plain(uri), (suffix,))), None)
+    return next((reader for suffix, reader in READERS.items() if has_suffix(_plain(uri), (suffix,))), None)
 
 
 def _plain(uri: str) -> str:
     """A name without the ending of its compression, which is undone before `datasets` sees the file."""
-    path = places.path_of(uri)
+    path = path_of(uri)
     return path.rsplit(".", 1)[0] if blocks.compression_of(uri) else path
 
 
