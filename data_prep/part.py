@@ -1,9 +1,8 @@
-"""One part of the work: read, filter, encode, split, pack, store, and only then record it as done.
+"""Prepares one part: reads, filters, encodes and splits its documents, and stores shards and a record.
 
-Writes, below the data URL, the part's shards `train/<part>-<number>.bin`, the candidates for validation
-`parts/<part>-val.bin` (a shard, too) and last the record `parts/<part>.json`. All of it follows from the plan
-alone, so a part that was cut off is simply done again, and two processes that do the same part store the same
-bytes.
+Writes below the data URL the shards `train/<part>-<number>.bin`, the candidates for validation as shards
+`parts/<part>-val-<number>.bin` and, last, the record `parts/<part>.json`. The plan alone determines all of them.
+An interrupted part is prepared again, and two processes that prepare the same part store the same bytes.
 """
 
 import json
@@ -30,8 +29,11 @@ LENGTH_CLASSES = 32
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What a finished part stored and saw. `candidates` are [split key, tokens] of each possible validation
-    document, in the order of `candidate_shards`; the tokens count the end-of-text token."""
+    """Record of a finished part.
+
+    `candidates` holds (split key, tokens) of each candidate for validation, in the order of `candidate_shards`. The
+    tokens include the end-of-text token.
+    """
 
     part: int
     plan_sha256: str
@@ -50,7 +52,7 @@ class PartRecord:
 
 @dataclass
 class WorkerState:
-    """What a worker process keeps from one part to the next."""
+    """State of a worker process, which all its parts share."""
 
     config: PrepConfig
     plan_sha256: str
@@ -64,7 +66,7 @@ def record_uri(data_url: str, name: str) -> str:
 
 
 def read_record(data_url: str, name: str) -> PartRecord:
-    """Raises ObjectNotFound while the part is not done."""
+    """Reads the record of a part. Raises ObjectNotFound if the part is unfinished, DataError if it is damaged."""
     uri = record_uri(data_url, name)
     try:
         document: dict[str, Any] = json.loads(storage.read_bytes(uri))
@@ -73,17 +75,20 @@ def read_record(data_url: str, name: str) -> PartRecord:
         document["candidates"] = tuple((int(key), int(tokens)) for key, tokens in document["candidates"])
         return PartRecord(**document)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{uri}: no record of a part ({error}); delete it and prepare again") from error
+        raise DataError(f"{uri}: not a record of a part ({error}); delete it and prepare again") from error
 
 
 def done_parts(data_url: str) -> set[str]:
-    """Names of the parts with a record."""
+    """Names of the finished parts."""
     names = storage.list_names(storage.join(data_url, "parts"))
     return {name.removesuffix(".json") for name in names if name.endswith(".json") and name != "plan.json"}
 
 
 def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> PartRecord:
-    """Do one part without the documents numbered `drops`. Raises DataError, StorageError; then nothing is recorded."""
+    """Prepares a part without the documents numbered `drops`.
+
+    Raises DataError, StorageError. After an error, there is no record.
+    """
     config, data = state.config, state.config.data
     threshold = int(data.val_fraction * 2**64)
     dropped: Counter[str] = Counter()
@@ -140,7 +145,7 @@ def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> 
 
 
 def _length_filter(sizes: np.ndarray, config: PrepConfig, dropped: Counter) -> np.ndarray:
-    """Mask of the documents whose length is allowed."""
+    """Mask of the documents whose length in tokens is allowed, (N,). Counts the others in `dropped`."""
     short = sizes < config.filter.min_tokens
     long = sizes > config.filter.max_tokens if config.filter.max_tokens else np.zeros(len(sizes), bool)
     dropped["empty"] += int((sizes == 0).sum())

@@ -1,7 +1,7 @@
-"""Many parts on all cores: one process per worker, each doing whole parts, started from a clean server process.
+"""Runs tasks for many parts in worker processes, which are forked from a clean server process.
 
-Processes and not threads, because hashing ids and slicing documents holds Python's lock; and a fork of a process
-that already runs storage threads could hang. A worker ends when its parent does, even if that was killed.
+Threads would not help, because hashing ids and slicing documents hold the global interpreter lock. A fork of this
+process could hang, because it runs storage threads. A worker exits when its parent does, even after SIGKILL.
 """
 
 import functools
@@ -29,7 +29,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Done:
-    """What was made of one part or several."""
+    """Tokens and text of one or several parts."""
 
     tokens: int = 0
     text_bytes: int = 0
@@ -43,7 +43,7 @@ Task = Callable[[Part, WorkerState], Done]
 
 @dataclass(frozen=True)
 class PrepJob:
-    """What every worker needs to begin."""
+    """Arguments with which every worker starts."""
 
     config: PrepConfig
     plan_sha256: str
@@ -51,9 +51,9 @@ class PrepJob:
 
 
 def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Done:
-    """Do a task for each part; `advance` is told of source bytes as they are read. Raises the first error of a part.
+    """Runs a task for each part. Calls `advance(count)` with the number of source bytes read.
 
-    After an error no further part is begun; what is recorded stays.
+    Raises the first error of a part. After an error, no further part starts; finished parts stay.
     """
     workers = min(workers, len(todo))
     if workers <= 1:
@@ -62,17 +62,17 @@ def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: C
     starter.start()
     context = multiprocessing.get_context("forkserver")
     read = context.Value("q", 0)
-    told = 0
+    reported = 0
     total = Done()
-    # The server may have been started before a variable was set.
+    # The server may have started before a variable was set.
     with ProcessPoolExecutor(workers, context, _begin, (job, dict(os.environ), read)) as pool:
         try:
             running: set[Future[Done]] = {pool.submit(_do, task, part) for part in todo}
             while running:
                 done, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
                 total = sum((future.result() for future in done), total)
-                advance(read.value - told)
-                told = read.value
+                advance(read.value - reported)
+                reported = read.value
             return total
         except BrokenProcessPool as error:
             raise DataError(
@@ -84,14 +84,14 @@ def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: C
 
 
 def prepare(part: Part, state: WorkerState) -> Done:
-    """Task: the part's shards and its record."""
+    """Task: prepares a part."""
     drops = duplicates.drops_of(state.config.data.url, part) if state.config.filter.drop_duplicates else None
     record = parts.prepare(part, state, drops)
     return Done(record.tokens, record.text_bytes)
 
 
 def hash_texts(part: Part, state: WorkerState) -> Done:
-    """Task: the hashes of the part's texts."""
+    """Task: hashes the texts of a part."""
     duplicates.hash_part(part, state)
     return Done()
 
@@ -105,14 +105,14 @@ def _begin(job: PrepJob, environment: dict[str, str], read) -> None:
     global _work
     os.environ.update(environment)
     set_up_logging(speaks=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def fetched(count: int) -> None:
         with read.get_lock():
             read.value += count
 
-    # Opened with the first part, so that its errors are that part's.
+    # Opened with the first part, which then reports its errors.
     _work = functools.cache(lambda: _open(job, fetched))
 
 

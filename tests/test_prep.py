@@ -238,7 +238,7 @@ def test_many_bad_rows_stop_a_part_early(tmp_path: Path, vocab_bpe: Path):
 def test_truncated_parquet(tmp_path: Path, vocab_bpe: Path, cut: int):
     source = Path(write(tmp_path, table(documents(200))))
     source.write_bytes(source.read_bytes()[:-cut])
-    assert "truncated or of another kind: copy it again" in refused(str(source), tmp_path, vocab_bpe)
+    assert "truncated or has another format: copy it again" in refused(str(source), tmp_path, vocab_bpe)
 
 
 def test_damaged_pages(tmp_path: Path, vocab_bpe: Path):

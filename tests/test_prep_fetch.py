@@ -158,7 +158,7 @@ def test_ids_of_16_bits_are_taken_whatever_zeros_they_hold(tmp_path: Path):
         folder.mkdir()
         (tmp_path / f"{name}.bin").rename(folder / "raw.bin")
         if name == "zeros":  # what no text is, and what a header looks like
-            with pytest.raises(DataError, match="header of an unknown kind"):
+            with pytest.raises(DataError, match="has an unknown header"):
                 fetch(folder, "raw.bin")
             continue
         fetch(folder, "raw.bin")
@@ -186,7 +186,7 @@ def test_an_array_with_an_id_that_does_not_fit_is_refused(tmp_path: Path, wrong:
 @pytest.mark.parametrize("tokens", [ids(5000).reshape(50, 100), ids(5000) / 1], ids=["rows", "floats"])
 def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path: Path, tokens: np.ndarray):
     np.save(tmp_path / "0.npy", tokens)
-    with pytest.raises(DataError, match="not a row of token ids; save a one-dimensional integer array"):
+    with pytest.raises(DataError, match="not a list of token ids; save a one-dimensional integer array"):
         fetch(tmp_path, "0.npy")
 
 
@@ -195,7 +195,7 @@ def test_a_header_that_is_not_known_is_not_read_as_tokens(tmp_path: Path, magic:
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, 5000
     (tmp_path / "0.bin").write_bytes(header.tobytes() + ids(5000).astype("<u2").tobytes())
-    with pytest.raises(DataError, match=rf"header of an unknown kind \(magic {magic}, version {version}\)"):
+    with pytest.raises(DataError, match=rf"has an unknown header \(magic {magic}, version {version}\)"):
         fetch(tmp_path, "0.bin")
     assert not (tmp_path / "set").exists()
 

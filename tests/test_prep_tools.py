@@ -40,7 +40,7 @@ def copy(made: Path, tmp_path: Path) -> Path:
 
 def test_verify_passes_a_good_set(made: Path, capsys: pytest.CaptureFixture):
     assert verify.main([str(made)]) == 0
-    assert "are as the manifest says" in capsys.readouterr().out
+    assert "match the manifest" in capsys.readouterr().out
 
 
 def flip(path: Path, at: int) -> None:

@@ -10,14 +10,16 @@ from core.errors import DataError
 from core.storage import ObjectInfo
 from data_prep.sources import web
 
-# Called with the number of source bytes that have just been read.
+# Called with the number of source bytes read since the last call.
 Fetched = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source. `reader` names a module of `datasets`, and `options` its settings as JSON, where the
-    ending of the file's name does not say how to read it."""
+    """A file of a source, as the plan stores it.
+
+    `reader` and `options` (JSON) name a module of `datasets` and its settings if the file's suffix does not.
+    """
 
     uri: str
     size: int
@@ -31,7 +33,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes [start, end) of a source file; `index` numbers the parts of a set."""
+    """Bytes [start, end) of a source file. `index` numbers the parts of a dataset."""
 
     index: int
     file: SourceFile
@@ -48,10 +50,10 @@ class Part:
 
 
 def find_files(place: str) -> list[ObjectInfo]:
-    """The files that a URL or pattern names, in the order of their names. Raises DataError if there is none."""
+    """The files that match a URL or pattern, sorted by name. Raises DataError if there is none."""
     if urls.is_web(place):
         if patterns.is_pattern(path_of(place)):
-            raise DataError(f"{place}: web servers list no files, so wildcards cannot be used; give one address")
+            raise DataError(f"{place}: web servers cannot list files, so a wildcard does not work; give one address")
         return [ObjectInfo(place, web.size_of(place))]
     found = storage.expand_objects(place)
     if not found:
@@ -65,10 +67,10 @@ def read_range(uri: str, start: int, end: int) -> bytes:
 
 
 def path_of(uri: str) -> str:
-    """A URI without the query of a web address, whose ending is the file's."""
+    """A URI without the query of a web address, so that it ends with the file's suffix."""
     return re.sub(r"[?#].*$", "", uri) if urls.is_web(uri) else uri
 
 
 def has_suffix(uri: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file's name ends in one of these, in capitals or not."""
+    """Whether a file's name ends with one of the suffixes, in any case."""
     return path_of(uri).lower().endswith(suffixes)
