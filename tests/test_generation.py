@@ -299,7 +299,7 @@ def test_text_ends_at_most_tokens_or_the_context(encoding):
     ("tokens", "error"),
     [
         ([], "the prompt has no tokens; give at least the end-of-text token"),
-        ([1, 64], "the prompt holds token 64, ids go from 0 to 63"),
+        ([1, 64], "the prompt contains token 64, ids go from 0 to 63"),
         ([1] * 48, "the prompt has 48 tokens, the model's context is 48; give at most 47"),
     ],
 )

@@ -43,7 +43,7 @@ def test_instructions_are_stored_in_one_form(tmp_path: Path, capsys: pytest.Capt
 )
 def test_bad_rows_are_named_and_refused(tmp_path: Path, row, problem: str):
     source = write_rows(tmp_path / "rows.jsonl", [*GOOD, row])
-    with pytest.raises(DataError, match=f"1 of 4 rows are no conversations .row 4: .*{problem}"):
+    with pytest.raises(DataError, match=f"1 of 4 rows are not conversations .row 4: .*{problem}"):
         entry.store_rows(str(tmp_path), source, "instructions", "CC0")
     entry.store_rows(str(tmp_path), write_rows(tmp_path / "many.jsonl", [*GOOD * 40, row]), "instructions", "CC0")
     assert len(sets.read(str(tmp_path), "instructions")) == 120
@@ -65,7 +65,7 @@ def test_hellaswag_is_the_published_one_or_none(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match=r"its 1 rows have the checksum .* HellaSwag's validation set has dc1be2fa1bef"):
         entry.store_hellaswag(str(tmp_path), source)
     assert not (tmp_path / "sets").exists()
-    with pytest.raises(DataError, match=r"no HellaSwag rows .KeyError"):
+    with pytest.raises(DataError, match=r"not HellaSwag.s rows .KeyError"):
         entry.store_hellaswag(str(tmp_path), write_rows(tmp_path / "other.jsonl", [{"a": 1}]))
     # The checksum is that of one form, whatever the order of columns in the copy.
     assert list(json.loads(entry.hellaswag_bytes([shuffled], "x"))) == list(entry.FIELDS)
@@ -89,5 +89,5 @@ def test_preference_pairs_are_stored_in_one_form(tmp_path: Path):
     assert row["chosen"] == [question, {"role": "assistant", "content": "A"}]
     assert row["rejected"] == [question, {"role": "assistant", "content": "B"}]
     source = write_rows(tmp_path / "bad.jsonl", [{"prompt": "Q", "chosen": "A"}])
-    with pytest.raises(DataError, match=r"1 of 1 rows are no preferences \(row 1: has an empty message"):
+    with pytest.raises(DataError, match=r"1 of 1 rows are not preferences \(row 1: has an empty message"):
         entry.main(["preferences", str(tmp_path), f"--from={source}"])

@@ -133,7 +133,7 @@ def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
     found = layout.stored(run_url) if match else layout.restorable(run_url)
     steps = [int(match["step"])] if match else [step for step, names in found.items() if layout.MARKER in names]
     if not steps or layout.MARKER not in found.get(steps[0], {}):
-        wanted = match["name"] if match else "a complete checkpoint"
+        wanted = match["name"] if match else "complete checkpoint"
         there = ", ".join(step_name(step) for step, names in found.items() if layout.MARKER in names)
         raise CheckpointError(f"{run_url}: has no {wanted}; complete ones: {there or 'none'}")
     return run_url, layout.read_manifest(run_url, steps[0], found[steps[0]])
