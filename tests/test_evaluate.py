@@ -373,7 +373,7 @@ def test_what_cannot_be_measured_is_one_sentence(fresh, run_url, data_url, ranks
     with pytest.raises(CheckpointError, match="absent: has no complete checkpoint"):
         evaluated(str(tmp_path / "absent"), ranks=ranks)
     export.main([run_url, str(tmp_path / "out")])
-    with pytest.raises(ConfigError, match="no data: the first model is not a run with a data.url"):
+    with pytest.raises(ConfigError, match=r"no data: the first model is not a run with a data\.url"):
         evaluated(str(tmp_path / "out"), f"--results={tmp_path / 'r'}", ranks=ranks)
     shutil.copytree(data_url, tmp_path / "cut")
     shard = next((tmp_path / "cut" / "val").iterdir())
