@@ -292,7 +292,7 @@ def test_two_sources_or_none_are_refused(tmp_path: Path):
         source_of(tmp_path, "source: {dataset: a/b, url: x}", {})
     with pytest.raises(settings.ConfigError, match=r"source\.url: is empty, and so is dataset; name a data set"):
         source_of(tmp_path, "data: {seed: 1}", {})
-    with pytest.raises(settings.ConfigError, match=r"dataset: is './folder', which is not a name on the Hub; write"):
+    with pytest.raises(
         settings.ConfigError, match=r"dataset: is './folder', which is not a name on the Hub; write OWNER"
     ):
         source_of(tmp_path, "source: {dataset: ./folder}", {})
