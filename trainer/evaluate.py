@@ -20,30 +20,22 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from core import urls
 from core.console import run_entry, set_up_logging
-from core.errors import CapReached, ConfigError
+from core.errors import CapReached
 from core.exit_codes import CAPPED, FAILED, OK, tell_launcher
-from core.settings import loader
+from core.settings import evaluation, loader
 from core.settings.evaluation import EvaluateConfig
 
 log = logging.getLogger("evaluate")
-USAGE = "python -m trainer.evaluate [RUN_OR_CHECKPOINT ...] [CONFIG.yaml] [--setting=value ...]"
 
 
 def main(arguments: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     set_up_logging(speaks=is_main)
     if {"-h", "--help"} & set(arguments):
-        print(loader.help_text(EvaluateConfig, USAGE))
+        print(loader.help_text(EvaluateConfig, evaluation.USAGE))
         return OK
-    targets = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
-    settings = loader.load(EvaluateConfig, [each for each in arguments if each not in targets], os.environ)
-    targets = targets or [url for url in [os.environ.get("RUN_URL")] if url]
-    if not targets:
-        raise ConfigError(f"no model given; {USAGE}, or set RUN_URL")
-    for target in targets:
-        urls.check_model(target)
+    targets, settings = evaluation.parse(arguments, os.environ)
     # Importing torch takes seconds. Errors in the settings are reported before that.
     from trainer.distributed import process_group
 
@@ -81,22 +73,22 @@ def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
     data = suite.EvaluationData(settings.data_url or trained.data_url or "", ranks)
     tasks = suite.measurements(settings, data, ranks, numbers, home)
     columns: dict[str, dict[str, Mapping]] = {}
-    with EvaluationLog(own or home, settings, ranks) as evaluation:
+    with EvaluationLog(own or home, settings, ranks) as evaluation_log:
         for target in targets:
             if trained is None:
-                with evaluation.phase("restore"):
+                with evaluation_log.phase("restore"):
                     trained = on_all(lambda target=target: open_weights(target, ranks.device), ranks)
             name = unique_name(trained.name, columns)
             columns[name] = {}
             folder = suite.results_folder(trained, home)
             for task in tasks:
-                columns[name][task.name] = measured(task, trained, folder, settings, ranks, evaluation)
+                columns[name][task.name] = measured(task, trained, folder, settings, ranks, evaluation_log)
             trained = None  # frees its memory for the next model
     if ranks.is_main:
         show(columns, [task.name for task in tasks])
 
 
-def measured(task, trained, folder: str, settings: EvaluateConfig, ranks, evaluation) -> Mapping[str, float]:
+def measured(task, trained, folder: str, settings: EvaluateConfig, ranks, evaluation_log) -> Mapping[str, float]:
     """The scores of one task, read from storage or measured and stored."""
     import torch
 
@@ -111,10 +103,10 @@ def measured(task, trained, folder: str, settings: EvaluateConfig, ranks, evalua
     if stored:
         log.info("%s: %s was measured before (--rerun repeats it)", trained.name, task.name)
         return stored["scores"]
-    evaluation.check_cap()
+    evaluation_log.check_cap()
     started = time.monotonic()
     place = storage.join(folder, "partial", key)
-    with evaluation.phase("eval"), PartialResults(place, ranks, evaluation.check_cap) as partial:
+    with evaluation_log.phase("eval"), PartialResults(place, ranks, evaluation_log.check_cap) as partial:
         found = task.compute(trained, partial)
     document = {
         "task": task.name,

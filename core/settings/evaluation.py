@@ -1,13 +1,17 @@
 """Declares the settings of evaluation (`python -m trainer.evaluate --help`). Imports no torch."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from core import urls
+from core.errors import ConfigError
+from core.settings import loader
 from core.settings.loader import Bounded, SettingError, setting
 
 LM_EVAL = "lm-eval:"
 OWN_TASKS = ("perplexity", "hellaswag")
+USAGE = "python -m trainer.evaluate [RUN_OR_CHECKPOINT ...] [CONFIG.yaml] [--setting=value ...]"
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,18 @@ class EvaluateConfig(Bounded):
             if task not in OWN_TASKS and not (task.startswith(LM_EVAL) and task != LM_EVAL):
                 near = ", ".join((*OWN_TASKS, f"{LM_EVAL}NAME"))
                 raise SettingError("tasks", f"{task!r} is not a task; choose from {near}")
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], EvaluateConfig]:
+    """The models and settings on a command line of `trainer.evaluate`. Without a model, RUN_URL names it.
+
+    The launching side calls this function, too, so that it refuses what the node would refuse. Raises ConfigError.
+    """
+    models = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
+    settings = loader.load(EvaluateConfig, [each for each in arguments if each not in models], environment)
+    models = models or [url for url in [environment.get("RUN_URL")] if url]
+    if not models:
+        raise ConfigError(f"no model given; {USAGE}, or set RUN_URL")
+    for model in models:
+        urls.check_model(model)
+    return models, settings
