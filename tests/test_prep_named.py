@@ -261,7 +261,7 @@ def test_refused_online(hub: Hub, tmp_path: Path):
     )
     assert unknown.startswith("source.dataset is 'owner/nmae', which the Hub does not have or does not show; did you")
     assert "did you mean owner/name or " in unknown
-    assert revision.startswith("source.revision is 'v9', which owner/name has not; name a commit, tag or branch")
+    assert revision.startswith("source.revision is 'v9', which owner/name does not have; name a commit, tag or branch")
     hub.gated = True
     [gated] = refusals(tmp_path / "set", online(hub, tmp_path), NAMED)
     assert gated.startswith("source.dataset is 'owner/name', which is gated: accept its terms at http")

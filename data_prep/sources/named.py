@@ -191,7 +191,7 @@ def explained(source: SourceConfig, revision: str) -> Iterator[None]:
             raise _gated(source) from error
         if isinstance(cause, RevisionNotFoundError):
             raise ConfigError(
-                f"source.revision is {revision!r}, which {source.dataset} has not; "
+                f"source.revision is {revision!r}, which {source.dataset} does not have; "
                 f"name a commit, tag or branch of {hub.page_of(source.dataset)}/commits"
             ) from error
         if isinstance(cause, RepositoryNotFoundError):
