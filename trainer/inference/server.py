@@ -45,7 +45,7 @@ class HttpServer:
         app.router.add_get("/", self._page)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{name:.+}", self._model)
+        app.router.add_get("/v1/models/{name:.+}", self._named_model)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat_completions)
         return app
@@ -78,7 +78,7 @@ class HttpServer:
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._about()]})
 
-    async def _model(self, request: web.Request) -> web.Response:
+    async def _named_model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if name != self._name:
             raise ApiError(404, f"the model {name!r} does not exist; this is {self._name}", "model", "model_not_found")
