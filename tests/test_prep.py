@@ -251,7 +251,7 @@ def test_damaged_pages(tmp_path: Path, vocab_bpe: Path):
 
 def test_foreign_and_empty_sources(tmp_path: Path, vocab_bpe: Path):
     (tmp_path / "a.parquet").write_text("this is no parquet file, whatever its name says")
-    assert "of another kind" in refused(str(tmp_path / "a.parquet"), tmp_path, vocab_bpe)
+    assert "has another format" in refused(str(tmp_path / "a.parquet"), tmp_path, vocab_bpe)
     assert "no file matches" in refused(str(tmp_path / "*.nothing"), tmp_path, vocab_bpe)
     (tmp_path / "a.png").write_text("text,id")
     assert "a.nothing: not found" in refused(str(tmp_path / "a.nothing"), tmp_path, vocab_bpe)

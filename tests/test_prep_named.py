@@ -75,14 +75,14 @@ def finish(process: subprocess.Popen) -> str:
 
 REFUSED = """
 import json, os, sys
-from core import config
+from core.settings import loader
 from core.errors import LauncherError
 from core.settings.preparation import PrepConfig
 from data_prep import plan
 
 for flags in json.loads(sys.argv[1]):
     try:
-        plan.make(config.load(PrepConfig, flags, {}))
+        plan.make(loader.load(PrepConfig, flags, {}))
         print("not refused")
     except LauncherError as error:
         print(error)
