@@ -49,7 +49,7 @@ def main(folder: str, last: int, shard: bool, deal: bool) -> None:
         saver = Saver(url, 100 * last + number, ranks, CheckpointConfig(), None, lambda: True, optimizer.blocks)
         accumulation = MICRO_BATCHES // ranks.world
         ddp = DistributedDataParallel(model.train(), gradient_as_bucket_view=True)
-        reducer = TreeReducer(ddp, accumulation, dealt=deal)
+        reducer = TreeReducer(ddp, accumulation, round_robin=deal)
         numbers = micro_batch_numbers(ranks.rank, ranks.world, accumulation, deal)
         some = torch.zeros(2, architecture.context, dtype=torch.int32)
         reducer.settle(lambda ddp=ddp, some=some: ddp(some, some))

@@ -8,7 +8,7 @@ from core import storage
 from core.data.vocabulary import read as read_vocabulary
 from core.errors import CheckpointError, DataError
 from core.settings.model import ModelConfig
-from core.settings.tuning import RowsConfig
+from core.settings.tuning import ExamplesConfig
 from tests import launching, tuning
 from trainer.checkpoint import layout
 from trainer.data import examples
@@ -19,7 +19,7 @@ from trainer.model.gpt import GPT
 from trainer.stages.finetune import Rows
 from trainer.weights import open as weights
 
-MODULE = "trainer.finetune"
+MODULE = "trainer.train"
 FLAGS = [*tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--checkpoint.every_steps=3"]
 CPU = torch.device("cpu")
 
@@ -35,7 +35,14 @@ def encoding(vocab_bpe):
 
 
 def flags_of(base: tuple[str, str], rows: str, run_url: str, *more: str) -> list[str]:
-    return [f"--finetune.start={base[1]}", f"--data.examples={rows}", f"--run.url={run_url}", *FLAGS, *more]
+    return [
+        "--stage=finetune",
+        f"--start.weights={base[1]}",
+        f"--data.examples={rows}",
+        f"--run.url={run_url}",
+        *FLAGS,
+        *more,
+    ]
 
 
 def assert_learned(run_url: str, least: float) -> None:
@@ -202,7 +209,7 @@ def test_batches_are_the_same_for_any_ranks_and_from_any_step():
 
 
 def read(tmp_path, encoding, rows: list, **settings) -> examples.Examples:
-    config = RowsConfig(url="", examples=tuning.write_rows(tmp_path / "rows.jsonl", rows), **settings)
+    config = ExamplesConfig(url="", examples=tuning.write_rows(tmp_path / "rows.jsonl", rows), **settings)
     return examples.read_conversations(config, encoding, 32)
 
 
@@ -242,8 +249,8 @@ def test_bad_input_is_one_sentence(pretrained, rows, tmp_path):
     def refused(*more: str) -> str:
         return tuning.refused(MODULE, *flags_of(pretrained, rows, run_url, *more))
 
-    assert "finetune.start: is empty" in refused("--finetune.start=")
-    assert "has no a complete checkpoint" in refused(f"--finetune.start={tmp_path}/absent")
+    assert "start.weights: is empty" in refused("--start.weights=")
+    assert "has no a complete checkpoint" in refused(f"--start.weights={tmp_path}/absent")
     assert "data.length is 128, but" in refused("--data.length=128")
     assert "there is no set 'absent'; store it first" in refused("--data.examples=absent")
     assert "optimizer.name: is muon, which does not fit adapters" in refused("--lora.rank=2", "--optimizer.name=muon")

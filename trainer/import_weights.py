@@ -15,7 +15,7 @@ from core.data import manifest
 from core.errors import ConfigError
 from core.settings import loader
 from core.settings.model import ModelConfig
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 
 USAGE = "python -m trainer.import_weights MODEL RUN_URL [CONFIG.yaml] [--section.key=value ...]"
 # What training may choose anew without being another model.
@@ -25,7 +25,7 @@ FREE = ("dropout", "document_mask", "init")
 def main(arguments: list[str]) -> None:
     set_up_logging()
     if {"-h", "--help"} & set(arguments):
-        print(loader.help_text(TrainConfig, USAGE))
+        print(loader.help_text(PretrainConfig, USAGE))
         return
     names = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
     if len(names) != 2:
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     sizes = [f"--model.{key}={value}" for key, value in sized]
     flags = [each for each in rest if each.startswith("--")]
     files = [each for each in rest if not each.startswith("--")]
-    settings = loader.load(TrainConfig, [*files, *sizes, *flags, f"--run.url={run_url}"], os.environ)
+    settings = loader.load(PretrainConfig, [*files, *sizes, *flags, f"--run.url={run_url}"], os.environ)
     check_same(given, loader.to_dict(settings.model), where)
     data = manifest.read(settings.data.url)
     folder = write_first_checkpoint(settings, opened.model, opened.name, data.fingerprint)

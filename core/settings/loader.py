@@ -4,7 +4,7 @@ A schema is a frozen dataclass whose fields are sections (dataclasses) or settin
 Values are converted by declared type, so that `lr: 6e-4`, which PyYAML reads as text, is a float. An unknown
 key is an error with file, line and the nearest name. Secrets are no settings: they stay in the environment.
 
-    config = load(TrainConfig, ["trainer/configs/gpt2-124m.yaml", "--batch.micro_batch_size=16"], environment)
+    config = load(PretrainConfig, ["trainer/configs/gpt2-124m.yaml", "--batch.micro_batch_size=16"], environment)
 """
 
 import dataclasses
@@ -130,7 +130,9 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
             f"more than one config file: {', '.join(files)}; give one, and the rest as --section.key=value"
         )
     for file in files:
-        _read_yaml(Path(file), known, sources)
+        root = _compose(Path(file))
+        if root is not None:
+            _read_node(root, "", Path(file), known, sources)
     sources.layer = 1
     for key, field in known.items():
         name = field.metadata["env"]
@@ -158,6 +160,22 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
             if item and (problem := check(item)):
                 raise ConfigError(f"{sources.where[key]}: {key} is {item!r}, which {problem}")
     return _build(schema, "", converted, sources.where)
+
+
+def peek(key: str, arguments: Sequence[str]) -> tuple[str, str] | None:
+    """The text that a flag or else the YAML file gives a top-level setting, and where; None if neither does.
+
+    For a setting that decides which schema to load. Raises ConfigError for a file that cannot be read.
+    """
+    for argument in reversed(arguments):
+        if argument.startswith(f"--{key}="):
+            return argument.partition("=")[2], f"flag --{key}"
+    for file in (argument for argument in arguments if not argument.startswith("--")):
+        root = _compose(Path(file))
+        for name, value in root.value if isinstance(root, yaml.MappingNode) else ():
+            if name.value == key and isinstance(value, yaml.ScalarNode):
+                return value.value, f"{file}:{name.start_mark.line + 1}"
+    return None
 
 
 def from_dict(schema: type[Schema], nested: Mapping[str, Any], where: str) -> Schema:
@@ -238,8 +256,10 @@ def _walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, dataclas
 def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
     if key in known:
         return
-    if (today := RENAMED.get(key, "")) and today.partition("=")[0] in known:
-        raise ConfigError(f"{where}: {key} is an old name; write {today}")
+    if today := RENAMED.get(key):
+        name, _, stage = today.partition(" with ")
+        if name.partition("=")[0] in known or stage:
+            raise ConfigError(f"{where}: {key} is an old name; write {today}")
     sections = {name.rpartition(".")[0] for name in known}
     if key in sections:
         raise ConfigError(
@@ -262,17 +282,15 @@ def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
     raise ConfigError(f"{where}: unknown setting {key}; {hint}")
 
 
-def _read_yaml(path: Path, known: Mapping[str, Any], sources: _Sources) -> None:
+def _compose(path: Path) -> yaml.Node | None:
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"))
+        return yaml.compose(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a config file: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if root is not None:
-        _read_node(root, "", path, known, sources)
 
 
 def _read_node(node: yaml.Node, prefix: str, path: Path, known: Mapping[str, Any], sources: _Sources) -> None:

@@ -229,30 +229,48 @@ class CheckpointConfig(Bounded):
     )
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """`torchrun -m trainer.train`."""
+STAGE = "the kind of training: pretrain, finetune, dpo or distil; it decides which other settings there are"
 
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The settings that every stage of training has."""
+
+    stage: Literal["pretrain", "finetune", "dpo", "distil"] = setting("pretrain", STAGE)
     run: RunConfig = section(RunConfig)
-    data: DataConfig = section(DataConfig)
-    model: ModelConfig = section(ModelConfig)
     batch: BatchConfig = section(BatchConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainLoopConfig = section(TrainLoopConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
 
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """Next-token prediction on token shards."""
+
+    stage: Literal["pretrain"] = setting("pretrain", STAGE)
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+
     def __post_init__(self):
-        # A micro-batch that is still to be found is a divisor of the batch by construction.
-        per_micro_batch = max(1, self.batch.micro_batch_size) * self.model.context
-        require(
-            self.batch.tokens_per_step % per_micro_batch == 0,
-            "batch.tokens_per_step",
-            f"is {self.batch.tokens_per_step}, must be a multiple of batch.micro_batch_size x model.context = "
-            f"{max(1, self.batch.micro_batch_size)} x {self.model.context} = {per_micro_batch}; "
-            f"the nearest is {max(1, round(self.batch.tokens_per_step / per_micro_batch)) * per_micro_batch}",
-        )
-        require(
-            self.optimizer.warmup_steps <= self.train.steps,
-            "optimizer.warmup_steps",
-            f"is {self.optimizer.warmup_steps}, more than train.steps = {self.train.steps}",
-        )
+        check_batch(self, self.model.context)
+
+
+def check_batch(settings: TrainingConfig, context: int) -> None:
+    """Raises SettingError unless sequences of `context` tokens divide the batch and the warm-up ends within the run."""
+    batch, optimizer, steps = settings.batch, settings.optimizer, settings.train.steps
+    # A micro-batch size of 0 becomes a divisor of the batch (trainer.stages.sizing).
+    size = max(1, batch.micro_batch_size)
+    per_micro_batch = size * context
+    require(
+        batch.tokens_per_step % per_micro_batch == 0,
+        "batch.tokens_per_step",
+        f"is {batch.tokens_per_step}, must be a multiple of batch.micro_batch_size x model.context = "
+        f"{size} x {context} = {per_micro_batch}; "
+        f"the nearest is {max(1, round(batch.tokens_per_step / per_micro_batch)) * per_micro_batch}",
+    )
+    require(
+        optimizer.warmup_steps <= steps,
+        "optimizer.warmup_steps",
+        f"is {optimizer.warmup_steps}, more than train.steps = {steps}",
+    )

@@ -1,23 +1,18 @@
 """Every setting of what follows pretraining: fine-tuning, distillation, preference optimisation, synthetic data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from core import urls
+from core.errors import ConfigError
+from core.settings import loader
 from core.settings.loader import Bounded, require, section, setting
-from core.settings.model import ModelConfig
-from core.settings.training import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainLoopConfig,
-)
+from core.settings.training import STAGE, PretrainConfig, TrainingConfig, TrainLoopConfig
 
 
 @dataclass(frozen=True)
-class RowsConfig(Bounded):
+class ExamplesConfig(Bounded):
     """Where examples come from, and how they become sequences."""
 
     url: str = setting(
@@ -48,7 +43,7 @@ class RowsConfig(Bounded):
 
 
 @dataclass(frozen=True)
-class PairsConfig(RowsConfig):
+class PairsConfig(ExamplesConfig):
     """Where pairs of answers come from, and how they become sequences."""
 
     examples: str = setting(
@@ -77,90 +72,75 @@ class LoraConfig(Bounded):
         require(not self.rank or bool(self.targets), "targets", "is empty, so that nothing would train")
 
 
-def _check_start(start: str) -> None:
-    require(
-        bool(start),
-        "start",
-        "is empty; name a run, a checkpoint, a folder in Hugging Face's form, or gpt2 and the like",
+MODEL_NAME = "a run, a checkpoint, a folder in Hugging Face's form, or a public name such as gpt2"
+
+
+@dataclass(frozen=True)
+class StartConfig(Bounded):
+    """The weights to begin with."""
+
+    weights: str = setting("", MODEL_NAME + "; of dpo also the reference", check=urls.mistake_in_model)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.weights), "weights", f"is empty; name {MODEL_NAME}")
+
+
+@dataclass(frozen=True)
+class OptionalStartConfig(Bounded):
+    """The weights to begin with, or none."""
+
+    weights: str = setting(
+        "", f"{MODEL_NAME}, of the same model; empty: random, from train.seed", check=urls.mistake_in_model
     )
 
 
-START = "weights to begin with: a run, a checkpoint, a folder in Hugging Face's form, or a public name such as gpt2"
-EPOCHS = "passes over the examples, which give the number of steps; 0: train.steps"
+@dataclass(frozen=True)
+class TuningLoopConfig(TrainLoopConfig):
+    """Length, cadence, and how the step is computed."""
+
+    epochs: float = setting(0.0, "passes over the examples, which give the number of steps; 0: train.steps", ge=0)
 
 
 @dataclass(frozen=True)
-class StartConfig:
-    """What to tune, and how long."""
+class FinetuneConfig(TrainingConfig):
+    """Fine-tuning on conversations."""
 
-    start: str = setting("", START, check=urls.mistake_in_model)
-    epochs: float = setting(0.0, EPOCHS)
+    stage: Literal["finetune"] = setting("finetune", STAGE)
+    train: TuningLoopConfig = section(TuningLoopConfig)
+    data: ExamplesConfig = section(ExamplesConfig)
+    start: StartConfig = section(StartConfig)
+    lora: LoraConfig = section(LoraConfig)
 
     def __post_init__(self):
-        _check_start(self.start)
-        require(self.epochs >= 0, "epochs", f"is {self.epochs}, must not be below 0")
+        if self.lora.rank:
+            require(self.optimizer.name == "adamw", "optimizer.name", "is muon, which does not fit adapters; set adamw")
+            require(self.train.precision != "fp8", "train.precision", "is fp8, which adapters do not have; set bf16")
 
 
 @dataclass(frozen=True)
-class PreferenceConfig:
+class PreferenceConfig(Bounded):
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
-    start: str = setting("", START + "; also the reference", check=urls.mistake_in_model)
-    epochs: float = setting(0.0, EPOCHS)
-    beta: float = setting(0.1, "how dear it is to move away from the reference")
+    beta: float = setting(0.1, "weight of the divergence from the reference", gt=0)
     label_smoothing: float = setting(
-        0.0, "share of pairs that are taken to be labelled the wrong way round (Mitchell 2023, conservative DPO)"
+        0.0,
+        "share of pairs that are taken to be labelled the wrong way round (Mitchell 2023, conservative DPO)",
+        ge=0,
+        lt=0.5,
     )
 
-    def __post_init__(self):
-        _check_start(self.start)
-        require(self.epochs >= 0, "epochs", f"is {self.epochs}, must not be below 0")
-        require(self.beta > 0, "beta", f"is {self.beta}, must be above 0")
-        require(
-            0 <= self.label_smoothing < 0.5,
-            "label_smoothing",
-            f"is {self.label_smoothing}, must be at least 0 and below 0.5",
-        )
-
-
-def _check_lora(config) -> None:
-    if config.lora.rank:
-        require(config.optimizer.name == "adamw", "optimizer.name", "is muon, which does not fit adapters; set adamw")
-        require(config.train.precision != "fp8", "train.precision", "is fp8, which adapters do not have; set bf16")
-
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """`python -m trainer.finetune`."""
+class DpoConfig(FinetuneConfig):
+    """Preference optimisation on pairs of answers."""
 
-    run: RunConfig = section(RunConfig)
-    data: RowsConfig = section(RowsConfig)
-    finetune: StartConfig = section(StartConfig)
-    lora: LoraConfig = section(LoraConfig)
-    batch: BatchConfig = section(BatchConfig)
-    optimizer: OptimizerConfig = section(OptimizerConfig)
-    train: TrainLoopConfig = section(TrainLoopConfig)
-    checkpoint: CheckpointConfig = section(CheckpointConfig)
-
-    def __post_init__(self):
-        _check_lora(self)
-
-
-@dataclass(frozen=True)
-class DpoConfig:
-    """`python -m trainer.dpo`."""
-
-    run: RunConfig = section(RunConfig)
+    stage: Literal["dpo"] = setting("dpo", STAGE)
     data: PairsConfig = section(PairsConfig)
     dpo: PreferenceConfig = section(PreferenceConfig)
-    lora: LoraConfig = section(LoraConfig)
-    batch: BatchConfig = section(BatchConfig)
-    optimizer: OptimizerConfig = section(OptimizerConfig)
-    train: TrainLoopConfig = section(TrainLoopConfig)
-    checkpoint: CheckpointConfig = section(CheckpointConfig)
 
     def __post_init__(self):
-        _check_lora(self)
+        super().__post_init__()
         require(
             self.batch.micro_batch_size % 2 == 0,
             "batch.micro_batch_size",
@@ -170,41 +150,57 @@ class DpoConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig(Bounded):
-    """Distillation on the teacher's distributions (Hinton et al. 2015)."""
+    """The model to learn from."""
 
-    teacher: str = setting(
+    weights: str = setting(
         "",
         "a run, a checkpoint, a folder in Hugging Face's form, a public name such as gpt2-xl; or transformers:NAME for "
-        "what only `transformers` can run. Its vocabulary must be GPT-2's",
+        "a model that only `transformers` can run. Its vocabulary must be GPT-2's",
         check=urls.mistake_in_model,
-    )
-    start: str = setting(
-        "",
-        "weights to begin with, named likewise, of the same model; empty: from train.seed",
-        check=urls.mistake_in_model,
-    )
-    temperature: float = setting(2.0, "both distributions are softened by it", gt=0)
-    kl_weight: float = setting(
-        0.5, "share of the teacher in the loss; the rest is cross-entropy with the data", gt=0, le=1
     )
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.teacher), "teacher", "is empty; name a run, a checkpoint or a public model")
+        require(bool(self.weights), "weights", "is empty; name a run, a checkpoint or a public model")
 
 
 @dataclass(frozen=True)
-class DistilConfig:
-    """`python -m trainer.distil`."""
+class DistillationConfig(Bounded):
+    """Distillation on the teacher's distributions (Hinton et al. 2015)."""
 
-    run: RunConfig = section(RunConfig)
-    data: DataConfig = section(DataConfig)
-    model: ModelConfig = section(ModelConfig)
-    distil: TeacherConfig = section(TeacherConfig)
-    batch: BatchConfig = section(BatchConfig)
-    optimizer: OptimizerConfig = section(OptimizerConfig)
-    train: TrainLoopConfig = section(TrainLoopConfig)
-    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    temperature: float = setting(2.0, "divides the logits of both models before the softmax", gt=0)
+    kl_weight: float = setting(
+        0.5, "share of the divergence in the loss; the rest is cross-entropy with the data", gt=0, le=1
+    )
+
+
+@dataclass(frozen=True)
+class DistilConfig(PretrainConfig):
+    """Distillation: pretraining with a teacher."""
+
+    stage: Literal["distil"] = setting("distil", STAGE)
+    start: OptionalStartConfig = section(OptionalStartConfig)
+    teacher: TeacherConfig = section(TeacherConfig)
+    distil: DistillationConfig = section(DistillationConfig)
+
+
+STAGES: dict[str, type[TrainingConfig]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "dpo": DpoConfig,
+    "distil": DistilConfig,
+}
+
+
+def training_schema(arguments: Sequence[str]) -> type[TrainingConfig]:
+    """The schema of the stage that `--stage=...` or the config file names; without either, pretraining's.
+
+    Raises ConfigError for an unknown stage and for a file that cannot be read.
+    """
+    name, where = loader.peek("stage", arguments) or ("pretrain", "")
+    if name not in STAGES:
+        raise ConfigError(f"{where}: stage is {name!r}, must be one of {', '.join(STAGES)}")
+    return STAGES[name]
 
 
 # --- synthetic data --------------------------------------------------------------------------------------------
@@ -254,7 +250,7 @@ class BudgetConfig(Bounded):
 
 
 @dataclass(frozen=True)
-class SynthesisConfig(Bounded):
+class MakeConfig(Bounded):
     """What is asked, and where rows go."""
 
     prompts: str = setting(
@@ -303,10 +299,10 @@ class WorkConfig:
 
 
 @dataclass(frozen=True)
-class MakeConfig:
-    """`python -m trainer.distil make`."""
+class SynthesisConfig:
+    """`python -m trainer.synthesize`."""
 
     run: WorkConfig = section(WorkConfig)
-    make: SynthesisConfig = section(SynthesisConfig)
+    make: MakeConfig = section(MakeConfig)
     endpoint: EndpointConfig = section(EndpointConfig)
     budget: BudgetConfig = section(BudgetConfig)

@@ -20,7 +20,7 @@ from core import storage
 from core.data import sets
 from core.data.conversations import conversation, preference, question_of
 from core.errors import DataError
-from core.settings.tuning import RowsConfig
+from core.settings.tuning import ExamplesConfig
 from trainer.data.chat_template import NO_TARGET, render
 
 log = logging.getLogger("train")
@@ -75,7 +75,7 @@ class Examples:
     report: str
 
 
-def read_conversations(data: RowsConfig, encoding, length: int) -> Examples:
+def read_conversations(data: ExamplesConfig, encoding, length: int) -> Examples:
     """Loss on all answers of a conversation. Raises DataError."""
 
     def texts_of(row: Any) -> tuple[str, list[list[dict[str, str]]]]:
@@ -85,7 +85,7 @@ def read_conversations(data: RowsConfig, encoding, length: int) -> Examples:
     return _read(data, encoding, length, 1, texts_of)
 
 
-def read_preferences(data: RowsConfig, encoding, length: int) -> Examples:
+def read_preferences(data: ExamplesConfig, encoding, length: int) -> Examples:
     """Loss on the last answer of each of two conversations. Raises DataError."""
 
     def texts_of(row: Any) -> tuple[str, list[list[dict[str, str]]]]:
@@ -96,7 +96,7 @@ def read_preferences(data: RowsConfig, encoding, length: int) -> Examples:
 
 
 def _read(
-    data: RowsConfig,
+    data: ExamplesConfig,
     encoding,
     length: int,
     per_example: int,
@@ -144,7 +144,7 @@ def _read(
     return Examples(train, val, per_example, fingerprint, report)
 
 
-def rows_of(data: RowsConfig) -> tuple[str, Iterable[Any], str]:
+def rows_of(data: ExamplesConfig) -> tuple[str, Iterable[Any], str]:
     """Where the rows are, the rows (None for a line that is no JSON), and a fingerprint of them."""
     if not data.examples.endswith(".jsonl"):
         info = sets.info_of(data.url, data.examples)

@@ -58,7 +58,7 @@ class Batches:
         device: torch.device,
         fetches: bool,
         skip: Sequence[int] = (),
-        dealt: bool = False,
+        round_robin: bool = False,
     ):
         self.is_leaving: Callable[[], bool] = lambda: False
         self._skip = sorted(set(skip))
@@ -66,7 +66,7 @@ class Batches:
         self._batch = batch
         self._micro_batch = micro_batch_size
         self._per_rank = batch // world
-        numbers = micro_batch_numbers(rank, world, self._per_rank // micro_batch_size, dealt)
+        numbers = micro_batch_numbers(rank, world, self._per_rank // micro_batch_size, round_robin)
         self._rows = (np.array(numbers)[:, None] * micro_batch_size + np.arange(micro_batch_size)).ravel()
         self._device = device
         self._position = first_step * batch

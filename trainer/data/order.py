@@ -160,9 +160,9 @@ def odd_part(number: int) -> int:
     return number // (number & -number)
 
 
-def micro_batch_numbers(rank: int, world: int, accumulation: int, dealt: bool) -> list[int]:
+def micro_batch_numbers(rank: int, world: int, accumulation: int, round_robin: bool) -> list[int]:
     """Which of a step's micro-batches are this rank's, in order: a stretch, or every world-th group of them."""
-    if not dealt:
+    if not round_robin:
         return list(range(rank * accumulation, (rank + 1) * accumulation))
     group = odd_part(accumulation)
     turns = accumulation // group

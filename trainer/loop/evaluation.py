@@ -4,9 +4,12 @@ import functools
 import logging
 from collections.abc import Callable, Collection
 
+from core.data import sets
 from core.figures import quantity
 from trainer.data.order import derive_key
-from trainer.distributed.process_group import Ranks, gather_numbers
+from trainer.distributed.process_group import Ranks, gather_numbers, on_main
+from trainer.evals.hellaswag import NAME as HELLASWAG
+from trainer.evals.hellaswag import HellaSwag
 from trainer.loop.record import Record
 from trainer.loop.report import Report
 from trainer.loop.requests import Abandoned
@@ -41,7 +44,7 @@ class Looks:
         self._report = report
         self._is_leaving = is_leaving
         self._held_out = functools.cache(stage.held_out)
-        self._hellaswag = functools.cache(stage.hellaswag)
+        self._hellaswag = functools.cache(functools.partial(read_hellaswag, stage))
 
     def __call__(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
         """Whether all of it was done, on all ranks alike; without the kinds of metrics that are there already."""
@@ -111,3 +114,12 @@ class Looks:
         """All ranks give up as soon as one is to leave, so that none waits alone for the others' results."""
         if gather_numbers([self._is_leaving()], self._ranks).any():
             raise Abandoned
+
+
+def read_hellaswag(stage: Stage) -> HellaSwag | None:
+    """The set that is stored beside the stage's data, or None."""
+    url = stage.data_url
+    items = on_main(functools.partial(sets.read_if_there, url, HELLASWAG), stage.ranks) if url else None
+    if items is None:
+        return None
+    return HellaSwag(items[: stage.settings.train.hellaswag_items], stage.encoding, stage.ranks, stage.precision)

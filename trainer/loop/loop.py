@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from core import stop
 from core.errors import LauncherError, TrainingError
 from core.run.cap import SpendingCap
+from core.settings.training import TrainLoopConfig
 from trainer.checkpoint.save import Saver
 from trainer.data.order import derive_key, micro_batch_numbers
 from trainer.distributed.process_group import PeerFailed, Ranks, gather_numbers, on_main
@@ -35,7 +36,6 @@ from trainer.model.precision import autocast, use_fp8
 from trainer.optim.optimizer import UnitOptimizer
 from trainer.optim.reduce import TreeReducer
 from trainer.optim.schedule import rate_factor
-from trainer.stages import overfit
 from trainer.stages.stage import MicroBatches, Stage
 
 log = logging.getLogger("train")
@@ -71,7 +71,7 @@ class Loop:
         if self.compiled:
             self.model.compile_blocks()
         self.ddp = DistributedDataParallel(self.stage.objective(self.model), gradient_as_bucket_view=True)
-        dealt = self.stage.dealt
+        dealt = self.stage.round_robin
         self.reducer = TreeReducer(self.ddp, self.accumulation, self.settings.train.grad_reduce_dtype, dealt)
         self.numbers = micro_batch_numbers(self.ranks.rank, self.ranks.world, self.accumulation, dealt)
         self.slow_peers = SlowPeers(self.ranks.world)
@@ -123,7 +123,7 @@ class Loop:
 
     def is_last(self, step: int) -> bool:
         """Whether the run ends after `step`, on all ranks alike."""
-        return step == self.settings.train.steps or overfit.is_learned(self.settings, self.last_loss)
+        return step == self.settings.train.steps or is_overfitted(self.settings.train, self.last_loss)
 
     def _fetch(self) -> list[Any] | LauncherError:
         """This rank's micro-batches of the next step, or why there are none; none when it is to leave."""
@@ -271,7 +271,7 @@ class Loop:
         if not train.overfit or self.last_loss is None:
             return
         bound = f"train.overfit_max_loss = {train.overfit_max_loss:g}"
-        if not overfit.is_learned(self.settings, self.last_loss):
+        if not is_overfitted(self.settings.train, self.last_loss):
             raise TrainingError(
                 f"step {step}: with one micro-batch repeated the loss is {self.last_loss:.4f}, not below {bound}; "
                 "if it was still falling raise train.steps, else look at optimizer.lr and at what was changed in the "
@@ -293,6 +293,11 @@ class Loop:
             "torch": torch.__version__,
             **self.stage.state(),
         }
+
+
+def is_overfitted(train: TrainLoopConfig, loss: float | None) -> bool:
+    """Whether a run with `train.overfit` has reached its goal with this loss."""
+    return train.overfit and loss is not None and loss < train.overfit_max_loss
 
 
 class ForwardClock:

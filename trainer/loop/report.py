@@ -9,7 +9,7 @@ from core.errors import ConfigError
 from core.figures import duration, quantity
 from core.gpus import peak_flops
 from core.run.cap import SpendingCap
-from core.settings.training import TrainConfig
+from core.settings.training import TrainingConfig
 from trainer.distributed.process_group import Ranks
 from trainer.loop.record import Record
 from trainer.loop.trackers import Trackers
@@ -88,7 +88,7 @@ class Report:
         self._trackers.close()
 
 
-def screen(settings: TrainConfig, cap: SpendingCap | None):
+def screen(settings: TrainingConfig, cap: SpendingCap | None):
     """The live picture; None without rich, unless the settings ask for it. Raises ConfigError."""
     try:
         from trainer.loop.screen import Screen

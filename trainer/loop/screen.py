@@ -15,7 +15,7 @@ from rich.text import Text
 
 from core.figures import duration, quantity
 from core.run.cap import SpendingCap
-from core.settings.training import TrainConfig
+from core.settings.training import TrainingConfig
 
 REFRESHES_PER_SECOND = 4
 CURVE_COLUMNS = 60
@@ -25,7 +25,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 class Screen:
     """Log lines go on above the picture."""
 
-    def __init__(self, settings: TrainConfig, cap: SpendingCap | None):
+    def __init__(self, settings: TrainingConfig, cap: SpendingCap | None):
         self._settings = settings
         self._cap = cap
         self._losses: list[float] = []

@@ -15,7 +15,7 @@ import torch
 from core import stop
 from core.errors import one_line
 from core.exit_codes import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
-from core.settings.training import TrainConfig
+from core.settings.training import TrainingConfig
 from trainer.checkpoint import layout
 from trainer.checkpoint.early import EarlyFetch
 from trainer.checkpoint.load import load_newest
@@ -37,10 +37,12 @@ log = logging.getLogger("train")
 MEET_SECONDS = 60.0
 
 
-def run_stage(make: Callable[[Ranks], Stage], settings: Any, fetched: EarlyFetch | None = None) -> int:
-    """Join the other ranks, make the stage, run it. `settings.train` says how. Returns the exit code.
+def run_segment(
+    make: Callable[[TrainingConfig, Ranks], Stage], settings: TrainingConfig, fetched: EarlyFetch | None = None
+) -> int:
+    """Join the other ranks, make the stage, run it. Returns the exit code.
 
-    `fetched` is what was begun to be fetched of the newest checkpoint before torch was imported.
+    `fetched` holds the files of the newest checkpoint whose fetch began before torch was imported.
     """
     stop.listen()  # already done by our entries
     ranks = None
@@ -61,7 +63,9 @@ def run_stage(make: Callable[[Ranks], Stage], settings: Any, fetched: EarlyFetch
         process_group.stop()
 
 
-def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: EarlyFetch | None) -> int:
+def run(
+    make: Callable[[TrainingConfig, Ranks], Stage], settings: TrainingConfig, ranks: Ranks, fetched: EarlyFetch | None
+) -> int:
     requests = Requests(hurry=stop.ask)
     stop.inform(requests.heard)
 
@@ -72,7 +76,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
     determinism.set_up(settings.train, ranks.device)
 
     # 1. The data and the run: checked before anything is written.
-    stage = make(ranks)
+    stage = make(settings, ranks)
     settings = stage.settings
     record = open_record(stage, ranks)
     stop.on_leaving(functools.partial(close_books, record, requests))
@@ -132,7 +136,7 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
             measured = on_main(lambda: record.measured(restored), ranks)
         if loop.compiled and settings.train.compile_cache:
             kernels = compile_cache.uri_of(
-                settings.run.url, settings.model, settings.batch.micro_batch_size, torch.cuda.get_device_name()
+                settings.run.url, stage.model, settings.batch.micro_batch_size, torch.cuda.get_device_name()
             )
             with record.phase("compile"):
                 compile_cache.load(kernels)
@@ -179,7 +183,7 @@ def close_books(record: Record, requests: Requests) -> None:
     record.close("preempted", None)
 
 
-def leave(settings: TrainConfig, record: Record, reached: int, notice) -> int:
+def leave(settings: TrainingConfig, record: Record, reached: int, notice) -> int:
     """Close the books and say how to go on. Returns the exit code."""
     if notice is None:
         stop.settle(OK)

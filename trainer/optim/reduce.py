@@ -49,12 +49,14 @@ class TreeReducer:
     `dealt`: which micro-batches are a rank's, is told by `trainer.data.order.micro_batch_numbers`.
     """
 
-    def __init__(self, model: DistributedDataParallel, accumulation: int, dtype: str = "fp32", dealt: bool = False):
+    def __init__(
+        self, model: DistributedDataParallel, accumulation: int, dtype: str = "fp32", round_robin: bool = False
+    ):
         self.model = model
         self.accumulation = accumulation
         self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         self.group = odd_part(accumulation)
-        self._dealt = dealt and dist.get_world_size() > 1
+        self._round_robin = round_robin and dist.get_world_size() > 1
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._index = {parameter: index for index, parameter in enumerate(self.parameters)}
         self._levels: list[list[torch.Tensor]] = []
@@ -67,12 +69,12 @@ class TreeReducer:
     def context(self, micro_batch_size: int):
         """DDP synchronises in the last micro-batch only, or, dealt, in the last one of each group."""
         self._last = micro_batch_size == self.accumulation - 1
-        ends_group = self._dealt and (micro_batch_size + 1) % self.group == 0
+        ends_group = self._round_robin and (micro_batch_size + 1) % self.group == 0
         return contextlib.nullcontext() if self._last or ends_group else self.model.no_sync()
 
     def micro_batch_done(self, micro_batch_size: int) -> None:
         """Move a finished group's sum out of `.grad` into the tree."""
-        if self._dealt or micro_batch_size == self.accumulation - 1 or (micro_batch_size + 1) % self.group:
+        if self._round_robin or micro_batch_size == self.accumulation - 1 or (micro_batch_size + 1) % self.group:
             return
         carry = [parameter.grad for parameter in self.parameters]
         level = 0
@@ -119,7 +121,7 @@ class TreeReducer:
 
         DDP cuts its buckets anew after its first backward pass, in the order in which gradients came. Slices of one
         step's turns must be of the same buckets, so that this has to be over before."""
-        if self._dealt:
+        if self._round_robin:
             self._last = True
             for _ in range(2):
                 loss_of().backward()
@@ -131,7 +133,7 @@ class TreeReducer:
         if world == 1:
             return
         mine = _tree_reduce_scatter(buffer, self._dtype)
-        if self._dealt:
+        if self._round_robin:
             levels = self._slices.setdefault(index, [])
             level = 0
             # The last turn finds all levels below its own occupied: it takes them all in.

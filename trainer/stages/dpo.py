@@ -31,7 +31,7 @@ from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
 from trainer.model.recomputed import token_log_probs
 from trainer.stages.stage import HeldOut
-from trainer.stages.tuned import Tuned
+from trainer.stages.tuning import Tuning
 from trainer.weights.open import open_weights
 
 log = logging.getLogger("train")
@@ -78,14 +78,16 @@ class PreferenceLoss(nn.Module):
         return preference_losses(margins(policy_P2, pairs.reference_P2, self.beta), self.label_smoothing).mean()
 
 
-class Dpo(Tuned):
+class Dpo(Tuning):
     name = "dpo"
     sequences_per_item = 2
     lengths_vary = True
     flops_per_token = None  # rows are only as long as their longest answer needs
 
-    def __init__(self, own: DpoConfig, ranks: Ranks):
-        super().__init__(own, ranks)
+    settings: DpoConfig
+
+    def __init__(self, settings: DpoConfig, ranks: Ranks):
+        super().__init__(settings, ranks)
         if self.settings.batch.micro_batch_size % 2:
             raise ConfigError(
                 f"batch.micro_batch_size = {self.settings.batch.micro_batch_size} is what fits, "
@@ -93,8 +95,8 @@ class Dpo(Tuned):
             )
         self._reference: dict[str, np.ndarray] = {}
 
-    def read(self, own: DpoConfig, length: int) -> Examples:
-        return read_preferences(own.data, self._encoding(), length)
+    def read(self, settings: DpoConfig, length: int) -> Examples:
+        return read_preferences(settings.data, self._encoding(), length)
 
     def count_items(self) -> int:
         return len(self.examples.train) // 2
@@ -103,7 +105,7 @@ class Dpo(Tuned):
         return "pairs"
 
     def objective(self, model: GPT) -> nn.Module:
-        return PreferenceLoss(model, self.own.dpo.beta, self.own.dpo.label_smoothing)
+        return PreferenceLoss(model, self.settings.dpo.beta, self.settings.dpo.label_smoothing)
 
     def batches(self, first_step: int) -> NumberedBatches:
         self._reference = self._stored_reference() or self._new_reference()
@@ -124,10 +126,10 @@ class Dpo(Tuned):
         texts = self.examples.val
         if not len(texts):
             return None
-        count = min(len(texts), max(2, self.settings.train.eval_tokens // self.length)) // 2
+        count = min(len(texts), max(2, self.settings.train.eval_tokens // self.context)) // 2
         groups = self._groups(count)
         answers = int(texts.answers()[: 2 * count].sum())
-        beta, smoothing = self.own.dpo.beta, self.own.dpo.label_smoothing
+        beta, smoothing = self.settings.dpo.beta, self.settings.dpo.label_smoothing
 
         @torch.no_grad()
         def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
@@ -168,7 +170,7 @@ class Dpo(Tuned):
         """Chosen and rejected in turn, padded on the right, which no token before it sees."""
         of_pairs = np.stack([2 * numbers, 2 * numbers + 1], 1).ravel()
         longest = int((texts.starts[of_pairs + 1] - texts.starts[of_pairs]).max())
-        width = min(self.length, -(-longest // MULTIPLE) * MULTIPLE)
+        width = min(self.context, -(-longest // MULTIPLE) * MULTIPLE)
         tokens = np.full((len(of_pairs), width), GPT2_END_OF_TEXT, np.int32)
         targets = np.full((len(of_pairs), width), NO_TARGET, np.int32)
         for place, number in enumerate(of_pairs):

@@ -1,7 +1,7 @@
-"""Fine-tuning: the answers of conversations, several of them packed into a row, none of which sees another.
+"""Fine-tunes on the answers of conversations. A row packs several conversations, none of which attends to another.
 
-The loss of a step is the mean over all its answer tokens: each counts the same, in whatever micro-batch it is, and
-on however many ranks.
+The loss of a step is the mean over all its answer tokens: each counts the same in every micro-batch and on any number
+of ranks.
 """
 
 import functools
@@ -21,7 +21,7 @@ from trainer.distributed.in_turn import Between, in_turn
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
 from trainer.stages.stage import HeldOut
-from trainer.stages.tuned import Tuned
+from trainer.stages.tuning import Tuning
 
 
 class Packed(NamedTuple):
@@ -64,21 +64,21 @@ class AnswerLoss(nn.Module):
         return self.model(packed.tokens_BT, packed.targets_BT, packed=True) * packed.weight
 
 
-class Finetune(Tuned):
+class Finetune(Tuning):
     name = "finetune"
 
-    def read(self, own: FinetuneConfig, length: int) -> Examples:
-        return read_conversations(own.data, self._encoding(), length)
+    def read(self, settings: FinetuneConfig, length: int) -> Examples:
+        return read_conversations(settings.data, self._encoding(), length)
 
     @functools.cached_property
     def rows(self) -> Rows:
-        return Rows(self.examples.train, self.length)
+        return Rows(self.examples.train, self.context)
 
     def count_items(self) -> int:
         return len(self.rows)
 
     def describe_items(self) -> str:
-        filled = len(self.examples.train.tokens) / (len(self.rows) * self.length)
+        filled = len(self.examples.train.tokens) / (len(self.rows) * self.context)
         return f"rows, {100 * filled:.1f} % filled"
 
     def objective(self, model: GPT) -> nn.Module:
@@ -106,9 +106,9 @@ class Finetune(Tuned):
     def held_out(self) -> HeldOut | None:
         if not len(self.examples.val):
             return None
-        rows = Rows(self.examples.val, self.length)
+        rows = Rows(self.examples.val, self.context)
         size = self.settings.batch.micro_batch_size
-        count = min(len(rows), max(1, self.settings.train.eval_tokens // self.length))
+        count = min(len(rows), max(1, self.settings.train.eval_tokens // self.context))
         groups = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
         @torch.no_grad()

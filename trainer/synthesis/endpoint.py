@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from core.errors import ConfigError
-from core.settings.tuning import BudgetConfig, EndpointConfig, SynthesisConfig
+from core.settings.tuning import BudgetConfig, EndpointConfig, MakeConfig
 
 LARGEST_REPLY_BYTES = 16 << 20
 # What a chat template adds to a prompt: an upper bound, like one token per byte of the text.
@@ -67,7 +67,7 @@ class Prices:
 class Endpoint:
     """An async context: `async with Endpoint(...) as endpoint: reply = await endpoint.ask(messages)`."""
 
-    def __init__(self, config: EndpointConfig, asked: SynthesisConfig, prices: Prices, key: str):
+    def __init__(self, config: EndpointConfig, asked: MakeConfig, prices: Prices, key: str):
         self.host = urlsplit(config.url).netloc
         self._url = config.url.rstrip("/") + "/chat/completions"
         self._config = config

@@ -24,7 +24,7 @@ from core.exit_codes import CAPPED, OK, PREEMPTED
 from core.run.folder import RunFolder
 from core.run.segment import Opening, open_segment
 from core.settings import loader
-from core.settings.tuning import MakeConfig
+from core.settings.tuning import SynthesisConfig
 from trainer.synthesis import kept, prompts
 from trainer.synthesis.endpoint import Declined, Endpoint, Passing, Prices, Purse, Reply
 from trainer.synthesis.prompts import Prompt, digest_of
@@ -36,7 +36,7 @@ GIVE_UP_AFTER = 5  # prompts in a row without any answer: the endpoint is down
 SCHEMA = "conversations"
 
 
-def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
+def run(settings: SynthesisConfig, environment: Mapping[str, str]) -> int:
     """Returns the exit code: 0 when every prompt was asked, 34 at the end of the budget, 33 when asked to stop."""
     asked = prompts.read(settings.make.prompts)
     url = settings.run.url
@@ -71,7 +71,7 @@ def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
 class Maker:
     """Asks for what is not in `known` yet, and adds it there."""
 
-    def __init__(self, settings: MakeConfig, asked: tuple[Prompt, ...], known: kept.Known, segment: int, key: str):
+    def __init__(self, settings: SynthesisConfig, asked: tuple[Prompt, ...], known: kept.Known, segment: int, key: str):
         self._settings = settings
         self._known = known
         self._key = key
@@ -235,11 +235,11 @@ class Maker:
         }
 
 
-def _host(settings: MakeConfig) -> str:
+def _host(settings: SynthesisConfig) -> str:
     return urlsplit(settings.endpoint.url).netloc
 
 
-def _check_name(settings: MakeConfig, source: str) -> None:
+def _check_name(settings: SynthesisConfig, source: str) -> None:
     """A set of that name must be ours, for it will be written again."""
     made = settings.make
     if storage.exists(storage.join(made.url, "sets", f"{made.name}.json")):
@@ -248,7 +248,7 @@ def _check_name(settings: MakeConfig, source: str) -> None:
             raise ConfigError(f"make.name: {made.url} holds a set {made.name!r} already ({there}); choose another name")
 
 
-def _write_set(settings: MakeConfig, source: str, known: kept.Known) -> None:
+def _write_set(settings: SynthesisConfig, source: str, known: kept.Known) -> None:
     """In the order of the keys, so that the same answers make the same set."""
     made = settings.make
     seen: set[str] = set()

@@ -7,7 +7,7 @@ import torch
 from core import storage
 from core.errors import RunError
 from core.settings import loader
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import StagedFile
 from trainer.checkpoint.layout import CheckpointManifest, PayloadFile
@@ -17,7 +17,7 @@ from trainer.optim.optimizer import UnitOptimizer
 SEGMENT = 0  # none has begun yet
 
 
-def write_first_checkpoint(settings: TrainConfig, model: GPT, origin: str, data_fingerprint: str) -> str:
+def write_first_checkpoint(settings: PretrainConfig, model: GPT, origin: str, data_fingerprint: str) -> str:
     """Store it, as a run of these settings would have. Returns its folder. Raises RunError if the run has objects."""
     run_url = settings.run.url
     if storage.list_objects(run_url):
