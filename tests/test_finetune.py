@@ -13,7 +13,7 @@ from tests import launching, tuning
 from trainer.checkpoint import layout
 from trainer.data import examples
 from trainer.data.chat_template import NO_TARGET, render
-from trainer.data.packing import NumberedBatches, in_order, pack
+from trainer.data.examples import NumberedBatches, in_order, pack
 from trainer.model import lora
 from trainer.model.gpt import GPT
 from trainer.stages.finetune import Rows

@@ -16,7 +16,7 @@ import torch
 
 from trainer.data.cache import CLOSE_SECONDS, ReadAhead, ShardCache
 from trainer.data.order import WindowOrder, micro_batch_numbers
-from trainer.loop.requests import Abandoned
+from trainer.distributed.process_group import Abandoned
 
 LOOK_SECONDS = 0.2  # how often somebody who waits for data asks whether to leave
 LOCATED_AT_ONCE = 4096

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.errors import DataError
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import Ranks
+from trainer.distributed.process_group import Ranks, StopCheck
 from trainer.evals.likelihood import Request, likelihoods
 from trainer.evals.progress import Kept
 from trainer.model.gpt import GPT
@@ -90,12 +89,16 @@ class HellaSwag:
             self._lengths.append(lengths)
             self._requests += requests
 
-    def __call__(self, model: GPT, between: Between | None = None) -> Score:
-        return self.answers(model, between=between).score()
+    def __call__(self, model: GPT, check_stop: StopCheck | None = None) -> Score:
+        return self.answers(model, check_stop=check_stop).score()
 
-    def answers(self, model: GPT, kept: Kept | None = None, title: str = "", between: Between | None = None) -> Answers:
-        """On all ranks; `kept`, `title` and `between` as for `likelihoods`."""
-        found = likelihoods(model, self._requests, self._ranks, self._precision, kept, title=title, between=between)
+    def answers(
+        self, model: GPT, kept: Kept | None = None, title: str = "", check_stop: StopCheck | None = None
+    ) -> Answers:
+        """On all ranks; `kept`, `title` and `check_stop` as for `likelihoods`."""
+        found = likelihoods(
+            model, self._requests, self._ranks, self._precision, kept, title=title, check_stop=check_stop
+        )
         answers = Answers([], [])
         position = 0
         for label, lengths in zip(self._labels, self._lengths, strict=True):

@@ -15,8 +15,7 @@ import torch
 from core.console import progress
 from core.data.vocabulary import GPT2_VOCAB_SIZE
 from core.errors import TrainingError
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import PeerFailed, Ranks, gather_objects
+from trainer.distributed.process_group import PeerFailed, Ranks, StopCheck, gather_objects
 from trainer.evals.progress import Kept
 from trainer.model.gpt import GPT
 from trainer.model.loss import token_scores
@@ -54,13 +53,13 @@ def likelihoods(
     kept: Kept | None = None,
     part: str = "",
     title: str = "",
-    between: Between | None = None,
+    check_stop: StopCheck | None = None,
 ) -> list[Likelihood]:
     """One per request, in their order, on all ranks. What is longer than the model's context is cut on the left, as
     lm-evaluation-harness does.
 
     `kept` holds what an attempt before has found, under keys that begin with `part`; with a `title` progress is told.
-    `between` is called before each round of batches, one per rank.
+    `check_stop` is called before each round of batches, one per rank.
     Raises TrainingError for numbers that are not finite.
     """
     windows = [cut(request, model.config.context) for request in requests]
@@ -82,8 +81,8 @@ def likelihoods(
         bar.advance(len(known))
         with torch.compiler.set_stance("force_eager"):
             for first in range(0, len(left), ranks.world):
-                if between:
-                    between()
+                if check_stop:
+                    check_stop()
                 if first + ranks.rank >= len(left):
                     continue
                 batch = left[first + ranks.rank]

@@ -7,12 +7,11 @@ from collections.abc import Callable, Collection
 from core.data import sets
 from core.figures import quantity
 from trainer.data.order import derive_key
-from trainer.distributed.process_group import Ranks, gather_numbers, on_main
+from trainer.distributed.process_group import Abandoned, Ranks, gather_numbers, on_main
 from trainer.evals.hellaswag import NAME as HELLASWAG
 from trainer.evals.hellaswag import HellaSwag
 from trainer.loop.record import Record
 from trainer.loop.report import Report
-from trainer.loop.requests import Abandoned
 from trainer.loop.samples import sample
 from trainer.model.gpt import GPT
 from trainer.stages.stage import Stage

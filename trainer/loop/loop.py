@@ -24,13 +24,13 @@ from core.run.cap import SpendingCap
 from core.settings.training import TrainLoopConfig
 from trainer.checkpoint.save import Saver
 from trainer.data.order import derive_key, micro_batch_numbers
-from trainer.distributed.process_group import PeerFailed, Ranks, gather_numbers, on_main
+from trainer.distributed.process_group import Abandoned, PeerFailed, Ranks, gather_numbers, on_main
 from trainer.loop.evaluation import Looks
 from trainer.loop.norms import StepNorms
 from trainer.loop.peers import SlowPeers
 from trainer.loop.record import Record
 from trainer.loop.report import Report
-from trainer.loop.requests import Abandoned, Notice, Requests
+from trainer.loop.requests import Notice, Requests
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast, use_fp8
 from trainer.optim.optimizer import UnitOptimizer

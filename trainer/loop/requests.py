@@ -13,10 +13,6 @@ class Notice:
     detail: str
 
 
-class Abandoned(Exception):
-    """A measurement was given up because the ranks are to leave."""
-
-
 class Requests:
     """Thread-safe. The first reason to leave counts; a wish to save is granted once.
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from trainer.distributed.process_group import Abandoned
 from trainer.inference.engine import Engine, Request
 from trainer.inference.sampling import Sampling
-from trainer.loop.requests import Abandoned
 
 TOP_K = 50
 

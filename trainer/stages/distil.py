@@ -21,8 +21,7 @@ from core.errors import ConfigError
 from core.settings import loader
 from core.settings.tuning import DistilConfig, TeacherConfig
 from trainer.checkpoint.load import Restored
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import Ranks, on_main
+from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.model.gpt import GPT
 from trainer.model.recomputed import divergence_and_cross_entropy
 from trainer.stages.pretrain import Pretrain
@@ -117,9 +116,9 @@ class Distil(Pretrain):
         if validation is None:
             return None
 
-        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
+        def measure(model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]:
             distillation = self.objective(model)
-            divergence, loss = validation.means(model, lambda tokens: distillation.parts(tokens, 1.0), between)
+            divergence, loss = validation.means(model, lambda tokens: distillation.parts(tokens, 1.0), check_stop)
             return {"val_loss": loss, "eval_tokens": validation.tokens, "val_divergence": divergence}
 
         return measure

@@ -23,10 +23,8 @@ from core.errors import CheckpointError, ConfigError, ObjectNotFound
 from core.run.folder import RunFolder
 from core.settings.tuning import DpoConfig
 from trainer.data.chat_template import NO_TARGET
-from trainer.data.examples import Examples, Texts, read_preferences
-from trainer.data.packing import NumberedBatches
-from trainer.distributed.in_turn import Between, in_turn
-from trainer.distributed.process_group import Ranks, on_main
+from trainer.data.examples import Examples, NumberedBatches, Texts, read_preferences
+from trainer.distributed.process_group import Ranks, StopCheck, divide_over_ranks, on_main
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
 from trainer.model.recomputed import token_log_probs
@@ -132,14 +130,16 @@ class Dpo(Tuning):
         beta, smoothing = self.settings.dpo.beta, self.settings.dpo.label_smoothing
 
         @torch.no_grad()
-        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
+        def measure(model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]:
             def margins_of(index: int) -> list[float]:
                 tokens_BT, targets_BT, reference_P2 = self._pairs("val", groups[index])
                 policy_P2 = self._log_probs(model, tokens_BT, targets_BT)
                 return margins(policy_P2, reference_P2, beta).tolist()
 
             model.eval()
-            found = [margin for part in in_turn(len(groups), margins_of, self.ranks, between) for margin in part]
+            found = [
+                margin for part in divide_over_ranks(len(groups), margins_of, self.ranks, check_stop) for margin in part
+            ]
             model.train()
             losses = preference_losses(torch.tensor(found, dtype=torch.float64), smoothing)
             return {
@@ -192,7 +192,7 @@ class Dpo(Tuning):
             def of_group(index: int, texts: Texts = texts, groups: list[np.ndarray] = groups) -> list[float]:
                 return self._log_probs(model, *self._sequences(texts, groups[index])).flatten().tolist()
 
-            flat = [each for part in in_turn(len(groups), of_group, self.ranks) for each in part]
+            flat = [each for part in divide_over_ranks(len(groups), of_group, self.ranks) for each in part]
             found[split] = np.array(flat, np.float32).reshape(-1, 2)
         uri = RunFolder(self.settings.run.url).reference
         on_main(functools.partial(storage.write_bytes, uri, safetensors.numpy.save(found)), self.ranks)

@@ -15,9 +15,8 @@ from torch import nn
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.settings.tuning import FinetuneConfig
 from trainer.data.chat_template import NO_TARGET
-from trainer.data.examples import Examples, Texts, read_conversations
-from trainer.data.packing import NumberedBatches, pack
-from trainer.distributed.in_turn import Between, in_turn
+from trainer.data.examples import Examples, NumberedBatches, Texts, pack, read_conversations
+from trainer.distributed.process_group import StopCheck, divide_over_ranks
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
 from trainer.stages.stage import HeldOut
@@ -112,7 +111,7 @@ class Finetune(Tuning):
         groups = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
         @torch.no_grad()
-        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
+        def measure(model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]:
             def loss(index: int) -> list[float]:
                 tokens_BT, targets_BT = rows.tensors(groups[index], self.ranks.device)
                 with autocast(self.ranks.device, self.precision):
@@ -120,7 +119,7 @@ class Finetune(Tuning):
 
             model.eval()
             answers = [int(rows.answers[group].sum()) for group in groups]
-            losses = in_turn(len(groups), loss, self.ranks, between)
+            losses = divide_over_ranks(len(groups), loss, self.ranks, check_stop)
             model.train()
             total = sum(answers[index] * losses[index][0] for index in range(len(groups)))
             return {"val_loss": total / sum(answers), "eval_tokens": sum(answers)}

@@ -22,8 +22,7 @@ from core.settings.training import PretrainConfig
 from trainer.checkpoint.load import Restored
 from trainer.data.cache import ShardCache
 from trainer.data.loader import Batches, TokenSource
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import Ranks, on_main
+from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.evals.validation import ValidationLoss
 from trainer.model.gpt import GPT
 from trainer.stages.stage import HeldOut, Stage
@@ -97,8 +96,8 @@ class Pretrain(Stage):
         if validation is None:
             return None
 
-        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
-            return {"val_loss": validation(model, between), "eval_tokens": validation.tokens}
+        def measure(model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]:
+            return {"val_loss": validation(model, check_stop), "eval_tokens": validation.tokens}
 
         return measure
 

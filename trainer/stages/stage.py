@@ -21,8 +21,7 @@ from core.settings import loader
 from core.settings.model import ModelConfig, flops_per_token
 from core.settings.training import TrainingConfig, check_batch
 from trainer.checkpoint.load import Restored
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import Ranks, on_main
+from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.model import precision
 from trainer.model.gpt import GPT
 from trainer.stages import sizing
@@ -45,10 +44,10 @@ class MicroBatches(Protocol):
 class HeldOut(Protocol):
     """Measures a model on validation data, with the same result on any number of ranks.
 
-    The result has `val_loss` and `eval_tokens`; more numbers may follow. `between` may end the measurement.
+    The result has `val_loss` and `eval_tokens`; more numbers may follow. `check_stop` may end the measurement.
     """
 
-    def __call__(self, model: GPT, between: Between | None = None) -> Mapping[str, float]: ...
+    def __call__(self, model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]: ...
 
 
 class Stage(abc.ABC):
