@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from core.settings.training import PretrainConfig
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer
 from trainer.optim.reduce import TreeReducer
 
 
@@ -39,7 +39,7 @@ def ours(settings: PretrainConfig, device: torch.device, accumulation: int) -> S
     model = GPT(settings.model, settings.train.activation_checkpointing)
     model.initialise(1)
     model.to(device)
-    optimizer = UnitOptimizer(model, settings.optimizer, rank=0, world=1)
+    optimizer = BlockOptimizer(model, settings.optimizer, rank=0, world=1)
     if device.type == "cuda":
         model.compile_blocks()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -18,8 +18,9 @@ from core.errors import ConfigError
 from core.settings import loader
 from core.settings.model import ModelConfig, public_model
 from core.settings.preparation import PrepConfig
+from core.settings.stages import training_schema
 from core.settings.training import PretrainConfig, TrainingConfig
-from core.settings.tuning import DistilConfig, FinetuneConfig, training_schema
+from core.settings.tuning import DistilConfig, FinetuneConfig
 
 _COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)([^\S\n][^\n;&|]*)?")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")

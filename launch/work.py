@@ -14,8 +14,9 @@ from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
+from core.settings.stages import training_schema
 from core.settings.training import PretrainConfig, TrainingConfig, check_batch
-from core.settings.tuning import FinetuneConfig, training_schema
+from core.settings.tuning import FinetuneConfig
 from launch import node_settings
 from launch.task import candidates, read_task, settings_of
 

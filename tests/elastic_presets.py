@@ -18,9 +18,8 @@ from trainer.checkpoint.save import Saver
 from trainer.data.order import micro_batch_numbers
 from trainer.distributed import process_group
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer, rate_factor
 from trainer.optim.reduce import TreeReducer
-from trainer.optim.schedule import rate_factor
 
 MICRO_BATCHES = 24  # two ranks have four turns of three each
 STEPS = 8
@@ -38,7 +37,7 @@ def main(folder: str, last: int, shard: bool, deal: bool) -> None:
     for number, (name, architecture) in enumerate(presets.architectures().items()):
         model = GPT(architecture)
         config = dataclasses.replace(optimizer_of(name), zero=int(shard))
-        optimizer = UnitOptimizer(model, config, ranks.rank, ranks.world)
+        optimizer = BlockOptimizer(model, config, ranks.rank, ranks.world)
         url = f"{folder}/{name}"
         restored = load_newest(url, optimizer, ranks)
         first = restored.step if restored else 0

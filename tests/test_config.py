@@ -8,9 +8,10 @@ import pytest
 from core.errors import ConfigError
 from core.settings import loader
 from core.settings.evaluation import EvaluateConfig
-from core.settings.renamed import RENAMED
+from core.settings.renamed import REMOVED, RENAMED
+from core.settings.stages import training_schema
 from core.settings.training import PretrainConfig
-from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, training_schema
+from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig
 
 REPOSITORY = Path(__file__).parent.parent
 URLS = ["--run.url=/r", "--data.url=/d"]
@@ -125,6 +126,8 @@ def test_an_old_name_of_a_setting_is_answered_with_the_new_one(tmp_path: Path):
         load(write(tmp_path, "optimizer:\n  deal_sums: true\n"))
     with pytest.raises(ConfigError, match=r"finetune\.start is an old name; write start\.weights with stage=finetune"):
         load("--finetune.start=gpt2")
+    with pytest.raises(ConfigError, match=r"train\.compile_cache is gone; remove it: each machine compiles"):
+        load("--train.compile_cache=true")
 
 
 def test_the_config_names_the_stage_and_a_flag_overrides_it(tmp_path: Path):
@@ -144,4 +147,4 @@ def test_every_new_name_is_a_setting():
     schemas = (PretrainConfig, FinetuneConfig, DpoConfig, DistilConfig, EvaluateConfig)
     known = {key for schema in schemas for key, _ in loader._walk(schema)}
     assert {re.split("[= ]", name)[0] for name in RENAMED.values()} <= known
-    assert not set(RENAMED) & known
+    assert not {*RENAMED, *REMOVED} & known

@@ -12,7 +12,7 @@ from core.errors import ConfigError
 from core.settings.model import ModelConfig
 from tests import corpus, launching, tuning
 from trainer.model.gpt import GPT
-from trainer.model.recomputed import divergence_and_cross_entropy
+from trainer.model.loss import divergence_and_cross_entropy
 from trainer.stages.distil import Distillation, Teacher, open_teacher
 
 MODULE = "trainer.train"

@@ -20,7 +20,7 @@ from trainer.inference.choose import choose
 from trainer.inference.engine import ROOM_STEP, Engine, Request
 from trainer.inference.sampling import Sampling, load
 from trainer.inference.text import TextStream
-from trainer.loop.samples import sample
+from trainer.loop.evaluation import sample
 from trainer.model.gpt import GPT
 
 CPU = torch.device("cpu")

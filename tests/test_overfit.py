@@ -12,8 +12,7 @@ from core.settings.training import PretrainConfig
 from tests import corpus, launching, presets
 from trainer.loop.loop import is_overfitted
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
-from trainer.optim.schedule import rate_factor
+from trainer.optim.optimizer import BlockOptimizer, rate_factor
 from trainer.stages import sizing
 
 PRESETS = presets.pretraining()
@@ -55,7 +54,7 @@ def test_every_preset_learns_a_micro_batch_by_heart_with_its_own_optimizer(name:
     model = GPT(dataclasses.replace(presets.small(shape), width=64, heads=2))
     model.initialise(1)
     rate = max(settings.optimizer.lr, 3e-3)
-    optimizer = UnitOptimizer(model, dataclasses.replace(settings.optimizer, lr=rate), rank=0, world=1)
+    optimizer = BlockOptimizer(model, dataclasses.replace(settings.optimizer, lr=rate), rank=0, world=1)
     tokens_BT = torch.randint(0, 64, (4, model.config.context + 1), generator=torch.Generator().manual_seed(1))
     for step in range(1, 301):
         model.zero_grad()

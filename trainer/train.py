@@ -20,7 +20,7 @@ import os
 from core.console import run_entry, set_up_logging
 from core.exit_codes import OK
 from core.settings import loader
-from core.settings.tuning import training_schema
+from core.settings.stages import training_schema
 from trainer.checkpoint import early
 
 USAGE = """torchrun --nproc-per-node=N -m trainer.train CONFIG.yaml [--section.key=value ...]

@@ -38,3 +38,8 @@ RENAMED = {
     "lm_eval_folder": "lm_eval_tasks",
     "shutdown_seconds": "shutdown_reserve_seconds",
 }
+
+# Settings that are gone, and why.
+REMOVED = {
+    "train.compile_cache": "each machine compiles its kernels, because stored ones are pickles, which may run code",
+}

@@ -1,23 +1,20 @@
-"""Every setting of what follows pretraining: fine-tuning, distillation, preference optimisation, synthetic data."""
+"""Declares the settings of fine-tuning, preference optimisation, distillation and synthetic data."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from core import urls
-from core.errors import ConfigError
-from core.settings import loader
 from core.settings.loader import Bounded, require, section, setting
 from core.settings.training import STAGE, PretrainConfig, TrainingConfig, TrainLoopConfig
 
 
 @dataclass(frozen=True)
 class ExamplesConfig(Bounded):
-    """Where examples come from, and how they become sequences."""
+    """The source of examples, and their length and split."""
 
     url: str = setting(
         "",
-        "token set (local, s3://, gs://, az://) beside which sets lie; empty: the one that the start was trained on",
+        "dataset (local, s3://, gs://, az://) that holds the sets; empty: the one that the start was trained on",
         env="DATA_URL",
         identity=False,
         check=urls.mistake,
@@ -28,11 +25,13 @@ class ExamplesConfig(Bounded):
         identity=False,
         check=urls.mistake,
     )
-    length: int = setting(0, "tokens per sequence; what is longer is cut at its end. 0: the model's context", ge=0)
-    val_fraction: float = setting(0.05, "share of the examples that is held out, by hash of their question", ge=0, lt=1)
+    length: int = setting(0, "tokens per sequence; longer examples are cut at their end. 0: the model's context", ge=0)
+    val_fraction: float = setting(
+        0.05, "share of the examples for validation, chosen by a hash of their question", ge=0, lt=1
+    )
     max_bad_fraction: float = setting(
         0.01,
-        "share of rows without an answer, or of another form, at which to stop; below it they are left out",
+        "largest share of rows without an answer or of an unknown form, which are skipped; more of them are an error",
         ge=0,
         le=1,
     )
@@ -44,7 +43,7 @@ class ExamplesConfig(Bounded):
 
 @dataclass(frozen=True)
 class PairsConfig(ExamplesConfig):
-    """Where pairs of answers come from, and how they become sequences."""
+    """The source of pairs of answers, and their length and split."""
 
     examples: str = setting(
         "preferences",
@@ -61,15 +60,15 @@ LayerName = Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 class LoraConfig(Bounded):
     """Low-rank adapters (Hu et al. 2021) instead of all weights."""
 
-    rank: int = setting(0, "of the adapters; 0: all weights train", ge=0)
-    alpha: float = setting(16.0, "adapters count alpha / rank times", gt=0)
+    rank: int = setting(0, "rank of the adapters; 0: no adapters, all weights train", ge=0)
+    alpha: float = setting(16.0, "the output of an adapter is multiplied by alpha / rank", gt=0)
     targets: tuple[LayerName, ...] = setting(
-        ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), "layers of every block that get one"
+        ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), "layers of every block that get an adapter"
     )
 
     def __post_init__(self):
         super().__post_init__()
-        require(not self.rank or bool(self.targets), "targets", "is empty, so that nothing would train")
+        require(not self.rank or bool(self.targets), "targets", "is empty, so nothing would train")
 
 
 MODEL_NAME = "a run, a checkpoint, a folder in Hugging Face's form, or a public name such as gpt2"
@@ -144,7 +143,7 @@ class DpoConfig(FinetuneConfig):
         require(
             self.batch.micro_batch_size % 2 == 0,
             "batch.micro_batch_size",
-            f"is {self.batch.micro_batch_size}, must be even: a pair is two sequences",
+            f"is {self.batch.micro_batch_size}, must be even, because a pair is two sequences",
         )
 
 
@@ -184,25 +183,6 @@ class DistilConfig(PretrainConfig):
     distil: DistillationConfig = section(DistillationConfig)
 
 
-STAGES: dict[str, type[TrainingConfig]] = {
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-    "dpo": DpoConfig,
-    "distil": DistilConfig,
-}
-
-
-def training_schema(arguments: Sequence[str]) -> type[TrainingConfig]:
-    """The schema of the stage that `--stage=...` or the config file names; without either, pretraining's.
-
-    Raises ConfigError for an unknown stage and for a file that cannot be read.
-    """
-    name, where = loader.peek("stage", arguments) or ("pretrain", "")
-    if name not in STAGES:
-        raise ConfigError(f"{where}: stage is {name!r}, must be one of {', '.join(STAGES)}")
-    return STAGES[name]
-
-
 # --- synthetic data --------------------------------------------------------------------------------------------
 
 
@@ -212,19 +192,19 @@ class EndpointConfig(Bounded):
 
     url: str = setting("https://api.openai.com/v1", "its base URL", env="OPENAI_BASE_URL", identity=False)
     model: str = setting("", "name of the model there")
-    concurrency: int = setting(8, "calls at a time", identity=False, gt=0)
-    timeout_seconds: float = setting(120.0, "for one call", identity=False, gt=0)
-    attempts: int = setting(6, "calls for one answer, before its prompt is given up", identity=False, gt=0)
+    concurrency: int = setting(8, "concurrent calls", identity=False, gt=0)
+    timeout_seconds: float = setting(120.0, "limit of one call", identity=False, gt=0)
+    attempts: int = setting(6, "calls for one answer before its prompt is skipped", identity=False, gt=0)
     max_wait_seconds: float = setting(
         120.0,
-        "longest pause before a call is made again; Retry-After counts up to this",
+        "longest pause before a call is repeated; bounds Retry-After as well",
         identity=False,
         gt=0,
     )
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.model), "model", "is empty; name the model that shall answer")
+        require(bool(self.model), "model", "is empty; name the model that answers")
         require(
             self.url.startswith(("http://", "https://")), "url", f"is {self.url!r}, must begin with http:// or https://"
         )
@@ -232,9 +212,9 @@ class EndpointConfig(Bounded):
 
 @dataclass(frozen=True)
 class BudgetConfig(Bounded):
-    """What the answers may cost, by the endpoint's price list."""
+    """The limit of the answers' cost, and the endpoint's prices."""
 
-    max_usd: float = setting(0.0, "no call is made that could exceed it; required", identity=False, ge=0)
+    max_usd: float = setting(0.0, "limit of the cost of all calls; required", identity=False, ge=0)
     usd_per_million_input: float = setting(0.0, "price of a million prompt tokens in dollars", identity=False, ge=0)
     usd_per_million_output: float = setting(0.0, "price of a million answer tokens in dollars", identity=False, ge=0)
 
@@ -251,7 +231,7 @@ class BudgetConfig(Bounded):
 
 @dataclass(frozen=True)
 class MakeConfig(Bounded):
-    """What is asked, and where rows go."""
+    """The prompts, and the set that gets the rows."""
 
     prompts: str = setting(
         "",
@@ -259,32 +239,30 @@ class MakeConfig(Bounded):
         identity=False,
         check=urls.mistake,
     )
-    url: str = setting(
-        "", "token set beside which the set is stored", env="DATA_URL", identity=False, check=urls.mistake
-    )
-    name: str = setting("synthetic", "of the set: url/sets/NAME.jsonl", identity=False)
+    url: str = setting("", "dataset that the set is stored beside", env="DATA_URL", identity=False, check=urls.mistake)
+    name: str = setting("synthetic", "name of the set: url/sets/NAME.jsonl", identity=False)
     licence: str = setting(
-        "", "what the endpoint's terms allow with its answers; stands in the set's description", identity=False
+        "", "terms under which the answers may be used; part of the set's description", identity=False
     )
     system: str = setting("", "system message of every call; not part of the rows")
     answers: int = setting(1, "answers per prompt", gt=0)
-    temperature: float = setting(0.7, "of the sampling at the endpoint")
-    top_p: float = setting(1.0, "likewise")
-    max_tokens: int = setting(512, "longest answer; one that is cut off there is left out", gt=0)
+    temperature: float = setting(0.7, "temperature of the sampling at the endpoint")
+    top_p: float = setting(1.0, "top_p of the sampling at the endpoint")
+    max_tokens: int = setting(512, "longest answer; an answer that is cut off there is skipped", gt=0)
 
     def __post_init__(self):
         super().__post_init__()
         for key, remedy in (
             ("prompts", "name a file"),
             ("url", "set it, --make.url=... or DATA_URL"),
-            ("licence", "say under which terms the answers may be used; whoever trains on the rows will want to know"),
+            ("licence", "name the terms under which the answers may be used, for those who train on the rows"),
         ):
             require(bool(getattr(self, key)), key, f"is empty; {remedy}")
 
 
 @dataclass(frozen=True)
 class WorkConfig:
-    """Where the work is kept."""
+    """The folder of the run."""
 
     url: str = setting(
         "",

@@ -1,10 +1,14 @@
-"""Conversations as token ids with their targets, cut to a length, split by hash: what tuning trains on.
+"""Reads the examples of tuning as token ids and targets, packs them into rows, and yields micro-batches by number.
 
-    examples = read(data_url, "instructions", encoding, length=1024, ...)
+    examples = read_conversations(settings.data, encoding, length=1024)
 
-Rules: an example that is longer than a row is cut at its end, and left out if nothing of its answer remains; a row
-without an answer, or of no known form, is left out, and too many of them stop everything. Examples with the same
-question are on the same side of the split.
+An example that is longer than a row is cut at its end, and skipped if no token of its answer remains. A row without an
+answer or of an unknown form is skipped, and too many of them are an error. Examples with the same question are on the
+same side of the split.
+
+Rows are filled once, best fit for the longest first (Krell et al. 2021, "Efficient Sequence Packing without
+Cross-contamination"). An epoch visits them in a pseudo-random order that is a pure function of (seed, epoch, number),
+like the windows of `trainer.data.order`: nothing is stored, and any step is found directly.
 """
 
 import bisect
@@ -24,16 +28,16 @@ from core.errors import DataError
 from core.settings.tuning import ExamplesConfig
 from trainer.data.chat_template import NO_TARGET, render
 from trainer.data.loader import batch_numbers
-from trainer.data.order import derive_key, permute
+from trainer.data.order import derive_key, micro_batch_numbers, permute
 
 log = logging.getLogger("train")
 
-TOLD = 5  # rows that are named one by one
+NAMED = 5  # skipped rows that the log names one by one
 
 
 @dataclass
 class Texts:
-    """Token ids and targets of many texts, one after the other; text i is [starts[i], starts[i + 1])."""
+    """Token ids and targets of many texts in two arrays; text i is [starts[i], starts[i + 1])."""
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
@@ -55,14 +59,14 @@ class Texts:
         return np.diff(self.starts).tolist()
 
     def put(self, index: int, tokens: np.ndarray, targets: np.ndarray, place: int) -> int:
-        """Copy text `index` to position `place` of a row; returns where it ends there."""
+        """Copy text `index` to position `place` of a row. Returns its end in the row."""
         part = slice(self.starts[index], self.starts[index + 1])
         end = place + int(part.stop - part.start)
         tokens[place:end], targets[place:end] = self.tokens[part], self.targets[part]
         return end
 
     def answers(self) -> np.ndarray:
-        """How many tokens of each text are to be predicted."""
+        """The number of target tokens of each text."""
         counts = np.concatenate([[0], np.cumsum(self.targets != NO_TARGET)])
         return counts[self.starts[1:]] - counts[self.starts[:-1]]
 
@@ -79,7 +83,7 @@ class Examples:
 
 
 def read_conversations(data: ExamplesConfig, encoding, length: int) -> Examples:
-    """Loss on all answers of a conversation. Raises DataError."""
+    """Examples with a loss on all answers of a conversation. Raises DataError."""
 
     def texts_of(row: Any) -> tuple[str, list[list[dict[str, str]]]]:
         messages = conversation(row)["messages"]
@@ -89,7 +93,7 @@ def read_conversations(data: ExamplesConfig, encoding, length: int) -> Examples:
 
 
 def read_preferences(data: ExamplesConfig, encoding, length: int) -> Examples:
-    """Loss on the last answer of each of two conversations. Raises DataError."""
+    """Pairs of examples, with a loss on the last answer of each. Raises DataError."""
 
     def texts_of(row: Any) -> tuple[str, list[list[dict[str, str]]]]:
         chosen, rejected = (each["messages"] for each in preference(row))
@@ -120,13 +124,13 @@ def _read(
             rendered = [_last_answer_only(each.tokens, each.targets) for each in rendered]
         cut = [(tokens[:length], targets[:length]) for tokens, targets in rendered]
         long += any(len(tokens) > length for tokens, _ in rendered)
-        # Of a pair both must keep something, and not the same.
+        # Both examples of a pair must keep some of their answers, and must still differ.
         if any(max(targets) == NO_TARGET for _, targets in cut) or (per_example == 2 and cut[0] == cut[1]):
             lost += 1
             continue
         side = sides["val" if _hashed(question) < data.val_fraction else "train"]
         side += [(np.array(tokens, np.int32), np.array(targets, np.int32)) for tokens, targets in cut]
-    for problem in problems[:TOLD]:
+    for problem in problems[:NAMED]:
         log.warning("%s: left out %s", where, problem)
     if len(problems) > data.max_bad_fraction * count:
         raise DataError(
@@ -148,7 +152,7 @@ def _read(
 
 
 def rows_of(data: ExamplesConfig) -> tuple[str, Iterable[Any], str]:
-    """Where the rows are, the rows (None for a line that is no JSON), and a fingerprint of them."""
+    """The place of the rows, the rows (None for a line that is not JSON), and their fingerprint."""
     if not data.examples.endswith(".jsonl"):
         info = sets.info_of(data.url, data.examples)
         return f"{data.url}/sets/{data.examples}.jsonl", sets.read(data.url, data.examples), info.sha256
@@ -168,7 +172,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _last_answer_only(tokens: list[int], targets: list[int]) -> tuple[list[int], list[int]]:
-    """Earlier answers are the same on both sides, and would cancel out."""
+    """Drop the targets of earlier answers: both sides of a pair have the same ones, and they would cancel out."""
     begin = len(targets)
     while begin and targets[begin - 1] != NO_TARGET:
         begin -= 1
@@ -176,15 +180,15 @@ def _last_answer_only(tokens: list[int], targets: list[int]) -> tuple[list[int],
 
 
 def _hashed(question: str) -> float:
-    """In [0, 1), the same everywhere."""
+    """A number in [0, 1) from a hash of the question."""
     return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Numbers of the examples of each row, so that no row holds more than `room` tokens. No length is above it."""
+    """The numbers of the examples in each row. No row holds more than `room` tokens, and no length may exceed it."""
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # rows that have so much left
-    rooms: list[int] = []  # the keys of that, ascending
+    by_room: dict[int, list[int]] = {}  # free tokens → rows that have so many
+    rooms: list[int] = []  # the keys of by_room, ascending
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[index]
         place = bisect.bisect_left(rooms, length)
@@ -206,9 +210,10 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 class NumberedBatches:
-    """This rank's micro-batches of items that are known by number, from step `first_step` (from 0) on, endlessly.
+    """Iterates over this rank's micro-batches of numbered items, from step `first_step` (from 0) on, without end.
 
-    `make(step_items, mine)` makes a micro-batch of the items `mine`; `step_items` are all of the step's, on all ranks.
+    `make(step_items, mine)` makes a micro-batch of the items `mine`; `step_items` are the items of the step on all
+    ranks. `numbers` are the numbers of this rank's micro-batches within a step.
     """
 
     def __init__(
@@ -223,7 +228,7 @@ class NumberedBatches:
         make: Callable[[np.ndarray, np.ndarray], Any],
         skip: Sequence[int] = (),
     ):
-        self.is_leaving: Callable[[], bool] = lambda: False  # nothing here waits
+        self.is_leaving: Callable[[], bool] = lambda: False  # nothing here waits for data
         self._items = items
         self._seed = seed
         self._step = first_step
@@ -231,6 +236,7 @@ class NumberedBatches:
         self._micro_batch = micro_batch_size
         self._per_rank = batch // world
         self._offset = rank * self._per_rank
+        self.numbers = micro_batch_numbers(rank, world, self._per_rank // micro_batch_size)
         self._make = make
         self._skip = sorted(set(skip))
         self._of_step = np.empty(0, np.int64)
@@ -247,11 +253,11 @@ class NumberedBatches:
         return self._make(self._of_step, self._of_step[first : first + self._micro_batch])
 
     def close(self) -> None:
-        """Nothing is running ahead."""
+        """Nothing runs in the background."""
 
 
 def in_order(numbers: np.ndarray, items: int, seed: int) -> np.ndarray:
-    """Which items (from 0) have these places in the endless order, epoch by epoch."""
+    """The items (from 0) at these places of the order, which goes on epoch after epoch."""
     found = np.empty_like(numbers)
     epochs = numbers // items
     for epoch in np.unique(epochs):

@@ -26,7 +26,7 @@ from core.errors import ConfigError
 from trainer.inference.choose import choose
 from trainer.inference.sampling import Sampling
 from trainer.inference.text import TextStream
-from trainer.model.cache import KVCache, merged
+from trainer.model.attention import KVCache, merged
 from trainer.model.gpt import GPT
 from trainer.model.loss import soft_cap
 from trainer.model.precision import autocast, resolve

@@ -23,9 +23,9 @@ from core.settings.tuning import DistilConfig, TeacherConfig
 from trainer.checkpoint.load import Restored
 from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.model.gpt import GPT
-from trainer.model.recomputed import divergence_and_cross_entropy
+from trainer.model.loss import divergence_and_cross_entropy
 from trainer.stages.pretrain import Pretrain
-from trainer.stages.stage import HeldOut, lasting_name
+from trainer.stages.stage import Validation, lasting_name
 from trainer.weights.open import look_up, open_weights
 
 FOREIGN = "transformers:"
@@ -111,8 +111,8 @@ class Distil(Pretrain):
     def objective(self, model: GPT) -> Distillation:
         return Distillation(model, self.teacher, self.settings.distil.temperature, self.settings.distil.kl_weight)
 
-    def held_out(self) -> HeldOut | None:
-        validation = self.validation()
+    def validation(self) -> Validation | None:
+        validation = self.validation_loss()
         if validation is None:
             return None
 

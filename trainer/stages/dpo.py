@@ -1,7 +1,7 @@
-"""Direct preference optimisation (Rafailov et al. 2023, "Direct Preference Optimization", equation 7).
+"""Trains by direct preference optimisation (Rafailov et al. 2023, "Direct Preference Optimization", equation 7).
 
-The reference is the start, as it was: its log-probabilities are computed once, before the first step, and stored with
-the run, so that only one model is in memory and a resumed run has the same numbers.
+The reference is the start of the run. Its log-probabilities are computed once, before the first step, and stored with
+the run. So only one model is in memory, and a resumed run has the same numbers.
 
 Shapes: P pairs, (P, 2) chosen and rejected, B = 2 P sequences, T positions.
 """
@@ -19,22 +19,22 @@ from torch import nn
 
 from core import storage
 from core.data.vocabulary import GPT2_END_OF_TEXT
-from core.errors import CheckpointError, ConfigError, ObjectNotFound
+from core.errors import CheckpointError, ObjectNotFound
 from core.run.folder import RunFolder
 from core.settings.tuning import DpoConfig
 from trainer.data.chat_template import NO_TARGET
 from trainer.data.examples import Examples, NumberedBatches, Texts, read_preferences
 from trainer.distributed.process_group import Ranks, StopCheck, divide_over_ranks, on_main
 from trainer.model.gpt import GPT
+from trainer.model.loss import token_log_probs
 from trainer.model.precision import autocast
-from trainer.model.recomputed import token_log_probs
-from trainer.stages.stage import HeldOut
+from trainer.stages.stage import Validation
 from trainer.stages.tuning import Tuning
 from trainer.weights.open import open_weights
 
 log = logging.getLogger("train")
 
-MULTIPLE = 64  # of padded lengths: few shapes, so that few are compiled
+MULTIPLE = 64  # padded lengths are multiples of it: each new shape is compiled
 
 
 class Pairs(NamedTuple):
@@ -44,22 +44,22 @@ class Pairs(NamedTuple):
 
 
 def answer_log_probs(model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each sequence's targets together, float32 (B,)."""
+    """The log-probability of all targets of each sequence together, float32 (B,)."""
     counts_BT = targets_BT != NO_TARGET
     x_ND = model.hidden(tokens_BT)[counts_BT]
     log_probs_N = token_log_probs(x_ND, model.head, targets_BT[counts_BT], model.config.logit_softcap)
-    # Scattered and then summed: sums by index are not the same each time on a GPU.
+    # Scatters, then sums: a sum by index would not have the same bits each time on a GPU.
     return torch.zeros_like(targets_BT, dtype=torch.float32).masked_scatter(counts_BT, log_probs_N).sum(1)
 
 
 def margins(policy_P2: torch.Tensor, reference_P2: torch.Tensor, beta: float) -> torch.Tensor:
-    """How much more reward the chosen answer has than the rejected one, (P,)."""
+    """The reward of the chosen answer minus that of the rejected one, (P,)."""
     rewards_P2 = beta * (policy_P2 - reference_P2)
     return rewards_P2[:, 0] - rewards_P2[:, 1]
 
 
 def preference_losses(margins_P: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """(P,); with label smoothing the conservative form (Mitchell 2023)."""
+    """The loss of each pair, (P,). Label smoothing gives the conservative form (Mitchell 2023)."""
     right, wrong = -F.logsigmoid(margins_P), -F.logsigmoid(-margins_P)
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
@@ -80,17 +80,12 @@ class Dpo(Tuning):
     name = "dpo"
     sequences_per_item = 2
     lengths_vary = True
-    flops_per_token = None  # rows are only as long as their longest answer needs
+    flops_per_token = None  # the lengths of rows vary with their answers
 
     settings: DpoConfig
 
     def __init__(self, settings: DpoConfig, ranks: Ranks):
         super().__init__(settings, ranks)
-        if self.settings.batch.micro_batch_size % 2:
-            raise ConfigError(
-                f"batch.micro_batch_size = {self.settings.batch.micro_batch_size} is what fits, "
-                "but a pair is two sequences; set an even number"
-            )
         self._reference: dict[str, np.ndarray] = {}
 
     def read(self, settings: DpoConfig, length: int) -> Examples:
@@ -120,7 +115,7 @@ class Dpo(Tuning):
             skip=train.skip_steps,
         )
 
-    def held_out(self) -> HeldOut | None:
+    def validation(self) -> Validation | None:
         texts = self.examples.val
         if not len(texts):
             return None
@@ -152,12 +147,12 @@ class Dpo(Tuning):
         return measure
 
     def _log_probs(self, model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        # Lengths vary, so that compiled blocks would be compiled again and again.
+        # Lengths vary, and compiled blocks would be compiled anew for each.
         with autocast(self.ranks.device, self.precision), torch.compiler.set_stance("force_eager"):
             return answer_log_probs(model, tokens_BT, targets_BT).view(-1, 2)
 
     def _groups(self, count: int) -> list[np.ndarray]:
-        """Pairs that go through the model together when nothing is learned from them."""
+        """The numbers of the pairs of each forward pass outside of training."""
         size = self.settings.batch.micro_batch_size // 2
         return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
@@ -167,7 +162,7 @@ class Dpo(Tuning):
         return Pairs(tokens_BT, targets_BT, reference_P2)
 
     def _sequences(self, texts: Texts, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen and rejected in turn, padded on the right, which no token before it sees."""
+        """Chosen and rejected sequences, alternating, (2 P, T), padded on the right, where no token attends."""
         of_pairs = np.stack([2 * numbers, 2 * numbers + 1], 1).ravel()
         longest = int((texts.starts[of_pairs + 1] - texts.starts[of_pairs]).max())
         width = min(self.context, -(-longest // MULTIPLE) * MULTIPLE)

@@ -19,7 +19,7 @@ from trainer.data.examples import Examples, NumberedBatches, Texts, pack, read_c
 from trainer.distributed.process_group import StopCheck, divide_over_ranks
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
-from trainer.stages.stage import HeldOut
+from trainer.stages.stage import Validation
 from trainer.stages.tuning import Tuning
 
 
@@ -102,7 +102,7 @@ class Finetune(Tuning):
         share = self.rows.answers[mine].sum() / self.rows.answers[of_step].sum()
         return Packed(*self.rows.tensors(mine, self.ranks.device), float(share * micro_batches))
 
-    def held_out(self) -> HeldOut | None:
+    def validation(self) -> Validation | None:
         if not len(self.examples.val):
             return None
         rows = Rows(self.examples.val, self.context)

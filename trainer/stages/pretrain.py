@@ -25,7 +25,7 @@ from trainer.data.loader import Batches, TokenSource
 from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.evals.validation import ValidationLoss
 from trainer.model.gpt import GPT
-from trainer.stages.stage import HeldOut, Stage
+from trainer.stages.stage import Stage, Validation
 
 log = logging.getLogger("train")
 
@@ -91,8 +91,8 @@ class Pretrain(Stage):
             round_robin=self.round_robin,
         )
 
-    def held_out(self) -> HeldOut | None:
-        validation = self.validation()
+    def validation(self) -> Validation | None:
+        validation = self.validation_loss()
         if validation is None:
             return None
 
@@ -101,7 +101,7 @@ class Pretrain(Stage):
 
         return measure
 
-    def validation(self) -> ValidationLoss | None:
+    def validation_loss(self) -> ValidationLoss | None:
         settings = self.settings
         tokens, window = self.data.splits["val"].tokens, self.context + 1
         if tokens < window:

@@ -35,16 +35,17 @@ class MicroBatches(Protocol):
     `next` raises LauncherError for data that cannot be read, and Abandoned where it would wait although `is_leaving()`.
     """
 
+    numbers: list[int]  # of this rank's micro-batches within a step
     is_leaving: Callable[[], bool]
 
     def __next__(self) -> Any: ...
     def close(self) -> None: ...
 
 
-class HeldOut(Protocol):
+class Validation(Protocol):
     """Measures a model on validation data, with the same result on any number of ranks.
 
-    The result has `val_loss` and `eval_tokens`; more numbers may follow. `check_stop` may end the measurement.
+    The result has `val_loss` and `eval_tokens`, and may have more numbers. `check_stop` may end the measurement.
     """
 
     def __call__(self, model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]: ...
@@ -148,7 +149,7 @@ class Stage(abc.ABC):
     def batches(self, first_step: int) -> MicroBatches: ...
 
     @abc.abstractmethod
-    def held_out(self) -> HeldOut | None:
+    def validation(self) -> Validation | None:
         """The measurement on validation data; None without such data."""
 
     @property

@@ -1,4 +1,4 @@
-"""Holds what fine-tuning and preference optimisation share: a start, examples, adapters, a turn template."""
+"""Implements the common part of fine-tuning and preference optimisation: start, examples, adapters, chat template."""
 
 import abc
 import dataclasses
@@ -30,15 +30,15 @@ log = logging.getLogger("train")
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The weights that a run begins with: a lasting name, their model, and the dataset that they were trained on."""
+    """The weights that a run begins with, their model, and the dataset that they were trained on."""
 
-    where: str
+    where: str  # the lasting name
     model: ModelConfig
     data_url: str
 
 
 class Tuning(Stage):
-    """An item is what an epoch counts: a packed row, or a pair of answers."""
+    """A stage that trains on examples. It counts epochs in items: packed rows, or pairs of answers."""
 
     settings: FinetuneConfig
     measures_start = True
@@ -57,7 +57,7 @@ class Tuning(Stage):
         self.start = start
         self._encoding = functools.partial(_encoding, start.where, data.url)
         self.examples: Examples = on_main(lambda: self.read(settings, length), ranks)
-        self.context = length  # which the rows of count_items need
+        self.context = length  # count_items needs it
         self.items = self.count_items()
         if settings.train.epochs:
             per_step = settings.batch.tokens_per_step // length // self.sequences_per_item

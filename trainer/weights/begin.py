@@ -12,7 +12,7 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import StagedFile
 from trainer.checkpoint.layout import CheckpointManifest, PayloadFile
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer
 
 SEGMENT = 0  # none has begun yet
 
@@ -22,7 +22,7 @@ def write_first_checkpoint(settings: PretrainConfig, model: GPT, origin: str, da
     run_url = settings.run.url
     if storage.list_objects(run_url):
         raise RunError(f"{run_url}: there is something already; give the import a run.url of its own")
-    optimizer = UnitOptimizer(model, settings.optimizer, 0, 1)
+    optimizer = BlockOptimizer(model, settings.optimizer, 0, 1)
     staged = StagedFile(optimizer.blocks())
     staged.fill(optimizer.blocks())
     name = layout.payload_name(SEGMENT, 0, 1)
