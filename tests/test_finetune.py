@@ -218,7 +218,7 @@ def test_bad_rows_are_counted_cut_and_refused(tmp_path, encoding):
     long_answer = {"instruction": "Why?", "output": "because " * 100}
     long_question = {"instruction": "why " * 100, "output": "Because."}
     found = read(tmp_path, encoding, [*good, long_answer, long_question], val_fraction=0.0)
-    assert "2 longer than 32 tokens and cut at their end, 1 of them left out" in found.report
+    assert "2 longer than 32 tokens and cut at their end, 1 of them skipped" in found.report
     assert len(found.train) == 51
     assert max(found.train.lengths) == 32
     whole = render([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "because " * 100}], encoding)
@@ -227,7 +227,7 @@ def test_bad_rows_are_counted_cut_and_refused(tmp_path, encoding):
     with pytest.raises(DataError, match="1 of 51 rows cannot be used, such as row 51 has an empty message"):
         read(tmp_path, encoding, [*good, unanswered])
     tolerated = read(tmp_path, encoding, [*good, unanswered, "text"], max_bad_fraction=0.1)
-    assert "2 without an answer or of no known form left out" in tolerated.report
+    assert "2 without an answer or of an unknown form skipped" in tolerated.report
     with pytest.raises(DataError, match="none of its 1 rows is left to train on"):
         read(tmp_path, encoding, [long_question])
 

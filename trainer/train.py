@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     fetched = early.start(settings.run.url, os.environ)
     from trainer.loop.segment import run_segment
 
-    stage = importlib.import_module(f"trainer.stages.{settings.stage}")  # one of them: each has libraries of its own
+    stage = importlib.import_module(f"trainer.stages.{settings.stage}")  # only one: each imports other libraries
     return run_segment(getattr(stage, settings.stage.capitalize()), settings, fetched)
 
 

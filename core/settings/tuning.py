@@ -221,7 +221,11 @@ class BudgetConfig(Bounded):
     def __post_init__(self):
         super().__post_init__()
         priced = self.usd_per_million_input or self.usd_per_million_output
-        require(bool(self.max_usd) or not priced, "max_usd", "is 0, but answers have a price; set what they may cost")
+        require(
+            bool(self.max_usd) or not priced,
+            "max_usd",
+            "is 0, but answers have a price; set the most that they may cost",
+        )
         require(
             bool(priced) or not self.max_usd,
             "usd_per_million_output",

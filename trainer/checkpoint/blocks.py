@@ -135,7 +135,7 @@ def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a safetensors file: {key} is described as {entry!r}") from error
         if not 0 <= first <= last <= len(data) - start or shape.numel() * dtype.itemsize != last - first:
-            raise ValueError(f"not a safetensors file: {key} lies at {first}:{last} of {len(data) - start} bytes")
+            raise ValueError(f"not a safetensors file: {key} is at {first}:{last} of {len(data) - start} bytes")
         flat = torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=start + first) if shape.numel() else None
         tensors[key] = torch.empty(shape, dtype=dtype) if flat is None else flat.view(shape)
     return tensors

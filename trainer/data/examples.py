@@ -131,22 +131,22 @@ def _read(
         side = sides["val" if _hashed(question) < data.val_fraction else "train"]
         side += [(np.array(tokens, np.int32), np.array(targets, np.int32)) for tokens, targets in cut]
     for problem in problems[:NAMED]:
-        log.warning("%s: left out %s", where, problem)
+        log.warning("%s: skipped %s", where, problem)
     if len(problems) > data.max_bad_fraction * count:
         raise DataError(
             f"{where}: {len(problems)} of {count} rows cannot be used, such as {problems[0]}; mend them, or raise "
-            "data.max_bad_fraction to leave them out"
+            "data.max_bad_fraction to skip them"
         )
     if not sides["train"]:
         raise DataError(
-            f"{where}: none of its {count} rows is left to train on ({lost} lost their answer to a cut after {length} "
-            f"tokens, {len(sides['val']) // per_example} are held out); give more rows, or lower data.val_fraction"
+            f"{where}: none of its {count} rows is left to train on: {lost} lost their answer to a cut after {length} "
+            f"tokens, {len(sides['val']) // per_example} are for validation; give more rows, or lower data.val_fraction"
         )
     train, val = Texts.of(sides["train"]), Texts.of(sides["val"])
     report = (
-        f"examples: {len(train) // per_example:,} to train on, {len(val) // per_example:,} held out, "
-        f"of {count:,} rows; {len(problems):,} without an answer or of no known form left out; {long:,} longer than "
-        f"{length:,} tokens and cut at their end, {lost:,} of them left out because nothing of an answer remained"
+        f"examples: {len(train) // per_example:,} for training, {len(val) // per_example:,} for "
+        f"validation, of {count:,} rows; {len(problems):,} without an answer or of an unknown form skipped; {long:,} "
+        f"longer than {length:,} tokens and cut at their end, {lost:,} of them skipped: nothing of an answer remained"
     )
     return Examples(train, val, per_example, fingerprint, report)
 

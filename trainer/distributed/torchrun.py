@@ -25,6 +25,6 @@ if __name__ == "__main__":
         main()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        sys.exit(f"rank {rank} ended first, with {failure.exitcode}; why stands above")
+        sys.exit(f"rank {rank} ended first, with {failure.exitcode}; its error is above")
     except SignalException as error:
         sys.exit(128 + error.sigval)

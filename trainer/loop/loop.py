@@ -1,6 +1,6 @@
 """Takes the optimizer steps of one segment: fetch, exchange, save, evaluate, step.
 
-At each step boundary the ranks first exchange what each of them knows: a failed batch, a request to stop or to save.
+At each step boundary the ranks first exchange their news: a failed batch, a request to stop or to save.
 Then all of them do the same, so that no rank waits alone in a collective. A checkpoint comes before the evaluation of
 its step, which could fail. A request to stop also ends an evaluation and a wait for data. Until its first step is done
 a segment has nothing to save, so the process then ends at once.
@@ -264,7 +264,7 @@ class Loop:
         """The sentence for the log if the time to save runs out."""
         newest = self.saver.last_step
         stored = f"the newest stored step is {newest}" if newest else "no step is stored"
-        return f"the time to save is over: {stored}, and what was done since is lost; the same command goes on there"
+        return f"the time to save is over: {stored}, and the work since then is lost; the same command continues there"
 
     def _mark_first_step(self, step: int, step_seconds: float) -> None:
         """Record the time from the start of the process to the start of its first step."""
@@ -298,7 +298,7 @@ class Loop:
         if not is_overfitted(train, self.last_loss):
             raise TrainingError(
                 f"step {step}: with one micro-batch repeated the loss is {self.last_loss:.4f}, not below {bound}; "
-                "if it was still falling raise train.steps, else look at optimizer.lr and at what was changed in the "
+                "if it was still falling raise train.steps, else look at optimizer.lr and at the changes to the "
                 "model"
             )
         log.info("step %d: the micro-batch is learned by heart, its loss %.4f is below %s", step, self.last_loss, bound)

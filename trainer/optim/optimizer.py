@@ -1,7 +1,7 @@
 """Updates the weights: AdamW and Muon over row blocks of the parameters, at a scheduled learning rate.
 
 A block is a range of rows (`trainer.checkpoint.blocks.assign_blocks`), and each block has a rank that owns it. With
-optimizer.zero a rank keeps the state of its own blocks only, updates their rows and sends these to the other ranks
+optimizer.zero a rank keeps the state of its own blocks only, updates their rows and sends them to the other ranks
 (Rajbhandari et al. 2020, "ZeRO", section 5.1: the memory of the optimizer divides by the number of ranks). AdamW works
 element by element, so both ways give the same bits. A checkpoint names rows, so it fits any number of ranks and either
 way.

@@ -24,7 +24,7 @@ from trainer.stages.tuning import Tuning
 
 
 class Packed(NamedTuple):
-    """A micro-batch; `weight` makes the mean over its answer tokens its share of the step's."""
+    """A micro-batch. `weight` turns the mean over its answer tokens into its share of the step's mean."""
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
@@ -32,7 +32,7 @@ class Packed(NamedTuple):
 
 
 class Rows:
-    """Texts packed into rows. What is left of a row is end-of-text tokens, each of them a text of its own."""
+    """Texts packed into rows. End-of-text tokens fill the rest of a row, each of them a text without targets."""
 
     def __init__(self, texts: Texts, length: int):
         self._texts = texts
@@ -45,6 +45,7 @@ class Rows:
         return len(self._rows)
 
     def tensors(self, numbers: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and targets of these rows, int32 (len(numbers), length)."""
         tokens = np.full((len(numbers), self._length), GPT2_END_OF_TEXT, np.int32)
         targets = np.full((len(numbers), self._length), NO_TARGET, np.int32)
         for place, number in enumerate(numbers):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import getpass
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -127,9 +126,15 @@ class Pretrain(Stage):
 
     def _cache(self, split: str) -> ShardCache:
         data = self.settings.data
-        shared = Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}"
-        folder = Path(data.cache_dir) if data.cache_dir else shared
+        folder = Path(data.cache_dir) if data.cache_dir else default_cache_folder()
         return ShardCache(data.url, self.data, split, folder, data.cache_gb * 1e9)
+
+
+def default_cache_folder() -> Path:
+    """A folder for shards below the system's temporary one, which the runs of this user share."""
+    import getpass  # here, so that training does not import it with data.cache_dir
+
+    return Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}"
 
 
 def check_vocabulary(settings: PretrainConfig, data: Manifest) -> None:

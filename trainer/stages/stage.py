@@ -1,4 +1,4 @@
-"""Defines the interface of a stage of training: what the stages do differently.
+"""Defines the interface of a stage of training: the parts that differ between stages.
 
 `trainer.loop` runs every stage with one loop, one way to resume and one ledger. A stage provides the micro-batches,
 the weights that a run begins with, the weights that train, the loss of a micro-batch, and the validation.
@@ -167,7 +167,7 @@ class Stage(abc.ABC):
         return text
 
     def state(self) -> Mapping[str, Any]:
-        """What a checkpoint stores about the stage, besides what every checkpoint stores."""
+        """The state of the stage that a checkpoint stores, besides the common state."""
         return {}
 
 
