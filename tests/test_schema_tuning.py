@@ -6,6 +6,7 @@ import pytest
 
 from core.errors import ConfigError
 from core.settings import loader
+from core.settings.stages import training_schema
 from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, SynthesisConfig
 
 FOLDER = Path(__file__).parent.parent / "trainer" / "configs" / "tuning"
@@ -27,6 +28,8 @@ def test_shipped_configs_load(file: Path):
     (known,) = [name for name in PROGRAMS if file.stem.startswith(name)]
     schema, flags = PROGRAMS[known]
     loaded = loader.load(schema, [str(file), RUN, *flags], {})
+    if known != "synthesize":
+        assert training_schema([str(file)]) is schema
     if known in ("finetune", "dpo"):
         assert loaded.batch.tokens_per_step % (max(1, loaded.batch.micro_batch_size) * 1024) == 0
 
