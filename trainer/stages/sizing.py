@@ -64,14 +64,16 @@ def accumulation(batch: BatchConfig, context: int, world: int) -> int:
 
 
 def one_micro_batch(settings: Training, model: ModelConfig, context: int) -> tuple[Training, ModelConfig]:
-    """Settings and model for `train.overfit`: a batch of one micro-batch, a constant rate, no dropout.
+    """Settings and model for `train.overfit`: a batch of one micro-batch, a constant rate, no dropout, and evaluations
+    at the end only.
 
     Every rank computes the same micro-batch. Dropout would keep the loss from falling.
     """
     batch = dataclasses.replace(settings.batch, tokens_per_step=settings.batch.micro_batch_size * context)
     optimizer = dataclasses.replace(settings.optimizer, warmup_steps=0, cooldown_fraction=0.0)
+    train = dataclasses.replace(settings.train, eval_every=0, hellaswag_every=0, sample_every=0)
     model = dataclasses.replace(model, dropout=0.0)
-    return dataclasses.replace(settings, batch=batch, optimizer=optimizer), model
+    return dataclasses.replace(settings, batch=batch, optimizer=optimizer, train=train), model
 
 
 def _check(settings: TrainingConfig, model: ModelConfig, ranks: Ranks) -> None:
