@@ -139,6 +139,10 @@ def test_the_config_names_the_stage_and_a_flag_overrides_it(tmp_path: Path):
     assert (loaded.stage, loader.identity(loaded)["stage"]) == ("dpo", "dpo")
     with pytest.raises(ConfigError, match=r"c\.yaml:1: stage is 'tune', must be one of pretrain, finetune, dpo"):
         training_schema([write(tmp_path, "stage: tune\n")])
+    with pytest.raises(
+        ConfigError, match=r"start\.weights=gpt2: is not a setting of pretraining; add --stage=finetune"
+    ):
+        training_schema(["--start.weights=gpt2"])
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such config file"):
         training_schema(["nowhere.yaml"])
 

@@ -7,6 +7,7 @@ from core.settings import loader
 from core.settings.training import PretrainConfig, TrainingConfig
 
 STAGES = ("pretrain", "finetune", "dpo", "distil")
+OF_OTHER_STAGES = ("--start.", "--lora.", "--dpo.beta", "--dpo.label_smoothing", "--teacher.")
 
 
 def training_schema(arguments: Sequence[str]) -> type[TrainingConfig]:
@@ -18,6 +19,9 @@ def training_schema(arguments: Sequence[str]) -> type[TrainingConfig]:
     if name not in STAGES:
         raise ConfigError(f"{where}: stage is {name!r}, must be one of {', '.join(STAGES)}")
     if name == "pretrain":
+        for flag in arguments:
+            if flag.startswith(OF_OTHER_STAGES):
+                raise ConfigError(f"flag {flag}: is not a setting of pretraining; add --stage=finetune, dpo or distil")
         return PretrainConfig
     from core.settings import tuning  # here, because the start of pretraining does not need it
 
