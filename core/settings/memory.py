@@ -75,7 +75,7 @@ def changed_to(settings: Training, key: str, value: Any) -> Training:
 
 
 def verdict(settings: TrainingConfig, model: ModelConfig, gpu: str, world: int) -> tuple[bool, str] | None:
-    """Whether `settings` fit, in words with the nearest that do. None if nobody knows the GPU's memory.
+    """Whether `settings` fit, and a sentence with the nearest ones that do. None for a GPU of unknown memory.
 
     Raises ConfigError if the batch does not divide over `world` ranks.
     """
