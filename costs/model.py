@@ -14,13 +14,13 @@ class OutsideTime:
     phase: str
     start: float
     end: float
-    uptime: MachineRecord
+    record: MachineRecord
     segment: Segment | None = None
 
     @property
     def price(self) -> Price | None:
         """One machine has one price: the ledger's, or the launcher's where the ledger has none."""
-        return (self.segment and self.segment.price) or self.uptime.price
+        return (self.segment and self.segment.price) or self.record.price
 
 
 @dataclass(frozen=True)

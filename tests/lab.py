@@ -77,7 +77,7 @@ class Lab:
         """What the run's machines left in the bucket, which outlives them."""
         environment = {"AWS_ENDPOINT_URL": self.endpoint}
         return self.inside(
-            str(PYTHON), "-m", "launch.logs", f"s3://{BUCKET}/runs/{run}", environment=environment
+            str(PYTHON), "-m", "launch.runs", "logs", f"s3://{BUCKET}/runs/{run}", environment=environment
         ).stdout
 
     def objects(self, folder: str) -> list[str]:
@@ -118,7 +118,7 @@ class Lab:
     def _usd_per_hour(self, instance: dict) -> float:
         if instance["market"] == "spot":
             code = "import sys, time; from clouds import aws; now = time.time()\n"
-            code += "print(max(aws.spot_history(sys.argv[1], sys.argv[2], sys.argv[3], now, now))[1])"
+            code += "print(max(aws.spot_prices(sys.argv[1], sys.argv[2], sys.argv[3], now, now))[1])"
             place = (instance["zone"], instance["type"], instance["region"])
             return float(self.python("-c", code, *place, environment={"AWS_ENDPOINT_URL": self.endpoint}))
         catalog = self.inside("sh", "-c", "cat $HOME/.sky/catalogs/v8/aws/vms.csv").stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clouds.machine import Gpu
+from clouds.base import Gpu
 from core.exit_codes import BAD_NODE, FAILED
 from launch.node import preflight
 

@@ -34,13 +34,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clouds import machine
+from clouds.base import Gpu
 from core import storage
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
 from core.exit_codes import BAD_NODE, FAILED, OK, PREEMPTED
 from core.run.folder import RunFolder
 from core.run.journal import Journal
-from launch.node import network, preflight
+from launch.node import network, preflight, supervise
 from launch.node.supervise import Child, Outcome, kill_descendants
 
 log = logging.getLogger("node")
@@ -49,8 +50,6 @@ log = logging.getLogger("node")
 REFUSALS_PER_DAY = 3
 # The head node's code is the one that counts: others give it this long to end by itself before they end the job.
 HEAD_START_SECONDS = 30.0
-# Longer than the ten minutes after which a collective gives up by itself and names the rank that is missing.
-HANG_MINUTES = 15.0
 LOG_FLUSH_SECONDS = 10.0
 # So long after the program was killed this one leaves too, whatever holds it up: before container.sh kills it.
 AFTER_KILL_SECONDS = 4.0
@@ -75,7 +74,7 @@ def main(arguments: list[str]) -> int:
     environment = dict(os.environ)
     if not environment.get("RUN_URL"):
         raise ConfigError("RUN_URL is not set; launch/node/container.sh derives it from BUCKET and RUN")
-    hang_minutes(environment)
+    supervise.hang_minutes(environment)
     stop.seconds()
     # Until the program runs there is nothing to save: a request to stop ends the preflight, and this program.
     stop.on_leaving(kill_descendants)
@@ -104,9 +103,7 @@ def main(arguments: list[str]) -> int:
             output.close()
 
 
-def job(
-    module: str, arguments: list[str], environment: dict[str, str], found: list[machine.Gpu], output, attempt: str
-) -> int:
+def job(module: str, arguments: list[str], environment: dict[str, str], found: list[Gpu], output, attempt: str) -> int:
     """Preflight and program. Returns the exit code of this node."""
     trains = module.startswith("trainer.")
     if trains:
@@ -135,7 +132,7 @@ def job(
         stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: whatever is still open is given up")
         files = {"EXIT_CODE_FILE": str(code_file), "STOP_FILE": f"{folder}/stop"}
         child = Child(command, {**environment, **files}, keep, launched=trains, asked=asked)
-        outcome = child.wait(hang_minutes(environment) * 60, stop.seconds())
+        outcome = child.wait(supervise.hang_minutes(environment) * 60, stop.seconds())
         told = int(code_file.read_text()) if code_file.exists() else None
     if outcome.stopped:
         return exit_code(outcome, told)
@@ -174,16 +171,6 @@ def refuse(run_url: str, attempt: str, problems: list[str]) -> int:
         return BAD_NODE
     log.error("%d nodes were refused within a day: the job ends; see %s, then start it again", len(recent) + 1, folder)
     return FAILED
-
-
-def hang_minutes(environment: Mapping[str, str]) -> float:
-    text = environment.get("HANG_MINUTES") or str(HANG_MINUTES)
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise ConfigError(f"HANG_MINUTES is {text!r}, must be a number above 0")
 
 
 def describe(environment: Mapping[str, str]) -> str:

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from clouds import prices
-from clouds.machine import Gpu, is_a
+from clouds import catalog, providers
+from clouds.base import Gpu
 from core import stop, storage
 from core.run.folder import RunFolder
 from core.stores import aws
@@ -94,9 +94,9 @@ def gpu_problems(environment: Mapping[str, str], found: Sequence[Gpu]) -> list[s
     asked = int(environment.get("SKYPILOT_NUM_GPUS_PER_NODE") or 0)
     if len(found) < asked:
         problems.append(f"{asked} GPUs were asked for, the driver sees {len(found)}")
-    offer = next((o for o in prices.snapshot().offers if o.instance_type == environment.get("INSTANCE_TYPE")), None)
+    offer = next((o for o in providers.snapshot().offers if o.instance_type == environment.get("INSTANCE_TYPE")), None)
     for gpu in [gpu for gpu in found if not gpu.fault][:1]:
-        if offer and offer.accelerator and not is_a(gpu, offer):
+        if offer and offer.accelerator and not catalog.has_accelerator(offer, gpu):
             problems.append(f"a {offer.instance_type} has {offer.accelerator}, the driver sees {gpu.name}")
     for number, gpu in enumerate(found):
         if gpu.fault:

@@ -22,10 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core import stop
+from core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+# Longer than the ten minutes after which a collective gives up and names the missing rank.
+HANG_MINUTES = 15.0
 # What a worker that was asked to stop may take to save; then it is killed.
 STOP_SECONDS = stop.SECONDS
 DUMP_SECONDS = 15.0
@@ -166,6 +169,17 @@ class Child:
                     sys.stdout.flush()
                 except OSError:  # whoever read our output is gone; the child must not block on a full pipe
                     shown = False
+
+
+def hang_minutes(environment: Mapping[str, str]) -> float:
+    """HANG_MINUTES: silence after which a program counts as hung. Raises ConfigError."""
+    text = environment.get("HANG_MINUTES") or str(HANG_MINUTES)
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"HANG_MINUTES is {text!r}, must be a number above 0")
 
 
 def _send(number: int, pids: Iterable[int]) -> None:
