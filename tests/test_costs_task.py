@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError
-from core.task import MachineRequest, TaskSpec, read_task
+from core.task import MachineChoice, MachineRequest, TaskSpec, machine_choice, read_task, urls
 from tests.sky_tasks import GPT2, write
 
 
@@ -120,3 +120,51 @@ def test_what_is_distilled_is_the_student(tmp_path: Path):
     work = load(write(tmp_path, "accelerators: A100:1", run)).workload
     assert (work.stage, work.model.layers) == ("distil", 6)
     assert work.assumed == "the teacher's computation is not counted"
+
+
+@pytest.mark.parametrize("options", ["--gpus H100:4 --num-nodes 2", "--yes --num-nodes=2 --gpus=H100:4 --env A=b"])
+def test_options_of_a_launch_choose_other_machines(tmp_path: Path, options: str):
+    path = write(tmp_path, "max_hourly_cost: 9\nany_of: [{cloud: aws, accelerators: A100:8}, {cloud: aws}]")
+    task = read_task(path, {}, machine_choice(options.split()))
+    assert task.nodes == 2
+    assert task.requests == (MachineRequest(cloud="aws", accelerator="H100", accelerators=4, max_usd_per_hour=9),), (
+        "equal requests are one"
+    )
+    assert read_task(path, {}, MachineChoice()) == read_task(path, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("--num-nodes two", "--num-nodes is 'two', must be a whole number above 0"), ("--gpus", "expected one argument")],
+)
+def test_a_choice_that_cannot_be_read_is_one_sentence(options: str, said: str):
+    with pytest.raises(ConfigError, match=said):
+        machine_choice(options.split())
+
+
+def test_variables_of_the_task_reach_its_program_and_empty_is_absent(tmp_path: Path):
+    run = 'python -m trainer.train "$CONFIG" --train.device=$DEVICE $TRAIN_ARGS'
+    envs = "{CONFIG: trainer/configs/debug.yaml, DEVICE: cpu, TRAIN_ARGS: '', BUCKET: null}"
+    path = write(tmp_path, "cpus: 4", run)
+    text = Path(path).read_text().replace("{RUN_URL: '', DATA_URL: ''}", envs)
+    Path(path).write_text(text)
+    given = {"CONFIG": "", "TRAIN_ARGS": "--train.steps=20 --optimizer.muon_ns_steps=4", "UNRELATED": "x"}
+    task = load(path, **given)
+    assert (task.workload.config.train.steps, task.workload.config.train.device) == (20, "cpu")
+    expected = {
+        "CONFIG": "trainer/configs/debug.yaml",
+        "DEVICE": "cpu",
+        "TRAIN_ARGS": given["TRAIN_ARGS"],
+        "BUCKET": "",
+    }
+    assert task.envs == expected
+    assert (task.required, task.managed) == (("BUCKET",), False)
+    assert "no such" in load(path, CONFIG="debug").workload.problem
+    assert "train.stepz" in load(path, TRAIN_ARGS="--train.stepz").workload.problem
+
+
+def test_urls_are_made_in_one_place():
+    given = {"BUCKET": "gs://b/team", "RUN": "a", "DATA": "d"}
+    assert urls(given) == {"RUN_URL": "gs://b/team/runs/a", "DATA_URL": "gs://b/team/data/d"}
+    assert urls({**given, "DATA_URL": "/elsewhere"})["DATA_URL"] == "/elsewhere"
+    assert urls({}) == {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}

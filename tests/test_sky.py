@@ -33,7 +33,7 @@ def path(request) -> Path:
 def test_the_folder_holds_tasks_only():
     assert {path.suffix for path in (ROOT / "sky").iterdir()} == {".yaml"}
     stems = {path.stem for path in TASKS}
-    assert {"prep-data", "pretrain-8xa100", "pretrain-8xa100-spot", "pretrain-gh200", "pretrain-multinode"} <= stems
+    assert {"prep-data", "pretrain-8xa100", "pretrain-8xa100-spot", "pretrain-gh200"} <= stems
 
 
 def test_head_comment_says_how_to_launch_watch_and_stop_and_what_it_costs(path):
