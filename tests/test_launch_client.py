@@ -1,4 +1,4 @@
-"""What runs on the user's machine around a launch: what is left, pull, logs, and .env.example."""
+"""What runs on the user's machine around a launch: what is left, pull, logs, and the variables that are read."""
 
 import ast
 import re
@@ -16,6 +16,7 @@ from core import storage
 from core.errors import ObjectNotFound
 from core.run import journal
 from launch import down, runs
+from tests import variables
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,8 +148,9 @@ def test_logs_of_all_attempts_are_shown_in_order(tmp_path, capsys):
         runs.show_stored(str(tmp_path / "elsewhere"))
 
 
-# --- .env.example ----------------------------------------------------------------------------------------------
+# --- variables ---------------------------------------------------------------------------------------------------
 
+KINDS = {".py", ".sh", ".yaml"}
 # Read, but not for a user to set: Python's and the system's own.
 NOT_SETTINGS = {"PATH", "HOME", "LD_LIBRARY_PATH"}
 
@@ -181,12 +183,24 @@ def variables_of_tasks() -> set[str]:
     return {name for task in tasks for part in ("envs", "secrets") for name in task.get(part) or {}}
 
 
-def test_env_example_names_every_variable_once_and_gives_no_value():
-    lines = (ROOT / ".env.example").read_text().splitlines()
-    pairs = [line.partition("=")[::2] for line in lines if line and not line.startswith("#")]
-    names = [name for name, _ in pairs]
+def test_the_example_is_short_and_gives_no_value():
+    text = (ROOT / ".env.example").read_text()
+    assert len(text.splitlines()) < 50
+    assert set(re.findall(r"^[A-Z0-9_]+=(.*)$", text, re.M)) == {""}
+
+
+def test_every_variable_is_listed_once_in_the_example_or_in_the_document():
+    names = [*variables.in_example(), *variables.in_document()]
     assert len(names) == len(set(names))
-    assert {value for _, value in pairs} == {""}
     found = variables_in_python()
     assert {"RUN_URL", "SKYPILOT_NODE_IPS", "HANG_MINUTES", "AWS_ENDPOINT_URL"} <= found, "the search works"
     assert sorted((found | variables_of_tasks()) - set(names)) == []
+
+
+def test_every_listed_variable_is_read_somewhere():
+    """By a program, by a shell script, or by a library for which the code names it."""
+    folders = ("core", "clouds", "costs", "data_prep", "launch", "trainer", "sky")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.*") if file.suffix in KINDS]
+    texts = [file.read_text() for file in [*files, ROOT / "tests/lab.py"]]
+    words = {word for text in texts for word in re.findall(r"[A-Z][A-Z0-9_]+", text)}
+    assert sorted({*variables.in_example(), *variables.in_document()} - words) == []

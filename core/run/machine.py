@@ -64,7 +64,7 @@ class Machine:
 def machine_from_environment(
     gpu: str | None, gpus_per_node: int, environment: Mapping[str, str] = os.environ
 ) -> Machine:
-    """This node by the variables that the launcher sets (.env.example lists them).
+    """This node by the variables that the launcher sets (docs/environment.md lists them).
 
     SkyPilot gives cloud, region and zone in SKYPILOT_CLUSTER_INFO; ours win over it. An absent price stays None.
     Raises ConfigError for a price or node count that is no number above zero.
