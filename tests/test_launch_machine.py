@@ -153,13 +153,13 @@ def test_faults_of_programs_are_no_reason_to_leave():
 
 
 def test_a_slow_link_and_a_wrong_clock_are_judged():
-    report = preflight.Report(figures={"all_reduce_gb_per_s": 20.0, "clock_skew_seconds": -400.0})
+    report = preflight.PreflightReport(figures={"all_reduce_gb_per_s": 20.0, "clock_skew_seconds": -400.0})
     preflight.judge(report, {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}, [A100] * 8, rehearsal=False)
     assert [problem.split(",")[0] for problem in report.problems] == [
         "the GPUs all-reduce 20 GB/s",
         "the clock is -400 s off the bucket's",
     ]
-    healthy = preflight.Report(figures={"all_reduce_gb_per_s": 230.0, "clock_skew_seconds": 1.0})
+    healthy = preflight.PreflightReport(figures={"all_reduce_gb_per_s": 230.0, "clock_skew_seconds": 1.0})
     preflight.judge(healthy, {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}, [A100] * 8, rehearsal=False)
     assert healthy.problems == []
 
