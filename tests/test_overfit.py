@@ -44,6 +44,7 @@ def test_every_preset_repeats_one_micro_batch_at_a_constant_rate(name: str):
     assert {rate_factor(step, steps, settings.optimizer) for step in (1, 2, steps // 2, steps - 1, steps)} == {1.0}
     assert settings.batch.tokens_per_step == settings.batch.micro_batch_size * settings.model.context
     assert settings.model.dropout == 0
+    assert settings.train.eval_every == settings.train.hellaswag_every == settings.train.sample_every == 0
     assert settings == overfit.one_micro_batch(settings)
 
 

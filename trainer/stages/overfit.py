@@ -5,6 +5,7 @@ The settings of such a run follow from the given ones, so that every preset can 
     batch.tokens_per_step     one micro-batch; every rank computes the same one
     optimizer        neither warm-up nor cooldown: the rate stays at its peak
     model.dropout    0: dropout would keep the loss from falling
+    train.eval_every and its like    0: what one micro-batch teaches is measured once, at the end
 
 `train.steps` is the most steps that it may take.
 """
@@ -24,6 +25,7 @@ def one_micro_batch(settings: TrainConfig) -> TrainConfig:
         ),
         optimizer=dataclasses.replace(settings.optimizer, warmup_steps=0, cooldown_fraction=0.0),
         model=dataclasses.replace(settings.model, dropout=0.0),
+        train=dataclasses.replace(settings.train, eval_every=0, hellaswag_every=0, sample_every=0),
     )
 
 
