@@ -49,7 +49,7 @@ QUOTAS = {
     "g": ("L-DB2E81BA", "L-3819A6DF"),
     "standard": ("L-1216C47A", "L-34B43A08"),
 }
-UNKNOWN_VCPUS = 8.0  # of an instance type that the catalog does not have
+UNKNOWN_VCPUS = 8.0  # assumed for an instance type that the catalog lacks
 # List price per GB for the first terabytes to the internet, and between regions in the US (EC2 pricing page).
 INTERNET_USD_PER_GB = 0.09
 INTER_REGION_USD_PER_GB = 0.02

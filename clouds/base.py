@@ -1,7 +1,7 @@
 """Declares what a cloud provider answers, as plain values.
 
 A provider is a subclass of `Cloud` in a file beside this one and an entry of CLOUDS in clouds/providers.py. A method
-that a provider does not override answers with nothing: the cloud has no such service. A method that asks a service
+that a provider does not override returns nothing, because the cloud has no such service. A method that asks a service
 raises Unavailable, or the error of the library that it uses.
 """
 
@@ -45,7 +45,7 @@ class MachineFacts:
 
 @dataclass(frozen=True)
 class Offer:
-    """One instance type in one zone. A price, in dollars per hour, is None where there is no such offer."""
+    """One instance type in one zone. A price, in dollars per hour, is None if the provider does not offer it."""
 
     cloud: str
     region: str
@@ -178,23 +178,23 @@ class Cloud:
         return None
 
     def quota_findings(self, task: TaskSpec) -> Iterable[Finding]:
-        """Whether the account's quotas allow the machines of a task."""
+        """Compares the account's quotas with the machines of a task."""
         return ()
 
     def capacity_findings(self, task: TaskSpec) -> Iterable[Finding]:
-        """Whether the machines of a task are available now."""
+        """Looks for regions that have the machines of a task now."""
         return ()
 
     def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterable[Finding]:
-        """What reading the data costs on the machines of a task, if the bucket is this provider's."""
+        """Prices of reading the data on the machines of a task, if the bucket is this provider's."""
         return ()
 
     def opens_buckets(self, service: str) -> bool:
-        """Whether a machine's own role opens buckets of a storage service, without keys."""
+        """Whether the role of a machine opens buckets of a storage service, without keys."""
         return False
 
     def leftovers(self, names: Sequence[str]) -> list[Leftover]:
-        """What is still up with this project's label, or with a name of one of its tasks."""
+        """Resources with this project's label, or with a name of one of its tasks."""
         return []
 
     def instances(self, clusters: Sequence[str], region: str) -> list[Instance]:

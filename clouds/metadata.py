@@ -1,7 +1,7 @@
 """Asks AWS's instance metadata service (IMDSv2).
 
     metadata = Metadata(os.environ)
-    metadata.get("instance-type")      "p4d.24xlarge"; None if there is no such item; raises Unavailable
+    metadata.get("instance-type")      "p4d.24xlarge"; None without such an item; raises Unavailable
 
 The service may fail for a while. Every failure (it refuses, answers 503, ends a body early, sends a byte a second)
 raises Unavailable within REQUEST_SECONDS. AWS_EC2_METADATA_SERVICE_ENDPOINT names another endpoint, and

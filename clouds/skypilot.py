@@ -3,7 +3,7 @@
     clusters()      [{"name": "pretrain-8xa100", "status": "UP", "labels": {...}, ...}, ...]
     jobs()          [{"job_id": 3, "job_name": "pretrain-8xa100-spot", "status": "RUNNING", ...}, ...]
 
-The only module that imports SkyPilot, and only when it asks. The project's folder `sky/` (task files) lies beside this
+The only module that imports SkyPilot, and only when it asks. The project's folder `sky/` (task files) is beside this
 code: without SkyPilot, `import sky` finds that folder and succeeds. `package` therefore checks what it imported.
 """
 
@@ -111,7 +111,7 @@ def launch_command(
 
 
 def _secrets(task: TaskSpec, environment: Mapping[str, str]) -> list[str]:
-    """Names of the secrets to send. The user's AWS keys are sent only if the bucket has no keys of its own."""
+    """Names of the secrets to send. The user's AWS keys are sent only without BUCKET_ keys."""
     given = [name for name in task.secrets if environment.get(name)]
     own = any(name.startswith("BUCKET_") for name in given)
     return [name for name in given if not (own and name.startswith("AWS_"))]

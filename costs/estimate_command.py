@@ -29,7 +29,7 @@ from costs.tables import Sheet
 
 ROWS_SHOWN = 20
 USAGE = """\
-Every offer that fits a task, with hours and dollars; an estimate, marked with how each figure is known.
+Prints every offer that fits a task, with estimated hours and dollars, and the source of each figure.
 
   python cost_report.py estimate sky/pretrain-8xa100.yaml
   python cost_report.py estimate sky/pretrain-8xa100.yaml --gpus A100:2
@@ -137,7 +137,7 @@ def _sheet(forecast: Forecast, everything: bool) -> Sheet:
     rows = [[*_where(row), row.kind, *_dollars(row)] for row in shown]
     left = len(forecast.rows) - len(shown)
     foot = [f"{left} more: --all", *[""] * (len(heads) - 1)] if left else ()
-    return Sheet("What would fit, by expected dollars (an estimate)", heads, rows, 5, foot)
+    return Sheet("Offers that fit, by expected dollars (an estimate)", heads, rows, 5, foot)
 
 
 def _where(row: ForecastRow) -> list[str]:
@@ -161,9 +161,9 @@ def _notes(forecast: Forecast, change: Change | None, assume: Assumptions, cap: 
     if workload.problem:
         notes.append(f"the settings of its program are not known: {workload.problem}")
     if forecast.tokens is None and workload.stage != "image":
-        notes.append("how much work it does is not known, so only the rate is; give --tokens")
+        notes.append("the amount of work is not known, so only the rate is; give --tokens")
     elif best.usd is None:
-        notes.append("how fast the machine is is not known, so only the rate is; give --like RUN_URL of an earlier run")
+        notes.append("the machine's speed is not known, so only the rate is; give --like RUN_URL of an earlier run")
     if (main_part := dominates(best)) is not None:
         parts = ", ".join(f"{name} {_usd(usd)}" for name, usd in best.parts.items() if usd >= best.usd / 1000)
         notes.append(f"dominated by {main_part} on {describe(best)}: {parts}")

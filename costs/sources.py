@@ -29,7 +29,7 @@ def ask_others(
     jobs: Callable[[], list[Mapping[str, Any]]] = skypilot.job_queue,
     clouds: Mapping[str, Cloud] = CLOUDS,
 ) -> Outside:
-    """What other sources know of `run`. `offline` asks the store alone.
+    """Ask other sources about `run`. `offline` asks the store alone.
 
     Replaces the prices of `run` by the prices paid, where a cloud has a history of spot prices.
     """

@@ -51,7 +51,7 @@ def outside_times(
 def is_of(segments: list[Segment], record: MachineRecord) -> bool:
     """Whether a record belongs to this run, by the names in its segments.
 
-    The cluster of a managed job has a name of its own. Other runs may use any other name again: then a record belongs
+    Only one managed job uses the name of its cluster. Other runs may use any other name again: then a record belongs
     here if it lies between this run's first and last sign of life, or if it is a launch that failed shortly before.
     """
     for segment in segments:

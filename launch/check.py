@@ -102,7 +102,7 @@ def findings(check: Check, task: TaskSpec, settings: Mapping[str, str]) -> Itera
 
 
 def check_config(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Settings, by the parsers of the node; for each kind of GPU the division of the batch over ranks, and memory."""
+    """Parses the settings as the node does, and checks memory and batch for each kind of GPU."""
     problems = setting_problems(settings)
     for problem in problems:
         yield Finding("x", f"settings: {problem}")
@@ -131,7 +131,7 @@ def check_config(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
 
 
 def _fit(config: TrainConfig, gpu: str, count: int, ranks: int) -> Iterator[Finding]:
-    """Whether a config runs on `ranks` GPUs of one kind."""
+    """Checks a config on `ranks` GPUs of one kind."""
     sequences = max(1, config.batch.micro_batch_size) * config.model.context
     micro_batches = config.batch.tokens_per_step // sequences
     if micro_batches % ranks:
@@ -144,8 +144,7 @@ def _fit(config: TrainConfig, gpu: str, count: int, ranks: int) -> Iterator[Find
 
 
 def _as_training(tuned: FinetuneConfig) -> TrainConfig:
-    """A config of the same memory: tuning with all weights of the model that it starts from. Assumes GPT-2 124M if the
-    name of the start is unknown."""
+    """A training config that needs the same memory. Assumes GPT-2 124M if the model to start from is unknown."""
     start = tuned.finetune.start.partition("/checkpoints/")[0]
     model = public_model(start) or ModelConfig()
     if "://" in start:
@@ -210,7 +209,7 @@ PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
 
 
 def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Keys for the bucket. Without this check the node finds an empty key, after the image is built."""
+    """Checks the keys of the bucket. The node would find an empty key only after the image is built."""
     named = settings.get("BUCKET")
     service = storage.terms_of(bucket.root(settings)).service if named else aws.service_of(None)
     keys = _keys(service, settings)
@@ -237,7 +236,7 @@ def _keys(service: str, settings: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def check_bucket(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Writes, reads and deletes an object; tries a conditional write; names the price of reading from afar."""
+    """Writes, reads and deletes an object, tries a conditional write, and prices the transfer of the data."""
     if "BUCKET" not in task.envs:
         return
     url = bucket.root(settings)
@@ -276,7 +275,7 @@ def _data_bytes(task: TaskSpec) -> int:
 
 
 def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """The tokens to train on, or the weights and examples to tune or evaluate."""
+    """Looks for the tokens to train on, or for the weights and examples to tune or evaluate."""
     workload = task.workload
     if isinstance(workload.config, FinetuneConfig):
         yield from _weights(workload.config.finetune.start)
@@ -296,7 +295,7 @@ def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]
 
 
 def _weights(start: str) -> Iterator[Finding]:
-    """Whether a run or checkpoint has weights. A public name is not looked up."""
+    """Looks for the weights of a run or checkpoint, not for those of a public model."""
     if "://" not in start:
         return
     if storage.list_names(start if "/checkpoints/" in start else RunFolder(start).checkpoints):
@@ -309,7 +308,7 @@ def _weights(start: str) -> Iterator[Finding]:
 
 
 def check_image(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether the published images exist for the platforms of the machines."""
+    """Looks for the published images on the platforms of the machines."""
     image = settings.get("IMAGE")
     if not image:
         yield Finding("ok", "image: built on the node (IMAGE is empty); `make image` publishes one")
@@ -333,12 +332,12 @@ def _platform(request: MachineRequest) -> str:
 
 
 def cloud_names(task: TaskSpec) -> list[str]:
-    """The clouds that a task asks for; all of ours if a request leaves the choice open."""
+    """The clouds that a task requests; all providers if a request leaves the choice open."""
     return sorted({name for request in task.requests for name in ([request.cloud] if request.cloud else CLOUDS)})
 
 
 def check_clouds(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Credentials, by SkyPilot's own check."""
+    """Checks credentials with `sky check`."""
     clouds = cloud_names(task)
     done = subprocess.run([skypilot.find_sky(), "check", *clouds], capture_output=True, text=True)
     lines = [line.lower() for line in done.stdout.splitlines()]

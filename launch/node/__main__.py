@@ -134,12 +134,12 @@ def job(module: str, arguments: list[str], environment: dict[str, str], found: l
         files = {"EXIT_CODE_FILE": str(code_file), "STOP_FILE": f"{folder}/stop"}
         child = Child(command, {**environment, **files}, keep, launched=trains, asked=asked)
         outcome = child.wait(supervise.hang_minutes(environment) * 60, stop.seconds())
-        told = int(code_file.read_text()) if code_file.exists() else None
+        written = int(code_file.read_text()) if code_file.exists() else None
     if outcome.stopped:
-        return exit_code(outcome, told)
+        return exit_code(outcome, written)
     if outcome.hung:
         return refuse(environment["RUN_URL"], attempt, ["the program hung; its stacks are in the log"])
-    code = exit_code(outcome, told)
+    code = exit_code(outcome, written)
     if code == FAILED and trains and (problems := preflight.gpu_problems(environment, machine.gpus())):
         return refuse(environment["RUN_URL"], attempt, problems)
     if code and network.nodes(environment)[0] > 0:
@@ -147,13 +147,13 @@ def job(module: str, arguments: list[str], environment: dict[str, str], found: l
     return code
 
 
-def exit_code(outcome: Outcome, told: int | None) -> int:
-    """The exit code of a child. `told` is the code that rank 0 wrote, because torchrun exits with 1 for any failure.
+def exit_code(outcome: Outcome, written: int | None) -> int:
+    """The exit code of a child. `written` is the code that rank 0 wrote, None without one.
 
-    None means that rank 0 wrote none.
+    torchrun exits with 1 for any failure of its workers.
     """
-    if told is not None:
-        return told
+    if written is not None:
+        return written
     if outcome.returncode == 0:
         return OK
     # A child that was asked to stop may also be killed after the time limit, or fail because a store is unreachable.

@@ -57,14 +57,14 @@ def settings(environment: Mapping[str, str], devices: Path = Path("/dev/infiniba
     rank, addresses = nodes(environment)
     found = {"NCCL_DEBUG": "WARN"}
     if len(addresses) > 1:
-        # By default Gloo takes the interface that the host name resolves to (on Ubuntu often 127.0.1.1), and NCCL may
-        # take a docker bridge. Both must take the interface with the address that the other nodes know.
+        # Gloo's default is the interface that the host name resolves to (often 127.0.1.1 on Ubuntu), NCCL's may be a
+        # docker bridge. Both must take the interface with the address that the other nodes know.
         interface = interface_of(addresses[rank])
         if interface:
             found |= {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
         libraries = [path for path in EFA_LIBRARIES if Path(path).is_dir()]
         if any(devices.glob("uverbs*")) and len(libraries) == len(EFA_LIBRARIES):
-            # With EFA, NCCL finds AWS's libfabric plugin on the library path.
+            # NCCL uses EFA through AWS's libfabric plugin, which it finds on the library path.
             path = ":".join([*libraries, *filter(None, [environment.get("LD_LIBRARY_PATH")])])
             found |= {"FI_PROVIDER": "efa", "LD_LIBRARY_PATH": path}
     return {name: value for name, value in found.items() if name == "LD_LIBRARY_PATH" or not environment.get(name)}

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     target = os.environ.get("IMAGE_TARGET")
     if target not in PROGRAMS:
         raise ConfigError(f"IMAGE_TARGET is {target!r}, must be one of {', '.join(PROGRAMS)}; is this our image?")
-    for program in (*PROGRAMS[target], "core.stores.remote"):  # which programs import with the first bucket
+    for program in (*PROGRAMS[target], "core.stores.remote"):  # programs import it with their first bucket
         importlib.import_module(program)
     if os.geteuid() == 0:
         raise ConfigError("the image runs as root; its USER was changed")
@@ -46,7 +46,7 @@ def check_torch() -> str:
         importlib.import_module(module)
     preflight = importlib.import_module("trainer.distributed.preflight")
     if not shutil.which("cc"):
-        raise ConfigError("there is no C compiler in the train image, which Triton needs")
+        raise ConfigError("the train image has no C compiler, which Triton needs")
     # torch counts no GPU if CUDA does not initialise.
     count = max(torch.cuda.device_count(), len(gpus())) if torch.version.cuda else 0
     for number in range(count):

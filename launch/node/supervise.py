@@ -113,7 +113,7 @@ class Child:
         return Outcome(self.process.returncode, hung, self._stop.is_set())
 
     def _pass_stop_on(self) -> None:
-        """Send SIGTERM once to every worker, new ones included; to the launcher while there is no worker."""
+        """Send SIGTERM once to every worker, new ones included; to the launcher before there are workers."""
         if not self._stop.is_set():
             return
         if self._kill_at == math.inf:
