@@ -6,13 +6,13 @@ Guesses nothing: an unknown fact stays unset, and a price names its source.
 """
 
 import dataclasses
-import json
 import logging
 import subprocess
 from collections.abc import Mapping
 
 from clouds.base import Gpu, MachineFacts
 from clouds.providers import cloud_named
+from core.run.machine import cluster_info
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,7 @@ def gpus() -> list[Gpu]:
 
 def describe(environment: Mapping[str, str], found: list[Gpu]) -> dict[str, str]:
     """The variables that core.run.machine.machine_from_environment reads. A variable that is set already wins."""
-    try:
-        cluster = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
-    except ValueError:
-        cluster = {}
+    cluster = cluster_info(environment)
     name = environment.get("CLOUD") or cluster.get("cloud")
     facts = MachineFacts(name, cluster.get("region"), cluster.get("zone"), gpus=tuple(found))
     cloud = cloud_named(name)

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 from clouds import skypilot
 from clouds.base import Cloud, Finding
@@ -89,12 +90,16 @@ def all_findings(checks: Iterable[Check], task: TaskSpec, settings: Mapping[str,
 
 def findings(check: Check, task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
     """Findings of one check. An error becomes a finding."""
+    name = check.__name__.removeprefix("check_").replace("_", " ")
+    yield from _guarded(name, lambda: check(task, settings))
+
+
+def _guarded(name: str, ask: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
     try:
-        yield from check(task, settings)
+        yield from ask()
     except LauncherError as error:
         yield Finding("x", secrets.scrub(str(error)))
     except Exception as error:  # without credentials, rights or network: any error of a cloud's library
-        name = check.__name__.removeprefix("check_").replace("_", " ")
         yield Finding("?", f"{name}: could not be asked ({secrets.scrub(one_line(error))[:160]})")
 
 
@@ -352,13 +357,15 @@ def check_clouds(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
 
 
 def check_quotas(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Asks each cloud for the account's quotas."""
     for name in cloud_names(task):
-        yield from CLOUDS.get(name, Cloud()).quota_findings(task)
+        yield from _guarded(f"quotas of {name}", partial(CLOUDS.get(name, Cloud()).quota_findings, task))
 
 
 def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Asks each cloud for machines that are available now."""
     for name in cloud_names(task):
-        yield from CLOUDS.get(name, Cloud()).capacity_findings(task)
+        yield from _guarded(f"capacity of {name}", partial(CLOUDS.get(name, Cloud()).capacity_findings, task))
 
 
 # A launch runs these too: they ask only the bucket and this checkout. Settings come first.

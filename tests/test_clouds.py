@@ -112,6 +112,19 @@ def test_a_cloud_that_answers_nothing_is_no_error(tmp_path):
     assert silent.interruptions({}) is silent.bill("a", "b", 0, 1) is silent.unfinished_uploads("s3://b/x") is None
 
 
+def test_a_cloud_that_does_not_answer_hides_no_other_clouds_findings(nimbus, tmp_path, monkeypatch):
+    class Silent(Cloud):
+        def capacity_findings(self, task):
+            raise OSError("timed out")
+
+    monkeypatch.setitem(CLOUDS, "aws", Silent())
+    path = write(tmp_path, "accelerators: A100:8\nany_of: [{infra: aws}, {infra: nimbus}]")
+    assert [str(found) for found in check.check_capacity(read_task(path, {}), {})] == [
+        " ?  capacity of aws: could not be asked (OSError: timed out)",
+        " !  capacity: nimbus has no A100 now",
+    ]
+
+
 # --- quotas and capacity ---------------------------------------------------------------------------------------
 
 
