@@ -18,7 +18,7 @@ import yaml
 
 from core import bucket
 from core.errors import ConfigError, one_line
-from core.settings import loader
+from core.settings import evaluation, loader
 from core.settings.model import ModelConfig, public_model
 from core.settings.preparation import PrepConfig
 from core.settings.training import TrainConfig
@@ -29,7 +29,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 _EMPTY_VARIABLE = re.compile(r"=\$\{?\w+\}?$")
 _IMAGE = re.compile(r"container\.sh image (\w+)")
 _BUILD = re.compile(r"container\.sh build\b")
-# Stage and schema of each program. The settings of an evaluation hardly change its cost.
+# Stage and schema of each program. A forecast of an evaluation needs no settings, because they hardly change its cost.
 _PROGRAMS = {
     "trainer.train": ("pretrain", TrainConfig),
     "trainer.finetune": ("finetune", FinetuneConfig),
@@ -244,15 +244,18 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
         return Workload(None, problem="its commands run no program of this project")
     chosen = next((at for at, name in enumerate(programs) if name.startswith("trainer.")), 0)
     stage, schema = _PROGRAMS.get(programs[chosen], (None, None))
-    if schema is None:
-        problem = "" if stage else f"a forecast does not read the settings of {programs[chosen]}"
-        return _with_model(Workload(stage, problem=problem, programs=programs), envs)
+    if stage is None:
+        return Workload(None, problem=f"a forecast does not read the settings of {programs[chosen]}", programs=programs)
     try:
         arguments = _arguments(path, matches[chosen][3] or "", envs)
         if stage in _STARTS and not any(word.startswith(f"--{_STARTS[stage]}=") for word in arguments):
             arguments.append(f"--{_STARTS[stage]}=?")
         variables = urls(envs) | {name: value for name, value in envs.items() if value}
-        config = loader.load(schema, arguments, variables)
+        if schema is None:
+            evaluation.parse(arguments, variables)
+            config = None
+        else:
+            config = loader.load(schema, arguments, variables)
     except ConfigError as error:
         return Workload(stage, problem=str(error), programs=programs)
     return _with_model(Workload(stage, config, programs=programs), envs)

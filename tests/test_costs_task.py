@@ -168,3 +168,13 @@ def test_urls_are_made_in_one_place():
     assert urls(given) == {"RUN_URL": "gs://b/team/runs/a", "DATA_URL": "gs://b/team/data/d"}
     assert urls({**given, "DATA_URL": "/elsewhere"})["DATA_URL"] == "/elsewhere"
     assert urls({}) == {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
+
+
+def test_settings_of_an_evaluation_that_the_node_would_refuse_are_a_problem(tmp_path: Path):
+    run = "python -m trainer.evaluate s3://b/runs/x --device=cpu "
+    assert (
+        load(write(tmp_path, "accelerators: A10:1", f"{run} --tasks=perplexity --per_document")).workload.problem == ""
+    )
+    workload = load(write(tmp_path, "accelerators: A10:1", f"{run} --tasks=perplexit")).workload
+    assert workload.stage == "evaluate"
+    assert "'perplexit' is not a task" in workload.problem
