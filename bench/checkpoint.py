@@ -32,7 +32,7 @@ from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
 from trainer.distributed import process_group
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     ranks = process_group.start("cpu")
     model = GPT(ModelConfig(layers=options.layers))
     model.initialise(0)
-    optimizer = UnitOptimizer(model, OptimizerConfig(), 0, 1)
+    optimizer = BlockOptimizer(model, OptimizerConfig(), 0, 1)
     size = sum(rows.nbytes for _, rows in optimizer.blocks())
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder, S3Server(Path(folder) / "s3") as server:
         os.environ.update(server.environment())
@@ -87,7 +87,7 @@ def _timed(into: dict[str, float], name: str) -> Iterator[None]:
     into[f"{name}_cpu"] = time.process_time() - cpu
 
 
-def _sides(folder: Path, ranks, optimizer: UnitOptimizer) -> dict[str, Callable[[int], dict[str, float]]]:
+def _sides(folder: Path, ranks, optimizer: BlockOptimizer) -> dict[str, Callable[[int], dict[str, float]]]:
     blocks = dict(optimizer.blocks())
     buffers = {key: torch.empty_like(rows) for key, rows in blocks.items()}
     savers = {

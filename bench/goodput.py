@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.settings.training import CheckpointConfig
-from trainer.checkpoint.interval import Cadence
+from trainer.checkpoint.save import Cadence
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer
 from trainer.optim.reduce import TreeReducer
 
 
@@ -34,12 +34,12 @@ class Side:
     done: Callable[[int], None] = lambda _: None
 
 
-def ours(settings: TrainConfig, device: torch.device, accumulation: int) -> Side:
+def ours(settings: PretrainConfig, device: torch.device, accumulation: int) -> Side:
     """What trainer.loop.loop does, with its own parts."""
     model = GPT(settings.model, settings.train.activation_checkpointing)
     model.initialise(1)
     model.to(device)
-    optimizer = UnitOptimizer(model, settings.optimizer, rank=0, world=1)
+    optimizer = BlockOptimizer(model, settings.optimizer, rank=0, world=1)
     if device.type == "cuda":
         model.compile_blocks()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -56,7 +56,7 @@ def ours(settings: TrainConfig, device: torch.device, accumulation: int) -> Side
     return Side(forward, finish, reducer.reset, reducer.context, reducer.micro_batch_done)
 
 
-def plain(settings: TrainConfig, device: torch.device, accumulation: int, compiled: bool = False) -> Side:
+def plain(settings: PretrainConfig, device: torch.device, accumulation: int, compiled: bool = False) -> Side:
     """The same model in the plain way of teaching code: whole logits, F.cross_entropy, torch's AdamW."""
     model = GPT(settings.model)
     model.initialise(1)
@@ -81,7 +81,7 @@ def plain(settings: TrainConfig, device: torch.device, accumulation: int, compil
     return _usual(forward, model, optimizer)
 
 
-def nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
+def nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
     """karpathy/nanoGPT with its own optimizer and whole-model compilation."""
     module = _load(folder / "nanoGPT" / "model.py")
     model_config = settings.model
@@ -106,7 +106,7 @@ def nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
     return _usual(forward, model, optimizer)
 
 
-def build_nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
+def build_nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
     """karpathy/build-nanogpt, as its last commit runs it: not compiled."""
     # Its evaluation needs packages that a step does not.
     sys.modules.setdefault("hellaswag", types.SimpleNamespace(render_example=None, iterate_examples=None))
@@ -131,7 +131,7 @@ def build_nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> 
     return _usual(forward, model, optimizer)
 
 
-def modded(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
+def modded(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
     """KellerJordan/modded-nanogpt's train_gpt_simple.py (track 3): its own model, AdamW for all, whole compilation.
 
     Its optimizer is compared in bench.token_efficiency; here only the step counts, so that AdamW stands for it.

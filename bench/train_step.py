@@ -26,7 +26,7 @@ from core.figures import quantity
 from core.gpus import peak_flops
 from core.settings import loader
 from core.settings.model import flops_per_token, parameters
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "trainer" / "configs"
 PARTS = ("forward", "backward", "optimizer")
@@ -88,14 +88,14 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _settings(options: argparse.Namespace) -> TrainConfig:
+def _settings(options: argparse.Namespace) -> PretrainConfig:
     flags = [str(CONFIGS / f"{options.preset}.yaml"), "--run.url=unused", "--data.url=unused"]
     flags += [f"--{each}" for each in options.set]
-    settings = loader.load(TrainConfig, flags, {})
+    settings = loader.load(PretrainConfig, flags, {})
     size = options.micro_batch or settings.batch.micro_batch_size
     context = options.context or settings.model.context
     flags += [f"--model.context={context}", f"--batch.micro_batch_size={size}"]
-    return loader.load(TrainConfig, [*flags, f"--batch.tokens_per_step={size * options.accumulation * context}"], {})
+    return loader.load(PretrainConfig, [*flags, f"--batch.tokens_per_step={size * options.accumulation * context}"], {})
 
 
 def _sides(options: argparse.Namespace) -> list[str]:
@@ -108,7 +108,7 @@ def _sides(options: argparse.Namespace) -> list[str]:
     return ["ours", "plain", *compiled, *there]
 
 
-def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
+def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
     import torch
 
     from bench import step_sides
@@ -176,7 +176,7 @@ def _toggle(options: argparse.Namespace) -> None:
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel == options.attention)
 
 
-def _batches(options: argparse.Namespace, settings: TrainConfig, device) -> list:
+def _batches(options: argparse.Namespace, settings: PretrainConfig, device) -> list:
     """The micro-batches of every step."""
     import torch
 

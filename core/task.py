@@ -21,28 +21,22 @@ from core.errors import ConfigError, one_line
 from core.settings import evaluation, loader
 from core.settings.model import ModelConfig, public_model
 from core.settings.preparation import PrepConfig
-from core.settings.training import TrainConfig
-from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig
+from core.settings.stages import training_schema
+from core.settings.training import PretrainConfig, TrainingConfig
+from core.settings.tuning import DistilConfig, FinetuneConfig
 
 _COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)([^\S\n][^\n;&|]*)?")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 _EMPTY_VARIABLE = re.compile(r"=\$\{?\w+\}?$")
 _IMAGE = re.compile(r"container\.sh image (\w+)")
 _BUILD = re.compile(r"container\.sh build\b")
-# Stage and schema of each program. A forecast of an evaluation needs no settings, because they hardly change its cost.
-_PROGRAMS = {
-    "trainer.train": ("pretrain", TrainConfig),
-    "trainer.finetune": ("finetune", FinetuneConfig),
-    "trainer.dpo": ("dpo", DpoConfig),
-    "trainer.distil": ("distil", DistilConfig),
-    "trainer.evaluate": ("evaluate", None),
-    "data_prep.prepare": ("prep", PrepConfig),
-}
+# Stage of each program. The config of trainer.train may declare another stage. A forecast of an evaluation needs no
+# settings, because they hardly change its cost.
+_PROGRAMS = {"trainer.train": "pretrain", "trainer.evaluate": "evaluate", "data_prep.prepare": "prep"}
 # Required settings that only a launch gives.
-_STARTS = {"finetune": "finetune.start", "dpo": "dpo.start", "distil": "distil.teacher"}
+_STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
 # URLs of a task without BUCKET, such as one that is only forecast.
 _PLACEHOLDER = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
-Training = TrainConfig | FinetuneConfig | DpoConfig | DistilConfig
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Workload:
     """
 
     stage: str | None
-    config: Training | PrepConfig | None = None
+    config: TrainingConfig | PrepConfig | None = None
     problem: str = ""
     model: ModelConfig | None = None
     assumed: str = ""
@@ -243,18 +237,22 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
             return Workload("image")
         return Workload(None, problem="its commands run no program of this project")
     chosen = next((at for at, name in enumerate(programs) if name.startswith("trainer.")), 0)
-    stage, schema = _PROGRAMS.get(programs[chosen], (None, None))
+    stage = _PROGRAMS.get(programs[chosen])
     if stage is None:
         return Workload(None, problem=f"a forecast does not read the settings of {programs[chosen]}", programs=programs)
     try:
         arguments = _arguments(path, matches[chosen][3] or "", envs)
-        if stage in _STARTS and not any(word.startswith(f"--{_STARTS[stage]}=") for word in arguments):
-            arguments.append(f"--{_STARTS[stage]}=?")
         variables = urls(envs) | {name: value for name, value in envs.items() if value}
-        if schema is None:
+        if stage == "evaluate":
             evaluation.parse(arguments, variables)
             config = None
+        elif stage == "prep":
+            config = loader.load(PrepConfig, arguments, variables)
         else:
+            schema = training_schema(arguments)
+            stage = schema.stage
+            if stage in _STARTS and not any(word.startswith(f"--{_STARTS[stage]}=") for word in arguments):
+                arguments.append(f"--{_STARTS[stage]}=?")
             config = loader.load(schema, arguments, variables)
     except ConfigError as error:
         return Workload(stage, problem=str(error), programs=programs)
@@ -265,11 +263,11 @@ def _with_model(workload: Workload, envs: Mapping[str, str]) -> Workload:
     """Add the model of the settings, or the public model that they start from. Assumes GPT-2 124M for any other."""
     if workload.stage in (None, "prep"):
         return workload
-    if isinstance(workload.config, TrainConfig):
-        return replace(workload, model=workload.config.model)
     if isinstance(workload.config, DistilConfig):
         return replace(workload, model=workload.config.model, assumed="the teacher's computation is not counted")
-    start = getattr(workload.config, workload.stage).start if workload.config else envs.get("MODEL", "")
+    if isinstance(workload.config, PretrainConfig):
+        return replace(workload, model=workload.config.model)
+    start = workload.config.start.weights if isinstance(workload.config, FinetuneConfig) else envs.get("MODEL", "")
     if (model := public_model(start)) is not None:
         return replace(workload, model=model)
     return replace(workload, model=ModelConfig(), assumed="the model to start from is GPT-2 124M")

@@ -15,7 +15,9 @@ from clouds.catalog import Catalog, fits
 from core import figures
 from core.settings.model import flops_per_token, parameters
 from core.settings.preparation import PrepConfig
-from core.task import MachineRequest, TaskSpec, Training, Workload
+from core.settings.training import TrainingConfig
+from core.settings.tuning import FinetuneConfig
+from core.task import MachineRequest, TaskSpec, Workload
 from costs import throughput
 from costs.model import StorageRates
 from costs.throughput import Measured, Throughput
@@ -74,7 +76,7 @@ class Effort:
     rate: Throughput
 
     @property
-    def training(self) -> Training | None:
+    def training(self) -> TrainingConfig | None:
         return None if self.workload.config is None or self.workload.stage == "prep" else self.workload.config
 
 
@@ -152,10 +154,10 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
 
 def _epochs(workload: Workload) -> float:
     """Passes over data of unknown size; 0 if the settings give the number of steps."""
-    return getattr(getattr(workload.config, str(workload.stage), None), "epochs", 0.0)
+    return workload.config.train.epochs if isinstance(workload.config, FinetuneConfig) else 0.0
 
 
-def _eval_tokens(train: Training, assume: Assumptions) -> float:
+def _eval_tokens(train: TrainingConfig, assume: Assumptions) -> float:
     """Tokens of one validation. Tuning holds out a fraction of its conversations."""
     held_out = getattr(train.data, "val_fraction", None)
     return train.train.eval_tokens if held_out is None else held_out * assume.epoch_tokens
@@ -211,7 +213,7 @@ def _parts(
     return {name: seconds for name, seconds in parts.items() if seconds}, restarts
 
 
-def _checkpoint_seconds(train: Training, speed: float) -> float:
+def _checkpoint_seconds(train: TrainingConfig, speed: float) -> float:
     """Training time between checkpoints; by default the longest that the trainer may choose."""
     every = train.checkpoint.every_steps
     return every * train.batch.tokens_per_step / speed if every else train.checkpoint.max_lost_seconds

@@ -24,7 +24,7 @@ from core.run.folder import RunFolder, read_description
 from core.run.machine import positive
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
-from core.settings.training import DataConfig, RunConfig, TrainConfig
+from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, check_batch
 from core.settings.tuning import FinetuneConfig
 from core.stores import aws, credentials
 from core.task import MachineRequest, TaskSpec, machine_choice, read_task
@@ -122,40 +122,38 @@ def check_config(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
     if task.workload.problem and task.workload.stage:
         raise ConfigError(task.workload.problem)
     config = task.workload.config
-    if isinstance(config, FinetuneConfig):
-        config = _as_training(config)
-    if not isinstance(config, TrainConfig):
+    if not isinstance(config, TrainingConfig):
         return
+    model = config.model if isinstance(config, PretrainConfig) else _start_model(config)
+    check_batch(config, model.context)
     length = f"{config.train.steps:,} steps of {config.batch.tokens_per_step:,} tokens"
     yield Finding("ok", f"config: {task.envs.get('CONFIG') or task.path}, {length}")
     if settings.get("DEVICE") != "cpu":
         for gpu, count in dict.fromkeys((each.accelerator, each.accelerators) for each in task.requests):
             if gpu:
                 ranks = int(settings.get("RANKS_PER_NODE") or count) * task.nodes
-                yield from _fit(config, gpu, count, ranks)
+                yield from _fit(config, model, gpu, count, ranks)
 
 
-def _fit(config: TrainConfig, gpu: str, count: int, ranks: int) -> Iterator[Finding]:
+def _fit(config: TrainingConfig, model: ModelConfig, gpu: str, count: int, ranks: int) -> Iterator[Finding]:
     """Checks a config on `ranks` GPUs of one kind."""
-    sequences = max(1, config.batch.micro_batch_size) * config.model.context
+    sequences = max(1, config.batch.micro_batch_size) * model.context
     micro_batches = config.batch.tokens_per_step // sequences
     if micro_batches % ranks:
         yield Finding("x", f"config: {micro_batches} micro-batches do not divide over {ranks} ranks of {gpu}:{count}")
     elif config.train.precision == "fp8" and has_fp8(gpu) is False:
         yield Finding("x", f"config: train.precision is fp8, but {gpu} has no fp8 units; set bf16, or take H100")
-    elif (found := memory.verdict(config, gpu, ranks)) is not None:
+    elif (found := memory.verdict(config, model, gpu, ranks)) is not None:
         fits, said = found
         yield Finding("ok" if fits else "x", f"memory: {said}")
 
 
-def _as_training(tuned: FinetuneConfig) -> TrainConfig:
-    """A training config that needs the same memory. Assumes GPT-2 124M if the model to start from is unknown."""
-    start = tuned.finetune.start.partition("/checkpoints/")[0]
-    model = public_model(start) or ModelConfig()
+def _start_model(tuned: FinetuneConfig) -> ModelConfig:
+    """The model that a tuning starts from; GPT-2 124M if its name is unknown."""
+    start = tuned.start.weights.partition("/checkpoints/")[0]
     if "://" in start:
-        model = loader.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
-    kept = {name: getattr(tuned, name) for name in ("run", "batch", "optimizer", "train", "checkpoint")}
-    return TrainConfig(data=DataConfig(url=tuned.data.url or start), model=model, **kept)
+        return loader.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
+    return public_model(start) or ModelConfig()
 
 
 def setting_problems(settings: Mapping[str, str]) -> list[str]:
@@ -282,8 +280,10 @@ def _data_bytes(task: TaskSpec) -> int:
 def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
     """Looks for the tokens to train on, or for the weights and examples to tune or evaluate."""
     workload = task.workload
+    if workload.stage in ("finetune", "dpo") and not isinstance(workload.config, FinetuneConfig):
+        return  # check_config names the problem
     if isinstance(workload.config, FinetuneConfig):
-        yield from _weights(workload.config.finetune.start)
+        yield from _weights(workload.config.start.weights)
         examples = workload.config.data.examples
         if not examples.endswith(".jsonl"):
             rows = sets.info_of(bucket.url(task.envs, "DATA"), examples).rows

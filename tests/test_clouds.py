@@ -22,8 +22,7 @@ from tests.golden import NOON
 from tests.patience import PATIENCE_SECONDS
 from tests.sky_tasks import write
 from tests.test_costs_sources import one_segment, record
-from trainer.loop.requests import Requests
-from trainer.loop.spot import SpotWatch
+from trainer.loop.requests import SpotWatch, StopRequests
 
 
 class Nimbus(Cloud):
@@ -89,10 +88,10 @@ def test_a_node_of_a_new_cloud_knows_its_price_and_hears_its_notices(nimbus):
     found = machine.describe({"SKYPILOT_CLUSTER_INFO": info, "SKYPILOT_NUM_NODES": "2"}, [])
     assert found["USD_PER_HOUR"] == "20"
     assert (found["INSTANCE_TYPE"], found["PRICE_SOURCE"], found["USE_SPOT"]) == ("n8", "Nimbus' list", "false")
-    requests = Requests()
+    requests = StopRequests()
     watch = SpotWatch(requests, {"CLOUD": "Nimbus"}, poll_seconds=0.01)
     watch._thread.join(PATIENCE_SECONDS)
-    assert (requests.leave.kind, requests.leave.detail) == ("spot", "closes at noon")
+    assert (requests.stop.kind, requests.stop.detail) == ("spot", "closes at noon")
 
 
 def test_a_report_asks_a_new_cloud(nimbus, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from core.settings import loader
 from core.settings.model import ModelConfig
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 
 CONFIGS = Path(__file__).parent.parent.parent / "trainer" / "configs"
 PLAIN, OTHER = "gpt2-124m", "speedrun-162m"
@@ -20,8 +20,8 @@ def path(preset: str) -> Path:
     return CONFIGS / f"{preset}.yaml"
 
 
-def settings_of(preset: str, *flags: str) -> TrainConfig:
-    return loader.load(TrainConfig, [str(path(preset)), "--run.url=unused", "--data.url=unused", *flags], {})
+def settings_of(preset: str, *flags: str) -> PretrainConfig:
+    return loader.load(PretrainConfig, [str(path(preset)), "--run.url=unused", "--data.url=unused", *flags], {})
 
 
 def small(model: ModelConfig) -> ModelConfig:

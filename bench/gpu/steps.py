@@ -131,7 +131,7 @@ class Watch:
 def _estimate(settings: Any) -> float | None:
     """The memory that the launcher's check would have asked for, to be compared with the peak."""
     try:
-        return float(estimate(settings, settings.batch.micro_batch_size, 1))
+        return float(estimate(settings, settings.model, settings.batch.micro_batch_size, 1))
     except (TypeError, AttributeError):  # another form of it
         return None
 
