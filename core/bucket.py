@@ -1,9 +1,9 @@
-"""BUCKET, RUN and DATA as people type them, and the one place that they name.
+"""Turns BUCKET, RUN and DATA, in every form that people type, into URLs.
 
     bucket.url({"BUCKET": "my-bucket/team/", "RUN": "gpt2-124m"}, "RUN")    s3://my-bucket/team/runs/gpt2-124m
 
-Nodes use this outside of the container, too, with their own Python (launch/node/place.py): standard library alone, and
-Python 3.8 or newer.
+Nodes run this outside of the container with their own Python (launch/node/place.py): use only the standard library, and
+Python 3.8.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def root(environment: Mapping[str, str]) -> str:
 
 
 def name(environment: Mapping[str, str], variable: str) -> str:
-    """RUN or DATA: a folder's name, with parts below it if it has slashes. Raises ConfigError."""
+    """The folder that RUN or DATA names; slashes separate nested folders. Raises ConfigError."""
     text = environment.get(variable, "").strip()
     _check_characters(variable, text)
     parts = [part for part in text.split("/") if part]
@@ -59,8 +59,10 @@ def name(environment: Mapping[str, str], variable: str) -> str:
 
 
 def url(environment: Mapping[str, str], variable: str) -> str:
-    """The URL of a run (`RUN`) or of a token set (`DATA`). Raises ConfigError."""
-    return f"{root(environment)}/{FOLDERS[variable]}/{name(environment, variable)}"
+    """The URL of a run (`RUN`) or of a token set (`DATA`): RUN_URL or DATA_URL if it is given. Raises ConfigError."""
+    return (
+        environment.get(f"{variable}_URL") or f"{root(environment)}/{FOLDERS[variable]}/{name(environment, variable)}"
+    )
 
 
 def _check_characters(variable: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What others know of a run beside its own folder: plain values that a report adds to the ledger."""
+"""Plain values that a report adds to the ledger: outside time, storage, origins."""
 
 from dataclasses import dataclass, field
 
@@ -9,23 +9,23 @@ from core.run.model import Segment
 
 @dataclass(frozen=True)
 class OutsideTime:
-    """Time of a machine outside its segments. `segment` is the one it belongs to, None for a machine without."""
+    """Time of a machine outside its segments. `segment` is its segment; None for a machine without one."""
 
     phase: str
     start: float
     end: float
-    uptime: MachineRecord
+    record: MachineRecord
     segment: Segment | None = None
 
     @property
     def price(self) -> Price | None:
-        """One machine has one price: the ledger's, or the launcher's where the ledger has none."""
-        return (self.segment and self.segment.price) or self.uptime.price
+        """The ledger's price of this machine, else the launcher's."""
+        return (self.segment and self.segment.price) or self.record.price
 
 
 @dataclass(frozen=True)
 class StorageRates:
-    """What a store charges, in dollars."""
+    """Prices of a store, in dollars."""
 
     name: str
     usd_per_gb_month: float
@@ -37,18 +37,18 @@ class StorageRates:
 
 @dataclass(frozen=True)
 class StorageUse:
-    """What the objects below the run folder take."""
+    """Storage of the objects below a run folder."""
 
     objects: int
     bytes: int
     checkpoint_bytes: int
     rates: StorageRates | None = None
-    unfinished_uploads: int = 0  # running, or cut off: their parts are billed and are in no listing
+    unfinished_uploads: int = 0  # running or cut off: their parts are billed, and no listing shows them
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a figure is from, or why it is not there."""
+    """The source of a figure, or the reason for its absence."""
 
     figure: str
     source: str
@@ -56,8 +56,7 @@ class Origin:
 
 @dataclass
 class Outside:
-    """All that other sources add to a run: time of its machines outside the segments, what its objects take, where each
-    figure is from, and sentences for the reader."""
+    """Everything that other sources add to a run, with the origin of each figure and notes for the reader."""
 
     times: list[OutsideTime] = field(default_factory=list)
     storage: StorageUse | None = None
