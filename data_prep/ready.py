@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from core import hub, storage
+from core import storage
 from core.console import progress
 from core.data import manifest
 from core.data.manifest import Manifest, ShardEntry, Split
@@ -26,6 +26,7 @@ from core.data.shard import HEADER_BYTES, MAGIC, header_bytes
 from core.data.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from core.errors import DataError
 from core.settings.preparation import FetchConfig
+from core.stores import hub
 from data_prep import part, plan, words
 from data_prep.finalize import GPT2
 from data_prep.plan import Plan
@@ -152,8 +153,10 @@ def _same_content(one: SourceFile, other: SourceFile) -> bool:
 
 
 def _sha256(uri: str) -> str:
-    with storage.open_read(uri) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for chunk in storage.chunks(uri):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _pieces(split: str, files: tuple[SourceFile, ...], shard_tokens: int) -> Iterator[_Piece]:

@@ -2,7 +2,7 @@
 
 import re
 
-from core import patterns, storage, urls
+from core import storage, urls
 from core.errors import DataError
 from core.storage import ObjectInfo
 from data_prep.sources import web
@@ -11,7 +11,7 @@ from data_prep.sources import web
 def find(place: str) -> list[ObjectInfo]:
     """The files that a URL or pattern names, in the order of their names. Raises DataError if there is none."""
     if urls.is_web(place):
-        if patterns.is_pattern(path_of(place)):
+        if storage.is_pattern(path_of(place)):
             raise DataError(f"{place}: web servers list no files, so wildcards cannot be used; give one address")
         return [ObjectInfo(place, web.size_of(place))]
     found = storage.expand_objects(place)
