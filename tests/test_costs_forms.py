@@ -15,7 +15,7 @@ from rich.console import Console
 
 from core.errors import ConfigError, LauncherError
 from core.run.reader import read_run
-from costs import charts, command, discover, page, render, svg, tables
+from costs import charts, command, discover, page, render, show, svg, tables
 from costs.forecast import Assumptions
 from costs.report import Report, build
 from tests.conftest import REPOSITORY
@@ -199,15 +199,15 @@ def test_runs_side_by_side(run, capsys, tmp_path):
 def test_a_run_is_followed_until_it_ends(run, monkeypatch):
     """`--watch` on a terminal: a report that changes, then the last one."""
     states = iter(["running", "running", "finished"])
-    real = command._report
+    real = show._report
     slept = []
 
     def stepping(url, options):
         report = real(url, options)
         return Report(**{**vars(report), "state": next(states)})
 
-    monkeypatch.setattr(command, "_report", stepping)
-    monkeypatch.setattr(command.time, "sleep", slept.append)
+    monkeypatch.setattr(show, "_report", stepping)
+    monkeypatch.setattr(show.time, "sleep", slept.append)
     screen = io.StringIO()
     monkeypatch.setattr(render, "console", lambda: Console(file=screen, force_terminal=True, width=150))
     command.main([run.url, "--offline", "--watch", "2"])
