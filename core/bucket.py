@@ -1,9 +1,9 @@
-"""BUCKET, RUN and DATA as people type them, and the one place that they name.
+"""Reads the variables BUCKET, RUN and DATA, and builds the URLs that they name.
 
     bucket.url({"BUCKET": "my-bucket/team/", "RUN": "gpt2-124m"}, "RUN")    s3://my-bucket/team/runs/gpt2-124m
 
-Nodes use this outside of the container, too, with their own Python (launch/node/place.py): standard library alone, and
-Python 3.8 or newer.
+Nodes also run this outside of the container with their system's Python (launch/node/place.py), so that it needs
+nothing but the standard library and Python 3.8.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ NAME_BYTES = 512
 
 
 def root(environment: Mapping[str, str]) -> str:
-    """The URL of BUCKET without a slash at its end. Raises ConfigError.
+    """The URL of BUCKET without a trailing slash. Raises ConfigError.
 
-    A bare name is a bucket on S3 and may go on with a folder; a path that begins with `/`, `./` or `~` is local.
+    A bare name is a bucket on S3, optionally followed by a folder. A path that begins with `/`, `./` or `~` is local.
     """
     text = environment.get("BUCKET", "").strip()
     if not text:
@@ -44,7 +44,7 @@ def root(environment: Mapping[str, str]) -> str:
 
 
 def name(environment: Mapping[str, str], variable: str) -> str:
-    """RUN or DATA: a folder's name, with parts below it if it has slashes. Raises ConfigError."""
+    """The folder's name in RUN or DATA, which may have several parts. Raises ConfigError."""
     text = environment.get(variable, "").strip()
     _check_characters(variable, text)
     parts = [part for part in text.split("/") if part]
@@ -59,7 +59,7 @@ def name(environment: Mapping[str, str], variable: str) -> str:
 
 
 def url(environment: Mapping[str, str], variable: str) -> str:
-    """The URL of a run (`RUN`) or of a token set (`DATA`). Raises ConfigError."""
+    """The URL of a run (`RUN`) or of a dataset (`DATA`). Raises ConfigError."""
     return f"{root(environment)}/{FOLDERS[variable]}/{name(environment, variable)}"
 
 
