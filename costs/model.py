@@ -1,4 +1,4 @@
-"""What others know of a run beside its own folder: plain values that a report adds to the ledger."""
+"""Represents what other sources know of a run, as plain values that a report adds to the ledger."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from core.run.model import Segment
 
 @dataclass(frozen=True)
 class OutsideTime:
-    """Time of a machine outside its segments. `segment` is the one it belongs to, None for a machine without."""
+    """Time of a machine outside of segments. It belongs to `segment`, None for a machine without segments."""
 
     phase: str
     start: float
@@ -19,13 +19,13 @@ class OutsideTime:
 
     @property
     def price(self) -> Price | None:
-        """One machine has one price: the ledger's, or the launcher's where the ledger has none."""
+        """The machine's price by the ledger, or else by the launcher."""
         return (self.segment and self.segment.price) or self.uptime.price
 
 
 @dataclass(frozen=True)
 class StorageRates:
-    """What a store charges, in dollars."""
+    """List prices of a store, in dollars."""
 
     name: str
     usd_per_gb_month: float
@@ -37,18 +37,18 @@ class StorageRates:
 
 @dataclass(frozen=True)
 class StorageUse:
-    """What the objects below the run folder take."""
+    """Number and bytes of the objects below the run folder."""
 
     objects: int
     bytes: int
     checkpoint_bytes: int
     rates: StorageRates | None = None
-    unfinished_uploads: int = 0  # running, or cut off: their parts are billed and are in no listing
+    unfinished_uploads: int = 0  # running or interrupted; their parts are billed but not listed
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a figure is from, or why it is not there."""
+    """The source of a figure, or the reason why it is missing."""
 
     figure: str
     source: str
@@ -56,8 +56,7 @@ class Origin:
 
 @dataclass
 class Outside:
-    """All that other sources add to a run: time of its machines outside the segments, what its objects take, where each
-    figure is from, and sentences for the reader."""
+    """All that other sources add to a run: time of machines outside of segments, storage, origins of figures, notes."""
 
     times: list[OutsideTime] = field(default_factory=list)
     storage: StorageUse | None = None

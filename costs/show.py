@@ -17,7 +17,7 @@ from core.errors import ConfigError, LauncherError, RunError
 from core.run import cache
 from core.run.reader import read_run
 from costs import discover, render, tables
-from costs.report import Report, build
+from costs.report import CostReport, build
 from costs.sources import ask_others
 
 log = logging.getLogger("costs")
@@ -51,7 +51,7 @@ def show(options: argparse.Namespace, form: str | None) -> None:
         render.console().print(render.render(report))
 
 
-def _report(run_url: str, options: argparse.Namespace) -> Report:
+def _report(run_url: str, options: argparse.Namespace) -> CostReport:
     """The report on one run, with what other sources know unless --offline is given."""
     run = read_run(run_url, cache_file=None if options.no_cache else cache.path_for(run_url))
     now = time.time()
@@ -59,7 +59,7 @@ def _report(run_url: str, options: argparse.Namespace) -> Report:
     return build(run, now, on_demand_price, outside)
 
 
-def _all_reports(options: argparse.Namespace) -> list[Report]:
+def _all_reports(options: argparse.Namespace) -> list[CostReport]:
     """Reports on all runs in BUCKET that pass the filters. A warning names each run that cannot be read."""
     root = discover.runs_url(os.environ)
     since = _since(options.since, time.time()) if options.since else 0.0
@@ -78,7 +78,7 @@ def _all_reports(options: argparse.Namespace) -> list[Report]:
     return kept
 
 
-def _print_all(reports: list[Report], tables: list[tables.Sheet], form: str | None) -> None:
+def _print_all(reports: list[CostReport], tables: list[tables.Sheet], form: str | None) -> None:
     if form in ("json", "csv"):
         sys.stdout.write({"json": render.as_json, "csv": render.as_csv}[form](reports))
     elif form == "markdown":
@@ -92,7 +92,7 @@ def _print_all(reports: list[Report], tables: list[tables.Sheet], form: str | No
 def _watch(options: argparse.Namespace) -> None:
     """Show the report again every few seconds until the run has ended."""
 
-    def current() -> tuple[Report, RenderableType]:
+    def current() -> tuple[CostReport, RenderableType]:
         report = _report(options.run_url, options)
         return report, render.render(report)
 

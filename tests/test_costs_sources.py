@@ -18,7 +18,7 @@ from clouds.skypilot import from_record
 from core.run.reader import read_run
 from costs import discover, tables
 from costs.model import Outside, StorageUse
-from costs.report import Report, build
+from costs.report import CostReport, build
 from costs.sources import ask_others
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, span
@@ -70,7 +70,7 @@ def one_segment(folder: Path, *, killed: bool = False, **machine) -> GoldenRun:
     return run
 
 
-def merged(run: GoldenRun, *records: dict, now: float = LATER, **sources) -> tuple[Outside, Report]:
+def merged(run: GoldenRun, *records: dict, now: float = LATER, **sources) -> tuple[Outside, CostReport]:
     read = read_run(run.url)
     sources = {
         "uptimes": lambda: [u for each in records for u in from_record(each)],
@@ -85,7 +85,7 @@ def no_aws(*_):
     raise Unavailable("NoCredentialsError")
 
 
-def usd(report: Report) -> dict[str, float | None]:
+def usd(report: CostReport) -> dict[str, float | None]:
     return {line.name: line.usd for line in report.phases if line.seconds}
 
 
