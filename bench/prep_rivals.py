@@ -66,14 +66,15 @@ def mapped(source: str, target: str, scratch: Path) -> None:
 
 
 def read(source: str, target: str, scratch: Path) -> None:
+    from core.data.vocabulary import store_vocabulary
     from core.settings import loader as settings
     from core.settings.preparation import PrepConfig
-    from data_prep import plan, words, workers
+    from data_prep import plan, workers
 
     flags = [f"--source.url={source}/*.parquet", f"--data.url={scratch}/set", "--data.part_bytes=8000000"]
     config = settings.load(PrepConfig, flags, os.environ)
     config, todo = plan.make(config)
-    job = workers.Job(config, todo.sha256, words.store(config.tokenizer.vocab_url, config.data.url))
+    job = workers.PrepJob(config, todo.sha256, store_vocabulary(config.tokenizer.vocab_url, config.data.url))
     workers.run(decode, job, todo.parts, os.cpu_count() or 1, lambda count: None)
 
 

@@ -1,40 +1,41 @@
-"""From a source to a complete set: plan, share out, encode what is missing, finish.
+"""Prepares a dataset: plans the parts, encodes the missing ones, writes the manifest.
 
-Run again after any interruption: finished parts are kept, and the bytes do not depend on where it was cut off, nor
-on the number of workers or nodes.
+An interrupted preparation continues with the missing parts. The result does not depend on interruptions or on the
+number of workers and nodes.
 
-A part of the source becomes whole shards of its own (`data_prep/part.py`), instead of filling shards across parts.
-So nothing has to be carried from one part to the next, each token is uploaded once and never read again, and
-finishing is only a matter of merging records. The price: the last shard of each part is shorter than the others,
-which no reader minds. The other way, parts as intermediate objects that a last step packs into equal shards, would
-move 20 GB down and up again for ten billion tokens, and all of it through the machine that happens to finish.
+Each part of the source becomes complete shards (data_prep/part.py). Parts are therefore independent, each token is
+uploaded once and never read again, and the last step only merges records. In return, the last shard of each part is
+shorter than the others, which readers support. The alternative, a last step that packs all parts into equal shards,
+would move 20 GB down and up for ten billion tokens through one machine.
 """
 
 import logging
 import os
 import time
+from collections.abc import Callable
 
 from core.console import progress
 from core.data import manifest
 from core.data.manifest import Manifest
+from core.data.vocabulary import store_vocabulary
 from core.figures import quantity
 from core.settings.preparation import PrepConfig
-from data_prep import duplicates, finalize, part, plan, record, words, workers
-from data_prep.plan import Plan
+from data_prep import duplicates, finalize, part, plan, workers
+from data_prep.plan import PrepPlan
 from data_prep.sources.files import Part
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: PrepConfig, switch: record.Switch = lambda phase: None) -> Manifest | None:
-    """Do what is left to do; `switch` is told the phases. None when the rest is with other nodes.
+def prepare(config: PrepConfig, switch: Callable[[str], None] = lambda phase: None) -> Manifest | None:
+    """Prepares what is missing. Returns None if other nodes still work on their parts.
 
-    Raises ConfigError, DataError, StorageError.
+    Calls `switch(phase)` at each change of phase. Raises ConfigError, DataError, StorageError.
     """
     config, todo = plan.make(config)
     todo, complete = plan.claim(todo, config.data.url)
     if complete:
-        log.info("%s is complete already, with the same source and settings: nothing to do", config.data.url)
+        log.info("%s is complete already, with the same source and settings", config.data.url)
         return manifest.read(config.data.url)
     if config.phase != "finalize":
         switch("prep")
@@ -43,7 +44,7 @@ def prepare(config: PrepConfig, switch: record.Switch = lambda phase: None) -> M
     absent = finalize.missing(todo, config.data.url)
     if config.phase == "encode" or (config.phase == "all" and config.num_nodes > 1 and absent):
         log.info(
-            "node %d of %d is done; %d of %d parts are still with other nodes, the last one writes the manifest",
+            "node %d of %d is done; %d of %d parts are still missing; the last node writes the manifest",
             config.node_rank,
             config.num_nodes,
             len(absent),
@@ -53,10 +54,10 @@ def prepare(config: PrepConfig, switch: record.Switch = lambda phase: None) -> M
     return finalize.finalize(config, todo)
 
 
-def _encode(config: PrepConfig, todo: Plan) -> None:
-    """Do what is not done of this node's parts."""
+def _encode(config: PrepConfig, todo: PrepPlan) -> None:
+    """Prepares the missing parts of this node."""
     data_url = config.data.url
-    job = workers.Job(config, todo.sha256, words.store(config.tokenizer.vocab_url, data_url))
+    job = workers.PrepJob(config, todo.sha256, store_vocabulary(config.tokenizer.vocab_url, data_url))
     done = part.done_parts(data_url)
     mine = todo.parts[config.node_rank :: config.num_nodes]
     left = [each for each in mine if each.name not in done]
@@ -73,7 +74,7 @@ def _encode(config: PrepConfig, todo: Plan) -> None:
     if not left:
         return
     if config.filter.drop_duplicates:
-        # A node that is ahead hashes what others have not: nobody waits, and a lost node holds nobody up.
+        # A node that has hashed its parts hashes the missing parts of the others, so that no node waits for another.
         for share in (mine, todo.parts):
             known = duplicates.hashed(data_url)
             _run("hash", workers.hash_texts, job, [each for each in share if each.name not in known], count)
@@ -90,6 +91,6 @@ def _encode(config: PrepConfig, todo: Plan) -> None:
     )
 
 
-def _run(title: str, task: workers.Task, job: workers.Job, todo: list[Part], count: int) -> workers.Done:
+def _run(title: str, task: workers.Task, job: workers.PrepJob, todo: list[Part], count: int) -> workers.Done:
     with progress(title, sum(each.end - each.start for each in todo), "source bytes") as bar:
         return workers.run(task, job, todo, count, bar.advance)

@@ -1,9 +1,8 @@
-"""Exact duplicates: which documents have a text that an earlier one has, over the whole set, in bounded memory.
+"""Finds exact duplicates of documents in the whole dataset, in bounded memory.
 
-A first pass over the source stores, per part, the hash of every document's text, sorted. Then each node reads the
-hashes of all parts, one range of hash values at a time, and stores for each of its own parts the numbers of the
-documents to leave out. Which of several equal documents is the first follows from the order of the source, so it
-depends neither on the number of nodes nor on who was faster.
+A first pass over the source stores the sorted hashes of all texts of each part. Each node then reads the hashes of all
+parts, one range of hash values at a time, and stores the numbers of the duplicates in its parts. The first of several
+equal documents in the order of the source stays, so that the result does not depend on the number or speed of nodes.
 
     parts/<part>.hashes   257 int64 offsets, then the documents by hash: upper and lower half (uint64), number (uint32)
     parts/<part>.drops    uint32 numbers, ascending
@@ -17,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from core import storage
-from data_prep import values
-from data_prep.part import Work
+from data_prep.part import WorkerState
 from data_prep.sources import documents
 from data_prep.sources.files import Part
 
@@ -30,12 +28,12 @@ MEMORY_BYTES = 512 << 20
 THREADS = 16
 
 
-def hash_part(part: Part, work: Work) -> None:
-    """Store the hashes of a part's documents, as `documents.read` numbers them."""
-    config = work.config
+def hash_part(part: Part, state: WorkerState) -> None:
+    """Stores the hashes of a part's documents, numbered as `documents.read` yields them."""
+    config = state.config
     digests: list[bytes] = []
-    for batch in documents.read(part, config.source, config.filter, config.data.seed, Counter(), work.fetched):
-        digests += [hashlib.blake2b(text, digest_size=16).digest() for text in values.buffers(batch.texts)]
+    for batch in documents.read(part, config.source, config.filter, config.data.seed, Counter(), state.fetched):
+        digests += [hashlib.blake2b(text, digest_size=16).digest() for text in documents.buffers(batch.texts)]
     halves = np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     entries = np.empty(len(halves), ENTRY)
     entries["upper"], entries["lower"] = halves[:, 0], halves[:, 1]
@@ -52,7 +50,7 @@ def hashed(data_url: str) -> set[str]:
 
 
 def find(parts: Sequence[Part], mine: Sequence[Part], data_url: str) -> None:
-    """Store the drops of the parts `mine`. All hashes must be there."""
+    """Stores the numbers of the duplicates in the parts `mine`. Needs the hashes of all `parts`."""
     known = _names(data_url, ".drops")
     if all(part.name in known for part in mine):
         return
@@ -71,15 +69,15 @@ def find(parts: Sequence[Part], mine: Sequence[Part], data_url: str) -> None:
 
 
 def drops_of(data_url: str, part: Part) -> np.ndarray:
-    """The numbers of the part's documents that are left out, ascending."""
+    """Numbers of a part's duplicates, ascending (uint32)."""
     return np.frombuffer(storage.read_bytes(_uri(data_url, part, "drops")), "<u4")
 
 
 def _repeated(pieces: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """Per part that has any: the documents whose hash an earlier part, or an earlier document of it, has."""
+    """Yields (index of a part, numbers of its documents whose hash occurred before)."""
     entries = np.concatenate(pieces)
     origin = np.repeat(np.arange(len(pieces), dtype=np.uint32), [len(piece) for piece in pieces])
-    # Stable, and the pieces come in the order of parts with their documents in order among equals.
+    # A stable sort keeps equal hashes in the order of parts and documents.
     order = np.lexsort((entries["lower"], entries["upper"]))
     entries, origin = entries[order], origin[order]
     same = (entries["upper"][1:] == entries["upper"][:-1]) & (entries["lower"][1:] == entries["lower"][:-1])
@@ -89,7 +87,7 @@ def _repeated(pieces: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _ranges(counts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Neighbouring buckets together, as many as fit into the memory."""
+    """Yields ranges of adjacent buckets that fit into MEMORY_BYTES."""
     low = total = 0
     for bucket, count in enumerate(counts.tolist()):
         if total and (total + count) * SORT_BYTES > MEMORY_BYTES:

@@ -1,11 +1,10 @@
-"""Text to GPT-2 token ids: gigatoken where it has a wheel, tiktoken as reference and fall-back.
+"""Encodes text as GPT-2 token ids, with gigatoken where it has a wheel, else with tiktoken, the reference.
 
-Both engines treat every character of a document as ordinary text: "<|endoftext|>" in a document becomes the
-seven tokens of its spelling, never the token 50256, which only the packer writes.
+Both engines treat all characters of a document as ordinary text. "<|endoftext|>" in a document becomes the seven tokens
+of its spelling, never the token 50256, which only the shard writer adds.
 
-Text goes in as an Arrow array and comes out as one flat array of ids; no Python string is made on the fast path.
-gigatoken gets one document at a time: its calls for many at once are as fast for documents of web pages' length, and
-need awkward, which takes 0.3 s to import.
+The input is an Arrow array, the output one flat array of ids. The fast path creates no Python strings. gigatoken gets
+one document per call: its batch calls are not faster for web pages, and need awkward, which takes 0.3 s to import.
 """
 
 import logging
@@ -19,22 +18,21 @@ import pyarrow as pa
 
 from core.data.vocabulary import Vocabulary
 from core.errors import ConfigError, DataError
-from data_prep.values import buffers
+from data_prep.sources.documents import buffers
 
 log = logging.getLogger(__name__)
 
-# gigatoken remembers every distinct word: without a limit 20 MB of random words cost about 120 MB for good.
-# A fresh tokenizer loads in 0.05 s, so past this resident size the old one is dropped, with the text that it
-# must at least have seen before (a tokenizer that is always cold would be three times slower).
+# gigatoken caches every distinct word: 20 MB of random words take 120 MB. Above this resident size a new tokenizer
+# replaces it, which loads in 0.05 s, but only after this much text: a cold tokenizer is three times slower.
 RENEW_RESIDENT_BYTES = 640 << 20
 RENEW_TEXT_BYTES = 64 << 20
 
-# The run-time check compares the two engines on text from the start of each part: the 128th part of its source
-# bytes, within these limits.
+# The run-time check compares both engines at the start of each part, on this fraction of its source bytes, within
+# these limits.
 CHECK_BYTES = 256 << 10
 CHECK_LEAST_BYTES = 64 << 10
 CHECK_SHARE = 1 / 128
-# Many documents say more than one long one, and tiktoken takes a second for some megabyte-long words.
+# Long documents are skipped: many short ones test more, and tiktoken takes a second for some words of a megabyte.
 CHECK_DOCUMENT_BYTES = 100 << 10
 
 
@@ -42,14 +40,14 @@ class Engine(Protocol):
     name: str
 
     def encode(self, texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all documents, flat (uint16), and the n + 1 offsets (int64) of the n documents in them.
+        """Ids of all documents, flat (uint16), and the offsets of the N documents, (N + 1,), int64.
 
         Texts must be valid UTF-8 without nulls.
         """
 
 
 def open_engine(choice: str, vocabulary: Vocabulary) -> Engine:
-    """The engine that `tokenizer.engine` asks for. Raises ConfigError if gigatoken is asked for and not there."""
+    """Opens the engine that `tokenizer.engine` names. Raises ConfigError if gigatoken is required but missing."""
     if choice == "tiktoken":
         return TiktokenEngine(vocabulary)
     try:
@@ -77,7 +75,7 @@ class TiktokenEngine:
 
 
 class GigatokenEngine:
-    """gigatoken on one thread: work is spread over processes, one part each."""
+    """gigatoken on one thread. Parts run in parallel in worker processes."""
 
     name = "gigatoken"
 
@@ -114,11 +112,11 @@ class Check:
         self._left = 0
 
     def restart(self, part_bytes: int) -> None:
-        """A new part, of so many source bytes, begins."""
+        """Starts the check of a part of `part_bytes` source bytes."""
         self._left = min(CHECK_BYTES, max(CHECK_LEAST_BYTES, int(part_bytes * CHECK_SHARE)))
 
     def compare(self, texts: pa.LargeStringArray, ids: np.ndarray, offsets: np.ndarray, where: str) -> None:
-        """Raises DataError if a document was encoded otherwise than tiktoken does it."""
+        """Raises DataError if the ids of a document differ from tiktoken's."""
         for number in range(len(texts)):
             if self._left <= 0:
                 return
@@ -136,7 +134,7 @@ class Check:
 
 
 def _flat(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (uint32) of each document → ids of all (uint16), and where each begins and the last one ends (int64)."""
+    """Joins the ids (uint32) of N documents: flat ids (uint16) and offsets, (N + 1,), int64."""
     offsets = np.zeros(len(documents) + 1, dtype=np.int64)
     np.cumsum([len(document) for document in documents], out=offsets[1:])
     ids = np.empty(offsets[-1], np.uint16)
@@ -146,7 +144,7 @@ def _flat(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not tell (only Linux does, in this way)."""
+    """Resident memory of this process in bytes; 0 on systems without /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -1,26 +1,76 @@
-"""Ready-made token shards to a checked set of our own, without tokenizing.
+"""Imports token shards from other programs, without tokenizing.
 
     python -m data_prep.fetch data_prep/configs/fineweb-edu-10bt-ready.yaml --data.url=s3://BUCKET/fineweb-edu-10bt
 
-Reads llm.c's .bin files, NumPy's .npy and plain uint16 .bin from the Hub, a bucket or a disk. Writes shards, the
-vocabulary and, last, manifest.json. How: data_prep/ready.py.
+Reads from the Hub, a bucket or a disk: llm.c's .bin files (magic 20240520 version 1 with uint16, and 20240801 version 7
+with uint32), NumPy's .npy of any integer type, and plain uint16 .bin without a header. Checks every token. Writes
+shards, the vocabulary and, last, manifest.json. A record per shard lets an interrupted import continue. Refuses sources
+that would give wrong tokens without an error: a file in both splits, ids wider than their type, unknown headers.
 """
 
+import hashlib
+import io
+import itertools
+import json
 import logging
 import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 
-from core.console import run_entry, set_up_logging
+import numpy as np
+
+from core import storage
+from core.console import progress, run_entry, set_up_logging
+from core.data import manifest
+from core.data.manifest import Manifest, ShardEntry, Split
+from core.data.shard import HEADER_BYTES, MAGIC, header_bytes
+from core.data.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE, store_vocabulary
+from core.errors import DataError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
-from data_prep import ready, summary
+from core.stores import hub
+from data_prep import part, plan
+from data_prep.finalize import GPT2, print_summary
+from data_prep.plan import PrepPlan
+from data_prep.sources.files import SourceFile
 
 log = logging.getLogger(__name__)
+
+SUFFIXES = (".bin", ".npy")
+# karpathy/llm.c, dev/data/data_common.py: (magic, version) → token type.
+LLMC_HEADERS = {(MAGIC, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
+SAMPLE_BYTES = 64 << 10
 
 USAGE = """
 python -m data_prep.fetch [CONFIG.yaml] [--key=value ...]
 
-Copy token shards that others have made below data.url, checked, with our manifest. Safe to run again.
+Check token shards of another program and copy them below data.url, with a manifest. Safe to run again.
 """
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Position and type of the tokens in a source file."""
+
+    file: SourceFile
+    offset: int
+    count: int
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A shard to write: tokens [start, end) of a source file."""
+
+    name: str
+    source: _Tokens
+    start: int
+    end: int
+
+    @property
+    def record(self) -> str:
+        return self.name.removesuffix(".bin").replace("/", "-")
 
 
 def main(arguments: list[str]) -> int:
@@ -30,8 +80,208 @@ def main(arguments: list[str]) -> int:
     set_up_logging()
     config = settings.load(FetchConfig, arguments, os.environ)
     log.info("settings:\n%s", settings.to_yaml(config).rstrip())
-    summary.show(ready.fetch(config), config.data.url)
+    print_summary(fetch(config), config.data.url)
     return 0
+
+
+def fetch(config: FetchConfig) -> Manifest:
+    """Imports the shards that are missing and writes the manifest. Raises ConfigError, DataError, StorageError."""
+    data_url = config.data.url
+    files = {
+        split: plan.list_files(plan.pinned(url, config.source.revision, data_url), SUFFIXES)
+        for split, url in (("train", config.source.train_url), ("val", config.source.val_url))
+        if url
+    }
+    _check_splits(files)
+    pieces = {split: list(_pieces(split, each, config.data.shard_tokens)) for split, each in files.items()}
+    todo = PrepPlan(plan.identity_of(config), tuple(file for each in files.values() for file in each))
+    todo, complete = plan.claim(todo, data_url)
+    if complete:
+        log.info("%s is complete already, from the same source", data_url)
+        return manifest.read(data_url)
+    store_vocabulary(config.tokenizer.vocab_url, data_url)
+    done = part.done_parts(data_url)
+    left = [piece for each in pieces.values() for piece in each if piece.record not in done]
+    total = sum((piece.end - piece.start) * piece.source.dtype.itemsize for piece in left)
+    with progress("fetch", total, "source bytes") as bar, ThreadPoolExecutor(config.workers) as pool:
+        try:
+            for piece in pool.map(lambda each: _copy(each, data_url), left):
+                bar.advance((piece.end - piece.start) * piece.source.dtype.itemsize)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    splits = {split: _split(each, data_url) for split, each in pieces.items()}
+    for name, split in splits.items():
+        if not split.documents:
+            log.warning(
+                "%s: no end-of-text token (%d) occurs in the %s split: documents have no boundaries, and the ids may "
+                "belong to another vocabulary (such as characters); check how the source was tokenized",
+                data_url,
+                GPT2_END_OF_TEXT,
+                name,
+            )
+    splits.setdefault("val", Split(0, 0, ()))
+    made = Manifest(
+        GPT2,
+        source={
+            "url": config.source.train_url,
+            "revision": hub.revision_of(todo.files[0].uri),
+            "files": len(todo.files),
+            "bytes": todo.source_bytes,
+            "plan_sha256": todo.sha256,
+        },
+        split_rule={"rule": "as in the source", "val_url": config.source.val_url},
+        splits=splits,
+        stats={
+            "documents": sum(split.documents for split in splits.values()),
+            "tokens": sum(split.tokens for split in splits.values()),
+            "dropped": {},
+        },
+    )
+    manifest.write(data_url, made)
+    return made
+
+
+def _check_splits(files: Mapping[str, tuple[SourceFile, ...]]) -> None:
+    """Raises DataError for a file that would be imported twice: into both splits, or by two names."""
+    train, val = files["train"], files.get("val", ())
+    remedy = "narrow source.train_url, for example to *train*, or leave source.val_url empty"
+    places: dict[str, str] = {}
+    for split, file in [("train", file) for file in train] + [("val", file) for file in val]:
+        place = _place(file.uri)
+        if place not in places:
+            places[place] = split
+        elif places[place] == split:
+            raise DataError(f"{file.uri}: is in the {split} split by two names; narrow source.{split}_url to one")
+        else:
+            raise DataError(f"{file.uri}: is in both splits, so that validation would measure training text; {remedy}")
+    for one, other in itertools.product(train, val):
+        if _same_content(one, other):
+            raise DataError(
+                f"{one.uri}: has the content of {other.uri}, so that validation would measure training text; {remedy}"
+            )
+
+
+def _place(uri: str) -> str:
+    """A unique name of a file, with links resolved."""
+    return os.path.realpath(storage.local_path(uri)) if storage.is_local(uri) else uri
+
+
+def _same_content(one: SourceFile, other: SourceFile) -> bool:
+    if (one.size, one.tail_sha256) != (other.size, other.tail_sha256):
+        return False
+    return one.size <= plan.TAIL_BYTES or _sha256(one.uri) == _sha256(other.uri)
+
+
+def _sha256(uri: str) -> str:
+    digest = hashlib.sha256()
+    for chunk in storage.chunks(uri):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _pieces(split: str, files: tuple[SourceFile, ...], shard_tokens: int) -> Iterator[_Piece]:
+    number = 0
+    for file in files:
+        tokens = _tokens_of(file)
+        for start in range(0, tokens.count, shard_tokens):
+            yield _Piece(f"{split}/{number:05d}.bin", tokens, start, min(tokens.count, start + shard_tokens))
+            number += 1
+
+
+def _tokens_of(file: SourceFile) -> _Tokens:
+    """Detects the format of a file. Raises DataError if its size contradicts its header, or its ids are wider than
+    their type."""
+    head = storage.read_range(file.uri, 0, min(file.size, SAMPLE_BYTES))
+    if file.uri.endswith(".npy"):
+        tokens = _npy(file, head)
+    else:
+        fields = np.frombuffer(head[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), "<i4").tolist()
+        dtype = LLMC_HEADERS.get((fields[0], fields[1]))
+        if dtype is None and len(head) >= HEADER_BYTES and not any(fields[4:]):
+            raise DataError(
+                f"{file.uri}: has an unknown header (magic {fields[0]}, version {fields[1]}); "
+                "give llm.c's shards of GPT-2's tokens, or save the ids as .npy"
+            )
+        if dtype is None:
+            tokens = _Tokens(file, 0, file.size // 2, np.dtype("<u2"))
+        else:
+            tokens = _Tokens(file, HEADER_BYTES, fields[2], dtype)
+    expected = tokens.offset + tokens.count * tokens.dtype.itemsize
+    if file.size != expected or not tokens.count:
+        raise DataError(
+            f"{file.uri}: {file.size} bytes, but {tokens.count} tokens of {tokens.dtype.itemsize} bytes take "
+            f"{expected}; it is truncated or has another format: copy it again"
+        )
+    end = len(head) - (len(head) - tokens.offset) % tokens.dtype.itemsize
+    _check_width(np.frombuffer(head[tokens.offset : end], tokens.dtype), file.uri, 0)
+    return tokens
+
+
+def _check_width(tokens: np.ndarray, uri: str, first: int) -> None:
+    """Raises DataError if 16-bit numbers are the halves or quarters of wider ids. `first` numbers precede these.
+
+    The upper parts of wider ids are mostly zero, whereas the id 0 is rare in text.
+    """
+    if tokens.dtype != np.dtype("<u2"):
+        return
+    for words_per_id in (4, 2):
+        rows = tokens[: len(tokens) // words_per_id * words_per_id].reshape(-1, words_per_id)
+        used = np.count_nonzero(rows, axis=0)
+        low = int(np.argmax(used))
+        if len(rows) < 4 or 2 * np.delete(used, low).max() >= used[low]:
+            continue
+        kind = f"u{2 * words_per_id}"
+        swapped = (first + low) % words_per_id == words_per_id - 1  # big-endian
+        read = f"np.fromfile('FILE.bin', '{'>' if swapped else '<'}{kind}')"
+        every = {2: "every second", 4: "three of four"}[words_per_id]
+        raise DataError(
+            f"{uri}: {every} of its 16-bit numbers are zero, so its ids are {16 * words_per_id} bits wide and would be "
+            f"read as {words_per_id} tokens each; save them with their type: np.save('FILE.npy', {read})"
+        )
+
+
+def _npy(file: SourceFile, head: bytes) -> _Tokens:
+    stream = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    except ValueError as error:
+        raise DataError(f"{file.uri}: not an .npy file ({error}); copy it again") from error
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise DataError(
+            f"{file.uri}: holds {dtype} of shape {shape}, not a list of token ids; save a one-dimensional integer array"
+        )
+    return _Tokens(file, stream.tell(), shape[0], dtype)
+
+
+def _copy(piece: _Piece, data_url: str) -> _Piece:
+    """Reads, checks and stores one shard, then its record."""
+    source = piece.source
+    width = source.dtype.itemsize
+    data = storage.read_range(source.file.uri, source.offset + piece.start * width, source.offset + piece.end * width)
+    tokens = np.frombuffer(data, source.dtype)
+    _check_width(tokens, source.file.uri, piece.start)
+    if int(tokens.max()) >= GPT2_VOCAB_SIZE or int(tokens.min()) < 0:
+        wrong = int(np.argmax((tokens >= GPT2_VOCAB_SIZE) | (tokens < 0)))
+        raise DataError(
+            f"{source.file.uri}: token {piece.start + wrong} is {tokens[wrong]}, GPT-2's ids end at "
+            f"{GPT2_VOCAB_SIZE - 1}; the file is damaged or was made with another tokenizer: "
+            "copy it again, or prepare its text (python -m data_prep.prepare)"
+        )
+    shard = header_bytes(len(tokens)) + tokens.astype("<u2").tobytes()
+    storage.write_bytes(storage.join(data_url, piece.name), shard)
+    entry = ShardEntry(piece.name, len(tokens), len(shard), hashlib.sha256(shard).hexdigest())
+    documents = int(np.count_nonzero(tokens == GPT2_END_OF_TEXT))
+    record = json.dumps({"shard": asdict(entry), "documents": documents}, sort_keys=True)
+    storage.write_bytes(part.record_uri(data_url, piece.record), record.encode())
+    return piece
+
+
+def _split(pieces: list[_Piece], data_url: str) -> Split:
+    records = [json.loads(storage.read_bytes(part.record_uri(data_url, piece.record))) for piece in pieces]
+    shards = tuple(ShardEntry(**record["shard"]) for record in records)
+    return Split(sum(shard.tokens for shard in shards), sum(record["documents"] for record in records), shards)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""All parts into one set: choose the validation documents, order the shards, write the manifest last.
+"""Completes a dataset: chooses the validation documents, orders the shards and writes the manifest.
 
-The parts' shards are final as they lie; only the few candidates for validation are read again. Of these, the
-documents with the lowest hashes become the validation set until it holds `data.val_tokens`, so that the split is
-one rule, "hash below a threshold", whatever the order of parts; the rest goes to training as shards of its own.
+The shards of the parts are final. Only the candidates for validation are read again. Those with the lowest hashes
+become the validation split, up to `data.val_tokens`, so that the split is the rule "hash below a threshold" and does
+not depend on the order of parts. The remaining candidates become training shards.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from core.errors import DataError
 from core.settings.preparation import PrepConfig
 from data_prep import part as parts
 from data_prep.pack import ShardWriter
-from data_prep.part import Record
-from data_prep.plan import Plan
+from data_prep.part import PartRecord
+from data_prep.plan import PrepPlan
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +38,19 @@ class _Chosen:
     documents: int
 
 
-def missing(plan: Plan, data_url: str) -> list[str]:
-    """Names of the parts that are not done."""
+def missing(plan: PrepPlan, data_url: str) -> list[str]:
+    """Names of the unfinished parts."""
     done = parts.done_parts(data_url)
     return [part.name for part in plan.parts if part.name not in done]
 
 
-def finalize(config: PrepConfig, plan: Plan) -> Manifest:
-    """Write the manifest. Raises DataError while parts are missing, or when nothing is left to train on."""
+def finalize(config: PrepConfig, plan: PrepPlan) -> Manifest:
+    """Writes the manifest. Raises DataError if parts are missing, or if no document is left for training."""
     data = config.data
     absent = missing(plan, data.url)
     if absent:
         raise DataError(
-            f"{data.url}: {len(absent)} of {len(plan.parts)} parts are not done ({', '.join(absent[:5])}"
+            f"{data.url}: {len(absent)} of {len(plan.parts)} parts are missing ({', '.join(absent[:5])}"
             f"{', …' if len(absent) > 5 else ''}); run python -m data_prep.prepare with the same settings again"
         )
     records = _read_records(config, plan)
@@ -99,7 +99,7 @@ def finalize(config: PrepConfig, plan: Plan) -> Manifest:
     return made
 
 
-def _read_records(config: PrepConfig, plan: Plan) -> list[Record]:
+def _read_records(config: PrepConfig, plan: PrepPlan) -> list[PartRecord]:
     with ThreadPoolExecutor(READ_THREADS) as pool:
         records = list(pool.map(lambda part: parts.read_record(config.data.url, part.name), plan.parts))
     for record in records:
@@ -111,7 +111,7 @@ def _read_records(config: PrepConfig, plan: Plan) -> list[Record]:
     return records
 
 
-def _judge(records: list[Record], config: PrepConfig) -> None:
+def _judge(records: list[PartRecord], config: PrepConfig) -> None:
     bad = sum(record.dropped.get("bad", 0) for record in records)
     rows = sum(record.documents + sum(record.dropped.values()) for record in records)
     if bad > config.source.max_bad_share * rows:
@@ -122,8 +122,8 @@ def _judge(records: list[Record], config: PrepConfig) -> None:
         )
 
 
-def _choose(records: list[Record], config: PrepConfig) -> _Chosen:
-    """The threshold below which documents are for validation: whole ties, so that equal ids stay together."""
+def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
+    """Chooses the threshold of validation. Documents with equal hashes, that is equal ids, stay together."""
     candidates = sorted(candidate for record in records for candidate in record.candidates)
     limit = config.data.val_tokens
     tokens = number = 0
@@ -144,8 +144,8 @@ def _choose(records: list[Record], config: PrepConfig) -> _Chosen:
     return _Chosen(candidates[number][0], number)
 
 
-def _candidates(records: list[Record], config: PrepConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """All candidates with their key, one part in memory at a time, the parts in a seeded order."""
+def _candidates(records: list[PartRecord], config: PrepConfig) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (split key, token ids) of all candidates, with one part in memory. The order of parts is seeded."""
     ordered = records
     if config.data.shuffle:
         ordered = sorted(records, key=lambda record: _order(record.part, config.data.seed))
@@ -153,7 +153,7 @@ def _candidates(records: list[Record], config: PrepConfig) -> Iterator[tuple[int
         tokens = np.concatenate([np.zeros(0, np.uint16), *_tokens(record.candidate_shards, config.data.url)])
         start = 0
         for key, length in record.candidates:
-            # The writer puts the end-of-text token back.
+            # The shard writer adds the end-of-text token again.
             yield key, tokens[start + 1 : start + length].copy()
             start += length
 
@@ -163,12 +163,12 @@ def _tokens(shards: tuple[ShardEntry, ...], data_url: str) -> Iterator[np.ndarra
         uri = storage.join(data_url, shard.name)
         data = storage.read_bytes(uri)
         if hashlib.sha256(data).hexdigest() != shard.sha256:
-            raise DataError(f"{uri}: its content is not what was stored; delete that part's .json and prepare again")
+            raise DataError(f"{uri}: its checksum has changed; delete that part's .json and prepare again")
         yield np.frombuffer(data, dtype="<u2", offset=HEADER_BYTES)
 
 
 def _order(value: int | str, seed: int) -> int:
-    """A place in a shuffle: the same on every machine and for every version of NumPy."""
+    """A position in a shuffle, the same on every machine and with every version of NumPy."""
     digest = hashlib.blake2b(str(value).encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big")
 
@@ -177,7 +177,7 @@ def _split(shards: list[ShardEntry] | tuple[ShardEntry, ...], documents: int) ->
     return Split(sum(shard.tokens for shard in shards), documents, tuple(shards))
 
 
-def _stats(records: list[Record]) -> dict:
+def _stats(records: list[PartRecord]) -> dict:
     return {
         "documents": sum(record.documents for record in records),
         "tokens": sum(record.tokens for record in records),
@@ -196,3 +196,17 @@ def _sum(counts: Iterator[dict[str, int]]) -> dict[str, int]:
 
 def _words(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in counts.items())
+
+
+def print_summary(made: Manifest, url: str) -> None:
+    """Prints the content of a finished dataset and the next commands."""
+    stats = made.stats
+    dropped = ", ".join(f"{number:,} {reason}" for reason, number in stats["dropped"].items())
+    print(f"documents  {stats['documents']:,}" + (f" (dropped: {dropped})" if dropped else ""))
+    for name, split in made.splits.items():
+        print(f"{name:<10} {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards")
+    if not made.splits["val"].tokens:
+        print("           no validation tokens: training will report no validation loss")
+    print(f"set        {url} (fingerprint {made.fingerprint[:12]})")
+    print(f"check it   python -m data_prep.verify {url}")
+    print(f"train      torchrun --nproc-per-node=N -m trainer.train CONFIG --data.url={url} --run.url=RUN_URL")

@@ -1,4 +1,4 @@
-"""Look at a token set: what it holds, where it is from, some of its text, how long its documents are.
+"""Shows a dataset: content, source, sample documents and the distribution of document lengths.
 
 python -m data_prep.inspect DATA_URL [--samples=3] [--split=train] [--seed=0]
 """
@@ -22,9 +22,9 @@ from core.figures import quantity
 
 USAGE = """python -m data_prep.inspect DATA_URL [--samples=3] [--split=train] [--seed=0]
 
-Show what the set at DATA_URL holds, decode some documents from random places, draw the lengths of its documents."""
+Show the content of the dataset at DATA_URL, decode random documents, and draw the distribution of their lengths."""
 OPTIONS = {"samples": "3", "split": "train", "seed": "0"}
-# Enough tokens around a random place to contain the start of a document of the usual length.
+# Tokens to read after a random position: enough to contain the start of a document.
 WINDOW_TOKENS = 1 << 16
 SAMPLE_TOKENS = 120
 BAR_WIDTH = 40
@@ -87,7 +87,7 @@ def _overview(url: str, made: Manifest) -> Table:
 
 
 def _lengths(classes: list[int]) -> Table:
-    """Documents by length in tokens, in classes that double."""
+    """Histogram of document lengths in tokens. Each class is twice as wide as the one before."""
     table = Table(title="documents by tokens", title_justify="left", box=None)
     table.add_column("tokens", justify="right")
     table.add_column("documents", justify="right")
@@ -102,7 +102,7 @@ def _lengths(classes: list[int]) -> Table:
 
 
 def _samples(url: str, made: Manifest, split_name: str, count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Documents that begin after random places, every token equally likely to be such a place."""
+    """Yields (title, text) of the documents that start after uniformly random positions."""
     split = made.split(split_name, url)
     encoding = vocabulary.read(storage.join(url, made.tokenizer.vocab_file)).encoding()
     chance = random.Random(seed)

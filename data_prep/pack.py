@@ -1,8 +1,7 @@
-"""Documents into shards: shuffled within a shard, cut at exactly `shard_tokens`, uploaded behind the next one.
+"""Packs documents into shards of exactly `shard_tokens` tokens and uploads each while the next one fills.
 
-Each document is preceded by the end-of-text token. A shard's documents are put in the order of a hash of their
-ids, which needs no random generator and is the same on every machine. The document that the cut falls into goes
-on at the start of the next shard.
+An end-of-text token precedes each document. A shard's documents are sorted by a hash of their ids, a shuffle that needs
+no random generator and is the same on every machine. A document at the end of a shard continues in the next one.
 """
 
 import hashlib
@@ -17,9 +16,9 @@ from core.data.shard import header_bytes
 
 
 class ShardWriter:
-    """Context manager: `add` documents, then read `entries`. Shards lie at `data_url/<name(number)>`.
+    """Context manager: `add` documents, then read `entries`. `name` is a format of the shard's number.
 
-    Holds at most the documents of one shard, that shard, and the one before it, which is being stored.
+    Holds at most the documents of one shard, that shard, and the previous one during its upload.
     """
 
     def __init__(self, data_url: str, name: str, shard_tokens: int, end_of_text: int, shuffle: bool):
@@ -48,11 +47,11 @@ class ShardWriter:
 
     @property
     def entries(self) -> tuple[ShardEntry, ...]:
-        """The shards, in order; complete once the context has been left."""
+        """The shards in order. Complete after the context has ended."""
         return tuple(future.result() for future in self._stored)
 
     def add(self, ids: np.ndarray, order: int) -> None:
-        """One document (uint16 ids without end-of-text); `order` is its place in a shuffled shard."""
+        """Adds a document (uint16 ids without end-of-text). `order` is its sort key in a shuffled shard."""
         self._documents.append((order, ids))
         self._tokens += len(ids) + 1
         while self._tokens >= self._shard_tokens:
@@ -67,10 +66,10 @@ class ShardWriter:
             pieces += (self._end_of_text, ids)
         ends = np.cumsum([len(piece) for piece in pieces])
         whole = int(np.searchsorted(ends, cut, side="right"))
-        # Of the piece that the cut falls into, this shard takes what still fits.
+        # The piece at the cut is divided: this shard takes the tokens that fit.
         rest = cut - (int(ends[whole - 1]) if whole else 0)
         taken = [*pieces[:whole], *(piece[:rest] for piece in pieces[whole : whole + 1])]
-        # Joined once, header included, so that hashing and storing need no further copy.
+        # One copy, with the header, serves for hashing and for storing.
         shard = b"".join([header_bytes(cut), *(piece.astype("<u2", copy=False) for piece in taken)])
         self._carry = np.concatenate([np.zeros(0, np.uint16), *pieces[whole:]])[rest:]
         self._documents.clear()
@@ -80,7 +79,7 @@ class ShardWriter:
         self._stored.append(self._pool.submit(_store, self._data_url, name, shard, cut))
 
     def _await(self, unfinished: int) -> None:
-        """Wait until at most `unfinished` uploads are under way; raises what the others raised."""
+        """Waits until at most `unfinished` uploads are in progress. Raises the errors of the others."""
         for future in self._stored[: len(self._stored) - unfinished]:
             future.result()
 

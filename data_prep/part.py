@@ -1,9 +1,8 @@
-"""One part of the work: read, filter, encode, split, pack, store, and only then record it as done.
+"""Prepares one part: reads, filters, encodes and splits its documents, and stores shards and a record.
 
-Writes, below the data URL, the part's shards `train/<part>-<number>.bin`, the candidates for validation
-`parts/<part>-val.bin` (a shard, too) and last the record `parts/<part>.json`. All of it follows from the plan
-alone, so a part that was cut off is simply done again, and two processes that do the same part store the same
-bytes.
+Writes below the data URL the shards `train/<part>-<number>.bin`, the candidates for validation as shards
+`parts/<part>-val-<number>.bin` and, last, the record `parts/<part>.json`. The plan alone determines all of them.
+An interrupted part is prepared again, and two processes that prepare the same part store the same bytes.
 """
 
 import json
@@ -29,9 +28,12 @@ LENGTH_CLASSES = 32
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a finished part stored and saw. `candidates` are [split key, tokens] of each possible validation
-    document, in the order of `candidate_shards`; the tokens count the end-of-text token."""
+class PartRecord:
+    """Record of a finished part.
+
+    `candidates` holds (split key, tokens) of each candidate for validation, in the order of `candidate_shards`. The
+    tokens include the end-of-text token.
+    """
 
     part: int
     plan_sha256: str
@@ -49,8 +51,8 @@ class Record:
 
 
 @dataclass
-class Work:
-    """What a worker process keeps from one part to the next."""
+class WorkerState:
+    """State of a worker process, which all its parts share."""
 
     config: PrepConfig
     plan_sha256: str
@@ -63,47 +65,50 @@ def record_uri(data_url: str, name: str) -> str:
     return storage.join(data_url, f"parts/{name}.json")
 
 
-def read_record(data_url: str, name: str) -> Record:
-    """Raises ObjectNotFound while the part is not done."""
+def read_record(data_url: str, name: str) -> PartRecord:
+    """Reads the record of a part. Raises ObjectNotFound if the part is unfinished, DataError if it is damaged."""
     uri = record_uri(data_url, name)
     try:
         document: dict[str, Any] = json.loads(storage.read_bytes(uri))
         for key in ("shards", "candidate_shards"):
             document[key] = tuple(ShardEntry(**entry) for entry in document[key])
         document["candidates"] = tuple((int(key), int(tokens)) for key, tokens in document["candidates"])
-        return Record(**document)
+        return PartRecord(**document)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{uri}: no record of a part ({error}); delete it and prepare again") from error
+        raise DataError(f"{uri}: not a record of a part ({error}); delete it and prepare again") from error
 
 
 def done_parts(data_url: str) -> set[str]:
-    """Names of the parts with a record."""
+    """Names of the finished parts."""
     names = storage.list_names(storage.join(data_url, "parts"))
     return {name.removesuffix(".json") for name in names if name.endswith(".json") and name != "plan.json"}
 
 
-def prepare(part: Part, work: Work, drops: np.ndarray | None = None) -> Record:
-    """Do one part without the documents numbered `drops`. Raises DataError, StorageError; then nothing is recorded."""
-    config, data = work.config, work.config.data
+def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> PartRecord:
+    """Prepares a part without the documents numbered `drops`.
+
+    Raises DataError, StorageError. After an error, there is no record.
+    """
+    config, data = state.config, state.config.data
     threshold = int(data.val_fraction * 2**64)
     dropped: Counter[str] = Counter()
     lengths = np.zeros(LENGTH_CLASSES, np.int64)
     candidates: list[tuple[int, int, np.ndarray]] = []
     tokens = text_bytes = seen = 0
-    if work.check:
-        work.check.restart(part.end - part.start)
+    if state.check:
+        state.check.restart(part.end - part.start)
     with ShardWriter(
         data.url, f"train/{part.name}-{{:03d}}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle
     ) as train:
-        for batch in documents.read(part, config.source, config.filter, data.seed, dropped, work.fetched):
+        for batch in documents.read(part, config.source, config.filter, data.seed, dropped, state.fetched):
             if drops is not None:
                 numbers = np.arange(seen, seen + len(batch.texts))
                 seen += len(batch.texts)
                 batch = batch.only(~np.isin(numbers, drops, assume_unique=True))
                 dropped["duplicate"] += len(numbers) - len(batch.texts)
-            ids, offsets = work.engine.encode(batch.texts)
-            if work.check:
-                work.check.compare(batch.texts, ids, offsets, str(part))
+            ids, offsets = state.engine.encode(batch.texts)
+            if state.check:
+                state.check.compare(batch.texts, ids, offsets, str(part))
             sizes = np.diff(offsets)
             keep = _length_filter(sizes, config, dropped)
             lengths += np.bincount(np.log2(sizes[keep]).astype(int), minlength=LENGTH_CLASSES)[:LENGTH_CLASSES]
@@ -123,9 +128,9 @@ def prepare(part: Part, work: Work, drops: np.ndarray | None = None) -> Record:
     with ShardWriter(data.url, f"parts/{part.name}-val-{{:03d}}.bin", 2**30, GPT2_END_OF_TEXT, False) as val:
         for _, order, document in candidates:
             val.add(document, order)
-    record = Record(
+    record = PartRecord(
         part=part.index,
-        plan_sha256=work.plan_sha256,
+        plan_sha256=state.plan_sha256,
         shards=train.entries,
         candidate_shards=val.entries,
         candidates=tuple((split, len(document) + 1) for split, _, document in candidates),
@@ -140,7 +145,7 @@ def prepare(part: Part, work: Work, drops: np.ndarray | None = None) -> Record:
 
 
 def _length_filter(sizes: np.ndarray, config: PrepConfig, dropped: Counter) -> np.ndarray:
-    """Mask of the documents whose length is allowed."""
+    """Mask of the documents whose length in tokens is allowed, (N,). Counts the others in `dropped`."""
     short = sizes < config.filter.min_tokens
     long = sizes > config.filter.max_tokens if config.filter.max_tokens else np.zeros(len(sizes), bool)
     dropped["empty"] += int((sizes == 0).sum())

@@ -1,12 +1,11 @@
-"""What is to be done: the source's files, cut into parts, fixed in `DATA_URL/parts/plan.json` before any work.
+"""Plans a preparation: lists the source's files, cuts them into parts and stores DATA_URL/parts/plan.json.
 
-A part is a byte range of one source file. A parquet row group (or a JSON line) belongs to the part in whose range
-it starts, so the parts follow from the file sizes alone and no footer has to be parsed to share out the work.
-Every process that prepares this set reads the same plan, and a plan of another source, other settings or another
-seed is refused; so a set is never a mixture of two.
+A part is a byte range of one source file. A parquet row group or JSON line belongs to the part in which it starts, so
+that the file sizes alone determine the parts, without reading any footer. All processes read the same stored plan.
+A plan of another source, other settings or another seed is refused, so that a dataset never mixes two preparations.
 
-A source file is recognized by its size and the hash of its last bytes. In a parquet file these are the footer,
-with the offsets and statistics of every column chunk: another content has another footer.
+The size and the hash of the last bytes identify a source file. The last bytes of a parquet file are its footer, with
+the offsets and statistics of every column chunk, which differs for different contents.
 """
 
 import contextlib
@@ -25,21 +24,21 @@ from core.errors import DataError, ObjectExists, ObjectNotFound
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig
 from core.stores import hub
-from data_prep.sources import columns, kinds, named, places
-from data_prep.sources.files import Part, SourceFile
+from data_prep.sources import columns, kinds, named
+from data_prep.sources.files import Part, SourceFile, find_files, has_suffix, read_range
 
 FORMAT = "data-plan"
-# Increased whenever the same settings would give other shards: an unfinished set is then not continued.
+# Increased when the same settings give other shards than before: unfinished datasets are then not continued.
 VERSION = 1
 TAIL_BYTES = 64 << 10
 LISTING_THREADS = 32
-# How a source is named does not define the result: the files do, which the plan lists.
+# Settings that name the source. The files in the plan define the result, not the source's name.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The settings that define the result, and the source files in order."""
+class PrepPlan:
+    """Settings that define the result, and the source files in order."""
 
     settings: Mapping[str, Any]
     files: tuple[SourceFile, ...]
@@ -50,7 +49,7 @@ class Plan:
         parts = []
         for file in self.files:
             width = step if kinds.kind_of(file).divisible else file.size
-            # A last range below half a part joins the one before.
+            # A remainder below half a part joins the last part.
             count = max(1, (file.size + width // 2) // width) if width else 1
             bounds = [number * width for number in range(count)] + [file.size]
             for start, end in pairwise(bounds):
@@ -76,15 +75,15 @@ class Plan:
 
     @property
     def origin(self) -> dict[str, str]:
-        """How the source was named when the preparation began, for the manifest."""
+        """Name of the source at the start of the preparation, for the manifest."""
         revision = {"revision": hub.revision_of(self.files[0].uri)}
         if not self.settings.get("source.dataset"):
             return {"url": self.settings["source.url"], **revision}
         named = {name: self.settings[f"source.{name}"] for name in ("name", "split")}
         return {"url": f"hf://datasets/{self.settings['source.dataset']}", **named, **revision}
 
-    def gives_the_same(self, other: "Plan") -> bool:
-        """Whether both give the same bytes, however their sources were named."""
+    def gives_the_same(self, other: "PrepPlan") -> bool:
+        """Whether both plans give the same shards. The names of their sources may differ."""
         return self.files == other.files and self._result() == other._result()
 
     def _result(self) -> dict[str, Any]:
@@ -95,43 +94,43 @@ def uri_of(data_url: str) -> str:
     return storage.join(data_url, "parts/plan.json")
 
 
-def make(config: PrepConfig) -> tuple[PrepConfig, Plan]:
-    """List the source; the settings that come back name all columns.
+def make(config: PrepConfig) -> tuple[PrepConfig, PrepPlan]:
+    """Lists the source's files. Returns the plan, and the settings with all columns resolved.
 
-    Raises ConfigError, DataError when there is nothing to read, or a file or column is not what it should be.
+    Raises ConfigError, DataError for a source without files, or with unsuitable files or columns.
     """
     source = config.source
     if source.dataset:
         found = named.find(source, _begun_revision(config))
-        with named.explained(source, source.revision):  # of a gated set the card may be open
+        with named.explained(source, source.revision):  # the card of a gated dataset may be public
             files = _identified(found)
     else:
         files = list_files(pinned(source.url, source.revision, config.data.url), kinds.SUFFIXES)
     config = replace(config, source=columns.resolved(files[0], source, config.filter))
-    return config, Plan(identity_of(config), files)
+    return config, PrepPlan(identity_of(config), files)
 
 
 def identity_of(config: Any) -> dict[str, Any]:
-    """The settings that define the result, as they are stored."""
+    """Settings that define the result, in the stored form."""
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.identity(config).items()}
     if plain.get("source.url") and not hub.is_address(str(plain["source.url"])):
-        plain["source.revision"] = ""  # not read
-    # Absent where they say nothing, as in the plans of releases that did not know them.
+        plain["source.revision"] = ""  # local files and buckets have no revisions
+    # Unused settings are absent, as in plans of releases without these settings.
     if not plain.get("source.dataset"):
         for name in ("dataset", "name", "split"):
             plain.pop(f"source.{name}", None)
     if plain.get("source.text_documents") == "file":
         del plain["source.text_documents"]
-    # How many bad rows are tolerated decides whether there is a result, not which one.
+    # The tolerance for bad rows decides whether there is a result, but does not change it.
     plain.pop("source.max_bad_share", None)
     return plain
 
 
 def list_files(pattern: str, suffixes: tuple[str, ...]) -> tuple[SourceFile, ...]:
-    """The files of a source in the order of their names. Raises DataError if there is none, or one of another kind."""
-    found = [SourceFile(info.uri, info.size, "") for info in places.find(pattern)]
+    """The files of a source, sorted by name. Raises DataError if there is none, or one of another kind."""
+    found = [SourceFile(info.uri, info.size, "") for info in find_files(pattern)]
     for file in found:
-        if not places.has_suffix(file.uri, suffixes):
+        if not has_suffix(file.uri, suffixes):
             raise DataError(f"{file.uri}: unknown kind of source; give files that end in {', '.join(suffixes)}")
     return _identified(found)
 
@@ -142,9 +141,9 @@ def _identified(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
 
 
 def pinned(url: str, revision: str, data_url: str) -> str:
-    """An hf:// address at a commit: of the set that is begun at `data_url`, if no revision is asked for.
+    """An hf:// address with its commit. Without a revision, the commit of an unfinished preparation at `data_url`.
 
-    What the address itself says wins, so that SOURCE_URL replaces a config's source whole.
+    A revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
     """
     if not hub.is_address(url):
         return url
@@ -161,7 +160,7 @@ def pinned(url: str, revision: str, data_url: str) -> str:
 
 
 def _begun_revision(config: PrepConfig) -> str:
-    """The commit of the same data set that a preparation at `data.url` has begun with; empty if there is none."""
+    """The commit that an unfinished preparation of the same dataset at `data.url` uses; empty if there is none."""
     with contextlib.suppress(ObjectNotFound):
         begun = read(config.data.url)
         same = ("dataset", "name", "split", "revision")
@@ -170,10 +169,10 @@ def _begun_revision(config: PrepConfig) -> str:
     return ""
 
 
-def claim(plan: Plan, data_url: str) -> tuple[Plan, bool]:
-    """Fix the plan below `data_url`, or meet an equal one there. The plan in force, and whether its set is complete.
+def claim(plan: PrepPlan, data_url: str) -> tuple[PrepPlan, bool]:
+    """Stores the plan below `data_url`, or accepts an equal one. Returns the stored plan, and whether it is complete.
 
-    Raises DataError if another source, seed or setting was used there, and StorageError if it is not writable.
+    Raises DataError if another source, seed or setting was used there, StorageError if it is not writable.
     """
     try:
         stored = manifest.read(data_url) if manifest.exists(data_url) else None
@@ -196,32 +195,32 @@ def claim(plan: Plan, data_url: str) -> tuple[Plan, bool]:
     )
 
 
-def read(data_url: str) -> Plan:
-    """The stored plan. Raises ObjectNotFound, DataError."""
+def read(data_url: str) -> PrepPlan:
+    """Reads the stored plan. Raises ObjectNotFound, DataError."""
     uri = uri_of(data_url)
     try:
         document = json.loads(storage.read_bytes(uri))
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"{document['format']} version {document['version']}, not {FORMAT} version {VERSION}")
-        return Plan(document["settings"], tuple(SourceFile(**file) for file in document["files"]))
+        return PrepPlan(document["settings"], tuple(SourceFile(**file) for file in document["files"]))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{uri}: no plan of this release ({error}); choose another data.url, or delete that folder"
+            f"{uri}: not a plan of this release ({error}); choose another data.url, or delete that folder"
         ) from error
 
 
 def _identify(file: SourceFile) -> SourceFile:
-    tail = places.read_range(file.uri, max(0, file.size - TAIL_BYTES), file.size)
-    if places.has_suffix(file.uri, (".parquet",)) and (file.size < 12 or not tail.endswith(b"PAR1")):
+    tail = read_range(file.uri, max(0, file.size - TAIL_BYTES), file.size)
+    if has_suffix(file.uri, (".parquet",)) and (file.size < 12 or not tail.endswith(b"PAR1")):
         raise DataError(
             f"{file.uri}: {file.size} bytes without the end mark of a parquet file; "
-            "it is truncated or of another kind: copy it again"
+            "it is truncated or has another format: copy it again"
         )
     return replace(file, tail_sha256=hashlib.sha256(tail).hexdigest())
 
 
-def _difference(found: Plan | None, wanted: Plan) -> str:
-    """The first thing that differs, for the message."""
+def _difference(found: PrepPlan | None, wanted: PrepPlan) -> str:
+    """The first difference between two plans, for an error message."""
     if found is None:
         return ""
     for key in sorted(wanted.settings, key=lambda key: key in NAMING):

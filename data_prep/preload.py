@@ -1,7 +1,7 @@
-"""What a worker needs, imported once in the process that workers are forked from (`data_prep/starter.py`).
+"""Imports the workers' modules in the process from which workers are forked (data_prep/starter.py).
 
-Nothing else imports this module. The collector sleeps meanwhile, and what is here it never looks at again: the
-modules stay, and going through them took a tenth of a worker's time.
+No other module imports this one. The garbage collector is off during the imports and ignores these objects later,
+because traversing them took a tenth of a worker's time.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import tiktoken  # noqa: E402, F401
 import core.stores.remote  # noqa: E402, F401
 import data_prep.workers  # noqa: E402, F401
 
-with contextlib.suppress(ImportError):  # the worker says so
+with contextlib.suppress(ImportError):  # the worker reports it
     import gigatoken.gigatoken_rs  # noqa: F401
 
 gc.freeze()

@@ -1,16 +1,16 @@
-"""Documents to token shards: parquet in, GPT-2 ids out, as many cores and machines as there are.
+"""Converts documents to token shards: source files in, GPT-2 ids out, on all cores and any number of machines.
 
     python -m data_prep.prepare data_prep/configs/fineweb-edu-10bt.yaml --data.url=s3://BUCKET/fineweb-edu-10bt
 
-Reads a data set of the Hugging Face Hub by its name (source.dataset), or files (source.url): parquet, JSON, CSV, text,
-Arrow, WebDataset. Writes, below data.url, token shards, the vocabulary and, last, manifest.json; with RUN_URL set also
-a ledger for the cost report. How: data_prep/build.py, data_prep/sources/kinds.py.
+Reads a dataset of the Hugging Face Hub by its name (source.dataset), or files (source.url): parquet, JSON, CSV, text,
+Arrow, WebDataset. Writes token shards, the vocabulary and, last, manifest.json below data.url. If RUN_URL is set, it
+also writes a ledger for the cost report. data_prep/build.py describes the steps.
 """
 
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen()  # before the imports that take a while
+    stop.listen()  # before imports that take seconds
 
 import logging
 import os
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 USAGE = """
 python -m data_prep.prepare [CONFIG.yaml] [--key=value ...]
 
-Turn documents into GPT-2 token shards and a manifest below data.url. Safe to run again: finished parts are kept.
+Convert documents to GPT-2 token shards and a manifest below data.url. Safe to run again: finished parts are kept.
 On several machines give each --num-nodes and --node-rank (SkyPilot's variables are understood).
 """
 
@@ -39,14 +39,39 @@ def main(arguments: list[str]) -> int:
     log.info("settings:\n%s", settings.to_yaml(config).rstrip())
     if config.workers != 1:
         starter.start()
-    # Slow imports, which the workers' server makes meanwhile on another core.
-    from data_prep import build, record, summary
+    # These imports are slow. The workers' server makes them on another core at the same time.
+    from data_prep import build
+    from data_prep.finalize import print_summary
 
-    with record.opened(config) as switch:
-        made = build.prepare(config, switch)
+    with open_log(config) as segment:
+        made = build.prepare(config, segment.switch)
     if made:
-        summary.show(made, config.data.url)
+        print_summary(made, config.data.url)
     return 0
+
+
+def open_log(config: PrepConfig):
+    """The SegmentLog of this node. It writes nothing unless RUN_URL is set.
+
+    Each node opens a segment at its share of the price, because nodes start and end independently. The phases are
+    `init` (imports, the plan), `prep` (documents to shards) and `finalize`.
+    """
+    from core.run.folder import RunFolder
+    from core.run.segment import Opening, SegmentLog, open_segment
+
+    run_url = os.environ.get("RUN_URL")
+    if not run_url:
+        return SegmentLog()
+    opening = Opening(
+        stage="prep",
+        config={},
+        packages=("numpy", "pyarrow", "gigatoken", "tiktoken"),
+        program={"command": "data_prep.prepare", "node": config.node_rank},
+        is_per_node=True,
+    )
+    segment = open_segment(RunFolder(run_url), opening)
+    stop.on_leaving(lambda: segment.close("preempted"))
+    return segment
 
 
 if __name__ == "__main__":

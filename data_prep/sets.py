@@ -1,26 +1,52 @@
-"""Small sets, stored once beside the token shards: HellaSwag, and rows for fine-tuning and preference optimisation.
+"""Stores example sets beside the token shards: HellaSwag, and rows for fine-tuning and preference optimisation.
 
     python -m data_prep.sets hellaswag DATA_URL [--from=URL]
     python -m data_prep.sets instructions DATA_URL --from=rows.jsonl [--name=instructions] [--licence=...]
     python -m data_prep.sets preferences DATA_URL --from=pairs.jsonl [--name=preferences] [--licence=...]
 
-Reads JSON lines or parquet (local, s3://, gs://, az://, hf://), checks every row, writes DATA_URL/sets/<name>.jsonl and
+Reads JSON lines or parquet (local, s3://, gs://, az://, hf://) and checks every row. Writes DATA_URL/sets/<name>.jsonl,
 then <name>.json with rows, bytes and SHA-256.
+
+HellaSwag is the validation set of Zellers et al. 2019 (MIT licence), all 10,042 items. Copies differ in the order of
+fields and in the type of the label. All are converted to one form and compared with its checksum, so that scores are
+comparable.
 """
 
-from core import urls
+import hashlib
+import io
+import json
+import logging
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from core import storage, urls
 from core.console import run_entry, set_up_logging
-from core.errors import ConfigError
-from data_prep import hellaswag, instructions
+from core.data import sets
+from core.data.sets import SetInfo, conversation, preference_row
+from core.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+HELLASWAG_SOURCE = "hf://datasets/Rowan/hellaswag/data/validation-00000-of-00001.parquet"
+# The authors' own file, hellaswag_val.jsonl in github.com/rowanz/hellaswag: 12,246,618 bytes.
+FILE_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+# The Hub's rows in the stored form. The authors' file has the same size, but its fields vary in order.
+ROWS_SHA256 = "dc1be2fa1bef56aab8e92a5be597a617e363b09239fa66822939d7fb7a8da4ec"
+FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type", "label", "endings", "source_id")
+# Kind of set → schema, and the function that converts a row.
+KINDS = {"instructions": ("conversations", conversation), "preferences": ("preferences", preference_row)}
+MAX_BAD_FRACTION = 0.01
 
 USAGE = """python -m data_prep.sets hellaswag DATA_URL [--from=URL]
 python -m data_prep.sets instructions DATA_URL --from=URL [--name=instructions] [--licence=TEXT]
 python -m data_prep.sets preferences DATA_URL --from=URL [--name=preferences] [--licence=TEXT]
 
-Store a small set below DATA_URL/sets, checked, so that later stages need nobody else's server.
+Check an example set and store it below DATA_URL/sets, from where later stages read it.
 
 hellaswag     the 10,042 validation items; --from names a copy of hellaswag_val.jsonl or of the Hub's parquet file
-              (default: the Hub); anything but the published content is refused
+              (default: the Hub); any content other than the published one is refused
 instructions  one conversation per row: {"messages": [{"role": ..., "content": ...}, ...]} with the roles system,
               user and assistant, the last one assistant; or {"instruction": ..., "input": ..., "output": ...}
 preferences   one pair per row: {"prompt": ..., "chosen": ..., "rejected": ...}; the prompt is a text or a list of
@@ -35,22 +61,92 @@ def main(arguments: list[str]) -> int:
     flags = dict(argument[2:].partition("=")[::2] for argument in arguments if argument.startswith("--"))
     names = [argument for argument in arguments if not argument.startswith("--")]
     unknown = set(flags) - {"from", "name", "licence"}
-    if len(names) != 2 or names[0] not in ("hellaswag", *instructions.KINDS) or unknown:
+    if len(names) != 2 or names[0] not in ("hellaswag", *KINDS) or unknown:
         raise ConfigError(
             f"give a kind and a DATA_URL (got {' '.join(arguments)}); see python -m data_prep.sets --help"
         )
     kind, data_url = names
     urls.check(data_url)
     if kind == "hellaswag":
-        info = hellaswag.store(data_url, flags.get("from") or hellaswag.SOURCE)
+        info = store_hellaswag(data_url, flags.get("from") or HELLASWAG_SOURCE)
     else:
         if not flags.get("from"):
             raise ConfigError("--from is missing: name the file with the rows, as --from=rows.jsonl")
-        info = instructions.store(
+        info = store_rows(
             data_url, flags["from"], flags.get("name") or kind, flags.get("licence") or "not stated", kind
         )
     print(f"{data_url}/sets/{info.name}.jsonl: {info.rows:,} rows, {info.bytes:,} bytes, SHA-256 {info.sha256}")
     return 0
+
+
+def store_hellaswag(data_url: str, source: str) -> SetInfo:
+    """Stores HellaSwag below `data_url`. Raises DataError unless `source` holds exactly the published rows."""
+    found = read_rows(source)
+    data = hellaswag_bytes(found, source)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != ROWS_SHA256 and hashlib.sha256(storage.read_bytes(source)).hexdigest() != FILE_SHA256:
+        raise DataError(
+            f"{source}: its {len(found)} rows have the checksum {digest[:12]}…, HellaSwag's validation set has "
+            f"{ROWS_SHA256[:12]}…; give the authors' hellaswag_val.jsonl or the Hub's Rowan/hellaswag"
+        )
+    return sets.write(data_url, "hellaswag", "hellaswag", source, "MIT", data)
+
+
+def hellaswag_bytes(found: list[Any], where: str) -> bytes:
+    """The rows in the stored form: FIELDS in order, labels as numbers."""
+    try:
+        return json_lines(
+            [{field: int(row[field]) if field == "label" else row[field] for field in FIELDS} for row in found]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: not HellaSwag's rows ({type(error).__name__}: {error}); see --help") from error
+
+
+def store_rows(data_url: str, source: str, name: str, licence: str, kind: str = "instructions") -> SetInfo:
+    """Checks rows and stores the valid ones. Raises DataError if more than MAX_BAD_FRACTION of them are invalid."""
+    schema, form = KINDS[kind]
+    found = read_rows(source)
+    good: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for number, row in enumerate(found, 1):
+        try:
+            good.append(form(row))
+        except ValueError as error:
+            problems.append(f"row {number}: {error}")
+    for problem in problems[:5]:
+        log.warning("%s: left out %s", source, problem)
+    if not good or len(problems) > MAX_BAD_FRACTION * len(found):
+        first = f" ({problems[0]})" if problems else ""
+        raise DataError(
+            f"{source}: {len(problems)} of {len(found)} rows are not {schema}{first}; "
+            "see python -m data_prep.sets --help for their form"
+        )
+    return sets.write(data_url, name, schema, source, licence, json_lines(good))
+
+
+def read_rows(uri: str) -> list[Any]:
+    """All rows of a file. A line of invalid JSON becomes None. Raises DataError for another kind of file."""
+    data = storage.read_bytes(uri)
+    if uri.endswith(".parquet"):
+        try:
+            return pq.read_table(io.BytesIO(data)).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{uri}: cannot be read as parquet ({error}); copy it again") from error
+    if uri.endswith(".jsonl"):
+        return [_row(line) for line in data.splitlines() if line.strip()]
+    raise DataError(f"{uri}: unknown kind of file; give one that ends in .jsonl or .parquet")
+
+
+def json_lines(rows: list[dict[str, Any]]) -> bytes:
+    """Rows as JSON lines in ASCII, the default of Python's json."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _row(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 if __name__ == "__main__":

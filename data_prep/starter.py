@@ -1,6 +1,6 @@
-"""The clean process that workers are forked from. It imports what they need while the parent still makes the plan.
+"""Starts the clean process from which workers are forked. It makes their imports while the parent plans.
 
-Only the standard library is imported here, so that an entry can start it before its own imports.
+Imports the standard library only, so that an entry can call `start` before slow imports.
 """
 
 import multiprocessing
@@ -9,8 +9,8 @@ import os
 
 
 def start() -> None:
-    """Start it unless it runs; returns at once. It ends with this process."""
-    # Nothing here multiplies matrices: OpenBLAS's threads only spin for a while.
+    """Starts the process unless it runs, and returns at once. It exits with this process."""
+    # Preparation multiplies no matrices; further threads of OpenBLAS would only spin.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     multiprocessing.get_context("forkserver").set_forkserver_preload(["data_prep.preload"])
     multiprocessing.forkserver.ensure_running()

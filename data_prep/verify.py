@@ -1,9 +1,9 @@
-"""Re-read a whole token set and check everything that its manifest promises.
+"""Reads a whole dataset and checks it against its manifest.
 
     python -m data_prep.verify DATA_URL
 
-Per shard: header, size, SHA-256, every token id below the vocabulary size. Also the vocabulary file itself. Prints
-one line per problem; exit code 0 only without any.
+Checks header, size, SHA-256 and token ids of every shard, and the vocabulary file. Prints one line per problem. Exits
+with 0 only if there is none.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from core.errors import ConfigError, LauncherError
 
 log = logging.getLogger(__name__)
 
-USAGE = "python -m data_prep.verify DATA_URL\n\nRe-read every shard below DATA_URL and check it against the manifest."
+USAGE = "python -m data_prep.verify DATA_URL\n\nRead every shard below DATA_URL and check it against the manifest."
 READ_BYTES = 16 << 20
 THREADS = 4
 
@@ -46,14 +46,12 @@ def main(arguments: list[str]) -> int:
     if problems:
         print(f"{url}: {len(problems)} problems in {shards} shards; delete the set and prepare it again")
         return 1
-    print(
-        f"{url}: {shards} shards with {tokens:,} tokens are as the manifest says (fingerprint {made.fingerprint[:12]})"
-    )
+    print(f"{url}: {shards} shards with {tokens:,} tokens match the manifest (fingerprint {made.fingerprint[:12]})")
     return 0
 
 
 def problems_of(data_url: str, made: Manifest) -> Iterator[str]:
-    """One sentence per problem."""
+    """Yields one sentence per problem."""
     vocab_uri = storage.join(data_url, made.tokenizer.vocab_file)
     try:
         if vocabulary.read(vocab_uri).sha256 != made.tokenizer.vocab_sha256:
@@ -70,7 +68,7 @@ def problems_of(data_url: str, made: Manifest) -> Iterator[str]:
 
 
 def _check(data_url: str, shard: ShardEntry, made: Manifest) -> str | None:
-    """The first problem of a shard."""
+    """The first problem of a shard, or None."""
     uri = storage.join(data_url, shard.name)
     try:
         size = storage.size_of(uri)

@@ -1,7 +1,7 @@
-"""Many parts on all cores: one process per worker, each doing whole parts, started from a clean server process.
+"""Runs tasks for many parts in worker processes, which are forked from a clean server process.
 
-Processes and not threads, because hashing ids and slicing documents holds Python's lock; and a fork of a process
-that already runs storage threads could hang. A worker ends when its parent does, even if that was killed.
+Threads would not help, because hashing ids and slicing documents hold the global interpreter lock. A fork of this
+process could hang, because it runs storage threads. A worker exits when its parent does, even after SIGKILL.
 """
 
 import functools
@@ -21,7 +21,7 @@ from core.settings.preparation import PrepConfig
 from data_prep import duplicates, starter
 from data_prep import part as parts
 from data_prep.encode import Check, open_engine
-from data_prep.part import Work
+from data_prep.part import WorkerState
 from data_prep.sources.files import Part
 
 POLL_SECONDS = 0.5
@@ -29,7 +29,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Done:
-    """What was made of one part or several."""
+    """Tokens and text of one or several parts."""
 
     tokens: int = 0
     text_bytes: int = 0
@@ -38,41 +38,41 @@ class Done:
         return Done(self.tokens + other.tokens, self.text_bytes + other.text_bytes)
 
 
-Task = Callable[[Part, Work], Done]
+Task = Callable[[Part, WorkerState], Done]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every worker needs to begin."""
+class PrepJob:
+    """Arguments with which every worker starts."""
 
     config: PrepConfig
     plan_sha256: str
     vocab_url: str
 
 
-def run(task: Task, job: Job, todo: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Done:
-    """Do a task for each part; `advance` is told of source bytes as they are read. Raises the first error of a part.
+def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Done:
+    """Runs a task for each part. Calls `advance(count)` with the number of source bytes read.
 
-    After an error no further part is begun; what is recorded stays.
+    Raises the first error of a part. After an error, no further part starts; finished parts stay.
     """
     workers = min(workers, len(todo))
     if workers <= 1:
-        work = _open(job, advance)
-        return sum((task(part, work) for part in todo), Done())
+        state = _open(job, advance)
+        return sum((task(part, state) for part in todo), Done())
     starter.start()
     context = multiprocessing.get_context("forkserver")
     read = context.Value("q", 0)
-    told = 0
+    reported = 0
     total = Done()
-    # The server may have been started before a variable was set.
+    # The server may have started before a variable was set.
     with ProcessPoolExecutor(workers, context, _begin, (job, dict(os.environ), read)) as pool:
         try:
             running: set[Future[Done]] = {pool.submit(_do, task, part) for part in todo}
             while running:
                 done, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
                 total = sum((future.result() for future in done), total)
-                advance(read.value - told)
-                told = read.value
+                advance(read.value - reported)
+                reported = read.value
             return total
         except BrokenProcessPool as error:
             raise DataError(
@@ -83,36 +83,36 @@ def run(task: Task, job: Job, todo: Sequence[Part], workers: int, advance: Calla
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def prepare(part: Part, work: Work) -> Done:
-    """Task: the part's shards and its record."""
-    drops = duplicates.drops_of(work.config.data.url, part) if work.config.filter.drop_duplicates else None
-    record = parts.prepare(part, work, drops)
+def prepare(part: Part, state: WorkerState) -> Done:
+    """Task: prepares a part."""
+    drops = duplicates.drops_of(state.config.data.url, part) if state.config.filter.drop_duplicates else None
+    record = parts.prepare(part, state, drops)
     return Done(record.tokens, record.text_bytes)
 
 
-def hash_texts(part: Part, work: Work) -> Done:
-    """Task: the hashes of the part's texts."""
-    duplicates.hash_part(part, work)
+def hash_texts(part: Part, state: WorkerState) -> Done:
+    """Task: hashes the texts of a part."""
+    duplicates.hash_part(part, state)
     return Done()
 
 
 # --- in the worker process -------------------------------------------------------------------------------------
 
-_work: Callable[[], Work]
+_work: Callable[[], WorkerState]
 
 
-def _begin(job: Job, environment: dict[str, str], read) -> None:
+def _begin(job: PrepJob, environment: dict[str, str], read) -> None:
     global _work
     os.environ.update(environment)
     set_up_logging(speaks=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def fetched(count: int) -> None:
         with read.get_lock():
             read.value += count
 
-    # Opened with the first part, so that its errors are that part's.
+    # Opened with the first part, which then reports its errors.
     _work = functools.cache(lambda: _open(job, fetched))
 
 
@@ -120,11 +120,11 @@ def _do(task: Task, part: Part) -> Done:
     return task(part, _work())
 
 
-def _open(job: Job, fetched: Callable[[int], None]) -> Work:
+def _open(job: PrepJob, fetched: Callable[[int], None]) -> WorkerState:
     words = vocabulary.read(job.vocab_url)
     engine = open_engine(job.config.tokenizer.engine, words)
     check = Check(words) if engine.name != "tiktoken" else None
-    return Work(job.config, job.plan_sha256, engine, check, fetched)
+    return WorkerState(job.config, job.plan_sha256, engine, check, fetched)
 
 
 def _end_with_parent() -> None:

@@ -11,8 +11,8 @@ from core.settings import loader
 from core.settings.model import ModelConfig
 from core.settings.training import TrainConfig
 from tests import corpus
+from trainer.import_weights import write_first_checkpoint
 from trainer.model.gpt import GPT
-from trainer.weights.begin import write_first_checkpoint
 
 SMALL = ModelConfig(layers=2, heads=2, width=32, context=64)
 # What GPT-2's pattern and HellaSwag's cleaning treat in different ways.

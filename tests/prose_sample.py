@@ -39,15 +39,15 @@ def texts(file: Path) -> Iterator[Text]:
     tree = ast.parse(source)
     docstrings = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if (words := ast.get_docstring(node)) is not None:
-                first = node.body[0]
-                docstrings.add(first.value)
-                yield Text(f"{name}:{first.lineno}", "docstring", words)
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and (words := ast.get_docstring(node)) is not None:
+            first = node.body[0]
+            docstrings.add(first.value)
+            yield Text(f"{name}:{first.lineno}", "docstring", words)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
-            if len(node.value.split()) >= WORDS:
-                yield Text(f"{name}:{node.lineno}", "message", node.value)
+        spoken = isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings
+        if spoken and len(node.value.split()) >= WORDS:
+            yield Text(f"{name}:{node.lineno}", "message", node.value)
     comment: list[str] = []
     started = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

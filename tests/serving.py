@@ -14,7 +14,7 @@ from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from trainer.data import chat_template
-from trainer.inference.engine import Engine, Request
+from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
 
 CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
@@ -30,10 +30,10 @@ def runs_in(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serving(run: Path, vocab_bpe: Path, *flags: str, key: str = "", module: str = "serve") -> Iterator[str]:
+def serving(run: Path, vocab_bpe: Path, *flags: str, key: str = "") -> Iterator[str]:
     """URL of a server in a process of its own, which must end well when asked to."""
     environment = {**os.environ, "VOCAB_URL": str(vocab_bpe), "SERVE_API_KEY": key, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"trainer.{module}", str(run), "--port=0", *flags]
+    command = [sys.executable, "-m", "trainer.serve", str(run), "--port=0", *flags]
     process = warm.Popen(command, cwd=REPOSITORY, env=environment, stderr=PIPE, text=True)
     try:
         said = ""
@@ -56,4 +56,4 @@ def serving(run: Path, vocab_bpe: Path, *flags: str, key: str = "", module: str 
 
 
 def locally(engine: Engine, prompt: list[int], **sampling) -> str:
-    return engine.complete([Request(prompt, Sampling(**sampling))])[0].text
+    return engine.complete([GenerationRequest(prompt, Sampling(**sampling))])[0].text

@@ -18,14 +18,14 @@ from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from trainer import export
 from trainer.data import chat_template
-from trainer.inference.chat_model import Speaker, open_speaker
-from trainer.inference.engine import Engine, Request
-from trainer.inference.sampling import Machine, Sampling
+from trainer.inference.chat_model import ChatModel, open_chat_model
+from trainer.inference.engine import Engine, GenerationRequest
+from trainer.inference.sampling import InferenceOptions, Sampling
 from trainer.inference.terminal import printable
 
 READY, TAKEN = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste is on while a line is written
 CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
-GREEDY = Sampling(tokens=12, temperature=0)
+GREEDY = Sampling(max_tokens=12, temperature=0)
 _STEERING = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r|\x1b\][^\x07]*\x07")
 
 
@@ -84,7 +84,7 @@ class Terminal:
 
 
 def answer(model, encoding, tokens: list[int], sampling: Sampling = GREEDY) -> str:
-    return Engine(model, encoding, torch.device("cpu")).complete([Request(tokens, sampling)])[0].text
+    return Engine(model, encoding, torch.device("cpu")).complete([GenerationRequest(tokens, sampling)])[0].text
 
 
 def conversation(encoding, *texts: str) -> list[int]:
@@ -100,14 +100,14 @@ def words(text: str) -> str:
 
 def test_a_terminal_session_does_every_command(folder, environment, models, encoding, tmp_path):
     base, tuned = str(folder / "base"), str(folder / "tuned")
-    terminal = Terminal(folder, environment, base, "--tokens=12")
+    terminal = Terminal(folder, environment, base, "--max_tokens=12")
     continued = answer(models["base"], encoding, [50256, *encoding.encode_ordinary("Once upon a")])
     assert "temperature is 0.0" in terminal.say("/set temperature 0")
     shown = terminal.say("Once upon a")
     assert words("Once upon a" + continued) in words(shown)
     assert re.search(r"12 tokens in .* tokens/s, length", shown)
 
-    assert "the likeliest tokens that have this probability" in words(terminal.say("/set"))
+    assert "choose among the likeliest tokens with this total probability" in words(terminal.say("/set"))
     assert "error: /set: top_p: is 7.0, must be above 0 and at most 1" in terminal.say("/set top_p 7")
     assert "error: unknown command /hlep; did you mean /help?" in terminal.say("/hlep")
     listed = terminal.say("/help")
@@ -144,7 +144,7 @@ def continued_words(text: str) -> list[str]:
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(folder, environment):
-    terminal = Terminal(folder, environment, str(folder / "base"), "--tokens=1000", "--seed=1")
+    terminal = Terminal(folder, environment, str(folder / "base"), "--max_tokens=1000", "--seed=1")
     terminal.child.send("Tell me everything\r")
     terminal.child.expect_exact(TAKEN)
     terminal.child.expect_exact("Tell me everything")  # what is continued
@@ -170,7 +170,7 @@ def test_a_conversation_in_a_pipe(folder, environment, models, encoding, tmp_pat
     """A tuned model sees what was said before, in turns."""
     kept = tmp_path / "kept.jsonl"
     lines = f"Hello\nAnd then?\n/save {kept}\n/new\nHello\n"
-    result = piped(environment, "chat", str(folder / "tuned"), "--tokens=12", "--temperature=0", text=lines)
+    result = piped(environment, "chat", str(folder / "tuned"), "--max_tokens=12", "--temperature=0", text=lines)
     assert result.returncode == 0, result.stderr
     first = answer(models["tuned"], encoding, conversation(encoding, "Hello"))
     second = answer(models["tuned"], encoding, conversation(encoding, "Hello", first, "And then?"))
@@ -193,21 +193,21 @@ def test_an_error_in_a_pipe_is_told_by_the_exit_code(folder, environment):
 
 def test_old_turns_leave_a_full_context(folder, vocab_bpe, monkeypatch):
     monkeypatch.setenv("VOCAB_URL", str(vocab_bpe))
-    speaker: Speaker = open_speaker(str(folder / "tuned"), Machine(device="cpu"))
-    assert speaker.tuned
+    model: ChatModel = open_chat_model(str(folder / "tuned"), InferenceOptions(device="cpu"))
+    assert model.tuned
     turns = [{"role": role, "content": "word " * 200} for _ in range(4) for role in ("user", "assistant")]
     messages = [{"role": "system", "content": "Be brief."}, *turns, {"role": "user", "content": "And?"}]
-    tokens, left_out = speaker.recent(messages, Sampling(tokens=100))
+    tokens, left_out = model.recent(messages, Sampling(max_tokens=100))
     assert left_out == 4
-    assert tokens == speaker.conversation([messages[0], *messages[5:]])
-    assert speaker.recent(messages[-1:], Sampling())[1] == 0
+    assert tokens == model.conversation([messages[0], *messages[5:]])
+    assert model.recent(messages[-1:], Sampling())[1] == 0
 
 
 def test_an_exported_folder_is_spoken_to_as_what_it_was(folder, vocab_bpe, monkeypatch, tmp_path):
     monkeypatch.setenv("VOCAB_URL", str(vocab_bpe))
     for name, tuned in {"base": False, "tuned": True}.items():
         export.main([str(folder / name), str(tmp_path / name)])
-        assert open_speaker(str(tmp_path / name), Machine(device="cpu")).tuned == tuned
+        assert open_chat_model(str(tmp_path / name), InferenceOptions(device="cpu")).tuned == tuned
 
 
 def test_control_characters_do_not_reach_the_terminal():
@@ -216,7 +216,7 @@ def test_control_characters_do_not_reach_the_terminal():
 
 def test_generate_prints_samples(folder, environment, models, encoding, tmp_path):
     base = str(folder / "base")
-    flags = ("--tokens=12", "--temperature=0")
+    flags = ("--max_tokens=12", "--temperature=0")
     expected = answer(models["base"], encoding, [50256, *encoding.encode_ordinary("Once upon a")])
     alone = piped(environment, "generate", base, "--prompt=Once upon a", *flags)
     assert (alone.returncode, alone.stdout) == (0, f"Once upon a{expected}\n")
@@ -239,9 +239,11 @@ def test_generate_prints_samples(folder, environment, models, encoding, tmp_path
     [
         (["generate"], "error: give exactly one checkpoint or run, not 0: python -m trainer.generate "),
         (["generate", "x", "--prompt=a", "--prompts=b"], "prompts: is set beside --prompt; give one of them"),
-        (["chat", "x", "--rows=0"], "error: flag --rows: rows: is 0, must be at least 1"),
-        (["serve", "x", "--port=70000"], "error: flag --port: port: is 70000, must be 0 to 65535"),
-        (["chat", "x", "--serve", "--host=0.0.0.0"], "and SERVE_API_KEY is empty; set it to a secret"),
+        (["chat", "x", "--max_batch_size=0"], "error: flag --max_batch_size: max_batch_size: is 0, must be at least 1"),
+        (["generate", "x", "--tokens=9"], "error: flag --tokens=9: tokens is an old name; write max_tokens"),
+        (["serve", "x", "--port=70000"], "error: flag --port: port: is 70000, must be between 0 and 65535"),
+        (["serve", "x", "--host=0.0.0.0"], "and SERVE_API_KEY is empty; set it to a secret"),
+        (["chat", "x", "--serve"], "error: --serve: is a separate program; run python -m trainer.serve"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_opened(environment, arguments: list[str], error: str):

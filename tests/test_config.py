@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError
-from core.settings import loader
+from core.settings import evaluation, loader
 from core.settings.evaluation import EvaluateConfig
 from core.settings.renamed import RENAMED
 from core.settings.training import TrainConfig
 from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig
+from trainer.generate import GenerateConfig
 
 REPOSITORY = Path(__file__).parent.parent
 URLS = ["--run.url=/r", "--data.url=/d"]
@@ -125,7 +126,18 @@ def test_an_old_name_of_a_setting_is_answered_with_the_new_one(tmp_path: Path):
 
 
 def test_every_new_name_is_a_setting():
-    schemas = (TrainConfig, FinetuneConfig, DpoConfig, DistilConfig, EvaluateConfig)
-    known = {key for schema in schemas for key, _ in loader._walk(schema)}
-    assert {name.partition("=")[0] for name in RENAMED.values()} <= known
-    assert not set(RENAMED) & known
+    schemas = (TrainConfig, FinetuneConfig, DpoConfig, DistilConfig, EvaluateConfig, GenerateConfig)
+    keys = [{key for key, _ in loader._walk(schema)} for schema in schemas]
+    assert {name.partition("=")[0] for name in RENAMED.values()} <= set().union(*keys)
+    for known in keys:  # an old name of one schema may be a setting of another
+        assert not {old for old, new in RENAMED.items() if new.partition("=")[0] in known} & known
+
+
+def test_the_launching_side_parses_a_command_line_of_evaluation():
+    models, settings = evaluation.parse(["hf:a/b", "--tasks=perplexity", "s3://b/runs/x"], {"RUN_URL": "s3://b/runs/y"})
+    assert (models, settings.tasks) == (["hf:a/b", "s3://b/runs/x"], ("perplexity",))
+    assert evaluation.parse([], {"RUN_URL": "s3://b/runs/y"})[0] == ["s3://b/runs/y"]
+    with pytest.raises(ConfigError, match=r"no model given; python -m trainer\.evaluate"):
+        evaluation.parse(["--tasks=perplexity"], {})
+    with pytest.raises(ConfigError, match="items is an old name; write limit"):
+        evaluation.parse(["run", "--items=5"], {})

@@ -13,7 +13,7 @@ from core.run.reader import read_run
 from costs.report import build
 from tests import launching, tuning
 from tests.fake_endpoint import KEY, FakeEndpoint
-from trainer.synthesis import kept
+from trainer.synthesis import answers
 from trainer.synthesis.endpoint import _retry_after
 
 MODULE = "trainer.distil"
@@ -75,7 +75,7 @@ def test_killed_it_goes_on_without_asking_again(tmp_path):
         launching.wait_until(lambda: len(endpoint.prompts) > 8, process)
         launching.kill(process)
         time.sleep(0.5)  # the endpoint finishes what it was asked
-        stored = set(kept.read(str(tmp_path / "run")).rows)
+        stored = set(answers.read_answers(str(tmp_path / "run")).rows)
         answered = sum(endpoint.prompts.values())
         make(*arguments)
         assert answered - 4 <= len(stored) <= answered, "only calls in flight can be lost"
@@ -95,11 +95,11 @@ def test_asked_to_stop_it_waits_for_what_is_in_flight(tmp_path):
         process.send_signal(signal.SIGTERM)
         code, output = launching.finish(process)
     assert code == 33, output
-    assert len(kept.read(str(tmp_path / "run")).rows) == sum(endpoint.prompts.values()) < 30
+    assert len(answers.read_answers(str(tmp_path / "run")).rows) == sum(endpoint.prompts.values()) < 30
 
 
 def spent(tmp_path) -> float:
-    return kept.read(str(tmp_path / "run")).usd
+    return answers.read_answers(str(tmp_path / "run")).usd
 
 
 def test_the_budget_is_never_exceeded_and_a_larger_one_goes_on(tmp_path):
@@ -135,7 +135,7 @@ def test_calls_whose_end_is_not_known_count_in_full(tmp_path):
     ):
         book.add(event)
     assert book.close()
-    known = kept.read(str(tmp_path))
+    known = answers.read_answers(str(tmp_path))
     assert known.usd == 2.5
     assert list(known.rows) == ["a/0"]
 
@@ -158,7 +158,7 @@ def test_bad_input_is_one_sentence(tmp_path):
         assert "holds a set 'synthetic' already (elsewhere)" in refused(*flags_of(endpoint, tmp_path))
         assert sets.info_of(str(tmp_path / "data"), "synthetic").source == "elsewhere"
     gone = refused(*flags_of(endpoint, tmp_path, "--make.name=b", "--endpoint.attempts=1", "--endpoint.concurrency=1"))
-    assert "3 answers were not given in 1 calls each, the last because it cannot be reached" in gone
+    assert "3 answers failed in 1 calls each, the last because it cannot be reached" in gone
 
 
 def test_retry_after_is_seconds_or_a_date():
@@ -172,7 +172,7 @@ def test_rows_are_what_finetune_reads(tmp_path):
     write_prompts(tmp_path, 3)
     with FakeEndpoint(faults=False) as endpoint:
         make(*flags_of(endpoint, tmp_path))
-    from core.data.conversations import conversation
+    from core.data.sets import conversation
 
     for line in (tmp_path / "data/sets/synthetic.jsonl").read_text().splitlines():
         assert conversation(json.loads(line))["messages"][1]["content"].startswith("An answer to: ")

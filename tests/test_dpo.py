@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core import storage
-from core.data.conversations import preference
+from core.data.sets import preference
 from core.data.vocabulary import read as read_vocabulary
 from core.errors import DataError
 from core.settings.model import ModelConfig
@@ -144,9 +144,9 @@ def test_forms_of_pairs():
     assert [preference(row) for row in rows] == [(chosen, rejected)] * 3
     for row, problem in (
         ({"prompt": "Q", "chosen": "A"}, "empty message"),
-        ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "twice the same"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "the same answer twice"),
         ({"chosen": chosen["messages"], "rejected": [{"role": "user", "content": "Q"}]}, "end with assistant"),
-        (["Q"], "no JSON object"),
+        (["Q"], "not a JSON object"),
     ):
         with pytest.raises(ValueError, match=problem):
             preference(row)

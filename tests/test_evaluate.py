@@ -18,9 +18,9 @@ from costs import discover
 from costs.report import build
 from tests import launching, models
 from trainer import evaluate, export
-from trainer.evals import contamination, likelihood, perplexity, results
+from trainer.evals import contamination, likelihood, perplexity, suite
 from trainer.evals.hellaswag import HellaSwag
-from trainer.evals.likelihood import Request, likelihoods
+from trainer.evals.likelihood import ScoringRequest, likelihoods
 from trainer.model.gpt import GPT
 from trainer.weights.open import open_weights
 
@@ -57,7 +57,7 @@ def evaluated(url: str, *flags: str, ranks) -> dict[str, dict]:
     """The newest results by task."""
     settings = loader.load(EvaluateConfig, ["--cpu_threads=1", *flags], {})
     evaluate.run([url], settings, ranks)
-    found = results.read_all(results.folder_of(open_weights(url, CPU), settings.results))
+    found = suite.read_results(suite.results_folder(open_weights(url, CPU), settings.results))
     return {document["task"]: document for document in found}
 
 
@@ -174,7 +174,7 @@ def test_any_task_of_the_harness_runs_on_our_interface(fresh, harness_tasks, by_
 @pytest.mark.slow  # the harness indexes all its tasks
 def test_a_task_that_the_harness_does_not_have(fresh, ranks):
     pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install lm-eval")
-    with pytest.raises(ConfigError, match="lm-eval:no_such: the harness has no such task"):
+    with pytest.raises(ConfigError, match="lm-eval:no_such: unknown task of the harness"):
         evaluated(fresh, "--tasks=lm-eval:no_such", ranks=ranks)
 
 
@@ -232,7 +232,7 @@ def test_perplexity_and_bits_per_byte_by_hand(fresh, data_url, ranks):
 
 def test_padding_of_the_vocabulary_has_no_share(run_url, ranks):
     opened = open_weights(run_url, CPU)
-    request = [Request([1, 2], [3, 4])]
+    request = [ScoringRequest([1, 2], [3, 4])]
     [before] = likelihoods(opened.model, request, ranks)
     with torch.no_grad():
         opened.model.wte.weight[50257:] = 100 * opened.model.wte.weight[3]
@@ -245,7 +245,7 @@ def test_numbers_that_are_not_finite_are_an_error(run_url, ranks):
     with torch.no_grad():
         opened.model.ln_f.weight[0] = torch.inf
     with pytest.raises(TrainingError, match=r"request 0 of 1 has a log-likelihood of (nan|-inf|inf)"):
-        likelihoods(opened.model, [Request([1], [2])], ranks)
+        likelihoods(opened.model, [ScoringRequest([1], [2])], ranks)
 
 
 # --- contamination -------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_one_and_two_ranks_give_the_same_scores(fresh, tmp_path):
         process = launching.start(count, *flags, module="trainer.evaluate", base=(), environment={"USD_PER_HOUR": "36"})
         code, output = launching.finish(process)
         assert code == 0, output
-        documents = results.read_all(f"{url}/evaluations/step-00000000")
+        documents = suite.read_results(f"{url}/evaluations/step-00000000")
         found[count] = [(each["task"], each["scores"], each.get("answers")) for each in documents]
         assert {each["ranks"] for each in documents} == {count}
         assert "accuracy_norm" in output
@@ -309,7 +309,7 @@ def test_a_result_is_kept_and_never_overwritten(fresh, ranks, caplog, capsys):
     first = evaluated(fresh, "--tasks=hellaswag", ranks=ranks)["hellaswag"]
     assert "before" not in caplog.text
     assert evaluated(fresh, "--tasks=hellaswag", ranks=ranks)["hellaswag"] == first
-    assert "hellaswag was measured before (--rerun measures anew)" in caplog.text
+    assert "hellaswag was measured before (--rerun repeats it)" in caplog.text
     stored = {
         info.uri: storage.read_bytes(info.uri) for info in storage.list_objects(f"{fresh}/evaluations/step-00000000")
     }
@@ -361,19 +361,19 @@ def test_runs_and_public_models_side_by_side(fresh, run_url, ranks, capsys):
     printed = capsys.readouterr().out
     assert "run step 0" in printed
     assert "public" in printed
-    own = results.read_all(f"{fresh}/evaluations/step-00000000")
+    own = suite.read_results(f"{fresh}/evaluations/step-00000000")
     [name] = [name for name in storage.list_names(f"{fresh}/evaluations") if name.endswith("public")]
-    public = results.read_all(f"{fresh}/evaluations/{name}")
+    public = suite.read_results(f"{fresh}/evaluations/{name}")
     assert own[0]["scores"] == public[0]["scores"]
 
 
 def test_what_cannot_be_measured_is_one_sentence(fresh, run_url, data_url, ranks, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="'helaswag' is no task; there are perplexity, hellaswag, lm-eval:NAME"):
+    with pytest.raises(ConfigError, match="'helaswag' is not a task; choose from perplexity, hellaswag, lm-eval:NAME"):
         loader.load(EvaluateConfig, ["--tasks=helaswag"], {})
-    with pytest.raises(CheckpointError, match="absent: has no a complete checkpoint"):
+    with pytest.raises(CheckpointError, match="absent: has no complete checkpoint"):
         evaluated(str(tmp_path / "absent"), ranks=ranks)
     export.main([run_url, str(tmp_path / "out")])
-    with pytest.raises(ConfigError, match="no data: none of the models is a run that names its own"):
+    with pytest.raises(ConfigError, match=r"no data: the first model is not a run with a data\.url"):
         evaluated(str(tmp_path / "out"), f"--results={tmp_path / 'r'}", ranks=ranks)
     shutil.copytree(data_url, tmp_path / "cut")
     shard = next((tmp_path / "cut" / "val").iterdir())
@@ -407,6 +407,6 @@ def test_greedy_is_told(ranks):
     model: GPT = models.random_model(models.SMALL)
     with torch.no_grad():
         best = int(model(torch.tensor([[1, 2]]))[0, -1, :50257].argmax())
-    found = likelihoods(model, [Request([1, 2], [best]), Request([1, 2], [(best + 1) % 50257])], ranks)
+    found = likelihoods(model, [ScoringRequest([1, 2], [best]), ScoringRequest([1, 2], [(best + 1) % 50257])], ranks)
     assert [each.greedy for each in found] == [True, False]
     assert found[0].total > found[1].total

@@ -18,7 +18,7 @@ from core.settings import loader
 from core.settings.evaluation import EvaluateConfig
 from tests import launching, models, warm
 from trainer import evaluate
-from trainer.evals import books, likelihood, results
+from trainer.evals import likelihood, progress, suite
 from trainer.weights.open import open_weights
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, mo
     def counted(*arguments):
         batches.append(len(arguments[1]))
         if len(batches) == 3:  # the clock strikes
-            monkeypatch.setattr(books.time, "time", lambda now=time.time: now() + 3600)
+            monkeypatch.setattr(progress.time, "time", lambda now=time.time: now() + 3600)
         return compute(*arguments)
 
     monkeypatch.setattr(likelihood, "_scores", counted)
@@ -61,7 +61,7 @@ def test_it_stops_between_batches_and_goes_on_with_more_money(run_url, ranks, mo
     rest = []
     monkeypatch.setattr(likelihood, "_scores", lambda *given: rest.append(len(given[1])) or compute(*given))
     evaluate.run([run_url], loader.load(EvaluateConfig, TASK, {"MAX_USD": "50"}), ranks)
-    [document] = results.read_all(results.folder_of(open_weights(run_url, torch.device("cpu")), ""))
+    [document] = suite.read_results(suite.results_folder(open_weights(run_url, torch.device("cpu")), ""))
     assert sum(batches) + sum(rest) == -(-document["scores"]["tokens"] // 64), "nothing is computed twice"
     assert ends(run_url) == ["cap", "finished"]
 
@@ -75,7 +75,7 @@ def test_all_ranks_leave_with_the_code_of_the_cap(run_url, tmp_path):
     done = warm.run([*command, "-m", "trainer.evaluate", run_url, *TASK], cwd=ROOT, env=environment)
     assert done.returncode == 1
     assert (tmp_path / "code").read_text() == "34\n"
-    assert "evaluating has cost nearly the $1 of max_usd" in done.stderr
+    assert "evaluations have cost nearly the $1 of max_usd" in done.stderr
     assert ends(run_url) == ["cap"]
     assert not [name for name in storage.list_names(f"{run_url}/evaluations") if name.startswith("step-")]
 

@@ -15,7 +15,7 @@ from core.settings.model import ModelConfig
 from core.settings.training import TrainConfig
 from tests import launching, models
 from trainer import export, import_weights
-from trainer.inference.engine import Engine, Request
+from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
 from trainer.weights import folder, huggingface
 from trainer.weights.open import open_weights
@@ -87,7 +87,7 @@ def test_an_export_gives_the_same_logits_and_the_same_text(preset: Path, tmp_pat
     opened = open_weights(str(tmp_path / "run"), CPU)
     prompt = opened.encoding.encode_ordinary("The dog runs")
     engine = Engine(opened.model, opened.encoding, CPU)
-    [answer] = engine.complete([Request(prompt, Sampling(temperature=0, tokens=20))])
+    [answer] = engine.complete([GenerationRequest(prompt, Sampling(temperature=0, max_tokens=20))])
     written = other.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
     assert [token.id for token in answer.tokens] == [token for token in written if token != 50256]
 
@@ -204,7 +204,7 @@ def test_gguf_read_by_transformers_gives_the_same_logits(stem: str, tmp_path, da
 
 def test_gguf_knows_only_two_architectures(tmp_path, data_url):
     models.make_run(str(tmp_path / "run"), data_url, dataclasses.replace(models.SMALL, mlp="relu2"))
-    with pytest.raises(ConfigError, match="GGUF's readers know GPT-2 and Llama, this model is neither"):
+    with pytest.raises(ConfigError, match="GGUF's readers support GPT-2 and Llama, this model is neither"):
         exported(str(tmp_path / "run"), tmp_path / "out", "--format=gguf")
     assert not (tmp_path / "out").exists()
 
@@ -240,9 +240,7 @@ def test_what_is_another_model_is_refused_by_name(gpt2: Path, tmp_path):
         assert str(target) in str(caught.value)
         return str(caught.value)
 
-    assert "model_type is 'gpt_neox'; only gpt2, llama, pretrain_launcher can be read here" in refused(
-        model_type="gpt_neox"
-    )
+    assert "model_type is 'gpt_neox'; only gpt2, llama, pretrain_launcher can be read" in refused(model_type="gpt_neox")
     assert "vocab_size is 32000, GPT-2's vocabulary has 50257" in refused(vocab_size=32000)
     assert 'activation_function is "relu"' in refused(activation_function="relu")
     assert "has no 'n_layer'" in refused(n_layer="absent")
@@ -259,7 +257,7 @@ def test_damaged_folders_are_refused_by_name(gpt2: Path, tmp_path):
     with pytest.raises(CheckpointError, match=r"cut/model.safetensors: cut off or damaged"):
         open_weights(str(cut), CPU)
     (cut / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model.safetensors: is not there; copy the model again"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: not found; copy the model again"):
         open_weights(str(cut), CPU)
     (cut / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"its pytorch_model.bin is a pickle, which is not loaded"):
@@ -311,7 +309,7 @@ def test_import_refuses_what_would_be_another_model_or_overwrite_a_run(gpt2: Pat
         import_weights.main([str(gpt2), run_url, f"--data.url={data_url}", "--model.layers=3"])
     import_weights.main([str(gpt2), run_url, f"--data.url={data_url}", "--model.dropout=0.1"])
     assert open_weights(run_url, CPU).state["config"]["model"]["dropout"] == 0.1
-    with pytest.raises(Exception, match=r"run: there is something already"):
+    with pytest.raises(Exception, match=r"run: holds objects already"):
         import_weights.main([str(gpt2), run_url, f"--data.url={data_url}"])
 
 

@@ -22,7 +22,7 @@ from tests import models, warm
 from tests.patience import PATIENCE_SECONDS
 from trainer import export
 from trainer.checkpoint import layout
-from trainer.evals import results
+from trainer.evals import suite
 from trainer.weights.card import thinned
 from trainer.weights.open import open_weights
 
@@ -66,7 +66,7 @@ def test_the_model_card_says_what_the_run_has_recorded(run_url, tmp_path):
     at_step(run_url, 40)
     opened = open_weights(f"{run_url}/checkpoints/step-00000040", torch.device("cpu"))
     scores = {"items": 7, "accuracy": 0.25, "accuracy_stderr": 0.125}
-    results.store(results.folder_of(opened, ""), "hellaswag-00000000", {"task": "hellaswag", "scores": scores})
+    suite.store_result(suite.results_folder(opened, ""), "hellaswag-00000000", {"task": "hellaswag", "scores": scores})
     export.main([f"{run_url}/checkpoints/step-00000040", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
     front, _, rest = card.removeprefix("---\n").partition("---\n")
@@ -74,7 +74,7 @@ def test_the_model_card_says_what_the_run_has_recorded(run_url, tmp_path):
     assert rest.startswith("\n# first\n")
     parameters = sum(tensor.numel() for tensor in opened.model.parameters()) - 47 * 32
     assert f"GPT2LMHeadModel, {parameters:,} parameters, float32" in card
-    assert "47 rows that padded it in training are cut off" in card
+    assert "47 rows that padded it in training are removed" in card
     assert "40 steps, 40,000 tokens" in card
     # Steps 21 to 30 were done twice: the later one counts; what came after step 40 belongs to another checkpoint.
     assert f"| 40 | {10 - 4 - 0.021:.4f} |  |" in card
@@ -85,7 +85,7 @@ def test_the_model_card_says_what_the_run_has_recorded(run_url, tmp_path):
     assert "| hellaswag | accuracy | 0.2500 | 0.1250 |" in card
     assert "- train: " in card
     assert "training: $" in card
-    assert "2 stretches of machine time" in card
+    assert "2 segments" in card
     assert str(tmp_path) not in card
 
 

@@ -243,7 +243,7 @@ def test_bad_input_is_one_sentence(pretrained, rows, tmp_path):
         return tuning.refused(MODULE, *flags_of(pretrained, rows, run_url, *more))
 
     assert "finetune.start: is empty" in refused("--finetune.start=")
-    assert "has no a complete checkpoint" in refused(f"--finetune.start={tmp_path}/absent")
+    assert "has no complete checkpoint" in refused(f"--finetune.start={tmp_path}/absent")
     assert "data.length is 128, but" in refused("--data.length=128")
     assert "there is no set 'absent'; store it first" in refused("--data.examples=absent")
     assert "optimizer.name: is muon, which does not fit adapters" in refused("--lora.rank=2", "--optimizer.name=muon")

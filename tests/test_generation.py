@@ -17,9 +17,8 @@ from core.settings.model import ModelConfig
 from tests import presets
 from tests.checkpoints import random_model
 from trainer.inference.choose import choose
-from trainer.inference.engine import ROOM_STEP, Engine, Request
+from trainer.inference.engine import ROOM_STEP, Engine, GenerationRequest, TextStream
 from trainer.inference.sampling import Sampling, load
-from trainer.inference.text import TextStream
 from trainer.loop.samples import sample
 from trainer.model.gpt import GPT
 
@@ -41,7 +40,7 @@ def ids(completion) -> list[int]:
 def uncached(model: GPT, prompt: list[int], sampling: Sampling) -> tuple[list[int], list[float]]:
     """New tokens and their log-probabilities, every position computed again for each."""
     source, tokens, logprobs = random.Random(sampling.seed), list(prompt), []
-    while len(tokens) < min(model.config.context, len(prompt) + sampling.tokens):
+    while len(tokens) < min(model.config.context, len(prompt) + sampling.max_tokens):
         logits_BV = model(torch.tensor([tokens]))[:, -1]
         logprobs_V = logits_BV[0].log_softmax(0)
         tokens += choose(logits_BV, [sampling], [source.random()], [set(tokens)])
@@ -54,9 +53,13 @@ def test_cached_equals_uncached(name: str):
     """Greedy and sampled, prompts of different length together, for every architecture of a preset."""
     config = dataclasses.replace(presets.small(FAMILIES[name]), context=48)
     model = random_model(config)
-    settings = [Sampling(tokens=30, temperature=0), Sampling(tokens=40, temperature=1.5, seed=7), Sampling(seed=8)]
+    settings = [
+        Sampling(max_tokens=30, temperature=0),
+        Sampling(max_tokens=40, temperature=1.5, seed=7),
+        Sampling(seed=8),
+    ]
     given = prompts(3, 17, 1)
-    requests = [Request(prompt, each, logprobs=0) for prompt, each in zip(given, settings, strict=True)]
+    requests = [GenerationRequest(prompt, each, logprobs=0) for prompt, each in zip(given, settings, strict=True)]
     found = Engine(model, None, CPU).complete(requests)
     for completion, prompt, each in zip(found, given, settings, strict=True):
         expected, logprobs = uncached(model, prompt, each)
@@ -70,16 +73,16 @@ def test_a_model_that_sees_one_document_forgets_what_is_before_it():
     config = dataclasses.replace(TINY, padded_vocab_size=presets.EOT_ROWS, document_mask=True, position="rope")
     model = random_model(config)
     prompt = [5, 6, GPT2_END_OF_TEXT, 7, 8]
-    sampling = Sampling(tokens=8, temperature=0)
-    found = Engine(model, None, CPU).complete([Request(prompt, sampling, endless=True)])[0]
+    sampling = Sampling(max_tokens=8, temperature=0)
+    found = Engine(model, None, CPU).complete([GenerationRequest(prompt, sampling, endless=True)])[0]
     assert ids(found) == uncached(model, prompt, sampling)[0]
 
 
 def test_a_cache_grows_with_its_texts():
     model = random_model(dataclasses.replace(TINY, context=ROOM_STEP + 40))
     given = prompts(ROOM_STEP - 2, 5)
-    sampling = Sampling(tokens=12, seed=3)
-    found = Engine(model, None, CPU).complete([Request(prompt, sampling) for prompt in given])
+    sampling = Sampling(max_tokens=12, seed=3)
+    found = Engine(model, None, CPU).complete([GenerationRequest(prompt, sampling) for prompt in given])
     assert [ids(each) for each in found] == [uncached(model, prompt, sampling)[0] for prompt in given]
 
 
@@ -87,11 +90,11 @@ def test_requests_that_come_and_go_do_not_disturb_others():
     model = random_model(TINY)
     given = prompts(4, 9, 2, 12, 6)
     requests = [
-        Request(prompt, Sampling(tokens=6 + 5 * place, seed=place, temperature=1.2, top_p=0.9, top_k=0))
+        GenerationRequest(prompt, Sampling(max_tokens=6 + 5 * place, seed=place, temperature=1.2, top_p=0.9, top_k=0))
         for place, prompt in enumerate(given)
     ]
     alone = [ids(Engine(model, None, CPU).complete([request])[0]) for request in requests]
-    engine = Engine(model, None, CPU, rows=2)  # the others wait
+    engine = Engine(model, None, CPU, max_batch_size=2)  # the others wait
     assert [ids(each) for each in engine.complete(requests)] == alone
     numbers = [engine.add(request) for request in requests[:2]]
     found: dict[int, list[int]] = {}
@@ -110,8 +113,8 @@ def test_requests_that_come_and_go_do_not_disturb_others():
 
 
 def test_a_stream_that_is_given_up_frees_its_place():
-    engine = Engine(random_model(TINY), None, CPU, rows=1)
-    stream = engine.stream([Request(prompt, Sampling(tokens=20)) for prompt in prompts(3, 3)])
+    engine = Engine(random_model(TINY), None, CPU, max_batch_size=1)
+    stream = engine.stream([GenerationRequest(prompt, Sampling(max_tokens=20)) for prompt in prompts(3, 3)])
     next(stream)
     stream.close()
     engine.step()
@@ -143,7 +146,7 @@ def test_greedy_equals_transformers():
             eos_token_id=None,
             pad_token_id=0,
         )
-        found = engine.complete([Request(prompt, Sampling(tokens=25, temperature=0))])[0]
+        found = engine.complete([GenerationRequest(prompt, Sampling(max_tokens=25, temperature=0))])[0]
         assert ids(found) == expected[0, len(prompt) :].tolist()
 
 
@@ -259,7 +262,7 @@ class Says(Engine):
 def says(encoding, text: str, sampling: Sampling, room: int = 8) -> list:
     tokens = encoding.encode_ordinary(text)
     script = [GPT2_END_OF_TEXT, *tokens, GPT2_END_OF_TEXT, *[0] * room]
-    return list(Says(Parrot(script), encoding, CPU).stream([Request([GPT2_END_OF_TEXT], sampling)]))
+    return list(Says(Parrot(script), encoding, CPU).stream([GenerationRequest([GPT2_END_OF_TEXT], sampling)]))
 
 
 def test_stop_text_split_over_tokens_is_never_shown(encoding):
@@ -282,11 +285,13 @@ def test_characters_of_several_tokens_come_whole(encoding):
 
 
 def test_text_ends_at_most_tokens_or_the_context(encoding):
-    pieces = says(encoding, "one two three four", Sampling(temperature=0, tokens=2))
+    pieces = says(encoding, "one two three four", Sampling(temperature=0, max_tokens=2))
     assert [piece.text for piece in pieces] == ["one", " two"]
     assert pieces[-1].finish == "length"
     model = random_model(dataclasses.replace(TINY, padded_vocab_size=50304))
-    full = Engine(model, encoding, CPU).complete([Request(prompts(40)[0], Sampling(tokens=99), endless=True)])[0]
+    full = Engine(model, encoding, CPU).complete(
+        [GenerationRequest(prompts(40)[0], Sampling(max_tokens=99), endless=True)]
+    )[0]
     assert (len(full.tokens), full.finish) == (TINY.context - 40, "length")
 
 
@@ -294,21 +299,21 @@ def test_text_ends_at_most_tokens_or_the_context(encoding):
     ("tokens", "error"),
     [
         ([], "the prompt has no tokens; give at least the end-of-text token"),
-        ([1, 64], "the prompt holds token 64, ids go from 0 to 63"),
+        ([1, 64], "the prompt contains token 64, ids go from 0 to 63"),
         ([1] * 48, "the prompt has 48 tokens, the model's context is 48; give at most 47"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(tokens: list[int], error: str):
     engine = Engine(random_model(TINY), None, CPU)
     with pytest.raises(ConfigError, match=f"^{error}$"):
-        engine.add(Request(tokens))
+        engine.add(GenerationRequest(tokens))
     assert not engine.busy
 
 
 def test_alternatives_are_the_likeliest_tokens():
     model = random_model(TINY)
     prompt = prompts(5)[0]
-    request = Request(prompt, Sampling(tokens=3, seed=1, repetition_penalty=1.5), logprobs=4)
+    request = GenerationRequest(prompt, Sampling(max_tokens=3, seed=1, repetition_penalty=1.5), logprobs=4)
     found = Engine(model, None, CPU).complete([request])[0]
     tokens = list(prompt)
     for token in found.tokens:
@@ -334,7 +339,7 @@ def test_samples_of_a_training_run_follow_from_the_seed(encoding):
 
 def test_settings_say_what_is_wrong():
     for flag, error in {
-        "--tokens=0": "flag --tokens: tokens: is 0, must be at least 1",
+        "--max_tokens=0": "flag --max_tokens: max_tokens: is 0, must be at least 1",
         "--temperature=-1": "flag --temperature: temperature: is -1.0, must be at least 0",
         "--top_p=0": "flag --top_p: top_p: is 0.0, must be above 0 and at most 1",
         "--min_p=2": "flag --min_p: min_p: is 2.0, must be between 0 and 1",

@@ -21,9 +21,9 @@ from tests import checkpoints
 from tests.test_checkpoint import save, trained
 from trainer.checkpoint import layout
 from trainer.checkpoint.load import load_newest
-from trainer.weights.begin import write_first_checkpoint
+from trainer.import_weights import write_first_checkpoint
+from trainer.weights.folder import check_empty
 from trainer.weights.open import look_up, open_weights
-from trainer.weights.publish import check_empty
 
 
 def put(*paths: Path) -> None:
@@ -284,7 +284,7 @@ def test_an_import_does_not_take_a_run_with_a_broken_link_for_a_new_one(tmp_path
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-00000009").symlink_to("/gone/step-00000009")
     settings = type("Settings", (), {"run": type("Run", (), {"url": str(tmp_path / "run")})})
-    with pytest.raises(RunError, match="there is something already"):
+    with pytest.raises(RunError, match="holds objects already"):
         write_first_checkpoint(settings, None, "", "")
 
 

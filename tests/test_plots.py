@@ -85,7 +85,7 @@ def test_no_run_is_said(tmp_path):
     with pytest.raises(RunError, match=r"holds no run to report on .*; give the run.url of a training run"):
         read_measured(str(tmp_path))
     segment(tmp_path, 1, 0.0, None, [], [])
-    with pytest.raises(DataError, match=r"holds no metrics; give the run.url of a training run"):
+    with pytest.raises(DataError, match=r"has no metrics; give the run.url of a training run"):
         read_measured(str(tmp_path))
 
 
@@ -122,7 +122,7 @@ def test_what_was_not_measured_is_not_drawn(run: Path, tmp_path, monkeypatch, ca
     [
         (["run", "--smoth=1"], "--smoth=1: unknown flag; known ones: --out=, --format=, --smooth="),
         (["run", "--smooth=1"], "--smooth=1: must be a number, at least 0 and below 1"),
-        (["run", "--format=gif"], "--format=gif: must be of png, svg"),
+        (["run", "--format=gif"], "--format=gif: must be one or several of png, svg"),
         (["--out=x"], "no run named"),
     ],
 )

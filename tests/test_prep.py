@@ -163,7 +163,7 @@ def test_a_changed_source_is_refused(source: str, tmp_path: Path, vocab_bpe: Pat
 def test_finalize_refuses_while_parts_are_missing(source: str, tmp_path: Path, vocab_bpe: Path):
     url = str(tmp_path / "set")
     prepare_set(source, url, vocab_bpe, "--num_nodes=2", "--node_rank=1", "--phase=encode")
-    with pytest.raises(DataError, match=r"parts are not done \(00000, 00002.*run python -m data_prep.prepare"):
+    with pytest.raises(DataError, match=r"parts are missing \(00000, 00002.*run python -m data_prep.prepare"):
         prepare_set(source, url, vocab_bpe, "--phase=finalize")
     assert not manifest.exists(url)
 
@@ -238,7 +238,7 @@ def test_many_bad_rows_stop_a_part_early(tmp_path: Path, vocab_bpe: Path):
 def test_truncated_parquet(tmp_path: Path, vocab_bpe: Path, cut: int):
     source = Path(write(tmp_path, table(documents(200))))
     source.write_bytes(source.read_bytes()[:-cut])
-    assert "truncated or of another kind: copy it again" in refused(str(source), tmp_path, vocab_bpe)
+    assert "truncated or has another format: copy it again" in refused(str(source), tmp_path, vocab_bpe)
 
 
 def test_damaged_pages(tmp_path: Path, vocab_bpe: Path):
@@ -251,7 +251,7 @@ def test_damaged_pages(tmp_path: Path, vocab_bpe: Path):
 
 def test_foreign_and_empty_sources(tmp_path: Path, vocab_bpe: Path):
     (tmp_path / "a.parquet").write_text("this is no parquet file, whatever its name says")
-    assert "of another kind" in refused(str(tmp_path / "a.parquet"), tmp_path, vocab_bpe)
+    assert "has another format" in refused(str(tmp_path / "a.parquet"), tmp_path, vocab_bpe)
     assert "no file matches" in refused(str(tmp_path / "*.nothing"), tmp_path, vocab_bpe)
     (tmp_path / "a.png").write_text("text,id")
     assert "a.nothing: not found" in refused(str(tmp_path / "a.nothing"), tmp_path, vocab_bpe)

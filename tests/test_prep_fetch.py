@@ -15,7 +15,7 @@ from core.data.shard import HEADER_BYTES
 from core.errors import DataError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
-from data_prep import ready
+from data_prep import fetch as entry
 from tests.corpus import EOT
 
 RANDOM = np.random.default_rng(5)
@@ -33,7 +33,7 @@ def fetch(folder: Path, train: str, val: str = "", *flags: str) -> Manifest:
 
     places = [f"--source.train_url={folder}/{train}", f"--data.url={folder}/set"]
     places += [f"--source.val_url={folder}/{val}"] if val else []
-    return ready.fetch(settings.load(FetchConfig, [*places, f"--tokenizer.vocab_url={vocab_bpe()}", *flags], {}))
+    return entry.fetch(settings.load(FetchConfig, [*places, f"--tokenizer.vocab_url={vocab_bpe()}", *flags], {}))
 
 
 def imported(folder: Path, split: str = "train") -> np.ndarray:
@@ -102,7 +102,7 @@ def test_a_bucket_is_looked_at_likewise(bucket: str, tmp_path: Path):
         f"--data.url={bucket}/set",
     ]
     with pytest.raises(DataError, match=r"val_0\.npy: is in both splits"):
-        ready.fetch(settings.load(FetchConfig, arguments, {}))
+        entry.fetch(settings.load(FetchConfig, arguments, {}))
     assert storage.list_objects(f"{bucket}/set") == []
 
 
@@ -158,7 +158,7 @@ def test_ids_of_16_bits_are_taken_whatever_zeros_they_hold(tmp_path: Path):
         folder.mkdir()
         (tmp_path / f"{name}.bin").rename(folder / "raw.bin")
         if name == "zeros":  # what no text is, and what a header looks like
-            with pytest.raises(DataError, match="header of an unknown kind"):
+            with pytest.raises(DataError, match="has an unknown header"):
                 fetch(folder, "raw.bin")
             continue
         fetch(folder, "raw.bin")
@@ -186,7 +186,7 @@ def test_an_array_with_an_id_that_does_not_fit_is_refused(tmp_path: Path, wrong:
 @pytest.mark.parametrize("tokens", [ids(5000).reshape(50, 100), ids(5000) / 1], ids=["rows", "floats"])
 def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path: Path, tokens: np.ndarray):
     np.save(tmp_path / "0.npy", tokens)
-    with pytest.raises(DataError, match="not a row of token ids; save a one-dimensional integer array"):
+    with pytest.raises(DataError, match="not a list of token ids; save a one-dimensional integer array"):
         fetch(tmp_path, "0.npy")
 
 
@@ -195,7 +195,7 @@ def test_a_header_that_is_not_known_is_not_read_as_tokens(tmp_path: Path, magic:
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, 5000
     (tmp_path / "0.bin").write_bytes(header.tobytes() + ids(5000).astype("<u2").tobytes())
-    with pytest.raises(DataError, match=rf"header of an unknown kind \(magic {magic}, version {version}\)"):
+    with pytest.raises(DataError, match=rf"has an unknown header \(magic {magic}, version {version}\)"):
         fetch(tmp_path, "0.bin")
     assert not (tmp_path / "set").exists()
 

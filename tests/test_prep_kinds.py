@@ -381,5 +381,5 @@ def test_a_web_server_without_ranges(server: str, tmp_path: Path, vocab_bpe: Pat
 def test_what_a_web_server_does_not_have(server: str, tmp_path: Path, vocab_bpe: Path):
     with pytest.raises(ObjectNotFound, match=r"/none\.csv: not found; check the URL"):
         prepare_set(f"{server}/none.csv", str(tmp_path / "set"), vocab_bpe)
-    with pytest.raises(DataError, match=r"web servers list no files, so wildcards cannot be used"):
+    with pytest.raises(DataError, match=r"web servers cannot list files, so a wildcard does not work"):
         prepare_set(f"{server}/*.csv", str(tmp_path / "set"), vocab_bpe)

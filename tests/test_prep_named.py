@@ -75,14 +75,14 @@ def finish(process: subprocess.Popen) -> str:
 
 REFUSED = """
 import json, os, sys
-from core import config
+from core.settings import loader
 from core.errors import LauncherError
 from core.settings.preparation import PrepConfig
 from data_prep import plan
 
 for flags in json.loads(sys.argv[1]):
     try:
-        plan.make(config.load(PrepConfig, flags, {}))
+        plan.make(loader.load(PrepConfig, flags, {}))
         print("not refused")
     except LauncherError as error:
         print(error)
@@ -261,7 +261,7 @@ def test_refused_online(hub: Hub, tmp_path: Path):
     )
     assert unknown.startswith("source.dataset is 'owner/nmae', which the Hub does not have or does not show; did you")
     assert "did you mean owner/name or " in unknown
-    assert revision.startswith("source.revision is 'v9', which owner/name has not; name a commit, tag or branch")
+    assert revision.startswith("source.revision is 'v9', which owner/name does not have; name a commit, tag or branch")
     hub.gated = True
     [gated] = refusals(tmp_path / "set", online(hub, tmp_path), NAMED)
     assert gated.startswith("source.dataset is 'owner/name', which is gated: accept its terms at http")
@@ -292,5 +292,7 @@ def test_two_sources_or_none_are_refused(tmp_path: Path):
         source_of(tmp_path, "source: {dataset: a/b, url: x}", {})
     with pytest.raises(settings.ConfigError, match=r"source\.url: is empty, and so is dataset; name a data set"):
         source_of(tmp_path, "data: {seed: 1}", {})
-    with pytest.raises(settings.ConfigError, match=r"dataset: is './folder', which is no name on the Hub; write OWNER"):
+    with pytest.raises(
+        settings.ConfigError, match=r"dataset: is './folder', which is not a name on the Hub; write OWNER"
+    ):
         source_of(tmp_path, "source: {dataset: ./folder}", {})

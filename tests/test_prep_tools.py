@@ -15,7 +15,7 @@ from core.data.shard import HEADER_BYTES
 from core.errors import ConfigError, DataError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
-from data_prep import fetch, inspect, prepare, ready, verify
+from data_prep import fetch, inspect, prepare, verify
 from tests.corpus import EOT, documents, documents_of, prepare_set, write_parquet
 
 
@@ -40,7 +40,7 @@ def copy(made: Path, tmp_path: Path) -> Path:
 
 def test_verify_passes_a_good_set(made: Path, capsys: pytest.CaptureFixture):
     assert verify.main([str(made)]) == 0
-    assert "are as the manifest says" in capsys.readouterr().out
+    assert "match the manifest" in capsys.readouterr().out
 
 
 def flip(path: Path, at: int) -> None:
@@ -135,7 +135,7 @@ def write_source(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llm.c", "llm.c 32 bits", "npy", "plain"])
 def test_fetch_keeps_every_token_in_order(kind: str, tmp_path: Path, vocab_bpe: Path):
     write_source(tmp_path, kind)
-    made = ready.fetch(fetch_config(tmp_path, vocab_bpe))
+    made = fetch.fetch(fetch_config(tmp_path, vocab_bpe))
     assert [shard.tokens for shard in made.splits["train"].shards] == [10_000, 10_000, 1_000, 3_000]
     for split, expected in (("train", TOKENS[:24_000]), ("val", TOKENS[24_000:])):
         pieces = [storage.read_bytes(f"{tmp_path}/set/{shard.name}") for shard in made.splits[split].shards]
@@ -147,12 +147,12 @@ def test_fetch_keeps_every_token_in_order(kind: str, tmp_path: Path, vocab_bpe: 
 
 def test_fetch_continues_and_leaves_a_complete_set_alone(tmp_path: Path, vocab_bpe: Path):
     write_source(tmp_path, "llm.c")
-    made = ready.fetch(fetch_config(tmp_path, vocab_bpe))
+    made = fetch.fetch(fetch_config(tmp_path, vocab_bpe))
     kept = (tmp_path / "set/train/00000.bin").stat().st_mtime_ns
     for name in ("manifest.json", "parts/train-00001.json", "train/00001.bin"):
         (tmp_path / "set" / name).unlink()
-    assert ready.fetch(fetch_config(tmp_path, vocab_bpe)) == made
-    assert ready.fetch(fetch_config(tmp_path, vocab_bpe)) == made
+    assert fetch.fetch(fetch_config(tmp_path, vocab_bpe)) == made
+    assert fetch.fetch(fetch_config(tmp_path, vocab_bpe)) == made
     assert (tmp_path / "set/train/00000.bin").stat().st_mtime_ns == kept
 
 
@@ -162,11 +162,11 @@ def test_fetch_refuses_foreign_tokens_and_truncated_files(tmp_path: Path, vocab_
     wrong[321] = 128_000
     (tmp_path / "train_000003.bin").write_bytes(llmc(wrong, 20240801, 7, "<u4"))
     with pytest.raises(DataError, match=r"train_000003\.bin: token 321 is 128000, GPT-2's ids end at 50256"):
-        ready.fetch(fetch_config(tmp_path, vocab_bpe))
+        fetch.fetch(fetch_config(tmp_path, vocab_bpe))
     assert not manifest.exists(f"{tmp_path}/set")
     (tmp_path / "train_000003.bin").write_bytes(llmc(TOKENS[:500])[:-1])
     with pytest.raises(DataError, match=r"2023 bytes, but 500 tokens of 2 bytes take 2024"):
-        ready.fetch(fetch_config(tmp_path, vocab_bpe, f"--data.url={tmp_path}/other"))
+        fetch.fetch(fetch_config(tmp_path, vocab_bpe, f"--data.url={tmp_path}/other"))
 
 
 def test_a_prepared_set_can_be_imported(made: Path, tmp_path: Path, vocab_bpe: Path):
@@ -175,7 +175,7 @@ def test_a_prepared_set_can_be_imported(made: Path, tmp_path: Path, vocab_bpe: P
         f"--source.val_url={made}/val/*.bin",
         f"--data.url={tmp_path}/set",
     )
-    found = ready.fetch(fetch_config(tmp_path, vocab_bpe, *flags))
+    found = fetch.fetch(fetch_config(tmp_path, vocab_bpe, *flags))
     assert found.splits["val"].tokens == manifest.read(str(made)).splits["val"].tokens
     assert sorted(documents_of(f"{tmp_path}/set", "val")) == sorted(documents_of(str(made), "val"))
 
@@ -213,4 +213,4 @@ def test_the_overfit_set_says_that_it_has_no_validation(tmp_path: Path, vocab_bp
     made = manifest.read(f"{tmp_path}/set")
     assert made.splits["val"].tokens == 0
     assert made.splits["train"].documents == 1
-    assert "nothing to validate on: training will report no validation loss" in capsys.readouterr().out
+    assert "no validation tokens: training will report no validation loss" in capsys.readouterr().out

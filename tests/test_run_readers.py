@@ -77,7 +77,7 @@ def test_all_consumers_agree(golden: Callable[[Path], GoldenRun], tmp_path: Path
     assert cents in page.as_html(report, LATER)
     assert f"${usd:.2f} so far" in spent_line(url)
     opened = types.SimpleNamespace(run_url=url, step=10**9, data_url=None)
-    facts = card.gather(opened)
+    facts = card.gather(opened, [])
     assert facts.spent_usd == usd
     measured = read_measured(url)
     assert measured.points("train")[-1].usd <= usd

@@ -24,7 +24,7 @@ from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
 from trainer.data import chat_template
-from trainer.inference.engine import Engine, Request
+from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
 from trainer.inference.worker import Failed, Worker
 
@@ -48,15 +48,15 @@ def engine(encoding) -> Engine:
 @pytest.fixture(scope="module")
 def url(folder, vocab_bpe) -> Iterator[str]:
     """The tuned model's server."""
-    with serving(folder / "tuned", vocab_bpe, "--rows=4") as url:
+    with serving(folder / "tuned", vocab_bpe, "--max_batch_size=4") as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def guarded(folder, vocab_bpe) -> Iterator[str]:
-    """The base model's server, on an address that others reach, by way of `chat --serve`; one text at a time."""
-    flags = ("--serve", "--host=0.0.0.0", "--rows=1", "--queue=2")
-    with serving(folder / "base", vocab_bpe, *flags, key=KEY, module="chat") as url:
+    """The base model's server, on an address that others reach; one text at a time."""
+    flags = ("--host=0.0.0.0", "--max_batch_size=1", "--queue=2")
+    with serving(folder / "base", vocab_bpe, *flags, key=KEY) as url:
         yield url.replace("0.0.0.0", "127.0.0.1")
 
 
@@ -74,7 +74,7 @@ def test_models(client, url):
 
 
 def test_completion(client, engine):
-    expected = locally(engine, engine.encode("Once upon"), tokens=9, temperature=0)
+    expected = locally(engine, engine.encode("Once upon"), max_tokens=9, temperature=0)
     found = client.completions.create(model="tuned", prompt="Once upon", max_tokens=9, temperature=0)
     assert found.choices[0].text == expected
     assert found.choices[0].finish_reason == "length"
@@ -86,11 +86,11 @@ def test_completion(client, engine):
 def test_completion_of_several_prompts_and_choices(client, engine):
     prompts = ["Once upon", [GPT2_END_OF_TEXT, 11, 12]]
     found = client.completions.create(model="tuned", prompt=prompts[:1], n=2, max_tokens=5, seed=3)
-    expected = [locally(engine, engine.encode("Once upon"), tokens=5, seed=seed) for seed in (3, 4)]
+    expected = [locally(engine, engine.encode("Once upon"), max_tokens=5, seed=seed) for seed in (3, 4)]
     assert [choice.text for choice in found.choices] == expected
     assert [choice.index for choice in found.choices] == [0, 1]
     found = client.completions.create(model="tuned", prompt=[prompts[1]], max_tokens=5, temperature=0)
-    assert found.choices[0].text == locally(engine, prompts[1], tokens=5, temperature=0)
+    assert found.choices[0].text == locally(engine, prompts[1], max_tokens=5, temperature=0)
     found = client.completions.create(model="tuned", prompt=["a", "b", "c"], max_tokens=2)
     assert len(found.choices) == 3
 
@@ -101,7 +101,7 @@ def test_completion_as_a_stream(client, engine):
     )
     events = list(stream)
     text = "".join(event.choices[0].text for event in events if event.choices)
-    assert text == locally(engine, engine.encode("Once"), tokens=8, seed=1)
+    assert text == locally(engine, engine.encode("Once"), max_tokens=8, seed=1)
     assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "length"
     assert len(events) > 4
     assert events[-1].usage.completion_tokens == 8
@@ -111,7 +111,7 @@ def test_chat(client, engine, encoding):
     tokens = chat_template.render(HELLO, encoding, add_generation_prompt=True).tokens
     found = client.chat.completions.create(model="tuned", messages=HELLO, max_completion_tokens=7, temperature=0)
     message = found.choices[0].message
-    assert (message.role, message.content) == ("assistant", locally(engine, tokens, tokens=7, temperature=0))
+    assert (message.role, message.content) == ("assistant", locally(engine, tokens, max_tokens=7, temperature=0))
     assert found.usage.prompt_tokens == len(tokens)
     parts = [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, *HELLO]
     found = client.chat.completions.create(model="tuned", messages=parts, max_tokens=3)
@@ -126,13 +126,13 @@ def test_chat_as_a_stream_of_two_choices(client, engine, encoding):
             texts[choice.index] += choice.delta.content or ""
             roles[choice.index] = choice.delta.role or roles[choice.index]
             finishes[choice.index] = choice.finish_reason
-    assert texts == {index: locally(engine, tokens, tokens=6, seed=5 + index) for index in (0, 1)}
+    assert texts == {index: locally(engine, tokens, max_tokens=6, seed=5 + index) for index in (0, 1)}
     assert roles == {0: "assistant", 1: "assistant"}
     assert finishes == {0: "length", 1: "length"}
 
 
 def test_stop_texts(client, engine):
-    text = locally(engine, engine.encode("Once"), tokens=30, temperature=0)
+    text = locally(engine, engine.encode("Once"), max_tokens=30, temperature=0)
     stop = text[len(text) // 2 :][:6]
     for stream in (False, True):
         found = client.completions.create(
@@ -169,14 +169,15 @@ def test_logprobs(client):
 def test_own_settings_by_way_of_extra_body(client, engine):
     more = {"top_k": 3, "min_p": 0.05, "repetition_penalty": 1.3}
     found = client.completions.create(model="tuned", prompt="Once", max_tokens=9, seed=2, extra_body=more)
-    assert found.choices[0].text == locally(engine, engine.encode("Once"), tokens=9, seed=2, **more)
+    assert found.choices[0].text == locally(engine, engine.encode("Once"), max_tokens=9, seed=2, **more)
 
 
 def test_many_clients_are_answered_together_as_if_alone(url, engine):
     """More than there are rows; each gets its own text."""
     prompts = [f"Number {index} of" for index in range(12)]
     expected = [
-        locally(engine, engine.encode(prompt), tokens=10 + index, seed=index) for index, prompt in enumerate(prompts)
+        locally(engine, engine.encode(prompt), max_tokens=10 + index, seed=index)
+        for index, prompt in enumerate(prompts)
     ]
 
     async def ask(index: int, prompt: str) -> str:
@@ -199,7 +200,7 @@ BAD = {
     "unknown parameter 'temprature'": {"temprature": 1},
     "stop must be a text or a list of at most 4, none of them empty": {"stop": ["a", ""]},
     "prompt must be a text, a list of token ids, or a list of either": {"prompt": {"a": 1}},
-    "the prompt holds token 99999, ids go from 0 to 50256": {"prompt": [1, 99999]},
+    "the prompt contains token 99999, ids go from 0 to 50256": {"prompt": [1, 99999]},
     "the prompt has 1024 tokens, the model's context is 1024; shorten it": {"prompt": [11] * 1024},
     "stream is 'yes', must be true or false": {"stream": "yes"},
 }
@@ -259,7 +260,7 @@ def test_a_client_that_goes_away_frees_its_place(guarded):
             try:
                 client.completions.create(model="base", prompt=["a", "b"], max_tokens=1)
             except openai.RateLimitError as error:
-                if "2 texts are in work or waiting, at most 2 may; try again later" in str(error):
+                if "2 texts are in progress or waiting, the limit is 2; try again later" in str(error):
                     break
             assert time.monotonic() < deadline
         assert not waiting.done()
@@ -283,7 +284,7 @@ def test_a_key_is_asked_for(guarded):
 
 def test_a_base_model_takes_no_conversation(guarded):
     client = openai.OpenAI(base_url=f"{guarded}/v1", api_key=KEY, max_retries=0)
-    with pytest.raises(openai.BadRequestError, match="is a base model and knows no turns; use /v1/completions"):
+    with pytest.raises(openai.BadRequestError, match="is a base model without turns; use /v1/completions"):
         client.chat.completions.create(model="base", messages=HELLO)
 
 
@@ -305,7 +306,7 @@ def test_a_taken_port_is_told(folder, vocab_bpe):
 def test_a_failing_model_ends_open_requests_and_serves_the_next(encoding):
     model = checkpoints.random_model(CONFIG)
     kept = model.ln_f.weight.data.clone()
-    requests = [Request([1, 2], Sampling(tokens=3)), Request([3], Sampling(tokens=3))]
+    requests = [GenerationRequest([1, 2], Sampling(max_tokens=3)), GenerationRequest([3], Sampling(max_tokens=3))]
 
     async def use() -> tuple[list[str], int]:
         worker = Worker(Engine(model, encoding, torch.device("cpu")), 8)

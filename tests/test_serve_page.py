@@ -126,14 +126,14 @@ def test_the_page_streams_an_answer(folder, vocab_bpe, tmp_path):
     with serving(folder / "tuned", vocab_bpe) as url:
         found = asyncio.run(look(url))
     tokens = chat_template.render(HELLO, encoding, add_generation_prompt=True).tokens
-    first = locally(engine, tokens, tokens=40, temperature=0)
+    first = locally(engine, tokens, max_tokens=40, temperature=0)
     assert found["first"]["answers"][0][0] == first
     lengths = found["first"]["lengths"]
     assert len(set(lengths)) > 5, "it came at once"
     assert lengths == sorted(lengths)
     messages = [*HELLO, {"role": "assistant", "content": first}, {"role": "user", "content": "And then?"}]
     tokens = chat_template.render(messages, encoding, add_generation_prompt=True).tokens
-    assert found["second"]["answers"][1][0] == locally(engine, tokens, tokens=40, temperature=0)
+    assert found["second"]["answers"][1][0] == locally(engine, tokens, max_tokens=40, temperature=0)
     stopped = encoding.encode_ordinary(found["stopped"]["answers"][2][0])
     assert 0 < len(stopped) < 900
     assert found["stopped"]["errors"] == []

@@ -7,7 +7,6 @@ import pytest
 
 from core.data import sets
 from core.errors import ConfigError, DataError
-from data_prep import hellaswag, instructions
 from data_prep import sets as entry
 
 GOOD = [
@@ -34,43 +33,43 @@ def test_instructions_are_stored_in_one_form(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("not json", "is no JSON object"),
+        ("not json", "is not a JSON object"),
         ({"text": "x"}, "has neither messages nor instruction and output"),
         ({"instruction": "x", "output": " "}, "empty message of role 'assistant'"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "does not go user, assistant in turn"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "does not go user, assistant in turn"),
-        ({"messages": ["x"]}, "a message that is no object"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "does not alternate user, assistant"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "does not alternate user, assistant"),
+        ({"messages": ["x"]}, "a message that is not an object"),
     ],
 )
 def test_bad_rows_are_named_and_refused(tmp_path: Path, row, problem: str):
     source = write_rows(tmp_path / "rows.jsonl", [*GOOD, row])
-    with pytest.raises(DataError, match=f"1 of 4 rows are no conversations .row 4: .*{problem}"):
-        instructions.store(str(tmp_path), source, "instructions", "CC0")
-    instructions.store(str(tmp_path), write_rows(tmp_path / "many.jsonl", [*GOOD * 40, row]), "instructions", "CC0")
+    with pytest.raises(DataError, match=f"1 of 4 rows are not conversations .row 4: .*{problem}"):
+        entry.store_rows(str(tmp_path), source, "instructions", "CC0")
+    entry.store_rows(str(tmp_path), write_rows(tmp_path / "many.jsonl", [*GOOD * 40, row]), "instructions", "CC0")
     assert len(sets.read(str(tmp_path), "instructions")) == 120
 
 
 def test_damaged_and_missing_sets_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"there is no set 'hellaswag'; store it first: python -m data_prep\.sets"):
         sets.read(str(tmp_path), "hellaswag")
-    instructions.store(str(tmp_path), write_rows(tmp_path / "rows.jsonl", GOOD), "instructions", "CC0")
+    entry.store_rows(str(tmp_path), write_rows(tmp_path / "rows.jsonl", GOOD), "instructions", "CC0")
     (tmp_path / "sets/instructions.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match="its content is not what was stored"):
+    with pytest.raises(DataError, match="its checksum has changed"):
         sets.read(str(tmp_path), "instructions")
 
 
 def test_hellaswag_is_the_published_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    row = dict.fromkeys(hellaswag.FIELDS, "x") | {"ind": 1, "label": "3", "endings": ["a", "b", "c", "d"]}
+    row = dict.fromkeys(entry.FIELDS, "x") | {"ind": 1, "label": "3", "endings": ["a", "b", "c", "d"]}
     shuffled = dict(sorted(row.items()))
     source = write_rows(tmp_path / "hellaswag.jsonl", [shuffled])
     with pytest.raises(DataError, match=r"its 1 rows have the checksum .* HellaSwag's validation set has dc1be2fa1bef"):
-        hellaswag.store(str(tmp_path), source)
+        entry.store_hellaswag(str(tmp_path), source)
     assert not (tmp_path / "sets").exists()
-    with pytest.raises(DataError, match=r"no HellaSwag rows .KeyError"):
-        hellaswag.store(str(tmp_path), write_rows(tmp_path / "other.jsonl", [{"a": 1}]))
+    with pytest.raises(DataError, match=r"not HellaSwag.s rows .KeyError"):
+        entry.store_hellaswag(str(tmp_path), write_rows(tmp_path / "other.jsonl", [{"a": 1}]))
     # The checksum is that of one form, whatever the order of columns in the copy.
-    assert list(json.loads(hellaswag.canonical([shuffled], "x"))) == list(hellaswag.FIELDS)
-    assert json.loads(hellaswag.canonical([shuffled], "x"))["label"] == 3
+    assert list(json.loads(entry.hellaswag_bytes([shuffled], "x"))) == list(entry.FIELDS)
+    assert json.loads(entry.hellaswag_bytes([shuffled], "x"))["label"] == 3
 
 
 def test_unknown_kind_and_missing_source(tmp_path: Path):
@@ -90,5 +89,5 @@ def test_preference_pairs_are_stored_in_one_form(tmp_path: Path):
     assert row["chosen"] == [question, {"role": "assistant", "content": "A"}]
     assert row["rejected"] == [question, {"role": "assistant", "content": "B"}]
     source = write_rows(tmp_path / "bad.jsonl", [{"prompt": "Q", "chosen": "A"}])
-    with pytest.raises(DataError, match=r"1 of 1 rows are no preferences \(row 1: has an empty message"):
+    with pytest.raises(DataError, match=r"1 of 1 rows are not preferences \(row 1: has an empty message"):
         entry.main(["preferences", str(tmp_path), f"--from={source}"])

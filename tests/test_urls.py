@@ -18,7 +18,6 @@ from tests.patience import PATIENCE_SECONDS
 from trainer.chat import ChatConfig
 from trainer.generate import GenerateConfig
 from trainer.weights import folder as public
-from trainer.weights import publish
 
 ROOT = Path(__file__).parent.parent
 MEANT = {
@@ -115,7 +114,7 @@ def test_names_of_models():
     with pytest.raises(ConfigError, match=r"HF:a/b: not of the form hf:OWNER/NAME\[@REVISION\]"):
         public.resolve("HF:a/b")
     with pytest.raises(ConfigError, match="HF:a/b is not of the form hf:OWNER/NAME"):
-        publish.check("HF:a/b")
+        public.check_publishable("HF:a/b")
 
 
 # Every setting that is a place, with what else its schema requires.

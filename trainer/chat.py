@@ -1,10 +1,9 @@
-"""Talk to a trained model: a base model continues your text, a fine-tuned one answers you.
+"""Chats with a trained model: a base model continues text, a fine-tuned one answers.
 
     python -m trainer.chat s3://bucket/runs/first
-    python -m trainer.chat s3://bucket/runs/first --serve
 
-Reads a run's newest checkpoint, one checkpoint, or a public model. /help lists what else it can do. Works in a pipe:
-one line, one answer. `--serve` is `python -m trainer.serve`.
+Reads a run's newest checkpoint, one checkpoint, or a public model. /help lists the commands. In a pipe, each line gets
+one answer. `python -m trainer.serve` offers the same on a web page.
 """
 
 import os
@@ -13,56 +12,51 @@ from dataclasses import dataclass
 
 from core import urls
 from core.console import run_entry, set_up_logging
+from core.errors import ConfigError
 from core.exit_codes import FAILED, OK
 from core.settings import loader
 from core.settings.loader import setting
 from trainer.inference import sampling as generation
-from trainer.inference.sampling import Machine, Sampling
+from trainer.inference.sampling import InferenceOptions, Sampling
 
-USAGE = "python -m trainer.chat RUN_OR_CHECKPOINT [--name=value ...] [--serve ...]"
+USAGE = "python -m trainer.chat RUN_OR_CHECKPOINT [--name=value ...]"
 
 
 @dataclass(frozen=True)
-class ChatConfig(Machine, Sampling):
-    """What `trainer.chat` takes."""
+class ChatConfig(InferenceOptions, Sampling):
+    """Settings of `trainer.chat`."""
 
     compare: str = setting(
-        "", "another run or checkpoint that answers beside this one, as /compare", check=urls.mistake_in_model
+        "", "another run or checkpoint that answers beside this one, as with /compare", check=urls.mistake_in_model
     )
-
-    def __post_init__(self):
-        Sampling.__post_init__(self)
-        Machine.__post_init__(self)
 
 
 def main(arguments: list[str]) -> int:
     if "--serve" in arguments:
-        from trainer.inference.start import serve
-
-        return serve([argument for argument in arguments if argument != "--serve"])
+        raise ConfigError("--serve: is a separate program; run python -m trainer.serve RUN_OR_CHECKPOINT")
     if {"-h", "--help"} & set(arguments):
         print(loader.help_text(ChatConfig, USAGE))
         return OK
     where, flags = generation.split_arguments(arguments, USAGE)
     settings = generation.load(ChatConfig, flags, os.environ)
     set_up_logging(speaks=False)
-    # torch takes seconds to import: a wrong setting should not have to wait for it.
+    # Importing torch takes seconds. Errors in the settings are reported before that.
     from trainer.inference.chat import Chat
-    from trainer.inference.chat_model import open_speaker
-    from trainer.inference.terminal import Face
+    from trainer.inference.chat_model import open_chat_model
+    from trainer.inference.terminal import Terminal
 
-    face = Face()
-    with face.waiting(f"opening {where}"):
-        speaker = open_speaker(where, settings)
-    chat = Chat(speaker, generation.sampling_of(settings), settings, face)
-    engine, model = speaker.engine, speaker.engine.model
-    manner = "answers in turns" if speaker.tuned else "continues text"
-    size = f"{model.parameter_count():,} parameters, context {engine.context}, {engine.device}"
-    face.note(f"{speaker.name}: {size}")
-    face.note(f"it {manner}; /help lists commands")
+    terminal = Terminal()
+    with terminal.waiting(f"opening {where}"):
+        model = open_chat_model(where, settings)
+    chat = Chat(model, generation.sampling_of(settings), settings, terminal)
+    engine = model.engine
+    manner = "answers in turns" if model.tuned else "continues text"
+    size = f"{engine.model.parameter_count():,} parameters, context {engine.context}, {engine.device}"
+    terminal.note(f"{model.name}: {size}")
+    terminal.note(f"it {manner}; /help lists commands")
     if settings.compare:
         chat.handle(f"/compare {settings.compare}")
-    for line in face.lines(list(Chat.commands())):
+    for line in terminal.lines(list(Chat.commands())):
         if not chat.handle(line):
             break
     return FAILED if chat.failed and not sys.stdin.isatty() else OK

@@ -1,12 +1,12 @@
-"""Evaluate trained models, and public ones beside them.
+"""Evaluates trained and public models.
 
     python -m trainer.evaluate s3://bucket/runs/first --tasks=perplexity,hellaswag --compare=gpt2,s3://bucket/runs/second
     torchrun --nproc-per-node=8 -m trainer.evaluate s3://bucket/runs/first/checkpoints/step-00001000
 
-A model is a run (its newest checkpoint), a checkpoint, a folder in Hugging Face's form, gpt2 ... gpt2-xl or
-hf:OWNER/NAME; without one, RUN_URL. Reads the data that the first run was trained on. Writes results below
-RUN_URL/evaluations/ (docs/formats.md), what it cost into the ledger there, and prints a table. What is stored is not
-measured again, and what was cut off goes on where it was. The scores do not depend on the number of ranks.
+A model is a run (its newest checkpoint), a checkpoint, a folder in Hugging Face's format, gpt2 ... gpt2-xl or
+hf:OWNER/NAME. The default is RUN_URL. Reads the dataset of the first run. Writes results and a ledger below
+RUN_URL/evaluations/ (docs/formats.md) and prints a table. Stored results are not measured again; an interrupted
+evaluation continues where it stopped. The scores do not depend on the number of ranks.
 """
 
 from core import stop
@@ -20,31 +20,23 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from core import urls
 from core.console import run_entry, set_up_logging
-from core.errors import CapReached, ConfigError
+from core.errors import CapReached
 from core.exit_codes import CAPPED, FAILED, OK, tell_launcher
-from core.settings import loader
+from core.settings import evaluation, loader
 from core.settings.evaluation import EvaluateConfig
 
 log = logging.getLogger("evaluate")
-USAGE = "python -m trainer.evaluate [RUN_OR_CHECKPOINT ...] [CONFIG.yaml] [--setting=value ...]"
 
 
 def main(arguments: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     set_up_logging(speaks=is_main)
     if {"-h", "--help"} & set(arguments):
-        print(loader.help_text(EvaluateConfig, USAGE))
+        print(loader.help_text(EvaluateConfig, evaluation.USAGE))
         return OK
-    targets = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
-    settings = loader.load(EvaluateConfig, [each for each in arguments if each not in targets], os.environ)
-    targets = targets or [url for url in [os.environ.get("RUN_URL")] if url]
-    if not targets:
-        raise ConfigError(f"no model given; {USAGE}, or set RUN_URL")
-    for target in targets:
-        urls.check_model(target)
-    # torch takes seconds to import: a wrong setting should not have to wait for it.
+    targets, settings = evaluation.parse(arguments, os.environ)
+    # Importing torch takes seconds. Errors in the settings are reported before that.
     from trainer.distributed import process_group
 
     try:
@@ -54,7 +46,7 @@ def main(arguments: list[str]) -> int:
     except CapReached as reached:
         log.warning("%s", reached)
         tell_launcher(CAPPED)
-        process_group.meet(ranks, "cap")  # or torchrun would kill the others before they have stored what they found
+        process_group.meet(ranks, "cap")  # torchrun kills the other ranks once one exits: let them store their results
         return CAPPED
     except process_group.PeerFailed:
         return FAILED
@@ -63,64 +55,64 @@ def main(arguments: list[str]) -> int:
 
 
 def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
-    """Measure every target, one after the other; on all ranks."""
+    """Measures all targets, one after another. Call it on all ranks."""
     import torch
 
     from trainer.distributed.process_group import on_all
-    from trainer.evals import results
-    from trainer.evals.books import Books
-    from trainer.evals.suite import Data, measurements
+    from trainer.evals import suite
+    from trainer.evals.progress import EvaluationLog
     from trainer.model import precision
     from trainer.weights.open import open_weights
 
     if ranks.device.type == "cpu":
         torch.set_num_threads(settings.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
     numbers = precision.resolve(settings.precision, ranks.device)
-    opened = on_all(lambda: open_weights(targets[0], ranks.device), ranks)
-    own = RunFolder(opened.run_url).evaluations if opened.run_url else None
+    trained = on_all(lambda: open_weights(targets[0], ranks.device), ranks)
+    own = RunFolder(trained.run_url).evaluations if trained.run_url else None
     home = settings.results or own or "evaluations"
-    data = Data(settings.data_url or opened.data_url or "", ranks)
-    tasks = measurements(settings, data, ranks, numbers, home)
+    data = suite.EvaluationData(settings.data_url or trained.data_url or "", ranks)
+    tasks = suite.measurements(settings, data, ranks, numbers, home)
     columns: dict[str, dict[str, Mapping]] = {}
-    with Books(own or home, settings, ranks) as books:
+    with EvaluationLog(own or home, settings, ranks) as evaluation_log:
         for target in targets:
-            if opened is None:
-                with books.phase("restore"):
-                    opened = on_all(lambda target=target: open_weights(target, ranks.device), ranks)
-            name = unique_name(opened.name, columns)
+            if trained is None:
+                with evaluation_log.phase("restore"):
+                    trained = on_all(lambda target=target: open_weights(target, ranks.device), ranks)
+            name = unique_name(trained.name, columns)
             columns[name] = {}
-            folder = results.folder_of(opened, home)
+            folder = suite.results_folder(trained, home)
             for task in tasks:
-                columns[name][task.name] = measured(task, opened, folder, settings, ranks, books)
-            opened = None  # the memory is for the next one
+                columns[name][task.name] = measured(task, trained, folder, settings, ranks, evaluation_log)
+            trained = None  # frees its memory for the next model
     if ranks.is_main:
         show(columns, [task.name for task in tasks])
 
 
-def measured(task, opened, folder: str, settings: EvaluateConfig, ranks, books) -> Mapping[str, float]:
-    """The scores, as stored or as found now and stored."""
+def measured(task, trained, folder: str, settings: EvaluateConfig, ranks, evaluation_log) -> Mapping[str, float]:
+    """The scores of one task, read from storage or measured and stored."""
     import torch
 
     from core import storage
     from core.run.machine import program_versions
     from trainer.distributed.process_group import on_main
-    from trainer.evals import results
-    from trainer.evals.progress import Kept
+    from trainer.evals import suite
+    from trainer.evals.progress import PartialResults
 
-    key = results.key_of(task.name, task.identity)
-    stored = None if settings.rerun else on_main(lambda: results.find(folder, key), ranks)
+    key = suite.result_key(task.name, task.identity)
+    stored = None if settings.rerun else on_main(lambda: suite.find_result(folder, key), ranks)
     if stored:
-        log.info("%s: %s was measured before (--rerun measures anew)", opened.name, task.name)
+        log.info("%s: %s was measured before (--rerun repeats it)", trained.name, task.name)
         return stored["scores"]
-    books.check()
+    evaluation_log.check_cap()
     started = time.monotonic()
-    with books.phase("eval"), Kept(storage.join(folder, "partial", key), ranks, books.check) as kept:
-        found = task.compute(opened, kept)
+    place = storage.join(folder, "partial", key)
+    with evaluation_log.phase("eval"), PartialResults(place, ranks, evaluation_log.check_cap) as partial:
+        found = task.compute(trained, partial)
     document = {
         "task": task.name,
-        "model": opened.name,
-        "run_url": opened.run_url,
-        "step": opened.step,
+        "model": trained.name,
+        "run_url": trained.run_url,
+        "step": trained.step,
         "identity": task.identity,
         **found,
         "time": time.time(),
@@ -129,14 +121,14 @@ def measured(task, opened, folder: str, settings: EvaluateConfig, ranks, books) 
         "ranks": ranks.world,
         "program": program_versions(("torch", "numpy", "lm-eval")),
     }
-    uri = on_main(lambda: results.store(folder, key, document), ranks)
-    kept.discard()
-    log.info("%s: %s in %.0f s, %s", opened.name, task.name, document["seconds"], uri)
+    uri = on_main(lambda: suite.store_result(folder, key, document), ranks)
+    partial.discard()
+    log.info("%s: %s in %.0f s, %s", trained.name, task.name, document["seconds"], uri)
     return found["scores"]
 
 
 def unique_name(name: str, taken: Mapping[str, object]) -> str:
-    """What is told apart in the table's heading: the last part of a URL where that is enough."""
+    """A heading for the table: the last part of the URL, or the whole name if that is taken."""
     short = name.rstrip("/").rpartition("/")[2]
     return short if short not in taken else name
 

@@ -1,25 +1,25 @@
-"""Begin a run with weights that are there already: of public GPT-2, of a folder in Hugging Face's form, of another run.
+"""Starts a run from existing weights: public GPT-2, a folder in Hugging Face's format, or another run.
 
     python -m trainer.import_weights gpt2 s3://bucket/runs/from-gpt2 trainer/configs/gpt2-124m.yaml
 
-Reads DATA_URL's manifest (or --data.url). Writes RUN_URL/checkpoints/step-00000000, which trainer.train with the same
-settings continues from, and which evaluation and export take like any other; it prints the settings of the weights.
-The model's settings are those of the weights; dropout, document_mask and everything that is not `model.` may be given.
+Reads DATA_URL's manifest (or --data.url). Writes RUN_URL/checkpoints/step-00000000 and prints the settings of the
+weights. trainer.train continues from it with the same settings; evaluation and export accept it like any checkpoint.
+The weights decide the model's settings, except for dropout, document_mask and init. All other settings are free.
 """
 
 import os
+from typing import Any
 
-from core import urls
+from core import storage, urls
 from core.console import run_entry, set_up_logging
 from core.data import manifest
-from core.errors import ConfigError
+from core.errors import ConfigError, RunError
 from core.settings import loader
 from core.settings.model import ModelConfig
 from core.settings.training import TrainConfig
 
 USAGE = "python -m trainer.import_weights MODEL RUN_URL [CONFIG.yaml] [--section.key=value ...]"
-# What training may choose anew without being another model.
-FREE = ("dropout", "document_mask", "init")
+FREE = ("dropout", "document_mask", "init")  # settings of the model that do not describe its weights
 
 
 def main(arguments: list[str]) -> None:
@@ -36,12 +36,12 @@ def main(arguments: list[str]) -> None:
     rest = [each for each in arguments if each not in names]
     import torch
 
-    from trainer.weights.begin import write_first_checkpoint
     from trainer.weights.open import open_weights
 
-    opened = open_weights(where, torch.device("cpu"))
-    given, usual = loader.to_dict(opened.model.config), loader.to_dict(ModelConfig())
-    # Flags win over the file, whose sizes are those of another model; what a flag itself says is compared below.
+    trained = open_weights(where, torch.device("cpu"))
+    given, defaults = loader.to_dict(trained.model.config), loader.to_dict(ModelConfig())
+    # These flags override the file, which may describe a model of another size. `check_same` refuses a user's flag
+    # that contradicts the weights.
     sized = [(key, value) for key, value in given.items() if key not in FREE]
     sizes = [f"--model.{key}={value}" for key, value in sized]
     flags = [each for each in rest if each.startswith("--")]
@@ -49,19 +49,52 @@ def main(arguments: list[str]) -> None:
     settings = loader.load(TrainConfig, [*files, *sizes, *flags, f"--run.url={run_url}"], os.environ)
     check_same(given, loader.to_dict(settings.model), where)
     data = manifest.read(settings.data.url)
-    folder = write_first_checkpoint(settings, opened.model, opened.name, data.fingerprint)
-    print(f"{folder}: {opened.model.parameter_count():,} parameters of {opened.name}")
-    # A file may set what is a default elsewhere: then all of them are told.
-    told = [flag for flag, (key, value) in zip(sizes, sized, strict=True) if files or value != usual[key]]
+    folder = write_first_checkpoint(settings, trained.model, trained.name, data.fingerprint)
+    print(f"{folder}: {trained.model.parameter_count():,} parameters of {trained.name}")
+    # A config file may override a default, so all settings are printed if one is given.
+    shown = [flag for flag, (key, value) in zip(sizes, sized, strict=True) if files or value != defaults[key]]
     print(f"train with the settings given here, --run.url={run_url} and")
-    print(" ".join(told))
+    print(" ".join(shown))
 
 
 def check_same(weights: dict, wanted: dict, where: str) -> None:
-    """Raise ConfigError for a flag that asks for another model than these weights are."""
+    """Raises ConfigError if a flag asks for a model that the weights do not fit."""
     for key, value in wanted.items():
         if key not in FREE and weights[key] != value:
             raise ConfigError(f"model.{key} is {value}, the weights of {where} have {weights[key]}; leave it out")
+
+
+def write_first_checkpoint(settings: TrainConfig, model, origin: str, data_fingerprint: str) -> str:
+    """Stores `model` as the checkpoint of step 0, with a fresh optimizer. Returns the checkpoint's folder.
+
+    `origin` names the source of the weights. Raises RunError if the run's folder holds objects.
+    """
+    import torch
+
+    from trainer.checkpoint import layout
+    from trainer.checkpoint.blocks import StagedFile
+    from trainer.optim.optimizer import UnitOptimizer
+
+    run_url, segment = settings.run.url, 0  # segments of a run count from 1
+    if storage.list_objects(run_url):
+        raise RunError(f"{run_url}: holds objects already; give the import a new run.url")
+    optimizer = UnitOptimizer(model, settings.optimizer, 0, 1)
+    staged = StagedFile(optimizer.blocks())
+    staged.fill(optimizer.blocks())
+    name = layout.payload_name(segment, 0, 1)
+    storage.write_bytes(storage.join(layout.folder_of(run_url, 0), name), staged.data)
+    state: dict[str, Any] = {
+        "step": 0,
+        "tokens": 0,
+        "rng": {"rule": "seeded per micro-batch from (train.seed, step, index)", "seed": settings.train.seed},
+        "config": loader.to_dict(settings),
+        "data_fingerprint": data_fingerprint,
+        "torch": torch.__version__,
+        "origin": origin,
+    }
+    file = layout.PayloadFile(name, len(staged.data), layout.checksum(staged.data))
+    layout.write_marker(run_url, layout.CheckpointManifest(0, segment, (file,), state))
+    return layout.folder_of(run_url, 0)
 
 
 if __name__ == "__main__":

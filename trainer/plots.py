@@ -1,11 +1,11 @@
-"""Look at runs: their curves as PNG and SVG, one figure per question, runs on top of each other.
+"""Plots the curves of runs as PNG and SVG, several runs in one figure.
 
     python -m trainer.plots RUN_URL [RUN_URL ...] [--out=plots] [--format=png,svg] [--smooth=0.9]
 
-Reads metrics and ledger of each run (core.run.reader) and writes into --out: loss (over tokens, machine hours and
-dollars), hellaswag, recipe (learning rate and gradient norm), speed (tokens/s and MFU, with restarts and
-checkpoints), norms, and samples.md: what each prompt was continued with, step by step. A figure without data is left
-out and named. Needs matplotlib (the extra `plot`).
+Reads metrics and ledger of each run (core.run.reader). Writes into --out the figures loss (over tokens, machine hours
+and dollars), hellaswag, recipe (learning rate and gradient norm), speed (tokens/s and MFU, with restarts and
+checkpoints) and norms, and samples.md with the text samples of each prompt by step. Skips a figure without data and
+logs its name. Needs matplotlib (the extra `plot`).
 """
 
 import logging
@@ -25,13 +25,13 @@ log = logging.getLogger("plots")
 FORMATS = ("png", "svg")
 COLOURS = ("#2563eb", "#d9480f", "#2f9e63", "#8a6fc9", "#b0749e", "#8d6e2f")
 RESTART, CHECKPOINT = "#d64545", "#9aa5b1"
-MARKED_AT_MOST = 100  # checkpoints; more would hide what they mark
+MAX_MARKS = 100  # lines of checkpoints or restarts; more would hide the curve
 FIGURES = ("loss", "hellaswag", "recipe", "speed", "norms")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """Options of the command line."""
 
     runs: tuple[str, ...]
     folder: Path
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     for name in FIGURES:
         figure = Figure(figsize=(12, 4) if name == "loss" else (8, 4.5), layout="constrained")
         if not _DRAW[name](figure, runs, options.smooth):
-            log.info("%s: nothing was measured", name)
+            log.info("%s: no data", name)
             continue
         for kind in options.formats:
             path = options.folder / f"{name}.{kind}"
@@ -72,15 +72,15 @@ def main(arguments: list[str]) -> int:
 
 
 def read_measured(run_url: str) -> Run:
-    """Raises DataError for a run without metrics."""
+    """Reads a run. Raises DataError for one without metrics."""
     run = read_run(run_url, Detail.ALL)
     if not any(segment.metrics for segment in run.segments):
-        raise DataError(f"{run_url}: holds no metrics; give the run.url of a training run")
+        raise DataError(f"{run_url}: has no metrics; give the run.url of a training run")
     return run
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Raises ConfigError for what is not known."""
+    """Parses the command line. Raises ConfigError for an unknown flag or an invalid value."""
     flags = {"out": "plots", "format": ",".join(FORMATS), "smooth": "0.9"}
     runs = []
     for argument in arguments:
@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str]) -> Options:
     formats = tuple(flags["format"].split(","))
     unknown = set(formats) - set(FORMATS)
     if unknown:
-        raise ConfigError(f"--format={flags['format']}: must be of {', '.join(FORMATS)}")
+        raise ConfigError(f"--format={flags['format']}: must be one or several of {', '.join(FORMATS)}")
     try:
         smooth = float(flags["smooth"])
     except ValueError:
@@ -107,23 +107,23 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def named(urls: Sequence[str]) -> dict[str, str]:
-    """Short names: the last part of each URL, the whole one where that is not enough."""
+    """URLs by short name: the last part of the URL, or the whole URL if several runs share it."""
     last = [url.rstrip("/").rsplit("/", 1)[-1] for url in urls]
     return {name if last.count(name) == 1 else url: url for name, url in zip(last, urls, strict=True)}
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential mean; corrected for its start, as Adam's is (Kingma & Ba 2015, section 3)."""
-    found, mean, whole = [], 0.0, 0.0
+    """Exponential moving average with bias correction (Kingma & Ba 2015, section 3)."""
+    found, mean, total = [], 0.0, 0.0
     for value in values:
         mean = weight * mean + (1 - weight) * value
-        whole = weight * whole + (1 - weight)
-        found.append(mean / whole)
+        total = weight * total + (1 - weight)
+        found.append(mean / total)
     return found
 
 
 def samples(runs: Sequence[tuple[str, Run]]) -> str:
-    """Markdown: a table per run and prompt, a line per step."""
+    """Markdown with a table per run and prompt, and a row per step."""
     parts = []
     for name, run in runs:
         for prompt in dict.fromkeys(point.values["prompt"] for point in run.points("sample")):
@@ -151,18 +151,18 @@ def _loss(figure: Any, runs: Runs, smooth: float) -> bool:
         for colour, (name, run) in zip(_colours(), runs, strict=False):
             train = [(of(point), point.values["loss"]) for point in run.points("train")]
             train = [(x, y) for x, y in train if x is not None and y is not None]
-            held_out = [(of(point), point.values.get("val_loss")) for point in run.points("eval")]
-            held_out = [(x, y) for x, y in held_out if x is not None and y is not None]
+            validation = [(of(point), point.values.get("val_loss")) for point in run.points("eval")]
+            validation = [(x, y) for x, y in validation if x is not None and y is not None]
             if train:
                 x, y = zip(*train, strict=True)
                 panel.plot(x, y, color=colour, alpha=0.2, linewidth=0.8)
                 panel.plot(x, smoothed(y, smooth), color=colour, linewidth=1.4, label=f"{name}, train")
                 drawn = True
-            if held_out:
-                panel.plot(*zip(*held_out, strict=True), "o", color=colour, markersize=4, label=f"{name}, validation")
+            if validation:
+                panel.plot(*zip(*validation, strict=True), "o", color=colour, markersize=4, label=f"{name}, validation")
         panel.set_xlabel(label)
         if not panel.lines:
-            panel.text(0.5, 0.5, "no price is known", ha="center", transform=panel.transAxes)
+            panel.text(0.5, 0.5, "the price is not known", ha="center", transform=panel.transAxes)
         _tidy(panel)
     axes[0].set_ylabel("loss (nats per token)")
     return drawn
@@ -180,7 +180,7 @@ def _hellaswag(figure: Any, runs: Runs, smooth: float) -> bool:
             )
             axes.errorbar(x, y, yerr=error, fmt="o-", color=colour, markersize=4, capsize=2, label=name)
             drawn = True
-    axes.axhline(25, color=CHECKPOINT, linestyle=":", label="a guess")
+    axes.axhline(25, color=CHECKPOINT, linestyle=":", label="random choice")
     axes.set(xlabel="tokens (millions)", ylabel="HellaSwag, normalised accuracy (%)")
     _tidy(axes)
     return drawn
@@ -211,16 +211,16 @@ def _speed(figure: Any, runs: Runs, smooth: float) -> bool:
             if points:
                 panel.plot(*zip(*points, strict=True), ".", color=colour, markersize=2, label=name)
                 drawn = True
-            for mark in run.machine_seconds("checkpoint_begun")[:MARKED_AT_MOST]:
+            for mark in run.machine_seconds("checkpoint_begun")[:MAX_MARKS]:
                 panel.axvline(mark / 3600, color=CHECKPOINT, linewidth=0.6, alpha=0.6)
-            for mark in run.restarts()[:MARKED_AT_MOST]:
+            for mark in run.restarts()[:MAX_MARKS]:
                 panel.axvline(mark / 3600, color=RESTART, linestyle="--", linewidth=1)
         if not panel.get_legend_handles_labels()[0]:
             panel.text(0.5, 0.5, "not known", ha="center", transform=panel.transAxes)
         panel.set_ylabel(label)
         panel.set_ylim(bottom=0)
         _tidy(panel)
-    panels[0].set_title("red: a new machine went on; grey: a checkpoint was begun", fontsize="small")
+    panels[0].set_title("red: restart; grey: start of a checkpoint", fontsize="small")
     panels[1].set_xlabel("machine hours")
     return drawn
 

@@ -1,7 +1,7 @@
-"""The data manifest: which shards make up a token set, what they hold and where they came from.
+"""Reads and writes the manifest of a dataset: its shards, their content and their source.
 
-`DATA_URL/manifest.json`, written last, so that its presence means that every shard is stored. It holds no time
-and no host name: the same source, seed and settings give the same bytes. Field by field in docs/formats.md.
+DATA_URL/manifest.json is written last: its presence means that every shard is stored. It contains no times or host
+names, so that the same source, seed and settings give the same bytes. docs/formats.md documents its fields.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard object: its path below the data URL, tokens, object bytes and the SHA-256 of the whole object."""
+    """A shard: path below the data URL, number of tokens, size and SHA-256 of the whole object."""
 
     name: str
     tokens: int
@@ -31,7 +31,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Split:
-    """`train` or `val`: its shards in order, and what went into them."""
+    """The split `train` or `val`: its shards in order, and their tokens and documents."""
 
     tokens: int
     documents: int
@@ -40,7 +40,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Which vocabulary the ids index; `vocab_file` lies below the data URL, so nobody's server is needed again."""
+    """The vocabulary of the token ids. `vocab_file` is a path below the data URL."""
 
     name: str
     vocab_size: int
@@ -51,7 +51,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A complete token set."""
+    """A complete dataset."""
 
     tokenizer: TokenizerInfo
     source: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over vocabulary and shard contents in order: equal exactly when the token streams are equal."""
+        """SHA-256 of the vocabulary and the shards in order. It is equal exactly for equal token streams."""
         digest = hashlib.sha256(f"{self.tokenizer.vocab_sha256} {self.bits}".encode())
         for name in sorted(self.splits):
             for shard in self.splits[name].shards:
@@ -70,7 +70,7 @@ class Manifest:
         return digest.hexdigest()
 
     def split(self, name: str, where: str) -> Split:
-        """One split; DataError naming `where` if it is missing or empty."""
+        """A split. Raises DataError that names `where` if it is missing or empty."""
         split = self.splits.get(name)
         if split is None or not split.tokens:
             raise DataError(
@@ -97,7 +97,7 @@ def write(data_url: str, manifest: Manifest) -> None:
 
 
 def read(data_url: str) -> Manifest:
-    """Load and check a manifest. Raises DataError for anything that is not a complete manifest of ours."""
+    """Reads and checks a manifest. Raises DataError if it is missing, incomplete or of another format."""
     uri = uri_of(data_url)
     try:
         data = storage.read_bytes(uri)
@@ -113,7 +113,7 @@ def read(data_url: str) -> Manifest:
         raise DataError(f"{uri}: not valid JSON ({error}); prepare the data again") from error
     if document.get("format") != FORMAT:
         raise DataError(
-            f"{uri}: format is {document.get('format')!r}, not {FORMAT!r}; this is no data manifest of ours"
+            f"{uri}: format is {document.get('format')!r}, not {FORMAT!r}; it is not a manifest of a dataset"
         )
     if document.get("version") != VERSION:
         raise DataError(

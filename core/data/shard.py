@@ -1,8 +1,8 @@
-"""Token shards: a 1024-byte header, then the tokens, little-endian. Field by field in docs/formats.md.
+"""Writes and parses token shards: a header of 1024 bytes, then little-endian tokens.
 
-The header is that of llm.c (256 int32: magic 20240520, version 1, token count), so that llm.c, build-nanogpt
-and modded-nanogpt readers take these files as they are. We also fill the fourth field, the bits per token,
-which llm.c leaves at zero.
+The header is that of llm.c (256 int32: magic 20240520, version 1, token count), so that llm.c, build-nanogpt and
+modded-nanogpt can read the files. The fourth field, zero in llm.c, holds the bits per token. docs/formats.md documents
+the fields.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ DTYPES = {16: np.dtype("<u2"), 32: np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What the first 1024 bytes say."""
+    """Content of the header."""
 
     tokens: int
     bits: int
@@ -35,7 +35,7 @@ class ShardHeader:
 
 
 def header_bytes(tokens: int, bits: int = 16) -> bytes:
-    """The header of a shard with this many tokens."""
+    """The header of a shard with `tokens` tokens of `bits` bits."""
     if not 0 < tokens <= MAX_TOKENS or bits not in DTYPES:
         raise ValueError(f"a shard holds 1 to {MAX_TOKENS} tokens of 16 or 32 bits, not {tokens} of {bits}")
     fields = np.zeros(HEADER_BYTES // 4, dtype="<i4")
@@ -44,14 +44,14 @@ def header_bytes(tokens: int, bits: int = 16) -> bytes:
 
 
 def shard_bytes(tokens: np.ndarray) -> bytes:
-    """A whole shard from a one-dimensional uint16 or uint32 array."""
+    """A whole shard with the tokens of a one-dimensional uint16 or uint32 array."""
     if tokens.ndim != 1 or tokens.dtype not in DTYPES.values():
         raise ValueError(f"tokens must be one-dimensional uint16 or uint32, not {tokens.dtype} of shape {tokens.shape}")
     return header_bytes(len(tokens), tokens.dtype.itemsize * 8) + tokens.tobytes()
 
 
 def parse_header(data: bytes, where: str) -> ShardHeader:
-    """Read the first 1024 bytes of a shard. Raises DataError naming `where` (its URI)."""
+    """Parses the first 1024 bytes of a shard. Raises DataError that names `where`, its URI."""
     if len(data) < HEADER_BYTES:
         raise DataError(
             f"{where}: only {len(data)} bytes, a shard starts with a header of {HEADER_BYTES}; prepare the data again"
@@ -59,7 +59,7 @@ def parse_header(data: bytes, where: str) -> ShardHeader:
     fields = np.frombuffer(data[:HEADER_BYTES], dtype="<i4")
     magic, version, tokens, bits = (int(field) for field in fields[:4])
     if magic != MAGIC:
-        raise DataError(f"{where}: magic number is {magic}, a token shard has {MAGIC}; this is no shard of ours")
+        raise DataError(f"{where}: magic number is {magic}, a token shard has {MAGIC}; it is not a token shard")
     if version != VERSION:
         raise DataError(
             f"{where}: shard version {version} is not {VERSION}; "
@@ -71,7 +71,7 @@ def parse_header(data: bytes, where: str) -> ShardHeader:
 
 
 def check_size(header: ShardHeader, size: int, where: str) -> None:
-    """Raise DataError if an object of `size` bytes cannot hold what its header promises."""
+    """Raises DataError if the size of an object does not match its header."""
     if size != header.file_bytes:
         raise DataError(
             f"{where}: {size} bytes, but its header promises {header.tokens} tokens, "

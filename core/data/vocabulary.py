@@ -1,7 +1,7 @@
-"""Byte-pair vocabularies: read, check, store beside the shards, and open with tiktoken.
+"""Reads, checks and stores GPT-2's byte-pair vocabulary, and opens it with tiktoken.
 
-The stored form is tiktoken's rank file (one line per token: base64 of its bytes, a space, its rank), which any
-tiktoken loads. The GPT-2 merges file (`vocab.bpe`) is read too, because that is how OpenAI publishes it.
+The stored form is tiktoken's rank file: per token a line with the base64 of its bytes, a space and its rank. OpenAI
+publishes the merges file `vocab.bpe`, which is read, too.
 """
 
 import base64
@@ -11,35 +11,35 @@ import hashlib
 from dataclasses import dataclass, field
 
 from core import storage
-from core.errors import DataError
+from core.errors import ConfigError, DataError, ObjectNotFound
 
-# tiktoken's own pattern for GPT-2, in the possessive form that it runs fastest with.
+# tiktoken's pattern for GPT-2, with possessive quantifiers, which it matches fastest.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
 FILE_NAME = "tokenizer/gpt2.tiktoken"
-# SHA-256 of the rank file that `rank_file` makes of OpenAI's vocab.bpe.
+# SHA-256 of the rank file that `rank_file` writes for OpenAI's vocab.bpe.
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """GPT-2's ranks; `stored` is the stored form, a tiktoken rank file."""
+    """GPT-2's vocabulary. `stored` is a tiktoken rank file."""
 
     stored: bytes = field(repr=False)
 
     @property
     def sha256(self) -> str:
-        """Of the stored form."""
+        """SHA-256 of the stored form."""
         return GPT2_SHA256
 
     @functools.cached_property
     def ranks(self) -> dict[bytes, int]:
-        """The bytes of a token → its id."""
+        """Ids by the bytes of each token."""
         return _ranks_of_rank_file(self.stored, "the vocabulary")
 
     def encoding(self):
-        """The tiktoken encoding of these ranks (tiktoken is imported here)."""
+        """The tiktoken encoding. The first call imports tiktoken."""
         return self._encoding
 
     @functools.cached_property
@@ -57,7 +57,7 @@ class Vocabulary:
 
 @functools.lru_cache(maxsize=2)
 def parse(data: bytes, where: str) -> Vocabulary:
-    """Ranks from a rank file or from GPT-2's vocab.bpe. Raises DataError unless they are exactly GPT-2's."""
+    """Reads a rank file or GPT-2's vocab.bpe. Raises DataError for any vocabulary other than GPT-2's."""
     if hashlib.sha256(data).hexdigest() == GPT2_SHA256:
         return Vocabulary(data)
     ranks = _ranks_of_merges(data) if data.startswith(b"#version") else _ranks_of_rank_file(data, where)
@@ -73,12 +73,38 @@ def parse(data: bytes, where: str) -> Vocabulary:
 
 
 def read(uri: str) -> Vocabulary:
-    """Load and check a vocabulary file. Raises ObjectNotFound, DataError."""
+    """Reads and checks a vocabulary file. Raises ObjectNotFound, DataError."""
     return parse(storage.read_bytes(uri), uri)
 
 
+def store_vocabulary(vocab_url: str, data_url: str) -> str:
+    """Stores the vocabulary below `data_url` unless it is there. Returns its URI.
+
+    Without a `vocab_url`, tiktoken downloads it. Raises ConfigError, DataError.
+    """
+    uri = storage.join(data_url, FILE_NAME)
+    try:
+        read(uri)
+    except ObjectNotFound:
+        storage.write_bytes(uri, (read(vocab_url) if vocab_url else _from_tiktoken()).stored)
+    return uri
+
+
+def _from_tiktoken() -> Vocabulary:
+    import tiktoken
+
+    try:
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except Exception as error:  # tiktoken raises the errors of its HTTP library
+        raise ConfigError(
+            "tokenizer.vocab_url is empty and tiktoken could not download GPT-2's vocabulary "
+            f"({type(error).__name__}); set it (or VOCAB_URL) to a copy of vocab.bpe"
+        ) from error
+    return parse(rank_file(ranks), "tiktoken's gpt2")
+
+
 def rank_file(ranks: dict[bytes, int]) -> bytes:
-    """The stored form."""
+    """Ranks in the stored form."""
     return b"".join(
         base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     )
@@ -92,13 +118,13 @@ def _ranks_of_rank_file(data: bytes, where: str) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise DataError(
-                f"{where}: line {number} is no token rank; give OpenAI's vocab.bpe or a tiktoken rank file"
+                f"{where}: line {number} is not a token rank; give OpenAI's vocab.bpe or a tiktoken rank file"
             ) from None
     return ranks
 
 
 def _ranks_of_merges(data: bytes) -> dict[bytes, int]:
-    """GPT-2's merges are written with stand-ins for unprintable bytes (openai/gpt-2, encoder.py, bytes_to_unicode)."""
+    """Ranks of vocab.bpe, which spells each byte as a printable character (openai/gpt-2, bytes_to_unicode)."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     stand_ins = {chr(byte): byte for byte in printable}
     order = list(printable)

@@ -1,65 +1,75 @@
-"""What evaluation may be told (`python -m trainer.evaluate --help`). Torch-free."""
+"""Declares the settings of evaluation (`python -m trainer.evaluate --help`). Imports no torch."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from core import urls
+from core.errors import ConfigError
+from core.settings import loader
 from core.settings.loader import Bounded, SettingError, setting
 
 LM_EVAL = "lm-eval:"
 OWN_TASKS = ("perplexity", "hellaswag")
+USAGE = "python -m trainer.evaluate [RUN_OR_CHECKPOINT ...] [CONFIG.yaml] [--setting=value ...]"
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Bounded):
-    """`python -m trainer.evaluate`."""
+    """Settings of `python -m trainer.evaluate`."""
 
     tasks: tuple[str, ...] = setting(
-        OWN_TASKS, "what to measure: perplexity, hellaswag, lm-eval:NAME for a task of lm-evaluation-harness"
+        OWN_TASKS, "tasks: perplexity, hellaswag, lm-eval:NAME for a task of lm-evaluation-harness"
     )
     compare: tuple[str, ...] = setting(
-        (), "more models, by commas: runs, checkpoints, folders, gpt2, hf:OWNER/NAME", check=urls.mistake_in_model
+        (),
+        "more models, separated by commas: runs, checkpoints, folders, gpt2, hf:OWNER/NAME",
+        check=urls.mistake_in_model,
     )
-    rerun: bool = setting(False, "measure anew what is stored already; the older result stays")
+    rerun: bool = setting(False, "repeat measurements whose results are stored; the older results stay")
     data_url: str = setting(
         "",
-        "validation tokens, HellaSwag and training shards; empty: those of the first run",
+        "dataset with validation tokens, HellaSwag and training shards; empty: that of the first run",
         env="DATA_URL",
         check=urls.mistake,
     )
     results: str = setting(
         "",
-        "folder for results of models that are no run of ours; empty: the first run's, else ./evaluations",
+        "folder for results of models without a run; empty: that of the first run, else ./evaluations",
         check=urls.mistake,
     )
-    tokens: int = setting(0, "validation tokens of the perplexity, the first ones; 0: all", ge=0)
+    tokens: int = setting(0, "perplexity: use the first so many validation tokens; 0: all", ge=0)
     per_document: bool = setting(
-        False, "perplexity of each document on its own with as much context as fits, as the harness's wikitext"
+        False, "perplexity: score each document separately with rolling windows, as the harness's wikitext task does"
     )
-    limit: int = setting(0, "items of HellaSwag and of the harness's tasks, the first ones; 0: all", ge=0)
+    limit: int = setting(0, "use the first so many items of HellaSwag and of the harness's tasks; 0: all", ge=0)
     hellaswag_style: Literal["harness", "llm.c"] = setting(
-        "harness", "llm.c: its text and its division by tokens, to compare with its 29.5 % for GPT-2 124M"
+        "harness", "llm.c: format texts and normalise by tokens as llm.c does, which gives 29.5 % for GPT-2 124M"
     )
     contamination: bool = setting(
-        False, "look for HellaSwag's items in the training shards, and score without those found; reads all shards"
+        False, "search the training shards for HellaSwag's items, and also score without those found; reads all shards"
     )
-    contamination_tokens: int = setting(13, "tokens in a row that an item must share with the training text", ge=2)
-    num_fewshot: int = setting(-1, "solved examples before each question of the harness's tasks; -1: as the task says")
+    contamination_tokens: int = setting(
+        13, "consecutive tokens that an item must share with the training text to count as found", ge=2
+    )
+    num_fewshot: int = setting(
+        -1, "solved examples before each question of the harness's tasks; -1: the task's default"
+    )
     lm_eval_tasks: str = setting(
-        "", "local folder with more tasks for the harness, as YAML files", check=urls.mistake_in_folder
+        "", "local folder with YAML files of additional tasks for the harness", check=urls.mistake_in_folder
     )
     max_usd: float = setting(
         0.0,
-        "hard cap in dollars over all evaluations of this folder: stop before it, what is found is kept; 0: none",
+        "hard cap in dollars over all evaluations of this folder; results up to it are stored; 0: none",
         env="MAX_USD",
         ge=0,
     )
     shutdown_reserve_seconds: float = setting(
         120.0,
-        "paid time between the end of this program and the machine's, kept in reserve under the cap",
+        "paid seconds between the end of this program and that of the machine, reserved under the cap",
         ge=0,
     )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device for all computation")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
     cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", ge=0)
 
@@ -68,4 +78,19 @@ class EvaluateConfig(Bounded):
         for task in self.tasks:
             if task not in OWN_TASKS and not (task.startswith(LM_EVAL) and task != LM_EVAL):
                 near = ", ".join((*OWN_TASKS, f"{LM_EVAL}NAME"))
-                raise SettingError("tasks", f"{task!r} is no task; there are {near}")
+                raise SettingError("tasks", f"{task!r} is not a task; choose from {near}")
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], EvaluateConfig]:
+    """The models and settings on a command line of `trainer.evaluate`. Without a model, RUN_URL names it.
+
+    The launching side calls this function, too, so that it refuses what the node would refuse. Raises ConfigError.
+    """
+    models = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
+    settings = loader.load(EvaluateConfig, [each for each in arguments if each not in models], environment)
+    models = models or [url for url in [environment.get("RUN_URL")] if url]
+    if not models:
+        raise ConfigError(f"no model given; {USAGE}, or set RUN_URL")
+    for model in models:
+        urls.check_model(model)
+    return models, settings

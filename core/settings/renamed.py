@@ -31,4 +31,6 @@ RENAMED = {
     "few_shot": "num_fewshot",
     "lm_eval_folder": "lm_eval_tasks",
     "shutdown_seconds": "shutdown_reserve_seconds",
+    "tokens": "max_tokens",  # of generation; evaluation has a setting of that name
+    "rows": "max_batch_size",
 }

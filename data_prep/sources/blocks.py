@@ -1,4 +1,4 @@
-"""The bytes of source files in order: fetched some blocks ahead of the reader, decompressed on the way."""
+"""Reads source files from front to back: fetches blocks ahead of the reader and decompresses them."""
 
 import contextlib
 import io
@@ -9,8 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pyarrow as pa
 
 from core.errors import DataError
-from data_prep.sources import places
-from data_prep.sources.files import Fetched, SourceFile
+from data_prep.sources.files import Fetched, SourceFile, has_suffix, read_range
 
 BLOCK_BYTES = 8 << 20
 BLOCKS_AHEAD = 3
@@ -19,18 +18,18 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def compression_of(uri: str) -> str | None:
-    """How a file is compressed, as Arrow calls it."""
-    return next((kind for suffix, kind in COMPRESSIONS.items() if places.has_suffix(uri, (suffix,))), None)
+    """Arrow's name of a file's compression, or None."""
+    return next((kind for suffix, kind in COMPRESSIONS.items() if has_suffix(uri, (suffix,))), None)
 
 
 def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Generator[bytes, None, None]:
-    """The bytes of a range in order, some blocks ahead of the reader."""
+    """Yields the blocks of a byte range in order and fetches BLOCKS_AHEAD of them in advance."""
     ranges = ((at, min(end, at + BLOCK_BYTES)) for at in range(start, end, BLOCK_BYTES))
     waiting: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(BLOCKS_AHEAD, thread_name_prefix="fetch") as pool:
         try:
             for each in ranges:
-                waiting.append(pool.submit(places.read_range, uri, *each))
+                waiting.append(pool.submit(read_range, uri, *each))
                 if len(waiting) >= BLOCKS_AHEAD:
                     block = waiting.popleft().result()
                     fetched(len(block))
@@ -44,7 +43,7 @@ def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Generator[bytes,
 
 
 def content(file: SourceFile, fetched: Fetched) -> Generator[bytes, None, None]:
-    """A whole file, decompressed if its name says that it is compressed. Raises DataError for a damaged one."""
+    """Yields the blocks of a whole file, decompressed according to its suffix. Raises DataError for a damaged one."""
     raw = ranged(file.uri, 0, file.size, fetched)
     kind = compression_of(file.uri)
     if kind is None:
@@ -62,11 +61,11 @@ def content(file: SourceFile, fetched: Fetched) -> Generator[bytes, None, None]:
 
 
 def head(file: SourceFile) -> bytes:
-    """The first bytes of a file, decompressed."""
+    """The first block of a file, decompressed."""
     if compression_of(file.uri):
         with contextlib.closing(content(file, _uncounted)) as found:
             return next(found, b"")
-    return places.read_range(file.uri, 0, min(file.size, HEAD_BYTES))
+    return read_range(file.uri, 0, min(file.size, HEAD_BYTES))
 
 
 def _uncounted(count: int) -> None:
@@ -74,7 +73,7 @@ def _uncounted(count: int) -> None:
 
 
 class Stream(io.RawIOBase):
-    """A generator of blocks as a file that is read from front to back."""
+    """A file over a generator of blocks, for reading from front to back."""
 
     def __init__(self, blocks: Generator[bytes, None, None]):
         self._blocks = blocks
@@ -84,8 +83,10 @@ class Stream(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        """End the fetching. A stream that is only dropped may be collected in one of its own threads, which would then
-        wait for itself."""
+        """Stops the fetching threads.
+
+        The garbage collector may run in one of these threads. Closing there would make the thread wait for itself.
+        """
         self._blocks.close()
         super().close()
 
@@ -109,7 +110,7 @@ class Stream(io.RawIOBase):
 
 
 class SeekableStream(Stream):
-    """A file that is read from front to back but for a few jumps; blocks are fetched anew after a jump.
+    """A seekable file for mostly sequential reading. A jump discards the fetched blocks.
 
     `reached` is called with the position after each read.
     """

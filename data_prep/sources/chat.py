@@ -1,6 +1,6 @@
-"""Conversations as text: `ROLE: CONTENT` for each message, a blank line between two of them.
+"""Converts conversations to text: `ROLE: CONTENT` per message, separated by blank lines.
 
-A column holds them as a list of {"role", "content"}, or of {"from", "value"} as ShareGPT writes them.
+A conversation is a list of {"role", "content"}, or of {"from", "value"} as in ShareGPT.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ FIELDS = (("role", "content"), ("from", "value"))
 
 
 def is_chat(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds conversations."""
+    """Whether a column of this type contains conversations."""
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
         return False
     names = {kind.value_type.field(number).name for number in range(kind.value_type.num_fields)}
@@ -19,7 +19,7 @@ def is_chat(kind: pa.DataType) -> bool:
 
 
 def text_of(messages: Any) -> str | None:
-    """None for what is no conversation, or an empty one."""
+    """The text of a conversation. None for an empty or malformed one."""
     if not isinstance(messages, list) or not messages:
         return None
     turns = [_turn(message) for message in messages]
@@ -27,7 +27,7 @@ def text_of(messages: Any) -> str | None:
 
 
 def texts_of(values: pa.Array) -> pa.LargeStringArray:
-    """The conversations of a column as text; null for what is none."""
+    """The texts of a column of conversations. Null for empty or malformed ones."""
     return pa.array([text_of(value) for value in values.to_pylist()], pa.large_string())
 
 

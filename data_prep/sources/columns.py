@@ -1,4 +1,4 @@
-"""Which columns of a source hold text and id: those that the settings name, else those with the usual names."""
+"""Resolves the columns of text and ids: those in the settings, else those with common names."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,14 +11,14 @@ from core.settings.preparation import FilterConfig, SourceConfig
 from data_prep.sources import chat, kinds
 from data_prep.sources.files import SourceFile
 
-# Where text, conversations and ids are looked for, the likeliest name first; `txt` and `__key__` are WebDataset's.
+# Common names of columns in order of preference. `txt` and `__key__` are WebDataset's.
 TEXTS = ("text", "content", "txt")
 CHATS = ("messages", "conversations", "conversation")
 IDS = ("id", "__key__")
 
 
 def wanted(source: SourceConfig, keep: FilterConfig) -> dict[str, str]:
-    """The columns that these settings read, and what each must hold: `text`, `id` or `number`."""
+    """The columns that these settings read, with their content: `text`, `id` or `number`."""
     found = {source.text_column: "text"}
     if source.id_column:
         found.setdefault(source.id_column, "id")
@@ -30,13 +30,13 @@ def wanted(source: SourceConfig, keep: FilterConfig) -> dict[str, str]:
 
 
 def resolved(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> SourceConfig:
-    """The settings with all columns named, as this file has them.
+    """The settings with the columns of this file filled in.
 
-    Raises DataError if no column holds text, or if one that is named is missing or holds something else.
+    Raises DataError if the file has no column of text, or if a column in the settings is missing or of another type.
     """
     kind = kinds.kind_of(file)
     schema = kind.schema(file, source)
-    if not schema.names:  # no rows, or none that is valid: reading says so
+    if not schema.names:  # no valid rows: reading reports that
         return replace(source, text_column=source.text_column or TEXTS[0], id_column=source.id_column or "")
     text = source.text_column if source.text_column is not None else _text(schema, file.uri)
     key = source.id_column if source.id_column is not None else _id(schema, text)
@@ -49,7 +49,7 @@ def resolved(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> Sour
 
 
 def check(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> None:
-    """Raises DataError if a column is missing or holds something else than is needed."""
+    """Raises DataError if a column is missing or has an unsuitable type."""
     kind = kinds.kind_of(file)
     if kind.columns == "none" and (keep.min_score is not None or keep.languages):
         raise DataError(f"{file.uri}: plain text has no columns; unset filter.min_score and filter.languages")
@@ -61,7 +61,7 @@ def check(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The names that could be meant, for the end of a message."""
+    """Suggests similar names, as the end of an error message."""
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
@@ -84,7 +84,7 @@ def _text(schema: pa.Schema, uri: str) -> str:
 
 
 def _id(schema: pa.Schema, text: str) -> str:
-    """Empty if there is no column of ids: the hash of the text takes their place."""
+    """The column of ids; empty if there is none, and the hash of the text replaces the id."""
     fitting = (name for name in IDS if name in schema.names and name != text)
     return next((name for name in fitting if _is_text(schema.field(name).type) or _is_number(schema, name)), "")
 
@@ -98,7 +98,7 @@ def _present(schema: pa.Schema, uri: str, column: str, hint: str = "") -> str:
 
 def _check_type(schema: pa.Schema, uri: str, column: str, holds: str) -> None:
     kind = schema.field(column).type
-    if kind == pa.null():  # as far as is known, it holds nothing
+    if kind == pa.null():  # all known values are null
         return
     numeric = _is_number(schema, column)
     if holds == "number" and not numeric:

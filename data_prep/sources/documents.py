@@ -1,13 +1,14 @@
-"""Documents of a part: whatever the file's kind, Arrow batches of valid text with a 128-bit key per document.
+"""Reads the documents of a part as Arrow batches of valid text, with a 128-bit key per document.
 
-The key is a keyed hash of the document's id, so that neither order nor number of workers, nodes or runs has a say
-in anything that is derived from it: the upper half decides the split, the lower half the place in the shuffle.
+The key is a keyed hash of the document's id. Its upper half decides the split, its lower half the position in the
+shuffle, so that neither depends on the order of documents or on the number of workers and nodes.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +18,15 @@ from core.errors import DataError
 from core.settings.preparation import FilterConfig, SourceConfig
 from data_prep.sources import chat, columns, kinds
 from data_prep.sources.files import Fetched, Part
-from data_prep.values import buffers, offsets_of
 
 KEY_BYTES = 16
-# A share of very few rows says nothing; the whole set is judged once more in the end.
+# Bad rows are judged from this number of rows on, and again for the whole dataset.
 JUDGED_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts without nulls, and per text its key: column 0 for the split, column 1 for the order (uint64)."""
+    """Texts without nulls, and their keys, (N, 2), uint64: column 0 for the split, column 1 for the order."""
 
     texts: pa.LargeStringArray
     keys: np.ndarray
@@ -36,7 +36,7 @@ class Batch:
 
     @property
     def text_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of each text (int64)."""
+        """Number of UTF-8 bytes of each text, (N,), int64."""
         return np.diff(offsets_of(self.texts))
 
 
@@ -48,9 +48,9 @@ def read(
     dropped: Counter,
     fetched: Fetched,
 ) -> Iterator[Batch]:
-    """The documents of a part that pass the row filters, in order; `dropped` counts the others by reason.
+    """Yields the documents of a part that pass the row filters, in order. Counts the others in `dropped` by reason.
 
-    Raises DataError when more than `source.max_bad_share` of the rows are bad.
+    Raises DataError if more than `source.max_bad_share` of the rows are bad.
     """
     columns.check(part.file, source, keep)
     rows = 0
@@ -80,7 +80,7 @@ def _documents(batch: pa.RecordBatch, source: SourceConfig, keep: FilterConfig, 
 
 
 def _valid(texts: pa.LargeStringArray) -> pa.BooleanArray:
-    """Which rows hold text; parquet files may call bytes text that are no UTF-8."""
+    """Mask of the rows with text. Parquet files may contain text that is not valid UTF-8."""
     good = pc.is_valid(texts)
     try:
         texts.validate(full=True)
@@ -105,7 +105,7 @@ def _filters(batch: pa.RecordBatch, keep: FilterConfig) -> Iterator[tuple[str, p
 
 
 def _keys(values: pa.LargeStringArray, seed: int) -> np.ndarray:
-    """Keyed hashes of the values, shape [documents, 2], uint64."""
+    """Keyed hashes of the values, (N, 2), uint64."""
     keyed = hashlib.blake2b(digest_size=KEY_BYTES, key=str(seed).encode())
     digests = []
     for value in buffers(values):
@@ -121,3 +121,21 @@ def _judge(part: Part, rows: int, bad: int, source: SourceConfig) -> None:
             f"{part}: {bad} of the first {rows} rows have no text, no id or no valid UTF-8, more than "
             f"source.max_bad_share = {source.max_bad_share:g}; check text_column and id_column, or raise that share"
         )
+
+
+def offsets_of(values: pa.LargeStringArray) -> np.ndarray:
+    """Offsets of the values in the data buffer, (n + 1,), int64, without a copy.
+
+    Arrow's conversions to NumPy import pandas if it is installed, which takes half a second in each worker.
+    """
+    if not len(values):
+        return np.zeros(1, np.int64)
+    return np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
+
+
+def buffers(values: pa.LargeStringArray) -> Iterator[memoryview]:
+    """The bytes of each value, without a copy."""
+    data = values.buffers()[2]
+    whole = memoryview(data) if data is not None else memoryview(b"")
+    for start, end in pairwise(offsets_of(values).tolist()):
+        yield whole[start:end]

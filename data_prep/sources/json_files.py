@@ -1,4 +1,4 @@
-"""Files called .json: JSON lines if the first line is an object, else one document that `datasets` reads whole."""
+"""Reads .json files: as JSON lines if the first line is an object, else as one document with `datasets`."""
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -11,7 +11,7 @@ from data_prep.sources import blocks, lines, streamed
 from data_prep.sources.files import Fetched, Part, SourceFile
 
 LARGEST_DOCUMENT_BYTES = 128 << 20
-# Bytes of JSON that a byte of a compressed file may stand for.
+# Assumed compression ratio of JSON.
 PACKED_RATIO = 8
 
 
@@ -27,7 +27,7 @@ def read(part: Part, source: SourceConfig, columns: Mapping[str, str], fetched: 
 def _has_lines(file: SourceFile) -> bool:
     start = blocks.head(file).lstrip()
     first, separator, _ = start.partition(b"\n")
-    # An object on the first line, or one that is longer than the sample.
+    # The first line is an object, or longer than the sample.
     if start.startswith(b"{") and (not separator or lines.is_object(first)):
         return True
     limit = LARGEST_DOCUMENT_BYTES // (PACKED_RATIO if blocks.compression_of(file.uri) else 1)

@@ -1,4 +1,4 @@
-"""How each kind of source file is read. A new kind is a row here."""
+"""Lists the kinds of source files and their readers. A new kind is a row of KINDS."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import pyarrow as pa
 from core.errors import DataError
 from core.settings.preparation import SourceConfig
 from data_prep.sources import json_files as json
-from data_prep.sources import lines, parquet, places, streamed, text
-from data_prep.sources.files import Fetched, Part, SourceFile
+from data_prep.sources import lines, parquet, streamed, text
+from data_prep.sources.files import Fetched, Part, SourceFile, has_suffix
 
 
 @dataclass(frozen=True)
 class SourceKind:
-    """Files whose names end in one of `suffixes`.
+    """A kind of source file, recognized by `suffixes`.
 
-    `divisible` files are cut into parts, others are one each. `columns` are the same for all rows (`fixed`), may differ
-    from row to row (`by row`), or `none`. `read` gives the columns that are asked for, which are mapped to what they
-    hold: `text`, `id` or `number`.
+    `divisible` files are cut into parts; others are one part each. `columns` are the same for all rows (`fixed`), may
+    differ between rows (`by row`), or `none`. `read` yields the requested columns. Its third argument maps them to
+    their content: `text`, `id` or `number`.
     """
 
     suffixes: tuple[str, ...]
@@ -48,12 +48,12 @@ SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
 
 
 def of_name(uri: str) -> SourceKind | None:
-    """The kind that the ending of a file's name says."""
-    return next((kind for kind in KINDS if places.has_suffix(uri, kind.suffixes)), None)
+    """The kind of a file by its suffix, or None."""
+    return next((kind for kind in KINDS if has_suffix(uri, kind.suffixes)), None)
 
 
 def kind_of(file: SourceFile) -> SourceKind:
-    """Raises DataError for a file that nothing here can read."""
+    """The kind of a file. Raises DataError for an unknown one."""
     kind = _STREAMED if file.reader else of_name(file.uri)
     if kind is None:
         raise DataError(f"{file.uri}: unknown kind of source; give files that end in {', '.join(SUFFIXES)}")

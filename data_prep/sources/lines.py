@@ -1,8 +1,8 @@
-"""JSON lines as Arrow record batches, like those of a parquet file.
+"""Reads JSON lines as Arrow record batches.
 
-A line belongs to the part in whose byte range it starts, so a large file is read by many workers. Compressed files
-cannot be entered in the middle: each is one part. A line that is no JSON object, or whose text is no string, becomes a
-row without text, which is counted as bad.
+A line belongs to the part in which it starts, so that several workers can share a large file. A compressed file is one
+part, because reading cannot start in the middle. A line that is not a JSON object, or whose text is not a string,
+becomes a row without text, which counts as bad.
 """
 
 import json
@@ -16,16 +16,16 @@ from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, chat
 from data_prep.sources.files import Fetched, Part, SourceFile
 
-# No document of text is that long; a file without line ends must not fill the memory.
+# Protects memory from a file without line breaks.
 LONGEST_LINE_BYTES = 256 << 20
-# Rows that show which columns there are.
+# Rows from which the columns are inferred.
 SAMPLE_ROWS = 100
 
 
 def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
-    """The columns of the first rows. What is of several types there has the type null."""
+    """The columns of the first rows. A column of mixed types has the type null."""
     pieces = blocks.head(file).split(b"\n")
-    # The last line may be cut off; without a line end, it is all there is.
+    # The last line may be incomplete, unless it is the only one.
     rows = [row for row in map(_row, pieces[:-1] or pieces) if row][:SAMPLE_ROWS]
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.schema([(name, _type([row.get(name) for row in rows])) for name in names])
@@ -34,7 +34,7 @@ def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema
 def read(
     part: Part, source: SourceConfig | None, columns: Mapping[str, str], fetched: Fetched
 ) -> Iterator[pa.RecordBatch]:
-    """Batches in file order; `columns` says what each holds (`text`, `id`, `number`), and what does not is null.
+    """Yields batches in file order. `columns` maps names to `text`, `id` or `number`; other values become null.
 
     Raises DataError for a damaged compressed file.
     """
@@ -53,7 +53,7 @@ def read(
 
 
 def is_object(line: bytes) -> bool:
-    """Whether a line holds a whole JSON object."""
+    """Whether a line is a JSON object with at least one field."""
     return bool(_row(line))
 
 
@@ -107,7 +107,7 @@ def _lines(part: Part, fetched: Fetched) -> Iterator[bytes]:
     if part.start == 0 and part.end == part.file.size:
         yield from split(blocks.content(part.file, fetched), part.file.uri)
         return
-    # The byte before tells whether a line starts at `start`; the last line may end beyond `end`.
+    # The preceding byte shows whether a line starts at `start`. The last line may extend beyond `end`.
     position = max(0, part.start - 1)
     found = split(blocks.ranged(part.file.uri, position, part.file.size, fetched), part.file.uri)
     for number, line in enumerate(found):
@@ -119,7 +119,7 @@ def _lines(part: Part, fetched: Fetched) -> Iterator[bytes]:
 
 
 def split(content: Iterator[bytes], uri: str) -> Iterator[bytes]:
-    """The lines of a file, without their ends. Raises DataError for a line that fills the memory."""
+    """Yields the lines of a file without line breaks. Raises DataError for a line above LONGEST_LINE_BYTES."""
     pending = b""
     for block in content:
         pieces = (pending + block).split(b"\n")

@@ -1,9 +1,8 @@
-"""A data set of the Hugging Face Hub by its name: which files it has, and how they are read.
+"""Finds the files of a Hugging Face dataset by its name, and how to read them.
 
-`datasets` decides, as `load_dataset` does, but from the repository's list of files and its card alone, so that nothing
-is downloaded twice and requests to the Hub go through our storage. With HF_HUB_OFFLINE or HF_DATASETS_OFFLINE set, a
-copy in the Hub's cache (`hf download --repo-type dataset OWNER/NAME`) takes the Hub's place; the plan, and so the
-result, is the same.
+`datasets` decides as in `load_dataset`, but from the repository's list of files and its card alone, so that nothing is
+downloaded twice and our storage makes the requests. With HF_HUB_OFFLINE or HF_DATASETS_OFFLINE, a copy in the Hub's
+cache (`hf download --repo-type dataset OWNER/NAME`) replaces the Hub, with the same plan and result.
 """
 
 import contextlib
@@ -22,17 +21,17 @@ from data_prep.sources import kinds, streamed
 from data_prep.sources.columns import nearest
 from data_prep.sources.files import SourceFile
 
-# Files that say how the others are to be read.
+# Files that describe how to read the others.
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
-# Fields of a builder's settings that say what is read, not how; `features` would only name types.
+# Settings of a builder that select data or name types, but do not change how files are read.
 _NOT_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features"}
-# Settings that leave our own readers as they are: of parquet, which columns are read, and of text, how it is cut.
+# Modules whose settings our readers ignore: selected columns of parquet, division of text.
 _OWN = {"parquet", "text"}
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A data set at a commit: a folder with its files, which may be empty but for the cards, and their sizes."""
+    """A dataset at a commit: a local folder with its files and their sizes. Files other than cards may be empty."""
 
     repository: str
     commit: str
@@ -44,10 +43,10 @@ class _Copy:
 
 
 def find(source: SourceConfig, begun_revision: str = "") -> list[SourceFile]:
-    """The files of a split in the order of their names; the tails are not read yet.
+    """The files of a split, sorted by name, without the hashes of their tails.
 
-    Without a revision in the settings, it is `begun_revision`, or else the newest. Raises ConfigError for a name that
-    does not exist, StorageError.
+    Without a revision in the settings, uses `begun_revision`, else the newest. Raises ConfigError for an unknown name,
+    StorageError.
     """
     with contextlib.ExitStack() as stack:
         copy = stack.enter_context(_copy_of(source, source.revision or begun_revision))
@@ -62,7 +61,7 @@ def find(source: SourceConfig, begun_revision: str = "") -> list[SourceFile]:
 
 
 def _file(uri: str, size: int, module: str, options: dict[str, Any]) -> SourceFile:
-    """With the reader only where the name's ending does not say the same."""
+    """A source file. It names a reader only if its suffix does not."""
     own = kinds.of_name(uri)
     if own and (module in _OWN or (module == "json" and not options) or streamed.reader_of(uri) == (module, options)):
         return SourceFile(uri, size, "")
@@ -70,14 +69,14 @@ def _file(uri: str, size: int, module: str, options: dict[str, Any]) -> SourceFi
 
 
 def _layout(source: SourceConfig, copy: _Copy, cache: str) -> tuple[str, dict[str, Any], dict[str, list[str]]]:
-    """The module of `datasets` for the files, its settings, and the paths of each split's files."""
+    """Returns the module of `datasets` for the files, its settings, and the paths of each split's files."""
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         builder = datasets.load_dataset_builder(str(copy.folder), name=source.name or None, cache_dir=cache)
-    except FileNotFoundError as error:  # what datasets raises where it finds no data files
+    except FileNotFoundError as error:  # datasets found no data files
         some = ", ".join(sorted(copy.sizes)[:5]) or "none"
         raise DataError(
             f"source.dataset is {source.dataset!r}, which has no data files (only {some}); sets that a script makes "
@@ -102,7 +101,7 @@ def _layout(source: SourceConfig, copy: _Copy, cache: str) -> tuple[str, dict[st
 
 
 def _options(config: Any) -> dict[str, Any]:
-    """The settings of a builder that differ from its defaults."""
+    """Settings of a builder that differ from their defaults."""
     default = type(config)()
     changed = {
         field.name: getattr(config, field.name)
@@ -162,7 +161,7 @@ def _cached(source: SourceConfig, revision: str) -> _Copy:
 
 
 def _resolved(source: SourceConfig, revision: str) -> tuple[str, str]:
-    """The repository's full name, and the commit."""
+    """The repository's full name and the commit."""
     repository = source.dataset if "/" in source.dataset else _full_name(source)
     with explained(source, revision):
         address = hub.HubPath("datasets", repository, "", "")
@@ -170,7 +169,7 @@ def _resolved(source: SourceConfig, revision: str) -> tuple[str, str]:
 
 
 def _full_name(source: SourceConfig) -> str:
-    """The name with the owner of a set that people know without one, such as `wikitext`."""
+    """The full name of a dataset given without its owner, such as `wikitext`."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -182,7 +181,7 @@ def _full_name(source: SourceConfig) -> str:
 
 @contextlib.contextmanager
 def explained(source: SourceConfig, revision: str) -> Iterator[None]:
-    """What the Hub refuses, as one sentence about the setting."""
+    """Converts refusals of the Hub to a ConfigError about the setting."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -193,7 +192,7 @@ def explained(source: SourceConfig, revision: str) -> Iterator[None]:
             raise _gated(source) from error
         if isinstance(cause, RevisionNotFoundError):
             raise ConfigError(
-                f"source.revision is {revision!r}, which {source.dataset} has not; "
+                f"source.revision is {revision!r}, which {source.dataset} does not have; "
                 f"name a commit, tag or branch of {hub.page_of(source.dataset)}/commits"
             ) from error
         if isinstance(cause, RepositoryNotFoundError):

@@ -1,8 +1,7 @@
-"""One part of a parquet file as Arrow record batches, downloaded ahead of decoding and in bounded memory.
+"""Reads a part of a parquet file as Arrow record batches, in bounded memory, with downloads ahead of decoding.
 
-Only the column chunks that are needed are fetched, neighbours together, by range reads of several row groups at
-a time, so reading starts long before the file has arrived as a whole, and a row group of any size is decoded in
-slices of a few megabytes.
+Fetches only the needed column chunks, with range reads that join adjacent chunks of several row groups. Decoding starts
+long before the whole file has arrived, and decodes row groups of any size in slices of a few megabytes.
 """
 
 import io
@@ -17,22 +16,21 @@ import pyarrow.parquet as pq
 
 from core.errors import DataError
 from core.settings.preparation import SourceConfig
-from data_prep.sources import places
-from data_prep.sources.files import Fetched, Part, SourceFile
+from data_prep.sources.files import Fetched, Part, SourceFile, read_range
 
-# Large enough that a request's latency does not matter, small enough that three of them per worker do not either.
+# Large compared with a request's latency, small compared with a worker's memory.
 FETCH_BYTES = 16 << 20
 FETCH_AHEAD = 3
-# Unwanted bytes between two wanted ranges that cost less than another request.
+# Ranges with a smaller gap are fetched together: the unwanted bytes cost less than another request.
 GAP_BYTES = 1 << 20
-# Decoded text per batch.
+# Decoded bytes per batch.
 BATCH_BYTES = 8 << 20
 FOOTER_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Row groups that are fetched together, and the byte ranges to fetch."""
+    """Row groups to fetch together, and their byte ranges."""
 
     rows: tuple[int, ...]
     ranges: tuple[tuple[int, int], ...]
@@ -50,9 +48,9 @@ def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema
 def read(
     part: Part, source: SourceConfig | None, columns: Collection[str], fetched: Fetched
 ) -> Iterator[pa.RecordBatch]:
-    """Batches with `columns`, in file order. `fetched` is told the bytes of each piece that was read.
+    """Yields batches of `columns` in file order. Calls `fetched(count)` for each group of bytes.
 
-    Raises DataError for a damaged file, StorageError when it cannot be fetched.
+    Raises DataError for a damaged file, StorageError if it cannot be fetched.
     """
     metadata = _metadata(part.file.uri, part.file.size)
     groups = _groups(metadata, part, columns)
@@ -60,7 +58,7 @@ def read(
     with ThreadPoolExecutor(FETCH_AHEAD, thread_name_prefix="fetch") as pool:
         try:
             for group in groups:
-                waiting.append((group, [pool.submit(places.read_range, part.file.uri, *r) for r in group.ranges]))
+                waiting.append((group, [pool.submit(read_range, part.file.uri, *r) for r in group.ranges]))
                 if len(waiting) >= FETCH_AHEAD:
                     yield from _decode(*waiting.popleft(), metadata, part, columns, fetched)
             while waiting:
@@ -69,12 +67,12 @@ def read(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-@lru_cache(maxsize=4)  # the parts of a file follow one another
+@lru_cache(maxsize=4)  # consecutive parts share a file
 def _metadata(uri: str, size: int) -> pq.FileMetaData:
-    tail = places.read_range(uri, max(0, size - FOOTER_BYTES), size)
+    tail = read_range(uri, max(0, size - FOOTER_BYTES), size)
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if len(tail) < needed <= size:
-        tail = places.read_range(uri, size - needed, size)
+        tail = read_range(uri, size - needed, size)
     try:
         return pq.read_metadata(pa.BufferReader(tail))
     except (pa.ArrowException, OSError) as error:
@@ -120,7 +118,7 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _cut(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """A large range as several, so that they are fetched side by side and retried one by one."""
+    """Cuts large ranges, so that the pieces are fetched in parallel and retried separately."""
     for start, end in ranges:
         for at in range(start, end, FETCH_BYTES):
             yield at, min(end, at + FETCH_BYTES)
@@ -161,7 +159,7 @@ def _damaged(uri: str, where: str, error: Exception) -> DataError:
 
 
 class _Spans(io.RawIOBase):
-    """Some byte ranges of a file as if it were the whole file, for the parquet reader."""
+    """A file for the parquet reader that has only some of its byte ranges in memory."""
 
     def __init__(self, spans: list[tuple[int, bytes]], size: int):
         self._spans = spans

@@ -1,8 +1,8 @@
-"""Every kind of file that `datasets` reads and we do not: CSV, Arrow, WebDataset and others, streamed.
+"""Streams CSV, Arrow, WebDataset and other files that only `datasets` can read.
 
-`datasets` opens the file through an fsspec file system that reads by our own storage, so that all places, credentials,
-retries and progress are the same as for other kinds. A file is one unit of work. Memory holds a few blocks of bytes and
-one batch: of CSV, ROWS rows; of Arrow, what its writer put into one.
+`datasets` opens the file through an fsspec file system over our storage, so that locations, credentials, retries and
+progress are those of the other kinds. A file is one part. Memory holds a few blocks of bytes and one batch: ROWS rows
+of CSV, or a batch of the Arrow file.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ import pyarrow as pa
 
 from core.errors import DataError, LauncherError
 from core.settings.preparation import SourceConfig
-from data_prep.sources import blocks, places
-from data_prep.sources.files import Fetched, Part, SourceFile
+from data_prep.sources import blocks
+from data_prep.sources.files import Fetched, Part, SourceFile, has_suffix, path_of
 
 PROTOCOL = "prepsource"
-# By the ending of a file's name: the module of `datasets`, and its settings.
+# File suffix → module of `datasets` and its settings.
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
@@ -38,7 +38,7 @@ _NUMBERS_ABSENT = ["", "NA", "N/A", "NaN", "nan", "null", "None"]
 
 @lru_cache(maxsize=4)
 def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
-    """The columns of the first rows, none if there are no rows. A column without values has the type null.
+    """The columns of the first rows; empty for a file without rows. A column without values has the type null.
 
     Raises DataError.
     """
@@ -53,20 +53,20 @@ def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema
 def read(
     part: Part, source: SourceConfig | None, columns: Mapping[str, str], fetched: Fetched
 ) -> Iterator[pa.RecordBatch]:
-    """Batches with `columns`, in file order. Raises DataError for a file that `datasets` cannot read."""
+    """Yields batches of `columns` in file order. Raises DataError for a file that `datasets` cannot read."""
     with _rows(part.file, columns, fetched) as batches:
         for table in batches:
             yield from table.select(list(columns)).combine_chunks().to_batches()
 
 
 def reader_of(uri: str) -> tuple[str, dict[str, Any]] | None:
-    """The module of `datasets` and its settings that the ending of a name says."""
-    return next((reader for suffix, reader in READERS.items() if places.has_suffix(_plain(uri), (suffix,))), None)
+    """The module of `datasets` and its settings for a file's suffix, or None."""
+    return next((reader for suffix, reader in READERS.items() if has_suffix(_plain(uri), (suffix,))), None)
 
 
 def _plain(uri: str) -> str:
-    """A name without the ending of its compression, which is undone before `datasets` sees the file."""
-    path = places.path_of(uri)
+    """The path without the suffix of its compression: `datasets` sees the decompressed file."""
+    path = path_of(uri)
     return path.rsplit(".", 1)[0] if blocks.compression_of(uri) else path
 
 
@@ -84,16 +84,16 @@ def _rows(file: SourceFile, columns: Mapping[str, str], fetched: Fetched) -> Ite
         stream = builder.as_streaming_dataset(split="train")
         if isinstance(builder, datasets.ArrowBasedBuilder):
             yield stream.with_format("arrow").iter(batch_size=ROWS)
-        else:  # rows that are objects, whose fields may be in another order each
+        else:  # rows are objects; their fields may vary in order
             wanted = stream.select_columns(list(columns)) if columns else stream
             yield (pa.table(batch) for batch in wanted.iter(batch_size=ROWS))
 
 
 def _settings(module: str, columns: Mapping[str, str]) -> dict[str, Any]:
-    """Settings that keep CSV's text as it is, whatever it looks like, and its batches small."""
+    """Settings that keep CSV's text unconverted and its batches small."""
     if module != "csv":
         return {}
-    if not columns:  # to see of which types they are
+    if not columns:  # to infer the types
         return {"chunksize": ROWS}
     import datasets
 
@@ -110,7 +110,7 @@ def _settings(module: str, columns: Mapping[str, str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explained(file: SourceFile, module: str) -> Iterator[None]:
-    """What goes wrong in `datasets`, as one sentence about the file."""
+    """Converts errors of `datasets` to a DataError about the file."""
     try:
         yield
     except Exception as error:
@@ -125,12 +125,12 @@ def _explained(file: SourceFile, module: str) -> Iterator[None]:
         ) from error
 
 
-# --- our files as `datasets` opens them ----------------------------------------------------------------------------
+# --- the file system for `datasets` ----------------------------------------------------------------------------
 
 
 @dataclass
 class _Entry:
-    """A file that `datasets` may open, and how far it has been read: what is read twice counts once."""
+    """A file for `datasets`, and the furthest position read, so that repeated reads count once."""
 
     file: SourceFile
     fetched: Fetched
@@ -143,7 +143,7 @@ class _Entry:
             self.furthest = position
 
     def close(self) -> None:
-        """Close what `datasets` has opened, and may only drop."""
+        """Closes the streams that `datasets` has opened, because it may not close them."""
         for stream in self.streams:
             stream.close()
 
@@ -153,7 +153,7 @@ class _Entry:
         else:
             stream = blocks.SeekableStream(self.file, self.reached)
         self.streams.append(stream)
-        # Arrow takes a short read for the end of the file.
+        # Arrow interprets a short read as the end of the file.
         return io.BufferedReader(stream, BUFFER_BYTES)
 
 
@@ -163,7 +163,7 @@ _numbers = itertools.count()
 
 @contextlib.contextmanager
 def _opened(file: SourceFile, fetched: Fetched) -> Iterator[str]:
-    """An address under which `datasets` finds the file; it keeps the ending, and has no characters that are special."""
+    """Yields an address at which `datasets` finds the file, with the file's suffix and without special characters."""
     _register()
     suffix = _plain(file.uri).rsplit("/", 1)[-1].rpartition(".")[2].lower()
     name = f"{next(_numbers)}.{suffix}"

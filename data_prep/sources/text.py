@@ -1,6 +1,6 @@
-"""Plain text, which has no columns: each file is one document, or each block of lines between blank ones.
+"""Reads plain text: each file is a document, or each block of lines between blank lines.
 
-The file's name is the id; a block's number in the file follows it.
+The id is the file's name, followed by the block's number.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,19 +12,19 @@ from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, lines
 from data_prep.sources.files import Fetched, Part, SourceFile
 
-# One document in memory, with its tokens, must leave room for the others.
+# Limits the memory for one document and its tokens.
 LARGEST_DOCUMENT_BYTES = 256 << 20
 
 
 def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
-    """The columns that the settings name: the first one is the text, another one the id."""
+    """Two text columns with the names from the settings: the text, and the id unless its name is empty."""
     text = (source and source.text_column) or "text"
     name = "id" if source is None or source.id_column is None else source.id_column
     return pa.schema([(column, pa.large_string()) for column in dict.fromkeys((text, name)) if column])
 
 
 def read(part: Part, source: SourceConfig, columns: Mapping[str, str], fetched: Fetched) -> Iterator[pa.RecordBatch]:
-    """Batches in file order; of `columns`, the first is the text and the second (if asked for) the id."""
+    """Yields batches in file order. The first of `columns` is the text, the second (optional) the id."""
     name = part.file.uri.rsplit("/", 1)[-1].encode()
     content = blocks.content(part.file, fetched)
     if source.text_documents == "file":

@@ -1,6 +1,6 @@
-"""Source files at https:// addresses: their size, and byte ranges by one request each, retried by huggingface_hub.
+"""Reads source files at https:// addresses: sizes, and byte ranges with one request each. huggingface_hub retries.
 
-A server that ignores ranges sends the whole file each time; a small one is then kept in memory, a large one is refused.
+A server that ignores ranges sends whole files. Small files are then kept in memory, large ones are refused.
 """
 
 from functools import lru_cache
@@ -9,12 +9,12 @@ from typing import Any
 from core.errors import ObjectNotFound, StorageError
 
 TIMEOUT_SECONDS = 60.0
-# The largest file that is kept in memory when its server knows no ranges.
+# Largest file to keep in memory if its server does not support ranges.
 WHOLE_BYTES = 256 << 20
 
 
 def size_of(uri: str) -> int:
-    """Raises StorageError, ObjectNotFound."""
+    """Size of a file in bytes. Raises StorageError, ObjectNotFound."""
     whole, data = _get(uri, 0, 1)
     return len(data) if whole is None else whole
 
@@ -34,7 +34,7 @@ def read_range(uri: str, start: int, end: int) -> bytes:
 
 
 def _get(uri: str, start: int, end: int) -> tuple[int | None, bytes]:
-    """The file's size and the range; None and the whole file from a server that ignores ranges."""
+    """Returns the file's size and the range, or None and the whole file from a server that ignores ranges."""
     if uri in _no_ranges:
         return None, _whole(uri)
     with _answer(uri, {"Range": f"bytes={start}-{end - 1}"}) as answer:
@@ -63,13 +63,13 @@ def _whole(uri: str) -> bytes:
 
 
 class _answer:
-    """The server's answer as a context; what it refuses is one sentence."""
+    """Context manager of a server's response. Raises StorageError or ObjectNotFound for a refusal."""
 
     def __init__(self, uri: str, headers: dict[str, str]):
         from huggingface_hub.utils import http_stream_backoff
 
         self._uri = uri
-        # Ranges of compressed bytes would be of no use.
+        # A range of the compressed bytes would be useless.
         headers = headers | {"Accept-Encoding": "identity"}
         self._stream = http_stream_backoff("GET", uri, headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True)
 

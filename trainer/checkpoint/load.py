@@ -21,7 +21,7 @@ from core.run.folder import RunFolder, step_name
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import parse_key, tensors_of
 from trainer.checkpoint.early import EarlyFetch, read_payload
-from trainer.checkpoint.layout import CheckpointManifest
+from trainer.checkpoint.layout import CheckpointManifest, PayloadFile
 from trainer.distributed.process_group import Ranks, gather_objects, on_main
 
 log = logging.getLogger(__name__)
@@ -102,18 +102,10 @@ def _load(
     mine: dict[int, dict[str, torch.Tensor]] = {}
     problem = None
     for index in range(ranks.rank, len(files), ranks.world):
-        uri = storage.join(layout.folder_of(run_url, manifest.step), files[index].name)
         try:
-            data, checksum = (early.take(uri) if early else None) or read_payload(uri, files[index].bytes)
-            if checksum != files[index].xxh3_128:
-                problem = f"{uri}: checksum differs from its manifest's"
-                break
-            mine[index] = tensors_of(data)
-        except ObjectNotFound as error:
+            mine[index] = read_blocks(layout.folder_of(run_url, manifest.step), files[index], early)
+        except (CheckpointError, ObjectNotFound) as error:
             problem = str(error)
-            break
-        except ValueError as error:
-            problem = f"{uri}: {error}"
             break
     headers = {index: [(key, str(tensor.dtype)) for key, tensor in tensors.items()] for index, tensors in mine.items()}
     reports = gather_objects((problem, headers), ranks)
@@ -135,6 +127,21 @@ def _load(
                 dist.broadcast(values, src=index % ranks.world)
             target.restore(name, start, values)
     return None
+
+
+def read_blocks(folder: str, file: PayloadFile, early: EarlyFetch | None = None) -> dict[str, torch.Tensor]:
+    """The blocks of one payload file by key, on the CPU.
+
+    Raises ObjectNotFound for a missing file, CheckpointError for a damaged one.
+    """
+    uri = storage.join(folder, file.name)
+    data, checksum = (early.take(uri) if early else None) or read_payload(uri, file.bytes)
+    if checksum != file.xxh3_128:
+        raise CheckpointError(f"{uri}: checksum differs from its manifest's")
+    try:
+        return tensors_of(data)
+    except ValueError as error:
+        raise CheckpointError(f"{uri}: {error}") from error
 
 
 def _check_cover(

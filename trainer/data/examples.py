@@ -18,7 +18,7 @@ import numpy as np
 
 from core import storage
 from core.data import sets
-from core.data.conversations import conversation, preference, question_of
+from core.data.sets import conversation, preference, question_of
 from core.errors import DataError
 from core.settings.tuning import RowsConfig
 from trainer.data.chat_template import NO_TARGET, render

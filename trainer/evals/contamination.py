@@ -1,8 +1,8 @@
-"""Which items of an evaluation set occur in the training text? By runs of tokens that both have.
+"""Finds the items of an evaluation set that occur in the training text, by common runs of tokens.
 
-An item counts as seen if `run` tokens in a row (GPT-3 took 13, Brown et al. 2020, appendix C) of its text also stand
-somewhere in the training shards. Shards are dealt to the ranks and read one at a time; besides a shard, memory holds
-one number per token of the set and a table of 16 MB. A run that is cut by a shard's end is not found.
+An item counts as seen if the training shards contain any `run` consecutive tokens of its text (GPT-3 used 13, Brown
+et al. 2020, appendix C). Each rank reads its share of the shards, one at a time. Memory holds one shard, one number per
+token of the set and a table of 16 MB. A run across the boundary of two shards is not found.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,24 +15,24 @@ from core.data.manifest import Manifest
 from trainer.distributed.process_group import Ranks, gather_objects
 from trainer.evals.hellaswag import text_of
 from trainer.evals.perplexity import read_shard
-from trainer.evals.progress import Kept
+from trainer.evals.progress import PartialResults
 
-BASE = np.uint64(0x9E3779B97F4A7C15)  # any odd number with its bits well mixed
+BASE = np.uint64(0x9E3779B97F4A7C15)  # any odd number with well mixed bits
 TABLE_BITS = 24
-CHUNK_TOKENS = 1 << 20  # hashed at once, within the CPU's caches
+CHUNK_TOKENS = 1 << 20  # hashed at once; the arrays fit the CPU's caches
 
 
 def item_tokens(item, encoding) -> np.ndarray:
-    """A HellaSwag item as it may stand in a text: the context with its right ending, without the activity label."""
+    """Tokens of a HellaSwag item as text: the context and its right ending, without the activity label."""
     context, endings, label = text_of(item)
     context = context.partition(": ")[2]
     return np.array(encoding.encode_ordinary(f"{context} {endings[label]}"), np.uint64)
 
 
 def seen(
-    items: Sequence[np.ndarray], data_url: str, manifest: Manifest, run: int, ranks: Ranks, kept: Kept
+    items: Sequence[np.ndarray], data_url: str, manifest: Manifest, run: int, ranks: Ranks, partial: PartialResults
 ) -> list[int]:
-    """Numbers of the items that the training shards share `run` tokens in a row with, on all ranks."""
+    """Numbers of the items that share `run` consecutive tokens with the training shards, the same on all ranks."""
     hashes_of = [hashes(tokens, run) for tokens in items]
     known = np.concatenate([np.empty(0, np.uint64), *hashes_of])
     order = np.argsort(known, kind="stable")
@@ -43,9 +43,9 @@ def seen(
 
     shards = manifest.split("train", data_url).shards
     found = set()
-    for name in (shard.name for shard in shards if shard.name in kept.found):
-        found.update(kept.found[name])
-    left = [shard for shard in shards if shard.name not in kept.found]
+    for name in (shard.name for shard in shards if shard.name in partial.found):
+        found.update(partial.found[name])
+    left = [shard for shard in shards if shard.name not in partial.found]
     mine: set[int] = set()
     with progress("contamination", sum(shard.tokens for shard in left) / ranks.world, "tokens per rank") as bar:
         for shard in left[ranks.rank :: ranks.world]:
@@ -57,19 +57,19 @@ def seen(
                 last = np.searchsorted(sorted_hashes, candidates, "right")
                 for begin, end in zip(first.tolist(), last.tolist(), strict=True):
                     hits.update(owners[begin:end].tolist())
-            kept.add({shard.name: sorted(hits)})
+            partial.add({shard.name: sorted(hits)})
             mine |= hits
             bar.advance(shard.tokens)
     return sorted(found.union(*gather_objects(mine, ranks)))
 
 
 def hashes(tokens: np.ndarray, run: int) -> np.ndarray:
-    """A 64-bit number for each `run` consecutive tokens: a polynomial, built up by doubling."""
+    """A 64-bit polynomial hash of each `run` consecutive tokens, (T - run + 1,), computed by doubling."""
     if len(tokens) < run:
         return np.empty(0, np.uint64)
     done = 0
     value = np.empty(0, np.uint64)
-    power, factor = (tokens.astype(np.uint64) + np.uint64(1)) * BASE, BASE  # of 1, 2, 4, ... tokens
+    power, factor = (tokens.astype(np.uint64) + np.uint64(1)) * BASE, BASE  # hashes and factor of 1, 2, 4, ... tokens
     size = 1
     while done < run:
         if run & size:
@@ -83,7 +83,7 @@ def hashes(tokens: np.ndarray, run: int) -> np.ndarray:
             power = power[: len(power) - size] * factor + power[size:]
             factor = np.uint64(int(factor) ** 2 % (1 << 64))
             size *= 2
-    # Multiplication moves differences upwards only: bring them down again.
+    # Multiplication only carries differences to higher bits. These steps mix them into the lower ones.
     value = value ^ (value >> np.uint64(29))
     value = value * np.uint64(0xBF58476D1CE4E5B9)
     return value ^ (value >> np.uint64(32))
@@ -94,6 +94,6 @@ def _places(values: np.ndarray) -> np.ndarray:
 
 
 def _pieces(tokens: np.ndarray, run: int) -> Iterator[np.ndarray]:
-    """Overlapping, so that every run of tokens lies in one of them."""
+    """Chunks that overlap, so that each run of tokens is within one of them."""
     for first in range(0, len(tokens), CHUNK_TOKENS):
         yield tokens[first : first + CHUNK_TOKENS + run - 1]

@@ -1,6 +1,6 @@
-"""Any task of lm-evaluation-harness on our models, through its own model interface (extra `eval`: pip install lm-eval).
+"""Runs tasks of lm-evaluation-harness on our models through its model interface (extra `eval`: pip install lm-eval).
 
-Every rank builds the same requests and computes its share of them; all get all answers, and the same scores.
+Every rank builds the same requests and computes its share. All ranks receive all answers and the same scores.
 """
 
 import functools
@@ -12,13 +12,12 @@ import numpy as np
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import ConfigError
 from trainer.distributed.process_group import Ranks, gather_objects
-from trainer.evals.likelihood import Request, likelihoods
+from trainer.evals.likelihood import ScoringRequest, likelihoods
 from trainer.evals.perplexity import rolling
-from trainer.evals.progress import Kept
-from trainer.inference.engine import Engine
-from trainer.inference.engine import Request as Prompt
+from trainer.evals.progress import PartialResults
+from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
-from trainer.weights.open import Opened
+from trainer.weights.open import TrainedModel
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -27,7 +26,7 @@ except ImportError as error:
         f"tasks of lm-evaluation-harness need it: pip install lm-eval, or `pip install -e .[eval]` ({error})"
     ) from error
 
-NEW_TOKENS = 256  # where a task sets no limit; the harness's own default
+NEW_TOKENS = 256  # the harness's default for tasks without a limit
 
 
 def version() -> str:
@@ -37,27 +36,34 @@ def version() -> str:
 
 
 def run(
-    task: str, opened: Opened, ranks: Ranks, precision: str, kept: Kept, folder: str, limit: int, num_fewshot: int
+    task: str,
+    trained: TrainedModel,
+    ranks: Ranks,
+    precision: str,
+    partial: PartialResults,
+    folder: str,
+    limit: int,
+    num_fewshot: int,
 ) -> dict[str, Any]:
-    """The harness's own scores: metric → number, TASK/METRIC for sub-tasks. Raises ConfigError for an unknown task."""
+    """The harness's scores by metric, and by TASK/METRIC for sub-tasks. Raises ConfigError for an unknown task."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    # Its own thousands of tasks take half a minute to index: not where the task is one of the folder's.
+    # The harness needs half a minute to index its own tasks. Skip them if the task is in the folder.
     tasks = TaskManager(include_path=folder, include_defaults=False) if folder else None
     if tasks is None or not tasks.match_tasks([task]):
         tasks = _all_tasks(folder)
     if not tasks.match_tasks([task]):
-        raise ConfigError(f"lm-eval:{task}: the harness has no such task; `lm_eval ls tasks` lists them")
+        raise ConfigError(f"lm-eval:{task}: unknown task of the harness; `lm_eval ls tasks` lists them")
     found = simple_evaluate(
-        HarnessModel(opened, ranks, precision, kept),
+        HarnessModel(trained, ranks, precision, partial),
         tasks=[task],
         num_fewshot=None if num_fewshot < 0 else num_fewshot,
         limit=limit or None,
         log_samples=False,
         task_manager=tasks,
-        # Spreads of metrics that are no means are drawn; the rest have a formula.
+        # Standard errors of metrics other than means are estimated from this many samples.
         bootstrap_iters=1000,
     )
     scores = {}
@@ -77,15 +83,15 @@ def _all_tasks(folder: str):
 
 
 class HarnessModel(TemplateLM):
-    """Encoding of pairs is the harness's own (TemplateLM)."""
+    """Our model behind the harness's interface. TemplateLM encodes pairs of context and continuation."""
 
-    def __init__(self, opened: Opened, ranks: Ranks, precision: str, kept: Kept):
+    def __init__(self, trained: TrainedModel, ranks: Ranks, precision: str, partial: PartialResults):
         super().__init__()
-        self._model = opened.model
-        self._encoding = opened.encoding
+        self._model = trained.model
+        self._encoding = trained.encoding
         self._ranks = ranks
         self._precision = precision
-        self._kept = kept
+        self._partial = partial
         self._calls = 0
 
     @property
@@ -100,7 +106,7 @@ class HarnessModel(TemplateLM):
         return self._encoding.encode(string, allowed_special="all")
 
     def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
-        found = self._compute([Request(context, continuation) for _, context, continuation in requests])
+        found = self._compute([ScoringRequest(context, continuation) for _, context, continuation in requests])
         return [tuple(each) for each in found]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -113,7 +119,7 @@ class HarnessModel(TemplateLM):
         return [sum(next(found).total for _ in document) for document in windows]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Each rank writes its share; greedy unless the task says otherwise."""
+        """Generates texts, each rank its share. Greedy unless the task asks for sampling."""
         engine = Engine(self._model, self._encoding, self._ranks.device, self._precision)
         mine = {}
         numbers = range(self._ranks.rank, len(requests), self._ranks.world)
@@ -123,27 +129,27 @@ class HarnessModel(TemplateLM):
         found = {number: text for part in gather_objects(mine, self._ranks) for number, text in part.items()}
         return [found[number] for number in range(len(requests))]
 
-    def _prompt(self, text: str, options: dict[str, Any]) -> Prompt:
+    def _prompt(self, text: str, options: dict[str, Any]) -> GenerationRequest:
         until = options.get("until") or []
         limit = int(options.get("max_gen_toks", NEW_TOKENS))
         room = self._model.config.context - limit
         if room < 1:
             raise ConfigError(
                 f"a task asks for {limit} new tokens, the model's context is {self._model.config.context}; "
-                "take a model with a longer one, or another task"
+                "evaluate a model with a longer context, or another task"
             )
         tokens = (self.tok_encode(text) or [GPT2_END_OF_TEXT])[-room:]
         sampling = Sampling(
-            tokens=limit,
+            max_tokens=limit,
             temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
             top_k=0,
             top_p=float(options.get("top_p", 1.0)),
             seed=0,
             stop=(until,) if isinstance(until, str) else tuple(until),
         )
-        return Prompt(tokens, sampling)
+        return GenerationRequest(tokens, sampling)
 
-    def _compute(self, requests: list[Request]):
+    def _compute(self, requests: list[ScoringRequest]):
         self._calls += 1
         part = f"{self._calls}/"
-        return likelihoods(self._model, requests, self._ranks, self._precision, self._kept, part, "lm-eval")
+        return likelihoods(self._model, requests, self._ranks, self._precision, self._partial, part, "lm-eval")

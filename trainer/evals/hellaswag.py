@@ -1,11 +1,11 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings follows? Scored like lm-evaluation-harness does it.
+"""Scores HellaSwag (Zellers et al. 2019), a choice of one of four endings, as lm-evaluation-harness does.
 
-The context and each ending become text in the harness's form; the ending with the largest log-likelihood is the
-answer, once as it is (`accuracy`, its acc) and once per character of the ending (`accuracy_norm`, its acc_norm). The
-items come from DATA_URL/sets/hellaswag.jsonl (data_prep.sets).
+The answer is the ending with the largest log-likelihood, as a sum (`accuracy`, the harness's acc) or per character of
+the ending (`accuracy_norm`, its acc_norm). Texts are formatted as in the harness. The items come from
+DATA_URL/sets/hellaswag.jsonl (data_prep.sets).
 
-The style "llm.c" (and build-nanogpt) takes another text, `ctx` without the activity label or any cleaning, and
-divides by tokens: its 29.5 % for GPT-2 124M is not the harness's number, 31.1 %.
+The style "llm.c" (also of build-nanogpt) uses the field `ctx`, without activity label and cleaning, and divides by
+tokens. It gives 29.5 % for GPT-2 124M where the harness gives 31.1 %.
 """
 
 import math
@@ -17,17 +17,17 @@ from typing import Any
 from core.errors import DataError
 from trainer.distributed.in_turn import Between
 from trainer.distributed.process_group import Ranks
-from trainer.evals.likelihood import Request, likelihoods
-from trainer.evals.progress import Kept
+from trainer.evals.likelihood import ScoringRequest, likelihoods
+from trainer.evals.progress import PartialResults
 from trainer.model.gpt import GPT
 
-NAME = "hellaswag"  # of the set
+NAME = "hellaswag"  # name of the example set
 STYLES = ("harness", "llm.c")
 
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of right answers, with their standard errors, over `items`."""
+    """Fractions of right answers among `items`, with standard errors."""
 
     items: int
     accuracy: float
@@ -41,28 +41,28 @@ class Score:
     def __str__(self) -> str:
         return (
             f"{100 * self.accuracy_norm:.2f} ± {100 * self.accuracy_norm_stderr:.2f} % by character, "
-            f"{100 * self.accuracy:.2f} ± {100 * self.accuracy_stderr:.2f} % as they are, {self.items:,} items"
+            f"{100 * self.accuracy:.2f} ± {100 * self.accuracy_stderr:.2f} % unnormalised, {self.items:,} items"
         )
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Which items were answered rightly, by the sums and by the sums over lengths."""
+class HellaSwagAnswers:
+    """Whether each item was answered rightly, by log-likelihood and by normalised log-likelihood."""
 
     right: list[bool]
     right_norm: list[bool]
 
     def score(self, without: Container[int] = ()) -> Score:
-        """Over all items but those with a number in `without`."""
-        kept = [number for number in range(len(self.right)) if number not in without]
-        right, right_norm = (sum(each[number] for number in kept) for each in (self.right, self.right_norm))
-        items = len(kept)
+        """Scores all items except the numbers in `without`."""
+        counted = [number for number in range(len(self.right)) if number not in without]
+        right, right_norm = (sum(each[number] for number in counted) for each in (self.right, self.right_norm))
+        items = len(counted)
         share, share_norm = (count / items if items else math.nan for count in (right, right_norm))
         return Score(items, share, _error(share, items), share_norm, _error(share_norm, items))
 
 
 class HellaSwag:
-    """Items made into requests once; called with a model as often as one likes."""
+    """HellaSwag's items as scoring requests, to be called with any number of models."""
 
     def __init__(
         self,
@@ -72,12 +72,12 @@ class HellaSwag:
         precision: str = "auto",
         style: str = "harness",
     ):
-        """`items` as in the published rows. Raises DataError for one that is none."""
+        """`items` are rows with the published fields. Raises DataError for a malformed one."""
         self._ranks = ranks
         self._precision = precision
-        self._requests: list[Request] = []
+        self._requests: list[ScoringRequest] = []
         self._labels: list[int] = []
-        self._lengths: list[list[int]] = []  # what the normalised sums are divided by
+        self._lengths: list[list[int]] = []  # divisors of the normalised log-likelihoods
         for number, item in enumerate(items):
             try:
                 label = int(item["label"])
@@ -93,10 +93,16 @@ class HellaSwag:
     def __call__(self, model: GPT, between: Between | None = None) -> Score:
         return self.answers(model, between=between).score()
 
-    def answers(self, model: GPT, kept: Kept | None = None, title: str = "", between: Between | None = None) -> Answers:
-        """On all ranks; `kept`, `title` and `between` as for `likelihoods`."""
-        found = likelihoods(model, self._requests, self._ranks, self._precision, kept, title=title, between=between)
-        answers = Answers([], [])
+    def answers(
+        self,
+        model: GPT,
+        partial: PartialResults | None = None,
+        title: str = "",
+        between: Between | None = None,
+    ) -> HellaSwagAnswers:
+        """Answers all items, on all ranks. `partial`, `title` and `between` are those of `likelihoods`."""
+        found = likelihoods(model, self._requests, self._ranks, self._precision, partial, title=title, between=between)
+        answers = HellaSwagAnswers([], [])
         position = 0
         for label, lengths in zip(self._labels, self._lengths, strict=True):
             sums = [each.total for each in found[position : position + len(lengths)]]
@@ -107,36 +113,36 @@ class HellaSwag:
         return answers
 
 
-def _of_harness(item: Mapping[str, Any], encoding) -> tuple[list[Request], list[int]]:
+def _of_harness(item: Mapping[str, Any], encoding) -> tuple[list[ScoringRequest], list[int]]:
     context, endings, _ = text_of(item)
     return [request_of(context, f" {ending}", encoding) for ending in endings], [len(ending) for ending in endings]
 
 
-def _of_llm_c(item: Mapping[str, Any], encoding) -> tuple[list[Request], list[int]]:
-    """As build-nanogpt's hellaswag.py: context and endings are encoded apart."""
+def _of_llm_c(item: Mapping[str, Any], encoding) -> tuple[list[ScoringRequest], list[int]]:
+    """Encodes context and endings separately, as build-nanogpt's hellaswag.py does."""
     context = encoding.encode_ordinary(item["ctx"])
     endings = [encoding.encode_ordinary(f" {ending}") for ending in item["endings"]]
-    return [Request(context, ending) for ending in endings], [len(ending) for ending in endings]
+    return [ScoringRequest(context, ending) for ending in endings], [len(ending) for ending in endings]
 
 
 def text_of(item: Mapping[str, Any]) -> tuple[str, list[str], int]:
-    """Context, endings and the right one's number, in the harness's form."""
+    """Context, endings and the number of the right ending, formatted as in the harness."""
     context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
     return clean(context), [clean(ending) for ending in item["endings"]], int(item["label"])
 
 
-def request_of(context: str, continuation: str, encoding) -> Request:
-    """Token ids, cut where the context's own tokens end; spaces at its end belong to the continuation."""
+def request_of(context: str, continuation: str, encoding) -> ScoringRequest:
+    """Encodes both together and splits after the context's tokens. Trailing spaces move to the continuation."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     whole = encoding.encode_ordinary(context + continuation)
     begin = len(encoding.encode_ordinary(context))
-    return Request(whole[:begin], whole[begin:])
+    return ScoringRequest(whole[:begin], whole[begin:])
 
 
 def clean(text: str) -> str:
-    """WikiHow's marks out of the text, as the harness does."""
+    """Removes WikiHow's marks from a text, as the harness does."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -146,5 +152,5 @@ def _best(values: Sequence[float]) -> int:
 
 
 def _error(share: float, items: int) -> float:
-    """Standard error of a share, with Bessel's correction."""
+    """Standard error of a fraction, with Bessel's correction."""
     return math.sqrt(share * (1 - share) / (items - 1)) if items > 1 else math.nan

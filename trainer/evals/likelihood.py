@@ -1,7 +1,7 @@
-"""Log-likelihood of continuations, spread over the ranks: what evaluation is made of.
+"""Computes log-likelihoods of continuations on any number of ranks.
 
-Requests are ordered by length and cut into batches before anybody computes, so that each is computed in the same
-company, and with the same result, on any number of ranks.
+Requests are sorted by length and cut into batches before the ranks share them, so that each request is in the same
+batch, and gets the same result, on any number of ranks.
 """
 
 import contextlib
@@ -17,68 +17,69 @@ from core.data.vocabulary import GPT2_VOCAB_SIZE
 from core.errors import TrainingError
 from trainer.distributed.in_turn import Between
 from trainer.distributed.process_group import PeerFailed, Ranks, gather_objects
-from trainer.evals.progress import Kept
+from trainer.evals.progress import PartialResults
 from trainer.model.gpt import GPT
 from trainer.model.loss import token_scores
 from trainer.model.precision import autocast
 
 TOKENS_PER_BATCH = 32_768
-MULTIPLE = 8  # of padded lengths
+MULTIPLE = 8  # padded lengths are multiples of this
 
 
-class Request(NamedTuple):
-    """Token ids. A context may not be empty: its last token predicts the first of the continuation."""
+class ScoringRequest(NamedTuple):
+    """Token ids. The context must not be empty: its last token predicts the first one of the continuation."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class Likelihood(NamedTuple):
-    """Sum of the log-probabilities (nats) of a continuation's tokens, and whether each is its position's likeliest."""
+    """Sum of log-probabilities (nats) of a continuation, and whether each of its tokens is the most likely one."""
 
     total: float
     greedy: bool
 
 
-def log_likelihoods(model: GPT, requests: Sequence[Request], ranks: Ranks, precision: str = "auto") -> list[float]:
-    """The totals of `likelihoods`."""
+def log_likelihoods(
+    model: GPT, requests: Sequence[ScoringRequest], ranks: Ranks, precision: str = "auto"
+) -> list[float]:
+    """The sums that `likelihoods` returns."""
     return [each.total for each in likelihoods(model, requests, ranks, precision)]
 
 
 @torch.no_grad()
 def likelihoods(
     model: GPT,
-    requests: Sequence[Request],
+    requests: Sequence[ScoringRequest],
     ranks: Ranks,
     precision: str = "auto",
-    kept: Kept | None = None,
+    partial: PartialResults | None = None,
     part: str = "",
     title: str = "",
     between: Between | None = None,
 ) -> list[Likelihood]:
-    """One per request, in their order, on all ranks. What is longer than the model's context is cut on the left, as
-    lm-evaluation-harness does.
+    """One result per request, in their order, the same on all ranks.
 
-    `kept` holds what an attempt before has found, under keys that begin with `part`; with a `title` progress is told.
-    `between` is called before each round of batches, one per rank.
-    Raises TrainingError for numbers that are not finite.
+    A request that exceeds the model's context is truncated on the left, as in lm-evaluation-harness. `partial` holds
+    the results of earlier attempts by keys that begin with `part`. `title` heads a progress bar. `between` is called
+    before each round of batches, in which each rank computes one. Raises TrainingError for a result that is not finite.
     """
     windows = [cut(request, model.config.context) for request in requests]
     order = sorted(range(len(windows)), key=lambda index: (-len(windows[index].context), index))
     order.sort(key=lambda index: -sum(map(len, windows[index])))
-    batches = [order[stretch] for stretch in _batches([sum(map(len, windows[index])) for index in order])]
+    batches = [order[rows] for rows in _batches([sum(map(len, windows[index])) for index in order])]
     known = {
-        index: Likelihood(*kept.found[f"{part}{index}"])
+        index: Likelihood(*partial.found[f"{part}{index}"])
         for index in range(len(windows))
-        if kept and f"{part}{index}" in kept.found
+        if partial and f"{part}{index}" in partial.found
     }
     left = [batch for batch in batches if not all(index in known for index in batch)]
     was_training = model.training
     model.eval()
     mine: dict[int, Likelihood] = {}
-    tells = title and ranks.is_main
-    # Lengths vary, so that compiled blocks would be compiled again and again.
-    with progress(title, len(windows), "requests") if tells else contextlib.nullcontext(_Untold()) as bar:
+    shown = title and ranks.is_main
+    # Batches differ in shape, and torch would compile the blocks for each one.
+    with progress(title, len(windows), "requests") if shown else contextlib.nullcontext(_NoProgress()) as bar:
         bar.advance(len(known))
         with torch.compiler.set_stance("force_eager"):
             for first in range(0, len(left), ranks.world):
@@ -89,9 +90,9 @@ def likelihoods(
                 batch = left[first + ranks.rank]
                 values = _scores(model, [windows[index] for index in batch], ranks.device, precision)
                 mine |= dict(zip(batch, values, strict=True))
-                if kept:
+                if partial:
                     pairs = zip(batch, values, strict=True)
-                    kept.add({f"{part}{index}": value for index, value in pairs if math.isfinite(value.total)})
+                    partial.add({f"{part}{index}": value for index, value in pairs if math.isfinite(value.total)})
                 bar.advance(len(batch) * ranks.world)
     model.train(was_training)
     found = known | {index: value for each in gather_objects(mine, ranks) for index, value in each.items()}
@@ -99,15 +100,15 @@ def likelihoods(
     return [found[index] for index in range(len(windows))]
 
 
-def cut(request: Request, context: int) -> Request:
-    """The last `context` + 1 tokens: the very last one is only predicted."""
+def cut(request: ScoringRequest, context: int) -> ScoringRequest:
+    """The last `context` + 1 tokens. The model predicts the very last one but does not read it."""
     continuation = request.continuation[-context:]
     room = context + 1 - len(continuation)
-    return Request(request.context[-room:], continuation)
+    return ScoringRequest(request.context[-room:], continuation)
 
 
 def _batches(lengths: Sequence[int]) -> list[slice]:
-    """Stretches of about TOKENS_PER_BATCH padded tokens; `lengths` fall."""
+    """Slices of about TOKENS_PER_BATCH padded tokens. `lengths` are in descending order."""
     found, first = [], 0
     while first < len(lengths):
         rows = max(1, TOKENS_PER_BATCH // lengths[first])
@@ -116,7 +117,7 @@ def _batches(lengths: Sequence[int]) -> list[slice]:
     return found
 
 
-def _scores(model: GPT, windows: Sequence[Request], device: torch.device, precision: str) -> list[Likelihood]:
+def _scores(model: GPT, windows: Sequence[ScoringRequest], device: torch.device, precision: str) -> list[Likelihood]:
     longest = max(len(context) + len(continuation) - 1 for context, continuation in windows)
     width = min(model.config.context, -(-longest // MULTIPLE) * MULTIPLE)
     tokens_BT = torch.zeros(len(windows), width, dtype=torch.long)
@@ -129,8 +130,8 @@ def _scores(model: GPT, windows: Sequence[Request], device: torch.device, precis
     tokens_BT, targets_BT = tokens_BT.to(device), targets_BT.to(device)
     counts_BT = targets_BT >= 0
     with autocast(device, precision):
-        # Only what is asked for goes through the output layer, which is a third of a small model's work, and only
-        # against tokens that there are: the rows that pad the vocabulary have no share of the probability.
+        # The output layer, a third of a small model's work, sees the counted positions only. Rows that pad the
+        # vocabulary get no probability.
         x_ND = model.hidden(tokens_BT)[counts_BT]
         head_VD = model.head[:GPT2_VOCAB_SIZE]
         losses_N, likeliest_N = token_scores(x_ND, head_VD, targets_BT[counts_BT], model.config.logit_softcap)
@@ -144,15 +145,15 @@ def _check_finite(found: dict[int, Likelihood], ranks: Ranks) -> None:
     if not bad:
         return
     if not ranks.is_main:
-        raise PeerFailed  # all ranks see it, one says it
+        raise PeerFailed  # all ranks find the error, rank 0 reports it
     raise TrainingError(
         f"request {bad[0]} of {len(found)} has a log-likelihood of {found[bad[0]].total}: the weights are not finite, "
         "or too large for the precision; evaluate another checkpoint, or set precision to fp32"
     )
 
 
-class _Untold:
-    """In place of a progress bar."""
+class _NoProgress:
+    """Replaces the progress bar where none is shown."""
 
     def advance(self, amount: float) -> None:
         pass

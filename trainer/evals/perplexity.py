@@ -1,11 +1,11 @@
-"""Perplexity and bits per byte on the validation tokens.
+"""Computes perplexity and bits per byte on the validation tokens.
 
-`of_stream` takes the tokens as training does: one stream, cut into windows of the model's context; every token but
-the first is predicted once, the end-of-text token too. `of_documents` takes each document by itself, after one
-end-of-text token, with windows that roll, as lm-evaluation-harness's loglikelihood_rolling (its wikitext task).
+`of_stream` reads the tokens as training does: one stream, cut into windows of the model's context. It predicts each
+token but the first once, including end-of-text tokens. `of_documents` scores each document separately, after one
+end-of-text token, with rolling windows as in lm-evaluation-harness's loglikelihood_rolling (its wikitext task).
 
-Bits per byte are the sum of all losses over ln 2 and the bytes of the text that the predicted tokens stand for; the
-end-of-text token stands for none. They compare models of different vocabularies, which perplexities do not.
+Bits per byte are the sum of all losses, divided by ln 2 and by the bytes of the predicted tokens' text. An end-of-text
+token has no bytes. Bits per byte compare models of different vocabularies, perplexities do not.
 """
 
 import math
@@ -20,13 +20,13 @@ from core.data.shard import DTYPES, HEADER_BYTES, check_size, parse_header
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import DataError
 from trainer.distributed.process_group import Ranks
-from trainer.evals.likelihood import Request, likelihoods
-from trainer.evals.progress import Kept
+from trainer.evals.likelihood import ScoringRequest, likelihoods
+from trainer.evals.progress import PartialResults
 from trainer.model.gpt import GPT
 
 
 def read_tokens(data_url: str, manifest: Manifest, tokens: int) -> np.ndarray:
-    """The first `tokens` validation tokens in the manifest's order; 0: all. Raises DataError."""
+    """The first `tokens` validation tokens in the manifest's order, all for 0. Raises DataError."""
     parts = []
     wanted = tokens or manifest.split("val", data_url).tokens
     for shard in manifest.split("val", data_url).shards:
@@ -39,7 +39,7 @@ def read_tokens(data_url: str, manifest: Manifest, tokens: int) -> np.ndarray:
 
 
 def read_shard(uri: str, manifest: Manifest) -> np.ndarray:
-    """All tokens of a shard. Raises DataError for one that is cut off or holds others than the vocabulary's."""
+    """All tokens of a shard. Raises DataError for a truncated shard or for ids beyond the vocabulary."""
     data = storage.read_bytes(uri)
     header = parse_header(data, uri)
     check_size(header, len(data), uri)
@@ -52,11 +52,14 @@ def read_shard(uri: str, manifest: Manifest) -> np.ndarray:
     return tokens
 
 
-def of_stream(model: GPT, tokens: np.ndarray, encoding, ranks: Ranks, precision: str, kept: Kept) -> dict[str, float]:
+def of_stream(
+    model: GPT, tokens: np.ndarray, encoding, ranks: Ranks, precision: str, partial: PartialResults
+) -> dict[str, float]:
+    """Scores of the tokens as one stream."""
     length = model.config.context
     firsts = range(0, len(tokens) - 1, length)
-    requests = [Request(tokens[first : first + 1], tokens[first + 1 : first + length + 1]) for first in firsts]
-    found = likelihoods(model, requests, ranks, precision, kept, title="perplexity")
+    requests = [ScoringRequest(tokens[first : first + 1], tokens[first + 1 : first + length + 1]) for first in firsts]
+    found = likelihoods(model, requests, ranks, precision, partial, title="perplexity")
     total = math.fsum(each.total for each in found)
     count = len(tokens) - 1
     size = int(token_bytes(encoding)[tokens[1:]].sum())
@@ -64,12 +67,12 @@ def of_stream(model: GPT, tokens: np.ndarray, encoding, ranks: Ranks, precision:
 
 
 def of_documents(
-    model: GPT, tokens: np.ndarray, encoding, ranks: Ranks, precision: str, kept: Kept
+    model: GPT, tokens: np.ndarray, encoding, ranks: Ranks, precision: str, partial: PartialResults
 ) -> dict[str, float]:
-    """`word_perplexity` counts words as the harness does, by white space."""
+    """Scores of the documents. `word_perplexity` counts words by white space, as the harness does."""
     documents = list(split_documents(tokens))
     requests = [request for document in documents for request in rolling(document, model.config.context)]
-    found = likelihoods(model, requests, ranks, precision, kept, title="perplexity")
+    found = likelihoods(model, requests, ranks, precision, partial, title="perplexity")
     total = math.fsum(each.total for each in found)
     count = sum(map(len, documents))
     sizes = token_bytes(encoding)
@@ -79,18 +82,18 @@ def of_documents(
     return {"documents": len(documents), "tokens": count, "words": words, "bytes": size, **scores}
 
 
-def rolling(document: np.ndarray, context: int) -> Iterator[Request]:
-    """Windows that predict each token once; all but the first see as much before as fits into the context."""
+def rolling(document: np.ndarray, context: int) -> Iterator[ScoringRequest]:
+    """Windows that predict each token once. All but the first have as much context as fits."""
     with_start = np.concatenate([[GPT2_END_OF_TEXT], document])
     for first in range(0, len(document), context):
         last = min(first + context, len(document))
-        # `with_start` is one longer: its element `first` is what comes before the first one predicted.
+        # `with_start` has one more element: its element `first` precedes the first predicted token.
         begin = max(0, last - context)
-        yield Request(with_start[begin : first + 1], document[first:last])
+        yield ScoringRequest(with_start[begin : first + 1], document[first:last])
 
 
 def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """What lies between end-of-text tokens. Where a shard cuts a document, its pieces count as documents."""
+    """The documents between end-of-text tokens. A document that two shards share counts as two."""
     for piece in np.split(tokens, np.flatnonzero(tokens == GPT2_END_OF_TEXT)):
         document = piece[1:] if len(piece) and piece[0] == GPT2_END_OF_TEXT else piece
         if len(document):
@@ -98,7 +101,7 @@ def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def token_bytes(encoding) -> np.ndarray:
-    """Bytes of text that each token stands for."""
+    """Bytes of text of each token, by id."""
     sizes = np.zeros(encoding.n_vocab, np.int64)
     for token in range(encoding.n_vocab):
         if token != GPT2_END_OF_TEXT:

@@ -1,25 +1,89 @@
-"""What a task has found so far, in storage, so that an evaluation that was cut off goes on where it was.
+"""Records an evaluation while it runs: partial results, time, and money.
 
-    with Kept("s3://bucket/runs/first/evaluations/step-00001000/partial/perplexity-01ab", ranks, books.check) as kept:
-        kept.found        # by key, of all attempts before
-        kept.add({"17": [-12.5, False]})
+    with EvaluationLog(folder, settings, ranks) as log:
+        with log.phase("eval"), PartialResults(f"{folder}/partial/perplexity-01ab", ranks, log.check_cap) as partial:
+            partial.found        # by key, of all earlier attempts
+            partial.add({"17": [-12.5, False]})
 
-Each rank adds to a journal of its own (core.run.journal): at most a few seconds are lost.
+RUN_URL/evaluations has the layout of a run folder, with run.json and a ledger of segments of the stage "evaluate". A
+segment in the run's own ledger would take the run over.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from core import stop, storage
+from core.errors import CapReached
 from core.run import journal
+from core.run.folder import RunFolder
 from core.run.journal import Journal
+from core.run.segment import Opening, SegmentLog, open_segment
+from core.settings import loader
+from core.settings.evaluation import EvaluateConfig
 from trainer.distributed.process_group import Ranks, gather_objects, on_main
 
+log = logging.getLogger("evaluate")
 
-class Kept:
+
+class EvaluationLog:
+    """The open segment of an evaluation, on all ranks. Rank 0 writes it."""
+
+    def __init__(self, folder: str, settings: EvaluateConfig, ranks: Ranks):
+        self._segment = SegmentLog()
+        self._folder, self._max_usd = folder, settings.max_usd
+        # As a time (unix s), the deadline lets every rank check the cap without asking rank 0.
+        self._deadline = on_main(lambda: self._open(settings, ranks), ranks)
+
+    def _open(self, settings: EvaluateConfig, ranks: Ranks) -> float:
+        gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
+        opening = Opening(
+            stage="evaluate",
+            config={"evaluate": loader.to_dict(settings)},
+            identity={},
+            packages=("torch", "numpy", "obstore"),
+            program={"ranks": ranks.world},
+            gpu=gpu,
+            gpus_per_node=ranks.local_world if gpu else 0,
+            max_usd=settings.max_usd,
+            shutdown_seconds=settings.shutdown_reserve_seconds,
+        )
+        self._segment = open_segment(RunFolder(self._folder), opening)
+        stop.on_leaving(lambda: self._segment.close("preempted"))
+        return self._segment.cap.latest()
+
+    def check_cap(self) -> None:
+        """Raises CapReached once another batch could cost more than the cap leaves."""
+        if time.time() >= self._deadline:
+            raise CapReached(
+                f"{self._folder}: evaluations have cost nearly the ${self._max_usd:g} of max_usd; their results and "
+                "partial results are stored: continue with a larger MAX_USD and the same command"
+            )
+
+    def phase(self, name: str):
+        return self._segment.phase(name)
+
+    def __enter__(self) -> "EvaluationLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._segment.__exit__(kind, error, trace)
+        ledger = self._segment.ledger
+        if error is None and ledger and (spent := ledger.spent_usd()) is not None:
+            log.info("spent $%.2f", spent)
+
+
+class PartialResults:
+    """Results of an unfinished task in storage, from which the next attempt continues.
+
+    Each rank adds to its own journal (core.run.journal), so that a killed process loses a few seconds at most.
+    """
+
     def __init__(self, folder: str, ranks: Ranks, check: Callable[[], None]):
-        """`check` is called after each addition, and raises to stop."""
+        """`check` is called after each addition. It may raise to stop the task."""
         self.folder = folder
         self.check = check
         self._ranks = ranks
@@ -29,20 +93,20 @@ class Kept:
         stop.on_leaving(self._journal.close)
 
     def add(self, values: dict[str, Any]) -> None:
-        """Plain values that this rank has found."""
+        """Stores JSON values that this rank has computed, by key."""
         self._journal.add({"values": values})
         self.check()
 
     def discard(self) -> None:
-        """Remove it all: the result is stored. On all ranks, after `with` has ended."""
-        gather_objects(None, self._ranks)  # every journal is closed
+        """Deletes the partial results once the result is stored. Call it on all ranks, after the `with` block."""
+        gather_objects(None, self._ranks)  # waits until every rank has closed its journal
         on_main(self._delete, self._ranks)
 
     def _delete(self) -> None:
         for info in storage.list_objects(self.folder):
             storage.delete(info.uri)
 
-    def __enter__(self) -> "Kept":
+    def __enter__(self) -> "PartialResults":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,7 +116,7 @@ class Kept:
 def _read(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for attempt in storage.list_names(folder):
-        events, _ = journal.read(storage.join(folder, attempt))  # what cannot be read is computed again
+        events, _ = journal.read(storage.join(folder, attempt))  # unreadable results are computed again
         for event in events:
             found |= event["values"]
     return found

@@ -1,37 +1,53 @@
-"""What can be measured of a model, each with all that defines its result.
+"""Defines what can be measured of a model, and stores the results beside its checkpoint.
 
-A measurement's `identity` and its model are what a stored result is found by: two results with the same identity may
-be compared.
+    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd.json     0123abcd: hash of all that defines the result
+    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   a repeated measurement of the same
+    RUN_URL/evaluations/step-00001000/partial/                    partial results of unfinished tasks
+
+The name of a result and its model identify it: two results with the same `identity` are comparable. Results have a
+folder of their own, because checkpoints are deleted. Each object is created exclusively, so that no result is
+overwritten. docs/formats.md documents the fields.
 """
 
 import functools
+import hashlib
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from core import storage
 from core.data import manifest, sets
-from core.errors import ConfigError
+from core.errors import ConfigError, ObjectExists
+from core.run.folder import RunFolder, step_name
 from core.settings.evaluation import LM_EVAL, EvaluateConfig
 from trainer.distributed.process_group import Ranks, on_all, on_main
-from trainer.evals import contamination, perplexity, results
+from trainer.evals import contamination, perplexity
 from trainer.evals.hellaswag import NAME as HELLASWAG
 from trainer.evals.hellaswag import HellaSwag
-from trainer.evals.progress import Kept
-from trainer.weights.open import Opened
+from trainer.evals.progress import PartialResults
+from trainer.weights.open import TrainedModel
 
-Found = dict[str, Any]  # `scores`, and what else is worth keeping
+FORMAT = "evaluation"
+VERSION = 1
+_NAME = re.compile(r"^(?P<key>.+-[0-9a-f]{8})(-(?P<number>\d+))?\.json$")
+
+Found = dict[str, Any]  # `scores`, and other fields of the stored result
 
 
 @dataclass(frozen=True)
 class Measurement:
+    """One task. `identity` holds all settings that define its result."""
+
     name: str
     identity: Mapping[str, Any]
-    compute: Callable[[Opened, Kept], Found]  # on all ranks, the same everywhere
+    compute: Callable[[TrainedModel, PartialResults], Found]  # called on all ranks, returns the same on each
 
 
 @dataclass(frozen=True)
-class Data:
-    """What lies at the data's URL, read once."""
+class EvaluationData:
+    """The dataset at `url`. Each part is read once."""
 
     url: str
     ranks: Ranks
@@ -40,18 +56,20 @@ class Data:
     def manifest(self) -> manifest.Manifest:
         if not self.url:
             raise ConfigError(
-                "no data: none of the models is a run that names its own; give --data_url=..., or set DATA_URL"
+                "no data: the first model is not a run with a data.url; give --data_url=..., or set DATA_URL"
             )
         return on_main(lambda: manifest.read(self.url), self.ranks)
 
     def hellaswag(self, count: int) -> list[dict[str, Any]]:
-        self.manifest  # noqa: B018 (says how to give data where there is none)
+        self.manifest  # noqa: B018 (raises the error that says how to give data)
         rows = on_main(lambda: sets.read(self.url, HELLASWAG), self.ranks)
         return rows[: count or len(rows)]
 
 
-def measurements(settings: EvaluateConfig, data: Data, ranks: Ranks, precision: str, home: str) -> list[Measurement]:
-    """One per task, in order. Raises ConfigError, DataError for what is not there."""
+def measurements(
+    settings: EvaluateConfig, data: EvaluationData, ranks: Ranks, precision: str, home: str
+) -> list[Measurement]:
+    """One measurement per task, in order. Raises ConfigError, DataError for missing data."""
     makers = {"perplexity": _perplexity, HELLASWAG: _hellaswag}
     return [
         (_harness if task.startswith(LM_EVAL) else makers[task])(task, settings, data, ranks, precision, home)
@@ -60,7 +78,7 @@ def measurements(settings: EvaluateConfig, data: Data, ranks: Ranks, precision: 
 
 
 def _perplexity(
-    task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, precision: str, home: str
+    task: str, settings: EvaluateConfig, data: EvaluationData, ranks: Ranks, precision: str, home: str
 ) -> Measurement:
     identity = {"data": data.manifest.fingerprint, "tokens": settings.tokens, "precision": precision}
     tokens = functools.cache(
@@ -68,13 +86,15 @@ def _perplexity(
     )
     how = perplexity.of_documents if settings.per_document else perplexity.of_stream
 
-    def compute(opened: Opened, kept: Kept) -> Found:
-        return {"scores": how(opened.model, tokens(), opened.encoding, ranks, precision, kept)}
+    def compute(trained: TrainedModel, partial: PartialResults) -> Found:
+        return {"scores": how(trained.model, tokens(), trained.encoding, ranks, precision, partial)}
 
     return Measurement(f"{task}-rolling" if settings.per_document else task, identity, compute)
 
 
-def _hellaswag(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, precision: str, home: str) -> Measurement:
+def _hellaswag(
+    task: str, settings: EvaluateConfig, data: EvaluationData, ranks: Ranks, precision: str, home: str
+) -> Measurement:
     items = data.hellaswag(settings.limit)
     info = on_main(lambda: sets.info_of(data.url, HELLASWAG), ranks)
     style = settings.hellaswag_style
@@ -88,11 +108,11 @@ def _hellaswag(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, pr
     def scorer(encoding) -> HellaSwag:
         return HellaSwag(items, encoding, ranks, precision, style)
 
-    def compute(opened: Opened, kept: Kept) -> Found:
-        answers = scorer(opened.encoding).answers(opened.model, kept, task)
+    def compute(trained: TrainedModel, partial: PartialResults) -> Found:
+        answers = scorer(trained.encoding).answers(trained.model, partial, task)
         scores = answers.score().as_dict()
         if settings.contamination:
-            seen = set(_seen(items, opened.encoding, data, settings, ranks, home, seen_in, kept.check))
+            seen = set(_seen(items, trained.encoding, data, settings, ranks, home, seen_in, partial.check))
             scores["seen_items"] = len(seen)
             scores |= {f"unseen_{name}": value for name, value in answers.score(seen).as_dict().items()}
         bits = {name: "".join("01"[each] for each in values) for name, values in asdict(answers).items()}
@@ -104,29 +124,31 @@ def _hellaswag(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, pr
 def _seen(
     items,
     encoding,
-    data: Data,
+    data: EvaluationData,
     settings: EvaluateConfig,
     ranks: Ranks,
     home: str,
     identity,
     check: Callable[[], None],
 ) -> list[int]:
-    """Items that occur in the training shards; a property of the data alone, and kept as such."""
-    key = results.key_of("contamination", identity)
-    found = on_main(lambda: results.find(home, key), ranks)
+    """Numbers of the items that occur in the training shards. They depend on the data alone and are stored apart."""
+    key = result_key("contamination", identity)
+    found = on_main(lambda: find_result(home, key), ranks)
     if found is None:
         tokens = [contamination.item_tokens(item, encoding) for item in items]
-        with Kept(f"{home}/partial/{key}", ranks, check) as kept:
+        with PartialResults(f"{home}/partial/{key}", ranks, check) as partial:
             run = settings.contamination_tokens
-            seen = contamination.seen(tokens, data.url, data.manifest, run, ranks, kept)
+            seen = contamination.seen(tokens, data.url, data.manifest, run, ranks, partial)
         found = {"task": "contamination", "identity": identity, "seen": seen}
-        on_main(lambda: results.store(home, key, found), ranks)
-        kept.discard()
+        on_main(lambda: store_result(home, key, found), ranks)
+        partial.discard()
     return found["seen"]
 
 
-def _harness(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, precision: str, home: str) -> Measurement:
-    from trainer.evals import harness  # says what is missing where lm-eval is not installed
+def _harness(
+    task: str, settings: EvaluateConfig, data: EvaluationData, ranks: Ranks, precision: str, home: str
+) -> Measurement:
+    from trainer.evals import harness  # raises ConfigError where lm-eval is not installed
 
     name = task.removeprefix(LM_EVAL)
     identity = {
@@ -137,8 +159,61 @@ def _harness(task: str, settings: EvaluateConfig, data: Data, ranks: Ranks, prec
         "precision": precision,
     }
 
-    def compute(opened: Opened, kept: Kept) -> Found:
+    def compute(trained: TrainedModel, partial: PartialResults) -> Found:
         folder, limit, num_fewshot = settings.lm_eval_tasks, settings.limit, settings.num_fewshot
-        return {"scores": harness.run(name, opened, ranks, precision, kept, folder, limit, num_fewshot)}
+        return {"scores": harness.run(name, trained, ranks, precision, partial, folder, limit, num_fewshot)}
 
     return Measurement(task, identity, compute)
+
+
+# --- results ---------------------------------------------------------------------------------------------------
+
+
+def results_folder(trained: TrainedModel, home: str) -> str:
+    """The folder for a model's results: in its run, or below `home` for a model without a run."""
+    if trained.run_url:
+        return storage.join(RunFolder(trained.run_url).evaluations, step_name(trained.step))
+    return storage.join(home, re.sub(r"[^\w.-]+", "-", trained.name).strip("-"))
+
+
+def result_key(task: str, identity: Mapping[str, Any]) -> str:
+    """The task's name and a hash of all that defines its result."""
+    text = json.dumps([task, identity], sort_keys=True)
+    return f"{re.sub(r'[^a-zA-Z0-9_.-]+', '-', task)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def find_result(folder: str, key: str) -> dict[str, Any] | None:
+    """The newest result of a key, or None."""
+    return _newest(folder).get(key)
+
+
+def read_results(folder: str) -> list[dict[str, Any]]:
+    """The newest result of each key, sorted by key."""
+    return [document for _, document in sorted(_newest(folder).items())]
+
+
+def store_result(folder: str, key: str, document: Mapping[str, Any]) -> str:
+    """Stores a result beside the existing ones. Returns its URI."""
+    data = (json.dumps({"format": FORMAT, "version": VERSION, **document}, indent=1) + "\n").encode()
+    number = 1
+    while True:
+        uri = storage.join(folder, f"{key}.json" if number == 1 else f"{key}-{number}.json")
+        try:
+            storage.write_bytes(uri, data, exclusive=True)
+            return uri
+        except ObjectExists:
+            number += 1
+
+
+def _newest(folder: str) -> dict[str, dict[str, Any]]:
+    names: dict[str, tuple[int, str]] = {}
+    for name in storage.list_names(folder):
+        if match := _NAME.match(name):
+            number = int(match["number"] or 1)
+            names[match["key"]] = max(names.get(match["key"], (0, "")), (number, name))
+    found = {}
+    for key, (_, name) in names.items():
+        document = json.loads(storage.read_bytes(storage.join(folder, name)))
+        if (document.get("format"), document.get("version")) == (FORMAT, VERSION):
+            found[key] = document
+    return found

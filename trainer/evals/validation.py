@@ -1,4 +1,4 @@
-"""Validation loss on a fixed stretch of the validation tokens: the same number on any number of ranks."""
+"""Computes the validation loss on the first validation tokens, with the same result on any number of ranks."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from trainer.model.precision import autocast
 class ValidationLoss:
     """Mean next-token loss over the first `tokens` validation tokens, in windows of the context length.
 
-    Micro-batches are dealt to the ranks in turn and their losses are summed in the order of the tokens.
+    Each rank computes every world-th micro-batch. The losses are summed in the order of the tokens.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ValidationLoss:
         available = sum(shard.tokens for shard in cache.shards)
         windows = max(1, min(tokens, available - 1) // length)
         rows = min(micro_batch_size, windows)
-        self._count = windows // rows  # a ragged last batch would compile the model once more
+        self._count = windows // rows  # torch would compile the model again for a smaller last batch
         self.tokens = self._count * rows * length
         self._batches = []
         for index in range(ranks.rank, self._count, ranks.world):
@@ -40,7 +40,7 @@ class ValidationLoss:
             self._batches.append(torch.from_numpy(np.ascontiguousarray(view)))
 
     def __call__(self, model: torch.nn.Module, between: Between | None = None) -> float:
-        """Nats per token."""
+        """Mean loss in nats per token."""
         return self.means(model, lambda tokens: model(tokens[:, :-1], tokens[:, 1:])[None], between)[0]
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class ValidationLoss:
         measure: Callable[[torch.Tensor], torch.Tensor],
         between: Between | None = None,
     ) -> list[float]:
-        """Means over all batches, (rows, T + 1), of the numbers that `measure` finds."""
+        """Means over all batches of the numbers that `measure` computes of one batch, (rows, T + 1)."""
 
         def of_batch(index: int) -> list[float]:
             tokens = self._batches[index // self._ranks.world].to(self._ranks.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""A checkpoint ready to answer: its engine, and how it wants to be spoken to."""
+"""Opens a model for generation and chat."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ import torch
 from core.errors import ConfigError
 from trainer.data import chat_template
 from trainer.inference.engine import Engine
-from trainer.inference.sampling import Machine, Sampling
+from trainer.inference.sampling import InferenceOptions, Sampling
 from trainer.weights.open import open_weights
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """`tuned`: it knows turns (trainer.data.chat_template); else it only continues text."""
+class ChatModel:
+    """An opened model. A `tuned` one answers in turns (trainer.data.chat_template), a base model continues text."""
 
     name: str
     engine: Engine
@@ -23,18 +23,19 @@ class Speaker:
     opened_seconds: float
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids up to where the answer begins. Raises DataError for a message that is none."""
+        """Token ids of a conversation up to the answer. Raises DataError for a malformed message."""
         return chat_template.render(messages, self.engine.encoding, add_generation_prompt=True).tokens
 
     def recent(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> tuple[list[int], int]:
-        """The conversation so that an answer fits behind it, and how many of its oldest messages were left out.
+        """Shortens a conversation until an answer fits. Returns its tokens and the number of messages left out.
 
-        The system's message and the newest one stay. An answer fits if the new tokens do, or a quarter of the context.
+        The system's message and the newest message stay. An answer fits if the context has room for
+        `sampling.max_tokens`, or for a quarter of the context.
         """
-        room = self.engine.context - min(sampling.tokens, self.engine.context // 4)
+        room = self.engine.context - min(sampling.max_tokens, self.engine.context // 4)
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = messages[len(system) :]
-        # A conversation goes on from a question, not from an answer.
+        # A shortened conversation must begin with a message of the user.
         starts = [index for index, message in enumerate(turns) if message["role"] == "user"]
         for start in starts:
             tokens = self.conversation([*system, *turns[start:]])
@@ -46,13 +47,13 @@ class Speaker:
         )
 
 
-def open_speaker(where: str, machine: Machine) -> Speaker:
-    """Raises what `open_weights` raises, and ConfigError for a device that is not there."""
+def open_chat_model(where: str, options: InferenceOptions) -> ChatModel:
+    """Raises the errors of `open_weights`, and ConfigError for a missing device."""
     start = time.monotonic()
-    device = device_of(machine.device)
-    opened = open_weights(where, device)
-    engine = Engine(opened.model, opened.encoding, device, machine.precision, machine.rows)
-    return Speaker(opened.name, engine, chat_template.is_tuned(opened.state, where), time.monotonic() - start)
+    device = device_of(options.device)
+    trained = open_weights(where, device)
+    engine = Engine(trained.model, trained.encoding, device, options.precision, options.max_batch_size)
+    return ChatModel(trained.name, engine, chat_template.is_tuned(trained.state, where), time.monotonic() - start)
 
 
 def device_of(name: str) -> torch.device:

@@ -1,9 +1,9 @@
-"""The next token of each row from its logits.
+"""Chooses the next token of each row from its logits.
 
-A row's choice depends on its own logits, settings and random numbers alone: one uniform number per token picks from
-the cumulated probabilities, so that the same seed gives the same text in any company.
+One uniform random number per token selects from the cumulative probabilities. A row's choice depends on the row's
+logits, settings and random numbers alone, so that a seed gives the same text in any batch.
 
-Shapes: B rows, V vocabulary, N rows treated alike, C candidates, the likeliest first.
+Shapes: B rows, V vocabulary, N rows with the same kind of settings, C candidates in descending order.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,9 +17,9 @@ from trainer.inference.sampling import Sampling
 def choose(
     logits_BV: torch.Tensor, samplings: Sequence[Sampling], draws: Sequence[float], seen: Sequence[Collection[int]]
 ) -> list[int]:
-    """One token id per row. `draws` are uniform in [0, 1), `seen` the ids of each row so far.
+    """Returns one token id per row. `draws` are uniform in [0, 1); `seen` holds the ids in each row's text.
 
-    Changes `logits_BV` (float32) where repetition is penalised. Raises TrainingError for logits that are not finite.
+    Modifies `logits_BV` (float32) where repetition is penalised. Raises TrainingError for logits that are not finite.
     """
     if not torch.isfinite(logits_BV).all():
         raise TrainingError("the model's logits are not finite; its weights are damaged or its training diverged")
@@ -57,7 +57,7 @@ def _choose_cut(logits_NV: torch.Tensor, samplings: Sequence[Sampling], draws: S
     rank_C = torch.arange(logits_NC.shape[1], device=logits_NV.device)
     p_NC = _softmax(logits_NC.masked_fill(rank_C >= _column(limits, logits_NV), -torch.inf), samplings)
     before_NC = p_NC.cumsum(1) - p_NC
-    # The likeliest one always stays: nothing is before it, and it has all of its own probability.
+    # The likeliest token passes both tests: no probability precedes it, and it is its own reference.
     keep_NC = (before_NC < _column([s.top_p for s in samplings], p_NC)) & (
         p_NC >= _column([s.min_p for s in samplings], p_NC) * p_NC[:, :1]
     )
@@ -65,18 +65,18 @@ def _choose_cut(logits_NV: torch.Tensor, samplings: Sequence[Sampling], draws: S
 
 
 def _softmax(logits_NC: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
-    """Probabilities at each row's temperature, float64."""
+    """Probabilities at each row's temperature, (N, C), float64."""
     z_NC = logits_NC.double()
-    # Minus the largest first: divided by a tiny temperature alone, logits overflow.
+    # Subtract the maximum before dividing: a tiny temperature would make the logits overflow.
     z_NC = z_NC - z_NC.amax(1, keepdim=True)
     return (z_NC / _column([s.temperature for s in samplings], z_NC)).softmax(1)
 
 
 def _pick(p_NC: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
-    """The place where the cumulated probabilities pass a row's draw (N,); never one without probability."""
+    """Index (N,) at which the cumulative probability exceeds the row's draw. Its probability is never zero."""
     sums_NC = p_NC.cumsum(1)
     places_N = torch.searchsorted(sums_NC, _column(draws, sums_NC) * sums_NC[:, -1:], right=True)[:, 0]
-    # Rounding up in the product above may pass the last sum: then the last that has probability.
+    # The product above can round up to the last sum. Then take the last index with a probability.
     last_N = (sums_NC < sums_NC[:, -1:]).sum(1)
     return torch.minimum(places_N, last_N)
 

@@ -1,16 +1,17 @@
-"""Text from a model, for many requests at once, each token computed once (KV cache).
+"""Generates text for many requests at once, with a KV cache.
 
-    engine = Engine(opened.model, opened.encoding, device)
-    for piece in engine.stream([Request(engine.encode("Once upon a time"), Sampling(seed=1))]):
+    engine = Engine(trained.model, trained.encoding, device)
+    for piece in engine.stream([GenerationRequest(engine.encode("Once upon a time"), Sampling(seed=1))]):
         print(piece.text, end="")
 
-Requests may come and go at any time: `step` either takes in waiting prompts or computes one more token of every text.
-What a request gets depends on no other one, up to rounding: matrix products of another number of rows may differ in
-the last bits.
+Requests may be added and cancelled at any time. Each `step` either processes waiting prompts or computes the next token
+of every text. Results do not depend on the other requests, except for rounding: matrix products of another batch size
+may differ in the last bits.
 
 Shapes: B rows, T positions, D model width, V vocabulary.
 """
 
+import codecs
 import itertools
 import random
 from collections import deque
@@ -25,23 +26,22 @@ from core.data.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from core.errors import ConfigError
 from trainer.inference.choose import choose
 from trainer.inference.sampling import Sampling
-from trainer.inference.text import TextStream
 from trainer.model.cache import KVCache, merged
 from trainer.model.gpt import GPT
 from trainer.model.loss import soft_cap
 from trainer.model.precision import autocast, resolve
 
-PROMPT_TOKENS_PER_STEP = 8192  # of padded prompts taken in together
-ROOM_STEP = 256  # positions by which a cache grows
+PROMPT_TOKENS_PER_STEP = 8192  # limit of padded prompts in one batch
+ROOM_STEP = 256  # a cache grows by this number of positions
 
 Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Request:
-    """`tokens` is the prompt. `logprobs`: how many alternatives of each token to tell; none: not even its own.
+class GenerationRequest:
+    """`tokens` is the prompt. `logprobs` is the number of alternatives to report per token.
 
-    `endless` never chooses the end of text (for measuring speed).
+    Without `logprobs`, tokens have no log-probability. `endless` excludes the end-of-text token, to measure speed.
     """
 
     tokens: Sequence[int]
@@ -57,7 +57,7 @@ class Alternative(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A chosen token, and the likeliest ones; log-probabilities in nats, before any of the sampling's settings."""
+    """A chosen token and the likeliest ones. Log-probabilities are in nats, before sampling settings apply."""
 
     id: int
     data: bytes
@@ -66,7 +66,7 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one step added to the request with this number. The end of text is no token of it."""
+    """Output of one step for one request. The end-of-text token is not part of it."""
 
     number: int
     text: str
@@ -81,31 +81,33 @@ class Completion(NamedTuple):
 
 
 class _Row:
-    """One text in the making."""
+    """One text in progress."""
 
-    def __init__(self, number: int, request: Request, prompt: list[int], context: int):
+    def __init__(self, number: int, request: GenerationRequest, prompt: list[int], context: int):
         self.number = number
         self.request = request
         self.tokens = prompt
         self.seen = set(prompt)
-        self.left = min(request.sampling.tokens, context - len(prompt))
+        self.left = min(request.sampling.max_tokens, context - len(prompt))
         self.random = random.Random(request.sampling.seed)
         self.text = TextStream(request.sampling.stop)
 
 
 class Engine:
-    def __init__(self, model: GPT, encoding, device: torch.device, precision: str = "auto", rows: int = 16):
-        """`encoding` may be None where only token ids matter: then pieces have no text."""
+    """Batches requests to one model. Not thread-safe."""
+
+    def __init__(self, model: GPT, encoding, device: torch.device, precision: str = "auto", max_batch_size: int = 16):
+        """Without an `encoding`, pieces have token ids but no text."""
         self.model = model
         self.encoding = encoding
         self.device = device
         self.precision = precision
         bf16 = resolve(precision, device) == "bf16"
         self.dtype = torch.bfloat16 if bf16 else model.wte.weight.dtype
-        self._most_rows = rows
+        self._max_batch_size = max_batch_size
         self._numbers = itertools.count()
         self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []  # in the order of the cache's rows
+        self._rows: list[_Row] = []  # in the same order as the rows of the cache
         self._cache: KVCache | None = None
         self._gone: set[int] = set()
 
@@ -115,7 +117,7 @@ class Engine:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding beyond the vocabulary are padding."""
+        """Number of tokens. Further rows of the embedding are padding."""
         return min(GPT2_VOCAB_SIZE, self.model.config.padded_vocab_size)
 
     @property
@@ -127,20 +129,20 @@ class Engine:
         return len(self._waiting)
 
     def encode(self, text: str) -> list[int]:
-        """A document's beginning as the model saw them in training: after the end of the one before."""
+        """Token ids of a text, after an end-of-text token as at the start of each document in training."""
         return [GPT2_END_OF_TEXT, *self.encoding.encode_ordinary(text)]
 
-    def add(self, request: Request) -> int:
-        """Queue a request; its number is in its pieces. Raises ConfigError for a prompt that cannot be continued."""
+    def add(self, request: GenerationRequest) -> int:
+        """Queues a request and returns the number that its pieces carry. Raises ConfigError for an invalid prompt."""
         tokens = list(request.tokens)
         if not tokens:
             raise ConfigError("the prompt has no tokens; give at least the end-of-text token")
         if self.model.config.document_mask and GPT2_END_OF_TEXT in tokens:
-            # Such a model never looks beyond the beginning of a document.
+            # Such a model attends to the current document only.
             del tokens[: len(tokens) - 1 - tokens[::-1].index(GPT2_END_OF_TEXT)]
         wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
         if wrong:
-            raise ConfigError(f"the prompt holds token {wrong[0]}, ids go from 0 to {self.vocabulary - 1}")
+            raise ConfigError(f"the prompt contains token {wrong[0]}, ids go from 0 to {self.vocabulary - 1}")
         if len(tokens) >= self.context:
             raise ConfigError(
                 f"the prompt has {len(tokens)} tokens, the model's context is {self.context}; "
@@ -151,17 +153,17 @@ class Engine:
         return row.number
 
     def cancel(self, number: int) -> None:
-        """Give up a request; harmless if it is done."""
+        """Cancels a request. Does nothing if it is complete."""
         self._waiting = deque(row for row in self._waiting if row.number != number)
         self._gone |= {row.number for row in self._rows if row.number == number}
 
     @torch.no_grad()
     def step(self) -> list[Piece]:
-        """Take in waiting prompts where there is place, else go on with all texts; a piece per text."""
-        self._let_go(self._gone)
+        """Processes waiting prompts if the batch has room, else extends all texts. Returns a piece for each."""
+        self._drop(self._gone)
         self._gone = set()
-        if self._waiting and len(self._rows) < self._most_rows:
-            rows = self._next_in_line()
+        if self._waiting and len(self._rows) < self._max_batch_size:
+            rows = self._next_prompts()
             cache, logits_BV = self._read_prompts(rows)
             parts = [(self._cache, range(len(self._rows)))] if self._cache else []
             self._rows += rows
@@ -177,11 +179,11 @@ class Engine:
         else:
             return []
         pieces = self._extend(rows, logits_BV)
-        self._let_go({piece.number for piece in pieces if piece.finish})
+        self._drop({piece.number for piece in pieces if piece.finish})
         return pieces
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Piece]:
-        """All pieces of these requests, numbered in their order, as they come. Given up, it cancels them."""
+    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Piece]:
+        """Yields the pieces of these requests, numbered by position. Closing the iterator cancels the requests."""
         order = {self.add(request): place for place, request in enumerate(requests)}
         open_numbers = set(order)
         try:
@@ -194,8 +196,8 @@ class Engine:
             for number in open_numbers:
                 self.cancel(number)
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """The whole answers, in the order of the requests."""
+    def complete(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Generates complete texts, in the order of the requests."""
         texts: list[list[str]] = [[] for _ in requests]
         tokens: list[list[Token]] = [[] for _ in requests]
         finishes: list[Finish] = ["length"] * len(requests)
@@ -210,10 +212,10 @@ class Engine:
             for text, found, finish in zip(texts, tokens, finishes, strict=True)
         ]
 
-    def _next_in_line(self) -> list[_Row]:
+    def _next_prompts(self) -> list[_Row]:
         rows: list[_Row] = []
         longest = 0
-        while self._waiting and len(self._rows) + len(rows) < self._most_rows:
+        while self._waiting and len(self._rows) + len(rows) < self._max_batch_size:
             longest = max(longest, len(self._waiting[0].tokens))
             if rows and longest * (len(rows) + 1) > PROMPT_TOKENS_PER_STEP:
                 break
@@ -221,12 +223,12 @@ class Engine:
         return rows
 
     def _room(self) -> int:
-        """Positions that the longest text needs with its next token, rounded up."""
+        """Positions that the longest text needs, rounded up."""
         longest = max(len(row.tokens) for row in self._rows)
         return min(self.context, -(-longest // ROOM_STEP) * ROOM_STEP)
 
     def _read_prompts(self, rows: Sequence[_Row]) -> tuple[KVCache, torch.Tensor]:
-        """A cache with the prompts, padded on the right, and the logits behind each one's end."""
+        """Fills a new cache with the prompts. Returns it with the logits that follow each prompt, (B, V)."""
         lengths = [len(row.tokens) for row in rows]
         tokens_BT = torch.zeros(len(rows), max(lengths), dtype=torch.long)
         for index, row in enumerate(rows):
@@ -245,7 +247,7 @@ class Engine:
         return soft_cap(logits_BV.float(), self.model.config.logit_softcap)
 
     def _extend(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> list[Piece]:
-        """Choose each row's next token."""
+        """Chooses the next token of each row."""
         wanted = [index for index, row in enumerate(rows) if row.request.logprobs is not None]
         logprobs = dict(zip(wanted, logits_BV[wanted].log_softmax(1), strict=True)) if wanted else {}
         for index, row in enumerate(rows):
@@ -276,9 +278,39 @@ class Engine:
     def _bytes_of(self, id: int) -> bytes:
         return self.encoding.decode_single_token_bytes(id) if self.encoding else b""
 
-    def _let_go(self, numbers: set[int]) -> None:
+    def _drop(self, numbers: set[int]) -> None:
         kept = [index for index, row in enumerate(self._rows) if row.number not in numbers]
         if len(kept) == len(self._rows):
             return
         self._rows = [self._rows[index] for index in kept]
         self._cache = merged([(self._cache, kept)], self._room()) if kept else None
+
+
+class TextStream:
+    """Decodes a text token by token. Holds back incomplete characters and possible beginnings of a stop text."""
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def feed(self, data: bytes, final: bool = False) -> tuple[str, bool]:
+        """Takes a token's bytes. Returns the text that can be shown, and whether it ended at a stop text.
+
+        The stop text and all that follows are omitted. `final` holds nothing back.
+        """
+        self._held += self._decoder.decode(data, final)
+        found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
+        if found:
+            return self._held[: min(found)], True
+        keep = 0 if final else self._partial_stop()
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text, False
+
+    def _partial_stop(self) -> int:
+        """Length of the longest suffix of the held text that is the beginning of a stop text."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0

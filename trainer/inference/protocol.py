@@ -1,7 +1,7 @@
-"""OpenAI's completions and chat completions: what a request's body asks for, and the JSON of answers and errors.
+"""Translates OpenAI's completions and chat completions: request bodies, responses and errors.
 
-Beyond OpenAI's parameters: top_k, min_p, repetition_penalty. What is not supported is refused rather than ignored,
-unless it has the value that changes nothing.
+Additional parameters are top_k, min_p and repetition_penalty. An unsupported parameter is an error, unless its value
+has no effect.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ from typing import Any
 from core.errors import DataError
 from core.settings.loader import SettingError
 from trainer.data import chat_template
-from trainer.inference.chat_model import Speaker
-from trainer.inference.engine import Request, Token
+from trainer.inference.chat_model import ChatModel
+from trainer.inference.engine import GenerationRequest, Token
 from trainer.inference.sampling import Sampling
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 64
 MOST_STOPS = 4  # OpenAI's own limit
 MOST_ALTERNATIVES = 20
-# OpenAI's name → ours, and its type.
+# OpenAI's name → our name and the type.
 _SAMPLING = {
-    "max_tokens": ("tokens", int),
-    "max_completion_tokens": ("tokens", int),
+    "max_tokens": ("max_tokens", int),
+    "max_completion_tokens": ("max_tokens", int),
     "temperature": ("temperature", float),
     "top_p": ("top_p", float),
     "top_k": ("top_k", int),
@@ -35,7 +35,7 @@ _SAMPLING = {
 }
 _READ = {"model", "prompt", "messages", "stop", "n", "stream", "stream_options", "logprobs", "top_logprobs"}
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-# Not supported, but harmless with these values (or null).
+# Unsupported parameters, with the values that have no effect. null has none either.
 _NEUTRAL = {
     "best_of": [1],
     "echo": [False],
@@ -50,7 +50,7 @@ _NEUTRAL = {
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """A response with a status other than 200."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -59,17 +59,17 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
-class Ask:
-    """`requests` are the choices, prompt by prompt."""
+class ApiRequest:
+    """A checked request. `requests` holds the choices of the first prompt, then those of the next."""
 
-    requests: tuple[Request, ...]
+    requests: tuple[GenerationRequest, ...]
     stream: bool
     with_usage: bool
     prompt_tokens: int
 
 
-def read(body: Any, speaker: Speaker, name: str, defaults: Sampling, chat: bool) -> Ask:
-    """Raises ApiError for what is wrong with a request."""
+def read(body: Any, model: ChatModel, name: str, defaults: Sampling, chat: bool) -> ApiRequest:
+    """Checks a request's body and translates it. Raises ApiError for an invalid one."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     _check_keys(body)
@@ -77,29 +77,31 @@ def read(body: Any, speaker: Speaker, name: str, defaults: Sampling, chat: bool)
         raise ApiError(
             404, f"the model {body.get('model')!r} does not exist; this is {name}", "model", "model_not_found"
         )
-    prompts = [_conversation(body, speaker)] if chat else _prompts(body, speaker)
-    sampling = _sampling(body, defaults, chat and speaker.tuned)
+    prompts = [_conversation(body, model)] if chat else _prompts(body, model)
+    sampling = _sampling(body, defaults, chat and model.tuned)
     choices = _number(body, "n", 1, 1, MOST_CHOICES)
     logprobs = _logprobs(body, chat)
     for tokens in prompts:
-        if len(tokens) >= speaker.engine.context:
+        if len(tokens) >= model.engine.context:
             raise ApiError(
                 400,
-                f"the prompt has {len(tokens)} tokens, the model's context is {speaker.engine.context}; shorten it",
+                f"the prompt has {len(tokens)} tokens, the model's context is {model.engine.context}; shorten it",
                 "messages" if chat else "prompt",
                 "context_length_exceeded",
             )
     seeds = [None if sampling.seed is None else sampling.seed + choice for choice in range(choices)]
     requests = tuple(
-        Request(tokens, dataclasses.replace(sampling, seed=seed), logprobs) for tokens in prompts for seed in seeds
+        GenerationRequest(tokens, dataclasses.replace(sampling, seed=seed), logprobs)
+        for tokens in prompts
+        for seed in seeds
     )
     stream = _typed(body, "stream", bool, False)
     options = _typed(body, "stream_options", dict, {})
-    return Ask(requests, stream, bool(stream and options.get("include_usage")), sum(map(len, prompts)))
+    return ApiRequest(requests, stream, bool(stream and options.get("include_usage")), sum(map(len, prompts)))
 
 
-class Answers:
-    """JSON of one request's answers; id and time are the same in all its parts."""
+class ApiResponse:
+    """JSON responses to one request. All events of a stream share their id and time."""
 
     def __init__(self, name: str, chat: bool):
         self._chat = chat
@@ -109,41 +111,41 @@ class Answers:
             "model": name,
         }
 
-    def whole(self, choices: Sequence[tuple[str, Sequence[Token], str]], ask: Ask) -> dict[str, Any]:
-        """Of (text, tokens, finish reason) of every choice."""
+    def whole(self, choices: Sequence[tuple[str, Sequence[Token], str]], request: ApiRequest) -> dict[str, Any]:
+        """The complete response. Each choice is (text, tokens, finish reason)."""
         made = []
         for index, (text, tokens, finish) in enumerate(choices):
             said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-            logprobs = self._logprobs(tokens, ask, 0)
+            logprobs = self._logprobs(tokens, request, 0)
             made.append({"index": index, **said, "logprobs": logprobs, "finish_reason": finish})
         count = sum(len(tokens) for _, tokens, _ in choices)
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": made, "usage": _usage(ask, count)}
+        return {**self._head, "object": kind, "choices": made, "usage": _usage(request, count)}
 
     def part(
-        self, index: int, text: str, tokens: Sequence[Token], finish: str | None, ask: Ask, offset: int
+        self, index: int, text: str, tokens: Sequence[Token], finish: str | None, request: ApiRequest, offset: int
     ) -> dict[str, Any]:
-        """One event of a stream; `offset` is where its text begins in the answer."""
+        """One event of a stream. `offset` is the position of its text in the answer, in characters."""
         said = {"delta": {"content": text} if text else {}} if self._chat else {"text": text}
-        choice = {"index": index, **said, "logprobs": self._logprobs(tokens, ask, offset), "finish_reason": finish}
-        return self._event([choice], ask)
+        choice = {"index": index, **said, "logprobs": self._logprobs(tokens, request, offset), "finish_reason": finish}
+        return self._event([choice], request)
 
-    def opening(self, index: int, ask: Ask) -> dict[str, Any]:
-        """The first event of a chat's choice: who speaks."""
+    def opening(self, index: int, request: ApiRequest) -> dict[str, Any]:
+        """The first event of a chat's choice, which names the role."""
         delta = {"role": "assistant", "content": ""}
-        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], ask)
+        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], request)
 
-    def closing(self, ask: Ask, count: int) -> dict[str, Any]:
-        """The event with the usage."""
-        return self._event([], ask) | {"usage": _usage(ask, count)}
+    def closing(self, request: ApiRequest, count: int) -> dict[str, Any]:
+        """The last event, with the usage."""
+        return self._event([], request) | {"usage": _usage(request, count)}
 
-    def _event(self, choices: list[dict[str, Any]], ask: Ask) -> dict[str, Any]:
+    def _event(self, choices: list[dict[str, Any]], request: ApiRequest) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        usage = {"usage": None} if ask.with_usage else {}
+        usage = {"usage": None} if request.with_usage else {}
         return {**self._head, "object": kind, "choices": choices, **usage}
 
-    def _logprobs(self, tokens: Sequence[Token], ask: Ask, offset: int) -> dict[str, Any] | None:
-        if ask.requests[0].logprobs is None or not tokens:
+    def _logprobs(self, tokens: Sequence[Token], request: ApiRequest, offset: int) -> dict[str, Any] | None:
+        if request.requests[0].logprobs is None or not tokens:
             return None
         if self._chat:
             return {"content": [_chat_logprob(token) for token in tokens], "refusal": None}
@@ -166,8 +168,8 @@ def _check_keys(body: Mapping[str, Any]) -> None:
             raise ApiError(400, f"unknown parameter {key!r}", key, "unknown_parameter")
 
 
-def _prompts(body: Mapping[str, Any], speaker: Speaker) -> list[list[int]]:
-    """Token ids are taken as they are; texts get the end-of-text token before them, as documents in training."""
+def _prompts(body: Mapping[str, Any], model: ChatModel) -> list[list[int]]:
+    """Token ids of each prompt. A text gets a leading end-of-text token, as documents in training; ids do not."""
     prompt = body.get("prompt", "")
     if isinstance(prompt, str) or (prompt and _is_tokens(prompt)):
         prompt = [prompt]
@@ -175,21 +177,21 @@ def _prompts(body: Mapping[str, Any], speaker: Speaker) -> list[list[int]]:
         raise ApiError(400, "prompt must be a text, a list of token ids, or a list of either", "prompt")
     if not 1 <= len(prompt) <= MOST_PROMPTS:
         raise ApiError(400, f"prompt has {len(prompt)} entries, must have 1 to {MOST_PROMPTS}", "prompt")
-    return [speaker.engine.encode(each) if isinstance(each, str) else each for each in prompt]
+    return [model.engine.encode(each) if isinstance(each, str) else each for each in prompt]
 
 
 def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is int for each in value)
 
 
-def _conversation(body: Mapping[str, Any], speaker: Speaker) -> list[int]:
-    if not speaker.tuned:
-        raise ApiError(400, f"{speaker.name} is a base model and knows no turns; use /v1/completions", "messages")
+def _conversation(body: Mapping[str, Any], model: ChatModel) -> list[int]:
+    if not model.tuned:
+        raise ApiError(400, f"{model.name} is a base model without turns; use /v1/completions", "messages")
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ApiError(400, "messages must be a list of objects", "messages")
     try:
-        return speaker.conversation([_message(each) for each in messages])
+        return model.conversation([_message(each) for each in messages])
     except DataError as error:
         raise ApiError(400, str(error), "messages") from None
 
@@ -198,13 +200,13 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise ApiError(400, "messages may hold text only", "messages")
+            raise ApiError(400, "messages may contain text only", "messages")
         content = "".join(part["text"] for part in content)
-    # OpenAI's newer name of the same role.
+    # OpenAI renamed the role.
     return {"role": "system" if role == "developer" else role, "content": content}
 
 
-def _sampling(body: Mapping[str, Any], defaults: Sampling, in_turns: bool) -> Sampling:
+def _sampling(body: Mapping[str, Any], defaults: Sampling, is_chat: bool) -> Sampling:
     changes: dict[str, Any] = {}
     for key, (ours, kind) in _SAMPLING.items():
         if body.get(key) is not None:
@@ -215,7 +217,7 @@ def _sampling(body: Mapping[str, Any], defaults: Sampling, in_turns: bool) -> Sa
         if not isinstance(stop, list) or len(stop) > MOST_STOPS or not all(isinstance(e, str) and e for e in stop):
             raise ApiError(400, f"stop must be a text or a list of at most {MOST_STOPS}, none of them empty", "stop")
         changes["stop"] = tuple(stop)
-    changes["stop"] = changes.get("stop", defaults.stop) + (chat_template.STOP if in_turns else ())
+    changes["stop"] = changes.get("stop", defaults.stop) + (chat_template.STOP if is_chat else ())
     try:
         return dataclasses.replace(defaults, **changes)
     except SettingError as error:
@@ -249,8 +251,12 @@ def _typed(body: Mapping[str, Any], key: str, kind: Any, default: Any) -> Any:
     return value
 
 
-def _usage(ask: Ask, count: int) -> dict[str, int]:
-    return {"prompt_tokens": ask.prompt_tokens, "completion_tokens": count, "total_tokens": ask.prompt_tokens + count}
+def _usage(request: ApiRequest, count: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": request.prompt_tokens,
+        "completion_tokens": count,
+        "total_tokens": request.prompt_tokens + count,
+    }
 
 
 def _chat_logprob(token: Token) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and when to stop. Torch-free: read before a model is opened."""
+"""Declares the settings of text generation and parses command lines. Imports no torch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,24 +13,27 @@ from core.settings.loader import Bounded, require, setting
 
 @dataclass(frozen=True)
 class Sampling(Bounded):
-    """One request's settings, applied in the order in which they stand here, as `transformers` does."""
+    """Sampling settings of one request, applied in this order, as in `transformers`."""
 
-    tokens: int = setting(128, "most new tokens; prompt and answer end at the model's context", ge=1)
+    max_tokens: int = setting(128, "maximum number of new tokens; a text also ends at the model's context", ge=1)
     repetition_penalty: float = setting(
         1.0,
-        "above 1: logits of tokens already there are divided (if negative, multiplied) by it (Keskar et al. 2019)",
+        "divides the logits of tokens in the text (multiplies negative ones) (Keskar et al. 2019); 1: off",
         gt=0,
     )
-    temperature: float = setting(0.8, "logits are divided by it; 0: always the likeliest token", ge=0)
-    top_k: int = setting(50, "only the k likeliest tokens; 0: all", ge=0)
+    temperature: float = setting(0.8, "divides the logits; 0: always choose the likeliest token", ge=0)
+    top_k: int = setting(50, "choose among the k likeliest tokens; 0: all", ge=0)
     top_p: float = setting(
-        1.0, "the likeliest tokens that have this probability together (Holtzman et al. 2020)", gt=0, le=1
+        1.0, "choose among the likeliest tokens with this total probability (Holtzman et al. 2020)", gt=0, le=1
     )
     min_p: float = setting(
-        0.0, "only tokens with this share of the likeliest one's probability (Nguyen et al. 2024)", ge=0, le=1
+        0.0,
+        "least probability of a token, as a fraction of the likeliest one's (Nguyen et al. 2024); 0: off",
+        ge=0,
+        le=1,
     )
-    seed: int | None = setting(None, "the same seed gives the same text; none: another one each time")
-    stop: tuple[str, ...] = setting((), "texts, by commas, before which to stop; \\n is a line break")
+    seed: int | None = setting(None, "the same seed gives the same text; none: a new seed each time")
+    stop: tuple[str, ...] = setting((), "texts before which generation stops, separated by commas; \\n is a line break")
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,16 +41,16 @@ class Sampling(Bounded):
 
 
 @dataclass(frozen=True)
-class Machine(Bounded):
-    """Where and in which numbers a model runs."""
+class InferenceOptions(Bounded):
+    """Device, precision and batch size of inference."""
 
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: a GPU if there is one")
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
-    rows: int = setting(16, "texts that are computed together; more wait", ge=1)
+    max_batch_size: int = setting(16, "texts that are computed together; further ones wait", ge=1)
 
 
 def split_arguments(arguments: Sequence[str], usage: str) -> tuple[str, list[str]]:
-    """The one checkpoint, and the flags. Raises ConfigError."""
+    """Splits a command line into its model and its flags. Raises ConfigError unless there is exactly one model."""
     names = [argument for argument in arguments if not argument.startswith("--")]
     if len(names) != 1:
         raise ConfigError(f"give exactly one checkpoint or run, not {len(names)}: {usage}")
@@ -56,18 +59,18 @@ def split_arguments(arguments: Sequence[str], usage: str) -> tuple[str, list[str
 
 
 def load(schema: type, flags: Sequence[str], environment: Mapping[str, str]) -> Any:
-    """`config.load`, with \\n and \\t in stop texts as what they stand for. Raises ConfigError."""
+    """Loads settings, with \\n and \\t in stop texts unescaped. Raises ConfigError."""
     return _unescaped(loader.load(schema, flags, environment))
 
 
 def changed(sampling: Sampling, key: str, text: str, where: str) -> Sampling:
-    """One setting replaced by what a user wrote. Raises ConfigError naming `where`."""
+    """Replaces one setting by a value that a user typed. Raises ConfigError that names `where`."""
     found = _unescaped(loader.from_dict(Sampling, {key: text}, where))
     return dataclasses.replace(sampling, **{key: getattr(found, key)})
 
 
 def sampling_of(settings: Sampling, **changes: Any) -> Sampling:
-    """The part of larger settings that is about sampling."""
+    """The sampling settings among those of a program, with `changes`."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Sampling)}
     return Sampling(**fields | changes)
 

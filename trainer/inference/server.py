@@ -1,7 +1,10 @@
-"""The HTTP side: routes, keys, errors as OpenAI words them, event streams."""
+"""Serves one model over HTTP: routes, API key, OpenAI's error format, event streams."""
 
+import hmac
+import ipaddress
 import json
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -10,25 +13,26 @@ from typing import Any
 from aiohttp import web
 
 from core.errors import LauncherError
-from trainer.inference import access, protocol
-from trainer.inference.chat_model import Speaker
+from trainer.inference import protocol
+from trainer.inference.chat_model import ChatModel
 from trainer.inference.engine import Piece, Token
-from trainer.inference.protocol import Answers, ApiError, Ask
+from trainer.inference.protocol import ApiError, ApiRequest, ApiResponse
 from trainer.inference.sampling import Sampling
 from trainer.inference.worker import Busy, Failed, Worker
 
 log = logging.getLogger("serve")
+KEY = "SERVE_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
 MOST_BODY_BYTES = 1 << 20
-# The page needs nothing but itself and this server.
+# The page loads nothing but itself and connects to this server only.
 PAGE_POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 
 
-class Endpoint:
-    """Handlers for one model; `key` is what clients must present, empty for none."""
+class HttpServer:
+    """HTTP handlers for one model. Clients must present `key` unless it is empty."""
 
-    def __init__(self, speaker: Speaker, name: str, defaults: Sampling, key: str, most_waiting: int):
-        self._speaker = speaker
+    def __init__(self, model: ChatModel, name: str, defaults: Sampling, key: str, most_waiting: int):
+        self._model = model
         self._name = name
         self._defaults = defaults
         self._key = key
@@ -41,26 +45,25 @@ class Endpoint:
         app.router.add_get("/", self._page)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{name:.+}", self._model)
+        app.router.add_get("/v1/models/{name:.+}", self._named_model)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat_completions)
         return app
 
     async def _with_worker(self, _: web.Application) -> AsyncIterator[None]:
-        self._worker = Worker(self._speaker.engine, self._most_waiting)
+        self._worker = Worker(self._model.engine, self._most_waiting)
         yield
         await self._worker.stop()
 
     @web.middleware
     async def _guard(self, request: web.Request, handler) -> web.StreamResponse:
         if not self._key:
-            # Without a key only this computer may ask; a page elsewhere whose name points here is not from it.
-            if not access.is_loopback(access.name_in(request.host)):
-                problem = f"the host {request.host!r} is not this computer; set {access.KEY} to serve others"
+            # Without a key, only requests from this computer are allowed. The Host header exposes a foreign web page
+            # whose domain name resolves to this computer (DNS rebinding).
+            if not is_loopback(name_in(request.host)):
+                problem = f"the host {request.host!r} is not this computer; set {KEY} to serve others"
                 raise ApiError(403, problem)
-        elif request.path.startswith("/v1/") and not access.presents(
-            self._key, request.headers.get("Authorization", "")
-        ):
+        elif request.path.startswith("/v1/") and not presents(self._key, request.headers.get("Authorization", "")):
             problem = "the API key is missing or wrong; send Authorization: Bearer KEY"
             raise ApiError(401, problem, code="invalid_api_key")
         return await handler(request)
@@ -75,7 +78,7 @@ class Endpoint:
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._about()]})
 
-    async def _model(self, request: web.Request) -> web.Response:
+    async def _named_model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if name != self._name:
             raise ApiError(404, f"the model {name!r} does not exist; this is {self._name}", "model", "model_not_found")
@@ -83,8 +86,8 @@ class Endpoint:
 
     def _about(self) -> dict[str, Any]:
         about = {"id": self._name, "object": "model", "created": 0, "owned_by": "local"}
-        # Not OpenAI's: whether it takes conversations, and how long texts may be.
-        return about | {"chat": self._speaker.tuned, "context": self._speaker.engine.context}
+        # Fields beyond OpenAI's: whether the model takes conversations, and its context.
+        return about | {"chat": self._model.tuned, "context": self._model.engine.context}
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._respond(request, chat=False)
@@ -93,32 +96,37 @@ class Endpoint:
         return await self._respond(request, chat=True)
 
     async def _respond(self, request: web.Request, chat: bool) -> web.StreamResponse:
-        # Browsers ask before they send JSON to another site, and are not answered: no page elsewhere gets through.
+        # A browser sends JSON to another site only after a preflight request, which this server does not answer.
         if request.content_type != "application/json":
             raise ApiError(415, f"the content type is {request.content_type}, must be application/json")
         try:
             body = await request.json()
         except ValueError as error:
-            raise ApiError(400, f"the body is no JSON: {error}") from None
-        ask = protocol.read(body, self._speaker, self._name, self._defaults, chat)
-        answers = Answers(self._name, chat)
-        async with aclosing(self._worker.stream(ask.requests)) as pieces:
-            if ask.stream:
-                return await self._stream(request, pieces, ask, answers, chat)
-            texts: list[list[str]] = [[] for _ in ask.requests]
-            tokens: list[list[Token]] = [[] for _ in ask.requests]
-            finishes = ["length"] * len(ask.requests)
+            raise ApiError(400, f"the body is not JSON: {error}") from None
+        api_request = protocol.read(body, self._model, self._name, self._defaults, chat)
+        answers = ApiResponse(self._name, chat)
+        async with aclosing(self._worker.stream(api_request.requests)) as pieces:
+            if api_request.stream:
+                return await self._stream(request, pieces, api_request, answers, chat)
+            texts: list[list[str]] = [[] for _ in api_request.requests]
+            tokens: list[list[Token]] = [[] for _ in api_request.requests]
+            finishes = ["length"] * len(api_request.requests)
             async for piece in pieces:
                 texts[piece.number].append(piece.text)
                 tokens[piece.number] += [piece.token] if piece.token else []
                 finishes[piece.number] = piece.finish or finishes[piece.number]
         choices = [("".join(text), found, finish) for text, found, finish in zip(texts, tokens, finishes, strict=True)]
-        return web.json_response(answers.whole(choices, ask))
+        return web.json_response(answers.whole(choices, api_request))
 
     async def _stream(
-        self, request: web.Request, pieces: AsyncIterator[Piece], ask: Ask, answers: Answers, chat: bool
+        self,
+        request: web.Request,
+        pieces: AsyncIterator[Piece],
+        api_request: ApiRequest,
+        answers: ApiResponse,
+        chat: bool,
     ) -> web.StreamResponse:
-        piece = await anext(pieces)  # what is wrong with the request shows here, while the status can still say so
+        piece = await anext(pieces)  # raises the request's errors before the status is sent
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)
 
@@ -127,26 +135,28 @@ class Endpoint:
             await response.write(f"data: {text}\n\n".encode())
 
         if chat:
-            for index in range(len(ask.requests)):
-                await send(answers.opening(index, ask))
-        count, offsets = 0, [0] * len(ask.requests)
-        held: list[list[Token]] = [[] for _ in ask.requests]  # tokens whose text is held back
+            for index in range(len(api_request.requests)):
+                await send(answers.opening(index, api_request))
+        count, offsets = 0, [0] * len(api_request.requests)
+        held: list[list[Token]] = [[] for _ in api_request.requests]  # tokens whose text the engine holds back
         try:
             while piece is not None:
                 count += piece.token is not None
                 held[piece.number] += [piece.token] if piece.token else []
                 if piece.text or piece.finish:
                     tokens, held[piece.number] = held[piece.number], []
-                    await send(answers.part(piece.number, piece.text, tokens, piece.finish, ask, offsets[piece.number]))
+                    await send(
+                        answers.part(piece.number, piece.text, tokens, piece.finish, api_request, offsets[piece.number])
+                    )
                     offsets[piece.number] += len(piece.text)
                 piece = await anext(pieces, None)
-            if ask.with_usage:
-                await send(answers.closing(ask, count))
+            if api_request.with_usage:
+                await send(answers.closing(api_request, count))
             await send("[DONE]")
         except Failed as error:
             await send(ApiError(500, str(error)).body)
         except ConnectionError:
-            log.debug("a client went away before its answer's end")
+            log.debug("a client disconnected before the end of its answer")
         return response
 
 
@@ -166,5 +176,35 @@ async def _errors_as_json(request: web.Request, handler) -> web.StreamResponse:
         failure = ApiError(error.status, f"{request.method} {request.path}: {error.reason}")
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
-        failure = ApiError(500, "this server failed; its log says why")
+        failure = ApiError(500, "internal error; see the server's log")
     return web.json_response(failure.body, status=failure.status)
+
+
+# --- access ----------------------------------------------------------------------------------------------------
+
+
+def api_key() -> str:
+    """The key from the environment; empty for none."""
+    return os.environ.get(KEY, "").strip()
+
+
+def presents(key: str, authorization: str) -> bool:
+    """Whether an Authorization header contains the key."""
+    scheme, _, given = authorization.partition(" ")
+    # A comparison in constant time does not leak the key through its duration.
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this computer's loopback."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def name_in(host: str) -> str:
+    """The host in a Host header, without port and brackets."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

@@ -1,6 +1,6 @@
-"""What a chat looks like: on a terminal with colours, columns and line editing, in a pipe as plain text.
+"""Displays a chat: with colours, columns and line editing on a terminal, as plain text in a pipe.
 
-Answers go to standard output; notes and errors to standard error where the output is no terminal.
+Answers go to standard output. In a pipe, notes and errors go to standard error.
 """
 
 import contextlib
@@ -16,11 +16,13 @@ from rich.text import Text
 from core.errors import ConfigError
 
 REFRESHES_PER_SECOND = 10
-# C0, DEL and C1: what a model writes must not steer the terminal. Line breaks and tabs may stay.
+# C0, DEL and C1: a model's output must not control the terminal. Line breaks and tabs are allowed.
 _CONTROL = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
-class Face:
+class Terminal:
+    """Standard input and output of a chat."""
+
     def __init__(self):
         self._console = Console(highlight=False, soft_wrap=True)
         self.is_terminal = self._console.is_terminal
@@ -30,7 +32,7 @@ class Face:
         self._aside.print(Text(printable(text), style="dim"))
 
     def aside(self, text: str) -> None:
-        """What only somebody who looks on wants to know."""
+        """Shows a note on a terminal only."""
         if self.is_terminal:
             self.note(text)
 
@@ -48,9 +50,9 @@ class Face:
 
     @contextlib.contextmanager
     def answers(self, names: Sequence[str], prompts: Sequence[str]) -> Iterator[Callable[[int, str], None]]:
-        """Gives a function that shows more text of the answer with this number. Two stand side by side.
+        """Yields a function `show(index, text)` that appends text to an answer. Two answers appear side by side.
 
-        What a model only continues stands before its text.
+        Each answer follows its prompt, which is empty for a tuned model.
         """
         if len(names) == 1:
             self._console.print(Text(printable(prompts[0]), style="dim"), end="")
@@ -69,11 +71,11 @@ class Face:
 
         with Live(get_renderable=picture, console=self._console, refresh_per_second=REFRESHES_PER_SECOND):
             yield lambda index, text: texts[index].append(printable(text), style="not dim")
-        if not self.is_terminal:  # where Live ends its picture without a line break
+        if not self.is_terminal:  # outside a terminal, Live does not end with a line break
             self._console.print()
 
     def lines(self, commands: Sequence[str]) -> Iterator[str]:
-        """What the user writes, line by line, until the end of input."""
+        """Yields the user's lines until the end of input. Raises ConfigError if prompt-toolkit is missing."""
         if not (self.is_terminal and sys.stdin.isatty()):
             yield from (line.rstrip("\r\n") for line in sys.stdin)
             return
@@ -95,7 +97,7 @@ class Face:
 
 
 class Interrupt:
-    """While entered, Ctrl-C is noted instead of raised: a step of the model is never cut in two."""
+    """Context in which Ctrl-C sets `asked` instead of interrupting a step of the model."""
 
     def __enter__(self) -> "Interrupt":
         self.asked = False
@@ -110,4 +112,5 @@ class Interrupt:
 
 
 def printable(text: str) -> str:
+    """Replaces control characters."""
     return text.translate(_CONTROL)

@@ -1,4 +1,4 @@
-"""One thread that owns the model: requests of all clients are computed together, as they come and go."""
+"""Runs the engine on one thread, which batches the requests of all clients."""
 
 import asyncio
 import contextlib
@@ -9,21 +9,21 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from core.errors import LauncherError
-from trainer.inference.engine import Engine, Piece, Request
+from trainer.inference.engine import Engine, GenerationRequest, Piece
 
 log = logging.getLogger("serve")
 
 
 class Busy(Exception):
-    """More requests wait than may."""
+    """The queue is full."""
 
 
 class Failed(Exception):
-    """The model could not go on; its error is in the log."""
+    """The model failed. The log has its error."""
 
 
 class Worker:
-    """Started and used within an event loop."""
+    """Create and use it within one event loop."""
 
     def __init__(self, engine: Engine, most_waiting: int):
         self._engine = engine
@@ -31,20 +31,22 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets = itertools.count()
-        self._numbers: dict[int, list[int]] = {}  # of a ticket's requests in the engine
-        self._sinks: dict[int, tuple[int, int, asyncio.Queue]] = {}  # engine's number → ticket, place, its queue
-        self._open = 0  # requests in work or waiting, as the event loop sees them
+        self._numbers: dict[int, list[int]] = {}  # ticket → its requests' numbers in the engine
+        self._sinks: dict[int, tuple[int, int, asyncio.Queue]] = {}  # number in the engine → ticket, position, queue
+        self._open = 0  # requests in progress or waiting
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncIterator[Piece]:
-        """All pieces of these requests, numbered in their order. Given up, it cancels them.
+    async def stream(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[Piece]:
+        """Yields the pieces of these requests, numbered by position. Closing the iterator cancels the requests.
 
-        Raises Busy, ConfigError for a prompt that cannot be continued, and Failed.
+        Raises Busy for a full queue, ConfigError for an invalid prompt, Failed if the model fails.
         """
         if self._open + len(requests) > self._most_waiting:
-            raise Busy(f"{self._open} texts are in work or waiting, at most {self._most_waiting} may; try again later")
+            raise Busy(
+                f"{self._open} texts are in progress or waiting, the limit is {self._most_waiting}; try again later"
+            )
         ticket, pieces = next(self._tickets), asyncio.Queue()
         self._open += len(requests)
         left = len(requests)
@@ -67,12 +69,12 @@ class Worker:
         self._calls.put(stop)
         await asyncio.to_thread(self._thread.join)
 
-    # --- on the model's thread ---------------------------------------------------------------------------------
+    # --- on the worker's thread ---------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._stopping:
             with contextlib.suppress(queue.Empty):
-                # Without work, wait for a call; else only look for the ones that came during the step.
+                # Wait for a call if idle. Otherwise handle the calls that arrived during the last step.
                 call = self._calls.get(block=not self._engine.busy)
                 while True:
                     call()
@@ -83,9 +85,9 @@ class Worker:
                 log.exception("the model failed; all open requests end")
                 self._fail(error)
                 continue
-            self._tell([(self._sinks[piece.number], piece) for piece in pieces])
+            self._deliver([(self._sinks[piece.number], piece) for piece in pieces])
 
-    def _add(self, ticket: int, requests: Sequence[Request], pieces: asyncio.Queue) -> None:
+    def _add(self, ticket: int, requests: Sequence[GenerationRequest], pieces: asyncio.Queue) -> None:
         numbers = self._numbers[ticket] = []
         try:
             for place, request in enumerate(requests):
@@ -108,10 +110,10 @@ class Worker:
         for pieces in queues.values():
             self._loop.call_soon_threadsafe(pieces.put_nowait, Failed(f"{type(error).__name__} in the model"))
 
-    def _tell(self, found: list[tuple[tuple[int, int, asyncio.Queue], Piece]]) -> None:
-        def tell() -> None:
+    def _deliver(self, found: list[tuple[tuple[int, int, asyncio.Queue], Piece]]) -> None:
+        def deliver() -> None:
             for (_, place, pieces), piece in found:
                 pieces.put_nowait(piece._replace(number=place))
 
         if found:
-            self._loop.call_soon_threadsafe(tell)
+            self._loop.call_soon_threadsafe(deliver)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.inference.engine import Engine, Request
+from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
 from trainer.loop.requests import Abandoned
 
@@ -29,11 +29,11 @@ def sample(
         return prompt
     engine = Engine(model, encoding, device)
     tokens = engine.encode(prompt)[-max(1, engine.context - new_tokens) :]
-    settings = Sampling(tokens=new_tokens, temperature=1.0, top_k=TOP_K, seed=seed)
+    settings = Sampling(max_tokens=new_tokens, temperature=1.0, top_k=TOP_K, seed=seed)
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # lengths vary, so that blocks would be compiled again and again
         text = prompt
-        for piece in engine.stream([Request(tokens, settings)]):
+        for piece in engine.stream([GenerationRequest(tokens, settings)]):
             if is_leaving():
                 raise Abandoned
             text += piece.text

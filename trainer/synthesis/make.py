@@ -1,8 +1,8 @@
-"""Rows for fine-tuning, written by a large model behind an OpenAI-compatible endpoint.
+"""Makes rows for fine-tuning with a large model behind an OpenAI-compatible endpoint.
 
-Each prompt is asked until it has its answers, at most `endpoint.concurrency` at a time. No call is made that could
-cost more than what is left of the budget. What is paid for is stored before anything else happens; the set is put
-together at the end, without duplicates, each row with where it is from.
+Asks each prompt until it has its answers, at most `endpoint.concurrency` at a time. Makes no call that could exceed
+the budget. Stores each answer before anything else. Writes the example set at the end, without duplicates, with the
+provenance of each row.
 """
 
 import asyncio
@@ -25,20 +25,20 @@ from core.run.folder import RunFolder
 from core.run.segment import Opening, open_segment
 from core.settings import loader
 from core.settings.tuning import MakeConfig
-from trainer.synthesis import kept, prompts
-from trainer.synthesis.endpoint import Declined, Endpoint, Passing, Prices, Purse, Reply
-from trainer.synthesis.prompts import Prompt, digest_of
+from trainer.synthesis import answers
+from trainer.synthesis.answers import Prompt, StoredAnswers
+from trainer.synthesis.endpoint import Budget, EndpointClient, RejectedPrompt, Reply, TransientError
 
 log = logging.getLogger("distil")
 
 FIRST_PAUSE_SECONDS = 1.0
-GIVE_UP_AFTER = 5  # prompts in a row without any answer: the endpoint is down
+GIVE_UP_AFTER = 5  # consecutive prompts without an answer: the endpoint is down
 SCHEMA = "conversations"
 
 
 def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
-    """Returns the exit code: 0 when every prompt was asked, 34 at the end of the budget, 33 when asked to stop."""
-    asked = prompts.read(settings.make.prompts)
+    """Returns the exit code: 0 if all prompts were asked, 34 at the end of the budget, 33 after a request to stop."""
+    asked = answers.read_prompts(settings.make.prompts)
     url = settings.run.url
     source = f"written by {settings.endpoint.model}, prompts {asked.fingerprint[:12]}, run {url}"
     _check_name(settings, source)
@@ -51,34 +51,33 @@ def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
     )
     with open_segment(RunFolder(url), opening, environment=environment) as segment:
         with segment.phase("restore"):
-            known = kept.read(url)
-        maker = Maker(settings, asked.prompts, known, segment.number, environment.get("OPENAI_API_KEY", ""))
+            stored = answers.read_answers(url)
+        maker = Maker(settings, asked.prompts, stored, segment.number, environment.get("OPENAI_API_KEY", ""))
         log.info(
             "%d prompts, and %d duplicates of them; segment %d", len(asked.prompts), asked.duplicates, segment.number
         )
-        log.info("%d answers are there from before, $%.4f spent", len(known.rows), known.usd)
+        log.info("%d answers are stored already, $%.4f spent", len(stored.rows), stored.usd)
         try:
             with segment.phase("sample"):
                 asyncio.run(maker.run())
         finally:
-            segment.mark("api", usd=maker.purse.spent_usd, answers=len(known.rows))
-        _write_set(settings, source, known)
+            segment.mark("api", usd=maker.budget.spent_usd, answers=len(stored.rows))
+        _write_set(settings, source, stored)
         code = maker.verdict()
         segment.close({OK: "finished", CAPPED: "cap", PREEMPTED: "preempted"}[code])
     return code
 
 
 class Maker:
-    """Asks for what is not in `known` yet, and adds it there."""
+    """Asks for the answers that `stored` lacks and adds them."""
 
-    def __init__(self, settings: MakeConfig, asked: tuple[Prompt, ...], known: kept.Known, segment: int, key: str):
+    def __init__(self, settings: MakeConfig, asked: tuple[Prompt, ...], stored: StoredAnswers, segment: int, key: str):
         self._settings = settings
-        self._known = known
+        self._stored = stored
         self._key = key
-        self._prices = Prices(settings.budget)
         self._prompts = asked
-        self._keeper = kept.Keeper(settings.run.url, segment)
-        self.purse = Purse(settings.budget.max_usd, known.usd)
+        self._log = answers.AnswerLog(settings.run.url, segment)
+        self.budget = Budget(settings.budget, stored.usd)
         self._given_up: list[str] = []
         self._failing = 0
         self._out_of_money = self._asked_to_stop = False
@@ -92,32 +91,30 @@ class Maker:
         stop.allow(stop.own_seconds())
         todo = self._todo()
         total = len(self._prompts) * settings.make.answers
-        done = len(self._known.rows) + len(self._known.left_out)
+        done = len(self._stored.rows) + len(self._stored.left_out)
         try:
-            async with Endpoint(settings.endpoint, settings.make, self._prices, self._key) as endpoint:
+            async with EndpointClient(settings.endpoint, settings.make, self.budget, self._key) as client:
                 with progress("answers", total - done, "answers") as bar:
-                    await asyncio.gather(
-                        *(self._work(endpoint, todo, bar) for _ in range(settings.endpoint.concurrency))
-                    )
+                    await asyncio.gather(*(self._work(client, todo, bar) for _ in range(settings.endpoint.concurrency)))
         finally:
-            self._keeper.close()
+            self._log.close()
 
     def verdict(self) -> int:
-        """Raises EndpointError if prompts are left that the endpoint did not answer."""
+        """The exit code. Raises EndpointError if the endpoint left prompts unanswered."""
         if self._failure:
             raise self._failure
         if self._given_up:
             raise EndpointError(
-                f"{_host(self._settings)}: {len(self._given_up)} answers were not given in "
-                f"{self._settings.endpoint.attempts} calls each, the last because it {self._given_up[-1]}; what came "
-                "is stored; the same command asks for the rest"
+                f"{_host(self._settings)}: {len(self._given_up)} answers failed in "
+                f"{self._settings.endpoint.attempts} calls each, the last because it {self._given_up[-1]}; all "
+                "answers are stored: the same command asks for the rest"
             )
         if self._out_of_money:
             log.warning(
                 "stopped by the budget: $%.4f of $%g spent, and one more call could exceed it; go on with a larger "
                 "budget.max_usd and the same command",
-                self.purse.spent_usd,
-                self.purse.max_usd,
+                self.budget.spent_usd,
+                self.budget.max_usd,
             )
             return CAPPED
         if self._asked_to_stop:
@@ -129,74 +126,74 @@ class Maker:
         for prompt in self._prompts:
             for number in range(self._settings.make.answers):
                 key = f"{prompt.digest}/{number}"
-                if key not in self._known.rows and key not in self._known.left_out:
+                if key not in self._stored.rows and key not in self._stored.left_out:
                     yield key, prompt
 
     def _stop(self) -> None:
-        log.warning("stopping: calls in flight are waited for")
+        log.warning("stopping: waiting for calls in flight")
         self._asked_to_stop = True
 
     @property
     def _over(self) -> bool:
         return self._asked_to_stop or self._out_of_money or self._failure is not None
 
-    async def _work(self, endpoint: Endpoint, todo: Iterator[tuple[str, Prompt]], bar: Progress) -> None:
+    async def _work(self, client: EndpointClient, todo: Iterator[tuple[str, Prompt]], bar: Progress) -> None:
         for key, prompt in todo:
             if self._over:
                 return
             try:
-                await self._answer(endpoint, key, prompt)
+                await self._answer(client, key, prompt)
             except LauncherError as error:
                 self._failure = self._failure or error
                 return
             bar.advance(1)
 
-    async def _answer(self, endpoint: Endpoint, key: str, prompt: Prompt) -> None:
-        """One answer, or its being left out, in the books; or given up for now."""
+    async def _answer(self, client: EndpointClient, key: str, prompt: Prompt) -> None:
+        """Stores one answer or the reason for its omission, or gives it up until the next start."""
         system = [{"role": "system", "content": self._settings.make.system}] if self._settings.make.system else []
         messages = [*system, *prompt.messages]
-        most = self._prices.most(messages, self._settings.make.max_tokens)
+        most = self.budget.usd_at_most(messages, self._settings.make.max_tokens)
         why = ""
         for attempt in range(self._settings.endpoint.attempts):
-            if not await self.purse.set_aside(most):
+            if not await self.budget.reserve(most):
                 self._out_of_money = True
             if self._over:
                 return
-            await self._keeper.put({"event": "begun", "key": key, "usd": most})
+            await self._log.put({"event": "begun", "key": key, "usd": most})
             try:
-                reply = await endpoint.ask(messages)
-            except Passing as error:
+                reply = await client.ask(messages)
+            except TransientError as error:
                 why = str(error)
                 await self._settle(most, {"event": "failed", "key": key, "why": why, "usd": error.usd})
                 await self._pause(attempt, error.after_seconds)
                 continue
-            except Declined as error:
+            except RejectedPrompt as error:
                 await self._settle(most, {"event": "left_out", "key": key, "why": "declined", "usd": 0.0})
-                log.warning("a prompt is left out: %s %s", endpoint.host, error)
+                log.warning("a prompt is left out: %s %s", client.host, error)
                 return
             except ConfigError:
                 await self._settle(most, {"event": "failed", "key": key, "why": "refused", "usd": 0.0})
                 raise
             self._failing = 0
-            await self._settle(most, self._event(key, prompt, reply, endpoint.host))
+            await self._settle(most, self._event(key, prompt, reply, client.host))
             return
         self._given_up.append(why)
         self._failing += 1
-        log.warning("an answer is given up for now: %s %s", endpoint.host, why)
+        log.warning("an answer is given up until the next start: %s %s", client.host, why)
         if self._failing >= GIVE_UP_AFTER:
             raise EndpointError(
-                f"{endpoint.host}: {self._failing} prompts in a row got no answer in "
+                f"{client.host}: {self._failing} prompts in a row got no answer in "
                 f"{self._settings.endpoint.attempts} calls each, the last because it {why}; see whether it is up, then "
                 "start the same command again"
             )
 
-    async def _settle(self, aside: float, event: Mapping[str, Any]) -> None:
-        await self._keeper.put(event)
-        self._known.take(event)
-        await self.purse.settle(aside, event["usd"])
+    async def _settle(self, reserved: float, event: Mapping[str, Any]) -> None:
+        await self._log.put(event)
+        self._stored.add(event)
+        await self.budget.settle(reserved, event["usd"])
 
     async def _pause(self, attempt: int, after_seconds: float | None) -> None:
-        """What the endpoint asks for, else twice as long each time, with jitter."""
+        """Waits as long as the endpoint asks, else with exponential backoff and jitter."""
         longest = self._settings.endpoint.max_wait_seconds
         backoff = FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0)
         deadline = time.monotonic() + min(longest, backoff if after_seconds is None else after_seconds)
@@ -240,7 +237,7 @@ def _host(settings: MakeConfig) -> str:
 
 
 def _check_name(settings: MakeConfig, source: str) -> None:
-    """A set of that name must be ours, for it will be written again."""
+    """Raises ConfigError for a set of that name from another source: it would be overwritten."""
     made = settings.make
     if storage.exists(storage.join(made.url, "sets", f"{made.name}.json")):
         there = sets.info_of(made.url, made.name).source
@@ -248,18 +245,18 @@ def _check_name(settings: MakeConfig, source: str) -> None:
             raise ConfigError(f"make.name: {made.url} holds a set {made.name!r} already ({there}); choose another name")
 
 
-def _write_set(settings: MakeConfig, source: str, known: kept.Known) -> None:
-    """In the order of the keys, so that the same answers make the same set."""
+def _write_set(settings: MakeConfig, source: str, stored: StoredAnswers) -> None:
+    """Writes the rows in the order of their keys, so that the same answers give the same set."""
     made = settings.make
     seen: set[str] = set()
     lines = []
-    for _, row in sorted(known.rows.items()):
-        digest = digest_of("\n".join(f"{each['role']}: {each['content']}" for each in row["messages"]))
+    for _, row in sorted(stored.rows.items()):
+        digest = answers.digest_of(row["messages"])
         if digest not in seen:
             seen.add(digest)
             lines.append(json.dumps(row) + "\n")
-    duplicates = len(known.rows) - len(lines)
-    reasons = ", ".join(f"{count} {why}" for why, count in sorted(Counter(known.left_out.values()).items()))
+    duplicates = len(stored.rows) - len(lines)
+    reasons = ", ".join(f"{count} {why}" for why, count in sorted(Counter(stored.left_out.values()).items()))
     log.info("%d rows, %d duplicates left out; other answers left out: %s", len(lines), duplicates, reasons or "none")
     if lines:
         info = sets.write(made.url, made.name, SCHEMA, source, made.licence, "".join(lines).encode())

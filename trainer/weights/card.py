@@ -1,11 +1,13 @@
-"""README.md of an exported model, out of what the run itself has recorded: nothing is typed in, nothing is guessed.
+"""Writes the model card (README.md) of an exported model from the run's records.
 
-What is not known is left out, or said to be unknown.
+The card omits a fact that is not recorded, or calls it "not known".
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from core.data import manifest
@@ -16,19 +18,19 @@ from core.run.model import Run
 from core.run.reader import Detail, read_run
 from core.settings import loader as settings
 from core.settings.model import ModelConfig, parameters
-from trainer.evals import results
 from trainer.weights import huggingface
-from trainer.weights.open import Opened
+from trainer.weights.open import TrainedModel
 
-POINTS = 12  # of the loss curve's table
+log = logging.getLogger("export")
+POINTS = 12  # rows of the table of losses
 
 
 @dataclass
 class Facts:
-    """What a run knows about a checkpoint of its own. `spent_usd` is None where a price or a time is not known."""
+    """Records of a run about one of its checkpoints. `spent_usd` is None if a price or a time is not known."""
 
     train: list[tuple[int, float]] = field(default_factory=list)  # step, loss
-    held_out: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
     evaluations: Sequence[Mapping[str, Any]] = ()
     data: manifest.Manifest | None = None
     segments: int = 0
@@ -36,44 +38,43 @@ class Facts:
     evaluation_usd: float | None = None
 
 
-def gather(opened: Opened) -> Facts:
-    """Read the run's metrics, evaluations, data manifest and ledger; nothing for a model that is no run of ours."""
-    facts = Facts()
-    if not opened.run_url:
+def gather(trained: TrainedModel, evaluations: Sequence[Mapping[str, Any]]) -> Facts:
+    """Reads the run's metrics, data manifest and ledger. A model without a run has no facts but its `evaluations`."""
+    facts = Facts(evaluations=evaluations)
+    if not trained.run_url:
         return facts
-    facts.evaluations = results.read_all(results.folder_of(opened, ""))
-    if opened.data_url:
+    if trained.data_url:
         try:
-            facts.data = manifest.read(opened.data_url)
+            facts.data = manifest.read(trained.data_url)
         except LauncherError:
-            facts.data = None  # moved or removed since: the card says less
-    facts.segments = len(RunFolder(opened.run_url).segment_numbers())
+            facts.data = None  # moved or removed: the card omits the section
+    facts.segments = len(RunFolder(trained.run_url).segment_numbers())
     if facts.segments:
-        run = read_run(opened.run_url, Detail.ALL)
+        run = read_run(trained.run_url, Detail.ALL)
         facts.spent_usd = run.usd
-        facts.train = _curve(run, "train", "loss", opened.step)
-        facts.held_out = _curve(run, "eval", "val_loss", opened.step)
-    evaluations = RunFolder(opened.run_url).evaluations
-    if RunFolder(evaluations).segment_numbers():
-        facts.evaluation_usd = read_run(evaluations, Detail.MONEY).usd
+        facts.train = _curve(run, "train", "loss", trained.step)
+        facts.validation = _curve(run, "eval", "val_loss", trained.step)
+    folder = RunFolder(trained.run_url).evaluations
+    if RunFolder(folder).segment_numbers():
+        facts.evaluation_usd = read_run(folder, Detail.MONEY).usd
     return facts
 
 
-def write(opened: Opened, facts: Facts, dtype: str, curve: str | None, gguf: str | None = None) -> str:
-    """Markdown with the Hub's front matter. `curve` and `gguf` are names of files beside it."""
-    kind = huggingface.kind_of(opened.model.config)
-    name = (opened.run_url or opened.name).rstrip("/").rpartition("/")[2]
+def write(trained: TrainedModel, facts: Facts, dtype: str, curve: str | None, gguf: str | None = None) -> str:
+    """The card as Markdown with the Hub's front matter. `curve` and `gguf` name files beside it."""
+    kind = huggingface.kind_of(trained.model.config)
+    name = (trained.run_url or trained.name).rstrip("/").rpartition("/")[2]
     library = "gguf" if gguf else "transformers"
     head = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [pretrain-launcher]", "---"]
     parts = [
         "\n".join(head),
         f"# {name}",
         f"```sh\nllama-cli -m {gguf}\n```" if gguf else _usage(kind),
-        _model(opened, kind, dtype),
-        _data(opened, facts),
-        _training(opened, facts, curve),
+        _model(trained, kind, dtype),
+        _data(trained, facts),
+        _training(trained, facts, curve),
         _evaluation(facts),
-        _cost(opened, facts),
+        _cost(trained, facts),
         "Written by pretrain-launcher from the records of the run.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -90,8 +91,8 @@ def _usage(kind: str) -> str:
     )
 
 
-def _model(opened: Opened, kind: str, dtype: str) -> str:
-    config = opened.model.config
+def _model(trained: TrainedModel, kind: str, dtype: str) -> str:
+    config = trained.model.config
     count = parameters(ModelConfig(**{**vars(config), "padded_vocab_size": GPT2_VOCAB_SIZE}))
     plain = settings.to_dict(ModelConfig())
     chosen = {key: value for key, value in settings.to_dict(config).items() if value != plain[key]}
@@ -104,16 +105,16 @@ def _model(opened: Opened, kind: str, dtype: str) -> str:
         f"- vocabulary: GPT-2's {GPT2_VOCAB_SIZE:,} byte pairs",
     ]
     if config.padded_vocab_size > GPT2_VOCAB_SIZE:
-        lines.append(f"- {config.padded_vocab_size - GPT2_VOCAB_SIZE} rows that padded it in training are cut off")
+        lines.append(f"- {config.padded_vocab_size - GPT2_VOCAB_SIZE} rows that padded it in training are removed")
     unusual = {key: value for key, value in chosen.items() if key not in ("layers", "heads", "width", "context")}
     if unusual:
-        lines.append(f"- other than GPT-2: {', '.join(f'{key} {value}' for key, value in unusual.items())}")
-    if opened.state.get("origin"):
-        lines.append(f"- began with the weights of {opened.state['origin']}")
+        lines.append(f"- differs from GPT-2: {', '.join(f'{key} {value}' for key, value in unusual.items())}")
+    if trained.state.get("origin"):
+        lines.append(f"- started from the weights of {trained.state['origin']}")
     return "\n".join(lines)
 
 
-def _data(opened: Opened, facts: Facts) -> str:
+def _data(trained: TrainedModel, facts: Facts) -> str:
     if facts.data is None:
         return ""
     source = facts.data.source
@@ -127,11 +128,11 @@ def _data(opened: Opened, facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _training(opened: Opened, facts: Facts, curve: str | None) -> str:
-    if not opened.step:
+def _training(trained: TrainedModel, facts: Facts, curve: str | None) -> str:
+    if not trained.step:
         return ""
-    lines = ["## Training", "", f"- {opened.step:,} steps, {opened.state.get('tokens', 0):,} tokens"]
-    flat = settings.flatten(opened.state.get("config", {}))
+    lines = ["## Training", "", f"- {trained.step:,} steps, {trained.state.get('tokens', 0):,} tokens"]
+    flat = settings.flatten(trained.state.get("config", {}))
     shown = (
         "batch.tokens_per_step",
         "optimizer.name",
@@ -143,11 +144,11 @@ def _training(opened: Opened, facts: Facts, curve: str | None) -> str:
     lines += [f"- {key}: {flat[key]}" for key in shown if key in flat]
     if facts.train:
         lines += ["", "| step | training loss | validation loss |", "|-:|-:|-:|"]
-        held_out = dict(facts.held_out)
-        steps = sorted({*thinned([step for step, _ in facts.train], POINTS), *thinned(sorted(held_out), POINTS)})
+        validation = dict(facts.validation)
+        steps = sorted({*thinned([step for step, _ in facts.train], POINTS), *thinned(sorted(validation), POINTS)})
         train = dict(facts.train)
         for step in steps:
-            lines.append(f"| {step:,} | {_loss(train.get(step))} | {_loss(held_out.get(step))} |")
+            lines.append(f"| {step:,} | {_loss(train.get(step))} | {_loss(validation.get(step))} |")
     if curve:
         lines += ["", f"![loss over steps]({curve})"]
     return "\n".join(lines)
@@ -166,31 +167,53 @@ def _evaluation(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _cost(opened: Opened, facts: Facts) -> str:
+def _cost(trained: TrainedModel, facts: Facts) -> str:
     if not facts.segments:
         return ""
 
     def dollars(amount: float | None) -> str:
         return "not known" if amount is None else f"${amount:,.2f}"
 
-    stretches = f"{facts.segments} stretch{'es' * (facts.segments != 1)} of machine time"
-    lines = ["## Cost", "", f"- training: {dollars(facts.spent_usd)}, {stretches}"]
+    segments = f"{facts.segments} segment{'s' * (facts.segments != 1)}"
+    lines = ["## Cost", "", f"- training: {dollars(facts.spent_usd)}, {segments}"]
     if facts.evaluation_usd is not None:
         lines.append(f"- evaluation: {dollars(facts.evaluation_usd)}")
     return "\n".join(lines)
 
 
 def thinned(values: Sequence[int], count: int) -> list[int]:
-    """About `count` of them, evenly, the last one among them."""
+    """At most `count` evenly spaced values, including the last one."""
     if len(values) <= count:
         return list(values)
     return [values[(index + 1) * len(values) // count - 1] for index in range(count)]
 
 
 def _curve(run: Run, kind: str, name: str, last_step: int) -> list[tuple[int, float]]:
-    """A metric by kept step, up to one; empty for weights that were imported, not trained here."""
+    """(step, value) of a metric for each kept step up to `last_step`. Empty for imported weights."""
     points = [(point.step, point.values.get(name)) for point in run.points(kind)]
     return [(step, loss) for step, loss in points if step <= last_step and loss is not None]
+
+
+def draw_curve(path: Path, train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> str | None:
+    """Draws the losses by step and returns the file's name. None if there are too few points or no matplotlib."""
+    if len(train) < 2:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("the model card has no loss curve: matplotlib is not installed (pip install matplotlib)")
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*train, strict=True), linewidth=1, color="#8aa4c8", label="training")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), marker="o", markersize=4, color="#c2452d", label="validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return path.name
 
 
 def _loss(value: float | None) -> str:

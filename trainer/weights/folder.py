@@ -1,13 +1,17 @@
-"""Read a model's folder in Hugging Face's form: local, in a bucket, or a public name.
+"""Reads and publishes a model's folder in Hugging Face's format: local, in a bucket, or on the Hub.
 
-    where = resolve("gpt2")            # a local folder, downloaded once into Hugging Face's own cache
+    where = resolve("gpt2")            # a local folder; Hugging Face's cache keeps the download
     kind, config = read_config(where)
     tensors = read_tensors(where)
+    publish(Path("exported/first"), "hf:OWNER/NAME", private=True)
 
-Only safetensors are read: a pickle may run code.
+The reader accepts safetensors only, because a pickle can run code.
 """
 
 import json
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ INDEX = f"{WEIGHTS}.index.json"
 MERGES = "merges.txt"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+HUB_REPOSITORY = re.compile(r"^hf:(?!//)([\w.-]+/[\w.-]+)$")
 PUBLIC = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
@@ -34,12 +39,15 @@ def is_public(where: str) -> bool:
 
 
 def is_folder(where: str) -> bool:
-    """Whether a model in Hugging Face's form lies at this URL."""
+    """Whether this URL holds a model in Hugging Face's format."""
     return storage.exists(storage.join(where, CONFIG))
 
 
 def resolve(where: str) -> str:
-    """The folder of a public model, downloaded if need be; any other URL as it is. Raises StorageError, ConfigError."""
+    """The local folder of a public model, downloaded on first use. Any other URL is returned unchanged.
+
+    Raises ConfigError for a malformed name, StorageError if the download fails.
+    """
     if not is_public(where):
         return where.rstrip("/")
     match = urls.HUB_MODEL.match(f"hf:{PUBLIC[where]}" if where in PUBLIC else where)
@@ -59,26 +67,26 @@ def resolve(where: str) -> str:
         raise StorageError(
             f"{where}: the Hub cannot be reached, and it was not downloaded before; go online once, or name a folder"
         ) from error
-    except Exception as error:  # its own, the system's, and those of whichever HTTP library it uses
+    except Exception as error:  # the library raises errors of its HTTP client and of the system, too
         raise StorageError(f"{where}: cannot be downloaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_config(folder: str) -> tuple[str, huggingface.ModelConfig]:
-    """What kind of model, and its choices. Raises CheckpointError."""
+    """The model_type and the settings of the model. Raises CheckpointError."""
     uri = storage.join(folder, CONFIG)
     document = _json(uri)
     return str(document.get("model_type")), huggingface.config_of(document, uri)
 
 
 def read_tensors(folder: str) -> dict[str, torch.Tensor]:
-    """All tensors under their stored names. Raises CheckpointError for a file that is missing or cut off."""
-    import safetensors.torch  # here, so that training starts without it
+    """All tensors by their stored names. Raises CheckpointError for a missing or truncated file."""
+    import safetensors.torch  # imported here because training does not need it
 
     try:
         index = _json(storage.join(folder, INDEX)) if storage.exists(storage.join(folder, INDEX)) else None
         names = sorted(set(index["weight_map"].values())) if index else [WEIGHTS]
     except (KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{storage.join(folder, INDEX)}: is no index of weights; copy the model again") from error
+        raise CheckpointError(f"{folder}: {INDEX} is not an index of weights; copy the model again") from error
     tensors = {}
     for name in names:
         uri = storage.join(folder, name)
@@ -87,14 +95,17 @@ def read_tensors(folder: str) -> dict[str, torch.Tensor]:
         except ObjectNotFound as error:
             pickled = storage.exists(storage.join(folder, "pytorch_model.bin"))
             why = "; its pytorch_model.bin is a pickle, which is not loaded: convert it to safetensors" * pickled
-            raise CheckpointError(f"{uri}: is not there{why or '; copy the model again'}") from error
+            raise CheckpointError(f"{uri}: not found{why or '; copy the model again'}") from error
         except safetensors.SafetensorError as error:
             raise CheckpointError(f"{uri}: cut off or damaged ({error}); copy or download it again") from error
     return tensors
 
 
 def vocabulary_of(folder: str) -> Vocabulary:
-    """GPT-2's byte pairs out of merges.txt or tokenizer.json. Raises ObjectNotFound, DataError if they are others."""
+    """Reads GPT-2's byte pairs from merges.txt or tokenizer.json.
+
+    Raises ObjectNotFound if neither exists, DataError for the byte pairs of another vocabulary.
+    """
     merges = storage.join(folder, MERGES)
     if storage.exists(merges):
         return read_vocabulary(merges)
@@ -107,8 +118,8 @@ def vocabulary_of(folder: str) -> Vocabulary:
     return parse_vocabulary("\n".join(["#version: 0.2", *pairs]).encode(), uri)
 
 
-def turn_template_of(folder: str) -> str:
-    """The turn template that the model was tuned on, in `transformers`' language; empty for none."""
+def chat_template_of(folder: str) -> str:
+    """The chat template (Jinja) of the model's tokenizer; empty if it has none."""
     uri = storage.join(folder, TOKENIZER_CONFIG)
     template = _json(uri).get("chat_template") if storage.exists(uri) else None
     return template if isinstance(template, str) else ""
@@ -121,6 +132,60 @@ def _json(uri: str) -> dict[str, Any]:
             raise ValueError("not a JSON object")
         return document
     except ObjectNotFound as error:
-        raise CheckpointError(f"{uri}: is not there; copy the model again") from error
+        raise CheckpointError(f"{uri}: not found; copy the model again") from error
     except ValueError as error:
         raise CheckpointError(f"{uri}: not valid JSON ({error}); copy the model again") from error
+
+
+# --- publishing ------------------------------------------------------------------------------------------------
+
+
+def check_publishable(where: str) -> None:
+    """Raises ConfigError for an address or a key that cannot work, before anything is computed."""
+    if where.lower().startswith("hf:"):
+        if not HUB_REPOSITORY.match(where):
+            raise ConfigError(f"publish: {where} is not of the form hf:OWNER/NAME")
+        if not os.environ.get("HF_TOKEN"):
+            raise ConfigError(f"publish: {where} needs HF_TOKEN, a token with the right to write, in the environment")
+    elif where:
+        check_empty(where)
+
+
+def check_empty(where: str) -> None:
+    """Raises ConfigError if `where` holds objects."""
+    found = storage.list_objects(where)
+    if found:
+        raise ConfigError(f"{where}: holds {len(found)} objects already, such as {found[0].name}; name a new folder")
+
+
+def store(folder: Path, where: str) -> None:
+    """Copies a local folder to a URL. Raises ConfigError if the URL holds objects.
+
+    config.json is written last: a reader that finds it finds all other files.
+    """
+    check_empty(where)
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == CONFIG)
+    for path in files:
+        storage.write_file(storage.join(where, path.relative_to(folder).as_posix()), path)
+
+
+def publish(folder: Path, where: str, private: bool) -> str:
+    """Stores a local folder on the Hub (hf:OWNER/NAME) or at a URL. Returns its address.
+
+    Raises StorageError if the Hub refuses.
+    """
+    match = HUB_REPOSITORY.match(where)
+    if not match:
+        store(folder, where)
+        return where
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError("publishing needs huggingface-hub: pip install huggingface-hub") from error
+    api = HfApi(token=os.environ["HF_TOKEN"])
+    try:
+        api.create_repo(match[1], private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=match[1], folder_path=folder, commit_message="Upload by pretrain-launcher")
+    except Exception as error:  # the library raises errors of its HTTP client and of the system, too
+        raise StorageError(f"{where}: the Hub refused: {' '.join(str(error).split())[:300]}") from error
+    return commit.commit_url

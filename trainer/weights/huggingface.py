@@ -1,8 +1,8 @@
-"""Our models in the form of Hugging Face's `transformers`, and theirs in ours: config.json and names of tensors.
+"""Converts models to and from Hugging Face's `transformers`: config.json and names of tensors.
 
-What GPT-2 is becomes GPT2LMHeadModel, what Llama is becomes LlamaForCausalLM; any other choice keeps our names and is
-read by the modelling file that an export carries (modeling_pretrain_launcher.py). Both directions move and turn numbers
-and change none, so that import and export are inverses, bit by bit.
+A GPT-2 becomes a GPT2LMHeadModel, a Llama a LlamaForCausalLM. Any other model keeps our names and needs the modelling
+file that its export includes (modeling_pretrain_launcher.py). Both directions only rename, transpose, split and join
+tensors, so that import and export are exact inverses.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from core.errors import CheckpointError, ConfigError
 from core.settings.loader import from_dict, to_dict
 from core.settings.model import ModelConfig
 
-OWN = "pretrain_launcher"  # model_type of what neither GPT2LMHeadModel nor LlamaForCausalLM can hold
+OWN = "pretrain_launcher"  # model_type of a model that is neither a GPT-2 nor a Llama
 OWN_CLASS = "PretrainLauncherForCausalLM"
 OWN_MODULE = f"modeling_{OWN}"
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", OWN: OWN_CLASS}
-# GPT-2's Conv1D layers hold their weights as (in, out).
-TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# GPT-2's Conv1D layers store their weights as (in, out).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _LLAMA_NAMES = {
     "ln_1.weight": "input_layernorm.weight",
@@ -46,7 +46,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def kind_of(config: ModelConfig) -> str:
-    """Which `transformers` model holds this one: gpt2, llama, or our own."""
+    """The model_type in `transformers` that fits this model: gpt2, llama, or OWN."""
     plain = ModelConfig()
     sizes = {
         "layers",
@@ -75,7 +75,7 @@ def kind_of(config: ModelConfig) -> str:
 
 
 def document_of(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a model whose vocabulary is cut to GPT-2's tokens."""
+    """Content of config.json. The vocabulary is GPT-2's, without padding rows."""
     kind = kind_of(config)
     common = {
         "architectures": [CLASSES[kind]],
@@ -128,21 +128,21 @@ def document_of(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def config_of(document: Mapping[str, Any], where: str) -> ModelConfig:
-    """The model that a config.json describes. Raises CheckpointError for one that ours cannot be."""
+    """Settings of the model that a config.json describes. Raises CheckpointError for an unsupported one."""
     kind = document.get("model_type")
     readers = {"gpt2": _gpt2_config, "llama": _llama_config, OWN: _own_config}
     if kind not in readers:
-        raise CheckpointError(f"{where}: model_type is {kind!r}; only {', '.join(readers)} can be read here")
+        raise CheckpointError(f"{where}: model_type is {kind!r}; only {', '.join(readers)} can be read")
     try:
         config = readers[kind](document, where)
     except KeyError as error:
-        raise CheckpointError(f"{where}: has no {error.args[0]!r}; it is no whole config.json") from error
+        raise CheckpointError(f"{where}: has no {error.args[0]!r}; config.json is incomplete") from error
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
     if config.padded_vocab_size < GPT2_VOCAB_SIZE:
         raise CheckpointError(
             f"{where}: vocab_size is {config.padded_vocab_size}, GPT-2's vocabulary has {GPT2_VOCAB_SIZE}: "
-            "a model of another vocabulary, which cannot be read here"
+            "models of other vocabularies cannot be read"
         )
     return config
 
@@ -195,7 +195,7 @@ def _own_config(document: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _mlp_width(stated: int | None, width: int) -> int:
-    """0, the setting's default, where it says what the default means."""
+    """Value of the setting mlp_width: 0, its default, for the default width of 4 times the model's."""
     return 0 if stated in (None, 4 * width) else stated
 
 
@@ -203,22 +203,22 @@ def _check(document: Mapping[str, Any], where: str, key: str, possible: tuple, d
     value = document.get(key, default)
     if value not in possible:
         wanted = " or ".join(json.dumps(each) for each in possible)
-        raise CheckpointError(f"{where}: {key} is {json.dumps(value)}; only {wanted} can be read here")
+        raise CheckpointError(f"{where}: {key} is {json.dumps(value)}; only {wanted} can be read")
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------
 
 
 def to_hub(config: ModelConfig, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Our weights under `transformers`' names; rows that only pad the vocabulary are left out."""
+    """Our weights by `transformers`' names, without the rows that pad the vocabulary."""
     kind = kind_of(config)
     found = {}
     for name, values in tensors.items():
         if name in ("wte.weight", "lm_head.weight"):
             values = values[:GPT2_VOCAB_SIZE]
         if kind == "gpt2":
-            turned = values.T if name.endswith(TURNED) else values
-            found[name if name == "lm_head.weight" else f"transformer.{name}"] = turned.contiguous()
+            transposed = values.T if name.endswith(TRANSPOSED) else values
+            found[name if name == "lm_head.weight" else f"transformer.{name}"] = transposed.contiguous()
         elif kind == "llama":
             found |= {new: part.contiguous() for new, part in _llama_parts(name, values)}
         else:
@@ -227,9 +227,9 @@ def to_hub(config: ModelConfig, tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def from_hub(kind: str, config: ModelConfig, tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
-    """`transformers`' weights under our names. Raises CheckpointError for what is missing, foreign or of another size.
+    """`transformers`' weights by our names. `kind` and `config` come from the config.json beside them.
 
-    `config` is of the same document as the tensors.
+    Raises CheckpointError if a Llama lacks a tensor. The caller compares names and shapes with the model's.
     """
     if kind == "gpt2":
         found = {}
@@ -238,8 +238,8 @@ def from_hub(kind: str, config: ModelConfig, tensors: Tensors, where: str) -> di
             if name.endswith((".attn.bias", ".attn.masked_bias")) or (
                 name == "lm_head.weight" and config.tie_embeddings
             ):
-                continue  # the causal mask, which old files hold, and the embedding again
-            found[name] = values.T.contiguous() if name.endswith(TURNED) else values
+                continue  # old files hold the causal mask; the tied embedding is stored twice
+            found[name] = values.T.contiguous() if name.endswith(TRANSPOSED) else values
         return found
     if kind == "llama":
         return _from_llama(config, tensors, where)
@@ -281,4 +281,4 @@ def _from_llama(config: ModelConfig, tensors: Tensors, where: str) -> dict[str, 
                     found[f"h.{layer}.{ours}.{what}"] = torch.cat(pieces)
     except KeyError as error:
         raise CheckpointError(f"{where}: lacks the tensor {error.args[0]}") from error
-    return found | left  # what is left over fits no weight, and is named by whoever fills the model
+    return found | left  # the caller reports leftovers: they fit no weight of the model

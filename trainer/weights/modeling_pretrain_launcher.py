@@ -2,9 +2,9 @@
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-One file that depends on torch and transformers alone, and travels with the weights. `config.choices` are the settings
-of the model in pretrain-launcher (core/settings/model.py), which also says where each idea is from. Dropout is not
-applied.
+Each export includes a copy of this file, which depends on torch and transformers alone. `config.choices` holds the
+model's settings in pretrain-launcher; core/settings/model.py documents them and cites their sources. The model applies
+no dropout.
 
 Shapes: B sequences, T new positions, S positions in all, D model width, H heads, K head width, V vocabulary.
 """
@@ -124,10 +124,10 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
         return self.wte
 
     def _init_weights(self, module):
-        """Weights come from the file, all of them."""
+        """Does nothing: the file holds all weights."""
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, labels=None, **_):
-        """Logits of the new positions, and their loss against `labels` (shifted here; -100 does not count).
+        """Computes logits of the new positions, and their loss against `labels` (shifted here; -100 is ignored).
 
         `attention_mask` (B, S) may leave out padding on the left. With `past_key_values` the tokens follow those in it.
         """
@@ -161,7 +161,7 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past)
 
     def _mask(self, input_ids, attention_mask, past, before):
-        """Which positions each new one sees, (B, 1, T, S); None: all before it, and none was before the first."""
+        """Attention mask, (B, 1, T, S). None stands for a causal mask without earlier positions."""
         document_mask = self.config.choices["document_mask"]
         if attention_mask is None and not document_mask and not before:
             return None
@@ -177,14 +177,14 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
             document_BS = ends_BS.cumsum(1)
             seen = seen & (document_BS[:, None, before:, None] == document_BS[:, None, None, :])
         if attention_mask is not None:
-            # Padding sees itself, so that no row of the softmax is empty.
+            # A padding position attends to itself, so that no row of the softmax is empty.
             own = torch.eye(S, dtype=torch.bool, device=input_ids.device)[before:]
             seen = seen & attention_mask.bool()[:, None, None, :] | own
         return seen
 
 
 def rotations(positions_BT, choices: dict):
-    """cos and sin of rotary positions, (B, 1, T, K/2): dimension i turns together with i + K/2."""
+    """cos and sin of rotary positions, (B, 1, T, K/2). Dimensions i and i + K/2 form a pair."""
     half = choices["width"] // choices["heads"] // 2
     turning = max(1, round(half * choices["rope_fraction"]))
     index = torch.arange(half, device=positions_BT.device, dtype=torch.float32)

@@ -1,10 +1,10 @@
-"""A trained model by its name: what evaluation, generation, export and fine-tuning start from.
+"""Opens a trained model by name, for evaluation, generation, export and fine-tuning.
 
-    opened = open_weights("s3://bucket/runs/first", device)                              # a run's newest checkpoint
-    opened = open_weights("s3://bucket/runs/first/checkpoints/step-00001000", device)    # that one
-    opened = open_weights("gpt2", device)               # a public model, also hf:OWNER/NAME, or a folder in that form
+    trained = open_weights("s3://bucket/runs/first", device)                             # a run's newest checkpoint
+    trained = open_weights("s3://bucket/runs/first/checkpoints/step-00001000", device)   # one checkpoint
+    trained = open_weights("gpt2", device)      # a public model, also hf:OWNER/NAME, or a folder in that format
 
-Weights only, without the optimizer's state; a checkpoint's files have their checksums compared.
+Reads the weights without the optimizer's state. Checks the checksums of a checkpoint's files.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from core.settings.loader import from_dict, to_dict
 from core.settings.model import ModelConfig
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import parse_key
+from trainer.checkpoint.load import read_blocks
 from trainer.data import chat_template
 from trainer.model import lora
 from trainer.model.gpt import GPT
@@ -39,10 +40,10 @@ _STEP = re.compile(r"^(?P<run>.*)/checkpoints/(?P<name>step-(?P<step>\d{8,}))/?$
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model with its weights, and where they are from: a run's step, or a `folder` in Hugging Face's form.
+class TrainedModel:
+    """A model with its weights and their origin: a run's step, or a `folder` in Hugging Face's format.
 
-    `state` is what the checkpoint holds besides tensors.
+    `state` is the checkpoint's data other than tensors.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Opened:
 
     @property
     def data_url(self) -> str | None:
-        """The token set it was trained on."""
+        """The dataset that the model was trained on."""
         return self.state.get("config", {}).get("data", {}).get("url")
 
     @property
@@ -64,9 +65,9 @@ class Opened:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """VOCAB_URL's, or what lies beside its data or weights.
+        """The vocabulary at VOCAB_URL, else the one beside the model's data or weights.
 
-        Raises ConfigError, and DataError for another vocabulary than GPT-2's.
+        Raises ConfigError if there is none, DataError for a vocabulary other than GPT-2's.
         """
         return vocabulary_at(self.name, self.data_url, self.folder)
 
@@ -77,7 +78,7 @@ def encoding_at(name: str, data_url: str | None, folder: str | None = None):
 
 
 def vocabulary_at(name: str, data_url: str | None, folder: str | None = None) -> Vocabulary:
-    """The vocabulary at VOCAB_URL, beside the data or in the folder of the model `name`; as Opened.vocabulary."""
+    """The vocabulary at VOCAB_URL, beside the data or in the folder of the model `name` (TrainedModel.vocabulary)."""
     places = [os.environ.get("VOCAB_URL"), data_url and storage.join(data_url, VOCABULARY_FILE)]
     for uri in filter(None, places):
         try:
@@ -95,17 +96,17 @@ def vocabulary_at(name: str, data_url: str | None, folder: str | None = None) ->
 
 
 def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
-    """The model by a name that will mean the same later, a run's newest checkpoint by its step, and its state."""
+    """A lasting name of the model and its state. The lasting name of a run is that of its newest checkpoint."""
     if public.is_public(where) or public.is_folder(where):
         return where, {"config": {"model": to_dict(public.read_config(public.resolve(where))[1])}}
     run_url, manifest = _checkpoint(where)
     return layout.folder_of(run_url, manifest.step), manifest.state
 
 
-def open_weights(where: str, device: torch.device) -> Opened:
-    """The model of a run, a checkpoint, a folder in Hugging Face's form or a public name.
+def open_weights(where: str, device: torch.device) -> TrainedModel:
+    """Opens the model of a run, a checkpoint, a folder in Hugging Face's format or a public name.
 
-    Raises CheckpointError naming what is missing, damaged, or of another architecture or vocabulary.
+    Raises CheckpointError for weights that are missing, damaged, or of another architecture or vocabulary.
     """
     if public.is_public(where) or public.is_folder(where):
         return _open_folder(where, device)
@@ -122,17 +123,17 @@ def open_weights(where: str, device: torch.device) -> Opened:
         model = _empty(config, device)
         _fill(dict(model.named_parameters()), run_url, manifest)
     model.eval()
-    return Opened(f"{run_url} step {manifest.step}", model, run_url, manifest.step, state)
+    return TrainedModel(f"{run_url} step {manifest.step}", model, run_url, manifest.step, state)
 
 
 def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
-    """The run, and its newest complete checkpoint or the one that `where` names."""
+    """The run's URL and the manifest of its newest complete checkpoint, or of the one that `where` names."""
     match = _STEP.match(where)
     run_url = match["run"] if match else where.rstrip("/")
     found = layout.stored(run_url) if match else layout.restorable(run_url)
     steps = [int(match["step"])] if match else [step for step, names in found.items() if layout.MARKER in names]
     if not steps or layout.MARKER not in found.get(steps[0], {}):
-        wanted = match["name"] if match else "a complete checkpoint"
+        wanted = match["name"] if match else "complete checkpoint"
         there = ", ".join(step_name(step) for step, names in found.items() if layout.MARKER in names)
         raise CheckpointError(f"{run_url}: has no {wanted}; complete ones: {there or 'none'}")
     return run_url, layout.read_manifest(run_url, steps[0], found[steps[0]])
@@ -153,7 +154,7 @@ def _empty(config: ModelConfig, device: torch.device) -> GPT:
     return model.to_empty(device=device)
 
 
-def _open_folder(where: str, device: torch.device) -> Opened:
+def _open_folder(where: str, device: torch.device) -> TrainedModel:
     place = public.resolve(where)
     kind, config = public.read_config(place)
     tensors = huggingface.from_hub(kind, config, public.read_tensors(place), place)
@@ -161,9 +162,9 @@ def _open_folder(where: str, device: torch.device) -> Opened:
     _fill_whole(model, tensors, place)
     model.eval()
     state: dict[str, Any] = {"config": {"model": to_dict(config)}}
-    if public.turn_template_of(place) == chat_template.JINJA:  # of another one we know no turns
+    if public.chat_template_of(place) == chat_template.JINJA:  # chat cannot render another template
         state[chat_template.STATE_KEY] = chat_template.NAME
-    return Opened(where, model, None, None, state, place)
+    return TrainedModel(where, model, None, None, state, place)
 
 
 @torch.no_grad()
@@ -182,28 +183,22 @@ def _fill_whole(model: GPT, tensors: Mapping[str, torch.Tensor], place: str) -> 
 
 @torch.no_grad()
 def _fill(parameters: Mapping[str, torch.Tensor], run_url: str, manifest: layout.CheckpointManifest) -> None:
-    import safetensors.torch  # here, so that training starts without it
-
     missing = {name: parameter.shape[0] for name, parameter in parameters.items()}
+    folder = layout.folder_of(run_url, manifest.step)
 
     def read(file: layout.PayloadFile) -> dict[str, torch.Tensor]:
-        uri = storage.join(layout.folder_of(run_url, manifest.step), file.name)
-        data = storage.read_bytes(uri)
-        if layout.checksum(data) != file.xxh3_128:
-            raise CheckpointError(f"{uri}: checksum differs from its manifest's")
-        tensors = safetensors.torch.load(data)
-        return {key: values for key, values in tensors.items() if key.startswith("model.")}
+        blocks = read_blocks(folder, file)
+        # A copy: each block is a view that keeps the whole file in memory, with the optimizer's state.
+        return {key: values.clone() for key, values in blocks.items() if key.startswith("model.")}
 
     with ThreadPoolExecutor(READERS) as pool:
         for blocks in pool.map(read, manifest.files):
             for key, values in blocks.items():
                 name, start, stop = parse_key(key.removeprefix("model."))
                 if name not in parameters or parameters[name].shape[1:] != values.shape[1:]:
-                    raise CheckpointError(
-                        f"{layout.folder_of(run_url, manifest.step)}: {key} fits no weight of its model"
-                    )
+                    raise CheckpointError(f"{folder}: {key} fits no weight of its model")
                 parameters[name][start:stop].copy_(values)
                 missing[name] -= stop - start
     lacking = [name for name, rows in missing.items() if rows]
     if lacking:
-        raise CheckpointError(f"{layout.folder_of(run_url, manifest.step)}: lacks rows of {', '.join(lacking[:3])}")
+        raise CheckpointError(f"{folder}: lacks rows of {', '.join(lacking[:3])}")

@@ -1,6 +1,6 @@
-"""GPT-2's byte pairs in the files that `transformers` and others read: vocab.json, merges.txt, tokenizer.json.
+"""Writes GPT-2's byte pairs as tokenizer files of `transformers`: vocab.json, merges.txt, tokenizer.json.
 
-They follow from the ranks alone, so that an export needs nobody's server and the tokenizer loads offline.
+The ranks of the tokens determine all of them, so that an export needs no download.
 """
 
 import json
@@ -12,7 +12,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def files(vocabulary: Vocabulary, context: int, chat_template: str = "") -> dict[str, bytes]:
-    """Name → content. `context` is the most tokens that the model takes."""
+    """Content of each tokenizer file by name. `context` is the model's maximum length in tokens."""
     ids = {shown(token): rank for token, rank in sorted(vocabulary.ranks.items(), key=lambda item: item[1])}
     ids[END_OF_TEXT] = GPT2_END_OF_TEXT
     merges = merges_of(vocabulary)
@@ -68,13 +68,15 @@ def files(vocabulary: Vocabulary, context: int, chat_template: str = "") -> dict
 
 
 def merges_of(vocabulary: Vocabulary) -> list[str]:
-    """Lines of merges.txt, in order of rank."""
+    """Lines of merges.txt in order of rank."""
     return [" ".join(map(shown, pair)) for pair in recover_merges(vocabulary.ranks)]
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token but the single bytes was made of, in order of rank: what is left of its bytes when
-    only older tokens may be merged."""
+    """Recovers the pair that was merged into each token, in order of rank. Single bytes have none.
+
+    Merging a token's bytes with the merges of lower rank alone leaves exactly two parts, its pair.
+    """
     found = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
@@ -90,7 +92,7 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def stand_ins() -> dict[int, str]:
-    """The printable character for each byte (openai/gpt-2, encoder.py, bytes_to_unicode)."""
+    """The printable character that represents each byte (openai/gpt-2, encoder.py, bytes_to_unicode)."""
     found = {byte: chr(byte) for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "}
     for byte in range(256):
         if byte not in found:
@@ -102,7 +104,7 @@ _STAND_INS = stand_ins()
 
 
 def shown(token: bytes) -> str:
-    """A token as the files write it."""
+    """A token as the tokenizer files spell it."""
     return "".join(_STAND_INS[byte] for byte in token)
 
 

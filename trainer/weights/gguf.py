@@ -1,7 +1,7 @@
-"""One GGUF file for llama.cpp and its relatives, written by their own library (pip install gguf).
+"""Writes one GGUF file for llama.cpp and compatible programs, with the `gguf` library (pip install gguf).
 
-GPT-2 and Llama are architectures they know; other choices are not. Rotary dimensions lie side by side there (2i, 2i+1)
-instead of half a head apart, so that the rows of queries and keys are dealt anew.
+These programs support GPT-2 and Llama only. They rotate adjacent dimensions (2i, 2i+1) instead of dimensions half a
+head apart, so the rows of queries and keys are reordered.
 """
 
 from pathlib import Path
@@ -28,11 +28,11 @@ def write(
     name: str,
     chat_template: str,
 ) -> None:
-    """Raises ConfigError for an architecture that GGUF's readers do not know, or where the library is missing."""
+    """Raises ConfigError for an architecture that GGUF's readers do not support, or if the library is missing."""
     kind = huggingface.kind_of(config)
     if kind == huggingface.OWN:
         raise ConfigError(
-            f"{name}: GGUF's readers know GPT-2 and Llama, this model is neither (see its settings); "
+            f"{name}: GGUF's readers support GPT-2 and Llama, this model is neither (see its settings); "
             "export with --format=huggingface"
         )
     try:
@@ -59,10 +59,10 @@ def write(
     _add_vocabulary(writer, gguf, vocabulary, chat_template)
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.layers)
     for hub_name, values in huggingface.to_hub(config, tensors).items():
-        if kind == "gpt2" and hub_name.endswith(huggingface.TURNED):
-            values = values.T  # GGUF holds linear layers as PyTorch does
+        if kind == "gpt2" and hub_name.endswith(huggingface.TRANSPOSED):
+            values = values.T  # GGUF stores linear layers as (out, in), as PyTorch does
         if kind == "llama" and hub_name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
-            values = _side_by_side(values, config.heads)
+            values = _interleaved(values, config.heads)
         stem, _, what = hub_name.rpartition(".")
         _add_tensor(writer, gguf, f"{known.get_name(stem)}.{what}", values, dtype)
     writer.write_header_to_file()
@@ -87,7 +87,7 @@ def _add_vocabulary(writer: Any, gguf: Any, vocabulary: Vocabulary, chat_templat
 
 
 def _add_tensor(writer: Any, gguf: Any, name: str, values: torch.Tensor, dtype: str) -> None:
-    """Vectors stay in float32, as llama.cpp wants them."""
+    """Adds a tensor. Vectors stay in float32, as llama.cpp requires."""
     dtype = dtype if values.dim() > 1 else "float32"
     values = values.to(DTYPES[dtype]).contiguous()
     if dtype == "bfloat16":
@@ -97,7 +97,7 @@ def _add_tensor(writer: Any, gguf: Any, name: str, values: torch.Tensor, dtype: 
         writer.add_tensor(name, values.numpy())
 
 
-def _side_by_side(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from (half, pair) to (pair, half)."""
+def _interleaved(values: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorders the rows of each head from (half, pair) to (pair, half)."""
     halves = values.reshape(heads, 2, -1, *values.shape[1:])
     return halves.transpose(1, 2).reshape(values.shape)
