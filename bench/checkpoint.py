@@ -25,7 +25,7 @@ from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
 from trainer.distributed import process_group
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer
 
 Side = Callable[[int], dict[str, float]]
 
@@ -38,7 +38,7 @@ def main() -> None:
     ranks = process_group.start("cpu")
     model = GPT(ModelConfig(layers=options.layers))
     model.initialise(0)
-    optimizer = UnitOptimizer(model, OptimizerConfig(), 0, 1)
+    optimizer = BlockOptimizer(model, OptimizerConfig(), 0, 1)
     with harness.s3_server(options.scratch) as (folder, _):
         # The first round touches memory and fills caches.
         runs = harness.interleaved(_sides(folder, ranks, optimizer), options.rounds, warm_up=1)
@@ -60,7 +60,7 @@ def _timed(into: dict[str, float], name: str) -> Iterator[None]:
     into[f"{name}_cpu"] = time.process_time() - cpu
 
 
-def _sides(folder: Path, ranks, optimizer: UnitOptimizer) -> dict[str, Side]:
+def _sides(folder: Path, ranks, optimizer: BlockOptimizer) -> dict[str, Side]:
     blocks = dict(optimizer.blocks())
     size = sum(rows.nbytes for rows in blocks.values())
     buffers = {key: torch.empty_like(rows) for key, rows in blocks.items()}

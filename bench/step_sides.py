@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer
 from trainer.optim.reduce import TreeReducer
 
 
@@ -37,12 +37,12 @@ class Side:
     done: Callable[[int], None] = lambda _: None
 
 
-def ours(settings: TrainConfig, device: torch.device, accumulation: int) -> Side:
+def ours(settings: PretrainConfig, device: torch.device, accumulation: int) -> Side:
     """The step of trainer.loop.loop, built from the trainer's parts."""
     model = GPT(settings.model, settings.train.activation_checkpointing)
     model.initialise(1)
     model.to(device)
-    optimizer = UnitOptimizer(model, settings.optimizer, rank=0, world=1)
+    optimizer = BlockOptimizer(model, settings.optimizer, rank=0, world=1)
     if device.type == "cuda":
         model.compile_blocks()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -59,7 +59,7 @@ def ours(settings: TrainConfig, device: torch.device, accumulation: int) -> Side
     return Side(forward, finish, reducer.reset, reducer.context, reducer.micro_batch_done)
 
 
-def plain(settings: TrainConfig, device: torch.device, accumulation: int, compiled: bool = False) -> Side:
+def plain(settings: PretrainConfig, device: torch.device, accumulation: int, compiled: bool = False) -> Side:
     """The same model as teaching code trains it: complete logits, F.cross_entropy, torch's AdamW."""
     model = GPT(settings.model)
     model.initialise(1)
@@ -84,7 +84,7 @@ def plain(settings: TrainConfig, device: torch.device, accumulation: int, compil
     return _usual(forward, model, optimizer)
 
 
-def nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
+def nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
     """karpathy/nanoGPT with its optimizer and whole-model compilation."""
     module = _load(folder / "nanoGPT" / "model.py")
     model_config = settings.model
@@ -109,7 +109,7 @@ def nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
     return _usual(forward, model, optimizer)
 
 
-def build_nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
+def build_nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
     """karpathy/build-nanogpt as of its last commit, which does not compile."""
     # Its evaluation imports packages that a step does not need.
     sys.modules.setdefault("hellaswag", types.SimpleNamespace(render_example=None, iterate_examples=None))
@@ -134,7 +134,7 @@ def build_nanogpt(folder: Path, settings: TrainConfig, device: torch.device) -> 
     return _usual(forward, model, optimizer)
 
 
-def modded(folder: Path, settings: TrainConfig, device: torch.device) -> Side:
+def modded(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
     """KellerJordan/modded-nanogpt's train_gpt_simple.py (track 3): its model, compiled as a whole, with AdamW.
 
     bench.token_efficiency compares optimizers; here only the time of a step counts, so AdamW replaces Muon.

@@ -24,7 +24,7 @@ from core.figures import quantity
 from core.gpus import peak_flops
 from core.settings import loader
 from core.settings.model import flops_per_token, parameters
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 
 PARTS = ("forward", "backward", "optimizer")
 ATTENTION = ("flash", "cudnn", "mem_efficient", "math")  # torch.backends.cuda.enable_NAME_sdp
@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _settings(options: argparse.Namespace) -> TrainConfig:
+def _settings(options: argparse.Namespace) -> PretrainConfig:
     settings = presets.settings_of(options.preset, *(f"--{each}" for each in options.set))
     size = options.micro_batch or settings.batch.micro_batch_size
     context = options.context or settings.model.context
@@ -102,7 +102,7 @@ def _sides(options: argparse.Namespace) -> list[str]:
     return ["ours", "plain", *compiled, *found]
 
 
-def _measure(options: argparse.Namespace, settings: TrainConfig) -> dict:
+def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
     import torch
 
     from bench import step_sides
@@ -168,7 +168,7 @@ def _toggle(options: argparse.Namespace) -> None:
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel == options.attention)
 
 
-def _batches(options: argparse.Namespace, settings: TrainConfig, device) -> list:
+def _batches(options: argparse.Namespace, settings: PretrainConfig, device) -> list:
     """The micro-batches of a step, each (sequences, context + 1); every step uses the same."""
     import torch
 

@@ -18,24 +18,17 @@ from core.errors import ConfigError
 from core.settings import loader
 from core.settings.model import ModelConfig, public_model
 from core.settings.preparation import PrepConfig
-from core.settings.training import TrainConfig
-from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig
+from core.settings.stages import training_schema
+from core.settings.training import PretrainConfig, TrainingConfig
+from core.settings.tuning import DistilConfig, FinetuneConfig
 
 _COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)([^\S\n][^\n;&|]*)?")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
-# Stage and schema of each program; what evaluate is told does not change what it costs by much.
-_PROGRAMS = {
-    "trainer.train": ("pretrain", TrainConfig),
-    "trainer.finetune": ("finetune", FinetuneConfig),
-    "trainer.dpo": ("dpo", DpoConfig),
-    "trainer.distil": ("distil", DistilConfig),
-    "trainer.evaluate": ("evaluate", None),
-    "data_prep.prepare": ("prep", PrepConfig),
-}
+# Stage of each program; trainer.train has several, and the settings of evaluate hardly change its cost.
+_PROGRAMS = {"trainer.train": "pretrain", "trainer.evaluate": "evaluate", "data_prep.prepare": "prep"}
 _BUILDS = re.compile(r"container\.sh build\b")
 # Settings without which a config does not load, and which only a launch gives.
-_STARTS = {"finetune": "finetune.start", "dpo": "dpo.start", "distil": "distil.teacher"}
-Training = TrainConfig | FinetuneConfig | DpoConfig | DistilConfig
+_STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class Work:
     that can be read. `assumed` says what was taken for granted about `model`."""
 
     stage: str | None
-    config: Training | PrepConfig | None
+    config: TrainingConfig | PrepConfig | None
     why_not: str = ""
     model: ModelConfig | None = None
     assumed: str = ""
@@ -175,8 +168,8 @@ def _work(path: str, document: Mapping[str, Any], envs: Mapping[str, str]) -> Wo
         stage = "image" if _BUILDS.search(commands) else None
         return Work(stage, None, "" if stage else "its commands run no program of this project")
     package, program, rest = match.groups()
-    stage, schema = _PROGRAMS.get(f"{package}.{program}", (None, None))
-    if schema is None:
+    stage = _PROGRAMS.get(f"{package}.{program}")
+    if stage in (None, "evaluate"):
         said = "" if stage else f"{package}.{program} has settings that a forecast does not read"
         return _with_model(Work(stage, None, said), envs)
     try:
@@ -188,10 +181,13 @@ def _work(path: str, document: Mapping[str, Any], envs: Mapping[str, str]) -> Wo
     arguments = [word for word in words if word.endswith((".yaml", ".yml")) and not word.startswith("--")] + flags
     environment = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
     environment |= {name: value for name, value in envs.items() if value}
-    if stage in _STARTS and not any(flag.startswith(f"--{_STARTS[stage]}=") for flag in flags):
-        arguments.append(f"--{_STARTS[stage]}=?")
     try:
-        return _with_model(Work(stage, loader.load(schema, _near(path, arguments), environment)), envs)
+        arguments = _near(path, arguments)
+        schema = PrepConfig if stage == "prep" else training_schema(arguments)
+        stage = "prep" if schema is PrepConfig else schema.stage
+        if stage in _STARTS and not any(flag.startswith(f"--{_STARTS[stage]}=") for flag in flags):
+            arguments.append(f"--{_STARTS[stage]}=?")
+        return _with_model(Work(stage, loader.load(schema, arguments, environment)), envs)
     except ConfigError as error:
         return Work(stage, None, str(error))
 
@@ -200,11 +196,11 @@ def _with_model(work: Work, envs: Mapping[str, str]) -> Work:
     """The model of the settings, or the public one that they begin with; any other is taken for GPT-2 124M."""
     if work.stage in (None, "prep"):
         return work
-    if isinstance(work.config, TrainConfig):
-        return replace(work, model=work.config.model)
     if isinstance(work.config, DistilConfig):
         return replace(work, model=work.config.model, assumed="what the teacher computes is not counted")
-    start = getattr(work.config, work.stage).start if work.config else envs.get("MODEL", "")
+    if isinstance(work.config, PretrainConfig):
+        return replace(work, model=work.config.model)
+    start = work.config.start.weights if isinstance(work.config, FinetuneConfig) else envs.get("MODEL", "")
     if (model := public_model(start)) is not None:
         return replace(work, model=model)
     return replace(work, model=ModelConfig(), assumed="the model that it begins with is taken for GPT-2 124M")

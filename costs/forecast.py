@@ -13,7 +13,9 @@ from clouds.prices import Catalog, Offer
 from core import figures
 from core.settings.model import flops_per_token, parameters
 from core.settings.preparation import PrepConfig
-from core.task import Task, Training, Want, Work
+from core.settings.training import TrainingConfig
+from core.settings.tuning import FinetuneConfig
+from core.task import Task, Want, Work
 from costs import throughput
 from costs.model import StorageRates
 from costs.throughput import Measured, Rate
@@ -72,7 +74,7 @@ class Job:
     rate: Rate
 
     @property
-    def training(self) -> Training | None:
+    def training(self) -> TrainingConfig | None:
         return None if self.work.config is None or self.work.stage == "prep" else self.work.config
 
 
@@ -150,10 +152,10 @@ def _tokens(work: Work, assume: Assumptions) -> float | None:
 
 def _epochs(work: Work) -> float:
     """Passes over data of which a forecast does not know the size; 0 where the settings give the steps."""
-    return getattr(getattr(work.config, str(work.stage), None), "epochs", 0.0)
+    return work.config.train.epochs if isinstance(work.config, FinetuneConfig) else 0.0
 
 
-def _eval_tokens(train: Training, assume: Assumptions) -> float:
+def _eval_tokens(train: TrainingConfig, assume: Assumptions) -> float:
     """Of one validation. What is held out of conversations is a share of them."""
     held_out = getattr(train.data, "val_fraction", None)
     return train.train.eval_tokens if held_out is None else held_out * assume.epoch_tokens
@@ -235,7 +237,7 @@ def _parts(
     return {name: seconds for name, seconds in parts.items() if seconds}, restarts
 
 
-def _checkpoint_seconds(train: Training, speed: float) -> float:
+def _checkpoint_seconds(train: TrainingConfig, speed: float) -> float:
     """Training time between checkpoints. By time, the trainer chooses an interval up to the loss it may risk."""
     every = train.checkpoint.every_steps
     return every * train.batch.tokens_per_step / speed if every else train.checkpoint.max_lost_seconds

@@ -14,7 +14,8 @@ from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
-from core.settings.training import DataConfig, TrainConfig
+from core.settings.stages import training_schema
+from core.settings.training import PretrainConfig, TrainingConfig, check_batch
 from core.settings.tuning import FinetuneConfig
 from launch import node_settings
 from launch.task import candidates, read_task, settings_of
@@ -32,13 +33,14 @@ class Finding:
 def check_data(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
     """Tokens to train on, and what is tuned or evaluated."""
     run = task["run"]
-    if "trainer.finetune" in run or "trainer.evaluate" in run:
-        yield from _start(settings["START"] if "trainer.finetune" in run else run_url(settings))
-    if "trainer.finetune" in run:
-        rows = _finetune(settings).data.examples
+    tunes = "--start.weights" in run
+    if tunes or "trainer.evaluate" in run:
+        yield from _start(settings["START"] if tunes else run_url(settings))
+    if tunes:
+        rows = _training(task, settings).data.examples
         if not rows.endswith(".jsonl"):
             yield Finding("ok", f"data: {sets.info_of(data_url(settings), rows).rows:,} rows of {rows!r}")
-    if "trainer.train" not in run or "data_prep" in run:
+    if tunes or "trainer.train" not in run or "data_prep" in run:
         return
     try:
         found = manifest.read(data_url(settings))
@@ -72,12 +74,11 @@ def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
             "settings: MAX_USD is 0, so nothing caps what this costs "
             "(shells and make turn $20 into 0: for twenty dollars write MAX_USD=20)",
         )
-    if "trainer.train" in task["run"]:
-        train = loader.load(TrainConfig, _arguments(settings), _variables(settings))
-    elif "trainer.finetune" in task["run"]:
-        train = _as_training(_finetune(settings))
-    else:
+    if "trainer.train" not in task["run"]:
         return
+    train = _training(task, settings)
+    model = train.model if isinstance(train, PretrainConfig) else _start_model(train)
+    check_batch(train, model.context)
     length = f"{train.train.steps:,} steps of {train.batch.tokens_per_step:,} tokens"
     yield Finding("ok", f"config: {settings['CONFIG']}, {length}")
     if settings.get("DEVICE") == "cpu":
@@ -86,33 +87,32 @@ def check_config(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
         if not gpu:
             continue
         ranks = int(settings.get("RANKS_PER_NODE") or count) * int(task.get("num_nodes") or 1)
-        micro_batches = train.batch.tokens_per_step // (max(1, train.batch.micro_batch_size) * train.model.context)
+        micro_batches = train.batch.tokens_per_step // (max(1, train.batch.micro_batch_size) * model.context)
         if micro_batches % ranks:
             yield Finding(
                 "x", f"config: {micro_batches} micro-batches do not divide over {ranks} ranks of {gpu}:{count}"
             )
         elif train.train.precision == "fp8" and has_fp8(gpu) is False:
             yield Finding("x", f"config: train.precision is fp8, but {gpu} has no fp8 units; set bf16, or take H100")
-        elif (found := memory.verdict(train, gpu, ranks)) is not None:
+        elif (found := memory.verdict(train, model, gpu, ranks)) is not None:
             fits, said = found
             yield Finding("ok" if fits else "x", f"memory: {said}")
 
 
-def _finetune(settings: Mapping[str, str]) -> FinetuneConfig:
-    return loader.load(
-        FinetuneConfig, [*_arguments(settings), f"--finetune.start={settings['START']}"], _variables(settings)
-    )
+def _training(task: Mapping[str, Any], settings: Mapping[str, str]) -> TrainingConfig:
+    """The settings of the training that the task runs."""
+    arguments = _arguments(settings)
+    if "--start.weights" in task["run"]:
+        arguments.append(f"--start.weights={settings['START']}")
+    return loader.load(training_schema(arguments), arguments, _variables(settings))
 
 
-def _as_training(tuned: FinetuneConfig) -> TrainConfig:
-    """What its memory follows from, with all weights of the model that it begins with; one of a name that we do not
-    know counts as GPT-2 124M."""
-    start = tuned.finetune.start.partition("/checkpoints/")[0]
-    model = public_model(start) or ModelConfig()
+def _start_model(tuned: FinetuneConfig) -> ModelConfig:
+    """The model that a tuning begins with; one of a name that we do not know counts as GPT-2 124M."""
+    start = tuned.start.weights.partition("/checkpoints/")[0]
     if "://" in start:
-        model = loader.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
-    kept = {name: getattr(tuned, name) for name in ("run", "batch", "optimizer", "train", "checkpoint")}
-    return TrainConfig(data=DataConfig(url=tuned.data.url or start), model=model, **kept)
+        return loader.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
+    return public_model(start) or ModelConfig()
 
 
 def _arguments(settings: Mapping[str, str]) -> list[str]:

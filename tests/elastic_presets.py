@@ -18,9 +18,8 @@ from trainer.checkpoint.save import Saver
 from trainer.data.order import micro_batch_numbers
 from trainer.distributed import process_group
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer, rate_factor
 from trainer.optim.reduce import TreeReducer
-from trainer.optim.schedule import rate_factor
 
 MICRO_BATCHES = 24  # two ranks have four turns of three each
 STEPS = 8
@@ -38,7 +37,7 @@ def main(folder: str, last: int, shard: bool, deal: bool) -> None:
     for number, (name, architecture) in enumerate(presets.architectures().items()):
         model = GPT(architecture)
         config = dataclasses.replace(optimizer_of(name), zero=int(shard))
-        optimizer = UnitOptimizer(model, config, ranks.rank, ranks.world)
+        optimizer = BlockOptimizer(model, config, ranks.rank, ranks.world)
         url = f"{folder}/{name}"
         restored = load_newest(url, optimizer, ranks)
         first = restored.step if restored else 0
@@ -49,7 +48,7 @@ def main(folder: str, last: int, shard: bool, deal: bool) -> None:
         saver = Saver(url, 100 * last + number, ranks, CheckpointConfig(), None, lambda: True, optimizer.blocks)
         accumulation = MICRO_BATCHES // ranks.world
         ddp = DistributedDataParallel(model.train(), gradient_as_bucket_view=True)
-        reducer = TreeReducer(ddp, accumulation, dealt=deal)
+        reducer = TreeReducer(ddp, accumulation, round_robin=deal)
         numbers = micro_batch_numbers(ranks.rank, ranks.world, accumulation, deal)
         some = torch.zeros(2, architecture.context, dtype=torch.int32)
         reducer.settle(lambda ddp=ddp, some=some: ddp(some, some))

@@ -9,7 +9,7 @@ import torch
 from core.data import sets
 from core.settings import loader
 from core.settings.model import ModelConfig
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 from tests import corpus
 from trainer.import_weights import write_first_checkpoint
 from trainer.model.gpt import GPT
@@ -68,6 +68,6 @@ def make_run(run_url: str, data_url: str, choices: ModelConfig = SMALL, seed: in
     """A run with one checkpoint, of step 0."""
     model = random_model(choices, seed)
     flags = [f"--model.{key}={value}" for key, value in loader.to_dict(choices).items()]
-    settings = loader.load(TrainConfig, [*flags, f"--run.url={run_url}", f"--data.url={data_url}"], {})
+    settings = loader.load(PretrainConfig, [*flags, f"--run.url={run_url}", f"--data.url={data_url}"], {})
     write_first_checkpoint(settings, model, "random numbers", "")
     return model

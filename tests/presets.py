@@ -5,18 +5,18 @@ from pathlib import Path
 
 from core.settings import loader
 from core.settings.model import ModelConfig
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 
 FOLDER = Path(__file__).parent.parent / "trainer" / "configs"
 EOT_ROWS = 50257  # documents are told apart by the last token id, so that even a small model needs its row
 
 
-def pretraining() -> dict[str, TrainConfig]:
+def pretraining() -> dict[str, PretrainConfig]:
     """Name → settings of every preset that pretrains."""
     found = {}
     for path in sorted(FOLDER.glob("*.yaml")):
         if "\nmodel:" in path.read_text():
-            found[path.stem] = loader.load(TrainConfig, [str(path), "--run.url=unused", "--data.url=unused"], {})
+            found[path.stem] = loader.load(PretrainConfig, [str(path), "--run.url=unused", "--data.url=unused"], {})
     return found
 
 

@@ -15,16 +15,16 @@ from trainer.checkpoint import blocks, layout
 from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer
 
 MODEL = ModelConfig(layers=1, heads=2, width=8, context=4, padded_vocab_size=32)
 
 
-def trained(seed: int, steps: int) -> tuple[GPT, UnitOptimizer]:
+def trained(seed: int, steps: int) -> tuple[GPT, BlockOptimizer]:
     """A model and its optimizer after some steps on made-up gradients."""
     model = GPT(MODEL)
     model.initialise(seed)
-    optimizer = UnitOptimizer(model, OptimizerConfig(warmup_steps=0), rank=0, world=1)
+    optimizer = BlockOptimizer(model, OptimizerConfig(warmup_steps=0), rank=0, world=1)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for parameter in model.parameters():
@@ -33,7 +33,7 @@ def trained(seed: int, steps: int) -> tuple[GPT, UnitOptimizer]:
     return model, optimizer
 
 
-def saver(run_url: str, ranks, optimizer: UnitOptimizer, segment: int = 1, **config: int) -> Saver:
+def saver(run_url: str, ranks, optimizer: BlockOptimizer, segment: int = 1, **config: int) -> Saver:
     return Saver(run_url, segment, ranks, CheckpointConfig(**config), None, lambda: True, optimizer.blocks)
 
 
@@ -154,7 +154,7 @@ def test_another_models_checkpoint_is_refused(tmp_path, ranks):
     save(str(tmp_path), ranks, 1)
     wider = GPT(ModelConfig(layers=1, heads=2, width=8, context=4, padded_vocab_size=64))
     with pytest.raises(CheckpointError, match=r"holds 32 of 64 rows of model\.wte\.weight"):
-        load_newest(str(tmp_path), UnitOptimizer(wider, OptimizerConfig(warmup_steps=0), 0, 1), ranks)
+        load_newest(str(tmp_path), BlockOptimizer(wider, OptimizerConfig(warmup_steps=0), 0, 1), ranks)
 
 
 def test_retention_keeps_the_newest_and_the_multiples(tmp_path, ranks):
@@ -197,21 +197,21 @@ def test_books_that_cannot_be_stored_hold_the_marker_back(tmp_path, ranks):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_rows_are_dealt_out_once_and_evenly(world: int):
+def test_rows_are_assigned_once_and_evenly(world: int):
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in GPT(ModelConfig()).named_parameters()}
-    units = blocks.deal(shapes, world)
+    assigned = blocks.assign_blocks(shapes, world)
     loads = [0] * world
     for name, shape in shapes.items():
         position = 0
-        for unit in sorted((unit for unit in units if unit.name == name), key=lambda unit: unit.start):
-            assert unit.start == position
-            position = unit.stop
-            loads[unit.owner] += (unit.stop - unit.start) * shape[1:].numel()
+        for block in sorted((each for each in assigned if each.name == name), key=lambda each: each.start):
+            assert block.start == position
+            position = block.stop
+            loads[block.owner] += (block.stop - block.start) * shape[1:].numel()
         assert position == shape[0]
-    assert max(loads) - min(loads) <= blocks.MAX_UNIT_ELEMENTS
-    cuts = {(unit.name, unit.start, unit.stop) for unit in units}
-    assert cuts == {(unit.name, unit.start, unit.stop) for unit in blocks.deal(shapes, 1)}, (
+    assert max(loads) - min(loads) <= blocks.MAX_BLOCK_ELEMENTS
+    cuts = {(each.name, each.start, each.stop) for each in assigned}
+    assert cuts == {(each.name, each.start, each.stop) for each in blocks.assign_blocks(shapes, 1)}, (
         "cuts do not depend on ranks"
     )
 

@@ -1,5 +1,6 @@
 """core.settings.loader: three layers, typed values, errors that say where."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from core.errors import ConfigError
 from core.settings import evaluation, loader
 from core.settings.evaluation import EvaluateConfig
-from core.settings.renamed import RENAMED
-from core.settings.training import TrainConfig
+from core.settings.renamed import REMOVED, RENAMED
+from core.settings.stages import training_schema
+from core.settings.training import PretrainConfig
 from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig
 from trainer.generate import GenerateConfig
 
@@ -16,8 +18,8 @@ REPOSITORY = Path(__file__).parent.parent
 URLS = ["--run.url=/r", "--data.url=/d"]
 
 
-def load(*arguments: str, **environment: str) -> TrainConfig:
-    return loader.load(TrainConfig, [*URLS, *arguments], environment)
+def load(*arguments: str, **environment: str) -> PretrainConfig:
+    return loader.load(PretrainConfig, [*URLS, *arguments], environment)
 
 
 def write(folder: Path, text: str) -> str:
@@ -40,9 +42,9 @@ def test_layers_and_types(tmp_path: Path):
 
 def test_environment_overrides_the_file_and_a_flag_both(tmp_path: Path):
     file = write(tmp_path, "run:\n  url: /from-file\ndata:\n  url: /d\n")
-    assert loader.load(TrainConfig, [file], {}).run.url == "/from-file"
-    assert loader.load(TrainConfig, [file], {"RUN_URL": "/from-env"}).run.url == "/from-env"
-    assert loader.load(TrainConfig, [file, "--run.url=/flag"], {"RUN_URL": "/from-env"}).run.url == "/flag"
+    assert loader.load(PretrainConfig, [file], {}).run.url == "/from-file"
+    assert loader.load(PretrainConfig, [file], {"RUN_URL": "/from-env"}).run.url == "/from-env"
+    assert loader.load(PretrainConfig, [file, "--run.url=/flag"], {"RUN_URL": "/from-env"}).run.url == "/flag"
 
 
 @pytest.mark.parametrize(
@@ -88,22 +90,22 @@ def test_errors_of_flags(tmp_path: Path):
     ):
         load("--batch.tokens_per_step=1000")
     with pytest.raises(ConfigError, match=r"url: is empty; set it, --run\.url"):
-        loader.load(TrainConfig, [], {})
+        loader.load(PretrainConfig, [], {})
 
 
 def test_round_trip_and_identity():
     loaded = load("--train.steps=2000", "--train.log_every=3")
-    assert loader.from_dict(TrainConfig, loader.to_dict(loaded), "stored") == loaded
+    assert loader.from_dict(PretrainConfig, loader.to_dict(loaded), "stored") == loaded
     identity = loader.identity(loaded)
     assert identity["train.steps"] == 2000
     assert "train.log_every" not in identity
     assert "run.url" not in identity
     with pytest.raises(ConfigError, match=r"stored: unknown setting train\.nonsense"):
-        loader.from_dict(TrainConfig, {"train": {"nonsense": 1}}, "stored")
+        loader.from_dict(PretrainConfig, {"train": {"nonsense": 1}}, "stored")
 
 
 def test_help_names_every_setting():
-    text = loader.help_text(TrainConfig, "usage")
+    text = loader.help_text(PretrainConfig, "usage")
     for key in loader.flatten(loader.to_dict(load())):
         assert f"--{key}=" in text
 
@@ -123,14 +125,37 @@ def test_an_old_name_of_a_setting_is_answered_with_the_new_one(tmp_path: Path):
         load("--batch.tokens=512")
     with pytest.raises(ConfigError, match=r"c\.yaml:2: optimizer\.deal_sums is an old name; write optimizer\.zero=2"):
         load(write(tmp_path, "optimizer:\n  deal_sums: true\n"))
+    with pytest.raises(ConfigError, match=r"finetune\.start is an old name; write start\.weights with stage=finetune"):
+        load("--finetune.start=gpt2")
+    with pytest.raises(ConfigError, match=r"train\.compile_cache is gone; remove it: each machine compiles"):
+        load("--train.compile_cache=true")
+
+
+def test_the_config_names_the_stage_and_a_flag_overrides_it(tmp_path: Path):
+    assert training_schema([]) is PretrainConfig
+    file = write(tmp_path, "# a comment\nstage: dpo\n")
+    assert training_schema([file]) is DpoConfig
+    assert training_schema([file, "--stage=distil"]) is DistilConfig
+    loaded = loader.load(DpoConfig, [file, "--run.url=/r", "--start.weights=gpt2"], {})
+    assert (loaded.stage, loader.identity(loaded)["stage"]) == ("dpo", "dpo")
+    with pytest.raises(ConfigError, match=r"c\.yaml:1: stage is 'tune', must be one of pretrain, finetune, dpo"):
+        training_schema([write(tmp_path, "stage: tune\n")])
+    with pytest.raises(
+        ConfigError, match=r"start\.weights=gpt2: is not a setting of pretraining; add --stage=finetune"
+    ):
+        training_schema(["--start.weights=gpt2"])
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such config file"):
+        training_schema(["nowhere.yaml"])
 
 
 def test_every_new_name_is_a_setting():
-    schemas = (TrainConfig, FinetuneConfig, DpoConfig, DistilConfig, EvaluateConfig, GenerateConfig)
+    schemas = (PretrainConfig, FinetuneConfig, DpoConfig, DistilConfig, EvaluateConfig, GenerateConfig)
     keys = [{key for key, _ in loader._walk(schema)} for schema in schemas]
-    assert {name.partition("=")[0] for name in RENAMED.values()} <= set().union(*keys)
+    new_keys = {old: re.split("[= ]", new)[0] for old, new in RENAMED.items()}
+    assert {*new_keys.values()} <= set().union(*keys)
     for known in keys:  # an old name of one schema may be a setting of another
-        assert not {old for old, new in RENAMED.items() if new.partition("=")[0] in known} & known
+        assert not {old for old, new in new_keys.items() if new in known} & known
+        assert not {*REMOVED} & known
 
 
 def test_the_launching_side_parses_a_command_line_of_evaluation():

@@ -149,7 +149,7 @@ def test_evaluation_needs_a_third_of_the_work_per_token(tmp_path: Path):
 
 
 def test_epochs_of_unknown_data_are_assumed_unless_they_are_given(tmp_path: Path):
-    run = "torchrun -m trainer.finetune --finetune.start=$START --finetune.epochs=2 --train.eval_every=0"
+    run = "torchrun -m trainer.train --stage=finetune --start.weights=$START --train.epochs=2 --train.eval_every=0"
     task = tasks.load(write(tmp_path, "accelerators: A100:8", run))
     catalog = Catalog((offer(),), "by hand")
     assumed = forecast(task, catalog, BARE, None)

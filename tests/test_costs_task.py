@@ -106,13 +106,13 @@ def test_a_build_of_images_is_work_as_well(tmp_path: Path):
     ],
 )
 def test_what_is_tuned_is_the_model_that_its_start_names(tmp_path: Path, start: str, width: int, assumed: str):
-    run = f"torchrun -m trainer.finetune --finetune.start={start} --train.steps=1000 --batch.tokens_per_step=65536"
+    run = f"torchrun -m trainer.train --stage=finetune --start.weights={start} --batch.tokens_per_step=65536"
     work = tasks.load(write(tmp_path, "accelerators: A100:1", run)).work
     assert (work.stage, work.model.width, work.assumed) == ("finetune", width, assumed)
 
 
 def test_what_is_distilled_is_the_student(tmp_path: Path):
-    run = "torchrun -m trainer.distil --distil.teacher=gpt2-xl --model.layers=6"
+    run = "torchrun -m trainer.train --stage=distil --teacher.weights=gpt2-xl --model.layers=6"
     work = tasks.load(write(tmp_path, "accelerators: A100:1", run)).work
     assert (work.stage, work.model.layers) == ("distil", 6)
     assert work.assumed == "what the teacher computes is not counted"

@@ -1,4 +1,4 @@
-"""trainer.loop.determinism: what is promised on which device, and that torch refuses nothing of a training step."""
+"""Determinism: the guarantee on each device, and that torch refuses no operation of a training step."""
 
 import re
 
@@ -11,16 +11,16 @@ from core.settings.loader import SettingError
 from core.settings.training import OptimizerConfig, TrainLoopConfig
 from tests import presets
 from trainer.distributed.process_group import Ranks
-from trainer.loop import determinism
+from trainer.loop import segment
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer
 
 ARCHITECTURES = presets.architectures()
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 def described(device: torch.device, lengths_vary: bool = False, **changed) -> str:
-    return determinism.describe(TrainLoopConfig(**changed), Ranks(0, 2, 0, 2, device, None, None), lengths_vary)
+    return segment.describe_determinism(TrainLoopConfig(**changed), Ranks(0, 2, 0, 2, device, None, None), lengths_vary)
 
 
 def test_an_exact_resume_is_the_default_and_the_log_says_what_holds():
@@ -46,7 +46,7 @@ def modes(monkeypatch) -> list[bool]:
 
 def test_a_gpu_is_asked_for_deterministic_kernels_by_default(modes: list[bool]):
     environment: dict[str, str] = {}
-    determinism.set_up(TrainLoopConfig(), CUDA, environment)
+    segment.set_up_determinism(TrainLoopConfig(), CUDA, environment)
     assert modes == [True]
     assert environment == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -54,15 +54,15 @@ def test_a_gpu_is_asked_for_deterministic_kernels_by_default(modes: list[bool]):
 
 def test_a_cpu_and_an_explicit_no_change_nothing(modes: list[bool]):
     environment: dict[str, str] = {}
-    determinism.set_up(TrainLoopConfig(), CPU, environment)
-    determinism.set_up(TrainLoopConfig(deterministic=False), CUDA, environment)
+    segment.set_up_determinism(TrainLoopConfig(), CPU, environment)
+    segment.set_up_determinism(TrainLoopConfig(deterministic=False), CUDA, environment)
     assert (modes, environment) == ([], {})
 
 
 def test_a_workspace_with_which_cublas_rounds_differently_is_refused(modes: list[bool]):
     with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG is ':0:0', .* unset it, set it to :4096:8, or set"):
-        determinism.set_up(TrainLoopConfig(), CUDA, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"})
-    determinism.set_up(TrainLoopConfig(), CUDA, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+        segment.set_up_determinism(TrainLoopConfig(), CUDA, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"})
+    segment.set_up_determinism(TrainLoopConfig(), CUDA, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
     assert modes == [True]
 
 
@@ -73,8 +73,10 @@ def test_fp8_on_a_cpu_is_refused_at_construction():
 
 def test_a_kernel_that_torch_refuses_is_named_with_a_cure():
     error = RuntimeError("put_ does not have a deterministic implementation, but you set 'torch.use_deterministic…'")
-    assert re.match(r"train.deterministic is true, but .* of put_; set train.det", str(determinism.refusal(error)))
-    assert determinism.refusal(RuntimeError("out of memory")) is None
+    assert re.match(
+        r"train.deterministic is true, but .* of put_; set train.det", str(segment.determinism_refusal(error))
+    )
+    assert segment.determinism_refusal(RuntimeError("out of memory")) is None
 
 
 def refused_by_torch() -> set[str]:
@@ -105,7 +107,7 @@ def test_a_training_step_has_no_operation_that_torch_refuses(name: str):
     settings = presets.pretraining().get(name)
     model = GPT(ARCHITECTURES[name])
     model.initialise(1)
-    optimizer = UnitOptimizer(model, settings.optimizer if settings else OptimizerConfig(name="muon"), rank=0, world=1)
+    optimizer = BlockOptimizer(model, settings.optimizer if settings else OptimizerConfig(name="muon"), rank=0, world=1)
     tokens_BT = torch.randint(0, 64, (2, model.config.context + 1))
     with Seen() as seen:
         model(tokens_BT[:, :-1], tokens_BT[:, 1:]).backward()

@@ -12,11 +12,10 @@ from core.errors import ConfigError
 from core.settings.model import ModelConfig
 from tests import corpus, launching, tuning
 from trainer.model.gpt import GPT
-from trainer.model.recomputed import divergence_and_cross_entropy
-from trainer.stages.distil import Distillation
-from trainer.stages.teacher import Teacher, open_teacher
+from trainer.model.loss import divergence_and_cross_entropy
+from trainer.stages.distil import Distillation, Teacher, open_teacher
 
-MODULE = "trainer.distil"
+MODULE = "trainer.train"
 STUDENT = ["--model.layers=1", "--model.heads=2", "--model.width=16", "--model.context=64"]
 FLAGS = [*STUDENT, *tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--train.eval_tokens=256"]
 FLAGS += [
@@ -27,7 +26,14 @@ CPU = torch.device("cpu")
 
 
 def flags_of(base: tuple[str, str], run_url: str, *more: str) -> list[str]:
-    return [f"--data.url={base[0]}", f"--distil.teacher={base[1]}", f"--run.url={run_url}", *FLAGS, *more]
+    return [
+        "--stage=distil",
+        f"--data.url={base[0]}",
+        f"--teacher.weights={base[1]}",
+        f"--run.url={run_url}",
+        *FLAGS,
+        *more,
+    ]
 
 
 def test_the_student_nears_the_teacher_and_killed_it_resumes_to_the_bit(pretrained, tmp_path):
@@ -49,7 +55,7 @@ def test_the_student_nears_the_teacher_and_killed_it_resumes_to_the_bit(pretrain
 def test_two_ranks_from_a_start(pretrained, tmp_path):
     """The teacher's own weights as a start: hardly anything to learn from it, on any number of ranks."""
     alone, together = str(tmp_path / "alone"), str(tmp_path / "together")
-    same = [*tuning.MODEL, f"--distil.start={pretrained[1]}", "--train.steps=4", "--optimizer.lr=1e-4"]
+    same = [*tuning.MODEL, f"--start.weights={pretrained[1]}", "--train.steps=4", "--optimizer.lr=1e-4"]
     tuning.run_alone(MODULE, *flags_of(pretrained, alone, *same))
     process = launching.start(2, *flags_of(pretrained, together, *same), module=MODULE, base=())
     code, output = launching.finish(process)
@@ -86,7 +92,7 @@ def test_the_mixture_is_hintons():
     teacher.initialise(2)
     taught = Teacher("t", 16, teacher.head, 0.0, teacher, False)
     tokens = torch.arange(34).reshape(2, 17)
-    loss = Distillation(student, taught, temperature=2.0, weight=0.25)(tokens)
+    loss = Distillation(student, taught, temperature=2.0, kl_weight=0.25)(tokens)
     with torch.no_grad():
         s, t = (model(tokens[:, :-1])[..., :GPT2_VOCAB_SIZE] / 2.0 for model in (student, teacher))
         soft = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1).mean()
@@ -140,7 +146,7 @@ def test_bad_input_is_one_sentence(pretrained, tmp_path):
     def refused(*more: str) -> str:
         return tuning.refused(MODULE, *flags_of(pretrained, run_url, *more))
 
-    assert "distil.teacher: is empty" in refused("--distil.teacher=")
+    assert "teacher.weights: is empty" in refused("--teacher.weights=")
     assert "the student's is 128; set model.context to at most that" in refused("--model.context=128")
-    assert "has model.layers = 2, this config has 1" in refused(f"--distil.start={pretrained[1]}")
+    assert "has model.layers = 2, this config has 1" in refused(f"--start.weights={pretrained[1]}")
     assert not storage.list_objects(run_url)

@@ -16,12 +16,11 @@ from tests.fake_endpoint import KEY, FakeEndpoint
 from trainer.synthesis import answers
 from trainer.synthesis.endpoint import _retry_after
 
-MODULE = "trainer.distil"
+MODULE = "trainer.synthesize"
 
 
 def flags_of(endpoint: FakeEndpoint, tmp_path, *more: str) -> list[str]:
     return [
-        "make",
         f"--make.prompts={tmp_path / 'prompts.txt'}",
         f"--make.url={tmp_path / 'data'}",
         "--make.licence=made up for a test",

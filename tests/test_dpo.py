@@ -11,14 +11,14 @@ from core.data.sets import preference
 from core.data.vocabulary import read as read_vocabulary
 from core.errors import DataError
 from core.settings.model import ModelConfig
-from core.settings.tuning import RowsConfig
+from core.settings.tuning import ExamplesConfig
 from tests import launching, tuning
 from trainer.data import examples
 from trainer.data.chat_template import NO_TARGET, render
 from trainer.model.gpt import GPT
 from trainer.stages.dpo import answer_log_probs, margins, preference_losses
 
-MODULE = "trainer.dpo"
+MODULE = "trainer.train"
 FLAGS = [*tuning.BATCH, *tuning.QUIET, "--optimizer.lr=3e-3", "--train.steps=18", "--train.eval_every=0"]
 FLAGS += ["--checkpoint.every_steps=3", "--data.val_fraction=0.1"]
 
@@ -29,7 +29,14 @@ def pairs(tmp_path_factory) -> str:
 
 
 def flags_of(base: tuple[str, str], pairs: str, run_url: str, *more: str) -> list[str]:
-    return [f"--dpo.start={base[1]}", f"--data.examples={pairs}", f"--run.url={run_url}", *FLAGS, *more]
+    return [
+        "--stage=dpo",
+        f"--start.weights={base[1]}",
+        f"--data.examples={pairs}",
+        f"--run.url={run_url}",
+        *FLAGS,
+        *more,
+    ]
 
 
 def test_it_learns_and_killed_it_resumes_to_the_bit(pretrained, pairs, tmp_path):
@@ -123,7 +130,7 @@ def test_only_the_last_answer_counts(tmp_path, vocab_bpe):
         {"role": "user", "content": "How are you?"},
     ]
     row = {"prompt": before, "chosen": "Very well", "rejected": "Go away now"}
-    config = RowsConfig(examples=tuning.write_rows(tmp_path / "rows.jsonl", [row]), val_fraction=0.0)
+    config = ExamplesConfig(examples=tuning.write_rows(tmp_path / "rows.jsonl", [row]), val_fraction=0.0)
     texts = examples.read_preferences(config, encoding, 64).train
     assert len(texts) == 2
     for index, answer in enumerate(("Very well", "Go away now")):
@@ -168,6 +175,6 @@ def test_bad_input_is_one_sentence(pretrained, pairs, tmp_path):
 def test_pairs_that_differ_only_beyond_the_cut_are_left_out(tmp_path, vocab_bpe):
     encoding = read_vocabulary(str(vocab_bpe)).encoding()
     row = {"prompt": "Q", "chosen": "same " * 50 + "good", "rejected": "same " * 50 + "bad"}
-    config = RowsConfig(examples=tuning.write_rows(tmp_path / "rows.jsonl", [row]), val_fraction=0.0)
+    config = ExamplesConfig(examples=tuning.write_rows(tmp_path / "rows.jsonl", [row]), val_fraction=0.0)
     with pytest.raises(DataError, match="1 lost their answer to a cut after 32 tokens"):
         examples.read_preferences(config, encoding, 32)

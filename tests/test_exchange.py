@@ -12,7 +12,7 @@ import torch
 from core.errors import CheckpointError, ConfigError, DataError, StorageError
 from core.settings import loader
 from core.settings.model import ModelConfig
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 from tests import launching, models
 from trainer import export, import_weights
 from trainer.inference.engine import Engine, GenerationRequest
@@ -30,7 +30,7 @@ TEXT = "The naïve dog's 3 puppies: \n\n\n  don't know 🙂 what [they] want… 
 
 def small(preset: Path) -> ModelConfig:
     """A preset's choices at another size."""
-    made = loader.load(TrainConfig, [str(preset), "--run.url=r", "--data.url=d"], {}).model
+    made = loader.load(PretrainConfig, [str(preset), "--run.url=r", "--data.url=d"], {}).model
     sizes = {"layers": 2, "heads": 2, "width": 32, "context": 64, "mlp_width": 80 if made.mlp_width else 0}
     return dataclasses.replace(made, **sizes)
 

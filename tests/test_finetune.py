@@ -8,18 +8,18 @@ from core import storage
 from core.data.vocabulary import read as read_vocabulary
 from core.errors import CheckpointError, DataError
 from core.settings.model import ModelConfig
-from core.settings.tuning import RowsConfig
+from core.settings.tuning import ExamplesConfig
 from tests import launching, tuning
 from trainer.checkpoint import layout
 from trainer.data import examples
 from trainer.data.chat_template import NO_TARGET, render
-from trainer.data.packing import NumberedBatches, in_order, pack
+from trainer.data.examples import NumberedBatches, in_order, pack
 from trainer.model import lora
 from trainer.model.gpt import GPT
 from trainer.stages.finetune import Rows
 from trainer.weights import open as weights
 
-MODULE = "trainer.finetune"
+MODULE = "trainer.train"
 FLAGS = [*tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--checkpoint.every_steps=3"]
 CPU = torch.device("cpu")
 
@@ -35,7 +35,14 @@ def encoding(vocab_bpe):
 
 
 def flags_of(base: tuple[str, str], rows: str, run_url: str, *more: str) -> list[str]:
-    return [f"--finetune.start={base[1]}", f"--data.examples={rows}", f"--run.url={run_url}", *FLAGS, *more]
+    return [
+        "--stage=finetune",
+        f"--start.weights={base[1]}",
+        f"--data.examples={rows}",
+        f"--run.url={run_url}",
+        *FLAGS,
+        *more,
+    ]
 
 
 def assert_learned(run_url: str, least: float) -> None:
@@ -202,7 +209,7 @@ def test_batches_are_the_same_for_any_ranks_and_from_any_step():
 
 
 def read(tmp_path, encoding, rows: list, **settings) -> examples.Examples:
-    config = RowsConfig(url="", examples=tuning.write_rows(tmp_path / "rows.jsonl", rows), **settings)
+    config = ExamplesConfig(url="", examples=tuning.write_rows(tmp_path / "rows.jsonl", rows), **settings)
     return examples.read_conversations(config, encoding, 32)
 
 
@@ -211,7 +218,7 @@ def test_bad_rows_are_counted_cut_and_refused(tmp_path, encoding):
     long_answer = {"instruction": "Why?", "output": "because " * 100}
     long_question = {"instruction": "why " * 100, "output": "Because."}
     found = read(tmp_path, encoding, [*good, long_answer, long_question], val_fraction=0.0)
-    assert "2 longer than 32 tokens and cut at their end, 1 of them left out" in found.report
+    assert "2 longer than 32 tokens and cut at their end, 1 of them skipped" in found.report
     assert len(found.train) == 51
     assert max(found.train.lengths) == 32
     whole = render([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "because " * 100}], encoding)
@@ -220,7 +227,7 @@ def test_bad_rows_are_counted_cut_and_refused(tmp_path, encoding):
     with pytest.raises(DataError, match="1 of 51 rows cannot be used, such as row 51 has an empty message"):
         read(tmp_path, encoding, [*good, unanswered])
     tolerated = read(tmp_path, encoding, [*good, unanswered, "text"], max_bad_fraction=0.1)
-    assert "2 without an answer or of no known form left out" in tolerated.report
+    assert "2 without an answer or of an unknown form skipped" in tolerated.report
     with pytest.raises(DataError, match="none of its 1 rows is left to train on"):
         read(tmp_path, encoding, [long_question])
 
@@ -242,8 +249,8 @@ def test_bad_input_is_one_sentence(pretrained, rows, tmp_path):
     def refused(*more: str) -> str:
         return tuning.refused(MODULE, *flags_of(pretrained, rows, run_url, *more))
 
-    assert "finetune.start: is empty" in refused("--finetune.start=")
-    assert "has no complete checkpoint" in refused(f"--finetune.start={tmp_path}/absent")
+    assert "start.weights: is empty" in refused("--start.weights=")
+    assert "has no complete checkpoint" in refused(f"--start.weights={tmp_path}/absent")
     assert "data.length is 128, but" in refused("--data.length=128")
     assert "there is no set 'absent'; store it first" in refused("--data.examples=absent")
     assert "optimizer.name: is muon, which does not fit adapters" in refused("--lora.rank=2", "--optimizer.name=muon")

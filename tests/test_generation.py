@@ -19,7 +19,7 @@ from tests.checkpoints import random_model
 from trainer.inference.choose import choose
 from trainer.inference.engine import ROOM_STEP, Engine, GenerationRequest, TextStream
 from trainer.inference.sampling import Sampling, load
-from trainer.loop.samples import sample
+from trainer.loop.evaluation import sample
 from trainer.model.gpt import GPT
 
 CPU = torch.device("cpu")

@@ -92,6 +92,48 @@ def test_nothing_imports_an_entry():
         assert not imports_of(file) & entries, file
 
 
+# --- layers of the trainer -------------------------------------------------------------------------------------
+
+# Each folder may import itself and the folders to its right.
+LAYERS = (
+    *("loop", "stages", "evals", "inference", "weights"),
+    *("optim", "checkpoint", "data", "model", "distributed"),
+)
+ALONE = ("synthesis",)  # imports no other folder
+
+
+def folders_imported(file: Path) -> set[str]:
+    """The folders of trainer/ that a file imports from."""
+    parts = [name.split(".") for name in imports_of(file)]
+    return {part[1] for part in parts if len(part) > 1 and part[0] == "trainer"} & {*LAYERS, *ALONE}
+
+
+def imports_that_point_up(module: str, imported: set[str]) -> set[tuple[str, str]]:
+    folder = module.split(".")[1]
+    allowed = {folder, *LAYERS[LAYERS.index(folder) + 1 :]} if folder in LAYERS else {folder}
+    return {(module, other) for other in imported - allowed}
+
+
+def test_folders_of_the_trainer_import_only_the_layers_below():
+    folders = {path.name for path in (REPOSITORY / "trainer").iterdir() if (path / "__init__.py").exists()}
+    assert folders == {*LAYERS, *ALONE}
+    found = set()
+    for module in modules("trainer"):
+        if module.count(".") == 2:
+            found |= imports_that_point_up(module, folders_imported(REPOSITORY / f"{module.replace('.', '/')}.py"))
+    assert not found
+
+
+@pytest.mark.parametrize(("folder", "imported"), [("data", "loop"), ("optim", "weights"), ("synthesis", "model")])
+def test_the_layers_test_can_fail(folder: str, imported: str):
+    assert imports_that_point_up(f"trainer.{folder}.new", {imported, folder})
+
+
+def test_only_the_training_entry_imports_the_loop():
+    entries = [path for path in (REPOSITORY / "trainer").glob("*.py") if "loop" in folders_imported(path)]
+    assert [path.name for path in entries] == ["train.py"]
+
+
 def test_package_markers_are_empty():
     for package in PACKAGES:
         for marker in (REPOSITORY / package).rglob("__init__.py"):

@@ -208,11 +208,15 @@ def test_a_start_without_weights_and_rows_that_were_never_stored_are_named(tunin
 # --- memory ----------------------------------------------------------------------------------------------------
 
 
-def settings_of(*arguments: str) -> training.TrainConfig:
-    return loader.load(training.TrainConfig, [str(ROOT / "trainer/configs/gpt2-124m.yaml"), *arguments, *URLS], {})
+def settings_of(*arguments: str) -> training.PretrainConfig:
+    return loader.load(training.PretrainConfig, [str(ROOT / "trainer/configs/gpt2-124m.yaml"), *arguments, *URLS], {})
 
 
 URLS = ("--run.url=/r", "--data.url=/d")
+
+
+def verdict(settings: training.PretrainConfig, gpu: str, world: int) -> tuple[bool, str] | None:
+    return memory.verdict(settings, settings.model, gpu, world)
 
 
 def test_every_gpu_that_a_task_names_has_a_known_memory():
@@ -224,27 +228,25 @@ def test_every_gpu_that_a_task_names_has_a_known_memory():
 
 def test_the_preset_fits_every_gpu_that_its_tasks_name():
     for gpu, world in (("A100", 8), ("A100-80GB", 8), ("A100", 2), ("GH200", 1)):
-        assert memory.verdict(settings_of(), gpu, world)[0], gpu
+        assert verdict(settings_of(), gpu, world)[0], gpu
 
 
 def test_a_model_that_fits_nowhere_asks_for_larger_gpus():
-    fits, said = memory.verdict(
-        settings_of("--model.width=8192", "--model.heads=64", "--model.layers=64"), "A100", world=8
-    )
+    fits, said = verdict(settings_of("--model.width=8192", "--model.heads=64", "--model.layers=64"), "A100", world=8)
     assert not fits
     assert said.endswith("take more or larger GPUs, or a smaller preset")
 
 
 def test_a_micro_batch_that_is_to_be_found_is_looked_for():
     settings = settings_of("--batch.micro_batch_size=0")
-    assert memory.verdict(settings, "A10G", world=1) == (
+    assert verdict(settings, "A10G", world=1) == (
         True,
         "A10G: about 18 of 24 GB per GPU, by estimate, not confirmed on a GPU yet, with 32 sequences per micro-batch",
     )
 
 
 def test_of_an_unknown_gpu_nothing_is_said():
-    assert memory.verdict(settings_of(), "V9000", world=1) is None
+    assert verdict(settings_of(), "V9000", world=1) is None
 
 
 # --- registry --------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What starts on a machine that has little more than torch, numpy and PyYAML."""
 
-import dataclasses
 import sys
 
 import pytest
@@ -9,7 +8,7 @@ import xxhash
 from bench import tokens
 from core import storage
 from core.errors import ConfigError
-from tests import launching, missing, presets
+from tests import launching, missing
 from trainer.loop import report
 
 
@@ -34,10 +33,8 @@ def test_the_trainer_trains_and_its_checkpoint_is_as_with_all_packages(data_url:
 
 def test_a_live_view_without_rich_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "trainer.loop.screen", None)  # as where its own imports fail
-    settings = presets.pretraining()["debug"]
-    assert report.screen(settings, None) is None
-    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, display="live"))
+    assert report.open_screen("auto", 10, None) is None
     with pytest.raises(
         ConfigError, match=r"train.display is live, which needs the package rich; run `pip install rich`"
     ):
-        report.screen(settings, None)
+        report.open_screen("live", 10, None)

@@ -15,8 +15,7 @@ from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.settings.loader import SettingError
 from core.settings.model import ModelConfig, flops_per_token, matrix_parameters, parameters
 from tests import presets
-from trainer.model.attention import document_mask
-from trainer.model.cache import KVCache
+from trainer.model.attention import KVCache, document_mask
 from trainer.model.gpt import GPT
 from trainer.model.loss import chunked_cross_entropy, token_losses
 

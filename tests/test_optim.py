@@ -18,8 +18,7 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import parse_key
 from trainer.model.gpt import GPT
 from trainer.optim import muon
-from trainer.optim.optimizer import UnitOptimizer
-from trainer.optim.schedule import rate_factor
+from trainer.optim.optimizer import BlockOptimizer, rate_factor
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
@@ -38,7 +37,7 @@ def test_muon_makes_matrices_nearly_orthogonal(shape: tuple[int, int]):
 def test_muon_moves_matrices_and_adamw_the_rest():
     model = GPT(ModelConfig(layers=1, heads=2, width=8, context=4, padded_vocab_size=32, tie_embeddings=False))
     model.initialise(1)
-    optimizer = UnitOptimizer(model, OptimizerConfig(name="muon", embedding_lr=0.5, lr=0.25), rank=0, world=1)
+    optimizer = BlockOptimizer(model, OptimizerConfig(name="muon", embedding_lr=0.5, lr=0.25), rank=0, world=1)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -67,7 +66,7 @@ def test_muon_learns_faster_than_adamw_on_a_small_task():
         model = GPT(ModelConfig(layers=2, heads=2, width=32, context=16, padded_vocab_size=64))
         model.initialise(1)
         config = OptimizerConfig(name=name, lr=3e-3, muon_lr=0.02, weight_decay=0.0)
-        optimizer = UnitOptimizer(model, config, rank=0, world=1)
+        optimizer = BlockOptimizer(model, config, rank=0, world=1)
         tokens = torch.randint(0, 64, (8, 17), generator=torch.Generator().manual_seed(2))
         for _ in range(60):
             model.zero_grad(set_to_none=False)

@@ -8,12 +8,12 @@ import torch
 
 from core import storage
 from core.run import journal
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 from tests import corpus, launching, presets
+from trainer.loop.loop import is_overfitted
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
-from trainer.optim.schedule import rate_factor
-from trainer.stages import overfit
+from trainer.optim.optimizer import BlockOptimizer, rate_factor
+from trainer.stages import sizing
 
 PRESETS = presets.pretraining()
 # Made small, the others are the first of these.
@@ -39,28 +39,28 @@ def endings(run_url: str) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_repeats_one_micro_batch_at_a_constant_rate(name: str):
-    settings = overfit.one_micro_batch(PRESETS[name])
+    settings, model = sizing.one_micro_batch(PRESETS[name], PRESETS[name].model, PRESETS[name].model.context)
     steps = settings.train.steps
     assert {rate_factor(step, steps, settings.optimizer) for step in (1, 2, steps // 2, steps - 1, steps)} == {1.0}
-    assert settings.batch.tokens_per_step == settings.batch.micro_batch_size * settings.model.context
-    assert settings.model.dropout == 0
+    assert settings.batch.tokens_per_step == settings.batch.micro_batch_size * model.context
+    assert model.dropout == 0
     assert settings.train.eval_every == settings.train.hellaswag_every == settings.train.sample_every == 0
-    assert settings == overfit.one_micro_batch(settings)
+    assert (settings, model) == sizing.one_micro_batch(settings, model, model.context)
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_every_preset_learns_a_micro_batch_by_heart_with_its_own_optimizer(name: str):
     """Small, but with all its choices and rates, those of AdamW raised as small models need it."""
-    settings = overfit.one_micro_batch(PRESETS[name])
-    model = GPT(dataclasses.replace(presets.small(settings.model), width=64, heads=2))
+    settings, shape = sizing.one_micro_batch(PRESETS[name], PRESETS[name].model, PRESETS[name].model.context)
+    model = GPT(dataclasses.replace(presets.small(shape), width=64, heads=2))
     model.initialise(1)
     rate = max(settings.optimizer.lr, 3e-3)
-    optimizer = UnitOptimizer(model, dataclasses.replace(settings.optimizer, lr=rate), rank=0, world=1)
+    optimizer = BlockOptimizer(model, dataclasses.replace(settings.optimizer, lr=rate), rank=0, world=1)
     tokens_BT = torch.randint(0, 64, (4, model.config.context + 1), generator=torch.Generator().manual_seed(1))
     for step in range(1, 301):
         model.zero_grad()
         loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
-        if overfit.is_learned(with_overfit(settings), float(loss.detach())):
+        if is_overfitted(with_overfit(settings).train, float(loss.detach())):
             return
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.grad_clip or float("inf"))
@@ -68,7 +68,7 @@ def test_every_preset_learns_a_micro_batch_by_heart_with_its_own_optimizer(name:
     raise AssertionError(f"the loss is {float(loss.detach())} after 300 steps")
 
 
-def with_overfit(settings: TrainConfig) -> TrainConfig:
+def with_overfit(settings: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(settings, train=dataclasses.replace(settings.train, overfit=True))
 
 

@@ -6,17 +6,18 @@ import pytest
 
 from core.errors import ConfigError
 from core.settings import loader
-from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, MakeConfig
+from core.settings.stages import training_schema
+from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, SynthesisConfig
 
 FOLDER = Path(__file__).parent.parent / "trainer" / "configs" / "tuning"
 RUN = "--run.url=s3://bucket/run"
 # By the first word of a file's name: its program's settings, and what only the user can say.
 PROGRAMS = {
-    "finetune": (FinetuneConfig, ["--finetune.start=gpt2"]),
-    "dpo": (DpoConfig, ["--dpo.start=gpt2"]),
-    "distil-logits": (DistilConfig, ["--distil.teacher=gpt2-xl", "--data.url=s3://bucket/data"]),
-    "distil-make": (
-        MakeConfig,
+    "finetune": (FinetuneConfig, ["--start.weights=gpt2"]),
+    "dpo": (DpoConfig, ["--start.weights=gpt2"]),
+    "distil-logits": (DistilConfig, ["--teacher.weights=gpt2-xl", "--data.url=s3://bucket/data"]),
+    "synthesize": (
+        SynthesisConfig,
         ["--make.prompts=p.txt", "--make.url=s3://bucket/data", "--make.licence=x", "--endpoint.model=m"],
     ),
 }
@@ -27,6 +28,8 @@ def test_shipped_configs_load(file: Path):
     (known,) = [name for name in PROGRAMS if file.stem.startswith(name)]
     schema, flags = PROGRAMS[known]
     loaded = loader.load(schema, [str(file), RUN, *flags], {})
+    if known != "synthesize":
+        assert training_schema([str(file)]) is schema
     if known in ("finetune", "dpo"):
         assert loaded.batch.tokens_per_step % (max(1, loaded.batch.micro_batch_size) * 1024) == 0
 
@@ -40,8 +43,8 @@ def test_shipped_configs_load(file: Path):
         ("dpo", "--dpo.beta=0", "dpo.beta: is 0.0, must be above 0"),
         ("dpo", "--batch.micro_batch_size=3", "batch.micro_batch_size: is 3, must be even"),
         ("distil-logits", "--distil.kl_weight=0", "distil.kl_weight: is 0.0, must be above 0 and at most 1"),
-        ("distil-make", "--budget.max_usd=1", "nothing would be counted against max_usd; set the endpoint's prices"),
-        ("distil-make", "--endpoint.url=ftp://x", "endpoint.url: is 'ftp://x', must begin with http:// or https://"),
+        ("synthesize", "--budget.max_usd=1", "nothing would be counted against max_usd; set the endpoint's prices"),
+        ("synthesize", "--endpoint.url=ftp://x", "endpoint.url: is 'ftp://x', must begin with http:// or https://"),
     ],
 )
 def test_contradictions_are_refused(name: str, flag: str, problem: str):

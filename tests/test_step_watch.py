@@ -14,17 +14,16 @@ from core.settings.model import ModelConfig
 from core.settings.training import OptimizerConfig
 from tests import corpus, launching
 from trainer.loop import trackers
-from trainer.loop.norms import StepNorms
-from trainer.loop.peers import SlowPeers
+from trainer.loop.health import SlowRanks, StepNorms
 from trainer.loop.screen import curve
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.optim.optimizer import BlockOptimizer
 
 
 def test_norms_of_one_step():
     model = GPT(ModelConfig(layers=2, heads=2, width=8, context=4, padded_vocab_size=32, tie_embeddings=False))
     model.initialise(1)
-    optimizer = UnitOptimizer(model, OptimizerConfig(weight_decay=0.0), rank=0, world=1)
+    optimizer = BlockOptimizer(model, OptimizerConfig(weight_decay=0.0), rank=0, world=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     norms = StepNorms(model)
     tokens = torch.randint(0, 32, (2, 5))
@@ -43,12 +42,12 @@ def test_norms_of_one_step():
 
 
 def test_a_rank_that_stays_slow_is_named_once():
-    peers = SlowPeers(4)
+    ranks = SlowRanks(4)
     fine, slow = [1.0, 1.0, 1.1, 1.0], [1.0, 1.0, 1.5, 1.0]
-    assert [peers.look(slow), peers.look(slow), peers.look(fine)] == [[], [], []]
-    assert [peers.look(slow), peers.look(slow)] == [[], []]
-    assert peers.look(slow) == [(2, 1.5)]
-    assert peers.look(slow) == []
+    assert [ranks.check(slow), ranks.check(slow), ranks.check(fine)] == [[], [], []]
+    assert [ranks.check(slow), ranks.check(slow)] == [[], []]
+    assert ranks.check(slow) == [(2, 1.5)]
+    assert ranks.check(slow) == []
 
 
 def test_a_tracker_that_fails_is_named_and_left_out(monkeypatch, caplog):

@@ -12,8 +12,8 @@ from core.errors import ConfigError, StorageError
 from core.settings import loader
 from core.settings.evaluation import EvaluateConfig
 from core.settings.preparation import FetchConfig, PrepConfig
-from core.settings.training import TrainConfig
-from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, MakeConfig
+from core.settings.training import PretrainConfig
+from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, SynthesisConfig
 from tests.patience import PATIENCE_SECONDS
 from trainer.chat import ChatConfig
 from trainer.generate import GenerateConfig
@@ -121,19 +121,19 @@ def test_names_of_models():
 TUNED = ("--run.url=/r", "--data.url=/d")
 MAKE = ("--endpoint.model=m", "--run.url=/r", "--make.url=/d", "--make.prompts=p.txt", "--make.licence=MIT")
 SETTINGS = {
-    TrainConfig: (TUNED, ("run.url", "data.url")),
+    PretrainConfig: (TUNED, ("run.url", "data.url")),
     PrepConfig: (("--data.url=/d", "--source.url=/s"), ("source.url", "data.url", "tokenizer.vocab_url")),
     FetchConfig: (
         ("--data.url=/d", "--source.train_url=/t"),
         ("source.train_url", "source.val_url", "data.url", "tokenizer.vocab_url"),
     ),
     FinetuneConfig: (
-        (*TUNED, "--finetune.start=gpt2"),
-        ("run.url", "data.url", "data.examples", "finetune.start"),
+        (*TUNED, "--start.weights=gpt2"),
+        ("run.url", "data.url", "data.examples", "start.weights"),
     ),
-    DpoConfig: ((*TUNED, "--dpo.start=gpt2"), ("run.url", "data.url", "data.examples", "dpo.start")),
-    DistilConfig: ((*TUNED, "--distil.teacher=gpt2"), ("run.url", "data.url", "distil.teacher", "distil.start")),
-    MakeConfig: (MAKE, ("run.url", "make.url", "make.prompts")),
+    DpoConfig: ((*TUNED, "--start.weights=gpt2"), ("run.url", "data.url", "data.examples", "start.weights")),
+    DistilConfig: ((*TUNED, "--teacher.weights=gpt2"), ("run.url", "data.url", "teacher.weights", "start.weights")),
+    SynthesisConfig: (MAKE, ("run.url", "make.url", "make.prompts")),
     EvaluateConfig: ((), ("data_url", "results", "compare")),
     GenerateConfig: ((), ("prompts",)),
     ChatConfig: ((), ("compare",)),
@@ -150,7 +150,7 @@ def test_every_setting_that_is_a_place_is_checked(schema: type, key: str):
 
 def test_no_setting_that_is_a_place_was_forgotten():
     tested = {(schema, key) for schema, (_, keys) in SETTINGS.items() for key in keys}
-    names = ("url", "start", "teacher", "rows", "prompts", "results", "compare")
+    names = ("url", "weights", "examples", "prompts", "results", "compare")
     others = {"endpoint.url", "model.padded_vocab_size", "rows", "train.sample_prompts"}  # an API; numbers; texts
     for schema in SETTINGS:
         found = {key for key, _ in loader._walk(schema) if key.endswith(names)} - others
@@ -159,10 +159,10 @@ def test_no_setting_that_is_a_place_was_forgotten():
 
 def test_variables_are_checked_and_named():
     with pytest.raises(ConfigError, match=r"^environment variable RUN_URL: run.url is 's3:/b', which"):
-        loader.load(TrainConfig, ["--data.url=/d"], {"RUN_URL": "s3:/b"})
+        loader.load(PretrainConfig, ["--data.url=/d"], {"RUN_URL": "s3:/b"})
 
 
-@pytest.mark.parametrize(("schema", "key"), [(TrainConfig, "data.cache_dir"), (EvaluateConfig, "lm_eval_tasks")])
+@pytest.mark.parametrize(("schema", "key"), [(PretrainConfig, "data.cache_dir"), (EvaluateConfig, "lm_eval_tasks")])
 @pytest.mark.parametrize("place", ["s3://b/x", "s3:/b/x", "file:///x"])
 def test_a_local_folder_is_no_url(schema: type, key: str, place: str):
     flags = SETTINGS[schema][0]

@@ -14,9 +14,8 @@ from core.run.machine import Machine
 from core.settings.training import CheckpointConfig
 from tests.fake_metadata import metadata_service
 from tests.patience import PATIENCE_SECONDS
-from trainer.checkpoint.interval import Cadence
-from trainer.loop.requests import Requests
-from trainer.loop.spot import GIVE_UP_AFTER, SpotWatch
+from trainer.checkpoint.save import Cadence
+from trainer.loop.requests import GIVE_UP_AFTER, SpotWatch, StopRequests
 
 
 def wait_for(holds) -> None:
@@ -28,11 +27,11 @@ def wait_for(holds) -> None:
 
 def test_spot_interruption_asks_to_leave_and_rebalance_to_save():
     with metadata_service() as (service, environment):
-        requests = Requests()
+        requests = StopRequests()
         watch = SpotWatch(requests, environment, poll_seconds=0.02)
         wait_for(lambda: service.tokens)
         time.sleep(0.1)
-        assert requests.leave is None
+        assert requests.stop is None
         assert requests.take_save() is None
         service.items["events/recommendations/rebalance"] = '{"noticeTime": "2026-11-20T08:00:00Z"}'
         found = []
@@ -42,18 +41,18 @@ def test_spot_interruption_asks_to_leave_and_rebalance_to_save():
         assert requests.take_save() is None, "one notice is one save"
         service.tokens.append("another one: ours has expired")
         service.items["spot/instance-action"] = '{"action": "terminate", "time": "2026-11-20T08:02:00Z"}'
-        wait_for(lambda: requests.leave)
-        assert (requests.leave.kind, requests.leave.detail) == ("spot", "terminate at 2026-11-20T08:02:00Z")
+        wait_for(lambda: requests.stop)
+        assert (requests.stop.kind, requests.stop.detail) == ("spot", "terminate at 2026-11-20T08:02:00Z")
         watch.close()
 
 
 def test_elsewhere_without_a_metadata_service_the_watch_ends_quietly(caplog: pytest.LogCaptureFixture):
-    requests = Requests()
+    requests = StopRequests()
     with metadata_service() as (_, gone):
         pass
     watch = SpotWatch(requests, {**gone, "CLOUD": "Lambda"}, poll_seconds=0.01)
     wait_for(lambda: not watch._thread.is_alive())
-    assert requests.leave is None
+    assert requests.stop is None
     assert caplog.text == ""
     assert SpotWatch(requests, {"AWS_EC2_METADATA_DISABLED": "true"})._thread is None
 
@@ -68,17 +67,17 @@ TROUBLE = (
 def test_on_aws_the_watch_outlives_whatever_the_service_does(cloud, caplog: pytest.LogCaptureFixture):
     """In answer to a token as well as to a question for a notice, and with nothing listening for a while."""
     with metadata_service() as (service, environment):
-        requests = Requests()
+        requests = StopRequests()
         service.trouble += [kind for kind in TROUBLE for _ in range(2)] * 2
         watch = SpotWatch(requests, {**environment, "CLOUD": cloud}, poll_seconds=0.01)
         wait_for(lambda: not service.trouble)
         service.items["spot/instance-action"] = '{"action": "terminate", "time": "2026-11-20T08:02:00Z"}'
-        wait_for(lambda: requests.leave)
-        assert requests.leave.kind == "spot"
+        wait_for(lambda: requests.stop)
+        assert requests.stop.kind == "spot"
         assert "metadata hop limit of 2" in caplog.text
         wait_for(lambda: "answers again" in caplog.text)
         watch.close()
-    requests = Requests()
+    requests = StopRequests()
     watch = SpotWatch(requests, {**environment, "CLOUD": cloud}, poll_seconds=0.01)
     caplog.clear()
     wait_for(lambda: "does not answer" in caplog.text)
@@ -90,12 +89,12 @@ def test_on_aws_the_watch_outlives_whatever_the_service_does(cloud, caplog: pyte
 def test_an_answer_that_drips_ends_at_the_deadline(kind, monkeypatch):
     monkeypatch.setattr(metadata, "REQUEST_SECONDS", 0.5)
     with metadata_service() as (service, environment):
-        requests = Requests()
+        requests = StopRequests()
         service.trouble += [kind] * (GIVE_UP_AFTER + 1)
         service.items["spot/instance-action"] = '{"action": "stop", "time": "2026-11-20T08:02:00Z"}'
         watch = SpotWatch(requests, {**environment, "CLOUD": "aws"}, poll_seconds=0.01)
-        wait_for(lambda: requests.leave)
-        assert requests.leave.kind == "spot"
+        wait_for(lambda: requests.stop)
+        assert requests.stop.kind == "spot"
         watch.close()
 
 
@@ -119,11 +118,11 @@ def test_the_launcher_waits_for_the_metadata_service(monkeypatch):
 
 def test_the_first_reason_to_leave_counts_and_a_spot_notice_hurries():
     hurried = []
-    requests = Requests(hurry=hurried.append)
-    requests.heard("SIGUSR1")
+    requests = StopRequests(hurry=hurried.append)
+    requests.on_signal("SIGUSR1")
     assert hurried == []
-    requests.ask_to_leave("spot", "terminate at 08:02")
-    assert (requests.leave.kind, requests.leave.detail) == ("signal", "SIGUSR1")
+    requests.request_stop("spot", "terminate at 08:02")
+    assert (requests.stop.kind, requests.stop.detail) == ("signal", "SIGUSR1")
     assert hurried == ["spot notice: terminate at 08:02"]
 
 

@@ -16,7 +16,7 @@ from core.data import manifest
 from core.errors import ConfigError, RunError
 from core.settings import loader
 from core.settings.model import ModelConfig
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 
 USAGE = "python -m trainer.import_weights MODEL RUN_URL [CONFIG.yaml] [--section.key=value ...]"
 FREE = ("dropout", "document_mask", "init")  # settings of the model that do not describe its weights
@@ -25,7 +25,7 @@ FREE = ("dropout", "document_mask", "init")  # settings of the model that do not
 def main(arguments: list[str]) -> None:
     set_up_logging()
     if {"-h", "--help"} & set(arguments):
-        print(loader.help_text(TrainConfig, USAGE))
+        print(loader.help_text(PretrainConfig, USAGE))
         return
     names = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
     if len(names) != 2:
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     sizes = [f"--model.{key}={value}" for key, value in sized]
     flags = [each for each in rest if each.startswith("--")]
     files = [each for each in rest if not each.startswith("--")]
-    settings = loader.load(TrainConfig, [*files, *sizes, *flags, f"--run.url={run_url}"], os.environ)
+    settings = loader.load(PretrainConfig, [*files, *sizes, *flags, f"--run.url={run_url}"], os.environ)
     check_same(given, loader.to_dict(settings.model), where)
     data = manifest.read(settings.data.url)
     folder = write_first_checkpoint(settings, trained.model, trained.name, data.fingerprint)
@@ -64,7 +64,7 @@ def check_same(weights: dict, wanted: dict, where: str) -> None:
             raise ConfigError(f"model.{key} is {value}, the weights of {where} have {weights[key]}; leave it out")
 
 
-def write_first_checkpoint(settings: TrainConfig, model, origin: str, data_fingerprint: str) -> str:
+def write_first_checkpoint(settings: PretrainConfig, model, origin: str, data_fingerprint: str) -> str:
     """Stores `model` as the checkpoint of step 0, with a fresh optimizer. Returns the checkpoint's folder.
 
     `origin` names the source of the weights. Raises RunError if the run's folder holds objects.
@@ -73,12 +73,12 @@ def write_first_checkpoint(settings: TrainConfig, model, origin: str, data_finge
 
     from trainer.checkpoint import layout
     from trainer.checkpoint.blocks import StagedFile
-    from trainer.optim.optimizer import UnitOptimizer
+    from trainer.optim.optimizer import BlockOptimizer
 
     run_url, segment = settings.run.url, 0  # segments of a run count from 1
     if storage.list_objects(run_url):
         raise RunError(f"{run_url}: holds objects already; give the import a new run.url")
-    optimizer = UnitOptimizer(model, settings.optimizer, 0, 1)
+    optimizer = BlockOptimizer(model, settings.optimizer, 0, 1)
     staged = StagedFile(optimizer.blocks())
     staged.fill(optimizer.blocks())
     name = layout.payload_name(segment, 0, 1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bench.harness import REPOSITORY
 from core.settings import loader
 from core.settings.model import ModelConfig
-from core.settings.training import TrainConfig
+from core.settings.training import PretrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,8 @@ def path(preset: str) -> Path:
     return CONFIGS / f"{preset}.yaml"
 
 
-def settings_of(preset: str, *flags: str) -> TrainConfig:
-    return loader.load(TrainConfig, [str(path(preset)), "--run.url=unused", "--data.url=unused", *flags], {})
+def settings_of(preset: str, *flags: str) -> PretrainConfig:
+    return loader.load(PretrainConfig, [str(path(preset)), "--run.url=unused", "--data.url=unused", *flags], {})
 
 
 def small(model: ModelConfig) -> ModelConfig:

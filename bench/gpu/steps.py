@@ -132,7 +132,7 @@ class Watch:
 def _estimate(settings: Any) -> float | None:
     """Memory in bytes that the check before a launch estimates, for comparison with the peak."""
     try:
-        return float(estimate(settings, settings.batch.micro_batch_size, 1))
+        return float(estimate(settings, settings.model, settings.batch.micro_batch_size, 1))
     except (TypeError, AttributeError):  # a stage whose settings the estimate does not know
         return None
 

@@ -103,10 +103,6 @@ class RunFolder:
         return self._at("refused")
 
     @property
-    def compiled_kernels(self) -> str:
-        return self._at("compile-cache")
-
-    @property
     def reference(self) -> str:
         """Log-probabilities under the initial weights of a DPO run."""
         return self._at("reference.safetensors")

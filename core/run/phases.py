@@ -42,7 +42,7 @@ PHASES = (
     Phase("train_kept", "report", "the part of `train` whose steps count", "#2f9e63", "#3fb577"),
     Phase("train_lost", "report", "repeated and unfinished steps", "#d64545", "#ec6a6a"),
     Phase("eval", "ledger", "validation loss and HellaSwag", "#3aa6b9", "#4fb9cb"),
-    Phase("sample", "ledger", "text samples; for `distil make`: calls of the endpoint", "#7cc4c9", "#3f8d96"),
+    Phase("sample", "ledger", "text samples; for `trainer.synthesize`: calls of the endpoint", "#7cc4c9", "#3f8d96"),
     Phase("api", "report", "dollars paid to an endpoint; no time", "#b58f5c", "#c8a573"),
     Phase("checkpoint", "ledger", "the part of a checkpoint that blocks training", "#b0749e", "#c98bb6"),
     Phase("idle", "launcher", "between two segments on one machine", "#c9ced6", "#4a515c"),

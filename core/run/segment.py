@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from core import secrets, stop
 from core.errors import CapReached, one_line
@@ -104,15 +104,7 @@ class SegmentLog:
         self.close(reason_for(error), **({} if error is None else {"error": one_line(error)}))
 
 
-Log = TypeVar("Log", bound=SegmentLog)
-
-
-def open_segment(
-    folder: RunFolder,
-    opening: Opening,
-    kind: type[Log] = SegmentLog,
-    environment: Mapping[str, str] = os.environ,
-) -> Log:
+def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, str] = os.environ) -> SegmentLog:
     """Check the run, claim the next segment, start its ledger and metrics. As a context manager it closes with the
     reason for which the block ended; a request to stop that ends the process closes it too.
 
@@ -127,7 +119,7 @@ def open_segment(
     ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())
     cap = SpendingCap(ledger, opening.max_usd, opening.shutdown_seconds, before)
     metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
-    return kind(ledger, metrics, cap, is_new_run=is_new)
+    return SegmentLog(ledger, metrics, cap, is_new_run=is_new)
 
 
 def one_node_of(machine: Machine) -> Machine:

@@ -1,10 +1,10 @@
-"""Settings in three layers: dataclass defaults, then one YAML file, then `--section.key=value`.
+"""Loads settings from dataclass defaults, one YAML file, the environment and `--section.key=value` flags.
 
-A schema is a frozen dataclass whose fields are sections (dataclasses) or settings (`setting(default, help)`).
-Values are converted by declared type, so that `lr: 6e-4`, which PyYAML reads as text, is a float. An unknown
-key is an error with file, line and the nearest name. Secrets are no settings: they stay in the environment.
+A schema is a frozen dataclass whose fields are sections (dataclasses) or settings (`setting(default, help)`). Values
+are converted to the declared type: `lr: 6e-4`, which PyYAML reads as text, becomes a float. An unknown key is an error
+with file, line and the nearest name. Secrets are not settings; they stay in the environment.
 
-    config = load(TrainConfig, ["trainer/configs/gpt2-124m.yaml", "--batch.micro_batch_size=16"], environment)
+    config = load(PretrainConfig, ["trainer/configs/gpt2-124m.yaml", "--batch.micro_batch_size=16"], environment)
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from core.errors import ConfigError
-from core.settings.renamed import RENAMED
+from core.settings.renamed import REMOVED, RENAMED
 
 Schema = TypeVar("Schema")
 
@@ -38,15 +38,13 @@ def setting(
     lt: float | None = None,
     replaces: tuple[str, ...] = (),
 ) -> Any:
-    """One documented setting.
+    """Declare one setting.
 
-    `ge`, `gt`, `le` and `lt` bound a number; a schema that derives from Bounded checks them. A number that has a bound
-    is finite.
-
-    `env` names a variable that overrides file and flag-less default alike. `identity=False` marks what may
-    differ between the segments of one run (paths, cadence, prices): it does not change the result. `check` returns
-    what is wrong with a text that is given, or None (`core.urls`); of a list, each item is checked. Giving the setting
-    unsets those of its section that it `replaces`, where a lower layer (see `load`) has set them.
+    `env` names an environment variable, which overrides the default and the file. With `identity=False` the setting may
+    differ between the segments of a run, because it does not change the result (paths, intervals, prices). `check`
+    returns the problem of a given text, or None (`core.urls`); it is called for each item of a list. `ge`, `gt`, `le`
+    and `lt` bound a number, which must then be finite; a schema that derives from Bounded checks them. A setting that
+    is given unsets the settings of its section in `replaces` that a lower layer (see `load`) has set.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds, "replaces": replaces}
@@ -59,7 +57,7 @@ def section(schema: type) -> Any:
 
 
 class SettingError(ConfigError):
-    """A check in a schema's `__post_init__` failed on `key`; `load` adds where that key was set."""
+    """A check in a schema's `__post_init__` failed on `key`; `load` adds the place where `key` was set."""
 
     def __init__(self, key: str, problem: str):
         super().__init__(f"{key}: {problem}")
@@ -68,7 +66,7 @@ class SettingError(ConfigError):
 
 
 class Bounded:
-    """Base of a schema: every setting lies within the bounds that it declares. Raises SettingError."""
+    """Base of a schema: raises SettingError for a setting outside of the bounds that it declares."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -88,14 +86,14 @@ def _range(bounds: Mapping[str, float]) -> str:
 
 
 def require(holds: bool, key: str, problem: str) -> None:
-    """For a schema's `__post_init__`: raises SettingError unless it `holds`."""
+    """Raise SettingError unless `holds`. For a schema's `__post_init__`."""
     if not holds:
         raise SettingError(key, problem)
 
 
 @dataclasses.dataclass
 class _Sources:
-    """Where each dotted key got its value, for error messages, and in which layer: 0 file, 1 environment, 2 flags."""
+    """The value of each dotted key, its place for error messages, and its layer: 0 file, 1 environment, 2 flags."""
 
     values: dict[str, Any]
     where: dict[str, str]
@@ -108,7 +106,7 @@ class _Sources:
         self.layers[key] = self.layer
 
     def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
-        """Unset what a setting of a higher layer replaces."""
+        """Unset the settings that one of a higher layer replaces."""
         for key in [key for key, value in self.values.items() if value]:
             for name in known[key].metadata["replaces"]:
                 other = f"{key.rpartition('.')[0]}.{name}"
@@ -130,7 +128,9 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
             f"more than one config file: {', '.join(files)}; give one, and the rest as --section.key=value"
         )
     for file in files:
-        _read_yaml(Path(file), known, sources)
+        root = _compose(Path(file))
+        if root is not None:
+            _read_node(root, "", Path(file), known, sources)
     sources.layer = 1
     for key, field in known.items():
         name = field.metadata["env"]
@@ -160,8 +160,24 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
     return _build(schema, "", converted, sources.where)
 
 
+def peek(key: str, arguments: Sequence[str]) -> tuple[str, str] | None:
+    """The text that a flag or else the YAML file gives a top-level setting, and where; None if neither does.
+
+    For a setting that decides which schema to load. Raises ConfigError for a file that cannot be read.
+    """
+    for argument in reversed(arguments):
+        if argument.startswith(f"--{key}="):
+            return argument.partition("=")[2], f"flag --{key}"
+    for file in (argument for argument in arguments if not argument.startswith("--")):
+        root = _compose(Path(file))
+        for name, value in root.value if isinstance(root, yaml.MappingNode) else ():
+            if name.value == key and isinstance(value, yaml.ScalarNode):
+                return value.value, f"{file}:{name.start_mark.line + 1}"
+    return None
+
+
 def from_dict(schema: type[Schema], nested: Mapping[str, Any], where: str) -> Schema:
-    """Build `schema` from nested mappings, as stored with a checkpoint or run. Raises ConfigError."""
+    """Build `schema` from the nested mappings of a stored run or checkpoint. Raises ConfigError."""
     known = dict(_walk(schema))
     flat = flatten(nested)
     for key in flat:
@@ -171,7 +187,7 @@ def from_dict(schema: type[Schema], nested: Mapping[str, Any], where: str) -> Sc
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, for JSON or YAML."""
+    """The settings as nested plain values, for JSON or YAML."""
     return {
         field.name: to_dict(value)
         if dataclasses.is_dataclass(value)
@@ -200,13 +216,13 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The flat settings that define the result of a run (see `setting`)."""
+    """The flat settings that define the result of a run (`identity` of `setting`)."""
     known = dict(_walk(type(config)))
     return {key: value for key, value in flatten(to_dict(config)).items() if known[key].metadata["identity"]}
 
 
 def help_text(schema: type, usage: str) -> str:
-    """Usage and all settings with default and meaning, for --help."""
+    """The text of --help: usage, and each setting with its default and meaning."""
     lines = [usage.strip(), "", "Settings (defaults < YAML file < environment < --section.key=value):"]
     heading = None
     for key, field in _walk(schema):
@@ -225,7 +241,7 @@ def help_text(schema: type, usage: str) -> str:
 
 
 def _walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, dataclasses.Field]]:
-    """Dotted key and field of each setting, with the field's type resolved."""
+    """The dotted key and the field of each setting; sets `field.type` to the resolved type."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         field.type = hints[field.name]
@@ -238,15 +254,19 @@ def _walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, dataclas
 def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
     if key in known:
         return
-    if (today := RENAMED.get(key, "")) and today.partition("=")[0] in known:
-        raise ConfigError(f"{where}: {key} is an old name; write {today}")
+    if today := RENAMED.get(key):
+        name, _, stage = today.partition(" with ")
+        if name.partition("=")[0] in known or stage:
+            raise ConfigError(f"{where}: {key} is an old name; write {today}")
+    if key in REMOVED:
+        raise ConfigError(f"{where}: {key} is gone; remove it: {REMOVED[key]}")
     sections = {name.rpartition(".")[0] for name in known}
     if key in sections:
         raise ConfigError(
             f"{where}: {key} is a section, not a setting; set one of "
             + ", ".join(name for name in known if name.startswith(f"{key}."))
         )
-    # A right name in the wrong section is the commonest slip: look for the last part first.
+    # The commonest mistake is a right name in the wrong section, so the last part is compared first.
     last = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = (
@@ -262,17 +282,15 @@ def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
     raise ConfigError(f"{where}: unknown setting {key}; {hint}")
 
 
-def _read_yaml(path: Path, known: Mapping[str, Any], sources: _Sources) -> None:
+def _compose(path: Path) -> yaml.Node | None:
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"))
+        return yaml.compose(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a config file: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if root is not None:
-        _read_node(root, "", path, known, sources)
 
 
 def _read_node(node: yaml.Node, prefix: str, path: Path, known: Mapping[str, Any], sources: _Sources) -> None:
@@ -293,7 +311,7 @@ def _read_node(node: yaml.Node, prefix: str, path: Path, known: Mapping[str, Any
 
 
 def _plain(node: yaml.Node) -> Any:
-    """Scalars stay text (the declared type decides), lists become lists of text, null is None."""
+    """A scalar as text (the declared type decides later), a list as a list of text, null as None."""
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):

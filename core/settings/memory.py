@@ -1,43 +1,46 @@
-"""Does a training config fit a GPU's memory, and if not, which settings nearest to it do? By estimate alone.
+"""Estimates whether a training config fits a GPU's memory, and finds the nearest settings that do.
 
-    estimate(settings, micro_batch_size=32, world=8) <= memory_bytes("A100")
-    verdict(settings, "A100", world=8)      (True, "A100: about 17 of 40 GB per GPU, by estimate …"), or None
+    estimate(settings, model, micro_batch_size=32, world=8) <= memory_bytes("A100")
+    verdict(settings, model, "A100", world=8)      (True, "A100: about 17 of 40 GB per GPU, by estimate …"), or None
 
 Torch-free, so that a check before launch says what the trainer would say on the machine. `memory` is what a rank may
-use, in bytes. A launch is refused only if the estimate alone exceeds the memory; the trainer measures on the machine.
+use, in bytes; `model.context` is the length of the sequences. A launch is refused only if the estimate alone exceeds
+the memory; the trainer measures on the machine.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from core.errors import ConfigError
 from core.gpus import memory_bytes
-from core.settings.model import training_bytes
-from core.settings.training import TrainConfig
+from core.settings.model import ModelConfig, training_bytes
+from core.settings.training import TrainingConfig
+
+Training = TypeVar("Training", bound=TrainingConfig)
 
 UNCONFIRMED = "by estimate, not confirmed on a GPU yet"
 
 LARGEST = 128  # sequences; more are never faster
 
 
-def possible(settings: TrainConfig, world: int) -> list[int]:
+def possible(settings: TrainingConfig, model: ModelConfig, world: int) -> list[int]:
     """Micro-batch sizes that divide the batch over `world` ranks, largest first. Raises ConfigError if none does."""
-    sequences = settings.batch.tokens_per_step // settings.model.context
+    sequences = settings.batch.tokens_per_step // model.context
     sizes = [size for size in range(min(LARGEST, sequences), 0, -1) if sequences % (size * world) == 0]
     if not sizes:
         raise ConfigError(
             f"batch.tokens_per_step = {settings.batch.tokens_per_step} is {sequences} sequences of "
-            f"{settings.model.context}, which do not divide over {world} ranks; "
-            f"make it a multiple of {world * settings.model.context}"
+            f"{model.context}, which do not divide over {world} ranks; "
+            f"make it a multiple of {world * model.context}"
         )
     return sizes
 
 
-def estimate(settings: TrainConfig, micro_batch_size: int, world: int) -> float:
+def estimate(settings: TrainingConfig, model: ModelConfig, micro_batch_size: int, world: int) -> float:
     """Bytes on one device."""
-    accumulation = max(1, settings.batch.tokens_per_step // (micro_batch_size * settings.model.context * world))
+    accumulation = max(1, settings.batch.tokens_per_step // (micro_batch_size * model.context * world))
     return training_bytes(
-        settings.model,
+        model,
         micro_batch_size,
         accumulation,
         world,
@@ -47,7 +50,7 @@ def estimate(settings: TrainConfig, micro_batch_size: int, world: int) -> float:
     )
 
 
-def advice(settings: TrainConfig, world: int, memory: float) -> str:
+def advice(settings: TrainingConfig, model: ModelConfig, world: int, memory: float) -> str:
     """The nearest settings that fit, in order of what they cost in speed."""
     stages = range(settings.optimizer.zero + 1, 3) if world > 1 else ()
     remedies: list[tuple[str, Any]] = [("optimizer.zero", stage) for stage in stages]
@@ -58,21 +61,21 @@ def advice(settings: TrainConfig, world: int, memory: float) -> str:
         changed = settings
         for key, value in taken.items():
             changed = changed_to(changed, key, value)
-        for size in possible(settings, world):
-            if estimate(changed, size, world) <= memory:
+        for size in possible(settings, model, world):
+            if estimate(changed, model, size, world) <= memory:
                 flags = [f"--{key}={str(value).lower()}" for key, value in taken.items()]
                 return f"try {' '.join([f'--batch.micro_batch_size={size}', *flags])}"
     return "no setting of this preset fits; take more or larger GPUs, or a smaller preset"
 
 
-def changed_to(settings: TrainConfig, key: str, value: Any) -> TrainConfig:
+def changed_to(settings: Training, key: str, value: Any) -> Training:
     """The same settings with another value of section.name."""
     section, name = key.split(".")
     return dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
 
 
-def verdict(settings: TrainConfig, gpu: str, world: int) -> tuple[bool, str] | None:
-    """Whether `settings` fit, in words with the nearest that do. None if nobody knows the GPU's memory.
+def verdict(settings: TrainingConfig, model: ModelConfig, gpu: str, world: int) -> tuple[bool, str] | None:
+    """Whether `settings` fit, and a sentence with the nearest ones that do. None for a GPU of unknown memory.
 
     Raises ConfigError if the batch does not divide over `world` ranks.
     """
@@ -80,12 +83,12 @@ def verdict(settings: TrainConfig, gpu: str, world: int) -> tuple[bool, str] | N
     if memory is None:
         return None
     given = settings.batch.micro_batch_size
-    sizes = [given] if given else possible(settings, world)  # the trainer looks for the largest that fits
-    size = next((each for each in sizes if estimate(settings, each, world) <= memory), sizes[-1])
-    need = estimate(settings, size, world)
+    sizes = [given] if given else possible(settings, model, world)  # the trainer looks for the largest that fits
+    size = next((each for each in sizes if estimate(settings, model, each, world) <= memory), sizes[-1])
+    need = estimate(settings, model, size, world)
     if need <= memory:
         found = "" if given else f", with {size} sequences per micro-batch"
         return True, f"{gpu}: about {need / 1e9:.0f} of {memory / 1e9:.0f} GB per GPU, {UNCONFIRMED}{found}"
     needs = f"batch.micro_batch_size = {size} needs about {need / 1e9:.0f} GB per GPU ({UNCONFIRMED})"
     said = f"{gpu}: {needs}, it has {memory / 1e9:.0f}"
-    return False, f"{said}; {advice(settings, world, memory)}"
+    return False, f"{said}; {advice(settings, model, world, memory)}"

@@ -1,4 +1,4 @@
-"""Former names of settings and today's, so that an old config or flag is answered with the new name."""
+"""Maps former names of settings to today's, so that an error for an old config or flag can name the new setting."""
 
 RENAMED = {
     "run.shutdown_seconds": "run.shutdown_reserve_seconds",
@@ -24,7 +24,13 @@ RENAMED = {
     "checkpoint.keep": "checkpoint.keep_last",
     "checkpoint.keep_every": "checkpoint.keep_every_steps",
     "checkpoint.mean_hours_between_failures": "checkpoint.expected_hours_between_failures",
-    "distil.weight": "distil.kl_weight",
+    "finetune.start": "start.weights with stage=finetune",
+    "finetune.epochs": "train.epochs with stage=finetune",
+    "dpo.start": "start.weights with stage=dpo",
+    "dpo.epochs": "train.epochs with stage=dpo",
+    "distil.start": "start.weights with stage=distil",
+    "distil.teacher": "teacher.weights with stage=distil",
+    "distil.weight": "distil.kl_weight with stage=distil",
     "again": "rerun",
     "rolling": "per_document",
     "items": "limit",
@@ -33,4 +39,9 @@ RENAMED = {
     "shutdown_seconds": "shutdown_reserve_seconds",
     "tokens": "max_tokens",  # of generation; evaluation has a setting of that name
     "rows": "max_batch_size",
+}
+
+# Settings that are gone, and why.
+REMOVED = {
+    "train.compile_cache": "each machine compiles its kernels, because stored ones are pickles, which may run code",
 }

@@ -1,4 +1,4 @@
-"""Every setting of training, with its default, its meaning and what it may not be."""
+"""Declares the settings of training: default, meaning and bounds."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +28,7 @@ class RunConfig(Bounded):
     )
     shutdown_reserve_seconds: float = setting(
         120.0,
-        "paid time between the trainer's end and the machine's, kept in reserve under the cap",
+        "paid time from the end of the trainer to the end of the machine, reserved under the cap",
         identity=False,
         ge=0,
     )
@@ -40,7 +40,7 @@ class RunConfig(Bounded):
 
 @dataclass(frozen=True)
 class DataConfig(Bounded):
-    """Where batches come from."""
+    """The source of batches."""
 
     url: str = setting(
         "",
@@ -57,8 +57,8 @@ class DataConfig(Bounded):
         check=urls.mistake_in_folder,
     )
     cache_gb: float = setting(20.0, "upper bound of that folder in GB (10^9 bytes)", identity=False, gt=0)
-    shards_mixed: int = setting(4, "shards that are mixed with each other, and open at a time", ge=1)
-    prefetch: int = setting(8, "micro-batches prepared ahead, about", identity=False, ge=1)
+    shards_mixed: int = setting(4, "shards whose windows are mixed; also the number of open shards", ge=1)
+    prefetch: int = setting(8, "approximate number of micro-batches prepared ahead", identity=False, ge=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,12 +67,12 @@ class DataConfig(Bounded):
 
 @dataclass(frozen=True)
 class BatchConfig(Bounded):
-    """How many tokens make one optimizer step, and how many sequences go through the model at once."""
+    """The tokens of an optimizer step, and the sequences of a forward pass."""
 
     tokens_per_step: int = setting(524288, "tokens per optimizer step, over all ranks", gt=0)
     micro_batch_size: int = setting(
         32,
-        "sequences per forward pass and rank; accumulation follows. 0: the most that fit, found once",
+        "sequences per forward pass and rank; accumulation follows from it. 0: the most that fit, found once",
         ge=0,
     )
 
@@ -81,18 +81,18 @@ class BatchConfig(Bounded):
 class OptimizerConfig(Bounded):
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the matrices of the blocks only."""
 
-    name: Literal["adamw", "muon"] = setting("adamw", "what updates the blocks' matrices")
+    name: Literal["adamw", "muon"] = setting("adamw", "optimizer of the blocks' matrices")
     lr: float = setting(6e-4, "peak learning rate of AdamW", gt=0)
     embedding_lr: float = setting(0.0, "AdamW's rate for embeddings; 0: lr", ge=0)
     head_lr: float = setting(0.0, "AdamW's rate for an untied output layer; 0: lr", ge=0)
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr", ge=0)
-    schedule: Literal["cosine", "linear"] = setting("cosine", "how the rates fall")
+    schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the fall of the rates")
     cooldown_fraction: float = setting(
-        1.0, "share of the steps, at the end, in which they fall; before it they stay", ge=0, le=1
+        1.0, "share of the steps, at the end, in which the rates fall; before it they are constant", ge=0, le=1
     )
     min_lr_ratio: float = setting(
         0.1,
-        "rate at the end over the peak one; a cosine reaches it at the last step, a line one step later",
+        "final rate as a share of the peak rate; cosine reaches it at the last step, linear one step later",
         ge=0,
         le=1,
     )
@@ -109,31 +109,31 @@ class OptimizerConfig(Bounded):
     zero: Literal[0, 1, 2] = setting(
         0,
         "ZeRO stage (Rajbhandari et al. 2020): 1: each rank keeps the optimizer state of its share of rows only; 2: "
-        "and the partial gradient sums of that share, for an exchange per turn. Same results",
+        "also only the partial gradient sums of that share, with more exchanges. The results are the same",
         identity=False,
     )
 
 
 @dataclass(frozen=True)
 class TrainLoopConfig(Bounded):
-    """Length, cadence, and how the step is computed."""
+    """Length and intervals of the run, and the computation of a step."""
 
     steps: int = setting(19073, "optimizer steps of the whole run", gt=0)
     seed: int = setting(1337, "seed of weights and data order")
     skip_steps: tuple[int, ...] = setting(
         (),
-        "steps whose data is left out, after they made numbers that are not finite: step s then takes the next "
-        "batch that is not in the list",
+        "steps whose batches are skipped, because they gave numbers that are not finite: each step takes the next "
+        "batch that is not skipped",
         identity=False,
     )
     overfit: bool = setting(
         False,
-        "one micro-batch again and again, at a constant rate and without dropout, to see that everything works; "
+        "repeat one micro-batch at a constant rate and without dropout, to test that everything works; "
         "--overfit for short",
     )
     overfit_max_loss: float = setting(
         0.1,
-        "loss below which such a run stops; it fails if it is not there after `steps`",
+        "loss at which such a run ends; it fails if the loss is not below it after `steps`",
         identity=False,
         gt=0,
     )
@@ -145,47 +145,46 @@ class TrainLoopConfig(Bounded):
         ge=0,
     )
     eval_every: int = setting(250, "steps between validation losses; 0: only at the end", identity=False, ge=0)
-    eval_tokens: int = setting(10485760, "validation tokens each time, always the same ones", identity=False, gt=0)
+    eval_tokens: int = setting(
+        10485760, "validation tokens of each measurement, always the same ones", identity=False, gt=0
+    )
     hellaswag_every: int = setting(
         0,
-        "steps between HellaSwag scores, if the set was stored beside the data; 0: only at the end",
+        "steps between HellaSwag scores, if the set is stored beside the data; 0: only at the end",
         identity=False,
         ge=0,
     )
-    hellaswag_items: int = setting(10042, "items of it, the first ones; 0: none at all", identity=False, ge=0)
+    hellaswag_items: int = setting(
+        10042, "number of HellaSwag items, from the first on; 0: no HellaSwag", identity=False, ge=0
+    )
     sample_every: int = setting(1000, "steps between text samples; 0: only at the end", identity=False, ge=0)
     sample_tokens: int = setting(48, "tokens per sample", identity=False, ge=0)
     sample_prompts: tuple[str, ...] = setting(
-        ("The most important thing about", "In the United States,"), "what samples continue", identity=False
+        ("The most important thing about", "In the United States,"), "prompts of the samples", identity=False
     )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train", identity=False)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on", identity=False)
     precision: Literal["auto", "fp32", "bf16", "fp8"] = setting(
         "auto",
-        "of matrix products: auto is bf16 on a GPU and fp32 on a CPU; fp8 (blocks only) needs Hopper or newer",
+        "number format of matrix products: auto is bf16 on a GPU, fp32 on a CPU; fp8 (blocks only) needs Hopper",
     )
     grad_reduce_dtype: Literal["fp32", "bf16"] = setting(
-        "fp32", "of gradients on their way between ranks; with bf16 the bits depend on the number of ranks"
+        "fp32", "number format of gradients between ranks; with bf16 the bits depend on the number of ranks"
     )
     activation_checkpointing: bool = setting(
         False, "keep only block inputs for the backward pass: less memory, a third more work", identity=False
     )
     deterministic: bool = setting(
         True,
-        "on a GPU only kernels that give the same bits each time, so that a resume is exact to the bit; false may be "
-        "faster. A CPU's always do",
+        "use only kernels that give the same bits each time, so that a resume is exact to the bit; false may be "
+        "faster. A CPU always gives the same bits",
     )
     compile: bool = setting(True, "torch.compile the model (CUDA only)", identity=False)
-    compile_cache: bool = setting(
-        False,
-        "keep compiled kernels in the run's folder; they hold pickles, so whoever may write there may run code here",
-        identity=False,
-    )
     cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", identity=False, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting(
-        (), "also send metrics there, if installed; their failures never stop a run", identity=False
+        (), "trackers that get the metrics too, if installed; their failures never stop a run", identity=False
     )
     display: Literal["auto", "live", "lines"] = setting(
-        "auto", "live: one picture that is kept up to date; lines: a log; auto: live on a terminal", identity=False
+        "auto", "live: a panel that is updated in place; lines: a log; auto: live on a terminal", identity=False
     )
 
     def __post_init__(self):
@@ -200,24 +199,24 @@ class TrainLoopConfig(Bounded):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Bounded):
-    """When to save, and what to keep."""
+    """The interval of checkpoints, and the number to keep."""
 
     every_steps: int = setting(0, "steps between checkpoints; 0: by time, from measured costs", identity=False, ge=0)
     max_lost_seconds: float = setting(
         60.0,
-        "by time: a machine that goes without notice loses at most so much work",
+        "by time: the most work that a machine loses if it ends without notice",
         identity=False,
         gt=0,
     )
     expected_hours_between_failures: float = setting(
         4.0,
-        "by time: expected hours until a machine goes (spot: 1 to 20)",
+        "by time: expected hours until a machine is lost (spot: 1 to 20)",
         identity=False,
         gt=0,
     )
     keep_last: int = setting(
         2,
-        "newest complete checkpoints to keep, at least 2: the last one may prove unreadable",
+        "number of newest complete checkpoints to keep, at least 2, because the last one may be unreadable",
         identity=False,
         ge=2,
     )
@@ -229,30 +228,48 @@ class CheckpointConfig(Bounded):
     )
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """`torchrun -m trainer.train`."""
+STAGE = "the kind of training: pretrain, finetune, dpo or distil; it decides which other settings there are"
 
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The settings that every stage of training has."""
+
+    stage: Literal["pretrain", "finetune", "dpo", "distil"] = setting("pretrain", STAGE)
     run: RunConfig = section(RunConfig)
-    data: DataConfig = section(DataConfig)
-    model: ModelConfig = section(ModelConfig)
     batch: BatchConfig = section(BatchConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainLoopConfig = section(TrainLoopConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
 
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """Next-token prediction on token shards."""
+
+    stage: Literal["pretrain"] = setting("pretrain", STAGE)
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+
     def __post_init__(self):
-        # A micro-batch that is still to be found is a divisor of the batch by construction.
-        per_micro_batch = max(1, self.batch.micro_batch_size) * self.model.context
-        require(
-            self.batch.tokens_per_step % per_micro_batch == 0,
-            "batch.tokens_per_step",
-            f"is {self.batch.tokens_per_step}, must be a multiple of batch.micro_batch_size x model.context = "
-            f"{max(1, self.batch.micro_batch_size)} x {self.model.context} = {per_micro_batch}; "
-            f"the nearest is {max(1, round(self.batch.tokens_per_step / per_micro_batch)) * per_micro_batch}",
-        )
-        require(
-            self.optimizer.warmup_steps <= self.train.steps,
-            "optimizer.warmup_steps",
-            f"is {self.optimizer.warmup_steps}, more than train.steps = {self.train.steps}",
-        )
+        check_batch(self, self.model.context)
+
+
+def check_batch(settings: TrainingConfig, context: int) -> None:
+    """Raises SettingError unless sequences of `context` tokens divide the batch and the warm-up ends within the run."""
+    batch, optimizer, steps = settings.batch, settings.optimizer, settings.train.steps
+    # A micro-batch size of 0 becomes a divisor of the batch (trainer.stages.sizing).
+    size = max(1, batch.micro_batch_size)
+    per_micro_batch = size * context
+    require(
+        batch.tokens_per_step % per_micro_batch == 0,
+        "batch.tokens_per_step",
+        f"is {batch.tokens_per_step}, must be a multiple of batch.micro_batch_size x model.context = "
+        f"{size} x {context} = {per_micro_batch}; "
+        f"the nearest is {max(1, round(batch.tokens_per_step / per_micro_batch)) * per_micro_batch}",
+    )
+    require(
+        optimizer.warmup_steps <= steps,
+        "optimizer.warmup_steps",
+        f"is {optimizer.warmup_steps}, more than train.steps = {steps}",
+    )

@@ -1,8 +1,8 @@
-"""Tensors cut into row blocks, dealt to the ranks, and laid out as a safetensors file in memory.
+"""Cuts tensors into row blocks, assigns the blocks to ranks, and lays them out as a safetensors file in memory.
 
-A unit is a block of rows of one parameter, together with the optimizer state of the same rows. Units are dealt to
-the ranks so that each writes about the same number of bytes. A checkpoint names its blocks ("wte.weight[0:25152]"),
-so that any number of ranks can read what any other number wrote.
+A block is a range of rows of one parameter, together with the optimizer state of these rows. Each rank owns blocks of
+about the same number of bytes. A checkpoint names its blocks ("wte.weight[0:25152]"), so that any number of ranks can
+read what any other number of ranks wrote.
 """
 
 import json
@@ -14,15 +14,15 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-MAX_UNIT_ELEMENTS = 4 << 20
+MAX_BLOCK_ELEMENTS = 4 << 20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 _TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _KEY = re.compile(r"^(.+)\[(\d+):(\d+)\]$")
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Rows [start, stop) of a parameter, and the rank that stores them."""
+class Block:
+    """Rows [start, stop) of the parameter `name`, and the rank that stores them."""
 
     name: str
     start: int
@@ -30,31 +30,31 @@ class Unit:
     owner: int
 
 
-def deal(
+def assign_blocks(
     shapes: Mapping[str, Sequence[int]],
     world: int,
-    max_elements: int = MAX_UNIT_ELEMENTS,
-    whole: Mapping[str, int] = MappingProxyType({}),
-) -> list[Unit]:
-    """Cut parameters into row blocks of at most `max_elements` and deal them out, largest first to the least loaded.
+    max_elements: int = MAX_BLOCK_ELEMENTS,
+    rows_of: Mapping[str, int] = MappingProxyType({}),
+) -> list[Block]:
+    """Cut parameters into blocks of at most `max_elements`; assign each, largest first, to the least loaded rank.
 
-    `whole` names parameters that are cut into blocks of so many rows instead, however large these are. Depends on
-    names, shapes, `world` and these alone, so all ranks come to the same answer.
+    A parameter in `rows_of` is cut into blocks of so many rows instead, however large these are. The result depends
+    only on the arguments, so all ranks compute the same one.
     """
-    blocks = []
+    ranges = []
     for name, shape in shapes.items():
         rows, per_row = shape[0], torch.Size(shape[1:]).numel()
-        step = whole.get(name) or max(1, max_elements // per_row)
-        blocks += [
+        step = rows_of.get(name) or max(1, max_elements // per_row)
+        ranges += [
             (min(step, rows - start) * per_row, name, start, min(start + step, rows)) for start in range(0, rows, step)
         ]
     loads = [0] * world
-    units = []
-    for elements, name, start, stop in sorted(blocks, key=lambda block: (-block[0], block[1], block[2])):
+    blocks = []
+    for elements, name, start, stop in sorted(ranges, key=lambda each: (-each[0], each[1], each[2])):
         owner = min(range(world), key=lambda rank: (loads[rank], rank))
         loads[owner] += elements
-        units.append(Unit(name, start, stop, owner))
-    return sorted(units, key=lambda unit: (unit.owner, unit.name, unit.start))
+        blocks.append(Block(name, start, stop, owner))
+    return sorted(blocks, key=lambda block: (block.owner, block.name, block.start))
 
 
 def key_of(name: str, start: int, stop: int) -> str:
@@ -62,17 +62,17 @@ def key_of(name: str, start: int, stop: int) -> str:
 
 
 def parse_key(key: str) -> tuple[str, int, int]:
-    """Raises ValueError for anything but NAME[START:STOP]."""
+    """(name, start, stop) of NAME[START:STOP]. Raises ValueError for any other text."""
     match = _KEY.match(key)
     if not match:
-        raise ValueError(f"{key!r} is no row block")
+        raise ValueError(f"{key!r} is not a row block")
     return match.group(1), int(match.group(2)), int(match.group(3))
 
 
 class StagedFile:
-    """A safetensors file in one host buffer that is allocated once (pinned when the tensors live on a GPU).
+    """A safetensors file in one host buffer, which is allocated once (pinned if the tensors are on a GPU).
 
-    `fill` is the only part that training waits for: one copy into memory that exists already.
+    Training waits only for `fill`, one copy into memory that is allocated already.
     """
 
     def __init__(self, blocks: Iterable[tuple[str, torch.Tensor]]):
@@ -91,10 +91,10 @@ class StagedFile:
         text += b" " * (-len(text) % 8)  # tensors start 8-byte aligned
         start = 8 + len(text)
         on_gpu = any(tensor.is_cuda for _, tensor in blocks)
-        if on_gpu:  # a thread of its own would pin memory in the context of the first GPU
+        if on_gpu:  # this runs on a new thread, which would pin memory in the context of the first GPU
             torch.cuda.set_device(blocks[0][1].device)
         self._buffer = torch.empty(start + offset, dtype=torch.uint8, pin_memory=on_gpu)
-        self._buffer.fill_(0)  # touch the pages now, not in the first save
+        self._buffer.fill_(0)  # allocates the pages now, not in the first save
         self._buffer[:start] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
         self._views = {}
         for key, tensor in blocks:
@@ -103,7 +103,7 @@ class StagedFile:
 
     @torch.no_grad()
     def fill(self, blocks: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy the tensors in; keys, shapes and dtypes as at construction."""
+        """Copy the tensors into the buffer. Keys, shapes and dtypes must be those of the construction."""
         on_gpu = False
         for key, tensor in blocks:
             self._views[key].copy_(tensor, non_blocking=True)
@@ -117,9 +117,9 @@ class StagedFile:
 
 
 def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file (uint8), in its own memory: the library's loader would copy it twice.
+    """The tensors of a safetensors file (uint8) as views of `data`; the library's loader would copy it twice.
 
-    Raises ValueError for anything else.
+    Raises ValueError if `data` is not such a file.
     """
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or start > len(data):
@@ -135,7 +135,7 @@ def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a safetensors file: {key} is described as {entry!r}") from error
         if not 0 <= first <= last <= len(data) - start or shape.numel() * dtype.itemsize != last - first:
-            raise ValueError(f"not a safetensors file: {key} lies at {first}:{last} of {len(data) - start} bytes")
+            raise ValueError(f"not a safetensors file: {key} is at {first}:{last} of {len(data) - start} bytes")
         flat = torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=start + first) if shape.numel() else None
         tensors[key] = torch.empty(shape, dtype=dtype) if flat is None else flat.view(shape)
     return tensors

@@ -1,8 +1,8 @@
-"""Fetch the newest checkpoint while torch is still being imported.
+"""Fetches the newest checkpoint while torch is imported.
 
-A restart has two long parts that do not need each other: Python's imports and the transfer of the checkpoint. `start`
-needs no torch; the trainer calls it before anything else. What it fetched is only used if it turns out to be what
-rank 0 chooses to restore from, and its checksum is compared there.
+A restart has two long parts that do not depend on each other: Python's imports and the transfer of the checkpoint.
+This module imports no torch, and the trainer calls `start` before it does. `load` uses the fetched files only if rank 0
+chooses their checkpoint, and compares their checksums.
 """
 
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
-    """The bytes of a payload file and their XXH3-128, computed on the way."""
+    """The bytes of a payload file (uint8) and their XXH3-128, which is computed during the transfer."""
     data = np.empty(size, np.uint8)
     digest = xxh3_128()
     for part in storage.read_into(uri, memoryview(data)):
@@ -29,7 +29,7 @@ def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
 
 
 class EarlyFetch:
-    """This rank's files of the newest complete checkpoint of a run, if there is one."""
+    """This rank's files of the newest complete checkpoint of a run, if it has one."""
 
     def __init__(self, run_url: str, rank: int, world: int):
         self._run_url = run_url
@@ -40,12 +40,12 @@ class EarlyFetch:
         self._thread.start()
 
     def take(self, uri: str) -> tuple[np.ndarray, str] | None:
-        """The content of a payload file and its checksum, once; None if it was not fetched."""
+        """The content of a payload file and its checksum, or None if it was not fetched. A second call gives None."""
         self._thread.join()
         return self._found.pop(uri, None)
 
     def close(self) -> None:
-        """Give the memory of what nobody wanted back."""
+        """Free the memory of the files that were not taken."""
         self._thread.join()
         self._found.clear()
 
@@ -61,10 +61,10 @@ class EarlyFetch:
                 uri = storage.join(layout.folder_of(self._run_url, step), file.name)
                 self._found[uri] = read_payload(uri, file.bytes)
         except LauncherError as error:
-            # Whoever restores meets the same and says so.
+            # `load_newest` meets the same error and reports it.
             log.debug("no early fetch: %s", error)
 
 
 def start(run_url: str, environment: Mapping[str, str]) -> EarlyFetch:
-    """Begin to fetch for the rank that torchrun's variables name."""
+    """Begin the fetch for the rank that torchrun's variables name; without them for the only rank."""
     return EarlyFetch(run_url, int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")))

@@ -1,11 +1,11 @@
-"""What a checkpoint looks like in storage, and which there are. Field by field in docs/formats.md.
+"""Reads and writes the layout of checkpoints in storage. docs/formats.md describes each field.
 
     RUN_URL/checkpoints/step-00000100/segment-000002-rank-00000-of-00002.safetensors   payload, one per rank
     RUN_URL/checkpoints/step-00000100/manifest-segment-000002.json                     files, sizes, checksums, state
     RUN_URL/checkpoints/step-00000100/COMPLETE                                         marker, written last
 
-Payload and manifest carry the segment in their names: a machine that was given up but still runs cannot mix its
-files with its successor's. The marker names its manifest and the manifest's checksum.
+Payload and manifest have the segment in their names, so a machine that was replaced but still runs cannot mix its files
+with its successor's. The marker holds the name of its manifest and the manifest's checksum.
 """
 
 import json
@@ -41,7 +41,7 @@ class PayloadFile:
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """`state` holds what is no tensor: step, tokens, configuration, data fingerprint, versions."""
+    """`state` holds the non-tensor data: step, tokens, configuration, data fingerprint, versions."""
 
     step: int
     segment: int
@@ -73,15 +73,15 @@ def checksum(data: bytes | memoryview) -> str:
 
 
 def stored(run_url: str) -> dict[int, dict[str, int]]:
-    """All checkpoints there are, complete or not, newest first: step → object name → bytes."""
+    """All stored checkpoints, complete or not, newest first: step → object name → bytes."""
     folder = RunFolder(run_url).checkpoints
     return _by_step(folder, storage.list_objects(folder))
 
 
 def restorable(run_url: str) -> dict[int, dict[str, int]]:
-    """As `stored`, for a reader that must not miss a checkpoint: compares what two listings show.
+    """The same as `stored`, for a reader that must not miss a checkpoint: it compares two listings.
 
-    Raises CheckpointError for a step that only one of them shows, or that is there and cannot be read.
+    Raises CheckpointError for a step that only one of them shows, or that cannot be read.
     """
     folder = RunFolder(run_url).checkpoints
     for _ in range(LISTINGS):  # another machine of this run may store or remove one between the two listings
@@ -112,7 +112,7 @@ def _by_step(folder: str, objects: Iterable[ObjectInfo]) -> dict[int, dict[str, 
 
 
 def _problems(folder: str, names: Sequence[str], objects: Sequence[ObjectInfo]) -> Iterator[str]:
-    """What hides a step from one of two listings, with half of the remedy. A step without any object is none."""
+    """Sentences on steps that only one of two listings shows. A step without any object is not a problem."""
     for name in filter(_STEP.match, names):
         uri = storage.join(folder, name)
         shown = {info.uri for info in objects if info.uri == uri or info.uri.startswith(f"{uri}/")}
@@ -135,7 +135,7 @@ def complete_steps(run_url: str) -> list[int]:
 
 
 def write_marker(run_url: str, manifest: CheckpointManifest) -> None:
-    """Manifest, then the marker that makes the checkpoint count."""
+    """Write the manifest, then the marker, which completes the checkpoint."""
     folder = folder_of(run_url, manifest.step)
     data = manifest.to_bytes()
     name = manifest_name(manifest.segment)
@@ -146,9 +146,10 @@ def write_marker(run_url: str, manifest: CheckpointManifest) -> None:
 
 
 def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> CheckpointManifest:
-    """Manifest of a complete checkpoint whose objects are `sizes` (see `stored`), all there with the right sizes.
+    """The manifest of a complete checkpoint. `sizes` are its objects (see `stored`).
 
-    Raises CheckpointError saying what is wrong with this one; StorageError if the store cannot be reached.
+    Raises CheckpointError if an object is missing, damaged or of another size, StorageError if the store does not
+    answer.
     """
     folder = folder_of(run_url, step)
     try:
@@ -179,10 +180,10 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
 
 
 def remove(run_url: str, step: int, names: Iterable[str]) -> None:
-    """Delete a checkpoint, marker first, so that it is never complete and damaged at once.
+    """Delete a checkpoint, marker first, so that it is never marked complete while objects are missing.
 
-    Where its folder is a link, only a checkpoint's own objects are deleted behind it; of a link into another run's
-    checkpoints, only the link.
+    If its folder is a link, only the objects of a checkpoint are deleted behind it. A link into another run's
+    checkpoints is removed, and nothing behind it.
     """
     folder = folder_of(run_url, step)
     path = storage.local_path(folder) if storage.is_local(folder) else None
@@ -196,8 +197,11 @@ def remove(run_url: str, step: int, names: Iterable[str]) -> None:
 
 
 def to_remove(found: Mapping[int, Mapping[str, int]], keep: int, keep_every: int) -> list[int]:
-    """Steps to delete: complete ones but the newest `keep` and the multiples of `keep_every`, and incomplete ones
-    older than the newest complete (what a dead segment left behind)."""
+    """The steps to delete.
+
+    These are the complete ones except the newest `keep` and the multiples of `keep_every`, and the incomplete ones
+    before the newest complete step, which a dead segment left behind.
+    """
     complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)
     newest = complete[0] if complete else -1
     old = {step for step in complete[keep:] if not keep_every or step % keep_every}

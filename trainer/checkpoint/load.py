@@ -1,9 +1,8 @@
-"""Find the newest usable checkpoint and read it, on any number of ranks.
+"""Finds the newest usable checkpoint and loads it, on any number of ranks.
 
-Rank 0 lists the candidates, all ranks read their share of the files and broadcast them, so that storage gives each
-byte once. A checkpoint that is incomplete or damaged is skipped by name, on all ranks alike, and the one before it
-is tried. If complete checkpoints exist but none can be used, or if one may be hidden from the listing, training stops:
-it never silently starts again.
+Rank 0 lists the candidates. Each rank reads its share of the files and broadcasts them, so each byte leaves the storage
+once. All ranks skip an incomplete or damaged checkpoint, name it in the log, and try the one before it. If complete
+checkpoints exist but none can be used, or if a listing may hide one, loading fails: a run never starts over silently.
 """
 
 import functools
@@ -31,16 +30,16 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.f
 
 @dataclass(frozen=True)
 class Restored:
-    """The checkpoint that was loaded, and [(name, why)] of those that were skipped for it."""
+    """The checkpoint that was loaded, and (name, why) of each newer one that was skipped."""
 
     step: int
     state: Mapping[str, Any]
     skipped: tuple[tuple[str, str], ...]
-    segment: int  # that saved it
+    segment: int  # the segment that saved it
 
 
 class Target(Protocol):
-    """What can be filled from a checkpoint (trainer.optim.optimizer.UnitOptimizer)."""
+    """An object that a checkpoint fills (trainer.optim.optimizer.BlockOptimizer)."""
 
     def layout(self) -> Mapping[str, tuple[int, torch.dtype]]: ...
     def shape_of(self, name: str) -> torch.Size: ...
@@ -48,11 +47,10 @@ class Target(Protocol):
 
 
 def load_newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None = None) -> Restored | None:
-    """Fill `target` from the newest usable checkpoint, on all ranks; None if there is none.
+    """Fill `target` from the newest usable checkpoint, on all ranks. None if the run has no complete checkpoint.
 
-    `early` may hold some of it already, and is closed.
-
-    Raises CheckpointError if complete checkpoints exist but all are damaged, or if one is hidden (`layout.restorable`).
+    `early` may hold some of its files already; it is closed. Raises CheckpointError if complete checkpoints exist but
+    all are damaged, or if a listing hides one (`layout.restorable`).
     """
     try:
         return _newest(run_url, target, ranks, early)
@@ -85,7 +83,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
 
 
 def _open(run_url: str, step: int, names: Mapping[str, int]) -> tuple[CheckpointManifest | None, str]:
-    """Rank 0: the manifest, or None and why not ("" for one that was never finished)."""
+    """Rank 0: the manifest and "", or None and the reason, which is "" for a checkpoint without marker."""
     if layout.MARKER not in names:
         return None, ""
     try:
@@ -97,7 +95,7 @@ def _open(run_url: str, step: int, names: Mapping[str, int]) -> tuple[Checkpoint
 def _load(
     run_url: str, manifest: CheckpointManifest, target: Target, ranks: Ranks, early: EarlyFetch | None
 ) -> str | None:
-    """Read and broadcast all files. None when `target` is filled, else what is wrong; nothing is filled then."""
+    """Read and broadcast all files. None if `target` is filled; else the reason, and nothing is filled."""
     files = manifest.files
     mine: dict[int, dict[str, torch.Tensor]] = {}
     problem = None
@@ -147,7 +145,7 @@ def read_blocks(folder: str, file: PayloadFile, early: EarlyFetch | None = None)
 def _check_cover(
     keys: Mapping[int, list[tuple[str, str]]], layout: Mapping[str, tuple[int, torch.dtype]]
 ) -> str | None:
-    """What is wrong if the blocks of all files are not exactly the rows of `layout`, of the same type."""
+    """The reason why the blocks of all files are not exactly the rows of `layout` in the same dtypes, or None."""
     blocks: dict[str, list[tuple[int, int]]] = {}
     for entries in keys.values():
         for key, dtype in entries:

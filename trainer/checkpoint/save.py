@@ -1,13 +1,14 @@
-"""Write checkpoints: snapshot to host memory, then upload in the background while training goes on.
+"""Saves checkpoints: copies a snapshot to host memory, then uploads it in the background while training goes on.
 
-Every rank stores its own payload; rank 0 learns of each finished upload through the job's key-value store, then
-writes the manifest and, last, the marker. One checkpoint is in flight at a time: the staging buffer is the bound
-on memory, and `busy` tells the caller to wait or to save later.
+Each rank uploads its payload and reports it through the job's key-value store. Rank 0 then writes the manifest and,
+last, the marker. One checkpoint at a time is in flight, because there is one staging buffer; while `busy`, the caller
+waits or saves later.
 """
 
 import contextlib
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -24,23 +25,22 @@ from core.run.ledger import Ledger, check_owner
 from core.settings.training import CheckpointConfig
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import StagedFile
-from trainer.checkpoint.interval import Cadence
 from trainer.checkpoint.layout import CheckpointManifest, PayloadFile
 from trainer.distributed.process_group import Ranks
 
 log = logging.getLogger(__name__)
 
-# Uploads of other ranks are given up after this; the next checkpoint is a new chance.
+# Rank 0 waits so long for the uploads of the other ranks, then gives this checkpoint up.
 PEER_SECONDS = 600.0
 POLL_SECONDS = 0.05
 AGAIN_SECONDS = 2.0
 
 
 class Saver:
-    """Saves what `blocks()` yields: (key, tensor) pairs of this rank, the same keys and shapes each time.
+    """Saves the pairs of `blocks()`: (key, tensor) of this rank, with the same keys and shapes each time.
 
-    `ledger` is rank 0's and None elsewhere. `flush_books` stores what the books hold and says whether it could. Once
-    `is_hurried()` there will be no next checkpoint, so one that the store refuses is tried again until it is stored.
+    `ledger` is rank 0's, and None elsewhere. `flush_log` stores the ledger and the metrics; it returns whether it
+    succeeded. Once `is_hurried()` there will be no later checkpoint, so a failed upload is repeated until it succeeds.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Saver:
         ranks: Ranks,
         config: CheckpointConfig,
         ledger: Ledger | None,
-        flush_books: Callable[[], bool],
+        flush_log: Callable[[], bool],
         blocks: Callable[[], Iterable[tuple[str, torch.Tensor]]],
         first_step: int = 0,
         is_hurried: Callable[[], bool] = stop.is_hurried,
@@ -61,19 +61,19 @@ class Saver:
         self.config = config
         self.cadence = Cadence(config)
         self.ledger = ledger
-        self._flush_books = flush_books
+        self._flush_log = flush_log
         self._blocks = blocks
         self._is_hurried = is_hurried
-        # Touching its memory takes a while, and nobody needs it before the first checkpoint.
+        # Allocating the buffer takes a while, and the first checkpoint is the first to need it.
         self._staging = ThreadPoolExecutor(1, "staging").submit(StagedFile, list(blocks()))
         self._thread: threading.Thread | None = None
         self.failure: LauncherError | None = None
         self.taken_over: RunError | None = None
-        self.last_step = first_step  # of the newest complete checkpoint, as far as rank 0 knows
+        self.last_step = first_step  # of the newest complete checkpoint; rank 0 keeps it up to date
 
     @property
     def staged(self) -> StagedFile:
-        """The buffer that snapshots go to."""
+        """The buffer of the snapshot."""
         return self._staging.result()
 
     @property
@@ -81,7 +81,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Snapshot now (waits for a save in flight), store in the background. All ranks call it at the same step."""
+        """Wait for the save in flight, take a snapshot and store it in the background. All ranks call it together."""
         self.wait()
         self.cadence.saved()
         started = time.monotonic()
@@ -93,18 +93,18 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the save in flight is complete or given up."""
+        """Wait until the save in flight is complete or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is complete (on rank 0, who knows), after the save in flight."""
+        """Wait, and return whether the checkpoint of `step` is complete. Right on rank 0 only."""
         self.wait()
         return self.last_step == step
 
     def finish(self, step: int) -> None:
-        """Wait, and raise CheckpointError unless the checkpoint of `step` is complete (on rank 0, who knows)."""
+        """Wait. Rank 0 raises CheckpointError unless the checkpoint of `step` is complete."""
         self.wait()
         if self.ranks.is_main and self.last_step != step:
             raise CheckpointError(
@@ -113,7 +113,7 @@ class Saver:
             )
 
     def seconds(self) -> float:
-        """What the last checkpoint took, start to marker; 0 before the first."""
+        """Seconds of the last checkpoint from snapshot to marker; 0 before the first."""
         return self.cadence.seconds()
 
     def _store(self, step: int, state: dict[str, Any], blocked_seconds: float) -> None:
@@ -123,14 +123,14 @@ class Saver:
         except RunError as error:
             self.taken_over = error
         except (LauncherError, dist.DistError) as error:
-            # The run goes on: the checkpoint before is still there, and the next one may succeed.
+            # Training goes on: the previous checkpoint is still stored, and the next one may succeed.
             self.failure = CheckpointError(str(error))
             log.warning("checkpoint of step %d was not completed: %s", step, error)
-            with contextlib.suppress(dist.DistError):  # the store went with torchrun
+            with contextlib.suppress(dist.DistError):  # the store ended with torchrun
                 self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps({"error": str(error)}))
 
     def _stored(self, step: int, state: dict[str, Any], blocked_seconds: float) -> bool:
-        """One attempt. False if another one is worth it, else raises what kept it from being stored."""
+        """One attempt. False if it failed and should be repeated; raises the error if it should not."""
         started = time.monotonic()
         try:
             file = self._upload(step)
@@ -138,7 +138,7 @@ class Saver:
             if self.ranks.is_main:
                 files = self._gather(step)
                 check_owner(RunFolder(self.run_url), self.segment)
-                if not self._flush_books():
+                if not self._flush_log():
                     raise CheckpointError("the metrics and the ledger of its steps could not be stored before it")
                 layout.write_marker(self.run_url, CheckpointManifest(step, self.segment, files, state))
                 self.last_step = step
@@ -165,7 +165,7 @@ class Saver:
         return PayloadFile(name, len(data), layout.checksum(data))
 
     def _gather(self, step: int) -> tuple[PayloadFile, ...]:
-        """Wait for every rank's report."""
+        """Wait for the report of every rank. Raises CheckpointError for a rank that failed or takes too long."""
         deadline = time.monotonic() + PEER_SECONDS
         files = []
         for rank in range(self.ranks.world):
@@ -192,3 +192,45 @@ class Saver:
                 layout.remove(self.run_url, step, found[step])
         except LauncherError as error:
             log.warning("old checkpoints were not removed, which only costs storage: %s", error)
+
+
+class Cadence:
+    """Decides when to save: every so many steps, or by the costs of saving and of losing work. Rank 0 uses it.
+
+    Young (1974) and Daly (2006): with blocking cost C and mean time M between failures, the interval sqrt(2 C M) wastes
+    least. A save here blocks for milliseconds, so `max_lost_seconds` usually decides: a machine that is lost without
+    notice loses the interval and the upload in flight.
+    """
+
+    def __init__(self, config: CheckpointConfig, now: float | None = None):
+        self._config = config
+        self._last = time.monotonic() if now is None else now
+        self._blocked = 0.0
+        self._background = 0.0
+
+    def interval_seconds(self) -> float:
+        """Seconds between two snapshots, by the costs measured so far."""
+        young = math.sqrt(2 * self._blocked * self._config.expected_hours_between_failures * 3600)
+        longest = self._config.max_lost_seconds - self._background
+        # Uploads do not overlap: if one takes more than half of the bound, the next save follows at once.
+        return max(self._background, min(young, longest)) if self._background else longest / 2
+
+    def due(self, step: int, step_seconds: float, now: float | None = None) -> bool:
+        """Whether to save after `step`, because after the next one it would be too late."""
+        if self._config.every_steps:
+            return step % self._config.every_steps == 0
+        now = time.monotonic() if now is None else now
+        return now + step_seconds - self._last >= self.interval_seconds()
+
+    def saved(self, now: float | None = None) -> None:
+        """Record that a snapshot was taken."""
+        self._last = time.monotonic() if now is None else now
+
+    def seconds(self) -> float:
+        """Seconds of the last complete checkpoint, blocking and in the background; 0 before the first."""
+        return self._blocked + self._background
+
+    def measured(self, blocked_seconds: float, background_seconds: float) -> None:
+        """Record the costs of a complete checkpoint."""
+        self._blocked = blocked_seconds
+        self._background = background_seconds

@@ -1,13 +1,13 @@
-"""Token windows out of shards in object storage, through a bounded cache on the node's disk.
+"""Reads windows of tokens from shards in object storage, through a bounded cache on the node's disk.
 
-A window whose shard is not on disk yet is read by its byte range (2 kB; one request for several that are close to each
-other), so that the first batch needs no whole shard. Once that is out, one rank per node downloads whole shards
-in the order they will be needed, checks their SHA-256 and moves them into place; all ranks of the node map the same
-files. When the folder would outgrow its bound, the shards that are needed last go first. A rank that finds a shard
-gone reads by range again: the cache decides the speed, never the content.
+A window whose shard is not on disk is read by its byte range (2 kB; one request reads several that are close to each
+other), so the first batch needs no whole shard. After the first batch one rank per node downloads whole shards in the
+order of need, checks their SHA-256 and moves them into place; all ranks of the node map the same files. If the folder
+would outgrow its bound, the shards that are needed last are removed first. A rank that finds a shard missing reads by
+range again: the cache affects the speed, never the content.
 
-The folder is that of one boot of the machine. Within a boot the page cache is the truth, so that no shard waits for
-the disk; what an earlier boot left may have been cut off by a power failure and is removed unread.
+The folder belongs to one boot of the machine. Within a boot the page cache is complete, so no shard waits for the disk.
+A power failure may have truncated the files of an earlier boot, so they are removed unread.
 """
 
 import logging
@@ -31,29 +31,29 @@ from core.stores.base import Buffer
 log = logging.getLogger(__name__)
 
 RANGE_READERS = 32
-# Windows within so many bytes of a shard are asked for at once. Where all are near each other they come by one request,
-# which must not be so long that another connection would be faster.
-STRETCH_BYTES = 8 << 20
+# Windows within so many bytes of a shard are read by one call. If all are close to each other they come by one request,
+# which must not be so long that a second connection would be faster.
+PART_BYTES = 8 << 20
 READ_AHEAD_SHARDS = 64
 FETCHERS = 4
-# A shard that is on its way is worth waiting for: as thousands of range reads its windows would take longer.
+# How long a reader waits for a shard that is being downloaded: thousands of range reads would take longer.
 PATIENCE_SECONDS = 10.0
 IMPATIENT_SECONDS = 60.0
-LOOK_SECONDS = 0.5  # how often the read-ahead looks where training is; looking costs a stat per shard
+POLL_SECONDS = 0.5  # between two checks of the position of training; a check costs a stat per shard
 STALL_RETRY_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
-STALL_SECONDS = 480.0  # below the collectives' time limit, so that the cause is named, not a time-out of the others
+STALL_SECONDS = 480.0  # below the limit of the collectives, so that the error names the cause and not a time-out
 
 try:
     BOOT = "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-except OSError:  # not Linux: one folder for all boots, and every shard is flushed to the disk
+except OSError:  # not Linux: all boots share one folder, and every shard is flushed to the disk
     BOOT = ""
 
 Window = tuple[int, int, int]  # shard, first token within it, row of the batch
 
 
 class ShardCache:
-    """Reads tokens of one split."""
+    """Reads the tokens of one split. Raises DataError for damaged data, StorageError if the store does not answer."""
 
     def __init__(self, data_url: str, manifest: Manifest, split: str, folder: Path, limit_bytes: float):
         self.data_url = data_url
@@ -66,15 +66,15 @@ class ShardCache:
         self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])])
         self._mapped: dict[int, np.ndarray] = {}
         self._closed = False
-        self.patient = False  # set once the first batch is out
+        self.patient = False  # whether to wait for downloads; set after the first batch
         self._not_before = 0.0
         self._readers = ThreadPoolExecutor(RANGE_READERS, thread_name_prefix="range reader")
 
     def read(self, shards: Sequence[int], begins: Sequence[int], count: int) -> np.ndarray:
-        """`count` tokens from token `begins[i]` of shard `shards[i]` on, for each i: (len(shards), count), int32.
+        """`count` tokens from token `begins[i]` of shard `shards[i]` on, for each i: int32 (len(shards), count).
 
-        They may run into the shards after it. Each row is one slice copy that widens on the way: at 2 kB a row that
-        is faster than numpy's index arrays, and it keeps the order.
+        They may extend into the next shards. Each row is one slice copy, which also widens the type: with 2 kB a row
+        this is faster than numpy's index arrays.
         """
         out = np.empty((len(shards), count), np.int32)
         mapped, by_range = self._mapped, []
@@ -92,25 +92,25 @@ class ShardCache:
         return out
 
     def _read_windows(self, windows: list[Window], out: np.ndarray) -> None:
-        """Fill rows of `out` from storage: the windows of a stretch of a shard by one call, which joins near ones."""
-        stretches: dict[tuple[int, int], list[Window]] = defaultdict(list)
+        """Fill rows of `out` from storage, with one call per part of a shard; it joins windows that are close."""
+        parts: dict[tuple[int, int], list[Window]] = defaultdict(list)
         for window in windows:
             shard, begin, _ = window
-            stretches[shard, begin * self.dtype.itemsize // STRETCH_BYTES].append(window)
+            parts[shard, begin * self.dtype.itemsize // PART_BYTES].append(window)
 
-        def read(stretch: list[Window]) -> None:
+        def read(part: list[Window]) -> None:
             count = out.shape[1]
-            inside = [window for window in stretch if window[1] + count <= self.shards[window[0]].tokens]
+            inside = [window for window in part if window[1] + count <= self.shards[window[0]].tokens]
             for (_, _, row), tokens in zip(inside, self._read_inside(inside, count), strict=True):
                 out[row] = tokens
-            for shard, begin, row in set(stretch) - set(inside):
+            for shard, begin, row in set(part) - set(inside):
                 out[row] = self._read(shard, begin, count)
 
-        for _ in self._readers.map(read, stretches.values()):
+        for _ in self._readers.map(read, parts.values()):
             pass
 
     def _read_inside(self, windows: list[Window], count: int) -> list[np.ndarray]:
-        """`count` tokens of each window; all are of one shard, and none runs into the next."""
+        """`count` tokens of each window. All windows are of one shard, and none extends into the next."""
         if not windows:
             return []
         starts = [HEADER_BYTES + begin * self.dtype.itemsize for _, begin, _ in windows]
@@ -134,7 +134,7 @@ class ShardCache:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _wait_for(self, shard: int) -> np.ndarray | None:
-        """The shard once it is on disk; None when it does not come, and then no shard is waited for for a while."""
+        """The shard once it is on disk. None if it does not arrive; the next calls then do not wait for a while."""
         now = time.monotonic()
         if now < self._not_before:
             return self._map(shard)
@@ -147,7 +147,7 @@ class ShardCache:
         return tokens
 
     def _map(self, shard: int) -> np.ndarray | None:
-        """The shard's tokens as a memory map if the file is on disk, else None."""
+        """The tokens of the shard as a memory map; None if the file is not on disk."""
         path = self.path(shard)
         try:
             # A plain array over the map: slices of np.memmap objects cost three times as much.
@@ -162,7 +162,7 @@ class ShardCache:
         return tokens
 
     def _read(self, shard: int, begin: int, wanted: int) -> np.ndarray:
-        """`wanted` tokens from token `begin` of the shard on, which may run into the shards after it."""
+        """`wanted` tokens from token `begin` of the shard on. They may extend into the next shards."""
         parts = []
         while wanted:
             count = min(wanted, self.shards[shard].tokens - begin)
@@ -182,7 +182,7 @@ class ShardCache:
         return read
 
     def _read_tokens(self, shard: int, ranges: list[tuple[int, int]]) -> list[np.ndarray]:
-        """The tokens in byte ranges of a shard's object. Raises DataError for one that the vocabulary does not have."""
+        """The tokens in byte ranges of a shard's object. Raises DataError for an id outside the vocabulary."""
         uri = storage.join(self.data_url, self.shards[shard].name)
         found = [np.frombuffer(data, self.dtype) for data in self._read_patiently(uri, ranges)]
         for (start, _), read in zip(ranges, found, strict=True):
@@ -195,7 +195,7 @@ class ShardCache:
         return found
 
     def _read_patiently(self, uri: str, ranges: list[tuple[int, int]]) -> Sequence[Buffer]:
-        """Wait out a stall of the storage: the time counts as data wait, and other ranks wait too, to a limit."""
+        """Read, and wait while the storage stalls, up to a limit. The other ranks wait as well."""
         deadline = time.monotonic() + STALL_SECONDS
         while True:
             try:
@@ -210,10 +210,10 @@ class ShardCache:
 
 
 class ReadAhead:
-    """Downloads the shards that will be needed next; one per node. `upcoming` gives them, the soonest first.
+    """Downloads the shards that are needed next. One per node. `upcoming(count)` gives them, the soonest first.
 
-    Several at a time: the windows of a group of shards are mixed, so that all of a group are needed at once. They
-    begin at `start`, so that they do not compete with the first batch.
+    Several shards at a time: training mixes the windows of a group of shards, so it needs all of them at once. The
+    downloads begin with `start`, so that they do not compete with the first batch.
     """
 
     def __init__(self, cache: ShardCache, upcoming: Callable[[int], list[int]]):
@@ -244,7 +244,7 @@ class ReadAhead:
         while not self._stop.is_set() and self.failure is None:
             shard = self._claim()
             if shard is None:
-                self._stop.wait(LOOK_SECONDS)
+                self._stop.wait(POLL_SECONDS)
                 continue
             try:
                 self._fetch(shard)
@@ -255,7 +255,7 @@ class ReadAhead:
             except ObjectNotFound as error:
                 self.failure = DataError(f"{error}; the data set has changed since the run began")
             except StorageError as error:
-                # Batches still come by range reads if they can; this is only the fast path.
+                # Batches still arrive by range reads; downloads only make them faster.
                 log.warning("read-ahead pauses for %.0f s: %s", STALL_RETRY_SECONDS, error)
                 self._stop.wait(STALL_RETRY_SECONDS)
             finally:
@@ -263,7 +263,7 @@ class ReadAhead:
                     self._in_flight.discard(shard)
 
     def _claim(self) -> int | None:
-        """The shard to fetch now, with room made for it: the soonest needed one that is not here and still fits."""
+        """The next shard to fetch, after making room for it: the soonest one that is missing and still fits."""
         with self._lock:
             budget = self.cache.limit_bytes
             soon = self._upcoming(READ_AHEAD_SHARDS)
@@ -303,7 +303,7 @@ class ReadAhead:
                 shutil.rmtree(other, ignore_errors=True)
 
     def _make_room(self, soon: Mapping[Path, int]) -> None:
-        """Remove what is needed last, or not at all soon, until everything in flight fits."""
+        """Remove the shards that are needed last until everything in flight fits."""
         if self.cache.fits:
             return
         here = {path: path.stat().st_size for path in self.cache.folder.rglob("*.bin")}

@@ -1,15 +1,16 @@
-"""Conversations as text, for fine-tuning, chat and export alike.
+"""Renders conversations as text and token ids, for fine-tuning, chat and export.
 
-GPT-2's vocabulary has one special token, end of text, so that turns are marked by plain text:
+GPT-2's vocabulary has one special token, end of text, so plain text marks the turns:
 
     <|endoftext|>### System:\nBe brief.\n\n### User:\nHello\n\n### Assistant:\nHi!\n\n### User:\n…
 
-An answer is over when the model predicts the end-of-text token. That token is never *within* a conversation, only at
-its beginning: a model that attends within documents alone (`model.document_mask`) sees all turns, and conversations
-packed into one row stay apart. So the target of an answer's last token is the end of text although the next turn's
-heading follows it. What a user writes cannot be told from a heading; nothing secret may depend on roles.
+An answer ends when the model predicts the end-of-text token. That token appears only at the beginning of a
+conversation, never within: a model that attends within documents (`model.document_mask`) attends to all turns, and
+conversations packed into one row stay apart. The target of an answer's last token is therefore the end of text,
+although the heading of the next turn follows it. A user can write a heading as text, so nothing secret may depend on
+roles.
 
-A tuned checkpoint says `template: headed-turns` in its state.
+The state of a tuned checkpoint has `template: headed-turns`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,9 +24,9 @@ STATE_KEY = "template"
 ROLES = ("system", "user", "assistant")
 NO_TARGET = -1
 _SEPARATOR = "\n\n"
-# For models that go on with the next turn instead of ending.
+# Texts that end an answer of a model which continues with the next turn.
 STOP = tuple(f"{_SEPARATOR}### {role.capitalize()}:" for role in ROLES)
-# The same for `transformers`, as tokenizer.chat_template.
+# The same template for `transformers`, as tokenizer.chat_template.
 JINJA = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
@@ -35,17 +36,18 @@ JINJA = (
 
 
 class Rendered(NamedTuple):
-    """`targets[i]` is what the model shall predict at `tokens[i]`: answers and their ends; elsewhere NO_TARGET."""
+    """`targets[i]` is the token to predict at `tokens[i]`: answers and their ends; elsewhere NO_TARGET."""
 
     tokens: list[int]
     targets: list[int]
 
 
 def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_prompt: bool = False) -> Rendered:
-    """`messages` are {"role": system | user | assistant, "content": text}. Raises DataError naming the message.
+    """Token ids and targets of `messages`, {"role": system | user | assistant, "content": text}.
 
-    With `add_generation_prompt` it ends where the assistant's answer begins. The ids are those of the whole text: no
-    pre-token reaches over the edge of a text without white space at its ends.
+    With `add_generation_prompt` the text ends with the heading of the assistant's answer. The parts are encoded one by
+    one and have the ids of the whole text, because no pre-token crosses the edge of a text that is stripped of white
+    space. Raises DataError, which names the message.
     """
     tokens, targets = [GPT2_END_OF_TEXT], [NO_TARGET]
     separator = ""
@@ -68,7 +70,7 @@ def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_promp
 
 
 def is_tuned(state: Mapping[str, Any], where: str) -> bool:
-    """Does this checkpoint's state name our template? Raises CheckpointError for another one."""
+    """Whether a checkpoint with this state is tuned on our template. Raises CheckpointError for another template."""
     name = state.get(STATE_KEY)
     if name not in (None, NAME):
         raise CheckpointError(f"{where}: is tuned on the turn template {name!r}; this program knows {NAME} only")

@@ -1,12 +1,17 @@
-"""Conversations as token ids with their targets, cut to a length, split by hash: what tuning trains on.
+"""Reads the examples of tuning as token ids and targets, packs them into rows, and yields micro-batches by number.
 
-    examples = read(data_url, "instructions", encoding, length=1024, ...)
+    examples = read_conversations(settings.data, encoding, length=1024)
 
-Rules: an example that is longer than a row is cut at its end, and left out if nothing of its answer remains; a row
-without an answer, or of no known form, is left out, and too many of them stop everything. Examples with the same
-question are on the same side of the split.
+An example that is longer than a row is cut at its end, and skipped if no token of its answer remains. A row without an
+answer or of an unknown form is skipped, and too many of them are an error. Examples with the same question are on the
+same side of the split.
+
+Rows are filled once, best fit for the longest first (Krell et al. 2021, "Efficient Sequence Packing without
+Cross-contamination"). An epoch visits them in a pseudo-random order that is a pure function of (seed, epoch, number),
+like the windows of `trainer.data.order`: nothing is stored, and any step is found directly.
 """
 
+import bisect
 import hashlib
 import json
 import logging
@@ -20,17 +25,19 @@ from core import storage
 from core.data import sets
 from core.data.sets import conversation, preference, question_of
 from core.errors import DataError
-from core.settings.tuning import RowsConfig
+from core.settings.tuning import ExamplesConfig
 from trainer.data.chat_template import NO_TARGET, render
+from trainer.data.loader import batch_numbers
+from trainer.data.order import derive_key, micro_batch_numbers, permute
 
 log = logging.getLogger("train")
 
-TOLD = 5  # rows that are named one by one
+NAMED = 5  # skipped rows that the log names one by one
 
 
 @dataclass
 class Texts:
-    """Token ids and targets of many texts, one after the other; text i is [starts[i], starts[i + 1])."""
+    """Token ids and targets of many texts in two arrays; text i is [starts[i], starts[i + 1])."""
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
@@ -52,14 +59,14 @@ class Texts:
         return np.diff(self.starts).tolist()
 
     def put(self, index: int, tokens: np.ndarray, targets: np.ndarray, place: int) -> int:
-        """Copy text `index` to position `place` of a row; returns where it ends there."""
+        """Copy text `index` to position `place` of a row. Returns its end in the row."""
         part = slice(self.starts[index], self.starts[index + 1])
         end = place + int(part.stop - part.start)
         tokens[place:end], targets[place:end] = self.tokens[part], self.targets[part]
         return end
 
     def answers(self) -> np.ndarray:
-        """How many tokens of each text are to be predicted."""
+        """The number of target tokens of each text."""
         counts = np.concatenate([[0], np.cumsum(self.targets != NO_TARGET)])
         return counts[self.starts[1:]] - counts[self.starts[:-1]]
 
@@ -75,8 +82,8 @@ class Examples:
     report: str
 
 
-def read_conversations(data: RowsConfig, encoding, length: int) -> Examples:
-    """Loss on all answers of a conversation. Raises DataError."""
+def read_conversations(data: ExamplesConfig, encoding, length: int) -> Examples:
+    """Examples with a loss on all answers of a conversation. Raises DataError."""
 
     def texts_of(row: Any) -> tuple[str, list[list[dict[str, str]]]]:
         messages = conversation(row)["messages"]
@@ -85,8 +92,8 @@ def read_conversations(data: RowsConfig, encoding, length: int) -> Examples:
     return _read(data, encoding, length, 1, texts_of)
 
 
-def read_preferences(data: RowsConfig, encoding, length: int) -> Examples:
-    """Loss on the last answer of each of two conversations. Raises DataError."""
+def read_preferences(data: ExamplesConfig, encoding, length: int) -> Examples:
+    """Pairs of examples, with a loss on the last answer of each. Raises DataError."""
 
     def texts_of(row: Any) -> tuple[str, list[list[dict[str, str]]]]:
         chosen, rejected = (each["messages"] for each in preference(row))
@@ -96,7 +103,7 @@ def read_preferences(data: RowsConfig, encoding, length: int) -> Examples:
 
 
 def _read(
-    data: RowsConfig,
+    data: ExamplesConfig,
     encoding,
     length: int,
     per_example: int,
@@ -117,35 +124,35 @@ def _read(
             rendered = [_last_answer_only(each.tokens, each.targets) for each in rendered]
         cut = [(tokens[:length], targets[:length]) for tokens, targets in rendered]
         long += any(len(tokens) > length for tokens, _ in rendered)
-        # Of a pair both must keep something, and not the same.
+        # Both examples of a pair must keep some of their answers, and must still differ.
         if any(max(targets) == NO_TARGET for _, targets in cut) or (per_example == 2 and cut[0] == cut[1]):
             lost += 1
             continue
         side = sides["val" if _hashed(question) < data.val_fraction else "train"]
         side += [(np.array(tokens, np.int32), np.array(targets, np.int32)) for tokens, targets in cut]
-    for problem in problems[:TOLD]:
-        log.warning("%s: left out %s", where, problem)
+    for problem in problems[:NAMED]:
+        log.warning("%s: skipped %s", where, problem)
     if len(problems) > data.max_bad_fraction * count:
         raise DataError(
             f"{where}: {len(problems)} of {count} rows cannot be used, such as {problems[0]}; mend them, or raise "
-            "data.max_bad_fraction to leave them out"
+            "data.max_bad_fraction to skip them"
         )
     if not sides["train"]:
         raise DataError(
-            f"{where}: none of its {count} rows is left to train on ({lost} lost their answer to a cut after {length} "
-            f"tokens, {len(sides['val']) // per_example} are held out); give more rows, or lower data.val_fraction"
+            f"{where}: none of its {count} rows is left to train on: {lost} lost their answer to a cut after {length} "
+            f"tokens, {len(sides['val']) // per_example} are for validation; give more rows, or lower data.val_fraction"
         )
     train, val = Texts.of(sides["train"]), Texts.of(sides["val"])
     report = (
-        f"examples: {len(train) // per_example:,} to train on, {len(val) // per_example:,} held out, "
-        f"of {count:,} rows; {len(problems):,} without an answer or of no known form left out; {long:,} longer than "
-        f"{length:,} tokens and cut at their end, {lost:,} of them left out because nothing of an answer remained"
+        f"examples: {len(train) // per_example:,} for training, {len(val) // per_example:,} for "
+        f"validation, of {count:,} rows; {len(problems):,} without an answer or of an unknown form skipped; {long:,} "
+        f"longer than {length:,} tokens and cut at their end, {lost:,} of them skipped: nothing of an answer remained"
     )
     return Examples(train, val, per_example, fingerprint, report)
 
 
-def rows_of(data: RowsConfig) -> tuple[str, Iterable[Any], str]:
-    """Where the rows are, the rows (None for a line that is no JSON), and a fingerprint of them."""
+def rows_of(data: ExamplesConfig) -> tuple[str, Iterable[Any], str]:
+    """The place of the rows, the rows (None for a line that is not JSON), and their fingerprint."""
     if not data.examples.endswith(".jsonl"):
         info = sets.info_of(data.url, data.examples)
         return f"{data.url}/sets/{data.examples}.jsonl", sets.read(data.url, data.examples), info.sha256
@@ -165,7 +172,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _last_answer_only(tokens: list[int], targets: list[int]) -> tuple[list[int], list[int]]:
-    """Earlier answers are the same on both sides, and would cancel out."""
+    """Drop the targets of earlier answers: both sides of a pair have the same ones, and they would cancel out."""
     begin = len(targets)
     while begin and targets[begin - 1] != NO_TARGET:
         begin -= 1
@@ -173,5 +180,87 @@ def _last_answer_only(tokens: list[int], targets: list[int]) -> tuple[list[int],
 
 
 def _hashed(question: str) -> float:
-    """In [0, 1), the same everywhere."""
+    """A number in [0, 1) from a hash of the question."""
     return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """The numbers of the examples in each row. No row holds more than `room` tokens, and no length may exceed it."""
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # free tokens → rows that have so many
+    rooms: list[int] = []  # the keys of by_room, ascending
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            row, left = len(rows), room - length
+            rows.append([])
+        else:
+            left = rooms[place]
+            row = by_room[left].pop()
+            if not by_room[left]:
+                del by_room[left], rooms[place]
+            left -= length
+        rows[row].append(index)
+        if left:
+            if left not in by_room:
+                bisect.insort(rooms, left)
+            by_room.setdefault(left, []).append(row)
+    return rows
+
+
+class NumberedBatches:
+    """Iterates over this rank's micro-batches of numbered items, from step `first_step` (from 0) on, without end.
+
+    `make(step_items, mine)` makes a micro-batch of the items `mine`; `step_items` are the items of the step on all
+    ranks. `numbers` are the numbers of this rank's micro-batches within a step.
+    """
+
+    def __init__(
+        self,
+        items: int,
+        seed: int,
+        first_step: int,
+        batch: int,
+        micro_batch_size: int,
+        rank: int,
+        world: int,
+        make: Callable[[np.ndarray, np.ndarray], Any],
+        skip: Sequence[int] = (),
+    ):
+        self.is_leaving: Callable[[], bool] = lambda: False  # nothing here waits for data
+        self._items = items
+        self._seed = seed
+        self._step = first_step
+        self._batch = batch
+        self._micro_batch = micro_batch_size
+        self._per_rank = batch // world
+        self._offset = rank * self._per_rank
+        self.numbers = micro_batch_numbers(rank, world, self._per_rank // micro_batch_size)
+        self._make = make
+        self._skip = sorted(set(skip))
+        self._of_step = np.empty(0, np.int64)
+        self._done = self._per_rank
+
+    def __next__(self) -> Any:
+        if self._done == self._per_rank:
+            number = int(batch_numbers(np.array([self._step]), self._skip)[0])
+            self._of_step = in_order(number * self._batch + np.arange(self._batch), self._items, self._seed)
+            self._step += 1
+            self._done = 0
+        first = self._offset + self._done
+        self._done += self._micro_batch
+        return self._make(self._of_step, self._of_step[first : first + self._micro_batch])
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+
+def in_order(numbers: np.ndarray, items: int, seed: int) -> np.ndarray:
+    """The items (from 0) at these places of the order, which goes on epoch after epoch."""
+    found = np.empty_like(numbers)
+    epochs = numbers // items
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        found[here] = permute(numbers[here] - epoch * items, items, derive_key(seed, int(epoch), 3))
+    return found

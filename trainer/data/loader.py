@@ -1,8 +1,7 @@
-"""Batches by (step, micro-batch, rank): the same global batches for any number of ranks.
+"""Loads batches by (step, micro-batch, rank): the same global batches for any number of ranks.
 
-Sample numbers of step s (from 0) are [s B, (s + 1) B) for a batch of B sequences; micro-batches are consecutive
-samples, and rank r of W has the r-th consecutive W-th of a step's micro-batches, or, dealt, takes its turns among
-them (trainer.data.order.micro_batch_numbers). A background thread prepares
+Step s (from 0) takes the samples [s B, (s + 1) B) for a batch of B sequences. A micro-batch is a range of consecutive
+samples, and `trainer.data.order.micro_batch_numbers` assigns micro-batches to ranks. A background thread prepares about
 `prefetch` micro-batches ahead.
 """
 
@@ -16,15 +15,15 @@ import torch
 
 from trainer.data.cache import CLOSE_SECONDS, ReadAhead, ShardCache
 from trainer.data.order import WindowOrder, micro_batch_numbers
-from trainer.loop.requests import Abandoned
+from trainer.distributed.process_group import Abandoned
 
-LOOK_SECONDS = 0.2  # how often somebody who waits for data asks whether to leave
+POLL_SECONDS = 0.2  # between two checks for a request to stop while waiting for data
 LOCATED_AT_ONCE = 4096
 HANDED_OVER_AT_ONCE = 128
 
 
 class TokenSource:
-    """Samples of one split by number: the order and the cache together. A sample is T + 1 tokens."""
+    """The samples of one split by number, from the order and the cache. A sample is T + 1 tokens."""
 
     def __init__(self, cache: ShardCache, length: int, seed: int, shards_mixed: int):
         self.cache = cache
@@ -33,7 +32,7 @@ class TokenSource:
         self.order = WindowOrder(tokens, length, seed, shards_mixed, cache.data_url)
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
-        """Tokens of samples: (len(numbers), T + 1)."""
+        """The tokens of samples, int32 (len(numbers), T + 1)."""
         where = self.order.locate(numbers)
         return self.cache.read(where.shard.tolist(), where.begin.tolist(), self.length + 1)
 
@@ -41,9 +40,9 @@ class TokenSource:
 class Batches:
     """Iterates over this rank's micro-batches from step `first_step` (from 0) on, endlessly.
 
-    Each item is a (micro_batch_size, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. `skip` are
-    steps, counted from 1, whose batches are left out: later ones move up. Waiting for data ends with Abandoned once
-    `is_leaving()`.
+    Each item is a (micro_batch_size, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. The batches
+    of the steps in `skip`, counted from 1, are skipped, and later ones move up. A wait for data ends with Abandoned
+    once `is_leaving()`. `numbers` are the numbers of this rank's micro-batches within a step.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Batches:
         device: torch.device,
         fetches: bool,
         skip: Sequence[int] = (),
-        dealt: bool = False,
+        round_robin: bool = False,
     ):
         self.is_leaving: Callable[[], bool] = lambda: False
         self._skip = sorted(set(skip))
@@ -66,8 +65,8 @@ class Batches:
         self._batch = batch
         self._micro_batch = micro_batch_size
         self._per_rank = batch // world
-        numbers = micro_batch_numbers(rank, world, self._per_rank // micro_batch_size, dealt)
-        self._rows = (np.array(numbers)[:, None] * micro_batch_size + np.arange(micro_batch_size)).ravel()
+        self.numbers = micro_batch_numbers(rank, world, self._per_rank // micro_batch_size, round_robin)
+        self._rows = (np.array(self.numbers)[:, None] * micro_batch_size + np.arange(micro_batch_size)).ravel()
         self._device = device
         self._position = first_step * batch
         self._queue: queue.Queue[torch.Tensor | Exception] = queue.Queue(2)
@@ -94,18 +93,18 @@ class Batches:
     def _wait(self) -> torch.Tensor | Exception:
         while True:
             try:
-                return self._queue.get(timeout=LOOK_SECONDS)
+                return self._queue.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 if self.is_leaving():
                     raise Abandoned from None
 
     def close(self) -> None:
-        """Stop reading. A read that the store does not answer is left behind."""
+        """Stop reading, without waiting for a read that the store does not answer."""
         self._stop.set()
         deadline = time.monotonic() + CLOSE_SECONDS
         if self._read_ahead:
             self._read_ahead.close()
-        while self._thread.is_alive() and time.monotonic() < deadline:  # it may wait for room
+        while self._thread.is_alive() and time.monotonic() < deadline:  # the thread may wait for room in the queue
             try:
                 self._queue.get_nowait()
             except queue.Empty:
@@ -116,9 +115,9 @@ class Batches:
         return self._source.order.shards_from(self._position, count)
 
     def _produce(self, step: int) -> None:
-        # Many samples are located at once, and several micro-batches handed over at once: both cost per call.
+        # Locating samples and passing micro-batches on cost time per call, so each call takes many of them.
         steps_at_once = max(1, LOCATED_AT_ONCE // self._per_rank)
-        rows = self._micro_batch  # the very first one on its own: somebody waits for it
+        rows = self._micro_batch  # the first micro-batch goes out alone, because training waits for it
         try:
             while not self._stop.is_set():
                 firsts = batch_numbers(step + np.arange(steps_at_once), self._skip) * self._batch
@@ -137,7 +136,7 @@ class Batches:
                     if self._read_ahead:
                         self._read_ahead.start()
                 step += steps_at_once
-        except Exception as error:  # it belongs to the consumer, who would wait for ever
+        except Exception as error:  # the consumer raises it; otherwise it would wait forever
             self._put(error)
 
     def _put(self, item: torch.Tensor | Exception) -> None:
@@ -150,8 +149,8 @@ class Batches:
 
 
 def batch_numbers(steps: np.ndarray, skip: Sequence[int]) -> np.ndarray:
-    """Which batch (from 0) each step (from 0) takes, when those of the steps `skip` (sorted, from 1) are left out."""
+    """The batch (from 0) of each step (from 0), if the batches of the steps `skip` (sorted, from 1) are skipped."""
     numbers = steps.copy()
-    for left_out in skip:
-        numbers += numbers >= left_out - 1
+    for skipped in skip:
+        numbers += numbers >= skipped - 1
     return numbers

@@ -1,13 +1,13 @@
-"""Which window of the token stream is sample number s: a pure function, the same for any number of ranks.
+"""Maps sample numbers to windows of the token stream: a pure function, the same for any number of ranks.
 
-The shards of a split, one after the other, are one stream of N tokens; window i holds tokens [i T, i T + T], so
-that all (N - 1) // T windows together predict each token once and shard tails are included. A window belongs to
-the shard that its first token lies in.
+The shards of a split, one after the other, are one stream of N tokens. Window i holds the tokens [i T, i T + T], so the
+(N - 1) // T windows together predict each token once, also across the ends of shards. A window belongs to the shard of
+its first token.
 
-Per epoch the shards are visited in a pseudo-random order, `shards_mixed` of them at a time, and the windows of
-such a group in a pseudo-random order among themselves. Both orders are keyed Feistel permutations with cycle
-walking (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"), evaluated at any position in constant
-time: nothing is stored per window, a few numbers per shard, and any sample can be sought directly.
+An epoch visits the shards in a pseudo-random order, `shards_mixed` of them at a time, and the windows of such a group
+in a pseudo-random order. Both orders are keyed Feistel permutations with cycle walking (Black & Rogaway 2002, "Ciphers
+with arbitrary finite domains"). They are evaluated at any position in constant time: nothing is stored per window, only
+a few numbers per shard, and any sample is found directly.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     result = indices.astype(np.uint64)
     walking = np.arange(len(result))
     while len(walking):
-        # The Feistel domain is the next power of four: walk the cycle until we are back inside [0, size).
+        # The Feistel domain is the next power of four: apply the cipher until the image is inside [0, size).
         left, right = result[walking] >> shift, result[walking] & mask
         for round_key in keys:
             left, right = right, left ^ (_mix(right, round_key) & mask)
@@ -63,8 +63,8 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Windows:
-    """Where samples lie: for each its shard, the window's number within that shard and the number of the window's
-    first token within that shard (all int64)."""
+    """The places of samples: shard, number of the window within the shard, and first token of the window within the
+    shard, each of shape (samples,), int64."""
 
     shard: np.ndarray
     window: np.ndarray
@@ -72,7 +72,7 @@ class Windows:
 
 
 class WindowOrder:
-    """The order of one split. `shard_tokens`: tokens of each shard in stream order; `length`: T."""
+    """The order of one split. `shard_tokens` are the tokens of each shard in stream order, `length` is T."""
 
     def __init__(self, shard_tokens: list[int], length: int, seed: int, shards_mixed: int, where: str):
         tokens = np.asarray(shard_tokens, dtype=np.int64)
@@ -92,7 +92,7 @@ class WindowOrder:
         self._plans: dict[int, _EpochPlan] = {}
 
     def locate(self, samples: np.ndarray) -> Windows:
-        """Shard and window of the samples with these global numbers (int64, at or above 0)."""
+        """Shard and window of each sample, by its global number (int64, from 0)."""
         shard = np.empty_like(samples)
         window = np.empty_like(samples)
         epochs = samples // self.windows
@@ -115,7 +115,7 @@ class WindowOrder:
         return Windows(shard, window, begin)
 
     def shards_from(self, sample: int, count: int) -> list[int]:
-        """The next `count` distinct shards that samples from `sample` on need, the soonest first."""
+        """The next `count` distinct shards that the samples from `sample` on need, the soonest first."""
         count = min(count, int(np.count_nonzero(self.shard_windows)))
         found: dict[int, None] = {}
         epoch, position = divmod(sample, self.windows)
@@ -130,7 +130,7 @@ class WindowOrder:
         return list(found)[:count]
 
     def _plan(self, epoch: int) -> "_EpochPlan":
-        # Two threads ask (batches and read-ahead): plans are immutable, and losing one costs only its recomputation.
+        # Two threads call this (batches and read-ahead). Plans are immutable, and a lost one is only computed again.
         plan = self._plans.get(epoch)
         if plan is None:
             shards = len(self.shard_windows)
@@ -160,10 +160,13 @@ def odd_part(number: int) -> int:
     return number // (number & -number)
 
 
-def micro_batch_numbers(rank: int, world: int, accumulation: int, dealt: bool) -> list[int]:
-    """Which of a step's micro-batches are this rank's, in order: a stretch, or every world-th group of them."""
-    if not dealt:
+def micro_batch_numbers(rank: int, world: int, accumulation: int, round_robin: bool = False) -> list[int]:
+    """The numbers of this rank's micro-batches within a step, in order.
+
+    They are consecutive, or in round-robin order every `world`-th group of micro-batches (trainer.optim.reduce).
+    """
+    if not round_robin:
         return list(range(rank * accumulation, (rank + 1) * accumulation))
     group = odd_part(accumulation)
-    turns = accumulation // group
-    return [(turn * world + rank) * group + index for turn in range(turns) for index in range(group)]
+    rounds = accumulation // group
+    return [(number * world + rank) * group + index for number in range(rounds) for index in range(group)]

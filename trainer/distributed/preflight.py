@@ -1,10 +1,10 @@
-"""Does CUDA initialise, do all GPUs of this node reach each other, and how fast? Run before each segment.
+"""Tests the GPUs of a node before each segment: CUDA, the links between the GPUs, and their bandwidth.
 
     torchrun --nproc-per-node=8 -m trainer.distributed.preflight cuda ANSWER.json        (by launch/node/preflight.py)
 
-Rank 0 writes what it found: `libcuda`, the driver library in use; `all_reduce_gb_per_s`, the bus bandwidth as
-nccl-tests defines it (bytes x 2(n-1)/n / time), the median of a few rounds; and `peer_pairs`, the share of GPU pairs
-with direct access. A rank on which CUDA does not initialise writes `problem` instead, and fails, as does a wrong sum.
+Rank 0 writes the answer: `libcuda`, the driver library in use; `all_reduce_gb_per_s`, the bus bandwidth as nccl-tests
+defines it (bytes x 2(n-1)/n / time), the median of a few rounds; and `peer_pairs`, the share of GPU pairs with direct
+access. A rank on which CUDA does not initialise writes `problem` instead and fails. A wrong sum fails as well.
 """
 
 from core import stop
@@ -23,7 +23,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-ELEMENTS = {"cuda": 64 << 20, "cpu": 1 << 18}  # float32: 256 MB shows the bandwidth of a link, 1 MB suffices elsewhere
+ELEMENTS = {
+    "cuda": 64 << 20,
+    "cpu": 1 << 18,
+}  # float32: 256 MB for the bandwidth of a link; a CPU needs no more than 1 MB
 ROUNDS = 5
 
 
@@ -33,7 +36,7 @@ def main(kind: str, answer: Path) -> None:
     if kind == "cuda" and (problem := cuda_problem(device)):
         own = answer.with_suffix(f".{rank}")
         own.write_text(json.dumps({"problem": problem}))
-        own.replace(answer)  # whole, whatever other ranks write
+        own.replace(answer)  # atomic, although other ranks may write it too
         raise SystemExit(f"rank {rank}: {problem}")
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     world = dist.get_world_size()
@@ -60,10 +63,10 @@ def main(kind: str, answer: Path) -> None:
 
 
 def cuda_problem(device: torch.device) -> str | None:
-    """Why CUDA does not work on this GPU, with the libcuda in use; None if it does. Makes this GPU the current one.
+    """The reason why CUDA does not work on this GPU, with the libcuda in use; None if it works. Selects this GPU.
 
-    The driver's number does not tell: with NVIDIA's forward-compatibility libcuda an older driver works on some GPUs,
-    and ends in error 804 on others.
+    The driver's version is not enough: with NVIDIA's forward-compatibility libcuda an older driver works on some GPUs
+    and fails with error 804 on others.
     """
     try:
         torch.cuda.init()

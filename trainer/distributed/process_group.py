@@ -1,6 +1,6 @@
-"""The ranks of one training job: who we are, which device, and small exchanges between us.
+"""Joins the ranks of one job, and provides the small exchanges between them.
 
-Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment) or plainly, as one rank.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK in the environment. Without them the process is the only rank.
 """
 
 import contextlib
@@ -21,18 +21,24 @@ from core.errors import ConfigError, LauncherError
 
 T = TypeVar("T")
 
-# Its name since torch 2.13; the code also runs on 2.11.
+# Called on all ranks together before each round of batches. Raises Abandoned on all of them to end a measurement.
+StopCheck = Callable[[], None]
+
+# Torch 2.13 renamed all_gather_into_tensor; the code also runs on 2.11.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# A rank may wait this long for the others: longer than storage's patience plus a slow upload.
+# How long a rank waits for the others: longer than the retries of the storage and a slow upload together.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 ASK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. `store` is the job's key-value store, for use outside of collectives;
-    `control` is a group over the CPU, so that small exchanges do not wait for the GPU's queue."""
+    """The place of this process in the job.
+
+    `store` is the job's key-value store, which needs no collective. `control` is a process group over the CPU, so that
+    small exchanges do not wait for the GPU's queue.
+    """
 
     rank: int
     world: int
@@ -48,7 +54,7 @@ class Ranks:
 
 
 def start(device: str) -> Ranks:
-    """Join the job. Raises ConfigError for a device that is not there."""
+    """Join the job. Raises ConfigError if `device` is not available."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
@@ -78,28 +84,30 @@ def start(device: str) -> Ranks:
 
 
 def stop() -> None:
-    """Leave the job; harmless if it was never joined."""
+    """Leave the job, if this process has joined it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
-    """Wait until all ranks have come to the place of this name, at most so long; without a collective, which a rank
-    that is busy elsewhere would never join."""
-    with contextlib.suppress(dist.DistError):  # the time is over, or the store went with torchrun
+    """Wait up to `seconds` until all ranks have called `meet` with this name.
+
+    Uses no collective: a rank that has failed elsewhere would never join it.
+    """
+    with contextlib.suppress(dist.DistError):  # the time is over, or the store ended with torchrun
         ranks.store.set(f"{name}/{ranks.rank}", "here")
         ranks.store.wait([f"{name}/{rank}" for rank in range(ranks.world)], timedelta(seconds=seconds))
 
 
 def say_left(ranks: Ranks) -> None:
-    """Tell the other ranks that this one was asked to stop and leaves: what they see of it is a lost connection."""
+    """Announce that this rank leaves because it was asked to stop. Other ranks would only see a lost connection."""
     if stop_requests.is_certain():
         with contextlib.suppress(dist.DistError):
             ranks.store.set("has left", str(ranks.rank))
 
 
 def has_left(ranks: Ranks) -> bool:
-    """Whether a rank has said so. The machine that holds the store may be gone as well."""
+    """Whether a rank has called `say_left`. False if the machine that holds the store does not answer."""
     found: list[bool] = []
 
     def ask() -> None:
@@ -113,11 +121,18 @@ def has_left(ranks: Ranks) -> bool:
 
 
 class PeerFailed(Exception):
-    """Another rank failed and says why itself; this one only leaves."""
+    """Another rank failed and reports the error. This rank only ends."""
+
+
+class Abandoned(Exception):
+    """A measurement or a wait for data ended early because the ranks were asked to stop."""
 
 
 def on_main(call: Callable[[], T], ranks: Ranks) -> T:
-    """Run `call` on rank 0 alone and return its (picklable) result on all ranks; its error ends all of them."""
+    """Run `call` on rank 0 and return its (picklable) result on all ranks.
+
+    Its LauncherError is raised on rank 0, and PeerFailed on the others.
+    """
     result, error = None, None
     if ranks.is_main:
         try:
@@ -135,7 +150,7 @@ def on_main(call: Callable[[], T], ranks: Ranks) -> T:
 
 
 def on_all(call: Callable[[], T], ranks: Ranks) -> T:
-    """Run `call` on every rank; if it fails anywhere, the first rank where it does says so and all of them end."""
+    """Run `call` on every rank. The first rank on which it fails raises its LauncherError, the others PeerFailed."""
     result, error = None, None
     try:
         result = call()
@@ -155,6 +170,23 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     if ranks.world > 1:
         dist.all_gather_object(box, value, group=ranks.control)
     return box
+
+
+def divide_over_ranks(
+    count: int, measure: Callable[[int], Sequence[float]], ranks: Ranks, check_stop: StopCheck | None = None
+) -> list[list[float]]:
+    """[measure(0), ..., measure(count - 1)] on all ranks; one rank computes each, the ranks take turns.
+
+    The numbers and their order do not depend on the number of ranks.
+    """
+    mine = []
+    for first in range(0, count, ranks.world):
+        if check_stop:
+            check_stop()
+        if first + ranks.rank < count:
+            mine.append(list(measure(first + ranks.rank)))
+    everyone = gather_objects(mine, ranks)
+    return [everyone[index % ranks.world][index // ranks.world] for index in range(count)]
 
 
 def gather_numbers(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> torch.Tensor:

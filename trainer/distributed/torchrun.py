@@ -1,10 +1,10 @@
-"""torchrun, but when a worker fails, its own last words stay the last words.
+"""Runs torchrun so that the error of a failed worker is the last line of the output.
 
     python -m trainer.distributed.torchrun --nproc-per-node=8 -m trainer.train CONFIG
 
-torchrun ends such a run with a traceback of itself, which buries the sentence that says what went wrong. It ends with
-the launcher that started it, and its workers end with it (PARENT_PID, core.stop). SIGTERM before it has workers ends
-it; later it passes SIGTERM on to them, and the exit code is 143.
+torchrun itself prints a traceback of its own after a failure, which buries the worker's error. This process ends with
+the launcher that started it, and the workers end with this process (PARENT_PID, core.stop). SIGTERM ends it before it
+has workers; later it forwards SIGTERM to them, and the exit code is 143.
 """
 
 from core import stop
@@ -25,6 +25,6 @@ if __name__ == "__main__":
         main()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        sys.exit(f"rank {rank} ended first, with {failure.exitcode}; why stands above")
+        sys.exit(f"rank {rank} ended first, with {failure.exitcode}; its error is above")
     except SignalException as error:
         sys.exit(128 + error.sigval)

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.errors import DataError
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import Ranks
+from trainer.distributed.process_group import Ranks, StopCheck
 from trainer.evals.likelihood import ScoringRequest, likelihoods
 from trainer.evals.progress import PartialResults
 from trainer.model.gpt import GPT
@@ -90,18 +89,20 @@ class HellaSwag:
             self._lengths.append(lengths)
             self._requests += requests
 
-    def __call__(self, model: GPT, between: Between | None = None) -> Score:
-        return self.answers(model, between=between).score()
+    def __call__(self, model: GPT, check_stop: StopCheck | None = None) -> Score:
+        return self.answers(model, check_stop=check_stop).score()
 
     def answers(
         self,
         model: GPT,
         partial: PartialResults | None = None,
         title: str = "",
-        between: Between | None = None,
+        check_stop: StopCheck | None = None,
     ) -> HellaSwagAnswers:
-        """Answers all items, on all ranks. `partial`, `title` and `between` are those of `likelihoods`."""
-        found = likelihoods(model, self._requests, self._ranks, self._precision, partial, title=title, between=between)
+        """Answers all items, on all ranks. `partial`, `title` and `check_stop` are those of `likelihoods`."""
+        found = likelihoods(
+            model, self._requests, self._ranks, self._precision, partial, title=title, check_stop=check_stop
+        )
         answers = HellaSwagAnswers([], [])
         position = 0
         for label, lengths in zip(self._labels, self._lengths, strict=True):

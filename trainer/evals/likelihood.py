@@ -15,8 +15,7 @@ import torch
 from core.console import progress
 from core.data.vocabulary import GPT2_VOCAB_SIZE
 from core.errors import TrainingError
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import PeerFailed, Ranks, gather_objects
+from trainer.distributed.process_group import PeerFailed, Ranks, StopCheck, gather_objects
 from trainer.evals.progress import PartialResults
 from trainer.model.gpt import GPT
 from trainer.model.loss import token_scores
@@ -56,12 +55,12 @@ def likelihoods(
     partial: PartialResults | None = None,
     part: str = "",
     title: str = "",
-    between: Between | None = None,
+    check_stop: StopCheck | None = None,
 ) -> list[Likelihood]:
     """One result per request, in their order, the same on all ranks.
 
     A request that exceeds the model's context is truncated on the left, as in lm-evaluation-harness. `partial` holds
-    the results of earlier attempts by keys that begin with `part`. `title` heads a progress bar. `between` is called
+    the results of earlier attempts by keys that begin with `part`. `title` heads a progress bar. `check_stop` is called
     before each round of batches, in which each rank computes one. Raises TrainingError for a result that is not finite.
     """
     windows = [cut(request, model.config.context) for request in requests]
@@ -83,8 +82,8 @@ def likelihoods(
         bar.advance(len(known))
         with torch.compiler.set_stance("force_eager"):
             for first in range(0, len(left), ranks.world):
-                if between:
-                    between()
+                if check_stop:
+                    check_stop()
                 if first + ranks.rank >= len(left):
                     continue
                 batch = left[first + ranks.rank]

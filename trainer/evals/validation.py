@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from trainer.data.cache import ShardCache
-from trainer.distributed.in_turn import Between, in_turn
-from trainer.distributed.process_group import Ranks
+from trainer.distributed.process_group import Ranks, StopCheck, divide_over_ranks
 from trainer.model.precision import autocast
 
 
@@ -39,16 +38,16 @@ class ValidationLoss:
             view = np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
             self._batches.append(torch.from_numpy(np.ascontiguousarray(view)))
 
-    def __call__(self, model: torch.nn.Module, between: Between | None = None) -> float:
+    def __call__(self, model: torch.nn.Module, check_stop: StopCheck | None = None) -> float:
         """Mean loss in nats per token."""
-        return self.means(model, lambda tokens: model(tokens[:, :-1], tokens[:, 1:])[None], between)[0]
+        return self.means(model, lambda tokens: model(tokens[:, :-1], tokens[:, 1:])[None], check_stop)[0]
 
     @torch.no_grad()
     def means(
         self,
         model: torch.nn.Module,
         measure: Callable[[torch.Tensor], torch.Tensor],
-        between: Between | None = None,
+        check_stop: StopCheck | None = None,
     ) -> list[float]:
         """Means over all batches of the numbers that `measure` computes of one batch, (rows, T + 1)."""
 
@@ -58,6 +57,6 @@ class ValidationLoss:
                 return measure(tokens).double().tolist()
 
         model.eval()
-        found = in_turn(self._count, of_batch, self._ranks, between)
+        found = divide_over_ranks(self._count, of_batch, self._ranks, check_stop)
         model.train()
         return [sum(column) / self._count for column in zip(*found, strict=True)]

@@ -26,7 +26,7 @@ from core.data.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from core.errors import ConfigError
 from trainer.inference.choose import choose
 from trainer.inference.sampling import Sampling
-from trainer.model.cache import KVCache, merged
+from trainer.model.attention import KVCache, merged
 from trainer.model.gpt import GPT
 from trainer.model.loss import soft_cap
 from trainer.model.precision import autocast, resolve

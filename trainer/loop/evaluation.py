@@ -1,26 +1,39 @@
-"""Evaluation within a run: validation loss, HellaSwag and samples, where due. What is made for them is made once."""
+"""Evaluates the model during training: validation loss, HellaSwag and text samples, at their intervals."""
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Collection
 
+import torch
+
+from core import storage
+from core.data import sets
+from core.errors import ObjectNotFound
 from core.figures import quantity
+from core.run import journal
+from core.run.segment import SegmentLog
+from trainer.checkpoint.load import Restored
 from trainer.data.order import derive_key
-from trainer.distributed.process_group import Ranks, gather_numbers
-from trainer.loop.record import Record
-from trainer.loop.report import Report
-from trainer.loop.requests import Abandoned
-from trainer.loop.samples import sample
+from trainer.distributed.process_group import Abandoned, Ranks, gather_numbers, on_main
+from trainer.evals.hellaswag import NAME as HELLASWAG
+from trainer.evals.hellaswag import HellaSwag
+from trainer.inference.engine import Engine, GenerationRequest
+from trainer.inference.sampling import Sampling
+from trainer.loop.report import StepReporter
 from trainer.model.gpt import GPT
 from trainer.stages.stage import Stage
 
 log = logging.getLogger("train")
 
+TOP_K = 50
 
-class Looks:
-    """`__call__(step)` does what is due. Asks `is_leaving()` between batches, on all ranks together.
 
-    What is cut off is not recorded, so that the next segment does it again.
+class TrainingEvaluator:
+    """Runs the evaluations that are due after a step, on all ranks together.
+
+    A request to stop ends an evaluation between two batches. Its result is then not recorded, so that the next
+    segment does it again. Evaluation data is read once, when it is first needed.
     """
 
     def __init__(
@@ -28,8 +41,8 @@ class Looks:
         stage: Stage,
         ranks: Ranks,
         model: GPT,
-        record: Record,
-        report: Report,
+        segment: SegmentLog,
+        reporter: StepReporter,
         is_leaving: Callable[[], bool] = lambda: False,
     ):
         self._stage = stage
@@ -37,77 +50,133 @@ class Looks:
         self._tokens_per_step = stage.settings.batch.tokens_per_step
         self._ranks = ranks
         self._model = model
-        self._record = record
-        self._report = report
+        self._segment = segment
+        self._reporter = reporter
         self._is_leaving = is_leaving
-        self._held_out = functools.cache(stage.held_out)
-        self._hellaswag = functools.cache(stage.hellaswag)
+        self._validation = functools.cache(stage.validation)
+        self._hellaswag = functools.cache(functools.partial(read_hellaswag, stage))
 
-    def __call__(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
-        """Whether all of it was done, on all ranks alike; without the kinds of metrics that are there already."""
-        looks = {"eval": self.measure, "hellaswag": self._answer, "sample": self._sample}
-        due = [looks[kind] for kind in self.due(step, is_last) if kind not in without]
+    def evaluate(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
+        """Do what is due after `step`, except the kinds of metrics in `without`. False, on all ranks, if cut off."""
+        evaluations = {"eval": self.validate, "hellaswag": self._score_hellaswag, "sample": self._sample}
+        due = [evaluations[kind] for kind in self.due(step, is_last) if kind not in without]
         if not due:
             return True
         is_done = True
         try:
-            for look in due:
-                look(step)
+            for evaluation in due:
+                evaluation(step)
         except Abandoned:
             is_done = False
-        # Samples are rank 0's alone.
+        # Only rank 0 samples, so the ranks may differ here.
         is_done = bool(gather_numbers([is_done], self._ranks).all())
         if not is_done:
             log.warning("the evaluation of step %d is cut off: the next segment does it again", step)
         return is_done
 
     def due(self, step: int, is_last: bool = False) -> list[str]:
-        """The kinds of metrics that are due after `step`; all of them after the last one."""
+        """The kinds of metrics that are due after `step`: after the last one all of them."""
         train = self._train
         every = {"eval": train.eval_every, "hellaswag": train.hellaswag_every, "sample": train.sample_every}
         if not train.hellaswag_items:
             del every["hellaswag"]
         return [kind for kind, steps in every.items() if is_last or (steps and step % steps == 0)]
 
-    def measure(self, step: int) -> None:
-        """On held-out data, if there is any. Raises Abandoned."""
-        with self._record.phase("eval"):
-            held_out = self._held_out()
-            if held_out is None:
+    def validate(self, step: int) -> None:
+        """Measure the validation loss, if the stage has validation data. Raises Abandoned."""
+        with self._segment.phase("eval"):
+            validation = self._validation()
+            if validation is None:
                 return
-            found = held_out(self._model, self._between)
-        self._report.metric("eval", {"step": step, "tokens": step * self._tokens_per_step, **found})
+            found = validation(self._model, self._check_stop)
+        self._reporter.metric("eval", {"step": step, "tokens": step * self._tokens_per_step, **found})
         text = f"step %d/%d | validation loss {found['val_loss']:.4f} over {quantity(found['eval_tokens'])} tokens"
         more = [name for name in found if name not in ("val_loss", "eval_tokens")]
         text += "".join(f" | {name.removeprefix('val_').replace('_', ' ')} {found[name]:.4f}" for name in more)
-        log.info(text, step, self._train.steps)
+        log.info(text, step, self._stage.steps)
 
-    def _answer(self, step: int) -> None:
-        with self._record.phase("eval"):
+    def _score_hellaswag(self, step: int) -> None:
+        with self._segment.phase("eval"):
             hellaswag = self._hellaswag()
             if hellaswag is None:
                 return
-            score = hellaswag(self._model, self._between)
+            score = hellaswag(self._model, self._check_stop)
         tokens = step * self._tokens_per_step
-        self._report.metric("hellaswag", {"step": step, "tokens": tokens, **score.as_dict()})
-        log.info("step %d/%d | HellaSwag %s", step, self._train.steps, score)
+        self._reporter.metric("hellaswag", {"step": step, "tokens": tokens, **score.as_dict()})
+        log.info("step %d/%d | HellaSwag %s", step, self._stage.steps, score)
 
     def _sample(self, step: int) -> None:
         if not self._ranks.is_main:
             return
         train, stage = self._train, self._stage
         texts = []
-        with self._record.phase("sample"):
+        with self._segment.phase("sample"):
             for number, prompt in enumerate(train.sample_prompts):
                 seed = derive_key(train.seed, number) >> 1
                 prompt, length = stage.as_prompt(prompt), train.sample_tokens
                 device = self._ranks.device
                 texts.append(sample(self._model, stage.encoding, prompt, length, seed, device, self._is_leaving))
         for prompt, text in zip(train.sample_prompts, texts, strict=True):
-            self._report.metric("sample", {"step": step, "prompt": prompt, "text": text})
-            log.info("step %d/%d | sample: %s", step, train.steps, " ".join(text.split()))
+            self._reporter.metric("sample", {"step": step, "prompt": prompt, "text": text})
+            log.info("step %d/%d | sample: %s", step, stage.steps, " ".join(text.split()))
 
-    def _between(self) -> None:
-        """All ranks give up as soon as one is to leave, so that none waits alone for the others' results."""
+    def _check_stop(self) -> None:
+        """Raises Abandoned on all ranks as soon as one of them must stop: none waits for another's results."""
         if gather_numbers([self._is_leaving()], self._ranks).any():
             raise Abandoned
+
+
+def sample(
+    model: torch.nn.Module,
+    encoding,
+    prompt: str,
+    new_tokens: int,
+    seed: int,
+    device: torch.device,
+    is_leaving: Callable[[], bool] = lambda: False,
+) -> str:
+    """Continue `prompt` by up to `new_tokens`, or to the end of the document: top-k 50 at temperature 1, as
+    build-nanogpt does. The fixed seed makes the samples of different steps comparable.
+
+    A prompt that leaves too little of the model's context is cut at its beginning. Raises Abandoned once
+    `is_leaving()`, which is called after each token.
+    """
+    if not new_tokens:
+        return prompt
+    engine = Engine(model, encoding, device)
+    tokens = engine.encode(prompt)[-max(1, engine.context - new_tokens) :]
+    settings = Sampling(max_tokens=new_tokens, temperature=1.0, top_k=TOP_K, seed=seed)
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # lengths vary, and each would be compiled anew
+        text = prompt
+        for piece in engine.stream([GenerationRequest(tokens, settings)]):
+            if is_leaving():
+                raise Abandoned
+            text += piece.text
+    model.train()
+    return text
+
+
+def read_hellaswag(stage: Stage) -> HellaSwag | None:
+    """The HellaSwag set beside the stage's data; None if it was not stored there."""
+    url = stage.data_url
+    items = on_main(functools.partial(sets.read_if_there, url, HELLASWAG), stage.ranks) if url else None
+    if items is None:
+        return None
+    return HellaSwag(items[: stage.settings.train.hellaswag_items], stage.encoding, stage.ranks, stage.precision)
+
+
+def kinds_measured(segment: SegmentLog, restored: Restored) -> set[str]:
+    """Rank 0: the kinds of metrics that earlier segments recorded after the restored step.
+
+    The segment that saved the step may have recorded them, or a later one. An evaluation that was cut off is missing.
+    """
+    found: set[str] = set()
+    for number in range(restored.segment, segment.number):
+        for info in reversed(storage.list_objects(segment.ledger.folder.segment(number).metrics)):
+            with contextlib.suppress(ObjectNotFound):  # its writer has just merged it with others
+                events, _ = journal.read_objects([info.uri])
+                found |= {event["kind"] for event in events if event["step"] == restored.step}
+                if events and events[0]["step"] < restored.step:
+                    break
+    return found

@@ -1,4 +1,7 @@
-"""A run at a glance on a terminal: loss, speed, dollars spent and left, time to go, kept up to date in place."""
+"""Shows a run on a terminal: loss, throughput, dollars spent and left, remaining time, updated in place.
+
+A module apart from report.py because rich is optional.
+"""
 
 import itertools
 import logging
@@ -15,7 +18,6 @@ from rich.text import Text
 
 from core.figures import duration, quantity
 from core.run.cap import SpendingCap
-from core.settings.training import TrainConfig
 
 REFRESHES_PER_SECOND = 4
 CURVE_COLUMNS = 60
@@ -23,20 +25,20 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 class Screen:
-    """Log lines go on above the picture."""
+    """A panel at the bottom of the terminal. Log lines appear above it."""
 
-    def __init__(self, settings: TrainConfig, cap: SpendingCap | None):
-        self._settings = settings
+    def __init__(self, steps: int, cap: SpendingCap | None):
+        self._steps = steps
         self._cap = cap
         self._losses: list[float] = []
         self._step: Mapping[str, Any] = {}
         self._spent: float | None = None
         self._remaining = 0.0
-        self._looks: dict[str, str] = {}
+        self._evaluations: dict[str, str] = {}
         console = Console(file=sys.stderr)
-        self._live = Live(self._picture(), console=console, refresh_per_second=REFRESHES_PER_SECOND)
+        self._live = Live(self._panel(), console=console, refresh_per_second=REFRESHES_PER_SECOND)
         self._live.start()
-        # Handlers hold the stream from before: through the console their lines land above the picture.
+        # Log handlers hold the old stream. With the console's stream their lines appear above the panel.
         self._moved = [
             (handler, handler.setStream(sys.stderr))
             for handler in logging.getLogger().handlers
@@ -46,15 +48,15 @@ class Screen:
     def step(self, values: Mapping[str, Any], spent_usd: float | None, remaining_seconds: float) -> None:
         self._step, self._spent, self._remaining = values, spent_usd, remaining_seconds
         self._losses.append(values["loss"])
-        self._live.update(self._picture())
+        self._live.update(self._panel())
 
     def metric(self, kind: str, values: Mapping[str, Any]) -> None:
         if kind == "eval":
-            self._looks["validation loss"] = f"{values['val_loss']:.4f} at step {values['step']}"
+            self._evaluations["validation loss"] = f"{values['val_loss']:.4f} at step {values['step']}"
         elif kind == "hellaswag":
-            self._looks["HellaSwag"] = f"{100 * values['accuracy_norm']:.2f} % at step {values['step']}"
+            self._evaluations["HellaSwag"] = f"{100 * values['accuracy_norm']:.2f} % at step {values['step']}"
         elif kind == "sample":
-            self._looks["sample"] = " ".join(values["text"].split())[:200]
+            self._evaluations["sample"] = " ".join(values["text"].split())[:200]
 
     def close(self) -> None:
         self._live.stop()
@@ -62,9 +64,7 @@ class Screen:
             if stream is not None:
                 handler.setStream(stream)
 
-    def _picture(self) -> Panel:
-
-        train = self._settings.train
+    def _panel(self) -> Panel:
         step = self._step.get("step", 0)
         table = Table.grid(padding=(0, 3))
         for _ in range(4):
@@ -79,10 +79,10 @@ class Screen:
             )
             table.add_row("spent", _usd(self._spent), "left under the cap", self._left())
             table.add_row("tokens", quantity(self._step["tokens"]), "time to go", duration(self._remaining))
-        for name, text in self._looks.items():
+        for name, text in self._evaluations.items():
             table.add_row(name, Text(text, overflow="ellipsis"))
-        title = f"step {step:,} of {train.steps:,}"
-        bar = ProgressBar(total=train.steps, completed=step)
+        title = f"step {step:,} of {self._steps:,}"
+        bar = ProgressBar(total=self._steps, completed=step)
         return Panel(Group(bar, Text(curve(self._losses), style="cyan"), table), title=title)
 
     def _left(self) -> str:
@@ -91,7 +91,7 @@ class Screen:
 
 
 def curve(values: list[float], columns: int = CURVE_COLUMNS) -> str:
-    """The values as a line of bars, averaged into `columns`."""
+    """A line of bars for the values, averaged into at most `columns` bars."""
     if not values:
         return ""
     count = min(columns, len(values))

@@ -1,118 +1,138 @@
-"""One segment of a run: from opening the run to its end, the same for every stage of training.
+"""Runs one segment of a run: from joining the ranks to the exit code, the same for every stage.
 
-A segment is one machine's stretch of a run. Started again with the same settings a run continues from its newest
+A segment is one machine's part of a run. Started again with the same settings, a run continues from its newest
 complete checkpoint, on any number of ranks.
+
+The guarantee of a resume, by device:
+
+    CPU     the same bits as without the interruption, on CPUs of one kind with the same number of threads per rank
+    CUDA    the same bits on GPUs of one kind with train.deterministic, the default; without it equal up to rounding
+
+On CUDA torch.use_deterministic_algorithms gives the guarantee. By torch's documentation and source, read and not run:
+flash and memory-efficient attention have deterministic backward passes, cuDNN attention has none and is not used,
+FlexAttention needs no atomics for the gradients of queries, keys and values, scatter_add and index_put sort their
+indices, and Inductor chooses reductions by rule instead of by timing. A training step uses no operation that torch
+refuses in this mode (tests/test_determinism.py).
 """
 
 import functools
 import logging
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, MutableMapping
 
 import torch
 
 from core import stop
-from core.errors import one_line
+from core.errors import ConfigError, one_line
 from core.exit_codes import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
-from core.settings.training import TrainConfig
+from core.run.folder import RunFolder
+from core.run.segment import Opening, SegmentLog, open_segment
+from core.settings.training import TrainingConfig, TrainLoopConfig
 from trainer.checkpoint import layout
 from trainer.checkpoint.early import EarlyFetch
-from trainer.checkpoint.load import load_newest
+from trainer.checkpoint.load import Restored, load_newest
 from trainer.checkpoint.save import Saver
 from trainer.distributed import process_group
 from trainer.distributed.process_group import Ranks, on_main
-from trainer.loop import compile_cache, determinism
-from trainer.loop.evaluation import Looks
+from trainer.loop.evaluation import TrainingEvaluator, kinds_measured
 from trainer.loop.loop import Loop
-from trainer.loop.record import Record, open_record
-from trainer.loop.report import Report
-from trainer.loop.requests import Notice, Requests
-from trainer.loop.spot import SpotWatch
-from trainer.optim.optimizer import UnitOptimizer
+from trainer.loop.report import StepReporter
+from trainer.loop.requests import SpotWatch, StopRequest, StopRequests
+from trainer.optim.optimizer import BlockOptimizer
 from trainer.stages.stage import Stage
 
 log = logging.getLogger("train")
 
 MEET_SECONDS = 60.0
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+# The values with which cuBLAS gives the same bits each time; the first is faster and takes 32 MB.
+EXACT_WORKSPACES = (":4096:8", ":16:8")
+
+StageClass = Callable[[TrainingConfig, Ranks], Stage]
 
 
-def run_stage(make: Callable[[Ranks], Stage], settings: Any, fetched: EarlyFetch | None = None) -> int:
-    """Join the other ranks, make the stage, run it. `settings.train` says how. Returns the exit code.
+def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: EarlyFetch | None = None) -> int:
+    """Join the other ranks and train. Returns the exit code.
 
-    `fetched` is what was begun to be fetched of the newest checkpoint before torch was imported.
+    `fetched` holds the files of the newest checkpoint whose fetch began before torch was imported.
     """
-    stop.listen()  # already done by our entries
+    stop.listen()  # the entries have called it already
     ranks = None
     try:
         ranks = process_group.start(settings.train.device)
         stop.on_leaving(functools.partial(process_group.say_left, ranks))
-        return run(make, settings, ranks, fetched)
+        return _run(stage_class, settings, ranks, fetched)
     except Exception as error:
         if ranks and process_group.has_left(ranks):
             log.warning("another rank was asked to stop and has left: %s", one_line(error))
-            return tell(PREEMPTED, ranks)
+            return _tell(PREEMPTED, ranks)
         if isinstance(error, process_group.PeerFailed):
             return FAILED
-        if refusal := determinism.refusal(error):
+        if refusal := determinism_refusal(error):
             raise refusal from error
         raise
     finally:
         process_group.stop()
 
 
-def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: EarlyFetch | None) -> int:
-    requests = Requests(hurry=stop.ask)
-    stop.inform(requests.heard)
+def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetched: EarlyFetch | None) -> int:
+    # 1. Requests to stop arrive from here on: by signal now, from the machine's provider and the cap below.
+    requests = StopRequests(hurry=stop.ask)
+    stop.inform(requests.on_signal)
 
     def is_leaving() -> bool:
-        return requests.leave is not None
+        return requests.stop is not None
 
+    # 2. Torch: precision, threads, deterministic kernels.
     set_up_torch(settings.train, ranks)
-    determinism.set_up(settings.train, ranks.device)
 
-    # 1. The data and the run: checked before anything is written.
-    stage = make(ranks)
+    # 3. The stage reads its data and determines batch and length. Nothing is written until it has checked them.
+    stage = stage_class(settings, ranks)
     settings = stage.settings
-    record = open_record(stage, ranks)
-    stop.on_leaving(functools.partial(close_books, record, requests))
-    spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
-    saver = report = None
-    try:
-        spent = on_main(lambda: record.cap.describe() if record.cap.reached(0.0, 0.0) else "", ranks)
-        if spent:  # by the machines before: this one shall cost as little as it can
-            saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
-            return leave_together(leave(settings, record, saved, Notice("cap", spent)), ranks)
 
-        # 2. Model and optimizer, from the newest checkpoint or the start: the same bits on every rank.
+    # 4. The run and its next segment: run.json, the ledger, metrics, and the dollars spent so far.
+    segment = open_log(stage, ranks)
+    stop.on_leaving(functools.partial(_close_unsaved, segment, requests))
+    spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
+    saver = reporter = None
+    try:
+        spent = on_main(lambda: segment.cap.describe() if segment.cap.reached(0.0, 0.0) else "", ranks)
+        if spent:  # earlier segments have spent the cap: end before this machine costs more
+            saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
+            return _leave_together(_close(stage, segment, saved, StopRequest("cap", spent)), ranks)
+
+        # 5. Model and optimizer, from the newest checkpoint or from the start: the same bits on every rank.
         model = stage.build()
         model.to_empty(device=ranks.device)
-        optimizer = UnitOptimizer(model, settings.optimizer, ranks.rank, ranks.world)
-        with record.phase("restore"):
+        optimizer = BlockOptimizer(model, settings.optimizer, ranks.rank, ranks.world)
+        with segment.phase("restore"):
             restored = load_newest(settings.run.url, optimizer, ranks, fetched)
             first_step = restored.step if restored else 0
             optimizer.set_step(first_step)
             stage.fill(model, restored)
-        record.restored(restored)
+        _mark_restored(segment, restored)
         log.info("%s", stage.describe(model))
-        log.info("%s", determinism.describe(settings.train, ranks, stage.lengths_vary))
+        log.info("%s", describe_determinism(settings.train, ranks, stage.lengths_vary))
 
-        # 3. Batches start to arrive while the rest is made ready.
+        # 6. Micro-batches are read in the background while the rest is set up.
         batches = stage.batches(first_step)
         batches.is_leaving = is_leaving
 
-        # 4. Train.
+        # 7. Checkpoints, reports and evaluations.
         saver = Saver(
             settings.run.url,
-            record.number,
+            segment.number,
             ranks,
             settings.checkpoint,
-            record.ledger,
-            record.flush,
+            segment.ledger,
+            segment.flush,
             optimizer.blocks,
             first_step,
         )
-        report = Report(stage, ranks, record)
+        reporter = StepReporter(stage, ranks, segment)
+        evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, is_leaving)
+
+        # 8. Train: trainer/loop/loop.py.
         loop = Loop(
             stage=stage,
             ranks=ranks,
@@ -120,89 +140,180 @@ def run(make: Callable[[Ranks], Stage], settings: Any, ranks: Ranks, fetched: Ea
             optimizer=optimizer,
             batches=batches,
             saver=saver,
-            record=record,
+            segment=segment,
             requests=requests,
-            cap=record.cap,
-            looks=Looks(stage, ranks, model, record, report, is_leaving),
-            report=report,
+            evaluator=evaluator,
+            reporter=reporter,
             last_loss=restored.state.get("loss") if restored else None,
         )
         measured: set[str] = set()
-        if first_step > 0 and not loop.is_last(first_step) and loop.looks.due(first_step):
-            measured = on_main(lambda: record.measured(restored), ranks)
-        if loop.compiled and settings.train.compile_cache:
-            kernels = compile_cache.uri_of(
-                settings.run.url, settings.model, settings.batch.micro_batch_size, torch.cuda.get_device_name()
-            )
-            with record.phase("compile"):
-                compile_cache.load(kernels)
-            loop.after_first_step = functools.partial(compile_cache.save, kernels) if ranks.is_main else None
-        reached, notice = loop.run(first_step, measured)
+        if first_step > 0 and not loop.is_last(first_step) and evaluator.due(first_step):
+            measured = on_main(lambda: kinds_measured(segment, restored), ranks)
+        reached, request = loop.run(first_step, measured)
+
+        # 9. Wait for the checkpoint in flight, close the segment with its reason, and end on all ranks together.
         saver.wait()
-        code = leave_together(leave(settings, record, reached, notice), ranks)
+        code = _leave_together(_close(stage, segment, reached, request), ranks)
         batches.close()
         return code
     except BaseException as error:
         if saver:
-            saver.wait()  # what is on its way to storage is still good
+            saver.wait()  # a checkpoint in flight is still good
         ended = "preempted" if stop.is_certain() else "failed"
-        record.close("interrupted" if isinstance(error, KeyboardInterrupt) else ended, None, error=one_line(error))
+        segment.close("interrupted" if isinstance(error, KeyboardInterrupt) else ended, None, error=one_line(error))
         raise
     finally:
-        if report:
-            report.close()
+        if reporter:
+            reporter.close()
         if spot:
             spot.close()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def leave_together(code: int, ranks: Ranks) -> int:
-    """The exit code, once all ranks come to it: torchrun ends what is left 30 s after the first rank has failed."""
-    tell(code, ranks)
+def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
+    """Rank 0 opens the run and its next segment; other ranks get a log that writes nothing.
+
+    Raises RunError or ConfigError on rank 0, PeerFailed on the others.
+    """
+    opened: list[SegmentLog] = []
+
+    def open_on_main() -> int:
+        settings = stage.settings
+        gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
+        opening = Opening(
+            stage=stage.name,
+            config=stage.config,
+            identity=stage.identity,
+            fingerprint=stage.fingerprint,
+            packages=("torch", "numpy", "obstore"),
+            program={"ranks": ranks.world},
+            gpu=gpu,
+            gpus_per_node=ranks.local_world if gpu else 0,
+            max_usd=settings.run.max_usd,
+            shutdown_seconds=settings.run.shutdown_reserve_seconds,
+            has_metrics=True,
+        )
+        segment = open_segment(RunFolder(settings.run.url), opening)
+        opened.append(segment)
+        what = "new run at" if segment.is_new_run else "continuing"
+        log.info("%s %s, segment %d", what, settings.run.url, segment.number)
+        return segment.number
+
+    number = on_main(open_on_main, ranks)
+    return opened[0] if opened else SegmentLog(number=number)
+
+
+def _mark_restored(segment: SegmentLog, restored: Restored | None) -> None:
+    """Record the step at which this segment starts."""
+    step = restored.step if restored else 0
+    skipped = [{"name": name, "why": why} for name, why in restored.skipped] if restored else []
+    segment.mark("restored", step=step, skipped=skipped)
+    log.info("resumed from step %d" if restored else "starting at step %d", step)
+
+
+# --- the end of a segment ---------------------------------------------------------------------------------------
+
+
+def _close(stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None) -> int:
+    """Close the segment with the reason for which it ends at step `reached`. Returns the exit code."""
+    if request is None:
+        stop.settle(OK)
+        segment.close("finished", reached)
+        return OK
+    segment.mark("notice", kind=request.kind, detail=request.detail)
+    if request.kind == "cap":
+        stop.settle(CAPPED)
+        limit = stage.settings.run.max_usd
+        segment.mark("cap", limit_usd=limit, spent_usd=segment.cap and segment.cap.spent_usd())
+        segment.close("cap", reached)
+        log.warning(
+            "stopped by the cap at step %d of %d, which is saved: %s; go on with a larger MAX_USD and the same command",
+            reached,
+            stage.steps,
+            request.detail,
+        )
+        return CAPPED
+    segment.close("preempted", reached)
+    log.warning("left at step %d of %d (%s: %s)", reached, stage.steps, request.kind, request.detail)
+    return PREEMPTED
+
+
+def _close_unsaved(segment: SegmentLog, requests: StopRequests) -> None:
+    """Close the segment of a process that must end without saving."""
+    if requests.stop:
+        segment.mark("notice", kind=requests.stop.kind, detail=requests.stop.detail)
+    segment.close("preempted", None)
+
+
+def _leave_together(code: int, ranks: Ranks) -> int:
+    """Report the exit code and wait for the other ranks: torchrun kills them 30 s after the first one has failed."""
+    _tell(code, ranks)
     if code != OK:
         process_group.meet(ranks, "left", MEET_SECONDS)
     return code
 
 
-def tell(code: int, ranks: Ranks) -> int:
-    """The exit code, also for the launcher of each node."""
+def _tell(code: int, ranks: Ranks) -> int:
+    """Report the exit code to the launcher, once per node. Returns it."""
     if ranks.local_rank == 0:
         tell_launcher(code)
     return code
 
 
-def close_books(record: Record, requests: Requests) -> None:
-    """Where nothing was saved since the newest checkpoint, and nothing will be."""
-    if requests.leave:
-        record.mark("notice", kind=requests.leave.kind, detail=requests.leave.detail)
-    record.close("preempted", None)
+# --- torch ------------------------------------------------------------------------------------------------------
 
 
-def leave(settings: TrainConfig, record: Record, reached: int, notice) -> int:
-    """Close the books and say how to go on. Returns the exit code."""
-    if notice is None:
-        stop.settle(OK)
-        record.close("finished", reached)
-        return OK
-    record.mark("notice", kind=notice.kind, detail=notice.detail)
-    if notice.kind == "cap":
-        stop.settle(CAPPED)
-        record.mark("cap", limit_usd=settings.run.max_usd, spent_usd=record.cap and record.cap.spent_usd())
-        record.close("cap", reached)
-        log.warning(
-            "stopped by the cap at step %d of %d, which is saved: %s; go on with a larger MAX_USD and the same command",
-            reached,
-            settings.train.steps,
-            notice.detail,
-        )
-        return CAPPED
-    record.close("preempted", reached)
-    log.warning("left at step %d of %d (%s: %s)", reached, settings.train.steps, notice.kind, notice.detail)
-    return PREEMPTED
-
-
-def set_up_torch(train: Any, ranks: Ranks) -> None:
-    torch.set_float32_matmul_precision("high")  # TF32 where something stays in fp32
+def set_up_torch(train: TrainLoopConfig, ranks: Ranks) -> None:
+    """Configure torch before the first kernel of the process. Raises ConfigError."""
+    torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
     if ranks.device.type == "cpu":
         torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
+    set_up_determinism(train, ranks.device, os.environ)
+
+
+def set_up_determinism(train: TrainLoopConfig, device: torch.device, environment: MutableMapping[str, str]) -> None:
+    """Choose deterministic kernels on CUDA. Raises ConfigError if a variable contradicts train.deterministic."""
+    if device.type != "cuda" or not train.deterministic:
+        return
+    # cuBLAS reads it at its start; without it torch refuses matrix products in deterministic mode.
+    workspace = environment.setdefault(CUBLAS_WORKSPACE, EXACT_WORKSPACES[0])
+    if workspace not in EXACT_WORKSPACES:
+        raise ConfigError(
+            f"environment variable {CUBLAS_WORKSPACE} is {workspace!r}, with which cuBLAS may round differently each "
+            f"time, but train.deterministic is true; unset it, set it to {EXACT_WORKSPACES[0]}, or set "
+            "train.deterministic=false"
+        )
+    torch.use_deterministic_algorithms(True)
+    # It would cost bandwidth, and no memory is read here before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def describe_determinism(train: TrainLoopConfig, ranks: Ranks, lengths_vary: bool) -> str:
+    """The guarantee of a resume on these ranks, for the log. `lengths_vary`: of the sequences of its micro-batches."""
+    if ranks.device.type != "cuda":
+        where = f"on CPUs of this kind, with {torch.get_num_threads()} threads per rank"
+    elif not train.deterministic:
+        return "a resume is exact up to rounding: train.deterministic is false"
+    elif lengths_vary and train.compile:
+        return (
+            "a resume is exact up to rounding: rows vary in length, and compiled kernels depend on the lengths before "
+            "them; set train.compile=false for the same bits"
+        )
+    else:
+        where = "on GPUs of this kind, by deterministic kernels"
+    same_ranks = (
+        ", with the same number of ranks (train.grad_reduce_dtype is bf16)" if train.grad_reduce_dtype == "bf16" else ""
+    )
+    return f"a resume is exact to the bit {where}{same_ranks}"
+
+
+def determinism_refusal(error: Exception) -> ConfigError | None:
+    """A ConfigError with a remedy if `error` is torch's about a kernel without a deterministic form, else None."""
+    if not isinstance(error, RuntimeError) or "does not have a deterministic implementation" not in str(error):
+        return None
+    kernel = str(error).partition(" does not have")[0]
+    return ConfigError(
+        f"train.deterministic is true, but torch has no deterministic form of {kernel}; set train.deterministic=false "
+        "in a new run, whose resume is then exact up to rounding"
+    )

@@ -1,8 +1,8 @@
-"""The run's metrics, also to TensorBoard, Weights & Biases or MLflow, for those who look there.
+"""Copies the metrics of a run to TensorBoard, Weights & Biases or MLflow.
 
-The JSON lines in the run's folder are the record; this is a copy. It is made on a thread of its own, and a tracker
-that fails is named once and left out from then on: it never holds up or stops a run. Where things go is set the way
-each tool has it: TENSORBOARD_DIR, WANDB_PROJECT and WANDB_API_KEY, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
+The journal in the run's folder remains the record. A thread sends the copies. A tracker that fails is named once in the
+log and gets no more metrics; it never delays or stops a run. Each tool has variables of its own for the destination:
+TENSORBOARD_DIR, WANDB_PROJECT and WANDB_API_KEY, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ def _tensorboard(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callabl
 def _wandb(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
     import wandb
 
-    # One id per run folder, so that the segments of a preempted run are one line.
+    # One id per run folder, so that all segments of a run are one line in W&B.
     name = _name(run_url)
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "pretraining"), id=name, name=name, resume="allow", config=dict(config)
     )
-    # An axis of ours: W&B's own step only grows, and drops what a resumed run does again.
+    # Our axis: W&B's built-in step only grows, and drops the steps that a resumed run repeats.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return lambda step, values: run.log({**values, "step": step}), run.finish
@@ -65,7 +65,7 @@ _KINDS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
 
 
 class Trackers:
-    """Takes metrics like the run's own journal does."""
+    """Takes the metrics that the journal of the run takes."""
 
     def __init__(self, kinds: tuple[str, ...], run_url: str, config: Mapping[str, Any]):
         self._kinds = kinds
@@ -77,7 +77,7 @@ class Trackers:
             self._thread.start()
 
     def add(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Pass on the numbers among `values` as `kind`/name at values["step"]; dropped if a tracker is far behind."""
+        """Send the numbers in `values` as `kind`/name at values["step"]; drop them if a tracker is far behind."""
         numbers = {
             f"{kind}/{key.replace('.', '/')}": float(value)
             for key, value in flatten(values).items()

@@ -1,13 +1,14 @@
-"""Causal multi-head self-attention (Vaswani et al. 2017, section 3.2), with the choices of core.settings.model.
+"""Computes causal multi-head self-attention (Vaswani et al. 2017, section 3.2), and caches keys and values.
 
-Fused kernels throughout: scaled_dot_product_attention picks FlashAttention where it applies. Attention that stays
-within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU, where its block mask skips what
-no query sees, and a dense mask elsewhere.
+core.settings.model has the choices. All kernels are fused: scaled_dot_product_attention uses FlashAttention where it
+applies. Attention within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU, whose block mask
+skips positions that no query attends to, and a dense mask elsewhere.
 
-Shapes: B sequences, T positions, D model width, H heads, K head width, S cached positions.
+Shapes: B sequences, T positions, D model width, H heads, K head width, S positions of the cache.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,52 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.settings.model import ModelConfig
-from trainer.model.cache import KVCache
+
+
+class KVCache:
+    """Keys and values of `rows` sequences, for up to `room` positions in every layer.
+
+    Generation then computes each position once. Rows may differ in length: a prompt is padded on the right, `length_B`
+    holds the length of each row, and the next token overwrites the padding. Positions from a row's length on are
+    masked.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, room: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.layers, rows, config.heads, room, config.head_width)
+        self.config = config
+        self.room = room
+        self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._rows_B1 = torch.arange(rows, device=device)[:, None]
+        self._written_BT = torch.empty(0)
+
+    def positions(self, count: int) -> torch.Tensor:
+        """The positions of the next `count` tokens of each row, (B, T)."""
+        self._written_BT = self.length_B[:, None] + torch.arange(count, device=self.length_B.device)
+        return self._written_BT
+
+    def mask(self, positions_BT: torch.Tensor) -> torch.Tensor:
+        """The cached positions that each new one attends to, bool (B, 1, T, S)."""
+        seen = torch.arange(self.room, device=positions_BT.device) <= positions_BT[..., None]
+        return seen[:, None]
+
+    def extend(self, layer: int, k_BHTK: torch.Tensor, v_BHTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new keys and values at `positions`. Returns all keys and values of the layer, (B, H, S, K)."""
+        self._keys[layer][self._rows_B1, :, self._written_BT] = k_BHTK.transpose(1, 2).to(self._keys.dtype)
+        self._values[layer][self._rows_B1, :, self._written_BT] = v_BHTK.transpose(1, 2).to(self._values.dtype)
+        return self._keys[layer], self._values[layer]
+
+    def advance(self, count: int) -> None:
+        self.length_B = self.length_B + count
+
+    def set_lengths(self, length_B: torch.Tensor) -> None:
+        """Set the lengths of the rows: after a padded prompt, or to remove tokens."""
+        self.length_B = length_B.to(self.length_B)
 
 
 class Context(NamedTuple):
-    """What all blocks of one forward pass share: cos and sin of rotary positions, the mask, the cache."""
+    """Values that all blocks of one forward pass share: cos and sin of rotary positions, the mask, the cache."""
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | BlockMask | None
@@ -37,7 +79,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(width, width, bias=config.bias)
         self.c_proj_2 = nn.Linear(width, width, bias=config.bias) if config.extra_projection else None
-        # Weights of a block's own values and of the first block's.
+        # Weights of this block's values and of the first block's.
         self.mix = nn.Parameter(torch.empty(2)) if config.value_skip else None
 
     def forward(
@@ -81,7 +123,7 @@ class Attention(nn.Module):
 def rotations(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the angles of rotary positions (Su et al. 2021), float32, (T, K/2) or (B, 1, T, K/2).
 
-    Dimension i turns together with i + K/2, as in GPT-NeoX and Llama; those beyond `rope_fraction` stand still.
+    Dimension i turns together with i + K/2, as in GPT-NeoX and Llama; those beyond `rope_fraction` do not rotate.
     """
     half = config.head_width // 2
     turning = max(1, round(half * config.rope_fraction))
@@ -101,12 +143,12 @@ def rotate(x_BHTK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> t
 
 @functools.cache
 def _block_masks():
-    """Compiled: otherwise a (B, T, T) mask would be made first."""
+    """create_block_mask, compiled: otherwise it would build a (B, T, T) mask first."""
     return torch.compile(create_block_mask)
 
 
 def document_mask(tokens_BT: torch.Tensor, fused: bool) -> torch.Tensor | BlockMask:
-    """Causal and within documents, each of which begins with the end-of-text token: a block mask, or (B, 1, T, T)."""
+    """A causal mask within documents, which begin with the end-of-text token: a block mask, or bool (B, 1, T, T)."""
     document_BT = (tokens_BT == GPT2_END_OF_TEXT).cumsum(1)
     B, T = tokens_BT.shape
     if fused:
@@ -120,7 +162,22 @@ def document_mask(tokens_BT: torch.Tensor, fused: bool) -> torch.Tensor | BlockM
 
 
 def document_positions(tokens_BT: torch.Tensor) -> torch.Tensor:
-    """Positions (B, T) that begin at 0 with every end-of-text token."""
+    """Positions (B, T) that restart at 0 with every end-of-text token."""
     positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     begins_BT = torch.where(tokens_BT == GPT2_END_OF_TEXT, positions_T, 0)
     return positions_T - begins_BT.cummax(1).values
+
+
+def merged(parts: Sequence[tuple[KVCache, Sequence[int]]], room: int) -> KVCache:
+    """A new cache with these rows of each cache and `room` positions, for rows that end, arrive or need more room."""
+    first = parts[0][0]
+    rows = sum(len(index) for _, index in parts)
+    made = KVCache(first.config, rows, room, first.length_B.device, first._keys.dtype)
+    start = 0
+    for cache, index in parts:
+        span, kept = slice(start, start + len(index)), slice(0, min(room, cache.room))
+        made._keys[:, span, :, kept] = cache._keys[:, index, :, kept]
+        made._values[:, span, :, kept] = cache._values[:, index, :, kept]
+        made.length_B[span] = cache.length_B[index]
+        start = span.stop
+    return made

@@ -1,10 +1,10 @@
-"""A decoder-only transformer with explicit choices (core.settings.model); the defaults are GPT-2.
+"""Defines the model: a decoder-only transformer with the choices of core.settings.model; the defaults are GPT-2.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; parameter names and initialisation
 follow the released code (openai/gpt-2), so that public weights load by name. Linear layers keep PyTorch's layout
 (out, in).
 
-Shapes: B sequences, T positions, D model width, H heads, K head width, V vocabulary rows, S cached positions.
+Shapes: B sequences, T positions, D model width, H heads, K head width, V vocabulary rows.
 """
 
 import math
@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from core.settings.model import ModelConfig
-from trainer.model.attention import Attention, Context, document_mask, document_positions, rotations
-from trainer.model.cache import KVCache
+from trainer.model.attention import Attention, Context, KVCache, document_mask, document_positions, rotations
 from trainer.model.loss import chunked_cross_entropy, soft_cap
 
 INIT_STD = 0.02
@@ -65,7 +64,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, x0_BTD: torch.Tensor, v0_BHTK: torch.Tensor | None, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`x0` is the embedding, `v0` the first block's values, where a choice uses them; returns both onwards."""
+        """Returns the new residual stream and `v0`, the values of the first block. `x0` is the embedding."""
         if self.skip is not None:
             x_BTD = self.skip[0] * x_BTD + self.skip[1] * x0_BTD
         y_BTD, v0_BHTK = self.attn(self.ln_1(x_BTD), v0_BHTK, context)
@@ -74,9 +73,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """`forward(tokens, targets)` is the mean cross-entropy in nats; `forward(tokens)` are the logits.
+    """`forward(tokens, targets)` is the mean cross-entropy in nats; `forward(tokens)` gives the logits.
 
-    `recompute` gives up each block's activations after its forward pass and computes them again in the backward
+    With `recompute` each block frees its activations after the forward pass and computes them again in the backward
     pass (Chen et al. 2016): a third more work for a fraction of the memory.
     """
 
@@ -84,9 +83,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = recompute
-        # Told (block, residual stream) where a look inside is wanted; outside of what is compiled.
+        # Called with (block, residual stream) after each block, outside of the compiled part.
         self.watch: Callable[[int, torch.Tensor], None] | None = None
-        self.fused = False  # set by `compile_blocks`: what only pays, or only works, with a compiler
+        self.fused = False  # whether to use kernels that need a compiler; set by `compile_blocks`
         self.wte = nn.Embedding(config.padded_vocab_size, config.width)
         self.wpe = nn.Embedding(config.context, config.width) if config.position == "learned" else None
         self.ln_e = norm(config) if config.embedding_norm else None
@@ -108,8 +107,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """tokens_BT: integer ids, T at most the context. Returns a float32 scalar, or logits_BTV.
 
-        A target below 0 is left out of the mean. With a `cache` the tokens follow those that it holds, per row.
-        `packed` rows hold several texts, each after an end-of-text token, and each as if it were alone.
+        A target below 0 does not count in the mean. With a `cache` the tokens of a row follow those that it holds.
+        `packed` rows hold several texts, each of which begins with an end-of-text token and attends to itself only.
         """
         x_BTD = self.hidden(tokens_BT, cache, packed)
         if targets_BT is None:
@@ -119,10 +118,10 @@ class GPT(nn.Module):
         )
 
     def hidden(self, tokens_BT: torch.Tensor, cache: KVCache | None = None, packed: bool = False) -> torch.Tensor:
-        """What the output layer sees, x_BTD, after the last norm."""
+        """The input of the output layer, x_BTD, after the last norm."""
         config = self.config
         T = tokens_BT.shape[1]
-        # (T,), or (B, T) with a cache, whose rows may be of different length, and with texts that count from 0 each.
+        # (T,); with a cache, whose rows differ in length, or with packed texts, which count from 0 each, (B, T).
         if cache is not None:
             positions = cache.positions(T)
         else:
@@ -153,11 +152,11 @@ class GPT(nn.Module):
         return self.ln_f(x_BTD)
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        """Compile block by block, and the loss: equal blocks compile once, and early gradients can be sent while later
-        ones are computed, which one graph for the whole model would not allow. A graph break is an error.
+        """Compile each block as one graph, and the loss. A graph break is an error.
 
-        Each block is one graph. DistributedDataParallel would have it cut at its buckets, which gains nothing here,
-        since gradients are sent after each block, and keeps more activations: what crosses a cut must be stored.
+        Equal blocks compile once, and the gradients of a block are sent while those of the next are computed, which one
+        graph for the whole model would not allow. DistributedDataParallel would cut a block at its buckets. That gains
+        nothing here, and costs memory: activations that cross a cut must be stored.
         """
         torch._dynamo.config.optimize_ddp = False
         self.fused = True
@@ -166,7 +165,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Starting values (core.settings.model, `init`); biases and skips neutral.
+        """Set the starting values (core.settings.model, `init`). Biases and skips start without effect.
 
         Drawn on the CPU from `seed` alone, so that every device and rank starts from the same bits.
         """
@@ -185,7 +184,7 @@ class GPT(nn.Module):
             return INIT_STD / math.sqrt(2 * self.config.layers) if closes_branch else INIT_STD
         if closes_branch or name.startswith("lm_head"):
             return 0.0
-        # An embedding that is the output layer too must not start with logits as large as its width.
+        # A tied embedding is also the output layer; with a deviation of 1 its logits would be as large as its width.
         is_embedding = name.startswith(("wte", "wpe"))
         return (
             (INIT_STD if self.config.tie_embeddings else 1.0)

@@ -1,7 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA"): y = W x + (alpha / rank) B A x, where only A and B train.
+"""Adds low-rank adapters (Hu et al. 2021, "LoRA"): y = W x + (alpha / rank) B A x, where only A and B train.
 
-Adapters are parameters of their own, `h.0.attn.c_attn.lora_a` (rank, in) and `.lora_b` (out, rank), beside the weights
-that they adapt, which keep their names. B starts at zero, so that the first step starts from the model as it was.
+The adapters are parameters `h.0.attn.c_attn.lora_a` (rank, in) and `.lora_b` (out, rank) beside the weights that they
+adapt, which keep their names. B starts at zero, so training starts from the unchanged model.
 """
 
 import math
@@ -18,7 +18,7 @@ _MARK = ".lora_"
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer whose weights stand still, and its adapter."""
+    """A linear layer with frozen weights, and its adapter."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         nn.Module.__init__(self)
@@ -34,7 +34,7 @@ class LoraLinear(nn.Linear):
 
 
 def attach(model: GPT, rank: int, alpha: float, targets: Iterable[str]) -> None:
-    """Adapters on the layers `targets` ("attn.c_attn", ...) of every block; nothing else trains from now on."""
+    """Add adapters to the layers `targets` ("attn.c_attn", ...) of every block, and freeze all other weights."""
     model.requires_grad_(False)
     for block in model.h:
         for target in targets:
@@ -45,7 +45,7 @@ def attach(model: GPT, rank: int, alpha: float, targets: Iterable[str]) -> None:
 
 @torch.no_grad()
 def initialise(model: GPT, seed: int) -> None:
-    """A from N(0, 1 / in), B zero. Drawn on the CPU from `seed` alone, as the model's own starting values."""
+    """Set A to N(0, 1 / in) and B to zero. Drawn on the CPU from `seed` alone, like the model's values."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapters(model).items():
         if name.endswith("lora_a"):
@@ -57,7 +57,7 @@ def initialise(model: GPT, seed: int) -> None:
 
 @torch.no_grad()
 def merge(model: GPT) -> None:
-    """Into a plain model, in place: each adapter is added to the weights that it adapts."""
+    """Add each adapter to the weights that it adapts, in place; the result is a plain model."""
     for block in model.h:
         for name, module in list(block.named_modules()):
             if isinstance(module, LoraLinear):
@@ -78,7 +78,7 @@ def base(model: GPT) -> dict[str, nn.Parameter]:
 
 
 def digest(parameters: Mapping[str, torch.Tensor]) -> str:
-    """XXH3-128 of the weights: adapters fit no other ones than those they were trained on."""
+    """XXH3-128 of the weights. Adapters work only with the weights that they were trained on."""
     checksum = xxh3_128()
     for name in sorted(parameters):
         checksum.update(name.encode())

@@ -1,17 +1,24 @@
-"""Cross-entropy of a large vocabulary without the logits of a whole micro-batch in memory.
+"""Computes losses over a large vocabulary without the logits of a whole micro-batch in memory.
 
-The output layer and the loss go through the rows in chunks, and each chunk's gradient is taken at once, while its
-logits are at hand: the same three matrix products as the plain way, but no (B T, V) tensor in float32 ever exists
-(Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Hsu et al. 2024, Liger Kernel).
+The output layer and the loss process the rows in chunks. The gradient of a chunk is computed at once, while its logits
+are in memory: the same three matrix products as the plain way, but no (B T, V) tensor in float32 ever exists (Wijmans
+et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Hsu et al. 2024, Liger Kernel). The losses of
+distillation and preference optimisation leave the gradients to autograd, which computes the logits of a chunk a second
+time (Chen et al. 2016).
 
-Shapes: N rows (B T positions), D model width, V vocabulary rows, C rows of a chunk.
+Shapes: N rows (B T positions), D model width, E the teacher's width, V vocabulary rows, C rows of a chunk.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-# 26 MB of float32 logits stay in a CPU's cache; a GPU wants larger products, 800 MB at the GPT-2 vocabulary.
+from core.data.vocabulary import GPT2_VOCAB_SIZE
+
+# 26 MB of float32 logits fit a CPU's cache. A GPU needs larger products: 800 MB with GPT-2's vocabulary.
 CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
 
@@ -26,8 +33,8 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Mean cross-entropy in nats (float32 scalar) of logits x_ND @ weight_VD.T against targets_N, soft-capped.
 
-    Rows whose target is below 0 do not count; without any row the loss is 0. `fused` compiles the passes over the
-    logits into few: on a GPU they are bound by memory.
+    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the logits
+    into fewer kernels, which a GPU's memory bandwidth bounds.
     """
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused)
 
@@ -35,7 +42,7 @@ def chunked_cross_entropy(
 def token_losses(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy per row in nats, float32 (N,); 0 where the target is below 0."""
+    """Cross-entropy of each row in nats, float32 (N,); 0 where the target is below 0."""
     return token_scores(x_ND, weight_VD, targets_N, softcap)[0]
 
 
@@ -43,7 +50,7 @@ def token_losses(
 def token_scores(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_losses`, and whether no token is likelier than each target, bool (N,)."""
+    """`token_losses`, and whether each target is the likeliest token, bool (N,)."""
     losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=x_ND.device)
     likeliest_N = torch.zeros(len(targets_N), dtype=torch.bool, device=x_ND.device)
     dtype = _product_dtype(x_ND)
@@ -53,9 +60,49 @@ def token_scores(
             logits_CV = x_ND[chunk].to(dtype) @ w_VD.T
             targets_C = targets_N[chunk].long()
             losses_N[chunk] = _losses(logits_CV, targets_C, softcap)
-            # A third of the time of argmax on a CPU.
+            # On a CPU this takes a third of the time of argmax.
             likeliest_N[chunk] = logits_CV.gather(1, targets_C.clamp(min=0)[:, None])[:, 0] == logits_CV.amax(1)
     return losses_N, likeliest_N
+
+
+def token_log_probs(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0
+) -> torch.Tensor:
+    """Log-probability of each target in nats, float32 (N,)."""
+
+    def of_chunk(x_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        z_CV = soft_cap(F.linear(x_CD, weight_VD).float(), softcap)
+        return z_CV.gather(1, targets_C[:, None].long())[:, 0] - z_CV.logsumexp(1)
+
+    return torch.cat(_each_chunk(of_chunk, x_ND, targets_N))
+
+
+def divergence_and_cross_entropy(
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    softcap: float,
+    teacher_NE: torch.Tensor,
+    teacher_VE: torch.Tensor,
+    teacher_softcap: float,
+    targets_N: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Mean KL(teacher, student) and mean cross-entropy with the targets over all rows, in nats, (2,).
+
+    `temperature` divides the logits of the divergence, which covers GPT-2's tokens and no padding of a vocabulary.
+    """
+
+    def of_chunk(x_CD: torch.Tensor, y_CE: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        z_CV = soft_cap(F.linear(x_CD, weight_VD).float(), softcap)
+        cross_entropy = F.cross_entropy(z_CV, targets_C.long(), reduction="sum")
+        with torch.no_grad():
+            t_CV = soft_cap(F.linear(y_CE, teacher_VE).float(), teacher_softcap)
+            t_CV = (t_CV[:, :GPT2_VOCAB_SIZE] / temperature).log_softmax(1)
+        s_CV = (z_CV[:, :GPT2_VOCAB_SIZE] / temperature).log_softmax(1)
+        divergence = F.kl_div(s_CV, t_CV, reduction="sum", log_target=True)
+        return torch.stack([divergence, cross_entropy])
+
+    return torch.stack(_each_chunk(of_chunk, x_ND, teacher_NE, targets_N)).sum(0) / len(targets_N)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -102,9 +149,9 @@ def _losses(logits_CV: torch.Tensor, targets_C: torch.Tensor, softcap: float) ->
 def _loss_and_gradient(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, share: torch.Tensor, softcap: float, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss, and d (share x loss) / d logits = share (softmax - one-hot), in the dtype of the logits.
+    """The sum of the losses, and d (share x loss) / d logits = share (softmax - one-hot), in the dtype of the logits.
 
-    Without a compiler, and thus without fusion, this works in the memory of `logits_CV` where it can.
+    Without a compiler, and so without fusion, this reuses the memory of `logits_CV` where possible.
     """
     z_CV = soft_cap(logits_CV.float(), softcap)
     lse_C1 = z_CV.logsumexp(1, keepdim=True)
@@ -135,3 +182,11 @@ def _chunks(x_ND: torch.Tensor) -> list[slice]:
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _each_chunk(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> list[torch.Tensor]:
+    rows = GPU_CHUNK_ROWS if tensors[0].is_cuda else CPU_CHUNK_ROWS
+    return [
+        checkpoint(function, *chunk, use_reentrant=False) if torch.is_grad_enabled() else function(*chunk)
+        for chunk in zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""In which numbers the matrix products of a forward and backward pass are made. Weights stay in float32.
+"""Chooses the number format of the matrix products in forward and backward passes. Weights stay in float32.
 
 bf16 is autocast (Micikevicius et al. 2018, mixed precision); fp8 is torchao's conversion of the blocks' linear layers
 (Micikevicius et al. 2022, "FP8 formats for deep learning": e4m3 forward, e5m2 for gradients, scaled per tensor).
@@ -16,7 +16,7 @@ FP8_MULTIPLE = 16  # both sides of a matrix in fp8 products
 
 
 def resolve(precision: str, device: torch.device) -> str:
-    """What `auto` means here. Raises ConfigError for what the device cannot do."""
+    """The precision that `auto` means on this device. Raises ConfigError if the device cannot compute in it."""
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     if precision == "fp8":
@@ -32,14 +32,14 @@ def resolve(precision: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str = "auto"):
-    """The context in which forward passes run."""
+    """The context manager for forward passes."""
     if precision == "fp32" or (precision == "auto" and device.type != "cuda"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def use_fp8(blocks: nn.Module, emulate: bool = False) -> None:
-    """Turn the linear layers of `blocks` into fp8 ones, in place; names and weights stay. Raises ConfigError."""
+    """Convert the linear layers of `blocks` to fp8, in place; names and weights stay. Raises ConfigError."""
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:

@@ -1,20 +1,20 @@
-"""Muon: momentum whose matrices are made orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers").
+"""Implements Muon: momentum with orthogonalised matrices (Jordan et al. 2024, "Muon: An optimizer for hidden layers").
 
-An update with all singular values near one moves a layer by the same amount in every direction that its gradient
-has; in public runs of GPT-2 size it needs little more than half of AdamW's tokens for the same loss.
+An update whose singular values are all near one moves a layer equally in every direction of its gradient. Public runs
+of GPT-2's size need little more than half of AdamW's tokens for the same loss.
 """
 
 import torch
 
-# Quintic polynomial that drives singular values in (0, 1] to within about 0.7 to 1.2 in five rounds (Jordan et al.).
+# A quintic polynomial that moves singular values from (0, 1] to about 0.7 to 1.2 in five rounds (Jordan et al.).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: torch.Tensor, rounds: int) -> torch.Tensor:
-    """About U V^T of the singular value decomposition of `matrix`, by Newton-Schulz rounds; in bfloat16 on a GPU.
+    """Approximates U V^T of the singular value decomposition of `matrix` by Newton-Schulz rounds, in bfloat16 on a GPU.
 
-    One matrix at a time: a batched product may round otherwise for another batch size, and which matrices a rank
-    holds depends on the number of ranks.
+    It takes one matrix at a time: a batched product may round differently for another batch size, and the number of
+    ranks determines which matrices a rank holds.
     """
     a, b, c = _COEFFICIENTS
     x = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix.float()
@@ -38,9 +38,9 @@ def update(
     mu: float,
     rounds: int,
 ) -> None:
-    """One step of one matrix (out, in), in place, with Nesterov momentum; `decay` is decoupled, as in AdamW.
+    """One step of one matrix (out, in), in place, with Nesterov momentum. `decay` is decoupled, as in AdamW.
 
-    A tall matrix moves by more, so that its output changes as much as a square one's.
+    A tall matrix takes a larger step, so that its output changes as much as that of a square one.
     """
     momentum.lerp_(gradient, 1 - mu)
     direction = orthogonalise(gradient.lerp(momentum, mu), rounds)

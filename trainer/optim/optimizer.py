@@ -1,21 +1,23 @@
-"""AdamW and Muon over row blocks of the parameters, with their state on every rank or dealt out (ZeRO stage 1).
+"""Updates the weights: AdamW and Muon over row blocks of the parameters, at a scheduled learning rate.
 
-A unit is a block of rows (`trainer.checkpoint.blocks.deal`). With `shard` a rank keeps the state of its own units
-only, updates these rows and gives them to the others (Rajbhandari et al. 2020, "ZeRO", section 5.1: the optimizer's
-memory divides by the number of ranks). AdamW works element by element, so that the result is the same to the bit
-either way, and a checkpoint, which names rows, fits any number of ranks, sharded or not.
+A block is a range of rows (`trainer.checkpoint.blocks.assign_blocks`), and each block has a rank that owns it. With
+optimizer.zero a rank keeps the state of its own blocks only, updates their rows and sends them to the other ranks
+(Rajbhandari et al. 2020, "ZeRO", section 5.1: the memory of the optimizer divides by the number of ranks). AdamW works
+element by element, so both ways give the same bits. A checkpoint names rows, so it fits any number of ranks and either
+way.
 
-Muon's unit is a whole matrix (queries, keys and values apart), and its work is always dealt: no rank repeats what
-another one does.
+A block of Muon is a whole matrix, with queries, keys and values apart. Only its owner updates it, whatever
+optimizer.zero is, because an update is expensive.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from core.settings.training import OptimizerConfig
-from trainer.checkpoint.blocks import Unit, deal, key_of
+from trainer.checkpoint.blocks import Block, assign_blocks, key_of
 from trainer.distributed.process_group import all_gather
 from trainer.model.gpt import GPT
 from trainer.optim import muon
@@ -24,8 +26,8 @@ ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 MUON_STATE = ("momentum",)
 
 
-class UnitOptimizer:
-    """Of what requires a gradient. Decay for matrices and embeddings, none for biases and norms; fused on CUDA."""
+class BlockOptimizer:
+    """Updates the parameters that require a gradient. Matrices and embeddings decay, biases and norms do not."""
 
     def __init__(self, model: GPT, config: OptimizerConfig, rank: int, world: int):
         self._config = config
@@ -34,14 +36,16 @@ class UnitOptimizer:
         self._world = world
         self._matrices = _matrices(model) if config.name == "muon" else {}
         shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        self._units = deal(shapes, world, whole=self._matrices)
-        self._owned = [unit for unit in self._units if unit.owner == rank]
-        self._dealt = [unit for unit in self._units if world > 1 and (config.zero or unit.name in self._matrices)]
-        dealt = set(self._dealt)
+        self._blocks = assign_blocks(shapes, world, rows_of=self._matrices)
+        self._owned = [block for block in self._blocks if block.owner == rank]
+        self._exchanged = [
+            block for block in self._blocks if world > 1 and (config.zero or block.name in self._matrices)
+        ]
+        exchanged = set(self._exchanged)
         self._rows = {
-            unit: nn.Parameter(self._parameters[unit.name].detach()[unit.start : unit.stop])
-            for unit in self._units
-            if unit.owner == rank or unit not in dealt
+            block: nn.Parameter(self._parameters[block.name].detach()[block.start : block.stop])
+            for block in self._blocks
+            if block.owner == rank or block not in exchanged
         }
         on_gpu = next(model.parameters()).is_cuda
         self._adamw = torch.optim.AdamW(
@@ -51,17 +55,17 @@ class UnitOptimizer:
             fused=on_gpu,
             foreach=not on_gpu,
         )
-        # The state exists from the start: a restored one needs somewhere to go, and a checkpoint its layout.
-        self._state: dict[Unit, dict[str, torch.Tensor]] = {}
-        for unit, rows in self._rows.items():
-            self._state[unit] = {name: torch.zeros_like(rows) for name in self._state_names(unit.name)}
-            if unit.name not in self._matrices:
+        # The state is allocated now: `restore` copies into it, and a checkpoint needs its layout.
+        self._state: dict[Block, dict[str, torch.Tensor]] = {}
+        for block, rows in self._rows.items():
+            self._state[block] = {name: torch.zeros_like(rows) for name in self._state_names(block.name)}
+            if block.name not in self._matrices:
                 step = torch.zeros((), dtype=torch.float32, device=rows.device if on_gpu else "cpu")
-                self._adamw.state[rows] = {"step": step, **self._state[unit]}
-        if self._dealt:
+                self._adamw.state[rows] = {"step": step, **self._state[block]}
+        if self._exchanged:
             loads = [0] * world
-            for unit in self._dealt:
-                loads[unit.owner] += self._parameters[unit.name][unit.start : unit.stop].numel()
+            for block in self._exchanged:
+                loads[block.owner] += self._parameters[block.name][block.start : block.stop].numel()
             self._everyones = torch.zeros(world, max(loads), device=next(model.parameters()).device)
 
     @torch.no_grad()
@@ -70,31 +74,31 @@ class UnitOptimizer:
         config = self._config
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * factor
-        for unit, rows in self._rows.items():
-            gradient = self._parameters[unit.name].grad[unit.start : unit.stop]
-            if unit.name not in self._matrices:
+        for block, rows in self._rows.items():
+            gradient = self._parameters[block.name].grad[block.start : block.stop]
+            if block.name not in self._matrices:
                 rows.grad = gradient
                 continue
-            momentum = self._state[unit]["momentum"]
+            momentum = self._state[block]["momentum"]
             rate, decay = config.muon_lr * factor, config.muon_weight_decay
             muon.update(rows, gradient, momentum, rate, decay, config.muon_momentum, config.muon_ns_steps)
         self._adamw.step()
-        if self._dealt:
-            self._share()
+        if self._exchanged:
+            self._exchange()
 
     def set_step(self, step: int) -> None:
-        """Tell the bias correction how many steps were done."""
+        """Set the number of steps that were done, for the bias correction."""
         for state in self._adamw.state.values():
             state["step"].fill_(step)
 
     def state_bytes(self) -> int:
-        """Memory of the optimizer's state on this rank."""
+        """Bytes of the optimizer's state on this rank."""
         return sum(tensor.nbytes for state in self._state.values() for tensor in state.values())
 
     # --- for checkpoints: names are `model.`, `exp_avg.`, `exp_avg_sq.` or `momentum.` before the parameter's ---
 
     def layout(self) -> Mapping[str, tuple[int, torch.dtype]]:
-        """Rows and dtype of every named tensor of a checkpoint."""
+        """Number of rows and dtype of every named tensor of a checkpoint."""
         return {
             f"{prefix}.{name}": (parameter.shape[0], parameter.dtype)
             for name, parameter in self._parameters.items()
@@ -103,22 +107,22 @@ class UnitOptimizer:
 
     def blocks(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's share of a checkpoint: (key, rows)."""
-        for unit in self._owned:
-            yield key_of(f"model.{unit.name}", unit.start, unit.stop), self._rows[unit].detach()
-            for name, values in self._state[unit].items():
-                yield key_of(f"{name}.{unit.name}", unit.start, unit.stop), values
+        for block in self._owned:
+            yield key_of(f"model.{block.name}", block.start, block.stop), self._rows[block].detach()
+            for name, values in self._state[block].items():
+                yield key_of(f"{name}.{block.name}", block.start, block.stop), values
 
     @torch.no_grad()
     def restore(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Take rows [start, start + len(values)) of a named tensor, as far as this rank holds them."""
+        """Copy rows [start, start + len(values)) of a named tensor, except those whose state another rank holds."""
         prefix, _, parameter = name.partition(".")
         if prefix == "model":
             self._parameters[parameter][start : start + len(values)].copy_(values)
             return
-        for unit, state in self._state.items():
-            low, high = max(unit.start, start), min(unit.stop, start + len(values))
-            if unit.name == parameter and low < high:
-                state[prefix][low - unit.start : high - unit.start].copy_(values[low - start : high - start])
+        for block, state in self._state.items():
+            low, high = max(block.start, start), min(block.stop, start + len(values))
+            if block.name == parameter and low < high:
+                state[prefix][low - block.start : high - block.start].copy_(values[low - start : high - start])
 
     def shape_of(self, name: str) -> torch.Size:
         """Shape of one row of a named tensor."""
@@ -131,12 +135,12 @@ class UnitOptimizer:
         """AdamW's parameter groups: by peak rate, and decayed or not."""
         config = self._config
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for unit, rows in self._rows.items():
-            if unit.name in self._matrices:
+        for block, rows in self._rows.items():
+            if block.name in self._matrices:
                 continue
-            decay = config.weight_decay if self._parameters[unit.name].dim() >= 2 else 0.0
-            groups.setdefault((self._peak(unit.name), decay), []).append(rows)
-        # AdamW refuses to be without parameters, as a rank that owns matrices only would leave it.
+            decay = config.weight_decay if self._parameters[block.name].dim() >= 2 else 0.0
+            groups.setdefault((self._peak(block.name), decay), []).append(rows)
+        # AdamW requires a group. A rank that owns only matrices has no parameters for it.
         return [
             {"params": rows, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), rows in groups.items()
         ] or [{"params": [], "peak": config.lr, "lr": config.lr}]
@@ -149,27 +153,27 @@ class UnitOptimizer:
             return config.head_lr or config.lr
         return (config.scalar_lr or config.lr) if self._parameters[name].dim() < 2 else config.lr
 
-    def _share(self) -> None:
-        """The rows of every dealt unit to every rank, in one exchange."""
+    def _exchange(self) -> None:
+        """Send the updated rows of each exchanged block from its owner to all ranks, in one collective."""
         mine = self._everyones[self._rank].clone()
         position = 0
-        for unit in self._dealt:
-            if unit.owner == self._rank:
-                rows = self._rows[unit]
+        for block in self._exchanged:
+            if block.owner == self._rank:
+                rows = self._rows[block]
                 mine[position : position + rows.numel()].copy_(rows.flatten())
                 position += rows.numel()
         all_gather(self._everyones.view(-1), mine)
         positions = [0] * self._world
-        for unit in self._dealt:
-            target = self._parameters[unit.name][unit.start : unit.stop]
-            begin = positions[unit.owner]
-            positions[unit.owner] += target.numel()
-            if unit.owner != self._rank:
-                target.copy_(self._everyones[unit.owner, begin : begin + target.numel()].view_as(target))
+        for block in self._exchanged:
+            target = self._parameters[block.name][block.start : block.stop]
+            begin = positions[block.owner]
+            positions[block.owner] += target.numel()
+            if block.owner != self._rank:
+                target.copy_(self._everyones[block.owner, begin : begin + target.numel()].view_as(target))
 
 
 def _matrices(model: GPT) -> dict[str, int]:
-    """The blocks' matrices, and the rows of each one: those stored together are apart for Muon."""
+    """Muon's parameters, and the rows of one matrix in each: a parameter may hold several matrices."""
     rows = {}
     for name, parameter in model.named_parameters():
         if name.startswith("h.") and parameter.dim() == 2:
@@ -177,3 +181,22 @@ def _matrices(model: GPT) -> dict[str, int]:
             parts = next((count for part, count in together.items() if part in name), 1)
             rows[name] = parameter.shape[0] // parts
     return rows
+
+
+def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The learning rate at optimizer step `step` (1 to `steps`), as a share of the peak rate.
+
+    The rate rises linearly during the warm-up, stays at its peak, and falls to `min_lr_ratio` over the last
+    `cooldown_fraction` of the steps. A cosine reaches it at the last step (Loshchilov & Hutter 2017; with a fraction of
+    1 the schedule of Brown et al. 2020, appendix B). A line reaches it one step later (warm-up, stable, decay: Hu et
+    al. 2024, "MiniCPM", section 4; Hägele et al. 2024).
+    """
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    begin = max(config.warmup_steps, steps - round(config.cooldown_fraction * steps))
+    fallen = max(0, step - begin)
+    if config.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, fallen / max(1, steps - begin))))
+    else:
+        left = 1 - fallen / (steps - begin + 1)  # above 0 at the last step: a rate of 0 would waste it
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left

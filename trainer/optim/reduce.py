@@ -1,22 +1,23 @@
-"""Gradient sums whose bits do not depend on the number of ranks.
+"""Sums gradients with the same bits on any number of ranks.
 
-Floating-point addition is not associative, so the usual running sum over accumulation steps followed by a ring
-all-reduce gives other bits on 8 GPUs than on 4, and a run that resumes elsewhere drifts away. Here the M
+Floating-point addition is not associative. The usual running sum over accumulation steps, followed by a ring
+all-reduce, gives other bits on 8 GPUs than on 4, so a run that resumes on other ranks drifts away. Here the M
 micro-batches of a step are the leaves of one fixed binary tree:
 
     M = 2**k * q, q odd:  each q consecutive micro-batches are summed in order, then neighbours pairwise
 
-A rank holds consecutive micro-batches, that is a whole subtree as long as the number of ranks divides 2**k, sums
-it locally with a binary counter of at most log2(accumulation) gradient copies, and the ranks' sums are then added
-pairwise too. The exchange is an all-to-all (each rank receives its slice from everybody), a local tree sum and an
-all-gather: the same bytes as a ring all-reduce, overlapped with the backward pass by a DDP communication hook.
+A rank computes consecutive micro-batches. As long as the number of ranks divides 2**k these are a whole subtree, which
+the rank sums with a binary counter of at most log2(accumulation) gradient copies. The sums of the ranks are then added
+pairwise as well. The exchange is an all-to-all (each rank receives its slice from every rank), a local tree sum and an
+all-gather. It moves the same bytes as a ring all-reduce, and a DDP communication hook overlaps it with the backward
+pass.
 
-With `dealt`, for models whose gradient copies do not fit (ZeRO stage 2, Rajbhandari et al. 2020, section 5.2), the
-ranks take turns instead: the first group goes to rank 0, the next one to rank 1. So the ranks' groups of one turn are
-the tree's lowest level; they are exchanged at once, and each rank keeps the copies of its slice alone. The same
-tree, the same bits, for an exchange per turn instead of one per step.
+In round-robin order (ZeRO stage 2, Rajbhandari et al. 2020, section 5.2), for models whose gradient copies do not fit,
+the first group of q micro-batches is rank 0's, the next one rank 1's, and so on. The ranks' groups of one round are
+then the lowest level of the tree. They are exchanged after each round, and each rank keeps the copies of its slice
+only: the same tree and the same bits, for one exchange per round instead of one per step.
 
-A world size with an odd factor that is not in M/q still trains, with sums equal up to rounding.
+If the number of ranks has an odd factor that M / q lacks, training works, and the sums are equal up to rounding.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from trainer.distributed.process_group import all_gather
 
 
 def tree_sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Pairwise sum of neighbours, level by level; an odd one out moves up unchanged."""
+    """The pairwise sum of neighbours, level by level. A part without a neighbour moves up unchanged."""
     level = list(parts)
     while len(level) > 1:
         paired = [left + right for left, right in zip(level[::2], level[1::2], strict=False)]
@@ -43,18 +44,20 @@ def tree_sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
 class TreeReducer:
     """Sums the gradients of a DDP model over `accumulation` micro-batches and all ranks in tree order.
 
-    Per micro-batch i of a step: run the backward pass inside `context(i)`, then call `micro_batch_done(i)`.
-    After the last one `.grad` holds the sum of all M micro-batches on every rank. With `dtype` bf16 half the bytes
-    travel between ranks, and what a rank sums itself is rounded before, so that bits depend on the number of ranks.
-    `dealt`: which micro-batches are a rank's, is told by `trainer.data.order.micro_batch_numbers`.
+    For each micro-batch i of a step, run the backward pass inside `context(i)`, then call `micro_batch_done(i)`. After
+    the last one `.grad` holds the sum of all M micro-batches on every rank. With `dtype` bf16 the ranks exchange half
+    the bytes, and each rounds its own sum first, so the bits depend on the number of ranks.
+    `trainer.data.order.micro_batch_numbers` gives the micro-batches of a rank in either order.
     """
 
-    def __init__(self, model: DistributedDataParallel, accumulation: int, dtype: str = "fp32", dealt: bool = False):
+    def __init__(
+        self, model: DistributedDataParallel, accumulation: int, dtype: str = "fp32", round_robin: bool = False
+    ):
         self.model = model
         self.accumulation = accumulation
         self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         self.group = odd_part(accumulation)
-        self._dealt = dealt and dist.get_world_size() > 1
+        self._round_robin = round_robin and dist.get_world_size() > 1
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._index = {parameter: index for index, parameter in enumerate(self.parameters)}
         self._levels: list[list[torch.Tensor]] = []
@@ -64,15 +67,15 @@ class TreeReducer:
         self._stream = torch.cuda.Stream() if next(model.parameters()).is_cuda else None
         model.register_comm_hook(None, self._reduce_bucket)
 
-    def context(self, micro_batch_size: int):
-        """DDP synchronises in the last micro-batch only, or, dealt, in the last one of each group."""
-        self._last = micro_batch_size == self.accumulation - 1
-        ends_group = self._dealt and (micro_batch_size + 1) % self.group == 0
+    def context(self, index: int):
+        """Lets DDP synchronise in the last micro-batch only; in round-robin order in the last one of each group."""
+        self._last = index == self.accumulation - 1
+        ends_group = self._round_robin and (index + 1) % self.group == 0
         return contextlib.nullcontext() if self._last or ends_group else self.model.no_sync()
 
-    def micro_batch_done(self, micro_batch_size: int) -> None:
-        """Move a finished group's sum out of `.grad` into the tree."""
-        if self._dealt or micro_batch_size == self.accumulation - 1 or (micro_batch_size + 1) % self.group:
+    def micro_batch_done(self, index: int) -> None:
+        """Move the sum of a finished group from `.grad` into the tree."""
+        if self._round_robin or index == self.accumulation - 1 or (index + 1) % self.group:
             return
         carry = [parameter.grad for parameter in self.parameters]
         level = 0
@@ -88,7 +91,7 @@ class TreeReducer:
         torch._foreach_zero_(carry)
 
     def reset(self) -> None:
-        """Forget the sums of a finished or abandoned step, and zero the gradients."""
+        """Discard the sums of a finished or failed step, and zero the gradients."""
         self._occupied = [False] * len(self._occupied)
         self._slices.clear()
         self.model.zero_grad(set_to_none=False)
@@ -105,7 +108,7 @@ class TreeReducer:
             future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
             future.set_result(buffer)
             return future
-        # On its own stream the exchange runs beside the rest of the backward pass; buckets keep their order.
+        # A second stream runs the exchange beside the rest of the backward pass; the buckets keep their order.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._exchange(bucket.index(), buffer)
@@ -115,26 +118,29 @@ class TreeReducer:
         return future
 
     def settle(self, loss_of: Callable[[], torch.Tensor]) -> None:
-        """To be called before the first step, with what computes the loss of some micro-batch.
+        """Call before the first step, with a function that computes the loss of some micro-batch.
 
-        DDP cuts its buckets anew after its first backward pass, in the order in which gradients came. Slices of one
-        step's turns must be of the same buckets, so that this has to be over before."""
-        if self._dealt:
+        After its first backward pass DDP forms its buckets anew, in the order in which the gradients arrived. The
+        slices of all rounds of a step must belong to the same buckets, so this must happen before the first step.
+        """
+        if self._round_robin:
             self._last = True
             for _ in range(2):
                 loss_of().backward()
 
     def _exchange(self, index: int, buffer: torch.Tensor) -> None:
-        """In place, `buffer` becomes the tree sum over all ranks, and, dealt, over all turns once the last one is in;
-        before that it is cleared for the next turn."""
+        """Replace `buffer` by the tree sum over all ranks.
+
+        In round-robin order the last round of a step gives the sum over all rounds; the others clear `buffer`.
+        """
         world = dist.get_world_size()
         if world == 1:
             return
         mine = _tree_reduce_scatter(buffer, self._dtype)
-        if self._dealt:
+        if self._round_robin:
             levels = self._slices.setdefault(index, [])
             level = 0
-            # The last turn finds all levels below its own occupied: it takes them all in.
+            # In the last round all lower levels are occupied: it adds them all.
             while level < len(levels) and (levels[level] is not None or self._last):
                 mine = mine if levels[level] is None else levels[level] + mine
                 levels[level] = None
@@ -150,9 +156,9 @@ class TreeReducer:
 
 
 def _tree_reduce_scatter(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """This rank's slice of the tree sum of one-dimensional buffers, the last one padded with zeros.
+    """This rank's slice of the tree sum of the ranks' one-dimensional buffers; the last slice is padded with zeros.
 
-    What travels is of `dtype`; sums are made in that of the buffer.
+    The ranks exchange `dtype`; the sum is computed in the dtype of the buffer.
     """
     world = dist.get_world_size()
     slice_size = -(-buffer.numel() // world)

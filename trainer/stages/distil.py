@@ -1,45 +1,66 @@
-"""Distillation: the next token of a stream of shards, and the whole distribution of a teacher at each position.
+"""Distils: trains on the next token of a stream of shards and on a teacher's distribution at each position.
 
-    loss = weight T² KL(teacher, student) + (1 - weight) cross-entropy
+    loss = kl_weight T² KL(teacher, student) + (1 - kl_weight) cross-entropy
 
-with both distributions softened by the temperature T (Hinton et al. 2015, "Distilling the Knowledge in a Neural
-Network"; T² keeps the gradients' size).
+The temperature T divides the logits of both models; T² keeps the size of the gradients (Hinton et al. 2015, "Distilling
+the Knowledge in a Neural Network"). The teacher is a model of ours, a public one of the same form, or a model that
+`transformers` runs.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from core.data.vocabulary import GPT2_VOCAB_SIZE
 from core.errors import ConfigError
-from core.settings import loader as settings_of
-from core.settings.training import TrainConfig
-from core.settings.tuning import DistilConfig
+from core.settings import loader
+from core.settings.tuning import DistilConfig, TeacherConfig
 from trainer.checkpoint.load import Restored
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import Ranks, on_main
+from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.model.gpt import GPT
-from trainer.model.recomputed import divergence_and_cross_entropy
+from trainer.model.loss import divergence_and_cross_entropy
 from trainer.stages.pretrain import Pretrain
-from trainer.stages.stage import HeldOut, lasting_name, with_batch
-from trainer.stages.teacher import FOREIGN, Teacher, open_teacher
+from trainer.stages.stage import Validation, lasting_name
 from trainer.weights.open import look_up, open_weights
+
+FOREIGN = "transformers:"
+PROBE = "The president's speech, of 1865, was short: 700 words — and\n\n\tno more."
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """`hidden(tokens_BT)` is the input of the output layer, (B, T, E), and `head` the weights of that layer, (V, E)."""
+
+    name: str
+    context: int
+    head: torch.Tensor
+    softcap: float
+    model: nn.Module
+    foreign: bool
+
+    @torch.no_grad()
+    def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        if not self.foreign:
+            return self.model.hidden(tokens_BT)
+        return self.model.base_model(input_ids=tokens_BT.long()).last_hidden_state
 
 
 class Distillation(nn.Module):
-    def __init__(self, model: GPT, teacher: Teacher, temperature: float, weight: float):
+    def __init__(self, model: GPT, teacher: Teacher, temperature: float, kl_weight: float):
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.weight = weight
-        self._teacher = [teacher]  # in a list it is no part of the module: nobody synchronises or saves it
+        self.kl_weight = kl_weight
+        self._teacher = [teacher]  # a list hides it from the module: DDP must not synchronise it
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         divergence, cross_entropy = self.parts(tokens, self.temperature)
-        return self.weight * self.temperature**2 * divergence + (1 - self.weight) * cross_entropy
+        return self.kl_weight * self.temperature**2 * divergence + (1 - self.kl_weight) * cross_entropy
 
     def parts(self, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
         """(2,): divergence and cross-entropy of a (B, T + 1) micro-batch."""
@@ -59,63 +80,45 @@ class Distillation(nn.Module):
 
 class Distil(Pretrain):
     name = "distil"
+    settings: DistilConfig
     measures_start = True
-    flops_per_token = None  # the teacher's are not counted
+    flops_per_token = None  # the teacher's FLOPs are not counted
 
-    def __init__(self, own: DistilConfig, ranks: Ranks):
-        view = TrainConfig(
-            run=own.run,
-            data=own.data,
-            model=own.model,
-            batch=own.batch,
-            optimizer=own.optimizer,
-            train=own.train,
-            checkpoint=own.checkpoint,
-        )
-        super().__init__(view, ranks)
-        teacher = own.distil.teacher
+    def __init__(self, settings: DistilConfig, ranks: Ranks):
+        teacher = settings.teacher.weights
         if not teacher.startswith(FOREIGN):
-            teacher = on_main(functools.partial(lasting_name, teacher, own.run.url, "distil", "teacher"), ranks)
-        own = dataclasses.replace(own, distil=dataclasses.replace(own.distil, teacher=teacher))
-        self.own = dataclasses.replace(with_batch(own, self.settings), model=self.settings.model)
-        if own.distil.start:
-            on_main(functools.partial(_check_same_model, own), ranks)
+            teacher = on_main(functools.partial(lasting_name, teacher, settings.run.url, "teacher"), ranks)
+        super().__init__(dataclasses.replace(settings, teacher=TeacherConfig(teacher)), ranks)
+        if self.settings.start.weights:
+            on_main(functools.partial(_check_same_model, self.settings), ranks)
         self.teacher = open_teacher(teacher, self.encoding, ranks.device)
-        if self.teacher.context < own.model.context:
+        if self.teacher.context < self.context:
             raise ConfigError(
-                f"distil.teacher: {self.teacher.name} has a context of {self.teacher.context} tokens, the student's is "
-                f"{own.model.context}; set model.context to at most that"
+                f"teacher.weights: {self.teacher.name} has a context of {self.teacher.context} tokens, the student's "
+                f"is {self.context}; set model.context to at most that"
             )
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return settings_of.to_dict(self.own)
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return settings_of.identity(self.own)
-
     def fill(self, model: GPT, restored: Restored | None) -> None:
-        start = self.own.distil.start
+        start = self.settings.start.weights
         if restored or not start:
             super().fill(model, restored)
             return
         model.load_state_dict(open_weights(start, self.ranks.device).model.state_dict())
 
-    def describe(self, model: GPT) -> str:
-        return f"{super().describe(model)}\nteacher: {self.teacher.name}"
+    def describe_data(self, model: GPT) -> list[str]:
+        return [*super().describe_data(model), f"teacher: {self.teacher.name}"]
 
     def objective(self, model: GPT) -> Distillation:
-        return Distillation(model, self.teacher, self.own.distil.temperature, self.own.distil.kl_weight)
+        return Distillation(model, self.teacher, self.settings.distil.temperature, self.settings.distil.kl_weight)
 
-    def held_out(self) -> HeldOut | None:
-        validation = self.validation()
+    def validation(self) -> Validation | None:
+        validation = self.validation_loss()
         if validation is None:
             return None
 
-        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
+        def measure(model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]:
             distillation = self.objective(model)
-            divergence, loss = validation.means(model, lambda tokens: distillation.parts(tokens, 1.0), between)
+            divergence, loss = validation.means(model, lambda tokens: distillation.parts(tokens, 1.0), check_stop)
             return {"val_loss": loss, "eval_tokens": validation.tokens, "val_divergence": divergence}
 
         return measure
@@ -124,12 +127,58 @@ class Distil(Pretrain):
         return {"stage": self.name, "teacher": self.teacher.name}
 
 
-def _check_same_model(own: DistilConfig) -> None:
-    where, state = look_up(own.distil.start)
-    theirs, ours = state["config"]["model"], settings_of.to_dict(own.model)
+def _check_same_model(settings: DistilConfig) -> None:
+    where, state = look_up(settings.start.weights)
+    theirs, ours = state["config"]["model"], loader.to_dict(settings.model)
     for key in ours:
         if theirs[key] != ours[key] and key != "init":
             raise ConfigError(
-                f"distil.start: {where} has model.{key} = {theirs[key]}, this config has {ours[key]}; "
-                "set the start's model, or leave distil.start empty"
+                f"start.weights: {where} has model.{key} = {theirs[key]}, this config has {ours[key]}; "
+                "set the start's model, or leave start.weights empty"
             )
+
+
+def open_teacher(name: str, encoding, device: torch.device) -> Teacher:
+    """Raises ConfigError for a teacher of another vocabulary, CheckpointError for a damaged one."""
+    if name.startswith(FOREIGN):
+        return _open_foreign(name.removeprefix(FOREIGN), encoding, device)
+    model = open_weights(name, device).model.requires_grad_(False)
+    return Teacher(name, model.config.context, model.head, model.config.logit_softcap, model, False)
+
+
+def _open_foreign(name: str, encoding, device: torch.device) -> Teacher:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ConfigError(f"teacher.weights is {FOREIGN}{name}, which needs: pip install transformers") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Only safetensors: a pickle may run code.
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"teacher.weights: {name} cannot be opened: {' '.join(str(error).split())[:300]}") from error
+    ids = tokenizer.encode(PROBE, add_special_tokens=False)
+    if ids != encoding.encode_ordinary(PROBE) or model.config.vocab_size < GPT2_VOCAB_SIZE:
+        raise ConfigError(
+            f"teacher.weights: {name} has another vocabulary than GPT-2's ({model.config.vocab_size} tokens, and a "
+            "text comes to other ids), so that its distributions say nothing about our tokens; take a teacher with "
+            "GPT-2's, or let it write text: python -m trainer.synthesize"
+        )
+    model = model.to(device).eval().requires_grad_(False)
+    _check_head(model, name, torch.tensor([ids], device=device))
+    context: Any = getattr(model.config, "max_position_embeddings", None)
+    head = model.get_output_embeddings().weight
+    return Teacher(name, context or 1 << 30, head, 0.0, model, True)
+
+
+@torch.no_grad()
+def _check_head(model: nn.Module, name: str, tokens_BT: torch.Tensor) -> None:
+    """Raises ConfigError unless its logits are the plain product that we compute in chunks: no bias, scale or cap."""
+    layer = model.get_output_embeddings()
+    whole = model(input_ids=tokens_BT).logits
+    ours = model.base_model(input_ids=tokens_BT).last_hidden_state @ layer.weight.T if layer is not None else None
+    if ours is None or not torch.allclose(ours, whole, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"teacher.weights: the logits of {name} are not a plain product of its last layer, which is not supported; "
+            "take another teacher, or let it write text: python -m trainer.synthesize"
+        )

@@ -1,7 +1,7 @@
-"""Direct preference optimisation (Rafailov et al. 2023, "Direct Preference Optimization", equation 7).
+"""Trains by direct preference optimisation (Rafailov et al. 2023, "Direct Preference Optimization", equation 7).
 
-The reference is the start, as it was: its log-probabilities are computed once, before the first step, and stored with
-the run, so that only one model is in memory and a resumed run has the same numbers.
+The reference is the start of the run. Its log-probabilities are computed once, before the first step, and stored with
+the run. So only one model is in memory, and a resumed run has the same numbers.
 
 Shapes: P pairs, (P, 2) chosen and rejected, B = 2 P sequences, T positions.
 """
@@ -19,24 +19,22 @@ from torch import nn
 
 from core import storage
 from core.data.vocabulary import GPT2_END_OF_TEXT
-from core.errors import CheckpointError, ConfigError, ObjectNotFound
+from core.errors import CheckpointError, ObjectNotFound
 from core.run.folder import RunFolder
 from core.settings.tuning import DpoConfig
 from trainer.data.chat_template import NO_TARGET
-from trainer.data.examples import Examples, Texts, read_preferences
-from trainer.data.packing import NumberedBatches
-from trainer.distributed.in_turn import Between, in_turn
-from trainer.distributed.process_group import Ranks, on_main
+from trainer.data.examples import Examples, NumberedBatches, Texts, read_preferences
+from trainer.distributed.process_group import Ranks, StopCheck, divide_over_ranks, on_main
 from trainer.model.gpt import GPT
+from trainer.model.loss import token_log_probs
 from trainer.model.precision import autocast
-from trainer.model.recomputed import token_log_probs
-from trainer.stages.stage import HeldOut
-from trainer.stages.tuned import Tuned
+from trainer.stages.stage import Validation
+from trainer.stages.tuning import Tuning
 from trainer.weights.open import open_weights
 
 log = logging.getLogger("train")
 
-MULTIPLE = 64  # of padded lengths: few shapes, so that few are compiled
+MULTIPLE = 64  # padded lengths are multiples of it: each new shape is compiled
 
 
 class Pairs(NamedTuple):
@@ -46,22 +44,22 @@ class Pairs(NamedTuple):
 
 
 def answer_log_probs(model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each sequence's targets together, float32 (B,)."""
+    """The log-probability of all targets of each sequence together, float32 (B,)."""
     counts_BT = targets_BT != NO_TARGET
     x_ND = model.hidden(tokens_BT)[counts_BT]
     log_probs_N = token_log_probs(x_ND, model.head, targets_BT[counts_BT], model.config.logit_softcap)
-    # Scattered and then summed: sums by index are not the same each time on a GPU.
+    # Scatters, then sums: a sum by index would not have the same bits each time on a GPU.
     return torch.zeros_like(targets_BT, dtype=torch.float32).masked_scatter(counts_BT, log_probs_N).sum(1)
 
 
 def margins(policy_P2: torch.Tensor, reference_P2: torch.Tensor, beta: float) -> torch.Tensor:
-    """How much more reward the chosen answer has than the rejected one, (P,)."""
+    """The reward of the chosen answer minus that of the rejected one, (P,)."""
     rewards_P2 = beta * (policy_P2 - reference_P2)
     return rewards_P2[:, 0] - rewards_P2[:, 1]
 
 
 def preference_losses(margins_P: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """(P,); with label smoothing the conservative form (Mitchell 2023)."""
+    """The loss of each pair, (P,). Label smoothing gives the conservative form (Mitchell 2023)."""
     right, wrong = -F.logsigmoid(margins_P), -F.logsigmoid(-margins_P)
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
@@ -78,23 +76,20 @@ class PreferenceLoss(nn.Module):
         return preference_losses(margins(policy_P2, pairs.reference_P2, self.beta), self.label_smoothing).mean()
 
 
-class Dpo(Tuned):
+class Dpo(Tuning):
     name = "dpo"
     sequences_per_item = 2
     lengths_vary = True
-    flops_per_token = None  # rows are only as long as their longest answer needs
+    flops_per_token = None  # the lengths of rows vary with their answers
 
-    def __init__(self, own: DpoConfig, ranks: Ranks):
-        super().__init__(own, ranks)
-        if self.settings.batch.micro_batch_size % 2:
-            raise ConfigError(
-                f"batch.micro_batch_size = {self.settings.batch.micro_batch_size} is what fits, "
-                "but a pair is two sequences; set an even number"
-            )
+    settings: DpoConfig
+
+    def __init__(self, settings: DpoConfig, ranks: Ranks):
+        super().__init__(settings, ranks)
         self._reference: dict[str, np.ndarray] = {}
 
-    def read(self, own: DpoConfig, length: int) -> Examples:
-        return read_preferences(own.data, self._encoding(), length)
+    def read(self, settings: DpoConfig, length: int) -> Examples:
+        return read_preferences(settings.data, self._encoding(), length)
 
     def count_items(self) -> int:
         return len(self.examples.train) // 2
@@ -103,7 +98,7 @@ class Dpo(Tuned):
         return "pairs"
 
     def objective(self, model: GPT) -> nn.Module:
-        return PreferenceLoss(model, self.own.dpo.beta, self.own.dpo.label_smoothing)
+        return PreferenceLoss(model, self.settings.dpo.beta, self.settings.dpo.label_smoothing)
 
     def batches(self, first_step: int) -> NumberedBatches:
         self._reference = self._stored_reference() or self._new_reference()
@@ -120,24 +115,26 @@ class Dpo(Tuned):
             skip=train.skip_steps,
         )
 
-    def held_out(self) -> HeldOut | None:
+    def validation(self) -> Validation | None:
         texts = self.examples.val
         if not len(texts):
             return None
-        count = min(len(texts), max(2, self.settings.train.eval_tokens // self.length)) // 2
+        count = min(len(texts), max(2, self.settings.train.eval_tokens // self.context)) // 2
         groups = self._groups(count)
         answers = int(texts.answers()[: 2 * count].sum())
-        beta, smoothing = self.own.dpo.beta, self.own.dpo.label_smoothing
+        beta, smoothing = self.settings.dpo.beta, self.settings.dpo.label_smoothing
 
         @torch.no_grad()
-        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
+        def measure(model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]:
             def margins_of(index: int) -> list[float]:
                 tokens_BT, targets_BT, reference_P2 = self._pairs("val", groups[index])
                 policy_P2 = self._log_probs(model, tokens_BT, targets_BT)
                 return margins(policy_P2, reference_P2, beta).tolist()
 
             model.eval()
-            found = [margin for part in in_turn(len(groups), margins_of, self.ranks, between) for margin in part]
+            found = [
+                margin for part in divide_over_ranks(len(groups), margins_of, self.ranks, check_stop) for margin in part
+            ]
             model.train()
             losses = preference_losses(torch.tensor(found, dtype=torch.float64), smoothing)
             return {
@@ -150,12 +147,12 @@ class Dpo(Tuned):
         return measure
 
     def _log_probs(self, model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        # Lengths vary, so that compiled blocks would be compiled again and again.
+        # Lengths vary, and compiled blocks would be compiled anew for each.
         with autocast(self.ranks.device, self.precision), torch.compiler.set_stance("force_eager"):
             return answer_log_probs(model, tokens_BT, targets_BT).view(-1, 2)
 
     def _groups(self, count: int) -> list[np.ndarray]:
-        """Pairs that go through the model together when nothing is learned from them."""
+        """The numbers of the pairs of each forward pass outside of training."""
         size = self.settings.batch.micro_batch_size // 2
         return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
@@ -165,10 +162,10 @@ class Dpo(Tuned):
         return Pairs(tokens_BT, targets_BT, reference_P2)
 
     def _sequences(self, texts: Texts, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen and rejected in turn, padded on the right, which no token before it sees."""
+        """Chosen and rejected sequences, alternating, (2 P, T), padded on the right, where no token attends."""
         of_pairs = np.stack([2 * numbers, 2 * numbers + 1], 1).ravel()
         longest = int((texts.starts[of_pairs + 1] - texts.starts[of_pairs]).max())
-        width = min(self.length, -(-longest // MULTIPLE) * MULTIPLE)
+        width = min(self.context, -(-longest // MULTIPLE) * MULTIPLE)
         tokens = np.full((len(of_pairs), width), GPT2_END_OF_TEXT, np.int32)
         targets = np.full((len(of_pairs), width), NO_TARGET, np.int32)
         for place, number in enumerate(of_pairs):
@@ -190,7 +187,7 @@ class Dpo(Tuned):
             def of_group(index: int, texts: Texts = texts, groups: list[np.ndarray] = groups) -> list[float]:
                 return self._log_probs(model, *self._sequences(texts, groups[index])).flatten().tolist()
 
-            flat = [each for part in in_turn(len(groups), of_group, self.ranks) for each in part]
+            flat = [each for part in divide_over_ranks(len(groups), of_group, self.ranks) for each in part]
             found[split] = np.array(flat, np.float32).reshape(-1, 2)
         uri = RunFolder(self.settings.run.url).reference
         on_main(functools.partial(storage.write_bytes, uri, safetensors.numpy.save(found)), self.ranks)

@@ -1,7 +1,7 @@
-"""Fine-tuning: the answers of conversations, several of them packed into a row, none of which sees another.
+"""Fine-tunes on the answers of conversations. A row packs several conversations, none of which attends to another.
 
-The loss of a step is the mean over all its answer tokens: each counts the same, in whatever micro-batch it is, and
-on however many ranks.
+The loss of a step is the mean over all its answer tokens: each counts the same in every micro-batch and on any number
+of ranks.
 """
 
 import functools
@@ -15,17 +15,16 @@ from torch import nn
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.settings.tuning import FinetuneConfig
 from trainer.data.chat_template import NO_TARGET
-from trainer.data.examples import Examples, Texts, read_conversations
-from trainer.data.packing import NumberedBatches, pack
-from trainer.distributed.in_turn import Between, in_turn
+from trainer.data.examples import Examples, NumberedBatches, Texts, pack, read_conversations
+from trainer.distributed.process_group import StopCheck, divide_over_ranks
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
-from trainer.stages.stage import HeldOut
-from trainer.stages.tuned import Tuned
+from trainer.stages.stage import Validation
+from trainer.stages.tuning import Tuning
 
 
 class Packed(NamedTuple):
-    """A micro-batch; `weight` makes the mean over its answer tokens its share of the step's."""
+    """A micro-batch. `weight` turns the mean over its answer tokens into its share of the step's mean."""
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
@@ -33,7 +32,7 @@ class Packed(NamedTuple):
 
 
 class Rows:
-    """Texts packed into rows. What is left of a row is end-of-text tokens, each of them a text of its own."""
+    """Texts packed into rows. End-of-text tokens fill the rest of a row, each of them a text without targets."""
 
     def __init__(self, texts: Texts, length: int):
         self._texts = texts
@@ -46,6 +45,7 @@ class Rows:
         return len(self._rows)
 
     def tensors(self, numbers: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and targets of these rows, int32 (len(numbers), length)."""
         tokens = np.full((len(numbers), self._length), GPT2_END_OF_TEXT, np.int32)
         targets = np.full((len(numbers), self._length), NO_TARGET, np.int32)
         for place, number in enumerate(numbers):
@@ -64,21 +64,21 @@ class AnswerLoss(nn.Module):
         return self.model(packed.tokens_BT, packed.targets_BT, packed=True) * packed.weight
 
 
-class Finetune(Tuned):
+class Finetune(Tuning):
     name = "finetune"
 
-    def read(self, own: FinetuneConfig, length: int) -> Examples:
-        return read_conversations(own.data, self._encoding(), length)
+    def read(self, settings: FinetuneConfig, length: int) -> Examples:
+        return read_conversations(settings.data, self._encoding(), length)
 
     @functools.cached_property
     def rows(self) -> Rows:
-        return Rows(self.examples.train, self.length)
+        return Rows(self.examples.train, self.context)
 
     def count_items(self) -> int:
         return len(self.rows)
 
     def describe_items(self) -> str:
-        filled = len(self.examples.train.tokens) / (len(self.rows) * self.length)
+        filled = len(self.examples.train.tokens) / (len(self.rows) * self.context)
         return f"rows, {100 * filled:.1f} % filled"
 
     def objective(self, model: GPT) -> nn.Module:
@@ -103,16 +103,16 @@ class Finetune(Tuned):
         share = self.rows.answers[mine].sum() / self.rows.answers[of_step].sum()
         return Packed(*self.rows.tensors(mine, self.ranks.device), float(share * micro_batches))
 
-    def held_out(self) -> HeldOut | None:
+    def validation(self) -> Validation | None:
         if not len(self.examples.val):
             return None
-        rows = Rows(self.examples.val, self.length)
+        rows = Rows(self.examples.val, self.context)
         size = self.settings.batch.micro_batch_size
-        count = min(len(rows), max(1, self.settings.train.eval_tokens // self.length))
+        count = min(len(rows), max(1, self.settings.train.eval_tokens // self.context))
         groups = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
         @torch.no_grad()
-        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
+        def measure(model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]:
             def loss(index: int) -> list[float]:
                 tokens_BT, targets_BT = rows.tensors(groups[index], self.ranks.device)
                 with autocast(self.ranks.device, self.precision):
@@ -120,7 +120,7 @@ class Finetune(Tuned):
 
             model.eval()
             answers = [int(rows.answers[group].sum()) for group in groups]
-            losses = in_turn(len(groups), loss, self.ranks, between)
+            losses = divide_over_ranks(len(groups), loss, self.ranks, check_stop)
             model.train()
             total = sum(answers[index] * losses[index][0] for index in range(len(groups)))
             return {"val_loss": total / sum(answers), "eval_tokens": sum(answers)}

@@ -1,28 +1,30 @@
-"""Pretraining: the next token of a stream of token shards."""
+"""Pretrains: predicts the next token of a stream of token shards."""
 
+import dataclasses
 import functools
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from core import storage
 from core.data import manifest
+from core.data.manifest import Manifest
 from core.data.vocabulary import read as read_vocabulary
-from core.settings import loader
-from core.settings.training import TrainConfig
+from core.errors import ConfigError
+from core.figures import quantity
+from core.settings.model import flops_per_token
+from core.settings.training import PretrainConfig
 from trainer.checkpoint.load import Restored
 from trainer.data.cache import ShardCache
 from trainer.data.loader import Batches, TokenSource
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import Ranks, on_main
+from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.evals.validation import ValidationLoss
 from trainer.model.gpt import GPT
-from trainer.stages import plan
-from trainer.stages.stage import HeldOut, Stage, default_cache_dir
+from trainer.stages.stage import Stage, Validation
 
 log = logging.getLogger("train")
 
@@ -40,23 +42,14 @@ class NextToken(nn.Module):
 
 class Pretrain(Stage):
     name = "pretrain"
+    settings: PretrainConfig
 
-    def __init__(self, settings: TrainConfig, ranks: Ranks):
+    def __init__(self, settings: PretrainConfig, ranks: Ranks):
         self.data = on_main(functools.partial(manifest.read, settings.data.url), ranks)
-        plan.check_vocabulary(settings, self.data)
-        super().__init__(settings, ranks)
-
-    @property
-    def dealt(self) -> bool:
-        return self.settings.optimizer.zero == 2
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return loader.to_dict(self.settings)
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return loader.identity(self.settings)
+        check_vocabulary(settings, self.data)
+        super().__init__(settings, settings.model, settings.model.context, ranks)
+        self.settings = dataclasses.replace(self.settings, model=self.model)
+        self.round_robin = settings.optimizer.zero == 2
 
     @property
     def fingerprint(self) -> str:
@@ -66,15 +59,23 @@ class Pretrain(Stage):
         if not restored:
             model.initialise(self.settings.train.seed)
 
-    def describe(self, model: GPT) -> str:
-        return plan.describe(self.settings, model, self.data, self.accumulation, self.ranks)
+    def describe_data(self, model: GPT) -> list[str]:
+        splits, flops = self.data.splits, flops_per_token(self.model)
+        return [
+            f"model: {model.parameter_count():,} parameters, {quantity(flops)} FLOPs per token",
+            f"data: {quantity(splits['train'].tokens)} training tokens, {splits['val'].tokens:,} validation tokens, "
+            f"fingerprint {self.data.fingerprint[:12]}",
+        ]
+
+    def describe_epochs(self) -> str:
+        tokens = self.settings.batch.tokens_per_step * self.steps
+        return f" = {tokens / self.data.splits['train'].tokens:.2f} epochs"
 
     def objective(self, model: GPT) -> nn.Module:
         return NextToken(model)
 
     def batches(self, first_step: int) -> Batches:
-        settings = self.settings
-        length, seed = settings.model.context, settings.train.seed
+        settings, length, seed = self.settings, self.context, self.settings.train.seed
         return Batches(
             TokenSource(self._cache("train"), length, seed, settings.data.shards_mixed),
             0 if settings.train.overfit else first_step,
@@ -86,34 +87,38 @@ class Pretrain(Stage):
             device=self.ranks.device,
             fetches=self.ranks.local_rank == 0,
             skip=settings.train.skip_steps,
-            dealt=self.dealt,
+            round_robin=self.round_robin,
         )
 
-    def held_out(self) -> HeldOut | None:
-        validation = self.validation()
+    def validation(self) -> Validation | None:
+        validation = self.validation_loss()
         if validation is None:
             return None
 
-        def measure(model: GPT, between: Between | None = None) -> Mapping[str, float]:
-            return {"val_loss": validation(model, between), "eval_tokens": validation.tokens}
+        def measure(model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]:
+            return {"val_loss": validation(model, check_stop), "eval_tokens": validation.tokens}
 
         return measure
 
-    def validation(self) -> ValidationLoss | None:
+    def validation_loss(self) -> ValidationLoss | None:
         settings = self.settings
-        tokens, window = self.data.splits["val"].tokens, settings.model.context + 1
+        tokens, window = self.data.splits["val"].tokens, self.context + 1
         if tokens < window:
             few = f"{tokens} validation tokens, fewer than one window of {window}" if tokens else "no validation tokens"
             log.warning("%s has %s, so there is no validation loss", settings.data.url, few)
             return None
         return ValidationLoss(
             self._cache("val"),
-            settings.model.context,
+            self.context,
             settings.train.eval_tokens,
             settings.batch.micro_batch_size,
             self.ranks,
             self.precision,
         )
+
+    @property
+    def data_url(self) -> str:
+        return self.settings.data.url
 
     @functools.cached_property
     def encoding(self):
@@ -121,5 +126,28 @@ class Pretrain(Stage):
 
     def _cache(self, split: str) -> ShardCache:
         data = self.settings.data
-        folder = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+        folder = Path(data.cache_dir) if data.cache_dir else default_cache_folder()
         return ShardCache(data.url, self.data, split, folder, data.cache_gb * 1e9)
+
+
+def default_cache_folder() -> Path:
+    """A folder for shards below the system's temporary one, which the runs of this user share."""
+    import getpass  # here, so that training does not import it with data.cache_dir
+
+    return Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}"
+
+
+def check_vocabulary(settings: PretrainConfig, data: Manifest) -> None:
+    """Raises ConfigError unless the model has a row for every token id of the data."""
+    tokenizer = data.tokenizer
+    if tokenizer.name != "gpt2":
+        raise ConfigError(
+            f"{settings.data.url}: was made with tokenizer {tokenizer.name!r}, this model needs 'gpt2'; "
+            "prepare the data with it"
+        )
+    if tokenizer.vocab_size > settings.model.padded_vocab_size:
+        raise ConfigError(
+            f"model.padded_vocab_size is {settings.model.padded_vocab_size}, fewer than the {tokenizer.vocab_size} "
+            f"tokens of {settings.data.url}; "
+            f"set it to {-(-tokenizer.vocab_size // 128) * 128}"
+        )

@@ -1,67 +1,96 @@
-"""Does it fit? The memory of a run, estimated before anything is allocated, and the largest micro-batch.
+"""Determines the batch of a run: the largest micro-batch that fits, and its division over the ranks.
 
-With `batch.micro_batch_size: 0` the first segment of a run finds the most sequences that fit: by the estimate
-(core.settings.memory), on a GPU confirmed by a trial of forward and backward pass. Later segments use what the first
-one found, whatever machine they run on, because sums depend on it.
+With `batch.micro_batch_size: 0` the first segment of a run finds the most sequences that fit: by the estimate of
+core.settings.memory, which on a GPU a trial of a forward and a backward pass confirms. Later segments use the size that
+the first one found, on whatever machine they run, because the bits of the sums depend on it.
+
+With `train.overfit` the run repeats one micro-batch until its loss is below a bound, to show that everything works.
 """
 
+import dataclasses
 import logging
 import os
 
 import torch
 
 from core.errors import ConfigError
-from core.settings.memory import advice, changed_to, estimate, possible
+from core.settings.memory import Training, advice, changed_to, estimate, possible
 from core.settings.model import ModelConfig
-from core.settings.training import TrainConfig
+from core.settings.training import BatchConfig, TrainingConfig, TrainLoopConfig
 from trainer.distributed.process_group import Ranks, gather_numbers
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast, resolve
 
 log = logging.getLogger("train")
 
-CPU_SHARE = 0.5  # of the memory that is free, which also holds the page cache that the shards live in
+CPU_SHARE = 0.5  # of the free memory, which also holds the page cache of the shards
 
 
-def with_micro_batch(settings: TrainConfig, found_before: int | None, ranks: Ranks) -> TrainConfig:
-    """The settings with a micro-batch size, and proof that they fit. Raises ConfigError if nothing does.
+def with_micro_batch(settings: Training, model: ModelConfig, found_before: int | None, ranks: Ranks) -> Training:
+    """The settings with a micro-batch size that fits. Raises ConfigError if none does.
 
-    `found_before` is what the run's first segment settled on.
+    `model.context` is the length of the sequences. `found_before` is the size that the run's first segment stored.
     """
     if settings.batch.micro_batch_size or found_before:
         settings = changed_to(settings, "batch.micro_batch_size", settings.batch.micro_batch_size or found_before)
         if not found_before and ranks.device.type == "cuda":
-            _check(settings, ranks)
+            _check(settings, model, ranks)
         return settings
-    candidates = possible(settings, ranks.world)
+    candidates = possible(settings, model, ranks.world)
     memory = _memory_bytes(ranks)
-    fitting = [size for size in candidates if estimate(settings, size, ranks.world) <= memory]
+    fitting = [size for size in candidates if estimate(settings, model, size, ranks.world) <= memory]
     if not fitting:
-        raise ConfigError(_too_large(settings, candidates[-1], ranks, memory))
+        raise ConfigError(_too_large(settings, model, candidates[-1], ranks, memory))
     size = fitting[0]
     if ranks.device.type == "cuda":
-        size = next((each for each in fitting if _trial(settings.model, each, settings.train, ranks)), 0)
+        size = next((each for each in fitting if _trial(model, each, settings.train, ranks)), 0)
         if not size:
-            raise ConfigError(_too_large(settings, fitting[-1], ranks, memory))
+            raise ConfigError(_too_large(settings, model, fitting[-1], ranks, memory))
     log.info("batch.micro_batch_size: %d sequences fit", size)
     return changed_to(settings, "batch.micro_batch_size", size)
 
 
-def _check(settings: TrainConfig, ranks: Ranks) -> None:
+def accumulation(batch: BatchConfig, context: int, world: int) -> int:
+    """Micro-batches per rank and step. Raises ConfigError if the ranks cannot have equally many."""
+    micro_batches = batch.tokens_per_step // (batch.micro_batch_size * context)
+    if micro_batches % world:
+        possible_ranks = next(count for count in range(world, 0, -1) if micro_batches % count == 0)
+        raise ConfigError(
+            f"batch.tokens_per_step = {batch.tokens_per_step} makes {micro_batches} micro-batches "
+            f"of {batch.micro_batch_size} x {context} tokens, "
+            f"which do not divide over {world} ranks; start {possible_ranks} ranks, or lower batch.micro_batch_size"
+        )
+    return micro_batches // world
+
+
+def one_micro_batch(settings: Training, model: ModelConfig, context: int) -> tuple[Training, ModelConfig]:
+    """Settings and model for `train.overfit`: a batch of one micro-batch, a constant rate, no dropout, and evaluations
+    at the end only.
+
+    Every rank computes the same micro-batch. Dropout would keep the loss from falling.
+    """
+    batch = dataclasses.replace(settings.batch, tokens_per_step=settings.batch.micro_batch_size * context)
+    optimizer = dataclasses.replace(settings.optimizer, warmup_steps=0, cooldown_fraction=0.0)
+    train = dataclasses.replace(settings.train, eval_every=0, hellaswag_every=0, sample_every=0)
+    model = dataclasses.replace(model, dropout=0.0)
+    return dataclasses.replace(settings, batch=batch, optimizer=optimizer, train=train), model
+
+
+def _check(settings: TrainingConfig, model: ModelConfig, ranks: Ranks) -> None:
     memory = _memory_bytes(ranks)
-    if estimate(settings, settings.batch.micro_batch_size, ranks.world) > memory:
-        raise ConfigError(_too_large(settings, settings.batch.micro_batch_size, ranks, memory))
+    if estimate(settings, model, settings.batch.micro_batch_size, ranks.world) > memory:
+        raise ConfigError(_too_large(settings, model, settings.batch.micro_batch_size, ranks, memory))
 
 
-def _too_large(settings: TrainConfig, size: int, ranks: Ranks, memory: float) -> str:
-    needed = estimate(settings, size, ranks.world)
+def _too_large(settings: TrainingConfig, model: ModelConfig, size: int, ranks: Ranks, memory: float) -> str:
+    needed = estimate(settings, model, size, ranks.world)
     name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "this machine"
     said = f"batch.micro_batch_size = {size} needs about {needed / 1e9:.1f} GB per rank, "
     said += f"{name} has {memory / 1e9:.1f} GB free"
-    return f"{said}; {advice(settings, ranks.world, memory)}"
+    return f"{said}; {advice(settings, model, ranks.world, memory)}"
 
 
-def _trial(model: ModelConfig, size: int, train, ranks: Ranks) -> bool:
+def _trial(model: ModelConfig, size: int, train: TrainLoopConfig, ranks: Ranks) -> bool:
     """Whether one forward and backward pass fit on every rank."""
     fits = True
     try:
@@ -80,7 +109,7 @@ def _trial(model: ModelConfig, size: int, train, ranks: Ranks) -> bool:
 
 
 def _memory_bytes(ranks: Ranks) -> float:
-    """What a rank may use, the least over all ranks."""
+    """Bytes that every rank may use."""
     if ranks.device.type == "cuda":
         mine = torch.cuda.mem_get_info(ranks.device)[0]
     else:

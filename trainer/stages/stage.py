@@ -1,136 +1,161 @@
-"""What pretraining, fine-tuning, distillation and preference optimisation do differently.
+"""Defines the interface of a stage of training: the parts that differ between stages.
 
-`trainer.loop.segment` runs a stage: one loop, with resume, ranks, ledger, cap, notices and checkpoints. A
-stage says where micro-batches come from, which weights a run begins with and which of them train, what the loss of a
-micro-batch is, and what is measured on held-out data.
+`trainer.loop` runs every stage with one loop, one way to resume and one ledger. A stage provides the micro-batches,
+the weights that a run begins with, the weights that train, the loss of a micro-batch, and the validation.
 """
 
 import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from core import storage
-from core.data import sets
 from core.errors import ObjectNotFound
+from core.figures import quantity
 from core.run.folder import RunFolder, read_description
-from core.settings.model import flops_per_token
-from core.settings.training import TrainConfig
+from core.settings import loader
+from core.settings.model import ModelConfig, flops_per_token
+from core.settings.training import TrainingConfig, check_batch
 from trainer.checkpoint.load import Restored
-from trainer.distributed.in_turn import Between
-from trainer.distributed.process_group import Ranks, on_main
-from trainer.evals.hellaswag import NAME as HELLASWAG
-from trainer.evals.hellaswag import HellaSwag
+from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.model import precision
 from trainer.model.gpt import GPT
-from trainer.stages import overfit, plan, sizing
+from trainer.stages import sizing
 from trainer.weights import folder as public
 from trainer.weights.open import look_up
 
 
 class MicroBatches(Protocol):
-    """This rank's micro-batches, endlessly; each is one argument of the objective. `next` raises LauncherError, and
-    Abandoned where it would wait although `is_leaving()`."""
+    """Yields this rank's micro-batches without end; each is the one argument of the objective.
 
+    `next` raises LauncherError for data that cannot be read, and Abandoned where it would wait although `is_leaving()`.
+    """
+
+    numbers: list[int]  # of this rank's micro-batches within a step
     is_leaving: Callable[[], bool]
 
     def __next__(self) -> Any: ...
     def close(self) -> None: ...
 
 
-class HeldOut(Protocol):
-    """Measures a model on held-out data, with the same result on any number of ranks.
+class Validation(Protocol):
+    """Measures a model on validation data, with the same result on any number of ranks.
 
-    The result has `val_loss` and `eval_tokens`; more numbers may follow. `between` may end the measurement.
+    The result has `val_loss` and `eval_tokens`, and may have more numbers. `check_stop` may end the measurement.
     """
 
-    def __call__(self, model: GPT, between: Between | None = None) -> Mapping[str, float]: ...
+    def __call__(self, model: GPT, check_stop: StopCheck | None = None) -> Mapping[str, float]: ...
 
 
 class Stage(abc.ABC):
-    """Made on all ranks before anything is written, so that a wrong setting changes nothing.
+    """Constructed on all ranks before anything is written, so that a wrong setting changes nothing.
 
-    `settings` is what loop, report and looks read, with the micro-batch that was found to fit.
+    `settings` are the given ones with the values that this run determines: the micro-batch size that fits, the number
+    of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens.
     """
 
     name: str  # in the ledger
-    dealt = False  # whether ranks take turns at micro-batches (trainer.optim.reduce)
-    measures_start = False  # on held-out data, before the first step
-    lengths_vary = False  # of the rows of its micro-batches, from one to the next
+    settings: TrainingConfig
+    round_robin = False  # how micro-batches are assigned to ranks (trainer.optim.reduce)
+    measures_start = False  # whether the validation loss is measured before the first step
+    lengths_vary = False  # whether the sequences of one micro-batch are longer than those of another
 
-    def __init__(self, settings: TrainConfig, ranks: Ranks):
+    def __init__(self, settings: TrainingConfig, model: ModelConfig, context: int, ranks: Ranks):
+        check_batch(settings, context)
         self.ranks = ranks
         self.precision = precision.resolve(settings.train.precision, ranks.device)
         earlier = on_main(functools.partial(stored_config, settings.run.url), ranks)
         found = earlier["batch"]["micro_batch_size"] if earlier else None
-        self.settings = sizing.with_micro_batch(settings, found, ranks)
-        # Whose share of a step's micro-batches this rank computes; when overfitting all ranks share a single one.
+        settings = sizing.with_micro_batch(settings, dataclasses.replace(model, context=context), found, ranks)
+        # This rank's share of a step's micro-batches. When overfitting, every rank computes the same single one.
         self.share_rank, self.share_world = ranks.rank, ranks.world
         if settings.train.overfit:
-            self.settings = overfit.one_micro_batch(self.settings)
+            settings, model = sizing.one_micro_batch(settings, model, context)
             self.share_rank, self.share_world = 0, 1
-        self.accumulation = plan.accumulation_of(self.settings, self.share_world)
+        self.settings, self.model, self.context = settings, model, context
+        self.accumulation = sizing.accumulation(settings.batch, context, self.share_world)
 
     @property
-    @abc.abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps of the whole run; when overfitting, the most that it may take."""
+        return self.settings.train.steps
+
+    @property
     def config(self) -> Mapping[str, Any]:
-        """The whole configuration, as run.json and checkpoints keep it; `model` among it."""
+        """The settings and the model, as run.json and checkpoints store them."""
+        return {**loader.to_dict(self.settings), "model": loader.to_dict(self.model)}
 
     @property
-    @abc.abstractmethod
     def identity(self) -> Mapping[str, Any]:
-        """What defines the result; another segment with other values is refused."""
+        """The settings that define the result. A later segment with other values is refused."""
+        return loader.identity(self.settings)
 
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Of the data."""
+        """A checksum of the training data."""
 
     @property
     def flops_per_token(self) -> float | None:
-        """For the MFU; None where nobody has counted them."""
-        return flops_per_token(self.settings.model)
+        """FLOPs per token for the MFU; None for a stage whose FLOPs are not counted."""
+        return flops_per_token(dataclasses.replace(self.model, context=self.context))
 
     def build(self) -> GPT:
-        """The model, without memory for its weights. What requires no gradient does not train and is not saved."""
+        """The model without memory for its weights. Weights that require no gradient neither train nor are saved."""
         with torch.device("meta"):
-            return GPT(self.settings.model, self.settings.train.activation_checkpointing)
+            return GPT(self.model, self.settings.train.activation_checkpointing)
 
     @abc.abstractmethod
     def fill(self, model: GPT, restored: Restored | None) -> None:
-        """The weights that no checkpoint of this run has filled: all of them in its first segment."""
+        """Set the weights that no checkpoint of this run holds: in its first segment all of them."""
+
+    def describe(self, model: GPT) -> str:
+        """The settings, and the numbers that follow from them, for the log."""
+        settings = "settings:\n" + loader.to_yaml(self.settings).rstrip()
+        return "\n".join([settings, *self.describe_data(model), *self._batch_and_length()])
 
     @abc.abstractmethod
-    def describe(self, model: GPT) -> str:
-        """The numbers that the run follows from, for the log."""
+    def describe_data(self, model: GPT) -> list[str]:
+        """Lines on the model and the data."""
+
+    @abc.abstractmethod
+    def describe_epochs(self) -> str:
+        """How often the run goes over its data."""
+
+    def _batch_and_length(self) -> list[str]:
+        batch, train, ranks = self.settings.batch, self.settings.train, self.ranks
+        tokens = f"batch: {batch.tokens_per_step:,} tokens = {batch.micro_batch_size} sequences x {self.context} tokens"
+        if train.overfit:
+            return [
+                f"{tokens}, the same ones in every step and on each of {ranks.world} ranks on {ranks.device.type}",
+                f"length: until the loss is below train.overfit_max_loss = {train.overfit_max_loss:g}, "
+                f"at most {train.steps:,} steps",
+            ]
+        total = quantity(batch.tokens_per_step * train.steps)
+        return [
+            f"{tokens} x {self.accumulation} micro-batches x {ranks.world} ranks on {ranks.device.type}",
+            f"length: {train.steps:,} steps = {total} tokens{self.describe_epochs()}",
+        ]
 
     @abc.abstractmethod
     def objective(self, model: GPT) -> nn.Module:
-        """Its forward(micro_batch_size) is a loss, to be averaged over a step's micro-batches."""
+        """A module whose forward(micro_batch) is the loss, to be averaged over a step's micro-batches."""
 
     @abc.abstractmethod
     def batches(self, first_step: int) -> MicroBatches: ...
 
     @abc.abstractmethod
-    def held_out(self) -> HeldOut | None:
-        """None if there is no held-out data."""
-
-    def hellaswag(self) -> HellaSwag | None:
-        """None if the set was never stored beside the data."""
-        url = self.data_url
-        items = on_main(functools.partial(sets.read_if_there, url, HELLASWAG), self.ranks) if url else None
-        if items is None:
-            return None
-        return HellaSwag(items[: self.settings.train.hellaswag_items], self.encoding, self.ranks, self.precision)
+    def validation(self) -> Validation | None:
+        """The measurement on validation data; None without such data."""
 
     @property
+    @abc.abstractmethod
     def data_url(self) -> str:
-        return self.settings.data.url
+        """The dataset that evaluation sets are stored beside; empty if there is none."""
 
     @property
     @abc.abstractmethod
@@ -138,42 +163,31 @@ class Stage(abc.ABC):
         """The tiktoken encoding of the vocabulary."""
 
     def as_prompt(self, text: str) -> str:
-        """What a sample continues."""
+        """The text that a sample continues."""
         return text
 
     def state(self) -> Mapping[str, Any]:
-        """What a checkpoint says of the stage, beside what all of them say."""
+        """The state of the stage that a checkpoint stores, besides the common state."""
         return {}
 
 
 def stored_config(run_url: str) -> Mapping[str, Any] | None:
-    """The configuration that this run's first segment settled on, if there was one."""
+    """The config that the first segment of this run stored; None for a new run."""
     try:
         return read_description(RunFolder(run_url))["config"]
     except ObjectNotFound:
         return None
 
 
-def lasting_name(given: str, run_url: str, section: str, key: str) -> str:
-    """Rank 0: the model `given` by a name that means the same in every segment of a run.
+def lasting_name(given: str, run_url: str, section: str) -> str:
+    """Rank 0: a name of the model `given` that means the same weights in every segment of a run.
 
-    A run that was begun keeps what it began with, though what it was begun with may have newer checkpoints by now.
+    A continued run keeps the name that its first segment stored in `section`, though the run that it names may have
+    newer checkpoints by now.
     """
     if not public.is_public(given) and storage.is_local(given):
         given = str(storage.local_path(given).resolve())
-    kept = (stored_config(run_url) or {}).get(section, {}).get(key)
+    kept = (stored_config(run_url) or {}).get(section, {}).get("weights")
     if kept and given.rstrip("/") in (kept, kept.rpartition("/checkpoints/")[0]):
         return kept
     return look_up(given)[0]
-
-
-def default_cache_dir() -> Path:
-    import getpass
-    import tempfile
-
-    return Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}"
-
-
-def with_batch(config: Any, settings: TrainConfig) -> Any:
-    """`config` with the batch, the rates and the length that `settings` came to."""
-    return dataclasses.replace(config, batch=settings.batch, optimizer=settings.optimizer, train=settings.train)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from core.errors import ConfigError
-from core.settings.tuning import BudgetConfig, EndpointConfig, SynthesisConfig
+from core.settings.tuning import BudgetConfig, EndpointConfig, MakeConfig
 
 LARGEST_REPLY_BYTES = 16 << 20
 # Upper bound of the tokens that a chat template adds per message.
@@ -90,7 +90,7 @@ class Budget:
 class EndpointClient:
     """Async context manager: `async with EndpointClient(...) as client: reply = await client.ask(messages)`."""
 
-    def __init__(self, config: EndpointConfig, synthesis: SynthesisConfig, budget: Budget, key: str):
+    def __init__(self, config: EndpointConfig, synthesis: MakeConfig, budget: Budget, key: str):
         self.host = urlsplit(config.url).netloc
         self._url = config.url.rstrip("/") + "/chat/completions"
         self._config = config

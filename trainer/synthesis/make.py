@@ -24,7 +24,7 @@ from core.exit_codes import CAPPED, OK, PREEMPTED
 from core.run.folder import RunFolder
 from core.run.segment import Opening, open_segment
 from core.settings import loader
-from core.settings.tuning import MakeConfig
+from core.settings.tuning import SynthesisConfig
 from trainer.synthesis import answers
 from trainer.synthesis.answers import Prompt, StoredAnswers
 from trainer.synthesis.endpoint import Budget, EndpointClient, RejectedPrompt, Reply, TransientError
@@ -36,7 +36,7 @@ GIVE_UP_AFTER = 5  # consecutive prompts without an answer: the endpoint is down
 SCHEMA = "conversations"
 
 
-def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
+def run(settings: SynthesisConfig, environment: Mapping[str, str]) -> int:
     """Returns the exit code: 0 if all prompts were asked, 34 at the end of the budget, 33 after a request to stop."""
     asked = answers.read_prompts(settings.make.prompts)
     url = settings.run.url
@@ -71,7 +71,9 @@ def run(settings: MakeConfig, environment: Mapping[str, str]) -> int:
 class Maker:
     """Asks for the answers that `stored` lacks and adds them."""
 
-    def __init__(self, settings: MakeConfig, asked: tuple[Prompt, ...], stored: StoredAnswers, segment: int, key: str):
+    def __init__(
+        self, settings: SynthesisConfig, asked: tuple[Prompt, ...], stored: StoredAnswers, segment: int, key: str
+    ):
         self._settings = settings
         self._stored = stored
         self._key = key
@@ -232,11 +234,11 @@ class Maker:
         }
 
 
-def _host(settings: MakeConfig) -> str:
+def _host(settings: SynthesisConfig) -> str:
     return urlsplit(settings.endpoint.url).netloc
 
 
-def _check_name(settings: MakeConfig, source: str) -> None:
+def _check_name(settings: SynthesisConfig, source: str) -> None:
     """Raises ConfigError for a set of that name from another source: it would be overwritten."""
     made = settings.make
     if storage.exists(storage.join(made.url, "sets", f"{made.name}.json")):
@@ -245,7 +247,7 @@ def _check_name(settings: MakeConfig, source: str) -> None:
             raise ConfigError(f"make.name: {made.url} holds a set {made.name!r} already ({there}); choose another name")
 
 
-def _write_set(settings: MakeConfig, source: str, stored: StoredAnswers) -> None:
+def _write_set(settings: SynthesisConfig, source: str, stored: StoredAnswers) -> None:
     """Writes the rows in the order of their keys, so that the same answers give the same set."""
     made = settings.make
     seen: set[str] = set()
