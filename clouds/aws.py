@@ -1,165 +1,348 @@
-"""What AWS itself says: when instances ran, what spot cost in a zone and hour, the bill by tag (Cost Explorer).
+"""Answers for AWS: this machine and its price, spot notices, quotas, leftovers, instances, paid spot prices, the bill.
 
-Uses botocore, where it is installed. Reads only; needs ec2:DescribeInstances, ec2:DescribeSpotPriceHistory and
-ce:GetCostAndUsage.
+Uses boto3 on the user's computer (quotas, leftovers) and botocore elsewhere. Needs ec2:DescribeInstances,
+ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage for a report.
 """
 
+import dataclasses
 import datetime
+import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from clouds.base import Instance, Unavailable
+from clouds import catalog
+from clouds.base import (
+    LABEL,
+    Bill,
+    Cloud,
+    Finding,
+    Instance,
+    Interruption,
+    Leftover,
+    MachineFacts,
+    Offer,
+    SpotHistory,
+    Unavailable,
+)
+from clouds.metadata import Metadata
 from core import storage
+from core.errors import one_line
+from core.run.machine import Machine, Price
 from core.stores import aws as bucket_place
 from core.stores import credentials
+from core.task import MachineRequest, TaskSpec
 
+log = logging.getLogger(__name__)
 PRICE_SOURCE = "AWS spot price history"
+INSTANCES_ORIGIN = "EC2's list of instances"
+# The metadata service may need a while after the boot. Without it the price is unknown, and a cap is impossible.
+METADATA_SECONDS = 20.0
+METADATA_PAUSE_SECONDS = 1.0
+# Service Quotas codes of EC2: vCPUs of running instances by family, on demand and spot.
+QUOTAS = {
+    "p": ("L-417A185B", "L-7212CCBC"),
+    "g": ("L-DB2E81BA", "L-3819A6DF"),
+    "standard": ("L-1216C47A", "L-34B43A08"),
+}
+UNKNOWN_VCPUS = 8.0  # assumed for an instance type that the catalog lacks
+# List price per GB for the first terabytes to the internet, and between regions in the US (EC2 pricing page).
+INTERNET_USD_PER_GB = 0.09
+INTER_REGION_USD_PER_GB = 0.02
+ALIVE = ("pending", "running", "stopping", "stopped")
 # "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
 _TRANSITION = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
-def spot_history(
+class Aws(Cloud):
+    """EC2, with S3 buckets in the same account."""
+
+    name = "aws"
+
+    def offers(self) -> tuple[Offer, ...]:
+        return catalog.snapshot(self.name)
+
+    def facts(self, known: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
+        """Asks the instance metadata service."""
+        items = ("placement/region", "placement/availability-zone", "instance-type", "instance-life-cycle")
+        region, zone, instance_type, life_cycle = instance_metadata(items, environment)
+        return dataclasses.replace(
+            known,
+            region=region or known.region,
+            zone=zone or known.zone,
+            instance_type=instance_type,
+            spot=None if life_cycle is None else life_cycle == "spot",
+        )
+
+    def price(self, facts: MachineFacts) -> Price | None:
+        """The snapshot's price on demand; on spot the price in force, else the median of the region's zones."""
+        if not facts.instance_type or facts.spot is None:
+            return None
+        offers = [
+            offer
+            for offer in self.offers()
+            if (offer.instance_type, offer.region) == (facts.instance_type, facts.region)
+        ]
+        if not facts.spot:
+            on_demand = [offer.usd_on_demand for offer in offers if offer.usd_on_demand]
+            return Price(min(on_demand), catalog.SNAPSHOT) if on_demand else None
+        if usd := current_spot_price(facts.zone or "", facts.instance_type, facts.region or ""):
+            return Price(usd, PRICE_SOURCE)
+        spread = catalog.spot_range(offers)
+        return Price(spread[1], f"median over the zones of {facts.region}, {catalog.SNAPSHOT}") if spread else None
+
+    def interruptions(self, environment: Mapping[str, str]) -> Callable[[], Interruption | None] | None:
+        """Two minutes before AWS takes a spot machine, `spot/instance-action` appears. Often earlier,
+        `events/recommendations/rebalance` reports a higher risk (EC2 User Guide, "Spot Instance interruption notices").
+        """
+        metadata = Metadata(environment)
+        return None if metadata.disabled else partial(_interruption, metadata)
+
+    def quota_findings(self, task: TaskSpec) -> Iterator[Finding]:
+        """vCPU quotas. On demand and spot have separate ones; a new account has 0 for GPU machines."""
+        asked = set()
+        for request in task.requests:
+            kind, vcpus = self._type_of(request)
+            if request.cloud not in (None, self.name) or not kind or (request.region, kind, request.spot) in asked:
+                continue
+            asked.add((request.region, kind, request.spot))
+            import boto3
+
+            session = boto3.session.Session()
+            region = request.region or session.region_name or bucket_place.DEFAULT_REGION
+            family = kind[0] if kind[0] in QUOTAS else "standard"
+            answer = session.client("service-quotas", region_name=region).get_service_quota(
+                ServiceCode="ec2", QuotaCode=QUOTAS[family][request.spot]
+            )
+            limit = answer["Quota"]["Value"]
+            said = f"quota: {region}, {family} {'spot' if request.spot else 'on demand'}: {limit:.0f} vCPUs"
+            enough = limit >= vcpus * task.nodes
+            yield Finding("ok" if enough else "!", said + ("" if enough else f", {task.nodes} x {kind} need more"))
+
+    def _type_of(self, request: MachineRequest) -> tuple[str, float]:
+        """Instance type and vCPUs of the cheapest offer for a request, whatever its price."""
+        anywhere = dataclasses.replace(request, cloud=None, region=None, zone=None, spot=False, max_usd_per_hour=None)
+        offers = [offer for offer in self.offers() if catalog.fits(offer, anywhere)]
+        if not offers:
+            return request.instance_type or "", UNKNOWN_VCPUS
+        cheapest = min(offers, key=lambda offer: offer.usd_on_demand)
+        return cheapest.instance_type, cheapest.vcpus or UNKNOWN_VCPUS
+
+    def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterator[Finding]:
+        """AWS bills reading from a bucket in another region, and from outside of AWS, by the gigabyte."""
+        terms = storage.terms_of(bucket_url)
+        home = bucket_place.Place(terms.bucket, None, None).home() if terms.service == self.name else None
+        if not home:
+            return
+        for cloud, region in sorted({(request.cloud or "", request.region or "") for request in task.requests}):
+            elsewhere = INTER_REGION_USD_PER_GB if region and region != home else 0.0
+            usd = elsewhere if cloud == self.name else INTERNET_USD_PER_GB
+            if usd:
+                amount = f"${usd * data_bytes / 1e9:.2f} for this data" if data_bytes else f"${usd:.2f} per GB"
+                place = f"{cloud}/{region}" if region else cloud
+                yield Finding("!", f"bucket: it is in {home}; a machine at {place} reads it for {amount}")
+
+    def opens_buckets(self, service: str) -> bool:
+        return service not in ("r2", "s3-like", "google", "azure")
+
+    def leftovers(self, names: Sequence[str], regions: Iterable[str] = ()) -> list[Leftover]:
+        """Instances, open spot requests and unattached volumes with our label, by default in all regions.
+
+        Empty without an account. A label does not separate one user's machines from a colleague's, so an instance has
+        no `end`.
+        """
+        import boto3
+
+        session = boto3.session.Session()
+        if session.get_credentials() is None:
+            return []
+        if not regions:
+            ec2 = session.client("ec2", region_name=session.region_name or bucket_place.DEFAULT_REGION)
+            regions = [region["RegionName"] for region in ec2.describe_regions()["Regions"]]
+        return [
+            found for region in regions for found in _leftovers_in(session.client("ec2", region_name=region), region)
+        ]
+
+    def instances(self, clusters: Sequence[str], region: str, client: Any = None) -> list[Instance]:
+        """SkyPilot tags an instance with its cluster's name and a hash of the user. EC2 lists a terminated instance for
+        about an hour."""
+        ec2 = client or _client("ec2", region)
+        filters = [{"Name": "tag:ray-cluster-name", "Values": [f"{name}-*" for name in clusters]}]
+        try:
+            pages = ec2.get_paginator("describe_instances").paginate(Filters=filters)
+            listed = [i for page in pages for group in page["Reservations"] for i in group["Instances"]]
+        except Exception as error:  # credentials, permissions, network: any error of botocore
+            raise _unavailable(error) from error
+        return [_instance(each) for each in listed]
+
+    def paid_spot(self, machine: Machine, start: float, end: float) -> SpotHistory | None:
+        if not (machine.zone and machine.instance_type):
+            return None
+        changes = spot_prices(machine.zone, machine.instance_type, machine.region, start, end)
+        return SpotHistory(tuple(changes), PRICE_SOURCE)
+
+    def bill(self, tag: str, value: str, start: float, end: float, client: Any = None) -> Bill:
+        """Unblended dollars by service, from Cost Explorer."""
+        explorer = client or _client("ce", "us-east-1")
+        first, last = (datetime.datetime.fromtimestamp(at, datetime.UTC).date() for at in (start, end))
+        arguments: dict[str, Any] = {
+            "TimePeriod": {"Start": first.isoformat(), "End": (last + datetime.timedelta(days=1)).isoformat()},
+            "Granularity": "DAILY",
+            "Metrics": ["UnblendedCost"],
+            "GroupBy": [{"Type": "DIMENSION", "Key": "SERVICE"}],
+            "Filter": {"Tags": {"Key": tag, "Values": [value], "MatchOptions": ["EQUALS"]}},
+        }
+        by_service: dict[str, float] = {}
+        while True:
+            try:
+                answer = explorer.get_cost_and_usage(**arguments)
+            except Exception as error:  # not enabled, no permission, no network
+                raise _unavailable(error) from error
+            for group in (group for day in answer["ResultsByTime"] for group in day["Groups"]):
+                cost = group["Metrics"]["UnblendedCost"]
+                if cost["Unit"] != "USD":
+                    raise Unavailable(f"the bill is in {cost['Unit']}, not USD")
+                name = group["Keys"][0]
+                by_service[name] = by_service.get(name, 0.0) + float(cost["Amount"])
+            if not answer.get("NextPageToken"):
+                break
+            arguments["NextPageToken"] = answer["NextPageToken"]
+        if not by_service:
+            raise Unavailable(f"Cost Explorer has nothing under {tag}={value} yet (it lags by up to a day)")
+        return Bill("Cost Explorer", by_service)
+
+    def unfinished_uploads(self, url: str) -> int | None:
+        terms = storage.terms_of(url)
+        if terms.service not in bucket_place.SERVICES:
+            return None
+        prefix = url.partition(f"{terms.bucket}/")[2].rstrip("/") + "/"
+        names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
+        names |= {"token": "aws_session_token"}  # obstore's names to botocore's
+        try:
+            place = bucket_place.place_of(terms.bucket, os.environ, credentials.profile_settings(os.environ))
+            provider = credentials.for_s3(os.environ)
+            keys = {names[name]: value for name, value in (provider() if provider else {}).items() if name in names}
+            client = _client("s3", place.region, endpoint_url=place.endpoint, **keys)
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=terms.bucket, Prefix=prefix)
+            return sum(len(page.get("Uploads", ())) for page in pages)
+        except Exception:  # no permission, or a server without this request: not worth a line of the report
+            return None
+
+
+def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> list[str | None]:
+    """Items of the metadata service, None where it has none. Waits METADATA_SECONDS for all of them together."""
+    service = Metadata(environment)
+    deadline = time.monotonic() + METADATA_SECONDS
+    return [_wait_for(service, item, deadline) for item in items]
+
+
+def current_spot_price(zone: str, instance_type: str, region: str) -> float | None:
+    """The spot price in force, if this machine's role may ask for it (ec2:DescribeSpotPriceHistory)."""
+    now = time.time()
+    try:
+        return max(spot_prices(zone, instance_type, region, now, now), default=(0.0, None))[1]
+    except Unavailable as error:
+        log.info("AWS does not tell the spot price in force: %s", error)
+        return None
+
+
+def spot_prices(
     zone: str, instance_type: str, region: str | None, start: float, end: float, client: Any = None
 ) -> list[tuple[float, float]]:
-    """(from when, dollars per hour of one node), for a zone and type from `start` to `end` (unix seconds).
+    """Changes of the spot price of one node: (unix time, dollars per hour), from the price in force at `start` on.
 
-    AWS charges the price in force. Its answer begins with the price that was in force at `start`. Raises Unavailable.
+    Raises Unavailable.
     """
     ec2 = client or _client("ec2", region)
+    # Zones have names (us-east-1a) and, in SkyPilot's catalog, ids (use1-az1).
+    place = {"AvailabilityZoneId": zone} if "-az" in zone else {"AvailabilityZone": zone}
     try:
         pages = ec2.get_paginator("describe_spot_price_history").paginate(
             InstanceTypes=[instance_type],
             ProductDescriptions=["Linux/UNIX"],
-            StartTime=_utc(start),
-            EndTime=_utc(end),
-            **_zone(zone),
+            StartTime=datetime.datetime.fromtimestamp(start, datetime.UTC),
+            EndTime=datetime.datetime.fromtimestamp(end, datetime.UTC),
+            **place,
         )
-        return [
-            (entry["Timestamp"].timestamp(), float(entry["SpotPrice"]))
-            for page in pages
-            for entry in page["SpotPriceHistory"]
-        ]
-    except Exception as error:  # credentials, permissions, network: whatever botocore raises
-        raise Unavailable(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+        entries = [entry for page in pages for entry in page["SpotPriceHistory"]]
+    except Exception as error:  # credentials, permissions, network: any error of botocore
+        raise _unavailable(error) from error
+    return [(entry["Timestamp"].timestamp(), float(entry["SpotPrice"])) for entry in entries]
 
 
-def instances(clusters: Iterable[str], region: str, client: Any = None) -> list[Instance]:
-    """The instances of SkyPilot's clusters in a region; EC2 lists a terminated one for about an hour.
+def _wait_for(service: Metadata, item: str, deadline: float) -> str | None:
+    while not service.disabled:
+        try:
+            return (service.get(item) or "").strip() or None
+        except Unavailable as error:
+            if time.monotonic() + METADATA_PAUSE_SECONDS > deadline:
+                log.warning("this machine's %s is not known: %s", item, error)
+                return None
+            time.sleep(METADATA_PAUSE_SECONDS)
+    return None
 
-    SkyPilot tags an instance with the name of its cluster followed by a hash of the user. Raises Unavailable.
-    """
-    ec2 = client or _client("ec2", region)
-    names = list(clusters)
-    found = []
+
+def _interruption(metadata: Metadata) -> Interruption | None:
+    if (action := _notice(metadata, "spot/instance-action", "action")) is not None:
+        return Interruption(True, f"{action['action']} at {action.get('time')}")
+    if (rebalance := _notice(metadata, "events/recommendations/rebalance", "noticeTime")) is not None:
+        return Interruption(False, f"rebalance recommendation of {rebalance['noticeTime']}")
+    return None
+
+
+def _notice(metadata: Metadata, item: str, key: str) -> dict | None:
+    """The notice in an item, which must have `key`; None if there is none. Raises Unavailable."""
+    text = metadata.get(item)
+    if text is None:
+        return None
     try:
-        pages = ec2.get_paginator("describe_instances").paginate(
-            Filters=[{"Name": "tag:ray-cluster-name", "Values": [f"{name}-*" for name in names]}]
-        )
-        for instance in (i for page in pages for group in page["Reservations"] for i in group["Instances"]):
-            tag = next(tag["Value"] for tag in instance["Tags"] if tag["Key"] == "ray-cluster-name")
-            ended = _TRANSITION.search(instance.get("StateTransitionReason") or "")
-            state = instance["State"]["Name"]
-            found.append(
-                Instance(
-                    cluster=tag.rpartition("-")[0],
-                    start=instance["LaunchTime"].timestamp(),
-                    end=_time(ended.group(1))
-                    if ended and state in ("terminated", "shutting-down", "stopped")
-                    else None,
-                    running=state in ("pending", "running"),
-                )
-            )
-    except Exception as error:  # credentials, permissions, network: whatever botocore raises
-        raise Unavailable(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or key not in found:
+        raise Unavailable(f"{metadata.endpoint} has something at {item} that is not a notice: {text[:80]!r}")
     return found
 
 
-def weighted(history: list[tuple[float, float]], start: float, end: float) -> float:
-    """Mean price over [start, end], weighted by time. Raises Unavailable if the history begins after `start`."""
-    changes = sorted(history)
-    if not changes or changes[0][0] > start or end <= start:
-        raise Unavailable("its history does not reach back to the start")
-    total = 0.0
-    for (since, price), until in zip(changes, [when for when, _ in changes[1:]] + [end], strict=True):
-        total += price * max(0.0, min(until, end) - max(since, start))
-    return total / (end - start)
+def _leftovers_in(ec2: Any, region: str) -> Iterator[Leftover]:
+    ours = {"Name": f"tag:{LABEL[0]}", "Values": [LABEL[1]]}
+    answer = ec2.describe_instances(Filters=[ours, {"Name": "instance-state-name", "Values": list(ALIVE)}])
+    for instance in (each for group in answer["Reservations"] for each in group["Instances"]):
+        what = f"{instance['InstanceType']} {instance['InstanceId']} ({instance['State']['Name']})"
+        yield Leftover(f"aws {region}: {what}")
+    answer = ec2.describe_spot_instance_requests(Filters=[ours, {"Name": "state", "Values": ["open"]}])
+    for request in (each["SpotInstanceRequestId"] for each in answer["SpotInstanceRequests"]):
+        cancel = partial(ec2.cancel_spot_instance_requests, SpotInstanceRequestIds=[request])
+        yield Leftover(f"aws {region}: spot request {request}", cancel)
+    answer = ec2.describe_volumes(Filters=[ours, {"Name": "status", "Values": ["available"]}])
+    for volume in answer["Volumes"]:
+        delete = partial(ec2.delete_volume, VolumeId=volume["VolumeId"])
+        yield Leftover(f"aws {region}: unattached volume {volume['VolumeId']}, {volume['Size']} GB", delete)
 
 
-def billed_usd(tag: str, value: str, start: float, end: float, client: Any = None) -> dict[str, float]:
-    """Unblended dollars by service that Cost Explorer has for a cost allocation tag, whole days. Raises Unavailable."""
-    explorer = client or _client("ce", "us-east-1")
-    first, last = (datetime.datetime.fromtimestamp(at, datetime.UTC).date() for at in (start, end))
-    arguments: dict[str, Any] = {
-        "TimePeriod": {"Start": first.isoformat(), "End": (last + datetime.timedelta(days=1)).isoformat()},
-        "Granularity": "DAILY",
-        "Metrics": ["UnblendedCost"],
-        "GroupBy": [{"Type": "DIMENSION", "Key": "SERVICE"}],
-        "Filter": {"Tags": {"Key": tag, "Values": [value], "MatchOptions": ["EQUALS"]}},
-    }
-    by_service: dict[str, float] = {}
-    try:
-        while True:
-            answer = explorer.get_cost_and_usage(**arguments)
-            for day in answer["ResultsByTime"]:
-                for group in day["Groups"]:
-                    _add(by_service, group)
-            if not answer.get("NextPageToken"):
-                break
-            arguments["NextPageToken"] = answer["NextPageToken"]
-    except Unavailable:
-        raise
-    except Exception as error:  # not enabled, no permission, no network
-        raise Unavailable(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
-    if not by_service:
-        raise Unavailable(f"Cost Explorer has nothing under {tag}={value} yet (it lags by up to a day)")
-    return by_service
-
-
-def _add(by_service: dict[str, float], group: Mapping[str, Any]) -> None:
-    cost = group["Metrics"]["UnblendedCost"]
-    if cost["Unit"] != "USD":
-        raise Unavailable(f"the bill is in {cost['Unit']}, not USD")
-    name = group["Keys"][0]
-    by_service[name] = by_service.get(name, 0.0) + float(cost["Amount"])
-
-
-def _zone(zone: str) -> dict[str, str]:
-    """Zones have names (us-east-1a) and, in SkyPilot's catalog, ids (use1-az1)."""
-    return {"AvailabilityZoneId": zone} if "-az" in zone else {"AvailabilityZone": zone}
+def _instance(listed: Mapping[str, Any]) -> Instance:
+    tag = next(tag["Value"] for tag in listed["Tags"] if tag["Key"] == "ray-cluster-name")
+    ended = _TRANSITION.search(listed.get("StateTransitionReason") or "")
+    state = listed["State"]["Name"]
+    return Instance(
+        cluster=tag.rpartition("-")[0],
+        start=listed["LaunchTime"].timestamp(),
+        end=_time(ended[1]) if ended and state in ("terminated", "shutting-down", "stopped") else None,
+        running=state in ("pending", "running"),
+        origin=INSTANCES_ORIGIN,
+    )
 
 
 def _time(text: str) -> float:
     return datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=datetime.UTC).timestamp()
 
 
-def unfinished_uploads(run_url: str) -> int | None:
-    """Uploads in parts below a run that are not complete; None where the store cannot be asked for them."""
-    terms = storage.terms_of(run_url)
-    if terms.service not in bucket_place.SERVICES:
-        return None
-    prefix = run_url.partition(f"{terms.bucket}/")[2].rstrip("/") + "/"
-    try:
-        profile = credentials.profile_settings(os.environ)
-        place = bucket_place.place_of(terms.bucket, os.environ, profile)
-        provider = credentials.for_s3(os.environ)
-        keys = provider() if provider else {}
-        client = _client("s3", place.region, endpoint_url=place.endpoint, **_in_botocores_names(keys))
-        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=terms.bucket, Prefix=prefix)
-        return sum(len(page.get("Uploads", ())) for page in pages)
-    except Exception:  # no right to list them, a server that does not: not worth a line of the report
-        return None
-
-
-def _in_botocores_names(keys: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
-    names |= {"token": "aws_session_token"}
-    return {names[name]: value for name, value in keys.items() if name in names}
-
-
-def _utc(time: float) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(time, datetime.UTC)
+def _unavailable(error: Exception) -> Unavailable:
+    return Unavailable(one_line(error)[:150])
 
 
 def _client(service: str, region: str | None, **options: Any) -> Any:
@@ -170,4 +353,4 @@ def _client(service: str, region: str | None, **options: Any) -> Any:
         settings = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 2})
         return botocore.session.Session().create_client(service, region_name=region, config=settings, **options)
     except Exception as error:  # no botocore, no region, broken configuration
-        raise Unavailable(f"{type(error).__name__}: {error}") from error
+        raise _unavailable(error) from error

@@ -1,22 +1,101 @@
-"""What providers tell about machines, in plain values, and how they say that they cannot."""
+"""Declares what a cloud provider answers, as plain values.
 
+A provider is a subclass of `Cloud` in a file beside this one and an entry of CLOUDS in clouds/providers.py. A method
+that a provider does not override returns nothing, because the cloud has no such service. A method that asks a service
+raises Unavailable, or the error of the library that it uses.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from core.run.machine import Price
+from core.run.machine import Machine, Price
+from core.task import TaskSpec
+
+# The label of each task in sky/, by which a provider finds what belongs to this project.
+LABEL = ("project", "pretrain-launcher")
 
 
 class Unavailable(Exception):
-    """A provider cannot answer; the message says why, as a part of a sentence."""
+    """A provider cannot answer. The message gives the reason as part of a sentence."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One line of nvidia-smi. None is a figure that the driver does not report; `fault` is an error that it reports."""
+
+    name: str
+    memory_mib: float | None
+    driver: str
+    uncorrected_ecc_errors: int | None
+    failed_row_remaps: int | None
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """One node, as SkyPilot, the provider and the driver describe it. None is unknown."""
+
+    cloud: str | None = None
+    region: str | None = None
+    zone: str | None = None
+    instance_type: str | None = None
+    spot: bool | None = None
+    gpus: tuple[Gpu, ...] = ()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One instance type in one zone. A price, in dollars per hour, is None if the provider does not offer it."""
+
+    cloud: str
+    region: str
+    zone: str | None
+    instance_type: str
+    accelerator: str | None
+    accelerators: int
+    vcpus: float | None
+    memory_gb: float | None
+    arch: str | None
+    usd_on_demand: float | None
+    usd_spot: float | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of `make check`. Marks: `ok`, `!` (works, but look), `x` (would fail), `?` (no answer)."""
+
+    mark: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.mark:>2}  {self.what}"
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that may still be billed. `end` deletes it; None where only SkyPilot may, because it may hold data."""
+
+    what: str
+    end: Callable[[], object] | None = None
+
+    def __str__(self) -> str:
+        return self.what
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """A provider's notice about this machine. `leave`: it will be taken away; otherwise the risk of that has grown."""
+
+    leave: bool
+    detail: str
 
 
 @dataclass(frozen=True)
 class MachineRecord:
-    """One machine (or cluster), from launch to shutdown; `end` is None while it is up.
+    """One machine or cluster, from launch to shutdown, as a launcher or a provider recorded it.
 
-    `was_up` is false when the record itself shows that no machine was ever had: a launch that failed. `exact` is
-    true for the cloud's own times, false for those of a launcher, which notices late.
-    `usd_per_hour` is for all nodes together.
+    `end` is None while it is up. `was_up` is false for a launch that failed without a machine. `exact` is true for the
+    provider's own times; a launcher notices a shutdown late. `usd_per_hour` is for all nodes together.
     """
 
     cluster: str
@@ -42,11 +121,94 @@ class MachineRecord:
 
 @dataclass(frozen=True)
 class Instance:
-    """A machine as the cloud itself lists it; `end` is None while it runs, or when the cloud does not say."""
-
-    ORIGIN: ClassVar[str] = "EC2's list of instances"
+    """A machine in a provider's own list. `end` is None while it runs, or if the provider does not report it."""
 
     cluster: str
     start: float
     end: float | None
     running: bool
+    origin: str
+
+
+@dataclass(frozen=True)
+class SpotHistory:
+    """Spot prices of one node: (unix time from which it holds, dollars per hour) of each change."""
+
+    changes: tuple[tuple[float, float], ...]
+    source: str
+
+    def mean(self, start: float, end: float) -> float:
+        """Dollars per hour over [start, end], weighted by time. Raises Unavailable if the history begins later."""
+        changes = sorted(self.changes)
+        if not changes or changes[0][0] > start or end <= start:
+            raise Unavailable("its history does not reach back to the start")
+        total = 0.0
+        for (since, price), until in zip(changes, [when for when, _ in changes[1:]] + [end], strict=True):
+            total += price * max(0.0, min(until, end) - max(since, start))
+        return total / (end - start)
+
+
+@dataclass(frozen=True)
+class Bill:
+    """A provider's bill under a tag, in dollars by service."""
+
+    source: str
+    by_service: Mapping[str, float]
+
+
+class Cloud:
+    """A provider of machines. `name` is SkyPilot's, in lower case."""
+
+    name = ""
+
+    def offers(self) -> tuple[Offer, ...]:
+        """Instance types with the prices of the snapshot in clouds/catalog."""
+        return ()
+
+    def facts(self, known: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
+        """`known` with what the provider tells about this machine."""
+        return known
+
+    def price(self, facts: MachineFacts) -> Price | None:
+        """The price of this node alone."""
+        return None
+
+    def interruptions(self, environment: Mapping[str, str]) -> Callable[[], Interruption | None] | None:
+        """A function that asks for the newest notice about this machine. It raises Unavailable without an answer."""
+        return None
+
+    def quota_findings(self, task: TaskSpec) -> Iterable[Finding]:
+        """Compares the account's quotas with the machines of a task."""
+        return ()
+
+    def capacity_findings(self, task: TaskSpec) -> Iterable[Finding]:
+        """Looks for regions that have the machines of a task now."""
+        return ()
+
+    def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterable[Finding]:
+        """Prices of reading the data on the machines of a task, if the bucket is this provider's."""
+        return ()
+
+    def opens_buckets(self, service: str) -> bool:
+        """Whether the role of a machine opens buckets of a storage service, without keys."""
+        return False
+
+    def leftovers(self, names: Sequence[str]) -> list[Leftover]:
+        """Resources with this project's label, or with a name of one of its tasks."""
+        return []
+
+    def instances(self, clusters: Sequence[str], region: str) -> list[Instance]:
+        """Machines of these clusters of SkyPilot, running or ended not long ago."""
+        return []
+
+    def paid_spot(self, machine: Machine, start: float, end: float) -> SpotHistory | None:
+        """Spot prices of a machine's type and zone from `start` to `end` (unix seconds)."""
+        return None
+
+    def bill(self, tag: str, value: str, start: float, end: float) -> Bill | None:
+        """The bill of whole days from `start` to `end` (unix seconds) under a cost allocation tag."""
+        return None
+
+    def unfinished_uploads(self, url: str) -> int | None:
+        """Incomplete uploads in parts below a URL; None if they cannot be counted."""
+        return None

@@ -1,25 +1,125 @@
-"""SkyPilot's records and catalog. The only module that imports SkyPilot, and only when it is asked something.
+"""Asks SkyPilot: its command for clusters and managed jobs, its Python package for records and prices.
 
-The project's folder `sky/` (task YAMLs) lies beside this code: where SkyPilot is not installed, `import sky` finds
-that folder and succeeds. What was imported is therefore checked.
+    clusters()      [{"name": "pretrain-8xa100", "status": "UP", "labels": {...}, ...}, ...]
+    jobs()          [{"job_id": 3, "job_name": "pretrain-8xa100-spot", "status": "RUNNING", ...}, ...]
+
+The only module that imports SkyPilot, and only when it asks. The project's folder `sky/` (task files) is beside this
+code: without SkyPilot, `import sky` finds that folder and succeeds. `package` therefore checks what it imported.
 """
 
 import functools
 import importlib
+import json
 import logging
+import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from clouds.base import MachineRecord, Unavailable
+from core import secrets
+from core.errors import ConfigError
+from core.task import TaskSpec
 
 ORIGIN = "SkyPilot cluster records"
 DAYS = 365
+# SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
+NO_JOBS = "No in-progress managed jobs"
+# Final statuses of a managed job; the other final ones begin with FAILED (sky/jobs/state.py).
+_ENDED = ("SUCCEEDED", "CANCELLED", "FAILED")
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def find_sky() -> str:
+    """Path of the sky command beside this Python, else on PATH. Raises ConfigError."""
+    found = shutil.which("sky", path=str(Path(sys.executable).parent)) or shutil.which("sky")
+    if not found:
+        raise ConfigError("the sky command is not installed; run `make setup-launch`")
+    return found
+
+
+def clusters() -> list[dict[str, Any]]:
+    """This user's clusters, without those of managed jobs. Raises ConfigError if SkyPilot cannot list them."""
+    return [record for record in listed(["status"]) if not record.get("is_managed")]
+
+
+def jobs(ended: bool = False) -> list[dict[str, Any]]:
+    """Managed jobs, newest first; with `ended` finished ones too. Raises ConfigError as `clusters` does."""
+    found = listed(["jobs", "queue", *([] if ended else ["--skip-finished"])], nothing=NO_JOBS)
+    return sorted(found, key=lambda job: job["job_id"], reverse=True)
+
+
+def has_ended(job: dict[str, Any]) -> bool:
+    return str(job.get("status")).startswith(_ENDED)
+
+
+def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str, Any]]:
+    """The records that `sky COMMAND -o json` prints; none if it fails with the text `nothing`.
+
+    Raises ConfigError with SkyPilot's output if it fails or prints no list.
+    """
+    done = subprocess.run([find_sky(), *command, "-o", "json"], capture_output=True, text=True, errors="replace")
+    if done.returncode == 0 and (records := records_in(done.stdout)) is not None:
+        return records
+    said = _COLOUR.sub("", f"{done.stdout}\n{done.stderr}")
+    if nothing and nothing in said:
+        return []
+    why = " ".join(said.split())[-300:] or f"it printed nothing and ended with {done.returncode}"
+    raise ConfigError(f"`sky {' '.join(command)}` failed: {secrets.scrub(why)}")
+
+
+def records_in(output: str) -> list[dict[str, Any]] | None:
+    """The first JSON list of objects in SkyPilot's output; None without one.
+
+    Colours and prose may come first, such as "Failed to connect ... Starting a local server."
+    """
+    text = _COLOUR.sub("", output)
+    decoder = json.JSONDecoder()
+    for match in re.finditer(r"\[", text):
+        try:
+            found, _ = decoder.raw_decode(text, match.start())
+        except ValueError:
+            continue
+        if all(isinstance(record, dict) for record in found):
+            return found
+    return None
+
+
+def launch_command(
+    task: TaskSpec, environment: Mapping[str, str], git_revision: str, options: Sequence[str]
+) -> list[str]:
+    """The command that launches a task. Raises ConfigError for a required variable that is empty."""
+    command = [find_sky(), *(["jobs", "launch"] if task.managed else ["launch"])]
+    command += ["--name" if task.managed else "--cluster", task.name, "--yes"]
+    if "--dryrun" not in options:
+        command += ["--detach-run"]
+    given = dict(environment)
+    given["GIT_REVISION"] = given.get("GIT_REVISION") or git_revision
+    given["SUBMITTED_AT"] = f"{time.time():.0f}"
+    for name in task.envs:
+        if given.get(name):
+            command += ["--env", f"{name}={given[name]}"]
+        elif name in task.required:
+            raise ConfigError(f"{task.path}: {name} is required and empty; give {name}=... to make, or set it in .env")
+    for name in _secrets(task, environment):
+        command += ["--secret", name]
+    return [*command, *options, task.path]
+
+
+def _secrets(task: TaskSpec, environment: Mapping[str, str]) -> list[str]:
+    """Names of the secrets to send. The user's AWS keys are sent only without BUCKET_ keys."""
+    given = [name for name in task.secrets if environment.get(name)]
+    own = any(name.startswith("BUCKET_") for name in given)
+    return [name for name in given if not (own and name.startswith("AWS_"))]
 
 
 def package() -> Any:
     """The SkyPilot package. Raises Unavailable."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # its database migrations speak at every import
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # its database migrations log at every import
     try:
         module = importlib.import_module("sky")
     except ImportError as error:
@@ -31,22 +131,22 @@ def package() -> Any:
 
 
 def catalog_rows(cloud: str) -> list[dict[str, Any]]:
-    """Rows of SkyPilot's catalog of a cloud, as it keeps them on this machine. Raises Unavailable."""
+    """Rows of the catalog that SkyPilot keeps on this machine for a cloud. Raises Unavailable."""
     package()
     from sky.catalog import common
 
     try:
         return common.read_catalog(f"{cloud}/vms.csv").to_dict("records")
-    except Exception as error:  # network, a damaged file: SkyPilot raises whatever its libraries do
+    except Exception as error:  # network, a damaged file: any error of its libraries
         raise Unavailable(f"SkyPilot has no catalog of {cloud} ({type(error).__name__})") from error
 
 
-def uptimes() -> list[MachineRecord]:
-    """All clusters that SkyPilot remembers, those of managed jobs among them, asked for once. Raises Unavailable."""
+def machine_records() -> list[MachineRecord]:
+    """All clusters that SkyPilot remembers, managed jobs' included. Asks once per process. Raises Unavailable."""
     records, refusal = _cost_records()
     if refusal:
         raise Unavailable(refusal)
-    return [uptime for record in records for uptime in from_record(record)]
+    return [each for record in records for each in from_record(record)]
 
 
 @functools.cache
@@ -56,12 +156,12 @@ def _cost_records() -> tuple[list[Mapping[str, Any]], str]:
         return sky.get(sky.cost_report(days=DAYS)), ""
     except Unavailable as error:
         return [], str(error)
-    except Exception as error:  # no API server, no network: whatever its client raises
+    except Exception as error:  # no API server, no network: any error of its client
         return [], f"SkyPilot's API server did not answer ({type(error).__name__})"
 
 
-def jobs() -> list[Mapping[str, Any]]:
-    """SkyPilot's managed jobs: id, name, status, recoveries. Raises Unavailable."""
+def job_queue() -> list[Mapping[str, Any]]:
+    """Managed jobs with their recoveries and durations. Raises Unavailable."""
     sky = package()
     try:
         return list(sky.get(sky.jobs.queue_v2(refresh=False, all_users=False))[0])
@@ -70,15 +170,15 @@ def jobs() -> list[Mapping[str, Any]]:
 
 
 def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
-    """One stretch per usage interval of a record of `sky.cost_report`.
+    """One MachineRecord per usage interval of a record of `sky.cost_report`.
 
-    Intervals open at the launch attempt and close when SkyPilot notices that the machine is gone. A record whose
-    cluster never got nodes is of a launch that failed; SkyPilot's own report charges for it.
+    An interval opens at the launch attempt and closes when SkyPilot notices that the machine is gone. A record whose
+    cluster never got nodes belongs to a failed launch; SkyPilot's own report charges for it.
     """
     resources = record.get("resources")
     nodes = record.get("num_nodes") or 1
     price = _usd_per_hour(resources)
-    # Nodes are named once they exist; records of releases before that column give no evidence either way.
+    # SkyPilot names nodes once they exist. Records of releases before that column prove nothing.
     failed = "node_names" in record and not record["node_names"] and _ended(record)
     job = _job_of(str(record.get("name") or ""))
     return [
@@ -108,7 +208,7 @@ def _ended(record: Mapping[str, Any]) -> bool:
 
 
 def _usd_per_hour(resources: Any) -> float | None:
-    """List price of one node. SkyPilot counts a lookup that fails as zero dollars; here it is not known."""
+    """List price of one node; None if the lookup fails, which SkyPilot counts as zero dollars."""
     try:
         price = float(resources.get_cost(3600))
     except Exception:  # the type left the catalog, or the record has no resources

@@ -1,21 +1,24 @@
-"""What a SkyPilot task YAML asks for and runs, as far as its cost depends on it. Reads the documented fields only.
+"""Parses a SkyPilot task: the machines that it asks for, its variables, and the program of this project that it runs.
 
-task = load("sky/pretrain-8xa100.yaml")
-task.wants, task.work
+    task = read_task("sky/pretrain-8xa100.yaml", os.environ, MachineChoice(gpus="A100:2"))
+    task.requests, task.workload, task.envs["RUN"]
+
+Reads the documented fields only. Launching and forecasting use the same TaskSpec.
 """
 
-import os
+import argparse
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from core.errors import ConfigError
-from core.settings import loader
+from core import bucket
+from core.errors import ConfigError, one_line
+from core.settings import evaluation, loader
 from core.settings.model import ModelConfig, public_model
 from core.settings.preparation import PrepConfig
 from core.settings.stages import training_schema
@@ -24,16 +27,29 @@ from core.settings.tuning import DistilConfig, FinetuneConfig
 
 _COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)([^\S\n][^\n;&|]*)?")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
-# Stage of each program; trainer.train has several, and the settings of evaluate hardly change its cost.
+_EMPTY_VARIABLE = re.compile(r"=\$\{?\w+\}?$")
+_IMAGE = re.compile(r"container\.sh image (\w+)")
+_BUILD = re.compile(r"container\.sh build\b")
+# Stage of each program. The config of trainer.train may declare another stage. A forecast of an evaluation needs no
+# settings, because they hardly change its cost.
 _PROGRAMS = {"trainer.train": "pretrain", "trainer.evaluate": "evaluate", "data_prep.prepare": "prep"}
-_BUILDS = re.compile(r"container\.sh build\b")
-# Settings without which a config does not load, and which only a launch gives.
+# Required settings that only a launch gives.
 _STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
+# URLs of a task without BUCKET, such as one that is only forecast.
+_PLACEHOLDER = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
 
 
 @dataclass(frozen=True)
-class Want:
-    """One acceptable kind of machine. None is "any"."""
+class MachineChoice:
+    """Machines that a launch takes instead of the task's: `gpus` as NAME or NAME:COUNT, `nodes` as a number."""
+
+    gpus: str | None = None
+    nodes: int | None = None
+
+
+@dataclass(frozen=True)
+class MachineRequest:
+    """One kind of machine that a task accepts. None accepts any."""
 
     cloud: str | None = None
     region: str | None = None
@@ -48,54 +64,107 @@ class Want:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the task does: a stage, or "image" for the images themselves. `config` is None where its command names none
-    that can be read. `assumed` says what was taken for granted about `model`."""
+class Workload:
+    """The program that a task runs: its stage ("image" for a build of images) and its settings.
+
+    `config` is None if the settings cannot be read; `problem` says why. `assumed` names an assumption about `model`.
+    `programs` lists all modules of this project that the task's commands run.
+    """
 
     stage: str | None
-    config: TrainingConfig | PrepConfig | None
-    why_not: str = ""
+    config: TrainingConfig | PrepConfig | None = None
+    problem: str = ""
     model: ModelConfig | None = None
     assumed: str = ""
+    programs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSpec:
+    """A parsed task.
+
+    `envs` maps each declared variable to its value, "" if it has none; `required` names those without a default.
+    `secrets` and `images` are names: of variables, and of the image targets that the set-up makes.
+    `idle_seconds` is the time from the last job's end to the machine's shutdown, None if nothing shuts it down.
+    """
+
     path: str
     name: str
     nodes: int
-    wants: tuple[Want, ...]
-    work: Work
+    managed: bool
+    requests: tuple[MachineRequest, ...]
+    workload: Workload
     envs: Mapping[str, str]
     idle_seconds: float | None
+    required: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
 
-def load(path: str) -> Task:
-    """Raises ConfigError."""
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such task file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as a task: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict) or not {"resources", "run", "setup"} & document.keys():
-        raise ConfigError(f"{path}: is no SkyPilot task (no resources, setup or run)")
-    envs = {key: str(value) for key, value in (document.get("envs") or {}).items() if value is not None}
-    envs |= {key: os.environ[key] for key in document.get("envs") or {} if key in os.environ}
+def read_task(path: str, environment: Mapping[str, str], choice: MachineChoice | None = None) -> TaskSpec:
+    """Parse a task file. Values of `environment` replace the defaults of its envs; an empty value counts as absent.
+
+    Raises ConfigError.
+    """
+    choice = choice or MachineChoice()
+    document = _document(path)
+    declared = document.get("envs") or {}
+    envs = {name: environment.get(name) or ("" if value is None else str(value)) for name, value in declared.items()}
     resources = document.get("resources") or {}
-    return Task(
+    setup, run = (str(document.get(part) or "") for part in ("setup", "run"))
+    return TaskSpec(
         path=path,
         name=str(document.get("name") or Path(path).stem),
-        nodes=int(document.get("num_nodes") or 1),
-        wants=tuple(_wants(path, resources)),
-        work=_work(path, document, envs),
+        nodes=choice.nodes or int(document.get("num_nodes") or 1),
+        managed=resources.get("job_recovery") is not None,
+        requests=tuple(dict.fromkeys(_requests(path, resources, choice))),
+        workload=_workload(path, f"{setup}\n{run}", envs),
         envs=envs,
         idle_seconds=_idle_seconds(resources),
+        required=tuple(name for name, value in declared.items() if value is None),
+        secrets=tuple(document.get("secrets") or {}),
+        images=tuple(_IMAGE.findall(setup)),
     )
 
 
+def machine_choice(options: Sequence[str]) -> MachineChoice:
+    """The choice that options of `sky launch` make: `--gpus`, `--num-nodes`. Raises ConfigError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--gpus")
+    parser.add_argument("--num-nodes")
+    try:
+        found, _ = parser.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; give --gpus NAME:COUNT or --num-nodes NUMBER") from None
+    if found.num_nodes is not None and not (found.num_nodes.isdigit() and int(found.num_nodes)):
+        raise ConfigError(f"--num-nodes is {found.num_nodes!r}, must be a whole number above 0")
+    return MachineChoice(found.gpus, found.num_nodes and int(found.num_nodes))
+
+
+def urls(envs: Mapping[str, str]) -> dict[str, str]:
+    """RUN_URL and DATA_URL of a task's program; placeholders where BUCKET is not set. Raises ConfigError."""
+    found = dict(_PLACEHOLDER)
+    for variable in bucket.FOLDERS:
+        if envs.get(f"{variable}_URL") or (envs.get("BUCKET") and envs.get(variable)):
+            found[f"{variable}_URL"] = bucket.url(envs, variable)
+    return found
+
+
+def _document(path: str) -> Mapping[str, Any]:
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in Path("sky").glob("*.yaml")))
+        raise ConfigError(f"{path}: no such task file" + (f"; sky/ has {known}" if known else "")) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a task: {one_line(error)}") from None
+    if not isinstance(document, dict) or not {"resources", "run", "setup"} & document.keys():
+        raise ConfigError(f"{path}: is not a SkyPilot task; it has no resources, setup or run")
+    return document
+
+
 def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
-    """How long a machine idles until it is shut down: none for a managed job, None if nobody would shut it down."""
+    """0 for a managed job, whose machines end with it; None without autostop."""
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
         return 0.0
@@ -104,14 +173,14 @@ def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
     return 60.0 * autostop if isinstance(autostop, int | float) and not isinstance(autostop, bool) else None
 
 
-def _wants(path: str, resources: Mapping[str, Any]) -> Iterator[Want]:
-    """Each entry of any_of or ordered over what stands beside it; accelerators may be a choice as well."""
+def _requests(path: str, resources: Mapping[str, Any], choice: MachineChoice) -> Iterator[MachineRequest]:
+    """Each entry of any_of or ordered, over the fields beside it. Accelerators may be a list of alternatives."""
     base = {key: value for key, value in resources.items() if key not in ("any_of", "ordered")}
     for entry in resources.get("any_of") or resources.get("ordered") or [{}]:
         merged = base | (entry or {})
         cloud, region, zone = _place(merged)
-        for accelerator, count in _accelerators(path, merged.get("accelerators")):
-            yield Want(
+        for accelerator, count in _accelerators(path, choice.gpus or merged.get("accelerators")):
+            yield MachineRequest(
                 cloud=cloud,
                 region=region,
                 zone=zone,
@@ -126,7 +195,7 @@ def _wants(path: str, resources: Mapping[str, Any]) -> Iterator[Want]:
 
 
 def _place(resources: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
-    """From cloud, region and zone, or from `infra: cloud/region/zone`, where `*` is any."""
+    """Cloud, region and zone, from fields of these names or from `infra: cloud/region/zone`, where `*` is any."""
     parts = [None if part in ("*", "") else part for part in str(resources.get("infra") or "").split("/")]
     cloud, region, zone = [*parts, None, None, None][:3]
     cloud = resources.get("cloud") or cloud
@@ -134,7 +203,7 @@ def _place(resources: Mapping[str, Any]) -> tuple[str | None, str | None, str | 
 
 
 def _accelerators(path: str, value: Any) -> list[tuple[str | None, int]]:
-    """`A100:8`, `{A100: 8}`, or a list of such, of which any will do."""
+    """(name, count) of each alternative in `A100:8`, `{A100: 8}`, or a list of such."""
     if value is None:
         return [(None, 0)]
     if isinstance(value, Mapping):
@@ -150,7 +219,7 @@ def _accelerators(path: str, value: Any) -> list[tuple[str | None, int]]:
 
 
 def _at_least(path: str, key: str, value: Any) -> tuple[float, bool] | None:
-    """`8` is exactly 8, `8+` at least 8."""
+    """(8.0, False) for `8`, exactly eight; (8.0, True) for `8+`, at least eight."""
     if value is None:
         return None
     match = re.fullmatch(r"([\d.]+)(\+)?", str(value).strip().removesuffix("GB").removesuffix("gb"))
@@ -159,64 +228,72 @@ def _at_least(path: str, key: str, value: Any) -> tuple[float, bool] | None:
     return float(match.group(1)), bool(match.group(2))
 
 
-def _work(path: str, document: Mapping[str, Any], envs: Mapping[str, str]) -> Work:
-    """The program of this project that the task runs, with its settings; of several, training costs most."""
-    commands = f"{document.get('setup') or ''}\n{document.get('run') or ''}".replace("\\\n", " ")
-    matches = list(_COMMAND.finditer(commands))
-    match = next((each for each in matches if each.group(1) == "trainer"), matches[0] if matches else None)
-    if match is None:
-        stage = "image" if _BUILDS.search(commands) else None
-        return Work(stage, None, "" if stage else "its commands run no program of this project")
-    package, program, rest = match.groups()
-    stage = _PROGRAMS.get(f"{package}.{program}")
-    if stage in (None, "evaluate"):
-        said = "" if stage else f"{package}.{program} has settings that a forecast does not read"
-        return _with_model(Work(stage, None, said), envs)
+def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
+    """The first training program that the commands run, else their first program."""
+    matches = list(_COMMAND.finditer(commands.replace("\\\n", " ")))
+    programs = tuple(f"{match[1]}.{match[2]}" for match in matches)
+    if not programs:
+        if _BUILD.search(commands):
+            return Workload("image")
+        return Workload(None, problem="its commands run no program of this project")
+    chosen = next((at for at, name in enumerate(programs) if name.startswith("trainer.")), 0)
+    stage = _PROGRAMS.get(programs[chosen])
+    if stage is None:
+        return Workload(None, problem=f"a forecast does not read the settings of {programs[chosen]}", programs=programs)
     try:
-        words = shlex.split(_expand(rest or "", envs))
-    except ValueError:
-        words = []
-    # A flag whose variable is empty here gets its value at launch; addresses do not change what it costs.
-    flags = [word for word in words if word.startswith("--") and word.partition("=")[2]]
-    arguments = [word for word in words if word.endswith((".yaml", ".yml")) and not word.startswith("--")] + flags
-    environment = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
-    environment |= {name: value for name, value in envs.items() if value}
-    try:
-        arguments = _near(path, arguments)
-        schema = PrepConfig if stage == "prep" else training_schema(arguments)
-        stage = "prep" if schema is PrepConfig else schema.stage
-        if stage in _STARTS and not any(flag.startswith(f"--{_STARTS[stage]}=") for flag in flags):
-            arguments.append(f"--{_STARTS[stage]}=?")
-        return _with_model(Work(stage, loader.load(schema, arguments, environment)), envs)
+        arguments = _arguments(path, matches[chosen][3] or "", envs)
+        variables = urls(envs) | {name: value for name, value in envs.items() if value}
+        if stage == "evaluate":
+            evaluation.parse(arguments, variables)
+            config = None
+        elif stage == "prep":
+            config = loader.load(PrepConfig, arguments, variables)
+        else:
+            schema = training_schema(arguments)
+            stage = schema.stage
+            if stage in _STARTS and not any(word.startswith(f"--{_STARTS[stage]}=") for word in arguments):
+                arguments.append(f"--{_STARTS[stage]}=?")
+            config = loader.load(schema, arguments, variables)
     except ConfigError as error:
-        return Work(stage, None, str(error))
+        return Workload(stage, problem=str(error), programs=programs)
+    return _with_model(Workload(stage, config, programs=programs), envs)
 
 
-def _with_model(work: Work, envs: Mapping[str, str]) -> Work:
-    """The model of the settings, or the public one that they begin with; any other is taken for GPT-2 124M."""
-    if work.stage in (None, "prep"):
-        return work
-    if isinstance(work.config, DistilConfig):
-        return replace(work, model=work.config.model, assumed="what the teacher computes is not counted")
-    if isinstance(work.config, PretrainConfig):
-        return replace(work, model=work.config.model)
-    start = work.config.start.weights if isinstance(work.config, FinetuneConfig) else envs.get("MODEL", "")
+def _with_model(workload: Workload, envs: Mapping[str, str]) -> Workload:
+    """Add the model of the settings, or the public model that they start from. Assumes GPT-2 124M for any other."""
+    if workload.stage in (None, "prep"):
+        return workload
+    if isinstance(workload.config, DistilConfig):
+        return replace(workload, model=workload.config.model, assumed="the teacher's computation is not counted")
+    if isinstance(workload.config, PretrainConfig):
+        return replace(workload, model=workload.config.model)
+    start = workload.config.start.weights if isinstance(workload.config, FinetuneConfig) else envs.get("MODEL", "")
     if (model := public_model(start)) is not None:
-        return replace(work, model=model)
-    return replace(work, model=ModelConfig(), assumed="the model that it begins with is taken for GPT-2 124M")
+        return replace(workload, model=model)
+    return replace(workload, model=ModelConfig(), assumed="the model to start from is GPT-2 124M")
 
 
-def _expand(text: str, envs: Mapping[str, str]) -> str:
-    """Shell variables that the task's envs define; others stay empty, as in a shell."""
-    return _VARIABLE.sub(lambda m: envs.get(m.group(1) or m.group(3)) or m.group(2) or "", text)
+def _arguments(path: str, text: str, envs: Mapping[str, str]) -> list[str]:
+    """Config files and flags of a command line, with the variables that the task's envs define.
+
+    Leaves out a flag whose variable is empty, because a launch gives its value.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return []
+    found = []
+    for word in words:
+        expanded = _VARIABLE.sub(lambda match: envs.get(match[1] or match[3]) or match[2] or "", word)
+        is_unset = _EMPTY_VARIABLE.search(word) and expanded.endswith("=")
+        if word.startswith("$"):
+            found += expanded.split()
+        elif expanded.endswith((".yaml", ".yml")) or (word.startswith("--") and not is_unset):
+            found.append(expanded)
+    return [word if word.startswith("--") else _config_file(path, word) for word in found]
 
 
-def _near(path: str, arguments: list[str]) -> list[str]:
-    """Config files are named from the repository's root, which is where the task runs, or beside the task."""
+def _config_file(path: str, name: str) -> str:
+    """A config file by its name below the repository's root, where the task runs, or beside the task."""
     roots = [Path(), Path(path).parent, Path(path).parent.parent, Path(__file__).parent.parent]
-    return [
-        next((str(root / word) for root in roots if (root / word).is_file()), word)
-        if not word.startswith("--")
-        else word
-        for word in arguments
-    ]
+    return next((str(root / name) for root in roots if (root / name).is_file()), name)

@@ -115,7 +115,7 @@ def _outside_cells(run: Run, time: OutsideTime) -> list[Cell]:
     start = time.start
     while start < time.end:
         end = min(time.end, (start // 86400 + 1) * 86400)
-        found.append(_cell(run, time.segment, time.phase, _day(start), end - start, time.price, time.uptime))
+        found.append(_cell(run, time.segment, time.phase, _day(start), end - start, time.price, time.record))
         start = end
     return found
 
@@ -127,12 +127,12 @@ def _cell(
     day: str,
     seconds: float,
     price: Price | None,
-    uptime: MachineRecord | None = None,
+    record: MachineRecord | None = None,
 ) -> Cell:
     """A cell. The launcher's record of the machine fills in what the segment does not contain."""
 
     def of(ours: str) -> object:
-        known = [getattr(source, ours) for source in (segment and segment.machine, uptime) if source]
+        known = [getattr(source, ours) for source in (segment and segment.machine, record) if source]
         return next((value for value in known if value is not None), None)
 
     spot = of("spot")
@@ -140,7 +140,7 @@ def _cell(
         phase=phase,
         seconds=seconds,
         usd=price and price.usd(seconds),
-        segment=str(segment.number) if segment else f"– {uptime.cluster}",
+        segment=str(segment.number) if segment else f"– {record.cluster}",
         stage=run.stage or "?",
         day=day,
         cloud=of("cloud") or "?",

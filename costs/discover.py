@@ -1,4 +1,4 @@
-"""Find runs below a URL, and what a run's objects take in storage."""
+"""Finds runs below a URL, and measures the storage of a run."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,12 +8,12 @@ from core.run.folder import RunFolder
 from costs.model import StorageRates, StorageUse
 
 DEPTH = 3
-FORECAST_BUCKET = "s3://forecast"  # a forecast assumes a bucket at the endpoint that is set
-# Folders of a run, of prepared data or of ours, which hold no runs: not worth a listing.
+FORECAST_BUCKET = "s3://forecast"  # a forecast assumes a bucket at the current endpoint
+# Folders without runs in them.
 _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 
-# Public list prices in US dollars, first tier, no free allowance. Storage and R2: sourced; S3's requests and egress
-# are its long-standing us-east-1 prices, an assumption until the bill says otherwise.
+# Public list prices in US dollars by storage service: first tier, without free allowance. S3's requests and egress are
+# its long-standing prices of us-east-1, an assumption until a bill confirms them.
 RATES = {
     "r2": StorageRates("Cloudflare R2", 0.015, 4.50, 0.36, 0.0, "developers.cloudflare.com/r2/pricing, 2026"),
     "google": StorageRates(
@@ -26,7 +26,7 @@ RATES = {
 
 
 def runs_url(environment: Mapping[str, str]) -> str:
-    """`runs` in BUCKET, where launches keep them. Raises ConfigError."""
+    """The URL of the folder `runs` in BUCKET, which launches use. Raises ConfigError."""
     if not environment.get("BUCKET"):
         raise ConfigError("no run given; name a RUN_URL, or set BUCKET to show all runs in it")
     return storage.join(bucket.root(environment), "runs")
@@ -35,7 +35,7 @@ def runs_url(environment: Mapping[str, str]) -> str:
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
     """URLs of the runs at or below `url`, in order, at most `depth` folders down. One listing per folder.
 
-    What was measured on a run's weights afterwards has a ledger of its own, in a folder of the run.
+    Evaluations of a run's weights have a ledger in a folder of the run, and count as a run.
     """
     names = storage.list_names(url)
     folder = RunFolder(url)
@@ -54,7 +54,7 @@ def _name(uri: str) -> str:
 
 
 def storage_use(folder: RunFolder) -> StorageUse:
-    """Count the objects of a run: one listing."""
+    """Objects and bytes of a run, by one listing."""
     objects = storage.list_objects(folder.url)
     checkpoints = f"{folder.checkpoints}/"
     return StorageUse(
@@ -66,5 +66,5 @@ def storage_use(folder: RunFolder) -> StorageUse:
 
 
 def rates_for(url: str) -> StorageRates | None:
-    """What the store behind a URL charges, or None where that is not known."""
+    """Rates of the store behind a URL; None if they are unknown."""
     return RATES.get(storage.terms_of(url).service)

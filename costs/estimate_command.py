@@ -1,4 +1,4 @@
-"""`cost_report.py estimate TASK.yaml`: what a launch would cost, before it."""
+"""Runs `cost_report.py estimate TASK.yaml`: prints the expected cost of a launch."""
 
 import argparse
 import dataclasses
@@ -6,47 +6,60 @@ import json
 import os
 import sys
 
-from clouds import prices
+from clouds import catalog, providers
 from core import figures
-from core import task as tasks
 from core.errors import ConfigError
 from core.figures import quantity
 from core.run import cache
 from core.run.reader import read_run
+from core.task import TaskSpec, machine_choice, read_task
 from costs import discover, render, throughput
-from costs.forecast import Assumptions, Change, Plan, Row, best_change, describe, dominates, forecast, preparation_usd
+from costs.forecast import (
+    Assumptions,
+    Change,
+    Forecast,
+    ForecastRow,
+    best_change,
+    describe,
+    dominates,
+    forecast_of,
+    preparation_usd,
+)
 from costs.tables import Sheet
 
 ROWS_SHOWN = 20
 USAGE = """\
-Every offer that fits a task, with hours and dollars; an estimate, marked with how each figure is known.
+Prints every offer that fits a task, with estimated hours and dollars, and the source of each figure.
 
   python cost_report.py estimate sky/pretrain-8xa100.yaml
+  python cost_report.py estimate sky/pretrain-8xa100.yaml --gpus A100:2
   python cost_report.py estimate sky/pretrain-8xa100.yaml --tokens 10e9 --like s3://bucket/runs/earlier
 """
 
 
 def main(arguments: list[str]) -> None:
-    """Raises ConfigError; a plan above --cap (or MAX_USD) is a warning, not an error."""
+    """Print the forecast of a task. A forecast above --cap (or MAX_USD) is a warning. Raises ConfigError."""
     options = _parser().parse_args(arguments)
-    task = tasks.load(options.task)
-    catalog = prices.load(options.offline)
+    task = read_task(options.task, os.environ, machine_choice(arguments))
+    offers = providers.load(options.offline)
     measured = _measured(options.like)
     assume = _assumptions(options)
     rates = discover.rates_for(discover.FORECAST_BUCKET)
-    plan = forecast(task, catalog, assume, rates, options.tokens, measured)
-    if not plan.rows:
-        raise ConfigError(f"{options.task}: no offer fits its resources in {catalog.source}")
-    change = best_change(plan, catalog, assume, rates, measured)
-    notes = _notes(plan, change, assume, options.cap or _cap(task)) + _price_notes(plan, catalog, assume)
+    forecast = forecast_of(task, offers, assume, rates, options.tokens, measured)
+    if not forecast.rows:
+        raise ConfigError(f"{options.task}: no offer fits its resources in {offers.source}")
+    change = best_change(forecast, offers, assume, rates, measured)
+    notes = _notes(forecast, change, assume, options.cap or _cap(task)) + _price_notes(forecast, offers, assume)
     if options.json:
-        print(json.dumps(_document(plan, assume, notes), indent=1))
+        print(json.dumps(_document(forecast, assume, notes), indent=1))
     elif options.markdown:
-        sys.stdout.write(render.markdown_table(_sheet(plan, options.all)) + "\n\n" + "".join(f"- {n}\n" for n in notes))
+        sys.stdout.write(
+            render.markdown_table(_sheet(forecast, options.all)) + "\n\n" + "".join(f"- {n}\n" for n in notes)
+        )
     else:
         console = render.console()
-        console.print(f"[bold]{task.name}[/bold]: {_work(plan)}", highlight=False)
-        console.print(render.terminal_table(_sheet(plan, options.all)))
+        console.print(f"[bold]{task.name}[/bold]: {_work(forecast)}", highlight=False)
+        console.print(render.terminal_table(_sheet(forecast, options.all)))
         for note in notes:
             console.print(note, markup=False)
 
@@ -56,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         "cost_report.py estimate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", metavar="TASK.yaml", help="a SkyPilot task")
+    parser.add_argument("--gpus", metavar="NAME:COUNT", help="other GPUs than the task's, as in sky launch")
+    parser.add_argument("--num-nodes", metavar="NUMBER", help="another number of nodes than the task's")
     parser.add_argument(
         "--tokens", type=float, help="tokens to train on or prepare; default: as the task's config says"
     )
@@ -74,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _assumptions(options: argparse.Namespace) -> Assumptions:
-    """Defaults, unless a flag of the same name says otherwise (`--preemptions-per-hour 0.2`)."""
+    """The defaults, replaced by flags of the same names (`--preemptions-per-hour 0.2`)."""
     names = [field.name for field in dataclasses.fields(Assumptions)]
     return Assumptions(**{name: value for name in names if (value := getattr(options, name)) is not None})
 
@@ -88,23 +103,23 @@ def _measured(run_url: str | None) -> throughput.Measured | None:
     return found
 
 
-def _cap(task: tasks.Task) -> float | None:
+def _cap(task: TaskSpec) -> float | None:
     try:
-        return float(os.environ.get("MAX_USD") or task.envs.get("MAX_USD") or "") or None
+        return float(task.envs.get("MAX_USD") or os.environ.get("MAX_USD") or "") or None
     except ValueError:
         return None
 
 
-def _work(plan: Plan) -> str:
-    stage = plan.task.work.stage or "stage ?"
-    unknown = "both" if plan.task.work.stage == "image" else "? tokens"
-    tokens = unknown if plan.tokens is None else f"{quantity(plan.tokens)} tokens"
-    flops = "" if plan.flops is None else f", {quantity(plan.flops)} FLOPs per token"
-    nodes = f", {plan.task.nodes} nodes" if plan.task.nodes > 1 else ""
-    return f"{stage}, {tokens}{flops}{nodes}; prices: {plan.prices}"
+def _work(forecast: Forecast) -> str:
+    stage = forecast.task.workload.stage or "stage ?"
+    unknown = "both" if forecast.task.workload.stage == "image" else "? tokens"
+    tokens = unknown if forecast.tokens is None else f"{quantity(forecast.tokens)} tokens"
+    flops = "" if forecast.flops is None else f", {quantity(forecast.flops)} FLOPs per token"
+    nodes = f", {forecast.task.nodes} nodes" if forecast.task.nodes > 1 else ""
+    return f"{stage}, {tokens}{flops}{nodes}; prices: {forecast.prices}"
 
 
-def _sheet(plan: Plan, everything: bool) -> Sheet:
+def _sheet(forecast: Forecast, everything: bool) -> Sheet:
     heads = [
         "cloud",
         "region or zone",
@@ -118,19 +133,19 @@ def _sheet(plan: Plan, everything: bool) -> Sheet:
         "to",
         "restarts",
     ]
-    shown = plan.rows if everything else plan.rows[:ROWS_SHOWN]
+    shown = forecast.rows if everything else forecast.rows[:ROWS_SHOWN]
     rows = [[*_where(row), row.kind, *_dollars(row)] for row in shown]
-    left = len(plan.rows) - len(shown)
+    left = len(forecast.rows) - len(shown)
     foot = [f"{left} more: --all", *[""] * (len(heads) - 1)] if left else ()
-    return Sheet("What would fit, by expected dollars (an estimate)", heads, rows, 5, foot)
+    return Sheet("Offers that fit, by expected dollars (an estimate)", heads, rows, 5, foot)
 
 
-def _where(row: Row) -> list[str]:
+def _where(row: ForecastRow) -> list[str]:
     offer = row.offer
     return [offer.cloud, offer.zone or offer.region, offer.instance_type, "spot" if row.spot else "on demand"]
 
 
-def _dollars(row: Row) -> list[str]:
+def _dollars(row: ForecastRow) -> list[str]:
     hours = figures.UNKNOWN if row.hours is None else f"{row.hours:.2f}"
     amounts = [_usd(usd) for usd in (row.usd, row.usd_low, row.usd_high)]
     return [figures.dollars(row.usd_per_hour), hours, *amounts, f"{row.restarts:.2f}" if row.spot else "–"]
@@ -140,15 +155,15 @@ def _usd(usd: float | None) -> str:
     return figures.dollars(usd, figures.places_for(usd or 0.0))
 
 
-def _notes(plan: Plan, change: Change | None, assume: Assumptions, cap: float | None) -> list[str]:
-    best, work = plan.rows[0], plan.task.work
-    notes = list(plan.sources)
-    if work.why_not:
-        notes.append(f"the settings of its program are not known: {work.why_not}")
-    if plan.tokens is None and work.stage != "image":
-        notes.append("how much work it does is not known, so only the rate is; give --tokens")
+def _notes(forecast: Forecast, change: Change | None, assume: Assumptions, cap: float | None) -> list[str]:
+    best, workload = forecast.rows[0], forecast.task.workload
+    notes = list(forecast.sources)
+    if workload.problem:
+        notes.append(f"the settings of its program are not known: {workload.problem}")
+    if forecast.tokens is None and workload.stage != "image":
+        notes.append("the amount of work is not known, so only the rate is; give --tokens")
     elif best.usd is None:
-        notes.append("how fast the machine is is not known, so only the rate is; give --like RUN_URL of an earlier run")
+        notes.append("the machine's speed is not known, so only the rate is; give --like RUN_URL of an earlier run")
     if (main_part := dominates(best)) is not None:
         parts = ", ".join(f"{name} {_usd(usd)}" for name, usd in best.parts.items() if usd >= best.usd / 1000)
         notes.append(f"dominated by {main_part} on {describe(best)}: {parts}")
@@ -168,15 +183,16 @@ def _notes(plan: Plan, change: Change | None, assume: Assumptions, cap: float | 
     return notes
 
 
-def _price_notes(plan: Plan, catalog: prices.Catalog, assume: Assumptions) -> list[str]:
+def _price_notes(forecast: Forecast, offers: catalog.Catalog, assume: Assumptions) -> list[str]:
     notes = []
-    spot = prices.spot_range(row.offer for row in plan.rows if row.spot)
+    spot = catalog.spot_range(row.offer for row in forecast.rows if row.spot)
     if spot and spot[0] * 1.5 < spot[1]:
         notes.append(
             f"spot prices of the offers above: lowest {spot[0]:.2f}, median {spot[1]:.2f}, highest {spot[2]:.2f}; "
             "a launch that takes the lowest for granted may pay the median"
         )
-    prep = preparation_usd(catalog, plan.tokens, assume) if plan.tokens and plan.task.work.stage == "pretrain" else None
+    trains = bool(forecast.tokens) and forecast.task.workload.stage == "pretrain"
+    prep = preparation_usd(offers, forecast.tokens, assume) if trains else None
     if prep is not None:
         offer, usd = prep
         notes.append(
@@ -186,17 +202,17 @@ def _price_notes(plan: Plan, catalog: prices.Catalog, assume: Assumptions) -> li
     return notes
 
 
-def _document(plan: Plan, assume: Assumptions, notes: list[str]) -> dict:
+def _document(forecast: Forecast, assume: Assumptions, notes: list[str]) -> dict:
     return {
         "format": "cost-estimate",
         "version": 1,
         "currency": "USD",
-        "task": plan.task.path,
-        "stage": plan.task.work.stage,
-        "tokens": plan.tokens,
-        "flops_per_token": plan.flops,
-        "prices": plan.prices,
+        "task": forecast.task.path,
+        "stage": forecast.task.workload.stage,
+        "tokens": forecast.tokens,
+        "flops_per_token": forecast.flops,
+        "prices": forecast.prices,
         "assumptions": dataclasses.asdict(assume),
-        "offers": [dataclasses.asdict(row) for row in plan.rows],
+        "offers": [dataclasses.asdict(row) for row in forecast.rows],
         "notes": notes,
     }

@@ -1,4 +1,4 @@
-"""Represents what other sources know of a run, as plain values that a report adds to the ledger."""
+"""Plain values that a report adds to the ledger: outside time, storage, origins."""
 
 from dataclasses import dataclass, field
 
@@ -9,23 +9,23 @@ from core.run.model import Segment
 
 @dataclass(frozen=True)
 class OutsideTime:
-    """Time of a machine outside of segments. It belongs to `segment`, None for a machine without segments."""
+    """Time of a machine outside its segments. `segment` is its segment; None for a machine without one."""
 
     phase: str
     start: float
     end: float
-    uptime: MachineRecord
+    record: MachineRecord
     segment: Segment | None = None
 
     @property
     def price(self) -> Price | None:
-        """The machine's price by the ledger, or else by the launcher."""
-        return (self.segment and self.segment.price) or self.uptime.price
+        """The ledger's price of this machine, else the launcher's."""
+        return (self.segment and self.segment.price) or self.record.price
 
 
 @dataclass(frozen=True)
 class StorageRates:
-    """List prices of a store, in dollars."""
+    """Prices of a store, in dollars."""
 
     name: str
     usd_per_gb_month: float
@@ -37,18 +37,18 @@ class StorageRates:
 
 @dataclass(frozen=True)
 class StorageUse:
-    """Number and bytes of the objects below the run folder."""
+    """Storage of the objects below a run folder."""
 
     objects: int
     bytes: int
     checkpoint_bytes: int
     rates: StorageRates | None = None
-    unfinished_uploads: int = 0  # running or interrupted; their parts are billed but not listed
+    unfinished_uploads: int = 0  # running or cut off: their parts are billed, and no listing shows them
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The source of a figure, or the reason why it is missing."""
+    """The source of a figure, or the reason for its absence."""
 
     figure: str
     source: str
@@ -56,7 +56,7 @@ class Origin:
 
 @dataclass
 class Outside:
-    """All that other sources add to a run: time of machines outside of segments, storage, origins of figures, notes."""
+    """Everything that other sources add to a run, with the origin of each figure and notes for the reader."""
 
     times: list[OutsideTime] = field(default_factory=list)
     storage: StorageUse | None = None

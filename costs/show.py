@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from rich.console import RenderableType
 from rich.live import Live
 
-from clouds.prices import on_demand_price
+from clouds.providers import on_demand_price
 from core import urls
 from core.errors import ConfigError, LauncherError, RunError
 from core.run import cache

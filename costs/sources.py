@@ -1,25 +1,23 @@
-"""Ask everybody else: SkyPilot when machines were up, AWS what they cost, the store what the run takes.
+"""Asks everyone but the ledger: SkyPilot and the clouds for machines, prices and bills, the store for the run's size.
 
-Each answer, and each answer that could not be had, becomes an origin in the report. None of them is needed.
+Each answer becomes an origin in the report, and each source without an answer an origin with the reason. None is
+required.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from clouds import aws, skypilot
-from clouds.base import Instance, MachineRecord, Unavailable
+from clouds import skypilot
+from clouds.base import Cloud, MachineRecord, Unavailable
+from clouds.providers import CLOUDS
 from core import figures
 from core.errors import StorageError
 from core.run.model import Run, Segment
 from costs.discover import storage_use
 from costs.model import Origin, Outside
 from costs.report import some
-from costs.uptime import is_of, surroundings, with_cloud_times
-
-Jobs = Callable[[], list[Mapping[str, Any]]]
-Instances = Callable[[list[str], str], list[Instance]]
-SpotHistory = Callable[[str, str, str | None, float, float], list[tuple[float, float]]]
+from costs.uptime import is_of, outside_times, with_instances
 
 
 def ask_others(
@@ -27,15 +25,13 @@ def ask_others(
     environment: Mapping[str, str],
     now: float,
     offline: bool = False,
-    uptimes: Callable[[], list[MachineRecord]] = skypilot.uptimes,
-    instances: Instances = aws.instances,
-    jobs: Jobs = skypilot.jobs,
-    spot_history: SpotHistory = aws.spot_history,
-    bill: Callable[..., dict[str, float]] = aws.billed_usd,
+    records: Callable[[], list[MachineRecord]] = skypilot.machine_records,
+    jobs: Callable[[], list[Mapping[str, Any]]] = skypilot.job_queue,
+    clouds: Mapping[str, Cloud] = CLOUDS,
 ) -> Outside:
-    """What other sources know of `run`. `offline` asks the store alone.
+    """Ask other sources about `run`. `offline` asks the store alone.
 
-    The prices of `run` become what was paid, where AWS's history of spot prices has it.
+    Replaces the prices of `run` by the prices paid, where a cloud has a history of spot prices.
     """
     outside = Outside()
     try:
@@ -47,45 +43,46 @@ def ask_others(
     if offline:
         outside.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
         return outside
-    if outside.storage and (unfinished := aws.unfinished_uploads(run.url)):
+    if outside.storage:
+        unfinished = sum(cloud.unfinished_uploads(run.url) or 0 for cloud in clouds.values())
         outside.storage = dataclasses.replace(outside.storage, unfinished_uploads=unfinished)
-    _launcher(run, outside, now, uptimes, instances, jobs)
-    _paid_spot_prices(run, outside, spot_history)
-    _bill(run, outside, environment, now, bill)
+    _machines(run, outside, now, records, jobs, clouds)
+    _paid_spot_prices(run, outside, clouds)
+    _bills(run, outside, environment, now, clouds)
     return outside
 
 
-def _launcher(
+def _machines(
     run: Run,
     outside: Outside,
     now: float,
-    uptimes: Callable[[], list[MachineRecord]],
-    instances: Instances,
-    jobs: Jobs,
+    records: Callable[[], list[MachineRecord]],
+    jobs: Callable[[], list[Mapping[str, Any]]],
+    clouds: Mapping[str, Cloud],
 ) -> None:
+    """Time of the run's machines outside its segments."""
     if not any(segment.launcher for segment in run.segments):
         outside.origins.append(Origin("launch, idle until down", "? (the run was not started by SkyPilot)"))
         return
     try:
-        records = [record for record in uptimes() if is_of(run.segments, record)]
+        found = [record for record in records() if is_of(run.segments, record)]
     except Unavailable as error:
         outside.origins.append(Origin("launch, idle until down", f"? ({error})"))
         return
     source = skypilot.ORIGIN
     try:
-        records = _with_instances(records, now, instances)
-        source = ", ".join(sorted({record.origin for record in records})) or source
+        found = _with_cloud_times(found, now, clouds)
+        source = ", ".join(sorted({record.origin for record in found})) or source
     except Unavailable as error:
         outside.origins.append(Origin("times of the instances themselves", f"? ({error})"))
-    around = surroundings(run.segments, records, now)
-    outside.times = around.stretches
-    outside.notes += around.notes
+    outside.times, notes = outside_times(run.segments, found, now)
+    outside.notes += notes
     outside.origins.append(Origin("launch, idle until down", source))
     outside.origins += _managed_jobs(run, jobs)
 
 
-def _managed_jobs(run: Run, jobs: Jobs) -> list[Origin]:
-    """What SkyPilot says of the managed jobs that ran this: how it ended, and how often it had to start anew."""
+def _managed_jobs(run: Run, jobs: Callable[[], list[Mapping[str, Any]]]) -> list[Origin]:
+    """SkyPilot's record of the managed jobs that ran this: how each ended, and how often it recovered."""
     wanted = {segment.launcher.get("managed_job_id") for segment in run.segments} - {None}
     if not wanted:
         return []
@@ -103,69 +100,72 @@ def _managed_jobs(run: Run, jobs: Jobs) -> list[Origin]:
     ]
 
 
-def _with_instances(records: list[MachineRecord], now: float, instances: Instances) -> list[MachineRecord]:
-    """SkyPilot's intervals begin before the machine and end when it noticed; EC2 knows both to the second."""
-    regions: dict[str, set[str]] = {}
+def _with_cloud_times(records: list[MachineRecord], now: float, clouds: Mapping[str, Cloud]) -> list[MachineRecord]:
+    """Replace SkyPilot's times by a cloud's, which knows start and end to the second. Raises Unavailable."""
+    clusters: dict[tuple[str, str], set[str]] = {}
     for record in records:
-        if record.cloud == "aws" and record.region:
-            regions.setdefault(record.region, set()).add(record.cluster)
-    found = [each for region, clusters in regions.items() for each in instances(sorted(clusters), region)]
-    return with_cloud_times(records, found, now)
+        if record.cloud in clouds and record.region:
+            clusters.setdefault((record.cloud, record.region), set()).add(record.cluster)
+    found = [
+        instance
+        for (cloud, region), names in clusters.items()
+        for instance in clouds[cloud].instances(sorted(names), region)
+    ]
+    return with_instances(records, found, now)
 
 
-def _paid_spot_prices(run: Run, outside: Outside, spot_history: SpotHistory) -> None:
-    """What was paid for a spot machine is what AWS's history says, not what somebody expected at the launch.
+def _paid_spot_prices(run: Run, outside: Outside, clouds: Mapping[str, Cloud]) -> None:
+    """Replace the expected price of spot machines by the price in the cloud's history.
 
-    One question per zone and type. The first refusal ends the asking: what stops one stops all.
+    Asks once per cloud, zone and type. Stops at the first refusal, because the reason applies to the others too.
     """
-    groups: dict[tuple[str, str, str | None], list[Segment]] = {}
-    surprises: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str | None, ...], list[Segment]] = {}
+    surprises: dict[tuple[str, str, str], list[str]] = {}
     for segment in run.segments:
         machine = segment.machine
-        if machine.spot and (machine.cloud or "").lower() == "aws" and machine.zone and machine.instance_type:
-            groups.setdefault((machine.zone, machine.instance_type, machine.region), []).append(segment)
-    for (zone, instance_type, region), segments in groups.items():
-        used = [segment for segment in segments if segment.spans]
+        if machine.spot and segment.spans and (machine.cloud or "").lower() in clouds:
+            place = (machine.cloud, machine.region, machine.zone, machine.instance_type)
+            groups.setdefault(place, []).append(segment)
+    for segments in groups.values():
+        machine = segments[0].machine
+        first, last = min(s.started_at for s in segments), max(s.ended_at for s in segments)
         try:
-            history = used and spot_history(
-                zone, instance_type, region, min(s.started_at for s in used), max(s.ended_at for s in used)
-            )
-            for segment in used:
-                price = aws.weighted(history, segment.started_at, segment.ended_at) * segment.machine.nodes
+            history = clouds[(machine.cloud or "").lower()].paid_spot(machine, first, last)
+            for segment in segments if history else ():
+                price = history.mean(segment.started_at, segment.ended_at) * segment.machine.nodes
                 expected = segment.machine.usd_per_hour
                 if expected is not None and not 0.5 < price / expected < 2:
-                    surprises.setdefault((f"{price:g}", f"{expected:g}"), []).append(str(segment.number))
+                    surprise = (history.source, f"{price:g}", f"{expected:g}")
+                    surprises.setdefault(surprise, []).append(str(segment.number))
                 segment.machine = dataclasses.replace(
-                    segment.machine, usd_per_hour=price, price_source=f"{aws.PRICE_SOURCE}, {zone}"
+                    segment.machine, usd_per_hour=price, price_source=f"{history.source}, {machine.zone}"
                 )
         except Unavailable as error:
             outside.origins.append(Origin("paid spot prices", f"? ({error})"))
             break
     outside.notes += [
-        f"segment {some(numbers)}: AWS's price history has ${price} an hour, the ledger expected ${expected}; "
-        "the history is used"
-        for (price, expected), numbers in surprises.items()
+        f"segment {some(numbers)}: {source} has ${price} an hour, the ledger expected ${expected}; the history is used"
+        for (source, price, expected), numbers in surprises.items()
     ]
 
 
-def _bill(
-    run: Run, outside: Outside, environment: Mapping[str, str], now: float, bill: Callable[..., dict[str, float]]
-) -> None:
-    """COST_TAG=key=value names the cost allocation tag under which AWS bills this run."""
+def _bills(run: Run, outside: Outside, environment: Mapping[str, str], now: float, clouds: Mapping[str, Cloud]) -> None:
+    """COST_TAG=key=value names the cost allocation tag under which a cloud bills this run."""
     key, separator, value = environment.get("COST_TAG", "").partition("=")
     starts = [segment.started_at for segment in run.segments if segment.started_at is not None]
     if not separator or not starts:
         return
-    try:
-        by_service = bill(key, value, min(starts), _last(run.segments, now))
-    except Unavailable as error:
-        outside.origins.append(Origin("AWS bill", f"? ({error})"))
-        return
-    services = ", ".join(f"{name} {usd:,.2f}" for name, usd in sorted(by_service.items(), key=lambda item: -item[1]))
-    outside.origins.append(
-        Origin("AWS bill", f"Cost Explorer, {key}={value}, whole days: ${sum(by_service.values()):,.2f} ({services})")
-    )
-
-
-def _last(segments: list[Segment], now: float) -> float:
-    return max((segment.ended_at for segment in segments if segment.ended_at is not None), default=now)
+    last = max((segment.ended_at for segment in run.segments if segment.ended_at is not None), default=now)
+    for cloud in clouds.values():
+        try:
+            bill = cloud.bill(key, value, min(starts), last)
+        except Unavailable as error:
+            outside.origins.append(Origin("bill", f"? ({error})"))
+            continue
+        if bill is not None:
+            by_usd = sorted(bill.by_service.items(), key=lambda item: -item[1])
+            services = ", ".join(f"{name} {usd:,.2f}" for name, usd in by_usd)
+            total = sum(bill.by_service.values())
+            outside.origins.append(
+                Origin("bill", f"{bill.source}, {key}={value}, whole days: ${total:,.2f} ({services})")
+            )

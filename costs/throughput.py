@@ -1,4 +1,4 @@
-"""How fast a machine trains a model: MFU that others have published, or a finished run of this project has shown.
+"""Estimates how fast a machine trains a model: from published MFU, or from a finished run of this project.
 
 tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.settings.model. The published runs are
 GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † are worked out from the source's
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clouds.prices import Offer
+from clouds.base import Offer
 from core.gpus import peak_flops
 from core.run.model import Run
 from core.run.phases import PREPARATION_PHASES
@@ -17,8 +17,8 @@ from costs.units import flops_per_token
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Share of peak: what to expect, and between what. `kind`: measured, sourced or assumed."""
+class MfuRange:
+    """Shares of peak FLOP/s. `kind` is measured, sourced or assumed."""
 
     low: float
     expected: float
@@ -28,26 +28,26 @@ class Speed:
 
 
 _PUBLISHED = {
-    "A100": Speed(
+    "A100": MfuRange(
         0.36,
         0.51,
         0.60,
         "sourced",
         "a 416M model on 8xA100-40 35.9 %; modded-nanogpt track 3 on 8xA100-80 51 %†; llm.c 124M 300 ms/step 60 %†",
     ),
-    "H100": Speed(
+    "H100": MfuRange(
         0.33, 0.41, 0.50, "sourced", "torchtitan 8B 33-39 %; llm.c 124M 140 ms/step 41 %†; llm.c 1558M about 50 %"
     ),
-    "GH200": Speed(
+    "GH200": MfuRange(
         0.25, 0.33, 0.41, "sourced", "a 270M model without flash attention 25 %†; modded-nanogpt on 4xGH200 33 %†; H100"
     ),
 }
-ASSUMED = Speed(0.25, 0.35, 0.45, "assumed", "no published run known for this GPU")
+ASSUMED = MfuRange(0.25, 0.35, 0.45, "assumed", "no published run known for this GPU")
 # Names of SkyPilot's accelerators where core.gpus has another word for the same device.
 _DEVICE = {"A100-80GB": "A100", "A10G": "A10G", "H100-SXM": "H100"}
 
 
-# Of one vCPU that trains in float32, and by how much other processors may differ.
+# FLOP/s of one vCPU in float32; other processors differ by up to the factor.
 CPU_FLOPS_PER_VCPU = 33e9
 _CPU_FACTOR = 2.0
 _CPU_SOURCE = (
@@ -57,8 +57,8 @@ _CPU_SOURCE = (
 
 
 @dataclass(frozen=True)
-class Rate:
-    """Tokens per second of a whole task; `source` is a sentence. `kind` as of Speed."""
+class Throughput:
+    """Tokens per second of a whole task. `source` is a phrase; `kind` is that of MfuRange."""
 
     low: float
     expected: float
@@ -66,13 +66,13 @@ class Rate:
     kind: str
     source: str
 
-    def times(self, factor: float) -> "Rate":
+    def times(self, factor: float) -> "Throughput":
         return replace(self, low=self.low * factor, expected=self.expected * factor, high=self.high * factor)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run of this project has shown on its last machine."""
+    """Throughput and overhead of a run of this project on its last machine."""
 
     run: str
     instance_type: str | None
@@ -84,21 +84,25 @@ class Measured:
     overhead_share: float
 
 
-def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | None) -> Rate | None:
-    """Of so many machines that train a model of `flops` per token: as measured, else as published, else as assumed for
-    a CPU. None without any."""
+def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | None) -> Throughput | None:
+    """Throughput of `nodes` machines on a model of `flops` per token: measured, else published, else assumed for a CPU.
+
+    None if none of these is known.
+    """
     gpus = offer.accelerators * nodes
     if measured and offer.instance_type == measured.instance_type:
         scale = measured.flops_per_token / flops if flops and measured.flops_per_token else 1.0
         if gpus and measured.gpus:
             scale *= gpus / measured.gpus
         rate = measured.tokens_per_second * scale
-        return Rate(rate * 0.9, rate, rate * 1.1, "measured", f"speed of {offer.instance_type}: by {measured.run}")
+        return Throughput(
+            rate * 0.9, rate, rate * 1.1, "measured", f"speed of {offer.instance_type}: by {measured.run}"
+        )
     if not flops:
         return None
     if not offer.accelerator:
         rate = CPU_FLOPS_PER_VCPU * (offer.vcpus or 0.0) * nodes / flops
-        return Rate(rate / _CPU_FACTOR, rate, rate * _CPU_FACTOR, "assumed", _CPU_SOURCE) if rate else None
+        return Throughput(rate / _CPU_FACTOR, rate, rate * _CPU_FACTOR, "assumed", _CPU_SOURCE) if rate else None
     peak = peak_flops(offer.accelerator)
     if peak is None:
         return None
@@ -107,11 +111,11 @@ def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | 
     said = (
         f"speed of {offer.accelerator}: MFU {speed.expected:.0%} ({speed.low:.0%} to {speed.high:.0%}), {speed.source}"
     )
-    return Rate(speed.low * full, speed.expected * full, speed.high * full, speed.kind, said)
+    return Throughput(speed.low * full, speed.expected * full, speed.high * full, speed.kind, said)
 
 
 def measure(run: Run) -> Measured | None:
-    """From the newest segment that trained; None if no segment did."""
+    """Throughput and overhead of the newest segment that trained; None if no segment did."""
     for segment in reversed(run.segments):
         seconds, count = sum(segment.steps.train), len(segment.steps.number)
         tokens = _tokens_of(segment.records("train"))
@@ -134,6 +138,6 @@ def measure(run: Run) -> Measured | None:
 
 
 def _tokens_of(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """Tokens of one step."""
+    """Tokens per step; None without metrics."""
     known = [record for record in records if record["tokens"] and record["step"]]
     return known[-1]["tokens"] / known[-1]["step"] if known else None

@@ -1,121 +1,117 @@
-"""When machines were up, by somebody else's record, and what of it the ledger does not cover.
+"""Compares records of machines with the ledger: outside time, which no segment covers. Pure.
 
-The ledger begins with a process and ends with its last heartbeat. A launcher's record of the same machine
-reaches further: from the launch (`provision`) to the shutdown (`idle_until_down`). Pure.
+The ledger begins with a process and ends with its last heartbeat. A launcher's record of the same machine reaches
+further: from the launch (`provision`) to the shutdown (`idle_until_down`).
 """
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from clouds.base import Instance, MachineRecord
 from core import figures
 from core.run.model import Segment
 from costs.model import OutsideTime
 
-# A launcher polls: it notices up to this much later that a machine is gone, which is not billed.
+# A launcher polls: it notices up to this much later that a machine is gone. This delay is not billed.
 NOTICED_LATE_SECONDS = 120.0
 FAILED_LAUNCH_BEFORE_SECONDS = 3600.0
 
 
-@dataclass
-class Surroundings:
-    stretches: list[OutsideTime] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def surroundings(segments: list[Segment], uptimes: Iterable[MachineRecord], now: float) -> Surroundings:
-    """What the records of this run's machines add to its ledger."""
-    around = Surroundings()
-    for uptime in sorted(uptimes, key=lambda record: record.start):
-        if not is_of(segments, uptime):
+def outside_times(
+    segments: list[Segment], records: Iterable[MachineRecord], now: float
+) -> tuple[list[OutsideTime], list[str]]:
+    """Outside time that the records of a run's machines show, and notes for the reader."""
+    times: list[OutsideTime] = []
+    notes: list[str] = []
+    for record in sorted(records, key=lambda each: each.start):
+        if not is_of(segments, record):
             continue
-        end = now if uptime.end is None else uptime.end
-        inside = [s for s in segments if _same_machine(s, uptime) and s.started_at < end and s.ended_at > uptime.start]
+        end = now if record.end is None else record.end
+        inside = [s for s in segments if _same_machine(s, record) and s.started_at < end and s.ended_at > record.start]
         if inside:
-            _around_segments(around, uptime, end, inside, now)
-        elif uptime.was_up:
-            around.stretches.append(OutsideTime("provision", uptime.start, end, uptime))
-            around.notes.append(
-                f"{uptime.origin}: {uptime.cluster} was up for {figures.duration(end - uptime.start)} and never got to "
+            more, note = _between(record, end, inside, now)
+            times += more
+            notes += note
+        elif record.was_up:
+            times.append(OutsideTime("provision", record.start, end, record))
+            notes.append(
+                f"{record.origin}: {record.cluster} was up for {figures.duration(end - record.start)} and never got to "
                 "the point of writing a ledger; its time is booked as provision"
             )
         else:
-            most = uptime.price and uptime.price.usd(end - uptime.start)
-            around.notes.append(
-                f"{uptime.origin}: a launch of {uptime.cluster} failed after {figures.duration(end - uptime.start)} "
+            most = record.price and record.price.usd(end - record.start)
+            notes.append(
+                f"{record.origin}: a launch of {record.cluster} failed after {figures.duration(end - record.start)} "
                 f"without a machine that is known of; nothing is counted for it (at most ${figures.dollars(most)})"
             )
-    return around
+    return times, notes
 
 
-def is_of(segments: list[Segment], uptime: MachineRecord) -> bool:
-    """Whether a record is of this run, by the names that its segments were given.
+def is_of(segments: list[Segment], record: MachineRecord) -> bool:
+    """Whether a record belongs to this run, by the names in its segments.
 
-    The cluster of a managed job has its name to itself. Any other name is used again and again, for other runs too:
-    then a record belongs here if it lies between this run's first and last sign of life, or is of a launch that
-    failed shortly before.
+    Only one managed job uses the name of its cluster. Other runs may use any other name again: then a record belongs
+    here if it lies between this run's first and last sign of life, or if it is a launch that failed shortly before.
     """
     for segment in segments:
         job, cluster = segment.launcher.get("managed_job_id"), segment.launcher.get("cluster")
-        if job is not None and (uptime.cluster == cluster if cluster else uptime.job == job):
+        if job is not None and (record.cluster == cluster if cluster else record.job == job):
             return True
-    own = [segment for segment in segments if segment.launcher.get("cluster") == uptime.cluster]
+    own = [segment for segment in segments if segment.launcher.get("cluster") == record.cluster]
     times = [(segment.started_at, segment.ended_at) for segment in own if segment.started_at is not None]
     if not times:
         return False
-    earliest = min(start for start, _ in times) - (0.0 if uptime.was_up else FAILED_LAUNCH_BEFORE_SECONDS)
-    return uptime.start <= max(end for _, end in times) and (uptime.end is None or uptime.end >= earliest)
+    earliest = min(start for start, _ in times) - (0.0 if record.was_up else FAILED_LAUNCH_BEFORE_SECONDS)
+    return record.start <= max(end for _, end in times) and (record.end is None or record.end >= earliest)
 
 
-def with_cloud_times(
-    uptimes: Iterable[MachineRecord], instances: Iterable[Instance], now: float
-) -> list[MachineRecord]:
-    """Replace a launcher's times by those of the cloud's own instances, where it still remembers them."""
-    known = list(instances)
+def with_instances(records: Iterable[MachineRecord], instances: Iterable[Instance], now: float) -> list[MachineRecord]:
+    """Records with the times of the cloud's own instances, where the cloud still lists them."""
+    listed = list(instances)
     refined = []
-    for uptime in uptimes:
-        until = now if uptime.end is None else uptime.end
-        own = [each for each in known if each.cluster == uptime.cluster and uptime.start - 60 <= each.start <= until]
+    for record in records:
+        until = now if record.end is None else record.end
+        own = [each for each in listed if each.cluster == record.cluster and record.start - 60 <= each.start <= until]
         ends = [each.end for each in own]
         if not own:
-            refined.append(uptime)
+            refined.append(record)
             continue
-        end = None if any(each.running for each in own) else uptime.end if None in ends else max(ends)
+        end = None if any(each.running for each in own) else record.end if None in ends else max(ends)
         exact = end is not None and None not in ends
         start = min(each.start for each in own)
-        refined.append(replace(uptime, start=start, end=end, exact=exact, was_up=True, origin=Instance.ORIGIN))
+        refined.append(replace(record, start=start, end=end, exact=exact, was_up=True, origin=own[0].origin))
     return refined
 
 
-def _same_machine(segment: Segment, uptime: MachineRecord) -> bool:
+def _same_machine(segment: Segment, record: MachineRecord) -> bool:
     if segment.started_at is None:
         return False
     cluster = segment.launcher.get("cluster")
-    return cluster == uptime.cluster or (cluster is None and segment.launcher.get("managed_job_id") == uptime.job)
+    return cluster == record.cluster or (cluster is None and segment.launcher.get("managed_job_id") == record.job)
 
 
-def _around_segments(
-    around: Surroundings, uptime: MachineRecord, end: float, inside: list[Segment], now: float
-) -> None:
+def _between(
+    record: MachineRecord, end: float, inside: list[Segment], now: float
+) -> tuple[list[OutsideTime], list[str]]:
+    """Outside time of one machine before, between and after its segments, and notes."""
+    times: list[OutsideTime] = []
     first, last = inside[0], max(inside, key=lambda segment: segment.ended_at)
-    if first.started_at > uptime.start:
-        around.stretches.append(OutsideTime("provision", uptime.start, first.started_at, uptime, first))
+    if first.started_at > record.start:
+        times.append(OutsideTime("provision", record.start, first.started_at, record, first))
     reached = first.ended_at
     for before, after in itertools.pairwise(inside):
         if after.started_at > reached:
-            around.stretches.append(OutsideTime("idle", reached, after.started_at, uptime, before))
+            times.append(OutsideTime("idle", reached, after.started_at, record, before))
         reached = max(reached, after.ended_at)
     rest = end - reached
     if rest <= 0 or last.is_live(now):
-        return
-    if last.end is None and uptime.end is not None and rest <= NOTICED_LATE_SECONDS:
-        if uptime.exact:  # killed between a heartbeat and the next
-            around.stretches.append(OutsideTime("not_attributed", reached, end, uptime, last))
-            return
-        around.notes.append(
-            f"segment {last.number}: {uptime.origin} has its machine up for {figures.duration(rest)} after its last "
+        return times, []
+    if last.end is None and record.end is not None and rest <= NOTICED_LATE_SECONDS:
+        if record.exact:  # killed between two heartbeats
+            return [*times, OutsideTime("not_attributed", reached, end, record, last)], []
+        return times, [
+            f"segment {last.number}: {record.origin} has its machine up for {figures.duration(rest)} after its last "
             "heartbeat; taken for the delay in noticing that it was gone, not counted"
-        )
-    else:
-        around.stretches.append(OutsideTime("idle_until_down", reached, end, uptime, last))
+        ]
+    return [*times, OutsideTime("idle_until_down", reached, end, record, last)], []

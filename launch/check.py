@@ -1,84 +1,84 @@
-"""Looks for what would make a launch fail or cost more than expected, before anything costs money.
+"""Finds what would make a launch fail or cost more than expected, before anything costs money.
 
-    BUCKET=my-bucket python -m launch.check sky/pretrain-8xa100.yaml
+    BUCKET=my-bucket python -m launch.check sky/pretrain-8xa100.yaml [--gpus NAME:COUNT] [--num-nodes NUMBER]
 
-One line per check: `ok`, `!` (works, but look), `x` (would fail, with the remedy), `?` (could not be asked).
-Exits 1 if there is an `x`. Writes one small object into the bucket and deletes it.
+Prints one line per finding: `ok`, `!` (works, but look), `x` (would fail, with the remedy), `?` (no answer). Exits with
+1 if there is an `x`. Writes one small object into the bucket and deletes it.
 """
 
+import dataclasses
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from functools import partial
 
+from clouds import skypilot
+from clouds.base import Cloud, Finding
+from clouds.providers import CLOUDS
 from core import bucket, environment, secrets, storage
 from core.console import run_entry
-from core.errors import ConfigError, LauncherError, ObjectExists, one_line
-from core.stores import aws
-from launch import registry, work
-from launch.down import lambda_get
-from launch.skypilot import find_sky
-from launch.task import candidates, read_task, revision, settings_of, sky_command
-from launch.work import Finding, accelerator, data_bytes
-
-# Service Quotas codes of EC2: vCPUs of running instances by family, on demand and spot.
-QUOTAS = {
-    "p": ("L-417A185B", "L-7212CCBC"),
-    "g": ("L-DB2E81BA", "L-3819A6DF"),
-    "standard": ("L-1216C47A", "L-34B43A08"),
-}
-# Instance type and vCPUs of what the tasks ask for by accelerator.
-AWS_TYPES = {
-    "A100:8": ("p4d.24xlarge", 96),
-    "A100-80GB:8": ("p4de.24xlarge", 96),
-    "H100:8": ("p5.48xlarge", 192),
-    "A10G:1": ("g5.xlarge", 4),
-    "L4:1": ("g6.xlarge", 4),
-}
-# AWS's list price for the first terabytes to the internet, and between its regions in the US (EC2 pricing page).
-INTERNET_USD_PER_GB = 0.09
-INTER_REGION_USD_PER_GB = 0.02
+from core.data import manifest, sets
+from core.errors import ConfigError, DataError, LauncherError, ObjectExists, one_line
+from core.gpus import has_fp8
+from core.run.folder import RunFolder, read_description
+from core.run.machine import positive
+from core.settings import loader, memory
+from core.settings.model import ModelConfig, public_model
+from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, check_batch
+from core.settings.tuning import FinetuneConfig
+from core.stores import aws, credentials
+from core.task import MachineRequest, TaskSpec, machine_choice, read_task
+from launch import registry
+from launch.node import network, supervise
 
 KEY_PAIRS = (
     ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"),
     ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
 )
 ONE_KEY = {"google": "BUCKET_GOOGLE_KEY", "azure": "BUCKET_AZURE_KEY"}
-
-
-Check = Callable[[dict[str, Any], Mapping[str, str]], Iterator[Finding]]
+# `settings` are the environment, with the task's envs over it.
+Check = Callable[[TaskSpec, Mapping[str, str]], Iterable[Finding]]
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        raise ConfigError("usage: python -m launch.check sky/TASK.yaml")
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError("usage: python -m launch.check sky/TASK.yaml [--gpus NAME:COUNT] [--num-nodes NUMBER]")
+    path, *options = arguments
     environment.adopt()
-    task = read_task(arguments[0])
-    settings = settings_of(task, os.environ)
-    print(f"{arguments[0]}:")
+    task = read_task(path, os.environ, machine_choice(options))
+    print(f"{path}:")
     failed = 0
-    for finding in all_findings(CHECKS, task, settings):
+    for finding in all_findings(CHECKS, task, {**os.environ, **task.envs}):
         print(finding, flush=True)
         failed += finding.mark == "x"
     if failed:
         print(f"{failed} to fix before this task can run")
         return 1
-    command = pricing_command(arguments[0], task, os.environ)
+    command = pricing_command(task, os.environ, options)
     print(f"$ sky {' '.join(command[1:])}", flush=True)
     return subprocess.call(command)
 
 
-def pricing_command(path: str, task: dict[str, Any], given: Mapping[str, str]) -> list[str]:
+def pricing_command(task: TaskSpec, given: Mapping[str, str], options: list[str]) -> list[str]:
     """The command that prints SkyPilot's price table.
 
     `sky jobs launch` has no --dryrun; `sky launch` prices the same machines.
     """
-    resources = {key: value for key, value in task["resources"].items() if key != "job_recovery"}
-    return sky_command(path, {**task, "resources": resources}, given, revision(), ["--dryrun"])
+    unmanaged = dataclasses.replace(task, managed=False)
+    return skypilot.launch_command(unmanaged, given, git_revision(), [*options, "--dryrun"])
 
 
-def all_findings(checks: Iterable[Check], task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Findings of several checks, in order; a wrong setting that several of them meet comes once."""
+def git_revision() -> str:
+    """The commit of the working tree, with + if it has changes; "" outside of git."""
+    ask = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def all_findings(checks: Iterable[Check], task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Findings of several checks, in order. Several checks may meet the same wrong setting; it is reported once."""
     said = set()
     for check in checks:
         for finding in findings(check, task, settings):
@@ -88,48 +88,143 @@ def all_findings(checks: Iterable[Check], task: dict[str, Any], settings: Mappin
             said.add(text)
 
 
-def findings(check: Check, task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Findings of one check; an error is one as well."""
+def findings(check: Check, task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Findings of one check. An error becomes a finding."""
+    name = check.__name__.removeprefix("check_").replace("_", " ")
+    yield from _guarded(name, lambda: check(task, settings))
+
+
+def _guarded(name: str, ask: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
     try:
-        yield from check(task, settings)
+        yield from ask()
     except LauncherError as error:
         yield Finding("x", secrets.scrub(str(error)))
-    except Exception as error:  # what a cloud's library raises without credentials, rights or network
-        name = check.__name__.removeprefix("check_").replace("_", " ")
-        said = secrets.scrub(one_line(error))[:160]
-        yield Finding("?", f"{name}: could not be asked ({said})")
+    except Exception as error:  # without credentials, rights or network: any error of a cloud's library
+        yield Finding("?", f"{name}: could not be asked ({secrets.scrub(one_line(error))[:160]})")
 
 
-def check_clouds(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Credentials, by SkyPilot's own check, for the clouds of the candidates."""
-    clouds = sorted({_cloud(candidate) for candidate in candidates(task)})
-    done = subprocess.run([find_sky(), "check", *clouds], capture_output=True, text=True)
-    working = []
-    for cloud in clouds:
-        enabled = any(cloud in line.lower() and "enabled" in line.lower() for line in done.stdout.splitlines())
-        working += [cloud] if enabled else []
-        if enabled:
-            yield Finding("ok", f"credentials: {cloud} lets SkyPilot in")
-        else:
-            yield Finding("!", f"credentials: {cloud} does not; see `sky check {cloud}` (its candidates are left out)")
-    if not working:
-        yield Finding("x", "credentials: none of the task's clouds can be used; set up one (docs/launch.md)")
+# --- settings, config and memory -------------------------------------------------------------------------------
 
 
-def check_secrets(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    """An empty key is found out on the node otherwise, after the image is built."""
-    service = storage.terms_of(bucket.root(settings)).service if settings.get("BUCKET") else "aws"
+def check_config(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Parses the settings as the node does, and checks memory and batch for each kind of GPU."""
+    problems = setting_problems(settings)
+    for problem in problems:
+        yield Finding("x", f"settings: {problem}")
+    if problems:
+        return
+    if float(settings.get("MAX_USD") or 1) == 0:
+        yield Finding(
+            "!",
+            "settings: MAX_USD is 0, so nothing caps what this costs "
+            "(shells and make turn $20 into 0: for twenty dollars write MAX_USD=20)",
+        )
+    if task.workload.problem and task.workload.stage:
+        raise ConfigError(task.workload.problem)
+    config = task.workload.config
+    if not isinstance(config, TrainingConfig):
+        return
+    model = config.model if isinstance(config, PretrainConfig) else _start_model(config)
+    check_batch(config, model.context)
+    length = f"{config.train.steps:,} steps of {config.batch.tokens_per_step:,} tokens"
+    yield Finding("ok", f"config: {task.envs.get('CONFIG') or task.path}, {length}")
+    if settings.get("DEVICE") != "cpu":
+        for gpu, count in dict.fromkeys((each.accelerator, each.accelerators) for each in task.requests):
+            if gpu:
+                ranks = int(settings.get("RANKS_PER_NODE") or count) * task.nodes
+                yield from _fit(config, model, gpu, count, ranks)
+
+
+def _fit(config: TrainingConfig, model: ModelConfig, gpu: str, count: int, ranks: int) -> Iterator[Finding]:
+    """Checks a config on `ranks` GPUs of one kind."""
+    sequences = max(1, config.batch.micro_batch_size) * model.context
+    micro_batches = config.batch.tokens_per_step // sequences
+    if micro_batches % ranks:
+        yield Finding("x", f"config: {micro_batches} micro-batches do not divide over {ranks} ranks of {gpu}:{count}")
+    elif config.train.precision == "fp8" and has_fp8(gpu) is False:
+        yield Finding("x", f"config: train.precision is fp8, but {gpu} has no fp8 units; set bf16, or take H100")
+    elif (found := memory.verdict(config, model, gpu, ranks)) is not None:
+        fits, said = found
+        yield Finding("ok" if fits else "x", f"memory: {said}")
+
+
+def _start_model(tuned: FinetuneConfig) -> ModelConfig:
+    """The model that a tuning starts from; GPT-2 124M if its name is unknown."""
+    start = tuned.start.weights.partition("/checkpoints/")[0]
+    if "://" in start:
+        return loader.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
+    return public_model(start) or ModelConfig()
+
+
+def setting_problems(settings: Mapping[str, str]) -> list[str]:
+    """One sentence for each setting that the node would refuse."""
+    found = []
+    for name, parse in PARSERS.items():
+        if settings.get(name):  # an empty setting has its default
+            try:
+                parse(settings)
+            except ConfigError as error:
+                found.append(str(error))
+    return found
+
+
+def _cap(settings: Mapping[str, str]) -> float:
+    return loader.load(RunConfig, [], {"RUN_URL": "any", "MAX_USD": settings["MAX_USD"]}).max_usd
+
+
+def _one_of(name: str, *choices: str) -> Callable[[Mapping[str, str]], str]:
+    def parse(settings: Mapping[str, str]) -> str:
+        if settings[name] not in choices:
+            raise ConfigError(f"{name} is {settings[name]!r}, must be {' or '.join(choices)}")
+        return settings[name]
+
+    return parse
+
+
+def _endpoint(name: str) -> Callable[[Mapping[str, str]], str]:
+    def parse(settings: Mapping[str, str]) -> str:
+        url = settings[name]
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"{name} is {url!r}, must begin with https:// or http://")
+        return url
+
+    return parse
+
+
+# The node's own parsers.
+PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
+    "BUCKET": bucket.root,
+    "RUN": lambda settings: bucket.name(settings, "RUN"),
+    "DATA": lambda settings: bucket.name(settings, "DATA"),
+    "MAX_USD": _cap,
+    "USD_PER_HOUR": lambda settings: positive(settings, "USD_PER_HOUR"),
+    "RANKS_PER_NODE": network.ranks_per_node,
+    "HANG_MINUTES": supervise.hang_minutes,
+    "DEVICE": _one_of("DEVICE", "cuda", "cpu"),
+    "CUDA_COMPAT": _one_of("CUDA_COMPAT", "yes", "no"),
+    "BUCKET_ENDPOINT_URL": _endpoint("BUCKET_ENDPOINT_URL"),
+    "BUCKET_GOOGLE_KEY": credentials.for_google,
+    "AWS_ENDPOINT_URL": _endpoint("AWS_ENDPOINT_URL"),
+}
+
+
+# --- bucket and data -------------------------------------------------------------------------------------------
+
+
+def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Checks the keys of the bucket. The node would find an empty key only after the image is built."""
+    named = settings.get("BUCKET")
+    service = storage.terms_of(bucket.root(settings)).service if named else aws.service_of(None)
     keys = _keys(service, settings)
     empty = [key for key in keys if not settings.get(key)]
-    clouds = {_cloud(candidate) for candidate in candidates(task)}
-    # A role of AWS opens no bucket of another service.
-    elsewhere = sorted(clouds if service in ("r2", "s3-like", *ONE_KEY) else clouds - {"aws"})
+    clouds = cloud_names(task)
+    closed = [name for name in clouds if not CLOUDS.get(name, Cloud()).opens_buckets(service)]
     if empty and len(empty) < len(keys):
         yield Finding("x", f"secrets: {empty[0]} is empty, its partner is set; set both or none in .env")
-    elif empty and elsewhere:
+    elif empty and closed:
         yield Finding(
-            "x" if elsewhere == sorted(clouds) else "!",
-            f"secrets: without {' and '.join(keys)} a node on {', '.join(elsewhere)} could not reach the bucket; "
+            "x" if closed == clouds else "!",
+            f"secrets: without {' and '.join(keys)} a node on {', '.join(closed)} could not reach the bucket; "
             "set them in .env to keys that launch/bucket-policy.json limits",
         )
     else:
@@ -137,22 +232,23 @@ def check_secrets(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator
 
 
 def _keys(service: str, settings: Mapping[str, str]) -> tuple[str, ...]:
-    """The variables that open the bucket from outside of its cloud."""
+    """The variables with the keys of a bucket."""
     if service in ONE_KEY:
         return (ONE_KEY[service],)
     return next((pair for pair in KEY_PAIRS if any(settings.get(name) for name in pair)), KEY_PAIRS[0])
 
 
-def check_bucket(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    if "BUCKET" not in task["envs"]:
+def check_bucket(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Writes, reads and deletes an object, tries a conditional write, and prices the transfer of the data."""
+    if "BUCKET" not in task.envs:
         return
     url = bucket.root(settings)
     probe = storage.join(url, f".check-{os.urandom(6).hex()}")
     storage.write_bytes(probe, b"launch.check\n", exclusive=True)
     storage.read_bytes(probe)
-    taken = _is_refused(probe)
+    refused = _refuses_second_write(probe)
     storage.delete(probe)
-    if taken:
+    if refused:
         yield Finding("ok", f"bucket: {url} can be written, read and deleted in")
     else:
         yield Finding(
@@ -160,107 +256,121 @@ def check_bucket(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[
             f"bucket: {url} at {storage.terms_of(url).endpoint} ignores conditional writes (If-None-Match), "
             "so that two machines could take the same segment of a run; use another store",
         )
-    yield from _region(task, settings, url)
+    size = _data_bytes(task)
+    for cloud in CLOUDS.values():
+        yield from cloud.transfer_findings(task, url, size)
 
 
-def _is_refused(taken: str) -> bool:
-    """Whether the store keeps a second writer from a name that is taken."""
+def _refuses_second_write(uri: str) -> bool:
     try:
-        storage.write_bytes(taken, b"launch.check once more\n", exclusive=True)
+        storage.write_bytes(uri, b"launch.check once more\n", exclusive=True)
     except ObjectExists:
         return True
     return False
 
 
-def _region(task: dict[str, Any], settings: Mapping[str, str], url: str) -> Iterator[Finding]:
-    """Machines elsewhere read the data over a link that is billed by the gigabyte."""
-    terms = storage.terms_of(url)
-    home = aws.Place(terms.bucket, None, None).home() if terms.service == "aws" else None
-    if not home:
+def _data_bytes(task: TaskSpec) -> int:
+    """Size of the training data; 0 if there is none yet."""
+    try:
+        return sum(shard.bytes for shard in manifest.read(bucket.url(task.envs, "DATA")).splits["train"].shards)
+    except LauncherError:
+        return 0
+
+
+def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Looks for the tokens to train on, or for the weights and examples to tune or evaluate."""
+    workload = task.workload
+    if workload.stage in ("finetune", "dpo") and not isinstance(workload.config, FinetuneConfig):
+        return  # check_config names the problem
+    if isinstance(workload.config, FinetuneConfig):
+        yield from _weights(workload.config.start.weights)
+        examples = workload.config.data.examples
+        if not examples.endswith(".jsonl"):
+            rows = sets.info_of(bucket.url(task.envs, "DATA"), examples).rows
+            yield Finding("ok", f"data: {rows:,} rows of {examples!r}")
+    elif workload.stage == "evaluate":
+        yield from _weights(bucket.url(task.envs, "RUN"))
+    elif workload.programs == ("trainer.train",):  # a task that also prepares makes its data
+        url = bucket.url(task.envs, "DATA")
+        try:
+            tokens = manifest.read(url).splits["train"].tokens
+            yield Finding("ok", f"data: {tokens:,} training tokens at {url}")
+        except DataError as error:
+            yield Finding("x", f"data: {error}; `make prep-data` makes it")
+
+
+def _weights(start: str) -> Iterator[Finding]:
+    """Looks for the weights of a run or checkpoint, not for those of a public model."""
+    if "://" not in start:
         return
-    size = data_bytes(settings)
-    for place in sorted({str(candidate.get("infra") or "") for candidate in candidates(task)}):
-        cloud, _, region = place.partition("/")
-        usd = INTERNET_USD_PER_GB if cloud != "aws" else INTER_REGION_USD_PER_GB if region != home else 0
-        if usd and (region or cloud != "aws"):
-            amount = f"${usd * size / 1e9:.2f} for this data" if size else f"${usd:.2f} per GB"
-            yield Finding("!", f"bucket: it is in {home}; a machine at {place} reads it for {amount}")
+    if storage.list_names(start if "/checkpoints/" in start else RunFolder(start).checkpoints):
+        yield Finding("ok", f"start: {start} has weights")
+    else:
+        yield Finding("x", f"start: {start} has no checkpoint; check the name, or `make pretrain` first")
 
 
-def check_quotas(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    """vCPU quotas of AWS. On demand and spot have separate ones; a new account has 0 for GPU machines."""
-    asked = set()
-    nodes = int(task.get("num_nodes") or 1)
-    for candidate in candidates(task):
-        cloud, _, region = str(candidate.get("infra") or "").partition("/")
-        kind, vcpus = AWS_TYPES.get(str(candidate.get("accelerators")), (str(candidate.get("instance_type")), 8))
-        if cloud != "aws" or (region, kind, bool(candidate.get("use_spot"))) in asked:
-            continue
-        asked.add((region, kind, bool(candidate.get("use_spot"))))
-        import boto3
-
-        family = kind[0] if kind[0] in "pg" else "standard"
-        code = QUOTAS[family][bool(candidate.get("use_spot"))]
-        client = boto3.client("service-quotas", region_name=region or settings.get("AWS_DEFAULT_REGION") or "us-east-1")
-        limit = client.get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
-        market = "spot" if candidate.get("use_spot") else "on demand"
-        where = f"{region or client.meta.region_name}, {family} {market}: {limit:.0f} vCPUs"
-        enough = limit >= vcpus * nodes
-        yield Finding("ok" if enough else "!", f"quota: {where}" + ("" if enough else f", {nodes} x {kind} need more"))
+# --- image and clouds ------------------------------------------------------------------------------------------
 
 
-def check_lambda_capacity(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
-    wanted = [accelerator(c) for c in candidates(task) if _cloud(c) == "lambda" and accelerator(c)[0]]
-    types = lambda_get("instance-types") if wanted else None
-    for gpu, count in wanted if types is not None else ():
-        prefix = f"gpu_{count}x_{gpu.lower().replace('-', '_')}"
-        regions = sorted(
-            region["name"]
-            for name, entry in types.items()
-            if name.startswith(prefix) and ("80gb" in name) == ("80GB" in gpu)
-            for region in entry["regions_with_capacity_available"]
-        )
-        if regions:
-            yield Finding("ok", f"capacity: lambda has {gpu}:{count} now in {', '.join(regions)}")
-        else:
-            yield Finding("!", f"capacity: lambda has no {gpu}:{count} now")
-
-
-def check_image(task: dict[str, Any], settings: Mapping[str, str]) -> Iterator[Finding]:
+def check_image(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Looks for the published images on the platforms of the machines."""
     image = settings.get("IMAGE")
     if not image:
         yield Finding("ok", "image: built on the node (IMAGE is empty); `make image` publishes one")
         return
-    for target in ("prep", "train"):
-        if f"image {target}" in task.get("setup", ""):
-            platforms = registry.platforms(f"{image}-{target}")
-            missing = {_platform(candidate) for candidate in candidates(task)} - platforms
-            if missing:
-                yield Finding(
-                    "x", f"image: {image}-{target} is there, but not for {', '.join(sorted(missing))}; `make image`"
-                )
-            else:
-                yield Finding("ok", f"image: {image}-{target} is there for {', '.join(sorted(platforms))}")
+    for target in task.images:
+        platforms = registry.platforms(f"{image}-{target}")
+        missing = {_platform(request) for request in task.requests} - platforms
+        if missing:
+            yield Finding(
+                "x", f"image: {image}-{target} is there, but not for {', '.join(sorted(missing))}; `make image`"
+            )
+        else:
+            yield Finding("ok", f"image: {image}-{target} is there for {', '.join(sorted(platforms))}")
 
 
-# These ask only the bucket and this checkout; a launch runs them, too. Settings come first.
-FREE_CHECKS: tuple[Check, ...] = (work.check_config, check_secrets, check_bucket, work.check_data)
-CHECKS: tuple[Check, ...] = (
-    *FREE_CHECKS,
-    check_image,
-    check_clouds,
-    check_quotas,
-    check_lambda_capacity,
-)
+def _platform(request: MachineRequest) -> str:
+    offers = [offer for cloud in CLOUDS.values() for offer in cloud.offers()]
+    arm_types = {offer.instance_type for offer in offers if offer.arch == "arm64"}
+    is_arm = "GH200" in (request.accelerator or "") or request.instance_type in arm_types
+    return "linux/arm64" if is_arm else "linux/amd64"
 
 
-def _cloud(candidate: Mapping[str, Any]) -> str:
-    return str(candidate.get("infra") or "").partition("/")[0]
+def cloud_names(task: TaskSpec) -> list[str]:
+    """The clouds that a task requests; all providers if a request leaves the choice open."""
+    return sorted({name for request in task.requests for name in ([request.cloud] if request.cloud else CLOUDS)})
 
 
-def _platform(candidate: Mapping[str, Any]) -> str:
-    arm = "GH200" in str(candidate.get("accelerators")) or str(candidate.get("instance_type")).startswith("c7g.")
-    return "linux/arm64" if arm else "linux/amd64"
+def check_clouds(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Checks credentials with `sky check`."""
+    clouds = cloud_names(task)
+    done = subprocess.run([skypilot.find_sky(), "check", *clouds], capture_output=True, text=True)
+    lines = [line.lower() for line in done.stdout.splitlines()]
+    working = [cloud for cloud in clouds if any(cloud in line and "enabled" in line for line in lines)]
+    for cloud in clouds:
+        if cloud in working:
+            yield Finding("ok", f"credentials: {cloud} lets SkyPilot in")
+        else:
+            yield Finding("!", f"credentials: {cloud} does not; see `sky check {cloud}` (its candidates are left out)")
+    if not working:
+        yield Finding("x", "credentials: none of the task's clouds can be used; set up one (docs/launch.md)")
+
+
+def check_quotas(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Asks each cloud for the account's quotas."""
+    for name in cloud_names(task):
+        yield from _guarded(f"quotas of {name}", partial(CLOUDS.get(name, Cloud()).quota_findings, task))
+
+
+def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Asks each cloud for machines that are available now."""
+    for name in cloud_names(task):
+        yield from _guarded(f"capacity of {name}", partial(CLOUDS.get(name, Cloud()).capacity_findings, task))
+
+
+# A launch runs these too: they ask only the bucket and this checkout. Settings come first.
+FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_data)
+CHECKS: tuple[Check, ...] = (*FREE_CHECKS, check_image, check_clouds, check_quotas, check_capacity)
 
 
 if __name__ == "__main__":

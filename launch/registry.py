@@ -1,4 +1,4 @@
-"""Asks a container registry for which platforms an image is there (OCI distribution API), without docker.
+"""Asks a container registry for the platforms of an image (OCI distribution API), without docker.
 
 platforms("ghcr.io/me/pretrain-launcher:1.0-train")    {"linux/amd64", "linux/arm64"}
 """
@@ -24,7 +24,7 @@ SECONDS = 20.0
 
 
 def platforms(reference: str) -> set[str]:
-    """Raises ConfigError if there is no such image, or it is not public."""
+    """Platforms of a public image, such as linux/amd64. Raises ConfigError if the registry does not show it."""
     host, repository, tag = split(reference)
     base = f"{'http' if host.startswith(('127.0.0.1', 'localhost')) else 'https'}://{host}/v2/{repository}"
     try:
@@ -44,7 +44,7 @@ def platforms(reference: str) -> set[str]:
 
 
 def split(reference: str) -> tuple[str, str, str]:
-    """Registry host, repository, tag or digest, with Docker Hub's defaults."""
+    """Registry host, repository, and tag or digest, with Docker Hub's defaults."""
     name, _, digest = reference.partition("@")
     head, slash, tail = name.rpartition("/")
     tail, _, tag = tail.partition(":")
@@ -63,7 +63,7 @@ def _get(url: str) -> dict:
         challenge = error.headers.get("WWW-Authenticate", "")
         if error.code != 401 or not challenge.startswith("Bearer "):
             raise
-        # Public images, too, need a token, which is given to everybody.
+        # A public image needs a token too, which the registry gives without credentials.
         fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
         query = urllib.parse.urlencode({k: fields[k] for k in ("service", "scope") if k in fields})
         with urllib.request.urlopen(f"{fields['realm']}?{query}", timeout=SECONDS) as answer:

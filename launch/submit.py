@@ -2,9 +2,9 @@
 
     BUCKET=my-bucket python -m launch.submit sky/pretrain-8xa100.yaml [--no-check] [options of sky launch]
 
-What can be looked at for nothing is looked at first (launch/check.py); a setting that the node would refuse is refused
-here, before anything is rented. --no-check launches all the same. Each of the task's `envs` that is set here goes along
-as --env NAME=value, each of its `secrets` as --secret NAME: their values come from the environment and never appear in
+Runs the checks that cost nothing first (launch/check.py), so that a setting that the node would refuse is refused
+before anything is rented. `--no-check` skips them. Each of the task's `envs` that is set here becomes `--env
+NAME=value`, each of its `secrets` becomes `--secret NAME`: SkyPilot reads secret values from the environment, not from
 a command line. A task with job_recovery becomes a managed job.
 """
 
@@ -12,14 +12,16 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 
+from clouds import skypilot
 from core import environment
 from core.console import run_entry
 from core.errors import ConfigError
 from core.exit_codes import FAILED
 from core.stores import credentials
+from core.task import TaskSpec, machine_choice, read_task
 from launch import check
-from launch.task import read_task, revision, settings_of, sky_command
 
 NO_CHECK = "--no-check"
 
@@ -28,11 +30,12 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"usage: python -m launch.submit sky/TASK.yaml [{NO_CHECK}] [options of sky launch]")
     environment.adopt()
-    credentials.inline_google_key(os.environ)  # the node has no such file
+    credentials.inline_google_key(os.environ)  # the file does not exist on the node
     path, *options = arguments
-    task = read_task(path)
-    command = sky_command(path, task, os.environ, revision(), [each for each in options if each != NO_CHECK])
-    if NO_CHECK not in options and not launchable(task, settings_of(task, os.environ)):
+    task = read_task(path, os.environ, machine_choice(options))
+    options_of_sky = [option for option in options if option != NO_CHECK]
+    command = skypilot.launch_command(task, os.environ, check.git_revision(), options_of_sky)
+    if NO_CHECK not in options and not launchable(task, {**os.environ, **task.envs}):
         print(
             f"nothing was rented; fix this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr
         )
@@ -41,8 +44,8 @@ def main(arguments: list[str]) -> int:
     return subprocess.call(command)
 
 
-def launchable(task: dict, settings: dict[str, str]) -> bool:
-    """Print the findings of the free checks that are not `ok`. False if one of them forbids the launch."""
+def launchable(task: TaskSpec, settings: Mapping[str, str]) -> bool:
+    """Print the findings of the free checks that are not `ok`. False if one of them is an `x`."""
     allowed = True
     for finding in check.all_findings(check.FREE_CHECKS, task, settings):
         allowed = allowed and finding.mark != "x"

@@ -1,15 +1,18 @@
-# Launching on rented machines. Settings by variables: BUCKET=… RUN=… CONFIG=… MAX_USD=…, or any of a task's envs.
-# Each target prints the sky command that it runs. NO_CHECK=1 launches without the checks that cost nothing. SkyPilot lives in an environment of its own: it shares few versions
+# Launching on rented machines. Settings are variables: BUCKET=… RUN=… CONFIG=… MAX_USD=…, or any of a task's envs.
+# GPUS=NAME:COUNT and NODES=NUMBER choose other machines than the task's. NO_CHECK=1 skips the checks that cost nothing.
+# Each target prints the sky command that it runs. SkyPilot has an environment of its own, because it shares few versions
 # with training, and the tests of training must not need it.
 LAUNCH_VENV ?= .venv-launch
-# A command to run all of it under, such as one that enters another network. Empty: none.
+# A command that runs each program, such as one that enters another network. Empty: none.
 LAUNCH_PREFIX ?=
 LAUNCH_PYTHON := $(LAUNCH_PREFIX) $(LAUNCH_VENV)/bin/python
+MACHINES := $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--num-nodes $(NODES))
 OPTIONS := $(if $(NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky test-launch test-image
+.PHONY: setup-launch check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
+  test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
 
@@ -19,41 +22,41 @@ $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
 	@rm -f $(LAUNCH_VENV)/.installed-*; touch $@
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
-	@$(LAUNCH_PYTHON) -m launch.check sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.check sky/$(TASK).yaml $(MACHINES)
 
 prep-data: $(LAUNCH_STAMP) ## FineWeb-Edu 10BT to token shards in BUCKET, on cheap CPU nodes (NODES=1)
-	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(OPTIONS) $(if $(NODES),--num-nodes $(NODES))
+	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(OPTIONS) $(MACHINES)
 
-pretrain: $(LAUNCH_STAMP) ## GPT-2 124M on 8 A100 on demand; another task: TASK=pretrain-gh200, …
-	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS)
+pretrain: $(LAUNCH_STAMP) ## GPT-2 124M on 8 A100 on demand, or on GPUS=A100:2, NODES=2, …
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS) $(MACHINES)
 
 pretrain-spot: $(LAUNCH_STAMP) ## the same on spot machines, as a managed job that recovers from preemptions
-	@$(LAUNCH_PYTHON) -m launch.submit sky/pretrain-8xa100-spot.yaml $(OPTIONS)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/pretrain-8xa100-spot.yaml $(OPTIONS) $(MACHINES)
 
-finetune: $(LAUNCH_STAMP) ## conversations stored beside DATA onto START=run, on one small GPU, as the run RUN=chat
-	@$(LAUNCH_PYTHON) -m launch.submit sky/finetune.yaml $(OPTIONS)
+finetune: $(LAUNCH_STAMP) ## tune START=run on the conversations stored beside DATA, on one small GPU, as the run RUN=chat
+	@$(LAUNCH_PYTHON) -m launch.submit sky/finetune.yaml $(OPTIONS) $(MACHINES)
 
 evaluate: $(LAUNCH_STAMP) ## perplexity and HellaSwag of RUN's newest checkpoint, on one small GPU (EVAL_ARGS=…)
-	@$(LAUNCH_PYTHON) -m launch.submit sky/evaluate.yaml $(OPTIONS)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/evaluate.yaml $(OPTIONS) $(MACHINES)
 
 smoke: TASK := $(if $(filter command line,$(origin TASK)),$(TASK),smoke-cpu)
-smoke: $(LAUNCH_STAMP) ## the cheapest proof that all works, end to end (TASK=smoke-gpu: on a GPU)
-	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS)
+smoke: $(LAUNCH_STAMP) ## the cheapest end-to-end test (TASK=smoke-gpu: on a GPU)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS) $(MACHINES)
 
-status: $(LAUNCH_STAMP) ## clusters, managed jobs, and what is up at the clouds
-	@$(LAUNCH_PYTHON) -m launch.status sky/$(TASK).yaml
+status: $(LAUNCH_STAMP) ## clusters, managed jobs, machines that the clouds list, dollars of RUN
+	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(TASK).yaml
 
-logs: $(LAUNCH_STAMP) ## output of TASK while it runs; with FROM=bucket all of RUN, preempted machines included
-	@$(LAUNCH_PYTHON) -m launch.logs $(if $(filter bucket,$(FROM)),--stored) sky/$(TASK).yaml
+logs: $(LAUNCH_STAMP) ## output of TASK while it runs; FROM=bucket: all output of RUN, preempted machines included
+	@$(LAUNCH_PYTHON) -m launch.runs logs $(if $(filter bucket,$(FROM)),--stored) sky/$(TASK).yaml
 
 pull: $(LAUNCH_STAMP) ## metrics, samples, ledger, logs and newest checkpoint of RUN to pulled/
-	@$(LAUNCH_PYTHON) -m launch.pull sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.runs pull sky/$(TASK).yaml
 
-# An emergency: whatever SkyPilot is installed will do.
+# `down` is an emergency: any version of SkyPilot will do.
 $(LAUNCH_VENV)/bin/sky:
 	@$(MAKE) --no-print-directory setup-launch
 
-down: | $(LAUNCH_VENV)/bin/sky ## end all jobs and clusters of this project and prove that nothing is left
+down: | $(LAUNCH_VENV)/bin/sky ## end all jobs and clusters of this project, and ask the clouds whether anything is left
 	@$(LAUNCH_PYTHON) -m launch.down --down
 
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag

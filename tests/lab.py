@@ -18,7 +18,7 @@ PYTHON = ROOT / ".venv-launch/bin/python"
 BUCKET = "my-bucket"
 REHEARSAL = {"DEVICE": "cpu", "RANKS_PER_NODE": "1", "CONFIG": "trainer/configs/debug.yaml", "DATA": "small"}
 # What the emulated cloud does not offer, and what stands for it there.
-STAND_INS = {'"GH200:1"': '"A10:1"', '"A100:2"': '"A10:1"'}
+STAND_INS = {'"GH200:1"': '"A10:1"'}
 NOT_OFFERED = ("aws/us-east-2", '"L4:1"')
 
 
@@ -62,10 +62,15 @@ class Lab:
         file.write_text(text.replace(f"\nname: {name}\n", f"\nname: {called or name}\n"))
         return str(file)
 
-    def launch(self, name: str, called: str = "", without: str = "", checks: bool = True, **settings: str) -> str:
-        """Submit as `make` does, with `checks` or without. Returns the name of cluster or job."""
+    def launch(
+        self, name: str, called: str = "", without: str = "", checks: bool = True, machines: str = "", **settings: str
+    ) -> str:
+        """Submit as `make` does, with `checks` or without. Returns the name of cluster or job.
+
+        `machines` are options of `sky launch` that choose others than the task's.
+        """
         environment = {"BUCKET": BUCKET, "AWS_ENDPOINT_URL": self.endpoint, **REHEARSAL, **settings}
-        options = [] if checks else ["--no-check"]
+        options = [*([] if checks else ["--no-check"]), *machines.split()]
         self.python("-m", "launch.submit", self.task(name, called, without), *options, environment=environment)
         return called or name
 
@@ -77,7 +82,7 @@ class Lab:
         """What the run's machines left in the bucket, which outlives them."""
         environment = {"AWS_ENDPOINT_URL": self.endpoint}
         return self.inside(
-            str(PYTHON), "-m", "launch.logs", f"s3://{BUCKET}/runs/{run}", environment=environment
+            str(PYTHON), "-m", "launch.runs", "logs", f"s3://{BUCKET}/runs/{run}", environment=environment
         ).stdout
 
     def objects(self, folder: str) -> list[str]:
@@ -118,7 +123,7 @@ class Lab:
     def _usd_per_hour(self, instance: dict) -> float:
         if instance["market"] == "spot":
             code = "import sys, time; from clouds import aws; now = time.time()\n"
-            code += "print(max(aws.spot_history(sys.argv[1], sys.argv[2], sys.argv[3], now, now))[1])"
+            code += "print(max(aws.spot_prices(sys.argv[1], sys.argv[2], sys.argv[3], now, now))[1])"
             place = (instance["zone"], instance["type"], instance["region"])
             return float(self.python("-c", code, *place, environment={"AWS_ENDPOINT_URL": self.endpoint}))
         catalog = self.inside("sh", "-c", "cat $HOME/.sky/catalogs/v8/aws/vms.csv").stdout

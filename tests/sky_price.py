@@ -2,6 +2,8 @@
 
     HOME=scratch .venv-launch/bin/python tests/sky_price.py CATALOG sky/*.yaml
 
+FILE@GPUS prices a task with the GPUs that `sky launch --gpus` would choose.
+
 Needs no network and no credentials: the clouds are enabled in SkyPilot's cache, the prices come from CATALOG.
 """
 
@@ -28,7 +30,10 @@ def main(catalog: Path, files: list[str]) -> None:
     global_user_state.set_enabled_clouds(["AWS", "Lambda"], CloudCapability.COMPUTE, "default")
     found = {}
     for file in files:
-        task = sky.Task.from_yaml_config(yaml.safe_load(Path(file).read_text()), {"BUCKET": "b", "IMAGE": "i"})
+        path, _, gpus = file.partition("@")
+        task = sky.Task.from_yaml_config(yaml.safe_load(Path(path).read_text()), {"BUCKET": "b", "IMAGE": "i"})
+        if gpus:
+            task.set_resources_override({"accelerators": gpus})
         with sky.Dag() as dag:
             dag.add(task)
         best = optimizer.Optimizer.optimize(dag, quiet=True).tasks[0].best_resources

@@ -10,7 +10,6 @@ import pytest
 from core import bucket, storage
 from core.errors import ConfigError
 from costs.discover import runs_url
-from launch import work
 
 ROOT = Path(__file__).parent.parent
 FORMS = {
@@ -43,7 +42,7 @@ def of_a_node(given: str, name: str) -> str:
 @pytest.mark.parametrize(("given", "url"), FORMS.items())
 def test_every_form_names_one_place(given, url):
     settings = dict(zip(("BUCKET", "RUN"), given, strict=True))
-    assert work.run_url(settings) == url
+    assert bucket.url(settings, "RUN") == url
     assert of_a_node(*given) == url
     assert storage.join(runs_url(settings), bucket.name(settings, "RUN")) == url
 

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from clouds import prices, skypilot
-from clouds.base import Unavailable
-from clouds.prices import Catalog, Offer
-from core import task as tasks
+from clouds import providers, skypilot
+from clouds.base import Offer, Unavailable
+from clouds.catalog import Catalog, fits
 from core.errors import ConfigError
 from core.run.reader import read_run
-from core.task import Want
+from core.task import MachineRequest, TaskSpec, read_task
 from costs import command, discover, throughput
-from costs.forecast import Assumptions, best_change, dominates, fits, forecast
+from costs.forecast import Assumptions, best_change, dominates, forecast_of
 from costs.report import build
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, mark, span, train_metric
@@ -36,6 +35,10 @@ def offer(**fields) -> Offer:
     } | fields)  # fmt: skip
 
 
+def load(path: str) -> TaskSpec:
+    return read_task(path, {})
+
+
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("sky/*.yaml")), ids=lambda path: path.stem)
 def test_every_task_of_the_project_has_a_forecast_without_a_network(path: Path, capsys, monkeypatch):
     def refuse(self, address):
@@ -51,32 +54,32 @@ def test_every_task_of_the_project_has_a_forecast_without_a_network(path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("want", "holds"),
+    ("wanted", "holds"),
     [
-        (Want(), False),  # no accelerator asked for: not a GPU machine
-        (Want(accelerator="a100", accelerators=8), True),
-        (Want(accelerator="A100", accelerators=4), False),
-        (Want(accelerator="A100-80GB", accelerators=8), False),
-        (Want(instance_type="p4d.24xlarge"), True),
-        (Want(instance_type="p4d.24xlarge", cpus=(96.0, False)), True),
-        (Want(instance_type="p4d.24xlarge", cpus=(100.0, True)), False),
-        (Want(accelerator="A100", accelerators=8, max_usd_per_hour=10.0), False),
-        (Want(accelerator="A100", accelerators=8, max_usd_per_hour=10.0, spot=True), True),
-        (Want(accelerator="A100", accelerators=8, region="us-west-2"), False),
+        (MachineRequest(), False),  # no accelerator asked for: not a GPU machine
+        (MachineRequest(accelerator="a100", accelerators=8), True),
+        (MachineRequest(accelerator="A100", accelerators=4), False),
+        (MachineRequest(accelerator="A100-80GB", accelerators=8), False),
+        (MachineRequest(instance_type="p4d.24xlarge"), True),
+        (MachineRequest(instance_type="p4d.24xlarge", cpus=(96.0, False)), True),
+        (MachineRequest(instance_type="p4d.24xlarge", cpus=(100.0, True)), False),
+        (MachineRequest(accelerator="A100", accelerators=8, max_usd_per_hour=10.0), False),
+        (MachineRequest(accelerator="A100", accelerators=8, max_usd_per_hour=10.0, spot=True), True),
+        (MachineRequest(accelerator="A100", accelerators=8, region="us-west-2"), False),
     ],
 )
-def test_an_offer_fits_what_was_asked_for(want: Want, holds: bool):
-    assert fits(offer(), want) is holds
+def test_an_offer_fits_what_was_asked_for(wanted: MachineRequest, holds: bool):
+    assert fits(offer(), wanted) is holds
 
 
 def test_an_offer_without_a_spot_price_is_no_spot_offer():
-    assert not fits(offer(usd_spot=None), Want(accelerator="A100", accelerators=8, spot=True))
+    assert not fits(offer(usd_spot=None), MachineRequest(accelerator="A100", accelerators=8, spot=True))
 
 
 def test_dollars_are_work_over_speed_times_price(tmp_path: Path):
     """GPT-2 124M, 10B tokens, 8 A100s at 51 % of 312 TFLOP/s: 854,654,976 FLOPs per token, 1.489M tokens/s."""
-    task = tasks.load(write(tmp_path, "accelerators: A100:8", GPT2 + " --train.eval_every=0"))
-    plan = forecast(task, Catalog((offer(),), "by hand"), BARE, None)
+    task = load(write(tmp_path, "accelerators: A100:8", GPT2 + " --train.eval_every=0"))
+    plan = forecast_of(task, Catalog((offer(),), "by hand"), BARE, None)
     [row] = plan.rows
     seconds = 19073 * 524288 / (0.51 * 312e12 * 8 / 854654976)
     assert plan.flops == 854654976
@@ -89,8 +92,9 @@ def test_dollars_are_work_over_speed_times_price(tmp_path: Path):
 
 def test_parts_add_up_and_spot_pays_for_its_restarts(tmp_path: Path):
     resources = "accelerators: A100:8\nany_of: [{use_spot: true}, {use_spot: false}]"
-    task = tasks.load(write(tmp_path, resources))
-    plan = forecast(task, Catalog((offer(),), "by hand"), Assumptions(preemptions_per_hour=1.0), discover.RATES["aws"])
+    task = load(write(tmp_path, resources))
+    assume = Assumptions(preemptions_per_hour=1.0)
+    plan = forecast_of(task, Catalog((offer(),), "by hand"), assume, discover.RATES["aws"])
     spot, on_demand = plan.rows
     assert (spot.spot, on_demand.spot) == (True, False)
     assert spot.restarts > 1
@@ -105,7 +109,7 @@ def test_offers_are_sorted_by_expected_dollars_and_on_demand_zones_are_one(tmp_p
     dear = offer(zone="use1-az2", usd_spot=9.0)
     slow = offer(instance_type="g5.xlarge", accelerator="A10G", accelerators=1, usd_on_demand=1.0, usd_spot=0.4)
     resources = "any_of: [{accelerators: A100:8, use_spot: true}, {accelerators: A100:8}, {accelerators: A10G:1}]"
-    plan = forecast(tasks.load(write(tmp_path, resources)), Catalog((offer(), dear, slow), "by hand"), BARE, None)
+    plan = forecast_of(load(write(tmp_path, resources)), Catalog((offer(), dear, slow), "by hand"), BARE, None)
     assert [row.usd for row in plan.rows] == sorted(row.usd for row in plan.rows)
     assert [(row.offer.instance_type, row.offer.zone, row.spot) for row in plan.rows] == [
         ("p4d.24xlarge", "use1-az1", True),
@@ -116,22 +120,22 @@ def test_offers_are_sorted_by_expected_dollars_and_on_demand_zones_are_one(tmp_p
 
 
 def test_a_gpu_nobody_has_published_is_assumed_and_an_unknown_one_unknown(tmp_path: Path):
-    task = tasks.load(write(tmp_path, "any_of: [{accelerators: L4:1}, {accelerators: X9:1}]"))
+    task = load(write(tmp_path, "any_of: [{accelerators: L4:1}, {accelerators: X9:1}]"))
     offers = (offer(accelerator="L4", accelerators=1), offer(accelerator="X9", accelerators=1, instance_type="x"))
-    known, unknown = forecast(task, Catalog(offers, "by hand"), BARE, None).rows
+    known, unknown = forecast_of(task, Catalog(offers, "by hand"), BARE, None).rows
     assert (known.kind, unknown.kind) == ("assumed", "?")
     assert (unknown.hours, unknown.usd) == (None, None)
 
 
 def test_a_cpu_is_as_fast_as_its_processors(tmp_path: Path):
-    task = tasks.load(write(tmp_path, "cpus: 4+", "python -m trainer.train trainer/configs/debug.yaml"))
+    task = load(write(tmp_path, "cpus: 4+", "python -m trainer.train trainer/configs/debug.yaml"))
     bare = {"accelerator": None, "accelerators": 0, "usd_on_demand": 0.2}
     small, large = (offer(vcpus=vcpus, instance_type=str(vcpus), **bare) for vcpus in (4.0, 8.0))
-    rows = forecast(task, Catalog((small, large), "by hand"), BARE, None).rows
+    rows = forecast_of(task, Catalog((small, large), "by hand"), BARE, None).rows
     by_size = {row.offer.vcpus: row for row in rows}
     assert by_size[4.0].parts["train"] == pytest.approx(2 * by_size[8.0].parts["train"])
     assert by_size[4.0].parts["train"] / 0.2 * 3600 == pytest.approx(
-        task.work.config.train.steps * 4096 * 20_103_168 / (4 * 33e9)
+        task.workload.config.train.steps * 4096 * 20_103_168 / (4 * 33e9)
     )
     assert by_size[4.0].kind == "assumed"
 
@@ -140,20 +144,18 @@ def test_evaluation_needs_a_third_of_the_work_per_token(tmp_path: Path):
     catalog = Catalog((offer(),), "by hand")
     run = "torchrun -m trainer.evaluate s3://b/runs/x"
     tokens = 30e6
-    [scored] = forecast(
-        tasks.load(write(tmp_path, "accelerators: A100:8", run)), catalog, BARE, None, tokens=tokens
-    ).rows
-    [trained] = forecast(tasks.load(write(tmp_path, "accelerators: A100:8")), catalog, BARE, None, tokens=tokens).rows
+    [scored] = forecast_of(load(write(tmp_path, "accelerators: A100:8", run)), catalog, BARE, None, tokens=tokens).rows
+    [trained] = forecast_of(load(write(tmp_path, "accelerators: A100:8")), catalog, BARE, None, tokens=tokens).rows
     assert 3 * scored.parts["eval"] == pytest.approx(trained.parts["train"])
     assert scored.parts.keys() == {"eval"}
 
 
 def test_epochs_of_unknown_data_are_assumed_unless_they_are_given(tmp_path: Path):
     run = "torchrun -m trainer.train --stage=finetune --start.weights=$START --train.epochs=2 --train.eval_every=0"
-    task = tasks.load(write(tmp_path, "accelerators: A100:8", run))
+    task = load(write(tmp_path, "accelerators: A100:8", run))
     catalog = Catalog((offer(),), "by hand")
-    assumed = forecast(task, catalog, BARE, None)
-    given = forecast(task, catalog, BARE, None, tokens=40e6)
+    assumed = forecast_of(task, catalog, BARE, None)
+    given = forecast_of(task, catalog, BARE, None, tokens=40e6)
     assert assumed.tokens == 10e6
     assert 4 * assumed.rows[0].parts["train"] == pytest.approx(given.rows[0].parts["train"])
     assert "assumed: 10,000,000 tokens; give --tokens" in assumed.sources
@@ -161,9 +163,9 @@ def test_epochs_of_unknown_data_are_assumed_unless_they_are_given(tmp_path: Path
 
 
 def test_egress_is_paid_where_the_bucket_is_elsewhere(tmp_path: Path):
-    task = tasks.load(write(tmp_path, "accelerators: A100:8"))
+    task = load(write(tmp_path, "accelerators: A100:8"))
     both = Catalog((offer(), offer(cloud="lambda", usd_spot=None)), "by hand")
-    by_cloud = {row.offer.cloud: row for row in forecast(task, both, BARE, discover.RATES["aws"]).rows}
+    by_cloud = {row.offer.cloud: row for row in forecast_of(task, both, BARE, discover.RATES["aws"]).rows}
     assert by_cloud["lambda"].parts["egress"] == pytest.approx(19073 * 524288 * 2 / 1e9 * 0.09)
     assert "egress" not in by_cloud["aws"].parts
 
@@ -185,24 +187,24 @@ def test_a_forecast_from_a_run_agrees_with_its_report(tmp_path: Path):
     measured = throughput.measure(run)
     assert measured.tokens_per_second == pytest.approx(5e5)
     assert (measured.ready_seconds, measured.overhead_share) == (60.0, pytest.approx(0.1))
-    task = tasks.load(write(tmp_path, "accelerators: A100:8", GPT2))
-    [row] = forecast(task, Catalog((offer(),), "by hand"), BARE, None, tokens=100e6, measured=measured).rows
+    task = load(write(tmp_path, "accelerators: A100:8", GPT2))
+    [row] = forecast_of(task, Catalog((offer(),), "by hand"), BARE, None, tokens=100e6, measured=measured).rows
     assert row.kind == "measured"
     assert row.usd == pytest.approx(build(run, LATER).total.usd, rel=0.01)
 
 
 def test_the_best_single_change_saves_most(tmp_path: Path):
-    task = tasks.load(write(tmp_path, "{accelerators: 'A100:8', use_spot: false}"))
+    task = load(write(tmp_path, "{accelerators: 'A100:8', use_spot: false}"))
     catalog = Catalog((offer(),), "by hand")
-    plan = forecast(task, catalog, Assumptions(), None)
+    plan = forecast_of(task, catalog, Assumptions(), None)
     change = best_change(plan, catalog, Assumptions(), None, None)
     assert change.what == "take aws p4d.24xlarge in use1-az1, spot"
     assert change.usd < plan.rows[0].usd
     slow_to_start = dataclasses.replace(Assumptions(), image_seconds=36000.0)
     only = Catalog((offer(usd_spot=None),), "by hand")
-    change = best_change(forecast(task, only, slow_to_start, None), only, slow_to_start, None, None)
+    change = best_change(forecast_of(task, only, slow_to_start, None), only, slow_to_start, None, None)
     assert change.what == "an image that is already on the machine"
-    assert dominates(forecast(task, only, slow_to_start, None).rows[0]).startswith("image, ")
+    assert dominates(forecast_of(task, only, slow_to_start, None).rows[0]).startswith("image, ")
 
 
 def estimate(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -223,7 +225,7 @@ def test_the_command_works_from_the_snapshot(tmp_path: Path, capsys):
 
 def test_work_that_is_not_known_gives_rates_only(tmp_path: Path, capsys):
     path = write(tmp_path, "accelerators: A100:8", "bash train.sh")
-    assert "how much work it does is not known, so only the rate is" in estimate(capsys, path)
+    assert "the amount of work is not known, so only the rate is" in estimate(capsys, path)
     assert "| ? | ? | ? | ? |" in estimate(capsys, path, "--markdown")
 
 
@@ -248,11 +250,11 @@ def test_no_offer_that_fits_is_one_sentence(tmp_path: Path):
 
 
 def test_every_row_of_the_snapshot_is_an_offer_with_a_price():
-    offers = prices.snapshot().offers
+    offers = providers.snapshot().offers
     assert len(offers) > 250
     assert all(each.usd_on_demand or each.usd_spot for each in offers)
-    assert prices.on_demand_price("AWS", "us-east-1", "p4d.24xlarge") == 21.957642
-    assert prices.on_demand_price("aws", "us-east-1", "nothing") is None
+    assert providers.on_demand_price("AWS", "us-east-1", "p4d.24xlarge") == 21.957642
+    assert providers.on_demand_price("aws", "us-east-1", "nothing") is None
 
 
 def test_skypilots_catalog_comes_first_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
@@ -260,7 +262,7 @@ def test_skypilots_catalog_comes_first_where_it_is_installed(monkeypatch: pytest
     row = {"InstanceType": "gpu_1x_gh200", "AcceleratorName": "GH200", "AcceleratorCount": 1.0, "vCPUs": 64.0}
     row |= {"MemoryGiB": 432.0, "Price": 2.29, "SpotPrice": nothing, "Region": "us-east-1", "Arch": nothing}
     monkeypatch.setattr(skypilot, "catalog_rows", lambda cloud: [row])
-    catalog = prices.load()
+    catalog = providers.load()
     assert catalog.source == "SkyPilot's catalog on this machine"
     assert (catalog.offers[0].usd_on_demand, catalog.offers[0].usd_spot, catalog.offers[0].arch) == (2.29, None, None)
 
@@ -268,4 +270,4 @@ def test_skypilots_catalog_comes_first_where_it_is_installed(monkeypatch: pytest
         raise Unavailable("SkyPilot is not installed")
 
     monkeypatch.setattr(skypilot, "catalog_rows", absent)
-    assert prices.load() is prices.snapshot()
+    assert providers.load() == providers.snapshot()

@@ -12,12 +12,12 @@ import botocore.session
 import pytest
 from botocore.stub import Stubber
 
-from clouds import aws
-from clouds.base import Instance, Unavailable
+from clouds.aws import INSTANCES_ORIGIN, PRICE_SOURCE, Aws, spot_prices
+from clouds.base import Bill, Cloud, Instance, SpotHistory, Unavailable
 from clouds.skypilot import from_record
 from core.run.reader import read_run
 from costs import discover, tables
-from costs.model import Outside, StorageUse
+from costs.model import StorageUse
 from costs.report import CostReport, build
 from costs.sources import ask_others
 from tests.conftest import REPOSITORY
@@ -70,19 +70,42 @@ def one_segment(folder: Path, *, killed: bool = False, **machine) -> GoldenRun:
     return run
 
 
-def merged(run: GoldenRun, *records: dict, now: float = LATER, **sources) -> tuple[Outside, CostReport]:
+def merged(run: GoldenRun, *records: dict, now: float = LATER, aws: Cloud | None = None, **sources):
     read = read_run(run.url)
-    sources = {
-        "uptimes": lambda: [u for each in records for u in from_record(each)],
-        "spot_history": no_aws,
-        "instances": no_aws,
-    } | sources
-    outside = ask_others(read, {}, now, **sources)
+    sources = {"records": lambda: [found for each in records for found in from_record(each)]} | sources
+    outside = ask_others(read, {}, now, clouds={"aws": aws or Closed()}, **sources)
     return outside, build(read, now, outside=outside)
 
 
-def no_aws(*_):
-    raise Unavailable("NoCredentialsError")
+class Closed(Cloud):
+    """A provider that nobody here has credentials for."""
+
+    def instances(self, clusters, region):
+        raise Unavailable("NoCredentialsError")
+
+    def paid_spot(self, machine, start, end):
+        raise Unavailable("NoCredentialsError")
+
+
+class Listing(Closed):
+    """A provider that lists these instances."""
+
+    def __init__(self, *instances: Instance):
+        self._instances = list(instances)
+
+    def instances(self, clusters, region):
+        return self._instances
+
+
+class Pricing(Closed):
+    """A provider with this history of spot prices; `asked` holds the questions."""
+
+    def __init__(self, *changes: tuple[float, float]):
+        self._history, self.asked = SpotHistory(changes, PRICE_SOURCE), []
+
+    def paid_spot(self, machine, start, end):
+        self.asked.append((machine.zone, machine.instance_type, machine.region, start, end))
+        return self._history
 
 
 def usd(report: CostReport) -> dict[str, float | None]:
@@ -187,13 +210,9 @@ def test_time_over_midnight_is_cut_by_day(tmp_path: Path):
 
 
 def test_paid_spot_prices_replace_what_the_launch_expected(tmp_path: Path):
-    def history(zone, instance_type, region, start, end):
-        assert (zone, instance_type, region, start, end) == (
-            "us-east-1a", "p4d.24xlarge", "us-east-1", NOON, NOON + 100
-        )  # fmt: skip
-        return [(NOON - 500, 18.0), (NOON + 75, 36.0)]
-
-    _, report = merged(one_segment(tmp_path, spot=True), spot_history=history)
+    history = Pricing((NOON - 500, 18.0), (NOON + 75, 36.0))
+    _, report = merged(one_segment(tmp_path, spot=True), aws=history)
+    assert history.asked == [("us-east-1a", "p4d.24xlarge", "us-east-1", NOON, NOON + 100)]
     assert report.segments[0].usd_per_hour == pytest.approx(22.5)
     assert report.segments[0].price_source == "AWS spot price history, us-east-1a"
 
@@ -202,7 +221,7 @@ def test_what_a_source_cannot_say_is_an_origin_with_its_reason(tmp_path: Path):
     def absent():
         raise Unavailable("SkyPilot is not installed")
 
-    _, report = merged(one_segment(tmp_path, spot=True), uptimes=absent)
+    _, report = merged(one_segment(tmp_path, spot=True), records=absent)
     origins = {origin.figure: origin.source for origin in report.origins}
     assert origins["launch, idle until down"] == "? (SkyPilot is not installed)"
     assert origins["paid spot prices"] == "? (NoCredentialsError)"
@@ -210,10 +229,10 @@ def test_what_a_source_cannot_say_is_an_origin_with_its_reason(tmp_path: Path):
 
 
 def test_the_history_must_reach_back_to_the_start():
-    assert aws.weighted([(0.0, 2.0), (50.0, 4.0)], 0.0, 100.0) == pytest.approx(3.0)
-    for history in ([], [(10.0, 2.0)]):
+    assert SpotHistory(((0.0, 2.0), (50.0, 4.0)), "x").mean(0.0, 100.0) == pytest.approx(3.0)
+    for changes in ((), ((10.0, 2.0),)):
         with pytest.raises(Unavailable, match="does not reach back"):
-            aws.weighted(history, 0.0, 100.0)
+            SpotHistory(changes, "x").mean(0.0, 100.0)
 
 
 def client(service: str):
@@ -239,7 +258,7 @@ def test_spot_prices_are_read_as_ec2_answers():
                 "AvailabilityZone": "us-east-1a",
             },
         )
-        history = aws.spot_history("us-east-1a", "p4d.24xlarge", "us-east-1", NOON, NOON + 60, ec2)
+        history = spot_prices("us-east-1a", "p4d.24xlarge", "us-east-1", NOON, NOON + 60, ec2)
     assert history == [(NOON - 10, 8.1243)]
 
 
@@ -263,28 +282,27 @@ def day(*groups: tuple[str, str], unit: str = "USD") -> dict:
 
 def test_the_bill_is_summed_by_service():
     explorer, _ = cost_explorer(day(("EC2", "4.50"), ("S3", "0.10")), day(("EC2", "1.00")))
-    assert aws.billed_usd("run", "gpt2", NOON, NOON + 90000, explorer) == pytest.approx({"EC2": 5.5, "S3": 0.1})
+    bill = Aws().bill("run", "gpt2", NOON, NOON + 90000, explorer)
+    assert bill.by_service == pytest.approx({"EC2": 5.5, "S3": 0.1})
 
 
 def test_a_bill_in_another_currency_or_without_entries_is_refused():
     explorer, _ = cost_explorer(day(("EC2", "4.50"), unit="EUR"))
     with pytest.raises(Unavailable, match="in EUR, not USD"):
-        aws.billed_usd("run", "gpt2", NOON, NOON + 60, explorer)
+        Aws().bill("run", "gpt2", NOON, NOON + 60, explorer)
     explorer, _ = cost_explorer(day())
     with pytest.raises(Unavailable, match="nothing under run=gpt2 yet"):
-        aws.billed_usd("run", "gpt2", NOON, NOON + 60, explorer)
+        Aws().bill("run", "gpt2", NOON, NOON + 60, explorer)
 
 
 def test_the_bill_stands_beside_the_report_for_reconciliation(tmp_path: Path):
+    class Billing(Closed):
+        def bill(self, tag, value, start, end):
+            return Bill("Cost Explorer", {"EC2": 1.01, "S3": 0.2})
+
     read = read_run(one_segment(tmp_path).url)
-    outside = ask_others(
-        read,
-        {"COST_TAG": "run=gpt2"},
-        LATER,
-        uptimes=list,
-        spot_history=no_aws,
-        bill=lambda *_: {"EC2": 1.01, "S3": 0.2},
-    )
+    clouds = {"aws": Billing(), "other": Cloud()}
+    outside = ask_others(read, {"COST_TAG": "run=gpt2"}, LATER, records=list, clouds=clouds)
     assert outside.origins[-1].source == "Cost Explorer, run=gpt2, whole days: $1.21 (EC2 1.01, S3 0.20)"
 
 
@@ -301,8 +319,8 @@ def test_uploads_that_were_cut_off_are_counted(s3, bucket):
     where, run = bucket.removeprefix("s3://tests/"), f"{bucket}/run"
     for key in (f"{where}/run/a", f"{where}/run/b", f"{where}/run-2/a"):
         s3._client().create_multipart_upload(Bucket="tests", Key=key)
-    assert aws.unfinished_uploads(run) == 2
-    assert aws.unfinished_uploads("memory://run") is None
+    assert Aws().unfinished_uploads(run) == 2
+    assert Aws().unfinished_uploads("memory://run") is None
     use = StorageUse(1, 1000, 0, discover.RATES["aws"], 2)
     assert tables.storage_rows(SimpleNamespace(storage=use))[-1] == (
         "unfinished uploads",
@@ -342,28 +360,28 @@ def test_the_projects_own_sky_folder_is_not_taken_for_skypilot(tmp_path: Path):
 def test_the_clouds_own_times_come_before_the_launchers(tmp_path: Path):
     """SkyPilot's interval opens before the machine is there and closes when it noticed; EC2 knows both."""
     listed = [
-        Instance("gpt2-7", NOON - 40, NOON + 102, running=False),
-        Instance("gpt2-7", NOON - 9000, NOON - 8000, False),
+        Instance("gpt2-7", NOON - 40, NOON + 102, False, INSTANCES_ORIGIN),
+        Instance("gpt2-7", NOON - 9000, NOON - 8000, False, INSTANCES_ORIGIN),
     ]
     run = one_segment(tmp_path, killed=True, spot=True)
-    read, report = merged(run, record((NOON - 60, NOON + 130)), instances=lambda clusters, region: listed)
+    read, report = merged(run, record((NOON - 60, NOON + 130)), aws=Listing(*listed))
     assert usd(report) == {"provision": 0.40, "setup": 0.20, "train_lost": 0.80, "not_attributed": 0.02}
-    assert {origin.figure: origin.source for origin in read.origins}["launch, idle until down"] == Instance.ORIGIN
+    assert {origin.figure: origin.source for origin in read.origins}["launch, idle until down"] == INSTANCES_ORIGIN
 
 
 @pytest.mark.parametrize(
     ("instance", "total"),
     [
-        (Instance("gpt2-7", NOON - 40, None, running=True), 10.40),  # up until now
+        (Instance("gpt2-7", NOON - 40, None, True, INSTANCES_ORIGIN), 10.40),  # up until now
         (
-            Instance("gpt2-7", NOON - 40, None, running=False),
+            Instance("gpt2-7", NOON - 40, None, False, INSTANCES_ORIGIN),
             4.40,
         ),  # gone, the cloud does not say when: the record does
     ],
 )
 def test_an_end_that_the_cloud_does_not_tell_is_not_made_up(tmp_path: Path, instance: Instance, total: float):
     run = one_segment(tmp_path)
-    _, report = merged(run, record((NOON - 60, NOON + 400)), now=NOON + 1000, instances=lambda *_: [instance])
+    _, report = merged(run, record((NOON - 60, NOON + 400)), now=NOON + 1000, aws=Listing(instance))
     assert report.total.usd == total
 
 
@@ -378,14 +396,14 @@ def test_instances_are_read_as_ec2_answers():
     with Stubber(ec2) as stub:
         question = {"Filters": [{"Name": "tag:ray-cluster-name", "Values": ["gpt2-7-*"]}]}
         stub.add_response("describe_instances", {"Reservations": [{"Instances": listed}]}, question)
-        found = aws.instances(["gpt2-7"], "us-east-1", ec2)
+        found = Aws().instances(["gpt2-7"], "us-east-1", ec2)
     assert found == [
-        Instance("gpt2-7", NOON, NOON + 300, running=False),
-        Instance("gpt2-7", NOON, None, running=True),
-        Instance("gpt2-7", NOON, None, running=False),
+        Instance("gpt2-7", NOON, NOON + 300, False, INSTANCES_ORIGIN),
+        Instance("gpt2-7", NOON, None, True, INSTANCES_ORIGIN),
+        Instance("gpt2-7", NOON, None, False, INSTANCES_ORIGIN),
     ]
 
 
 def test_a_price_far_from_the_expected_one_is_pointed_out(tmp_path: Path):
-    _, report = merged(one_segment(tmp_path, spot=True), spot_history=lambda *_: [(NOON - 1, 0.36)])
-    assert "AWS's price history has $0.36 an hour, the ledger expected $36" in " ".join(report.notes)
+    _, report = merged(one_segment(tmp_path, spot=True), aws=Pricing((NOON - 1, 0.36)))
+    assert "AWS spot price history has $0.36 an hour, the ledger expected $36" in " ".join(report.notes)

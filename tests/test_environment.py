@@ -9,6 +9,7 @@ import pytest
 
 from core import environment, secrets
 from core.errors import ConfigError
+from tests import variables
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,7 +85,7 @@ def test_a_copied_env_example_leaves_libraries_alone(tmp_path):
     example = (ROOT / ".env.example").read_text()
     (tmp_path / ".env").write_text(example.replace("\nBUCKET=\n", "\nBUCKET=my-bucket\n"))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    empty = {line.partition("=")[0]: "" for line in example.splitlines() if line and line[0] != "#"}
+    empty = dict.fromkeys([*variables.in_example(), *variables.in_document()], "")
     for shell in ({}, empty):  # as a file, and as `set -a; . ./.env` leaves it in the shell
         given = {**shell, **kept, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
@@ -100,8 +101,7 @@ def test_a_copied_env_example_leaves_libraries_alone(tmp_path):
 
 def test_every_empty_variable_that_a_library_reads_is_dropped():
     """What stays is read by our own programs alone, for which empty is absent."""
-    example = (ROOT / ".env.example").read_text()
-    given = {line.partition("=")[0]: "" for line in example.splitlines() if line and line[0] != "#"}
+    given = dict.fromkeys([*variables.in_example(), *variables.in_document()], "")
     environment.drop_empty(given)
     assert {"AWS_DEFAULT_REGION", "GOOGLE_APPLICATION_CREDENTIALS", "XDG_CACHE_HOME", "RANK"} & set(given) == set()
     assert {"BUCKET", "MAX_USD"} <= set(given)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from clouds.providers import CLOUDS
+
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("core", "clouds", "data_prep", "costs", "trainer", "launch")
 TORCH_FREE = ("core", "clouds", "data_prep", "costs", "launch")
@@ -167,7 +169,7 @@ def test_only_the_stores_import_what_reads_them():
     allowed = {
         "obstore": {"core/stores/credentials.py", "core/stores/opener.py", "core/stores/remote.py"},
         "botocore": {"core/stores/credentials.py", "clouds/aws.py"},
-        "boto3": {"core/stores/credentials.py", "launch/check.py", "launch/down.py"},
+        "boto3": {"core/stores/credentials.py", "clouds/aws.py"},
         "fsspec": {"data_prep/sources/streamed.py"},
         "s3fs": set(),
     }
@@ -177,6 +179,22 @@ def test_only_the_stores_import_what_reads_them():
             for name in {name.partition(".")[0] for name in imports_of(file)} & set(allowed):
                 found[name].add(file.relative_to(REPOSITORY).as_posix())
     assert found == allowed
+
+
+# A storage service is called aws, too: that of S3.
+KNOW_SERVICES = {"core/environment.py", "core/stores/aws.py", "costs/discover.py"}
+
+
+def test_only_the_providers_spell_the_names_of_clouds():
+    """Task files and the catalog apart. Everything else asks clouds/providers.py."""
+    names = "|".join(CLOUDS)
+    found = set()
+    for package in set(PACKAGES) - {"clouds"}:
+        for file in (REPOSITORY / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and re.fullmatch(names, str(node.value), re.I):
+                    found.add(file.relative_to(REPOSITORY).as_posix())
+    assert found == KNOW_SERVICES
 
 
 IMAGES = {

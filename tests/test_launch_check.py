@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
-import yaml
 
+from clouds import providers, skypilot
 from core import storage
 from core.data import sets
 from core.errors import ConfigError
@@ -17,15 +17,19 @@ from core.gpus import memory_bytes
 from core.run.folder import RunFolder, open_run
 from core.settings import loader, memory, training
 from core.settings.model import ModelConfig
-from launch import check, registry, work
-from launch import task as launch_task
+from core.task import MachineChoice, TaskSpec, read_task
+from launch import check, registry
 from tests import corpus, stores
 
 ROOT = Path(__file__).parent.parent
 
 
-def task(name: str) -> dict:
-    return yaml.safe_load((ROOT / f"sky/{name}.yaml").read_text())
+def task(name: str, settings: dict[str, str], **choice) -> TaskSpec:
+    return read_task(str(ROOT / f"sky/{name}.yaml"), settings, MachineChoice(**choice))
+
+
+def found_by(check_one: check.Check, name: str, settings: dict[str, str], **choice) -> list[tuple[str, str]]:
+    return marks(check_one(task(name, settings, **choice), settings))
 
 
 def marks(findings) -> list[tuple[str, str]]:
@@ -41,16 +45,16 @@ def ready(tmp_path, vocab_bpe, monkeypatch) -> dict[str, str]:
     source = corpus.write_parquet(tmp_path / "source", [corpus.documents(60)])
     corpus.prepare_set(source, str(tmp_path / "data/tokens"), vocab_bpe)
     monkeypatch.chdir(ROOT)
-    envs = {name: value for name, value in task("pretrain-8xa100")["envs"].items() if value}
+    envs = {name: value for name, value in task("pretrain-8xa100", {}).envs.items() if value}
     return {**envs, "BUCKET": f"file://{tmp_path}", "DATA": "tokens"}
 
 
 def test_config_that_divides_and_fits_is_ok(ready):
-    assert {mark for mark, _ in marks(work.check_config(task("pretrain-8xa100"), ready))} == {"ok"}
+    assert {mark for mark, _ in found_by(check.check_config, "pretrain-8xa100", ready)} == {"ok"}
 
 
 def test_a_preset_that_fits_says_how_much_it_takes_on_each_kind_of_gpu(ready):
-    said = [what for _, what in marks(work.check_config(task("pretrain-8xa100"), ready))]
+    said = [what for _, what in found_by(check.check_config, "pretrain-8xa100", ready)]
     assert said[1:] == [
         "memory: A100: about 17 of 40 GB per GPU, by estimate, not confirmed on a GPU yet",
         "memory: A100-80GB: about 17 of 80 GB per GPU, by estimate, not confirmed on a GPU yet",
@@ -59,7 +63,7 @@ def test_a_preset_that_fits_says_how_much_it_takes_on_each_kind_of_gpu(ready):
 
 def test_config_for_more_memory_than_the_gpu_has_is_refused_with_a_cure(ready):
     ready["TRAIN_ARGS"] = "--batch.micro_batch_size=64 --model.width=1536 --model.heads=16 --model.layers=24"
-    _, small, large = marks(work.check_config(task("pretrain-8xa100"), ready))
+    _, small, large = found_by(check.check_config, "pretrain-8xa100", ready)
     assert small[0] == "x"
     found = re.fullmatch(
         r"memory: A100: batch\.micro_batch_size = 64 needs about (\d+) GB per GPU "
@@ -68,45 +72,45 @@ def test_config_for_more_memory_than_the_gpu_has_is_refused_with_a_cure(ready):
     )
     assert int(found[1]) > 80
     cured = {**ready, "TRAIN_ARGS": f"{ready['TRAIN_ARGS']} {found[2]}"}
-    assert {mark for mark, _ in marks(work.check_config(task("pretrain-8xa100"), cured))} == {"ok"}
+    assert {mark for mark, _ in found_by(check.check_config, "pretrain-8xa100", cured)} == {"ok"}
     assert large[0] == "x"
 
 
 def test_a_rehearsal_without_gpus_needs_no_gpu_memory(ready):
     ready |= {"DEVICE": "cpu", "TRAIN_ARGS": "--batch.micro_batch_size=64 --model.width=1536 --model.layers=24"}
-    assert [mark for mark, _ in marks(work.check_config(task("pretrain-8xa100"), ready))] == ["ok"]
+    assert [mark for mark, _ in found_by(check.check_config, "pretrain-8xa100", ready)] == ["ok"]
 
 
 def test_fp8_on_gpus_without_it_is_refused_before_they_are_rented(ready):
     ready["TRAIN_ARGS"] = "--train.precision=fp8"
-    found = [what for mark, what in marks(work.check_config(task("pretrain-8xa100"), ready)) if mark == "x"]
+    found = [what for mark, what in found_by(check.check_config, "pretrain-8xa100", ready) if mark == "x"]
     assert found[0] == "config: train.precision is fp8, but A100 has no fp8 units; set bf16, or take H100"
     assert len(found) == 2  # and the A100 of 80 GB
-    assert all(mark == "ok" for mark, _ in marks(work.check_config(task("pretrain-gh200"), ready)))
+    assert all(mark == "ok" for mark, _ in found_by(check.check_config, "pretrain-gh200", ready))
 
 
 def test_micro_batches_that_do_not_divide_over_all_ranks_are_refused(ready):
     ready["TRAIN_ARGS"] = "--batch.tokens_per_step=262144 --batch.micro_batch_size=32"
-    found = marks(work.check_config(task("pretrain-multinode"), ready))
+    found = found_by(check.check_config, "pretrain-8xa100", ready, nodes=2)
     assert ("x", "config: 8 micro-batches do not divide over 16 ranks of A100:8") in found
 
 
 def test_unknown_setting_is_refused(ready):
     ready["TRAIN_ARGS"] = "--train.stepz=5"
     with pytest.raises(ConfigError, match=r"did you mean train\.steps"):
-        list(work.check_config(task("pretrain-8xa100"), ready))
+        found_by(check.check_config, "pretrain-8xa100", ready)
 
 
 def test_data_that_is_there_and_data_that_is_not(ready):
-    assert next(work.check_data(task("pretrain-8xa100"), ready)).mark == "ok"
-    (finding,) = work.check_data(task("pretrain-8xa100"), {**ready, "DATA": "elsewhere"})
-    assert finding.mark == "x"
-    assert "`make prep-data` makes it" in finding.what
+    assert found_by(check.check_data, "pretrain-8xa100", ready)[0][0] == "ok"
+    ((mark, what),) = found_by(check.check_data, "pretrain-8xa100", {**ready, "DATA": "elsewhere"})
+    assert mark == "x"
+    assert "`make prep-data` makes it" in what
 
 
 def test_bucket_is_tried_and_left_clean(ready, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    assert next(check.check_bucket(task("pretrain-8xa100"), ready)).mark == "ok"
+    assert found_by(check.check_bucket, "pretrain-8xa100", ready)[0][0] == "ok"
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -130,15 +134,13 @@ def test_bucket_is_tried_and_left_clean(ready, tmp_path):
     ],
 )
 def test_empty_secrets_are_found_before_the_node_finds_them(name, keys, mark, word):
-    (finding,) = check.check_secrets(task(name), keys)
-    assert finding.mark == mark
-    assert word in finding.what
+    assert [(found, word in what) for found, what in found_by(check.check_secrets, name, keys)] == [(mark, True)]
 
 
 def test_a_store_that_ignores_conditional_writes_is_refused_by_name(s3, bucket, monkeypatch):
     with stores.WithoutConditions(s3) as server:
         monkeypatch.setenv("BUCKET_ENDPOINT_URL", server.url)
-        found = marks(check.check_bucket(task("pretrain-8xa100"), {"BUCKET": bucket}))
+        found = found_by(check.check_bucket, "pretrain-8xa100", {"BUCKET": bucket})
         assert [mark for mark, _ in found] == ["x"]
         assert found[0][1].startswith(f"bucket: {bucket} at the endpoint ({server.url}) ignores conditional writes")
         assert storage.list_objects(bucket) == []
@@ -148,8 +150,8 @@ def test_a_bucket_in_another_region_is_named_with_its_price(monkeypatch):
     for name in ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("core.stores.aws.Place.home", lambda place: {"far": "us-west-2"}[place.bucket])
-    settings = {"BUCKET": "far", "DATA": "none"}
-    found = [what for _, what in marks(check._region(task("pretrain-8xa100-spot"), settings, "s3://far"))]
+    spot = task("pretrain-8xa100-spot", {"BUCKET": "far"})
+    found = [finding.what for finding in providers.CLOUDS["aws"].transfer_findings(spot, "s3://far", 0)]
     assert "bucket: it is in us-west-2; a machine at aws/us-east-1 reads it for $0.02 per GB" in found
     assert not [what for what in found if "aws/us-west-2 reads" in what]
 
@@ -165,12 +167,12 @@ def test_what_cannot_be_asked_is_no_failure():
 
 
 def test_a_managed_job_is_priced_by_a_plain_dry_run(monkeypatch):
-    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
-    path = "sky/pretrain-8xa100-spot.yaml"
+    monkeypatch.setattr(skypilot, "find_sky", lambda: "sky")
     given = {"BUCKET": "b", "AWS_ACCESS_KEY_ID": "a"}
-    command = " ".join(check.pricing_command(path, task("pretrain-8xa100-spot"), given))
+    spot = task("pretrain-8xa100-spot", given)
+    command = " ".join(check.pricing_command(spot, given, []))
     assert command.startswith("sky launch --cluster pretrain-8xa100-spot --yes --env BUCKET=b")
-    assert command.endswith(f"--secret AWS_ACCESS_KEY_ID --dryrun {path}")
+    assert command.endswith(f"--secret AWS_ACCESS_KEY_ID --dryrun {spot.path}")
 
 
 @pytest.fixture
@@ -180,17 +182,17 @@ def tuning(ready, tmp_path) -> dict[str, str]:
     sets.write(data_url, "instructions", "conversation", "by hand", "none", b"{}\n{}\n")
     open_run(RunFolder(start), {}, {"model": dataclasses.asdict(ModelConfig(layers=24, heads=16, width=1024))}, "f")
     storage.write_bytes(f"{start}/checkpoints/step-00000010/COMPLETE", b"{}")
-    envs = {name: value for name, value in task("finetune")["envs"].items() if value}
+    envs = {name: value for name, value in task("finetune", {}).envs.items() if value}
     return {**envs, "BUCKET": f"file://{tmp_path}", "DATA": "tokens", "START": start}
 
 
 def test_what_is_tuned_its_rows_and_its_memory_are_looked_for(tuning):
-    found = marks(work.check_data(task("finetune"), tuning))
+    found = found_by(check.check_data, "finetune", tuning)
     assert found == [
         ("ok", f"start: {tuning['START']} has weights"),
         ("ok", "data: 2 rows of 'instructions'"),
     ]
-    found = marks(work.check_config(task("finetune"), tuning))
+    found = found_by(check.check_config, "finetune", tuning)
     assert {mark for mark, _ in found} == {"ok"}
     assert re.fullmatch(
         r"memory: A10G: about \d+ of 24 GB per GPU, by estimate, .*, with \d+ sequences per micro-batch", found[1][1]
@@ -199,10 +201,10 @@ def test_what_is_tuned_its_rows_and_its_memory_are_looked_for(tuning):
 
 def test_a_start_without_weights_and_rows_that_were_never_stored_are_named(tuning):
     start = f"{tuning['START']}-elsewhere"
-    (mark, what), *_ = marks(check.findings(work.check_data, task("finetune"), {**tuning, "START": start}))
+    (mark, what), *_ = found_by(check.check_data, "finetune", {**tuning, "START": start})
     assert (mark, what) == ("x", f"start: {start} has no checkpoint; check the name, or `make pretrain` first")
     other = {**tuning, "TRAIN_ARGS": "--data.examples=preferences"}
-    assert marks(check.findings(work.check_data, task("finetune"), other))[-1][0] == "x"
+    assert marks(check.findings(check.check_data, task("finetune", other), other))[-1][0] == "x"
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
@@ -220,8 +222,8 @@ def verdict(settings: training.PretrainConfig, gpu: str, world: int) -> tuple[bo
 
 
 def test_every_gpu_that_a_task_names_has_a_known_memory():
-    tasks = [yaml.safe_load(path.read_text()) for path in (ROOT / "sky").glob("*.yaml")]
-    gpus = {work.accelerator(candidate)[0] for each in tasks for candidate in launch_task.candidates(each)} - {""}
+    tasks = [read_task(str(path), {}) for path in (ROOT / "sky").glob("*.yaml")]
+    gpus = {request.accelerator for each in tasks for request in each.requests} - {None}
     assert {"A100", "A100-80GB", "GH200", "A10G"} <= gpus
     assert [gpu for gpu in gpus if memory_bytes(gpu) is None] == []
 
@@ -309,11 +311,10 @@ def test_an_image_that_is_not_there_one_sentence(registry_host):
 
 def test_an_image_for_another_architecture_is_refused(registry_host):
     settings = {"IMAGE": f"{registry_host}/me/image:1"}
-    with_suffix = {**task("pretrain-gh200"), "setup": "bash launch/node/container.sh image train"}
     real = registry.platforms
     registry.platforms = lambda reference: real(reference.removesuffix("-train"))
     try:
-        (finding,) = check.check_image(with_suffix, settings)
+        (finding,) = check.check_image(task("pretrain-gh200", settings), settings)
     finally:
         registry.platforms = real
     assert finding.mark == "x"

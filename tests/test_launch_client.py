@@ -1,8 +1,7 @@
-"""What runs on the user's machine around a launch: what is left, pull, logs, and .env.example."""
+"""What runs on the user's machine around a launch: what is left, pull, logs, and the variables that are read."""
 
 import ast
 import re
-from functools import partial
 from pathlib import Path
 
 import boto3
@@ -10,10 +9,14 @@ import pytest
 import yaml
 from moto import mock_aws
 
+from clouds.aws import Aws
+from clouds.base import LABEL, Cloud
+from clouds.providers import CLOUDS
 from core import storage
 from core.errors import ObjectNotFound
 from core.run import journal
-from launch import down, logs, pull
+from launch import down, runs
+from tests import variables
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +37,7 @@ TAGS = [{"Key": "project", "Value": "pretrain-launcher"}]
 
 def test_nothing_of_ours_is_nothing_left(account):
     account.run_instances(ImageId="ami-12345678", MinCount=1, MaxCount=1)  # somebody else's
-    assert down.aws_left((), ["us-east-1"]) == []
+    assert Aws().leftovers((), ["us-east-1"]) == []
 
 
 def test_instances_and_volumes_of_ours_are_named_and_only_volumes_ended(account):
@@ -42,12 +45,12 @@ def test_instances_and_volumes_of_ours_are_named_and_only_volumes_ended(account)
     account.run_instances(ImageId="ami-12345678", MinCount=1, MaxCount=1, TagSpecifications=tags)
     tags = [{"ResourceType": "volume", "Tags": TAGS}]
     account.create_volume(AvailabilityZone="us-east-1a", Size=100, TagSpecifications=tags)
-    machine, volume = down.aws_left((), ["us-east-1"])
+    machine, volume = Aws().leftovers((), ["us-east-1"])
     assert re.fullmatch(r"aws us-east-1: \S+ i-\w+ \(running\)", str(machine))
     assert machine.end is None, "a label does not tell yours from a colleague's"
     assert re.fullmatch(r"aws us-east-1: unattached volume vol-\w+, 100 GB", str(volume))
     volume.end()
-    assert down.aws_left((), ["us-east-1"]) == [machine]
+    assert Aws().leftovers((), ["us-east-1"]) == [machine]
 
 
 def test_what_a_machine_leaves_as_it_goes_is_ended_too(account, monkeypatch, capsys):
@@ -57,36 +60,42 @@ def test_what_a_machine_leaves_as_it_goes_is_ended_too(account, monkeypatch, cap
     def volume() -> None:
         account.create_volume(AvailabilityZone="us-east-1a", Size=100, TagSpecifications=tags)
 
-    def machine_goes(names):
-        gone.append(names)
-        if len(gone) == 1:
-            volume()
-        return []
+    class OneRegion(Aws):
+        def leftovers(self, names):
+            return super().leftovers(names, ["us-east-1"])
+
+    class MachineGoes(Cloud):
+        def leftovers(self, names):
+            gone.append(names)
+            if len(gone) == 1:
+                volume()
+            return []
 
     gone: list = []
     volume()
-    monkeypatch.setattr(down, "take_down", lambda names: (names, []))
-    monkeypatch.setattr(down, "records_left", lambda names: [])
-    monkeypatch.setattr(down, "lambda_left", machine_goes)
-    monkeypatch.setattr(down, "aws_left", partial(down.aws_left, regions=["us-east-1"]))
+    monkeypatch.setattr(down, "end_all", lambda names: (names, []))
+    monkeypatch.setattr(down, "leftovers_in_records", lambda names: [])
+    monkeypatch.setitem(CLOUDS, "lambda", MachineGoes())
+    monkeypatch.setitem(CLOUDS, "aws", OneRegion())
     monkeypatch.setattr(down, "POLL_SECONDS", 0.0)
     monkeypatch.chdir(ROOT)
     assert down.main(["--down"]) == 0
     assert capsys.readouterr().out.count("ending aws us-east-1: unattached volume") == 2
-    assert down.aws_left(()) == []
+    assert Aws().leftovers((), ["us-east-1"]) == []
 
 
 def test_the_label_is_that_of_the_tasks():
     for path in (ROOT / "sky").glob("*.yaml"):
-        assert yaml.safe_load(path.read_text())["resources"]["labels"] == dict([down.LABEL])
+        assert yaml.safe_load(path.read_text())["resources"]["labels"] == dict([LABEL])
 
 
 def test_a_cloud_that_does_not_answer_is_not_nothing(monkeypatch):
-    def lambda_left(names):
-        raise OSError("timed out")
+    class Silent(Cloud):
+        def leftovers(self, names):
+            raise OSError("timed out")
 
-    monkeypatch.setattr(down, "aws_left", lambda names: [])
-    monkeypatch.setattr(down, "lambda_left", lambda_left)
+    monkeypatch.setitem(CLOUDS, "aws", Cloud())
+    monkeypatch.setitem(CLOUDS, "lambda", Silent())
     found, unknown = down.look(["x"])
     assert found == []
     assert len(unknown) == 1
@@ -113,18 +122,18 @@ def run_url() -> str:
 
 
 def test_pull_takes_the_newest_complete_checkpoint_and_no_other(run_url, tmp_path, capsys):
-    pull.main([run_url, str(tmp_path / "here")])
+    runs.pull([run_url, str(tmp_path / "here")])
     steps = sorted(path.name for path in (tmp_path / "here/checkpoints").iterdir())
     assert steps == ["step-00000100"]
     assert (tmp_path / "here/ledger/segment-000001/start.jsonl").read_text() == "ledger/segment-000001/start.jsonl"
     assert "checkpoint: step-00000100" in capsys.readouterr().out
-    pull.main([run_url, str(tmp_path / "here")])
+    runs.pull([run_url, str(tmp_path / "here")])
     assert capsys.readouterr().out.startswith("memory://pull/run: 0 of ")
 
 
 def test_pull_without_a_run_one_sentence(tmp_path):
     with pytest.raises(ObjectNotFound, match="there is no run here; check RUN and BUCKET"):
-        pull.main(["memory://pull/none", str(tmp_path)])
+        runs.pull(["memory://pull/none", str(tmp_path)])
 
 
 def test_logs_of_all_attempts_are_shown_in_order(tmp_path, capsys):
@@ -132,15 +141,16 @@ def test_logs_of_all_attempts_are_shown_in_order(tmp_path, capsys):
         kept = journal.Journal(str(tmp_path / "logs" / attempt))
         kept.add({"time": 0.0, "line": line})
         kept.close()
-    logs.show_stored(str(tmp_path))
+    runs.show_stored(str(tmp_path))
     shown = capsys.readouterr().out
     assert shown.index("first") < shown.index("20260102T000000Z") < shown.index("second")
     with pytest.raises(ObjectNotFound, match="no machine has written output yet"):
-        logs.show_stored(str(tmp_path / "elsewhere"))
+        runs.show_stored(str(tmp_path / "elsewhere"))
 
 
-# --- .env.example ----------------------------------------------------------------------------------------------
+# --- variables ---------------------------------------------------------------------------------------------------
 
+KINDS = {".py", ".sh", ".yaml"}
 # Read, but not for a user to set: Python's and the system's own.
 NOT_SETTINGS = {"PATH", "HOME", "LD_LIBRARY_PATH"}
 
@@ -149,7 +159,7 @@ def variables_in_python() -> set[str]:
     """Names in environ["X"], environ.get("X"), environment.get("X"), settings["X"], settings with env="X", and those of
     the stores, which look several up in turn."""
     found = set()
-    for folder in ("core", "costs", "data_prep", "launch", "trainer"):
+    for folder in ("core", "clouds", "costs", "data_prep", "launch", "trainer"):
         for path in [*(ROOT / folder).rglob("*.py"), ROOT / "cost_report.py"]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.keyword) and node.arg == "env" and isinstance(node.value, ast.Constant):
@@ -173,12 +183,24 @@ def variables_of_tasks() -> set[str]:
     return {name for task in tasks for part in ("envs", "secrets") for name in task.get(part) or {}}
 
 
-def test_env_example_names_every_variable_once_and_gives_no_value():
-    lines = (ROOT / ".env.example").read_text().splitlines()
-    pairs = [line.partition("=")[::2] for line in lines if line and not line.startswith("#")]
-    names = [name for name, _ in pairs]
+def test_the_example_is_short_and_gives_no_value():
+    text = (ROOT / ".env.example").read_text()
+    assert len(text.splitlines()) < 50
+    assert set(re.findall(r"^[A-Z0-9_]+=(.*)$", text, re.M)) == {""}
+
+
+def test_every_variable_is_listed_once_in_the_example_or_in_the_document():
+    names = [*variables.in_example(), *variables.in_document()]
     assert len(names) == len(set(names))
-    assert {value for _, value in pairs} == {""}
     found = variables_in_python()
     assert {"RUN_URL", "SKYPILOT_NODE_IPS", "HANG_MINUTES", "AWS_ENDPOINT_URL"} <= found, "the search works"
     assert sorted((found | variables_of_tasks()) - set(names)) == []
+
+
+def test_every_listed_variable_is_read_somewhere():
+    """By a program, by a shell script, or by a library for which the code names it."""
+    folders = ("core", "clouds", "costs", "data_prep", "launch", "trainer", "sky")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.*") if file.suffix in KINDS]
+    texts = [file.read_text() for file in [*files, ROOT / "tests/lab.py"]]
+    words = {word for text in texts for word in re.findall(r"[A-Z][A-Z0-9_]+", text)}
+    assert sorted({*variables.in_example(), *variables.in_document()} - words) == []

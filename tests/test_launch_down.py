@@ -7,6 +7,10 @@ from typing import ClassVar
 
 import pytest
 
+from clouds import lambda_labs
+from clouds.providers import CLOUDS
+from launch import down
+
 BROUGHT_UP = (
     "\x1b[2mFailed to connect to SkyPilot API server at http://127.0.0.1:46580. Starting a local server.\x1b[0m\n"
     "\x1b[32m✓ SkyPilot API server started.\x1b[0m [INFO] ready\n"
@@ -103,7 +107,7 @@ SPOT = "sky/pretrain-8xa100-spot.yaml"
 
 def test_logs_follow_the_newest_of_several_jobs_and_name_the_others(sky):
     sky(**{"jobs queue": (json.dumps([job(2), job(5), job(3, "PENDING"), job(9, "FAILED")]), "", 0)})
-    done = sky.run("launch.logs", SPOT)
+    done = sky.run("launch.runs", "logs", SPOT)
     assert sky.called()[-1] == "jobs logs 5"
     assert "following job 5, the newest; also running as pretrain-8xa100-spot: 3 (PENDING), 2 (RUNNING)" in done.stdout
 
@@ -117,7 +121,7 @@ def test_logs_follow_the_newest_of_several_jobs_and_name_the_others(sky):
 )
 def test_logs_of_an_ended_job_name_the_command_that_shows_them(sky, queue, said):
     sky(**{"jobs queue": queue})
-    done = sky.run("launch.logs", SPOT, RUN="second")
+    done = sky.run("launch.runs", "logs", SPOT, RUN="second")
     assert done.returncode == 1
     assert said in done.stderr
     assert "make logs FROM=bucket RUN=second" in done.stderr
@@ -125,7 +129,7 @@ def test_logs_of_an_ended_job_name_the_command_that_shows_them(sky, queue, said)
 
 def test_logs_of_a_cluster_that_is_gone_name_the_command_that_shows_them(sky):
     sky(status=("[]", "", 0))
-    done = sky.run("launch.logs", "sky/pretrain-8xa100.yaml")
+    done = sky.run("launch.runs", "logs", "sky/pretrain-8xa100.yaml")
     assert done.returncode == 1
     assert "no cluster pretrain-8xa100 is up" in done.stderr
     assert "make logs FROM=bucket RUN=gpt2-124m" in done.stderr
@@ -139,7 +143,6 @@ KEY = "secret_of-the-team.0123456789abcdef"
 @pytest.fixture
 def lambda_api(monkeypatch, tmp_path):
     """A server in the place of Lambda's: refuses `refusals` times with 429, then knows KEY."""
-    from launch import down
 
     class Handler(http.server.BaseHTTPRequestHandler):
         refusals = 0
@@ -163,9 +166,9 @@ def lambda_api(monkeypatch, tmp_path):
     Handler.asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(down, "LAMBDA_API", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(down, "LAMBDA_KEYS", tmp_path / "lambda_keys")
-    monkeypatch.setattr(down, "aws_left", lambda names: [])
+    monkeypatch.setattr(lambda_labs, "API", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(lambda_labs, "KEYS", tmp_path / "lambda_keys")
+    monkeypatch.delitem(CLOUDS, "aws")
     yield Handler
     server.shutdown()
     server.server_close()
@@ -182,16 +185,12 @@ def lambda_api(monkeypatch, tmp_path):
     ],
 )
 def test_lambda_keys_are_read_as_skypilot_reads_them(lambda_api, tmp_path, text):
-    from launch import down
-
     (tmp_path / "lambda_keys").write_text(text, encoding="utf-8")
     assert down.look(["pretrain-8xa100"]) == ([], [])
     assert lambda_api.asked == [f"Bearer {KEY}"]
 
 
 def test_too_many_requests_are_waited_out(lambda_api, tmp_path):
-    from launch import down
-
     (tmp_path / "lambda_keys").write_text(f"api_key = {KEY}\n")
     lambda_api.refusals = 2
     assert down.look(["pretrain-8xa100"]) == ([], [])
@@ -199,8 +198,6 @@ def test_too_many_requests_are_waited_out(lambda_api, tmp_path):
 
 
 def test_a_key_that_no_header_can_carry_is_not_printed(lambda_api, tmp_path):
-    from launch import down
-
     (tmp_path / "lambda_keys").write_text(f"api_key = {KEY}\x01more-of-it\n")
     found, (problem,) = down.look(["pretrain-8xa100"])
     assert found == []
@@ -209,8 +206,6 @@ def test_a_key_that_no_header_can_carry_is_not_printed(lambda_api, tmp_path):
 
 
 def test_a_file_without_a_key_one_sentence(lambda_api, tmp_path):
-    from launch import down
-
     (tmp_path / "lambda_keys").write_text("api_key=without-blanks\n")
     _, (problem,) = down.look(["pretrain-8xa100"])
     assert "holds no `api_key = ...` line, with a blank on both sides of the =" in problem

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clouds.machine import Gpu
+from clouds.base import Gpu
 from core.exit_codes import BAD_NODE, FAILED
 from launch.node import preflight
 
@@ -205,7 +205,7 @@ def test_cuda_that_does_not_initialise_refuses_the_machine_and_names_the_library
 
 
 def test_the_library_in_use_is_stated_where_all_is_well():
-    report = preflight.Report(driver="570.00", libcuda=f"{COMPAT}/libcuda.so.580.95.05 (CUDA 13.0)")
+    report = preflight.PreflightReport(driver="570.00", libcuda=f"{COMPAT}/libcuda.so.580.95.05 (CUDA 13.0)")
     assert preflight.summary(report) == f"driver 570.00; libcuda {COMPAT}/libcuda.so.580.95.05 (CUDA 13.0)"
 
 

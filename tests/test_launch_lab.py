@@ -68,9 +68,17 @@ def test_preparation_writes_a_complete_set(lab, data):
     assert any(name.startswith("logs/") for name in lab.objects("runs/prep"))
 
 
-@pytest.mark.parametrize("name", ["pretrain-8xa100", "pretrain-gh200", "pretrain-2xa100", "pretrain-multinode"])
-def test_training_on_demand(lab, data, name):
-    cluster = lab.launch(name, RUN=name, TRAIN_ARGS=f"{SMALL} --train.steps=10")
+@pytest.mark.parametrize(
+    ("task", "name", "machines"),
+    [
+        ("pretrain-8xa100", "pretrain-8xa100", ""),
+        ("pretrain-gh200", "pretrain-gh200", ""),
+        ("pretrain-8xa100", "other-gpus", "--gpus A10:1"),
+        ("pretrain-8xa100", "two-nodes", "--num-nodes 2"),
+    ],
+)
+def test_training_on_demand(lab, data, task, name, machines):
+    cluster = lab.launch(task, name, machines=machines, RUN=name, TRAIN_ARGS=f"{SMALL} --train.steps=10")
     output = lab.output(cluster)
     assert "SUCCEEDED" in output, output[-3000:]
     assert lab.step(name) == 10

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from clouds import machine, prices
-from clouds.machine import Gpu
+from clouds import aws, catalog, machine
+from clouds.base import Gpu
 from core.errors import ConfigError
 from core.run.machine import machine_from_environment
 from launch.node import network, preflight
@@ -23,29 +23,36 @@ METADATA = {
 # --- machine ---------------------------------------------------------------------------------------------------
 
 
-def facts(cloud: str, found: list[Gpu], spot_price=None, metadata=METADATA, **environment: str) -> dict[str, str]:
-    info = {"cluster_name": "c", "cloud": cloud, "region": "us-east-1", "zone": "us-east-1b"}
-    environment = {"SKYPILOT_CLUSTER_INFO": json.dumps(info), **environment}
-    return machine.describe(environment, found, metadata.get, lambda *_: spot_price)
+@pytest.fixture
+def facts(monkeypatch):
+    """A function that describes a machine, with these answers of AWS's services."""
+
+    def describe(cloud: str, found: list[Gpu], spot_price=None, metadata=METADATA, **environment: str):
+        monkeypatch.setattr(aws, "instance_metadata", lambda items, _: [metadata.get(item) for item in items])
+        monkeypatch.setattr(aws, "current_spot_price", lambda *_: spot_price)
+        info = {"cluster_name": "c", "cloud": cloud, "region": "us-east-1", "zone": "us-east-1b"}
+        return machine.describe({"SKYPILOT_CLUSTER_INFO": json.dumps(info), **environment}, found)
+
+    return describe
 
 
-def test_on_demand_machine_on_aws():
+def test_on_demand_machine_on_aws(facts):
     found = facts("AWS", [A100] * 8, SKYPILOT_NUM_NODES="2")
     assert found["INSTANCE_TYPE"] == "p4d.24xlarge"
     assert found["USE_SPOT"] == "false"
     assert float(found["USD_PER_HOUR"]) == pytest.approx(2 * 21.957642, rel=1e-5)
-    assert found["PRICE_SOURCE"] == prices.SNAPSHOT
+    assert found["PRICE_SOURCE"] == catalog.SNAPSHOT
     assert machine_from_environment(None, 8, found).zone == "us-east-1b"
 
 
-def test_spot_price_is_the_one_in_force_where_aws_tells_it():
+def test_spot_price_is_the_one_in_force_where_aws_tells_it(facts):
     spot = {**METADATA, "instance-life-cycle": "spot"}
     assert facts("AWS", [A100] * 8, 8.5, spot)["USD_PER_HOUR"] == "8.5"
     guessed = facts("AWS", [A100] * 8, None, spot)
     assert guessed["PRICE_SOURCE"].startswith("median over the zones of us-east-1")
 
 
-def test_lambda_node_is_known_by_its_gpus():
+def test_lambda_node_is_known_by_its_gpus(facts):
     assert facts("Lambda", [A100] * 8)["INSTANCE_TYPE"] == "gpu_8x_a100"
     eighty = Gpu("NVIDIA A100-SXM4-80GB", 81920.0, "580.0", 0, 0)
     assert facts("Lambda", [eighty] * 8)["INSTANCE_TYPE"] == "gpu_8x_a100_80gb_sxm4"
@@ -53,21 +60,21 @@ def test_lambda_node_is_known_by_its_gpus():
     assert facts("Lambda", [gh200])["USD_PER_HOUR"] == "2.29"
 
 
-def test_types_of_one_price_give_the_price_and_no_type():
+def test_types_of_one_price_give_the_price_and_no_type(facts):
     """Lambda has one A100 as SXM and as PCIe, which the driver's name does not always tell apart."""
     found = facts("Lambda", [A100])
     assert "INSTANCE_TYPE" not in found
     assert found["USD_PER_HOUR"] == "1.99"
 
 
-def test_what_is_not_known_stays_unset():
+def test_what_is_not_known_stays_unset(facts):
     found = facts("AWS", [], metadata={})
     assert "USD_PER_HOUR" not in found
     assert "INSTANCE_TYPE" not in found
     assert machine.describe({}, []) == {}
 
 
-def test_what_the_user_says_wins():
+def test_what_the_user_says_wins(facts):
     found = facts("AWS", [A100] * 8, USD_PER_HOUR="3.5", PRICE_SOURCE="contract")
     assert "USD_PER_HOUR" not in found
 
@@ -146,13 +153,13 @@ def test_faults_of_programs_are_no_reason_to_leave():
 
 
 def test_a_slow_link_and_a_wrong_clock_are_judged():
-    report = preflight.Report(figures={"all_reduce_gb_per_s": 20.0, "clock_skew_seconds": -400.0})
+    report = preflight.PreflightReport(figures={"all_reduce_gb_per_s": 20.0, "clock_skew_seconds": -400.0})
     preflight.judge(report, {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}, [A100] * 8, rehearsal=False)
     assert [problem.split(",")[0] for problem in report.problems] == [
         "the GPUs all-reduce 20 GB/s",
         "the clock is -400 s off the bucket's",
     ]
-    healthy = preflight.Report(figures={"all_reduce_gb_per_s": 230.0, "clock_skew_seconds": 1.0})
+    healthy = preflight.PreflightReport(figures={"all_reduce_gb_per_s": 230.0, "clock_skew_seconds": 1.0})
     preflight.judge(healthy, {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}, [A100] * 8, rehearsal=False)
     assert healthy.problems == []
 
@@ -202,7 +209,7 @@ def test_nvidia_smi_is_read_with_and_without_counters(nvidia_smi, monkeypatch):
         (NO_HANDLE, 15, NO_HANDLE),
     ],
 )
-def test_a_gpu_that_does_not_answer_is_a_finding(nvidia_smi, line, code, fault):
+def test_a_gpu_that_does_not_answer_is_a_finding(facts, nvidia_smi, line, code, fault):
     """It refuses the machine; the others are read, and the machine's price is still known."""
     nvidia_smi(*[ROW] * 7, line, code=code)
     found = machine.gpus()

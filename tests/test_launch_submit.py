@@ -7,8 +7,8 @@ import pytest
 from core.errors import LauncherError
 from core.settings import loader
 from core.settings.training import RunConfig
-from launch import check, submit, work
-from launch.task import read_task, settings_of
+from core.task import read_task
+from launch import check, submit
 from tests import corpus
 
 ROOT = Path(__file__).parent.parent
@@ -56,9 +56,8 @@ def test_a_task_that_can_run_is_launched_with_its_settings(sky, bucket_folder):
 )
 def test_what_the_node_would_refuse_is_refused(monkeypatch, capsys, bucket_folder, name, value, said):
     monkeypatch.chdir(ROOT)
-    task = read_task(TRAIN)
-    settings = settings_of(task, {**REHEARSAL, "BUCKET": str(bucket_folder), name: value})
-    assert not submit.launchable(task, settings)
+    settings = {**REHEARSAL, "BUCKET": str(bucket_folder), name: value}
+    assert not submit.launchable(read_task(TRAIN, settings), settings)
     assert said in capsys.readouterr().out
 
 
@@ -91,9 +90,10 @@ def test_a_cap_of_zero_is_said_aloud(sky, bucket_folder):
 @pytest.mark.parametrize("text", ["$20", "20.", "1e1", "0", "-5", "20 USD", "nan", "inf", "1_000", "", "none"])
 def test_check_and_node_agree_on_a_cap(monkeypatch, text):
     monkeypatch.chdir(ROOT)
-    task = read_task(TRAIN)
-    settings = settings_of(task, {"BUCKET": "b", "MAX_USD": text})
-    refused = any(finding.mark == "x" for finding in check.findings(work.check_config, task, settings))
+    settings = {"BUCKET": "b", "MAX_USD": text}
+    task = read_task(TRAIN, settings)
+    given = {**settings, **task.envs}
+    refused = any(finding.mark == "x" for finding in check.findings(check.check_config, task, given))
     try:
         loader.load(RunConfig, [], {"RUN_URL": "x", "MAX_USD": text})
         assert not refused
@@ -102,7 +102,7 @@ def test_check_and_node_agree_on_a_cap(monkeypatch, text):
 
 
 def test_status_of_a_run_that_is_not_there_shows_no_dollars(sky, bucket_folder):
-    done = sky.run("launch.status", TRAIN, BUCKET=f"{bucket_folder}/", RUN="mistyped")
+    done = sky.run("launch.runs", "status", TRAIN, BUCKET=f"{bucket_folder}/", RUN="mistyped")
     assert f"{bucket_folder}/runs/mistyped/ledger: no run here yet; check RUN and BUCKET" in done.stdout
     assert "$0.00" not in done.stdout
 

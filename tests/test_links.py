@@ -16,7 +16,7 @@ from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
 from core.run.reader import read_run, spent_usd_at_most
-from launch import pull
+from launch import runs
 from tests import checkpoints
 from tests.test_checkpoint import save, trained
 from trainer.checkpoint import layout
@@ -331,7 +331,7 @@ def test_pull_takes_the_runs_own_newest_checkpoint(run: Path, tmp_path: Path, ra
     put(run / "run.json")
     save(str(tmp_path / "other"), ranks, 9)
     (run / "before").symlink_to(tmp_path / "other")
-    chosen = pull.choose(str(run), storage.list_objects(str(run)))
+    chosen = runs.choose(str(run), storage.list_objects(str(run)))
     assert {Path(info.uri).parent.name for info in chosen} == {"run", "step-00000003"}
 
 
@@ -353,7 +353,7 @@ def test_the_newest_checkpoint_behind_a_link_is_pulled_and_opened(tmp_path: Path
     move_and_link(run, tmp_path / "disk", 2)
     put(run / "run.json")
     done = subprocess.run(
-        [sys.executable, "-m", "launch.pull", str(run), str(tmp_path / "copy")], capture_output=True, text=True
+        [sys.executable, "-m", "launch.runs", "pull", str(run), str(tmp_path / "copy")], capture_output=True, text=True
     )
     assert "checkpoint: step-00000002" in done.stdout, done.stderr
     assert layout.complete_steps(str(tmp_path / "copy")) == [2]

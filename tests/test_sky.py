@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core import task as cost_task
+from clouds import skypilot
 from core.errors import ConfigError
 from core.exit_codes import BAD_NODE, PREEMPTED
-from launch import task as launch_task
+from core.task import read_task
 
 ROOT = Path(__file__).parent.parent
 TASKS = sorted((ROOT / "sky").glob("*.yaml"))
@@ -33,7 +33,7 @@ def path(request) -> Path:
 def test_the_folder_holds_tasks_only():
     assert {path.suffix for path in (ROOT / "sky").iterdir()} == {".yaml"}
     stems = {path.stem for path in TASKS}
-    assert {"prep-data", "pretrain-8xa100", "pretrain-8xa100-spot", "pretrain-gh200", "pretrain-multinode"} <= stems
+    assert {"prep-data", "pretrain-8xa100", "pretrain-8xa100-spot", "pretrain-gh200"} <= stems
 
 
 def test_head_comment_says_how_to_launch_watch_and_stop_and_what_it_costs(path):
@@ -99,8 +99,9 @@ def test_configs_exist_and_fit_their_program(path):
     if "CONFIG" not in envs:
         pytest.skip("names no config")
     assert (ROOT / envs["CONFIG"]).is_file()
-    work = cost_task.load(str(path)).work
-    assert work.stage in ("pretrain", "prep", "finetune")
+    workload = read_task(str(path), {}).workload
+    assert workload.stage in ("pretrain", "prep", "finetune")
+    assert workload.problem == ""
 
 
 def test_every_variable_that_a_command_uses_is_declared(path):
@@ -130,11 +131,15 @@ def test_shared_parts_are_the_same_in_all():
     assert {name: said for name, said in meaning.items() if len(said) > 1 and name not in specific} == {}
 
 
+def command_of(path: str, given: dict[str, str]) -> list[str]:
+    return skypilot.launch_command(read_task(str(ROOT / path), given), given, "abc", [])
+
+
 def test_sky_command_carries_settings_and_hides_secrets(monkeypatch):
-    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
+    monkeypatch.setattr(skypilot, "find_sky", lambda: "sky")
     path = "sky/pretrain-8xa100.yaml"
     given = {"BUCKET": "b", "MAX_USD": "5", "AWS_ACCESS_KEY_ID": "AKIA-very-secret", "UNRELATED": "x"}
-    command = launch_task.sky_command(path, task_of(ROOT / path), given, "abc", [])
+    command = command_of(path, given)
     text = " ".join(command)
     assert text.startswith("sky launch --cluster pretrain-8xa100 --yes")
     for part in ("--env BUCKET=b", "--env MAX_USD=5", "--env GIT_REVISION=abc", "--secret AWS_ACCESS_KEY_ID"):
@@ -144,24 +149,24 @@ def test_sky_command_carries_settings_and_hides_secrets(monkeypatch):
 
 
 def test_awss_own_keys_stay_here_where_the_bucket_has_keys(monkeypatch):
-    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
+    monkeypatch.setattr(skypilot, "find_sky", lambda: "sky")
     path = "sky/pretrain-8xa100.yaml"
     given = {"BUCKET": "b", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "s", "WANDB_API_KEY": "w"}
     for name in ("BUCKET_ACCESS_KEY_ID", "BUCKET_GOOGLE_KEY", "BUCKET_AZURE_KEY"):
-        command = launch_task.sky_command(path, task_of(ROOT / path), {**given, name: "x"}, "abc", [])
+        command = command_of(path, {**given, name: "x"})
         sent = [command[at + 1] for at, word in enumerate(command) if word == "--secret"]
         assert sent == ["WANDB_API_KEY", name]
 
 
 def test_spot_is_a_managed_job(monkeypatch):
-    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
+    monkeypatch.setattr(skypilot, "find_sky", lambda: "sky")
     path = "sky/pretrain-8xa100-spot.yaml"
-    command = launch_task.sky_command(path, task_of(ROOT / path), {"BUCKET": "b"}, "", [])
+    command = command_of(path, {"BUCKET": "b"})
     assert command[:3] == ["sky", "jobs", "launch"]
 
 
 def test_without_a_bucket_one_sentence(monkeypatch):
-    monkeypatch.setattr(launch_task, "find_sky", lambda: "sky")
+    monkeypatch.setattr(skypilot, "find_sky", lambda: "sky")
     path = "sky/pretrain-8xa100.yaml"
     with pytest.raises(ConfigError, match=r"BUCKET is required and empty; give BUCKET=\.\.\."):
-        launch_task.sky_command(path, task_of(ROOT / path), {}, "", [])
+        command_of(path, {})

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from clouds.providers import snapshot
+from core.task import MachineChoice, read_task
+from costs.forecast import Assumptions, forecast_of
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +23,7 @@ TASKS = sorted((ROOT / "sky").glob("*.yaml"))
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="SkyPilot is not installed: make setup-launch")
 
 
-def price(home: Path, *files: Path) -> subprocess.CompletedProcess:
+def price(home: Path, *files: Path | str) -> subprocess.CompletedProcess:
     command = [PYTHON, "tests/sky_price.py", "clouds/catalog", *map(str, files)]
     environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
@@ -43,8 +46,18 @@ def test_the_cheapest_machine_is_the_one_we_mean(priced):
     assert chosen["pretrain-8xa100"] == ("Lambda", "gpu_8x_a100", False)
     assert chosen["pretrain-8xa100-spot"] == ("AWS", "p4d.24xlarge", True)
     assert chosen["pretrain-gh200"] == ("Lambda", "gpu_1x_gh200", False)
-    assert chosen["pretrain-2xa100"] == ("Lambda", "gpu_2x_a100", False)
     assert chosen["prep-data"][1] == "c6i.2xlarge"
+
+
+def test_gpus_choose_the_machine_that_our_own_parser_expects(tmp_path):
+    """`make pretrain GPUS=…` gives --gpus to SkyPilot, and to checks and forecasts through core/task.py."""
+    path = ROOT / "sky/pretrain-8xa100.yaml"
+    for gpus, machine in (("A100:2", "gpu_2x_a100"), ("GH200", "gpu_1x_gh200")):
+        (found,) = json.loads(price(tmp_path, f"{path}@{gpus}").stdout.splitlines()[-1]).values()
+        assert (found["cloud"], found["instance_type"]) == ("Lambda", machine)
+        task = read_task(str(path), {}, MachineChoice(gpus=gpus))
+        rows = forecast_of(task, snapshot(), Assumptions(), None).rows
+        assert rows[0].offer.instance_type == machine
 
 
 def test_no_task_leaves_a_machine_up(priced):

@@ -160,7 +160,7 @@ def test_batch_that_does_not_divide_over_the_ranks(data_url: str, straight: str)
         launching.start(3, f"--data.url={data_url}", f"--run.url={straight}", "--train.steps=24")
     )
     assert code != 0
-    assert "makes 8 micro-batches of 2 x 32 tokens, which do not divide over 3 ranks; start 2 ranks" in output
+    assert "makes 4 micro-batches of 2 x 32 tokens, which do not divide over 3 ranks; start 2 ranks" in output
 
 
 def test_damaged_checkpoints_are_skipped_by_name_and_never_replaced_by_a_fresh_start(data_url: str, straight: str):

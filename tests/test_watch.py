@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-from clouds import machine
-from core import metadata
+from clouds import aws, machine, metadata
 from core.errors import ConfigError
 from core.run.cap import SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder
@@ -50,10 +49,11 @@ def test_elsewhere_without_a_metadata_service_the_watch_ends_quietly(caplog: pyt
     requests = StopRequests()
     with metadata_service() as (_, gone):
         pass
-    watch = SpotWatch(requests, {**gone, "CLOUD": "Lambda"}, poll_seconds=0.01)
+    watch = SpotWatch(requests, {**gone, "CLOUD": "of-somebody"}, poll_seconds=0.01)
     wait_for(lambda: not watch._thread.is_alive())
     assert requests.stop is None
     assert caplog.text == ""
+    assert SpotWatch(requests, {**gone, "CLOUD": "Lambda"})._thread is None, "it gives no notices"
     assert SpotWatch(requests, {"AWS_EC2_METADATA_DISABLED": "true"})._thread is None
 
 
@@ -100,7 +100,7 @@ def test_an_answer_that_drips_ends_at_the_deadline(kind, monkeypatch):
 
 def test_the_launcher_waits_for_the_metadata_service(monkeypatch):
     """Without the type of its machine it does not know the price, and a cap would end the job."""
-    monkeypatch.setattr(machine, "METADATA_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(aws, "METADATA_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(metadata, "REQUEST_SECONDS", 0.5)
     with metadata_service() as (service, environment):
         service.trouble += ["503", "503", "cut", "drip without", "no HTTP"]
@@ -112,7 +112,7 @@ def test_the_launcher_waits_for_the_metadata_service(monkeypatch):
         assert "USD_PER_HOUR" in found
         assert "INSTANCE_TYPE" not in machine.describe({**environment, "AWS_EC2_METADATA_DISABLED": "true"}, [])
         service.trouble += ["503"] * 1000
-        monkeypatch.setattr(machine, "METADATA_SECONDS", 0.2)
+        monkeypatch.setattr(aws, "METADATA_SECONDS", 0.2)
         assert "INSTANCE_TYPE" not in machine.describe(environment, [])
 
 

@@ -12,7 +12,7 @@ from tests import corpus, launching, warm
 
 MODEL = ["--model.layers=2", "--model.heads=2", "--model.width=32", "--model.context=64"]
 BATCH = [
-    "--batch.tokens_per_step=512",
+    "--batch.tokens_per_step=256",
     "--batch.micro_batch_size=2",
     "--optimizer.lr=1e-2",
     "--optimizer.warmup_steps=2",

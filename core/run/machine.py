@@ -64,12 +64,12 @@ class Machine:
 def machine_from_environment(
     gpu: str | None, gpus_per_node: int, environment: Mapping[str, str] = os.environ
 ) -> Machine:
-    """The machine that the launcher's variables describe (.env.example lists them).
+    """The machine that the launcher's variables describe (docs/environment.md lists them).
 
     SkyPilot gives cloud, region and zone in SKYPILOT_CLUSTER_INFO, over which CLOUD, REGION and ZONE have precedence. A
     missing price stays None. Raises ConfigError unless price and node count are numbers above zero.
     """
-    cluster = _cluster_info(environment)
+    cluster = cluster_info(environment)
     price = positive(environment, "USD_PER_HOUR")
     spot = environment.get("USE_SPOT")
     return Machine(
@@ -93,7 +93,7 @@ def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
         "task_id": environment.get("SKYPILOT_TASK_ID"),
         "managed_job_id": environment.get("SKYPILOT_MANAGED_JOB_ID"),
         "node_ips": environment.get("SKYPILOT_NODE_IPS"),
-        "cluster": _cluster_info(environment).get("cluster_name"),
+        "cluster": cluster_info(environment).get("cluster_name"),
     }
     return {name: str(value) for name, value in facts.items() if value}
 
@@ -155,7 +155,8 @@ def positive(environment: Mapping[str, str], name: str) -> float | None:
     return value
 
 
-def _cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:
+def cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:
+    """SkyPilot's description of the cluster: cluster_name, cloud, region, zone; empty without SkyPilot."""
     try:
         found = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
     except ValueError:

@@ -1,18 +1,19 @@
-"""The first program in the container on each node: checks the node, runs the job under supervision, ends it.
+"""Checks a node, then runs one program under supervision: the first program in the container on each node.
 
     python -m launch.node -m trainer.train CONFIG [--key=value ...]     (under torchrun, after a preflight)
     python -m launch.node -m data_prep.prepare CONFIG [--key=value ...]
 
-Runs the module with this machine's facts in its environment (clouds/machine.py), and keeps its output, line by line,
-below RUN_URL/logs/, since what SkyPilot shows of a preempted node is lost. Exit codes, which the tasks in sky/ rely on:
+The module finds the facts of this machine in its environment (clouds/machine.py). Its output goes, line by line, to
+RUN_URL/logs/, because SkyPilot loses the output of a preempted node. The tasks in sky/ rely on these exit codes:
 
-    0    the last step is reached
-    33   asked to stop, and saved                       (a managed job starts again)
-    34   the cap on dollars is reached                  (a managed job ends)
+    0    the program reached its last step
+    33   it saved after a request to stop               (a managed job starts again)
+    34   the run reached its cap on dollars             (a managed job ends)
     35   this machine is bad or hung: take another one  (a managed job starts again, REFUSALS_PER_DAY times)
-    else the program failed: its own fault, so the job ends
+    else the program failed                             (the job ends)
 
-Asked to stop (SIGTERM, SIGHUP, SIGINT), at whatever moment, it ends with 33, unless the program says 0 or 34.
+A request to stop (SIGTERM, SIGHUP, SIGINT) at any moment ends this program with 33, unless the module exits with 0 or
+34.
 """
 
 import signal
@@ -34,31 +35,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clouds import machine
+from clouds.base import Gpu
 from core import storage
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
 from core.exit_codes import BAD_NODE, FAILED, OK, PREEMPTED
 from core.run.folder import RunFolder
 from core.run.journal import Journal
-from launch.node import network, preflight
+from launch.node import network, preflight, supervise
 from launch.node.supervise import Child, Outcome, kill_descendants
 
 log = logging.getLogger("node")
 
-# More refusals than this in a day are not bad luck with machines: then the job ends, for a person to look at it.
+# More refusals in a day are not bad luck with machines: the job ends, so that a person looks at it.
 REFUSALS_PER_DAY = 3
-# The head node's code is the one that counts: others give it this long to end by itself before they end the job.
+# The head node's exit code counts. The other nodes wait this long for it before they end the job.
 HEAD_START_SECONDS = 30.0
-# Longer than the ten minutes after which a collective gives up by itself and names the rank that is missing.
-HANG_MINUTES = 15.0
 LOG_FLUSH_SECONDS = 10.0
-# So long after the program was killed this one leaves too, whatever holds it up: before container.sh kills it.
+# This long after the program is killed, this one exits too, before container.sh kills it.
 AFTER_KILL_SECONDS = 4.0
 SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
-class Keep(logging.Handler):
-    """Our own log lines go into storage as well, among those of the program."""
+class StoredLog(logging.Handler):
+    """Stores our log lines among the output of the program."""
 
     def __init__(self, output: Journal):
         super().__init__()
@@ -75,19 +75,19 @@ def main(arguments: list[str]) -> int:
     environment = dict(os.environ)
     if not environment.get("RUN_URL"):
         raise ConfigError("RUN_URL is not set; launch/node/container.sh derives it from BUCKET and RUN")
-    hang_minutes(environment)
+    supervise.hang_minutes(environment)
     stop.seconds()
-    # Until the program runs there is nothing to save: a request to stop ends the preflight, and this program.
+    # Before the program runs there is nothing to save: a request to stop ends the preflight and this program.
     stop.on_leaving(kill_descendants)
     rank, addresses = network.nodes(environment)
     found = machine.gpus()
     environment |= machine.describe(environment, found)
     run_url = environment["RUN_URL"]
-    # Two machines may begin in the same second.
+    # Two machines may start in the same second.
     attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-node-{rank:03d}-{secrets.token_hex(4)}"
     output = Journal(storage.join(RunFolder(run_url).logs, attempt), LOG_FLUSH_SECONDS)
     stop.on_leaving(output.close)
-    ours = Keep(output)
+    ours = StoredLog(output)
     logging.getLogger().addHandler(ours)
     try:
         log.info("node %d of %d: %s", rank + 1, len(addresses), describe(environment))
@@ -95,19 +95,17 @@ def main(arguments: list[str]) -> int:
         stop.settle(code if code != FAILED else PREEMPTED)
         log.info("exit code %d", code)
         return code
-    except LauncherError as error:  # reported by run_entry; kept for those who read the log later
+    except LauncherError as error:  # run_entry prints it; the stored log needs it too
         output.add({"time": time.time(), "line": f"error: {error}"})
         raise
     finally:
         logging.getLogger().removeHandler(ours)
-        if not stop.asked():  # else within a time limit (stop.leave)
+        if not stop.asked():  # otherwise stop.leave closes it within a time limit
             output.close()
 
 
-def job(
-    module: str, arguments: list[str], environment: dict[str, str], found: list[machine.Gpu], output, attempt: str
-) -> int:
-    """Preflight and program. Returns the exit code of this node."""
+def job(module: str, arguments: list[str], environment: dict[str, str], found: list[Gpu], output, attempt: str) -> int:
+    """Run preflight and program. Returns the exit code of this node."""
     trains = module.startswith("trainer.")
     if trains:
         report = preflight.run(environment, found)
@@ -132,16 +130,16 @@ def job(
 
         asked = threading.Event()
         stop.inform(lambda reason: asked.set())
-        stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: whatever is still open is given up")
+        stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: giving up what is still open")
         files = {"EXIT_CODE_FILE": str(code_file), "STOP_FILE": f"{folder}/stop"}
         child = Child(command, {**environment, **files}, keep, launched=trains, asked=asked)
-        outcome = child.wait(hang_minutes(environment) * 60, stop.seconds())
-        told = int(code_file.read_text()) if code_file.exists() else None
+        outcome = child.wait(supervise.hang_minutes(environment) * 60, stop.seconds())
+        written = int(code_file.read_text()) if code_file.exists() else None
     if outcome.stopped:
-        return exit_code(outcome, told)
+        return exit_code(outcome, written)
     if outcome.hung:
         return refuse(environment["RUN_URL"], attempt, ["the program hung; its stacks are in the log"])
-    code = exit_code(outcome, told)
+    code = exit_code(outcome, written)
     if code == FAILED and trains and (problems := preflight.gpu_problems(environment, machine.gpus())):
         return refuse(environment["RUN_URL"], attempt, problems)
     if code and network.nodes(environment)[0] > 0:
@@ -149,19 +147,22 @@ def job(
     return code
 
 
-def exit_code(outcome: Outcome, told: int | None) -> int:
-    """torchrun ends with 1 whatever its workers say; `told` is what rank 0 wrote down. None: it did not get there."""
-    if told is not None:
-        return told
+def exit_code(outcome: Outcome, written: int | None) -> int:
+    """The exit code of a child. `written` is the code that rank 0 wrote, None without one.
+
+    torchrun exits with 1 for any failure of its workers.
+    """
+    if written is not None:
+        return written
     if outcome.returncode == 0:
         return OK
-    # Killed after the time limit, ended by an error of a store that is away, before it could listen: all the same.
-    # SIGTERM for torchrun alone is a request as well.
+    # A child that was asked to stop may also be killed after the time limit, or fail because a store is unreachable.
+    # SIGTERM for torchrun alone is a request too.
     return PREEMPTED if outcome.stopped or outcome.returncode in SIGTERMED else FAILED
 
 
 def refuse(run_url: str, attempt: str, problems: list[str]) -> int:
-    """Leave this machine: BAD_NODE, or FAILED if that has happened too often."""
+    """Record the refusal of this machine. Returns BAD_NODE, or FAILED after too many refusals."""
     stop.hold_if_leaving()
     for problem in problems:
         log.error("this node is refused: %s", problem)
@@ -176,17 +177,8 @@ def refuse(run_url: str, attempt: str, problems: list[str]) -> int:
     return FAILED
 
 
-def hang_minutes(environment: Mapping[str, str]) -> float:
-    text = environment.get("HANG_MINUTES") or str(HANG_MINUTES)
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise ConfigError(f"HANG_MINUTES is {text!r}, must be a number above 0")
-
-
 def describe(environment: Mapping[str, str]) -> str:
+    """Place, type, market and price of this machine in one line."""
     place = "/".join(environment.get(name) or "?" for name in ("CLOUD", "REGION", "ZONE"))
     market = {"true": "spot", "false": "on demand"}.get(environment.get("USE_SPOT", ""), "?")
     price = environment.get("USD_PER_HOUR")

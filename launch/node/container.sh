@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# On a rented node, outside the container: make the image, and run one command in it that ends when the job ends.
-#   launch/node/container.sh image TARGET              pull $IMAGE, or build TARGET (prep, train) of the Dockerfile here
-#   launch/node/container.sh build TARGET              build it in any case
-#   launch/node/container.sh push TARGET               try it, push it to $IMAGE, join it with that of the other platform
+# Makes the image on a rented node, and runs one command in its container, which ends with the job.
+#   launch/node/container.sh image TARGET              pull $IMAGE, or build TARGET (prep, train) of the Dockerfile
+#   launch/node/container.sh build TARGET              build TARGET
+#   launch/node/container.sh push TARGET               test it, push it to $IMAGE, join it with the other platform's
 #   launch/node/container.sh run TARGET COMMAND ...    exits with the command's code
-# Called by the tasks in sky/. SkyPilot's variables, the tasks' envs and their secrets reach the container by name.
+# The tasks in sky/ call this script. It passes SkyPilot's variables, envs and secrets to the container by name.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 NAME=pretrain-launcher
-# What was paid for before this time belongs to an earlier job on this machine.
+# End of the last job on this machine. An earlier time belongs to that job.
 ENDED=$HOME/.pretrain-launcher-ended
-# Time to save, within the two minutes that AWS gives before it takes a spot machine.
+# Grace period for saving, within the two minutes between AWS's notice and the end of a spot machine.
 STOP_SECONDS=100
-# torch's CUDA 13.0 came with driver R580. On an older one it needs NVIDIA's compatibility package, which supports
-# data-centre GPUs, from R535 on (NVIDIA's "CUDA Compatibility", table of forward compatibility, 2026-09).
+# torch's CUDA 13.0 needs driver R580, or NVIDIA's compatibility package on an older one. That package supports
+# data-centre GPUs from R535 on (NVIDIA's "CUDA Compatibility", table of forward compatibility, 2026-09).
 CUDA_DRIVER=580
 COMPAT_DRIVER=535
 COMPAT=/usr/local/cuda-13.0/compat
-# As in core/console.py: a managed job takes another machine, so long after it was submitted; then it ends.
+# The code of core/exit_codes.py. After this many minutes since its submission a managed job takes no other machine.
 BAD_NODE=35
 TRY_MACHINES_MINUTES=15
 
 say() { printf '%s %s\n' "$(date -u +%T)" "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# GPUS: driver and name of each GPU of this host that answers. DRIVER: that driver. OLD_DRIVER: the same, if CUDA needs
-# the compatibility package with it. The exit code does not count: 14 is a warning, 15 means that one GPU is lost.
+# GPUS: driver and name of each GPU that answers. DRIVER: that driver. OLD_DRIVER: the same, if CUDA needs the
+# compatibility package with it. Ignores the exit code: 14 is a warning, 15 means that one GPU is lost.
 GPUS='' DRIVER='' OLD_DRIVER=''
 find_gpus() {
   GPUS=$(
@@ -38,7 +38,8 @@ find_gpus() {
   if [ -n "$DRIVER" ] && [ "${DRIVER%%.*}" -lt $CUDA_DRIVER ]; then OLD_DRIVER=$DRIVER; fi
 }
 
-# Before minutes are paid for an image: can this host's driver run it? Where nothing answers, the preflight decides.
+# Refuses a host whose driver cannot run the image, before the image costs minutes. If no GPU answers, the preflight
+# decides.
 check_driver() {
   local unsupported
   [ "${DEVICE:-}" = cuda ] || return 0
@@ -59,14 +60,15 @@ check_driver() {
   elif [ -z "${IMAGE:-}" ] && [ "${CUDA_COMPAT:-}" = no ]; then
     refuse_without_compat "CUDA_COMPAT=no leaves that out of the image"
   fi
-  say "it is older than CUDA 13.0 needs (R$CUDA_DRIVER): the image's compatibility package stands in"
+  say "it is older than CUDA 13.0 needs (R$CUDA_DRIVER): the image's compatibility package provides libcuda"
 }
 
-refuse() { # REASON ...: this machine cannot run the image, another one may
+refuse() { # REASON ...: exit, because this machine cannot run the image and another one may
   local last=$((${SUBMITTED_AT:-0} + TRY_MACHINES_MINUTES * 60))
-  # SkyPilot would restart a managed job on this code for ever.
+  # On this code SkyPilot would restart a managed job without end.
   if [ -n "${SKYPILOT_MANAGED_JOB_ID:-}" ] && [ "$(date +%s)" -gt $last ]; then
-    fail "this node is refused, and the job ends, since it takes others only $TRY_MACHINES_MINUTES minutes long: $*"
+    fail "this node is refused, and the job ends," \
+      "because it takes other machines only for $TRY_MACHINES_MINUTES minutes: $*"
   fi
   printf 'error: this node is refused: %s\n' "$*" >&2
   exit $BAD_NODE
@@ -85,12 +87,12 @@ DOCKER=(docker)
 find_docker() {
   command -v docker >/dev/null || { say "installing docker"; sudo apt-get update -qq; sudo apt-get install -y -qq docker.io >/dev/null; }
   docker info >/dev/null 2>&1 && return
-  # Lambda's user is not in the group docker. -E: variables go to the container by name.
+  # Lambda's user is not in the group docker. -E keeps the variables, which the container gets by name.
   DOCKER=(sudo -E docker)
   "${DOCKER[@]}" info >/dev/null || fail "the docker engine of $(hostname) does not answer; see the lines above"
 }
 
-# The URL that BUCKET and RUN (or DATA) name, worked out where the programs on the user's computer do it, too.
+# The URL that BUCKET and RUN (or DATA) name, by the function that the programs on the user's computer use.
 bucket_url() { # RUN or DATA
   python3 -m launch.node.place "$1"
 }
@@ -116,11 +118,11 @@ image() { # TARGET
 
 build() { # TARGET
   local target=$1 compat=${CUDA_COMPAT:-}
-  # Built here, for here: a driver that is new enough needs nothing from NVIDIA's repository.
+  # An image for this host alone: a new driver needs no package from NVIDIA's repository.
   if [ -n "$DRIVER" ] && [ -z "$OLD_DRIVER" ]; then compat=${compat:-no}; fi
   say "building the image $target here"
-  # With its cache inside, a pushed image also shortens the next build (IMAGE_CACHE).
-  # An attestation would make each platform's image an index, which cannot be joined with another.
+  # The inline cache lets a later build reuse the layers of a pushed image (IMAGE_CACHE). An attestation would make each
+  # platform's image an index, which cannot be joined with another.
   DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1 "${DOCKER[@]}" build --target "$target" --tag "$NAME:$target" \
     --build-arg "TORCH=${DEVICE:-cuda}" ${compat:+--build-arg "CUDA_COMPAT=$compat"} \
     --build-arg "GIT_REVISION=${GIT_REVISION:-}" --build-arg BUILDKIT_INLINE_CACHE=1 \
@@ -142,26 +144,26 @@ push() { # TARGET
   "${DOCKER[@]}" push --quiet "$one"
   case $(machine_arch) in amd64) other=$IMAGE-$target-arm64 ;; *) other=$IMAGE-$target-amd64 ;; esac
   if ! "${DOCKER[@]}" manifest inspect "$other" >/dev/null 2>&1; then
-    say "$other is not there yet: whoever builds it joins them"
+    say "$other is not there yet: its build joins them"
     return
   fi
   "${DOCKER[@]}" manifest create --amend "$IMAGE-$target" "$one" "$other"
   "${DOCKER[@]}" manifest push --purge "$IMAGE-$target"
 }
 
-remove_container() { # what a killed docker client left behind still holds the GPUs and the name
+remove_container() { # a container that outlived its docker client holds the GPUs and the name
   if "${DOCKER[@]}" container inspect "$NAME" >/dev/null 2>&1; then "${DOCKER[@]}" rm -f "$NAME" >/dev/null; fi
 }
 
 stop_container() {
-  # `sky cancel` ends the client, not the container: it dies of a broken pipe before it could pass SIGTERM on.
+  # `sky cancel` kills the client with a broken pipe before it can pass SIGTERM on to the container.
   if "${DOCKER[@]}" container inspect "$NAME" >/dev/null 2>&1; then
     "${DOCKER[@]}" stop -t $STOP_SECONDS "$NAME" >/dev/null
   fi
   date +%s >"$ENDED"
 }
 
-# When the time that this job is accountable for began: the boot, or the end of the job before it.
+# Unix time at which this job's paid time began: the boot, or the end of the job before it.
 started_at() {
   local boot ended=0
   boot=$(($(date +%s) - $(ps -o etimes= -p 1)))
@@ -174,11 +176,11 @@ run() { # TARGET COMMAND ...
   shift
   remove_container
   SEGMENT_STARTED_AT=$(started_at)
-  # The kernel log is not readable in the container; XID lines name GPU faults.
+  # The container cannot read the kernel log. Its XID lines name GPU faults.
   NODE_XIDS=$(sudo -n dmesg 2>/dev/null | grep -o 'NVRM: Xid.*' | tail -n 20) || NODE_XIDS=
-  RUN_URL=${RUN_URL:-$(bucket_url RUN)}
-  DATA_URL=${DATA_URL:-$(bucket_url DATA)}
-  # A pulled image is named by its registry's digest, one that was built here by its own id.
+  RUN_URL=$(bucket_url RUN)
+  DATA_URL=$(bucket_url DATA)
+  # The registry's digest of a pulled image, the id of an image that was built here.
   IMAGE_DIGEST=$("${DOCKER[@]}" image inspect --format \
     '{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}' "$NAME:$target")
   export SEGMENT_STARTED_AT NODE_XIDS RUN_URL DATA_URL IMAGE_DIGEST
@@ -188,29 +190,29 @@ run() { # TARGET COMMAND ...
         CLOUD | REGION | ZONE | INSTANCE_TYPE | USE_SPOT | RUN_URL | DATA_URL | SOURCE_URL | VOCAB_URL | RUN_TAGS | \
         WANDB_PROJECT | WANDB_API_KEY | MLFLOW_TRACKING_URI | MLFLOW_EXPERIMENT_NAME | \
         RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | GOOGLE_APPLICATION_CREDENTIALS | SEGMENT_STARTED_AT | NODE_XIDS | IMAGE_DIGEST)
-        # An empty AWS_ENDPOINT_URL or AWS_ACCESS_KEY_ID is not the same as none.
+        # Libraries read an empty AWS_ENDPOINT_URL or AWS_ACCESS_KEY_ID as a value.
         [ -z "${!name}" ] || options+=(-e "$name") ;;
     esac
   done
   find_gpus
   if [ -n "$GPUS" ]; then options+=(--gpus all); fi
-  # NVIDIA's container toolkit does this from 1.17.5 on, unless it is switched off. Never with a driver that is new
-  # enough: there the older libcuda would fail.
+  # NVIDIA's container toolkit does this from 1.17.5 on, unless it is switched off. With a new driver the package's
+  # older libcuda would fail.
   if [ -n "$OLD_DRIVER" ] && [ "${DEVICE:-}" = cuda ] && holds_compat "$target"; then
     options+=(-e "LD_LIBRARY_PATH=$COMPAT")
   fi
   for device in /dev/infiniband/*; do [ ! -e "$device" ] || options+=(--device "$device"); done
-  # AWS's GPU images carry libfabric and its NCCL plugin here; ours does not.
+  # AWS's GPU machine images hold libfabric and its NCCL plugin here; our image does not.
   for name in /opt/amazon/efa /opt/amazon/ofi-nccl; do [ ! -d "$name" ] || options+=(-v "$name:$name:ro"); done
-  # Host network: rendezvous, NCCL and the metadata service. Host IPC and memlock: NCCL and data workers share memory.
+  # Host network for rendezvous, NCCL and the metadata service; host IPC and memlock for shared memory.
   "${DOCKER[@]}" run --rm --init --name "$NAME" --network host --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \
     -v "$NAME-cache:/cache" "${options[@]}" "$NAME:$target" "$@" &
   CLIENT=$!
   wait "$CLIENT"
 }
 
-# A request to stop is no failure, whether it comes here, or to a program that Python has not begun yet (143): with 33
-# a managed job starts again. Only what the program itself says counts more: done (0), the cap (34), a bad machine (35).
+# Exits with 33 after a request to stop, so that a managed job starts again; a program that gets the signal before
+# Python runs exits with 143. Codes of the program win: done (0), the cap (34), a bad machine (35).
 CLIENT=
 leave() { # EXIT_CODE
   local code=$1 said=
@@ -218,7 +220,7 @@ leave() { # EXIT_CODE
   case $code in 129 | 130 | 143) ;; *) exit "$code" ;; esac
   if [ -n "$CLIENT" ]; then
     for _ in {1..50}; do kill -0 "$CLIENT" 2>/dev/null || break; sleep 0.1; done
-    # Perhaps it has begun only now.
+    # The container may have started only now.
     if kill -0 "$CLIENT" 2>/dev/null && ! stop_container; then
       say "the container could not be stopped; see the lines above"
       exit 33

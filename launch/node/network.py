@@ -1,8 +1,8 @@
-"""How the nodes of a job find each other: torchrun's rendezvous arguments, network interfaces, NCCL by cloud.
+"""Derives torchrun's rendezvous arguments and the network settings of NCCL and Gloo from SkyPilot's variables.
 
     torchrun *rendezvous(os.environ) ...
 
-SkyPilot lists the private addresses of all nodes in SKYPILOT_NODE_IPS, the head first. Torch-free.
+SkyPilot lists the private addresses of all nodes in SKYPILOT_NODE_IPS, the head node first.
 """
 
 import array
@@ -20,7 +20,7 @@ EFA_LIBRARIES = ("/opt/amazon/ofi-nccl/lib", "/opt/amazon/efa/lib")
 
 
 def nodes(environment: Mapping[str, str]) -> tuple[int, list[str]]:
-    """Rank of this node and the addresses of all. Raises ConfigError if they contradict each other."""
+    """The rank of this node and the addresses of all nodes. Raises ConfigError if they contradict each other."""
     addresses = (environment.get("SKYPILOT_NODE_IPS") or "127.0.0.1").split()
     rank = int(environment.get("SKYPILOT_NODE_RANK") or 0)
     if not 0 <= rank < len(addresses):
@@ -29,7 +29,7 @@ def nodes(environment: Mapping[str, str]) -> tuple[int, list[str]]:
 
 
 def ranks_per_node(environment: Mapping[str, str]) -> int:
-    """One rank per GPU, unless RANKS_PER_NODE says otherwise."""
+    """RANKS_PER_NODE, else one rank per GPU. Raises ConfigError."""
     text = environment.get("RANKS_PER_NODE") or environment.get("SKYPILOT_NUM_GPUS_PER_NODE") or "1"
     if not text.isdigit():
         raise ConfigError(f"RANKS_PER_NODE is {text!r}, must be a whole number; leave it empty for one rank per GPU")
@@ -37,41 +37,41 @@ def ranks_per_node(environment: Mapping[str, str]) -> int:
 
 
 def rendezvous(environment: Mapping[str, str]) -> list[str]:
-    """torchrun's arguments. Static, no elastic restarts: after a failure the whole job starts again from storage."""
+    """torchrun's arguments for a static rendezvous. After a failure the whole job restarts from storage."""
     rank, addresses = nodes(environment)
     arguments = [f"--nnodes={len(addresses)}", f"--node-rank={rank}", f"--nproc-per-node={ranks_per_node(environment)}"]
-    # Nodes must agree on a port; on a single one another job may have it.
+    # Several nodes must agree on a port. On a single node another job may use that port.
     port = MASTER_PORT if len(addresses) > 1 else free_port()
     return [*arguments, f"--master-addr={addresses[0]}", f"--master-port={port}"]
 
 
 def free_port() -> int:
-    """A port of this machine that nothing uses now."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def settings(environment: Mapping[str, str], devices: Path = Path("/dev/infiniband")) -> dict[str, str]:
-    """Variables for NCCL and Gloo. What the user set stays."""
+    """Variables for NCCL and Gloo, without those that the user has set."""
     rank, addresses = nodes(environment)
     found = {"NCCL_DEBUG": "WARN"}
     if len(addresses) > 1:
-        # Left alone, Gloo takes the interface that the host name resolves to (on Ubuntu often 127.0.1.1), and NCCL
-        # may take a docker bridge: name the one that holds the address the other nodes know.
+        # Gloo's default is the interface that the host name resolves to (often 127.0.1.1 on Ubuntu), NCCL's may be a
+        # docker bridge. Both must take the interface with the address that the other nodes know.
         interface = interface_of(addresses[rank])
         if interface:
             found |= {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
         libraries = [path for path in EFA_LIBRARIES if Path(path).is_dir()]
         if any(devices.glob("uverbs*")) and len(libraries) == len(EFA_LIBRARIES):
-            # EFA: NCCL goes through AWS's libfabric plugin, found by its place in the library path.
+            # NCCL uses EFA through AWS's libfabric plugin, which it finds on the library path.
             path = ":".join([*libraries, *filter(None, [environment.get("LD_LIBRARY_PATH")])])
             found |= {"FI_PROVIDER": "efa", "LD_LIBRARY_PATH": path}
     return {name: value for name, value in found.items() if name == "LD_LIBRARY_PATH" or not environment.get(name)}
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has this IPv4 address, or None."""
+    """The name of the network interface with this IPv4 address; None without one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = array.array("b", struct.pack("256s", name.encode()[:15]))

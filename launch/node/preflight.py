@@ -1,11 +1,11 @@
-"""Is this node what was asked for, and healthy? About ten seconds before the training program starts.
+"""Checks within about ten seconds that a node is the requested machine and healthy, before training starts.
 
     report = run(os.environ, machine.gpus())
 
-Checks the GPUs' number, kind and error counters, the clock, the disk, the way to the bucket, and (in
-trainer/distributed/preflight.py, meanwhile, with torch) that CUDA initialises, that all GPUs reach each other and
-how fast. A `problem` is this machine's fault and another one may do better; what no other machine would cure raises
-ConfigError; the rest is only noted. Torch-free. RUN_URL/preflight/ keeps the reports.
+Checks number, kind and error counters of the GPUs, clock, disk and bucket. In parallel, a torch program
+(trainer/distributed/preflight.py) checks that CUDA initialises and measures an all-reduce over all GPUs. A `problem` is
+a fault of this machine that another machine may not have; a fault that no other machine would cure raises ConfigError;
+a note changes nothing. RUN_URL/preflight/ keeps the reports.
 """
 
 import json
@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from clouds import prices
-from clouds.machine import Gpu, is_a
+from clouds import catalog, providers
+from clouds.base import Gpu
 from core import stop, storage
 from core.run.folder import RunFolder
 from core.stores import aws
@@ -34,39 +34,39 @@ from launch.node import network
 
 log = logging.getLogger(__name__)
 
-# Faults of the hardware, not of a program (NVIDIA's Xid catalog): double-bit ECC, row remapping failed, NVLink,
+# Hardware faults, unlike those of programs (NVIDIA's Xid catalog): double-bit ECC, row remapping failed, NVLink,
 # fallen off the bus, uncontained ECC, GSP time-outs.
 FATAL_XIDS = {48, 64, 74, 79, 95, 119, 120}
-# PCIe 4.0 x16, the way without NVLink, moves 31.5 GB/s in theory: an all-reduce above this went over NVLink.
+# PCIe 4.0 x16 moves at most 31.5 GB/s, so a faster all-reduce used NVLink.
 MIN_NVLINK_GB_PER_S = 40.0
-# S3 refuses requests that are signed 15 minutes off; the ledgers of several machines should agree much better.
+# S3 refuses signatures that are 15 minutes off. The ledgers of several machines must agree much better.
 MAX_SKEW_SECONDS = 300.0
 PROBE_BYTES = 16 << 20
-# A first start reads torch's 5 GB of libraries from a cold disk; longer than this, a GPU does not answer.
+# A first start reads torch's 5 GB of libraries from a cold disk. Beyond this limit a GPU does not answer.
 ALL_REDUCE_SECONDS = 180.0
 
 
 @dataclass
-class Report:
-    """What was found. `problems` are sentences; a figure that could not be measured is None."""
+class PreflightReport:
+    """Findings of a preflight. `problems` are sentences; a figure without a measurement is None."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     figures: dict[str, float | None] = field(default_factory=dict)
     driver: str | None = None
-    libcuda: str | None = None  # the file that CUDA came from, and its version
+    libcuda: str | None = None  # the file of the CUDA driver library, and its version
     seconds: float = 0.0
 
     def to_dict(self) -> dict:
         return {"time": time.time(), **asdict(self)}
 
 
-def run(environment: Mapping[str, str], found: Sequence[Gpu]) -> Report:
-    """All checks, side by side where they do not disturb each other. Raises ConfigError, StorageError."""
+def run(environment: Mapping[str, str], found: Sequence[Gpu]) -> PreflightReport:
+    """Run all checks, in parallel where they do not disturb each other. Raises ConfigError, StorageError."""
     started = time.monotonic()
     rehearsal = environment.get("DEVICE") == "cpu"
     healthy = [gpu for gpu in found if not gpu.fault]
-    report = Report(problems=gpu_problems(environment, found), driver=healthy[0].driver if healthy else None)
+    report = PreflightReport(problems=gpu_problems(environment, found), driver=healthy[0].driver if healthy else None)
     with ThreadPoolExecutor() as pool:
         together = pool.submit(all_reduce, environment, rehearsal) if not report.problems else None
         bucket = pool.submit(bucket_speed, environment["RUN_URL"])
@@ -89,14 +89,14 @@ def run(environment: Mapping[str, str], found: Sequence[Gpu]) -> Report:
 
 
 def gpu_problems(environment: Mapping[str, str], found: Sequence[Gpu]) -> list[str]:
-    """What the driver and the kernel say against these GPUs."""
+    """One sentence for each fault of the GPUs that the driver or the kernel reports."""
     problems = []
     asked = int(environment.get("SKYPILOT_NUM_GPUS_PER_NODE") or 0)
     if len(found) < asked:
         problems.append(f"{asked} GPUs were asked for, the driver sees {len(found)}")
-    offer = next((o for o in prices.snapshot().offers if o.instance_type == environment.get("INSTANCE_TYPE")), None)
+    offer = next((o for o in providers.snapshot().offers if o.instance_type == environment.get("INSTANCE_TYPE")), None)
     for gpu in [gpu for gpu in found if not gpu.fault][:1]:
-        if offer and offer.accelerator and not is_a(gpu, offer):
+        if offer and offer.accelerator and not catalog.has_accelerator(offer, gpu):
             problems.append(f"a {offer.instance_type} has {offer.accelerator}, the driver sees {gpu.name}")
     for number, gpu in enumerate(found):
         if gpu.fault:
@@ -112,8 +112,8 @@ def gpu_problems(environment: Mapping[str, str], found: Sequence[Gpu]) -> list[s
     return problems
 
 
-def judge(report: Report, environment: Mapping[str, str], found: Sequence[Gpu], rehearsal: bool) -> None:
-    """Sentences for figures that are too far off."""
+def judge(report: PreflightReport, environment: Mapping[str, str], found: Sequence[Gpu], rehearsal: bool) -> None:
+    """Add problems and notes for figures out of range to a report."""
     speed = report.figures.get("all_reduce_gb_per_s")
     linked = any(name in gpu.name for gpu in found for name in ("SXM", "HBM3"))
     if speed and linked and not rehearsal and network.ranks_per_node(environment) > 1 and speed < MIN_NVLINK_GB_PER_S:
@@ -130,12 +130,12 @@ def judge(report: Report, environment: Mapping[str, str], found: Sequence[Gpu], 
 
 
 def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
-    """What trainer/distributed/preflight.py finds on all GPUs of this node, or what went wrong."""
+    """The figures of trainer/distributed/preflight.py on all GPUs of this node, or one sentence about its failure."""
     ranks = network.ranks_per_node(environment)
-    # --standalone would resolve the host name, which in a container need not be known.
+    # --standalone would resolve the host name, which a container may not know.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
-    # PARENT_PID: what we start ends when we do.
+    # PARENT_PID: the program ends with this one.
     variables = {**os.environ, **environment, "PARENT_PID": str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -155,7 +155,7 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
 
 
 def bucket_speed(run_url: str) -> dict[str, float]:
-    """Write, read and delete one probe object. Raises StorageError, which names the remedy."""
+    """MB/s of writing and reading one probe object. Raises StorageError."""
     uri = storage.join(RunFolder(run_url).preflight, f"probe-{os.urandom(8).hex()}")
     data = os.urandom(PROBE_BYTES)
     started = time.monotonic()
@@ -172,7 +172,7 @@ def bucket_speed(run_url: str) -> dict[str, float]:
 
 
 def disk_speed() -> float:
-    """MB/s of synchronous writing to the disk that holds the shard cache."""
+    """MB/s of synchronous writes to the disk of the shard cache."""
     data = os.urandom(PROBE_BYTES)
     with tempfile.NamedTemporaryFile() as file:
         started = time.monotonic()
@@ -184,19 +184,20 @@ def disk_speed() -> float:
 
 
 def clock_skew_seconds(environment: Mapping[str, str]) -> float | None:
-    """This clock minus the object store's, by the Date header of its answer, to a second. None without one."""
+    """This clock minus the object store's, to a second, by the Date header of its answer. None without that header."""
     endpoint = aws.endpoint_of(environment)
     try:
         with urllib.request.urlopen(endpoint or "https://s3.amazonaws.com", timeout=10) as answer:
             header = answer.headers["Date"]
-    except urllib.error.HTTPError as error:  # a refusal has a date as well
+    except urllib.error.HTTPError as error:  # a refusal has a date too
         header = error.headers["Date"]
     except OSError:
         return None
     return time.time() - parsedate_to_datetime(header).timestamp() if header else None
 
 
-def summary(report: Report) -> str:
+def summary(report: PreflightReport) -> str:
+    """All findings in one line."""
     figures = [
         f"{name.replace('_', ' ')} {'?' if value is None else format(value, '.3g')}"
         for name, value in report.figures.items()

@@ -1,8 +1,8 @@
-"""Is this image whole? Imports what its programs import; with GPUs, starts CUDA, multiplies and compiles on each.
+"""Tests an image: imports the modules of its programs; on each GPU, initialises CUDA, multiplies and compiles.
 
     docker run --rm IMAGE            (also its health check)
 
-IMAGE_TARGET, set in the image, says which programs it is for. Prints one line, or fails with the first error.
+IMAGE_TARGET, set in the image, names the programs that it is for. Prints one line, or fails with the first error.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     target = os.environ.get("IMAGE_TARGET")
     if target not in PROGRAMS:
         raise ConfigError(f"IMAGE_TARGET is {target!r}, must be one of {', '.join(PROGRAMS)}; is this our image?")
-    for program in (*PROGRAMS[target], "core.stores.remote"):  # which is imported with the first bucket
+    for program in (*PROGRAMS[target], "core.stores.remote"):  # programs import it with their first bucket
         importlib.import_module(program)
     if os.geteuid() == 0:
         raise ConfigError("the image runs as root; its USER was changed")
@@ -41,13 +41,13 @@ def check_no_torch() -> str:
 def check_torch() -> str:
     import torch
 
-    # trainer.train imports these when it needs them.
+    # trainer.train imports these late.
     for module in ("trainer.loop.loop", "trainer.checkpoint.save"):
         importlib.import_module(module)
     preflight = importlib.import_module("trainer.distributed.preflight")
     if not shutil.which("cc"):
-        raise ConfigError("there is no C compiler in the train image, which Triton needs")
-    # torch counts none where CUDA does not initialise.
+        raise ConfigError("the train image has no C compiler, which Triton needs")
+    # torch counts no GPU if CUDA does not initialise.
     count = max(torch.cuda.device_count(), len(gpus())) if torch.version.cuda else 0
     for number in range(count):
         if problem := preflight.cuda_problem(torch.device("cuda", number)):
@@ -60,7 +60,7 @@ def check_torch() -> str:
 
 
 def revision() -> str:
-    return os.environ.get("GIT_REVISION") or "not stated"
+    return os.environ.get("GIT_REVISION") or "unknown"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Runs one child program: its output goes on and into storage, requests to stop reach its workers, a hang ends it.
+"""Supervises one child program: stores its output, passes requests to stop to its workers, and ends a hang.
 
     child = Child(["torchrun", ...], environment, keep=journal.add)
     outcome = child.wait(hang_seconds=900)
 
-The program that trains is a child of torchrun. It gets signals itself, because torchrun gives its children only
-30 seconds to save. STOP_FILE, which exists from then on, tells a worker that SIGTERM is such a request, and one that
-begins later that there was one (core.stop). Torch-free.
+Workers are children of torchrun. They get signals directly, because torchrun gives its children only 30 seconds to
+save. STOP_FILE exists after a request to stop. It marks a SIGTERM as such a request, and shows a worker that starts
+later that there was one (core.stop).
 """
 
 import contextlib
@@ -22,14 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core import stop
+from core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-# What a worker that was asked to stop may take to save; then it is killed.
+# Longer than the ten minutes after which a collective gives up and names the missing rank.
+HANG_MINUTES = 15.0
+# Grace period for a worker to save before SIGKILL.
 STOP_SECONDS = stop.SECONDS
 DUMP_SECONDS = 15.0
-# A process that outlives the child may hold its output open; we do not wait for it.
+# Limit of waiting for output, which a process that outlives the child may hold open.
 DRAIN_SECONDS = 10.0
 DRAIN_AFTER_STOP_SECONDS = 3.0
 KILL_SECONDS = 2.0
@@ -37,7 +40,7 @@ KILL_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the child ended: its return code (negative: the signal), and whether it hung or was asked to stop."""
+    """The end of a child: return code (negative: the signal), and whether it hung or was asked to stop."""
 
     returncode: int
     hung: bool = False
@@ -47,7 +50,7 @@ class Outcome:
 class Child:
     """A running program. `keep` gets every line of its output, which also goes to our standard output.
 
-    `launched`: the program is torchrun, and its children are the workers. `asked` is set when it is to stop.
+    `launched` means that the program is torchrun and its children are the workers. `asked` is set to stop it.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Child:
         self._stop_seconds = STOP_SECONDS
         self._kill_at = math.inf
         self._last_output = time.monotonic()
-        self._started: set[int] = set()  # all processes below the child, also once it has left them behind
+        self._started: set[int] = set()  # all descendants of the child, orphans included
         self.process = subprocess.Popen(
             command,
             # SIGABRT makes Python print the stacks of all threads before it dies, even in a stuck C call.
@@ -74,7 +77,7 @@ class Child:
                 **environment,
                 "PYTHONFAULTHANDLER": "1",
                 "PYTHONUNBUFFERED": "1",
-                "PARENT_PID": str(os.getpid()),  # it goes when we go
+                "PARENT_PID": str(os.getpid()),  # the child ends with this process
             },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -87,11 +90,11 @@ class Child:
         self._reader.start()
 
     def stop(self, *_: object) -> None:
-        """Ask the workers to save and leave. Fit to be a signal handler."""
+        """Ask the workers to save and exit. May serve as a signal handler."""
         self._stop.set()
 
     def wait(self, hang_seconds: float, stop_seconds: float = STOP_SECONDS) -> Outcome:
-        """Until the child is gone, and all it started."""
+        """Wait until the child and all its descendants have ended."""
         self._stop_seconds = stop_seconds
         hung = False
         while self.process.poll() is None:
@@ -110,8 +113,7 @@ class Child:
         return Outcome(self.process.returncode, hung, self._stop.is_set())
 
     def _pass_stop_on(self) -> None:
-        """SIGTERM for every worker that has not had it, also for one that has just been started; for the launcher
-        while there are none."""
+        """Send SIGTERM once to every worker, new ones included; to the launcher before there are workers."""
         if not self._stop.is_set():
             return
         if self._kill_at == math.inf:
@@ -129,8 +131,8 @@ class Child:
         return time.monotonic() > self._kill_at
 
     def _end_hang(self, hang_seconds: float) -> None:
-        """Ask to save, which works if only one rank waits; then have all threads print where they are."""
-        log.error("no line of output for %.0f s: taken as hung", hang_seconds)
+        """Ask the workers to save, which works if only one rank waits; then make all threads print their stacks."""
+        log.error("no line of output for %.0f s: the program counts as hung", hang_seconds)
         _send(signal.SIGUSR1, self._workers() or [self.process.pid])
         if self._gone_within(min(STOP_SECONDS, hang_seconds)):
             return
@@ -139,7 +141,7 @@ class Child:
         self._gone_within(DUMP_SECONDS)
 
     def _gone_within(self, seconds: float) -> bool:
-        """Whether the child ends in that time; a request to stop may shorten it."""
+        """Whether the child ends in that time, which a request to stop may shorten."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < deadline and not self._is_overdue():
             time.sleep(POLL_SECONDS)
@@ -164,8 +166,19 @@ class Child:
                 try:
                     sys.stdout.write(line)
                     sys.stdout.flush()
-                except OSError:  # whoever read our output is gone; the child must not block on a full pipe
+                except OSError:  # our reader is gone; keep draining, or the child blocks on a full pipe
                     shown = False
+
+
+def hang_minutes(environment: Mapping[str, str]) -> float:
+    """HANG_MINUTES: silence after which a program counts as hung. Raises ConfigError."""
+    text = environment.get("HANG_MINUTES") or str(HANG_MINUTES)
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"HANG_MINUTES is {text!r}, must be a number above 0")
 
 
 def _send(number: int, pids: Iterable[int]) -> None:
@@ -175,7 +188,7 @@ def _send(number: int, pids: Iterable[int]) -> None:
 
 
 def kill_descendants() -> None:
-    """SIGKILL for all that this process has started, and what that has."""
+    """Send SIGKILL to all descendants of this process."""
     deadline = time.monotonic() + KILL_SECONDS
     while (found := descendants_of(os.getpid())) and time.monotonic() < deadline:
         _send(signal.SIGKILL, found)
@@ -183,11 +196,11 @@ def kill_descendants() -> None:
 
 
 def parents() -> dict[int, int]:
-    """Process → its parent, of everything that runs in this container."""
+    """The parent of each process in this container, by process id; without zombies."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            # The command, in parentheses, may hold spaces.
+            # The command, in parentheses, may contain spaces.
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
             if state != "Z":
                 found[int(stat.parent.name)] = int(parent)

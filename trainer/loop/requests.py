@@ -1,18 +1,17 @@
-"""Collects requests to stop or to save: from signals, from the spending cap, and from AWS about a spot machine.
+"""Collects requests to stop or to save: from signals, from the spending cap, and from the provider of a spot machine.
 
-The training loop reads them between steps. AWS announces the end of a spot machine in its metadata service
-(core.metadata): two minutes before it, `spot/instance-action` appears, which asks the run to stop. Often earlier,
-`events/recommendations/rebalance` says that the risk has grown, which asks for one more checkpoint. SpotWatch polls
-both every five seconds, as AWS advises (EC2 User Guide, "Spot Instance interruption notices").
+The training loop reads them between steps. A provider announces the end of a spot machine (clouds/base.py,
+Cloud.interruptions), which asks the run to stop; a warning that the risk has grown asks for one more checkpoint.
+SpotWatch polls every five seconds, as AWS advises (EC2 User Guide, "Spot Instance interruption notices").
 """
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from core.metadata import Metadata, NoAnswer
+from clouds.base import Unavailable
+from clouds.providers import CLOUDS, cloud_named
 
 log = logging.getLogger("train")
 
@@ -63,20 +62,22 @@ class StopRequests:
 
 
 class SpotWatch:
-    """Polls the metadata service in a thread. One per node.
+    """Polls the provider in a thread. One per node.
 
-    On AWS no failure of the service ends the watch. Elsewhere it ends after a few attempts.
+    No failure of a known provider ends the watch. An unknown one is any of CLOUDS; then it ends after a few attempts.
     """
 
     def __init__(self, requests: StopRequests, environment: Mapping[str, str], poll_seconds: float = POLL_SECONDS):
         self._requests = requests
-        self._metadata = Metadata(environment)
-        self._on_aws = environment.get("CLOUD", "").lower() == "aws"
+        cloud = cloud_named(environment.get("CLOUD"))
+        self._is_known = cloud is not None
+        sources = [each.interruptions(environment) for each in ([cloud] if cloud else CLOUDS.values())]
+        self._sources = [ask for ask in sources if ask is not None]
         self._poll_seconds = poll_seconds
-        self._rebalance_seen: str | None = None
+        self._warning_seen: str | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        if not self._metadata.disabled:
+        if self._sources:
             self._thread = threading.Thread(target=self._run, name="spot watch", daemon=True)
             self._thread.start()
 
@@ -89,42 +90,36 @@ class SpotWatch:
             try:
                 self._poll()
                 if failures >= GIVE_UP_AFTER:
-                    log.warning("spot notices: %s answers again", self._metadata.endpoint)
-                failures, self._on_aws = 0, True
-            except NoAnswer as error:
+                    log.warning("spot notices: the provider answers again")
+                failures, self._is_known = 0, True
+            except Unavailable as error:
                 failures += 1
                 if failures == GIVE_UP_AFTER:
-                    # Normal outside of AWS. In a container on AWS the hop limit may be the cause.
+                    # Normal on an unknown provider. In a container on AWS the hop limit may be the cause.
                     log.log(
-                        logging.WARNING if self._on_aws else logging.DEBUG,
+                        logging.WARNING if self._is_known else logging.DEBUG,
                         "no spot notices: %s; if that does not pass, give the container the host's network, "
                         "or the instance a metadata hop limit of 2",
                         error,
                     )
-                    if not self._on_aws:
+                    if not self._is_known:
                         return
             self._closed.wait(self._poll_seconds)
 
     def _poll(self) -> None:
-        """Raises NoAnswer, also for an answer that is not a notice."""
-        action = self._get("spot/instance-action", "action")
-        if action is not None:
-            self._requests.request_stop("spot", f"{action['action']} at {action.get('time')}")
-            return
-        rebalance = self._get("events/recommendations/rebalance", "noticeTime")
-        if rebalance is not None and rebalance["noticeTime"] != self._rebalance_seen:
-            self._rebalance_seen = rebalance["noticeTime"]
-            self._requests.request_save(f"rebalance recommendation of {self._rebalance_seen}")
-
-    def _get(self, path: str, key: str) -> dict | None:
-        """The notice at `path`, which must have `key`; None if there is none."""
-        text = self._metadata.get(path)
-        if text is None:
-            return None
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict) or key not in found:
-            raise NoAnswer(f"{self._metadata.endpoint} has something at {path} that is no notice: {text[:80]!r}")
-        return found
+        """Pass a new notice on. Raises Unavailable if no source answers."""
+        for ask in self._sources:
+            try:
+                notice = ask()
+            except Unavailable as error:
+                problem = error
+                continue
+            self._sources = [ask]
+            break
+        else:
+            raise problem
+        if notice is not None and notice.leave:
+            self._requests.request_stop("spot", notice.detail)
+        elif notice is not None and notice.detail != self._warning_seen:
+            self._warning_seen = notice.detail
+            self._requests.request_save(notice.detail)

@@ -1,11 +1,11 @@
-"""AWS's instance metadata service (IMDSv2), for the launcher and for the spot watch.
+"""Asks AWS's instance metadata service (IMDSv2).
 
     metadata = Metadata(os.environ)
-    metadata.get("instance-type")      "p4d.24xlarge"; None where there is no such item; raises NoAnswer
+    metadata.get("instance-type")      "p4d.24xlarge"; None without such an item; raises Unavailable
 
-The service may be out of order for a while. Whatever it does then (refuses, answers 503, ends a body early, sends a
-byte a second) is NoAnswer after REQUEST_SECONDS at the latest. AWS_EC2_METADATA_SERVICE_ENDPOINT names another
-endpoint, AWS_EC2_METADATA_DISABLED=true turns it off; botocore knows the same variables. Loads no torch.
+The service may fail for a while. Every failure (it refuses, answers 503, ends a body early, sends a byte a second)
+raises Unavailable within REQUEST_SECONDS. AWS_EC2_METADATA_SERVICE_ENDPOINT names another endpoint, and
+AWS_EC2_METADATA_DISABLED=true turns the service off, as in botocore.
 """
 
 import contextlib
@@ -15,17 +15,15 @@ import threading
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from clouds.base import Unavailable
+
 ENDPOINT = "http://169.254.169.254"
 REQUEST_SECONDS = 2.0
-TOKEN_SECONDS = 21600  # the longest that there is
-
-
-class NoAnswer(Exception):
-    """The service did not say anything that can be used; it may do so later."""
+TOKEN_SECONDS = 21600  # the longest that the service allows
 
 
 class Metadata:
-    """Asks one item at a time. Keeps its token."""
+    """A client that asks for one item at a time and keeps its token."""
 
     def __init__(self, environment: Mapping[str, str]):
         self.endpoint = (environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or ENDPOINT).rstrip("/")
@@ -33,30 +31,30 @@ class Metadata:
         self._token: str | None = None
 
     def get(self, path: str) -> str | None:
-        """An item below meta-data/, or None if the service says that there is none. Raises NoAnswer."""
+        """An item below meta-data/; None if the service answers that it has none. Raises Unavailable."""
         if self.disabled:
-            raise NoAnswer("AWS_EC2_METADATA_DISABLED is set")
+            raise Unavailable("AWS_EC2_METADATA_DISABLED is set")
         for _ in range(2):
             if self._token is None:
                 header = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
                 status, self._token = self._ask("PUT", "/latest/api/token", header)
                 if status != 200:
                     self._token = None
-                    raise NoAnswer(f"{self.endpoint} answers {status} to a request for a token")
+                    raise Unavailable(f"{self.endpoint} answers {status} to a request for a token")
             status, text = self._ask("GET", f"/latest/meta-data/{path}", {"X-aws-ec2-metadata-token": self._token})
             if status in (200, 404):
                 return text if status == 200 else None
             if status != 401:
                 break
-            self._token = None  # expired: once more with a new one
-        raise NoAnswer(f"{self.endpoint} answers {status} to a request for {path}")
+            self._token = None  # expired: ask again with a new one
+        raise Unavailable(f"{self.endpoint} answers {status} to a request for {path}")
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str]:
-        """Status and body. A time limit of the socket counts from byte to byte, so the whole has one of its own."""
+        """Status and body of a request. A timer limits the whole; the socket's limit counts between bytes."""
         is_over = threading.Event()
         try:
             address = urlsplit(self.endpoint)
-            # No proxy: the service is the machine's own.
+            # Without a proxy: the service is local to the machine.
             connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=REQUEST_SECONDS)
             with contextlib.closing(connection):
                 connection.connect()
@@ -71,9 +69,9 @@ class Metadata:
                     end.cancel()
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = f"within {REQUEST_SECONDS:g} s" if is_over.is_set() else f"({type(error).__name__}: {error})"
-            raise NoAnswer(f"{self.endpoint} does not answer {why}") from error
+            raise Unavailable(f"{self.endpoint} does not answer {why}") from error
         if is_over.is_set():  # a body without a length ends with the connection
-            raise NoAnswer(f"{self.endpoint} does not answer within {REQUEST_SECONDS:g} s")
+            raise Unavailable(f"{self.endpoint} does not answer within {REQUEST_SECONDS:g} s")
         return status, text
 
 

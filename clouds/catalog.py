@@ -1,0 +1,126 @@
+"""Reads offers of machines from price catalogs, and matches them with requests and GPUs.
+
+offers = snapshot("aws")
+[offer for offer in offers if fits(offer, request)]
+"""
+
+import csv
+import functools
+import math
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clouds import skypilot
+from clouds.base import Gpu, Offer
+from core.task import MachineRequest
+
+FOLDER = Path(__file__).parent / "catalog"
+# Commits of skypilot-org/skypilot-catalog, also in clouds/catalog/README.md.
+SNAPSHOT = "price snapshot of SkyPilot's catalog (AWS 00148f2, Lambda 0f40703), not today's prices"
+# AWS Local Zones (use1-atl2-az1) need an opt-in; SkyPilot does not launch there.
+_LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Offers of all clouds. `source` names the origin of the prices for the reader of a forecast."""
+
+    offers: tuple[Offer, ...]
+    source: str
+
+
+@functools.cache
+def snapshot(cloud: str) -> tuple[Offer, ...]:
+    """Offers of one cloud from the CSV file in clouds/catalog."""
+    with (FOLDER / cloud / "vms.csv").open(newline="", encoding="utf-8") as file:
+        return tuple(_offers(cloud, csv.DictReader(file)))
+
+
+def of_skypilot(cloud: str) -> tuple[Offer, ...]:
+    """Offers of one cloud from SkyPilot's catalog on this machine. Raises Unavailable."""
+    return tuple(_offers(cloud, skypilot.catalog_rows(cloud)))
+
+
+def fits(offer: Offer, request: MachineRequest) -> bool:
+    """Whether an offer meets a request, by SkyPilot's rules for these fields."""
+    price = offer.usd_spot if request.spot else offer.usd_on_demand
+    if price is None or (request.max_usd_per_hour is not None and price > request.max_usd_per_hour):
+        return False
+    for wanted, offered in (
+        (request.cloud, offer.cloud),
+        (request.region, offer.region),
+        (request.zone, offer.zone),
+        (request.instance_type, offer.instance_type),
+    ):
+        if wanted is not None and wanted != offered:
+            return False
+    if request.accelerator is not None:
+        accelerator = (request.accelerator.lower(), request.accelerators)
+        if accelerator != ((offer.accelerator or "").lower(), offer.accelerators):
+            return False
+    elif request.instance_type is None and offer.accelerator is not None:
+        return False  # a request for processors alone does not mean a machine with GPUs
+    return _enough(offer.vcpus, request.cpus) and _enough(offer.memory_gb, request.memory_gb)
+
+
+def has_accelerator(offer: Offer, gpu: Gpu) -> bool:
+    """Whether a GPU is the accelerator of an offer: "NVIDIA A100-SXM4-80GB" is an A100-80GB, not an A100."""
+    kind, eighty, _ = (offer.accelerator or "?").partition("-80GB")
+    if kind == "A100" and gpu.memory_mib is not None and bool(eighty) != (gpu.memory_mib > 60_000):
+        return False
+    return re.search(rf"\b{re.escape(kind)}\b", gpu.name) is not None  # whole words: an A10 is not an A100
+
+
+def spot_range(offers: Iterable[Offer]) -> tuple[float, float, float] | None:
+    """Lowest, median and highest spot price of some offers; None without a spot offer."""
+    prices = sorted(offer.usd_spot for offer in offers if offer.usd_spot is not None)
+    return (prices[0], statistics.median(prices), prices[-1]) if prices else None
+
+
+def _enough(offered: float | None, wanted: tuple[float, bool] | None) -> bool:
+    if wanted is None:
+        return True
+    amount, or_more = wanted
+    return offered is not None and (offered >= amount if or_more else offered == amount)
+
+
+def _offers(cloud: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Offer]:
+    for row in rows:
+        if _LOCAL_ZONE.match(str(row.get("AvailabilityZone"))):
+            continue
+        count = _number(row.get("AcceleratorCount"))
+        yield Offer(
+            cloud=cloud,
+            region=str(row["Region"]),
+            zone=_text(row.get("AvailabilityZone")),
+            instance_type=str(row["InstanceType"]),
+            accelerator=_text(row.get("AcceleratorName")),
+            accelerators=int(count) if count else 0,
+            vcpus=_number(row.get("vCPUs")),
+            memory_gb=_number(row.get("MemoryGiB")),
+            arch=_text(row.get("Arch")),
+            usd_on_demand=_price(row.get("Price")),
+            usd_spot=_price(row.get("SpotPrice")),
+        )
+
+
+def _number(value: Any) -> float | None:
+    """A CSV file holds text, SkyPilot's table holds floats; NaN is an empty cell."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _price(value: Any) -> float | None:
+    number = _number(value)
+    return number if number and number > 0 else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None

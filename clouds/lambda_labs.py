@@ -1,0 +1,109 @@
+"""Answers for Lambda: this machine by its GPUs, capacity, leftovers.
+
+Lambda's machines do not report their type, and its API knows neither labels nor past machines.
+"""
+
+import dataclasses
+import json
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clouds import catalog
+from clouds.base import Cloud, Finding, Leftover, MachineFacts, Offer
+from core import secrets
+from core.errors import ConfigError
+from core.run.machine import Price
+from core.task import TaskSpec
+
+API = "https://cloud.lambdalabs.com/api/v1"
+KEYS = Path("~/.lambda_cloud/lambda_keys")
+# Lambda allows one request per second, and SkyPilot uses the same key.
+ATTEMPTS = 6
+LONGEST_PAUSE_SECONDS = 30.0
+
+
+class LambdaLabs(Cloud):
+    """Lambda's on-demand cloud. A type has the same price in all regions."""
+
+    name = "lambda"
+
+    def offers(self) -> tuple[Offer, ...]:
+        return catalog.snapshot(self.name)
+
+    def facts(self, known: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
+        types = {offer.instance_type for offer in self._offers_with(known)}
+        return dataclasses.replace(known, instance_type=types.pop() if len(types) == 1 else None, spot=False)
+
+    def price(self, facts: MachineFacts) -> Price | None:
+        """The price of the type, or the one that all types with these GPUs have."""
+        prices = {
+            offer.usd_on_demand
+            for offer in self._offers_with(facts)
+            if not facts.instance_type or offer.instance_type == facts.instance_type
+        }
+        usd = prices.pop() if len(prices) == 1 else None
+        return Price(usd, catalog.SNAPSHOT) if usd else None
+
+    def _offers_with(self, facts: MachineFacts) -> list[Offer]:
+        """Offers with as many GPUs of this kind."""
+        offers = [offer for offer in self.offers() if offer.accelerators == len(facts.gpus)]
+        healthy = [gpu for gpu in facts.gpus if not gpu.fault]
+        return [offer for offer in offers if all(catalog.has_accelerator(offer, gpu) for gpu in healthy[:1])]
+
+    def capacity_findings(self, task: TaskSpec) -> Iterator[Finding]:
+        wanted = [request for request in task.requests if request.cloud in (None, self.name) and request.accelerator]
+        types = get("instance-types") if wanted else None
+        for request in wanted if types is not None else ():
+            gpu = request.accelerator or ""
+            prefix = f"gpu_{request.accelerators}x_{gpu.lower().replace('-', '_')}"
+            regions = sorted(
+                region["name"]
+                for name, entry in types.items()
+                if name.startswith(prefix) and ("80gb" in name) == ("80GB" in gpu)
+                for region in entry["regions_with_capacity_available"]
+            )
+            machine = f"{gpu}:{request.accelerators}"
+            if regions:
+                yield Finding("ok", f"capacity: lambda has {machine} now in {', '.join(regions)}")
+            else:
+                yield Finding("!", f"capacity: lambda has no {machine} now")
+
+    def leftovers(self, names: Sequence[str]) -> list[Leftover]:
+        """Instances whose names begin with the name of a task, as SkyPilot names them."""
+        return [
+            Leftover(f"lambda {instance['region']['name']}: {instance['instance_type']['name']} {instance['id']}")
+            for instance in get("instances") or ()
+            if (instance.get("name") or "").startswith(tuple(names))
+        ]
+
+
+def get(path: str) -> Any:
+    """`data` of an answer of Lambda's API; None without a key. Retries a refusal for too many requests."""
+    keys = KEYS.expanduser()
+    if not keys.exists():
+        return None
+    request = urllib.request.Request(f"{API}/{path}", headers={"Authorization": f"Bearer {_key(keys)}"})
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            if error.code != 429 or attempt == ATTEMPTS:
+                raise
+            asked = error.headers.get("Retry-After") or ""
+            pause = float(asked) if asked.isdigit() else 2.0 ** (attempt - 1) * random.uniform(1.0, 1.3)
+        time.sleep(min(pause, LONGEST_PAUSE_SECONDS))
+
+
+def _key(path: Path) -> str:
+    """`api_key` of the file, by the rule of SkyPilot 0.14.1: only lines with ` = ` count. Raises ConfigError."""
+    pairs = [line.strip().split(" = ") for line in path.read_text(encoding="utf-8-sig").splitlines() if " = " in line]
+    key = {pair[0]: pair[1] for pair in pairs}.get("api_key", "")
+    if not key:
+        raise ConfigError(f"{path}: holds no `api_key = ...` line, with a blank on both sides of the =")
+    return secrets.register(key)

@@ -1,0 +1,48 @@
+"""Lists the cloud providers, and looks up their offers together.
+
+CLOUDS["aws"].leftovers(names)
+load(offline=True).offers
+"""
+
+import logging
+
+from clouds import catalog
+from clouds.aws import Aws
+from clouds.base import Cloud, Unavailable
+from clouds.catalog import Catalog
+from clouds.lambda_labs import LambdaLabs
+
+log = logging.getLogger(__name__)
+CLOUDS: dict[str, Cloud] = {cloud.name: cloud for cloud in (Aws(), LambdaLabs())}
+
+
+def cloud_named(name: str | None) -> Cloud | None:
+    """The provider with this name in any case; None if it is not listed."""
+    return CLOUDS.get((name or "").lower())
+
+
+def load(offline: bool = False) -> Catalog:
+    """SkyPilot's catalog on this machine if there is one and `offline` is false, else the snapshot."""
+    if not offline:
+        try:
+            offers = tuple(offer for name in CLOUDS for offer in catalog.of_skypilot(name))
+            return Catalog(offers, "SkyPilot's catalog on this machine")
+        except Unavailable as error:
+            log.info("prices: %s; using the snapshot", error)
+    return snapshot()
+
+
+def snapshot() -> Catalog:
+    """The offers of all providers in clouds/catalog."""
+    return Catalog(tuple(offer for cloud in CLOUDS.values() for offer in cloud.offers()), catalog.SNAPSHOT)
+
+
+def on_demand_price(cloud: str, region: str, instance_type: str) -> float | None:
+    """Dollars per hour of one node in the snapshot; None without such an offer."""
+    provider = cloud_named(cloud)
+    prices = [
+        offer.usd_on_demand
+        for offer in (provider.offers() if provider else ())
+        if (offer.region, offer.instance_type) == (region, instance_type) and offer.usd_on_demand is not None
+    ]
+    return min(prices, default=None)

@@ -1,0 +1,201 @@
+"""Shows what runs and what it has cost, shows the output of a run, and downloads a run.
+
+    python -m launch.runs status [sky/TASK.yaml | RUN_URL]
+    python -m launch.runs logs sky/TASK.yaml              follow the newest running job of the task
+    python -m launch.runs logs --stored sky/TASK.yaml     all output of the run that BUCKET and RUN name
+    python -m launch.runs logs RUN_URL                    the same, by URL; includes preempted machines
+    python -m launch.runs pull sky/TASK.yaml | RUN_URL [FOLDER]
+
+`pull` brings metrics, ledger, logs and the newest complete checkpoint to pulled/RUN, or to FOLDER, and leaves files
+that are there. The copy is a run folder: `python cost_report.py pulled/gpt2-124m` reads it.
+"""
+
+import datetime
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from clouds import skypilot
+from core import bucket, environment, storage
+from core.console import progress, run_entry, set_up_logging
+from core.errors import ConfigError, LauncherError, ObjectNotFound
+from core.run import journal
+from core.run.folder import RunFolder
+from core.run.reader import Detail, read_run
+from core.storage import ObjectInfo
+from core.task import read_task
+from launch.down import look, project_tasks
+
+FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "refused")
+LISTINGS = 3
+# Lines that bring their own time, such as those of our programs.
+_TIMED = re.compile(r"\d\d:\d\d:\d\d ")
+_CHECKPOINT = re.compile(r"/checkpoints/(step-\d+)/")
+USAGE = "usage: python -m launch.runs status|logs|pull sky/TASK.yaml|RUN_URL (make status, make logs, make pull)"
+
+
+def main(arguments: list[str]) -> int:
+    commands = {"status": status, "logs": logs, "pull": pull}
+    if not arguments or arguments[0] not in commands:
+        raise ConfigError(USAGE)
+    environment.adopt()
+    return commands[arguments[0]](arguments[1:])
+
+
+def run_of(source: str, variables: Mapping[str, str]) -> str:
+    """The URL of a run: `source`, or for a task file RUN_URL, else the URL of BUCKET and RUN. Raises ConfigError."""
+    if not source.endswith(".yaml"):
+        return source
+    return bucket.url({**variables, **read_task(source, variables).envs}, "RUN")
+
+
+# --- status ----------------------------------------------------------------------------------------------------
+
+
+def status(arguments: list[str]) -> int:
+    """Print SkyPilot's clusters and jobs, the clouds' own lists, and the dollars of a run if one is named."""
+    print("$ sky status --refresh", flush=True)
+    code = subprocess.call([skypilot.find_sky(), "status", "--refresh"])
+    found, unknown = look(project_tasks())
+    print("\nThe clouds say:")
+    for line in [*found, *(f"? {problem}" for problem in unknown)] or ["nothing of this project is up"]:
+        print(f"  {line}")
+    if arguments and (not arguments[0].endswith(".yaml") or os.environ.get("BUCKET") or os.environ.get("RUN_URL")):
+        print(f"\n{spent_line(run_of(arguments[0], os.environ))}")
+    return code
+
+
+def spent_line(run_url: str) -> str:
+    """A line with the run's dollars. A run that does not exist has no $0.00: its name may be wrong."""
+    try:
+        folder = RunFolder(run_url)
+        if not folder.segment_numbers():
+            return f"{folder.ledger}: no run here yet; check RUN and BUCKET"
+        usd = read_run(run_url, Detail.MONEY).usd
+    except LauncherError as error:
+        return str(error)
+    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py says on what)"
+
+
+# --- logs ------------------------------------------------------------------------------------------------------
+
+
+def logs(arguments: list[str]) -> int:
+    """Show a job's output from SkyPilot while it runs, or from the bucket, which keeps every machine's output."""
+    stored = arguments[:1] == ["--stored"]
+    if len(arguments) != 1 + stored:
+        raise ConfigError("usage: python -m launch.runs logs [--stored] sky/TASK.yaml, or ... logs RUN_URL")
+    source = arguments[-1]
+    if stored or not source.endswith(".yaml"):
+        return show_stored(run_of(source, os.environ))
+    task = read_task(source, os.environ)
+    elsewhere = f"all its output is in the bucket: make logs FROM=bucket RUN={task.envs.get('RUN') or '...'}"
+    command = _of_job(task.name, elsewhere) if task.managed else _of_cluster(task.name, elsewhere)
+    print(f"$ sky {' '.join(command)}", flush=True)
+    code = subprocess.call([skypilot.find_sky(), *command])
+    if code:
+        print(f"SkyPilot has no more to show; {elsewhere}")
+    return code
+
+
+def _of_job(name: str, elsewhere: str) -> list[str]:
+    """Arguments of sky that follow the newest running job of this name. Raises ConfigError if none runs."""
+    found = [job for job in skypilot.jobs(ended=True) if job.get("job_name") == name]
+    running = [job for job in found if not skypilot.has_ended(job)]
+    if not running:
+        last = f"job {found[0]['job_id']} has ended ({found[0]['status']})" if found else "there has been none"
+        raise ConfigError(f"no managed job {name} is running, {last}; {elsewhere}")
+    newest, *others = running
+    if others:
+        named = ", ".join(f"{job['job_id']} ({job['status']})" for job in others)
+        print(f"following job {newest['job_id']}, the newest; also running as {name}: {named} (sky jobs logs ID)")
+    return ["jobs", "logs", str(newest["job_id"])]
+
+
+def _of_cluster(name: str, elsewhere: str) -> list[str]:
+    """Arguments of sky that follow the newest job of the cluster. Raises ConfigError if it is gone."""
+    if name not in {cluster["name"] for cluster in skypilot.clusters()}:
+        raise ConfigError(f"no cluster {name} is up, so it has ended or has another name (make status); {elsewhere}")
+    return ["logs", name]
+
+
+def show_stored(url: str) -> int:
+    """Print the logs of a run in the order of attempts. Raises ObjectNotFound if there are none."""
+    folder = RunFolder(url).logs
+    attempts = sorted(storage.list_names(folder))
+    if not attempts:
+        raise ObjectNotFound(f"{folder}: no machine has written output yet; check RUN and BUCKET")
+    for attempt in attempts:
+        print(f"--- {attempt}")
+        events, problems = journal.read(storage.join(folder, attempt))
+        for event in events:
+            stamp = f"{datetime.datetime.fromtimestamp(event['time'], datetime.UTC):%H:%M:%S} "
+            print(event["line"] if _TIMED.match(event["line"]) else stamp + event["line"])
+        for problem in problems:
+            print(f"warning: {problem}", file=sys.stderr)
+    return 0
+
+
+# --- pull ------------------------------------------------------------------------------------------------------
+
+
+def pull(arguments: list[str]) -> int:
+    """Download a run."""
+    set_up_logging()
+    if len(arguments) not in (1, 2) or not arguments[0]:
+        raise ConfigError("usage: python -m launch.runs pull RUN_URL|sky/TASK.yaml [FOLDER] (make pull BUCKET=… RUN=…)")
+    run_url = run_of(arguments[0], os.environ)
+    folder = arguments[1] if len(arguments) == 2 else f"pulled/{run_url.rstrip('/').rpartition('/runs/')[2]}"
+    for listing in range(LISTINGS):
+        wanted = choose(run_url, storage.list_objects(run_url))
+        try:
+            missing = fetch(wanted, run_url, folder)
+            break
+        except ObjectNotFound:  # a running job has merged the objects of a journal since the listing
+            if listing == LISTINGS - 1:
+                raise
+    steps = {match[1] for info in wanted if (match := _CHECKPOINT.search(info.uri))}
+    found = f"{len(missing)} of {len(wanted)} objects fetched to {folder}"
+    print(f"{run_url}: {found}; checkpoint: {', '.join(steps) or 'none yet'}")
+    return 0
+
+
+def fetch(wanted: list[ObjectInfo], run_url: str, folder: str) -> list[ObjectInfo]:
+    """Download the objects that `folder` lacks, and return them."""
+
+    def path_of(info: ObjectInfo) -> Path:
+        return Path(folder, *info.uri.removeprefix(run_url.rstrip("/") + "/").split("/"))
+
+    def is_there(path: Path, info: ObjectInfo) -> bool:
+        return path.exists() and path.stat().st_size == info.size
+
+    missing = [info for info in wanted if not is_there(path_of(info), info)]
+    with progress("pull", sum(info.size for info in missing), "bytes") as bar, ThreadPoolExecutor(8) as pool:
+
+        def one(info: ObjectInfo) -> None:
+            path = path_of(info)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            bar.advance(storage.download(info.uri, path))
+
+        list(pool.map(one, missing))
+    return missing
+
+
+def choose(run_url: str, objects: list[ObjectInfo]) -> list[ObjectInfo]:
+    """run.json, the objects of FOLDERS, and the newest complete checkpoint. Raises ObjectNotFound without a run."""
+    root = run_url.rstrip("/")
+    if not any(info.uri == f"{root}/run.json" for info in objects):
+        raise ObjectNotFound(f"{root}/run.json: there is no run here; check RUN and BUCKET")
+    markers = [info.uri for info in objects if info.name == "COMPLETE" and info.uri.startswith(f"{root}/checkpoints/")]
+    complete = sorted(match[1] for uri in markers if (match := _CHECKPOINT.search(uri)))
+    prefixes = [f"{root}/{folder}/" for folder in FOLDERS]
+    prefixes += [f"{root}/checkpoints/{complete[-1]}/"] if complete else []
+    return [info for info in objects if info.uri == f"{root}/run.json" or info.uri.startswith(tuple(prefixes))]
+
+
+if __name__ == "__main__":
+    run_entry(main)
