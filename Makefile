@@ -1,4 +1,4 @@
-# Bare `make` lists the targets. Everything runs from environments that are filled once, by requirements/setup.sh.
+# `make` without a target lists the targets. requirements/setup.sh fills the environments once.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -8,10 +8,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := PYTHON="$(PYTHON)" requirements/setup.sh
-# A stamp names what was installed: a changed pin installs anew, anything else does not.
+# A stamp identifies the installed pins, so that only a changed pin installs again.
 stamp = .installed-$(shell cat requirements/$1.txt requirements/torch* requirements/uv.txt | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/$(call stamp,dev)
-# The demo needs a tenth of the packages. Where the whole set is installed, it runs from there.
+# The demo needs a tenth of the packages. It uses the complete environment if that exists.
 DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_VENV)/$(call stamp,demo))
 

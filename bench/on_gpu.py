@@ -1,26 +1,27 @@
-"""A quarter of an hour on one GPU: what works, whether it is exact, how fast it is. docs/gpu-check.md
+"""Checks one GPU in a quarter of an hour: what works, whether it is exact, how fast it is. See docs/gpu-check.md.
 
     python -m bench.on_gpu look --out=FOLDER      3 minutes: versions, steps of two presets, graphs, a profile
     python -m bench.on_gpu exact --out=FOLDER     4 minutes: compiled against plain, kill and resume, determinism
     python -m bench.on_gpu speed --out=FOLDER     5 minutes: MFU beside other trainers, attention kernels, switches
     python -m bench.on_gpu all --out=FOLDER       the three, one after another
 
-Each measurement is a process of its own, and its results are in FOLDER as soon as they are there: a JSON record and the
-same as text per part, and a log of what the processes printed. One that fails does not keep the others from running;
-what no time is left for is skipped, by name. The exit status is 0 if nothing failed and nothing was skipped for time.
-It needs torch, numpy, PyYAML and fsspec, no network, and makes its own tokens. --rehearse runs the same on a CPU, with
-small models: for the commands, not for the numbers.
+Each measurement runs as a separate process and stores each result at once. FOLDER receives, per part, a JSON record,
+the same as text, and a log of the processes' output. The program continues after a measurement that fails, and names
+those that it skips because the time is over. The exit status is 0 if none failed and none lacked time. The program
+needs torch, numpy, PyYAML and fsspec, but no network: it generates its tokens. --rehearse runs the same commands on a
+CPU with small models; its numbers mean nothing.
 """
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TextIO
 
-from bench.gpu import children, tokens
+from bench import harness, tokens
 from bench.gpu.parts import MINUTES, PARTS, Place, Skip, shown
 from bench.gpu.records import Record
 
@@ -31,12 +32,12 @@ NO_TIME = "the minutes were over before it; give it more, --minutes"
 
 def main() -> None:
     options = _options()
-    children.end_on_signals()
-    if sys.platform == "linux":  # ranks are one process each: they meet on loopback, whatever networks there are
+    _exit_on_signals()
+    if sys.platform == "linux":  # single ranks meet on loopback, whatever networks exist
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if options.rehearse:
-        os.environ["OMP_NUM_THREADS"] = "1"  # small models gain nothing from more, and another program loses
+        os.environ["OMP_NUM_THREADS"] = "1"  # more threads slow other programs and do not speed up small models
     problems = []
     with tempfile.TemporaryDirectory(prefix="on-gpu-", ignore_cleanup_errors=True) as work:
         data = options.data or str(Path(work) / "tokens")
@@ -55,9 +56,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for records, logs and traces")
     parser.add_argument("--minutes", type=float, help=f"for each part; default {MINUTES}")
     parser.add_argument("--rivals", type=_folder, help="folder that holds a checkout of karpathy/nanoGPT")
-    parser.add_argument("--data", default="", help="a token set to train on; default: made-up tokens")
-    parser.add_argument("--text", type=Path, help="a file whose bytes are the tokens, instead of made-up ones")
-    parser.add_argument("--only", default="", help="names of measurements, by commas; default: all of the part")
+    parser.add_argument("--data", default="", help="dataset to train on; default: generated tokens")
+    parser.add_argument("--text", type=Path, help="file whose bytes are the tokens; default: generated tokens")
+    parser.add_argument(
+        "--only", default="", help="names of measurements, separated by commas; default: all of the part"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with small models")
     options = parser.parse_args()
     if options.minutes is not None and options.minutes <= 0:
@@ -71,6 +74,19 @@ def _options() -> argparse.Namespace:
     return options
 
 
+def _exit_on_signals() -> None:
+    """Turn SIGTERM, SIGHUP and SIGINT into SystemExit, so that the processes started here end first."""
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+    def leave(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for each in numbers:
+        signal.signal(each, leave)
+
+
 def _folder(text: str) -> Path:
     path = Path(text).resolve()
     if not path.is_dir():
@@ -79,7 +95,7 @@ def _folder(text: str) -> Path:
 
 
 def _run(name: str, place: Place, options: argparse.Namespace) -> list[str]:
-    """One part. Returns a sentence per measurement that has no result and should have one."""
+    """Run one part. Returns a sentence for each measurement that failed or lacked time."""
     minutes = options.minutes or MINUTES[name]
     deadline = time.monotonic() + 60 * minutes
     place.work.mkdir()
@@ -102,7 +118,7 @@ def _run(name: str, place: Place, options: argparse.Namespace) -> list[str]:
 
 
 def _measure(name: str, what, place: Place, record: Record, deadline: float, log: TextIO) -> None:
-    """Run it, or say why not."""
+    """Run one measurement, or record why it is skipped."""
     if isinstance(what, Skip):
         record.skip(name, what.why)
         return
@@ -127,7 +143,7 @@ def _measure(name: str, what, place: Place, record: Record, deadline: float, log
 
     state, why = "cut off", ""
     try:
-        why = children.run(what, log, deadline, take)
+        why = harness.run_process(what, log, deadline, take)
         state = ("no time" if time.monotonic() >= deadline else "failed") if why else "measured"
     finally:
         record.end(name, state, time.monotonic() - started, why)
@@ -140,7 +156,7 @@ def _problems(record: Record) -> list[str]:
 
 
 def _unknown(only: set[str], names: list[str], part: str) -> list[str]:
-    """What `--only` names and the part does not have."""
+    """A sentence for each name in `--only` that is not a measurement of the part."""
     known = f"which {part} does not measure; it measures {', '.join(names)}"
     return [f"--only names {each}, {known}" for each in sorted(only - set(names))]
 

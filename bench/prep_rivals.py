@@ -1,13 +1,13 @@
-"""The sides that `bench.prep` compares; each is one process (with its children) that is timed from outside.
+"""Prepares data as the sides of bench.prep do; each side is one process, with children, that bench.prep measures.
 
     python -m bench.prep_rivals fineweb SOURCE TARGET      tiktoken, a process pool over documents
-    python -m bench.prep_rivals map SOURCE TARGET          datasets.map with tiktoken, batches
+    python -m bench.prep_rivals map SOURCE TARGET          datasets.map with tiktoken, in batches
     python -m bench.prep_rivals read SOURCE TARGET         our reader alone: download, decompress, decode
 
 `fineweb` follows build-nanogpt's fineweb.py and llm.c's dev/data/fineweb.py: `load_dataset`, `Pool.imap` with
 chunks of 16 documents, half of the cores, shards of 100 million uint16 tokens. `map` follows nanoGPT's
-data/openwebtext/prepare.py, in batches. Both get the same transfers added: the files down first, the shards up at
-the end. SOURCE and TARGET are folders in a bucket; with `memory` as TARGET nothing is stored.
+data/openwebtext/prepare.py, in batches. Both get the same transfers added: they download all files first and upload
+the shards at the end. SOURCE and TARGET are folders in a bucket; the TARGET `memory` stores nothing.
 """
 
 import multiprocessing
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import harness
 from core import storage
 
 SHARD_TOKENS = 10**8
@@ -78,7 +79,7 @@ def read(source: str, target: str, scratch: Path) -> None:
 
 
 def decode(part, work):
-    """Task: fetch and decode a part's text and ids, and drop them."""
+    """Task of a worker: fetch and decode text and ids of a part, and discard them."""
     from data_prep import workers
     from data_prep.sources import parquet
 
@@ -107,7 +108,7 @@ def _tokenizer():
 
 
 def _load(source: str, scratch: Path):
-    """The files on disk, as a `datasets` data set with its cache in the scratch folder."""
+    """Download the files and open them with `datasets`, which caches in the scratch folder."""
     for info in storage.list_objects(source):
         storage.download(info.uri, scratch / "source" / info.name)
     os.environ["HF_DATASETS_CACHE"] = str(scratch / "cache")
@@ -127,7 +128,7 @@ def _store(tokens: np.ndarray, target: str, number: int) -> None:
 
 
 def encode_only(side: str, files: list[Path]) -> float:
-    """Seconds that one side takes to encode the text of these files, which is read before."""
+    """Seconds that one side takes to encode the text of these files, without reading them."""
     import pyarrow.parquet as pq
 
     batches = [batch for file in files for batch in pq.ParquetFile(file).iter_batches(2000, columns=["text"])]
@@ -153,7 +154,7 @@ def _ours(batches: list) -> Iterator[int]:
         texts = (batch.column("text").cast(pa.large_string()) for batch in batches[share::cores])
         return sum(len(engine.encode(each)[0]) for each in texts)
 
-    _encode_share = encode_share  # inherited by the fork, with the text
+    _encode_share = encode_share  # the forked processes inherit it, with the text
     with multiprocessing.get_context("fork").Pool(cores) as pool:
         yield 0
         yield from pool.imap(_share, range(cores))
@@ -164,7 +165,7 @@ def _share(number: int) -> int:
 
 
 def _timed(results: Iterator) -> float:
-    """Seconds for all results; for ours the first only says that its processes are there."""
+    """Seconds for all results but the first, which for ours only says that its processes run."""
     next(results)
     started = time.perf_counter()
     for _ in results:
@@ -174,6 +175,7 @@ def _timed(results: Iterator) -> float:
 
 if __name__ == "__main__":
     if sys.argv[1] == "encode":
-        print(encode_only(sys.argv[2], [Path(argument) for argument in sys.argv[3:]]))
+        seconds = encode_only(sys.argv[2], [Path(argument) for argument in sys.argv[3:]])
+        harness.say(f"{sys.argv[2]}: {seconds:.2f} s", seconds=seconds)
     else:
         main(sys.argv[1:])

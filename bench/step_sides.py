@@ -1,8 +1,7 @@
-"""The sides of bench.train_step: a training step of the same model, as different trainers do it.
+"""Builds the sides of bench.train_step: a training step of the same model, as different trainers do it.
 
-Each builder takes (settings, device) and gives a Side: `forward(tokens)` is the loss of a micro-batch, ready for its
-backward pass, and `finish()` clips and updates after the last one. Other people's trainers are not part of this
-project: they are loaded from checkouts in a folder that is named on the command line.
+Each builder returns a Side. Other trainers are not part of this project: their builders load them from checkouts in a
+folder that the command line names.
 """
 
 import contextlib
@@ -25,7 +24,11 @@ from trainer.optim.reduce import TreeReducer
 
 @dataclasses.dataclass
 class Side:
-    """`begin` clears gradients; `context(i)` wraps forward and backward of micro-batch i, `done(i)` follows it."""
+    """One training step in pieces.
+
+    `begin` clears gradients. `context(i)` wraps forward and backward of micro-batch i, and `done(i)` follows.
+    `forward(tokens)` returns the loss of a micro-batch (sequences, context + 1), and `finish` clips and updates.
+    """
 
     forward: Callable[[torch.Tensor], torch.Tensor]
     finish: Callable[[], None]
@@ -35,7 +38,7 @@ class Side:
 
 
 def ours(settings: PretrainConfig, device: torch.device, accumulation: int) -> Side:
-    """What trainer.loop.loop does, with its own parts."""
+    """The step of trainer.loop.loop, built from the trainer's parts."""
     model = GPT(settings.model, settings.train.activation_checkpointing)
     model.initialise(1)
     model.to(device)
@@ -57,7 +60,7 @@ def ours(settings: PretrainConfig, device: torch.device, accumulation: int) -> S
 
 
 def plain(settings: PretrainConfig, device: torch.device, accumulation: int, compiled: bool = False) -> Side:
-    """The same model in the plain way of teaching code: whole logits, F.cross_entropy, torch's AdamW."""
+    """The same model as teaching code trains it: complete logits, F.cross_entropy, torch's AdamW."""
     model = GPT(settings.model)
     model.initialise(1)
     model.to(device)
@@ -70,7 +73,7 @@ def plain(settings: PretrainConfig, device: torch.device, accumulation: int, com
         betas=(config.beta1, config.beta2),
         fused=device.type == "cuda",
     )
-    # A CPU rehearses it: the same graph, without a compiler behind it.
+    # A CPU traces the same graph and runs it without a compiler.
     run = torch.compile(model, backend="inductor" if device.type == "cuda" else "aot_eager") if compiled else model
 
     def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -82,7 +85,7 @@ def plain(settings: PretrainConfig, device: torch.device, accumulation: int, com
 
 
 def nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
-    """karpathy/nanoGPT with its own optimizer and whole-model compilation."""
+    """karpathy/nanoGPT with its optimizer and whole-model compilation."""
     module = _load(folder / "nanoGPT" / "model.py")
     model_config = settings.model
     shape = module.GPTConfig(
@@ -107,8 +110,8 @@ def nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Sid
 
 
 def build_nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
-    """karpathy/build-nanogpt, as its last commit runs it: not compiled."""
-    # Its evaluation needs packages that a step does not.
+    """karpathy/build-nanogpt as of its last commit, which does not compile."""
+    # Its evaluation imports packages that a step does not need.
     sys.modules.setdefault("hellaswag", types.SimpleNamespace(render_example=None, iterate_examples=None))
     module = _load(folder / "build-nanogpt" / "train_gpt2.py", before="\n# simple launch:")
     module.master_process = False
@@ -132,9 +135,9 @@ def build_nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) 
 
 
 def modded(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
-    """KellerJordan/modded-nanogpt's train_gpt_simple.py (track 3): its own model, AdamW for all, whole compilation.
+    """KellerJordan/modded-nanogpt's train_gpt_simple.py (track 3): its model, compiled as a whole, with AdamW.
 
-    Its optimizer is compared in bench.token_efficiency; here only the step counts, so that AdamW stands for it.
+    bench.token_efficiency compares optimizers; here only the time of a step counts, so AdamW replaces Muon.
     """
     path = folder / "modded-nanogpt" / "records" / "track_3_optimization" / "train_gpt_simple.py"
     module = _load(path, before="########################################\n#                Setup")
@@ -162,7 +165,7 @@ def _usual(forward: Callable, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def _load(path: Path, before: str | None = None) -> types.ModuleType:
-    """A module from a file, or from its part before a line: scripts train as soon as they are imported."""
+    """Load a module from a file, or from the part before a line, because scripts train when they are imported."""
     source = path.read_text()
     if before:
         if before not in source:
@@ -170,7 +173,7 @@ def _load(path: Path, before: str | None = None) -> types.ModuleType:
         source = source[: source.index(before)]
     module = types.ModuleType(f"rival_{path.stem}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.modules[module.__name__] = module  # dataclasses look up their module
     argv, sys.argv = sys.argv, [str(path)]  # some read their own source
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)

@@ -1,7 +1,8 @@
-"""Tables that the documents hold and the code knows: measurements in README.md, out of the newest records in
-bench/results, and phases and marks in docs/formats.md.
+"""Writes the generated tables of the documents: measurements in README.md, phases and marks in docs/formats.md.
 
-python -m bench.tables        writes them between their marks; tests/test_docs.py fails while one is not up to date
+python -m bench.tables
+
+Measurements come from the newest record of each kind in bench/results. tests/test_docs.py fails for an outdated table.
 """
 
 import json
@@ -11,13 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.harness import REPOSITORY
 from core.figures import quantity
 from core.run import phases
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
+RESULTS = REPOSITORY / "bench" / "results"
 
-Row = tuple[str, str, str, float]  # what, ours, the other's with its name, how many times as good
+Row = tuple[str, str, str, float]  # what is measured, our figure, the other side's with its name, the ratio
 
 
 def main() -> None:
@@ -26,10 +27,10 @@ def main() -> None:
 
 
 def up_to_date() -> dict[Path, str]:
-    """The documents with today's tables."""
+    """Texts of the documents with current tables."""
     return {
-        ROOT / "README.md": _between("measured", table(), ROOT / "README.md"),
-        ROOT / "docs" / "formats.md": _between("phases", phases.markdown(), ROOT / "docs" / "formats.md"),
+        REPOSITORY / "README.md": _between("measured", table(), REPOSITORY / "README.md"),
+        REPOSITORY / "docs" / "formats.md": _between("phases", phases.markdown(), REPOSITORY / "docs" / "formats.md"),
     }
 
 
@@ -95,7 +96,7 @@ def _train_step(record: Mapping[str, Any]) -> list[Row]:
 
 
 def _gpu_speed(record: Mapping[str, Any]) -> list[Row]:
-    """Each other trainer's step beside ours at the same micro-batch: measurements are named SIDE-SEQUENCES."""
+    """Other trainers' steps beside ours at the same micro-batch. Measurements are named SIDE-SEQUENCES."""
     steps = {name: each["results"][0] for name, each in record["measurements"].items() if each["results"]}
     rows: list[Row] = []
     for name, other in steps.items():

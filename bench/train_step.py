@@ -1,34 +1,31 @@
-"""A training step side by side: tokens/s, MFU, memory, and where its time goes, against the limit of the device.
+"""Measures a training step side by side: tokens/s, MFU, memory and time by part, against the limit of the device.
 
     python -m bench.train_step --preset=gpt2-124m --micro-batch=32 [--rivals=FOLDER] [--out=FILE]
 
-One device, the same model, batch and precision for all sides, each in a process of its own, rounds interleaved,
-medians printed. `ours` is the loop's own step; `plain` is teaching code's (whole logits, torch's AdamW), on a GPU
-also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt. Tokens are random, or the first
-ones of a token set (--data): reading is measured by bench.loader.
+All sides use one device, and the same model, batch and precision. Each runs as a process, in interleaved rounds; the
+table shows medians. `ours` is the step of the trainer's loop; `plain` is teaching code's (complete logits, torch's
+AdamW), on a GPU also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt. Tokens are
+random, or the first ones of a dataset (--data); bench.loader measures reading.
 
-The roofline: a step cannot be faster than its matrix products at the device's peak (core.gpus; on a CPU, of a large
-product measured right here), nor than reading and writing weights, gradients and optimizer state once.
+The roofline: a step takes at least as long as its matrix products at the device's peak (core.gpus; on a CPU, measured
+with a large product), and as long as reading and writing weights, gradients and optimizer state once.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import record
-from bench.gpu import children, tokens
+from bench import harness, tokens
+from bench.gpu import presets
 from core.figures import quantity
 from core.gpus import peak_flops
 from core.settings import loader
 from core.settings.model import flops_per_token, parameters
 from core.settings.training import PretrainConfig
 
-CONFIGS = Path(__file__).parent.parent / "trainer" / "configs"
 PARTS = ("forward", "backward", "optimizer")
 ATTENTION = ("flash", "cudnn", "mem_efficient", "math")  # torch.backends.cuda.enable_NAME_sdp
 
@@ -38,20 +35,12 @@ def main() -> None:
     settings = _settings(options)
     if options.one:
         result = _measure(options, settings)
-        children.say(_line(options.one, result), **result)
+        harness.say(_line(options.one, result), **result)
         return
     sides = options.sides.split(",") if options.sides else _sides(options)
-    runs: dict[str, list[dict]] = {side: [] for side in sides}
-    for number in range(options.rounds):
-        for side in sides:
-            command = [sys.executable, "-m", "bench.train_step", *sys.argv[1:], f"--one={side}"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
-            runs[side].append(children.heard(done.stdout.splitlines()[-1]))
-            print(f"round {number + 1}, {side}: {runs[side][-1]['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
+    runs = harness.interleaved({side: _process(side) for side in sides}, options.rounds)
     results = {
-        **record.header("torch", "numpy"),
+        **harness.header("torch", "numpy"),
         "command": "python -m bench.train_step " + " ".join(sys.argv[1:]),
         "device": runs[sides[0]][0]["device"],
         "model": loader.to_dict(settings.model),
@@ -62,40 +51,45 @@ def main() -> None:
         "steps": options.steps,
         "runs": runs,
     }
-    _show(results)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    harness.finish(results, show, options.out)
+
+
+def _process(side: str) -> Callable[[int], dict[str, Any]]:
+    command = [sys.executable, "-m", "bench.train_step", *sys.argv[1:], f"--one={side}"]
+    return lambda _: harness.measured(command)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__, rounds=3)
     parser.add_argument("--preset", default="gpt2-124m", help="a name in trainer/configs")
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: the preset's")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--context", type=int, default=0, help="tokens per sequence; 0: the preset's")
     parser.add_argument("--steps", type=int, default=20, help="measured steps per round, after --warm-up ones")
     parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", default="", help="of ours, plain, plain-compiled and rivals; default: all there are")
+    parser.add_argument(
+        "--sides", default="", help="from ours, plain, plain-compiled and the rivals, by commas; default: all available"
+    )
     parser.add_argument("--rivals", type=Path, help="folder with checkouts of other trainers")
-    parser.add_argument("--device", default="", help="cpu or cuda; default: what there is")
-    parser.add_argument("--data", default="", help="token set whose first tokens are trained on; default: random ones")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting beside the preset's")
-    parser.add_argument("--optimize-ddp", choices=("on", "off"), help="torch's splitting of graphs under DDP")
-    parser.add_argument("--attention", choices=ATTENTION, help="the only kernel of attention that torch may choose")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--device", default="", help="cpu or cuda; default: cuda if available")
+    parser.add_argument("--data", default="", help="dataset whose first tokens are used; default: random tokens")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of the trainer"
+    )
+    parser.add_argument("--optimize-ddp", choices=("on", "off"), help="whether torch splits graphs under DDP")
+    parser.add_argument("--attention", choices=ATTENTION, help="the only attention kernel that torch may choose")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _settings(options: argparse.Namespace) -> PretrainConfig:
-    flags = [str(CONFIGS / f"{options.preset}.yaml"), "--run.url=unused", "--data.url=unused"]
-    flags += [f"--{each}" for each in options.set]
-    settings = loader.load(PretrainConfig, flags, {})
+    settings = presets.settings_of(options.preset, *(f"--{each}" for each in options.set))
     size = options.micro_batch or settings.batch.micro_batch_size
     context = options.context or settings.model.context
-    flags += [f"--model.context={context}", f"--batch.micro_batch_size={size}"]
-    return loader.load(PretrainConfig, [*flags, f"--batch.tokens_per_step={size * options.accumulation * context}"], {})
+    flags = [f"--{each}" for each in options.set] + [f"--model.context={context}", f"--batch.micro_batch_size={size}"]
+    return presets.settings_of(
+        options.preset, *flags, f"--batch.tokens_per_step={size * options.accumulation * context}"
+    )
 
 
 def _sides(options: argparse.Namespace) -> list[str]:
@@ -103,9 +97,9 @@ def _sides(options: argparse.Namespace) -> list[str]:
 
     from bench.step_sides import OTHERS
 
-    there = [name for name in OTHERS if options.rivals and (options.rivals / name).is_dir()]
+    found = [name for name in OTHERS if options.rivals and (options.rivals / name).is_dir()]
     compiled = ["plain-compiled"] if torch.cuda.is_available() and options.device != "cpu" else []
-    return ["ours", "plain", *compiled, *there]
+    return ["ours", "plain", *compiled, *found]
 
 
 def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
@@ -140,13 +134,13 @@ def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
     whole = sorted(in_order)
     rounds = clock.summary(in_order)
     tokens_per_second = settings.batch.tokens_per_step / rounds["median"]
+    flops = settings.batch.tokens_per_step * flops_per_token(settings.model)
     peak = peak_flops(torch.cuda.get_device_name()) if kind == "cuda" else _measured_peak(device)
-    moved = (
-        4 * parameters(settings.model) * 9
-    )  # weights, gradients and two moments: AdamW reads 4, writes 3; zero, clip
+    # AdamW reads 4 tensors of the model's size and writes 3; zeroing and clipping pass over the gradients twice more.
+    moved = 4 * parameters(settings.model) * 9
     result = {
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * flops_per_token(settings.model) / peak if peak else None,
+        "mfu": flops / rounds["median"] / peak if peak else None,
         "rounds_seconds": rounds["rounds"],
         "optimize_ddp": str(torch._dynamo.config.optimize_ddp),
         "peak_bytes": torch.cuda.max_memory_allocated() if kind == "cuda" else None,
@@ -154,9 +148,7 @@ def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
         "share": {part: sum(step[part] for step in steps) / sum(whole) for part in PARTS},
         "roofline": {
             "peak_flops": peak,
-            "products_seconds": settings.batch.tokens_per_step * flops_per_token(settings.model) / peak
-            if peak
-            else None,
+            "products_seconds": flops / peak if peak else None,
             "optimizer_bytes": moved,
         },
         "loss": loss,
@@ -167,7 +159,7 @@ def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
 
 
 def _toggle(options: argparse.Namespace) -> None:
-    """What torch itself has switches for; read when the first step is compiled."""
+    """Set torch's global switches, which the compilation of the first step reads."""
     import torch
 
     if options.optimize_ddp:
@@ -177,7 +169,7 @@ def _toggle(options: argparse.Namespace) -> None:
 
 
 def _batches(options: argparse.Namespace, settings: PretrainConfig, device) -> list:
-    """The micro-batches of every step."""
+    """The micro-batches of a step, each (sequences, context + 1); every step uses the same."""
     import torch
 
     shape = (settings.batch.micro_batch_size, settings.model.context + 1)
@@ -188,7 +180,7 @@ def _batches(options: argparse.Namespace, settings: PretrainConfig, device) -> l
 
 
 def _line(side: str, result: dict[str, Any]) -> str:
-    """One side in a line."""
+    """A side's result as one line."""
     mfu = "" if result["mfu"] is None else f", MFU {100 * result['mfu']:.1f} %"
     memory = "" if result["peak_bytes"] is None else f", {result['peak_bytes'] / 1e9:.1f} GB"
     milliseconds = 1e3 * result["step_seconds"]["p50"]
@@ -211,7 +203,7 @@ def _step(side, batches: list, parts) -> float:
 
 
 def _measured_peak(device) -> float:
-    """FLOP/s of a large float32 product on this CPU, the best of a few."""
+    """FLOP/s of a large float32 matrix product on this CPU, the best of eight."""
     import torch
 
     size, best = 2048, 0.0
@@ -223,30 +215,28 @@ def _measured_peak(device) -> float:
     return best
 
 
-def _show(results: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def show(results: dict) -> None:
+    middle = {  # of each side the run of median speed
+        side: sorted(runs, key=lambda run: run["tokens_per_second"])[len(runs) // 2]
+        for side, runs in results["runs"].items()
+    }
+    ours = next(iter(middle.values()))["tokens_per_second"]
+    rows = [
+        [
+            side,
+            quantity(run["tokens_per_second"]),
+            f"{run['tokens_per_second'] / ours:.2f}",
+            "?" if run["mfu"] is None else f"{100 * run['mfu']:.1f} %",
+            "" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e9:.1f} GB",
+            " / ".join(f"{value:.3f}" for value in run["step_seconds"].values()),
+            " / ".join(f"{100 * value:.0f} %" for value in run["share"].values()),
+        ]
+        for side, run in middle.items()
+    ]
     about = f"{results['device']}, torch {results['versions']['torch']}, {results['date']}"
     batch = f"{results['micro_batch']} x {results['model']['context']} x {results['accumulation']} tokens per step"
-    title = f"{quantity(results['parameters'])} parameters, {batch}; {about}"
-    heads = ["side", "tokens/s", "x ours", "MFU", "memory", "step p10/p50/p90 s", "forward / backward / optimizer"]
-    table = Table(*heads, title=title)
-    reference = next(iter(results["runs"].values()))
-    ours = statistics.median(run["tokens_per_second"] for run in reference)
-    for side, runs in results["runs"].items():
-        middle = sorted(runs, key=lambda run: run["tokens_per_second"])[len(runs) // 2]
-        speed = middle["tokens_per_second"]
-        table.add_row(
-            side,
-            quantity(speed),
-            f"{speed / ours:.2f}",
-            "?" if middle["mfu"] is None else f"{100 * middle['mfu']:.1f} %",
-            "" if middle["peak_bytes"] is None else f"{middle['peak_bytes'] / 1e9:.1f} GB",
-            " / ".join(f"{value:.3f}" for value in middle["step_seconds"].values()),
-            " / ".join(f"{100 * value:.0f} %" for value in middle["share"].values()),
-        )
-    Console(width=140).print(table)
+    heads = ("side", "tokens/s", "x first", "MFU", "memory", "step p10/p50/p90 s", "forward / backward / optimizer")
+    harness.print_table(f"{quantity(results['parameters'])} parameters, {batch}; {about}", heads, rows)
 
 
 if __name__ == "__main__":

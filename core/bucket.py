@@ -1,9 +1,9 @@
-"""Turns BUCKET, RUN and DATA, in every form that people type, into URLs.
+"""Reads the variables BUCKET, RUN and DATA, and builds the URLs that they name.
 
     bucket.url({"BUCKET": "my-bucket/team/", "RUN": "gpt2-124m"}, "RUN")    s3://my-bucket/team/runs/gpt2-124m
 
-Nodes run this outside of the container with their own Python (launch/node/place.py): use only the standard library, and
-Python 3.8.
+Nodes also run this outside of the container with their system's Python (launch/node/place.py), so that it needs
+nothing but the standard library and Python 3.8.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ NAME_BYTES = 512
 
 
 def root(environment: Mapping[str, str]) -> str:
-    """The URL of BUCKET without a slash at its end. Raises ConfigError.
+    """The URL of BUCKET without a trailing slash. Raises ConfigError.
 
-    A bare name is a bucket on S3 and may go on with a folder; a path that begins with `/`, `./` or `~` is local.
+    A bare name is a bucket on S3, optionally followed by a folder. A path that begins with `/`, `./` or `~` is local.
     """
     text = environment.get("BUCKET", "").strip()
     if not text:
@@ -44,7 +44,7 @@ def root(environment: Mapping[str, str]) -> str:
 
 
 def name(environment: Mapping[str, str], variable: str) -> str:
-    """The folder that RUN or DATA names; slashes separate nested folders. Raises ConfigError."""
+    """The folder's name in RUN or DATA, which may have several parts. Raises ConfigError."""
     text = environment.get(variable, "").strip()
     _check_characters(variable, text)
     parts = [part for part in text.split("/") if part]

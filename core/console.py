@@ -1,4 +1,4 @@
-"""What entries print: logging, progress, and errors as one sentence.
+"""Runs entries and prints for them: logging, progress, and errors as one sentence.
 
 An entry is a module with `main(arguments) -> exit code`, run by `run_entry(main)`.
 """
@@ -19,7 +19,7 @@ from core.figures import quantity
 
 
 def set_up_logging(speaks: bool = True) -> None:
-    """Plain lines on standard error; only warnings where `speaks` is false (ranks above 0)."""
+    """Log plain lines to standard error; only warnings if `speaks` is false (ranks above 0)."""
     logging.basicConfig(
         level=logging.INFO if speaks else logging.WARNING,
         format="%(asctime)s %(message)s",
@@ -31,9 +31,9 @@ def set_up_logging(speaks: bool = True) -> None:
 
 
 def run_entry(main: Callable[[list[str]], int | None]) -> None:
-    """Run an entry and exit: our own errors become one line, anything else keeps its traceback. Neither shows a key.
+    """Run an entry and exit. A LauncherError becomes one line, any other error keeps its traceback; keys are hidden.
 
-    After a request to stop every failure counts as PREEMPTED: the store may be away, other ranks may be gone.
+    After a request to stop, every failure counts as PREEMPTED, because the store or other ranks may be gone.
     """
     environment.drop_empty(os.environ)
     sys.excepthook = _print_traceback
@@ -45,7 +45,7 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of our output (`| head`) is gone
+    except BrokenPipeError:  # the reader of the output (`| head`) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except Exception as error:
@@ -64,7 +64,7 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 class Progress:
-    """Counts up to `total` in a bar on a terminal, in one plain line every `interval_seconds` elsewhere."""
+    """Shows progress up to `total`: as a bar on a terminal, else as one line every `interval_seconds`."""
 
     def __init__(self, title: str, total: float | None, unit: str, interval_seconds: float = 10.0):
         self.title = title

@@ -1,6 +1,8 @@
-"""Variables: from the shell, over those of a .env file. An empty variable is an absent one.
+"""Combines the variables of the shell with those of a .env file, over which the shell has precedence.
 
-environment.adopt()      os.environ gets what .env holds, and loses what is empty and would mislead a library
+An empty variable counts as absent.
+
+environment.adopt()      os.environ receives the variables of .env, and loses empty ones that would mislead a library
 """
 
 import io
@@ -13,8 +15,8 @@ from core.errors import ConfigError
 from core.stores import aws
 
 DOTENV = Path(".env")
-# Libraries take an empty variable at its word: botocore asks `s3..amazonaws.com` for AWS_DEFAULT_REGION="", Google's
-# library opens the file "", Hugging Face's caches below the current folder for XDG_CACHE_HOME="".
+# Libraries read an empty variable as a value: botocore contacts `s3..amazonaws.com` for AWS_DEFAULT_REGION="", Google's
+# library opens the file "", Hugging Face caches below the current folder for XDG_CACHE_HOME="".
 _READ_BY_LIBRARIES = re.compile(
     r"(AWS|GOOGLE|AZURE|HF|WANDB|MLFLOW|OPENAI|XDG|CUBLAS|OPENBLAS)_\w+|REQUESTS_CA_BUNDLE|TENSORBOARD_DIR"
     r"|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE"
@@ -22,14 +24,14 @@ _READ_BY_LIBRARIES = re.compile(
 
 
 def adopt(dotenv: Path = DOTENV) -> None:
-    """Make os.environ what `with_dotenv` says. Raises ConfigError."""
+    """Set os.environ to the result of `with_dotenv`. Raises ConfigError."""
     found = with_dotenv(os.environ, dotenv)
     drop_empty(os.environ)
     os.environ.update(found)
 
 
 def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
-    """`environment` over the variables of a file, where there is one. An empty value never hides another one.
+    """`environment` over the variables of a .env file, if it exists. An empty value never hides another one.
 
     Raises ConfigError.
     """
@@ -47,7 +49,7 @@ def drop_empty(environment: MutableMapping[str, str]) -> None:
 
 
 def _check_whose_keys(dotenv: Path, found: Mapping[str, str]) -> None:
-    """AWS_ACCESS_KEY_ID is also what SkyPilot logs in to AWS with. Raises ConfigError for keys of another server."""
+    """Raises ConfigError if AWS_ACCESS_KEY_ID is a key of another server, because SkyPilot logs in to AWS with it."""
     endpoint = aws.endpoint_of(found)
     if not found.get("AWS_ACCESS_KEY_ID") or found.get("BUCKET_ACCESS_KEY_ID") or aws.service_of(endpoint) == "aws":
         return
@@ -63,7 +65,7 @@ def _check_whose_keys(dotenv: Path, found: Mapping[str, str]) -> None:
 def read_dotenv(path: Path) -> dict[str, str]:
     """The variables of a .env file, as python-dotenv reads them; none without a file. Raises ConfigError."""
     try:
-        # A byte order mark is an editor's, not a part of the first name.
+        # utf-8-sig: some editors begin a file with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return {}
@@ -75,7 +77,7 @@ def read_dotenv(path: Path) -> dict[str, str]:
     from dotenv.parser import parse_stream
 
     for binding in parse_stream(io.StringIO(text)):
-        # The value stays out of the message: it may be a key.
+        # The message does not contain the value, which may be a key.
         if binding.error or (binding.key is not None and binding.value is None):
             line = binding.original.line + len(binding.original.string) - len(binding.original.string.lstrip("\n"))
             raise ConfigError(f"{path}:{line}: is not a NAME=value line; a comment begins with #")

@@ -1,11 +1,11 @@
-"""Every exception that a user can meet, by who must act.
+"""Defines the exceptions that a user can see, by what the user must do.
 
     LauncherError
     ├── ConfigError         the settings are wrong: edit the YAML, a flag or a variable
     ├── DataError           stored tokens, manifests or source documents are wrong
     ├── StorageError        the bucket, its credentials or the network
     │   ├── ObjectNotFound  the object is not there
-    │   ├── ObjectExists    somebody else wrote it first (exclusive creation)
+    │   ├── ObjectExists    another writer created it first (exclusive creation)
     │   └── ObjectDamaged   its content is not what its checksum says
     ├── CheckpointError     checkpoints exist but cannot be used
     ├── RunError            the run folder belongs to something else, or another segment took it over
@@ -13,8 +13,8 @@
     ├── TrainingError       the numbers went wrong (NaN, Inf)
     └── CapReached          nothing is wrong: the money that the cap allows is spent
 
-A message is one sentence that says what (with the value), where (file and key, URI, rank, step) and how to
-fix it. Entries print it without a traceback and exit non-zero (`core.console.run_entry`).
+A message is one sentence that says what is wrong (with the value), where (file and key, URI, rank, step) and how
+to fix it. Entries print it without a traceback and exit non-zero (`core.console.run_entry`).
 """
 
 LONGEST_LINE = 500
@@ -37,15 +37,15 @@ class StorageError(LauncherError):
 
 
 class ObjectNotFound(StorageError):
-    """There is no object at this URI."""
+    """No object exists at this URI."""
 
 
 class ObjectExists(StorageError):
-    """Exclusive creation lost: there is an object at this URI already."""
+    """Exclusive creation failed: an object exists at this URI."""
 
 
 class ObjectDamaged(StorageError):
-    """The content of the object at this URI is not what its checksum says."""
+    """The content of the object at this URI does not have the expected checksum."""
 
 
 class CheckpointError(LauncherError):
@@ -53,7 +53,7 @@ class CheckpointError(LauncherError):
 
 
 class RunError(LauncherError):
-    """The run folder holds another run, or a newer segment of this run took over."""
+    """The run folder holds another run, or a newer segment of this run has taken over."""
 
 
 class EndpointError(LauncherError):
@@ -65,9 +65,9 @@ class TrainingError(LauncherError):
 
 
 class CapReached(LauncherError):
-    """Nothing is wrong: the money that the cap allows is spent, and what was done is kept."""
+    """The money that the cap allows is spent. All work is stored; this is not a failure."""
 
 
 def one_line(error: BaseException, longest: int = LONGEST_LINE) -> str:
-    """Any exception as one line: its type and what it says."""
+    """Any exception as one line: its type and its message."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:longest]

@@ -1,4 +1,4 @@
-"""What an exit code tells the launcher. docs/formats.md lists them too."""
+"""Exit codes by which the launcher decides what to do next. docs/formats.md lists them too."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,8 @@ BAD_NODE = 35
 
 
 def tell_launcher(code: int) -> None:
-    """torchrun exits with 1 whatever its workers say, so the code is also left in EXIT_CODE_FILE, if that is set."""
+    """Write the code to EXIT_CODE_FILE, if set, because torchrun exits with 1 whatever its workers exit with."""
     if path := os.environ.get("EXIT_CODE_FILE"):
         whole = Path(f"{path}.{os.getpid()}")
         whole.write_text(f"{code}\n")
-        whole.replace(path)  # the launcher reads all of it or nothing
+        whole.replace(path)  # atomic: the launcher may read at any moment

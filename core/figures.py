@@ -1,4 +1,4 @@
-"""Numbers for people: amounts, durations, and dollars whose printed parts sum to the printed total."""
+"""Formats amounts, durations and dollars, and rounds dollars so that printed parts add up to the printed total."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ UNKNOWN = "?"
 
 
 def places_for(total: float) -> int:
-    """Digits after the point that show something: cents, and more of them for a total below a dollar or a cent."""
+    """Digits after the point: cents, and more digits for a total below a dollar or a cent."""
     return 2 if total >= 1 else 4 if total >= 0.01 or total <= 0 else 6
 
 
 def apportion(amounts: Sequence[float | None], places: int, total: float | None = None) -> list[float | None]:
     """Round each amount to `places` so that they add up to the rounded total (largest remainder method).
 
-    `total` is their sum as printed elsewhere; it decides when another order of summation rounds half a cent the
-    other way. None, an amount that is not known, stays None and takes no part. Ties go to the earlier amount.
+    `total` is their sum as printed elsewhere; another order of summation may round it differently. None, an unknown
+    amount, stays None. If two remainders are equal, the earlier amount is rounded up.
     """
     unit = Decimal(1).scaleb(-places)
     exact = {index: Decimal(amount) for index, amount in enumerate(amounts) if amount is not None}
@@ -30,14 +30,14 @@ def apportion(amounts: Sequence[float | None], places: int, total: float | None 
 
 
 def dollars(usd: float | None, places: int = 2, complete: bool = True) -> str:
-    """1234.5 → "1,234.50"; None → "?"; a sum in which a part is not known → "1,234.50 + ?"."""
+    """1234.5 → "1,234.50"; None → "?"; a sum with an unknown part → "1,234.50 + ?"."""
     if usd is None:
         return UNKNOWN
     return f"{usd:,.{places}f}" + ("" if complete else f" + {UNKNOWN}")
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as the two units that matter: "4.2 s", "3 min 20 s", "2 h 05 min", "3 d 4 h"."""
+    """Seconds in the two largest units: "4.2 s", "3 min 20 s", "2 h 05 min", "3 d 4 h"."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
     if seconds < 59.95:

@@ -1,4 +1,4 @@
-"""Local files as objects: written whole or not at all, and what there is; the transport of core.storage for paths.
+"""Writes local files atomically and lists folders through links: what core/stores/local.py needs of the file system.
 
 with files.replacing(Path("run/a.json")) as file:
     file.write(b"{}")
@@ -14,18 +14,17 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import BinaryIO
 
-from core import patterns
 from core.errors import StorageError
+from core.stores.base import is_pattern, matcher
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 @contextlib.contextmanager
 def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterator[BinaryIO]:
-    """Write beside `path`, flush to disk, then move into place; nothing is left behind on failure.
+    """A temporary file beside `path` that replaces it at the end of the block, flushed to disk, unless the block fails.
 
-    With `exclusive`, raises FileExistsError if the name is taken. Raises StorageError for a folder that is a link to
-    nothing.
+    With `exclusive`, raises FileExistsError if `path` exists. Raises StorageError if its folder is a dangling link.
     """
     _check_link(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,30 +46,30 @@ def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterat
 
 
 def _move_to_free_name(temporary: Path, path: Path) -> None:
-    """Raises FileExistsError if the name is taken; of several racing callers exactly one succeeds."""
+    """Raises FileExistsError if `path` exists; exactly one of several racing callers succeeds."""
     try:
-        os.link(temporary, path)  # atomic, and the name never stands for less than the whole
+        os.link(temporary, path)  # atomic: `path` appears with its complete content
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # exFAT, SMB and some FUSE file systems have no hard links. The name is empty for the moment between the calls.
+        # exFAT, SMB and some FUSE file systems have no hard links. `path` is empty between these two calls.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         temporary.replace(path)
 
 
 def below(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """All files below a folder, at any depth and through links; none if there is no such folder.
+    """All files below a folder, at any depth and through links; none if the folder does not exist.
 
-    A folder that has several names is read once, under the name with the fewest links in it, so that a loop of links
-    ends. A link to nothing is listed with the link's own size: it is there, and reading it fails. Raises StorageError
-    if `root` is such a link, OSError for a folder that cannot be read.
+    A folder with several names is read once, under the name with the fewest links, so that loops of links end. A
+    dangling link is listed with the size of the link; reading it fails. Raises StorageError if `root` is a dangling
+    link, OSError for an unreadable folder.
     """
     _check_link(root)
     yield from _walk(root, lambda names: True, bounded=False)
 
 
 def names(folder: Path) -> list[str]:
-    """Names of files, folders and links in a folder; none if there is no such folder. Raises as `below`."""
+    """Names of files, folders and links in a folder; none if it does not exist. Raises the errors of `below`."""
     try:
         return [entry.name for entry in _entries(folder)]
     except (FileNotFoundError, NotADirectoryError):
@@ -79,14 +78,14 @@ def names(folder: Path) -> list[str]:
 
 
 def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
-    """Files whose path fits a pattern with `*`, `?`, `[...]` or `**`; links, folders and errors as in `below`.
+    """Files whose path matches a pattern with `*`, `?`, `[...]` or `**`; links and errors as in `below`.
 
-    Raises StorageError for a link to nothing where the pattern leads into folders: files would be missing silently.
+    Raises StorageError for a dangling link in place of a folder that the pattern covers, whose files would be missing.
     """
-    wild = next(number for number, part in enumerate(pattern.parts) if patterns.is_pattern(part))
+    wild = next(number for number, part in enumerate(pattern.parts) if is_pattern(part))
     root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
-    fits = patterns.matcher("/".join(parts))
-    parts_fit = [patterns.matcher(part) for part in parts]
+    fits = matcher("/".join(parts))
+    parts_fit = [matcher(part) for part in parts]
     recursive = parts.index("**") if "**" in parts else None
 
     def leads(names: tuple[str, ...]) -> bool:
@@ -108,7 +107,7 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 
 
 def link_to_nothing(path: Path) -> Path | None:
-    """The link, `path` itself or a folder above it, that leads to nothing; None if there is none."""
+    """The dangling link among `path` and the folders above it, or None."""
     for each in (path, *path.parents):
         if os.path.lexists(each):
             return each if each.is_symlink() and not os.path.exists(each) else None
@@ -123,12 +122,12 @@ def _check_link(path: Path) -> None:
 
 
 def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[Path, os.stat_result]]:
-    """Files in those folders whose names below `root` satisfy `leads`; `root` is always read.
+    """Files in `root` and in those folders below it whose relative names satisfy `leads`.
 
-    Where `leads` is `bounded` in depth, a folder is read once at each depth, since names may fit at one and not at
-    another.
+    If `leads` is `bounded` in depth, a folder is read once at each depth, because its names may match at one depth
+    alone.
     """
-    # The fewest links first, then the shortest path: of the names of a folder, that one is kept.
+    # A folder with several names is read under the one with the fewest links, then the shortest.
     waiting = [(0, 0, root)]
     read: set[tuple[int, int, int]] = set()
     while waiting:
@@ -139,7 +138,7 @@ def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -
             if known in read:
                 continue
             entries = _entries(folder)
-        except (FileNotFoundError, NotADirectoryError):  # removed while we walk, or never there
+        except (FileNotFoundError, NotADirectoryError):  # removed during the walk, or never there
             continue
         read.add(known)
         for entry in entries:
@@ -159,7 +158,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Of what the entry leads to, or of the link itself if that is nothing; None if it was removed meanwhile."""
+    """Status of the entry's target, or of a dangling link; None if the entry was removed meanwhile."""
     try:
         return entry.stat()
     except OSError as error:

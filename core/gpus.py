@@ -1,11 +1,11 @@
-"""What accelerators can do: peak dense matrix FLOP/s, for MFU, and memory. From NVIDIA's data sheets, without sparsity.
+"""Peak dense matrix FLOP/s (for MFU) and memory of accelerators, from NVIDIA's data sheets, without sparsity.
 
 Sources, read 2026-11: A100 data sheet (2021): 312 TFLOP/s bf16; H100 data sheet (2023): 989 SXM, 756 PCIe;
 H200 data sheet (2024): 989; GH200 data sheet (2024): 989 (the GPU is an H100 with HBM3/HBM3e); L4: 121;
 L40S: 362; A10: 125; V100 (fp16): 125; RTX 4090 (Ada white paper, fp32 accumulation): 165.
 """
 
-# First match wins: the longer name stands before the shorter.
+# The first match counts, so that a longer name precedes a shorter one.
 _PEAK_BF16_TFLOPS = (
     ("GH200", 989.0),
     ("H200", 989.0),
@@ -21,11 +21,11 @@ _PEAK_BF16_TFLOPS = (
 )
 
 
-# By their compute capability: from 8.9 on, which is Ada and Hopper.
+# Compute capability 8.9 (Ada) and above.
 _WITH_FP8 = frozenset({"H100", "H200", "GH200", "L4", "L40S"})
 
-# Memory in GB (10^9 bytes) by the name that SkyPilot's catalog gives a GPU, of the same sheets and, for the A10G, AWS's
-# page of g5, read 2026-11; a GH200 of Lambda has HBM3. What a driver shows as free is a little more or less than this.
+# Memory in GB (10^9 bytes) by the GPU's name in SkyPilot's catalog, from the same sheets and, for the A10G, AWS's page
+# of g5, read 2026-11; Lambda's GH200 has HBM3. A driver shows slightly more or less than this as free.
 _MEMORY_GB = {
     "A100": 40,
     "A100-80GB": 80,
@@ -40,18 +40,18 @@ _MEMORY_GB = {
 
 
 def memory_bytes(accelerator: str) -> float | None:
-    """Memory of an accelerator of SkyPilot's catalog, or None if it is not in the table."""
+    """Memory in bytes of an accelerator of SkyPilot's catalog, or None if it is not in the table."""
     gb = _MEMORY_GB.get(accelerator)
     return None if gb is None else gb * 1e9
 
 
 def has_fp8(accelerator: str) -> bool | None:
-    """Whether an accelerator of SkyPilot's catalog has fp8 units, or None if it is not in the table."""
+    """Whether an accelerator of SkyPilot's catalog has fp8 units; None if it is not in the table."""
     return accelerator in _WITH_FP8 if accelerator in _MEMORY_GB else None
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of the device that calls itself so, or None if it is not in the table."""
+    """Peak bf16 FLOP/s by the device's name, or None if it is not in the table."""
     for name, tflops in _PEAK_BF16_TFLOPS:
         if name.lower() in device_name.lower():
             return tflops * 1e12

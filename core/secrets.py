@@ -1,31 +1,32 @@
-"""Keeps keys out of what is printed: every known secret in a text becomes `***`.
+"""Hides keys in printed text: replaces every known secret by `***`.
 
     secrets.scrub(str(error))
 
-Known are the variables whose names end like a secret's, and what `register` was given, such as a key from a file.
+Known secrets are the variables whose names end like a secret's, and the arguments of `register`, such as a key that was
+read from a file. A module apart, because everything that prints imports it.
 """
 
 import os
 import re
 
 HIDDEN = "***"
-# Shorter values are words that a message may well hold.
+# Messages may contain shorter values as words.
 MIN_CHARACTERS = 8
 _NAME = re.compile(r"(^|_)(KEY|KEY_ID|TOKEN|PASSWORD|SECRET)$")
 _registered: set[str] = set()
 
 
 def register(secret: str) -> str:
-    """Make a secret known; returns it."""
+    """Add a secret to the known ones. Returns it."""
     if secret.strip():
         _registered.add(secret)
     return secret
 
 
 def scrub(text: str) -> str:
-    """`text` without any known secret, also where a library shows one as a Python literal."""
+    """`text` with every known secret hidden, also in the form of a Python literal."""
     known = _registered | {value for name, value in os.environ.items() if _NAME.search(name)}
-    # A message may hold one line of a secret alone.
+    # A message may contain a single line of a secret.
     lines = {line.strip() for secret in known for line in (secret, *secret.splitlines())}
     forms = {form for line in lines for form in (line, repr(line)[1:-1]) if len(line) >= MIN_CHARACTERS}
     for form in sorted(forms, key=len, reverse=True):

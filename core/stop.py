@@ -1,16 +1,16 @@
-"""Requests to stop this process, heard from the first moment that Python runs.
+"""Receives requests to stop this process, from the first moment that Python runs.
 
     from core import stop
 
     if __name__ == "__main__":
         stop.listen()  # before the imports that take seconds
 
-A thread of its own answers them, because the main thread may wait for an import, a GPU or a store. The answer is to
-leave at once with exit code 33, until the program says with `allow` that it has something to save.
+A separate thread answers requests, because the main thread may wait for an import, a GPU or a store. It ends the
+process at once with exit code 33, unless the program has called `allow` to announce that it has something to save.
 
-A signal is a certain request unless it may be torchrun's: torchrun also sends SIGTERM to its workers because one of
-them has failed. launch.node therefore creates STOP_FILE before it signals. Only a certain request makes a failure
-count as exit code 33 (core.console.run_entry). Loads no torch, and before `listen` little else.
+A request by signal is certain unless torchrun may have sent it: torchrun also sends SIGTERM to its workers when one of
+them has failed. launch.node therefore creates STOP_FILE before it signals. Only after a certain request a failure
+counts as exit code 33 (core.console.run_entry). This module loads no torch, and before `listen` little else.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from typing import NoReturn
 
 # AWS takes a spot machine two minutes after its notice; launch/node/container.sh gives the container 100 s.
 SECONDS = 90.0
-# By so much sooner than launch.node kills it, a program leaves by itself, so that it can say how far it came.
+# A program ends this long before launch.node kills it, so that it can log its progress.
 SOONER_SECONDS = 10.0
 # torchrun kills its workers 30 s after it has signalled them.
 UNCERTAIN_SECONDS = 20.0
-# For closing logs and books on the way out.
+# Time limit for closing logs and ledger at the end.
 CLOSE_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 WAKE = 0  # no signal has this number
 
 
 class _State:
-    """Of this process. Times are of the monotonic clock."""
+    """State of this process. Times are of the monotonic clock."""
 
     def __init__(self) -> None:
         self.parent = 0
@@ -60,7 +60,7 @@ _state = _State()
 
 
 def listen(*more: signal.Signals) -> None:
-    """Hear SIGTERM, SIGHUP, SIGUSR1 and `more` from now on. In the main thread; a second call changes nothing.
+    """Handle SIGTERM, SIGHUP, SIGUSR1 and `more` from now on. Call it in the main thread; a second call has no effect.
 
     A signal that is ignored (SIGHUP under nohup, SIGINT in the background) stays ignored.
     """
@@ -82,40 +82,40 @@ def listen(*more: signal.Signals) -> None:
 
 
 def follow_parent() -> None:
-    """Linux: get SIGTERM when the process that started this one dies, so that nothing outlives it and holds a GPU."""
+    """Linux: receive SIGTERM when the parent process dies, so that no orphan keeps a GPU."""
     parent = os.environ.get("PARENT_PID", "")
     if sys.platform != "linux" or not (parent or "TORCHELASTIC_RUN_ID" in os.environ):
         return
-    import ctypes  # takes a while, and the handlers come first
+    import ctypes  # slow to import, and the handlers come first
 
     if not parent or parent == str(os.getppid()):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if parent and not os.path.exists(f"/proc/{parent}"):  # it died before that
+    if parent and not os.path.exists(f"/proc/{parent}"):  # it died before the call
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def asked() -> bool:
-    """Whether this process was asked to stop, perhaps by torchrun because another rank failed."""
+    """Whether this process was asked to stop, possibly by torchrun because another rank failed."""
     return bool(_state.reason)
 
 
 def is_certain() -> bool:
-    """Whether the request to stop is really meant for this process, as far as it can tell."""
+    """Whether a request to stop is certain, that is, not possibly torchrun's."""
     return _state.certain
 
 
 def is_hurried() -> bool:
-    """Whether the machine goes away, so that the time to leave is limited."""
+    """Whether the machine is being taken away, so that the time to end is limited."""
     return _state.hurried_since < math.inf
 
 
 def ask(reason: str) -> None:
-    """Ask this process to stop because its machine goes away, as a certain signal does."""
+    """Ask this process to stop because its machine is being taken away. Equals a certain signal."""
     _note(reason, certain=True, hurry=True)
 
 
 def inform(call: Callable[[str], None]) -> None:
-    """`call(reason)` once when this process is asked to stop; now if it was asked before."""
+    """Call `call(reason)` once when this process is asked to stop; at once if it was asked before."""
     with _lock:
         _state.informed.append(call)
         reason = _state.reason
@@ -124,9 +124,10 @@ def inform(call: Callable[[str], None]) -> None:
 
 
 def allow(seconds: float, last_words: Callable[[], str] | None = None) -> None:
-    """There is something to save: from now on a request leaves `seconds` for it, counted from the request.
+    """Announce that there is something to save: from now on a request leaves `seconds` for it.
 
-    When they are over the process leaves with what `settle` said, or 33. `last_words` says what that means.
+    The seconds count from the request. After them the process ends with the code of `settle`, or 33, and logs the
+    sentence that `last_words` returns.
     """
     with _lock:
         if not _state.leaving:
@@ -137,18 +138,18 @@ def allow(seconds: float, last_words: Callable[[], str] | None = None) -> None:
 
 
 def settle(code: int) -> None:
-    """The exit code is known: whatever keeps this process from leaving does not change it."""
+    """Fix the exit code, which a delay in ending this process no longer changes."""
     _state.verdict = code
 
 
 def on_leaving(call: Callable[[], object]) -> None:
-    """Close something on the way out. Runs beside whatever the main thread does, for CLOSE_SECONDS at most."""
+    """Register a cleanup for the end. It runs while the main thread continues, for CLOSE_SECONDS at most."""
     with _lock:
         _state.cleanups.append(call)
 
 
 def leave(code: int, words: str = "") -> NoReturn:
-    """End this process now. Threads that wait for a store, which Python would wait for, do not hold it up."""
+    """End this process now, without waiting for threads that wait for a store, as Python would."""
     from core.exit_codes import tell_launcher
 
     with _lock:
@@ -157,7 +158,7 @@ def leave(code: int, words: str = "") -> NoReturn:
         _wait_for_the_end()
     if os.environ.get("LOCAL_RANK", "0") == "0" and _state.certain and os.getppid() == _state.parent:
         tell_launcher(code)
-    # Each in a thread, because any of them may hang. The line first, since a cleanup may store it.
+    # Each runs in a thread, because it may hang. The line comes first, because a cleanup may store it.
     _within(CLOSE_SECONDS, [functools.partial(_say, words)] if words else [])
     _within(CLOSE_SECONDS, _state.cleanups)
     _within(CLOSE_SECONDS, [sys.stdout.flush, sys.stderr.flush])
@@ -165,13 +166,13 @@ def leave(code: int, words: str = "") -> NoReturn:
 
 
 def hold_if_leaving() -> None:
-    """Return unless another thread is ending this process: what has failed since then has failed because of that."""
+    """Block if another thread is ending this process, whose end may have caused the failure at hand."""
     if _state.leaving:
         _wait_for_the_end()
 
 
 def seconds() -> float:
-    """What launch.node gives its program after a request to stop. Raises ConfigError."""
+    """Seconds between launch.node's request to stop and its SIGKILL. Raises ConfigError."""
     from core.errors import ConfigError
 
     text = os.environ.get("LEAVE_SECONDS") or str(SECONDS)
@@ -184,7 +185,7 @@ def seconds() -> float:
 
 
 def own_seconds() -> float:
-    """What a program under launch.node takes of them."""
+    """Seconds after which a program under launch.node ends without waiting for its SIGKILL."""
     return seconds() - min(SOONER_SECONDS, seconds() / 4)
 
 
@@ -202,13 +203,16 @@ def forget() -> None:
 
 
 def _handle(number: int, _: object) -> None:
-    """In case an event loop has replaced the wake-up descriptor. Takes no lock: it may interrupt what holds it."""
-    with contextlib.suppress(BlockingIOError):  # so many signals are waiting already
+    """Signal handler, in case an event loop replaced the wake-up descriptor.
+
+    It does not take the lock, because it may interrupt the lock's holder.
+    """
+    with contextlib.suppress(BlockingIOError):  # the pipe is full of signals
         os.write(_state.pipe[1], bytes([number]))
 
 
 def _watch(state: _State) -> None:
-    """The thread that answers."""
+    """Body of the thread that answers requests."""
     while not state.closed:
         with _lock:
             at = _leave_at()
@@ -230,7 +234,7 @@ def _say(words: str) -> None:
 
 
 def _certain(number: int) -> bool:
-    """SIGTERM is the signal with which torchrun ends the workers that are left when one has failed."""
+    """Whether a signal is certain: torchrun sends SIGTERM to the remaining workers when one has failed."""
     return number != signal.SIGTERM or "TORCHELASTIC_RUN_ID" not in os.environ or _stop_file_exists()
 
 
@@ -247,7 +251,7 @@ def _words(state: _State) -> str:
 
 
 def _leave_at() -> float:
-    """When this process must leave; the lock is held."""
+    """Time at which this process must end. The caller holds the lock."""
     if not _state.reason:
         return math.inf
     if _state.allowed_seconds is not None:
@@ -282,7 +286,7 @@ def _stop_file_exists() -> bool:
 
 
 def _within(limit: float, calls: list[Callable[[], object]]) -> None:
-    """Run all calls at once, each in a thread; leave behind what takes longer than `limit` seconds."""
+    """Run all calls in parallel threads, and wait `limit` seconds at most."""
     deadline = time.monotonic() + limit
     threads = [threading.Thread(target=call, daemon=True) for call in calls]
     for thread in threads:
@@ -292,6 +296,6 @@ def _within(limit: float, calls: list[Callable[[], object]]) -> None:
 
 
 def _wait_for_the_end() -> NoReturn:
-    """Another thread is about to end the process."""
+    """Wait until another thread ends the process."""
     while True:
         time.sleep(1.0)

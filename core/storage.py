@@ -1,9 +1,9 @@
-"""Objects by URI: local paths, memory://, s3:// (AWS, Cloudflare R2, any endpoint), gs://, az:// and hf:// (read only).
+"""Reads, writes and lists objects by URI: local paths, memory://, s3://, gs://, az:// and hf:// (read only).
 
-One small set of functions over the stores of core/stores. Objects are whole and immutable to a reader: a write is
-visible only when it is complete. Transient faults are retried with exponential backoff and jitter; anything else fails
-at once with the URI and the remedy. Credentials come from the environment (core/stores/credentials.py) and never appear
-in a message.
+These functions call the stores of core/stores; s3:// covers AWS, Cloudflare R2 and any other endpoint of the protocol.
+A reader sees a written object completely or not at all. Transient faults are retried with exponential backoff and
+jitter (core/stores/retries.py); any other error is raised at once, with the URI and the remedy. Credentials come from
+the environment (core/stores/credentials.py) and never appear in a message.
 
     storage.write_bytes("s3://bucket/a.json", b"{}")
     storage.read_range("s3://bucket/shard.bin", 0, 1024)
@@ -12,44 +12,32 @@ in a message.
 
 import contextlib
 import hashlib
-import io
-import logging
 import os
-import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
-from core import files, patterns
-from core.errors import LauncherError, ObjectDamaged, ObjectNotFound, StorageError
-from core.stores import faults, local
+from core import files
+from core.errors import ObjectDamaged, ObjectNotFound
+from core.stores import base, faults, local, retries
 from core.stores.base import Buffer, Found, Store, Terms
 from core.stores.opener import open_store
-from core.stores.waiting import interruptible
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # One connection to S3 carries 80 to 100 MB/s.
 READ_PART_BYTES = 16 << 20
 READ_PARTS_AT_ONCE = 8
-# Fewer where parts wait in memory to be written in order: several shards are fetched at a time.
+# For parts that wait in memory to be written in order; callers fetch several shards in parallel.
 PARTS_AHEAD = 4
-FILE_BUFFER_BYTES = 1 << 20
-
-# About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
-ATTEMPTS = 7
-BACKOFF_SECONDS = 0.25
-BACKOFF_CAP_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One stored object: its URI, its size in bytes and, where the store tells, its modification time (unix s)."""
+    """One stored object: URI, size in bytes, and modification time (unix s) if the store knows it."""
 
     uri: str
     size: int
@@ -65,11 +53,11 @@ def is_local(uri: str) -> bool:
 
 
 local_path = local.path_of
-is_pattern = patterns.is_pattern
+is_pattern = base.is_pattern
 
 
 def terms_of(uri: str) -> Terms:
-    """Which service and server hold a URI."""
+    """The words for messages and reports about the store that holds a URI."""
     return open_store(uri)[0].terms
 
 
@@ -80,17 +68,38 @@ def join(uri: str, *parts: str) -> str:
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises ObjectNotFound, StorageError."""
-    return b"".join(_chunks(uri))
+    return b"".join(chunks(uri))
+
+
+def chunks(uri: str) -> Iterator[Buffer]:
+    """The content of an object, in order and in pieces. Raises ObjectNotFound, StorageError.
+
+    Parts of a large object are fetched in parallel, each with its retries.
+    """
+
+    def begin(store: Store, key: str) -> list[Buffer] | int:
+        size, pieces = store.get(key)
+        return size if size > READ_PART_BYTES else list(pieces)
+
+    def part(start: int, end: int) -> list[Buffer]:
+        return retries.call(uri, "read", lambda store, key: list(_get(store, key, start, end)))
+
+    found = retries.call(uri, "read", begin)
+    if isinstance(found, int):
+        for pieces in side_by_side(part, _parts(found), PARTS_AHEAD):
+            yield from pieces
+    else:
+        yield from found
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of an object; exactly end - start of them, or StorageError."""
+    """Bytes [start, end) of an object. Raises StorageError if the object has fewer."""
     _check_range(start, end)
-    return _on(uri, "read", lambda store, key: b"".join(_get(store, key, start, end))) if end > start else b""
+    return retries.call(uri, "read", lambda store, key: b"".join(_get(store, key, start, end))) if end > start else b""
 
 
 def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
-    """The bytes of each range, none of them empty; those that are close to each other come by one request."""
+    """The bytes of each range, which must not be empty. One request fetches neighbouring ranges."""
     for start, end in ranges:
         _check_range(start, end)
 
@@ -100,11 +109,11 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
             _check_length(len(data), end - start)
         return found
 
-    return _on(uri, "read", read) if ranges else []
+    return retries.call(uri, "read", read) if ranges else []
 
 
 def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
-    """Fill `buffer` with the first bytes of an object, by ranges side by side; yields it part by part, in order."""
+    """Fill `buffer` with the first bytes of an object by parallel requests. Yields it part by part, in order."""
 
     def fill(start: int, end: int) -> memoryview:
         def read(store: Store, key: str) -> memoryview:
@@ -114,7 +123,7 @@ def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
                 at += len(piece)
             return buffer[start:end]
 
-        return _on(uri, "read", read)
+        return retries.call(uri, "read", read)
 
     return side_by_side(fill, _parts(len(buffer)))
 
@@ -122,7 +131,7 @@ def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
 def side_by_side(
     fetch: Callable[[int, int], T], ranges: Iterable[tuple[int, int]], at_once: int = READ_PARTS_AT_ONCE
 ) -> Iterator[T]:
-    """`fetch(start, end)` of each range in order, so many of them at once ahead of the reader."""
+    """Yield `fetch(start, end)` of each range in order, with `at_once` calls in parallel ahead of the reader."""
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(at_once, thread_name_prefix="part reader") as pool:
         try:
@@ -139,16 +148,16 @@ def side_by_side(
 def download(
     uri: str, path: str | os.PathLike, expected_sha256: str | None = None, *, survives_crash: bool = True
 ) -> int:
-    """Copy an object into a local file, which appears only when complete. Returns its bytes.
+    """Copy an object into a local file, which appears when it is complete. Returns its size in bytes.
 
-    Without `survives_crash` the file is not flushed to the disk, so that after a power cut its name may stand for
-    less than its content. Raises ObjectDamaged when `expected_sha256` is given and the content differs.
+    Without `survives_crash` the file is not flushed to disk, and may be incomplete after a power failure. Raises
+    ObjectDamaged if the content does not have `expected_sha256`.
     """
     digest = hashlib.sha256()
     size = 0
     try:
         with files.replacing(Path(path), flush=survives_crash) as target:
-            for chunk in _chunks(uri):
+            for chunk in chunks(uri):
                 target.write(chunk)
                 size += len(chunk)
                 if expected_sha256:
@@ -158,21 +167,21 @@ def download(
                     f"{uri}: checksum is {digest.hexdigest()[:12]}…, expected {expected_sha256[:12]}…; "
                     "the object is damaged: write it again from its source"
                 )
-    except OSError as error:  # of the local file; the store's own errors are translated by now
+    except OSError as error:  # of the local file: errors of the store are translated already
         raise faults.translated("download", uri, error, faults.marks_of(error), local.TERMS) from error
     return size
 
 
 def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
-    """Store an object whole: readers see the old one or the new one, never a part.
+    """Store an object atomically: readers see the old content or the new one.
 
-    With `exclusive`, raises ObjectExists if there is one already; of several racing writers exactly one wins.
+    With `exclusive`, raises ObjectExists if the object exists; exactly one of several racing writers succeeds.
     """
     view = memoryview(data).cast("B")
     attempt = 0
 
     def write(store: Store, key: str) -> None:
-        # An exclusive write whose answer was lost has happened: the retry then meets its own object.
+        # If the answer to an exclusive write is lost, the retry finds the object that the first attempt wrote.
         nonlocal attempt
         attempt += 1
         try:
@@ -182,29 +191,22 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
                 return
             raise
 
-    _on(uri, "write", write)
+    retries.call(uri, "write", write)
 
 
 def write_file(uri: str, path: str | os.PathLike) -> int:
-    """Store a local file as an object, whole or not at all. Returns its bytes."""
-    _on(uri, "write", lambda store, key: store.put_file(key, str(path)))
+    """Store a local file as an object, atomically. Returns its size in bytes."""
+    retries.call(uri, "write", lambda store, key: store.put_file(key, str(path)))
     return Path(path).stat().st_size
 
 
-def open_read(uri: str) -> BinaryIO:
-    """A seekable binary file over an object, for readers that want one (parquet)."""
-    if is_local(uri):
-        return _on(uri, "open", lambda store, key: local_path(key).open("rb"))
-    return io.BufferedReader(_RangeFile(uri, size_of(uri)), FILE_BUFFER_BYTES)
-
-
 def size_of(uri: str) -> int:
-    """Size in bytes. Raises ObjectNotFound, for a folder too."""
-    return _on(uri, "stat", lambda store, key: store.size(key))
+    """Size in bytes. Raises ObjectNotFound, also for a folder."""
+    return retries.call(uri, "stat", lambda store, key: store.size(key))
 
 
 def exists(uri: str) -> bool:
-    """Whether there is an object at this URI (a folder is none)."""
+    """Whether an object has this URI. A folder is not an object."""
     try:
         size_of(uri)
     except ObjectNotFound:
@@ -213,38 +215,38 @@ def exists(uri: str) -> bool:
 
 
 def list_objects(prefix: str) -> list[ObjectInfo]:
-    """All objects below a folder, at any depth, sorted by URI. An absent folder lists as empty.
+    """All objects below a folder at any depth, sorted by URI; none if the folder does not exist.
 
-    A missing bucket is not an absent folder: it raises StorageError, and so does a local link to nothing in its place.
-    Local links are followed, each folder once (`core.files.below`).
+    Raises StorageError for a missing bucket and for a dangling local link in place of the folder. Local links are
+    followed, each folder once (`core.files.below`).
     """
     return _listed(prefix, lambda store, key: store.objects(key))
 
 
 def list_names(prefix: str) -> list[str]:
-    """Names one level below a folder: objects and sub-folders, sorted. An absent folder lists as empty."""
-    return sorted(_on(prefix, "list", lambda store, key: list(store.names(key))))
+    """Sorted names of objects and folders one level below a folder; none if the folder does not exist."""
+    return sorted(retries.call(prefix, "list", lambda store, key: list(store.names(key))))
 
 
 def expand(pattern: str) -> list[str]:
-    """URIs that match a glob pattern (`*`, `?`, `[...]`, `**`), sorted; a pattern without them is itself."""
+    """Sorted URIs that match a pattern with `*`, `?`, `[...]` or `**`; a URI without them is returned unchecked."""
     return [info.uri for info in expand_objects(pattern)] if is_pattern(pattern) else [pattern]
 
 
 def expand_objects(pattern: str) -> list[ObjectInfo]:
-    """As `expand`, with sizes, by as few requests as the store allows. Raises ObjectNotFound without wildcards."""
+    """Like `expand`, with sizes, by as few requests as the store allows. Raises ObjectNotFound for a plain URI."""
     if not is_pattern(pattern):
         return [ObjectInfo(pattern, size_of(pattern), None)]
     return _listed(pattern, lambda store, key: store.matching(key))
 
 
 def pinned(uri: str) -> str:
-    """A URI of the Hub at the commit that its branch or tag stands for now; any other URI as it is."""
-    return uri.removesuffix(open_store(uri)[1]) + _on(uri, "read", lambda store, key: store.pinned(key))
+    """A URI of the Hub with the current commit of its branch or tag; any other URI unchanged."""
+    return uri.removesuffix(open_store(uri)[1]) + retries.call(uri, "read", lambda store, key: store.pinned(key))
 
 
 def link_to_nothing(uri: str) -> str | None:
-    """Where a local link points to if nothing is there; None for any other object, and for one that is not there."""
+    """Target of a dangling local link; None for everything else, also for a missing object."""
     if not is_local(uri):
         return None
     path = local_path(uri)
@@ -252,30 +254,12 @@ def link_to_nothing(uri: str) -> str | None:
 
 
 def delete(uri: str) -> None:
-    """Remove one object; it may be gone already."""
+    """Delete one object, if it exists."""
     with contextlib.suppress(ObjectNotFound):
-        _on(uri, "delete", lambda store, key: store.delete(key))
+        retries.call(uri, "delete", lambda store, key: store.delete(key))
 
 
 # --- parts -----------------------------------------------------------------------------------------------------
-
-
-def _chunks(uri: str) -> Iterator[Buffer]:
-    """The content of an object in order. A large one comes in parts side by side, each with retries of its own."""
-
-    def begin(store: Store, key: str) -> list[Buffer] | int:
-        size, pieces = store.get(key)
-        return size if size > READ_PART_BYTES else list(pieces)
-
-    def part(start: int, end: int) -> list[Buffer]:
-        return _on(uri, "read", lambda store, key: list(_get(store, key, start, end)))
-
-    found = _on(uri, "read", begin)
-    if isinstance(found, int):
-        for pieces in side_by_side(part, _parts(found), PARTS_AHEAD):
-            yield from pieces
-    else:
-        yield from found
 
 
 def _parts(size: int) -> Iterator[tuple[int, int]]:
@@ -306,81 +290,9 @@ def _check_length(got: int, wanted: int) -> None:
 
 def _listed(place: str, find: Callable[[Store, str], Iterable[Found]]) -> list[ObjectInfo]:
     key = open_store(place)[1]
-    # Empty for stores whose keys are whole URIs.
+    # `before` is empty for stores whose keys are whole URIs.
     before = place.removesuffix(key) if key else f"{place.rstrip('/')}/"
-    found = _on(place, "list", lambda store, key: list(find(store, key)))
+    found = retries.call(place, "list", lambda store, key: list(find(store, key)))
     return sorted(
         (ObjectInfo(before + each.key, each.size, each.modified) for each in found), key=lambda info: info.uri
     )
-
-
-class _RangeFile(io.RawIOBase):
-    """An object as a file, by ranges."""
-
-    def __init__(self, uri: str, size: int):
-        self._uri = uri
-        self._size = size
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:
-        data = read_range(self._uri, self._at, max(self._at, min(self._size, self._at + len(buffer))))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-# --- retries ---------------------------------------------------------------------------------------------------
-
-
-def _on(uri: str, verb: str, call: Callable[[Store, str], T]) -> T:
-    """`call` with the store behind a URI and the object's key."""
-    store, key = open_store(uri)
-    if store.is_local:
-        return _retrying(verb, uri, lambda: call(store, key), store)
-    return _retrying(verb, uri, lambda: interruptible(lambda: call(store, key)), store)
-
-
-def _retrying(verb: str, uri: str, call: Callable[[], T], store: Store | None = None) -> T:
-    store = store or open_store(uri)[0]
-    renewed = False
-    attempt = 1
-    while True:
-        try:
-            return call()
-        except LauncherError:
-            raise
-        except Exception as error:
-            marks = faults.marks_of(error)
-            if not renewed and store.renew(error):
-                renewed = True
-                continue
-            if isinstance(error, faults.GaveUp) or (faults.is_transient(marks) and attempt == ATTEMPTS):
-                raise StorageError(
-                    f"{uri}: could not {verb} after {ATTEMPTS} attempts ({faults.brief(error.__cause__ or error)}); "
-                    f"check the network and {store.terms.endpoint}, then run the same command again"
-                ) from error
-            if not faults.is_transient(marks):
-                raise faults.translated(verb, uri, error, marks, store.terms) from error
-            _pause(verb, uri, attempt, error, marks)
-            attempt += 1
-
-
-def _pause(verb: str, uri: str, attempt: int, error: Exception, marks: frozenset[str]) -> None:
-    pause = min(BACKOFF_CAP_SECONDS, BACKOFF_SECONDS * 2 ** (attempt - 1))
-    pause = max(pause, faults.wait_seconds(error, marks)) * random.uniform(0.7, 1.3)
-    words = (uri, verb, faults.brief(error), attempt, ATTEMPTS, pause)
-    log.warning("%s: %s failed (%s), attempt %d of %d, again in %.1f s", *words)
-    time.sleep(pause)

@@ -1,13 +1,13 @@
-"""How places are written in settings: URLs of stores, local folders, names of models.
+"""Checks how settings name places: URLs of stores, local folders, names of models.
 
     mistake("s3:/bucket/run")      # "looks like a URL but is not one; did you mean s3://bucket/run? ..."
     mistake("./s3:/bucket/run")    # None: a local path
 
-Each check returns what is wrong, worded to follow "PLACE" or "KEY is PLACE, which", or None. pathlib, shells and
-`.env` files turn s3:// into much that would otherwise be a local folder, which dies with its machine.
+Each check returns a description of the mistake, worded to follow "PLACE" or "KEY is PLACE, which", or None. pathlib,
+shells and `.env` files turn s3:// into forms that would otherwise name a local folder, which is lost with its machine.
 """
 
-from __future__ import annotations  # a node's own Python may be older than the image's (core/bucket.py)
+from __future__ import annotations  # a node's Python may be old (core/bucket.py)
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ HUB_MODEL = re.compile(r"^hf:(?!//)(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\
 
 
 def mistake(place: str) -> str | None:
-    """What is wrong with a place in a store: a URL, or a path that could be meant as one."""
+    """The mistake in a place: a wrong URL, or a path that may be meant as a URL."""
     if wrapped := _WRAPPED.match(place):
         return f"has spaces or quotes around it; did you mean {_corrected(wrapped[1])}?"
     if bare := _NO_COLON.match(place):
@@ -53,17 +53,17 @@ def mistake(place: str) -> str | None:
 
 
 def is_web(place: str) -> bool:
-    """Whether a place is a file on a web server, which sources alone may be."""
+    """Whether a place is a file on a web server. Only sources may be."""
     return place.startswith(("https://", "http://"))
 
 
 def mistake_in_source(place: str) -> str | None:
-    """What is wrong with the place of source files: what `mistake` says, but for https:// addresses."""
+    """The mistake in a place of source files, which may also be an https:// address."""
     return None if is_web(place) else mistake(place)
 
 
 def mistake_in_model(name: str) -> str | None:
-    """What is wrong with the name of a model: a place, a public name, hf:OWNER/NAME or transformers:NAME."""
+    """The mistake in a model's name: a place, a public name, hf:OWNER/NAME or transformers:NAME."""
     if name.startswith("transformers:"):
         return None
     if not name.lower().startswith("hf:"):
@@ -76,38 +76,38 @@ def mistake_in_model(name: str) -> str | None:
 
 
 def mistake_in_folder(path: str) -> str | None:
-    """What is wrong with a folder or file of this machine: that it looks like a URL."""
+    """The mistake in a path of this machine: that it looks like a URL."""
     if not mistake(path) and not re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path):
         return None
     return f"is not a path of this machine; give a local path, or ./{path} if that is its name"
 
 
 def check(place: str) -> None:
-    """Raises ConfigError for a place that is written wrongly."""
+    """Raises ConfigError if a place has a mistake."""
     if problem := mistake(place):
         raise ConfigError(f"{place}: {problem}")
 
 
 def check_model(name: str) -> None:
-    """Raises ConfigError for the name of a model that is written wrongly."""
+    """Raises ConfigError if a model's name has a mistake."""
     if problem := mistake_in_model(name):
         raise ConfigError(f"{name}: {problem}")
 
 
 def local_path(path: str, where: str) -> Path:
-    """Raises ConfigError, naming the flag or variable, for what looks like a URL."""
+    """`path` as a Path. Raises ConfigError, which names the flag or variable, if it looks like a URL."""
     if problem := mistake_in_folder(path):
         raise ConfigError(f"{where} is {path!r}, which {problem}")
     return Path(path)
 
 
 def _corrected(url: str) -> str:
-    """A URL of a known scheme as it is written."""
+    """The correct form of a URL of a known scheme."""
     match = _SCHEME.match(url)
     scheme, slashes, rest = match["scheme"].lower(), match["slashes"], match["rest"].lstrip(":")
     if scheme in _BUCKETS:
         return f"{scheme}://{rest.lstrip('/')}"
-    # What follows file:// is a path, and file:/folder means file:///folder.
+    # A path follows file://, and file:/folder means file:///folder.
     return f"{scheme}://{slashes if len(slashes) < 2 else slashes[2:]}{rest}"
 
 

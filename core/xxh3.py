@@ -1,12 +1,12 @@
-"""XXH3-128, the checksum of checkpoints: by the package xxhash, or by numpy where that package is not installed.
+"""Computes XXH3-128, the checksum of checkpoints, with the package xxhash or, if it is not installed, with numpy.
 
     digest = xxh3.xxh3_128()
     digest.update(b"...")
     digest.hexdigest()
 
-Both give the same digits (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0); numpy takes longer. Each
-block of 1024 bytes is a sum that depends on nothing before it, so that numpy makes many of them at once, and only
-what joins the blocks goes one by one.
+Both give the same digits (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0); numpy takes longer. The sums
+of a block of 1024 bytes depend on that block alone, so that numpy computes many blocks at once; a sequential loop joins
+them.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from core.errors import LauncherError
 
 STRIPE, BLOCK, CHUNK = 64, 1024, 1 << 20
-SHORTEST = 241  # shorter inputs have another rule, and no checkpoint has so short a file
+SHORTEST = 241  # XXH3 treats shorter inputs differently, and files of checkpoints are longer
 _MASK = (1 << 64) - 1
 _P32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 _P64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
@@ -27,7 +27,7 @@ _SECRET = bytes.fromhex(
 
 
 def _words(offset: int) -> np.ndarray:
-    """The eight words of the secret from a byte on."""
+    """Eight words of the secret, from byte `offset`."""
     return np.frombuffer(_SECRET, "<u8", 8, offset)
 
 
@@ -37,11 +37,11 @@ _SCRAMBLE, _LAST = _words(len(_SECRET) - 64), _words(len(_SECRET) - 71)
 
 
 class NumpyXxh3:
-    """As xxhash.xxh3_128(), for inputs of SHORTEST bytes and more."""
+    """Replaces xxhash.xxh3_128() for inputs of at least SHORTEST bytes."""
 
     def __init__(self):
         self._sums = np.array([_P32[2], *_P64[:4], _P32[1], _P64[4], _P32[0]], np.uint64)
-        self._rest = b""  # at most a block that is not summed yet, and one stripe before it
+        self._rest = b""  # at most one unsummed block, and one stripe before it
         self._blocks = 0
 
     def update(self, data) -> None:
@@ -70,7 +70,7 @@ class NumpyXxh3:
     def _take(self, part: memoryview) -> None:
         before = STRIPE if self._blocks else 0
         data = self._rest + part
-        blocks = (len(data) - before - 1) // BLOCK  # what ends the input is never summed here
+        blocks = (len(data) - before - 1) // BLOCK  # hexdigest sums the end of the input
         if blocks < 1:
             self._rest = data
             return
@@ -86,7 +86,7 @@ class NumpyXxh3:
 
 
 def _stripe_sums(words: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """(blocks, stripes, 8) words and the key of each stripe → what each block adds to the eight sums."""
+    """(blocks, 8) contributions of blocks to the sums, from (blocks, stripes, 8) words and a key per stripe."""
     keyed = words ^ keys
     products = (keyed & np.uint64(0xFFFFFFFF)) * (keyed >> np.uint64(32))
     neighbours = words.reshape(*words.shape[:2], 4, 2)[..., ::-1].reshape(words.shape)

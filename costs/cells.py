@@ -1,12 +1,12 @@
-"""The smallest priced parts of a run, as a flat table: Run → list of Cell. Pure.
+"""Splits a run into cells, the smallest priced parts of it, as a flat table. Pure.
 
-Every figure in dollars is a sum over cells, so that each way of grouping them adds up to the same total.
-`[dataclasses.asdict(cell) for cell in cells(run, now)]` goes straight into a DataFrame.
+Every figure in dollars is a sum over cells, so that all groupings add up to the same total.
+`[dataclasses.asdict(cell) for cell in cells(run, attributed)]` can be loaded into a DataFrame.
 
-Kept work: a step counts for the last segment that did it. Steps of an earlier segment above the step that a
-later one restored were done again: their train and data-wait time, and that of a step which a segment did not
-live to finish, is `train_lost`. Time that no phase claims is `not_attributed`. `api` is what a paid endpoint took, and
-no time: the machine's own time of asking is another phase.
+A step counts for the last segment that did it. If a later segment restored an earlier step, the steps above it were
+repeated: their train and data-wait time is `train_lost`, and so is the time of a step that a segment did not finish.
+Time without a phase is `not_attributed`. `api` are the dollars of a paid endpoint, without time: the ledger books the
+machine's time of waiting for it to another phase.
 """
 
 import math
@@ -22,13 +22,13 @@ from core.run.model import Lost, Run, Segment, Span
 from core.run.phases import REPORT_PHASES
 from costs.model import OutsideTime
 
-# The spans of each segment, by its number, with the phases of a report.
+# Spans by segment number, with the phases of a report.
 Attributed = dict[int, list[Span]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Seconds of one phase on one day on one machine. `usd` is None where the price is not known."""
+    """Seconds of one phase on one day on one machine. `usd` is None if the price is unknown."""
 
     phase: str
     seconds: float
@@ -46,7 +46,7 @@ class Cell:
 
 
 def cells(run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ()) -> list[Cell]:
-    """All cells of a run and of its machines' time outside it; `attributed` as from `attribute`."""
+    """All cells of a run and of its machines' time outside of segments. `attribute` returns `attributed`."""
     parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, attributed[segment.number])]
     for segment, usd in paid_to_endpoints(run):
         cell = _cell(run, segment, "api", _day(segment.ended_at), 0.0, None)
@@ -55,8 +55,11 @@ def cells(run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ())
 
 
 def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
-    """Dollars that segments paid. The marks count from the run's beginning: what a machine paid that was killed is with
-    the next one, which found it in the run's folder."""
+    """Dollars that segments paid to endpoints.
+
+    Marks count from the run's start: payments of a killed segment count for the next one, which reads them from the
+    run's folder.
+    """
     found, known = [], 0.0
     for segment in run.segments:
         for mark in segment.marks:
@@ -68,14 +71,14 @@ def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
 
 
 def attribute(run: Run, lost: dict[int, Lost]) -> Attributed:
-    """Split the ledger's phases into those of a report; `lost` as from `run.lost`."""
+    """Split the ledger's phases into those of a report. `run.lost` returns `lost`."""
     return {segment.number: _attribute(segment, lost[segment.number]) for segment in run.segments}
 
 
 def _attribute(segment: Segment, lost: Lost) -> list[Span]:
     """The segment's spans with the phases of a report, newest first.
 
-    Steps are in order, so what was lost is the last of the train time: it is taken off from the end.
+    Lost steps are the last ones of a segment, so their time is subtracted from the end of its train time.
     """
     left = {"train": lost.train_seconds, "data_wait": lost.wait_seconds}
     spans = []
@@ -97,7 +100,7 @@ def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
         for phase, seconds in span.phases.items():
             sums[phase, day] = sums.get((phase, day), 0.0) + seconds
     price = segment.price
-    if not sums:  # a machine that left no heartbeat ran for an unknown time
+    if not sums:  # without a heartbeat the time of a machine is unknown
         sums["not_attributed", _day(segment.started_at)], price = 0.0, None
     return [
         _cell(run, segment, phase, day, seconds, price)
@@ -107,7 +110,7 @@ def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
 
 
 def _outside_cells(run: Run, time: OutsideTime) -> list[Cell]:
-    """Cut at midnight, UTC."""
+    """One cell per day, cut at midnight UTC."""
     found = []
     start = time.start
     while start < time.end:
@@ -126,7 +129,7 @@ def _cell(
     price: Price | None,
     record: MachineRecord | None = None,
 ) -> Cell:
-    """What the segment does not say about its machine, the launcher's record may."""
+    """A cell. The launcher's record of the machine fills in what the segment does not contain."""
 
     def of(ours: str) -> object:
         known = [getattr(source, ours) for source in (segment and segment.machine, record) if source]
@@ -155,7 +158,7 @@ def _day(time: float | None) -> str:
 
 
 class Spend:
-    """Cumulative dollars of a run by phase. Time without a known price counts as no dollars; `complete` says so."""
+    """Cumulative dollars of a run by phase. Time without a price counts zero dollars and clears `complete`."""
 
     def __init__(self, run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ()):
         self.complete = True
@@ -187,7 +190,7 @@ class Spend:
 
 
 def _ramp(pieces: list[tuple[float, float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Times and cumulative dollars of overlapping stretches, each spent evenly. Touching stretches share a corner."""
+    """Times and cumulative dollars of overlapping intervals (start, end, dollars), each spent evenly."""
     start, end, usd = (np.array(column) for column in zip(*pieces, strict=True))
     rate = usd / np.maximum(end - start, 1e-9)
     corners = np.unique(np.concatenate([start, end]))

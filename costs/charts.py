@@ -1,4 +1,4 @@
-"""The charts of a report, each drawn for a width: dollars over time, phases, loss over dollars, speed over time."""
+"""Draws the charts of a report: dollars over time, phases, loss over dollars, speed over time."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,36 +7,36 @@ from core import figures
 from core.figures import quantity
 from core.run.phases import label
 from costs import svg
-from costs.report import Report
+from costs.report import CostReport
 
 WIDTHS = {"wide": 720, "narrow": 350}
 HEIGHT = 280
 TOP, BOTTOM, RIGHT = 14, 28, 12
-# Phases below this share of the dollars are drawn together, as "other".
+# Phases below this share of the dollars are merged into "other".
 SMALL_SHARE = 0.005
 LOSSES_SHOWN = 0.97
 
-Draw = Callable[[Report, int, str], str]
+Draw = Callable[[CostReport, int, str], str]
 
 
-def both(draw: Draw, report: Report) -> str:
-    """A wide and a narrow drawing; the style sheet shows the one that fits."""
+def both(draw: Draw, report: CostReport) -> str:
+    """A wide and a narrow drawing, of which the style sheet shows one."""
     return "".join(draw(report, width, kind) for kind, width in WIDTHS.items())
 
 
-def stacked(report: Report) -> dict[str, list[float]]:
-    """Cumulative dollars by phase for the stack, small phases put together."""
+def stacked(report: CostReport) -> dict[str, list[float]]:
+    """Cumulative dollars by phase for the stack, with small phases merged."""
     usd = report.curves.spend_usd
     whole = sum(curve[-1] for curve in usd.values())
     small = [name for name, curve in usd.items() if curve[-1] < SMALL_SHARE * whole]
     kept = {name: curve for name, curve in usd.items() if name not in small}
     if small:
         kept["other"] = [sum(values) for values in zip(*(usd[name] for name in small), strict=True)]
-    # Kept training is at the bottom, where its growth is easiest to read.
+    # Kept training comes first, at the bottom, where its growth is easiest to read.
     return {name: kept[name] for name in sorted(kept, key=lambda name: name != "train_kept")}
 
 
-def spend_over_time(report: Report, width: int, kind: str) -> str:
+def spend_over_time(report: CostReport, width: int, kind: str) -> str:
     times = report.curves.spend_time
     curves = stacked(report)
     total = [sum(values) for values in zip(*curves.values(), strict=True)]
@@ -57,8 +57,8 @@ def spend_over_time(report: Report, width: int, kind: str) -> str:
     return svg.chart(width, HEIGHT, parts, "Dollars spent over time, by phase", kind)
 
 
-def waterfall(report: Report, width: int, kind: str) -> str:
-    """One bar per phase, each starting where the one before ended, so that the last one ends at the total."""
+def waterfall(report: CostReport, width: int, kind: str) -> str:
+    """A bar per phase, each beginning at the end of the one before, so that the last one ends at the total."""
     rows = [line for line in report.phases if line.usd]
     left, right, pitch = (118, 70, 24) if kind == "wide" else (96, 58, 24)
     height = TOP + pitch * (len(rows) + 1) + 8
@@ -82,11 +82,11 @@ def waterfall(report: Report, width: int, kind: str) -> str:
     return svg.chart(width, height, parts, "Phases as a waterfall that ends at the total", kind)
 
 
-def loss_over_dollars(report: Report, width: int, kind: str) -> str:
+def loss_over_dollars(report: CostReport, width: int, kind: str) -> str:
     curves = report.curves
     train = list(zip(curves.loss_usd, curves.loss, strict=True))
     val = list(zip(curves.val_usd, curves.val_loss, strict=True))
-    # The first steps fall from about ln(vocabulary): drawn in full they would flatten all that follows.
+    # The first losses, near ln(vocabulary), are cut, because they would flatten the rest of the curve.
     losses = sorted(loss for _, loss in train + val)
     losses = losses[: max(1, math.ceil(len(losses) * LOSSES_SHOWN))]
     room = (losses[-1] - losses[0]) * 0.05 or 0.1
@@ -103,8 +103,8 @@ def loss_over_dollars(report: Report, width: int, kind: str) -> str:
     return svg.chart(width, HEIGHT, parts, "Loss over dollars spent", kind)
 
 
-def speed_over_time(report: Report, width: int, kind: str) -> str:
-    """Tokens per second above, MFU below (where known), with the same time axis; a machine's end is marked."""
+def speed_over_time(report: CostReport, width: int, kind: str) -> str:
+    """Tokens per second above MFU (if known) on one time axis, with marks where machines ended."""
     curves = report.curves
     has_mfu = any(value is not None for value in curves.mfu)
     split = HEIGHT - BOTTOM if not has_mfu else round(HEIGHT * 0.55)
@@ -132,8 +132,8 @@ def speed_over_time(report: Report, width: int, kind: str) -> str:
     return svg.chart(width, HEIGHT, parts, "Training speed over time, with machines lost", kind)
 
 
-def _machines(report: Report, x: svg.Axis) -> list[str]:
-    """A dashed line where a machine was lost. Many of them would hide the chart: then only the first hundred."""
+def _machines(report: CostReport, x: svg.Axis) -> list[str]:
+    """A dashed line at each end of a machine, for the first hundred, because more would hide the chart."""
     return [
         svg.vertical(x, TOP, HEIGHT - BOTTOM, at, "gone", f"machine of segment {number} ended")
         for number, at in enumerate(report.curves.losses_of_machines[:100], 1)
@@ -141,7 +141,7 @@ def _machines(report: Report, x: svg.Axis) -> list[str]:
 
 
 def _interrupted(times: Sequence[float], values: Sequence[float | None], starts: Sequence[float]) -> svg.Points:
-    """Lift the pen where a new machine started: nothing was trained in between."""
+    """The points of a line that is interrupted where a new machine started."""
     points: list[tuple[float, float | None]] = []
     starts = sorted(starts)
     for index, (at, value) in enumerate(zip(times, values, strict=True)):
@@ -162,6 +162,6 @@ def _mfu(mfu: float | None) -> str:
 
 
 def _dollars(most: float) -> Callable[[float], str]:
-    """Words a tick with as many digits as the axis needs."""
+    """A function that formats a tick in dollars, with the digits that the axis needs."""
     digits = 0 if most >= 10 else 2 if most >= 0.1 or most <= 0 else 1 - math.floor(math.log10(most))
     return lambda value: f"${value:,.{digits}f}"

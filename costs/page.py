@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs no network, no script and no other file."""
+"""Renders a report as one HTML page without scripts and references to other files."""
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -9,13 +9,13 @@ from core import figures
 from core.run import phases
 from core.run.phases import label
 from costs import charts
-from costs.report import Report
+from costs.report import CostReport
 from costs.tables import Sheet, headline, hellaswag_rows, notes, sheets
 
 STYLE = Path(__file__).with_name("page.css")
 
 
-def as_html(report: Report, now: float) -> str:
+def as_html(report: CostReport, now: float) -> str:
     tables = {
         name: _section(sheet.title, _table(sheet) + (_notes(report) if name == "origins" else ""), name)
         for name, sheet in sheets(report).items()
@@ -44,7 +44,7 @@ def as_html(report: Report, now: float) -> str:
     )
 
 
-def _cards(report: Report) -> str:
+def _cards(report: CostReport) -> str:
     of, phases = report.units, {line.name: line for line in report.phases}
     cards = [("total", "$" + figures.dollars(report.total.usd, report.places, report.total.complete))]
     if "train_kept" in phases:
@@ -63,7 +63,7 @@ def _cards(report: Report) -> str:
     )
 
 
-def _charts(report: Report) -> Iterable[str]:
+def _charts(report: CostReport) -> Iterable[str]:
     curves = report.curves
     if curves.spend_time and curves.spend_usd:
         yield _section("Dollars over time", charts.both(charts.spend_over_time, report) + _legend(report))
@@ -76,8 +76,8 @@ def _charts(report: Report) -> Iterable[str]:
         yield _section("Speed", charts.both(charts.speed_over_time, report) + legend)
 
 
-def _legend(report: Report) -> str:
-    """The phases of the stack, top one first, with their dollars."""
+def _legend(report: CostReport) -> str:
+    """A legend of the stack's phases from top to bottom, with their dollars."""
     items = []
     usd = {line.name: line.usd or 0.0 for line in report.phases}
     drawn = charts.stacked(report)
@@ -113,6 +113,6 @@ def _table(sheet: Sheet) -> str:
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody>{foot}</table></div>'
 
 
-def _notes(report: Report) -> str:
+def _notes(report: CostReport) -> str:
     items = "".join(f"<li>{escape(note)}</li>" for note in notes(report))
     return f'<ul class="notes">{items}</ul>' if items else ""

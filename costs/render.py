@@ -1,4 +1,4 @@
-"""A report on the terminal, as Markdown, as JSON, as CSV, and as rows for a DataFrame."""
+"""Renders a report for the terminal, as Markdown, JSON and CSV, and as rows for a DataFrame."""
 
 import csv
 import io
@@ -12,13 +12,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from costs.report import Line, Report
+from costs.report import CostReport, Line
 from costs.tables import Sheet, headline, notes, sheets
 
 STYLES = {"train lost": "red", "train kept": "green"}
 
 
-def render(report: Report) -> RenderableType:
+def render(report: CostReport) -> RenderableType:
     return Group(
         Text(report.run, style="bold"),
         Text(headline(report)),
@@ -41,12 +41,12 @@ def terminal_table(sheet: Sheet) -> Table:
 
 
 def console() -> Console:
-    """A console as wide as the terminal; a log or a pipe has no width, so it gets every column in full."""
+    """A console as wide as the terminal, or wide enough for all columns if the output is a file or a pipe."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=180)
 
 
-def as_markdown(report: Report) -> str:
+def as_markdown(report: CostReport) -> str:
     parts = [f"## Cost of {_plain(report.run)}", _plain(headline(report))]
     for sheet in sheets(report).values():
         parts += [f"### {sheet.title}", markdown_table(sheet)]
@@ -63,7 +63,7 @@ def markdown_table(sheet: Sheet) -> str:
 
 
 def _plain(text: str) -> str:
-    """What would end a cell or start markup is escaped."""
+    """`text` with Markdown's special characters escaped."""
     for character in "\\|*_`<[":
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())
@@ -73,21 +73,21 @@ FORMAT = "cost-report"
 VERSION = 1
 
 
-def document(report: Report) -> dict[str, Any]:
-    """Plain nested values. A figure that is not known is None; dollars are rounded as printed."""
+def document(report: CostReport) -> dict[str, Any]:
+    """A report as nested plain values. Unknown figures are None; dollars are rounded as printed."""
     plain = asdict(report)
-    del plain["curves"]  # many points, for drawing; costs.units.curves gives them to a notebook
+    del plain["curves"]  # points for charts, which costs.units.curves returns
     return {"format": FORMAT, "version": VERSION, "currency": "USD"} | plain
 
 
-def as_json(reports: Sequence[Report]) -> str:
-    """One document, or a list of them for several runs."""
+def as_json(reports: Sequence[CostReport]) -> str:
+    """A document, or a list of documents for several runs."""
     documents = [document(report) for report in reports]
     return json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n"
 
 
-def rows(report: Report) -> list[dict[str, Any]]:
-    """One dict per line of every table, with the same keys: `pandas.DataFrame(rows(report))`."""
+def rows(report: CostReport) -> list[dict[str, Any]]:
+    """One dict per line of each table, all with the same keys, for `pandas.DataFrame(rows(report))`."""
     tables: list[tuple[str, list[Line]]] = [("total", [report.total]), ("phase", report.phases)]
     tables += [("segment", list(report.segments)), *report.by.items()]
     columns = [field.name for field in fields(Line)]
@@ -105,8 +105,8 @@ def rows(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def as_csv(reports: Sequence[Report]) -> str:
-    """`rows` of all runs as CSV. A figure that is not known is `?`, so that no reader takes it for zero."""
+def as_csv(reports: Sequence[CostReport]) -> str:
+    """`rows` of all runs as CSV. Unknown figures are `?`, which no reader mistakes for zero."""
     table = [row for report in reports for row in rows(report)]
     out = io.StringIO()
     columns = [*dict.fromkeys(key for row in table for key in row)]
@@ -122,6 +122,6 @@ def _field(row: dict[str, Any], column: str) -> Any:
         return ""
     value = row[column]
     if value is None:
-        # The columns of the other kind of row are empty; a missing figure is "?".
+        # An unknown figure is "?"; columns of the other kind of row are empty.
         return "?" if column == "value" or (column == "usd" and row["table"] != "unit") else ""
     return f"{value:.6f}" if isinstance(value, float) and column in ("seconds", "share") else value

@@ -1,4 +1,4 @@
-"""Where the dollars of a run went: Run → Report. Pure; every table of a report adds up to the same total.
+"""Builds the cost report of a run. Pure; all tables of a report add up to the same total.
 
 report = build(read_run(url), time.time())
 report.phases, report.segments, report.by["day"]
@@ -22,9 +22,9 @@ GROUPS = ("stage", "day", "cloud", "region", "zone", "instance", "market")
 
 @dataclass(frozen=True)
 class Line:
-    """One row: `usd` is None when no part of it has a price; `complete` is false when some part has none.
+    """One row of a table. `usd` is None if no part of it has a price; `complete` is false if some part has none.
 
-    `share` is of the dollars when all of the report has a price, else of the time.
+    `share` is the row's share of the dollars or, if a part of the report has no price, of the time.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class SegmentLine(Line):
-    """One machine's stretch. `end` says how it ended, and how that is known."""
+    """One segment, on one machine. `end` says how it ended and, if it was killed, how that is known."""
 
     started_at: float | None = None
     ended_at: float | None = None
@@ -51,8 +51,8 @@ class SegmentLine(Line):
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything a renderer needs. `places` is the number of digits at which all tables add up."""
+class CostReport:
+    """The content of a report for all renderers. Tables add up when rounded to `places` digits."""
 
     run: str
     stage: str | None
@@ -70,14 +70,14 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-# Dollars per hour on demand, by cloud, region and instance type; None where not known.
+# Dollars per hour on demand, by cloud, region and instance type; None if unknown.
 OnDemand = Callable[[str, str, str], float | None]
 
 
-def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: Outside | None = None) -> Report:
-    """The report on a run, as of `now` (unix seconds), which decides whether its last machine still runs.
+def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: Outside | None = None) -> CostReport:
+    """The report on a run at `now` (unix seconds), which decides whether its last machine is still running.
 
-    `outside` is what other sources add to the ledger (costs.sources).
+    `outside` holds what other sources add to the ledger (costs.sources).
     """
     outside = outside or Outside()
     lost = run.lost(now)
@@ -87,14 +87,14 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     places = figures.places_for(math.fsum(cell.usd for cell in parts if cell.usd is not None))
     [total] = table(parts, None, ["total"], places)
     used = {cell.phase for cell in parts}
-    # These two lines stand even at zero: that nothing was lost or left over is worth reading.
+    # These two lines are shown even at zero, because a reader looks for them.
     always = {"train_lost", "not_attributed"} if "train_kept" in used else {"not_attributed"}
     order = [*(phase for phase in REPORT_PHASES if phase in used | always), *sorted(used - set(REPORT_PHASES))]
     phases = table(parts, "phase", order, places, total.usd)
     numbers = [str(segment.number) for segment in run.segments]
     others = sorted({cell.segment for cell in parts} - set(numbers))
     lines = table(parts, "segment", numbers + others, places, total.usd)
-    return Report(
+    return CostReport(
         run=run.url,
         stage=run.stage,
         state=_how_it_ended(run, run.segments[-1], now),
@@ -128,7 +128,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
 
 
 def _on_demand_usd(parts: list[Cell], on_demand: OnDemand) -> float | None:
-    """What the same hours would have cost without spot, or None if a price is missing or there was no spot."""
+    """Dollars of the same hours on demand; None without spot machines, or if a price is unknown."""
     if not any(cell.market == "spot" for cell in parts):
         return None
     usd = 0.0
@@ -156,16 +156,16 @@ def _origins(run: Run) -> list[Origin]:
 def table(
     parts: Iterable[Cell], group: str | None, order: list[str], places: int, total: float | None = None
 ) -> list[Line]:
-    """Sum cells by one of their fields (None: all of them), a line per name of `order`, rounded to add up."""
+    """Sums of cells by one of their fields (None: one sum), a line per name in `order`, rounded to add up."""
     cells_of = {name: [] for name in order}
     for cell in parts:
         cells_of[getattr(cell, group) if group else order[0]].append(cell)
-    # fsum: the order of the cells, which the cache may change, must not change a digit.
+    # fsum, because the cache may change the order of the cells, which must not change a digit.
     seconds = {name: math.fsum(cell.seconds for cell in own) for name, own in cells_of.items()}
     usd = {name: math.fsum(cell.usd or 0.0 for cell in own) for name, own in cells_of.items()}
     priced = {name for name, own in cells_of.items() if any(cell.usd is not None for cell in own)}
     unpriced = {name for name, own in cells_of.items() if any(cell.usd is None for cell in own)}
-    # A line without anything in it costs nothing, unless nothing at all has a price.
+    # An empty line costs zero, unless nothing has a price.
     known = [usd[name] if name in priced or (priced and name not in unpriced) else None for name in order]
     shown = figures.apportion(known, places, total)
     whole = seconds if unpriced else usd
@@ -211,7 +211,7 @@ def _how_it_ended(run: Run, segment: Segment, now: float) -> str:
     return "killed (end: last heartbeat)"
 
 
-# Machines seldom agree on the time to the second; below this, an overlap proves nothing.
+# Clocks of machines differ by up to this much, so that a shorter overlap proves nothing.
 CLOCKS_AGREE_SECONDS = 2.0
 
 
@@ -220,7 +220,7 @@ def notes(run: Run) -> list[str]:
 
 
 def some(names: list[str]) -> str:
-    """A list of names, cut where it would only fill the page."""
+    """A list of names, of which a long one is cut."""
     return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])} and {len(names) - 8} more"
 
 
@@ -235,7 +235,7 @@ def _price_notes(run: Run) -> list[str]:
 
 
 def _cap_notes(run: Run) -> list[str]:
-    """Why a run stopped although nothing failed, and how to go on."""
+    """For each segment that its cap stopped, the cap and how to continue."""
     return [
         f"segment {segment.number} stopped at the cap of ${_dollars(mark.get('limit_usd'))} with "
         f"${_dollars(mark.get('spent_usd'))} spent, as asked; start the run again with a higher MAX_USD to go on"

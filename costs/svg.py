@@ -1,7 +1,6 @@
-"""Line, area and bar charts as inline SVG text. Colours are CSS classes of costs/page.css, so that a page can be dark.
+"""Draws lines, areas and bars as inline SVG. Colours are CSS classes of costs/page.css, which has a dark variant.
 
-Each chart is a function of data and width: a page holds a wide and a narrow drawing of it, because text inside a
-scaled SVG would shrink with it.
+A chart is drawn for a given width; a page contains a wide and a narrow drawing, because scaling would shrink the text.
 """
 
 import math
@@ -15,7 +14,7 @@ HOVER_COLUMNS = 60
 
 @dataclass(frozen=True)
 class Axis:
-    """Values `low` to `high`, drawn from pixel `start` to `end`; `text` words a tick."""
+    """An axis of values `low` to `high` from pixel `start` to `end`; `text` formats a tick."""
 
     low: float
     high: float
@@ -30,7 +29,7 @@ class Axis:
 
 
 def nice_ticks(low: float, high: float, most: int) -> tuple[float, ...]:
-    """Round values from `low` to `high`, at most `most` of them: steps of 1, 2 or 5 times a power of ten."""
+    """At most `most` round values from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return (low,)
     rough = (high - low) / max(1, most - 1)
@@ -41,7 +40,7 @@ def nice_ticks(low: float, high: float, most: int) -> tuple[float, ...]:
 
 
 def time_axis(low: float, high: float, start: float, end: float) -> Axis:
-    """Time since the run began, in the unit that fits."""
+    """An axis of the time since the run's start, in a suitable unit."""
     span = high - low
     unit, name = next(
         ((size, name) for size, name in ((86400, "d"), (3600, "h"), (60, "min")) if span >= 2 * size), (1, "s")
@@ -65,7 +64,7 @@ def chart(width: int, height: int, body: Sequence[str], label: str, kind: str) -
 
 
 def frame(x: Axis, y: Axis, *, x_labels: bool = True) -> list[str]:
-    """Horizontal grid lines with their values, and the values below."""
+    """Horizontal grid lines with their values, and the labels of the x axis."""
     parts = []
     for tick in y.ticks:
         parts.append(f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{y(tick)}" y2="{y(tick)}"/>')
@@ -76,7 +75,7 @@ def frame(x: Axis, y: Axis, *, x_labels: bool = True) -> list[str]:
 
 
 def line(x: Axis, y: Axis, points: Points, css: str) -> str:
-    """A line that is interrupted where a value is None."""
+    """A line that is interrupted at values that are None."""
     path, pen_up = [], True
     for at, value in points:
         if value is None:
@@ -108,7 +107,7 @@ def vertical(x: Axis, top: float, bottom: float, at: float, css: str, hint: str)
 
 
 def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]) -> list[str]:
-    """Invisible columns that show a hint where the pointer is; browsers do this without a script."""
+    """Invisible columns with titles, which browsers show at the pointer without a script."""
     stride = max(1, len(hints) // HOVER_COLUMNS)
     shown = hints[::stride]
     edges = [x(at) for at, _ in shown]

@@ -1,4 +1,4 @@
-"""A report as tables of text, the same for terminal, Markdown and page: one wording, one rounding."""
+"""Turns a report into tables of text, which terminal, Markdown and page share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from core import figures
 from core.figures import quantity
 from core.run.phases import label
 from costs.model import StorageUse
-from costs.report import Line, Report, SegmentLine
+from costs.report import CostReport, Line, SegmentLine
 from costs.units import Units
 
-# A longer table shows the first and the last segments.
+# A longer table shows only its first and last segments.
 SEGMENTS_SHOWN = 40
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """The first `words` columns are text, the others numbers. `foot` is a last row that stands out."""
+    """A table. Its first `words` columns are text, the others numbers; `foot` is an emphasized last row."""
 
     title: str
     heads: Sequence[str]
@@ -26,13 +26,13 @@ class Sheet:
     foot: Sequence[str] = ()
 
 
-def sheets(report: Report) -> dict[str, Sheet]:
-    """All tables of a report that have something to say, by name, in reading order."""
+def sheets(report: CostReport) -> dict[str, Sheet]:
+    """All non-empty tables of a report by name, in reading order."""
     units, storage = unit_rows(report), storage_rows(report)
     groups = [
         [group if not index else "", line.name, *_figures(report, line)]
         for group, lines in report.by.items()
-        if len(lines) > 1  # a group of one line says what the total says
+        if len(lines) > 1  # a group with one line equals the total
         for index, line in enumerate(lines)
     ]
     found = {
@@ -48,8 +48,8 @@ def sheets(report: Report) -> dict[str, Sheet]:
     return {name: sheet for name, sheet in found.items() if sheet.rows}
 
 
-def overview(reports: Sequence[Report]) -> Sheet:
-    """One row per run, the newest first."""
+def overview(reports: Sequence[CostReport]) -> Sheet:
+    """A table with one row per run, the newest first."""
     heads = ["run", "stage", "state", "last seen", "time", "USD", "lost", "tokens", "val loss", "USD/1B tokens"]
     rows = []
     for report in sorted(reports, key=last_seen, reverse=True):
@@ -65,8 +65,8 @@ def overview(reports: Sequence[Report]) -> Sheet:
     return Sheet("Runs", heads, rows, 4, foot)
 
 
-def overview_groups(reports: Sequence[Report]) -> Sheet:
-    """All runs together by stage, day, place and machine; what the runs print adds up to it."""
+def overview_groups(reports: Sequence[CostReport]) -> Sheet:
+    """Sums over all runs by stage, day, place and machine, which equal the sums of the runs' printed figures."""
     rows: list[list[str]] = []
     for group in reports[0].by:
         names: dict[str, list[Line]] = {}
@@ -81,8 +81,8 @@ def overview_groups(reports: Sequence[Report]) -> Sheet:
     return Sheet("All of them by stage, day, place and machine", ["by", "", "time", "USD"], rows, 2)
 
 
-def comparison(reports: Sequence[Report]) -> Sheet:
-    """Runs side by side: a column per run, a row per phase and unit cost."""
+def comparison(reports: Sequence[CostReport]) -> Sheet:
+    """A table of several runs, with a column per run and a row per phase and unit cost."""
     names = [report.run.rstrip("/").rsplit("/", 1)[-1] for report in reports]
     heads = ["", *(names if len(set(names)) == len(names) else [report.run for report in reports])]
     columns = [_column(report) for report in reports]
@@ -90,11 +90,11 @@ def comparison(reports: Sequence[Report]) -> Sheet:
     return Sheet("Comparison", heads, [[name, *(column.get(name, "–") for column in columns)] for name in order], 1)
 
 
-def last_seen(report: Report) -> float:
+def last_seen(report: CostReport) -> float:
     return max((line.ended_at for line in report.segments if line.ended_at is not None), default=0.0)
 
 
-def _column(report: Report) -> dict[str, str]:
+def _column(report: CostReport) -> dict[str, str]:
     column = {
         "state": report.state,
         "USD total": figures.dollars(report.total.usd, report.places, report.total.complete),
@@ -106,13 +106,13 @@ def _column(report: Report) -> dict[str, str]:
     return column | {name: value for name, value in unit_rows(report, levels=False)}
 
 
-def _phases(report: Report) -> Sheet:
+def _phases(report: CostReport) -> Sheet:
     rows = [[label(line.name), *_figures(report, line)] for line in report.phases]
     heads = ["phase", "time", "USD", _share(report)]
     return Sheet("Phases", heads, rows, 1, ["total", *_figures(report, report.total)])
 
 
-def _segments(report: Report) -> Sheet:
+def _segments(report: CostReport) -> Sheet:
     heads = [
         "segment",
         "started (UTC)",
@@ -137,19 +137,19 @@ def _segments(report: Report) -> Sheet:
     return Sheet("Segments", heads, rows, 4)
 
 
-def _trained(report: Report) -> tuple[str, str, str]:
+def _trained(report: CostReport) -> tuple[str, str, str]:
     of = report.units
     if of.tokens is None:
         return "–", "–", "–"
     return f"{of.tokens:,.0f}", loss(of.val_loss), figures.dollars(of.usd_per_billion_tokens)
 
 
-def _figures(report: Report, line: Line) -> tuple[str, str, str]:
+def _figures(report: CostReport, line: Line) -> tuple[str, str, str]:
     usd = figures.dollars(line.usd, report.places, line.complete)
     return figures.duration(line.seconds), usd, f"{100 * line.share:.1f} %"
 
 
-def _share(report: Report) -> str:
+def _share(report: CostReport) -> str:
     return "share" if report.total.complete else "share of time"
 
 
@@ -160,7 +160,7 @@ def clock(time: float | None) -> str:
     return "?" if time is None else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S}"
 
 
-def headline(report: Report) -> str:
+def headline(report: CostReport) -> str:
     count = len(report.segments)
     usd = "$" + figures.dollars(report.total.usd, report.places, report.total.complete)
     segments = f"{count} segment{'s' * (count != 1)}"
@@ -168,8 +168,8 @@ def headline(report: Report) -> str:
     return f"{report.stage or 'stage ?'}, {report.state}; {segments}, {time}, {usd}"
 
 
-def notes(report: Report) -> list[str]:
-    """The first NOTES_SHOWN notes; JSON has all of them."""
+def notes(report: CostReport) -> list[str]:
+    """The first NOTES_SHOWN notes; the JSON form contains all."""
     left = len(report.notes) - NOTES_SHOWN
     return report.notes[:NOTES_SHOWN] + ([f"{left} more notes: --json has all"] if left > 0 else [])
 
@@ -179,8 +179,8 @@ def steps(line: SegmentLine) -> str:
     return f"{first} → {first if line.last_step is None else line.last_step}"
 
 
-def unit_rows(report: Report, levels: bool = True) -> list[tuple[str, str]]:
-    """Name and value of each unit cost; those that cannot apply to the run are left out, unknown ones are `?`."""
+def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
+    """Name and value of each unit cost that applies to the run; unknown values are `?`."""
     of = report.units
     if of.tokens is None and not any(line.name == "train_kept" for line in report.phases):
         return []
@@ -224,14 +224,13 @@ def unit_rows(report: Report, levels: bool = True) -> list[tuple[str, str]]:
 
 
 def hellaswag_rows(of: Units) -> list[tuple[str, str]]:
-    """Nothing for a run that never measured it."""
+    """HellaSwag's accuracies; empty if the run did not measure them."""
     rows = (("HellaSwag, by character (acc_norm)", of.hellaswag_norm), ("HellaSwag, as it is (acc)", of.hellaswag))
     return [(name, _percent(value)) for name, value in rows if value is not None]
 
 
-def storage_rows(report: Report) -> list[tuple[str, str, str]]:
-    """What the run's objects take, and the rates at which they cost; requests and egress are not counted by anybody
-    we could ask, so only their rates are known."""
+def storage_rows(report: CostReport) -> list[tuple[str, str, str]]:
+    """Storage of the run's objects with its rates. Nothing counts requests and egress, so they have rates alone."""
     use = report.storage
     if use is None:
         return []

@@ -1,6 +1,6 @@
-"""What the dollars bought: unit costs of a run. Pure.
+"""Computes the unit costs of a run, such as dollars per token, and the curves of its charts. Pure.
 
-A unit cost is known only if every second of the run has a price; it is None otherwise, never too low.
+A unit cost is None unless every second of the run has a price, so that it is never too low.
 """
 
 import math
@@ -19,14 +19,14 @@ from core.settings.model import ModelConfig
 from costs.cells import Spend
 from costs.model import OutsideTime
 
-# Validation losses people quote for GPT-2: tenths, and 3.28 (GPT-2 124M on FineWeb, llm.c discussion 481).
+# Validation losses quoted for GPT-2 besides tenths: 3.28 (GPT-2 124M on FineWeb, llm.c discussion 481).
 QUOTED_LEVELS = (3.28,)
 LEVELS_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Level:
-    """When the validation loss was first at `val_loss` or below, on the path that was kept."""
+    """The first kept step with a validation loss of at most `val_loss`, and the dollars up to it."""
 
     val_loss: float
     step: int
@@ -35,7 +35,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Units:
-    """None is "not known"."""
+    """Unit costs and other figures of a run. None means unknown."""
 
     last_step: int | None
     tokens: float | None
@@ -70,7 +70,7 @@ def units(
     usd_on_demand: float | None,
     outside: Sequence[OutsideTime] = (),
 ) -> Units:
-    """`seconds` by phase and `usd` of the whole run (None: not fully known); `usd_on_demand` of the same hours."""
+    """Unit costs from `seconds` by phase, `usd` of the run (None: unknown) and `usd_on_demand` of the same hours."""
     evals = run.points("eval")
     hellaswag = run.points("hellaswag")
     train = run.points("train")
@@ -110,7 +110,7 @@ def units(
 
 
 def flops_per_token(config: Mapping[str, Any]) -> float | None:
-    """Forward and backward FLOPs per token from a run's settings, or None for a model this release does not know."""
+    """Forward and backward FLOPs per token by a run's settings; None for a model that this release does not know."""
     try:
         return architecture.flops_per_token(from_dict(ModelConfig, config["model"], "run.json"))
     except (KeyError, TypeError, LauncherError):
@@ -118,12 +118,12 @@ def flops_per_token(config: Mapping[str, Any]) -> float | None:
 
 
 def newest(points: Sequence[Point], name: str) -> float | None:
-    """The newest known value of a metric."""
+    """Newest known value of a metric."""
     return next((value for point in reversed(points) if (value := point.values[name]) is not None), None)
 
 
 def levels(evals: Sequence[Point], spend: Spend) -> list[Level]:
-    """The dollars at which each quoted loss was first reached; the lowest ones, at most LEVELS_SHOWN."""
+    """Dollars at which each quoted loss was first reached, for the LEVELS_SHOWN lowest losses."""
     if not evals:
         return []
     best = min(each.values["val_loss"] for each in evals)
@@ -143,7 +143,7 @@ def _ratio(usd: float | None, amount: float | None, per: float = 1.0) -> float |
 
 
 def _gpu_hours(run: Run, outside: Sequence[OutsideTime]) -> float | None:
-    """None if any segment does not know its GPUs, as on a CPU."""
+    """GPU-hours of segments and outside time; None if a segment has no GPUs."""
     if not run.segments or not all(segment.gpus for segment in run.segments):
         return None
     inside = sum(segment.seconds * segment.gpus for segment in run.segments)
@@ -157,7 +157,7 @@ def _mean_mfu(run: Run) -> float | None:
 
 
 def _usd_per_restart(run: Run, lost: Mapping[int, Lost], restarts: int) -> float | None:
-    """What one preemption has cost: the steps done again, and getting ready to train once more."""
+    """Mean dollars per restart, for repeated steps and preparation of the machine."""
     if not restarts:
         return None
     usd = 0.0
@@ -173,7 +173,7 @@ def _usd_per_restart(run: Run, lost: Mapping[int, Lost], restarts: int) -> float
 
 
 def _loss_after(evals: Sequence[Point], more_tokens: float | None) -> float | None:
-    """An estimate: the straight line through the last two validation losses, over the logarithm of tokens."""
+    """Estimated validation loss, linear in the logarithm of tokens through the last two evaluations."""
     if len(evals) < 2 or not more_tokens:
         return None
     before, now = (each.values for each in evals[-2:])
@@ -188,7 +188,7 @@ POINTS = 300
 
 @dataclass(frozen=True)
 class Curves:
-    """Times are unix seconds; the lists of one group are parallel. Empty where nothing is known."""
+    """Points of the charts. Times are unix seconds; lists of one chart are parallel, and empty without data."""
 
     spend_time: list[float] = field(default_factory=list)
     spend_usd: dict[str, list[float]] = field(default_factory=dict)
@@ -204,7 +204,7 @@ class Curves:
 
 
 def curves(run: Run, spend: Spend) -> Curves:
-    """Dollars over time by phase, loss over dollars, speed over time. Loss over dollars needs every price."""
+    """Dollars over time by phase, loss over dollars (only if all prices are known), and speed over time."""
     times = np.linspace(spend.start, spend.end, POINTS) if spend.end > spend.start else np.array([])
     by_phase = spend.by_phase(times) if len(times) else {}
     points = _thin(run.points("train"))
@@ -226,6 +226,6 @@ def curves(run: Run, spend: Spend) -> Curves:
 
 
 def _thin(points: list) -> list:
-    """Every n-th point, and the last."""
+    """Every n-th point and the last one, about POINTS in total."""
     stride = max(1, len(points) // POINTS)
     return points[::stride] + ([points[-1]] if points and (len(points) - 1) % stride else [])

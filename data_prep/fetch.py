@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from core import hub, storage
+from core import storage
 from core.console import progress, run_entry, set_up_logging
 from core.data import manifest
 from core.data.manifest import Manifest, ShardEntry, Split
@@ -29,6 +29,7 @@ from core.data.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE, store_vocabu
 from core.errors import DataError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
+from core.stores import hub
 from data_prep import part, plan
 from data_prep.finalize import GPT2, print_summary
 from data_prep.plan import PrepPlan
@@ -172,8 +173,10 @@ def _same_content(one: SourceFile, other: SourceFile) -> bool:
 
 
 def _sha256(uri: str) -> str:
-    with storage.open_read(uri) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for chunk in storage.chunks(uri):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _pieces(split: str, files: tuple[SourceFile, ...], shard_tokens: int) -> Iterator[_Piece]:

@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from core import hub, storage
+from core import storage
 from core.data import manifest
 from core.errors import DataError, ObjectExists, ObjectNotFound
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig
+from core.stores import hub
 from data_prep.sources import columns, kinds, named
 from data_prep.sources.files import Part, SourceFile, find_files, has_suffix, read_range
 

@@ -1,4 +1,4 @@
-"""Child processes that never outlive the demo."""
+"""Starts child processes that end with the demo, and kills processes with all their descendants."""
 
 import contextlib
 import ctypes
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """For `preexec_fn`. Linux: the kernel sends the child this signal when we die, even by SIGKILL."""
+    """For `preexec_fn`. Linux: the kernel sends the child this signal when its parent dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
-    """A process group of its own; its output, errors included, comes line by line."""
+    """Start a process in a new session, with standard output and errors in one pipe, line by line."""
     return subprocess.Popen(
         command,
         env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
@@ -31,14 +31,14 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL for a process and all that descend from it, as when a machine goes away.
+    """Send SIGKILL to a process and all its descendants, as if its machine failed.
 
-    A process group is not enough: torchrun puts each of its workers into a session of its own.
+    A signal to the process group is not enough, because torchrun starts each worker in a new session.
     """
     if process.poll() is not None:
-        return  # its number may be another process's by now
+        return  # its id may belong to another process by now
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGSTOP)  # it must not restart what we kill
+        os.kill(process.pid, signal.SIGSTOP)  # it must not restart killed children
     for pid in [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -46,7 +46,7 @@ def kill_tree(process: subprocess.Popen) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, their children and so on."""
+    """Ids of the children of a process, their children, and so on."""
     children: dict[int, list[int]] = {}
     for child, parent in _parents():
         children.setdefault(parent, []).append(child)
@@ -59,13 +59,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def _parents() -> list[tuple[int, int]]:
-    """(process, its parent) of all processes: from /proc, or from `ps` where there is none (macOS)."""
+    """(process, its parent) of all processes, from /proc, or from `ps` on systems without it (macOS)."""
     if not Path("/proc/self/stat").exists():
         listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
         return [(int(child), int(parent)) for child, parent in map(str.split, listing.splitlines())]
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended since
-            # The name of the program, in parentheses, may hold spaces and parentheses itself.
+        with contextlib.suppress(OSError):  # it has ended
+            # The program's name, in parentheses, may contain spaces and parentheses.
             found.append((int(stat.parent.name), int(stat.read_text(errors="replace").rsplit(")", 1)[1].split()[1])))
     return found

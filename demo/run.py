@@ -1,9 +1,9 @@
-"""The whole pipeline on this machine: prepare, train on two ranks, get killed, resume, finish, report.
+"""Runs the whole pipeline on this machine: prepare, train on two ranks, kill, resume, finish, report.
 
     python -m demo.run          (or: make demo)
 
-Everything is real but the price: an S3 server on loopback, GPT-2's byte pairs, torchrun processes, a SIGKILL.
-Its files lie in .demo/ and are replaced by the next demo. Ctrl-C ends everything it started.
+Only the price is pretended: the demo uses an S3 server on loopback, GPT-2's byte pairs, torchrun processes, a SIGKILL.
+Its files are in .demo/; the next demo replaces them. Ctrl-C ends all processes that it started.
 """
 
 import importlib.util
@@ -31,21 +31,21 @@ FOLDER = ROOT / ".demo"
 BUCKET = "s3://demo-bucket"
 DATA_URL, RUN_URL = f"{BUCKET}/tokens", f"{BUCKET}/runs/demo"
 RANKS = 2
-# Killed at the first log line from here on: well after a checkpoint, so that some work is lost.
+# The first log line at or after this step triggers the kill, well after a checkpoint, so that some work is lost.
 KILL_STEP = 120
 PRETEND_PRICE = {"USD_PER_HOUR": "22.32", "PRICE_SOURCE": "pretended for the demo (Lambda's listed 8xA100 80 GB)"}
-# A small shared cache, and no lookup of a cloud's metadata service.
+# A shared cache, and no request to a cloud's metadata service.
 ENVIRONMENT = {"DATA_CACHE_DIR": str(FOLDER / "cache"), "CLOUD": "demo", "INSTANCE_TYPE": "this-machine"}
 
 LAST_STEPS = 20
-# Nats below what token frequencies alone give, so that perplexity is at least a fifth lower.
+# Required distance in nats below the loss of token frequencies: a perplexity at least a fifth lower.
 MARGIN = 0.25
 
 console = Console(highlight=False)
 
 
 class DemoFailed(Exception):
-    """A stage did not do what it should; the message says which."""
+    """A stage of the demo failed; the message names it."""
 
 
 def main() -> int:
@@ -92,12 +92,12 @@ def main() -> int:
 
 
 def train(kill_at: int | None) -> None:
-    """torchrun until the end, or until the log reaches step `kill_at`."""
+    """Run torchrun to the end, or kill it when its log reaches step `kill_at`."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", "trainer.train"]
     command += [str(ROOT / "demo" / "train.yaml"), f"--data.url={DATA_URL}", f"--run.url={RUN_URL}"]
     show(f"torchrun --nproc-per-node={RANKS}", *command[7:])
-    # What torchrun would set, with six lines of warning.
+    # torchrun would set OMP_NUM_THREADS to the same value, with six lines of warning.
     machine = {**PRETEND_PRICE, "SEGMENT_STARTED_AT": str(time.time()), "OMP_NUM_THREADS": "1"}
 
     def reached(line: str) -> bool:
@@ -117,7 +117,7 @@ def run(module: str, *arguments: object) -> None:
 
 
 def follow(command: list[str], environment: dict[str, str] | None = None, stop_when=lambda line: False) -> bool:
-    """Run a command and show its output. True if `stop_when` had it killed; DemoFailed if it fails by itself."""
+    """Run a command and show its output. Returns whether `stop_when` had it killed. Raises DemoFailed if it fails."""
     process = start(command, {**ENVIRONMENT, **(environment or {})})
     try:
         for line in process.stdout:
@@ -134,7 +134,7 @@ def follow(command: list[str], environment: dict[str, str] | None = None, stop_w
 
 @dataclass(frozen=True)
 class Unigrams:
-    """What knowing only the frequencies of the training tokens gives: the loss to beat."""
+    """A model that knows only the frequencies of the training tokens, whose loss training must beat."""
 
     shares: np.ndarray
 
@@ -145,12 +145,12 @@ class Unigrams:
 
     @property
     def entropy(self) -> float:
-        """Nats per token of the training text, the best that any model without context can do on it."""
+        """Nats per token of the training text, the lowest loss of any model without context."""
         seen = self.shares[self.shares > 0]
         return float(-(seen * np.log(seen)).sum())
 
     def loss(self, tokens: np.ndarray) -> float:
-        """Nats per token on other text; what was never seen counts as seen half as often as the rarest."""
+        """Nats per token on other text. Unseen tokens count as half as frequent as the rarest seen token."""
         floor = self.shares[self.shares > 0].min() / 2
         return float(-np.log(np.maximum(self.shares[tokens], floor)).mean())
 
@@ -162,7 +162,7 @@ def tokens_of(split: str) -> np.ndarray:
 
 
 def check_learning(unigrams: Unigrams) -> None:
-    """Compare with the frequencies: the last steps' training loss (tokens seen for the first time) and validation."""
+    """Compare the losses of training (last steps, on unseen tokens) and validation with those of token frequencies."""
     measured = read_run(RUN_URL, Detail.ALL)
     steps = [point.step for point in measured.points("train")]
     train_loss = float(np.mean([point.values["loss"] for point in measured.points("train")[-LAST_STEPS:]]))
@@ -186,7 +186,7 @@ def say(text: str) -> None:
 
 
 def show(program: str, *arguments: object) -> None:
-    """The command as one would type it."""
+    """Print the command as a user would type it."""
     line = " ".join([program, *(str(argument).replace(f"{ROOT}{os.sep}", "") for argument in arguments)])
     console.print(f"$ {line}", style="bold", markup=False, soft_wrap=True)
 

@@ -1,9 +1,10 @@
-"""A real S3 server on loopback (SeaweedFS, from its PyPI package), for the demo, the tests and the benchmarks.
+"""Runs an S3 server on loopback (SeaweedFS, from its PyPI package) for the demo, the tests and the benchmarks.
 
     with S3Server(Path("/tmp/s3")) as server:
         subprocess.run([...], env=os.environ | server.environment())
 
-Bound to 127.0.0.1 on free ports, telemetry off, data in the given folder, dies with its parent.
+The server listens on free ports of 127.0.0.1, sends no telemetry, stores its data in the given folder, and dies with
+its parent.
 """
 
 import json
@@ -26,7 +27,7 @@ _PORTS = (
 
 
 class S3Server:
-    """Context manager; `environment()` are the variables that make S3 clients use it."""
+    """A server as a context manager. `environment()` returns variables that direct S3 clients to it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -50,7 +51,7 @@ class S3Server:
         }
 
     def reader_environment(self) -> dict[str, str]:
-        """Likewise, with keys that may read and list, and write nothing."""
+        """Variables with keys that may read and list, but not write."""
         keys = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": self.reader_secret_key}
         return self.environment() | keys
 
@@ -97,7 +98,7 @@ class S3Server:
 
     def stop(self) -> None:
         if self._process and self._process.poll() is None:
-            self._process.kill()  # a polite end takes ten seconds, and its data is scratch
+            self._process.kill()  # a regular end takes ten seconds, and the data is temporary
             self._process.wait()
 
     def make_bucket(self, name: str) -> None:
@@ -118,7 +119,7 @@ class S3Server:
         )
 
     def _wait(self) -> None:
-        """Until the server lists and stores: it answers before its volumes are ready."""
+        """Wait until the server lists and stores objects. It answers before its volumes are ready."""
         probe = f"probe-{secrets.token_hex(4)}"
         deadline = time.monotonic() + START_SECONDS
         client = None
@@ -135,7 +136,7 @@ class S3Server:
                 client.delete_object(Bucket=probe, Key="ready")
                 client.delete_bucket(Bucket=probe)
                 return
-            except Exception as error:  # whatever is not ready yet; the deadline decides
+            except Exception as error:  # parts of the server are not ready yet; the deadline decides
                 if time.monotonic() > deadline:
                     raise RuntimeError(
                         f"no S3 server after {START_SECONDS:.0f} s ({error}); see {self.folder / 'server.log'}"

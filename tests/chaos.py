@@ -8,7 +8,7 @@ schedule (the last kill is to come before the last step), some time after it has
 when it is ahead of its schedule. All processes at once (a machine goes away) or a single rank.
 Then the run is finished, and its weights, its optimizer state, the metrics of every step and the kept steps of its
 ledger must be those of the run that was never touched. The file that --out names gets what the run was made of and
-what it kept, which bench.goodput compares with its simulation.
+what it kept.
 """
 
 import argparse

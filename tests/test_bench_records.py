@@ -26,7 +26,7 @@ def test_a_gpu_s_record_gives_rows_of_the_table():
 def test_the_newest_record_is_printed(kind: str, capsys):
     program = importlib.import_module(f"bench.{PROGRAMS[kind]}")
     record = json.loads(sorted(RESULTS.glob(f"*-{kind}.json"))[-1].read_text())
-    program._show(record)
+    program.show(record)
     printed = capsys.readouterr().out
     for side in record.get("median") or record["runs"]:
         assert side in printed

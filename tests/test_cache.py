@@ -14,6 +14,7 @@ from core.data import manifest
 from core.data.manifest import Manifest, ShardEntry, Split, TokenizerInfo
 from core.data.shard import shard_bytes
 from core.errors import DataError, StorageError
+from core.stores import retries
 from tests.patience import PATIENCE_SECONDS
 from trainer.data.cache import ShardCache
 from trainer.data.loader import Batches, TokenSource
@@ -174,7 +175,7 @@ def test_a_corrupt_shard_is_fetched_once_more_then_stops_the_run_by_name(url: st
 
 def test_a_corrupt_transfer_is_healed_by_the_second_fetch(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stream = make_set(url)
-    real, spoiled = storage._chunks, []
+    real, spoiled = storage.chunks, []
 
     def chunks(uri: str):
         if uri.endswith("00002.bin") and not spoiled:
@@ -182,7 +183,7 @@ def test_a_corrupt_transfer_is_healed_by_the_second_fetch(url: str, tmp_path: Pa
             return [b"".join(real(uri))[::-1]]
         return real(uri)
 
-    monkeypatch.setattr(storage, "_chunks", chunks)
+    monkeypatch.setattr(storage, "chunks", chunks)
     tokens = source(url, tmp_path / "cache")
     each = batches(tokens)
     fetch_all(each, tokens)
@@ -201,7 +202,7 @@ def test_an_id_outside_the_vocabulary_is_named(url: str, tmp_path: Path):
 
 def test_a_stall_of_the_storage_is_waited_out(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stream = make_set(url)
-    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    monkeypatch.setattr(retries, "ATTEMPTS", 1)
     monkeypatch.setattr("trainer.data.cache.STALL_RETRY_SECONDS", 0.05)
     monkeypatch.setattr("trainer.data.cache.PATIENCE_SECONDS", 0.05)
     real, down_until = storage.read_ranges, time.monotonic() + 1.0

@@ -13,7 +13,7 @@ from core.errors import RunError
 from core.run.phases import label
 from core.run.reader import read_run
 from costs import render
-from costs.report import Report, build
+from costs.report import CostReport, build
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, lines, mark, preempted_and_resumed, span
 from tests.patience import PATIENCE_SECONDS
@@ -21,11 +21,11 @@ from tests.patience import PATIENCE_SECONDS
 LATER = NOON + 86400
 
 
-def report_on(run: GoldenRun, now: float = LATER) -> Report:
+def report_on(run: GoldenRun, now: float = LATER) -> CostReport:
     return build(read_run(run.url), now)
 
 
-def usd(report: Report) -> dict[str, float | None]:
+def usd(report: CostReport) -> dict[str, float | None]:
     return {line.name: line.usd for line in report.phases}
 
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from core.errors import ConfigError, LauncherError
 from core.run.reader import read_run
-from costs import charts, command, discover, page, render, svg, tables
+from costs import charts, command, discover, page, render, show, svg, tables
 from costs.forecast import Assumptions
-from costs.report import Report, build
+from costs.report import CostReport, build
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, preempted_and_resumed, span
 from tests.patience import PATIENCE_SECONDS
@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> GoldenRun:
 
 
 @pytest.fixture
-def report(run: GoldenRun) -> Report:
+def report(run: GoldenRun) -> CostReport:
     return build(read_run(run.url), LATER)
 
 
@@ -62,7 +62,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_nothing_but_itself(report: Report):
+def test_the_page_needs_nothing_but_itself(report: CostReport):
     text = page.as_html(report, LATER)
     found = Page(text)
     assert found.links == ["data:,"]
@@ -70,7 +70,7 @@ def test_the_page_needs_nothing_but_itself(report: Report):
     assert not re.search(r"url\(|@import|https?://", text)
 
 
-def test_every_chart_has_data_and_every_table_its_figures(report: Report):
+def test_every_chart_has_data_and_every_table_its_figures(report: CostReport):
     found = Page(page.as_html(report, LATER))
     for title in ("Dollars over time", "Where they went", "Loss against dollars", "Speed"):
         assert title in found.text
@@ -105,7 +105,7 @@ def test_a_run_of_any_price_makes_a_page(tmp_path: Path, price: float):
     assert "Loss against dollars" in page.as_html(build(read_run(run.url), LATER), LATER)
 
 
-def test_the_waterfall_ends_at_the_total(report: Report):
+def test_the_waterfall_ends_at_the_total(report: CostReport):
     drawn = charts.waterfall(report, 720, "wide")
     bars = [
         (float(x), float(w))
@@ -126,7 +126,7 @@ def test_ticks_are_few_round_and_inside(low, high, most):
     assert all(low <= tick <= high for tick in ticks)
 
 
-def test_markdown_holds_the_same_tables(report: Report):
+def test_markdown_holds_the_same_tables(report: CostReport):
     text = render.as_markdown(report)
     assert "| train lost | 1 min 52 s | 1.12 | 22.8 % |" in text
     assert "| **total** | **10 min 12 s** | **4.92** | **100.0 %** |" in text
@@ -199,15 +199,15 @@ def test_runs_side_by_side(run, capsys, tmp_path):
 def test_a_run_is_followed_until_it_ends(run, monkeypatch):
     """`--watch` on a terminal: a report that changes, then the last one."""
     states = iter(["running", "running", "finished"])
-    real = command._report
+    real = show._report
     slept = []
 
     def stepping(url, options):
         report = real(url, options)
-        return Report(**{**vars(report), "state": next(states)})
+        return CostReport(**{**vars(report), "state": next(states)})
 
-    monkeypatch.setattr(command, "_report", stepping)
-    monkeypatch.setattr(command.time, "sleep", slept.append)
+    monkeypatch.setattr(show, "_report", stepping)
+    monkeypatch.setattr(show.time, "sleep", slept.append)
     screen = io.StringIO()
     monkeypatch.setattr(render, "console", lambda: Console(file=screen, force_terminal=True, width=150))
     command.main([run.url, "--offline", "--watch", "2"])

@@ -18,7 +18,7 @@ from clouds.skypilot import from_record
 from core.run.reader import read_run
 from costs import discover, tables
 from costs.model import StorageUse
-from costs.report import Report, build
+from costs.report import CostReport, build
 from costs.sources import ask_others
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, span
@@ -108,7 +108,7 @@ class Pricing(Closed):
         return self._history
 
 
-def usd(report: Report) -> dict[str, float | None]:
+def usd(report: CostReport) -> dict[str, float | None]:
     return {line.name: line.usd for line in report.phases if line.seconds}
 
 

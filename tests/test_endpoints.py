@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from core import storage
 from core.errors import StorageError
-from core.stores import aws
+from core.stores import aws, retries
 from tests.faulty_proxy import FaultyProxy
 
 
@@ -99,7 +99,7 @@ def server_that(answer, context: ssl.SSLContext | None = None) -> Iterator[tuple
 def keys(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BUCKET_ACCESS_KEY_ID", "a-key")
     monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", "a-very-secret-one")
-    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.001)
     monkeypatch.setattr("core.stores.faults.THROTTLED_SECONDS", 0.001)
 
 
@@ -130,7 +130,7 @@ def keys(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_each_refusal_names_the_object_the_reason_and_the_remedy(keys, monkeypatch, status, code, said, requests):
-    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    monkeypatch.setattr(retries, "ATTEMPTS", 3)
     with server_that(lambda request: (status, {}, code)) as (url, seen):
         monkeypatch.setenv("BUCKET_ENDPOINT_URL", url)
         with pytest.raises(StorageError) as problem:
@@ -247,7 +247,7 @@ def test_an_endpoint_may_be_an_ipv6_address(keys, monkeypatch):
 
 def test_a_server_that_hangs_in_the_middle_of_a_body_is_asked_again(s3, bucket: str, monkeypatch):
     monkeypatch.setattr("core.stores.remote.SILENT_SECONDS", 1)
-    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.001)
     data = os.urandom(3 << 20)
     storage.write_bytes(f"{bucket}/body", data)
     with Hanging(s3.endpoint) as proxy:

@@ -9,7 +9,7 @@ import pytest
 
 from core import storage
 from core.errors import ObjectExists
-from core.stores import faults
+from core.stores import faults, retries
 from tests import launching
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.patience import PATIENCE_SECONDS
@@ -18,9 +18,9 @@ from tests.patience import PATIENCE_SECONDS
 @pytest.fixture
 def flaky(s3, bucket: str, monkeypatch: pytest.MonkeyPatch):
     """The bucket, seen through a proxy that breaks one request in three."""
-    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(faults, "THROTTLED_SECONDS", 0.01)
-    monkeypatch.setattr(storage, "ATTEMPTS", 20)
+    monkeypatch.setattr(retries, "ATTEMPTS", 20)
     monkeypatch.setattr("tests.faulty_proxy.HANG_SECONDS", 0.1)
     with FaultyProxy(s3.endpoint, share=0.33, seed=11) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)

@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from bench.gpu import equivalence, resume, tokens
+from bench import tokens
+from bench.gpu import equivalence, resume
 from core.settings.model import ModelConfig
 from tests import launching, presets
 from trainer.model.gpt import GPT

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from core import hub
 from core.data import manifest
 from core.errors import ConfigError
+from core.stores import hub
 from tests.corpus import documents, prepare_set, stored, write_parquet
 from tests.fake_hub import COMMIT, REPOSITORY, Hub
 

@@ -145,7 +145,7 @@ def test_package_markers_are_empty():
 # --- stores ----------------------------------------------------------------------------------------------------
 
 # How places are spelt, and what opens them. Everything else asks the store.
-KNOW_SCHEMES = {"core/urls.py", "core/bucket.py", "core/hub.py", "core/stores/hub.py", "core/stores/opener.py"}
+KNOW_SCHEMES = {"core/urls.py", "core/bucket.py", "core/stores/hub.py", "core/stores/opener.py"}
 
 
 def test_only_the_opener_branches_on_a_scheme():

@@ -5,7 +5,7 @@ import sys
 import pytest
 import xxhash
 
-from bench.gpu import tokens
+from bench import tokens
 from core import storage
 from core.errors import ConfigError
 from tests import launching, missing

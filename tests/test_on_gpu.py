@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench.gpu import children, clock, kernels
+from bench import harness
+from bench.gpu import clock, profiling
 from bench.gpu.parts import PARTS
 from bench.gpu.records import Record
 from demo.processes import descendants
@@ -151,11 +152,11 @@ def run_code(code: str, deadline_seconds: float = PATIENCE_SECONDS) -> tuple[str
     results: list[dict] = []
     log = io.StringIO()
     deadline = time.monotonic() + deadline_seconds
-    why = children.run([sys.executable, "-c", code], log, deadline, results.append)
+    why = harness.run_process([sys.executable, "-c", code], log, deadline, results.append)
     return why, results, log.getvalue()
 
 
-SAY = "from bench.gpu.children import say; say('one', value=1); "
+SAY = "from bench.harness import say; say('one', value=1); "
 
 
 def test_results_and_output_are_kept_apart():
@@ -189,7 +190,7 @@ def test_at_its_time_a_measurement_ends_with_all_that_it_started():
         def __gt__(self, now: float) -> bool:
             return len(ended) < 2
 
-    why = children.run([sys.executable, "-c", code], io.StringIO(), Deadline(), take)
+    why = harness.run_process([sys.executable, "-c", code], io.StringIO(), Deadline(), take)
     assert why == "the minutes were over while it ran; give it more, --minutes"
     wait_for_end_of(ended[1:])
 
@@ -223,11 +224,11 @@ def test_a_gpu_s_profile_counts_kernels_alone_and_the_time_that_none_covers():
         event("Optimizer.step#AdamW.step", cpu, 0, 90_000),
         event("Optimizer.step#AdamW.step", gpu, 0, 90_000),
     ]
-    found = kernels.table(SimpleNamespace(events=lambda: events), torch.device("cuda"))
+    found = profiling.kernels(SimpleNamespace(events=lambda: events), torch.device("cuda"))
     assert found["top"][0] == {"name": "nvjet_tst", "ms": 23.0, "calls": 3}
     assert found["ms_by_kind"] == {"matrix products": 23.0, "attention": 7.0}
     assert (found["span_ms"], found["idle_ms"]) == (30.0, 8.0)
-    assert "the GPU ran nothing for 8.0 of 30.0 ms (26.7 %)" in kernels.described(found)
+    assert "the GPU ran nothing for 8.0 of 30.0 ms (26.7 %)" in profiling.describe_kernels(found)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_a_gpu_s_profile_counts_kernels_alone_and_the_time_that_none_covers():
     ],
 )
 def test_the_kind_of_a_kernel_follows_from_its_name(name: str, kind: str):
-    assert kernels.kind_of(name) == kind
+    assert profiling.kind_of(name) == kind
 
 
 def test_a_time_is_the_median_of_the_medians_of_rounds():

@@ -11,7 +11,7 @@ import pytest
 
 from core import storage
 from core.run.reader import read_run
-from costs.report import Report, build
+from costs.report import CostReport, build
 from tests.corpus import documents, speeches, write_parquet
 from tests.patience import PATIENCE_SECONDS
 
@@ -23,7 +23,7 @@ def start(source: str, url: str, vocab: Path, run_url: str, *flags: str, **varia
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def report_of(run_url: str) -> Report:
+def report_of(run_url: str) -> CostReport:
     return build(read_run(run_url), time.time())
 
 

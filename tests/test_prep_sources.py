@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from core import hub, storage
+from core import storage
 from core.data import manifest
 from core.errors import DataError, StorageError
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig
+from core.stores import hub
 from data_prep import build, duplicates, plan
 from tests.corpus import both_splits, documents, documents_of, encoded, prepare_set, stored, table, write_parquet
 

@@ -11,7 +11,8 @@ from moto.server import ThreadedMotoServer
 
 from core import storage
 from core.errors import ObjectExists, ObjectNotFound, StorageError
-from core.stores import faults, remote
+from core.stores import faults, remote, retries
+from core.stores.opener import open_store
 from tests import racing, stores
 from tests.faulty_proxy import FaultyProxy
 
@@ -108,7 +109,7 @@ def test_listing(base: str):
 def test_missing_object_is_named(base: str):
     storage.write_bytes(storage.join(base, "there"), b"x")
     uri = storage.join(base, "absent")
-    for call in (storage.read_bytes, storage.size_of, storage.open_read, lambda u: storage.read_range(u, 0, 4)):
+    for call in (storage.read_bytes, storage.size_of, lambda u: storage.read_range(u, 0, 4)):
         with pytest.raises(ObjectNotFound, match="absent: not found"):
             call(uri)
 
@@ -235,9 +236,7 @@ def test_files_travel_whole(base: str, tmp_path: Path):
     with pytest.raises(StorageError, match="big: checksum is"):
         storage.download(uri, tmp_path / "bad", expected_sha256="0" * 64)
     assert not (tmp_path / "bad").exists()
-    with storage.open_read(uri) as file:
-        file.seek(-4, os.SEEK_END)
-        assert file.read() == source.read_bytes()[-4:]
+    assert b"".join(storage.chunks(uri)) == source.read_bytes()
 
 
 class Spoiled(FaultyProxy):
@@ -285,7 +284,7 @@ def test_large_objects_go_up_in_parts_whole_or_not_at_all(s3, bucket: str, tmp_p
 
 
 def test_short_object_is_an_error_not_a_short_answer(base: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    monkeypatch.setattr(retries, "ATTEMPTS", 1)
     storage.write_bytes(storage.join(base, "s"), b"12345")
     with pytest.raises(StorageError, match=r"/s: could not read"):
         storage.read_range(storage.join(base, "s"), 2, 10)
@@ -319,7 +318,7 @@ def test_unknown_and_read_only_schemes():
 
 
 def test_transient_faults_are_retried_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.001)
     calls = []
 
     def flaky() -> str:
@@ -328,7 +327,8 @@ def test_transient_faults_are_retried_and_others_are_not(tmp_path: Path, monkeyp
             raise ConnectionResetError("reset by peer")
         return "done"
 
-    assert storage._retrying("read", "s3://b/k", flaky) == "done"
+    store, _ = open_store("s3://b/k")
+    assert retries.retrying("s3://b/k", "read", store, flaky) == "done"
     calls.clear()
 
     def refused() -> None:
@@ -336,7 +336,7 @@ def test_transient_faults_are_retried_and_others_are_not(tmp_path: Path, monkeyp
         raise PermissionError("Forbidden")
 
     with pytest.raises(StorageError, match="may not read"):
-        storage._retrying("read", "s3://b/k", refused)
+        retries.retrying("s3://b/k", "read", store, refused)
     assert len(calls) == 1
     calls.clear()
 
@@ -345,8 +345,8 @@ def test_transient_faults_are_retried_and_others_are_not(tmp_path: Path, monkeyp
         raise TimeoutError("no answer")
 
     with pytest.raises(StorageError, match="after 7 attempts"):
-        storage._retrying("read", "s3://b/k", down)
-    assert len(calls) == storage.ATTEMPTS
+        retries.retrying("s3://b/k", "read", store, down)
+    assert len(calls) == retries.ATTEMPTS
 
 
 def test_messages_carry_no_signature():

@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parent.parent
 PRELOADED = """
     torch torch.distributed torch.nn.parallel torch._dynamo torch._inductor.utils pyarrow.parquet tiktoken
     trainer.loop.segment trainer.stages.pretrain trainer.stages.finetune trainer.stages.dpo trainer.stages.distil
-    trainer.inference.engine trainer.evals.harness trainer.weights.folder costs.command
+    trainer.inference.engine trainer.evals.harness trainer.weights.folder costs.show
 """.split()
 LONGEST_REQUEST = 1 << 20
 PR_SET_CHILD_SUBREAPER = 36

@@ -1,9 +1,9 @@
-"""Part of bench.on_gpu: causal attention by kernel and shape, forward and backward.
+"""Times causal attention by kernel and shape, forward and backward; a measurement of bench.on_gpu.
 
     python -m bench.gpu.attention [--rounds=5]
 
-Kernels of scaled_dot_product_attention one by one, its own choice, and FlexAttention compiled. The FLOP/s count what a
-causal mask leaves: half of the scores. The outputs of the first shape are compared with a product in float32.
+It measures each kernel of scaled_dot_product_attention, torch's choice among them, and compiled FlexAttention. FLOP/s
+count the half of the scores that a causal mask keeps. Outputs of the first shape are compared with float32.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.gpu import children, clock, kernels, presets
+from bench import harness
+from bench.gpu import clock, presets, profiling
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -24,7 +25,7 @@ KERNELS = {
 LARGE = "gpt2-1.5b"
 TOKENS, SMALL_TOKENS = 65536, 256
 CALLS = 10
-# Products of a forward pass: scores and values; of a backward pass five (Dao 2023, FlashAttention-2, section 4.1).
+# Matrix products: scores and values in a forward pass, five in a backward pass (FlashAttention-2, section 4.1).
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 
@@ -38,7 +39,9 @@ class Shape(NamedTuple):
         return f"{self.sequences} x {self.heads} heads x {self.context} x {self.head_width}"
 
     def flops(self, products: int) -> float:
-        return products * self.sequences * self.heads * self.context**2 * self.head_width  # 2 per product, half masked
+        return (
+            products * self.sequences * self.heads * self.context**2 * self.head_width
+        )  # a product counts 2, of which the mask keeps half
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def shapes(rehearse: bool) -> list[Shape]:
         context = 64 if rehearse else model.context
         tokens = SMALL_TOKENS if rehearse else TOKENS
         found.append(Shape(tokens // context, 2 if rehearse else model.heads, context, model.head_width))
-    return list(dict.fromkeys(found))  # small ones may be equal
+    return list(dict.fromkeys(found))  # presets of a rehearsal may have equal shapes
 
 
 def sides(shape: Shape, device: torch.device) -> dict[str, Callable]:
@@ -84,7 +87,7 @@ def sides(shape: Shape, device: torch.device) -> dict[str, Callable]:
 
 
 def measure(name: str, call: Callable, shape: Shape, device: torch.device, rounds: int, compare: bool) -> None:
-    """Say the times, or that the kernel does not take this shape."""
+    """Report the times, or that the kernel does not support this shape."""
     size = (shape.sequences, shape.heads, shape.context, shape.head_width)
     torch.manual_seed(1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -103,9 +106,9 @@ def measure(name: str, call: Callable, shape: Shape, device: torch.device, round
             forward = clock.rounds(lambda: call(*inputs), device, rounds, CALLS)
         whole = clock.rounds(both, device, rounds, CALLS)
         ran = kernel_names(both, device)
-    except Exception as refusal:  # torch's, a compiler's or a kernel's own; the others are still measured
+    except Exception as refusal:  # of torch, a compiler or a kernel; the other kernels are still measured
         why = " ".join(f"{type(refusal).__name__}: {refusal}".split())[:300]
-        children.say(f"{name}, {shape}: does not run: {why}", **said, refused=why)
+        harness.say(f"{name}, {shape}: does not run: {why}", **said, refused=why)
         return
     forward_ms, whole_ms = (1e3 * clock.summary(each, len(each))["median"] for each in (forward, whole))
     rates = {
@@ -115,11 +118,11 @@ def measure(name: str, call: Callable, shape: Shape, device: torch.device, round
     text = f"{name}, {shape}: forward {forward_ms:.3f} ms, with backward {whole_ms:.3f} ms, {rates['both']:.3g} TFLOP/s"
     text += f", error {error:.1e}" if error is not None else ""
     times = {"forward_ms": forward_ms, "both_ms": whole_ms, "forward_rounds": forward, "both_rounds": whole}
-    children.say(text, **said, **times, tflops=rates, relative_error=error, kernels=ran)
+    harness.say(text, **said, **times, tflops=rates, relative_error=error, kernels=ran)
 
 
 def relative_error(call: Callable, inputs: list[torch.Tensor]) -> float:
-    """Of the output, against float32 without a fused kernel, on a few sequences."""
+    """Relative error of the output against float32 without a fused kernel, on two sequences."""
     few = [each.detach()[:2] for each in inputs]
     with torch.no_grad():
         exact = F.scaled_dot_product_attention(*(each.float().cpu() for each in few), is_causal=True)
@@ -128,13 +131,13 @@ def relative_error(call: Callable, inputs: list[torch.Tensor]) -> float:
 
 
 def kernel_names(call: Callable, device: torch.device) -> list[str]:
-    """Which kernels one call runs on a GPU, the longest first."""
+    """Names of the kernels that one call runs on a GPU, the longest first."""
     if device.type != "cuda":
         return []
-    with kernels.profiled(device) as profile:
+    with profiling.profiled(device) as profile:
         call()
         clock.finish(device)
-    return [each["name"] for each in kernels.table(profile, device)["top"]]
+    return [each["name"] for each in profiling.kernels(profile, device)["top"]]
 
 
 if __name__ == "__main__":

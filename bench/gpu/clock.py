@@ -1,4 +1,4 @@
-"""Time on a device: CUDA events between synchronised ends on a GPU, the host's clock elsewhere; medians of rounds."""
+"""Measures time on a device: by CUDA events on a GPU, by the host's clock elsewhere; summarises it by medians."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ import torch
 
 
 def mark(device: torch.device):
-    """A moment in the device's queue."""
+    """A moment in the device's queue of work."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -17,7 +17,7 @@ def mark(device: torch.device):
 
 
 def seconds_between(begin, end) -> float:
-    """Call once the device has passed both marks (`finish`)."""
+    """Seconds from one mark to another. The device must have passed both (`finish`)."""
     return begin.elapsed_time(end) / 1e3 if hasattr(begin, "elapsed_time") else end - begin
 
 
@@ -43,7 +43,7 @@ def rounds(call: Callable[[], object], device: torch.device, count: int, calls: 
 
 
 def summary(seconds: Sequence[float], of_rounds: int = 4) -> dict[str, float | list[float]]:
-    """Consecutive times as the median of the medians of rounds, these, and the spread of all."""
+    """Summary of consecutive times: medians of `of_rounds` rounds, the median of those, and percentiles of all."""
     size = max(1, len(seconds) // of_rounds)
     medians = [statistics.median(seconds[first : first + size]) for first in range(0, len(seconds), size)]
     ordered = sorted(seconds)
@@ -52,7 +52,7 @@ def summary(seconds: Sequence[float], of_rounds: int = 4) -> dict[str, float | l
 
 
 class Parts:
-    """Time between marks, booked to the part that ends there."""
+    """Splits time between marks into parts. A part lasts from the mark before it to its own."""
 
     def __init__(self, device: torch.device, parts: Sequence[str]):
         self._device = device
@@ -63,7 +63,7 @@ class Parts:
         self._marks.append((part, mark(self._device)))
 
     def seconds(self) -> dict[str, float]:
-        """Call once the device has passed all marks."""
+        """Seconds of each part. The device must have passed all marks."""
         found = dict.fromkeys(self._parts, 0.0)
         for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
             found[part] += seconds_between(begin, end)

@@ -1,8 +1,8 @@
-"""Part of bench.on_gpu: whether compiled blocks compute what the plain model does, with every gradient.
+"""Compares loss and all gradients of compiled blocks with those of the plain model; a measurement of bench.on_gpu.
 
     python -m bench.gpu.equivalence --preset=gpt2-124m
 
-Both are also compared with the plain model in float32, which shows how large rounding is.
+The plain model in float32 is a third side: its distance from the others shows the size of rounding errors.
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-from bench.gpu import children, compiled, presets
+from bench import harness
+from bench.gpu import presets, profiling
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.settings.model import ModelConfig
 from trainer.model.gpt import GPT
@@ -22,7 +23,7 @@ SEQUENCES = 4
 
 @dataclasses.dataclass
 class Pass:
-    """Loss, and gradient by parameter."""
+    """Loss of a batch, and the flat gradient of each parameter."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
@@ -30,7 +31,7 @@ class Pass:
 
 @dataclasses.dataclass
 class Difference:
-    """Of the losses, relative; the lowest cosine of two gradients, and the parameter of it."""
+    """Relative difference of two losses; the lowest cosine between two gradients, and its parameter."""
 
     loss: float
     cosine: float
@@ -61,13 +62,13 @@ def main() -> None:
         "compiled, float32": difference(fused, exact),
     }
     text = "\n".join(f"{pair}: {each}" for pair, each in found.items())
-    children.say(text, kind="equivalence", **{pair: dataclasses.asdict(each) for pair, each in found.items()})
+    harness.say(text, kind="equivalence", **{pair: dataclasses.asdict(each) for pair, each in found.items()})
     if not found["compiled, plain"].is_small:
         sys.exit(f"{parsed.preset}: compiled and plain blocks differ: {found['compiled, plain']}")
 
 
 def tokens_of(model: ModelConfig, device: torch.device, sequences: int = SEQUENCES) -> torch.Tensor:
-    """Random ids; a document ends at every hundredth."""
+    """Random ids (sequences, context + 1); a document ends at every hundredth."""
     generator = torch.Generator().manual_seed(1)
     found = torch.randint(0, GPT2_END_OF_TEXT, (sequences, model.context + 1), generator=generator)
     found[:, ::100] = GPT2_END_OF_TEXT
@@ -75,13 +76,13 @@ def tokens_of(model: ModelConfig, device: torch.device, sequences: int = SEQUENC
 
 
 def one_pass(config: ModelConfig, tokens_BT: torch.Tensor, is_compiled: bool = False, precision: str = "auto") -> Pass:
-    """Forward and backward pass of the same weights each time."""
+    """One forward and backward pass. The weights are the same at each call."""
     model = GPT(config)
     model.initialise(1)
     model.to(tokens_BT.device)
     if is_compiled:
-        torch.compiler.reset()  # all blocks share their code, of which torch compiles a few forms at most
-        compiled.compile_blocks(model, tokens_BT.device)
+        torch.compiler.reset()  # the blocks of both models share code, and torch limits the variants of a function
+        profiling.compile_blocks(model, tokens_BT.device)
     with autocast(tokens_BT.device, precision):
         loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
     loss.backward()
@@ -93,7 +94,7 @@ def difference(one: Pass, other: Pass) -> Difference:
     cosines = {
         name: float(torch.nn.functional.cosine_similarity(gradient, other.gradients[name], dim=0))
         for name, gradient in one.gradients.items()
-        if other.gradients[name].norm() > 0  # weights that start at zero pass nothing on
+        if other.gradients[name].norm() > 0  # behind weights that start at zero gradients are zero
     }
     lowest = min(cosines, key=cosines.__getitem__)
     return Difference(abs(one.loss - other.loss) / abs(other.loss), cosines[lowest], lowest)

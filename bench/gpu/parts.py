@@ -1,6 +1,6 @@
-"""The three parts of bench.on_gpu: which measurements each makes, in the order of their worth, and as which commands.
+"""Defines the three parts of bench.on_gpu: the measurements of each, the most valuable first, and their commands.
 
-Later measurements of a part look at what its earlier ones came to, so that a part is a generator.
+A part is a generator, because its later measurements depend on results of its earlier ones.
 """
 
 import shlex
@@ -11,25 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import children
 from bench.gpu.presets import OTHER, PLAIN, path, small_flags
 from bench.gpu.records import Record
+from bench.harness import REPOSITORY
 
-MICRO_BATCHES = (64, 32, 96)  # sequences, in this order; whole logits of more would not fit 141 GB
-# Heads as wide as the preset's, few of them: a checkpoint has to be stored every few steps.
+MICRO_BATCHES = (64, 32, 96)  # sequences, in this order; with more, the logits of the plain side exceed 141 GB
+# Few heads of the preset's width: the resume measurement stores a checkpoint every two steps.
 NARROW = {PLAIN: ["--model.heads=4"], OTHER: ["--model.heads=2"]}
 
 
 @dataclass(frozen=True)
 class Skip:
-    """Instead of a command: why there is none."""
+    """A measurement that cannot be made, with the reason."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where things are: the token set, a folder for runs that goes in the end, one for traces that stays."""
+    """Inputs and folders of a part. `work` holds runs and is deleted at the end; `out` holds traces and records."""
 
     data: str
     work: Path
@@ -38,13 +38,13 @@ class Place:
     rehearse: bool
 
 
-# A command, what follows from earlier results, or why there is neither.
+# A name, and a command, a result computed from earlier ones, or a reason to skip.
 Measurement = tuple[str, list[str] | dict[str, Any] | Skip]
 Part = Callable[[Place, Record], Iterator[Measurement]]
 
 
 def look(place: Place, record: Record) -> Iterator[Measurement]:
-    """What is there, and the first steps of both presets: graphs, breaks, compilations, kernels."""
+    """Versions, and the first steps of both presets with graphs, graph breaks, compilations and kernels."""
     yield "versions", _module("bench.gpu.versions")
     for preset in (PLAIN, OTHER):
         trace = [f"--trace={place.out / f'{record.path.stem}-{preset}-trace.json.gz'}"]
@@ -52,7 +52,7 @@ def look(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def exact(place: Place, record: Record) -> Iterator[Measurement]:
-    """Whether the same is computed: compiled and plain, killed and not; and what determinism costs."""
+    """Compiled against plain blocks, a killed run against an uninterrupted one, and the cost of determinism."""
     rehearse = ["--rehearse"] if place.rehearse else []
     yield f"equivalence-{PLAIN}", _module("bench.gpu.equivalence", f"--preset={PLAIN}", *rehearse)
     yield f"resume-{PLAIN}", _resume(place, PLAIN)
@@ -65,7 +65,7 @@ def exact(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def speed(place: Place, record: Record) -> Iterator[Measurement]:
-    """How fast a step is, at the best micro-batch, beside others; attention by kernel; what switches change."""
+    """Steps by micro-batch and beside other trainers, attention by kernel, and the effect of torch's switches."""
     sizes = (1, 2) if place.rehearse else MICRO_BATCHES
     for size in sizes:
         yield f"ours-{size}", _side(place, "ours", size)
@@ -93,7 +93,7 @@ def _module(name: str, *arguments: str) -> list[str]:
 
 
 def _trainer_flags(place: Place, preset: str, sequences: int, accumulation: int, context: int) -> list[str]:
-    """Settings of a short run without evaluations in between, samples and questions, which need a tokenizer."""
+    """Settings of a short run without evaluations, and without samples and HellaSwag, which need a tokenizer."""
     tokens = sequences * accumulation * context
     flags = [str(path(preset)), f"--data.url={place.data}", f"--data.cache_dir={place.work / 'cache'}"]
     flags += [
@@ -109,14 +109,14 @@ def _trainer_flags(place: Place, preset: str, sequences: int, accumulation: int,
 
 
 def _steps(place: Place, run: str, preset: str, steps: int, options=(), flags=()) -> list[str]:
-    """Two micro-batches a step, so that what happens between them is in it."""
+    """Two micro-batches per step, so that a step includes the work between micro-batches."""
     sequences, context, steps = (2, 32, 10) if place.rehearse else (32, 1024, steps)
     trainer = [*_trainer_flags(place, preset, sequences, 2, context), f"--run.url={place.work / run}", *flags]
     return _module("bench.gpu.steps", f"--steps={steps}", *options, "--", *trainer)
 
 
 def _resume(place: Place, preset: str) -> list[str]:
-    """Sixteen micro-batches a step on a GPU: steps must last long enough to be killed between two checkpoints."""
+    """Sixteen micro-batches per step on a GPU, so that a kill falls between two checkpoints."""
     sequences, accumulation, context, steps = (2, 2, 32, 20) if place.rehearse else (8, 16, 1024, 60)
     trainer = _trainer_flags(place, preset, sequences, accumulation, context)
     if not place.rehearse:
@@ -157,7 +157,7 @@ def _median_step(record: Record, name: str) -> float | None:
 
 
 def _optimizes_ddp(record: Record, name: str) -> bool:
-    """Whether torch split graphs there, so that the other way is measured as well."""
+    """Whether torch split graphs under DDP in measurement `name`."""
     return any(each["optimize_ddp"] == "True" for each in record.results(name))
 
 
@@ -166,6 +166,6 @@ def _tokens_per_second(record: Record, name: str) -> float:
 
 
 def shown(command: list[str], work: Path | None = None) -> str:
-    """The command as a person would type it, with WORK for the folder that goes in the end."""
-    text = shlex.join(["python", *command[1:]]).replace(f"{children.REPOSITORY}/", "")
+    """The command as a user would type it, with WORK in place of the temporary folder."""
+    text = shlex.join(["python", *command[1:]]).replace(f"{REPOSITORY}/", "")
     return text.replace(str(work), "WORK") if work else text

@@ -1,18 +1,21 @@
-"""The presets as bench.on_gpu measures them: as they are on a GPU, small on a CPU that rehearses."""
+"""The presets that bench measures: unchanged on a GPU, reduced on a CPU that rehearses."""
 
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from bench.harness import REPOSITORY
 from core.settings import loader
 from core.settings.model import ModelConfig
 from core.settings.training import PretrainConfig
 
-CONFIGS = Path(__file__).parent.parent.parent / "trainer" / "configs"
+if TYPE_CHECKING:
+    import torch
+
+CONFIGS = REPOSITORY / "trainer" / "configs"
 PLAIN, OTHER = "gpt2-124m", "speedrun-162m"
-# A micro-batch of one sequence of 32 tokens takes a CPU's core a moment.
+# A CPU core computes a sequence of 32 tokens in milliseconds.
 SMALL = {"layers": 2, "heads": 2, "width": 32, "context": 32}
 
 
@@ -33,7 +36,7 @@ def small_flags() -> list[str]:
 
 
 def options(description: str | None, *presets: str) -> argparse.ArgumentParser:
-    """What the measurements have in common."""
+    """A parser with the options that all measurements share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("--preset", default=presets[0], help="a name in trainer/configs")
@@ -41,7 +44,9 @@ def options(description: str | None, *presets: str) -> argparse.ArgumentParser:
     return parser
 
 
-def device_of(parsed: argparse.Namespace) -> torch.device:
+def device_of(parsed: argparse.Namespace) -> "torch.device":
+    import torch  # not at the top: bench.train_step loads it in its sides alone
+
     if parsed.rehearse:
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -1,9 +1,9 @@
-"""The record of one part: JSON, and the same as text, both written anew after each result.
+"""Writes the record of one part of bench.on_gpu as JSON and as text, both again after each result.
 
     FOLDER/2026-12-01-gpu-look.json    date, machine, versions, commit, command, and per measurement its results
-    FOLDER/2026-12-01-gpu-look.txt     for people
+    FOLDER/2026-12-01-gpu-look.txt     the same, to be read
 
-A record that says `running` is one whose program was killed; what it holds was measured.
+A record in state `running` is of a program that was killed; the results in it are complete.
 """
 
 import json
@@ -12,18 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import record
+from bench import harness
 from core import files
 from core.run.machine import program_versions
 
-# Those whose versions change what is measured.
+# Packages whose versions influence the results.
 PACKAGES = ("torch", "triton", "numpy", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-nccl-cu13", "torchao")
 
 
 class Record:
+    """The measurements of one part, by name: state, command, results, and the reason of a failure."""
+
     def __init__(self, folder: Path, name: str, command: str, **facts: Any):
         folder.mkdir(parents=True, exist_ok=True)
-        head = record.header(*PACKAGES)
+        head = harness.header(*PACKAGES)
         self.path = folder / f"{head['date']}-{name}.json"
         gpu = {"gpu": gpu_facts()}
         commit = program_versions(()).get("git_revision")
@@ -78,7 +80,7 @@ class Record:
 
 
 def gpu_facts(query: Sequence[str] = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")) -> str:
-    """What nvidia-smi says of the first GPU; empty without one."""
+    """The first GPU as nvidia-smi describes it; empty without one."""
     command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

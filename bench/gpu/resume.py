@@ -1,9 +1,9 @@
-"""Part of bench.on_gpu: a run that is killed and continued against one that nothing stops, bit by bit.
+"""Compares a run that is killed and resumed with an uninterrupted one, bit by bit; a measurement of bench.on_gpu.
 
     python -m bench.gpu.resume --work=FOLDER -- CONFIG.yaml --data.url=... [more settings]
 
-The trainer is a process of its own, with deterministic kernels, and gets SIGKILL twice. Equal are all files of the
-last checkpoint (weights and optimizer) and the loss of every step. Both runs go on at the same time.
+The trainer runs as a process with deterministic kernels and receives SIGKILL twice. The last checkpoint (weights and
+optimizer state) and the loss of every step must be equal. Both runs train at the same time.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu import children
+from bench import harness
 from core.run.reader import Detail, read_run
 from demo.processes import kill_tree
 from trainer.checkpoint import layout
@@ -24,7 +24,7 @@ from trainer.checkpoint.blocks import tensors_of
 from trainer.checkpoint.early import read_payload
 
 KILLS = 2
-LOOK_SECONDS = 0.02
+POLL_SECONDS = 0.02
 LAST_LINES = 3
 
 
@@ -39,18 +39,20 @@ def main() -> None:
     runs = Runs(options.work, options.steps, arguments[split + 1 :])
     with runs.beside("straight"):
         killed_at = [runs.kill("killed", after=options.steps * (number + 1) // (KILLS + 2)) for number in range(KILLS)]
-        children.say(f"killed with SIGKILL when steps {killed_at} were stored", kind="killed", stored=killed_at)
+        harness.say(f"killed with SIGKILL when steps {killed_at} were stored", kind="killed", stored=killed_at)
         runs.train("killed")
     problems = runs.differences()
     segments = len(list((options.work / "killed" / "metrics").iterdir()))
     said = "no bit differs" if not problems else "; ".join(problems)
     text = f"continued to step {options.steps} in {segments} segments: {said}"
-    children.say(text, kind="resume", segments=segments, equal=not problems, differences=problems)
+    harness.say(text, kind="resume", segments=segments, equal=not problems, differences=problems)
     if problems:
         sys.exit(f"a run that was killed at {killed_at} differs from one that was not: {problems[0]}")
 
 
 class Runs:
+    """Starts, kills and compares runs of the trainer below the folder `work`, each by its name."""
+
     def __init__(self, work: Path, steps: int, flags: list[str]):
         self._work = work
         self._steps = steps
@@ -58,7 +60,7 @@ class Runs:
 
     @contextlib.contextmanager
     def beside(self, name: str) -> Iterator[None]:
-        """Train to the end while something else is done."""
+        """Train in the background during the block, and wait for the end after it."""
         process, log = self._start(name)
         try:
             yield
@@ -67,7 +69,7 @@ class Runs:
             kill_tree(process)
 
     def train(self, name: str) -> None:
-        """To the end."""
+        """Train to the end."""
         self._wait(name, *self._start(name))
 
     def _wait(self, name: str, process: subprocess.Popen, log: Path) -> None:
@@ -75,13 +77,13 @@ class Runs:
             raise SystemExit(f"{name}: the trainer ended with {code}: {_last_lines(log)}")
 
     def kill(self, name: str, after: int) -> int:
-        """Once a step from `after` on is stored. Returns the newest that is."""
+        """Train, and kill once step `after` or a later one is stored. Returns the newest stored step."""
         process, log = self._start(name)
         try:
             while (newest := self._newest(name)) < after:
                 if process.poll() is not None:
                     raise SystemExit(f"{name}: ended with {process.returncode} before its kill: {_last_lines(log)}")
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_SECONDS)
         finally:
             kill_tree(process)
         newest = self._newest(name)
@@ -98,11 +100,11 @@ class Runs:
         with log.open("a") as output:
             process = subprocess.Popen(
                 command,
-                cwd=children.REPOSITORY,
+                cwd=harness.REPOSITORY,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=children.end_with_parent,
+                preexec_fn=harness.end_with_parent,
             )
         return process, log
 
@@ -123,7 +125,7 @@ class Runs:
         return found
 
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The weights and the optimizer's state of the last step."""
+        """Weights and optimizer state of the last step."""
         url = str(self._work / name)
         manifest = layout.read_manifest(url, self._steps, layout.stored(url)[self._steps])
         folder = Path(layout.folder_of(url, self._steps))
@@ -145,7 +147,7 @@ class Runs:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """As integers: a number that is none equals itself, and zero does not equal minus zero."""
+    """Bits of `values` as integers, so that NaN equals NaN and zero differs from minus zero."""
     return values.view({2: torch.int16, 4: torch.int32}[values.element_size()])
 
 

@@ -1,8 +1,8 @@
-"""Part of bench.on_gpu: steps of the real trainer, timed, with what was compiled and a profile of the last ones.
+"""Times steps of the trainer, reports compilations and profiles the last steps; a measurement of bench.on_gpu.
 
     python -m bench.gpu.steps --steps=30 [--profile] [--trace=FILE] -- CONFIG.yaml --data.url=... --run.url=...
 
-What follows `--` goes to trainer.train, which runs in this process; only its step is watched.
+Arguments after `--` go to trainer.train, which runs in this process; only its step function is wrapped.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu import children, clock, compiled, kernels
+from bench import harness
+from bench.gpu import clock, profiling
 from core.errors import LauncherError
 from core.figures import quantity
 from core.gpus import peak_flops
@@ -22,8 +23,8 @@ from core.settings.model import flops_per_token
 from trainer import train
 from trainer.loop.loop import Loop
 
-SETTLED = 2  # steps after which nothing new should have to be compiled
-PROFILED = 3  # the last steps
+SETTLED = 2  # steps after which no compilation is expected
+PROFILED = 3  # steps at the end
 
 
 def main() -> None:
@@ -31,8 +32,8 @@ def main() -> None:
     split = arguments.index("--")
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--profile", action="store_true", help="the last steps under torch.profiler")
-    parser.add_argument("--trace", type=Path, help="file for the profiler's trace, if it is small")
+    parser.add_argument("--profile", action="store_true", help="run the last steps under torch.profiler")
+    parser.add_argument("--trace", type=Path, help="file for the profiler's trace; a large one is not kept")
     options = parser.parse_args(arguments[:split])
     watch = Watch(options.steps, options.profile)
     watch.install()
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 class Watch:
-    """Times from the beginning of a step to that of the next one, with what happens in between."""
+    """Measures the time from the beginning of a step to that of the next, including all work in between."""
 
     def __init__(self, steps: int, profile: bool):
         self._steps = steps
@@ -74,23 +75,23 @@ class Watch:
         if number == 1:
             self._loop = loop
             if device.type != "cuda":
-                compiled.compile_blocks(loop.model, device)
+                profiling.compile_blocks(loop.model, device)
         if number == self._first_profiled:
             clock.finish(device)
-            self._profile = self._profiling.enter_context(kernels.profiled(device))
+            self._profile = self._profiling.enter_context(profiling.profiled(device))
         if number <= self._first_profiled:
             self._marks.append(clock.mark(device))
 
     def _after(self, loop: Loop, number: int) -> None:
         device = loop.ranks.device
         if number == SETTLED:
-            self._settled = compiled.compilations()
+            self._settled = profiling.compilation_count()
         if number == self._steps:
             if number < self._first_profiled:
                 self._marks.append(clock.mark(device))
             clock.finish(device)
             self._profiling.close()
-            # Here, so that the evaluation at the end is not in it.
+            # Read here, because the evaluation at the end of the run may need more.
             self._peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
     def say(self, trace: Path | None) -> None:
@@ -105,7 +106,7 @@ class Watch:
         text += f": {quantity(tokens)} tokens/s"
         text += f", MFU {100 * mfu:.1f} %" if mfu else ""
         text += f", {self._peak_bytes / 1e9:.1f} GB" if self._peak_bytes else ""
-        children.say(
+        harness.say(
             text,
             kind="steps",
             device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -120,19 +121,19 @@ class Watch:
             loss=self._loop.last_loss,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        counts = compiled.counts(self._settled)
-        children.say(compiled.described(counts), kind="compiled", **counts)
+        compilations = profiling.compilations(self._settled)
+        harness.say(profiling.describe_compilations(compilations), kind="compiled", **compilations)
         if self._profile is not None:
-            found = kernels.table(self._profile, device)
-            kept = {"trace": kernels.keep_trace(self._profile, trace)} if trace else {}
-            children.say(kernels.described(found), kind="profile", steps=PROFILED, **found, **kept)
+            found = profiling.kernels(self._profile, device)
+            kept = {"trace": profiling.keep_trace(self._profile, trace)} if trace else {}
+            harness.say(profiling.describe_kernels(found), kind="profile", steps=PROFILED, **found, **kept)
 
 
 def _estimate(settings: Any) -> float | None:
-    """The memory that the launcher's check would have asked for, to be compared with the peak."""
+    """Memory in bytes that the check before a launch estimates, for comparison with the peak."""
     try:
         return float(estimate(settings, settings.model, settings.batch.micro_batch_size, 1))
-    except (TypeError, AttributeError):  # another form of it
+    except (TypeError, AttributeError):  # a stage whose settings the estimate does not know
         return None
 
 

@@ -1,4 +1,4 @@
-"""Part of bench.on_gpu: which machine and which versions these are, and which packages of ours are missing."""
+"""Reports the machine, versions, and missing packages of this project; a measurement of bench.on_gpu."""
 
 import importlib.metadata
 import importlib.util
@@ -7,7 +7,8 @@ import platform
 
 import torch
 
-from bench.gpu import children, records
+from bench import harness
+from bench.gpu import records
 
 OURS = (
     "aiohttp boto3 botocore datasets dotenv fsspec gigatoken huggingface_hub numpy pyarrow pytest rich s3fs "
@@ -16,7 +17,7 @@ OURS = (
 
 
 def main() -> None:
-    missing = [name for name in OURS if not _is_there(name)]
+    missing = [name for name in OURS if not _is_installed(name)]
     versions = {name: version for name in OURS if (version := _version(name))}
     found = {
         "python": platform.python_version(),
@@ -38,10 +39,10 @@ def main() -> None:
         }
     gpu = f"{found['gpu']}, {found['memory_bytes'] / 1e9:.0f} GB" if "gpu" in found else "no GPU"
     text = f"torch {found['torch']}, CUDA {found['cuda']}, cuDNN {found['cudnn']}, {gpu}, Python {found['python']}"
-    children.say(f"{text}\nnot installed: {', '.join(missing) or 'nothing'}", **found)
+    harness.say(f"{text}\nnot installed: {', '.join(missing) or 'nothing'}", **found)
 
 
-def _is_there(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ImportError:

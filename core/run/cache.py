@@ -1,7 +1,7 @@
-"""A copy of what has been read of a run, on this machine, so that a report fetches only what is new.
+"""Caches on this machine what was read of a run, so that a report fetches new objects only.
 
-One NumPy file per run below $COST_CACHE_DIR (default ~/.cache/pretrain-launcher/costs). It holds no secret and may
-be deleted at any time; a file that is damaged or of another release is ignored and written anew.
+One NumPy file per run below $COST_CACHE_DIR (default ~/.cache/pretrain-launcher/costs). It contains no secrets and may
+be deleted at any time. A damaged file, or one of another release, is ignored and replaced.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _CURVE = ("step", "time", *SHOWN["train"])
 
 @dataclass(frozen=True)
 class Seen:
-    """How far a segment has been read. `start` tells its start object from a later one of the same name."""
+    """Sequence numbers up to which a segment was read. `start` identifies its start object, which could be replaced."""
 
     start: str
     ledger: int = -1
@@ -44,7 +44,7 @@ Known = Mapping[int, tuple[Segment, Seen]]
 
 
 def path_for(run_url: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """The file for a run. The same URL at another endpoint is another run."""
+    """Path of the cache file of a run. The same URL at another endpoint is another run."""
     endpoint = aws.endpoint_of(environment) or ""
     digest = hashlib.sha256(f"{endpoint} {run_url.rstrip('/')}".encode()).hexdigest()
     return folder(environment) / f"{digest[:20]}.npz"
@@ -58,7 +58,7 @@ def folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
-    """Segments by number; empty if there is no file that this release can use."""
+    """Segments by number; empty without a usable file."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             columns = {name: stored[name] for name in stored.files}
@@ -74,7 +74,7 @@ def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
 
 
 def save(path: Path, known: Known) -> None:
-    """Replace the file whole. A folder that cannot be written only costs time at the next report."""
+    """Replace the file atomically. Without a writable folder only the next report takes longer."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -146,7 +146,7 @@ def _array(values: np.ndarray) -> array:
 
 
 def _curve(lists: Mapping[str, list[float]], rows: slice) -> dict[str, list[dict[str, Any]]]:
-    """The training records. A value stored as not a number was not known; steps are counted."""
+    """The training records. NaN in the file stands for an unknown value."""
     columns = [[None if value != value else value for value in lists[f"curve_{name}"][rows]] for name in _CURVE]
     records = [dict(zip(_CURVE, values, strict=True)) for values in zip(*columns, strict=True)]
     return {"train": [record | {"step": int(record["step"])} for record in records]} if records else {}

@@ -1,9 +1,9 @@
-"""The hard dollar cap of a run: all its segments together never cost more than MAX_USD.
+"""Keeps a run below its dollar cap: all its segments together never cost more than MAX_USD.
 
-The ledgers of earlier segments give what they cost, as a cautious upper bound: a machine that was killed counts until
-just before its next heartbeat, because a cap must hold after many of them. The cap is reached early enough that the
-money left still pays for the last checkpoint and for the time until the machine is down; on spot also for another
-machine, should this one be taken away now, up to the point where it finds that the money is spent.
+The ledgers of earlier segments give an upper bound of their cost: a killed machine counts until just before its next
+heartbeat, so that the cap also holds after many kills. A segment stops while enough money remains for the last
+checkpoint and for the time until its machine is down. On spot, enough must also remain for one more machine, which
+starts if this one is taken away now, and then finds that the money is spent.
 """
 
 import math
@@ -14,11 +14,11 @@ from core.run.ledger import Ledger
 from core.run.machine import Machine
 from core.run.reader import spent_usd_at_most
 
-SAFETY = 1.5  # on the times that the last checkpoint and a new machine are expected to take
+SAFETY = 1.5  # factor on the expected times of the last checkpoint and of a new machine's start
 
 
 def spent_by_earlier_segments(folder: RunFolder, machine: Machine, max_usd: float) -> float | None:
-    """Dollars before this segment, None if a price is not known. Raises ConfigError if a cap could not hold then."""
+    """Dollars of earlier segments; None if a price is unknown, for which a cap raises ConfigError."""
     if not max_usd:
         return spent_usd_at_most(folder.url)
     if machine.price is None:
@@ -36,7 +36,7 @@ def spent_by_earlier_segments(folder: RunFolder, machine: Machine, max_usd: floa
 
 
 class SpendingCap:
-    """Rank 0's view of the money. `spent_before` are the dollars of earlier segments."""
+    """The money that rank 0 may still spend. `spent_before` are the dollars of earlier segments."""
 
     def __init__(self, ledger: Ledger, max_usd: float, shutdown_seconds: float, spent_before: float | None):
         self.max_usd = max_usd
@@ -46,16 +46,16 @@ class SpendingCap:
         self._arrival_seconds = ledger.elapsed_seconds() if ledger.machine.spot else 0.0
 
     def spent_usd(self) -> float | None:
-        """The cautious upper bound of the whole run so far, None if a price is not known (with a cap all are)."""
+        """Upper bound of the run's dollars so far; None if a price is unknown, which a cap excludes."""
         here = self._ledger.spent_usd()
         return None if here is None or self._before is None else self._before + here
 
     def reached(self, step_seconds: float, checkpoint_seconds: float) -> bool:
-        """Whether one more step would leave too little for the last checkpoint and the way down."""
+        """Whether one more step would leave too little money for the last checkpoint and the shutdown."""
         return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
 
     def latest(self, seconds: float = 0.0) -> float:
-        """When work must begin to end (unix s) that takes `seconds` to do so, for the money to suffice."""
+        """Latest time (unix s) to begin an ending that takes `seconds`, so that the money suffices."""
         if not self.max_usd:
             return math.inf
         paid_for = self._ledger.machine.price.seconds(self.max_usd - self.spent_usd())

@@ -1,9 +1,9 @@
-"""Where things are below a run's URL, and run.json, which says what the run is.
+"""Names the objects below a run's URL, and reads and writes run.json, which describes the run.
 
     folder = RunFolder("s3://bucket/runs/first")
     folder.segment(3).start, folder.checkpoint(1000), folder.evaluations
 
-RUN_URL/run.json is written once, by the first segment: the settings and the data that define the run.
+The first segment writes RUN_URL/run.json once: the settings and the data that define the run.
 """
 
 import json
@@ -32,7 +32,7 @@ class SegmentFolder:
 
     @property
     def start(self) -> str:
-        """The first object of a segment. Its exclusive creation decides which machine has the number."""
+        """The first object of a segment. The machine that creates it (exclusively) has the segment's number."""
         return storage.join(self.url, "ledger", self.name, "start.jsonl")
 
     @property
@@ -45,13 +45,13 @@ class SegmentFolder:
 
     @property
     def answers(self) -> str:
-        """A journal of what a paid endpoint answered."""
+        """A journal of a paid endpoint's answers."""
         return storage.join(self.url, "answers", self.name)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's URL, without a slash at its end."""
+    """A run's URL, without a trailing slash."""
 
     url: str
 
@@ -82,7 +82,7 @@ class RunFolder:
 
     @property
     def evaluations(self) -> str:
-        """Results, and a run folder of its own: an evaluation's ledger must not take over the run's."""
+        """Results of evaluations. It is a run folder with its ledger, because a new segment would take over the run."""
         return self._at("evaluations")
 
     @property
@@ -99,19 +99,19 @@ class RunFolder:
 
     @property
     def refusals(self) -> str:
-        """Machines that preflight refused."""
+        """Records of machines that preflight refused."""
         return self._at("refused")
 
     @property
     def reference(self) -> str:
-        """Log-probabilities under the start of a DPO run."""
+        """Log-probabilities under the initial weights of a DPO run."""
         return self._at("reference.safetensors")
 
     def segment(self, number: int) -> SegmentFolder:
         return SegmentFolder(self.url, number)
 
     def segment_numbers(self) -> list[int]:
-        """Numbers of all segments that ever started, ascending."""
+        """Numbers of all started segments, ascending."""
         return sorted(number for name in storage.list_names(self.ledger) if (number := segment_number(name)))
 
     def checkpoint(self, step: int) -> str:
@@ -127,15 +127,15 @@ def step_name(step: int) -> str:
 
 
 def segment_number(name: str) -> int | None:
-    """The number in a segment's name, None for any other name."""
+    """The number in a segment's name; None for any other name."""
     match = _SEGMENT.match(name)
     return int(match.group(1)) if match else None
 
 
 def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str, Any], data_fingerprint: str) -> bool:
-    """Create the run, or check that the one in `folder` has the same settings and data. True if created.
+    """Create the run, or check that the existing one has the same settings and data. Returns whether it was created.
 
-    `identity` holds the flat settings that define the result. Raises RunError, which names the setting that differs.
+    `identity` holds the flat settings that define the result. Raises RunError, which names the different setting.
     """
     document = {
         "format": "run",
@@ -166,7 +166,7 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
 
 
 def read_description(folder: RunFolder) -> dict[str, Any]:
-    """The stored run.json. Raises ObjectNotFound, RunError."""
+    """The document in run.json. Raises ObjectNotFound, RunError."""
     uri = folder.description
     try:
         document = json.loads(storage.read_bytes(uri))

@@ -1,9 +1,9 @@
-"""Append-only event lists in object storage, out of whole immutable objects.
+"""Stores append-only lists of events in object storage, which has immutable objects only.
 
-A journal is a folder of JSON-lines objects. Each object is named by the sequence numbers it holds
-(`00000000-00000011.jsonl`); a background thread stores what was added every few seconds, and now and then
-replaces its small objects by one that covers them, so that a day is some hundred objects, not twenty thousand.
-Killed at any moment, a journal loses at most the last `flush_seconds`; a reader keeps each sequence number once.
+A journal is a folder of JSON-lines objects. An object's name contains the sequence numbers of its events
+(`00000000-00000011.jsonl`). A background thread stores new events every few seconds, and from time to time replaces
+small objects by one that covers them, so that a day has some hundred objects instead of twenty thousand. After a kill,
+a journal lacks at most the last `flush_seconds`. A reader keeps each sequence number once.
 """
 
 import json
@@ -25,16 +25,16 @@ _NAME = re.compile(r"^(\d{8,})-(\d{8,})\.jsonl$")
 
 
 class Journal:
-    """Writer of one journal folder; thread-safe. `close` stores the rest and stops the thread.
+    """Writes one journal folder; thread-safe. `close` stores the rest and stops the thread.
 
-    Storing never blocks `add`. While the store is away events wait in memory and are stored later; the failure
-    is logged once per outage and does not stop the caller.
+    Storing never blocks `add`. While the store does not answer, events wait in memory; an outage is logged once and
+    does not stop the caller. `before_flush` is called before each periodic flush, for instance to add a heartbeat.
     """
 
     def __init__(self, folder: str, flush_seconds: float = FLUSH_SECONDS, before_flush=None):
         self.folder = folder
         self._flush_seconds = flush_seconds
-        self._before_flush = before_flush  # lets an owner add a heartbeat that is as fresh as the object
+        self._before_flush = before_flush
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()
         self._pending: list[str] = []
@@ -47,18 +47,18 @@ class Journal:
         self._thread.start()
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Append one JSON-able event. A number that is not finite is stored as null."""
+        """Append one event of JSON types. NaN and infinity are stored as null."""
         line = json.dumps(_finite(event), separators=(",", ":"))
         with self._lock:
             self._pending.append(line)
 
     def flush(self) -> bool:
-        """Store everything added so far, now. False if the store refused; the events stay queued."""
+        """Store all events added so far. False if the store failed; the events then wait in memory."""
         with self._store_lock:
             return self._store()
 
     def close(self) -> bool:
-        """Store the rest and stop. False if something could not be stored."""
+        """Store the rest and stop the thread. False if the store failed."""
         self._stop.set()
         self._thread.join()
         with self._store_lock:
@@ -113,22 +113,19 @@ class Journal:
 
 
 def read(folder: str, after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
-    """The events of a journal in order, and one sentence for each object that could not be read.
-
-    `after` leaves out the events up to that sequence number, which the caller has already.
-    """
+    """The events of a journal after sequence number `after`, in order, and a sentence for each unreadable object."""
     for _ in range(READ_ATTEMPTS - 1):
         try:
             return read_objects([info.uri for info in storage.list_objects(folder)], after)
-        except ObjectNotFound:  # its writer has put objects together since we listed them
+        except ObjectNotFound:  # its writer has replaced objects since the listing
             continue
     return read_objects([info.uri for info in storage.list_objects(folder)], after)
 
 
 def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
-    """As `read`, from a listing that the caller already has. Objects that a larger one covers are not fetched.
+    """Like `read`, from a listing. Objects that a larger one covers are not fetched.
 
-    Raises ObjectNotFound if one is gone since the listing: list again.
+    Raises ObjectNotFound if an object was replaced since the listing; then list again.
     """
     ranges = []
     for uri in uris:
@@ -163,7 +160,7 @@ def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, A
 
 
 def sequence_numbers(uri: str) -> tuple[int, int] | None:
-    """First and last sequence number that an object holds, by its name; None if it is no journal object."""
+    """First and last sequence number in an object's name; None for an object of another kind."""
     match = _NAME.match(uri.rsplit("/", 1)[-1])
     return (int(match.group(1)), int(match.group(2))) if match else None
 

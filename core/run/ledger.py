@@ -1,12 +1,11 @@
-"""The ledger of a run: what each segment ran on and how its time was spent.
+"""Writes the ledger of a run: the machine of each segment, and how its time was spent.
 
-    RUN_URL/ledger/segment-000001/start.jsonl                    claimed by exclusive creation: the segment's number
+    RUN_URL/ledger/segment-000001/start.jsonl                    created exclusively, which claims the segment's number
     RUN_URL/ledger/segment-000001/events/00000000-00000004.jsonl its timeline (core.run.journal)
 
-The timeline is a gapless list of spans. A span says how many seconds of its wall time went to each phase; the
-phases of a span add up to its length, so that the phases of a segment add up to the segment, and their dollars
-to the bill. A heartbeat closes the current span every few seconds, so a SIGKILL loses no more than that.
-docs/formats.md describes each field.
+The timeline is a list of spans without gaps. A span splits its wall time into seconds by phase, which add up to its
+length; so the phases of a segment add up to the segment, and their dollars to the bill. A heartbeat closes the current
+span every few seconds, so that SIGKILL loses no more than that. docs/formats.md describes each field.
 """
 
 import contextlib
@@ -30,9 +29,9 @@ CLOCK_JUMP_SECONDS = 5.0
 
 
 def claim_segment(folder: RunFolder, start_event: Mapping[str, Any]) -> int:
-    """Take the next segment number by creating its start object, and return it.
+    """Claim the next segment number by creating its start object. Returns the number.
 
-    Of several machines that start at once each gets its own number; the highest number owns the run.
+    Machines that start at the same time get different numbers; the highest number owns the run.
     """
     number = (folder.segment_numbers() or [0])[-1] + 1
     while True:
@@ -46,7 +45,7 @@ def claim_segment(folder: RunFolder, start_event: Mapping[str, Any]) -> int:
 
 
 def check_owner(folder: RunFolder, segment: int) -> None:
-    """Raise RunError if a newer segment has taken this run over (we are a machine that was given up)."""
+    """Raises RunError if a newer segment has taken over this run, that is, if this machine was replaced."""
     newest = (folder.segment_numbers() or [segment])[-1]
     if newest > segment:
         raise RunError(
@@ -56,11 +55,11 @@ def check_owner(folder: RunFolder, segment: int) -> None:
 
 
 class Ledger:
-    """Writer of one segment's ledger. One phase is current at any moment; spans are gapless by construction.
+    """Writes one segment's ledger. One phase is current at any moment, and spans have no gaps between them.
 
-    `started_at` is when the paid time of this segment began and `process_started_at` when this process did (unix
-    seconds): the time between them is `setup`, the time from then on `init`. Times advance by the monotonic clock,
-    so a clock that is set back cannot make a span negative; the jump is recorded.
+    The paid time of the segment began at `started_at`, and this process at `process_started_at` (unix seconds). The
+    time between them is `setup`, the time after them `init`. Times advance by the monotonic clock, so that no span
+    becomes negative if the wall clock is set back; the jump is recorded.
     """
 
     def __init__(
@@ -104,11 +103,11 @@ class Ledger:
         self.journal = Journal(folder.segment(self.segment).events, flush_seconds, self._heartbeat)
 
     def now(self) -> float:
-        """Unix seconds that never run backwards within this process."""
+        """Unix seconds that never decrease within this process."""
         return self._wall_origin + time.monotonic() - self._monotonic_origin
 
     def switch(self, phase: str) -> None:
-        """From now on time belongs to `phase`."""
+        """Begin `phase`, to which all time belongs from now on."""
         if phase not in LEDGER_PHASES:
             raise ValueError(f"unknown phase {phase!r}")
         with self._lock:
@@ -117,7 +116,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def phase(self, phase: str) -> Iterator[None]:
-        """The enclosed time belongs to `phase`; afterwards the phase before goes on."""
+        """Begin `phase` for the time of the block, then continue the phase before it."""
         before = self._phase
         self.switch(phase)
         try:
@@ -126,7 +125,7 @@ class Ledger:
             self.switch(before)
 
     def book(self, phase: str, seconds: float) -> None:
-        """Move `seconds` of the current phase's time to `phase`, for a part that was measured apart."""
+        """Move `seconds` of the current phase's time to `phase`, for a part that was measured separately."""
         with self._lock:
             self._settle()
             moved = min(seconds, self._seconds.get(self._phase, 0.0))
@@ -134,7 +133,7 @@ class Ledger:
             self._add(phase, moved)
 
     def step_done(self, step: int) -> None:
-        """Optimizer step `step` (counted from 1) is complete: the train and data-wait time since the last is its."""
+        """Complete optimizer step `step` (from 1), to which the train and data-wait time since the last one belongs."""
         with self._lock:
             self._settle()
             seconds = [self._totals.get(phase, 0.0) for phase in STEP_PHASES]
@@ -144,7 +143,7 @@ class Ledger:
             self._step_totals = seconds
 
     def mark(self, name: str, **details: Any) -> None:
-        """Record a dated fact of the table core.run.phases.MARKS. Raises ValueError for any other."""
+        """Record a dated fact of the table core.run.phases.MARKS. Raises ValueError for one that it does not list."""
         check_mark(name, set(details))
         self.journal.add({"event": "mark", "time": self.now(), "name": name, **details})
 
@@ -152,7 +151,7 @@ class Ledger:
         return self.now() - self.started_at
 
     def spent_usd(self) -> float | None:
-        """Dollars of this segment so far, or None when the price is not known."""
+        """Dollars of this segment so far; None if the price is unknown."""
         price = self.machine.price
         return price and price.usd(self.elapsed_seconds())
 
@@ -161,9 +160,9 @@ class Ledger:
         return self.journal.flush()
 
     def close(self, reason: str, step: int | None = None, **details: Any) -> bool:
-        """Write the last span, say how the segment ended and store everything. Idempotent.
+        """Write the last span and the reason of the end, and store everything. Idempotent.
 
-        Reasons: finished, preempted, failed, cap, interrupted. False if the store did not take it.
+        Reasons: finished, preempted, failed, cap, interrupted. Returns False if the store failed.
         """
         with self._lock:
             if self._closed:

@@ -1,4 +1,4 @@
-"""The machine that a segment runs on, its price, and the program: what the environment says of them."""
+"""Describes the machine of a segment, its price and the program, from the environment."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars per hour of all nodes together, and where that figure comes from."""
+    """US dollars per hour of all nodes together, and the source of that figure."""
 
     usd_per_hour: float
     source: str
@@ -30,15 +30,15 @@ class Price:
         return seconds / 3600 * self.usd_per_hour
 
     def seconds(self, usd: float) -> float:
-        """How long so many dollars last."""
+        """Seconds for which so many dollars pay."""
         return usd / self.usd_per_hour * 3600
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a segment runs on. None is "not known", which a report prints as `?`; it is never taken for zero.
+    """The machine of a segment. None means unknown, which a report prints as `?` and never counts as zero.
 
-    `usd_per_hour` is the price of all `nodes` together; `price_source` says where it comes from.
+    `usd_per_hour` is the price of all `nodes` together, `price_source` the source of that figure.
     """
 
     cloud: str | None = None
@@ -55,7 +55,7 @@ class Machine:
 
     @property
     def price(self) -> Price | None:
-        """None where the price is not known."""
+        """The price; None if it is unknown."""
         if self.usd_per_hour is None or not 0 < self.usd_per_hour < math.inf:
             return None
         return Price(self.usd_per_hour, self.price_source or "ledger, without a source")
@@ -64,10 +64,10 @@ class Machine:
 def machine_from_environment(
     gpu: str | None, gpus_per_node: int, environment: Mapping[str, str] = os.environ
 ) -> Machine:
-    """This node by the variables that the launcher sets (docs/environment.md lists them).
+    """The machine that the launcher's variables describe (docs/environment.md lists them).
 
-    SkyPilot gives cloud, region and zone in SKYPILOT_CLUSTER_INFO; ours win over it. An absent price stays None.
-    Raises ConfigError for a price or node count that is no number above zero.
+    SkyPilot gives cloud, region and zone in SKYPILOT_CLUSTER_INFO, over which CLOUD, REGION and ZONE have precedence. A
+    missing price stays None. Raises ConfigError unless price and node count are numbers above zero.
     """
     cluster = cluster_info(environment)
     price = positive(environment, "USD_PER_HOUR")
@@ -88,7 +88,7 @@ def machine_from_environment(
 
 
 def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
-    """The names by which SkyPilot knows this machine, so that a report can find its records of it."""
+    """SkyPilot's names of this machine, by which a report finds SkyPilot's records."""
     facts = {
         "task_id": environment.get("SKYPILOT_TASK_ID"),
         "managed_job_id": environment.get("SKYPILOT_MANAGED_JOB_ID"),
@@ -99,11 +99,11 @@ def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Python, platform, git revision, image and package versions, for the record.
+    """Versions of Python, platform, git revision, image and `packages`.
 
-    GIT_REVISION is set in the image, IMAGE_DIGEST by launch/node/container.sh; elsewhere the checkout itself is asked.
+    The image sets GIT_REVISION, and launch/node/container.sh sets IMAGE_DIGEST. Without GIT_REVISION git is asked.
     """
-    from importlib import metadata  # takes 20 ms, which the commands on a user's computer need not wait for
+    from importlib import metadata  # takes 20 ms, which the commands on a user's computer do not need
 
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     revision = os.environ.get("GIT_REVISION") or _revision_of_checkout()
@@ -120,7 +120,7 @@ def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def process_started_at() -> float:
-    """When this process began (unix seconds), so that imports are counted too. Now, where the system cannot tell."""
+    """Start of this process (unix s), so that imports count; the current time if the system does not know it."""
     try:
         ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -130,7 +130,7 @@ def process_started_at() -> float:
 
 
 def segment_started_at() -> float | None:
-    """SEGMENT_STARTED_AT (unix seconds): when the machine's paid time for this segment began, if the launcher knows."""
+    """SEGMENT_STARTED_AT (unix s), the start of the segment's paid time, if the launcher sets it."""
     text = os.environ.get("SEGMENT_STARTED_AT")
     try:
         return float(text) if text else None
@@ -140,7 +140,7 @@ def segment_started_at() -> float | None:
 
 
 def positive(environment: Mapping[str, str], name: str) -> float | None:
-    """The number in a variable, None if it is empty. Raises ConfigError unless it is above zero."""
+    """The number in a variable; None if it is empty. Raises ConfigError unless the number is above zero."""
     text = environment.get(name)
     if not text:
         return None
@@ -165,7 +165,7 @@ def cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:
 
 
 def _revision_of_checkout() -> str | None:
-    """Commit of the working tree, marked if files differ from it; None without git or outside of a checkout."""
+    """Commit of the working tree, marked as dirty if files differ; None without git or outside of a checkout."""
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None

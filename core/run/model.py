@@ -1,9 +1,9 @@
-"""A run as its folder tells it: segments, their time, their steps, and what follows by arithmetic.
+"""Represents a run: its segments, their time and steps, and the figures that follow from them by arithmetic.
 
     run = read_run("s3://bucket/run")
     run.usd, run.lost(now), run.points("eval")
 
-Every consumer (report, page, plots, status, model card, cap) takes dollars, kept steps and lost work from here.
+Report, page, plots, status, model card and cap all take dollars, kept steps and lost work from here.
 """
 
 import math
@@ -24,7 +24,7 @@ SILENT_SECONDS = 180.0
 
 @dataclass
 class Span:
-    """A stretch of a segment's timeline: seconds by phase. The rest of its length has no phase."""
+    """An interval of a segment's timeline with seconds by phase. The rest of its length belongs to no phase."""
 
     start: float
     end: float
@@ -37,7 +37,7 @@ class Span:
 
 @dataclass
 class Steps:
-    """Optimizer steps of a segment in order: number, train seconds, data-wait seconds. Arrays, as there are many."""
+    """Optimizer steps of a segment in order: number, train seconds, data-wait seconds, as compact arrays."""
 
     number: array = field(default_factory=lambda: array("q"))
     train: array = field(default_factory=lambda: array("d"))
@@ -46,7 +46,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Lost:
-    """Work of a segment that was done again: its steps, and seconds of them and of its unfinished step."""
+    """Work of a segment that a later one repeated: its steps, and their seconds with those of an unfinished step."""
 
     steps: int = 0
     train_seconds: float = 0.0
@@ -59,7 +59,7 @@ class Lost:
 
 @dataclass
 class Segment:
-    """One machine's stretch of a run, as far as its ledger and metrics tell.
+    """One machine's part of a run, as its ledger and metrics describe it.
 
     `machine.usd_per_hour` is None unless it is a usable price. `metrics` holds records by kind, each with `step` and
     `time`. `problems` are sentences for the reader.
@@ -85,7 +85,7 @@ class Segment:
 
     @property
     def ended_at(self) -> float | None:
-        """When its timeline ends: the last heartbeat, whether or not an end event followed."""
+        """End of its timeline: the last heartbeat, with or without an end event after it."""
         return self.spans[-1].end if self.spans else self.started_at
 
     @property
@@ -95,20 +95,19 @@ class Segment:
 
     @property
     def usd(self) -> float | None:
-        """Dollars up to the last heartbeat. None without a price, or without any heartbeat: it ran for an unknown
-        time."""
+        """Dollars up to the last heartbeat; None without a price or without any heartbeat."""
         return self.price.usd(self.seconds) if self.price and self.spans else None
 
     @property
     def usd_at_most(self) -> float | None:
-        """As `usd`, but a machine that was killed may have lived until just before its next heartbeat."""
+        """Upper bound of `usd`: a killed machine may have run until just before its next heartbeat."""
         if self.price is None or self.started_at is None:
             return None
         return self.price.usd(self.seconds + (0.0 if self.end and self.spans else FLUSH_SECONDS))
 
     @property
     def restored_step(self) -> int | None:
-        """The step it continued from (0: fresh start), or None if it did not get that far."""
+        """The step from which it continued (0: fresh start); None if it ended before."""
         steps = [
             mark["step"] for mark in self.marks if mark["name"] == "restored" and isinstance(mark.get("step"), int)
         ]
@@ -122,7 +121,7 @@ class Segment:
         return self.metrics.get(kind, [])
 
     def is_live(self, now: float) -> bool:
-        """Whether it may still be running: no end event, and a heartbeat not long ago."""
+        """Whether it may still be running: it has no end event, and its last heartbeat is recent."""
         return self.end is None and self.ended_at is not None and abs(now - self.ended_at) < SILENT_SECONDS
 
     def phase_seconds(self) -> dict[str, float]:
@@ -135,8 +134,7 @@ class Segment:
 
 
 class Point(NamedTuple):
-    """A record of a kept step. `seconds` of machine time and `usd` of the whole run up to it; `usd` is None if a price
-    is not known."""
+    """A record of a kept step, with machine `seconds` and `usd` (None: unknown) of the run up to it."""
 
     step: int
     time: float
@@ -147,7 +145,7 @@ class Point(NamedTuple):
 
 @dataclass
 class Run:
-    """A run folder. `config` is what run.json holds, empty when there is none."""
+    """The content of a run folder. `config` is empty without a run.json."""
 
     folder: RunFolder
     segments: list[Segment] = field(default_factory=list)
@@ -161,12 +159,12 @@ class Run:
 
     @property
     def usd(self) -> float | None:
-        """The ledger's dollars; None if those of a segment are not known."""
+        """The ledger's dollars; None if those of a segment are unknown."""
         return _sum(segment.usd for segment in self.segments)
 
     @property
     def usd_at_most(self) -> float | None:
-        """The cap's cautious upper bound."""
+        """Upper bound of the dollars, by which the cap decides."""
         return _sum(segment.usd_at_most for segment in self.segments)
 
     @property
@@ -174,8 +172,7 @@ class Run:
         return max((segment.steps.number[-1] for segment in self.segments if segment.steps.number), default=None)
 
     def boundaries(self) -> list[float]:
-        """For each segment the last step that counts of it: later segments may have restored an earlier one and done
-        the rest again."""
+        """For each segment its last step that counts. Later segments may have restored it and repeated the rest."""
         found, boundary = [], math.inf
         for segment in reversed(self.segments):
             found.append(boundary)
@@ -184,7 +181,7 @@ class Run:
         return found[::-1]
 
     def lost(self, now: float) -> dict[int, Lost]:
-        """By segment number. `now` tells whether the last segment may still finish its step."""
+        """Lost work by segment number. A last segment that runs at `now` has not lost its unfinished step."""
         found = {}
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
             finished = segment.end is not None and segment.end.get("reason") == "finished"
@@ -193,7 +190,7 @@ class Run:
         return found
 
     def points(self, kind: str) -> list[Point]:
-        """Records of one kind at the steps that were kept, by step and then by time."""
+        """Records of one kind at kept steps, ordered by step, then by time."""
         found: list[Point] = []
         seconds, usd = 0.0, 0.0
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
@@ -208,7 +205,7 @@ class Run:
         return sorted(found, key=lambda point: point.step)
 
     def machine_seconds(self, mark: str) -> list[float]:
-        """Machine time of the whole run at each mark of a name."""
+        """Machine time of the run, in seconds, at each mark of a name."""
         found, seconds = [], 0.0
         for segment in self.segments:
             started_at = segment.started_at or 0.0
@@ -217,7 +214,7 @@ class Run:
         return found
 
     def restarts(self) -> list[float]:
-        """Machine time of the whole run at the beginning of each segment but the first."""
+        """Machine time of the run, in seconds, at the start of each segment but the first."""
         found, seconds = [], 0.0
         for segment in self.segments[:-1]:
             seconds += segment.seconds

@@ -1,6 +1,6 @@
-"""The kinds of time that dollars go to, and the dated facts of a ledger: two tables that everything else reads.
+"""Defines the phases of a run's time and the marks of its ledger, in two tables.
 
-A new phase is a line of PHASES: the ledger accepts it, the report, the page and docs/formats.md show it.
+To add a phase, add a line to PHASES: the ledger then accepts it, and the report, the page and docs/formats.md show it.
 """
 
 from dataclasses import dataclass
@@ -12,48 +12,48 @@ class Phase:
     """A kind of time. Colours are CSS hexadecimals, `dark` on a dark page."""
 
     name: str
-    by: Literal["ledger", "launcher", "report"]  # who books time on it
+    by: Literal["ledger", "launcher", "report"]  # who records its time
     help: str
     colour: str
     dark: str
-    is_preparation: bool = False  # the machine gets ready to work
+    is_preparation: bool = False  # the machine prepares to work
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A dated fact and its fields, in Markdown."""
+    """A dated fact, its fields, and their description in Markdown."""
 
     name: str
     fields: tuple[str, ...]
     help: str
 
 
-# In the order in which a report lists them.
+# A report lists them in this order.
 PHASES = (
-    Phase("provision", "launcher", "from the launch to the first sign of life", "#707d91", "#9aa5b6"),
+    Phase("provision", "launcher", "from the launch to the first heartbeat", "#707d91", "#9aa5b6"),
     Phase("setup", "ledger", "from the machine's start to the program's", "#8d99ae", "#7f8ba0", is_preparation=True),
     Phase("init", "ledger", "imports, data and run opened", "#a5afc0", "#667085", is_preparation=True),
-    Phase("prep", "ledger", "of a preparation: documents to shards", "#2f9e63", "#3fb577"),
-    Phase("finalize", "ledger", "of a preparation: shards chosen and the manifest written", "#3aa6b9", "#4fb9cb"),
+    Phase("prep", "ledger", "preparation: documents to shards", "#2f9e63", "#3fb577"),
+    Phase("finalize", "ledger", "preparation: choice of shards, and the manifest", "#3aa6b9", "#4fb9cb"),
     Phase("compile", "ledger", "the first step with torch.compile", "#6d8fd6", "#7d9de0", is_preparation=True),
     Phase("restore", "ledger", "weights and optimizer state arrive", "#8a6fc9", "#a08be0", is_preparation=True),
     Phase("data_wait", "ledger", "the step waits for tokens", "#d9a13b", "#e0b159"),
     Phase("train", "ledger", "optimizer steps", "#2f9e63", "#3fb577"),
     Phase("train_kept", "report", "the part of `train` whose steps count", "#2f9e63", "#3fb577"),
-    Phase("train_lost", "report", "steps that were done again, and unfinished ones", "#d64545", "#ec6a6a"),
+    Phase("train_lost", "report", "repeated and unfinished steps", "#d64545", "#ec6a6a"),
     Phase("eval", "ledger", "validation loss and HellaSwag", "#3aa6b9", "#4fb9cb"),
-    Phase("sample", "ledger", "text samples; of `trainer.synthesize`: calls of the endpoint", "#7cc4c9", "#3f8d96"),
-    Phase("api", "report", "dollars that a paid endpoint took; no time", "#b58f5c", "#c8a573"),
+    Phase("sample", "ledger", "text samples; for `trainer.synthesize`: calls of the endpoint", "#7cc4c9", "#3f8d96"),
+    Phase("api", "report", "dollars paid to an endpoint; no time", "#b58f5c", "#c8a573"),
     Phase("checkpoint", "ledger", "the part of a checkpoint that blocks training", "#b0749e", "#c98bb6"),
     Phase("idle", "launcher", "between two segments on one machine", "#c9ced6", "#4a515c"),
     Phase("idle_until_down", "launcher", "from the last segment to the machine's end", "#c9ced6", "#4a515c"),
     Phase("not_attributed", "report", "paid time that no phase claims", "#e3b7b7", "#8d5a5a"),
 )
 LEDGER_PHASES = tuple(phase.name for phase in PHASES if phase.by == "ledger")
-# What a ledger's `train` becomes in a report.
+# A report splits the ledger's `train` into kept and lost.
 REPORT_PHASES = tuple(phase.name for phase in PHASES if phase.name != "train")
 PREPARATION_PHASES = tuple(phase.name for phase in PHASES if phase.is_preparation)
-STEP_PHASES = ("train", "data_wait")  # what one optimizer step consists of
+STEP_PHASES = ("train", "data_wait")  # the time of an optimizer step
 
 MARKS = (
     Mark(
@@ -88,7 +88,7 @@ def label(name: str) -> str:
 
 
 def check_mark(name: str, fields: set[str]) -> None:
-    """Raises ValueError for a mark or a field that the table does not list."""
+    """Raises ValueError unless the table lists the mark and its fields."""
     if name not in _FIELDS:
         raise ValueError(f"unknown mark {name!r}; known: {', '.join(_FIELDS)}")
     if unknown := fields - _FIELDS[name]:
@@ -96,7 +96,7 @@ def check_mark(name: str, fields: set[str]) -> None:
 
 
 def markdown() -> str:
-    """Both tables, as docs/formats.md holds them."""
+    """Both tables for docs/formats.md."""
     lines = ["| phase | booked by | time |", "|---|---|---|"]
     lines += [f"| `{phase.name}` | {phase.by} | {phase.help} |" for phase in PHASES]
     lines += ["", "| mark | fields |", "|---|---|"]
@@ -105,7 +105,7 @@ def markdown() -> str:
 
 
 def css() -> str:
-    """Colours of the phases as CSS variables and classes, for the cost page."""
+    """The phases' colours as CSS variables and classes, for the cost page."""
 
     def variables(colour: str) -> str:
         return " ".join(f"--p-{phase.name}: {getattr(phase, colour)};" for phase in PHASES)

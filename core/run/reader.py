@@ -1,10 +1,10 @@
-"""The one reader of a run: RUN_URL/run.json, ledger and metrics → core.run.model.Run.
+"""Reads a run, from RUN_URL/run.json, ledger and metrics, into core.run.model.Run. No other module does.
 
-    read_run("s3://bucket/run")                    what a report shows
-    read_run("s3://bucket/run", Detail.ALL)        every metrics record too, for plots
+    read_run("s3://bucket/run")                    ledger, and the metrics that a report shows
+    read_run("s3://bucket/run", Detail.ALL)        ledger and all metrics, for plots
     read_run("s3://bucket/run", Detail.MONEY)      two objects per segment: dollars, for a cap
 
-Two listings find every object; objects are fetched in parallel. What cannot be read is named, not fatal.
+Two listings find all objects, which are fetched in parallel. The result names what cannot be read.
 """
 
 import enum
@@ -28,17 +28,17 @@ Objects = Mapping[int, list[ObjectInfo]]
 
 
 class Detail(enum.Enum):
-    """How much of a run is read."""
+    """The parts of a run to read."""
 
-    MONEY = "money"  # when each segment began, was last heard of and ended, and its price
+    MONEY = "money"  # start, last heartbeat, end and price of each segment
     REPORT = "report"  # all of the ledger; metrics that a report shows, thinned
     ALL = "all"  # all of the ledger and of the metrics
 
 
 def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | None = None) -> Run:
-    """The run at `run_url`; with `cache_file`, only what is new since the last call is fetched (Detail.REPORT).
+    """The run at `run_url`. With `cache_file` (for Detail.REPORT), objects of the last call are not fetched again.
 
-    Raises RunError if there is no run, StorageError if the store refuses.
+    Raises RunError if the URL holds no run, StorageError if the store fails.
     """
     run = Run(RunFolder(run_url))
     ledgers = _by_segment(run.folder.ledger)
@@ -57,8 +57,7 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
 
 
 def spent_usd_at_most(run_url: str) -> float | None:
-    """The cap's cautious upper bound of what all segments so far have cost: 0 before the first, None where a price or a
-    time is not known. Raises StorageError."""
+    """Upper bound of the dollars of all segments so far; None if a price or a time is unknown. Raises StorageError."""
     if not RunFolder(run_url).segment_numbers():
         return 0.0
     return read_run(run_url, Detail.MONEY).usd_at_most
@@ -82,7 +81,7 @@ def _read_description(run: Run) -> None:
 
 
 def _by_segment(root: str) -> dict[int, list[ObjectInfo]]:
-    """The objects of each segment."""
+    """Objects below `root` by segment number."""
     found: dict[int, list[ObjectInfo]] = {}
     for info in storage.list_objects(root):
         number = segment_number(info.uri[len(root) :].lstrip("/").split("/", 1)[0])
@@ -92,7 +91,7 @@ def _by_segment(root: str) -> dict[int, list[ObjectInfo]]:
 
 
 def _read_money(folder: RunFolder, number: int, objects: list[ObjectInfo]) -> Segment:
-    """The start and the newest span, which is in the newest object unless that holds none or cannot be read."""
+    """A segment with its start and newest span, which is in the newest readable object that has spans."""
     segment = _started(folder, number)
     by_age = sorted((info for info in objects if journal.sequence_numbers(info.uri)), key=_last_number, reverse=True)
     for info in by_age:
@@ -114,14 +113,14 @@ def _read_segments(run: Run, ledgers: Objects, detail: Detail, cache_file: Path 
     read = unchanged | dict(zip(rest, _each(rest, read_one), strict=True))
     run.segments = [read[number][0] for number in sorted(read)]
     if cache_file:
-        # What was read with an error is read again the next time.
+        # Segments that were read with an error are not cached.
         whole = {number: (segment, seen) for number, (segment, seen) in read.items() if seen}
         if rest or whole.keys() != known.keys():
             cache.save(cache_file, whole)
 
 
 def _seen(folder: RunFolder, number: int, ledgers: Objects, metrics: Objects) -> Seen:
-    """How far a segment has been read once all of these listings has been."""
+    """Sequence numbers up to which a segment has been read once everything in these listings was read."""
     start_uri = folder.segment(number).start
     stamp = next((f"{info.size} {info.modified}" for info in ledgers[number] if info.uri == start_uri), "")
     return Seen(stamp, _newest(ledgers[number]), _newest(metrics.get(number, [])))
@@ -136,10 +135,10 @@ def _read_segment(
     known: Mapping[int, tuple[Segment, Seen]],
     number: int,
 ) -> tuple[Segment, Seen | None]:
-    """The segment, and how far it has been read: None if something could not be."""
+    """The segment, and the sequence numbers up to which it was read; None instead after an error."""
     target = targets[number]
     segment, seen = known.get(number, (None, None))
-    # A ledger that is shorter than what is known of it is another one: nothing of the old may stay.
+    # A ledger that is shorter than the cached one has been replaced, so the cached one is discarded.
     is_longer = seen and seen.start == target.start and seen.ledger <= target.ledger and seen.metrics <= target.metrics
     if not is_longer:
         segment, seen = _started(folder, number), Seen(target.start)
@@ -161,7 +160,7 @@ def _read_segment(
 
 
 def _started(folder: RunFolder, number: int) -> Segment:
-    """A segment as its start object has it. One that cannot be used becomes a problem."""
+    """A segment with the facts of its start object. An unusable one is named in `problems`."""
     segment, uri = Segment(number), folder.segment(number).start
     try:
         event = json.loads(storage.read_bytes(uri))
@@ -175,14 +174,14 @@ def _started(folder: RunFolder, number: int) -> Segment:
 
 
 def _read_journal(folder: str, objects: list[ObjectInfo], after: int) -> tuple[list[dict[str, Any]], int, list[str]]:
-    """Events after number `after`, the number of the newest one, and what could not be read."""
+    """Events after number `after`, the number of the newest one, and sentences on unreadable objects."""
     if _newest(objects) <= after:
         return [], after, []
     for _ in range(journal.READ_ATTEMPTS):
         try:
             events, problems = journal.read_objects([info.uri for info in objects], after)
             return events, _newest(objects), problems
-        except ObjectNotFound:  # its writer put objects together since we listed them
+        except ObjectNotFound:  # its writer has replaced objects since the listing
             objects = storage.list_objects(folder)
     return [], after, [f"{folder}: its objects change faster than they can be read"]
 
@@ -198,7 +197,7 @@ def _last_number(info: ObjectInfo) -> int:
 
 
 def _stage(run: Run) -> str | None:
-    """prep, pretrain, finetune, evaluate: as the run says, else by which settings it has."""
+    """The run's stage: as recorded, otherwise inferred from its settings."""
     named: Any = run.stage or next((s.program["stage"] for s in run.segments if s.program.get("stage")), None)
     if named:
         return str(named)

@@ -1,4 +1,4 @@
-"""Open a segment of a run and write it: one sequence for training, evaluation, preparation and synthesis.
+"""Opens a segment of a run and writes it, in the same way for training, evaluation, preparation and synthesis.
 
 with open_segment(folder, "evaluate", config) as segment:
     with segment.phase("eval"):
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opening:
-    """What a segment is opened with. `identity` None: the folder gets no run.json."""
+    """Arguments of `open_segment`. Without an `identity` the folder gets no run.json."""
 
     stage: str
     config: Mapping[str, Any]
@@ -43,12 +43,12 @@ class Opening:
     gpus_per_node: int = 0
     max_usd: float = 0.0
     shutdown_seconds: float = 0.0
-    is_per_node: bool = False  # each node opens a segment of its own, at its share of the price
+    is_per_node: bool = False  # each node opens a segment, at its share of the price
     has_metrics: bool = False
 
 
 class SegmentLog:
-    """An open segment: its ledger, metrics and cap. Without a ledger, on ranks that do not write, it does nothing."""
+    """An open segment: its ledger, metrics and cap. Without a ledger, on all ranks but one, its methods do nothing."""
 
     def __init__(
         self,
@@ -84,16 +84,16 @@ class SegmentLog:
             self.metrics.add({"kind": kind, "time": self.ledger.now(), **values})
 
     def flush(self) -> bool:
-        """Store all that is known up to now. A checkpoint is marked complete only after that: the time and the metrics
-        of the steps that it keeps must not be missing."""
+        """Store all events so far. A checkpoint is marked as complete only after that, so that time and metrics of its
+        steps cannot be missing."""
         return (not self.metrics or self.metrics.flush()) and (not self.ledger or self.ledger.flush())
 
     def close(self, reason: str, step: int | None = None, **details: Any) -> None:
-        """Store everything; idempotent. A store that is away is logged, not raised: the reason matters more."""
+        """Store everything. Idempotent. A failing store is logged, because the reason of the end matters more."""
         if self.metrics:
             self.metrics.close()
         if self.ledger:
-            # A foreign library's message may quote a key.
+            # The message of another library may contain a key.
             plain = {key: secrets.scrub(each) if isinstance(each, str) else each for key, each in details.items()}
             self.ledger.close(reason, step, **plain)
 
@@ -123,13 +123,13 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
 
 
 def one_node_of(machine: Machine) -> Machine:
-    """Each node begins and ends for itself, so each has its share of the price."""
+    """One node of `machine` with its share of the price, for nodes that start and end independently."""
     price = machine.usd_per_hour
     return replace(machine, nodes=1, usd_per_hour=price and price / machine.nodes)
 
 
 def reason_for(error: BaseException | None) -> str:
-    """How a segment ended: finished, cap, interrupted, preempted or failed."""
+    """Reason of a segment's end: finished, cap, interrupted, preempted or failed."""
     if error is None:
         return "finished"
     if isinstance(error, CapReached):

@@ -1,6 +1,6 @@
-"""From ledger and metrics events to a Segment. Events come in journal order, and may come in several portions.
+"""Builds a Segment from events of its ledger and metrics, in journal order and possibly in several portions.
 
-What is not understood is named in `segment.problems` and left out; no event makes a report impossible.
+`segment.problems` names each event that is skipped because it cannot be understood. No event prevents a report.
 """
 
 import math
@@ -12,28 +12,28 @@ from core.run import ledger
 from core.run.machine import Machine
 from core.run.model import Segment, Span
 
-# A span is kept apart this long; longer segments are kept coarser, so that months stay small.
+# Events are merged into spans of this length, coarser after the first hour, so that runs of months stay small.
 FINE_SPAN_SECONDS = 10.0
 COARSE_SPAN_SECONDS = 60.0
 FINE_FOR_SECONDS = 3600.0
-# What a report shows of the metrics; the other kinds, such as norms and samples, only where all are wanted.
+# Metrics that a report shows. Other kinds, such as norms and samples, are read with Detail.ALL only.
 SHOWN = {
     "train": ("tokens", "loss", "tokens_per_second", "mfu"),
     "eval": ("tokens", "val_loss"),
     "hellaswag": ("accuracy", "accuracy_norm"),
 }
 
-# Spans of one segment are gapless by construction; their stored ends are rounded to floats.
+# Spans of a segment have no gaps, but their stored ends are rounded.
 TOLERANCE_SECONDS = 0.001
 _MACHINE_FIELDS = {field.name for field in fields(Machine)}
 
 
 class NewerFormat(ValueError):
-    """The segment was written by a newer release, whose events may mean something else."""
+    """The segment was written by a newer release, whose events may have other meanings."""
 
 
 def start(segment: Segment, event: Mapping[str, Any]) -> None:
-    """Take in the start object. Raises ValueError with the reason if it cannot be used, NewerFormat among them."""
+    """Apply the start event. Raises ValueError with the reason if it is unusable, NewerFormat for a newer release."""
     if event.get("event") != "start" or not isinstance(event.get("machine"), Mapping):
         raise ValueError("it is no start event")
     if not isinstance(event.get("version"), int) or event["version"] > ledger.VERSION:
@@ -67,7 +67,7 @@ def absorb(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append what a report shows; training records are thinned to the resolution of the timeline (the newest stays)."""
+    """Append the metrics that a report shows, with training records thinned to the timeline's resolution."""
     for event in events:
         kind, step, time = event.get("kind"), event.get("step"), number(event.get("time"))
         if kind not in SHOWN or not isinstance(step, int) or time is None:
@@ -84,7 +84,7 @@ def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> Non
 
 
 def absorb_all_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append every record as it is."""
+    """Append every record unchanged."""
     for event in events:
         if isinstance(event.get("step"), int) and number(event.get("time")) is not None and "kind" in event:
             segment.metrics.setdefault(event["kind"], []).append(dict(event))
@@ -107,7 +107,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
         return
     before = segment.ended_at
     if before is not None and start > before + TOLERANCE_SECONDS:
-        # A part of the timeline was lost. The machine was paid for meanwhile: time without a phase.
+        # A part of the timeline is missing. Its time was paid and belongs to no phase.
         segment.spans.append(Span(before, start))
     elif segment.spans and start < before - TOLERANCE_SECONDS:
         segment.problems.append(
@@ -134,7 +134,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:
-    """Add to the newest span while it is short and of the same UTC hour, so that days stay exact; else a new one."""
+    """Extend the newest span, or begin another: spans stay short and within a UTC hour, so that days are exact."""
     last = segment.spans[-1] if segment.spans else None
     if (
         last is not None
@@ -154,7 +154,7 @@ def _span_seconds(age_seconds: float) -> float:
 
 
 def _price(segment: Segment, machine: Mapping[str, Any]) -> float | None:
-    """The price per hour in dollars, or None (and a sentence) when what is stored cannot be one."""
+    """The stored price per hour in dollars; None, and a sentence in `problems`, if it is not usable."""
     stored, currency = machine.get("usd_per_hour"), machine.get("currency", "USD")
     if currency != "USD":
         segment.problems.append(f"segment {segment.number}: its price is in {currency}, not USD; taken for unknown")

@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from core import hub, urls
+from core import urls
 from core.settings.loader import Bounded, require, section, setting
+from core.stores import hub
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where a bucket of the S3 protocol is: endpoint, region and style of address, by the variables of BUCKET_ and AWS_."""
+"""Finds endpoint, region and address style of an S3 bucket from the variables BUCKET_* and AWS_*."""
 
 import logging
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from core.stores.base import Terms
 
 log = logging.getLogger(__name__)
 DEFAULT_REGION = "us-east-1"
-# The first that is set counts.
+# The first variable that is set counts.
 ENDPOINTS = ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 SERVICES = ("aws", "r2", "s3-like")
 REGIONS = ("BUCKET_REGION", "AWS_REGION", "AWS_DEFAULT_REGION")
@@ -18,7 +18,7 @@ LOOK_UP_SECONDS = 10.0
 
 
 def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -> str | None:
-    """The server of S3 buckets; None for AWS's own."""
+    """URL of the server of S3 buckets; None for AWS."""
     for name in ENDPOINTS:
         if variables.get(name):
             return variables[name].rstrip("/")
@@ -34,14 +34,12 @@ def service_of(endpoint: str | None) -> str:
 
 
 def place_of(bucket: str, variables: Mapping[str, str], profile: Mapping[str, str]) -> "Place":
-    named = next(
-        (variables[n] for n in ("BUCKET_REGION", "AWS_REGION", "AWS_DEFAULT_REGION") if variables.get(n)), None
-    )
+    named = next((variables[name] for name in REGIONS if variables.get(name)), None)
     return Place(bucket, endpoint_of(variables, profile), named or profile.get("region"))
 
 
 class Place:
-    """Of one bucket. `region` changes when the server says that the bucket is elsewhere."""
+    """Endpoint and region of one bucket. `region` changes if the server says that the bucket is in another one."""
 
     def __init__(self, bucket: str, endpoint: str | None, region: str | None):
         self.bucket = bucket
@@ -49,18 +47,18 @@ class Place:
         self.region = region or DEFAULT_REGION
 
     def settings(self, variables: Mapping[str, str]) -> dict[str, Any]:
-        """obstore's configuration, also where the environment would say otherwise."""
+        """obstore's configuration, which takes precedence over the environment."""
         found: dict[str, Any] = {
             "region": self.region,
             "conditional_put": "etag",
-            # Signing the body means hashing it once more. AWS's own tools do not either over https.
+            # A signed body would be hashed once more. AWS's tools do not sign it over https either.
             "unsigned_payload": True,
-            # Not every server of the protocol takes lists of keys, and we delete one at a time.
+            # Some servers do not accept lists of keys; this project deletes one object at a time.
             "disable_bulk_delete": True,
         }
         endpoint = self.endpoint or _special_endpoint(self.region, variables)
         if endpoint:
-            # The name within the endpoint: https://bucket.s3.example.com
+            # The endpoint may contain the bucket: https://bucket.s3.example.com
             named = (urlsplit(endpoint).hostname or "").startswith(f"{self.bucket}.")
             found |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
             found |= {"virtual_hosted_style_request": True} if named else {}
@@ -79,7 +77,7 @@ class Place:
         )
 
     def renew(self, marks: frozenset[str]) -> bool:
-        """Whether the bucket is in another region than thought, and which is known now."""
+        """Whether an error showed that the bucket is in another region, which is now known."""
         if not marks & faults.ELSEWHERE:
             return False
         found = self.home()
@@ -90,8 +88,8 @@ class Place:
         return True
 
     def home(self) -> str | None:
-        """The bucket's region as the server tells anybody who asks; None if it does not."""
-        import urllib.error  # not at the top: most programs never ask
+        """The bucket's region, which the server returns without credentials; None if it does not answer."""
+        import urllib.error  # most programs never need it
         import urllib.request
 
         address = f"{self.endpoint or 'https://s3.amazonaws.com'}/{quote(self.bucket)}"
@@ -99,14 +97,14 @@ class Place:
         try:
             with urllib.request.urlopen(request, timeout=LOOK_UP_SECONDS) as answer:
                 return answer.headers["x-amz-bucket-region"]
-        except urllib.error.HTTPError as error:  # refusals and redirects name the region, too
+        except urllib.error.HTTPError as error:  # refusals and redirects name the region too
             return error.headers["x-amz-bucket-region"]
         except (OSError, ValueError):
             return None
 
 
 def _special_endpoint(region: str, variables: Mapping[str, str]) -> str | None:
-    """AWS's addresses beside the usual one: FIPS, dual stack, China."""
+    """AWS's endpoint for FIPS, dual stack or China; None for the usual one."""
 
     def is_set(name: str) -> bool:
         return variables.get(name, "").lower() == "true"

@@ -1,6 +1,11 @@
-"""What a store offers to core.storage. Keys are the store's own; errors are its library's (core/stores/faults.py)."""
+"""Defines what a store offers to core.storage, and how patterns select its keys.
 
-from collections.abc import Iterable, Iterator, Sequence
+Each store has its form of keys and raises the errors of its library, which core/stores/faults.py interprets.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -8,7 +13,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 class Found(NamedTuple):
-    """One object of a listing: its key, its bytes and, where the store knows it, its modification time (unix s)."""
+    """One object of a listing: key, size in bytes, and modification time (unix s) if the store knows it."""
 
     key: str
     size: int
@@ -17,7 +22,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Terms:
-    """What messages and reports call a store.
+    """The words that messages and reports use for a store.
 
     `service` is one of aws, r2, s3-like (any other server of that protocol), google, azure, hub, memory and disk.
     """
@@ -37,32 +42,70 @@ class Store(Protocol):
     is_local: bool
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
-        """The number of bytes in [start, end) that there are, and those bytes in pieces."""
+        """The number of bytes that exist in [start, end), and those bytes in pieces."""
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[Buffer]:
-        """The bytes of each range. Ranges that are close to each other share a request where that is faster."""
+        """The bytes of each range. Neighbouring ranges may share a request."""
 
     def put(self, key: str, data: memoryview, exclusive: bool) -> None:
-        """Store an object whole. With `exclusive`, of several racing writers exactly one succeeds."""
+        """Store an object atomically. With `exclusive`, exactly one of several racing writers succeeds."""
 
     def put_file(self, key: str, path: str) -> None:
-        """Store a local file whole."""
+        """Store a local file atomically."""
 
-    def size(self, key: str) -> int: ...
+    def size(self, key: str) -> int:
+        """Size in bytes. Raises FileNotFoundError or the library's equivalent."""
 
     def objects(self, folder: str) -> Iterable[Found]:
-        """All objects below a folder, at any depth; an absent folder has none."""
+        """All objects below a folder at any depth; none if the folder does not exist."""
 
     def names(self, folder: str) -> Iterable[str]:
-        """Names of objects and folders one level below a folder; an absent folder has none."""
+        """Names of objects and folders one level below a folder; none if the folder does not exist."""
 
-    def matching(self, pattern: str) -> Iterable[Found]: ...
+    def matching(self, pattern: str) -> Iterable[Found]:
+        """Objects whose keys match a pattern."""
 
     def pinned(self, key: str) -> str:
-        """The key at the version that it stands for now, where the store keeps versions; else the key."""
+        """The key at its current version, if the store keeps versions; otherwise the key."""
 
     def delete(self, key: str) -> None:
-        """Remove an object. May raise FileNotFoundError if there is none."""
+        """Delete an object. May raise FileNotFoundError if it does not exist."""
 
     def renew(self, error: Exception) -> bool:
-        """Whether the error can be cured by new credentials or another region, which the store now uses."""
+        """Whether the store now uses new credentials or another region, with which the request may succeed."""
+
+
+# --- patterns over keys ----------------------------------------------------------------------------------------
+
+_WILD = re.compile(r"[*?\[]")
+# Whether one name matches; None stands for `**`.
+_Part = Callable[[str], object] | None
+
+
+def is_pattern(place: str) -> bool:
+    """Whether a place holds wildcards: `*`, `?` and `[...]` within a name, `**` for any number of folders."""
+    return bool(_WILD.search(place))
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """A function that says whether a whole path matches. `**` stands for folders only as a complete part."""
+    parts = [None if part == "**" else re.compile(fnmatch.translate(part)).match for part in pattern.split("/")]
+    return lambda path: _fits(parts, path.split("/"))
+
+
+def matching(store: Store, pattern: str) -> Iterator[Found]:
+    """Objects of a store whose keys match a pattern, from a listing of the folder before the first wildcard."""
+    fits = matcher(pattern)
+    folder = _WILD.split(pattern, maxsplit=1)[0].rpartition("/")[0]
+    return (each for each in store.objects(folder) if fits(each.key))
+
+
+def _fits(parts: Sequence[_Part], names: Sequence[str]) -> bool:
+    for number, part in enumerate(parts):
+        rest = names[number:]
+        if part is None:
+            after = parts[number + 1 :]
+            return any(_fits(after, rest[skipped:]) for skipped in range(len(rest))) if after else bool(rest)
+        if not rest or not part(rest[0]):
+            return False
+    return len(parts) == len(names)

@@ -1,8 +1,8 @@
-"""Whose keys open a bucket: the BUCKET_ variables, else what the store's own tools use.
+"""Finds the credentials of a bucket: from the BUCKET_ variables, else from where the store's own tools find them.
 
-For S3 that is the environment (AWS_ACCESS_KEY_ID, ...), then a profile or SSO of ~/.aws if boto3 is installed, then the
-machine's role. A profile is read anew before its keys expire, whatever has renewed them. Google's and Azure's defaults
-are obstore's: application default credentials, Azure CLI, the machine's identity.
+For S3, these are the environment (AWS_ACCESS_KEY_ID, ...), then a profile or SSO login of ~/.aws if boto3 is installed,
+then the machine's role. A profile is read again before its keys expire, because other programs renew it. For Google and
+Azure, obstore finds application default credentials, the login of the Azure CLI and the machine's identity.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from typing import Any
 
 from core.errors import ConfigError
 
-# Keys of a profile are asked for again after this time, so that a renewed file is read.
+# A profile is read again after this time, because its file may have been renewed.
 PROFILE_SECONDS = 600.0
 NO_PROFILES = "profiles of ~/.aws need boto3 (`pip install boto3`)"
 _AWS_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
@@ -30,11 +30,14 @@ Provider = Callable[[], dict[str, Any]]
 
 
 class NoCredentials(Exception):
-    """There is nothing to sign requests with."""
+    """No credentials were found."""
 
 
 def for_s3(variables: Mapping[str, str]) -> Provider | None:
-    """A source of keys; None for the machine's role, which obstore asks for. Raises ConfigError for half a pair."""
+    """A function that returns keys; None for the role of the machine, which obstore finds.
+
+    Raises ConfigError if one of a pair of variables is missing.
+    """
     for key, secret, token in (
         ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_SESSION_TOKEN"),
         ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
@@ -120,7 +123,7 @@ def _nothing(why: str) -> Provider:
 
 
 def _profile() -> dict[str, Any]:
-    """What boto3 finds now: a session of its own, because boto3 keeps the keys of a file that it has read."""
+    """The keys that boto3 finds, by a new session, because a session caches the keys of a file."""
     import boto3
     from obstore.auth.boto3 import Boto3CredentialProvider
 
@@ -132,7 +135,7 @@ def _profile() -> dict[str, Any]:
 
 
 def inline_google_key(environment: MutableMapping[str, str]) -> None:
-    """Replace a path in BUCKET_GOOGLE_KEY by what the file holds, for machines without it. Raises ConfigError."""
+    """Replace a path in BUCKET_GOOGLE_KEY by the file's content, for machines without the file. Raises ConfigError."""
     key = environment.get("BUCKET_GOOGLE_KEY", "").strip()
     if key and not key.startswith("{"):
         environment["BUCKET_GOOGLE_KEY"] = json.dumps(_google_document(key))

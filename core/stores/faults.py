@@ -1,7 +1,7 @@
-"""Errors of storage libraries: which of them are worth another try, and what they mean to the user.
+"""Classifies errors of storage libraries: which ones to retry, and which message the user gets.
 
-An error is known by the names of its types and by its codes: the server's error code, the HTTP status, and what kind of
-connection failure the library reports.
+An error is classified by its marks: the names of its types, the server's error code, the HTTP status, and the kind of
+connection failure that the library reports.
 """
 
 import errno
@@ -19,11 +19,11 @@ THROTTLED_SECONDS = 1.0
 
 
 class ShortRead(OSError):
-    """Fewer bytes than asked for: a truncated body, or an object that is shorter than thought."""
+    """Fewer bytes than requested: a truncated body, or an object that is shorter than expected."""
 
 
 class GaveUp(Exception):
-    """A store has tried often enough by itself; `__cause__` is the last error."""
+    """A store has exhausted its retries; `__cause__` is the last error."""
 
 
 THROTTLED = frozenset(
@@ -61,7 +61,7 @@ def _row(marks: str, text: str, kind: type[StorageError] = StorageError) -> _Row
     return _Row(frozenset(marks.split()), kind, text)
 
 
-# The first row that fits counts: the server's codes say more than the library's types.
+# The first row that matches counts: the server's codes say more than the library's types.
 _TABLE = (
     _row("NoSuchBucket ContainerNotFound", "bucket {bucket!r} does not exist; {create} or correct the URL"),
     _row(
@@ -94,7 +94,7 @@ _TABLE = (
 
 
 def marks_of(error: BaseException) -> frozenset[str]:
-    """Names of the types of an error and of its causes, and the codes in them."""
+    """Names of the types of an error and of its causes, and the codes in their messages."""
     found: set[str] = set()
     for link in _chain(error):
         found |= {kind.__name__ for kind in type(link).__mro__} | _codes(link)
@@ -102,7 +102,7 @@ def marks_of(error: BaseException) -> frozenset[str]:
 
 
 def is_transient(marks: frozenset[str]) -> bool:
-    """Whether trying again can help: resets, time-outs, 429, 5xx, short bodies; not 403, 404 or a full disk."""
+    """Whether a retry can succeed: after resets, time-outs, 429, 5xx, short bodies; not after 403, 404, a full disk."""
     if marks & _FINAL_TYPES or marks & {"credentials", "certificate"}:
         return False
     if "FileNotFoundError" in marks:
@@ -115,7 +115,7 @@ def is_conflict(marks: frozenset[str]) -> bool:
 
 
 def wait_seconds(error: BaseException, marks: frozenset[str]) -> float:
-    """The least time before another try: what the server asked for where that is known, at most MAX_WAIT_SECONDS."""
+    """Minimum pause before a retry: the server's, if known, but at most MAX_WAIT_SECONDS."""
     for link in _chain(error):
         headers = getattr(getattr(link, "response", None), "headers", None)
         if headers and str(headers.get("Retry-After", "")).isdigit():
@@ -128,7 +128,7 @@ def wait_seconds(error: BaseException, marks: frozenset[str]) -> float:
 
 
 def brief(error: BaseException) -> str:
-    """One line: of a server's answer its status, code and message, without the request's signature."""
+    """An error as one line: status, code and message of a server's answer, without the request's signature."""
     text = str(error).partition("Debug source:")[0]
     answer = re.search(r"status code: (?P<status>[^:<]+)", text)
     if answer:
@@ -161,7 +161,7 @@ def _fitting(marks: frozenset[str]) -> _Row | None:
 
 
 def _hint(error: BaseException) -> str:
-    """Why our own source of keys has none, as obstore repeats it."""
+    """The reason why core/stores/credentials.py found no keys, which obstore includes in its error."""
     found = next(filter(None, (_PROVIDER.search(str(link)) for link in _chain(error))), None)
     said = found["said"].strip() if found else ""
     return f"; {said}" if said else ""
@@ -176,9 +176,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-# Addresses that a library asks for credentials when it has found none.
+# Metadata services, which libraries ask for credentials if they find none elsewhere.
 _METADATA = re.compile(r"https?://(169\.254\.169\.254|169\.254\.170\.\d+|metadata\.google\.internal|\[fd00:ec2::254\])")
-# The innermost reason that rustls gives.
+# The innermost reason in an error of rustls.
 _CERTIFICATE = re.compile(r"InvalidCertificate\([\s(]*(?:Other\(\s*OtherError\(\s*)?(\w+)")
 _PROVIDER = re.compile(r"External \w+ credential provider: (?:NoCredentials: ?)?(?P<said>[^\n]*)")
 

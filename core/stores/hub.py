@@ -1,17 +1,130 @@
-"""The Hugging Face Hub as a store: read only, each range by one request (core/hub.py). Keys are whole URIs."""
+"""The Hugging Face Hub as a read-only store, and what this project asks the Hub besides: commits, pages, names.
 
+Each byte range is one request. fsspec's reader asks the Hub's API about the file before each range, whose rate limit
+would stop a parquet read of a few thousand ranges; the content network alone answers a resolve request. A file in
+the Hub's cache (below HF_HOME) is read there. HF_TOKEN is used if set; HF_ENDPOINT names another Hub. The store's keys
+are whole URIs.
+"""
+
+import contextlib
+import os
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import quote
 
-from core import hub, patterns
-from core.errors import StorageError
-from core.stores.base import Buffer, Found, Terms
+from core.errors import ConfigError, StorageError
+from core.stores.base import Buffer, Found, Terms, matching
 
+TIMEOUT_SECONDS = 60.0
+_URI = re.compile(r"^hf://(datasets|models|spaces)/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?$")
 TERMS = Terms(
     "hub",
     keys="HF_TOKEN",
     access="the name of the repository, and HF_TOKEN if it is private or gated",
 )
+
+
+@dataclass(frozen=True)
+class HubPath:
+    """The parts of hf://KIND/OWNER/NAME@REVISION/PATH; `revision` is empty if the URI has none."""
+
+    kind: str
+    repository: str
+    revision: str
+    path: str
+
+    def at(self, revision: str) -> str:
+        """The same path at a revision, as a URI."""
+        return f"hf://{self.kind}/{self.repository}@{revision}/{self.path}"
+
+
+def parse(uri: str) -> HubPath:
+    """Split a URI. Raises ConfigError for one that does not name a repository."""
+    match = _URI.match(uri)
+    if not match:
+        raise ConfigError(f"{uri}: not of the form hf://datasets/OWNER/NAME[@REVISION]/PATH")
+    kind, repository, revision, path = match.groups()
+    return HubPath(kind, repository, revision or "", path or "")
+
+
+def is_address(uri: str) -> bool:
+    """Whether a URI is of the Hub, which has revisions."""
+    return uri.startswith("hf://")
+
+
+def revision_of(uri: str) -> str:
+    """The revision in a URI; empty without one and for URIs of other stores."""
+    return parse(uri).revision if is_address(uri) else ""
+
+
+def commit_of(uri: str) -> str:
+    """The current commit of the URI's revision, or of the main branch. One request, no retry."""
+    from huggingface_hub import HfApi
+
+    where = parse(uri)
+    kind = where.kind.removesuffix("s")
+    return HfApi().repo_info(where.repository, repo_type=kind, revision=where.revision or None).sha
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids requests to the Hub."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def page_of(dataset: str) -> str:
+    """Address of a dataset's web page."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/datasets/{dataset}"
+
+
+def similar_datasets(name: str) -> list[str]:
+    """Datasets on the Hub with the same owner or a similar name, for a message; none if the Hub does not answer."""
+    from huggingface_hub import HfApi
+
+    owner, _, last = name.rpartition("/")
+    found: list[str] = []
+    for query in ({"author": owner} if owner else {}, {"search": last}):
+        with contextlib.suppress(Exception):
+            found += [each.id for each in HfApi().list_datasets(limit=500, **query)] if query else []
+    return list(dict.fromkeys(found))
+
+
+def cached(uri: str) -> str | None:
+    """Path of a file in the Hub's cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    where = parse(uri)
+    kind = where.kind.removesuffix("s")
+    found = try_to_load_from_cache(where.repository, where.path, revision=where.revision or None, repo_type=kind)
+    return found if isinstance(found, str) else None
+
+
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a file. One request, no retry: core/stores/retries.py decides how long to wait."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    if path := cached(uri):
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+    if is_offline():
+        raise StorageError(
+            f"{uri}: is not in the Hub's cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE "
+            "forbids to fetch it; unset it, or download the set (hf download --repo-type dataset OWNER/NAME)"
+        )
+    where = parse(uri)
+    prefix = "" if where.kind == "models" else f"{where.kind}/"
+    address = f"{constants.ENDPOINT}/{prefix}{where.repository}/resolve/{where.revision or 'main'}/{quote(where.path)}"
+    headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
+    answer = get_session().get(address, headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True)
+    hf_raise_for_status(answer)
+    return answer.content
 
 
 class HubStore:
@@ -20,35 +133,34 @@ class HubStore:
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
         end = self.size(key) if end is None else end
-        return end - start, (hub.read_range(key, start, end) for _ in range(end > start))
+        return end - start, (read_range(key, start, end) for _ in range(end > start))
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        return [hub.read_range(key, start, end) for start, end in ranges]
+        return [read_range(key, start, end) for start, end in ranges]
 
     def size(self, key: str) -> int:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
-        where = hub.parse(key)
+        where = parse(key)
         found = HfApi().get_paths_info(where.repository, [where.path], **_repository(where))
         if not found or not isinstance(found[0], RepoFile):
             raise FileNotFoundError(key)
         return found[0].size
 
     def objects(self, folder: str) -> Iterator[Found]:
-        for entry in _tree(hub.parse(folder), recursive=True):
+        for entry in _tree(parse(folder), recursive=True):
             if hasattr(entry, "size"):  # folders have none
-                yield Found(_uri(hub.parse(folder), entry.path), entry.size, None)
+                yield Found(_uri(parse(folder), entry.path), entry.size, None)
 
     def names(self, folder: str) -> list[str]:
-        return [entry.path.rsplit("/", 1)[-1] for entry in _tree(hub.parse(folder), recursive=False)]
+        return [entry.path.rsplit("/", 1)[-1] for entry in _tree(parse(folder), recursive=False)]
 
     def matching(self, pattern: str) -> Iterator[Found]:
-        fits = patterns.matcher(pattern)
-        return (each for each in self.objects(patterns.fixed_part(pattern).rpartition("/")[0]) if fits(each.key))
+        return matching(self, pattern)
 
     def pinned(self, key: str) -> str:
-        return hub.parse(key).at(hub.commit_of(key))
+        return parse(key).at(commit_of(key))
 
     def put(self, key: str, data: memoryview, exclusive: bool) -> NoReturn:
         raise _refusal(key)
@@ -63,7 +175,7 @@ class HubStore:
         return False
 
 
-def _tree(where: hub.HubPath, recursive: bool) -> Iterator[Any]:
+def _tree(where: HubPath, recursive: bool) -> Iterator[Any]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -74,11 +186,11 @@ def _tree(where: hub.HubPath, recursive: bool) -> Iterator[Any]:
         return
 
 
-def _repository(where: hub.HubPath) -> dict[str, str | None]:
+def _repository(where: HubPath) -> dict[str, str | None]:
     return {"repo_type": where.kind.removesuffix("s"), "revision": where.revision or None}
 
 
-def _uri(where: hub.HubPath, path: str) -> str:
+def _uri(where: HubPath, path: str) -> str:
     revision = f"@{where.revision}" if where.revision else ""
     return f"hf://{where.kind}/{where.repository}{revision}/{path}"
 

@@ -1,4 +1,4 @@
-"""Local folders as a store, over core.files: every write is flushed to the disk, links are followed."""
+"""Local folders as a store: flushes every write to disk and follows links (core/files.py)."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""The one place that knows schemes: opens the store behind a URI, once per process, bucket and set of credentials.
+"""Opens the store behind a URI, once per process, bucket and set of credentials. No other module branches on schemes.
 
 store, key = opener.open_store("s3://bucket/runs/first/run.json")     key is runs/first/run.json
 """
@@ -16,7 +16,7 @@ from core.stores.base import Store, Terms
 from core.stores.hub import HubStore
 from core.stores.local import LocalStore
 
-# Those that decide which server answers, and as whom.
+# These variables decide about server and credentials.
 _BUNDLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 _VARIABLES = ("BUCKET_", "AWS_", "GOOGLE_", "AZURE_", "HOME", *_BUNDLES)
 _KEPT = 16
@@ -34,7 +34,7 @@ def scheme_of(uri: str) -> str:
 
 
 def open_store(uri: str) -> tuple[Store, str]:
-    """The store that holds `uri`, and the name of the object in it. Raises StorageError, ConfigError."""
+    """The store that holds `uri`, and the object's key in it. Raises StorageError, ConfigError."""
     depth, make = _STORES[scheme_of(uri)]
     if depth is None:
         return make(), uri
@@ -42,7 +42,7 @@ def open_store(uri: str) -> tuple[Store, str]:
     bucket, key = "/".join(parts[:depth]), "/".join(parts[depth:])
     variables = tuple((name, value) for name, value in os.environ.items() if name.startswith(_VARIABLES))
     known = (make, bucket, variables)
-    with _lock:  # or the first threads would each open their own
+    with _lock:  # otherwise the first threads would each open a store
         store = _opened.get(known)
         if store is None:
             if len(_opened) >= _KEPT:
@@ -133,7 +133,7 @@ def _memory(bucket: str, variables: Mapping[str, str]) -> Store:
     return in_memory()
 
 
-# How many parts of the path name the bucket; None where the store wants the whole URI.
+# The number of path parts that name the bucket; None if the store's keys are whole URIs.
 _STORES: dict[str, tuple[int | None, Callable[..., Store]]] = {
     "file": (None, LocalStore),
     "hf": (None, HubStore),

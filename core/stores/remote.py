@@ -1,6 +1,7 @@
-"""Object stores over obstore: S3 and what speaks its protocol, Google, Azure, and memory.
+"""Object stores over obstore: Google, Azure, memory, and S3 with every service of its protocol.
 
-Retries are core.storage's. Only the parts of a large upload are tried again by obstore, which alone has them.
+core/stores/retries.py repeats requests. The parts of a large upload are the exception: obstore repeats them, because
+only obstore has them.
 """
 
 import os
@@ -12,31 +13,30 @@ from typing import Any
 import obstore
 from obstore.store import MemoryStore
 
-from core import patterns
 from core.errors import StorageError
 from core.stores import faults
-from core.stores.base import Buffer, Found, Terms
+from core.stores.base import Buffer, Found, Terms, matching
 
 CONNECT_SECONDS = 10
-# Without a byte for so long a request has failed. A part of an upload counts as one byte.
+# A request fails if no byte arrives for this long. A part of an upload counts as one byte.
 SILENT_SECONDS = 60
 SILENT_UPLOAD_SECONDS = 300
-# No limit for a whole request: a large object takes as long as it takes.
+# A request as a whole has practically no limit, because large objects take long.
 REQUEST_SECONDS = 24 * 3600
 
 PART_BYTES = 16 << 20
 MOST_PARTS = 9000  # S3 takes 10,000
 PARTS_AT_ONCE = 6
 UPLOAD_TRIES = 7
-# A larger piece at once is copied more often on its way.
+# obstore copies larger pieces more often.
 PIECE_BYTES = 1 << 20
 WHOLE_BYTES = 4 << 20
-# Ranges that are this close come by one request: a megabyte arrives sooner than another first byte.
+# One request fetches ranges this close to each other: a megabyte arrives sooner than another first byte.
 GAP_BYTES = 1 << 20
 PAGE_OBJECTS = 1000
 
 _RETRIES_OFF = {"max_retries": 0, "retry_timeout": timedelta(0)}
-# 1, 2, 4, 8, 15 and 15 s: about 45 s of patience, and never sooner than a throttling server wants.
+# 1, 2, 4, 8, 15 and 15 s: about 45 s of patience, with the pauses that a throttling server wants.
 _RETRIES_OF_PARTS = {
     "max_retries": UPLOAD_TRIES - 1,
     "retry_timeout": timedelta(seconds=SILENT_UPLOAD_SECONDS),
@@ -57,7 +57,11 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class RemoteStore:
-    """`make` builds obstore's store from client options and a retry configuration."""
+    """One bucket. `make` builds obstore's store from client options and a retry configuration.
+
+    `move` takes the marks of an error (core/stores/faults.py) and returns whether the bucket is now addressed in
+    another region.
+    """
 
     is_local = False
 
@@ -82,7 +86,7 @@ class RemoteStore:
     def _made(self, name: str, silent_seconds: int, retry: dict[str, Any]) -> Any:
         global _used
         if _forked:
-            # obstore's threads are not there, and a request would wait for them for ever.
+            # obstore's threads do not exist in a forked process, and a request would wait for them forever.
             raise StorageError("storage was used before this process was forked; start it by forkserver or spawn")
         if store := getattr(self, name):
             return store
@@ -126,7 +130,7 @@ class RemoteStore:
                 self._upload(key, file, size)
 
     def _upload(self, key: str, content: Any, size: int) -> None:
-        """In parts side by side. If one cannot be sent, obstore removes the others."""
+        """Upload in parallel parts. If one fails for good, obstore removes the others."""
         part = max(PART_BYTES, -(-size // MOST_PARTS))
         try:
             obstore.put(self._uploads, key, content, use_multipart=True, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
@@ -146,9 +150,9 @@ class RemoteStore:
                     yield Found(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     def _marks_folder(self, meta: Any) -> bool:
-        """Whether this is the empty object, named with a slash at its end, by which some tools mark a folder.
+        """Whether this is an empty object with a slash at the end of its name, by which some tools mark a folder.
 
-        obstore leaves the slash out.
+        obstore lists it without the slash, under which name it does not exist.
         """
         if meta["size"]:
             return False
@@ -165,8 +169,7 @@ class RemoteStore:
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths if path != folder]
 
     def matching(self, pattern: str) -> Iterator[Found]:
-        fits = patterns.matcher(pattern)
-        return (each for each in self.objects(patterns.fixed_part(pattern).rpartition("/")[0]) if fits(each.key))
+        return matching(self, pattern)
 
     def pinned(self, key: str) -> str:
         return key
@@ -187,5 +190,5 @@ _MEMORY = MemoryStore()
 
 
 def in_memory() -> RemoteStore:
-    """Objects of this process alone."""
+    """A store whose objects exist in this process alone."""
     return RemoteStore(Terms("memory"), lambda client, retry: _MEMORY)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from core import patterns, storage, urls
+from core import storage, urls
 from core.errors import DataError
 from core.storage import ObjectInfo
 from data_prep.sources import web
@@ -52,7 +52,7 @@ class Part:
 def find_files(place: str) -> list[ObjectInfo]:
     """The files that match a URL or pattern, sorted by name. Raises DataError if there is none."""
     if urls.is_web(place):
-        if patterns.is_pattern(path_of(place)):
+        if storage.is_pattern(path_of(place)):
             raise DataError(f"{place}: web servers cannot list files, so a wildcard does not work; give one address")
         return [ObjectInfo(place, web.size_of(place))]
     found = storage.expand_objects(place)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from core import hub, storage
+from core import storage
 from core.errors import ConfigError, DataError, StorageError
 from core.settings.preparation import SourceConfig
+from core.stores import hub
 from data_prep.sources import kinds, streamed
 from data_prep.sources.columns import nearest
 from data_prep.sources.files import SourceFile

@@ -1,14 +1,15 @@
-"""A token set made on the spot, for a machine without network and without a tokenizer.
+"""Writes datasets of generated tokens, for benchmarks and for machines without network and tokenizer.
 
-    python -m bench.gpu.tokens FOLDER --tokens=8388608 [--text=FILE]
+    python -m bench.tokens FOLDER --tokens=8388608 [--text=FILE]
 
-Ids follow each other by a rule that a model can learn: after each of them one of four others, the first most often.
-With `--text` they are the bytes of that file instead. Documents begin with the end-of-text token, as in sets that
-data_prep makes; there is no vocabulary file, so that text can neither be encoded nor sampled.
+A model can learn the generated ids: after each id follows one of four others, the first of them most often. With
+`--text` the ids are the bytes of a file instead. Documents begin with the end-of-text token, as data_prep writes them.
+The dataset has no vocabulary file, so that text can be neither encoded nor sampled.
 """
 
 import argparse
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,33 +22,43 @@ from core.data.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from core.errors import DataError
 
 FOLLOWERS, DOCUMENT = (0.5, 0.25, 0.15, 0.1), 512
-VAL_SHARE = 16  # one token in so many, at the end, is held out
+VAL_SHARE = 16  # the last one in so many tokens is for validation
 SHARDS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="where the set goes")
-    parser.add_argument("--tokens", type=int, default=1 << 23, help="in all")
+    parser.add_argument("folder", help="folder or URL of the dataset")
+    parser.add_argument("--tokens", type=int, default=1 << 23, help="number of tokens, both splits together")
     parser.add_argument("--text", type=Path, help="a file whose bytes are the ids")
     options = parser.parse_args()
     make(options.folder, options.tokens, options.text)
 
 
 def make(folder: str, tokens: int, text: Path | None = None) -> Manifest:
-    """Write the set, the manifest last."""
-    ids = _of_text(text, tokens) if text else _made_up(tokens)
+    """Write a dataset of `tokens` tokens: the bytes of `text`, or generated ids."""
+    ids = _of_text(text, tokens) if text else _generated(tokens)
     train, val = np.split(ids, [len(ids) - len(ids) // VAL_SHARE])
-    source = {"kind": "bytes of a file" if text else "made up by bench.gpu.tokens"}
+    source = {"kind": "bytes of a file" if text else "made up by bench.tokens"}
+    return write(folder, {"train": np.array_split(train, SHARDS), "val": np.array_split(val, SHARDS)}, source)
+
+
+def random_ids(count: int, seed: int) -> np.ndarray:
+    """(count,) uint16, uniform over GPT-2's vocabulary."""
+    return np.random.default_rng(seed).integers(0, GPT2_VOCAB_SIZE, count, dtype=np.uint16)
+
+
+def write(folder: str, splits: Mapping[str, Iterable[np.ndarray]], source: Mapping[str, str] = {}) -> Manifest:
+    """Write one shard per array of ids, and the manifest last."""
     tokenizer = TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, "")
-    splits = {"train": _split(folder, "train", train), "val": _split(folder, "val", val)}
-    made = Manifest(tokenizer, source, {"rule": f"the last one in {VAL_SHARE} tokens"}, splits)
+    written = {name: _split(folder, name, shards) for name, shards in splits.items()}
+    made = Manifest(tokenizer, dict(source), {"rule": f"the last one in {VAL_SHARE} tokens"}, written)
     manifest.write(folder, made)
     return made
 
 
 def first_windows(data_url: str, rows: int, length: int) -> np.ndarray:
-    """(rows, length) int32: the first windows of the set's first training shard."""
+    """(rows, length) int32: the first windows of the dataset's first training shard. Raises DataError."""
     found = manifest.read(data_url)
     shard = found.split("train", data_url).shards[0]
     count = rows * length
@@ -58,19 +69,20 @@ def first_windows(data_url: str, rows: int, length: int) -> np.ndarray:
     return np.frombuffer(data, f"<u{width}").astype(np.int32).reshape(rows, length)
 
 
-def _split(folder: str, name: str, ids: np.ndarray) -> Split:
-    entries = []
-    for number, part in enumerate(np.array_split(ids, SHARDS)):
-        data = shard_bytes(part)
+def _split(folder: str, name: str, shards: Iterable[np.ndarray]) -> Split:
+    entries, documents = [], 0
+    for number, ids in enumerate(shards):
+        data = shard_bytes(ids)
         file = f"{name}-{number:05d}.bin"
         storage.write_bytes(storage.join(folder, file), data)
-        entries.append(ShardEntry(file, len(part), len(data), hashlib.sha256(data).hexdigest()))
-    return Split(len(ids), int((ids == GPT2_END_OF_TEXT).sum()), tuple(entries))
+        entries.append(ShardEntry(file, len(ids), len(data), hashlib.sha256(data).hexdigest()))
+        documents += int((ids == GPT2_END_OF_TEXT).sum())
+    return Split(sum(entry.tokens for entry in entries), documents, tuple(entries))
 
 
-def _made_up(tokens: int) -> np.ndarray:
+def _generated(tokens: int) -> np.ndarray:
     random = np.random.default_rng(1)
-    # Frequent ids are followed by frequent ids: their logarithm is uniform, which is near what words do.
+    # The logarithm of a follower is uniform, so that small ids are frequent, nearly as words are by rank.
     follower_of = np.exp(random.uniform(0, np.log(GPT2_END_OF_TEXT), (GPT2_END_OF_TEXT, len(FOLLOWERS))))
     follower_of = np.minimum(follower_of, GPT2_END_OF_TEXT - 1).astype(np.uint16)
     documents = -(-tokens // DOCUMENT)
@@ -86,7 +98,7 @@ def _made_up(tokens: int) -> np.ndarray:
 def _of_text(path: Path, tokens: int) -> np.ndarray:
     data = np.fromfile(path, np.uint8, tokens).astype(np.uint16)
     if len(data) < 2 * VAL_SHARE * DOCUMENT:
-        raise SystemExit(f"{path} has {len(data)} bytes, too few for a token set; name a file of a megabyte or more")
+        raise SystemExit(f"{path} has {len(data)} bytes, too few for a dataset; name a file of a megabyte or more")
     data[::DOCUMENT] = GPT2_END_OF_TEXT
     return data
 

@@ -1,0 +1,116 @@
+"""Calls a store: retries transient errors, translates all others, and keeps a waiting main thread interruptible.
+
+retries.call("s3://bucket/a.json", "read", lambda store, key: store.size(key))
+"""
+
+import logging
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from core.errors import LauncherError, StorageError
+from core.stores import faults
+from core.stores.base import Store
+from core.stores.opener import open_store
+
+log = logging.getLogger("core.storage")
+T = TypeVar("T")
+
+# About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
+ATTEMPTS = 7
+BACKOFF_SECONDS = 0.25
+BACKOFF_CAP_SECONDS = 15.0
+
+
+def call(uri: str, verb: str, use: Callable[[Store, str], T]) -> T:
+    """`use(store, key)` with the store behind a URI and the object's key. `verb` describes it in messages.
+
+    Raises StorageError with the URI and the remedy, and core.errors.ConfigError for wrong credentials.
+    """
+    store, key = open_store(uri)
+    if store.is_local:
+        return retrying(uri, verb, store, lambda: use(store, key))
+    return retrying(uri, verb, store, lambda: interruptible(lambda: use(store, key)))
+
+
+def retrying(uri: str, verb: str, store: Store, request: Callable[[], T]) -> T:
+    """`request()`, repeated with exponential backoff and jitter while its errors are transient."""
+    renewed = False
+    attempt = 1
+    while True:
+        try:
+            return request()
+        except LauncherError:
+            raise
+        except Exception as error:
+            marks = faults.marks_of(error)
+            if not renewed and store.renew(error):
+                renewed = True
+                continue
+            if isinstance(error, faults.GaveUp) or (faults.is_transient(marks) and attempt == ATTEMPTS):
+                raise StorageError(
+                    f"{uri}: could not {verb} after {ATTEMPTS} attempts ({faults.brief(error.__cause__ or error)}); "
+                    f"check the network and {store.terms.endpoint}, then run the same command again"
+                ) from error
+            if not faults.is_transient(marks):
+                raise faults.translated(verb, uri, error, marks, store.terms) from error
+            _pause(verb, uri, attempt, error, marks)
+            attempt += 1
+
+
+def _pause(verb: str, uri: str, attempt: int, error: Exception, marks: frozenset[str]) -> None:
+    pause = min(BACKOFF_CAP_SECONDS, BACKOFF_SECONDS * 2 ** (attempt - 1))
+    pause = max(pause, faults.wait_seconds(error, marks)) * random.uniform(0.7, 1.3)
+    words = (uri, verb, faults.brief(error), attempt, ATTEMPTS, pause)
+    log.warning("%s: %s failed (%s), attempt %d of %d, again in %.1f s", *words)
+    time.sleep(pause)
+
+
+# --- interruptible waiting -------------------------------------------------------------------------------------
+# Python runs signal handlers between two bytecodes of the main thread, and a request of obstore is one bytecode, which
+# takes a minute if the server hangs. Another thread therefore makes the request while the main thread waits for it.
+
+
+class _Asker:
+    """A thread that runs one request after another, and does not keep the process from ending."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="storage", daemon=True).start()
+
+    def ask(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._calls.put((call, future))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            call, future = self._calls.get()
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            del call, future  # they would keep the last object in memory until the next call
+
+
+# Threads without work. A thread whose caller was interrupted does not return here.
+_idle: list[_Asker] = []
+os.register_at_fork(after_in_child=_idle.clear)
+
+
+def interruptible(request: Callable[[], T]) -> T:
+    """`request()`, run in another thread if this is the main one."""
+    if threading.current_thread() is not threading.main_thread():
+        return request()
+    asker = _idle.pop() if _idle else _Asker()
+    future = asker.ask(request)
+    try:
+        return future.result()
+    finally:
+        if future.done():
+            _idle.append(asker)
