@@ -72,17 +72,6 @@ def test_phases_add_up_to_spans_and_spans_to_the_segment(tmp_path: Path, clock: 
     assert events[-1] == {"event": "end", "time": START + 30, "reason": "finished", "step": 2}
 
 
-def test_time_measured_apart_moves_from_the_current_phase(tmp_path: Path, clock: Clock):
-    book = open_ledger(tmp_path)
-    book.switch("train")
-    clock.pass_(30)
-    book.book("compile", 22.0)
-    book.book("eval", 1000.0)  # no more than there is
-    book.close("finished")
-    [span] = [event for event in events_of(tmp_path) if event["event"] == "span"]
-    assert span["phases"] == {"compile": 22.0, "eval": 8.0}
-
-
 def test_a_clock_that_is_set_back_is_recorded_and_changes_no_duration(tmp_path: Path, clock: Clock):
     book = open_ledger(tmp_path)
     clock.pass_(10)

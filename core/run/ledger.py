@@ -124,14 +124,6 @@ class Ledger:
         finally:
             self.switch(before)
 
-    def book(self, phase: str, seconds: float) -> None:
-        """Move `seconds` of the current phase's time to `phase`, for a part that was measured separately."""
-        with self._lock:
-            self._settle()
-            moved = min(seconds, self._seconds.get(self._phase, 0.0))
-            self._add(self._phase, -moved)
-            self._add(phase, moved)
-
     def step_done(self, step: int) -> None:
         """Complete optimizer step `step` (from 1), to which the train and data-wait time since the last one belongs."""
         with self._lock:

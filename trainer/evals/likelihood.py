@@ -39,13 +39,6 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-def log_likelihoods(
-    model: GPT, requests: Sequence[ScoringRequest], ranks: Ranks, precision: str = "auto"
-) -> list[float]:
-    """The sums that `likelihoods` returns."""
-    return [each.total for each in likelihoods(model, requests, ranks, precision)]
-
-
 @torch.no_grad()
 def likelihoods(
     model: GPT,

@@ -39,18 +39,12 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused)
 
 
-def token_losses(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0
-) -> torch.Tensor:
-    """Cross-entropy of each row in nats, float32 (N,); 0 where the target is below 0."""
-    return token_scores(x_ND, weight_VD, targets_N, softcap)[0]
-
-
 @torch.no_grad()
 def token_scores(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_losses`, and whether each target is the likeliest token, bool (N,)."""
+    """Cross-entropy of each row in nats, float32 (N,), 0 where the target is below 0; whether each target is the
+    likeliest token, bool (N,)."""
     losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=x_ND.device)
     likeliest_N = torch.zeros(len(targets_N), dtype=torch.bool, device=x_ND.device)
     dtype = _product_dtype(x_ND)

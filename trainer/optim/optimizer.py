@@ -91,10 +91,6 @@ class BlockOptimizer:
         for state in self._adamw.state.values():
             state["step"].fill_(step)
 
-    def state_bytes(self) -> int:
-        """Bytes of the optimizer's state on this rank."""
-        return sum(tensor.nbytes for state in self._state.values() for tensor in state.values())
-
     # --- for checkpoints: names are `model.`, `exp_avg.`, `exp_avg_sq.` or `momentum.` before the parameter's ---
 
     def layout(self) -> Mapping[str, tuple[int, torch.dtype]]:
