@@ -36,13 +36,13 @@ demo: $(DEMO_STAMP) ## the whole pipeline on this machine: prepare, train, kill,
 	@$(DEMO_VENV)/bin/python -m demo.run
 
 test: $(STAMP) ## the fast tests
-	@$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not image and not lab'
+	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'not slow and not gpu and not image and not lab'
 
 test-all: $(STAMP) ## all tests that need no GPU
-	@$(BIN)/python -m pytest -n 2 -m 'not gpu and not image and not lab'
+	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'not gpu and not image and not lab'
 
 test-slow: $(STAMP) ## the tests that `make test` leaves out, without those that need a GPU
-	@$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not image and not lab'
+	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'slow and not gpu and not image and not lab'
 
 chaos: $(STAMP) ## one training run under 100 random kills, compared bit by bit with a quiet one (KILLS=100)
 	@$(BIN)/python -m tests.chaos --kills=$(or $(KILLS),100)

@@ -5,6 +5,9 @@ They import what they need themselves: tests/test_gpu.py runs where many package
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,9 +63,19 @@ def vocab_bpe() -> Path:
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, vocab_bpe: Path) -> tuple[str, str]:
     """(data_url, run_url) of a small token set and a short run on it, from which tuning starts."""
+    from filelock import FileLock
+
     from tests import tuning
 
-    return tuning.pretrain(tmp_path_factory.mktemp("pretrained"), vocab_bpe)
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # by all workers of this session
+    with FileLock(shared / "pretrained.lock"):
+        made = shared / "pretrained.json"
+        if not made.exists():
+            folder = tempfile.mkdtemp(prefix="pretrained-", dir=shared)
+            made.write_text(json.dumps(tuning.pretrain(Path(folder), vocab_bpe)))
+        data_url, run_url = json.loads(made.read_text())
+    return data_url, run_url
 
 
 @pytest.fixture
