@@ -84,6 +84,7 @@ def _uri(data_url: str, name: str) -> str:
 
 
 # Columns and fields that change what an answer means, and that no conversation of texts can express.
+_TEXTS = ("chosen", "rejected", "system")
 _MEANINGFUL = ("tools", "images", "functions")
 _MEANINGFUL_IN_MESSAGES = ("tool_calls", "function_call")
 _HUMAN = re.compile(r"\n\n(Human|Assistant):")
@@ -249,7 +250,7 @@ def _whole_texts(row: dict[str, Any]) -> list[list[dict[str, str]]]:
             for part in parts
         ]
     # Where another column may hold the prompt, two answers that begin alike must not be taken to contain it.
-    others = [key for key, value in row.items() if key not in ("chosen", "rejected") and isinstance(value, str | list)]
+    others = [key for key, value in row.items() if key not in _TEXTS and isinstance(value, str | list)]
     if others:
         raise ValueError(f"has no prompt; if one of {', '.join(others)} holds it, rename that column to `prompt`")
     same = next((at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other), None)
