@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import logging
+from collections import Counter
 from typing import Any
 
 import pyarrow as pa
@@ -48,9 +49,12 @@ Check an example set and store it below DATA_URL/sets, from where later stages r
 hellaswag     the 10,042 validation items; --from names a copy of hellaswag_val.jsonl or of the Hub's parquet file
               (default: the Hub); any content other than the published one is refused
 instructions  one conversation per row: {"messages": [{"role": ..., "content": ...}, ...]} with the roles system,
-              user and assistant, the last one assistant; or {"instruction": ..., "input": ..., "output": ...}
-preferences   one pair per row: {"prompt": ..., "chosen": ..., "rejected": ...}; the prompt is a text or a list of
-              messages, and chosen and rejected are answers to it, or whole lists of messages"""
+              user and assistant, the last one assistant; or {"instruction": ..., "input": ..., "output": ...}; or
+              {"prompt": ..., "completion": ...}, texts or lists of messages
+preferences   one pair per row: {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of messages;
+              without a prompt, chosen and rejected are whole conversations, or texts that begin with it
+both          a content is a text or a list of text parts; a column `system` is the first message; tools and images
+              are refused; columns that are not used are counted"""
 
 
 def main(arguments: list[str]) -> int:
@@ -108,13 +112,18 @@ def store_rows(data_url: str, source: str, name: str, licence: str, kind: str = 
     found = read_rows(source)
     good: list[dict[str, Any]] = []
     problems: list[str] = []
+    not_used: Counter[str] = Counter()
     for number, row in enumerate(found, 1):
         try:
             good.append(form(row))
+            not_used.update(sets.unused(row, schema))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
     for problem in problems[:5]:
         log.warning("%s: left out %s", source, problem)
+    if not_used:
+        columns = ", ".join(f"{name} in {count:,} rows" for name, count in sorted(not_used.items()))
+        log.warning("%s: columns that are not used: %s", source, columns)
     if not good or len(problems) > MAX_BAD_FRACTION * len(found):
         first = f" ({problems[0]})" if problems else ""
         raise DataError(

@@ -5,7 +5,9 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 HANG_SECONDS = 30.0
 KEY = "sk-test-7291"
@@ -14,10 +16,19 @@ KEY = "sk-test-7291"
 class FakeEndpoint:
     """Fails one call in five (in turn 500, 429 with Retry-After, garbage, a broken connection); hangs once.
 
-    `faults` False: never. `calls` counts by outcome, `prompts` successful answers by prompt.
+    `faults` False: never. `calls` counts by outcome, `prompts` successful answers by prompt. `says` may answer in its
+    place: it gets the body of a call and returns a status and a document, or None.
     """
 
-    def __init__(self, faults: bool = True, seconds_per_call: float = 0.0, usage: tuple[int, int] = (20, 10)):
+    def __init__(
+        self,
+        faults: bool = True,
+        seconds_per_call: float = 0.0,
+        usage: tuple[int, int] = (20, 10),
+        says: Callable[[dict[str, Any]], tuple[int, Any] | None] = lambda body: None,
+    ):
+        self.bodies: list[dict[str, Any]] = []
+        self._says = says
         self.calls: Counter[str] = Counter()
         self.prompts: Counter[str] = Counter()
         self.most_at_once = 0
@@ -62,8 +73,12 @@ class FakeEndpoint:
                 kind = "hang"
             elif self._faults and number % 5 == 0:
                 kind = next(self._kinds)
-            self.calls[kind] += 1
+            self.bodies.append(body)
+            told = self._says(body) if kind == "answer" else None
+            self.calls["told" if told else kind] += 1
         try:
+            if told:
+                return self._send(handler, told[0], json.dumps(told[1]).encode())
             getattr(self, f"_do_{kind}", self._do_status)(handler, kind, body)
         except BrokenPipeError:
             pass  # the caller did not wait

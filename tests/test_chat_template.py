@@ -74,3 +74,14 @@ def test_state_of_a_checkpoint_tells_which_template():
     assert chat_template.is_tuned({"template": chat_template.NAME}, "run")
     with pytest.raises(CheckpointError, match=r"^run: is tuned on the turn template 'other'; .* headed-turns only$"):
         chat_template.is_tuned({"template": "other"}, "run")
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_text_of_a_conversation_has_its_tokens(encoding, prompt: bool):
+    messages = [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": "Hi\n"},
+        {"role": "assistant", "content": "Hello!"},
+    ]
+    text = chat_template.text_of(messages, prompt)
+    assert encoding.encode(text, allowed_special="all") == chat_template.render(messages, encoding, prompt).tokens

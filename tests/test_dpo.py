@@ -150,13 +150,80 @@ def test_forms_of_pairs():
     ]
     assert [preference(row) for row in rows] == [(chosen, rejected)] * 3
     for row, problem in (
-        ({"prompt": "Q", "chosen": "A"}, "empty message"),
+        ({"prompt": "Q", "chosen": "A"}, "has no `rejected`"),
         ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "the same answer twice"),
         ({"chosen": chosen["messages"], "rejected": [{"role": "user", "content": "Q"}]}, "end with assistant"),
         (["Q"], "not a JSON object"),
     ):
         with pytest.raises(ValueError, match=problem):
             preference(row)
+
+
+def pair(*before: tuple[str, str]) -> tuple[dict, dict]:
+    turns = [{"role": role, "content": content} for role, content in before]
+    return tuple({"messages": [*turns, {"role": "assistant", "content": answer}]} for answer in ("A is", "B is"))
+
+
+USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "Q"), ("assistant", "A is"), ("assistant", "B is")))
+WHOLE = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+ANSWERS = {"chosen": "A is", "rejected": "B is"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "Q", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "Q", "chosen": GOOD, "rejected": BAD},
+        WHOLE,
+        {"prompt": [USER], **WHOLE},
+        {"prompt": " Q\n", "messages": [USER, GOOD], "score_chosen": 8.0, **WHOLE},
+        {"question": "Q", **ANSWERS},
+        {"instruction": "Q", "input": "", **ANSWERS},
+        {"chosen": "Q A is", "rejected": "Q B is"},
+        {"chosen": "\n\nHuman: Q\n\nAssistant: A is", "rejected": "\n\nHuman: Q\n\nAssistant: B is"},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}], **ANSWERS},
+    ],
+)
+def test_every_form_of_trl_is_the_same_pair(row):
+    assert preference(row) == pair(("user", "Q"))
+    system = {"role": "system", "content": "Be kind."}
+    for whole in preference(row | {"system": "Be kind."}):
+        assert whole["messages"][0] == system
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "Other", **WHOLE}, "has a prompt that does not occur in `chosen`"),
+        ({"prompt": "Q", "completion": "A", "label": True}, "has no `chosen`; `completion` with `label` is no pair"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": [{"name": "f"}]}, "has tools"),
+        ({"query": "Q", "chosen": "The A", "rejected": "The B"}, "if one of query holds it, rename that column"),
+        ({"prompt": "", "chosen": "The A", "rejected": "The B"}, "if one of prompt holds it"),
+        ({"chosen": "A", "rejected": "B"}, "do not begin alike"),
+        ({"prompt": [USER], "chosen": [GOOD | {"tool_calls": [{}]}], "rejected": [BAD]}, "tool_calls"),
+        ({"prompt": "Q", "chosen": [GOOD | {"weight": 0}], "rejected": [BAD]}, "message of weight 0"),
+        ({"system": "S", "prompt": [{"role": "system", "content": "T"}, USER], **ANSWERS}, "another message of role"),
+        ({"prompt": "Q", "chosen": 1, "rejected": 2}, "whose content is int"),
+    ],
+)
+def test_what_no_pair_can_express_is_refused(row, problem):
+    with pytest.raises(ValueError, match=problem):
+        preference(row)
+
+
+def test_columns_that_are_not_used_are_counted(tmp_path, vocab_bpe):
+    row = {
+        "prompt": "Q",
+        "prompt_id": "x",
+        "messages": [USER, GOOD],
+        "score_chosen": 8.0,
+        "system": "Be kind.",
+        **WHOLE,
+    }
+    config = ExamplesConfig(examples=tuning.write_rows(tmp_path / "rows.jsonl", [row, row]), val_fraction=0.0)
+    found = examples.read_preferences(config, read_vocabulary(str(vocab_bpe)).encoding(), 64)
+    assert found.report.endswith("not used: messages in 2 rows, prompt_id in 2 rows, score_chosen in 2 rows")
 
 
 def test_bad_input_is_one_sentence(pretrained, pairs, tmp_path):

@@ -241,6 +241,43 @@ def test_what_is_no_request_is_refused(url, client):
     assert caught.value.code == "context_length_exceeded"
 
 
+EMPTY = {
+    "an answer of nothing": [*HELLO, {"role": "assistant", "content": ""}, *HELLO],
+    "an answer of null": [*HELLO, {"role": "assistant", "content": None}, *HELLO],
+    "no system": [{"role": "system", "content": " "}, *HELLO, *HELLO],
+    "an empty part": [*HELLO, {"role": "assistant", "content": [{"type": "text", "text": ""}]}, *HELLO],
+    "nothing to go on from": [*HELLO, *HELLO, {"role": "assistant", "content": ""}],
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_turn_is_as_if_it_were_not_there(client, name: str):
+    def say(messages: list[dict]) -> str:
+        found = client.chat.completions.create(model="tuned", messages=messages, max_tokens=5, temperature=0)
+        return found.choices[0].message.content
+
+    assert say(EMPTY[name]) == say([*HELLO, *HELLO])
+
+
+def test_parameters_that_change_nothing(client, url):
+    ask = {"model": "tuned", "messages": HELLO, "max_tokens": 5, "temperature": 0}
+    plain = client.chat.completions.create(**ask).choices[0].message.content
+    more = {
+        "parallel_tool_calls": False,
+        "modalities": ["text"],
+        "tool_choice": "auto",
+        "reasoning_effort": "none",
+        "verbosity": "medium",
+    }
+    assert client.chat.completions.create(**ask, **more).choices[0].message.content == plain
+    for key, value in (("modalities", ["audio"]), ("tool_choice", "required"), ("reasoning_effort", "high")):
+        status, answer = post(url, json.dumps(ask | {key: value}).encode(), "/v1/chat/completions")
+        assert (status, answer["error"]["param"]) == (400, key)
+    for last in ({"role": "user", "content": ""}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}):
+        status, answer = post(url, json.dumps(ask | {"messages": [*HELLO, last]}).encode(), "/v1/chat/completions")
+        assert (status, answer["error"]["param"]) == (400, "messages")
+
+
 def test_without_a_key_only_names_of_this_computer_are_served(url):
     assert post(url, b"{}", Host="localhost:8000")[0] == 404  # of the model
     status, answer = post(url, b"{}", Host="rebound.example.org")

@@ -89,5 +89,41 @@ def test_preference_pairs_are_stored_in_one_form(tmp_path: Path):
     assert row["chosen"] == [question, {"role": "assistant", "content": "A"}]
     assert row["rejected"] == [question, {"role": "assistant", "content": "B"}]
     source = write_rows(tmp_path / "bad.jsonl", [{"prompt": "Q", "chosen": "A"}])
-    with pytest.raises(DataError, match=r"1 of 1 rows are not preferences \(row 1: has an empty message"):
+    with pytest.raises(DataError, match=r"1 of 1 rows are not preferences \(row 1: has no `rejected`"):
         entry.main(["preferences", str(tmp_path), f"--from={source}"])
+
+
+PARTS = [{"type": "text", "text": "Q"}, {"type": "text", "text": " 1"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": ["A"]}]},
+        {"prompt": [{"role": "user", "content": PARTS}], "completion": [{"role": "assistant", "content": "A"}]},
+        {"prompt": "Q 1", "completion": "A"},
+    ],
+)
+def test_a_content_is_a_text_or_parts_of_one(row):
+    expected = [{"role": "user", "content": "Q 1"}, {"role": "assistant", "content": "A"}]
+    assert sets.conversation(row) == {"messages": expected}
+    system = {"role": "system", "content": "Be brief."}
+    assert sets.conversation(row | {"system": "Be brief."}) == {"messages": [system, *expected]}
+
+
+def test_parts_in_prompts_and_of_other_kinds():
+    user = {"role": "user", "content": PARTS}
+    for row in ({"messages": [user]}, {"prompt": [user]}, {"prompt": PARTS}, {"prompt": "Q 1"}):
+        assert sets.conversation_prompt(row) == [{"role": "user", "content": "Q 1"}]
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    with pytest.raises(ValueError, match="has a content part of type 'image_url'; only text can be used"):
+        sets.conversation({"messages": [picture, {"role": "assistant", "content": "A"}]})
+    with pytest.raises(ValueError, match="has a message with tool_calls"):
+        sets.conversation({"messages": [user, {"role": "assistant", "content": "A", "tool_calls": [{}]}]})
+
+
+def test_columns_that_are_not_used_are_named(tmp_path: Path, capfd):
+    row = {"instruction": "Q", "output": "A", "category": "open", "id": None, "system": "Be brief."}
+    entry.main(["instructions", str(tmp_path), f"--from={write_rows(tmp_path / 'rows.jsonl', [row, row])}"])
+    assert "rows.jsonl: columns that are not used: category in 2 rows" in capfd.readouterr().err
+    assert sets.read(str(tmp_path), "instructions")[0]["messages"][0]["content"] == "Be brief."

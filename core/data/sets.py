@@ -6,11 +6,12 @@
 A row of conversations is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
 The roles are system (first only), then user and assistant in turn. The last one is assistant. Rows of the older form
 `instruction`, `input` (optional), `output` are converted: instruction and input, joined by a blank line, become the
-user's message.
+user's message. A content may be a list of text parts, as in OpenAI's API.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -82,44 +83,54 @@ def _uri(data_url: str, name: str) -> str:
 # --- conversations ---------------------------------------------------------------------------------------------
 
 
+# Columns and fields that change what an answer means, and that no conversation of texts can express.
+_TEXTS = ("chosen", "rejected", "system")
+_MEANINGFUL = ("tools", "images", "functions")
+_MEANINGFUL_IN_MESSAGES = ("tool_calls", "function_call")
+_HUMAN = re.compile(r"\n\n(Human|Assistant):")
+
+
 def conversation(row: Any) -> dict[str, Any]:
-    """Converts a row to the stored form. Raises ValueError with the problem."""
-    if not isinstance(row, dict):
-        raise ValueError("is not a JSON object")
-    if row.get("messages") is None and "instruction" in row:
-        parts = [part for part in (row["instruction"], row.get("input")) if part]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError("has an instruction or input that is not a text")
-        question = "\n\n".join(parts)
-        row = {"messages": [_message("user", question), _message("assistant", row.get("output"))]}
-    return {"messages": _turns(row.get("messages"), "assistant")}
+    """Converts a row to the stored form. Raises ValueError with the problem.
+
+    Besides `messages` and `instruction` with `output`, a row may have `prompt` and `completion`, both texts or lists of
+    messages. A `system` column becomes the first message.
+    """
+    _check_row(row)
+    messages = row.get("messages")
+    if messages is None and "instruction" in row:
+        messages = [_message("user", _instruction(row)), _message("assistant", row.get("output"))]
+    elif messages is None and "completion" in row:
+        messages = _joined(row.get("prompt"), row["completion"], "completion")
+    elif messages is not None and row.get("completion") is not None:
+        raise ValueError("has both messages and a completion; leave one of them out")
+    return {"messages": _turns(_with_system(row, messages), "assistant")}
 
 
 def preference(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Converts a row to two conversations that differ in the last answer, the better one first. Raises ValueError.
 
-    `chosen` and `rejected` are answers to `prompt`, a text or a list of messages. Without a `prompt` they are whole
-    lists of messages.
+    `chosen` and `rejected` are texts or lists of messages, as in TRL: answers to `prompt`, a text or a list of
+    messages, or whole conversations. Two texts without a prompt begin with it, and differ from the answer on. A
+    `system` column becomes the first message; `question`, or `instruction` and `input`, can stand for the prompt.
     """
-    if not isinstance(row, dict):
-        raise ValueError("is not a JSON object")
-    prompt = row.get("prompt", row.get("messages"))
-    answers = []
-    for key in ("chosen", "rejected"):
-        answer = row.get(key)
-        if isinstance(answer, list):
-            whole = _turns(answer, "assistant")
-        elif isinstance(prompt, list):
-            whole = [*_turns(prompt, "user"), _message("assistant", answer)]
-        else:
-            whole = [_message("user", prompt), _message("assistant", answer)]
-        answers.append({"messages": whole})
-    chosen, rejected = answers
-    if chosen["messages"][:-1] != rejected["messages"][:-1]:
+    _check_row(row)
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if answer is None:
+            also = "; `completion` with `label` is no pair" if "label" in row and "completion" in row else ""
+            raise ValueError(f"has no `{key}`{also}")
+    prompt = _value(row, _prompt_columns(row)) or None
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        wholes = _whole_texts(row)
+    else:
+        wholes = [_joined(prompt, answer, key) for key, answer in (("chosen", chosen), ("rejected", rejected))]
+    better, worse = ({"messages": _turns(_with_system(row, whole), "assistant")} for whole in wholes)
+    if better["messages"][:-1] != worse["messages"][:-1]:
         raise ValueError("has a chosen and a rejected answer to different prompts")
-    if chosen == rejected:
+    if better == worse:
         raise ValueError("has the same answer twice")
-    return chosen, rejected
+    return better, worse
 
 
 def preference_row(row: Any) -> dict[str, Any]:
@@ -129,10 +140,51 @@ def preference_row(row: Any) -> dict[str, Any]:
 
 
 def conversation_prompt(row: Any) -> list[dict[str, str]]:
-    """Messages up to the user's last one: a row's `messages`, or its `prompt`, a text. Raises ValueError."""
+    """Messages up to the user's last one: a row's `messages`, or its `prompt`, a text or a list. Raises ValueError."""
+    _check_row(row)
+    prompt = row["messages"] if "messages" in row else row.get("prompt")
+    if "messages" not in row and not _is_messages(prompt):
+        prompt = [_message("user", prompt)]
+    return _turns(_with_system(row, prompt), "user")
+
+
+def unused(row: Any, schema: str) -> list[str]:
+    """Columns of a row, and fields of its messages, that have a value and do not reach the model."""
     if not isinstance(row, dict):
-        raise ValueError("is not a JSON object")
-    return _turns(row["messages"], "user") if "messages" in row else [_message("user", row.get("prompt"))]
+        return []
+    if schema == "preferences":
+        used = ("chosen", "rejected", *_prompt_columns(row))
+    elif row.get("messages") is not None:
+        used = ("messages",)
+    else:
+        used = ("instruction", "input", "output") if "instruction" in row else ("prompt", "completion")
+    fields = {
+        key
+        for messages in map(row.get, used)
+        if _is_messages(messages)
+        for message in messages
+        for key, value in message.items()
+        if value not in (None, [], "") and key not in ("role", "content", "weight")
+    }
+    columns = [key for key, value in row.items() if value is not None and key not in (*used, "system", "provenance")]
+    return sorted(columns) + sorted(f"messages[].{key}" for key in fields)
+
+
+def text_of(content: Any) -> Any:
+    """The text of a message's content, which may be a list of text parts as in OpenAI's API. Other values unchanged.
+
+    Raises ValueError for a part that is not text.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"has a content part of type {kind!r}; only text can be used")
+        texts.append(text)
+    return "".join(texts)
 
 
 def question_of(messages: list[dict[str, str]]) -> str:
@@ -140,11 +192,107 @@ def question_of(messages: list[dict[str, str]]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages[:-1])
 
 
+def _check_row(row: Any) -> None:
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    for key in _MEANINGFUL:
+        if row.get(key):
+            raise ValueError(f"has {key}, which a conversation of texts cannot express; leave the column out")
+
+
+def _instruction(row: dict[str, Any]) -> str:
+    parts = [part for part in (row.get("instruction"), row.get("input")) if part]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("has an instruction or input that is not a text")
+    return "\n\n".join(parts)
+
+
+def _prompt_columns(row: dict[str, Any]) -> tuple[str, ...]:
+    """The columns of a row of preferences that hold its prompt."""
+    chosen = row.get("chosen")
+    whole = _is_messages(chosen) and chosen[0]["role"] != "assistant"
+    for key in ("prompt",) if whole else ("prompt", "question", "messages"):
+        if row.get(key) is not None:
+            return (key,)
+    return () if whole else ("instruction", "input")
+
+
+def _value(row: dict[str, Any], columns: tuple[str, ...]) -> Any:
+    return row[columns[0]] if len(columns) == 1 else _instruction(row) if len(columns) == 2 else None
+
+
+def _joined(prompt: Any, answer: Any, key: str) -> list[dict[str, Any]]:
+    """The whole conversation of a prompt and an answer, each a text or messages."""
+    answer = [answer] if isinstance(answer, dict) else answer
+    turns = answer if _is_messages(answer) else [_message("assistant", answer)]
+    if prompt is None:
+        if not _is_messages(answer):
+            raise ValueError("has no prompt")
+        return turns
+    before = prompt if _is_messages(prompt) else [_message("user", prompt)]
+    if turns[0].get("role") == "assistant":
+        return [*before, *turns]
+    # The answer repeats its prompt, a text or all of the messages.
+    said = [text_of(turn.get("content")) for turn in turns[:-1]]
+    if any(_stripped(text_of(message.get("content"))) not in map(_stripped, said) for message in before):
+        raise ValueError(f"has a prompt that does not occur in `{key}`, a whole conversation; leave out one of them")
+    return turns
+
+
+def _whole_texts(row: dict[str, Any]) -> list[list[dict[str, str]]]:
+    """Conversations of two texts that begin alike: turns of "Human:" and "Assistant:", or a prompt and two answers."""
+    chosen, rejected = texts = row["chosen"], row["rejected"]
+    if all(_HUMAN.match(text) for text in texts):
+        roles = {"Human": "user", "Assistant": "assistant"}
+        parts = [_HUMAN.split(text)[1:] for text in texts]
+        return [
+            [{"role": roles[who], "content": said.strip()} for who, said in zip(part[::2], part[1::2], strict=True)]
+            for part in parts
+        ]
+    # Where another column may hold the prompt, two answers that begin alike must not be taken to contain it.
+    others = [key for key, value in row.items() if key not in _TEXTS and isinstance(value, str | list)]
+    if others:
+        raise ValueError(f"has no prompt; if one of {', '.join(others)} holds it, rename that column to `prompt`")
+    same = next((at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other), None)
+    same = min(len(chosen), len(rejected)) if same is None else same
+    end = max(chosen.rfind(space, 0, same) for space in " \n\t")  # no word is cut in two
+    if end < 1 or not chosen[:end].strip():
+        raise ValueError("has no prompt: `chosen` and `rejected` are texts that do not begin alike")
+    return [[_message("user", text[:end]), _message("assistant", text[end:].lstrip())] for text in texts]
+
+
+def _with_system(row: dict[str, Any], messages: Any) -> Any:
+    """Puts the text of the column `system` before the messages. An empty one says nothing."""
+    system = row.get("system")
+    if not system or not _is_messages(messages):
+        return messages
+    first = _message("system", system)
+    if messages[0].get("role") != "system":
+        return [first, *messages]
+    if text_of(messages[0].get("content")) != first["content"]:
+        raise ValueError("has a system column and another message of role 'system'; leave out one of them")
+    return messages
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "role" in each for each in value)
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
+
+
 def _turns(messages: Any, last: str) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise ValueError("has neither messages nor instruction and output")
     if not all(isinstance(message, dict) for message in messages):
         raise ValueError("has a message that is not an object")
+    for message in messages:
+        for key in _MEANINGFUL_IN_MESSAGES:
+            if message.get(key):
+                raise ValueError(f"has a message with {key}, which a conversation of texts cannot express")
+        if message.get("weight") not in (None, 1):
+            raise ValueError(f"has a message of weight {message['weight']!r}; only answers of weight 1 can be used")
     turns = [_message(message.get("role"), message.get("content")) for message in messages]
     spoken = turns[1:] if turns[0]["role"] == "system" else turns
     expected = ["user", "assistant"] * ((len(spoken) + 1) // 2)
@@ -154,6 +302,10 @@ def _turns(messages: Any, last: str) -> list[dict[str, str]]:
 
 
 def _message(role: Any, content: Any) -> dict[str, str]:
-    if not isinstance(content, str) or not content.strip():
+    content = text_of(content)
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"has a message of role {role!r} whose content is {type(content).__name__}, not a text")
+    if not content or not content.strip():
         raise ValueError(f"has an empty message of role {role!r}")
-    return {"role": role, "content": content}
+    # OpenAI renamed the role.
+    return {"role": "system" if role == "developer" else role, "content": content}

@@ -58,6 +58,9 @@ class EvaluateConfig(Bounded):
     lm_eval_tasks: str = setting(
         "", "local folder with YAML files of additional tasks for the harness", check=urls.mistake_in_folder
     )
+    apply_chat_template: bool = setting(
+        False, "harness's tasks: ask in the turns that the model was tuned on; needs a tuned model"
+    )
     max_usd: float = setting(
         0.0,
         "hard cap in dollars over all evaluations of this folder; results up to it are stored; 0: none",

@@ -201,6 +201,12 @@ class EndpointConfig(Bounded):
         identity=False,
         gt=0,
     )
+    limit_parameter: Literal["max_tokens", "max_completion_tokens"] = setting(
+        "max_tokens", "name that the endpoint has for make.max_tokens; newer models want the longer one", identity=False
+    )
+    omit: tuple[Literal["temperature", "top_p"], ...] = setting(
+        (), "parameters that are not sent, because the model refuses them", identity=False
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -253,6 +259,7 @@ class MakeConfig(Bounded):
     temperature: float = setting(0.7, "temperature of the sampling at the endpoint")
     top_p: float = setting(1.0, "top_p of the sampling at the endpoint")
     max_tokens: int = setting(512, "longest answer; an answer that is cut off there is skipped", gt=0)
+    retry_declined: bool = setting(False, "ask prompts again that the endpoint has declined", identity=False)
 
     def __post_init__(self):
         super().__post_init__()

@@ -23,6 +23,7 @@ NAME = "headed-turns"
 STATE_KEY = "template"
 ROLES = ("system", "user", "assistant")
 NO_TARGET = -1
+END_OF_TEXT = "<|endoftext|>"
 _SEPARATOR = "\n\n"
 # Texts that end an answer of a model which continues with the next turn.
 STOP = tuple(f"{_SEPARATOR}### {role.capitalize()}:" for role in ROLES)
@@ -67,6 +68,13 @@ def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_promp
         tokens += heading
         targets += [NO_TARGET] * len(heading)
     return Rendered(tokens, targets)
+
+
+def text_of(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    """The text that JINJA makes of a conversation, whose token ids are those of `render`. Raises DataError."""
+    turns = [_checked(message, number) for number, message in enumerate(messages)]
+    headed = [f"### {role.capitalize()}:\n{content}" for role, content in turns]
+    return END_OF_TEXT + _SEPARATOR.join([*headed, "### Assistant:\n"] if add_generation_prompt else headed)
 
 
 def is_tuned(state: Mapping[str, Any], where: str) -> bool:

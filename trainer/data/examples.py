@@ -15,6 +15,7 @@ import bisect
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +113,7 @@ def _read(
     where, rows, fingerprint = rows_of(data)
     sides: dict[str, list] = {"train": [], "val": []}
     problems: list[str] = []
+    not_used: Counter[str] = Counter()
     long = lost = count = 0
     for count, row in enumerate(rows, 1):
         try:
@@ -120,6 +122,7 @@ def _read(
         except (ValueError, DataError) as error:
             problems.append(f"row {count} {error}")
             continue
+        not_used.update(sets.unused(row, "preferences" if per_example == 2 else "conversations"))
         if per_example == 2:
             rendered = [_last_answer_only(each.tokens, each.targets) for each in rendered]
         cut = [(tokens[:length], targets[:length]) for tokens, targets in rendered]
@@ -143,10 +146,12 @@ def _read(
             f"tokens, {len(sides['val']) // per_example} are for validation; give more rows, or lower data.val_fraction"
         )
     train, val = Texts.of(sides["train"]), Texts.of(sides["val"])
+    columns = ", ".join(f"{name} in {rows:,} rows" for name, rows in sorted(not_used.items()))
     report = (
         f"examples: {len(train) // per_example:,} for training, {len(val) // per_example:,} for "
         f"validation, of {count:,} rows; {len(problems):,} without an answer or of an unknown form skipped; {long:,} "
         f"longer than {length:,} tokens and cut at their end, {lost:,} of them skipped: nothing of an answer remained"
+        + (f"; columns that are not used: {columns}" if columns else "")
     )
     return Examples(train, val, per_example, fingerprint, report)
 

@@ -3,14 +3,21 @@
 Every rank builds the same requests and computes its share. All ranks receive all answers and the same scores.
 """
 
+import dataclasses
 import functools
+import hashlib
+import json
 import logging
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import ConfigError
+from core.settings.evaluation import EvaluateConfig
+from core.settings.loader import SettingError
+from trainer.data import chat_template
 from trainer.distributed.process_group import Ranks, gather_objects
 from trainer.evals.likelihood import ScoringRequest, likelihoods
 from trainer.evals.perplexity import rolling
@@ -21,12 +28,29 @@ from trainer.weights.open import TrainedModel
 
 try:
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
     raise ConfigError(
         f"tasks of lm-evaluation-harness need it: pip install lm-eval, or `pip install -e .[eval]` ({error})"
     ) from error
 
+log = logging.getLogger("evaluate")
+
 NEW_TOKENS = 256  # the harness's default for tasks without a limit
+SAMPLING = 2  # changes with what a task's options and seeds mean, so that older results are not taken for new ones
+_OPTIONS = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
+# Options of other backends, with the values that have no effect. null has none either.
+_NEUTRAL: dict[str, list[Any]] = {
+    "early_stopping": [False],
+    "frequency_penalty": [0],
+    "length_penalty": [1],
+    "no_repeat_ngram_size": [0],
+    "num_beams": [1],
+    "num_return_sequences": [1],
+    "presence_penalty": [0],
+    "typical_p": [1],
+    "use_cache": [False, True],
+}
 
 
 def version() -> str:
@@ -41,14 +65,26 @@ def run(
     ranks: Ranks,
     precision: str,
     partial: PartialResults,
-    folder: str,
-    limit: int,
-    num_fewshot: int,
+    settings: EvaluateConfig,
 ) -> dict[str, Any]:
-    """The harness's scores by metric, and by TASK/METRIC for sub-tasks. Raises ConfigError for an unknown task."""
+    """The harness's scores by metric, and by TASK/METRIC for sub-tasks.
+
+    Raises ConfigError for an unknown task, for an option of a task that has no meaning here, and for a base model that
+    is to be asked in turns.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    in_turns, folder = settings.apply_chat_template, settings.lm_eval_tasks
+    tuned = chat_template.is_tuned(trained.state, trained.name)
+    if in_turns and not tuned:
+        raise ConfigError(f"apply_chat_template: {trained.name} is a base model without turns; leave it out")
+    if tuned and not in_turns and ranks.is_main:
+        log.warning(
+            "lm-eval:%s: %s is tuned on turns and asked without them; --apply_chat_template=true asks in turns",
+            task,
+            trained.name,
+        )
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     # The harness needs half a minute to index its own tasks. Skip them if the task is in the folder.
     tasks = TaskManager(include_path=folder, include_defaults=False) if folder else None
@@ -57,10 +93,11 @@ def run(
     if not tasks.match_tasks([task]):
         raise ConfigError(f"lm-eval:{task}: unknown task of the harness; `lm_eval ls tasks` lists them")
     found = simple_evaluate(
-        HarnessModel(trained, ranks, precision, partial),
+        HarnessModel(trained, ranks, precision, partial, in_turns),
         tasks=[task],
-        num_fewshot=None if num_fewshot < 0 else num_fewshot,
-        limit=limit or None,
+        num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,
+        limit=settings.limit or None,
+        apply_chat_template=in_turns,
         log_samples=False,
         task_manager=tasks,
         # Standard errors of metrics other than means are estimated from this many samples.
@@ -85,13 +122,14 @@ def _all_tasks(folder: str):
 class HarnessModel(TemplateLM):
     """Our model behind the harness's interface. TemplateLM encodes pairs of context and continuation."""
 
-    def __init__(self, trained: TrainedModel, ranks: Ranks, precision: str, partial: PartialResults):
+    def __init__(self, trained: TrainedModel, ranks: Ranks, precision: str, partial: PartialResults, in_turns: bool):
         super().__init__()
         self._model = trained.model
         self._encoding = trained.encoding
         self._ranks = ranks
         self._precision = precision
         self._partial = partial
+        self._in_turns = in_turns
         self._calls = 0
 
     @property
@@ -101,6 +139,12 @@ class HarnessModel(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         return "gpt2"
+
+    def chat_template(self, _: bool | str = False) -> str:
+        return chat_template.JINJA
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return chat_template.text_of(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self._encoding.encode(string, allowed_special="all")
@@ -121,35 +165,73 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Generates texts, each rank its share. Greedy unless the task asks for sampling."""
         engine = Engine(self._model, self._encoding, self._ranks.device, self._precision)
+        seeds = seeds_of(requests)
+        # Every rank checks all options, so that all of them refuse together.
+        samplings = [self._sampling(request, seed) for request, seed in zip(requests, seeds, strict=True)]
         mine = {}
         numbers = range(self._ranks.rank, len(requests), self._ranks.world)
-        prompts = [self._prompt(*requests[number].args) for number in numbers]
+        prompts = [self._prompt(requests[number].args[0], samplings[number]) for number in numbers]
         for number, completion in zip(numbers, engine.complete(prompts), strict=True):
             mine[number] = completion.text
         found = {number: text for part in gather_objects(mine, self._ranks) for number, text in part.items()}
         return [found[number] for number in range(len(requests))]
 
-    def _prompt(self, text: str, options: dict[str, Any]) -> GenerationRequest:
-        until = options.get("until") or []
-        limit = int(options.get("max_gen_toks", NEW_TOKENS))
-        room = self._model.config.context - limit
-        if room < 1:
+    def _sampling(self, request, seed: int) -> Sampling:
+        sampling = sampling_of(request.args[1], seed, f"lm-eval:{request.task_name}")
+        if sampling.max_tokens >= self._model.config.context:
             raise ConfigError(
-                f"a task asks for {limit} new tokens, the model's context is {self._model.config.context}; "
-                "evaluate a model with a longer context, or another task"
+                f"lm-eval:{request.task_name}: asks for {sampling.max_tokens} new tokens, the model's context is "
+                f"{self._model.config.context}; evaluate a model with a longer context, or another task"
             )
-        tokens = (self.tok_encode(text) or [GPT2_END_OF_TEXT])[-room:]
-        sampling = Sampling(
-            max_tokens=limit,
-            temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
-            top_k=0,
-            top_p=float(options.get("top_p", 1.0)),
-            seed=0,
-            stop=(until,) if isinstance(until, str) else tuple(until),
-        )
-        return GenerationRequest(tokens, sampling)
+        return dataclasses.replace(sampling, stop=sampling.stop + chat_template.STOP) if self._in_turns else sampling
+
+    def _prompt(self, text: str, sampling: Sampling) -> GenerationRequest:
+        room = self._model.config.context - sampling.max_tokens
+        return GenerationRequest((self.tok_encode(text) or [GPT2_END_OF_TEXT])[-room:], sampling)
 
     def _compute(self, requests: list[ScoringRequest]):
         self._calls += 1
         part = f"{self._calls}/"
         return likelihoods(self._model, requests, self._ranks, self._precision, self._partial, part, "lm-eval")
+
+
+def seeds_of(requests) -> list[int]:
+    """A seed for each request from its task, its place there and its repeat, whatever rank computes it.
+
+    The harness hands in the same request several times for a task with `repeats`.
+    """
+    seen: Counter[str] = Counter()
+    seeds = []
+    for request in requests:
+        key = json.dumps([request.task_name, request.doc_id, request.idx, str(request.args[0])])
+        digest = hashlib.blake2b(f"{key}/{seen[key]}".encode(), digest_size=6).digest()
+        seeds.append(int.from_bytes(digest, "big"))
+        seen[key] += 1
+    return seeds
+
+
+def sampling_of(options: dict[str, Any], seed: int, where: str) -> Sampling:
+    """A task's `generation_kwargs` as the harness reads them. Raises ConfigError for what has no meaning here."""
+    try:
+        known = {key: value for key, value in normalize_gen_kwargs(options, NEW_TOKENS).items() if value is not None}
+        until, limit, is_sampled = known.pop("until", []), known.pop("max_gen_toks"), known.pop("do_sample", False)
+        # A task that samples without a temperature means 1, as in `transformers`.
+        temperature = float(known.pop("temperature", 1.0)) if is_sampled else 0.0
+        known.pop("temperature", None)  # of a greedy text
+        chosen = {key: kind(known.pop(key)) for key, kind in _OPTIONS.items() if key in known}
+        chosen["top_k"] = max(0, chosen.get("top_k", 0))  # -1 is off in other backends
+        seed ^= int(known.pop("seed", 0))
+        if not temperature:
+            # A greedy text takes the likeliest token: the others need not be chosen among.
+            chosen = {key: value for key, value in chosen.items() if key == "repetition_penalty"}
+        stop = tuple(str(text) for text in until if text)
+        sampling = Sampling(max_tokens=limit, temperature=temperature, seed=seed, stop=stop, **{"top_k": 0, **chosen})
+    except (SettingError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: generation_kwargs cannot be used: {error}; mend the task's file") from error
+    left = [key for key, value in known.items() if value not in _NEUTRAL.get(key, [])]
+    if left:
+        names = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *_OPTIONS, "seed"))
+        raise ConfigError(
+            f"{where}: generation_kwargs has {left[0]}={known[left[0]]!r}, which is not supported; use {names} only"
+        )
+    return sampling

@@ -22,6 +22,7 @@ from core.data import manifest, sets
 from core.errors import ConfigError, ObjectExists
 from core.run.folder import RunFolder, step_name
 from core.settings.evaluation import LM_EVAL, EvaluateConfig
+from trainer.data import chat_template
 from trainer.distributed.process_group import Ranks, on_all, on_main
 from trainer.evals import contamination, perplexity
 from trainer.evals.hellaswag import NAME as HELLASWAG
@@ -157,11 +158,13 @@ def _harness(
         "num_fewshot": settings.num_fewshot,
         "folder": settings.lm_eval_tasks,
         "precision": precision,
+        "sampling": harness.SAMPLING,
     }
+    if settings.apply_chat_template:
+        identity["template"] = chat_template.NAME
 
     def compute(trained: TrainedModel, partial: PartialResults) -> Found:
-        folder, limit, num_fewshot = settings.lm_eval_tasks, settings.limit, settings.num_fewshot
-        return {"scores": harness.run(name, trained, ranks, precision, partial, folder, limit, num_fewshot)}
+        return {"scores": harness.run(name, trained, ranks, precision, partial, settings)}
 
     return Measurement(task, identity, compute)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.data.sets import text_of
 from core.errors import DataError
 from core.settings.loader import SettingError
 from trainer.data import chat_template
@@ -34,18 +35,24 @@ _SAMPLING = {
     "seed": ("seed", int),
 }
 _READ = {"model", "prompt", "messages", "stop", "n", "stream", "stream_options", "logprobs", "top_logprobs"}
-_WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+_WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction"}
 # Unsupported parameters, with the values that have no effect. null has none either.
 _NEUTRAL = {
     "best_of": [1],
     "echo": [False],
     "frequency_penalty": [0],
     "logit_bias": [{}],
+    "function_call": ["none", "auto"],  # without functions
+    "functions": [[]],
+    "modalities": [["text"]],
+    "parallel_tool_calls": [False, True],  # without tools
     "presence_penalty": [0],
+    "reasoning_effort": ["none"],
     "response_format": [{"type": "text"}],
     "suffix": [""],
-    "tool_choice": ["none"],
+    "tool_choice": ["none", "auto"],
     "tools": [[]],
+    "verbosity": ["medium"],
 }
 
 
@@ -190,20 +197,31 @@ def _conversation(body: Mapping[str, Any], model: ChatModel) -> list[int]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ApiError(400, "messages must be a list of objects", "messages")
+    turns = [_message(each) for each in messages]
+    # A model may have answered with nothing, and its client sends that turn back. Training has no empty turns.
+    said = [turn for turn in turns[:-1] if not _is_empty(turn)]
+    said += [turn for turn in turns[-1:] if turn["role"] == "user" or not _is_empty(turn)]
     try:
-        return model.conversation([_message(each) for each in messages])
+        return model.conversation(said)
     except DataError as error:
         raise ApiError(400, str(error), "messages") from None
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    role, content = message.get("role"), message.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise ApiError(400, "messages may contain text only", "messages")
-        content = "".join(part["text"] for part in content)
+    role = message.get("role")
+    if message.get("tool_calls") or message.get("function_call"):
+        raise ApiError(400, "messages may contain text only, and no tool calls", "messages")
+    try:
+        content = text_of(message.get("content"))
+    except ValueError:
+        raise ApiError(400, "messages may contain text only", "messages") from None
     # OpenAI renamed the role.
     return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def _is_empty(turn: Mapping[str, Any]) -> bool:
+    content = "" if turn["content"] is None else turn["content"]
+    return turn["role"] in chat_template.ROLES and isinstance(content, str) and not content.strip()
 
 
 def _sampling(body: Mapping[str, Any], defaults: Sampling, is_chat: bool) -> Sampling:

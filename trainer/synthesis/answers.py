@@ -83,6 +83,7 @@ class StoredAnswers:
         """Adds the answer of an event, but not its cost."""
         if event["event"] == "answer":
             self.rows[event["key"]] = event["row"]
+            self.left_out.pop(event["key"], None)  # declined once, and asked again
         elif event["event"] == "left_out":
             self.left_out[event["key"]] = event["why"]
 

@@ -1,4 +1,4 @@
-"""Calls an OpenAI-compatible chat endpoint within a budget and classifies its failures.
+"""Calls an OpenAI-compatible chat endpoint within a budget and raises what its failures mean.
 
 The key from OPENAI_API_KEY goes into the Authorization header only. Without a key, the client sends none, as a local
 server expects.
@@ -15,25 +15,30 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from core.errors import ConfigError
+from core.data.sets import text_of
+from core.errors import ConfigError, EndpointError
 from core.settings.tuning import BudgetConfig, EndpointConfig, MakeConfig
+from trainer.synthesis import refusals
 
 LARGEST_REPLY_BYTES = 16 << 20
 # Upper bound of the tokens that a chat template adds per message.
 TOKENS_PER_MESSAGE = 32
-TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
+OTHER_RUN = "another run.url (and another make.name, if this run has stored rows)"
 Messages = Sequence[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. `finish` is the endpoint's reason: stop, length, content_filter, ..."""
+    """An answer. `finish` is the endpoint's reason: stop, length, content_filter, ...
+
+    The numbers of tokens are None if the endpoint does not say them. `usd` is then the most that the call can cost.
+    """
 
     text: str
     finish: str
     model: str
-    input_tokens: int
-    output_tokens: int
+    input_tokens: int | None
+    output_tokens: int | None
     usd: float
 
 
@@ -47,7 +52,14 @@ class TransientError(Exception):
 
 
 class RejectedPrompt(Exception):
-    """The endpoint refuses this prompt. A retry would not help."""
+    """The endpoint refuses this prompt. A retry would not help.
+
+    `unclear`: the refusal may also concern the parameters, so that all prompts would be refused.
+    """
+
+    def __init__(self, why: str, unclear: bool):
+        super().__init__(why)
+        self.unclear = unclear
 
 
 class Budget:
@@ -109,16 +121,9 @@ class EndpointClient:
         await self._session.close()
 
     async def ask(self, messages: Messages) -> Reply:
-        """Asks once. Raises TransientError, RejectedPrompt, or ConfigError for a failure that all calls would have."""
-        synthesis = self._synthesis
-        most = self._budget.usd_at_most(messages, synthesis.max_tokens)
-        body = {
-            "model": self._config.model,
-            "messages": list(messages),
-            "temperature": synthesis.temperature,
-            "top_p": synthesis.top_p,
-            "max_tokens": synthesis.max_tokens,
-        }
+        """Asks once. Raises TransientError, RejectedPrompt, or a LauncherError for what all calls would meet."""
+        most = self._budget.usd_at_most(messages, self._synthesis.max_tokens)
+        body = {"model": self._config.model, "messages": list(messages), **self.parameters}
         try:
             async with self._session.post(self._url, json=body, allow_redirects=False) as response:
                 data = await _content(response)
@@ -132,30 +137,84 @@ class EndpointClient:
         except (aiohttp.ClientError, ValueError) as error:
             raise TransientError(f"broke off ({type(error).__name__})", most) from error
         if status != 200:
-            self._raise(status, data, after)
-        return self._reply(data, most)
+            self._raise(status, data, after, 0.0)
+        return self._reply(data, after, most)
 
-    def _raise(self, status: int, data: bytes, after: float | None) -> None:
-        said = " ".join(data.decode(errors="replace").split())[:200]
-        if status in TRANSIENT:
-            raise TransientError(f"answered {status}: {said}", 0.0, after)
-        if status in (400, 413, 422):
-            raise RejectedPrompt(f"answered {status}: {said}")
-        remedy = "check OPENAI_API_KEY" if status in (401, 403) else "check endpoint.url and endpoint.model"
-        raise ConfigError(f"{self._url}: answered {status}: {said}; {remedy}")
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of every call, under the endpoint's names."""
+        made = self._synthesis
+        sampling = {"temperature": made.temperature, "top_p": made.top_p}
+        sent = {name: value for name, value in sampling.items() if name not in self._config.omit}
+        return {**sent, self._config.limit_parameter: made.max_tokens}
 
-    def _reply(self, data: bytes, most: float) -> Reply:
+    def _raise(self, status: int, data: bytes, after: float | None, usd: float) -> None:
+        system = {"system": self._synthesis.system} if self._synthesis.system else {}
+        refusal = refusals.sort(status, data, {"model": self._config.model, **self.parameters, **system})
+        said = f"answered {status}: {refusal.said}"
+        if refusal.kind == "again":
+            raise TransientError(said, usd, after)
+        if refusal.kind in ("prompt", "unclear"):
+            raise RejectedPrompt(said, refusal.kind == "unclear")
+        if refusal.kind == "credit":
+            raise EndpointError(
+                f"{self._url}: {said}; the account has no credit left: add some, then run the same command"
+            )
+        if refusal.kind == "setting":
+            raise ConfigError(f"{self._url}: {said}; it refuses a setting of every call: {self._remedy(refusal)}")
+        remedy = "check OPENAI_API_KEY, and whether the key may use endpoint.model"
+        if refusal.kind == "address":
+            remedy = f"check endpoint.url; another endpoint.model needs {OTHER_RUN}"
+        raise ConfigError(f"{self._url}: {said}; {remedy}")
+
+    def _remedy(self, refusal: refusals.Refusal) -> str:
+        """How to mend a refused setting. What belongs to the identity of a run cannot change within it."""
+        name, made = refusal.parameter, self._synthesis
+        if name in ("temperature", "top_p"):
+            value = getattr(made, name)
+            omit = ",".join((*self._config.omit, name))
+            return f"make.{name} is {value:g}; leave it to the endpoint with --endpoint.omit={omit}"
+        if name == self._config.limit_parameter:
+            other = "max_tokens" if name == "max_completion_tokens" else "max_completion_tokens"
+            return (
+                f"make.max_tokens is {made.max_tokens}, sent as {name}; send it as {other} with "
+                f"--endpoint.limit_parameter={other}, or set a value that it takes with {OTHER_RUN}"
+            )
+        if name == "system":
+            return f"make.system is not empty; set --make.system= with {OTHER_RUN}"
+        return f"endpoint.model is {self._config.model!r}; name another one with {OTHER_RUN}"
+
+    def _reply(self, data: bytes, after: float | None, most: float) -> Reply:
         try:
             document: Any = json.loads(data)
-            choice, usage = document["choices"][0], document["usage"]
-            text = choice["message"]["content"] or ""
-            tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-            if not isinstance(text, str) or min(tokens) < 0:
-                raise ValueError("the content is not a text, or the usage is negative")
-            finish, model = str(choice.get("finish_reason")), str(document.get("model", self._config.model))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            status = refusals.status_within(document)
+            if status is None:
+                choice = document["choices"][0]
+                message, finish = choice["message"], str(choice.get("finish_reason"))
+                text = text_of(message.get("content")) or ""
+                if choice.get("error") or finish == "error":
+                    raise ValueError(f"the answer broke off: {choice.get('error')}")
+                if not isinstance(text, str):
+                    raise ValueError("the content is not a text")
+                if message.get("refusal") and not text:
+                    finish = "content_filter"
+                model = str(document.get("model", self._config.model))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise TransientError(f"answered with no chat completion ({type(error).__name__}: {error})", most) from error
+        if status is not None:
+            self._raise(status, data, after, most)
+        tokens = _usage(document.get("usage"))
+        if tokens is None:
+            return Reply(text, finish, model, None, None, most)
         return Reply(text, finish, model, *tokens, self._budget.usd(*tokens))
+
+
+def _usage(usage: Any) -> tuple[int, int] | None:
+    """The numbers of tokens of prompt and answer, or None if the endpoint does not say both."""
+    if not isinstance(usage, dict):
+        return None
+    found = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return found if all(type(count) is int and count >= 0 for count in found) else None
 
 
 async def _content(response: aiohttp.ClientResponse) -> bytes:

@@ -33,6 +33,8 @@ log = logging.getLogger("distil")
 
 FIRST_PAUSE_SECONDS = 1.0
 GIVE_UP_AFTER = 5  # consecutive prompts without an answer: the endpoint is down
+REFUSED_AT_FIRST = 20  # prompts refused for an unknown reason before the first answer: it is not the prompts
+DECLINED = "declined"
 SCHEMA = "conversations"
 
 
@@ -81,6 +83,8 @@ class Maker:
         self._log = answers.AnswerLog(settings.run.url, segment)
         self.budget = Budget(settings.budget, stored.usd)
         self._given_up: list[str] = []
+        self._unclear: dict[str, str] = {}  # keys refused for a reason that may concern all prompts, and the reason
+        self._warned_of_usage = False
         self._failing = 0
         self._out_of_money = self._asked_to_stop = False
         self._failure: LauncherError | None = None
@@ -91,13 +95,13 @@ class Maker:
         loop.add_signal_handler(signal.SIGINT, self._stop)
         stop.inform(lambda reason: None if loop.is_closed() else loop.call_soon_threadsafe(self._stop))
         stop.allow(stop.own_seconds())
-        todo = self._todo()
-        total = len(self._prompts) * settings.make.answers
-        done = len(self._stored.rows) + len(self._stored.left_out)
+        waiting = list(self._todo())  # fixed now, so that a prompt declined by this start is not asked again by it
+        todo = iter(waiting)
         try:
             async with EndpointClient(settings.endpoint, settings.make, self.budget, self._key) as client:
-                with progress("answers", total - done, "answers") as bar:
+                with progress("answers", len(waiting), "answers") as bar:
                     await asyncio.gather(*(self._work(client, todo, bar) for _ in range(settings.endpoint.concurrency)))
+            await self._decide_unclear()
         finally:
             self._log.close()
 
@@ -122,13 +126,38 @@ class Maker:
         if self._asked_to_stop:
             log.warning("asked to stop; the same command asks for the rest")
             return PREEMPTED
+        if not self._stored.rows:
+            raise self._no_answer()
         return OK
+
+    def _no_answer(self) -> EndpointError:
+        """No row is no success, whatever the reasons were."""
+        count = len(self._prompts)
+        if self._unclear:
+            return EndpointError(
+                f"{_host(self._settings)}: refused {len(self._unclear)} of {count} prompts and answered none, the last "
+                f"because it {list(self._unclear.values())[-1]}; nothing is stored of these: mend what it names, "
+                "then run the same command; other prompts need another run.url"
+            )
+        return EndpointError(
+            f"{_host(self._settings)}: none of {count} prompts has a usable answer ({_reasons(self._stored)}); ask "
+            "declined prompts again with --make.retry_declined=true, or give other prompts or settings with another "
+            "run.url"
+        )
+
+    async def _decide_unclear(self) -> None:
+        """Leaves out the refused prompts once an answer shows that the parameters are not the reason."""
+        if self._stored.rows:
+            for key in self._unclear:
+                await self._settle(0.0, {"event": "left_out", "key": key, "why": DECLINED, "usd": 0.0})
 
     def _todo(self) -> Iterator[tuple[str, Prompt]]:
         for prompt in self._prompts:
             for number in range(self._settings.make.answers):
                 key = f"{prompt.digest}/{number}"
-                if key not in self._stored.rows and key not in self._stored.left_out:
+                why = self._stored.left_out.get(key)
+                again = why == DECLINED and self._settings.make.retry_declined
+                if key not in self._stored.rows and (why is None or again):
                     yield key, prompt
 
     def _stop(self) -> None:
@@ -170,10 +199,9 @@ class Maker:
                 await self._pause(attempt, error.after_seconds)
                 continue
             except RejectedPrompt as error:
-                await self._settle(most, {"event": "left_out", "key": key, "why": "declined", "usd": 0.0})
-                log.warning("a prompt is left out: %s %s", client.host, error)
+                await self._refused(client, key, most, error)
                 return
-            except ConfigError:
+            except LauncherError:
                 await self._settle(most, {"event": "failed", "key": key, "why": "refused", "usd": 0.0})
                 raise
             self._failing = 0
@@ -188,6 +216,17 @@ class Maker:
                 f"{self._settings.endpoint.attempts} calls each, the last because it {why}; see whether it is up, then "
                 "start the same command again"
             )
+
+    async def _refused(self, client: EndpointClient, key: str, most: float, error: RejectedPrompt) -> None:
+        """Leaves a prompt out. Before the first answer, an unclear reason may be one that all prompts would meet."""
+        log.warning("a prompt is left out: %s %s", client.host, error)
+        if self._stored.rows or not error.unclear:
+            await self._settle(most, {"event": "left_out", "key": key, "why": DECLINED, "usd": 0.0})
+            return
+        self._unclear[key] = str(error)
+        await self._settle(most, {"event": "failed", "key": key, "why": str(error), "usd": 0.0})
+        if len(self._unclear) >= REFUSED_AT_FIRST and not self._stored.rows:
+            raise self._no_answer()
 
     async def _settle(self, reserved: float, event: Mapping[str, Any]) -> None:
         await self._log.put(event)
@@ -204,24 +243,25 @@ class Maker:
 
     def _event(self, key: str, prompt: Prompt, reply: Reply, host: str) -> dict[str, Any]:
         why = None
+        if reply.input_tokens is None and not self._warned_of_usage:
+            self._warned_of_usage = True
+            log.warning("%s: answers without `usage`; each counts at the most that it can cost", host)
         if reply.finish == "length":
             why = "cut off at max_tokens"
-        elif reply.finish == "content_filter" or not reply.text.strip():
+        elif reply.finish == "content_filter":
+            why = DECLINED
+        elif not reply.text.strip():
             why = "empty"
         if why:
             return {"event": "left_out", "key": key, "why": why, "usd": reply.usd}
-        made = self._settings.make
+        made, omitted = self._settings.make, self._settings.endpoint.omit
+        sampling = {name: None if name in omitted else getattr(made, name) for name in ("temperature", "top_p")}
         provenance = {
             "model": reply.model,
             "endpoint": host,
             "prompt_sha256": prompt.digest,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "parameters": {
-                "temperature": made.temperature,
-                "top_p": made.top_p,
-                "max_tokens": made.max_tokens,
-                "system": made.system,
-            },
+            "parameters": {**sampling, "max_tokens": made.max_tokens, "system": made.system},
             "input_tokens": reply.input_tokens,
             "output_tokens": reply.output_tokens,
         }
@@ -247,6 +287,11 @@ def _check_name(settings: SynthesisConfig, source: str) -> None:
             raise ConfigError(f"make.name: {made.url} holds a set {made.name!r} already ({there}); choose another name")
 
 
+def _reasons(stored: StoredAnswers) -> str:
+    """The reasons for omitted answers, counted."""
+    return ", ".join(f"{count} {why}" for why, count in sorted(Counter(stored.left_out.values()).items())) or "none"
+
+
 def _write_set(settings: SynthesisConfig, source: str, stored: StoredAnswers) -> None:
     """Writes the rows in the order of their keys, so that the same answers give the same set."""
     made = settings.make
@@ -258,8 +303,7 @@ def _write_set(settings: SynthesisConfig, source: str, stored: StoredAnswers) ->
             seen.add(digest)
             lines.append(json.dumps(row) + "\n")
     duplicates = len(stored.rows) - len(lines)
-    reasons = ", ".join(f"{count} {why}" for why, count in sorted(Counter(stored.left_out.values()).items()))
-    log.info("%d rows, %d duplicates left out; other answers left out: %s", len(lines), duplicates, reasons or "none")
+    log.info("%d rows, %d duplicates left out; other answers left out: %s", len(lines), duplicates, _reasons(stored))
     if lines:
         info = sets.write(made.url, made.name, SCHEMA, source, made.licence, "".join(lines).encode())
         log.info("stored as %s/sets/%s.jsonl, SHA-256 %s", made.url, made.name, info.sha256[:12])
