@@ -158,7 +158,7 @@ class TrainLoopConfig(Bounded):
         10042, "number of HellaSwag items, from the first on; 0: no HellaSwag", identity=False, ge=0
     )
     sample_every: int = setting(1000, "steps between text samples; 0: only at the end", identity=False, ge=0)
-    sample_tokens: int = setting(48, "tokens per sample", identity=False, ge=0)
+    sample_tokens: int = setting(48, "tokens per sample; 0: no samples", identity=False, ge=0)
     sample_prompts: tuple[str, ...] = setting(
         ("The most important thing about", "In the United States,"), "prompts of the samples", identity=False
     )

@@ -35,6 +35,7 @@ from trainer.checkpoint.save import Saver
 from trainer.distributed import process_group
 from trainer.distributed.process_group import Ranks, on_main
 from trainer.loop.evaluation import TrainingEvaluator, kinds_measured
+from trainer.loop.inputs import open_later_inputs
 from trainer.loop.loop import Loop
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import SpotWatch, StopRequest, StopRequests
@@ -86,9 +87,11 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     # 2. Torch: precision, threads, deterministic kernels.
     set_up_torch(settings.train, ranks)
 
-    # 3. The stage reads its data and determines batch and length. Nothing is written until it has checked them.
+    # 3. The stage reads its data and determines batch and length. Nothing is written until these are checked, and what
+    #    evaluations will need.
     stage = stage_class(settings, ranks)
     settings = stage.settings
+    later_inputs = open_later_inputs(stage, ranks)
 
     # 4. The run and its next segment: run.json, the ledger, metrics, and the dollars spent so far.
     segment = open_log(stage, ranks)
@@ -130,7 +133,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             first_step,
         )
         reporter = StepReporter(stage, ranks, segment)
-        evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, is_leaving)
+        evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, later_inputs, is_leaving)
 
         # 8. Train: trainer/loop/loop.py.
         loop = Loop(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from core import storage
+from core.data.vocabulary import Vocabulary
 from core.errors import ObjectNotFound
 from core.figures import quantity
 from core.run.folder import RunFolder, read_description
@@ -157,10 +158,26 @@ class Stage(abc.ABC):
     def data_url(self) -> str:
         """The dataset that evaluation sets are stored beside; empty if there is none."""
 
-    @property
     @abc.abstractmethod
+    def read_vocabulary(self) -> Vocabulary:
+        """Rank 0: the vocabulary at VOCAB_URL, else the one beside the data or the start.
+
+        Raises ConfigError if there is none, DataError for another one than GPT-2's.
+        """
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary. All ranks open it together."""
+        return on_main(self.read_vocabulary, self.ranks)
+
+    @property
     def encoding(self):
         """The tiktoken encoding of the vocabulary."""
+        return self.vocabulary.encoding()
+
+    def check_stored(self) -> None:
+        """Rank 0: check that the stored data that the run reads later is there. Raises DataError."""
+        return
 
     def as_prompt(self, text: str) -> str:
         """The text that a sample continues."""

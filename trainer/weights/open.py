@@ -72,11 +72,6 @@ class TrainedModel:
         return vocabulary_at(self.name, self.data_url, self.folder)
 
 
-def encoding_at(name: str, data_url: str | None, folder: str | None = None):
-    """The tiktoken encoding of `vocabulary_at`."""
-    return vocabulary_at(name, data_url, folder).encoding()
-
-
 def vocabulary_at(name: str, data_url: str | None, folder: str | None = None) -> Vocabulary:
     """The vocabulary at VOCAB_URL, beside the data or in the folder of the model `name` (TrainedModel.vocabulary)."""
     places = [os.environ.get("VOCAB_URL"), data_url and storage.join(data_url, VOCABULARY_FILE)]
