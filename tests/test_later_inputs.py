@@ -65,7 +65,9 @@ def test_a_damaged_hellaswag_set(data: Path, tmp_path: Path):
     assert "not a description of a set" in refused(data, tmp_path / "run")
     item = {**json.loads(good.splitlines()[0]), "label": "9"}
     sets.write(str(data), "hellaswag", "hellaswag", "made", "MIT", json.dumps(item).encode() + b"\n")
-    assert "HellaSwag item 0: ValueError: label 9 with 4 endings; store the set again" in refused(data, tmp_path / "run")
+    assert "HellaSwag item 0: ValueError: label 9 with 4 endings; store the set again" in refused(
+        data, tmp_path / "run"
+    )
 
 
 def test_shards_that_are_missing_or_cut_off(data: Path, tmp_path: Path):

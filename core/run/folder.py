@@ -152,17 +152,37 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
         pass
     stored = read_description(folder)
     remedy = "use the settings it was started with, or another run.url"
+    branch = continued_elsewhere(folder, stored["identity"])
     for key in sorted({*stored["identity"], *identity}):
         there, here = stored["identity"].get(key), identity.get(key)
         if _plain(there) != _plain(here):
-            raise RunError(f"{folder}: holds a run with {key}={there!r}, this config has {key}={here!r}; {remedy}")
+            more = "" if key.startswith(("model.", "start.")) or key == "stage" else branch
+            raise RunError(
+                f"{folder}: holds a run with {key}={there!r}, this config has {key}={here!r}; {remedy}{more}"
+            )
     if stored["data_fingerprint"] != data_fingerprint:
         raise RunError(
             f"{folder}: this run was started on data {stored['data_fingerprint'][:12]}…, "
             f"data.url now holds {data_fingerprint[:12]}…; "
-            "point data.url at the data it was started on, or use another run.url"
+            f"point data.url at the data it was started on, or use another run.url{branch}"
         )
     return False
+
+
+def continued_elsewhere(folder: RunFolder, identity: Mapping[str, Any]) -> str:
+    """How to go on from a run's weights with other settings, as the end of a message; empty without a checkpoint.
+
+    A run keeps the settings that define its result, so that this takes a run of its own.
+    """
+    stage = identity.get("stage")
+    if not stage or not storage.list_names(folder.checkpoints):
+        return ""
+    other = f"{folder}-2"
+    if stage == "pretrain":
+        how = f"python -m trainer.import_weights {folder} {other} CONFIG.yaml, then train with run.url={other}"
+    else:
+        how = f"--start.weights={folder} --run.url={other}"
+    return f"; to go on from its weights with other settings: {how}"
 
 
 def read_description(folder: RunFolder) -> dict[str, Any]:

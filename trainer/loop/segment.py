@@ -18,12 +18,13 @@ refuses in this mode (tests/test_determinism.py).
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, MutableMapping
 
 import torch
 
 from core import stop
-from core.errors import ConfigError, one_line
+from core.errors import ConfigError, LauncherError, one_line
 from core.exit_codes import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
 from core.run.folder import RunFolder
 from core.run.segment import Opening, SegmentLog, open_segment
@@ -45,6 +46,7 @@ from trainer.stages.stage import Stage
 log = logging.getLogger("train")
 
 MEET_SECONDS = 60.0
+SAYING_SECONDS = 1.0
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # The values with which cuBLAS gives the same bits each time; the first is faster and takes 32 MB.
 EXACT_WORKSPACES = (":4096:8", ":16:8")
@@ -69,9 +71,11 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
             return _tell(PREEMPTED, ranks)
         if isinstance(error, process_group.PeerFailed):
             return FAILED
-        if refusal := determinism_refusal(error):
-            raise refusal from error
-        raise
+        error = determinism_refusal(error) or error
+        if ranks and isinstance(error, LauncherError) and not process_group.is_first_to_say(str(error), ranks):
+            time.sleep(SAYING_SECONDS)  # torchrun ends the rank that says it once this one has ended
+            return FAILED
+        raise error
     finally:
         process_group.stop()
 

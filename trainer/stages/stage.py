@@ -16,7 +16,7 @@ from torch import nn
 from core import storage
 from core.data.vocabulary import Vocabulary
 from core.errors import ObjectNotFound
-from core.figures import quantity
+from core.figures import counted, quantity
 from core.run.folder import RunFolder, read_description
 from core.settings import loader
 from core.settings.model import ModelConfig, flops_per_token
@@ -78,7 +78,7 @@ class Stage(abc.ABC):
             settings, model = sizing.one_micro_batch(settings, model, context)
             self.share_rank, self.share_world = 0, 1
         self.settings, self.model, self.context = settings, model, context
-        self.accumulation = sizing.accumulation(settings.batch, context, self.share_world)
+        self.accumulation = sizing.accumulation(settings.batch, context, self.share_world, earlier is not None)
 
     @property
     def steps(self) -> int:
@@ -129,17 +129,20 @@ class Stage(abc.ABC):
 
     def _batch_and_length(self) -> list[str]:
         batch, train, ranks = self.settings.batch, self.settings.train, self.ranks
-        tokens = f"batch: {batch.tokens_per_step:,} tokens = {batch.micro_batch_size} sequences x {self.context} tokens"
+        sequences, count = counted(batch.micro_batch_size, "sequence"), counted(ranks.world, "rank")
+        where = f"{count} on {ranks.device.type}"
+        tokens = f"batch: {batch.tokens_per_step:,} tokens = {sequences} x {self.context} tokens"
         if train.overfit:
             return [
-                f"{tokens}, the same ones in every step and on each of {ranks.world} ranks on {ranks.device.type}",
+                f"{tokens}, the same ones in every step and on each of {where}",
                 f"length: until the loss is below train.overfit_max_loss = {train.overfit_max_loss:g}, "
-                f"at most {train.steps:,} steps",
+                f"at most {counted(train.steps, 'step')}",
             ]
         total = quantity(batch.tokens_per_step * train.steps)
+        micro_batches = counted(self.accumulation, "micro-batch")
         return [
-            f"{tokens} x {self.accumulation} micro-batches x {ranks.world} ranks on {ranks.device.type}",
-            f"length: {train.steps:,} steps = {total} tokens{self.describe_epochs()}",
+            f"{tokens} x {micro_batches} x {where}",
+            f"length: {counted(train.steps, 'step')} = {total} tokens{self.describe_epochs()}",
         ]
 
     @abc.abstractmethod
