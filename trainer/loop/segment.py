@@ -15,6 +15,7 @@ indices, and Inductor chooses reductions by rule instead of by timing. A trainin
 refuses in this mode (tests/test_determinism.py).
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -23,7 +24,8 @@ from collections.abc import Callable, MutableMapping
 
 import torch
 
-from core import stop
+from core import stop, storage
+from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.errors import ConfigError, LauncherError, one_line
 from core.exit_codes import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
 from core.run.folder import RunFolder
@@ -203,12 +205,20 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
         )
         segment = open_segment(RunFolder(settings.run.url), opening)
         opened.append(segment)
+        if segment.is_new_run:
+            keep_vocabulary(stage)
         what = "new run at" if segment.is_new_run else "continuing"
         log.info("%s %s, segment %d", what, settings.run.url, segment.number)
         return segment.number
 
     number = on_main(open_on_main, ranks)
     return opened[0] if opened else SegmentLog(number=number)
+
+
+def keep_vocabulary(stage: Stage) -> None:
+    """Store the vocabulary with the run: its weights can then be used without its data. Training does not need it."""
+    with contextlib.suppress(LauncherError):
+        storage.write_bytes(storage.join(stage.settings.run.url, VOCABULARY_FILE), stage.read_vocabulary().stored)
 
 
 def _mark_restored(segment: SegmentLog, restored: Restored | None) -> None:

@@ -46,6 +46,9 @@ class Pretrain(Stage):
     settings: PretrainConfig
 
     def __init__(self, settings: PretrainConfig, ranks: Ranks):
+        # Stored with the weights, and opened with them from any folder.
+        data = dataclasses.replace(settings.data, url=storage.lasting(settings.data.url))
+        settings = dataclasses.replace(settings, data=data)
         self.data = on_main(functools.partial(manifest.read, settings.data.url), ranks)
         check_vocabulary(settings, self.data)
         super().__init__(settings, settings.model, settings.model.context, ranks)
@@ -127,7 +130,7 @@ class Pretrain(Stage):
         return self.settings.data.url
 
     def read_vocabulary(self) -> Vocabulary:
-        return vocabulary_at(self.settings.data.url, self.settings.data.url)
+        return vocabulary_at(self.settings.data.url, [self.settings.data.url])
 
     def check_stored(self) -> None:
         self.data.split("train", self.settings.data.url)

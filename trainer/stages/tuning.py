@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from core import storage
 from core.data.vocabulary import Vocabulary
 from core.errors import CheckpointError, ConfigError
 from core.settings import loader
@@ -53,7 +54,7 @@ class Tuning(Stage):
                 f"data.length is {length}, but {start.where} has a context of {start.model.context} tokens; "
                 "set data.length to at most that, or 0"
             )
-        data = dataclasses.replace(settings.data, url=settings.data.url or start.data_url)
+        data = dataclasses.replace(settings.data, url=storage.lasting(settings.data.url or start.data_url))
         settings = dataclasses.replace(settings, data=data, start=StartConfig(start.where))
         self.start = start
         self.examples: Examples = on_main(
@@ -170,4 +171,6 @@ def _start_of(settings: FinetuneConfig) -> Start:
 
 def _vocabulary(start: str, data_url: str) -> Vocabulary:
     is_folder = public.is_public(start) or public.is_folder(start)
-    return vocabulary_at(start, data_url or None, public.resolve(start) if is_folder else None)
+    if is_folder:
+        return vocabulary_at(start, [data_url], public.resolve(start))
+    return vocabulary_at(start, [data_url, start.rpartition("/checkpoints/")[0]])

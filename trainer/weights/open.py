@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -65,16 +65,17 @@ class TrainedModel:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary at VOCAB_URL, else the one beside the model's data or weights.
+        """The vocabulary at VOCAB_URL, else the one in the run's folder, beside the model's data or its weights.
 
         Raises ConfigError if there is none, DataError for a vocabulary other than GPT-2's.
         """
-        return vocabulary_at(self.name, self.data_url, self.folder)
+        return vocabulary_at(self.name, [self.run_url, self.data_url], self.folder)
 
 
-def vocabulary_at(name: str, data_url: str | None, folder: str | None = None) -> Vocabulary:
-    """The vocabulary at VOCAB_URL, beside the data or in the folder of the model `name` (TrainedModel.vocabulary)."""
-    places = [os.environ.get("VOCAB_URL"), data_url and storage.join(data_url, VOCABULARY_FILE)]
+def vocabulary_at(name: str, homes: Sequence[str | None], folder: str | None = None) -> Vocabulary:
+    """The vocabulary of the model `name` (TrainedModel.vocabulary): at VOCAB_URL, or in one of the `homes`, which are
+    URLs of runs or of data, or in the model's `folder`."""
+    places = [os.environ.get("VOCAB_URL"), *(home and storage.join(home, VOCABULARY_FILE) for home in homes)]
     for uri in filter(None, places):
         try:
             return read_vocabulary(uri)
