@@ -196,7 +196,7 @@ class Loop:
 
         Data that cannot be read does not keep ranks that were asked to stop from saving.
         """
-        failure = self.saver.taken_over
+        failure = self.saver.taken_over or self.saver.stuck
         no_data = fetched if isinstance(fetched, LauncherError) else None
         save = False
         if self.ranks.is_main:
