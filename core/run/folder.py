@@ -6,8 +6,10 @@
 The first segment writes RUN_URL/run.json once: the settings and the data that define the run.
 """
 
+import hashlib
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +145,7 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
         "identity": dict(identity),
         "data_fingerprint": data_fingerprint,
         "config": dict(config),
+        "id": secrets.token_hex(8),
     }
     data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
     try:
@@ -196,6 +199,14 @@ def read_description(folder: RunFolder) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{uri}: is not a run description of this release ({error}); use another run.url") from error
     return document
+
+
+def id_of(folder: RunFolder) -> str:
+    """The name by which other tools know a run, made once when it was created. URLs may end alike, and one may be used
+    again for a new run."""
+    return (
+        read_description(folder).get("id") or hashlib.sha256(folder.url.encode()).hexdigest()[:16]
+    )  # older runs have none
 
 
 def _plain(value: Any) -> Any:

@@ -138,7 +138,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             optimizer.blocks,
             first_step,
         )
-        reporter = StepReporter(stage, ranks, segment)
+        reporter = StepReporter(stage, ranks, segment, first_step)
         evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, later_inputs, is_leaving)
 
         # 8. Train: trainer/loop/loop.py.
