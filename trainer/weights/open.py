@@ -93,6 +93,7 @@ def vocabulary_at(name: str, homes: Sequence[str | None], folder: str | None = N
 
 def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
     """A lasting name of the model and its state. The lasting name of a run is that of its newest checkpoint."""
+    public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):
         return where, {"config": {"model": to_dict(public.read_config(public.resolve(where))[1])}}
     run_url, manifest = _checkpoint(where)
@@ -104,6 +105,7 @@ def open_weights(where: str, device: torch.device) -> TrainedModel:
 
     Raises CheckpointError for weights that are missing, damaged, or of another architecture or vocabulary.
     """
+    public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):
         return _open_folder(where, device)
     run_url, manifest = _checkpoint(where)
