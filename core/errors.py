@@ -6,7 +6,8 @@
     ├── StorageError        the bucket, its credentials or the network
     │   ├── ObjectNotFound  the object is not there
     │   ├── ObjectExists    another writer created it first (exclusive creation)
-    │   └── ObjectDamaged   its content is not what its checksum says
+    │   ├── ObjectDamaged   its content is not what its checksum says
+    │   └── DiskFull        the disk or its quota is full
     ├── CheckpointError     checkpoints exist but cannot be used
     ├── RunError            the run folder belongs to something else, or another segment took it over
     ├── EndpointError       a model behind an API does not answer
@@ -46,6 +47,10 @@ class ObjectExists(StorageError):
 
 class ObjectDamaged(StorageError):
     """The content of the object at this URI does not have the expected checksum."""
+
+
+class DiskFull(StorageError):
+    """A local write failed because the disk or a quota is full. It stays so until someone frees space."""
 
 
 class CheckpointError(LauncherError):

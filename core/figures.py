@@ -52,6 +52,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
+def counted(number: int, one: str) -> str:
+    """1, "rank" → "1 rank"; 2000, "batch" → "2,000 batches"."""
+    return f"{number:,} {one}" + ("" if number == 1 else "es" if one.endswith("ch") else "s")
+
+
 def quantity(number: float) -> str:
     """1234567 → "1.23M"."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

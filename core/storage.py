@@ -53,6 +53,13 @@ def is_local(uri: str) -> bool:
 
 
 local_path = local.path_of
+
+
+def lasting(uri: str) -> str:
+    """A URI that means the same place from any working directory, for what is stored. A path becomes absolute."""
+    return os.path.abspath(local_path(uri)) if uri and is_local(uri) else uri
+
+
 is_pattern = base.is_pattern
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core import storage
-from core.errors import CheckpointError
+from core.errors import CheckpointError, DiskFull
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
@@ -220,3 +220,62 @@ def test_marker_names_its_manifest(tmp_path, ranks):
     save(str(tmp_path), ranks, 1)
     marker = json.loads(storage.read_bytes(storage.join(layout.folder_of(str(tmp_path), 1), layout.MARKER)))
     assert marker["manifest"] == "manifest-segment-000001.json"
+
+
+@pytest.fixture
+def small_disk(tmp_path, ranks, monkeypatch):
+    """A function that limits the folder of the test to the size of so many checkpoints."""
+    save(str(tmp_path / "measured"), ranks, 1)
+    size = used(tmp_path / "measured")
+    write = storage.write_bytes
+
+    def limit(checkpoints: float) -> str:
+        def write_if_it_fits(uri: str, data, **options) -> None:
+            if used(tmp_path / "run") + len(data) > checkpoints * size:
+                raise DiskFull(f"{uri}: could not write: the disk is full; free space or choose another folder")
+            write(uri, data, **options)
+
+        monkeypatch.setattr(storage, "write_bytes", write_if_it_fits)
+        monkeypatch.setattr("trainer.checkpoint.save.AGAIN_SECONDS", 0.01)
+        return str(tmp_path / "run")
+
+    return limit
+
+
+def used(folder) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_full_disk_gets_room_from_the_checkpoints_before_the_newest(small_disk, ranks, caplog):
+    run_url = small_disk(2.5)
+    save(run_url, ranks, 1, 2, 3, 4)
+    assert layout.complete_steps(run_url) == [4, 3]
+    assert "the disk is full: removed the checkpoints of steps 1" in caplog.text
+    run_url = small_disk(1.5)  # the newest is never deleted before the next is complete
+    _, optimizer = trained(1, 1)
+    each = saver(run_url, ranks, optimizer)
+    each.begin(5, {"step": 5})
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        each.finish(5)
+    assert layout.complete_steps(run_url) == [4]
+    assert each.stuck is None
+
+
+def test_a_disk_that_stays_full_ends_training(small_disk, ranks):
+    run_url = small_disk(1.5)
+    _, optimizer = trained(1, 1)
+    each = saver(run_url, ranks, optimizer)
+    for step in (1, 2, 3):
+        each.begin(step, {"step": step})
+        each.wait()
+    assert each.stuck is None  # two in a row
+    each.begin(4, {"step": 4})
+    each.wait()
+    assert "3 checkpoints in a row were not stored; the newest is step 1. Free space there" in str(each.stuck)
+    assert layout.complete_steps(run_url) == [1]
+
+
+def test_milestones_are_kept_on_a_full_disk(small_disk, ranks):
+    run_url = small_disk(3.5)
+    save(run_url, ranks, 1, 2, 3, 4, 5, keep_last=3, keep_every_steps=2)
+    assert layout.complete_steps(run_url) == [5, 4, 2]

@@ -166,3 +166,33 @@ def test_the_launching_side_parses_a_command_line_of_evaluation():
         evaluation.parse(["--tasks=perplexity"], {})
     with pytest.raises(ConfigError, match="items is an old name; write limit"):
         evaluation.parse(["run", "--items=5"], {})
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_line_ends_are_no_part_of_a_value(end: str):
+    """As a file with Windows line ends gives them."""
+    environment = {"RUN_URL": f"s3://b/run{end}", "DATA_URL": f"data{end}", "MAX_USD": f"20{end}"}
+    flags = [f"--train.device=cpu{end}", f"--train.trackers=tensorboard,wandb{end}", f"--train.compile=false{end}"]
+    config = loader.load(PretrainConfig, flags, environment)
+    assert (config.run.url, config.data.url, config.run.max_usd) == ("s3://b/run", "data", 20.0)
+    assert (config.train.device, config.train.compile) == ("cpu", False)
+    assert config.train.trackers == ("tensorboard", "wandb")
+
+
+def test_lists_may_be_json(tmp_path):
+    def prompts(text: str) -> tuple[str, ...]:
+        flags = [f"--train.sample_prompts={text}", "--run.url=r", "--data.url=d"]
+        return loader.load(PretrainConfig, flags, {}).train.sample_prompts
+
+    assert prompts('["Once upon a time, there was", " b "]') == ("Once upon a time, there was", " b ")
+    assert prompts("one, two") == ("one", "two")
+    assert prompts("[]") == ()
+    with pytest.raises(
+        ConfigError, match=r"flag --train.sample_prompts: .* which is not a JSON list .*; write \[\"one"
+    ):
+        prompts('["open')
+    with pytest.raises(ConfigError, match="must be text"):
+        prompts("[1]")
+    flags = ["--train.skip_steps=[3, 5]", '--train.trackers=["wandb"]', "--run.url=r", "--data.url=d"]
+    config = loader.load(PretrainConfig, flags, {})
+    assert (config.train.skip_steps, config.train.trackers) == ((3, 5), ("wandb",))

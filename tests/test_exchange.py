@@ -18,7 +18,7 @@ from trainer import export, import_weights
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
 from trainer.weights import folder, huggingface
-from trainer.weights.open import open_weights
+from trainer.weights.open import look_up, open_weights
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `hub`: pip install transformers")
 CPU = torch.device("cpu")
@@ -324,3 +324,46 @@ def test_training_goes_on_from_imported_weights(tmp_path, data_url):
     assert "resumed from step 0" in output
     before, after = (open_weights(where, CPU).model.wte.weight for where in (str(tmp_path / "public"), run_url))
     assert 0 < (after - before).abs().max() < 0.1, "three steps away from where it began"
+
+
+def other_writers(tensors: dict[str, torch.Tensor], embedding: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The same tied weights as other programs name them."""
+    tensors = {name: values for name, values in tensors.items() if name != "lm_head.weight"}
+    head = {name: values for name, values in tensors.items() if name != embedding}
+    head["lm_head.weight"] = tensors[embedding]
+    return {
+        "head only": head,
+        "both": {**tensors, "lm_head.weight": tensors[embedding].clone()},
+        "compiled": {f"_orig_mod.{name}": values for name, values in head.items()},
+        "compiled in DDP": {f"module._orig_mod.{name}": values for name, values in tensors.items()},
+    }
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_weights_open_under_the_names_of_other_writers(kind: str, tmp_path, data_url):
+    base = ModelConfig(layers=2, heads=2, width=32, context=64)
+    more = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False} if kind == "llama" else {}
+    models.make_run(str(tmp_path / "run"), data_url, dataclasses.replace(base, **more))
+    folder = exported(str(tmp_path / "run"), tmp_path / "out")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    embedding = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[kind]
+    expected = open_weights(str(folder), CPU).model.state_dict()
+    forms = other_writers(tensors, embedding)
+    prefix = embedding.partition(".")[0] + "."
+    forms["without head"] = {name.removeprefix(prefix): values for name, values in tensors.items()}
+    for form, named in forms.items():
+        safetensors.torch.save_file(named, folder / "model.safetensors")
+        found = open_weights(str(folder), CPU).model.state_dict()
+        assert found.keys() == expected.keys(), form
+        assert all(torch.equal(found[name], expected[name]) for name in expected), form
+
+
+def test_a_pickle_is_refused_by_name(tmp_path):
+    (tmp_path / "out").mkdir()
+    torch.save({"model": {}}, tmp_path / "out" / "ckpt.pt")
+    for where in (tmp_path / "out", tmp_path / "out" / "ckpt.pt"):
+        for use in (lambda name: open_weights(name, CPU), look_up):
+            with pytest.raises(CheckpointError, match=r"out/ckpt.pt: is a pickle, .* model.save_pretrained\(FOLDER\)"):
+                use(str(where))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is a file; give its folder"):
+        open_weights(str(tmp_path / "model.safetensors"), CPU)

@@ -102,7 +102,7 @@ def test_the_largest_micro_batch_is_tried_out_and_kept(data_url: str, device: to
     assert "16 sequences fit" in launching.finish(process)[1]
     output = launching.train(1, *flags)
     assert "sequences fit" not in output
-    assert "512 tokens = 16 sequences x 32 tokens x 1 micro-batches" in output
+    assert "512 tokens = 16 sequences x 32 tokens x 1 micro-batch x" in output
 
 
 def test_one_batch_is_learned_by_heart(data_url: str, device: torch.device, tmp_path):

@@ -1,5 +1,6 @@
 """What a step is watched by: norms and activations, slow ranks, trackers, the picture on a terminal."""
 
+import json
 import os
 import pty
 import re
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from core import storage
+from core.run.folder import RunFolder, id_of, open_run
 from core.settings.model import ModelConfig
 from core.settings.training import OptimizerConfig
 from tests import corpus, launching
@@ -53,17 +56,17 @@ def test_a_rank_that_stays_slow_is_named_once():
 def test_a_tracker_that_fails_is_named_and_left_out(monkeypatch, caplog):
     got = []
 
-    def good(run_url: str, config: dict):
+    def good(run: trackers.TrackedRun):
         return lambda step, values: got.append((step, dict(values))), lambda: got.append("closed")
 
-    def bad(run_url: str, config: dict):
+    def bad(run: trackers.TrackedRun):
         def send(step: int, values: dict) -> None:
             raise OSError("no route to its server")
 
         return send, lambda: None
 
     monkeypatch.setattr(trackers, "_KINDS", {"wandb": good, "mlflow": bad})
-    sender = trackers.Trackers(("wandb", "mlflow"), "s3://bucket/runs/first", {})
+    sender = trackers.Trackers(("wandb", "mlflow"), "s3://bucket/runs/first", {}, "1a")
     sender.add("train", {"step": 1, "loss": 2.5, "mfu": None, "updates": {"mlp": 0.1}})
     sender.add("sample", {"step": 1, "text": "no number"})
     sender.add("train", {"step": 2, "loss": 2.0})
@@ -76,7 +79,7 @@ def test_a_tracker_that_fails_is_named_and_left_out(monkeypatch, caplog):
 
 def test_a_tracker_that_is_not_installed_is_said(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    sender = trackers.Trackers(("wandb",), "run", {})
+    sender = trackers.Trackers(("wandb",), "run", {}, "1a")
     sender.close()
     assert "wandb is not installed and gets no metrics: pip install wandb" in caplog.text
 
@@ -86,18 +89,50 @@ def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path))
-    sender = trackers.Trackers(("tensorboard",), "s3://bucket/runs/first", {"model": {"layers": 2}})
+    sender = trackers.Trackers(("tensorboard",), "s3://bucket/runs/first", {"model": {"layers": 2}}, "1a")
     for step in (1, 2):
         sender.add("train", {"step": step, "loss": 3.0 - step})
     sender.close()
-    events = EventAccumulator(str(tmp_path / "first")).Reload()
+    events = EventAccumulator(str(tmp_path / "first-1a")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def test_tensorboard_shows_a_repeated_step_once_and_runs_of_one_name_apart(monkeypatch, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path))
+    _in_two_segments("tensorboard")
+    other = trackers.Trackers(("tensorboard",), "gs://elsewhere/first: #1 o'hara", {}, "2b")
+    other.add("train", {"step": 1, "loss": 9.0})
+    other.close()
+    events = EventAccumulator(str(tmp_path / "first-1a")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    events = EventAccumulator(str(tmp_path / "first___1_o_hara-2b")).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == [9.0]
+
+
+def test_a_run_gets_its_id_when_it_is_created(tmp_path):
+    first, again = RunFolder(str(tmp_path / "a" / "run")), RunFolder(str(tmp_path / "b" / "run"))
+    assert open_run(first, {"x": 1}, {}, "f")
+    made = id_of(first)
+    assert not open_run(first, {"x": 1}, {}, "f")
+    assert id_of(first) == made
+    assert open_run(again, {"x": 1}, {}, "f")
+    assert id_of(again) != made
+    storage.delete(first.description)  # made anew under its name
+    assert open_run(first, {"x": 1}, {}, "f")
+    assert id_of(first) != made
+    old = json.loads(storage.read_bytes(first.description))
+    del old["id"]
+    storage.write_bytes(first.description, json.dumps(old).encode())
+    assert id_of(first) == id_of(RunFolder(f"{first}/")) != id_of(again)
 
 
 def _in_two_segments(kind: str) -> None:
     """Steps 1 to 5, then 4 to 6 again, as after a preemption."""
     for first, last in ((1, 5), (4, 6)):
-        sender = trackers.Trackers((kind,), "s3://bucket/runs/first", {"model": {"layers": 2}})
+        sender = trackers.Trackers((kind,), "s3://bucket/runs/first", {"model": {"layers": 2}}, "1a", first - 1)
         for step in range(first, last + 1):
             sender.add("train", {"step": step, "loss": 7.0 - step})
         sender.close()
@@ -127,7 +162,7 @@ def test_wandb_gets_the_metrics_of_every_segment(tmp_path, monkeypatch):
             record = Record.FromString(data)
             values = {item.nested_key[0] or item.key: item.value_json for item in record.history.item}
             if record.HasField("run"):
-                assert record.run.run_id == "first"
+                assert (record.run.run_id, record.run.display_name) == ("1a", "first")
             if values:
                 found.append((int(values["step"]), float(values["train/loss"])))
     assert found == [(step, 7.0 - step) for step in (1, 2, 3, 4, 5, 4, 5, 6)]

@@ -1,15 +1,19 @@
 """The trainer as a whole: real torchrun processes, a real S3 server, real kills."""
 
+import dataclasses
 import re
 import signal
 
 import pytest
 
 from core import storage
+from core.errors import ConfigError
 from core.run.reader import spent_usd_at_most
+from core.settings.training import BatchConfig
 from tests import corpus, launching
 from tests.faulty_proxy import FaultyProxy
 from trainer.checkpoint import layout
+from trainer.stages import sizing
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +129,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(data_url: str):
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     found = re.match(r"error: step (\d+): the (loss on rank \d+|gradient norm) is (nan|inf|-inf)", line)
     assert found, line
-    assert "the weights were not changed" in line
-    assert max(launching.metrics(run_url)) == int(found.group(1)) - 1
-    assert launching.completed(run_url)[0] == int(found.group(1)) - 1
+    step = int(found.group(1))
+    assert f"the weights were not changed. Start again to retry from step {step - 1}; if it comes back" in line
+    # What it advises is accepted, and the next advice adds to it.
+    assert f"leave its batch out with --train.skip_steps={step}, or" in line
+    code, output = launching.finish(launching.start(2, *flags, *wild, f"--train.skip_steps={step}"))
+    assert f"with --train.skip_steps={step},{step + 1}, or give another run.url a lower optimizer.lr" in output, output
+    assert max(launching.metrics(run_url)) == step - 1
+    assert launching.completed(run_url)[0] == step - 1
 
 
 @pytest.mark.slow
@@ -160,7 +169,55 @@ def test_batch_that_does_not_divide_over_the_ranks(data_url: str, straight: str)
         launching.start(3, f"--data.url={data_url}", f"--run.url={straight}", "--train.steps=24")
     )
     assert code != 0
-    assert "makes 4 micro-batches of 2 x 32 tokens, which do not divide over 3 ranks; start 2 ranks" in output
+    assert (
+        "makes 4 micro-batches of 2 x 32 tokens, which do not divide over 3 ranks; start 2 ranks, or 4: the" in output
+    )
+    assert "the batch of a run that has begun is fixed" in output
+
+
+def test_the_batch_that_a_new_run_is_advised_to_take_is_accepted(data_url: str):
+    run_url = data_url.replace("/set", "/three")
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=2", "--train.sample_tokens=0"]
+    code, output = launching.finish(launching.start(3, *flags))
+    assert code != 0
+    [advised] = re.findall(r"start 2 ranks, or 4, or set (batch\.tokens_per_step=192)\n", output)
+    launching.train(3, *flags, f"--{advised}")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "world", "advice"),
+    [
+        (768, 8, 2, "makes 3 micro-batches of 8 x 32 tokens, which do not divide over 2 ranks; start 1 rank, or 3, or "
+         "set batch.micro_batch_size=6"),
+        (256, 8, 2, "makes 1 micro-batch of 8 x 32 tokens, which do not divide over 2 ranks; start 1 rank, or set "
+         "batch.micro_batch_size=4"),
+        (96, 1, 2, "start 1 rank, or 3, or set batch.tokens_per_step=128"),
+    ],
+)  # fmt: skip
+def test_advice_on_a_batch_divides(tokens: int, size: int, world: int, advice: str):
+    batch = BatchConfig(tokens_per_step=tokens, micro_batch_size=size)
+    with pytest.raises(ConfigError, match=f"{re.escape(advice)}$"):
+        sizing.accumulation(batch, 32, world)
+    key, value = re.search(r"batch\.(\w+)=(\d+)$", advice).groups()
+    assert sizing.accumulation(dataclasses.replace(batch, **{key: int(value)}), 32, world) >= 1
+
+
+def test_a_finished_run_is_extended_as_the_message_says(data_url: str, straight: str):
+    longer = ["--train.steps=26", "--train.sample_tokens=0"]
+    flags = [f"--data.url={data_url}", *longer]
+    code, output = launching.finish(launching.start(1, *flags, f"--run.url={straight}"))
+    assert code != 0
+    assert "holds a run with train.steps=24, this config has train.steps=26; use the settings it was started" in output
+    [(command, other)] = re.findall(r"settings: python -m (.*) CONFIG.yaml, then train with run.url=(.*)\n", output)
+    module, *names = command.split()
+    imported = launching.start(1, *names, *launching.TINY, *flags, module=module, base=())
+    assert launching.finish(imported)[0] == 0
+    output = launching.train(1, *flags, f"--run.url={other}")
+    assert "resumed from step 0" in output or "starting at step 0" in output
+    start, end = launching.tensors(straight, 24), launching.tensors(other, 26)
+    assert start.keys() == end.keys()
+    losses = launching.metrics(other)
+    assert losses[1]["loss"] < launching.metrics(straight)[1]["loss"] - 0.5  # it goes on from trained weights
 
 
 def test_damaged_checkpoints_are_skipped_by_name_and_never_replaced_by_a_fresh_start(data_url: str, straight: str):

@@ -7,6 +7,7 @@ weights. trainer.train continues from it with the same settings; evaluation and 
 The weights decide the model's settings, except for dropout, document_mask and init. All other settings are free.
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -48,7 +49,9 @@ def main(arguments: list[str]) -> None:
     files = [each for each in rest if not each.startswith("--")]
     settings = loader.load(PretrainConfig, [*files, *sizes, *flags, f"--run.url={run_url}"], os.environ)
     check_same(given, loader.to_dict(settings.model), where)
-    data = manifest.read(settings.data.url)
+    data_url = storage.lasting(settings.data.url)
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, url=data_url))
+    data = manifest.read(data_url)
     folder = write_first_checkpoint(settings, trained.model, trained.name, data.fingerprint)
     print(f"{folder}: {trained.model.parameter_count():,} parameters of {trained.name}")
     # A config file may override a default, so all settings are printed if one is given.

@@ -6,8 +6,10 @@
 The first segment writes RUN_URL/run.json once: the settings and the data that define the run.
 """
 
+import hashlib
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +145,7 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
         "identity": dict(identity),
         "data_fingerprint": data_fingerprint,
         "config": dict(config),
+        "id": secrets.token_hex(8),
     }
     data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
     try:
@@ -152,17 +155,37 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
         pass
     stored = read_description(folder)
     remedy = "use the settings it was started with, or another run.url"
+    branch = continued_elsewhere(folder, stored["identity"])
     for key in sorted({*stored["identity"], *identity}):
         there, here = stored["identity"].get(key), identity.get(key)
         if _plain(there) != _plain(here):
-            raise RunError(f"{folder}: holds a run with {key}={there!r}, this config has {key}={here!r}; {remedy}")
+            more = "" if key.startswith(("model.", "start.")) or key == "stage" else branch
+            raise RunError(
+                f"{folder}: holds a run with {key}={there!r}, this config has {key}={here!r}; {remedy}{more}"
+            )
     if stored["data_fingerprint"] != data_fingerprint:
         raise RunError(
             f"{folder}: this run was started on data {stored['data_fingerprint'][:12]}…, "
             f"data.url now holds {data_fingerprint[:12]}…; "
-            "point data.url at the data it was started on, or use another run.url"
+            f"point data.url at the data it was started on, or use another run.url{branch}"
         )
     return False
+
+
+def continued_elsewhere(folder: RunFolder, identity: Mapping[str, Any]) -> str:
+    """How to go on from a run's weights with other settings, as the end of a message; empty without a checkpoint.
+
+    A run keeps the settings that define its result, so that this takes a run of its own.
+    """
+    stage = identity.get("stage")
+    if not stage or not storage.list_names(folder.checkpoints):
+        return ""
+    other = f"{folder}-2"
+    if stage == "pretrain":
+        how = f"python -m trainer.import_weights {folder} {other} CONFIG.yaml, then train with run.url={other}"
+    else:
+        how = f"--start.weights={folder} --run.url={other}"
+    return f"; to go on from its weights with other settings: {how}"
 
 
 def read_description(folder: RunFolder) -> dict[str, Any]:
@@ -176,6 +199,14 @@ def read_description(folder: RunFolder) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{uri}: is not a run description of this release ({error}); use another run.url") from error
     return document
+
+
+def id_of(folder: RunFolder) -> str:
+    """The name by which other tools know a run, made once when it was created. URLs may end alike, and one may be used
+    again for a new run."""
+    return (
+        read_description(folder).get("id") or hashlib.sha256(folder.url.encode()).hexdigest()[:16]
+    )  # older runs have none
 
 
 def _plain(value: Any) -> Any:

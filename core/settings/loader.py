@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import math
 import operator
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from core.errors import ConfigError
+from core.settings.convert import convert
 from core.settings.renamed import REMOVED, RENAMED
 
 Schema = TypeVar("Schema")
@@ -149,9 +149,7 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
         _check_known(key, known, f"flag {flag}")
         sources.put(key, text, f"flag --{key}")
     sources.drop_replaced(known)
-    converted = {
-        key: _convert(value, known[key].type, key, sources.where[key]) for key, value in sources.values.items()
-    }
+    converted = {key: convert(value, known[key].type, key, sources.where[key]) for key, value in sources.values.items()}
     for key, value in converted.items():
         check = known[key].metadata["check"]
         for item in (value if isinstance(value, tuple) else (value,)) if check else ():
@@ -167,7 +165,7 @@ def peek(key: str, arguments: Sequence[str]) -> tuple[str, str] | None:
     """
     for argument in reversed(arguments):
         if argument.startswith(f"--{key}="):
-            return argument.partition("=")[2], f"flag --{key}"
+            return argument.partition("=")[2].strip("\r\n"), f"flag --{key}"
     for file in (argument for argument in arguments if not argument.startswith("--")):
         root = _compose(Path(file))
         for name, value in root.value if isinstance(root, yaml.MappingNode) else ():
@@ -182,7 +180,7 @@ def from_dict(schema: type[Schema], nested: Mapping[str, Any], where: str) -> Sc
     flat = flatten(nested)
     for key in flat:
         _check_known(key, known, where)
-    converted = {key: _convert(value, known[key].type, key, where) for key, value in flat.items()}
+    converted = {key: convert(value, known[key].type, key, where) for key, value in flat.items()}
     return _build(schema, "", converted, dict.fromkeys(flat, where))
 
 
@@ -317,72 +315,6 @@ def _plain(node: yaml.Node) -> Any:
     if isinstance(node, yaml.MappingNode):
         return {key.value: _plain(value) for key, value in node.value}
     return None if node.tag == "tag:yaml.org,2002:null" else node.value
-
-
-def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
-            return None
-        kinds = [arm for arm in typing.get_args(kind) if arm is not types.NoneType]
-        for arm in kinds[:-1]:
-            try:
-                return _convert(value, arm, key, where)
-            except ConfigError:
-                continue
-        return _convert(value, kinds[-1], key, where)
-    if origin is typing.Literal:
-        choices = {str(choice): choice for choice in typing.get_args(kind)}
-        if str(value) in choices:
-            return choices[str(value)]
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        raise ConfigError(
-            f"{where}: {key} is {value!r}, must be one of {', '.join(choices)}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [item for item in str(value).split(",") if item.strip()]
-        return tuple(
-            _convert(item.strip() if isinstance(item, str) else item, typing.get_args(kind)[0], key, where)
-            for item in items
-        )
-    text = str(value).strip() if isinstance(value, str) else value
-    problem = ConfigError(f"{where}: {key} is {value!r}, must be {_KIND_NAMES.get(kind, kind)}")
-    if kind is bool:
-        if isinstance(text, bool):
-            return text
-        if str(text).lower() in ("true", "yes", "on", "1"):
-            return True
-        if str(text).lower() in ("false", "no", "off", "0"):
-            return False
-        raise problem
-    if kind is str:
-        if isinstance(value, str):
-            return value
-        raise problem
-    if isinstance(text, bool) or not isinstance(text, str | int | float):
-        raise problem
-    try:
-        number = float(str(text).replace("_", ""))
-        if kind is float:
-            if number != number:
-                raise problem
-            return number
-        if number != int(number):
-            raise problem
-        # Through int() where possible: a float would round integers above 2**53.
-        digits = str(text).replace("_", "")
-        return int(digits) if digits.lstrip("+-").isdigit() else int(number)
-    except (ValueError, OverflowError):
-        raise problem from None
-
-
-_KIND_NAMES = {
-    int: "a whole number (such as 512, 10_000 or 1e9)",
-    float: "a number (such as 0.1 or 6e-4)",
-    bool: "true or false",
-    str: "text",
-}
 
 
 def _build(schema: type[Schema], prefix: str, values: Mapping[str, Any], where: Mapping[str, str]) -> Schema:

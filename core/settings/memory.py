@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any, TypeVar
 
 from core.errors import ConfigError
+from core.figures import counted
 from core.gpus import memory_bytes
 from core.settings.model import ModelConfig, training_bytes
 from core.settings.training import TrainingConfig
@@ -29,8 +30,8 @@ def possible(settings: TrainingConfig, model: ModelConfig, world: int) -> list[i
     sizes = [size for size in range(min(LARGEST, sequences), 0, -1) if sequences % (size * world) == 0]
     if not sizes:
         raise ConfigError(
-            f"batch.tokens_per_step = {settings.batch.tokens_per_step} is {sequences} sequences of "
-            f"{model.context}, which do not divide over {world} ranks; "
+            f"batch.tokens_per_step = {settings.batch.tokens_per_step} is {counted(sequences, 'sequence')} of "
+            f"{model.context}, which do not divide over {counted(world, 'rank')}; "
             f"make it a multiple of {world * model.context}"
         )
     return sizes
@@ -87,7 +88,7 @@ def verdict(settings: TrainingConfig, model: ModelConfig, gpu: str, world: int) 
     size = next((each for each in sizes if estimate(settings, model, each, world) <= memory), sizes[-1])
     need = estimate(settings, model, size, world)
     if need <= memory:
-        found = "" if given else f", with {size} sequences per micro-batch"
+        found = "" if given else f", with {counted(size, 'sequence')} per micro-batch"
         return True, f"{gpu}: about {need / 1e9:.0f} of {memory / 1e9:.0f} GB per GPU, {UNCONFIRMED}{found}"
     needs = f"batch.micro_batch_size = {size} needs about {need / 1e9:.0f} GB per GPU ({UNCONFIRMED})"
     said = f"{gpu}: {needs}, it has {memory / 1e9:.0f}"

@@ -158,9 +158,11 @@ class TrainLoopConfig(Bounded):
         10042, "number of HellaSwag items, from the first on; 0: no HellaSwag", identity=False, ge=0
     )
     sample_every: int = setting(1000, "steps between text samples; 0: only at the end", identity=False, ge=0)
-    sample_tokens: int = setting(48, "tokens per sample", identity=False, ge=0)
+    sample_tokens: int = setting(48, "tokens per sample; 0: no samples", identity=False, ge=0)
     sample_prompts: tuple[str, ...] = setting(
-        ("The most important thing about", "In the United States,"), "prompts of the samples", identity=False
+        ("The most important thing about", "In the United States,"),
+        "prompts of the samples; as a JSON list they may hold commas",
+        identity=False,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on", identity=False)
     precision: Literal["auto", "fp32", "bf16", "fp8"] = setting(

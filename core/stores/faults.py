@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from core.errors import LauncherError, ObjectExists, ObjectNotFound, StorageError
+from core.errors import DiskFull, LauncherError, ObjectExists, ObjectNotFound, StorageError
 from core.stores.base import Terms
 
 # The Hub counts requests in windows of five minutes.
@@ -88,7 +88,7 @@ _TABLE = (
         "may not {verb} ({said}); check {access}",
     ),
     _row("FileNotFoundError NoSuchKey BlobNotFound 404", "not found; check the URL", ObjectNotFound),
-    _row("disk-full", "could not {verb}: the disk is full; free space or choose another folder"),
+    _row("disk-full", "could not {verb}: the disk is full; free space or choose another folder", DiskFull),
     _row("path", "could not {verb}: the name is not one that an object store takes ({said}); rename it"),
 )
 
@@ -189,7 +189,7 @@ def _codes(error: BaseException) -> set[str]:
     found |= {f"http:{kind}" for kind in re.findall(r"kind: (Connect|Interrupted|Timeout|Request|Decode)\b", text)}
     status = getattr(getattr(error, "response", None), "status_code", None)
     found |= {str(status)} if isinstance(status, int) else set()
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         found.add("disk-full")
     if _PROVIDER.search(text) or _METADATA.search(text):
         found.add("credentials")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from core import stop, storage
-from core.errors import CheckpointError, LauncherError, RunError
+from core.errors import CheckpointError, DiskFull, LauncherError, RunError
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger, check_owner
 from core.settings.training import CheckpointConfig
@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 PEER_SECONDS = 600.0
 POLL_SECONDS = 0.05
 AGAIN_SECONDS = 2.0
+# A full disk stays full: after so many checkpoints in a row that it could not take, training ends.
+FULL_AT_MOST = 3
+# Another rank that finds the disk full tries so long to store its part while rank 0 makes room.
+ROOM_SECONDS = 30.0
 
 
 class Saver:
@@ -69,6 +73,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self.failure: LauncherError | None = None
         self.taken_over: RunError | None = None
+        self.stuck: CheckpointError | None = None  # rank 0's, once the disk stays full
+        self._full_in_a_row = 0
         self.last_step = first_step  # of the newest complete checkpoint; rank 0 keeps it up to date
 
     @property
@@ -125,9 +131,13 @@ class Saver:
         except (LauncherError, dist.DistError) as error:
             # Training goes on: the previous checkpoint is still stored, and the next one may succeed.
             self.failure = CheckpointError(str(error))
+            is_full = isinstance(error, DiskFull)
+            self._count_full(is_full)
             log.warning("checkpoint of step %d was not completed: %s", step, error)
             with contextlib.suppress(dist.DistError):  # the store ended with torchrun
-                self.ranks.store.set(self._key(step, self.ranks.rank), json.dumps({"error": str(error)}))
+                self.ranks.store.set(
+                    self._key(step, self.ranks.rank), json.dumps({"error": str(error), "full": is_full})
+                )
 
     def _stored(self, step: int, state: dict[str, Any], blocked_seconds: float) -> bool:
         """One attempt. False if it failed and should be repeated; raises the error if it should not."""
@@ -142,6 +152,7 @@ class Saver:
                     raise CheckpointError("the metrics and the ledger of its steps could not be stored before it")
                 layout.write_marker(self.run_url, CheckpointManifest(step, self.segment, files, state))
                 self.last_step = step
+                self._full_in_a_row = 0
                 background = time.monotonic() - started
                 self.cadence.measured(blocked_seconds, background)
                 if self.ledger:
@@ -153,6 +164,8 @@ class Saver:
         except RunError:
             raise
         except LauncherError as error:
+            if isinstance(error, DiskFull) and self.ranks.is_main and self._make_room(step):
+                return False
             if not self._is_hurried():
                 raise
             log.warning("checkpoint of step %d could not be stored yet: %s", step, error)
@@ -161,8 +174,17 @@ class Saver:
     def _upload(self, step: int) -> PayloadFile:
         data = self.staged.data
         name = layout.payload_name(self.segment, self.ranks.rank, self.ranks.world)
-        storage.write_bytes(storage.join(layout.folder_of(self.run_url, step), name), data)
-        return PayloadFile(name, len(data), layout.checksum(data))
+        uri = storage.join(layout.folder_of(self.run_url, step), name)
+        deadline = time.monotonic() + ROOM_SECONDS
+        while True:
+            try:
+                storage.write_bytes(uri, data)
+                return PayloadFile(name, len(data), layout.checksum(data))
+            except DiskFull:
+                if self.ranks.is_main or time.monotonic() > deadline:
+                    raise
+                self.ranks.store.set(f"{self._key(step, self.ranks.rank)}/full", "")
+                time.sleep(AGAIN_SECONDS)
 
     def _gather(self, step: int) -> tuple[PayloadFile, ...]:
         """Wait for the report of every rank. Raises CheckpointError for a rank that failed or takes too long."""
@@ -170,7 +192,11 @@ class Saver:
         files = []
         for rank in range(self.ranks.world):
             key = self._key(step, rank)
+            made_room = False
             while not self.ranks.store.check([key]):
+                if not made_room and self.ranks.store.check([f"{key}/full"]):
+                    made_room = True
+                    self._make_room(step)
                 if time.monotonic() > deadline:
                     raise CheckpointError(
                         f"rank {rank} did not store its part of step {step} within {PEER_SECONDS:.0f} s"
@@ -178,12 +204,37 @@ class Saver:
                 time.sleep(POLL_SECONDS)
             report = json.loads(self.ranks.store.get(key))
             if "error" in report:
-                raise CheckpointError(f"rank {rank}: {report['error']}")
+                kind = DiskFull if report.get("full") else CheckpointError
+                raise kind(f"rank {rank}: {report['error']}")
             files.append(PayloadFile(**report))
         return tuple(files)
 
     def _key(self, step: int, rank: int) -> str:
         return f"checkpoint/{self.segment}/{step}/{rank}"
+
+    def _make_room(self, step: int) -> bool:
+        """Rank 0: delete checkpoints for that of `step`, but the newest complete one and those of keep_every_steps.
+
+        Returns whether there were any.
+        """
+        check_owner(RunFolder(self.run_url), self.segment)
+        found = layout.stored(self.run_url)
+        unfinished = {old for old, names in found.items() if old < step and layout.MARKER not in names}
+        gone = sorted({*layout.to_remove(found, 1, self.config.keep_every_steps), *unfinished})
+        for old in gone:
+            layout.remove(self.run_url, old, found[old])
+        if gone:
+            log.warning("the disk is full: removed the checkpoints of steps %s", ", ".join(map(str, gone)))
+        return bool(gone)
+
+    def _count_full(self, is_full: bool) -> None:
+        self._full_in_a_row = self._full_in_a_row + 1 if is_full else 0
+        if self._full_in_a_row >= FULL_AT_MOST and self.ranks.is_main:
+            newest = f"the newest is step {self.last_step}" if self.last_step else "none is stored"
+            self.stuck = CheckpointError(
+                f"{self.run_url}: its disk is full, so that {self._full_in_a_row} checkpoints in a row were not "
+                f"stored; {newest}. Free space there and start again with the same settings"
+            )
 
     def _prune(self) -> None:
         try:

@@ -4,6 +4,7 @@ torchrun sets RANK, WORLD_SIZE and LOCAL_RANK in the environment. Without them t
 """
 
 import contextlib
+import hashlib
 import os
 import socket
 import threading
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from core import stop as stop_requests
 from core.errors import ConfigError, LauncherError
+from core.figures import counted
 
 T = TypeVar("T")
 
@@ -64,7 +66,7 @@ def start(device: str) -> Ranks:
         raise ConfigError("train.device is cuda, but torch sees no GPU; check nvidia-smi and the driver, or set cpu")
     if cuda and local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"{local_world} ranks on this node, but torch sees {torch.cuda.device_count()} GPUs; "
+            f"{counted(local_world, 'rank')} on this node, but torch sees {counted(torch.cuda.device_count(), 'GPU')}; "
             f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
         )
     chosen = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -118,6 +120,15 @@ def has_left(ranks: Ranks) -> bool:
     asking.start()
     asking.join(ASK_SECONDS)
     return found == [True]
+
+
+def is_first_to_say(message: str, ranks: Ranks) -> bool:
+    """Whether no other rank has said this. All ranks refuse a wrong setting, and one sentence about it is enough."""
+    try:
+        key = hashlib.sha256(message.encode(errors="replace")).hexdigest()
+        return ranks.store.add(f"said/{key}", 1) == 1
+    except dist.DistError:  # the store has gone with another rank
+        return True
 
 
 class PeerFailed(Exception):

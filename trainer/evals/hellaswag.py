@@ -22,6 +22,7 @@ from trainer.model.gpt import GPT
 
 NAME = "hellaswag"  # name of the example set
 STYLES = ("harness", "llm.c")
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,8 @@ class HellaSwag:
             try:
                 label = int(item["label"])
                 requests, lengths = _of_harness(item, encoding) if style == "harness" else _of_llm_c(item, encoding)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise DataError(
-                    f"HellaSwag item {number}: {type(error).__name__}: {error}; store the set again"
-                ) from error
+            except _MALFORMED as error:
+                raise _malformed(number, error) from error
             self._labels.append(label)
             self._lengths.append(lengths)
             self._requests += requests
@@ -108,10 +107,25 @@ class HellaSwag:
         for label, lengths in zip(self._labels, self._lengths, strict=True):
             sums = [each.total for each in found[position : position + len(lengths)]]
             position += len(lengths)
-            means = [each / length for each, length in zip(sums, lengths, strict=True)]
+            means = [each / max(1, length) for each, length in zip(sums, lengths, strict=True)]
             answers.right.append(_best(sums) == label)
             answers.right_norm.append(_best(means) == label)
         return answers
+
+
+def check(items: Sequence[Mapping[str, Any]]) -> None:
+    """Raises DataError for a malformed item, without encoding it."""
+    for number, item in enumerate(items):
+        try:
+            _, endings, label = text_of(item)
+            if label not in range(len(endings)):
+                raise ValueError(f"label {label} with {len(endings)} endings")
+        except _MALFORMED as error:
+            raise _malformed(number, error) from error
+
+
+def _malformed(number: int, error: Exception) -> DataError:
+    return DataError(f"HellaSwag item {number}: {type(error).__name__}: {error}; store the set again")
 
 
 def _of_harness(item: Mapping[str, Any], encoding) -> tuple[list[ScoringRequest], list[int]]:

@@ -8,18 +8,17 @@ from collections.abc import Callable, Collection
 import torch
 
 from core import storage
-from core.data import sets
 from core.errors import ObjectNotFound
 from core.figures import quantity
 from core.run import journal
 from core.run.segment import SegmentLog
 from trainer.checkpoint.load import Restored
 from trainer.data.order import derive_key
-from trainer.distributed.process_group import Abandoned, Ranks, gather_numbers, on_main
-from trainer.evals.hellaswag import NAME as HELLASWAG
+from trainer.distributed.process_group import Abandoned, Ranks, gather_numbers
 from trainer.evals.hellaswag import HellaSwag
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
+from trainer.loop.inputs import LaterInputs, takes_samples
 from trainer.loop.report import StepReporter
 from trainer.model.gpt import GPT
 from trainer.stages.stage import Stage
@@ -33,7 +32,7 @@ class TrainingEvaluator:
     """Runs the evaluations that are due after a step, on all ranks together.
 
     A request to stop ends an evaluation between two batches. Its result is then not recorded, so that the next
-    segment does it again. Evaluation data is read once, when it is first needed.
+    segment does it again.
     """
 
     def __init__(
@@ -43,6 +42,7 @@ class TrainingEvaluator:
         model: GPT,
         segment: SegmentLog,
         reporter: StepReporter,
+        inputs: LaterInputs,
         is_leaving: Callable[[], bool] = lambda: False,
     ):
         self._stage = stage
@@ -54,7 +54,8 @@ class TrainingEvaluator:
         self._reporter = reporter
         self._is_leaving = is_leaving
         self._validation = functools.cache(stage.validation)
-        self._hellaswag = functools.cache(functools.partial(read_hellaswag, stage))
+        self._hellaswag_rows = inputs.hellaswag
+        self._hellaswag = functools.cache(self._encode_hellaswag)
 
     def evaluate(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
         """Do what is due after `step`, except the kinds of metrics in `without`. False, on all ranks, if cut off."""
@@ -78,8 +79,10 @@ class TrainingEvaluator:
         """The kinds of metrics that are due after `step`: after the last one all of them."""
         train = self._train
         every = {"eval": train.eval_every, "hellaswag": train.hellaswag_every, "sample": train.sample_every}
-        if not train.hellaswag_items:
+        if not self._hellaswag_rows:
             del every["hellaswag"]
+        if not takes_samples(train):
+            del every["sample"]
         return [kind for kind, steps in every.items() if is_last or (steps and step % steps == 0)]
 
     def validate(self, step: int) -> None:
@@ -97,13 +100,14 @@ class TrainingEvaluator:
 
     def _score_hellaswag(self, step: int) -> None:
         with self._segment.phase("eval"):
-            hellaswag = self._hellaswag()
-            if hellaswag is None:
-                return
-            score = hellaswag(self._model, self._check_stop)
+            score = self._hellaswag()(self._model, self._check_stop)
         tokens = step * self._tokens_per_step
         self._reporter.metric("hellaswag", {"step": step, "tokens": tokens, **score.as_dict()})
         log.info("step %d/%d | HellaSwag %s", step, self._stage.steps, score)
+
+    def _encode_hellaswag(self) -> HellaSwag:
+        stage = self._stage
+        return HellaSwag(self._hellaswag_rows, stage.encoding, stage.ranks, stage.precision)
 
     def _sample(self, step: int) -> None:
         if not self._ranks.is_main:
@@ -141,8 +145,6 @@ def sample(
     A prompt that leaves too little of the model's context is cut at its beginning. Raises Abandoned once
     `is_leaving()`, which is called after each token.
     """
-    if not new_tokens:
-        return prompt
     engine = Engine(model, encoding, device)
     tokens = engine.encode(prompt)[-max(1, engine.context - new_tokens) :]
     settings = Sampling(max_tokens=new_tokens, temperature=1.0, top_k=TOP_K, seed=seed)
@@ -155,15 +157,6 @@ def sample(
             text += piece.text
     model.train()
     return text
-
-
-def read_hellaswag(stage: Stage) -> HellaSwag | None:
-    """The HellaSwag set beside the stage's data; None if it was not stored there."""
-    url = stage.data_url
-    items = on_main(functools.partial(sets.read_if_there, url, HELLASWAG), stage.ranks) if url else None
-    if items is None:
-        return None
-    return HellaSwag(items[: stage.settings.train.hellaswag_items], stage.encoding, stage.ranks, stage.precision)
 
 
 def kinds_measured(segment: SegmentLog, restored: Restored) -> set[str]:

@@ -14,14 +14,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from core import stop
 from core.errors import LauncherError, TrainingError
+from core.run.folder import RunFolder, continued_elsewhere
 from core.run.segment import SegmentLog
 from core.settings.training import TrainLoopConfig
 from trainer.checkpoint.save import Saver
+from trainer.data.loader import batch_numbers
 from trainer.data.order import derive_key
 from trainer.distributed.process_group import Abandoned, PeerFailed, Ranks, gather_numbers, on_main
 from trainer.loop.evaluation import TrainingEvaluator
@@ -193,7 +196,7 @@ class Loop:
 
         Data that cannot be read does not keep ranks that were asked to stop from saving.
         """
-        failure = self.saver.taken_over
+        failure = self.saver.taken_over or self.saver.stuck
         no_data = fetched if isinstance(fetched, LauncherError) else None
         save = False
         if self.ranks.is_main:
@@ -285,10 +288,23 @@ class Loop:
             if len(bad)
             else f"the gradient norm is {norm}"
         )
+        self.saver.wait()
+        folder, newest = RunFolder(self.settings.run.url), self.saver.last_step
+        branch = continued_elsewhere(folder, self.stage.identity) if newest else ""
         raise TrainingError(
-            f"step {step}: {where}; the weights were not changed. Start again to retry from the last checkpoint, "
-            "and if it comes back lower optimizer.lr or look at the data of this step"
+            f"step {step}: {where}; the weights were not changed. Start again to retry from "
+            f"{f'step {newest}' if newest else 'the beginning'}; if it comes back, {self._without_batch(step)}give "
+            f"another run.url a lower optimizer.lr{branch}"
         )
+
+    def _without_batch(self, step: int) -> str:
+        """The setting that leaves out the batch of `step`, as a part of a message."""
+        train = self.settings.train
+        if train.overfit:
+            return ""
+        batch = int(batch_numbers(np.array([step - 1]), sorted(set(train.skip_steps)))[0]) + 1
+        skipped = ",".join(str(each) for each in (*train.skip_steps, batch))
+        return f"leave its batch out with --train.skip_steps={skipped}, or "
 
     def _check_overfit(self, step: int) -> None:
         train = self.settings.train
@@ -298,8 +314,8 @@ class Loop:
         if not is_overfitted(train, self.last_loss):
             raise TrainingError(
                 f"step {step}: with one micro-batch repeated the loss is {self.last_loss:.4f}, not below {bound}; "
-                "if it was still falling raise train.steps, else look at optimizer.lr and at the changes to the "
-                "model"
+                "if it was still falling give another run.url more train.steps, else look at optimizer.lr and at the "
+                "changes to the model"
             )
         log.info("step %d: the micro-batch is learned by heart, its loss %.4f is below %s", step, self.last_loss, bound)
 

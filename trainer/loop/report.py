@@ -9,6 +9,7 @@ from core.errors import ConfigError
 from core.figures import duration, quantity
 from core.gpus import peak_flops
 from core.run.cap import SpendingCap
+from core.run.folder import RunFolder, id_of
 from core.run.segment import SegmentLog
 from trainer.distributed.process_group import Ranks
 from trainer.loop.trackers import Trackers
@@ -20,7 +21,7 @@ log = logging.getLogger("train")
 class StepReporter:
     """Rank 0 reports; the instances of the other ranks do nothing."""
 
-    def __init__(self, stage: Stage, ranks: Ranks, segment: SegmentLog):
+    def __init__(self, stage: Stage, ranks: Ranks, segment: SegmentLog, first_step: int = 0):
         settings = stage.settings
         self._stage = stage
         self._train = settings.train
@@ -35,7 +36,9 @@ class StepReporter:
         display = settings.train.display
         live = ranks.is_main and (display == "live" or (display == "auto" and sys.stderr.isatty()))
         self._screen = open_screen(display, stage.steps, segment.cap) if live else None
-        self._trackers = Trackers(settings.train.trackers if ranks.is_main else (), settings.run.url, stage.config)
+        kinds = settings.train.trackers if ranks.is_main else ()
+        run_id = id_of(RunFolder(settings.run.url)) if kinds else ""
+        self._trackers = Trackers(kinds, settings.run.url, stage.config, run_id, first_step)
 
     def step(self, step: int, loss: float, rate: float, norm: float, seconds: float, waited_seconds: float) -> None:
         """Report optimizer step `step`, which took `seconds`, `waited_seconds` of them for data."""

@@ -15,15 +15,18 @@ indices, and Inductor chooses reductions by rule instead of by timing. A trainin
 refuses in this mode (tests/test_determinism.py).
 """
 
+import contextlib
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, MutableMapping
 
 import torch
 
-from core import stop
-from core.errors import ConfigError, one_line
+from core import stop, storage
+from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
+from core.errors import ConfigError, LauncherError, one_line
 from core.exit_codes import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
 from core.run.folder import RunFolder
 from core.run.segment import Opening, SegmentLog, open_segment
@@ -35,6 +38,7 @@ from trainer.checkpoint.save import Saver
 from trainer.distributed import process_group
 from trainer.distributed.process_group import Ranks, on_main
 from trainer.loop.evaluation import TrainingEvaluator, kinds_measured
+from trainer.loop.inputs import open_later_inputs
 from trainer.loop.loop import Loop
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import SpotWatch, StopRequest, StopRequests
@@ -44,6 +48,7 @@ from trainer.stages.stage import Stage
 log = logging.getLogger("train")
 
 MEET_SECONDS = 60.0
+SAYING_SECONDS = 1.0
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # The values with which cuBLAS gives the same bits each time; the first is faster and takes 32 MB.
 EXACT_WORKSPACES = (":4096:8", ":16:8")
@@ -68,9 +73,11 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
             return _tell(PREEMPTED, ranks)
         if isinstance(error, process_group.PeerFailed):
             return FAILED
-        if refusal := determinism_refusal(error):
-            raise refusal from error
-        raise
+        error = determinism_refusal(error) or error
+        if ranks and isinstance(error, LauncherError) and not process_group.is_first_to_say(str(error), ranks):
+            time.sleep(SAYING_SECONDS)  # torchrun ends the rank that says it once this one has ended
+            return FAILED
+        raise error
     finally:
         process_group.stop()
 
@@ -86,9 +93,11 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     # 2. Torch: precision, threads, deterministic kernels.
     set_up_torch(settings.train, ranks)
 
-    # 3. The stage reads its data and determines batch and length. Nothing is written until it has checked them.
+    # 3. The stage reads its data and determines batch and length. Nothing is written until these are checked, and what
+    #    evaluations will need.
     stage = stage_class(settings, ranks)
     settings = stage.settings
+    later_inputs = open_later_inputs(stage, ranks)
 
     # 4. The run and its next segment: run.json, the ledger, metrics, and the dollars spent so far.
     segment = open_log(stage, ranks)
@@ -129,8 +138,8 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             optimizer.blocks,
             first_step,
         )
-        reporter = StepReporter(stage, ranks, segment)
-        evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, is_leaving)
+        reporter = StepReporter(stage, ranks, segment, first_step)
+        evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, later_inputs, is_leaving)
 
         # 8. Train: trainer/loop/loop.py.
         loop = Loop(
@@ -196,12 +205,20 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
         )
         segment = open_segment(RunFolder(settings.run.url), opening)
         opened.append(segment)
+        if segment.is_new_run:
+            keep_vocabulary(stage)
         what = "new run at" if segment.is_new_run else "continuing"
         log.info("%s %s, segment %d", what, settings.run.url, segment.number)
         return segment.number
 
     number = on_main(open_on_main, ranks)
     return opened[0] if opened else SegmentLog(number=number)
+
+
+def keep_vocabulary(stage: Stage) -> None:
+    """Store the vocabulary with the run: its weights can then be used without its data. Training does not need it."""
+    with contextlib.suppress(LauncherError):
+        storage.write_bytes(storage.join(stage.settings.run.url, VOCABULARY_FILE), stage.read_vocabulary().stored)
 
 
 def _mark_restored(segment: SegmentLog, restored: Restored | None) -> None:

@@ -9,8 +9,10 @@ import contextlib
 import logging
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from core.settings.loader import flatten
@@ -19,15 +21,30 @@ log = logging.getLogger("train")
 
 CLOSE_SECONDS = 20.0
 WAITING_AT_MOST = 10_000
+MLFLOW_TAG = "run_id_of_trainer"
 
 Send = Callable[[int, Mapping[str, float]], None]
 
 
-def _tensorboard(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as the trackers know it: `id` tells it from others, `name` is shown. It goes on after `step`."""
+
+    id: str
+    name: str
+    step: int
+    config: Mapping[str, Any]
+
+
+def _tensorboard(run: TrackedRun) -> tuple[Send, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(os.path.join(os.environ.get("TENSORBOARD_DIR", "runs"), _name(run_url)))
-    writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in flatten(config).items()))
+    folder = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', run.name)}-{run.id}"
+    # Steps after the restored checkpoint are done again, so that the ones of before are hidden.
+    writer = SummaryWriter(os.path.join(os.environ.get("TENSORBOARD_DIR", "runs"), folder), purge_step=run.step + 1)
+    writer.add_text(
+        "config", "\n".join(f"    {key}: {value}" for key, value in flatten(run.config).items()), run.step + 1
+    )
 
     def send(step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -36,28 +53,28 @@ def _tensorboard(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callabl
     return send, writer.close
 
 
-def _wandb(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
+def _wandb(tracked: TrackedRun) -> tuple[Send, Callable[[], None]]:
     import wandb
 
-    # One id per run folder, so that all segments of a run are one line in W&B.
-    name = _name(run_url)
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "pretraining"), id=name, name=name, resume="allow", config=dict(config)
-    )
+    # By its id all segments of a run are one line in W&B.
+    project = os.environ.get("WANDB_PROJECT", "pretraining")
+    run = wandb.init(project=project, id=tracked.id, name=tracked.name, resume="allow", config=dict(tracked.config))
     # Our axis: W&B's built-in step only grows, and drops the steps that a resumed run repeats.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return lambda step, values: run.log({**values, "step": step}), run.finish
 
 
-def _mlflow(run_url: str, config: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
+def _mlflow(run: TrackedRun) -> tuple[Send, Callable[[], None]]:
     import mlflow
 
-    name = _name(run_url)
-    earlier = mlflow.search_runs(filter_string=f"attributes.run_name = '{name}'", output_format="list")
-    mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=name)
-    if not earlier:
-        mlflow.log_params(flatten(config))
+    earlier = mlflow.search_runs(filter_string=f"tags.{MLFLOW_TAG} = '{run.id}'", output_format="list")
+    if earlier:
+        mlflow.start_run(run_id=earlier[0].info.run_id)
+    else:
+        mlflow.start_run(run_name=run.name, tags={MLFLOW_TAG: run.id})
+        # MLflow refuses longer values.
+        mlflow.log_params({key: str(value)[:500] for key, value in flatten(run.config).items()})
     return lambda step, values: mlflow.log_metrics(dict(values), step=step), mlflow.end_run
 
 
@@ -67,10 +84,11 @@ _KINDS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
 class Trackers:
     """Takes the metrics that the journal of the run takes."""
 
-    def __init__(self, kinds: tuple[str, ...], run_url: str, config: Mapping[str, Any]):
+    def __init__(self, kinds: tuple[str, ...], run_url: str, config: Mapping[str, Any], run_id: str, step: int = 0):
+        """`run_id` is that of core.run.folder.id_of; `step` the one that a resumed run goes on from."""
         self._kinds = kinds
-        self._run_url = run_url
-        self._config = config
+        name = run_url.rstrip("/").rsplit("/", 1)[-1]
+        self._run = TrackedRun(run_id, name, step, config)
         self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(WAITING_AT_MOST)
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
         if kinds:
@@ -98,7 +116,7 @@ class Trackers:
         open_ones = {}
         for kind in self._kinds:
             with self._tolerating(kind):
-                open_ones[kind] = _KINDS[kind](self._run_url, self._config)
+                open_ones[kind] = _KINDS[kind](self._run)
         while (item := self._queue.get()) is not None:
             for kind in list(open_ones):
                 with self._tolerating(kind, open_ones):
@@ -117,7 +135,3 @@ class Trackers:
             log.warning("train.trackers: %s fails and gets no more metrics (%s: %s)", kind, type(error).__name__, error)
             if open_ones is not None:
                 open_ones.pop(kind, None)
-
-
-def _name(run_url: str) -> str:
-    return run_url.rstrip("/").rsplit("/", 1)[-1]

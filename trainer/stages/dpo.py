@@ -88,8 +88,8 @@ class Dpo(Tuning):
         super().__init__(settings, ranks)
         self._reference: dict[str, np.ndarray] = {}
 
-    def read(self, settings: DpoConfig, length: int) -> Examples:
-        return read_preferences(settings.data, self._encoding(), length)
+    def read(self, settings: DpoConfig, encoding, length: int) -> Examples:
+        return read_preferences(settings.data, encoding, length)
 
     def count_items(self) -> int:
         return len(self.examples.train) // 2

@@ -67,8 +67,8 @@ class AnswerLoss(nn.Module):
 class Finetune(Tuning):
     name = "finetune"
 
-    def read(self, settings: FinetuneConfig, length: int) -> Examples:
-        return read_conversations(settings.data, self._encoding(), length)
+    def read(self, settings: FinetuneConfig, encoding, length: int) -> Examples:
+        return read_conversations(settings.data, encoding, length)
 
     @functools.cached_property
     def rows(self) -> Rows:

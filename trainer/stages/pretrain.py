@@ -13,8 +13,8 @@ from torch import nn
 from core import storage
 from core.data import manifest
 from core.data.manifest import Manifest
-from core.data.vocabulary import read as read_vocabulary
-from core.errors import ConfigError
+from core.data.vocabulary import Vocabulary
+from core.errors import ConfigError, DataError, StorageError
 from core.figures import quantity
 from core.settings.model import flops_per_token
 from core.settings.training import PretrainConfig
@@ -25,6 +25,7 @@ from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.evals.validation import ValidationLoss
 from trainer.model.gpt import GPT
 from trainer.stages.stage import Stage, Validation
+from trainer.weights.open import vocabulary_at
 
 log = logging.getLogger("train")
 
@@ -45,6 +46,9 @@ class Pretrain(Stage):
     settings: PretrainConfig
 
     def __init__(self, settings: PretrainConfig, ranks: Ranks):
+        # Stored with the weights, and opened with them from any folder.
+        data = dataclasses.replace(settings.data, url=storage.lasting(settings.data.url))
+        settings = dataclasses.replace(settings, data=data)
         self.data = on_main(functools.partial(manifest.read, settings.data.url), ranks)
         check_vocabulary(settings, self.data)
         super().__init__(settings, settings.model, settings.model.context, ranks)
@@ -60,10 +64,10 @@ class Pretrain(Stage):
             model.initialise(self.settings.train.seed)
 
     def describe_data(self, model: GPT) -> list[str]:
-        splits, flops = self.data.splits, flops_per_token(self.model)
+        train, flops = self.data.splits["train"], flops_per_token(self.model)
         return [
             f"model: {model.parameter_count():,} parameters, {quantity(flops)} FLOPs per token",
-            f"data: {quantity(splits['train'].tokens)} training tokens, {splits['val'].tokens:,} validation tokens, "
+            f"data: {quantity(train.tokens)} training tokens, {self.validation_tokens:,} validation tokens, "
             f"fingerprint {self.data.fingerprint[:12]}",
         ]
 
@@ -100,9 +104,14 @@ class Pretrain(Stage):
 
         return measure
 
+    @property
+    def validation_tokens(self) -> int:
+        split = self.data.splits.get("val")
+        return split.tokens if split else 0
+
     def validation_loss(self) -> ValidationLoss | None:
         settings = self.settings
-        tokens, window = self.data.splits["val"].tokens, self.context + 1
+        tokens, window = self.validation_tokens, self.context + 1
         if tokens < window:
             few = f"{tokens} validation tokens, fewer than one window of {window}" if tokens else "no validation tokens"
             log.warning("%s has %s, so there is no validation loss", settings.data.url, few)
@@ -120,9 +129,12 @@ class Pretrain(Stage):
     def data_url(self) -> str:
         return self.settings.data.url
 
-    @functools.cached_property
-    def encoding(self):
-        return read_vocabulary(storage.join(self.settings.data.url, self.data.tokenizer.vocab_file)).encoding()
+    def read_vocabulary(self) -> Vocabulary:
+        return vocabulary_at(self.settings.data.url, [self.settings.data.url])
+
+    def check_stored(self) -> None:
+        self.data.split("train", self.settings.data.url)
+        check_shards(self.settings.data.url, self.data)
 
     def _cache(self, split: str) -> ShardCache:
         data = self.settings.data
@@ -135,6 +147,31 @@ def default_cache_folder() -> Path:
     import getpass  # here, so that training does not import it with data.cache_dir
 
     return Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}"
+
+
+def check_shards(data_url: str, data: Manifest) -> None:
+    """Raises DataError unless all shards are stored with the size that the manifest says.
+
+    A store that may be read but not listed is not checked.
+    """
+    shards = {storage.join(data_url, shard.name): shard for split in data.splits.values() for shard in split.shards}
+    try:
+        stored = {
+            info.uri: info.size
+            for folder in {uri.rpartition("/")[0] for uri in shards}
+            for info in storage.list_objects(folder)
+        }
+    except StorageError as error:
+        log.debug("the shards of %s are not checked: %s", data_url, error)
+        return
+    for uri, shard in shards.items():
+        if uri not in stored:
+            raise DataError(f"{uri}: this shard of the manifest is not there; copy it again, or prepare the data again")
+        if stored[uri] != shard.bytes:
+            raise DataError(
+                f"{uri}: has {stored[uri]:,} bytes, the manifest says {shard.bytes:,}; copy it again, or prepare the "
+                "data again"
+            )
 
 
 def check_vocabulary(settings: PretrainConfig, data: Manifest) -> None:

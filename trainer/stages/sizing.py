@@ -14,6 +14,7 @@ import os
 import torch
 
 from core.errors import ConfigError
+from core.figures import counted
 from core.settings.memory import Training, advice, changed_to, estimate, possible
 from core.settings.model import ModelConfig
 from core.settings.training import BatchConfig, TrainingConfig, TrainLoopConfig
@@ -46,21 +47,38 @@ def with_micro_batch(settings: Training, model: ModelConfig, found_before: int |
         size = next((each for each in fitting if _trial(model, each, settings.train, ranks)), 0)
         if not size:
             raise ConfigError(_too_large(settings, model, fitting[-1], ranks, memory))
-    log.info("batch.micro_batch_size: %d sequences fit", size)
+    log.info("batch.micro_batch_size: %s", "1 sequence fits" if size == 1 else f"{size} sequences fit")
     return changed_to(settings, "batch.micro_batch_size", size)
 
 
-def accumulation(batch: BatchConfig, context: int, world: int) -> int:
-    """Micro-batches per rank and step. Raises ConfigError if the ranks cannot have equally many."""
+def accumulation(batch: BatchConfig, context: int, world: int, has_begun: bool = False) -> int:
+    """Micro-batches per rank and step. Raises ConfigError if the ranks cannot have equally many.
+
+    The batch of a run that `has_begun` cannot change, so that only another number of ranks helps.
+    """
     micro_batches = batch.tokens_per_step // (batch.micro_batch_size * context)
     if micro_batches % world:
-        possible_ranks = next(count for count in range(world, 0, -1) if micro_batches % count == 0)
+        fewer = next(count for count in range(world, 0, -1) if micro_batches % count == 0)
+        more = next((count for count in range(world + 1, micro_batches + 1) if micro_batches % count == 0), None)
+        remedy = f"start {counted(fewer, 'rank')}{f', or {more}' if more else ''}"
         raise ConfigError(
-            f"batch.tokens_per_step = {batch.tokens_per_step} makes {micro_batches} micro-batches "
+            f"batch.tokens_per_step = {batch.tokens_per_step} makes {counted(micro_batches, 'micro-batch')} "
             f"of {batch.micro_batch_size} x {context} tokens, "
-            f"which do not divide over {world} ranks; start {possible_ranks} ranks, or lower batch.micro_batch_size"
+            f"which do not divide over {counted(world, 'rank')}; {remedy}"
+            + (": the batch of a run that has begun is fixed" if has_begun else _other_batch(batch, context, world))
         )
     return micro_batches // world
+
+
+def _other_batch(batch: BatchConfig, context: int, world: int) -> str:
+    """The nearest batch that divides over `world` ranks, as a setting of a new run."""
+    sequences, size = batch.tokens_per_step // context, batch.micro_batch_size
+    parity = 2 if size % 2 == 0 else 1  # pairs of preferences need an even size
+    smaller = [each for each in range(size, 0, -1) if sequences % (each * world) == 0 and each % parity == 0]
+    if smaller:
+        return f", or set batch.micro_batch_size={smaller[0]}"
+    unit = size * context * world
+    return f", or set batch.tokens_per_step={max(1, round(batch.tokens_per_step / unit)) * unit}"
 
 
 def one_micro_batch(settings: Training, model: ModelConfig, context: int) -> tuple[Training, ModelConfig]:

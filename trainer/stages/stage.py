@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from core import storage
+from core.data.vocabulary import Vocabulary
 from core.errors import ObjectNotFound
-from core.figures import quantity
+from core.figures import counted, quantity
 from core.run.folder import RunFolder, read_description
 from core.settings import loader
 from core.settings.model import ModelConfig, flops_per_token
@@ -77,7 +78,7 @@ class Stage(abc.ABC):
             settings, model = sizing.one_micro_batch(settings, model, context)
             self.share_rank, self.share_world = 0, 1
         self.settings, self.model, self.context = settings, model, context
-        self.accumulation = sizing.accumulation(settings.batch, context, self.share_world)
+        self.accumulation = sizing.accumulation(settings.batch, context, self.share_world, earlier is not None)
 
     @property
     def steps(self) -> int:
@@ -128,17 +129,20 @@ class Stage(abc.ABC):
 
     def _batch_and_length(self) -> list[str]:
         batch, train, ranks = self.settings.batch, self.settings.train, self.ranks
-        tokens = f"batch: {batch.tokens_per_step:,} tokens = {batch.micro_batch_size} sequences x {self.context} tokens"
+        sequences, count = counted(batch.micro_batch_size, "sequence"), counted(ranks.world, "rank")
+        where = f"{count} on {ranks.device.type}"
+        tokens = f"batch: {batch.tokens_per_step:,} tokens = {sequences} x {self.context} tokens"
         if train.overfit:
             return [
-                f"{tokens}, the same ones in every step and on each of {ranks.world} ranks on {ranks.device.type}",
+                f"{tokens}, the same ones in every step and on each of {where}",
                 f"length: until the loss is below train.overfit_max_loss = {train.overfit_max_loss:g}, "
-                f"at most {train.steps:,} steps",
+                f"at most {counted(train.steps, 'step')}",
             ]
         total = quantity(batch.tokens_per_step * train.steps)
+        micro_batches = counted(self.accumulation, "micro-batch")
         return [
-            f"{tokens} x {self.accumulation} micro-batches x {ranks.world} ranks on {ranks.device.type}",
-            f"length: {train.steps:,} steps = {total} tokens{self.describe_epochs()}",
+            f"{tokens} x {micro_batches} x {where}",
+            f"length: {counted(train.steps, 'step')} = {total} tokens{self.describe_epochs()}",
         ]
 
     @abc.abstractmethod
@@ -157,10 +161,26 @@ class Stage(abc.ABC):
     def data_url(self) -> str:
         """The dataset that evaluation sets are stored beside; empty if there is none."""
 
-    @property
     @abc.abstractmethod
+    def read_vocabulary(self) -> Vocabulary:
+        """Rank 0: the vocabulary at VOCAB_URL, else the one beside the data or the start.
+
+        Raises ConfigError if there is none, DataError for another one than GPT-2's.
+        """
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary. All ranks open it together."""
+        return on_main(self.read_vocabulary, self.ranks)
+
+    @property
     def encoding(self):
         """The tiktoken encoding of the vocabulary."""
+        return self.vocabulary.encoding()
+
+    def check_stored(self) -> None:
+        """Rank 0: check that the stored data that the run reads later is there. Raises DataError."""
+        return
 
     def as_prompt(self, text: str) -> str:
         """The text that a sample continues."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from core import storage
+from core.data.vocabulary import Vocabulary
 from core.errors import CheckpointError, ConfigError
 from core.settings import loader
 from core.settings.model import ModelConfig
@@ -23,7 +25,7 @@ from trainer.model import lora
 from trainer.model.gpt import GPT
 from trainer.stages.stage import Stage, lasting_name, stored_config
 from trainer.weights import folder as public
-from trainer.weights.open import encoding_at, look_up, open_weights
+from trainer.weights.open import look_up, open_weights, vocabulary_at
 
 log = logging.getLogger("train")
 
@@ -52,11 +54,12 @@ class Tuning(Stage):
                 f"data.length is {length}, but {start.where} has a context of {start.model.context} tokens; "
                 "set data.length to at most that, or 0"
             )
-        data = dataclasses.replace(settings.data, url=settings.data.url or start.data_url)
+        data = dataclasses.replace(settings.data, url=storage.lasting(settings.data.url or start.data_url))
         settings = dataclasses.replace(settings, data=data, start=StartConfig(start.where))
         self.start = start
-        self._encoding = functools.partial(_encoding, start.where, data.url)
-        self.examples: Examples = on_main(lambda: self.read(settings, length), ranks)
+        self.examples: Examples = on_main(
+            lambda: self.read(settings, _vocabulary(start.where, data.url).encoding(), length), ranks
+        )
         self.context = length  # count_items needs it
         self.items = self.count_items()
         if settings.train.epochs:
@@ -67,7 +70,7 @@ class Tuning(Stage):
         self.digest = ""  # of the weights that adapters belong to
 
     @abc.abstractmethod
-    def read(self, settings: Any, length: int) -> Examples:
+    def read(self, settings: Any, encoding, length: int) -> Examples:
         """Rank 0: the examples as token ids, none longer than `length`."""
 
     @abc.abstractmethod
@@ -89,9 +92,8 @@ class Tuning(Stage):
     def data_url(self) -> str:
         return self.settings.data.url
 
-    @functools.cached_property
-    def encoding(self):
-        return self._encoding()
+    def read_vocabulary(self) -> Vocabulary:
+        return _vocabulary(self.start.where, self.settings.data.url)
 
     def as_prompt(self, text: str) -> str:
         prompt = chat_template.render([{"role": "user", "content": text}], self.encoding, add_generation_prompt=True)
@@ -167,6 +169,8 @@ def _start_of(settings: FinetuneConfig) -> Start:
     return Start(where, model, state["config"].get("data", {}).get("url", ""))
 
 
-def _encoding(start: str, data_url: str):
+def _vocabulary(start: str, data_url: str) -> Vocabulary:
     is_folder = public.is_public(start) or public.is_folder(start)
-    return encoding_at(start, data_url or None, public.resolve(start) if is_folder else None)
+    if is_folder:
+        return vocabulary_at(start, [data_url], public.resolve(start))
+    return vocabulary_at(start, [data_url, start.rpartition("/checkpoints/")[0]])

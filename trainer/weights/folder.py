@@ -25,6 +25,7 @@ from trainer.weights import huggingface
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 INDEX = f"{WEIGHTS}.index.json"
 MERGES = "merges.txt"
 TOKENIZER = "tokenizer.json"
@@ -41,6 +42,23 @@ def is_public(where: str) -> bool:
 def is_folder(where: str) -> bool:
     """Whether this URL holds a model in Hugging Face's format."""
     return storage.exists(storage.join(where, CONFIG))
+
+
+def refuse_file(where: str) -> None:
+    """Raises CheckpointError for a file in place of a model's folder, and for a folder with nothing but pickles."""
+    path = where.rstrip("/")
+    if path.lower().endswith(".safetensors"):
+        raise CheckpointError(f"{where}: is a file; give its folder, with {CONFIG} and {WEIGHTS}")
+    pickled = path if path.lower().endswith(PICKLES) else ""
+    if not pickled and not is_public(where) and not is_folder(where):
+        names = storage.list_names(where)
+        found = [name for name in names if name.lower().endswith(PICKLES)]
+        pickled = storage.join(path, found[0]) if found and "checkpoints" not in names else ""
+    if pickled:
+        raise CheckpointError(
+            f"{pickled}: is a pickle, which can run code and is not loaded; let the program that wrote it store "
+            f"a folder with {CONFIG} and {WEIGHTS}, as transformers does: model.save_pretrained(FOLDER)"
+        )
 
 
 def resolve(where: str) -> str:

@@ -42,6 +42,8 @@ _LLAMA_ENDS = {
     "lm_head.weight": "lm_head.weight",
 }
 
+WRAPPERS = ("_orig_mod.", "module.")
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -231,19 +233,43 @@ def from_hub(kind: str, config: ModelConfig, tensors: Tensors, where: str) -> di
 
     Raises CheckpointError if a Llama lacks a tensor. The caller compares names and shapes with the model's.
     """
+    tensors = _without_wrappers(tensors, where)
     if kind == "gpt2":
         found = {}
-        for name, values in tensors.items():
+        for name, values in _tied_once(config, tensors, "transformer.wte.weight", "wte.weight").items():
             name = name.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias")) or (
-                name == "lm_head.weight" and config.tie_embeddings
-            ):
-                continue  # old files hold the causal mask; the tied embedding is stored twice
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # old files hold the causal mask
             found[name] = values.T.contiguous() if name.endswith(TRANSPOSED) else values
         return found
     if kind == "llama":
         return _from_llama(config, tensors, where)
     return dict(tensors)
+
+
+def _without_wrappers(tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
+    """The tensors without the prefixes that torch.compile and DistributedDataParallel put before their names."""
+    found: dict[str, torch.Tensor] = {}
+    for name, values in tensors.items():
+        plain = name
+        while plain.startswith(WRAPPERS):
+            plain = plain.partition(".")[2]
+        if plain in found:
+            raise CheckpointError(
+                f"{where}: holds {plain} twice, once as {name}; save the model again without wrappers"
+            )
+        found[plain] = values
+    return found
+
+
+def _tied_once(config: ModelConfig, tensors: Tensors, *embeddings: str) -> dict[str, torch.Tensor]:
+    """The tensors with the embedding under one of its names. If it is tied, writers keep it under either or both."""
+    left = dict(tensors)
+    if config.tie_embeddings and "lm_head.weight" in left:
+        head = left.pop("lm_head.weight")
+        if not left.keys() & set(embeddings):
+            left[embeddings[0]] = head
+    return left
 
 
 def _llama_parts(name: str, values: torch.Tensor):
@@ -263,8 +289,9 @@ def _llama_parts(name: str, values: torch.Tensor):
 
 def _from_llama(config: ModelConfig, tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
     left = {name: values for name, values in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        left.pop("lm_head.weight", None)
+    if not any(name.startswith("model.") for name in left):  # saved without its head's class
+        left = {name if name == "lm_head.weight" else f"model.{name}": values for name, values in left.items()}
+    left = _tied_once(config, left, _LLAMA_ENDS["wte.weight"])
     found = {}
     try:
         for ours, theirs in _LLAMA_ENDS.items():

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -65,21 +65,17 @@ class TrainedModel:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary at VOCAB_URL, else the one beside the model's data or weights.
+        """The vocabulary at VOCAB_URL, else the one in the run's folder, beside the model's data or its weights.
 
         Raises ConfigError if there is none, DataError for a vocabulary other than GPT-2's.
         """
-        return vocabulary_at(self.name, self.data_url, self.folder)
+        return vocabulary_at(self.name, [self.run_url, self.data_url], self.folder)
 
 
-def encoding_at(name: str, data_url: str | None, folder: str | None = None):
-    """The tiktoken encoding of `vocabulary_at`."""
-    return vocabulary_at(name, data_url, folder).encoding()
-
-
-def vocabulary_at(name: str, data_url: str | None, folder: str | None = None) -> Vocabulary:
-    """The vocabulary at VOCAB_URL, beside the data or in the folder of the model `name` (TrainedModel.vocabulary)."""
-    places = [os.environ.get("VOCAB_URL"), data_url and storage.join(data_url, VOCABULARY_FILE)]
+def vocabulary_at(name: str, homes: Sequence[str | None], folder: str | None = None) -> Vocabulary:
+    """The vocabulary of the model `name` (TrainedModel.vocabulary): at VOCAB_URL, or in one of the `homes`, which are
+    URLs of runs or of data, or in the model's `folder`."""
+    places = [os.environ.get("VOCAB_URL"), *(home and storage.join(home, VOCABULARY_FILE) for home in homes)]
     for uri in filter(None, places):
         try:
             return read_vocabulary(uri)
@@ -97,6 +93,7 @@ def vocabulary_at(name: str, data_url: str | None, folder: str | None = None) ->
 
 def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
     """A lasting name of the model and its state. The lasting name of a run is that of its newest checkpoint."""
+    public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):
         return where, {"config": {"model": to_dict(public.read_config(public.resolve(where))[1])}}
     run_url, manifest = _checkpoint(where)
@@ -108,6 +105,7 @@ def open_weights(where: str, device: torch.device) -> TrainedModel:
 
     Raises CheckpointError for weights that are missing, damaged, or of another architecture or vocabulary.
     """
+    public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):
         return _open_folder(where, device)
     run_url, manifest = _checkpoint(where)

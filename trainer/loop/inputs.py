@@ -1,0 +1,42 @@
+"""Opens and checks, before anything is written, what a run reads only later: at its evaluations or at its end.
+
+A vocabulary that is missing, a damaged HellaSwag set or a lost shard would otherwise end a run after paid hours.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from core.data import sets
+from core.settings.training import TrainLoopConfig
+from trainer.distributed.process_group import Ranks, on_main
+from trainer.evals import hellaswag
+from trainer.stages.stage import Stage
+
+
+@dataclass(frozen=True)
+class LaterInputs:
+    """What the evaluations of a run need besides its validation data. `hellaswag` is empty without that set."""
+
+    hellaswag: Sequence[Mapping[str, Any]] = ()
+
+
+def open_later_inputs(stage: Stage, ranks: Ranks) -> LaterInputs:
+    """All ranks together. Raises LauncherError on rank 0, PeerFailed on the others."""
+    train = stage.settings.train
+    on_main(stage.check_stored, ranks)
+    rows = on_main(functools.partial(_hellaswag_rows, stage.data_url, train.hellaswag_items), ranks)
+    if rows or takes_samples(train):
+        _ = stage.vocabulary  # it stays open
+    return LaterInputs(rows)
+
+
+def takes_samples(train: TrainLoopConfig) -> bool:
+    return bool(train.sample_tokens and train.sample_prompts)
+
+
+def _hellaswag_rows(data_url: str, count: int) -> Sequence[Mapping[str, Any]]:
+    rows = (sets.read_if_there(data_url, hellaswag.NAME) or ()) if data_url and count else ()
+    hellaswag.check(rows[:count])
+    return rows[:count]
