@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 3.0
 OBJECTS_PER_CHUNK = 100
+# Bytes that are stored before their time, and bytes of small objects that become one. Both bound the memory.
+FLUSH_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20
 READ_ATTEMPTS = 3
 _NAME = re.compile(r"^(\d{8,})-(\d{8,})\.jsonl$")
 
@@ -38,11 +41,14 @@ class Journal:
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()
         self._pending: list[str] = []
+        self._pending_bytes = 0
+        self._chunk_bytes = 0
         self._next = 0
         self._chunk_lines: list[str] = []
         self._chunk_objects: list[str] = []
         self._failing = False
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"journal {folder.rsplit('/', 1)[-1]}", daemon=True)
         self._thread.start()
 
@@ -51,6 +57,14 @@ class Journal:
         line = json.dumps(_finite(event), separators=(",", ":"))
         with self._lock:
             self._pending.append(line)
+            self._pending_bytes += len(line) + 1  # json.dumps writes ASCII
+            if self._pending_bytes >= FLUSH_BYTES and not self._failing:
+                self._wake.set()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the events that wait in memory."""
+        return self._pending_bytes
 
     def flush(self) -> bool:
         """Store all events added so far. False if the store failed; the events then wait in memory."""
@@ -60,16 +74,23 @@ class Journal:
     def close(self) -> bool:
         """Store the rest and stop the thread. False if the store failed."""
         self._stop.set()
+        self._wake.set()
         self._thread.join()
         with self._store_lock:
             return self._store() and self._compact()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._flush_seconds):
+        while True:
+            self._wake.wait(self._flush_seconds)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
             if self._before_flush:
                 self._before_flush()
             with self._store_lock:
-                if self._store() and len(self._chunk_objects) >= OBJECTS_PER_CHUNK:
+                if self._store() and (
+                    len(self._chunk_objects) >= OBJECTS_PER_CHUNK or self._chunk_bytes >= CHUNK_BYTES
+                ):
                     self._compact()
 
     def _store(self) -> bool:
@@ -78,8 +99,9 @@ class Journal:
         if not lines:
             return True
         name = _name(self._next, self._next + len(lines) - 1)
+        data = _encode(lines)
         try:
-            storage.write_bytes(storage.join(self.folder, name), _encode(lines))
+            storage.write_bytes(storage.join(self.folder, name), data)
         except LauncherError as error:
             if not self._failing:
                 log.warning("%s: events wait in memory until the store answers again: %s", self.folder, error)
@@ -90,16 +112,22 @@ class Journal:
         self._failing = False
         with self._lock:
             del self._pending[: len(lines)]
+            self._pending_bytes -= len(data)
+        # A large object stays as it is. It ends a chunk, whose objects are neighbours.
+        if len(data) >= CHUNK_BYTES:
+            self._compact()
         self._next += len(lines)
-        self._chunk_lines += lines
-        self._chunk_objects.append(name)
+        if len(data) < CHUNK_BYTES:
+            self._chunk_lines += lines
+            self._chunk_objects.append(name)
+            self._chunk_bytes += len(data)
         return True
 
     def _compact(self) -> bool:
-        if len(self._chunk_objects) < 2:
-            return True
         whole = _name(self._next - len(self._chunk_lines), self._next - 1)
         try:
+            if len(self._chunk_objects) < 2:
+                return True
             storage.write_bytes(storage.join(self.folder, whole), _encode(self._chunk_lines))
             for name in self._chunk_objects:
                 storage.delete(storage.join(self.folder, name))
@@ -109,6 +137,7 @@ class Journal:
         finally:
             self._chunk_lines = []
             self._chunk_objects = []
+            self._chunk_bytes = 0
         return True
 
 

@@ -25,7 +25,7 @@ from trainer.checkpoint.save import Saver
 from trainer.data.order import derive_key
 from trainer.distributed.process_group import Abandoned, PeerFailed, Ranks, gather_numbers, on_main
 from trainer.loop.evaluation import TrainingEvaluator
-from trainer.loop.health import ForwardClock, SlowRanks, StepNorms
+from trainer.loop.health import ForwardClock, SlowRanks, StepNorms, slow_rank_sentence
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import KINDS, StopRequest, StopRequests
 from trainer.model.gpt import GPT
@@ -157,12 +157,8 @@ class Loop:
             self.reporter.metric("norms", {"step": step, "gradients": gradient_norms, **norms.finish()})
         for rank, times in self.slow_ranks.check(forward_seconds.tolist()) if world > 1 else []:
             self.segment.mark("slow_rank", rank=rank, times=times)
-            log.warning(
-                "rank %d computes %.2f times as long as the median rank, and all wait for it: its GPU may throttle or "
-                "be damaged; look at nvidia-smi -q -d PERFORMANCE on its node, or take another machine",
-                rank,
-                times,
-            )
+            if self.ranks.is_main:  # all ranks have the same numbers
+                log.warning("%s", slow_rank_sentence(rank, times, self.ranks.device.type == "cuda"))
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         with autocast(self.ranks.device, self.stage.precision):
