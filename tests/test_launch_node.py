@@ -97,12 +97,16 @@ def test_a_hang_prints_the_stacks_and_ends():
     assert any("in stuck_here" in line or "line 4" in line for line in lines), lines
 
 
-def test_a_hang_that_can_still_save_is_not_aborted():
-    script = "import signal,time\nsignal.signal(10, lambda *_: exit(print('saved')))\nprint('go')\ntime.sleep(60)"
+@pytest.mark.parametrize("goes_on", [True, False], ids=["it saves", "it has nothing to save"])
+def test_a_hang_that_can_still_save_is_not_aborted(tmp_path, goes_on):
+    script = "import signal,time\nfrom core import pulse\n"
+    script += f"signal.signal(10, lambda *_: exit(({goes_on} and pulse.beat(), print('saved'))[1]))\n"
+    script += "print('go')\ntime.sleep(60)"
     lines = []
-    outcome = child(script, lines).wait(hang_seconds=2)
+    environment = {**os.environ, "PULSE_FILE": str(tmp_path / "pulse"), "PYTHONPATH": str(ROOT)}
+    outcome = Child([sys.executable, "-c", script], environment, lines.append).wait(hang_seconds=2)
     assert outcome.hung
-    assert outcome.answered
+    assert outcome.answered == goes_on
     assert not outcome.stacks
     assert lines == ["go", "saved"]
 

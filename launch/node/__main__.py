@@ -138,7 +138,9 @@ def main(arguments: list[str]) -> int:
             output.close()
 
 
-def job(module: str, arguments: list[str], environment: dict[str, str], found: list[Gpu], output: Output, attempt: str) -> int:
+def job(
+    module: str, arguments: list[str], environment: dict[str, str], found: list[Gpu], output: Output, attempt: str
+) -> int:
     """Run preflight and program. Returns the exit code of this node."""
     trains = module.startswith("trainer.")
     if trains:

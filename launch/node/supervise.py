@@ -49,7 +49,7 @@ LINE_CHARACTERS = 1 << 16
 class Outcome:
     """The end of a child: return code (negative: the signal), and whether it hung or was asked to stop.
 
-    A child that hung, but ended when it was asked to save, has `answered`. `stacks`: its threads printed theirs.
+    A child that hung, but went on when it was asked to save, has `answered`. `stacks`: its threads printed theirs.
     """
 
     returncode: int
@@ -156,12 +156,14 @@ class Child:
     def _end_hang(self, hang_seconds: float) -> bool:
         """Ask the workers to save, which works if only one rank waits; then make all threads print their stacks.
 
-        Returns whether the program ended when it was asked to save.
+        Returns whether the program went on and ended. One that ends at once, with nothing to save, does not go on.
         """
         log.error("neither output nor a step for %.0f s: the program is asked to save and to end", hang_seconds)
         _send(signal.SIGUSR1, self._workers() or [self.process.pid])
+        before = self._pulse
         if self._gone_within(min(STOP_SECONDS, hang_seconds)):
-            return True
+            self._silent_seconds()
+            return self._pulse != before
         log.error("it does not react: the stacks of its workers follow, as far as they can still print them")
         self._aborted = True
         _send(signal.SIGABRT, self._workers() or [self.process.pid])

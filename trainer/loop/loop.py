@@ -155,9 +155,14 @@ class Loop:
         self.reporter.step(step, self.last_loss, rate, float(norm), self.step_seconds, waited_seconds)
         if norms:
             self.reporter.metric("norms", {"step": step, "gradients": gradient_norms, **norms.finish()})
-        for rank, times in self.slow_ranks.check(forward_seconds.tolist()) if world > 1 else []:
+        if world > 1:
+            self._report_slow_ranks(forward_seconds.tolist())
+
+    def _report_slow_ranks(self, forward_seconds: list[float]) -> None:
+        """Name each rank that stays slow: once, on rank 0, because all ranks have the same numbers."""
+        for rank, times in self.slow_ranks.check(forward_seconds):
             self.segment.mark("slow_rank", rank=rank, times=times)
-            if self.ranks.is_main:  # all ranks have the same numbers
+            if self.ranks.is_main:
                 log.warning("%s", slow_rank_sentence(rank, times, self.ranks.device.type == "cuda"))
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
