@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from core import storage
@@ -143,12 +143,20 @@ class Journal:
 
 def read(folder: str, after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
     """The events of a journal after sequence number `after`, in order, and a sentence for each unreadable object."""
-    for _ in range(READ_ATTEMPTS - 1):
+    return _together(stream(folder, after))
+
+
+def stream(folder: str, after: int = -1) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """Like `read`, object by object, for a journal that is larger than the memory."""
+    for attempt in range(READ_ATTEMPTS):
         try:
-            return read_objects([info.uri for info in storage.list_objects(folder)], after)
+            for last, events, problems in _each_object((info.uri for info in storage.list_objects(folder)), after):
+                yield events, problems
+                after = last
+            return
         except ObjectNotFound:  # its writer has replaced objects since the listing
-            continue
-    return read_objects([info.uri for info in storage.list_objects(folder)], after)
+            if attempt == READ_ATTEMPTS - 1:
+                raise
 
 
 def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
@@ -156,24 +164,32 @@ def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, A
 
     Raises ObjectNotFound if an object was replaced since the listing; then list again.
     """
-    ranges = []
-    for uri in uris:
-        numbers = sequence_numbers(uri)
-        if numbers:
-            ranges.append((*numbers, uri))
-    ranges.sort(key=lambda item: (item[0], -item[1]))
-    events: dict[int, dict[str, Any]] = {}
-    problems = []
-    covered = after
-    for first, last, uri in ranges:
-        if last <= covered:
+    return _together((events, problems) for _, events, problems in _each_object(uris, after))
+
+
+def _together(parts: Iterable[tuple[list[Any], list[str]]]) -> tuple[list[Any], list[str]]:
+    events: list[Any] = []
+    problems: list[str] = []
+    for some_events, some_problems in parts:
+        events += some_events
+        problems += some_problems
+    return events, problems
+
+
+def _each_object(uris: Iterable[str], after: int) -> Iterator[tuple[int, list[dict[str, Any]], list[str]]]:
+    """For each object in order: the number up to which the journal is read with it, its new events, and problems."""
+    ranges = [(*numbers, uri) for uri in uris if (numbers := sequence_numbers(uri))]
+    for first, last, uri in sorted(ranges, key=lambda item: (item[0], -item[1])):
+        if last <= after:
             continue
+        events: list[dict[str, Any]] = []
+        problems = []
         try:
             lines = storage.read_bytes(uri).decode().splitlines()
         except ObjectNotFound:
             raise
         except (LauncherError, UnicodeDecodeError) as error:
-            problems.append(f"{uri}: skipped, it cannot be read ({error})")
+            yield after, [], [f"{uri}: skipped, it cannot be read ({error})"]
             continue
         for number, line in enumerate(lines, first):
             try:
@@ -183,9 +199,10 @@ def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, A
             except ValueError:
                 problems.append(f"{uri}: line {number - first + 1} skipped, it is not valid JSON")
                 continue
-            events[number] = event
-        covered = max(covered, last)
-    return [events[number] for number in sorted(events) if number > after], problems
+            if number > after:
+                events.append(event)
+        after = last
+        yield after, events, problems
 
 
 def sequence_numbers(uri: str) -> tuple[int, int] | None:
