@@ -144,6 +144,7 @@ def job(
     """Run preflight and program. Returns the exit code of this node."""
     trains = module.startswith("trainer.")
     if trains:
+        network.check_port(environment)
         report = preflight.run(environment, found)
         stop.hold_if_leaving()
         storage.write_bytes(
