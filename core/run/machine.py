@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from core.errors import ConfigError
@@ -53,7 +54,7 @@ class Machine:
     price_source: str | None = None
     host: str | None = None
 
-    @property
+    @cached_property
     def price(self) -> Price | None:
         """The price; None if it is unknown."""
         if self.usd_per_hour is None or not 0 < self.usd_per_hour < math.inf:
