@@ -5,4 +5,4 @@ from costs.command import main
 
 if __name__ == "__main__":
     set_up_logging()
-    run_entry(main)
+    run_entry(main, shows=True)

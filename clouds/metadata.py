@@ -9,7 +9,6 @@ AWS_EC2_METADATA_DISABLED=true turns the service off, as in botocore.
 """
 
 import contextlib
-import http.client
 import socket
 import threading
 from collections.abc import Mapping
@@ -51,6 +50,8 @@ class Metadata:
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str]:
         """Status and body of a request. A timer limits the whole; the socket's limit counts between bytes."""
+        import http.client  # takes 30 ms, and a report asks for no metadata
+
         is_over = threading.Event()
         try:
             address = urlsplit(self.endpoint)

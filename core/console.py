@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from core import environment, secrets, stop
+from core import environment, output, secrets, stop
 from core.errors import LauncherError
 from core.exit_codes import BAD_NODE, CAPPED, FAILED, OK, PREEMPTED
 from core.figures import quantity
@@ -30,12 +30,15 @@ def set_up_logging(speaks: bool = True) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def run_entry(main: Callable[[list[str]], int | None]) -> None:
+def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> None:
     """Run an entry and exit. A LauncherError becomes one line, any other error keeps its traceback; keys are hidden.
 
-    After a request to stop, every failure counts as PREEMPTED, because the store or other ranks may be gone.
+    `shows` says that its output is all that it is for: it ends quietly when its reader (`| head`) has seen enough. Any
+    other entry goes on without output. After a request to stop, every failure counts as PREEMPTED, because the store or
+    other ranks may be gone.
     """
     environment.drop_empty(os.environ)
+    output.prepare(is_product=shows)
     sys.excepthook = _print_traceback
     try:
         code = main(sys.argv[1:]) or OK
@@ -45,15 +48,19 @@ def run_entry(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of the output (`| head`) has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+    except output.OutputEnds:
+        code = OK
     except Exception as error:
         if not stop.is_certain():
             raise
         said = secrets.scrub(" ".join(str(error).split()))[:500]
         print(f"error: {type(error).__name__}: {said}", file=sys.stderr)
         code = FAILED
+    failure = output.failure()
+    if failure and not isinstance(failure, BrokenPipeError):
+        kind = "error" if shows else "warning"
+        print(f"{kind}: standard output: {failure.strerror}; the rest of the output is lost", file=sys.stderr)
+        code = code or (FAILED if shows else OK)
     if stop.is_certain():
         stop.leave(code if code in (OK, CAPPED, BAD_NODE) else PREEMPTED)
     sys.exit(code)

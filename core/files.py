@@ -57,8 +57,8 @@ def _move_to_free_name(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
-def below(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """All files below a folder, at any depth and through links; none if the folder does not exist.
+def below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """The paths of all files below a folder, at any depth and through links; none if the folder does not exist.
 
     A folder with several names is read once, under the name with the fewest links, so that loops of links end. A
     dangling link is listed with the size of the link; reading it fails. Raises StorageError if `root` is a dangling
@@ -95,7 +95,8 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 
     _check_link(root)
     found = []
-    for path, stat in _walk(root, leads, bounded=recursive is None):
+    for name, stat in _walk(root, leads, bounded=recursive is None):
+        path = Path(name)
         if not (S_ISREG(stat.st_mode) or S_ISLNK(stat.st_mode)):
             continue
         relative = path.relative_to(root)
@@ -121,19 +122,20 @@ def _check_link(path: Path) -> None:
         )
 
 
-def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[Path, os.stat_result]]:
+def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[str, os.stat_result]]:
     """Files in `root` and in those folders below it whose relative names satisfy `leads`.
 
     If `leads` is `bounded` in depth, a folder is read once at each depth, because its names may match at one depth
     alone.
     """
-    # A folder with several names is read under the one with the fewest links, then the shortest.
-    waiting = [(0, 0, root)]
+    # A folder with several names is read under the one with the fewest links, then the shortest. Texts, because a run
+    # may have tens of thousands of folders, and paths take five times as long.
+    waiting: list[tuple[int, int, str, tuple[str, ...]]] = [(0, 0, str(root), ())]
     read: set[tuple[int, int, int]] = set()
     while waiting:
-        links, depth, folder = heapq.heappop(waiting)
+        links, depth, folder, parts = heapq.heappop(waiting)
         try:
-            stat = folder.stat()
+            stat = os.stat(folder)
             known = (stat.st_dev, stat.st_ino, depth if bounded else 0)
             if known in read:
                 continue
@@ -142,17 +144,16 @@ def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -
             continue
         read.add(known)
         for entry in entries:
-            path = folder / entry.name
             found = _stat(entry)
             if found is None:
                 continue
             if not S_ISDIR(found.st_mode):
-                yield path, found
-            elif leads(path.relative_to(root).parts):
-                heapq.heappush(waiting, (links + entry.is_symlink(), depth + 1, path))
+                yield entry.path, found
+            elif leads((*parts, entry.name)):
+                heapq.heappush(waiting, (links + entry.is_symlink(), depth + 1, entry.path, (*parts, entry.name)))
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return [entry for entry in entries if not _is_temporary(entry.name)]
 

@@ -122,4 +122,4 @@ def _samples(url: str, made: Manifest, split_name: str, count: int, seed: int) -
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(main, shows=True)

@@ -21,7 +21,7 @@ from core.data import manifest, sets
 from core.errors import ConfigError, DataError, LauncherError, ObjectExists, one_line
 from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
-from core.run.machine import positive
+from core.run.machine import checkout_revision, positive
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
 from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, check_batch
@@ -65,16 +65,7 @@ def pricing_command(task: TaskSpec, given: Mapping[str, str], options: list[str]
     `sky jobs launch` has no --dryrun; `sky launch` prices the same machines.
     """
     unmanaged = dataclasses.replace(task, managed=False)
-    return skypilot.launch_command(unmanaged, given, git_revision(), [*options, "--dryrun"])
-
-
-def git_revision() -> str:
-    """The commit of the working tree, with + if it has changes; "" outside of git."""
-    ask = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    return skypilot.launch_command(unmanaged, given, checkout_revision(), [*options, "--dryrun"])
 
 
 def all_findings(checks: Iterable[Check], task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:

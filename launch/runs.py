@@ -13,16 +13,18 @@ that are there. The copy is a run folder: `python cost_report.py pulled/gpt2-124
 import datetime
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from clouds import skypilot
 from core import bucket, environment, storage
 from core.console import progress, run_entry, set_up_logging
-from core.errors import ConfigError, LauncherError, ObjectNotFound
+from core.errors import ConfigError, LauncherError, ObjectNotFound, RunError
 from core.run import journal
 from core.run.folder import RunFolder
 from core.run.reader import Detail, read_run
@@ -31,6 +33,8 @@ from core.task import read_task
 from launch.down import look, project_tasks
 
 FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "refused")
+# Objects that tell a run from another one under the same name.
+IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
 # Lines that bring their own time, such as those of our programs.
 _TIMED = re.compile(r"\d\d:\d\d:\d\d ")
@@ -131,13 +135,19 @@ def show_stored(url: str) -> int:
         raise ObjectNotFound(f"{folder}: no machine has written output yet; check RUN and BUCKET")
     for attempt in attempts:
         print(f"--- {attempt}")
-        events, problems = journal.read(storage.join(folder, attempt))
-        for event in events:
-            stamp = f"{datetime.datetime.fromtimestamp(event['time'], datetime.UTC):%H:%M:%S} "
-            print(event["line"] if _TIMED.match(event["line"]) else stamp + event["line"])
-        for problem in problems:
-            print(f"warning: {problem}", file=sys.stderr)
+        for events, problems in journal.stream(storage.join(folder, attempt)):
+            sys.stdout.write("".join(_shown(event) + "\n" for event in events))
+            for problem in problems:
+                print(f"warning: {problem}", file=sys.stderr)
     return 0
+
+
+def _shown(event: Mapping[str, Any]) -> str:
+    """A stored line, with its time (UTC) unless it brings its own."""
+    line = str(event.get("line", ""))
+    if _TIMED.match(line):
+        return line
+    return f"{datetime.datetime.fromtimestamp(event.get('time') or 0, datetime.UTC):%H:%M:%S} {line}"
 
 
 # --- pull ------------------------------------------------------------------------------------------------------
@@ -148,12 +158,15 @@ def pull(arguments: list[str]) -> int:
     set_up_logging()
     if len(arguments) not in (1, 2) or not arguments[0]:
         raise ConfigError("usage: python -m launch.runs pull RUN_URL|sky/TASK.yaml [FOLDER] (make pull BUCKET=… RUN=…)")
-    run_url = run_of(arguments[0], os.environ)
-    folder = arguments[1] if len(arguments) == 2 else f"pulled/{run_url.rstrip('/').rpartition('/runs/')[2]}"
+    run_url = RunFolder(run_of(arguments[0], os.environ)).url
+    folder = arguments[1] if len(arguments) == 2 else f"pulled/{name_of(run_url)}"
     for listing in range(LISTINGS):
         wanted = choose(run_url, storage.list_objects(run_url))
         try:
-            missing = fetch(wanted, run_url, folder)
+            # First what tells one run from another, so that a copy that was cut off can be told too.
+            marks = [info for info in wanted if info.name in IDENTITY]
+            check_same_run(marks, run_url, folder)
+            missing = fetch(marks, run_url, folder) + fetch(wanted, run_url, folder)
             break
         except ObjectNotFound:  # a running job has merged the objects of a journal since the listing
             if listing == LISTINGS - 1:
@@ -164,11 +177,39 @@ def pull(arguments: list[str]) -> int:
     return 0
 
 
+def name_of(run_url: str) -> str:
+    """The run's name: what follows `runs/` in its URL, else the last part."""
+    _, found, name = run_url.rpartition("/runs/")
+    return name if found else run_url.rpartition("/")[2]
+
+
+def local_path(info: ObjectInfo, run_url: str, folder: str) -> Path:
+    return Path(folder, *info.uri.removeprefix(f"{run_url}/").split("/"))
+
+
+def check_same_run(marks: list[ObjectInfo], run_url: str, folder: str) -> None:
+    """Raises RunError if `folder` holds a copy of another run, such as one that was deleted and made anew.
+
+    No start of a segment is ever changed or deleted in a run, and each holds its time: a copy has the same ones.
+    """
+    remedy = f"remove that folder, or pull into another one: python -m launch.runs pull {shlex.quote(run_url)} FOLDER"
+    there = {local_path(info, run_url, folder): info for info in marks}
+    places = [f"{below}{name}" for below in ("", "evaluations/") for name in ("run.json", "ledger/*/start.jsonl")]
+    ours = sorted(path for place in places for path in Path(folder).glob(place))
+    if gone := [path for path in ours if path not in there]:
+        raise RunError(f"{folder}: is a copy of another run: {run_url} has no {gone[0].relative_to(folder)}; {remedy}")
+    # The newest start of each ledger stands for the older ones, of which there may be thousands.
+    newest = {(path.name, path.parent.parent): path for path in ours}
+    for path in newest.values():
+        if path.read_bytes() != storage.read_bytes(there[path].uri):
+            raise RunError(f"{folder}: is a copy of another run: {path} differs from {there[path].uri}; {remedy}")
+
+
 def fetch(wanted: list[ObjectInfo], run_url: str, folder: str) -> list[ObjectInfo]:
     """Download the objects that `folder` lacks, and return them."""
 
     def path_of(info: ObjectInfo) -> Path:
-        return Path(folder, *info.uri.removeprefix(run_url.rstrip("/") + "/").split("/"))
+        return local_path(info, run_url, folder)
 
     def is_there(path: Path, info: ObjectInfo) -> bool:
         return path.exists() and path.stat().st_size == info.size
@@ -198,4 +239,4 @@ def choose(run_url: str, objects: list[ObjectInfo]) -> list[ObjectInfo]:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(main, shows=True)

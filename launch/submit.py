@@ -19,6 +19,7 @@ from core import environment
 from core.console import run_entry
 from core.errors import ConfigError
 from core.exit_codes import FAILED
+from core.run.machine import checkout_revision
 from core.stores import credentials
 from core.task import TaskSpec, machine_choice, read_task
 from launch import check
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
     path, *options = arguments
     task = read_task(path, os.environ, machine_choice(options))
     options_of_sky = [option for option in options if option != NO_CHECK]
-    command = skypilot.launch_command(task, os.environ, check.git_revision(), options_of_sky)
+    command = skypilot.launch_command(task, os.environ, checkout_revision(), options_of_sky)
     if NO_CHECK not in options and not launchable(task, {**os.environ, **task.envs}):
         print(
             f"nothing was rented; fix this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr

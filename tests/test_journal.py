@@ -8,6 +8,7 @@ from core import storage
 from core.errors import StorageError
 from core.run import journal
 from core.run.journal import Journal
+from tests.patience import PATIENCE_SECONDS
 
 NEVER = 3600.0  # no background flush: the test decides
 
@@ -120,3 +121,31 @@ def test_a_damaged_line_is_named_and_costs_only_itself(tmp_path: Path):
         "00000003-00000003.jsonl",
     ]
     assert "line 2 skipped" in problems[0]
+
+
+def test_a_flood_is_stored_early_and_leaves_no_copy_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Small objects are put together; those that are large already are not, and what follows keeps its numbers."""
+    monkeypatch.setattr(journal, "FLUSH_BYTES", 1000)
+    monkeypatch.setattr(journal, "CHUNK_BYTES", 1000)
+    writer = Journal(str(tmp_path), NEVER)
+    for size in (1, 1, 30, 1, 1, 30, 1, 30, 30, 1, 1):
+        for _ in range(size):
+            writer.add({"text": "x" * 50})
+        writer.flush()
+        assert writer.waiting_bytes == 0
+        assert sum(map(len, writer._chunk_lines)) < 1000
+    writer.close()
+    lines = [path.read_text().count("\n") for path in sorted(tmp_path.iterdir())]
+    assert lines == [2, 30, 2, 30, 1, 30, 30, 2]
+    assert len(journal.read(str(tmp_path))[0]) == sum(lines)
+
+
+def test_a_flood_does_not_wait_for_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stored_bytes = threading.Event()
+    real = storage.write_bytes
+    monkeypatch.setattr(storage, "write_bytes", lambda *given: (real(*given), stored_bytes.set()))
+    monkeypatch.setattr(journal, "FLUSH_BYTES", 1000)
+    writer = Journal(str(tmp_path), NEVER)
+    writer.add({"text": "x" * 2000})
+    assert stored_bytes.wait(PATIENCE_SECONDS)
+    writer.close()

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import boto3
@@ -13,7 +14,7 @@ from clouds.aws import Aws
 from clouds.base import LABEL, Cloud
 from clouds.providers import CLOUDS
 from core import storage
-from core.errors import ObjectNotFound
+from core.errors import ObjectNotFound, RunError
 from core.run import journal
 from launch import down, runs
 from tests import variables
@@ -134,6 +135,47 @@ def test_pull_takes_the_newest_complete_checkpoint_and_no_other(run_url, tmp_pat
 def test_pull_without_a_run_one_sentence(tmp_path):
     with pytest.raises(ObjectNotFound, match="there is no run here; check RUN and BUCKET"):
         runs.pull(["memory://pull/none", str(tmp_path)])
+
+
+def begin_run(url: str, times: list[float], evaluated: float | None = None) -> None:
+    storage.write_bytes(f"{url}/run.json", b"{}")
+    ledgers = [("ledger", time) for time in times] + ([("evaluations/ledger", evaluated)] if evaluated else [])
+    for number, (ledger, time) in enumerate(ledgers, 1):
+        storage.write_bytes(f"{url}/{ledger}/segment-{number:06d}/start.jsonl", b'{"time": %.1f}' % time)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (([1.0],), ([2.0],)),
+        (([1.0, 2.0, 3.0],), ([4.0],)),  # the new life has not come as far
+        (([1.0],), ([4.0, 5.0, 6.0],)),
+        (([1.0],), ([],)),
+        (([1.0], 2.0), ([1.0], 3.0)),  # evaluations, made anew
+    ],
+)
+def test_a_run_made_anew_under_its_name_is_not_mixed_with_the_copy_of_the_old_one(tmp_path, first, second):
+    """Objects of both have the same names, and often the same sizes."""
+    url, folder = str(tmp_path / "bucket/runs/smoke"), str(tmp_path / "pulled/smoke")
+    begin_run(url, *first)
+    runs.pull([url, folder])
+    before = {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    storage.write_bytes(f"{url}/ledger/segment-000009/start.jsonl", b"{}")
+    runs.pull([f"{url}/", folder])  # the same run, which went on
+    Path(folder, "ledger/segment-000009/start.jsonl").unlink()
+    shutil.rmtree(url)
+    begin_run(url, *second)
+    with pytest.raises(RunError, match=f"^{folder}: is a copy of another run: .*; remove that folder, or pull into"):
+        runs.pull([url, folder])
+    assert {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()} == before
+    runs.pull([url, f"{folder}-2"])
+
+
+@pytest.mark.parametrize(
+    ("url", "name"), [("s3://b/runs/a", "a"), ("s3://b/runs/team/a", "team/a"), ("memory://pull/run", "run")]
+)
+def test_a_copy_has_the_name_of_its_run(url, name):
+    assert runs.name_of(url) == name
 
 
 def test_logs_of_all_attempts_are_shown_in_order(tmp_path, capsys):

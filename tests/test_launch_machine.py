@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 import pytest
 
@@ -92,6 +93,24 @@ def test_rendezvous_of_two_nodes():
         "--master-addr=10.0.0.1",
         "--master-port=29500",
     ]
+
+
+def test_a_port_that_another_program_has_is_one_sentence_on_the_head_node_of_several(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(network, "MASTER_PORT", port)
+        two = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "0"}
+        with pytest.raises(
+            ConfigError, match=f"^port {port} of the head node 10.0.0.1, .* is in use.*sport = :{port}'"
+        ):
+            network.check_port(two)
+        network.check_port({**two, "SKYPILOT_NODE_RANK": "1"})  # its own port 29500 does not matter
+        network.check_port({})
+        # On one node every job has a port of its own.
+        assert f"--master-port={port}" not in network.rendezvous({})
+    network.check_port(two)
 
 
 def test_interface_is_found_by_the_address_that_others_know():

@@ -15,7 +15,7 @@ from core import stop
 from core.exit_codes import BAD_NODE
 from core.run import journal
 from launch.node import __main__ as node
-from launch.node import preflight
+from launch.node import preflight, supervise
 from launch.node.supervise import Child, Outcome
 from tests.patience import PATIENCE_SECONDS
 
@@ -93,15 +93,108 @@ def test_a_hang_prints_the_stacks_and_ends():
     lines = []
     outcome = child(script, lines).wait(hang_seconds=2)
     assert outcome.hung
+    assert outcome.stacks
     assert any("in stuck_here" in line or "line 4" in line for line in lines), lines
 
 
-def test_a_hang_that_can_still_save_is_not_aborted():
-    script = "import signal,time\nsignal.signal(10, lambda *_: exit(print('saved')))\nprint('go')\ntime.sleep(60)"
+@pytest.mark.parametrize("goes_on", [True, False], ids=["it saves", "it has nothing to save"])
+def test_a_hang_that_can_still_save_is_not_aborted(tmp_path, goes_on):
+    script = "import signal,time\nfrom core import pulse\n"
+    script += f"signal.signal(10, lambda *_: exit(({goes_on} and pulse.beat(), print('saved'))[1]))\n"
+    script += "print('go')\ntime.sleep(60)"
     lines = []
-    outcome = child(script, lines).wait(hang_seconds=2)
+    environment = {**os.environ, "PULSE_FILE": str(tmp_path / "pulse"), "PYTHONPATH": str(ROOT)}
+    outcome = Child([sys.executable, "-c", script], environment, lines.append).wait(hang_seconds=2)
     assert outcome.hung
+    assert outcome.answered == goes_on
+    assert not outcome.stacks
     assert lines == ["go", "saved"]
+
+
+def test_a_program_that_takes_steps_does_not_hang_though_it_prints_nothing(tmp_path):
+    """As training with a large train.log_every."""
+    script = "import time\nfrom core import pulse\npulse.EVERY_SECONDS = 0\n"
+    script += "for _ in range(20): time.sleep(0.25); pulse.beat()"
+    environment = {**os.environ, "PULSE_FILE": str(tmp_path / "pulse"), "PYTHONPATH": str(ROOT)}
+    outcome = Child([sys.executable, "-c", script], environment, [].append).wait(hang_seconds=3)
+    assert outcome == Outcome(0)
+
+
+def test_a_program_that_prints_dots_does_not_hang_and_its_line_is_kept_whole():
+    script = "import time\nfor _ in range(20): print('.', end='', flush=True); time.sleep(0.25)\nprint('done')"
+    lines = []
+    assert child(script, lines).wait(hang_seconds=3) == Outcome(0)
+    assert lines == ["." * 20 + "done"]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("a\nb\n", ["a", "b"]),
+        ("a\n\nb", ["a", "", "b"]),
+        ("step 1\rstep 2\r\n", ["step 1", "step 2"]),  # a progress bar
+        ("caf\xe9\n", ["caf\ufffd"]),  # not UTF-8
+        ("snow \u2603 \u2028 one line\n", ["snow \u2603 \u2028 one line"]),
+        ("", []),
+    ],
+)
+def test_lines_end_where_they_end(text, lines):
+    data = text.encode("latin-1" if "\xe9" in text else "utf-8")
+    found = []
+    child(f"import os\nfor byte in {data!r}: os.write(1, bytes([byte]))", found).wait(60)
+    assert found == lines
+
+
+def test_a_line_without_end_takes_little_memory(monkeypatch):
+    """A binary file on the screen, or a progress bar that never ends its line."""
+    monkeypatch.setattr(supervise, "LINE_CHARACTERS", 1000)
+    lines = []
+    child("import sys\nfor _ in range(500): sys.stdout.write('y' * 1000)\nprint()\nprint('end')", lines).wait(60)
+    assert lines == ["y" * 1000 + " ... (499,000 more characters)", "end"]
+
+
+def test_lines_that_the_store_does_not_take_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(node, "WAITING_BYTES", 1000)
+    monkeypatch.setattr(node, "LOG_FLUSH_SECONDS", 3600.0)
+    output = node.Output(str(tmp_path))
+    for number in range(100):
+        output.add(f"line {number} " + "x" * 100)
+    output._journal.flush()
+    output.add("later")
+    output.close()
+    lines = [event["line"] for event in journal.read(str(tmp_path))[0]]
+    kept = len(lines) - 2
+    assert 5 < kept < 10
+    assert lines[-2].startswith(f"({100 - kept} lines are left out here")
+    assert lines[-1] == "later"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told", "code", "said"),
+    [
+        (Outcome(1, hung=True, answered=True), 33, 33, None),  # it has saved: slow, not hung
+        (Outcome(1, hung=True, answered=True), None, BAD_NODE, "the program hung; it printed no stacks"),
+        (Outcome(-9, hung=True), None, BAD_NODE, "the program hung; it printed no stacks"),
+        (Outcome(-6, hung=True, stacks=True), None, BAD_NODE, "the program hung; its stacks are in the log"),
+    ],
+)
+def test_who_hung_is_refused_and_the_record_says_what_there_is(tmp_path, monkeypatch, outcome, told, code, said):
+    class Ended:
+        def __init__(self, command, environment, *_, **__):
+            if told is not None:
+                Path(environment["EXIT_CODE_FILE"]).write_text(str(told))
+
+        def wait(self, *_):
+            return outcome
+
+    monkeypatch.setattr(node, "Child", Ended)
+    environment = {"RUN_URL": str(tmp_path)}
+    try:
+        assert node.job("platform", [], environment, [], node.Output(str(tmp_path / "logs")), "attempt") == code
+    finally:
+        stop.forget()
+    refused = [json.loads(path.read_text())["problems"] for path in (tmp_path / "refused").glob("*")]
+    assert refused == ([[said]] if said else [])
 
 
 def test_nothing_that_the_child_started_outlives_it():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import subprocess
 import threading
 from pathlib import Path
 
@@ -137,3 +138,27 @@ def test_a_key_in_an_error_is_not_stored(tmp_path: Path, monkeypatch: pytest.Mon
     stored = "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
     assert "denied for" in stored
     assert "wJalrXUtnFEMIexample" not in stored
+
+
+def test_the_commit_is_the_checkouts_own_and_not_that_of_a_repository_around_it(tmp_path: Path):
+    """Our files may lie, copied, in somebody's repository."""
+
+    def git(folder: Path, *arguments: str) -> str:
+        names = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(folder), *names, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    inner = tmp_path / "outer/inner"
+    inner.mkdir(parents=True)
+    assert machine.checkout_revision(inner) == ""
+    git(tmp_path / "outer", "init")
+    git(tmp_path / "outer", "commit", "--allow-empty", "-m", "theirs")
+    assert machine.checkout_revision(inner) == ""
+    git(inner, "init")
+    (inner / "ours.py").write_text("")
+    git(inner, "add", ".")
+    git(inner, "commit", "-m", "ours")
+    commit = git(inner, "rev-parse", "HEAD")
+    assert machine.checkout_revision(inner) == commit
+    (inner / "ours.py").write_text("changed")
+    assert machine.checkout_revision(inner) == f"{commit}+"

@@ -7,17 +7,21 @@ import re
 import struct
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from core import storage
+from core import pulse, storage
 from core.run.folder import RunFolder, id_of, open_run
+from core.run.segment import SegmentLog
 from core.settings.model import ModelConfig
 from core.settings.training import OptimizerConfig
 from tests import corpus, launching
+from trainer.distributed import process_group
 from trainer.loop import trackers
 from trainer.loop.health import SlowRanks, StepNorms
+from trainer.loop.loop import Loop
 from trainer.loop.screen import curve
 from trainer.model.gpt import GPT
 from trainer.optim.optimizer import BlockOptimizer
@@ -51,6 +55,34 @@ def test_a_rank_that_stays_slow_is_named_once():
     assert [ranks.check(slow), ranks.check(slow)] == [[], []]
     assert ranks.check(slow) == [(2, 1.5)]
     assert ranks.check(slow) == []
+
+
+@pytest.mark.parametrize(("device", "is_gpu"), [("cuda", True), ("cpu", False)])
+def test_only_rank_0_warns_of_a_slow_rank(caplog, device, is_gpu):
+    for is_main in (True, False):
+        ranks = SimpleNamespace(is_main=is_main, device=torch.device(device))
+        loop = SimpleNamespace(slow_ranks=SlowRanks(4), segment=SegmentLog(), ranks=ranks)
+        for _ in range(4):
+            Loop._report_slow_ranks(loop, [1.0, 1.0, 1.5, 1.0])
+    (said,) = caplog.messages
+    assert said.startswith("rank 2 computes 1.50 times as long as the median rank")
+    assert ("GPU" in said) == is_gpu
+
+
+def test_an_exchange_between_ranks_is_a_sign_of_life(ranks, tmp_path, monkeypatch):
+    """The supervisor of a node sees it: a step ends with one, and so does a batch of an evaluation."""
+    monkeypatch.setenv("PULSE_FILE", str(tmp_path / "pulse"))
+    exchanges = (
+        lambda: process_group.gather_numbers([1.0], ranks),
+        lambda: process_group.gather_objects("x", ranks),
+        lambda: process_group.on_main(lambda: None, ranks),
+        lambda: process_group.divide_over_ranks(1, lambda index: [1.0], ranks),
+    )
+    for exchange in exchanges:
+        (tmp_path / "pulse").unlink(missing_ok=True)
+        monkeypatch.setattr(pulse, "_due", 0.0)
+        exchange()
+        assert (tmp_path / "pulse").exists()
 
 
 def test_a_tracker_that_fails_is_named_and_left_out(monkeypatch, caplog):

@@ -14,6 +14,9 @@ from core.settings.evaluation import EvaluateConfig
 from core.settings.preparation import FetchConfig, PrepConfig
 from core.settings.training import PretrainConfig
 from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, SynthesisConfig
+from costs import discover
+from launch import runs
+from launch.node import place as place_on_node
 from tests.patience import PATIENCE_SECONDS
 from trainer.chat import ChatConfig
 from trainer.generate import GenerateConfig
@@ -208,3 +211,36 @@ def test_an_entry_refuses_it_and_writes_nothing(entry: str, tmp_path: Path):
     assert "did you mean s3://b/x" in line or "is not a path of this machine" in line
     assert not list(work.rglob("*"))
     assert not list(tmp_path.glob("pulled*"))
+
+
+# --- one place for BUCKET and RUN ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "run", "url"),
+    [
+        ("b", "a", "s3://b/runs/a"),
+        ("b/", "a", "s3://b/runs/a"),
+        ("s3://b", "a", "s3://b/runs/a"),
+        ("s3://b/", "a", "s3://b/runs/a"),
+        ("s3://b//", "a", "s3://b/runs/a"),
+        ("s3://b/team/x/", "a", "s3://b/team/x/runs/a"),
+        ("b/team", "a", "s3://b/team/runs/a"),
+        ("gs://b/", "a", "gs://b/runs/a"),
+        ("b", "a/", "s3://b/runs/a"),
+        ("b", "/a", "s3://b/runs/a"),
+        ("  b ", "a", "s3://b/runs/a"),
+        ("S3://b", "a", "s3://b/runs/a"),
+        ("b", "team//a", "s3://b/runs/team/a"),
+    ],
+)
+def test_node_client_and_report_make_the_same_url_of_bucket_and_run(given, run, url, monkeypatch, capsys):
+    """status, logs and pull looked into another folder than the node had written."""
+    variables = {"BUCKET": given, "RUN": run}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RUN_URL", raising=False)
+    assert place_on_node.main(["RUN"]) == 0
+    assert capsys.readouterr().out.strip() == url
+    assert runs.run_of("sky/pretrain-8xa100.yaml", variables) == url
+    assert url.startswith(discover.runs_url(variables) + "/")

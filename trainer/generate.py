@@ -104,4 +104,4 @@ def _print(engine, requests: list, labels: list[dict], as_json: bool) -> int:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(main, shows=True)

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from core import storage
@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 3.0
 OBJECTS_PER_CHUNK = 100
+# Bytes that are stored before their time, and bytes of small objects that become one. Both bound the memory.
+FLUSH_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20
 READ_ATTEMPTS = 3
 _NAME = re.compile(r"^(\d{8,})-(\d{8,})\.jsonl$")
 
@@ -38,11 +41,14 @@ class Journal:
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()
         self._pending: list[str] = []
+        self._pending_bytes = 0
+        self._chunk_bytes = 0
         self._next = 0
         self._chunk_lines: list[str] = []
         self._chunk_objects: list[str] = []
         self._failing = False
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"journal {folder.rsplit('/', 1)[-1]}", daemon=True)
         self._thread.start()
 
@@ -51,6 +57,14 @@ class Journal:
         line = json.dumps(_finite(event), separators=(",", ":"))
         with self._lock:
             self._pending.append(line)
+            self._pending_bytes += len(line) + 1  # json.dumps writes ASCII
+            if self._pending_bytes >= FLUSH_BYTES and not self._failing:
+                self._wake.set()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the events that wait in memory."""
+        return self._pending_bytes
 
     def flush(self) -> bool:
         """Store all events added so far. False if the store failed; the events then wait in memory."""
@@ -60,16 +74,23 @@ class Journal:
     def close(self) -> bool:
         """Store the rest and stop the thread. False if the store failed."""
         self._stop.set()
+        self._wake.set()
         self._thread.join()
         with self._store_lock:
             return self._store() and self._compact()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._flush_seconds):
+        while True:
+            self._wake.wait(self._flush_seconds)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
             if self._before_flush:
                 self._before_flush()
             with self._store_lock:
-                if self._store() and len(self._chunk_objects) >= OBJECTS_PER_CHUNK:
+                if self._store() and (
+                    len(self._chunk_objects) >= OBJECTS_PER_CHUNK or self._chunk_bytes >= CHUNK_BYTES
+                ):
                     self._compact()
 
     def _store(self) -> bool:
@@ -78,8 +99,9 @@ class Journal:
         if not lines:
             return True
         name = _name(self._next, self._next + len(lines) - 1)
+        data = _encode(lines)
         try:
-            storage.write_bytes(storage.join(self.folder, name), _encode(lines))
+            storage.write_bytes(storage.join(self.folder, name), data)
         except LauncherError as error:
             if not self._failing:
                 log.warning("%s: events wait in memory until the store answers again: %s", self.folder, error)
@@ -90,16 +112,22 @@ class Journal:
         self._failing = False
         with self._lock:
             del self._pending[: len(lines)]
+            self._pending_bytes -= len(data)
+        # A large object stays as it is. It ends a chunk, whose objects are neighbours.
+        if len(data) >= CHUNK_BYTES:
+            self._compact()
         self._next += len(lines)
-        self._chunk_lines += lines
-        self._chunk_objects.append(name)
+        if len(data) < CHUNK_BYTES:
+            self._chunk_lines += lines
+            self._chunk_objects.append(name)
+            self._chunk_bytes += len(data)
         return True
 
     def _compact(self) -> bool:
-        if len(self._chunk_objects) < 2:
-            return True
         whole = _name(self._next - len(self._chunk_lines), self._next - 1)
         try:
+            if len(self._chunk_objects) < 2:
+                return True
             storage.write_bytes(storage.join(self.folder, whole), _encode(self._chunk_lines))
             for name in self._chunk_objects:
                 storage.delete(storage.join(self.folder, name))
@@ -109,17 +137,26 @@ class Journal:
         finally:
             self._chunk_lines = []
             self._chunk_objects = []
+            self._chunk_bytes = 0
         return True
 
 
 def read(folder: str, after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
     """The events of a journal after sequence number `after`, in order, and a sentence for each unreadable object."""
-    for _ in range(READ_ATTEMPTS - 1):
+    return _together(stream(folder, after))
+
+
+def stream(folder: str, after: int = -1) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """Like `read`, object by object, for a journal that is larger than the memory."""
+    for attempt in range(READ_ATTEMPTS):
         try:
-            return read_objects([info.uri for info in storage.list_objects(folder)], after)
+            for last, events, problems in _each_object((info.uri for info in storage.list_objects(folder)), after):
+                yield events, problems
+                after = last
+            return
         except ObjectNotFound:  # its writer has replaced objects since the listing
-            continue
-    return read_objects([info.uri for info in storage.list_objects(folder)], after)
+            if attempt == READ_ATTEMPTS - 1:
+                raise
 
 
 def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
@@ -127,24 +164,32 @@ def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, A
 
     Raises ObjectNotFound if an object was replaced since the listing; then list again.
     """
-    ranges = []
-    for uri in uris:
-        numbers = sequence_numbers(uri)
-        if numbers:
-            ranges.append((*numbers, uri))
-    ranges.sort(key=lambda item: (item[0], -item[1]))
-    events: dict[int, dict[str, Any]] = {}
-    problems = []
-    covered = after
-    for first, last, uri in ranges:
-        if last <= covered:
+    return _together((events, problems) for _, events, problems in _each_object(uris, after))
+
+
+def _together(parts: Iterable[tuple[list[Any], list[str]]]) -> tuple[list[Any], list[str]]:
+    events: list[Any] = []
+    problems: list[str] = []
+    for some_events, some_problems in parts:
+        events += some_events
+        problems += some_problems
+    return events, problems
+
+
+def _each_object(uris: Iterable[str], after: int) -> Iterator[tuple[int, list[dict[str, Any]], list[str]]]:
+    """For each object in order: the number up to which the journal is read with it, its new events, and problems."""
+    ranges = [(*numbers, uri) for uri in uris if (numbers := sequence_numbers(uri))]
+    for first, last, uri in sorted(ranges, key=lambda item: (item[0], -item[1])):
+        if last <= after:
             continue
+        events: list[dict[str, Any]] = []
+        problems = []
         try:
             lines = storage.read_bytes(uri).decode().splitlines()
         except ObjectNotFound:
             raise
         except (LauncherError, UnicodeDecodeError) as error:
-            problems.append(f"{uri}: skipped, it cannot be read ({error})")
+            yield after, [], [f"{uri}: skipped, it cannot be read ({error})"]
             continue
         for number, line in enumerate(lines, first):
             try:
@@ -154,9 +199,10 @@ def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, A
             except ValueError:
                 problems.append(f"{uri}: line {number - first + 1} skipped, it is not valid JSON")
                 continue
-            events[number] = event
-        covered = max(covered, last)
-    return [events[number] for number in sorted(events) if number > after], problems
+            if number > after:
+                events.append(event)
+        after = last
+        yield after, events, problems
 
 
 def sequence_numbers(uri: str) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from core.errors import ConfigError
@@ -53,7 +54,7 @@ class Machine:
     price_source: str | None = None
     host: str | None = None
 
-    @property
+    @cached_property
     def price(self) -> Price | None:
         """The price; None if it is unknown."""
         if self.usd_per_hour is None or not 0 < self.usd_per_hour < math.inf:
@@ -106,7 +107,7 @@ def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
     from importlib import metadata  # takes 20 ms, which the commands on a user's computer do not need
 
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    revision = os.environ.get("GIT_REVISION") or _revision_of_checkout()
+    revision = os.environ.get("GIT_REVISION") or checkout_revision()
     if revision:
         versions["git_revision"] = revision
     if os.environ.get("IMAGE_DIGEST"):
@@ -164,10 +165,19 @@ def cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _revision_of_checkout() -> str | None:
-    """Commit of the working tree, marked as dirty if files differ; None without git or outside of a checkout."""
-    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty"]
+def checkout_revision(repository: Path = REPOSITORY) -> str:
+    """Commit of the working tree, with + if files differ; "" without git or outside of a checkout.
+
+    Files that were copied into another repository belong to no commit of ours: its commit says nothing about them.
+    """
+    described = ["describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+        top = _git(repository, ["rev-parse", "--show-toplevel"])
+        return _git(repository, described) if Path(top).samefile(repository) else ""
     except (OSError, subprocess.SubprocessError):
-        return None
+        return ""
+
+
+def _git(repository: Path, arguments: list[str]) -> str:
+    command = ["git", "-C", str(repository), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

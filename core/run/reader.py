@@ -48,7 +48,9 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
         found = "a run.json but no ledger: no segment has started" if run.config else "neither run.json nor ledger"
         raise RunError(f"{run_url}: holds no run to report on ({found}); give the run.url of a training run")
     if detail is Detail.MONEY:
-        run.segments = _each(sorted(ledgers), lambda number: _read_money(run.folder, number, ledgers[number]))
+        run.segments = _each(
+            run.folder, sorted(ledgers), lambda number: _read_money(run.folder, number, ledgers[number])
+        )
     else:
         _read_segments(run, ledgers, detail, cache_file)
     run.problems += [problem for segment in run.segments for problem in segment.problems]
@@ -63,7 +65,9 @@ def spent_usd_at_most(run_url: str) -> float | None:
     return read_run(run_url, Detail.MONEY).usd_at_most
 
 
-def _each(numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
+def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
+    if storage.is_local(folder.url):  # a disk has no latency that threads could hide
+        return [read(number) for number in numbers]
     with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
         return list(pool.map(read, numbers))
 
@@ -110,7 +114,7 @@ def _read_segments(run: Run, ledgers: Objects, detail: Detail, cache_file: Path 
     unchanged = {number: known[number] for number in ledgers if number in known and targets[number] == known[number][1]}
     rest = sorted(set(ledgers) - set(unchanged))
     read_one = functools.partial(_read_segment, run.folder, ledgers, metrics, detail, targets, known)
-    read = unchanged | dict(zip(rest, _each(rest, read_one), strict=True))
+    read = unchanged | dict(zip(rest, _each(run.folder, rest, read_one), strict=True))
     run.segments = [read[number][0] for number in sorted(read)]
     if cache_file:
         # Segments that were read with an error are not cached.

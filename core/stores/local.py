@@ -1,6 +1,7 @@
 """Local folders as a store: flushes every write to disk and follows links (core/files.py)."""
 
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -50,9 +51,9 @@ class LocalStore:
 
     def objects(self, folder: str) -> Iterable[Found]:
         root = path_of(folder)
+        before, cut = folder.rstrip("/"), len(os.path.join(root, ""))
         for path, stat in files.below(root):
-            name = path.relative_to(root).as_posix()
-            yield Found(f"{folder.rstrip('/')}/{name}", stat.st_size, stat.st_mtime)
+            yield Found(f"{before}/{path[cut:]}", stat.st_size, stat.st_mtime)
 
     def names(self, folder: str) -> Iterable[str]:
         return files.names(path_of(folder))

@@ -52,20 +52,54 @@ REFUSALS_PER_DAY = 3
 # The head node's exit code counts. The other nodes wait this long for it before they end the job.
 HEAD_START_SECONDS = 30.0
 LOG_FLUSH_SECONDS = 10.0
+WAITING_BYTES = 32 << 20
 # This long after the program is killed, this one exits too, before container.sh kills it.
 AFTER_KILL_SECONDS = 4.0
 SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
+class Output:
+    """Stores lines in a journal; thread-safe.
+
+    While lines arrive faster than the store takes them, or the store is away, at most WAITING_BYTES wait in memory. The
+    log says how many lines are left out then, and where.
+    """
+
+    def __init__(self, folder: str):
+        self._journal = Journal(folder, LOG_FLUSH_SECONDS)
+        self._lock = threading.Lock()
+        self._left_out = 0
+
+    def add(self, line: str, at: float | None = None) -> None:
+        now = time.time() if at is None else at
+        with self._lock:
+            if self._journal.waiting_bytes > WAITING_BYTES:
+                self._left_out += 1
+                return
+            self._say_left_out(now)
+        self._journal.add({"time": now, "line": line})
+
+    def close(self) -> None:
+        with self._lock:
+            self._say_left_out(time.time())
+        self._journal.close()
+
+    def _say_left_out(self, now: float) -> None:
+        if self._left_out:
+            count, self._left_out = self._left_out, 0
+            said = f"({count:,} lines are left out here: the store did not take them as fast as they came)"
+            self._journal.add({"time": now, "line": said})
+
+
 class StoredLog(logging.Handler):
     """Stores our log lines among the output of the program."""
 
-    def __init__(self, output: Journal):
+    def __init__(self, output: Output):
         super().__init__()
         self._output = output
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._output.add({"time": record.created, "line": self.format(record)})
+        self._output.add(self.format(record), record.created)
 
 
 def main(arguments: list[str]) -> int:
@@ -85,7 +119,7 @@ def main(arguments: list[str]) -> int:
     run_url = environment["RUN_URL"]
     # Two machines may start in the same second.
     attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-node-{rank:03d}-{secrets.token_hex(4)}"
-    output = Journal(storage.join(RunFolder(run_url).logs, attempt), LOG_FLUSH_SECONDS)
+    output = Output(storage.join(RunFolder(run_url).logs, attempt))
     stop.on_leaving(output.close)
     ours = StoredLog(output)
     logging.getLogger().addHandler(ours)
@@ -96,7 +130,7 @@ def main(arguments: list[str]) -> int:
         log.info("exit code %d", code)
         return code
     except LauncherError as error:  # run_entry prints it; the stored log needs it too
-        output.add({"time": time.time(), "line": f"error: {error}"})
+        output.add(f"error: {error}")
         raise
     finally:
         logging.getLogger().removeHandler(ours)
@@ -104,10 +138,13 @@ def main(arguments: list[str]) -> int:
             output.close()
 
 
-def job(module: str, arguments: list[str], environment: dict[str, str], found: list[Gpu], output, attempt: str) -> int:
+def job(
+    module: str, arguments: list[str], environment: dict[str, str], found: list[Gpu], output: Output, attempt: str
+) -> int:
     """Run preflight and program. Returns the exit code of this node."""
     trains = module.startswith("trainer.")
     if trains:
+        network.check_port(environment)
         report = preflight.run(environment, found)
         stop.hold_if_leaving()
         storage.write_bytes(
@@ -124,21 +161,21 @@ def job(module: str, arguments: list[str], environment: dict[str, str], found: l
             launcher = [sys.executable, "-m", "trainer.distributed.torchrun", *network.rendezvous(environment)]
             command = [*launcher, "-m", module, *arguments]
         log.info("running %s", " ".join(command))
-
-        def keep(line: str) -> None:
-            output.add({"time": time.time(), "line": line})
-
         asked = threading.Event()
         stop.inform(lambda reason: asked.set())
         stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: giving up what is still open")
-        files = {"EXIT_CODE_FILE": str(code_file), "STOP_FILE": f"{folder}/stop"}
-        child = Child(command, {**environment, **files}, keep, launched=trains, asked=asked)
+        files = {"EXIT_CODE_FILE": str(code_file), "STOP_FILE": f"{folder}/stop", "PULSE_FILE": f"{folder}/pulse"}
+        child = Child(command, {**environment, **files}, output.add, launched=trains, asked=asked)
         outcome = child.wait(supervise.hang_minutes(environment) * 60, stop.seconds())
         written = int(code_file.read_text()) if code_file.exists() else None
     if outcome.stopped:
         return exit_code(outcome, written)
+    if outcome.hung and outcome.answered and written == PREEMPTED:
+        log.warning("it has saved, so it did not hang: it was slow, or waited for something; it may start again")
+        return PREEMPTED
     if outcome.hung:
-        return refuse(environment["RUN_URL"], attempt, ["the program hung; its stacks are in the log"])
+        stacks = "its stacks are in the log" if outcome.stacks else "it printed no stacks"
+        return refuse(environment["RUN_URL"], attempt, [f"the program hung; {stacks}"])
     code = exit_code(outcome, written)
     if code == FAILED and trains and (problems := preflight.gpu_problems(environment, machine.gpus())):
         return refuse(environment["RUN_URL"], attempt, problems)

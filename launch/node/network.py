@@ -6,6 +6,7 @@ SkyPilot lists the private addresses of all nodes in SKYPILOT_NODE_IPS, the head
 """
 
 import array
+import errno
 import fcntl
 import socket
 import struct
@@ -43,6 +44,27 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
     # Several nodes must agree on a port. On a single node another job may use that port.
     port = MASTER_PORT if len(addresses) > 1 else free_port()
     return [*arguments, f"--master-addr={addresses[0]}", f"--master-port={port}"]
+
+
+def check_port(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError on the head node of several if another program has the port at which the ranks meet."""
+    rank, addresses = nodes(environment)
+    if rank > 0 or len(addresses) == 1:
+        return
+    with socket.socket() as probe:
+        # As torch does: connections of an earlier job that are still closing do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", MASTER_PORT))
+            probe.listen()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise ConfigError(
+                f"port {MASTER_PORT} of the head node {addresses[0]}, at which all ranks meet, is in use, perhaps by "
+                f"another job of several nodes; end that program (on the node: sudo ss -ltnp 'sport = :{MASTER_PORT}' "
+                "names it), or take other machines, and start again"
+            ) from error
 
 
 def free_port() -> int:

@@ -6,9 +6,13 @@
 Workers are children of torchrun. They get signals directly, because torchrun gives its children only 30 seconds to
 save. STOP_FILE exists after a request to stop. It marks a SIGTERM as such a request, and shows a worker that starts
 later that there was one (core.stop).
+
+A program hangs if it neither prints a byte nor touches PULSE_FILE (core.pulse) for HANG_MINUTES.
 """
 
+import codecs
 import contextlib
+import io
 import logging
 import math
 import os
@@ -36,15 +40,23 @@ DUMP_SECONDS = 15.0
 DRAIN_SECONDS = 10.0
 DRAIN_AFTER_STOP_SECONDS = 3.0
 KILL_SECONDS = 2.0
+READ_BYTES = 1 << 16
+# Longer lines are cut before they are stored.
+LINE_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a child: return code (negative: the signal), and whether it hung or was asked to stop."""
+    """The end of a child: return code (negative: the signal), and whether it hung or was asked to stop.
+
+    A child that hung, but went on when it was asked to save, has `answered`. `stacks`: its threads printed theirs.
+    """
 
     returncode: int
     hung: bool = False
     stopped: bool = False
+    answered: bool = False
+    stacks: bool = False
 
 
 class Child:
@@ -63,12 +75,15 @@ class Child:
     ):
         self._workers_are_children = launched
         self._keep = keep
+        self._aborted = self._stacks = False
         self._stop = asked or threading.Event()
         self._stop_file = environment.get("STOP_FILE")
         self._asked: set[int] = set()  # processes that got SIGTERM
         self._stop_seconds = STOP_SECONDS
         self._kill_at = math.inf
-        self._last_output = time.monotonic()
+        self._pulse_file = environment.get("PULSE_FILE")
+        self._pulse = 0  # the time of that file when it was last looked at
+        self._last_progress = time.monotonic()
         self._started: set[int] = set()  # all descendants of the child, orphans included
         self.process = subprocess.Popen(
             command,
@@ -82,8 +97,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
+            bufsize=0,
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, name="output of the child", daemon=True)
@@ -96,7 +110,7 @@ class Child:
     def wait(self, hang_seconds: float, stop_seconds: float = STOP_SECONDS) -> Outcome:
         """Wait until the child and all its descendants have ended."""
         self._stop_seconds = stop_seconds
-        hung = False
+        hung = answered = False
         while self.process.poll() is None:
             time.sleep(POLL_SECONDS)
             self._started |= descendants_of(self.process.pid)
@@ -104,13 +118,22 @@ class Child:
             if self._is_overdue():
                 log.warning("still running %.0f s after it was asked to stop: killed", stop_seconds)
                 break
-            if not self._stop.is_set() and time.monotonic() - self._last_output > hang_seconds:
+            if not self._stop.is_set() and self._silent_seconds() > hang_seconds:
                 hung = True
-                self._end_hang(hang_seconds)
+                answered = self._end_hang(hang_seconds)
                 break
         self._kill_rest()
         self._reader.join(DRAIN_AFTER_STOP_SECONDS if self._stop.is_set() else DRAIN_SECONDS)
-        return Outcome(self.process.returncode, hung, self._stop.is_set())
+        return Outcome(self.process.returncode, hung, self._stop.is_set(), answered, self._stacks)
+
+    def _silent_seconds(self) -> float:
+        """Seconds since the last output or pulse. A clock that is set does not count: only the change of the file."""
+        if self._pulse_file:
+            with contextlib.suppress(FileNotFoundError):
+                pulse = Path(self._pulse_file).stat().st_mtime_ns
+                if pulse != self._pulse:
+                    self._pulse, self._last_progress = pulse, time.monotonic()
+        return time.monotonic() - self._last_progress
 
     def _pass_stop_on(self) -> None:
         """Send SIGTERM once to every worker, new ones included; to the launcher before there are workers."""
@@ -130,15 +153,22 @@ class Child:
     def _is_overdue(self) -> bool:
         return time.monotonic() > self._kill_at
 
-    def _end_hang(self, hang_seconds: float) -> None:
-        """Ask the workers to save, which works if only one rank waits; then make all threads print their stacks."""
-        log.error("no line of output for %.0f s: the program counts as hung", hang_seconds)
+    def _end_hang(self, hang_seconds: float) -> bool:
+        """Ask the workers to save, which works if only one rank waits; then make all threads print their stacks.
+
+        Returns whether the program went on and ended. One that ends at once, with nothing to save, does not go on.
+        """
+        log.error("neither output nor a step for %.0f s: the program is asked to save and to end", hang_seconds)
         _send(signal.SIGUSR1, self._workers() or [self.process.pid])
+        before = self._pulse
         if self._gone_within(min(STOP_SECONDS, hang_seconds)):
-            return
-        log.error("it does not react: the stacks of its workers follow")
+            self._silent_seconds()
+            return self._pulse != before
+        log.error("it does not react: the stacks of its workers follow, as far as they can still print them")
+        self._aborted = True
         _send(signal.SIGABRT, self._workers() or [self.process.pid])
         self._gone_within(DUMP_SECONDS)
+        return False
 
     def _gone_within(self, seconds: float) -> bool:
         """Whether the child ends in that time, which a request to stop may shorten."""
@@ -159,19 +189,61 @@ class Child:
 
     def _read(self) -> None:
         shown = True
-        for line in self.process.stdout:
-            self._last_output = time.monotonic()
-            self._keep(line.rstrip("\n"))
+        lines = _Lines(self._take)
+        decode = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True).decode
+        while data := self.process.stdout.read(READ_BYTES):
+            self._last_progress = time.monotonic()
+            text = decode(data)
+            lines.add(text)
             if shown:
                 try:
-                    sys.stdout.write(line)
+                    sys.stdout.write(text)
                     sys.stdout.flush()
                 except OSError:  # our reader is gone; keep draining, or the child blocks on a full pipe
                     shown = False
+        lines.add(decode(b"", True))
+        lines.end()
+
+    def _take(self, line: str) -> None:
+        self._stacks |= self._aborted and "Fatal Python error" in line  # the first line of Python's fault handler
+        self._keep(line)
+
+
+class _Lines:
+    """Cuts text into lines for `keep`. Memory is bounded: of a longer line LINE_CHARACTERS and a count are kept."""
+
+    def __init__(self, keep: Callable[[str], None]):
+        self._keep = keep
+        self._parts: list[str] = []
+        self._held = self._cut = 0
+
+    def add(self, text: str) -> None:
+        *whole, rest = text.split("\n")
+        for line in whole:
+            self._take(line)
+            self._give()
+        self._take(rest)
+
+    def end(self) -> None:
+        """Keep the last line, which has no line end."""
+        if self._parts:
+            self._give()
+
+    def _take(self, text: str) -> None:
+        taken = text[: LINE_CHARACTERS - self._held]
+        self._cut += len(text) - len(taken)
+        self._held += len(taken)
+        if taken:
+            self._parts.append(taken)
+
+    def _give(self) -> None:
+        more = f" ... ({self._cut:,} more characters)" if self._cut else ""
+        self._keep("".join(self._parts) + more)
+        self._parts, self._held, self._cut = [], 0, 0
 
 
 def hang_minutes(environment: Mapping[str, str]) -> float:
-    """HANG_MINUTES: silence after which a program counts as hung. Raises ConfigError."""
+    """HANG_MINUTES: time without output and steps after which a program counts as hung. Raises ConfigError."""
     text = environment.get("HANG_MINUTES") or str(HANG_MINUTES)
     try:
         if 0 < float(text) < math.inf:

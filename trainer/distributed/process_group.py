@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from core import pulse
 from core import stop as stop_requests
 from core.errors import ConfigError, LauncherError
 from core.figures import counted
@@ -153,6 +154,7 @@ def on_main(call: Callable[[], T], ranks: Ranks) -> T:
     box = [(result, error is not None)]
     if ranks.world > 1:
         dist.broadcast_object_list(box, src=0, group=ranks.control)
+    pulse.beat()
     if error is not None:
         raise error
     if box[0][1]:
@@ -180,6 +182,7 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     box: list[Any] = [value] * ranks.world
     if ranks.world > 1:
         dist.all_gather_object(box, value, group=ranks.control)
+    pulse.beat()
     return box
 
 
@@ -196,6 +199,7 @@ def divide_over_ranks(
             check_stop()
         if first + ranks.rank < count:
             mine.append(list(measure(first + ranks.rank)))
+        pulse.beat()
     everyone = gather_objects(mine, ranks)
     return [everyone[index % ranks.world][index // ranks.world] for index in range(count)]
 
@@ -203,10 +207,11 @@ def divide_over_ranks(
 def gather_numbers(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """`values` (K numbers) of every rank as a float64 CPU tensor of shape (world, K)."""
     mine = torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(1, -1)
-    if ranks.world == 1:
-        return mine
-    everyone = torch.empty(ranks.world, mine.shape[1], dtype=torch.float64)
-    all_gather(everyone, mine, group=ranks.control)
+    everyone = mine
+    if ranks.world > 1:
+        everyone = torch.empty(ranks.world, mine.shape[1], dtype=torch.float64)
+        all_gather(everyone, mine, group=ranks.control)
+    pulse.beat()
     return everyone
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from core import stop, storage
+from core import pulse, stop, storage
 from core.errors import CapReached
 from core.run import journal
 from core.run.folder import RunFolder
@@ -95,6 +95,7 @@ class PartialResults:
     def add(self, values: dict[str, Any]) -> None:
         """Stores JSON values that this rank has computed, by key."""
         self._journal.add({"values": values})
+        pulse.beat()
         self.check()
 
     def discard(self) -> None:

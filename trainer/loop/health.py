@@ -82,6 +82,15 @@ class SlowRanks:
         return found
 
 
+def slow_rank_sentence(rank: int, times: float, on_gpu: bool) -> str:
+    cause = (
+        "its GPU may throttle or be damaged; look at nvidia-smi -q -d PERFORMANCE on its node, or take another machine"
+        if on_gpu
+        else "other programs may use its processors; look at top on its node"
+    )
+    return f"rank {rank} computes {times:.2f} times as long as the median rank, and all wait for it: {cause}"
+
+
 class ForwardClock:
     """Adds up the time of forward passes, without making the CPU wait for a GPU."""
 

@@ -28,7 +28,7 @@ from trainer.data.loader import batch_numbers
 from trainer.data.order import derive_key
 from trainer.distributed.process_group import Abandoned, PeerFailed, Ranks, gather_numbers, on_main
 from trainer.loop.evaluation import TrainingEvaluator
-from trainer.loop.health import ForwardClock, SlowRanks, StepNorms
+from trainer.loop.health import ForwardClock, SlowRanks, StepNorms, slow_rank_sentence
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import KINDS, StopRequest, StopRequests
 from trainer.model.gpt import GPT
@@ -158,14 +158,15 @@ class Loop:
         self.reporter.step(step, self.last_loss, rate, float(norm), self.step_seconds, waited_seconds)
         if norms:
             self.reporter.metric("norms", {"step": step, "gradients": gradient_norms, **norms.finish()})
-        for rank, times in self.slow_ranks.check(forward_seconds.tolist()) if world > 1 else []:
+        if world > 1:
+            self._report_slow_ranks(forward_seconds.tolist())
+
+    def _report_slow_ranks(self, forward_seconds: list[float]) -> None:
+        """Name each rank that stays slow: once, on rank 0, because all ranks have the same numbers."""
+        for rank, times in self.slow_ranks.check(forward_seconds):
             self.segment.mark("slow_rank", rank=rank, times=times)
-            log.warning(
-                "rank %d computes %.2f times as long as the median rank, and all wait for it: its GPU may throttle or "
-                "be damaged; look at nvidia-smi -q -d PERFORMANCE on its node, or take another machine",
-                rank,
-                times,
-            )
+            if self.ranks.is_main:
+                log.warning("%s", slow_rank_sentence(rank, times, self.ranks.device.type == "cuda"))
 
     def _loss(self, micro_batch: Any) -> torch.Tensor:
         with autocast(self.ranks.device, self.stage.precision):
