@@ -15,7 +15,7 @@ from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import BinaryIO
 
 from core.errors import StorageError
-from core.stores.base import is_pattern, matcher
+from core.stores.base import literal_parts, matcher
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -82,8 +82,11 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 
     Raises StorageError for a dangling link in place of a folder that the pattern covers, whose files would be missing.
     """
-    wild = next(number for number, part in enumerate(pattern.parts) if is_pattern(part))
+    wild = literal_parts(pattern.parts, lambda names: os.path.lexists(Path(*names)))
     root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
+    if not parts:
+        _check_link(root)
+        return [(root, root.stat())] if root.is_file() else []
     fits = matcher("/".join(parts))
     parts_fit = [matcher(part) for part in parts]
     recursive = parts.index("**") if "**" in parts else None
