@@ -81,7 +81,8 @@ def test_columns_of_every_file_are_checked_before_the_plan_is_stored(kind: str, 
         if kind == "parquet":
             pq.write_table(pa.table(rows), tmp_path / f"{number}.parquet")
         else:
-            data = "".join(json.dumps(dict(zip(rows, row, strict=True))) + "\n" for row in zip(*rows.values(), strict=True)).encode()
+            found = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+            data = "".join(json.dumps(row) + "\n" for row in found).encode()
             (tmp_path / f"{number}.{kind}").write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
     with pytest.raises(DataError, match=rf"2\.{kind}: has no column 'text', only id, body"):
         prepare_set(str(tmp_path / f"*.{kind}"), str(tmp_path / "set"), vocab_bpe)
