@@ -15,9 +15,11 @@ from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import BinaryIO
 
 from core.errors import StorageError
-from core.stores.base import is_pattern, matcher
+from core.stores.base import literal_parts, matcher
 
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+# What mounted buckets and network shares answer to what they lack.
+_UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_NO_HARD_LINKS = _UNSUPPORTED | {errno.EMLINK}
 
 
 @contextlib.contextmanager
@@ -35,14 +37,25 @@ def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterat
             yield file
             if flush:
                 file.flush()
-                os.fsync(file.fileno())
-        temporary.chmod(0o644)
+                with _if_supported():
+                    os.fsync(file.fileno())
+        with _if_supported():
+            temporary.chmod(0o644)
         if exclusive:
             _move_to_free_name(temporary, path)
         else:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _if_supported() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def _move_to_free_name(temporary: Path, path: Path) -> None:
@@ -82,8 +95,11 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 
     Raises StorageError for a dangling link in place of a folder that the pattern covers, whose files would be missing.
     """
-    wild = next(number for number, part in enumerate(pattern.parts) if is_pattern(part))
+    wild = literal_parts(pattern.parts, lambda names: os.path.lexists(Path(*names)))
     root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
+    if not parts:
+        _check_link(root)
+        return [(root, root.stat())] if root.is_file() else []
     fits = matcher("/".join(parts))
     parts_fit = [matcher(part) for part in parts]
     recursive = parts.index("**") if "**" in parts else None

@@ -247,6 +247,18 @@ def expand_objects(pattern: str) -> list[ObjectInfo]:
     return _listed(pattern, lambda store, key: store.matching(key))
 
 
+def fixed_part(pattern: str) -> str:
+    """The folder before the first wildcard of a pattern; the folder of a URI without one."""
+    parts = pattern.split("/")
+    if is_local(pattern):
+        return "/".join(parts[: min(len(parts) - 1, base.literal_parts(parts, lambda names: _is_there(names)))])
+    return "/".join(parts[: min(len(parts) - 1, base.literal_parts(parts, lambda names: False))])
+
+
+def _is_there(names: Sequence[str]) -> bool:
+    return os.path.lexists(local_path("/".join(names)))
+
+
 def pinned(uri: str) -> str:
     """A URI of the Hub with the current commit of its branch or tag; any other URI unchanged."""
     return uri.removesuffix(open_store(uri)[1]) + retries.call(uri, "read", lambda store, key: store.pinned(key))

@@ -20,7 +20,7 @@ from core.data.manifest import Manifest
 from core.data.vocabulary import store_vocabulary
 from core.figures import quantity
 from core.settings.preparation import PrepConfig
-from data_prep import duplicates, finalize, part, plan, workers
+from data_prep import duplicates, finalize, plan, workers
 from data_prep.plan import PrepPlan
 from data_prep.sources.files import Part
 
@@ -57,8 +57,8 @@ def prepare(config: PrepConfig, switch: Callable[[str], None] = lambda phase: No
 def _encode(config: PrepConfig, todo: PrepPlan) -> None:
     """Prepares the missing parts of this node."""
     data_url = config.data.url
-    job = workers.PrepJob(config, todo.sha256, store_vocabulary(config.tokenizer.vocab_url, data_url))
-    done = part.done_parts(data_url)
+    job = workers.PrepJob(config, todo, store_vocabulary(config.tokenizer.vocab_url, data_url))
+    done = plan.done_parts(data_url)
     mine = todo.parts[config.node_rank :: config.num_nodes]
     left = [each for each in mine if each.name not in done]
     count = config.workers or os.cpu_count() or 1
@@ -76,9 +76,9 @@ def _encode(config: PrepConfig, todo: PrepPlan) -> None:
     if config.filter.drop_duplicates:
         # A node that has hashed its parts hashes the missing parts of the others, so that no node waits for another.
         for share in (mine, todo.parts):
-            known = duplicates.hashed(data_url)
+            known = duplicates.hashed(todo, data_url)
             _run("hash", workers.hash_texts, job, [each for each in share if each.name not in known], count)
-        duplicates.find(todo.parts, mine, data_url)
+        duplicates.find(todo, mine, data_url)
     started = time.monotonic()
     made = _run("prepare", workers.prepare, job, left, count)
     seconds = time.monotonic() - started

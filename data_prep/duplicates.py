@@ -4,8 +4,10 @@ A first pass over the source stores the sorted hashes of all texts of each part.
 parts, one range of hash values at a time, and stores the numbers of the duplicates in its parts. The first of several
 equal documents in the order of the source stays, so that the result does not depend on the number or speed of nodes.
 
-    parts/<part>.hashes   257 int64 offsets, then the documents by hash: upper and lower half (uint64), number (uint32)
-    parts/<part>.drops    uint32 numbers, ascending
+    parts/<part>-<content>.hashes   257 int64 offsets, then the documents by hash: its halves (uint64), number (uint32)
+    parts/<part>-<plan>.drops        uint32 numbers, ascending
+
+The names carry what the content depends on, so that files of a mended source are hashed anew.
 """
 
 import hashlib
@@ -17,6 +19,7 @@ import numpy as np
 
 from core import storage
 from data_prep.part import WorkerState
+from data_prep.plan import PrepPlan
 from data_prep.sources import documents
 from data_prep.sources.files import Part
 
@@ -41,36 +44,39 @@ def hash_part(part: Part, state: WorkerState) -> None:
     entries.sort(order=("upper", "lower", "number"))
     first_bytes = (entries["upper"] >> np.uint64(56)).astype(np.int64)
     offsets = np.searchsorted(first_bytes, np.arange(BUCKETS + 1)).astype("<i8")
-    storage.write_bytes(_uri(config.data.url, part, "hashes"), offsets.tobytes() + entries.tobytes())
+    storage.write_bytes(_hashes(config.data.url, state.plan, part), offsets.tobytes() + entries.tobytes())
 
 
-def hashed(data_url: str) -> set[str]:
+def hashed(plan: PrepPlan, data_url: str) -> set[str]:
     """Names of the parts whose hashes are stored."""
-    return _names(data_url, ".hashes")
+    known = _stored(data_url)
+    return {part.name for part in plan.parts if _hashes(data_url, plan, part) in known}
 
 
-def find(parts: Sequence[Part], mine: Sequence[Part], data_url: str) -> None:
-    """Stores the numbers of the duplicates in the parts `mine`. Needs the hashes of all `parts`."""
-    known = _names(data_url, ".drops")
-    if all(part.name in known for part in mine):
+def find(plan: PrepPlan, mine: Sequence[Part], data_url: str) -> None:
+    """Stores the numbers of the duplicates in the parts `mine`. Needs the hashes of all parts."""
+    known = _stored(data_url)
+    if all(_drops(data_url, plan, part) in known for part in mine):
         return
+    parts = plan.parts
+    places = {part.index: _hashes(data_url, plan, part) for part in parts}
     with ThreadPoolExecutor(THREADS) as pool:
-        offsets = list(pool.map(lambda part: _offsets(data_url, part), parts))
+        offsets = list(pool.map(_offsets, places.values()))
         drops: dict[int, list[np.ndarray]] = defaultdict(list)
         for low, high in _ranges(np.sum([np.diff(each) for each in offsets], axis=0)):
-            pieces = pool.map(lambda job: _entries(data_url, *job), [
-                (part, int(each[low]), int(each[high])) for part, each in zip(parts, offsets, strict=True)
+            pieces = pool.map(lambda job: _entries(*job), [
+                (places[part.index], int(each[low]), int(each[high])) for part, each in zip(parts, offsets, strict=True)
             ])  # fmt: skip
             for index, numbers in _repeated(list(pieces)):
                 drops[index].append(numbers)
         for part in mine:
             found = np.sort(np.concatenate([np.zeros(0, "<u4"), *drops[part.index]]))
-            storage.write_bytes(_uri(data_url, part, "drops"), found.astype("<u4").tobytes())
+            storage.write_bytes(_drops(data_url, plan, part), found.astype("<u4").tobytes())
 
 
-def drops_of(data_url: str, part: Part) -> np.ndarray:
+def drops_of(data_url: str, plan: PrepPlan, part: Part) -> np.ndarray:
     """Numbers of a part's duplicates, ascending (uint32)."""
-    return np.frombuffer(storage.read_bytes(_uri(data_url, part, "drops")), "<u4")
+    return np.frombuffer(storage.read_bytes(_drops(data_url, plan, part)), "<u4")
 
 
 def _repeated(pieces: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
@@ -97,22 +103,24 @@ def _ranges(counts: np.ndarray) -> Iterator[tuple[int, int]]:
     yield low, len(counts)
 
 
-def _offsets(data_url: str, part: Part) -> np.ndarray:
-    return np.frombuffer(storage.read_range(_uri(data_url, part, "hashes"), 0, 8 * (BUCKETS + 1)), "<i8")
+def _offsets(uri: str) -> np.ndarray:
+    return np.frombuffer(storage.read_range(uri, 0, 8 * (BUCKETS + 1)), "<i8")
 
 
-def _entries(data_url: str, part: Part, start: int, end: int) -> np.ndarray:
+def _entries(uri: str, start: int, end: int) -> np.ndarray:
     head = 8 * (BUCKETS + 1)
     size = ENTRY.itemsize
-    return np.frombuffer(
-        storage.read_range(_uri(data_url, part, "hashes"), head + start * size, head + end * size), ENTRY
-    )
+    return np.frombuffer(storage.read_range(uri, head + start * size, head + end * size), ENTRY)
 
 
-def _uri(data_url: str, part: Part, kind: str) -> str:
-    return storage.join(data_url, f"parts/{part.name}.{kind}")
+def _hashes(data_url: str, plan: PrepPlan, part: Part) -> str:
+    return storage.join(data_url, f"parts/{part.name}-{plan.content_of(part)[:12]}.hashes")
 
 
-def _names(data_url: str, suffix: str) -> set[str]:
-    names = storage.list_names(storage.join(data_url, "parts"))
-    return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+def _drops(data_url: str, plan: PrepPlan, part: Part) -> str:
+    return storage.join(data_url, f"parts/{part.name}-{plan.sha256[:12]}.drops")
+
+
+def _stored(data_url: str) -> set[str]:
+    folder = storage.join(data_url, "parts")
+    return {storage.join(folder, name) for name in storage.list_names(folder)}

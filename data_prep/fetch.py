@@ -30,7 +30,7 @@ from core.errors import DataError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
 from core.stores import hub
-from data_prep import part, plan
+from data_prep import plan
 from data_prep.finalize import GPT2, print_summary
 from data_prep.plan import PrepPlan
 from data_prep.sources.files import SourceFile
@@ -72,6 +72,11 @@ class _Piece:
     def record(self) -> str:
         return self.name.removesuffix(".bin").replace("/", "-")
 
+    @property
+    def content(self) -> list:
+        """What the shard depends on, as its record stores it."""
+        return [*self.source.file.content, self.start, self.end]
+
 
 def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
@@ -95,12 +100,12 @@ def fetch(config: FetchConfig) -> Manifest:
     _check_splits(files)
     pieces = {split: list(_pieces(split, each, config.data.shard_tokens)) for split, each in files.items()}
     todo = PrepPlan(plan.identity_of(config), tuple(file for each in files.values() for file in each))
-    todo, complete = plan.claim(todo, data_url)
+    todo, complete = plan.claim(todo, data_url, lambda finished, found: _accepts(finished, pieces, data_url))
     if complete:
         log.info("%s is complete already, from the same source", data_url)
         return manifest.read(data_url)
     store_vocabulary(config.tokenizer.vocab_url, data_url)
-    done = part.done_parts(data_url)
+    done = plan.done_parts(data_url)
     left = [piece for each in pieces.values() for piece in each if piece.record not in done]
     total = sum((piece.end - piece.start) * piece.source.dtype.itemsize for piece in left)
     with progress("fetch", total, "source bytes") as bar, ThreadPoolExecutor(config.workers) as pool:
@@ -273,13 +278,20 @@ def _copy(piece: _Piece, data_url: str) -> _Piece:
     storage.write_bytes(storage.join(data_url, piece.name), shard)
     entry = ShardEntry(piece.name, len(tokens), len(shard), hashlib.sha256(shard).hexdigest())
     documents = int(np.count_nonzero(tokens == GPT2_END_OF_TEXT))
-    record = json.dumps({"shard": asdict(entry), "documents": documents}, sort_keys=True)
-    storage.write_bytes(part.record_uri(data_url, piece.record), record.encode())
+    record = json.dumps({"shard": asdict(entry), "documents": documents, "source": piece.content}, sort_keys=True)
+    storage.write_bytes(plan.record_uri(data_url, piece.record), record.encode())
     return piece
 
 
+def _accepts(finished: set[str], pieces: Mapping[str, list[_Piece]], data_url: str) -> bool:
+    """Whether the finished shards of another plan are those of this one."""
+    wanted = {piece.record: piece.content for each in pieces.values() for piece in each}
+    records = {name: json.loads(storage.read_bytes(plan.record_uri(data_url, name))) for name in finished}
+    return all(name in wanted and record.get("source") == wanted[name] for name, record in records.items())
+
+
 def _split(pieces: list[_Piece], data_url: str) -> Split:
-    records = [json.loads(storage.read_bytes(part.record_uri(data_url, piece.record))) for piece in pieces]
+    records = [json.loads(storage.read_bytes(plan.record_uri(data_url, piece.record))) for piece in pieces]
     shards = tuple(ShardEntry(**record["shard"]) for record in records)
     return Split(sum(shard.tokens for shard in shards), sum(record["documents"] for record in records), shards)
 

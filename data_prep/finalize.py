@@ -24,11 +24,14 @@ from core.settings.preparation import PrepConfig
 from data_prep import part as parts
 from data_prep.pack import ShardWriter
 from data_prep.part import PartRecord
-from data_prep.plan import PrepPlan
+from data_prep.plan import PrepPlan, done_parts
 
 log = logging.getLogger(__name__)
 
 READ_THREADS = 16
+# An id that so many documents share, and that is so large a part of them, is reported.
+LEAST_SHARED = 10
+LARGEST_SHARE = 0.01
 GPT2 = TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, GPT2_SHA256)
 
 
@@ -40,7 +43,7 @@ class _Chosen:
 
 def missing(plan: PrepPlan, data_url: str) -> list[str]:
     """Names of the unfinished parts."""
-    done = parts.done_parts(data_url)
+    done = done_parts(data_url)
     return [part.name for part in plan.parts if part.name not in done]
 
 
@@ -55,6 +58,9 @@ def finalize(config: PrepConfig, plan: PrepPlan) -> Manifest:
         )
     records = _read_records(config, plan)
     _judge(records, config)
+    shared = _shared_key(records, config)
+    if shared:
+        log.warning("%s", shared)
     chosen = _choose(records, config)
     with (
         ShardWriter(data.url, "val/{:05d}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle) as val,
@@ -73,7 +79,8 @@ def finalize(config: PrepConfig, plan: PrepPlan) -> Manifest:
     if not splits["train"].tokens:
         raise DataError(
             f"{config.source.place}: no document is left for training (dropped: "
-            f"{_words(_sum(record.dropped for record in records)) or 'none'}); check the filters and the source"
+            f"{_words(_sum(record.dropped for record in records)) or 'none'}); "
+            f"{shared or 'check the filters and the source'}"
         )
     made = Manifest(
         GPT2,
@@ -102,8 +109,8 @@ def finalize(config: PrepConfig, plan: PrepPlan) -> Manifest:
 def _read_records(config: PrepConfig, plan: PrepPlan) -> list[PartRecord]:
     with ThreadPoolExecutor(READ_THREADS) as pool:
         records = list(pool.map(lambda part: parts.read_record(config.data.url, part.name), plan.parts))
-    for record in records:
-        if record.plan_sha256 != plan.sha256:
+    for part, record in zip(plan.parts, records, strict=True):
+        if record.identity != plan.identity_of(part):
             raise DataError(
                 f"{config.data.url}: part {record.part} was made with other settings or another source; "
                 "choose another data.url, or delete that folder"
@@ -120,6 +127,27 @@ def _judge(records: list[PartRecord], config: PrepConfig) -> None:
             f"source.max_bad_share = {config.source.max_bad_share:g}; "
             "check text_column and id_column, or raise that share"
         )
+
+
+def _shared_key(records: list[PartRecord], config: PrepConfig) -> str:
+    """A sentence about the id that most documents share, if one id is a share of them that distorts the split."""
+    total: Counter[int] = Counter()
+    for record in records:
+        total.update(dict(record.shared))
+    documents = sum(record.documents for record in records)
+    count = max(total.values(), default=0)
+    if count < LEAST_SHARED or count <= documents * min(LARGEST_SHARE, config.data.val_fraction or 1):
+        return ""
+    key = config.source.id_column
+    if not key:
+        return (
+            f"{count} of {documents} documents have the same text, and so fall into the same split; "
+            "prepare a new set with --filter.drop_duplicates=true to keep one of them"
+        )
+    return (
+        f"{count} of {documents} documents have the same id (column {key!r}), and so fall into the same split; "
+        "prepare a new set with --source.id_column= (empty), so that the text decides, or name a column of unique ids"
+    )
 
 
 def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:

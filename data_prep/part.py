@@ -20,23 +20,27 @@ from core.errors import DataError
 from core.settings.preparation import PrepConfig
 from data_prep.encode import Check, Engine
 from data_prep.pack import ShardWriter
+from data_prep.plan import PrepPlan, record_uri
 from data_prep.sources import documents
 from data_prep.sources.files import Part
 
 # Document lengths are counted in classes [2**k, 2**(k+1)).
 LENGTH_CLASSES = 32
+# Keys that a record counts, to find an id that many documents share.
+SHARED_KEYS = 16
 
 
 @dataclass(frozen=True)
 class PartRecord:
-    """Record of a finished part.
+    """Record of a finished part. `identity` names what its shards depend on (data_prep/plan.py).
 
+    `shared` holds the split keys that most documents have, and how many.
     `candidates` holds (split key, tokens) of each candidate for validation, in the order of `candidate_shards`. The
     tokens include the end-of-text token.
     """
 
     part: int
-    plan_sha256: str
+    identity: str
     shards: tuple[ShardEntry, ...]
     candidate_shards: tuple[ShardEntry, ...]
     candidates: tuple[tuple[int, int], ...]
@@ -45,6 +49,7 @@ class PartRecord:
     text_bytes: int
     dropped: dict[str, int] = field(default_factory=dict)
     length_classes: tuple[int, ...] = ()
+    shared: tuple[tuple[int, int], ...] = ()
 
     def to_bytes(self) -> bytes:
         return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
@@ -55,14 +60,10 @@ class WorkerState:
     """State of a worker process, which all its parts share."""
 
     config: PrepConfig
-    plan_sha256: str
+    plan: PrepPlan
     engine: Engine
     check: Check | None
     fetched: Callable[[int], None]
-
-
-def record_uri(data_url: str, name: str) -> str:
-    return storage.join(data_url, f"parts/{name}.json")
 
 
 def read_record(data_url: str, name: str) -> PartRecord:
@@ -73,15 +74,10 @@ def read_record(data_url: str, name: str) -> PartRecord:
         for key in ("shards", "candidate_shards"):
             document[key] = tuple(ShardEntry(**entry) for entry in document[key])
         document["candidates"] = tuple((int(key), int(tokens)) for key, tokens in document["candidates"])
+        document["shared"] = tuple((int(key), int(count)) for key, count in document["shared"])
         return PartRecord(**document)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{uri}: not a record of a part ({error}); delete it and prepare again") from error
-
-
-def done_parts(data_url: str) -> set[str]:
-    """Names of the finished parts."""
-    names = storage.list_names(storage.join(data_url, "parts"))
-    return {name.removesuffix(".json") for name in names if name.endswith(".json") and name != "plan.json"}
 
 
 def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> PartRecord:
@@ -94,6 +90,7 @@ def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> 
     dropped: Counter[str] = Counter()
     lengths = np.zeros(LENGTH_CLASSES, np.int64)
     candidates: list[tuple[int, int, np.ndarray]] = []
+    keys: list[np.ndarray] = []
     tokens = text_bytes = seen = 0
     if state.check:
         state.check.restart(part.end - part.start)
@@ -112,6 +109,7 @@ def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> 
             sizes = np.diff(offsets)
             keep = _length_filter(sizes, config, dropped)
             lengths += np.bincount(np.log2(sizes[keep]).astype(int), minlength=LENGTH_CLASSES)[:LENGTH_CLASSES]
+            keys.append(batch.keys[keep, 0])
             tokens += int(sizes[keep].sum()) + int(keep.sum())
             text_bytes += int(batch.text_bytes[keep].sum())
             bounds = offsets.tolist()
@@ -130,7 +128,7 @@ def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> 
             val.add(document, order)
     record = PartRecord(
         part=part.index,
-        plan_sha256=state.plan_sha256,
+        identity=state.plan.identity_of(part),
         shards=train.entries,
         candidate_shards=val.entries,
         candidates=tuple((split, len(document) + 1) for split, _, document in candidates),
@@ -139,9 +137,16 @@ def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> 
         text_bytes=text_bytes,
         dropped=dict(sorted((+dropped).items())),
         length_classes=tuple(lengths.tolist()),
+        shared=_most_common(keys),
     )
     storage.write_bytes(record_uri(data.url, part.name), record.to_bytes())
     return record
+
+
+def _most_common(keys: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
+    found, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *keys]), return_counts=True)
+    first = np.argsort(-counts, kind="stable")[:SHARED_KEYS]
+    return tuple(zip(found[first].tolist(), counts[first].tolist(), strict=True))
 
 
 def _length_filter(sizes: np.ndarray, config: PrepConfig, dropped: Counter) -> np.ndarray:

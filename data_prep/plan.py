@@ -2,7 +2,8 @@
 
 A part is a byte range of one source file. A parquet row group or JSON line belongs to the part in which it starts, so
 that the file sizes alone determine the parts, without reading any footer. All processes read the same stored plan.
-A plan of another source, other settings or another seed is refused, so that a dataset never mixes two preparations.
+A plan of another source, other settings or another seed is refused once a part is finished whose shards it would
+change, so that a dataset never mixes two preparations.
 
 The size and the hash of the last bytes identify a source file. The last bytes of a parquet file are its footer, with
 the offsets and statistics of every column chunk, which differs for different contents.
@@ -11,21 +12,24 @@ the offsets and statistics of every column chunk, which differs for different co
 import contextlib
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from core import storage
+from core import storage, urls
 from core.data import manifest
 from core.errors import DataError, ObjectExists, ObjectNotFound
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig
 from core.stores import hub
 from data_prep.sources import columns, kinds, named
-from data_prep.sources.files import Part, SourceFile, find_files, has_suffix, read_range
+from data_prep.sources.files import Part, SourceFile, below, find_files, folder_of, has_suffix, read_range
+
+log = logging.getLogger(__name__)
 
 FORMAT = "data-plan"
 # Increased when the same settings give other shards than before: unfinished datasets are then not continued.
@@ -35,6 +39,9 @@ LISTING_THREADS = 32
 # Settings that name the source. The files in the plan define the result, not the source's name.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
 
+# Whether finished parts, made under another plan, are those of a new one.
+Accepts = Callable[[set[str], "PrepPlan"], bool]
+
 
 @dataclass(frozen=True)
 class PrepPlan:
@@ -42,6 +49,8 @@ class PrepPlan:
 
     settings: Mapping[str, Any]
     files: tuple[SourceFile, ...]
+    # The plan with which the preparation began, if it names the same files in another way.
+    begun: "PrepPlan | None" = None
 
     @property
     def parts(self) -> list[Part]:
@@ -71,11 +80,27 @@ class PrepPlan:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        return hashlib.sha256((self.begun or self).to_bytes()).hexdigest()
+
+    def content_of(self, part: Part) -> str:
+        """SHA-256 of what the documents of a part depend on, which other files do not change."""
+        document = {"settings": self._result(), "part": [part.index, part.start, part.end, *part.file.content]}
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+    def identity_of(self, part: Part) -> str:
+        """SHA-256 of what the shards of a part depend on: with `drop_duplicates`, on all files."""
+        return self.sha256 if self.settings.get("filter.drop_duplicates") else self.content_of(part)
+
+    def accepts(self, finished: set[str], other: "PrepPlan") -> bool:
+        """Whether the finished parts of another plan are those of this one."""
+        old, new = ({part.name: plan.identity_of(part) for part in plan.parts} for plan in (other, self))
+        return all(name in old and old[name] == new.get(name) for name in finished)
 
     @property
     def origin(self) -> dict[str, str]:
         """Name of the source at the start of the preparation, for the manifest."""
+        if self.begun:
+            return self.begun.origin
         revision = {"revision": hub.revision_of(self.files[0].uri)}
         if not self.settings.get("source.dataset"):
             return {"url": self.settings["source.url"], **revision}
@@ -84,7 +109,8 @@ class PrepPlan:
 
     def gives_the_same(self, other: "PrepPlan") -> bool:
         """Whether both plans give the same shards. The names of their sources may differ."""
-        return self.files == other.files and self._result() == other._result()
+        mine, theirs = ([file.content for file in plan.files] for plan in (self, other))
+        return mine == theirs and self._result() == other._result()
 
     def _result(self) -> dict[str, Any]:
         return {key: value for key, value in self.settings.items() if key not in NAMING}
@@ -103,10 +129,11 @@ def make(config: PrepConfig) -> tuple[PrepConfig, PrepPlan]:
     if source.dataset:
         found = named.find(source, _begun_revision(config))
         with named.explained(source, source.revision):  # the card of a gated dataset may be public
-            files = _identified(found)
+            files = _identified(_named(found, folder_of([file.uri for file in found])))
     else:
         files = list_files(pinned(source.url, source.revision, config.data.url), kinds.SUFFIXES)
     config = replace(config, source=columns.resolved(files[0], source, config.filter))
+    columns.check_all(files, config.source, config.filter)
     return config, PrepPlan(identity_of(config), files)
 
 
@@ -128,11 +155,19 @@ def identity_of(config: Any) -> dict[str, Any]:
 
 def list_files(pattern: str, suffixes: tuple[str, ...]) -> tuple[SourceFile, ...]:
     """The files of a source, sorted by name. Raises DataError if there is none, or one of another kind."""
-    found = [SourceFile(info.uri, info.size, "") for info in find_files(pattern)]
+    found = [SourceFile(info.uri, info.size, "") for info in find_files(pattern, suffixes)]
     for file in found:
         if not has_suffix(file.uri, suffixes):
             raise DataError(f"{file.uri}: unknown kind of source; give files that end in {', '.join(suffixes)}")
-    return _identified(found)
+    if urls.is_web(pattern):
+        return _identified(found)
+    return _identified(_named(found, storage.fixed_part(pattern)))
+
+
+def _named(files: Sequence[SourceFile], folder: str) -> list[SourceFile]:
+    """The files with the names of texts in other folders than `folder`."""
+    names = [below(file.uri, folder) if kinds.is_text(file) else "" for file in files]
+    return [replace(file, name=name if "/" in name else "") for file, name in zip(files, names, strict=True)]
 
 
 def _identified(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
@@ -169,8 +204,11 @@ def _begun_revision(config: PrepConfig) -> str:
     return ""
 
 
-def claim(plan: PrepPlan, data_url: str) -> tuple[PrepPlan, bool]:
+def claim(plan: PrepPlan, data_url: str, accepts: Accepts | None = None) -> tuple[PrepPlan, bool]:
     """Stores the plan below `data_url`, or accepts an equal one. Returns the stored plan, and whether it is complete.
+
+    While no part is finished, a new plan replaces the old one; later only if `accepts(finished parts, old plan)`
+    (if None, `PrepPlan.accepts`).
 
     Raises DataError if another source, seed or setting was used there, StorageError if it is not writable.
     """
@@ -188,11 +226,25 @@ def claim(plan: PrepPlan, data_url: str) -> tuple[PrepPlan, bool]:
     except ObjectNotFound:
         found = None
     if found and found.gives_the_same(plan) and (not stored or stored.source.get("plan_sha256") == found.sha256):
-        return found, stored is not None
+        return replace(plan, begun=found), stored is not None
+    if found and not stored and (accepts or plan.accepts)(done_parts(data_url), found):
+        log.info("%s: a new plan replaces the old one%s; finished parts stay", data_url, _difference(found, plan))
+        storage.write_bytes(uri_of(data_url), plan.to_bytes())
+        return plan, False
     raise DataError(
         f"{data_url}: holds the tokens of another preparation{_difference(found, plan)}; "
         "nothing was changed: choose another data.url, or delete that folder"
     )
+
+
+def record_uri(data_url: str, name: str) -> str:
+    return storage.join(data_url, f"parts/{name}.json")
+
+
+def done_parts(data_url: str) -> set[str]:
+    """Names of the finished parts."""
+    names = storage.list_names(storage.join(data_url, "parts"))
+    return {name.removesuffix(".json") for name in names if name.endswith(".json") and name != "plan.json"}
 
 
 def read(data_url: str) -> PrepPlan:
@@ -228,7 +280,7 @@ def _difference(found: PrepPlan | None, wanted: PrepPlan) -> str:
         if old != new:
             return f" ({key} is {old!r} there and {new!r} here)"
     for old, new in zip(found.files, wanted.files, strict=False):
-        if old != new:
-            what = "content" if old.uri == new.uri else "name"
+        if old.content != new.content:
+            what = "name" if old.content[0] != new.content[0] else "content"
             return f" (the source has changed: {re.sub('^.*/', '', new.uri)} has another {what})"
     return f" (the source had {len(found.files)} files, now it has {len(wanted.files)})"

@@ -27,6 +27,8 @@ from core.console import run_entry, set_up_logging
 from core.data import sets
 from core.data.sets import SetInfo, conversation, preference_row
 from core.errors import ConfigError, DataError
+from data_prep.sources import blocks, lines
+from data_prep.sources.files import SourceFile, has_suffix
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type
 # Kind of set → schema, and the function that converts a row.
 KINDS = {"instructions": ("conversations", conversation), "preferences": ("preferences", preference_row)}
 MAX_BAD_FRACTION = 0.01
+JSON_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 
 USAGE = """python -m data_prep.sets hellaswag DATA_URL [--from=URL]
 python -m data_prep.sets instructions DATA_URL --from=URL [--name=instructions] [--licence=TEXT]
@@ -135,27 +138,23 @@ def store_rows(data_url: str, source: str, name: str, licence: str, kind: str = 
 
 def read_rows(uri: str) -> list[Any]:
     """All rows of a file. A line of invalid JSON becomes None. Raises DataError for another kind of file."""
-    data = storage.read_bytes(uri)
-    if uri.endswith(".parquet"):
+    if has_suffix(uri, (".parquet",)):
         try:
-            return pq.read_table(io.BytesIO(data)).to_pylist()
+            return pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{uri}: cannot be read as parquet ({error}); copy it again") from error
-    if uri.endswith(".jsonl"):
-        return [_row(line) for line in data.splitlines() if line.strip()]
-    raise DataError(f"{uri}: unknown kind of file; give one that ends in .jsonl or .parquet")
+            raise DataError(f"{uri}: cannot be read as parquet ({error}); write it again as JSON lines") from error
+    if not has_suffix(uri, JSON_SUFFIXES):
+        raise DataError(f"{uri}: unknown kind of file; give one that ends in {', '.join(JSON_SUFFIXES)} or .parquet")
+    data = b"".join(blocks.content(SourceFile(uri, storage.size_of(uri), ""), lambda count: None))
+    whole = lines.parsed(data)  # a .json file may be one list of rows
+    if isinstance(whole, list):
+        return whole
+    return [lines.parsed(line) for line in data.splitlines() if line.strip()]
 
 
 def json_lines(rows: list[dict[str, Any]]) -> bytes:
     """Rows as JSON lines in ASCII, the default of Python's json."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def _row(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 if __name__ == "__main__":

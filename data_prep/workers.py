@@ -22,6 +22,7 @@ from data_prep import duplicates, starter
 from data_prep import part as parts
 from data_prep.encode import Check, open_engine
 from data_prep.part import WorkerState
+from data_prep.plan import PrepPlan
 from data_prep.sources.files import Part
 
 POLL_SECONDS = 0.5
@@ -46,7 +47,7 @@ class PrepJob:
     """Arguments with which every worker starts."""
 
     config: PrepConfig
-    plan_sha256: str
+    plan: PrepPlan
     vocab_url: str
 
 
@@ -85,7 +86,9 @@ def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: C
 
 def prepare(part: Part, state: WorkerState) -> Done:
     """Task: prepares a part."""
-    drops = duplicates.drops_of(state.config.data.url, part) if state.config.filter.drop_duplicates else None
+    drops = (
+        duplicates.drops_of(state.config.data.url, state.plan, part) if state.config.filter.drop_duplicates else None
+    )
     record = parts.prepare(part, state, drops)
     return Done(record.tokens, record.text_bytes)
 
@@ -124,7 +127,7 @@ def _open(job: PrepJob, fetched: Callable[[int], None]) -> WorkerState:
     words = vocabulary.read(job.vocab_url)
     engine = open_engine(job.config.tokenizer.engine, words)
     check = Check(words) if engine.name != "tiktoken" else None
-    return WorkerState(job.config, job.plan_sha256, engine, check, fetched)
+    return WorkerState(job.config, job.plan, engine, check, fetched)
 
 
 def _end_with_parent() -> None:

@@ -57,14 +57,15 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Answers every request as `answer` says; a function of the request."""
 
     protocol_version = "HTTP/1.1"
+    content = b"content"
+    more = ""
 
     def handle_any(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.seen.append((self.command, self.path, dict(self.headers)))
         status, headers, code = self.answer(self)
-        body = (
-            f"<Error><Code>{code}</Code><Message>So says the server.</Message></Error>".encode() if code else b"content"
-        )
+        error = f"<Error><Code>{code}</Code><Message>So says the server.{self.more}</Message></Error>"
+        body = error.encode() if code else self.content
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), "Last-Modified": LONG_AGO, **headers}.items():
             self.send_header(name, value)
@@ -266,3 +267,73 @@ class Hanging(FaultyProxy):
             return None
         self.bodies += 1
         return "hang in the body"
+
+
+# --- a HEAD has no answer to read ------------------------------------------------------------------------------
+
+
+def s3_error(request, status: int, code: str) -> tuple[int, dict[str, str], str]:
+    """As S3 answers: with a body, except to HEAD."""
+    return status, ({"Content-Length": "0"} if request.command == "HEAD" else {}), code
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (400, "ExpiredToken", "ExpiredToken So says the server.): they have expired; get new ones and set BUCKET_ACC"),
+        (403, "RequestTimeTooSkewed", "the clock of this machine is wrong (403 Forbidden RequestTimeTooSkewed"),
+        (403, "InvalidAccessKeyId", "the credentials were refused (403 Forbidden InvalidAccessKeyId"),
+        (403, "SignatureDoesNotMatch", "the credentials were refused (403 Forbidden SignatureDoesNotMatch"),
+        (403, "AccessDenied", "nor list bucket 'b'; without s3:ListBucket the server says so of objects that do not"),
+        (403, "SecondLevelDomainForbidden", "write the bucket into the endpoint: BUCKET_ENDPOINT_URL=https://b.HOST"),
+    ],
+)
+@pytest.mark.parametrize("ask", [storage.exists, storage.size_of])
+def test_what_a_head_hides_is_asked_for(keys, monkeypatch, status: int, code: str, said: str, ask):
+    with server_that(lambda request: s3_error(request, status, code)) as (url, seen):
+        monkeypatch.setenv("BUCKET_ENDPOINT_URL", url)
+        with pytest.raises(StorageError) as problem:
+            ask("s3://b/folder/object")
+    assert said in str(problem.value)
+    assert [method for method, _, _ in seen][:2] == ["HEAD", "GET"]
+
+
+def test_an_object_that_alone_is_denied_is_not_blamed_on_listing(keys, monkeypatch):
+    listing = "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
+
+    def answer(request):
+        return (200, {}, "") if "list-type" in request.path else s3_error(request, 403, "AccessDenied")
+
+    monkeypatch.setattr(Server, "content", listing.encode())
+    with server_that(answer) as (url, _):
+        monkeypatch.setenv("BUCKET_ENDPOINT_URL", url)
+        with pytest.raises(StorageError, match=r"may not stat \(403 Forbidden AccessDenied .*\); check that the key"):
+            storage.size_of("s3://b/object")
+
+
+@pytest.mark.parametrize("named", ["<Region>fr-par</Region>", "; the region is wrong; expecting &apos;fr-par&apos;"])
+def test_the_region_that_a_refusal_expects_is_taken(keys, monkeypatch, named: str):
+    """Without x-amz-bucket-region, which only AWS sends."""
+    monkeypatch.setattr(Server, "more", named)
+
+    def answer(request):
+        if "/fr-par/s3/" in request.headers.get("Authorization", ""):
+            return 200, {}, ""
+        return s3_error(request, 400, "AuthorizationHeaderMalformed")
+
+    with server_that(answer) as (url, _):
+        monkeypatch.setenv("BUCKET_ENDPOINT_URL", url)
+        assert storage.size_of("s3://b/object") == len(b"content")
+
+
+def test_a_server_without_conditional_writes_or_ranges_is_named(keys, monkeypatch):
+    with server_that(lambda request: s3_error(request, 501, "NotImplemented")) as (url, _):
+        monkeypatch.setenv("BUCKET_ENDPOINT_URL", url)
+        with pytest.raises(StorageError, match=r"does not take conditional writes \(If-None-Match\), .* use a newer"):
+            storage.write_bytes("s3://b/object", b"x", exclusive=True)
+    with server_that(lambda request: (200, {}, "")) as (url, seen):
+        monkeypatch.setenv("BUCKET_ENDPOINT_URL", url)
+        with pytest.raises(StorageError, match=r"ignores byte ranges") as problem:
+            storage.read_range("s3://b/object", 2, 4)
+    assert len(seen) == 1
+    assert "network" not in str(problem.value)

@@ -54,5 +54,32 @@ def test_hub_addresses():
     assert where == hub.HubPath("datasets", "a/b", "v1.2", "sample/10BT/*.parquet")
     assert where.at("c0ffee") == "hf://datasets/a/b@c0ffee/sample/10BT/*.parquet"
     assert hub.parse("hf://datasets/a/b/c").revision == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "revision", "path"),
+    [
+        ("refs/convert/parquet/default/train/*.parquet", "refs/convert/parquet", "default/train/*.parquet"),
+        ("refs%2Fconvert%2Fparquet/default/0.parquet", "refs/convert/parquet", "default/0.parquet"),
+        ("refs/pr/12/a.parquet", "refs/pr/12", "a.parquet"),
+        ("my%2Fbranch/a.parquet", "my/branch", "a.parquet"),
+        ("~parquet/a.parquet", "~parquet", "a.parquet"),
+        ("refs/a.parquet", "refs", "a.parquet"),
+    ],
+)
+def test_revisions_are_read_as_huggingface_hub_reads_them(
+    written: str, revision: str, path: str, monkeypatch: pytest.MonkeyPatch
+):
+    where = hub.parse(f"hf://datasets/a/b@{written}")
+    assert (where.revision, where.path) == (revision, path)
+    assert hub.parse(where.at(revision)) == where
+    from huggingface_hub import HfFileSystem
+
+    monkeypatch.setattr(HfFileSystem, "_repo_and_revision_exist", lambda *_: (True, None))
+    theirs = HfFileSystem().resolve_path(f"datasets/a/b@{written}")
+    assert (theirs.revision, theirs.path_in_repo) == (revision, path)
+
+
+def test_addresses_outside_the_form_are_refused():
     with pytest.raises(ConfigError, match="not of the form hf://datasets/OWNER/NAME"):
         hub.parse("hf://a/b/c.parquet")

@@ -135,6 +135,19 @@ def test_exactly_one_wins_where_the_file_system_has_no_hard_links(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number:04d}" for number in range(rounds)]
 
 
+@pytest.mark.parametrize("code", ["EPERM", "ENOTSUP", "ENOSYS", "EINVAL"])
+@pytest.mark.parametrize("lacks", ["chmod", "fsync", "link"])
+def test_a_folder_may_lack_what_disks_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, code: str):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(getattr(errno, code), code)
+
+    monkeypatch.setattr(os, lacks, refuse)
+    for exclusive in (True, False):
+        storage.write_bytes(f"{tmp_path}/a", b"x", exclusive=exclusive)
+    assert storage.read_bytes(f"{tmp_path}/a") == b"x"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_store_that_ignores_conditions_lets_both_win(s3, bucket: str, monkeypatch: pytest.MonkeyPatch):
     """So that the races above can fail."""
     with stores.WithoutConditions(s3) as server:

@@ -80,7 +80,8 @@ class Place:
         """Whether an error showed that the bucket is in another region, which is now known."""
         if not marks & faults.ELSEWHERE:
             return False
-        found = self.home()
+        named = (mark.removeprefix("region:") for mark in marks if mark.startswith("region:"))
+        found = next(named, None) or self.home()
         if not found or found == self.region:
             return False
         log.info("s3://%s is in %s, not in %s", self.bucket, found, self.region)

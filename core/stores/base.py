@@ -88,16 +88,50 @@ def is_pattern(place: str) -> bool:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """A function that says whether a whole path matches. `**` stands for folders only as a complete part."""
-    parts = [None if part == "**" else re.compile(fnmatch.translate(part)).match for part in pattern.split("/")]
+    """A function that says whether a whole path matches. `**` stands for folders only as a complete part.
+
+    As in a shell, `*`, `?`, `[...]` and `**` match no hidden name, one that begins with `.` or, as what Spark and Hive
+    write beside their files, with `_`; `.*` and `_*` do.
+    """
+    parts = [None if part == "**" else _part(part) for part in pattern.split("/")]
     return lambda path: _fits(parts, path.split("/"))
+
+
+def literal_parts(parts: Sequence[str], exists: Callable[[Sequence[str]], bool]) -> int:
+    """How many leading parts of a pattern are names: those without wildcards, and those that exist as written."""
+    for number, part in enumerate(parts):
+        if is_pattern(part) and not (part != "**" and exists(parts[: number + 1])):
+            return number
+    return len(parts)
 
 
 def matching(store: Store, pattern: str) -> Iterator[Found]:
     """Objects of a store whose keys match a pattern, from a listing of the folder before the first wildcard."""
-    fits = matcher(pattern)
     folder = _WILD.split(pattern, maxsplit=1)[0].rpartition("/")[0]
-    return (each for each in store.objects(folder) if fits(each.key))
+    found = list(store.objects(folder))
+    parts = pattern.split("/")
+
+    def exists(names: Sequence[str]) -> bool:
+        place = "/".join(names)
+        if len(names) == len(parts):
+            return any(each.key == place for each in found)
+        return any(each.key.startswith(f"{place}/") for each in found)
+
+    fixed = literal_parts(parts, exists)
+    before = "/".join([*parts[:fixed], ""])
+    if fixed == len(parts):
+        return (each for each in found if each.key == pattern)
+    fits = matcher("/".join(parts[fixed:]))
+    return (each for each in found if each.key.startswith(before) and fits(each.key[len(before) :]))
+
+
+def _part(pattern: str) -> Callable[[str], object]:
+    fits = re.compile(fnmatch.translate(pattern)).match
+    return lambda name: name == pattern or (fits(name) and not (_is_hidden(name) and pattern[0] != name[0]))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
 
 
 def _fits(parts: Sequence[_Part], names: Sequence[str]) -> bool:
@@ -105,7 +139,10 @@ def _fits(parts: Sequence[_Part], names: Sequence[str]) -> bool:
         rest = names[number:]
         if part is None:
             after = parts[number + 1 :]
-            return any(_fits(after, rest[skipped:]) for skipped in range(len(rest))) if after else bool(rest)
+            shown = next((place for place, name in enumerate(rest) if _is_hidden(name)), len(rest))
+            if not after:
+                return bool(rest) and shown == len(rest)
+            return any(_fits(after, rest[skipped:]) for skipped in range(min(len(rest), shown + 1)))
         if not rest or not part(rest[0]):
             return False
     return len(parts) == len(names)

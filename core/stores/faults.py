@@ -22,6 +22,14 @@ class ShortRead(OSError):
     """Fewer bytes than requested: a truncated body, or an object that is shorter than expected."""
 
 
+class NoListing(Exception):
+    """The server refuses both an object and the listing of its name; `__cause__` is the first refusal."""
+
+
+class NoConditions(Exception):
+    """The server does not take conditional writes; `__cause__` is its answer."""
+
+
 class GaveUp(Exception):
     """A store has exhausted its retries; `__cause__` is the last error."""
 
@@ -41,8 +49,7 @@ TRANSIENT = THROTTLED | frozenset(
 )
 _FINAL_TYPES = frozenset("FileExistsError PermissionError IsADirectoryError NotADirectoryError GaveUp".split())
 REFUSED_KEYS = frozenset(
-    "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken TokenRefreshRequired AuthenticationFailed "
-    "InvalidSecurity".split()
+    "InvalidAccessKeyId SignatureDoesNotMatch InvalidToken AuthenticationFailed InvalidSecurity".split()
 )
 EXPIRED = frozenset("ExpiredToken InvalidToken TokenRefreshRequired UnauthenticatedError".split())
 ELSEWHERE = frozenset("301 307 PermanentRedirect TemporaryRedirect AuthorizationHeaderMalformed redirect".split())
@@ -81,6 +88,29 @@ _TABLE = (
         "AlreadyExistsError FileExistsError PreconditionError 412 BlobAlreadyExists",
         "exists already; nothing was overwritten",
         ObjectExists,
+    ),
+    _row(
+        "ExpiredToken TokenRefreshRequired",
+        "the credentials were refused ({said}): they have expired; get new ones and set {keys}",
+    ),
+    _row(
+        "NoListing",
+        "may not {verb} ({said}), nor list bucket {bucket!r}; without s3:ListBucket the server says so of objects that "
+        "do not exist, too: allow it (launch/bucket-policy.json), and check {access}",
+    ),
+    _row(
+        "NoConditions",
+        "could not {verb} ({said}): {endpoint} does not take conditional writes (If-None-Match), by which one of two "
+        "machines wins; use a newer release of that server, or another store",
+    ),
+    _row(
+        "SecondLevelDomainForbidden",
+        "could not {verb} ({said}); write the bucket into the endpoint: BUCKET_ENDPOINT_URL=https://{bucket}.HOST",
+    ),
+    _row(
+        "no-ranges",
+        "could not {verb}: {endpoint} ignores byte ranges (it answers 200 to Range); use a server or proxy that heeds "
+        "them",
     ),
     _Row(REFUSED_KEYS, StorageError, "the credentials were refused ({said}); check {keys}"),
     _row(
@@ -148,7 +178,7 @@ def brief(error: BaseException) -> str:
 
 def translated(verb: str, uri: str, error: Exception, marks: frozenset[str], terms: Terms) -> LauncherError:
     row = _fitting(marks)
-    said = brief(error)
+    said = brief(error.__cause__ if isinstance(error, NoListing | NoConditions) else error)
     if row is None:
         return StorageError(f"{uri}: could not {verb}: {said}; check the URL and {terms.endpoint}")
     hint = "" if "credentials" not in marks else _hint(error)
@@ -180,6 +210,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 _METADATA = re.compile(r"https?://(169\.254\.169\.254|169\.254\.170\.\d+|metadata\.google\.internal|\[fd00:ec2::254\])")
 # The innermost reason in an error of rustls.
 _CERTIFICATE = re.compile(r"InvalidCertificate\([\s(]*(?:Other\(\s*OtherError\(\s*)?(\w+)")
+# The region that a server expects, in the body of its refusal.
+_REGION = re.compile(r"<Region>([\w-]+)</Region>|expecting (?:'|&apos;|&#39;)([\w-]+)")
 _PROVIDER = re.compile(r"External \w+ credential provider: (?:NoCredentials: ?)?(?P<said>[^\n]*)")
 
 
@@ -199,4 +231,8 @@ def _codes(error: BaseException) -> set[str]:
         found.add("certificate")
     if "redirect without LOCATION" in text:
         found.add("redirect")
+    if "non-partial response when range requested" in text:
+        found.add("no-ranges")
+    if region := _REGION.search(text):
+        found.add(f"region:{region[1] or region[2]}")
     return found

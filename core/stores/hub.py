@@ -10,15 +10,17 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from core.errors import ConfigError, StorageError
 from core.stores.base import Buffer, Found, Terms, matching
 
 TIMEOUT_SECONDS = 60.0
-_URI = re.compile(r"^hf://(datasets|models|spaces)/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?$")
+# As in huggingface_hub: these references may be written with their slashes, others with %2F.
+_SPECIAL = r"refs/(?:convert/\w+|pr/\d+)"
+_URI = re.compile(rf"^hf://(datasets|models|spaces)/([^/@]+/[^/@]+)(?:@({_SPECIAL}(?![^/])|[^/]+))?(?:/(.*))?$")
 TERMS = Terms(
     "hub",
     keys="HF_TOKEN",
@@ -37,7 +39,7 @@ class HubPath:
 
     def at(self, revision: str) -> str:
         """The same path at a revision, as a URI."""
-        return f"hf://{self.kind}/{self.repository}@{revision}/{self.path}"
+        return f"hf://{self.kind}/{self.repository}@{quote(revision, safe='')}/{self.path}"
 
 
 def parse(uri: str) -> HubPath:
@@ -46,7 +48,7 @@ def parse(uri: str) -> HubPath:
     if not match:
         raise ConfigError(f"{uri}: not of the form hf://datasets/OWNER/NAME[@REVISION]/PATH")
     kind, repository, revision, path = match.groups()
-    return HubPath(kind, repository, revision or "", path or "")
+    return HubPath(kind, repository, unquote(revision or ""), path or "")
 
 
 def is_address(uri: str) -> bool:
@@ -120,7 +122,8 @@ def read_range(uri: str, start: int, end: int) -> bytes:
         )
     where = parse(uri)
     prefix = "" if where.kind == "models" else f"{where.kind}/"
-    address = f"{constants.ENDPOINT}/{prefix}{where.repository}/resolve/{where.revision or 'main'}/{quote(where.path)}"
+    revision = quote(where.revision or "main", safe="")
+    address = f"{constants.ENDPOINT}/{prefix}{where.repository}/resolve/{revision}/{quote(where.path)}"
     headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
     answer = get_session().get(address, headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True)
     hf_raise_for_status(answer)
@@ -191,8 +194,9 @@ def _repository(where: HubPath) -> dict[str, str | None]:
 
 
 def _uri(where: HubPath, path: str) -> str:
-    revision = f"@{where.revision}" if where.revision else ""
-    return f"hf://{where.kind}/{where.repository}{revision}/{path}"
+    if where.revision:
+        return replace(where, path=path).at(where.revision)
+    return f"hf://{where.kind}/{where.repository}/{path}"
 
 
 def _refusal(uri: str) -> StorageError:

@@ -116,7 +116,12 @@ class RemoteStore:
     def put(self, key: str, data: memoryview, exclusive: bool) -> None:
         if exclusive or data.nbytes < 2 * PART_BYTES:
             mode = "create" if exclusive else "overwrite"
-            obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+            try:
+                obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+            except Exception as error:
+                if exclusive and "501" in faults.marks_of(error):
+                    raise faults.NoConditions from error
+                raise
         else:
             self._upload(key, data, data.nbytes)
 
@@ -140,7 +145,34 @@ class RemoteStore:
             raise faults.GaveUp from error
 
     def size(self, key: str) -> int:
-        return obstore.head(self._store, key)["size"]
+        try:
+            return obstore.head(self._store, key)["size"]
+        except Exception as error:
+            if faults.marks_of(error) & {"400", "403"}:
+                return self._asked_again(key, error)
+            raise
+
+    def _asked_again(self, key: str, refusal: Exception) -> int:
+        """The size of an object whose HEAD was refused. An answer to HEAD has no body, so that it names no cause.
+
+        Raises the answer to a request that has one, and NoListing if the key may not list the bucket.
+        """
+        try:
+            return obstore.get(self._store, key, options={"range": (0, 1)}).meta["size"]
+        except Exception as error:
+            marks = faults.marks_of(error)
+            if "416" in marks:  # an empty object
+                raise refusal from None
+            if "AccessDenied" not in marks or not self._is_denied_listing(key):
+                raise
+            raise faults.NoListing from error
+
+    def _is_denied_listing(self, key: str) -> bool:
+        try:
+            obstore.list_with_delimiter(self._store, key)
+        except Exception as error:
+            return "AccessDenied" in faults.marks_of(error)
+        return False
 
     def objects(self, folder: str) -> Iterator[Found]:
         folder = folder.strip("/")

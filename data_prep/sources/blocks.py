@@ -14,7 +14,9 @@ from data_prep.sources.files import Fetched, SourceFile, has_suffix, read_range
 BLOCK_BYTES = 8 << 20
 BLOCKS_AHEAD = 3
 HEAD_BYTES = 1 << 20
+SAMPLE_BYTES = 256 << 10
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 
 
 def compression_of(uri: str) -> str | None:
@@ -54,10 +56,14 @@ def content(file: SourceFile, fetched: Fetched) -> Generator[bytes, None, None]:
             while block := plain.read(BLOCK_BYTES):
                 yield block
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{file.uri}: cannot be decompressed ({' '.join(str(error).split())[:160]}); "
-            "the file is damaged or truncated: copy it again, then run the same command"
-        ) from error
+        raise _undecodable(file, kind, error) from error
+
+
+def _undecodable(file: SourceFile, kind: str, error: Exception) -> DataError:
+    said = f"{file.uri}: cannot be decompressed ({' '.join(str(error).split())[:160]}); "
+    if read_range(file.uri, 0, min(file.size, len(MAGIC[kind]))) != MAGIC[kind]:
+        return DataError(said + f"it does not begin as {kind} does: copy it again, or rename it to what it is")
+    return DataError(said + "the file is damaged or truncated: copy it again, then run the same command")
 
 
 def head(file: SourceFile) -> bytes:
@@ -66,6 +72,25 @@ def head(file: SourceFile) -> bytes:
         with contextlib.closing(content(file, _uncounted)) as found:
             return next(found, b"")
     return read_range(file.uri, 0, min(file.size, HEAD_BYTES))
+
+
+def sample(file: SourceFile) -> bytes:
+    """At least the first line of most files, from HEAD_BYTES at most, decompressed; empty if they hold no block.
+
+    Raises DataError for a small damaged file.
+    """
+    if not (kind := compression_of(file.uri)):
+        return read_range(file.uri, 0, min(file.size, SAMPLE_BYTES))
+    if file.size <= HEAD_BYTES:
+        return head(file)
+    packed = read_range(file.uri, 0, HEAD_BYTES)
+    try:
+        with pa.CompressedInputStream(pa.BufferReader(packed), kind) as plain:
+            return plain.read(SAMPLE_BYTES)
+    except (pa.ArrowException, OSError) as error:
+        if not packed.startswith(MAGIC[kind]):
+            raise _undecodable(file, kind, error) from error
+        return b""
 
 
 def _uncounted(count: int) -> None:

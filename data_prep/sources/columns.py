@@ -1,20 +1,22 @@
 """Resolves the columns of text and ids: those in the settings, else those with common names."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pyarrow as pa
 
 from core.errors import DataError
 from core.settings.preparation import FilterConfig, SourceConfig
-from data_prep.sources import chat, kinds
+from data_prep.sources import blocks, chat, kinds, lines
 from data_prep.sources.files import SourceFile
 
 # Common names of columns in order of preference. `txt` and `__key__` are WebDataset's.
 TEXTS = ("text", "content", "txt")
 CHATS = ("messages", "conversations", "conversation")
 IDS = ("id", "__key__")
+CHECK_THREADS = 32
 
 
 def wanted(source: SourceConfig, keep: FilterConfig) -> dict[str, str]:
@@ -60,6 +62,26 @@ def check(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> None:
             _check_type(schema, file.uri, _present(schema, file.uri, column, hint), holds)
 
 
+def check_all(files: Sequence[SourceFile], source: SourceConfig, keep: FilterConfig) -> None:
+    """Opens every file and checks its columns. Raises DataError, StorageError."""
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        ours = (file for file in files if not kinds.is_streamed(file))
+        for _ in pool.map(lambda file: _open(file, source, keep), ours):
+            pass
+    for file in filter(kinds.is_streamed, files):  # `datasets` opens one at a time
+        check(file, source, keep)
+
+
+def _open(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> None:
+    check(file, source, keep)
+    kind = kinds.kind_of(file)
+    if kind.columns == "fixed" or not (kind.read is lines.read or blocks.compression_of(file.uri)):
+        return
+    schema = lines.schema_of_rows(blocks.sample(file))
+    if kind.read is lines.read and schema.names:
+        _check_type(schema, file.uri, _present(schema, file.uri, source.text_column), "text")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Suggests similar names, as the end of an error message."""
     found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
@@ -93,6 +115,8 @@ def _present(schema: pa.Schema, uri: str, column: str, hint: str = "") -> str:
     if column not in schema.names:
         meant = nearest(column, schema.names)
         raise DataError(f"{uri}: has no column {column!r}, only {', '.join(schema.names) or 'none'}{meant or hint}")
+    if schema.names.count(column) > 1:
+        raise DataError(f"{uri}: has {schema.names.count(column)} columns {column!r}; rename all but one")
     return column
 
 
@@ -105,6 +129,19 @@ def _check_type(schema: pa.Schema, uri: str, column: str, holds: str) -> None:
         raise DataError(f"{uri}: column {column!r} is {_described(kind)}, filter.min_score needs numbers")
     if not (_is_text(kind) or (holds == "text" and chat.is_chat(kind)) or (numeric and holds != "text")):
         raise DataError(f"{uri}: column {column!r} is {_described(kind)}, not text; name another column")
+    if not chat.is_chat(kind) and not _casts(kind, pa.float64() if holds == "number" else pa.large_string()):
+        raise DataError(
+            f"{uri}: column {column!r} is {_described(kind)}, which Arrow {pa.__version__} cannot convert; "
+            "write it as strings or as 64-bit numbers"
+        )
+
+
+def _casts(kind: pa.DataType, target: pa.DataType) -> bool:
+    try:
+        pa.nulls(0, kind).cast(target)  # pa.array would import pandas
+    except pa.ArrowException:
+        return False
+    return True
 
 
 def _described(kind: pa.DataType) -> str:
@@ -114,7 +151,7 @@ def _described(kind: pa.DataType) -> str:
 
 def _is_number(schema: pa.Schema, name: str) -> bool:
     kind = schema.field(name).type
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -98,10 +98,12 @@ def _is_utf8(text: pa.LargeStringScalar) -> bool:
 
 
 def _filters(batch: pa.RecordBatch, keep: FilterConfig) -> Iterator[tuple[str, pa.BooleanArray]]:
+    # Cast first: Arrow compares neither half floats nor views of strings.
     if keep.min_score is not None:
-        yield "low_score", pc.greater_equal(batch.column(keep.score_column), keep.min_score)
+        yield "low_score", pc.greater_equal(batch.column(keep.score_column).cast(pa.float64()), keep.min_score)
     if keep.languages:
-        yield "language", pc.is_in(batch.column(keep.language_column), pa.array(keep.languages))
+        languages = batch.column(keep.language_column).cast(pa.large_string())
+        yield "language", pc.is_in(languages, pa.array(keep.languages, pa.large_string()))
 
 
 def _keys(values: pa.LargeStringArray, seed: int) -> np.ndarray:

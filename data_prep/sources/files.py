@@ -1,12 +1,15 @@
 """Describes source files and their parts, finds files and reads byte ranges of them."""
 
+import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 from core import storage, urls
-from core.errors import DataError
+from core.errors import DataError, ObjectNotFound
 from core.storage import ObjectInfo
 from data_prep.sources import web
 
@@ -18,7 +21,8 @@ Fetched = Callable[[int], None]
 class SourceFile:
     """A file of a source, as the plan stores it.
 
-    `reader` and `options` (JSON) name a module of `datasets` and its settings if the file's suffix does not.
+    `reader` and `options` (JSON) name a module of `datasets` and its settings if the file's suffix does not. `name` is
+    the path of a text below the source's folder, if it has folders: its id.
     """
 
     uri: str
@@ -26,9 +30,16 @@ class SourceFile:
     tail_sha256: str
     reader: str = ""
     options: str = ""
+    name: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key not in ("reader", "options") or value}
+        return {key: value for key, value in asdict(self).items() if key not in ("reader", "options", "name") or value}
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What the file's documents depend on. The same folder may be spelt in several ways."""
+        last = self.uri.rsplit("/", 1)[-1]
+        return last, self.size, self.tail_sha256, self.reader, self.options, self.name
 
 
 @dataclass(frozen=True)
@@ -49,16 +60,36 @@ class Part:
         return self.file.uri if whole else f"{self.file.uri}[{self.start}:{self.end}]"
 
 
-def find_files(place: str) -> list[ObjectInfo]:
-    """The files that match a URL or pattern, sorted by name. Raises DataError if there is none."""
+def find_files(place: str, suffixes: tuple[str, ...]) -> list[ObjectInfo]:
+    """The files that match a URL or pattern, sorted by name. Raises DataError if there is none.
+
+    Its message names a pattern with one of the suffixes if the place is a folder.
+    """
     if urls.is_web(place):
         if storage.is_pattern(path_of(place)):
             raise DataError(f"{place}: web servers cannot list files, so a wildcard does not work; give one address")
         return [ObjectInfo(place, web.size_of(place))]
-    found = storage.expand_objects(place)
+    try:
+        found = storage.expand_objects(place)
+    except ObjectNotFound as error:
+        raise _folder(place, suffixes) or error from None
     if not found:
-        raise DataError(f"{place}: no file matches; check the address and the pattern")
+        raise _folder(place, suffixes) or DataError(
+            f"{place}: no file matches; check the address and the pattern "
+            "(names that begin with . or _ match only where the pattern writes that)"
+        )
     return found
+
+
+def _folder(place: str, suffixes: tuple[str, ...]) -> DataError | None:
+    """The error about a place that names folders, with a pattern that matches files of theirs."""
+    for pattern in (storage.join(place, "*"), storage.join(place, "**")):
+        names = [path_of(info.uri).lower() for info in storage.expand_objects(pattern)]
+        fitting = [max((each for each in suffixes if name.endswith(each)), key=len, default="") for name in names]
+        if usual := Counter(filter(None, fitting)).most_common(1):
+            files = f"{pattern}/*" if pattern.endswith("**") else pattern
+            return DataError(f"{place}: is a folder; name the files in it: {files}{usual[0][0]}")
+    return None
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
@@ -74,3 +105,17 @@ def path_of(uri: str) -> str:
 def has_suffix(uri: str, suffixes: tuple[str, ...]) -> bool:
     """Whether a file's name ends with one of the suffixes, in any case."""
     return path_of(uri).lower().endswith(suffixes)
+
+
+def below(uri: str, folder: str) -> str:
+    """The path of a file below a folder, in which case the folder may be spelt in another way."""
+    if storage.is_local(uri):
+        return os.path.relpath(storage.local_path(uri), storage.local_path(folder or ".")).replace(os.sep, "/")
+    return uri.removeprefix(folder.rstrip("/") + "/")
+
+
+def folder_of(uris: list[str]) -> str:
+    """The deepest folder that holds all files."""
+    folders = [uri.split("/")[:-1] for uri in uris]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in same)

@@ -39,7 +39,7 @@ _STREAMED = SourceKind(
 KINDS = (
     SourceKind((".parquet",), True, "fixed", parquet.schema_of, parquet.read),
     SourceKind((".jsonl", ".ndjson"), True, "by row", lines.schema_of, lines.read),
-    SourceKind((".jsonl.gz", ".jsonl.zst"), False, "by row", lines.schema_of, lines.read),
+    SourceKind((".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst"), False, "by row", lines.schema_of, lines.read),
     SourceKind((".json", ".json.gz", ".json.zst"), False, "by row", json.schema_of, json.read),
     SourceKind((".txt", ".txt.gz", ".txt.zst"), False, "none", text.schema_of, text.read),
     _STREAMED,
@@ -50,6 +50,16 @@ SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
 def of_name(uri: str) -> SourceKind | None:
     """The kind of a file by its suffix, or None."""
     return next((kind for kind in KINDS if has_suffix(uri, kind.suffixes)), None)
+
+
+def is_streamed(file: SourceFile) -> bool:
+    """Whether `datasets` reads a file."""
+    return kind_of(file) is _STREAMED
+
+
+def is_text(file: SourceFile) -> bool:
+    """Whether a file is plain text, whose id is its name."""
+    return not file.reader and (kind := of_name(file.uri)) is not None and kind.read is text.read
 
 
 def kind_of(file: SourceFile) -> SourceKind:

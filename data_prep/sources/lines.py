@@ -24,7 +24,12 @@ SAMPLE_ROWS = 100
 
 def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
     """The columns of the first rows. A column of mixed types has the type null."""
-    pieces = blocks.head(file).split(b"\n")
+    return schema_of_rows(blocks.head(file))
+
+
+def schema_of_rows(start: bytes) -> pa.Schema:
+    """`schema_of` of a file that begins with these bytes."""
+    pieces = start.split(b"\n")
     # The last line may be incomplete, unless it is the only one.
     rows = [row for row in map(_row, pieces[:-1] or pieces) if row][:SAMPLE_ROWS]
     names = dict.fromkeys(name for row in rows for name in row)
@@ -60,24 +65,39 @@ def is_object(line: bytes) -> bool:
 def _type(values: list[Any]) -> pa.DataType:
     try:
         return pa.array(values).type
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError, RecursionError):
         return pa.null()
 
 
 def _row(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:  # JSONDecodeError and UnicodeDecodeError
-        return {}
+    row = parsed(line)
     return row if isinstance(row, dict) else {}
+
+
+def parsed(line: bytes) -> Any:
+    """The value of a JSON line; None if Python cannot parse it."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits; too deep
+        return None
 
 
 def _batch(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pa.RecordBatch:
     types = {"number": pa.float64(), "id": pa.large_string(), "text": pa.large_string()}
+    converted = [_converted(row, columns) for row in rows]
     arrays = [
-        pa.array([_CONVERT[holds](row.get(name)) for row in rows], types[holds]) for name, holds in columns.items()
+        pa.array([values[number] for values in converted], types[holds])
+        for number, holds in enumerate(columns.values())
     ]
     return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+def _converted(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any]:
+    """The values of a row by column; all null for a row with a value that cannot be converted, which counts as bad."""
+    try:
+        return [_CONVERT[holds](row.get(name)) for name, holds in columns.items()]
+    except (OverflowError, RecursionError):  # an integer beyond float64
+        return [None] * len(columns)
 
 
 def _text(value: Any) -> str | None:

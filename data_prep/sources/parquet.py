@@ -6,7 +6,7 @@ long before the whole file has arrived, and decodes row groups of any size in sl
 
 import io
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,9 @@ FETCH_AHEAD = 3
 GAP_BYTES = 1 << 20
 # Decoded bytes per batch.
 BATCH_BYTES = 8 << 20
+# Rows of the first batch, and the largest step to more.
+FIRST_ROWS = 64
+GROWTH = 16
 FOOTER_BYTES = 64 << 10
 
 
@@ -76,11 +79,11 @@ def _metadata(uri: str, size: int) -> pq.FileMetaData:
     try:
         return pq.read_metadata(pa.BufferReader(tail))
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(uri, "its footer", error) from error
+        raise _unreadable(uri, "its footer", error) from error
 
 
 def _groups(metadata: pq.FileMetaData, part: Part, columns: Collection[str]) -> Iterator[_Group]:
-    wanted = [number for number in range(metadata.num_columns) if _top_level(metadata, number) in columns]
+    wanted = [number for number in range(metadata.num_columns) if _is_of(metadata, number, columns)]
     rows: list[int] = []
     ranges: list[tuple[int, int]] = []
     for number in range(metadata.num_row_groups):
@@ -96,8 +99,10 @@ def _groups(metadata: pq.FileMetaData, part: Part, columns: Collection[str]) -> 
         yield _Group(tuple(rows), tuple(_cut(ranges)))
 
 
-def _top_level(metadata: pq.FileMetaData, column: int) -> str:
-    return metadata.schema.column(column).path.split(".", 1)[0]
+def _is_of(metadata: pq.FileMetaData, number: int, columns: Collection[str]) -> bool:
+    """Whether a leaf belongs to one of the columns. The names of both may contain dots."""
+    path = metadata.schema.column(number).path
+    return any(path == name or path.startswith(f"{name}.") for name in columns)
 
 
 def _chunk_range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
@@ -135,27 +140,62 @@ def _decode(
     spans = _Spans([(r[0], future.result()) for r, future in zip(group.ranges, pieces, strict=True)], part.file.size)
     pieces.clear()
     fetched(group.bytes)
-    groups = [metadata.row_group(number) for number in group.rows]
-    rows = sum(each.num_rows for each in groups)
-    row_bytes = sum(each.total_byte_size for each in groups) / max(1, rows)
     where = f"row groups {group.rows[0]} to {group.rows[-1]}"
     try:
         file = pq.ParquetFile(pa.PythonFile(spans, mode="r"), metadata=metadata)
-        yield from file.iter_batches(
-            batch_size=max(1, int(BATCH_BYTES / max(1.0, row_bytes))),
-            row_groups=list(group.rows),
-            columns=list(columns),
-            use_threads=False,
-        )
+        yield from _batches(file, group.rows, columns)
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(part.file.uri, where, error) from error
+        raise _unreadable(part.file.uri, where, error) from error
 
 
-def _damaged(uri: str, where: str, error: Exception) -> DataError:
-    return DataError(
-        f"{uri}: {where} cannot be read as parquet ({' '.join(str(error).split())[:160]}); "
-        "the file is damaged or truncated: copy it again, then run the same command"
-    )
+def _batches(file: pq.ParquetFile, groups: Sequence[int], columns: Collection[str]) -> Iterator[pa.RecordBatch]:
+    """Yields batches of about BATCH_BYTES of decoded values.
+
+    Encoded sizes do not bound decoded ones: a dictionary stores a long text once for all of its rows. The number of
+    rows is therefore learned from decoded batches. A new number needs a new reader, which decodes the rows before it
+    once more.
+    """
+    rows = min(FIRST_ROWS, _rows_by_encoded_size(file, groups))
+    done = 0
+    while True:
+        found = file.iter_batches(batch_size=rows, row_groups=list(groups), columns=list(columns), use_threads=False)
+        at = 0
+        for batch in found:
+            new = batch.slice(max(0, done - at))
+            at += batch.num_rows
+            if not new.num_rows:
+                continue
+            done += new.num_rows
+            decoded = new.nbytes / new.num_rows
+            yield from _sliced(new)
+            wanted = max(1, min(GROWTH * rows, int(BATCH_BYTES / max(1.0, decoded))))
+            wanted = min(wanted, _rows_by_encoded_size(file, groups))
+            if rows > 4 * wanted or (wanted > 2 * rows and done <= GROWTH * rows):
+                rows = wanted
+                break
+        else:
+            return
+
+
+def _rows_by_encoded_size(file: pq.ParquetFile, groups: Sequence[int]) -> int:
+    found = [file.metadata.row_group(number) for number in groups]
+    row_bytes = sum(each.total_byte_size for each in found) / max(1, sum(each.num_rows for each in found))
+    return max(1, int(BATCH_BYTES / max(1.0, row_bytes)))
+
+
+def _sliced(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """A batch in pieces of about BATCH_BYTES."""
+    rows = max(1, batch.num_rows * BATCH_BYTES // max(1, batch.nbytes))
+    return (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
+
+
+def _unreadable(uri: str, where: str, error: Exception) -> DataError:
+    said = f"{uri}: {where} cannot be read as parquet ({' '.join(str(error).split())[:160]}); "
+    if isinstance(error, pa.ArrowNotImplementedError | pa.ArrowTypeError | pa.ArrowKeyError):
+        return DataError(said + f"Arrow {pa.__version__} lacks what the file uses: write it again with plain columns")
+    if isinstance(error, pa.ArrowMemoryError):
+        return DataError(said + "memory is short: run the same command again with fewer --workers")
+    return DataError(said + "if another copy fails likewise, write the file anew; then run the same command")
 
 
 class _Spans(io.RawIOBase):

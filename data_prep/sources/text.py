@@ -1,6 +1,6 @@
 """Reads plain text: each file is a document, or each block of lines between blank lines.
 
-The id is the file's name, followed by the block's number.
+The id is the file's path below the source's folder, followed by the block's number.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema
 
 def read(part: Part, source: SourceConfig, columns: Mapping[str, str], fetched: Fetched) -> Iterator[pa.RecordBatch]:
     """Yields batches in file order. The first of `columns` is the text, the second (optional) the id."""
-    name = part.file.uri.rsplit("/", 1)[-1].encode()
+    name = (part.file.name or part.file.uri.rsplit("/", 1)[-1]).encode()
     content = blocks.content(part.file, fetched)
     if source.text_documents == "file":
         yield _batch([_whole(content, part.file.uri)], [name], columns)
