@@ -145,22 +145,28 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the losses, and d (share x loss) / d logits = share (softmax - one-hot), in the dtype of the logits.
 
-    Without a compiler, and so without fusion, this reuses the memory of `logits_CV` where possible.
+    Without a compiler each operation is a pass over memory, so that path computes one exponential per logit, for the
+    loss and the gradient, and reuses the memory of `logits_CV` where possible.
     """
     z_CV = soft_cap(logits_CV.float(), softcap)
-    lse_C1 = z_CV.logsumexp(1, keepdim=True)
     counts_C1 = (targets_C >= 0)[:, None]
     targets_C1 = targets_C.clamp(min=0)[:, None]
-    loss = torch.where(counts_C1, lse_C1 - z_CV.gather(1, targets_C1), 0.0).sum()
+    of_target_C1 = z_CV.gather(1, targets_C1)
+    share_C1 = counts_C1 * share
     if fused:
+        lse_C1 = z_CV.logsumexp(1, keepdim=True)
         columns_V = torch.arange(z_CV.shape[1], device=z_CV.device)
-        grad_CV = (z_CV - lse_C1).exp() - (columns_V == targets_C1).float()
+        grad_CV = ((z_CV - lse_C1).exp() - (columns_V == targets_C1).float()) * share_C1
     else:
-        grad_CV = (z_CV - lse_C1 if softcap else z_CV.sub_(lse_C1)).exp_()
-        grad_CV.scatter_add_(1, targets_C1, torch.full_like(lse_C1, -1.0))
+        max_C1 = z_CV.amax(1, keepdim=True)
+        grad_CV = (z_CV - max_C1 if softcap else z_CV.sub_(max_C1)).exp_()
+        sum_C1 = grad_CV.sum(1, keepdim=True)
+        lse_C1 = max_C1 + sum_C1.log()
+        grad_CV.mul_(share_C1 / sum_C1).scatter_add_(1, targets_C1, -share_C1)
+    loss = torch.where(counts_C1, lse_C1 - of_target_C1, 0.0).sum()
     if softcap:
         grad_CV = grad_CV * (1 - (z_CV / softcap).square())  # the derivative of the soft cap
-    return loss, grad_CV.mul_(counts_C1 * share).to(logits_CV.dtype)
+    return loss, grad_CV.to(logits_CV.dtype)
 
 
 @functools.cache
