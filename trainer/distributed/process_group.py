@@ -6,10 +6,8 @@ torchrun sets RANK, WORLD_SIZE and LOCAL_RANK in the environment. Without them t
 import contextlib
 import hashlib
 import os
-import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -58,10 +56,9 @@ class Ranks:
 
 def start(device: str) -> Ranks:
     """Join the job. Raises ConfigError if `device` is not available."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    is_alone = "RANK" not in os.environ
+    local_rank = 0 if is_alone else int(os.environ["LOCAL_RANK"])
+    local_world = 1 if is_alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ConfigError("train.device is cuda, but torch sees no GPU; check nvidia-smi and the driver, or set cpu")
@@ -73,7 +70,10 @@ def start(device: str) -> Ranks:
     chosen = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(chosen)
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+    if is_alone:  # without a port, which another program could take
+        store, rank, world = dist.HashStore(), 0, 1
+    else:
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=dist.PrefixStore("process-group", store),
@@ -213,9 +213,3 @@ def gather_numbers(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> torc
         all_gather(everyone, mine, group=ranks.control)
     pulse.beat()
     return everyone
-
-
-def _free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
