@@ -30,6 +30,7 @@ $(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/setup.sh
 .venv-demo/%: requirements/demo.txt requirements/torch-cpu.txt requirements/setup.sh
 	@echo "setting up .venv-demo (once; about a minute)"
 	@$(SETUP) demo .venv-demo torch
+	@PYTHONDONTWRITEBYTECODE= .venv-demo/bin/python -c "import torch" # writes bytecode, so that no rank compiles it
 	@rm -f .venv-demo/.installed-*; touch $@
 
 demo: $(DEMO_STAMP) ## the whole pipeline on this machine: prepare, train, kill, resume, report (2 to 3 minutes)
