@@ -6,6 +6,7 @@ environment.adopt()      os.environ receives the variables of .env, and loses em
 """
 
 import io
+import math
 import os
 import re
 from collections.abc import Mapping, MutableMapping
@@ -84,3 +85,17 @@ def read_dotenv(path: Path) -> dict[str, str]:
         if binding.value and "\0" in binding.value:
             raise ConfigError(f"{path}:{binding.original.line}: {binding.key} holds a NUL character; remove it")
     return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text)).items()}
+
+
+def positive(environment: Mapping[str, str], name: str) -> float | None:
+    """The number in a variable; None if it is empty. Raises ConfigError unless the number is above zero."""
+    text = environment.get(name)
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ConfigError(f"environment variable {name} is {text!r}, must be a number above zero, or empty")
+    return value

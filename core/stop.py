@@ -173,15 +173,9 @@ def hold_if_leaving() -> None:
 
 def seconds() -> float:
     """Seconds between launch.node's request to stop and its SIGKILL. Raises ConfigError."""
-    from core.errors import ConfigError
+    from core.environment import positive  # here, because signals are heard before the imports
 
-    text = os.environ.get("LEAVE_SECONDS") or str(SECONDS)
-    try:
-        if 0 < float(text) < math.inf:
-            return float(text)
-    except ValueError:
-        pass
-    raise ConfigError(f"LEAVE_SECONDS is {text!r}, must be a number above 0; leave it empty for {SECONDS:.0f}")
+    return positive(os.environ, "LEAVE_SECONDS") or SECONDS
 
 
 def own_seconds() -> float:

@@ -18,10 +18,11 @@ from clouds.providers import CLOUDS
 from core import bucket, environment, secrets, storage
 from core.console import run_entry
 from core.data import manifest, sets
+from core.environment import positive
 from core.errors import ConfigError, DataError, LauncherError, ObjectExists, one_line
 from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
-from core.run.machine import checkout_revision, positive
+from core.run.machine import checkout_revision
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
 from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, check_batch

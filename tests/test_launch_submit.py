@@ -43,7 +43,7 @@ def test_a_task_that_can_run_is_launched_with_its_settings(sky, bucket_folder):
         ("MAX_USD", "-5", "max_usd: is -5.0, must be at least 0"),
         ("USD_PER_HOUR", "$12", "USD_PER_HOUR is '$12', must be a number above zero"),
         ("RANKS_PER_NODE", "eight", "RANKS_PER_NODE is 'eight', must be a whole number"),
-        ("HANG_MINUTES", "15m", "HANG_MINUTES is '15m', must be a number above 0"),
+        ("HANG_MINUTES", "15m", "HANG_MINUTES is '15m', must be a number above zero"),
         ("DEVICE", "gpu", "DEVICE is 'gpu', must be cuda or cpu"),
         ("RUN", "../x", "RUN is '../x', must be the name of a folder in BUCKET/runs"),
         ("BUCKET", "s3:/b", "BUCKET is 's3:/b', which looks like a URL but is not one; did you mean s3://b?"),

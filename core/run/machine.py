@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from core.errors import ConfigError
+from core.environment import positive
 
 log = logging.getLogger(__name__)
 
@@ -138,22 +138,6 @@ def segment_started_at() -> float | None:
     except ValueError:
         log.warning("environment variable SEGMENT_STARTED_AT is %r, not a unix time; ignored", text)
         return None
-
-
-def positive(environment: Mapping[str, str], name: str) -> float | None:
-    """The number in a variable; None if it is empty. Raises ConfigError unless the number is above zero."""
-    text = environment.get(name)
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise ConfigError(
-            f"environment variable {name} is {text!r}, must be a number above zero; leave it empty if it is not known"
-        )
-    return value
 
 
 def cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:

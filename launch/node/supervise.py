@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core import stop
-from core.errors import ConfigError
+from core.environment import positive
 
 log = logging.getLogger(__name__)
 
@@ -244,13 +244,7 @@ class _Lines:
 
 def hang_minutes(environment: Mapping[str, str]) -> float:
     """HANG_MINUTES: time without output and steps after which a program counts as hung. Raises ConfigError."""
-    text = environment.get("HANG_MINUTES") or str(HANG_MINUTES)
-    try:
-        if 0 < float(text) < math.inf:
-            return float(text)
-    except ValueError:
-        pass
-    raise ConfigError(f"HANG_MINUTES is {text!r}, must be a number above 0")
+    return positive(environment, "HANG_MINUTES") or HANG_MINUTES
 
 
 def _send(number: int, pids: Iterable[int]) -> None:
