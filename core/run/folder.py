@@ -202,11 +202,12 @@ def read_description(folder: RunFolder) -> dict[str, Any]:
 
 
 def id_of(folder: RunFolder) -> str:
-    """The name by which other tools know a run, made once when it was created. URLs may end alike, and one may be used
-    again for a new run."""
-    return (
-        read_description(folder).get("id") or hashlib.sha256(folder.url.encode()).hexdigest()[:16]
-    )  # older runs have none
+    """The name by which other tools know a run, made when it was created.
+
+    Its URL does not serve: two URLs may end alike, and a new run may get the URL of a deleted one.
+    """
+    known = read_description(folder).get("id")
+    return known or hashlib.sha256(folder.url.encode()).hexdigest()[:16]  # runs of earlier releases have none
 
 
 def _plain(value: Any) -> Any:

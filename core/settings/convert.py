@@ -71,7 +71,7 @@ def _items(value: Any, key: str, where: str) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{where}: {key} is {value!r}, which is not a JSON list ({error}); "
                 'write ["one, with a comma", "two"], or the items with commas between them'

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from trainer.distributed.process_group import Abandoned, Ranks, gather_numbers
 from trainer.evals.hellaswag import HellaSwag
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
-from trainer.loop.inputs import LaterInputs, takes_samples
+from trainer.loop.inputs import takes_samples
 from trainer.loop.report import StepReporter
 from trainer.model.gpt import GPT
 from trainer.stages.stage import Stage
@@ -42,7 +43,7 @@ class TrainingEvaluator:
         model: GPT,
         segment: SegmentLog,
         reporter: StepReporter,
-        inputs: LaterInputs,
+        hellaswag_rows: Sequence[Mapping[str, Any]],
         is_leaving: Callable[[], bool] = lambda: False,
     ):
         self._stage = stage
@@ -54,7 +55,7 @@ class TrainingEvaluator:
         self._reporter = reporter
         self._is_leaving = is_leaving
         self._validation = functools.cache(stage.validation)
-        self._hellaswag_rows = inputs.hellaswag
+        self._hellaswag_rows = hellaswag_rows
         self._hellaswag = functools.cache(self._encode_hellaswag)
 
     def evaluate(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:

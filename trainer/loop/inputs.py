@@ -5,7 +5,6 @@ A vocabulary that is missing, a damaged HellaSwag set or a lost shard would othe
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from core.data import sets
@@ -15,21 +14,17 @@ from trainer.evals import hellaswag
 from trainer.stages.stage import Stage
 
 
-@dataclass(frozen=True)
-class LaterInputs:
-    """What the evaluations of a run need besides its validation data. `hellaswag` is empty without that set."""
+def open_later_inputs(stage: Stage, ranks: Ranks) -> Sequence[Mapping[str, Any]]:
+    """Open and check them, all ranks together. Returns the HellaSwag items to score, none without that set.
 
-    hellaswag: Sequence[Mapping[str, Any]] = ()
-
-
-def open_later_inputs(stage: Stage, ranks: Ranks) -> LaterInputs:
-    """All ranks together. Raises LauncherError on rank 0, PeerFailed on the others."""
+    Raises LauncherError on rank 0, PeerFailed on the others.
+    """
     train = stage.settings.train
     on_main(stage.check_stored, ranks)
     rows = on_main(functools.partial(_hellaswag_rows, stage.data_url, train.hellaswag_items), ranks)
     if rows or takes_samples(train):
         _ = stage.vocabulary  # it stays open
-    return LaterInputs(rows)
+    return rows
 
 
 def takes_samples(train: TrainLoopConfig) -> bool:

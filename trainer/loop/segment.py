@@ -15,7 +15,6 @@ indices, and Inductor chooses reductions by rule instead of by timing. A trainin
 refuses in this mode (tests/test_determinism.py).
 """
 
-import contextlib
 import functools
 import logging
 import os
@@ -97,7 +96,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     #    evaluations will need.
     stage = stage_class(settings, ranks)
     settings = stage.settings
-    later_inputs = open_later_inputs(stage, ranks)
+    hellaswag_rows = open_later_inputs(stage, ranks)
 
     # 4. The run and its next segment: run.json, the ledger, metrics, and the dollars spent so far.
     segment = open_log(stage, ranks)
@@ -139,7 +138,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             first_step,
         )
         reporter = StepReporter(stage, ranks, segment, first_step)
-        evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, later_inputs, is_leaving)
+        evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, hellaswag_rows, is_leaving)
 
         # 8. Train: trainer/loop/loop.py.
         loop = Loop(
@@ -217,8 +216,10 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
 
 def keep_vocabulary(stage: Stage) -> None:
     """Store the vocabulary with the run: its weights can then be used without its data. Training does not need it."""
-    with contextlib.suppress(LauncherError):
+    try:
         storage.write_bytes(storage.join(stage.settings.run.url, VOCABULARY_FILE), stage.read_vocabulary().stored)
+    except LauncherError as error:
+        log.info("the run keeps no copy of the vocabulary: %s", error)
 
 
 def _mark_restored(segment: SegmentLog, restored: Restored | None) -> None:

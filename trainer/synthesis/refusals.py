@@ -161,7 +161,7 @@ def _fields(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, An
     elif key == "raw" and isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             yield from _fields(json.loads(value), key, depth + 1)
-        except ValueError:
+        except (ValueError, RecursionError):
             yield key, value
     else:
         yield key, value
