@@ -83,7 +83,7 @@ def read_record(data_url: str, name: str) -> PartRecord:
 def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> PartRecord:
     """Prepares a part without the documents numbered `drops`.
 
-    Raises DataError, StorageError. After an error, there is no record.
+    Raises DataError, StorageError. An error leaves no record.
     """
     config, data = state.config, state.config.data
     threshold = int(data.val_fraction * 2**64)

@@ -97,7 +97,7 @@ def end_all(names: Mapping[str, bool]) -> tuple[dict[str, bool], list[str]]:
 
 @contextmanager
 def _step(what: str, failures: list[str]) -> Iterator[None]:
-    """One step of the way down. Reports an error and continues, because the next step may still end something."""
+    """Do one step of `down`. Reports an error and continues, because the next step may still end something."""
     try:
         yield
     except Exception as error:  # SkyPilot, credentials, network: any error of a library

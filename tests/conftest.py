@@ -68,7 +68,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, vocab_bpe: Path) -> tup
     from tests import tuning
 
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # by all workers of this session
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # all workers use one copy
     with FileLock(shared / "pretrained.lock"):
         made = shared / "pretrained.json"
         if not made.exists():

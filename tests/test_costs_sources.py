@@ -78,7 +78,7 @@ def merged(run: GoldenRun, *records: dict, now: float = LATER, aws: Cloud | None
 
 
 class Closed(Cloud):
-    """A provider that nobody here has credentials for."""
+    """A provider without credentials."""
 
     def instances(self, clusters, region):
         raise Unavailable("NoCredentialsError")

@@ -196,7 +196,7 @@ def test_every_form_of_trl_is_the_same_pair(row):
     ("row", "problem"),
     [
         ({"prompt": "Other", **WHOLE}, "has a prompt that does not occur in `chosen`"),
-        ({"prompt": "Q", "completion": "A", "label": True}, "has no `chosen`; `completion` with `label` is no pair"),
+        ({"prompt": "Q", "completion": "A", "label": True}, "has no `chosen`; `completion` with `label` is not a pair"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": [{"name": "f"}]}, "has tools"),
         ({"query": "Q", "chosen": "The A", "rejected": "The B"}, "if one of query holds it, rename that column"),
         ({"prompt": "", "chosen": "The A", "rejected": "The B"}, "if one of prompt holds it"),

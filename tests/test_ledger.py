@@ -141,7 +141,7 @@ def test_a_key_in_an_error_is_not_stored(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_commit_is_the_checkouts_own_and_not_that_of_a_repository_around_it(tmp_path: Path):
-    """Our files may lie, copied, in somebody's repository."""
+    """The project's files may be copied into another repository."""
 
     def git(folder: Path, *arguments: str) -> str:
         names = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]

@@ -1,4 +1,4 @@
-"""`--overfit`, which a newcomer runs first: one micro-batch is learned by heart, and what cannot learn fails."""
+"""`--overfit`, which a newcomer runs first: the model memorizes a micro-batch; one that cannot learn fails."""
 
 import dataclasses
 import re
@@ -82,7 +82,7 @@ def test_one_micro_batch_is_learned_by_heart_and_the_run_is_finished(data_url: s
     assert losses[1] > 10
     assert losses[last] < 0.1 <= losses[last - 1]
     assert last < 400
-    assert f"step {last}: the micro-batch is learned by heart" in output
+    assert f"step {last}: the model has memorized the micro-batch" in output
     assert launching.completed(run_url)[0] == last
     assert endings(run_url) == [("finished", last)]
     assert sorted(launching.metrics(run_url, "eval")) == [last]

@@ -49,7 +49,7 @@ def test_elsewhere_without_a_metadata_service_the_watch_ends_quietly(caplog: pyt
     requests = StopRequests()
     with metadata_service() as (_, gone):
         pass
-    watch = SpotWatch(requests, {**gone, "CLOUD": "of-somebody"}, poll_seconds=0.01)
+    watch = SpotWatch(requests, {**gone, "CLOUD": "unknown-cloud"}, poll_seconds=0.01)
     wait_for(lambda: not watch._thread.is_alive())
     assert requests.stop is None
     assert caplog.text == ""

@@ -118,7 +118,7 @@ def preference(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer is None:
-            also = "; `completion` with `label` is no pair" if "label" in row and "completion" in row else ""
+            also = "; `completion` with `label` is not a pair" if "label" in row and "completion" in row else ""
             raise ValueError(f"has no `{key}`{also}")
     prompt = _value(row, _prompt_columns(row)) or None
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):

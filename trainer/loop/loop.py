@@ -318,7 +318,7 @@ class Loop:
                 "if it was still falling give another run.url more train.steps, else look at optimizer.lr and at the "
                 "changes to the model"
             )
-        log.info("step %d: the micro-batch is learned by heart, its loss %.4f is below %s", step, self.last_loss, bound)
+        log.info("step %d: the model has memorized the micro-batch: loss %.4f is below %s", step, self.last_loss, bound)
 
 
 def is_overfitted(train: TrainLoopConfig, loss: float | None) -> bool:

@@ -131,7 +131,7 @@ class Maker:
         return OK
 
     def _no_answer(self) -> EndpointError:
-        """No row is no success, whatever the reasons were."""
+        """The error of a run without rows, whatever the reasons."""
         count = len(self._prompts)
         if self._unclear:
             return EndpointError(
