@@ -43,7 +43,7 @@ _MODERATION = re.compile(
     r"\bflagged\b|moderation|content (management )?polic|content.?filter|safety (system|filter|polic)|usage polic|"
     r"inappropriate content"
 )
-# "Your account was flagged" is no verdict on a prompt.
+# "Your account was flagged" says nothing about a prompt.
 _ON_A_PROMPT = re.compile(r"\b(prompt|input|content|messages?)\b")
 _LENGTH_CODES = {"context_length_exceeded", "string_above_max_length"}
 _LENGTH = re.compile(r"context (length|window|size)|prompt is too long|input is too long|too many (input )?tokens")
@@ -129,7 +129,7 @@ def _limit_of(sent: Mapping[str, Any]) -> str:
 
 
 def _read(data: bytes) -> _Body:
-    """Codes, parameters and messages of an error in any known form. A prompt that the endpoint echoes is no message."""
+    """Codes, parameters and messages of an error in any known form. An echoed prompt does not count."""
     text = data.decode(errors="replace")
     try:
         document = json.loads(text)
