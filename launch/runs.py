@@ -76,10 +76,9 @@ def status(arguments: list[str]) -> int:
 def spent_line(run_url: str) -> str:
     """A line with the run's dollars. A run that does not exist has no $0.00: its name may be wrong."""
     try:
-        folder = RunFolder(run_url)
-        if not folder.segment_numbers():
-            return f"{folder.ledger}: no run here yet; check RUN and BUCKET"
         usd = read_run(run_url, Detail.MONEY).usd
+    except RunError:
+        return f"{run_url}: no run here yet; check RUN and BUCKET"
     except LauncherError as error:
         return str(error)
     return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py says on what)"

@@ -198,8 +198,8 @@ NOT_SETTINGS = {"PATH", "HOME", "LD_LIBRARY_PATH"}
 
 
 def variables_in_python() -> set[str]:
-    """Names in environ["X"], environ.get("X"), environment.get("X"), settings["X"], settings with env="X", and those of
-    the stores, which look several up in turn."""
+    """Names in environ["X"], environ.get("X"), environment.get("X"), settings["X"], positive(environment, "X"),
+    settings with env="X", and those of the stores, which look several up in turn."""
     found = set()
     for folder in ("core", "clouds", "costs", "data_prep", "launch", "trainer"):
         for path in [*(ROOT / folder).rglob("*.py"), ROOT / "cost_report.py"]:
@@ -213,6 +213,8 @@ def variables_in_python() -> set[str]:
                     source, name = node.value, node.slice
                 elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
                     source, name = node.func.value, node.args[0]
+                elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "positive":
+                    source, name = node.args
                 if source is not None and isinstance(name, ast.Constant) and isinstance(name.value, str):
                     of = source.attr if isinstance(source, ast.Attribute) else getattr(source, "id", "")
                     if of in ("environ", "environment", "settings") and re.fullmatch(r"[A-Z][A-Z0-9_]+", name.value):

@@ -103,7 +103,7 @@ def test_check_and_node_agree_on_a_cap(monkeypatch, text):
 
 def test_status_of_a_run_that_is_not_there_shows_no_dollars(sky, bucket_folder):
     done = sky.run("launch.runs", "status", TRAIN, BUCKET=f"{bucket_folder}/", RUN="mistyped")
-    assert f"{bucket_folder}/runs/mistyped/ledger: no run here yet; check RUN and BUCKET" in done.stdout
+    assert f"{bucket_folder}/runs/mistyped: no run here yet; check RUN and BUCKET" in done.stdout
     assert "$0.00" not in done.stdout
 
 

@@ -7,6 +7,7 @@ from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
 from core.run.reader import Detail, read_run, spent_usd_at_most
+from launch.runs import spent_line
 from tests.golden import NOON, GoldenRun, mark, preempted_and_resumed, span
 
 # The first machine of the golden run was killed, at a cent a second: it may have lived for one interval more.
@@ -27,6 +28,13 @@ def test_a_killed_machine_is_counted_for_as_long_as_it_may_have_lived(tmp_path: 
 
 def test_a_run_that_has_not_begun_has_cost_nothing(tmp_path: Path):
     assert spent_usd_at_most(str(tmp_path)) == 0.0
+
+
+def test_a_segment_that_is_being_started_costs_nothing_yet(tmp_path: Path):
+    """Another node's claim is a folder before it is an object."""
+    (tmp_path / "ledger/segment-000001").mkdir(parents=True)
+    assert spent_usd_at_most(str(tmp_path)) == 0.0
+    assert spent_line(str(tmp_path)).endswith("no run here yet; check RUN and BUCKET")
 
 
 def test_it_agrees_with_what_the_writer_says(tmp_path: Path):

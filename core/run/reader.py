@@ -48,9 +48,7 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
         found = "a run.json but no ledger: no segment has started" if run.config else "neither run.json nor ledger"
         raise RunError(f"{run_url}: holds no run to report on ({found}); give the run.url of a training run")
     if detail is Detail.MONEY:
-        run.segments = _each(
-            run.folder, sorted(ledgers), lambda number: _read_money(run.folder, number, ledgers[number])
-        )
+        run.segments = _read_prices(run.folder, ledgers)
     else:
         _read_segments(run, ledgers, detail, cache_file)
     run.problems += [problem for segment in run.segments for problem in segment.problems]
@@ -60,9 +58,10 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
 
 def spent_usd_at_most(run_url: str) -> float | None:
     """Upper bound of the dollars of all segments so far; None if a price or a time is unknown. Raises StorageError."""
-    if not RunFolder(run_url).segment_numbers():
-        return 0.0
-    return read_run(run_url, Detail.MONEY).usd_at_most
+    run = Run(RunFolder(run_url))
+    # One listing, because another node may be starting its segment: it has a folder before it has an object.
+    run.segments = _read_prices(run.folder, _by_segment(run.folder.ledger))
+    return run.usd_at_most
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
@@ -92,6 +91,10 @@ def _by_segment(root: str) -> dict[int, list[ObjectInfo]]:
         if number:
             found.setdefault(number, []).append(info)
     return found
+
+
+def _read_prices(folder: RunFolder, ledgers: Objects) -> list[Segment]:
+    return _each(folder, sorted(ledgers), lambda number: _read_money(folder, number, ledgers[number]))
 
 
 def _read_money(folder: RunFolder, number: int, objects: list[ObjectInfo]) -> Segment:
