@@ -1,0 +1,193 @@
+"""Compares two working trees of this project: the benchmarks of each, run in turn on one machine, in one record.
+
+    python -m bench.before_after --before=../old [--rounds=3] [--only=report,loader] [--scratch=/tmp/bench] [--out=FILE]
+
+A tree is a checkout with its own `.venv` (`make setup`). In each round every measurement runs once in each tree, as a
+user would start it there. The table shows medians, and the ratio of seconds: above 1, the tree `after` (this one) is
+slower. Rates are shown as seconds per million. `report` is the cost report of a run of 10,000 segments in a local
+folder, and the start of the program. The other rows are those of bench.loader, bench.checkpoint, bench.restart and
+bench.prep. On a shared machine the CPU seconds say more than the clock.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import harness
+
+SEGMENTS = 10_000
+Figures = dict[str, float]
+
+
+def main() -> None:
+    parser = harness.options(__doc__, rounds=3)
+    parser.add_argument("--before", type=Path, required=True, help="folder of the other tree")
+    parser.add_argument("--only", default=",".join(MEASUREMENTS), help=f"default {','.join(MEASUREMENTS)}")
+    parser.add_argument("--scratch", type=Path, help="existing folder for about 8 GB of files")
+    options = parser.parse_args()
+    names = options.only.split(",")
+    if unknown := [name for name in names if name not in MEASUREMENTS]:
+        parser.error(f"--only={unknown[0]}: there is no such measurement, only {', '.join(MEASUREMENTS)}")
+    for tree in (options.before, harness.REPOSITORY):
+        if not python_of(tree).exists():
+            parser.error(f"{python_of(tree)}: not found; run `make setup` in {tree}")
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        measure = {name: MEASUREMENTS[name](Path(folder)) for name in names}
+        runs = harness.interleaved(
+            {
+                f"{name} {side}": lambda _, name=name, tree=tree: measure[name](tree)
+                for name in names
+                for side, tree in (("before", options.before), ("after", harness.REPOSITORY))
+            },
+            options.rounds,
+        )
+    results = harness.header("torch", "numpy", "obstore", "botocore", "pyarrow") | {
+        "rounds": options.rounds,
+        "commits": {"before": commit_of(options.before), "after": commit_of(harness.REPOSITORY)},
+        "median": {name: _median(runs[f"{name} before"], runs[f"{name} after"]) for name in names},
+    }
+    harness.finish(results, show, options.out)
+
+
+def python_of(tree: Path) -> Path:
+    return tree.absolute() / ".venv/bin/python"
+
+
+def commit_of(tree: Path) -> str:
+    describe = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _median(before: list[Figures], after: list[Figures]) -> dict[str, dict[str, float]]:
+    found = {}
+    for key in before[0]:
+        sides = {"before": before, "after": after}
+        medians = {side: statistics.median(run[key] for run in runs) for side, runs in sides.items()}
+        found[key] = medians | {"ratio": medians["after"] / medians["before"]}
+    return found
+
+
+def show(results: dict[str, Any]) -> None:
+    rows = [
+        [f"{name}: {key}", f"{values['before']:.3f}", f"{values['after']:.3f}", f"{values['ratio']:.2f}"]
+        for name, figures in results["median"].items()
+        for key, values in figures.items()
+    ]
+    commits = " and ".join(results["commits"].values())
+    title = f"{commits}, medians of {results['rounds']}, {results['machine']['cores']} cores"
+    harness.print_table(title, ["seconds", "before", "after", "after / before"], rows)
+
+
+# --- measurements: called with a scratch folder, each returns a function of a tree -----------------------------
+
+
+def _report(folder: Path) -> Callable[[Path], Figures]:
+    run = folder / "run"
+    write_run(run, SEGMENTS)
+
+    def measure(tree: Path) -> Figures:
+        whole = _timed(tree, "cost_report.py", str(run), "--no-cache", "--offline")
+        start = _timed(tree, "cost_report.py", "--help")
+        return {f"{SEGMENTS:,} segments, CPU": whole, "--help, CPU": start}
+
+    return measure
+
+
+def _loader(folder: Path) -> Callable[[Path], Figures]:
+    def measure(tree: Path) -> Figures:
+        ours = _record(tree, folder, "bench.loader", "--sides=ours")["median"]["ours"]
+        figures = {"first batch": ours["first_batch"], "CPU of both passes": ours["cpu_seconds"]}
+        return figures | {f"pass {n}, per million tokens": 1e6 / ours[f"pass_{n}"] for n in (1, 2)}
+
+    return measure
+
+
+def _checkpoint(folder: Path) -> Callable[[Path], Figures]:
+    def measure(tree: Path) -> Figures:
+        median = _record(tree, folder, "bench.checkpoint", f"--scratch={folder}")["median"]
+        keys = ("blocked", "total", "total_cpu", "restore", "restore_cpu")
+        return {f"{side}, {key}": median[f"ours, {side}"][key] for side in ("local", "S3") for key in keys}
+
+    return measure
+
+
+def _restart(folder: Path) -> Callable[[Path], Figures]:
+    return lambda tree: _record(tree, folder, "bench.restart", f"--scratch={folder}")["median"]
+
+
+def _prep(folder: Path) -> Callable[[Path], Figures]:
+    def measure(tree: Path) -> Figures:
+        figures = {}
+        for where in ("folder", "bucket"):
+            flags = (f"--scratch={folder}", "--store=/dev/shm", "--sides=ours", f"--where={where}")
+            (run,) = _record(tree, folder, "bench.prep", *flags)["runs"]["ours"]
+            figures |= {where: run["seconds"], f"{where}, CPU": run["cpu_seconds"]}
+        return figures
+
+    return measure
+
+
+MEASUREMENTS: dict[str, Callable[[Path], Callable[[Path], Figures]]] = {
+    "report": _report,
+    "loader": _loader,
+    "checkpoint": _checkpoint,
+    "restart": _restart,
+    "prep": _prep,
+}
+
+
+def _record(tree: Path, folder: Path, module: str, *flags: str) -> dict[str, Any]:
+    """The record that a benchmark of `tree` writes in one round."""
+    out = folder / "record.json"
+    _timed(tree, "-m", module, "--rounds=1", f"--out={out}", *flags)
+    return json.loads(out.read_text())
+
+
+def _timed(tree: Path, *arguments: str) -> float:
+    """Run Python of `tree` there. Returns CPU seconds of the process and its children; SystemExit if it fails."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [str(python_of(tree)), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed in {tree}:\n{(done.stderr or done.stdout)[-3000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def write_run(run: Path, segments: int) -> None:
+    """A run of ten steps a segment, in the stored formats (docs/formats.md)."""
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"format": "run", "version": 1, "config": {"train": {"steps": 10}}}))
+    machine = {"cloud": "aws", "region": "us-east-1", "instance_type": "p4d.24xlarge", "gpu": "A100", "nodes": 1}
+    machine |= {"gpus_per_node": 8, "spot": True, "usd_per_hour": 12.0, "price_source": "written"}
+    for number in range(1, segments + 1):
+        begin = time.time() - (segments - number + 1) * 300
+        folder = run / f"ledger/segment-{number:06d}"
+        (folder / "events").mkdir(parents=True)
+        start = {"event": "start", "version": 1, "segment": number, "time": begin, "machine": machine, "program": {}}
+        (folder / "start.jsonl").write_text(json.dumps(start) + "\n")
+        (folder / "events/00000000-00000003.jsonl").write_text(
+            "".join(json.dumps(event) + "\n" for event in _events(begin, 10 * number - 10))
+        )
+
+
+def _events(begin: float, step: int) -> Iterator[dict[str, Any]]:
+    phases = {"setup": 100.0, "init": 20.0, "compile": 30.0}
+    yield {"event": "span", "start": begin, "end": begin + 150, "phases": phases, "steps": []}
+    yield {"event": "mark", "time": begin + 150, "name": "restored", "step": step, "checkpoint": None, "skipped": []}
+    steps = [[step + i, 10.0, 1.0] for i in range(1, 11)]
+    phases = {"train": 100.0, "data_wait": 5.0, "checkpoint": 5.0}
+    yield {"event": "span", "start": begin + 150, "end": begin + 260, "phases": phases, "steps": steps}
+    yield {"event": "end", "time": begin + 260, "reason": "preempted", "step": step + 10}
+
+
+if __name__ == "__main__":
+    main()
