@@ -85,7 +85,7 @@ def _start(options: argparse.Namespace, cache: str) -> subprocess.Popen:
     command = [*harness.TORCHRUN, f"--nproc-per-node={options.ranks}"]
     command += ["-m", "trainer.train", "trainer/configs/gpt2-124m.yaml", f"--data.url={DATA}", f"--run.url={RUN}"]
     command += ["--train.device=cpu", f"--batch.tokens_per_step={1024 * options.ranks}", "--batch.micro_batch_size=1"]
-    command += ["--train.eval_every=0", "--train.sample_every=0", "--train.log_every=1", *options.setting]
+    command += ["--train.eval_every=0", "--train.sample_tokens=0", "--train.log_every=1", *options.setting]
     return subprocess.Popen(
         command,
         cwd=harness.REPOSITORY,

@@ -1,7 +1,6 @@
 """Start the real trainer as its users do: torchrun, processes, signals."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -39,12 +38,6 @@ TINY = [
 ]
 
 
-def default_signals() -> None:
-    """For `preexec_fn`: a program inherits what is ignored, as SIGINT is in the background and SIGHUP under nohup."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def no_ranks() -> dict[str, str]:
     """The environment without the variables of the fixture `ranks`, for a program that is not one of its ranks."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -70,7 +63,7 @@ def start(
         command += ["--rdzv-backend=c10d", "--local-addr=127.0.0.1"]
         command += torchrun or ["--rdzv-endpoint=127.0.0.1:0"]
     command += ["-m", module, *base, *flags]
-    env = {**no_ranks(), "TORCHELASTIC_ERROR_FILE": os.devnull, **(environment or {})}
+    env = {**no_ranks(), "TORCHELASTIC_ERROR_FILE": os.devnull, "WARM_CHILDREN": "yes", **(environment or {})}
     popen = subprocess.Popen if within else warm.Popen
     return popen(
         command,

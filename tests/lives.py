@@ -12,31 +12,41 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests import launching
+from tests import launching, warm
 from tests.patience import PATIENCE_SECONDS
 
 SIGTERM_BIT = 1 << (signal.SIGTERM - 1)
 
 
 class Life:
-    """A running launch.node; `lines` is its output so far. All its processes carry a mark in their environment."""
+    """A running launch.node; `lines` is its output so far. All its processes carry a mark in their environment or name.
 
-    def __init__(self, run_url: str, *flags: str, ranks: int = 2, environment: Mapping[str, str] | None = None):
-        self._mark = f"LIFE={uuid.uuid4()}"
+    A warm life starts from processes that have imported torch: for moments after the imports.
+    """
+
+    def __init__(
+        self,
+        run_url: str,
+        *flags: str,
+        ranks: int = 2,
+        environment: Mapping[str, str] | None = None,
+        is_warm: bool = False,
+    ):
+        self._name = uuid.uuid4().hex[:15]
+        mark = {warm.NAME: self._name} | ({"WARM_CHILDREN": "yes"} if is_warm else {})
         facts = {"RUN_URL": run_url, "DEVICE": "cpu", "RANKS_PER_NODE": str(ranks), "CLOUD": "", "MAX_USD": ""}
         facts |= {"SKYPILOT_CLUSTER_INFO": "", "AWS_EC2_METADATA_DISABLED": "true", "OMP_NUM_THREADS": "1"}
-        name, _, value = self._mark.partition("=")
         command = [sys.executable, "-m", "launch.node", "-m", "trainer.train", *launching.TINY, "--train.device=cpu"]
-        self.process = subprocess.Popen(
+        self.process = (warm.Popen if is_warm else subprocess.Popen)(
             [*command, *flags],
             cwd=launching.REPOSITORY,
-            env={**os.environ, **facts, **(environment or {}), name: value},
+            env={**os.environ, **facts, **(environment or {}), **mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=launching.default_signals,
+            preexec_fn=warm.default_signals,
         )
         self.lines: list[str] = []
         self._times: list[float] = []
@@ -115,9 +125,11 @@ class Life:
     def alive(self) -> list[tuple[int, str]]:
         """(process, command line) of all that this life has started and that still run."""
         found = []
+        mark = f"{warm.NAME}={self._name}".encode()
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if self._mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                is_named = (folder / "comm").read_text().strip() == self._name
+                if is_named or mark in (folder / "environ").read_bytes().split(b"\0"):
                     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     if (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
                         found.append((int(folder.name), command.strip()))

@@ -10,7 +10,7 @@ import pytest
 from core import storage
 from core.errors import ObjectExists
 from core.stores import faults, retries
-from tests import launching
+from tests import warm
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.patience import PATIENCE_SECONDS
 
@@ -62,7 +62,7 @@ def test_ctrl_c_ends_a_request_that_hangs(s3, bucket):
             env={**os.environ, "AWS_ENDPOINT_URL": proxy.url},
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=launching.default_signals,
+            preexec_fn=warm.default_signals,
         )
         assert proxy.hung.wait(PATIENCE_SECONDS)
         process.send_signal(signal.SIGINT)

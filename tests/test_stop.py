@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import launching
+from tests import warm
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=None if inherits_signals else launching.default_signals,
+            preexec_fn=None if inherits_signals else warm.default_signals,
         )
 
     def wait_for(self, line: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 from core import storage
 from core.data import sets
 from core.run.folder import RunFolder
-from tests import corpus, launching, models
+from tests import corpus, launching, models, warm
 from tests.fake_metadata import metadata_service
 from tests.faulty_proxy import FaultyProxy
 from tests.lives import Life
@@ -69,9 +69,10 @@ class Run:
     def newest(self) -> int:
         return (launching.completed(self.url) or [0])[0]
 
-    def live(self, *flags: str, ranks: int = 2, **environment: str) -> Life:
+    def live(self, *flags: str, ranks: int = 2, is_warm: bool = False, **environment: str) -> Life:
         self.began_at = self.newest
-        return Life(self.url, *self._flags, *flags, f"--run.url={self.url}", ranks=ranks, environment=environment)
+        flags = (*self._flags, *flags, f"--run.url={self.url}")
+        return Life(self.url, *flags, ranks=ranks, environment=environment, is_warm=is_warm)
 
     def ends(self, life: Life) -> int:
         """The exit code; what is stored is right, and no less than before."""
@@ -97,9 +98,7 @@ class Run:
         """The next start goes on from the newest checkpoint, to the end."""
         newest = self.newest
         command = [sys.executable, "-m", "trainer.train", *launching.TINY, *self._flags, f"--run.url={self.url}"]
-        done = subprocess.run(
-            command, cwd=launching.REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True
-        )
+        done = warm.run(command, cwd=launching.REPOSITORY, env={**os.environ, **environment})
         assert done.returncode == 0, done.stderr
         assert f"resumed from step {newest}" in done.stderr
         self.assert_finished()
@@ -240,6 +239,7 @@ def test_sigterm_at_every_moment_of_a_life(s3, data_in_bucket, tmp_path, part, s
     the end. Every checkpoint has the bits of a run that nothing stopped; of each phase, one run per stored step is
     continued to its end, which is that of the run that nothing stopped."""
     phases = PARTS[part]
+    is_warm = part != next(iter(PARTS))
     store_url = f"s3://lives/{store}-{part.replace(' ', '-')}"
     flags = [*FLAGS, *LONGER, f"--data.url={data_in_bucket}", f"--data.cache_dir={tmp_path}"]
     straight = f"{store_url}/straight"
@@ -251,14 +251,14 @@ def test_sigterm_at_every_moment_of_a_life(s3, data_in_bucket, tmp_path, part, s
         base = Run(f"{store_url}/base", flags, straight)
         assert base.ends(base.live(**environment).until_said(f"step {EVERY - 2}/").ask()) == 33
         assert 0 < base.newest < LOOK
-        seconds_of = durations(base.copy("whole").live(**environment))
+        seconds_of = durations(base.copy("whole").live(is_warm=is_warm, **environment))
         for phase, following in itertools.pairwise([*PHASES, None]):
             if phase not in phases:
                 continue
             for point in itertools.count():
                 run = base.copy(f"{phase}-{point}".replace(" ", "-"))
                 seconds = point * max(STEP_SECONDS, seconds_of[phase] / MOST_POINTS)
-                life = run.live(**environment).until_it_listens()
+                life = run.live(is_warm=is_warm, **environment).until_it_listens()
                 is_over = not life.lives_on(PHASES[phase], seconds)
                 is_over |= following is not None and life.has_said(PHASES[following])
                 if store == "away":

@@ -3,56 +3,78 @@
 `python -m trainer.train` spends three seconds of a core on imports before its first line, and the tests start it often.
 `warm.Popen` is subprocess.Popen, except that a server process forks instead of starting an interpreter: the child gets
 the arguments, environment, folder, session and pipes that a new interpreter would have had, and runs the module as
-`__main__`. Tests of starting itself (imports, signals at the first instant, torchrun) use subprocess.
+`__main__`. With WARM_CHILDREN in its environment the Python programs that it starts are warm too: torchrun's ranks, or
+what launch.node runs. Tests of starting itself (imports, signals at the first instant) use subprocess.
 
     python -m tests.warm FD     the server, on the socket with this number
 """
 
 import atexit
 import ctypes
-import functools
 import gc
 import importlib
 import inspect
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
 # The entries run anew in each child, as `__main__`; these are what they import.
 PRELOADED = """
-    torch torch.distributed torch.nn.parallel torch._dynamo torch._inductor.utils pyarrow.parquet tiktoken
-    trainer.loop.segment trainer.stages.pretrain trainer.stages.finetune trainer.stages.dpo trainer.stages.distil
-    trainer.inference.engine trainer.evals.harness trainer.weights.folder costs.show
+    torch torch.distributed torch.nn.parallel torch._dynamo torch._inductor.utils torch.distributed.launcher.api
+    pyarrow.parquet tiktoken trainer.loop.segment trainer.stages.pretrain
+    trainer.stages.finetune trainer.stages.dpo trainer.stages.distil trainer.inference.engine trainer.evals.harness
+    trainer.weights.folder costs.show launch.node.preflight
 """.split()
+TORCHRUN_STARTS = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 LONGEST_REQUEST = 1 << 20
 PR_SET_CHILD_SUBREAPER = 36
+ColdPopen = subprocess.Popen
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+# A variable whose value becomes the name of a warm process: /proc shows the server's environment for it.
+NAME = "PROCESS_NAME"
 
 
-class Popen(subprocess.Popen):
+class Popen(ColdPopen):
     """`[sys.executable, "-m", module, *arguments]` or `[sys.executable, script, *arguments]`, warm on Linux."""
 
     def _execute_child(self, *given, **named):
         bound = inspect.signature(super()._execute_child).bind(*given, **named).arguments
         command = [str(each) for each in bound["args"]]
-        if sys.platform != "linux" or command[0] != sys.executable:
+        is_ours = command[0] == sys.executable and bound["preexec_fn"] in (None, default_signals)
+        if sys.platform != "linux" or not is_ours:
             return super()._execute_child(*given, **named)
         request = {
             "arguments": command[1:],
             "folder": str(bound["cwd"] or os.getcwd()),
             "environment": dict(os.environ if bound["env"] is None else bound["env"]),
             "is_session": bound["start_new_session"],
+            "has_default_signals": bound["preexec_fn"] is default_signals,
         }
         streams = [bound[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         self.pid = _fork_in_server(request, [own if given == -1 else given for own, given in enumerate(streams)])
         self._child_created = True
         for descriptor in {each for each in streams if each > 2}:
             os.close(descriptor)
+
+
+_servers: dict[int, socket.socket] = {}  # by the process that asks
+_adopting = threading.Lock()
+
+
+def default_signals() -> None:
+    """For `preexec_fn`: a program inherits what is ignored, as SIGINT is in the background and SIGHUP under nohup."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run(command: list[str], **options) -> subprocess.CompletedProcess:
@@ -70,15 +92,18 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
 
 def _fork_in_server(request: dict, streams: list[int]) -> int:
     """The process number of a new child of ours: the server forks twice, and we adopt the orphan."""
-    server = _server(os.getpid())
-    _adopt_orphans(True)
-    try:
-        message = json.dumps(request).encode()
-        socket.send_fds(server, [len(message).to_bytes(4, "little")], streams)
-        server.sendall(message)
-        answer = server.recv(4)
-    finally:
-        _adopt_orphans(False)
+    if os.getpid() not in _servers:
+        _servers[os.getpid()] = _start_server()
+    server = _servers[os.getpid()]
+    with _adopting:
+        _adopt_orphans(True)
+        try:
+            message = json.dumps(request).encode()
+            socket.send_fds(server, [len(message).to_bytes(4, "little")], streams)
+            server.sendall(message)
+            answer = server.recv(4)
+        finally:
+            _adopt_orphans(False)
     if not answer:
         raise RuntimeError("the warm process has ended; its error is above")
     return int.from_bytes(answer, "little")
@@ -88,23 +113,22 @@ def _adopt_orphans(is_wanted: bool) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(is_wanted), 0, 0, 0)
 
 
-@functools.cache
-def _server(owner: int) -> socket.socket:
-    """The socket of a running server; it ends when `owner`, the process that asks, does."""
+def _start_server() -> socket.socket:
+    """The socket of a running server, which ends with this process."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
-    process = subprocess.Popen(command, cwd=REPOSITORY, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    process = ColdPopen(command, cwd=REPOSITORY, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
     atexit.register(process.wait)
     atexit.register(ours.close)
     return ours
 
 
-def serve(connection: socket.socket) -> list[str]:
-    """Fork for each request. Returns, in the child only, the arguments to run."""
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.freeze()
+def serve(connection: socket.socket, handlers: Mapping[int, Any] = {}) -> list[str]:
+    """Fork for each request. Returns, in the child only, the arguments to run.
+
+    `handlers` are the children's, by signal, where the server's own are different.
+    """
     while True:
         head, streams, _, _ = socket.recv_fds(connection, 4, 3)
         if not head:
@@ -119,6 +143,8 @@ def serve(connection: socket.socket) -> list[str]:
                 connection.close()
                 while os.getppid() == parent:  # programs remember their parent, to notice that it has gone
                     time.sleep(0.001)
+                for signum, handler in handlers.items():
+                    signal.signal(signum, handler)
                 return become(json.loads(message), streams)
             os.write(into, child.to_bytes(4, "little"))
             os._exit(0)
@@ -137,13 +163,46 @@ def become(request: dict, streams: list[int]) -> list[str]:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    if request["has_default_signals"]:
+        default_signals()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(write_through="PYTHONUNBUFFERED" in os.environ)
+        stream.reconfigure(write_through="PYTHONUNBUFFERED" in os.environ or request["arguments"][0] == "-u")
+    if name := os.environ.get(NAME):
+        Path("/proc/self/comm").write_text(name)
+    if os.environ.get("WARM_CHILDREN") and (arguments := _fork_server()):
+        return arguments
     return request["arguments"]
 
 
+def _fork_server() -> list[str] | None:
+    """Give this process a server that is its child, and whose orphans it can adopt.
+
+    Returns the arguments to run, in these orphans only. Such a server ends with its owner, and not by a signal that the
+    owner sends to its children.
+    """
+    ours, theirs = socket.socketpair()
+    if os.fork():
+        theirs.close()
+        _servers[os.getpid()] = ours
+        subprocess.Popen = Popen
+        sys.modules[TORCHRUN_STARTS].Popen = Popen
+        return None
+    ours.close()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    return serve(theirs, handlers)
+
+
 def main() -> None:
-    arguments = serve(socket.socket(fileno=int(sys.argv[1])))
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()
+    arguments = serve(socket.socket(fileno=int(sys.argv[1])), {})
+    if arguments[0] == "-u":
+        arguments.pop(0)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path[0] = os.getcwd()
