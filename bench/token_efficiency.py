@@ -58,7 +58,7 @@ def _train(options: argparse.Namespace, preset: str, steps: int, seed: int, both
     """Train once. Returns final validation loss, tokens, and seconds of all steps."""
     url = str(options.scratch / f"{preset}-{steps}-seed-{seed}")
     flags = [str(presets.path(preset)), f"--data.url={options.data}", f"--run.url={url}", f"--train.seed={seed}"]
-    flags += [f"--train.steps={steps}", "--train.eval_every=0", "--train.sample_every=0", "--train.hellaswag_items=0"]
+    flags += [f"--train.steps={steps}", "--train.eval_every=0", "--train.sample_tokens=0", "--train.hellaswag_items=0"]
     # GPT-3's warm-up of 375M tokens would exceed such short runs; it is a tenth of the steps instead.
     flags += [f"--optimizer.warmup_steps={steps // 10}"] if preset == options.plain else []
     command = [*harness.TORCHRUN, f"--nproc-per-node={options.ranks}", "-m", "trainer.train", *flags, *both]
