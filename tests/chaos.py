@@ -203,7 +203,8 @@ def kept_steps(report: dict) -> int:
 
 def is_rank(pid: int) -> bool:
     try:
-        return b"trainer.train" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        process = Path(f"/proc/{pid}")
+        return b"trainer.train" in (process / "cmdline").read_bytes() + (process / "comm").read_bytes()
     except OSError:
         return False
 

@@ -40,7 +40,8 @@ LONGEST_REQUEST = 1 << 20
 PR_SET_CHILD_SUBREAPER = 36
 ColdPopen = subprocess.Popen
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
-# A variable whose value becomes the name of a warm process: /proc shows the server's environment for it.
+# A variable whose value becomes the name of a warm process, instead of its module: /proc shows the server's environment
+# and command line for it.
 NAME = "PROCESS_NAME"
 
 
@@ -168,11 +169,14 @@ def become(request: dict, streams: list[int]) -> list[str]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through="PYTHONUNBUFFERED" in os.environ or request["arguments"][0] == "-u")
-    if name := os.environ.get(NAME):
-        Path("/proc/self/comm").write_text(name)
+    _rename(os.environ.get(NAME) or next(each for each in request["arguments"] if not each.startswith("-")))
     if os.environ.get("WARM_CHILDREN") and (arguments := _fork_server()):
         return arguments
     return request["arguments"]
+
+
+def _rename(name: str) -> None:
+    Path("/proc/self/comm").write_text(name[-15:])
 
 
 def _fork_server() -> list[str] | None:
@@ -188,6 +192,7 @@ def _fork_server() -> list[str] | None:
         subprocess.Popen = Popen
         sys.modules[TORCHRUN_STARTS].Popen = Popen
         return None
+    _rename("warm")
     ours.close()
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
