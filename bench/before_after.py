@@ -2,8 +2,8 @@
 
     python -m bench.before_after --before=../old [--rounds=3] [--only=report,loader] [--scratch=/tmp/bench] [--out=FILE]
 
-A tree is a checkout with its own `.venv` (`make setup`). In each round every measurement runs once in each tree, as a
-user would start it there. The table shows medians, and the ratio of seconds: above 1, the tree `after` (this one) is
+A tree is a checkout with its own `.venv` (`make setup`). In each round a measurement runs once in each tree, as a user
+would start it there. The table shows medians, and the ratio of seconds: above 1, the tree `after` (this one) is
 slower. Rates are shown as seconds per million. `report` is the cost report of a run of 10,000 segments in a local
 folder, and the start of the program. The other rows are those of bench.loader, bench.checkpoint, bench.restart and
 bench.prep. On a shared machine the CPU seconds say more than the clock.
@@ -14,6 +14,7 @@ import os
 import resource
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,22 +39,30 @@ def main() -> None:
     for tree in (options.before, harness.REPOSITORY):
         if not python_of(tree).exists():
             parser.error(f"{python_of(tree)}: not found; run `make setup` in {tree}")
-    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        measure = {name: MEASUREMENTS[name](Path(folder)) for name in names}
-        runs = harness.interleaved(
-            {
-                f"{name} {side}": lambda _, name=name, tree=tree: measure[name](tree)
-                for name in names
-                for side, tree in (("before", options.before), ("after", harness.REPOSITORY))
-            },
-            options.rounds,
-        )
     results = harness.header("torch", "numpy", "obstore", "botocore", "pyarrow") | {
-        "rounds": options.rounds,
         "commits": {"before": commit_of(options.before), "after": commit_of(harness.REPOSITORY)},
-        "median": {name: _median(runs[f"{name} before"], runs[f"{name} after"]) for name in names},
+        "failed": {},
+        "median": {},
     }
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        for name in names:
+            try:
+                runs = _both(name, MEASUREMENTS[name](Path(folder)), options.before, options.rounds)
+            except SystemExit as error:  # the others are measured all the same
+                results["failed"][name] = str(error)
+                print(error, file=sys.stderr)
+                continue
+            results["median"][name] = _median(*runs.values()) | {"load": os.getloadavg()[0]}
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
     harness.finish(results, show, options.out)
+    if results["failed"]:
+        raise SystemExit(f"failed: {', '.join(results['failed'])}")
+
+
+def _both(name: str, measure: Callable[[Path], Figures], before: Path, rounds: int) -> dict[str, list[Figures]]:
+    sides = {f"{name} before": before, f"{name} after": harness.REPOSITORY}
+    return harness.interleaved({side: lambda _, tree=tree: measure(tree) for side, tree in sides.items()}, rounds)
 
 
 def python_of(tree: Path) -> Path:
@@ -79,9 +88,10 @@ def show(results: dict[str, Any]) -> None:
         [f"{name}: {key}", f"{values['before']:.3f}", f"{values['after']:.3f}", f"{values['ratio']:.2f}"]
         for name, figures in results["median"].items()
         for key, values in figures.items()
+        if key != "load"
     ]
     commits = " and ".join(results["commits"].values())
-    title = f"{commits}, medians of {results['rounds']}, {results['machine']['cores']} cores"
+    title = f"{commits}, medians, {results['machine']['cores']} cores"
     harness.print_table(title, ["seconds", "before", "after", "after / before"], rows)
 
 
@@ -123,10 +133,12 @@ def _restart(folder: Path) -> Callable[[Path], Figures]:
 
 
 def _prep(folder: Path) -> Callable[[Path], Figures]:
+    corpus = folder.parent  # kept for the next call
+
     def measure(tree: Path) -> Figures:
         figures = {}
         for where in ("folder", "bucket"):
-            flags = (f"--scratch={folder}", "--store=/dev/shm", "--sides=ours", f"--where={where}")
+            flags = [f"--scratch={corpus}", "--text=code", "--sides=ours", f"--where={where}"]
             (run,) = _record(tree, folder, "bench.prep", *flags)["runs"]["ours"]
             figures |= {where: run["seconds"], f"{where}, CPU": run["cpu_seconds"]}
         return figures
