@@ -68,7 +68,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(data_in_bucket: str, tmp_path_factory) -> Undisturbed:
-    """A step whose checkpoint was left out, because the one before it was still being stored, comes from another run."""
+    """A step that was not stored, because the upload before it was still going on, comes from another run."""
     tensors: dict[int, Mapping[str, bytes]] = {}
     flags = [*FLAGS, *LONGER, f"--data.url={data_in_bucket}", f"--data.cache_dir={tmp_path_factory.mktemp('cache')}"]
     for every in range(1, STEPS + 1):
