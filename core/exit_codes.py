@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-# SkyPilot's recover_on_exit_codes names PREEMPTED and BAD_NODE, never CAPPED.
+# The managed jobs in sky/ start again after PREEMPTED and BAD_NODE (SkyPilot's recover_on_exit_codes), never after
+# CAPPED.
 OK = 0
 FAILED = 1
 PREEMPTED = 33

@@ -31,16 +31,16 @@ class Mark:
 # A report lists them in this order.
 PHASES = (
     Phase("provision", "launcher", "from the launch to the first heartbeat", "#707d91", "#9aa5b6"),
-    Phase("setup", "ledger", "from the machine's start to the program's", "#8d99ae", "#7f8ba0", is_preparation=True),
-    Phase("init", "ledger", "imports, data and run opened", "#a5afc0", "#667085", is_preparation=True),
+    Phase("setup", "ledger", "machine start to program start", "#8d99ae", "#7f8ba0", is_preparation=True),
+    Phase("init", "ledger", "imports, opening of data and run", "#a5afc0", "#667085", is_preparation=True),
     Phase("prep", "ledger", "preparation: documents to shards", "#2f9e63", "#3fb577"),
     Phase("finalize", "ledger", "preparation: choice of shards, and the manifest", "#3aa6b9", "#4fb9cb"),
     Phase("compile", "ledger", "the first step with torch.compile", "#6d8fd6", "#7d9de0", is_preparation=True),
-    Phase("restore", "ledger", "weights and optimizer state arrive", "#8a6fc9", "#a08be0", is_preparation=True),
+    Phase("restore", "ledger", "loading of weights and optimizer state", "#8a6fc9", "#a08be0", is_preparation=True),
     Phase("data_wait", "ledger", "the step waits for tokens", "#d9a13b", "#e0b159"),
     Phase("train", "ledger", "optimizer steps", "#2f9e63", "#3fb577"),
     Phase("train_kept", "report", "the part of `train` whose steps count", "#2f9e63", "#3fb577"),
-    Phase("train_lost", "report", "repeated and unfinished steps", "#d64545", "#ec6a6a"),
+    Phase("train_lost", "report", "steps that were repeated later, unfinished steps", "#d64545", "#ec6a6a"),
     Phase("eval", "ledger", "validation loss and HellaSwag", "#3aa6b9", "#4fb9cb"),
     Phase("sample", "ledger", "text samples; for `trainer.synthesize`: calls of the endpoint", "#7cc4c9", "#3f8d96"),
     Phase("api", "report", "dollars paid to an endpoint; no time", "#b58f5c", "#c8a573"),
@@ -64,8 +64,8 @@ MARKS = (
     Mark(
         "first_step",
         ("step", "seconds", "step_seconds"),
-        "`step`: the first one completed; `seconds` from the start of the process to the beginning of it, "
-        "`step_seconds` that it took itself (compilation included)",
+        "`step`: the first completed step; `seconds` from the start of the process to the beginning of that step; "
+        "`step_seconds`: duration of that step, compilation included",
     ),
     Mark("checkpoint_begun", ("step",), "`step`"),
     Mark(
@@ -77,7 +77,7 @@ MARKS = (
     Mark("cap", ("limit_usd", "spent_usd"), "`limit_usd`, `spent_usd`"),
     Mark("slow_rank", ("rank", "times"), "`rank` whose steps take `times` as long as the others'"),
     Mark("api", ("usd", "answers"), "`usd` that a paid endpoint took since the run began, `answers`"),
-    Mark("clock_jump", ("seconds",), "`seconds` by which the wall clock was set"),
+    Mark("clock_jump", ("seconds",), "`seconds` by which the wall clock was changed"),
 )
 _FIELDS = {mark.name: frozenset(mark.fields) for mark in MARKS}
 

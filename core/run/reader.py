@@ -1,10 +1,10 @@
-"""Reads a run, from RUN_URL/run.json, ledger and metrics, into core.run.model.Run. No other module does.
+"""Reads run.json, ledger and metrics below RUN_URL into core.run.model.Run. No other module reads them.
 
     read_run("s3://bucket/run")                    ledger, and the metrics that a report shows
     read_run("s3://bucket/run", Detail.ALL)        ledger and all metrics, for plots
     read_run("s3://bucket/run", Detail.MONEY)      two objects per segment: dollars, for a cap
 
-Two listings find all objects, which are fetched in parallel. The result names what cannot be read.
+Two listings find all objects, which are fetched in parallel. `Run.problems` names everything that cannot be read.
 """
 
 import enum
@@ -59,7 +59,7 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
 def spent_usd_at_most(run_url: str) -> float | None:
     """Upper bound of the dollars of all segments so far; None if a price or a time is unknown. Raises StorageError."""
     run = Run(RunFolder(run_url))
-    # One listing, because another node may be starting its segment: it has a folder before it has an object.
+    # The segments are found by their objects: one that another node is just starting may be a folder without an object.
     run.segments = _read_prices(run.folder, _by_segment(run.folder.ledger))
     return run.usd_at_most
 
@@ -84,7 +84,7 @@ def _read_description(run: Run) -> None:
 
 
 def _by_segment(root: str) -> dict[int, list[ObjectInfo]]:
-    """Objects below `root` by segment number."""
+    """The objects below `root`, grouped by segment number."""
     found: dict[int, list[ObjectInfo]] = {}
     for info in storage.list_objects(root):
         number = segment_number(info.uri[len(root) :].lstrip("/").split("/", 1)[0])
@@ -167,7 +167,7 @@ def _read_segment(
 
 
 def _started(folder: RunFolder, number: int) -> Segment:
-    """A segment with the facts of its start object. An unusable one is named in `problems`."""
+    """A segment with the facts of its start object. If that object cannot be used, `problems` says why."""
     segment, uri = Segment(number), folder.segment(number).start
     try:
         event = json.loads(storage.read_bytes(uri))
@@ -181,7 +181,7 @@ def _started(folder: RunFolder, number: int) -> Segment:
 
 
 def _read_journal(folder: str, objects: list[ObjectInfo], after: int) -> tuple[list[dict[str, Any]], int, list[str]]:
-    """Events after number `after`, the number of the newest one, and sentences on unreadable objects."""
+    """Events after sequence number `after`, the highest sequence number, and a sentence for each unreadable object."""
     if _newest(objects) <= after:
         return [], after, []
     for _ in range(journal.READ_ATTEMPTS):

@@ -30,8 +30,8 @@ class SourceConfig(Bounded):
     )
     revision: str = setting(
         "",
-        "commit or tag of the dataset, or of an hf:// address without one (@...); empty: the newest, pinned at the "
-        "first start",
+        "commit or tag of the dataset, or of an hf:// address without @REVISION; empty: the commit that is newest at "
+        "the first start",
     )
     text_column: str | None = setting(
         None, "column with the document's text or conversation; none: text, content, messages or conversations"
@@ -130,7 +130,7 @@ class PrepDataConfig(ShardsConfig):
         0.002, "maximum fraction of documents for validation, by hash of their id", ge=0, lt=1
     )
     val_tokens: int = setting(
-        0, "validation size: the documents with the lowest hashes up to this size; 0: all of val_fraction", ge=0
+        0, "largest number of validation tokens; the lowest hashes come first; 0: all documents of val_fraction", ge=0
     )
     shuffle: bool = setting(True, "shuffle documents within a shard, and shards")
     seed: int = setting(1337, "seed of the split and the shuffle")
@@ -175,7 +175,7 @@ class PrepConfig(Bounded):
     num_nodes: int = setting(
         1, "machines that share the work; does not change the result", identity=False, env="SKYPILOT_NUM_NODES", ge=1
     )
-    node_rank: int = setting(0, "this machine, from 0", identity=False, env="SKYPILOT_NODE_RANK")
+    node_rank: int = setting(0, "number of this machine, from 0", identity=False, env="SKYPILOT_NODE_RANK")
     phase: Literal["all", "encode", "finalize"] = setting(
         "all",
         "encode: only this node's parts; finalize: only the manifest, an error if parts are missing; "
@@ -200,7 +200,7 @@ class FetchSourceConfig:
         "", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, az://, hf://)", check=urls.mistake
     )
     val_url: str = setting("", "validation shards, as train_url; empty: none", check=urls.mistake)
-    revision: str = setting("", "commit or tag of hf:// sources; empty: the newest, pinned at the first start")
+    revision: str = setting("", "commit or tag of hf:// sources; empty: the commit that is newest at the first start")
 
     def __post_init__(self):
         require(bool(self.train_url), "train_url", "is empty; give a file or glob")

@@ -14,7 +14,7 @@ class ExamplesConfig(Bounded):
 
     url: str = setting(
         "",
-        "dataset (local, s3://, gs://, az://) that holds the sets; empty: the one that the start was trained on",
+        "dataset (local, s3://, gs://, az://) with the sets; empty: the dataset that start.weights was trained on",
         env="DATA_URL",
         identity=False,
         check=urls.mistake,
@@ -31,7 +31,8 @@ class ExamplesConfig(Bounded):
     )
     max_bad_fraction: float = setting(
         0.01,
-        "largest share of rows without an answer or of an unknown form, which are skipped; more of them are an error",
+        "largest fraction of rows without an answer or of an unknown form. They are skipped; a larger fraction is an "
+        "error",
         ge=0,
         le=1,
     )
@@ -78,7 +79,7 @@ MODEL_NAME = "a run, a checkpoint, a folder in Hugging Face's form, or a public 
 class StartConfig(Bounded):
     """The weights to begin with."""
 
-    weights: str = setting("", MODEL_NAME + "; of dpo also the reference", check=urls.mistake_in_model)
+    weights: str = setting("", MODEL_NAME + "; with stage=dpo also the reference model", check=urls.mistake_in_model)
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,13 +91,13 @@ class OptionalStartConfig(Bounded):
     """The weights to begin with, or none."""
 
     weights: str = setting(
-        "", f"{MODEL_NAME}, of the same model; empty: random, from train.seed", check=urls.mistake_in_model
+        "", f"{MODEL_NAME}, of the same architecture; empty: random weights", check=urls.mistake_in_model
     )
 
 
 @dataclass(frozen=True)
 class TuningLoopConfig(TrainLoopConfig):
-    """Length, cadence, and how the step is computed."""
+    """Length and intervals of the run, and the computation of a step."""
 
     epochs: float = setting(0.0, "passes over the examples, which give the number of steps; 0: train.steps", ge=0)
 
@@ -124,7 +125,7 @@ class PreferenceConfig(Bounded):
     beta: float = setting(0.1, "weight of the divergence from the reference", gt=0)
     label_smoothing: float = setting(
         0.0,
-        "share of pairs that are taken to be labelled the wrong way round (Mitchell 2023, conservative DPO)",
+        "assumed fraction of pairs whose labels are swapped (conservative DPO, Mitchell 2023)",
         ge=0,
         lt=0.5,
     )
@@ -190,19 +191,19 @@ class DistilConfig(PretrainConfig):
 class EndpointConfig(Bounded):
     """An OpenAI-compatible server."""
 
-    url: str = setting("https://api.openai.com/v1", "its base URL", env="OPENAI_BASE_URL", identity=False)
-    model: str = setting("", "name of the model there")
+    url: str = setting("https://api.openai.com/v1", "the server's base URL", env="OPENAI_BASE_URL", identity=False)
+    model: str = setting("", "name of the model at the server")
     concurrency: int = setting(8, "concurrent calls", identity=False, gt=0)
     timeout_seconds: float = setting(120.0, "limit of one call", identity=False, gt=0)
     attempts: int = setting(6, "calls for one answer before its prompt is skipped", identity=False, gt=0)
     max_wait_seconds: float = setting(
         120.0,
-        "longest pause before a call is repeated; bounds Retry-After as well",
+        "longest pause in seconds before a call is repeated, even if the server's Retry-After is longer",
         identity=False,
         gt=0,
     )
     limit_parameter: Literal["max_tokens", "max_completion_tokens"] = setting(
-        "max_tokens", "name that the endpoint has for make.max_tokens; newer models want the longer one", identity=False
+        "max_tokens", "the server's name for make.max_tokens; newer models need max_completion_tokens", identity=False
     )
     omit: tuple[Literal["temperature", "top_p"], ...] = setting(
         (), "parameters that are not sent, because the model refuses them", identity=False
@@ -249,7 +250,7 @@ class MakeConfig(Bounded):
         identity=False,
         check=urls.mistake,
     )
-    url: str = setting("", "dataset that the set is stored beside", env="DATA_URL", identity=False, check=urls.mistake)
+    url: str = setting("", "dataset to which the set is added", env="DATA_URL", identity=False, check=urls.mistake)
     name: str = setting("synthetic", "name of the set: url/sets/NAME.jsonl", identity=False)
     licence: str = setting(
         "", "terms under which the answers may be used; part of the set's description", identity=False

@@ -1,4 +1,4 @@
-"""Finds the credentials of a bucket: from the BUCKET_ variables, else from where the store's own tools find them.
+"""Finds the credentials of a bucket: in the BUCKET_ variables, else in the places where the store's own tools look.
 
 For S3, these are the environment (AWS_ACCESS_KEY_ID, ...), then a profile or SSO login of ~/.aws if boto3 is installed,
 then the machine's role. A profile is read again before its keys expire, because other programs renew it. For Google and

@@ -28,7 +28,7 @@ class LocalStore:
     def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
         path = path_of(key)
         size = path.stat().st_size
-        # To the end of the file where no end is given: a pipe has no size.
+        # Without `end`, everything up to the end of the file is read, not `size` bytes: a pipe has no size.
         return max(0, (size if end is None else min(end, size)) - start), _chunks(path, start, end)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
