@@ -72,7 +72,7 @@ def test_the_page_needs_nothing_but_itself(report: CostReport):
 
 def test_every_chart_has_data_and_every_table_its_figures(report: CostReport):
     found = Page(page.as_html(report, LATER))
-    for title in ("Dollars over time", "Where they went", "Loss against dollars", "Speed"):
+    for title in ("Dollars over time", "Dollars by phase", "Loss against dollars", "Speed"):
         assert title in found.text
     assert all(re.fullmatch(r"(M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)*Z?)+", path) for path in found.paths)
     for sheet in tables.sheets(report).values():
