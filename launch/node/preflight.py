@@ -4,8 +4,8 @@
 
 Checks number, kind and error counters of the GPUs, clock, disk and bucket. In parallel, a torch program
 (trainer/distributed/preflight.py) checks that CUDA initialises and measures an all-reduce over all GPUs. A `problem` is
-a fault of this machine that another machine may not have; a fault that no other machine would cure raises ConfigError;
-a note changes nothing. RUN_URL/preflight/ keeps the reports.
+a fault of this machine, which is then replaced by another one. A fault that another machine would have too raises
+ConfigError. A note has no effect. The reports are stored below RUN_URL/preflight/.
 """
 
 import json
@@ -34,15 +34,16 @@ from launch.node import network
 
 log = logging.getLogger(__name__)
 
-# Hardware faults, unlike those of programs (NVIDIA's Xid catalog): double-bit ECC, row remapping failed, NVLink,
-# fallen off the bus, uncontained ECC, GSP time-outs.
+# Xid codes of hardware faults; other codes may be faults of programs (NVIDIA's Xid catalog). In this order: double-bit
+# ECC, row remapping failed, NVLink, fallen off the bus, uncontained ECC, GSP time-outs.
 FATAL_XIDS = {48, 64, 74, 79, 95, 119, 120}
 # PCIe 4.0 x16 moves at most 31.5 GB/s, so a faster all-reduce used NVLink.
 MIN_NVLINK_GB_PER_S = 40.0
 # S3 refuses signatures that are 15 minutes off. The ledgers of several machines must agree much better.
 MAX_SKEW_SECONDS = 300.0
 PROBE_BYTES = 16 << 20
-# A first start reads torch's 5 GB of libraries from a cold disk. Beyond this limit a GPU does not answer.
+# Time limit of the all-reduce. Its first start reads torch's 5 GB of libraries from disk. A GPU that is not ready after
+# this time does not answer at all.
 ALL_REDUCE_SECONDS = 180.0
 
 
