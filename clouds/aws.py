@@ -55,7 +55,7 @@ UNKNOWN_VCPUS = 8.0  # assumed for an instance type that the catalog lacks
 INTERNET_USD_PER_GB = 0.09
 INTER_REGION_USD_PER_GB = 0.02
 ALIVE = ("pending", "running", "stopping", "stopped")
-# "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
+# The time in an instance's StateTransitionReason, such as "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
 _TRANSITION = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
@@ -125,7 +125,7 @@ class Aws(Cloud):
             yield Finding("ok" if enough else "!", said + ("" if enough else f", {task.nodes} x {kind} need more"))
 
     def _type_of(self, request: MachineRequest) -> tuple[str, float]:
-        """Instance type and vCPUs of the cheapest offer for a request, whatever its price."""
+        """Instance type and vCPUs of the cheapest offer that fits a request in any region and at any price."""
         anywhere = dataclasses.replace(request, cloud=None, region=None, zone=None, spot=False, max_usd_per_hour=None)
         offers = [offer for offer in self.offers() if catalog.fits(offer, anywhere)]
         if not offers:

@@ -21,7 +21,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Gpu:
-    """One line of nvidia-smi. None is a figure that the driver does not report; `fault` is an error that it reports."""
+    """One line of nvidia-smi. A figure is None if the driver does not report it; `fault` is a reported error."""
 
     name: str
     memory_mib: float | None
@@ -33,7 +33,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """One node, as SkyPilot, the provider and the driver describe it. None is unknown."""
+    """One node, as SkyPilot, the provider and the driver describe it. None means unknown."""
 
     cloud: str | None = None
     region: str | None = None
@@ -157,7 +157,7 @@ class Bill:
 
 
 class Cloud:
-    """A provider of machines. `name` is SkyPilot's, in lower case."""
+    """A provider of machines. `name` is its name in SkyPilot, in lower case."""
 
     name = ""
 

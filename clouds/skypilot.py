@@ -174,12 +174,12 @@ def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
     """One MachineRecord per usage interval of a record of `sky.cost_report`.
 
     An interval opens at the launch attempt and closes when SkyPilot notices that the machine is gone. A record whose
-    cluster never got nodes belongs to a failed launch; SkyPilot's own report charges for it.
+    cluster never got nodes belongs to a failed launch, which SkyPilot's own report counts as paid time.
     """
     resources = record.get("resources")
     nodes = record.get("num_nodes") or 1
     price = _usd_per_hour(resources)
-    # SkyPilot names nodes once they exist. Records of releases before that column prove nothing.
+    # SkyPilot sets node_names once nodes exist. In records of older releases, which lack it, no launch is failed.
     failed = "node_names" in record and not record["node_names"] and _ended(record)
     job = _job_of(str(record.get("name") or ""))
     return [

@@ -31,7 +31,7 @@ from typing import NoReturn
 SECONDS = 90.0
 # A program ends itself this long before launch.node would kill it, so that it can still log how far it got.
 SOONER_SECONDS = 10.0
-# torchrun kills its workers 30 s after it has signalled them.
+# Time that a process has to end after a request that is not certain. torchrun kills its workers 30 s after its signal.
 UNCERTAIN_SECONDS = 20.0
 # Time limit for closing logs and ledger at the end.
 CLOSE_SECONDS = 5.0
@@ -145,7 +145,7 @@ def settle(code: int) -> None:
 
 
 def on_leaving(call: Callable[[], object]) -> None:
-    """Register a cleanup for the end. It runs while the main thread continues, for CLOSE_SECONDS at most."""
+    """Register a function that `leave` calls. It has CLOSE_SECONDS; the main thread continues meanwhile."""
     with _lock:
         _state.cleanups.append(call)
 
@@ -248,7 +248,7 @@ def _words(state: _State) -> str:
 
 
 def _leave_at() -> float:
-    """Time at which this process must end. The caller holds the lock."""
+    """Monotonic time at which this process must end; infinity without a request. The caller must hold the lock."""
     if not _state.reason:
         return math.inf
     if _state.allowed_seconds is not None:

@@ -30,8 +30,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 _EMPTY_VARIABLE = re.compile(r"=\$\{?\w+\}?$")
 _IMAGE = re.compile(r"container\.sh image (\w+)")
 _BUILD = re.compile(r"container\.sh build\b")
-# Stage of each program. The config of trainer.train may declare another stage. A forecast of an evaluation needs no
-# settings, because they hardly change its cost.
+# Stage of each program. The config of trainer.train may declare another stage.
 _PROGRAMS = {"trainer.train": "pretrain", "trainer.evaluate": "evaluate", "data_prep.prepare": "prep"}
 # Required settings that a launch must give. A forecast replaces a missing one by a placeholder.
 _STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
@@ -167,7 +166,7 @@ def _document(path: str) -> Mapping[str, Any]:
 
 
 def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
-    """0 for a managed job, whose machines end with it; None without autostop."""
+    """Seconds from the end of the last job to the shutdown: 0 for a managed job, None without autostop."""
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
         return 0.0

@@ -56,7 +56,7 @@ class NumpyXxh3:
         if length < SHORTEST:
             raise LauncherError(
                 f"the checksum of {length} bytes needs the package xxhash, which is not installed (longer inputs do "
-                "without); run `pip install xxhash`"
+                "not need it); run `pip install xxhash`"
             )
         tail = self._rest[before:]
         stripes = (len(tail) - 1) // STRIPE

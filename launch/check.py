@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         print(finding, flush=True)
         failed += finding.mark == "x"
     if failed:
-        print(f"{failed} marked x to fix before this task can run")
+        print(f"{failed} marked x, which must be fixed before this task can run")
         return 1
     command = pricing_command(task, os.environ, options)
     print(f"$ sky {' '.join(command[1:])}", flush=True)
@@ -282,7 +282,7 @@ def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]
             yield Finding("ok", f"data: {rows:,} rows of {examples!r}")
     elif workload.stage == "evaluate":
         yield from _weights(bucket.url(task.envs, "RUN"))
-    elif workload.programs == ("trainer.train",):  # a task with another program prepares its data itself
+    elif workload.programs == ("trainer.train",):  # a task that also runs another program prepares its data itself
         url = bucket.url(task.envs, "DATA")
         try:
             tokens = manifest.read(url).splits["train"].tokens

@@ -157,7 +157,7 @@ def _check(manifest: Manifest, stated_fingerprint: str, uri: str) -> None:
             if shard.bytes != HEADER_BYTES + shard.tokens * manifest.bits // 8:
                 raise DataError(
                     f"{uri}: shard {shard.name} says {shard.tokens} tokens in {shard.bytes} bytes, "
-                    "which does not fit; prepare the data again"
+                    "which do not match; prepare the data again"
                 )
     if manifest.fingerprint != stated_fingerprint:
         raise DataError(

@@ -143,7 +143,10 @@ def preference_row(row: Any) -> dict[str, Any]:
 
 
 def conversation_prompt(row: Any) -> list[dict[str, str]]:
-    """Messages up to the user's last one: a row's `messages`, or its `prompt`, a text or a list. Raises ValueError."""
+    """The messages of a row of prompts, in `messages` or `prompt` (text or list). The last is the user's.
+
+    Raises ValueError.
+    """
     _check_row(row)
     prompt = row["messages"] if "messages" in row else row.get("prompt")
     if "messages" not in row and not _is_messages(prompt):

@@ -63,7 +63,7 @@ def parse_header(data: bytes, where: str) -> ShardHeader:
     if version != VERSION:
         raise DataError(
             f"{where}: shard version {version} is not {VERSION}; "
-            "it was written by another release: use that one, or prepare the data again"
+            "it was written by another release: use that release, or prepare the data again"
         )
     if bits not in DTYPES or tokens < 1:
         raise DataError(f"{where}: header says {tokens} tokens of {bits} bits; prepare the data again")

@@ -47,7 +47,7 @@ Known = Mapping[int, tuple[Segment, Seen]]
 
 
 def path_for(run_url: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Path of the cache file of a run. The same URL at another endpoint is another run."""
+    """Path of the cache file of a run. The same URL at another S3 endpoint is another run."""
     endpoint = aws.endpoint_of(environment) or ""
     digest = hashlib.sha256(f"{endpoint} {run_url.rstrip('/')}".encode()).hexdigest()
     return folder(environment) / f"{digest[:20]}.npz"

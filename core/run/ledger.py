@@ -109,7 +109,7 @@ class Ledger:
         return self._wall_origin + time.monotonic() - self._monotonic_origin
 
     def switch(self, phase: str) -> None:
-        """Begin `phase`, to which all time belongs from now on."""
+        """Begin `phase`: all time from now until the next `switch` belongs to it."""
         if phase not in LEDGER_PHASES:
             raise ValueError(f"unknown phase {phase!r}")
         with self._lock:
@@ -127,7 +127,7 @@ class Ledger:
             self.switch(before)
 
     def step_done(self, step: int) -> None:
-        """Complete optimizer step `step` (from 1), to which the train and data-wait time since the last one belongs."""
+        """Complete optimizer step `step` (from 1): the train and data-wait time since the previous one is its time."""
         with self._lock:
             self._settle()
             seconds = [self._totals.get(phase, 0.0) for phase in STEP_PHASES]

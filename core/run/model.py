@@ -94,7 +94,7 @@ class Segment:
 
     @property
     def seconds(self) -> float:
-        """Machine time up to the last heartbeat."""
+        """Seconds of machine time up to the last heartbeat."""
         return self.spans[-1].end - self.spans[0].start if self.spans else 0.0
 
     @property
@@ -171,7 +171,7 @@ class Run:
 
     @property
     def usd_at_most(self) -> float | None:
-        """Upper bound of the dollars, by which the cap decides."""
+        """Upper bound of the dollars of all segments. The cap is compared with it."""
         return _sum(segment.usd_at_most for segment in self.segments)
 
     @property
@@ -200,7 +200,7 @@ class Run:
         return found
 
     def points(self, kind: str) -> list[Point]:
-        """Records of one kind at kept steps, ordered by step, then by time."""
+        """The metrics records of one kind at steps that count, ordered by step, then by time."""
         found: list[Point] = []
         seconds, usd = 0.0, 0.0
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):

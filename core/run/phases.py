@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Phase:
-    """A kind of time. Colours are CSS hexadecimals, `dark` on a dark page."""
+    """A kind of time in a run. `colour` and `dark` are its CSS colours on a light and on a dark page."""
 
     name: str
     by: Literal["ledger", "launcher", "report"]  # who records its time

@@ -127,7 +127,7 @@ def _read_segments(run: Run, ledgers: Objects, detail: Detail, cache_file: Path 
 
 
 def _seen(folder: RunFolder, number: int, ledgers: Objects, metrics: Objects) -> Seen:
-    """Sequence numbers up to which a segment has been read once everything in these listings was read."""
+    """The `Seen` of a segment, of which all objects in these listings have been read."""
     start_uri = folder.segment(number).start
     stamp = next((f"{info.size} {info.modified}" for info in ledgers[number] if info.uri == start_uri), "")
     return Seen(stamp, _newest(ledgers[number]), _newest(metrics.get(number, [])))
@@ -142,7 +142,7 @@ def _read_segment(
     known: Mapping[int, tuple[Segment, Seen]],
     number: int,
 ) -> tuple[Segment, Seen | None]:
-    """The segment, and the sequence numbers up to which it was read; None instead after an error."""
+    """The segment, and the sequence numbers up to which it was read, or None after an error."""
     target = targets[number]
     segment, seen = known.get(number, (None, None))
     # A ledger that is shorter than the cached one has been replaced, so the cached one is discarded.

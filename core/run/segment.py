@@ -93,7 +93,7 @@ class SegmentLog:
         if self.metrics:
             self.metrics.close()
         if self.ledger:
-            # The message of another library may contain a key.
+            # `details` may hold the error message of another library, which may contain a key.
             plain = {key: secrets.scrub(each) if isinstance(each, str) else each for key, each in details.items()}
             self.ledger.close(reason, step, **plain)
 

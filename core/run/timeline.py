@@ -23,7 +23,7 @@ SHOWN = {
     "hellaswag": ("accuracy", "accuracy_norm"),
 }
 
-# Spans of a segment have no gaps, but their stored ends are rounded.
+# Gaps and overlaps up to this length are ignored: spans of a segment have none, but their stored ends are rounded.
 TOLERANCE_SECONDS = 0.001
 _MACHINE_FIELDS = {field.name for field in fields(Machine)}
 
@@ -67,7 +67,7 @@ def absorb(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append the metrics that a report shows, with training records thinned to the timeline's resolution."""
+    """Append the metrics that a report shows. Of training records, keep one per span of the timeline."""
     for event in events:
         kind, step, time = event.get("kind"), event.get("step"), number(event.get("time"))
         if kind not in SHOWN or not isinstance(step, int) or time is None:

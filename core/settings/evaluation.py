@@ -74,7 +74,7 @@ class EvaluateConfig(Bounded):
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device for all computation")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
-    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", ge=0)
+    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores / ranks", ge=0)
 
     def __post_init__(self):
         super().__post_init__()

@@ -41,27 +41,28 @@ class ModelConfig(Bounded):
     mlp: Literal["gelu", "relu2", "swiglu"] = setting(
         "gelu", "GELU-tanh (Hendrycks & Gimpel 2016), ReLU² (So et al. 2021) or SwiGLU (Shazeer 2020)"
     )
-    mlp_width: int = setting(0, "hidden width of the MLP; 0: four times the model's", ge=0)
+    mlp_width: int = setting(0, "hidden width of the MLP; 0: four times `width`", ge=0)
     bias: bool = setting(True, "biases in the linear layers of the blocks")
-    qkv_bias: bool = setting(True, "biases of queries, keys and values; none without `bias`")
+    qkv_bias: bool = setting(True, "biases of queries, keys and values; without effect if `bias` is false")
     tie_embeddings: bool = setting(True, "the output layer uses the embedding's weights (Press & Wolf 2017)")
     qk_norm: bool = setting(False, "RMS-norm of queries and keys, per head (Dehghani et al. 2023)")
     attention_scale: float = setting(0.0, "factor of the attention scores; 0: 1 / sqrt(width of a head)", ge=0)
     logit_softcap: float = setting(0.0, "c: logits become c tanh(logits / c) (Gemma 2, 2024); 0: unchanged", ge=0)
     embedding_norm: bool = setting(False, "norm right after the embedding (BLOOM, 2022)")
-    embedding_skip: bool = setting(False, "each block also sees the embedding, with two learned weights")
+    embedding_skip: bool = setting(False, "each block also gets the embedding as input, by two learned weights")
     value_skip: bool = setting(
         False, "attention values are mixed with the first block's by learned weights (value residual, Zhou et al. 2024)"
     )
     extra_projection: bool = setting(False, "a second linear layer after the attention's output projection")
-    document_mask: bool = setting(False, "no attention across the end-of-text token")
+    document_mask: bool = setting(False, "tokens attend only to their own document, not across end-of-text")
     dropout: float = setting(
-        0.0, "share of zeroed activations in training, in attention and after each branch", ge=0, lt=1
+        0.0, "fraction of activations that training sets to zero, in attention and after each branch", ge=0, lt=1
     )
     init: Literal["gpt2", "zero_out"] = setting(
         "gpt2",
-        "GPT-2's N(0, 0.02), residual projections smaller; or zero_out: residual projections and an untied output "
-        "layer start at zero, matrices at one third over their fan-in, embeddings at N(0, 1)",
+        "initial weights; gpt2: N(0, 0.02), residual projections over sqrt(2 layers); zero_out: zero for residual "
+        "projections and an untied output layer, variance 1 / (3 fan-in) for other matrices, N(0, 1) for embeddings "
+        "(N(0, 0.02) if tied)",
     )
 
     def __post_init__(self):
@@ -88,7 +89,7 @@ class ModelConfig(Bounded):
         return self.mlp_width or 4 * self.width
 
 
-# Layers, heads and width of OpenAI's released models, which a start may name.
+# Layers, heads and width of OpenAI's released models, whose names start.weights accepts.
 _PUBLIC = {
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -98,7 +99,7 @@ _PUBLIC = {
 
 
 def public_model(name: str) -> ModelConfig | None:
-    """OpenAI's models by name, None for any other."""
+    """The settings of one of OpenAI's GPT-2 models, by its public name; None for any other name."""
     if name not in _PUBLIC:
         return None
     layers, heads, width = _PUBLIC[name]
@@ -155,13 +156,13 @@ def activation_bytes(model: ModelConfig, sequences: int, recompute: bool) -> flo
 
 def _block_bytes(model: ModelConfig) -> int:
     """Bytes per token that a compiled block stores for its backward pass, its input included."""
-    products = 7 * model.width  # both norms' results, queries, keys and values, attention's result, its projection
+    products = 7 * model.width  # results of: both norms, queries, keys, values, attention, its projection
     products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
     if model.position == "rope" or model.qk_norm:
         products += 3 * model.width  # queries and keys as attention takes them, and its result in another order
     products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # before and after the activation
     kept = FP32_BYTES * model.width + BF16_BYTES * products
-    kept += 2 * model.width if model.dropout else 0  # a byte per element says what was dropped
+    kept += 2 * model.width if model.dropout else 0  # dropout masks, a byte per element
     statistics = model.heads * (3 if model.qk_norm else 1)  # attention's log-sum-exp, and the norms per head
     return kept + FP32_BYTES * statistics + 2 * _norm_bytes(model)
 

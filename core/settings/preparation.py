@@ -11,7 +11,7 @@ from core.stores import hub
 
 @dataclass(frozen=True)
 class SourceConfig(Bounded):
-    """The source of the documents."""
+    """The documents to prepare: a dataset on the Hub, or files."""
 
     dataset: str = setting(
         "",
@@ -173,7 +173,11 @@ class PrepConfig(Bounded):
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     workers: int = setting(0, "parallel workers; 0: one per core. Does not change the result", identity=False, ge=0)
     num_nodes: int = setting(
-        1, "machines that share the work; does not change the result", identity=False, env="SKYPILOT_NUM_NODES", ge=1
+        1,
+        "number of machines that share the work; does not change the result",
+        identity=False,
+        env="SKYPILOT_NUM_NODES",
+        ge=1,
     )
     node_rank: int = setting(0, "number of this machine, from 0", identity=False, env="SKYPILOT_NODE_RANK")
     phase: Literal["all", "encode", "finalize"] = setting(
@@ -194,7 +198,7 @@ class PrepConfig(Bounded):
 
 @dataclass(frozen=True)
 class FetchSourceConfig:
-    """Token shards of another program."""
+    """The token shards of another program that are to be imported."""
 
     train_url: str = setting(
         "", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, az://, hf://)", check=urls.mistake

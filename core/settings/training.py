@@ -40,7 +40,7 @@ class RunConfig(Bounded):
 
 @dataclass(frozen=True)
 class DataConfig(Bounded):
-    """The source of batches."""
+    """The tokens to train on, and the way in which they are fetched and mixed."""
 
     url: str = setting(
         "",
@@ -139,7 +139,7 @@ class TrainLoopConfig(Bounded):
         identity=False,
         gt=0,
     )
-    log_every: int = setting(10, "steps between log lines; metrics have every step", identity=False, gt=0)
+    log_every: int = setting(10, "steps between log lines; the stored metrics contain every step", identity=False, gt=0)
     norms_every: int = setting(
         100,
         "steps between measurements of the norms of updates and of the largest activation per block; 0: never",
@@ -183,7 +183,7 @@ class TrainLoopConfig(Bounded):
         "faster. A CPU always gives the same bits",
     )
     compile: bool = setting(True, "torch.compile the model (CUDA only)", identity=False)
-    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", identity=False, ge=0)
+    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores / ranks", identity=False, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting(
         (), "trackers that get the metrics too, if installed; their failures never stop a run", identity=False
     )

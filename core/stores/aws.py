@@ -18,7 +18,7 @@ LOOK_UP_SECONDS = 10.0
 
 
 def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -> str | None:
-    """URL of the server of S3 buckets; None for AWS."""
+    """The URL of the S3 server; None for AWS's default."""
     for name in ENDPOINTS:
         if variables.get(name):
             return variables[name].rstrip("/")
@@ -26,7 +26,7 @@ def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -
 
 
 def service_of(endpoint: str | None) -> str:
-    """aws, r2, or s3-like for any other server."""
+    """The service at an endpoint: aws, r2 (Cloudflare), or s3-like for any other server."""
     host = urlsplit(endpoint or "").hostname or ""
     if not endpoint or host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         return "aws"

@@ -37,7 +37,7 @@ class Terms:
 
 
 class Store(Protocol):
-    """Objects are whole and immutable to a reader: a write is visible only when it is complete."""
+    """The interface of a store. A reader sees an object only as a whole: a write is visible when it is complete."""
 
     terms: Terms
     is_local: bool

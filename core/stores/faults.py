@@ -95,13 +95,13 @@ _TABLE = (
     ),
     _row(
         "NoListing",
-        "may not {verb} ({said}), nor list bucket {bucket!r}; without s3:ListBucket the server says so of objects that "
-        "do not exist, too: allow it (launch/bucket-policy.json), and check {access}",
+        "may not {verb} ({said}), nor list bucket {bucket!r}; without the right s3:ListBucket the server gives this "
+        "answer also for objects that do not exist: allow it (launch/bucket-policy.json), and check {access}",
     ),
     _row(
         "NoConditions",
-        "could not {verb} ({said}): {endpoint} does not take conditional writes (If-None-Match), by which one of two "
-        "machines wins; use a newer release of that server, or another store",
+        "could not {verb} ({said}): {endpoint} does not take conditional writes (If-None-Match), which keep two "
+        "machines from creating the same object; use a newer release of that server, or another store",
     ),
     _row(
         "SecondLevelDomainForbidden",
@@ -109,8 +109,8 @@ _TABLE = (
     ),
     _row(
         "no-ranges",
-        "could not {verb}: {endpoint} ignores byte ranges (it answers 200 to Range); use a server or proxy that heeds "
-        "them",
+        "could not {verb}: {endpoint} ignores byte ranges (it answers 200 to Range); use a server or proxy that "
+        "supports them",
     ),
     _Row(REFUSED_KEYS, StorageError, "the credentials were refused ({said}); check {keys}"),
     _row(
@@ -119,7 +119,7 @@ _TABLE = (
     ),
     _row("FileNotFoundError NoSuchKey BlobNotFound 404", "not found; check the URL", ObjectNotFound),
     _row("disk-full", "could not {verb}: the disk is full; free space or choose another folder", DiskFull),
-    _row("path", "could not {verb}: the name is not one that an object store takes ({said}); rename it"),
+    _row("path", "could not {verb}: object stores do not accept this name ({said}); rename it"),
 )
 
 

@@ -222,5 +222,5 @@ _MEMORY = MemoryStore()
 
 
 def in_memory() -> RemoteStore:
-    """A store whose objects exist in this process alone."""
+    """A store whose objects exist only in the memory of this process."""
     return RemoteStore(Terms("memory"), lambda client, retry: _MEMORY)

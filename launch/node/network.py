@@ -47,7 +47,7 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 
 
 def check_port(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError on the head node of several if another program has the port at which the ranks meet."""
+    """Raises ConfigError if another program uses the port at which ranks of several nodes meet. For the head node."""
     rank, addresses = nodes(environment)
     if rank > 0 or len(addresses) == 1:
         return

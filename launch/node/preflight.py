@@ -114,7 +114,7 @@ def gpu_problems(environment: Mapping[str, str], found: Sequence[Gpu]) -> list[s
 
 
 def judge(report: PreflightReport, environment: Mapping[str, str], found: Sequence[Gpu], rehearsal: bool) -> None:
-    """Add problems and notes for figures out of range to a report."""
+    """Compare the figures of a report with their limits, and add problems and notes to it."""
     speed = report.figures.get("all_reduce_gb_per_s")
     linked = any(name in gpu.name for gpu in found for name in ("SXM", "HBM3"))
     if speed and linked and not rehearsal and network.ranks_per_node(environment) > 1 and speed < MIN_NVLINK_GB_PER_S:
@@ -133,10 +133,10 @@ def judge(report: PreflightReport, environment: Mapping[str, str], found: Sequen
 def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
     """The figures of trainer/distributed/preflight.py on all GPUs of this node, or one sentence about its failure."""
     ranks = network.ranks_per_node(environment)
-    # --standalone would resolve the host name, which a container may not know.
+    # Not --standalone, which would resolve the host name: a container may not know it.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
-    # PARENT_PID: the program ends with this one.
+    # With PARENT_PID the program ends when this process ends (core.stop).
     variables = {**os.environ, **environment, "PARENT_PID": str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"

@@ -31,7 +31,8 @@ from core.environment import positive
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-# Longer than the ten minutes after which a collective gives up and names the missing rank.
+# After this time a program hangs. It is longer than the ten minutes after which a collective gives up and names the
+# missing rank.
 HANG_MINUTES = 15.0
 # Grace period for a worker to save before SIGKILL.
 STOP_SECONDS = stop.SECONDS
