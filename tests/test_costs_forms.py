@@ -174,7 +174,7 @@ def test_since_and_tag_choose_runs(run, capsys, monkeypatch, tmp_path):
         command.main(["--offline", "--since", "2026-11-21"])
     with pytest.raises(ConfigError, match="--since is 'yesterday'"):
         command.main(["--offline", "--since", "yesterday"])
-    with pytest.raises(ConfigError, match="leave RUN_URL out"):
+    with pytest.raises(ConfigError, match="leave out RUN_URL"):
         command.main([run.url, "--tag", "paper"])
 
 
