@@ -43,7 +43,7 @@ class Assumptions:
     preemptions_per_hour: float = 0.25  # spot; as checkpoint.expected_hours_between_failures assumes
     prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
-    epoch_tokens: float = 5e6  # a set of conversations, about the size of Alpaca's 52,002
+    epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002)
     evaluate_tokens: float = 25e6  # validation set of sample-10BT (0.2 %), and HellaSwag's 40,168 endings in context
     build_seconds: float = 1800.0  # both images on 8 cores
     storage_months: float = 1.0
@@ -69,7 +69,7 @@ class ForecastRow:
 
 @dataclass(frozen=True)
 class Effort:
-    """A workload on one offer: `amount` of tokens at `rate`; for a build of images, seconds at a factor."""
+    """A workload on one offer: `amount` tokens at `rate` tokens/s. For a build of images: seconds and a factor."""
 
     workload: Workload
     amount: float
@@ -241,7 +241,7 @@ def _tokens_of_source(place: str) -> float | None:
 
 
 def preparation_usd(catalog: Catalog, tokens: float, assume: Assumptions) -> tuple[Offer, float] | None:
-    """The cheapest on-demand machine of 8 vCPUs, and the dollars for preparing the tokens on it once."""
+    """The cheapest on-demand machine with at least 8 vCPUs, and the dollars for preparing the tokens on it once."""
     fit = [
         offer for offer in catalog.offers if fits(offer, MachineRequest(cloud=assume.bucket_cloud, cpus=(8.0, True)))
     ]

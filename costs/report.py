@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class SegmentLine(Line):
-    """One segment, on one machine. `end` says how it ended; of a killed one also which time `ended_at` is."""
+    """One segment, on one machine. `end` says how it ended; after a kill, `ended_at` is the last heartbeat."""
 
     started_at: float | None = None
     ended_at: float | None = None

@@ -74,7 +74,7 @@ def _machines(
         found = _with_cloud_times(found, now, clouds)
         source = ", ".join(sorted({record.origin for record in found})) or source
     except Unavailable as error:
-        outside.origins.append(Origin("times of the instances themselves", f"? ({error})"))
+        outside.origins.append(Origin("start and end of the instances", f"? ({error})"))
     outside.times, notes = outside_times(run.segments, found, now)
     outside.notes += notes
     outside.origins.append(Origin("launch, idle until down", source))

@@ -202,7 +202,7 @@ def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
         ("GPU-hours", _or(of.gpu_hours, "{:,.2f}")),
         ("USD per GPU-hour", figures.dollars(of.usd_per_gpu_hour)),
         ("utilisation of the GPUs while training (MFU)", _percent(of.mfu)),
-        ("goodput: share of paid time that is kept training", _percent(of.goodput)),
+        ("goodput: train kept as a share of paid time", _percent(of.goodput)),
     ]
     if of.restarts:
         rows.append(

@@ -19,8 +19,8 @@ from core.settings.model import ModelConfig
 from costs.cells import Spend
 from costs.model import OutsideTime
 
-# Validation losses, besides multiples of 0.1, that a report prices because GPT-2 is known for them: 3.28 (GPT-2 124M on
-# FineWeb, llm.c discussion 481).
+# Validation losses, besides multiples of 0.1, for which a report states the dollars. 3.28 is the loss of GPT-2 124M on
+# FineWeb (llm.c discussion 481).
 QUOTED_LEVELS = (3.28,)
 LEVELS_SHOWN = 8
 
