@@ -1,4 +1,4 @@
-"""Asks other sources than the ledger: SkyPilot and the clouds for machines, prices and bills, the store for sizes.
+"""Asks other sources than the ledger: SkyPilot and the clouds, for machines, prices, bills and unfinished uploads.
 
 None of these sources is required. The report names the origin of each figure, or the reason why a source gave no
 answer.
@@ -12,7 +12,6 @@ from clouds import skypilot
 from clouds.base import Cloud, MachineRecord, Unavailable
 from clouds.providers import CLOUDS
 from core import figures
-from core.errors import StorageError
 from core.run.model import Run, Segment
 from costs.discover import storage_use
 from costs.model import Origin, Outside
@@ -29,23 +28,19 @@ def ask_others(
     jobs: Callable[[], list[Mapping[str, Any]]] = skypilot.job_queue,
     clouds: Mapping[str, Cloud] = CLOUDS,
 ) -> Outside:
-    """Ask other sources about `run`. With `offline`, only the store is asked.
+    """Ask other sources about `run`. With `offline`, the result has only the storage, which `run` knows.
 
     Changes `run`: expected spot prices are replaced by the prices paid, if the cloud has a history of spot prices.
     """
     outside = Outside()
-    try:
-        outside.storage = storage_use(run.folder)
-        rates = outside.storage.rates
-        outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
-    except StorageError as error:
-        outside.origins.append(Origin("storage", f"? ({error})"))
+    outside.storage = storage_use(run)
+    rates = outside.storage.rates
+    outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
     if offline:
         outside.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
         return outside
-    if outside.storage:
-        unfinished = sum(cloud.unfinished_uploads(run.url) or 0 for cloud in clouds.values())
-        outside.storage = dataclasses.replace(outside.storage, unfinished_uploads=unfinished)
+    unfinished = sum(cloud.unfinished_uploads(run.url) or 0 for cloud in clouds.values())
+    outside.storage = dataclasses.replace(outside.storage, unfinished_uploads=unfinished)
     _machines(run, outside, now, records, jobs, clouds)
     _paid_spot_prices(run, outside, clouds)
     _bills(run, outside, environment, now, clouds)
