@@ -139,7 +139,7 @@ def _check_link(path: Path) -> None:
 
 
 def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield the files in `root` and in the folders below it for whose relative path (its parts) `leads` returns True.
+    """Yield the files in `root`, and in each folder below it for which `leads(parts of its relative path)` is true.
 
     `bounded` means that `leads` accepts folders down to some depth only. Then a folder that has paths of several depths
     is read once per depth, because its files may match the pattern at one of these depths only.

@@ -87,7 +87,7 @@ class NumpyXxh3:
 
 
 def _stripe_sums(words: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """What each block adds to the eight sums: (blocks, 8), from words (blocks, stripes, 8) and keys (stripes, 8)."""
+    """Each block's contribution to the eight sums: (blocks, 8), from words (blocks, stripes, 8), keys (stripes, 8)."""
     keyed = words ^ keys
     products = (keyed & np.uint64(0xFFFFFFFF)) * (keyed >> np.uint64(32))
     neighbours = words.reshape(*words.shape[:2], 4, 2)[..., ::-1].reshape(words.shape)

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_of(source: str, variables: Mapping[str, str]) -> str:
-    """The URL of a run: `source` itself, or for a task file the URL that RUN_URL, or BUCKET and RUN, name.
+    """The URL of a run. `source` is that URL or a task file, for which RUN_URL, or BUCKET and RUN, name the run.
 
     Raises ConfigError.
     """

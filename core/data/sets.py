@@ -246,7 +246,7 @@ def _joined(prompt: Any, answer: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _whole_texts(row: dict[str, Any]) -> list[list[dict[str, str]]]:
-    """Conversations of two texts that begin alike: turns of "Human:" and "Assistant:", or a prompt and two answers."""
+    """The conversations in two texts: dialogues of "Human:" and "Assistant:", or one prompt with different answers."""
     chosen, rejected = texts = row["chosen"], row["rejected"]
     if all(_HUMAN.match(text) for text in texts):
         roles = {"Human": "user", "Assistant": "assistant"}

@@ -17,7 +17,7 @@ from typing import Any
 from core import storage
 from core.errors import ObjectExists, RunError
 
-VERSION = 2  # 1 had other names of settings
+VERSION = 2  # version 1 had other names of settings
 _SEGMENT = re.compile(r"^segment-(\d{6,})$")
 
 

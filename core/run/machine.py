@@ -104,7 +104,7 @@ def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
     The image sets GIT_REVISION, and launch/node/container.sh sets IMAGE_DIGEST. Without GIT_REVISION, git is called.
     """
-    from importlib import metadata  # takes 20 ms, which the commands on a user's computer do not need
+    from importlib import metadata  # imported here: it takes 20 ms, and not every command needs it
 
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     revision = os.environ.get("GIT_REVISION") or checkout_revision()

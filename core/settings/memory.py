@@ -58,7 +58,7 @@ def advice(settings: TrainingConfig, model: ModelConfig, world: int, memory: flo
     if not settings.train.activation_checkpointing:
         remedies.append(("train.activation_checkpointing", True))
     for count in range(len(remedies) + 1):
-        taken = dict(remedies[:count])  # a later stage replaces an earlier one
+        taken = dict(remedies[:count])  # a higher ZeRO stage replaces a lower one
         changed = settings
         for key, value in taken.items():
             changed = changed_to(changed, key, value)
@@ -84,7 +84,7 @@ def verdict(settings: TrainingConfig, model: ModelConfig, gpu: str, world: int) 
     if memory is None:
         return None
     given = settings.batch.micro_batch_size
-    sizes = [given] if given else possible(settings, model, world)  # the trainer looks for the largest that fits
+    sizes = [given] if given else possible(settings, model, world)  # with 0 the trainer takes the largest that fits
     size = next((each for each in sizes if estimate(settings, model, each, world) <= memory), sizes[-1])
     need = estimate(settings, model, size, world)
     if need <= memory:

@@ -159,7 +159,7 @@ def _block_bytes(model: ModelConfig) -> int:
     products = 7 * model.width  # results of: both norms, queries, keys, values, attention, its projection
     products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
     if model.position == "rope" or model.qk_norm:
-        products += 3 * model.width  # queries and keys as attention takes them, and its result in another order
+        products += 3 * model.width  # queries and keys after rope or norm, and a reordered copy of attention's result
     products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # before and after the activation
     kept = FP32_BYTES * model.width + BF16_BYTES * products
     kept += 2 * model.width if model.dropout else 0  # dropout masks, a byte per element

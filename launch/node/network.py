@@ -47,7 +47,7 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 
 
 def check_port(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError if another program uses the port at which ranks of several nodes meet. For the head node."""
+    """Raises ConfigError if another program uses the port at which ranks of several nodes meet (head node only)."""
     rank, addresses = nodes(environment)
     if rank > 0 or len(addresses) == 1:
         return

@@ -2,7 +2,7 @@
 
     docker run --rm IMAGE            (also its health check)
 
-IMAGE_TARGET, set in the image, names the programs that it is for. Prints one line, or fails with the first error.
+IMAGE_TARGET, set in the image, says which programs it contains. Prints one line, or fails with the first error.
 """
 
 import importlib.util

@@ -128,7 +128,7 @@ class Child:
         return Outcome(self.process.returncode, hung, self._stop.is_set(), answered, self._stacks)
 
     def _silent_seconds(self) -> float:
-        """Seconds since the last output or pulse. Any change of the file's time counts, so the clock may be set."""
+        """Seconds since the last output or pulse. A pulse is any change of the file's time, also backwards."""
         if self._pulse_file:
             with contextlib.suppress(FileNotFoundError):
                 pulse = Path(self._pulse_file).stat().st_mtime_ns
