@@ -30,11 +30,11 @@ class LocalStore:
         path = os.path.expanduser(key.removeprefix("file://"))
         size = os.stat(path).st_size
         count = max(0, (size if end is None else min(end, size)) - start)
-        # A report reads thousands of small files.
+        # A small file is read in one call, because a report reads thousands of them.
         if 0 < count <= SMALL_BYTES and not start:
             with open(path, "rb", buffering=0) as file:
                 return count, iter((file.read(count),))
-        # To the end of the file where no end is given: a pipe has no size.
+        # Without `end`, everything up to the end of the file is read, not `size` bytes: a pipe has no size.
         return count, _chunks(path, start, end)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
