@@ -72,7 +72,7 @@ class Windows:
 
 
 class WindowOrder:
-    """The order of one split. `shard_tokens` are the tokens of each shard in stream order, `length` is T."""
+    """The order of one split. `shard_tokens` are the numbers of tokens of the shards in stream order, `length` is T."""
 
     def __init__(self, shard_tokens: list[int], length: int, seed: int, shards_mixed: int, where: str):
         tokens = np.asarray(shard_tokens, dtype=np.int64)
@@ -130,7 +130,7 @@ class WindowOrder:
         return list(found)[:count]
 
     def _plan(self, epoch: int) -> "_EpochPlan":
-        # Two threads call this (batches and read-ahead). Plans are immutable, and a lost one is only computed again.
+        # Two threads call this (batches and read-ahead). Plans are immutable; a lost plan is computed once more.
         plan = self._plans.get(epoch)
         if plan is None:
             shards = len(self.shard_windows)

@@ -70,7 +70,7 @@ def likelihoods(
     model.eval()
     mine: dict[int, Likelihood] = {}
     shown = title and ranks.is_main
-    # Batches differ in shape, and torch would compile the blocks for each one.
+    # torch would compile the blocks again for each shape of a batch, so compilation is off.
     with progress(title, len(windows), "requests") if shown else contextlib.nullcontext(_NoProgress()) as bar:
         bar.advance(len(known))
         with torch.compiler.set_stance("force_eager"):

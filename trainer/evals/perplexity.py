@@ -26,7 +26,7 @@ from trainer.model.gpt import GPT
 
 
 def read_tokens(data_url: str, manifest: Manifest, tokens: int) -> np.ndarray:
-    """The first `tokens` validation tokens in the manifest's order, all for 0. Raises DataError."""
+    """The first `tokens` validation tokens in the manifest's order; all if `tokens` is 0. Raises DataError."""
     parts = []
     wanted = tokens or manifest.split("val", data_url).tokens
     for shard in manifest.split("val", data_url).shards:
@@ -83,11 +83,12 @@ def of_documents(
 
 
 def rolling(document: np.ndarray, context: int) -> Iterator[ScoringRequest]:
-    """Windows that predict each token once. All but the first have as much context as fits."""
+    """Windows that predict each token once. All windows but the first have as much context as fits."""
     with_start = np.concatenate([[GPT2_END_OF_TEXT], document])
     for first in range(0, len(document), context):
         last = min(first + context, len(document))
-        # `with_start` has one more element: its element `first` precedes the first predicted token.
+        # `with_start` is shifted by one: `with_start[first]` is the token before `document[first]`, the first one to
+        # predict.
         begin = max(0, last - context)
         yield ScoringRequest(with_start[begin : first + 1], document[first:last])
 
