@@ -39,7 +39,7 @@ def schema_of_rows(start: bytes) -> pa.Schema:
 def read(
     part: Part, source: SourceConfig | None, columns: Mapping[str, str], fetched: Fetched
 ) -> Iterator[pa.RecordBatch]:
-    """Yields batches in file order. `columns` maps names to `text`, `id` or `number`; other values become null.
+    """Yields batches in file order. `columns` maps names to `text`, `id` or `number`. Other values become null.
 
     Raises DataError for a damaged compressed file.
     """
@@ -78,7 +78,7 @@ def parsed(line: bytes) -> Any:
     """The value of a JSON line; None if Python cannot parse it."""
     try:
         return json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits; too deep
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits; nested too deeply
         return None
 
 
