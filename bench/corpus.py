@@ -4,7 +4,7 @@
 or a manual. `prose`: the RFCs in pieces as long as web pages, which is closer to text for pretraining in bytes per
 token. The packages are downloaded into a scratch folder and never committed. Documents are in a seeded order, with
 FineWeb-Edu's ten columns, zstd, and 1000 rows per row group. A single blank replaces each run of blanks, as in text
-extracted from web pages; GPT-2's vocabulary spends a token on every tab of an indentation.
+extracted from web pages: otherwise GPT-2's vocabulary would spend a token on every tab of an indentation.
 
     paths = parquet_files(Path("/tmp/scratch"), megabytes=400, kind="prose")
 """

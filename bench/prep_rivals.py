@@ -1,4 +1,4 @@
-"""Prepares data as the sides of bench.prep do; each side is one process, with children, that bench.prep measures.
+"""Runs one side of bench.prep as one process with children, which bench.prep measures.
 
     python -m bench.prep_rivals fineweb SOURCE TARGET      tiktoken, a process pool over documents
     python -m bench.prep_rivals map SOURCE TARGET          datasets.map with tiktoken, in batches
@@ -165,7 +165,7 @@ def _share(number: int) -> int:
 
 
 def _timed(results: Iterator) -> float:
-    """Seconds for all results but the first, which for ours only says that its processes run."""
+    """Seconds for all results but the first. For `ours`, the first one only shows that the processes run."""
     next(results)
     started = time.perf_counter()
     for _ in results:
