@@ -94,7 +94,7 @@ def rolling(document: np.ndarray, context: int) -> Iterator[ScoringRequest]:
 
 
 def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """The documents between end-of-text tokens. A document that two shards share counts as two."""
+    """The documents between end-of-text tokens. The last one may be cut off at the end of `tokens`."""
     for piece in np.split(tokens, np.flatnonzero(tokens == GPT2_END_OF_TEXT)):
         document = piece[1:] if len(piece) and piece[0] == GPT2_END_OF_TEXT else piece
         if len(document):
