@@ -133,7 +133,7 @@ def _restart(folder: Path) -> Callable[[Path], Figures]:
 
 
 def _prep(folder: Path) -> Callable[[Path], Figures]:
-    corpus = folder.parent  # kept for the next call
+    corpus = folder.parent  # outside the temporary folder, so that it is kept for the next call
 
     def measure(tree: Path) -> Figures:
         figures = {}

@@ -121,7 +121,7 @@ def _sides(folder: Path, ranks, optimizer: BlockOptimizer) -> dict[str, Side]:
 
     def on_touched_pages(side: Callable, *arguments: str) -> Side:
         def measure(number: int) -> dict[str, float]:
-            harness.touch_pages(size)  # for the files that the side fills
+            harness.touch_pages(size)  # memory for the files that the side writes
             return side(*arguments, number)
 
         return measure

@@ -34,7 +34,7 @@ RFC_PACKAGES = tuple(
     for part in ("std-proposed", "informational", "others", "old-std", "experimental", "std", "misc", "fyi-bcp")
 )
 RFC = re.compile(r".*/rfc[0-9]+\.txt\.gz")
-PAGE_BYTES = 4700  # FineWeb-Edu's mean is 1,000 tokens
+PAGE_BYTES = 4700  # about 1,000 tokens, the mean of FineWeb-Edu
 # Larger files are mostly generated register tables, which compress and tokenize unlike text of the web.
 LARGEST_FILE_BYTES = 64 << 10
 BLANKS = re.compile(r"[ \t]+")

@@ -179,7 +179,7 @@ def _follow(process: subprocess.Popen, log: TextIO, deadline: float, take: Calla
             line = lines.get(timeout=max(0.0, min(POLL_SECONDS, deadline - time.monotonic())))
         except queue.Empty:
             if process.poll() is not None:
-                break  # another process holds its output open
+                break  # another process holds the output of this one open
             if time.monotonic() < deadline:
                 continue
             return "its time was over while it ran; give it more with --minutes"

@@ -18,7 +18,7 @@ from core.run import phases
 
 RESULTS = REPOSITORY / "bench" / "results"
 
-Row = tuple[str, str, str, float]  # what is measured, our figure, the other side's with its name, the ratio
+Row = tuple[str, str, str, float]  # the quantity, our figure, the other side's figure and name, the ratio
 
 
 def main() -> None:

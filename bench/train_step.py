@@ -217,7 +217,7 @@ def _measured_peak(device) -> float:
 
 
 def show(results: dict) -> None:
-    middle = {  # of each side the run of median speed
+    middle = {  # the run of median speed of each side
         side: sorted(runs, key=lambda run: run["tokens_per_second"])[len(runs) // 2]
         for side, runs in results["runs"].items()
     }

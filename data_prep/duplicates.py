@@ -23,7 +23,7 @@ from data_prep.plan import PrepPlan
 from data_prep.sources import documents
 from data_prep.sources.files import Part
 
-BUCKETS = 256  # by the first byte of the hash
+BUCKETS = 256  # one for each value of the first byte of the hash
 ENTRY = np.dtype([("upper", "<u8"), ("lower", "<u8"), ("number", "<u4")])
 # Bytes per document that sorting a range of hashes takes. Ranges are chosen so that this fits into MEMORY_BYTES.
 SORT_BYTES = 64

@@ -4,7 +4,7 @@
 
 Reads DATA_URL's manifest (or --data.url). Writes RUN_URL/checkpoints/step-00000000 and prints the settings of the
 weights. trainer.train continues from it with the same settings; evaluation and export accept it like any checkpoint.
-The weights decide the model's settings, except for dropout, document_mask and init. All other settings are free.
+The weights determine the model's settings, except dropout, document_mask and init. All other settings can be chosen.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ number of ranks. Exit codes: 0 at the last step, 33 after a request to stop and 
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen()  # before the imports that take seconds
+    stop.listen()  # called before the imports that take seconds
 
 import importlib
 import os
@@ -40,9 +40,8 @@ def main(arguments: list[str]) -> int:
     fetched = early.start(settings.run.url, os.environ)
     from trainer.loop.segment import run_segment
 
-    stage = importlib.import_module(
-        f"trainer.stages.{settings.stage}"
-    )  # only this one: each stage imports other libraries
+    # Import only this stage, because each stage imports other libraries.
+    stage = importlib.import_module(f"trainer.stages.{settings.stage}")
     return run_segment(getattr(stage, settings.stage.capitalize()), settings, fetched)
 
 

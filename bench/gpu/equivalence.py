@@ -50,7 +50,7 @@ def main() -> None:
     device = presets.device_of(parsed)
     model = presets.settings_of(parsed.preset).model
     model = dataclasses.replace(presets.small(model) if parsed.rehearse else model, dropout=0.0, init="gpt2")
-    torch.set_float32_matmul_precision("high")  # as the trainer does
+    torch.set_float32_matmul_precision("high")  # the trainer's choice
     tokens_BT = tokens_of(model, device)
     plain = one_pass(model, tokens_BT)
     fused = one_pass(model, tokens_BT, is_compiled=True)

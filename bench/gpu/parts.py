@@ -109,14 +109,14 @@ def _trainer_flags(place: Place, preset: str, sequences: int, accumulation: int,
 
 
 def _steps(place: Place, run: str, preset: str, steps: int, options=(), flags=()) -> list[str]:
-    """Two micro-batches per step, so that a step includes the work between micro-batches."""
+    """A command that times steps. A step has two micro-batches, so that it includes the work between them."""
     sequences, context, steps = (2, 32, 10) if place.rehearse else (32, 1024, steps)
     trainer = [*_trainer_flags(place, preset, sequences, 2, context), f"--run.url={place.work / run}", *flags]
     return _module("bench.gpu.steps", f"--steps={steps}", *options, "--", *trainer)
 
 
 def _resume(place: Place, preset: str) -> list[str]:
-    """Sixteen micro-batches per step on a GPU: a step is so long that a kill comes between two checkpoints."""
+    """A command that kills and resumes a run. Sixteen micro-batches per step let a kill fall between checkpoints."""
     sequences, accumulation, context, steps = (2, 2, 32, 20) if place.rehearse else (8, 16, 1024, 60)
     trainer = _trainer_flags(place, preset, sequences, accumulation, context)
     if not place.rehearse:

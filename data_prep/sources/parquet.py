@@ -70,7 +70,7 @@ def read(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-@lru_cache(maxsize=4)  # consecutive parts share a file
+@lru_cache(maxsize=4)  # cached, because consecutive parts share a file
 def _metadata(uri: str, size: int) -> pq.FileMetaData:
     tail = read_range(uri, max(0, size - FOOTER_BYTES), size)
     needed = int.from_bytes(tail[-8:-4], "little") + 8

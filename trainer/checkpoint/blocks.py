@@ -88,10 +88,10 @@ class StagedFile:
             }
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start 8-byte aligned
+        text += b" " * (-len(text) % 8)  # so that the tensors start 8-byte aligned
         start = 8 + len(text)
         on_gpu = any(tensor.is_cuda for _, tensor in blocks)
-        if on_gpu:  # on this new thread, memory would be pinned for the first GPU instead
+        if on_gpu:  # this new thread would otherwise pin memory for the first GPU
             torch.cuda.set_device(blocks[0][1].device)
         self._buffer = torch.empty(start + offset, dtype=torch.uint8, pin_memory=on_gpu)
         self._buffer.fill_(0)  # allocates the pages now, not in the first save

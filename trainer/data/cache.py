@@ -39,10 +39,10 @@ FETCHERS = 4
 # Seconds that a reader waits for a shard that is being downloaded. Thousands of range reads would take longer.
 PATIENCE_SECONDS = 10.0
 IMPATIENT_SECONDS = 60.0
-POLL_SECONDS = 0.5  # between two checks of the position of training; a check costs a stat per shard
+POLL_SECONDS = 0.5  # time between two checks of which shards are needed; a check costs one stat per shard
 STALL_RETRY_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
-STALL_SECONDS = 480.0  # less than the collectives' time-out, so that the error names the cause
+STALL_SECONDS = 480.0  # the longest wait; less than the time-out of collectives, so that the error names the cause
 
 try:
     BOOT = "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -127,7 +127,7 @@ class ShardCache:
 
     def is_here(self, shard: int) -> bool:
         """Whether the shard is on disk."""
-        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # a Path takes four times as long
+        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # with a Path this takes four times as long
 
     def close(self) -> None:
         self._closed = True

@@ -81,7 +81,7 @@ def is_tuned(state: Mapping[str, Any], where: str) -> bool:
     """Whether a checkpoint with this state was fine-tuned with this template. Raises CheckpointError for another."""
     name = state.get(STATE_KEY)
     if name not in (None, NAME):
-        raise CheckpointError(f"{where}: is tuned on the turn template {name!r}; this program knows {NAME} only")
+        raise CheckpointError(f"{where}: was tuned with the chat template {name!r}; this program knows {NAME} only")
     return name is not None
 
 

@@ -17,7 +17,7 @@ from trainer.data.cache import CLOSE_SECONDS, ReadAhead, ShardCache
 from trainer.data.order import WindowOrder, micro_batch_numbers
 from trainer.distributed.process_group import Abandoned
 
-POLL_SECONDS = 0.2  # between two checks for a request to stop while waiting for data
+POLL_SECONDS = 0.2  # time between two checks for a request to stop, while waiting for data
 LOCATED_AT_ONCE = 4096
 HANDED_OVER_AT_ONCE = 128
 

@@ -11,7 +11,7 @@ fails too.
 from core import stop
 
 if __name__ == "__main__":
-    stop.follow_parent()  # before torch's import, which takes seconds
+    stop.follow_parent()  # called before the import of torch, which takes seconds
 
 import ctypes
 import json

@@ -97,7 +97,7 @@ def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
 
     Uses no collective: a rank that has failed elsewhere would never join it.
     """
-    with contextlib.suppress(dist.DistError):  # the time is over, or the store ended with torchrun
+    with contextlib.suppress(dist.DistError):  # the time is over, or the key-value store has ended with torchrun
         ranks.store.set(f"{name}/{ranks.rank}", "here")
         ranks.store.wait([f"{name}/{rank}" for rank in range(ranks.world)], timedelta(seconds=seconds))
 
@@ -128,7 +128,7 @@ def is_first_to_say(message: str, ranks: Ranks) -> bool:
     try:
         key = hashlib.sha256(message.encode(errors="replace")).hexdigest()
         return ranks.store.add(f"said/{key}", 1) == 1
-    except dist.DistError:  # the store has gone with another rank
+    except dist.DistError:  # the key-value store has ended with another rank
         return True
 
 

@@ -10,7 +10,7 @@ if it has workers, it forwards the signal to them and exits with 143.
 from core import stop
 
 if __name__ == "__main__":
-    stop.follow_parent()  # before torch's import, which takes seconds
+    stop.follow_parent()  # called before the import of torch, which takes seconds
 
 import os
 import sys

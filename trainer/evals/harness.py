@@ -219,7 +219,7 @@ def sampling_of(options: dict[str, Any], seed: int, where: str) -> Sampling:
         until, limit, is_sampled = known.pop("until", []), known.pop("max_gen_toks"), known.pop("do_sample", False)
         # The default temperature of a task that samples is 1, as in `transformers`.
         temperature = float(known.pop("temperature", 1.0)) if is_sampled else 0.0
-        known.pop("temperature", None)  # without effect on a greedy text
+        known.pop("temperature", None)  # a greedy text ignores it
         chosen = {key: kind(known.pop(key)) for key, kind in _OPTIONS.items() if key in known}
         chosen["top_k"] = max(0, chosen.get("top_k", 0))  # -1 is off in other backends
         seed ^= int(known.pop("seed", 0))

@@ -107,7 +107,7 @@ class Engine:
         self._max_batch_size = max_batch_size
         self._numbers = itertools.count()
         self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []  # in the same order as the rows of the cache
+        self._rows: list[_Row] = []  # texts in progress, in the order of the rows of the cache
         self._cache: KVCache | None = None
         self._gone: set[int] = set()
 

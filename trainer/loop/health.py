@@ -8,7 +8,7 @@ import torch
 from trainer.model.gpt import GPT
 
 SLOWER_BY = 1.25  # a slow rank takes more than this multiple of the median time
-IN_A_ROW = 3  # steps; a single slow one may have any cause
+IN_A_ROW = 3  # slow steps before a rank is named, because a single slow step may have any cause
 
 
 class StepNorms:

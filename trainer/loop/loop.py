@@ -3,7 +3,7 @@
 Between two steps the ranks first exchange what has happened: a failed batch, a request to stop or to save. Then all
 ranks act alike, so that no rank waits alone in a collective. A step is saved before it is evaluated, because the
 evaluation could fail. A request to stop also ends an evaluation or a wait for data. Before its first step is done, a
-segment has nothing to save, so the request then ends the process without delay.
+segment has nothing to save, so a request to stop ends the process immediately.
 """
 
 import contextlib

@@ -44,7 +44,7 @@ class MLP(nn.Module):
             h = F.gelu(h, approximate="tanh")
         elif self.kind == "relu2":
             h = F.relu(h)
-            h = h * h  # square() is a power, which autocast computes in float32
+            h = h * h  # h.square() would be a power, which autocast computes in float32
         else:
             gate, value = h.chunk(2, dim=-1)
             h = F.silu(gate) * value

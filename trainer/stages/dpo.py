@@ -48,7 +48,7 @@ def answer_log_probs(model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tens
     counts_BT = targets_BT != NO_TARGET
     x_ND = model.hidden(tokens_BT)[counts_BT]
     log_probs_N = token_log_probs(x_ND, model.head, targets_BT[counts_BT], model.config.logit_softcap)
-    # Scatters, then sums: a sum by index would not have the same bits each time on a GPU.
+    # Scatter the values, then sum each row: on a GPU, a sum by index would not give the same bits each time.
     return torch.zeros_like(targets_BT, dtype=torch.float32).masked_scatter(counts_BT, log_probs_N).sum(1)
 
 

@@ -24,7 +24,7 @@ from trainer.stages.tuning import Tuning
 
 
 class Packed(NamedTuple):
-    """A micro-batch. `weight` turns the mean over its answer tokens into its share of the step's mean."""
+    """A micro-batch. `weight` times the mean over its answer tokens is its part of the mean over the step."""
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor

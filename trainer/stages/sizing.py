@@ -24,7 +24,7 @@ from trainer.model.precision import autocast, resolve
 
 log = logging.getLogger("train")
 
-CPU_SHARE = 0.5  # of the free memory; the page cache of the shards needs the rest
+CPU_SHARE = 0.5  # share of the free memory that training may use; the page cache of the shards needs the rest
 
 
 def with_micro_batch(settings: Training, model: ModelConfig, found_before: int | None, ranks: Ranks) -> Training:

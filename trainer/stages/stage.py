@@ -36,7 +36,7 @@ class MicroBatches(Protocol):
     `next` raises LauncherError for data that cannot be read. If `is_leaving()`, it raises Abandoned instead of waiting.
     """
 
-    numbers: list[int]  # of this rank's micro-batches within a step
+    numbers: list[int]  # the numbers of this rank's micro-batches within a step
     is_leaving: Callable[[], bool]
 
     def __next__(self) -> Any: ...

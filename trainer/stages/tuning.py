@@ -157,7 +157,7 @@ class Tuning(Stage):
 
 
 def _start_of(settings: FinetuneConfig) -> Start:
-    """On rank 0: the start. A continued run takes model and data from its own config, not from the starting weights."""
+    """On rank 0: the weights that the run starts from. A continued run reads model and data from its own config."""
     where = lasting_name(settings.start.weights, settings.run.url, "start")
     earlier = stored_config(settings.run.url)
     if earlier and earlier.get("start", {}).get("weights") == where:

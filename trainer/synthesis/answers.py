@@ -19,7 +19,7 @@ from core.errors import DataError
 from core.run import journal
 from core.run.folder import RunFolder
 
-PAUSE_SECONDS = 1.0  # between attempts to store events
+PAUSE_SECONDS = 1.0  # time between two attempts to store events
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Calls an OpenAI-compatible chat endpoint within a budget, and raises an exception that tells what a failure means.
+"""Calls an OpenAI-compatible chat endpoint within a budget, and turns its failures into exceptions by their cause.
 
 The key from OPENAI_API_KEY goes into the Authorization header only. Without a key, the client sends none, as a local
 server expects.
@@ -161,14 +161,14 @@ class EndpointClient:
                 f"{self._url}: {said}; the account has no credit left: add some, then run the same command"
             )
         if refusal.kind == "setting":
-            raise ConfigError(f"{self._url}: {said}; it refuses a setting of every call: {self._remedy(refusal)}")
+            raise ConfigError(f"{self._url}: {said}; it refuses a setting that all calls have: {self._remedy(refusal)}")
         remedy = "check OPENAI_API_KEY, and whether the key may use endpoint.model"
         if refusal.kind == "address":
             remedy = f"check endpoint.url; another endpoint.model needs {OTHER_RUN}"
         raise ConfigError(f"{self._url}: {said}; {remedy}")
 
     def _remedy(self, refusal: refusals.Refusal) -> str:
-        """Advice on a refused setting, for a message. Settings of a run's identity need another run to be changed."""
+        """Advice on a refused setting, for a message. A setting that defines the run needs another run to change it."""
         name, made = refusal.parameter, self._synthesis
         if name in ("temperature", "top_p"):
             value = getattr(made, name)

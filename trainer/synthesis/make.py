@@ -32,7 +32,7 @@ from trainer.synthesis.endpoint import Budget, EndpointClient, RejectedPrompt, R
 log = logging.getLogger("distil")
 
 FIRST_PAUSE_SECONDS = 1.0
-GIVE_UP_AFTER = 5  # prompts in a row without an answer: the endpoint is down
+GIVE_UP_AFTER = 5  # after so many prompts in a row without an answer, the endpoint is taken to be down
 # If so many prompts are refused for an unclear reason before the first answer, the prompts are not the reason.
 REFUSED_AT_FIRST = 20
 DECLINED = "declined"
@@ -72,7 +72,7 @@ def run(settings: SynthesisConfig, environment: Mapping[str, str]) -> int:
 
 
 class Maker:
-    """Asks for the answers that `stored` lacks and adds them."""
+    """Asks the endpoint for the answers that `stored` lacks, and adds them to `stored`."""
 
     def __init__(
         self, settings: SynthesisConfig, asked: tuple[Prompt, ...], stored: StoredAnswers, segment: int, key: str

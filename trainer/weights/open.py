@@ -160,7 +160,7 @@ def _open_folder(where: str, device: torch.device) -> TrainedModel:
     _fill_whole(model, tensors, place)
     model.eval()
     state: dict[str, Any] = {"config": {"model": to_dict(config)}}
-    if public.chat_template_of(place) == chat_template.JINJA:  # chat cannot render another template
+    if public.chat_template_of(place) == chat_template.JINJA:  # chat can render no other template
         state[chat_template.STATE_KEY] = chat_template.NAME
     return TrainedModel(where, model, None, None, state, place)
 
