@@ -93,7 +93,7 @@ def _place(options: argparse.Namespace) -> Iterator[tuple[str, S3Server | None]]
 
 def _end_to_end(options: argparse.Namespace, place: str, server: S3Server | None) -> dict:
     source = f"{place}/source"
-    # Not measured: the server lays out its volumes at its first writes.
+    # The first run is not measured, because the server creates its volumes at the first writes.
     _run(_ours(source, f"{place}/set-warm-up"), server)
 
     def side(name: str) -> Callable[[int], dict]:

@@ -165,7 +165,7 @@ def _usual(forward: Callable, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def _load(path: Path, before: str | None = None) -> types.ModuleType:
-    """Load a module from a file, or from the part before a line, because scripts train when they are imported."""
+    """Load a module from a file. With `before`, only the lines before that text: a whole script would train."""
     source = path.read_text()
     if before:
         if before not in source:

@@ -173,7 +173,7 @@ def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
 
 
 def _candidates(records: list[PartRecord], config: PrepConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (split key, token ids) of all candidates, with one part in memory. The order of parts is seeded."""
+    """Yields (split key, token ids) of all candidates. Holds one part in memory. The seed determines their order."""
     ordered = records
     if config.data.shuffle:
         ordered = sorted(records, key=lambda record: _order(record.part, config.data.seed))

@@ -25,7 +25,7 @@ KERNELS = {
 LARGE = "gpt2-1.5b"
 TOKENS, SMALL_TOKENS = 65536, 256
 CALLS = 10
-# Matrix products: scores and values in a forward pass, five in a backward pass (FlashAttention-2, section 4.1).
+# Number of matrix products: two in a forward pass (scores, values), five in a backward pass (FlashAttention-2, 4.1).
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 

@@ -28,7 +28,7 @@ def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema
 
 
 def schema_of_rows(start: bytes) -> pa.Schema:
-    """`schema_of` of a file that begins with these bytes."""
+    """The result of `schema_of` for a file that begins with these bytes."""
     pieces = start.split(b"\n")
     # The last line may be incomplete, unless it is the only one.
     rows = [row for row in map(_row, pieces[:-1] or pieces) if row][:SAMPLE_ROWS]
@@ -139,7 +139,7 @@ def _lines(part: Part, fetched: Fetched) -> Iterator[bytes]:
 
 
 def split(content: Iterator[bytes], uri: str) -> Iterator[bytes]:
-    """Yields the lines of a file without line breaks. Raises DataError for a line above LONGEST_LINE_BYTES."""
+    """Yields the lines of a file, without their line breaks. Raises DataError for a line above LONGEST_LINE_BYTES."""
     pending = b""
     for block in content:
         pieces = (pending + block).split(b"\n")

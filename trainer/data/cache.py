@@ -307,7 +307,7 @@ class ReadAhead:
                 shutil.rmtree(other, ignore_errors=True)
 
     def _make_room(self, soon: Mapping[Path, int]) -> None:
-        """Remove the shards that are needed last until everything in flight fits."""
+        """Remove cached shards until the shards in flight fit. The shard that is needed last goes first."""
         if self.cache.fits:
             return
         here = {path: path.stat().st_size for path in self.cache.folder.rglob("*.bin")}

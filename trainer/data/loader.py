@@ -23,7 +23,7 @@ HANDED_OVER_AT_ONCE = 128
 
 
 class TokenSource:
-    """The samples of one split by number, from the order and the cache. A sample is T + 1 tokens."""
+    """Reads the samples of one split by their numbers. A sample is T + 1 tokens."""
 
     def __init__(self, cache: ShardCache, length: int, seed: int, shards_mixed: int):
         self.cache = cache

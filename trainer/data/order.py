@@ -163,7 +163,7 @@ def odd_part(number: int) -> int:
 def micro_batch_numbers(rank: int, world: int, accumulation: int, round_robin: bool = False) -> list[int]:
     """The numbers of this rank's micro-batches within a step, in order.
 
-    They are consecutive, or in round-robin order every `world`-th group of micro-batches (trainer.optim.reduce).
+    They are consecutive. In round-robin order they are every `world`-th group of micro-batches (trainer.optim.reduce).
     """
     if not round_robin:
         return list(range(rank * accumulation, (rank + 1) * accumulation))

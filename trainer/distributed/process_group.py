@@ -163,7 +163,7 @@ def on_main(call: Callable[[], T], ranks: Ranks) -> T:
 
 
 def on_all(call: Callable[[], T], ranks: Ranks) -> T:
-    """Run `call` on every rank. The first rank on which it fails raises its LauncherError, the others PeerFailed."""
+    """Run `call` on every rank. If it fails, the first failed rank raises its LauncherError, the others PeerFailed."""
     result, error = None, None
     try:
         result = call()

@@ -5,7 +5,7 @@ token but the first once, including end-of-text tokens. `of_documents` scores ea
 end-of-text token, with rolling windows as in lm-evaluation-harness's loglikelihood_rolling (its wikitext task).
 
 Bits per byte are the sum of all losses, divided by ln 2 and by the bytes of the predicted tokens' text. An end-of-text
-token has no bytes. Bits per byte compare models of different vocabularies, perplexities do not.
+token has no bytes. Models with different vocabularies can be compared by bits per byte, but not by perplexity.
 """
 
 import math

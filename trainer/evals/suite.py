@@ -34,7 +34,7 @@ FORMAT = "evaluation"
 VERSION = 1
 _NAME = re.compile(r"^(?P<key>.+-[0-9a-f]{8})(-(?P<number>\d+))?\.json$")
 
-Found = dict[str, Any]  # `scores`, and other fields of the stored result
+Found = dict[str, Any]  # the field `scores` and other fields of a stored result
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Loop:
             self._step(step + 1, micro_batches, waited)
             step += 1
             if step == first_step + 1:
-                # From now on a request to stop gets the time to save.
+                # From now on there is a step to save, so a request to stop leaves time for that.
                 stop.allow(stop.own_seconds(), self._last_words)
                 self._mark_first_step(step, self.step_seconds - waited)
 
@@ -224,7 +224,7 @@ class Loop:
         return None, bool(saves.any())
 
     def _stop_request(self, step: int) -> StopRequest:
-        """The request that ended an evaluation on some rank."""
+        """The request to stop that ended an evaluation on some rank."""
         request, _ = self._exchange(step, [])
         assert request is not None
         return request

@@ -108,7 +108,7 @@ class SpotWatch:
             self._closed.wait(self._poll_seconds)
 
     def _poll(self) -> None:
-        """Pass a new notice on. Raises Unavailable if no source answers."""
+        """Ask the provider once. A new notice becomes a request. Raises Unavailable if no source answers."""
         for ask in self._sources:
             try:
                 notice = ask()

@@ -23,9 +23,9 @@ from core.settings.model import ModelConfig
 class KVCache:
     """Keys and values of `rows` sequences, for up to `room` positions in every layer.
 
-    Generation then computes each position once. Rows may differ in length: a prompt is padded on the right, `length_B`
-    holds the length of each row, and the next token overwrites the padding. Positions from a row's length on are
-    masked.
+    With a cache, generation computes each position once. Rows may differ in length: a prompt is padded on the right,
+    `length_B` holds the length of each row, and the next token overwrites the padding. Positions from a row's length on
+    are masked.
     """
 
     def __init__(self, config: ModelConfig, rows: int, room: int, device: torch.device, dtype: torch.dtype):

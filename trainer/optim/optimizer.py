@@ -91,7 +91,7 @@ class BlockOptimizer:
         for state in self._adamw.state.values():
             state["step"].fill_(step)
 
-    # --- for checkpoints: names are `model.`, `exp_avg.`, `exp_avg_sq.` or `momentum.` before the parameter's ---
+    # --- for checkpoints: tensors are named `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` or `momentum.NAME` ---
 
     def layout(self) -> Mapping[str, tuple[int, torch.dtype]]:
         """Number of rows and dtype of every named tensor of a checkpoint."""

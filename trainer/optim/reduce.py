@@ -159,7 +159,7 @@ class TreeReducer:
 def _tree_reduce_scatter(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """This rank's slice of the tree sum of the ranks' one-dimensional buffers; the last slice is padded with zeros.
 
-    The ranks exchange `dtype`; the sum is computed in the dtype of the buffer.
+    The ranks exchange numbers of type `dtype`; the sum is computed in the dtype of the buffer.
     """
     world = dist.get_world_size()
     slice_size = -(-buffer.numel() // world)

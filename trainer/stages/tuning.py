@@ -32,7 +32,7 @@ log = logging.getLogger("train")
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The weights that a run begins with, their model, and the dataset that they were trained on."""
+    """The weights that a run begins with: their name, their model, and the dataset that they were trained on."""
 
     where: str  # a name that refers to the same weights in every segment
     model: ModelConfig

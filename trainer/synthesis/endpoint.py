@@ -218,7 +218,7 @@ def _usage(usage: Any) -> tuple[int, int] | None:
 
 
 async def _content(response: aiohttp.ClientResponse) -> bytes:
-    """The body of a reply. Raises ValueError for one above LARGEST_REPLY_BYTES."""
+    """The body of a reply. Raises ValueError if it is longer than LARGEST_REPLY_BYTES."""
     parts, size = [], 0
     async for part in response.content.iter_chunked(1 << 16):
         size += len(part)

@@ -84,7 +84,7 @@ class Maker:
         self._log = answers.AnswerLog(settings.run.url, segment)
         self.budget = Budget(settings.budget, stored.usd)
         self._given_up: list[str] = []
-        self._unclear: dict[str, str] = {}  # keys refused for a reason that may concern all prompts, and the reason
+        self._unclear: dict[str, str] = {}  # refused keys → the reason, which may concern all prompts
         self._warned_of_usage = False
         self._failing = 0
         self._out_of_money = self._asked_to_stop = False

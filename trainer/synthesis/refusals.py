@@ -111,7 +111,7 @@ def _is_moderation(body: _Body) -> bool:
 
 
 def _parameter(body: _Body, sent: Mapping[str, Any]) -> str:
-    """The parameter of ours that the endpoint names, or an empty text."""
+    """The parameter of our call that the endpoint names in its error; empty if it names none."""
     for named in body.parameters:
         if named in sent and named != "messages":
             return named
