@@ -5,8 +5,9 @@
 A tree is a checkout with its own `.venv` (`make setup`). In each round a measurement runs once in each tree, as a user
 would start it there. The table shows medians, and the ratio of seconds: above 1, the tree `after` (this one) is
 slower. Rates are shown as seconds per million. `report` is the cost report of a run of 10,000 segments in a local
-folder, and the start of the program. The other rows come from bench.loader, bench.checkpoint, bench.restart and
-bench.prep. On a shared machine the CPU seconds say more than the clock.
+folder, and the start of the program. `storage` measures small requests to an S3 server on loopback. The other rows come
+from bench.loader, bench.checkpoint, bench.restart and bench.prep. On a shared machine the CPU seconds say more than the
+clock.
 """
 
 import json
@@ -110,6 +111,41 @@ def _report(folder: Path) -> Callable[[Path], Figures]:
     return measure
 
 
+SMALL = """
+import json, os, resource, sys, time
+def cpu():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+began, url = cpu(), sys.argv[1]
+from core import storage
+storage.write_bytes(url + "/first", b"first")
+storage.read_bytes(url + "/first")
+found = {"import, first write and read, CPU": cpu() - began}
+began = cpu()
+for number in range(300):
+    storage.write_bytes(f"{url}/small-{number}", b"x" * 500)
+found["300 small writes, CPU"] = cpu() - began
+storage.write_bytes(url + "/large", os.urandom(64 << 20))
+began, clock = cpu(), time.perf_counter()
+for number in range(2000):
+    storage.read_range(url + "/large", number * 32768, number * 32768 + 65536)
+found |= {"2,000 ranges of 64 KiB, CPU": cpu() - began, "2,000 ranges of 64 KiB": time.perf_counter() - clock}
+print(json.dumps(found))
+"""
+
+
+def _storage(folder: Path) -> Callable[[Path], Figures]:
+    def measure(tree: Path) -> Figures:
+        with harness.s3_server(folder):
+            command = [str(python_of(tree)), "-c", SMALL, f"s3://{harness.BUCKET}/small"]
+            done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"storage failed in {tree}:\n{done.stderr[-3000:]}")
+        return json.loads(done.stdout)
+
+    return measure
+
+
 def _loader(folder: Path) -> Callable[[Path], Figures]:
     def measure(tree: Path) -> Figures:
         ours = _record(tree, folder, "bench.loader", "--sides=ours")["median"]["ours"]
@@ -148,6 +184,7 @@ def _prep(folder: Path) -> Callable[[Path], Figures]:
 
 MEASUREMENTS: dict[str, Callable[[Path], Callable[[Path], Figures]]] = {
     "report": _report,
+    "storage": _storage,
     "loader": _loader,
     "checkpoint": _checkpoint,
     "restart": _restart,

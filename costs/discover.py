@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from core import bucket, storage
 from core.errors import ConfigError
 from core.run.folder import RunFolder
+from core.run.model import Run
 from costs.model import StorageRates, StorageUse
 
 DEPTH = 3
@@ -53,15 +54,14 @@ def _name(uri: str) -> str:
     return uri.rpartition("/")[2]
 
 
-def storage_use(folder: RunFolder) -> StorageUse:
-    """Objects and bytes of a run, by one listing."""
-    objects = storage.list_objects(folder.url)
-    checkpoints = f"{folder.checkpoints}/"
+def storage_use(run: Run) -> StorageUse:
+    """Number and bytes of the objects that were there when `run` was read."""
+    checkpoints = f"{run.folder.checkpoints}/"
     return StorageUse(
-        len(objects),
-        sum(each.size for each in objects),
-        sum(each.size for each in objects if each.uri.startswith(checkpoints)),
-        rates_for(folder.url),
+        len(run.objects),
+        sum(each.size for each in run.objects),
+        sum(each.size for each in run.objects if each.uri.startswith(checkpoints)),
+        rates_for(run.url),
     )
 
 

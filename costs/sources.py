@@ -12,7 +12,6 @@ from clouds import skypilot
 from clouds.base import Cloud, MachineRecord, Unavailable
 from clouds.providers import CLOUDS
 from core import figures
-from core.errors import StorageError
 from core.run.model import Run, Segment
 from costs.discover import storage_use
 from costs.model import Origin, Outside
@@ -34,18 +33,14 @@ def ask_others(
     Replaces the prices of `run` by the prices paid, where a cloud has a history of spot prices.
     """
     outside = Outside()
-    try:
-        outside.storage = storage_use(run.folder)
-        rates = outside.storage.rates
-        outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
-    except StorageError as error:
-        outside.origins.append(Origin("storage", f"? ({error})"))
+    outside.storage = storage_use(run)
+    rates = outside.storage.rates
+    outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
     if offline:
         outside.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
         return outside
-    if outside.storage:
-        unfinished = sum(cloud.unfinished_uploads(run.url) or 0 for cloud in clouds.values())
-        outside.storage = dataclasses.replace(outside.storage, unfinished_uploads=unfinished)
+    unfinished = sum(cloud.unfinished_uploads(run.url) or 0 for cloud in clouds.values())
+    outside.storage = dataclasses.replace(outside.storage, unfinished_uploads=unfinished)
     _machines(run, outside, now, records, jobs, clouds)
     _paid_spot_prices(run, outside, clouds)
     _bills(run, outside, environment, now, clouds)

@@ -12,7 +12,7 @@ from typing import Any
 from clouds.base import Offer
 from core.gpus import peak_flops
 from core.run.model import Run
-from core.run.phases import PREPARATION_PHASES
+from core.run.phases import OVERHEAD_PHASES, PREPARATION_PHASES
 from costs.units import flops_per_token
 
 
@@ -123,7 +123,7 @@ def measure(run: Run) -> Measured | None:
             continue
         spent = segment.phase_seconds()
         trained = spent.get("train", 0.0)
-        others = sum(spent.get(phase, 0.0) for phase in ("data_wait", "eval", "sample", "checkpoint"))
+        others = sum(spent.get(phase, 0.0) for phase in OVERHEAD_PHASES)
         return Measured(
             run=run.url,
             instance_type=segment.machine.instance_type,

@@ -127,12 +127,12 @@ def test_one_instant_of_each_kind(data_url, tmp_path):
     assert run.ends(imports) == 33
     assert run.newest == 0
     # An evaluation that takes long, as one of GPT-2 1.5B does.
-    evaluation = run.live("--train.eval_tokens=10000000").until_said(f"step {EVERY}/").ask().ask()
+    evaluation = run.live("--train.eval_tokens=10000000", is_warm=True).until_said(f"step {EVERY}/").ask().ask()
     assert run.ends(evaluation) == 33
     assert f"the evaluation of step {EVERY} is cut off" in evaluation.output
     assert run.newest == EVERY
     assert launching.metrics(run.url, "eval") == {}
-    last = run.live(ranks=1).until_said(f"step {STEPS} is saved").ask()
+    last = run.live(ranks=1, is_warm=True).until_said(f"step {STEPS} is saved").ask()
     if run.ends(last) == 33:
         assert f"the evaluation of step {STEPS} is cut off" in last.output
     assert f"resumed from step {EVERY}" in last.output
@@ -158,9 +158,7 @@ def test_a_checkpoint_that_cannot_be_stored_before_the_time_is_over(s3, bucket, 
         environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.url, "LEAVE_SECONDS": "4"}
         command = [sys.executable, "-m", "trainer.train", *flags, "--train.eval_every=0", "--train.sample_every=0"]
         command += [f"--data.url={data_url}", f"--run.url={run_url}", f"--data.cache_dir={tmp_path}"]
-        process = subprocess.Popen(
-            command, cwd=launching.REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
-        )
+        process = warm.Popen(command, cwd=launching.REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
         said = []
         for line in process.stderr:
             said.append(line)
@@ -181,9 +179,7 @@ def test_a_spot_notice_ends_an_evaluation(data_url, tmp_path):
     with metadata_service() as (service, environment):
         environment = {**os.environ, **environment, "CLOUD": "aws", "EXIT_CODE_FILE": str(tmp_path / "code")}
         environment.pop("AWS_EC2_METADATA_DISABLED", None)
-        process = subprocess.Popen(
-            command, cwd=launching.REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
-        )
+        process = warm.Popen(command, cwd=launching.REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
         said = []
         for line in process.stderr:
             said.append(line)

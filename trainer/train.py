@@ -6,7 +6,8 @@
 
 Reads the data of the stage: token shards, or conversations or preferences as rows. Writes run.json, checkpoints,
 metrics and the ledger below run.url. The same command continues a run from its newest complete checkpoint, on any
-number of ranks. Exit codes: 0 at the last step, 33 after a request to stop and a save, 34 at the spending cap, else 1.
+number of ranks. Exit codes: 0 when the run has reached its last step, 33 when it was asked to stop and saved, 34 when
+it has reached its cap on dollars, else 1.
 """
 
 from core import stop

@@ -8,7 +8,7 @@ Report, page, plots, status, model card and cap all take dollars, kept steps and
 
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 from core.run.folder import RunFolder
 from core.run.journal import FLUSH_SECONDS
 from core.run.machine import Machine, Price
+from core.storage import ObjectInfo
 
 # No heartbeat for this long: the machine is gone. Heartbeats come every few seconds, store outages last minutes.
 SILENT_SECONDS = 180.0
@@ -145,13 +146,17 @@ class Point(NamedTuple):
 
 @dataclass
 class Run:
-    """The content of a run folder. `config` is empty without a run.json."""
+    """The content of a run folder. `config` is empty without a run.json.
+
+    `objects` lists all that is stored there; it is empty if only the dollars were read.
+    """
 
     folder: RunFolder
     segments: list[Segment] = field(default_factory=list)
     config: Mapping[str, Any] = field(default_factory=dict)
     stage: str | None = None
     problems: list[str] = field(default_factory=list)
+    objects: Sequence[ObjectInfo] = ()
 
     @property
     def url(self) -> str:

@@ -1,6 +1,7 @@
 """Defines the phases of a run's time and the marks of its ledger, in two tables.
 
-To add a phase, add a line to PHASES: the ledger then accepts it, and the report, the page and docs/formats.md show it.
+To add a phase, add a line to PHASES, and book its time with `SegmentLog.switch` or `SegmentLog.phase`: the ledger
+accepts it, and report and page show it. `python -m bench.tables` renews docs/formats.md.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Mark:
 
 # A report lists them in this order.
 PHASES = (
-    Phase("provision", "launcher", "from the launch to the first heartbeat", "#707d91", "#9aa5b6"),
+    Phase("provision", "launcher", "from the launch to the first second in the ledger", "#707d91", "#9aa5b6"),
     Phase("setup", "ledger", "from the machine's start to the program's", "#8d99ae", "#7f8ba0", is_preparation=True),
     Phase("init", "ledger", "imports, data and run opened", "#a5afc0", "#667085", is_preparation=True),
     Phase("prep", "ledger", "preparation: documents to shards", "#2f9e63", "#3fb577"),
@@ -53,6 +54,8 @@ LEDGER_PHASES = tuple(phase.name for phase in PHASES if phase.by == "ledger")
 # A report splits the ledger's `train` into kept and lost.
 REPORT_PHASES = tuple(phase.name for phase in PHASES if phase.name != "train")
 PREPARATION_PHASES = tuple(phase.name for phase in PHASES if phase.is_preparation)
+# These recur between steps: a forecast takes their share of the training time.
+OVERHEAD_PHASES = ("data_wait", "eval", "sample", "checkpoint")
 STEP_PHASES = ("train", "data_wait")  # the time of an optimizer step
 
 MARKS = (

@@ -4,7 +4,7 @@
     read_run("s3://bucket/run", Detail.ALL)        ledger and all metrics, for plots
     read_run("s3://bucket/run", Detail.MONEY)      two objects per segment: dollars, for a cap
 
-Two listings find all objects, which are fetched in parallel. The result names what cannot be read.
+One listing finds all objects, which are fetched in parallel. The result names what cannot be read.
 """
 
 import enum
@@ -41,7 +41,11 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
     Raises RunError if the URL holds no run, StorageError if the store fails.
     """
     run = Run(RunFolder(run_url))
-    ledgers = _by_segment(run.folder.ledger)
+    if detail is Detail.MONEY:
+        ledgers = _segments_of_ledger(run.folder)
+    else:
+        run.objects = storage.list_objects(run.url)
+        ledgers = _by_segment(run.objects, run.folder.ledger)
     if detail is not Detail.MONEY or not ledgers:
         _read_description(run)
     if not ledgers:
@@ -60,7 +64,7 @@ def spent_usd_at_most(run_url: str) -> float | None:
     """Upper bound of the dollars of all segments so far; None if a price or a time is unknown. Raises StorageError."""
     run = Run(RunFolder(run_url))
     # One listing, because another node may be starting its segment: it has a folder before it has an object.
-    run.segments = _read_prices(run.folder, _by_segment(run.folder.ledger))
+    run.segments = _read_prices(run.folder, _segments_of_ledger(run.folder))
     return run.usd_at_most
 
 
@@ -83,11 +87,18 @@ def _read_description(run: Run) -> None:
         run.problems.append(f"{uri}: cannot be understood ({error}), so the settings of this run are not known")
 
 
-def _by_segment(root: str) -> dict[int, list[ObjectInfo]]:
-    """Objects below `root` by segment number."""
+def _segments_of_ledger(folder: RunFolder) -> Objects:
+    return _by_segment(storage.list_objects(folder.ledger), folder.ledger)
+
+
+def _by_segment(objects: Iterable[ObjectInfo], root: str) -> dict[int, list[ObjectInfo]]:
+    """The objects below `root` by segment number."""
     found: dict[int, list[ObjectInfo]] = {}
-    for info in storage.list_objects(root):
-        number = segment_number(info.uri[len(root) :].lstrip("/").split("/", 1)[0])
+    inside, cut = f"{root}/", len(root) + 1
+    for info in objects:
+        if not info.uri.startswith(inside):
+            continue
+        number = segment_number(info.uri[cut:].split("/", 1)[0])
         if number:
             found.setdefault(number, []).append(info)
     return found
@@ -111,7 +122,7 @@ def _read_money(folder: RunFolder, number: int, objects: list[ObjectInfo]) -> Se
 
 
 def _read_segments(run: Run, ledgers: Objects, detail: Detail, cache_file: Path | None) -> None:
-    metrics = _by_segment(run.folder.metrics)
+    metrics = _by_segment(run.objects, run.folder.metrics)
     known = cache.load(cache_file) if cache_file else {}
     targets = {number: _seen(run.folder, number, ledgers, metrics) for number in ledgers}
     unchanged = {number: known[number] for number in ledgers if number in known and targets[number] == known[number][1]}

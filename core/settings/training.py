@@ -234,7 +234,7 @@ STAGE = "the kind of training: pretrain, finetune, dpo or distil; it decides whi
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Bounded):
     """The settings that every stage of training has."""
 
     stage: Literal["pretrain", "finetune", "dpo", "distil"] = setting("pretrain", STAGE)
@@ -254,6 +254,7 @@ class PretrainConfig(TrainingConfig):
     model: ModelConfig = section(ModelConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         check_batch(self, self.model.context)
 
 

@@ -112,6 +112,7 @@ class FinetuneConfig(TrainingConfig):
     lora: LoraConfig = section(LoraConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.lora.rank:
             require(self.optimizer.name == "adamw", "optimizer.name", "is muon, which does not fit adapters; set adamw")
             require(self.train.precision != "fp8", "train.precision", "is fp8, which adapters do not have; set bf16")
