@@ -116,7 +116,7 @@ def _steps(place: Place, run: str, preset: str, steps: int, options=(), flags=()
 
 
 def _resume(place: Place, preset: str) -> list[str]:
-    """A command that kills and resumes a run. Sixteen micro-batches per step let a kill fall between checkpoints."""
+    """A command that kills and resumes a run. With sixteen micro-batches per step, kills fall between checkpoints."""
     sequences, accumulation, context, steps = (2, 2, 32, 20) if place.rehearse else (8, 16, 1024, 60)
     trainer = _trainer_flags(place, preset, sequences, accumulation, context)
     if not place.rehearse:

@@ -25,7 +25,7 @@ FETCH_AHEAD = 3
 GAP_BYTES = 1 << 20
 # Decoded bytes per batch.
 BATCH_BYTES = 8 << 20
-# Rows of the first batch, and the largest factor by which the number of rows grows at once.
+# Rows of the first batch, and the largest factor by which the number of rows grows in one step.
 FIRST_ROWS = 64
 GROWTH = 16
 FOOTER_BYTES = 64 << 10

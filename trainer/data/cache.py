@@ -31,8 +31,8 @@ from core.stores.base import Buffer
 log = logging.getLogger(__name__)
 
 RANGE_READERS = 32
-# Windows in the same part of a shard, of so many bytes, are read by one call. It joins windows that are close into one
-# request. A larger part could become a request so long that two on separate connections would be faster.
+# Size of the parts of a shard whose windows are read by one call. The call joins windows that are close into one
+# request. With larger parts, two requests on separate connections could be faster than one.
 PART_BYTES = 8 << 20
 READ_AHEAD_SHARDS = 64
 FETCHERS = 4
@@ -92,7 +92,7 @@ class ShardCache:
         return out
 
     def _read_windows(self, windows: list[Window], out: np.ndarray) -> None:
-        """Fill rows of `out` from storage, with one call per part of a shard. It joins windows that are close."""
+        """Fill rows of `out` from storage, with one call per part of a shard. The call joins windows that are close."""
         parts: dict[tuple[int, int], list[Window]] = defaultdict(list)
         for window in windows:
             shard, begin, _ = window

@@ -79,7 +79,7 @@ class EvaluationLog:
 class PartialResults:
     """Results of an unfinished task in storage, from which the next attempt continues.
 
-    Each rank appends to its own journal (core.run.journal). A killed process loses the results of a few seconds.
+    Each rank appends to its own journal (core.run.journal). A killed process loses a few seconds of results at most.
     """
 
     def __init__(self, folder: str, ranks: Ranks, check: Callable[[], None]):

@@ -250,7 +250,7 @@ class Speed(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """`cache_bytes` is the KV cache per token of one text. `peak_bytes` is of torch on a GPU, else of the process."""
+    """`cache_bytes`: KV cache per token of one text. `peak_bytes`: torch's peak on a GPU, else the process's peak."""
 
     weights_bytes: int
     cache_bytes: int

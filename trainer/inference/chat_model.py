@@ -15,7 +15,7 @@ from trainer.weights.open import open_weights
 
 @dataclass(frozen=True)
 class ChatModel:
-    """An opened model. A `tuned` model answers in a conversation (trainer.data.chat_template), others continue text."""
+    """An opened model. A `tuned` model answers the messages of a conversation, any other model continues text."""
 
     name: str
     engine: Engine

@@ -59,7 +59,7 @@ class TrainingEvaluator:
         self._hellaswag = functools.cache(self._encode_hellaswag)
 
     def evaluate(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
-        """Run the evaluations that are due after `step`, except of the kinds of metrics in `without`.
+        """Run the evaluations that are due after `step`, except those whose kind of metric is in `without`.
 
         Returns False, on all ranks, if a request to stop ended an evaluation.
         """

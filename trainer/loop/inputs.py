@@ -15,7 +15,7 @@ from trainer.stages.stage import Stage
 
 
 def open_later_inputs(stage: Stage, ranks: Ranks) -> Sequence[Mapping[str, Any]]:
-    """Open and check these inputs, on all ranks together. Returns the HellaSwag items to score, none without the set.
+    """Open and check these inputs, on all ranks together. Returns the HellaSwag items to score, if there are any.
 
     Raises LauncherError on rank 0, PeerFailed on the others.
     """

@@ -75,7 +75,7 @@ class Loop:
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, StopRequest | None]:
         """Returns the step that was reached and the request that ended the run, if any. The step is saved.
 
-        `measured` holds the kinds of metrics that `first_step` already has. Other kinds that are due come first.
+        `measured` holds the kinds of metrics that `first_step` already has. Others that are due are measured first.
         """
         step = first_step
         if step == 0 and self.stage.measures_start:

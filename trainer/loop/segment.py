@@ -215,7 +215,7 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
 
 
 def keep_vocabulary(stage: Stage) -> None:
-    """Store the vocabulary with the run, so that its weights can be used without its data. Training goes on without."""
+    """Store the vocabulary with the run, so that its weights can be used without its data. A failure is only logged."""
     try:
         storage.write_bytes(storage.join(stage.settings.run.url, VOCABULARY_FILE), stage.read_vocabulary().stored)
     except LauncherError as error:

@@ -82,7 +82,7 @@ class Budget:
         return self.usd(size + TOKENS_PER_MESSAGE, max_tokens)
 
     async def reserve(self, usd: float) -> bool:
-        """Waits for calls in flight until the budget has room for `usd`. Returns False if it has none after them."""
+        """Waits until the budget has room for `usd`. Returns False if it has none when no call is in flight."""
         async with self._changed:
             while self.max_usd and self.spent_usd + self._reserved + usd > self.max_usd:
                 if not self._reserved:

@@ -263,7 +263,7 @@ def _without_wrappers(tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
 
 
 def _tied_once(config: ModelConfig, tensors: Tensors, *embeddings: str) -> dict[str, torch.Tensor]:
-    """The tensors, with a tied embedding under one name only. Some files have it twice, or as the head."""
+    """The tensors, with a tied embedding under one name only. Some files store it twice, or only as the head."""
     left = dict(tensors)
     if config.tie_embeddings and "lm_head.weight" in left:
         head = left.pop("lm_head.weight")
