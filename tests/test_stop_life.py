@@ -220,8 +220,7 @@ PARTS = {
 }
 # So that each phase takes some steps of the sweep on a machine of today.
 LONGER = (
-    "--batch.tokens_per_step=1024",
-    "--train.eval_tokens=16384",
+    "--train.eval_tokens=4096",
     "--train.sample_tokens=24",
     "--train.log_every=1",
 )
