@@ -6,7 +6,7 @@
     ├── StorageError        the bucket, its credentials or the network
     │   ├── ObjectNotFound  the object is not there
     │   ├── ObjectExists    another writer created it first (exclusive creation)
-    │   ├── ObjectDamaged   its content is not what its checksum says
+    │   ├── ObjectDamaged   its content is not what its checksum or its size should be
     │   └── DiskFull        the disk or its quota is full
     ├── CheckpointError     checkpoints exist but cannot be used
     ├── RunError            the run folder belongs to something else, or another segment took it over
@@ -46,7 +46,7 @@ class ObjectExists(StorageError):
 
 
 class ObjectDamaged(StorageError):
-    """The content of the object at this URI does not have the expected checksum."""
+    """The content of the object at this URI does not have the expected checksum, or is larger than it may be."""
 
 
 class DiskFull(StorageError):

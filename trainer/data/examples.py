@@ -13,7 +13,6 @@ like the windows of `trainer.data.order`: nothing is stored, and any step is fou
 
 import bisect
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from core import storage
+from core import storage, untrusted
 from core.data import sets
 from core.data.sets import conversation, preference, question_of
 from core.errors import DataError
@@ -171,7 +170,7 @@ def rows_of(data: ExamplesConfig) -> tuple[str, Iterable[Any], str]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return untrusted.parse_json(line)
     except ValueError:
         return None
 
