@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
-# SkyPilot's recover_on_exit_codes names PREEMPTED and BAD_NODE, never CAPPED.
+# SkyPilot's recover_on_exit_codes names PREEMPTED and BAD_NODE, never CAPPED or NO_STORAGE: another machine has no more
+# money, and no better bucket.
 OK = 0
 FAILED = 1
 PREEMPTED = 33
 CAPPED = 34
 BAD_NODE = 35
+NO_STORAGE = 36
 
 
 def tell_launcher(code: int) -> None:
