@@ -3,9 +3,10 @@
     secrets.scrub(str(error))          what is printed
     secrets.without_keys(settings)     what is stored, whatever the environment holds
 
-Secrets are the variables whose names end like a secret's, the arguments of `register`, such as a key that was read from
-a file, and what has the form of one: a user and password in a URL, a key in a URL's query or in a header. A module
-apart, because everything that prints imports it.
+Secrets are the values of environment variables with names such as *_KEY, *_TOKEN and *_PASSWORD, the arguments of
+`register`, such as a key that was read from a file, and what has the form of a secret: a user and password in a URL, a
+key in a URL's query or in a header. This module imports no other module of the project, because all code that prints
+imports it.
 """
 
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 HIDDEN = "***"
-# Messages may contain shorter values as words.
+# Shorter values are not hidden, because they may occur in messages as ordinary words.
 MIN_CHARACTERS = 8
 _NAME = re.compile(r"(^|_)(KEY|KEY_ID|TOKEN|PASSWORD|SECRET)$")
 # No part repeats without a bound next to another one, so that the time grows with the length of the text alone.
@@ -56,7 +57,7 @@ def scrub(text: str) -> str:
 def scrubber() -> Callable[[str], str]:
     """`scrub` with the secrets that are known now, for many texts."""
     known = _registered | {value for name, value in os.environ.items() if _NAME.search(name)}
-    # A message may contain a single line of a secret.
+    # A message may quote a single line of a secret that has several.
     lines = {line.strip() for secret in known for line in (secret, *secret.splitlines())}
     forms = {form for line in lines for form in (line, repr(line)[1:-1]) if len(line) >= MIN_CHARACTERS}
     longest_first = sorted(forms, key=len, reverse=True)

@@ -69,7 +69,7 @@ def _all_reports(options: argparse.Namespace) -> list[CostReport]:
         try:
             report = _report(url, options)
         except LauncherError as error:
-            log.warning("left out: %s", error)
+            log.warning("left out of the report: %s", error)
             continue
         except Exception as error:  # what others wrote into one run must not hide the others
             log.warning("left out: %s: cannot be understood (%s)", url, one_line(error))

@@ -317,7 +317,7 @@ def test_blocks_of_another_shape_than_their_name_are_refused(tmp_path: Path):
         name = layout.payload_name(1, 0, 1)
         storage.write_bytes(storage.join(place, name), data)
         change_manifest(url, files=[{"name": name, "bytes": len(data), "xxh3_128": layout.checksum(data)}])
-        with pytest.raises(CheckpointError, match=r"fits no weight of its model|is not a row block"):
+        with pytest.raises(CheckpointError, match=r"matches no weight of this model|is not a row block"):
             opened.open_weights(url, CPU)
 
 

@@ -22,7 +22,7 @@ SHOWN = {
     "hellaswag": ("accuracy", "accuracy_norm"),
 }
 
-# Spans of a segment have no gaps, but their stored ends are rounded.
+# Gaps and overlaps up to this length are ignored: spans of a segment have none, but their stored ends are rounded.
 TOLERANCE_SECONDS = 0.001
 # Bounds of what a ledger may say. Others may have written it, and what is beyond them no run has.
 LARGEST = 1e18
@@ -40,7 +40,7 @@ class NewerFormat(ValueError):
 def start(segment: Segment, event: Mapping[str, Any]) -> None:
     """Apply the start event. Raises ValueError with the reason if it is unusable, NewerFormat for a newer release."""
     if event.get("event") != "start" or not isinstance(event.get("machine"), Mapping):
-        raise ValueError("it is no start event")
+        raise ValueError("it is not a start event")
     if not isinstance(event.get("version"), int) or event["version"] > ledger.VERSION:
         raise NewerFormat(f"ledger version {event.get('version')!r} is newer than this release; update the checkout")
     stored = event["machine"]
@@ -50,7 +50,9 @@ def start(segment: Segment, event: Mapping[str, Any]) -> None:
     for key, least in (("gpus_per_node", 0), ("nodes", 1)):
         machine[key] = stored.get(key, least)
         if type(machine[key]) is not int or not least <= machine[key] <= MOST_OF_A_MACHINE:
-            segment.problems.append(f"segment {segment.number}: {key} is {_brief(machine[key])}; taken for {least}")
+            segment.problems.append(
+                f"segment {segment.number}: {key} is {_brief(machine[key])}, not a count; used {least}"
+            )
             machine[key] = least
     for key in (*_MACHINE_TEXTS, "spot"):
         if stored.get(key) is not None and not isinstance(stored[key], bool if key == "spot" else str):
@@ -86,7 +88,7 @@ def _mark(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append the metrics that a report shows, with training records thinned to the timeline's resolution."""
+    """Append the metrics that a report shows. Of training records, keep one per span of the timeline."""
     for event in events:
         kind, step, time = event.get("kind"), step_number(event.get("step")), moment(event.get("time"))
         if not isinstance(kind, str) or kind not in SHOWN or step is None or time is None:
@@ -146,8 +148,8 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
         segment.spans.append(Span(before, start))
     elif segment.spans and start < before - TOLERANCE_SECONDS:
         segment.problems.append(
-            f"segment {segment.number}: a span starts {before - start:.1f} s before the one before it ended; "
-            "the time in common is counted once"
+            f"segment {segment.number}: a span starts {before - start:.1f} s before the end of the previous span; "
+            "the overlap is counted once"
         )
         start = min(before, end)
     booked_phases = _mapping(event.get("phases")).items()
@@ -156,7 +158,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
     if booked > length:
         if booked > length + TOLERANCE_SECONDS:
             segment.problems.append(
-                f"segment {segment.number}: a span of {length:.1f} s books {booked:.1f} s; scaled to its length"
+                f"segment {segment.number}: a span of {length:.1f} s books {booked:.1f} s; its phases are scaled down"
             )
         phases = {name: seconds * length / booked for name, seconds in phases.items()}
     steps = event.get("steps")
@@ -169,7 +171,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:
-    """Extend the newest span, or begin another: spans stay short and within a UTC hour, so that days are exact."""
+    """Extend the newest span or begin another one. A span is short and ends with the UTC hour, so it is of one day."""
     last = segment.spans[-1] if segment.spans else None
     if (
         last is not None
@@ -193,12 +195,12 @@ def _price(segment: Segment, machine: Mapping[str, Any]) -> float | None:
     stored, currency = machine.get("usd_per_hour"), machine.get("currency", "USD")
     if currency != "USD":
         named = text(currency) or _brief(currency)
-        segment.problems.append(f"segment {segment.number}: its price is in {named}, not USD; taken for unknown")
+        segment.problems.append(f"segment {segment.number}: its price is in {named}, not USD; counted as unknown")
         return None
     price = number(stored)
     if stored is not None and (price is None or not LEAST_PRICE <= price <= HIGHEST_PRICE):
         segment.problems.append(
-            f"segment {segment.number}: usd_per_hour is {_brief(stored)}, no price; taken for unknown"
+            f"segment {segment.number}: usd_per_hour {_brief(stored)} is not a price; counted as unknown"
         )
         return None
     return price

@@ -3,7 +3,7 @@
     docker run --rm IMAGE
     python -m launch.node.selftest --health     the image's health check: the same files, without torch and the GPUs
 
-IMAGE_TARGET, set in the image, names the programs that it is for. Prints one line, or fails with the first error. The
+IMAGE_TARGET, set in the image, says which programs it contains. Prints one line, or fails with the first error. The
 health check runs beside the training every few minutes, so that it takes no memory of a GPU and compiles nothing.
 """
 
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
         return
     if arguments:
         raise ConfigError(f"unknown arguments {' '.join(arguments)}; usage: python -m launch.node.selftest [--health]")
-    for program in (*PROGRAMS[target], "core.stores.remote"):  # programs import it with their first bucket
+    for program in (*PROGRAMS[target], "core.stores.remote"):  # programs import it when they open a bucket
         importlib.import_module(program)
     if os.geteuid() == 0:
         raise ConfigError("the image runs as root; its USER was changed")
