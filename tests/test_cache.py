@@ -227,7 +227,7 @@ def test_a_full_disk_slows_down_and_does_not_stop(url: str, tmp_path: Path, monk
     monkeypatch.setattr("trainer.data.cache.STALL_RETRY_SECONDS", 0.05)
     monkeypatch.setattr("trainer.data.cache.PATIENCE_SECONDS", 0.05)
 
-    def download(uri: str, path: Path, expected_sha256: str, survives_crash: bool) -> int:
+    def download(uri: str, path: Path, expected_sha256: str, **more: object) -> int:
         raise StorageError(f"{path}: could not write: the disk is full; free space or choose another folder")
 
     monkeypatch.setattr(storage, "download", download)
