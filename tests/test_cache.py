@@ -177,11 +177,11 @@ def test_a_corrupt_transfer_is_healed_by_the_second_fetch(url: str, tmp_path: Pa
     stream = make_set(url)
     real, spoiled = storage.chunks, []
 
-    def chunks(uri: str):
+    def chunks(uri: str, most: int | None = None):
         if uri.endswith("00002.bin") and not spoiled:
             spoiled.append(uri)
             return [b"".join(real(uri))[::-1]]
-        return real(uri)
+        return real(uri, most)
 
     monkeypatch.setattr(storage, "chunks", chunks)
     tokens = source(url, tmp_path / "cache")
