@@ -134,34 +134,35 @@ def flops_per_token(model: ModelConfig) -> float:
     return 6.0 * matrix_parameters(model) + 12.0 * model.layers * model.context * model.width
 
 
-def activation_bytes(model: ModelConfig, sequences: int, recompute: bool) -> float:
+def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residual_bytes: int = FP32_BYTES) -> float:
     """Memory of one micro-batch between forward and backward pass, under autocast to bfloat16, in compiled blocks.
 
     Counted from what autograd stores there (tests/activations.py): with torch 2.13 the partitioner of torch.compile
     keeps, per block, what `_block_bytes` lists, and computes the rest again. With `recompute` only each block's input
-    is kept, and all of one block while its backward pass runs.
+    is kept, and all of one block while its backward pass runs. `residual_bytes` is the size of a number of the residual
+    stream.
     """
     tokens = sequences * model.context
-    block, residual = _block_bytes(model), FP32_BYTES * model.width
+    block, residual = _block_bytes(model, residual_bytes), residual_bytes * model.width
     blocks = residual * (model.layers - 1) + block if recompute else block * model.layers
-    # Around the blocks: the last norm's input and the gradient that the loss has made already; the embedding's norm
-    # and dropout.
-    around = 2 * residual + _norm_bytes(model)
-    around += residual + _norm_bytes(model) if model.embedding_norm else 0
+    # Around the blocks, where numbers are float32: the last norm's input and the gradient that the loss has made
+    # already; the embedding's norm and dropout.
+    around = 2 * FP32_BYTES * model.width + _norm_bytes(model)
+    around += FP32_BYTES * model.width + _norm_bytes(model) if model.embedding_norm else 0
     around += model.width if model.dropout else 0
     # The first block's values, which all blocks see, are a part of its queries, keys and values.
     around += 3 * BF16_BYTES * model.width if model.value_skip and recompute else 0
     return float(tokens * (blocks + around))
 
 
-def _block_bytes(model: ModelConfig) -> int:
+def _block_bytes(model: ModelConfig, residual_bytes: int) -> int:
     """What a compiled block stores for its backward pass, per token, its input included."""
     products = 7 * model.width  # both norms' results, queries, keys and values, attention's result, its projection
     products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
     if model.position == "rope" or model.qk_norm:
         products += 3 * model.width  # queries and keys as attention takes them, and its result in another order
     products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # before and after the activation
-    kept = FP32_BYTES * model.width + BF16_BYTES * products
+    kept = residual_bytes * model.width + BF16_BYTES * products
     kept += 2 * model.width if model.dropout else 0  # a byte per element says what was dropped
     statistics = model.heads * (3 if model.qk_norm else 1)  # attention's log-sum-exp, and the norms per head
     return kept + FP32_BYTES * statistics + 2 * _norm_bytes(model)
@@ -184,6 +185,7 @@ def training_bytes(
     zero: int,
     muon: bool,
     recompute: bool,
+    residual: str = "fp32",
 ) -> float:
     """Memory that one GPU needs to train with `sequences` per micro-batch, `accumulation` of them per step and rank.
 
@@ -203,5 +205,7 @@ def training_bytes(
         rows * model.padded_vocab_size * (FP32_BYTES + 2 * BF16_BYTES)
         + 2 * FP32_BYTES * model.padded_vocab_size * model.width
     )
-    parts = weights + adamw_bytes + muon_bytes + exchange + loss + activation_bytes(model, sequences, recompute)
+    residual_bytes = BF16_BYTES if residual == "bf16" else FP32_BYTES
+    activations = activation_bytes(model, sequences, recompute, residual_bytes)
+    parts = weights + adamw_bytes + muon_bytes + exchange + loss + activations
     return 1.1 * parts
