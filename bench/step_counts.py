@@ -1,13 +1,15 @@
 """Counts what a training step asks of a device, without one: operations, bytes, and waits of the host.
 
-    python -m bench.step_counts [--before=../old] [--only=gpt2-124m-1] [--out=FILE]
+    python -m bench.step_counts [--before=../old] [--only=gpt2-124m-1] [--width=96] [--out=FILE]
 
-It takes steps of the trainer's loop on a CPU under a TorchDispatchMode, with short sequences, so that the numbers of
-the optimizer are those of the whole model, and those of the passes depend on the tokens. Eight ranks are one process
-whose collectives move nothing. An operation is one call of a kernel: views and allocations are none, and an operation
-over a list of tensors is one (a GPU takes a launch for about every 20 million numbers of it). `moved` adds the sizes of
-all that operations read and write. `reads` are the places where the host takes a value out of a tensor: on a GPU each
-waits for it. `late` are those of the step before, after its end. FOLDER of `--before` is a checkout of another commit.
+It takes steps of the trainer's loop on a CPU under a TorchDispatchMode, with short sequences. The numbers of operations
+are those of the preset; bytes follow from the width, and those of the passes from the tokens. Eight ranks are one
+process whose collectives move nothing. An operation is one call of a kernel: views and allocations are none, and an
+operation over a list of tensors is one (a GPU takes a launch for about every 20 million numbers of it). `moved` adds
+the sizes of all that operations read and write. `reads` are the places where the host takes a value out of a tensor:
+on a GPU each waits for it. `late` are those of the step before, after its end. Counted is the last rank, whose share of
+Muon's matrices the embeddings do not make smaller. FOLDER of `--before` is a checkout of another commit; before Muon
+went by batches, AdamW was fused on a GPU only, and on a CPU read its own step counters.
 """
 
 import argparse
@@ -35,34 +37,39 @@ def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--before", type=Path, help="folder of another working tree, counted too")
     parser.add_argument("--only", default="", help="names such as gpt2-124m-8, separated by commas; default: all")
+    parser.add_argument("--width", type=int, default=0, help="model dimension; default: the preset's")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = [f"{preset}-{world}" for preset, world in CASES]
     if options.one:
-        preset, _, world = options.one.rpartition("-")
-        print(_RESULT + json.dumps(count(preset, int(world))), flush=True)
+        for name in options.one.split(","):
+            preset, _, world = name.rpartition("-")
+            print(_RESULT + json.dumps(count(preset, int(world), options.width)), flush=True)
         return
     chosen = options.only.split(",") if options.only else names
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"--only={unknown[0]}: there is no such case, only {', '.join(names)}")
     trees = {"before": options.before.resolve()} if options.before else {}
     trees["after"] = harness.REPOSITORY
-    cases = {name: {side: _counted(tree, name) for side, tree in trees.items()} for name in chosen}
+    found = {side: _counted(tree, chosen, options.width) for side, tree in trees.items()}
+    cases = {name: {side: found[side][number] for side in trees} for number, name in enumerate(chosen)}
     commits = {side: _commit(tree) for side, tree in trees.items()}
-    tokens = {"sequences": SEQUENCES, "context": CONTEXT, "accumulation": ACCUMULATION}
-    harness.finish(harness.header("torch", "numpy") | {"commits": commits, **tokens, "cases": cases}, show, options.out)
+    about = {"sequences": SEQUENCES, "context": CONTEXT, "accumulation": ACCUMULATION, "width": options.width or None}
+    results = harness.header("torch", "numpy") | {"load": os.getloadavg()[0], "commits": commits, **about}
+    harness.finish(results | {"cases": cases}, show, options.out)
 
 
-def _counted(tree: Path, name: str) -> dict[str, Any]:
+def _counted(tree: Path, names: list[str], width: int) -> list[dict[str, Any]]:
     """The counts of a working tree: this file, with the packages of that tree."""
-    code = f"import runpy, sys; sys.path.insert(0, {str(tree)!r}); sys.argv = ['step_counts', '--one={name}']; "
+    flags = ["step_counts", f"--one={','.join(names)}", f"--width={width}"]
+    code = f"import runpy, sys; sys.path.insert(0, {str(tree)!r}); sys.argv = {flags!r}; "
     code += f"runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
     environment = os.environ | {"PYTHONPATH": str(tree)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
-    if not found:
-        raise SystemExit(f"{tree}, {name}: the count failed:\n{done.stderr[-3000:]}")
-    return json.loads(found[0].removeprefix(_RESULT))
+    if len(found) < len(names):
+        raise SystemExit(f"{tree}, {names[len(found)]}: the count failed:\n{done.stderr[-3000:]}")
+    return [json.loads(line.removeprefix(_RESULT)) for line in found]
 
 
 def _commit(tree: Path) -> str:
@@ -71,28 +78,40 @@ def _commit(tree: Path) -> str:
 
 
 def show(results: dict[str, Any]) -> None:
-    heads = ["case", "", "operations", "of the optimizer", "allocations", "allocated", "moved", "reads", "late"]
-    heads += ["device gathers", "host gathers"]
+    heads = ["case", "", "operations", "of the optimizer", "allocations", "allocated", "moved", "reads"]
+    heads += ["of the optimizer", "late", "device gathers", "host gathers"]
     rows = []
     for name, sides in results["cases"].items():
         for side, each in sides.items():
             row = [name, side, each["operations"], each["optimizer_operations"], each["allocations"]]
             row += [f"{each['allocated_bytes'] / 1e6:.0f} MB", f"{each['moved_bytes'] / 1e9:.2f} GB"]
-            row += [each["reads"], each["late_reads"], each["gathers_in_step"], each["gathers_between_steps"]]
+            row += [
+                each["reads"],
+                each["optimizer_reads"],
+                each["late_reads"],
+                each["gathers_in_step"],
+                each["gathers_between_steps"],
+            ]
             rows.append([str(value) for value in row])
+    width = f"width {results['width']}" if results["width"] else "the preset's width"
     about = f"torch {results['versions']['torch']}, {results['date']}, {results['machine']['cores']} cores"
-    harness.print_table(f"One step, {SEQUENCES} x {CONTEXT} x {ACCUMULATION} tokens; {about}", heads, rows)
+    harness.print_table(
+        f"One step, {SEQUENCES} x {CONTEXT} x {ACCUMULATION} tokens, {width}; {about}",
+        heads,
+        rows,
+    )
 
 
 # --- one case, in a process of its own -------------------------------------------------------------------------
 
 
-def count(preset: str, world: int) -> dict[str, Any]:
+def count(preset: str, world: int, width: int = 0) -> dict[str, Any]:
     from bench.gpu import presets
 
     tokens = SEQUENCES * ACCUMULATION * CONTEXT * world
     flags = [f"--model.context={CONTEXT}", f"--batch.micro_batch_size={SEQUENCES}"]
     flags += [f"--batch.tokens_per_step={tokens}", "--train.norms_every=0"]
+    flags += [f"--model.width={width}"] if width else []
     return count_steps(presets.settings_of(preset, *flags), world)
 
 
@@ -119,6 +138,7 @@ def count_steps(settings: PretrainConfig, world: int) -> dict[str, Any]:
         "allocated_bytes": seen.allocated,
         "moved_bytes": seen.moved,
         "reads": seen.reads["launch"],
+        "optimizer_reads": seen.reads["optimizer"],
         "late_reads": int(bool(seen.reads["late"])),  # all after one wait
         "gathers_in_step": gathers,
         "gathers_between_steps": seen.gathers - gathers,
@@ -144,7 +164,7 @@ def take_step(loop: Any, step: int, batches: list) -> None:
 
 @contextlib.contextmanager
 def fake_ranks(world: int):
-    """This process as rank 0 of `world`, whose collectives move nothing: each rank seems to have the same values."""
+    """This process as the last rank of `world`. Collectives move nothing: each rank seems to have the same values."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -157,10 +177,10 @@ def fake_ranks(world: int):
             received.copy_(sent)
 
     store = FakeStore()
-    dist.init_process_group("fake", store=store, rank=0, world_size=world)
+    dist.init_process_group("fake", store=store, rank=world - 1, world_size=world)
     original, dist.all_to_all_single = dist.all_to_all_single, all_to_all
     try:
-        yield Ranks(0, world, 0, world, torch.device("cpu"), store, dist.group.WORLD)
+        yield Ranks(world - 1, world, world - 1, world, torch.device("cpu"), store, dist.group.WORLD)
     finally:
         dist.all_to_all_single = original
         dist.destroy_process_group()
@@ -255,9 +275,9 @@ def _counter() -> Any:
             optimize, report = loop.optimizer.step, getattr(loop, "_report", None)
 
             def optimizing(*arguments):
-                self.in_optimizer = True
+                self.in_optimizer, self.where = True, "optimizer"
                 optimize(*arguments)
-                self.in_optimizer = False
+                self.in_optimizer, self.where = False, "launch"
 
             def reporting(*arguments):
                 self.where = "late"

@@ -65,7 +65,7 @@ def _directions(
 
 @functools.cache
 def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(_directions, dynamic=False, fullgraph=True)
+    return torch.compile(_directions, dynamic=False)
 
 
 @torch.no_grad()
