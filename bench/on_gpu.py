@@ -3,7 +3,8 @@
     python -m bench.on_gpu look --out=FOLDER      3 minutes: versions, steps of two presets, graphs, a profile
     python -m bench.on_gpu exact --out=FOLDER     4 minutes: compiled against plain, kill and resume, determinism
     python -m bench.on_gpu speed --out=FOLDER     5 minutes: MFU beside other trainers, attention kernels, switches
-    python -m bench.on_gpu all --out=FOLDER       the three, one after another
+    python -m bench.on_gpu gains --out=FOLDER     3 minutes: steps without one of the choices that make them fast
+    python -m bench.on_gpu all --out=FOLDER       the four, one after another
 
 Each measurement runs as a separate process and stores each result immediately. FOLDER receives, for each part, a JSON
 record, the same as text, and a log of the processes' output. The program continues after a measurement that fails, and
@@ -68,7 +69,7 @@ def _options() -> argparse.Namespace:
     if options.data and options.text:
         parser.error("--data and --text both say what the tokens are; give one of them")
     if options.only and options.part == "all":
-        parser.error("--only goes with one part; name look, exact or speed instead of all")
+        parser.error(f"--only goes with one part; name one of {', '.join(PARTS)} instead of all")
     if options.data and "://" not in options.data:
         options.data = str(Path(options.data).resolve())
     return options

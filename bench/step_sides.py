@@ -16,10 +16,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from core.settings.training import PretrainConfig
+from trainer.loop.loop import clip
+from trainer.loop.numbers import Gate
 from trainer.model.gpt import GPT
+from trainer.model.kernels import use_attention
 from trainer.model.precision import autocast
 from trainer.optim.optimizer import BlockOptimizer
 from trainer.optim.reduce import TreeReducer
+from trainer.stages.pretrain import NextToken
 
 
 @dataclasses.dataclass
@@ -28,6 +32,7 @@ class Side:
 
     `begin` clears gradients. `context(i)` wraps forward and backward of micro-batch i, and `done(i)` follows.
     `forward(tokens)` returns the loss of a micro-batch (sequences, context + 1), and `finish` clips and updates.
+    Unless the side `scales` it, the loss is divided by the number of micro-batches before its backward pass.
     """
 
     forward: Callable[[torch.Tensor], torch.Tensor]
@@ -35,28 +40,39 @@ class Side:
     begin: Callable[[], None]
     context: Callable[[int], object]
     done: Callable[[int], None] = lambda _: None
+    scales: bool = False
 
 
 def ours(settings: PretrainConfig, device: torch.device, accumulation: int) -> Side:
     """The step of trainer.loop.loop, built from the trainer's parts."""
-    model = GPT(settings.model, settings.train.activation_checkpointing)
+    train = settings.train
+    use_attention(train.attention, device, train.deterministic)
+    model = GPT(settings.model, train.activation_checkpointing, train.residual)
     model.initialise(1)
     model.to(device)
     optimizer = BlockOptimizer(model, settings.optimizer, rank=0, world=1)
     if device.type == "cuda":
         model.compile_blocks()
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(NextToken(model, 1 / accumulation), gradient_as_bucket_view=True)
     reducer = TreeReducer(ddp, accumulation)
+    gate = Gate(device)
+    losses: list[torch.Tensor] = []
+
+    def begin() -> None:
+        losses.clear()
+        reducer.reset()
 
     def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
-        with autocast(device):
-            return ddp(tokens_BT[:, :-1], tokens_BT[:, 1:])
+        with autocast(device, train.precision):
+            loss = ddp(tokens_BT)
+        losses.append(loss.detach())
+        return loss
 
     def finish() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.grad_clip or float("inf"))
-        optimizer.step(1.0)
+        norm = clip(reducer.parameters, settings.optimizer.grad_clip)
+        optimizer.step(1.0, gate.check(torch.stack([*losses, norm])))
 
-    return Side(forward, finish, reducer.reset, reducer.context, reducer.micro_batch_done)
+    return Side(forward, finish, begin, reducer.context, reducer.micro_batch_done, scales=True)
 
 
 def plain(settings: PretrainConfig, device: torch.device, accumulation: int, compiled: bool = False) -> Side:

@@ -79,6 +79,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--optimize-ddp", choices=("on", "off"), help="whether torch splits graphs under DDP")
     parser.add_argument("--attention", choices=ATTENTION, help="the only attention kernel that torch may choose")
+    parser.add_argument("--without", default="", help="choices of our step to undo (bench.gpu.toggles)")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -107,13 +108,14 @@ def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
     import torch
 
     from bench import step_sides
-    from bench.gpu import clock
+    from bench.gpu import clock, toggles
     from trainer.distributed import process_group
 
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = process_group.start(kind).device
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(1)
+    toggles.undo(options.without)
     if options.one in step_sides.OTHERS:
         side = step_sides.OTHERS[options.one](options.rivals, settings, device)
     elif options.one == "ours":
@@ -193,14 +195,14 @@ def _step(side, batches: list, parts) -> float:
     parts.mark(None)
     for index, tokens_BT in enumerate(batches):
         with side.context(index):
-            loss = side.forward(tokens_BT) / len(batches)
+            loss = side.forward(tokens_BT)
             parts.mark("forward")
-            loss.backward()
+            (loss if side.scales else loss / len(batches)).backward()
         side.done(index)
         parts.mark("backward")
     side.finish()
     parts.mark("optimizer")
-    return float(loss.detach()) * len(batches)
+    return float(loss.detach())
 
 
 def _measured_peak(device) -> float:

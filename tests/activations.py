@@ -38,7 +38,7 @@ class Kept:
 
 
 @functools.cache
-def of_compiled_block(config: ModelConfig, sequences: int) -> Kept:
+def of_compiled_block(config: ModelConfig, sequences: int, residual: str = "fp32") -> Kept:
     """What one block stores, its input included. Nothing is computed: compilation ends with the graph."""
     graphs: list[torch.fx.GraphModule] = []
 
@@ -51,7 +51,8 @@ def of_compiled_block(config: ModelConfig, sequences: int) -> Kept:
 
     torch._dynamo.reset()
     block = _block(config)
-    x_BTD = torch.empty(sequences, config.context, config.width, requires_grad=True)
+    dtype = torch.bfloat16 if residual == "bf16" else torch.float32
+    x_BTD = torch.empty(sequences, config.context, config.width, dtype=dtype, requires_grad=True)
     rotary = rotations(torch.arange(config.context), config) if config.position == "rope" else None
     with _as_on_cuda(_rms_norm), contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):
         torch.compile(block, backend=backend, fullgraph=True)(x_BTD, x_BTD, None, Context(rotary, None, None))
@@ -60,10 +61,14 @@ def of_compiled_block(config: ModelConfig, sequences: int) -> Kept:
 
 
 @functools.cache
-def around_blocks(config: ModelConfig, sequences: int, recompute: bool = False) -> tuple[int, int]:
+def around_blocks(
+    config: ModelConfig, sequences: int, recompute: bool = False, residual: str = "fp32"
+) -> tuple[int, int]:
     """(bytes around the blocks, bytes of each block) of what is alive after a forward pass, without weights and their
     gradients. Blocks are not compiled here: only with `recompute` theirs is what training keeps."""
-    two, three = (_alive(dataclasses.replace(config, layers=layers), sequences, recompute) for layers in (2, 3))
+    two, three = (
+        _alive(dataclasses.replace(config, layers=layers), sequences, recompute, residual) for layers in (2, 3)
+    )
     return two - 2 * (three - two), three - two
 
 
@@ -100,9 +105,9 @@ def _stored(graph: torch.fx.GraphModule, shape: torch.Size) -> Kept:
     return Kept(sum(activations.values()), sum(copies.values()))
 
 
-def _alive(config: ModelConfig, sequences: int, recompute: bool) -> int:
+def _alive(config: ModelConfig, sequences: int, recompute: bool, residual: str) -> int:
     with FakeTensorMode():
-        model = GPT(config, recompute)
+        model = GPT(config, recompute, residual)
         tokens_BT = torch.zeros(sequences, config.context, dtype=torch.int32)
         eager = mock.patch("torch.nn.functional.dropout", _dropout)
         with _Storages() as storages, _as_on_cuda(_one_rms_norm), eager:

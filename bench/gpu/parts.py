@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import toggles
 from bench.gpu.presets import OTHER, PLAIN, path, small_flags
 from bench.gpu.records import Record
 from bench.harness import REPOSITORY
 
 MICRO_BATCHES = (64, 32, 96)  # sequences, in this order; with more, the logits of the plain side exceed 141 GB
+BF16_RESIDUAL = ("train.residual=bf16", "train.precision=bf16")
 # The resume measurement stores a checkpoint every two steps, so its model is narrow. These heads keep the head width.
 NARROW = {PLAIN: ["--model.heads=4"], OTHER: ["--model.heads=2"]}
 
@@ -80,12 +82,25 @@ def speed(place: Place, record: Record) -> Iterator[Measurement]:
         no_kernel = place.rehearse and kernel == "cudnn"
         side = Skip("a CPU has no such kernel") if no_kernel else _side(place, "ours", best, f"--attention={kernel}")
         yield f"attention-{kernel}", side
-    yield "residual-bf16", Skip("no setting keeps the residual stream in bfloat16: it stays in float32")
+    flash3 = "torch has FlashAttention 3 for a GPU only" if place.rehearse else ""
+    side = _side(place, "ours", best, "--set=train.attention=flash3")
+    yield "attention-flash3", Skip(flash3) if flash3 else side
+    yield "residual-bf16", _side(place, "ours", best, *(f"--set={each}" for each in BF16_RESIDUAL))
     yield f"ours-{OTHER}", _side(place, "ours", best, preset=OTHER)
 
 
-PARTS: Mapping[str, Part] = {"look": look, "exact": exact, "speed": speed}
-MINUTES = {"look": 3.0, "exact": 4.0, "speed": 5.0}
+def gains(place: Place, record: Record) -> Iterator[Measurement]:
+    """Steps of the trainer, and the same without one of the choices that are to make them fast."""
+    yield "steps-with-all", _steps(place, "all", OTHER, 20)
+    for name in toggles.TOGGLES:
+        yield f"steps-without-{name}", _steps(place, f"without-{name}", OTHER, 20, [f"--without={name}"])
+    flags = [f"--{each}" for each in BF16_RESIDUAL]
+    yield "steps-residual-bf16", _steps(place, "residual", OTHER, 20, flags=flags)
+    yield "gains", _gains(record)
+
+
+PARTS: Mapping[str, Part] = {"look": look, "exact": exact, "speed": speed, "gains": gains}
+MINUTES = {"look": 3.0, "exact": 4.0, "speed": 5.0, "gains": 3.0}
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -149,6 +164,17 @@ def _price(record: Record) -> dict[str, Any] | Skip:
         return Skip(f"no steps were timed with {' and '.join(missing)} kernels")
     times = seconds["deterministic"] / seconds["free"]
     return {"text": f"a step with deterministic kernels takes {times:.3f} times as long", "times": times, **seconds}
+
+
+def _gains(record: Record) -> dict[str, Any] | Skip:
+    whole = _median_step(record, "steps-with-all")
+    names = [name for name in record.document["measurements"] if name.startswith("steps-") and name != "steps-with-all"]
+    others = {name: seconds for name in names if (seconds := _median_step(record, name))}
+    if not whole or not others:
+        return Skip("no steps were timed with and without a choice")
+    times = {name.removeprefix("steps-"): seconds / whole for name, seconds in others.items()}
+    text = ", ".join(f"{name} {each:.3f}" for name, each in times.items())
+    return {"text": f"a step takes so many times as long as with all choices: {text}", "times": times}
 
 
 def _median_step(record: Record, name: str) -> float | None:

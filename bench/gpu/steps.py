@@ -1,20 +1,22 @@
 """Times steps of the trainer, reports compilations and profiles the last steps; a measurement of bench.on_gpu.
 
-    python -m bench.gpu.steps --steps=30 [--profile] [--trace=FILE] -- CONFIG.yaml --data.url=... --run.url=...
+    python -m bench.gpu.steps --steps=30 [--profile] [--trace=FILE] [--without=late-reads] -- CONFIG.yaml --data.url=...
 
-Arguments after `--` go to trainer.train, which runs in this process; only its step function is wrapped.
+Arguments after `--` go to trainer.train, which runs in this process; only its step functions are wrapped. On a GPU
+torch counts the operations that make the host wait within the launch of a step.
 """
 
 import argparse
 import contextlib
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import harness
-from bench.gpu import clock, profiling
+from bench.gpu import clock, profiling, toggles
 from core.errors import LauncherError
 from core.figures import quantity
 from core.gpus import peak_flops
@@ -34,7 +36,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--profile", action="store_true", help="run the last steps under torch.profiler")
     parser.add_argument("--trace", type=Path, help="file for the profiler's trace; a large one is not kept")
+    parser.add_argument("--without", default="", help=f"choices to undo: {', '.join(toggles.TOGGLES)}")
     options = parser.parse_args(arguments[:split])
+    toggles.undo(options.without)
     watch = Watch(options.steps, options.profile)
     watch.install()
     flags = [*arguments[split + 1 :], f"--train.steps={options.steps}"]
@@ -59,9 +63,23 @@ class Watch:
         self._loop: Any = None
         self._peak_bytes: int | None = None
         self._profiling = contextlib.ExitStack()
+        self._waits = 0
 
     def install(self) -> None:
-        original = Loop._step
+        original, launch = Loop._step, Loop._launch
+
+        def launching(loop: Loop, number: int, *arguments: Any) -> Any:
+            if loop.ranks.device.type != "cuda" or number <= SETTLED:
+                return launch(loop, number, *arguments)
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                done = launch(loop, number, *arguments)
+                torch.cuda.set_sync_debug_mode("default")
+            self._waits += sum("synchronizing CUDA operation" in str(each.message) for each in found)
+            return done
+
+        Loop._launch = launching
 
         def step(loop: Loop, number: int, *arguments: Any) -> None:
             self._before(loop, number)
@@ -106,6 +124,7 @@ class Watch:
         text += f": {quantity(tokens)} tokens/s"
         text += f", MFU {100 * mfu:.1f} %" if mfu else ""
         text += f", {self._peak_bytes / 1e9:.1f} GB" if self._peak_bytes else ""
+        text += f", {self._waits} waits of the host within steps" if device.type == "cuda" else ""
         harness.say(
             text,
             kind="steps",
@@ -120,6 +139,7 @@ class Watch:
             estimated_bytes=_estimate(settings),
             loss=self._loop.last_loss,
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            waits_within_steps=self._waits if device.type == "cuda" else None,
         )
         compilations = profiling.compilations(self._settled)
         harness.say(profiling.describe_compilations(compilations), kind="compiled", **compilations)

@@ -114,6 +114,10 @@ class RunFolder:
         """Log-probabilities under the initial weights of a DPO run."""
         return self._at("reference.safetensors")
 
+    def profile(self, segment: int, first: int, last: int) -> str:
+        """The trace of a profiler over steps `first` to `last`."""
+        return self._at("profile", f"{segment_name(segment)}-steps-{first}-{last}.json.gz")
+
     def segment(self, number: int) -> SegmentFolder:
         return SegmentFolder(self.url, number)
 

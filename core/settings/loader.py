@@ -14,7 +14,7 @@ import operator
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -30,7 +30,7 @@ def setting(
     help: str,
     *,
     env: str | None = None,
-    identity: bool = True,
+    identity: bool | Literal["unless default"] = True,
     check: Callable[[str], str | None] | None = None,
     ge: float | None = None,
     gt: float | None = None,
@@ -41,7 +41,8 @@ def setting(
     """Declare one setting.
 
     `env` names an environment variable, which overrides the default and the file. With `identity=False` the setting may
-    differ between the segments of a run, because it does not change the result (paths, intervals, prices). `check`
+    differ between the segments of a run, because it does not change the result (paths, intervals, prices). A setting
+    with `identity="unless default"` is younger than runs that still go on, which were made with its default. `check`
     returns the problem of a text, or None (see `core.urls`); it is called for each item of a list. `ge`, `gt`, `le`
     and `lt` bound a number, which must then be finite; a schema that derives from Bounded checks them. If the setting
     is given, the settings of the same section that `replaces` names lose values of lower precedence (see `load`).
@@ -220,7 +221,12 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity(config: Any) -> dict[str, Any]:
     """The settings that define the result of a run, by dotted key (see `identity` of `setting`)."""
     known = dict(_walk(type(config)))
-    return {key: value for key, value in flatten(to_dict(config)).items() if known[key].metadata["identity"]}
+    return {
+        key: value
+        for key, value in flatten(to_dict(config)).items()
+        if known[key].metadata["identity"] is True
+        or (known[key].metadata["identity"] == "unless default" and value != known[key].default)
+    }
 
 
 def help_text(schema: type, usage: str) -> str:

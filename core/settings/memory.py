@@ -48,6 +48,7 @@ def estimate(settings: TrainingConfig, model: ModelConfig, micro_batch_size: int
         zero=settings.optimizer.zero,
         muon=settings.optimizer.name == "muon",
         recompute=settings.train.activation_checkpointing,
+        residual=settings.train.residual,
     )
 
 

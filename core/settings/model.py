@@ -137,34 +137,35 @@ def flops_per_token(model: ModelConfig) -> float:
     return 6.0 * matrix_parameters(model) + 12.0 * model.layers * model.context * model.width
 
 
-def activation_bytes(model: ModelConfig, sequences: int, recompute: bool) -> float:
+def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residual_bytes: int = FP32_BYTES) -> float:
     """Memory of one micro-batch between forward and backward pass, under autocast to bfloat16, in compiled blocks.
 
     Counted from what autograd stores there (tests/activations.py): with torch 2.13 the partitioner of torch.compile
     keeps, per block, what `_block_bytes` lists, and recomputes the rest. With `recompute` only the input of each block
-    is kept, and everything of one block while its backward pass runs.
+    is kept, and everything of one block while its backward pass runs. `residual_bytes` is the size of a number of the
+    residual stream.
     """
     tokens = sequences * model.context
-    block, residual = _block_bytes(model), FP32_BYTES * model.width
+    block, residual = _block_bytes(model, residual_bytes), residual_bytes * model.width
     blocks = residual * (model.layers - 1) + block if recompute else block * model.layers
-    # Outside of the blocks: the last norm's input, the gradient that the loss has computed already, and the norm and
-    # the dropout mask of the embedding.
-    around = 2 * residual + _norm_bytes(model)
-    around += residual + _norm_bytes(model) if model.embedding_norm else 0
+    # Outside of the blocks, in float32: the last norm's input, the gradient that the loss has computed already, and the
+    # norm and the dropout mask of the embedding.
+    around = 2 * FP32_BYTES * model.width + _norm_bytes(model)
+    around += FP32_BYTES * model.width + _norm_bytes(model) if model.embedding_norm else 0
     around += model.width if model.dropout else 0
     # All blocks use the first block's values. These are a view of a tensor with its queries and keys, which stays too.
     around += 3 * BF16_BYTES * model.width if model.value_skip and recompute else 0
     return float(tokens * (blocks + around))
 
 
-def _block_bytes(model: ModelConfig) -> int:
+def _block_bytes(model: ModelConfig, residual_bytes: int) -> int:
     """Bytes per token that a compiled block stores for its backward pass, its input included."""
     products = 7 * model.width  # results of: both norms, queries, keys, values, attention, its projection
     products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
     if model.position == "rope" or model.qk_norm:
         products += 3 * model.width  # queries and keys after rope or norm, and a reordered copy of attention's result
     products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # before and after the activation
-    kept = FP32_BYTES * model.width + BF16_BYTES * products
+    kept = residual_bytes * model.width + BF16_BYTES * products
     kept += 2 * model.width if model.dropout else 0  # dropout masks, a byte per element
     statistics = model.heads * (3 if model.qk_norm else 1)  # attention's log-sum-exp, and the norms per head
     return kept + FP32_BYTES * statistics + 2 * _norm_bytes(model)
@@ -187,6 +188,7 @@ def training_bytes(
     zero: int,
     muon: bool,
     recompute: bool,
+    residual: str = "fp32",
 ) -> float:
     """Memory that one GPU needs to train with `sequences` per micro-batch, `accumulation` of them per step and rank.
 
@@ -207,5 +209,7 @@ def training_bytes(
         rows * model.padded_vocab_size * (FP32_BYTES + 2 * BF16_BYTES)
         + 2 * FP32_BYTES * model.padded_vocab_size * model.width
     )
-    parts = weights + adamw_bytes + muon_bytes + exchange + loss + activation_bytes(model, sequences, recompute)
+    residual_bytes = BF16_BYTES if residual == "bf16" else FP32_BYTES
+    activations = activation_bytes(model, sequences, recompute, residual_bytes)
+    parts = weights + adamw_bytes + muon_bytes + exchange + loss + activations
     return 1.1 * parts

@@ -171,6 +171,16 @@ class TrainLoopConfig(Bounded):
         "auto",
         "number format of matrix products: auto is bf16 on a GPU, fp32 on a CPU; fp8 (blocks only) needs Hopper",
     )
+    residual: Literal["fp32", "bf16"] = setting(
+        "fp32",
+        "number format of the residual stream between blocks; bf16 moves fewer bytes and rounds each block's sum",
+        identity="unless default",
+    )
+    attention: Literal["auto", "flash", "flash3", "efficient", "cudnn"] = setting(
+        "auto",
+        "kernel of attention on a GPU: auto is the fastest one measured on it, else torch's choice",
+        identity="unless default",
+    )
     grad_reduce_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "number format in which ranks exchange gradients; with bf16 the result depends on the number of ranks"
     )
@@ -183,6 +193,11 @@ class TrainLoopConfig(Bounded):
         "faster. A CPU always gives the same bits",
     )
     compile: bool = setting(True, "torch.compile the model (CUDA only)", identity=False)
+    profile: tuple[int, ...] = setting(
+        (),
+        "first and last step to profile: a trace in the run's folder, the dearest operations in the log",
+        identity=False,
+    )
     cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores / ranks", identity=False, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting(
         (), "trackers that get the metrics too, if installed; their failures never stop a run", identity=False
@@ -199,6 +214,33 @@ class TrainLoopConfig(Bounded):
             "is fp8, but device is cpu, which has no fp8 units; set fp32 or auto",
         )
         require(all(step > 0 for step in self.skip_steps), "skip_steps", f"is {self.skip_steps}; steps count from 1")
+        pair = self.profile[:1] + self.profile[-1:]
+        require(
+            not self.profile or (len(self.profile) == 2 and 0 < pair[0] <= pair[1]),
+            "profile",
+            f"is {list(self.profile)}; give the first and the last step, such as 20,22",
+        )
+        is_fp32 = self.precision == "fp32" or (self.precision == "auto" and self.device == "cpu")
+        require(
+            not (self.residual == "bf16" and is_fp32),
+            "residual",
+            "is bf16, but the products are fp32, which it would round; set train.precision=bf16, or this to fp32",
+        )
+        if self.attention == "auto":
+            return
+        said = f"is {self.attention}"
+        require(self.device != "cpu", "attention", f"{said}, a kernel of GPUs, but train.device is cpu; set auto")
+        require(
+            not (is_fp32 and self.attention != "efficient"),
+            "attention",
+            f"{said}, which takes no fp32, but train.precision is fp32; set efficient or auto, or another precision",
+        )
+        require(
+            not (self.attention == "cudnn" and self.deterministic),
+            "attention",
+            "is cudnn, whose backward pass may round differently each time, but train.deterministic is true; set auto, "
+            "or train.deterministic=false in a new run",
+        )
 
 
 @dataclass(frozen=True)
@@ -275,6 +317,11 @@ class PretrainConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_batch(self, self.model.context)
+        require(
+            not (self.model.document_mask and self.train.attention != "auto"),
+            "train.attention",
+            f"is {self.train.attention}, but model.document_mask takes FlexAttention; set auto",
+        )
 
 
 def check_batch(settings: TrainingConfig, context: int) -> None:

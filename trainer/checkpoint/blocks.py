@@ -37,25 +37,29 @@ def assign_blocks(
     world: int,
     max_elements: int = MAX_BLOCK_ELEMENTS,
     rows_of: Mapping[str, int] = MappingProxyType({}),
+    together: Iterable[Sequence[tuple[str, int]]] = (),
 ) -> list[Block]:
     """Cut parameters into blocks of at most `max_elements`; assign each, largest first, to the least loaded rank.
 
-    A parameter in `rows_of` is cut into blocks of this many rows instead, whatever their size. The result depends
-    only on the arguments, so all ranks compute the same one.
+    A parameter in `rows_of` is cut into blocks of this many rows instead, whatever their size. Blocks that
+    `together` lists in one sequence, by name and first row, have one owner. The result depends only on the arguments,
+    so all ranks compute the same one.
     """
-    ranges = []
+    first_of = {each: tuple(sequence[0]) for sequence in together for each in sequence}
+    units: dict[tuple[str, int], list[tuple[int, str, int, int]]] = {}
     for name, shape in shapes.items():
         rows, per_row = shape[0], torch.Size(shape[1:]).numel()
         step = rows_of.get(name) or max(1, max_elements // per_row)
-        ranges += [
-            (min(step, rows - start) * per_row, name, start, min(start + step, rows)) for start in range(0, rows, step)
-        ]
+        for start in range(0, rows, step):
+            unit = units.setdefault(first_of.get((name, start), (name, start)), [])
+            unit.append((min(step, rows - start) * per_row, name, start, min(start + step, rows)))
     loads = [0] * world
     blocks = []
-    for elements, name, start, stop in sorted(ranges, key=lambda each: (-each[0], each[1], each[2])):
+    sizes = {unit: sum(elements for elements, *_ in ranges) for unit, ranges in units.items()}
+    for unit in sorted(units, key=lambda each: (-sizes[each], each)):
         owner = min(range(world), key=lambda rank: (loads[rank], rank))
-        loads[owner] += elements
-        blocks.append(Block(name, start, stop, owner))
+        loads[owner] += sizes[unit]
+        blocks += [Block(name, start, stop, owner) for _, name, start, stop in units[unit]]
     return sorted(blocks, key=lambda block: (block.owner, block.name, block.start))
 
 

@@ -213,3 +213,12 @@ def gather_numbers(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> torc
         all_gather(everyone, mine, group=ranks.control)
     pulse.beat()
     return everyone
+
+
+def gather_on_device(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """`values` (K,) of every rank as a tensor of shape (world, K) on the device. The host does not wait for a GPU."""
+    if ranks.world == 1:
+        return values[None]
+    everyone = values.new_empty(ranks.world, len(values))
+    all_gather(everyone, values[None])
+    return everyone

@@ -12,43 +12,60 @@ IN_A_ROW = 3  # slow steps before a rank is named, because a single slow step ma
 
 
 class StepNorms:
-    """Measures one step: construct it before the forward passes, call `finish` after the update.
+    """Measures one step: construct it before the forward passes, call `gradients` before the update, `finish` after it.
 
     It copies the weights, so use it only every few steps. The residual stream of a block grows before a run diverges
-    (Dettmers et al. 2022 on outliers; Wortsman et al. 2023, "Small-scale proxies", on the norms to observe).
+    (Dettmers et al. 2022 on outliers; Wortsman et al. 2023, "Small-scale proxies", on the norms to observe). `read`
+    gives the results once the device has passed `finish`.
     """
 
     def __init__(self, model: GPT):
         self._model = model
         self._before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         self._largest = [torch.zeros((), device=next(model.parameters()).device) for _ in model.h]
+        self._found: dict[str, dict[str, torch.Tensor]] = {}
+        self._numbers = torch.empty(0)
         model.watch = self._see
 
-    def gradients(self) -> dict[str, float]:
-        """The gradient norm of each part of the model, after clipping."""
-        return self._norms({name: p.grad for name, p in self._model.named_parameters() if p.grad is not None})
+    def gradients(self) -> None:
+        """Measure the gradients, which are clipped already."""
+        self._found["gradients"] = _norms_of_parts(
+            {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        )
 
-    def finish(self) -> dict[str, dict[str, float] | list[float]]:
-        """{"weights": norm per part, "updates": norm of the change per part, "largest_activations": per block}."""
+    def finish(self) -> None:
+        """Measure weights and updates."""
         self._model.watch = None
         after = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
-        moved = {name: after[name] - self._before[name] for name in after}
-        return {
-            "weights": self._norms(after),
-            "updates": self._norms(moved),
-            "largest_activations": torch.stack(self._largest).tolist(),
-        }
+        moved = torch._foreach_sub(list(after.values()), [self._before[name] for name in after])
+        self._found["weights"] = _norms_of_parts(after)
+        self._found["updates"] = _norms_of_parts(dict(zip(after, moved, strict=True)))
+        self._before = {}
+        norms = [norm for of_part in self._found.values() for norm in of_part.values()]
+        self._numbers = to_host(torch.stack([*norms, *self._largest]))
+
+    def read(self) -> dict[str, dict[str, float] | list[float]]:
+        """{"gradients", "weights", "updates": norm per part of the model, "largest_activations": per block}."""
+        numbers = iter(self._numbers.tolist())
+        found = {kind: {part: next(numbers) for part in of_part} for kind, of_part in self._found.items()}
+        return {**found, "largest_activations": list(numbers)}
 
     def _see(self, index: int, x_BTD: torch.Tensor) -> None:
         self._largest[index] = torch.maximum(self._largest[index], x_BTD.detach().abs().max().float())
 
-    def _norms(self, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-        squares: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            square = tensor.float().square().sum()
-            part = part_of(name)
-            squares[part] = squares[part] + square if part in squares else square
-        return {part: float(square.sqrt()) for part, square in squares.items()}
+
+def to_host(values: torch.Tensor) -> torch.Tensor:
+    """The values in host memory, once the device has passed this point: the host does not wait for a GPU."""
+    if not values.is_cuda:
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
+def _norms_of_parts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    of_part: dict[str, list[torch.Tensor]] = {}
+    for name, norm in zip(tensors, torch._foreach_norm(list(tensors.values())), strict=True):
+        of_part.setdefault(part_of(name), []).append(norm)
+    return {part: torch.linalg.vector_norm(torch.stack(norms)) for part, norms in of_part.items()}
 
 
 def part_of(name: str) -> str:
@@ -91,8 +108,12 @@ def slow_rank_sentence(rank: int, times: float, on_gpu: bool) -> str:
     return f"rank {rank} computes {times:.2f} times as long as the median rank, and all wait for it: {cause}"
 
 
-class ForwardClock:
-    """Adds up the time of forward passes, without making the CPU wait for a GPU."""
+class DeviceClock:
+    """Adds up the time that the device spends in blocks of code, without making the CPU wait for a GPU.
+
+    A GPU reaches the ends of a block when it has done what was launched before them, so that the time for which it
+    works off earlier launches does not count.
+    """
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -105,7 +126,7 @@ class ForwardClock:
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        """The sum in seconds. Call it after the device has finished the passes."""
+        """The sum in seconds. Call it after the device has passed all blocks."""
         pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
         if self._on_gpu:
             return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3

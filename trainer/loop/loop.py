@@ -4,13 +4,15 @@ Between two steps the ranks first exchange what has happened: a failed batch, a 
 ranks act alike, so that no rank waits alone in a collective. A step is saved before it is evaluated, because the
 evaluation could fail. A request to stop also ends an evaluation or a wait for data. Before its first step is done, a
 segment has nothing to save, so a request to stop ends the process immediately.
+
+The host only launches a step, and reads its numbers after launching the next one: a GPU always has work. Before a
+checkpoint, an evaluation and the end the host reads them at once. A step that computed a number that is not finite
+changes no weight, and neither does the one launched behind it.
 """
 
 import contextlib
 import logging
-import math
-import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +29,19 @@ from core.settings.training import TrainLoopConfig
 from trainer.checkpoint.save import Saver
 from trainer.data.loader import batch_numbers
 from trainer.data.order import derive_key
-from trainer.distributed.process_group import Abandoned, PeerFailed, Ranks, gather_numbers, meet, on_main
+from trainer.distributed.process_group import (
+    Abandoned,
+    PeerFailed,
+    Ranks,
+    gather_numbers,
+    gather_on_device,
+    meet,
+    on_main,
+)
 from trainer.loop.evaluation import TrainingEvaluator
-from trainer.loop.health import ForwardClock, SlowRanks, StepNorms, slow_rank_sentence
+from trainer.loop.health import DeviceClock, SlowRanks, StepNorms, slow_rank_sentence
+from trainer.loop.numbers import Gate, StepNumbers
+from trainer.loop.profile import StepProfiler
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import KINDS, StopRequest, StopRequests
 from trainer.model.gpt import GPT
@@ -70,13 +82,19 @@ class Loop:
             use_fp8(self.model.h)
         if self.compiled:
             self.model.compile_blocks()
-        self.ddp = DistributedDataParallel(self.stage.objective(self.model), gradient_as_bucket_view=True)
+        share = 1 / (self.accumulation * self.ranks.world)
+        self.ddp = DistributedDataParallel(self.stage.objective(self.model, share), gradient_as_bucket_view=True)
         self.reducer = TreeReducer(
             self.ddp, self.accumulation, self.settings.train.grad_reduce_dtype, self.stage.round_robin
         )
         self.slow_ranks = SlowRanks(self.ranks.world)
         self.repeated: list[Any] = []  # the micro-batch of every step when overfitting
-        self.step_seconds = 0.0
+        self.gate = Gate(self.ranks.device)
+        train = self.settings.train
+        self.profiler = StepProfiler(train.profile, self.settings.run.url, self.segment.number, self.ranks)
+        self.unread: StepNumbers | None = None  # of the step that was launched last
+        self.step_seconds = self.work_seconds = 0.0  # of the newest step that was read, with and without its wait
+        self.forward_seconds = 0.0
 
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, StopRequest | None]:
         """Returns the step that was reached and the request that ended the run, if any. The step is saved.
@@ -92,13 +110,16 @@ class Loop:
         while True:
             # 1. Fetch this rank's micro-batches of the next step.
             self.segment.switch("data_wait")
-            started = time.monotonic()
             is_last = self.is_last(step)
-            micro_batches = [] if is_last else self._fetch()
-            # 2. Exchange between the ranks: failures, requests to stop, and whether to save.
-            request, save = self._exchange(step, micro_batches)
-            waited = time.monotonic() - started
+            waited = DeviceClock(self.ranks.device)
+            with waited:
+                micro_batches = [] if is_last else self._fetch()
+                # 2. Exchange between the ranks: failures, requests to stop, and whether to save.
+                request, save = self._exchange(step, micro_batches)
             # 3. Save the previous step if it is due. Wait for the last checkpoint of a segment.
+            if request or save or is_last or self.evaluator.due(step):
+                with self.segment.phase("train"):
+                    self._read()
             if request and request.kind == "storage":
                 if step > first_step:
                     self._save_at_last(step, request)
@@ -121,55 +142,79 @@ class Loop:
             self.segment.switch("compile" if self.compiled and step == first_step else "train")
             if step == first_step:
                 self.reducer.settle(lambda batch=micro_batches[0]: self._loss(batch))
+            self.profiler.before(step + 1)
             self._step(step + 1, micro_batches, waited)
             step += 1
+            if self.profiler.ends_with(step):
+                self._read()
+                self.profiler.finish(step)
             if step == first_step + 1:
+                self._read()
                 # From now on there is a step to save, so a request to stop leaves time for that.
                 stop.allow(stop.own_seconds(), self._last_words)
-                self._mark_first_step(step, self.step_seconds - waited)
+                self._mark_first_step(step, self.work_seconds)
+            elif self.settings.train.overfit:
+                self._read()  # the loss decides whether this was the last step
 
-    def _step(self, step: int, micro_batches: list[Any], waited_seconds: float) -> None:
-        """One optimizer step. Raises TrainingError before the weights change if a number is not finite."""
-        train, optimizer, world = self.settings.train, self.settings.optimizer, self.ranks.world
-        started = time.monotonic()
-        norms = StepNorms(self.model) if train.norms_every and step % train.norms_every == 0 else None
+    def _step(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> None:
+        """Launch an optimizer step, then read the numbers of the one before. Raises TrainingError as `_report` does."""
+        before = self.unread
+        self.unread = self._launch(step, micro_batches, waited)
+        if before:
+            self._report(before)
 
-        # 1. Forward and backward pass of each micro-batch. The last backward pass also reduces the gradients.
-        losses = []
-        clock = ForwardClock(self.ranks.device)
-        self.reducer.reset()
-        for index, (number, micro_batch) in enumerate(zip(self.batches.numbers, micro_batches, strict=True)):
-            # Dropout depends on the number of the micro-batch, not on the rank that computes it.
-            torch.manual_seed(derive_key(train.seed, step, number))
-            with self.reducer.context(index):
-                with clock:
-                    loss = self._loss(micro_batch)
-                (loss / (self.accumulation * world)).backward()
-            losses.append(loss.detach())
-            self.reducer.micro_batch_done(index)
+    def _launch(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> StepNumbers:
+        """One optimizer step, which the host does not wait for. The weights change only if all numbers are finite."""
+        train, optimizer, device = self.settings.train, self.settings.optimizer, self.ranks.device
+        forward, whole = DeviceClock(device), DeviceClock(device)
+        with whole:
+            norms = StepNorms(self.model) if train.norms_every and step % train.norms_every == 0 else None
 
-        # 2. Clip the gradients, and check that losses and gradients are finite.
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimizer.grad_clip or math.inf)
-        mine = torch.stack(losses).double().cpu()
-        everyones = gather_numbers(torch.cat([mine, torch.tensor([clock.seconds()], dtype=mine.dtype)]), self.ranks)
-        losses_of_ranks, forward_seconds = everyones[:, :-1], everyones[:, -1]
-        self._check_finite(step, losses_of_ranks, float(norm))
+            # 1. Forward and backward pass of each micro-batch; the gradients of the last one are reduced meanwhile.
+            losses = []
+            self.reducer.reset()
+            for index, (number, micro_batch) in enumerate(zip(self.batches.numbers, micro_batches, strict=True)):
+                # Dropout depends on the number of the micro-batch, not on the rank that computes it.
+                torch.manual_seed(derive_key(train.seed, step, number))
+                with self.reducer.context(index):
+                    with forward:
+                        loss = self._loss(micro_batch)
+                    loss.backward()
+                losses.append(loss.detach())
+                self.reducer.micro_batch_done(index)
 
-        # 3. Update the weights.
-        factor = rate_factor(step, self.stage.steps, optimizer)
-        gradient_norms = norms.gradients() if norms else {}
-        self.optimizer.step(factor)
+            # 2. Clip the gradients, and check on the device that losses and gradients of all ranks are finite.
+            norm = clip(self.reducer.parameters, optimizer.grad_clip)
+            numbers = gather_on_device(torch.stack([*losses, norm]), self.ranks)
+            found_inf = self.gate.check(numbers)
 
-        # 4. Report. fsum is exact, so the loss has the same bits whichever rank computed which micro-batch.
-        self.segment.step_done(step)
-        self.step_seconds = time.monotonic() - started + waited_seconds
-        self.last_loss = math.fsum(losses_of_ranks.flatten().tolist()) / losses_of_ranks.numel()
-        rate = factor * optimizer.lr
-        self.reporter.step(step, self.last_loss, rate, float(norm), self.step_seconds, waited_seconds)
-        if norms:
-            self.reporter.metric("norms", {"step": step, "gradients": gradient_norms, **norms.finish()})
-        if world > 1:
-            self._report_slow_ranks(forward_seconds.tolist())
+            # 3. Update the weights.
+            if norms:
+                norms.gradients()
+            factor = rate_factor(step, self.stage.steps, optimizer)
+            self.optimizer.step(factor, found_inf)
+            if norms:
+                norms.finish()
+        return StepNumbers(step, factor, numbers, forward, waited, whole, norms)
+
+    def _read(self) -> None:
+        """Wait for the step that was launched last, and report it."""
+        if self.unread:
+            unread, self.unread = self.unread, None
+            self._report(unread)
+
+    def _report(self, done: StepNumbers) -> None:
+        """Wait for a step and report it. Raises TrainingError if a number was not finite."""
+        done.wait()
+        self._check_finite(done)
+        self.segment.step_done(done.step)
+        self.last_loss = done.loss()
+        self.step_seconds, self.work_seconds = done.seconds(), done.whole.seconds()
+        self.forward_seconds = done.forward.seconds()
+        rate = done.factor * self.settings.optimizer.lr
+        self.reporter.step(done.step, self.last_loss, rate, done.norm(), self.step_seconds, done.waited_seconds())
+        if done.norms:
+            self.reporter.metric("norms", {"step": done.step, **done.norms.read()})
 
     def _report_slow_ranks(self, forward_seconds: list[float]) -> None:
         """Record each rank that stays slow. All ranks have the same numbers, and only rank 0 logs them."""
@@ -213,16 +258,19 @@ class Loop:
         self._find_outage(step, no_data)
         if self.ranks.is_main:
             cap = self.segment.cap
-            if cap.reached(self.step_seconds, self.saver.seconds()):
+            # Before the next exchange ends a step, a GPU must also finish the one that it computes now.
+            seconds = self.step_seconds * (2 if self.ranks.device.type == "cuda" else 1)
+            if cap.reached(seconds, self.saver.seconds()):
                 self.requests.request_stop("cap", cap.describe())
-            save = self.saver.cadence.due(step, self.step_seconds) and not self.saver.busy
+            save = self.saver.cadence.due(step, seconds) and not self.saver.busy
         reason_to_save = self.requests.take_save()
         if reason_to_save:
             log.warning("saving now: %s", reason_to_save)
         request = self.requests.stop
         kind = KINDS.index(request.kind) + 1 if request else 0
         mine = [failure is not None, no_data is not None, kind, stop.is_hurried(), save or reason_to_save is not None]
-        failed, without_data, kinds, hurried, saves = gather_numbers(mine, self.ranks).T
+        everyones = gather_numbers([*mine, self.forward_seconds], self.ranks)
+        failed, without_data, kinds, hurried, saves, forward_seconds = everyones.T
         if failed.any() or (without_data.any() and not kinds.any()):
             raise failure or no_data or PeerFailed()
         if kinds.any():
@@ -235,6 +283,9 @@ class Loop:
             if hurried.any():
                 stop.ask(request.detail)
             return request, True
+        if self.ranks.world > 1 and self.forward_seconds:
+            self._report_slow_ranks(forward_seconds.tolist())
+        self.forward_seconds = 0.0  # said
         return None, bool(saves.any())
 
     def _stop_request(self, step: int) -> StopRequest:
@@ -319,23 +370,20 @@ class Loop:
             self.segment.mark("first_step", step=step, seconds=seconds, step_seconds=step_seconds)
             log.info("the first step began %.1f s after the start and took %.1f s", seconds, step_seconds)
 
-    def _check_finite(self, step: int, losses: torch.Tensor, norm: float) -> None:
-        if bool(losses.isfinite().all()) and math.isfinite(norm):
+    def _check_finite(self, done: StepNumbers) -> None:
+        problem = done.problem()
+        if not problem:
             return
+        self.unread = None  # it has changed nothing either
         if not self.ranks.is_main:
             raise PeerFailed  # all ranks have the same numbers, and rank 0 reports them
-        bad = (~losses.isfinite()).nonzero()
-        where = (
-            f"the loss on rank {int(bad[0, 0])} is {float(losses[tuple(bad[0])])}"
-            if len(bad)
-            else f"the gradient norm is {norm}"
-        )
         self.saver.wait()
+        without = self._without_batch(done.step)
         folder, newest = RunFolder(self.settings.run.url), self.saver.last_step
         branch = continued_elsewhere(folder, self.stage.identity) if newest else ""
         raise TrainingError(
-            f"step {step}: {where}; the weights were not changed. Start again to retry from "
-            f"{f'step {newest}' if newest else 'the beginning'}; if it comes back, {self._without_batch(step)}give "
+            f"step {done.step}: {problem}; the weights were not changed. Start again to retry from "
+            f"{f'step {newest}' if newest else 'the beginning'}; if it comes back, {without}give "
             f"another run.url a lower optimizer.lr{branch}"
         )
 
@@ -360,6 +408,17 @@ class Loop:
                 "changes to the model"
             )
         log.info("step %d: the model has memorized the micro-batch: loss %.4f is below %s", step, self.last_loss, bound)
+
+
+def clip(parameters: Sequence[torch.nn.Parameter], largest: float) -> torch.Tensor:
+    """Clip the gradients to a norm of `largest` over all of them, not at all if it is 0. Returns the norm before.
+
+    The norm has the same bits however DDP lays out its buckets, because it is made of the norm of each gradient.
+    """
+    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    if largest:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def is_overfitted(train: TrainLoopConfig, loss: float | None) -> bool:

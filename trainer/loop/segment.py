@@ -41,6 +41,7 @@ from trainer.loop.inputs import open_later_inputs
 from trainer.loop.loop import Loop
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import SpotWatch, StopRequest, StopRequests
+from trainer.model.kernels import use_attention
 from trainer.optim.optimizer import BlockOptimizer
 from trainer.stages.stage import Stage
 
@@ -309,6 +310,7 @@ def set_up_torch(train: TrainLoopConfig, ranks: Ranks) -> None:
     if ranks.device.type == "cpu":
         torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
     set_up_determinism(train, ranks.device, os.environ)
+    use_attention(train.attention, ranks.device, train.deterministic)
 
 
 def set_up_determinism(train: TrainLoopConfig, device: torch.device, environment: MutableMapping[str, str]) -> None:

@@ -76,13 +76,15 @@ class GPT(nn.Module):
     """`forward(tokens, targets)` is the mean cross-entropy in nats; `forward(tokens)` gives the logits.
 
     With `recompute` each block frees its activations after the forward pass and computes them again in the backward
-    pass (Chen et al. 2016): a third more work for a fraction of the memory.
+    pass (Chen et al. 2016): a third more work for a fraction of the memory. `residual` is the number format of the
+    residual stream: fp32, or bf16 wherever autocast makes the products in it.
     """
 
-    def __init__(self, config: ModelConfig, recompute: bool = False):
+    def __init__(self, config: ModelConfig, recompute: bool = False, residual: str = "fp32"):
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.residual = residual
         # Called with (block, residual stream) after each block, outside of the compiled part.
         self.watch: Callable[[int, torch.Tensor], None] | None = None
         self.fused = False  # whether to use kernels that need a compiler; set by `compile_blocks`
@@ -104,17 +106,19 @@ class GPT(nn.Module):
         targets_BT: torch.Tensor | None = None,
         cache: KVCache | None = None,
         packed: bool = False,
+        share: float | None = None,
     ) -> torch.Tensor:
         """tokens_BT: integer ids, T at most the context. Returns a float32 scalar, or logits_BTV.
 
         A target below 0 does not count in the mean. With a `cache`, the tokens of a row follow those in the cache.
         `packed` rows hold several texts, each of which begins with an end-of-text token and attends to itself only.
+        With a `share` the backward pass gives the gradient of share times the loss, whatever gradient comes in.
         """
         x_BTD = self.hidden(tokens_BT, cache, packed)
         if targets_BT is None:
             return soft_cap(F.linear(x_BTD, self.head), self.config.logit_softcap)
         return chunked_cross_entropy(
-            x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), self.config.logit_softcap, self.fused
+            x_BTD.flatten(0, 1), self.head, targets_BT.flatten(), self.config.logit_softcap, self.fused, share
         )
 
     def hidden(self, tokens_BT: torch.Tensor, cache: KVCache | None = None, packed: bool = False) -> torch.Tensor:
@@ -132,6 +136,8 @@ class GPT(nn.Module):
         if self.ln_e is not None:
             x_BTD = self.ln_e(x_BTD)
         x_BTD = F.dropout(x_BTD, config.dropout, self.training)
+        if self.residual == "bf16" and torch.is_autocast_enabled(x_BTD.device.type):
+            x_BTD = x_BTD.bfloat16()
         mask = None
         if cache is not None:
             mask = cache.mask(positions)

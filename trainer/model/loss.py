@@ -22,6 +22,9 @@ from core.data.vocabulary import GPT2_VOCAB_SIZE
 # needs larger products.
 CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
+# Whether the output layer's gradient is summed over chunks inside of a GPU's product. Else each product is rounded to
+# bfloat16, stored, and added to the sum in another pass (bench.gpu.toggles).
+SUM_IN_FLOAT32 = True
 
 
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -30,14 +33,28 @@ def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def chunked_cross_entropy(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0, fused: bool = False
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    softcap: float = 0.0,
+    fused: bool = False,
+    share: float | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy in nats (float32 scalar) of logits x_ND @ weight_VD.T against targets_N, soft-capped.
 
-    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the operations on the
-    logits into fewer kernels, because a GPU's memory bandwidth limits them.
+    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the logits
+    into fewer kernels, which a GPU's memory bandwidth bounds: the logits stay in the format of the product, and no
+    float32 copy of them exists.
+
+    With a `share` the backward pass gives the gradient of share times the loss, whatever gradient comes in: the
+    gradients of a chunk are made with it, instead of passing over all of them a second time.
     """
-    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused)
+    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused, share)
+
+
+def with_share(loss: torch.Tensor, share: float) -> torch.Tensor:
+    """The same loss, whose backward pass gives the gradient of share times the loss."""
+    return _Share.apply(loss, share)
 
 
 @torch.no_grad()
@@ -100,16 +117,36 @@ def divergence_and_cross_entropy(
     return torch.stack(_each_chunk(of_chunk, x_ND, teacher_NE, targets_N)).sum(0) / len(targets_N)
 
 
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: torch.Tensor, share: float):
+        ctx.share = share
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad * ctx.share, None
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float, fused: bool):
+    def forward(
+        ctx,
+        x_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        softcap: float,
+        fused: bool,
+        share: float | None,
+    ):
         kernel = _compiled() if fused else _loss_and_gradient
         training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dtype = _product_dtype(x_ND)
         with torch.autocast(x_ND.device.type, enabled=False):
             w_VD = weight_VD.to(dtype)
             total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-            share = 1 / (targets_N >= 0).sum().clamp(min=1).float()
+            of_row = 1 / (targets_N >= 0).sum().clamp(min=1).float()
+            of_gradient = of_row if share is None else of_row * share
             grad_x_ND = torch.empty_like(x_ND) if training else None
             grad_w_VD = torch.zeros_like(weight_VD) if training else None
             for chunk in _chunks(x_ND):
@@ -118,21 +155,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if not training:
                     total += _losses(logits_CV, targets_N[chunk], softcap).sum()
                     continue
-                loss, grad_CV = kernel(logits_CV, targets_N[chunk], share, softcap, fused)
+                loss, grad_CV = kernel(logits_CV, targets_N[chunk], of_gradient, softcap, fused)
                 total += loss
                 grad_x_ND[chunk] = grad_CV @ w_VD
                 if dtype == grad_w_VD.dtype:
                     grad_w_VD.addmm_(grad_CV.T, x_CD)
+                elif x_ND.is_cuda and SUM_IN_FLOAT32:
+                    torch.addmm(grad_w_VD, grad_CV.T, x_CD, out_dtype=torch.float32, out=grad_w_VD)
                 else:
                     grad_w_VD += grad_CV.T @ x_CD
         if training:
             ctx.save_for_backward(grad_x_ND, grad_w_VD)
-        return total * share
+        ctx.is_scaled = share is not None
+        return total * of_row
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         grad_x_ND, grad_w_VD = ctx.saved_tensors
-        return grad_x_ND * grad, grad_w_VD * grad, None, None, None
+        if not ctx.is_scaled:
+            grad_x_ND, grad_w_VD = grad_x_ND * grad, grad_w_VD * grad
+        return grad_x_ND, grad_w_VD, None, None, None, None
 
 
 def _losses(logits_CV: torch.Tensor, targets_C: torch.Tensor, softcap: float) -> torch.Tensor:

@@ -11,29 +11,39 @@ from torch import nn
 
 from core.errors import ConfigError
 
+BF16_FROM = (8, 0)  # lowest compute capability with bf16: Ampere's
 FP8_FROM = (8, 9)  # lowest compute capability with fp8: Ada's; Hopper's is (9, 0)
 FP8_MULTIPLE = 16  # both sides of a matrix in an fp8 product must be multiples of this
 
 
 def resolve(precision: str, device: torch.device) -> str:
     """The precision that `auto` means on this device. Raises ConfigError if the device cannot compute in it."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    if precision == "fp8":
-        if device.type != "cuda":
-            raise ConfigError("train.precision is fp8, but training runs on a CPU; set fp32 or auto")
-        capability = torch.cuda.get_device_capability(device)
-        if capability < FP8_FROM:
-            raise ConfigError(
-                f"train.precision is fp8, but {torch.cuda.get_device_name(device)} has compute capability "
-                f"{capability[0]}.{capability[1]} and no fp8 units (from {FP8_FROM[0]}.{FP8_FROM[1]} on); set bf16"
-            )
+        return "bf16" if capability >= BF16_FROM else "fp32"
+    if precision == "fp8" and device.type != "cuda":
+        raise ConfigError("train.precision is fp8, but training runs on a CPU; set fp32 or auto")
+    since, instead = {"fp8": (FP8_FROM, "bf16"), "bf16": (BF16_FROM, "fp32")}.get(precision, ((0, 0), ""))
+    if device.type == "cuda" and capability < since:
+        raise ConfigError(
+            f"train.precision is {precision}, but {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]} and no {precision} units (from {since[0]}.{since[1]} on); set {instead}"
+        )
     return precision
+
+
+def check_residual(residual: str, precision: str) -> None:
+    """Raises ConfigError for a residual stream that is rounded more than the products that it is the sum of."""
+    if residual == "bf16" and precision == "fp32":
+        raise ConfigError(
+            "train.residual is bf16, but the products are fp32 on this device, which it would round; set "
+            "train.precision=bf16, or train.residual=fp32"
+        )
 
 
 def autocast(device: torch.device, precision: str = "auto"):
     """The context manager for forward passes."""
-    if precision == "fp32" or (precision == "auto" and device.type != "cuda"):
+    if (resolve(precision, device) if precision == "auto" else precision) == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 

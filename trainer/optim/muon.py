@@ -2,47 +2,93 @@
 
 An update whose singular values are all near one moves a layer equally in every direction of its gradient. Public runs
 of GPT-2's size need little more than half of AdamW's tokens for the same loss.
+
+Matrices of one shape are updated in batches, because a launch per matrix keeps a GPU waiting. A batched product may
+round differently for another batch size. So the batches of a model are fixed (`batches`), and a batch moves between
+ranks as a whole: its bits do not depend on the number of ranks.
+
+Shapes: N matrices of a batch, O rows (outputs), I columns (inputs).
 """
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 # A quintic polynomial that moves singular values from (0, 1] to about 0.7 to 1.2 in five rounds (Jordan et al.).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Batches per shape: one for each GPU of a machine.
+BATCHES = 8
+COMPILES = True  # the passes between the products, where the blocks are compiled; bench.gpu.toggles turns it off
 
 
-def orthogonalise(matrix: torch.Tensor, rounds: int) -> torch.Tensor:
-    """Approximates U V^T of the singular value decomposition of `matrix` by Newton-Schulz rounds, in bfloat16 on a GPU.
+def batches(shapes: Mapping[tuple[str, int], torch.Size]) -> list[list[tuple[str, int]]]:
+    """Divides matrices, which are named by parameter and first row, into at most BATCHES batches of each shape."""
+    of_shape: dict[torch.Size, list[tuple[str, int]]] = {}
+    for matrix in sorted(shapes):
+        of_shape.setdefault(shapes[matrix], []).append(matrix)
+    found = []
+    for matrices in of_shape.values():
+        size = -(-len(matrices) // BATCHES)
+        found += [matrices[first : first + size] for first in range(0, len(matrices), size)]
+    return found
 
-    It takes one matrix at a time: a batched product may round differently for another batch size, and the number of
-    ranks determines which matrices a rank holds.
+
+def orthogonalise(matrices: torch.Tensor, rounds: int) -> torch.Tensor:
+    """Approximates U V^T of the singular value decomposition of each matrix, (..., O, I), by Newton-Schulz rounds.
+
+    It computes in bfloat16 on a GPU and in float32 elsewhere.
     """
     a, b, c = _COEFFICIENTS
-    x = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix.float()
-    tall = x.shape[0] > x.shape[1]
+    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.T
-    x = x / (x.norm() + 1e-7)  # the Frobenius norm bounds the spectral one
+        x = x.mT
+    batch = x.reshape(-1, *x.shape[-2:])
+    batch = batch / (torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True) + 1e-7)  # it bounds the spectral norm
     for _ in range(rounds):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = batch @ batch.mT
+        batch = torch.baddbmm(batch, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), batch, beta=a)
+    x = batch.view(x.shape)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _directions(
+    gradient_NOI: torch.Tensor, momentum_NOI: torch.Tensor, found_inf: torch.Tensor, mu: float, rounds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The new momentum, and the orthogonalised direction with Nesterov momentum; (momentum, 0) if `found_inf`."""
+    moved_NOI = momentum_NOI.lerp(gradient_NOI, 1 - mu)
+    direction_NOI = orthogonalise(gradient_NOI.lerp(moved_NOI, mu), rounds)
+    stays = found_inf != 0
+    return torch.where(stays, momentum_NOI, moved_NOI), torch.where(stays, 0.0, direction_NOI)
+
+
+@functools.cache
+def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(_directions, dynamic=False)
 
 
 @torch.no_grad()
 def update(
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    momentum: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    momentum_NOI: torch.Tensor,
+    found_inf: torch.Tensor,
     rate: float,
     decay: float,
     mu: float,
     rounds: int,
+    fused: bool = False,
 ) -> None:
-    """One step of one matrix (out, in), in place, with Nesterov momentum. `decay` is decoupled, as in AdamW.
+    """One step of a batch of N matrices (O, I), in place. `decay` is decoupled, as in AdamW.
 
-    A tall matrix takes a larger step, so that its output changes as much as that of a square one.
+    Nothing changes if `found_inf`, a scalar on the device, is not 0. A tall matrix takes a larger step, so that its
+    output changes as much as that of a square one. `fused` compiles the passes between the products.
     """
-    momentum.lerp_(gradient, 1 - mu)
-    direction = orthogonalise(gradient.lerp(momentum, mu), rounds)
-    weight.mul_(1 - rate * decay)
-    weight.add_(direction, alpha=-rate * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5)
+    directions = _compiled() if fused and COMPILES else _directions
+    moved_NOI, direction_NOI = directions(torch.stack(list(gradients)), momentum_NOI, found_inf, mu, rounds)
+    momentum_NOI.copy_(moved_NOI)
+    rows, columns = momentum_NOI.shape[1:]
+    # A factor of 1 and a summand of -0 leave all bits as they are.
+    torch._foreach_mul_(weights, torch.where(found_inf != 0, 1.0, 1 - rate * decay))
+    torch._foreach_add_(weights, direction_NOI.unbind(), alpha=-rate * max(1.0, rows / columns) ** 0.5)

@@ -7,14 +7,17 @@ element by element, so both ways give the same bits. A checkpoint names its rows
 with or without optimizer.zero.
 
 A Muon block is a whole matrix; queries, keys and values are separate matrices. Only its owner updates it, even without
-optimizer.zero, because an update is expensive.
+optimizer.zero, because an update is expensive. The matrices of a batch (trainer.optim.muon) have one owner.
+
+No operation here waits for a GPU, and their number depends on the shapes and not on the tensors: AdamW is one fused
+kernel per group, Muon a batch of matrices at a time.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from core.settings.training import OptimizerConfig
 from trainer.checkpoint.blocks import Block, assign_blocks, key_of
@@ -26,70 +29,109 @@ ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 MUON_STATE = ("momentum",)
 
 
+@dataclass
+class AdamWGroup:
+    """Rows with one peak rate and decay. The lists hold a tensor per block."""
+
+    peak: float
+    decay: float
+    blocks: list[Block]
+    rows: list[torch.Tensor]
+    means: list[torch.Tensor]
+    squares: list[torch.Tensor]
+
+
+@dataclass
+class MuonBatch:
+    """Matrices of one shape, and their momentum in one tensor (N, O, I)."""
+
+    blocks: list[Block]
+    rows: list[torch.Tensor]
+    momentum_NOI: torch.Tensor
+
+
 class BlockOptimizer:
     """Updates the parameters that require a gradient. Weight decay covers matrices and embeddings only."""
 
     def __init__(self, model: GPT, config: OptimizerConfig, rank: int, world: int):
         self._config = config
+        self._model = model
         self._parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self._rank = rank
         self._world = world
+        self._device = next(model.parameters()).device
         self._matrices = _matrices(model) if config.name == "muon" else {}
         shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        self._blocks = assign_blocks(shapes, world, rows_of=self._matrices)
+        batches = muon.batches(
+            {
+                (name, start): torch.Size((rows, *shapes[name][1:]))
+                for name, rows in self._matrices.items()
+                for start in range(0, shapes[name][0], rows)
+            }
+        )
+        self._blocks = assign_blocks(shapes, world, rows_of=self._matrices, together=batches)
         self._owned = [block for block in self._blocks if block.owner == rank]
         self._exchanged = [
             block for block in self._blocks if world > 1 and (config.zero or block.name in self._matrices)
         ]
         exchanged = set(self._exchanged)
         self._rows = {
-            block: nn.Parameter(self._parameters[block.name].detach()[block.start : block.stop])
+            block: self._parameters[block.name].detach()[block.start : block.stop]
             for block in self._blocks
             if block.owner == rank or block not in exchanged
         }
-        on_gpu = next(model.parameters()).is_cuda
-        self._adamw = torch.optim.AdamW(
-            self._groups(),
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=on_gpu,
-            foreach=not on_gpu,
-        )
         # The state is allocated now: `restore` copies into it, and a checkpoint needs its layout.
         self._state: dict[Block, dict[str, torch.Tensor]] = {}
-        for block, rows in self._rows.items():
-            self._state[block] = {name: torch.zeros_like(rows) for name in self._state_names(block.name)}
-            if block.name not in self._matrices:
-                step = torch.zeros((), dtype=torch.float32, device=rows.device if on_gpu else "cpu")
-                self._adamw.state[rows] = {"step": step, **self._state[block]}
+        self._adamw = self._adamw_groups()
+        self._muon = self._muon_batches(batches)
+        self._steps_done = torch.zeros((), device=self._device)
+        self._all_is_finite = torch.zeros((), device=self._device)
         if self._exchanged:
-            loads = [0] * world
-            for block in self._exchanged:
-                loads[block.owner] += self._parameters[block.name][block.start : block.stop].numel()
-            self._everyones = torch.zeros(world, max(loads), device=next(model.parameters()).device)
+            self._prepare_exchange()
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """Update all parameters from their `.grad`, at `factor` of the peak learning rates."""
-        config = self._config
-        for group in self._adamw.param_groups:
-            group["lr"] = group["peak"] * factor
-        for block, rows in self._rows.items():
-            gradient = self._parameters[block.name].grad[block.start : block.stop]
-            if block.name not in self._matrices:
-                rows.grad = gradient
-                continue
-            momentum = self._state[block]["momentum"]
-            rate, decay = config.muon_lr * factor, config.muon_weight_decay
-            muon.update(rows, gradient, momentum, rate, decay, config.muon_momentum, config.muon_ns_steps)
-        self._adamw.step()
+    def step(self, factor: float, found_inf: torch.Tensor | None = None) -> None:
+        """Update all parameters from their `.grad`, at `factor` of the peak learning rates.
+
+        If `found_inf`, a float32 scalar on the device, is not 0, no weight and no state changes.
+        """
+        found_inf = self._all_is_finite if found_inf is None else found_inf
+        self._steps_done += found_inf == 0
+        for group in self._adamw:
+            torch._fused_adamw_(
+                group.rows,
+                [self._gradient(block) for block in group.blocks],
+                group.means,
+                group.squares,
+                [],
+                [self._steps_done] * len(group.rows),
+                lr=group.peak * factor,
+                beta1=self._config.beta1,
+                beta2=self._config.beta2,
+                weight_decay=group.decay,
+                eps=self._config.eps,
+                amsgrad=False,
+                maximize=False,
+                found_inf=found_inf,
+            )
+        for batch in self._muon:
+            muon.update(
+                batch.rows,
+                [self._gradient(block) for block in batch.blocks],
+                batch.momentum_NOI,
+                found_inf,
+                self._config.muon_lr * factor,
+                self._config.muon_weight_decay,
+                self._config.muon_momentum,
+                self._config.muon_ns_steps,
+                fused=self._model.fused,
+            )
         if self._exchanged:
             self._exchange()
 
     def set_step(self, step: int) -> None:
         """Set the number of steps that are already done, for the bias correction."""
-        for state in self._adamw.state.values():
-            state["step"].fill_(step)
+        self._steps_done.fill_(step)
 
     # --- for checkpoints: tensors are named `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` or `momentum.NAME` ---
 
@@ -127,19 +169,40 @@ class BlockOptimizer:
     def _state_names(self, parameter: str) -> tuple[str, ...]:
         return MUON_STATE if parameter in self._matrices else ADAMW_STATE
 
-    def _groups(self) -> list[dict]:
-        """AdamW's parameter groups, one for each pair of peak learning rate and weight decay."""
-        config = self._config
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    def _gradient(self, block: Block) -> torch.Tensor:
+        return self._parameters[block.name].grad[block.start : block.stop]
+
+    def _adamw_groups(self) -> list[AdamWGroup]:
+        """Rows by peak rate, and decayed or not."""
+        groups: dict[tuple[float, float], AdamWGroup] = {}
         for block, rows in self._rows.items():
             if block.name in self._matrices:
                 continue
-            decay = config.weight_decay if self._parameters[block.name].dim() >= 2 else 0.0
-            groups.setdefault((self._peak(block.name), decay), []).append(rows)
-        # AdamW requires a group. A rank that owns only matrices has no parameters for it.
-        return [
-            {"params": rows, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), rows in groups.items()
-        ] or [{"params": [], "peak": config.lr, "lr": config.lr}]
+            decay = self._config.weight_decay if self._parameters[block.name].dim() >= 2 else 0.0
+            key = (self._peak(block.name), decay)
+            group = groups.setdefault(key, AdamWGroup(*key, [], [], [], []))
+            mean, square = torch.zeros_like(rows), torch.zeros_like(rows)
+            self._state[block] = dict(zip(ADAMW_STATE, (mean, square), strict=True))
+            group.blocks.append(block)
+            group.rows.append(rows)
+            group.means.append(mean)
+            group.squares.append(square)
+        return list(groups.values())
+
+    def _muon_batches(self, batches: list[list[tuple[str, int]]]) -> list[MuonBatch]:
+        """This rank's batches."""
+        mine = {(block.name, block.start): block for block in self._owned}
+        found = []
+        for batch in batches:
+            blocks = [mine[each] for each in batch if each in mine]
+            if not blocks:
+                continue
+            rows = [self._rows[block] for block in blocks]
+            momentum_NOI = torch.zeros(len(rows), *rows[0].shape, dtype=rows[0].dtype, device=self._device)
+            for block, momentum_OI in zip(blocks, momentum_NOI, strict=True):
+                self._state[block] = dict(zip(MUON_STATE, [momentum_OI], strict=True))
+            found.append(MuonBatch(blocks, rows, momentum_NOI))
+        return found
 
     def _peak(self, name: str) -> float:
         config = self._config
@@ -149,23 +212,34 @@ class BlockOptimizer:
             return config.head_lr or config.lr
         return (config.scalar_lr or config.lr) if self._parameters[name].dim() < 2 else config.lr
 
+    def _prepare_exchange(self) -> None:
+        """Allocate the memory of the exchange, and list what is copied into it and out of it."""
+        loads = [0] * self._world
+        places = []
+        for block in self._exchanged:
+            count = self._parameters[block.name].detach()[block.start : block.stop].numel()
+            places.append((block, loads[block.owner], count))
+            loads[block.owner] += count
+        self._everyones = torch.zeros(self._world, max(loads), device=self._device)
+        self._mine = torch.zeros(max(loads), device=self._device)
+        self._outgoing: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # targets and sources
+        self._incoming: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for block, begin, count in places:
+            rows = self._parameters[block.name].detach()[block.start : block.stop]
+            is_mine = block.owner == self._rank
+            buffer = self._mine if is_mine else self._everyones[block.owner]
+            targets, sources = self._outgoing if is_mine else self._incoming
+            there = buffer[begin : begin + count].view_as(rows)
+            targets.append(there if is_mine else rows)
+            sources.append(rows if is_mine else there)
+
     def _exchange(self) -> None:
         """Send the updated rows of each exchanged block from its owner to all ranks, in one collective."""
-        mine = self._everyones[self._rank].clone()
-        position = 0
-        for block in self._exchanged:
-            if block.owner == self._rank:
-                rows = self._rows[block]
-                mine[position : position + rows.numel()].copy_(rows.flatten())
-                position += rows.numel()
-        all_gather(self._everyones.view(-1), mine)
-        positions = [0] * self._world
-        for block in self._exchanged:
-            target = self._parameters[block.name][block.start : block.stop]
-            begin = positions[block.owner]
-            positions[block.owner] += target.numel()
-            if block.owner != self._rank:
-                target.copy_(self._everyones[block.owner, begin : begin + target.numel()].view_as(target))
+        if self._outgoing[0]:
+            torch._foreach_copy_(*self._outgoing)
+        all_gather(self._everyones.view(-1), self._mine)
+        if self._incoming[0]:
+            torch._foreach_copy_(*self._incoming)
 
 
 def _matrices(model: GPT) -> dict[str, int]:

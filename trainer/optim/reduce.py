@@ -95,7 +95,10 @@ class TreeReducer:
         """Discard the sums of a finished or failed step, and zero the gradients."""
         self._occupied = [False] * len(self._occupied)
         self._slices.clear()
-        self.model.zero_grad(set_to_none=False)
+        # There are none before the first backward pass. DDP's buckets hold them, so they are zeroed in place.
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
 
     def _reduce_bucket(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         buffer = bucket.buffer()

@@ -23,7 +23,7 @@ from core.settings.tuning import DistilConfig, TeacherConfig
 from trainer.checkpoint.load import Restored
 from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.model.gpt import GPT
-from trainer.model.loss import divergence_and_cross_entropy
+from trainer.model.loss import divergence_and_cross_entropy, with_share
 from trainer.stages.pretrain import Pretrain
 from trainer.stages.stage import Validation, lasting_name
 from trainer.weights.open import look_up, open_weights
@@ -51,16 +51,18 @@ class Teacher:
 
 
 class Distillation(nn.Module):
-    def __init__(self, model: GPT, teacher: Teacher, temperature: float, kl_weight: float):
+    def __init__(self, model: GPT, share: float, teacher: Teacher, temperature: float, kl_weight: float):
         super().__init__()
         self.model = model
+        self.share = share
         self.temperature = temperature
         self.kl_weight = kl_weight
         self._teacher = [teacher]  # a list hides the teacher from nn.Module, so that DDP ignores it
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         divergence, cross_entropy = self.parts(tokens, self.temperature)
-        return self.kl_weight * self.temperature**2 * divergence + (1 - self.kl_weight) * cross_entropy
+        loss = self.kl_weight * self.temperature**2 * divergence + (1 - self.kl_weight) * cross_entropy
+        return with_share(loss, self.share)
 
     def parts(self, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
         """(2,): divergence and cross-entropy of a (B, T + 1) micro-batch."""
@@ -108,8 +110,9 @@ class Distil(Pretrain):
     def describe_data(self, model: GPT) -> list[str]:
         return [*super().describe_data(model), f"teacher: {self.teacher.name}"]
 
-    def objective(self, model: GPT) -> Distillation:
-        return Distillation(model, self.teacher, self.settings.distil.temperature, self.settings.distil.kl_weight)
+    def objective(self, model: GPT, share: float = 1.0) -> Distillation:
+        distil = self.settings.distil
+        return Distillation(model, share, self.teacher, distil.temperature, distil.kl_weight)
 
     def validation(self) -> Validation | None:
         validation = self.validation_loss()

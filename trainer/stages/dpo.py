@@ -26,10 +26,10 @@ from trainer.data.chat_template import NO_TARGET
 from trainer.data.examples import Examples, NumberedBatches, Texts, read_preferences
 from trainer.distributed.process_group import Ranks, StopCheck, divide_over_ranks, on_main
 from trainer.model.gpt import GPT
-from trainer.model.loss import token_log_probs
+from trainer.model.loss import token_log_probs, with_share
 from trainer.model.precision import autocast
 from trainer.stages.stage import Validation
-from trainer.stages.tuning import Tuning
+from trainer.stages.tuning import Tuning, to_device
 from trainer.weights.open import open_weights
 
 log = logging.getLogger("train")
@@ -65,15 +65,17 @@ def preference_losses(margins_P: torch.Tensor, label_smoothing: float) -> torch.
 
 
 class PreferenceLoss(nn.Module):
-    def __init__(self, model: GPT, beta: float, label_smoothing: float):
+    def __init__(self, model: GPT, share: float, beta: float, label_smoothing: float):
         super().__init__()
         self.model = model
+        self.share = share
         self.beta = beta
         self.label_smoothing = label_smoothing
 
     def forward(self, pairs: Pairs) -> torch.Tensor:
         policy_P2 = answer_log_probs(self.model, pairs.tokens_BT, pairs.targets_BT).view(-1, 2)
-        return preference_losses(margins(policy_P2, pairs.reference_P2, self.beta), self.label_smoothing).mean()
+        losses_P = preference_losses(margins(policy_P2, pairs.reference_P2, self.beta), self.label_smoothing)
+        return with_share(losses_P.mean(), self.share)
 
 
 class Dpo(Tuning):
@@ -97,8 +99,8 @@ class Dpo(Tuning):
     def describe_items(self) -> str:
         return "pairs"
 
-    def objective(self, model: GPT) -> nn.Module:
-        return PreferenceLoss(model, self.settings.dpo.beta, self.settings.dpo.label_smoothing)
+    def objective(self, model: GPT, share: float) -> nn.Module:
+        return PreferenceLoss(model, share, self.settings.dpo.beta, self.settings.dpo.label_smoothing)
 
     def batches(self, first_step: int) -> NumberedBatches:
         self._reference = self._stored_reference() or self._new_reference()
@@ -158,7 +160,7 @@ class Dpo(Tuning):
 
     def _pairs(self, split: str, numbers: np.ndarray) -> Pairs:
         tokens_BT, targets_BT = self._sequences(getattr(self.examples, split), numbers)
-        reference_P2 = torch.from_numpy(self._reference[split][numbers]).to(self.ranks.device)
+        reference_P2 = to_device(self._reference[split][numbers], self.ranks.device)
         return Pairs(tokens_BT, targets_BT, reference_P2)
 
     def _sequences(self, texts: Texts, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +172,7 @@ class Dpo(Tuning):
         targets = np.full((len(of_pairs), width), NO_TARGET, np.int32)
         for place, number in enumerate(of_pairs):
             texts.put(int(number), tokens[place], targets[place], 0)
-        return torch.from_numpy(tokens).to(self.ranks.device), torch.from_numpy(targets).to(self.ranks.device)
+        return to_device(tokens, self.ranks.device), to_device(targets, self.ranks.device)
 
     def _stored_reference(self) -> dict[str, np.ndarray] | None:
         return on_main(functools.partial(_read_reference, RunFolder(self.settings.run.url).reference), self.ranks)

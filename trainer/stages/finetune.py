@@ -20,7 +20,7 @@ from trainer.distributed.process_group import StopCheck, divide_over_ranks
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast
 from trainer.stages.stage import Validation
-from trainer.stages.tuning import Tuning
+from trainer.stages.tuning import Tuning, to_device
 
 
 class Packed(NamedTuple):
@@ -52,16 +52,18 @@ class Rows:
             end = 0
             for text in self._rows[number]:
                 end = self._texts.put(text, tokens[place], targets[place], end)
-        return torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device)
+        return to_device(tokens, device), to_device(targets, device)
 
 
 class AnswerLoss(nn.Module):
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT, share: float):
         super().__init__()
         self.model = model
+        self.share = share
 
     def forward(self, packed: Packed) -> torch.Tensor:
-        return self.model(packed.tokens_BT, packed.targets_BT, packed=True) * packed.weight
+        share = self.share * packed.weight
+        return self.model(packed.tokens_BT, packed.targets_BT, packed=True, share=share) * packed.weight
 
 
 class Finetune(Tuning):
@@ -81,8 +83,8 @@ class Finetune(Tuning):
         filled = len(self.examples.train.tokens) / (len(self.rows) * self.context)
         return f"rows, {100 * filled:.1f} % filled"
 
-    def objective(self, model: GPT) -> nn.Module:
-        return AnswerLoss(model)
+    def objective(self, model: GPT, share: float) -> nn.Module:
+        return AnswerLoss(model, share)
 
     def batches(self, first_step: int) -> NumberedBatches:
         train, batch = self.settings.train, self.settings.batch

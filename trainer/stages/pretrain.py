@@ -33,12 +33,13 @@ log = logging.getLogger("train")
 class NextToken(nn.Module):
     """Mean cross-entropy of a (B, T + 1) micro-batch."""
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT, share: float):
         super().__init__()
         self.model = model
+        self.share = share
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens[:, :-1], tokens[:, 1:])
+        return self.model(tokens[:, :-1], tokens[:, 1:], share=self.share)
 
 
 class Pretrain(Stage):
@@ -75,8 +76,8 @@ class Pretrain(Stage):
         tokens = self.settings.batch.tokens_per_step * self.steps
         return f" = {tokens / self.data.splits['train'].tokens:.2f} epochs"
 
-    def objective(self, model: GPT) -> nn.Module:
-        return NextToken(model)
+    def objective(self, model: GPT, share: float) -> nn.Module:
+        return NextToken(model, share)
 
     def batches(self, first_step: int) -> Batches:
         settings, length, seed = self.settings, self.context, self.settings.train.seed

@@ -113,7 +113,7 @@ def _trial(model: ModelConfig, size: int, train: TrainLoopConfig, ranks: Ranks) 
     fits = True
     try:
         with torch.device(ranks.device):
-            trial = GPT(model, train.activation_checkpointing)
+            trial = GPT(model, train.activation_checkpointing, train.residual)
         tokens = torch.zeros(size, model.context, dtype=torch.int32, device=ranks.device)
         with autocast(ranks.device, resolve(train.precision, ranks.device)):
             loss = trial(tokens, tokens)

@@ -69,6 +69,7 @@ class Stage(abc.ABC):
         check_batch(settings, context)
         self.ranks = ranks
         self.precision = precision.resolve(settings.train.precision, ranks.device)
+        precision.check_residual(settings.train.residual, self.precision)
         earlier = on_main(functools.partial(stored_config, settings.run.url), ranks)
         found = earlier["batch"]["micro_batch_size"] if earlier else None
         settings = sizing.with_micro_batch(settings, dataclasses.replace(model, context=context), found, ranks)
@@ -108,7 +109,7 @@ class Stage(abc.ABC):
     def build(self) -> GPT:
         """The model without memory for its weights. Weights that require no gradient are neither trained nor saved."""
         with torch.device("meta"):
-            return GPT(self.model, self.settings.train.activation_checkpointing)
+            return GPT(self.model, self.settings.train.activation_checkpointing, self.settings.train.residual)
 
     @abc.abstractmethod
     def fill(self, model: GPT, restored: Restored | None) -> None:
@@ -146,8 +147,11 @@ class Stage(abc.ABC):
         ]
 
     @abc.abstractmethod
-    def objective(self, model: GPT) -> nn.Module:
-        """A module whose forward(micro_batch) is the loss, to be averaged over a step's micro-batches."""
+    def objective(self, model: GPT, share: float) -> nn.Module:
+        """A module whose forward(micro_batch) is the loss, to be averaged over a step's micro-batches.
+
+        Its backward pass gives the gradient of `share` times the loss.
+        """
 
     @abc.abstractmethod
     def batches(self, first_step: int) -> MicroBatches: ...

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -174,3 +175,9 @@ def _vocabulary(start: str, data_url: str) -> Vocabulary:
     if is_folder:
         return vocabulary_at(start, [data_url], public.resolve(start))
     return vocabulary_at(start, [data_url, start.rpartition("/checkpoints/")[0]])
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The values on the device. The host does not wait until a GPU has them."""
+    found = torch.from_numpy(values)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)

@@ -1,0 +1,88 @@
+"""Undoes single choices of the training step, so that the gain of each can be measured.
+
+    python -m bench.gpu.steps --without=late-reads,batches ...
+
+Each function replaces a part of the trainer in this process by the plainer one, which gives the same result up to
+rounding. The names of the choices can be read without torch.
+"""
+
+from collections.abc import Callable, Mapping
+
+
+def _late_reads() -> None:
+    """Wait for each step before the next one is launched."""
+    from trainer.loop.loop import Loop
+
+    step = Loop._step
+
+    def waiting(loop: Loop, *arguments) -> None:
+        step(loop, *arguments)
+        loop._read()
+
+    Loop._step = waiting
+
+
+def _batches() -> None:
+    """Update Muon's matrices one by one."""
+    from trainer.optim import muon
+
+    muon.BATCHES = 1 << 30
+
+
+def _compiled_muon() -> None:
+    from trainer.optim import muon
+
+    muon.COMPILES = False
+
+
+def _float32_sums() -> None:
+    """Round each chunk's product for the output layer's gradient before adding it."""
+    from trainer.model import loss
+
+    loss.SUM_IN_FLOAT32 = False
+
+
+def _share() -> None:
+    """Scale the gradients of the loss in a pass of their own."""
+    from trainer.model import gpt, loss
+
+    plain = gpt.chunked_cross_entropy
+
+    def scaled(x_ND, weight_VD, targets_N, softcap=0.0, fused=False, share=None):
+        found = plain(x_ND, weight_VD, targets_N, softcap, fused)
+        return found if share is None else loss.with_share(found, share)
+
+    gpt.chunked_cross_entropy = scaled
+
+
+def _zeroed_lists() -> None:
+    """Zero the gradients one by one."""
+    from trainer.optim.reduce import TreeReducer
+
+    reset = TreeReducer.reset
+
+    def one_by_one(reducer: TreeReducer) -> None:
+        kept, reducer.parameters = reducer.parameters, []
+        reset(reducer)
+        reducer.parameters = kept
+        reducer.model.zero_grad(set_to_none=False)
+
+    TreeReducer.reset = one_by_one
+
+
+TOGGLES: Mapping[str, Callable[[], None]] = {
+    "late-reads": _late_reads,
+    "batches": _batches,
+    "compiled-muon": _compiled_muon,
+    "float32-sums": _float32_sums,
+    "share": _share,
+    "zeroed-lists": _zeroed_lists,
+}
+
+
+def undo(names: str) -> None:
+    """Undo the choices in `names`, separated by commas. Raises SystemExit for an unknown one."""
+    for name in filter(None, names.split(",")):
+        if name not in TOGGLES:
+            raise SystemExit(f"--without={name}: there is no such choice, only {', '.join(TOGGLES)}")
+        TOGGLES[name]()

@@ -1,0 +1,81 @@
+"""Carries the numbers of a step from the device to the host while the device computes the next step.
+
+Whether a number is finite is decided on the device, because there the update needs the answer: the host would have to
+wait for it. The host reads losses and norms one step late, to report them and to say what went wrong.
+
+Shapes: W ranks, A micro-batches per rank and step.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from trainer.loop.health import DeviceClock, StepNorms, to_host
+
+
+class Gate:
+    """Closes the updates, for good, once a number is not finite. Its answers stay on the device."""
+
+    def __init__(self, device: torch.device):
+        self._zero = torch.zeros((), device=device)
+
+    def check(self, numbers: torch.Tensor) -> torch.Tensor:
+        """1.0 if one of these numbers, or of those of an earlier call, is not finite, else 0.0: a float32 scalar.
+
+        All ranks must call it with the same numbers, so that all of them update or none does.
+        """
+        self._zero += (numbers * 0).sum()  # 0 times a number is 0 only if the number is finite
+        return (self._zero != 0).float()
+
+
+@dataclass
+class StepNumbers:
+    """What optimizer step `step` has computed: `numbers` (W, A + 1), losses and gradient norm of each rank."""
+
+    step: int
+    factor: float  # of the peak learning rates
+    numbers: torch.Tensor
+    forward: DeviceClock
+    waited: DeviceClock  # for data and other ranks, before the step
+    whole: DeviceClock
+    norms: StepNorms | None
+
+    def __post_init__(self):
+        self._ready = None
+        on_gpu, self.numbers = self.numbers.is_cuda, to_host(self.numbers)
+        if on_gpu:
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def wait(self) -> None:
+        """Wait until the device has computed the step. What follows may be called only then."""
+        if self._ready:
+            self._ready.synchronize()
+
+    def loss(self) -> float:
+        """The mean of all losses. An exact sum has the same bits whichever rank computed which."""
+        losses = self.numbers[:, :-1]
+        return math.fsum(losses.flatten().tolist()) / losses.numel()
+
+    def norm(self) -> float:
+        return float(self.numbers[0, -1])
+
+    def problem(self) -> str:
+        """Which number is not finite, and on which rank; empty if all are finite."""
+        losses, norms = self.numbers[:, :-1], self.numbers[:, -1]
+        bad_losses, bad_norms = (~losses.isfinite()).nonzero(), (~norms.isfinite()).nonzero()
+        if len(bad_losses):
+            return f"the loss on rank {int(bad_losses[0, 0])} is {float(losses[tuple(bad_losses[0])])}"
+        if len(bad_norms):
+            rank = int(bad_norms[0])
+            where = "" if len(bad_norms) == len(norms) else f" on rank {rank}"
+            return f"the gradient norm{where} is {float(norms[rank])}"
+        return ""
+
+    def waited_seconds(self) -> float:
+        return self.waited.seconds()
+
+    def seconds(self) -> float:
+        """Of the whole step, with the wait before it."""
+        return self.waited.seconds() + self.whole.seconds()
