@@ -60,9 +60,9 @@ def name(environment: Mapping[str, str], variable: str) -> str:
 
 def url(environment: Mapping[str, str], variable: str) -> str:
     """The URL of a run (`RUN`) or of a token set (`DATA`): RUN_URL or DATA_URL if it is given. Raises ConfigError."""
-    return (
-        environment.get(f"{variable}_URL") or f"{root(environment)}/{FOLDERS[variable]}/{name(environment, variable)}"
-    )
+    given = environment.get(f"{variable}_URL", "").strip()
+    _check_characters(f"{variable}_URL", given)
+    return given or f"{root(environment)}/{FOLDERS[variable]}/{name(environment, variable)}"
 
 
 def _check_characters(variable: str, text: str) -> None:

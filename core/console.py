@@ -37,7 +37,8 @@ def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> N
     other entry goes on without output. After a request to stop, every failure counts as PREEMPTED, because the store or
     other ranks may be gone.
     """
-    environment.drop_empty(os.environ)
+    environment.tidy(os.environ)
+    environment.name_user(os.environ)
     output.prepare(is_product=shows)
     sys.excepthook = _print_traceback
     try:
