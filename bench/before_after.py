@@ -1,12 +1,13 @@
-"""Compares two working trees of this project: the benchmarks of each, run in turn on one machine, in one record.
+"""Compares two working trees of this project: runs the benchmarks of both in turn and writes one record.
 
     python -m bench.before_after --before=../old [--rounds=3] [--only=report,loader] [--scratch=/tmp/bench] [--out=FILE]
 
-A tree is a checkout with its own `.venv` (`make setup`). In each round every measurement runs once in each tree, as a
-user would start it there. The table shows medians, and the ratio of seconds: above 1, the tree `after` (this one) is
+A tree is a checkout with its own `.venv` (`make setup`). In each round a measurement runs once in each tree, as a user
+would start it there. The table shows medians, and the ratio of seconds: above 1, the tree `after` (this one) is
 slower. Rates are shown as seconds per million. `report` is the cost report of a run of 10,000 segments in a local
-folder, and the start of the program. The other rows are those of bench.loader, bench.checkpoint, bench.restart and
-bench.prep. On a shared machine the CPU seconds say more than the clock.
+folder, and the start of the program. `storage` measures small requests to an S3 server on loopback. The other rows come
+from bench.loader, bench.checkpoint, bench.restart and bench.prep. On a shared machine the CPU seconds say more than the
+clock.
 """
 
 import json
@@ -14,6 +15,7 @@ import os
 import resource
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,22 +40,30 @@ def main() -> None:
     for tree in (options.before, harness.REPOSITORY):
         if not python_of(tree).exists():
             parser.error(f"{python_of(tree)}: not found; run `make setup` in {tree}")
-    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        measure = {name: MEASUREMENTS[name](Path(folder)) for name in names}
-        runs = harness.interleaved(
-            {
-                f"{name} {side}": lambda _, name=name, tree=tree: measure[name](tree)
-                for name in names
-                for side, tree in (("before", options.before), ("after", harness.REPOSITORY))
-            },
-            options.rounds,
-        )
     results = harness.header("torch", "numpy", "obstore", "botocore", "pyarrow") | {
-        "rounds": options.rounds,
         "commits": {"before": commit_of(options.before), "after": commit_of(harness.REPOSITORY)},
-        "median": {name: _median(runs[f"{name} before"], runs[f"{name} after"]) for name in names},
+        "failed": {},
+        "median": {},
     }
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        for name in names:
+            try:
+                runs = _both(name, MEASUREMENTS[name](Path(folder)), options.before, options.rounds)
+            except SystemExit as error:  # the other measurements still run
+                results["failed"][name] = str(error)
+                print(error, file=sys.stderr)
+                continue
+            results["median"][name] = _median(*runs.values()) | {"load": os.getloadavg()[0]}
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
     harness.finish(results, show, options.out)
+    if results["failed"]:
+        raise SystemExit(f"failed: {', '.join(results['failed'])}")
+
+
+def _both(name: str, measure: Callable[[Path], Figures], before: Path, rounds: int) -> dict[str, list[Figures]]:
+    sides = {f"{name} before": before, f"{name} after": harness.REPOSITORY}
+    return harness.interleaved({side: lambda _, tree=tree: measure(tree) for side, tree in sides.items()}, rounds)
 
 
 def python_of(tree: Path) -> Path:
@@ -79,9 +89,10 @@ def show(results: dict[str, Any]) -> None:
         [f"{name}: {key}", f"{values['before']:.3f}", f"{values['after']:.3f}", f"{values['ratio']:.2f}"]
         for name, figures in results["median"].items()
         for key, values in figures.items()
+        if key != "load"
     ]
     commits = " and ".join(results["commits"].values())
-    title = f"{commits}, medians of {results['rounds']}, {results['machine']['cores']} cores"
+    title = f"{commits}, medians, {results['machine']['cores']} cores"
     harness.print_table(title, ["seconds", "before", "after", "after / before"], rows)
 
 
@@ -96,6 +107,41 @@ def _report(folder: Path) -> Callable[[Path], Figures]:
         whole = _timed(tree, "cost_report.py", str(run), "--no-cache", "--offline")
         start = _timed(tree, "cost_report.py", "--help")
         return {f"{SEGMENTS:,} segments, CPU": whole, "--help, CPU": start}
+
+    return measure
+
+
+SMALL = """
+import json, os, resource, sys, time
+def cpu():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+began, url = cpu(), sys.argv[1]
+from core import storage
+storage.write_bytes(url + "/first", b"first")
+storage.read_bytes(url + "/first")
+found = {"import, first write and read, CPU": cpu() - began}
+began = cpu()
+for number in range(300):
+    storage.write_bytes(f"{url}/small-{number}", b"x" * 500)
+found["300 small writes, CPU"] = cpu() - began
+storage.write_bytes(url + "/large", os.urandom(64 << 20))
+began, clock = cpu(), time.perf_counter()
+for number in range(2000):
+    storage.read_range(url + "/large", number * 32768, number * 32768 + 65536)
+found |= {"2,000 ranges of 64 KiB, CPU": cpu() - began, "2,000 ranges of 64 KiB": time.perf_counter() - clock}
+print(json.dumps(found))
+"""
+
+
+def _storage(folder: Path) -> Callable[[Path], Figures]:
+    def measure(tree: Path) -> Figures:
+        with harness.s3_server(folder):
+            command = [str(python_of(tree)), "-c", SMALL, f"s3://{harness.BUCKET}/small"]
+            done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"storage failed in {tree}:\n{done.stderr[-3000:]}")
+        return json.loads(done.stdout)
 
     return measure
 
@@ -123,10 +169,12 @@ def _restart(folder: Path) -> Callable[[Path], Figures]:
 
 
 def _prep(folder: Path) -> Callable[[Path], Figures]:
+    corpus = folder.parent  # outside the temporary folder, so that it is kept for the next call
+
     def measure(tree: Path) -> Figures:
         figures = {}
         for where in ("folder", "bucket"):
-            flags = (f"--scratch={folder}", "--store=/dev/shm", "--sides=ours", f"--where={where}")
+            flags = [f"--scratch={corpus}", "--text=code", "--sides=ours", f"--where={where}"]
             (run,) = _record(tree, folder, "bench.prep", *flags)["runs"]["ours"]
             figures |= {where: run["seconds"], f"{where}, CPU": run["cpu_seconds"]}
         return figures
@@ -136,6 +184,7 @@ def _prep(folder: Path) -> Callable[[Path], Figures]:
 
 MEASUREMENTS: dict[str, Callable[[Path], Callable[[Path], Figures]]] = {
     "report": _report,
+    "storage": _storage,
     "loader": _loader,
     "checkpoint": _checkpoint,
     "restart": _restart,
@@ -151,7 +200,7 @@ def _record(tree: Path, folder: Path, module: str, *flags: str) -> dict[str, Any
 
 
 def _timed(tree: Path, *arguments: str) -> float:
-    """Run Python of `tree` there. Returns CPU seconds of the process and its children; SystemExit if it fails."""
+    """Run the Python of `tree` in its folder. Returns CPU seconds with child processes; SystemExit if it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [str(python_of(tree)), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -163,7 +212,7 @@ def _timed(tree: Path, *arguments: str) -> float:
 
 
 def write_run(run: Path, segments: int) -> None:
-    """A run of ten steps a segment, in the stored formats (docs/formats.md)."""
+    """Write a run of ten steps per segment, in the stored formats (docs/formats.md)."""
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"format": "run", "version": 1, "config": {"train": {"steps": 10}}}))
     machine = {"cloud": "aws", "region": "us-east-1", "instance_type": "p4d.24xlarge", "gpu": "A100", "nodes": 1}

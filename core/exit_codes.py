@@ -3,12 +3,13 @@
 import os
 from pathlib import Path
 
-# SkyPilot's recover_on_exit_codes names PREEMPTED and BAD_NODE, never CAPPED.
-OK = 0
-FAILED = 1
-PREEMPTED = 33
-CAPPED = 34
-BAD_NODE = 35
+# launch/node/container.sh has a copy. The managed jobs in sky/ start again after PREEMPTED and BAD_NODE only, which
+# SkyPilot's recover_on_exit_codes names there.
+OK = 0  # the program reached its end
+FAILED = 1  # the job ends
+PREEMPTED = 33  # asked to stop, and saved: the job starts again
+CAPPED = 34  # the cap on dollars is reached: the job ends
+BAD_NODE = 35  # this machine is bad or hung: the job starts again on another one
 
 
 def tell_launcher(code: int) -> None:

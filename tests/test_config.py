@@ -1,5 +1,7 @@
 """core.settings.loader: three layers, typed values, errors that say where."""
 
+import dataclasses
+import importlib
 import re
 from pathlib import Path
 
@@ -8,6 +10,14 @@ import pytest
 from core.errors import ConfigError
 from core.settings import evaluation, loader
 from core.settings.evaluation import EvaluateConfig
+from core.settings.preparation import (
+    FetchConfig,
+    FetchSourceConfig,
+    PrepConfig,
+    PrepDataConfig,
+    ShardsConfig,
+    SourceConfig,
+)
 from core.settings.renamed import REMOVED, RENAMED
 from core.settings.stages import training_schema
 from core.settings.training import PretrainConfig
@@ -196,3 +206,35 @@ def test_lists_may_be_json(tmp_path):
     flags = ["--train.skip_steps=[3, 5]", '--train.trackers=["wandb"]', "--run.url=r", "--data.url=d"]
     config = loader.load(PretrainConfig, flags, {})
     assert (config.train.skip_steps, config.train.trackers) == ((3, 5), ("wandb",))
+
+
+NEEDED = {
+    PrepConfig: {"source": SourceConfig(url="/source"), "data": PrepDataConfig(url="/set")},
+    FetchConfig: {"source": FetchSourceConfig(train_url="/source"), "data": ShardsConfig(url="/set")},
+}
+
+
+def schemas() -> list[type]:
+    """Every dataclass of core.settings that declares bounds."""
+    found = {}
+    for file in sorted((REPOSITORY / "core/settings").glob("[a-z]*.py")):
+        module = importlib.import_module(f"core.settings.{file.stem}")
+        for each in vars(module).values():
+            is_own = dataclasses.is_dataclass(each) and each.__module__ == module.__name__
+            if is_own and any(bounds_of(field) for field in dataclasses.fields(each)):
+                found[each.__qualname__] = each
+    return list(found.values())
+
+
+def bounds_of(field: dataclasses.Field) -> dict[str, float]:
+    return {name: bound for name, bound in (field.metadata.get("bounds") or {}).items() if bound is not None}
+
+
+@pytest.mark.parametrize("schema", schemas(), ids=lambda schema: schema.__name__)
+def test_every_bound_holds(schema: type):
+    """Also in a schema with checks of its own, which may forget those of its base."""
+    for field in dataclasses.fields(schema):
+        for name, bound in bounds_of(field).items():
+            outside = bound + {"ge": -1, "gt": 0, "le": 1, "lt": 0}[name]
+            with pytest.raises(loader.SettingError, match=field.name):
+                schema(**NEEDED.get(schema, {}), **{field.name: outside})

@@ -17,6 +17,7 @@ from core.run import journal
 from launch.node import __main__ as node
 from launch.node import preflight, supervise
 from launch.node.supervise import Child, Outcome
+from tests import warm
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent
@@ -317,8 +318,8 @@ def test_a_failing_worker_has_the_last_word(tmp_path):
     settings = {"RUN_URL": str(tmp_path), "DATA_URL": str(tmp_path / "none"), "DEVICE": "cpu", "CLOUD": ""}
     command = [sys.executable, "-m", "launch.node", "-m", "trainer.train", "trainer/configs/debug.yaml"]
     command += ["--train.device=cpu"]
-    environment = {**os.environ, **settings}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    environment = {**os.environ, **settings, "WARM_CHILDREN": "yes"}
+    done = warm.run(command, cwd=ROOT, env=environment, timeout=PATIENCE_SECONDS)
     assert done.returncode == 1
     assert "there is no manifest; prepare the data first" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr

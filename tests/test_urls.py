@@ -1,7 +1,6 @@
 """core.urls: every entry refuses a misspelt URL with the right spelling, before it writes anything."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, Synthe
 from costs import discover
 from launch import runs
 from launch.node import place as place_on_node
+from tests import warm
 from tests.patience import PATIENCE_SECONDS
 from trainer.chat import ChatConfig
 from trainer.generate import GenerateConfig
@@ -203,7 +203,7 @@ def test_an_entry_refuses_it_and_writes_nothing(entry: str, tmp_path: Path):
     work.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COST_CACHE_DIR": str(tmp_path / "costs")}
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    done = warm.run(command, cwd=work, env=environment, timeout=PATIENCE_SECONDS)
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()[-1:]
     assert line.startswith("error: ")

@@ -210,7 +210,7 @@ def main() -> None:
         arguments.pop(0)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
-        sys.path[0] = os.getcwd()
+        sys.path[:1] = [os.getcwd(), str(REPOSITORY)]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments

@@ -6,13 +6,14 @@
 
 Reads the data of the stage: token shards, or conversations or preferences as rows. Writes run.json, checkpoints,
 metrics and the ledger below run.url. The same command continues a run from its newest complete checkpoint, on any
-number of ranks. Exit codes: 0 when the run has reached its last step, 33 when it was asked to stop and saved, else 1.
+number of ranks. Exit codes: 0 when the run has reached its last step, 33 when it was asked to stop and saved, 34 when
+it has reached its cap on dollars, else 1.
 """
 
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen()  # before the imports that take seconds
+    stop.listen()  # called before the imports that take seconds
 
 import importlib
 import os
@@ -36,11 +37,12 @@ def main(arguments: list[str]) -> int:
         print(loader.help_text(schema, USAGE))
         return OK
     settings = loader.load(schema, arguments, os.environ)
-    # Importing torch takes seconds. A wrong setting is refused before it, and a checkpoint arrives during it.
+    # Importing torch takes seconds. Wrong settings are refused before it, and a checkpoint is fetched meanwhile.
     fetched = early.start(settings.run.url, os.environ)
     from trainer.loop.segment import run_segment
 
-    stage = importlib.import_module(f"trainer.stages.{settings.stage}")  # only one: each imports other libraries
+    # Import only this stage, because each stage imports other libraries.
+    stage = importlib.import_module(f"trainer.stages.{settings.stage}")
     return run_segment(getattr(stage, settings.stage.capitalize()), settings, fetched)
 
 
