@@ -39,7 +39,8 @@ SCHEMAS = (
 )
 # Words with an underscore that are no settings: fields of files and parameters of others.
 FIELDS = set(
-    "acc_norm api_key background_seconds blocked_seconds data_prep digest_size generation_kwargs library_name max_completion_tokens "
+    "acc_norm api_key background_seconds blocked_seconds data_prep digest_size generation_kwargs library_name "
+    "max_completion_tokens "
     "limit_usd lm_eval model_type pipeline_tag spent_usd step_seconds trust_remote_code "
     "usd_per_hour vocab_size zero_out".split()
 )
