@@ -63,9 +63,9 @@ def url(environment: Mapping[str, str], variable: str) -> str:
 
     Raises ConfigError.
     """
-    return (
-        environment.get(f"{variable}_URL") or f"{root(environment)}/{FOLDERS[variable]}/{name(environment, variable)}"
-    )
+    given = environment.get(f"{variable}_URL", "").strip()
+    _check_characters(f"{variable}_URL", given)
+    return given or f"{root(environment)}/{FOLDERS[variable]}/{name(environment, variable)}"
 
 
 def _check_characters(variable: str, text: str) -> None:

@@ -41,7 +41,8 @@ def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> N
     without an error when the reader of its output has gone (`| head`). Any other program continues without output.
     After a request to stop, every failure exits with PREEMPTED, because its cause may be a store or rank that is gone.
     """
-    environment.drop_empty(os.environ)
+    environment.tidy(os.environ)
+    environment.name_user(os.environ)
     output.prepare(is_product=shows)
     sys.excepthook = _print_traceback
     try:

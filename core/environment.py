@@ -5,6 +5,7 @@ An empty variable counts as not set.
 environment.adopt()      adds the variables of .env to os.environ, and removes empty ones that would mislead a library
 """
 
+import getpass
 import io
 import math
 import os
@@ -23,11 +24,14 @@ _READ_BY_LIBRARIES = re.compile(
     r"|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE"
 )
 
+# Programs make folders and objects of these.
+_PLACES = ("BUCKET", "RUN_URL", "DATA_URL", "SOURCE_URL", "VOCAB_URL")
+
 
 def adopt(dotenv: Path = DOTENV) -> None:
     """Set os.environ to the result of `with_dotenv`. Raises ConfigError."""
     found = with_dotenv(os.environ, dotenv)
-    drop_empty(os.environ)
+    tidy(os.environ)
     os.environ.update(found)
 
 
@@ -37,16 +41,35 @@ def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
     Raises ConfigError.
     """
     given = dict(environment)
-    drop_empty(given)
+    tidy(given)
     from_file = {name: value for name, value in read_dotenv(dotenv).items() if value}
     _check_whose_keys(dotenv, from_file)
     return {**from_file, **{name: value for name, value in given.items() if value or name not in from_file}}
 
 
-def drop_empty(environment: MutableMapping[str, str]) -> None:
-    """Remove the empty variables that a library would read as a value."""
+def tidy(environment: MutableMapping[str, str]) -> None:
+    """Remove the empty variables that a library would read as a value, and what a URL copied with it: blanks and the
+    line ends of a file from Windows."""
+    for name in _PLACES:
+        if name in environment:
+            environment[name] = environment[name].strip()
     for name in [name for name, value in environment.items() if not value and _READ_BY_LIBRARIES.fullmatch(name)]:
         del environment[name]
+
+
+def name_user(environment: MutableMapping[str, str]) -> None:
+    """Give the user a name and a home where the system knows none, as in a container under another user's number.
+
+    Python and torch ask for them to find folders of the user, and fail without an answer.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        environment["USER"] = f"user-{os.getuid()}"
+    try:
+        Path.home()
+    except RuntimeError:
+        environment["HOME"] = "/"  # as Docker sets it
 
 
 def _check_whose_keys(dotenv: Path, found: Mapping[str, str]) -> None:

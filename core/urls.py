@@ -96,10 +96,13 @@ def check_model(name: str) -> None:
 
 
 def local_path(path: str, where: str) -> Path:
-    """`path` as a Path. Raises ConfigError, which names the flag or variable, if it looks like a URL."""
+    """`path` as a Path, with the home folder for `~`: shells expand it at the start of a word, not in `--flag=~/x`.
+
+    Raises ConfigError, which names the flag or variable, if it looks like a URL.
+    """
     if problem := mistake_in_folder(path):
         raise ConfigError(f"{where} is {path!r}, which {problem}")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def _corrected(url: str) -> str:

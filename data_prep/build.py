@@ -10,11 +10,11 @@ would have to download and upload 20 GB per ten billion tokens on one machine.
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 
 from core.console import progress
+from core.cores import usable_cores
 from core.data import manifest
 from core.data.manifest import Manifest
 from core.data.vocabulary import store_vocabulary
@@ -61,7 +61,7 @@ def _encode(config: PrepConfig, todo: PrepPlan) -> None:
     done = plan.done_parts(data_url)
     mine = todo.parts[config.node_rank :: config.num_nodes]
     left = [each for each in mine if each.name not in done]
-    count = config.workers or os.cpu_count() or 1
+    count = config.workers or usable_cores()
     log.info(
         "source: %d files, %sB; %d parts%s, %d done before; %d workers",
         len(todo.files),

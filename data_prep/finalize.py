@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from shlex import quote
 
 import numpy as np
 
@@ -54,7 +55,8 @@ def finalize(config: PrepConfig, plan: PrepPlan) -> Manifest:
     if absent:
         raise DataError(
             f"{data.url}: {len(absent)} of {len(plan.parts)} parts are missing ({', '.join(absent[:5])}"
-            f"{', …' if len(absent) > 5 else ''}); run python -m data_prep.prepare with the same settings again"
+            f"{', …' if len(absent) > 5 else ''}); run python -m data_prep.prepare with the same settings and "
+            "--phase=all"
         )
     records = _read_records(config, plan)
     _judge(records, config)
@@ -236,5 +238,6 @@ def print_summary(made: Manifest, url: str) -> None:
     if not made.splits["val"].tokens:
         print("           no validation tokens: training will report no validation loss")
     print(f"set        {url} (fingerprint {made.fingerprint[:12]})")
-    print(f"check it   python -m data_prep.verify {url}")
-    print(f"train      torchrun --nproc-per-node=N -m trainer.train CONFIG --data.url={url} --run.url=RUN_URL")
+    print(f"check it   python -m data_prep.verify {quote(url)}")
+    command = f"torchrun --nproc-per-node=N -m trainer.train CONFIG {quote(f'--data.url={url}')} --run.url=RUN_URL"
+    print(f"train      {command}")

@@ -2,8 +2,8 @@
 
     python -m data_prep.verify DATA_URL
 
-Checks header, size, SHA-256 and token ids of every shard, and the vocabulary file. Prints one line per problem. The
-exit code is 0 only if there is no problem.
+Checks header, size, SHA-256 and token ids of every shard, and the vocabulary file. Prints one line per problem. A file
+that the store does not give is no damaged one: it is counted apart. Exits with 0 only if every file was read and fits.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from core.console import progress, run_entry, set_up_logging
 from core.data import manifest, vocabulary
 from core.data.manifest import Manifest, ShardEntry
 from core.data.shard import HEADER_BYTES, check_size, parse_header
-from core.errors import ConfigError, LauncherError
+from core.errors import ConfigError, LauncherError, ObjectDamaged, ObjectNotFound, StorageError
+from core.figures import counted
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +42,37 @@ def main(arguments: list[str]) -> int:
     made = manifest.read(url)
     problems = list(problems_of(url, made))
     for problem in problems:
-        print(problem)
+        print(problem.sentence)
     shards = sum(len(split.shards) for split in made.splits.values())
     tokens = sum(split.tokens for split in made.splits.values())
+    damaged = sum(problem.is_damage for problem in problems)
+    if damaged:
+        print(f"{url}: {counted(damaged, 'problem')} in {shards} shards; delete the set and prepare it again")
+    if unread := len(problems) - damaged:
+        rest = "" if damaged else ", and the others match the manifest"
+        print(f"{url}: {counted(unread, 'file')} could not be read{rest}; run the same command again")
     if problems:
-        print(f"{url}: {len(problems)} problems in {shards} shards; delete the set and prepare it again")
         return 1
     print(f"{url}: {shards} shards with {tokens:,} tokens match the manifest (fingerprint {made.fingerprint[:12]})")
     return 0
 
 
-def problems_of(data_url: str, made: Manifest) -> Iterator[str]:
-    """Yields one sentence per problem."""
+@dataclass(frozen=True)
+class Problem:
+    """One sentence. Without `is_damage` the file could not be read, and may be good."""
+
+    sentence: str
+    is_damage: bool = True
+
+
+def problems_of(data_url: str, made: Manifest) -> Iterator[Problem]:
+    """Yields at most one problem per file."""
     vocab_uri = storage.join(data_url, made.tokenizer.vocab_file)
     try:
         if vocabulary.read(vocab_uri).sha256 != made.tokenizer.vocab_sha256:
-            yield f"{vocab_uri}: is not the vocabulary that the manifest names"
+            yield Problem(f"{vocab_uri}: is not the vocabulary that the manifest names")
     except LauncherError as error:
-        yield str(error)
+        yield _problem(error)
     shards = [shard for split in made.splits.values() for shard in split.shards]
     total = sum(shard.bytes for shard in shards)
     with progress("verify", total, "bytes") as bar, ThreadPoolExecutor(THREADS) as pool:
@@ -67,7 +82,11 @@ def problems_of(data_url: str, made: Manifest) -> Iterator[str]:
                 yield problem
 
 
-def _check(data_url: str, shard: ShardEntry, made: Manifest) -> str | None:
+def _problem(error: LauncherError) -> Problem:
+    return Problem(str(error), not isinstance(error, StorageError) or isinstance(error, ObjectNotFound | ObjectDamaged))
+
+
+def _check(data_url: str, shard: ShardEntry, made: Manifest) -> Problem | None:
     """The first problem of a shard, or None."""
     uri = storage.join(data_url, shard.name)
     try:
@@ -76,7 +95,7 @@ def _check(data_url: str, shard: ShardEntry, made: Manifest) -> str | None:
         header = parse_header(header_bytes, uri)
         check_size(header, size, uri)
         if (header.tokens, header.bits) != (shard.tokens, made.bits):
-            return (
+            return Problem(
                 f"{uri}: holds {header.tokens} tokens of {header.bits} bits, "
                 f"the manifest says {shard.tokens} of {made.bits}"
             )
@@ -88,11 +107,12 @@ def _check(data_url: str, shard: ShardEntry, made: Manifest) -> str | None:
             if int(tokens.max()) >= made.tokenizer.vocab_size:
                 wrong = int(np.argmax(tokens >= made.tokenizer.vocab_size))
                 position = (start - HEADER_BYTES) // header.dtype.itemsize + wrong
-                return f"{uri}: token {position} is {tokens[wrong]}, but ids end at {made.tokenizer.vocab_size - 1}"
+                last = made.tokenizer.vocab_size - 1
+                return Problem(f"{uri}: token {position} is {tokens[wrong]}, but ids end at {last}")
     except LauncherError as error:
-        return str(error)
+        return _problem(error)
     if digest.hexdigest() != shard.sha256:
-        return f"{uri}: SHA-256 is {digest.hexdigest()[:12]}…, the manifest says {shard.sha256[:12]}…"
+        return Problem(f"{uri}: SHA-256 is {digest.hexdigest()[:12]}…, the manifest says {shard.sha256[:12]}…")
     return None
 
 

@@ -8,6 +8,7 @@ Prints one line per finding: `ok`, `!` (works, but look), `x` (would fail, with 
 
 import dataclasses
 import os
+import shlex
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
         print(f"{failed} marked x, which must be fixed before this task can run")
         return 1
     command = pricing_command(task, os.environ, options)
-    print(f"$ sky {secrets.scrub(' '.join(command[1:]))}", flush=True)
+    print(f"$ sky {secrets.scrub(shlex.join(command[1:]))}", flush=True)
     return subprocess.call(command)
 
 

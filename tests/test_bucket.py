@@ -71,3 +71,10 @@ def test_what_is_no_bucket_is_refused_with_its_spelling_on_both_sides(given, sai
 def test_a_run_is_a_folder_of_runs(name):
     with pytest.raises(ConfigError, match=r"^RUN (is|has) "):
         bucket.url({"BUCKET": "b", "RUN": name}, "RUN")
+
+
+def test_a_url_that_is_given_loses_what_was_copied_with_it():
+    assert bucket.url({"RUN_URL": " s3://b/runs/a\r\n", "BUCKET": "other"}, "RUN") == "s3://b/runs/a"
+    assert bucket.url({"DATA_URL": " \r", "BUCKET": "b", "DATA": "d"}, "DATA") == "s3://b/data/d"
+    with pytest.raises(ConfigError, match=r"^RUN_URL is .* must not hold control characters"):
+        bucket.url({"RUN_URL": "s3://b/a\rb"}, "RUN")

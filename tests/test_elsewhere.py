@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from core import urls
 from tests import corpus, launching, tuning, warm
 from trainer.weights.open import look_up
 
 
-def run_in(folder: Path, *command: str) -> str:
+def run_in(folder: Path, *command: str, **environment: str) -> str:
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", *command]
-    result = warm.run(command, cwd=folder, env=launching.no_ranks())
+    result = warm.run(command, cwd=folder, env=launching.no_ranks() | environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -53,3 +54,19 @@ def test_what_was_tuned_on_relative_places_is_used_from_another_folder(home: Pat
     more = ["--stage=finetune", "--train.steps=2", "--lora.rank=2", "--train.sample_tokens=0"]
     run_in(home, "trainer.train", *tuning.BATCH, *tuning.QUIET, *more, *places)
     run_in(tmp_path / "other", "trainer.generate", str(home / "runs" / "tuned"), "--max_tokens=2", "--device=cpu")
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_place_is_named(home: Path, tmp_path: Path):
+    """A shell leaves it as it is in --run.url=~/run and in .env; a folder of that name invites `rm -rf ~`."""
+    places = ["--data.url=~/data", "--run.url=~/runs/tilde", "--data.cache_dir=~/cache"]
+    flags = ["--train.steps=2", "--train.sample_tokens=0"]
+    run_in(tmp_path / "other", "trainer.train", *launching.TINY, *flags, *places, HOME=str(home))
+    assert (home / "runs/tilde/run.json").exists()
+    exported = run_in(tmp_path / "other", "trainer.export", "~/runs/tilde", "~/exported", HOME=str(home))
+    assert (home / "exported/config.json").exists(), exported
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_tilde_in_a_path_of_this_machine(home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(home))
+    assert urls.local_path("~/plots", "--out") == home / "plots"

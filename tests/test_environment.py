@@ -1,7 +1,9 @@
 """Empty is absent, .env in all dialects, and no key in what is printed."""
 
+import getpass
 import logging
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from core.errors import ConfigError
 from core.run.folder import RunFolder, open_run
 from tests import variables
 from tests.test_manifest import GOOD
+from trainer.stages.pretrain import default_cache_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,9 +110,35 @@ def test_a_copied_env_example_leaves_libraries_alone(tmp_path):
 def test_every_empty_variable_that_a_library_reads_is_dropped():
     """What stays is read by our own programs alone, for which empty is absent."""
     given = dict.fromkeys([*variables.in_example(), *variables.in_document()], "")
-    environment.drop_empty(given)
+    environment.tidy(given)
     assert {"AWS_DEFAULT_REGION", "GOOGLE_APPLICATION_CREDENTIALS", "XDG_CACHE_HOME", "RANK"} & set(given) == set()
     assert {"BUCKET", "MAX_USD"} <= set(given)
+
+
+def test_a_url_in_a_variable_loses_what_was_copied_with_it(tmp_path):
+    given = {"RUN_URL": "s3://b/a\r", "DATA_URL": " /data ", "VOCAB_URL": "v\r\n", "RUN_TAGS": " a "}
+    environment.tidy(given)
+    assert given == {"RUN_URL": "s3://b/a", "DATA_URL": "/data", "VOCAB_URL": "v", "RUN_TAGS": " a "}
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_name_and_a_home(monkeypatch):
+    """A container under another user's number: getpass.getuser, on which torch's caches depend, would fail."""
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises((KeyError, OSError)):
+        getpass.getuser()
+    environment.name_user(os.environ)
+    assert getpass.getuser() == os.environ["USER"] == f"user-{os.getuid()}"
+    assert default_cache_folder().name == f"token-shards-user-{os.getuid()}"
+    assert Path.home() == Path("/")
+    monkeypatch.setenv("USER", "ann")
+    environment.name_user(os.environ)
+    assert os.environ["USER"] == "ann"
 
 
 # --- keys ------------------------------------------------------------------------------------------------------

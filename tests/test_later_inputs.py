@@ -89,3 +89,23 @@ def test_tuning_opens_them_too(pretrained, data: Path, tmp_path: Path):
     assert code == 1
     assert "not a description of a set" in output.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["finetune", "dpo", "distil"])
+def test_damaged_weights_of_the_start(stage: str, pretrained, tmp_path: Path):
+    """A byte of the newest checkpoint has changed; its manifest, which is read first, is whole."""
+    start = Path(shutil.copytree(pretrained[1], tmp_path / "start"))
+    newest = max(start.glob("checkpoints/step-*"))
+    payload = max(newest.iterdir(), key=lambda file: file.stat().st_size)
+    content = bytearray(payload.read_bytes())
+    content[-1] ^= 1
+    payload.write_bytes(content)
+    rows = tuning.preferences(8) if stage == "dpo" else tuning.conversations(8)
+    examples = f"--data.examples={tuning.write_rows(tmp_path / 'rows.jsonl', rows)}"
+    places = [f"--start.weights={start}", f"--data.url={pretrained[0]}", f"--run.url={tmp_path / 'run'}"]
+    more = [*tuning.MODEL, f"--teacher.weights={pretrained[1]}"] if stage == "distil" else [examples]
+    said = tuning.refused(
+        "trainer.train", f"--stage={stage}", *tuning.BATCH, *tuning.QUIET, "--train.steps=2", *places, *more
+    )
+    assert f"{payload}: checksum differs from its manifest's" in said
+    assert not (tmp_path / "run").exists()

@@ -140,7 +140,7 @@ def test_a_key_in_an_error_is_not_stored(tmp_path: Path, monkeypatch: pytest.Mon
     assert "wJalrXUtnFEMIexample" not in stored
 
 
-def test_the_commit_is_the_checkouts_own_and_not_that_of_a_repository_around_it(tmp_path: Path):
+def test_the_commit_is_the_checkouts_own_and_not_that_of_a_repository_around_it(tmp_path: Path, monkeypatch):
     """The project's files may be copied into another repository."""
 
     def git(folder: Path, *arguments: str) -> str:
@@ -159,6 +159,8 @@ def test_the_commit_is_the_checkouts_own_and_not_that_of_a_repository_around_it(
     git(inner, "add", ".")
     git(inner, "commit", "-m", "ours")
     commit = git(inner, "rev-parse", "HEAD")
+    assert machine.checkout_revision(inner) == commit
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # as where a container mounts the checkout
     assert machine.checkout_revision(inner) == commit
     (inner / "ours.py").write_text("changed")
     assert machine.checkout_revision(inner) == f"{commit}+"

@@ -12,7 +12,7 @@ import pytest
 from core import storage
 from core.data import manifest
 from core.data.shard import HEADER_BYTES
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, StorageError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
 from data_prep import fetch, inspect, prepare, verify
@@ -65,6 +65,30 @@ def test_verify_names_every_damage(copy: Path, capsys: pytest.CaptureFixture):
     assert "not found" in found[shards[3].name]
     assert "gpt2.tiktoken" in found
     assert "5 problems" in lines[-1]
+
+
+def test_verify_counts_apart_what_it_could_not_read(
+    copy: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """A store that fails has not damaged the set: no one should delete it for that."""
+    shards = sorted((copy / "train").glob("*.bin"))
+    read_range = storage.read_range
+
+    def refuses(uri: str, start: int, end: int) -> bytes:
+        if uri.endswith(shards[0].name):
+            raise StorageError(f"{uri}: could not read (503 Slow Down)")
+        return read_range(uri, start, end)
+
+    monkeypatch.setattr(storage, "read_range", refuses)
+    assert verify.main([str(copy)]) == 1
+    *problems, last = capsys.readouterr().out.splitlines()
+    assert [problem.partition(": ")[2] for problem in problems] == ["could not read (503 Slow Down)"]
+    assert "1 file could not be read, and the others match the manifest; run the same command again" in last
+    shards[1].unlink()
+    assert verify.main([str(copy)]) == 1
+    *_, damage, unread = capsys.readouterr().out.splitlines()
+    assert "1 problem in " in damage
+    assert "1 file could not be read; run" in unread
 
 
 def test_verify_finds_ids_outside_the_vocabulary(copy: Path, capsys: pytest.CaptureFixture):

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     from trainer.distributed import process_group
 
     try:
-        ranks = process_group.start(settings.device)
+        ranks = process_group.start(settings.device, "device")
         run(list(dict.fromkeys([*targets, *settings.compare])), settings, ranks)
         return OK
     except CapReached as reached:
@@ -59,6 +59,7 @@ def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
     """Measures all targets, one after another. Call it on all ranks."""
     import torch
 
+    from core.cores import usable_cores
     from trainer.distributed.process_group import on_all
     from trainer.evals import suite
     from trainer.evals.progress import EvaluationLog
@@ -66,7 +67,7 @@ def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
     from trainer.weights.open import open_weights
 
     if ranks.device.type == "cpu":
-        torch.set_num_threads(settings.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
+        torch.set_num_threads(settings.cpu_threads or max(1, usable_cores() // ranks.local_world))
     numbers = precision.resolve(settings.precision, ranks.device)
     trained = on_all(lambda: open_weights(targets[0], ranks.device), ranks)
     own = RunFolder(trained.run_url).evaluations if trained.run_url else None

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plots need matplotlib; run `pip install 'pretrain-launcher[plot]'`") from None
+        raise ConfigError("plots need matplotlib; run `pip install -e '.[plot]'`") from None
     runs = [(name, read_measured(url)) for name, url in named(options.runs).items()]
     for _, run in runs:
         for problem in run.problems:

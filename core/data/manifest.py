@@ -19,6 +19,8 @@ NAME = "manifest.json"
 FORMAT = "token-shards"
 VERSION = 1
 SUFFIX = ".bin"  # of a shard; the cache finds what it may remove by it
+# Records beside the shards hold what a manifest says: preparation writes it again without reading the source.
+_AGAIN = "delete it, and run the command that prepared the data again"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Manifest:
         if split is None or not split.tokens:
             raise DataError(
                 f"{where}: the data set has no {name!r} tokens (it has {', '.join(sorted(self.splits)) or 'none'}); "
-                f"prepare it with a larger {name} share"
+                f"prepare it {'with a larger data.val_fraction' if name == 'val' else 'from more documents'}"
             )
         return split
 
@@ -110,7 +112,7 @@ def read(data_url: str) -> Manifest:
             f"{uri}: there is no manifest; prepare the data first (python -m data_prep.prepare), or correct data.url"
         ) from error
     except ValueError as error:
-        raise DataError(f"{uri}: not valid JSON ({error}); prepare the data again") from error
+        raise DataError(f"{uri}: not valid JSON ({error}); {_AGAIN}") from error
     if document.get("format") != FORMAT:
         raise DataError(
             f"{uri}: format is {document.get('format')!r}, not {FORMAT!r}; it is not a manifest of a dataset"
@@ -118,7 +120,7 @@ def read(data_url: str) -> Manifest:
     if document.get("version") != VERSION:
         raise DataError(
             f"{uri}: manifest version {document.get('version')!r} is not {VERSION}; "
-            "use the release that wrote it, or prepare the data again"
+            "use the release that wrote it, or delete the set and prepare it again"
         )
     try:
         splits = {
@@ -135,9 +137,7 @@ def read(data_url: str) -> Manifest:
         )
         stated = document["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{uri}: incomplete manifest ({type(error).__name__}: {error}); prepare the data again"
-        ) from error
+        raise DataError(f"{uri}: incomplete manifest ({type(error).__name__}: {error}); {_AGAIN}") from error
     _check(manifest, stated, uri)
     return manifest
 
@@ -178,20 +178,22 @@ def _check(manifest: Manifest, stated_fingerprint: str, uri: str) -> None:
         if split.tokens != sum(shard.tokens for shard in split.shards):
             raise DataError(
                 f"{uri}: split {name!r} says {split.tokens} tokens, "
-                f"its shards add up to {sum(s.tokens for s in split.shards)}; prepare the data again"
+                f"its shards add up to {sum(s.tokens for s in split.shards)}; delete the set and prepare it again"
             )
         for shard in split.shards:
             if shard.bytes != HEADER_BYTES + shard.tokens * manifest.bits // 8:
                 raise DataError(
                     f"{uri}: shard {shard.name} says {shard.tokens} tokens in {shard.bytes} bytes, "
-                    "which do not match; prepare the data again"
+                    "which do not match; delete the set and prepare it again"
                 )
             untrusted.check_name(shard.name, uri)
             if not shard.name.endswith(SUFFIX):
-                raise DataError(f"{uri}: shard {shard.name} does not end in {SUFFIX}; prepare the data again")
+                raise DataError(
+                    f"{uri}: shard {shard.name} does not end in {SUFFIX}; delete the set and prepare it again"
+                )
     untrusted.check_name(manifest.tokenizer.vocab_file, uri)
     if manifest.fingerprint != stated_fingerprint:
         raise DataError(
             f"{uri}: fingerprint does not match its shards; "
-            "the manifest was edited or mixed from two sets: prepare the data again"
+            "the manifest was edited or mixed from two sets: delete the set and prepare it again"
         )

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import Any
 
 from core import storage, untrusted
@@ -57,11 +58,10 @@ def info_of(data_url: str, name: str) -> SetInfo:
             raise ValueError("rows, source or sha256 is of another type")
         return info
     except ObjectNotFound as error:
-        raise DataError(
-            f"{uri}: there is no set {name!r}; store it first: python -m data_prep.sets {name} {data_url}"
-        ) from error
+        raise DataError(f"{uri}: there is no set {name!r}; store it first: {_storing(data_url, name)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{uri}: not a description of a set ({error}); store it again") from error
+        again = _storing(data_url, name)
+        raise DataError(f"{uri}: not a description of a set ({error}); store it again: {again}") from error
 
 
 def read(data_url: str, name: str) -> Sequence[dict[str, Any]]:
@@ -70,11 +70,13 @@ def read(data_url: str, name: str) -> Sequence[dict[str, Any]]:
     uri = _uri(data_url, f"{name}.jsonl")
     data = storage.read_bytes(uri, untrusted.memory_bytes())
     if hashlib.sha256(data).hexdigest() != info.sha256:
-        raise DataError(f"{uri}: its checksum has changed; store it again: python -m data_prep.sets {name} {data_url}")
+        again = _storing(data_url, name, info.schema)
+        raise DataError(f"{uri}: its checksum has changed; store it again, from {info.source}: {again}")
     try:
         return [untrusted.parse_json(line) for line in data.splitlines()]
     except ValueError as error:
-        raise DataError(f"{uri}: a row is not JSON ({error}); store the set again") from error
+        again = _storing(data_url, name, info.schema)
+        raise DataError(f"{uri}: a row is not JSON ({error}); store it again, from {info.source}: {again}") from error
 
 
 def read_if_there(data_url: str, name: str) -> Sequence[dict[str, Any]] | None:
@@ -84,6 +86,15 @@ def read_if_there(data_url: str, name: str) -> Sequence[dict[str, Any]] | None:
 
 def _uri(data_url: str, name: str) -> str:
     return storage.join(data_url, "sets", name)
+
+
+def _storing(data_url: str, name: str, schema: str = "") -> str:
+    """The command that stores a set. Without its schema, its name tells the kind."""
+    kind = {"conversations": "instructions"}.get(schema, schema) or ("hellaswag" if name == "hellaswag" else "")
+    if kind == "hellaswag":
+        return f"python -m data_prep.sets hellaswag {quote(data_url)}"
+    kind = kind or ("preferences" if name == "preferences" else "instructions")
+    return f"python -m data_prep.sets {kind} {quote(data_url)} --from=FILE --name={name}"
 
 
 # --- conversations ---------------------------------------------------------------------------------------------

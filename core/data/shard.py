@@ -54,7 +54,8 @@ def parse_header(data: bytes, where: str) -> ShardHeader:
     """Parses the first 1024 bytes of a shard. Raises DataError that names `where`, its URI."""
     if len(data) < HEADER_BYTES:
         raise DataError(
-            f"{where}: only {len(data)} bytes, a shard starts with a header of {HEADER_BYTES}; prepare the data again"
+            f"{where}: only {len(data)} bytes, a shard starts with a header of {HEADER_BYTES}; "
+            "delete the set and prepare it again"
         )
     fields = np.frombuffer(data[:HEADER_BYTES], dtype="<i4")
     magic, version, tokens, bits = (int(field) for field in fields[:4])
@@ -63,10 +64,10 @@ def parse_header(data: bytes, where: str) -> ShardHeader:
     if version != VERSION:
         raise DataError(
             f"{where}: shard version {version} is not {VERSION}; "
-            "it was written by another release: use that release, or prepare the data again"
+            "it was written by another release: use that release, or delete the set and prepare it again"
         )
     if bits not in DTYPES or tokens < 1:
-        raise DataError(f"{where}: header says {tokens} tokens of {bits} bits; prepare the data again")
+        raise DataError(f"{where}: header says {tokens} tokens of {bits} bits; delete the set and prepare it again")
     return ShardHeader(tokens, bits)
 
 
@@ -75,5 +76,5 @@ def check_size(header: ShardHeader, size: int, where: str) -> None:
     if size != header.file_bytes:
         raise DataError(
             f"{where}: {size} bytes, but its header promises {header.tokens} tokens, "
-            f"which take {header.file_bytes}; prepare the data again"
+            f"which take {header.file_bytes}; delete the set and prepare it again"
         )

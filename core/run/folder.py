@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from core import storage, untrusted
@@ -192,9 +193,10 @@ def continued_elsewhere(folder: RunFolder, identity: Mapping[str, Any]) -> str:
         return ""
     other = f"{folder}-2"
     if stage == "pretrain":
-        how = f"python -m trainer.import_weights {folder} {other} CONFIG.yaml, then train with run.url={other}"
+        places = f"{quote(str(folder))} {quote(other)}"
+        how = f"python -m trainer.import_weights {places} CONFIG.yaml, then train with run.url={other}"
     else:
-        how = f"--start.weights={folder} --run.url={other}"
+        how = f"{quote(f'--start.weights={folder}')} {quote(f'--run.url={other}')}"
     return f"; to go on from its weights with other settings: {how}"
 
 

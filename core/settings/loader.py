@@ -264,7 +264,7 @@ def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
         return
     if today := RENAMED.get(key):
         name, _, stage = today.partition(" with ")
-        if name.partition("=")[0] in known or stage:
+        if "stage" in known if stage else name.partition("=")[0] in known:
             raise ConfigError(f"{where}: {key} is an old name; write {today}")
     if key in REMOVED:
         raise ConfigError(f"{where}: {key} is gone; remove it: {REMOVED[key]}")

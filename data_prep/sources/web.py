@@ -4,6 +4,7 @@ A server that ignores ranges sends whole files. Small files are then kept in mem
 """
 
 from functools import lru_cache
+from shlex import quote
 from typing import Any
 
 from core.errors import ObjectNotFound, StorageError
@@ -56,7 +57,7 @@ def _whole(uri: str) -> bytes:
             if size > WHOLE_BYTES:
                 raise StorageError(
                     f"{uri}: is larger than {WHOLE_BYTES} bytes, and its server sends no byte ranges; "
-                    f"download it (curl -LO {uri}) and give the local file"
+                    f"download it (curl -LO {quote(uri)}) and give the local file"
                 )
             pieces.append(piece)
     return b"".join(pieces)

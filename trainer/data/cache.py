@@ -294,7 +294,8 @@ class ReadAhead:
             check_size(header, size, uri)
             if header.tokens != entry.tokens:
                 raise DataError(
-                    f"{uri}: header says {header.tokens} tokens, the manifest {entry.tokens}; prepare the data again"
+                    f"{uri}: header says {header.tokens} tokens, the manifest {entry.tokens}; "
+                    "delete the set and prepare it again"
                 )
 
         def fetch() -> int:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from core import pulse
 from core import stop as stop_requests
-from core.errors import ConfigError, LauncherError
+from core.errors import ConfigError, LauncherError, one_line
 from core.figures import counted
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 # A rank waits so long for the others: longer than the retries of the storage and a slow upload together.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 ASK_SECONDS = 5.0
+# How long a rank waits for the one that says what is wrong: torchrun ends the others once one has ended.
+SAYING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,36 +57,61 @@ class Ranks:
         return self.rank == 0
 
 
-def start(device: str) -> Ranks:
-    """Join the job. Raises ConfigError if `device` is not available."""
+def start(device: str, setting: str = "train.device") -> Ranks:
+    """Join the job. `setting` is the name of the setting that holds `device`.
+
+    Raises ConfigError if the device is not available or the ranks do not meet: on one rank of each node; the others
+    raise PeerFailed, because all of them fail in the same way.
+    """
     is_alone = "RANK" not in os.environ
     local_rank = 0 if is_alone else int(os.environ["LOCAL_RANK"])
     local_world = 1 if is_alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but torch sees no GPU; check nvidia-smi and the driver, or set cpu")
+        raise _said_by_one(
+            local_rank == 0,
+            f"{setting} is cuda, but torch sees no GPU; check nvidia-smi and the driver, or set {setting}=cpu",
+        )
     if cuda and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
+        raise _said_by_one(
+            local_rank == torch.cuda.device_count(),
             f"{counted(local_world, 'rank')} on this node, but torch sees {counted(torch.cuda.device_count(), 'GPU')}; "
-            f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
+            f"start torchrun with --nproc-per-node={torch.cuda.device_count()}",
         )
     chosen = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(chosen)
-    if is_alone:  # this store needs no port, which another program could occupy
-        store, rank, world = dist.HashStore(), 0, 1
-    else:
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=dist.PrefixStore("process-group", store),
-        rank=rank,
-        world_size=world,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=chosen if cuda else None,
-    )
-    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else dist.group.WORLD
+    try:
+        if is_alone:  # this store needs no port, which another program could occupy
+            store, rank, world = dist.HashStore(), 0, 1
+        else:
+            store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("process-group", store),
+            rank=rank,
+            world_size=world,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=chosen if cuda else None,
+        )
+        control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else dist.group.WORLD
+    except RuntimeError as error:  # of the store, gloo or NCCL
+        world = os.environ.get("WORLD_SIZE", "1")
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise _said_by_one(
+            local_rank == 0,
+            f"the {world} ranks could not meet at {place} ({one_line(error, 300)}); see that all of them run and that "
+            "no firewall is between their machines, then start again",
+        ) from error
     return Ranks(rank, world, local_rank, local_world, chosen, store, control)
+
+
+def _said_by_one(is_speaker: bool, message: str) -> Exception:
+    """The error to raise before there is a job in which ranks could agree on the one that reports it."""
+    if is_speaker:
+        return ConfigError(message)
+    time.sleep(SAYING_SECONDS)
+    return PeerFailed()
 
 
 def stop() -> None:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from typing import Any
 
@@ -31,7 +32,7 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
     raise ConfigError(
-        f"tasks of lm-evaluation-harness need it: pip install lm-eval, or `pip install -e .[eval]` ({error})"
+        f"tasks of lm-evaluation-harness need it: pip install lm-eval, or `pip install -e '.[eval]'` ({error})"
     ) from error
 
 log = logging.getLogger("evaluate")
@@ -76,7 +77,7 @@ def run(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    in_turns, folder = settings.apply_chat_template, settings.lm_eval_tasks
+    in_turns, folder = settings.apply_chat_template, os.path.expanduser(settings.lm_eval_tasks)
     tuned = chat_template.is_tuned(trained.state, trained.name)
     if in_turns and not tuned:
         raise ConfigError(f"apply_chat_template: {trained.name} is a base model without a chat template; leave it out")

@@ -24,6 +24,7 @@ from collections.abc import Callable, MutableMapping
 import torch
 
 from core import secrets, stop, storage
+from core.cores import usable_cores
 from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.errors import ConfigError, LauncherError, one_line
 from core.exit_codes import CAPPED, FAILED, NO_STORAGE, OK, PREEMPTED, tell_launcher
@@ -48,7 +49,6 @@ from trainer.stages.stage import Stage
 log = logging.getLogger("train")
 
 MEET_SECONDS = 60.0
-SAYING_SECONDS = 1.0
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # Values with which cuBLAS computes the same bits each time. The first one is faster and takes 32 MB.
 EXACT_WORKSPACES = (":4096:8", ":16:8")
@@ -75,7 +75,7 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
             return FAILED
         error = determinism_refusal(error) or error
         if ranks and isinstance(error, LauncherError) and not process_group.is_first_to_say(str(error), ranks):
-            time.sleep(SAYING_SECONDS)  # torchrun kills the rank that reports the error when this rank has ended
+            time.sleep(process_group.SAYING_SECONDS)  # torchrun then kills the rank that reports the error
             return FAILED
         raise error
     finally:
@@ -308,7 +308,7 @@ def set_up_torch(train: TrainLoopConfig, ranks: Ranks) -> None:
     """Configure torch before the first kernel of the process. Raises ConfigError."""
     torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
     if ranks.device.type == "cpu":
-        torch.set_num_threads(train.cpu_threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
+        torch.set_num_threads(train.cpu_threads or max(1, usable_cores() // ranks.local_world))
     set_up_determinism(train, ranks.device, os.environ)
     use_attention(train.attention, ranks.device, train.deterministic)
 

@@ -41,7 +41,8 @@ def _tensorboard(run: TrackedRun) -> tuple[Send, Callable[[], None]]:
 
     folder = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', run.name)}-{run.id}"
     # Steps after the restored checkpoint are repeated. `purge_step` hides their earlier values.
-    writer = SummaryWriter(os.path.join(os.environ.get("TENSORBOARD_DIR", "runs"), folder), purge_step=run.step + 1)
+    home = os.path.expanduser(os.environ.get("TENSORBOARD_DIR", "runs"))
+    writer = SummaryWriter(os.path.join(home, folder), purge_step=run.step + 1)
     writer.add_text(
         "config", "\n".join(f"    {key}: {value}" for key, value in flatten(run.config).items()), run.step + 1
     )

@@ -20,13 +20,14 @@ from core.data.vocabulary import GPT2_VOCAB_SIZE
 from core.errors import ConfigError
 from core.settings import loader
 from core.settings.tuning import DistilConfig, TeacherConfig
+from trainer.checkpoint import layout
 from trainer.checkpoint.load import Restored
 from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.model.gpt import GPT
 from trainer.model.loss import divergence_and_cross_entropy, with_share
 from trainer.stages.pretrain import Pretrain
 from trainer.stages.stage import Validation, lasting_name
-from trainer.weights.open import look_up, open_weights
+from trainer.weights.open import TrainedModel, look_up, open_weights
 
 FOREIGN = "transformers:"
 PROBE = "The president's speech, of 1865, was short: 700 words — and\n\n\tno more."
@@ -93,6 +94,7 @@ class Distil(Pretrain):
         super().__init__(dataclasses.replace(settings, teacher=TeacherConfig(teacher)), ranks)
         if self.settings.start.weights:
             on_main(functools.partial(_check_same_model, self.settings), ranks)
+        self._opened: TrainedModel | None = None  # the start, on rank 0, until `fill` has copied it
         self.teacher = open_teacher(teacher, self.encoding, ranks.device)
         if self.teacher.context < self.context:
             raise ConfigError(
@@ -100,12 +102,19 @@ class Distil(Pretrain):
                 f"is {self.context}; set model.context to at most that"
             )
 
+    def check_stored(self) -> None:
+        super().check_stored()
+        start, run_url = self.settings.start.weights, self.settings.run.url
+        if start and not layout.complete_steps(run_url):
+            self._opened = open_weights(start, self.ranks.device)
+
     def fill(self, model: GPT, restored: Restored | None) -> None:
-        start = self.settings.start.weights
-        if restored or not start:
+        where = self.settings.start.weights
+        if restored or not where:
             super().fill(model, restored)
             return
-        model.load_state_dict(open_weights(start, self.ranks.device).model.state_dict())
+        start, self._opened = self._opened or open_weights(where, self.ranks.device), None
+        model.load_state_dict(start.model.state_dict())
 
     def describe_data(self, model: GPT) -> list[str]:
         return [*super().describe_data(model), f"teacher: {self.teacher.name}"]

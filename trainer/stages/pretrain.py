@@ -139,7 +139,7 @@ class Pretrain(Stage):
 
     def _cache(self, split: str) -> ShardCache:
         data = self.settings.data
-        folder = Path(data.cache_dir) if data.cache_dir else default_cache_folder()
+        folder = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
         return ShardCache(data.url, self.data, split, folder, data.cache_gb * 1e9)
 
 
@@ -167,11 +167,13 @@ def check_shards(data_url: str, data: Manifest) -> None:
         return
     for uri, shard in shards.items():
         if uri not in stored:
-            raise DataError(f"{uri}: this shard of the manifest is not there; copy it again, or prepare the data again")
+            raise DataError(
+                f"{uri}: this shard of the manifest is not there; copy it again, or delete the set and prepare it again"
+            )
         if stored[uri] != shard.bytes:
             raise DataError(
-                f"{uri}: has {stored[uri]:,} bytes, the manifest says {shard.bytes:,}; copy it again, or prepare the "
-                "data again"
+                f"{uri}: has {stored[uri]:,} bytes, the manifest says {shard.bytes:,}; copy it again, or delete "
+                "the set and prepare it again"
             )
 
 

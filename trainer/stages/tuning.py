@@ -18,6 +18,7 @@ from core.errors import CheckpointError, ConfigError
 from core.settings import loader
 from core.settings.model import ModelConfig
 from core.settings.tuning import FinetuneConfig, StartConfig
+from trainer.checkpoint import layout
 from trainer.checkpoint.load import Restored
 from trainer.data import chat_template
 from trainer.data.examples import Examples
@@ -26,7 +27,7 @@ from trainer.model import lora
 from trainer.model.gpt import GPT
 from trainer.stages.stage import Stage, lasting_name, stored_config
 from trainer.weights import folder as public
-from trainer.weights.open import look_up, open_weights, vocabulary_at
+from trainer.weights.open import TrainedModel, look_up, open_weights, vocabulary_at
 
 log = logging.getLogger("train")
 
@@ -69,6 +70,7 @@ class Tuning(Stage):
             settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=steps))
         super().__init__(settings, start.model, length, ranks)
         self.digest = ""  # checksum of the weights that adapters belong to
+        self._opened: TrainedModel | None = None  # the start, until `fill` has copied it
 
     @abc.abstractmethod
     def read(self, settings: Any, encoding, length: int) -> Examples:
@@ -96,6 +98,11 @@ class Tuning(Stage):
     def read_vocabulary(self) -> Vocabulary:
         return _vocabulary(self.start.where, self.settings.data.url)
 
+    def check_stored(self) -> None:
+        """The start is opened here, because it may be damaged, and kept for `fill`."""
+        if self.settings.lora.rank or not layout.complete_steps(self.settings.run.url):
+            self._opened = open_weights(self.start.where, self.ranks.device)
+
     def as_prompt(self, text: str) -> str:
         prompt = chat_template.render([{"role": "user", "content": text}], self.encoding, add_generation_prompt=True)
         return self.encoding.decode(prompt.tokens[1:])
@@ -120,7 +127,8 @@ class Tuning(Stage):
 
     def _take_start(self, model: GPT, restored: Restored | None) -> str:
         """On rank 0: copy all weights but adapters from the start. Returns their checksum if there are adapters."""
-        weights = dict(open_weights(self.start.where, self.ranks.device).model.named_parameters())
+        start, self._opened = self._opened or open_weights(self.start.where, self.ranks.device), None
+        weights = dict(start.model.named_parameters())
         with torch.no_grad():
             for name, parameter in lora.base(model).items():
                 parameter.copy_(weights[name])

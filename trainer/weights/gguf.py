@@ -38,7 +38,7 @@ def write(
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError("GGUF needs its library: pip install gguf, or `pip install -e .[hub]`") from error
+        raise ConfigError("GGUF needs its library: pip install gguf, or `pip install -e '.[hub]'`") from error
     writer = gguf.GGUFWriter(path, kind)
     writer.add_name(name)
     writer.add_context_length(config.context)

@@ -1,0 +1,29 @@
+"""Counts the CPU cores that this process may use: of a container or a `taskset`, not of the whole machine."""
+
+import math
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores(cgroup: Path = CGROUP) -> int:
+    """Cores by affinity (`docker --cpuset-cpus`, Slurm), at most the quota of the control group (`docker --cpus`,
+    Kubernetes limits), rounded up; at least 1."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        cores = os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota(cgroup))))
+
+
+def _quota(cgroup: Path) -> float:
+    """Seconds of CPU time per second; infinite without a limit. Containers see their own group at the root."""
+    try:
+        if (cgroup / "cpu.max").exists():  # version 2
+            allowed, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            allowed, period = ((cgroup / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(allowed) / int(period) if int(allowed) > 0 else math.inf
+    except (OSError, ValueError):  # no control group, or "max"
+        return math.inf
