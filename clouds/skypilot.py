@@ -7,6 +7,7 @@ The only module that imports SkyPilot, and only when it asks. The project's fold
 code: without SkyPilot, `import sky` finds that folder and succeeds. `package` therefore checks what it imported.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -29,6 +30,7 @@ ORIGIN = "SkyPilot cluster records"
 DAYS = 365
 # SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
+USER_HASH = Path("~/.sky/user_hash")
 # Final statuses of a managed job; the other final ones begin with FAILED (sky/jobs/state.py).
 _ENDED = ("SUCCEEDED", "CANCELLED", "FAILED")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -42,15 +44,30 @@ def find_sky() -> str:
     return found
 
 
-def clusters() -> list[dict[str, Any]]:
-    """This user's clusters, without those of managed jobs. Raises ConfigError if SkyPilot cannot list them."""
-    return [record for record in listed(["status"]) if not record.get("is_managed")]
+def clusters(everyone: bool = False) -> list[dict[str, Any]]:
+    """This user's clusters, or all users', with those of managed jobs (`is_managed`) that this computer keeps.
+
+    Raises ConfigError if SkyPilot cannot list them.
+    """
+    # --verbose adds the task that a cluster was launched with.
+    return listed(["status", "--verbose", *(["--all-users"] if everyone else [])])
 
 
-def jobs(ended: bool = False) -> list[dict[str, Any]]:
-    """Managed jobs, newest first; with `ended` finished ones too. Raises ConfigError as `clusters` does."""
-    found = listed(["jobs", "queue", *([] if ended else ["--skip-finished"])], nothing=NO_JOBS)
+def jobs(ended: bool = False, everyone: bool = False) -> list[dict[str, Any]]:
+    """This user's managed jobs, or all users', newest first; with `ended` finished ones too.
+
+    Raises ConfigError as `clusters` does.
+    """
+    options = [*([] if ended else ["--skip-finished"]), *(["--all-users"] if everyone else [])]
+    found = listed(["jobs", "queue", *options], nothing=NO_JOBS)
     return sorted(found, key=lambda job: job["job_id"], reverse=True)
+
+
+def user_hash(environment: Mapping[str, str]) -> str:
+    """The hash by which SkyPilot tells users apart in the names of machines; "" before its first use here."""
+    with contextlib.suppress(OSError):
+        return environment.get("SKYPILOT_USER_ID") or USER_HASH.expanduser().read_text(encoding="utf-8").strip()
+    return ""
 
 
 def has_ended(job: dict[str, Any]) -> bool:

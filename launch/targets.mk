@@ -56,7 +56,7 @@ pull: $(LAUNCH_STAMP) ## metrics, samples, ledger, logs and newest checkpoint of
 $(LAUNCH_VENV)/bin/sky:
 	@$(MAKE) --no-print-directory setup-launch
 
-down: | $(LAUNCH_VENV)/bin/sky ## end all jobs and clusters of this project, and ask the clouds whether anything is left
+down: | $(LAUNCH_VENV)/bin/sky ## end what you have up of this project, and ask the clouds whether anything is left (YES=1, ALL=1)
 	@$(LAUNCH_PYTHON) -m launch.down --down
 
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag

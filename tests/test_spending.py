@@ -7,7 +7,7 @@ from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
 from core.run.reader import Detail, read_run, spent_usd_at_most
-from launch.runs import spent_line
+from launch.spent import spent_line
 from tests.golden import NOON, GoldenRun, mark, preempted_and_resumed, span
 
 # The first machine of the golden run was killed, at a cent a second: it may have lived for one interval more.
