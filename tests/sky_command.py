@@ -1,19 +1,25 @@
 """A `sky` command that is a real process, and programs of ours that find it first on their PATH."""
 
+import fcntl
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).parent.parent
 
 # Keeps the words it is called with, answers by the first ones from a file, and forgets what it is asked to end. Of
-# several answers each call takes one, and the last one stays. A controller ends only if `delete` is typed.
+# several answers each call takes one, and the last one stays. A controller ends only if `delete` is typed. A command
+# whose exit code is `waits` does not end by itself.
 PROGRAM = """#!{python}
-import json, os, sys
+import json, os, sys, time
 folder, words = os.path.dirname(os.path.abspath(__file__)), sys.argv[1:]
 with open(folder + "/calls", "a") as calls:
     calls.write(" ".join(words) + "\\n")
@@ -41,6 +47,9 @@ with open(folder + "/answers.json", "w") as file:
 out, err, code = found
 sys.stdout.write(out)
 sys.stderr.write(err)
+if code == "waits":
+    open(folder + "/waits", "w").close()
+    time.sleep(600)
 sys.exit(code)
 """
 
@@ -64,13 +73,29 @@ class SkyCommand:
 
     def run(self, module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         """A program of ours, without the credentials and settings of whoever runs the tests."""
+        command, options = self._program(module, arguments, environment)
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, **options)
+
+    def start(self, module: str, *arguments: str, **environment: str) -> subprocess.Popen:
+        """The same without waiting for it, in a session with a terminal of its own. `terminal` is its other end."""
+        command, options = self._program(module, arguments, environment)
+        terminal, ours = pty.openpty()
+
+        def begin() -> None:
+            warm.default_signals()
+            os.setsid()
+            fcntl.ioctl(ours, termios.TIOCSCTTY, 0)
+
+        process = subprocess.Popen(command, stdin=ours, stdout=ours, stderr=ours, preexec_fn=begin, **options)
+        os.close(ours)
+        process.terminal = terminal
+        return process
+
+    def _program(self, module: str, arguments: tuple[str, ...], environment: dict[str, str]) -> tuple[list[str], dict]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         kept |= {"HOME": str(self.home), "PATH": f"{self.folder}:{kept['PATH']}", "PYTHONIOENCODING": "utf-8"}
         kept |= {"AWS_EC2_METADATA_DISABLED": "true", **environment}
-        command = [sys.executable, "-m", module, *arguments]
-        return subprocess.run(
-            command, cwd=ROOT, env=kept, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8"
-        )
+        return [sys.executable, "-m", module, *arguments], {"cwd": ROOT, "env": kept, "text": True, "encoding": "utf-8"}
 
     def find_here(self, patch: pytest.MonkeyPatch) -> None:
         """Programs of ours that run in this process find it too, and none of the user's credentials."""
