@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from core import stop
+from core.commands import run_within
 from core.exit_codes import BAD_NODE
 from core.run import journal
 from launch.node import __main__ as node
@@ -196,6 +197,30 @@ def test_who_hung_is_refused_and_the_record_says_what_there_is(tmp_path, monkeyp
         stop.forget()
     refused = [json.loads(path.read_text())["problems"] for path in (tmp_path / "refused").glob("*")]
     assert refused == ([[said]] if said else [])
+
+
+def test_a_program_that_sigkill_does_not_end_is_not_waited_for(monkeypatch):
+    """It waits inside of a driver. The node hung, and another one is taken."""
+    child = Child([sys.executable, "-c", ""], dict(os.environ), lambda line: None)
+
+    def never(seconds: float) -> int:
+        raise subprocess.TimeoutExpired("program", seconds)
+
+    monkeypatch.setattr(child.process, "wait", never)
+    outcome = child.wait(hang_seconds=PATIENCE_SECONDS)
+    assert (outcome.returncode, outcome.hung, outcome.stopped) == (-signal.SIGKILL, True, False)
+
+
+def test_a_command_beyond_its_limit_is_killed_with_all_it_started_and_not_waited_for(monkeypatch):
+    killed = []
+    monkeypatch.setattr(os, "killpg", lambda group, number: killed.append((group, number)))
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_within(["sh", "-c", "sleep 300 & sleep 300"], 0.1)
+    monkeypatch.undo()
+    [(group, number)] = killed
+    assert number == signal.SIGKILL
+    os.killpg(group, signal.SIGKILL)  # here it was none that nothing ends
+    assert run_within(["sh", "-c", "echo out; echo err >&2; exit 3"], PATIENCE_SECONDS).returncode == 3
 
 
 def test_nothing_that_the_child_started_outlives_it():
