@@ -24,12 +24,15 @@ from typing import Any
 from clouds.base import MachineRecord, Unavailable
 from core import secrets
 from core.errors import ConfigError
+from core.stores.aws import endpoint_of
 from core.task import TaskSpec
 
 ORIGIN = "SkyPilot cluster records"
 DAYS = 365
 # SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
+# Without it a node on Lambda gets ~/.aws/credentials. With a candidate on AWS it would take the role from that one.
+KEEP_AWS_FILES = ("--config", "aws.remote_identity=NO_UPLOAD")
 USER_HASH = Path("~/.sky/user_hash")
 # Final statuses of a managed job; the other final ones begin with FAILED (sky/jobs/state.py).
 _ENDED = ("SUCCEEDED", "CANCELLED", "FAILED")
@@ -116,22 +119,20 @@ def launch_command(
         command += ["--detach-run"]
     given = dict(environment)
     given["GIT_REVISION"] = given.get("GIT_REVISION") or git_revision
+    # Other names of this variable do not reach the node.
+    given["BUCKET_ENDPOINT_URL"] = given.get("BUCKET_ENDPOINT_URL") or endpoint_of(given) or ""
     given["SUBMITTED_AT"] = f"{time.time():.0f}"
     for name in task.envs:
         if given.get(name):
             command += ["--env", f"{name}={given[name]}"]
         elif name in task.required:
             raise ConfigError(f"{task.path}: {name} is required and empty; give {name}=... to make, or set it in .env")
-    for name in _secrets(task, environment):
-        command += ["--secret", name]
+    for name in task.secrets:
+        if environment.get(name):
+            command += ["--secret", name]
+    if {request.cloud for request in task.requests} == {"lambda"}:
+        command += KEEP_AWS_FILES
     return [*command, *options, task.path]
-
-
-def _secrets(task: TaskSpec, environment: Mapping[str, str]) -> list[str]:
-    """Names of the secrets to send. The user's AWS keys are sent only without BUCKET_ keys."""
-    given = [name for name in task.secrets if environment.get(name)]
-    own = any(name.startswith("BUCKET_") for name in given)
-    return [name for name in given if not (own and name.startswith("AWS_"))]
 
 
 def package() -> Any:

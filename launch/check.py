@@ -30,12 +30,10 @@ from core.settings.tuning import FinetuneConfig
 from core.stores import aws, credentials
 from core.task import MachineRequest, TaskSpec, machine_choice, read_task
 from launch import registry
+from launch.identity import check_identity
 from launch.node import network, supervise
 
-KEY_PAIRS = (
-    ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"),
-    ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
-)
+KEY_PAIR = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
 ONE_KEY = {"google": "BUCKET_GOOGLE_KEY", "azure": "BUCKET_AZURE_KEY"}
 # `settings` are the environment, with the task's envs over it.
 Check = Callable[[TaskSpec, Mapping[str, str]], Iterable[Finding]]
@@ -207,7 +205,7 @@ def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findi
     """Checks the keys of the bucket. The node would find an empty key only after the image is built."""
     named = settings.get("BUCKET")
     service = storage.terms_of(bucket.root(settings)).service if named else aws.service_of(None)
-    keys = _keys(service, settings)
+    keys = (ONE_KEY[service],) if service in ONE_KEY else KEY_PAIR
     empty = [key for key in keys if not settings.get(key)]
     clouds = cloud_names(task)
     closed = [name for name in clouds if not CLOUDS.get(name, Cloud()).opens_buckets(service)]
@@ -217,17 +215,10 @@ def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findi
         yield Finding(
             "x" if closed == clouds else "!",
             f"secrets: without {' and '.join(keys)} a node on {', '.join(closed)} could not reach the bucket; "
-            "set them in .env to keys that launch/bucket-policy.json limits",
+            "set them in .env to keys that launch/bucket-policy.json limits (your login to AWS never goes to a node)",
         )
     else:
         yield Finding("ok", "secrets: " + ("the node's own role" if empty else "keys for the bucket are set"))
-
-
-def _keys(service: str, settings: Mapping[str, str]) -> tuple[str, ...]:
-    """The variables with the keys of a bucket."""
-    if service in ONE_KEY:
-        return (ONE_KEY[service],)
-    return next((pair for pair in KEY_PAIRS if any(settings.get(name) for name in pair)), KEY_PAIRS[0])
 
 
 def check_bucket(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
@@ -362,7 +353,7 @@ def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
 
 # A launch runs these too: they ask only the bucket and this checkout. Settings come first.
 FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_data)
-CHECKS: tuple[Check, ...] = (*FREE_CHECKS, check_image, check_clouds, check_quotas, check_capacity)
+CHECKS: tuple[Check, ...] = (*FREE_CHECKS, check_identity, check_image, check_clouds, check_quotas, check_capacity)
 
 
 if __name__ == "__main__":

@@ -219,10 +219,12 @@ run() { # TARGET COMMAND ...
   export SEGMENT_STARTED_AT NODE_XIDS RUN_URL DATA_URL IMAGE_DIGEST
   for name in $(compgen -e); do
     case $name in
+      # The login by which SkyPilot rents is no business of a program's; the bucket has keys of its own.
+      AWS_ACCESS_KEY_ID | AWS_SECRET_ACCESS_KEY | AWS_SESSION_TOKEN | AWS_PROFILE) ;;
       SKYPILOT_* | BUCKET_* | AWS_* | AZURE_* | NCCL_* | DEVICE | MAX_USD | USD_PER_HOUR | PRICE_SOURCE | \
         CLOUD | REGION | ZONE | INSTANCE_TYPE | USE_SPOT | RUN_URL | DATA_URL | SOURCE_URL | VOCAB_URL | RUN_TAGS | \
         WANDB_PROJECT | WANDB_API_KEY | MLFLOW_TRACKING_URI | MLFLOW_EXPERIMENT_NAME | \
-        RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | GOOGLE_APPLICATION_CREDENTIALS | SEGMENT_STARTED_AT | NODE_XIDS | IMAGE_DIGEST)
+        RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | SEGMENT_STARTED_AT | NODE_XIDS | IMAGE_DIGEST)
         # Libraries read an empty AWS_ENDPOINT_URL or AWS_ACCESS_KEY_ID as a value.
         [ -z "${!name}" ] || options+=(-e "$name") ;;
     esac
