@@ -23,6 +23,7 @@ from core.errors import ConfigError, DataError, LauncherError, ObjectExists, one
 from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
 from core.run.machine import checkout_revision
+from core.run.reader import spent_usd_at_most
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
 from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, check_batch
@@ -282,6 +283,22 @@ def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]
             yield Finding("x", f"data: {error}; `make prep-data` makes it")
 
 
+def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Compares what the run has cost with MAX_USD: nothing is rented on a spent cap."""
+    if "MAX_USD" not in task.envs or setting_problems(settings):
+        return
+    max_usd, url = _cap(settings) if settings.get("MAX_USD") else 0.0, bucket.url(task.envs, "RUN")
+    folder = RunFolder(url).evaluations if task.workload.stage == "evaluate" else url
+    usd = spent_usd_at_most(folder) if max_usd else 0.0
+    if usd is None:
+        yield Finding("!", f"cap: what {folder} has cost is not known, so that MAX_USD will be refused")
+    elif max_usd and usd >= max_usd:
+        remedy = "set a larger MAX_USD, or another RUN"
+        yield Finding("x", f"cap: {folder} has cost ${usd:.2f}, all of MAX_USD (${max_usd:g}); {remedy}")
+    elif usd:
+        yield Finding("ok", f"cap: {folder} has cost ${usd:.2f} of ${max_usd:g}")
+
+
 def _weights(start: str) -> Iterator[Finding]:
     """Looks for the weights of a run or checkpoint, not for those of a public model."""
     if "://" not in start:
@@ -352,7 +369,7 @@ def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
 
 
 # A launch runs these too: they ask only the bucket and this checkout. Settings come first.
-FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_data)
+FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_cap, check_data)
 CHECKS: tuple[Check, ...] = (*FREE_CHECKS, check_identity, check_image, check_clouds, check_quotas, check_capacity)
 
 

@@ -32,7 +32,7 @@ from core.task import read_task
 from launch.left import NOTHING, UNKNOWN, look
 from launch.spent import spent_line
 
-FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "refused")
+FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "machines", "refused")
 # Objects that tell a run from another one under the same name.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3

@@ -1,5 +1,6 @@
 """What runs on a node around the program: supervision, exit codes, the log that is kept, a whole preflight."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,8 +14,11 @@ import pytest
 
 from core import stop
 from core.commands import run_within
-from core.exit_codes import BAD_NODE
-from core.run import journal
+from core.errors import ConfigError
+from core.exit_codes import BAD_NODE, CAPPED
+from core.run import journal, paid
+from core.run.folder import RunFolder
+from core.run.reader import spent_usd_at_most
 from launch.node import __main__ as node
 from launch.node import preflight, supervise
 from launch.node.supervise import Child, Outcome
@@ -305,6 +309,39 @@ def test_the_node_program_runs_a_module_and_keeps_its_log(tmp_path):
     assert lines[0].startswith("node 1 of 1: ?/?/?")
     assert any(line.startswith("Linux") for line in lines)
     assert lines[-1] == "exit code 0"
+
+
+def test_a_node_that_fails_before_its_program_runs_has_a_record_for_the_cap(tmp_path, monkeypatch):
+    def fail(*arguments) -> int:
+        raise ConfigError("no")
+
+    monkeypatch.setattr(node, "job", fail)
+    began = time.time() - 3600
+    given = {"RUN_URL": str(tmp_path), "USD_PER_HOUR": "16", "SEGMENT_STARTED_AT": f"{began:.0f}"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError):
+        node.main(["-m", "trainer.train"])
+    assert spent_usd_at_most(str(tmp_path)) == pytest.approx(16.0, abs=1.0)
+    (record,) = (tmp_path / "machines").iterdir()
+    assert (record / "end.json").exists()
+
+
+@pytest.mark.parametrize(("max_usd", "code"), [("15", CAPPED), ("0", None), ("", None), ("60", None)])
+def test_on_a_spent_cap_a_node_ends_before_it_costs_more(tmp_path, monkeypatch, max_usd, code):
+    class Preflight(Exception):
+        pass
+
+    def preflight_begins(*arguments):
+        raise Preflight
+
+    now = time.time()
+    paid.begin(RunFolder(str(tmp_path)), "earlier", now - 3600, 16.0, "elsewhere")
+    paid.end(RunFolder(str(tmp_path)), "earlier")
+    monkeypatch.setattr(node.network, "check_port", preflight_begins)
+    environment = {"RUN_URL": str(tmp_path), "MAX_USD": max_usd}
+    with contextlib.nullcontext() if code else pytest.raises(Preflight):
+        assert node.job("trainer.train", [], environment, [], None, "now") == code
 
 
 def test_two_starts_in_one_second_have_logs_of_their_own(tmp_path, monkeypatch):

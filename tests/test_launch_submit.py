@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from core.errors import LauncherError
+from core.run import paid
+from core.run.folder import RunFolder
 from core.settings import loader
 from core.settings.training import RunConfig
 from core.task import read_task
@@ -180,6 +182,18 @@ def test_a_launch_without_checks_must_be_asked_for(sky, bucket_folder):
     assert sky.run("launch.submit", TRAIN, "--no-check", **given).returncode == 0
     (launch,) = sky.called()
     assert "--no-check" not in launch
+
+
+def test_nothing_is_rented_on_a_spent_cap(sky, bucket_folder):
+    folder = RunFolder(f"{bucket_folder}/runs/spent")
+    paid.begin(folder, "refused", time.time() - 3600, 16.0, "elsewhere")
+    paid.end(folder, "refused")
+    given = {**REHEARSAL, "BUCKET": str(bucket_folder), "RUN": "spent"}
+    done = sky.run("launch.submit", TRAIN, **given, MAX_USD="15")
+    assert done.returncode == 1
+    assert f"x  cap: {folder} has cost $16.00, all of MAX_USD ($15)" in done.stdout
+    assert sky.called() == []
+    assert sky.run("launch.submit", TRAIN, **given, MAX_USD="20").returncode == 0
 
 
 def test_a_cap_of_zero_is_said_aloud(sky, bucket_folder):
