@@ -1,18 +1,19 @@
-"""Declares what a cloud provider answers, as plain values.
+"""Declares Cloud, the interface of a cloud provider, and the values that its methods return.
 
 A provider is a subclass of `Cloud` in a file beside this one and an entry of CLOUDS in clouds/providers.py. A method
-that a provider does not override returns nothing, because the cloud has no such service. A method that asks a service
-raises Unavailable, or the error of the library that it uses.
+that a provider does not override returns an empty result: the provider has no such service. A method whose service does
+not answer raises Unavailable, or the error of the library that it uses.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from core.run.machine import Machine, Price
 from core.task import TaskSpec
 
-# The label of each task in sky/, by which a provider finds what belongs to this project.
+# The label that each task in sky/ gives its machines, by which a provider finds them.
 LABEL = ("project", "pretrain-launcher")
 
 
@@ -22,7 +23,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Gpu:
-    """One line of nvidia-smi. None is a figure that the driver does not report; `fault` is an error that it reports."""
+    """One line of nvidia-smi. A figure is None if the driver does not report it; `fault` is a reported error."""
 
     name: str
     memory_mib: float | None
@@ -34,7 +35,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """One node, as SkyPilot, the provider and the driver describe it. None is unknown."""
+    """One node, as SkyPilot, the provider and the driver describe it. None means unknown."""
 
     cloud: str | None = None
     region: str | None = None
@@ -132,7 +133,7 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Interruption:
-    """A provider's notice about this machine. `leave`: it will be taken away; otherwise the risk of that has grown."""
+    """A provider's notice: this machine will be taken away (`leave`), or the risk of that has grown."""
 
     leave: bool
     detail: str
@@ -142,8 +143,8 @@ class Interruption:
 class MachineRecord:
     """One machine or cluster, from launch to shutdown, as a launcher or a provider recorded it.
 
-    `end` is None while it is up. `was_up` is false for a launch that failed without a machine. `exact` is true for the
-    provider's own times; a launcher notices a shutdown late. `usd_per_hour` is for all nodes together.
+    `end` is None while it is up. `was_up` is false for a launch that failed before there was a machine. `exact` is true
+    for times from the provider; a launcher notices a shutdown late. `usd_per_hour` is for all nodes together.
     """
 
     cluster: str
@@ -180,7 +181,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class SpotHistory:
-    """Spot prices of one node: (unix time from which it holds, dollars per hour) of each change."""
+    """Spot prices of one node. A change is (unix time from which the price holds, dollars per hour)."""
 
     changes: tuple[tuple[float, float], ...]
     source: str
@@ -205,16 +206,20 @@ class Bill:
 
 
 class Cloud:
-    """A provider of machines. `name` is SkyPilot's, in lower case."""
+    """A provider of machines. `name` is its name in SkyPilot, in lower case."""
 
     name = ""
+    # The file of the user's keys, which SkyPilot copies to nodes; "" if it copies none.
+    key_file = ""
+    # What a node gets for its cloud's identity if the project does not name a role; "" if the cloud has no roles.
+    default_role = ""
 
     def offers(self) -> tuple[Offer, ...]:
         """Instance types with the prices of the snapshot in clouds/catalog."""
         return ()
 
     def facts(self, known: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
-        """`known` with what the provider tells about this machine."""
+        """`known`, completed with the provider's facts about this machine."""
         return known
 
     def price(self, facts: MachineFacts) -> Price | None:
@@ -222,7 +227,7 @@ class Cloud:
         return None
 
     def interruptions(self, environment: Mapping[str, str]) -> Callable[[], Interruption | None] | None:
-        """A function that asks for the newest notice about this machine. It raises Unavailable without an answer."""
+        """A function that asks for the newest notice about this machine, and raises Unavailable without an answer."""
         return None
 
     def quota_findings(self, task: TaskSpec) -> Iterable[Finding]:
@@ -234,16 +239,20 @@ class Cloud:
         return ()
 
     def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterable[Finding]:
-        """Prices of reading the data on the machines of a task, if the bucket is this provider's."""
+        """Costs of reading the data from a bucket of this provider on the machines of a task."""
         return ()
 
     def opens_buckets(self, service: str) -> bool:
-        """Whether the role of a machine opens buckets of a storage service, without keys."""
+        """Whether a machine can open buckets of a storage service by its role, without keys."""
         return False
 
     def is_configured(self) -> bool:
         """Whether this computer has credentials for the provider. Raises the error of a library for broken ones."""
         return False
+
+    def copies_key_file(self, environment: Mapping[str, str]) -> bool:
+        """Whether SkyPilot finds a file of keys that it copies to nodes."""
+        return bool(self.key_file) and Path(self.key_file).expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
         """Machines and volumes that may be this project's, whoever started them. Asked only if it is configured."""
@@ -262,5 +271,5 @@ class Cloud:
         return None
 
     def unfinished_uploads(self, url: str) -> int | None:
-        """Incomplete uploads in parts below a URL; None if they cannot be counted."""
+        """Number of unfinished multipart uploads below a URL; None if they cannot be counted."""
         return None

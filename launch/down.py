@@ -152,7 +152,7 @@ def _sky(arguments: list[str], typed: str | None = None) -> None:
     print(f"$ sky {' '.join(arguments)}", flush=True)
     code = subprocess.run([skypilot.find_sky(), *arguments], input=typed, text=True).returncode
     if code:
-        raise ConfigError(f"`sky {' '.join(arguments)}` ended with {code}; its lines above say why")
+        raise ConfigError(f"`sky {' '.join(arguments)}` ended with {code}; see its output above")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,16 @@ from typing import Any
 
 import yaml
 
+from clouds.aws import Aws
 from clouds.base import LABEL
 from core import bucket, environment, storage
 from core.console import run_entry
 from core.errors import ConfigError, one_line
+from core.stores import aws
 
 ROLE = "pretrain-launcher-node"  # of the instance profile, too
+CLOUD = Aws.name
+DEFAULT_SERVICE = aws.service_of(None)  # of S3 without an endpoint
 POLICY = Path(__file__).parent / "node-policy.json"
 SKY_CONFIG = Path(".sky.yaml")
 HEAD = "# Written by `make role`, removed by `make role UNDO=1`. SkyPilot reads it where `sky` is started.\n"
@@ -53,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 def node_role(config: Path = SKY_CONFIG) -> str | None:
     """The instance profile that `.sky.yaml` gives to nodes on AWS, None without one. Raises ConfigError."""
-    identity = ((_read(config) or {}).get("aws") or {}).get("remote_identity")
+    identity = ((_read(config) or {}).get(CLOUD) or {}).get("remote_identity")
     if not isinstance(identity, list):
         return None
     return next((pair["*"] for pair in identity if isinstance(pair, dict) and "*" in pair), None)
@@ -62,7 +66,7 @@ def node_role(config: Path = SKY_CONFIG) -> str | None:
 def policy(url: str) -> dict[str, Any]:
     """The role's policy for a bucket, or a folder in one. Raises ConfigError unless it is S3 at AWS."""
     terms = storage.terms_of(url)
-    if terms.service != "aws":
+    if terms.service != DEFAULT_SERVICE:
         raise ConfigError(
             f"{url} is no bucket at AWS, so that no role opens it; a node needs the bucket's keys in .env"
         )
@@ -87,7 +91,7 @@ def make(iam: Any, url: str, config: Path = SKY_CONFIG) -> None:
         iam.create_instance_profile(InstanceProfileName=ROLE, Tags=tags)
     if not iam.get_instance_profile(InstanceProfileName=ROLE)["InstanceProfile"]["Roles"]:
         iam.add_role_to_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE)
-    text = yaml.safe_dump({"aws": {"remote_identity": IDENTITY}}, sort_keys=False)
+    text = yaml.safe_dump({CLOUD: {"remote_identity": IDENTITY}}, sort_keys=False)
     config.write_text(HEAD + text, encoding="utf-8")
     print(f"{config}: written; clusters that are up keep the identity that they have")
 
@@ -126,7 +130,7 @@ def _has_role(iam: Any) -> bool:
 def _check_config(config: Path) -> None:
     """Raises ConfigError if there is a project config that somebody else has written."""
     if config.exists() and not config.read_text(encoding="utf-8").startswith(HEAD):
-        lines = yaml.safe_dump({"aws": {"remote_identity": IDENTITY}}, sort_keys=False, default_flow_style=True).strip()
+        lines = yaml.safe_dump({CLOUD: {"remote_identity": IDENTITY}}, sort_keys=False, default_flow_style=True).strip()
         raise ConfigError(
             f"{config}: exists and was not written by `make role`; move it away, or merge it with {lines}"
         )

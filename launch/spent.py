@@ -23,14 +23,14 @@ def lines(survey: Survey) -> list[str]:
 
 
 def spent_line(run_url: str) -> str:
-    """A line with the run's dollars. A run that does not exist has no $0.00: its name may be wrong."""
+    """A line with the run's dollars. It does not show $0.00 for a run that does not exist: the name may be wrong."""
     try:
         usd = read_run(run_url, Detail.MONEY).usd
     except RunError:
         return f"{run_url}: no run here yet; check RUN and BUCKET"
     except LauncherError as error:
         return str(error)
-    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py says on what)"
+    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py shows for what)"
 
 
 def _clusters(survey: Survey) -> Iterator[str]:

@@ -10,6 +10,7 @@ import yaml
 from moto import mock_aws
 from moto.iam.access_control import IAMPolicyStatement, PermissionResult
 
+from clouds.providers import CLOUDS
 from core.errors import ConfigError
 from core.task import read_task
 from launch import identity, role
@@ -164,10 +165,10 @@ def test_all_clusters_but_the_controller_get_the_role(cluster, expected):
 
 @pytest.fixture
 def said(tmp_path, monkeypatch):
-    """What the check says about a task, for a user with both files of keys; `role.yaml` may be the project config."""
+    """What the check says about a task, for a user with both files of keys in a folder without `.sky.yaml`."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for file in (identity.AWS_FILE, identity.LAMBDA_FILE):
-        path = Path(file).expanduser()
+    for cloud in CLOUDS.values():
+        path = Path(cloud.key_file).expanduser()
         path.parent.mkdir()
         path.touch()
     root = Path(__file__).parent.parent
@@ -181,17 +182,18 @@ def said(tmp_path, monkeypatch):
 
 
 def test_what_a_node_gets_besides_the_buckets_keys_is_said(said, tmp_path):
-    lambda_keys = "~/.lambda_cloud/lambda_keys"
-    ends = f"{lambda_keys}, with which it ends itself"
-    (aws,) = said("pretrain-8xa100-spot")
-    assert "SkyPilot's role, which may do anything on EC2 and S3, ~/.aws/credentials and ~/.lambda_cloud" in aws
-    assert aws.endswith("; `make role` gives it a role for this project alone")
+    aws, ours = (CLOUDS[name].key_file for name in ("aws", "lambda"))
+    on_lambda = f" !  identity: a node on lambda gets {ours}"
+    skypilots = "SkyPilot's role, which may do anything on EC2 and S3"
+    remedy = "; `make role` gives it a role for this project alone"
+    assert said("pretrain-8xa100-spot") == [
+        f" !  identity: a node on aws gets {skypilots} and {aws} and {ours}{remedy}"
+    ]
     Path(tmp_path / ".sky.yaml").write_text(yaml.safe_dump({"aws": {"remote_identity": role.IDENTITY}}))
-    assert said("pretrain-8xa100-spot") == [f" !  identity: a node on AWS gets the role {role.ROLE} and {lambda_keys}"]
-    assert said("pretrain-gh200") == [f" !  identity: a node on Lambda gets {ends}"]
-    assert (
-        "and ~/.aws/credentials; to keep ~/.aws/credentials here, set AWS_ACCESS_KEY_ID" in said("pretrain-8xa100")[1]
-    )
-    assert said("pretrain-8xa100", AWS_ACCESS_KEY_ID="a")[1] == f" !  identity: a node on Lambda gets {ends}"
-    Path(identity.LAMBDA_FILE).expanduser().unlink()
-    assert said("pretrain-8xa100-spot") == [f"ok  identity: a node on AWS gets the role {role.ROLE}"]
+    assert said("pretrain-8xa100-spot") == [f" !  identity: a node on aws gets the role {role.ROLE} and {ours}"]
+    assert said("pretrain-gh200") == [on_lambda]
+    both = f" !  identity: a node on lambda gets {aws} and {ours}; to keep the file of AWS here, set AWS_ACCESS_KEY_ID"
+    assert said("pretrain-8xa100")[1].startswith(both)
+    assert said("pretrain-8xa100", AWS_ACCESS_KEY_ID="a")[1] == on_lambda
+    Path(ours).expanduser().unlink()
+    assert said("pretrain-8xa100-spot") == [f"ok  identity: a node on aws gets the role {role.ROLE}"]

@@ -85,7 +85,7 @@ class SpendingCap:
             self._before = max(self._before, usd)
 
     def spent_usd(self) -> float | None:
-        """Upper bound of the run's dollars so far; None if a price is unknown, which a cap excludes."""
+        """Upper bound of the run's dollars so far; None if a price is unknown, which cannot happen with a cap."""
         here = self._ledger.spent_usd()
         return None if here is None or self._before is None else self._before + here
 
@@ -94,7 +94,7 @@ class SpendingCap:
         return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
 
     def latest(self, seconds: float = 0.0) -> float:
-        """Latest time (unix s) to begin an ending that takes `seconds`, so that the money suffices."""
+        """The latest unix time at which an ending that takes `seconds` may begin, so that the cap holds."""
         if not self.max_usd:
             return math.inf
         paid_for = self._ledger.machine.price.seconds(self.max_usd - self.spent_usd())
