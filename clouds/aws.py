@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from clouds import catalog
+from clouds import catalog, ec2
 from clouds.base import (
-    LABEL,
     Bill,
     Cloud,
     Finding,
     Instance,
     Interruption,
-    Leftover,
+    Inventory,
     MachineFacts,
     Offer,
+    Ownership,
     SpotHistory,
     Unavailable,
 )
@@ -54,7 +54,6 @@ UNKNOWN_VCPUS = 8.0  # assumed for an instance type that the catalog lacks
 # List price per GB for the first terabytes to the internet, and between regions in the US (EC2 pricing page).
 INTERNET_USD_PER_GB = 0.09
 INTER_REGION_USD_PER_GB = 0.02
-ALIVE = ("pending", "running", "stopping", "stopped")
 # The time in an instance's StateTransitionReason, such as "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
 _TRANSITION = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
@@ -63,6 +62,8 @@ class Aws(Cloud):
     """EC2, with S3 buckets in the same account."""
 
     name = "aws"
+    key_file = "~/.aws/credentials"
+    default_role = "SkyPilot's role, which may do anything on EC2 and S3"
 
     def offers(self) -> tuple[Offer, ...]:
         return catalog.snapshot(self.name)
@@ -150,30 +151,28 @@ class Aws(Cloud):
     def opens_buckets(self, service: str) -> bool:
         return service not in ("r2", "s3-like", "google", "azure")
 
-    def leftovers(self, names: Sequence[str], regions: Iterable[str] = ()) -> list[Leftover]:
-        """Instances, open spot requests and unattached volumes with this project's label, by default in all regions.
-
-        Empty without credentials. An instance has no `end`, because the label does not show whose it is.
-        """
+    def is_configured(self) -> bool:
         import boto3
 
-        session = boto3.session.Session()
-        if session.get_credentials() is None:
-            return []
-        if not regions:
-            ec2 = session.client("ec2", region_name=session.region_name or bucket_place.DEFAULT_REGION)
-            regions = [region["RegionName"] for region in ec2.describe_regions()["Regions"]]
-        return [
-            found for region in regions for found in _leftovers_in(session.client("ec2", region_name=region), region)
-        ]
+        return boto3.session.Session().get_credentials() is not None
+
+    def copies_key_file(self, environment: Mapping[str, str]) -> bool:
+        # With keys in the environment SkyPilot logs in by them, and copies no file.
+        return super().copies_key_file(environment) and not environment.get("AWS_ACCESS_KEY_ID")
+
+    def leftovers(self, whose: Ownership) -> Inventory:
+        """Instances and unattached volumes in all regions that the account has enabled."""
+        import boto3
+
+        return ec2.leftovers(boto3.session.Session(), whose)
 
     def instances(self, clusters: Sequence[str], region: str, client: Any = None) -> list[Instance]:
         """SkyPilot tags an instance with its cluster's name and a hash of the user. EC2 lists a terminated instance for
         about an hour."""
-        ec2 = client or _client("ec2", region)
+        client = client or _client("ec2", region)
         filters = [{"Name": "tag:ray-cluster-name", "Values": [f"{name}-*" for name in clusters]}]
         try:
-            pages = ec2.get_paginator("describe_instances").paginate(Filters=filters)
+            pages = client.get_paginator("describe_instances").paginate(Filters=filters)
             listed = [i for page in pages for group in page["Reservations"] for i in group["Instances"]]
         except Exception as error:  # credentials, permissions, network: any error of botocore
             raise _unavailable(error) from error
@@ -257,11 +256,11 @@ def spot_prices(
 
     Raises Unavailable.
     """
-    ec2 = client or _client("ec2", region)
+    client = client or _client("ec2", region)
     # Zones have names (us-east-1a) and, in SkyPilot's catalog, ids (use1-az1).
     place = {"AvailabilityZoneId": zone} if "-az" in zone else {"AvailabilityZone": zone}
     try:
-        pages = ec2.get_paginator("describe_spot_price_history").paginate(
+        pages = client.get_paginator("describe_spot_price_history").paginate(
             InstanceTypes=[instance_type],
             ProductDescriptions=["Linux/UNIX"],
             StartTime=datetime.datetime.fromtimestamp(start, datetime.UTC),
@@ -306,22 +305,6 @@ def _notice(metadata: Metadata, item: str, key: str) -> dict | None:
     if not isinstance(found, dict) or key not in found:
         raise Unavailable(f"{metadata.endpoint} has something at {item} that is not a notice: {text[:80]!r}")
     return found
-
-
-def _leftovers_in(ec2: Any, region: str) -> Iterator[Leftover]:
-    ours = {"Name": f"tag:{LABEL[0]}", "Values": [LABEL[1]]}
-    answer = ec2.describe_instances(Filters=[ours, {"Name": "instance-state-name", "Values": list(ALIVE)}])
-    for instance in (each for group in answer["Reservations"] for each in group["Instances"]):
-        what = f"{instance['InstanceType']} {instance['InstanceId']} ({instance['State']['Name']})"
-        yield Leftover(f"aws {region}: {what}")
-    answer = ec2.describe_spot_instance_requests(Filters=[ours, {"Name": "state", "Values": ["open"]}])
-    for request in (each["SpotInstanceRequestId"] for each in answer["SpotInstanceRequests"]):
-        cancel = partial(ec2.cancel_spot_instance_requests, SpotInstanceRequestIds=[request])
-        yield Leftover(f"aws {region}: spot request {request}", cancel)
-    answer = ec2.describe_volumes(Filters=[ours, {"Name": "status", "Values": ["available"]}])
-    for volume in answer["Volumes"]:
-        delete = partial(ec2.delete_volume, VolumeId=volume["VolumeId"])
-        yield Leftover(f"aws {region}: unattached volume {volume['VolumeId']}, {volume['Size']} GB", delete)
 
 
 def _instance(listed: Mapping[str, Any]) -> Instance:

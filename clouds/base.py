@@ -5,8 +5,10 @@ that a provider does not override returns an empty result: the provider has no s
 not answer raises Unavailable, or the error of the library that it uses.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from core.run.machine import Machine, Price
 from core.task import TaskSpec
@@ -72,14 +74,61 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Ownership:
+    """Tells whose a machine is, by the name of its SkyPilot cluster: NAME-HASH, where HASH is the user's.
+
+    `tasks` are the names of this project's tasks. `user` is this user's hash, "" if it is unknown. `ours` and `others`
+    are this user's clusters of this project and of other projects that SkyPilot lists, by their names on the cloud.
+    """
+
+    tasks: tuple[str, ...] = ()
+    user: str = ""
+    ours: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
+
+    def is_by_this_user(self, cluster: str) -> bool:
+        return cluster in self.ours or bool(self.user and cluster.endswith(f"-{self.user}"))
+
+    def is_named_as_ours(self, cluster: str) -> bool:
+        """Whether it is called as SkyPilot calls a cluster, or a managed job's machine, of one of our tasks."""
+        names = "|".join(map(re.escape, self.tasks))
+        return bool(names and re.fullmatch(rf"({names})(-\d+)?-[0-9a-f]{{8}}", cluster))
+
+    def is_mine(self, cluster: str, labelled: bool) -> bool:
+        """Whether this user started a cluster for this project."""
+        known = cluster in self.ours or labelled or self.is_named_as_ours(cluster) or is_controller(cluster)
+        return cluster not in self.others and known and self.is_by_this_user(cluster)
+
+
+def is_controller(cluster: str) -> bool:
+    """Whether a cluster is SkyPilot's controller of managed jobs, of which each user has one."""
+    return cluster.startswith("sky-jobs-controller-")
+
+
+@dataclass(frozen=True)
 class Leftover:
-    """Something that may still be billed. `end` deletes it; None if only SkyPilot may, because it may hold data."""
+    """Something that is up, or may still be billed.
+
+    `cluster` is its SkyPilot cluster's name on the cloud. `mine`: this user started it for this project. `labelled`: it
+    has this project's label. `end` ends it without SkyPilot; None if only SkyPilot can.
+    """
 
     what: str
+    mine: bool = False
+    labelled: bool = False
+    cluster: str = ""
     end: Callable[[], object] | None = None
 
     def __str__(self) -> str:
         return self.what
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a source lists, and a sentence for each part of it that could not be asked."""
+
+    found: tuple[Leftover, ...] = ()
+    unasked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,6 +209,10 @@ class Cloud:
     """A provider of machines. `name` is its name in SkyPilot, in lower case."""
 
     name = ""
+    # The file of the user's keys, which SkyPilot copies to nodes; "" if it copies none.
+    key_file = ""
+    # What a node gets for its cloud's identity if the project does not name a role; "" if the cloud has no roles.
+    default_role = ""
 
     def offers(self) -> tuple[Offer, ...]:
         """Instance types with the prices of the snapshot in clouds/catalog."""
@@ -193,9 +246,17 @@ class Cloud:
         """Whether a machine can open buckets of a storage service by its role, without keys."""
         return False
 
-    def leftovers(self, names: Sequence[str]) -> list[Leftover]:
-        """Resources with this project's label, or with a name of one of its tasks."""
-        return []
+    def is_configured(self) -> bool:
+        """Whether this computer has credentials for the provider. Raises the error of a library for broken ones."""
+        return False
+
+    def copies_key_file(self, environment: Mapping[str, str]) -> bool:
+        """Whether SkyPilot finds a file of keys that it copies to nodes."""
+        return bool(self.key_file) and Path(self.key_file).expanduser().exists()
+
+    def leftovers(self, whose: Ownership) -> Inventory:
+        """Machines and volumes that may be this project's, whoever started them. Asked only if it is configured."""
+        return Inventory()
 
     def instances(self, clusters: Sequence[str], region: str) -> list[Instance]:
         """Machines of these clusters of SkyPilot, running or ended not long ago."""

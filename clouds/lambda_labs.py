@@ -8,12 +8,13 @@ import dataclasses
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clouds import catalog
-from clouds.base import Cloud, Finding, Leftover, MachineFacts, Offer
+from clouds.base import Cloud, Finding, Inventory, Leftover, MachineFacts, Offer, Ownership
 from core import secrets
 from core.errors import ConfigError
 from core.run.machine import Price
@@ -30,6 +31,7 @@ class LambdaLabs(Cloud):
     """Lambda's on-demand cloud. A type has the same price in all regions."""
 
     name = "lambda"
+    key_file = str(KEYS)
 
     def offers(self) -> tuple[Offer, ...]:
         return catalog.snapshot(self.name)
@@ -72,24 +74,45 @@ class LambdaLabs(Cloud):
             else:
                 yield Finding("!", f"capacity: lambda has no {machine} now")
 
-    def leftovers(self, names: Sequence[str]) -> list[Leftover]:
-        """Instances whose names begin with the name of a task, as SkyPilot names them."""
-        return [
-            Leftover(f"lambda {instance['region']['name']}: {instance['instance_type']['name']} {instance['id']}")
-            for instance in get("instances") or ()
-            if (instance.get("name") or "").startswith(tuple(names))
-        ]
+    def is_configured(self) -> bool:
+        return KEYS.expanduser().exists()
+
+    def leftovers(self, whose: Ownership) -> Inventory:
+        """All instances but those of this user's other projects: Lambda has no labels that could tell."""
+        listed = [each for each in get("instances") or () if each.get("status") != "terminated"]
+        found = [_leftover(each, whose) for each in listed if _cluster_of(each) not in whose.others]
+        return Inventory(tuple(found))
 
 
-def get(path: str) -> Any:
-    """The field `data` of an answer of Lambda's API; None without an API key. Retries after 429 (too many requests)."""
+def _cluster_of(instance: Mapping[str, Any]) -> str:
+    """SkyPilot names an instance by its cluster, and whether it is the head."""
+    name = instance.get("name") or ""
+    return name.removesuffix("-head").removesuffix("-worker")
+
+
+def _leftover(instance: Mapping[str, Any], whose: Ownership) -> Leftover:
+    name, cluster = instance.get("name") or "", _cluster_of(instance)
+    mine = whose.is_mine(cluster, labelled=False)
+    place = f"lambda {instance['region']['name']}: {instance['instance_type']['name']} {instance['id']}"
+    why = "" if mine else ", not known to SkyPilot here; if it is yours, end it in Lambda's console"
+    end = partial(get, "instance-operations/terminate", {"instance_ids": [instance["id"]]})
+    return Leftover(f"{place} {name!r} ({instance.get('status') or '?'}){why}", mine=mine, cluster=cluster, end=end)
+
+
+def get(path: str, body: Mapping[str, Any] | None = None) -> Any:
+    """`data` of an answer of Lambda's API, to a POST with `body`; None without a key.
+
+    Retries a refusal for too many requests.
+    """
     keys = KEYS.expanduser()
     if not keys.exists():
         return None
     import urllib.error  # imported here: both take 40 ms, and a report sends Lambda no request
     import urllib.request
 
-    request = urllib.request.Request(f"{API}/{path}", headers={"Authorization": f"Bearer {_key(keys)}"})
+    headers = {"Authorization": f"Bearer {_key(keys)}", "Content-Type": "application/json"}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{API}/{path}", data, headers)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:

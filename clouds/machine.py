@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from clouds.base import Gpu, MachineFacts
 from clouds.providers import cloud_named
+from core.commands import run_within
 from core.run.machine import cluster_info
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def gpus() -> list[Gpu]:
     fields = "name,memory.total,driver_version,ecc.errors.uncorrected.volatile.total,remapped_rows.failure"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_SECONDS)
+        done = run_within(command, NVIDIA_SMI_SECONDS)
     except FileNotFoundError:
         return []
     except (OSError, subprocess.TimeoutExpired) as error:

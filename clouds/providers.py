@@ -1,6 +1,6 @@
 """Lists the cloud providers, and looks up their offers together.
 
-CLOUDS["aws"].leftovers(names)
+CLOUDS["aws"].leftovers(whose)
 load(offline=True).offers
 """
 

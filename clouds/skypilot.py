@@ -8,6 +8,7 @@ No other module imports SkyPilot, and this one imports it only when a function n
 checks what it imported.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -24,12 +25,16 @@ from typing import Any
 from clouds.base import MachineRecord, Unavailable
 from core import secrets
 from core.errors import ConfigError
+from core.stores.aws import endpoint_of
 from core.task import TaskSpec
 
 ORIGIN = "SkyPilot cluster records"
 DAYS = 365
 # SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
+# Without it a node on Lambda gets ~/.aws/credentials. With a candidate on AWS it would take the role from that one.
+KEEP_AWS_FILES = ("--config", "aws.remote_identity=NO_UPLOAD")
+USER_HASH = Path("~/.sky/user_hash")
 # Beginnings of the final statuses of a managed job; several begin with FAILED (sky/jobs/state.py of SkyPilot).
 _ENDED = ("SUCCEEDED", "CANCELLED", "FAILED")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -43,15 +48,30 @@ def find_sky() -> str:
     return found
 
 
-def clusters() -> list[dict[str, Any]]:
-    """This user's clusters, without those of managed jobs. Raises ConfigError if SkyPilot cannot list them."""
-    return [record for record in listed(["status"]) if not record.get("is_managed")]
+def clusters(everyone: bool = False) -> list[dict[str, Any]]:
+    """This user's clusters, or all users', with those of managed jobs (`is_managed`) that this computer keeps.
+
+    Raises ConfigError if SkyPilot cannot list them.
+    """
+    # --verbose adds the task that a cluster was launched with.
+    return listed(["status", "--verbose", *(["--all-users"] if everyone else [])])
 
 
-def jobs(ended: bool = False) -> list[dict[str, Any]]:
-    """Managed jobs, newest first; with `ended` finished ones too. Raises ConfigError as `clusters` does."""
-    found = listed(["jobs", "queue", *([] if ended else ["--skip-finished"])], nothing=NO_JOBS)
+def jobs(ended: bool = False, everyone: bool = False) -> list[dict[str, Any]]:
+    """This user's managed jobs, or all users', newest first; with `ended` finished ones too.
+
+    Raises ConfigError as `clusters` does.
+    """
+    options = [*([] if ended else ["--skip-finished"]), *(["--all-users"] if everyone else [])]
+    found = listed(["jobs", "queue", *options], nothing=NO_JOBS)
     return sorted(found, key=lambda job: job["job_id"], reverse=True)
+
+
+def user_hash(environment: Mapping[str, str]) -> str:
+    """The hash by which SkyPilot tells users apart in the names of machines; "" before its first use here."""
+    with contextlib.suppress(OSError):
+        return environment.get("SKYPILOT_USER_ID") or USER_HASH.expanduser().read_text(encoding="utf-8").strip()
+    return ""
 
 
 def has_ended(job: dict[str, Any]) -> bool:
@@ -100,22 +120,20 @@ def launch_command(
         command += ["--detach-run"]
     given = dict(environment)
     given["GIT_REVISION"] = given.get("GIT_REVISION") or git_revision
+    # Other names of this variable do not reach the node.
+    given["BUCKET_ENDPOINT_URL"] = given.get("BUCKET_ENDPOINT_URL") or endpoint_of(given) or ""
     given["SUBMITTED_AT"] = f"{time.time():.0f}"
     for name in task.envs:
         if given.get(name):
             command += ["--env", f"{name}={given[name]}"]
         elif name in task.required:
             raise ConfigError(f"{task.path}: {name} is required and empty; give {name}=... to make, or set it in .env")
-    for name in _secrets(task, environment):
-        command += ["--secret", name]
+    for name in task.secrets:
+        if environment.get(name):
+            command += ["--secret", name]
+    if {request.cloud for request in task.requests} == {"lambda"}:
+        command += KEEP_AWS_FILES
     return [*command, *options, task.path]
-
-
-def _secrets(task: TaskSpec, environment: Mapping[str, str]) -> list[str]:
-    """Names of the secrets to send. The user's AWS keys are sent only if no BUCKET_ keys are set."""
-    given = [name for name in task.secrets if environment.get(name)]
-    own = any(name.startswith("BUCKET_") for name in given)
-    return [name for name in given if not (own and name.startswith("AWS_"))]
 
 
 def package() -> Any:

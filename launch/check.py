@@ -24,6 +24,7 @@ from core.errors import ConfigError, DataError, LauncherError, ObjectExists, one
 from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
 from core.run.machine import checkout_revision
+from core.run.reader import spent_usd_at_most
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
 from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, check_batch
@@ -31,12 +32,10 @@ from core.settings.tuning import FinetuneConfig
 from core.stores import aws, credentials
 from core.task import MachineRequest, TaskSpec, machine_choice, read_task
 from launch import registry
+from launch.identity import check_identity
 from launch.node import network, supervise
 
-KEY_PAIRS = (
-    ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"),
-    ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
-)
+KEY_PAIR = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
 ONE_KEY = {"google": "BUCKET_GOOGLE_KEY", "azure": "BUCKET_AZURE_KEY"}
 # A check takes a task and its settings: the environment, updated by the task's envs.
 Check = Callable[[TaskSpec, Mapping[str, str]], Iterable[Finding]]
@@ -208,7 +207,7 @@ def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findi
     """Checks the keys of the bucket. The node would find an empty key only after the image is built."""
     named = settings.get("BUCKET")
     service = storage.terms_of(bucket.root(settings)).service if named else aws.service_of(None)
-    keys = _keys(service, settings)
+    keys = (ONE_KEY[service],) if service in ONE_KEY else KEY_PAIR
     empty = [key for key in keys if not settings.get(key)]
     clouds = cloud_names(task)
     closed = [name for name in clouds if not CLOUDS.get(name, Cloud()).opens_buckets(service)]
@@ -218,17 +217,10 @@ def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findi
         yield Finding(
             "x" if closed == clouds else "!",
             f"secrets: without {' and '.join(keys)} a node on {', '.join(closed)} could not reach the bucket; "
-            "set them in .env to keys with no other rights than those in launch/bucket-policy.json",
+            "set them in .env to keys that launch/bucket-policy.json limits (your login to AWS never goes to a node)",
         )
     else:
         yield Finding("ok", "secrets: " + ("the node's own role" if empty else "keys for the bucket are set"))
-
-
-def _keys(service: str, settings: Mapping[str, str]) -> tuple[str, ...]:
-    """The variables with the keys of a bucket."""
-    if service in ONE_KEY:
-        return (ONE_KEY[service],)
-    return next((pair for pair in KEY_PAIRS if any(settings.get(name) for name in pair)), KEY_PAIRS[0])
 
 
 def check_bucket(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
@@ -290,6 +282,22 @@ def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]
             yield Finding("ok", f"data: {tokens:,} training tokens at {url}")
         except DataError as error:
             yield Finding("x", f"data: {error}; `make prep-data` makes it")
+
+
+def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Compares what the run has cost with MAX_USD: nothing is rented on a spent cap."""
+    if "MAX_USD" not in task.envs or setting_problems(settings):
+        return
+    max_usd, url = _cap(settings) if settings.get("MAX_USD") else 0.0, bucket.url(task.envs, "RUN")
+    folder = RunFolder(url).evaluations if task.workload.stage == "evaluate" else url
+    usd = spent_usd_at_most(folder) if max_usd else 0.0
+    if usd is None:
+        yield Finding("!", f"cap: what {folder} has cost is not known, so that MAX_USD will be refused")
+    elif max_usd and usd >= max_usd:
+        remedy = "set a larger MAX_USD, or another RUN"
+        yield Finding("x", f"cap: {folder} has cost ${usd:.2f}, all of MAX_USD (${max_usd:g}); {remedy}")
+    elif usd:
+        yield Finding("ok", f"cap: {folder} has cost ${usd:.2f} of ${max_usd:g}")
 
 
 def _weights(start: str) -> Iterator[Finding]:
@@ -362,8 +370,8 @@ def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
 
 
 # A launch runs these checks too, because they ask only the bucket and this checkout. Settings come first.
-FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_data)
-CHECKS: tuple[Check, ...] = (*FREE_CHECKS, check_image, check_clouds, check_quotas, check_capacity)
+FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_cap, check_data)
+CHECKS: tuple[Check, ...] = (*FREE_CHECKS, check_identity, check_image, check_clouds, check_quotas, check_capacity)
 
 
 if __name__ == "__main__":

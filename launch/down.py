@@ -1,153 +1,158 @@
-"""Ends the jobs and clusters of this project, then asks the clouds whether anything is left.
+"""Ends what this user has up of this project, and says whether anything is left.
 
-    python -m launch.down             only show what is running
-    python -m launch.down --down      cancel managed jobs, take clusters down, delete leftovers, show what is left
+    python -m launch.down             look only
+    python -m launch.down --down      cancel managed jobs, take clusters down, end machines, wait until they are gone
 
-The steps are independent: a step that fails is reported, and the next ones still run. SkyPilot's list may be
-incomplete, so the clouds are also asked for instances, spot requests and volumes with this project's label, or with the
-name of one of its tasks. Exits with 1 if something is up, if a step failed, or if a source could not be asked. Machines
-are ended through SkyPilot only, because the label does not show whether a machine is a colleague's.
+On a terminal it asks once before it ends anything; YES=1 answers. ALL=1 also ends what others started in the same
+account, if it has this project's label. Each step is independent of the one before: a step that fails is reported, and
+the rest continues. Exit codes: 0, every source says that nothing is up; 1, something is up; 2, nothing was found, but a
+source could not be asked.
 """
 
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 from clouds import skypilot
-from clouds.base import LABEL, Leftover
-from clouds.providers import CLOUDS
-from core import environment, secrets
+from clouds.base import Leftover, is_controller
+from core import environment
 from core.console import run_entry
 from core.errors import ConfigError
-from core.task import read_task
+from launch import left, spent
+from launch.left import FOUND, Survey, brief, look
 
-# A cancelled job ends its machine, which takes the controller a minute or two.
-WAIT_SECONDS = 300.0
+# A cancelled job ends its machine, which takes the controller a minute or two; then the controller itself ends.
+WAIT_SECONDS = 600.0
 POLL_SECONDS = 5.0
-Source = Callable[[Sequence[str]], Iterable[Leftover]]
 
 
 def main(arguments: list[str]) -> int:
     if set(arguments) - {"--down"}:
         raise ConfigError("usage: python -m launch.down [--down]")
     environment.adopt()
-    names = project_tasks()
-    failures: list[str] = []
-    if "--down" in arguments:
-        names, failures = end_all(names)
-    deadline = time.monotonic() + (WAIT_SECONDS if "--down" in arguments else 0)
+    everyone = bool(os.environ.get("ALL"))
+    survey = look(everyone)
+    wanted = endings(survey, everyone) if "--down" in arguments else []
+    if not wanted or not agreed(wanted):
+        return conclude(survey)
+    rest = end(survey, everyone)
+    print(*["what it cost:", *spent.lines(survey)], sep="\n   ")
+    return conclude(rest)
+
+
+def endings(survey: Survey, everyone: bool) -> list[str]:
+    """A line for each thing that `end` ends."""
+    jobs = [f"managed job {job['job_id']} {job['job_name']}" for job in survey.jobs or ()]
+    clusters = [f"cluster {cluster['name']}" for cluster in survey.clusters or ()]
+    if survey.clusters is None:
+        clusters = ["each cluster that has the name of a task in sky/, because SkyPilot lists none"]
+    return [*jobs, *clusters, *(str(each) for each in survey.on_clouds if _may_end(each, everyone))]
+
+
+def agreed(wanted: list[str]) -> bool:
+    """Ask on the terminal whether to end all that. YES=1 answers without a terminal."""
+    print(*["to end:", *wanted], sep="\n   ", flush=True)
+    if os.environ.get("YES"):
+        return True
+    if not sys.stdin.isatty():
+        print("nothing was ended: there is no terminal to ask on; give YES=1")
+        return False
+    try:
+        answer = input("End all of it? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() in ("y", "yes"):
+        return True
+    print("nothing was ended")
+    return False
+
+
+def end(survey: Survey, everyone: bool) -> Survey:
+    """End everything, wait until it is gone, and return the last look."""
+    known = survey.cluster_names
+    end_in_skypilot(survey)
+    deadline = time.monotonic() + WAIT_SECONDS
     waiting_for: list[str] = []
     while True:
-        found, unknown = look(names, {"records": leftovers_in_records, **cloud_sources()})
-        if not found or time.monotonic() >= deadline:
-            break
-        # In every round, because a volume can be deleted only when its machine is gone.
-        for leftover in found:
-            if leftover.end:
-                with _step(str(leftover), failures):
-                    print(f"ending {leftover}", flush=True)
-                    leftover.end()
-        if waiting_for != (waiting_for := [str(leftover) for leftover in found]):
+        survey = look(everyone, known)
+        rest = endings(survey, everyone) if survey.found else []
+        if not rest or time.monotonic() >= deadline:
+            return survey
+        end_rest(survey, everyone)
+        if waiting_for != (waiting_for := rest):
             print(f"waiting until it is gone: {'; '.join(waiting_for)}", flush=True)
         time.sleep(POLL_SECONDS)
-    for problem in dict.fromkeys([*failures, *unknown]):
-        print(f"?  {problem}")
-    for leftover in found:
-        print(f"!  {leftover}")
-    if found:
-        print(f"{len(found)} left and maybe billed: run `make down` again, or end them in the cloud's console")
-    elif failures or unknown:
-        print("nothing was found, but not everything could be asked or ended; see the lines that begin with ?")
-    else:
-        print("nothing is left: no job, cluster, instance, spot request or volume")
-    return 1 if found or failures or unknown else 0
 
 
-def project_tasks() -> dict[str, bool]:
-    """The name of each task in sky/, and whether it is a managed job."""
-    tasks = [read_task(str(path), os.environ) for path in sorted(Path("sky").glob("*.yaml"))]
-    return {task.name: task.managed for task in tasks}
-
-
-def end_all(names: Mapping[str, bool]) -> tuple[dict[str, bool], list[str]]:
-    """End all jobs and clusters. Returns `names`, with the names of the clusters in the clouds added, and the failures.
-
-    Managed jobs come first, because a running job would replace a machine that it loses.
-    """
-    names = dict(names)
-    failures: list[str] = []
-    with _step("managed jobs", failures):
-        if jobs := jobs_of(names):
-            _sky(["jobs", "cancel", "--yes", *(str(job["job_id"]) for job in jobs)])
-    with _step("clusters", failures):
-        try:
-            ours = clusters_of(names)
-        except ConfigError:
+def end_in_skypilot(survey: Survey) -> None:
+    """Cancel jobs and take clusters down. Jobs come first: a running job would replace a machine that is taken away."""
+    if survey.jobs:
+        with _step("managed jobs"):
+            _sky(["jobs", "cancel", "--yes", *(str(job["job_id"]) for job in survey.jobs)])
+    if survey.clusters is None:
+        with _step("clusters"):
             # SkyPilot skips the names that it does not know.
-            _sky(["down", "--yes", *(name for name, managed in names.items() if not managed)])
-            raise
-        names |= {cluster["cluster_name_on_cloud"]: False for cluster in ours if cluster.get("cluster_name_on_cloud")}
-        if ours:
-            _sky(["down", "--yes", *(cluster["name"] for cluster in ours)])
-    return names, failures
+            _sky(["down", "--yes", *(name for name, managed in left.project_tasks().items() if not managed)])
+    elif names := [each["name"] for each in survey.clusters if not _ends_with_its_job(each)]:
+        with _step("clusters"):
+            _sky(["down", "--yes", *names])
+
+
+def end_rest(survey: Survey, everyone: bool) -> None:
+    """End the controller once its jobs have ended, and what SkyPilot does not end.
+
+    Repeated, because a machine leaves a volume only once it is gone, and a controller serves until its jobs are gone.
+    """
+    for cluster in survey.clusters or ():
+        if is_controller(cluster["name"]) and survey.jobs == []:
+            with _step(f"cluster {cluster['name']}"):
+                _sky(["down", cluster["name"]], typed="delete\n")  # --yes does not answer this question of SkyPilot's
+    for leftover in survey.on_clouds:
+        if _may_end(leftover, everyone) and not survey.in_records(leftover):
+            with _step(str(leftover)):
+                print(f"ending {leftover}", flush=True)
+                leftover.end()
+
+
+def conclude(survey: Survey) -> int:
+    """Print what all sources say. Returns the exit code."""
+    print(*survey.lines(), sep="\n")
+    if survey.exit_code == FOUND:
+        print(f"{len(survey.found)} up and maybe billed: `make down` ends what is yours, the cloud's console the rest")
+    elif survey.unasked:
+        print("nothing was found, but not everything could be asked: see the lines that begin with ?")
+    else:
+        print("nothing is left: no job, cluster, machine or volume")
+    return survey.exit_code
+
+
+def _may_end(leftover: Leftover, everyone: bool) -> bool:
+    return leftover.end is not None and (leftover.mine or (everyone and leftover.labelled))
+
+
+def _ends_with_its_job(cluster: dict[str, Any]) -> bool:
+    return bool(cluster.get("is_managed")) or is_controller(cluster["name"])
 
 
 @contextmanager
-def _step(what: str, failures: list[str]) -> Iterator[None]:
-    """Run one step of `down`. An error is reported but not raised, because the next step may still end something."""
+def _step(what: str) -> Iterator[None]:
+    """Do one step. Reports an error and continues, because the next step may still end something."""
     try:
         yield
     except Exception as error:  # SkyPilot, credentials, network: any error of a library
-        failures.append(f"{what}: {_brief(error)}")
-        print(f"?  {failures[-1]}", flush=True)
+        print(f"?  {what}: {brief(error)}", flush=True)
 
 
-def _sky(arguments: list[str]) -> None:
+def _sky(arguments: list[str], typed: str | None = None) -> None:
     """Run a sky command and show its output. Raises ConfigError if it fails."""
     print(f"$ sky {' '.join(arguments)}", flush=True)
-    if code := subprocess.call([skypilot.find_sky(), *arguments]):
+    code = subprocess.run([skypilot.find_sky(), *arguments], input=typed, text=True).returncode
+    if code:
         raise ConfigError(f"`sky {' '.join(arguments)}` ended with {code}; see its output above")
-
-
-def jobs_of(names: Iterable[str]) -> list[dict]:
-    """Managed jobs of our tasks that have not ended; several may share a name. Raises ConfigError."""
-    return [job for job in skypilot.jobs() if job.get("job_name") in set(names) and not skypilot.has_ended(job)]
-
-
-def clusters_of(names: Iterable[str]) -> list[dict]:
-    """This user's clusters of our tasks, by name or label, because `sky launch` without -c invents a name."""
-    key, value = LABEL
-    return [c for c in skypilot.clusters() if c["name"] in set(names) or (c.get("labels") or {}).get(key) == value]
-
-
-def look(names: Iterable[str], sources: Mapping[str, Source] | None = None) -> tuple[list[Leftover], list[str]]:
-    """The leftovers that `sources` (by default the clouds) report, and a sentence for each source without an answer."""
-    found: list[Leftover] = []
-    unknown: list[str] = []
-    for name, ask in (cloud_sources() if sources is None else sources).items():
-        try:
-            found += ask(tuple(names))
-        except Exception as error:  # credentials, network: any error of a library
-            unknown.append(f"{name}: could not be asked ({_brief(error)})")
-    return found, unknown
-
-
-def cloud_sources() -> dict[str, Source]:
-    """For the name of each cloud, the function that asks it for leftovers."""
-    return {name: cloud.leftovers for name, cloud in CLOUDS.items()}
-
-
-def leftovers_in_records(names: Sequence[str]) -> list[Leftover]:
-    """Jobs and clusters that SkyPilot lists. A job still has a machine if its cancellation is only scheduled."""
-    found = [Leftover(f"managed job {job['job_id']} {job['job_name']}: {job['status']}") for job in jobs_of(names)]
-    return found + [Leftover(f"cluster {cluster['name']}: {cluster['status']}") for cluster in clusters_of(names)]
-
-
-def _brief(error: Exception) -> str:
-    return secrets.scrub(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 if __name__ == "__main__":

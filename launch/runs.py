@@ -24,15 +24,15 @@ from typing import Any
 from clouds import skypilot
 from core import bucket, environment, output, secrets, storage, untrusted
 from core.console import progress, run_entry, set_up_logging
-from core.errors import ConfigError, LauncherError, ObjectNotFound, RunError
+from core.errors import ConfigError, ObjectNotFound, RunError
 from core.run import journal, timeline
 from core.run.folder import RunFolder
-from core.run.reader import Detail, read_run
 from core.storage import ObjectInfo
 from core.task import read_task
-from launch.down import look, project_tasks
+from launch.left import NOTHING, UNKNOWN, look
+from launch.spent import spent_line
 
-FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "refused")
+FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "machines", "refused")
 # Objects that differ between two runs, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
@@ -64,27 +64,23 @@ def run_of(source: str, variables: Mapping[str, str]) -> str:
 
 
 def status(arguments: list[str]) -> int:
-    """Print SkyPilot's clusters and jobs, the clouds' own lists, and the dollars of a run if one is named."""
+    """Print what SkyPilot and the clouds say is up, and the dollars of a run if one is named.
+
+    Returns 2 if a source could not be asked. Something that is up is no failure here, unlike in launch.down.
+    """
     print("$ sky status --refresh", flush=True)
-    code = subprocess.call([skypilot.find_sky(), "status", "--refresh"])
-    found, unknown = look(project_tasks())
-    print("\nThe clouds say:")
-    for line in [*found, *(f"? {problem}" for problem in unknown)] or ["nothing of this project is up"]:
-        print(f"  {line}")
+    try:
+        code = subprocess.call([skypilot.find_sky(), "status", "--refresh"])
+    except ConfigError as error:  # not installed: the clouds may know
+        print(f"?  {error}")
+        code = UNKNOWN
+    survey = look(everyone=bool(os.environ.get("ALL")))
+    print("\nSkyPilot and the clouds say:", *survey.lines(), sep="\n")
+    if survey.exit_code == NOTHING:
+        print("nothing of this project is up")
     if arguments and (not arguments[0].endswith(".yaml") or os.environ.get("BUCKET") or os.environ.get("RUN_URL")):
         print(f"\n{spent_line(run_of(arguments[0], os.environ))}")
-    return code
-
-
-def spent_line(run_url: str) -> str:
-    """A line with the run's dollars. It does not show $0.00 for a run that does not exist: the name may be wrong."""
-    try:
-        usd = read_run(run_url, Detail.MONEY).usd
-    except RunError:
-        return f"{run_url}: no run here yet; check RUN and BUCKET"
-    except LauncherError as error:
-        return str(error)
-    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py shows for what)"
+    return UNKNOWN if survey.unasked else code
 
 
 # --- logs ------------------------------------------------------------------------------------------------------

@@ -5,13 +5,15 @@
 First runs the checks that cost nothing (launch/check.py), to find settings that the node would refuse before a machine
 is rented. `--no-check` skips them. Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its
 `secrets` becomes `--secret NAME`: SkyPilot reads the values of secrets from the environment, not from a command line. A
-task with job_recovery becomes a managed job.
+task with job_recovery becomes a managed job. A launch that is interrupted is
+undone, and one that fails ends with a look at what is up (launch/undo.py).
 """
 
+import itertools
 import os
 import shlex
-import subprocess
 import sys
+import time
 from collections.abc import Mapping
 
 from clouds import skypilot
@@ -22,7 +24,7 @@ from core.exit_codes import FAILED
 from core.run.machine import checkout_revision
 from core.stores import credentials
 from core.task import TaskSpec, machine_choice, read_task
-from launch import check
+from launch import check, undo
 
 NO_CHECK = "--no-check"
 
@@ -42,7 +44,17 @@ def main(arguments: list[str]) -> int:
         )
         return FAILED
     print(f"$ {secrets.scrub(shlex.join(['sky', *command[1:]]))}", flush=True)
-    return subprocess.call(command)
+    if "--dryrun" in options:
+        return undo.run(command).code
+    launch = undo.Launch(task.name, task.managed, time.time(), _cluster(task, options_of_sky))
+    ended = undo.run(command)
+    if ended.signal:
+        return undo.undo(launch, ended.signal)
+    if ended.code:
+        undo.show_rest(launch)
+        return ended.code
+    print(f"output: make logs TASK={task.name}; what runs: make status; to end it: make down")
+    return 0
 
 
 def launchable(task: TaskSpec, settings: Mapping[str, str]) -> bool:
@@ -53,6 +65,14 @@ def launchable(task: TaskSpec, settings: Mapping[str, str]) -> bool:
         if finding.mark != "ok":
             print(finding, flush=True)
     return allowed
+
+
+def _cluster(task: TaskSpec, options: list[str]) -> str:
+    """The cluster's name: the task's, unless an option gives another one."""
+    for flag, value in itertools.pairwise(options):
+        if flag in ("--cluster", "-c"):
+            return value
+    return task.name
 
 
 if __name__ == "__main__":

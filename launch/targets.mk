@@ -11,7 +11,7 @@ OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
+.PHONY: setup-launch role check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
   test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
@@ -20,6 +20,9 @@ $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
 	@echo "setting up $(LAUNCH_VENV) (once; about a minute)"
 	@$(SETUP) launch "$(LAUNCH_VENV)"
 	@rm -f $(LAUNCH_VENV)/.installed-*; touch $@
+
+role: $(LAUNCH_STAMP) ## an IAM role for the nodes on AWS, limited to BUCKET's runs and data, so that they need no key (UNDO=1)
+	@$(LAUNCH_PYTHON) -m launch.role $(if $(UNDO),--undo)
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(call typed,TASK).yaml $(MACHINES)
@@ -56,7 +59,7 @@ pull: $(LAUNCH_STAMP) ## metrics, samples, ledger, logs and newest checkpoint of
 $(LAUNCH_VENV)/bin/sky:
 	@$(MAKE) --no-print-directory setup-launch
 
-down: | $(LAUNCH_VENV)/bin/sky ## end all jobs and clusters of this project, and ask the clouds whether anything is left
+down: | $(LAUNCH_VENV)/bin/sky ## end what you have up of this project, and ask the clouds whether anything is left (YES=1, ALL=1)
 	@$(LAUNCH_PYTHON) -m launch.down --down
 
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag

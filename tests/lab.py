@@ -32,6 +32,7 @@ class Lab:
 
     def inside(self, *command: str, environment: dict[str, str] | None = None, seconds: float = 600):
         given = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+        given |= {"BUCKET_ACCESS_KEY_ID": "test", "BUCKET_SECRET_ACCESS_KEY": "test"}
         given |= environment or {}
         settings = [f"{name}={value}" for name, value in given.items()]
         return subprocess.run(

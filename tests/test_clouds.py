@@ -8,7 +8,7 @@ import pytest
 
 from clouds import catalog, lambda_labs, machine, providers
 from clouds.aws import Aws
-from clouds.base import Cloud, Finding, Gpu, Instance, Interruption, Leftover, SpotHistory
+from clouds.base import Cloud, Finding, Gpu, Instance, Interruption, Inventory, Leftover, Ownership, SpotHistory
 from clouds.lambda_labs import LambdaLabs
 from clouds.providers import CLOUDS
 from clouds.skypilot import from_record
@@ -17,7 +17,7 @@ from core.run.reader import read_run
 from core.task import MachineRequest, read_task
 from costs.forecast import Assumptions, forecast_of
 from costs.sources import ask_others
-from launch import check, down
+from launch import check, left
 from tests.golden import NOON
 from tests.patience import PATIENCE_SECONDS
 from tests.sky_tasks import write
@@ -45,8 +45,11 @@ class Nimbus(Cloud):
     def capacity_findings(self, task):
         yield Finding("!", f"capacity: nimbus has no {task.requests[0].accelerator} now")
 
-    def leftovers(self, names):
-        return [Leftover("nimbus: a forgotten machine")]
+    def is_configured(self):
+        return True
+
+    def leftovers(self, whose):
+        return Inventory((Leftover(f"nimbus: a forgotten machine of {whose.tasks[0]}"),))
 
     def instances(self, clusters, region):
         return [Instance(clusters[0], NOON - 10, NOON + 100, False, "Nimbus' own list")]
@@ -78,9 +81,11 @@ def test_a_new_cloud_is_one_class_one_file_and_one_candidate(nimbus, tmp_path, m
     assert [str(found) for found in check.check_capacity(task, {})] == [" !  capacity: nimbus has no A100 now"]
     (secrets,) = check.check_secrets(task, {})
     assert (secrets.mark, "a node on nimbus could not reach the bucket" in secrets.what) == ("!", True)
+    survey = left.Survey()
     for name in ("aws", "lambda"):
         monkeypatch.setitem(CLOUDS, name, Cloud())
-    assert [str(found) for found in down.look(["x"])[0]] == ["nimbus: a forgotten machine"]
+    left.ask_clouds(Ownership(("x",)), survey)
+    assert survey.found == ["nimbus: a forgotten machine of x"]
 
 
 def test_a_node_of_a_new_cloud_knows_its_price_and_hears_its_notices(nimbus):
@@ -106,7 +111,7 @@ def test_a_report_asks_a_new_cloud(nimbus, tmp_path):
 
 def test_a_cloud_that_answers_nothing_is_no_error(tmp_path):
     silent, task = Cloud(), read_task(write(tmp_path, "accelerators: A100:8"), {})
-    assert (silent.offers(), silent.leftovers(["x"]), silent.instances(["x"], "r")) == ((), [], [])
+    assert (silent.offers(), silent.leftovers(Ownership()), silent.instances(["x"], "r")) == ((), Inventory(), [])
     assert list(silent.quota_findings(task)) == list(silent.capacity_findings(task)) == []
     assert silent.interruptions({}) is silent.bill("a", "b", 0, 1) is silent.unfinished_uploads("s3://b/x") is None
 

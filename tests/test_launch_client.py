@@ -1,22 +1,24 @@
-"""What runs on the user's machine around a launch: what is left, pull, logs, and the variables that are read."""
+"""What runs on the user's machine around a launch: what EC2 lists, pull, logs, and the variables that are read."""
 
 import ast
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import pytest
 import yaml
+from botocore.exceptions import ClientError
 from moto import mock_aws
 
+from clouds import ec2
 from clouds.aws import Aws
-from clouds.base import LABEL, Cloud
-from clouds.providers import CLOUDS
+from clouds.base import LABEL, Inventory, Ownership
 from core import storage
 from core.errors import ObjectNotFound, RunError
 from core.run import journal
-from launch import down, runs
+from launch import runs
 from tests import variables
 
 ROOT = Path(__file__).parent.parent
@@ -25,82 +27,100 @@ ROOT = Path(__file__).parent.parent
 # --- what is left ----------------------------------------------------------------------------------------------
 
 
+REGIONS = ("eu-north-1", "us-east-1")
+USER = "1a2b3c4d"
+WHOSE = Ownership(("evaluate", "pretrain-8xa100"), USER, frozenset(), frozenset({f"other-{USER}"}))
+
+
 @pytest.fixture
 def account(monkeypatch):
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+    """EC2 in two regions. Yields what it refuses, as region and operation."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
+    refused: set[tuple[str, str]] = set()
+    clients: dict = {}
+
+    def client(session, region):
+        def refuse(model, **_) -> None:
+            if (region, model.name) in refused:
+                answer = {"Error": {"Code": "UnauthorizedOperation", "Message": "not authorized"}}
+                raise ClientError(answer, model.name)
+
+        if region in clients:
+            return clients[region]
+        made = clients[region] = session.client("ec2", region_name=region)
+        made.meta.events.register("before-call", refuse)
+        if region == "us-east-1":
+            made.describe_regions = lambda: {"Regions": [{"RegionName": name} for name in REGIONS]}
+        return made
+
     with mock_aws():
-        yield boto3.client("ec2", region_name="us-east-1")
+        monkeypatch.setattr(ec2, "_client", client)
+        for region in REGIONS:
+            client(boto3.session.Session(), region)
+        yield SimpleNamespace(refused=refused, **{name.replace("-", "_"): made for name, made in clients.items()})
 
 
-TAGS = [{"Key": "project", "Value": "pretrain-launcher"}]
+def tagged(kind: str, cluster: str = "", label: bool = True, user: str = "") -> dict:
+    tags = {"ray-cluster-name": cluster, "skypilot-user": user, "project": "pretrain-launcher" if label else ""}
+    shown = [{"Key": key, "Value": value} for key, value in tags.items() if value]
+    return {"TagSpecifications": [{"ResourceType": kind, "Tags": shown}]} if shown else {}
 
 
-def test_nothing_of_ours_is_nothing_left(account):
-    account.run_instances(ImageId="ami-12345678", MinCount=1, MaxCount=1)  # somebody else's
-    assert Aws().leftovers((), ["us-east-1"]) == []
+def start(client, **tags) -> None:
+    client.run_instances(ImageId="ami-12345678", MinCount=1, MaxCount=1, **tagged("instance", **tags))
 
 
-def test_instances_and_volumes_of_ours_are_named_and_only_volumes_ended(account):
-    tags = [{"ResourceType": "instance", "Tags": TAGS}]
-    account.run_instances(ImageId="ami-12345678", MinCount=1, MaxCount=1, TagSpecifications=tags)
-    tags = [{"ResourceType": "volume", "Tags": TAGS}]
-    account.create_volume(AvailabilityZone="us-east-1a", Size=100, TagSpecifications=tags)
-    machine, volume = Aws().leftovers((), ["us-east-1"])
-    assert re.fullmatch(r"aws us-east-1: \S+ i-\w+ \(running\)", str(machine))
-    assert machine.end is None, "a label does not tell yours from a colleague's"
-    assert re.fullmatch(r"aws us-east-1: unattached volume vol-\w+, 100 GB", str(volume))
+def test_machines_and_volumes_are_found_in_every_region_by_label_and_by_skypilots_tags(account):
+    assert Aws().leftovers(WHOSE) == Inventory()
+    start(account.us_east_1, label=False)  # not SkyPilot's
+    start(account.us_east_1, cluster=f"other-{USER}", label=False)  # this user's, of another project
+    start(account.eu_north_1, cluster=f"sky-5e6f-ann-{USER}")
+    volume = tagged("volume", cluster=f"evaluate-{USER}")
+    account.us_east_1.create_volume(AvailabilityZone="us-east-1a", Size=100, **volume)
+    machine, volume = Aws().leftovers(WHOSE).found
+    assert re.fullmatch(rf"aws eu-north-1: \S+ i-\w+ \(running\) of sky-5e6f-ann-{USER}", str(machine))
+    assert re.fullmatch(rf"aws us-east-1: unattached volume vol-\w+, 100 GB of evaluate-{USER}", str(volume))
+    account.refused.add(("us-east-1", "DescribeInstances"))
+    answer = Aws().leftovers(WHOSE)
+    assert [found.what for found in answer.found] == [machine.what, volume.what], "the rest is still asked"
+    (refusal,) = answer.unasked
+    assert refusal.startswith("aws us-east-1: could not be asked for instances (ClientError: ")
+    account.refused.clear()
+    machine.end()
     volume.end()
-    assert Aws().leftovers((), ["us-east-1"]) == [machine]
+    assert Aws().leftovers(WHOSE) == Inventory()
 
 
-def test_what_a_machine_leaves_as_it_goes_is_ended_too(account, monkeypatch, capsys):
-    """A volume shows as unattached only once its machine is gone, after the first look."""
-    tags = [{"ResourceType": "volume", "Tags": TAGS}]
-
-    def volume() -> None:
-        account.create_volume(AvailabilityZone="us-east-1a", Size=100, TagSpecifications=tags)
-
-    class OneRegion(Aws):
-        def leftovers(self, names):
-            return super().leftovers(names, ["us-east-1"])
-
-    class MachineGoes(Cloud):
-        def leftovers(self, names):
-            gone.append(names)
-            if len(gone) == 1:
-                volume()
-            return []
-
-    gone: list = []
-    volume()
-    monkeypatch.setattr(down, "end_all", lambda names: (names, []))
-    monkeypatch.setattr(down, "leftovers_in_records", lambda names: [])
-    monkeypatch.setitem(CLOUDS, "lambda", MachineGoes())
-    monkeypatch.setitem(CLOUDS, "aws", OneRegion())
-    monkeypatch.setattr(down, "POLL_SECONDS", 0.0)
-    monkeypatch.chdir(ROOT)
-    assert down.main(["--down"]) == 0
-    assert capsys.readouterr().out.count("ending aws us-east-1: unattached volume") == 2
-    assert Aws().leftovers((), ["us-east-1"]) == []
+@pytest.mark.parametrize(
+    ("cluster", "label", "mine"),
+    [
+        (f"sky-5e6f-ann-{USER}", True, True),
+        (f"evaluate-{USER}", False, True),
+        (f"pretrain-8xa100-3-{USER}", False, True),  # of a managed job
+        (f"sky-jobs-controller-0f0f0f0f-{USER}", False, True),
+        (f"finetune-bert-{USER}", False, False),  # this user's, but of no task
+        ("evaluate-99999999", False, False),
+        ("sky-5e6f-ben-99999999", True, False),
+        ("", True, False),
+        (f"other-{USER}", False, None),  # this user's, of another project
+        ("sky-jobs-controller-0f0f0f0f-99999999", False, None),
+        ("bert-99999999", False, None),
+        ("", False, None),
+    ],
+)
+def test_a_machine_is_this_users_by_its_clusters_name_and_else_only_listed(cluster, label, mine):
+    """None: it is certainly of another project, or of another user's."""
+    tags = tagged("instance", cluster, label, user="ben").get("TagSpecifications", [{}])[0]
+    found = list(ec2.attributed("i-1", tags, None, WHOSE))
+    assert [each.mine for each in found] == ([] if mine is None else [mine])
+    if mine is False:
+        assert str(found[0]).endswith("started by ben, not known to SkyPilot here")
 
 
 def test_the_label_is_that_of_the_tasks():
     for path in (ROOT / "sky").glob("*.yaml"):
         assert yaml.safe_load(path.read_text())["resources"]["labels"] == dict([LABEL])
-
-
-def test_a_cloud_that_does_not_answer_is_not_nothing(monkeypatch):
-    class Silent(Cloud):
-        def leftovers(self, names):
-            raise OSError("timed out")
-
-    monkeypatch.setitem(CLOUDS, "aws", Cloud())
-    monkeypatch.setitem(CLOUDS, "lambda", Silent())
-    found, unknown = down.look(["x"])
-    assert found == []
-    assert len(unknown) == 1
-    assert "timed out" in unknown[0]
 
 
 # --- pull and logs ---------------------------------------------------------------------------------------------

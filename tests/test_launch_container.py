@@ -1,5 +1,6 @@
 """launch/node/container.sh with a docker that records its arguments; test_launch_lab.py runs it on a real engine."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tests import warm
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "launch/node/container.sh"
 DOCKER = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$RECORD"
 case "$1 $2" in
@@ -35,11 +37,11 @@ def node(tmp_path):
     (tmp_path / "uname").chmod(0o755)
     record = tmp_path / "record"
 
-    def start(*arguments: str, **settings: str) -> subprocess.Popen:
+    def start(*arguments: str, script: Path = SCRIPT, **settings: str) -> subprocess.Popen:
         path = f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin"
         environment = {"PATH": path, "HOME": str(tmp_path), "RECORD": str(record)}
         environment |= {"BUCKET": "b", "RUN": "r", "DATA": "d", **settings}
-        command = ["bash", str(ROOT / "launch/node/container.sh"), *arguments]
+        command = ["bash", str(script), *arguments]
         return subprocess.Popen(
             command,
             env=environment,
@@ -73,8 +75,8 @@ def test_variables_go_by_name_and_empty_ones_do_not(node):
     (line,) = [call for call in node.calls() if call.startswith("run --rm")]
     words = line.split()
     given = {words[at + 1] for at, word in enumerate(words) if word == "-e"}
-    assert {"BUCKET_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY", "MAX_USD", "RUN_URL", "SEGMENT_STARTED_AT"} <= given
-    assert not {"AWS_ENDPOINT_URL", "BUCKET_REGION", "BUCKET", "UNRELATED"} & given
+    assert {"BUCKET_SECRET_ACCESS_KEY", "MAX_USD", "RUN_URL", "SEGMENT_STARTED_AT"} <= given
+    assert not {"AWS_ENDPOINT_URL", "BUCKET_REGION", "BUCKET", "UNRELATED", "AWS_SECRET_ACCESS_KEY"} & given
     assert "very-secret" not in line
     assert line.endswith("pretrain-launcher:train python -m launch.node")
 
@@ -163,6 +165,42 @@ def test_an_image_is_pulled_or_built(node):
     (build,) = [call for call in calls if call.startswith("build ")]
     assert "--target prep --tag pretrain-launcher:prep --build-arg TORCH=cpu" in build
     assert "--cache-from ghcr.io/me/image:1-prep" in build
+
+
+def with_limit(folder: Path, name: str) -> Path:
+    """container.sh with a limit of one second."""
+    hurried = folder / "checkout/launch/node/container.sh"
+    hurried.parent.mkdir(parents=True)
+    text, count = re.subn(rf"^{name}=\d+", f"{name}=1", SCRIPT.read_text(), flags=re.M)
+    assert count == 1
+    hurried.write_text(text)
+    return hurried
+
+
+def test_a_pull_that_does_not_end_ends_the_setup(node, tmp_path):
+    docker = tmp_path / "docker"
+    docker.write_text(DOCKER.replace("case", 'case "$1" in pull) exec sleep 300 ;; esac\ncase', 1))
+    process = node("image", "prep", script=with_limit(tmp_path, "PULL_SECONDS"), IMAGE="ghcr.io/me/image:1")
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 124
+    assert "docker pull did not end within 1 s" in output
+
+
+def test_an_nvidia_smi_that_does_not_answer_holds_up_nothing(node, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 300\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    process = node("image", "prep", script=with_limit(tmp_path, "NVIDIA_SMI_SECONDS"), DEVICE="cuda", IMAGE="me/image")
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, output
+    assert "nvidia-smi did not answer within 1 s" in output
+
+
+def test_every_call_of_docker_but_the_programs_has_a_limit():
+    calls = re.findall(r"^.*\bdocker (?:\"|run|info|pull|build|push).*$", SCRIPT.read_text(), re.M)
+    code = [line.strip() for line in calls if not line.strip().startswith("#")]
+    unlimited = [line for line in code if "timeout" not in line]
+    assert len(unlimited) == 1
+    assert unlimited[0].startswith('"${SUDO[@]}" docker run --rm --init')
 
 
 def test_without_a_bucket_one_sentence(node):

@@ -3,13 +3,18 @@
 import http.server
 import json
 import threading
+import urllib.error
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 
 from clouds import lambda_labs
+from clouds.base import Cloud, Inventory, Leftover, Ownership
+from clouds.lambda_labs import LambdaLabs
 from clouds.providers import CLOUDS
-from launch import down
+from core.errors import ConfigError
+from launch import down, left
 
 BROUGHT_UP = (
     "\x1b[2mFailed to connect to SkyPilot API server at http://127.0.0.1:46580. Starting a local server.\x1b[0m\n"
@@ -18,12 +23,67 @@ BROUGHT_UP = (
 NO_CONTROLLER = ("", "sky.exceptions.ClusterNotUpError: No in-progress managed jobs.\n", 1)
 
 
+USER = "1a2b3c4d"
+LABELS = {"project": "pretrain-launcher"}
+SPOT_JOB = "pretrain-8xa100-spot"
+
+
 def cluster(name: str, **more) -> dict:
-    return {"name": name, "status": "UP", "is_managed": False, "labels": None, "cluster_name_on_cloud": None, **more}
+    on_cloud = f"{name}-{USER}"
+    record = {"name": name, "status": "UP", "is_managed": False, "labels": None, "cluster_name_on_cloud": on_cloud}
+    return record | {"cluster_hash": f"hash-{name}", **more}
 
 
-def job(number: int, status: str = "RUNNING") -> dict:
-    return {"job_id": number, "job_name": "pretrain-8xa100-spot", "status": status}
+def job(number: int, status: str = "RUNNING", name: str = SPOT_JOB) -> dict:
+    return {"job_id": number, "job_name": name, "status": status}
+
+
+def said(*records: dict) -> tuple[str, str, int]:
+    return json.dumps(records), "", 0
+
+
+class Pretended(Cloud):
+    """A cloud with `machines`; one that is ended is gone."""
+
+    def __init__(self):
+        self.machines: list[Leftover] = []
+        self.unasked: tuple[str, ...] = ()
+        self.ended: list[str] = []
+
+    def is_configured(self) -> bool:
+        return True
+
+    def leftovers(self, whose: Ownership) -> Inventory:
+        return Inventory(tuple(self.machines), self.unasked)
+
+    def has(self, what: str, **more) -> None:
+        def end() -> None:
+            self.ended.append(what)
+            self.machines = [each for each in self.machines if each.what != what]
+
+        self.machines.append(Leftover(what, end=end, **more))
+
+
+@pytest.fixture
+def cloud(sky, monkeypatch) -> Pretended:
+    """The only cloud of a user whose `sky` is ours. `down.main` runs in this process, with YES=1 and no pauses."""
+    sky.find_here(monkeypatch)
+    (sky.home / ".sky").mkdir()
+    (sky.home / ".sky/user_hash").write_text(USER)
+    monkeypatch.setenv("YES", "1")
+    monkeypatch.delenv("ALL", raising=False)
+    monkeypatch.setattr(down, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(down.environment, "adopt", lambda: None)
+    pretended = Pretended()
+    for name in list(CLOUDS):
+        monkeypatch.delitem(CLOUDS, name)
+    monkeypatch.setitem(CLOUDS, "pretended", pretended)
+    sky(**{"jobs queue": NO_CONTROLLER, "status": said()})
+    return pretended
+
+
+def downs(sky) -> list[str]:
+    return [call for call in sky.called() if call.startswith("down")]
 
 
 @pytest.mark.parametrize(
@@ -31,73 +91,214 @@ def job(number: int, status: str = "RUNNING") -> dict:
     [NO_CONTROLLER, (BROUGHT_UP + "[]\n", "", 0), ("", BROUGHT_UP + "No in-progress managed jobs.\n", 1)],
     ids=["no job ever", "server was stopped", "both"],
 )
-def test_down_ends_clusters_whatever_the_queue_of_jobs_says(sky, queue):
+def test_down_ends_clusters_whatever_the_queue_of_jobs_says(sky, cloud, capsys, queue):
     sky(**{"jobs queue": queue, "status": (BROUGHT_UP + json.dumps([cluster("pretrain-8xa100")]), "", 0)})
-    done = sky.run("launch.down", "--down")
-    assert "down --yes pretrain-8xa100" in sky.called()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "nothing is left" in done.stdout
+    assert down.main(["--down"]) == 0
+    assert downs(sky) == ["down --yes pretrain-8xa100"]
+    assert capsys.readouterr().out.endswith("nothing is left: no job, cluster, machine or volume\n")
 
 
-def test_down_says_what_could_not_be_listed_and_ends_the_rest(sky):
+@pytest.mark.parametrize("program", ["launch.down", "launch.runs"])
+def test_without_any_keys_nothing_is_proved(sky, program):
+    """With `launch.runs status` too, although it is no failure there that something is up."""
+    sky(**{"jobs queue": NO_CONTROLLER, "status": ("[]", "", 0)})
+    done = sky.run(program, *(["--down"] if program == "launch.down" else ["status"]), YES="1")
+    assert done.returncode == 2
+    assert "aws: not asked, because this computer has no credentials for it" in done.stdout
+    assert "lambda: not asked" in done.stdout
+    assert "?  no cloud has credentials on this computer" in done.stdout
+    assert "nothing is left" not in done.stdout
+    assert "nothing of this project is up" not in done.stdout
+
+
+def test_a_cloud_without_credentials_is_no_source(cloud, monkeypatch, capsys):
+    monkeypatch.setitem(CLOUDS, "unused", Cloud())
+    assert down.main([]) == 0
+    out = capsys.readouterr().out
+    assert "unused: not asked" in out
+    assert "pretended: nothing" in out
+
+
+def test_a_server_that_cannot_start_is_an_answer_that_is_missing(sky, cloud, capsys):
     refused = ("", "Traceback ...\nConnectionError: server is unhealthy\n", 1)
-    sky(**{"jobs queue": refused, "status": (json.dumps([cluster("pretrain-8xa100")]), "", 0)})
-    done = sky.run("launch.down", "--down")
-    assert "down --yes pretrain-8xa100" in sky.called()
-    assert done.returncode == 1
-    assert "managed jobs: `sky jobs queue --skip-finished` failed: Traceback ... ConnectionError" in done.stdout
-    assert "nothing is left" not in done.stdout
+    sky(**{"jobs queue": refused, "status": refused})
+    assert down.main([]) == 2
+    out = capsys.readouterr().out
+    assert "SkyPilot's managed jobs: could not be asked (`sky jobs queue --skip-finished` failed: Traceback ..." in out
+    assert "SkyPilot's clusters: could not be asked" in out
+    assert "nothing is left" not in out
 
 
-def test_clusters_that_cannot_be_listed_are_ended_by_name(sky):
-    sky(**{"jobs queue": NO_CONTROLLER, "status": ("not what was asked for\n", "", 0)})
-    done = sky.run("launch.down", "--down")
-    (down,) = [call for call in sky.called() if call.startswith("down")]
-    assert {"pretrain-8xa100", "pretrain-gh200", "prep-data"} <= set(down.split())
-    assert "pretrain-8xa100-spot" not in down.split()
-    assert done.returncode == 1
-    assert "clusters: `sky status` failed: not what was asked for" in done.stdout
+def test_without_skypilot_machines_of_ours_are_ended_by_their_cloud(sky, cloud, capsys):
+    (sky.folder / "sky").unlink()
+    cloud.has("a machine of pretrain-8xa100", mine=True, cluster=f"pretrain-8xa100-{USER}")
+    assert down.main(["--down"]) == 2
+    assert cloud.ended == ["a machine of pretrain-8xa100"]
+    assert "the sky command is not installed; run `make setup-launch`" in capsys.readouterr().out
 
 
-def test_down_that_fails_for_one_thing_goes_on_with_the_next(sky):
-    sky(
-        **{
-            "jobs queue": (json.dumps([job(1)]), "", 0),
-            "jobs cancel": ("", "no such job\n", 1),
-            "status": (json.dumps([cluster("pretrain-8xa100")]), "", 0),
-        }
-    )
-    # The job stays in the queue for good: what waits for it must not make the test wait.
-    done = sky.run("tests.impatient", "--down")
-    assert "down --yes pretrain-8xa100" in sky.called()
-    assert done.returncode == 1
-    assert "managed jobs: `sky jobs cancel --yes 1` ended with 1" in done.stdout
-    assert "!  managed job 1 pretrain-8xa100-spot: RUNNING" in done.stdout
+def test_clusters_that_cannot_be_listed_are_ended_by_name(sky, cloud, capsys):
+    sky(**{"jobs queue": NO_CONTROLLER, "status": ("not what was asked for\n", "", 0), "down": ("", "", 0)})
+    assert down.main(["--down"]) == 2
+    (line,) = downs(sky)
+    assert {"pretrain-8xa100", "pretrain-gh200", "prep-data"} <= set(line.split())
+    assert SPOT_JOB not in line.split()
+    assert "clusters: could not be asked (`sky status --verbose` failed: not what" in capsys.readouterr().out
 
 
-def test_two_jobs_of_one_name_are_cancelled_by_number(sky):
-    ended = [job(1, "SUCCEEDED"), {"job_id": 4, "job_name": "of-somebody-else", "status": "RUNNING"}]
-    sky(**{"jobs queue": (json.dumps([*ended, job(2), job(3, "RECOVERING")]), "", 0), "status": ("[]", "", 0)})
-    done = sky.run("launch.down", "--down")
+def test_what_is_up_outranks_what_could_not_be_asked(sky, cloud, capsys):
+    cloud.has("a machine", mine=True)
+    cloud.unasked = ("pretended north: could not be asked",)
+    assert down.main([]) == 1
+    out = capsys.readouterr().out
+    assert "!  a machine" in out
+    assert "?  pretended north" in out
+    cloud.machines = []
+    assert down.main([]) == 2
+
+
+def test_down_that_fails_for_one_thing_goes_on_with_the_next(sky, cloud, monkeypatch, capsys):
+    monkeypatch.setattr(down, "WAIT_SECONDS", 0.0)  # the job stays in the queue for good
+    answers = {"jobs queue": said(job(1)), "jobs cancel": ("", "no such job\n", 1)}
+    sky(**answers, status=said(cluster("pretrain-8xa100")))
+    assert down.main(["--down"]) == 1
+    assert downs(sky) == ["down --yes pretrain-8xa100"]
+    out = capsys.readouterr().out
+    assert "managed jobs: `sky jobs cancel --yes 1` ended with 1" in out
+    assert "!  managed job 1 pretrain-8xa100-spot: RUNNING" in out
+
+
+def test_a_cancelled_job_that_is_still_going_down_is_waited_for(sky, cloud, capsys):
+    queue = [said(job(1)), said(job(1, "CANCELLING")), said(job(1, "CANCELLING")), said()]
+    sky(**{"jobs queue": queue, "status": said()})
+    assert down.main([]) == 1
+    sky(**{"jobs queue": queue[1:], "status": said()})
+    assert down.main(["--down"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("waiting until it is gone: managed job 1") < out.index("nothing is left")
+
+
+def test_a_machine_is_waited_for_until_its_cloud_lists_it_no_more(sky, cloud, capsys):
+    """SkyPilot has forgotten the cluster, and its machine is still shutting down."""
+    listings = [2]
+    cloud.has("i-1 (shutting-down)", mine=True, cluster=f"evaluate-{USER}")
+
+    def leftovers(whose):
+        listings[0] -= 1
+        return Inventory(tuple(cloud.machines) if listings[0] >= 0 else ())
+
+    cloud.leftovers = leftovers
+    cloud.machines = [replace(cloud.machines[0], end=lambda: None)]
+    assert down.main(["--down"]) == 0
+    assert "waiting until it is gone: i-1 (shutting-down)" in capsys.readouterr().out
+
+
+def test_two_jobs_of_one_name_are_cancelled_by_number(sky, cloud):
+    ended = [job(1, "SUCCEEDED"), job(4, name="of-another-project")]
+    sky(**{"jobs queue": said(*ended, job(2), job(3, "RECOVERING")), "status": said()})
+    assert down.main(["--down"]) == 0
     assert "jobs cancel --yes 3 2" in sky.called()
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_down_ends_a_cluster_of_ours_that_has_a_made_up_name_and_no_other(sky):
-    labels = {"project": "pretrain-launcher"}
-    mine, other = cluster("sky-1a2b-user", labels=labels), cluster("workbench", labels={"project": "mine"})
-    managed = cluster("pretrain-8xa100-spot-7", labels=labels, is_managed=True)
-    sky(**{"jobs queue": NO_CONTROLLER, "status": (json.dumps([mine, other, managed]), "", 0)})
-    sky.run("launch.down", "--down")
-    assert [call for call in sky.called() if call.startswith("down")] == ["down --yes sky-1a2b-user"]
+def test_a_job_with_another_name_is_known_by_its_machine(sky, cloud):
+    cloud.has("a machine", mine=True, labelled=True, cluster=f"my-try-7-{USER}")
+    sky(**{"jobs queue": said(job(7, name="my-try"), job(8, name="other")), "status": said()})
+    assert down.main(["--down"]) == 0
+    assert "jobs cancel --yes 7" in sky.called()
 
 
-def test_without_sky_the_clouds_are_asked_and_the_exit_is_1(sky, tmp_path):
-    (tmp_path / "bin/sky").unlink()
+@pytest.mark.parametrize("how", [{"labels": LABELS}, {"last_creation_yaml": f"setup: bash {left.OUR_COMMAND} image\n"}])
+def test_down_ends_a_cluster_of_ours_that_has_a_made_up_name_and_no_other(sky, cloud, how):
+    """As a plain `sky launch sky/pretrain-8xa100.yaml` calls it."""
+    mine, other = cluster("sky-5e6f-ann", **how), cluster("workbench", labels={"project": "mine"})
+    managed = cluster("pretrain-8xa100-spot-7", labels=LABELS, is_managed=True)
+    sky(**{"jobs queue": NO_CONTROLLER, "status": said(mine, other, managed)})
+    assert down.main([]) == 1
+    sky(**{"jobs queue": NO_CONTROLLER, "status": [said(mine, other, managed), said(other)]})
+    assert down.main(["--down"]) == 0
+    assert downs(sky) == ["down --yes sky-5e6f-ann"]
+
+
+def test_a_controller_ends_once_its_jobs_have(sky, cloud, capsys):
+    controller = cluster("sky-jobs-controller-1a2b3c4d")
+    sky(**{"jobs queue": [said(job(1)), said(job(1, "CANCELLING")), said()], "status": said(controller)})
+    assert down.main(["--down"]) == 0
+    assert downs(sky) == ["down sky-jobs-controller-1a2b3c4d"]
+    assert sky.called().index("jobs cancel --yes 1") < sky.called().index("down sky-jobs-controller-1a2b3c4d")
+
+
+def test_a_controller_that_serves_another_project_stays(sky, cloud):
+    controller = cluster("sky-jobs-controller-1a2b3c4d")
+    sky(**{"jobs queue": said(job(1, name="of-another-project")), "status": said(controller)})
+    assert down.main(["--down"]) == 0
+    assert downs(sky) == []
+
+
+def test_what_others_started_is_listed_and_left_alone(sky, cloud, monkeypatch, capsys):
+    cloud.has("a machine of a colleague", labelled=True, cluster="evaluate-99999999")
+    cloud.has("a machine without a label", cluster="x")
+    assert down.main(["--down"]) == 1
+    assert cloud.ended == []
+    monkeypatch.setenv("ALL", "1")
+    assert down.main(["--down"]) == 1
+    assert cloud.ended == ["a machine of a colleague"]
+    assert {"status --verbose --all-users -o json", "jobs queue --skip-finished --all-users -o json"} <= {*sky.called()}
+
+
+def test_a_machine_that_skypilot_has_lost_is_ended_by_its_cloud_and_no_other(sky, cloud):
+    """One in SkyPilot's records is left to SkyPilot; a running job would replace it."""
+    cloud.has("in the records", mine=True, cluster=f"evaluate-{USER}")
+    cloud.has("lost", mine=True, cluster=f"finetune-{USER}")
+    survey = left.Survey(clusters=[cluster("evaluate")], jobs=[], on_clouds=cloud.machines)
+    down.end_rest(survey, everyone=False)
+    assert cloud.ended == ["lost"]
+    down.end_rest(replace(survey, clusters=[], jobs=[job(1)]), everyone=False)
+    assert cloud.ended == ["lost"]
+
+
+def test_what_a_machine_leaves_as_it_goes_is_ended_too(sky, cloud):
+    """A volume shows as unattached only once its machine is gone, after the first look."""
+    cloud.has("a machine", mine=True)
+    end = cloud.machines[0].end
+
+    def end_and_leave_a_volume() -> None:
+        end()
+        cloud.has("its volume", mine=True)
+
+    cloud.machines = [replace(cloud.machines[0], end=end_and_leave_a_volume)]
+    assert down.main(["--down"]) == 0
+    assert cloud.ended == ["a machine", "its volume"]
+
+
+@pytest.mark.parametrize(("answer", "ends"), [("y", True), ("n", False), ("", False)])
+def test_one_question_is_asked_on_a_terminal(sky, cloud, monkeypatch, capsys, answer, ends):
+    monkeypatch.delenv("YES")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda prompt: questions.append(prompt) or answer)
+    sky(**{"jobs queue": NO_CONTROLLER, "status": said(cluster("evaluate"))})
+    assert down.main(["--down"]) == (0 if ends else 1)
+    assert len(questions) == 1
+    assert bool(downs(sky)) == ends
+
+
+def test_without_a_terminal_nothing_is_ended_unasked(sky):
+    sky(**{"jobs queue": NO_CONTROLLER, "status": said(cluster("evaluate"))})
     done = sky.run("launch.down", "--down")
     assert done.returncode == 1
-    assert "the sky command is not installed; run `make setup-launch`" in done.stdout
-    assert "nothing is left" not in done.stdout
+    assert "to end:\n   cluster evaluate\nnothing was ended: there is no terminal to ask on; give YES=1" in done.stdout
+    assert downs(sky) == []
+
+
+def test_what_it_cost_is_said_at_the_end(sky, cloud, capsys, tmp_path):
+    envs = f"envs: {{BUCKET: {tmp_path}, RUN: first}}\n"
+    mine = cluster("pretrain-8xa100", last_creation_yaml=envs)
+    records = [{"cluster_hash": "hash-pretrain-8xa100", "total_cost": 3.204, "duration": 720}, {"cluster_hash": "x"}]
+    sky(**{"jobs queue": NO_CONTROLLER, "status": said(mine), "cost-report": said(*records)})
+    assert down.main(["--down"]) == 0
+    out = capsys.readouterr().out
+    assert "what it cost:\n   cluster pretrain-8xa100: $3.20 for 0.20 hours at today's list price" in out
+    assert f"{tmp_path}/runs/first: no run here yet" in out
 
 
 # --- logs ------------------------------------------------------------------------------------------------------
@@ -142,11 +343,13 @@ KEY = "secret_of-the-team.0123456789abcdef"
 
 @pytest.fixture
 def lambda_api(monkeypatch, tmp_path):
-    """A server in the place of Lambda's: refuses `refusals` times with 429, then knows KEY."""
+    """A server in the place of Lambda's: refuses `refusals` times with 429, then knows KEY and lists `instances`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         refusals = 0
         asked: ClassVar[list[str]] = []
+        instances: ClassVar[list[dict]] = []
+        terminated: ClassVar[list[str]] = []
 
         def log_message(self, *arguments):
             pass
@@ -161,14 +364,22 @@ def lambda_api(monkeypatch, tmp_path):
             self.send_response(code)
             self.send_header("Retry-After", "0")
             self.end_headers()
-            self.wfile.write(b'{"data": []}')
+            self.wfile.write(json.dumps({"data": Handler.instances}).encode())
 
-    Handler.asked = []
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/instance-operations/terminate"
+            Handler.terminated += body["instance_ids"]
+            Handler.instances = [each for each in Handler.instances if each["id"] not in body["instance_ids"]]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": {}}')
+
+    Handler.asked, Handler.instances, Handler.terminated = [], [], []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(lambda_labs, "API", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(lambda_labs, "KEYS", tmp_path / "lambda_keys")
-    monkeypatch.delitem(CLOUDS, "aws")
     yield Handler
     server.shutdown()
     server.server_close()
@@ -186,27 +397,63 @@ def lambda_api(monkeypatch, tmp_path):
 )
 def test_lambda_keys_are_read_as_skypilot_reads_them(lambda_api, tmp_path, text):
     (tmp_path / "lambda_keys").write_text(text, encoding="utf-8")
-    assert down.look(["pretrain-8xa100"]) == ([], [])
+    assert LambdaLabs().leftovers(Ownership()) == Inventory()
     assert lambda_api.asked == [f"Bearer {KEY}"]
 
 
 def test_too_many_requests_are_waited_out(lambda_api, tmp_path):
     (tmp_path / "lambda_keys").write_text(f"api_key = {KEY}\n")
     lambda_api.refusals = 2
-    assert down.look(["pretrain-8xa100"]) == ([], [])
+    assert LambdaLabs().leftovers(Ownership()) == Inventory()
     assert len(lambda_api.asked) == 3
 
 
 def test_a_key_that_no_header_can_carry_is_not_printed(lambda_api, tmp_path):
     (tmp_path / "lambda_keys").write_text(f"api_key = {KEY}\x01more-of-it\n")
-    found, (problem,) = down.look(["pretrain-8xa100"])
-    assert found == []
-    assert "could not be asked" in problem
-    assert KEY not in problem
+    with pytest.raises(urllib.error.HTTPError, match="403") as problem:
+        LambdaLabs().leftovers(Ownership())
+    assert KEY not in left.brief(problem.value)
 
 
 def test_a_file_without_a_key_one_sentence(lambda_api, tmp_path):
     (tmp_path / "lambda_keys").write_text("api_key=without-blanks\n")
-    _, (problem,) = down.look(["pretrain-8xa100"])
-    assert "holds no `api_key = ...` line, with a blank on both sides of the =" in problem
-    assert "without-blanks" not in problem
+    with pytest.raises(
+        ConfigError, match=r"holds no `api_key = \.\.\.` line, with a blank on both sides of the ="
+    ) as problem:
+        LambdaLabs().leftovers(Ownership())
+    assert "without-blanks" not in str(problem.value)
+
+
+def on_lambda(name: str | None) -> dict:
+    place = {"region": {"name": "us-east-1"}, "instance_type": {"name": "gpu_8x_a100"}}
+    return {"id": f"id-of-{name}", "name": name, "status": "active", **place}
+
+
+def test_machines_on_lambda_are_told_apart_by_name(sky, cloud, lambda_api, tmp_path, monkeypatch, capsys):
+    """A plain `sky launch` names it after the user; SkyPilot's records tell that it is ours."""
+    (tmp_path / "lambda_keys").write_text(f"api_key = {KEY}\n")
+    monkeypatch.setitem(CLOUDS, "lambda", LambdaLabs())
+    plain = cluster("sky-5e6f-ann", labels=LABELS)
+    names = [f"sky-5e6f-ann-{USER}-head", f"finetune-{USER}-worker", f"other-project-{USER}-head"]
+    lambda_api.instances = [on_lambda(name) for name in (*names, "evaluate-99999999-head", "bench", None)]
+    sky(**{"jobs queue": NO_CONTROLLER, "status": said(plain, cluster("other-project"))})
+    assert down.main(["--down"]) == 1
+    assert downs(sky) == ["down --yes sky-5e6f-ann"]
+    # This `sky down` ends no machine, so that both are lost.
+    assert lambda_api.terminated == [f"id-of-sky-5e6f-ann-{USER}-head", f"id-of-finetune-{USER}-worker"]
+    out = capsys.readouterr().out
+    assert "other-project" not in out
+    foreign = [line for line in out.splitlines() if line.startswith("!  lambda us-east-1: gpu_8x_a100 ")]
+    assert [line.partition(", ")[2] for line in foreign[-3:]] == [
+        "not known to SkyPilot here; if it is yours, end it in Lambda's console"
+    ] * 3
+    assert "nothing is left" not in out
+
+
+def test_a_machine_of_somebody_else_on_lambda_is_listed_and_left_alone(cloud, lambda_api, tmp_path, monkeypatch):
+    (tmp_path / "lambda_keys").write_text(f"api_key = {KEY}\n")
+    monkeypatch.setitem(CLOUDS, "lambda", LambdaLabs())
+    lambda_api.instances = [on_lambda("bench")]
+    monkeypatch.setenv("ALL", "1")
+    assert down.main(["--down"]) == 1
+    assert lambda_api.terminated == []

@@ -1,5 +1,6 @@
 """What runs on a node around the program: supervision, exit codes, the log that is kept, a whole preflight."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,8 +13,12 @@ from pathlib import Path
 import pytest
 
 from core import stop
-from core.exit_codes import BAD_NODE
-from core.run import journal
+from core.commands import run_within
+from core.errors import ConfigError
+from core.exit_codes import BAD_NODE, CAPPED
+from core.run import journal, paid
+from core.run.folder import RunFolder
+from core.run.reader import spent_usd_at_most
 from launch.node import __main__ as node
 from launch.node import preflight, supervise
 from launch.node.supervise import Child, Outcome
@@ -198,6 +203,30 @@ def test_who_hung_is_refused_and_the_record_says_what_there_is(tmp_path, monkeyp
     assert refused == ([[said]] if said else [])
 
 
+def test_a_program_that_sigkill_does_not_end_is_not_waited_for(monkeypatch):
+    """It waits inside of a driver. The node hung, and another one is taken."""
+    child = Child([sys.executable, "-c", ""], dict(os.environ), lambda line: None)
+
+    def never(seconds: float) -> int:
+        raise subprocess.TimeoutExpired("program", seconds)
+
+    monkeypatch.setattr(child.process, "wait", never)
+    outcome = child.wait(hang_seconds=PATIENCE_SECONDS)
+    assert (outcome.returncode, outcome.hung, outcome.stopped) == (-signal.SIGKILL, True, False)
+
+
+def test_a_command_beyond_its_limit_is_killed_with_all_it_started_and_not_waited_for(monkeypatch):
+    killed = []
+    monkeypatch.setattr(os, "killpg", lambda group, number: killed.append((group, number)))
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_within(["sh", "-c", "sleep 300 & sleep 300"], 0.1)
+    monkeypatch.undo()
+    [(group, number)] = killed
+    assert number == signal.SIGKILL
+    os.killpg(group, signal.SIGKILL)  # here it was none that nothing ends
+    assert run_within(["sh", "-c", "echo out; echo err >&2; exit 3"], PATIENCE_SECONDS).returncode == 3
+
+
 def test_nothing_that_the_child_started_outlives_it():
     script = "import subprocess,time\np=subprocess.Popen(['sleep','600'])\nprint(p.pid)\ntime.sleep(3)"
     lines = []
@@ -280,6 +309,39 @@ def test_the_node_program_runs_a_module_and_keeps_its_log(tmp_path):
     assert lines[0].startswith("node 1 of 1: ?/?/?")
     assert any(line.startswith("Linux") for line in lines)
     assert lines[-1] == "exit code 0"
+
+
+def test_a_node_that_fails_before_its_program_runs_has_a_record_for_the_cap(tmp_path, monkeypatch):
+    def fail(*arguments) -> int:
+        raise ConfigError("no")
+
+    monkeypatch.setattr(node, "job", fail)
+    began = time.time() - 3600
+    given = {"RUN_URL": str(tmp_path), "USD_PER_HOUR": "16", "SEGMENT_STARTED_AT": f"{began:.0f}"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError):
+        node.main(["-m", "trainer.train"])
+    assert spent_usd_at_most(str(tmp_path)) == pytest.approx(16.0, abs=1.0)
+    (record,) = (tmp_path / "machines").iterdir()
+    assert (record / "end.json").exists()
+
+
+@pytest.mark.parametrize(("max_usd", "code"), [("15", CAPPED), ("0", None), ("", None), ("60", None)])
+def test_on_a_spent_cap_a_node_ends_before_it_costs_more(tmp_path, monkeypatch, max_usd, code):
+    class Preflight(Exception):
+        pass
+
+    def preflight_begins(*arguments):
+        raise Preflight
+
+    now = time.time()
+    paid.begin(RunFolder(str(tmp_path)), "earlier", now - 3600, 16.0, "elsewhere")
+    paid.end(RunFolder(str(tmp_path)), "earlier")
+    monkeypatch.setattr(node.network, "check_port", preflight_begins)
+    environment = {"RUN_URL": str(tmp_path), "MAX_USD": max_usd}
+    with contextlib.nullcontext() if code else pytest.raises(Preflight):
+        assert node.job("trainer.train", [], environment, [], None, "now") == code
 
 
 def test_two_starts_in_one_second_have_logs_of_their_own(tmp_path, monkeypatch):

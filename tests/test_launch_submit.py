@@ -1,15 +1,22 @@
 """Launching: settings go along, and what a node would refuse is refused before anything is rented."""
 
+import contextlib
+import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from core.errors import LauncherError
+from core.run import paid
+from core.run.folder import RunFolder
 from core.settings import loader
 from core.settings.training import RunConfig
 from core.task import read_task
 from launch import check, submit
 from tests import corpus
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent
 TRAIN = "sky/pretrain-8xa100.yaml"
@@ -32,6 +39,103 @@ def test_a_task_that_can_run_is_launched_with_its_settings(sky, bucket_folder):
     (launch,) = sky.called()
     assert launch.startswith("launch --cluster pretrain-8xa100 --yes --detach-run --env BUCKET=")
     assert "--env MAX_USD=20" in launch
+
+
+# --- a launch that is interrupted or fails ---------------------------------------------------------------------
+
+UP = {"name": "pretrain-8xa100", "status": "INIT", "cluster_name_on_cloud": "pretrain-8xa100-1a2b3c4d"}
+REQUEST = {"request_id": "3f", "name": "sky.launch", "cluster_name": "pretrain-8xa100"}
+NOW = 4e9  # later than any launch of a test
+
+
+def answers(**more) -> dict:
+    return {"launch": ["", "", "waits"], "jobs queue": ["[]", "", 0], "status": ["[]", "", 0]} | more
+
+
+def said(*records: dict) -> list:
+    return [json.dumps(records), "", 0]
+
+
+def interrupt(sky, how, task: str = TRAIN) -> int:
+    """Start a launch, interrupt it as soon as `sky launch` runs, return its exit code."""
+    process = sky.start("launch.submit", task, "--no-check", BUCKET="b")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (sky.folder / "waits").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+    how(process)
+    return process.wait(PATIENCE_SECONDS)
+
+
+def type_ctrl_c(process) -> None:
+    os.write(process.terminal, b"\x03")
+
+
+def close_terminal(process) -> None:
+    os.close(process.terminal)
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [(type_ctrl_c, 130), (lambda process: process.terminate(), 143), (close_terminal, 129)],
+    ids=["Ctrl-C", "SIGTERM", "closed terminal"],
+)
+def test_an_interrupted_launch_is_cancelled_and_what_it_began_is_ended(sky, how, code):
+    other = {"request_id": "9", "name": "sky.launch", "cluster_name": "workbench", "created_at": NOW}
+    before = {**REQUEST, "request_id": "1", "created_at": 1.0}
+    requests = said(other, before, {**REQUEST, "created_at": NOW})
+    sky(**answers(**{"api status": requests, "status": said({**UP, "launched_at": NOW})}))
+    assert interrupt(sky, how) == code
+    calls = [call for call in sky.called() if call.startswith(("api cancel", "down", "jobs cancel"))]
+    assert calls == ["api cancel --yes 3f", "down --yes pretrain-8xa100"]
+
+
+def test_a_cluster_that_was_up_before_stays(sky):
+    sky(**answers(**{"api status": said({**REQUEST, "created_at": NOW}), "status": said({**UP, "launched_at": 1})}))
+    assert interrupt(sky, type_ctrl_c) == 130
+    calls = sky.called()
+    assert "api cancel --yes 3f" in calls
+    assert not [call for call in calls if call.startswith("down")]
+
+
+def test_an_interrupted_job_is_cancelled_by_number(sky):
+    name = "pretrain-8xa100-spot"
+    jobs = [{"job_id": number, "job_name": name, "status": "PENDING"} for number in (1, 2)]
+    jobs = [jobs[0] | {"submitted_at": 1.0}, jobs[1] | {"submitted_at": NOW}]
+    request = {"request_id": "4", "name": "sky.jobs.launch", "cluster_name": "sky-jobs-controller-1", "created_at": NOW}
+    launch = {"jobs launch": ["", "", "waits"], "jobs queue": said(*jobs), "api status": said(request)}
+    sky(**answers(**launch))
+    assert interrupt(sky, type_ctrl_c, "sky/pretrain-8xa100-spot.yaml") == 130
+    assert [call for call in sky.called() if "cancel" in call] == ["api cancel --yes 4", "jobs cancel --yes 2"]
+
+
+def test_a_launch_that_cannot_be_undone_says_what_ends_it(sky, capfd):
+    refused = ["", "server is unhealthy", 1]
+    sky(**answers(**{"api status": refused, "status": refused, "jobs queue": refused}))
+    shown = []
+
+    def ctrl_c(process) -> None:
+        type_ctrl_c(process)
+        with contextlib.suppress(OSError):  # the terminal ends with its program
+            while text := os.read(process.terminal, 1 << 16):
+                shown.append(text.decode())
+
+    assert interrupt(sky, ctrl_c) == 130
+    text = "".join(shown)
+    assert "?  `sky api status --verbose` failed: server is unhealthy" in text
+    assert "nothing was found, but not everything could be asked: `make down` asks again" in text
+
+
+def test_a_failed_launch_ends_with_a_look_at_what_is_left(sky):
+    sky(**answers(launch=["", "", 1], status=said({**UP, "launched_at": NOW})))
+    done = sky.run("launch.submit", TRAIN, "--no-check", BUCKET="b")
+    assert done.returncode == 1
+    assert "!  cluster pretrain-8xa100: INIT" in done.stdout
+    assert done.stdout.endswith("1 up and maybe billed; `make down` ends it\n")
+
+
+# --- checks ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,6 +182,18 @@ def test_a_launch_without_checks_must_be_asked_for(sky, bucket_folder):
     assert sky.run("launch.submit", TRAIN, "--no-check", **given).returncode == 0
     (launch,) = sky.called()
     assert "--no-check" not in launch
+
+
+def test_nothing_is_rented_on_a_spent_cap(sky, bucket_folder):
+    folder = RunFolder(f"{bucket_folder}/runs/spent")
+    paid.begin(folder, "refused", time.time() - 3600, 16.0, "elsewhere")
+    paid.end(folder, "refused")
+    given = {**REHEARSAL, "BUCKET": str(bucket_folder), "RUN": "spent"}
+    done = sky.run("launch.submit", TRAIN, **given, MAX_USD="15")
+    assert done.returncode == 1
+    assert f"x  cap: {folder} has cost $16.00, all of MAX_USD ($15)" in done.stdout
+    assert sky.called() == []
+    assert sky.run("launch.submit", TRAIN, **given, MAX_USD="20").returncode == 0
 
 
 def test_a_cap_of_zero_is_said_aloud(sky, bucket_folder):

@@ -138,24 +138,35 @@ def command_of(path: str, given: dict[str, str]) -> list[str]:
 def test_sky_command_carries_settings_and_hides_secrets(monkeypatch):
     monkeypatch.setattr(skypilot, "find_sky", lambda: "sky")
     path = "sky/pretrain-8xa100.yaml"
-    given = {"BUCKET": "b", "MAX_USD": "5", "AWS_ACCESS_KEY_ID": "AKIA-very-secret", "UNRELATED": "x"}
+    given = {"BUCKET": "b", "MAX_USD": "5", "BUCKET_ACCESS_KEY_ID": "AKIA-very-secret", "UNRELATED": "x"}
+    given["AWS_ENDPOINT_URL_S3"] = "https://r2.example"
     command = command_of(path, given)
     text = " ".join(command)
     assert text.startswith("sky launch --cluster pretrain-8xa100 --yes")
-    for part in ("--env BUCKET=b", "--env MAX_USD=5", "--env GIT_REVISION=abc", "--secret AWS_ACCESS_KEY_ID"):
-        assert part in text
+    for part in ("BUCKET=b", "MAX_USD=5", "GIT_REVISION=abc", "BUCKET_ENDPOINT_URL=https://r2.example"):
+        assert f"--env {part}" in text
+    assert "--secret BUCKET_ACCESS_KEY_ID" in text
     assert "very-secret" not in text
     assert "UNRELATED" not in text
 
 
-def test_awss_own_keys_stay_here_where_the_bucket_has_keys(monkeypatch):
+def test_the_login_by_which_skypilot_rents_goes_to_no_node(monkeypatch):
+    """Not even where the bucket has no keys of its own: a node on AWS has a role."""
     monkeypatch.setattr(skypilot, "find_sky", lambda: "sky")
-    path = "sky/pretrain-8xa100.yaml"
-    given = {"BUCKET": "b", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "s", "WANDB_API_KEY": "w"}
-    for name in ("BUCKET_ACCESS_KEY_ID", "BUCKET_GOOGLE_KEY", "BUCKET_AZURE_KEY"):
-        command = command_of(path, {**given, name: "x"})
-        sent = [command[at + 1] for at, word in enumerate(command) if word == "--secret"]
-        assert sent == ["WANDB_API_KEY", name]
+    login = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "s", "AWS_SESSION_TOKEN": "t", "AWS_PROFILE": "p"}
+    for path in (ROOT / "sky").glob("*.yaml"):
+        declared = task_of(path)
+        assert not {*login} & {*(declared.get("envs") or {}), *(declared.get("secrets") or {})}
+        given = {"BUCKET": "b", "IMAGE": "i", "BUCKET_SESSION_TOKEN": "b", "HF_TOKEN": "h", **login}
+        command = command_of(f"sky/{path.name}", given)
+        sent = {command[at + 1] for at, word in enumerate(command) if word == "--secret"}
+        assert sent == ({"BUCKET_SESSION_TOKEN", "HF_TOKEN"} if "BUCKET" in declared["envs"] else set())
+
+
+def test_awss_files_stay_here_where_all_candidates_are_on_lambda(monkeypatch):
+    monkeypatch.setattr(skypilot, "find_sky", lambda: "sky")
+    for name, keeps in (("pretrain-gh200", True), ("pretrain-8xa100", False), ("prep-data", False)):
+        assert ("aws.remote_identity=NO_UPLOAD" in command_of(f"sky/{name}.yaml", {"BUCKET": "b"})) == keeps
 
 
 def test_spot_is_a_managed_job(monkeypatch):

@@ -1,14 +1,19 @@
+import json
 import time
 from pathlib import Path
 
 import pytest
 
+from core import storage
+from core.run import paid
+from core.run.cap import OthersWatch, SpendingCap
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
 from core.run.reader import Detail, read_run, spent_usd_at_most
-from launch.runs import spent_line
+from launch.spent import spent_line
 from tests.golden import NOON, GoldenRun, mark, preempted_and_resumed, span
+from tests.patience import PATIENCE_SECONDS
 
 # The first machine of the golden run was killed, at a cent a second: it may have lived for one interval more.
 KILLED = 3.72 + 0.03
@@ -70,3 +75,60 @@ def test_a_newer_or_damaged_ledger_is_unknown_too(tmp_path: Path):
     assert spent_usd_at_most(run.url) is None
     run.write("ledger/segment-000002/start.jsonl", '{"event"')
     assert spent_usd_at_most(run.url) is None
+
+
+# --- machines without a segment, other stages, other trainers ---------------------------------------------------
+
+
+def machine_record(
+    run: str, name: str, started_at: float, seen_at: float, ended_at: float | None = None, **more
+) -> None:
+    document = {"started_at": started_at, "time": seen_at, "usd_per_hour": 36.0, "host": "a", **more}
+    storage.write_bytes(f"{run}/machines/{name}/start.json", json.dumps(document).encode())
+    if ended_at is not None:
+        storage.write_bytes(f"{run}/machines/{name}/end.json", json.dumps({"time": ended_at}).encode())
+
+
+def test_a_refused_node_counts_from_the_time_that_it_was_paid_for(tmp_path: Path):
+    machine_record(str(tmp_path), "refused", NOON - 3600, NOON - 20, NOON)
+    assert spent_usd_at_most(str(tmp_path)) == pytest.approx(36.0)
+    machine_record(str(tmp_path), "killed", NOON - 60, NOON)  # long ago, and nothing says when it ended
+    assert spent_usd_at_most(str(tmp_path)) == pytest.approx(36.0 + 0.01 * (60 + paid.STARTING_SECONDS))
+    machine_record(str(tmp_path), "starting", time.time() - 100, time.time())
+    assert spent_usd_at_most(str(tmp_path)) == pytest.approx(36.0 + 0.01 * (60 + paid.STARTING_SECONDS + 100), abs=0.5)
+
+
+def test_a_machine_with_a_segment_counts_once(tmp_path: Path):
+    run, began = str(tmp_path), float(int(time.time()) - 60)
+    for folder, host in ((RunFolder(run), "a"), (RunFolder(RunFolder(run).evaluations), "b")):
+        machine_record(run, host, began, began + 9, began + 60, host=host)
+        Ledger(folder, Machine(usd_per_hour=36.0, host=host), {}, started_at=began).close("finished")
+    assert spent_usd_at_most(run) == pytest.approx(2 * 0.60, abs=0.1), "the evaluation is one of the run's stages"
+    machine_record(run, "c", began, began + 9, began + 60, host="c")
+    assert spent_usd_at_most(run) == pytest.approx(3 * 0.60, abs=0.1)
+    assert spent_usd_at_most(run, here=("c", began)) == pytest.approx(2 * 0.60, abs=0.1), "its segment is to come"
+    assert spent_usd_at_most(run, without=1) == pytest.approx(2 * 0.60, abs=0.1)
+
+
+def test_a_machine_at_an_unknown_price_makes_the_sum_unknown(tmp_path: Path):
+    machine_record(str(tmp_path), "refused", NOON - 3600, NOON - 20, NOON, usd_per_hour=None)
+    assert spent_usd_at_most(str(tmp_path)) is None
+
+
+def test_the_cap_hears_of_another_trainer_of_the_same_run(tmp_path: Path):
+    """Both opened the run when nothing was spent; each one's machine costs 36 dollars an hour."""
+    run = str(tmp_path)
+    mine = Ledger(RunFolder(run), Machine(usd_per_hour=36.0, host="a"), {})
+    cap = SpendingCap(mine, max_usd=5.0, shutdown_seconds=60, spent_before=0.0)
+    assert not cap.reached(0.0, 0.0)
+    Ledger(RunFolder(run), Machine(usd_per_hour=36.0, host="b"), {}, started_at=time.time() - 450).close("preempted")
+    watch = OthersWatch(cap, run, mine.segment, seconds=0.01)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not cap.reached(0.0, 0.0):
+        assert time.monotonic() < deadline, "the cap has not heard"
+        time.sleep(0.01)
+    watch.close()
+    cap.others_have_spent(None)
+    cap.others_have_spent(0.0)
+    assert cap.spent_usd() > 4.4, "less or nothing known frees no money"
+    mine.close("cap")

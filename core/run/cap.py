@@ -1,35 +1,45 @@
-"""Keeps a run below its dollar cap: all its segments together never cost more than MAX_USD.
+"""Keeps a run below its dollar cap: all its machines together never cost more than MAX_USD.
 
-The ledgers of earlier segments give an upper bound of their cost: a killed machine counts until its next heartbeat was
-due, so that the cap also holds after many kills. A segment stops while enough money remains for the last checkpoint and
-for the time until its machine is down. A segment on a spot machine also keeps enough money for the start of one more
-machine: if its own is taken away now, a new one starts, and only then finds that the money is spent.
+The ledgers of other segments give an upper bound of their cost: a killed machine counts until just before its next
+heartbeat, so that the cap also holds after many kills. Machines that opened no segment and evaluations of the run count
+too (core.run.reader.spent_usd_at_most). All are read again every LOOK_SECONDS, because another machine may be running.
+
+A segment stops while enough money remains for the last checkpoint and for the time until its machine is down. On spot,
+enough must also remain for one more machine, which starts if this one is taken away now, and then finds that the money
+is spent.
 """
 
+import logging
 import math
+import threading
 
-from core.errors import ConfigError
+from core.errors import ConfigError, LauncherError
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
 from core.run.reader import spent_usd_at_most
 
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 30.0
 SAFETY = 1.5  # factor on the expected times of the last checkpoint and of a new machine's start
 
 
-def spent_by_earlier_segments(folder: RunFolder, machine: Machine, max_usd: float) -> float | None:
-    """Upper bound of the dollars of earlier segments; None if a price is unknown.
+def spent_by_earlier_segments(
+    folder: RunFolder, machine: Machine, max_usd: float, started_at: float | None = None
+) -> float | None:
+    """Dollars of all other machines; None if a price is unknown, for which a cap raises ConfigError.
 
-    Raises ConfigError for an unknown price if there is a cap (`max_usd` is not 0).
+    `started_at` is the start of this machine's paid time (unix s).
     """
+    here = None if started_at is None else (machine.host, started_at)
     if not max_usd:
-        return spent_usd_at_most(folder.url)
+        return spent_usd_at_most(folder.url, here=here)
     if machine.price is None:
         raise ConfigError(
             f"run.max_usd is {max_usd:g}, but this machine's price is not known; "
             "set USD_PER_HOUR to what all its nodes cost per hour, or remove the cap"
         )
-    before = spent_usd_at_most(folder.url)
+    before = spent_usd_at_most(folder.url, here=here)
     if before is None:
         raise ConfigError(
             f"run.max_usd is {max_usd:g}, but an earlier segment of {folder} ran at an unknown price; "
@@ -38,8 +48,29 @@ def spent_by_earlier_segments(folder: RunFolder, machine: Machine, max_usd: floa
     return before
 
 
+class OthersWatch:
+    """Reads again and again what the run's other machines have spent, and tells a cap; on a thread of its own."""
+
+    def __init__(self, cap: "SpendingCap", run_url: str, segment: int, seconds: float | None = None):
+        self._cap, self._run_url, self._segment = cap, run_url, segment
+        self._seconds = LOOK_SECONDS if seconds is None else seconds
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="spending of others", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+
+    def _run(self) -> None:
+        while not self._end.wait(self._seconds):
+            try:
+                self._cap.others_have_spent(spent_usd_at_most(self._run_url, without=self._segment))
+            except LauncherError as error:  # the store will answer again
+                log.info("what other machines of this run spend is not known now: %s", error)
+
+
 class SpendingCap:
-    """Tells rank 0 when the money is nearly spent. `spent_before` are the dollars of earlier segments."""
+    """The money that rank 0 may still spend. `spent_before` are the dollars of all other machines of the run."""
 
     def __init__(self, ledger: Ledger, max_usd: float, shutdown_seconds: float, spent_before: float | None):
         self.max_usd = max_usd
@@ -47,6 +78,11 @@ class SpendingCap:
         self._shutdown_seconds = shutdown_seconds
         self._before = spent_before
         self._arrival_seconds = ledger.elapsed_seconds() if ledger.machine.spot else 0.0
+
+    def others_have_spent(self, usd: float | None) -> None:
+        """Take a newer sum of the other machines. An unknown one, or a lower one, does not raise what is left."""
+        if usd is not None and self._before is not None:
+            self._before = max(self._before, usd)
 
     def spent_usd(self) -> float | None:
         """Upper bound of the run's dollars so far; None if a price is unknown, which cannot happen with a cap."""

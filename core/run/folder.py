@@ -106,6 +106,11 @@ class RunFolder:
         return self._at("preflight")
 
     @property
+    def machines(self) -> str:
+        """Records of the machines' paid time (core.run.paid)."""
+        return self._at("machines")
+
+    @property
     def refusals(self) -> str:
         """Records of machines that preflight refused."""
         return self._at("refused")

@@ -9,6 +9,8 @@ One listing finds all objects, which are fetched in parallel. `Run.problems` nam
 
 import enum
 import functools
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 from core import storage, untrusted
 from core.errors import LauncherError, ObjectDamaged, ObjectNotFound, RunError
-from core.run import cache, journal, timeline
+from core.run import cache, journal, paid, timeline
 from core.run.cache import Seen
 from core.run.folder import RunFolder, segment_number
 from core.run.model import Run, Segment
@@ -59,12 +61,25 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
     return run
 
 
-def spent_usd_at_most(run_url: str) -> float | None:
-    """Upper bound of the dollars of all segments so far; None if a price or a time is unknown. Raises StorageError."""
-    run = Run(RunFolder(run_url))
-    # The segments are found by their objects: one that another node is just starting may be a folder without an object.
-    run.segments = _read_prices(run.folder, _segments_of_ledger(run.folder))
-    return run.usd_at_most
+def spent_usd_at_most(
+    run_url: str, without: int | None = None, here: tuple[str | None, float] | None = None
+) -> float | None:
+    """Upper bound of the dollars of a run so far; None if a price or a time is unknown. Raises StorageError.
+
+    Counts all segments but number `without`, machines that opened none but this one (`here`: host and start), and the
+    evaluations of the run.
+    """
+    folder = RunFolder(run_url)
+    run = Run(folder)
+    # One listing, because another node may be starting its segment: it has a folder before it has an object.
+    run.segments = _read_prices(folder, _segments_of_ledger(folder))
+    evaluations = Run(RunFolder(folder.evaluations))
+    evaluations.segments = _read_prices(evaluations.folder, _segments_of_ledger(evaluations.folder))
+    everything = [*run.segments, *evaluations.segments]
+    machines = paid.unrecorded_usd(folder, everything, time.time(), here)
+    run.segments = [segment for segment in run.segments if segment.number != without]
+    amounts = (run.usd_at_most, evaluations.usd_at_most, machines)
+    return None if None in amounts else math.fsum(amounts)
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from core import secrets, stop
 from core.errors import CapReached, one_line
-from core.run.cap import SpendingCap, spent_by_earlier_segments
+from core.run.cap import OthersWatch, SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.journal import Journal
 from core.run.ledger import Ledger
@@ -57,12 +57,14 @@ class SegmentLog:
         cap: SpendingCap | None = None,
         number: int = 0,
         is_new_run: bool = False,
+        watch: OthersWatch | None = None,
     ):
         self.ledger = ledger
         self.metrics = metrics
         self.cap = cap
         self.number = ledger.segment if ledger else number
         self.is_new_run = is_new_run
+        self._watch = watch
 
     def phase(self, name: str):
         return self.ledger.phase(name) if self.ledger else contextlib.nullcontext()
@@ -95,6 +97,8 @@ class SegmentLog:
 
     def close(self, reason: str, step: int | None = None, **details: Any) -> None:
         """Store everything. Idempotent. A failure of the store is only logged, so that it does not replace `reason`."""
+        if self._watch:
+            self._watch.close()
         if self.metrics:
             self.metrics.close()
         if self.ledger:
@@ -121,11 +125,12 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     if opening.is_per_node:
         machine = one_node_of(machine)
     program = program_versions(opening.packages) | {"stage": opening.stage} | dict(opening.program or {})
-    before = spent_by_earlier_segments(folder, machine, opening.max_usd)
+    before = spent_by_earlier_segments(folder, machine, opening.max_usd, segment_started_at())
     ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())
     cap = SpendingCap(ledger, opening.max_usd, opening.shutdown_seconds, before)
     metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
-    return SegmentLog(ledger, metrics, cap, is_new_run=is_new)
+    watch = OthersWatch(cap, folder.url, ledger.segment) if opening.max_usd else None
+    return SegmentLog(ledger, metrics, cap, is_new_run=is_new, watch=watch)
 
 
 def one_node_of(machine: Machine) -> Machine:

@@ -8,6 +8,7 @@ from core import urls
 from core.errors import ConfigError
 from core.settings import loader
 from core.settings.loader import Bounded, SettingError, setting
+from core.settings.training import SHUTDOWN_SECONDS
 
 LM_EVAL = "lm-eval:"
 OWN_TASKS = ("perplexity", "hellaswag")
@@ -68,7 +69,7 @@ class EvaluateConfig(Bounded):
         ge=0,
     )
     shutdown_reserve_seconds: float = setting(
-        120.0,
+        SHUTDOWN_SECONDS,
         "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
         ge=0,
     )

@@ -2,7 +2,8 @@
 
 For S3, these are the environment (AWS_ACCESS_KEY_ID, ...), then a profile or SSO login of ~/.aws if boto3 is installed,
 then the machine's role. A profile is read again before its keys expire, because other programs renew it. For Google and
-Azure, obstore finds application default credentials, the login of the Azure CLI and the machine's identity.
+Azure, obstore finds application default credentials (GOOGLE_APPLICATION_CREDENTIALS), the login of the Azure CLI and
+the machine's identity.
 """
 
 import datetime

@@ -25,6 +25,7 @@ from core import stop
 if __name__ == "__main__":
     stop.listen(signal.SIGINT)  # before the imports that take seconds
 
+import contextlib
 import json
 import logging
 import os
@@ -42,9 +43,13 @@ from core import secrets as keys
 from core import storage
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
-from core.exit_codes import BAD_NODE, FAILED, OK, PREEMPTED
+from core.exit_codes import BAD_NODE, CAPPED, FAILED, OK, PREEMPTED
+from core.run import paid
 from core.run.folder import RunFolder
 from core.run.journal import Journal
+from core.run.machine import machine_from_environment, segment_started_at
+from core.run.reader import spent_usd_at_most
+from core.run.segment import one_node_of
 from launch.node import network, preflight, supervise
 from launch.node.supervise import Child, Outcome, kill_descendants
 
@@ -106,6 +111,32 @@ class StoredLog(logging.Handler):
         self._output.add(self.format(record), record.created)
 
 
+class PaidRecord:
+    """The record of this machine for the cap. Training nodes are paid for together, so that the first one has it."""
+
+    def __init__(self, environment: Mapping[str, str], module: str, rank: int, attempt: str):
+        trains = module.startswith("trainer.")
+        self._is_kept = rank == 0 or not trains
+        self._folder, self._attempt = RunFolder(environment["RUN_URL"]), attempt
+        machine = machine_from_environment(None, 0, environment)
+        self._machine = machine if trains else one_node_of(machine)
+        self._began = False
+
+    def begin(self) -> None:
+        """Raises StorageError."""
+        if self._is_kept:
+            started_at = segment_started_at() or time.time()
+            paid.begin(self._folder, self._attempt, started_at, self._machine.usd_per_hour, self._machine.host or "")
+            self._began = True
+
+    def end(self) -> None:
+        """Idempotent. A store that is away costs no more than a larger sum under the cap."""
+        if self._began:
+            self._began = False
+            with contextlib.suppress(LauncherError):
+                paid.end(self._folder, self._attempt)
+
+
 def main(arguments: list[str]) -> int:
     set_up_logging()
     if len(arguments) < 2 or arguments[0] != "-m":
@@ -127,7 +158,10 @@ def main(arguments: list[str]) -> int:
     stop.on_leaving(output.close)
     ours = StoredLog(output)
     logging.getLogger().addHandler(ours)
+    record = PaidRecord(environment, arguments[1], rank, attempt)
+    stop.on_leaving(record.end)
     try:
+        record.begin()
         log.info("node %d of %d: %s", rank + 1, len(addresses), describe(environment))
         code = job(arguments[1], arguments[2:], environment, found, output, attempt)
         stop.settle(code if code != FAILED else PREEMPTED)
@@ -137,6 +171,7 @@ def main(arguments: list[str]) -> int:
         output.add(f"error: {error}")
         raise
     finally:
+        record.end()
         logging.getLogger().removeHandler(ours)
         if not stop.asked():  # otherwise stop.leave closes it within a time limit
             output.close()
@@ -147,6 +182,9 @@ def job(
 ) -> int:
     """Run preflight and program. Returns the exit code of this node."""
     trains = module.startswith("trainer.")
+    if module == "trainer.train" and (spent := spent_cap(environment)):
+        log.error("%s: the machine ends before it costs more; go on with a larger MAX_USD and the same command", spent)
+        return CAPPED
     if trains:
         network.check_port(environment)
         report = preflight.run(environment, found)
@@ -186,6 +224,16 @@ def job(
     if code and network.nodes(environment)[0] > 0:
         time.sleep(HEAD_START_SECONDS)
     return code
+
+
+def spent_cap(environment: Mapping[str, str]) -> str:
+    """One sentence if the run has cost MAX_USD already, this machine's time included; else ""."""
+    try:
+        max_usd = float(environment.get("MAX_USD") or 0)
+    except ValueError:  # the program refuses it with a sentence
+        return ""
+    usd = spent_usd_at_most(environment["RUN_URL"]) if max_usd else None
+    return f"${usd:.2f} of ${max_usd:g} spent" if usd is not None and usd >= max_usd else ""
 
 
 def exit_code(outcome: Outcome, written: int | None) -> int:

@@ -20,6 +20,13 @@ COMPAT_DRIVER=535
 COMPAT=/usr/local/cuda-13.0/compat
 # The code of core/exit_codes.py. After this many minutes since its submission a managed job takes no other machine.
 BAD_NODE=35
+# A wait without a limit would keep a paid machine up.
+NVIDIA_SMI_SECONDS=60
+ASK_SECONDS=120      # a question to the docker engine
+PULL_SECONDS=1800
+BUILD_SECONDS=5400
+TEST_SECONDS=600     # a self-test of an image
+INSTALL_SECONDS=900
 TRY_MACHINES_MINUTES=15
 
 say() { printf '%s %s\n' "$(date -u +%T)" "$*" >&2; }
@@ -29,13 +36,26 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 # compatibility package with it. Ignores the exit code: 14 is a warning, 15 means that one GPU is lost.
 GPUS='' DRIVER='' OLD_DRIVER=''
 find_gpus() {
-  GPUS=$(
-    set +o pipefail
-    timeout -k 5 60 nvidia-smi --query-gpu=driver_version,name --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+, '
-  ) || GPUS=''
+  GPUS=$(ask_gpus | grep -E '^[0-9.]+, ') || GPUS=''
   DRIVER=${GPUS%%,*}
   OLD_DRIVER=''
   if [ -n "$DRIVER" ] && [ "${DRIVER%%.*}" -lt $CUDA_DRIVER ]; then OLD_DRIVER=$DRIVER; fi
+}
+
+# Prints what nvidia-smi says within a minute. It is not waited for longer: a process that waits inside of a driver
+# does not end even by SIGKILL, and `timeout` would wait with it.
+ask_gpus() {
+  local answer pid
+  answer=$(mktemp)
+  nvidia-smi --query-gpu=driver_version,name --format=csv,noheader >"$answer" 2>/dev/null </dev/null &
+  pid=$!
+  for ((tenths = 0; tenths < NVIDIA_SMI_SECONDS * 10; tenths++)); do
+    kill -0 $pid 2>/dev/null || break
+    sleep 0.1
+  done
+  kill -KILL $pid 2>/dev/null && say "nvidia-smi did not answer within $NVIDIA_SMI_SECONDS s"
+  cat "$answer"
+  rm -f "$answer"
 }
 
 # Refuses a host whose driver cannot run the image, before the image costs minutes. If no GPU answers, the preflight
@@ -80,16 +100,28 @@ refuse_without_compat() { # CAUSE
 }
 
 holds_compat() { # TARGET
-  "${DOCKER[@]}" run --rm --network none "$NAME:$1" test -e "$COMPAT/libcuda.so.1"
+  within $TEST_SECONDS run --rm --network none "$NAME:$1" test -e "$COMPAT/libcuda.so.1"
 }
 
-DOCKER=(docker)
+SUDO=()
 find_docker() {
-  command -v docker >/dev/null || { say "installing docker"; sudo apt-get update -qq; sudo apt-get install -y -qq docker.io >/dev/null; }
-  docker info >/dev/null 2>&1 && return
+  if ! command -v docker >/dev/null; then
+    say "installing docker"
+    sudo timeout -k 10 $INSTALL_SECONDS apt-get update -qq
+    sudo timeout -k 10 $INSTALL_SECONDS apt-get install -y -qq docker.io >/dev/null
+  fi
+  timeout -k 10 $ASK_SECONDS docker info >/dev/null 2>&1 && return
   # Lambda's user is not in the group docker. -E keeps the variables, which the container gets by name.
-  DOCKER=(sudo -E docker)
-  "${DOCKER[@]}" info >/dev/null || fail "the docker engine of $(hostname) does not answer; see the lines above"
+  SUDO=(sudo -E)
+  within $ASK_SECONDS info >/dev/null || fail "the docker engine of $(hostname) does not answer; see the lines above"
+}
+
+within() { # SECONDS ARGUMENTS ...: docker with these arguments, killed after that time
+  local seconds=$1 code=0
+  shift
+  "${SUDO[@]}" timeout -k 10 "$seconds" docker "$@" || code=$?
+  [ $code != 124 ] || say "docker $1 did not end within $seconds s"
+  return $code
 }
 
 # The URL that BUCKET and RUN (or DATA) name, by the function that the programs on the user's computer use.
@@ -106,11 +138,11 @@ image() { # TARGET
     return
   fi
   say "pulling $IMAGE-$target"
-  "${DOCKER[@]}" pull --quiet "$IMAGE-$target"
-  arch=$("${DOCKER[@]}" image inspect -f '{{.Architecture}}' "$IMAGE-$target")
+  within $PULL_SECONDS pull --quiet "$IMAGE-$target"
+  arch=$(within $ASK_SECONDS image inspect -f '{{.Architecture}}' "$IMAGE-$target")
   [ "$arch" = "$(machine_arch)" ] || fail "image $IMAGE-$target is for $arch, this machine is $(machine_arch);" \
     "publish it for both (make image), or leave IMAGE empty to build it here"
-  "${DOCKER[@]}" tag "$IMAGE-$target" "$NAME:$target"
+  within $ASK_SECONDS tag "$IMAGE-$target" "$NAME:$target"
   if [ "$target" = train ] && [ -n "$OLD_DRIVER" ] && ! holds_compat "$target"; then
     refuse_without_compat "$IMAGE-$target does not hold it"
   fi
@@ -123,42 +155,43 @@ build() { # TARGET
   say "building the image $target here"
   # The inline cache lets a later build reuse the layers of a pushed image (IMAGE_CACHE). An attestation would make each
   # platform's image an index, which cannot be joined with another.
-  DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1 "${DOCKER[@]}" build --target "$target" --tag "$NAME:$target" \
+  export DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1
+  within $BUILD_SECONDS build --target "$target" --tag "$NAME:$target" \
     --build-arg "TORCH=${DEVICE:-cuda}" ${compat:+--build-arg "CUDA_COMPAT=$compat"} \
     --build-arg "GIT_REVISION=${GIT_REVISION:-}" --build-arg BUILDKIT_INLINE_CACHE=1 \
     ${IMAGE_CACHE:+--cache-from "$IMAGE_CACHE-$target"} .
-  say "image $target: $("${DOCKER[@]}" image inspect -f '{{.Size}} bytes, {{.Architecture}}' "$NAME:$target")"
+  say "image $target: $(within $ASK_SECONDS image inspect -f '{{.Size}} bytes, {{.Architecture}}' "$NAME:$target")"
 }
 
 push() { # TARGET
   local target=$1 one other
-  "${DOCKER[@]}" run --rm "$NAME:$target"
+  within $TEST_SECONDS run --rm "$NAME:$target"
   if [ -z "${REGISTRY_USER:-}" ]; then
     say "REGISTRY_USER is empty: built, not pushed"
     return
   fi
   [ -n "${REGISTRY_PASSWORD:-}" ] || fail "REGISTRY_PASSWORD is empty; give it as a secret"
-  "${DOCKER[@]}" login --username "$REGISTRY_USER" --password-stdin "${IMAGE%%/*}" <<<"$REGISTRY_PASSWORD"
+  within $ASK_SECONDS login --username "$REGISTRY_USER" --password-stdin "${IMAGE%%/*}" <<<"$REGISTRY_PASSWORD"
   one=$IMAGE-$target-$(machine_arch)
-  "${DOCKER[@]}" tag "$NAME:$target" "$one"
-  "${DOCKER[@]}" push --quiet "$one"
+  within $ASK_SECONDS tag "$NAME:$target" "$one"
+  within $BUILD_SECONDS push --quiet "$one"
   case $(machine_arch) in amd64) other=$IMAGE-$target-arm64 ;; *) other=$IMAGE-$target-amd64 ;; esac
-  if ! "${DOCKER[@]}" manifest inspect "$other" >/dev/null 2>&1; then
+  if ! within $PULL_SECONDS manifest inspect "$other" >/dev/null 2>&1; then
     say "$other is not there yet: its build joins them"
     return
   fi
-  "${DOCKER[@]}" manifest create --amend "$IMAGE-$target" "$one" "$other"
-  "${DOCKER[@]}" manifest push --purge "$IMAGE-$target"
+  within $PULL_SECONDS manifest create --amend "$IMAGE-$target" "$one" "$other"
+  within $PULL_SECONDS manifest push --purge "$IMAGE-$target"
 }
 
 remove_container() { # a container that outlived its docker client holds the GPUs and the name
-  if "${DOCKER[@]}" container inspect "$NAME" >/dev/null 2>&1; then "${DOCKER[@]}" rm -f "$NAME" >/dev/null; fi
+  if within $ASK_SECONDS container inspect "$NAME" >/dev/null 2>&1; then within $ASK_SECONDS rm -f "$NAME" >/dev/null; fi
 }
 
 stop_container() {
   # `sky cancel` kills the client with a broken pipe before it can pass SIGTERM on to the container.
-  if "${DOCKER[@]}" container inspect "$NAME" >/dev/null 2>&1; then
-    "${DOCKER[@]}" stop -t $STOP_SECONDS "$NAME" >/dev/null
+  if within $ASK_SECONDS container inspect "$NAME" >/dev/null 2>&1; then
+    within $((STOP_SECONDS + 30)) stop -t $STOP_SECONDS "$NAME" >/dev/null
   fi
   date +%s >"$ENDED"
 }
@@ -177,19 +210,21 @@ run() { # TARGET COMMAND ...
   remove_container
   SEGMENT_STARTED_AT=$(started_at)
   # The container cannot read the kernel log. Its XID lines name GPU faults.
-  NODE_XIDS=$(sudo -n dmesg 2>/dev/null | grep -o 'NVRM: Xid.*' | tail -n 20) || NODE_XIDS=
+  NODE_XIDS=$(sudo -n timeout -k 5 20 dmesg 2>/dev/null | grep -o 'NVRM: Xid.*' | tail -n 20) || NODE_XIDS=
   RUN_URL=$(bucket_url RUN)
   DATA_URL=$(bucket_url DATA)
   # The registry's digest of a pulled image, the id of an image that was built here.
-  IMAGE_DIGEST=$("${DOCKER[@]}" image inspect --format \
+  IMAGE_DIGEST=$(within $ASK_SECONDS image inspect --format \
     '{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}' "$NAME:$target")
   export SEGMENT_STARTED_AT NODE_XIDS RUN_URL DATA_URL IMAGE_DIGEST
   for name in $(compgen -e); do
     case $name in
+      # The login by which SkyPilot rents is no business of a program's; the bucket has keys of its own.
+      AWS_ACCESS_KEY_ID | AWS_SECRET_ACCESS_KEY | AWS_SESSION_TOKEN | AWS_PROFILE) ;;
       SKYPILOT_* | BUCKET_* | AWS_* | AZURE_* | NCCL_* | DEVICE | MAX_USD | USD_PER_HOUR | PRICE_SOURCE | \
         CLOUD | REGION | ZONE | INSTANCE_TYPE | USE_SPOT | RUN_URL | DATA_URL | SOURCE_URL | VOCAB_URL | RUN_TAGS | \
         WANDB_PROJECT | WANDB_API_KEY | MLFLOW_TRACKING_URI | MLFLOW_EXPERIMENT_NAME | \
-        RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | GOOGLE_APPLICATION_CREDENTIALS | SEGMENT_STARTED_AT | NODE_XIDS | IMAGE_DIGEST)
+        RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | SEGMENT_STARTED_AT | NODE_XIDS | IMAGE_DIGEST)
         # Libraries read an empty AWS_ENDPOINT_URL or AWS_ACCESS_KEY_ID as a value.
         [ -z "${!name}" ] || options+=(-e "$name") ;;
     esac
@@ -205,7 +240,7 @@ run() { # TARGET COMMAND ...
   # AWS's GPU machine images hold libfabric and its NCCL plugin here; our image does not.
   for name in /opt/amazon/efa /opt/amazon/ofi-nccl; do [ ! -d "$name" ] || options+=(-v "$name:$name:ro"); done
   # Host network for rendezvous, NCCL and the metadata service; host IPC and memlock for shared memory.
-  "${DOCKER[@]}" run --rm --init --name "$NAME" --network host --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \
+  "${SUDO[@]}" docker run --rm --init --name "$NAME" --network host --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \
     -v "$NAME-cache:/cache" "${options[@]}" "$NAME:$target" "$@" &
   CLIENT=$!
   wait "$CLIENT"

@@ -28,6 +28,7 @@ from pathlib import Path
 from clouds import catalog, providers
 from clouds.base import Gpu
 from core import stop, storage
+from core.commands import run_within
 from core.run.folder import RunFolder
 from core.stores import aws
 from launch.node import network
@@ -142,7 +143,7 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
         answer = Path(folder) / "answer.json"
         command += ["cpu" if rehearsal else "cuda", str(answer)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=ALL_REDUCE_SECONDS, env=variables)
+            done = run_within(command, ALL_REDUCE_SECONDS, variables)
         except subprocess.TimeoutExpired:
             return f"{ranks} GPUs did not finish a small all-reduce within {ALL_REDUCE_SECONDS:.0f} s"
         stop.hold_if_leaving()

@@ -41,6 +41,8 @@ DUMP_SECONDS = 15.0
 DRAIN_SECONDS = 10.0
 DRAIN_AFTER_STOP_SECONDS = 3.0
 KILL_SECONDS = 2.0
+# A process that SIGKILL does not end by then waits in the kernel, maybe for good.
+AFTER_SIGKILL_SECONDS = 20.0
 READ_BYTES = 1 << 16
 # Longer lines are cut before they are stored.
 LINE_CHARACTERS = 1 << 16
@@ -77,6 +79,7 @@ class Child:
         self._workers_are_children = launched
         self._keep = keep
         self._aborted = self._stacks = False
+        self._is_gone = True  # False: even SIGKILL did not end it
         self._stop = asked or threading.Event()
         self._stop_file = environment.get("STOP_FILE")
         self._asked: set[int] = set()  # processes that got SIGTERM
@@ -123,9 +126,9 @@ class Child:
                 hung = True
                 answered = self._end_hang(hang_seconds)
                 break
-        self._kill_rest()
+        code = self._kill_rest()
         self._reader.join(DRAIN_AFTER_STOP_SECONDS if self._stop.is_set() else DRAIN_SECONDS)
-        return Outcome(self.process.returncode, hung, self._stop.is_set(), answered, self._stacks)
+        return Outcome(code, hung or not self._is_gone, self._stop.is_set(), answered, self._stacks)
 
     def _silent_seconds(self) -> float:
         """Seconds since the last output or pulse. A pulse is any change of the file's time, also backwards."""
@@ -185,9 +188,15 @@ class Child:
             return [self.process.pid]
         return [pid for pid, parent in parents().items() if parent == self.process.pid]
 
-    def _kill_rest(self) -> None:
+    def _kill_rest(self) -> int:
+        """Kill all that is left. Returns the child's return code, that of SIGKILL if even that does not end it."""
         _send(signal.SIGKILL, [*self._started, self.process.pid])
-        self.process.wait()
+        try:
+            return self.process.wait(AFTER_SIGKILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.error("process %d is killed and does not end: it waits for a driver or a disk", self.process.pid)
+            self._is_gone = False
+            return -signal.SIGKILL
 
     def _read(self) -> None:
         shown = True

@@ -1,0 +1,39 @@
+"""Runs a command with a time limit that also holds for a process that SIGKILL does not end.
+
+    done = run_within(["nvidia-smi"], 60.0)
+
+A process that waits inside of a driver ends only when the driver answers. subprocess.run would wait for it after its
+limit, and a rented machine would stay up.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+
+
+def run_within(
+    command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The ended command with its output as text. Raises subprocess.TimeoutExpired, OSError.
+
+    After the limit the command and what it has started are killed, and not waited for.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)

@@ -1,0 +1,37 @@
+"""Says which keys of the user's reach a rented node, besides the bucket's.
+
+SkyPilot 0.14.1 copies the credential files of every cloud to each node, so that the node can end itself. On AWS it
+leaves out its own cloud's if `aws.remote_identity` names a role; a node on Lambda gets those of AWS unless the launch
+forbids it, which it can only if no candidate of the task is on AWS.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from clouds.base import Finding
+from clouds.providers import CLOUDS
+from core.task import TaskSpec
+from launch import role
+
+
+def check_identity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Names the files and roles that a node gets, for each cloud of the task."""
+    wanted = {request.cloud for request in task.requests}
+    candidates = [cloud for name, cloud in CLOUDS.items() if None in wanted or name in wanted]
+    for cloud in candidates:
+        own = role.node_role() if cloud.default_role else None
+        gets = [f"the role {own}" if own else cloud.default_role] if cloud.default_role else []
+        # Files of a cloud with roles stay here if it gives a role, and can be kept here if no candidate is on it.
+        copied = [
+            each
+            for each in CLOUDS.values()
+            if each.copies_key_file(settings)
+            and (each is not cloud or not own)
+            and (each is cloud or not each.default_role or each in candidates)
+        ]
+        gets += [each.key_file for each in copied]
+        remedies = ["`make role` gives it a role for this project alone"] if cloud.default_role and not own else []
+        if any(each.default_role and each is not cloud for each in copied):
+            remedies.append("to keep the file of AWS here, set AWS_ACCESS_KEY_ID and its secret in .env")
+        mark = "ok" if own and len(gets) == 1 else "!"
+        said = f"identity: a node on {cloud.name} gets {' and '.join(gets) or 'nothing'}"
+        yield Finding(mark, "; ".join([said, *remedies]))

@@ -1,0 +1,153 @@
+"""Finds everything that this project may have up: asks SkyPilot for clusters and managed jobs, then each cloud.
+
+    survey = look()
+    survey.found, survey.unasked, survey.exit_code
+
+A source is SkyPilot's list of clusters, its queue of managed jobs, or a cloud for which this computer has credentials.
+Each one lists something, or nothing, or cannot be asked. A cloud's answer does not depend on SkyPilot's, which knows no
+machine that it has lost or that was started elsewhere.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clouds import skypilot
+from clouds.base import LABEL, Inventory, Leftover, Ownership, is_controller
+from clouds.providers import CLOUDS
+from core import secrets
+from core.task import read_task
+
+FOUND, UNKNOWN, NOTHING = 1, 2, 0
+NO_CLOUD = "no cloud has credentials on this computer, so none could be asked whether a machine is up"
+# What each of our tasks runs, and no other task.
+OUR_COMMAND = "launch/node/container.sh"
+
+
+@dataclass
+class Survey:
+    """What is up. `clusters` and `jobs` are SkyPilot's records of ours, None if it could not be asked.
+
+    `answers` holds a line per source, `unasked` a sentence per source, or part of one, that could not be asked.
+    """
+
+    clusters: list[dict[str, Any]] | None = None
+    jobs: list[dict[str, Any]] | None = None
+    on_clouds: list[Leftover] = field(default_factory=list)
+    unasked: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+    @property
+    def found(self) -> list[str]:
+        """A line for each thing that is up. A cluster's machine may follow, as its cloud lists it."""
+        jobs = [f"managed job {job['job_id']} {job['job_name']}: {job['status']}" for job in self.jobs or ()]
+        clusters = [f"cluster {cluster['name']}: {cluster['status']}" for cluster in self.clusters or ()]
+        return [*jobs, *clusters, *map(str, self.on_clouds)]
+
+    @property
+    def exit_code(self) -> int:
+        """1: something is up. 2: nothing was found, but a source could not be asked. 0: nothing is up."""
+        return FOUND if self.found else UNKNOWN if self.unasked else NOTHING
+
+    def lines(self) -> list[str]:
+        """The answers of all sources, then what is up, marked `!`, and what could not be asked, marked `?`."""
+        return [*self.answers, *(f"!  {each}" for each in self.found), *(f"?  {each}" for each in self.unasked)]
+
+    @property
+    def cluster_names(self) -> frozenset[str]:
+        """Names on the cloud of SkyPilot's clusters of ours."""
+        return _on_cloud(self.clusters or ())
+
+    def in_records(self, leftover: Leftover) -> bool:
+        """Whether SkyPilot still ends a machine: it lists the cluster, or a managed job that would replace it."""
+        return leftover.cluster in self.cluster_names or bool(self.jobs)
+
+
+@functools.cache
+def project_tasks() -> dict[str, bool]:
+    """The name of each task in sky/, and whether it is a managed job."""
+    tasks = [read_task(str(path), os.environ) for path in sorted(Path("sky").glob("*.yaml"))]
+    return {task.name: task.managed for task in tasks}
+
+
+def look(everyone: bool = False, known: Iterable[str] = ()) -> Survey:
+    """Ask all sources. `everyone` includes the clusters and jobs of SkyPilot's other users.
+
+    `known` are names on the cloud of clusters of ours, which SkyPilot may have taken off its list meanwhile.
+    """
+    survey = Survey()
+    tasks = project_tasks()
+    listed = _ask("SkyPilot's clusters", survey, lambda: skypilot.clusters(everyone))
+    queue = _ask("SkyPilot's managed jobs", survey, lambda: skypilot.jobs(everyone=everyone))
+    running = [job for job in queue or () if not skypilot.has_ended(job)]
+    # A controller that also serves jobs of other projects stays.
+    is_shared = any(job.get("job_name") not in tasks for job in running)
+    ours = [each for each in listed or () if is_ours(each, tasks) or (is_controller(each["name"]) and not is_shared)]
+    others = [each for each in listed or () if each not in ours]
+    whose = Ownership(tuple(tasks), skypilot.user_hash(os.environ), _on_cloud(ours) | {*known}, _on_cloud(others))
+    ask_clouds(whose, survey)
+    # Of a job with another name than its task's, only its machines tell that it is ours.
+    machines = [leftover.cluster for leftover in survey.on_clouds if leftover.mine]
+    survey.clusters = None if listed is None else ours
+    survey.jobs = None if queue is None else [job for job in running if _is_our_job(job, tasks, machines)]
+    survey.answers[:0] = [
+        *_answer("SkyPilot's clusters", survey.clusters),
+        *_answer("SkyPilot's managed jobs", survey.jobs),
+    ]
+    return survey
+
+
+def is_ours(cluster: Mapping[str, Any], tasks: Iterable[str]) -> bool:
+    """Whether a cluster is of one of our tasks: by its name, its label, or the task that it was launched with."""
+    key, value = LABEL
+    labelled = (cluster.get("labels") or {}).get(key) == value
+    return cluster["name"] in tasks or labelled or OUR_COMMAND in (cluster.get("last_creation_yaml") or "")
+
+
+def _is_our_job(job: Mapping[str, Any], tasks: Iterable[str], machines: Iterable[str]) -> bool:
+    name = job.get("job_name")
+    return name in tasks or any(cluster.startswith(f"{name}-{job['job_id']}-") for cluster in machines)
+
+
+def _on_cloud(clusters: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    return frozenset(filter(None, (cluster.get("cluster_name_on_cloud") for cluster in clusters)))
+
+
+def _ask(source: str, survey: Survey, ask: Callable[[], Any]) -> Any:
+    """The answer; None for an error, which becomes a sentence of `unasked`."""
+    try:
+        return ask()
+    except Exception as error:  # SkyPilot, credentials, network: any error of a library
+        survey.unasked.append(f"{source}: could not be asked ({brief(error)})")
+        return None
+
+
+def _answer(source: str, found: list | None) -> list[str]:
+    return [] if found is None else [f"   {source}: {f'{len(found)} found' if found else 'nothing'}"]
+
+
+def ask_clouds(whose: Ownership, survey: Survey) -> None:
+    """Add what the clouds list to a survey."""
+    configured = 0
+    for name, cloud in CLOUDS.items():
+        has_keys = _ask(name, survey, cloud.is_configured)
+        if has_keys is False:
+            survey.answers.append(f"   {name}: not asked, because this computer has no credentials for it")
+            continue
+        configured += 1
+        answer: Inventory | None = _ask(name, survey, functools.partial(cloud.leftovers, whose)) if has_keys else None
+        if answer is None:
+            continue
+        survey.on_clouds += answer.found
+        survey.unasked += answer.unasked
+        if answer.found or not answer.unasked:
+            survey.answers += _answer(name, list(answer.found))
+    if not configured:
+        survey.unasked.append(NO_CLOUD)
+
+
+def brief(error: Exception) -> str:
+    return secrets.scrub(" ".join(str(error).split()))[:300] or type(error).__name__

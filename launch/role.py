@@ -1,0 +1,150 @@
+"""Makes the IAM role of the nodes on AWS, and tells SkyPilot to use it, so that a node there needs no key.
+
+    BUCKET=my-bucket python -m launch.role        (make role)
+    python -m launch.role --undo                  (make role UNDO=1)
+
+The role may read and write BUCKET/runs and BUCKET/data, and end machines with this project's label
+(launch/node-policy.json). `.sky.yaml`, which SkyPilot reads in the folder in which `sky` is started, names the role for
+all clusters but the controller of managed jobs, which rents with your login. Needs your login to AWS, with IAM rights.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clouds.aws import Aws
+from clouds.base import LABEL
+from core import bucket, environment, storage
+from core.console import run_entry
+from core.errors import ConfigError, one_line
+from core.stores import aws
+
+ROLE = "pretrain-launcher-node"  # of the instance profile, too
+CLOUD = Aws.name
+DEFAULT_SERVICE = aws.service_of(None)  # of S3 without an endpoint
+POLICY = Path(__file__).parent / "node-policy.json"
+SKY_CONFIG = Path(".sky.yaml")
+HEAD = "# Written by `make role`, removed by `make role UNDO=1`. SkyPilot reads it where `sky` is started.\n"
+# The first pattern that fits a cluster's name counts.
+IDENTITY = [{"sky-jobs-controller-*": "LOCAL_CREDENTIALS"}, {"*": ROLE}]
+TRUST = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}],
+}
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--undo"]):
+        raise ConfigError("usage: python -m launch.role [--undo] (make role BUCKET=…, make role UNDO=1)")
+    environment.adopt()
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        iam = boto3.session.Session().client("iam")
+        if arguments:
+            undo(iam)
+        else:
+            make(iam, bucket.root(os.environ))
+    except (BotoCoreError, ClientError) as error:
+        raise ConfigError(f"AWS refused to change the role {ROLE}: {one_line(error)}") from error
+    return 0
+
+
+def node_role(config: Path = SKY_CONFIG) -> str | None:
+    """The instance profile that `.sky.yaml` gives to nodes on AWS, None without one. Raises ConfigError."""
+    identity = ((_read(config) or {}).get(CLOUD) or {}).get("remote_identity")
+    if not isinstance(identity, list):
+        return None
+    return next((pair["*"] for pair in identity if isinstance(pair, dict) and "*" in pair), None)
+
+
+def policy(url: str) -> dict[str, Any]:
+    """The role's policy for a bucket, or a folder in one. Raises ConfigError unless it is S3 at AWS."""
+    terms = storage.terms_of(url)
+    if terms.service != DEFAULT_SERVICE:
+        raise ConfigError(
+            f"{url} is no bucket at AWS, so that no role opens it; a node needs the bucket's keys in .env"
+        )
+    folder = url.partition(f"://{terms.bucket}")[2].strip("/")
+    text = POLICY.read_text(encoding="utf-8").replace("BUCKET", terms.bucket)
+    return json.loads(text.replace("FOLDER", f"{folder}/" if folder else ""))
+
+
+def make(iam: Any, url: str, config: Path = SKY_CONFIG) -> None:
+    """Create the role and its instance profile, or set the policy of those that are there, and write `config`."""
+    document = policy(url)
+    _check_config(config)
+    tags = [{"Key": LABEL[0], "Value": LABEL[1]}]
+    if _has_role(iam):
+        print(f"role {ROLE}: is there")
+    else:
+        iam.create_role(RoleName=ROLE, AssumeRolePolicyDocument=json.dumps(TRUST), Tags=tags)
+        print(f"role {ROLE}: created")
+    iam.put_role_policy(RoleName=ROLE, PolicyName=ROLE, PolicyDocument=json.dumps(document))
+    print(f"role {ROLE}: may read and write runs and data in {url}, and end machines with {LABEL[0]}={LABEL[1]}")
+    with contextlib.suppress(iam.exceptions.EntityAlreadyExistsException):
+        iam.create_instance_profile(InstanceProfileName=ROLE, Tags=tags)
+    if not iam.get_instance_profile(InstanceProfileName=ROLE)["InstanceProfile"]["Roles"]:
+        iam.add_role_to_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE)
+    text = yaml.safe_dump({CLOUD: {"remote_identity": IDENTITY}}, sort_keys=False)
+    config.write_text(HEAD + text, encoding="utf-8")
+    print(f"{config}: written; clusters that are up keep the identity that they have")
+
+
+def undo(iam: Any, config: Path = SKY_CONFIG) -> None:
+    """Remove what `make` has made, as far as it is there. Machines that run with the role lose it."""
+    if config.exists() and config.read_text(encoding="utf-8").startswith(HEAD):
+        config.unlink()
+        print(f"{config}: removed")
+    if not _has_role(iam):
+        print(f"role {ROLE}: is not there")
+        return
+    missing = iam.exceptions.NoSuchEntityException
+    for remove in (
+        lambda: iam.remove_role_from_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE),
+        lambda: iam.delete_instance_profile(InstanceProfileName=ROLE),
+        lambda: iam.delete_role_policy(RoleName=ROLE, PolicyName=ROLE),
+        lambda: iam.delete_role(RoleName=ROLE),
+    ):
+        with contextlib.suppress(missing):
+            remove()
+    print(f"role {ROLE}: removed")
+
+
+def _has_role(iam: Any) -> bool:
+    """Whether the role exists. Raises ConfigError for one of that name without our label."""
+    try:
+        tags = iam.get_role(RoleName=ROLE)["Role"].get("Tags") or []
+    except iam.exceptions.NoSuchEntityException:
+        return False
+    if {"Key": LABEL[0], "Value": LABEL[1]} not in tags:
+        raise ConfigError(f"the role {ROLE} exists and is not ours: it has no tag {LABEL[0]}={LABEL[1]}; rename it")
+    return True
+
+
+def _check_config(config: Path) -> None:
+    """Raises ConfigError if there is a project config that somebody else has written."""
+    if config.exists() and not config.read_text(encoding="utf-8").startswith(HEAD):
+        lines = yaml.safe_dump({CLOUD: {"remote_identity": IDENTITY}}, sort_keys=False, default_flow_style=True).strip()
+        raise ConfigError(
+            f"{config}: exists and was not written by `make role`; move it away, or merge it with {lines}"
+        )
+
+
+def _read(config: Path) -> dict[str, Any] | None:
+    try:
+        found = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{config}: cannot be read: {one_line(error)}") from None
+    return found if isinstance(found, dict) else None
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,75 @@
+"""Says what machines and runs have cost: SkyPilot's records of clusters, and the ledgers of runs."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clouds import skypilot
+from core import bucket
+from core.errors import ConfigError, LauncherError, RunError
+from core.run.reader import Detail, read_run
+from core.task import read_task
+from launch.left import Survey, brief
+
+
+def lines(survey: Survey) -> list[str]:
+    """What the clusters of a survey have cost by SkyPilot's records, and the runs of its clusters and jobs so far."""
+    clusters = list(_clusters(survey))
+    runs = list(dict.fromkeys(spent_line(url) for url in _runs(survey)))
+    return [*clusters, *runs] or ["not known here: neither SkyPilot nor a ledger has it; see the cloud's bill"]
+
+
+def spent_line(run_url: str) -> str:
+    """A line with the run's dollars. It does not show $0.00 for a run that does not exist: the name may be wrong."""
+    try:
+        usd = read_run(run_url, Detail.MONEY).usd
+    except RunError:
+        return f"{run_url}: no run here yet; check RUN and BUCKET"
+    except LauncherError as error:
+        return str(error)
+    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py shows for what)"
+
+
+def _clusters(survey: Survey) -> Iterator[str]:
+    if not survey.clusters:
+        return
+    try:
+        records = {record.get("cluster_hash"): record for record in skypilot.listed(["cost-report", "--all"])}
+    except ConfigError as error:
+        yield f"clusters: not known ({brief(error)})"
+        return
+    for cluster in survey.clusters:
+        record = records.get(cluster.get("cluster_hash")) or {}
+        usd = record.get("total_cost")  # 0 where SkyPilot knows no price
+        hours = f" for {record['duration'] / 3600:.2f} hours" if record.get("duration") else ""
+        said = f"${usd:.2f}{hours} at today's list price, by SkyPilot's records" if usd else f"?{hours}"
+        yield f"cluster {cluster['name']}: {said}"
+
+
+def _runs(survey: Survey) -> Iterator[str]:
+    """The URLs of runs that clusters and jobs worked on."""
+    for cluster in survey.clusters or ():
+        yield from _url(_envs(cluster.get("last_creation_yaml")))
+    if survey.jobs:  # SkyPilot's queue does not hold a job's variables
+        for path in sorted(Path("sky").glob("*.yaml")):
+            task = read_task(str(path), os.environ)
+            if task.name in {job["job_name"] for job in survey.jobs}:
+                yield from _url(task.envs)
+
+
+def _envs(task: str | None) -> Mapping[str, Any]:
+    try:
+        found = (yaml.safe_load(task or "") or {}).get("envs")
+    except (yaml.YAMLError, AttributeError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _url(envs: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        yield bucket.url({name: str(value or "") for name, value in envs.items()}, "RUN")
+    except ConfigError:
+        return
