@@ -142,8 +142,6 @@ def fit(rows: Sequence[Row], noise: float = NOISE, has_shape: bool = True) -> La
         constants=constants,
         gain=1 / k.get(ON_ADAMW, 1.0),
         recipes={name: _recipe([row for row in rows if row.recipe == name], k[name]) for name in sorted(k)},
-        least_tokens=min(row.tokens for row in rows) * 1e9,
-        most_tokens=max(row.tokens for row in rows) * 1e9,
     )
 
 
@@ -222,8 +220,6 @@ def document(found: Law) -> dict[str, Any]:
         "scale": "nats per GPT-2 token on the FineWeb validation tokens of modded-nanogpt; N and D in billions",
         "constants": rounded,
         "muon_over_adamw": round(found.gain, 4),
-        "least_tokens": found.least_tokens,
-        "most_tokens": found.most_tokens,
         "recipes": {name: vars(each) | {"k": round(each.k, 4)} for name, each in found.recipes.items()},
     }
 

@@ -1,17 +1,17 @@
 # Launching on rented machines. Settings are variables: BUCKET=… RUN=… CONFIG=… MAX_USD=…, or any of a task's envs.
-# GPUS=NAME:COUNT and NODES=NUMBER choose other machines than the task's. NO_CHECK=1 skips the checks that cost nothing.
+# GPUS=NAME:COUNT, NODES=NUMBER and INFRA=CLOUD choose other machines than the task's. NO_CHECK=1 skips the checks that cost nothing.
 # Each target prints the sky command that it runs. SkyPilot has an environment of its own, because it shares few versions
 # with training, and the tests of training must not need it.
 LAUNCH_VENV ?= .venv-launch
 # A command that runs each program, such as one that enters another network. Empty: none.
 LAUNCH_PREFIX ?=
 LAUNCH_PYTHON := $(LAUNCH_PREFIX) $(LAUNCH_VENV)/bin/python
-MACHINES := $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--num-nodes $(NODES))
+MACHINES := $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--num-nodes $(NODES)) $(if $(INFRA),--infra $(INFRA))
 OPTIONS := $(if $(NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
+.PHONY: setup-launch plan check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
   test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
@@ -20,6 +20,9 @@ $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
 	@echo "setting up $(LAUNCH_VENV) (once; about a minute)"
 	@$(SETUP) launch "$(LAUNCH_VENV)"
 	@rm -f $(LAUNCH_VENV)/.installed-*; touch $@
+
+plan: $(LAUNCH_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (PLAN_ARGS=--deadline=6h)
+	@$(LAUNCH_PYTHON) cost_report.py plan --usd="$(USD)" $(PLAN_ARGS)
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(TASK).yaml $(MACHINES)
