@@ -13,7 +13,7 @@ from datetime import UTC, date, datetime
 
 from clouds import providers
 from clouds.catalog import Catalog
-from core import urls
+from core import figures, urls
 from core.errors import ConfigError
 from costs import discover, forecast, render
 from costs.forecast import Assumptions
@@ -105,10 +105,11 @@ def _parser() -> argparse.ArgumentParser:
 def _show(answer: Answer, notes: Sequence[str], today: date) -> None:
     console = render.console()
     console.print(f"[bold]{view.headline(answer)}[/bold]", highlight=False)
-    console.print(render.terminal_table(view.plans(answer, today)))
+    console.print(render.terminal_table(view.plans(answer)))
     for line in notes[: view.LEGEND]:
         console.print(line, markup=False)
-    console.print(render.terminal_table(view.bill(answer)))
+    console.print()
+    console.print(render.terminal_table(view.bill(answer, today)))
     console.print("To launch plan 1 (rents machines):", markup=False)
     # Not through the console, which would break the line: it is to be copied.
     console.file.write(f"  {view.command(answer.plans[0], answer.question.usd, os.environ.get('BUCKET', ''))}\n\n")
@@ -230,9 +231,10 @@ def _nothing(answer: Answer, buyers: Sequence[Buyer]) -> str:
     if fastest and question.deadline_hours is not None:
         hours = fastest.hours.at(fastest.least_tokens)
         if hours > question.deadline_hours:
-            return f"--deadline: no run here is as short; the shortest takes {hours * 60:.0f}min, on {fastest.machine.name}"
+            shortest = f"the shortest takes {math.ceil(hours * 60)}min, on {fastest.machine.name}"
+            return f"--deadline: no run here is as short; {shortest}"
     reasons = Counter(each.why for each in answer.refusals).most_common(1)
     if not reasons:
         return "no plan is possible; no machine with GPUs meets --gpus, --cloud and --on-demand together"
-    (why, count), several = reasons[0], len(answer.refusals)
-    return f"no plan is possible; of {several} machine{'s' * (several != 1)} {count} cannot be planned for this reason: {why}"
+    why, count = reasons[0]
+    return f"no plan is possible; {count} of {figures.counted(len(answer.refusals), 'machine')}: {why}"

@@ -88,10 +88,11 @@ class Plan:
     def is_extrapolated(self) -> bool:
         return self.tokens < LEAST_TOKENS
 
-    def cap_usd(self, total: float) -> float:
-        """MAX_USD for a sum: the cap counts machines, not what is paid beside them."""
+    @property
+    def cap_usd(self) -> float:
+        """MAX_USD: the cap counts machines, not what is paid beside them."""
         beside = sum(self.parts.get(name, 0.0) for name in ("storage", "egress", CONTROLLER))
-        return int((total - beside) * 100) / 100
+        return int((self.usd - beside) * 100) / 100
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ class Buyer:
     @property
     def least_tokens(self) -> float:
         return LEAST_RATIO * self.candidate.trained
+
+    def most_tokens(self, question: Question) -> float:
+        return min(MOST_RATIO * self.candidate.trained, MOST_EPOCHS * question.unique_tokens)
 
     def loss(self, law: Law, tokens: float) -> float:
         return law.loss(self.candidate.in_law, self.candidate.non_embedding, tokens)
@@ -254,9 +258,8 @@ def _choices(
     """(loss, buyer, tokens, what limits them) of all candidates on one machine, and the reasons against the others."""
     found, reasons = [], []
     for each in group:
-        candidate = each.candidate
-        most = min(MOST_RATIO * candidate.trained, MOST_EPOCHS * question.unique_tokens)
-        ends = {"money": each.usd.tokens_for(question.usd * (1 - question.reserve)), "data": most}
+        ends = {"money": each.usd.tokens_for(question.usd * (1 - question.reserve))}
+        ends["data"] = each.most_tokens(question)
         if question.deadline_hours is not None:
             ends["deadline"] = each.hours.tokens_for(question.deadline_hours)
         limit, tokens = min(ends.items(), key=lambda item: item[1])
@@ -270,7 +273,7 @@ def _choices(
             reasons.append((0.0, f"needs {hours:.1f} h at least, more than the deadline"))
         else:
             epochs = f"more than {MOST_EPOCHS:g} epochs of the set"
-            reasons.append((0.0, f"{candidate.size} needs {quantity(each.least_tokens)} tokens, {epochs}"))
+            reasons.append((0.0, f"{each.candidate.size} needs {quantity(each.least_tokens)} tokens, {epochs}"))
     return found, [reason for _, reason in sorted(reasons, key=lambda each: each[0])]
 
 
@@ -303,7 +306,7 @@ def _plan(buyer: Buyer, most: float, limit: str, question: Question, law: Law) -
     row = bill(machine, buyer.settings, buyer.speed, buyer.measured, buyer.prices, tokens, machine.usd)
     reserve = row.usd * question.reserve / (1 - question.reserve)
     lucky, unlucky = buyer.cheap.tokens_for(money), buyer.dear.tokens_for(money)
-    highest = MOST_RATIO * candidate.trained if limit == "money" else most
+    highest = buyer.most_tokens(question) if limit == "money" else most
     error = buyer.error(law, tokens)
     return Plan(
         machine=machine,

@@ -98,8 +98,10 @@ def fit(candidate: Candidate, gpu: str, world: int) -> Fit | str:
         return f"batch.tokens_per_step is above {candidate.batch_cap}, which wastes tokens at this size"
     if memory_bytes(gpu) is None:
         return f"the memory of {gpu} is not known (core/gpus.py)"
-    tries: list[dict[str, object]] = [{}, {"optimizer.zero": 1}] if world > 1 else [{}]
-    tries.append({**tries[-1], "train.activation_checkpointing": True})
+    recompute = {"train.activation_checkpointing": True}
+    tries: list[dict[str, object]] = [{}, recompute]
+    if world > 1:
+        tries = [{}, *({"optimizer.zero": 1} | more for more in ({}, recompute)), {"optimizer.zero": 2} | recompute]
     said = ""
     for changes in tries:
         settings = candidate.settings

@@ -42,7 +42,7 @@ def command(each: Plan, usd: float, bucket: str = "") -> str:
     run = f"{each.candidate.recipe}-{each.candidate.size.lower()}-{usd:g}usd"
     words = [_TARGETS.get(task, f"make pretrain TASK={task}"), f"BUCKET={shlex.quote(bucket or 'my-bucket')}"]
     words += [f"RUN={run}", *each.machine.options, f"CONFIG={each.candidate.config}"]
-    words += [f"MAX_USD={each.cap_usd(usd):.2f}", f"TRAIN_ARGS={shlex.quote(' '.join(each.flags))}"]
+    words += [f"MAX_USD={each.cap_usd:.2f}", f"TRAIN_ARGS={shlex.quote(' '.join(each.flags))}"]
     return " ".join(words)
 
 
@@ -58,41 +58,29 @@ def headline(answer: Answer) -> str:
     )
 
 
-def plans(answer: Answer, today: date) -> Sheet:
-    heads = [
-        "",
-        "machine",
-        "USD/h",
-        "price of",
-        "hours",
-        "size",
-        "recipe",
-        "tokens",
-        "loss",
-        "range",
-        "next best model",
-    ]
-    rows = [_row(number, each, answer, today) for number, each in enumerate(answer.plans[:ROWS], 1)]
-    return Sheet("Best plans, one per machine (estimates)", heads, rows, 4)
+def plans(answer: Answer) -> Sheet:
+    heads = ["", "machine", "hours", "model", "tokens", "loss", "range", "USD"]
+    rows = [_row(number, each, answer) for number, each in enumerate(answer.plans[:ROWS], 1)]
+    return Sheet("Best plans, one per machine (estimates)", heads, rows, 2)
 
 
-def _row(number: int, each: Plan, answer: Answer, today: date) -> list[str]:
+def _row(number: int, each: Plan, answer: Answer) -> list[str]:
     mark = "=" if number <= answer.equal and answer.equal > 1 else ""
-    other = answer.others.get(each.machine.name)
-    found = f"{each.loss:.2f} ± {each.error:g}" + (" (extrapolated)" if each.is_extrapolated else "")
+    worst = figures.UNKNOWN if each.worst is None else f"{each.worst:.2f}"
     return [
         f"{number}{mark}",
         each.machine.name,
-        _range(each.machine),
-        _seen(each.machine, today),
         f"{each.hours:.1f}",
-        each.candidate.size,
-        each.candidate.recipe,
+        _model(each),
         quantity(each.tokens),
-        found,
-        f"{each.best:.2f}-{figures.UNKNOWN if each.worst is None else f'{each.worst:.2f}'}",
-        f"{other.candidate.size} {other.loss:.2f}" if other else "–",
+        f"{each.loss:.2f} ± {each.error:g}" + (" (extrapolated)" if each.is_extrapolated else ""),
+        f"{each.best:.2f}-{worst}",
+        figures.dollars(each.usd),
     ]
+
+
+def _model(each: Plan) -> str:
+    return f"{each.candidate.size} {each.candidate.recipe}"
 
 
 def _range(machine: Machine) -> str:
@@ -106,14 +94,22 @@ def _seen(machine: Machine, today: date) -> str:
     return f"{machine.priced}" + (", old" if machine.is_old(today) else "")
 
 
-def bill(answer: Answer) -> Sheet:
-    """Dollars by line, adding up to the sum of each plan."""
+def bill(answer: Answer, today: date) -> Sheet:
+    """What each plan rents and trains, and its dollars by line, which add up to its sum."""
     shown = answer.plans[:ROWS]
     columns = [_rounded(each) for each in shown]
-    names = [name for name in PARTS if any(name in column for column in columns)]
-    rows = [[PARTS[name], *(figures.dollars(c[name]) if name in c else "–" for c in columns)] for name in names]
+    others = [answer.others.get(each.machine.name) for each in shown]
+    rows = [
+        ["USD per hour", *(_range(each.machine) for each in shown)],
+        ["price seen on", *(_seen(each.machine, today) for each in shown)],
+        ["next best model on it", *(f"{_model(each)}, {each.loss:.2f}" if each else "–" for each in others)],
+    ]
+    for name in PARTS:
+        if any(name in column for column in columns):
+            rows.append([PARTS[name], *(figures.dollars(c[name]) if name in c else "–" for c in columns)])
     foot = ["all in", *(figures.dollars(each.usd) for each in shown)]
-    return Sheet("Dollars", ["", *(f"plan {number + 1}" for number in range(len(shown)))], rows, 1, foot)
+    heads = ["", *(f"plan {number + 1}" for number in range(len(shown)))]
+    return Sheet("The same plans in dollars", heads, rows, 1, foot)
 
 
 def _rounded(each: Plan) -> dict[str, float]:
@@ -139,8 +135,7 @@ def notes(answer: Answer, found: Law, today: date) -> list[str]:
         f"loss: validation loss on {law.SCALE} in nats per token, lower is better; a public GPT-2 124M reached 3.27 "
         "there after 10B tokens. Losses on FineWeb-Edu, the data of these tasks, are on another scale, and no "
         f"conversion is known: compare plans with each other. ±: error of the law (fitted {found.date})",
-        "range: the same sum at the best and the worst prices, speeds and preemptions known, with that error. "
-        "next: the next best size on the same machine. seen: the day of the price",
+        "range: for the same sum, at the best and the worst prices, speeds and preemptions known, with that error",
     ]
     if answer.equal > 1:
         plans = f"the first {answer.equal} plans" if answer.equal <= ROWS else f"{answer.equal} plans"
@@ -233,7 +228,7 @@ def _plain(each: Plan, answer: Answer, bucket: str) -> Mapping[str, Any]:
         "extrapolated": each.is_extrapolated,
         "limited_by": each.limit,
         "speed": {"tokens_per_second": each.speed.expected, "kind": each.speed.kind, "source": each.speed.source},
-        "max_usd": each.cap_usd(answer.question.usd),
+        "max_usd": each.cap_usd,
         "config": candidate.config,
         "flags": list(each.flags),
         "command": command(each, answer.question.usd, bucket),
