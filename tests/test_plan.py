@@ -400,6 +400,22 @@ def test_the_first_screen_says_what_is_bought_and_what_to_type(capsys):
     assert re.search(r"^  make pretrain\S* .*MAX_USD=", said, re.M)
 
 
+def test_an_assumption_of_the_estimate_is_one_of_the_plan(capsys):
+    usual, calm = (
+        json.loads(run(capsys, "--usd=20", "--gpus=A100:8", "--json", *flags))["plans"][0]
+        for flags in ((), ("--preemptions-per-hour=0",))
+    )
+    assert usual["parts"]["restarts and lost work"] > 0
+    assert "restarts and lost work" not in calm["parts"]
+    assert calm["tokens"] > usual["tokens"]
+
+
+def test_a_sum_that_is_not_needed_is_named(capsys):
+    said = run(capsys, "--usd=1000", "--gpus=GH200", "--deadline=10h")
+    assert re.match(r"\$\d\d\.\d\d of \$1,000\.00 buys", said)
+    assert re.search(r"^plan 1: the deadline ends it, so that \$\d\d\.\d\d are enough", said, re.M)
+
+
 def test_dollars_by_line_add_up_to_the_cent(capsys):
     document = json.loads(run(capsys, "--usd=20", "--json"))
     assert document["loss_scale"] == "FineWeb"

@@ -15,8 +15,7 @@ from clouds import providers
 from clouds.catalog import Catalog
 from core import figures, urls
 from core.errors import ConfigError
-from costs import discover, forecast, render
-from costs.forecast import Assumptions
+from costs import discover, estimate_command, forecast, render
 from costs.plan import chart, law, machines, own, planner, recipes, view
 from costs.plan.machines import Wanted
 from costs.plan.planner import Answer, Buyer, Prices, Question
@@ -55,7 +54,7 @@ def main(arguments: list[str]) -> None:
     _check_machines(wanted, catalog)
     found, refused = machines.machines(catalog, machines.tasks(), wanted, today)
     known, said = _own(options)
-    prices = Prices(Assumptions(), discover.rates_for(discover.FORECAST_BUCKET), known)
+    prices = Prices(estimate_command.assumptions(options), discover.rates_for(discover.FORECAST_BUCKET), known)
     buyers, unable = planner.buyers(found, prices, size, recipe)
     fitted = law.load()
 
@@ -99,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--offline", action="store_true", help="use the price snapshot, and do not read the runs in BUCKET")
     add("--svg", metavar="FILE", help="also draw loss against dollars, from $5 to $500, by machine")
     add("--json", action="store_true", help="print everything as JSON")
+    estimate_command.add_assumptions(parser)
     return parser
 
 

@@ -52,8 +52,11 @@ def headline(answer: Answer) -> str:
     if best.candidate.settings.model.tie_embeddings:
         model = f"a {best.candidate.size} model ({quantity(best.candidate.parameters)} parameters)"
     time = figures.duration(best.hours * 3600)
+    sum_said = f"${figures.dollars(best.usd)} of ${figures.dollars(answer.question.usd)}"
+    if best.limit == "money":
+        sum_said = f"${figures.dollars(answer.question.usd)}"
     return (
-        f"${figures.dollars(answer.question.usd)} buys {model} trained on {quantity(best.tokens)} tokens, in {time} on "
+        f"{sum_said} buys {model} trained on {quantity(best.tokens)} tokens, in {time} on "
         f"{best.machine.name}: validation loss {best.loss:.2f} ± {best.error:g} expected"
     )
 
