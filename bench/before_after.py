@@ -1,13 +1,13 @@
-"""Compares two working trees of this project: the benchmarks of each, run in turn on one machine, in one record.
+"""Compares two working trees of this project: runs the benchmarks of both in turn and writes one record.
 
     python -m bench.before_after --before=../old [--rounds=3] [--only=report,loader] [--scratch=/tmp/bench] [--out=FILE]
 
 A tree is a checkout with its own `.venv` (`make setup`). In each round a measurement runs once in each tree, as a user
 would start it there. The table shows medians, and the ratio of seconds: above 1, the tree `after` (this one) is
 slower. Rates are shown as seconds per million. `report` is the cost report of a run of 10,000 segments in a local
-folder, and the start of the program; `storage` are small requests to an S3 server on loopback. The other rows are
-those of bench.loader, bench.checkpoint, bench.restart and bench.prep. On a shared machine the CPU seconds say more than
-the clock.
+folder, and the start of the program. `storage` measures small requests to an S3 server on loopback. The other rows come
+from bench.loader, bench.checkpoint, bench.restart and bench.prep. On a shared machine the CPU seconds say more than the
+clock.
 """
 
 import json
@@ -49,7 +49,7 @@ def main() -> None:
         for name in names:
             try:
                 runs = _both(name, MEASUREMENTS[name](Path(folder)), options.before, options.rounds)
-            except SystemExit as error:  # the others are measured all the same
+            except SystemExit as error:  # the other measurements still run
                 results["failed"][name] = str(error)
                 print(error, file=sys.stderr)
                 continue
@@ -169,7 +169,7 @@ def _restart(folder: Path) -> Callable[[Path], Figures]:
 
 
 def _prep(folder: Path) -> Callable[[Path], Figures]:
-    corpus = folder.parent  # kept for the next call
+    corpus = folder.parent  # outside the temporary folder, so that it is kept for the next call
 
     def measure(tree: Path) -> Figures:
         figures = {}
@@ -200,7 +200,7 @@ def _record(tree: Path, folder: Path, module: str, *flags: str) -> dict[str, Any
 
 
 def _timed(tree: Path, *arguments: str) -> float:
-    """Run Python of `tree` there. Returns CPU seconds of the process and its children; SystemExit if it fails."""
+    """Run the Python of `tree` in its folder. Returns CPU seconds with child processes; SystemExit if it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [str(python_of(tree)), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -212,7 +212,7 @@ def _timed(tree: Path, *arguments: str) -> float:
 
 
 def write_run(run: Path, segments: int) -> None:
-    """A run of ten steps a segment, in the stored formats (docs/formats.md)."""
+    """Write a run of ten steps per segment, in the stored formats (docs/formats.md)."""
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"format": "run", "version": 1, "config": {"train": {"steps": 10}}}))
     machine = {"cloud": "aws", "region": "us-east-1", "instance_type": "p4d.24xlarge", "gpu": "A100", "nodes": 1}

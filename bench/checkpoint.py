@@ -1,11 +1,11 @@
-"""Measures checkpoints side by side: how long training is blocked, how long until all is stored, how long to restore.
+"""Measures checkpoints side by side: seconds that training is blocked, until all is stored, and of a restore.
 
     python -m bench.checkpoint --scratch=/tmp/bench [--rounds=5] [--layers=12] [--out=FILE]
 
-The state is GPT-2 124M with AdamW's moments in float32, on one rank. `copy`, one copy of the same bytes into memory
-that exists, is the lower bound of the blocking part; `put`, the same bytes handed to the same store, of the background
-part. `ours` is the trainer's Saver; `torch.save` and DCP are called as their documentation says. CPU seconds are those
-of this process. The table shows medians.
+The state is GPT-2 124M with AdamW's moments in float32, on one rank. `copy` copies the same bytes into allocated
+memory, the lower bound of the blocked time. `put` writes the same bytes to the same store, the lower bound of the
+background time. `ours` is the trainer's Saver; `torch.save` and DCP are called as their documentation says. CPU seconds
+are those of this process. The table shows medians.
 """
 
 import os
@@ -121,7 +121,7 @@ def _sides(folder: Path, ranks, optimizer: BlockOptimizer) -> dict[str, Side]:
 
     def on_touched_pages(side: Callable, *arguments: str) -> Side:
         def measure(number: int) -> dict[str, float]:
-            harness.touch_pages(size)  # for the files that the side fills
+            harness.touch_pages(size)  # memory for the files that the side writes
             return side(*arguments, number)
 
         return measure

@@ -4,7 +4,7 @@
 or a manual. `prose`: the RFCs in pieces as long as web pages, which is closer to text for pretraining in bytes per
 token. The packages are downloaded into a scratch folder and never committed. Documents are in a seeded order, with
 FineWeb-Edu's ten columns, zstd, and 1000 rows per row group. A single blank replaces each run of blanks, as in text
-extracted from web pages; GPT-2's vocabulary spends a token on every tab of an indentation.
+extracted from web pages: otherwise GPT-2's vocabulary would spend a token on every tab of an indentation.
 
     paths = parquet_files(Path("/tmp/scratch"), megabytes=400, kind="prose")
 """
@@ -34,7 +34,7 @@ RFC_PACKAGES = tuple(
     for part in ("std-proposed", "informational", "others", "old-std", "experimental", "std", "misc", "fyi-bcp")
 )
 RFC = re.compile(r".*/rfc[0-9]+\.txt\.gz")
-PAGE_BYTES = 4700  # FineWeb-Edu's mean is 1,000 tokens
+PAGE_BYTES = 4700  # about 1,000 tokens, the mean of FineWeb-Edu
 # Larger files are mostly generated register tables, which compress and tokenize unlike text of the web.
 LARGEST_FILE_BYTES = 64 << 10
 BLANKS = re.compile(r"[ \t]+")

@@ -47,7 +47,7 @@ end_with_parent = functools.partial(die_with_parent, signal.SIGKILL)
 
 
 def options(description: str | None, rounds: int = 0) -> argparse.ArgumentParser:
-    """A parser with --out, and with --rounds if `rounds`, its default, is given."""
+    """A parser with --out, and with --rounds if its default `rounds` is given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
         parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
@@ -104,7 +104,7 @@ def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]])
 
 @contextlib.contextmanager
 def s3_server(scratch: Path | None = None) -> Iterator[tuple[Path, Any]]:
-    """A temporary folder in `scratch` and an S3 server (demo.s3_server) whose data lies in it, with bucket `bench`.
+    """A temporary folder in `scratch` and an S3 server (demo.s3_server) whose data is in it, with the bucket `bench`.
 
     Sets the variables of the environment that direct S3 clients to the server.
     """
@@ -119,8 +119,9 @@ def s3_server(scratch: Path | None = None) -> Iterator[tuple[Path, Any]]:
 def touch_pages(size: int) -> None:
     """Use `size` bytes of memory once and free them, before a side that needs as much.
 
-    On a virtual machine that returns free pages to its host, the first use of a page costs ten times a later one, and
-    no side is to pay for that. Anonymous memory, because pages of a file would be written to disk during the side.
+    On a virtual machine that returns free pages to its host, the first use of a page costs ten times a later one. No
+    side should pay for that. The memory is anonymous, because pages of a file would be written to disk later, while the
+    side is measured.
     """
     with mmap.mmap(-1, size) as pages:
         for begin in range(0, size, mmap.PAGESIZE):
@@ -178,10 +179,10 @@ def _follow(process: subprocess.Popen, log: TextIO, deadline: float, take: Calla
             line = lines.get(timeout=max(0.0, min(POLL_SECONDS, deadline - time.monotonic())))
         except queue.Empty:
             if process.poll() is not None:
-                break  # another process holds its output open
+                break  # another process holds the output of this one open
             if time.monotonic() < deadline:
                 continue
-            return "the minutes were over while it ran; give it more, --minutes"
+            return "its time was over while it ran; give it more with --minutes"
         if line is None:
             break
         if line.startswith(_MARK):

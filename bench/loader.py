@@ -98,7 +98,7 @@ def upload(folder: Path, name: str) -> None:
             storage.write_file(f"{ROOT}/{name}/{path.relative_to(folder)}", path)
 
 
-# --- the sides: batches of one pass after another, and None after each ------------------------------------------
+# --- the sides: each yields the batches of pass after pass, and None after each pass ----------------------------
 
 
 def ours(cache: Path) -> Iterator[object]:

@@ -5,11 +5,11 @@
     python -m bench.on_gpu speed --out=FOLDER     5 minutes: MFU beside other trainers, attention kernels, switches
     python -m bench.on_gpu all --out=FOLDER       the three, one after another
 
-Each measurement runs as a separate process and stores each result at once. FOLDER receives, per part, a JSON record,
-the same as text, and a log of the processes' output. The program continues after a measurement that fails, and names
-those that it skips because the time is over. The exit status is 0 if none failed and none lacked time. The program
-needs torch, numpy, PyYAML and fsspec, but no network: it generates its tokens. --rehearse runs the same commands on a
-CPU with small models; its numbers mean nothing.
+Each measurement runs as a separate process and stores each result immediately. FOLDER receives, for each part, a JSON
+record, the same as text, and a log of the processes' output. The program continues after a measurement that fails, and
+names those that it skips because the time is over. The exit status is 0 if no measurement failed or lacked time. The
+program needs torch, numpy, PyYAML and fsspec, but no network: it generates its tokens. --rehearse runs the same
+commands on a CPU with small models; its numbers mean nothing.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from bench.gpu.records import Record
 
 TOKENS, SMALL_TOKENS = 1 << 24, 1 << 16
 _PROBLEMS = ("failed", "no time")
-NO_TIME = "the minutes were over before it; give it more, --minutes"
+NO_TIME = "the time was over before it began; give it more with --minutes"
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--out", type=Path, required=True, help="folder for records, logs and traces")
-    parser.add_argument("--minutes", type=float, help=f"for each part; default {MINUTES}")
+    parser.add_argument("--minutes", type=float, help=f"time limit of each part in minutes; default {MINUTES}")
     parser.add_argument("--rivals", type=_folder, help="folder that holds a checkout of karpathy/nanoGPT")
     parser.add_argument("--data", default="", help="dataset to train on; default: generated tokens")
     parser.add_argument("--text", type=Path, help="file whose bytes are the tokens; default: generated tokens")

@@ -5,11 +5,11 @@
 
 End to end: parquet in a bucket of an S3 server on loopback becomes token shards in that bucket, on all cores of this
 machine, which the server shares. --kind=csv stores CSV files, which `ours` also reads through datasets (sides: ours,
-map). The server's data lies in --store; a folder in memory keeps up with the fast side, a small disk does not. The
-table shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set
-size). On a shared machine a side's CPU seconds count; those of the server are costs that a remote store does not
-have. With --where=folder no server runs, and parquet and shards lie in a folder of --store. `read` is our reader alone,
-the upper bound. bench/corpus.py describes the text.
+map). The server's data is in --store; a folder in memory keeps up with the fast side, a small disk does not. The table
+shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set size). On
+a shared machine, compare the CPU seconds of the sides. A remote store would not need the CPU seconds of the server.
+With --where=folder no server runs, and parquet and shards are in a folder of --store. `read` is our reader alone, the
+upper bound of the speed. bench/corpus.py describes the text.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from core.data import manifest
 from core.figures import quantity
 from demo.s3_server import S3Server
 
-# A sample of all processes' memory costs 15 ms of the cores that are measured.
+# Seconds between two samples of the memory of all processes. A sample takes 15 ms of the cores that are measured.
 SAMPLE_SECONDS = 0.5
 # Enough for a side, its server and their files.
 PAGES_BYTES = 3 << 30
@@ -59,7 +59,7 @@ def _options() -> argparse.Namespace:
     parser = harness.options(__doc__, rounds=3)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the text, kept between runs")
     parser.add_argument("--text", choices=("code", "prose"), default="prose")
-    parser.add_argument("--kind", choices=("parquet", "csv"), default="parquet", help="of the source's files")
+    parser.add_argument("--kind", choices=("parquet", "csv"), default="parquet", help="kind of the source's files")
     parser.add_argument("--megabytes", type=int, default=300, help="text in MB")
     parser.add_argument("--sides", default="ours,fineweb,map,read")
     parser.add_argument("--encode", action="store_true", help="also measure encoding alone, text and tokens in memory")
@@ -93,7 +93,7 @@ def _place(options: argparse.Namespace) -> Iterator[tuple[str, S3Server | None]]
 
 def _end_to_end(options: argparse.Namespace, place: str, server: S3Server | None) -> dict:
     source = f"{place}/source"
-    # Not measured: the server lays out its volumes at its first writes.
+    # The first run is not measured, because the server creates its volumes at the first writes.
     _run(_ours(source, f"{place}/set-warm-up"), server)
 
     def side(name: str) -> Callable[[int], dict]:

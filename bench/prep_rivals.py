@@ -1,4 +1,4 @@
-"""Prepares data as the sides of bench.prep do; each side is one process, with children, that bench.prep measures.
+"""Runs one side of bench.prep as one process with children, which bench.prep measures.
 
     python -m bench.prep_rivals fineweb SOURCE TARGET      tiktoken, a process pool over documents
     python -m bench.prep_rivals map SOURCE TARGET          datasets.map with tiktoken, in batches
@@ -89,7 +89,7 @@ def decode(part, work):
 
 
 def tokenize(document: dict) -> np.ndarray:
-    """build-nanogpt's function of this name."""
+    """A copy of the function `tokenize` of build-nanogpt."""
     encoding = _tokenizer()
     tokens = [encoding._special_tokens["<|endoftext|>"]]
     tokens.extend(encoding.encode_ordinary(document["text"]))
@@ -154,7 +154,7 @@ def _ours(batches: list) -> Iterator[int]:
         texts = (batch.column("text").cast(pa.large_string()) for batch in batches[share::cores])
         return sum(len(engine.encode(each)[0]) for each in texts)
 
-    _encode_share = encode_share  # the forked processes inherit it, with the text
+    _encode_share = encode_share  # the forked processes inherit this function, with the text
     with multiprocessing.get_context("fork").Pool(cores) as pool:
         yield 0
         yield from pool.imap(_share, range(cores))
@@ -165,7 +165,7 @@ def _share(number: int) -> int:
 
 
 def _timed(results: Iterator) -> float:
-    """Seconds for all results but the first, which for ours only says that its processes run."""
+    """Seconds for all results but the first. For `ours`, the first one only shows that the processes run."""
     next(results)
     started = time.perf_counter()
     for _ in results:

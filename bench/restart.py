@@ -5,9 +5,9 @@
 torchrun starts the trainer on this CPU: GPT-2 124M with AdamW's moments (1.49 GB on an S3 server on loopback), one
 sequence per step, an empty shard cache at each start. The first process trains until its first step is in the ledger
 and stops on SIGTERM with a checkpoint; each further one restores that checkpoint and gets SIGKILL after its first step.
-The seconds are the ledger's, by phase, from the start of torchrun to the beginning of the first step; the step does
-not count. Programs and checkpoint come from a warm page cache; a machine that has just booted reads them from disk and
-network.
+The seconds come from the ledger, by phase, from the start of torchrun to the beginning of the first step; the step
+itself is not counted. Programs and checkpoint come from a warm page cache; a machine that has just booted reads them
+from disk and network.
 """
 
 import argparse

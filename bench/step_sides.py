@@ -111,7 +111,7 @@ def nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Sid
 
 def build_nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
     """karpathy/build-nanogpt as of its last commit, which does not compile."""
-    # Its evaluation imports packages that a step does not need.
+    # build-nanogpt's evaluation imports packages that a step does not need.
     sys.modules.setdefault("hellaswag", types.SimpleNamespace(render_example=None, iterate_examples=None))
     module = _load(folder / "build-nanogpt" / "train_gpt2.py", before="\n# simple launch:")
     module.master_process = False
@@ -165,7 +165,7 @@ def _usual(forward: Callable, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def _load(path: Path, before: str | None = None) -> types.ModuleType:
-    """Load a module from a file, or from the part before a line, because scripts train when they are imported."""
+    """Load a module from a file. With `before`, only the lines before that text: a whole script would train."""
     source = path.read_text()
     if before:
         if before not in source:
@@ -173,8 +173,8 @@ def _load(path: Path, before: str | None = None) -> types.ModuleType:
         source = source[: source.index(before)]
     module = types.ModuleType(f"rival_{path.stem}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses look up their module
-    argv, sys.argv = sys.argv, [str(path)]  # some read their own source
+    sys.modules[module.__name__] = module  # dataclasses look up their module there
+    argv, sys.argv = sys.argv, [str(path)]  # some scripts read their own source
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     finally:

@@ -18,7 +18,7 @@ from core.run import phases
 
 RESULTS = REPOSITORY / "bench" / "results"
 
-Row = tuple[str, str, str, float]  # what is measured, our figure, the other side's with its name, the ratio
+Row = tuple[str, str, str, float]  # the quantity, our figure, the other side's figure and name, the ratio
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def _train_step(record: Mapping[str, Any]) -> list[Row]:
 
 
 def _gpu_speed(record: Mapping[str, Any]) -> list[Row]:
-    """Other trainers' steps beside ours at the same micro-batch. Measurements are named SIDE-SEQUENCES."""
+    """Rows that compare the steps of other trainers with ours at the same micro-batch. Names are SIDE-SEQUENCES."""
     steps = {name: each["results"][0] for name, each in record["measurements"].items() if each["results"]}
     rows: list[Row] = []
     for name, other in steps.items():

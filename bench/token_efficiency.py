@@ -1,4 +1,4 @@
-"""Compares the tokens that two recipes need for a loss: same text, same batches, several seeds.
+"""Measures how many tokens one recipe needs for the loss of another: same text, same batches, several seeds.
 
     python -m bench.token_efficiency --data=DATA_URL --scratch=FOLDER --steps=1000 [--shares=0.6] [--seeds=3]
         [-- --model.layers=4 ...]
@@ -44,7 +44,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--data", required=True, help="dataset, as data_prep writes it")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the runs; runs in it are continued")
     parser.add_argument("--steps", type=int, required=True, help="steps of the plain recipe")
-    parser.add_argument("--shares", default="0.6", help="shares of these steps for the other recipe")
+    parser.add_argument("--shares", default="0.6", help="shares of --steps for the other recipe, separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plain", default="gpt2-124m")
     parser.add_argument("--other", default="speedrun-162m")

@@ -22,7 +22,7 @@ from core.data.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from core.errors import DataError
 
 FOLLOWERS, DOCUMENT = (0.5, 0.25, 0.15, 0.1), 512
-VAL_SHARE = 16  # the last one in so many tokens is for validation
+VAL_SHARE = 16  # the last 1 / VAL_SHARE of the tokens is for validation
 SHARDS = 2
 
 
@@ -82,7 +82,7 @@ def _split(folder: str, name: str, shards: Iterable[np.ndarray]) -> Split:
 
 def _generated(tokens: int) -> np.ndarray:
     random = np.random.default_rng(1)
-    # The logarithm of a follower is uniform, so that small ids are frequent, nearly as words are by rank.
+    # The logarithm of a follower's id is uniform, so small ids are frequent: their frequencies resemble those of words.
     follower_of = np.exp(random.uniform(0, np.log(GPT2_END_OF_TEXT), (GPT2_END_OF_TEXT, len(FOLLOWERS))))
     follower_of = np.minimum(follower_of, GPT2_END_OF_TEXT - 1).astype(np.uint16)
     documents = -(-tokens // DOCUMENT)

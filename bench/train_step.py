@@ -1,14 +1,15 @@
-"""Measures a training step side by side: tokens/s, MFU, memory and time by part, against the limit of the device.
+"""Measures a training step of several trainers side by side: tokens/s, MFU, memory, time by part, and a lower bound.
 
     python -m bench.train_step --preset=gpt2-124m --micro-batch=32 [--rivals=FOLDER] [--out=FILE]
 
 All sides use one device, and the same model, batch and precision. Each runs as a process, in interleaved rounds; the
-table shows medians. `ours` is the step of the trainer's loop; `plain` is teaching code's (complete logits, torch's
-AdamW), on a GPU also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt. Tokens are
-random, or the first ones of a dataset (--data); bench.loader measures reading.
+table shows medians. `ours` is the step of the trainer's loop; `plain` is the step of teaching code (complete logits,
+torch's AdamW), on a GPU also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt. Tokens
+are random, or the first ones of a dataset (--data); bench.loader measures reading.
 
-The roofline: a step takes at least as long as its matrix products at the device's peak (core.gpus; on a CPU, measured
-with a large product), and as long as reading and writing weights, gradients and optimizer state once.
+The roofline is the lower bound: a step takes at least as long as its matrix products at the device's peak (core.gpus;
+on a CPU, measured with a large product), and as long as reading and writing weights, gradients and optimizer state
+once.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="measured steps per round, after --warm-up ones")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument(
-        "--sides", default="", help="from ours, plain, plain-compiled and the rivals, by commas; default: all available"
+        "--sides", default="", help="ours, plain, plain-compiled and names of rivals, separated by commas; default: all"
     )
     parser.add_argument("--rivals", type=Path, help="folder with checkouts of other trainers")
     parser.add_argument("--device", default="", help="cpu or cuda; default: cuda if available")
@@ -216,7 +217,7 @@ def _measured_peak(device) -> float:
 
 
 def show(results: dict) -> None:
-    middle = {  # of each side the run of median speed
+    middle = {  # the run of median speed of each side
         side: sorted(runs, key=lambda run: run["tokens_per_second"])[len(runs) // 2]
         for side, runs in results["runs"].items()
     }

@@ -1,7 +1,7 @@
-"""Answers for AWS: this machine and its price, spot notices, quotas, leftovers, instances, paid spot prices, the bill.
+"""Implements the provider AWS: this machine, prices, spot notices, quotas, leftovers, instances and the bill.
 
-Uses boto3 on the user's computer (quotas, leftovers) and botocore elsewhere. Needs ec2:DescribeInstances,
-ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage for a report.
+Uses boto3 on the user's computer (quotas, leftovers) and botocore elsewhere. A report needs the rights
+ec2:DescribeInstances, ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage.
 """
 
 import dataclasses
@@ -40,10 +40,11 @@ from core.task import MachineRequest, TaskSpec
 log = logging.getLogger(__name__)
 PRICE_SOURCE = "AWS spot price history"
 INSTANCES_ORIGIN = "EC2's list of instances"
-# The metadata service may need a while after the boot. Without it the price is unknown, and a cap is impossible.
+# Longest wait for the metadata service, which may need a while after the boot. Without its answer the price is unknown,
+# and no cap can be kept.
 METADATA_SECONDS = 20.0
 METADATA_PAUSE_SECONDS = 1.0
-# Service Quotas codes of EC2: vCPUs of running instances by family, on demand and spot.
+# By family of instance types: the codes in AWS Service Quotas of the vCPUs that may run, on demand and on spot.
 QUOTAS = {
     "p": ("L-417A185B", "L-7212CCBC"),
     "g": ("L-DB2E81BA", "L-3819A6DF"),
@@ -54,7 +55,7 @@ UNKNOWN_VCPUS = 8.0  # assumed for an instance type that the catalog lacks
 INTERNET_USD_PER_GB = 0.09
 INTER_REGION_USD_PER_GB = 0.02
 ALIVE = ("pending", "running", "stopping", "stopped")
-# "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
+# The time in an instance's StateTransitionReason, such as "User initiated (2026-11-20 08:46:56 UTC)"; EC2 writes GMT.
 _TRANSITION = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
@@ -79,7 +80,7 @@ class Aws(Cloud):
         )
 
     def price(self, facts: MachineFacts) -> Price | None:
-        """The snapshot's price on demand; on spot the price in force, else the median of the region's zones."""
+        """On demand: the price in the snapshot. Spot: the current price, else the snapshot's median over the zones."""
         if not facts.instance_type or facts.spot is None:
             return None
         offers = [
@@ -103,7 +104,7 @@ class Aws(Cloud):
         return None if metadata.disabled else partial(_interruption, metadata)
 
     def quota_findings(self, task: TaskSpec) -> Iterator[Finding]:
-        """vCPU quotas. On demand and spot have separate ones; a new account has 0 for GPU machines."""
+        """Compares vCPU quotas with the task. On demand and spot have separate quotas; a new account has 0 for GPUs."""
         asked = set()
         for request in task.requests:
             kind, vcpus = self._type_of(request)
@@ -124,7 +125,7 @@ class Aws(Cloud):
             yield Finding("ok" if enough else "!", said + ("" if enough else f", {task.nodes} x {kind} need more"))
 
     def _type_of(self, request: MachineRequest) -> tuple[str, float]:
-        """Instance type and vCPUs of the cheapest offer for a request, whatever its price."""
+        """Instance type and vCPUs of the cheapest offer that fits a request in any region and at any price."""
         anywhere = dataclasses.replace(request, cloud=None, region=None, zone=None, spot=False, max_usd_per_hour=None)
         offers = [offer for offer in self.offers() if catalog.fits(offer, anywhere)]
         if not offers:
@@ -133,7 +134,7 @@ class Aws(Cloud):
         return cheapest.instance_type, cheapest.vcpus or UNKNOWN_VCPUS
 
     def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterator[Finding]:
-        """AWS bills reading from a bucket in another region, and from outside of AWS, by the gigabyte."""
+        """AWS bills each gigabyte that a machine reads from a bucket in another region, or from outside of AWS."""
         terms = storage.terms_of(bucket_url)
         home = bucket_place.Place(terms.bucket, None, None).home() if terms.service == self.name else None
         if not home:
@@ -150,10 +151,9 @@ class Aws(Cloud):
         return service not in ("r2", "s3-like", "google", "azure")
 
     def leftovers(self, names: Sequence[str], regions: Iterable[str] = ()) -> list[Leftover]:
-        """Instances, open spot requests and unattached volumes with our label, by default in all regions.
+        """Instances, open spot requests and unattached volumes with this project's label, by default in all regions.
 
-        Empty without an account. A label does not separate one user's machines from a colleague's, so an instance has
-        no `end`.
+        Empty without credentials. An instance has no `end`, because the label does not show whose it is.
         """
         import boto3
 
@@ -221,7 +221,7 @@ class Aws(Cloud):
             return None
         prefix = url.partition(f"{terms.bucket}/")[2].rstrip("/") + "/"
         names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
-        names |= {"token": "aws_session_token"}  # obstore's names to botocore's
+        names |= {"token": "aws_session_token"}  # from obstore's names to botocore's
         try:
             place = bucket_place.place_of(terms.bucket, os.environ, credentials.profile_settings(os.environ))
             provider = credentials.for_s3(os.environ)
@@ -234,26 +234,26 @@ class Aws(Cloud):
 
 
 def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> list[str | None]:
-    """Items of the metadata service, None where it has none. Waits METADATA_SECONDS for all of them together."""
+    """Values of `items` of the metadata service, None for one that it lacks. Waits METADATA_SECONDS in all at most."""
     service = Metadata(environment)
     deadline = time.monotonic() + METADATA_SECONDS
     return [_wait_for(service, item, deadline) for item in items]
 
 
 def current_spot_price(zone: str, instance_type: str, region: str) -> float | None:
-    """The spot price in force, if this machine's role may ask for it (ec2:DescribeSpotPriceHistory)."""
+    """The current spot price; None if this machine's role may not ask for it (ec2:DescribeSpotPriceHistory)."""
     now = time.time()
     try:
         return max(spot_prices(zone, instance_type, region, now, now), default=(0.0, None))[1]
     except Unavailable as error:
-        log.info("AWS does not tell the spot price in force: %s", error)
+        log.info("AWS does not answer with the current spot price: %s", error)
         return None
 
 
 def spot_prices(
     zone: str, instance_type: str, region: str | None, start: float, end: float, client: Any = None
 ) -> list[tuple[float, float]]:
-    """Changes of the spot price of one node: (unix time, dollars per hour), from the price in force at `start` on.
+    """Spot prices of one node as (unix time of the change, dollars per hour), the price that held at `start` included.
 
     Raises Unavailable.
     """

@@ -1,8 +1,8 @@
-"""Declares what a cloud provider answers, as plain values.
+"""Declares Cloud, the interface of a cloud provider, and the values that its methods return.
 
 A provider is a subclass of `Cloud` in a file beside this one and an entry of CLOUDS in clouds/providers.py. A method
-that a provider does not override returns nothing, because the cloud has no such service. A method that asks a service
-raises Unavailable, or the error of the library that it uses.
+that a provider does not override returns an empty result: the provider has no such service. A method whose service does
+not answer raises Unavailable, or the error of the library that it uses.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from core.run.machine import Machine, Price
 from core.task import TaskSpec
 
-# The label of each task in sky/, by which a provider finds what belongs to this project.
+# The label that each task in sky/ gives its machines, by which a provider finds them.
 LABEL = ("project", "pretrain-launcher")
 
 
@@ -21,7 +21,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Gpu:
-    """One line of nvidia-smi. None is a figure that the driver does not report; `fault` is an error that it reports."""
+    """One line of nvidia-smi. A figure is None if the driver does not report it; `fault` is a reported error."""
 
     name: str
     memory_mib: float | None
@@ -33,7 +33,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """One node, as SkyPilot, the provider and the driver describe it. None is unknown."""
+    """One node, as SkyPilot, the provider and the driver describe it. None means unknown."""
 
     cloud: str | None = None
     region: str | None = None
@@ -73,7 +73,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that may still be billed. `end` deletes it; None where only SkyPilot may, because it may hold data."""
+    """Something that may still be billed. `end` deletes it; None if only SkyPilot may, because it may hold data."""
 
     what: str
     end: Callable[[], object] | None = None
@@ -84,7 +84,7 @@ class Leftover:
 
 @dataclass(frozen=True)
 class Interruption:
-    """A provider's notice about this machine. `leave`: it will be taken away; otherwise the risk of that has grown."""
+    """A provider's notice: this machine will be taken away (`leave`), or the risk of that has grown."""
 
     leave: bool
     detail: str
@@ -94,8 +94,8 @@ class Interruption:
 class MachineRecord:
     """One machine or cluster, from launch to shutdown, as a launcher or a provider recorded it.
 
-    `end` is None while it is up. `was_up` is false for a launch that failed without a machine. `exact` is true for the
-    provider's own times; a launcher notices a shutdown late. `usd_per_hour` is for all nodes together.
+    `end` is None while it is up. `was_up` is false for a launch that failed before there was a machine. `exact` is true
+    for times from the provider; a launcher notices a shutdown late. `usd_per_hour` is for all nodes together.
     """
 
     cluster: str
@@ -132,7 +132,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class SpotHistory:
-    """Spot prices of one node: (unix time from which it holds, dollars per hour) of each change."""
+    """Spot prices of one node. A change is (unix time from which the price holds, dollars per hour)."""
 
     changes: tuple[tuple[float, float], ...]
     source: str
@@ -157,7 +157,7 @@ class Bill:
 
 
 class Cloud:
-    """A provider of machines. `name` is SkyPilot's, in lower case."""
+    """A provider of machines. `name` is its name in SkyPilot, in lower case."""
 
     name = ""
 
@@ -166,7 +166,7 @@ class Cloud:
         return ()
 
     def facts(self, known: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
-        """`known` with what the provider tells about this machine."""
+        """`known`, completed with the provider's facts about this machine."""
         return known
 
     def price(self, facts: MachineFacts) -> Price | None:
@@ -174,7 +174,7 @@ class Cloud:
         return None
 
     def interruptions(self, environment: Mapping[str, str]) -> Callable[[], Interruption | None] | None:
-        """A function that asks for the newest notice about this machine. It raises Unavailable without an answer."""
+        """A function that asks for the newest notice about this machine, and raises Unavailable without an answer."""
         return None
 
     def quota_findings(self, task: TaskSpec) -> Iterable[Finding]:
@@ -186,11 +186,11 @@ class Cloud:
         return ()
 
     def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterable[Finding]:
-        """Prices of reading the data on the machines of a task, if the bucket is this provider's."""
+        """Costs of reading the data from a bucket of this provider on the machines of a task."""
         return ()
 
     def opens_buckets(self, service: str) -> bool:
-        """Whether the role of a machine opens buckets of a storage service, without keys."""
+        """Whether a machine can open buckets of a storage service by its role, without keys."""
         return False
 
     def leftovers(self, names: Sequence[str]) -> list[Leftover]:
@@ -210,5 +210,5 @@ class Cloud:
         return None
 
     def unfinished_uploads(self, url: str) -> int | None:
-        """Incomplete uploads in parts below a URL; None if they cannot be counted."""
+        """Number of unfinished multipart uploads below a URL; None if they cannot be counted."""
         return None

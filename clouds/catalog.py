@@ -22,7 +22,7 @@ from core.task import MachineRequest
 FOLDER = Path(__file__).parent / "catalog"
 # Commits of skypilot-org/skypilot-catalog, also in clouds/catalog/README.md.
 SNAPSHOT = "price snapshot of SkyPilot's catalog (AWS 00148f2, Lambda 0f40703), not today's prices"
-# AWS Local Zones (use1-atl2-az1) need an opt-in; SkyPilot does not launch there.
+# AWS Local Zones (such as use1-atl2-az1) are left out: they need an opt-in, and SkyPilot does not launch there.
 _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 
@@ -87,7 +87,7 @@ def of_skypilot(cloud: str) -> tuple[Offer, ...]:
 
 
 def fits(offer: Offer, request: MachineRequest) -> bool:
-    """Whether an offer meets a request, by SkyPilot's rules for these fields."""
+    """Whether an offer meets a request, by the rules of SkyPilot."""
     price = offer.usd_spot if request.spot else offer.usd_on_demand
     if price is None or (request.max_usd_per_hour is not None and price > request.max_usd_per_hour):
         return False

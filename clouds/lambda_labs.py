@@ -1,6 +1,7 @@
-"""Answers for Lambda: this machine by its GPUs, capacity, leftovers.
+"""Implements the provider Lambda: this machine and its price, capacity, leftovers.
 
-Lambda's machines do not report their type, and its API knows neither labels nor past machines.
+A Lambda machine does not report its instance type, so the type is inferred from the GPUs. Lambda's API has neither
+labels nor a list of past machines.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ class LambdaLabs(Cloud):
         return dataclasses.replace(known, instance_type=types.pop() if len(types) == 1 else None, spot=False)
 
     def price(self, facts: MachineFacts) -> Price | None:
-        """The price of the type, or the one that all types with these GPUs have."""
+        """The price of the type. If the type is unknown: the price that all types with these GPUs have in common."""
         prices = {
             offer.usd_on_demand
             for offer in self._offers_with(facts)
@@ -48,7 +49,7 @@ class LambdaLabs(Cloud):
         return Price(usd, catalog.SNAPSHOT) if usd else None
 
     def _offers_with(self, facts: MachineFacts) -> list[Offer]:
-        """Offers with as many GPUs of this kind."""
+        """Offers with the same number and kind of GPUs as this machine."""
         offers = [offer for offer in self.offers() if offer.accelerators == len(facts.gpus)]
         healthy = [gpu for gpu in facts.gpus if not gpu.fault]
         return [offer for offer in offers if all(catalog.has_accelerator(offer, gpu) for gpu in healthy[:1])]
@@ -81,11 +82,11 @@ class LambdaLabs(Cloud):
 
 
 def get(path: str) -> Any:
-    """`data` of an answer of Lambda's API; None without a key. Retries a refusal for too many requests."""
+    """The field `data` of an answer of Lambda's API; None without an API key. Retries after 429 (too many requests)."""
     keys = KEYS.expanduser()
     if not keys.exists():
         return None
-    import urllib.error  # take 40 ms, and a report asks Lambda nothing
+    import urllib.error  # imported here: both take 40 ms, and a report sends Lambda no request
     import urllib.request
 
     request = urllib.request.Request(f"{API}/{path}", headers={"Authorization": f"Bearer {_key(keys)}"})
@@ -102,7 +103,7 @@ def get(path: str) -> Any:
 
 
 def _key(path: Path) -> str:
-    """`api_key` of the file, by the rule of SkyPilot 0.14.1: only lines with ` = ` count. Raises ConfigError."""
+    """The `api_key` in the file. As in SkyPilot 0.14.1, only lines with ` = ` count. Raises ConfigError."""
     pairs = [line.strip().split(" = ") for line in path.read_text(encoding="utf-8-sig").splitlines() if " = " in line]
     key = {pair[0]: pair[1] for pair in pairs}.get("api_key", "")
     if not key:

@@ -16,9 +16,9 @@ from core.run.machine import cluster_info
 
 log = logging.getLogger(__name__)
 
-# Without persistence mode the driver starts all GPUs for each call.
+# Time limit of nvidia-smi, which is slow without persistence mode: the driver then initialises all GPUs for each call.
 NVIDIA_SMI_SECONDS = 60.0
-# Words in the place of a figure, in brackets or not, on a healthy GPU.
+# Words that nvidia-smi prints for a healthy GPU instead of a figure, with or without brackets.
 NOT_REPORTED = {"N/A", "Not Supported", "Not Found", "Insufficient Permissions"}
 NOT_REPORTED |= {"Requested functionality has been deprecated"}
 
@@ -26,7 +26,7 @@ NOT_REPORTED |= {"Requested functionality has been deprecated"}
 def gpus() -> list[Gpu]:
     """The GPUs that the driver lists, lost ones included; none without a driver.
 
-    The exit code of nvidia-smi does not count: 14 is a warning, and 15 means that one GPU of several is lost.
+    The exit code of nvidia-smi is ignored: 14 is a warning, and 15 means that one GPU of several is lost.
     """
     fields = "name,memory.total,driver_version,ecc.errors.uncorrected.volatile.total,remapped_rows.failure"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
@@ -50,7 +50,7 @@ def gpus() -> list[Gpu]:
 
 
 def describe(environment: Mapping[str, str], found: list[Gpu]) -> dict[str, str]:
-    """The variables that core.run.machine.machine_from_environment reads. A variable that is set already wins."""
+    """Values of the variables that core.run.machine.machine_from_environment reads. Values in `environment` win."""
     cluster = cluster_info(environment)
     name = environment.get("CLOUD") or cluster.get("cloud")
     facts = MachineFacts(name, cluster.get("region"), cluster.get("zone"), gpus=tuple(found))
@@ -92,7 +92,7 @@ def _gpu(name: str, memory: str, driver: str, ecc: str, remaps: str) -> Gpu:
 
 
 def _figure(cell: str, faults: list[str]) -> float | None:
-    """A number; 0 or 1 for `No` or `Yes` of row remaps; None for `[N/A]`. Any other text is added to `faults`."""
+    """A figure of nvidia-smi as a number, `No` and `Yes` as 0 and 1, `[N/A]` as None. Other text goes to `faults`."""
     text = cell.strip("[]")
     if text in ("No", "Yes"):
         return float(text == "Yes")

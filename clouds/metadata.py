@@ -22,7 +22,7 @@ TOKEN_SECONDS = 21600  # the longest that the service allows
 
 
 class Metadata:
-    """A client that asks for one item at a time and keeps its token."""
+    """A client of the service. It asks for one item at a time, and keeps the session token of IMDSv2."""
 
     def __init__(self, environment: Mapping[str, str]):
         self.endpoint = (environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or ENDPOINT).rstrip("/")
@@ -49,8 +49,8 @@ class Metadata:
         raise Unavailable(f"{self.endpoint} answers {status} to a request for {path}")
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str]:
-        """Status and body of a request. A timer limits the whole; the socket's limit counts between bytes."""
-        import http.client  # takes 30 ms, and a report asks for no metadata
+        """Status and body of the answer. A timer limits the whole request; the socket's timeout limits one read."""
+        import http.client  # imported here: it takes 30 ms, and a report needs no metadata
 
         is_over = threading.Event()
         try:
@@ -71,7 +71,7 @@ class Metadata:
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = f"within {REQUEST_SECONDS:g} s" if is_over.is_set() else f"({type(error).__name__}: {error})"
             raise Unavailable(f"{self.endpoint} does not answer {why}") from error
-        if is_over.is_set():  # a body without a length ends with the connection
+        if is_over.is_set():  # the timer closed the connection, so a body of undeclared length may be incomplete
             raise Unavailable(f"{self.endpoint} does not answer within {REQUEST_SECONDS:g} s")
         return status, text
 

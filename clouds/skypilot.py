@@ -1,10 +1,11 @@
-"""Asks SkyPilot: its command for clusters and managed jobs, its Python package for records and prices.
+"""Asks SkyPilot: by its command for clusters and managed jobs, by its Python package for records and prices.
 
     clusters()      [{"name": "pretrain-8xa100", "status": "UP", "labels": {...}, ...}, ...]
     jobs()          [{"job_id": 3, "job_name": "pretrain-8xa100-spot", "status": "RUNNING", ...}, ...]
 
-The only module that imports SkyPilot, and only when it asks. The project's folder `sky/` (task files) is beside this
-code: without SkyPilot, `import sky` finds that folder and succeeds. `package` therefore checks what it imported.
+No other module imports SkyPilot, and this one imports it only when a function needs it. The project's folder `sky/`
+(task files) is beside this code: without SkyPilot, `import sky` finds that folder and succeeds. `package` therefore
+checks what it imported.
 """
 
 import functools
@@ -29,7 +30,7 @@ ORIGIN = "SkyPilot cluster records"
 DAYS = 365
 # SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
-# Final statuses of a managed job; the other final ones begin with FAILED (sky/jobs/state.py).
+# Beginnings of the final statuses of a managed job; several begin with FAILED (sky/jobs/state.py of SkyPilot).
 _ENDED = ("SUCCEEDED", "CANCELLED", "FAILED")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -58,7 +59,7 @@ def has_ended(job: dict[str, Any]) -> bool:
 
 
 def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str, Any]]:
-    """The records that `sky COMMAND -o json` prints; none if it fails with the text `nothing`.
+    """The records that `sky COMMAND -o json` prints. None of them if it fails and its output contains `nothing`.
 
     Raises ConfigError with SkyPilot's output if it fails or prints no list.
     """
@@ -73,9 +74,9 @@ def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str,
 
 
 def records_in(output: str) -> list[dict[str, Any]] | None:
-    """The first JSON list of objects in SkyPilot's output; None without one.
+    """The first JSON list of objects in SkyPilot's output; None if there is none.
 
-    Colours and prose may come first, such as "Failed to connect ... Starting a local server."
+    Before the list there may be colour codes and other text, such as "Failed to connect ... Starting a local server."
     """
     text = _COLOUR.sub("", output)
     decoder = json.JSONDecoder()
@@ -111,7 +112,7 @@ def launch_command(
 
 
 def _secrets(task: TaskSpec, environment: Mapping[str, str]) -> list[str]:
-    """Names of the secrets to send. The user's AWS keys are sent only without BUCKET_ keys."""
+    """Names of the secrets to send. The user's AWS keys are sent only if no BUCKET_ keys are set."""
     given = [name for name in task.secrets if environment.get(name)]
     own = any(name.startswith("BUCKET_") for name in given)
     return [name for name in given if not (own and name.startswith("AWS_"))]
@@ -125,7 +126,7 @@ def package() -> Any:
     except ImportError as error:
         raise Unavailable(f"SkyPilot is not installed ({error})") from None
     if not hasattr(module, "__version__"):
-        del sys.modules["sky"]  # our folder of YAML, as a namespace package
+        del sys.modules["sky"]  # the project's folder sky/, which Python imported as a namespace package
         raise Unavailable("SkyPilot is not installed")
     return module
 
@@ -147,7 +148,7 @@ def catalog_rows(cloud: str) -> list[dict[str, Any]]:
 
 
 def machine_records() -> list[MachineRecord]:
-    """All clusters that SkyPilot remembers, managed jobs' included. Asks once per process. Raises Unavailable."""
+    """All clusters in SkyPilot's records, those of managed jobs included. Asks once per process. Raises Unavailable."""
     records, refusal = _cost_records()
     if refusal:
         raise Unavailable(refusal)
@@ -178,12 +179,12 @@ def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
     """One MachineRecord per usage interval of a record of `sky.cost_report`.
 
     An interval opens at the launch attempt and closes when SkyPilot notices that the machine is gone. A record whose
-    cluster never got nodes belongs to a failed launch; SkyPilot's own report charges for it.
+    cluster never got nodes belongs to a failed launch, which SkyPilot's own report counts as paid time.
     """
     resources = record.get("resources")
     nodes = record.get("num_nodes") or 1
     price = _usd_per_hour(resources)
-    # SkyPilot names nodes once they exist. Records of releases before that column prove nothing.
+    # SkyPilot sets node_names once nodes exist. In records of older releases, which lack it, no launch is failed.
     failed = "node_names" in record and not record["node_names"] and _ended(record)
     job = _job_of(str(record.get("name") or ""))
     return [
@@ -222,7 +223,7 @@ def _usd_per_hour(resources: Any) -> float | None:
 
 
 def _job_of(cluster: str) -> str | None:
-    """Clusters of managed jobs are named <job>-<id>."""
+    """The id of the managed job that a cluster belongs to, from its name <job>-<id>; None for any other name."""
     name, _, number = cluster.rpartition("-")
     return number if name and number.isdigit() else None
 

@@ -2,8 +2,8 @@
 
     bucket.url({"BUCKET": "my-bucket/team/", "RUN": "gpt2-124m"}, "RUN")    s3://my-bucket/team/runs/gpt2-124m
 
-Nodes also run this outside of the container with their system's Python (launch/node/place.py), so that it needs
-nothing but the standard library and Python 3.8.
+launch/node/place.py runs this module outside of the container with the node's system Python. The module therefore uses
+the standard library only, and the syntax of Python 3.8.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from core import urls
 from core.errors import ConfigError
 
 FOLDERS = {"RUN": "runs", "DATA": "data"}
-# An S3 key has at most 1,024 bytes, and a run's objects add their own names.
+# S3 allows 1,024 bytes per key. The rest is room for the names of the objects in the folder.
 NAME_BYTES = 512
 
 
@@ -44,7 +44,7 @@ def root(environment: Mapping[str, str]) -> str:
 
 
 def name(environment: Mapping[str, str], variable: str) -> str:
-    """The folder's name in RUN or DATA, which may have several parts. Raises ConfigError."""
+    """The name of a folder from RUN or DATA, possibly of several parts separated by slashes. Raises ConfigError."""
     text = environment.get(variable, "").strip()
     _check_characters(variable, text)
     parts = [part for part in text.split("/") if part]
@@ -59,7 +59,10 @@ def name(environment: Mapping[str, str], variable: str) -> str:
 
 
 def url(environment: Mapping[str, str], variable: str) -> str:
-    """The URL of a run (`RUN`) or of a token set (`DATA`): RUN_URL or DATA_URL if it is given. Raises ConfigError."""
+    """The URL of the run (`variable` RUN) or token set (DATA). RUN_URL or DATA_URL, if set, replaces BUCKET and name.
+
+    Raises ConfigError.
+    """
     return (
         environment.get(f"{variable}_URL") or f"{root(environment)}/{FOLDERS[variable]}/{name(environment, variable)}"
     )

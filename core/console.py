@@ -1,6 +1,6 @@
-"""Runs entries and prints for them: logging, progress, and errors as one sentence.
+"""Runs the project's programs: sets up logging, shows progress, and prints an error as one sentence.
 
-An entry is a module with `main(arguments) -> exit code`, run by `run_entry(main)`.
+An entry is a module that can be run as a program. It has `main(arguments) -> exit code` and calls `run_entry(main)`.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ def set_up_logging(speaks: bool = True) -> None:
 
 
 def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> None:
-    """Run an entry and exit. A LauncherError becomes one line, any other error keeps its traceback; keys are hidden.
+    """Run `main` and exit the process. A LauncherError is printed as one line, any other error with its traceback.
 
-    `shows` says that its output is all that it is for: it ends quietly when its reader (`| head`) has seen enough. Any
-    other entry goes on without output. After a request to stop, every failure counts as PREEMPTED, because the store or
-    other ranks may be gone.
+    Printed errors show `***` in place of secrets. `shows` marks a program whose only purpose is its output: it ends
+    without an error when the reader of its output has gone (`| head`). Any other program continues without output.
+    After a request to stop, every failure exits with PREEMPTED, because its cause may be a store or rank that is gone.
     """
     environment.drop_empty(os.environ)
     output.prepare(is_product=shows)

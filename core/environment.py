@@ -1,8 +1,8 @@
-"""Combines the variables of the shell with those of a .env file, over which the shell has precedence.
+"""Combines the environment of the shell with the variables of a .env file. A value of the shell wins over the file's.
 
-An empty variable counts as absent.
+An empty variable counts as not set.
 
-environment.adopt()      os.environ receives the variables of .env, and loses empty ones that would mislead a library
+environment.adopt()      adds the variables of .env to os.environ, and removes empty ones that would mislead a library
 """
 
 import io
@@ -32,7 +32,7 @@ def adopt(dotenv: Path = DOTENV) -> None:
 
 
 def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
-    """`environment` over the variables of a .env file, if it exists. An empty value never hides another one.
+    """The variables of a .env file, if it exists, updated by `environment`. An empty value never replaces another one.
 
     Raises ConfigError.
     """
@@ -50,7 +50,7 @@ def drop_empty(environment: MutableMapping[str, str]) -> None:
 
 
 def _check_whose_keys(dotenv: Path, found: Mapping[str, str]) -> None:
-    """Raises ConfigError if AWS_ACCESS_KEY_ID is a key of another server, because SkyPilot logs in to AWS with it."""
+    """Raises ConfigError if AWS_ACCESS_KEY_ID is a key of another S3 server: SkyPilot would log in to AWS with it."""
     endpoint = aws.endpoint_of(found)
     if not found.get("AWS_ACCESS_KEY_ID") or found.get("BUCKET_ACCESS_KEY_ID") or aws.service_of(endpoint) == "aws":
         return

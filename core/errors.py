@@ -1,18 +1,18 @@
-"""Defines the exceptions that a user can see, by what the user must do.
+"""Defines the exceptions that a user can see, one class for each kind of remedy.
 
     LauncherError
     ├── ConfigError         the settings are wrong: edit the YAML, a flag or a variable
     ├── DataError           stored tokens, manifests or source documents are wrong
-    ├── StorageError        the bucket, its credentials or the network
-    │   ├── ObjectNotFound  the object is not there
+    ├── StorageError        the bucket, its credentials or the network are at fault
+    │   ├── ObjectNotFound  the object does not exist
     │   ├── ObjectExists    another writer created it first (exclusive creation)
-    │   ├── ObjectDamaged   its content is not what its checksum says
+    │   ├── ObjectDamaged   the object's content does not match its checksum
     │   └── DiskFull        the disk or its quota is full
     ├── CheckpointError     checkpoints exist but cannot be used
-    ├── RunError            the run folder belongs to something else, or another segment took it over
+    ├── RunError            the run folder belongs to another run, or a newer segment has taken the run over
     ├── EndpointError       a model behind an API does not answer
-    ├── TrainingError       the numbers went wrong (NaN, Inf)
-    └── CapReached          nothing is wrong: the money that the cap allows is spent
+    ├── TrainingError       the loss or a gradient is NaN or infinite
+    └── CapReached          not a failure: the dollars that the cap allows are spent
 
 A message is one sentence that says what is wrong (with the value), where (file and key, URI, rank, step) and how
 to fix it. Entries print it without a traceback and exit non-zero (`core.console.run_entry`).
@@ -30,11 +30,11 @@ class ConfigError(LauncherError):
 
 
 class DataError(LauncherError):
-    """Source documents, shards or a manifest are missing, foreign or damaged."""
+    """Source documents, shards or a manifest are missing, damaged or of the wrong kind."""
 
 
 class StorageError(LauncherError):
-    """An object store refused or failed, after the retries that make sense."""
+    """An object store refused a request, or the request still failed after all retries."""
 
 
 class ObjectNotFound(StorageError):
@@ -50,11 +50,11 @@ class ObjectDamaged(StorageError):
 
 
 class DiskFull(StorageError):
-    """A local write failed because the disk or a quota is full. It stays so until someone frees space."""
+    """A local write failed because the disk or a quota is full. A retry fails too until space is freed."""
 
 
 class CheckpointError(LauncherError):
-    """Checkpoints exist, but none of them can be used, or one cannot be written."""
+    """None of the existing checkpoints can be used, or a checkpoint cannot be written."""
 
 
 class RunError(LauncherError):
@@ -62,7 +62,7 @@ class RunError(LauncherError):
 
 
 class EndpointError(LauncherError):
-    """A model behind an API is down, or gave up on some prompts."""
+    """A model behind an API does not answer at all, or some prompts are left without an answer."""
 
 
 class TrainingError(LauncherError):

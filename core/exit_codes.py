@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-# launch/node/container.sh has a copy. SkyPilot's recover_on_exit_codes (sky/*.yaml) names PREEMPTED and BAD_NODE only.
+# launch/node/container.sh has a copy. The managed jobs in sky/ start again after PREEMPTED and BAD_NODE only, which
+# SkyPilot's recover_on_exit_codes names there.
 OK = 0  # the program reached its end
 FAILED = 1  # the job ends
 PREEMPTED = 33  # asked to stop, and saved: the job starts again

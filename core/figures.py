@@ -8,15 +8,16 @@ UNKNOWN = "?"
 
 
 def places_for(total: float) -> int:
-    """Digits after the point: cents, and more digits for a total below a dollar or a cent."""
+    """Decimal places for dollars: 2 if the total is at least a dollar, 4 below, 6 below a cent (4 for zero)."""
     return 2 if total >= 1 else 4 if total >= 0.01 or total <= 0 else 6
 
 
 def apportion(amounts: Sequence[float | None], places: int, total: float | None = None) -> list[float | None]:
     """Round each amount to `places` so that they add up to the rounded total (largest remainder method).
 
-    `total` is their sum as printed elsewhere; another order of summation may round it differently. None, an unknown
-    amount, stays None. If two remainders are equal, the earlier amount is rounded up.
+    `total` is the sum of these amounts that another table prints. Without it, the amounts are added here, and another
+    order of the additions can round to another sum. An unknown amount is None and stays None. If two remainders are
+    equal, the earlier amount is rounded up.
     """
     unit = Decimal(1).scaleb(-places)
     exact = {index: Decimal(amount) for index, amount in enumerate(amounts) if amount is not None}

@@ -1,4 +1,4 @@
-"""Writes local files atomically and lists folders through links: what core/stores/local.py needs of the file system.
+"""Writes local files atomically, and lists the files of folders, following links. core/stores/local.py uses it.
 
 with files.replacing(Path("run/a.json")) as file:
     file.write(b"{}")
@@ -17,16 +17,16 @@ from typing import BinaryIO
 from core.errors import StorageError
 from core.stores.base import literal_parts, matcher
 
-# What mounted buckets and network shares answer to what they lack.
+# Error codes by which mounted buckets and network shares refuse an operation that they do not support.
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NO_HARD_LINKS = _UNSUPPORTED | {errno.EMLINK}
 
 
 @contextlib.contextmanager
 def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that replaces it at the end of the block, flushed to disk, unless the block fails.
+    """Yield a temporary file beside `path`. After the block, unless it failed, flush the file and rename it to `path`.
 
-    With `exclusive`, raises FileExistsError if `path` exists. Raises StorageError if its folder is a dangling link.
+    With `exclusive`, raises FileExistsError if `path` exists. Raises StorageError if the folder is a dangling link.
     """
     _check_link(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,17 +65,17 @@ def _move_to_free_name(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # exFAT, SMB and some FUSE file systems have no hard links. `path` is empty between these two calls.
+        # exFAT, SMB and some FUSE file systems have no hard links. Between these two calls `path` is an empty file.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         temporary.replace(path)
 
 
 def below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """The paths of all files below a folder, at any depth and through links; none if the folder does not exist.
+    """Yield path and status of each file below a folder, at any depth, following links. None if there is no folder.
 
-    A folder with several names is read once, under the name with the fewest links, so that loops of links end. A
-    dangling link is listed with the size of the link; reading it fails. Raises StorageError if `root` is a dangling
-    link, OSError for an unreadable folder.
+    A folder with several paths is read once, by the path with the fewest links, so that loops of links end. A dangling
+    link is listed with the size of the link itself; reading it fails. Raises StorageError if `root` is a dangling link,
+    OSError for an unreadable folder.
     """
     _check_link(root)
     yield from _walk(root, lambda names: True, bounded=False)
@@ -93,7 +93,7 @@ def names(folder: Path) -> list[str]:
 def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
     """Files whose path matches a pattern with `*`, `?`, `[...]` or `**`; links and errors as in `below`.
 
-    Raises StorageError for a dangling link in place of a folder that the pattern covers, whose files would be missing.
+    Raises StorageError also for a dangling link where the pattern expects a folder: files that match may be missing.
     """
     wild = literal_parts(pattern.parts, lambda names: os.path.lexists(Path(*names)))
     root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
@@ -124,7 +124,7 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 
 
 def link_to_nothing(path: Path) -> Path | None:
-    """The dangling link among `path` and the folders above it, or None."""
+    """The first of `path` and the folders above it that exists, if it is a dangling link; otherwise None."""
     for each in (path, *path.parents):
         if os.path.lexists(each):
             return each if each.is_symlink() and not os.path.exists(each) else None
@@ -139,13 +139,13 @@ def _check_link(path: Path) -> None:
 
 
 def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[str, os.stat_result]]:
-    """Files in `root` and in those folders below it whose relative names satisfy `leads`.
+    """Yield the files in `root`, and in each folder below it for which `leads(parts of its relative path)` is true.
 
-    If `leads` is `bounded` in depth, a folder is read once at each depth, because its names may match at one depth
-    alone.
+    `bounded` means that `leads` accepts folders down to some depth only. Then a folder that has paths of several depths
+    is read once per depth, because its files may match the pattern at one of these depths only.
     """
-    # A folder with several names is read under the one with the fewest links, then the shortest. Texts, because a run
-    # may have tens of thousands of folders, and paths take five times as long.
+    # A heap: a folder with several paths is read by the one with the fewest links, then the least depth. Paths are
+    # strings, because a run may have tens of thousands of folders, and pathlib takes five times as long.
     waiting: list[tuple[int, int, str, tuple[str, ...]]] = [(0, 0, str(root), ())]
     read: set[tuple[int, int, int]] = set()
     while waiting:
@@ -175,7 +175,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Status of the entry's target, or of a dangling link; None if the entry was removed meanwhile."""
+    """Status of the entry's target, or of the link itself if it dangles; None if the entry was removed meanwhile."""
     try:
         return entry.stat()
     except OSError as error:

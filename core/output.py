@@ -1,9 +1,10 @@
-"""Prepares standard output, so that what is behind it (a terminal, a file, a pipe) cannot end a program by surprise.
+"""Makes standard output safe: neither its encoding nor a full disk or a closed pipe makes a program crash.
 
     output.prepare(is_product=True)
 
-Characters that the encoding lacks are replaced. If output fails (the disk is full, the reader has gone), a program
-whose output is its product ends with OutputEnds; any other one goes on without output, because its work matters more.
+Characters that the encoding lacks are replaced. If a write fails (the disk is full, the reader has gone), it raises
+OutputEnds in a program whose output is its product. Any other program continues without output, because its work
+matters more.
 """
 
 import codecs
@@ -17,7 +18,7 @@ SIMPLER |= {"“": '"', "”": '"', "‘": "'", "’": "'", "✓": "ok", "✗": 
 
 
 class OutputEnds(Exception):
-    """Standard output does not take more. `error` is the system's reason."""
+    """A write to standard output failed. `error` is the operating system's error."""
 
     def __init__(self, error: OSError):
         super().__init__(str(error))
@@ -25,7 +26,7 @@ class OutputEnds(Exception):
 
 
 class _Output(io.FileIO):
-    """Standard output's file. After its first failure it discards all that is written."""
+    """The raw file of standard output. After the first write that fails it discards everything."""
 
     def __init__(self, descriptor: int, is_product: bool):
         super().__init__(descriptor, "w", closefd=False)
@@ -47,7 +48,7 @@ _output: _Output | None = None
 
 
 def prepare(is_product: bool) -> None:
-    """Replace sys.stdout, if it is still the interpreter's own. A closed one leads nowhere."""
+    """Replace sys.stdout, unless other code has replaced it. A closed output becomes the null device."""
     global _output
     codecs.register_error("simpler", _simpler)
     if sys.stdout is None:
@@ -69,20 +70,20 @@ def prepare(is_product: bool) -> None:
 
 
 def failure() -> OSError | None:
-    """Why standard output failed; None if it did not. Writes what is still in memory."""
+    """Flush standard output, and return the first error of a write to it, or None."""
     with contextlib.suppress(OutputEnds):
         sys.stdout.flush()
     return _output.failure if _output else None
 
 
 def _simpler(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Error handler of an encoding: a similar ASCII character, the original byte, or an escape."""
+    """Codec error handler: replaces a character by a similar ASCII one, by its original byte, or by an escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
     if character in SIMPLER:
         return SIMPLER[character], error.start + 1
-    if 0xDC80 <= ord(character) <= 0xDCFF:  # a byte of a file's name that is not UTF-8
+    if 0xDC80 <= ord(character) <= 0xDCFF:  # surrogateescape: a byte of a file name that is not UTF-8
         return bytes([ord(character) - 0xDC00]), error.start + 1
     escape = character.encode("ascii", "backslashreplace").decode()
     return escape, error.start + 1

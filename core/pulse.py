@@ -1,8 +1,9 @@
 """Shows the supervisor of a node that this program makes progress, even while it prints nothing.
 
-    pulse.beat()      after each exchange between ranks, which every step and every batch of an evaluation ends with
+    pulse.beat()      called after each exchange between ranks; each step and each batch of an evaluation ends with one
 
-launch.node sets PULSE_FILE and looks at its time (launch/node/supervise.py). Without it a beat does nothing.
+launch.node sets PULSE_FILE and watches that file's modification time (launch/node/supervise.py). Without PULSE_FILE,
+`beat` does nothing.
 """
 
 import contextlib

@@ -1,16 +1,17 @@
-"""Receives requests to stop this process, from the first moment that Python runs.
+"""Receives requests to stop this process, from the start of the program on.
 
     from core import stop
 
     if __name__ == "__main__":
         stop.listen()  # before the imports that take seconds
 
-A separate thread answers requests, because the main thread may wait for an import, a GPU or a store. It ends the
-process at once with exit code 33, unless the program has called `allow` to announce that it has something to save.
+A separate thread answers requests, because the main thread may wait for an import, a GPU or a store. It immediately
+ends the process with exit code 33, unless the program has called `allow` to announce that it has something to save.
 
-A request by signal is certain unless torchrun may have sent it: torchrun also sends SIGTERM to its workers when one of
-them has failed. launch.node therefore creates STOP_FILE before it signals. Only after a certain request a failure
-counts as exit code 33 (core.console.run_entry). This module loads no torch, and before `listen` little else.
+SIGTERM is not always a request to stop: torchrun also sends it to the remaining workers when one of them has failed.
+launch.node therefore creates STOP_FILE before it sends a signal. A request is `certain` if it cannot be such a SIGTERM.
+A failure exits with code 33 only after a certain request (core.console.run_entry). This module does not import torch,
+and imports little else before `listen`, so that signals are received early.
 """
 
 import contextlib
@@ -25,16 +26,17 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-# AWS takes a spot machine two minutes after its notice; launch/node/container.sh gives the container 100 s.
+# AWS takes a spot machine two minutes after its notice, launch/node/container.sh kills the container after 100 s, and
+# launch.node kills the program after this time.
 SECONDS = 90.0
-# A program ends this long before launch.node kills it, so that it can log its progress.
+# A program ends itself this long before launch.node would kill it, so that it can still log how far it got.
 SOONER_SECONDS = 10.0
-# torchrun kills its workers 30 s after it has signalled them.
+# Time that a process has to end after a request that is not certain. torchrun kills its workers 30 s after its signal.
 UNCERTAIN_SECONDS = 20.0
 # Time limit for closing logs and ledger at the end.
 CLOSE_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-WAKE = 0  # no signal has this number
+WAKE = 0  # written to the pipe to wake the thread; no signal has this number
 
 
 class _State:
@@ -86,11 +88,11 @@ def follow_parent() -> None:
     parent = os.environ.get("PARENT_PID", "")
     if sys.platform != "linux" or not (parent or "TORCHELASTIC_RUN_ID" in os.environ):
         return
-    import ctypes  # slow to import, and the handlers come first
+    import ctypes  # imported here, because it is slow, and the signal handlers must be set before
 
     if not parent or parent == str(os.getppid()):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if parent and not os.path.exists(f"/proc/{parent}"):  # it died before the call
+    if parent and not os.path.exists(f"/proc/{parent}"):  # the parent died before the call of prctl
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -100,7 +102,7 @@ def asked() -> bool:
 
 
 def is_certain() -> bool:
-    """Whether a request to stop is certain, that is, not possibly torchrun's."""
+    """Whether this process got a request to stop that torchrun cannot have sent because of another worker's failure."""
     return _state.certain
 
 
@@ -110,12 +112,12 @@ def is_hurried() -> bool:
 
 
 def ask(reason: str) -> None:
-    """Ask this process to stop because its machine is being taken away. Equals a certain signal."""
+    """Ask this process to stop because its machine is being taken away. Has the effect of a certain signal."""
     _note(reason, certain=True, hurry=True)
 
 
 def inform(call: Callable[[str], None]) -> None:
-    """Call `call(reason)` once when this process is asked to stop; at once if it was asked before."""
+    """Call `call(reason)` once when this process is asked to stop; immediately if it has been asked before."""
     with _lock:
         _state.informed.append(call)
         reason = _state.reason
@@ -124,10 +126,10 @@ def inform(call: Callable[[str], None]) -> None:
 
 
 def allow(seconds: float, last_words: Callable[[], str] | None = None) -> None:
-    """Announce that there is something to save: from now on a request leaves `seconds` for it.
+    """Announce that there is something to save: a request to stop then leaves the program `seconds` for it.
 
-    The seconds count from the request. After them the process ends with the code of `settle`, or 33, and logs the
-    sentence that `last_words` returns.
+    The seconds count from the request. When they are over, the process ends with the code given to `settle`, or with
+    33, and logs the sentence that `last_words` returns.
     """
     with _lock:
         if not _state.leaving:
@@ -138,18 +140,18 @@ def allow(seconds: float, last_words: Callable[[], str] | None = None) -> None:
 
 
 def settle(code: int) -> None:
-    """Fix the exit code, which a delay in ending this process no longer changes."""
+    """Fix the exit code. A process that does not end in time is then ended with this code instead of 33."""
     _state.verdict = code
 
 
 def on_leaving(call: Callable[[], object]) -> None:
-    """Register a cleanup for the end. It runs while the main thread continues, for CLOSE_SECONDS at most."""
+    """Register a function that `leave` calls. It has CLOSE_SECONDS; the main thread continues meanwhile."""
     with _lock:
         _state.cleanups.append(call)
 
 
 def leave(code: int, words: str = "") -> NoReturn:
-    """End this process now, without waiting for threads that wait for a store, as Python would."""
+    """End this process now. sys.exit would first wait for threads, which may themselves wait for a store."""
     from core.exit_codes import tell_launcher
 
     with _lock:
@@ -158,7 +160,8 @@ def leave(code: int, words: str = "") -> NoReturn:
         _wait_for_the_end()
     if os.environ.get("LOCAL_RANK", "0") == "0" and _state.certain and os.getppid() == _state.parent:
         tell_launcher(code)
-    # Each runs in a thread, because it may hang. The line comes first, because a cleanup may store it.
+    # Every call runs in a thread with a time limit, because it may hang. `words` are logged first, because a cleanup
+    # may store the log.
     _within(CLOSE_SECONDS, [functools.partial(_say, words)] if words else [])
     _within(CLOSE_SECONDS, _state.cleanups)
     _within(CLOSE_SECONDS, [sys.stdout.flush, sys.stderr.flush])
@@ -166,14 +169,14 @@ def leave(code: int, words: str = "") -> NoReturn:
 
 
 def hold_if_leaving() -> None:
-    """Block if another thread is ending this process, whose end may have caused the failure at hand."""
+    """Block if another thread is ending this process: a failure that the caller sees may be caused by that end."""
     if _state.leaving:
         _wait_for_the_end()
 
 
 def seconds() -> float:
     """Seconds between launch.node's request to stop and its SIGKILL. Raises ConfigError."""
-    from core.environment import positive  # here, because signals are heard before the imports
+    from core.environment import positive  # imported here, so that `listen` can run before it is loaded
 
     return positive(os.environ, "LEAVE_SECONDS") or SECONDS
 
@@ -197,9 +200,9 @@ def forget() -> None:
 
 
 def _handle(number: int, _: object) -> None:
-    """Signal handler, in case an event loop replaced the wake-up descriptor.
+    """Signal handler. Writes the signal to the pipe as well, in case an event loop replaced the wake-up descriptor.
 
-    It does not take the lock, because it may interrupt the lock's holder.
+    It does not take the lock, because it may interrupt the code that holds it.
     """
     with contextlib.suppress(BlockingIOError):  # the pipe is full of signals
         os.write(_state.pipe[1], bytes([number]))
@@ -228,7 +231,7 @@ def _say(words: str) -> None:
 
 
 def _certain(number: int) -> bool:
-    """Whether a signal is certain: torchrun sends SIGTERM to the remaining workers when one has failed."""
+    """Whether a signal is a certain request to stop: torchrun also sends SIGTERM when another worker has failed."""
     return number != signal.SIGTERM or "TORCHELASTIC_RUN_ID" not in os.environ or _stop_file_exists()
 
 
@@ -245,7 +248,7 @@ def _words(state: _State) -> str:
 
 
 def _leave_at() -> float:
-    """Time at which this process must end. The caller holds the lock."""
+    """Monotonic time at which this process must end; infinity without a request. The caller must hold the lock."""
     if not _state.reason:
         return math.inf
     if _state.allowed_seconds is not None:

@@ -28,10 +28,10 @@ from core.stores.opener import open_store
 
 T = TypeVar("T")
 
-# One connection to S3 carries 80 to 100 MB/s.
+# One connection to S3 carries 80 to 100 MB/s, so a large object is read in parts over several connections.
 READ_PART_BYTES = 16 << 20
 READ_PARTS_AT_ONCE = 8
-# For parts that wait in memory to be written in order; callers fetch several shards in parallel.
+# Parts that `chunks` fetches ahead of its reader. They wait in memory, and callers read several objects in parallel.
 PARTS_AHEAD = 4
 
 
@@ -56,7 +56,7 @@ local_path = local.path_of
 
 
 def lasting(uri: str) -> str:
-    """A URI that means the same place from any working directory, for what is stored. A path becomes absolute."""
+    """`uri` in a form that can be stored: a local path becomes absolute, so that it holds in any working directory."""
     return os.path.abspath(local_path(uri)) if uri and is_local(uri) else uri
 
 
@@ -64,7 +64,7 @@ is_pattern = base.is_pattern
 
 
 def terms_of(uri: str) -> Terms:
-    """The words for messages and reports about the store that holds a URI."""
+    """The words that messages and reports use for the store that holds a URI."""
     return open_store(uri)[0].terms
 
 
@@ -81,7 +81,7 @@ def read_bytes(uri: str) -> bytes:
 def chunks(uri: str) -> Iterator[Buffer]:
     """The content of an object, in order and in pieces. Raises ObjectNotFound, StorageError.
 
-    Parts of a large object are fetched in parallel, each with its retries.
+    Parts of a large object are fetched in parallel, and each part is retried separately.
     """
 
     def begin(store: Store, key: str) -> list[Buffer] | int:
@@ -106,7 +106,7 @@ def read_range(uri: str, start: int, end: int) -> bytes:
 
 
 def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
-    """The bytes of each range, which must not be empty. One request fetches neighbouring ranges."""
+    """The bytes of each range [start, end). No range may be empty. Neighbouring ranges may share a request."""
     for start, end in ranges:
         _check_range(start, end)
 
@@ -174,7 +174,7 @@ def download(
                     f"{uri}: checksum is {digest.hexdigest()[:12]}…, expected {expected_sha256[:12]}…; "
                     "the object is damaged: write it again from its source"
                 )
-    except OSError as error:  # of the local file: errors of the store are translated already
+    except OSError as error:  # an error of the local file; `chunks` raises StorageError for errors of the store
         raise faults.translated("download", uri, error, faults.marks_of(error), local.TERMS) from error
     return size
 
@@ -236,19 +236,19 @@ def list_names(prefix: str) -> list[str]:
 
 
 def expand(pattern: str) -> list[str]:
-    """Sorted URIs that match a pattern with `*`, `?`, `[...]` or `**`; a URI without them is returned unchecked."""
+    """Sorted URIs that match a pattern with `*`, `?`, `[...]` or `**`. Any other URI is returned without a request."""
     return [info.uri for info in expand_objects(pattern)] if is_pattern(pattern) else [pattern]
 
 
 def expand_objects(pattern: str) -> list[ObjectInfo]:
-    """Like `expand`, with sizes, by as few requests as the store allows. Raises ObjectNotFound for a plain URI."""
+    """Like `expand`, with sizes. Raises ObjectNotFound if a URI without wildcards does not exist."""
     if not is_pattern(pattern):
         return [ObjectInfo(pattern, size_of(pattern), None)]
     return _listed(pattern, lambda store, key: store.matching(key))
 
 
 def fixed_part(pattern: str) -> str:
-    """The folder before the first wildcard of a pattern; the folder of a URI without one."""
+    """The folder before the first wildcard of a pattern. For a URI without wildcards: the folder that contains it."""
     parts = pattern.split("/")
     if is_local(pattern):
         return "/".join(parts[: min(len(parts) - 1, base.literal_parts(parts, lambda names: _is_there(names)))])
@@ -260,7 +260,7 @@ def _is_there(names: Sequence[str]) -> bool:
 
 
 def pinned(uri: str) -> str:
-    """A URI of the Hub with the current commit of its branch or tag; any other URI unchanged."""
+    """A URI of the Hugging Face Hub with the current commit in place of its branch or tag; any other URI unchanged."""
     return uri.removesuffix(open_store(uri)[1]) + retries.call(uri, "read", lambda store, key: store.pinned(key))
 
 

@@ -3,7 +3,7 @@
     task = read_task("sky/pretrain-8xa100.yaml", os.environ, MachineChoice(gpus="A100:2"))
     task.requests, task.workload, task.envs["RUN"]
 
-Reads the documented fields only. Launching and forecasting use the same TaskSpec.
+Reads only fields that SkyPilot documents. Launches and forecasts use the same TaskSpec.
 """
 
 import argparse
@@ -30,12 +30,11 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 _EMPTY_VARIABLE = re.compile(r"=\$\{?\w+\}?$")
 _IMAGE = re.compile(r"container\.sh image (\w+)")
 _BUILD = re.compile(r"container\.sh build\b")
-# Stage of each program. The config of trainer.train may declare another stage. A forecast of an evaluation needs no
-# settings, because they hardly change its cost.
+# Stage of each program. The config of trainer.train may declare another stage.
 _PROGRAMS = {"trainer.train": "pretrain", "trainer.evaluate": "evaluate", "data_prep.prepare": "prep"}
-# Required settings that only a launch gives.
+# Required settings that a launch must give. A forecast replaces a missing one by a placeholder.
 _STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
-# URLs of a task without BUCKET, such as one that is only forecast.
+# URLs for a task without BUCKET, which can be forecast but not launched.
 _PLACEHOLDER = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
 
 
@@ -53,7 +52,10 @@ class MachineChoice:
 
 @dataclass(frozen=True)
 class MachineRequest:
-    """One kind of machine that a task accepts. None accepts any."""
+    """One kind of machine that a task accepts. A field that is None accepts any value.
+
+    `cpus` and `memory_gb` are (amount, whether a larger amount is accepted too).
+    """
 
     cloud: str | None = None
     region: str | None = None
@@ -87,8 +89,8 @@ class Workload:
 class TaskSpec:
     """A parsed task.
 
-    `envs` maps each declared variable to its value, "" if it has none; `required` names those without a default.
-    `secrets` and `images` are names: of variables, and of the image targets that the set-up makes.
+    `envs` maps each declared variable to its value, "" if it has none; `required` names the variables without a
+    default. `secrets` are names of variables, `images` names of the Docker targets that the task's `setup` builds.
     `idle_seconds` is the time from the last job's end to the machine's shutdown, None if nothing shuts it down.
     """
 
@@ -169,7 +171,7 @@ def _document(path: str) -> Mapping[str, Any]:
 
 
 def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
-    """0 for a managed job, whose machines end with it; None without autostop."""
+    """Seconds from the end of the last job to the shutdown: 0 for a managed job, None without autostop."""
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
         return 0.0
@@ -179,7 +181,10 @@ def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
 
 
 def _requests(path: str, resources: Mapping[str, Any], choice: MachineChoice) -> Iterator[MachineRequest]:
-    """Each entry of any_of or ordered, over the fields beside it. Accelerators may be a list of alternatives."""
+    """One request for each entry of any_of or ordered and for each alternative accelerator.
+
+    Fields beside any_of or ordered are the defaults of its entries.
+    """
     base = {key: value for key, value in resources.items() if key not in ("any_of", "ordered")}
     for entry in resources.get("any_of") or resources.get("ordered") or [{}]:
         merged = base | (entry or {})
@@ -268,7 +273,7 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
 
 
 def _with_model(workload: Workload, envs: Mapping[str, str]) -> Workload:
-    """Add the model of the settings, or the public model that they start from. Assumes GPT-2 124M for any other."""
+    """Add the model that the settings define, or the public model that they start from; else assume GPT-2 124M."""
     if workload.stage in (None, "prep"):
         return workload
     if isinstance(workload.config, DistilConfig):
@@ -284,7 +289,7 @@ def _with_model(workload: Workload, envs: Mapping[str, str]) -> Workload:
 def _arguments(path: str, text: str, envs: Mapping[str, str]) -> list[str]:
     """Config files and flags of a command line, with the variables that the task's envs define.
 
-    Leaves out a flag whose variable is empty, because a launch gives its value.
+    A flag whose variable is empty is left out, because only the launch sets that variable.
     """
     try:
         words = shlex.split(text)
@@ -302,6 +307,6 @@ def _arguments(path: str, text: str, envs: Mapping[str, str]) -> list[str]:
 
 
 def _config_file(path: str, name: str) -> str:
-    """A config file by its name below the repository's root, where the task runs, or beside the task."""
+    """The path of a config file. The task names it relative to the repository's root, where it runs, or to itself."""
     roots = [Path(), Path(path).parent, Path(path).parent.parent, Path(__file__).parent.parent]
     return next((str(root / name) for root in roots if (root / name).is_file()), name)

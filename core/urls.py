@@ -3,8 +3,9 @@
     mistake("s3:/bucket/run")      # "looks like a URL but is not one; did you mean s3://bucket/run? ..."
     mistake("./s3:/bucket/run")    # None: a local path
 
-Each check returns a description of the mistake, worded to follow "PLACE" or "KEY is PLACE, which", or None. pathlib,
-shells and `.env` files turn s3:// into forms that would otherwise name a local folder, which is lost with its machine.
+Each check returns None, or a description of the mistake that completes a sentence such as "KEY is PLACE, which ...".
+pathlib, shells and `.env` files can change s3:// to another form, such as s3:/. Without a check that form would name a
+local folder, and all that is written there would be lost with the machine.
 """
 
 from __future__ import annotations  # a node's Python may be old (core/bucket.py)
@@ -21,12 +22,12 @@ _NO_CONTAINER = re.compile(r"^az://[^/]*/*$")
 _SCHEME = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):+(?P<slashes>/*)(?P<rest>.*)$", re.DOTALL)
 _NO_COLON = re.compile(rf"^({'|'.join(SCHEMES)})//+(.*)$", re.IGNORECASE | re.DOTALL)
 _WRAPPED = re.compile(rf"^[\s'\"]+((?:{'|'.join(SCHEMES)}):.*?)[\s'\"]*$", re.IGNORECASE | re.DOTALL)
-# A model on the Hugging Face Hub, as models are named: without slashes after the colon.
+# A model on the Hugging Face Hub: hf:OWNER/NAME or hf:NAME, without slashes after the colon.
 HUB_MODEL = re.compile(r"^hf:(?!//)(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
 
 
 def mistake(place: str) -> str | None:
-    """The mistake in a place: a wrong URL, or a path that may be meant as a URL."""
+    """The mistake in a place: it is a wrong URL, or a path that is probably meant as a URL. None without a mistake."""
     if wrapped := _WRAPPED.match(place):
         return f"has spaces or quotes around it; did you mean {_corrected(wrapped[1])}?"
     if bare := _NO_COLON.match(place):
@@ -53,7 +54,7 @@ def mistake(place: str) -> str | None:
 
 
 def is_web(place: str) -> bool:
-    """Whether a place is a file on a web server. Only sources may be."""
+    """Whether a place is an address on a web server. Only source files may have one."""
     return place.startswith(("https://", "http://"))
 
 
@@ -63,7 +64,7 @@ def mistake_in_source(place: str) -> str | None:
 
 
 def mistake_in_model(name: str) -> str | None:
-    """The mistake in a model's name: a place, a public name, hf:OWNER/NAME or transformers:NAME."""
+    """The mistake in a model's name, which is a place, a public name, hf:OWNER/NAME or transformers:NAME."""
     if name.startswith("transformers:"):
         return None
     if not name.lower().startswith("hf:"):
@@ -76,7 +77,7 @@ def mistake_in_model(name: str) -> str | None:
 
 
 def mistake_in_folder(path: str) -> str | None:
-    """The mistake in a path of this machine: that it looks like a URL."""
+    """The mistake in a local path: it looks like a URL."""
     if not mistake(path) and not re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path):
         return None
     return f"is not a path of this machine; give a local path, or ./{path} if that is its name"

@@ -4,9 +4,9 @@
     digest.update(b"...")
     digest.hexdigest()
 
-Both give the same digits (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0); numpy takes longer. The sums
-of a block of 1024 bytes depend on that block alone, so that numpy computes many blocks at once; a sequential loop joins
-them.
+Both give the same digits (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0); numpy takes longer. What a
+block of 1024 bytes adds to the sums depends on that block alone: numpy computes it for many blocks in one operation,
+and a sequential loop combines the blocks.
 """
 
 import numpy as np
@@ -14,7 +14,8 @@ import numpy as np
 from core.errors import LauncherError
 
 STRIPE, BLOCK, CHUNK = 64, 1024, 1 << 20
-SHORTEST = 241  # XXH3 treats shorter inputs differently, and files of checkpoints are longer
+# Shortest supported input, in bytes: XXH3 uses other algorithms below it. Checkpoint files are always longer.
+SHORTEST = 241
 _MASK = (1 << 64) - 1
 _P32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 _P64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
@@ -27,7 +28,7 @@ _SECRET = bytes.fromhex(
 
 
 def _words(offset: int) -> np.ndarray:
-    """Eight words of the secret, from byte `offset`."""
+    """Eight 64-bit words of the secret, from byte `offset` on."""
     return np.frombuffer(_SECRET, "<u8", 8, offset)
 
 
@@ -41,7 +42,7 @@ class NumpyXxh3:
 
     def __init__(self):
         self._sums = np.array([_P32[2], *_P64[:4], _P32[1], _P64[4], _P32[0]], np.uint64)
-        self._rest = b""  # at most one unsummed block, and one stripe before it
+        self._rest = b""  # input that is not summed yet, at most one block; before it the last stripe that is
         self._blocks = 0
 
     def update(self, data) -> None:
@@ -55,7 +56,7 @@ class NumpyXxh3:
         if length < SHORTEST:
             raise LauncherError(
                 f"the checksum of {length} bytes needs the package xxhash, which is not installed (longer inputs do "
-                "without); run `pip install xxhash`"
+                "not need it); run `pip install xxhash`"
             )
         tail = self._rest[before:]
         stripes = (len(tail) - 1) // STRIPE
@@ -70,7 +71,7 @@ class NumpyXxh3:
     def _take(self, part: memoryview) -> None:
         before = STRIPE if self._blocks else 0
         data = self._rest + part
-        blocks = (len(data) - before - 1) // BLOCK  # hexdigest sums the end of the input
+        blocks = (len(data) - before - 1) // BLOCK  # leaves at least a byte: `hexdigest` sums the end of the input
         if blocks < 1:
             self._rest = data
             return
@@ -86,7 +87,7 @@ class NumpyXxh3:
 
 
 def _stripe_sums(words: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """(blocks, 8) contributions of blocks to the sums, from (blocks, stripes, 8) words and a key per stripe."""
+    """Each block's contribution to the eight sums: (blocks, 8), from words (blocks, stripes, 8), keys (stripes, 8)."""
     keyed = words ^ keys
     products = (keyed & np.uint64(0xFFFFFFFF)) * (keyed >> np.uint64(32))
     neighbours = words.reshape(*words.shape[:2], 4, 2)[..., ::-1].reshape(words.shape)

@@ -1,12 +1,12 @@
-"""Splits a run into cells, the smallest priced parts of it, as a flat table. Pure.
+"""Splits a run into cells, the smallest parts that have a price, as a flat table. Reads nothing but its arguments.
 
 Every figure in dollars is a sum over cells, so that all groupings add up to the same total.
 `[dataclasses.asdict(cell) for cell in cells(run, attributed)]` can be loaded into a DataFrame.
 
-A step counts for the last segment that did it. If a later segment restored an earlier step, the steps above it were
-repeated: their train and data-wait time is `train_lost`, and so is the time of a step that a segment did not finish.
-Time without a phase is `not_attributed`. `api` are the dollars of a paid endpoint, without time: the ledger books the
-machine's time of waiting for it to another phase.
+A step counts for the last segment that computed it. If a later segment continued from an earlier step, all steps above
+that one were repeated. The train and data-wait time of repeated steps is `train_lost`, and so is the time of a step
+that a segment did not finish. Time to which the ledger gives no phase is `not_attributed`. The phase `api` has dollars
+(paid to an endpoint) but no time: the time in which a machine waited for the endpoint belongs to another phase.
 """
 
 import math
@@ -46,7 +46,7 @@ class Cell:
 
 
 def cells(run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ()) -> list[Cell]:
-    """All cells of a run and of its machines' time outside of segments. `attribute` returns `attributed`."""
+    """All cells of a run, with its payments to endpoints and `outside` time. `attributed` comes from `attribute`."""
     parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, attributed[segment.number])]
     for segment, usd in paid_to_endpoints(run):
         cell = _cell(run, segment, "api", _day(segment.ended_at), 0.0, None)
@@ -55,10 +55,10 @@ def cells(run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ())
 
 
 def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
-    """Dollars that segments paid to endpoints.
+    """Each segment that paid an endpoint, with the dollars that it paid.
 
-    Marks count from the run's start: payments of a killed segment count for the next one, which reads them from the
-    run's folder.
+    A mark `api` states the dollars since the run began. A killed segment may not have written its last mark; its
+    payments then count for the next segment, which reads them from the run's folder.
     """
     found, known = [], 0.0
     for segment in run.segments:
@@ -71,14 +71,14 @@ def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
 
 
 def attribute(run: Run, lost: dict[int, Lost]) -> Attributed:
-    """Split the ledger's phases into those of a report. `run.lost` returns `lost`."""
+    """Split the ledger's phases into the phases of a report. `lost` is the result of `run.lost`."""
     return {segment.number: _attribute(segment, lost[segment.number]) for segment in run.segments}
 
 
 def _attribute(segment: Segment, lost: Lost) -> list[Span]:
     """The segment's spans with the phases of a report, newest first.
 
-    Lost steps are the last ones of a segment, so their time is subtracted from the end of its train time.
+    Lost steps are the last ones of a segment, so lost time is taken from the newest spans first.
     """
     left = {"train": lost.train_seconds, "data_wait": lost.wait_seconds}
     spans = []
@@ -102,8 +102,9 @@ def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
     price = segment.price
     if not sums:  # without a heartbeat the time of a machine is unknown
         sums["not_attributed", _day(segment.started_at)], price = 0.0, None
+    one = _cell(run, segment, "", "", 0.0, None)  # what all have in common
     return [
-        _cell(run, segment, phase, day, seconds, price)
+        replace(one, phase=phase, day=day, seconds=seconds, usd=price and price.usd(seconds))
         for (phase, day), seconds in sums.items()
         if seconds > 0 or price is None
     ]
@@ -129,7 +130,7 @@ def _cell(
     price: Price | None,
     record: MachineRecord | None = None,
 ) -> Cell:
-    """A cell. The launcher's record of the machine fills in what the segment does not contain."""
+    """A cell. Facts that the segment does not contain come from the launcher's record of the machine."""
 
     def of(ours: str) -> object:
         known = [getattr(source, ours) for source in (segment and segment.machine, record) if source]
@@ -158,7 +159,7 @@ def _day(time: float | None) -> str:
 
 
 class Spend:
-    """Cumulative dollars of a run by phase. Time without a price counts zero dollars and clears `complete`."""
+    """Cumulative dollars of a run by phase. `complete` is False if some time has no price; it counts zero dollars."""
 
     def __init__(self, run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ()):
         self.complete = True
@@ -190,7 +191,10 @@ class Spend:
 
 
 def _ramp(pieces: list[tuple[float, float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Times and cumulative dollars of overlapping intervals (start, end, dollars), each spent evenly."""
+    """Times, and the dollars spent until each of them, from intervals (start, end, dollars), which may overlap.
+
+    The dollars of an interval are spread evenly over it.
+    """
     start, end, usd = (np.array(column) for column in zip(*pieces, strict=True))
     rate = usd / np.maximum(end - start, 1e-9)
     corners = np.unique(np.concatenate([start, end]))

@@ -25,7 +25,7 @@ def both(draw: Draw, report: CostReport) -> str:
 
 
 def stacked(report: CostReport) -> dict[str, list[float]]:
-    """Cumulative dollars by phase for the stack, with small phases merged."""
+    """Cumulative dollars by phase for the stacked chart. Small phases are merged into "other"."""
     usd = report.curves.spend_usd
     whole = sum(curve[-1] for curve in usd.values())
     small = [name for name, curve in usd.items() if curve[-1] < SMALL_SHARE * whole]
@@ -79,7 +79,7 @@ def waterfall(report: CostReport, width: int, kind: str) -> str:
         svg.bar(left, y, width - right - left, 16, "p-total", f"total: ${figures.dollars(total, report.places)}")
     )
     parts.append(svg.words(width - right + 8, y + 13, figures.dollars(total, report.places), "value"))
-    return svg.chart(width, height, parts, "Phases as a waterfall that ends at the total", kind)
+    return svg.chart(width, height, parts, "Dollars by phase, as a waterfall that ends at the total", kind)
 
 
 def loss_over_dollars(report: CostReport, width: int, kind: str) -> str:
@@ -129,11 +129,11 @@ def speed_over_time(report: CostReport, width: int, kind: str) -> str:
     ]
     parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
     parts += _machines(report, x)
-    return svg.chart(width, HEIGHT, parts, "Training speed over time, with machines lost", kind)
+    return svg.chart(width, HEIGHT, parts, "Training speed over time; dashed lines mark the ends of machines", kind)
 
 
 def _machines(report: CostReport, x: svg.Axis) -> list[str]:
-    """A dashed line at each end of a machine, for the first hundred, because more would hide the chart."""
+    """A dashed line at the end of each machine. Only the first hundred get one, because more would hide the chart."""
     return [
         svg.vertical(x, TOP, HEIGHT - BOTTOM, at, "gone", f"machine of segment {number} ended")
         for number, at in enumerate(report.curves.losses_of_machines[:100], 1)

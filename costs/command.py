@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> None:
         return plan_command.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if (options.since or options.tag) and options.run_url and not options.compare:
-        raise ConfigError("--since and --tag choose among all runs; leave RUN_URL out, or leave them out")
-    from costs import show  # not at the top: it loads numpy and rich, for which --help does not wait
+        raise ConfigError("--since and --tag choose among all runs; leave out RUN_URL, or these two options")
+    from costs import show  # not at the top: it loads numpy and rich, which --help does not need
 
     show.show(options, next((name for name in FORMS if getattr(options, name)), None))
 
@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--watch", nargs="?", type=float, const=WATCH_SECONDS, metavar="SECONDS", help="follow a run that is running"
     )
-    parser.add_argument("--since", metavar="WHEN", help="only runs seen since a date (2026-11-01) or age (36h, 7d)")
+    parser.add_argument("--since", metavar="WHEN", help="only runs active since a date (2026-11-01) or age (36h, 7d)")
     parser.add_argument("--tag", metavar="WORD", help="only runs with this word among their RUN_TAGS")
-    parser.add_argument("--offline", action="store_true", help="ask neither SkyPilot nor AWS; the store only")
-    parser.add_argument("--no-cache", action="store_true", help="read everything from the store again")
+    parser.add_argument("--offline", action="store_true", help="read the store only; ask neither SkyPilot nor AWS")
+    parser.add_argument("--no-cache", action="store_true", help="ignore the local cache, read all from the store")
     return parser

@@ -13,8 +13,8 @@ FORECAST_BUCKET = "s3://forecast"  # a forecast assumes a bucket at the current 
 # Folders without runs in them.
 _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 
-# Public list prices in US dollars by storage service: first tier, without free allowance. S3's requests and egress are
-# its long-standing prices of us-east-1, an assumption until a bill confirms them.
+# Public list prices in US dollars by storage service, of the first tier and without the free allowance. S3's prices of
+# requests and egress are the long-standing ones of us-east-1; they are assumed until a bill confirms them.
 RATES = {
     "r2": StorageRates("Cloudflare R2", 0.015, 4.50, 0.36, 0.0, "developers.cloudflare.com/r2/pricing, 2026"),
     "google": StorageRates(
@@ -36,7 +36,7 @@ def runs_url(environment: Mapping[str, str]) -> str:
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
     """URLs of the runs at or below `url`, in order, at most `depth` folders down. One listing per folder.
 
-    Evaluations of a run's weights have a ledger in a folder of the run, and count as a run.
+    The evaluations of a run have a ledger in a subfolder of the run, and count as another run.
     """
     names = storage.list_names(url)
     folder = RunFolder(url)

@@ -38,7 +38,7 @@ Prints every offer that fits a task, with estimated hours and dollars, and the s
 
 
 def main(arguments: list[str]) -> None:
-    """Print the forecast of a task. A forecast above --cap (or MAX_USD) is a warning. Raises ConfigError."""
+    """Print the forecast of a task, with a warning if it exceeds --cap (or MAX_USD). Raises ConfigError."""
     options = _parser().parse_args(arguments)
     task = read_task(options.task, os.environ, machine_choice(arguments))
     offers = providers.load(options.offline)
@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", type=float, help="tokens to train on or prepare; default: as the task's config says"
     )
     parser.add_argument("--like", metavar="RUN_URL", help="take speed and overhead from a run of this project")
-    parser.add_argument("--cap", type=float, metavar="USD", help="warn if it is exceeded; default: the task's MAX_USD")
+    parser.add_argument(
+        "--cap", type=float, metavar="USD", help="warn if the forecast exceeds this; default: the task's MAX_USD"
+    )
     parser.add_argument("--offline", action="store_true", help="use the price snapshot, do not ask SkyPilot")
     parser.add_argument("--all", action="store_true", help=f"all offers, not only the first {ROWS_SHOWN}")
     form = parser.add_mutually_exclusive_group()
@@ -166,9 +168,11 @@ def _notes(forecast: Forecast, change: Change | None, assume: Assumptions, cap: 
     if workload.problem:
         notes.append(f"the settings of its program are not known: {workload.problem}")
     if forecast.tokens is None and workload.stage != "image":
-        notes.append("the amount of work is not known, so only the rate is; give --tokens")
+        notes.append("the amount of work is not known, so only prices per hour are shown; give --tokens")
     elif best.usd is None:
-        notes.append("the machine's speed is not known, so only the rate is; give --like RUN_URL of an earlier run")
+        notes.append(
+            "the machine's speed is not known, so only prices per hour are shown; give --like RUN_URL of an earlier run"
+        )
     if (main_part := dominates(best)) is not None:
         parts = ", ".join(f"{name} {_usd(usd)}" for name, usd in best.parts.items() if usd >= best.usd / 1000)
         notes.append(f"dominated by {main_part} on {describe(best)}: {parts}")
@@ -194,14 +198,14 @@ def _price_notes(forecast: Forecast, offers: catalog.Catalog, assume: Assumption
     if spot and spot[0] * 1.5 < spot[1]:
         notes.append(
             f"spot prices of the offers above: lowest {spot[0]:.2f}, median {spot[1]:.2f}, highest {spot[2]:.2f}; "
-            "a launch that takes the lowest for granted may pay the median"
+            "a launch may have to pay the median instead of the lowest"
         )
     trains = bool(forecast.tokens) and forecast.task.workload.stage == "pretrain"
     prep = preparation_usd(offers, forecast.tokens, assume) if trains else None
     if prep is not None:
         offer, usd = prep
         notes.append(
-            f"preparing these tokens, once, is not in the dollars above: about ${_usd(usd)} on a "
+            f"the dollars above do not include the preparation of these tokens, once: about ${_usd(usd)} on a "
             f"{offer.instance_type} in {offer.region} (assumed: {assume.prep_bytes_per_second / 1e6:.0f} MB/s)"
         )
     return notes

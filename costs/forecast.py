@@ -1,4 +1,4 @@
-"""Forecasts what a task costs on each offer that fits it. Pure, given the offers and the assumptions.
+"""Forecasts the cost of a task on each offer that fits it, from offers and assumptions alone.
 
 forecast = forecast_of(task, catalog, Assumptions(), rates)
 forecast.rows[0].usd
@@ -34,7 +34,7 @@ _WORK_PHASE = {"prep": "prepare", "evaluate": "eval", "image": "build"}
 class Assumptions:
     """Assumptions of a forecast. A comment names the measurement behind a figure if there is one."""
 
-    provision_seconds: float = 150.0  # instance boot and SkyPilot's set-up; its part was 30-40 s on a prepared image
+    provision_seconds: float = 150.0  # instance boot, and SkyPilot's set-up (30-40 s on a prepared image)
     image_seconds: float = 180.0  # pull of a CUDA image of some 6 GB compressed
     setup_seconds: float = 30.0
     ready_seconds: float = 90.0  # imports, first shards, torch.compile, restore
@@ -43,7 +43,7 @@ class Assumptions:
     preemptions_per_hour: float = 0.25  # spot; as checkpoint.expected_hours_between_failures assumes
     prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
-    epoch_tokens: float = 5e6  # a set of conversations, about the size of Alpaca's 52,002
+    epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002)
     evaluate_tokens: float = 25e6  # validation set of sample-10BT (0.2 %), and HellaSwag's 40,168 endings in context
     build_seconds: float = 1800.0  # both images on 8 cores
     storage_months: float = 1.0
@@ -70,7 +70,7 @@ class ForecastRow:
 
 @dataclass(frozen=True)
 class Effort:
-    """A workload on one offer: `amount` at `rate`, in tokens, or for images in seconds."""
+    """A workload on one offer: `amount` tokens at `rate` tokens/s. For a build of images: seconds and a factor."""
 
     workload: Workload
     amount: float
@@ -141,7 +141,7 @@ def forecast_of(
 
 
 def _tokens(workload: Workload, assume: Assumptions) -> float | None:
-    """Tokens by the settings; None if they are unknown."""
+    """Tokens that the settings ask for; None if they are unknown."""
     settings = workload.config
     if isinstance(settings, PrepConfig):
         return _tokens_of_source(settings.source.place)
@@ -154,12 +154,12 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
 
 
 def _epochs(workload: Workload) -> float:
-    """Passes over data of unknown size; 0 if the settings give the number of steps."""
+    """Number of passes over data of unknown size; 0 if the settings give a number of steps instead."""
     return workload.config.train.epochs if isinstance(workload.config, FinetuneConfig) else 0.0
 
 
 def _eval_tokens(train: TrainingConfig, assume: Assumptions) -> float:
-    """Tokens of one validation. Tuning holds out a fraction of its conversations."""
+    """Tokens of one validation. Fine-tuning validates on a fraction of its conversations."""
     held_out = getattr(train.data, "val_fraction", None)
     return train.train.eval_tokens if held_out is None else held_out * assume.epoch_tokens
 
@@ -216,13 +216,13 @@ def _parts(
 
 
 def _checkpoint_seconds(train: TrainingConfig, speed: float) -> float:
-    """Training time between checkpoints; by default the longest that the trainer may choose."""
+    """Seconds of training between checkpoints; by default the longest interval that the trainer may choose."""
     every = train.checkpoint.every_steps
     return every * train.batch.tokens_per_step / speed if every else train.checkpoint.max_lost_seconds
 
 
 def _other_usd(row: ForecastRow, effort: Effort, assume: Assumptions, rates: StorageRates | None) -> dict[str, float]:
-    """Dollars beside machine time: storage of the objects, and egress of the tokens to another cloud."""
+    """Dollars that are not machine time: storage of the objects, and egress of the tokens to another cloud."""
     if rates is None or effort.workload.stage == "image":
         return {}
     moved = effort.amount * BYTES_PER_TOKEN
@@ -237,13 +237,13 @@ def _other_usd(row: ForecastRow, effort: Effort, assume: Assumptions, rates: Sto
 
 
 def _tokens_of_source(place: str) -> float | None:
-    """Tokens by the name of a sample of FineWeb: sample/10BT and sample-10BT have about 10 billion GPT-2 tokens."""
+    """Tokens of a sample of FineWeb, from its name: sample/10BT and sample-10BT have about 10 billion GPT-2 tokens."""
     match = re.search(r"\bsample[/-](\d+)BT/", place)
     return float(match.group(1)) * 1e9 if match else None
 
 
 def preparation_usd(catalog: Catalog, tokens: float, assume: Assumptions) -> tuple[Offer, float] | None:
-    """The cheapest on-demand machine of 8 vCPUs, and the dollars for preparing the tokens on it once."""
+    """The cheapest on-demand machine with at least 8 vCPUs, and the dollars for preparing the tokens on it once."""
     fit = [
         offer for offer in catalog.offers if fits(offer, MachineRequest(cloud=assume.bucket_cloud, cpus=(8.0, True)))
     ]
@@ -269,7 +269,7 @@ def _alternatives(task: TaskSpec, catalog: Catalog) -> Iterable[tuple[Offer, boo
 
 
 def _merged(rows: Iterable[ForecastRow]) -> list[ForecastRow]:
-    """Rows without duplicates: on demand has one price for all zones of a region."""
+    """`rows` without duplicates: on-demand offers have one price for all zones of a region, and become one row."""
     found: dict[object, ForecastRow] = {}
     for row in rows:
         zone = row.offer.zone if row.spot else None
@@ -309,7 +309,7 @@ def best_change(
     changes = [Change(f"take {describe(row)}", row.usd) for row in forecast.others[:1] if row.usd is not None]
     settings = {
         "an image that is already on the machine": {"image_seconds": 0.0},
-        "shutting down at once when done": {"shutdown_seconds": 0.0},
+        "shutting down immediately after the end": {"shutdown_seconds": 0.0},
     }
     for what, fields in settings.items():
         changed = dataclasses.replace(assume, **fields)

@@ -1,4 +1,4 @@
-"""Plain values that a report adds to the ledger: outside time, storage, origins."""
+"""Declares the values that a report adds to those of the ledger: outside time, storage, and origins of figures."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from core.run.model import Segment
 
 @dataclass(frozen=True)
 class OutsideTime:
-    """Time of a machine outside its segments. `segment` is its segment; None for a machine without one."""
+    """Time of a machine in which no segment ran. `segment` is one that ran on this machine before or after, if any."""
 
     phase: str
     start: float
@@ -43,7 +43,7 @@ class StorageUse:
     bytes: int
     checkpoint_bytes: int
     rates: StorageRates | None = None
-    unfinished_uploads: int = 0  # running or cut off: their parts are billed, and no listing shows them
+    unfinished_uploads: int = 0  # multipart uploads, running or cut off: billed, but not in a listing
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ def as_html(report: CostReport, now: float) -> str:
         tables["segments"],
         tables["origins"],
         "</div>",
-        f"<footer>Written {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC. All amounts in US dollars; ? is not "
-        "known. Times are UTC.</footer>",
+        f"<footer>Written {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC. All amounts are in US dollars; ? "
+        "means unknown. Times are UTC.</footer>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -67,12 +67,12 @@ def _charts(report: CostReport) -> Iterable[str]:
     curves = report.curves
     if curves.spend_time and curves.spend_usd:
         yield _section("Dollars over time", charts.both(charts.spend_over_time, report) + _legend(report))
-        yield _section("Where they went", charts.both(charts.waterfall, report))
+        yield _section("Dollars by phase", charts.both(charts.waterfall, report))
     if curves.loss or curves.val_loss:
         legend = _key([("s-train", "train loss"), ("s-val", "validation loss")])
         yield _section("Loss against dollars", charts.both(charts.loss_over_dollars, report) + legend)
     if any(value is not None for value in curves.tokens_per_second):
-        legend = _key([("gone", "machine lost or ended")]) if curves.losses_of_machines else ""
+        legend = _key([("gone", "end of a machine")]) if curves.losses_of_machines else ""
         yield _section("Speed", charts.both(charts.speed_over_time, report) + legend)
 
 

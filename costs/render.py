@@ -122,6 +122,6 @@ def _field(row: dict[str, Any], column: str) -> Any:
         return ""
     value = row[column]
     if value is None:
-        # An unknown figure is "?"; columns of the other kind of row are empty.
+        # An unknown figure is "?". A column that does not apply to this kind of row is empty.
         return "?" if column == "value" or (column == "usd" and row["table"] != "unit") else ""
     return f"{value:.6f}" if isinstance(value, float) and column in ("seconds", "share") else value

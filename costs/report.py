@@ -1,4 +1,4 @@
-"""Builds the cost report of a run. Pure; all tables of a report add up to the same total.
+"""Builds the cost report of a run, from its arguments alone. All tables of a report add up to the same total.
 
 report = build(read_run(url), time.time())
 report.phases, report.segments, report.by["day"]
@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class SegmentLine(Line):
-    """One segment, on one machine. `end` says how it ended and, if it was killed, how that is known."""
+    """One segment, on one machine. `end` says how it ended; after a kill, `ended_at` is the last heartbeat."""
 
     started_at: float | None = None
     ended_at: float | None = None
@@ -156,7 +156,8 @@ def _origins(run: Run) -> list[Origin]:
 def table(
     parts: Iterable[Cell], group: str | None, order: list[str], places: int, total: float | None = None
 ) -> list[Line]:
-    """Sums of cells by one of their fields (None: one sum), a line per name in `order`, rounded to add up."""
+    """One Line per name in `order`: the sum of the cells whose field `group` has that name. The dollars are rounded so
+    that the lines add up to `total`. With `group=None`, one line for all cells."""
     cells_of = {name: [] for name in order}
     for cell in parts:
         cells_of[getattr(cell, group) if group else order[0]].append(cell)
@@ -165,7 +166,7 @@ def table(
     usd = {name: math.fsum(cell.usd or 0.0 for cell in own) for name, own in cells_of.items()}
     priced = {name for name, own in cells_of.items() if any(cell.usd is not None for cell in own)}
     unpriced = {name for name, own in cells_of.items() if any(cell.usd is None for cell in own)}
-    # An empty line costs zero, unless nothing has a price.
+    # A line without cells costs zero dollars, or an unknown amount if no cell has a price.
     known = [usd[name] if name in priced or (priced and name not in unpriced) else None for name in order]
     shown = figures.apportion(known, places, total)
     whole = seconds if unpriced else usd
@@ -220,7 +221,7 @@ def notes(run: Run) -> list[str]:
 
 
 def some(names: list[str]) -> str:
-    """A list of names, of which a long one is cut."""
+    """The names, separated by commas. Of a long list only the first eight, and the number of the others."""
     return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])} and {len(names) - 8} more"
 
 
@@ -229,7 +230,7 @@ def _price_notes(run: Run) -> list[str]:
     if not unpriced:
         return []
     return [
-        f"no price is known for segment {some(unpriced)}: its dollars are ?, and sums with it hold only the rest; "
+        f"no price is known for segment {some(unpriced)}: its dollars are ?, and sums count only the other segments; "
         "set USD_PER_HOUR where the run is started"
     ]
 
@@ -238,7 +239,7 @@ def _cap_notes(run: Run) -> list[str]:
     """For each segment that its cap stopped, the cap and how to continue."""
     return [
         f"segment {segment.number} stopped at the cap of ${_dollars(mark.get('limit_usd'))} with "
-        f"${_dollars(mark.get('spent_usd'))} spent, as asked; start the run again with a higher MAX_USD to go on"
+        f"${_dollars(mark.get('spent_usd'))} spent; to continue, start the run again with a higher MAX_USD"
         for segment in run.segments
         for mark in segment.marks
         if mark["name"] == "cap"
@@ -256,11 +257,11 @@ def _time_notes(run: Run) -> list[str]:
         if jumps:
             seconds = sum(mark.get("seconds") or 0.0 for mark in jumps)
             notes.append(
-                f"segment {segment.number}: its clock was set by {seconds:+.0f} s while it ran; no duration is touched"
+                f"segment {segment.number}: its clock was set by {seconds:+.0f} s while it ran; durations are correct"
             )
     silent = [str(segment.number) for segment in run.segments if not segment.spans]
     if silent:
-        notes.append(f"segment {some(silent)} left a start but no heartbeat: what that machine cost is not known")
+        notes.append(f"segment {some(silent)} has a start but no heartbeat, so the cost of its machine is not known")
     for before, after in itertools.pairwise(run.segments):
         if before.ended_at is None or after.started_at is None:
             continue
@@ -272,6 +273,6 @@ def _time_notes(run: Run) -> list[str]:
         elif (common := before.ended_at - after.started_at) > CLOCKS_AGREE_SECONDS:
             notes.append(
                 f"segments {before.number} and {after.number} overlap by {figures.duration(common)}: "
-                "two machines were paid at once, or their clocks differ"
+                "two machines were paid at the same time, or their clocks differ"
             )
     return notes

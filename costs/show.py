@@ -69,7 +69,7 @@ def _all_reports(options: argparse.Namespace) -> list[CostReport]:
         try:
             report = _report(url, options)
         except LauncherError as error:
-            log.warning("left out: %s", error)
+            log.warning("left out of the report: %s", error)
             continue
         if tables.last_seen(report) >= since and (not options.tag or options.tag in report.tags):
             kept.append(report)

@@ -1,7 +1,7 @@
-"""Asks everyone but the ledger: SkyPilot and the clouds for machines, prices and bills, the store for the run's size.
+"""Asks other sources than the ledger: SkyPilot and the clouds, for machines, prices, bills and unfinished uploads.
 
-Each answer becomes an origin in the report, and each source without an answer an origin with the reason. None is
-required.
+None of these sources is required. The report names the origin of each figure, or the reason why a source gave no
+answer.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ def ask_others(
     jobs: Callable[[], list[Mapping[str, Any]]] = skypilot.job_queue,
     clouds: Mapping[str, Cloud] = CLOUDS,
 ) -> Outside:
-    """Ask other sources about `run`. `offline` asks the store alone.
+    """Ask other sources about `run`. With `offline`, the result has only the storage, which `run` knows.
 
-    Replaces the prices of `run` by the prices paid, where a cloud has a history of spot prices.
+    Changes `run`: expected spot prices are replaced by the prices paid, if the cloud has a history of spot prices.
     """
     outside = Outside()
     outside.storage = storage_use(run)
@@ -69,7 +69,7 @@ def _machines(
         found = _with_cloud_times(found, now, clouds)
         source = ", ".join(sorted({record.origin for record in found})) or source
     except Unavailable as error:
-        outside.origins.append(Origin("times of the instances themselves", f"? ({error})"))
+        outside.origins.append(Origin("start and end of the instances", f"? ({error})"))
     outside.times, notes = outside_times(run.segments, found, now)
     outside.notes += notes
     outside.origins.append(Origin("launch, idle until down", source))
@@ -77,7 +77,7 @@ def _machines(
 
 
 def _managed_jobs(run: Run, jobs: Callable[[], list[Mapping[str, Any]]]) -> list[Origin]:
-    """SkyPilot's record of the managed jobs that ran this: how each ended, and how often it recovered."""
+    """SkyPilot's records of the managed jobs of this run: how each ended, and how often it recovered."""
     wanted = {segment.launcher.get("managed_job_id") for segment in run.segments} - {None}
     if not wanted:
         return []
@@ -96,7 +96,7 @@ def _managed_jobs(run: Run, jobs: Callable[[], list[Mapping[str, Any]]]) -> list
 
 
 def _with_cloud_times(records: list[MachineRecord], now: float, clouds: Mapping[str, Cloud]) -> list[MachineRecord]:
-    """Replace SkyPilot's times by a cloud's, which knows start and end to the second. Raises Unavailable."""
+    """Replace SkyPilot's times by the cloud's, which are exact to the second. Raises Unavailable."""
     clusters: dict[tuple[str, str], set[str]] = {}
     for record in records:
         if record.cloud in clouds and record.region:
@@ -145,7 +145,7 @@ def _paid_spot_prices(run: Run, outside: Outside, clouds: Mapping[str, Cloud]) -
 
 
 def _bills(run: Run, outside: Outside, environment: Mapping[str, str], now: float, clouds: Mapping[str, Cloud]) -> None:
-    """COST_TAG=key=value names the cost allocation tag under which a cloud bills this run."""
+    """Add the bills under the cost allocation tag of this run, which COST_TAG=key=value names."""
     key, separator, value = environment.get("COST_TAG", "").partition("=")
     starts = [segment.started_at for segment in run.segments if segment.started_at is not None]
     if not separator or not starts:

@@ -40,9 +40,9 @@ def sheets(report: CostReport) -> dict[str, Sheet]:
         "segments": _segments(report),
         "groups": Sheet("By stage, day, place and machine", ["by", "", "time", "USD", _share(report)], groups, 2),
         "units": Sheet("Unit costs", ["", ""], units, 1),
-        "storage": Sheet("Storage: rates, not in the total", ["what", "amount", "rate"], storage, 1),
+        "storage": Sheet("Storage at list prices, not in the total", ["what", "amount", "rate"], storage, 1),
         "origins": Sheet(
-            "Where the figures are from", ["figure", "from"], [(o.figure, o.source) for o in report.origins], 2
+            "Sources of the figures", ["figure", "from"], [(o.figure, o.source) for o in report.origins], 2
         ),
     }
     return {name: sheet for name, sheet in found.items() if sheet.rows}
@@ -78,7 +78,7 @@ def overview_groups(reports: Sequence[CostReport]) -> Sheet:
             usd = figures.dollars(sum(known) if known else None, 2, all(line.complete for line in lines))
             seconds = sum(line.seconds for line in lines)
             rows.append([group if not index else "", name, figures.duration(seconds), usd])
-    return Sheet("All of them by stage, day, place and machine", ["by", "", "time", "USD"], rows, 2)
+    return Sheet("All runs by stage, day, place and machine", ["by", "", "time", "USD"], rows, 2)
 
 
 def comparison(reports: Sequence[CostReport]) -> Sheet:
@@ -202,12 +202,12 @@ def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
         ("GPU-hours", _or(of.gpu_hours, "{:,.2f}")),
         ("USD per GPU-hour", figures.dollars(of.usd_per_gpu_hour)),
         ("utilisation of the GPUs while training (MFU)", _percent(of.mfu)),
-        ("goodput: share of paid time in training that was kept", _percent(of.goodput)),
+        ("goodput: train kept as a share of paid time", _percent(of.goodput)),
     ]
     if of.restarts:
         rows.append(
             (
-                f"USD per restart ({of.restarts}): steps done again and getting ready",
+                f"USD per restart ({of.restarts}): repeated steps and preparation",
                 figures.dollars(of.usd_per_restart, report.places),
             )
         )
@@ -225,16 +225,16 @@ def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
 
 def hellaswag_rows(of: Units) -> list[tuple[str, str]]:
     """HellaSwag's accuracies; empty if the run did not measure them."""
-    rows = (("HellaSwag, by character (acc_norm)", of.hellaswag_norm), ("HellaSwag, as it is (acc)", of.hellaswag))
+    rows = (("HellaSwag, by character (acc_norm)", of.hellaswag_norm), ("HellaSwag, unnormalised (acc)", of.hellaswag))
     return [(name, _percent(value)) for name, value in rows if value is not None]
 
 
 def storage_rows(report: CostReport) -> list[tuple[str, str, str]]:
-    """Storage of the run's objects with its rates. Nothing counts requests and egress, so they have rates alone."""
+    """Storage of the run's objects, and its rates. Requests and egress are not counted, so only their rates appear."""
     use = report.storage
     if use is None:
         return []
-    rows = [("unfinished uploads", f"{use.unfinished_uploads:,}", "their parts are billed")]
+    rows = [("unfinished multipart uploads", f"{use.unfinished_uploads:,}", "their parts are billed")]
     return (_rated_rows(use) if use.rates else []) + (rows if use.unfinished_uploads else [])
 
 

@@ -1,8 +1,8 @@
 """Estimates how fast a machine trains a model: from published MFU, or from a finished run of this project.
 
 tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.settings.model. The published runs are
-GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † are worked out from the source's
-tokens/s or ms/step, not printed there.
+GPT-2-class models of 124M to 1.6B parameters on one node. The sources do not state the figures marked †: these are
+computed from the tokens/s or ms/step that they state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,22 +43,22 @@ _PUBLISHED = {
     ),
 }
 ASSUMED = MfuRange(0.25, 0.35, 0.45, "assumed", "no published run known for this GPU")
-# Names of SkyPilot's accelerators where core.gpus has another word for the same device.
+# Accelerators whose names in SkyPilot's catalog differ from the keys of _PUBLISHED.
 _DEVICE = {"A100-80GB": "A100", "A10G": "A10G", "H100-SXM": "H100"}
 
 
-# FLOP/s of one vCPU in float32; other processors differ by up to the factor.
+# FLOP/s of one vCPU in float32. Other processors may be slower or faster by _CPU_FACTOR.
 CPU_FLOPS_PER_VCPU = 33e9
 _CPU_FACTOR = 2.0
 _CPU_SOURCE = (
     "speed of a CPU: 33 GFLOP/s per vCPU, which the debug preset had on 2 vCPUs of an AMD EPYC (README, demo); assumed "
-    "of others, within a factor of 2"
+    "for other CPUs, within a factor of 2"
 )
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens per second of a whole task. `source` is a phrase; `kind` is that of MfuRange."""
+    """Tokens per second of all machines of a task. `kind` is measured, sourced or assumed; `source` explains it."""
 
     low: float
     expected: float

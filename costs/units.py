@@ -1,4 +1,4 @@
-"""Computes the unit costs of a run, such as dollars per token, and the curves of its charts. Pure.
+"""Computes the unit costs of a run, such as dollars per token, and the curves of its charts, from arguments alone.
 
 A unit cost is None unless every second of the run has a price, so that it is never too low.
 """
@@ -19,7 +19,8 @@ from core.settings.model import ModelConfig
 from costs.cells import Spend
 from costs.model import OutsideTime
 
-# Validation losses quoted for GPT-2 besides tenths: 3.28 (GPT-2 124M on FineWeb, llm.c discussion 481).
+# Validation losses, besides multiples of 0.1, for which a report states the dollars. 3.28 is the loss of GPT-2 124M on
+# FineWeb (llm.c discussion 481).
 QUOTED_LEVELS = (3.28,)
 LEVELS_SHOWN = 8
 
@@ -110,7 +111,7 @@ def units(
 
 
 def flops_per_token(config: Mapping[str, Any]) -> float | None:
-    """Forward and backward FLOPs per token by a run's settings; None for a model that this release does not know."""
+    """Forward and backward FLOPs per token of a run's model; None if this release cannot read the model's settings."""
     try:
         return architecture.flops_per_token(from_dict(ModelConfig, config["model"], "run.json"))
     except (KeyError, TypeError, LauncherError):
@@ -123,7 +124,7 @@ def newest(points: Sequence[Point], name: str) -> float | None:
 
 
 def levels(evals: Sequence[Point], spend: Spend) -> list[Level]:
-    """Dollars at which each quoted loss was first reached, for the LEVELS_SHOWN lowest losses."""
+    """The dollars spent until each level of validation loss was first reached, for the LEVELS_SHOWN lowest levels."""
     if not evals:
         return []
     best = min(each.values["val_loss"] for each in evals)
@@ -157,7 +158,7 @@ def _mean_mfu(run: Run) -> float | None:
 
 
 def _usd_per_restart(run: Run, lost: Mapping[int, Lost], restarts: int) -> float | None:
-    """Mean dollars per restart, for repeated steps and preparation of the machine."""
+    """Mean dollars per restart: repeated steps, and preparation of the new machine."""
     if not restarts:
         return None
     usd = 0.0
@@ -173,7 +174,7 @@ def _usd_per_restart(run: Run, lost: Mapping[int, Lost], restarts: int) -> float
 
 
 def _loss_after(evals: Sequence[Point], more_tokens: float | None) -> float | None:
-    """Estimated validation loss, linear in the logarithm of tokens through the last two evaluations."""
+    """Estimated validation loss after more tokens: the last two evaluations, extrapolated linearly in log(tokens)."""
     if len(evals) < 2 or not more_tokens:
         return None
     before, now = (each.values for each in evals[-2:])

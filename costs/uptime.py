@@ -1,7 +1,7 @@
-"""Compares records of machines with the ledger: outside time, which no segment covers. Pure.
+"""Finds outside time, the time of machines that no segment covers, by comparing records of machines with the ledger.
 
-The ledger begins with a process and ends with its last heartbeat. A launcher's record of the same machine reaches
-further: from the launch (`provision`) to the shutdown (`idle_until_down`).
+The ledger begins when a process starts and ends with its last heartbeat. A launcher's record of the same machine also
+covers the time before, from the launch on (`provision`), and after, until the shutdown (`idle_until_down`).
 """
 
 import itertools
@@ -36,23 +36,25 @@ def outside_times(
         elif record.was_up:
             times.append(OutsideTime("provision", record.start, end, record))
             notes.append(
-                f"{record.origin}: {record.cluster} was up for {figures.duration(end - record.start)} and never got to "
-                "the point of writing a ledger; its time is booked as provision"
+                f"{record.origin}: {record.cluster} was up for {figures.duration(end - record.start)} but wrote no "
+                "ledger; its time is booked as provision"
             )
         else:
             most = record.price and record.price.usd(end - record.start)
             notes.append(
-                f"{record.origin}: a launch of {record.cluster} failed after {figures.duration(end - record.start)} "
-                f"without a machine that is known of; nothing is counted for it (at most ${figures.dollars(most)})"
+                f"{record.origin}: a launch of {record.cluster} failed after {figures.duration(end - record.start)}, "
+                "and no machine is known that it started; nothing is counted for it "
+                f"(at most ${figures.dollars(most)})"
             )
     return times, notes
 
 
 def is_of(segments: list[Segment], record: MachineRecord) -> bool:
-    """Whether a record belongs to this run, by the names in its segments.
+    """Whether a record belongs to this run, by the names of clusters and jobs in the run's segments.
 
-    Only one managed job uses the name of its cluster. Other runs may use any other name again: then a record belongs
-    here if it lies between this run's first and last sign of life, or if it is a launch that failed shortly before.
+    The cluster of a managed job has a unique name. Any other name may also be used by other runs. A record with such a
+    name belongs to this run if it overlaps the time between the run's first and last sign of life, or if it is a launch
+    that failed shortly before.
     """
     for segment in segments:
         job, cluster = segment.launcher.get("managed_job_id"), segment.launcher.get("cluster")
@@ -111,7 +113,7 @@ def _between(
         if record.exact:  # killed between two heartbeats
             return [*times, OutsideTime("not_attributed", reached, end, record, last)], []
         return times, [
-            f"segment {last.number}: {record.origin} has its machine up for {figures.duration(rest)} after its last "
-            "heartbeat; taken for the delay in noticing that it was gone, not counted"
+            f"segment {last.number}: {record.origin} lists its machine for {figures.duration(rest)} after the last "
+            "heartbeat; this is taken for the delay in noticing its end, and is not counted"
         ]
     return [*times, OutsideTime("idle_until_down", reached, end, record, last)], []

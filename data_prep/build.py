@@ -6,7 +6,7 @@ number of workers and nodes.
 Each part of the source becomes complete shards (data_prep/part.py). Parts are therefore independent, each token is
 uploaded once and never read again, and the last step only merges records. In return, the last shard of each part is
 shorter than the others, which readers support. The alternative, a last step that packs all parts into equal shards,
-would move 20 GB down and up for ten billion tokens through one machine.
+would have to download and upload 20 GB per ten billion tokens on one machine.
 """
 
 import logging

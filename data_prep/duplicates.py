@@ -4,10 +4,10 @@ A first pass over the source stores the sorted hashes of all texts of each part.
 parts, one range of hash values at a time, and stores the numbers of the duplicates in its parts. The first of several
 equal documents in the order of the source stays, so that the result does not depend on the number or speed of nodes.
 
-    parts/<part>-<content>.hashes   257 int64 offsets, then the documents by hash: its halves (uint64), number (uint32)
+    parts/<part>-<content>.hashes   257 int64 offsets, then each document's hash as two uint64 and number as uint32
     parts/<part>-<plan>.drops        uint32 numbers, ascending
 
-The names carry what the content depends on, so that files of a mended source are hashed anew.
+The names contain a hash of what the content depends on, so that the files of a corrected source are hashed again.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from data_prep.plan import PrepPlan
 from data_prep.sources import documents
 from data_prep.sources.files import Part
 
-BUCKETS = 256  # by the first byte of the hash
+BUCKETS = 256  # one for each value of the first byte of the hash
 ENTRY = np.dtype([("upper", "<u8"), ("lower", "<u8"), ("number", "<u4")])
-# Sorting a range of hashes takes about this much per document; it bounds how many ranges are taken at once.
+# Bytes per document that sorting a range of hashes takes. Ranges are chosen so that this fits into MEMORY_BYTES.
 SORT_BYTES = 64
 MEMORY_BYTES = 512 << 20
 THREADS = 16

@@ -22,8 +22,9 @@ from data_prep.sources.documents import buffers
 
 log = logging.getLogger(__name__)
 
-# gigatoken caches every distinct word: 20 MB of random words take 120 MB. Above this resident size a new tokenizer
-# replaces it, which loads in 0.05 s, but only after this much text: a cold tokenizer is three times slower.
+# gigatoken caches every distinct word: 20 MB of random words take 120 MB. If the process is larger than this, a new
+# tokenizer replaces the old one, which takes 0.05 s. A new tokenizer has an empty cache and is three times slower, so
+# the old one is kept for at least this much text.
 RENEW_RESIDENT_BYTES = 640 << 20
 RENEW_TEXT_BYTES = 64 << 20
 

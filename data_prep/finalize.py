@@ -1,8 +1,8 @@
 """Completes a dataset: chooses the validation documents, orders the shards and writes the manifest.
 
-The shards of the parts are final. Only the candidates for validation are read again. Those with the lowest hashes
-become the validation split, up to `data.val_tokens`, so that the split is the rule "hash below a threshold" and does
-not depend on the order of parts. The remaining candidates become training shards.
+The shards of the parts are final. Only the candidates for validation are read again. The candidates with the lowest
+hashes become the validation split, up to `data.val_tokens` tokens. So the split follows the rule "hash below a
+threshold" and does not depend on the order of parts. The remaining candidates become training shards.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from data_prep.plan import PrepPlan, done_parts
 log = logging.getLogger(__name__)
 
 READ_THREADS = 16
-# An id that so many documents share, and that is so large a part of them, is reported.
+# An id is reported if at least so many documents share it, and if these are a larger share of all documents than this.
 LEAST_SHARED = 10
 LARGEST_SHARE = 0.01
 GPT2 = TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, GPT2_SHA256)
@@ -130,7 +130,7 @@ def _judge(records: list[PartRecord], config: PrepConfig) -> None:
 
 
 def _shared_key(records: list[PartRecord], config: PrepConfig) -> str:
-    """A sentence about the id that most documents share, if one id is a share of them that distorts the split."""
+    """A sentence about the id that the most documents share, if they are enough to distort the split; else empty."""
     total: Counter[int] = Counter()
     for record in records:
         total.update(dict(record.shared))
@@ -151,7 +151,7 @@ def _shared_key(records: list[PartRecord], config: PrepConfig) -> str:
 
 
 def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
-    """Chooses the threshold of validation. Documents with equal hashes, that is equal ids, stay together."""
+    """Chooses the threshold of the validation split. Documents with equal hashes, that is equal ids, stay together."""
     candidates = sorted(candidate for record in records for candidate in record.candidates)
     limit = config.data.val_tokens
     tokens = number = 0
@@ -173,7 +173,7 @@ def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
 
 
 def _candidates(records: list[PartRecord], config: PrepConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (split key, token ids) of all candidates, with one part in memory. The order of parts is seeded."""
+    """Yields (split key, token ids) of all candidates. Holds one part in memory. The seed determines their order."""
     ordered = records
     if config.data.shuffle:
         ordered = sorted(records, key=lambda record: _order(record.part, config.data.seed))

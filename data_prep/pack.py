@@ -16,9 +16,9 @@ from core.data.shard import header_bytes
 
 
 class ShardWriter:
-    """Context manager: `add` documents, then read `entries`. `name` is a format of the shard's number.
+    """Context manager: `add` documents, then read `entries`. `name` is a format string for the shard's number.
 
-    Holds at most the documents of one shard, that shard, and the previous one during its upload.
+    Memory holds at most the documents of one shard, that shard, and the previous one during its upload.
     """
 
     def __init__(self, data_url: str, name: str, shard_tokens: int, end_of_text: int, shuffle: bool):

@@ -26,15 +26,15 @@ from data_prep.sources.files import Part
 
 # Document lengths are counted in classes [2**k, 2**(k+1)).
 LENGTH_CLASSES = 32
-# Keys that a record counts, to find an id that many documents share.
+# Number of the most common keys that a record stores, to find an id that many documents share.
 SHARED_KEYS = 16
 
 
 @dataclass(frozen=True)
 class PartRecord:
-    """Record of a finished part. `identity` names what its shards depend on (data_prep/plan.py).
+    """Record of a finished part. `identity` is a hash of all that its shards depend on (data_prep/plan.py).
 
-    `shared` holds the split keys that most documents have, and how many.
+    `shared` holds the most common split keys, each with the number of documents that have it.
     `candidates` holds (split key, tokens) of each candidate for validation, in the order of `candidate_shards`. The
     tokens include the end-of-text token.
     """

@@ -2,8 +2,8 @@
 
 A part is a byte range of one source file. A parquet row group or JSON line belongs to the part in which it starts, so
 that the file sizes alone determine the parts, without reading any footer. All processes read the same stored plan.
-A plan of another source, other settings or another seed is refused once a part is finished whose shards it would
-change, so that a dataset never mixes two preparations.
+A plan with another source, other settings or another seed is refused if it would change the shards of a finished part,
+so that a dataset never mixes two preparations.
 
 The size and the hash of the last bytes identify a source file. The last bytes of a parquet file are its footer, with
 the offsets and statistics of every column chunk, which differs for different contents.
@@ -32,14 +32,14 @@ from data_prep.sources.files import Part, SourceFile, below, find_files, folder_
 log = logging.getLogger(__name__)
 
 FORMAT = "data-plan"
-# Increased when the same settings give other shards than before: unfinished datasets are then not continued.
+# Raise this if the same settings give other shards than before: older unfinished datasets are then not continued.
 VERSION = 1
 TAIL_BYTES = 64 << 10
 LISTING_THREADS = 32
 # Settings that name the source. The files in the plan define the result, not the source's name.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
 
-# Whether finished parts, made under another plan, are those of a new one.
+# (finished parts, the plan that made them) → whether a new plan would make the same parts.
 Accepts = Callable[[set[str], "PrepPlan"], bool]
 
 
@@ -83,16 +83,16 @@ class PrepPlan:
         return hashlib.sha256((self.begun or self).to_bytes()).hexdigest()
 
     def content_of(self, part: Part) -> str:
-        """SHA-256 of what the documents of a part depend on, which other files do not change."""
+        """SHA-256 of all that the documents of a part depend on. The other files do not affect it."""
         document = {"settings": self._result(), "part": [part.index, part.start, part.end, *part.file.content]}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     def identity_of(self, part: Part) -> str:
-        """SHA-256 of what the shards of a part depend on: with `drop_duplicates`, on all files."""
+        """SHA-256 of all that the shards of a part depend on. With `drop_duplicates` that includes all files."""
         return self.sha256 if self.settings.get("filter.drop_duplicates") else self.content_of(part)
 
     def accepts(self, finished: set[str], other: "PrepPlan") -> bool:
-        """Whether the finished parts of another plan are those of this one."""
+        """Whether this plan makes the same parts as `other`, for all that were finished under `other`."""
         old, new = ({part.name: plan.identity_of(part) for part in plan.parts} for plan in (other, self))
         return all(name in old and old[name] == new.get(name) for name in finished)
 
@@ -128,7 +128,7 @@ def make(config: PrepConfig) -> tuple[PrepConfig, PrepPlan]:
     source = config.source
     if source.dataset:
         found = named.find(source, _begun_revision(config))
-        with named.explained(source, source.revision):  # the card of a gated dataset may be public
+        with named.explained(source, source.revision):  # a gated dataset with a public card is refused only here
             files = _identified(_named(found, folder_of([file.uri for file in found])))
     else:
         files = list_files(pinned(source.url, source.revision, config.data.url), kinds.SUFFIXES)
@@ -165,7 +165,7 @@ def list_files(pattern: str, suffixes: tuple[str, ...]) -> tuple[SourceFile, ...
 
 
 def _named(files: Sequence[SourceFile], folder: str) -> list[SourceFile]:
-    """The files with the names of texts in other folders than `folder`."""
+    """The files. A text file in a subfolder of `folder` gets its path below `folder` as its name."""
     names = [below(file.uri, folder) if kinds.is_text(file) else "" for file in files]
     return [replace(file, name=name if "/" in name else "") for file, name in zip(files, names, strict=True)]
 
@@ -176,7 +176,7 @@ def _identified(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
 
 
 def pinned(url: str, revision: str, data_url: str) -> str:
-    """An hf:// address with its commit. Without a revision, the commit of an unfinished preparation at `data_url`.
+    """An hf:// address with a commit: of `revision`, else of an unfinished preparation at `data_url`, else the newest.
 
     A revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
     """
@@ -207,8 +207,8 @@ def _begun_revision(config: PrepConfig) -> str:
 def claim(plan: PrepPlan, data_url: str, accepts: Accepts | None = None) -> tuple[PrepPlan, bool]:
     """Stores the plan below `data_url`, or accepts an equal one. Returns the stored plan, and whether it is complete.
 
-    While no part is finished, a new plan replaces the old one; later only if `accepts(finished parts, old plan)`
-    (if None, `PrepPlan.accepts`).
+    A new plan replaces the old one if no part is finished, or if `accepts(finished parts, old plan)` returns true; by
+    default `accepts` is `PrepPlan.accepts`.
 
     Raises DataError if another source, seed or setting was used there, StorageError if it is not writable.
     """

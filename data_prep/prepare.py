@@ -10,7 +10,7 @@ also writes a ledger for the cost report. data_prep/build.py describes the steps
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen()  # before imports that take seconds
+    stop.listen()  # called before the imports that take seconds
 
 import logging
 import os
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     log.info("settings:\n%s", settings.to_yaml(config).rstrip())
     if config.workers != 1:
         starter.start()
-    # These imports are slow. The workers' server makes them on another core at the same time.
+    # These imports are slow. The fork server makes the same imports on another core at the same time.
     from data_prep import build
     from data_prep.finalize import print_summary
 

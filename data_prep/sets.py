@@ -8,8 +8,8 @@ Reads JSON lines or parquet (local, s3://, gs://, az://, hf://) and checks every
 then <name>.json with rows, bytes and SHA-256.
 
 HellaSwag is the validation set of Zellers et al. 2019 (MIT licence), all 10,042 items. Copies differ in the order of
-fields and in the type of the label. All are converted to one form and compared with its checksum, so that scores are
-comparable.
+fields and in the type of the label. All are converted to one form and compared with the checksum of that form, so that
+scores are comparable.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""Starts the clean process from which workers are forked. It makes their imports while the parent plans.
+"""Starts the fork server, a clean process from which workers are forked. It imports their modules in the meantime.
 
-Imports the standard library only, so that an entry can call `start` before slow imports.
+This module imports the standard library only, so that a program can call `start` before its slow imports.
 """
 
 import multiprocessing
@@ -9,8 +9,8 @@ import os
 
 
 def start() -> None:
-    """Starts the process unless it runs, and returns at once. It exits with this process."""
-    # Preparation multiplies no matrices; further threads of OpenBLAS would only spin.
+    """Starts the fork server unless it already runs, without waiting for it. It exits with this process."""
+    # Preparation multiplies no matrices, so more threads of OpenBLAS would only waste time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     multiprocessing.get_context("forkserver").set_forkserver_preload(["data_prep.preload"])
     multiprocessing.forkserver.ensure_running()

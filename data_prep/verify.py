@@ -2,8 +2,8 @@
 
     python -m data_prep.verify DATA_URL
 
-Checks header, size, SHA-256 and token ids of every shard, and the vocabulary file. Prints one line per problem. Exits
-with 0 only if there is none.
+Checks header, size, SHA-256 and token ids of every shard, and the vocabulary file. Prints one line per problem. The
+exit code is 0 only if there is no problem.
 """
 
 import hashlib

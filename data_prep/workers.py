@@ -1,7 +1,8 @@
 """Runs tasks for many parts in worker processes, which are forked from a clean server process.
 
-Threads would not help, because hashing ids and slicing documents hold the global interpreter lock. A fork of this
-process could hang, because it runs storage threads. A worker exits when its parent does, even after SIGKILL.
+Threads would not help, because hashing ids and slicing documents hold the global interpreter lock. The workers are not
+forked from this process, because it runs storage threads, and its forks could hang. A worker exits when its parent
+does, even after SIGKILL.
 """
 
 import functools
@@ -30,7 +31,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Done:
-    """Tokens and text of one or several parts."""
+    """Number of tokens and bytes of text in one or several finished parts."""
 
     tokens: int = 0
     text_bytes: int = 0
@@ -54,7 +55,7 @@ class PrepJob:
 def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: Callable[[int], None]) -> Done:
     """Runs a task for each part. Calls `advance(count)` with the number of source bytes read.
 
-    Raises the first error of a part. After an error, no further part starts; finished parts stay.
+    Raises the first error of a part. After an error, no further part starts; finished parts stay stored.
     """
     workers = min(workers, len(todo))
     if workers <= 1:
@@ -65,7 +66,7 @@ def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: C
     read = context.Value("q", 0)
     reported = 0
     total = Done()
-    # The server may have started before a variable was set.
+    # The environment is passed on, because the server may have started before a variable was set.
     with ProcessPoolExecutor(workers, context, _begin, (job, dict(os.environ), read)) as pool:
         try:
             running: set[Future[Done]] = {pool.submit(_do, task, part) for part in todo}
@@ -115,7 +116,7 @@ def _begin(job: PrepJob, environment: dict[str, str], read) -> None:
         with read.get_lock():
             read.value += count
 
-    # Opened with the first part, which then reports its errors.
+    # The state is opened with the first part, so that an error of opening becomes an error of this part.
     _work = functools.cache(lambda: _open(job, fetched))
 
 

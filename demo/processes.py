@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """For `preexec_fn`. Linux: the kernel sends the child this signal when its parent dies, even by SIGKILL."""
+    """For `preexec_fn`. On Linux, the kernel sends the child signal `number` when its parent dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
@@ -36,9 +36,9 @@ def kill_tree(process: subprocess.Popen) -> None:
     A signal to the process group is not enough, because torchrun starts each worker in a new session.
     """
     if process.poll() is not None:
-        return  # its id may belong to another process by now
+        return  # the id may belong to another process by now
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGSTOP)  # it must not restart killed children
+        os.kill(process.pid, signal.SIGSTOP)  # stopped, so that it cannot restart killed children
     for pid in [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -65,7 +65,7 @@ def _parents() -> list[tuple[int, int]]:
         return [(int(child), int(parent)) for child, parent in map(str.split, listing.splitlines())]
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             # The program's name, in parentheses, may contain spaces and parentheses.
             found.append((int(stat.parent.name), int(stat.read_text(errors="replace").rsplit(")", 1)[1].split()[1])))
     return found

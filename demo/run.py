@@ -2,8 +2,8 @@
 
     python -m demo.run          (or: make demo)
 
-Only the price is pretended: the demo uses an S3 server on loopback, GPT-2's byte pairs, torchrun processes, a SIGKILL.
-Its files are in .demo/; the next demo replaces them. Ctrl-C ends all processes that it started.
+Only the price is invented: the S3 server on loopback, GPT-2's tokenizer, the torchrun processes and the SIGKILL are
+real. All files are in .demo/; the next demo replaces them. Ctrl-C ends all processes that the demo started.
 """
 
 import importlib.util
@@ -31,14 +31,14 @@ FOLDER = ROOT / ".demo"
 BUCKET = "s3://demo-bucket"
 DATA_URL, RUN_URL = f"{BUCKET}/tokens", f"{BUCKET}/runs/demo"
 RANKS = 2
-# The first log line at or after this step triggers the kill, well after a checkpoint, so that some work is lost.
+# The first log line of this step or a later one triggers the kill: well after a checkpoint, so that some work is lost.
 KILL_STEP = 100
 PRETEND_PRICE = {"USD_PER_HOUR": "22.32", "PRICE_SOURCE": "pretended for the demo (Lambda's listed 8xA100 80 GB)"}
-# A shared cache, and no request to a cloud's metadata service.
+# All ranks share the cache. CLOUD is set, so that no request goes to a cloud's metadata service.
 ENVIRONMENT = {"DATA_CACHE_DIR": str(FOLDER / "cache"), "CLOUD": "demo", "INSTANCE_TYPE": "this-machine"}
 
 LAST_STEPS = 20
-# Required distance in nats below the loss of token frequencies: a perplexity at least a fifth lower.
+# A loss must be so many nats below the loss of token frequencies, so that the perplexity is at least a fifth lower.
 MARGIN = 0.25
 
 console = Console(highlight=False)
@@ -97,7 +97,7 @@ def train(kill_at: int | None) -> None:
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", "trainer.train"]
     command += [str(ROOT / "demo" / "train.yaml"), f"--data.url={DATA_URL}", f"--run.url={RUN_URL}"]
     show(f"torchrun --nproc-per-node={RANKS}", *command[7:])
-    # torchrun would set OMP_NUM_THREADS to the same value, with six lines of warning.
+    # torchrun would set OMP_NUM_THREADS to the same value, and print six lines of warning.
     machine = {**PRETEND_PRICE, "SEGMENT_STARTED_AT": str(time.time()), "OMP_NUM_THREADS": "1"}
 
     def reached(line: str) -> bool:
@@ -117,7 +117,10 @@ def run(module: str, *arguments: object) -> None:
 
 
 def follow(command: list[str], environment: dict[str, str] | None = None, stop_when=lambda line: False) -> bool:
-    """Run a command and show its output. Returns whether `stop_when` had it killed. Raises DemoFailed if it fails."""
+    """Run a command and show its output. Returns whether `stop_when` was true for a line, which kills the command.
+
+    Raises DemoFailed if the command fails.
+    """
     process = start(command, {**ENVIRONMENT, **(environment or {})})
     try:
         for line in process.stdout:
@@ -134,7 +137,7 @@ def follow(command: list[str], environment: dict[str, str] | None = None, stop_w
 
 @dataclass(frozen=True)
 class Unigrams:
-    """A model that knows only the frequencies of the training tokens, whose loss training must beat."""
+    """A model that knows only the frequencies of the training tokens. The trained model's loss must be lower."""
 
     shares: np.ndarray
 
@@ -162,7 +165,7 @@ def tokens_of(split: str) -> np.ndarray:
 
 
 def check_learning(unigrams: Unigrams) -> None:
-    """Compare the losses of training (last steps, on unseen tokens) and validation with those of token frequencies."""
+    """Compare the training loss (last steps) and the validation loss with the losses of token frequencies alone."""
     measured = read_run(RUN_URL, Detail.ALL)
     steps = [point.step for point in measured.points("train")]
     train_loss = float(np.mean([point.values["loss"] for point in measured.points("train")[-LAST_STEPS:]]))

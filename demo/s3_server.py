@@ -119,7 +119,7 @@ class S3Server:
         )
 
     def _wait(self) -> None:
-        """Wait until the server lists and stores objects. It answers before its volumes are ready."""
+        """Wait until the server lists and stores objects. It answers requests before it can store."""
         probe = f"probe-{secrets.token_hex(4)}"
         deadline = time.monotonic() + START_SECONDS
         client = None

@@ -37,7 +37,7 @@ KEY_PAIRS = (
     ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
 )
 ONE_KEY = {"google": "BUCKET_GOOGLE_KEY", "azure": "BUCKET_AZURE_KEY"}
-# `settings` are the environment, with the task's envs over it.
+# A check takes a task and its settings: the environment, updated by the task's envs.
 Check = Callable[[TaskSpec, Mapping[str, str]], Iterable[Finding]]
 
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         print(finding, flush=True)
         failed += finding.mark == "x"
     if failed:
-        print(f"{failed} to fix before this task can run")
+        print(f"{failed} marked x, which must be fixed before this task can run")
         return 1
     command = pricing_command(task, os.environ, options)
     print(f"$ sky {' '.join(command[1:])}", flush=True)
@@ -70,7 +70,7 @@ def pricing_command(task: TaskSpec, given: Mapping[str, str], options: list[str]
 
 
 def all_findings(checks: Iterable[Check], task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Findings of several checks, in order. Several checks may meet the same wrong setting; it is reported once."""
+    """Findings of several checks, in order. If several checks find the same wrong setting, it is reported once."""
     said = set()
     for check in checks:
         for finding in findings(check, task, settings):
@@ -183,7 +183,7 @@ def _endpoint(name: str) -> Callable[[Mapping[str, str]], str]:
     return parse
 
 
-# The node's own parsers.
+# The parsers that the node will use too.
 PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
     "BUCKET": bucket.root,
     "RUN": lambda settings: bucket.name(settings, "RUN"),
@@ -217,7 +217,7 @@ def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findi
         yield Finding(
             "x" if closed == clouds else "!",
             f"secrets: without {' and '.join(keys)} a node on {', '.join(closed)} could not reach the bucket; "
-            "set them in .env to keys that launch/bucket-policy.json limits",
+            "set them in .env to keys with no other rights than those in launch/bucket-policy.json",
         )
     else:
         yield Finding("ok", "secrets: " + ("the node's own role" if empty else "keys for the bucket are set"))
@@ -282,7 +282,7 @@ def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]
             yield Finding("ok", f"data: {rows:,} rows of {examples!r}")
     elif workload.stage == "evaluate":
         yield from _weights(bucket.url(task.envs, "RUN"))
-    elif workload.programs == ("trainer.train",):  # a task that also prepares makes its data
+    elif workload.programs == ("trainer.train",):  # a task that also runs another program prepares its data itself
         url = bucket.url(task.envs, "DATA")
         try:
             tokens = manifest.read(url).splits["train"].tokens
@@ -305,7 +305,7 @@ def _weights(start: str) -> Iterator[Finding]:
 
 
 def check_image(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Looks for the published images on the platforms of the machines."""
+    """Looks for the published images, for the platforms (amd64, arm64) of the task's machines."""
     image = settings.get("IMAGE")
     if not image:
         yield Finding("ok", "image: built on the node (IMAGE is empty); `make image` publishes one")
@@ -315,10 +315,10 @@ def check_image(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding
         missing = {_platform(request) for request in task.requests} - platforms
         if missing:
             yield Finding(
-                "x", f"image: {image}-{target} is there, but not for {', '.join(sorted(missing))}; `make image`"
+                "x", f"image: {image}-{target} exists, but not for {', '.join(sorted(missing))}; run `make image`"
             )
         else:
-            yield Finding("ok", f"image: {image}-{target} is there for {', '.join(sorted(platforms))}")
+            yield Finding("ok", f"image: {image}-{target} exists for {', '.join(sorted(platforms))}")
 
 
 def _platform(request: MachineRequest) -> str:
@@ -341,9 +341,9 @@ def check_clouds(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
     working = [cloud for cloud in clouds if any(cloud in line and "enabled" in line for line in lines)]
     for cloud in clouds:
         if cloud in working:
-            yield Finding("ok", f"credentials: {cloud} lets SkyPilot in")
+            yield Finding("ok", f"credentials: SkyPilot can use {cloud}")
         else:
-            yield Finding("!", f"credentials: {cloud} does not; see `sky check {cloud}` (its candidates are left out)")
+            yield Finding("!", f"credentials: SkyPilot cannot use {cloud} and leaves it out; see `sky check {cloud}`")
     if not working:
         yield Finding("x", "credentials: none of the task's clouds can be used; set up one (docs/launch.md)")
 
@@ -360,7 +360,7 @@ def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
         yield from _guarded(f"capacity of {name}", partial(CLOUDS.get(name, Cloud()).capacity_findings, task))
 
 
-# A launch runs these too: they ask only the bucket and this checkout. Settings come first.
+# A launch runs these checks too, because they ask only the bucket and this checkout. Settings come first.
 FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_data)
 CHECKS: tuple[Check, ...] = (*FREE_CHECKS, check_image, check_clouds, check_quotas, check_capacity)
 

@@ -1,12 +1,12 @@
-"""Ends what this project has running, then asks the clouds whether anything is left.
+"""Ends the jobs and clusters of this project, then asks the clouds whether anything is left.
 
-    python -m launch.down             look only
-    python -m launch.down --down      cancel managed jobs, take clusters down, delete leftovers, then look
+    python -m launch.down             only show what is running
+    python -m launch.down --down      cancel managed jobs, take clusters down, delete leftovers, show what is left
 
-Each step is independent of the one before: a step that fails is reported, and the rest continues. SkyPilot's list is
-not the proof: the clouds are asked for instances, spot requests and volumes with this project's label, or with the name
-of one of its tasks. Exits with 1 if something is up, if a step failed, or if a source could not be asked. Ends machines
-through SkyPilot alone: a label does not separate your machines from those of a colleague in the same account.
+The steps are independent: a step that fails is reported, and the next ones still run. SkyPilot's list may be
+incomplete, so the clouds are also asked for instances, spot requests and volumes with this project's label, or with the
+name of one of its tasks. Exits with 1 if something is up, if a step failed, or if a source could not be asked. Machines
+are ended through SkyPilot only, because the label does not show whether a machine is a colleague's.
 """
 
 import os
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         found, unknown = look(names, {"records": leftovers_in_records, **cloud_sources()})
         if not found or time.monotonic() >= deadline:
             break
-        # Each round, because a machine leaves a volume only once it is gone.
+        # In every round, because a volume can be deleted only when its machine is gone.
         for leftover in found:
             if leftover.end:
                 with _step(str(leftover), failures):
@@ -73,9 +73,9 @@ def project_tasks() -> dict[str, bool]:
 
 
 def end_all(names: Mapping[str, bool]) -> tuple[dict[str, bool], list[str]]:
-    """End all jobs and clusters. Returns `names` with the clusters' names in the clouds, and the failures.
+    """End all jobs and clusters. Returns `names`, with the names of the clusters in the clouds added, and the failures.
 
-    Managed jobs come first: a running job would replace the machine that is taken from it.
+    Managed jobs come first, because a running job would replace a machine that it loses.
     """
     names = dict(names)
     failures: list[str] = []
@@ -97,7 +97,7 @@ def end_all(names: Mapping[str, bool]) -> tuple[dict[str, bool], list[str]]:
 
 @contextmanager
 def _step(what: str, failures: list[str]) -> Iterator[None]:
-    """Do one step of `down`. Reports an error and continues, because the next step may still end something."""
+    """Run one step of `down`. An error is reported but not raised, because the next step may still end something."""
     try:
         yield
     except Exception as error:  # SkyPilot, credentials, network: any error of a library
@@ -109,7 +109,7 @@ def _sky(arguments: list[str]) -> None:
     """Run a sky command and show its output. Raises ConfigError if it fails."""
     print(f"$ sky {' '.join(arguments)}", flush=True)
     if code := subprocess.call([skypilot.find_sky(), *arguments]):
-        raise ConfigError(f"`sky {' '.join(arguments)}` ended with {code}; its lines above say why")
+        raise ConfigError(f"`sky {' '.join(arguments)}` ended with {code}; see its output above")
 
 
 def jobs_of(names: Iterable[str]) -> list[dict]:
@@ -118,13 +118,13 @@ def jobs_of(names: Iterable[str]) -> list[dict]:
 
 
 def clusters_of(names: Iterable[str]) -> list[dict]:
-    """This user's clusters of our tasks, by name or by label: `sky launch` without -c invents a name."""
+    """This user's clusters of our tasks, by name or label, because `sky launch` without -c invents a name."""
     key, value = LABEL
     return [c for c in skypilot.clusters() if c["name"] in set(names) or (c.get("labels") or {}).get(key) == value]
 
 
 def look(names: Iterable[str], sources: Mapping[str, Source] | None = None) -> tuple[list[Leftover], list[str]]:
-    """The leftovers that the sources, by default the clouds, report, and a sentence for each one without an answer."""
+    """The leftovers that `sources` (by default the clouds) report, and a sentence for each source without an answer."""
     found: list[Leftover] = []
     unknown: list[str] = []
     for name, ask in (cloud_sources() if sources is None else sources).items():
@@ -136,12 +136,12 @@ def look(names: Iterable[str], sources: Mapping[str, Source] | None = None) -> t
 
 
 def cloud_sources() -> dict[str, Source]:
-    """The question for leftovers to each cloud, by its name."""
+    """For the name of each cloud, the function that asks it for leftovers."""
     return {name: cloud.leftovers for name, cloud in CLOUDS.items()}
 
 
 def leftovers_in_records(names: Sequence[str]) -> list[Leftover]:
-    """Jobs and clusters that SkyPilot lists: a job that is only scheduled to be cancelled still has a machine."""
+    """Jobs and clusters that SkyPilot lists. A job still has a machine if its cancellation is only scheduled."""
     found = [Leftover(f"managed job {job['job_id']} {job['job_name']}: {job['status']}") for job in jobs_of(names)]
     return found + [Leftover(f"cluster {cluster['name']}: {cluster['status']}") for cluster in clusters_of(names)]
 

@@ -63,7 +63,7 @@ def _get(url: str) -> dict:
         challenge = error.headers.get("WWW-Authenticate", "")
         if error.code != 401 or not challenge.startswith("Bearer "):
             raise
-        # A public image needs a token too, which the registry gives without credentials.
+        # Even a public image needs a token, which the registry gives without credentials.
         fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
         query = urllib.parse.urlencode({k: fields[k] for k in ("service", "scope") if k in fields})
         with urllib.request.urlopen(f"{fields['realm']}?{query}", timeout=SECONDS) as answer:

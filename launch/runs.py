@@ -1,4 +1,4 @@
-"""Shows what runs and what it has cost, shows the output of a run, and downloads a run.
+"""Shows jobs, clusters and the cost of a run, shows the output of a run, and downloads a run.
 
     python -m launch.runs status [sky/TASK.yaml | RUN_URL]
     python -m launch.runs logs sky/TASK.yaml              follow the newest running job of the task
@@ -6,8 +6,8 @@
     python -m launch.runs logs RUN_URL                    the same, by URL; includes preempted machines
     python -m launch.runs pull sky/TASK.yaml | RUN_URL [FOLDER]
 
-`pull` brings metrics, ledger, logs and the newest complete checkpoint to pulled/RUN, or to FOLDER, and leaves files
-that are there. The copy is a run folder: `python cost_report.py pulled/gpt2-124m` reads it.
+`pull` downloads metrics, ledger, logs and the newest complete checkpoint to pulled/RUN, or to FOLDER. Files that are
+there already are kept. The copy is a run folder: `python cost_report.py pulled/gpt2-124m` reads it.
 """
 
 import datetime
@@ -33,10 +33,10 @@ from core.task import read_task
 from launch.down import look, project_tasks
 
 FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "refused")
-# Objects that tell a run from another one under the same name.
+# Objects that differ between two runs, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
-# Lines that bring their own time, such as those of our programs.
+# The beginning of a line that contains its time already, as the log lines of this project do.
 _TIMED = re.compile(r"\d\d:\d\d:\d\d ")
 _CHECKPOINT = re.compile(r"/checkpoints/(step-\d+)/")
 USAGE = "usage: python -m launch.runs status|logs|pull sky/TASK.yaml|RUN_URL (make status, make logs, make pull)"
@@ -51,7 +51,10 @@ def main(arguments: list[str]) -> int:
 
 
 def run_of(source: str, variables: Mapping[str, str]) -> str:
-    """The URL of a run: `source`, or for a task file RUN_URL, else the URL of BUCKET and RUN. Raises ConfigError."""
+    """The URL of a run. `source` is that URL or a task file, for which RUN_URL, or BUCKET and RUN, name the run.
+
+    Raises ConfigError.
+    """
     if not source.endswith(".yaml"):
         return source
     return bucket.url({**variables, **read_task(source, variables).envs}, "RUN")
@@ -74,14 +77,14 @@ def status(arguments: list[str]) -> int:
 
 
 def spent_line(run_url: str) -> str:
-    """A line with the run's dollars. A run that does not exist has no $0.00: its name may be wrong."""
+    """A line with the run's dollars. It does not show $0.00 for a run that does not exist: the name may be wrong."""
     try:
         usd = read_run(run_url, Detail.MONEY).usd
     except RunError:
         return f"{run_url}: no run here yet; check RUN and BUCKET"
     except LauncherError as error:
         return str(error)
-    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py says on what)"
+    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py shows for what)"
 
 
 # --- logs ------------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ def show_stored(url: str) -> int:
 
 
 def _shown(event: Mapping[str, Any]) -> str:
-    """A stored line, with its time (UTC) unless it brings its own."""
+    """A stored line, after its time (UTC), unless the line begins with a time."""
     line = str(event.get("line", ""))
     if _TIMED.match(line):
         return line
@@ -162,7 +165,7 @@ def pull(arguments: list[str]) -> int:
     for listing in range(LISTINGS):
         wanted = choose(run_url, storage.list_objects(run_url))
         try:
-            # First what tells one run from another, so that a copy that was cut off can be told too.
+            # The objects that identify the run come first, so that an interrupted copy is recognised too.
             marks = [info for info in wanted if info.name in IDENTITY]
             check_same_run(marks, run_url, folder)
             missing = fetch(marks, run_url, folder) + fetch(wanted, run_url, folder)
@@ -187,9 +190,10 @@ def local_path(info: ObjectInfo, run_url: str, folder: str) -> Path:
 
 
 def check_same_run(marks: list[ObjectInfo], run_url: str, folder: str) -> None:
-    """Raises RunError if `folder` holds a copy of another run, such as one that was deleted and made anew.
+    """Raises RunError if `folder` holds a copy of another run, such as a deleted one that had the same URL.
 
-    No start of a segment is ever changed or deleted in a run, and each holds its time: a copy has the same ones.
+    The start object of a segment contains the time, and a run never changes or deletes it. All start objects in a copy
+    must therefore be equal to those of the run.
     """
     remedy = f"remove that folder, or pull into another one: python -m launch.runs pull {shlex.quote(run_url)} FOLDER"
     there = {local_path(info, run_url, folder): info for info in marks}
@@ -197,7 +201,7 @@ def check_same_run(marks: list[ObjectInfo], run_url: str, folder: str) -> None:
     ours = sorted(path for place in places for path in Path(folder).glob(place))
     if gone := [path for path in ours if path not in there]:
         raise RunError(f"{folder}: is a copy of another run: {run_url} has no {gone[0].relative_to(folder)}; {remedy}")
-    # The newest start of each ledger stands for the older ones, of which there may be thousands.
+    # Only the newest start object of each ledger is compared, because there may be thousands.
     newest = {(path.name, path.parent.parent): path for path in ours}
     for path in newest.values():
         if path.read_bytes() != storage.read_bytes(there[path].uri):

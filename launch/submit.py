@@ -2,10 +2,10 @@
 
     BUCKET=my-bucket python -m launch.submit sky/pretrain-8xa100.yaml [--no-check] [options of sky launch]
 
-Runs the checks that cost nothing first (launch/check.py), so that a setting that the node would refuse is refused
-before anything is rented. `--no-check` skips them. Each of the task's `envs` that is set here becomes `--env
-NAME=value`, each of its `secrets` becomes `--secret NAME`: SkyPilot reads secret values from the environment, not from
-a command line. A task with job_recovery becomes a managed job.
+First runs the checks that cost nothing (launch/check.py), to find settings that the node would refuse before a machine
+is rented. `--no-check` skips them. Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its
+`secrets` becomes `--secret NAME`: SkyPilot reads the values of secrets from the environment, not from a command line. A
+task with job_recovery becomes a managed job.
 """
 
 import os

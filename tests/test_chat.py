@@ -187,7 +187,7 @@ def test_an_error_in_a_pipe_is_told_by_the_exit_code(folder, environment):
     result = piped(environment, "chat", str(folder / "tuned"), text="/set nonsense 1\n" + "word " * 1100 + "\n")
     assert result.returncode == 1
     assert "error: /set: unknown setting nonsense" in result.stderr
-    assert re.search(r"error: the newest message makes \d+ tokens with its headings, 896 fit", result.stderr)
+    assert re.search(r"error: the newest message makes \d+ tokens with its headings, but only 896 fit", result.stderr)
     assert "Traceback" not in result.stderr
 
 

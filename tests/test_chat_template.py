@@ -72,7 +72,7 @@ def test_what_cannot_be_rendered_is_refused(encoding, messages: list, error: str
 def test_state_of_a_checkpoint_tells_which_template():
     assert not chat_template.is_tuned({}, "run")
     assert chat_template.is_tuned({"template": chat_template.NAME}, "run")
-    with pytest.raises(CheckpointError, match=r"^run: is tuned on the turn template 'other'; .* headed-turns only$"):
+    with pytest.raises(CheckpointError, match=r"^run: was tuned with the chat template 'other'; .* headed-turns only$"):
         chat_template.is_tuned({"template": "other"}, "run")
 
 

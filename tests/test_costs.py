@@ -112,7 +112,7 @@ def test_what_is_no_price_is_unknown_and_never_zero(tmp_path: Path, price: objec
     assert report.units.usd_per_billion_tokens is None
     assert "no price is known for segment 2" in " ".join(report.notes)
     if price is not None:
-        assert f"usd_per_hour is {price!r}, no price" in " ".join(report.notes)
+        assert f"usd_per_hour {price!r} is not a price" in " ".join(report.notes)
     rows = list(csv.DictReader(io.StringIO(render.as_csv([report]))))
     assert [row["usd"] for row in rows if row["table"] == "segment"] == ["3.72", "?"]
 
@@ -208,8 +208,7 @@ def test_a_run_that_its_cap_stopped_says_so_and_how_to_go_on(tmp_path: Path):
     report = report_on(run)
     assert report.state == "stopped by its cap"
     assert report.notes == [
-        "segment 1 stopped at the cap of $1.25 with $1.00 spent, as asked; "
-        "start the run again with a higher MAX_USD to go on"
+        "segment 1 stopped at the cap of $1.25 with $1.00 spent; to continue, start the run again with a higher MAX_USD"
     ]
 
 

@@ -225,7 +225,7 @@ def test_the_command_works_from_the_snapshot(tmp_path: Path, capsys):
 
 def test_work_that_is_not_known_gives_rates_only(tmp_path: Path, capsys):
     path = write(tmp_path, "accelerators: A100:8", "bash train.sh")
-    assert "the amount of work is not known, so only the rate is" in estimate(capsys, path)
+    assert "the amount of work is not known, so only prices per hour are shown" in estimate(capsys, path)
     assert "| ? | ? | ? | ? |" in estimate(capsys, path, "--markdown")
 
 

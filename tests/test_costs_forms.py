@@ -72,7 +72,7 @@ def test_the_page_needs_nothing_but_itself(report: CostReport):
 
 def test_every_chart_has_data_and_every_table_its_figures(report: CostReport):
     found = Page(page.as_html(report, LATER))
-    for title in ("Dollars over time", "Where they went", "Loss against dollars", "Speed"):
+    for title in ("Dollars over time", "Dollars by phase", "Loss against dollars", "Speed"):
         assert title in found.text
     assert all(re.fullmatch(r"(M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)*Z?)+", path) for path in found.paths)
     for sheet in tables.sheets(report).values():
@@ -174,7 +174,7 @@ def test_since_and_tag_choose_runs(run, capsys, monkeypatch, tmp_path):
         command.main(["--offline", "--since", "2026-11-21"])
     with pytest.raises(ConfigError, match="--since is 'yesterday'"):
         command.main(["--offline", "--since", "yesterday"])
-    with pytest.raises(ConfigError, match="leave RUN_URL out"):
+    with pytest.raises(ConfigError, match="leave out RUN_URL"):
         command.main([run.url, "--tag", "paper"])
 
 

@@ -39,15 +39,27 @@ def flags_of(base: tuple[str, str], pairs: str, run_url: str, *more: str) -> lis
     ]
 
 
-def test_it_learns_and_killed_it_resumes_to_the_bit(pretrained, pairs, tmp_path):
-    straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
-    tuning.run_alone(MODULE, *flags_of(pretrained, pairs, straight))
+@pytest.fixture(scope="module")
+def straight(pretrained, pairs, tmp_path_factory) -> str:
+    """A run that nothing interrupted."""
+    run_url = str(tmp_path_factory.mktemp("dpo") / "straight")
+    tuning.run_alone(MODULE, *flags_of(pretrained, pairs, run_url))
+    return run_url
+
+
+def test_it_learns(straight):
     found = launching.metrics(straight, "eval")
     assert found[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-5), "nothing is preferred to the reference yet"
     assert abs(found[0]["val_reward_margin"]) < 1e-4
     assert found[18]["val_loss"] < 0.5
     assert found[18]["val_reward_accuracy"] > 0.95
     assert found[18]["val_reward_margin"] > 0.5
+    assert tuning.stage_in_report(straight) == ("dpo", 1)
+
+
+@pytest.mark.slow
+def test_killed_it_resumes_to_the_bit(pretrained, pairs, straight, tmp_path):
+    killed = str(tmp_path / "killed")
     process = tuning.start_alone(MODULE, *flags_of(pretrained, pairs, killed))
     tuning.kill_after(process, killed, 6)
     assert launching.completed(killed)[0] < 18
@@ -55,7 +67,8 @@ def test_it_learns_and_killed_it_resumes_to_the_bit(pretrained, pairs, tmp_path)
     assert "resumed from step" in output
     assert "the reference, are computed once" not in output
     assert launching.tensors(killed, 18) == launching.tensors(straight, 18)
-    assert launching.metrics(killed, "eval")[18] | {"time": 0} == found[18] | {"time": 0}
+    found = [launching.metrics(url, "eval")[18] | {"time": 0} for url in (killed, straight)]
+    assert found[0] == found[1]
     assert tuning.stage_in_report(killed) == ("dpo", 2)
 
 

@@ -284,7 +284,7 @@ def s3_error(request, status: int, code: str) -> tuple[int, dict[str, str], str]
         (403, "RequestTimeTooSkewed", "the clock of this machine is wrong (403 Forbidden RequestTimeTooSkewed"),
         (403, "InvalidAccessKeyId", "the credentials were refused (403 Forbidden InvalidAccessKeyId"),
         (403, "SignatureDoesNotMatch", "the credentials were refused (403 Forbidden SignatureDoesNotMatch"),
-        (403, "AccessDenied", "nor list bucket 'b'; without s3:ListBucket the server says so of objects that do not"),
+        (403, "AccessDenied", "nor list bucket 'b'; without the right s3:ListBucket the server gives this answer also"),
         (403, "SecondLevelDomainForbidden", "write the bucket into the endpoint: BUCKET_ENDPOINT_URL=https://b.HOST"),
     ],
 )

@@ -70,6 +70,7 @@ def test_all_ranks_leave_with_the_code_of_the_cap(run_url, tmp_path):
     """The machine's first two minutes are in the ledger, and cost more than the cap."""
     environment = os.environ | {"TORCHELASTIC_ERROR_FILE": os.devnull, "USD_PER_HOUR": "36", "MAX_USD": "1"}
     environment |= {"SEGMENT_STARTED_AT": str(time.time() - 120), "EXIT_CODE_FILE": str(tmp_path / "code")}
+    environment |= {"WARM_CHILDREN": "yes"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     done = warm.run([*command, "-m", "trainer.evaluate", run_url, *TASK], cwd=ROOT, env=environment)

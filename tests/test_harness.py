@@ -144,6 +144,6 @@ def test_a_tuned_model_can_be_asked_in_its_turns(opened, ranks, tmp_path, monkey
     assert set(chat_template.STOP) < set(asked[-1].sampling.stop)
     run(tuned, False)
     assert opened.encoding.decode(asked[-1].tokens) == "Who is it?"
-    assert "is tuned on turns and asked without them; --apply_chat_template=true" in caplog.text
-    with pytest.raises(ConfigError, match=r"apply_chat_template: .*small.* is a base model without turns"):
+    assert "was fine-tuned with a chat template, which these prompts lack; --apply_chat_template=true" in caplog.text
+    with pytest.raises(ConfigError, match=r"apply_chat_template: .*small.* is a base model without a chat template"):
         run({}, True)

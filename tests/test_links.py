@@ -219,7 +219,7 @@ def file_instead(run: Path, _: Path) -> None:
             r"step-00000003/COMPLETE: is a link to .*disk/COMPLETE, which is not there",
         ),
         (two_names, r"step-00000004: one listing of the store shows it and another does not; check the store, or move"),
-        (file_instead, r"step-00000004: is a file, where a checkpoint has its folder"),
+        (file_instead, r"step-00000004: is a file, but should be a checkpoint.s folder"),
     ],
 )
 def test_a_step_that_may_be_hidden_stops_training(run: Path, tmp_path: Path, ranks, hide, message: str):

@@ -88,7 +88,7 @@ def test_one_micro_batch_is_learned_by_heart_and_the_run_is_finished(data_url: s
     assert sorted(launching.metrics(run_url, "eval")) == [last]
 
     again = launching.train(1, *flags, f"--run.url={run_url}")
-    assert f"the run has reached its last step, {last}, before" in again
+    assert f"the run had already reached its last step, {last}" in again
     assert endings(run_url)[-1] == ("finished", last)
     assert max(launching.metrics(run_url)) == last
 

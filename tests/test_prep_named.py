@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -101,10 +102,10 @@ def refusals(url: Path, environment: Mapping[str, str], *cases: tuple[str, ...])
 NAMED = (f"--source.dataset={REPOSITORY}", "--source.name=sample-1")
 
 
-SLOW = [pytest.param(suffix, marks=pytest.mark.slow) for suffix in ("parquet", "txt", "arrow", "tar")]
+SLOW = [pytest.param(suffix, marks=pytest.mark.slow) for suffix in ("csv", "parquet", "txt", "arrow", "tar")]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl.zst", *SLOW])
+@pytest.mark.parametrize("suffix", ["jsonl.zst", *SLOW])
 def test_named_offline_killed_and_resumed(suffix: str, tmp_path: Path, vocab_bpe: Path):
     """The ids are tiktoken's, and the bytes those of a preparation of the same files by their address."""
     snapshot = hub_cache.lay_out(tmp_path / "home", REPOSITORY, repository(suffix))
@@ -113,7 +114,7 @@ def test_named_offline_killed_and_resumed(suffix: str, tmp_path: Path, vocab_bpe
     process = start(tmp_path / "set", vocab_bpe, environment, *NAMED, *slow)
     records = tmp_path / "set/parts"
     while process.poll() is None and not list(records.glob("0*.json")):
-        pass
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
     process.communicate()
     kept = {path: path.stat().st_mtime_ns for path in records.glob("0*.json")}
@@ -135,6 +136,7 @@ def shards_of_files(address: str, tmp_path: Path, vocab: Path) -> dict[str, str]
     return shards(tmp_path / "files")
 
 
+@pytest.mark.slow
 def test_nodes_offline_make_the_same_bytes_as_one(tmp_path: Path, vocab_bpe: Path):
     hub_cache.lay_out(tmp_path / "home", REPOSITORY, repository("csv"))
     environment = hub_cache.offline(tmp_path / "home")
@@ -202,7 +204,7 @@ def online(hub: Hub, tmp_path: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+@pytest.mark.parametrize("suffix", ["parquet", pytest.param("csv", marks=pytest.mark.slow)])
 def test_named_on_a_throttling_hub(suffix: str, hub: Hub, tmp_path: Path, vocab_bpe: Path):
     hub.files = repository(suffix)
     flags = [*NAMED, "--source.revision=v1"]
@@ -229,6 +231,7 @@ def test_named_on_a_throttling_hub(suffix: str, hub: Hub, tmp_path: Path, vocab_
     assert stored(str(tmp_path / "set")) == before
 
 
+@pytest.mark.slow
 def test_begun_by_address_and_continued_by_name(hub: Hub, tmp_path: Path, vocab_bpe: Path):
     """As a preparation that an earlier release began: the stored plan stays in force."""
     hub.files = repository("parquet")
@@ -242,6 +245,7 @@ def test_begun_by_address_and_continued_by_name(hub: Hub, tmp_path: Path, vocab_
     assert stored(str(tmp_path / "set")) == stored(str(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_the_newest_commit_is_pinned_when_a_preparation_begins(hub: Hub, tmp_path: Path, vocab_bpe: Path):
     hub.files = repository("csv")
     nodes = ("--num-nodes=2", "--node-rank=1")

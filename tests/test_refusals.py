@@ -186,7 +186,7 @@ def test_an_answer_without_usage_is_kept_at_the_most_it_can_cost(tmp_path):
     with FakeEndpoint(faults=False, says=lambda body: (200, answer)) as endpoint:
         code, output = run(endpoint, tmp_path, *prices)
     assert (code, rows(tmp_path)) == (0, 2), output
-    assert output.count("answers without `usage`; each counts at the most that it can cost") == 1
+    assert output.count("answers without `usage`; each answer is counted at its maximum cost") == 1
     assert spent(tmp_path) == pytest.approx(2 * 100 * 1000 / 1e6)
 
 

@@ -321,7 +321,7 @@ def test_a_key_is_asked_for(guarded):
 
 def test_a_base_model_takes_no_conversation(guarded):
     client = openai.OpenAI(base_url=f"{guarded}/v1", api_key=KEY, max_retries=0)
-    with pytest.raises(openai.BadRequestError, match="is a base model without turns; use /v1/completions"):
+    with pytest.raises(openai.BadRequestError, match="is a base model without a chat template; use /v1/completions"):
         client.chat.completions.create(model="base", messages=HELLO)
 
 

@@ -3,6 +3,7 @@
 Real processes: launch.node, torchrun, two ranks. The full sweep is slow; the short form takes one instant of each kind.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -57,13 +58,36 @@ def data_in_bucket(s3, data_url: str) -> str:
     return "s3://lives/set"
 
 
+@dataclasses.dataclass(frozen=True)
+class Undisturbed:
+    """A run that nothing stopped, and its tensors after each step."""
+
+    url: str
+    tensors: Mapping[int, Mapping[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_in_bucket: str, tmp_path_factory) -> Undisturbed:
+    """A step that was not stored, because the upload before it was still going on, comes from another run."""
+    tensors: dict[int, Mapping[str, bytes]] = {}
+    flags = [*FLAGS, *LONGER, f"--data.url={data_in_bucket}", f"--data.cache_dir={tmp_path_factory.mktemp('cache')}"]
+    for every in range(1, STEPS + 1):
+        url = f"s3://lives/undisturbed-{every}"
+        if not set(range(every, STEPS + 1, every)) <= set(tensors):
+            launching.train(
+                1, *flags, f"--checkpoint.every_steps={every}", "--checkpoint.keep_last=100", f"--run.url={url}"
+            )
+            tensors |= {step: launching.tensors(url, step) for step in launching.completed(url)}
+    return Undisturbed("s3://lives/undisturbed-1", tensors)
+
+
 class Run:
     """A run in one life after the other; what each of them leaves behind is looked at."""
 
-    def __init__(self, run_url: str, flags: Sequence[str], straight: str | None = None):
+    def __init__(self, run_url: str, flags: Sequence[str], straight: Undisturbed | None = None):
         self.url = run_url
         self._flags = flags
-        self._straight = straight  # a run that nothing interrupted
+        self._straight = straight
 
     @property
     def newest(self) -> int:
@@ -82,7 +106,7 @@ class Run:
         assert self.newest >= self.began_at
         assert (code == 0) <= (self.newest == STEPS)
         if self.newest and self._straight:
-            assert launching.tensors(self.url, self.newest) == launching.tensors(self._straight, self.newest)
+            assert launching.tensors(self.url, self.newest) == self._straight.tensors[self.newest]
         assert not storage.list_names(f"{self.url}/refused"), "no machine is to blame"
         return code
 
@@ -107,11 +131,11 @@ class Run:
         """Every step and everything that was due is in the metrics, as if nothing had happened."""
         assert self.newest == STEPS
         for kind, names in (("train", ("loss",)), ("eval", ("val_loss",)), ("hellaswag", ("accuracy_norm",))):
-            mine, theirs = (launching.metrics(url, kind) for url in (self.url, self._straight))
+            mine, theirs = (launching.metrics(url, kind) for url in (self.url, self._straight.url))
             assert sorted(mine) == sorted(theirs)
             for step, name in itertools.product(mine, names):
                 assert mine[step][name] == theirs[step][name], (kind, step)
-        mine, theirs = (launching.metrics(url, "sample") for url in (self.url, self._straight))
+        mine, theirs = (launching.metrics(url, "sample") for url in (self.url, self._straight.url))
         assert {step: mine[step]["text"] for step in mine} == {step: theirs[step]["text"] for step in theirs}
 
 
@@ -220,8 +244,7 @@ PARTS = {
 }
 # So that each phase takes some steps of the sweep on a machine of today.
 LONGER = (
-    "--batch.tokens_per_step=1024",
-    "--train.eval_tokens=16384",
+    "--train.eval_tokens=4096",
     "--train.sample_tokens=24",
     "--train.log_every=1",
 )
@@ -230,7 +253,7 @@ LONGER = (
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["reachable", "away"])
 @pytest.mark.parametrize("part", PARTS)
-def test_sigterm_at_every_moment_of_a_life(s3, data_in_bucket, tmp_path, part, store):
+def test_sigterm_at_every_moment_of_a_life(s3, data_in_bucket, undisturbed, tmp_path, part, store):
     """Each life continues a copy of the same run. A store that is away refuses or hangs from the request to stop until
     the end. Every checkpoint has the bits of a run that nothing stopped; of each phase, one run per stored step is
     continued to its end, which is that of the run that nothing stopped."""
@@ -238,13 +261,11 @@ def test_sigterm_at_every_moment_of_a_life(s3, data_in_bucket, tmp_path, part, s
     is_warm = part != next(iter(PARTS))
     store_url = f"s3://lives/{store}-{part.replace(' ', '-')}"
     flags = [*FLAGS, *LONGER, f"--data.url={data_in_bucket}", f"--data.cache_dir={tmp_path}"]
-    straight = f"{store_url}/straight"
-    launching.train(1, *flags, "--checkpoint.every_steps=1", "--checkpoint.keep_last=100", f"--run.url={straight}")
     codes: dict[str, list[int]] = {phase: [] for phase in phases}
     continued: set[tuple[str, int]] = set()
     with FaultyProxy(s3.endpoint) as proxy:
         environment = {"AWS_ENDPOINT_URL": proxy.url, **(STORE_IS_AWAY if store == "away" else {})}
-        base = Run(f"{store_url}/base", flags, straight)
+        base = Run(f"{store_url}/base", flags, undisturbed)
         assert base.ends(base.live(**environment).until_said(f"step {EVERY - 2}/").ask()) == 33
         assert 0 < base.newest < LOOK
         seconds_of = durations(base.copy("whole").live(is_warm=is_warm, **environment))

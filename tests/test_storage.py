@@ -174,9 +174,7 @@ def test_names_are_taken_as_they_are(base: str):
 
 @pytest.mark.parametrize("name", ["a//b", "a/../b", "line\nend"])
 def test_names_that_no_object_store_takes_are_refused(name: str):
-    with pytest.raises(
-        StorageError, match=r"could not write: the name is not one that an object store takes \(.*rename"
-    ):
+    with pytest.raises(StorageError, match=r"could not write: object stores do not accept this name \(.*rename"):
         storage.write_bytes(f"memory://refused/{name}", b"")
 
 

@@ -13,7 +13,7 @@ from core import stop
 from core.run.folder import RunFolder
 
 if __name__ == "__main__":
-    stop.listen()  # before the imports that take seconds
+    stop.listen()  # called before the imports that take seconds
 
 import logging
 import os
@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
     except CapReached as reached:
         log.warning("%s", reached)
         tell_launcher(CAPPED)
-        process_group.meet(ranks, "cap")  # torchrun kills the other ranks once one exits: let them store their results
+        # torchrun kills the other ranks when one exits, so wait until they have stored their results.
+        process_group.meet(ranks, "cap")
         return CAPPED
     except process_group.PeerFailed:
         return FAILED

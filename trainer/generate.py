@@ -2,7 +2,7 @@
 
     python -m trainer.generate s3://bucket/runs/first --prompt="Once upon a time" --max_tokens=64 --samples=3
 
-Reads a run's newest checkpoint, one checkpoint, or a model that `transformers` knows. Prints to standard output.
+Reads a run's newest checkpoint, one checkpoint, or a public model. Prints to standard output.
 """
 
 import json

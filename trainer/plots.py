@@ -25,7 +25,7 @@ log = logging.getLogger("plots")
 FORMATS = ("png", "svg")
 COLOURS = ("#2563eb", "#d9480f", "#2f9e63", "#8a6fc9", "#b0749e", "#8d6e2f")
 RESTART, CHECKPOINT = "#d64545", "#9aa5b1"
-MAX_MARKS = 100  # lines of checkpoints or restarts; more would hide the curve
+MAX_MARKS = 100  # most lines drawn for checkpoints or for restarts; more would hide the curve
 FIGURES = ("loss", "hellaswag", "recipe", "speed", "norms")
 
 

@@ -2,8 +2,8 @@
 
     python -m trainer.serve s3://bucket/runs/first
 
-Reads a run's newest checkpoint, one checkpoint, or a public model. Listens on loopback. Any other address needs
-SERVE_API_KEY in the environment. Exits with 0 on SIGINT and SIGTERM.
+Reads a run's newest checkpoint, one checkpoint, or a public model. Listens on loopback by default; any other address
+needs SERVE_API_KEY in the environment. Exits with 0 on SIGINT and SIGTERM.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from trainer.inference.sampling import InferenceOptions, Sampling
 
 log = logging.getLogger("serve")
 USAGE = "python -m trainer.serve RUN_OR_CHECKPOINT [--name=value ...]"
-SHUTDOWN_SECONDS = 5.0  # for answers in progress
+SHUTDOWN_SECONDS = 5.0  # time that answers in progress get at the end
 
 
 @dataclass(frozen=True)
 class ServeConfig(InferenceOptions, Sampling):
-    """Settings of `trainer.serve`. Those of Sampling are defaults, which a request can override."""
+    """Settings of `trainer.serve`. The settings of Sampling are defaults that a request can override."""
 
     host: str = setting("127.0.0.1", "address to listen on; all but loopback need SERVE_API_KEY in the environment")
     port: int = setting(8000, "port; 0: a free one", ge=0, le=65535)

@@ -13,7 +13,7 @@ it has reached its cap on dollars, else 1.
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen()  # before the imports that take seconds
+    stop.listen()  # called before the imports that take seconds
 
 import importlib
 import os
@@ -37,11 +37,12 @@ def main(arguments: list[str]) -> int:
         print(loader.help_text(schema, USAGE))
         return OK
     settings = loader.load(schema, arguments, os.environ)
-    # Importing torch takes seconds. A wrong setting is refused before it, and a checkpoint arrives during it.
+    # Importing torch takes seconds. Wrong settings are refused before it, and a checkpoint is fetched meanwhile.
     fetched = early.start(settings.run.url, os.environ)
     from trainer.loop.segment import run_segment
 
-    stage = importlib.import_module(f"trainer.stages.{settings.stage}")  # only one: each imports other libraries
+    # Import only this stage, because each stage imports other libraries.
+    stage = importlib.import_module(f"trainer.stages.{settings.stage}")
     return run_segment(getattr(stage, settings.stage.capitalize()), settings, fetched)
 
 

@@ -25,7 +25,7 @@ KERNELS = {
 LARGE = "gpt2-1.5b"
 TOKENS, SMALL_TOKENS = 65536, 256
 CALLS = 10
-# Matrix products: scores and values in a forward pass, five in a backward pass (FlashAttention-2, section 4.1).
+# Number of matrix products: two in a forward pass (scores, values), five in a backward pass (FlashAttention-2, 4.1).
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
     def flops(self, products: int) -> float:
         return (
             products * self.sequences * self.heads * self.context**2 * self.head_width
-        )  # a product counts 2, of which the mask keeps half
+        )  # 2 FLOPs per multiply-add, of which the mask keeps half
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def measure(name: str, call: Callable, shape: Shape, device: torch.device, round
             forward = clock.rounds(lambda: call(*inputs), device, rounds, CALLS)
         whole = clock.rounds(both, device, rounds, CALLS)
         ran = kernel_names(both, device)
-    except Exception as refusal:  # of torch, a compiler or a kernel; the other kernels are still measured
+    except Exception as refusal:  # an error of torch or a kernel; the other kernels are still measured
         why = " ".join(f"{type(refusal).__name__}: {refusal}".split())[:300]
         harness.say(f"{name}, {shape}: does not run: {why}", **said, refused=why)
         return

@@ -8,7 +8,7 @@ import torch
 
 
 def mark(device: torch.device):
-    """A moment in the device's queue of work."""
+    """Mark the current moment in the device's queue of work."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -43,7 +43,7 @@ def rounds(call: Callable[[], object], device: torch.device, count: int, calls: 
 
 
 def summary(seconds: Sequence[float], of_rounds: int = 4) -> dict[str, float | list[float]]:
-    """Summary of consecutive times: medians of `of_rounds` rounds, the median of those, and percentiles of all."""
+    """Divide consecutive times into rounds: each round's median, the median of these, and percentiles of all times."""
     size = max(1, len(seconds) // of_rounds)
     medians = [statistics.median(seconds[first : first + size]) for first in range(0, len(seconds), size)]
     ordered = sorted(seconds)
@@ -52,7 +52,7 @@ def summary(seconds: Sequence[float], of_rounds: int = 4) -> dict[str, float | l
 
 
 class Parts:
-    """Splits time between marks into parts. A part lasts from the mark before it to its own."""
+    """Splits time into named parts. `mark(part)` ends a part, which began at the previous mark."""
 
     def __init__(self, device: torch.device, parts: Sequence[str]):
         self._device = device

@@ -1,4 +1,4 @@
-"""Compares loss and all gradients of compiled blocks with those of the plain model; a measurement of bench.on_gpu.
+"""Compares loss and all gradients of compiled blocks with the plain model's; a measurement of bench.on_gpu.
 
     python -m bench.gpu.equivalence --preset=gpt2-124m
 
@@ -50,7 +50,7 @@ def main() -> None:
     device = presets.device_of(parsed)
     model = presets.settings_of(parsed.preset).model
     model = dataclasses.replace(presets.small(model) if parsed.rehearse else model, dropout=0.0, init="gpt2")
-    torch.set_float32_matmul_precision("high")  # as the trainer does
+    torch.set_float32_matmul_precision("high")  # the trainer's choice
     tokens_BT = tokens_of(model, device)
     plain = one_pass(model, tokens_BT)
     fused = one_pass(model, tokens_BT, is_compiled=True)
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def tokens_of(model: ModelConfig, device: torch.device, sequences: int = SEQUENCES) -> torch.Tensor:
-    """Random ids (sequences, context + 1); a document ends at every hundredth."""
+    """Random ids (sequences, context + 1); every hundredth token begins a document."""
     generator = torch.Generator().manual_seed(1)
     found = torch.randint(0, GPT2_END_OF_TEXT, (sequences, model.context + 1), generator=generator)
     found[:, ::100] = GPT2_END_OF_TEXT
@@ -94,7 +94,7 @@ def difference(one: Pass, other: Pass) -> Difference:
     cosines = {
         name: float(torch.nn.functional.cosine_similarity(gradient, other.gradients[name], dim=0))
         for name, gradient in one.gradients.items()
-        if other.gradients[name].norm() > 0  # behind weights that start at zero gradients are zero
+        if other.gradients[name].norm() > 0  # a gradient is zero if a later weight starts at zero
     }
     lowest = min(cosines, key=cosines.__getitem__)
     return Difference(abs(one.loss - other.loss) / abs(other.loss), cosines[lowest], lowest)

@@ -16,7 +16,7 @@ from bench.gpu.records import Record
 from bench.harness import REPOSITORY
 
 MICRO_BATCHES = (64, 32, 96)  # sequences, in this order; with more, the logits of the plain side exceed 141 GB
-# Few heads of the preset's width: the resume measurement stores a checkpoint every two steps.
+# The resume measurement stores a checkpoint every two steps, so its model is narrow. These heads keep the head width.
 NARROW = {PLAIN: ["--model.heads=4"], OTHER: ["--model.heads=2"]}
 
 
@@ -38,7 +38,7 @@ class Place:
     rehearse: bool
 
 
-# A name, and a command, a result computed from earlier ones, or a reason to skip.
+# A name with one of three: a command, a result computed from earlier results, or a reason to skip.
 Measurement = tuple[str, list[str] | dict[str, Any] | Skip]
 Part = Callable[[Place, Record], Iterator[Measurement]]
 
@@ -109,14 +109,14 @@ def _trainer_flags(place: Place, preset: str, sequences: int, accumulation: int,
 
 
 def _steps(place: Place, run: str, preset: str, steps: int, options=(), flags=()) -> list[str]:
-    """Two micro-batches per step, so that a step includes the work between micro-batches."""
+    """A command that times steps. A step has two micro-batches, so that it includes the work between them."""
     sequences, context, steps = (2, 32, 10) if place.rehearse else (32, 1024, steps)
     trainer = [*_trainer_flags(place, preset, sequences, 2, context), f"--run.url={place.work / run}", *flags]
     return _module("bench.gpu.steps", f"--steps={steps}", *options, "--", *trainer)
 
 
 def _resume(place: Place, preset: str) -> list[str]:
-    """Sixteen micro-batches per step on a GPU, so that a kill falls between two checkpoints."""
+    """A command that kills and resumes a run. With sixteen micro-batches per step, kills fall between checkpoints."""
     sequences, accumulation, context, steps = (2, 2, 32, 20) if place.rehearse else (8, 16, 1024, 60)
     trainer = _trainer_flags(place, preset, sequences, accumulation, context)
     if not place.rehearse:

@@ -1,4 +1,4 @@
-"""The presets that bench measures: unchanged on a GPU, reduced on a CPU that rehearses."""
+"""Loads the presets that bench measures: unchanged on a GPU, with a small model in a rehearsal on a CPU."""
 
 import argparse
 import dataclasses
@@ -45,7 +45,7 @@ def options(description: str | None, *presets: str) -> argparse.ArgumentParser:
 
 
 def device_of(parsed: argparse.Namespace) -> "torch.device":
-    import torch  # not at the top: bench.train_step loads it in its sides alone
+    import torch  # imported here, because bench.train_step loads torch only in its sides
 
     if parsed.rehearse:
         return torch.device("cpu")

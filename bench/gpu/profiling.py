@@ -1,4 +1,4 @@
-"""Observes a process that trains: what torch.compile made of it, and which kernels take its time.
+"""Observes a training process: the graphs that torch.compile makes, and the kernels that take the time.
 
 compilations = profiling.compilations()     graphs, graph breaks, and frames that were compiled more than once
 with profiling.profiled(device) as profile: ...
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 COUNTERS = ("stats", "aot_autograd", "inductor", "graph_break", "ddp")
 TOP = 12
 LARGEST_TRACE_BYTES = 8 << 20
-# The first match counts. A GPU names kernels, a CPU operators.
+# The first pattern that matches counts. Names are those of kernels on a GPU, of operators on a CPU.
 KINDS = {
     "attention": r"flash|fmha|attention|cudnn.*sdp|sdpa|flex",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|::(add|b|ba)?mm\b|addmm|linear|matmul|sm\d\d_|triton_tem.*mm",
@@ -42,7 +42,7 @@ def kind_of(name: str) -> str:
 def kernels(profile: torch.profiler.profile, device: torch.device) -> dict[str, Any]:
     """Milliseconds by kernel and by kind; on a GPU also its idle time between the first and the last kernel."""
     spans = [(each.name, each.time_range.start, each.time_range.end) for each in _kernels(profile, device)]
-    by_name: dict[str, list[float]] = {}  # milliseconds of each call; on a CPU their sum
+    by_name: dict[str, list[float]] = {}  # milliseconds of each call; on a CPU only their sum
     calls: dict[str, int] = {}
     if device.type == "cuda":
         for name, begin, end in spans:
@@ -122,7 +122,7 @@ def compilation_count() -> int:
 def compilations(since: int = 0) -> dict[str, Any]:
     """Graphs and graph breaks of this process.
 
-    `again` lists compilations of a frame that had been compiled before, `late` those after the first `since` ones.
+    `again` lists compilations of frames that had been compiled before, `late` the compilations after the first `since`.
     """
     found = _metrics()
     compiled = [(_name(each), each.recompile_reason) for each in found]

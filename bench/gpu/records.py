@@ -1,9 +1,9 @@
-"""Writes the record of one part of bench.on_gpu as JSON and as text, both again after each result.
+"""Writes the record of one part of bench.on_gpu as JSON and as text. Both files are rewritten after each result.
 
     FOLDER/2026-12-01-gpu-look.json    date, machine, versions, commit, command, and per measurement its results
-    FOLDER/2026-12-01-gpu-look.txt     the same, to be read
+    FOLDER/2026-12-01-gpu-look.txt     the same, for people
 
-A record in state `running` is of a program that was killed; the results in it are complete.
+If the program was killed, the record stays in the state `running`. The results in it are complete.
 """
 
 import json

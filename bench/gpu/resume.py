@@ -88,7 +88,9 @@ class Runs:
             kill_tree(process)
         newest = self._newest(name)
         if newest >= self._steps:
-            raise SystemExit(f"{name}: was over before its kill at step {after}; give it more than {self._steps} steps")
+            raise SystemExit(
+                f"{name}: ended before it could be killed at step {after}; give it more than {self._steps} steps"
+            )
         return newest
 
     def differences(self) -> list[str]:
@@ -114,7 +116,7 @@ class Runs:
     def _tensors_that_differ(self) -> list[str]:
         one, other = (self._tensors(name) for name in ("straight", "killed"))
         if one.keys() != other.keys():
-            return [f"the checkpoints of step {self._steps} hold other tensors"]
+            return [f"the checkpoints of step {self._steps} hold different tensors"]
         found = []
         for key, values in one.items():
             different = _bits(values) != _bits(other[key])

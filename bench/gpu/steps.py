@@ -24,7 +24,7 @@ from trainer import train
 from trainer.loop.loop import Loop
 
 SETTLED = 2  # steps after which no compilation is expected
-PROFILED = 3  # steps at the end
+PROFILED = 3  # number of last steps that --profile observes
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 class Watch:
-    """Measures the time from the beginning of a step to that of the next, including all work in between."""
+    """Measures the time from the beginning of a step to the beginning of the next, with all work in between."""
 
     def __init__(self, steps: int, profile: bool):
         self._steps = steps
@@ -91,7 +91,7 @@ class Watch:
                 self._marks.append(clock.mark(device))
             clock.finish(device)
             self._profiling.close()
-            # Read here, because the evaluation at the end of the run may need more.
+            # Read the peak here, because the evaluation at the end of the run may need more memory.
             self._peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
     def say(self, trace: Path | None) -> None:

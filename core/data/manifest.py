@@ -31,7 +31,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Split:
-    """The split `train` or `val`: its shards in order, and their tokens and documents."""
+    """The split `train` or `val`: its shards in order, and the numbers of tokens and documents in them."""
 
     tokens: int
     documents: int
@@ -40,7 +40,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The vocabulary of the token ids. `vocab_file` is a path below the data URL."""
+    """The vocabulary that the token ids refer to. `vocab_file` is a path below the data URL."""
 
     name: str
     vocab_size: int
@@ -62,7 +62,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary and the shards in order. It is equal exactly for equal token streams."""
+        """SHA-256 over the checksums of the vocabulary and of the shards in order. Equal data has the same one."""
         digest = hashlib.sha256(f"{self.tokenizer.vocab_sha256} {self.bits}".encode())
         for name in sorted(self.splits):
             for shard in self.splits[name].shards:
@@ -157,7 +157,7 @@ def _check(manifest: Manifest, stated_fingerprint: str, uri: str) -> None:
             if shard.bytes != HEADER_BYTES + shard.tokens * manifest.bits // 8:
                 raise DataError(
                     f"{uri}: shard {shard.name} says {shard.tokens} tokens in {shard.bytes} bytes, "
-                    "which does not fit; prepare the data again"
+                    "which do not match; prepare the data again"
                 )
     if manifest.fingerprint != stated_fingerprint:
         raise DataError(

@@ -83,8 +83,9 @@ def _uri(data_url: str, name: str) -> str:
 # --- conversations ---------------------------------------------------------------------------------------------
 
 
-# Columns and fields that change what an answer means, and that no conversation of texts can express.
+# Columns of a row of preferences that cannot hold its prompt.
 _TEXTS = ("chosen", "rejected", "system")
+# Columns and fields that change the meaning of an answer, and that no conversation of texts can express.
 _MEANINGFUL = ("tools", "images", "functions")
 _MEANINGFUL_IN_MESSAGES = ("tool_calls", "function_call")
 _HUMAN = re.compile(r"\n\n(Human|Assistant):")
@@ -110,9 +111,11 @@ def conversation(row: Any) -> dict[str, Any]:
 def preference(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Converts a row to two conversations that differ in the last answer, the better one first. Raises ValueError.
 
-    `chosen` and `rejected` are texts or lists of messages, as in TRL: answers to `prompt`, a text or a list of
-    messages, or whole conversations. Two texts without a prompt begin with it, and differ from the answer on. A
-    `system` column becomes the first message; `question`, or `instruction` and `input`, can stand for the prompt.
+    `chosen` and `rejected` are texts or lists of messages, as in TRL. If the row has a `prompt` (a text or a list of
+    messages), they are answers to it or whole conversations; otherwise they are whole conversations. Two texts without
+    a prompt are dialogues of "Human:" and "Assistant:", or they begin with the same prompt and differ in the answer
+    after it. Columns `question`, or `instruction` and `input`, may replace `prompt`. A `system` column becomes the
+    first message.
     """
     _check_row(row)
     chosen, rejected = row.get("chosen"), row.get("rejected")
@@ -140,7 +143,10 @@ def preference_row(row: Any) -> dict[str, Any]:
 
 
 def conversation_prompt(row: Any) -> list[dict[str, str]]:
-    """Messages up to the user's last one: a row's `messages`, or its `prompt`, a text or a list. Raises ValueError."""
+    """The messages of a row of prompts, in `messages` or `prompt` (text or list). The last is the user's.
+
+    Raises ValueError.
+    """
     _check_row(row)
     prompt = row["messages"] if "messages" in row else row.get("prompt")
     if "messages" not in row and not _is_messages(prompt):
@@ -149,7 +155,7 @@ def conversation_prompt(row: Any) -> list[dict[str, str]]:
 
 
 def unused(row: Any, schema: str) -> list[str]:
-    """Columns of a row, and fields of its messages, that have a value and do not reach the model."""
+    """Columns of a row, and fields of its messages, that have a value but do not become part of the conversation."""
     if not isinstance(row, dict):
         return []
     if schema == "preferences":
@@ -232,7 +238,7 @@ def _joined(prompt: Any, answer: Any, key: str) -> list[dict[str, Any]]:
     before = prompt if _is_messages(prompt) else [_message("user", prompt)]
     if turns[0].get("role") == "assistant":
         return [*before, *turns]
-    # The answer repeats its prompt, a text or all of the messages.
+    # The answer is a whole conversation, which must contain the prompt.
     said = [text_of(turn.get("content")) for turn in turns[:-1]]
     if any(_stripped(text_of(message.get("content"))) not in map(_stripped, said) for message in before):
         raise ValueError(f"has a prompt that does not occur in `{key}`, a whole conversation; leave out one of them")
@@ -240,7 +246,7 @@ def _joined(prompt: Any, answer: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _whole_texts(row: dict[str, Any]) -> list[list[dict[str, str]]]:
-    """Conversations of two texts that begin alike: turns of "Human:" and "Assistant:", or a prompt and two answers."""
+    """The conversations in two texts: dialogues of "Human:" and "Assistant:", or one prompt with different answers."""
     chosen, rejected = texts = row["chosen"], row["rejected"]
     if all(_HUMAN.match(text) for text in texts):
         roles = {"Human": "user", "Assistant": "assistant"}
@@ -249,7 +255,7 @@ def _whole_texts(row: dict[str, Any]) -> list[list[dict[str, str]]]:
             [{"role": roles[who], "content": said.strip()} for who, said in zip(part[::2], part[1::2], strict=True)]
             for part in parts
         ]
-    # Where another column may hold the prompt, two answers that begin alike must not be taken to contain it.
+    # If another column may hold the prompt, the common beginning of two answers must not be taken for the prompt.
     others = [key for key, value in row.items() if key not in _TEXTS and isinstance(value, str | list)]
     if others:
         raise ValueError(f"has no prompt; if one of {', '.join(others)} holds it, rename that column to `prompt`")
@@ -262,7 +268,7 @@ def _whole_texts(row: dict[str, Any]) -> list[list[dict[str, str]]]:
 
 
 def _with_system(row: dict[str, Any], messages: Any) -> Any:
-    """Puts the text of the column `system` before the messages. An empty one says nothing."""
+    """Puts the text of the column `system` before the messages. An empty column is ignored."""
     system = row.get("system")
     if not system or not _is_messages(messages):
         return messages
@@ -307,5 +313,5 @@ def _message(role: Any, content: Any) -> dict[str, str]:
         raise ValueError(f"has a message of role {role!r} whose content is {type(content).__name__}, not a text")
     if not content or not content.strip():
         raise ValueError(f"has an empty message of role {role!r}")
-    # OpenAI renamed the role.
+    # OpenAI's newer models call the system role `developer`.
     return {"role": "system" if role == "developer" else role, "content": content}

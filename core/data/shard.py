@@ -20,7 +20,7 @@ DTYPES = {16: np.dtype("<u2"), 32: np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """Content of the header."""
+    """The fields of a shard's header that vary: number of tokens, and bits per token."""
 
     tokens: int
     bits: int
@@ -63,7 +63,7 @@ def parse_header(data: bytes, where: str) -> ShardHeader:
     if version != VERSION:
         raise DataError(
             f"{where}: shard version {version} is not {VERSION}; "
-            "it was written by another release: use that one, or prepare the data again"
+            "it was written by another release: use that release, or prepare the data again"
         )
     if bits not in DTYPES or tokens < 1:
         raise DataError(f"{where}: header says {tokens} tokens of {bits} bits; prepare the data again")

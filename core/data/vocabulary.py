@@ -1,7 +1,7 @@
 """Reads, checks and stores GPT-2's byte-pair vocabulary, and opens it with tiktoken.
 
 The stored form is tiktoken's rank file: per token a line with the base64 of its bytes, a space and its rank. OpenAI
-publishes the merges file `vocab.bpe`, which is read, too.
+publishes the vocabulary in another form, the merges file `vocab.bpe`, which this module reads too.
 """
 
 import base64
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from core import storage
 from core.errors import ConfigError, DataError, ObjectNotFound
 
-# tiktoken's pattern for GPT-2, with possessive quantifiers, which it matches fastest.
+# tiktoken's pattern for GPT-2, written with possessive quantifiers, because tiktoken matches these fastest.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
@@ -35,7 +35,7 @@ class Vocabulary:
 
     @functools.cached_property
     def ranks(self) -> dict[bytes, int]:
-        """Ids by the bytes of each token."""
+        """The id of each token, by the token's bytes."""
         return _ranks_of_rank_file(self.stored, "the vocabulary")
 
     def encoding(self):
@@ -104,7 +104,7 @@ def _from_tiktoken() -> Vocabulary:
 
 
 def rank_file(ranks: dict[bytes, int]) -> bytes:
-    """Ranks in the stored form."""
+    """The content of a tiktoken rank file with these ranks."""
     return b"".join(
         base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     )

@@ -1,4 +1,4 @@
-"""Caches on this machine what was read of a run, so that a report fetches new objects only.
+"""Caches on this machine the segments of a run that were read, so that the next report fetches only new objects.
 
 One NumPy file per run below $COST_CACHE_DIR (default ~/.cache/pretrain-launcher/costs). It contains no secrets and may
 be deleted at any time. A damaged file, or one of another release, is ignored and replaced.
@@ -33,7 +33,10 @@ _CURVE = ("step", "time", *SHOWN["train"])
 
 @dataclass(frozen=True)
 class Seen:
-    """Sequence numbers up to which a segment was read. `start` identifies its start object, which could be replaced."""
+    """Sequence numbers up to which ledger and metrics of a segment were read; -1: nothing was read.
+
+    `start` identifies the version of the start object, so that a segment that was replaced is noticed.
+    """
 
     start: str
     ledger: int = -1
@@ -44,7 +47,7 @@ Known = Mapping[int, tuple[Segment, Seen]]
 
 
 def path_for(run_url: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Path of the cache file of a run. The same URL at another endpoint is another run."""
+    """Path of the cache file of a run. The same URL at another S3 endpoint is another run."""
     endpoint = aws.endpoint_of(environment) or ""
     digest = hashlib.sha256(f"{endpoint} {run_url.rstrip('/')}".encode()).hexdigest()
     return folder(environment) / f"{digest[:20]}.npz"
@@ -58,7 +61,7 @@ def folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
-    """Segments by number; empty without a usable file."""
+    """The cached segments by number; empty if there is no usable file."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             columns = {name: stored[name] for name in stored.files}
@@ -69,12 +72,12 @@ def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
     except FileNotFoundError:
         return {}
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
-        log.warning("%s: ignored and written anew (%s)", path, error)
+        log.warning("%s: this cache is not readable and is written anew (%s)", path, error)
         return {}
 
 
 def save(path: Path, known: Known) -> None:
-    """Replace the file atomically. Without a writable folder only the next report takes longer."""
+    """Replace the file atomically. If that fails, log a warning: the only consequence is a slower next report."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -85,7 +88,7 @@ def save(path: Path, known: Known) -> None:
         finally:
             Path(name).unlink(missing_ok=True)
     except OSError as error:
-        log.warning("%s: not kept (%s); the next report reads everything again", path, error)
+        log.warning("%s: this cache cannot be written (%s); the next report reads everything again", path, error)
 
 
 def _pack(known: Known) -> dict[str, np.ndarray]:
@@ -146,7 +149,7 @@ def _array(values: np.ndarray) -> array:
 
 
 def _curve(lists: Mapping[str, list[float]], rows: slice) -> dict[str, list[dict[str, Any]]]:
-    """The training records. NaN in the file stands for an unknown value."""
+    """The metrics records of kind "train". NaN in the file stands for an unknown value."""
     columns = [[None if value != value else value for value in lists[f"curve_{name}"][rows]] for name in _CURVE]
     records = [dict(zip(_CURVE, values, strict=True)) for values in zip(*columns, strict=True)]
     return {"train": [record | {"step": int(record["step"])} for record in records]} if records else {}

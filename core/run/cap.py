@@ -1,9 +1,9 @@
 """Keeps a run below its dollar cap: all its segments together never cost more than MAX_USD.
 
-The ledgers of earlier segments give an upper bound of their cost: a killed machine counts until just before its next
-heartbeat, so that the cap also holds after many kills. A segment stops while enough money remains for the last
-checkpoint and for the time until its machine is down. On spot, enough must also remain for one more machine, which
-starts if this one is taken away now, and then finds that the money is spent.
+The ledgers of earlier segments give an upper bound of their cost: a killed machine counts until its next heartbeat was
+due, so that the cap also holds after many kills. A segment stops while enough money remains for the last checkpoint and
+for the time until its machine is down. A segment on a spot machine also keeps enough money for the start of one more
+machine: if its own is taken away now, a new one starts, and only then finds that the money is spent.
 """
 
 import math
@@ -18,7 +18,10 @@ SAFETY = 1.5  # factor on the expected times of the last checkpoint and of a new
 
 
 def spent_by_earlier_segments(folder: RunFolder, machine: Machine, max_usd: float) -> float | None:
-    """Dollars of earlier segments; None if a price is unknown, for which a cap raises ConfigError."""
+    """Upper bound of the dollars of earlier segments; None if a price is unknown.
+
+    Raises ConfigError for an unknown price if there is a cap (`max_usd` is not 0).
+    """
     if not max_usd:
         return spent_usd_at_most(folder.url)
     if machine.price is None:
@@ -36,7 +39,7 @@ def spent_by_earlier_segments(folder: RunFolder, machine: Machine, max_usd: floa
 
 
 class SpendingCap:
-    """The money that rank 0 may still spend. `spent_before` are the dollars of earlier segments."""
+    """Tells rank 0 when the money is nearly spent. `spent_before` are the dollars of earlier segments."""
 
     def __init__(self, ledger: Ledger, max_usd: float, shutdown_seconds: float, spent_before: float | None):
         self.max_usd = max_usd
@@ -46,7 +49,7 @@ class SpendingCap:
         self._arrival_seconds = ledger.elapsed_seconds() if ledger.machine.spot else 0.0
 
     def spent_usd(self) -> float | None:
-        """Upper bound of the run's dollars so far; None if a price is unknown, which a cap excludes."""
+        """Upper bound of the run's dollars so far; None if a price is unknown, which cannot happen with a cap."""
         here = self._ledger.spent_usd()
         return None if here is None or self._before is None else self._before + here
 
@@ -55,7 +58,7 @@ class SpendingCap:
         return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
 
     def latest(self, seconds: float = 0.0) -> float:
-        """Latest time (unix s) to begin an ending that takes `seconds`, so that the money suffices."""
+        """The latest unix time at which an ending that takes `seconds` may begin, so that the cap holds."""
         if not self.max_usd:
             return math.inf
         paid_for = self._ledger.machine.price.seconds(self.max_usd - self.spent_usd())

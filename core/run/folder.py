@@ -17,7 +17,7 @@ from typing import Any
 from core import storage
 from core.errors import ObjectExists, RunError
 
-VERSION = 2  # 1 had other names of settings
+VERSION = 2  # version 1 had other names of settings
 _SEGMENT = re.compile(r"^segment-(\d{6,})$")
 
 
@@ -34,7 +34,7 @@ class SegmentFolder:
 
     @property
     def start(self) -> str:
-        """The first object of a segment. The machine that creates it (exclusively) has the segment's number."""
+        """The first object of a segment. Its creation is exclusive: the machine that creates it owns the number."""
         return storage.join(self.url, "ledger", self.name, "start.jsonl")
 
     @property
@@ -84,7 +84,10 @@ class RunFolder:
 
     @property
     def evaluations(self) -> str:
-        """Results of evaluations. It is a run folder with its ledger, because a new segment would take over the run."""
+        """Folder for the results of evaluations. It is a run folder with a separate ledger.
+
+        An evaluation that added a segment to the ledger of the training run would take that run over.
+        """
         return self._at("evaluations")
 
     @property
@@ -173,9 +176,9 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
 
 
 def continued_elsewhere(folder: RunFolder, identity: Mapping[str, Any]) -> str:
-    """How to go on from a run's weights with other settings, as the end of a message; empty without a checkpoint.
+    """The end of a message: how to continue from a run's weights with other settings. Empty without a checkpoint.
 
-    A run keeps the settings that define its result, so that this takes a run of its own.
+    The settings that define the result of a run cannot change, so other settings need a new run.
     """
     stage = identity.get("stage")
     if not stage or not storage.list_names(folder.checkpoints):
@@ -202,9 +205,9 @@ def read_description(folder: RunFolder) -> dict[str, Any]:
 
 
 def id_of(folder: RunFolder) -> str:
-    """The name by which other tools know a run, made when it was created.
+    """The id of a run in experiment trackers, drawn at random when the run was created.
 
-    Its URL does not serve: two URLs may end alike, and a new run may get the URL of a deleted one.
+    The URL would not be unique: two URLs may end alike, and a new run may get the URL of a deleted one.
     """
     known = read_description(folder).get("id")
     return known or hashlib.sha256(folder.url.encode()).hexdigest()[:16]  # runs of earlier releases have none

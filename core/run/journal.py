@@ -1,9 +1,9 @@
 """Stores append-only lists of events in object storage, which has immutable objects only.
 
 A journal is a folder of JSON-lines objects. An object's name contains the sequence numbers of its events
-(`00000000-00000011.jsonl`). A background thread stores new events every few seconds, and from time to time replaces
-small objects by one that covers them, so that a day has some hundred objects instead of twenty thousand. After a kill,
-a journal lacks at most the last `flush_seconds`. A reader keeps each sequence number once.
+(`00000000-00000011.jsonl`). A background thread stores new events every few seconds. From time to time it merges small
+objects into one, so that a day has some hundred objects instead of twenty thousand. After a SIGKILL at most the events
+of the last `flush_seconds` are missing. A reader that finds an event in two objects takes it once.
 """
 
 import json
@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 3.0
 OBJECTS_PER_CHUNK = 100
-# Bytes that are stored before their time, and bytes of small objects that become one. Both bound the memory.
+# Two limits of the memory: so many bytes of new events are stored before `flush_seconds` are over, and small objects
+# are merged when they have so many bytes.
 FLUSH_BYTES = 4 << 20
 CHUNK_BYTES = 4 << 20
 READ_ATTEMPTS = 3
@@ -113,7 +114,7 @@ class Journal:
         with self._lock:
             del self._pending[: len(lines)]
             self._pending_bytes -= len(data)
-        # A large object stays as it is. It ends a chunk, whose objects are neighbours.
+        # A large object is never merged. The small ones before it are merged now, because merging needs neighbours.
         if len(data) >= CHUNK_BYTES:
             self._compact()
         self._next += len(lines)
@@ -132,7 +133,7 @@ class Journal:
             for name in self._chunk_objects:
                 storage.delete(storage.join(self.folder, name))
         except LauncherError as error:
-            log.warning("%s: not compacted, which only costs a longer listing: %s", self.folder, error)
+            log.warning("%s: small objects were not merged, so listings take longer: %s", self.folder, error)
             return False
         finally:
             self._chunk_lines = []
@@ -160,7 +161,7 @@ def stream(folder: str, after: int = -1) -> Iterator[tuple[list[dict[str, Any]],
 
 
 def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
-    """Like `read`, from a listing. Objects that a larger one covers are not fetched.
+    """Like `read`, for the objects `uris` of a listing. An object whose events a larger one contains is not fetched.
 
     Raises ObjectNotFound if an object was replaced since the listing; then list again.
     """
@@ -177,7 +178,7 @@ def _together(parts: Iterable[tuple[list[Any], list[str]]]) -> tuple[list[Any], 
 
 
 def _each_object(uris: Iterable[str], after: int) -> Iterator[tuple[int, list[dict[str, Any]], list[str]]]:
-    """For each object in order: the number up to which the journal is read with it, its new events, and problems."""
+    """Yield for each object in order: the last sequence number read so far, the object's new events, and problems."""
     ranges = [(*numbers, uri) for uri in uris if (numbers := sequence_numbers(uri))]
     for first, last, uri in sorted(ranges, key=lambda item: (item[0], -item[1])):
         if last <= after:

@@ -4,8 +4,9 @@
     RUN_URL/ledger/segment-000001/events/00000000-00000004.jsonl its timeline (core.run.journal)
 
 The timeline is a list of spans without gaps. A span splits its wall time into seconds by phase, which add up to its
-length; so the phases of a segment add up to the segment, and their dollars to the bill. A heartbeat closes the current
-span every few seconds, so that SIGKILL loses no more than that. docs/formats.md describes each field.
+length; so the phases of a segment add up to the segment, and their dollars to the bill. A heartbeat ends the current
+span and stores it every few seconds, so that a SIGKILL loses only the record of the last seconds. docs/formats.md
+describes each field.
 """
 
 import contextlib
@@ -58,8 +59,9 @@ class Ledger:
     """Writes one segment's ledger. One phase is current at any moment, and spans have no gaps between them.
 
     The paid time of the segment began at `started_at`, and this process at `process_started_at` (unix seconds). The
-    time between them is `setup`, the time after them `init`. Times advance by the monotonic clock, so that no span
-    becomes negative if the wall clock is set back; the jump is recorded.
+    time between the two is booked as phase `setup`, the time from then until the first `switch` as `init`. Times
+    advance by the monotonic clock, so that no span becomes negative if the wall clock is set back; the jump is recorded
+    as a mark.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Ledger:
         return self._wall_origin + time.monotonic() - self._monotonic_origin
 
     def switch(self, phase: str) -> None:
-        """Begin `phase`, to which all time belongs from now on."""
+        """Begin `phase`: all time from now until the next `switch` belongs to it."""
         if phase not in LEDGER_PHASES:
             raise ValueError(f"unknown phase {phase!r}")
         with self._lock:
@@ -125,7 +127,7 @@ class Ledger:
             self.switch(before)
 
     def step_done(self, step: int) -> None:
-        """Complete optimizer step `step` (from 1), to which the train and data-wait time since the last one belongs."""
+        """Complete optimizer step `step` (from 1): the train and data-wait time since the previous one is its time."""
         with self._lock:
             self._settle()
             seconds = [self._totals.get(phase, 0.0) for phase in STEP_PHASES]
@@ -135,7 +137,7 @@ class Ledger:
             self._step_totals = seconds
 
     def mark(self, name: str, **details: Any) -> None:
-        """Record a dated fact of the table core.run.phases.MARKS. Raises ValueError for one that it does not list."""
+        """Record a mark, a dated fact. Raises ValueError if core.run.phases.MARKS does not list it."""
         check_mark(name, set(details))
         self.journal.add({"event": "mark", "time": self.now(), "name": name, **details})
 

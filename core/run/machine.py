@@ -1,4 +1,4 @@
-"""Describes the machine of a segment, its price and the program, from the environment."""
+"""Describes, mostly from environment variables, the machine of a segment, its price and the program's versions."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ class Price:
         return seconds / 3600 * self.usd_per_hour
 
     def seconds(self, usd: float) -> float:
-        """Seconds for which so many dollars pay."""
+        """The machine time, in seconds, that `usd` dollars pay for."""
         return usd / self.usd_per_hour * 3600
 
 
@@ -67,8 +67,8 @@ def machine_from_environment(
 ) -> Machine:
     """The machine that the launcher's variables describe (docs/environment.md lists them).
 
-    SkyPilot gives cloud, region and zone in SKYPILOT_CLUSTER_INFO, over which CLOUD, REGION and ZONE have precedence. A
-    missing price stays None. Raises ConfigError unless price and node count are numbers above zero.
+    CLOUD, REGION and ZONE win over SkyPilot's values in SKYPILOT_CLUSTER_INFO. A missing price stays None. Raises
+    ConfigError if a price or node count is given that is not a number above zero.
     """
     cluster = cluster_info(environment)
     price = positive(environment, "USD_PER_HOUR")
@@ -89,7 +89,7 @@ def machine_from_environment(
 
 
 def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
-    """SkyPilot's names of this machine, by which a report finds SkyPilot's records."""
+    """SkyPilot's ids of this machine and its job, by which a cost report finds SkyPilot's records."""
     facts = {
         "task_id": environment.get("SKYPILOT_TASK_ID"),
         "managed_job_id": environment.get("SKYPILOT_MANAGED_JOB_ID"),
@@ -102,9 +102,9 @@ def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
 def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
     """Versions of Python, platform, git revision, image and `packages`.
 
-    The image sets GIT_REVISION, and launch/node/container.sh sets IMAGE_DIGEST. Without GIT_REVISION git is asked.
+    The image sets GIT_REVISION, and launch/node/container.sh sets IMAGE_DIGEST. Without GIT_REVISION, git is called.
     """
-    from importlib import metadata  # takes 20 ms, which the commands on a user's computer do not need
+    from importlib import metadata  # imported here: it takes 20 ms, and not every command needs it
 
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     revision = os.environ.get("GIT_REVISION") or checkout_revision()
@@ -121,7 +121,7 @@ def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def process_started_at() -> float:
-    """Start of this process (unix s), so that imports count; the current time if the system does not know it."""
+    """The unix time at which this process started, before its imports; the current time if /proc does not show it."""
     try:
         ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -150,9 +150,9 @@ def cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:
 
 
 def checkout_revision(repository: Path = REPOSITORY) -> str:
-    """Commit of the working tree, with + if files differ; "" without git or outside of a checkout.
+    """Commit of the working tree, followed by + if files were changed; "" without git or outside of a checkout.
 
-    Files that were copied into another repository belong to no commit of ours: its commit says nothing about them.
+    Also "" if this code was copied into another repository, because that repository's commit does not identify it.
     """
     described = ["describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:

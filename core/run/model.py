@@ -19,13 +19,14 @@ from core.run.journal import FLUSH_SECONDS
 from core.run.machine import Machine, Price
 from core.storage import ObjectInfo
 
-# No heartbeat for this long: the machine is gone. Heartbeats come every few seconds, store outages last minutes.
+# A machine without a heartbeat for this long is taken to be gone. Heartbeats come every few seconds, but an outage of
+# the store may last minutes.
 SILENT_SECONDS = 180.0
 
 
 @dataclass
 class Span:
-    """An interval of a segment's timeline with seconds by phase. The rest of its length belongs to no phase."""
+    """An interval of a segment's timeline with seconds by phase. Time outside of them has no phase."""
 
     start: float
     end: float
@@ -47,7 +48,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class Lost:
-    """Work of a segment that a later one repeated: its steps, and their seconds with those of an unfinished step."""
+    """Work of a segment that does not count: `steps` that a later segment repeated.
+
+    The seconds are those of the repeated steps and of a step that the segment did not finish.
+    """
 
     steps: int = 0
     train_seconds: float = 0.0
@@ -86,12 +90,12 @@ class Segment:
 
     @property
     def ended_at(self) -> float | None:
-        """End of its timeline: the last heartbeat, with or without an end event after it."""
+        """Unix time of the last heartbeat, which a regular end also writes. Without one: the start of the segment."""
         return self.spans[-1].end if self.spans else self.started_at
 
     @property
     def seconds(self) -> float:
-        """Machine time up to the last heartbeat."""
+        """Seconds of machine time up to the last heartbeat."""
         return self.spans[-1].end - self.spans[0].start if self.spans else 0.0
 
     @property
@@ -108,7 +112,7 @@ class Segment:
 
     @property
     def restored_step(self) -> int | None:
-        """The step from which it continued (0: fresh start); None if it ended before."""
+        """The step from which the segment continued (0: it began anew); None if it ended before it restored one."""
         steps = [
             mark["step"] for mark in self.marks if mark["name"] == "restored" and isinstance(mark.get("step"), int)
         ]
@@ -122,7 +126,7 @@ class Segment:
         return self.metrics.get(kind, [])
 
     def is_live(self, now: float) -> bool:
-        """Whether it may still be running: it has no end event, and its last heartbeat is recent."""
+        """Whether the segment may still be running: it has no end event, and its last heartbeat is recent."""
         return self.end is None and self.ended_at is not None and abs(now - self.ended_at) < SILENT_SECONDS
 
     def phase_seconds(self) -> dict[str, float]:
@@ -135,7 +139,10 @@ class Segment:
 
 
 class Point(NamedTuple):
-    """A record of a kept step, with machine `seconds` and `usd` (None: unknown) of the run up to it."""
+    """A metrics record of a step that counts.
+
+    `seconds` and `usd` (None: unknown) are machine time and dollars of the whole run up to this record.
+    """
 
     step: int
     time: float
@@ -148,7 +155,7 @@ class Point(NamedTuple):
 class Run:
     """The content of a run folder. `config` is empty without a run.json.
 
-    `objects` lists all that is stored there; it is empty if only the dollars were read.
+    `objects` lists all objects in the folder; it is empty if only the dollars were read.
     """
 
     folder: RunFolder
@@ -164,12 +171,12 @@ class Run:
 
     @property
     def usd(self) -> float | None:
-        """The ledger's dollars; None if those of a segment are unknown."""
+        """Dollars of all segments by their ledgers; None if the dollars of a segment are unknown."""
         return _sum(segment.usd for segment in self.segments)
 
     @property
     def usd_at_most(self) -> float | None:
-        """Upper bound of the dollars, by which the cap decides."""
+        """Upper bound of the dollars of all segments. The cap is compared with it."""
         return _sum(segment.usd_at_most for segment in self.segments)
 
     @property
@@ -177,7 +184,10 @@ class Run:
         return max((segment.steps.number[-1] for segment in self.segments if segment.steps.number), default=None)
 
     def boundaries(self) -> list[float]:
-        """For each segment its last step that counts. Later segments may have restored it and repeated the rest."""
+        """For each segment, the last step that counts. Infinity if no later segment continued from a checkpoint.
+
+        A later segment that continued from a step repeated all steps above it.
+        """
         found, boundary = [], math.inf
         for segment in reversed(self.segments):
             found.append(boundary)
@@ -186,7 +196,7 @@ class Run:
         return found[::-1]
 
     def lost(self, now: float) -> dict[int, Lost]:
-        """Lost work by segment number. A last segment that runs at `now` has not lost its unfinished step."""
+        """Lost work by segment number. The step that a running segment has not finished at `now` is not lost."""
         found = {}
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
             finished = segment.end is not None and segment.end.get("reason") == "finished"
@@ -195,7 +205,7 @@ class Run:
         return found
 
     def points(self, kind: str) -> list[Point]:
-        """Records of one kind at kept steps, ordered by step, then by time."""
+        """The metrics records of one kind at steps that count, ordered by step, then by time."""
         found: list[Point] = []
         seconds, usd = 0.0, 0.0
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
@@ -210,7 +220,7 @@ class Run:
         return sorted(found, key=lambda point: point.step)
 
     def machine_seconds(self, mark: str) -> list[float]:
-        """Machine time of the run, in seconds, at each mark of a name."""
+        """Cumulative machine seconds of the run at each mark that is named `mark`."""
         found, seconds = [], 0.0
         for segment in self.segments:
             started_at = segment.started_at or 0.0
@@ -219,7 +229,7 @@ class Run:
         return found
 
     def restarts(self) -> list[float]:
-        """Machine time of the run, in seconds, at the start of each segment but the first."""
+        """Cumulative machine seconds of the run at each restart, that is, before every segment but the first."""
         found, seconds = [], 0.0
         for segment in self.segments[:-1]:
             seconds += segment.seconds

@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Phase:
-    """A kind of time. Colours are CSS hexadecimals, `dark` on a dark page."""
+    """A kind of time in a run. `colour` and `dark` are its CSS colours on a light and on a dark page."""
 
     name: str
     by: Literal["ledger", "launcher", "report"]  # who records its time
@@ -32,16 +32,16 @@ class Mark:
 # A report lists them in this order.
 PHASES = (
     Phase("provision", "launcher", "from the launch to the first second in the ledger", "#707d91", "#9aa5b6"),
-    Phase("setup", "ledger", "from the machine's start to the program's", "#8d99ae", "#7f8ba0", is_preparation=True),
-    Phase("init", "ledger", "imports, data and run opened", "#a5afc0", "#667085", is_preparation=True),
+    Phase("setup", "ledger", "machine start to program start", "#8d99ae", "#7f8ba0", is_preparation=True),
+    Phase("init", "ledger", "imports, opening of data and run", "#a5afc0", "#667085", is_preparation=True),
     Phase("prep", "ledger", "preparation: documents to shards", "#2f9e63", "#3fb577"),
     Phase("finalize", "ledger", "preparation: choice of shards, and the manifest", "#3aa6b9", "#4fb9cb"),
     Phase("compile", "ledger", "the first step with torch.compile", "#6d8fd6", "#7d9de0", is_preparation=True),
-    Phase("restore", "ledger", "weights and optimizer state arrive", "#8a6fc9", "#a08be0", is_preparation=True),
+    Phase("restore", "ledger", "loading of weights and optimizer state", "#8a6fc9", "#a08be0", is_preparation=True),
     Phase("data_wait", "ledger", "the step waits for tokens", "#d9a13b", "#e0b159"),
     Phase("train", "ledger", "optimizer steps", "#2f9e63", "#3fb577"),
     Phase("train_kept", "report", "the part of `train` whose steps count", "#2f9e63", "#3fb577"),
-    Phase("train_lost", "report", "repeated and unfinished steps", "#d64545", "#ec6a6a"),
+    Phase("train_lost", "report", "steps that were repeated later, unfinished steps", "#d64545", "#ec6a6a"),
     Phase("eval", "ledger", "validation loss and HellaSwag", "#3aa6b9", "#4fb9cb"),
     Phase("sample", "ledger", "text samples; for `trainer.synthesize`: calls of the endpoint", "#7cc4c9", "#3f8d96"),
     Phase("api", "report", "dollars paid to an endpoint; no time", "#b58f5c", "#c8a573"),
@@ -54,7 +54,7 @@ LEDGER_PHASES = tuple(phase.name for phase in PHASES if phase.by == "ledger")
 # A report splits the ledger's `train` into kept and lost.
 REPORT_PHASES = tuple(phase.name for phase in PHASES if phase.name != "train")
 PREPARATION_PHASES = tuple(phase.name for phase in PHASES if phase.is_preparation)
-# These recur between steps: a forecast takes their share of the training time.
+# These phases recur between steps: a forecast adds them as a share of the training time.
 OVERHEAD_PHASES = ("data_wait", "eval", "sample", "checkpoint")
 STEP_PHASES = ("train", "data_wait")  # the time of an optimizer step
 
@@ -67,8 +67,8 @@ MARKS = (
     Mark(
         "first_step",
         ("step", "seconds", "step_seconds"),
-        "`step`: the first one completed; `seconds` from the start of the process to the beginning of it, "
-        "`step_seconds` that it took itself (compilation included)",
+        "`step`: the first completed step; `seconds` from the start of the process to the beginning of that step; "
+        "`step_seconds`: duration of that step, compilation included",
     ),
     Mark("checkpoint_begun", ("step",), "`step`"),
     Mark(
@@ -80,7 +80,7 @@ MARKS = (
     Mark("cap", ("limit_usd", "spent_usd"), "`limit_usd`, `spent_usd`"),
     Mark("slow_rank", ("rank", "times"), "`rank` whose steps take `times` as long as the others'"),
     Mark("api", ("usd", "answers"), "`usd` that a paid endpoint took since the run began, `answers`"),
-    Mark("clock_jump", ("seconds",), "`seconds` by which the wall clock was set"),
+    Mark("clock_jump", ("seconds",), "`seconds` by which the wall clock was changed"),
 )
 _FIELDS = {mark.name: frozenset(mark.fields) for mark in MARKS}
 

@@ -1,10 +1,10 @@
-"""Reads a run, from RUN_URL/run.json, ledger and metrics, into core.run.model.Run. No other module does.
+"""Reads run.json, ledger and metrics below RUN_URL into core.run.model.Run. No other module reads them.
 
     read_run("s3://bucket/run")                    ledger, and the metrics that a report shows
     read_run("s3://bucket/run", Detail.ALL)        ledger and all metrics, for plots
     read_run("s3://bucket/run", Detail.MONEY)      two objects per segment: dollars, for a cap
 
-One listing finds all objects, which are fetched in parallel. The result names what cannot be read.
+One listing finds all objects, which are fetched in parallel. `Run.problems` names everything that cannot be read.
 """
 
 import enum
@@ -63,7 +63,7 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
 def spent_usd_at_most(run_url: str) -> float | None:
     """Upper bound of the dollars of all segments so far; None if a price or a time is unknown. Raises StorageError."""
     run = Run(RunFolder(run_url))
-    # One listing, because another node may be starting its segment: it has a folder before it has an object.
+    # The segments are found by their objects: one that another node is just starting may be a folder without an object.
     run.segments = _read_prices(run.folder, _segments_of_ledger(run.folder))
     return run.usd_at_most
 
@@ -92,7 +92,7 @@ def _segments_of_ledger(folder: RunFolder) -> Objects:
 
 
 def _by_segment(objects: Iterable[ObjectInfo], root: str) -> dict[int, list[ObjectInfo]]:
-    """The objects below `root` by segment number."""
+    """The objects below `root`, grouped by segment number."""
     found: dict[int, list[ObjectInfo]] = {}
     inside, cut = f"{root}/", len(root) + 1
     for info in objects:
@@ -138,7 +138,7 @@ def _read_segments(run: Run, ledgers: Objects, detail: Detail, cache_file: Path 
 
 
 def _seen(folder: RunFolder, number: int, ledgers: Objects, metrics: Objects) -> Seen:
-    """Sequence numbers up to which a segment has been read once everything in these listings was read."""
+    """The `Seen` of a segment, of which all objects in these listings have been read."""
     start_uri = folder.segment(number).start
     stamp = next((f"{info.size} {info.modified}" for info in ledgers[number] if info.uri == start_uri), "")
     return Seen(stamp, _newest(ledgers[number]), _newest(metrics.get(number, [])))
@@ -153,7 +153,7 @@ def _read_segment(
     known: Mapping[int, tuple[Segment, Seen]],
     number: int,
 ) -> tuple[Segment, Seen | None]:
-    """The segment, and the sequence numbers up to which it was read; None instead after an error."""
+    """The segment, and the sequence numbers up to which it was read, or None after an error."""
     target = targets[number]
     segment, seen = known.get(number, (None, None))
     # A ledger that is shorter than the cached one has been replaced, so the cached one is discarded.
@@ -178,7 +178,7 @@ def _read_segment(
 
 
 def _started(folder: RunFolder, number: int) -> Segment:
-    """A segment with the facts of its start object. An unusable one is named in `problems`."""
+    """A segment with the facts of its start object. If that object cannot be used, `problems` says why."""
     segment, uri = Segment(number), folder.segment(number).start
     try:
         event = json.loads(storage.read_bytes(uri))
@@ -192,7 +192,7 @@ def _started(folder: RunFolder, number: int) -> Segment:
 
 
 def _read_journal(folder: str, objects: list[ObjectInfo], after: int) -> tuple[list[dict[str, Any]], int, list[str]]:
-    """Events after number `after`, the number of the newest one, and sentences on unreadable objects."""
+    """Events after sequence number `after`, the highest sequence number, and a sentence for each unreadable object."""
     if _newest(objects) <= after:
         return [], after, []
     for _ in range(journal.READ_ATTEMPTS):

@@ -1,4 +1,4 @@
-"""Opens a segment of a run and writes it, in the same way for training, evaluation, preparation and synthesis.
+"""Opens a segment of a run and writes its ledger and metrics. Training, evaluation, preparation and synthesis use it.
 
 with open_segment(folder, "evaluate", config) as segment:
     with segment.phase("eval"):
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opening:
-    """Arguments of `open_segment`. Without an `identity` the folder gets no run.json."""
+    """Arguments of `open_segment`. Without an `identity`, no run.json is written or checked."""
 
     stage: str
     config: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Opening:
 
 
 class SegmentLog:
-    """An open segment: its ledger, metrics and cap. Without a ledger, on all ranks but one, its methods do nothing."""
+    """An open segment: its ledger, metrics and cap. Only one rank has a ledger; on others the methods do nothing."""
 
     def __init__(
         self,
@@ -89,11 +89,11 @@ class SegmentLog:
         return (not self.metrics or self.metrics.flush()) and (not self.ledger or self.ledger.flush())
 
     def close(self, reason: str, step: int | None = None, **details: Any) -> None:
-        """Store everything. Idempotent. A failing store is logged, because the reason of the end matters more."""
+        """Store everything. Idempotent. A failure of the store is only logged, so that it does not replace `reason`."""
         if self.metrics:
             self.metrics.close()
         if self.ledger:
-            # The message of another library may contain a key.
+            # `details` may hold the error message of another library, which may contain a key.
             plain = {key: secrets.scrub(each) if isinstance(each, str) else each for key, each in details.items()}
             self.ledger.close(reason, step, **plain)
 
@@ -105,10 +105,11 @@ class SegmentLog:
 
 
 def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, str] = os.environ) -> SegmentLog:
-    """Check the run, claim the next segment, start its ledger and metrics. As a context manager it closes with the
-    reason for which the block ended; a request to stop that ends the process closes it too.
+    """Check the run, claim the next segment, start its ledger and metrics.
 
-    Raises RunError for a folder that holds another run, ConfigError for a cap that could not hold.
+    As a context manager the segment closes with the reason for which the block ended. stop.leave ends a process without
+    leaving the block; register `close` with stop.on_leaving for that case. Raises RunError for a folder that holds
+    another run, ConfigError for a cap that cannot be kept because a price is unknown.
     """
     is_new = opening.identity is not None and open_run(folder, opening.identity, opening.config, opening.fingerprint)
     machine = machine_from_environment(opening.gpu, opening.gpus_per_node, environment)

@@ -23,7 +23,7 @@ SHOWN = {
     "hellaswag": ("accuracy", "accuracy_norm"),
 }
 
-# Spans of a segment have no gaps, but their stored ends are rounded.
+# Gaps and overlaps up to this length are ignored: spans of a segment have none, but their stored ends are rounded.
 TOLERANCE_SECONDS = 0.001
 _MACHINE_FIELDS = {field.name for field in fields(Machine)}
 
@@ -35,14 +35,14 @@ class NewerFormat(ValueError):
 def start(segment: Segment, event: Mapping[str, Any]) -> None:
     """Apply the start event. Raises ValueError with the reason if it is unusable, NewerFormat for a newer release."""
     if event.get("event") != "start" or not isinstance(event.get("machine"), Mapping):
-        raise ValueError("it is no start event")
+        raise ValueError("it is not a start event")
     if not isinstance(event.get("version"), int) or event["version"] > ledger.VERSION:
         raise NewerFormat(f"ledger version {event.get('version')!r} is newer than this release; update the checkout")
     machine = {key: value for key, value in event["machine"].items() if key in _MACHINE_FIELDS}
     machine["usd_per_hour"] = _price(segment, event["machine"])
     for key, least in (("gpus_per_node", 0), ("nodes", 1)):
         if not isinstance(machine.get(key, least), int) or machine.get(key, least) < least:
-            segment.problems.append(f"segment {segment.number}: {key} is {machine[key]!r}; taken for {least}")
+            segment.problems.append(f"segment {segment.number}: {key} is {machine[key]!r}, not a count; used {least}")
             machine[key] = least
     segment.machine = Machine(**machine)
     segment.started_at = number(event.get("time"))
@@ -67,7 +67,7 @@ def absorb(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append the metrics that a report shows, with training records thinned to the timeline's resolution."""
+    """Append the metrics that a report shows. Of training records, keep one per span of the timeline."""
     for event in events:
         kind, step, time = event.get("kind"), event.get("step"), number(event.get("time"))
         if kind not in SHOWN or not isinstance(step, int) or time is None:
@@ -111,8 +111,8 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
         segment.spans.append(Span(before, start))
     elif segment.spans and start < before - TOLERANCE_SECONDS:
         segment.problems.append(
-            f"segment {segment.number}: a span starts {before - start:.1f} s before the one before it ended; "
-            "the time in common is counted once"
+            f"segment {segment.number}: a span starts {before - start:.1f} s before the end of the previous span; "
+            "the overlap is counted once"
         )
         start = min(before, end)
     phases = {
@@ -122,7 +122,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
     if booked > length:
         if booked > length + TOLERANCE_SECONDS:
             segment.problems.append(
-                f"segment {segment.number}: a span of {length:.1f} s books {booked:.1f} s; scaled to its length"
+                f"segment {segment.number}: a span of {length:.1f} s books {booked:.1f} s; its phases are scaled down"
             )
         phases = {name: seconds * length / booked for name, seconds in phases.items()}
     for step in event.get("steps") or []:
@@ -134,7 +134,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:
-    """Extend the newest span, or begin another: spans stay short and within a UTC hour, so that days are exact."""
+    """Extend the newest span or begin another one. A span is short and ends with the UTC hour, so it is of one day."""
     last = segment.spans[-1] if segment.spans else None
     if (
         last is not None
@@ -157,11 +157,11 @@ def _price(segment: Segment, machine: Mapping[str, Any]) -> float | None:
     """The stored price per hour in dollars; None, and a sentence in `problems`, if it is not usable."""
     stored, currency = machine.get("usd_per_hour"), machine.get("currency", "USD")
     if currency != "USD":
-        segment.problems.append(f"segment {segment.number}: its price is in {currency}, not USD; taken for unknown")
+        segment.problems.append(f"segment {segment.number}: its price is in {currency}, not USD; counted as unknown")
         return None
     price = number(stored)
     if stored is not None and (price is None or price <= 0):
-        segment.problems.append(f"segment {segment.number}: usd_per_hour is {stored!r}, no price; taken for unknown")
+        segment.problems.append(f"segment {segment.number}: usd_per_hour {stored!r} is not a price; counted as unknown")
         return None
     return price
 

@@ -10,7 +10,7 @@ from core.errors import ConfigError
 
 
 def convert(value: Any, kind: Any, key: str, where: str) -> Any:
-    """`value` of the setting `key`, given at `where`, as its declared type `kind`. Raises ConfigError."""
+    """Convert `value` of the setting `key`, given at `where`, to its type `kind`. Raises ConfigError."""
     if isinstance(value, str):
         value = value.strip("\r\n")  # files with Windows line ends, and `$(cat file)`
     origin = typing.get_origin(kind)
@@ -67,7 +67,7 @@ def convert(value: Any, kind: Any, key: str, where: str) -> Any:
 
 
 def _items(value: Any, key: str, where: str) -> list[Any]:
-    """The items of a list: of YAML, of JSON as a text that begins with `[`, or of a text with commas between them."""
+    """The items of a list, which may be a YAML list, a JSON list (text that begins with `[`), or a text with commas."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)

@@ -19,35 +19,35 @@ class EvaluateConfig(Bounded):
     """Settings of `python -m trainer.evaluate`."""
 
     tasks: tuple[str, ...] = setting(
-        OWN_TASKS, "tasks: perplexity, hellaswag, lm-eval:NAME for a task of lm-evaluation-harness"
+        OWN_TASKS, "what to measure: perplexity, hellaswag, or lm-eval:NAME for a task of lm-evaluation-harness"
     )
     compare: tuple[str, ...] = setting(
         (),
         "more models, separated by commas: runs, checkpoints, folders, gpt2, hf:OWNER/NAME",
         check=urls.mistake_in_model,
     )
-    rerun: bool = setting(False, "repeat measurements whose results are stored; the older results stay")
+    rerun: bool = setting(False, "repeat measurements whose results are stored already; the older results are kept")
     data_url: str = setting(
         "",
-        "dataset with validation tokens, HellaSwag and training shards; empty: that of the first run",
+        "dataset with validation tokens, HellaSwag and training shards; empty: the dataset of the first run",
         env="DATA_URL",
         check=urls.mistake,
     )
     results: str = setting(
         "",
-        "folder for results of models without a run; empty: that of the first run, else ./evaluations",
+        "folder for results of models that belong to no run; empty: the first run's folder, else ./evaluations",
         check=urls.mistake,
     )
-    tokens: int = setting(0, "perplexity: use the first so many validation tokens; 0: all", ge=0)
+    tokens: int = setting(0, "perplexity: number of validation tokens, from the first on; 0: all", ge=0)
     per_document: bool = setting(
         False, "perplexity: score each document separately with rolling windows, as the harness's wikitext task does"
     )
-    limit: int = setting(0, "use the first so many items of HellaSwag and of the harness's tasks; 0: all", ge=0)
+    limit: int = setting(0, "number of items of HellaSwag and of each harness task, from the first on; 0: all", ge=0)
     hellaswag_style: Literal["harness", "llm.c"] = setting(
-        "harness", "llm.c: format texts and normalise by tokens as llm.c does, which gives 29.5 % for GPT-2 124M"
+        "harness", "llm.c: format texts and normalise by tokens as llm.c does (GPT-2 124M then scores 29.5 %)"
     )
     contamination: bool = setting(
-        False, "search the training shards for HellaSwag's items, and also score without those found; reads all shards"
+        False, "search all training shards for HellaSwag's items; report a second score without the items found"
     )
     contamination_tokens: int = setting(
         13, "consecutive tokens that an item must share with the training text to count as found", ge=2
@@ -59,22 +59,22 @@ class EvaluateConfig(Bounded):
         "", "local folder with YAML files of additional tasks for the harness", check=urls.mistake_in_folder
     )
     apply_chat_template: bool = setting(
-        False, "harness's tasks: ask in the turns that the model was tuned on; needs a tuned model"
+        False, "harness tasks: format prompts with the chat template that the model was fine-tuned with"
     )
     max_usd: float = setting(
         0.0,
-        "hard cap in dollars over all evaluations of this folder; results up to it are stored; 0: none",
+        "hard cap in dollars for all evaluations in this folder together; results until then are stored; 0: no cap",
         env="MAX_USD",
         ge=0,
     )
     shutdown_reserve_seconds: float = setting(
         120.0,
-        "paid seconds between the end of this program and that of the machine, reserved under the cap",
+        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
         ge=0,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device for all computation")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
-    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", ge=0)
+    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores / ranks", ge=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,9 +85,9 @@ class EvaluateConfig(Bounded):
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], EvaluateConfig]:
-    """The models and settings on a command line of `trainer.evaluate`. Without a model, RUN_URL names it.
+    """The models and the settings of a command line of `trainer.evaluate`. If it names no model, RUN_URL is the model.
 
-    The launching side calls this function, too, so that it refuses what the node would refuse. Raises ConfigError.
+    The launcher calls this function too, to find before the launch what the node would refuse. Raises ConfigError.
     """
     models = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
     settings = loader.load(EvaluateConfig, [each for each in arguments if each not in models], environment)

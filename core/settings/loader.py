@@ -42,9 +42,9 @@ def setting(
 
     `env` names an environment variable, which overrides the default and the file. With `identity=False` the setting may
     differ between the segments of a run, because it does not change the result (paths, intervals, prices). `check`
-    returns the problem of a given text, or None (`core.urls`); it is called for each item of a list. `ge`, `gt`, `le`
-    and `lt` bound a number, which must then be finite; a schema that derives from Bounded checks them. A setting that
-    is given unsets the settings of its section in `replaces` that a lower layer (see `load`) has set.
+    returns the problem of a text, or None (see `core.urls`); it is called for each item of a list. `ge`, `gt`, `le`
+    and `lt` bound a number, which must then be finite; a schema that derives from Bounded checks them. If the setting
+    is given, the settings of the same section that `replaces` names lose values of lower precedence (see `load`).
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds, "replaces": replaces}
@@ -106,7 +106,7 @@ class _Sources:
         self.layers[key] = self.layer
 
     def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
-        """Unset the settings that one of a higher layer replaces."""
+        """Unset each setting that a setting of a higher layer names in `replaces`."""
         for key in [key for key, value in self.values.items() if value]:
             for name in known[key].metadata["replaces"]:
                 other = f"{key.rpartition('.')[0]}.{name}"
@@ -139,7 +139,7 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
     sources.layer = 2
     for flag in flags:
         key, separator, text = flag[2:].partition("=")
-        key = key.replace("-", "_")  # --num-nodes is --num_nodes
+        key = key.replace("-", "_")  # --num-nodes means --num_nodes
         if not separator:
             field = known.get(key)
             if field is None or field.type is not bool:
@@ -159,9 +159,9 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
 
 
 def peek(key: str, arguments: Sequence[str]) -> tuple[str, str] | None:
-    """The text that a flag or else the YAML file gives a top-level setting, and where; None if neither does.
+    """The value, as text, of a top-level setting in the flags or else in the YAML file, and its place; None if not set.
 
-    For a setting that decides which schema to load. Raises ConfigError for a file that cannot be read.
+    Reads a setting that decides which schema to load. Raises ConfigError for a file that cannot be read.
     """
     for argument in reversed(arguments):
         if argument.startswith(f"--{key}="):
@@ -214,7 +214,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The flat settings that define the result of a run (`identity` of `setting`)."""
+    """The settings that define the result of a run, by dotted key (see `identity` of `setting`)."""
     known = dict(_walk(type(config)))
     return {key: value for key, value in flatten(to_dict(config)).items() if known[key].metadata["identity"]}
 
@@ -264,7 +264,7 @@ def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
             f"{where}: {key} is a section, not a setting; set one of "
             + ", ".join(name for name in known if name.startswith(f"{key}."))
         )
-    # The commonest mistake is a right name in the wrong section, so the last part is compared first.
+    # The most frequent mistake is the right name in a wrong section, so the last part of the key is compared first.
     last = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = (

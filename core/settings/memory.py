@@ -3,9 +3,9 @@
     estimate(settings, model, micro_batch_size=32, world=8) <= memory_bytes("A100")
     verdict(settings, model, "A100", world=8)      (True, "A100: about 17 of 40 GB per GPU, by estimate …"), or None
 
-Torch-free, so that a check before launch says what the trainer would say on the machine. `memory` is what a rank may
-use, in bytes; `model.context` is the length of the sequences. A launch is refused only if the estimate alone exceeds
-the memory; the trainer measures on the machine.
+Does not import torch, so that the check before a launch can give the trainer's advice. `memory` is in bytes per rank;
+`model.context` is the length of the sequences. The check refuses a launch only if the estimate exceeds the memory of
+the GPU; the trainer also measures on the machine.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Training = TypeVar("Training", bound=TrainingConfig)
 
 UNCONFIRMED = "by estimate, not confirmed on a GPU yet"
 
-LARGEST = 128  # sequences; more are never faster
+LARGEST = 128  # most sequences per micro-batch that are tried; more are never faster
 
 
 def possible(settings: TrainingConfig, model: ModelConfig, world: int) -> list[int]:
@@ -38,7 +38,7 @@ def possible(settings: TrainingConfig, model: ModelConfig, world: int) -> list[i
 
 
 def estimate(settings: TrainingConfig, model: ModelConfig, micro_batch_size: int, world: int) -> float:
-    """Bytes on one device."""
+    """Estimated bytes that training needs on each GPU."""
     accumulation = max(1, settings.batch.tokens_per_step // (micro_batch_size * model.context * world))
     return training_bytes(
         model,
@@ -52,13 +52,13 @@ def estimate(settings: TrainingConfig, model: ModelConfig, micro_batch_size: int
 
 
 def advice(settings: TrainingConfig, model: ModelConfig, world: int, memory: float) -> str:
-    """The nearest settings that fit, in order of what they cost in speed."""
+    """The end of a message: flags with which training fits into `memory`, at the least cost in speed."""
     stages = range(settings.optimizer.zero + 1, 3) if world > 1 else ()
     remedies: list[tuple[str, Any]] = [("optimizer.zero", stage) for stage in stages]
     if not settings.train.activation_checkpointing:
         remedies.append(("train.activation_checkpointing", True))
     for count in range(len(remedies) + 1):
-        taken = dict(remedies[:count])  # a later stage replaces an earlier one
+        taken = dict(remedies[:count])  # a higher ZeRO stage replaces a lower one
         changed = settings
         for key, value in taken.items():
             changed = changed_to(changed, key, value)
@@ -76,7 +76,7 @@ def changed_to(settings: Training, key: str, value: Any) -> Training:
 
 
 def verdict(settings: TrainingConfig, model: ModelConfig, gpu: str, world: int) -> tuple[bool, str] | None:
-    """Whether `settings` fit, and a sentence with the nearest ones that do. None for a GPU of unknown memory.
+    """Whether `settings` fit, and a sentence that names settings that do. None for a GPU of unknown memory.
 
     Raises ConfigError if the batch does not divide over `world` ranks.
     """
@@ -84,7 +84,7 @@ def verdict(settings: TrainingConfig, model: ModelConfig, gpu: str, world: int) 
     if memory is None:
         return None
     given = settings.batch.micro_batch_size
-    sizes = [given] if given else possible(settings, model, world)  # the trainer looks for the largest that fits
+    sizes = [given] if given else possible(settings, model, world)  # with 0 the trainer takes the largest that fits
     size = next((each for each in sizes if estimate(settings, model, each, world) <= memory), sizes[-1])
     need = estimate(settings, model, size, world)
     if need <= memory:

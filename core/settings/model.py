@@ -1,7 +1,8 @@
-"""The choices that make a model, and what follows from them by arithmetic: parameters, FLOPs, memory.
+"""Declares the settings of a model, and computes its parameters, FLOPs and memory from them.
 
-Torch-free, so that a forecast or a check before launch can count what `trainer.model.gpt` will build. One model with
-explicit choices instead of a class per paper; trainer/configs/*.yaml are the named combinations.
+Does not import torch, so that a forecast or a check before a launch can compute the figures of a model that
+`trainer.model.gpt` will build. There is one model with a setting per architectural choice, not a class per paper;
+trainer/configs/*.yaml are the named combinations.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class ModelConfig(Bounded):
     position: Literal["learned", "rope"] = setting(
         "learned", "learned embeddings, or rotary (Su et al. 2021), which adds no parameters"
     )
-    rope_base: float = setting(10000.0, "longest wavelength of rotary positions, over 2 pi", gt=0)
+    rope_base: float = setting(10000.0, "base of rotary positions: their longest wavelength divided by 2 pi", gt=0)
     rope_fraction: float = setting(
         1.0,
         "share of each head's dimensions that rotate (GPT-NeoX, Black et al. 2022: 0.25)",
@@ -40,29 +41,28 @@ class ModelConfig(Bounded):
     mlp: Literal["gelu", "relu2", "swiglu"] = setting(
         "gelu", "GELU-tanh (Hendrycks & Gimpel 2016), ReLU² (So et al. 2021) or SwiGLU (Shazeer 2020)"
     )
-    mlp_width: int = setting(0, "hidden width of the MLP; 0: four times the model's", ge=0)
+    mlp_width: int = setting(0, "hidden width of the MLP; 0: four times `width`", ge=0)
     bias: bool = setting(True, "biases in the linear layers of the blocks")
-    qkv_bias: bool = setting(True, "biases of queries, keys and values; none without `bias`")
-    tie_embeddings: bool = setting(True, "the output layer is the embedding (Press & Wolf 2017)")
+    qkv_bias: bool = setting(True, "biases of queries, keys and values; without effect if `bias` is false")
+    tie_embeddings: bool = setting(True, "the output layer uses the embedding's weights (Press & Wolf 2017)")
     qk_norm: bool = setting(False, "RMS-norm of queries and keys, per head (Dehghani et al. 2023)")
-    attention_scale: float = setting(
-        0.0, "factor of the attention scores; 0: one over the root of the head's width", ge=0
-    )
-    logit_softcap: float = setting(0.0, "logits become c tanh(logits / c) (Gemma 2, 2024); 0: not", ge=0)
+    attention_scale: float = setting(0.0, "factor of the attention scores; 0: 1 / sqrt(width of a head)", ge=0)
+    logit_softcap: float = setting(0.0, "c: logits become c tanh(logits / c) (Gemma 2, 2024); 0: unchanged", ge=0)
     embedding_norm: bool = setting(False, "norm right after the embedding (BLOOM, 2022)")
-    embedding_skip: bool = setting(False, "each block also sees the embedding, with two learned weights")
+    embedding_skip: bool = setting(False, "each block also gets the embedding as input, by two learned weights")
     value_skip: bool = setting(
-        False, "values are mixed with the first block's, with learned weights (Zhou et al. 2024, value residual)"
+        False, "attention values are mixed with the first block's by learned weights (value residual, Zhou et al. 2024)"
     )
     extra_projection: bool = setting(False, "a second linear layer after the attention's output projection")
-    document_mask: bool = setting(False, "no attention across the end-of-text token")
+    document_mask: bool = setting(False, "tokens attend only to their own document, not across end-of-text")
     dropout: float = setting(
-        0.0, "share of zeroed activations in training, in attention and after each branch", ge=0, lt=1
+        0.0, "fraction of activations that training sets to zero, in attention and after each branch", ge=0, lt=1
     )
     init: Literal["gpt2", "zero_out"] = setting(
         "gpt2",
-        "GPT-2's N(0, 0.02), residual projections smaller; or zero_out: residual projections and an untied output "
-        "layer start at zero, matrices at one third over their fan-in, embeddings at N(0, 1)",
+        "initial weights; gpt2: N(0, 0.02), residual projections over sqrt(2 layers); zero_out: zero for residual "
+        "projections and an untied output layer, variance 1 / (3 fan-in) for other matrices, N(0, 1) for embeddings "
+        "(N(0, 0.02) if tied)",
     )
 
     def __post_init__(self):
@@ -89,7 +89,7 @@ class ModelConfig(Bounded):
         return self.mlp_width or 4 * self.width
 
 
-# Layers, heads and width of OpenAI's released models, which a start may name.
+# Layers, heads and width of OpenAI's released models, whose names start.weights accepts.
 _PUBLIC = {
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -99,7 +99,7 @@ _PUBLIC = {
 
 
 def public_model(name: str) -> ModelConfig | None:
-    """OpenAI's models by name, None for any other."""
+    """The settings of one of OpenAI's GPT-2 models, by its public name; None for any other name."""
     if name not in _PUBLIC:
         return None
     layers, heads, width = _PUBLIC[name]
@@ -130,7 +130,7 @@ def parameters(model: ModelConfig) -> int:
 
 def flops_per_token(model: ModelConfig) -> float:
     """Forward and backward FLOPs per token: 6 per matrix weight, 12 L T D for attention (Chowdhery et al. 2022,
-    PaLM, appendix B; the masked half is counted, as everybody does)."""
+    PaLM, appendix B). As is usual, the half of the attention scores that the causal mask hides is counted too."""
     return 6.0 * matrix_parameters(model) + 12.0 * model.layers * model.context * model.width
 
 
@@ -138,41 +138,41 @@ def activation_bytes(model: ModelConfig, sequences: int, recompute: bool) -> flo
     """Memory of one micro-batch between forward and backward pass, under autocast to bfloat16, in compiled blocks.
 
     Counted from what autograd stores there (tests/activations.py): with torch 2.13 the partitioner of torch.compile
-    keeps, per block, what `_block_bytes` lists, and computes the rest again. With `recompute` only each block's input
-    is kept, and all of one block while its backward pass runs.
+    keeps, per block, what `_block_bytes` lists, and recomputes the rest. With `recompute` only the input of each block
+    is kept, and everything of one block while its backward pass runs.
     """
     tokens = sequences * model.context
     block, residual = _block_bytes(model), FP32_BYTES * model.width
     blocks = residual * (model.layers - 1) + block if recompute else block * model.layers
-    # Around the blocks: the last norm's input and the gradient that the loss has made already; the embedding's norm
-    # and dropout.
+    # Outside of the blocks: the last norm's input, the gradient that the loss has computed already, and the norm and
+    # the dropout mask of the embedding.
     around = 2 * residual + _norm_bytes(model)
     around += residual + _norm_bytes(model) if model.embedding_norm else 0
     around += model.width if model.dropout else 0
-    # The first block's values, which all blocks see, are a part of its queries, keys and values.
+    # All blocks use the first block's values. These are a view of a tensor with its queries and keys, which stays too.
     around += 3 * BF16_BYTES * model.width if model.value_skip and recompute else 0
     return float(tokens * (blocks + around))
 
 
 def _block_bytes(model: ModelConfig) -> int:
-    """What a compiled block stores for its backward pass, per token, its input included."""
-    products = 7 * model.width  # both norms' results, queries, keys and values, attention's result, its projection
+    """Bytes per token that a compiled block stores for its backward pass, its input included."""
+    products = 7 * model.width  # results of: both norms, queries, keys, values, attention, its projection
     products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
     if model.position == "rope" or model.qk_norm:
-        products += 3 * model.width  # queries and keys as attention takes them, and its result in another order
+        products += 3 * model.width  # queries and keys after rope or norm, and a reordered copy of attention's result
     products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # before and after the activation
     kept = FP32_BYTES * model.width + BF16_BYTES * products
-    kept += 2 * model.width if model.dropout else 0  # a byte per element says what was dropped
+    kept += 2 * model.width if model.dropout else 0  # dropout masks, a byte per element
     statistics = model.heads * (3 if model.qk_norm else 1)  # attention's log-sum-exp, and the norms per head
     return kept + FP32_BYTES * statistics + 2 * _norm_bytes(model)
 
 
 def _norm_bytes(model: ModelConfig) -> int:
-    """Statistics that a norm stores per token: the inverse deviation, and a LayerNorm's mean."""
+    """Bytes of the statistics that a norm stores per token: the inverse deviation, and for LayerNorm the mean."""
     return FP32_BYTES * (2 if model.norm == "layernorm" else 1)
 
 
-LOSS_CHUNK_ROWS = 4096  # trainer.model.loss on a GPU
+LOSS_CHUNK_ROWS = 4096  # rows of logits that trainer.model.loss computes at a time on a GPU
 
 
 def training_bytes(
@@ -187,9 +187,10 @@ def training_bytes(
 ) -> float:
     """Memory that one GPU needs to train with `sequences` per micro-batch, `accumulation` of them per step and rank.
 
-    Weights, gradients and their partial sums (trainer.optim.reduce keeps one per level of its tree) in float32, the
-    optimizer's state, the exchange of a dealt one, bfloat16 copies of the weights, activations, the loss's chunk. An
-    estimate, not confirmed on a GPU yet: 10 % are added for gradients of activations, the allocator and the libraries.
+    The sum of: weights, gradients and partial gradient sums in float32 (trainer.optim.reduce keeps a partial sum per
+    level of its tree), the optimizer's state, a buffer for the exchange of updates if ranks share that state (ZeRO or
+    Muon), bfloat16 copies of the weights, activations, and one chunk of the loss. 10 % are added for gradients of
+    activations, the allocator and the libraries. The estimate is not confirmed on a GPU yet.
     """
     count = parameters(model)
     matrices = matrix_parameters(model) - model.padded_vocab_size * model.width if muon else 0

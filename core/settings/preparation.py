@@ -11,7 +11,7 @@ from core.stores import hub
 
 @dataclass(frozen=True)
 class SourceConfig(Bounded):
-    """The source of the documents."""
+    """The documents to prepare: a dataset on the Hub, or files."""
 
     dataset: str = setting(
         "",
@@ -30,8 +30,8 @@ class SourceConfig(Bounded):
     )
     revision: str = setting(
         "",
-        "commit or tag of the dataset, or of an hf:// address without one (@...); empty: the newest, pinned at the "
-        "first start",
+        "commit or tag of the dataset, or of an hf:// address without @REVISION; empty: the commit that is newest at "
+        "the first start",
     )
     text_column: str | None = setting(
         None, "column with the document's text or conversation; none: text, content, messages or conversations"
@@ -130,7 +130,7 @@ class PrepDataConfig(ShardsConfig):
         0.002, "maximum fraction of documents for validation, by hash of their id", ge=0, lt=1
     )
     val_tokens: int = setting(
-        0, "validation size: the documents with the lowest hashes up to this size; 0: all of val_fraction", ge=0
+        0, "largest number of validation tokens; the lowest hashes come first; 0: all documents of val_fraction", ge=0
     )
     shuffle: bool = setting(True, "shuffle documents within a shard, and shards")
     seed: int = setting(1337, "seed of the split and the shuffle")
@@ -173,9 +173,13 @@ class PrepConfig(Bounded):
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     workers: int = setting(0, "parallel workers; 0: one per core. Does not change the result", identity=False, ge=0)
     num_nodes: int = setting(
-        1, "machines that share the work; does not change the result", identity=False, env="SKYPILOT_NUM_NODES", ge=1
+        1,
+        "number of machines that share the work; does not change the result",
+        identity=False,
+        env="SKYPILOT_NUM_NODES",
+        ge=1,
     )
-    node_rank: int = setting(0, "this machine, from 0", identity=False, env="SKYPILOT_NODE_RANK")
+    node_rank: int = setting(0, "number of this machine, from 0", identity=False, env="SKYPILOT_NODE_RANK")
     phase: Literal["all", "encode", "finalize"] = setting(
         "all",
         "encode: only this node's parts; finalize: only the manifest, an error if parts are missing; "
@@ -194,13 +198,13 @@ class PrepConfig(Bounded):
 
 @dataclass(frozen=True)
 class FetchSourceConfig:
-    """Token shards of another program."""
+    """The token shards of another program that are to be imported."""
 
     train_url: str = setting(
         "", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, az://, hf://)", check=urls.mistake
     )
     val_url: str = setting("", "validation shards, as train_url; empty: none", check=urls.mistake)
-    revision: str = setting("", "commit or tag of hf:// sources; empty: the newest, pinned at the first start")
+    revision: str = setting("", "commit or tag of hf:// sources; empty: the commit that is newest at the first start")
 
     def __post_init__(self):
         require(bool(self.train_url), "train_url", "is empty; give a file or glob")

@@ -41,7 +41,7 @@ RENAMED = {
     "rows": "max_batch_size",
 }
 
-# Settings that are gone, and why.
+# Settings that were removed, and why.
 REMOVED = {
     "train.compile_cache": "each machine compiles its kernels, because stored ones are pickles, which may run code",
 }

@@ -23,6 +23,6 @@ def training_schema(arguments: Sequence[str]) -> type[TrainingConfig]:
             if flag.startswith(OF_OTHER_STAGES):
                 raise ConfigError(f"flag {flag}: is not a setting of pretraining; add --stage=finetune, dpo or distil")
         return PretrainConfig
-    from core.settings import tuning  # here, because the start of pretraining does not need it
+    from core.settings import tuning  # imported here, because pretraining does not need it
 
     return {"finetune": tuning.FinetuneConfig, "dpo": tuning.DpoConfig, "distil": tuning.DistilConfig}[name]

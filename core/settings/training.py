@@ -21,14 +21,14 @@ class RunConfig(Bounded):
     )
     max_usd: float = setting(
         0.0,
-        "hard cap in dollars over all segments: save and stop before it; 0: none",
+        "hard cap in dollars for all segments together: the run saves and stops before it is reached; 0: no cap",
         env="MAX_USD",
         identity=False,
         ge=0,
     )
     shutdown_reserve_seconds: float = setting(
         120.0,
-        "paid time from the end of the trainer to the end of the machine, reserved under the cap",
+        "seconds from the end of the trainer to the end of the machine; the cap reserves the money for them",
         identity=False,
         ge=0,
     )
@@ -40,7 +40,7 @@ class RunConfig(Bounded):
 
 @dataclass(frozen=True)
 class DataConfig(Bounded):
-    """The source of batches."""
+    """The tokens to train on, and the way in which they are fetched and mixed."""
 
     url: str = setting(
         "",
@@ -56,8 +56,8 @@ class DataConfig(Bounded):
         identity=False,
         check=urls.mistake_in_folder,
     )
-    cache_gb: float = setting(20.0, "upper bound of that folder in GB (10^9 bytes)", identity=False, gt=0)
-    shards_mixed: int = setting(4, "shards whose windows are mixed; also the number of open shards", ge=1)
+    cache_gb: float = setting(20.0, "largest size of cache_dir in GB (10^9 bytes)", identity=False, gt=0)
+    shards_mixed: int = setting(4, "number of shards whose windows are mixed, and that are open at a time", ge=1)
     prefetch: int = setting(8, "approximate number of micro-batches prepared ahead", identity=False, ge=1)
 
     def __post_init__(self):
@@ -72,7 +72,8 @@ class BatchConfig(Bounded):
     tokens_per_step: int = setting(524288, "tokens per optimizer step, over all ranks", gt=0)
     micro_batch_size: int = setting(
         32,
-        "sequences per forward pass and rank; accumulation follows from it. 0: the most that fit, found once",
+        "sequences per forward pass and rank, from which the number of accumulated micro-batches follows; 0: the most "
+        "that fit into memory, found by the first segment of the run",
         ge=0,
     )
 
@@ -86,9 +87,9 @@ class OptimizerConfig(Bounded):
     embedding_lr: float = setting(0.0, "AdamW's rate for embeddings; 0: lr", ge=0)
     head_lr: float = setting(0.0, "AdamW's rate for an untied output layer; 0: lr", ge=0)
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr", ge=0)
-    schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the fall of the rates")
+    schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the decay of the learning rates")
     cooldown_fraction: float = setting(
-        1.0, "share of the steps, at the end, in which the rates fall; before it they are constant", ge=0, le=1
+        1.0, "fraction of the steps, at the end of the run, in which the learning rates decay", ge=0, le=1
     )
     min_lr_ratio: float = setting(
         0.1,
@@ -109,7 +110,8 @@ class OptimizerConfig(Bounded):
     zero: Literal[0, 1, 2] = setting(
         0,
         "ZeRO stage (Rajbhandari et al. 2020): 1: each rank keeps the optimizer state of its share of rows only; 2: "
-        "also only the partial gradient sums of that share, with more exchanges. The results are the same",
+        "each rank also keeps partial gradient sums of that share only, which needs more exchanges. The stage does not "
+        "change the results",
         identity=False,
     )
 
@@ -122,7 +124,7 @@ class TrainLoopConfig(Bounded):
     seed: int = setting(1337, "seed of weights and data order")
     skip_steps: tuple[int, ...] = setting(
         (),
-        "steps whose batches are skipped, because they gave numbers that are not finite: each step takes the next "
+        "steps whose batches are skipped, to leave out batches that gave NaN or infinity; each step takes the next "
         "batch that is not skipped",
         identity=False,
     )
@@ -133,14 +135,14 @@ class TrainLoopConfig(Bounded):
     )
     overfit_max_loss: float = setting(
         0.1,
-        "loss at which such a run ends; it fails if the loss is not below it after `steps`",
+        "loss below which a run with --overfit ends; the run fails if it does not get there within `steps`",
         identity=False,
         gt=0,
     )
-    log_every: int = setting(10, "steps between log lines; metrics have every step", identity=False, gt=0)
+    log_every: int = setting(10, "steps between log lines; the stored metrics contain every step", identity=False, gt=0)
     norms_every: int = setting(
         100,
-        "steps between norms of updates and largest activations per block; 0: never",
+        "steps between measurements of the norms of updates and of the largest activation per block; 0: never",
         identity=False,
         ge=0,
     )
@@ -161,7 +163,7 @@ class TrainLoopConfig(Bounded):
     sample_tokens: int = setting(48, "tokens per sample; 0: no samples", identity=False, ge=0)
     sample_prompts: tuple[str, ...] = setting(
         ("The most important thing about", "In the United States,"),
-        "prompts of the samples; as a JSON list they may hold commas",
+        "prompts of the samples; prompts with commas need the form of a JSON list",
         identity=False,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on", identity=False)
@@ -170,10 +172,10 @@ class TrainLoopConfig(Bounded):
         "number format of matrix products: auto is bf16 on a GPU, fp32 on a CPU; fp8 (blocks only) needs Hopper",
     )
     grad_reduce_dtype: Literal["fp32", "bf16"] = setting(
-        "fp32", "number format of gradients between ranks; with bf16 the bits depend on the number of ranks"
+        "fp32", "number format in which ranks exchange gradients; with bf16 the result depends on the number of ranks"
     )
     activation_checkpointing: bool = setting(
-        False, "keep only block inputs for the backward pass: less memory, a third more work", identity=False
+        False, "keep only block inputs for the backward pass: less memory, a third more computation", identity=False
     )
     deterministic: bool = setting(
         True,
@@ -181,7 +183,7 @@ class TrainLoopConfig(Bounded):
         "faster. A CPU always gives the same bits",
     )
     compile: bool = setting(True, "torch.compile the model (CUDA only)", identity=False)
-    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores divided by ranks", identity=False, ge=0)
+    cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores / ranks", identity=False, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = setting(
         (), "trackers that get the metrics too, if installed; their failures never stop a run", identity=False
     )
@@ -203,16 +205,21 @@ class TrainLoopConfig(Bounded):
 class CheckpointConfig(Bounded):
     """The interval of checkpoints, and the number to keep."""
 
-    every_steps: int = setting(0, "steps between checkpoints; 0: by time, from measured costs", identity=False, ge=0)
+    every_steps: int = setting(
+        0,
+        "steps between checkpoints; 0: an interval of time, computed from measured costs and the next two settings",
+        identity=False,
+        ge=0,
+    )
     max_lost_seconds: float = setting(
         60.0,
-        "by time: the most work that a machine loses if it ends without notice",
+        "with every_steps=0: the most work, in seconds, that is lost if a machine ends without notice",
         identity=False,
         gt=0,
     )
     expected_hours_between_failures: float = setting(
         4.0,
-        "by time: expected hours until a machine is lost (spot: 1 to 20)",
+        "with every_steps=0: expected hours until a machine is lost (spot: 1 to 20)",
         identity=False,
         gt=0,
     )
@@ -224,7 +231,7 @@ class CheckpointConfig(Bounded):
     )
     keep_every_steps: int = setting(
         0,
-        "also keep every checkpoint at a multiple of so many steps; 0: none",
+        "also keep the checkpoints at multiples of this number of steps; 0: none",
         identity=False,
         ge=0,
     )

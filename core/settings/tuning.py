@@ -14,7 +14,7 @@ class ExamplesConfig(Bounded):
 
     url: str = setting(
         "",
-        "dataset (local, s3://, gs://, az://) that holds the sets; empty: the one that the start was trained on",
+        "dataset (local, s3://, gs://, az://) with the sets; empty: the dataset that start.weights was trained on",
         env="DATA_URL",
         identity=False,
         check=urls.mistake,
@@ -27,11 +27,12 @@ class ExamplesConfig(Bounded):
     )
     length: int = setting(0, "tokens per sequence; longer examples are cut at their end. 0: the model's context", ge=0)
     val_fraction: float = setting(
-        0.05, "share of the examples for validation, chosen by a hash of their question", ge=0, lt=1
+        0.05, "fraction of the examples for validation, chosen by a hash of their question", ge=0, lt=1
     )
     max_bad_fraction: float = setting(
         0.01,
-        "largest share of rows without an answer or of an unknown form, which are skipped; more of them are an error",
+        "largest fraction of rows without an answer or of an unknown form. They are skipped; a larger fraction is an "
+        "error",
         ge=0,
         le=1,
     )
@@ -58,7 +59,7 @@ LayerName = Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 @dataclass(frozen=True)
 class LoraConfig(Bounded):
-    """Low-rank adapters (Hu et al. 2021) instead of all weights."""
+    """Low-rank adapters (Hu et al. 2021), which train instead of all weights."""
 
     rank: int = setting(0, "rank of the adapters; 0: no adapters, all weights train", ge=0)
     alpha: float = setting(16.0, "the output of an adapter is multiplied by alpha / rank", gt=0)
@@ -78,7 +79,7 @@ MODEL_NAME = "a run, a checkpoint, a folder in Hugging Face's form, or a public 
 class StartConfig(Bounded):
     """The weights to begin with."""
 
-    weights: str = setting("", MODEL_NAME + "; of dpo also the reference", check=urls.mistake_in_model)
+    weights: str = setting("", MODEL_NAME + "; with stage=dpo also the reference model", check=urls.mistake_in_model)
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,15 +91,15 @@ class OptionalStartConfig(Bounded):
     """The weights to begin with, or none."""
 
     weights: str = setting(
-        "", f"{MODEL_NAME}, of the same model; empty: random, from train.seed", check=urls.mistake_in_model
+        "", f"{MODEL_NAME}, of the same architecture; empty: random weights", check=urls.mistake_in_model
     )
 
 
 @dataclass(frozen=True)
 class TuningLoopConfig(TrainLoopConfig):
-    """Length, cadence, and how the step is computed."""
+    """Length and intervals of the run, and the computation of a step."""
 
-    epochs: float = setting(0.0, "passes over the examples, which give the number of steps; 0: train.steps", ge=0)
+    epochs: float = setting(0.0, "passes over the examples, which give the number of steps; 0: use train.steps", ge=0)
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ class FinetuneConfig(TrainingConfig):
 class PreferenceConfig(Bounded):
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
-    beta: float = setting(0.1, "weight of the divergence from the reference", gt=0)
+    beta: float = setting(0.1, "weight of the penalty for divergence from the reference model", gt=0)
     label_smoothing: float = setting(
         0.0,
-        "share of pairs that are taken to be labelled the wrong way round (Mitchell 2023, conservative DPO)",
+        "assumed fraction of pairs whose labels are swapped (conservative DPO, Mitchell 2023)",
         ge=0,
         lt=0.5,
     )
@@ -170,7 +171,7 @@ class DistillationConfig(Bounded):
 
     temperature: float = setting(2.0, "divides the logits of both models before the softmax", gt=0)
     kl_weight: float = setting(
-        0.5, "share of the divergence in the loss; the rest is cross-entropy with the data", gt=0, le=1
+        0.5, "weight of the KL divergence from the teacher; cross-entropy has the weight 1 - kl_weight", gt=0, le=1
     )
 
 
@@ -191,22 +192,22 @@ class DistilConfig(PretrainConfig):
 class EndpointConfig(Bounded):
     """An OpenAI-compatible server."""
 
-    url: str = setting("https://api.openai.com/v1", "its base URL", env="OPENAI_BASE_URL", identity=False)
-    model: str = setting("", "name of the model there")
+    url: str = setting("https://api.openai.com/v1", "the server's base URL", env="OPENAI_BASE_URL", identity=False)
+    model: str = setting("", "name of the model at the server")
     concurrency: int = setting(8, "concurrent calls", identity=False, gt=0)
     timeout_seconds: float = setting(120.0, "limit of one call", identity=False, gt=0)
     attempts: int = setting(6, "calls for one answer before its prompt is skipped", identity=False, gt=0)
     max_wait_seconds: float = setting(
         120.0,
-        "longest pause before a call is repeated; bounds Retry-After as well",
+        "longest pause in seconds before a call is repeated, even if the server's Retry-After is longer",
         identity=False,
         gt=0,
     )
     limit_parameter: Literal["max_tokens", "max_completion_tokens"] = setting(
-        "max_tokens", "name that the endpoint has for make.max_tokens; newer models want the longer one", identity=False
+        "max_tokens", "the server's name for make.max_tokens; newer models need max_completion_tokens", identity=False
     )
     omit: tuple[Literal["temperature", "top_p"], ...] = setting(
-        (), "parameters that are not sent, because the model refuses them", identity=False
+        (), "sampling parameters that are not sent, for a model that refuses them", identity=False
     )
 
     def __post_init__(self):
@@ -219,7 +220,7 @@ class EndpointConfig(Bounded):
 
 @dataclass(frozen=True)
 class BudgetConfig(Bounded):
-    """The limit of the answers' cost, and the endpoint's prices."""
+    """The most that all answers may cost, and the prices of the server."""
 
     max_usd: float = setting(0.0, "limit of the cost of all calls; required", identity=False, ge=0)
     usd_per_million_input: float = setting(0.0, "price of a million prompt tokens in dollars", identity=False, ge=0)
@@ -236,13 +237,13 @@ class BudgetConfig(Bounded):
         require(
             bool(priced) or not self.max_usd,
             "usd_per_million_output",
-            "is 0, and so is the input's: nothing would be counted against max_usd; set the endpoint's prices",
+            "is 0 like usd_per_million_input, so nothing would be counted against max_usd; set the endpoint's prices",
         )
 
 
 @dataclass(frozen=True)
 class MakeConfig(Bounded):
-    """The prompts, and the set that gets the rows."""
+    """The prompts, the set to which answers are added as rows, and the sampling of the answers."""
 
     prompts: str = setting(
         "",
@@ -250,7 +251,7 @@ class MakeConfig(Bounded):
         identity=False,
         check=urls.mistake,
     )
-    url: str = setting("", "dataset that the set is stored beside", env="DATA_URL", identity=False, check=urls.mistake)
+    url: str = setting("", "dataset to which the set is added", env="DATA_URL", identity=False, check=urls.mistake)
     name: str = setting("synthetic", "name of the set: url/sets/NAME.jsonl", identity=False)
     licence: str = setting(
         "", "terms under which the answers may be used; part of the set's description", identity=False
@@ -260,7 +261,7 @@ class MakeConfig(Bounded):
     temperature: float = setting(0.7, "temperature of the sampling at the endpoint")
     top_p: float = setting(1.0, "top_p of the sampling at the endpoint")
     max_tokens: int = setting(512, "longest answer; an answer that is cut off there is skipped", gt=0)
-    retry_declined: bool = setting(False, "ask prompts again that the endpoint has declined", identity=False)
+    retry_declined: bool = setting(False, "ask again the prompts that the server declined before", identity=False)
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,7 +18,7 @@ LOOK_UP_SECONDS = 10.0
 
 
 def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -> str | None:
-    """URL of the server of S3 buckets; None for AWS."""
+    """The URL of the S3 server; None for AWS's default."""
     for name in ENDPOINTS:
         if variables.get(name):
             return variables[name].rstrip("/")
@@ -26,7 +26,7 @@ def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -
 
 
 def service_of(endpoint: str | None) -> str:
-    """aws, r2, or s3-like for any other server."""
+    """The service at an endpoint: aws, r2 (Cloudflare), or s3-like for any other server."""
     host = urlsplit(endpoint or "").hostname or ""
     if not endpoint or host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         return "aws"
@@ -51,7 +51,7 @@ class Place:
         found: dict[str, Any] = {
             "region": self.region,
             "conditional_put": "etag",
-            # A signed body would be hashed once more. AWS's tools do not sign it over https either.
+            # A signature of the body would need one more pass over it. AWS's tools do not sign it over https either.
             "unsigned_payload": True,
             # Some servers do not accept lists of keys; this project deletes one object at a time.
             "disable_bulk_delete": True,
@@ -77,7 +77,7 @@ class Place:
         )
 
     def renew(self, marks: frozenset[str]) -> bool:
-        """Whether an error showed that the bucket is in another region, which is now known."""
+        """Change `region` if an error shows that the bucket is in another one. Returns whether it was changed."""
         if not marks & faults.ELSEWHERE:
             return False
         named = (mark.removeprefix("region:") for mark in marks if mark.startswith("region:"))

@@ -1,6 +1,7 @@
-"""Defines what a store offers to core.storage, and how patterns select its keys.
+"""Defines Store, the interface of stores for core.storage, and selects keys by patterns.
 
-Each store has its form of keys and raises the errors of its library, which core/stores/faults.py interprets.
+The form of the keys differs between stores. Each store raises the errors of the library that it uses, which
+core/stores/faults.py interprets.
 """
 
 import fnmatch
@@ -36,7 +37,7 @@ class Terms:
 
 
 class Store(Protocol):
-    """Objects are whole and immutable to a reader: a write is visible only when it is complete."""
+    """The interface of a store. A reader sees an object only as a whole: a write is visible when it is complete."""
 
     terms: Terms
     is_local: bool
@@ -72,13 +73,13 @@ class Store(Protocol):
         """Delete an object. May raise FileNotFoundError if it does not exist."""
 
     def renew(self, error: Exception) -> bool:
-        """Whether the store now uses new credentials or another region, with which the request may succeed."""
+        """Renew credentials or region if an error asks for it. Returns whether the request can be repeated."""
 
 
 # --- patterns over keys ----------------------------------------------------------------------------------------
 
 _WILD = re.compile(r"[*?\[]")
-# Whether one name matches; None stands for `**`.
+# A function that says whether one part of a path matches; None stands for `**`.
 _Part = Callable[[str], object] | None
 
 
@@ -90,15 +91,15 @@ def is_pattern(place: str) -> bool:
 def matcher(pattern: str) -> Callable[[str], bool]:
     """A function that says whether a whole path matches. `**` stands for folders only as a complete part.
 
-    As in a shell, `*`, `?`, `[...]` and `**` match no hidden name, one that begins with `.` or, as what Spark and Hive
-    write beside their files, with `_`; `.*` and `_*` do.
+    Names that begin with `.` are hidden, as in a shell, and so are names that begin with `_`, which Spark and Hive give
+    to files beside the data. A wildcard matches them only if the pattern begins with the same character (`.*`, `_*`).
     """
     parts = [None if part == "**" else _part(part) for part in pattern.split("/")]
     return lambda path: _fits(parts, path.split("/"))
 
 
 def literal_parts(parts: Sequence[str], exists: Callable[[Sequence[str]], bool]) -> int:
-    """How many leading parts of a pattern are names: those without wildcards, and those that exist as written."""
+    """The number of leading parts of a pattern that are plain names: without wildcards, or existing as written."""
     for number, part in enumerate(parts):
         if is_pattern(part) and not (part != "**" and exists(parts[: number + 1])):
             return number

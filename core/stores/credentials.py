@@ -1,4 +1,4 @@
-"""Finds the credentials of a bucket: from the BUCKET_ variables, else from where the store's own tools find them.
+"""Finds the credentials of a bucket: in the BUCKET_ variables, else in the places where the store's own tools look.
 
 For S3, these are the environment (AWS_ACCESS_KEY_ID, ...), then a profile or SSO login of ~/.aws if boto3 is installed,
 then the machine's role. A profile is read again before its keys expire, because other programs renew it. For Google and
@@ -34,9 +34,9 @@ class NoCredentials(Exception):
 
 
 def for_s3(variables: Mapping[str, str]) -> Provider | None:
-    """A function that returns keys; None for the role of the machine, which obstore finds.
+    """A function that returns keys. None if the machine's role is to be used, which obstore finds without it.
 
-    Raises ConfigError if one of a pair of variables is missing.
+    Raises ConfigError if a variable is set but its partner is not (key and secret).
     """
     for key, secret, token in (
         ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_SESSION_TOKEN"),
@@ -123,7 +123,7 @@ def _nothing(why: str) -> Provider:
 
 
 def _profile() -> dict[str, Any]:
-    """The keys that boto3 finds, by a new session, because a session caches the keys of a file."""
+    """The keys that boto3 finds. Each call makes a new session, because a session caches the keys of a file."""
     import boto3
     from obstore.auth.boto3 import Boto3CredentialProvider
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from core.errors import DiskFull, LauncherError, ObjectExists, ObjectNotFound, StorageError
 from core.stores.base import Terms
 
-# The Hub counts requests in windows of five minutes.
+# Longest pause that a server can ask for. The Hugging Face Hub counts requests in windows of five minutes.
 MAX_WAIT_SECONDS = 300.0
-# After a 429 or 503 a sooner request makes matters worse. obstore does not show the server's Retry-After.
+# Shortest pause after a 429 or 503, because obstore does not show how long the server asks to wait (Retry-After).
 THROTTLED_SECONDS = 1.0
 
 
@@ -38,10 +38,10 @@ THROTTLED = frozenset(
     "429 503 SlowDown ServiceUnavailable Throttling ThrottlingException TooManyRequests ServerBusy".split()
 )
 TRANSIENT = THROTTLED | frozenset(
-    # The server's codes. NoSuchUpload: an upload whose answer was lost is complete, or was cleaned away.
+    # Codes of servers. NoSuchUpload: the upload was completed, but the answer was lost; or the server cleaned it away.
     "500 502 504 408 InternalError RequestTimeout IncompleteBody OperationAborted ConditionalRequestConflict "
     "OperationTimedOut NoSuchUpload InvalidBlockList "
-    # Types of errors. By name, so that no HTTP library has to be imported.
+    # Types of errors, by name, so that no HTTP library has to be imported.
     "ShortRead ConnectionError TimeoutError Timeout ConnectTimeout ReadTimeout ReadError RemoteProtocolError "
     "ConnectError ChunkedEncodingError "
     # obstore's kinds of connection failures.
@@ -57,7 +57,7 @@ ELSEWHERE = frozenset("301 307 PermanentRedirect TemporaryRedirect Authorization
 
 @dataclass(frozen=True)
 class _Row:
-    """A kind of error, by its types or codes, and what the user is to read."""
+    """A kind of error: the marks that identify it, the exception to raise, and the text of its message."""
 
     marks: frozenset[str]
     kind: type[StorageError]
@@ -68,7 +68,7 @@ def _row(marks: str, text: str, kind: type[StorageError] = StorageError) -> _Row
     return _Row(frozenset(marks.split()), kind, text)
 
 
-# The first row that matches counts: the server's codes say more than the library's types.
+# The first row that matches counts. Rows with codes of servers come before types of a library, which say less.
 _TABLE = (
     _row("NoSuchBucket ContainerNotFound", "bucket {bucket!r} does not exist; {create} or correct the URL"),
     _row(
@@ -95,13 +95,13 @@ _TABLE = (
     ),
     _row(
         "NoListing",
-        "may not {verb} ({said}), nor list bucket {bucket!r}; without s3:ListBucket the server says so of objects that "
-        "do not exist, too: allow it (launch/bucket-policy.json), and check {access}",
+        "may not {verb} ({said}), nor list bucket {bucket!r}; without the right s3:ListBucket the server gives this "
+        "answer also for objects that do not exist: allow it (launch/bucket-policy.json), and check {access}",
     ),
     _row(
         "NoConditions",
-        "could not {verb} ({said}): {endpoint} does not take conditional writes (If-None-Match), by which one of two "
-        "machines wins; use a newer release of that server, or another store",
+        "could not {verb} ({said}): {endpoint} does not take conditional writes (If-None-Match), which keep two "
+        "machines from creating the same object; use a newer release of that server, or another store",
     ),
     _row(
         "SecondLevelDomainForbidden",
@@ -109,8 +109,8 @@ _TABLE = (
     ),
     _row(
         "no-ranges",
-        "could not {verb}: {endpoint} ignores byte ranges (it answers 200 to Range); use a server or proxy that heeds "
-        "them",
+        "could not {verb}: {endpoint} ignores byte ranges (it answers 200 to Range); use a server or proxy that "
+        "supports them",
     ),
     _Row(REFUSED_KEYS, StorageError, "the credentials were refused ({said}); check {keys}"),
     _row(
@@ -119,7 +119,7 @@ _TABLE = (
     ),
     _row("FileNotFoundError NoSuchKey BlobNotFound 404", "not found; check the URL", ObjectNotFound),
     _row("disk-full", "could not {verb}: the disk is full; free space or choose another folder", DiskFull),
-    _row("path", "could not {verb}: the name is not one that an object store takes ({said}); rename it"),
+    _row("path", "could not {verb}: object stores do not accept this name ({said}); rename it"),
 )
 
 
@@ -132,7 +132,7 @@ def marks_of(error: BaseException) -> frozenset[str]:
 
 
 def is_transient(marks: frozenset[str]) -> bool:
-    """Whether a retry can succeed: after resets, time-outs, 429, 5xx, short bodies; not after 403, 404, a full disk."""
+    """Whether a retry can succeed: yes after a reset, time-out, 429, 5xx or short body; no after 403 or 404."""
     if marks & _FINAL_TYPES or marks & {"credentials", "certificate"}:
         return False
     if "FileNotFoundError" in marks:
@@ -145,7 +145,7 @@ def is_conflict(marks: frozenset[str]) -> bool:
 
 
 def wait_seconds(error: BaseException, marks: frozenset[str]) -> float:
-    """Minimum pause before a retry: the server's, if known, but at most MAX_WAIT_SECONDS."""
+    """Minimum pause in seconds before a retry: the one that the server asks for, at most MAX_WAIT_SECONDS."""
     for link in _chain(error):
         headers = getattr(getattr(link, "response", None), "headers", None)
         if headers and str(headers.get("Retry-After", "")).isdigit():
@@ -191,7 +191,7 @@ def _fitting(marks: frozenset[str]) -> _Row | None:
 
 
 def _hint(error: BaseException) -> str:
-    """The reason why core/stores/credentials.py found no keys, which obstore includes in its error."""
+    """The reason why core/stores/credentials.py found no keys. obstore includes it in its error."""
     found = next(filter(None, (_PROVIDER.search(str(link)) for link in _chain(error))), None)
     said = found["said"].strip() if found else ""
     return f"; {said}" if said else ""

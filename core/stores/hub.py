@@ -1,9 +1,9 @@
-"""The Hugging Face Hub as a read-only store, and what this project asks the Hub besides: commits, pages, names.
+"""Reads the Hugging Face Hub as a store, and looks up commits, web pages and names of datasets there.
 
-Each byte range is one request. fsspec's reader asks the Hub's API about the file before each range, whose rate limit
-would stop a parquet read of a few thousand ranges; the content network alone answers a resolve request. A file in
-the Hub's cache (below HF_HOME) is read there. HF_TOKEN is used if set; HF_ENDPOINT names another Hub. The store's keys
-are whole URIs.
+Each byte range is one request to a `resolve` address, which the Hub's content network answers. fsspec's reader also
+asks the Hub's API before each range; the API's rate limit would stop the reading of a parquet file by thousands of
+ranges. A file in the local cache (below HF_HOME) is read from there. HF_TOKEN is used if set; HF_ENDPOINT names another
+Hub. The store's keys are whole URIs.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from core.errors import ConfigError, StorageError
 from core.stores.base import Buffer, Found, Terms, matching
 
 TIMEOUT_SECONDS = 60.0
-# As in huggingface_hub: these references may be written with their slashes, others with %2F.
+# Revisions that may be written with their slashes, as in huggingface_hub. Any other slash must be written as %2F.
 _SPECIAL = r"refs/(?:convert/\w+|pr/\d+)"
 _URI = re.compile(rf"^hf://(datasets|models|spaces)/([^/@]+/[^/@]+)(?:@({_SPECIAL}(?![^/])|[^/]+))?(?:/(.*))?$")
 TERMS = Terms(
@@ -52,7 +52,7 @@ def parse(uri: str) -> HubPath:
 
 
 def is_address(uri: str) -> bool:
-    """Whether a URI is of the Hub, which has revisions."""
+    """Whether a URI is an address on the Hub. Only such a URI can have a revision."""
     return uri.startswith("hf://")
 
 

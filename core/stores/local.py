@@ -17,8 +17,7 @@ TERMS = Terms("disk", endpoint="the folder", access="file permissions")
 
 def path_of(uri: str) -> Path:
     """The path behind a local URI (file:// or plain)."""
-    path = Path(uri.removeprefix("file://"))
-    return path.expanduser() if "~" in uri else path
+    return Path(os.path.expanduser(uri.removeprefix("file://")))
 
 
 class LocalStore:
@@ -28,14 +27,14 @@ class LocalStore:
     is_local = True
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
-        path = path_of(key)
-        size = path.stat().st_size
+        path = os.path.expanduser(key.removeprefix("file://"))
+        size = os.stat(path).st_size
         count = max(0, (size if end is None else min(end, size)) - start)
-        # A report reads thousands of small files.
+        # A small file is read in one call, because a report reads thousands of them.
         if 0 < count <= SMALL_BYTES and not start:
             with open(path, "rb", buffering=0) as file:
                 return count, iter((file.read(count),))
-        # To the end of the file where no end is given: a pipe has no size.
+        # Without `end`, everything up to the end of the file is read, not `size` bytes: a pipe has no size.
         return count, _chunks(path, start, end)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -78,9 +77,9 @@ class LocalStore:
         return False
 
 
-def _chunks(path: Path, start: int, end: int | None) -> Iterator[bytes]:
+def _chunks(path: str, start: int, end: int | None) -> Iterator[bytes]:
     left = math.inf if end is None else end - start
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         if start:
             file.seek(start)
         while left > 0 and (chunk := file.read(int(min(left, CHUNK_BYTES)))):

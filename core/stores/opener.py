@@ -16,7 +16,7 @@ from core.stores.base import Store, Terms
 from core.stores.hub import HubStore
 from core.stores.local import LocalStore
 
-# These variables decide about server and credentials.
+# Variables that decide which server and credentials a store uses. After a change of one of them it is opened again.
 _BUNDLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 _VARIABLES = ("BUCKET_", "AWS_", "GOOGLE_", "AZURE_", "HOME", *_BUNDLES)
 _KEPT = 16
@@ -133,7 +133,7 @@ def _memory(bucket: str, variables: Mapping[str, str]) -> Store:
     return in_memory()
 
 
-# The number of path parts that name the bucket; None if the store's keys are whole URIs.
+# By scheme: the number of path parts that name the bucket (None: the store's keys are whole URIs), and its constructor.
 _STORES: dict[str, tuple[int | None, Callable[..., Store]]] = {
     "file": (None, LocalStore),
     "hf": (None, HubStore),

@@ -1,7 +1,7 @@
 """Object stores over obstore: Google, Azure, memory, and S3 with every service of its protocol.
 
-core/stores/retries.py repeats requests. The parts of a large upload are the exception: obstore repeats them, because
-only obstore has them.
+core/stores/retries.py retries requests, except for the parts of a large upload: obstore retries these, because only
+obstore knows the parts.
 """
 
 import os
@@ -18,7 +18,7 @@ from core.stores import faults
 from core.stores.base import Buffer, Found, Terms, matching
 
 CONNECT_SECONDS = 10
-# A request fails if no byte arrives for this long. A part of an upload counts as one byte.
+# A request fails if nothing arrives for this long. During the upload of a part nothing arrives, so uploads get longer.
 SILENT_SECONDS = 60
 SILENT_UPLOAD_SECONDS = 300
 # A request as a whole has practically no limit, because large objects take long.
@@ -28,15 +28,15 @@ PART_BYTES = 16 << 20
 MOST_PARTS = 9000  # S3 takes 10,000
 PARTS_AT_ONCE = 6
 UPLOAD_TRIES = 7
-# obstore copies larger pieces more often.
+# Bytes per piece of a download. Larger pieces are copied more often inside obstore.
 PIECE_BYTES = 1 << 20
 WHOLE_BYTES = 4 << 20
-# One request fetches ranges this close to each other: a megabyte arrives sooner than another first byte.
+# Ranges with at most this gap share a request: reading a megabyte too much is faster than another request.
 GAP_BYTES = 1 << 20
 PAGE_OBJECTS = 1000
 
 _RETRIES_OFF = {"max_retries": 0, "retry_timeout": timedelta(0)}
-# 1, 2, 4, 8, 15 and 15 s: about 45 s of patience, with the pauses that a throttling server wants.
+# Pauses of 1, 2, 4, 8, 15 and 15 s, about 45 s in all. They begin with a second, because the server may be throttling.
 _RETRIES_OF_PARTS = {
     "max_retries": UPLOAD_TRIES - 1,
     "retry_timeout": timedelta(seconds=SILENT_UPLOAD_SECONDS),
@@ -75,12 +75,12 @@ class RemoteStore:
 
     @property
     def _store(self) -> Any:
-        """For single requests."""
+        """obstore's store for single requests. It does not retry."""
         return self._made("_plain", SILENT_SECONDS, _RETRIES_OFF)
 
     @property
     def _uploads(self) -> Any:
-        """For large uploads."""
+        """obstore's store for large uploads. It retries their parts."""
         return self._made("_patient", SILENT_UPLOAD_SECONDS, _RETRIES_OF_PARTS)
 
     def _made(self, name: str, silent_seconds: int, retry: dict[str, Any]) -> Any:
@@ -153,9 +153,9 @@ class RemoteStore:
             raise
 
     def _asked_again(self, key: str, refusal: Exception) -> int:
-        """The size of an object whose HEAD was refused. An answer to HEAD has no body, so that it names no cause.
+        """The size of an object whose HEAD request was refused. Asks by GET, whose answer names the cause of a refusal.
 
-        Raises the answer to a request that has one, and NoListing if the key may not list the bucket.
+        Raises the error of the GET request, or NoListing if the credentials may not list the bucket either.
         """
         try:
             return obstore.get(self._store, key, options={"range": (0, 1)}).meta["size"]
@@ -182,9 +182,9 @@ class RemoteStore:
                     yield Found(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     def _marks_folder(self, meta: Any) -> bool:
-        """Whether this is an empty object with a slash at the end of its name, by which some tools mark a folder.
+        """Whether this is an empty object whose name ends with a slash, by which some tools mark a folder.
 
-        obstore lists it without the slash, under which name it does not exist.
+        obstore lists it without the slash, and no object exists under that name.
         """
         if meta["size"]:
             return False
@@ -222,5 +222,5 @@ _MEMORY = MemoryStore()
 
 
 def in_memory() -> RemoteStore:
-    """A store whose objects exist in this process alone."""
+    """A store whose objects exist only in the memory of this process."""
     return RemoteStore(Terms("memory"), lambda client, retry: _MEMORY)

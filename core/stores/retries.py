@@ -21,7 +21,8 @@ from core.stores.opener import open_store
 log = logging.getLogger("core.storage")
 T = TypeVar("T")
 
-# About 45 s of patience in all: longer than S3's SlowDown episodes, shorter than a preemption notice.
+# The six pauses (0.25 to 8 s) add up to about 16 s, besides the time of the attempts: longer than S3's SlowDown
+# episodes, shorter than the time after a preemption notice.
 ATTEMPTS = 7
 BACKOFF_SECONDS = 0.25
 BACKOFF_CAP_SECONDS = 15.0
@@ -98,7 +99,7 @@ class _Asker:
             del call, future  # they would keep the last object in memory until the next call
 
 
-# Threads without work. A thread whose caller was interrupted does not return here.
+# Threads that wait for a request. A thread whose caller was interrupted is not put back here.
 _idle: list[_Asker] = []
 os.register_at_fork(after_in_child=_idle.clear)
 

@@ -62,7 +62,7 @@ def content(file: SourceFile, fetched: Fetched) -> Generator[bytes, None, None]:
 def _undecodable(file: SourceFile, kind: str, error: Exception) -> DataError:
     said = f"{file.uri}: cannot be decompressed ({' '.join(str(error).split())[:160]}); "
     if read_range(file.uri, 0, min(file.size, len(MAGIC[kind]))) != MAGIC[kind]:
-        return DataError(said + f"it does not begin as {kind} does: copy it again, or rename it to what it is")
+        return DataError(said + f"it does not begin as {kind} does: copy it again, or give it the suffix of its format")
     return DataError(said + "the file is damaged or truncated: copy it again, then run the same command")
 
 
@@ -75,9 +75,9 @@ def head(file: SourceFile) -> bytes:
 
 
 def sample(file: SourceFile) -> bytes:
-    """At least the first line of most files, from HEAD_BYTES at most, decompressed; empty if they hold no block.
+    """The beginning of a file, decompressed: at least the first line of most files. Reads at most HEAD_BYTES.
 
-    Raises DataError for a small damaged file.
+    Empty if these bytes contain no complete compressed block. Raises DataError for a small damaged file.
     """
     if not (kind := compression_of(file.uri)):
         return read_range(file.uri, 0, min(file.size, SAMPLE_BYTES))
@@ -110,7 +110,7 @@ class Stream(io.RawIOBase):
     def close(self) -> None:
         """Stops the fetching threads.
 
-        The garbage collector may run in one of these threads. Closing there would make the thread wait for itself.
+        Call it explicitly: the garbage collector may run in one of these threads, which would then wait for itself.
         """
         self._blocks.close()
         super().close()

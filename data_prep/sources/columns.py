@@ -38,7 +38,7 @@ def resolved(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> Sour
     """
     kind = kinds.kind_of(file)
     schema = kind.schema(file, source)
-    if not schema.names:  # no valid rows: reading reports that
+    if not schema.names:  # the file has no valid rows, which is reported when it is read
         return replace(source, text_column=source.text_column or TEXTS[0], id_column=source.id_column or "")
     text = source.text_column if source.text_column is not None else _text(schema, file.uri)
     key = source.id_column if source.id_column is not None else _id(schema, text)
@@ -68,7 +68,7 @@ def check_all(files: Sequence[SourceFile], source: SourceConfig, keep: FilterCon
         ours = (file for file in files if not kinds.is_streamed(file))
         for _ in pool.map(lambda file: _open(file, source, keep), ours):
             pass
-    for file in filter(kinds.is_streamed, files):  # `datasets` opens one at a time
+    for file in filter(kinds.is_streamed, files):  # `datasets` opens one file at a time
         check(file, source, keep)
 
 
@@ -122,7 +122,7 @@ def _present(schema: pa.Schema, uri: str, column: str, hint: str = "") -> str:
 
 def _check_type(schema: pa.Schema, uri: str, column: str, holds: str) -> None:
     kind = schema.field(column).type
-    if kind == pa.null():  # all known values are null
+    if kind == pa.null():  # all values that were seen are null
         return
     numeric = _is_number(schema, column)
     if holds == "number" and not numeric:

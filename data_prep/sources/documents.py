@@ -20,7 +20,7 @@ from data_prep.sources import chat, columns, kinds
 from data_prep.sources.files import Fetched, Part
 
 KEY_BYTES = 16
-# Bad rows are judged from this number of rows on, and again for the whole dataset.
+# In each part, the share of bad rows is checked from this number of rows on. It is checked again for the whole dataset.
 JUDGED_ROWS = 1000
 
 

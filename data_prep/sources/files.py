@@ -22,7 +22,7 @@ class SourceFile:
     """A file of a source, as the plan stores it.
 
     `reader` and `options` (JSON) name a module of `datasets` and its settings if the file's suffix does not. `name` is
-    the path of a text below the source's folder, if it has folders: its id.
+    the id of a text file in a subfolder of the source: its path below the source's folder.
     """
 
     uri: str
@@ -37,7 +37,7 @@ class SourceFile:
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """What the file's documents depend on. The same folder may be spelt in several ways."""
+        """The values that the file's documents depend on. The folder is left out, because its spelling may vary."""
         last = self.uri.rsplit("/", 1)[-1]
         return last, self.size, self.tail_sha256, self.reader, self.options, self.name
 
@@ -63,7 +63,7 @@ class Part:
 def find_files(place: str, suffixes: tuple[str, ...]) -> list[ObjectInfo]:
     """The files that match a URL or pattern, sorted by name. Raises DataError if there is none.
 
-    Its message names a pattern with one of the suffixes if the place is a folder.
+    If the place is a folder, the message proposes a pattern that ends with one of the suffixes.
     """
     if urls.is_web(place):
         if storage.is_pattern(path_of(place)):
@@ -82,7 +82,7 @@ def find_files(place: str, suffixes: tuple[str, ...]) -> list[ObjectInfo]:
 
 
 def _folder(place: str, suffixes: tuple[str, ...]) -> DataError | None:
-    """The error about a place that names folders, with a pattern that matches files of theirs."""
+    """The error for a place that is a folder, with a pattern that matches files in it. None if it has no such files."""
     for pattern in (storage.join(place, "*"), storage.join(place, "**")):
         names = [path_of(info.uri).lower() for info in storage.expand_objects(pattern)]
         fitting = [max((each for each in suffixes if name.endswith(each)), key=len, default="") for name in names]
@@ -108,7 +108,7 @@ def has_suffix(uri: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def below(uri: str, folder: str) -> str:
-    """The path of a file below a folder, in which case the folder may be spelt in another way."""
+    """The path of a file below a folder. The two may spell a local folder differently."""
     if storage.is_local(uri):
         return os.path.relpath(storage.local_path(uri), storage.local_path(folder or ".")).replace(os.sep, "/")
     return uri.removeprefix(folder.rstrip("/") + "/")

@@ -28,7 +28,7 @@ def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema
 
 
 def schema_of_rows(start: bytes) -> pa.Schema:
-    """`schema_of` of a file that begins with these bytes."""
+    """The result of `schema_of` for a file that begins with these bytes."""
     pieces = start.split(b"\n")
     # The last line may be incomplete, unless it is the only one.
     rows = [row for row in map(_row, pieces[:-1] or pieces) if row][:SAMPLE_ROWS]
@@ -39,7 +39,7 @@ def schema_of_rows(start: bytes) -> pa.Schema:
 def read(
     part: Part, source: SourceConfig | None, columns: Mapping[str, str], fetched: Fetched
 ) -> Iterator[pa.RecordBatch]:
-    """Yields batches in file order. `columns` maps names to `text`, `id` or `number`; other values become null.
+    """Yields batches in file order. `columns` maps names to `text`, `id` or `number`. Other values become null.
 
     Raises DataError for a damaged compressed file.
     """
@@ -78,7 +78,7 @@ def parsed(line: bytes) -> Any:
     """The value of a JSON line; None if Python cannot parse it."""
     try:
         return json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits; too deep
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits; nested too deeply
         return None
 
 
@@ -139,7 +139,7 @@ def _lines(part: Part, fetched: Fetched) -> Iterator[bytes]:
 
 
 def split(content: Iterator[bytes], uri: str) -> Iterator[bytes]:
-    """Yields the lines of a file without line breaks. Raises DataError for a line above LONGEST_LINE_BYTES."""
+    """Yields the lines of a file, without their line breaks. Raises DataError for a line above LONGEST_LINE_BYTES."""
     pending = b""
     for block in content:
         pieces = (pending + block).split(b"\n")

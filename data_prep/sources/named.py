@@ -1,4 +1,4 @@
-"""Finds the files of a Hugging Face dataset by its name, and how to read them.
+"""Finds the files of a Hugging Face dataset by its name, and determines how to read them.
 
 `datasets` decides as in `load_dataset`, but from the repository's list of files and its card alone, so that nothing is
 downloaded twice and our storage makes the requests. With HF_HUB_OFFLINE or HF_DATASETS_OFFLINE, a copy in the Hub's
@@ -31,7 +31,7 @@ _OWN = {"parquet", "text"}
 
 @dataclass(frozen=True)
 class _Copy:
-    """A dataset at a commit: a local folder with its files and their sizes. Files other than cards may be empty."""
+    """A dataset at a commit: a local folder with its files, and their true sizes. Only cards need their content."""
 
     repository: str
     commit: str
@@ -79,8 +79,8 @@ def _layout(source: SourceConfig, copy: _Copy, cache: str) -> tuple[str, dict[st
     except FileNotFoundError as error:  # datasets found no data files
         some = ", ".join(sorted(copy.sizes)[:5]) or "none"
         raise DataError(
-            f"source.dataset is {source.dataset!r}, which has no data files (only {some}); sets that a script makes "
-            "cannot be read: name another, or files by source.url"
+            f"source.dataset is {source.dataset!r}, which has no data files (only {some}); datasets that a script "
+            "makes cannot be read: name another dataset, or give files with source.url"
         ) from error
     except ValueError as error:
         known = datasets.get_dataset_config_names(str(copy.folder))

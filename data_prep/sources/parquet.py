@@ -1,7 +1,7 @@
 """Reads a part of a parquet file as Arrow record batches, in bounded memory, with downloads ahead of decoding.
 
 Fetches only the needed column chunks, with range reads that join adjacent chunks of several row groups. Decoding starts
-long before the whole file has arrived, and decodes row groups of any size in slices of a few megabytes.
+long before the whole file has arrived. Row groups of any size are decoded in slices of a few megabytes.
 """
 
 import io
@@ -18,14 +18,14 @@ from core.errors import DataError
 from core.settings.preparation import SourceConfig
 from data_prep.sources.files import Fetched, Part, SourceFile, read_range
 
-# Large compared with a request's latency, small compared with a worker's memory.
+# Bytes per request: so many that a request's latency does not matter, yet few compared with a worker's memory.
 FETCH_BYTES = 16 << 20
 FETCH_AHEAD = 3
 # Ranges with a smaller gap are fetched together: the unwanted bytes cost less than another request.
 GAP_BYTES = 1 << 20
 # Decoded bytes per batch.
 BATCH_BYTES = 8 << 20
-# Rows of the first batch, and the largest step to more.
+# Rows of the first batch, and the largest factor by which the number of rows grows in one step.
 FIRST_ROWS = 64
 GROWTH = 16
 FOOTER_BYTES = 64 << 10
@@ -51,7 +51,7 @@ def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema
 def read(
     part: Part, source: SourceConfig | None, columns: Collection[str], fetched: Fetched
 ) -> Iterator[pa.RecordBatch]:
-    """Yields batches of `columns` in file order. Calls `fetched(count)` for each group of bytes.
+    """Yields batches of `columns` in file order. Calls `fetched(count)` with the bytes of each group that has arrived.
 
     Raises DataError for a damaged file, StorageError if it cannot be fetched.
     """
@@ -70,7 +70,7 @@ def read(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-@lru_cache(maxsize=4)  # consecutive parts share a file
+@lru_cache(maxsize=4)  # cached, because consecutive parts share a file
 def _metadata(uri: str, size: int) -> pq.FileMetaData:
     tail = read_range(uri, max(0, size - FOOTER_BYTES), size)
     needed = int.from_bytes(tail[-8:-4], "little") + 8
@@ -100,7 +100,7 @@ def _groups(metadata: pq.FileMetaData, part: Part, columns: Collection[str]) -> 
 
 
 def _is_of(metadata: pq.FileMetaData, number: int, columns: Collection[str]) -> bool:
-    """Whether a leaf belongs to one of the columns. The names of both may contain dots."""
+    """Whether leaf column `number` of the file belongs to one of `columns`. Both names may contain dots."""
     path = metadata.schema.column(number).path
     return any(path == name or path.startswith(f"{name}.") for name in columns)
 
@@ -151,9 +151,9 @@ def _decode(
 def _batches(file: pq.ParquetFile, groups: Sequence[int], columns: Collection[str]) -> Iterator[pa.RecordBatch]:
     """Yields batches of about BATCH_BYTES of decoded values.
 
-    Encoded sizes do not bound decoded ones: a dictionary stores a long text once for all of its rows. The number of
-    rows is therefore learned from decoded batches. A new number needs a new reader, which decodes the rows before it
-    once more.
+    Encoded sizes do not limit decoded ones, because a dictionary stores a long text once for all of its rows. So the
+    number of rows per batch follows from the decoded size of earlier batches. Each change of it needs a new reader,
+    which decodes the earlier rows once more.
     """
     rows = min(FIRST_ROWS, _rows_by_encoded_size(file, groups))
     done = 0
@@ -199,7 +199,7 @@ def _unreadable(uri: str, where: str, error: Exception) -> DataError:
 
 
 class _Spans(io.RawIOBase):
-    """A file for the parquet reader that has only some of its byte ranges in memory."""
+    """A file object for the parquet reader, with only some of the file's byte ranges in memory."""
 
     def __init__(self, spans: list[tuple[int, bytes]], size: int):
         self._spans = spans
@@ -233,5 +233,5 @@ class _Spans(io.RawIOBase):
                     self._at += len(piece)
                     break
             else:
-                raise OSError(f"bytes from {self._at} were not fetched; its footer gives wrong offsets")
+                raise OSError(f"bytes from {self._at} were not fetched; the file's footer gives wrong offsets")
         return bytes(found[0]) if len(found) == 1 else b"".join(found)

@@ -1,8 +1,8 @@
 """Streams CSV, Arrow, WebDataset and other files that only `datasets` can read.
 
 `datasets` opens the file through an fsspec file system over our storage, so that locations, credentials, retries and
-progress are those of the other kinds. A file is one part. Memory holds a few blocks of bytes and one batch: ROWS rows
-of CSV, or a batch of the Arrow file.
+progress work as for other files. Each file is one part. Memory holds a few blocks of bytes and one batch: ROWS rows of
+CSV, or one batch of the Arrow file.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def _rows(file: SourceFile, columns: Mapping[str, str], fetched: Fetched) -> Ite
         stream = builder.as_streaming_dataset(split="train")
         if isinstance(builder, datasets.ArrowBasedBuilder):
             yield stream.with_format("arrow").iter(batch_size=ROWS)
-        else:  # rows are objects; their fields may vary in order
+        else:  # rows are Python objects, whose fields may differ in order
             wanted = stream.select_columns(list(columns)) if columns else stream
             yield (pa.table(batch) for batch in wanted.iter(batch_size=ROWS))
 
@@ -93,7 +93,7 @@ def _settings(module: str, columns: Mapping[str, str]) -> dict[str, Any]:
     """Settings that keep CSV's text unconverted and its batches small."""
     if module != "csv":
         return {}
-    if not columns:  # to infer the types
+    if not columns:  # this call infers the types
         return {"chunksize": ROWS}
     import datasets
 
@@ -143,7 +143,7 @@ class _Entry:
             self.furthest = position
 
     def close(self) -> None:
-        """Closes the streams that `datasets` has opened, because it may not close them."""
+        """Closes the streams that `datasets` has opened, because it sometimes leaves them open."""
         for stream in self.streams:
             stream.close()
 

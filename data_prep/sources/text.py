@@ -1,6 +1,6 @@
-"""Reads plain text: each file is a document, or each block of lines between blank lines.
+"""Reads plain text: each file is one document, or each block of lines between blank lines is one.
 
-The id is the file's path below the source's folder, followed by the block's number.
+A document's id is the file's path below the source's folder. A block's id has its number after that, as in `a.txt#3`.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Reads source files at https:// addresses: sizes, and byte ranges with one request each. huggingface_hub retries.
+"""Reads sizes and byte ranges of source files at https:// addresses, with one request each. huggingface_hub retries.
 
 A server that ignores ranges sends whole files. Small files are then kept in memory, large ones are refused.
 """
@@ -63,13 +63,13 @@ def _whole(uri: str) -> bytes:
 
 
 class _answer:
-    """Context manager of a server's response. Raises StorageError or ObjectNotFound for a refusal."""
+    """Context manager of a server's response. Raises StorageError or ObjectNotFound if the server refuses."""
 
     def __init__(self, uri: str, headers: dict[str, str]):
         from huggingface_hub.utils import http_stream_backoff
 
         self._uri = uri
-        # A range of the compressed bytes would be useless.
+        # Without this header a server may send a range of the compressed bytes, which would be useless.
         headers = headers | {"Accept-Encoding": "identity"}
         self._stream = http_stream_backoff("GET", uri, headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True)
 

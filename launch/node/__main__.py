@@ -1,10 +1,11 @@
-"""Checks a node, then runs one program under supervision: the first program in the container on each node.
+"""Checks a node, then runs one program under supervision. This is the first program in the container on each node.
 
     python -m launch.node -m trainer.train CONFIG [--key=value ...]     (under torchrun, after a preflight)
     python -m launch.node -m data_prep.prepare CONFIG [--key=value ...]
 
-The module finds the facts of this machine in its environment (clouds/machine.py). Its output goes, line by line, to
-RUN_URL/logs/, because SkyPilot loses the output of a preempted node. The tasks in sky/ rely on these exit codes:
+The program gets the facts of this machine as environment variables (clouds/machine.py). Its output is stored, line by
+line, below RUN_URL/logs/, because SkyPilot loses the output of a preempted node. The tasks in sky/ rely on these exit
+codes:
 
     0    the program reached its last step
     33   it saved after a request to stop               (a managed job starts again)
@@ -47,13 +48,13 @@ from launch.node.supervise import Child, Outcome, kill_descendants
 
 log = logging.getLogger("node")
 
-# More refusals in a day are not bad luck with machines: the job ends, so that a person looks at it.
+# After more refusals within a day the job ends, so that a person looks at it: the machines are probably not the cause.
 REFUSALS_PER_DAY = 3
 # The head node's exit code counts. The other nodes wait this long for it before they end the job.
 HEAD_START_SECONDS = 30.0
 LOG_FLUSH_SECONDS = 10.0
 WAITING_BYTES = 32 << 20
-# This long after the program is killed, this one exits too, before container.sh kills it.
+# Seconds between the kill of the program and the end of this process, which container.sh would kill later.
 AFTER_KILL_SECONDS = 4.0
 SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
@@ -61,8 +62,8 @@ SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 class Output:
     """Stores lines in a journal; thread-safe.
 
-    While lines arrive faster than the store takes them, or the store is away, at most WAITING_BYTES wait in memory. The
-    log says how many lines are left out then, and where.
+    If lines arrive faster than they can be stored, or the store does not answer, at most WAITING_BYTES wait in memory.
+    Further lines are left out, and a line at their place says how many.
     """
 
     def __init__(self, folder: str):
@@ -92,7 +93,7 @@ class Output:
 
 
 class StoredLog(logging.Handler):
-    """Stores our log lines among the output of the program."""
+    """A logging handler that stores the log lines of this process among the output of the program."""
 
     def __init__(self, output: Output):
         super().__init__()
@@ -171,7 +172,7 @@ def job(
     if outcome.stopped:
         return exit_code(outcome, written)
     if outcome.hung and outcome.answered and written == PREEMPTED:
-        log.warning("it has saved, so it did not hang: it was slow, or waited for something; it may start again")
+        log.warning("the program has saved, so it did not hang: it was slow, or waited; it may start again")
         return PREEMPTED
     if outcome.hung:
         stacks = "its stacks are in the log" if outcome.stacks else "it printed no stacks"
@@ -185,16 +186,16 @@ def job(
 
 
 def exit_code(outcome: Outcome, written: int | None) -> int:
-    """The exit code of a child. `written` is the code that rank 0 wrote, None without one.
+    """The exit code of a child. `written` is the code that rank 0 wrote to EXIT_CODE_FILE, or None.
 
-    torchrun exits with 1 for any failure of its workers.
+    `written` counts first, because torchrun exits with 1 for any failure of its workers.
     """
     if written is not None:
         return written
     if outcome.returncode == 0:
         return OK
-    # A child that was asked to stop may also be killed after the time limit, or fail because a store is unreachable.
-    # SIGTERM for torchrun alone is a request too.
+    # After a request to stop a child may also be killed at the time limit, or fail because a store is unreachable. A
+    # SIGTERM that only torchrun got is such a request too.
     return PREEMPTED if outcome.stopped or outcome.returncode in SIGTERMED else FAILED
 
 

@@ -38,21 +38,21 @@ def ranks_per_node(environment: Mapping[str, str]) -> int:
 
 
 def rendezvous(environment: Mapping[str, str]) -> list[str]:
-    """torchrun's arguments for a static rendezvous. After a failure the whole job restarts from storage."""
+    """torchrun's arguments for a static rendezvous: after a failure the whole job starts again from its checkpoint."""
     rank, addresses = nodes(environment)
     arguments = [f"--nnodes={len(addresses)}", f"--node-rank={rank}", f"--nproc-per-node={ranks_per_node(environment)}"]
-    # Several nodes must agree on a port. On a single node another job may use that port.
+    # Several nodes must know the port in advance. A single node takes a free one, because other jobs may run there.
     port = MASTER_PORT if len(addresses) > 1 else free_port()
     return [*arguments, f"--master-addr={addresses[0]}", f"--master-port={port}"]
 
 
 def check_port(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError on the head node of several if another program has the port at which the ranks meet."""
+    """Raises ConfigError if another program uses the port at which ranks of several nodes meet (head node only)."""
     rank, addresses = nodes(environment)
     if rank > 0 or len(addresses) == 1:
         return
     with socket.socket() as probe:
-        # As torch does: connections of an earlier job that are still closing do not count.
+        # torch sets this option too: the closing connections of an earlier job then do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", MASTER_PORT))
@@ -79,8 +79,8 @@ def settings(environment: Mapping[str, str], devices: Path = Path("/dev/infiniba
     rank, addresses = nodes(environment)
     found = {"NCCL_DEBUG": "WARN"}
     if len(addresses) > 1:
-        # Gloo's default is the interface that the host name resolves to (often 127.0.1.1 on Ubuntu), NCCL's may be a
-        # docker bridge. Both must take the interface with the address that the other nodes know.
+        # By default Gloo takes the interface to which the host name resolves (often 127.0.1.1 on Ubuntu), and NCCL may
+        # take a docker bridge. Both must take the interface with the address that the other nodes know.
         interface = interface_of(addresses[rank])
         if interface:
             found |= {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}

@@ -1,8 +1,8 @@
-"""Prints the URL that BUCKET and RUN, or BUCKET and DATA, name in the environment, for shell scripts on a node.
+"""Prints the URL of the run or token set that BUCKET and RUN or DATA name, for shell scripts on a node.
 
     python3 -m launch.node.place RUN     s3://my-bucket/runs/gpt2-124m
 
-Runs outside of the container, with the node's Python: uses only the standard library, and works on Python 3.8.
+Runs outside of the container with the node's Python, and therefore uses only the standard library of Python 3.8.
 """
 
 import os

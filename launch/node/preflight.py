@@ -4,8 +4,8 @@
 
 Checks number, kind and error counters of the GPUs, clock, disk and bucket. In parallel, a torch program
 (trainer/distributed/preflight.py) checks that CUDA initialises and measures an all-reduce over all GPUs. A `problem` is
-a fault of this machine that another machine may not have; a fault that no other machine would cure raises ConfigError;
-a note changes nothing. RUN_URL/preflight/ keeps the reports.
+a fault of this machine, which is then replaced by another one. A fault that another machine would have too raises
+ConfigError. A note has no effect. The reports are stored below RUN_URL/preflight/.
 """
 
 import json
@@ -34,15 +34,16 @@ from launch.node import network
 
 log = logging.getLogger(__name__)
 
-# Hardware faults, unlike those of programs (NVIDIA's Xid catalog): double-bit ECC, row remapping failed, NVLink,
-# fallen off the bus, uncontained ECC, GSP time-outs.
+# Xid codes of hardware faults; other codes may be faults of programs (NVIDIA's Xid catalog). In this order: double-bit
+# ECC, row remapping failed, NVLink, fallen off the bus, uncontained ECC, GSP time-outs.
 FATAL_XIDS = {48, 64, 74, 79, 95, 119, 120}
 # PCIe 4.0 x16 moves at most 31.5 GB/s, so a faster all-reduce used NVLink.
 MIN_NVLINK_GB_PER_S = 40.0
 # S3 refuses signatures that are 15 minutes off. The ledgers of several machines must agree much better.
 MAX_SKEW_SECONDS = 300.0
 PROBE_BYTES = 16 << 20
-# A first start reads torch's 5 GB of libraries from a cold disk. Beyond this limit a GPU does not answer.
+# Time limit of the all-reduce. Its first start reads torch's 5 GB of libraries from disk. A GPU that is not ready after
+# this time does not answer at all.
 ALL_REDUCE_SECONDS = 180.0
 
 
@@ -113,7 +114,7 @@ def gpu_problems(environment: Mapping[str, str], found: Sequence[Gpu]) -> list[s
 
 
 def judge(report: PreflightReport, environment: Mapping[str, str], found: Sequence[Gpu], rehearsal: bool) -> None:
-    """Add problems and notes for figures out of range to a report."""
+    """Compare the figures of a report with their limits, and add problems and notes to it."""
     speed = report.figures.get("all_reduce_gb_per_s")
     linked = any(name in gpu.name for gpu in found for name in ("SXM", "HBM3"))
     if speed and linked and not rehearsal and network.ranks_per_node(environment) > 1 and speed < MIN_NVLINK_GB_PER_S:
@@ -132,10 +133,10 @@ def judge(report: PreflightReport, environment: Mapping[str, str], found: Sequen
 def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
     """The figures of trainer/distributed/preflight.py on all GPUs of this node, or one sentence about its failure."""
     ranks = network.ranks_per_node(environment)
-    # --standalone would resolve the host name, which a container may not know.
+    # Not --standalone, which would resolve the host name: a container may not know it.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
-    # PARENT_PID: the program ends with this one.
+    # With PARENT_PID the program ends when this process ends (core.stop).
     variables = {**os.environ, **environment, "PARENT_PID": str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"

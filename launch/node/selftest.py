@@ -2,7 +2,7 @@
 
     docker run --rm IMAGE            (also its health check)
 
-IMAGE_TARGET, set in the image, names the programs that it is for. Prints one line, or fails with the first error.
+IMAGE_TARGET, set in the image, says which programs it contains. Prints one line, or fails with the first error.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     target = os.environ.get("IMAGE_TARGET")
     if target not in PROGRAMS:
         raise ConfigError(f"IMAGE_TARGET is {target!r}, must be one of {', '.join(PROGRAMS)}; is this our image?")
-    for program in (*PROGRAMS[target], "core.stores.remote"):  # programs import it with their first bucket
+    for program in (*PROGRAMS[target], "core.stores.remote"):  # programs import it when they open a bucket
         importlib.import_module(program)
     if os.geteuid() == 0:
         raise ConfigError("the image runs as root; its USER was changed")

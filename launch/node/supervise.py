@@ -4,8 +4,8 @@
     outcome = child.wait(hang_seconds=900)
 
 Workers are children of torchrun. They get signals directly, because torchrun gives its children only 30 seconds to
-save. STOP_FILE exists after a request to stop. It marks a SIGTERM as such a request, and shows a worker that starts
-later that there was one (core.stop).
+save. A request to stop creates STOP_FILE. The file shows workers that a SIGTERM is such a request, and that one came
+before they started (core.stop).
 
 A program hangs if it neither prints a byte nor touches PULSE_FILE (core.pulse) for HANG_MINUTES.
 """
@@ -31,12 +31,13 @@ from core.environment import positive
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-# Longer than the ten minutes after which a collective gives up and names the missing rank.
+# After this time a program hangs. It is longer than the ten minutes after which a collective gives up and names the
+# missing rank.
 HANG_MINUTES = 15.0
 # Grace period for a worker to save before SIGKILL.
 STOP_SECONDS = stop.SECONDS
 DUMP_SECONDS = 15.0
-# Limit of waiting for output, which a process that outlives the child may hold open.
+# Longest wait for the end of the output: a process that outlives the child may keep the pipe open.
 DRAIN_SECONDS = 10.0
 DRAIN_AFTER_STOP_SECONDS = 3.0
 KILL_SECONDS = 2.0
@@ -49,7 +50,7 @@ LINE_CHARACTERS = 1 << 16
 class Outcome:
     """The end of a child: return code (negative: the signal), and whether it hung or was asked to stop.
 
-    A child that hung, but went on when it was asked to save, has `answered`. `stacks`: its threads printed theirs.
+    `answered`: it seemed to hang, but made progress when it was asked to save. `stacks`: it printed its stacks.
     """
 
     returncode: int
@@ -82,7 +83,7 @@ class Child:
         self._stop_seconds = STOP_SECONDS
         self._kill_at = math.inf
         self._pulse_file = environment.get("PULSE_FILE")
-        self._pulse = 0  # the time of that file when it was last looked at
+        self._pulse = 0  # the last known modification time (ns) of that file
         self._last_progress = time.monotonic()
         self._started: set[int] = set()  # all descendants of the child, orphans included
         self.process = subprocess.Popen(
@@ -127,7 +128,7 @@ class Child:
         return Outcome(self.process.returncode, hung, self._stop.is_set(), answered, self._stacks)
 
     def _silent_seconds(self) -> float:
-        """Seconds since the last output or pulse. A clock that is set does not count: only the change of the file."""
+        """Seconds since the last output or pulse. A pulse is any change of the file's time, also backwards."""
         if self._pulse_file:
             with contextlib.suppress(FileNotFoundError):
                 pulse = Path(self._pulse_file).stat().st_mtime_ns
@@ -136,7 +137,7 @@ class Child:
         return time.monotonic() - self._last_progress
 
     def _pass_stop_on(self) -> None:
-        """Send SIGTERM once to every worker, new ones included; to the launcher before there are workers."""
+        """Send SIGTERM once to every worker, new ones included. While there are no workers, send it to the child."""
         if not self._stop.is_set():
             return
         if self._kill_at == math.inf:
@@ -154,9 +155,10 @@ class Child:
         return time.monotonic() > self._kill_at
 
     def _end_hang(self, hang_seconds: float) -> bool:
-        """Ask the workers to save, which works if only one rank waits; then make all threads print their stacks.
+        """Ask the workers to save. If the program does not end, make all threads print their stacks.
 
-        Returns whether the program went on and ended. One that ends at once, with nothing to save, does not go on.
+        Saving works if the program is only slow, or only one rank waits. Returns whether the program made progress and
+        ended. A program that has nothing to save ends without progress.
         """
         log.error("neither output nor a step for %.0f s: the program is asked to save and to end", hang_seconds)
         _send(signal.SIGUSR1, self._workers() or [self.process.pid])
@@ -171,7 +173,7 @@ class Child:
         return False
 
     def _gone_within(self, seconds: float) -> bool:
-        """Whether the child ends in that time, which a request to stop may shorten."""
+        """Whether the child ends within `seconds`. A request to stop may shorten this time."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < deadline and not self._is_overdue():
             time.sleep(POLL_SECONDS)
@@ -210,7 +212,7 @@ class Child:
 
 
 class _Lines:
-    """Cuts text into lines for `keep`. Memory is bounded: of a longer line LINE_CHARACTERS and a count are kept."""
+    """Cuts text into lines for `keep`. To bound the memory, a line is cut after LINE_CHARACTERS; a note says so."""
 
     def __init__(self, keep: Callable[[str], None]):
         self._keep = keep
@@ -225,7 +227,7 @@ class _Lines:
         self._take(rest)
 
     def end(self) -> None:
-        """Keep the last line, which has no line end."""
+        """Pass on the last line, which may lack a line end."""
         if self._parts:
             self._give()
 

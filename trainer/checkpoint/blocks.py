@@ -38,7 +38,7 @@ def assign_blocks(
 ) -> list[Block]:
     """Cut parameters into blocks of at most `max_elements`; assign each, largest first, to the least loaded rank.
 
-    A parameter in `rows_of` is cut into blocks of so many rows instead, however large these are. The result depends
+    A parameter in `rows_of` is cut into blocks of this many rows instead, whatever their size. The result depends
     only on the arguments, so all ranks compute the same one.
     """
     ranges = []
@@ -72,7 +72,7 @@ def parse_key(key: str) -> tuple[str, int, int]:
 class StagedFile:
     """A safetensors file in one host buffer, which is allocated once (pinned if the tensors are on a GPU).
 
-    Training waits only for `fill`, one copy into memory that is allocated already.
+    Training waits only for `fill`, which copies into memory that is already allocated.
     """
 
     def __init__(self, blocks: Iterable[tuple[str, torch.Tensor]]):
@@ -88,10 +88,10 @@ class StagedFile:
             }
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start 8-byte aligned
+        text += b" " * (-len(text) % 8)  # so that the tensors start 8-byte aligned
         start = 8 + len(text)
         on_gpu = any(tensor.is_cuda for _, tensor in blocks)
-        if on_gpu:  # this runs on a new thread, which would pin memory in the context of the first GPU
+        if on_gpu:  # this new thread would otherwise pin memory for the first GPU
             torch.cuda.set_device(blocks[0][1].device)
         self._buffer = torch.empty(start + offset, dtype=torch.uint8, pin_memory=on_gpu)
         self._buffer.fill_(0)  # allocates the pages now, not in the first save
@@ -103,7 +103,7 @@ class StagedFile:
 
     @torch.no_grad()
     def fill(self, blocks: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy the tensors into the buffer. Keys, shapes and dtypes must be those of the construction."""
+        """Copy the tensors into the buffer. Keys, shapes and dtypes must equal those given to the constructor."""
         on_gpu = False
         for key, tensor in blocks:
             self._views[key].copy_(tensor, non_blocking=True)
@@ -117,7 +117,7 @@ class StagedFile:
 
 
 def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file (uint8) as views of `data`; the library's loader would copy it twice.
+    """The tensors of a safetensors file, as views of its bytes `data` (uint8). The library would copy them twice.
 
     Raises ValueError if `data` is not such a file.
     """

@@ -1,8 +1,8 @@
 """Fetches the newest checkpoint while torch is imported.
 
 A restart has two long parts that do not depend on each other: Python's imports and the transfer of the checkpoint.
-This module imports no torch, and the trainer calls `start` before it does. `load` uses the fetched files only if rank 0
-chooses their checkpoint, and compares their checksums.
+This module does not import torch, and the trainer calls `start` before it imports torch. `load` uses a fetched file
+only if rank 0 chooses the same checkpoint, and compares its checksum.
 """
 
 import logging
@@ -29,7 +29,7 @@ def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
 
 
 class EarlyFetch:
-    """This rank's files of the newest complete checkpoint of a run, if it has one."""
+    """Fetches this rank's files of the newest complete checkpoint of a run in the background, if there is one."""
 
     def __init__(self, run_url: str, rank: int, world: int):
         self._run_url = run_url
@@ -40,7 +40,7 @@ class EarlyFetch:
         self._thread.start()
 
     def take(self, uri: str) -> tuple[np.ndarray, str] | None:
-        """The content of a payload file and its checksum, or None if it was not fetched. A second call gives None."""
+        """The content and the checksum of a payload file, or None if it was not fetched or was taken before."""
         self._thread.join()
         return self._found.pop(uri, None)
 
@@ -66,5 +66,5 @@ class EarlyFetch:
 
 
 def start(run_url: str, environment: Mapping[str, str]) -> EarlyFetch:
-    """Begin the fetch for the rank that torchrun's variables name; without them for the only rank."""
+    """Begin the fetch for the rank that torchrun's variables name. Without them, this process is the only rank."""
     return EarlyFetch(run_url, int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")))

@@ -4,8 +4,8 @@
     RUN_URL/checkpoints/step-00000100/manifest-segment-000002.json                     files, sizes, checksums, state
     RUN_URL/checkpoints/step-00000100/COMPLETE                                         marker, written last
 
-Payload and manifest have the segment in their names, so a machine that was replaced but still runs cannot mix its files
-with its successor's. The marker holds the name of its manifest and the manifest's checksum.
+The names of payloads and manifests contain the segment, so a machine that was replaced but still runs cannot mix its
+files with those of its successor. The marker holds the name and the checksum of the manifest.
 """
 
 import json
@@ -22,7 +22,7 @@ from core.xxh3 import xxh3_128
 
 MARKER = "COMPLETE"
 FORMAT = "checkpoint"
-VERSION = 2  # 1 had other names of settings in `state.config`
+VERSION = 2  # version 1 had other names of settings in `state.config`
 _STEP = re.compile(r"^step-(\d{8,})$")
 _OBJECT = re.compile(
     rf"^({MARKER}|manifest-segment-\d{{6,}}\.json|segment-\d{{6,}}-rank-\d{{5,}}-of-\d{{5,}}\.safetensors)$"
@@ -79,9 +79,9 @@ def stored(run_url: str) -> dict[int, dict[str, int]]:
 
 
 def restorable(run_url: str) -> dict[int, dict[str, int]]:
-    """The same as `stored`, for a reader that must not miss a checkpoint: it compares two listings.
+    """Like `stored`, but misses no checkpoint, because it compares two listings.
 
-    Raises CheckpointError for a step that only one of them shows, or that cannot be read.
+    Raises CheckpointError for a step that only one listing shows, or that this user may not read.
     """
     folder = RunFolder(run_url).checkpoints
     for _ in range(LISTINGS):  # another machine of this run may store or remove one between the two listings
@@ -112,7 +112,7 @@ def _by_step(folder: str, objects: Iterable[ObjectInfo]) -> dict[int, dict[str, 
 
 
 def _problems(folder: str, names: Sequence[str], objects: Sequence[ObjectInfo]) -> Iterator[str]:
-    """Sentences on steps that only one of two listings shows. A step without any object is not a problem."""
+    """Yields a sentence for each step that only one of two listings shows. A step without objects is not a problem."""
     for name in filter(_STEP.match, names):
         uri = storage.join(folder, name)
         shown = {info.uri for info in objects if info.uri == uri or info.uri.startswith(f"{uri}/")}
@@ -120,7 +120,7 @@ def _problems(folder: str, names: Sequence[str], objects: Sequence[ObjectInfo]) 
             if target := storage.link_to_nothing(each):
                 yield f"{each}: is a link to {target}, which is not there; mount or restore it"
         if uri in shown:
-            yield f"{uri}: is a file, where a checkpoint has its folder; restore the folder"
+            yield f"{uri}: is a file, but should be a checkpoint's folder; restore the folder"
         elif shown:
             hidden = storage.join(uri, MARKER) not in shown and storage.exists(storage.join(uri, MARKER))
         else:
@@ -146,7 +146,7 @@ def write_marker(run_url: str, manifest: CheckpointManifest) -> None:
 
 
 def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> CheckpointManifest:
-    """The manifest of a complete checkpoint. `sizes` are its objects (see `stored`).
+    """The manifest of a complete checkpoint. `sizes` holds the bytes of its objects by name (see `stored`).
 
     Raises CheckpointError if an object is missing, damaged or of another size, StorageError if the store does not
     answer.
@@ -161,7 +161,7 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
         document = json.loads(data)
         if (document["format"], document["version"]) != (FORMAT, VERSION):
             raise CheckpointError(
-                f"{uri}: format {document['format']!r} version {document['version']!r} is not of this release"
+                f"{uri}: format {document['format']!r} version {document['version']!r} cannot be read by this release"
             )
         files = tuple(PayloadFile(**file) for file in document["files"])
         manifest = CheckpointManifest(document["step"], document["segment"], files, document["state"])
@@ -182,8 +182,8 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
 def remove(run_url: str, step: int, names: Iterable[str]) -> None:
     """Delete a checkpoint, marker first, so that it is never marked complete while objects are missing.
 
-    If its folder is a link, only the objects of a checkpoint are deleted behind it. A link into another run's
-    checkpoints is removed, and nothing behind it.
+    If its folder is a symbolic link, only objects with the names of a checkpoint are deleted in the target folder. If
+    the target belongs to another run, only the link is removed.
     """
     folder = folder_of(run_url, step)
     path = storage.local_path(folder) if storage.is_local(folder) else None

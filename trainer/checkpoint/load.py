@@ -49,8 +49,8 @@ class Target(Protocol):
 def load_newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None = None) -> Restored | None:
     """Fill `target` from the newest usable checkpoint, on all ranks. None if the run has no complete checkpoint.
 
-    `early` may hold some of its files already; it is closed. Raises CheckpointError if complete checkpoints exist but
-    all are damaged, or if a listing hides one (`layout.restorable`).
+    `early` may have fetched some of its files already; this function closes it. Raises CheckpointError if complete
+    checkpoints exist but all are damaged, or if a listing hides one (`layout.restorable`).
     """
     try:
         return _newest(run_url, target, ranks, early)
@@ -83,7 +83,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
 
 
 def _open(run_url: str, step: int, names: Mapping[str, int]) -> tuple[CheckpointManifest | None, str]:
-    """Rank 0: the manifest and "", or None and the reason, which is "" for a checkpoint without marker."""
+    """On rank 0: (manifest, ""), or (None, reason). The reason is "" if the checkpoint has no marker."""
     if layout.MARKER not in names:
         return None, ""
     try:
@@ -95,7 +95,7 @@ def _open(run_url: str, step: int, names: Mapping[str, int]) -> tuple[Checkpoint
 def _load(
     run_url: str, manifest: CheckpointManifest, target: Target, ranks: Ranks, early: EarlyFetch | None
 ) -> str | None:
-    """Read and broadcast all files. None if `target` is filled; else the reason, and nothing is filled."""
+    """Read and broadcast all files to fill `target`. Returns None, or the reason why nothing was filled."""
     files = manifest.files
     mine: dict[int, dict[str, torch.Tensor]] = {}
     problem = None
@@ -145,7 +145,7 @@ def read_blocks(folder: str, file: PayloadFile, early: EarlyFetch | None = None)
 def _check_cover(
     keys: Mapping[int, list[tuple[str, str]]], layout: Mapping[str, tuple[int, torch.dtype]]
 ) -> str | None:
-    """The reason why the blocks of all files are not exactly the rows of `layout` in the same dtypes, or None."""
+    """None if the blocks of all files are exactly the rows of `layout`, with its dtypes; else the difference."""
     blocks: dict[str, list[tuple[int, int]]] = {}
     for entries in keys.values():
         for key, dtype in entries:

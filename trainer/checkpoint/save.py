@@ -1,8 +1,8 @@
 """Saves checkpoints: copies a snapshot to host memory, then uploads it in the background while training goes on.
 
-Each rank uploads its payload and reports it through the job's key-value store. Rank 0 then writes the manifest and,
-last, the marker. One checkpoint at a time is in flight, because there is one staging buffer; while `busy`, the caller
-waits or saves later.
+Each rank uploads its part of the state (its payload file) and reports it through the job's key-value store. Rank 0 then
+writes the manifest and, last, the marker. One checkpoint at a time is in flight, because there is one staging buffer;
+while `busy`, the caller waits or saves later.
 """
 
 import contextlib
@@ -30,21 +30,22 @@ from trainer.distributed.process_group import Ranks
 
 log = logging.getLogger(__name__)
 
-# Rank 0 waits so long for the uploads of the other ranks, then gives this checkpoint up.
+# Seconds that rank 0 waits for the uploads of the other ranks before it abandons a checkpoint.
 PEER_SECONDS = 600.0
 POLL_SECONDS = 0.05
 AGAIN_SECONDS = 2.0
-# A full disk stays full: after so many checkpoints in a row that it could not take, training ends.
+# Training ends after this many checkpoints in a row that failed because the disk was full.
 FULL_AT_MOST = 3
-# Another rank that finds the disk full tries so long to store its part while rank 0 makes room.
+# Seconds for which another rank repeats its upload to a full disk, while rank 0 deletes old checkpoints.
 ROOM_SECONDS = 30.0
 
 
 class Saver:
-    """Saves the pairs of `blocks()`: (key, tensor) of this rank, with the same keys and shapes each time.
+    """Saves the (key, tensor) pairs that `blocks()` gives for this rank. Keys and shapes are the same each time.
 
-    `ledger` is rank 0's, and None elsewhere. `flush_log` stores the ledger and the metrics; it returns whether it
-    succeeded. Once `is_hurried()` there will be no later checkpoint, so a failed upload is repeated until it succeeds.
+    `ledger` is None on all ranks but rank 0. `flush_log` stores the ledger and the metrics, and returns whether it
+    succeeded. Once `is_hurried()` is true, there will be no later checkpoint: a failed upload is repeated until it
+    succeeds.
     """
 
     def __init__(
@@ -68,18 +69,18 @@ class Saver:
         self._flush_log = flush_log
         self._blocks = blocks
         self._is_hurried = is_hurried
-        # Allocating the buffer takes a while, and the first checkpoint is the first to need it.
+        # A thread allocates the buffer, because that takes a while and only the first checkpoint needs it.
         self._staging = ThreadPoolExecutor(1, "staging").submit(StagedFile, list(blocks()))
         self._thread: threading.Thread | None = None
         self.failure: LauncherError | None = None
         self.taken_over: RunError | None = None
-        self.stuck: CheckpointError | None = None  # rank 0's, once the disk stays full
+        self.stuck: CheckpointError | None = None  # set on rank 0 after FULL_AT_MOST failures in a row
         self._full_in_a_row = 0
-        self.last_step = first_step  # of the newest complete checkpoint; rank 0 keeps it up to date
+        self.last_step = first_step  # step of the newest complete checkpoint; kept up to date on rank 0 only
 
     @property
     def staged(self) -> StagedFile:
-        """The buffer of the snapshot."""
+        """The host buffer for the snapshot. Waits until it is allocated."""
         return self._staging.result()
 
     @property
@@ -105,12 +106,12 @@ class Saver:
             self._thread = None
 
     def has(self, step: int) -> bool:
-        """Wait, and return whether the checkpoint of `step` is complete. Right on rank 0 only."""
+        """Wait for the save in flight. Returns whether the checkpoint of `step` is complete; only rank 0 knows."""
         self.wait()
         return self.last_step == step
 
     def finish(self, step: int) -> None:
-        """Wait. Rank 0 raises CheckpointError unless the checkpoint of `step` is complete."""
+        """Wait for the save in flight. Rank 0 raises CheckpointError unless the checkpoint of `step` is complete."""
         self.wait()
         if self.ranks.is_main and self.last_step != step:
             raise CheckpointError(
@@ -134,13 +135,13 @@ class Saver:
             is_full = isinstance(error, DiskFull)
             self._count_full(is_full)
             log.warning("checkpoint of step %d was not completed: %s", step, error)
-            with contextlib.suppress(dist.DistError):  # the store ended with torchrun
+            with contextlib.suppress(dist.DistError):  # the key-value store has ended with torchrun
                 self.ranks.store.set(
                     self._key(step, self.ranks.rank), json.dumps({"error": str(error), "full": is_full})
                 )
 
     def _stored(self, step: int, state: dict[str, Any], blocked_seconds: float) -> bool:
-        """One attempt. False if it failed and should be repeated; raises the error if it should not."""
+        """Try once. Returns False if the attempt failed and should be repeated. Raises an error that is final."""
         started = time.monotonic()
         try:
             file = self._upload(step)
@@ -149,7 +150,9 @@ class Saver:
                 files = self._gather(step)
                 check_owner(RunFolder(self.run_url), self.segment)
                 if not self._flush_log():
-                    raise CheckpointError("the metrics and the ledger of its steps could not be stored before it")
+                    raise CheckpointError(
+                        "the metrics and the ledger of its steps could not be stored, which must happen before"
+                    )
                 layout.write_marker(self.run_url, CheckpointManifest(step, self.segment, files, state))
                 self.last_step = step
                 self._full_in_a_row = 0
@@ -213,9 +216,9 @@ class Saver:
         return f"checkpoint/{self.segment}/{step}/{rank}"
 
     def _make_room(self, step: int) -> bool:
-        """Rank 0: delete checkpoints for that of `step`, but the newest complete one and those of keep_every_steps.
+        """On rank 0: delete older checkpoints, so that the one of `step` finds room.
 
-        Returns whether there were any.
+        Keeps the newest complete checkpoint and those of keep_every_steps. Returns whether any were deleted.
         """
         check_owner(RunFolder(self.run_url), self.segment)
         found = layout.stored(self.run_url)
@@ -246,11 +249,11 @@ class Saver:
 
 
 class Cadence:
-    """Decides when to save: every so many steps, or by the costs of saving and of losing work. Rank 0 uses it.
+    """Decides when to save: every `every_steps` steps, or as often as costs least. Rank 0 uses it.
 
-    Young (1974) and Daly (2006): with blocking cost C and mean time M between failures, the interval sqrt(2 C M) wastes
-    least. A save here blocks for milliseconds, so `max_lost_seconds` usually decides: a machine that is lost without
-    notice loses the interval and the upload in flight.
+    Young (1974) and Daly (2006): if a save blocks training for C and failures are M apart on average, saving every
+    sqrt(2 C M) wastes the least time. `max_lost_seconds` is an upper limit: a machine that is lost without notice loses
+    the work since the last snapshot and, if its upload is still in flight, the work before it.
     """
 
     def __init__(self, config: CheckpointConfig, now: float | None = None):
@@ -260,14 +263,14 @@ class Cadence:
         self._background = 0.0
 
     def interval_seconds(self) -> float:
-        """Seconds between two snapshots, by the costs measured so far."""
+        """Seconds between two snapshots, computed from the costs measured so far."""
         young = math.sqrt(2 * self._blocked * self._config.expected_hours_between_failures * 3600)
         longest = self._config.max_lost_seconds - self._background
-        # Uploads do not overlap: if one takes more than half of the bound, the next save follows at once.
+        # Uploads do not overlap: if one takes more than half of `max_lost_seconds`, the next save begins when it ends.
         return max(self._background, min(young, longest)) if self._background else longest / 2
 
     def due(self, step: int, step_seconds: float, now: float | None = None) -> bool:
-        """Whether to save after `step`, because after the next one it would be too late."""
+        """Whether to save after `step`: at multiples of `every_steps`, else if the next step would end too late."""
         if self._config.every_steps:
             return step % self._config.every_steps == 0
         now = time.monotonic() if now is None else now

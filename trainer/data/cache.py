@@ -6,8 +6,8 @@ order of need, checks their SHA-256 and moves them into place; all ranks of the 
 would outgrow its bound, the shards that are needed last are removed first. A rank that finds a shard missing reads by
 range again: the cache affects the speed, never the content.
 
-The folder belongs to one boot of the machine. Within a boot the page cache is complete, so no shard waits for the disk.
-A power failure may have truncated the files of an earlier boot, so they are removed unread.
+Each boot of the machine has a folder of its own. Shards are not flushed to the disk: during one boot, the page cache
+holds all that was written. A power failure may have truncated the files of an earlier boot, so they are removed unread.
 """
 
 import logging
@@ -31,18 +31,18 @@ from core.stores.base import Buffer
 log = logging.getLogger(__name__)
 
 RANGE_READERS = 32
-# Windows within so many bytes of a shard are read by one call. If all are close to each other they come by one request,
-# which must not be so long that a second connection would be faster.
+# Size of the parts of a shard whose windows are read by one call. The call joins windows that are close into one
+# request. With larger parts, two requests on separate connections could be faster than one.
 PART_BYTES = 8 << 20
 READ_AHEAD_SHARDS = 64
 FETCHERS = 4
-# How long a reader waits for a shard that is being downloaded: thousands of range reads would take longer.
+# Seconds that a reader waits for a shard that is being downloaded. Thousands of range reads would take longer.
 PATIENCE_SECONDS = 10.0
 IMPATIENT_SECONDS = 60.0
-POLL_SECONDS = 0.5  # between two checks of the position of training; a check costs a stat per shard
+POLL_SECONDS = 0.5  # time between two checks of which shards are needed; a check costs one stat per shard
 STALL_RETRY_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
-STALL_SECONDS = 480.0  # below the limit of the collectives, so that the error names the cause and not a time-out
+STALL_SECONDS = 480.0  # the longest wait; less than the time-out of collectives, so that the error names the cause
 
 try:
     BOOT = "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -73,8 +73,8 @@ class ShardCache:
     def read(self, shards: Sequence[int], begins: Sequence[int], count: int) -> np.ndarray:
         """`count` tokens from token `begins[i]` of shard `shards[i]` on, for each i: int32 (len(shards), count).
 
-        They may extend into the next shards. Each row is one slice copy, which also widens the type: with 2 kB a row
-        this is faster than numpy's index arrays.
+        They may extend into the next shards. Each row is copied as one slice, and the copy converts it to int32. For
+        rows of 2 kB this is faster than numpy's indexing with arrays.
         """
         out = np.empty((len(shards), count), np.int32)
         mapped, by_range = self._mapped, []
@@ -92,7 +92,7 @@ class ShardCache:
         return out
 
     def _read_windows(self, windows: list[Window], out: np.ndarray) -> None:
-        """Fill rows of `out` from storage, with one call per part of a shard; it joins windows that are close."""
+        """Fill rows of `out` from storage, with one call per part of a shard. The call joins windows that are close."""
         parts: dict[tuple[int, int], list[Window]] = defaultdict(list)
         for window in windows:
             shard, begin, _ = window
@@ -127,14 +127,17 @@ class ShardCache:
 
     def is_here(self, shard: int) -> bool:
         """Whether the shard is on disk."""
-        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # a Path takes four times as long
+        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # with a Path this takes four times as long
 
     def close(self) -> None:
         self._closed = True
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _wait_for(self, shard: int) -> np.ndarray | None:
-        """The shard once it is on disk. None if it does not arrive; the next calls then do not wait for a while."""
+        """Wait until the shard is on disk, and return its tokens.
+
+        None if it does not arrive within PATIENCE_SECONDS. Calls in the next IMPATIENT_SECONDS then do not wait.
+        """
         now = time.monotonic()
         if now < self._not_before:
             return self._map(shard)
@@ -150,13 +153,13 @@ class ShardCache:
         """The tokens of the shard as a memory map; None if the file is not on disk."""
         path = self.path(shard)
         try:
-            # A plain array over the map: slices of np.memmap objects cost three times as much.
+            # Use a plain array over the map: slicing an np.memmap takes three times as long.
             tokens = np.asarray(np.memmap(path, self.dtype, "r", HEADER_BYTES, (self.shards[shard].tokens,)))
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise DataError(f"{path}: cached shard is shorter than its manifest says; remove the file") from error
-        if len(self._mapped) >= READ_AHEAD_SHARDS:  # file handles are bounded too
+        if len(self._mapped) >= READ_AHEAD_SHARDS:  # the number of open files is limited
             self._mapped.pop(next(iter(self._mapped)))
         self._mapped[shard] = tokens
         return tokens
@@ -195,7 +198,7 @@ class ShardCache:
         return found
 
     def _read_patiently(self, uri: str, ranges: list[tuple[int, int]]) -> Sequence[Buffer]:
-        """Read, and wait while the storage stalls, up to a limit. The other ranks wait as well."""
+        """Read the ranges. While the storage does not answer, repeat for at most STALL_SECONDS; other ranks wait."""
         deadline = time.monotonic() + STALL_SECONDS
         while True:
             try:
@@ -210,10 +213,11 @@ class ShardCache:
 
 
 class ReadAhead:
-    """Downloads the shards that are needed next. One per node. `upcoming(count)` gives them, the soonest first.
+    """Downloads the shards that are needed next. One instance per node.
 
-    Several shards at a time: training mixes the windows of a group of shards, so it needs all of them at once. The
-    downloads begin with `start`, so that they do not compete with the first batch.
+    `upcoming(count)` returns the numbers of these shards, the soonest first. Several shards are downloaded in parallel,
+    because training mixes the windows of a group of shards and needs the whole group. Downloads begin with a call of
+    `start`, so that they do not compete with the first batch.
     """
 
     def __init__(self, cache: ShardCache, upcoming: Callable[[int], list[int]]):
@@ -263,7 +267,7 @@ class ReadAhead:
                     self._in_flight.discard(shard)
 
     def _claim(self) -> int | None:
-        """The next shard to fetch, after making room for it: the soonest one that is missing and still fits."""
+        """Choose the next shard to download: the soonest one that is missing and fits. Make room for it."""
         with self._lock:
             budget = self.cache.limit_bytes
             soon = self._upcoming(READ_AHEAD_SHARDS)
@@ -303,7 +307,7 @@ class ReadAhead:
                 shutil.rmtree(other, ignore_errors=True)
 
     def _make_room(self, soon: Mapping[Path, int]) -> None:
-        """Remove the shards that are needed last until everything in flight fits."""
+        """Remove cached shards until the shards in flight fit. The shard that is needed last goes first."""
         if self.cache.fits:
             return
         here = {path: path.stat().st_size for path in self.cache.folder.rglob("*.bin")}

@@ -5,12 +5,12 @@ GPT-2's vocabulary has one special token, end of text, so plain text marks the t
     <|endoftext|>### System:\nBe brief.\n\n### User:\nHello\n\n### Assistant:\nHi!\n\n### User:\n…
 
 An answer ends when the model predicts the end-of-text token. That token appears only at the beginning of a
-conversation, never within: a model that attends within documents (`model.document_mask`) attends to all turns, and
-conversations packed into one row stay apart. The target of an answer's last token is therefore the end of text,
-although the heading of the next turn follows it. A user can write a heading as text, so nothing secret may depend on
+conversation. So a model that attends within documents only (`model.document_mask`) attends to all turns of a
+conversation, and to no other conversation in the same row. The target of an answer's last token is the end of text,
+although the heading of the next turn follows. A user can write a heading as text, so nothing secret may depend on
 roles.
 
-The state of a tuned checkpoint has `template: headed-turns`.
+The state of a checkpoint that was fine-tuned with this template has `template: headed-turns`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ ROLES = ("system", "user", "assistant")
 NO_TARGET = -1
 END_OF_TEXT = "<|endoftext|>"
 _SEPARATOR = "\n\n"
-# Texts that end an answer of a model which continues with the next turn.
+# Stop texts, for a model that writes the heading of the next turn where it should end its answer.
 STOP = tuple(f"{_SEPARATOR}### {role.capitalize()}:" for role in ROLES)
 # The same template for `transformers`, as tokenizer.chat_template.
 JINJA = (
@@ -37,7 +37,7 @@ JINJA = (
 
 
 class Rendered(NamedTuple):
-    """`targets[i]` is the token to predict at `tokens[i]`: answers and their ends; elsewhere NO_TARGET."""
+    """`targets[i]` is the token to predict after `tokens[i]` if it is in an answer or ends one, else NO_TARGET."""
 
     tokens: list[int]
     targets: list[int]
@@ -46,9 +46,9 @@ class Rendered(NamedTuple):
 def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_prompt: bool = False) -> Rendered:
     """Token ids and targets of `messages`, {"role": system | user | assistant, "content": text}.
 
-    With `add_generation_prompt` the text ends with the heading of the assistant's answer. The parts are encoded one by
-    one and have the ids of the whole text, because no pre-token crosses the edge of a text that is stripped of white
-    space. Raises DataError, which names the message.
+    With `add_generation_prompt` the text ends with the heading of the assistant's answer. Headings and contents are
+    encoded separately. This gives the ids of the whole text: contents are stripped of white space, so that no pre-token
+    of GPT-2 crosses the border of two parts. Raises DataError that names the wrong message.
     """
     tokens, targets = [GPT2_END_OF_TEXT], [NO_TARGET]
     separator = ""
@@ -71,17 +71,17 @@ def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_promp
 
 
 def text_of(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-    """The text that JINJA makes of a conversation, whose token ids are those of `render`. Raises DataError."""
+    """The text that JINJA makes of a conversation. Its token ids are the result of `render`. Raises DataError."""
     turns = [_checked(message, number) for number, message in enumerate(messages)]
     headed = [f"### {role.capitalize()}:\n{content}" for role, content in turns]
     return END_OF_TEXT + _SEPARATOR.join([*headed, "### Assistant:\n"] if add_generation_prompt else headed)
 
 
 def is_tuned(state: Mapping[str, Any], where: str) -> bool:
-    """Whether a checkpoint with this state is tuned on our template. Raises CheckpointError for another template."""
+    """Whether a checkpoint with this state was fine-tuned with this template. Raises CheckpointError for another."""
     name = state.get(STATE_KEY)
     if name not in (None, NAME):
-        raise CheckpointError(f"{where}: is tuned on the turn template {name!r}; this program knows {NAME} only")
+        raise CheckpointError(f"{where}: was tuned with the chat template {name!r}; this program knows {NAME} only")
     return name is not None
 
 

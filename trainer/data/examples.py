@@ -1,14 +1,15 @@
-"""Reads the examples of tuning as token ids and targets, packs them into rows, and yields micro-batches by number.
+"""Reads the examples for fine-tuning as token ids and targets, packs them into rows, and yields micro-batches.
 
     examples = read_conversations(settings.data, encoding, length=1024)
 
-An example that is longer than a row is cut at its end, and skipped if no token of its answer remains. A row without an
-answer or of an unknown form is skipped, and too many of them are an error. Examples with the same question are on the
-same side of the split.
+An example that is longer than a packed row is cut at its end, and skipped if no token of its answer remains. A row of
+the file without an answer or of an unknown form is skipped; too many of these are an error. Examples with the same
+question are all for training or all for validation.
 
-Rows are filled once, best fit for the longest first (Krell et al. 2021, "Efficient Sequence Packing without
-Cross-contamination"). An epoch visits them in a pseudo-random order that is a pure function of (seed, epoch, number),
-like the windows of `trainer.data.order`: nothing is stored, and any step is found directly.
+Examples are packed once, the longest first, each into the row with the least sufficient room (best fit; Krell et al.
+2021, "Efficient Sequence Packing without Cross-contamination"). An epoch visits the rows in a pseudo-random order,
+computed from (seed, epoch, number) like the order of windows in `trainer.data.order`: no position is stored, and the
+rows of any step are found directly.
 """
 
 import bisect
@@ -33,7 +34,7 @@ from trainer.data.order import derive_key, micro_batch_numbers, permute
 
 log = logging.getLogger("train")
 
-NAMED = 5  # skipped rows that the log names one by one
+NAMED = 5  # the log shows at most this many of the skipped rows
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Examples:
 
 
 def read_conversations(data: ExamplesConfig, encoding, length: int) -> Examples:
-    """Examples with a loss on all answers of a conversation. Raises DataError."""
+    """Examples whose loss covers all answers of a conversation. Raises DataError."""
 
     def texts_of(row: Any) -> tuple[str, list[list[dict[str, str]]]]:
         messages = conversation(row)["messages"]
@@ -94,7 +95,7 @@ def read_conversations(data: ExamplesConfig, encoding, length: int) -> Examples:
 
 
 def read_preferences(data: ExamplesConfig, encoding, length: int) -> Examples:
-    """Pairs of examples, with a loss on the last answer of each. Raises DataError."""
+    """Pairs of examples (chosen, rejected), whose loss covers the last answer of each. Raises DataError."""
 
     def texts_of(row: Any) -> tuple[str, list[list[dict[str, str]]]]:
         chosen, rejected = (each["messages"] for each in preference(row))
@@ -157,7 +158,7 @@ def _read(
 
 
 def rows_of(data: ExamplesConfig) -> tuple[str, Iterable[Any], str]:
-    """The place of the rows, the rows (None for a line that is not JSON), and their fingerprint."""
+    """The path of the rows, the rows (None for a line that is not JSON), and their fingerprint."""
     if not data.examples.endswith(".jsonl"):
         info = sets.info_of(data.url, data.examples)
         return f"{data.url}/sets/{data.examples}.jsonl", sets.read(data.url, data.examples), info.sha256
@@ -177,7 +178,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _last_answer_only(tokens: list[int], targets: list[int]) -> tuple[list[int], list[int]]:
-    """Drop the targets of earlier answers: both sides of a pair have the same ones, and they would cancel out."""
+    """Keep the targets of the last answer only. Both texts of a pair share the earlier ones, which would cancel out."""
     begin = len(targets)
     while begin and targets[begin - 1] != NO_TARGET:
         begin -= 1
@@ -190,9 +191,12 @@ def _hashed(question: str) -> float:
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """The numbers of the examples in each row. No row holds more than `room` tokens, and no length may exceed it."""
+    """Pack examples of these lengths into rows of at most `room` tokens. Returns the numbers of each row's examples.
+
+    No length may exceed `room`.
+    """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # free tokens → rows that have so many
+    by_room: dict[int, list[int]] = {}  # number of free tokens → rows with this room
     rooms: list[int] = []  # the keys of by_room, ascending
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[index]
@@ -233,7 +237,7 @@ class NumberedBatches:
         make: Callable[[np.ndarray, np.ndarray], Any],
         skip: Sequence[int] = (),
     ):
-        self.is_leaving: Callable[[], bool] = lambda: False  # nothing here waits for data
+        self.is_leaving: Callable[[], bool] = lambda: False  # unused: nothing here waits for data
         self._items = items
         self._seed = seed
         self._step = first_step
@@ -258,11 +262,11 @@ class NumberedBatches:
         return self._make(self._of_step, self._of_step[first : first + self._micro_batch])
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Does nothing, because nothing runs in the background."""
 
 
 def in_order(numbers: np.ndarray, items: int, seed: int) -> np.ndarray:
-    """The items (from 0) at these places of the order, which goes on epoch after epoch."""
+    """The items (from 0) at the places `numbers` of an endless order, which permutes all items anew in each epoch."""
     found = np.empty_like(numbers)
     epochs = numbers // items
     for epoch in np.unique(epochs):

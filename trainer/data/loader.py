@@ -1,4 +1,4 @@
-"""Loads batches by (step, micro-batch, rank): the same global batches for any number of ranks.
+"""Loads the micro-batches of each rank. The batch of a step is the same for any number of ranks.
 
 Step s (from 0) takes the samples [s B, (s + 1) B) for a batch of B sequences. A micro-batch is a range of consecutive
 samples, and `trainer.data.order.micro_batch_numbers` assigns micro-batches to ranks. A background thread prepares about
@@ -17,13 +17,13 @@ from trainer.data.cache import CLOSE_SECONDS, ReadAhead, ShardCache
 from trainer.data.order import WindowOrder, micro_batch_numbers
 from trainer.distributed.process_group import Abandoned
 
-POLL_SECONDS = 0.2  # between two checks for a request to stop while waiting for data
+POLL_SECONDS = 0.2  # time between two checks for a request to stop, while waiting for data
 LOCATED_AT_ONCE = 4096
 HANDED_OVER_AT_ONCE = 128
 
 
 class TokenSource:
-    """The samples of one split by number, from the order and the cache. A sample is T + 1 tokens."""
+    """Reads the samples of one split by their numbers. A sample is T + 1 tokens."""
 
     def __init__(self, cache: ShardCache, length: int, seed: int, shards_mixed: int):
         self.cache = cache
@@ -41,8 +41,8 @@ class Batches:
     """Iterates over this rank's micro-batches from step `first_step` (from 0) on, endlessly.
 
     Each item is a (micro_batch_size, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. The batches
-    of the steps in `skip`, counted from 1, are skipped, and later ones move up. A wait for data ends with Abandoned
-    once `is_leaving()`. `numbers` are the numbers of this rank's micro-batches within a step.
+    of the steps in `skip`, counted from 1, are skipped, and later batches move up. Once `is_leaving()` returns true, a
+    wait for data ends with Abandoned. `numbers` are the numbers of this rank's micro-batches within a step.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Batches:
         return self._source.order.shards_from(self._position, count)
 
     def _produce(self, step: int) -> None:
-        # Locating samples and passing micro-batches on cost time per call, so each call takes many of them.
+        # Locating samples and handing over micro-batches take time per call, so each call handles many of them.
         steps_at_once = max(1, LOCATED_AT_ONCE // self._per_rank)
         rows = self._micro_batch  # the first micro-batch goes out alone, because training waits for it
         try:

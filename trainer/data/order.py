@@ -72,7 +72,7 @@ class Windows:
 
 
 class WindowOrder:
-    """The order of one split. `shard_tokens` are the tokens of each shard in stream order, `length` is T."""
+    """The order of one split. `shard_tokens` are the numbers of tokens of the shards in stream order, `length` is T."""
 
     def __init__(self, shard_tokens: list[int], length: int, seed: int, shards_mixed: int, where: str):
         tokens = np.asarray(shard_tokens, dtype=np.int64)
@@ -130,7 +130,7 @@ class WindowOrder:
         return list(found)[:count]
 
     def _plan(self, epoch: int) -> "_EpochPlan":
-        # Two threads call this (batches and read-ahead). Plans are immutable, and a lost one is only computed again.
+        # Two threads call this (batches and read-ahead). Plans are immutable; a lost plan is computed once more.
         plan = self._plans.get(epoch)
         if plan is None:
             shards = len(self.shard_windows)
@@ -163,7 +163,7 @@ def odd_part(number: int) -> int:
 def micro_batch_numbers(rank: int, world: int, accumulation: int, round_robin: bool = False) -> list[int]:
     """The numbers of this rank's micro-batches within a step, in order.
 
-    They are consecutive, or in round-robin order every `world`-th group of micro-batches (trainer.optim.reduce).
+    They are consecutive. In round-robin order they are every `world`-th group of micro-batches (trainer.optim.reduce).
     """
     if not round_robin:
         return list(range(rank * accumulation, (rank + 1) * accumulation))

@@ -1,16 +1,17 @@
 """Tests the GPUs of a node before each segment: CUDA, the links between the GPUs, and their bandwidth.
 
-    torchrun --nproc-per-node=8 -m trainer.distributed.preflight cuda ANSWER.json        (by launch/node/preflight.py)
+    torchrun --nproc-per-node=8 -m trainer.distributed.preflight cuda ANSWER.json    (by launch/node/preflight.py)
 
-Rank 0 writes the answer: `libcuda`, the driver library in use; `all_reduce_gb_per_s`, the bus bandwidth as nccl-tests
-defines it (bytes x 2(n-1)/n / time), the median of a few rounds; and `peer_pairs`, the share of GPU pairs with direct
-access. A rank on which CUDA does not initialise writes `problem` instead and fails. A wrong sum fails as well.
+Rank 0 writes ANSWER.json with `libcuda`, the driver library in use; `all_reduce_gb_per_s`, the median bus bandwidth of
+some rounds, defined as in nccl-tests (bytes x 2(n-1)/n / time); and `peer_pairs`, the share of GPU pairs with direct
+access. A rank on which CUDA does not initialise writes `problem` instead and fails. A rank that computes a wrong sum
+fails too.
 """
 
 from core import stop
 
 if __name__ == "__main__":
-    stop.follow_parent()  # before torch's import, which takes seconds
+    stop.follow_parent()  # called before the import of torch, which takes seconds
 
 import ctypes
 import json
@@ -26,7 +27,7 @@ import torch.distributed as dist
 ELEMENTS = {
     "cuda": 64 << 20,
     "cpu": 1 << 18,
-}  # float32: 256 MB for the bandwidth of a link; a CPU needs no more than 1 MB
+}  # float32 numbers: 256 MB on a GPU, to measure the bandwidth of its links; 1 MB is enough for a CPU
 ROUNDS = 5
 
 
@@ -36,7 +37,7 @@ def main(kind: str, answer: Path) -> None:
     if kind == "cuda" and (problem := cuda_problem(device)):
         own = answer.with_suffix(f".{rank}")
         own.write_text(json.dumps({"problem": problem}))
-        own.replace(answer)  # atomic, although other ranks may write it too
+        own.replace(answer)  # atomic, because several ranks may write it
         raise SystemExit(f"rank {rank}: {problem}")
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     world = dist.get_world_size()
@@ -52,7 +53,7 @@ def main(kind: str, answer: Path) -> None:
             times.append(time.perf_counter() - started)
     expected = world * (world + 1) / 2
     if not bool((numbers == expected).all()):
-        raise SystemExit(f"rank {rank}: the all-reduced sum is wrong; GPU {local} or a link of it is faulty")
+        raise SystemExit(f"rank {rank}: the all-reduced sum is wrong; GPU {local} or one of its links is faulty")
     if rank == 0:
         figures: dict = {"peer_pairs": peer_share(world), "libcuda": libcuda()} if kind == "cuda" else {}
         if world > 1:
@@ -63,10 +64,10 @@ def main(kind: str, answer: Path) -> None:
 
 
 def cuda_problem(device: torch.device) -> str | None:
-    """The reason why CUDA does not work on this GPU, with the libcuda in use; None if it works. Selects this GPU.
+    """Initialises CUDA and selects this GPU. Returns None, or the reason of a failure with the libcuda in use.
 
-    The driver's version is not enough: with NVIDIA's forward-compatibility libcuda an older driver works on some GPUs
-    and fails with error 804 on others.
+    It is not enough to compare driver versions: with NVIDIA's forward-compatibility libcuda an older driver works on
+    some GPUs and fails with error 804 on others.
     """
     try:
         torch.cuda.init()

@@ -28,7 +28,7 @@ StopCheck = Callable[[], None]
 # Torch 2.13 renamed all_gather_into_tensor; the code also runs on 2.11.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# How long a rank waits for the others: longer than the retries of the storage and a slow upload together.
+# A rank waits so long for the others: longer than the retries of the storage and a slow upload together.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 ASK_SECONDS = 5.0
 
@@ -70,7 +70,7 @@ def start(device: str) -> Ranks:
     chosen = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(chosen)
-    if is_alone:  # without a port, which another program could take
+    if is_alone:  # this store needs no port, which another program could occupy
         store, rank, world = dist.HashStore(), 0, 1
     else:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
@@ -97,13 +97,13 @@ def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
 
     Uses no collective: a rank that has failed elsewhere would never join it.
     """
-    with contextlib.suppress(dist.DistError):  # the time is over, or the store ended with torchrun
+    with contextlib.suppress(dist.DistError):  # the time is over, or the key-value store has ended with torchrun
         ranks.store.set(f"{name}/{ranks.rank}", "here")
         ranks.store.wait([f"{name}/{rank}" for rank in range(ranks.world)], timedelta(seconds=seconds))
 
 
 def say_left(ranks: Ranks) -> None:
-    """Announce that this rank leaves because it was asked to stop. Other ranks would only see a lost connection."""
+    """Announce that this rank leaves, if it was asked to stop. Without this, others only see a lost connection."""
     if stop_requests.is_certain():
         with contextlib.suppress(dist.DistError):
             ranks.store.set("has left", str(ranks.rank))
@@ -124,16 +124,16 @@ def has_left(ranks: Ranks) -> bool:
 
 
 def is_first_to_say(message: str, ranks: Ranks) -> bool:
-    """Whether no other rank has said this. All ranks refuse a wrong setting, and one sentence about it is enough."""
+    """Whether this rank is the first to report `message`. All ranks find a wrong setting; one report is enough."""
     try:
         key = hashlib.sha256(message.encode(errors="replace")).hexdigest()
         return ranks.store.add(f"said/{key}", 1) == 1
-    except dist.DistError:  # the store has gone with another rank
+    except dist.DistError:  # the key-value store has ended with another rank
         return True
 
 
 class PeerFailed(Exception):
-    """Another rank failed and reports the error. This rank only ends."""
+    """Another rank has failed and reports the error, so this rank ends without a report."""
 
 
 class Abandoned(Exception):
@@ -143,7 +143,7 @@ class Abandoned(Exception):
 def on_main(call: Callable[[], T], ranks: Ranks) -> T:
     """Run `call` on rank 0 and return its (picklable) result on all ranks.
 
-    Its LauncherError is raised on rank 0, and PeerFailed on the others.
+    If `call` raises LauncherError, rank 0 raises it, and the other ranks raise PeerFailed.
     """
     result, error = None, None
     if ranks.is_main:
@@ -163,7 +163,7 @@ def on_main(call: Callable[[], T], ranks: Ranks) -> T:
 
 
 def on_all(call: Callable[[], T], ranks: Ranks) -> T:
-    """Run `call` on every rank. The first rank on which it fails raises its LauncherError, the others PeerFailed."""
+    """Run `call` on every rank. If it fails, the first failed rank raises its LauncherError, the others PeerFailed."""
     result, error = None, None
     try:
         result = call()
@@ -189,7 +189,7 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
 def divide_over_ranks(
     count: int, measure: Callable[[int], Sequence[float]], ranks: Ranks, check_stop: StopCheck | None = None
 ) -> list[list[float]]:
-    """[measure(0), ..., measure(count - 1)] on all ranks; one rank computes each, the ranks take turns.
+    """[measure(0), ..., measure(count - 1)] on all ranks. Each item is computed on one rank, the next on the next rank.
 
     The numbers and their order do not depend on the number of ranks.
     """

@@ -2,15 +2,15 @@
 
     python -m trainer.distributed.torchrun --nproc-per-node=8 -m trainer.train CONFIG
 
-torchrun itself prints a traceback of its own after a failure, which buries the worker's error. This process ends with
-the launcher that started it, and the workers end with this process (PARENT_PID, core.stop). SIGTERM ends it before it
-has workers; later it forwards SIGTERM to them, and the exit code is 143.
+Plain torchrun prints its own traceback after a failure, below the worker's error. This process ends when the launcher
+that started it ends, and the workers end when this process ends (PARENT_PID, core.stop). On SIGTERM, this process ends;
+if it has workers, it forwards the signal to them and exits with 143.
 """
 
 from core import stop
 
 if __name__ == "__main__":
-    stop.follow_parent()  # before torch's import, which takes seconds
+    stop.follow_parent()  # called before the import of torch, which takes seconds
 
 import os
 import sys

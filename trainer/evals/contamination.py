@@ -17,9 +17,9 @@ from trainer.evals.hellaswag import text_of
 from trainer.evals.perplexity import read_shard
 from trainer.evals.progress import PartialResults
 
-BASE = np.uint64(0x9E3779B97F4A7C15)  # any odd number with well mixed bits
+BASE = np.uint64(0x9E3779B97F4A7C15)  # base of the polynomial: any odd number with well mixed bits
 TABLE_BITS = 24
-CHUNK_TOKENS = 1 << 20  # hashed at once; the arrays fit the CPU's caches
+CHUNK_TOKENS = 1 << 20  # tokens hashed at a time, so that the arrays fit the CPU's caches
 
 
 def item_tokens(item, encoding) -> np.ndarray:
@@ -69,7 +69,7 @@ def hashes(tokens: np.ndarray, run: int) -> np.ndarray:
         return np.empty(0, np.uint64)
     done = 0
     value = np.empty(0, np.uint64)
-    power, factor = (tokens.astype(np.uint64) + np.uint64(1)) * BASE, BASE  # hashes and factor of 1, 2, 4, ... tokens
+    power, factor = (tokens.astype(np.uint64) + np.uint64(1)) * BASE, BASE  # hashes of 1, 2, 4, ... tokens
     size = 1
     while done < run:
         if run & size:

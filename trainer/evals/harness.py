@@ -1,4 +1,4 @@
-"""Runs tasks of lm-evaluation-harness on our models through its model interface (extra `eval`: pip install lm-eval).
+"""Runs tasks of lm-evaluation-harness on our models through its model interface. Needs `pip install lm-eval`.
 
 Every rank builds the same requests and computes its share. All ranks receive all answers and the same scores.
 """
@@ -36,10 +36,11 @@ except ImportError as error:
 
 log = logging.getLogger("evaluate")
 
-NEW_TOKENS = 256  # the harness's default for tasks without a limit
-SAMPLING = 2  # changes with what a task's options and seeds mean, so that older results are not taken for new ones
+NEW_TOKENS = 256  # length of a text if the task sets no limit, as in the harness
+# Part of a result's identity. Raise it if the meaning of options or seeds changes, so that old results are not reused.
+SAMPLING = 2
 _OPTIONS = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
-# Options of other backends, with the values that have no effect. null has none either.
+# Options of other backends, with the values that have no effect. The value null has no effect either.
 _NEUTRAL: dict[str, list[Any]] = {
     "early_stopping": [False],
     "frequency_penalty": [0],
@@ -69,8 +70,8 @@ def run(
 ) -> dict[str, Any]:
     """The harness's scores by metric, and by TASK/METRIC for sub-tasks.
 
-    Raises ConfigError for an unknown task, for an option of a task that has no meaning here, and for a base model that
-    is to be asked in turns.
+    Raises ConfigError for an unknown task, for an option of a task that is not supported, and for a base model if
+    `settings.apply_chat_template` is set.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -78,10 +79,11 @@ def run(
     in_turns, folder = settings.apply_chat_template, settings.lm_eval_tasks
     tuned = chat_template.is_tuned(trained.state, trained.name)
     if in_turns and not tuned:
-        raise ConfigError(f"apply_chat_template: {trained.name} is a base model without turns; leave it out")
+        raise ConfigError(f"apply_chat_template: {trained.name} is a base model without a chat template; leave it out")
     if tuned and not in_turns and ranks.is_main:
         log.warning(
-            "lm-eval:%s: %s is tuned on turns and asked without them; --apply_chat_template=true asks in turns",
+            "lm-eval:%s: %s was fine-tuned with a chat template, which these prompts lack; --apply_chat_template=true "
+            "applies it",
             task,
             trained.name,
         )
@@ -120,7 +122,7 @@ def _all_tasks(folder: str):
 
 
 class HarnessModel(TemplateLM):
-    """Our model behind the harness's interface. TemplateLM encodes pairs of context and continuation."""
+    """Our model behind the harness's interface. The base class encodes pairs of context and continuation."""
 
     def __init__(self, trained: TrainedModel, ranks: Ranks, precision: str, partial: PartialResults, in_turns: bool):
         super().__init__()
@@ -163,7 +165,7 @@ class HarnessModel(TemplateLM):
         return [sum(next(found).total for _ in document) for document in windows]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Generates texts, each rank its share. Greedy unless the task asks for sampling."""
+        """Generates one text per request; each rank computes its share. Greedy unless the task asks for sampling."""
         engine = Engine(self._model, self._encoding, self._ranks.device, self._precision)
         seeds = seeds_of(requests)
         # Every rank checks all options, so that all of them refuse together.
@@ -196,9 +198,9 @@ class HarnessModel(TemplateLM):
 
 
 def seeds_of(requests) -> list[int]:
-    """A seed for each request from its task, its place there and its repeat, whatever rank computes it.
+    """One seed per request, computed from its task, its place in the task and its repeat: the same on every rank.
 
-    The harness hands in the same request several times for a task with `repeats`.
+    For a task with `repeats`, the harness passes the same request several times.
     """
     seen: Counter[str] = Counter()
     seeds = []
@@ -211,18 +213,18 @@ def seeds_of(requests) -> list[int]:
 
 
 def sampling_of(options: dict[str, Any], seed: int, where: str) -> Sampling:
-    """A task's `generation_kwargs` as the harness reads them. Raises ConfigError for what has no meaning here."""
+    """Converts a task's `generation_kwargs` as the harness reads them. Raises ConfigError for unsupported options."""
     try:
         known = {key: value for key, value in normalize_gen_kwargs(options, NEW_TOKENS).items() if value is not None}
         until, limit, is_sampled = known.pop("until", []), known.pop("max_gen_toks"), known.pop("do_sample", False)
-        # A task that samples without a temperature means 1, as in `transformers`.
+        # The default temperature of a task that samples is 1, as in `transformers`.
         temperature = float(known.pop("temperature", 1.0)) if is_sampled else 0.0
-        known.pop("temperature", None)  # of a greedy text
+        known.pop("temperature", None)  # a greedy text ignores it
         chosen = {key: kind(known.pop(key)) for key, kind in _OPTIONS.items() if key in known}
         chosen["top_k"] = max(0, chosen.get("top_k", 0))  # -1 is off in other backends
         seed ^= int(known.pop("seed", 0))
         if not temperature:
-            # A greedy text takes the likeliest token: the others need not be chosen among.
+            # Greedy decoding takes the likeliest token, so options that limit the candidates have no effect.
             chosen = {key: value for key, value in chosen.items() if key == "repetition_penalty"}
         stop = tuple(str(text) for text in until if text)
         sampling = Sampling(max_tokens=limit, temperature=temperature, seed=seed, stop=stop, **{"top_k": 0, **chosen})

@@ -62,7 +62,7 @@ class HellaSwagAnswers:
 
 
 class HellaSwag:
-    """HellaSwag's items as scoring requests, to be called with any number of models."""
+    """HellaSwag's items, encoded once. Calling this object with a model scores the model."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class HellaSwag:
         title: str = "",
         check_stop: StopCheck | None = None,
     ) -> HellaSwagAnswers:
-        """Answers all items, on all ranks. `partial`, `title` and `check_stop` are those of `likelihoods`."""
+        """Answers all items, on all ranks. `partial`, `title` and `check_stop` are passed to `likelihoods`."""
         found = likelihoods(
             model, self._requests, self._ranks, self._precision, partial, title=title, check_stop=check_stop
         )
@@ -147,7 +147,10 @@ def text_of(item: Mapping[str, Any]) -> tuple[str, list[str], int]:
 
 
 def request_of(context: str, continuation: str, encoding) -> ScoringRequest:
-    """Encodes both together and splits after the context's tokens. Trailing spaces move to the continuation."""
+    """Encodes context and continuation together and splits after the context's tokens.
+
+    Trailing spaces of the context move to the continuation.
+    """
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation

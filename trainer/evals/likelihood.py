@@ -70,7 +70,7 @@ def likelihoods(
     model.eval()
     mine: dict[int, Likelihood] = {}
     shown = title and ranks.is_main
-    # Batches differ in shape, and torch would compile the blocks for each one.
+    # torch would compile the blocks again for each shape of a batch, so compilation is off.
     with progress(title, len(windows), "requests") if shown else contextlib.nullcontext(_NoProgress()) as bar:
         bar.advance(len(known))
         with torch.compiler.set_stance("force_eager"):
@@ -122,8 +122,8 @@ def _scores(model: GPT, windows: Sequence[ScoringRequest], device: torch.device,
     tokens_BT, targets_BT = tokens_BT.to(device), targets_BT.to(device)
     counts_BT = targets_BT >= 0
     with autocast(device, precision):
-        # The output layer, a third of a small model's work, sees the counted positions only. Rows that pad the
-        # vocabulary get no probability.
+        # The output layer is a third of a small model's work, so it computes only the positions with a target. Rows
+        # that pad the vocabulary get no probability.
         x_ND = model.hidden(tokens_BT)[counts_BT]
         head_VD = model.head[:GPT2_VOCAB_SIZE]
         losses_N, likeliest_N = token_scores(x_ND, head_VD, targets_BT[counts_BT], model.config.logit_softcap)

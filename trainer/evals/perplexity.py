@@ -5,7 +5,7 @@ token but the first once, including end-of-text tokens. `of_documents` scores ea
 end-of-text token, with rolling windows as in lm-evaluation-harness's loglikelihood_rolling (its wikitext task).
 
 Bits per byte are the sum of all losses, divided by ln 2 and by the bytes of the predicted tokens' text. An end-of-text
-token has no bytes. Bits per byte compare models of different vocabularies, perplexities do not.
+token has no bytes. Models with different vocabularies can be compared by bits per byte, but not by perplexity.
 """
 
 import math
@@ -26,7 +26,7 @@ from trainer.model.gpt import GPT
 
 
 def read_tokens(data_url: str, manifest: Manifest, tokens: int) -> np.ndarray:
-    """The first `tokens` validation tokens in the manifest's order, all for 0. Raises DataError."""
+    """The first `tokens` validation tokens in the manifest's order; all if `tokens` is 0. Raises DataError."""
     parts = []
     wanted = tokens or manifest.split("val", data_url).tokens
     for shard in manifest.split("val", data_url).shards:
@@ -83,17 +83,18 @@ def of_documents(
 
 
 def rolling(document: np.ndarray, context: int) -> Iterator[ScoringRequest]:
-    """Windows that predict each token once. All but the first have as much context as fits."""
+    """Windows that predict each token once. All windows but the first have as much context as fits."""
     with_start = np.concatenate([[GPT2_END_OF_TEXT], document])
     for first in range(0, len(document), context):
         last = min(first + context, len(document))
-        # `with_start` has one more element: its element `first` precedes the first predicted token.
+        # `with_start` is shifted by one: `with_start[first]` is the token before `document[first]`, the first one to
+        # predict.
         begin = max(0, last - context)
         yield ScoringRequest(with_start[begin : first + 1], document[first:last])
 
 
 def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """The documents between end-of-text tokens. A document that two shards share counts as two."""
+    """The documents between end-of-text tokens. The last one may be cut off at the end of `tokens`."""
     for piece in np.split(tokens, np.flatnonzero(tokens == GPT2_END_OF_TEXT)):
         document = piece[1:] if len(piece) and piece[0] == GPT2_END_OF_TEXT else piece
         if len(document):

@@ -5,8 +5,8 @@
             partial.found        # by key, of all earlier attempts
             partial.add({"17": [-12.5, False]})
 
-RUN_URL/evaluations has the layout of a run folder, with run.json and a ledger of segments of the stage "evaluate". A
-segment in the run's own ledger would take the run over.
+RUN_URL/evaluations has the layout of a run folder, with run.json and a ledger of segments of the stage "evaluate". The
+run's own ledger is not used: a new segment there would stop the machine that trains the run.
 """
 
 import logging
@@ -35,7 +35,7 @@ class EvaluationLog:
     def __init__(self, folder: str, settings: EvaluateConfig, ranks: Ranks):
         self._segment = SegmentLog()
         self._folder, self._max_usd = folder, settings.max_usd
-        # As a time (unix s), the deadline lets every rank check the cap without asking rank 0.
+        # The cap as a deadline (Unix time in s), which every rank can check without asking rank 0.
         self._deadline = on_main(lambda: self._open(settings, ranks), ranks)
 
     def _open(self, settings: EvaluateConfig, ranks: Ranks) -> float:
@@ -56,7 +56,7 @@ class EvaluationLog:
         return self._segment.cap.latest()
 
     def check_cap(self) -> None:
-        """Raises CapReached once another batch could cost more than the cap leaves."""
+        """Raises CapReached if one more batch could cost more than the cap allows."""
         if time.time() >= self._deadline:
             raise CapReached(
                 f"{self._folder}: evaluations have cost nearly the ${self._max_usd:g} of max_usd; their results and "
@@ -79,7 +79,7 @@ class EvaluationLog:
 class PartialResults:
     """Results of an unfinished task in storage, from which the next attempt continues.
 
-    Each rank adds to its own journal (core.run.journal), so that a killed process loses a few seconds at most.
+    Each rank appends to its own journal (core.run.journal). A killed process loses a few seconds of results at most.
     """
 
     def __init__(self, folder: str, ranks: Ranks, check: Callable[[], None]):

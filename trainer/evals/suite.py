@@ -1,12 +1,12 @@
-"""Defines what can be measured of a model, and stores the results beside its checkpoint.
+"""Defines the tasks that measure a model, and stores their results in the model's run.
 
-    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd.json     0123abcd: hash of all that defines the result
-    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   a repeated measurement of the same
+    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd.json     0123abcd: hash of all settings that define the result
+    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   the same task, measured once more
     RUN_URL/evaluations/step-00001000/partial/                    partial results of unfinished tasks
 
-The name of a result and its model identify it: two results with the same `identity` are comparable. Results have a
-folder of their own, because checkpoints are deleted. Each object is created exclusively, so that no result is
-overwritten. docs/formats.md documents the fields.
+The hash covers the task's `identity`: results of two models with the same name are comparable. Results have a folder of
+their own, because old checkpoints are deleted. An existing object is never overwritten. docs/formats.md documents the
+fields.
 """
 
 import functools
@@ -34,7 +34,7 @@ FORMAT = "evaluation"
 VERSION = 1
 _NAME = re.compile(r"^(?P<key>.+-[0-9a-f]{8})(-(?P<number>\d+))?\.json$")
 
-Found = dict[str, Any]  # `scores`, and other fields of the stored result
+Found = dict[str, Any]  # the field `scores` and other fields of a stored result
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _seen(
     identity,
     check: Callable[[], None],
 ) -> list[int]:
-    """Numbers of the items that occur in the training shards. They depend on the data alone and are stored apart."""
+    """Numbers of the items that occur in the training shards. Stored once for all models: only the data matters."""
     key = result_key("contamination", identity)
     found = on_main(lambda: find_result(home, key), ranks)
     if found is None:

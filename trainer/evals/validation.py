@@ -30,7 +30,7 @@ class ValidationLoss:
         available = sum(shard.tokens for shard in cache.shards)
         windows = max(1, min(tokens, available - 1) // length)
         rows = min(micro_batch_size, windows)
-        self._count = windows // rows  # torch would compile the model again for a smaller last batch
+        self._count = windows // rows  # no smaller last batch, for which torch would compile again
         self.tokens = self._count * rows * length
         self._batches = []
         for index in range(ranks.rank, self._count, ranks.world):

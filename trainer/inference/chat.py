@@ -22,7 +22,7 @@ from trainer.inference.engine import Engine, GenerationRequest, Piece
 from trainer.inference.sampling import InferenceOptions, Sampling, changed
 from trainer.inference.terminal import Interrupt, Terminal
 
-PROMPT_TOKENS, NEW_TOKENS = 256, 32  # of the texts that /bench reads and writes
+PROMPT_TOKENS, NEW_TOKENS = 256, 32  # length of /bench's prompts and answers
 BATCH_SIZES = (1, 8)
 PATIENCE_SECONDS = 60.0  # /bench skips a batch size that would take longer
 
@@ -36,7 +36,7 @@ class ChatSession:
         self.texts: list[dict[str, str]] = []
 
     def request(self, line: str, system: str, sampling: Sampling) -> tuple[GenerationRequest, int]:
-        """The request for a line, and the number of old messages left out. Raises ConfigError for a line too long."""
+        """The request for a line, and the number of old messages left out. ConfigError if the line is too long."""
         if not self.model.tuned:
             return GenerationRequest(self.model.engine.encode(line), sampling), 0
         messages = [{"role": "system", "content": system}] if system.strip() else []
@@ -250,7 +250,7 @@ class Speed(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """`cache_bytes` are per token of one text. `peak_bytes` are torch's on a GPU, else the process's."""
+    """`cache_bytes`: KV cache per token of one text. `peak_bytes`: torch's peak on a GPU, else the process's peak."""
 
     weights_bytes: int
     cache_bytes: int
@@ -278,7 +278,7 @@ def measure_memory(engine: Engine) -> Memory:
     if engine.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(engine.device)
     else:
-        # Kilobytes on Linux, bytes on macOS (getrusage(2)).
+        # ru_maxrss is in kilobytes on Linux and in bytes on macOS (getrusage(2)).
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Memory(weights, cache, peak)
 

@@ -15,7 +15,7 @@ from trainer.weights.open import open_weights
 
 @dataclass(frozen=True)
 class ChatModel:
-    """An opened model. A `tuned` one answers in turns (trainer.data.chat_template), a base model continues text."""
+    """An opened model. A `tuned` model answers the messages of a conversation, any other model continues text."""
 
     name: str
     engine: Engine
@@ -30,7 +30,7 @@ class ChatModel:
         """Shortens a conversation until an answer fits. Returns its tokens and the number of messages left out.
 
         The system's message and the newest message stay. An answer fits if the context has room for
-        `sampling.max_tokens`, or for a quarter of the context.
+        `sampling.max_tokens` or for a quarter of the context, whichever is less.
         """
         room = self.engine.context - min(sampling.max_tokens, self.engine.context // 4)
         system = [message for message in messages[:1] if message["role"] == "system"]
@@ -42,8 +42,8 @@ class ChatModel:
             if len(tokens) <= room:
                 return tokens, start
         raise ConfigError(
-            f"the newest message makes {len(tokens)} tokens with its headings, {room} fit before an answer within the "
-            f"context of {self.engine.context}; shorten it"
+            f"the newest message makes {len(tokens)} tokens with its headings, but only {room} fit before an answer "
+            f"within the context of {self.engine.context}; shorten it"
         )
 
 

@@ -57,7 +57,7 @@ def _choose_cut(logits_NV: torch.Tensor, samplings: Sequence[Sampling], draws: S
     rank_C = torch.arange(logits_NC.shape[1], device=logits_NV.device)
     p_NC = _softmax(logits_NC.masked_fill(rank_C >= _column(limits, logits_NV), -torch.inf), samplings)
     before_NC = p_NC.cumsum(1) - p_NC
-    # The likeliest token passes both tests: no probability precedes it, and it is its own reference.
+    # The likeliest token passes both tests: the probabilities before it sum to 0, and min_p is relative to its own.
     keep_NC = (before_NC < _column([s.top_p for s in samplings], p_NC)) & (
         p_NC >= _column([s.min_p for s in samplings], p_NC) * p_NC[:, :1]
     )
@@ -73,10 +73,10 @@ def _softmax(logits_NC: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Te
 
 
 def _pick(p_NC: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
-    """Index (N,) at which the cumulative probability exceeds the row's draw. Its probability is never zero."""
+    """Index (N,) at which the cumulative probability exceeds the row's draw. The index has a non-zero probability."""
     sums_NC = p_NC.cumsum(1)
     places_N = torch.searchsorted(sums_NC, _column(draws, sums_NC) * sums_NC[:, -1:], right=True)[:, 0]
-    # The product above can round up to the last sum. Then take the last index with a probability.
+    # The product above can round up to the last sum. Then take the last index with a non-zero probability.
     last_N = (sums_NC < sums_NC[:, -1:]).sum(1)
     return torch.minimum(places_N, last_N)
 

@@ -1,4 +1,4 @@
-"""Generates text for many requests at once, with a KV cache.
+"""Generates the texts of many requests in one batch, with a KV cache.
 
     engine = Engine(trained.model, trained.encoding, device)
     for piece in engine.stream([GenerationRequest(engine.encode("Once upon a time"), Sampling(seed=1))]):
@@ -31,7 +31,7 @@ from trainer.model.gpt import GPT
 from trainer.model.loss import soft_cap
 from trainer.model.precision import autocast, resolve
 
-PROMPT_TOKENS_PER_STEP = 8192  # limit of padded prompts in one batch
+PROMPT_TOKENS_PER_STEP = 8192  # largest number of prompt tokens in one batch, with padding
 ROOM_STEP = 256  # a cache grows by this number of positions
 
 Finish = Literal["stop", "length"]
@@ -107,7 +107,7 @@ class Engine:
         self._max_batch_size = max_batch_size
         self._numbers = itertools.count()
         self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []  # in the same order as the rows of the cache
+        self._rows: list[_Row] = []  # texts in progress, in the order of the rows of the cache
         self._cache: KVCache | None = None
         self._gone: set[int] = set()
 
@@ -159,7 +159,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Piece]:
-        """Processes waiting prompts if the batch has room, else extends all texts. Returns a piece for each."""
+        """Processes waiting prompts if the batch has room, else extends all texts. Returns a piece per such text."""
         self._drop(self._gone)
         self._gone = set()
         if self._waiting and len(self._rows) < self._max_batch_size:
@@ -297,7 +297,7 @@ class TextStream:
     def feed(self, data: bytes, final: bool = False) -> tuple[str, bool]:
         """Takes a token's bytes. Returns the text that can be shown, and whether it ended at a stop text.
 
-        The stop text and all that follows are omitted. `final` holds nothing back.
+        The stop text and all that follows are omitted. With `final`, no text is held back.
         """
         self._held += self._decoder.decode(data, final)
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]

@@ -1,4 +1,4 @@
-"""Translates OpenAI's completions and chat completions: request bodies, responses and errors.
+"""Translates requests, responses and errors of OpenAI's API for completions and chat completions.
 
 Additional parameters are top_k, min_p and repetition_penalty. An unsupported parameter is an error, unless its value
 has no effect.
@@ -36,7 +36,7 @@ _SAMPLING = {
 }
 _READ = {"model", "prompt", "messages", "stop", "n", "stream", "stream_options", "logprobs", "top_logprobs"}
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction"}
-# Unsupported parameters, with the values that have no effect. null has none either.
+# Unsupported parameters, with the values that have no effect. The value null has no effect either.
 _NEUTRAL = {
     "best_of": [1],
     "echo": [False],
@@ -67,7 +67,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class ApiRequest:
-    """A checked request. `requests` holds the choices of the first prompt, then those of the next."""
+    """A checked request. `requests` holds all choices of the first prompt, then all of the second, and so on."""
 
     requests: tuple[GenerationRequest, ...]
     stream: bool
@@ -176,7 +176,7 @@ def _check_keys(body: Mapping[str, Any]) -> None:
 
 
 def _prompts(body: Mapping[str, Any], model: ChatModel) -> list[list[int]]:
-    """Token ids of each prompt. A text gets a leading end-of-text token, as documents in training; ids do not."""
+    """Token ids of each prompt. A text gets a leading end-of-text token, like documents in training; ids get none."""
     prompt = body.get("prompt", "")
     if isinstance(prompt, str) or (prompt and _is_tokens(prompt)):
         prompt = [prompt]
@@ -193,12 +193,12 @@ def _is_tokens(value: Any) -> bool:
 
 def _conversation(body: Mapping[str, Any], model: ChatModel) -> list[int]:
     if not model.tuned:
-        raise ApiError(400, f"{model.name} is a base model without turns; use /v1/completions", "messages")
+        raise ApiError(400, f"{model.name} is a base model without a chat template; use /v1/completions", "messages")
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ApiError(400, "messages must be a list of objects", "messages")
     turns = [_message(each) for each in messages]
-    # A model may have answered with nothing, and its client sends that turn back. Training has no empty turns.
+    # Clients send earlier turns back, also an empty answer of the model. Training has no empty turns: leave them out.
     said = [turn for turn in turns[:-1] if not _is_empty(turn)]
     said += [turn for turn in turns[-1:] if turn["role"] == "user" or not _is_empty(turn)]
     try:
@@ -215,7 +215,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         content = text_of(message.get("content"))
     except ValueError:
         raise ApiError(400, "messages may contain text only", "messages") from None
-    # OpenAI renamed the role.
+    # OpenAI renamed the role "system" to "developer".
     return {"role": "system" if role == "developer" else role, "content": content}
 
 

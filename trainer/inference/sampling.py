@@ -18,7 +18,7 @@ class Sampling(Bounded):
     max_tokens: int = setting(128, "maximum number of new tokens; a text also ends at the model's context", ge=1)
     repetition_penalty: float = setting(
         1.0,
-        "divides the logits of tokens in the text (multiplies negative ones) (Keskar et al. 2019); 1: off",
+        "divides the logits of tokens that the text contains (multiplies negative logits) (Keskar et al. 2019); 1: off",
         gt=0,
     )
     temperature: float = setting(0.8, "divides the logits; 0: always choose the likeliest token", ge=0)
@@ -28,7 +28,7 @@ class Sampling(Bounded):
     )
     min_p: float = setting(
         0.0,
-        "least probability of a token, as a fraction of the likeliest one's (Nguyen et al. 2024); 0: off",
+        "least probability of a token, as a fraction of the likeliest token's (Nguyen et al. 2024); 0: off",
         ge=0,
         le=1,
     )
@@ -46,7 +46,7 @@ class InferenceOptions(Bounded):
 
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto: a GPU if there is one")
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
-    max_batch_size: int = setting(16, "texts that are computed together; further ones wait", ge=1)
+    max_batch_size: int = setting(16, "number of texts computed together; further requests wait", ge=1)
 
 
 def split_arguments(arguments: Sequence[str], usage: str) -> tuple[str, list[str]]:
@@ -70,7 +70,7 @@ def changed(sampling: Sampling, key: str, text: str, where: str) -> Sampling:
 
 
 def sampling_of(settings: Sampling, **changes: Any) -> Sampling:
-    """The sampling settings among those of a program, with `changes`."""
+    """The sampling settings among all settings of a program, with `changes`."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Sampling)}
     return Sampling(**fields | changes)
 

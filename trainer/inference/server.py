@@ -58,8 +58,8 @@ class HttpServer:
     @web.middleware
     async def _guard(self, request: web.Request, handler) -> web.StreamResponse:
         if not self._key:
-            # Without a key, only requests from this computer are allowed. The Host header exposes a foreign web page
-            # whose domain name resolves to this computer (DNS rebinding).
+            # Without a key, only requests from this computer are allowed. The Host header reveals a foreign web page
+            # that reaches this computer by a domain name which resolves to it (DNS rebinding).
             if not is_loopback(name_in(request.host)):
                 problem = f"the host {request.host!r} is not this computer; set {KEY} to serve others"
                 raise ApiError(403, problem)

@@ -23,7 +23,7 @@ class Failed(Exception):
 
 
 class Worker:
-    """Create and use it within one event loop."""
+    """Passes requests to the engine's thread, and pieces of text back. Create and use it within one event loop."""
 
     def __init__(self, engine: Engine, most_waiting: int):
         self._engine = engine

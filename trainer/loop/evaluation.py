@@ -59,7 +59,10 @@ class TrainingEvaluator:
         self._hellaswag = functools.cache(self._encode_hellaswag)
 
     def evaluate(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
-        """Do what is due after `step`, except the kinds of metrics in `without`. False, on all ranks, if cut off."""
+        """Run the evaluations that are due after `step`, except those whose kind of metric is in `without`.
+
+        Returns False, on all ranks, if a request to stop ended an evaluation.
+        """
         evaluations = {"eval": self.validate, "hellaswag": self._score_hellaswag, "sample": self._sample}
         due = [evaluations[kind] for kind in self.due(step, is_last) if kind not in without]
         if not due:
@@ -77,7 +80,7 @@ class TrainingEvaluator:
         return is_done
 
     def due(self, step: int, is_last: bool = False) -> list[str]:
-        """The kinds of metrics that are due after `step`: after the last one all of them."""
+        """The kinds of metrics that are due after `step`; after the last step, all kinds."""
         train = self._train
         every = {"eval": train.eval_every, "hellaswag": train.hellaswag_every, "sample": train.sample_every}
         if not self._hellaswag_rows:
@@ -126,7 +129,7 @@ class TrainingEvaluator:
             log.info("step %d/%d | sample: %s", step, stage.steps, " ".join(text.split()))
 
     def _check_stop(self) -> None:
-        """Raises Abandoned on all ranks as soon as one of them must stop: none waits for another's results."""
+        """Raises Abandoned on all ranks if one of them must stop, so that no rank waits for another's results."""
         if gather_numbers([self._is_leaving()], self._ranks).any():
             raise Abandoned
 
@@ -140,11 +143,11 @@ def sample(
     device: torch.device,
     is_leaving: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Continue `prompt` by up to `new_tokens`, or to the end of the document: top-k 50 at temperature 1, as
+    """Continue `prompt` by up to `new_tokens` tokens or to the end of the document, with top-k 50 at temperature 1, as
     build-nanogpt does. The fixed seed makes the samples of different steps comparable.
 
-    A prompt that leaves too little of the model's context is cut at its beginning. Raises Abandoned once
-    `is_leaving()`, which is called after each token.
+    A prompt that leaves too little of the model's context is cut at its beginning. `is_leaving` is called after each
+    token; if it returns true, Abandoned is raised.
     """
     engine = Engine(model, encoding, device)
     tokens = engine.encode(prompt)[-max(1, engine.context - new_tokens) :]
@@ -161,14 +164,14 @@ def sample(
 
 
 def kinds_measured(segment: SegmentLog, restored: Restored) -> set[str]:
-    """Rank 0: the kinds of metrics that earlier segments recorded after the restored step.
+    """On rank 0: the kinds of metrics that earlier segments recorded for the restored step.
 
-    The segment that saved the step may have recorded them, or a later one. An evaluation that was cut off is missing.
+    The segment that saved the step may have recorded them, or a later one. An evaluation that was cut off has none.
     """
     found: set[str] = set()
     for number in range(restored.segment, segment.number):
         for info in reversed(storage.list_objects(segment.ledger.folder.segment(number).metrics)):
-            with contextlib.suppress(ObjectNotFound):  # its writer has just merged it with others
+            with contextlib.suppress(ObjectNotFound):  # the object was just merged with others
                 events, _ = journal.read_objects([info.uri])
                 found |= {event["kind"] for event in events if event["step"] == restored.step}
                 if events and events[0]["step"] < restored.step:

@@ -7,14 +7,14 @@ import torch
 
 from trainer.model.gpt import GPT
 
-SLOWER_BY = 1.25  # times the median of all ranks
-IN_A_ROW = 3  # steps; a single slow one may have any cause
+SLOWER_BY = 1.25  # a slow rank takes more than this multiple of the median time
+IN_A_ROW = 3  # slow steps before a rank is named, because a single slow step may have any cause
 
 
 class StepNorms:
     """Measures one step: construct it before the forward passes, call `finish` after the update.
 
-    It copies the weights, so it runs at intervals only. The residual stream of a block grows before a run diverges
+    It copies the weights, so use it only every few steps. The residual stream of a block grows before a run diverges
     (Dettmers et al. 2022 on outliers; Wortsman et al. 2023, "Small-scale proxies", on the norms to observe).
     """
 
@@ -63,15 +63,15 @@ def part_of(name: str) -> str:
 class SlowRanks:
     """Detects a rank that stays slower than the others, such as one with a throttling GPU.
 
-    Ranks wait for each other within a step, so the whole step does not show the slow one. The forward passes do: no
-    rank waits in them.
+    Ranks wait for each other within a step, so the time of a whole step does not show which rank is slow. The time of
+    the forward passes does, because no rank waits in them.
     """
 
     def __init__(self, world: int):
         self._slow_steps = [0] * world
 
     def check(self, seconds: list[float]) -> list[tuple[int, float]]:
-        """(rank, times the median) of each rank that was slow for the third step in a row, given their seconds."""
+        """(rank, multiple of the median) of each rank that was slow for the third step in a row. `seconds`: by rank."""
         median = statistics.median(seconds)
         found = []
         for rank, mine in enumerate(seconds):
@@ -105,7 +105,7 @@ class ForwardClock:
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        """The sum; call it after the device has finished the passes."""
+        """The sum in seconds. Call it after the device has finished the passes."""
         pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
         if self._on_gpu:
             return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3

@@ -1,4 +1,4 @@
-"""Opens and checks, before anything is written, what a run reads only later: at its evaluations or at its end.
+"""Checks, before a run writes anything, the inputs that it reads only later: for evaluations or at its end.
 
 A vocabulary that is missing, a damaged HellaSwag set or a lost shard would otherwise end a run after paid hours.
 """
@@ -15,7 +15,7 @@ from trainer.stages.stage import Stage
 
 
 def open_later_inputs(stage: Stage, ranks: Ranks) -> Sequence[Mapping[str, Any]]:
-    """Open and check them, all ranks together. Returns the HellaSwag items to score, none without that set.
+    """Open and check these inputs, on all ranks together. Returns the HellaSwag items to score, if there are any.
 
     Raises LauncherError on rank 0, PeerFailed on the others.
     """
@@ -23,7 +23,7 @@ def open_later_inputs(stage: Stage, ranks: Ranks) -> Sequence[Mapping[str, Any]]
     on_main(stage.check_stored, ranks)
     rows = on_main(functools.partial(_hellaswag_rows, stage.data_url, train.hellaswag_items), ranks)
     if rows or takes_samples(train):
-        _ = stage.vocabulary  # it stays open
+        _ = stage.vocabulary  # reads it now; the stage keeps it
     return rows
 
 

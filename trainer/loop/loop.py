@@ -1,9 +1,9 @@
 """Takes the optimizer steps of one segment: fetch, exchange, save, evaluate, step.
 
-At each step boundary the ranks first exchange their news: a failed batch, a request to stop or to save.
-Then all of them do the same, so that no rank waits alone in a collective. A checkpoint comes before the evaluation of
-its step, which could fail. A request to stop also ends an evaluation and a wait for data. Until its first step is done
-a segment has nothing to save, so the process then ends at once.
+Between two steps the ranks first exchange what has happened: a failed batch, a request to stop or to save. Then all
+ranks act alike, so that no rank waits alone in a collective. A step is saved before it is evaluated, because the
+evaluation could fail. A request to stop also ends an evaluation or a wait for data. Before its first step is done, a
+segment has nothing to save, so a request to stop ends the process immediately.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Loop:
     requests: StopRequests
     evaluator: TrainingEvaluator
     reporter: StepReporter
-    last_loss: float | None = None  # of the restored step, if its checkpoint has it
+    last_loss: float | None = None  # loss of the restored step, if its checkpoint holds it
 
     def __post_init__(self):
         self.settings = self.stage.settings
@@ -73,13 +73,13 @@ class Loop:
         self.step_seconds = 0.0
 
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, StopRequest | None]:
-        """Returns the step that was reached, whose checkpoint is complete, and the request that ended the run, if any.
+        """Returns the step that was reached and the request that ended the run, if any. The step is saved.
 
-        `measured` names the kinds of metrics that `first_step` has already; the others that are due are measured now.
+        `measured` holds the kinds of metrics that `first_step` already has. Others that are due are measured first.
         """
         step = first_step
         if step == 0 and self.stage.measures_start:
-            with contextlib.suppress(Abandoned):  # the exchange below finds the reason
+            with contextlib.suppress(Abandoned):  # the exchange below finds the request to stop
                 self.evaluator.validate(step)
         elif step > 0 and not self.is_last(step):
             self.evaluator.evaluate(step, measured)
@@ -92,12 +92,12 @@ class Loop:
             # 2. Exchange between the ranks: failures, requests to stop, and whether to save.
             request, save = self._exchange(step, micro_batches)
             waited = time.monotonic() - started
-            # 3. Save the step that was done before. The last checkpoint of a segment is waited for.
+            # 3. Save the previous step if it is due. Wait for the last checkpoint of a segment.
             if step > first_step:
                 self._save(step, save, last=request is not None or is_last)
             elif is_last:
-                log.info("the run has reached its last step, %d, before", step)
-            # 4. End here, or evaluate the step that was done before.
+                log.info("the run had already reached its last step, %d", step)
+            # 4. End here, or evaluate the previous step.
             if is_last:
                 self._check_overfit(step)
                 if not self.evaluator.evaluate(step, is_last=True):
@@ -114,7 +114,7 @@ class Loop:
             self._step(step + 1, micro_batches, waited)
             step += 1
             if step == first_step + 1:
-                # From now on a request to stop gets the time to save.
+                # From now on there is a step to save, so a request to stop leaves time for that.
                 stop.allow(stop.own_seconds(), self._last_words)
                 self._mark_first_step(step, self.step_seconds - waited)
 
@@ -124,7 +124,7 @@ class Loop:
         started = time.monotonic()
         norms = StepNorms(self.model) if train.norms_every and step % train.norms_every == 0 else None
 
-        # 1. Forward and backward pass of each micro-batch; the gradients of the last one are reduced meanwhile.
+        # 1. Forward and backward pass of each micro-batch. The last backward pass also reduces the gradients.
         losses = []
         clock = ForwardClock(self.ranks.device)
         self.reducer.reset()
@@ -150,7 +150,7 @@ class Loop:
         gradient_norms = norms.gradients() if norms else {}
         self.optimizer.step(factor)
 
-        # 4. Report. The exact sum of the losses has the same bits whichever rank computed which.
+        # 4. Report. fsum is exact, so the loss has the same bits whichever rank computed which micro-batch.
         self.segment.step_done(step)
         self.step_seconds = time.monotonic() - started + waited_seconds
         self.last_loss = math.fsum(losses_of_ranks.flatten().tolist()) / losses_of_ranks.numel()
@@ -162,7 +162,7 @@ class Loop:
             self._report_slow_ranks(forward_seconds.tolist())
 
     def _report_slow_ranks(self, forward_seconds: list[float]) -> None:
-        """Name each rank that stays slow: once, on rank 0, because all ranks have the same numbers."""
+        """Record each rank that stays slow. All ranks have the same numbers, and only rank 0 logs them."""
         for rank, times in self.slow_ranks.check(forward_seconds):
             self.segment.mark("slow_rank", rank=rank, times=times)
             if self.ranks.is_main:
@@ -179,7 +179,7 @@ class Loop:
         return step == self.stage.steps or is_overfitted(self.settings.train, self.last_loss)
 
     def _fetch(self) -> list[Any] | LauncherError:
-        """This rank's micro-batches of the next step, or the error of reading them; none after a request to stop."""
+        """This rank's micro-batches of the next step, or the error of reading them. Empty after a request to stop."""
         if self.repeated:
             return self.repeated
         try:
@@ -193,9 +193,9 @@ class Loop:
         return fetched
 
     def _exchange(self, step: int, fetched: list[Any] | LauncherError) -> tuple[StopRequest | None, bool]:
-        """Exchange between all ranks: (the request to stop, whether to save). Raises if a rank failed.
+        """Agree between all ranks. Returns the request to stop, if any, and whether to save. Raises if a rank failed.
 
-        Data that cannot be read does not keep ranks that were asked to stop from saving.
+        If a rank cannot read its data while another was asked to stop, all ranks save before they stop.
         """
         failure = self.saver.taken_over or self.saver.stuck
         no_data = fetched if isinstance(fetched, LauncherError) else None
@@ -224,7 +224,7 @@ class Loop:
         return None, bool(saves.any())
 
     def _stop_request(self, step: int) -> StopRequest:
-        """The request that ended an evaluation on some rank."""
+        """The request to stop that ended an evaluation on some rank."""
         request, _ = self._exchange(step, [])
         assert request is not None
         return request
@@ -250,7 +250,7 @@ class Loop:
                 log.info("step %d is saved", step)
 
     def _state(self, step: int) -> dict:
-        """The state that a checkpoint stores besides tensors. Random numbers have none: they follow from the step."""
+        """The state that a checkpoint stores besides tensors. Random numbers follow from the step and need no state."""
         # A resumed overfitting run needs the loss to know whether it has ended.
         loss = {"loss": self.last_loss} if self.settings.train.overfit else {}
         return {

@@ -1,4 +1,4 @@
-"""Reports each step: one metric in the run's folder, a log line per interval or a live screen, a copy to trackers."""
+"""Reports each step: a metric in the run's folder, a log line at intervals or a live screen, a copy to trackers."""
 
 import logging
 import sys

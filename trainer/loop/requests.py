@@ -1,7 +1,7 @@
 """Collects requests to stop or to save: from signals, from the spending cap, and from the provider of a spot machine.
 
-The training loop reads them between steps. A provider announces the end of a spot machine (clouds/base.py,
-Cloud.interruptions), which asks the run to stop; a warning that the risk has grown asks for one more checkpoint.
+The training loop reads them between steps. If the provider announces the end of a spot machine (clouds/base.py,
+Cloud.interruptions), the run stops. If it warns that the risk has grown, the run saves one more checkpoint.
 SpotWatch polls every five seconds, as AWS advises (EC2 User Guide, "Spot Instance interruption notices").
 """
 
@@ -17,7 +17,7 @@ log = logging.getLogger("train")
 
 POLL_SECONDS = 5.0
 GIVE_UP_AFTER = 3
-KINDS = ("signal", "spot", "cap")  # of a request to stop; the ranks exchange the index
+KINDS = ("signal", "spot", "cap")  # kinds of requests to stop; the ranks exchange the index of one
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StopRequest:
 class StopRequests:
     """The requests that have arrived. Thread-safe. The first request to stop counts; a request to save is taken once.
 
-    `hurry` is called with the reason if the machine will be taken away (core.stop.ask), which leaves little time.
+    If the machine will be taken away, `hurry` (core.stop.ask) is called with the reason, because little time is left.
     """
 
     def __init__(self, hurry: Callable[[str], None] = lambda reason: None) -> None:
@@ -62,9 +62,10 @@ class StopRequests:
 
 
 class SpotWatch:
-    """Polls the provider in a thread. One per node.
+    """Polls the interruption notices of the provider in a thread. One instance per node.
 
-    No failure of a known provider ends the watch. An unknown one is any of CLOUDS; then it ends after a few attempts.
+    If CLOUD names no known provider, all of CLOUDS are asked, and the watch ends after a few failures. Once a provider
+    is known, no failure ends the watch.
     """
 
     def __init__(self, requests: StopRequests, environment: Mapping[str, str], poll_seconds: float = POLL_SECONDS):
@@ -95,10 +96,10 @@ class SpotWatch:
             except Unavailable as error:
                 failures += 1
                 if failures == GIVE_UP_AFTER:
-                    # Normal on an unknown provider. In a container on AWS the hop limit may be the cause.
+                    # This is normal if the provider is unknown. In a container on AWS, the hop limit may be the cause.
                     log.log(
                         logging.WARNING if self._is_known else logging.DEBUG,
-                        "no spot notices: %s; if that does not pass, give the container the host's network, "
+                        "cannot read spot notices: %s; if this lasts, give the container the host's network, "
                         "or the instance a metadata hop limit of 2",
                         error,
                     )
@@ -107,7 +108,7 @@ class SpotWatch:
             self._closed.wait(self._poll_seconds)
 
     def _poll(self) -> None:
-        """Pass a new notice on. Raises Unavailable if no source answers."""
+        """Ask the provider once. A new notice becomes a request. Raises Unavailable if no source answers."""
         for ask in self._sources:
             try:
                 notice = ask()

@@ -1,6 +1,6 @@
 """Shows a run on a terminal: loss, throughput, dollars spent and left, remaining time, updated in place.
 
-A module apart from report.py because rich is optional.
+This is a module of its own, because the package rich is optional.
 """
 
 import itertools
@@ -38,7 +38,7 @@ class Screen:
         console = Console(file=sys.stderr)
         self._live = Live(self._panel(), console=console, refresh_per_second=REFRESHES_PER_SECOND)
         self._live.start()
-        # Log handlers hold the old stream. With the console's stream their lines appear above the panel.
+        # Log handlers still write to the old sys.stderr. rich has replaced it, to show log lines above the panel.
         self._moved = [
             (handler, handler.setStream(sys.stderr))
             for handler in logging.getLogger().handlers

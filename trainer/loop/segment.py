@@ -8,11 +8,11 @@ The guarantee of a resume, by device:
     CPU     the same bits as without the interruption, on CPUs of one kind with the same number of threads per rank
     CUDA    the same bits on GPUs of one kind with train.deterministic, the default; without it equal up to rounding
 
-On CUDA torch.use_deterministic_algorithms gives the guarantee. By torch's documentation and source, read and not run:
-flash and memory-efficient attention have deterministic backward passes, cuDNN attention has none and is not used,
-FlexAttention needs no atomics for the gradients of queries, keys and values, scatter_add and index_put sort their
-indices, and Inductor chooses reductions by rule instead of by timing. A training step uses no operation that torch
-refuses in this mode (tests/test_determinism.py).
+On CUDA, torch.use_deterministic_algorithms gives the guarantee. The following is from torch's documentation and source,
+and was not measured: flash and memory-efficient attention have deterministic backward passes; cuDNN attention has none
+and is not used; FlexAttention needs no atomics for the gradients of queries, keys and values; scatter_add and index_put
+sort their indices; Inductor chooses reductions by rule instead of by timing. A training step uses no operation that
+torch refuses in this mode (tests/test_determinism.py).
 """
 
 import functools
@@ -49,7 +49,7 @@ log = logging.getLogger("train")
 MEET_SECONDS = 60.0
 SAYING_SECONDS = 1.0
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-# The values with which cuBLAS gives the same bits each time; the first is faster and takes 32 MB.
+# Values with which cuBLAS computes the same bits each time. The first one is faster and takes 32 MB.
 EXACT_WORKSPACES = (":4096:8", ":16:8")
 
 StageClass = Callable[[TrainingConfig, Ranks], Stage]
@@ -58,9 +58,9 @@ StageClass = Callable[[TrainingConfig, Ranks], Stage]
 def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: EarlyFetch | None = None) -> int:
     """Join the other ranks and train. Returns the exit code.
 
-    `fetched` holds the files of the newest checkpoint whose fetch began before torch was imported.
+    `fetched` is the early fetch of the newest checkpoint, which began before torch was imported.
     """
-    stop.listen()  # the entries have called it already
+    stop.listen()  # the main programs have already called it
     ranks = None
     try:
         ranks = process_group.start(settings.train.device)
@@ -74,7 +74,7 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
             return FAILED
         error = determinism_refusal(error) or error
         if ranks and isinstance(error, LauncherError) and not process_group.is_first_to_say(str(error), ranks):
-            time.sleep(SAYING_SECONDS)  # torchrun ends the rank that says it once this one has ended
+            time.sleep(SAYING_SECONDS)  # torchrun kills the rank that reports the error when this rank has ended
             return FAILED
         raise error
     finally:
@@ -82,7 +82,7 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
 
 
 def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetched: EarlyFetch | None) -> int:
-    # 1. Requests to stop arrive from here on: by signal now, from the machine's provider and the cap below.
+    # 1. From here on, a signal is a request to stop. The machine's provider and the cap are watched further below.
     requests = StopRequests(hurry=stop.ask)
     stop.inform(requests.on_signal)
 
@@ -92,8 +92,8 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     # 2. Torch: precision, threads, deterministic kernels.
     set_up_torch(settings.train, ranks)
 
-    # 3. The stage reads its data and determines batch and length. Nothing is written until these are checked, and what
-    #    evaluations will need.
+    # 3. The stage reads its data and determines batch size and sequence length. Nothing is written before these, and
+    #    what evaluations will need, are checked.
     stage = stage_class(settings, ranks)
     settings = stage.settings
     hellaswag_rows = open_later_inputs(stage, ranks)
@@ -166,7 +166,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
         return code
     except BaseException as error:
         if saver:
-            saver.wait()  # a checkpoint in flight is still good
+            saver.wait()  # a checkpoint in flight can still be completed
         ended = "preempted" if stop.is_certain() else "failed"
         segment.close("interrupted" if isinstance(error, KeyboardInterrupt) else ended, None, error=one_line(error))
         raise
@@ -215,7 +215,7 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
 
 
 def keep_vocabulary(stage: Stage) -> None:
-    """Store the vocabulary with the run: its weights can then be used without its data. Training does not need it."""
+    """Store the vocabulary with the run, so that its weights can be used without its data. A failure is only logged."""
     try:
         storage.write_bytes(storage.join(stage.settings.run.url, VOCABULARY_FILE), stage.read_vocabulary().stored)
     except LauncherError as error:
@@ -294,7 +294,7 @@ def set_up_determinism(train: TrainLoopConfig, device: torch.device, environment
     """Choose deterministic kernels on CUDA. Raises ConfigError if a variable contradicts train.deterministic."""
     if device.type != "cuda" or not train.deterministic:
         return
-    # cuBLAS reads it at its start; without it torch refuses matrix products in deterministic mode.
+    # cuBLAS reads this variable when it starts. Without it, torch refuses matrix products in deterministic mode.
     workspace = environment.setdefault(CUBLAS_WORKSPACE, EXACT_WORKSPACES[0])
     if workspace not in EXACT_WORKSPACES:
         raise ConfigError(
@@ -303,20 +303,20 @@ def set_up_determinism(train: TrainLoopConfig, device: torch.device, environment
             "train.deterministic=false"
         )
     torch.use_deterministic_algorithms(True)
-    # It would cost bandwidth, and no memory is read here before it is written.
+    # Filling new tensors would cost bandwidth, and no tensor is read here before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def describe_determinism(train: TrainLoopConfig, ranks: Ranks, lengths_vary: bool) -> str:
-    """The guarantee of a resume on these ranks, for the log. `lengths_vary`: of the sequences of its micro-batches."""
+    """A sentence for the log on how exact a resume is. `lengths_vary`: whether micro-batches differ in length."""
     if ranks.device.type != "cuda":
         where = f"on CPUs of this kind, with {torch.get_num_threads()} threads per rank"
     elif not train.deterministic:
         return "a resume is exact up to rounding: train.deterministic is false"
     elif lengths_vary and train.compile:
         return (
-            "a resume is exact up to rounding: rows vary in length, and compiled kernels depend on the lengths before "
-            "them; set train.compile=false for the same bits"
+            "a resume is exact up to rounding: rows vary in length, and compiled kernels depend on the lengths seen "
+            "earlier; set train.compile=false for the same bits"
         )
     else:
         where = "on GPUs of this kind, by deterministic kernels"
@@ -327,7 +327,7 @@ def describe_determinism(train: TrainLoopConfig, ranks: Ranks, lengths_vary: boo
 
 
 def determinism_refusal(error: Exception) -> ConfigError | None:
-    """A ConfigError with a remedy if `error` is torch's about a kernel without a deterministic form, else None."""
+    """A ConfigError with a remedy if `error` says that torch has no deterministic form of a kernel, else None."""
     if not isinstance(error, RuntimeError) or "does not have a deterministic implementation" not in str(error):
         return None
     kernel = str(error).partition(" does not have")[0]

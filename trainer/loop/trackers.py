@@ -1,7 +1,7 @@
 """Copies the metrics of a run to TensorBoard, Weights & Biases or MLflow.
 
-The journal in the run's folder remains the record. A thread sends the copies. A tracker that fails is named once in the
-log and gets no more metrics; it never delays or stops a run. Each tool has variables of its own for the destination:
+The journal in the run's folder remains the complete record; a thread sends copies. If a tracker fails, the log names it
+once and it gets no more metrics: it never delays or stops a run. Each tool has its own variables for the destination:
 TENSORBOARD_DIR, WANDB_PROJECT and WANDB_API_KEY, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
 """
 
@@ -28,7 +28,7 @@ Send = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as the trackers know it: `id` tells it from others, `name` is shown. It goes on after `step`."""
+    """A run as the trackers know it. `id` is unique, `name` is shown. The new metrics begin after `step`."""
 
     id: str
     name: str
@@ -40,7 +40,7 @@ def _tensorboard(run: TrackedRun) -> tuple[Send, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
     folder = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', run.name)}-{run.id}"
-    # Steps after the restored checkpoint are done again, so that the ones of before are hidden.
+    # Steps after the restored checkpoint are repeated. `purge_step` hides their earlier values.
     writer = SummaryWriter(os.path.join(os.environ.get("TENSORBOARD_DIR", "runs"), folder), purge_step=run.step + 1)
     writer.add_text(
         "config", "\n".join(f"    {key}: {value}" for key, value in flatten(run.config).items()), run.step + 1
@@ -56,10 +56,11 @@ def _tensorboard(run: TrackedRun) -> tuple[Send, Callable[[], None]]:
 def _wandb(tracked: TrackedRun) -> tuple[Send, Callable[[], None]]:
     import wandb
 
-    # By its id all segments of a run are one line in W&B.
+    # All segments of a run have the same id, so W&B shows them as one run.
     project = os.environ.get("WANDB_PROJECT", "pretraining")
     run = wandb.init(project=project, id=tracked.id, name=tracked.name, resume="allow", config=dict(tracked.config))
-    # Our axis: W&B's built-in step only grows, and drops the steps that a resumed run repeats.
+    # Use our own `step` as the x axis. W&B's built-in step must increase, so the steps that a resumed run repeats would
+    # be dropped.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return lambda step, values: run.log({**values, "step": step}), run.finish
@@ -73,7 +74,7 @@ def _mlflow(run: TrackedRun) -> tuple[Send, Callable[[], None]]:
         mlflow.start_run(run_id=earlier[0].info.run_id)
     else:
         mlflow.start_run(run_name=run.name, tags={MLFLOW_TAG: run.id})
-        # MLflow refuses longer values.
+        # MLflow refuses longer values, so they are cut.
         mlflow.log_params({key: str(value)[:500] for key, value in flatten(run.config).items()})
     return lambda step, values: mlflow.log_metrics(dict(values), step=step), mlflow.end_run
 
@@ -82,10 +83,10 @@ _KINDS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
 
 
 class Trackers:
-    """Takes the metrics that the journal of the run takes."""
+    """Sends the metrics of a run to the trackers `kinds`, the same ones as the journal stores."""
 
     def __init__(self, kinds: tuple[str, ...], run_url: str, config: Mapping[str, Any], run_id: str, step: int = 0):
-        """`run_id` is that of core.run.folder.id_of; `step` the one that a resumed run goes on from."""
+        """`run_id` is from core.run.folder.id_of. `step` is the restored step, 0 for a new run."""
         self._kinds = kinds
         name = run_url.rstrip("/").rsplit("/", 1)[-1]
         self._run = TrackedRun(run_id, name, step, config)

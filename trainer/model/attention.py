@@ -1,8 +1,8 @@
 """Computes causal multi-head self-attention (Vaswani et al. 2017, section 3.2), and caches keys and values.
 
-core.settings.model has the choices. All kernels are fused: scaled_dot_product_attention uses FlashAttention where it
-applies. Attention within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU, whose block mask
-skips positions that no query attends to, and a dense mask elsewhere.
+core.settings.model describes the variants. All kernels are fused: scaled_dot_product_attention uses FlashAttention
+where it applies. Attention within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU, whose
+block mask skips positions that no query attends to. Elsewhere, attention within documents uses a dense mask.
 
 Shapes: B sequences, T positions, D model width, H heads, K head width, S positions of the cache.
 """
@@ -23,9 +23,9 @@ from core.settings.model import ModelConfig
 class KVCache:
     """Keys and values of `rows` sequences, for up to `room` positions in every layer.
 
-    Generation then computes each position once. Rows may differ in length: a prompt is padded on the right, `length_B`
-    holds the length of each row, and the next token overwrites the padding. Positions from a row's length on are
-    masked.
+    With a cache, generation computes each position once. Rows may differ in length: a prompt is padded on the right,
+    `length_B` holds the length of each row, and the next token overwrites the padding. Positions from a row's length on
+    are masked.
     """
 
     def __init__(self, config: ModelConfig, rows: int, room: int, device: torch.device, dtype: torch.dtype):
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(width, width, bias=config.bias)
         self.c_proj_2 = nn.Linear(width, width, bias=config.bias) if config.extra_projection else None
-        # Weights of this block's values and of the first block's.
+        # Factors of this block's values and of the first block's values.
         self.mix = nn.Parameter(torch.empty(2)) if config.value_skip else None
 
     def forward(
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 def rotations(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the angles of rotary positions (Su et al. 2021), float32, (T, K/2) or (B, 1, T, K/2).
 
-    Dimension i turns together with i + K/2, as in GPT-NeoX and Llama; those beyond `rope_fraction` do not rotate.
+    Dimensions i and i + K/2 are rotated as a pair, as in GPT-NeoX and Llama; pairs beyond `rope_fraction` are not.
     """
     half = config.head_width // 2
     turning = max(1, round(half * config.rope_fraction))

@@ -1,4 +1,4 @@
-"""Defines the model: a decoder-only transformer with the choices of core.settings.model; the defaults are GPT-2.
+"""Defines the model: a decoder-only transformer with the variants of core.settings.model. The defaults are GPT-2.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; parameter names and initialisation
 follow the released code (openai/gpt-2), so that public weights load by name. Linear layers keep PyTorch's layout
@@ -44,7 +44,7 @@ class MLP(nn.Module):
             h = F.gelu(h, approximate="tanh")
         elif self.kind == "relu2":
             h = F.relu(h)
-            h = h * h  # square() is a power, which autocast makes in float32
+            h = h * h  # h.square() would be a power, which autocast computes in float32
         else:
             gate, value = h.chunk(2, dim=-1)
             h = F.silu(gate) * value
@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.attn = Attention(config, index)
         self.ln_2 = norm(config)
         self.mlp = MLP(config)
-        # Weights of the residual stream and of the embedding.
+        # Factors of the residual stream and of the embedding.
         self.skip = nn.Parameter(torch.empty(2)) if config.embedding_skip else None
 
     def forward(
@@ -107,7 +107,7 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """tokens_BT: integer ids, T at most the context. Returns a float32 scalar, or logits_BTV.
 
-        A target below 0 does not count in the mean. With a `cache` the tokens of a row follow those that it holds.
+        A target below 0 does not count in the mean. With a `cache`, the tokens of a row follow those in the cache.
         `packed` rows hold several texts, each of which begins with an end-of-text token and attends to itself only.
         """
         x_BTD = self.hidden(tokens_BT, cache, packed)
@@ -121,7 +121,7 @@ class GPT(nn.Module):
         """The input of the output layer, x_BTD, after the last norm."""
         config = self.config
         T = tokens_BT.shape[1]
-        # (T,); with a cache, whose rows differ in length, or with packed texts, which count from 0 each, (B, T).
+        # Shape (T,). With a cache or packed texts, rows differ in their positions: shape (B, T).
         if cache is not None:
             positions = cache.positions(T)
         else:
@@ -154,9 +154,9 @@ class GPT(nn.Module):
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile each block as one graph, and the loss. A graph break is an error.
 
-        Equal blocks compile once, and the gradients of a block are sent while those of the next are computed, which one
-        graph for the whole model would not allow. DistributedDataParallel would cut a block at its buckets. That gains
-        nothing here, and costs memory: activations that cross a cut must be stored.
+        Blocks with the same code are compiled once. One graph per block, instead of one for the model, allows DDP to
+        send the gradients of a block while those of the next are computed. `optimize_ddp` would cut the graphs at DDP's
+        buckets. That gains nothing here, and costs memory: activations that cross a cut must be stored.
         """
         torch._dynamo.config.optimize_ddp = False
         self.fused = True
@@ -165,9 +165,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Set the starting values (core.settings.model, `init`). Biases and skips start without effect.
+        """Set the initial weights (core.settings.model, `init`). Biases and skips start without effect.
 
-        Drawn on the CPU from `seed` alone, so that every device and rank starts from the same bits.
+        Values are drawn on the CPU from `seed` alone, so that every device and rank starts from the same bits.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -184,7 +184,7 @@ class GPT(nn.Module):
             return INIT_STD / math.sqrt(2 * self.config.layers) if closes_branch else INIT_STD
         if closes_branch or name.startswith("lm_head"):
             return 0.0
-        # A tied embedding is also the output layer; with a deviation of 1 its logits would be as large as its width.
+        # A tied embedding is also the output layer. Its logits would be as large as the width with a deviation of 1.
         is_embedding = name.startswith(("wte", "wpe"))
         return (
             (INIT_STD if self.config.tie_embeddings else 1.0)

@@ -45,7 +45,7 @@ def attach(model: GPT, rank: int, alpha: float, targets: Iterable[str]) -> None:
 
 @torch.no_grad()
 def initialise(model: GPT, seed: int) -> None:
-    """Set A to N(0, 1 / in) and B to zero. Drawn on the CPU from `seed` alone, like the model's values."""
+    """Set A to N(0, 1 / in), drawn on the CPU from `seed` alone like the model's weights, and B to zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapters(model).items():
         if name.endswith("lora_a"):
@@ -78,7 +78,7 @@ def base(model: GPT) -> dict[str, nn.Parameter]:
 
 
 def digest(parameters: Mapping[str, torch.Tensor]) -> str:
-    """XXH3-128 of the weights. Adapters work only with the weights that they were trained on."""
+    """XXH3-128 of the weights, to identify them: adapters work only with the weights that they were trained on."""
     checksum = xxh3_128()
     for name in sorted(parameters):
         checksum.update(name.encode())

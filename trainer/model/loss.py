@@ -1,10 +1,10 @@
 """Computes losses over a large vocabulary without the logits of a whole micro-batch in memory.
 
-The output layer and the loss process the rows in chunks. The gradient of a chunk is computed at once, while its logits
-are in memory: the same three matrix products as the plain way, but no (B T, V) tensor in float32 ever exists (Wijmans
-et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Hsu et al. 2024, Liger Kernel). The losses of
-distillation and preference optimisation leave the gradients to autograd, which computes the logits of a chunk a second
-time (Chen et al. 2016).
+The output layer and the loss process the rows in chunks. Each chunk's gradient is computed immediately, in the forward
+pass, while its logits are in memory. This takes the same three matrix products as the usual way, but no (B T, V) tensor
+in float32 ever exists (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Hsu et al. 2024,
+Liger Kernel). The losses of distillation and preference optimisation leave gradients to autograd, which computes the
+logits of each chunk again in the backward pass (Chen et al. 2016).
 
 Shapes: N rows (B T positions), D model width, E the teacher's width, V vocabulary rows, C rows of a chunk.
 """
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from core.data.vocabulary import GPT2_VOCAB_SIZE
 
-# 26 MB of float32 logits fit a CPU's cache. A GPU needs larger products: 800 MB with GPT-2's vocabulary.
+# With GPT-2's vocabulary, a chunk's float32 logits take 26 MB on a CPU, which fit its cache, and 800 MB on a GPU, which
+# needs larger products.
 CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
 
@@ -33,8 +34,8 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Mean cross-entropy in nats (float32 scalar) of logits x_ND @ weight_VD.T against targets_N, soft-capped.
 
-    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the logits
-    into fewer kernels, which a GPU's memory bandwidth bounds.
+    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the operations on the
+    logits into fewer kernels, because a GPU's memory bandwidth limits them.
     """
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused)
 
@@ -83,7 +84,7 @@ def divergence_and_cross_entropy(
 ) -> torch.Tensor:
     """Mean KL(teacher, student) and mean cross-entropy with the targets over all rows, in nats, (2,).
 
-    `temperature` divides the logits of the divergence, which covers GPT-2's tokens and no padding of a vocabulary.
+    `temperature` divides the logits of the divergence only. The divergence covers GPT-2's tokens and no padding rows.
     """
 
     def of_chunk(x_CD: torch.Tensor, y_CE: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
@@ -145,8 +146,8 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the losses, and d (share x loss) / d logits = share (softmax - one-hot), in the dtype of the logits.
 
-    Without a compiler each operation is a pass over memory, so that path computes one exponential per logit, for the
-    loss and the gradient, and reuses the memory of `logits_CV` where possible.
+    Without a compiler, each operation is a pass over memory. That path therefore computes one exponential per logit,
+    for both the loss and the gradient, and reuses the memory of `logits_CV` where possible.
     """
     z_CV = soft_cap(logits_CV.float(), softcap)
     counts_C1 = (targets_C >= 0)[:, None]

@@ -11,8 +11,8 @@ from torch import nn
 
 from core.errors import ConfigError
 
-FP8_FROM = (8, 9)  # compute capability: Ada; Hopper is (9, 0)
-FP8_MULTIPLE = 16  # both sides of a matrix in fp8 products
+FP8_FROM = (8, 9)  # lowest compute capability with fp8: Ada's; Hopper's is (9, 0)
+FP8_MULTIPLE = 16  # both sides of a matrix in an fp8 product must be multiples of this
 
 
 def resolve(precision: str, device: torch.device) -> str:

@@ -3,11 +3,11 @@
 A block is a range of rows (`trainer.checkpoint.blocks.assign_blocks`), and each block has a rank that owns it. With
 optimizer.zero a rank keeps the state of its own blocks only, updates their rows and sends them to the other ranks
 (Rajbhandari et al. 2020, "ZeRO", section 5.1: the memory of the optimizer divides by the number of ranks). AdamW works
-element by element, so both ways give the same bits. A checkpoint names rows, so it fits any number of ranks and either
-way.
+element by element, so both ways give the same bits. A checkpoint names its rows, so any number of ranks can load it,
+with or without optimizer.zero.
 
-A block of Muon is a whole matrix, with queries, keys and values apart. Only its owner updates it, whatever
-optimizer.zero is, because an update is expensive.
+A Muon block is a whole matrix; queries, keys and values are separate matrices. Only its owner updates it, even without
+optimizer.zero, because an update is expensive.
 """
 
 import math
@@ -27,7 +27,7 @@ MUON_STATE = ("momentum",)
 
 
 class BlockOptimizer:
-    """Updates the parameters that require a gradient. Matrices and embeddings decay, biases and norms do not."""
+    """Updates the parameters that require a gradient. Weight decay covers matrices and embeddings only."""
 
     def __init__(self, model: GPT, config: OptimizerConfig, rank: int, world: int):
         self._config = config
@@ -87,11 +87,11 @@ class BlockOptimizer:
             self._exchange()
 
     def set_step(self, step: int) -> None:
-        """Set the number of steps that were done, for the bias correction."""
+        """Set the number of steps that are already done, for the bias correction."""
         for state in self._adamw.state.values():
             state["step"].fill_(step)
 
-    # --- for checkpoints: names are `model.`, `exp_avg.`, `exp_avg_sq.` or `momentum.` before the parameter's ---
+    # --- for checkpoints: tensors are named `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` or `momentum.NAME` ---
 
     def layout(self) -> Mapping[str, tuple[int, torch.dtype]]:
         """Number of rows and dtype of every named tensor of a checkpoint."""
@@ -128,7 +128,7 @@ class BlockOptimizer:
         return MUON_STATE if parameter in self._matrices else ADAMW_STATE
 
     def _groups(self) -> list[dict]:
-        """AdamW's parameter groups: by peak rate, and decayed or not."""
+        """AdamW's parameter groups, one for each pair of peak learning rate and weight decay."""
         config = self._config
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for block, rows in self._rows.items():
@@ -169,7 +169,7 @@ class BlockOptimizer:
 
 
 def _matrices(model: GPT) -> dict[str, int]:
-    """Muon's parameters, and the rows of one matrix in each: a parameter may hold several matrices."""
+    """Muon's parameters by name, with the number of rows of one matrix: a parameter may hold several matrices."""
     rows = {}
     for name, parameter in model.named_parameters():
         if name.startswith("h.") and parameter.dim() == 2:
@@ -183,9 +183,9 @@ def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """The learning rate at optimizer step `step` (1 to `steps`), as a share of the peak rate.
 
     The rate rises linearly during the warm-up, stays at its peak, and falls to `min_lr_ratio` over the last
-    `cooldown_fraction` of the steps. A cosine reaches it at the last step (Loshchilov & Hutter 2017; with a fraction of
-    1 the schedule of Brown et al. 2020, appendix B). A line reaches it one step later (warm-up, stable, decay: Hu et
-    al. 2024, "MiniCPM", section 4; Hägele et al. 2024).
+    `cooldown_fraction` of the steps. The cosine schedule reaches it at the last step (Loshchilov & Hutter 2017; with a
+    fraction of 1 it is the schedule of Brown et al. 2020, appendix B). The linear schedule would reach it one step
+    later (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024).
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps

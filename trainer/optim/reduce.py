@@ -12,12 +12,13 @@ pairwise as well. The exchange is an all-to-all (each rank receives its slice fr
 all-gather. It moves the same bytes as a ring all-reduce, and a DDP communication hook overlaps it with the backward
 pass.
 
-In round-robin order (ZeRO stage 2, Rajbhandari et al. 2020, section 5.2), for models whose gradient copies do not fit,
-the first group of q micro-batches is rank 0's, the next one rank 1's, and so on. The ranks' groups of one round are
-then the lowest level of the tree. They are exchanged after each round, and each rank keeps the copies of its slice
-only: the same tree and the same bits, for one exchange per round instead of one per step.
+The round-robin order (ZeRO stage 2, Rajbhandari et al. 2020, section 5.2) is for models whose gradient copies do not
+fit into memory. Rank 0 computes the first group of q micro-batches, rank 1 the next one, and so on; after the last rank
+the next round begins. The groups of one round are neighbours at the lowest level of the tree. Their sums are exchanged
+after each round, and each rank keeps copies of its own slice only. Tree and bits are the same as in the other order,
+but there is one exchange per round instead of one per step.
 
-If the number of ranks has an odd factor that M / q lacks, training works, and the sums are equal up to rounding.
+If the number of ranks does not divide 2**k, training works, but the sums are equal only up to rounding.
 """
 
 import contextlib
@@ -68,7 +69,7 @@ class TreeReducer:
         model.register_comm_hook(None, self._reduce_bucket)
 
     def context(self, index: int):
-        """Lets DDP synchronise in the last micro-batch only; in round-robin order in the last one of each group."""
+        """Lets DDP synchronise in the last micro-batch only; in round-robin order, in the last one of each group."""
         self._last = index == self.accumulation - 1
         ends_group = self._round_robin and (index + 1) % self.group == 0
         return contextlib.nullcontext() if self._last or ends_group else self.model.no_sync()
@@ -140,7 +141,7 @@ class TreeReducer:
         if self._round_robin:
             levels = self._slices.setdefault(index, [])
             level = 0
-            # In the last round all lower levels are occupied: it adds them all.
+            # The last round adds the slices of all lower levels.
             while level < len(levels) and (levels[level] is not None or self._last):
                 mine = mine if levels[level] is None else levels[level] + mine
                 levels[level] = None
@@ -158,7 +159,7 @@ class TreeReducer:
 def _tree_reduce_scatter(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """This rank's slice of the tree sum of the ranks' one-dimensional buffers; the last slice is padded with zeros.
 
-    The ranks exchange `dtype`; the sum is computed in the dtype of the buffer.
+    The ranks exchange numbers of type `dtype`; the sum is computed in the dtype of the buffer.
     """
     world = dist.get_world_size()
     slice_size = -(-buffer.numel() // world)

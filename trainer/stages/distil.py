@@ -1,9 +1,9 @@
-"""Distils: trains on the next token of a stream of shards and on a teacher's distribution at each position.
+"""Distils: trains on token shards with two losses, one on the next token and one on a teacher's distribution.
 
     loss = kl_weight T² KL(teacher, student) + (1 - kl_weight) cross-entropy
 
 The temperature T divides the logits of both models; T² keeps the size of the gradients (Hinton et al. 2015, "Distilling
-the Knowledge in a Neural Network"). The teacher is a model of ours, a public one of the same form, or a model that
+the Knowledge in a Neural Network"). The teacher is one of our models, a public GPT-2 or Llama, or any model that
 `transformers` runs.
 """
 
@@ -56,7 +56,7 @@ class Distillation(nn.Module):
         self.model = model
         self.temperature = temperature
         self.kl_weight = kl_weight
-        self._teacher = [teacher]  # a list hides it from the module: DDP must not synchronise it
+        self._teacher = [teacher]  # a list hides the teacher from nn.Module, so that DDP ignores it
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         divergence, cross_entropy = self.parts(tokens, self.temperature)
@@ -134,7 +134,7 @@ def _check_same_model(settings: DistilConfig) -> None:
         if theirs[key] != ours[key] and key != "init":
             raise ConfigError(
                 f"start.weights: {where} has model.{key} = {theirs[key]}, this config has {ours[key]}; "
-                "set the start's model, or leave start.weights empty"
+                "give the start's model settings, or leave start.weights empty"
             )
 
 
@@ -161,8 +161,8 @@ def _open_foreign(name: str, encoding, device: torch.device) -> Teacher:
     if ids != encoding.encode_ordinary(PROBE) or model.config.vocab_size < GPT2_VOCAB_SIZE:
         raise ConfigError(
             f"teacher.weights: {name} has another vocabulary than GPT-2's ({model.config.vocab_size} tokens, and a "
-            "text comes to other ids), so that its distributions say nothing about our tokens; take a teacher with "
-            "GPT-2's, or let it write text: python -m trainer.synthesize"
+            "test text gets other ids), so its distributions do not fit our tokens; take a teacher with GPT-2's "
+            "vocabulary, or let it write text: python -m trainer.synthesize"
         )
     model = model.to(device).eval().requires_grad_(False)
     _check_head(model, name, torch.tensor([ids], device=device))
@@ -173,7 +173,7 @@ def _open_foreign(name: str, encoding, device: torch.device) -> Teacher:
 
 @torch.no_grad()
 def _check_head(model: nn.Module, name: str, tokens_BT: torch.Tensor) -> None:
-    """Raises ConfigError unless its logits are the plain product that we compute in chunks: no bias, scale or cap."""
+    """Raises ConfigError unless the teacher's logits are the plain product that we compute, without bias or scaling."""
     layer = model.get_output_embeddings()
     whole = model(input_ids=tokens_BT).logits
     ours = model.base_model(input_ids=tokens_BT).last_hidden_state @ layer.weight.T if layer is not None else None

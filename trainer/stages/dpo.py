@@ -1,9 +1,9 @@
 """Trains by direct preference optimisation (Rafailov et al. 2023, "Direct Preference Optimization", equation 7).
 
-The reference is the start of the run. Its log-probabilities are computed once, before the first step, and stored with
-the run. So only one model is in memory, and a resumed run has the same numbers.
+The reference is the model that the run starts from. Its log-probabilities are computed once, before the first step, and
+stored with the run. So only one model is in memory, and a resumed run uses the same numbers.
 
-Shapes: P pairs, (P, 2) chosen and rejected, B = 2 P sequences, T positions.
+Shapes: P pairs, (P, 2) numbers of the chosen and the rejected answer, B = 2 P sequences, T positions.
 """
 
 import functools
@@ -34,7 +34,7 @@ from trainer.weights.open import open_weights
 
 log = logging.getLogger("train")
 
-MULTIPLE = 64  # padded lengths are multiples of it: each new shape is compiled
+MULTIPLE = 64  # padded lengths are multiples of this, because each new shape is compiled
 
 
 class Pairs(NamedTuple):
@@ -44,16 +44,16 @@ class Pairs(NamedTuple):
 
 
 def answer_log_probs(model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """The log-probability of all targets of each sequence together, float32 (B,)."""
+    """The sum of the log-probabilities of all targets of each sequence, float32 (B,)."""
     counts_BT = targets_BT != NO_TARGET
     x_ND = model.hidden(tokens_BT)[counts_BT]
     log_probs_N = token_log_probs(x_ND, model.head, targets_BT[counts_BT], model.config.logit_softcap)
-    # Scatters, then sums: a sum by index would not have the same bits each time on a GPU.
+    # Scatter the values, then sum each row: on a GPU, a sum by index would not give the same bits each time.
     return torch.zeros_like(targets_BT, dtype=torch.float32).masked_scatter(counts_BT, log_probs_N).sum(1)
 
 
 def margins(policy_P2: torch.Tensor, reference_P2: torch.Tensor, beta: float) -> torch.Tensor:
-    """The reward of the chosen answer minus that of the rejected one, (P,)."""
+    """The reward of the chosen answer minus the reward of the rejected one, (P,)."""
     rewards_P2 = beta * (policy_P2 - reference_P2)
     return rewards_P2[:, 0] - rewards_P2[:, 1]
 
@@ -147,7 +147,7 @@ class Dpo(Tuning):
         return measure
 
     def _log_probs(self, model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        # Lengths vary, and compiled blocks would be compiled anew for each.
+        # Lengths vary, and compiled blocks would be compiled again for each length.
         with autocast(self.ranks.device, self.precision), torch.compiler.set_stance("force_eager"):
             return answer_log_probs(model, tokens_BT, targets_BT).view(-1, 2)
 
@@ -162,7 +162,7 @@ class Dpo(Tuning):
         return Pairs(tokens_BT, targets_BT, reference_P2)
 
     def _sequences(self, texts: Texts, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chosen and rejected sequences, alternating, (2 P, T), padded on the right, where no token attends."""
+        """Chosen and rejected sequences, alternating, (2 P, T), padded on the right. No token attends to padding."""
         of_pairs = np.stack([2 * numbers, 2 * numbers + 1], 1).ravel()
         longest = int((texts.starts[of_pairs + 1] - texts.starts[of_pairs]).max())
         width = min(self.context, -(-longest // MULTIPLE) * MULTIPLE)

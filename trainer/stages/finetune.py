@@ -1,7 +1,7 @@
 """Fine-tunes on the answers of conversations. A row packs several conversations, none of which attends to another.
 
-The loss of a step is the mean over all its answer tokens: each counts the same in every micro-batch and on any number
-of ranks.
+The loss of a step is the mean over all its answer tokens: each token has the same weight, whatever its micro-batch and
+the number of ranks.
 """
 
 import functools
@@ -24,7 +24,7 @@ from trainer.stages.tuning import Tuning
 
 
 class Packed(NamedTuple):
-    """A micro-batch. `weight` turns the mean over its answer tokens into its share of the step's mean."""
+    """A micro-batch. `weight` times the mean over its answer tokens is its part of the mean over the step."""
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor

@@ -46,7 +46,7 @@ class Pretrain(Stage):
     settings: PretrainConfig
 
     def __init__(self, settings: PretrainConfig, ranks: Ranks):
-        # Stored with the weights, and opened with them from any folder.
+        # data.url is stored with the weights and may be opened from another working folder, so it is made absolute.
         data = dataclasses.replace(settings.data, url=storage.lasting(settings.data.url))
         settings = dataclasses.replace(settings, data=data)
         self.data = on_main(functools.partial(manifest.read, settings.data.url), ranks)
@@ -143,8 +143,8 @@ class Pretrain(Stage):
 
 
 def default_cache_folder() -> Path:
-    """A folder for shards below the system's temporary one, which the runs of this user share."""
-    import getpass  # here, so that training does not import it with data.cache_dir
+    """The default folder for cached shards, in the system's temporary folder. All runs of this user share it."""
+    import getpass  # imported here, because it is not needed if data.cache_dir is set
 
     return Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}"
 
@@ -152,7 +152,7 @@ def default_cache_folder() -> Path:
 def check_shards(data_url: str, data: Manifest) -> None:
     """Raises DataError unless all shards are stored with the size that the manifest says.
 
-    A store that may be read but not listed is not checked.
+    Does nothing if the store can be read but not listed.
     """
     shards = {storage.join(data_url, shard.name): shard for split in data.splits.values() for shard in split.shards}
     try:

@@ -1,7 +1,7 @@
 """Determines the batch of a run: the largest micro-batch that fits, and its division over the ranks.
 
-With `batch.micro_batch_size: 0` the first segment of a run finds the most sequences that fit: by the estimate of
-core.settings.memory, which on a GPU a trial of a forward and a backward pass confirms. Later segments use the size that
+With `batch.micro_batch_size: 0` the first segment of a run determines how many sequences fit: by the estimate of
+core.settings.memory and, on a GPU, by a trial of a forward and a backward pass. Later segments use the size that
 the first one found, on whatever machine they run, because the bits of the sums depend on it.
 
 With `train.overfit` the run repeats one micro-batch until its loss is below a bound, to show that everything works.
@@ -24,7 +24,7 @@ from trainer.model.precision import autocast, resolve
 
 log = logging.getLogger("train")
 
-CPU_SHARE = 0.5  # of the free memory, which also holds the page cache of the shards
+CPU_SHARE = 0.5  # share of the free memory that training may use; the page cache of the shards needs the rest
 
 
 def with_micro_batch(settings: Training, model: ModelConfig, found_before: int | None, ranks: Ranks) -> Training:
@@ -54,7 +54,7 @@ def with_micro_batch(settings: Training, model: ModelConfig, found_before: int |
 def accumulation(batch: BatchConfig, context: int, world: int, has_begun: bool = False) -> int:
     """Micro-batches per rank and step. Raises ConfigError if the ranks cannot have equally many.
 
-    The batch of a run that `has_begun` cannot change, so that only another number of ranks helps.
+    The batch of a run that `has_begun` cannot change, so the error then proposes only another number of ranks.
     """
     micro_batches = batch.tokens_per_step // (batch.micro_batch_size * context)
     if micro_batches % world:

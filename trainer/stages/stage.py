@@ -33,10 +33,10 @@ from trainer.weights.open import look_up
 class MicroBatches(Protocol):
     """Yields this rank's micro-batches without end; each is the one argument of the objective.
 
-    `next` raises LauncherError for data that cannot be read, and Abandoned where it would wait although `is_leaving()`.
+    `next` raises LauncherError for data that cannot be read. If `is_leaving()`, it raises Abandoned instead of waiting.
     """
 
-    numbers: list[int]  # of this rank's micro-batches within a step
+    numbers: list[int]  # the numbers of this rank's micro-batches within a step
     is_leaving: Callable[[], bool]
 
     def __next__(self) -> Any: ...
@@ -53,7 +53,7 @@ class Validation(Protocol):
 
 
 class Stage(abc.ABC):
-    """Constructed on all ranks before anything is written, so that a wrong setting changes nothing.
+    """Stages are constructed on all ranks before anything is written, so that a wrong setting changes nothing.
 
     `settings` are the given ones with the values that this run determines: the micro-batch size that fits, the number
     of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens.
@@ -61,9 +61,9 @@ class Stage(abc.ABC):
 
     name: str  # in the ledger
     settings: TrainingConfig
-    round_robin = False  # how micro-batches are assigned to ranks (trainer.optim.reduce)
+    round_robin = False  # whether ranks take micro-batches in turn (trainer.optim.reduce)
     measures_start = False  # whether the validation loss is measured before the first step
-    lengths_vary = False  # whether the sequences of one micro-batch are longer than those of another
+    lengths_vary = False  # whether micro-batches differ in the length of their sequences
 
     def __init__(self, settings: TrainingConfig, model: ModelConfig, context: int, ranks: Ranks):
         check_batch(settings, context)
@@ -106,13 +106,13 @@ class Stage(abc.ABC):
         return flops_per_token(dataclasses.replace(self.model, context=self.context))
 
     def build(self) -> GPT:
-        """The model without memory for its weights. Weights that require no gradient neither train nor are saved."""
+        """The model without memory for its weights. Weights that require no gradient are neither trained nor saved."""
         with torch.device("meta"):
             return GPT(self.model, self.settings.train.activation_checkpointing)
 
     @abc.abstractmethod
     def fill(self, model: GPT, restored: Restored | None) -> None:
-        """Set the weights that no checkpoint of this run holds: in its first segment all of them."""
+        """Set the weights that no checkpoint of this run has restored: all weights in its first segment."""
 
     def describe(self, model: GPT) -> str:
         """The settings, and the numbers that follow from them, for the log."""
@@ -125,7 +125,7 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def describe_epochs(self) -> str:
-        """How often the run goes over its data."""
+        """The number of epochs, as the end of a log line."""
 
     def _batch_and_length(self) -> list[str]:
         batch, train, ranks = self.settings.batch, self.settings.train, self.ranks
@@ -159,11 +159,11 @@ class Stage(abc.ABC):
     @property
     @abc.abstractmethod
     def data_url(self) -> str:
-        """The dataset that evaluation sets are stored beside; empty if there is none."""
+        """The URL of the dataset, where evaluation sets are stored too; empty if there is none."""
 
     @abc.abstractmethod
     def read_vocabulary(self) -> Vocabulary:
-        """Rank 0: the vocabulary at VOCAB_URL, else the one beside the data or the start.
+        """On rank 0: the vocabulary at VOCAB_URL, else the one stored with the data or with the starting weights.
 
         Raises ConfigError if there is none, DataError for another one than GPT-2's.
         """
@@ -179,11 +179,11 @@ class Stage(abc.ABC):
         return self.vocabulary.encoding()
 
     def check_stored(self) -> None:
-        """Rank 0: check that the stored data that the run reads later is there. Raises DataError."""
+        """On rank 0: check that the stored data that the run reads later exists. Raises DataError."""
         return
 
     def as_prompt(self, text: str) -> str:
-        """The text that a sample continues."""
+        """The text that a sample continues, made from a prompt of train.sample_prompts."""
         return text
 
     def state(self) -> Mapping[str, Any]:
@@ -200,10 +200,10 @@ def stored_config(run_url: str) -> Mapping[str, Any] | None:
 
 
 def lasting_name(given: str, run_url: str, section: str) -> str:
-    """Rank 0: a name of the model `given` that means the same weights in every segment of a run.
+    """On rank 0: a name for the model `given` that refers to the same weights in every segment of a run.
 
-    A continued run keeps the name that its first segment stored in `section`, though the run that it names may have
-    newer checkpoints by now.
+    The first segment stores this name in `section` of its config. Later segments use it again, even if the run that
+    `given` names has newer checkpoints by then.
     """
     if not public.is_public(given) and storage.is_local(given):
         given = str(storage.local_path(given).resolve())

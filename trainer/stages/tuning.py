@@ -32,9 +32,9 @@ log = logging.getLogger("train")
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The weights that a run begins with, their model, and the dataset that they were trained on."""
+    """The weights that a run begins with: their name, their model, and the dataset that they were trained on."""
 
-    where: str  # the lasting name
+    where: str  # a name that refers to the same weights in every segment
     model: ModelConfig
     data_url: str
 
@@ -67,11 +67,11 @@ class Tuning(Stage):
             steps = max(1, math.ceil(settings.train.epochs * self.items / max(1, per_step)))
             settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=steps))
         super().__init__(settings, start.model, length, ranks)
-        self.digest = ""  # of the weights that adapters belong to
+        self.digest = ""  # checksum of the weights that adapters belong to
 
     @abc.abstractmethod
     def read(self, settings: Any, encoding, length: int) -> Examples:
-        """Rank 0: the examples as token ids, none longer than `length`."""
+        """On rank 0: the examples as token ids, none longer than `length`."""
 
     @abc.abstractmethod
     def count_items(self) -> int: ...
@@ -118,7 +118,7 @@ class Tuning(Stage):
             lora.initialise(model, self.settings.train.seed)
 
     def _take_start(self, model: GPT, restored: Restored | None) -> str:
-        """Rank 0: copy all weights but adapters from the start. Returns their checksum if there are adapters."""
+        """On rank 0: copy all weights but adapters from the start. Returns their checksum if there are adapters."""
         weights = dict(open_weights(self.start.where, self.ranks.device).model.named_parameters())
         with torch.no_grad():
             for name, parameter in lora.base(model).items():
@@ -129,8 +129,8 @@ class Tuning(Stage):
         wanted = restored.state["start_digest"] if restored else digest
         if wanted != digest:
             raise CheckpointError(
-                f"{self.settings.run.url}: its adapters belong to weights with the checksum {wanted}, those of "
-                f"{self.start.where} have {digest}; put back the weights that it was trained from"
+                f"{self.settings.run.url}: its adapters belong to weights with the checksum {wanted}, but "
+                f"{self.start.where} has {digest}; restore the weights that the adapters were trained on"
             )
         return digest
 
@@ -147,7 +147,7 @@ class Tuning(Stage):
 
     def describe_epochs(self) -> str:
         epochs = self.steps * self.items_per_step / self.items
-        return f", padding counted, = {epochs:.2f} epochs of {self.items:,} {self.describe_items()}"
+        return f" with padding = {epochs:.2f} epochs of {self.items:,} {self.describe_items()}"
 
     @abc.abstractmethod
     def describe_items(self) -> str: ...
@@ -157,7 +157,7 @@ class Tuning(Stage):
 
 
 def _start_of(settings: FinetuneConfig) -> Start:
-    """Rank 0: the start. A continued run has stored its model and data; it needs the start for adapters only."""
+    """On rank 0: the weights that the run starts from. A continued run reads model and data from its own config."""
     where = lasting_name(settings.start.weights, settings.run.url, "start")
     earlier = stored_config(settings.run.url)
     if earlier and earlier.get("start", {}).get("weights") == where:

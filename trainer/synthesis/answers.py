@@ -19,12 +19,12 @@ from core.errors import DataError
 from core.run import journal
 from core.run.folder import RunFolder
 
-PAUSE_SECONDS = 1.0  # between attempts to store events
+PAUSE_SECONDS = 1.0  # time between two attempts to store events
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`digest` is a hash of the text without case and extra white space: prompts that differ in these are equal."""
+    """`digest` is a hash of the text without case and extra white space. Prompts with one digest count as equal."""
 
     messages: tuple[dict[str, str], ...]
     digest: str
@@ -73,7 +73,7 @@ def digest_of(messages: list[dict[str, str]]) -> str:
 
 @dataclass
 class StoredAnswers:
-    """Answers by key as rows, reasons for omitted ones, and the cost of all calls in dollars."""
+    """Rows of the answers by key, reasons for the omitted answers by key, and the cost of all calls in dollars."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -83,13 +83,13 @@ class StoredAnswers:
         """Adds the answer of an event, but not its cost."""
         if event["event"] == "answer":
             self.rows[event["key"]] = event["row"]
-            self.left_out.pop(event["key"], None)  # declined once, and asked again
+            self.left_out.pop(event["key"], None)  # an earlier call was declined, this one was answered
         elif event["event"] == "left_out":
             self.left_out[event["key"]] = event["why"]
 
 
 def read_answers(run_url: str) -> StoredAnswers:
-    """Reads the answers of all segments. Raises DataError for unreadable ones, which were paid for."""
+    """Reads the answers of all segments. Raises DataError if some, which were paid for, cannot be read."""
     stored = StoredAnswers()
     folder = RunFolder(run_url).answers
     for segment in sorted(storage.list_names(folder)):
@@ -117,7 +117,7 @@ class AnswerLog:
         self._task: asyncio.Task | None = None
 
     async def put(self, event: Mapping[str, Any]) -> None:
-        """Returns once the event is stored. While the store is unavailable, it waits, and no further call is made."""
+        """Returns when the event is stored. If the store is unavailable, it waits, so that no further call is made."""
         self._journal.add(event)
         stored = asyncio.get_running_loop().create_future()
         self._waiting.append(stored)

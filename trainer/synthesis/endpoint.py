@@ -1,4 +1,4 @@
-"""Calls an OpenAI-compatible chat endpoint within a budget and raises what its failures mean.
+"""Calls an OpenAI-compatible chat endpoint within a budget, and turns its failures into exceptions by their cause.
 
 The key from OPENAI_API_KEY goes into the Authorization header only. Without a key, the client sends none, as a local
 server expects.
@@ -31,7 +31,7 @@ Messages = Sequence[dict[str, str]]
 class Reply:
     """An answer. `finish` is the endpoint's reason: stop, length, content_filter, ...
 
-    The numbers of tokens are None if the endpoint does not say them. `usd` is then the most that the call can cost.
+    The numbers of tokens are None if the endpoint does not report them. `usd` is then the most that the call can cost.
     """
 
     text: str
@@ -77,12 +77,12 @@ class Budget:
         return input_tokens * self._input + output_tokens * self._output
 
     def usd_at_most(self, messages: Messages, max_tokens: int) -> float:
-        """Maximum cost of a call. A token has at least one byte."""
+        """Maximum cost of a call: at most one token per byte of its text."""
         size = sum(len(message["content"].encode()) + TOKENS_PER_MESSAGE for message in messages)
         return self.usd(size + TOKENS_PER_MESSAGE, max_tokens)
 
     async def reserve(self, usd: float) -> bool:
-        """Waits until `usd` fit the budget. Returns False if they cannot, whatever the calls in flight cost."""
+        """Waits until the budget has room for `usd`. Returns False if it has none when no call is in flight."""
         async with self._changed:
             while self.max_usd and self.spent_usd + self._reserved + usd > self.max_usd:
                 if not self._reserved:
@@ -121,7 +121,7 @@ class EndpointClient:
         await self._session.close()
 
     async def ask(self, messages: Messages) -> Reply:
-        """Asks once. Raises TransientError, RejectedPrompt, or a LauncherError for what all calls would meet."""
+        """Asks once. Raises TransientError, RejectedPrompt, or a LauncherError if all calls would fail like this."""
         most = self._budget.usd_at_most(messages, self._synthesis.max_tokens)
         body = {"model": self._config.model, "messages": list(messages), **self.parameters}
         try:
@@ -161,14 +161,14 @@ class EndpointClient:
                 f"{self._url}: {said}; the account has no credit left: add some, then run the same command"
             )
         if refusal.kind == "setting":
-            raise ConfigError(f"{self._url}: {said}; it refuses a setting of every call: {self._remedy(refusal)}")
+            raise ConfigError(f"{self._url}: {said}; it refuses a setting that all calls have: {self._remedy(refusal)}")
         remedy = "check OPENAI_API_KEY, and whether the key may use endpoint.model"
         if refusal.kind == "address":
             remedy = f"check endpoint.url; another endpoint.model needs {OTHER_RUN}"
         raise ConfigError(f"{self._url}: {said}; {remedy}")
 
     def _remedy(self, refusal: refusals.Refusal) -> str:
-        """How to mend a refused setting. What belongs to the identity of a run cannot change within it."""
+        """Advice on a refused setting, for a message. A setting that defines the run needs another run to change it."""
         name, made = refusal.parameter, self._synthesis
         if name in ("temperature", "top_p"):
             value = getattr(made, name)
@@ -210,7 +210,7 @@ class EndpointClient:
 
 
 def _usage(usage: Any) -> tuple[int, int] | None:
-    """The numbers of tokens of prompt and answer, or None if the endpoint does not say both."""
+    """The numbers of tokens of prompt and answer, or None if the endpoint does not report both."""
     if not isinstance(usage, dict):
         return None
     found = usage.get("prompt_tokens"), usage.get("completion_tokens")
@@ -218,7 +218,7 @@ def _usage(usage: Any) -> tuple[int, int] | None:
 
 
 async def _content(response: aiohttp.ClientResponse) -> bytes:
-    """The body of a reply. Raises ValueError for one above LARGEST_REPLY_BYTES."""
+    """The body of a reply. Raises ValueError if it is longer than LARGEST_REPLY_BYTES."""
     parts, size = [], 0
     async for part in response.content.iter_chunked(1 << 16):
         size += len(part)

@@ -1,8 +1,8 @@
 """Makes rows for fine-tuning with a large model behind an OpenAI-compatible endpoint.
 
-Asks each prompt until it has its answers, at most `endpoint.concurrency` at a time. Makes no call that could exceed
-the budget. Stores each answer before anything else. Writes the example set at the end, without duplicates, with the
-provenance of each row.
+Asks each prompt until it has the wanted number of answers, with at most `endpoint.concurrency` calls at a time. Makes
+no call that could exceed the budget. Stores each answer before it goes on. At the end, writes the example set without
+duplicates, with the provenance of each row.
 """
 
 import asyncio
@@ -32,8 +32,9 @@ from trainer.synthesis.endpoint import Budget, EndpointClient, RejectedPrompt, R
 log = logging.getLogger("distil")
 
 FIRST_PAUSE_SECONDS = 1.0
-GIVE_UP_AFTER = 5  # consecutive prompts without an answer: the endpoint is down
-REFUSED_AT_FIRST = 20  # prompts refused for an unknown reason before the first answer: it is not the prompts
+GIVE_UP_AFTER = 5  # after so many prompts in a row without an answer, the endpoint is taken to be down
+# If so many prompts are refused for an unclear reason before the first answer, the prompts are not the reason.
+REFUSED_AT_FIRST = 20
 DECLINED = "declined"
 SCHEMA = "conversations"
 
@@ -71,7 +72,7 @@ def run(settings: SynthesisConfig, environment: Mapping[str, str]) -> int:
 
 
 class Maker:
-    """Asks for the answers that `stored` lacks and adds them."""
+    """Asks the endpoint for the answers that `stored` lacks, and adds them to `stored`."""
 
     def __init__(
         self, settings: SynthesisConfig, asked: tuple[Prompt, ...], stored: StoredAnswers, segment: int, key: str
@@ -83,7 +84,7 @@ class Maker:
         self._log = answers.AnswerLog(settings.run.url, segment)
         self.budget = Budget(settings.budget, stored.usd)
         self._given_up: list[str] = []
-        self._unclear: dict[str, str] = {}  # keys refused for a reason that may concern all prompts, and the reason
+        self._unclear: dict[str, str] = {}  # refused keys → the reason, which may concern all prompts
         self._warned_of_usage = False
         self._failing = 0
         self._out_of_money = self._asked_to_stop = False
@@ -95,7 +96,7 @@ class Maker:
         loop.add_signal_handler(signal.SIGINT, self._stop)
         stop.inform(lambda reason: None if loop.is_closed() else loop.call_soon_threadsafe(self._stop))
         stop.allow(stop.own_seconds())
-        waiting = list(self._todo())  # fixed now, so that a prompt declined by this start is not asked again by it
+        waiting = list(self._todo())  # a list, so that a prompt declined from now on is not asked again
         todo = iter(waiting)
         try:
             async with EndpointClient(settings.endpoint, settings.make, self.budget, self._key) as client:
@@ -131,12 +132,12 @@ class Maker:
         return OK
 
     def _no_answer(self) -> EndpointError:
-        """The error of a run without rows, whatever the reasons."""
+        """The error of a run that ends without a row."""
         count = len(self._prompts)
         if self._unclear:
             return EndpointError(
                 f"{_host(self._settings)}: refused {len(self._unclear)} of {count} prompts and answered none, the last "
-                f"because it {list(self._unclear.values())[-1]}; nothing is stored of these: mend what it names, "
+                f"because it {list(self._unclear.values())[-1]}; these refusals are not stored: correct what it names, "
                 "then run the same command; other prompts need another run.url"
             )
         return EndpointError(
@@ -180,7 +181,7 @@ class Maker:
             bar.advance(1)
 
     async def _answer(self, client: EndpointClient, key: str, prompt: Prompt) -> None:
-        """Stores one answer or the reason for its omission, or gives it up until the next start."""
+        """Stores one answer, or the reason for its omission, or gives up on it until the next start."""
         system = [{"role": "system", "content": self._settings.make.system}] if self._settings.make.system else []
         messages = [*system, *prompt.messages]
         most = self.budget.usd_at_most(messages, self._settings.make.max_tokens)
@@ -218,7 +219,7 @@ class Maker:
             )
 
     async def _refused(self, client: EndpointClient, key: str, most: float, error: RejectedPrompt) -> None:
-        """Leaves a prompt out. Before the first answer, an unclear reason may be one that all prompts would meet."""
+        """Leaves a prompt out. Before the first answer, a refusal for an unclear reason may concern all prompts."""
         log.warning("a prompt is left out: %s %s", client.host, error)
         if self._stored.rows or not error.unclear:
             await self._settle(most, {"event": "left_out", "key": key, "why": DECLINED, "usd": 0.0})
@@ -245,7 +246,7 @@ class Maker:
         why = None
         if reply.input_tokens is None and not self._warned_of_usage:
             self._warned_of_usage = True
-            log.warning("%s: answers without `usage`; each counts at the most that it can cost", host)
+            log.warning("%s: answers without `usage`; each answer is counted at its maximum cost", host)
         if reply.finish == "length":
             why = "cut off at max_tokens"
         elif reply.finish == "content_filter":
@@ -279,7 +280,7 @@ def _host(settings: SynthesisConfig) -> str:
 
 
 def _check_name(settings: SynthesisConfig, source: str) -> None:
-    """Raises ConfigError for a set of that name from another source: it would be overwritten."""
+    """Raises ConfigError if a set with this name from another source exists, because it would be overwritten."""
     made = settings.make
     if storage.exists(storage.join(made.url, "sets", f"{made.name}.json")):
         there = sets.info_of(made.url, made.name).source

@@ -1,8 +1,8 @@
-"""Sorts what an endpoint refuses, by its status and its body.
+"""Sorts the refusals of an endpoint by the status and the body of its response.
 
-Endpoints agree on little: one says with 403 that a prompt is flagged, another that the key is wrong. The body decides
-between what concerns one prompt (it is left out), all prompts (the program stops) and nothing but the moment (the call
-is repeated).
+Endpoints use the same status differently: with 403, one says that a prompt is flagged, another that the key is wrong.
+The body shows whether a refusal concerns one prompt (it is left out), all prompts (the program stops) or only the
+moment (the call is repeated).
 """
 
 import json
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters. setting: a parameter
-# that every call has. credit: the account is empty. key, address: the settings of the endpoint.
+# again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters are refused. setting: a
+# parameter is refused that every call has. credit: the account is empty. key, address: OPENAI_API_KEY or endpoint.url.
 Kind = Literal["again", "prompt", "unclear", "setting", "credit", "key", "address"]
 
 _RETRIED = (408, 409, 425, 429)
@@ -57,7 +57,7 @@ _SYSTEM = re.compile(r"\b(system|developer) (role|message|prompt|instruction)|do
 
 @dataclass(frozen=True)
 class Refusal:
-    """`said` quotes the endpoint. `parameter` is the refused one, for kind `setting`."""
+    """`said` quotes the endpoint. For the kind `setting`, `parameter` is the refused parameter."""
 
     kind: Kind
     said: str
@@ -72,7 +72,7 @@ class _Body:
 
 
 def sort(status: int, data: bytes, sent: Mapping[str, Any]) -> Refusal:
-    """What the answer to a call with the parameters `sent` means. `system` is among them if all calls have one."""
+    """Sorts the response to a call with the parameters `sent`; they include `system` if every call has one."""
     said = " ".join(data.decode(errors="replace").split())[:200]
     body = _read(data)
     if status == 402 or (400 <= status < 500 and (body.codes & _CREDIT_CODES or _CREDIT.search(body.text))):
@@ -111,7 +111,7 @@ def _is_moderation(body: _Body) -> bool:
 
 
 def _parameter(body: _Body, sent: Mapping[str, Any]) -> str:
-    """The parameter of ours that the endpoint names, or an empty text."""
+    """The parameter of our call that the endpoint names in its error; empty if it names none."""
     for named in body.parameters:
         if named in sent and named != "messages":
             return named
@@ -129,7 +129,7 @@ def _limit_of(sent: Mapping[str, Any]) -> str:
 
 
 def _read(data: bytes) -> _Body:
-    """Codes, parameters and messages of an error in any known form. An echoed prompt does not count."""
+    """Codes, parameters and messages of an error in any known form. Text that echoes the prompt is ignored."""
     text = data.decode(errors="replace")
     try:
         document = json.loads(text)
@@ -149,7 +149,7 @@ def _read(data: bytes) -> _Body:
 
 
 def _fields(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """All scalars with the name that they or their list has. A gateway quotes another endpoint's JSON in a text."""
+    """Yields (field name, value) of all scalars. A field `raw` may hold the JSON of another endpoint as text."""
     if depth > 8:
         return
     if isinstance(value, dict):

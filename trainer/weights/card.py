@@ -22,7 +22,7 @@ from trainer.weights import huggingface
 from trainer.weights.open import TrainedModel
 
 log = logging.getLogger("export")
-POINTS = 12  # rows of the table of losses
+POINTS = 12  # number of rows in the table of losses
 
 
 @dataclass
@@ -47,7 +47,7 @@ def gather(trained: TrainedModel, evaluations: Sequence[Mapping[str, Any]]) -> F
         try:
             facts.data = manifest.read(trained.data_url)
         except LauncherError:
-            facts.data = None  # moved or removed: the card omits the section
+            facts.data = None  # the data was moved or removed: the card omits its section
     facts.segments = len(RunFolder(trained.run_url).segment_numbers())
     if facts.segments:
         run = read_run(trained.run_url, Detail.ALL)

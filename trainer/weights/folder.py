@@ -45,7 +45,7 @@ def is_folder(where: str) -> bool:
 
 
 def refuse_file(where: str) -> None:
-    """Raises CheckpointError for a file in place of a model's folder, and for a folder with nothing but pickles."""
+    """Raises CheckpointError for a file in place of a model's folder, and for a folder whose weights are pickles."""
     path = where.rstrip("/")
     if path.lower().endswith(".safetensors"):
         raise CheckpointError(f"{where}: is a file; give its folder, with {CONFIG} and {WEIGHTS}")

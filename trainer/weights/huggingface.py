@@ -197,7 +197,7 @@ def _own_config(document: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _mlp_width(stated: int | None, width: int) -> int:
-    """Value of the setting mlp_width: 0, its default, for the default width of 4 times the model's."""
+    """Value of the setting mlp_width. Its default, 0, stands for 4 times the model's width."""
     return 0 if stated in (None, 4 * width) else stated
 
 
@@ -263,7 +263,7 @@ def _without_wrappers(tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
 
 
 def _tied_once(config: ModelConfig, tensors: Tensors, *embeddings: str) -> dict[str, torch.Tensor]:
-    """The tensors with the embedding under one of its names. If it is tied, writers keep it under either or both."""
+    """The tensors, with a tied embedding under one name only. Some files store it twice, or only as the head."""
     left = dict(tensors)
     if config.tie_embeddings and "lm_head.weight" in left:
         head = left.pop("lm_head.weight")
@@ -289,7 +289,7 @@ def _llama_parts(name: str, values: torch.Tensor):
 
 def _from_llama(config: ModelConfig, tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
     left = {name: values for name, values in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if not any(name.startswith("model.") for name in left):  # saved without its head's class
+    if not any(name.startswith("model.") for name in left):  # saved from LlamaModel, without a head
         left = {name if name == "lm_head.weight" else f"model.{name}": values for name, values in left.items()}
     left = _tied_once(config, left, _LLAMA_ENDS["wte.weight"])
     found = {}
@@ -308,4 +308,4 @@ def _from_llama(config: ModelConfig, tensors: Tensors, where: str) -> dict[str, 
                     found[f"h.{layer}.{ours}.{what}"] = torch.cat(pieces)
     except KeyError as error:
         raise CheckpointError(f"{where}: lacks the tensor {error.args[0]}") from error
-    return found | left  # the caller reports leftovers: they fit no weight of the model
+    return found | left  # the caller reports leftovers, which match no weight of the model

@@ -60,7 +60,7 @@ class TrainedModel:
 
     @property
     def encoding(self):
-        """The tiktoken encoding of its vocabulary. Raises as `vocabulary`."""
+        """The tiktoken encoding of its vocabulary. Raises the errors of `vocabulary`."""
         return self.vocabulary.encoding()
 
     @functools.cached_property
@@ -73,8 +73,8 @@ class TrainedModel:
 
 
 def vocabulary_at(name: str, homes: Sequence[str | None], folder: str | None = None) -> Vocabulary:
-    """The vocabulary of the model `name` (TrainedModel.vocabulary): at VOCAB_URL, or in one of the `homes`, which are
-    URLs of runs or of data, or in the model's `folder`."""
+    """The vocabulary of the model `name` (see TrainedModel.vocabulary): from VOCAB_URL, from one of the `homes`, which
+    are URLs of runs or data, or from the model's `folder`."""
     places = [os.environ.get("VOCAB_URL"), *(home and storage.join(home, VOCABULARY_FILE) for home in homes)]
     for uri in filter(None, places):
         try:
@@ -92,7 +92,7 @@ def vocabulary_at(name: str, homes: Sequence[str | None], folder: str | None = N
 
 
 def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
-    """A lasting name of the model and its state. The lasting name of a run is that of its newest checkpoint."""
+    """(name, state) of a model. The name refers to the same weights forever: a run's newest checkpoint, not the run."""
     public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):
         return where, {"config": {"model": to_dict(public.read_config(public.resolve(where))[1])}}
@@ -141,8 +141,8 @@ def _check_base(model: GPT, state: Mapping[str, Any], where: str) -> None:
     found = lora.digest(lora.base(model))
     if found != state["start_digest"]:
         raise CheckpointError(
-            f"{where}: its adapters belong to weights with the checksum {state['start_digest']}, those of "
-            f"{state['start']} have {found}; put back the weights that it was trained from"
+            f"{where}: its adapters belong to weights with the checksum {state['start_digest']}, but "
+            f"{state['start']} has {found}; restore the weights that the adapters were trained on"
         )
 
 
@@ -160,7 +160,7 @@ def _open_folder(where: str, device: torch.device) -> TrainedModel:
     _fill_whole(model, tensors, place)
     model.eval()
     state: dict[str, Any] = {"config": {"model": to_dict(config)}}
-    if public.chat_template_of(place) == chat_template.JINJA:  # chat cannot render another template
+    if public.chat_template_of(place) == chat_template.JINJA:  # chat can render no other template
         state[chat_template.STATE_KEY] = chat_template.NAME
     return TrainedModel(where, model, None, None, state, place)
 
@@ -186,7 +186,7 @@ def _fill(parameters: Mapping[str, torch.Tensor], run_url: str, manifest: layout
 
     def read(file: layout.PayloadFile) -> dict[str, torch.Tensor]:
         blocks = read_blocks(folder, file)
-        # A copy: each block is a view that keeps the whole file in memory, with the optimizer's state.
+        # Copy the blocks: each is a view that would keep the whole file in memory, with the optimizer's state.
         return {key: values.clone() for key, values in blocks.items() if key.startswith("model.")}
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -194,7 +194,7 @@ def _fill(parameters: Mapping[str, torch.Tensor], run_url: str, manifest: layout
             for key, values in blocks.items():
                 name, start, stop = parse_key(key.removeprefix("model."))
                 if name not in parameters or parameters[name].shape[1:] != values.shape[1:]:
-                    raise CheckpointError(f"{folder}: {key} fits no weight of its model")
+                    raise CheckpointError(f"{folder}: {key} matches no weight of this model in name and row shape")
                 parameters[name][start:stop].copy_(values)
                 missing[name] -= stop - start
     lacking = [name for name, rows in missing.items() if rows]

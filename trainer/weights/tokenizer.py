@@ -1,6 +1,6 @@
 """Writes GPT-2's byte pairs as tokenizer files of `transformers`: vocab.json, merges.txt, tokenizer.json.
 
-The ranks of the tokens determine all of them, so that an export needs no download.
+All of them are computed from the ranks of the tokens, so an export needs no download.
 """
 
 import json
