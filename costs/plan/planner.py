@@ -25,7 +25,7 @@ from costs.plan.machines import Machine, Refusal
 from costs.plan.recipes import Candidate
 from costs.throughput import Measured, Throughput
 
-# Tokens per trained parameter. The runs of the law span 5 to 89; outside it recommends models that nobody has trained.
+# Tokens per trained parameter. The runs of the law span 5 to 89; outside, the law has nothing to go by.
 LEAST_RATIO, MOST_RATIO = 8.0, 80.0
 MOST_EPOCHS = 4.0  # repeats up to here cost almost nothing (Muennighoff et al. 2023, arXiv 2305.16264)
 CONTROLLER, RESERVE = "jobs controller", "reserve"
@@ -37,7 +37,7 @@ SAME_DOLLARS = 0.05  # sums that differ by less than this share count as the sam
 class Question:
     """A sum in dollars and the constraints on its use.
 
-    `reserve` is the share that is kept back, because the cap would end a dearer run before its rates have fallen.
+    `reserve` is the share that is kept back: the cap would end a more expensive run before its rates have fallen.
     """
 
     usd: float
@@ -130,7 +130,7 @@ class Line:
 class Buyer:
     """A candidate on a machine, with settings that fit its GPUs, and what tokens cost there.
 
-    `cheap` and `dear` are the dollars at the lowest and the highest price, speed and number of preemptions.
+    `cheap` and `expensive` are the dollars at the lowest and the highest price, speed and number of preemptions.
     """
 
     machine: Machine
@@ -143,7 +143,7 @@ class Buyer:
     usd: Line
     hours: Line
     cheap: Line
-    dear: Line
+    expensive: Line
 
     @property
     def least_tokens(self) -> float:
@@ -305,7 +305,7 @@ def _plan(buyer: Buyer, most: float, limit: str, question: Question, law: Law) -
     tokens = float(steps * per_step)
     row = bill(machine, buyer.settings, buyer.speed, buyer.measured, buyer.prices, tokens, machine.usd)
     reserve = row.usd * question.reserve / (1 - question.reserve)
-    lucky, unlucky = buyer.cheap.tokens_for(money), buyer.dear.tokens_for(money)
+    lucky, unlucky = buyer.cheap.tokens_for(money), buyer.expensive.tokens_for(money)
     highest = buyer.most_tokens(question) if limit == "money" else most
     error = buyer.error(law, tokens)
     return Plan(

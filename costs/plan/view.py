@@ -166,8 +166,8 @@ def notes(answer: Answer, found: Law, today: date) -> list[str]:
         stale = f"a price without a date or older than {STALE_DAYS} days may be wrong"
         said.append(f"{stale}; --refuse-stale={STALE_DAYS} leaves it out")
     said.append(
-        f"reserve: {100 * answer.question.reserve:g} % is kept back, because MAX_USD would end a dearer run before its "
-        "rates have fallen; --reserve changes it"
+        f"reserve: {100 * answer.question.reserve:g} % is kept back, because MAX_USD would end a more expensive run "
+        "before its rates have fallen; --reserve changes it"
     )
     return said + sorted({each.speed.source for each in shown})
 
