@@ -102,7 +102,7 @@ def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
     price = segment.price
     if not sums:  # without a heartbeat the time of a machine is unknown
         sums["not_attributed", _day(segment.started_at)], price = 0.0, None
-    one = _cell(run, segment, "", "", 0.0, None)  # what all have in common
+    one = _cell(run, segment, "", "", 0.0, None)  # the facts that all cells of the segment share
     return [
         replace(one, phase=phase, day=day, seconds=seconds, usd=price and price.usd(seconds))
         for (phase, day), seconds in sums.items()

@@ -328,6 +328,19 @@ def test_unknown_and_read_only_schemes():
         storage.write_bytes("hf://datasets/a/b", b"")
 
 
+def test_the_patience_is_45_seconds(monkeypatch: pytest.MonkeyPatch):
+    pauses = []
+    monkeypatch.setattr(retries.random, "uniform", lambda low, high: 1.0)
+    monkeypatch.setattr(retries.time, "sleep", pauses.append)
+
+    def down() -> None:
+        raise TimeoutError("no answer")
+
+    with pytest.raises(StorageError):
+        retries.retrying("s3://b/k", "read", open_store("s3://b/k")[0], down)
+    assert sum(pauses) == 45.75
+
+
 def test_transient_faults_are_retried_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.001)
     calls = []
@@ -355,7 +368,7 @@ def test_transient_faults_are_retried_and_others_are_not(tmp_path: Path, monkeyp
         calls.append(1)
         raise TimeoutError("no answer")
 
-    with pytest.raises(StorageError, match="after 7 attempts"):
+    with pytest.raises(StorageError, match="after 9 attempts"):
         retries.retrying("s3://b/k", "read", store, down)
     assert len(calls) == retries.ATTEMPTS
 

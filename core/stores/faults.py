@@ -31,7 +31,11 @@ class NoConditions(Exception):
 
 
 class GaveUp(Exception):
-    """A store has exhausted its retries; `__cause__` is the last error."""
+    """A store has exhausted its own retries; `__cause__` is the last error."""
+
+    def __init__(self, attempts: int):
+        super().__init__()
+        self.attempts = attempts
 
 
 THROTTLED = frozenset(

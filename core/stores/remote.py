@@ -142,7 +142,7 @@ class RemoteStore:
         except Exception as error:
             if "NoSuchUpload" in faults.marks_of(error) or not faults.is_transient(faults.marks_of(error)):
                 raise
-            raise faults.GaveUp from error
+            raise faults.GaveUp(UPLOAD_TRIES) from error
 
     def size(self, key: str) -> int:
         try:

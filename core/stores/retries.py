@@ -21,9 +21,9 @@ from core.stores.opener import open_store
 log = logging.getLogger("core.storage")
 T = TypeVar("T")
 
-# The six pauses (0.25 to 8 s) add up to about 16 s, besides the time of the attempts: longer than S3's SlowDown
+# The eight pauses (0.25 to 15 s) add up to about 45 s, besides the time of the attempts: longer than S3's SlowDown
 # episodes, shorter than the time after a preemption notice.
-ATTEMPTS = 7
+ATTEMPTS = 9
 BACKOFF_SECONDS = 0.25
 BACKOFF_CAP_SECONDS = 15.0
 
@@ -53,9 +53,10 @@ def retrying(uri: str, verb: str, store: Store, request: Callable[[], T]) -> T:
             if not renewed and store.renew(error):
                 renewed = True
                 continue
+            attempts = error.attempts if isinstance(error, faults.GaveUp) else ATTEMPTS
             if isinstance(error, faults.GaveUp) or (faults.is_transient(marks) and attempt == ATTEMPTS):
                 raise StorageError(
-                    f"{uri}: could not {verb} after {ATTEMPTS} attempts ({faults.brief(error.__cause__ or error)}); "
+                    f"{uri}: could not {verb} after {attempts} attempts ({faults.brief(error.__cause__ or error)}); "
                     f"check the network and {store.terms.endpoint}, then run the same command again"
                 ) from error
             if not faults.is_transient(marks):
