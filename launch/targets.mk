@@ -21,8 +21,11 @@ $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
 	@$(SETUP) launch "$(LAUNCH_VENV)"
 	@rm -f $(LAUNCH_VENV)/.installed-*; touch $@
 
-plan: $(LAUNCH_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (PLAN_ARGS=--deadline=6h)
-	@$(LAUNCH_PYTHON) cost_report.py plan --usd="$(USD)" $(PLAN_ARGS)
+# A plan needs no SkyPilot, only the prices that SkyPilot keeps on this machine.
+PLAN_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(LAUNCH_STAMP))
+
+plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (PLAN_ARGS=--deadline=6h)
+	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd="$(USD)" $(PLAN_ARGS)
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(TASK).yaml $(MACHINES)
