@@ -1,13 +1,15 @@
 # Launching on rented machines. Settings are variables: BUCKET=… RUN=… CONFIG=… MAX_USD=…, or any of a task's envs.
-# GPUS=NAME:COUNT, NODES=NUMBER and INFRA=CLOUD choose other machines than the task's. NO_CHECK=1 skips the checks that cost nothing.
+# GPUS=NAME:COUNT, NODES=NUMBER and INFRA=CLOUD choose other machines than the task's. NO_CHECK=1 skips the checks that
+# cost nothing.
 # Each target prints the sky command that it runs. SkyPilot has an environment of its own, because it shares few versions
 # with training, and the tests of training must not need it.
 LAUNCH_VENV ?= .venv-launch
 # A command that runs each program, such as one that enters another network. Empty: none.
 LAUNCH_PREFIX ?=
 LAUNCH_PYTHON := $(LAUNCH_PREFIX) $(LAUNCH_VENV)/bin/python
-MACHINES := $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--num-nodes $(NODES)) $(if $(INFRA),--infra $(INFRA))
-OPTIONS := $(if $(NO_CHECK),--no-check)
+MACHINES = $(if $(value GPUS),--gpus $(call typed,GPUS)) $(if $(value NODES),--num-nodes $(call typed,NODES)) \
+  $(if $(value INFRA),--infra $(call typed,INFRA))
+OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
@@ -24,17 +26,18 @@ $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
 # A plan needs no SkyPilot, only the prices that SkyPilot keeps on this machine.
 PLAN_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(LAUNCH_STAMP))
 
-plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (PLAN_ARGS=--deadline=6h)
-	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd="$(USD)" $(PLAN_ARGS)
+plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (GPUS=…, DEADLINE=6h)
+	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) \
+	  $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLINE),--deadline=$(call typed,DEADLINE))
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
-	@$(LAUNCH_PYTHON) -m launch.check sky/$(TASK).yaml $(MACHINES)
+	@$(LAUNCH_PYTHON) -m launch.check sky/$(call typed,TASK).yaml $(MACHINES)
 
 prep-data: $(LAUNCH_STAMP) ## FineWeb-Edu 10BT to token shards in BUCKET, on cheap CPU nodes (NODES=1)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(OPTIONS) $(MACHINES)
 
 pretrain: $(LAUNCH_STAMP) ## GPT-2 124M on 8 A100 on demand, or on GPUS=A100:2, NODES=2, …
-	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS) $(MACHINES)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(call typed,TASK).yaml $(OPTIONS) $(MACHINES)
 
 pretrain-spot: $(LAUNCH_STAMP) ## the same on spot machines, as a managed job that recovers from preemptions
 	@$(LAUNCH_PYTHON) -m launch.submit sky/pretrain-8xa100-spot.yaml $(OPTIONS) $(MACHINES)
@@ -45,18 +48,18 @@ finetune: $(LAUNCH_STAMP) ## tune START=run on the conversations stored beside D
 evaluate: $(LAUNCH_STAMP) ## perplexity and HellaSwag of RUN's newest checkpoint, on one small GPU (EVAL_ARGS=…)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/evaluate.yaml $(OPTIONS) $(MACHINES)
 
-smoke: TASK := $(if $(filter command line,$(origin TASK)),$(TASK),smoke-cpu)
+smoke: TASK := $(if $(filter command,$(origin TASK)),$(value TASK),smoke-cpu)
 smoke: $(LAUNCH_STAMP) ## the cheapest end-to-end test (TASK=smoke-gpu: on a GPU)
-	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS) $(MACHINES)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(call typed,TASK).yaml $(OPTIONS) $(MACHINES)
 
 status: $(LAUNCH_STAMP) ## clusters, managed jobs, machines that the clouds list, dollars of RUN
-	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(call typed,TASK).yaml
 
 logs: $(LAUNCH_STAMP) ## output of TASK while it runs; FROM=bucket: all output of RUN, preempted machines included
-	@$(LAUNCH_PYTHON) -m launch.runs logs $(if $(filter bucket,$(FROM)),--stored) sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.runs logs $(if $(filter bucket,$(value FROM)),--stored) sky/$(call typed,TASK).yaml
 
 pull: $(LAUNCH_STAMP) ## metrics, samples, ledger, logs and newest checkpoint of RUN to pulled/
-	@$(LAUNCH_PYTHON) -m launch.runs pull sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.runs pull sky/$(call typed,TASK).yaml
 
 # `down` is an emergency: any version of SkyPilot will do.
 $(LAUNCH_VENV)/bin/sky:

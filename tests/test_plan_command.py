@@ -125,8 +125,8 @@ def test_targets_of_the_command_are_those_of_the_makefile():
     text = (REPOSITORY / "launch/targets.mk").read_text()
     for task, words in view._TARGETS.items():
         recipe = text.partition(f"\n{words.removeprefix('make ')}: ")[2].partition("\n\n")[0]
-        assert f"sky/{task}.yaml" in recipe.replace("$(TASK)", "pretrain-8xa100")
-    assert "$(if $(INFRA),--infra $(INFRA))" in text
+        assert f"sky/{task}.yaml" in recipe.replace("$(call typed,TASK)", "pretrain-8xa100")
+    assert "--infra $(call typed,INFRA)" in text
     assert machine_choice(["--infra", "aws/us-east-1"]) == MachineChoice(infra="aws/us-east-1")
 
 
