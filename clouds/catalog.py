@@ -10,7 +10,8 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,25 @@ _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 @dataclass(frozen=True)
 class Catalog:
-    """Offers of all clouds. `source` names the origin of the prices for the reader of a forecast."""
+    """Offers of all clouds. `source` names the origin of the prices for the reader of a forecast.
+
+    `fetched` are the days on which SkyPilot asked for the prices of each cloud; the snapshot's prices have dates of
+    their own.
+    """
 
     offers: tuple[Offer, ...]
     source: str
+    fetched: Mapping[str, date] = field(default_factory=dict)
+
+    def price_date(self, offer: Offer, spot: bool) -> date | None:
+        """The day on which a price was last seen at the provider; None if that day is not known."""
+        if offer.cloud in self.fetched:
+            return self.fetched[offer.cloud]
+        usd = offer.usd_spot if spot else offer.usd_on_demand
+        key = (offer.cloud, offer.instance_type, "spot" if spot else "on demand")
+        return next(
+            (day for region, price, day in _seen().get(key, ()) if region in ("", offer.region) and price == usd), None
+        )
 
 
 @functools.cache
@@ -38,6 +54,31 @@ def snapshot(cloud: str) -> tuple[Offer, ...]:
     """Offers of one cloud from the CSV file in clouds/catalog."""
     with (FOLDER / cloud / "vms.csv").open(newline="", encoding="utf-8") as file:
         return tuple(_offers(cloud, csv.DictReader(file)))
+
+
+@functools.cache
+def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
+    """Region (empty: all), price and day of each price that was seen at the provider, by cloud, type and market."""
+    found: dict[tuple[str, str, str], list[tuple[str, float, date]]] = {}
+    with (FOLDER / "seen.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = (row["cloud"], row["instance_type"], row["market"])
+            found.setdefault(key, []).append((row["region"], float(row["usd"]), date.fromisoformat(row["date"])))
+    return found
+
+
+def on_disk(cloud: str) -> tuple[tuple[Offer, ...], date] | None:
+    """GPU offers of one cloud in the file that SkyPilot keeps here, and the day of that file; None without one.
+
+    Unlike `of_skypilot` it needs no SkyPilot in this environment, no network and no second to import either.
+    """
+    path = skypilot.catalog_file(cloud)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            offers = tuple(_offers(cloud, (row for row in csv.DictReader(file) if row.get("AcceleratorName"))))
+        return offers, datetime.fromtimestamp(path.stat().st_mtime, UTC).date()
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError):
+        return None
 
 
 def of_skypilot(cloud: str) -> tuple[Offer, ...]:

@@ -33,6 +33,22 @@ def load(offline: bool = False) -> Catalog:
     return snapshot()
 
 
+def dated(offline: bool = False) -> Catalog:
+    """GPU offers with the days of their prices: SkyPilot's file for each cloud that has one, else the snapshot."""
+    offers, sources, fetched = [], [], {}
+    for name, cloud in CLOUDS.items():
+        found = None if offline else catalog.on_disk(name)
+        if found and found[0]:
+            offers += found[0]
+            fetched[name] = found[1]
+            sources.append(f"SkyPilot's catalog on this machine ({name}, {found[1]})")
+        else:
+            offers += cloud.offers()
+    if len(fetched) < len(CLOUDS):
+        sources.append(catalog.SNAPSHOT)
+    return Catalog(tuple(offers), "; ".join(sources), fetched)
+
+
 def snapshot() -> Catalog:
     """The offers of all providers in clouds/catalog."""
     return Catalog(tuple(offer for cloud in CLOUDS.values() for offer in cloud.offers()), catalog.SNAPSHOT)

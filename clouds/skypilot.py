@@ -149,6 +149,11 @@ def package() -> Any:
     return module
 
 
+def catalog_file(cloud: str) -> Path:
+    """Where SkyPilot 0.14.1 keeps the prices of a cloud on this machine; it replaces the file when it asks again."""
+    return Path.home() / ".sky" / "catalogs" / "v8" / cloud / "vms.csv"
+
+
 def catalog_rows(cloud: str) -> list[dict[str, Any]]:
     """Rows of the catalog that SkyPilot keeps on this machine for a cloud. Raises Unavailable."""
     package()

@@ -40,10 +40,14 @@ _PLACEHOLDER = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"
 
 @dataclass(frozen=True)
 class MachineChoice:
-    """Machines that a launch takes instead of the task's: `gpus` as NAME or NAME:COUNT, `nodes` as a number."""
+    """Machines that a launch takes instead of the task's: `gpus` as NAME or NAME:COUNT, `nodes` as a number.
+
+    `infra` is a place as in SkyPilot, such as `lambda` or `aws/us-east-1`.
+    """
 
     gpus: str | None = None
     nodes: int | None = None
+    infra: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,17 +134,18 @@ def read_task(path: str, environment: Mapping[str, str], choice: MachineChoice |
 
 
 def machine_choice(options: Sequence[str]) -> MachineChoice:
-    """The choice that options of `sky launch` make: `--gpus`, `--num-nodes`. Raises ConfigError."""
+    """The choice that options of `sky launch` make: `--gpus`, `--num-nodes`, `--infra`. Raises ConfigError."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpus")
     parser.add_argument("--num-nodes")
+    parser.add_argument("--infra")
     try:
         found, _ = parser.parse_known_args(options)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; give --gpus NAME:COUNT or --num-nodes NUMBER") from None
     if found.num_nodes is not None and not (found.num_nodes.isdigit() and int(found.num_nodes)):
         raise ConfigError(f"--num-nodes is {found.num_nodes!r}, must be a whole number above 0")
-    return MachineChoice(found.gpus, found.num_nodes and int(found.num_nodes))
+    return MachineChoice(found.gpus, found.num_nodes and int(found.num_nodes), found.infra)
 
 
 def urls(envs: Mapping[str, str]) -> dict[str, str]:
@@ -184,6 +189,9 @@ def _requests(path: str, resources: Mapping[str, Any], choice: MachineChoice) ->
     for entry in resources.get("any_of") or resources.get("ordered") or [{}]:
         merged = base | (entry or {})
         cloud, region, zone = _place(merged)
+        if choice.infra:  # the parts that it names replace the task's
+            chosen = _place({"infra": choice.infra})
+            cloud, region, zone = (new or old for new, old in zip(chosen, (cloud, region, zone), strict=True))
         for accelerator, count in _accelerators(path, choice.gpus or merged.get("accelerators")):
             yield MachineRequest(
                 cloud=cloud,

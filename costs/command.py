@@ -1,4 +1,4 @@
-"""Parses the command line of cost_report.py and runs a report or an estimate. docs/costs.md describes both."""
+"""Parses the command line of cost_report.py and runs a report, an estimate or a plan. docs/costs.md describes both."""
 
 import argparse
 
@@ -15,16 +15,21 @@ Reports where the dollars of a run went, phase by phase, adding up to the cent.
   python cost_report.py RUN_URL --html report.html        one self-contained page
   python cost_report.py --compare RUN_URL RUN_URL         side by side
   python cost_report.py estimate TASK.yaml                what a launch would cost
+  python cost_report.py plan --usd=20                     the best model for a sum of dollars
 """
 
 
 def main(arguments: list[str]) -> None:
-    """Run a report or an estimate. Raises LauncherError if it has nothing to show."""
+    """Run a report, an estimate or a plan. Raises LauncherError if it has nothing to show."""
     environment.adopt()
     if arguments[:1] == ["estimate"]:
         from costs import estimate_command
 
         return estimate_command.main(arguments[1:])
+    if arguments[:1] == ["plan"]:
+        from costs.plan import command as plan_command
+
+        return plan_command.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if (options.since or options.tag) and options.run_url and not options.compare:
         raise ConfigError("--since and --tag choose among all runs; leave out RUN_URL, or these two options")

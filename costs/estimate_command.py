@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     task = read_task(options.task, os.environ, machine_choice(arguments))
     offers = providers.load(options.offline)
     measured = _measured(options.like)
-    assume = _assumptions(options)
+    assume = assumptions(options)
     rates = discover.rates_for(discover.FORECAST_BUCKET)
     forecast = forecast_of(task, offers, assume, rates, options.tokens, measured)
     if not forecast.rows:
@@ -83,14 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
+    add_assumptions(parser)
+    return parser
+
+
+def add_assumptions(parser: argparse.ArgumentParser) -> None:
+    """A flag for each assumption, which docs/costs.md lists."""
     for field in dataclasses.fields(Assumptions):
         flag = f"--{field.name.replace('_', '-')}"
         kind = str if isinstance(field.default, str) else float
         parser.add_argument(flag, type=kind, metavar=str(field.default), help=argparse.SUPPRESS)
-    return parser
 
 
-def _assumptions(options: argparse.Namespace) -> Assumptions:
+def assumptions(options: argparse.Namespace) -> Assumptions:
     """The defaults, replaced by flags of the same names (`--preemptions-per-hour 0.2`)."""
     names = [field.name for field in dataclasses.fields(Assumptions)]
     return Assumptions(**{name: value for name in names if (value := getattr(options, name)) is not None})

@@ -47,6 +47,7 @@ class Assumptions:
     evaluate_tokens: float = 25e6  # validation set of sample-10BT (0.2 %), and HellaSwag's 40,168 endings in context
     build_seconds: float = 1800.0  # both images on 8 cores
     storage_months: float = 1.0
+    controller_usd_per_hour: float = 0.2  # SkyPilot's jobs controller, 4 vCPUs on AWS; only `plan` counts it
     bucket_cloud: str = aws.Aws.name
 
 
@@ -129,7 +130,7 @@ def forecast_of(
         sources.add(rate.source)
         if workload.stage == "evaluate" and rate.kind != "measured":
             rate = rate.times(EVAL_SPEEDUP)
-        return _price(found, Effort(workload, tokens or assume.build_seconds, rate), assume, rates, measured)
+        return price(found, Effort(workload, tokens or assume.build_seconds, rate), assume, rates, measured)
 
     fitting = [(offer, request.spot) for request in task.requests for offer in catalog.offers if fits(offer, request)]
     rows = sorted(_merged(row(offer, spot) for offer, spot in dict.fromkeys(fitting)), key=_by_dollars)
@@ -163,9 +164,10 @@ def _eval_tokens(train: TrainingConfig, assume: Assumptions) -> float:
     return train.train.eval_tokens if held_out is None else held_out * assume.epoch_tokens
 
 
-def _price(
+def price(
     row: ForecastRow, effort: Effort, assume: Assumptions, rates: StorageRates | None, measured: Measured | None
 ) -> ForecastRow:
+    """The row with the hours and dollars of a workload on its offer. All of them are linear in the amount of work."""
     parts, restarts = _parts(row, effort, effort.rate.expected, assume, measured)
     others = _other_usd(row, effort, assume, rates)
     slow, _ = _parts(row, effort, effort.rate.low, assume, measured, unlucky=2.0)

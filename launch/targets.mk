@@ -1,17 +1,19 @@
 # Launching on rented machines. Settings are variables: BUCKET=… RUN=… CONFIG=… MAX_USD=…, or any of a task's envs.
-# GPUS=NAME:COUNT and NODES=NUMBER choose other machines than the task's. NO_CHECK=1 skips the checks that cost nothing.
+# GPUS=NAME:COUNT, NODES=NUMBER and INFRA=CLOUD choose other machines than the task's. NO_CHECK=1 skips the checks that
+# cost nothing.
 # Each target prints the sky command that it runs. SkyPilot has an environment of its own, because it shares few versions
 # with training, and the tests of training must not need it.
 LAUNCH_VENV ?= .venv-launch
 # A command that runs each program, such as one that enters another network. Empty: none.
 LAUNCH_PREFIX ?=
 LAUNCH_PYTHON := $(LAUNCH_PREFIX) $(LAUNCH_VENV)/bin/python
-MACHINES = $(if $(value GPUS),--gpus $(call typed,GPUS)) $(if $(value NODES),--num-nodes $(call typed,NODES))
+MACHINES = $(if $(value GPUS),--gpus $(call typed,GPUS)) $(if $(value NODES),--num-nodes $(call typed,NODES)) \
+  $(if $(value INFRA),--infra $(call typed,INFRA))
 OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch role check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
+.PHONY: setup-launch plan role check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
   test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
@@ -23,6 +25,13 @@ $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
 
 role: $(LAUNCH_STAMP) ## an IAM role for the nodes on AWS, limited to BUCKET's runs and data, so that they need no key (UNDO=1)
 	@$(LAUNCH_PYTHON) -m launch.role $(if $(UNDO),--undo)
+
+# A plan needs no SkyPilot, only the prices that SkyPilot keeps on this machine.
+PLAN_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(LAUNCH_STAMP))
+
+plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (GPUS=…, DEADLINE=6h)
+	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) \
+	  $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLINE),--deadline=$(call typed,DEADLINE))
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(call typed,TASK).yaml $(MACHINES)
