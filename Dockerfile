@@ -51,7 +51,7 @@ LABEL org.opencontainers.image.title="pretrain-launcher prep" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="${GIT_REVISION}"
 USER 10001:10001
-HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.node.selftest"]
+HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.node.selftest", "--health"]
 CMD ["python", "-m", "launch.node.selftest"]
 
 FROM base AS train
@@ -99,5 +99,5 @@ LABEL org.opencontainers.image.title="pretrain-launcher train" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="${GIT_REVISION}"
 USER 10001:10001
-HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.node.selftest"]
+HEALTHCHECK --interval=5m --timeout=60s CMD ["python", "-m", "launch.node.selftest", "--health"]
 CMD ["python", "-m", "launch.node.selftest"]

@@ -4,6 +4,13 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
+# A variable's value as one word of the shell, as it was typed: neither make nor the shell runs anything in it.
+typed = '$(subst ','\'',$(value $1))'
+# What stands on make's command line shows in the list of processes.
+secret = $(filter %PASSWORD %SECRET %_TOKEN %_KEY %_KEY_ID MLFLOW_TRACKING_URI,$(.VARIABLES))
+$(foreach name,$(secret),$(if $(filter command,$(origin $(name))),$(error \
+  $(name) on make's command line shows in the list of processes; put it into .env, or into the environment)))
+
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -46,7 +53,7 @@ test-slow: $(STAMP) ## the tests that `make test` leaves out, without those that
 	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'slow and not gpu and not image and not lab'
 
 chaos: $(STAMP) ## one training run under 100 random kills, compared bit by bit with a quiet one (KILLS=100)
-	@$(BIN)/python -m tests.chaos --kills=$(or $(KILLS),100)
+	@$(BIN)/python -m tests.chaos --kills=$(if $(value KILLS),$(call typed,KILLS),100)
 
 lint: $(STAMP) ## ruff and shellcheck
 	@$(BIN)/ruff check .
@@ -59,4 +66,4 @@ bench-prep: $(STAMP) ## data preparation against the usual scripts, end to end (
 	@mkdir -p .bench && $(BIN)/python -m bench.prep --scratch=.bench --encode --larger --out=bench/results/$$(date +%F)-prep.json
 
 clean: ## remove the virtual environments and what demo and benchmarks left
-	rm -rf $(VENV) .venv-demo .venv-launch .demo .bench .azurite
+	rm -rf $(call typed,VENV) .venv-demo .venv-launch .demo .bench .azurite

@@ -20,14 +20,18 @@ from core.figures import quantity
 
 def set_up_logging(speaks: bool = True) -> None:
     """Log plain lines to standard error; only warnings if `speaks` is false (ranks above 0)."""
-    logging.basicConfig(
-        level=logging.INFO if speaks else logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PlainLines("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if speaks else logging.WARNING, handlers=[handler], force=True)
     for noisy in ("botocore", "aiobotocore", "s3fs", "fsspec", "urllib3", "httpx", "httpx2", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _PlainLines(logging.Formatter):
+    """Lines without keys, and without anything that a terminal obeys: messages quote what others wrote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return output.visible(secrets.scrub(super().format(record)))
 
 
 def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> None:
@@ -43,7 +47,7 @@ def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> N
     try:
         code = main(sys.argv[1:]) or OK
     except LauncherError as error:
-        print(f"error: {secrets.scrub(str(error))}", file=sys.stderr)
+        print(f"error: {output.visible(secrets.scrub(str(error)))}", file=sys.stderr)
         code = FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -53,7 +57,7 @@ def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> N
     except Exception as error:
         if not stop.is_certain():
             raise
-        said = secrets.scrub(" ".join(str(error).split()))[:500]
+        said = output.visible(secrets.scrub(" ".join(str(error).split())))[:500]
         print(f"error: {type(error).__name__}: {said}", file=sys.stderr)
         code = FAILED
     failure = output.failure()
@@ -67,7 +71,8 @@ def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> N
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(secrets.scrub("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    said = "".join(traceback.format_exception(kind, error, trace))
+    print(output.visible(secrets.scrub(said)), end="", file=sys.stderr)
 
 
 class Progress:

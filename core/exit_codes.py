@@ -10,6 +10,7 @@ FAILED = 1  # the job ends
 PREEMPTED = 33  # asked to stop, and saved: the job starts again
 CAPPED = 34  # the cap on dollars is reached: the job ends
 BAD_NODE = 35  # this machine is bad or hung: the job starts again on another one
+NO_STORAGE = 36  # the bucket was away for too long: the job ends, because another machine has no better bucket
 
 
 def tell_launcher(code: int) -> None:

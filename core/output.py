@@ -11,10 +11,13 @@ import codecs
 import contextlib
 import io
 import os
+import re
 import sys
 
 SIMPLER = {"–": "-", "—": "-", "→": "->", "…": "...", "×": "x", "·": "*", "≤": "<=", "≥": ">=", "≈": "~", "−": "-"}
 SIMPLER |= {"“": '"', "”": '"', "‘": "'", "’": "'", "✓": "ok", "✗": "x", "\u00a0": " ", "\u202f": " ", "\u2009": " "}
+# What a terminal obeys, and what turns or hides the text after it. Line ends and tabs are not among them.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
 class OutputEnds(Exception):
@@ -67,6 +70,11 @@ def prepare(is_product: bool) -> None:
         line_buffering=old.line_buffering,
         write_through=old.write_through,
     )
+
+
+def visible(text: str) -> str:
+    """`text` with each character that a terminal obeys as an escape such as \\x1b. Others may have written the text."""
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def failure() -> OSError | None:

@@ -1,19 +1,44 @@
-"""Hides keys in printed text: replaces every known secret by `***`.
+"""Hides keys in what is printed or stored: replaces every secret by `***`.
 
-    secrets.scrub(str(error))
+    secrets.scrub(str(error))          what is printed
+    secrets.without_keys(settings)     what is stored, whatever the environment holds
 
-Known secrets are the values of environment variables with names such as *_KEY, *_TOKEN and *_PASSWORD, and the
-arguments of `register`, such as a key that was read from a file. This module imports no other module of the project,
-because all code that prints imports it.
+Secrets are the values of environment variables with names such as *_KEY, *_TOKEN and *_PASSWORD, the arguments of
+`register`, such as a key that was read from a file, and what has the form of a secret: a user and password in a URL, a
+key in a URL's query or in a header. This module imports no other module of the project, because all code that prints
+imports it.
 """
 
 import os
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 HIDDEN = "***"
 # Shorter values are not hidden, because they may occur in messages as ordinary words.
 MIN_CHARACTERS = 8
 _NAME = re.compile(r"(^|_)(KEY|KEY_ID|TOKEN|PASSWORD|SECRET)$")
+# No part repeats without a bound next to another one, so that the time grows with the length of the text alone.
+_FORMS = (
+    (re.compile(r"://[^/\s@'\"<>?#]+@"), f"://{HIDDEN}@"),
+    (
+        re.compile(
+            r"([?&;][\w-]{0,40}(?:key|token|password|passwd|secret|sig|signature|credential)[\w-]{0,40}=)[^&;\s'\"<>#]+",
+            re.IGNORECASE,
+        ),
+        rf"\1{HIDDEN}",
+    ),
+    (
+        re.compile(
+            r"\b((?:authorization|x-api-key|api-key|x-goog-api-key|x-auth-token)['\"]?\s{0,8}[:=]\s{0,8}['\"]?"
+            r"(?:(?:bearer|basic|token)\s{1,8})?)[^\s'\",;}]{8,}",
+            re.IGNORECASE,
+        ),
+        rf"\1{HIDDEN}",
+    ),
+    (re.compile(r"\b(bearer\s{1,8})[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(r"\bsk-[\w*-]{8,}|\bhf_\w{16,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), HIDDEN),
+)
 _registered: set[str] = set()
 
 
@@ -25,11 +50,36 @@ def register(secret: str) -> str:
 
 
 def scrub(text: str) -> str:
-    """`text` with every known secret hidden, also in the form of a Python literal."""
+    """`text` with every secret hidden, also in the form of a Python literal."""
+    return scrubber()(text)
+
+
+def scrubber() -> Callable[[str], str]:
+    """`scrub` with the secrets that are known now, for many texts."""
     known = _registered | {value for name, value in os.environ.items() if _NAME.search(name)}
     # A message may quote a single line of a secret that has several.
     lines = {line.strip() for secret in known for line in (secret, *secret.splitlines())}
     forms = {form for line in lines for form in (line, repr(line)[1:-1]) if len(line) >= MIN_CHARACTERS}
-    for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, HIDDEN)
+    longest_first = sorted(forms, key=len, reverse=True)
+
+    def hide(text: str) -> str:
+        for form in longest_first:
+            text = text.replace(form, HIDDEN)
+        return _without_forms(text)
+
+    return hide
+
+
+def without_keys(value: Any) -> Any:
+    """A value of JSON types whose texts hold nothing with the form of a secret. Equal values give equal results."""
+    if isinstance(value, str):
+        return _without_forms(value)
+    if isinstance(value, Mapping):
+        return {key: without_keys(each) for key, each in value.items()}
+    return [without_keys(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _without_forms(text: str) -> str:
+    for form, hidden in _FORMS:
+        text = form.sub(hidden, text)
     return text

@@ -33,6 +33,7 @@ READ_PART_BYTES = 16 << 20
 READ_PARTS_AT_ONCE = 8
 # Parts that `chunks` fetches ahead of its reader. They wait in memory, and callers read several objects in parallel.
 PARTS_AHEAD = 4
+HEAD_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,21 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole object. Raises ObjectNotFound, StorageError."""
-    return b"".join(chunks(uri))
+def read_bytes(uri: str, most: int | None = None) -> bytes:
+    """The whole object. Raises ObjectNotFound, StorageError, and ObjectDamaged for one of more than `most` bytes."""
+    return b"".join(chunks(uri, most))
 
 
-def chunks(uri: str) -> Iterator[Buffer]:
-    """The content of an object, in order and in pieces. Raises ObjectNotFound, StorageError.
+def chunks(uri: str, most: int | None = None) -> Iterator[Buffer]:
+    """The content of an object, in order and in pieces. Raises as `read_bytes`, before it reads what is too large.
 
     Parts of a large object are fetched in parallel, and each part is retried separately.
     """
 
     def begin(store: Store, key: str) -> list[Buffer] | int:
         size, pieces = store.get(key)
+        if most is not None and size > most:
+            raise ObjectDamaged(f"{uri}: has {size:,} bytes, where at most {most:,} belong; store it again")
         return size if size > READ_PART_BYTES else list(pieces)
 
     def part(start: int, end: int) -> list[Buffer]:
@@ -153,20 +156,30 @@ def side_by_side(
 
 
 def download(
-    uri: str, path: str | os.PathLike, expected_sha256: str | None = None, *, survives_crash: bool = True
+    uri: str,
+    path: str | os.PathLike,
+    expected_sha256: str | None = None,
+    *,
+    survives_crash: bool = True,
+    most: int | None = None,
+    check: Callable[[bytes, int], None] | None = None,
 ) -> int:
     """Copy an object into a local file, which appears when it is complete. Returns its size in bytes.
 
-    Without `survives_crash` the file is not flushed to disk, and may be incomplete after a power failure. Raises
-    ObjectDamaged if the content does not have `expected_sha256`.
+    Without `survives_crash` the file is not flushed to disk, and may be incomplete after a power failure. `check` gets
+    the first HEAD_BYTES and the size before the file appears, and raises what keeps it from appearing. Raises
+    ObjectDamaged if the content has more than `most` bytes or not `expected_sha256`.
     """
     digest = hashlib.sha256()
+    head = b""
     size = 0
     try:
         with files.replacing(Path(path), flush=survives_crash) as target:
-            for chunk in chunks(uri):
+            for chunk in chunks(uri, most):
                 target.write(chunk)
                 size += len(chunk)
+                if len(head) < HEAD_BYTES:
+                    head += bytes(chunk[: HEAD_BYTES - len(head)])
                 if expected_sha256:
                     digest.update(chunk)
             if expected_sha256 and digest.hexdigest() != expected_sha256:
@@ -174,6 +187,8 @@ def download(
                     f"{uri}: checksum is {digest.hexdigest()[:12]}…, expected {expected_sha256[:12]}…; "
                     "the object is damaged: write it again from its source"
                 )
+            if check:
+                check(head, size)
     except OSError as error:  # an error of the local file; `chunks` raises StorageError for errors of the store
         raise faults.translated("download", uri, error, faults.marks_of(error), local.TERMS) from error
     return size

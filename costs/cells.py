@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from clouds.base import MachineRecord
+from core.run import timeline
 from core.run.machine import Price
 from core.run.model import Lost, Run, Segment, Span
 from core.run.phases import REPORT_PHASES
@@ -63,8 +64,8 @@ def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
     found, known = [], 0.0
     for segment in run.segments:
         for mark in segment.marks:
-            paid = mark.get("usd") if mark["name"] == "api" else None
-            if isinstance(paid, int | float) and known < paid < math.inf:
+            paid = timeline.number(mark.get("usd")) if mark["name"] == "api" else None
+            if paid is not None and paid > known:
                 found.append((segment, paid - known))
                 known = paid
     return found
@@ -175,7 +176,9 @@ class Spend:
             usd = time.price.usd(time.end - time.start) if time.price else 0.0
             pieces.setdefault(time.phase, []).append((time.start, time.end, usd))
         for segment, usd in paid_to_endpoints(run):
-            pieces.setdefault("api", []).append((segment.started_at, segment.ended_at, usd))
+            ended = segment.ended_at or 0.0
+            start = ended if segment.started_at is None else min(segment.started_at, ended)
+            pieces.setdefault("api", []).append((start, ended, usd))
         names = [*(p for p in REPORT_PHASES if p in pieces), *sorted(set(pieces) - set(REPORT_PHASES))]
         self.curves = {name: _ramp(pieces[name]) for name in names}
         edges = [edge for phase in pieces.values() for start, end, _ in phase for edge in (start, end)]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from core import figures
 from core.figures import quantity
-from core.run.phases import label
+from core.run.phases import colour_class, label
 from costs import svg
 from costs.report import CostReport
 
@@ -46,7 +46,7 @@ def spend_over_time(report: CostReport, width: int, kind: str) -> str:
     low = [0.0] * len(times)
     for name, curve in curves.items():
         high = [below + value for below, value in zip(low, curve, strict=True)]
-        parts.append(svg.area(x, y, times, low, high, f"p-{name}"))
+        parts.append(svg.area(x, y, times, low, high, colour_class(name)))
         low = high
     hints = [
         (at, f"{x.text(at)}: ${figures.dollars(total[i], report.places)}" + "".join(_parts(curves, i, report.places)))
@@ -69,7 +69,7 @@ def waterfall(report: CostReport, width: int, kind: str) -> str:
         y = TOP + pitch * row
         parts.append(svg.words(left - 8, y + 13, label(line.name), anchor="end"))
         hint = f"{label(line.name)}: ${figures.dollars(line.usd, report.places)}, {figures.duration(line.seconds)}"
-        parts.append(svg.bar(x(reached), y, x(reached + line.usd) - x(reached), 16, f"p-{line.name}", hint))
+        parts.append(svg.bar(x(reached), y, x(reached + line.usd) - x(reached), 16, colour_class(line.name), hint))
         reached += line.usd
         parts.append(svg.words(width - right + 8, y + 13, figures.dollars(line.usd, report.places), "value"))
     y = TOP + pitch * len(rows)

@@ -12,18 +12,20 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from core.output import visible
 from costs.report import CostReport, Line
 from costs.tables import Sheet, headline, notes, sheets
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 STYLES = {"train lost": "red", "train kept": "green"}
 
 
 def render(report: CostReport) -> RenderableType:
     return Group(
-        Text(report.run, style="bold"),
-        Text(headline(report)),
+        Text(visible(report.run), style="bold"),
+        Text(visible(headline(report))),
         *(terminal_table(sheet) for sheet in sheets(report).values()),
-        *(Text(f"note: {note}", style="yellow") for note in notes(report)),
+        *(Text(visible(f"note: {note}"), style="yellow") for note in notes(report)),
     )
 
 
@@ -34,9 +36,10 @@ def terminal_table(sheet: Sheet) -> Table:
     )  # fmt: skip
     for column, head in enumerate(sheet.heads):
         foot = sheet.foot[column] if sheet.foot else ""
-        found.add_column(head, foot, justify="left" if column < sheet.words else "right", overflow="fold")
+        justify = "left" if column < sheet.words else "right"
+        found.add_column(Text(visible(head)), Text(visible(foot)), justify=justify, overflow="fold")
     for row in sheet.rows:
-        found.add_row(*(Text(cell) for cell in row), style=STYLES.get(row[0], ""))
+        found.add_row(*(Text(visible(cell)) for cell in row), style=STYLES.get(row[0], ""))
     return found
 
 
@@ -57,16 +60,16 @@ def as_markdown(report: CostReport) -> str:
 
 def markdown_table(sheet: Sheet) -> str:
     rule = ["---" if column < sheet.words else "---:" for column in range(len(sheet.heads))]
-    foot = [[f"**{cell}**" if cell else "" for cell in sheet.foot]] if sheet.foot else []
-    rows = [[_plain(cell) for cell in row] for row in sheet.rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(sheet.heads), rule, *rows, *foot])
+    foot = [[f"**{_plain(cell)}**" if cell else "" for cell in sheet.foot]] if sheet.foot else []
+    heads, *rows = [[_plain(cell) for cell in row] for row in [sheet.heads, *sheet.rows]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows, *foot])
 
 
 def _plain(text: str) -> str:
     """`text` with Markdown's special characters escaped."""
     for character in "\\|*_`<[":
         text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())
+    return visible(" ".join(text.split()))
 
 
 FORMAT = "cost-report"
@@ -124,4 +127,6 @@ def _field(row: dict[str, Any], column: str) -> Any:
     if value is None:
         # An unknown figure is "?". A column that does not apply to this kind of row is empty.
         return "?" if column == "value" or (column == "usd" and row["table"] != "unit") else ""
+    if isinstance(value, str) and value.startswith(FORMULA):
+        return f"'{value}"  # a spreadsheet takes it for a text, not for a formula that it runs
     return f"{value:.6f}" if isinstance(value, float) and column in ("seconds", "share") else value

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from core import figures
+from core.run import timeline
 from core.run.machine import Price
 from core.run.model import Lost, Run, Segment
 from core.run.phases import REPORT_PHASES
@@ -17,6 +18,7 @@ from costs.cells import Cell, Spend, attribute, cells
 from costs.model import Origin, Outside, StorageUse
 from costs.units import Curves, Units, curves, units
 
+ENDINGS = {"cap": "stopped by its cap", "storage": "stopped: its store was away"}
 GROUPS = ("stage", "day", "cloud", "region", "zone", "instance", "market")
 
 
@@ -204,7 +206,7 @@ def _machine(segment: Segment) -> str:
 
 def _how_it_ended(run: Run, segment: Segment, now: float) -> str:
     if segment.end is not None:
-        return {"cap": "stopped by its cap"}.get(str(segment.end.get("reason")), str(segment.end.get("reason")))
+        return ENDINGS.get(str(segment.end.get("reason")), str(segment.end.get("reason")))
     if not segment.spans:
         return "no heartbeat"
     if segment is run.segments[-1] and segment.is_live(now):
@@ -247,7 +249,7 @@ def _cap_notes(run: Run) -> list[str]:
 
 
 def _dollars(value: object) -> str:
-    return figures.dollars(value if isinstance(value, int | float) else None)
+    return figures.dollars(timeline.number(value))
 
 
 def _time_notes(run: Run) -> list[str]:
@@ -255,7 +257,7 @@ def _time_notes(run: Run) -> list[str]:
     for segment in run.segments:
         jumps = [mark for mark in segment.marks if mark["name"] == "clock_jump"]
         if jumps:
-            seconds = sum(mark.get("seconds") or 0.0 for mark in jumps)
+            seconds = sum(timeline.number(mark.get("seconds")) or 0.0 for mark in jumps)
             notes.append(
                 f"segment {segment.number}: its clock was set by {seconds:+.0f} s while it ran; durations are correct"
             )

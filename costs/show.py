@@ -13,7 +13,7 @@ from rich.live import Live
 
 from clouds.providers import on_demand_price
 from core import urls
-from core.errors import ConfigError, LauncherError, RunError
+from core.errors import ConfigError, LauncherError, RunError, one_line
 from core.run import cache
 from core.run.reader import read_run
 from costs import discover, render, tables
@@ -70,6 +70,9 @@ def _all_reports(options: argparse.Namespace) -> list[CostReport]:
             report = _report(url, options)
         except LauncherError as error:
             log.warning("left out of the report: %s", error)
+            continue
+        except Exception as error:  # what others wrote into one run must not hide the others
+            log.warning("left out: %s: cannot be understood (%s)", url, one_line(error))
             continue
         if tables.last_seen(report) >= since and (not options.tag or options.tag in report.tags):
             kept.append(report)

@@ -34,7 +34,9 @@ def nice_ticks(low: float, high: float, most: int) -> tuple[float, ...]:
         return (low,)
     rough = (high - low) / max(1, most - 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    step = next((factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9)), 0.0)
+    if not step:  # a span that is too small for a float
+        return (low,)
     first = math.ceil(low / step - 1e-9)
     return tuple(round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1))
 
@@ -58,7 +60,7 @@ def value_axis(low: float, high: float, start: float, end: float, text: Callable
 
 def chart(width: int, height: int, body: Sequence[str], label: str, kind: str) -> str:
     return (
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'<svg class="{escape(kind)}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{escape(label)}">{"".join(body)}</svg>'
     )
 
@@ -68,9 +70,12 @@ def frame(x: Axis, y: Axis, *, x_labels: bool = True) -> list[str]:
     parts = []
     for tick in y.ticks:
         parts.append(f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{y(tick)}" y2="{y(tick)}"/>')
-        parts.append(f'<text class="tick" x="{x.start - 6}" y="{y(tick) + 4}" text-anchor="end">{y.text(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x.start - 6}" y="{y(tick) + 4}" text-anchor="end">{escape(y.text(tick))}</text>'
+        )
     for tick in x.ticks if x_labels else ():
-        parts.append(f'<text class="tick" x="{x(tick)}" y="{y.start + 16}" text-anchor="middle">{x.text(tick)}</text>')
+        middle = f'x="{x(tick)}" y="{y.start + 16}" text-anchor="middle"'
+        parts.append(f'<text class="tick" {middle}>{escape(x.text(tick))}</text>')
     return parts
 
 
@@ -83,18 +88,19 @@ def line(x: Axis, y: Axis, points: Points, css: str) -> str:
             continue
         path.append(f"{'M' if pen_up else 'L'}{x(at)} {y(value)}")
         pen_up = False
-    return f'<path class="line {css}" d="{"".join(path)}"/>'
+    return f'<path class="line {escape(css)}" d="{"".join(path)}"/>'
 
 
 def area(x: Axis, y: Axis, times: Sequence[float], low: Sequence[float], high: Sequence[float], css: str) -> str:
     upper = [f"{x(at)} {y(value)}" for at, value in zip(times, high, strict=True)]
     lower = [f"{x(at)} {y(value)}" for at, value in zip(times, low, strict=True)]
-    return f'<path class="area {css}" d="M{"L".join(upper + lower[::-1])}Z"/>'
+    return f'<path class="area {escape(css)}" d="M{"L".join(upper + lower[::-1])}Z"/>'
 
 
 def dots(x: Axis, y: Axis, points: Points, css: str, hint: Callable[[float, float], str]) -> list[str]:
     return [
-        f'<circle class="{css}" cx="{x(at)}" cy="{y(value)}" r="3.5"><title>{escape(hint(at, value))}</title></circle>'
+        f'<circle class="{escape(css)}" cx="{x(at)}" cy="{y(value)}" r="3.5"><title>{escape(hint(at, value))}</title>'
+        "</circle>"
         for at, value in points
         if value is not None
     ]
@@ -102,7 +108,8 @@ def dots(x: Axis, y: Axis, points: Points, css: str, hint: Callable[[float, floa
 
 def vertical(x: Axis, top: float, bottom: float, at: float, css: str, hint: str) -> str:
     return (
-        f'<line class="{css}" x1="{x(at)}" x2="{x(at)}" y1="{top}" y2="{bottom}"><title>{escape(hint)}</title></line>'
+        f'<line class="{escape(css)}" x1="{x(at)}" x2="{x(at)}" y1="{top}" y2="{bottom}"><title>{escape(hint)}</title>'
+        "</line>"
     )
 
 
@@ -124,10 +131,10 @@ def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]
 
 def bar(x: float, y: float, width: float, height: float, css: str, hint: str) -> str:
     return (
-        f'<rect class="area {css}" x="{x}" y="{y}" width="{max(width, 1.0):.2f}" height="{height}" rx="2">'
+        f'<rect class="area {escape(css)}" x="{x}" y="{y}" width="{max(width, 1.0):.2f}" height="{height}" rx="2">'
         f"<title>{escape(hint)}</title></rect>"
     )
 
 
 def words(x: float, y: float, text: str, css: str = "tick", anchor: str = "start") -> str:
-    return f'<text class="{css}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text class="{escape(css)}" x="{x}" y="{y}" text-anchor="{escape(anchor)}">{escape(text)}</text>'

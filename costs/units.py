@@ -129,7 +129,8 @@ def levels(evals: Sequence[Point], spend: Spend) -> list[Level]:
         return []
     best = min(each.values["val_loss"] for each in evals)
     lowest = math.ceil(best * 10 - 1e-9)
-    tenths = [tenth / 10 for tenth in range(lowest, max(lowest, math.ceil(evals[0].values["val_loss"] * 10)))]
+    highest = min(math.ceil(evals[0].values["val_loss"] * 10), lowest + LEVELS_SHOWN)
+    tenths = [tenth / 10 for tenth in range(lowest, highest)]
     wanted = sorted({*tenths, *(level for level in QUOTED_LEVELS if best <= level < evals[0].values["val_loss"])})
     reached = []
     for level in wanted[:LEVELS_SHOWN][::-1]:

@@ -17,10 +17,11 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from core import storage
+from core import storage, untrusted
 from core.console import progress, run_entry, set_up_logging
 from core.data import manifest
 from core.data.manifest import Manifest, ShardEntry, Split
@@ -286,14 +287,29 @@ def _copy(piece: _Piece, data_url: str) -> _Piece:
 def _accepts(finished: set[str], pieces: Mapping[str, list[_Piece]], data_url: str) -> bool:
     """Whether finished shards, made under another plan, are equal to the shards of this plan."""
     wanted = {piece.record: piece.content for each in pieces.values() for piece in each}
-    records = {name: json.loads(storage.read_bytes(plan.record_uri(data_url, name))) for name in finished}
+    records = {name: _record(data_url, name) for name in finished}
     return all(name in wanted and record.get("source") == wanted[name] for name, record in records.items())
 
 
 def _split(pieces: list[_Piece], data_url: str) -> Split:
-    records = [json.loads(storage.read_bytes(plan.record_uri(data_url, piece.record))) for piece in pieces]
-    shards = tuple(ShardEntry(**record["shard"]) for record in records)
-    return Split(sum(shard.tokens for shard in shards), sum(record["documents"] for record in records), shards)
+    records = [_record(data_url, piece.record) for piece in pieces]
+    try:
+        shards = tuple(ShardEntry(**record["shard"]) for record in records)
+        return Split(sum(shard.tokens for shard in shards), sum(record["documents"] for record in records), shards)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{data_url}/parts: a record is damaged ({error}); delete them and import again") from error
+
+
+def _record(data_url: str, name: str) -> Mapping[str, Any]:
+    """The record of a shard. Raises DataError if it is damaged."""
+    uri = plan.record_uri(data_url, name)
+    try:
+        record = untrusted.read_json(uri)
+        if not isinstance(record, dict):
+            raise ValueError("it is no object")
+        return record
+    except ValueError as error:
+        raise DataError(f"{uri}: is no record of a shard ({error}); delete it and import again") from error
 
 
 if __name__ == "__main__":

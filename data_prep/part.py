@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from core import storage
+from core import storage, untrusted
 from core.data.manifest import ShardEntry
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import DataError
@@ -26,6 +26,7 @@ from data_prep.sources.files import Part
 
 # Document lengths are counted in classes [2**k, 2**(k+1)).
 LENGTH_CLASSES = 32
+LARGEST_RECORD = 1 << 30  # bytes; candidates for validation take 30 each
 # Number of the most common keys that a record stores, to find an id that many documents share.
 SHARED_KEYS = 16
 
@@ -70,9 +71,11 @@ def read_record(data_url: str, name: str) -> PartRecord:
     """Reads the record of a part. Raises ObjectNotFound if the part is unfinished, DataError if it is damaged."""
     uri = record_uri(data_url, name)
     try:
-        document: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        document: dict[str, Any] = untrusted.read_json(uri, LARGEST_RECORD)
         for key in ("shards", "candidate_shards"):
             document[key] = tuple(ShardEntry(**entry) for entry in document[key])
+            for shard in document[key]:
+                untrusted.check_name(shard.name, uri)
         document["candidates"] = tuple((int(key), int(tokens)) for key, tokens in document["candidates"])
         document["shared"] = tuple((int(key), int(count)) for key, count in document["shared"])
         return PartRecord(**document)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from core import storage, urls
+from core import storage, untrusted, urls
 from core.data import manifest
 from core.errors import DataError, ObjectExists, ObjectNotFound
 from core.settings import loader as settings
@@ -35,6 +35,7 @@ FORMAT = "data-plan"
 # Raise this if the same settings give other shards than before: older unfinished datasets are then not continued.
 VERSION = 1
 TAIL_BYTES = 64 << 10
+LARGEST_BYTES = 1 << 30  # of a plan; a file takes 250
 LISTING_THREADS = 32
 # Settings that name the source. The files in the plan define the result, not the source's name.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
@@ -251,7 +252,7 @@ def read(data_url: str) -> PrepPlan:
     """Reads the stored plan. Raises ObjectNotFound, DataError."""
     uri = uri_of(data_url)
     try:
-        document = json.loads(storage.read_bytes(uri))
+        document = untrusted.read_json(uri, LARGEST_BYTES)
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"{document['format']} version {document['version']}, not {FORMAT} version {VERSION}")
         return PrepPlan(document["settings"], tuple(SourceFile(**file) for file in document["files"]))

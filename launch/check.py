@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
         print(f"{failed} marked x, which must be fixed before this task can run")
         return 1
     command = pricing_command(task, os.environ, options)
-    print(f"$ sky {' '.join(command[1:])}", flush=True)
+    print(f"$ sky {secrets.scrub(' '.join(command[1:]))}", flush=True)
     return subprocess.call(command)
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from clouds import skypilot
-from core import bucket, environment, storage
+from core import bucket, environment, output, secrets, storage, untrusted
 from core.console import progress, run_entry, set_up_logging
 from core.errors import ConfigError, ObjectNotFound, RunError
-from core.run import journal
+from core.run import journal, timeline
 from core.run.folder import RunFolder
 from core.storage import ObjectInfo
 from core.task import read_task
@@ -132,20 +132,21 @@ def show_stored(url: str) -> int:
     if not attempts:
         raise ObjectNotFound(f"{folder}: no machine has written output yet; check RUN and BUCKET")
     for attempt in attempts:
-        print(f"--- {attempt}")
+        print(f"--- {output.visible(attempt)}")
         for events, problems in journal.stream(storage.join(folder, attempt)):
             sys.stdout.write("".join(_shown(event) + "\n" for event in events))
             for problem in problems:
-                print(f"warning: {problem}", file=sys.stderr)
+                print(f"warning: {output.visible(problem)}", file=sys.stderr)
     return 0
 
 
 def _shown(event: Mapping[str, Any]) -> str:
-    """A stored line, after its time (UTC), unless the line begins with a time."""
-    line = str(event.get("line", ""))
+    """A stored line, after its time (UTC), unless the line begins with a time. A terminal obeys nothing in it."""
+    line = output.visible(secrets.scrub(str(event.get("line", ""))))
     if _TIMED.match(line):
         return line
-    return f"{datetime.datetime.fromtimestamp(event.get('time') or 0, datetime.UTC):%H:%M:%S} {line}"
+    time = timeline.moment(event.get("time"))
+    return f"{datetime.datetime.fromtimestamp(time or 0, datetime.UTC):%H:%M:%S} {line}"
 
 
 # --- pull ------------------------------------------------------------------------------------------------------
@@ -161,6 +162,8 @@ def pull(arguments: list[str]) -> int:
     for listing in range(LISTINGS):
         wanted = choose(run_url, storage.list_objects(run_url))
         try:
+            for info in wanted:  # before anything is written
+                local_path(info, run_url, folder)
             # The objects that identify the run come first, so that an interrupted copy is recognised too.
             marks = [info for info in wanted if info.name in IDENTITY]
             check_same_run(marks, run_url, folder)
@@ -182,7 +185,8 @@ def name_of(run_url: str) -> str:
 
 
 def local_path(info: ObjectInfo, run_url: str, folder: str) -> Path:
-    return Path(folder, *info.uri.removeprefix(f"{run_url}/").split("/"))
+    """Raises DataError for a name that leads out of `folder`."""
+    return untrusted.inside(Path(folder), info.uri.removeprefix(f"{run_url}/"), run_url)
 
 
 def check_same_run(marks: list[ObjectInfo], run_url: str, folder: str) -> None:

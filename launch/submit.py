@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 
 from clouds import skypilot
-from core import environment
+from core import environment, secrets
 from core.console import run_entry
 from core.errors import ConfigError
 from core.exit_codes import FAILED
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
             f"nothing was rented; fix this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr
         )
         return FAILED
-    print(f"$ {shlex.join(['sky', *command[1:]])}", flush=True)
+    print(f"$ {secrets.scrub(shlex.join(['sky', *command[1:]]))}", flush=True)
     if "--dryrun" in options:
         return undo.run(command).code
     launch = undo.Launch(task.name, task.managed, time.time(), _cluster(task, options_of_sky))

@@ -6,8 +6,8 @@ LAUNCH_VENV ?= .venv-launch
 # A command that runs each program, such as one that enters another network. Empty: none.
 LAUNCH_PREFIX ?=
 LAUNCH_PYTHON := $(LAUNCH_PREFIX) $(LAUNCH_VENV)/bin/python
-MACHINES := $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--num-nodes $(NODES))
-OPTIONS := $(if $(NO_CHECK),--no-check)
+MACHINES = $(if $(value GPUS),--gpus $(call typed,GPUS)) $(if $(value NODES),--num-nodes $(call typed,NODES))
+OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
@@ -25,13 +25,13 @@ role: $(LAUNCH_STAMP) ## an IAM role for the nodes on AWS, limited to BUCKET's r
 	@$(LAUNCH_PYTHON) -m launch.role $(if $(UNDO),--undo)
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
-	@$(LAUNCH_PYTHON) -m launch.check sky/$(TASK).yaml $(MACHINES)
+	@$(LAUNCH_PYTHON) -m launch.check sky/$(call typed,TASK).yaml $(MACHINES)
 
 prep-data: $(LAUNCH_STAMP) ## FineWeb-Edu 10BT to token shards in BUCKET, on cheap CPU nodes (NODES=1)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(OPTIONS) $(MACHINES)
 
 pretrain: $(LAUNCH_STAMP) ## GPT-2 124M on 8 A100 on demand, or on GPUS=A100:2, NODES=2, …
-	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS) $(MACHINES)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(call typed,TASK).yaml $(OPTIONS) $(MACHINES)
 
 pretrain-spot: $(LAUNCH_STAMP) ## the same on spot machines, as a managed job that recovers from preemptions
 	@$(LAUNCH_PYTHON) -m launch.submit sky/pretrain-8xa100-spot.yaml $(OPTIONS) $(MACHINES)
@@ -42,18 +42,18 @@ finetune: $(LAUNCH_STAMP) ## tune START=run on the conversations stored beside D
 evaluate: $(LAUNCH_STAMP) ## perplexity and HellaSwag of RUN's newest checkpoint, on one small GPU (EVAL_ARGS=…)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/evaluate.yaml $(OPTIONS) $(MACHINES)
 
-smoke: TASK := $(if $(filter command line,$(origin TASK)),$(TASK),smoke-cpu)
+smoke: TASK := $(if $(filter command,$(origin TASK)),$(value TASK),smoke-cpu)
 smoke: $(LAUNCH_STAMP) ## the cheapest end-to-end test (TASK=smoke-gpu: on a GPU)
-	@$(LAUNCH_PYTHON) -m launch.submit sky/$(TASK).yaml $(OPTIONS) $(MACHINES)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(call typed,TASK).yaml $(OPTIONS) $(MACHINES)
 
 status: $(LAUNCH_STAMP) ## clusters, managed jobs, machines that the clouds list, dollars of RUN
-	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(call typed,TASK).yaml
 
 logs: $(LAUNCH_STAMP) ## output of TASK while it runs; FROM=bucket: all output of RUN, preempted machines included
-	@$(LAUNCH_PYTHON) -m launch.runs logs $(if $(filter bucket,$(FROM)),--stored) sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.runs logs $(if $(filter bucket,$(value FROM)),--stored) sky/$(call typed,TASK).yaml
 
 pull: $(LAUNCH_STAMP) ## metrics, samples, ledger, logs and newest checkpoint of RUN to pulled/
-	@$(LAUNCH_PYTHON) -m launch.runs pull sky/$(TASK).yaml
+	@$(LAUNCH_PYTHON) -m launch.runs pull sky/$(call typed,TASK).yaml
 
 # `down` is an emergency: any version of SkyPilot will do.
 $(LAUNCH_VENV)/bin/sky:

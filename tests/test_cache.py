@@ -177,11 +177,11 @@ def test_a_corrupt_transfer_is_healed_by_the_second_fetch(url: str, tmp_path: Pa
     stream = make_set(url)
     real, spoiled = storage.chunks, []
 
-    def chunks(uri: str):
+    def chunks(uri: str, most: int | None = None):
         if uri.endswith("00002.bin") and not spoiled:
             spoiled.append(uri)
             return [b"".join(real(uri))[::-1]]
-        return real(uri)
+        return real(uri, most)
 
     monkeypatch.setattr(storage, "chunks", chunks)
     tokens = source(url, tmp_path / "cache")
@@ -227,7 +227,7 @@ def test_a_full_disk_slows_down_and_does_not_stop(url: str, tmp_path: Path, monk
     monkeypatch.setattr("trainer.data.cache.STALL_RETRY_SECONDS", 0.05)
     monkeypatch.setattr("trainer.data.cache.PATIENCE_SECONDS", 0.05)
 
-    def download(uri: str, path: Path, expected_sha256: str, survives_crash: bool) -> int:
+    def download(uri: str, path: Path, expected_sha256: str, **more: object) -> int:
         raise StorageError(f"{path}: could not write: the disk is full; free space or choose another folder")
 
     monkeypatch.setattr(storage, "download", download)

@@ -19,7 +19,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the objects that were fetched."""
     names: list[str] = []
     real = storage.read_bytes
-    monkeypatch.setattr(storage, "read_bytes", lambda uri: names.append(uri.rsplit("/", 1)[-1]) or real(uri))
+    monkeypatch.setattr(storage, "read_bytes", lambda uri, *most: names.append(uri.rsplit("/", 1)[-1]) or real(uri))
     return names
 
 

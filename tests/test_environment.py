@@ -1,5 +1,6 @@
 """Empty is absent, .env in all dialects, and no key in what is printed."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -8,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from core import environment, secrets
+from core.console import set_up_logging
+from core.data import manifest
 from core.errors import ConfigError
+from core.run.folder import RunFolder, open_run
 from tests import variables
+from tests.test_manifest import GOOD
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,3 +143,56 @@ def test_no_key_in_an_error_of_ours_or_in_a_traceback(kind):
 def test_words_of_everyday_are_no_secrets(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     assert secrets.scrub("this is a test") == "this is a test"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pass@host/v1 failed", "https://***@host/v1 failed"),
+        ("postgresql+psycopg2://u:p%40@db:5432/x", "postgresql+psycopg2://***@db:5432/x"),
+        ("GET https://h/v1?api-key=abcdef&b=2", "GET https://h/v1?api-key=***&b=2"),
+        (
+            "https://h/o?X-Amz-Credential=A%2F1&X-Amz-Signature=0f0f",
+            "https://h/o?X-Amz-Credential=***&X-Amz-Signature=***",
+        ),
+        ("'Authorization': 'Bearer abcdefgh1'", "'Authorization': 'Bearer ***'"),
+        ("x-api-key: 0123456789", "x-api-key: ***"),
+        ("Incorrect API key provided: sk-abcd****wxyz.", "Incorrect API key provided: ***."),
+        ("s3://bucket/runs/first@2, step 3: no key = no run", "s3://bucket/runs/first@2, step 3: no key = no run"),
+        ("send Authorization: Bearer KEY", "send Authorization: Bearer KEY"),
+    ],
+)
+def test_what_has_the_form_of_a_secret_is_hidden(text, shown):
+    assert secrets.scrub(text) == shown
+    assert secrets.without_keys({"a": [text, 1, None], "b": (text,)}) == {"a": [shown, 1, None], "b": [shown]}
+
+
+def test_hiding_takes_no_longer_for_a_text_that_is_almost_a_secret():
+    for part in ("://", "a.", "?key", "bearer ", "authorization ", "?" + "a" * 50):
+        text = part * (100_000 // len(part))
+        assert len(secrets.scrub(text)) >= len(text) / 10
+
+
+def test_a_log_line_has_no_key_and_no_escape(capsys):
+    set_up_logging()
+    try:
+        logging.getLogger("x").warning("no answer: %s \x1b]0;owned\x07", "https://me:pass@host/?token=abc")
+        try:
+            raise ValueError("Authorization: Bearer abcdefgh1")
+        except ValueError:
+            logging.getLogger("x").exception("it failed")
+    finally:
+        logging.basicConfig(force=True)
+    said = capsys.readouterr().err
+    assert "no answer: https://***@host/?token=*** \\x1b]0;owned\\x07" in said
+    assert "ValueError: Authorization: Bearer ***" in said
+
+
+def test_no_key_in_a_url_is_stored_with_a_run(tmp_path):
+    url = "https://me:pass@host/v1?api-key=abcdef"
+    run = RunFolder(str(tmp_path))
+    assert open_run(run, {"source.url": url}, {"endpoint": {"url": url}}, "f")
+    text = (tmp_path / "run.json").read_text()
+    assert text.count("https://***@host/v1?api-key=***") == 2
+    assert not open_run(run, {"source.url": url}, {}, "f"), "the same run, with the same key"
+    assert "pass" not in manifest.Manifest(GOOD.tokenizer, {"url": url}, {}, GOOD.splits).to_bytes().decode()

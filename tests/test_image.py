@@ -5,6 +5,7 @@ Dockerfile names by digest cannot be pulled; what is in the images above the bas
 """
 
 import functools
+import glob
 import hashlib
 import http.server
 import io
@@ -13,11 +14,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import threading
 from pathlib import Path
 
 import pytest
+
+from tests import missing
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -69,8 +73,50 @@ def test_the_working_tree_goes_to_a_node_without_secrets():
     """What .skyignore leaves out, by the very code that SkyPilot uses: glob, with ** before a name without a slash."""
     lines = [line.strip() for line in (ROOT / ".skyignore").read_text().splitlines()]
     left_out = {line for line in lines if line and not line.startswith("#")}
-    assert {".env", "/.git", "/.venv", "/.venv-launch"} <= left_out
+    assert {".env*", "/.git", "/.venv", "/.venv-launch", "/wandb", "*.pem"} <= left_out
     assert not {line for line in left_out if (ROOT / line.strip("/")).name in ("launch", "core", "trainer", "sky")}
+
+
+def test_no_key_that_lies_about_goes_to_a_node(tmp_path):
+    """Made by the patterns as SkyPilot reads them (sky/data/storage_utils.py)."""
+    keys = ".env .env.local .env~ .envrc key.pem deep/in/key.pem service-account.json deep/service-account-1.json"
+    keys += " my-credentials.json id_rsa id_rsa.pub id_ed25519 .netrc tls.key wandb/run/config.yaml mlruns/0/meta.yaml"
+    ours = ["launch/node/container.sh", "core/secrets.py", "core/stores/credentials.py", "sky/smoke-cpu.yaml"]
+    for name in [*keys.split(), *ours]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    left_out = set()
+    for line in (ROOT / ".skyignore").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pattern = f".{line}" if line.startswith("/") else f"**/{line}"
+            left_out |= {Path(each).resolve() for each in glob.glob(str(tmp_path / pattern), recursive=True)}
+
+    def goes(name: str) -> bool:
+        path = tmp_path / name
+        return not left_out & {path.resolve(), *path.resolve().parents}
+
+    assert [name for name in keys.split() if goes(name)] == []
+    assert [name for name in ours if not goes(name)] == []
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {"**/.env*", "**/*.pem", "**/service-account*.json"} <= set(ignored[ignored.index("!cost_report.py") :])
+
+
+def test_the_health_check_needs_neither_torch_nor_a_gpu(tmp_path):
+    """It runs every five minutes beside the training, where a second CUDA context would take memory."""
+    assert (
+        re.findall(r"^HEALTHCHECK .* CMD (.+)$", DOCKERFILE, re.M)
+        == ['["python", "-m", "launch.node.selftest", "--health"]'] * 2
+    )
+    given = {**os.environ, **missing.environment(tmp_path, (*missing.PACKAGES, "torch", "numpy", "obstore"))}
+    for target in TARGETS:
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.node.selftest", "--health"],
+            cwd=ROOT,
+            env={**given, "IMAGE_TARGET": target},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.startswith(f"{target} image is healthy: process 1 is "), done.stderr
 
 
 def with_venv() -> dict[str, str]:

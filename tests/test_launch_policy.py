@@ -14,6 +14,7 @@ from core.errors import ObjectExists, StorageError
 
 POLICY = Path(__file__).parent.parent / "launch/bucket-policy.json"
 BUCKET = "my-bucket"
+OTHERS = ("runs/second/run.json", "data/other/manifest.json", "runs/first-2/run.json")
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,12 @@ def limited():
     for name in (BUCKET, "other-bucket"):
         s3.create_bucket(Bucket=name)
     s3.put_object(Bucket=BUCKET, Key="private/notes", Body=b"not a run's business")
+    for key in OTHERS:
+        s3.put_object(Bucket=BUCKET, Key=key, Body=b"of another run")
     iam.create_user(UserName="run")
-    text = POLICY.read_text().replace("BUCKET", BUCKET)
+    text = POLICY.read_text()
+    for name, own in (("BUCKET", BUCKET), ("/RUN/", "/first/"), ("/DATA/", "/fineweb-edu-10bt/")):
+        text = text.replace(name, own)
     iam.put_user_policy(UserName="run", PolicyName="bucket", PolicyDocument=text)
     key = iam.create_access_key(UserName="run")["AccessKey"]
     enforce(endpoint, after="0")
@@ -91,6 +96,18 @@ def test_nothing_else_can_be_written_or_read(limited, uri):
         storage.write_bytes(uri, b"x")
     with pytest.raises(StorageError, match="may not read"):
         storage.read_bytes(uri)
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_the_objects_of_other_runs_are_read_and_neither_changed_nor_deleted(limited, key):
+    """A tuning starts from another run's weights, and compares itself with others."""
+    uri = f"s3://{BUCKET}/{key}"
+    assert storage.read_bytes(uri) == b"of another run"
+    with pytest.raises(StorageError, match="may not write"):
+        storage.write_bytes(uri, b"x")
+    with pytest.raises(StorageError, match="may not delete"):
+        storage.delete(uri)
+    assert storage.read_bytes(uri) == b"of another run"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tests import launching, tuning
 from tests.fake_endpoint import KEY, FakeEndpoint
 from tests.test_distil_make import MODULE, flags_of, spent, write_prompts
 from trainer.synthesis import answers, refusals
+from trainer.synthesis.endpoint import host_of
 
 SENT = {"model": "m", "temperature": 0.7, "top_p": 1.0, "max_tokens": 512}
 FLAGGED = {
@@ -100,6 +101,31 @@ def test_a_refusal_need_not_be_json():
     assert refusals.sort(400, b"temperature must be 1", SENT).parameter == "temperature"
     assert refusals.sort(400, b"[" * 100_000, SENT).kind == "unclear"
     assert refusals.sort(403, b"\xff", SENT).kind == "key"
+
+
+def test_a_401_is_not_quoted_and_no_other_answer_with_its_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "0123456789abcdef")
+    echo = json.dumps(said("Incorrect API key provided: 0123****cdef")).encode()
+    assert refusals.sort(401, echo, SENT) == refusals.Refusal("key", "")
+    for status in (400, 403, 404, 500):
+        found = refusals.sort(status, json.dumps(said("no: 0123456789abcdef, sk-abcd****wxyz")).encode(), SENT)
+        assert "no: ***, ***" in found.said
+
+
+def test_keys_in_the_endpoints_url_reach_no_log_and_no_object(tmp_path):
+    write_prompts(tmp_path, 2)
+    with FakeEndpoint(faults=False) as endpoint:
+        code, output = run(endpoint, tmp_path, f"--endpoint.url={endpoint.url}?api-key=very-secret-1")
+        assert (code, rows(tmp_path)) == (0, 2), output
+        assert host_of("https://me:very-secret-2@host:8/v1") == "host:8"
+        url = endpoint.url.replace("://", "://me:very-secret-2@")
+        code, more = run(endpoint, tmp_path, f"--endpoint.url={url}")
+        assert code == 1
+        assert "leave the other out" in more
+    objects = [storage.read_bytes(info.uri) for info in storage.list_objects(str(tmp_path))]
+    assert len(objects) > 4
+    for text in (output.encode(), more.encode(), *objects):
+        assert b"very-secret" not in text
 
 
 def test_an_error_within_an_answer():

@@ -26,6 +26,7 @@ from trainer.inference.sampling import InferenceOptions, Sampling
 log = logging.getLogger("serve")
 USAGE = "python -m trainer.serve RUN_OR_CHECKPOINT [--name=value ...]"
 SHUTDOWN_SECONDS = 5.0  # time that answers in progress get at the end
+KEEPALIVE_SECONDS = 30.0  # that a connection may wait for its next request
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,26 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def _until_stopped(http, settings: ServeConfig, name: str) -> None:
+    from trainer.inference.connections import Connections
+
     # A disconnected client cancels its handler, which cancels its texts in the engine.
     runner = web.AppRunner(
-        http.application(), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS
+        http.application(),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+        keepalive_timeout=KEEPALIVE_SECONDS,
     )
     await runner.setup()
+    connections = Connections(runner.server)
+    http.watch(connections)
+    listener = None
     try:
         try:
-            await web.TCPSite(runner, settings.host, settings.port).start()
+            listener = await asyncio.get_running_loop().create_server(connections, settings.host, settings.port)
         except OSError as error:
             raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
-        host, port = runner.addresses[0][:2]
+        host, port = listener.sockets[0].getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         log.info("serving %s: page at %s/, OpenAI endpoint at %s/v1", name, url, url)
         stop = asyncio.Event()
@@ -82,6 +92,8 @@ async def _until_stopped(http, settings: ServeConfig, name: str) -> None:
         await stop.wait()
         log.info("stopping")
     finally:
+        if listener:
+            listener.close()
         await runner.cleanup()
 
 

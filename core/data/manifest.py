@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from core import storage
+from core import storage, untrusted
 from core.data.shard import DTYPES, HEADER_BYTES
 from core.errors import DataError, ObjectNotFound
+from core.secrets import without_keys
 
 NAME = "manifest.json"
 FORMAT = "token-shards"
 VERSION = 1
+SUFFIX = ".bin"  # of a shard; the cache finds what it may remove by it
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Manifest:
         return split
 
     def to_bytes(self) -> bytes:
-        document = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, **asdict(self)}
+        document = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, **without_keys(asdict(self))}
         return (json.dumps(document, indent=1, sort_keys=True, default=dict) + "\n").encode()
 
 
@@ -100,15 +102,13 @@ def read(data_url: str) -> Manifest:
     """Reads and checks a manifest. Raises DataError if it is missing, incomplete or of another format."""
     uri = uri_of(data_url)
     try:
-        data = storage.read_bytes(uri)
+        document = untrusted.read_json(uri)
+        if not isinstance(document, dict):
+            raise ValueError("not a JSON object")
     except ObjectNotFound as error:
         raise DataError(
             f"{uri}: there is no manifest; prepare the data first (python -m data_prep.prepare), or correct data.url"
         ) from error
-    try:
-        document = json.loads(data)
-        if not isinstance(document, dict):
-            raise ValueError("not a JSON object")
     except ValueError as error:
         raise DataError(f"{uri}: not valid JSON ({error}); prepare the data again") from error
     if document.get("format") != FORMAT:
@@ -122,18 +122,16 @@ def read(data_url: str) -> Manifest:
         )
     try:
         splits = {
-            name: Split(
-                int(split["tokens"]), int(split["documents"]), tuple(ShardEntry(**shard) for shard in split["shards"])
-            )
+            name: Split(_count(split["tokens"]), _count(split["documents"]), tuple(map(_shard, split["shards"])))
             for name, split in document["splits"].items()
         }
         manifest = Manifest(
-            TokenizerInfo(**document["tokenizer"]),
-            document["source"],
-            document["split_rule"],
+            _tokenizer(document["tokenizer"]),
+            _mapping(document["source"]),
+            _mapping(document["split_rule"]),
             splits,
             document["bits"],
-            document["stats"],
+            _mapping(document["stats"]),
         )
         stated = document["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -144,9 +142,38 @@ def read(data_url: str) -> Manifest:
     return manifest
 
 
+def _shard(entry: Mapping[str, Any]) -> ShardEntry:
+    shard = ShardEntry(**entry)
+    return ShardEntry(_text(shard.name), _count(shard.tokens), _count(shard.bytes), _text(shard.sha256))
+
+
+def _tokenizer(entry: Mapping[str, Any]) -> TokenizerInfo:
+    found = TokenizerInfo(**entry)
+    texts = [_text(each) for each in (found.name, found.vocab_file, found.vocab_sha256)]
+    return TokenizerInfo(texts[0], _count(found.vocab_size), _count(found.end_of_text), *texts[1:])
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no object")
+    return value
+
+
 def _check(manifest: Manifest, stated_fingerprint: str, uri: str) -> None:
-    if manifest.bits not in DTYPES:
-        raise DataError(f"{uri}: bits is {manifest.bits}, must be 16 or 32")
+    if type(manifest.bits) is not int or manifest.bits not in DTYPES:
+        raise DataError(f"{uri}: bits is {manifest.bits!r}, must be 16 or 32")
     for name, split in manifest.splits.items():
         if split.tokens != sum(shard.tokens for shard in split.shards):
             raise DataError(
@@ -159,6 +186,10 @@ def _check(manifest: Manifest, stated_fingerprint: str, uri: str) -> None:
                     f"{uri}: shard {shard.name} says {shard.tokens} tokens in {shard.bytes} bytes, "
                     "which do not match; prepare the data again"
                 )
+            untrusted.check_name(shard.name, uri)
+            if not shard.name.endswith(SUFFIX):
+                raise DataError(f"{uri}: shard {shard.name} does not end in {SUFFIX}; prepare the data again")
+    untrusted.check_name(manifest.tokenizer.vocab_file, uri)
     if manifest.fingerprint != stated_fingerprint:
         raise DataError(
             f"{uri}: fingerprint does not match its shards; "

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from core import storage
+from core import storage, untrusted
 from core.errors import DataError, ObjectNotFound
 
 FORMAT = "rows"
@@ -49,10 +49,13 @@ def info_of(data_url: str, name: str) -> SetInfo:
     """The description of a set. Raises DataError if there is none."""
     uri = _uri(data_url, f"{name}.json")
     try:
-        document = json.loads(storage.read_bytes(uri))
+        document = untrusted.read_json(uri)
         if (document.pop("format"), document.pop("version")) != (FORMAT, VERSION):
             raise ValueError(f"not {FORMAT} version {VERSION}")
-        return SetInfo(**document)
+        info = SetInfo(**document)
+        if type(info.rows) is not int or not all(isinstance(each, str) for each in (info.source, info.sha256)):
+            raise ValueError("rows, source or sha256 is of another type")
+        return info
     except ObjectNotFound as error:
         raise DataError(
             f"{uri}: there is no set {name!r}; store it first: python -m data_prep.sets {name} {data_url}"
@@ -65,10 +68,13 @@ def read(data_url: str, name: str) -> Sequence[dict[str, Any]]:
     """All rows of a set. Raises DataError if the set is missing or its checksum differs."""
     info = info_of(data_url, name)
     uri = _uri(data_url, f"{name}.jsonl")
-    data = storage.read_bytes(uri)
+    data = storage.read_bytes(uri, untrusted.memory_bytes())
     if hashlib.sha256(data).hexdigest() != info.sha256:
         raise DataError(f"{uri}: its checksum has changed; store it again: python -m data_prep.sets {name} {data_url}")
-    return [json.loads(line) for line in data.splitlines()]
+    try:
+        return [untrusted.parse_json(line) for line in data.splitlines()]
+    except ValueError as error:
+        raise DataError(f"{uri}: a row is not JSON ({error}); store the set again") from error
 
 
 def read_if_there(data_url: str, name: str) -> Sequence[dict[str, Any]] | None:

@@ -17,6 +17,7 @@ from core.errors import ConfigError, DataError, ObjectNotFound
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
+LARGEST_BYTES = 64 << 20  # GPT-2's has 0.8 MB
 FILE_NAME = "tokenizer/gpt2.tiktoken"
 # SHA-256 of the rank file that `rank_file` writes for OpenAI's vocab.bpe.
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -60,7 +61,7 @@ def parse(data: bytes, where: str) -> Vocabulary:
     """Reads a rank file or GPT-2's vocab.bpe. Raises DataError for any vocabulary other than GPT-2's."""
     if hashlib.sha256(data).hexdigest() == GPT2_SHA256:
         return Vocabulary(data)
-    ranks = _ranks_of_merges(data) if data.startswith(b"#version") else _ranks_of_rank_file(data, where)
+    ranks = _ranks_of_merges(data, where) if data.startswith(b"#version") else _ranks_of_rank_file(data, where)
     stored = rank_file(ranks)
     sha256 = hashlib.sha256(stored).hexdigest()
     if sha256 != GPT2_SHA256:
@@ -74,7 +75,7 @@ def parse(data: bytes, where: str) -> Vocabulary:
 
 def read(uri: str) -> Vocabulary:
     """Reads and checks a vocabulary file. Raises ObjectNotFound, DataError."""
-    return parse(storage.read_bytes(uri), uri)
+    return parse(storage.read_bytes(uri, LARGEST_BYTES), uri)
 
 
 def store_vocabulary(vocab_url: str, data_url: str) -> str:
@@ -123,7 +124,7 @@ def _ranks_of_rank_file(data: bytes, where: str) -> dict[bytes, int]:
     return ranks
 
 
-def _ranks_of_merges(data: bytes) -> dict[bytes, int]:
+def _ranks_of_merges(data: bytes, where: str) -> dict[bytes, int]:
     """Ranks of vocab.bpe, which spells each byte as a printable character (openai/gpt-2, bytes_to_unicode)."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     stand_ins = {chr(byte): byte for byte in printable}
@@ -133,7 +134,11 @@ def _ranks_of_merges(data: bytes) -> dict[bytes, int]:
             stand_ins[chr(256 + len(order) - len(printable))] = byte
             order.append(byte)
     ranks = {bytes([byte]): rank for rank, byte in enumerate(order)}
-    for line in data.decode().splitlines()[1:]:
-        if line:
-            ranks[b"".join(bytes(stand_ins[character] for character in half) for half in line.split(" "))] = len(ranks)
+    try:
+        for line in data.decode().splitlines()[1:]:
+            if line:
+                halves = (bytes(stand_ins[character] for character in half) for half in line.split(" "))
+                ranks[b"".join(halves)] = len(ranks)
+    except (KeyError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: line {len(ranks) - 254} spells no byte pair; give OpenAI's vocab.bpe") from error
     return ranks

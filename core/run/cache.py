@@ -26,7 +26,7 @@ from core.run.timeline import SHOWN
 from core.stores import aws
 
 log = logging.getLogger(__name__)
-VERSION = 3
+VERSION = 4
 _PLAIN = ("number", "started_at", "program", "launcher", "marks", "end", "problems")
 _CURVE = ("step", "time", *SHOWN["train"])
 

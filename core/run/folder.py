@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core import storage
+from core import storage, untrusted
 from core.errors import ObjectExists, RunError
+from core.secrets import without_keys
 
 VERSION = 2  # version 1 had other names of settings
-_SEGMENT = re.compile(r"^segment-(\d{6,})$")
+_SEGMENT = re.compile(r"^segment-(\d{6}|[1-9]\d{6,8})\Z")  # one spelling per number
+_ID = re.compile(r"^[0-9a-z]{1,64}\Z")  # trackers name files by it
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,13 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
 
     `identity` holds the flat settings that define the result. Raises RunError, which names the different setting.
     """
+    identity = without_keys(identity)
     document = {
         "format": "run",
         "version": VERSION,
-        "identity": dict(identity),
+        "identity": identity,
         "data_fingerprint": data_fingerprint,
-        "config": dict(config),
+        "config": without_keys(config),
         "id": secrets.token_hex(8),
     }
     data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
@@ -165,7 +168,7 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
     remedy = "use the settings it was started with, or another run.url"
     branch = continued_elsewhere(folder, stored["identity"])
     for key in sorted({*stored["identity"], *identity}):
-        there, here = stored["identity"].get(key), identity.get(key)
+        there, here = without_keys(stored["identity"].get(key)), identity.get(key)
         if _plain(there) != _plain(here):
             more = "" if key.startswith(("model.", "start.")) or key == "stage" else branch
             raise RunError(
@@ -200,10 +203,14 @@ def read_description(folder: RunFolder) -> dict[str, Any]:
     """The document in run.json. Raises ObjectNotFound, RunError."""
     uri = folder.description
     try:
-        document = json.loads(storage.read_bytes(uri))
+        document = untrusted.read_json(uri)
         if document["format"] != "run" or document["version"] != VERSION:
             raise ValueError(f"format {document['format']!r} version {document['version']!r}")
-        document["identity"], document["config"], document["data_fingerprint"]
+        for key, kind in (("identity", dict), ("config", dict), ("data_fingerprint", str)):
+            if not isinstance(document[key], kind):
+                raise ValueError(f"{key} is {repr(document[key])[:80]}")
+        if not _ID.match(document.get("id", "0")):
+            raise ValueError(f"id is {repr(document['id'])[:80]}")
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{uri}: is not a run description of this release ({error}); use another run.url") from error
     return document

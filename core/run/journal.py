@@ -8,12 +8,14 @@ of the last `flush_seconds` are missing. A reader that finds an event in two obj
 
 import json
 import logging
+import math
 import re
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from core import storage
+from core import storage, untrusted
 from core.errors import LauncherError, ObjectNotFound
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,9 @@ OBJECTS_PER_CHUNK = 100
 FLUSH_BYTES = 4 << 20
 CHUNK_BYTES = 4 << 20
 READ_ATTEMPTS = 3
-_NAME = re.compile(r"^(\d{8,})-(\d{8,})\.jsonl$")
+# Bytes of an object that is still read. What waited in memory while the store was away is one object.
+LARGEST_BYTES = 256 << 20
+_NAME = re.compile(r"^(\d{8,15})-(\d{8,15})\.jsonl\Z")
 
 
 class Journal:
@@ -48,6 +52,8 @@ class Journal:
         self._chunk_lines: list[str] = []
         self._chunk_objects: list[str] = []
         self._failing = False
+        self._failing_since = math.inf
+        self.failure = ""  # why the newest attempt failed
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"journal {folder.rsplit('/', 1)[-1]}", daemon=True)
@@ -66,6 +72,11 @@ class Journal:
     def waiting_bytes(self) -> int:
         """Bytes of the events that wait in memory."""
         return self._pending_bytes
+
+    @property
+    def failing_seconds(self) -> float:
+        """How long the store has taken nothing; 0 if the newest attempt succeeded."""
+        return max(0.0, time.monotonic() - self._failing_since)
 
     def flush(self) -> bool:
         """Store all events added so far. False if the store failed; the events then wait in memory."""
@@ -101,16 +112,20 @@ class Journal:
             return True
         name = _name(self._next, self._next + len(lines) - 1)
         data = _encode(lines)
+        began = time.monotonic()
         try:
             storage.write_bytes(storage.join(self.folder, name), data)
         except LauncherError as error:
             if not self._failing:
                 log.warning("%s: events wait in memory until the store answers again: %s", self.folder, error)
             self._failing = True
+            self._failing_since = min(self._failing_since, began)
+            self.failure = str(error)
             return False
         if self._failing:
             log.warning("%s: stored again, nothing was lost", self.folder)
         self._failing = False
+        self._failing_since = math.inf
         with self._lock:
             del self._pending[: len(lines)]
             self._pending_bytes -= len(data)
@@ -186,30 +201,34 @@ def _each_object(uris: Iterable[str], after: int) -> Iterator[tuple[int, list[di
         events: list[dict[str, Any]] = []
         problems = []
         try:
-            lines = storage.read_bytes(uri).decode().splitlines()
+            lines = storage.read_bytes(uri, LARGEST_BYTES).decode().splitlines()
         except ObjectNotFound:
             raise
         except (LauncherError, UnicodeDecodeError) as error:
             yield after, [], [f"{uri}: skipped, it cannot be read ({error})"]
             continue
-        for number, line in enumerate(lines, first):
+        if len(lines) != last - first + 1:
+            problems.append(f"{uri}: holds {len(lines):,} events, its name says {last - first + 1:,}")
+            last = min(last, first + len(lines) - 1)
+        for number, line in enumerate(lines[: last - first + 1], first):
             try:
-                event = json.loads(line)
+                event = untrusted.parse_json(line)
                 if not isinstance(event, dict):
-                    raise ValueError("not an object")
-            except ValueError:
-                problems.append(f"{uri}: line {number - first + 1} skipped, it is not valid JSON")
+                    raise ValueError("it is no object")
+            except ValueError as error:
+                problems.append(f"{uri}: line {number - first + 1} skipped, it is not valid JSON ({error})")
                 continue
             if number > after:
                 events.append(event)
-        after = last
+        after = max(after, last)
         yield after, events, problems
 
 
 def sequence_numbers(uri: str) -> tuple[int, int] | None:
     """First and last sequence number in an object's name; None for an object of another kind."""
     match = _NAME.match(uri.rsplit("/", 1)[-1])
-    return (int(match.group(1)), int(match.group(2))) if match else None
+    numbers = (int(match.group(1)), int(match.group(2))) if match else (1, 0)
+    return numbers if numbers[0] <= numbers[1] else None
 
 
 def _name(first: int, last: int) -> str:

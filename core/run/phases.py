@@ -82,12 +82,18 @@ MARKS = (
     Mark("api", ("usd", "answers"), "`usd` that a paid endpoint took since the run began, `answers`"),
     Mark("clock_jump", ("seconds",), "`seconds` by which the wall clock was changed"),
 )
+_NAMES = frozenset(phase.name for phase in PHASES)
 _FIELDS = {mark.name: frozenset(mark.fields) for mark in MARKS}
 
 
 def label(name: str) -> str:
     """train_lost → "train lost"."""
     return name.replace("_", " ")
+
+
+def colour_class(name: str) -> str:
+    """The CSS class with the colour of a phase; `p-other` for a name that the table lacks, which may be anything."""
+    return f"p-{name if name in _NAMES else 'other'}"
 
 
 def check_mark(name: str, fields: set[str]) -> None:

@@ -9,7 +9,6 @@ One listing finds all objects, which are fetched in parallel. `Run.problems` nam
 
 import enum
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from core import storage
-from core.errors import LauncherError, ObjectNotFound, RunError
+from core import storage, untrusted
+from core.errors import LauncherError, ObjectDamaged, ObjectNotFound, RunError
 from core.run import cache, journal, paid, timeline
 from core.run.cache import Seen
 from core.run.folder import RunFolder, segment_number
@@ -93,12 +92,14 @@ def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any])
 def _read_description(run: Run) -> None:
     uri = run.folder.description
     try:
-        document = json.loads(storage.read_bytes(uri))
+        document = untrusted.read_json(uri)
+        if not isinstance(document["config"], dict):
+            raise ValueError("its config is no object")
         run.config = document["config"]
-        run.stage = document.get("stage")
+        run.stage = timeline.text(document.get("stage"))
     except ObjectNotFound:
         run.problems.append(f"{uri}: not there, so the settings of this run are not known")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ObjectDamaged, ValueError, KeyError, TypeError) as error:
         run.problems.append(f"{uri}: cannot be understood ({error}), so the settings of this run are not known")
 
 
@@ -196,7 +197,7 @@ def _started(folder: RunFolder, number: int) -> Segment:
     """A segment with the facts of its start object. If that object cannot be used, `problems` says why."""
     segment, uri = Segment(number), folder.segment(number).start
     try:
-        event = json.loads(storage.read_bytes(uri))
+        event = untrusted.read_json(uri)
         timeline.start(segment, event if isinstance(event, Mapping) else {})
     except timeline.NewerFormat as error:
         segment.is_newer_format = True

@@ -85,6 +85,11 @@ class SegmentLog:
         if self.metrics:
             self.metrics.add({"kind": kind, "time": self.ledger.now(), **values})
 
+    def outage(self) -> tuple[float, str]:
+        """Seconds for which the store has taken no event, and why."""
+        journals = [self.metrics, self.ledger and self.ledger.journal]
+        return max(((each.failing_seconds, each.failure) for each in journals if each), default=(0.0, ""))
+
     def flush(self) -> bool:
         """Store all events so far. A checkpoint is marked as complete only after that, so that time and metrics of its
         steps cannot be missing."""

@@ -3,11 +3,10 @@
 `segment.problems` names each event that is skipped because it cannot be understood. No event prevents a report.
 """
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
+from core import output
 from core.run import ledger
 from core.run.machine import Machine
 from core.run.model import Segment, Span
@@ -25,7 +24,13 @@ SHOWN = {
 
 # Gaps and overlaps up to this length are ignored: spans of a segment have none, but their stored ends are rounded.
 TOLERANCE_SECONDS = 0.001
-_MACHINE_FIELDS = {field.name for field in fields(Machine)}
+# Bounds of what a ledger may say. Others may have written it, and what is beyond them no run has.
+LARGEST = 1e18
+END_OF_TIME = 4_102_444_800.0  # 2100
+LEAST_PRICE, HIGHEST_PRICE = 1e-12, 1e12  # dollars per hour
+MOST_OF_A_MACHINE = 1_000_000  # nodes, GPUs
+LONGEST_TEXT = 500
+_MACHINE_TEXTS = ("cloud", "region", "zone", "instance_type", "gpu", "price_source", "host")
 
 
 class NewerFormat(ValueError):
@@ -38,18 +43,27 @@ def start(segment: Segment, event: Mapping[str, Any]) -> None:
         raise ValueError("it is not a start event")
     if not isinstance(event.get("version"), int) or event["version"] > ledger.VERSION:
         raise NewerFormat(f"ledger version {event.get('version')!r} is newer than this release; update the checkout")
-    machine = {key: value for key, value in event["machine"].items() if key in _MACHINE_FIELDS}
-    machine["usd_per_hour"] = _price(segment, event["machine"])
+    stored = event["machine"]
+    machine: dict[str, Any] = {key: text(stored.get(key)) for key in _MACHINE_TEXTS}
+    machine["usd_per_hour"] = _price(segment, stored)
+    machine["spot"] = stored.get("spot")
     for key, least in (("gpus_per_node", 0), ("nodes", 1)):
-        if not isinstance(machine.get(key, least), int) or machine.get(key, least) < least:
-            segment.problems.append(f"segment {segment.number}: {key} is {machine[key]!r}, not a count; used {least}")
+        machine[key] = stored.get(key, least)
+        if type(machine[key]) is not int or not least <= machine[key] <= MOST_OF_A_MACHINE:
+            segment.problems.append(
+                f"segment {segment.number}: {key} is {_brief(machine[key])}, not a count; used {least}"
+            )
             machine[key] = least
+    for key in (*_MACHINE_TEXTS, "spot"):
+        if stored.get(key) is not None and not isinstance(stored[key], bool if key == "spot" else str):
+            segment.problems.append(f"segment {segment.number}: {key} is {_brief(stored[key])}; taken for unknown")
+            machine[key] = None
     segment.machine = Machine(**machine)
-    segment.started_at = number(event.get("time"))
-    segment.program = _mapping(event.get("program"))
-    segment.launcher = _mapping(event.get("launcher"))
+    segment.started_at = moment(event.get("time"))
+    segment.program = _texts(event.get("program"))
+    segment.launcher = _texts(event.get("launcher"))
     tags = event.get("tags")
-    segment.tags = tuple(str(tag) for tag in tags) if isinstance(tags, list) else ()
+    segment.tags = tuple(found for tag in tags if (found := text(tag))) if isinstance(tags, list) else ()
 
 
 def absorb(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
@@ -58,21 +72,28 @@ def absorb(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
         kind = event.get("event")
         if kind == "span":
             _span(segment, event)
-        elif kind == "mark" and isinstance(event.get("name"), str):
-            segment.marks.append(dict(event))
+        elif kind == "mark" and isinstance(event.get("name"), str) and moment(event.get("time")) is not None:
+            segment.marks.append(_mark(event))
         elif kind == "end":
-            segment.end = dict(event)
+            segment.end = dict(event) | {"reason": text(event.get("reason"))}
         else:
-            segment.problems.append(f"segment {segment.number}: skipped an event of unknown kind {kind!r}")
+            segment.problems.append(f"segment {segment.number}: skipped an event of unknown kind {_brief(kind)}")
+
+
+def _mark(event: Mapping[str, Any]) -> dict[str, Any]:
+    mark = dict(event) | {"name": text(event["name"])}
+    if "step" in mark and step_number(mark["step"]) is None:
+        del mark["step"]
+    return mark
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
     """Append the metrics that a report shows. Of training records, keep one per span of the timeline."""
     for event in events:
-        kind, step, time = event.get("kind"), event.get("step"), number(event.get("time"))
-        if kind not in SHOWN or not isinstance(step, int) or time is None:
+        kind, step, time = event.get("kind"), step_number(event.get("step")), moment(event.get("time"))
+        if not isinstance(kind, str) or kind not in SHOWN or step is None or time is None:
             continue
-        record = {"step": step, "time": time} | {name: number(event.get(name)) for name in SHOWN[kind]}
+        record = {"step": step, "time": time} | {name: _at_least_zero(event.get(name)) for name in SHOWN[kind]}
         if kind == "eval" and record["val_loss"] is None:
             continue
         known = segment.metrics.setdefault(kind, [])
@@ -86,24 +107,40 @@ def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> Non
 def absorb_all_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
     """Append every record unchanged."""
     for event in events:
-        if isinstance(event.get("step"), int) and number(event.get("time")) is not None and "kind" in event:
+        known = step_number(event.get("step")) is not None and moment(event.get("time")) is not None
+        if known and isinstance(event.get("kind"), str):
             segment.metrics.setdefault(event["kind"], []).append(dict(event))
 
 
 def number(value: Any) -> float | None:
-    """A finite float, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A finite float of at most LARGEST, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return None
     return float(value)
 
 
+def moment(value: Any) -> float | None:
+    """A unix time from 1970 to 2100, or None for anything else."""
+    found = number(value)
+    return found if found is not None and 0 <= found < END_OF_TIME else None
+
+
+def step_number(value: Any) -> int | None:
+    """The number of an optimizer step, or None for anything else."""
+    return value if type(value) is int and 0 <= value < 2**53 else None
+
+
+def text(value: Any) -> str | None:
+    """A text, cut, with what a terminal would obey as escapes; None for anything else."""
+    return output.visible(value[:LONGEST_TEXT]) if isinstance(value, str) else None
+
+
 def _span(segment: Segment, event: Mapping[str, Any]) -> None:
-    start, end = number(event.get("start")), number(event.get("end"))
+    start, end = moment(event.get("start")), moment(event.get("end"))
     if start is None or end is None or end < start:
-        segment.problems.append(
-            f"segment {segment.number}: skipped a span from {event.get('start')!r} to {event.get('end')!r}: "
-            "its clock went backwards"
-        )
+        why = "these are no times" if start is None or end is None else "its clock went backwards"
+        ends = f"{_brief(event.get('start'))} to {_brief(event.get('end'))}"
+        segment.problems.append(f"segment {segment.number}: skipped a span from {ends}: {why}")
         return
     before = segment.ended_at
     if before is not None and start > before + TOLERANCE_SECONDS:
@@ -115,9 +152,8 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
             "the overlap is counted once"
         )
         start = min(before, end)
-    phases = {
-        name: seconds for name, value in _mapping(event.get("phases")).items() if (seconds := number(value) or 0) > 0
-    }
+    booked_phases = _mapping(event.get("phases")).items()
+    phases = {text(name): seconds for name, value in booked_phases if (seconds := number(value) or 0) > 0}
     booked, length = sum(phases.values()), end - start
     if booked > length:
         if booked > length + TOLERANCE_SECONDS:
@@ -125,9 +161,10 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
                 f"segment {segment.number}: a span of {length:.1f} s books {booked:.1f} s; its phases are scaled down"
             )
         phases = {name: seconds * length / booked for name, seconds in phases.items()}
-    for step in event.get("steps") or []:
-        if isinstance(step, list) and len(step) >= 3 and None not in map(number, step[:3]):
-            segment.steps.number.append(int(step[0]))
+    steps = event.get("steps")
+    for step in steps if isinstance(steps, list) else ():
+        if isinstance(step, list) and len(step) >= 3 and None not in (step_number(step[0]), *map(number, step[1:3])):
+            segment.steps.number.append(step[0])
             segment.steps.train.append(max(0.0, step[1]))
             segment.steps.wait.append(max(0.0, step[2]))
     _extend(segment, start, end, phases)
@@ -157,13 +194,29 @@ def _price(segment: Segment, machine: Mapping[str, Any]) -> float | None:
     """The stored price per hour in dollars; None, and a sentence in `problems`, if it is not usable."""
     stored, currency = machine.get("usd_per_hour"), machine.get("currency", "USD")
     if currency != "USD":
-        segment.problems.append(f"segment {segment.number}: its price is in {currency}, not USD; counted as unknown")
+        named = text(currency) or _brief(currency)
+        segment.problems.append(f"segment {segment.number}: its price is in {named}, not USD; counted as unknown")
         return None
     price = number(stored)
-    if stored is not None and (price is None or price <= 0):
-        segment.problems.append(f"segment {segment.number}: usd_per_hour {stored!r} is not a price; counted as unknown")
+    if stored is not None and (price is None or not LEAST_PRICE <= price <= HIGHEST_PRICE):
+        segment.problems.append(
+            f"segment {segment.number}: usd_per_hour {_brief(stored)} is not a price; counted as unknown"
+        )
         return None
     return price
+
+
+def _at_least_zero(value: Any) -> float | None:
+    found = number(value)
+    return found if found is not None and found >= 0 else None
+
+
+def _brief(value: Any) -> str:
+    return output.visible(repr(value)[:80])
+
+
+def _texts(value: Any) -> Mapping[str, str]:
+    return {str(text(key)): found for key, each in _mapping(value).items() if (found := text(each)) is not None}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

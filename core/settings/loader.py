@@ -82,7 +82,11 @@ def _range(bounds: Mapping[str, float]) -> str:
     if bounds.keys() == {"ge", "le"}:
         return f"between {bounds['ge']:g} and {bounds['le']:g}"
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    return " and ".join(f"{words[name]} {bound:g}" for name, bound in bounds.items())
+    return " and ".join(f"{words[name]} {_shown(bound)}" for name, bound in bounds.items())
+
+
+def _shown(bound: float) -> str:
+    return f"{bound:,.0f}" if abs(bound) >= 1e5 else f"{bound:g}"
 
 
 def require(holds: bool, key: str, problem: str) -> None:

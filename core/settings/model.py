@@ -13,14 +13,18 @@ from core.settings.loader import Bounded, require, setting
 FP32_BYTES, BF16_BYTES = 4, 2
 
 
+# A stored run may say anything, and some of what follows from a width takes as long as it is wide.
+LARGEST_WIDTH = 1_000_000
+
+
 @dataclass(frozen=True)
 class ModelConfig(Bounded):
     """A decoder-only transformer; the defaults are GPT-2 (Radford et al. 2019): pre-norm, GELU-tanh, tied."""
 
-    layers: int = setting(12, "transformer blocks", gt=0)
-    heads: int = setting(12, "attention heads", gt=0)
-    width: int = setting(768, "model dimension", gt=0)
-    context: int = setting(1024, "tokens per sequence", gt=0)
+    layers: int = setting(12, "transformer blocks", gt=0, le=1 << 16)
+    heads: int = setting(12, "attention heads", gt=0, le=LARGEST_WIDTH)
+    width: int = setting(768, "model dimension", gt=0, le=LARGEST_WIDTH)
+    context: int = setting(1024, "tokens per sequence", gt=0, le=1 << 22)
     padded_vocab_size: int = setting(
         50304,
         "rows of the embedding: the vocabulary, padded to a multiple of 64 or 128 for speed",
@@ -67,12 +71,11 @@ class ModelConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        nearest = min((n for n in range(1, self.width + 1) if self.width % n == 0), key=lambda n: abs(n - self.heads))
-        require(
-            self.width % self.heads == 0,
-            "heads",
-            f"is {self.heads}, must divide the width {self.width}; the nearest that does is {nearest}",
-        )
+        if self.width % self.heads:
+            divisors = (n for n in range(1, self.width + 1) if self.width % n == 0)
+            nearest = min(divisors, key=lambda n: abs(n - self.heads))
+            problem = f"is {self.heads}, must divide the width {self.width}; the nearest that does is {nearest}"
+            require(False, "heads", problem)
         require(
             self.position != "rope" or self.head_width % 2 == 0,
             "heads",

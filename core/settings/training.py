@@ -238,6 +238,18 @@ class CheckpointConfig(Bounded):
         identity=False,
         ge=0,
     )
+    outage_minutes: float = setting(
+        15.0,
+        "minutes without a store that takes checkpoints, metrics or the ledger after which training stops; 0: never",
+        identity=False,
+        ge=0,
+    )
+    last_try_minutes: float = setting(
+        10.0,
+        "minutes for which a machine that stops for want of its store goes on trying to store the last step",
+        identity=False,
+        ge=0,
+    )
 
 
 STAGE = "the kind of training: pretrain, finetune, dpo or distil; it decides which other settings there are"

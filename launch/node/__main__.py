@@ -11,6 +11,7 @@ codes:
     33   it saved after a request to stop               (a managed job starts again)
     34   the run reached its cap on dollars             (a managed job ends)
     35   this machine is bad or hung: take another one  (a managed job starts again, REFUSALS_PER_DAY times)
+    36   the bucket was away for too long               (a managed job ends: another machine has no better bucket)
     else the program failed                             (the job ends)
 
 A request to stop (SIGTERM, SIGHUP, SIGINT) at any moment ends this program with 33, unless the module exits with 0 or
@@ -38,6 +39,7 @@ from pathlib import Path
 
 from clouds import machine
 from clouds.base import Gpu
+from core import secrets as keys
 from core import storage
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
@@ -74,6 +76,7 @@ class Output:
     def __init__(self, folder: str):
         self._journal = Journal(folder, LOG_FLUSH_SECONDS)
         self._lock = threading.Lock()
+        self._scrub = keys.scrubber()
         self._left_out = 0
 
     def add(self, line: str, at: float | None = None) -> None:
@@ -83,7 +86,7 @@ class Output:
                 self._left_out += 1
                 return
             self._say_left_out(now)
-        self._journal.add({"time": now, "line": line})
+        self._journal.add({"time": now, "line": self._scrub(line)})
 
     def close(self) -> None:
         with self._lock:

@@ -1,14 +1,17 @@
 """Tests an image: imports the modules of its programs; on each GPU, initialises CUDA, multiplies and compiles.
 
-    docker run --rm IMAGE            (also its health check)
+    docker run --rm IMAGE
+    python -m launch.node.selftest --health     the image's health check: the same files, without torch and the GPUs
 
-IMAGE_TARGET, set in the image, says which programs it contains. Prints one line, or fails with the first error.
+IMAGE_TARGET, set in the image, says which programs it contains. Prints one line, or fails with the first error. The
+health check runs beside the training every few minutes, so that it takes no memory of a GPU and compiles nothing.
 """
 
 import importlib.util
 import os
 import shutil
 import sys
+from pathlib import Path
 
 from clouds.machine import gpus
 from core.console import run_entry
@@ -24,12 +27,26 @@ def main(arguments: list[str]) -> None:
     target = os.environ.get("IMAGE_TARGET")
     if target not in PROGRAMS:
         raise ConfigError(f"IMAGE_TARGET is {target!r}, must be one of {', '.join(PROGRAMS)}; is this our image?")
+    if arguments == ["--health"]:
+        print(f"{target} image is healthy: {check_files(target)}")
+        return
+    if arguments:
+        raise ConfigError(f"unknown arguments {' '.join(arguments)}; usage: python -m launch.node.selftest [--health]")
     for program in (*PROGRAMS[target], "core.stores.remote"):  # programs import it when they open a bucket
         importlib.import_module(program)
     if os.geteuid() == 0:
         raise ConfigError("the image runs as root; its USER was changed")
     found = check_torch() if target == "train" else check_no_torch()
     print(f"{target} image works: Python {sys.version.split()[0]}, {found}, revision {revision()}")
+
+
+def check_files(target: str) -> str:
+    """The container's first process. Raises ConfigError if a program's file is not there."""
+    for program in PROGRAMS[target]:
+        if not Path(*program.split(".")).with_suffix(".py").exists() and not Path(*program.split(".")).is_dir():
+            raise ConfigError(f"{program} is not in the image's folder {Path.cwd()}")
+    first = Path("/proc/1/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+    return f"process 1 is {first or '?'}"
 
 
 def check_no_torch() -> str:

@@ -14,10 +14,12 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from core import untrusted
+
 MAX_BLOCK_ELEMENTS = 4 << 20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 _TYPES = {name: dtype for dtype, name in _DTYPES.items()}
-_KEY = re.compile(r"^(.+)\[(\d+):(\d+)\]$")
+_KEY = re.compile(r"^(.+)\[(\d{1,18}):(\d{1,18})\]\Z")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or start > len(data):
         raise ValueError("not a safetensors file: its header is longer than the file")
-    header = json.loads(data[8:start].tobytes())
+    header = untrusted.parse_json(data[8:start].tobytes())
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors file: its header is no JSON object")
     tensors = {}
     for key, entry in header.items():
         if key == "__metadata__":
@@ -132,8 +136,10 @@ def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
         try:
             dtype, shape = _TYPES[entry["dtype"]], torch.Size(entry["shape"])
             first, last = entry["data_offsets"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a safetensors file: {key} is described as {entry!r}") from error
+            if not all(type(each) is int and each >= 0 for each in (*entry["shape"], first, last)):
+                raise ValueError("a size below zero, or no size")
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"not a safetensors file: {key} is described as {repr(entry)[:200]}") from error
         if not 0 <= first <= last <= len(data) - start or shape.numel() * dtype.itemsize != last - first:
             raise ValueError(f"not a safetensors file: {key} is at {first}:{last} of {len(data) - start} bytes")
         flat = torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=start + first) if shape.numel() else None

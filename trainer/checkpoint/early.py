@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from core import storage
-from core.errors import LauncherError
+from core import storage, untrusted
+from core.errors import CheckpointError, LauncherError
 from core.xxh3 import xxh3_128
 from trainer.checkpoint import layout
 
@@ -20,7 +20,12 @@ log = logging.getLogger(__name__)
 
 
 def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
-    """The bytes of a payload file (uint8) and their XXH3-128, which is computed during the transfer."""
+    """The bytes of a payload file (uint8) and their XXH3-128, which is computed during the transfer.
+
+    Raises CheckpointError for one that is larger than this machine's memory.
+    """
+    if not 0 <= size <= untrusted.memory_bytes():
+        raise CheckpointError(f"{uri}: its {size:,} bytes do not fit into the memory of this machine")
     data = np.empty(size, np.uint8)
     digest = xxh3_128()
     for part in storage.read_into(uri, memoryview(data)):

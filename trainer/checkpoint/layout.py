@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from core import storage
-from core.errors import CheckpointError, ObjectNotFound, StorageError
+from core import storage, untrusted
+from core.errors import CheckpointError, ObjectDamaged, ObjectNotFound, StorageError
 from core.run.folder import RunFolder, segment_name
 from core.storage import ObjectInfo
 from core.xxh3 import xxh3_128
@@ -23,10 +23,10 @@ from core.xxh3 import xxh3_128
 MARKER = "COMPLETE"
 FORMAT = "checkpoint"
 VERSION = 2  # version 1 had other names of settings in `state.config`
-_STEP = re.compile(r"^step-(\d{8,})$")
-_OBJECT = re.compile(
-    rf"^({MARKER}|manifest-segment-\d{{6,}}\.json|segment-\d{{6,}}-rank-\d{{5,}}-of-\d{{5,}}\.safetensors)$"
-)
+_STEP = re.compile(r"^step-(\d{8,15})\Z")
+_MANIFEST = re.compile(r"^manifest-segment-\d{6,12}\.json\Z")
+_PAYLOAD = re.compile(r"^segment-\d{6,12}-rank-\d{5,9}-of-\d{5,9}\.safetensors\Z")
+_OBJECT = re.compile(rf"^{MARKER}\Z|{_MANIFEST.pattern}|{_PAYLOAD.pattern}")
 LISTINGS = 3
 
 
@@ -153,20 +153,26 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
     """
     folder = folder_of(run_url, step)
     try:
-        marker = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
+        marker = untrusted.read_json(storage.join(folder, MARKER))
+        if not _MANIFEST.match(marker["manifest"]):
+            raise ValueError(f"{marker['manifest']!r} is no name of a manifest")
         uri = storage.join(folder, marker["manifest"])
-        data = storage.read_bytes(uri)
+        data = storage.read_bytes(uri, untrusted.DOCUMENT_BYTES)
         if checksum(data) != marker["xxh3_128"]:
             raise CheckpointError(f"{uri}: checksum differs from its marker's")
-        document = json.loads(data)
+        document = untrusted.parse_json(data)
         if (document["format"], document["version"]) != (FORMAT, VERSION):
             raise CheckpointError(
                 f"{uri}: format {document['format']!r} version {document['version']!r} cannot be read by this release"
             )
         files = tuple(PayloadFile(**file) for file in document["files"])
         manifest = CheckpointManifest(document["step"], document["segment"], files, document["state"])
+        if problem := _mistake(manifest, step):
+            raise ValueError(problem)
     except ObjectNotFound as error:
         raise CheckpointError(f"{folder}: incomplete ({error})") from error
+    except ObjectDamaged as error:
+        raise CheckpointError(str(error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: damaged marker or manifest ({type(error).__name__}: {error})") from error
     for file in files:
@@ -177,6 +183,22 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
                 f"{storage.join(folder, file.name)}: {sizes[file.name]} bytes, its manifest says {file.bytes}"
             )
     return manifest
+
+
+def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
+    """Why this is not the manifest of a checkpoint of `step`, whatever its checksum says."""
+    for file in manifest.files:
+        if not isinstance(file.name, str) or not _PAYLOAD.match(file.name):
+            return f"{file.name!r} is no name of a payload"
+        if type(file.bytes) is not int or not isinstance(file.xxh3_128, str):
+            return f"{file.name} has {file.bytes!r} bytes and the checksum {file.xxh3_128!r}"
+    if len({file.name for file in manifest.files}) < len(manifest.files):
+        return "it names a payload twice"
+    if type(manifest.step) is not int or manifest.step != step or type(manifest.segment) is not int:
+        return f"it is of step {manifest.step!r} and segment {manifest.segment!r}"
+    if not isinstance(manifest.state, dict) or not isinstance(manifest.state.get("config", {}), dict):
+        return "its state is no object"
+    return None
 
 
 def remove(run_url: str, step: int, names: Iterable[str]) -> None:

@@ -105,17 +105,20 @@ def _load(
         except (CheckpointError, ObjectNotFound) as error:
             problem = str(error)
             break
-    headers = {index: [(key, str(tensor.dtype)) for key, tensor in tensors.items()] for index, tensors in mine.items()}
+    headers = {
+        index: [(key, str(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]
+        for index, tensors in mine.items()
+    }
     reports = gather_objects((problem, headers), ranks)
     problems = [report for report, _ in reports if report]
     if problems:
         return problems[0]
     keys = {index: blocks for _, headers in reports for index, blocks in headers.items()}
-    wrong = _check_cover(keys, target.layout())
+    wrong = _check_cover(keys, target)
     if wrong:
         return f"{layout.folder_of(run_url, manifest.step)}: {wrong}"
     for index in range(len(files)):
-        for key, dtype in keys[index]:
+        for key, dtype, _ in keys[index]:
             name, start, stop = parse_key(key)
             if index in mine:
                 values = mine[index][key].to(ranks.device)
@@ -142,13 +145,12 @@ def read_blocks(folder: str, file: PayloadFile, early: EarlyFetch | None = None)
         raise CheckpointError(f"{uri}: {error}") from error
 
 
-def _check_cover(
-    keys: Mapping[int, list[tuple[str, str]]], layout: Mapping[str, tuple[int, torch.dtype]]
-) -> str | None:
-    """None if the blocks of all files are exactly the rows of `layout`, with its dtypes; else the difference."""
+def _check_cover(keys: Mapping[int, list[tuple[str, str, tuple[int, ...]]]], target: Target) -> str | None:
+    """None if the blocks of all files are exactly the rows of `target`, with its dtypes; else the difference."""
+    layout = target.layout()
     blocks: dict[str, list[tuple[int, int]]] = {}
     for entries in keys.values():
-        for key, dtype in entries:
+        for key, dtype, shape in entries:
             try:
                 name, start, stop = parse_key(key)
             except ValueError as error:
@@ -157,6 +159,9 @@ def _check_cover(
                 return f"holds {name}, which this model does not have"
             if DTYPES.get(dtype) != layout[name][1]:
                 return f"holds {name} as {dtype}, this model has {layout[name][1]}"
+            wanted = (stop - start, *target.shape_of(name))
+            if shape != wanted:
+                return f"holds {key} of shape {list(shape)}, this model has {list(wanted)}"
             blocks.setdefault(name, []).append((start, stop))
     for name, (rows, _) in layout.items():
         position = 0

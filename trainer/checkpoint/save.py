@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core import stop, storage
+from core import pulse, stop, storage
 from core.errors import CheckpointError, DiskFull, LauncherError, RunError
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger, check_owner
@@ -76,6 +76,8 @@ class Saver:
         self.taken_over: RunError | None = None
         self.stuck: CheckpointError | None = None  # set on rank 0 after FULL_AT_MOST failures in a row
         self._full_in_a_row = 0
+        self._failing_since = math.inf
+        self._insist_until = -math.inf
         self.last_step = first_step  # step of the newest complete checkpoint; kept up to date on rank 0 only
 
     @property
@@ -105,6 +107,20 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def failing_seconds(self) -> float:
+        """How long no checkpoint could be completed; 0 if the newest one was."""
+        return max(0.0, time.monotonic() - self._failing_since)
+
+    def insist(self, step: int, state: dict[str, Any], seconds: float) -> None:
+        """Store `step`, and repeat it for at most `seconds`, because no later one follows. All ranks call it together.
+
+        Returns once it is stored or given up; `last_step` says which, on rank 0.
+        """
+        self.wait()
+        self._insist_until = time.monotonic() + seconds
+        self.begin(step, state)
+        self.wait()
+
     def has(self, step: int) -> bool:
         """Wait for the save in flight. Returns whether the checkpoint of `step` is complete; only rank 0 knows."""
         self.wait()
@@ -124,8 +140,10 @@ class Saver:
         return self.cadence.seconds()
 
     def _store(self, step: int, state: dict[str, Any], blocked_seconds: float) -> None:
+        began = time.monotonic()
         try:
             while not self._stored(step, state, blocked_seconds):
+                pulse.beat()
                 time.sleep(AGAIN_SECONDS)
         except RunError as error:
             self.taken_over = error
@@ -133,6 +151,8 @@ class Saver:
             # Training goes on: the previous checkpoint is still stored, and the next one may succeed.
             self.failure = CheckpointError(str(error))
             is_full = isinstance(error, DiskFull)
+            if not is_full:
+                self._failing_since = min(self._failing_since, began)
             self._count_full(is_full)
             log.warning("checkpoint of step %d was not completed: %s", step, error)
             with contextlib.suppress(dist.DistError):  # the key-value store has ended with torchrun
@@ -156,6 +176,7 @@ class Saver:
                 layout.write_marker(self.run_url, CheckpointManifest(step, self.segment, files, state))
                 self.last_step = step
                 self._full_in_a_row = 0
+                self._failing_since = math.inf
                 background = time.monotonic() - started
                 self.cadence.measured(blocked_seconds, background)
                 if self.ledger:
@@ -169,7 +190,7 @@ class Saver:
         except LauncherError as error:
             if isinstance(error, DiskFull) and self.ranks.is_main and self._make_room(step):
                 return False
-            if not self._is_hurried():
+            if not self._is_hurried() and time.monotonic() >= self._insist_until:
                 raise
             log.warning("checkpoint of step %d could not be stored yet: %s", step, error)
             return False

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core import storage
+from core import storage, untrusted
 from core.data.manifest import Manifest, ShardEntry
 from core.data.shard import HEADER_BYTES, check_size, parse_header
 from core.errors import DataError, LauncherError, ObjectDamaged, ObjectNotFound, StorageError
@@ -58,6 +58,8 @@ class ShardCache:
     def __init__(self, data_url: str, manifest: Manifest, split: str, folder: Path, limit_bytes: float):
         self.data_url = data_url
         self.shards: tuple[ShardEntry, ...] = manifest.split(split, data_url).shards
+        for shard in self.shards:
+            untrusted.check_name(shard.name, data_url)
         self.folder = folder / f"{manifest.fingerprint[:16]}{BOOT}"
         self.limit_bytes = limit_bytes
         self.fits = sum(shard.bytes for shard in self.shards) <= limit_bytes
@@ -283,20 +285,26 @@ class ReadAhead:
 
     def _fetch(self, shard: int) -> None:
         entry = self.cache.shards[shard]
-        uri, path = storage.join(self.cache.data_url, entry.name), self.cache.path(shard)
+        uri = storage.join(self.cache.data_url, entry.name)
+        path = untrusted.inside(self.cache.folder, entry.name, self.cache.data_url)
         started = time.monotonic()
+
+        def check(head: bytes, size: int) -> None:
+            header = parse_header(head, uri)
+            check_size(header, size, uri)
+            if header.tokens != entry.tokens:
+                raise DataError(
+                    f"{uri}: header says {header.tokens} tokens, the manifest {entry.tokens}; prepare the data again"
+                )
+
+        def fetch() -> int:
+            return storage.download(uri, path, entry.sha256, survives_crash=not BOOT, most=entry.bytes, check=check)
+
         try:
-            size = storage.download(uri, path, entry.sha256, survives_crash=not BOOT)
+            size = fetch()
         except ObjectDamaged as error:
             log.warning("%s; fetching it once more", error)
-            size = storage.download(uri, path, entry.sha256, survives_crash=not BOOT)
-        with path.open("rb") as file:
-            header = parse_header(file.read(HEADER_BYTES), uri)
-        check_size(header, size, uri)
-        if header.tokens != entry.tokens:
-            raise DataError(
-                f"{uri}: header says {header.tokens} tokens, the manifest {entry.tokens}; prepare the data again"
-            )
+            size = fetch()
         log.info("fetched %s (%.0f MB in %.1f s)", entry.name, size / 1e6, time.monotonic() - started)
 
     def _remove_earlier_boots(self) -> None:

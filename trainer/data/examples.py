@@ -14,7 +14,6 @@ rows of any step are found directly.
 
 import bisect
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from core import storage
+from core import storage, untrusted
 from core.data import sets
 from core.data.sets import conversation, preference, question_of
 from core.errors import DataError
@@ -172,7 +171,7 @@ def rows_of(data: ExamplesConfig) -> tuple[str, Iterable[Any], str]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return untrusted.parse_json(line)
     except ValueError:
         return None
 

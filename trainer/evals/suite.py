@@ -12,12 +12,13 @@ fields.
 import functools
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from core import storage
+from core import storage, untrusted
 from core.data import manifest, sets
 from core.errors import ConfigError, ObjectExists
 from core.run.folder import RunFolder, step_name
@@ -30,6 +31,7 @@ from trainer.evals.hellaswag import HellaSwag
 from trainer.evals.progress import PartialResults
 from trainer.weights.open import TrainedModel
 
+log = logging.getLogger("evaluate")
 FORMAT = "evaluation"
 VERSION = 1
 _NAME = re.compile(r"^(?P<key>.+-[0-9a-f]{8})(-(?P<number>\d+))?\.json$")
@@ -216,7 +218,12 @@ def _newest(folder: str) -> dict[str, dict[str, Any]]:
             names[match["key"]] = max(names.get(match["key"], (0, "")), (number, name))
     found = {}
     for key, (_, name) in names.items():
-        document = json.loads(storage.read_bytes(storage.join(folder, name)))
-        if (document.get("format"), document.get("version")) == (FORMAT, VERSION):
+        uri = storage.join(folder, name)
+        try:
+            document = untrusted.read_json(uri, is_finite=False)  # the error of a single item is NaN
+        except ValueError as error:
+            log.warning("%s: left out, it is no result (%s)", uri, error)
+            continue
+        if isinstance(document, dict) and (document.get("format"), document.get("version")) == (FORMAT, VERSION):
             found[key] = document
     return found

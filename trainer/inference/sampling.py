@@ -19,7 +19,8 @@ class Sampling(Bounded):
     repetition_penalty: float = setting(
         1.0,
         "divides the logits of tokens that the text contains (multiplies negative logits) (Keskar et al. 2019); 1: off",
-        gt=0,
+        ge=0.01,
+        le=100,
     )
     temperature: float = setting(0.8, "divides the logits; 0: always choose the likeliest token", ge=0)
     top_k: int = setting(50, "choose among the k likeliest tokens; 0: all", ge=0)

@@ -1,5 +1,6 @@
 """Serves one model over HTTP: routes, API key, OpenAI's error format, event streams."""
 
+import asyncio
 import hmac
 import ipaddress
 import json
@@ -12,9 +13,11 @@ from typing import Any
 
 from aiohttp import web
 
+from core import untrusted
 from core.errors import LauncherError
 from trainer.inference import protocol
 from trainer.inference.chat_model import ChatModel
+from trainer.inference.connections import Connections
 from trainer.inference.engine import Piece, Token
 from trainer.inference.protocol import ApiError, ApiRequest, ApiResponse
 from trainer.inference.sampling import Sampling
@@ -24,6 +27,7 @@ log = logging.getLogger("serve")
 KEY = "SERVE_API_KEY"
 PAGE = Path(__file__).with_name("page.html")
 MOST_BODY_BYTES = 1 << 20
+BODY_SECONDS = 30.0
 # The page loads nothing but itself and connects to this server only.
 PAGE_POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 
@@ -38,6 +42,11 @@ class HttpServer:
         self._key = key
         self._most_waiting = most_waiting
         self._worker: Worker | None = None
+        self._connections: Connections | None = None
+
+    def watch(self, connections: Connections) -> None:
+        """Tell `connections` of each request that has arrived."""
+        self._connections = connections
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[_errors_as_json, self._guard], client_max_size=MOST_BODY_BYTES)
@@ -57,6 +66,8 @@ class HttpServer:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler) -> web.StreamResponse:
+        if self._connections:
+            self._connections.heard(request.transport)
         if not self._key:
             # Without a key, only requests from this computer are allowed. The Host header reveals a foreign web page
             # that reaches this computer by a domain name which resolves to it (DNS rebinding).
@@ -100,10 +111,14 @@ class HttpServer:
         if request.content_type != "application/json":
             raise ApiError(415, f"the content type is {request.content_type}, must be application/json")
         try:
-            body = await request.json()
+            async with asyncio.timeout(BODY_SECONDS):
+                body = untrusted.parse_json(await request.read())
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
         except ValueError as error:
             raise ApiError(400, f"the body is not JSON: {error}") from None
-        api_request = protocol.read(body, self._model, self._name, self._defaults, chat)
+        # In a thread: a megabyte of text takes a second to encode, in which other clients want their tokens.
+        api_request = await asyncio.to_thread(protocol.read, body, self._model, self._name, self._defaults, chat)
         answers = ApiResponse(self._name, chat)
         async with aclosing(self._worker.stream(api_request.requests)) as pieces:
             if api_request.stream:
@@ -192,7 +207,7 @@ def presents(key: str, authorization: str) -> bool:
     """Whether an Authorization header contains the key."""
     scheme, _, given = authorization.partition(" ")
     # A comparison in constant time does not leak the key through its duration.
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(errors="replace"), key.encode())
 
 
 def is_loopback(host: str) -> bool:

@@ -19,14 +19,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from core import stop
-from core.errors import LauncherError, TrainingError
+from core.errors import LauncherError, StorageError, TrainingError
+from core.figures import duration
 from core.run.folder import RunFolder, continued_elsewhere
 from core.run.segment import SegmentLog
 from core.settings.training import TrainLoopConfig
 from trainer.checkpoint.save import Saver
 from trainer.data.loader import batch_numbers
 from trainer.data.order import derive_key
-from trainer.distributed.process_group import Abandoned, PeerFailed, Ranks, gather_numbers, on_main
+from trainer.distributed.process_group import Abandoned, PeerFailed, Ranks, gather_numbers, meet, on_main
 from trainer.loop.evaluation import TrainingEvaluator
 from trainer.loop.health import ForwardClock, SlowRanks, StepNorms, slow_rank_sentence
 from trainer.loop.report import StepReporter
@@ -38,6 +39,10 @@ from trainer.optim.reduce import TreeReducer
 from trainer.stages.stage import MicroBatches, Stage
 
 log = logging.getLogger("train")
+
+# The longest that a single attempt of the store takes, beyond the time for the last step.
+TRY_SECONDS = 300.0
+OTHER_RANK = "reported by rank"
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Loop:
     evaluator: TrainingEvaluator
     reporter: StepReporter
     last_loss: float | None = None  # loss of the restored step, if its checkpoint holds it
+    first_step: int = 0  # the restored step, at which this segment starts
 
     def __post_init__(self):
         self.settings = self.stage.settings
@@ -77,7 +83,7 @@ class Loop:
 
         `measured` holds the kinds of metrics that `first_step` already has. Others that are due are measured first.
         """
-        step = first_step
+        self.first_step = step = first_step
         if step == 0 and self.stage.measures_start:
             with contextlib.suppress(Abandoned):  # the exchange below finds the request to stop
                 self.evaluator.validate(step)
@@ -93,6 +99,10 @@ class Loop:
             request, save = self._exchange(step, micro_batches)
             waited = time.monotonic() - started
             # 3. Save the previous step if it is due. Wait for the last checkpoint of a segment.
+            if request and request.kind == "storage":
+                if step > first_step:
+                    self._save_at_last(step, request)
+                return step, request
             if step > first_step:
                 self._save(step, save, last=request is not None or is_last)
             elif is_last:
@@ -200,6 +210,7 @@ class Loop:
         failure = self.saver.taken_over or self.saver.stuck
         no_data = fetched if isinstance(fetched, LauncherError) else None
         save = False
+        self._find_outage(step, no_data)
         if self.ranks.is_main:
             cap = self.segment.cap
             if cap.reached(self.step_seconds, self.saver.seconds()):
@@ -215,8 +226,11 @@ class Loop:
         if failed.any() or (without_data.any() and not kinds.any()):
             raise failure or no_data or PeerFailed()
         if kinds.any():
-            asked = int(kinds.argmax())
-            request = request or StopRequest(KINDS[int(kinds[asked]) - 1], f"reported by rank {asked}")
+            # The same on all ranks, which may have heard of different ones.
+            kind = KINDS[int(kinds[kinds > 0].min()) - 1]
+            asked = int((kinds == KINDS.index(kind) + 1).nonzero()[0, 0])
+            if request is None or request.kind != kind:
+                request = StopRequest(kind, f"{OTHER_RANK} {asked}")
             self.requests.request_stop(request.kind, request.detail)
             if hurried.any():
                 stop.ask(request.detail)
@@ -232,6 +246,9 @@ class Loop:
     def _leave_evaluation(self, step: int) -> StopRequest:
         """Save the step whose evaluation was cut off, unless it is saved. Returns the request to stop."""
         request = self._stop_request(step)
+        if request.kind == "storage":
+            self._save_at_last(step, request)
+            return request
         with self.segment.phase("checkpoint"):
             if not on_main(lambda: self.saver.has(step), self.ranks):
                 self.saver.begin(step, self._state(step))
@@ -248,6 +265,30 @@ class Loop:
             if last:
                 self.saver.finish(step)
                 log.info("step %d is saved", step)
+
+    def _save_at_last(self, step: int, request: StopRequest) -> None:
+        """Try for a while to store the last step in a store that is away. The end of the segment says whether it is."""
+        seconds = 60 * self.settings.checkpoint.last_try_minutes
+        if self.ranks.is_main or not request.detail.startswith(OTHER_RANK):
+            log.error("%s; training stops, and step %d is tried for %s more", request.detail, step, duration(seconds))
+        with self.segment.phase("checkpoint"):
+            self.saver.insist(step, self._state(step), seconds)
+            # Not by a collective, which gives up sooner: the other ranks' parts may be stored long before rank 0's.
+            meet(self.ranks, f"tried/{step}", seconds + TRY_SECONDS)
+
+    def _find_outage(self, step: int, no_data: LauncherError | None) -> None:
+        """Ask all ranks to stop if the store has been away for too long."""
+        most = 60 * self.settings.checkpoint.outage_minutes
+        if not most:
+            return
+        if isinstance(no_data, StorageError) and step > self.first_step:
+            self.requests.request_stop("storage", f"rank {self.ranks.rank} gets no tokens: {no_data}")
+        if self.ranks.is_main:
+            tried = (self.saver.failing_seconds(), str(self.saver.failure))
+            seconds, why = max(self.segment.outage(), tried)
+            if seconds >= most:
+                url = self.settings.run.url
+                self.requests.request_stop("storage", f"{url} has taken nothing for {duration(seconds)} ({why})")
 
     def _state(self, step: int) -> dict:
         """The state that a checkpoint stores besides tensors. Random numbers follow from the step and need no state."""

@@ -1,4 +1,4 @@
-"""Collects requests to stop or to save: from signals, from the spending cap, and from the provider of a spot machine.
+"""Collects requests to stop or to save: from signals, the cap, a store that is away, and a spot machine's provider.
 
 The training loop reads them between steps. If the provider announces the end of a spot machine (clouds/base.py,
 Cloud.interruptions), the run stops. If it warns that the risk has grown, the run saves one more checkpoint.
@@ -17,7 +17,7 @@ log = logging.getLogger("train")
 
 POLL_SECONDS = 5.0
 GIVE_UP_AFTER = 3
-KINDS = ("signal", "spot", "cap")  # kinds of requests to stop; the ranks exchange the index of one
+KINDS = ("signal", "spot", "cap", "storage")  # kinds of requests to stop; the ranks exchange the index of one
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from collections.abc import Callable, MutableMapping
 
 import torch
 
-from core import stop, storage
+from core import secrets, stop, storage
 from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.errors import ConfigError, LauncherError, one_line
-from core.exit_codes import CAPPED, FAILED, OK, PREEMPTED, tell_launcher
+from core.exit_codes import CAPPED, FAILED, NO_STORAGE, OK, PREEMPTED, tell_launcher
 from core.run.folder import RunFolder
 from core.run.segment import Opening, SegmentLog, open_segment
 from core.settings.training import TrainingConfig, TrainLoopConfig
@@ -161,7 +161,12 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
 
         # 9. Wait for the checkpoint in flight, close the segment with its reason, and end on all ranks together.
         saver.wait()
-        code = _leave_together(_close(stage, segment, reached, request), ranks)
+        if request and request.kind == "storage":
+            stored = on_main(lambda: saver.last_step, ranks)
+            code = _close_without_store(stage, segment, reached, stored, request)
+        else:
+            code = _close(stage, segment, reached, request)
+        _leave_together(code, ranks)
         batches.close()
         return code
     except BaseException as error:
@@ -255,6 +260,22 @@ def _close(stage: Stage, segment: SegmentLog, reached: int, request: StopRequest
     segment.close("preempted", reached)
     log.warning("left at step %d of %d (%s: %s)", reached, stage.steps, request.kind, request.detail)
     return PREEMPTED
+
+
+def _close_without_store(stage: Stage, segment: SegmentLog, reached: int, stored: int, request: StopRequest) -> int:
+    """Close a segment that ends at step `reached` because its store is away; `stored` is the newest stored step."""
+    stop.settle(NO_STORAGE)
+    segment.mark("notice", kind=request.kind, detail=secrets.scrub(request.detail))
+    if stored == reached:
+        lost = "that step is stored after all, and nothing is lost"
+    else:
+        newest = f"the newest stored step is {stored}" if stored else "no step is stored"
+        lost = f"{newest}, and the work of {reached - stored} steps is lost"
+    if segment.ledger:
+        said = f"stopped at step {reached} of {stage.steps}, because {request.detail}; {lost}"
+        log.error("%s; mend the store, then the same command continues there", said)
+    segment.close("storage", reached)
+    return NO_STORAGE
 
 
 def _close_unsaved(segment: SegmentLog, requests: StopRequests) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core import storage
+from core import storage, untrusted
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import CheckpointError, ObjectNotFound
 from core.run.folder import RunFolder
@@ -196,7 +196,7 @@ class Dpo(Tuning):
 
 def _read_reference(uri: str) -> dict[str, np.ndarray] | None:
     try:
-        return safetensors.numpy.load(storage.read_bytes(uri))
+        return safetensors.numpy.load(storage.read_bytes(uri, untrusted.memory_bytes()))
     except ObjectNotFound:
         return None
     except safetensors.SafetensorError as error:

@@ -8,12 +8,11 @@ after it, with the actual cost. A call without a second event, from a killed pro
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from core import storage
+from core import storage, untrusted
 from core.data.sets import conversation_prompt
 from core.errors import DataError
 from core.run import journal
@@ -54,7 +53,7 @@ def read_prompts(uri: str) -> Prompts:
             continue
         count += 1
         try:
-            row = {"prompt": line.decode()} if uri.endswith(".txt") else json.loads(line)
+            row = {"prompt": line.decode()} if uri.endswith(".txt") else untrusted.parse_json(line)
             messages = conversation_prompt(row)
         except ValueError as error:
             raise DataError(f"{uri}: line {number} {error}; give a text as `prompt`, or `messages`") from error
@@ -97,7 +96,12 @@ def read_answers(run_url: str) -> StoredAnswers:
         if problems:
             raise DataError(f"{problems[0]}; restore it from a backup, or delete it to have its prompts asked again")
         open_calls: dict[str, float] = {}
-        for event in events:
+        for number, event in enumerate(events):
+            if not _is_event(event):
+                raise DataError(
+                    f"{storage.join(folder, segment)}: event {number} is none of ours; restore it from a backup, or "
+                    "delete it to have its prompts asked again"
+                )
             if event["event"] == "begun":
                 open_calls[event["key"]] = event["usd"]
                 continue
@@ -106,6 +110,17 @@ def read_answers(run_url: str) -> StoredAnswers:
             stored.add(event)
         stored.usd += sum(open_calls.values())
     return stored
+
+
+def _is_event(event: Mapping[str, Any]) -> bool:
+    kind, usd = event.get("event"), event.get("usd")
+    if not isinstance(event.get("key"), str) or isinstance(usd, bool) or not isinstance(usd, int | float) or usd < 0:
+        return False
+    if kind == "answer":
+        row = event.get("row")
+        messages = row.get("messages") if isinstance(row, dict) else None
+        return isinstance(messages, list) and all(isinstance(each, dict) for each in messages)
+    return kind in ("begun", "failed") or (kind == "left_out" and isinstance(event.get("why"), str))
 
 
 class AnswerLog:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 
+from core import secrets
 from core.data.sets import text_of
 from core.errors import ConfigError, EndpointError
 from core.settings.tuning import BudgetConfig, EndpointConfig, MakeConfig
@@ -99,12 +100,23 @@ class Budget:
             self._changed.notify_all()
 
 
+def host_of(url: str) -> str:
+    """Host and port of a URL, without the user and password that may stand before them."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
 class EndpointClient:
     """Async context manager: `async with EndpointClient(...) as client: reply = await client.ask(messages)`."""
 
     def __init__(self, config: EndpointConfig, synthesis: MakeConfig, budget: Budget, key: str):
-        self.host = urlsplit(config.url).netloc
-        self._url = config.url.rstrip("/") + "/chat/completions"
+        self.host = host_of(config.url)
+        base = urlsplit(config.url)
+        if key and "@" in base.netloc:
+            raise ConfigError(
+                f"endpoint.url holds a user and password for {self.host}, and OPENAI_API_KEY is set; a call can send "
+                "one of them: leave the other out"
+            )
+        self._url = urlunsplit(base._replace(path=base.path.rstrip("/") + "/chat/completions"))
         self._config = config
         self._synthesis = synthesis
         self._budget = budget
@@ -151,21 +163,20 @@ class EndpointClient:
     def _raise(self, status: int, data: bytes, after: float | None, usd: float) -> None:
         system = {"system": self._synthesis.system} if self._synthesis.system else {}
         refusal = refusals.sort(status, data, {"model": self._config.model, **self.parameters, **system})
-        said = f"answered {status}: {refusal.said}"
+        said = f"answered {status}" + (f": {refusal.said}" if refusal.said else "")
+        url = secrets.scrub(self._url)
         if refusal.kind == "again":
             raise TransientError(said, usd, after)
         if refusal.kind in ("prompt", "unclear"):
             raise RejectedPrompt(said, refusal.kind == "unclear")
         if refusal.kind == "credit":
-            raise EndpointError(
-                f"{self._url}: {said}; the account has no credit left: add some, then run the same command"
-            )
+            raise EndpointError(f"{url}: {said}; the account has no credit left: add some, then run the same command")
         if refusal.kind == "setting":
-            raise ConfigError(f"{self._url}: {said}; it refuses a setting that all calls have: {self._remedy(refusal)}")
+            raise ConfigError(f"{url}: {said}; it refuses a setting that all calls have: {self._remedy(refusal)}")
         remedy = "check OPENAI_API_KEY, and whether the key may use endpoint.model"
         if refusal.kind == "address":
             remedy = f"check endpoint.url; another endpoint.model needs {OTHER_RUN}"
-        raise ConfigError(f"{self._url}: {said}; {remedy}")
+        raise ConfigError(f"{url}: {said}; {remedy}")
 
     def _remedy(self, refusal: refusals.Refusal) -> str:
         """Advice on a refused setting, for a message. A setting that defines the run needs another run to change it."""

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from core import stop, storage
 from core.console import Progress, progress
@@ -27,7 +26,7 @@ from core.settings import loader
 from core.settings.tuning import SynthesisConfig
 from trainer.synthesis import answers
 from trainer.synthesis.answers import Prompt, StoredAnswers
-from trainer.synthesis.endpoint import Budget, EndpointClient, RejectedPrompt, Reply, TransientError
+from trainer.synthesis.endpoint import Budget, EndpointClient, RejectedPrompt, Reply, TransientError, host_of
 
 log = logging.getLogger("distil")
 
@@ -276,7 +275,7 @@ class Maker:
 
 
 def _host(settings: SynthesisConfig) -> str:
-    return urlsplit(settings.endpoint.url).netloc
+    return host_of(settings.endpoint.url)
 
 
 def _check_name(settings: SynthesisConfig, source: str) -> None:

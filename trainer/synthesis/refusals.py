@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from core import secrets
+
 # again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters are refused. setting: a
 # parameter is refused that every call has. credit: the account is empty. key, address: OPENAI_API_KEY or endpoint.url.
 Kind = Literal["again", "prompt", "unclear", "setting", "credit", "key", "address"]
@@ -73,7 +75,8 @@ class _Body:
 
 def sort(status: int, data: bytes, sent: Mapping[str, Any]) -> Refusal:
     """Sorts the response to a call with the parameters `sent`; they include `system` if every call has one."""
-    said = " ".join(data.decode(errors="replace").split())[:200]
+    # The body of a 401 may repeat the key, or most of it.
+    said = "" if status == 401 else secrets.scrub(" ".join(data.decode(errors="replace").split()))[:200]
     body = _read(data)
     if status == 402 or (400 <= status < 500 and (body.codes & _CREDIT_CODES or _CREDIT.search(body.text))):
         return Refusal("credit", said)

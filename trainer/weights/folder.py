@@ -8,7 +8,6 @@
 The reader accepts safetensors only, because a pickle can run code.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from core import storage, urls
+from core import storage, untrusted, urls
 from core.data.vocabulary import Vocabulary
 from core.data.vocabulary import parse as parse_vocabulary
 from core.data.vocabulary import read as read_vocabulary
@@ -103,18 +102,20 @@ def read_tensors(folder: str) -> dict[str, torch.Tensor]:
     try:
         index = _json(storage.join(folder, INDEX)) if storage.exists(storage.join(folder, INDEX)) else None
         names = sorted(set(index["weight_map"].values())) if index else [WEIGHTS]
-    except (KeyError, AttributeError, TypeError) as error:
+        if not all(untrusted.mistake_in_name(name) is None and name.endswith(".safetensors") for name in names):
+            raise ValueError("a name that is no safetensors file of the folder")
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {INDEX} is not an index of weights; copy the model again") from error
     tensors = {}
     for name in names:
         uri = storage.join(folder, name)
         try:
-            tensors |= safetensors.torch.load(storage.read_bytes(uri))
+            tensors |= safetensors.torch.load(storage.read_bytes(uri, untrusted.memory_bytes()))
         except ObjectNotFound as error:
             pickled = storage.exists(storage.join(folder, "pytorch_model.bin"))
             why = "; its pytorch_model.bin is a pickle, which is not loaded: convert it to safetensors" * pickled
             raise CheckpointError(f"{uri}: not found{why or '; copy the model again'}") from error
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{uri}: cut off or damaged ({error}); copy or download it again") from error
     return tensors
 
@@ -128,12 +129,13 @@ def vocabulary_of(folder: str) -> Vocabulary:
     if storage.exists(merges):
         return read_vocabulary(merges)
     uri = storage.join(folder, TOKENIZER)
-    document = json.loads(storage.read_bytes(uri))
     try:
+        document = untrusted.read_json(uri)
         pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in document["model"]["merges"]]
-    except (KeyError, TypeError) as error:
+        merges_file = "\n".join(["#version: 0.2", *pairs]).encode()
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{uri}: holds no byte pairs; GPT-2's tokenizer is needed") from error
-    return parse_vocabulary("\n".join(["#version: 0.2", *pairs]).encode(), uri)
+    return parse_vocabulary(merges_file, uri)
 
 
 def chat_template_of(folder: str) -> str:
@@ -145,7 +147,7 @@ def chat_template_of(folder: str) -> str:
 
 def _json(uri: str) -> dict[str, Any]:
     try:
-        document = json.loads(storage.read_bytes(uri))
+        document = untrusted.read_json(uri)
         if not isinstance(document, dict):
             raise ValueError("not a JSON object")
         return document

@@ -22,10 +22,10 @@ from core import storage
 from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.data.vocabulary import Vocabulary
 from core.data.vocabulary import read as read_vocabulary
-from core.errors import CheckpointError, ConfigError, ObjectNotFound
+from core.errors import CheckpointError, ConfigError, ObjectNotFound, one_line
 from core.run.folder import step_name
 from core.settings.loader import from_dict, to_dict
-from core.settings.model import ModelConfig
+from core.settings.model import ModelConfig, parameters
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import parse_key
 from trainer.checkpoint.load import read_blocks
@@ -100,28 +100,61 @@ def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
     return layout.folder_of(run_url, manifest.step), manifest.state
 
 
-def open_weights(where: str, device: torch.device) -> TrainedModel:
+def open_weights(where: str, device: torch.device, above: tuple[str, ...] = ()) -> TrainedModel:
     """Opens the model of a run, a checkpoint, a folder in Hugging Face's format or a public name.
 
-    Raises CheckpointError for weights that are missing, damaged, or of another architecture or vocabulary.
+    `above` are the checkpoints whose adapters belong to these weights. Raises CheckpointError for weights that are
+    missing, damaged, or of another architecture or vocabulary.
     """
     public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):
         return _open_folder(where, device)
     run_url, manifest = _checkpoint(where)
-    state = manifest.state
-    config = from_dict(ModelConfig, state["config"]["model"], layout.folder_of(run_url, manifest.step))
+    state, place = manifest.state, layout.folder_of(run_url, manifest.step)
+    config = _config_of(state, place)
     if "lora" in state:
-        model = open_weights(state["start"], device).model
-        _check_base(model, state, layout.folder_of(run_url, manifest.step))
-        lora.attach(model, **state["lora"])
+        model = _opened_start(state, place, above, device)
+        _check_base(model, state, place)
+        _attach(model, state["lora"], place)
         _fill(lora.adapters(model), run_url, manifest)
         lora.merge(model)
     else:
+        _check_size(config, sum(file.bytes for file in manifest.files), place)
         model = _empty(config, device)
         _fill(dict(model.named_parameters()), run_url, manifest)
     model.eval()
     return TrainedModel(f"{run_url} step {manifest.step}", model, run_url, manifest.step, state)
+
+
+def _config_of(state: Mapping[str, Any], place: str) -> ModelConfig:
+    try:
+        return from_dict(ModelConfig, state["config"]["model"], place)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{place}: its manifest does not describe the model ({one_line(error)})") from error
+
+
+def _opened_start(state: Mapping[str, Any], place: str, above: tuple[str, ...], device: torch.device) -> GPT:
+    """The model that the adapters of the checkpoint at `place` belong to."""
+    start = state.get("start")
+    if not isinstance(start, str) or place in above:
+        raise CheckpointError(f"{place}: its adapters belong to {start!r}, which is no other model")
+    return open_weights(start, device, (*above, place)).model
+
+
+def _attach(model: GPT, settings: Any, place: str) -> None:
+    try:
+        lora.attach(model, **settings)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{place}: its adapters do not fit the model ({one_line(error)})") from error
+
+
+def _check_size(config: ModelConfig, size: int, place: str) -> None:
+    """Raises CheckpointError for a model that files of `size` bytes cannot hold, before memory is taken for it."""
+    if parameters(config) > size:
+        raise CheckpointError(
+            f"{place}: describes a model of {parameters(config):,} parameters, which its files of {size:,} bytes do "
+            "not hold; it is damaged or was changed"
+        )
 
 
 def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
@@ -156,6 +189,7 @@ def _open_folder(where: str, device: torch.device) -> TrainedModel:
     place = public.resolve(where)
     kind, config = public.read_config(place)
     tensors = huggingface.from_hub(kind, config, public.read_tensors(place), place)
+    _check_size(config, sum(each.numel() * each.element_size() for each in tensors.values()), place)
     model = _empty(config, device)
     _fill_whole(model, tensors, place)
     model.eval()
@@ -192,8 +226,11 @@ def _fill(parameters: Mapping[str, torch.Tensor], run_url: str, manifest: layout
     with ThreadPoolExecutor(READERS) as pool:
         for blocks in pool.map(read, manifest.files):
             for key, values in blocks.items():
-                name, start, stop = parse_key(key.removeprefix("model."))
-                if name not in parameters or parameters[name].shape[1:] != values.shape[1:]:
+                try:
+                    name, start, stop = parse_key(key.removeprefix("model."))
+                except ValueError as error:
+                    raise CheckpointError(f"{folder}: {error}") from error
+                if name not in parameters or parameters[name][start:stop].shape != values.shape or start >= stop:
                     raise CheckpointError(f"{folder}: {key} matches no weight of this model in name and row shape")
                 parameters[name][start:stop].copy_(values)
                 missing[name] -= stop - start

@@ -1,0 +1,136 @@
+"""Checks what storage says: others may write to a bucket, so its names, sizes, JSON and texts are not trusted.
+
+    path = untrusted.inside(folder, name)          # a local path for an object's name, proved to be in the folder
+    document = untrusted.read_json(uri)            # JSON, bounded in size, depth and numbers
+
+Names of objects are checked here and nowhere else. `core.output.visible` makes their texts harmless to a terminal.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from core import output, storage
+from core.errors import DataError, ObjectDamaged
+
+# An S3 key has at most 1,024 bytes.
+NAME_BYTES = 1024
+# Far above any manifest: 100,000 shards take 20 MB.
+DOCUMENT_BYTES = 256 << 20
+# Our documents are at most eight levels deep.
+DEEPEST = 64
+# Hashes have 64 bits, and no other whole number has more.
+LARGEST_WHOLE = 2**64
+
+_DRIVE = re.compile(r"(?:^|/)[A-Za-z]:")
+
+
+# --- names -----------------------------------------------------------------------------------------------------
+
+
+def mistake_in_name(name: Any) -> str | None:
+    """The mistake in an object's name below a folder, worded to follow the name; None for a good one.
+
+    A good name is relative, its parts are neither empty nor `.` or `..`, and all of its characters are printable.
+    """
+    if not isinstance(name, str):
+        return "is not a text"
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return "holds half a character"
+    if not 0 < size <= NAME_BYTES:
+        return f"has {size:,} bytes, must have 1 to {NAME_BYTES:,}"
+    if not name.isprintable():
+        return "holds a character that is not printable"
+    if name.startswith("/") or "\\" in name or _DRIVE.search(name):
+        return "is not relative"
+    if {"", ".", ".."} & set(name.split("/")):
+        return "has an empty part, or a part . or .."
+    return None
+
+
+def check_name(name: Any, where: str) -> str:
+    """The name. Raises DataError, which names `where` it stands, for one that could lead out of its folder."""
+    if problem := mistake_in_name(name):
+        raise DataError(
+            f"{where}: the name {output.visible(repr(name)[:200])} {problem}; nothing was written: someone may have "
+            "changed the bucket, so remove that object, or store it again from its source"
+        )
+    return name
+
+
+def inside(folder: Path, name: Any, where: str) -> Path:
+    """The local path of the object `name` in `folder`. Raises DataError unless it is inside, with links followed."""
+    path = folder / check_name(name, where)
+    root, real = folder.resolve(), path.resolve()
+    if root not in real.parents:
+        raise DataError(f"{where}: {path} leads to {real}, out of {root}; nothing was written: remove that link")
+    return path
+
+
+def memory_bytes() -> int:
+    """The memory of this machine. What is larger cannot be read as a whole."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------
+
+
+def read_json(uri: str, most: int = DOCUMENT_BYTES, is_finite: bool = True) -> Any:
+    """The JSON of an object. Raises ObjectNotFound, StorageError, and ValueError as `parse_json`."""
+    try:
+        data = storage.read_bytes(uri, most)
+    except ObjectDamaged as error:
+        raise ValueError(str(error)) from error
+    return parse_json(data, is_finite)
+
+
+def parse_json(data: bytes | str, is_finite: bool = True) -> Any:
+    """The value of a JSON text. Raises ValueError, with the reason, for any other text, and for one that is deeper
+    than DEEPEST or holds a number that is not finite (unless `is_finite` is false) or a whole number above 2^64."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        value = (_DECODER if is_finite else _WITH_NAN).decode(text)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {DEEPEST} deep") from None
+    if text.count("[") + text.count("{") > DEEPEST:
+        _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [each for container in level for each in _children(container) if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {DEEPEST} deep")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or not -LARGEST_WHOLE < (number := int(text)) < LARGEST_WHOLE:
+        raise ValueError(f"it holds a whole number of {len(text)} digits")
+    return number
+
+
+def _real(text: str) -> float:
+    number = float(text)
+    if number - number:  # NaN for infinity
+        raise ValueError(f"it holds the number {text[:20]}, which is out of range")
+    return number
+
+
+def _constant(text: str) -> Any:
+    raise ValueError(f"it holds {text}, which is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=_real, parse_int=_whole, parse_constant=_constant)
+_WITH_NAN = json.JSONDecoder(parse_int=_whole)

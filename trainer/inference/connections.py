@@ -1,0 +1,72 @@
+"""Bounds what clients may hold open: the time until a request has arrived, and the number of connections.
+
+aiohttp waits without a limit for the head of a connection's first request, so that clients which never send it could
+take all descriptors of the process. If there are too many connections, the one that has said nothing for longest gives
+way.
+"""
+
+import asyncio
+import resource
+from collections.abc import Callable
+
+HEAD_SECONDS = 20.0
+MOST_CONNECTIONS = 1000
+
+
+def most_connections() -> int:
+    """Half of the descriptors that this process may open, and at most MOST_CONNECTIONS."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS if descriptors < 0 else max(8, min(MOST_CONNECTIONS, descriptors // 2))
+
+
+class Connections:
+    """Makes a protocol per connection, as `loop.create_server` asks, around those of `make`."""
+
+    def __init__(
+        self, make: Callable[[], asyncio.Protocol], head_seconds: float = HEAD_SECONDS, most: int | None = None
+    ):
+        self._make = make
+        self._head_seconds = head_seconds
+        self._most = most or most_connections()
+        self._count = 0
+        self._silent: dict[asyncio.BaseTransport, asyncio.TimerHandle] = {}  # oldest first
+
+    def __call__(self) -> asyncio.Protocol:
+        return _Watched(self._make(), self)
+
+    def heard(self, transport: asyncio.BaseTransport | None) -> None:
+        """The head of a request has arrived; aiohttp bounds what follows on this connection."""
+        if timer := self._silent.pop(transport, None):
+            timer.cancel()
+
+    def opened(self, transport: asyncio.Transport) -> None:
+        self._count += 1
+        self._silent[transport] = asyncio.get_running_loop().call_later(self._head_seconds, transport.abort)
+        if self._count > self._most:
+            next(iter(self._silent)).abort()
+
+    def closed(self, transport: asyncio.BaseTransport) -> None:
+        self._count -= 1
+        self.heard(transport)
+
+
+class _Watched(asyncio.Protocol):
+    """Passes all events of a connection on."""
+
+    def __init__(self, protocol: asyncio.Protocol, connections: Connections):
+        self._protocol = protocol
+        self._connections = connections
+        self._transport: asyncio.Transport | None = None
+        self.data_received = protocol.data_received
+        self.eof_received = protocol.eof_received
+        self.pause_writing = protocol.pause_writing
+        self.resume_writing = protocol.resume_writing
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._protocol.connection_made(transport)
+        self._connections.opened(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._connections.closed(self._transport)
+        self._protocol.connection_lost(error)
