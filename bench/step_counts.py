@@ -210,7 +210,8 @@ def make_loop(settings: PretrainConfig, ranks: Any) -> Any:
         identity=loader.identity(settings),
         objective=lambda *arguments: Pretrain.objective(None, *arguments),
     )
-    saver = SimpleNamespace(taken_over=None, stuck=None, busy=False, last_step=0, seconds=lambda: 0.0)
+    saver = SimpleNamespace(taken_over=None, stuck=None, busy=False, last_step=0, seconds=lambda: 0.0, failure=None)
+    saver.failing_seconds = lambda: 0.0
     saver.cadence, saver.wait = SimpleNamespace(due=never), never
     return Loop(
         stage=stage,

@@ -24,6 +24,7 @@ DOCUMENT_BYTES = 256 << 20
 DEEPEST = 64
 # Hashes have 64 bits, and no other whole number has more.
 LARGEST_WHOLE = 2**64
+NO_LENGTH = str(int(1e30))  # the model_max_length that transformers writes for a tokenizer without limit
 
 _DRIVE = re.compile(r"(?:^|/)[A-Za-z]:")
 
@@ -116,6 +117,8 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def _whole(text: str) -> int:
+    if text == NO_LENGTH:
+        return int(text)
     if len(text) > 20 or not -LARGEST_WHOLE < (number := int(text)) < LARGEST_WHOLE:
         raise ValueError(f"it holds a whole number of {len(text)} digits")
     return number

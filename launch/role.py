@@ -3,9 +3,10 @@
     BUCKET=my-bucket python -m launch.role        (make role)
     python -m launch.role --undo                  (make role UNDO=1)
 
-The role may read and write BUCKET/runs and BUCKET/data, and end machines with this project's label
-(launch/node-policy.json). `.sky.yaml`, which SkyPilot reads in the folder in which `sky` is started, names the role for
-all clusters but the controller of managed jobs, which rents with your login. Needs your login to AWS, with IAM rights.
+The role may read and write BUCKET/runs and BUCKET/data, list names in BUCKET, and end machines with this project's
+label (launch/node-policy.json). A condition on the listing would make S3 answer 403 for an object that does not exist.
+`.sky.yaml`, which SkyPilot reads in the folder in which `sky` is started, names the role for all clusters but the
+controller of managed jobs, which rents with your login. Needs your login to AWS, with IAM rights.
 """
 
 import contextlib

@@ -82,11 +82,11 @@ def _read(folder: RunFolder, attempt: str) -> Paid | None:
         start = json.loads(storage.read_bytes(storage.join(place, "start.json")))
         price = start["usd_per_hour"]
         found = Paid(float(start["started_at"]), float(start["time"]), price and float(price), str(start["host"]))
-    except (LauncherError, ValueError, KeyError, TypeError):
+    except (LauncherError, ValueError, KeyError, TypeError, RecursionError):
         return None
     try:
         ended_at = float(json.loads(storage.read_bytes(storage.join(place, "end.json")))["time"])
-    except (LauncherError, ValueError, KeyError, TypeError):
+    except (LauncherError, ValueError, KeyError, TypeError, RecursionError):
         return found
     return Paid(found.started_at, found.seen_at, found.usd_per_hour, found.host, ended_at)
 
