@@ -148,10 +148,11 @@ def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residu
     tokens = sequences * model.context
     block, residual = _block_bytes(model, residual_bytes), residual_bytes * model.width
     blocks = residual * (model.layers - 1) + block if recompute else block * model.layers
-    # Outside of the blocks: the last norm's input and the gradient that the loss has computed already, as the residual
-    # stream is, and the norm and the dropout mask of the embedding.
-    around = 2 * residual + _norm_bytes(model)
-    around += FP32_BYTES * model.width + _norm_bytes(model) if model.embedding_norm else 0
+    # Outside of the blocks: the gradient that the loss has computed already, the last norm's input (RMS-norm computes in
+    # float32), and the norm and the dropout mask of the embedding. A residual stream in bfloat16 begins with a copy.
+    around = residual + _norm_bytes(model) + (FP32_BYTES * model.width if model.norm == "rmsnorm" else residual)
+    if model.embedding_norm:
+        around += FP32_BYTES * model.width + _norm_bytes(model) + (residual if residual_bytes < FP32_BYTES else 0)
     around += model.width if model.dropout else 0
     # All blocks use the first block's values. These are a view of a tensor with its queries and keys, which stays too.
     around += 3 * BF16_BYTES * model.width if model.value_skip and recompute else 0
