@@ -148,7 +148,7 @@ def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residu
     tokens = sequences * model.context
     block, residual = _block_bytes(model, residual_bytes), residual_bytes * model.width
     blocks = residual * (model.layers - 1) + block if recompute else block * model.layers
-    # Outside of the blocks: the gradient that the loss has computed already, the last norm's input (RMS-norm computes in
+    # Outside of the blocks: the gradient that the loss has computed already, the last norm's input (RMS-norm takes
     # float32), and the norm and the dropout mask of the embedding. A residual stream in bfloat16 begins with a copy.
     around = residual + _norm_bytes(model) + (FP32_BYTES * model.width if model.norm == "rmsnorm" else residual)
     if model.embedding_norm:
