@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from core.settings.training import PretrainConfig
-from trainer.loop.loop import clip
 from trainer.loop.numbers import Gate
 from trainer.model.gpt import GPT
 from trainer.model.kernels import use_attention
 from trainer.model.precision import autocast
 from trainer.optim.optimizer import BlockOptimizer
-from trainer.optim.reduce import TreeReducer
+from trainer.optim.reduce import TreeReducer, clip
 from trainer.stages.pretrain import NextToken
 
 

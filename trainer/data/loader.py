@@ -154,3 +154,9 @@ def batch_numbers(steps: np.ndarray, skip: Sequence[int]) -> np.ndarray:
     for skipped in skip:
         numbers += numbers >= skipped - 1
     return numbers
+
+
+def skipping(skip: Sequence[int], step: int) -> str:
+    """The flag that leaves out the batch of `step` (from 1) as well, if the batches of the steps `skip` are skipped."""
+    batch = int(batch_numbers(np.array([step - 1]), sorted(set(skip)))[0]) + 1
+    return f"--train.skip_steps={','.join(str(each) for each in (*skip, batch))}"

@@ -12,11 +12,10 @@ changes no weight, and neither does the one launched behind it.
 
 import contextlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,7 +26,7 @@ from core.run.folder import RunFolder, continued_elsewhere
 from core.run.segment import SegmentLog
 from core.settings.training import TrainLoopConfig
 from trainer.checkpoint.save import Saver
-from trainer.data.loader import batch_numbers
+from trainer.data.loader import skipping
 from trainer.data.order import derive_key
 from trainer.distributed.process_group import (
     Abandoned,
@@ -47,7 +46,7 @@ from trainer.loop.requests import KINDS, StopRequest, StopRequests
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast, use_fp8
 from trainer.optim.optimizer import BlockOptimizer, rate_factor
-from trainer.optim.reduce import TreeReducer
+from trainer.optim.reduce import TreeReducer, clip
 from trainer.stages.stage import MicroBatches, Stage
 
 log = logging.getLogger("train")
@@ -90,8 +89,8 @@ class Loop:
         self.slow_ranks = SlowRanks(self.ranks.world)
         self.repeated: list[Any] = []  # the micro-batch of every step when overfitting
         self.gate = Gate(self.ranks.device)
-        train = self.settings.train
-        self.profiler = StepProfiler(train.profile, self.settings.run.url, self.segment.number, self.ranks)
+        profiled = self.settings.train.profile
+        self.profiler = StepProfiler(profiled, self.settings.run.url, self.segment.number, self.ranks)
         self.unread: StepNumbers | None = None  # of the step that was launched last
         self.step_seconds = self.work_seconds = 0.0  # of the newest step that was read, with and without its wait
         self.forward_seconds = 0.0
@@ -158,8 +157,7 @@ class Loop:
 
     def _step(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> None:
         """Launch an optimizer step, then read the numbers of the one before. Raises TrainingError as `_report` does."""
-        before = self.unread
-        self.unread = self._launch(step, micro_batches, waited)
+        before, self.unread = self.unread, self._launch(step, micro_batches, waited)
         if before:
             self._report(before)
 
@@ -209,8 +207,7 @@ class Loop:
         self._check_finite(done)
         self.segment.step_done(done.step)
         self.last_loss = done.loss()
-        self.step_seconds, self.work_seconds = done.seconds(), done.whole.seconds()
-        self.forward_seconds = done.forward.seconds()
+        self.step_seconds, self.work_seconds, self.forward_seconds = done.all_seconds()
         rate = done.factor * self.settings.optimizer.lr
         self.reporter.step(done.step, self.last_loss, rate, done.norm(), self.step_seconds, done.waited_seconds())
         if done.norms:
@@ -255,8 +252,12 @@ class Loop:
         failure = self.saver.taken_over or self.saver.stuck
         no_data = fetched if isinstance(fetched, LauncherError) else None
         save = False
-        self._find_outage(step, no_data)
+        outage = 60 * self.settings.checkpoint.outage_minutes  # 0: none is too long
+        if outage and isinstance(no_data, StorageError) and step > self.first_step:
+            self.requests.request_stop("storage", f"rank {self.ranks.rank} gets no tokens: {no_data}")
         if self.ranks.is_main:
+            if outage:
+                self._check_outage(outage)
             cap = self.segment.cap
             # Before the next exchange ends a step, a GPU must also finish the one that it computes now.
             seconds = self.step_seconds * (2 if self.ranks.device.type == "cuda" else 1)
@@ -291,7 +292,7 @@ class Loop:
     def _stop_request(self, step: int) -> StopRequest:
         """The request to stop that ended an evaluation on some rank."""
         request, _ = self._exchange(step, [])
-        assert request is not None
+        assert request
         return request
 
     def _leave_evaluation(self, step: int) -> StopRequest:
@@ -327,19 +328,11 @@ class Loop:
             # Not by a collective, which gives up sooner: the other ranks' parts may be stored long before rank 0's.
             meet(self.ranks, f"tried/{step}", seconds + TRY_SECONDS)
 
-    def _find_outage(self, step: int, no_data: LauncherError | None) -> None:
-        """Ask all ranks to stop if the store has been away for too long."""
-        most = 60 * self.settings.checkpoint.outage_minutes
-        if not most:
-            return
-        if isinstance(no_data, StorageError) and step > self.first_step:
-            self.requests.request_stop("storage", f"rank {self.ranks.rank} gets no tokens: {no_data}")
-        if self.ranks.is_main:
-            tried = (self.saver.failing_seconds(), str(self.saver.failure))
-            seconds, why = max(self.segment.outage(), tried)
-            if seconds >= most:
-                url = self.settings.run.url
-                self.requests.request_stop("storage", f"{url} has taken nothing for {duration(seconds)} ({why})")
+    def _check_outage(self, most_seconds: float) -> None:
+        seconds, why = max(self.segment.outage(), (self.saver.failing_seconds(), str(self.saver.failure)))
+        if seconds >= most_seconds:
+            why = f"{self.settings.run.url} has taken nothing for {duration(seconds)} ({why})"
+            self.requests.request_stop("storage", why)
 
     def _state(self, step: int) -> dict:
         """The state that a checkpoint stores besides tensors. Random numbers follow from the step and need no state."""
@@ -378,23 +371,15 @@ class Loop:
         if not self.ranks.is_main:
             raise PeerFailed  # all ranks have the same numbers, and rank 0 reports them
         self.saver.wait()
-        without = self._without_batch(done.step)
+        train = self.settings.train
+        batch = "" if train.overfit else f"leave its batch out with {skipping(train.skip_steps, done.step)}, or "
         folder, newest = RunFolder(self.settings.run.url), self.saver.last_step
         branch = continued_elsewhere(folder, self.stage.identity) if newest else ""
         raise TrainingError(
             f"step {done.step}: {problem}; the weights were not changed. Start again to retry from "
-            f"{f'step {newest}' if newest else 'the beginning'}; if it comes back, {without}give "
+            f"{f'step {newest}' if newest else 'the beginning'}; if it comes back, {batch}give "
             f"another run.url a lower optimizer.lr{branch}"
         )
-
-    def _without_batch(self, step: int) -> str:
-        """The setting that leaves out the batch of `step`, as a part of a message."""
-        train = self.settings.train
-        if train.overfit:
-            return ""
-        batch = int(batch_numbers(np.array([step - 1]), sorted(set(train.skip_steps)))[0]) + 1
-        skipped = ",".join(str(each) for each in (*train.skip_steps, batch))
-        return f"leave its batch out with --train.skip_steps={skipped}, or "
 
     def _check_overfit(self, step: int) -> None:
         train = self.settings.train
@@ -408,17 +393,6 @@ class Loop:
                 "changes to the model"
             )
         log.info("step %d: the model has memorized the micro-batch: loss %.4f is below %s", step, self.last_loss, bound)
-
-
-def clip(parameters: Sequence[torch.nn.Parameter], largest: float) -> torch.Tensor:
-    """Clip the gradients to a norm of `largest` over all of them, not at all if it is 0. Returns the norm before.
-
-    The norm has the same bits however DDP lays out its buckets, because it is made of the norm of each gradient.
-    """
-    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-    if largest:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm
 
 
 def is_overfitted(train: TrainLoopConfig, loss: float | None) -> bool:

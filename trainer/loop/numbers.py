@@ -76,6 +76,7 @@ class StepNumbers:
     def waited_seconds(self) -> float:
         return self.waited.seconds()
 
-    def seconds(self) -> float:
-        """Of the whole step, with the wait before it."""
-        return self.waited.seconds() + self.whole.seconds()
+    def all_seconds(self) -> tuple[float, float, float]:
+        """Of the step with the wait before it, of the step alone, and of its forward passes."""
+        whole = self.whole.seconds()
+        return self.waited.seconds() + whole, whole, self.forward.seconds()

@@ -22,7 +22,7 @@ If the number of ranks does not divide 2**k, training works, but the sums are eq
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -170,3 +170,14 @@ def _tree_reduce_scatter(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     received = torch.empty_like(padded)
     dist.all_to_all_single(received, padded)
     return tree_sum(received.to(buffer.dtype).view(world, slice_size).unbind(0))
+
+
+def clip(parameters: Sequence[torch.nn.Parameter], largest: float) -> torch.Tensor:
+    """Clip the gradients to a norm of `largest` over all of them, not at all if it is 0. Returns the norm before.
+
+    The norm has the same bits however DDP lays out its buckets, because it is made of the norm of each gradient.
+    """
+    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    if largest:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
