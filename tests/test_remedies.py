@@ -183,7 +183,9 @@ def corrected(flags: Sequence[str], remedy: str) -> tuple[list[str], dict[str, s
     return list(kept.values()), environment
 
 
-@pytest.mark.parametrize(("program", "flags", "said", "remedy"), SETTINGS, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(
+    ("program", "flags", "said", "remedy"), SETTINGS, ids=[f"{row[0].__name__} {row[2]}" for row in SETTINGS]
+)
 def test_a_refused_setting_is_accepted_as_the_message_corrects_it(program, flags, said: str, remedy: str):
     with pytest.raises(ConfigError) as caught:
         program(flags, {})
