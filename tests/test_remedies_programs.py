@@ -221,7 +221,7 @@ def test_a_student_within_the_context_of_its_teacher(pretrained, ranks, tmp_path
     assert stage_of(Distil, ranks, flags)
     start = [*flags, f"--start.weights={pretrained[1]}", "--model.layers=1"]
     name, value, empty = found(
-        r"has (model\.layers) = (\d), this config has 1; set the start's model, or leave (start\.weights) empty",
+        r"has (model\.layers) = (\d), this config has 1; give the start's model settings, or leave (start\.weights) empty",
         refused(stage_of, Distil, ranks, start),
     )
     assert stage_of(Distil, ranks, [*start, f"--{name}={value}"])
