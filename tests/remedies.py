@@ -165,7 +165,7 @@ def is_there(kind: str, name: str, path: str) -> bool:
     if kind == "setting":
         return name in settings_of(path) or name in renamed.RENAMED
     if kind == "word":
-        return name in FIELDS or any(key.rpartition(".")[2] == name for key in settings_of(path))
+        return name in FIELDS | task_fields() or any(key.rpartition(".")[2] == name for key in settings_of(path))
     if kind == "file":
         return (ROOT / name).exists() or "TASK" in name
     known = {
@@ -215,7 +215,15 @@ def targets() -> frozenset[str]:
 def known_variables() -> frozenset[str]:
     makefiles = "".join((ROOT / name).read_text() for name in ("Makefile", "launch/targets.mk"))
     ours = re.findall(r"\$\((?:if |or |filter bucket,)?\$?\(?([A-Z_]{3,})[),]", makefiles)
+    ours += re.findall(r"(?:value |call typed,)([A-Z_]{3,})", makefiles)
     return frozenset([*variables.in_example(), *variables.in_document(), *ours])
+
+
+@functools.cache
+def task_fields() -> frozenset[str]:
+    """Of the files in sky/."""
+    tasks = "".join(path.read_text() for path in (ROOT / "sky").glob("*.yaml"))
+    return frozenset(re.findall(r"^ +(?:- )?([a-z_]+):", tasks, re.M))
 
 
 @functools.cache
