@@ -92,7 +92,9 @@ VARIABLES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("program", "given", "said", "remedy"), VARIABLES, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(
+    ("program", "given", "said", "remedy"), VARIABLES, ids=[f"{row[0].__name__} {row[2]}" for row in VARIABLES]
+)
 def test_a_refused_variable_is_accepted_as_the_message_corrects_it(program, given, said: str, remedy, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(LauncherError) as caught:
@@ -221,7 +223,8 @@ def test_a_student_within_the_context_of_its_teacher(pretrained, ranks, tmp_path
     assert stage_of(Distil, ranks, flags)
     start = [*flags, f"--start.weights={pretrained[1]}", "--model.layers=1"]
     name, value, empty = found(
-        r"has (model\.layers) = (\d), this config has 1; give the start's model settings, or leave (start\.weights) empty",
+        r"has (model\.layers) = (\d), this config has 1; give the start's model settings, "
+        r"or leave (start\.weights) empty",
         refused(stage_of, Distil, ranks, start),
     )
     assert stage_of(Distil, ranks, [*start, f"--{name}={value}"])
