@@ -129,7 +129,7 @@ def test_calls_whose_end_is_not_known_count_in_full(tmp_path):
         {"event": "begun", "key": "a/0", "usd": 2.0},
         {"event": "failed", "key": "a/0", "why": "answered 500", "usd": 0.0},
         {"event": "begun", "key": "a/0", "usd": 2.0},
-        {"event": "answer", "key": "a/0", "row": {}, "usd": 0.5},
+        {"event": "answer", "key": "a/0", "row": {"messages": []}, "usd": 0.5},
         {"event": "begun", "key": "b/0", "usd": 2.0},
     ):
         book.add(event)

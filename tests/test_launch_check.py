@@ -167,11 +167,11 @@ def test_what_cannot_be_asked_is_no_failure():
 
 def test_a_managed_job_is_priced_by_a_plain_dry_run(monkeypatch):
     monkeypatch.setattr(skypilot, "find_sky", lambda: "sky")
-    given = {"BUCKET": "b", "AWS_ACCESS_KEY_ID": "a"}
+    given = {"BUCKET": "b", "BUCKET_ACCESS_KEY_ID": "a"}
     spot = task("pretrain-8xa100-spot", given)
     command = " ".join(check.pricing_command(spot, given, []))
     assert command.startswith("sky launch --cluster pretrain-8xa100-spot --yes --env BUCKET=b")
-    assert command.endswith(f"--secret AWS_ACCESS_KEY_ID --dryrun {spot.path}")
+    assert command.endswith(f"--secret BUCKET_ACCESS_KEY_ID --dryrun {spot.path}")
 
 
 @pytest.fixture

@@ -213,8 +213,8 @@ def test_logs_of_all_attempts_are_shown_in_order(tmp_path, capsys):
 # --- variables ---------------------------------------------------------------------------------------------------
 
 KINDS = {".py", ".sh", ".yaml"}
-# Read, but not for a user to set: Python's and the system's own.
-NOT_SETTINGS = {"PATH", "HOME", "LD_LIBRARY_PATH"}
+# Read, but not for a user to set: Python's, torchrun's and the system's own.
+NOT_SETTINGS = {"PATH", "HOME", "USER", "LD_LIBRARY_PATH", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def variables_in_python() -> set[str]:
