@@ -149,7 +149,10 @@ def test_a_throttling_server_is_left_alone_for_a_second(keys, monkeypatch):
     monkeypatch.setattr("random.uniform", lambda low, high: 1.0)
     monkeypatch.setenv("BUCKET_ACCESS_KEY_ID", "a-key")
     monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", "a-very-secret-one")
-    for code, expected in (("SlowDown", [1, 1, 1, 2, 4, 8, 15, 15]), ("InternalError", [0.25, 0.5, 1, 2, 4, 8, 15, 15])):
+    for code, expected in (
+        ("SlowDown", [1, 1, 1, 2, 4, 8, 15, 15]),
+        ("InternalError", [0.25, 0.5, 1, 2, 4, 8, 15, 15]),
+    ):
         pauses.clear()
         with server_that(lambda request, code=code: (503 if code == "SlowDown" else 500, {}, code)) as (url, _):
             monkeypatch.setenv("BUCKET_ENDPOINT_URL", url)
