@@ -32,7 +32,7 @@ BUCKET = "s3://demo-bucket"
 DATA_URL, RUN_URL = f"{BUCKET}/tokens", f"{BUCKET}/runs/demo"
 RANKS = 2
 # The first log line of this step or a later one triggers the kill: well after a checkpoint, so that some work is lost.
-KILL_STEP = 100
+KILL_STEP = 120
 PRETEND_PRICE = {"USD_PER_HOUR": "22.32", "PRICE_SOURCE": "pretended for the demo (Lambda's listed 8xA100 80 GB)"}
 # All ranks share the cache. CLOUD is set, so that no request goes to a cloud's metadata service.
 ENVIRONMENT = {"DATA_CACHE_DIR": str(FOLDER / "cache"), "CLOUD": "demo", "INSTANCE_TYPE": "this-machine"}
