@@ -210,7 +210,8 @@ def main() -> None:
         arguments.pop(0)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
-        sys.path[:1] = [os.getcwd(), str(REPOSITORY)]
+        given = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+        sys.path[:1] = [os.getcwd(), *given, str(REPOSITORY)]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments

@@ -10,6 +10,7 @@ files with those of its successor. The marker holds the name and the checksum of
 
 import json
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +28,8 @@ _STEP = re.compile(r"^step-(\d{8,15})\Z")
 _MANIFEST = re.compile(r"^manifest-segment-\d{6,12}\.json\Z")
 _PAYLOAD = re.compile(r"^segment-\d{6,12}-rank-\d{5,9}-of-\d{5,9}\.safetensors\Z")
 _OBJECT = re.compile(rf"^{MARKER}\Z|{_MANIFEST.pattern}|{_PAYLOAD.pattern}")
-LISTINGS = 3
+LISTINGS = 5
+PAUSE_SECONDS = 0.5  # before the second listing; it doubles, for a store whose listings lag by some seconds
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def restorable(run_url: str) -> dict[int, dict[str, int]]:
     Raises CheckpointError for a step that only one listing shows, or that this user may not read.
     """
     folder = RunFolder(run_url).checkpoints
-    for _ in range(LISTINGS):  # another machine of this run may store or remove one between the two listings
+    for attempt in range(LISTINGS):  # another machine of this run may store or remove one between the two listings
+        if attempt and not storage.is_local(folder):
+            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
             names = storage.list_names(folder)
             objects = storage.list_objects(folder)
