@@ -132,7 +132,7 @@ def _real(text: str) -> float:
 
 
 def _constant(text: str) -> Any:
-    raise ValueError(f"it holds {text}, which is no number of JSON")
+    raise ValueError(f"it holds {text}, which JSON does not have as a number")
 
 
 _DECODER = json.JSONDecoder(parse_float=_real, parse_int=_whole, parse_constant=_constant)

@@ -306,7 +306,7 @@ def _record(data_url: str, name: str) -> Mapping[str, Any]:
     try:
         record = untrusted.read_json(uri)
         if not isinstance(record, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not a JSON object")
         return record
     except ValueError as error:
         raise DataError(f"{uri}: is no record of a shard ({error}); delete it and import again") from error

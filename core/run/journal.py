@@ -214,7 +214,7 @@ def _each_object(uris: Iterable[str], after: int) -> Iterator[tuple[int, list[di
             try:
                 event = untrusted.parse_json(line)
                 if not isinstance(event, dict):
-                    raise ValueError("it is no object")
+                    raise ValueError("it is not a JSON object")
             except ValueError as error:
                 problems.append(f"{uri}: line {number - first + 1} skipped, it is not valid JSON ({error})")
                 continue

@@ -94,7 +94,7 @@ def _read_description(run: Run) -> None:
     try:
         document = untrusted.read_json(uri)
         if not isinstance(document["config"], dict):
-            raise ValueError("its config is no object")
+            raise ValueError("its config is not a JSON object")
         run.config = document["config"]
         run.stage = timeline.text(document.get("stage"))
     except ObjectNotFound:

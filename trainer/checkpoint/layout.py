@@ -201,7 +201,7 @@ def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
     if type(manifest.step) is not int or manifest.step != step or type(manifest.segment) is not int:
         return f"it is of step {manifest.step!r} and segment {manifest.segment!r}"
     if not isinstance(manifest.state, dict) or not isinstance(manifest.state.get("config", {}), dict):
-        return "its state is no object"
+        return "its state is not a JSON object"
     return None
 
 

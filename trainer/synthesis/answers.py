@@ -99,8 +99,8 @@ def read_answers(run_url: str) -> StoredAnswers:
         for number, event in enumerate(events):
             if not _is_event(event):
                 raise DataError(
-                    f"{storage.join(folder, segment)}: event {number} is none of ours; restore it from a backup, or "
-                    "delete it to have its prompts asked again"
+                    f"{storage.join(folder, segment)}: event {number} is not an answer of this program; restore it "
+                    "from a backup, or delete it to have its prompts asked again"
                 )
             if event["event"] == "begun":
                 open_calls[event["key"]] = event["usd"]
