@@ -133,8 +133,8 @@ def test_pull_writes_nothing_outside_its_folder(tmp_path: Path, monkeypatch, nam
         ("-1e999", "out of range"),
         ("9" * 5000, "a whole number of 5000 digits"),
         (str(2**64), "a whole number of 20 digits"),
-        ("NaN", "no number of JSON"),
-        ("[Infinity]", "no number of JSON"),
+        ("NaN", "which JSON does not have as a number"),
+        ("[Infinity]", "which JSON does not have as a number"),
         ("{", "Expecting"),
     ],
 )
