@@ -14,6 +14,7 @@ A failure exits with code 33 only after a certain request (core.console.run_entr
 and imports little else before `listen`, so that signals are received early.
 """
 
+import atexit
 import contextlib
 import functools
 import math
@@ -77,10 +78,17 @@ def listen(*more: signal.Signals) -> None:
     for number in (*SIGNALS, *more):
         if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
             _state.before[number] = signal.signal(number, _handle)
+    atexit.register(_ignore)
     threading.Thread(target=_watch, args=(_state,), name="stop", daemon=True).start()
     if _stop_file_exists():
         ask("before it began")
     follow_parent()
+
+
+def _ignore() -> None:
+    """Keep the exit code: Python removes its handlers while it ends, and a signal would then kill the process."""
+    for number in _state.before:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def follow_parent() -> None:

@@ -206,3 +206,11 @@ def test_many_threads_may_ask():
         sys.exit(9)
     """
     assert Program(script).end() == (9, "")
+
+
+def test_a_signal_after_the_last_line_of_the_program_does_not_replace_its_exit_code():
+    """Python removes its handlers before it clears the modules, whose objects may live for some time."""
+    late = "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 15)\n"
+    code = f"import os\nfrom core import stop\nstop.listen()\n{late}late = Late()\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, preexec_fn=warm.default_signals)
+    assert done.returncode == 0
