@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     names = options.only.split(",")
     if unknown := [name for name in names if name not in MEASUREMENTS]:
-        parser.error(f"--only={unknown[0]}: there is no such measurement, only {', '.join(MEASUREMENTS)}")
+        parser.error(f"--only={unknown[0]}: not a measurement; choose from {', '.join(MEASUREMENTS)}")
     for tree in (options.before, harness.REPOSITORY):
         if not python_of(tree).exists():
             parser.error(f"{python_of(tree)}: not found; run `make setup` in {tree}")

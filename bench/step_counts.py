@@ -48,7 +48,7 @@ def main() -> None:
         return
     chosen = options.only.split(",") if options.only else names
     if unknown := [name for name in chosen if name not in names]:
-        parser.error(f"--only={unknown[0]}: there is no such case, only {', '.join(names)}")
+        parser.error(f"--only={unknown[0]}: not a case; choose from {', '.join(names)}")
     trees = {"before": options.before.resolve()} if options.before else {}
     trees["after"] = harness.REPOSITORY
     found = {side: _counted(tree, chosen, options.width) for side, tree in trees.items()}

@@ -309,7 +309,7 @@ def _record(data_url: str, name: str) -> Mapping[str, Any]:
             raise ValueError("it is not a JSON object")
         return record
     except ValueError as error:
-        raise DataError(f"{uri}: is no record of a shard ({error}); delete it and import again") from error
+        raise DataError(f"{uri}: not a record of a shard ({error}); delete it and import again") from error
 
 
 if __name__ == "__main__":

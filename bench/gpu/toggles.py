@@ -84,5 +84,5 @@ def undo(names: str) -> None:
     """Undo the choices in `names`, separated by commas. Raises SystemExit for an unknown one."""
     for name in filter(None, names.split(",")):
         if name not in TOGGLES:
-            raise SystemExit(f"--without={name}: there is no such choice, only {', '.join(TOGGLES)}")
+            raise SystemExit(f"--without={name}: not a choice; choose from {', '.join(TOGGLES)}")
         TOGGLES[name]()

@@ -61,7 +61,7 @@ def folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
-    """The cached segments by number; empty if there is no usable file."""
+    """The cached segments by number; empty without a usable file."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             columns = {name: stored[name] for name in stored.files}

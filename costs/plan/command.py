@@ -221,7 +221,7 @@ def _check_machines(wanted: Wanted, catalog: Catalog) -> None:
 
 
 def _nothing(answer: Answer, buyers: Sequence[Buyer]) -> str:
-    """Why there is no plan, in a sentence."""
+    """The reason, in a sentence, when nothing can be planned."""
     question = answer.question
     if answer.least is not None and answer.least[0] > question.usd:
         usd, what = answer.least

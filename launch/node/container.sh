@@ -219,7 +219,7 @@ run() { # TARGET COMMAND ...
   export SEGMENT_STARTED_AT NODE_XIDS RUN_URL DATA_URL IMAGE_DIGEST
   for name in $(compgen -e); do
     case $name in
-      # The login by which SkyPilot rents is no business of a program's; the bucket has keys of its own.
+      # Programs do not get the login by which SkyPilot rents: the bucket has separate keys.
       AWS_ACCESS_KEY_ID | AWS_SECRET_ACCESS_KEY | AWS_SESSION_TOKEN | AWS_PROFILE) ;;
       SKYPILOT_* | BUCKET_* | AWS_* | AZURE_* | NCCL_* | DEVICE | MAX_USD | USD_PER_HOUR | PRICE_SOURCE | \
         CLOUD | REGION | ZONE | INSTANCE_TYPE | USE_SPOT | RUN_URL | DATA_URL | SOURCE_URL | VOCAB_URL | RUN_TAGS | \
