@@ -90,6 +90,14 @@ def read_json(uri: str, most: int = DOCUMENT_BYTES, is_finite: bool = True) -> A
     return parse_json(data, is_finite)
 
 
+def read_object(uri: str) -> dict[str, Any]:
+    """Like `read_json`, for a document that must be a JSON object; raises ValueError for any other."""
+    document = read_json(uri)
+    if not isinstance(document, dict):
+        raise ValueError("not a JSON object")
+    return document
+
+
 def parse_json(data: bytes | str, is_finite: bool = True) -> Any:
     """The value of a JSON text. Raises ValueError, with the reason, for any other text, and for one that is deeper
     than DEEPEST or holds a number that is not finite (unless `is_finite` is false) or a whole number above 2^64."""

@@ -304,10 +304,7 @@ def _record(data_url: str, name: str) -> Mapping[str, Any]:
     """The record of a shard. Raises DataError if it is damaged."""
     uri = plan.record_uri(data_url, name)
     try:
-        record = untrusted.read_json(uri)
-        if not isinstance(record, dict):
-            raise ValueError("it is not a JSON object")
-        return record
+        return untrusted.read_object(uri)
     except ValueError as error:
         raise DataError(f"{uri}: not a record of a shard ({error}); delete it and import again") from error
 

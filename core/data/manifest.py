@@ -104,9 +104,7 @@ def read(data_url: str) -> Manifest:
     """Reads and checks a manifest. Raises DataError if it is missing, incomplete or of another format."""
     uri = uri_of(data_url)
     try:
-        document = untrusted.read_json(uri)
-        if not isinstance(document, dict):
-            raise ValueError("not a JSON object")
+        document = untrusted.read_object(uri)
     except ObjectNotFound as error:
         raise DataError(
             f"{uri}: there is no manifest; prepare the data first (python -m data_prep.prepare), or correct data.url"

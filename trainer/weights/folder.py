@@ -147,10 +147,7 @@ def chat_template_of(folder: str) -> str:
 
 def _json(uri: str) -> dict[str, Any]:
     try:
-        document = untrusted.read_json(uri)
-        if not isinstance(document, dict):
-            raise ValueError("not a JSON object")
-        return document
+        return untrusted.read_object(uri)
     except ObjectNotFound as error:
         raise CheckpointError(f"{uri}: not found; copy the model again") from error
     except ValueError as error:
