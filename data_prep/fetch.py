@@ -31,7 +31,7 @@ from core.errors import DataError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
 from core.stores import hub
-from data_prep import plan
+from data_prep import plan, sets
 from data_prep.finalize import GPT2, print_summary
 from data_prep.plan import PrepPlan
 from data_prep.sources.files import SourceFile
@@ -86,6 +86,7 @@ def main(arguments: list[str]) -> int:
     set_up_logging()
     config = settings.load(FetchConfig, arguments, os.environ)
     log.info("settings:\n%s", settings.to_yaml(config).rstrip())
+    sets.ensure(config.data.url, config.evaluation_sets)
     print_summary(fetch(config), config.data.url)
     return 0
 

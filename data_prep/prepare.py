@@ -40,10 +40,12 @@ def main(arguments: list[str]) -> int:
     if config.workers != 1:
         starter.start()
     # These imports are slow. The fork server makes the same imports on another core at the same time.
-    from data_prep import build
+    from data_prep import build, sets
     from data_prep.finalize import print_summary
 
     with open_log(config) as segment:
+        if config.node_rank == 0:  # before the hours of work, because the Hub may refuse
+            sets.ensure(config.data.url, config.evaluation_sets)
         made = build.prepare(config, segment.switch)
     if made:
         print_summary(made, config.data.url)

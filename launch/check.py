@@ -28,15 +28,17 @@ from core.run.reader import spent_usd_at_most
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
 from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, check_batch
-from core.settings.tuning import FinetuneConfig
+from core.settings.tuning import DistilConfig, FinetuneConfig, SynthesisConfig
 from core.stores import aws, credentials
 from core.task import MachineRequest, TaskSpec, machine_choice, read_task
-from launch import registry
+from launch import managed, registry
 from launch.identity import check_identity
 from launch.node import network, supervise
 
 KEY_PAIR = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
 ONE_KEY = {"google": "BUCKET_GOOGLE_KEY", "azure": "BUCKET_AZURE_KEY"}
+# Work on a trained run: its stage, and the property of RunFolder with its ledger.
+BESIDE = {"evaluate": "evaluations", "serve": "serving", "export": "exports"}
 # A check takes a task and its settings: the environment, updated by the task's envs.
 Check = Callable[[TaskSpec, Mapping[str, str]], Iterable[Finding]]
 
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("usage: python -m launch.check sky/TASK.yaml [--gpus NAME:COUNT] [--num-nodes NUMBER]")
     path, *options = arguments
     environment.adopt()
-    task = read_task(path, os.environ, machine_choice(options))
+    task = read_task(managed.chosen(path, os.environ), os.environ, machine_choice(options))
     print(f"{path}:")
     failed = 0
     for finding in all_findings(CHECKS, task, {**os.environ, **task.envs}):
@@ -118,7 +120,8 @@ def check_config(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
         return
     model = config.model if isinstance(config, PretrainConfig) else _start_model(config)
     check_batch(config, model.context)
-    length = f"{config.train.steps:,} steps of {config.batch.tokens_per_step:,} tokens"
+    steps = f"{config.train.epochs:g} epochs" if config.train.epochs else f"{config.train.steps:,} steps"
+    length = f"{steps} of {config.batch.tokens_per_step:,} tokens"
     yield Finding("ok", f"config: {task.envs.get('CONFIG') or task.path}, {length}")
     if settings.get("DEVICE") != "cpu":
         for gpu, count in dict.fromkeys((each.accelerator, each.accelerators) for each in task.requests):
@@ -208,6 +211,12 @@ def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findi
     named = settings.get("BUCKET")
     service = storage.terms_of(bucket.root(settings)).service if named else aws.service_of(None)
     keys = (ONE_KEY[service],) if service in ONE_KEY else KEY_PAIR
+    if "SERVE_API_KEY" in task.secrets and not settings.get("SERVE_API_KEY"):
+        yield Finding(
+            "x", "secrets: SERVE_API_KEY is empty; set it in .env to a secret that clients of the server send"
+        )
+    if "OPENAI_API_KEY" in task.secrets and not settings.get("OPENAI_API_KEY"):
+        yield Finding("!", "secrets: OPENAI_API_KEY is empty, so the endpoint must be one that needs no key")
     empty = [key for key in keys if not settings.get(key)]
     clouds = cloud_names(task)
     closed = [name for name in clouds if not CLOUDS.get(name, Cloud()).opens_buckets(service)]
@@ -273,8 +282,14 @@ def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]
         if not examples.endswith(".jsonl"):
             rows = sets.info_of(bucket.url(task.envs, "DATA"), examples).rows
             yield Finding("ok", f"data: {rows:,} rows of {examples!r}")
-    elif workload.stage == "evaluate":
-        yield from _weights(bucket.url(task.envs, "RUN"))
+    elif workload.stage in BESIDE:
+        yield from _weights(task.envs.get("MODEL") or bucket.url(task.envs, "RUN"))
+    elif isinstance(workload.config, SynthesisConfig):
+        prompts = workload.config.make.prompts
+        if storage.exists(prompts):
+            yield Finding("ok", f"data: prompts at {prompts}")
+        else:
+            yield Finding("x", f"data: {prompts}: there is no such file; PROMPTS is the URL of a .txt or .jsonl file")
     elif workload.programs == ("trainer.train",):  # a task that also runs another program prepares its data itself
         url = bucket.url(task.envs, "DATA")
         try:
@@ -282,6 +297,8 @@ def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]
             yield Finding("ok", f"data: {tokens:,} training tokens at {url}")
         except DataError as error:
             yield Finding("x", f"data: {error}; `make prep-data` makes it")
+        if isinstance(workload.config, DistilConfig):
+            yield from _weights(workload.config.teacher.weights)
 
 
 def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
@@ -289,7 +306,7 @@ def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
     if "MAX_USD" not in task.envs or setting_problems(settings):
         return
     max_usd, url = _cap(settings) if settings.get("MAX_USD") else 0.0, bucket.url(task.envs, "RUN")
-    folder = RunFolder(url).evaluations if task.workload.stage == "evaluate" else url
+    folder = getattr(RunFolder(url), BESIDE[task.workload.stage]) if task.workload.stage in BESIDE else url
     usd = spent_usd_at_most(folder) if max_usd else 0.0
     if usd is None:
         yield Finding("!", f"cap: what {folder} has cost is not known, so that MAX_USD will be refused")

@@ -5,8 +5,8 @@
 First runs the checks that cost nothing (launch/check.py), to find settings that the node would refuse before a machine
 is rented. `--no-check` skips them. Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its
 `secrets` becomes `--secret NAME`: SkyPilot reads the values of secrets from the environment, not from a command line. A
-task with job_recovery becomes a managed job. A launch that is interrupted is
-undone, and one that fails ends with a look at what is up (launch/undo.py).
+task with job_recovery becomes a managed job, and with MANAGED=1 any task does (launch/managed.py). A launch that is
+interrupted is undone, and one that fails ends with a look at what is up (launch/undo.py).
 """
 
 import itertools
@@ -24,7 +24,7 @@ from core.exit_codes import FAILED
 from core.run.machine import checkout_revision
 from core.stores import credentials
 from core.task import TaskSpec, machine_choice, read_task
-from launch import check, undo
+from launch import check, managed, undo
 
 NO_CHECK = "--no-check"
 
@@ -35,9 +35,12 @@ def main(arguments: list[str]) -> int:
     environment.adopt()
     credentials.inline_google_key(os.environ)  # the file does not exist on the node
     path, *options = arguments
-    task = read_task(path, os.environ, machine_choice(options))
+    task = read_task(managed.chosen(path, os.environ), os.environ, machine_choice(options))
     options_of_sky = [option for option in options if option != NO_CHECK]
-    command = skypilot.launch_command(task, os.environ, checkout_revision(), options_of_sky)
+    given = {**os.environ, **task.derived}
+    for name, value in task.derived.items():
+        print(f"{name} is {value}, as {task.envs['CONFIG']} says; give another one with {name}=...")
+    command = skypilot.launch_command(task, given, checkout_revision(), options_of_sky)
     if NO_CHECK not in options and not launchable(task, {**os.environ, **task.envs}):
         print(
             f"nothing was rented; fix this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr
@@ -53,7 +56,8 @@ def main(arguments: list[str]) -> int:
     if ended.code:
         undo.show_rest(launch)
         return ended.code
-    print(f"output: make logs TASK={task.name}; what runs: make status; to end it: make down")
+    more = " MANAGED=1" if os.environ.get("MANAGED") else ""
+    print(f"output: make logs TASK={task.name}{more}; what runs: make status; to end it: make down")
     return 0
 
 

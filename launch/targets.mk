@@ -1,6 +1,6 @@
 # Launching on rented machines. Settings are variables: BUCKET=… RUN=… CONFIG=… MAX_USD=…, or any of a task's envs.
 # GPUS=NAME:COUNT, NODES=NUMBER and INFRA=CLOUD choose other machines than the task's. NO_CHECK=1 skips the checks that
-# cost nothing.
+# cost nothing. MANAGED=1 makes a managed job of any task, which continues by itself after a preemption.
 # Each target prints the sky command that it runs. SkyPilot has an environment of its own, because it shares few versions
 # with training, and the tests of training must not need it.
 LAUNCH_VENV ?= .venv-launch
@@ -13,8 +13,8 @@ OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch plan role check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
-  test-launch test-image
+.PHONY: setup-launch plan role check prep-data pretrain pretrain-spot finetune dpo synthesize distil evaluate export serve \
+  chat smoke status logs pull down image test-sky test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
 
@@ -48,8 +48,26 @@ pretrain-spot: $(LAUNCH_STAMP) ## the same on spot machines, as a managed job th
 finetune: $(LAUNCH_STAMP) ## tune START=run on the conversations stored beside DATA, on one small GPU, as the run RUN=chat
 	@$(LAUNCH_PYTHON) -m launch.submit sky/finetune.yaml $(OPTIONS) $(MACHINES)
 
+dpo: $(LAUNCH_STAMP) ## align START=run with the pairs of answers stored beside DATA, on one small GPU, as the run RUN=dpo
+	@$(LAUNCH_PYTHON) -m launch.submit sky/dpo.yaml $(OPTIONS) $(MACHINES)
+
+synthesize: $(LAUNCH_STAMP) ## rows for finetune from an endpoint: PROMPTS=url ENDPOINT_MODEL=name LICENCE=terms SYNTH_ARGS=…
+	@$(LAUNCH_PYTHON) -m launch.submit sky/synthesize.yaml $(OPTIONS) $(MACHINES)
+
+distil: $(LAUNCH_STAMP) ## train a small model on the distribution of TEACHER=gpt2-medium, as the run RUN=distilled
+	@$(LAUNCH_PYTHON) -m launch.submit sky/distil.yaml $(OPTIONS) $(MACHINES)
+
 evaluate: $(LAUNCH_STAMP) ## perplexity and HellaSwag of RUN's newest checkpoint, on one small GPU (EVAL_ARGS=…)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/evaluate.yaml $(OPTIONS) $(MACHINES)
+
+export: $(LAUNCH_STAMP) ## RUN as a folder for other programs, below its own (EXPORT_ARGS=--format=gguf, --publish=hf:OWNER/NAME)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/export.yaml $(OPTIONS) $(MACHINES)
+
+serve: $(LAUNCH_STAMP) ## RUN behind SERVE_API_KEY, OpenAI-compatible, on one small GPU, until it is idle or MAX_USD is spent
+	@$(LAUNCH_PYTHON) -m launch.submit sky/serve.yaml $(OPTIONS) $(MACHINES)
+
+chat: $(STAMP) ## talk to RUN's newest checkpoint in BUCKET, or to MODEL=…, on this computer (CHAT_ARGS=…)
+	@$(BIN)/python -m launch.chat
 
 smoke: TASK := $(if $(filter command,$(origin TASK)),$(value TASK),smoke-cpu)
 smoke: $(LAUNCH_STAMP) ## the cheapest end-to-end test (TASK=smoke-gpu: on a GPU)

@@ -94,6 +94,21 @@ class RunFolder:
         return self._at("evaluations")
 
     @property
+    def serving(self) -> str:
+        """Run folder with the ledger of servers of this run."""
+        return self._at("serving")
+
+    @property
+    def exports(self) -> str:
+        """Run folder with the ledger of exports, and the exported folders."""
+        return self._at("exports")
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Run folders inside of this one, whose ledgers book the work on a trained model."""
+        return (self.evaluations, self.serving, self.exports)
+
+    @property
     def answers(self) -> str:
         return self._at("answers")
 

@@ -67,18 +67,19 @@ def spent_usd_at_most(
     """Upper bound of the dollars of a run so far; None if a price or a time is unknown. Raises StorageError.
 
     Counts all segments but number `without`, machines that opened none but this one (`here`: host and start), and the
-    evaluations of the run.
+    evaluations, servers and exports of the run.
     """
     folder = RunFolder(run_url)
     run = Run(folder)
     # One listing, because another node may be starting its segment: it has a folder before it has an object.
     run.segments = _read_prices(folder, _segments_of_ledger(folder))
-    evaluations = Run(RunFolder(folder.evaluations))
-    evaluations.segments = _read_prices(evaluations.folder, _segments_of_ledger(evaluations.folder))
-    everything = [*run.segments, *evaluations.segments]
+    beside = [Run(RunFolder(url)) for url in folder.beside]
+    for each in beside:
+        each.segments = _read_prices(each.folder, _segments_of_ledger(each.folder))
+    everything = [segment for each in (run, *beside) for segment in each.segments]
     machines = paid.unrecorded_usd(folder, everything, time.time(), here)
     run.segments = [segment for segment in run.segments if segment.number != without]
-    amounts = (run.usd_at_most, evaluations.usd_at_most, machines)
+    amounts = (run.usd_at_most, *(each.usd_at_most for each in beside), machines)
     return None if None in amounts else math.fsum(amounts)
 
 

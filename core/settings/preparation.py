@@ -163,6 +163,9 @@ class TokenizerConfig:
     )
 
 
+EVALUATION_SETS = "sets to store beside the shards for evaluation: hellaswag, from the Hub, with a pinned checksum"
+
+
 @dataclass(frozen=True)
 class PrepConfig(Bounded):
     """Settings of `python -m data_prep.prepare`."""
@@ -171,6 +174,7 @@ class PrepConfig(Bounded):
     filter: FilterConfig = section(FilterConfig)
     data: PrepDataConfig = section(PrepDataConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
+    evaluation_sets: tuple[Literal["hellaswag"], ...] = setting((), EVALUATION_SETS, identity=False)
     workers: int = setting(0, "parallel workers; 0: one per core. Does not change the result", identity=False, ge=0)
     num_nodes: int = setting(
         1,
@@ -222,4 +226,5 @@ class FetchConfig(Bounded):
     source: FetchSourceConfig = section(FetchSourceConfig)
     data: ShardsConfig = section(ShardsConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
+    evaluation_sets: tuple[Literal["hellaswag"], ...] = setting((), EVALUATION_SETS, identity=False)
     workers: int = setting(4, "number of shards that are copied in parallel", identity=False, ge=1)

@@ -1,6 +1,6 @@
 """Declares the settings of training: default, meaning and bounds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from core import urls
@@ -26,6 +26,12 @@ class RunConfig(Bounded):
         0.0,
         "hard cap in dollars for all segments together: the run saves and stops before it is reached; 0: no cap",
         env="MAX_USD",
+        identity=False,
+        ge=0,
+    )
+    usual_max_usd: float = setting(
+        0.0,
+        "cap that a launch takes if MAX_USD is not given and the task's is lower: above this config's forecast",
         identity=False,
         ge=0,
     )
@@ -123,7 +129,21 @@ class OptimizerConfig(Bounded):
 class TrainLoopConfig(Bounded):
     """Length and intervals of the run, and the computation of a step."""
 
-    steps: int = setting(19073, "optimizer steps of the whole run", gt=0)
+    steps: int = setting(19073, "optimizer steps of the whole run", gt=0, replaces=("tokens", "epochs"))
+    tokens: float = setting(
+        0.0,
+        "training tokens of the whole run, such as 10e9; the nearest number of steps follows; 0: use `steps`",
+        identity=False,
+        ge=0,
+        replaces=("steps", "epochs"),
+    )
+    epochs: float = setting(
+        0.0,
+        "passes over the training tokens; the nearest number of steps follows; 0: use `steps`",
+        identity=False,
+        ge=0,
+        replaces=("steps", "tokens"),
+    )
     seed: int = setting(1337, "seed of weights and data order")
     skip_steps: tuple[int, ...] = setting(
         (),
@@ -169,6 +189,7 @@ class TrainLoopConfig(Bounded):
         "prompts of the samples; prompts with commas need the form of a JSON list",
         identity=False,
     )
+    samples_per_prompt: int = setting(1, "texts that continue each prompt", identity=False, ge=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on", identity=False)
     precision: Literal["auto", "fp32", "bf16", "fp8"] = setting(
         "auto",
@@ -211,6 +232,11 @@ class TrainLoopConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            not (self.tokens and self.epochs),
+            "tokens",
+            f"is {self.tokens:g}, and epochs is {self.epochs:g}; give one of them",
+        )
         require(
             not (self.precision == "fp8" and self.device == "cpu"),
             "precision",
@@ -274,6 +300,11 @@ class CheckpointConfig(Bounded):
         identity=False,
         ge=2,
     )
+    keep_best: bool = setting(
+        True,
+        "also keep the checkpoint with the lowest validation loss; a step with a new lowest one is saved",
+        identity=False,
+    )
     keep_every_steps: int = setting(
         0,
         "also keep the checkpoints at multiples of this number of steps; 0: none",
@@ -307,6 +338,16 @@ class TrainingConfig(Bounded):
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainLoopConfig = section(TrainLoopConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train.tokens:  # from here on the run has a number of steps, as it would if that had been given
+            object.__setattr__(self, "train", of_length(self.train, self.train.tokens, self.batch.tokens_per_step))
+
+
+def of_length(train: TrainLoopConfig, tokens: float, tokens_per_step: int) -> TrainLoopConfig:
+    """The same settings with the number of steps that is nearest to `tokens`, at least 1."""
+    return replace(train, steps=max(1, round(tokens / tokens_per_step)), tokens=0.0, epochs=0.0)
 
 
 @dataclass(frozen=True)

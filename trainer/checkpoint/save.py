@@ -79,6 +79,7 @@ class Saver:
         self._failing_since = math.inf
         self._insist_until = -math.inf
         self.last_step = first_step  # step of the newest complete checkpoint; kept up to date on rank 0 only
+        self.best_step: int | None = None  # step whose checkpoint is kept however old it gets
 
     @property
     def staged(self) -> StagedFile:
@@ -239,12 +240,14 @@ class Saver:
     def _make_room(self, step: int) -> bool:
         """On rank 0: delete older checkpoints, so that the one of `step` finds room.
 
-        Keeps the newest complete checkpoint and those of keep_every_steps. Returns whether any were deleted.
+        Keeps the newest complete checkpoint, the best one and those of keep_every_steps. Returns whether any were
+        deleted.
         """
         check_owner(RunFolder(self.run_url), self.segment)
         found = layout.stored(self.run_url)
         unfinished = {old for old, names in found.items() if old < step and layout.MARKER not in names}
-        gone = sorted({*layout.to_remove(found, 1, self.config.keep_every_steps), *unfinished})
+        removed = layout.to_remove(found, 1, self.config.keep_every_steps, self.best_step)
+        gone = sorted({*removed, *unfinished})
         for old in gone:
             layout.remove(self.run_url, old, found[old])
         if gone:
@@ -263,7 +266,7 @@ class Saver:
     def _prune(self) -> None:
         try:
             found = layout.stored(self.run_url)
-            for step in layout.to_remove(found, self.config.keep_last, self.config.keep_every_steps):
+            for step in layout.to_remove(found, self.config.keep_last, self.config.keep_every_steps, self.best_step):
                 layout.remove(self.run_url, step, found[step])
         except LauncherError as error:
             log.warning("old checkpoints were not removed, which only costs storage: %s", error)

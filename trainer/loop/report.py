@@ -67,12 +67,14 @@ class StepReporter:
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if self._ranks.device.type == "cuda" else "cpu"
         log.log(
             logging.DEBUG if self._screen else logging.INFO,
-            "step %d/%d | loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | MFU %s | %s | spent %s | remaining %s",
+            "step %d/%d | loss %.4f | lr %.2e | grad norm %.3f | %s ms | %s tokens/s | MFU %s | %s | spent %s | "
+            "remaining %s",
             step,
             steps,
             loss,
             rate,
             norm,
+            f"{1000 * seconds:,.0f}",
             quantity(tokens_per_second),
             "?" if mfu is None else f"{100 * mfu:.1f} %",
             memory,
