@@ -18,6 +18,7 @@ torch refuses in this mode (tests/test_determinism.py).
 import functools
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, MutableMapping
 
@@ -244,6 +245,8 @@ def _close(stage: Stage, segment: SegmentLog, reached: int, request: StopRequest
     if request is None:
         stop.settle(OK)
         segment.close("finished", reached)
+        url = shlex.quote(stage.settings.run.url)
+        log.info("finished; next: python cost_report.py %s, or python -m trainer.chat %s", url, url)
         return OK
     segment.mark("notice", kind=request.kind, detail=request.detail)
     if request.kind == "cap":
