@@ -52,8 +52,9 @@ Check an example set and store it below DATA_URL/sets, from where later stages r
 hellaswag     the 10,042 validation items; --from names a copy of hellaswag_val.jsonl or of the Hub's parquet file
               (default: the Hub); any content other than the published one is refused
 instructions  one conversation per row: {"messages": [{"role": ..., "content": ...}, ...]} with the roles system,
-              user and assistant, the last one assistant; or {"instruction": ..., "input": ..., "output": ...}; or
-              {"prompt": ..., "completion": ...}, texts or lists of messages
+              user and assistant, the last one assistant; or ShareGPT's {"conversations": [{"from": "human", "value":
+              ...}, {"from": "gpt", "value": ...}]}; or {"instruction": ..., "input": ..., "output": ...} (Alpaca); or
+              {"question": ..., "answer": ...}; or {"prompt": ..., "completion": ...}, texts or lists of messages
 preferences   one pair per row: {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of messages;
               without a prompt, chosen and rejected are whole conversations, or texts that begin with it
 both          a content is a text or a list of text parts; a column `system` is the first message; tools and images
