@@ -16,6 +16,7 @@ uv pip compile "${common[@]}" "${without_torch[@]}" pyproject.toml requirements/
   --extra prep --extra train --extra chat --extra plot --extra dev -o requirements/dev.txt
 uv pip compile "${common[@]}" "${without_torch[@]}" --constraint requirements/dev.txt pyproject.toml requirements/torch-cpu.in \
   --extra demo -o requirements/demo.txt
+echo zensical | uv pip compile "${common[@]}" - -o requirements/docs.txt
 echo uv | uv pip compile "${common[@]}" - -o requirements/uv.txt
 # The CPU image differs from the GPU image in nothing but torch and its libraries.
 uv pip compile "${common[@]}" "${without_torch[@]}" --constraint requirements/train-cuda.txt \
