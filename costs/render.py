@@ -12,11 +12,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from core.output import visible
+from core.output import FORMULA, visible
 from costs.report import CostReport, Line
 from costs.tables import Sheet, headline, notes, sheets
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 STYLES = {"train lost": "red", "train kept": "green"}
 
 

@@ -8,6 +8,9 @@ common=(--quiet --universal --python-version 3.11 --generate-hashes --no-header 
 without_torch=(--override requirements/no-torch.override)
 uv pip compile "${common[@]}" pyproject.toml --extra prep -o requirements/prep.txt
 uv pip compile "${common[@]}" pyproject.toml --extra train --extra fp8 -o requirements/train-cuda.txt
+# Beside the train set, whose versions it keeps.
+uv pip compile "${common[@]}" "${without_torch[@]}" --constraint requirements/train-cuda.txt \
+  pyproject.toml --extra track -o requirements/track.txt
 uv pip compile "${common[@]}" pyproject.toml --extra launch -o requirements/launch.txt
 uv pip compile "${common[@]}" "${without_torch[@]}" pyproject.toml requirements/torch-cpu.in \
   --extra prep --extra train --extra chat --extra plot --extra dev -o requirements/dev.txt
