@@ -15,10 +15,10 @@ from clouds import providers
 from clouds.catalog import Catalog
 from core import figures, urls
 from core.errors import ConfigError
-from costs import discover, estimate_command, forecast, render
-from costs.plan import chart, law, machines, own, planner, recipes, view
+from costs import discover, estimate_command, render
+from costs.plan import chart, law, machines, own, planner, recipes, stages, view
 from costs.plan.machines import Wanted
-from costs.plan.planner import Answer, Buyer, Prices, Question
+from costs.plan.planner import PREPARATION, Answer, Buyer, Prices, Question
 from costs.throughput import Measured
 
 MOST_USD = 100_000.0  # above it every plan has all the tokens that it may take
@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> None:
     _check_machines(wanted, catalog)
     found, refused = machines.machines(catalog, machines.tasks(), wanted, today)
     known, said = _own(options)
-    prices = Prices(estimate_command.assumptions(options), discover.rates_for(discover.FORECAST_BUCKET), known)
+    assume, rates = estimate_command.assumptions(options), discover.rates_for(discover.FORECAST_BUCKET)
+    prices = Prices(assume, rates, known, stages.beside(catalog, assume, is_prepared=options.prepared))
     buyers, unable = planner.buyers(found, prices, size, recipe)
     fitted = law.load()
 
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise ConfigError(f"--svg={options.svg}: cannot be written: {error.strerror}") from error
         print(f"wrote {path}", file=sys.stderr)
-    notes = [*view.notes(answer, fitted, today), said, f"prices: {catalog.source}", *_beside(answer, prices)]
+    notes = [*view.notes(answer, fitted, today), said, f"prices: {catalog.source}", *_beside(prices)]
     if options.json:
         document = view.document(answer, fitted, catalog.source, today, notes, os.environ.get("BUCKET", ""))
         print(json.dumps(document, indent=1))
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", metavar="SIZE", help=f"only this model size: {', '.join(recipes.SIZES)}")
     add("--recipe", metavar="NAME", help=f"only this recipe: {', '.join(recipes.RECIPES)}")
     add("--unique-tokens", default="10e9", metavar="N", help="tokens of the set; default: FineWeb-Edu 10BT's 10e9")
+    add("--prepared", action="store_true", help="the tokens are in the bucket already: leave out their preparation")
     add("--reserve", default="0.1", metavar="SHARE", help="share of the sum that is kept back; default 0.1")
     add("--like", action="append", default=[], metavar="RUN_URL", help="take speed and overhead from this run, too")
     add("--refuse-stale", metavar="DAYS", help="refuse prices that are older, or have no date")
@@ -121,13 +123,11 @@ def _show(answer: Answer, notes: Sequence[str], today: date) -> None:
         console.print(f"  {line}", markup=False)
 
 
-def _beside(answer: Answer, prices: Prices) -> list[str]:
+def _beside(prices: Prices) -> list[str]:
     """Notes on what the dollars leave out."""
     said = ["the container image is taken as pushed (make image); without IMAGE the node builds it, which takes longer"]
-    tokens = min(answer.plans[0].tokens, answer.question.unique_tokens)
-    prep = forecast.preparation_usd(providers.snapshot(), tokens, prices.assume)
-    if prep is not None:
-        said.append(f"preparing the tokens, once, is not in the dollars: about ${prep[1]:.2f} (make prep-data)")
+    if PREPARATION not in prices.beside:
+        said.append("the tokens are taken as prepared, so that the dollars leave that out")
     return said
 
 

@@ -12,7 +12,7 @@ from core.figures import quantity
 from costs.plan import law, recipes
 from costs.plan.law import Law
 from costs.plan.machines import STALE_DAYS, Machine
-from costs.plan.planner import RESERVE, Answer, Plan
+from costs.plan.planner import EVALUATION, PREPARATION, RESERVE, Answer, Plan
 from costs.tables import Sheet
 
 ROWS = 3
@@ -30,6 +30,8 @@ PARTS = {
     "jobs controller": "SkyPilot's jobs controller",
     "storage": "storage, one month",
     "egress": "data to another cloud",
+    PREPARATION: "preparation of the tokens, once",
+    EVALUATION: "evaluation and export",
     RESERVE: "reserve",
 }
 # Machines without a target of their own are launched by `make pretrain TASK=…`.
@@ -185,6 +187,7 @@ def document(answer: Answer, found: Law, source: str, today: date, said: Sequenc
         "currency": "USD",
         "date": today.isoformat(),
         "question": dataclasses.asdict(answer.question),
+        "headline": headline(answer),
         "loss_scale": law.SCALE,
         "law": {"date": found.date, "constants": dict(found.constants)},
         "prices": source,
@@ -211,6 +214,7 @@ def _plain(each: Plan, answer: Answer, bucket: str) -> Mapping[str, Any]:
             "usd_per_hour_high": machine.high,
             "priced": machine.priced and machine.priced.isoformat(),
             "task": machine.task,
+            "options": list(machine.options),
         },
         "recipe": candidate.recipe,
         "size": candidate.size,
@@ -232,6 +236,7 @@ def _plain(each: Plan, answer: Answer, bucket: str) -> Mapping[str, Any]:
         "limited_by": each.limit,
         "speed": {"tokens_per_second": each.speed.expected, "kind": each.speed.kind, "source": each.speed.source},
         "max_usd": each.cap_usd,
+        "machines_usd": each.machines_usd,
         "config": candidate.config,
         "flags": list(each.flags),
         "command": command(each, answer.question.usd, bucket),
