@@ -3,7 +3,6 @@
 It knows what is done from the bucket, and what is up from SkyPilot. Between the two it keeps nothing.
 """
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -94,14 +93,14 @@ class Driver:
         print(f"{stage.name}: {stage.task}, at most ${settings['MAX_USD']}{again}", flush=True)
         record = budgets.launching(self._folder, self._budget.number, stage.name, progress)
         self._launched.append((stage.name, progress, record.began_at))
-        return submit(stage.task, [*stage.options, *self._options], {**os.environ, **settings})
+        return submit(stage.task, [*stage.options, *self._options], settings)
 
     def _up(self, stage: Stage) -> str:
         """Where a stage runs, by SkyPilot's records; "" if it does not. Raises ConfigError if SkyPilot does not answer.
 
         Raises RunError if another run has the stage's cluster.
         """
-        task = read_task(stage.task, {**os.environ, **stage.settings()})
+        task = read_task(stage.task, stage.settings())
         if not task.managed:
             return _cluster(task.name, task.envs["RUN"])
         known = [each for each in budgets.launches(self._folder, self._budget.number) if each.stage == stage.name]

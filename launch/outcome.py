@@ -76,10 +76,12 @@ def summary(folder: RunFolder, budget: Budget, result: Mapping[str, Any]) -> lis
     ]
     if result["end"] == "cap":
         said.append("the cap ended the training before its last step, so that the rates had not fallen to their end")
-    loss, expected = result["val_loss"], budget.forecast.get("loss")
+    loss, forecast = result["val_loss"], budget.forecast
     if loss is not None:
-        scale = f"; the plan said {expected:.3f} ± {budget.forecast['loss_error']:g} on {budget.forecast['loss_scale']}"
-        said.append(f"validation loss on {result['data']}: {loss:.4f}{scale if expected else ''}")
+        said.append(f"validation loss on {result['data']}: {loss:.4f}")
+    if loss is not None and "loss" in forecast:
+        expected = f"{forecast['loss']:.3f} ± {forecast['loss_error']:g} on {forecast['loss_scale']}"
+        said[-1] += f"; the plan said {expected}, another set of texts"
     step = result["steps"]
     if step:
         said.append(f"model: {folder.exported(step)} (for transformers), {folder.checkpoint(step)}")

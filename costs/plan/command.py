@@ -16,10 +16,10 @@ from clouds.catalog import Catalog
 from core import figures, urls
 from core.errors import ConfigError
 from costs import discover, estimate_command, render
-from costs.plan import chart, law, machines, own, planner, recipes, stages, view
+from costs.plan import chart, law, machines, own, planner, recipes, refit, stages, view
 from costs.plan.machines import Wanted
+from costs.plan.own import Own
 from costs.plan.planner import PREPARATION, Answer, Buyer, Prices, Question
-from costs.throughput import Measured
 
 MOST_USD = 100_000.0  # above it every plan has all the tokens that it may take
 USAGE = """\
@@ -53,11 +53,12 @@ def main(arguments: list[str]) -> None:
     catalog = providers.dated(options.offline)
     _check_machines(wanted, catalog)
     found, refused = machines.machines(catalog, machines.tasks(), wanted, today)
-    known, said = _own(options)
+    mine = _own(options)
     assume, rates = estimate_command.assumptions(options), discover.rates_for(discover.FORECAST_BUCKET)
-    prices = Prices(assume, rates, known, stages.beside(catalog, assume, is_prepared=options.prepared))
+    prices = Prices(assume, rates, mine.speeds, stages.beside(catalog, assume, is_prepared=options.prepared))
     buyers, unable = planner.buyers(found, prices, size, recipe)
-    fitted = law.load()
+    fit = refit.refit(law.load(), mine.losses)
+    fitted = fit.law
 
     def ask(dollars: float) -> Answer:
         return planner.plan(dataclasses.replace(question, usd=dollars), buyers, [*refused, *unable], fitted)
@@ -72,7 +73,8 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise ConfigError(f"--svg={options.svg}: cannot be written: {error.strerror}") from error
         print(f"wrote {path}", file=sys.stderr)
-    notes = [*view.notes(answer, fitted, today), said, f"prices: {catalog.source}", *_beside(prices)]
+    losses = [*fit.notes, *view.on_own_sets(answer, fit)]
+    notes = [*view.notes(answer, fitted, today), mine.said, *losses, f"prices: {catalog.source}", *_beside(prices)]
     if options.json:
         document = view.document(answer, fitted, catalog.source, today, notes, os.environ.get("BUCKET", ""))
         print(json.dumps(document, indent=1))
@@ -131,13 +133,15 @@ def _beside(prices: Prices) -> list[str]:
     return said
 
 
-def _own(options: argparse.Namespace) -> tuple[dict[str, list[Measured]], str]:
-    """The user's own runs by instance type, and a note about them. Runs that --like names come first."""
-    known, said = ({}, "own runs: not read (--offline)") if options.offline else own.in_bucket(os.environ)
+def _own(options: argparse.Namespace) -> Own:
+    """The user's own runs. Runs that --like names come first."""
+    mine = Own(said="own runs: not read (--offline)") if options.offline else own.in_bucket(os.environ)
     named = own.named(options.like)
-    if named:
-        said = own.note(named)
-    return known | named, said
+    if not named.speeds and not named.losses:
+        return mine
+    seen = {each.url for each in named.losses}
+    others = [each for each in mine.losses if each.url not in seen]
+    return Own({**mine.speeds, **named.speeds}, [*named.losses, *others], named.said)
 
 
 def _dollars(text: str) -> float:

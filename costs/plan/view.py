@@ -13,6 +13,7 @@ from costs.plan import law, recipes
 from costs.plan.law import Law
 from costs.plan.machines import STALE_DAYS, Machine
 from costs.plan.planner import EVALUATION, PREPARATION, RESERVE, Answer, Plan
+from costs.plan.refit import Refit
 from costs.tables import Sheet
 
 ROWS = 3
@@ -172,6 +173,19 @@ def notes(answer: Answer, found: Law, today: date) -> list[str]:
         "before its rates have fallen; --reserve changes it"
     )
     return said + sorted({each.speed.source for each in shown})
+
+
+def on_own_sets(answer: Answer, fit: Refit) -> list[str]:
+    """The expected losses of the plans that are shown, on the sets of the user's own runs."""
+    said = []
+    for url, (offset, error) in fit.offsets.items():
+        where = "/".join(url.rstrip("/").split("/")[-2:])
+        losses = [
+            f"plan {number} {each.loss + offset:.2f} ± {(each.error**2 + error**2) ** 0.5:.2f}"
+            for number, each in enumerate(answer.plans[:ROWS], 1)
+        ]
+        said.append(f"own losses: expected on {where}: {', '.join(losses)}")
+    return said
 
 
 def _limited(number: int, each: Plan) -> str:
