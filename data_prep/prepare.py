@@ -12,13 +12,21 @@ from core import stop
 if __name__ == "__main__":
     stop.listen()  # called before the imports that take seconds
 
+import functools
 import logging
 import os
+import time
+from typing import TYPE_CHECKING
 
 from core.console import run_entry, set_up_logging
+from core.errors import CapReached
+from core.exit_codes import CAPPED, OK, tell_launcher
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig
 from data_prep import starter
+
+if TYPE_CHECKING:
+    from core.run.segment import SegmentLog
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +41,7 @@ On several machines give each --num-nodes and --node-rank (SkyPilot's variables 
 def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(settings.help_text(PrepConfig, USAGE))
-        return 0
+        return OK
     set_up_logging()
     config = settings.load(PrepConfig, arguments, os.environ)
     log.info("%s", settings.describe(config, "--help has the others"))
@@ -43,11 +51,25 @@ def main(arguments: list[str]) -> int:
     from data_prep import build
     from data_prep.finalize import print_summary
 
-    with open_log(config) as segment:
-        made = build.prepare(config, segment.switch)
+    try:
+        with open_log(config) as segment:
+            made = build.prepare(config, segment.switch, functools.partial(check_cap, segment, config))
+    except CapReached as reached:
+        log.warning("%s", reached)
+        tell_launcher(CAPPED)
+        return CAPPED
     if made:
         print_summary(made, config.data.url)
-    return 0
+    return OK
+
+
+def check_cap(segment: "SegmentLog", config: PrepConfig) -> None:
+    """Raises CapReached if the machine must end now for the cap to hold."""
+    if segment.cap and time.time() >= segment.cap.latest():
+        raise CapReached(
+            f"{config.data.url}: its preparation has cost nearly the ${config.max_usd:g} of max_usd; finished parts "
+            "are kept: continue with a larger MAX_USD and the same command"
+        )
 
 
 def open_log(config: PrepConfig):
@@ -67,6 +89,8 @@ def open_log(config: PrepConfig):
         config={},
         packages=("numpy", "pyarrow", "gigatoken", "tiktoken"),
         program={"command": "data_prep.prepare", "node": config.node_rank},
+        max_usd=config.max_usd,
+        shutdown_seconds=config.shutdown_reserve_seconds,
         is_per_node=True,
     )
     segment = open_segment(RunFolder(run_url), opening)

@@ -13,7 +13,7 @@ OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch plan role check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
+.PHONY: setup-launch plan run role check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
   test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
@@ -29,9 +29,15 @@ role: $(LAUNCH_STAMP) ## an IAM role for the nodes on AWS, limited to BUCKET's r
 # A plan needs no SkyPilot, only the prices that SkyPilot keeps on this machine.
 PLAN_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(LAUNCH_STAMP))
 
+CONSTRAINTS = $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLINE),--deadline=$(call typed,DEADLINE)) \
+  $(if $(value ON_DEMAND),--on-demand)
+
 plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (GPUS=…, DEADLINE=6h)
-	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) \
-	  $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLINE),--deadline=$(call typed,DEADLINE))
+	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) $(CONSTRAINTS)
+
+run: $(LAUNCH_STAMP) ## the best plan for USD=20, under one cap: tokens, training, evaluation, export (ADD_USD=10 RUN=…: more)
+	@$(LAUNCH_PYTHON) -m launch.run $(if $(value ADD_USD),--add-usd=$(call typed,ADD_USD),--usd=$(call typed,USD)) \
+	  $(CONSTRAINTS) $(OPTIONS)
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(call typed,TASK).yaml $(MACHINES)

@@ -226,7 +226,7 @@ def test_a_bucket_that_cannot_be_read_only_leaves_out_own_runs(tmp_path: Path, c
     command.main(["plan", "--usd=20"])
     assert "own runs: none in BUCKET has trained" in capsys.readouterr().out
     monkeypatch.setenv("BUCKET", "../x")
-    assert own.in_bucket({"BUCKET": "s3://"})[1].startswith("own runs: BUCKET cannot be read (BUCKET is 's3://'")
+    assert own.in_bucket({"BUCKET": "s3://"}).said.startswith("own runs: BUCKET cannot be read (BUCKET is 's3://'")
 
 
 def test_sizes_are_settings_that_the_trainer_takes():

@@ -67,18 +67,21 @@ def spent_usd_at_most(
     """Upper bound of the dollars of a run so far; None if a price or a time is unknown. Raises StorageError.
 
     Counts all segments but number `without`, machines that opened none but this one (`here`: host and start), and the
-    evaluations of the run.
+    preparation and the evaluations of the run.
     """
     folder = RunFolder(run_url)
     run = Run(folder)
     # One listing, because another node may be starting its segment: it has a folder before it has an object.
     run.segments = _read_prices(folder, _segments_of_ledger(folder))
-    evaluations = Run(RunFolder(folder.evaluations))
-    evaluations.segments = _read_prices(evaluations.folder, _segments_of_ledger(evaluations.folder))
+    evaluations, preparation = (Run(RunFolder(url)) for url in (folder.evaluations, folder.preparation))
+    for other in (evaluations, preparation):
+        other.segments = _read_prices(other.folder, _segments_of_ledger(other.folder))
     everything = [*run.segments, *evaluations.segments]
-    machines = paid.unrecorded_usd(folder, everything, time.time(), here)
+    now = time.time()
+    machines = paid.unrecorded_usd(folder, everything, now, here)
+    preparing = paid.unrecorded_usd(preparation.folder, preparation.segments, now)
     run.segments = [segment for segment in run.segments if segment.number != without]
-    amounts = (run.usd_at_most, evaluations.usd_at_most, machines)
+    amounts = (run.usd_at_most, evaluations.usd_at_most, preparation.usd_at_most, machines, preparing)
     return None if None in amounts else math.fsum(amounts)
 
 
