@@ -21,7 +21,7 @@ from core.errors import ConfigError, one_line
 from core.settings import evaluation, loader
 from core.settings.model import ModelConfig, public_model
 from core.settings.preparation import PrepConfig
-from core.settings.stages import training_schema
+from core.settings.stages import training_schema, written_out
 from core.settings.training import PretrainConfig, TrainingConfig
 from core.settings.tuning import DistilConfig, FinetuneConfig
 
@@ -262,6 +262,7 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
         elif stage == "prep":
             config = loader.load(PrepConfig, arguments, variables)
         else:
+            arguments = written_out(arguments)
             schema = training_schema(arguments)
             stage = schema.stage
             if stage in _STARTS and not any(word.startswith(f"--{_STARTS[stage]}=") for word in arguments):

@@ -78,6 +78,12 @@ MARKS = (
     ),
     Mark("notice", ("kind", "detail"), "`kind` and `detail` of a warning that the machine will be taken away"),
     Mark("cap", ("limit_usd", "spent_usd"), "`limit_usd`, `spent_usd`"),
+    Mark(
+        "anneal",
+        ("kind", "step", "steps", "why"),
+        "`kind` anneal or replan; the cooldown takes `steps` after `step`; `why`: budget, request, target, length or "
+        "replan",
+    ),
     Mark("slow_rank", ("rank", "times"), "`rank` whose steps take `times` as long as the others'"),
     Mark("api", ("usd", "answers"), "`usd` that a paid endpoint took since the run began, `answers`"),
     Mark("clock_jump", ("seconds",), "`seconds` by which the wall clock was changed"),
