@@ -126,7 +126,7 @@ def read_task(path: str, environment: Mapping[str, str], choice: MachineChoice |
         requests=tuple(dict.fromkeys(_requests(path, resources, choice))),
         workload=_workload(path, f"{setup}\n{run}", envs),
         envs=envs,
-        idle_seconds=_idle_seconds(resources),
+        idle_seconds=idle_seconds(resources),
         required=tuple(name for name, value in declared.items() if value is None),
         secrets=tuple(document.get("secrets") or {}),
         images=tuple(_IMAGE.findall(setup)),
@@ -170,7 +170,7 @@ def _document(path: str) -> Mapping[str, Any]:
     return document
 
 
-def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
+def idle_seconds(resources: Mapping[str, Any]) -> float | None:
     """Seconds from the end of the last job to the shutdown: 0 for a managed job, None without autostop."""
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
