@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,24 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
     return run
 
 
-def spent_usd_at_most(
-    run_url: str, without: int | None = None, here: tuple[str | None, float] | None = None
-) -> float | None:
-    """Upper bound of the dollars of a run so far; None if a price or a time is unknown. Raises StorageError.
+@dataclass(frozen=True)
+class Spent:
+    """Upper bounds: dollars (None if a price or a time is unknown), and paid seconds of machines."""
+
+    usd: float | None
+    seconds: float
+
+
+def spent_at_most(
+    run_url: str,
+    without: int | None = None,
+    here: tuple[str | None, float] | None = None,
+    after: int = 0,
+) -> Spent:
+    """Upper bounds of what a run has cost so far. Raises StorageError.
 
     Counts all segments but number `without`, machines that opened none but this one (`here`: host and start), and the
-    evaluations of the run.
+    evaluations of the run. With `after`, counts only segments above that number and machines that started later.
     """
     folder = RunFolder(run_url)
     run = Run(folder)
@@ -75,11 +87,24 @@ def spent_usd_at_most(
     run.segments = _read_prices(folder, _segments_of_ledger(folder))
     evaluations = Run(RunFolder(folder.evaluations))
     evaluations.segments = _read_prices(evaluations.folder, _segments_of_ledger(evaluations.folder))
-    everything = [*run.segments, *evaluations.segments]
-    machines = paid.unrecorded_usd(folder, everything, time.time(), here)
-    run.segments = [segment for segment in run.segments if segment.number != without]
-    amounts = (run.usd_at_most, evaluations.usd_at_most, machines)
-    return None if None in amounts else math.fsum(amounts)
+    machines = paid.unrecorded(folder, [*run.segments, *evaluations.segments], here)
+    counted = [segment for segment in run.segments if segment.number != without and segment.number > after]
+    if after:
+        begun = max((each.started_at or 0.0 for each in run.segments if each.number <= after), default=0.0)
+        machines = [each for each in machines if each.started_at > begun]
+    else:
+        counted += evaluations.segments
+    now = time.time()
+    amounts = [*(each.usd_at_most for each in counted), *(each.usd_at_most(now) for each in machines)]
+    seconds = [*(each.seconds_at_most for each in counted), *(each.seconds_at_most(now) for each in machines)]
+    return Spent(None if None in amounts else math.fsum(amounts), math.fsum(seconds))
+
+
+def spent_usd_at_most(
+    run_url: str, without: int | None = None, here: tuple[str | None, float] | None = None
+) -> float | None:
+    """The dollars of `spent_at_most`."""
+    return spent_at_most(run_url, without, here).usd
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
