@@ -22,7 +22,7 @@ STAMP := $(VENV)/$(call stamp,dev)
 DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_VENV)/$(call stamp,demo))
 
-.PHONY: help setup demo test test-all test-slow chaos lint bench-prep clean
+.PHONY: help setup demo test test-all test-slow chaos lint docs bench-prep clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,10 +60,19 @@ lint: $(STAMP) ## ruff and shellcheck
 	@$(BIN)/ruff format --check .
 	@$(BIN)/shellcheck .ci/run requirements/*.sh launch/node/container.sh tests/conditions.sh
 
+DOCS_STAMP := .venv-docs/$(call stamp,docs)
+
+$(DOCS_STAMP): requirements/docs.txt requirements/setup.sh
+	@$(SETUP) docs .venv-docs
+	@rm -f .venv-docs/.installed-*; touch $@
+
+docs: $(DOCS_STAMP) ## the documents as a site in site/; a broken link is an error
+	@NO_COLOR=1 .venv-docs/bin/zensical build --strict
+
 include launch/targets.mk
 
 bench-prep: $(STAMP) ## data preparation against the usual scripts, end to end (fetches 140 MB of text; 10 minutes)
 	@mkdir -p .bench && $(BIN)/python -m bench.prep --scratch=.bench --encode --larger --out=bench/results/$$(date +%F)-prep.json
 
 clean: ## remove the virtual environments and what demo and benchmarks left
-	rm -rf $(call typed,VENV) .venv-demo .venv-launch .demo .bench .azurite
+	rm -rf $(call typed,VENV) .venv-demo .venv-docs .venv-launch .demo .bench .azurite site

@@ -18,6 +18,7 @@ from typing import Any
 from clouds import catalog, ec2
 from clouds.base import (
     Bill,
+    Billing,
     Cloud,
     Finding,
     Instance,
@@ -64,6 +65,8 @@ class Aws(Cloud):
     name = "aws"
     key_file = "~/.aws/credentials"
     default_role = "SkyPilot's role, which may do anything on EC2 and S3"
+    # Linux instances: by the second, the first minute whole (aws.amazon.com/ec2/pricing).
+    billing = Billing(least_seconds=60.0)
 
     def offers(self) -> tuple[Offer, ...]:
         return catalog.snapshot(self.name)

@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
         return 0
     set_up_logging()
     config = settings.load(FetchConfig, arguments, os.environ)
-    log.info("settings:\n%s", settings.to_yaml(config).rstrip())
+    log.info("%s", settings.describe(config, "--help has the others"))
     print_summary(fetch(config), config.data.url)
     return 0
 

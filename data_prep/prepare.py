@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         return OK
     set_up_logging()
     config = settings.load(PrepConfig, arguments, os.environ)
-    log.info("settings:\n%s", settings.to_yaml(config).rstrip())
+    log.info("%s", settings.describe(config, "--help has the others"))
     if config.workers != 1:
         starter.start()
     # These imports are slow. The fork server makes the same imports on another core at the same time.

@@ -13,7 +13,7 @@ OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch plan run role check prep-data pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
+.PHONY: setup-launch plan run role check prep-data pretrain pretrain-spot finetune evaluate smoke anneal status logs pull down image test-sky \
   test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
@@ -60,6 +60,9 @@ evaluate: $(LAUNCH_STAMP) ## perplexity and HellaSwag of RUN's newest checkpoint
 smoke: TASK := $(if $(filter command,$(origin TASK)),$(value TASK),smoke-cpu)
 smoke: $(LAUNCH_STAMP) ## the cheapest end-to-end test (TASK=smoke-gpu: on a GPU)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/$(call typed,TASK).yaml $(OPTIONS) $(MACHINES)
+
+anneal: $(LAUNCH_STAMP) ## begin the cooldown of RUN now (optimizer.schedule=wsd); its trunk stays, to go on from
+	@$(LAUNCH_PYTHON) -m launch.anneal sky/$(call typed,TASK).yaml
 
 status: $(LAUNCH_STAMP) ## clusters, managed jobs, machines that the clouds list, dollars of RUN
 	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(call typed,TASK).yaml

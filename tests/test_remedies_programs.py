@@ -16,7 +16,7 @@ from core.run.cap import spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.machine import Machine
 from core.settings import loader
-from core.settings.stages import training_schema
+from core.settings.stages import training_schema, written_out
 from core.settings.training import PretrainConfig
 from core.settings.tuning import ExamplesConfig
 from core.stores import credentials
@@ -150,9 +150,16 @@ def test_a_run_is_continued_elsewhere_with_the_printed_command(data_url: str, tm
     run_url = str(tmp_path / "a run")
     models.make_run(run_url, data_url)
     flags = [f"--model.{key}={value}" for key, value in loader.to_dict(models.SMALL).items()]
-    settings = loader.load(PretrainConfig, [*flags, f"--run.url={run_url}", f"--data.url={data_url}"], {})
+    loaded = [*flags, f"--run.url={run_url}", f"--data.url={data_url}"]
+    settings = loader.load(PretrainConfig, loaded, {})
     open_run(RunFolder(run_url), loader.identity(settings), loader.to_dict(settings), "data")
     other = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, lr=0.5))
+    opening = (loader.identity(other), loader.to_dict(other), "data")
+    said = refused(open_run, RunFolder(run_url), *opening)
+    [flags] = found(r"to go on from its newest step with other settings: (.*)$", said)
+    branch = loader.load(PretrainConfig, [*loaded, *written_out(shlex.split(flags))], {})
+    assert (branch.run.branch_from, branch.run.url) == (run_url, f"{run_url}-2")
+    other = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, name="muon"))
     opening = (loader.identity(other), loader.to_dict(other), "data")
     said = refused(open_run, RunFolder(run_url), *opening)
     command, place = found(

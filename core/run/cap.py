@@ -100,5 +100,11 @@ class SpendingCap:
         paid_for = self._ledger.machine.price.seconds(self.max_usd - self.spent_usd())
         return self._ledger.now() + paid_for - seconds - SAFETY * self._arrival_seconds - self._shutdown_seconds
 
+    def now(self) -> float:
+        """Unix seconds on the clock of `latest`."""
+        return self._ledger.now()
+
     def describe(self) -> str:
-        return f"${self.spent_usd():.2f} of ${self.max_usd:g} spent"
+        spent = self.spent_usd()
+        said = "dollars unknown" if spent is None else f"${spent:.2f}"
+        return f"{said} of ${self.max_usd:g} spent" if self.max_usd else f"{said} spent"

@@ -85,6 +85,16 @@ def spent_usd_at_most(
     return None if None in amounts else math.fsum(amounts)
 
 
+def ledger_listing(run_url: str) -> Objects:
+    """The objects of a run's ledger by segment number. Raises StorageError."""
+    return _segments_of_ledger(RunFolder(run_url))
+
+
+def read_money(run_url: str, ledgers: Objects) -> list[Segment]:
+    """Segments with machine, start and newest span, from a listing of their ledgers. Raises StorageError."""
+    return _read_prices(RunFolder(run_url), ledgers)
+
+
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
     if storage.is_local(folder.url):  # a disk has no latency that threads could hide
         return [read(number) for number in numbers]

@@ -8,6 +8,7 @@ with open_segment(folder, "evaluate", config) as segment:
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -76,6 +77,10 @@ class SegmentLog:
     def mark(self, name: str, **fields: Any) -> None:
         if self.ledger:
             self.ledger.mark(name, **fields)
+
+    def now(self) -> float:
+        """Unix seconds, on the clock of the ledger where there is one."""
+        return self.ledger.now() if self.ledger else time.time()
 
     def step_done(self, step: int) -> None:
         if self.ledger:

@@ -151,7 +151,10 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
             f"segment {segment.number}: a span starts {before - start:.1f} s before the end of the previous span; "
             "the overlap is counted once"
         )
-        start = min(before, end)
+        start = before
+    _steps(segment, event.get("steps"))
+    if segment.spans and end <= start:
+        return  # doubled, or from before a clock was set back: its time is counted already
     booked_phases = _mapping(event.get("phases")).items()
     phases = {text(name): seconds for name, value in booked_phases if (seconds := number(value) or 0) > 0}
     booked, length = sum(phases.values()), end - start
@@ -161,13 +164,18 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
                 f"segment {segment.number}: a span of {length:.1f} s books {booked:.1f} s; its phases are scaled down"
             )
         phases = {name: seconds * length / booked for name, seconds in phases.items()}
-    steps = event.get("steps")
+    _extend(segment, start, end, phases)
+
+
+def _steps(segment: Segment, steps: Any) -> None:
+    """Append the steps of a span. A segment computes each step once, so that a number it has passed is a double."""
     for step in steps if isinstance(steps, list) else ():
         if isinstance(step, list) and len(step) >= 3 and None not in (step_number(step[0]), *map(number, step[1:3])):
+            if segment.steps.number and step[0] <= segment.steps.number[-1]:
+                continue
             segment.steps.number.append(step[0])
             segment.steps.train.append(max(0.0, step[1]))
             segment.steps.wait.append(max(0.0, step[2]))
-    _extend(segment, start, end, phases)
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:

@@ -18,6 +18,7 @@ torch refuses in this mode (tests/test_determinism.py).
 import functools
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, MutableMapping
 
@@ -28,6 +29,7 @@ from core.cores import usable_cores
 from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.errors import ConfigError, LauncherError, one_line
 from core.exit_codes import CAPPED, FAILED, NO_STORAGE, OK, PREEMPTED, tell_launcher
+from core.run.course import kept_steps
 from core.run.folder import RunFolder
 from core.run.segment import Opening, SegmentLog, open_segment
 from core.settings.training import TrainingConfig, TrainLoopConfig
@@ -37,6 +39,8 @@ from trainer.checkpoint.load import Restored, load_newest
 from trainer.checkpoint.save import Saver
 from trainer.distributed import process_group
 from trainer.distributed.process_group import Ranks, on_main
+from trainer.loop.anneal import NOT_ANNEALED, Annealer, describe_end
+from trainer.loop.course import open_course
 from trainer.loop.evaluation import TrainingEvaluator, kinds_measured
 from trainer.loop.inputs import open_later_inputs
 from trainer.loop.loop import Loop
@@ -44,6 +48,7 @@ from trainer.loop.report import StepReporter
 from trainer.loop.requests import SpotWatch, StopRequest, StopRequests
 from trainer.model.kernels import use_attention
 from trainer.optim.optimizer import BlockOptimizer
+from trainer.optim.schedule import Schedule
 from trainer.stages.stage import Stage
 
 log = logging.getLogger("train")
@@ -98,12 +103,14 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     stage = stage_class(settings, ranks)
     settings = stage.settings
     hellaswag_rows = open_later_inputs(stage, ranks)
+    changes = on_main(lambda: open_course(stage), ranks)
+    stage.schedule = Schedule(settings.optimizer, settings.train.steps, changes)
 
     # 4. The run and its next segment: run.json, the ledger, metrics, and the dollars spent so far.
     segment = open_log(stage, ranks)
     stop.on_leaving(functools.partial(_close_unsaved, segment, requests))
     spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
-    saver = reporter = None
+    saver = reporter = annealer = None
     try:
         spent = on_main(lambda: segment.cap.describe() if segment.cap.reached(0.0, 0.0) else "", ranks)
         if spent:  # earlier segments have spent the cap: end before this machine costs more
@@ -137,9 +144,12 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             segment.flush,
             optimizer.blocks,
             first_step,
+            kept=lambda: kept_steps(stage.schedule.changes),
         )
         reporter = StepReporter(stage, ranks, segment, first_step)
         evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, hellaswag_rows, is_leaving)
+
+        annealer = Annealer(stage, segment, saver, requests, evaluator, first_step)
 
         # 8. Train: trainer/loop/loop.py.
         loop = Loop(
@@ -153,6 +163,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             requests=requests,
             evaluator=evaluator,
             reporter=reporter,
+            annealer=annealer,
             last_loss=restored.state.get("loss") if restored else None,
         )
         measured: set[str] = set()
@@ -179,8 +190,9 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     finally:
         if reporter:
             reporter.close()
-        if spot:
-            spot.close()
+        for watch in (spot, annealer):
+            if watch:
+                watch.close()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -244,6 +256,10 @@ def _close(stage: Stage, segment: SegmentLog, reached: int, request: StopRequest
     if request is None:
         stop.settle(OK)
         segment.close("finished", reached)
+        if segment.ledger and (said := describe_end(stage.schedule, reached, stage.settings.run.url)):
+            log.info("%s", said)
+        url = shlex.quote(stage.settings.run.url)
+        log.info("finished; next: python cost_report.py %s, or python -m trainer.chat %s", url, url)
         return OK
     segment.mark("notice", kind=request.kind, detail=request.detail)
     if request.kind == "cap":
@@ -252,10 +268,12 @@ def _close(stage: Stage, segment: SegmentLog, reached: int, request: StopRequest
         segment.mark("cap", limit_usd=limit, spent_usd=segment.cap and segment.cap.spent_usd())
         segment.close("cap", reached)
         log.warning(
-            "stopped by the cap at step %d of %d, which is saved: %s; go on with a larger MAX_USD and the same command",
+            "stopped by the cap at step %d of %d, which is saved: %s%s; go on with a larger MAX_USD and the same "
+            "command",
             reached,
             stage.steps,
             request.detail,
+            "" if NOT_ANNEALED in request.detail else describe_end(stage.schedule, reached, "", before="; "),
         )
         return CAPPED
     segment.close("preempted", reached)
