@@ -12,6 +12,7 @@ from clouds.base import Cloud
 from core.data import manifest
 from core.errors import ConfigError, DataError, LauncherError, RunError
 from core.run import budget as budgets
+from core.run import course
 from core.run.folder import RunFolder
 from launch import drive, outcome, plan, run
 from tests import corpus
@@ -125,12 +126,15 @@ def test_a_sum_becomes_a_model_in_three_launches_under_one_cap(machines, planned
     prepared, trained, evaluated = (settings for _, _, settings in machines.launches)
     # A preparation's key may be limited to the run's folder, and its tokens are those of the plan.
     assert prepared["RUN"] == "20usd/preparation"
-    million = -(-best["tokens"] // 1e6)
+    million = -(-best["tokens"] * 20 / best["usd_spent"] // 1e6)  # what all of the money would buy
     assert prepared["DATA"] == f"fineweb-edu-{million:.0f}m" == trained["DATA"]
     assert f"--data.train_tokens={million * 1e6:.0f} " in prepared["PREP_ARGS"]
     assert machines.launches[1][1] == ["--infra", "lambda"] or "--gpus" in machines.launches[1][1]
     assert trained["CONFIG"] == best["config"]
-    assert trained["TRAIN_ARGS"].split()[: len(best["flags"]) - 1] == best["flags"][:-1]
+    *model, steps = best["flags"]
+    assert steps == f"--train.steps={best['steps']}"
+    wanted = [*model, f"--train.steps={2 * best['steps']}", "--optimizer.schedule=wsd"]
+    assert trained["TRAIN_ARGS"].split() == wanted, "the money ends it, and decides when the rates fall"
     assert evaluated["EXPORT"] == "exported/step-00000012"
     assert evaluated["EVAL_ARGS"] == "--tasks=perplexity"  # HellaSwag is not stored beside these tokens
     # The machines cost a cent a second: 10 s and 600 s, the evaluation 20 s.
@@ -304,6 +308,33 @@ def test_an_own_config_takes_the_place_of_the_plan_s_model(machines, monkeypatch
     assert "--model.layers" not in trained["TRAIN_ARGS"]
     assert "CONFIG" not in machines.launches[0][2]
     assert "loss" not in budgets.outcome(folder_of(machines), 1)["forecast"]
+
+
+def test_more_money_goes_on_from_the_step_before_the_rates_fell(machines, planned, monkeypatch):
+    machines.trainings *= 2
+    assert run.main(["--usd=20"]) == 0
+    base = folder_of(machines)
+    monkeypatch.setenv("RUN", "20usd")
+    with pytest.raises(ConfigError, match="its training had no cooldown, so that no step is known"):
+        run.main(["--add-usd=10"])
+    course.add(base, 1, course.Change("anneal", 8, steps=4, why="budget"))
+    count = len(machines.launches)
+    asked: list[list[str]] = []
+    monkeypatch.setattr(plan, "ask", lambda arguments: asked.append(list(arguments)) or planned)
+    assert run.main(["--add-usd=10"]) == 0
+    size = planned["plans"][0]["size"]
+    assert asked == [
+        ["--usd=30", "--prepared", "--gpus=A100:8", "--cloud=lambda", f"--size={size}", "--recipe=speedrun"]
+    ]
+    trained, evaluated = (settings for _, _, settings in machines.launches[count:])
+    assert trained["RUN"] == evaluated["RUN"] == "20usd-plus-10usd"
+    assert trained["TRAIN_ARGS"].endswith(f" --run.branch_from={base}@trunk")
+    assert trained["TRAIN_ARGS"].count("--train.steps=") == 1
+    assert trained["DATA"] == machines.launches[0][2]["DATA"]
+    assert float(trained["MAX_USD"]) < 10
+    assert (Path(base.url) / "exported/step-00000012/config.json").exists(), "the first model stays"
+    assert run.main(["--add-usd=10"]) == 0
+    assert len(machines.launches) == count + 2
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
