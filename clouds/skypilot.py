@@ -71,6 +71,11 @@ def user_hash(environment: Mapping[str, str]) -> str:
     return ""
 
 
+def controller_name(environment: Mapping[str, str]) -> str:
+    """The cluster of this user's controller of managed jobs."""
+    return f"sky-jobs-controller-{user_hash(environment)}"
+
+
 def has_ended(job: dict[str, Any]) -> bool:
     return str(job.get("status")).startswith(_ENDED)
 

@@ -88,6 +88,7 @@ class Segment:
     end: dict[str, Any] | None = None
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    moved: Sequence[int] = ()  # bytes and requests of its first rank by then (core.stores.meter.FIELDS)
     is_newer_format: bool = False  # written by a newer release, so nothing of it is read
 
     @property
