@@ -13,7 +13,7 @@ OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch plan run role check prep-data pretrain pretrain-spot finetune evaluate smoke anneal status logs pull down image test-sky \
+.PHONY: setup-launch plan run role check prep-data pretrain pretrain-spot finetune evaluate smoke anneal status logs pull down watch image test-sky \
   test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
@@ -79,6 +79,9 @@ $(LAUNCH_VENV)/bin/sky:
 
 down: | $(LAUNCH_VENV)/bin/sky ## end what you have up of this project, and ask the clouds whether anything is left (YES=1, ALL=1)
 	@$(LAUNCH_PYTHON) -m launch.down --down
+
+watch: $(LAUNCH_STAMP) ## until Ctrl-C: end machines of yours whose launch died before they had autostop (SWITCH_MINUTES=30)
+	@$(LAUNCH_PYTHON) -m launch.watch
 
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag
 	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml $(OPTIONS)
