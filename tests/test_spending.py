@@ -182,4 +182,4 @@ def test_spot_without_a_checkpoint_is_refused_with_the_arithmetic():
     assert "checkpoint.every_steps is 500, and the run has 500 steps" in rare
     # 20 (e^2.425 - 1) = 20 x 10.3023 hours
     assert "48.5 h of training take 20 x (e^(48.5/20) - 1) = 206 paid hours" in rare
-    assert "checkpoint.max_lost_seconds is 2.1 days, as long as the run" in said(max_lost_seconds=180000.0)
+    assert "checkpoint.max_lost_seconds is 2 d 2 h, as long as the run" in said(max_lost_seconds=180000.0)
