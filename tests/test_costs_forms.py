@@ -283,7 +283,7 @@ def test_a_browser_shows_every_chart_and_logs_no_error(run, tmp_path):
     assert "CONSOLE" not in shown.stderr
     found = Page(shown.stdout)
     charts = [label for label in re.findall(r'aria-label="([^"]+)"', shown.stdout)]
-    assert len(charts) == 8  # four, each wide and narrow
+    assert len(charts) == 12  # four, in three widths
     assert len([path for path in found.paths if len(path) > 30]) >= 6
 
 
