@@ -170,6 +170,12 @@ class TrainLoopConfig(Bounded):
         "--extend for short",
         identity=False,
     )
+    target_loss: float = setting(
+        0.0,
+        "with schedule wsd: begin the cooldown once a validation loss of this much is expected at its end; 0: none",
+        identity=False,
+        ge=0,
+    )
     seed: int = setting(1337, "seed of weights and data order")
     skip_steps: tuple[int, ...] = setting(
         (),

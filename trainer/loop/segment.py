@@ -47,6 +47,7 @@ from trainer.loop.course import open_course
 from trainer.loop.evaluation import TrainingEvaluator, kinds_measured
 from trainer.loop.inputs import open_later_inputs
 from trainer.loop.loop import Loop
+from trainer.loop.outlook import Outlook
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import SpotWatch, StopRequest, StopRequests
 from trainer.model.kernels import use_attention
@@ -153,6 +154,9 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
         evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, hellaswag_rows, is_leaving)
 
         annealer = Annealer(stage, segment, saver, requests, evaluator, first_step)
+        if ranks.is_main:
+            reporter.outlook = outlook = Outlook(stage, annealer.expected, first_step)
+            annealer.is_target_reached = lambda: outlook.target_reached
 
         # 8. Train: trainer/loop/loop.py.
         loop = Loop(
@@ -180,7 +184,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             stored = on_main(lambda: saver.last_step, ranks)
             code = _close_without_store(stage, segment, reached, stored, request)
         else:
-            code = _close(stage, segment, reached, request)
+            code = _close(stage, segment, reached, request, reporter.outlook)
         _leave_together(code, ranks)
         batches.close()
         return code
@@ -264,13 +268,17 @@ def _mark_restored(segment: SegmentLog, restored: Restored | None) -> None:
 # --- the end of a segment ---------------------------------------------------------------------------------------
 
 
-def _close(stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None) -> int:
+def _close(
+    stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None, outlook: Outlook | None = None
+) -> int:
     """Close the segment with the reason for which it ends at step `reached`. Returns the exit code."""
     if request is None:
         stop.settle(OK)
         segment.close("finished", reached)
-        if segment.ledger and (said := describe_end(stage.schedule, reached, stage.settings.run.url)):
-            log.info("%s", said)
+        if segment.ledger:
+            said = (describe_end(stage.schedule, reached, stage.settings.run.url),)
+            for line in filter(None, (*said, outlook.compared(segment.cap.spent_usd()) if outlook else "")):
+                log.info("%s", line)
         url = shlex.quote(stage.settings.run.url)
         log.info("finished; next: python cost_report.py %s, or python -m trainer.chat %s", url, url)
         return OK
