@@ -107,7 +107,7 @@ test-sky: $(LAUNCH_STAMP) $(STAMP) ## the task files against SkyPilot's own load
 	@SKY_PYTHON=$(LAUNCH_VENV)/bin/python $(BIN)/python -m pytest tests/test_sky.py tests/test_sky_loader.py
 
 test-launch: $(LAUNCH_STAMP) $(STAMP) ## launch the tasks for real on an emulated cloud (LAB_DIR=…; skipped without one)
-	@$(BIN)/python -m pytest -m lab -s tests/test_launch_lab.py
+	@$(BIN)/python -m pytest -m lab -s tests/test_launch_lab.py tests/test_run_lab.py
 
 test-image: $(STAMP) ## lint the Dockerfile, build both images (CPU build of torch) and run their self-tests (needs root)
 	@$(BIN)/python -m pytest -m image -s tests/test_image.py
