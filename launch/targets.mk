@@ -13,10 +13,6 @@ OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch plan run role check prep-data fetch-data train pretrain pretrain-spot finetune evaluate smoke anneal status logs pull \
-  down watch image test-sky \
-  test-launch test-image
-
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
 
 $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
@@ -35,6 +31,9 @@ CONSTRAINTS = $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLIN
 
 plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (GPUS=…, DEADLINE=6h)
 	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) $(CONSTRAINTS)
+
+prices: $(LAUNCH_STAMP) ## renew the price snapshot from the catalogs that SkyPilot keeps here, and show what changed (DRY_RUN=1)
+	@$(LAUNCH_PYTHON) -m launch.prices $(if $(value DRY_RUN),--dry-run)
 
 run: $(LAUNCH_STAMP) ## the best plan for USD=20, under one cap: tokens, training, evaluation, export (ADD_USD=10 RUN=…: more)
 	@$(LAUNCH_PYTHON) -m launch.run $(if $(value ADD_USD),--add-usd=$(call typed,ADD_USD),--usd=$(call typed,USD)) \
