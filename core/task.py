@@ -21,8 +21,8 @@ from core.errors import ConfigError, one_line
 from core.settings import evaluation, loader
 from core.settings.inference import ExportConfig, ServeConfig
 from core.settings.model import ModelConfig, public_model
-from core.settings.preparation import PrepConfig
-from core.settings.stages import training_schema
+from core.settings.preparation import FetchConfig, PrepConfig
+from core.settings.stages import training_schema, written_out
 from core.settings.training import PretrainConfig, TrainingConfig
 from core.settings.tuning import DistilConfig, FinetuneConfig, SynthesisConfig
 
@@ -40,6 +40,7 @@ _PROGRAMS = {
     "trainer.export": "export",
     "trainer.serve": "serve",
     "data_prep.prepare": "prep",
+    "data_prep.fetch": "prep",
 }
 # Required settings that a launch must give. A forecast replaces a missing one by a placeholder.
 _STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
@@ -143,7 +144,7 @@ def read_task(path: str, environment: Mapping[str, str], choice: MachineChoice |
         workload=workload,
         envs={**envs, **derived},
         derived=derived,
-        idle_seconds=_idle_seconds(resources),
+        idle_seconds=idle_seconds(resources),
         required=tuple(name for name, value in declared.items() if value is None),
         secrets=tuple(document.get("secrets") or {}),
         images=tuple(_IMAGE.findall(setup)),
@@ -208,7 +209,7 @@ def _document(path: str) -> Mapping[str, Any]:
     return document
 
 
-def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
+def idle_seconds(resources: Mapping[str, Any]) -> float | None:
     """Seconds from the end of the last job to the shutdown: 0 for a managed job, None without autostop."""
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
@@ -298,8 +299,10 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
             evaluation.parse(arguments, variables)
             config = None
         elif stage in _SCHEMAS:
-            config = loader.load(_SCHEMAS[stage], arguments, variables)
+            schema = FetchConfig if programs[chosen] == "data_prep.fetch" else _SCHEMAS[stage]
+            config = loader.load(schema, arguments, variables)
         else:
+            arguments = written_out(arguments)
             schema = training_schema(arguments)
             stage = schema.stage
             if stage in _STARTS and not any(word.startswith(f"--{_STARTS[stage]}=") for word in arguments):

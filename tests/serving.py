@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE
 
+from core.data import chat_template
 from core.settings.inference import Sampling
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
-from trainer.data import chat_template
 from trainer.inference.engine import Engine, GenerationRequest
 
 CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)

@@ -12,7 +12,7 @@ from core.errors import LauncherError
 from core.run import paid
 from core.run.folder import RunFolder
 from core.settings import loader
-from core.settings.training import RunConfig
+from core.settings.run import RunConfig
 from core.task import read_task
 from launch import check, submit
 from tests import corpus

@@ -12,7 +12,8 @@ from core.settings.training import PretrainConfig
 from tests import corpus, launching, presets
 from trainer.loop.overfit import is_overfitted
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import BlockOptimizer, rate_factor
+from trainer.optim.optimizer import BlockOptimizer
+from trainer.optim.schedule import rate_factor
 from trainer.stages import sizing
 
 PRESETS = presets.pretraining()

@@ -17,7 +17,7 @@ import openai
 import pytest
 import torch
 
-from core.data import vocabulary
+from core.data import chat_template, vocabulary
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.exit_codes import CAPPED
 from core.run.folder import RunFolder
@@ -30,7 +30,6 @@ from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
 from trainer import serve
-from trainer.data import chat_template
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.worker import Failed, Worker
 

@@ -8,7 +8,7 @@ from core import urls
 from core.errors import ConfigError
 from core.settings import loader
 from core.settings.loader import Bounded, SettingError, require, setting
-from core.settings.training import SHUTDOWN_SECONDS
+from core.settings.run import SHUTDOWN_SECONDS
 
 LM_EVAL = "lm-eval:"
 OWN_TASKS = ("perplexity", "hellaswag")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core.settings.loader import Bounded, require, setting
-from core.settings.training import SHUTDOWN_SECONDS
+from core.settings.run import SHUTDOWN_SECONDS
 
 
 @dataclass(frozen=True)

@@ -6,45 +6,7 @@ from typing import Literal
 from core import urls
 from core.settings.loader import Bounded, require, section, setting
 from core.settings.model import ModelConfig
-
-# From a program's end to its machine's: 79 to 133 s in eight launches on emulated AWS and Lambda, and a fifth more.
-SHUTDOWN_SECONDS = 160.0
-
-
-@dataclass(frozen=True)
-class RunConfig(Bounded):
-    """The run and its folder."""
-
-    url: str = setting(
-        "",
-        "folder for checkpoints, metrics and ledger (local, s3://, gs://, az://)",
-        env="RUN_URL",
-        identity=False,
-        check=urls.mistake,
-    )
-    max_usd: float = setting(
-        0.0,
-        "hard cap in dollars for all segments together: the run saves and stops before it is reached; 0: no cap",
-        env="MAX_USD",
-        identity=False,
-        ge=0,
-    )
-    usual_max_usd: float = setting(
-        0.0,
-        "cap that a launch takes if MAX_USD is not given and the task's is lower: above this config's forecast",
-        identity=False,
-        ge=0,
-    )
-    shutdown_reserve_seconds: float = setting(
-        SHUTDOWN_SECONDS,
-        "seconds from the end of the trainer to the end of the machine; the cap reserves the money for them",
-        identity=False,
-        ge=0,
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+from core.settings.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -96,15 +58,32 @@ class OptimizerConfig(Bounded):
     embedding_lr: float = setting(0.0, "AdamW's rate for embeddings; 0: lr", ge=0)
     head_lr: float = setting(0.0, "AdamW's rate for an untied output layer; 0: lr", ge=0)
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr", ge=0)
-    schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the decay of the learning rates")
+    schedule: Literal["cosine", "linear", "wsd"] = setting(
+        "cosine",
+        "shape of the decay of the learning rates; wsd: they stay at the peak until the money, `make anneal`, "
+        "train.target_loss or train.steps calls for a cooldown to 0",
+    )
     cooldown_fraction: float = setting(
         1.0, "fraction of the steps, at the end of the run, in which the learning rates decay", ge=0, le=1
     )
     min_lr_ratio: float = setting(
         0.1,
-        "final rate as a share of the peak rate; cosine reaches it at the last step, linear one step later",
+        "final rate as a share of the peak rate; cosine reaches it at the last step, linear one step later; wsd falls "
+        "to 0",
         ge=0,
         le=1,
+    )
+    anneal_fraction: float = setting(
+        0.0,
+        "with wsd: fraction of the steps that the cooldown takes; 0: 0.20 with adamw, 0.35 with muon",
+        identity="unless default",
+        ge=0,
+        lt=1,
+    )
+    anneal_shape: Literal["auto", "linear", "1-sqrt"] = setting(
+        "auto",
+        "with wsd: how the rates fall; auto: 1-sqrt with adamw, linear with muon",
+        identity="unless default",
     )
     warmup_steps: int = setting(715, "steps of linear warm-up", ge=0)
     weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings; none for biases and norms", ge=0)
@@ -129,7 +108,12 @@ class OptimizerConfig(Bounded):
 class TrainLoopConfig(Bounded):
     """Length and intervals of the run, and the computation of a step."""
 
-    steps: int = setting(19073, "optimizer steps of the whole run", gt=0, replaces=("tokens", "epochs"))
+    steps: int = setting(
+        19073,
+        "optimizer steps of the whole run; with schedule wsd, the most that it takes",
+        gt=0,
+        replaces=("tokens", "epochs"),
+    )
     tokens: float = setting(
         0.0,
         "training tokens of the whole run, such as 10e9; the nearest number of steps follows; 0: use `steps`",
@@ -143,6 +127,18 @@ class TrainLoopConfig(Bounded):
         identity=False,
         ge=0,
         replaces=("steps", "tokens"),
+    )
+    extend: bool = setting(
+        False,
+        "continue a run to more train.steps than it began with: from its stable part, or with a second warm-up; "
+        "--extend for short",
+        identity=False,
+    )
+    target_loss: float = setting(
+        0.0,
+        "with schedule wsd: begin the cooldown once a validation loss of this much is expected at its end; 0: none",
+        identity=False,
+        ge=0,
     )
     seed: int = setting(1337, "seed of weights and data order")
     skip_steps: tuple[int, ...] = setting(

@@ -5,7 +5,8 @@ from typing import Literal
 
 from core import urls
 from core.settings.loader import Bounded, require, section, setting
-from core.settings.training import SHUTDOWN_SECONDS, STAGE, PretrainConfig, TrainingConfig, TrainLoopConfig
+from core.settings.run import SHUTDOWN_SECONDS
+from core.settings.training import STAGE, PretrainConfig, TrainingConfig, TrainLoopConfig
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 
 from core import storage
+from core.data import chat_template
 from core.errors import ConfigError, LauncherError
 from core.settings.inference import InferenceOptions, Sampling
-from trainer.data import chat_template
 from trainer.inference import speed
 from trainer.inference.chat_model import ChatModel, open_chat_model
 from trainer.inference.engine import GenerationRequest, Piece

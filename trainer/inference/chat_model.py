@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from core.data import chat_template
 from core.errors import ConfigError
 from core.settings.inference import InferenceOptions, Sampling
-from trainer.data import chat_template
 from trainer.inference.engine import Engine
 from trainer.weights.open import open_weights
 

@@ -1,4 +1,4 @@
-"""Decides when a run that repeats one micro-batch (train.overfit) has reached its goal."""
+"""Decides when a run with `train.overfit` has reached its goal."""
 
 import logging
 
@@ -13,8 +13,8 @@ def is_overfitted(train: TrainLoopConfig, loss: float | None) -> bool:
     return train.overfit and loss is not None and loss < train.overfit_max_loss
 
 
-def check_overfit(train: TrainLoopConfig, step: int, loss: float | None) -> None:
-    """Report the end of a run with `train.overfit`. Raises TrainingError if it has not reached its goal."""
+def check_overfit(step: int, train: TrainLoopConfig, loss: float | None) -> None:
+    """After the last step of a run with `train.overfit`: raises TrainingError unless the goal is reached."""
     if not train.overfit or loss is None:
         return
     bound = f"train.overfit_max_loss = {train.overfit_max_loss:g}"
