@@ -21,9 +21,9 @@ def too_few_checkpoints(config: TrainingConfig, hours: float | None = None) -> s
     length = EXAMPLE_HOURS if hours is None else hours
     paid = apart * math.expm1(min(length / apart, 50.0))
     return (
-        f"checkpoint.every_steps is {every:,} and train.steps is {config.train.steps:,}, so that a spot machine that is "
-        f"taken away loses everything. With an interruption every {apart:g} hours "
+        f"checkpoint.every_steps is {every:,} and train.steps is {config.train.steps:,}, so that a spot machine that "
+        f"is taken away loses everything. With an interruption every {apart:g} hours "
         f"(checkpoint.expected_hours_between_failures), {length:.3g} h of training take {apart:g} x "
-        f"(e^({length:.3g}/{apart:g}) - 1) = {paid:,.0f} paid hours; set checkpoint.every_steps=0, which saves as often as "
-        "costs least, or train on demand"
+        f"(e^({length:.3g}/{apart:g}) - 1) = {paid:,.0f} paid hours; set checkpoint.every_steps=0, which saves as "
+        "often as costs least, or train on demand"
     )
