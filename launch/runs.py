@@ -32,7 +32,7 @@ from core.task import read_task
 from launch.left import NOTHING, UNKNOWN, look
 from launch.spent import spent_line
 
-FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "machines", "refused")
+FOLDERS = ("ledger", "metrics", "course", "evaluations", "logs", "preflight", "machines", "refused")
 # Objects that differ between two runs, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
