@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.lab import BUCKET, LAB, PYTHON, REHEARSAL, ROOT, wait
 from tests.test_launch_lab import GONE_SECONDS, lab  # noqa: F401 (a fixture)
 
@@ -29,9 +30,8 @@ def start(lab, said: Path) -> subprocess.Popen:  # noqa: F811
     given |= {"SOURCE_URL": f"s3://{BUCKET}/source/*.parquet", "VOCAB_URL": f"s3://{BUCKET}/source/vocab.bpe"}
     words = [LAB / "labexec", "env", *(f"{name}={value}" for name, value in given.items())]
     with said.open("ab") as file:
-        return subprocess.Popen(
-            [*words, str(PYTHON), "-u", "-m", "launch.run", *ARGUMENTS], cwd=ROOT, stdout=file, stderr=file
-        )
+        command = [*words, str(PYTHON), "-u", "-m", "launch.run", *ARGUMENTS]
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, preexec_fn=warm.default_signals)
 
 
 def test_a_sum_on_demand_ends_annealed_and_within_the_money(lab, tmp_path: Path):  # noqa: F811
