@@ -17,7 +17,9 @@ BIN := $(VENV)/bin
 SETUP := PYTHON="$(PYTHON)" requirements/setup.sh
 # A stamp identifies the installed pins, so that only a changed pin installs again.
 stamp = .installed-$(shell cat requirements/$1.txt requirements/torch* requirements/uv.txt | cksum | cut -d' ' -f1)
-STAMP := $(VENV)/$(call stamp,dev)
+# `make setup GPU=1` takes torch's CUDA build. Later calls keep it, `make setup GPU=` goes back.
+GPU ?= $(if $(wildcard $(VENV)/.gpu),1)
+STAMP := $(VENV)/$(call stamp,dev)$(if $(GPU),-$(call stamp,train-cuda))
 # The demo needs a tenth of the packages. It uses the complete environment if that exists.
 DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_VENV)/$(call stamp,demo))
@@ -27,12 +29,12 @@ DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_VENV)/$(call stamp,demo)
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## install everything that demo and tests need into .venv (CPU build of torch, no CUDA)
+setup: $(STAMP) ## install everything that demo and tests need into .venv (CPU build of torch; GPU=1: with CUDA)
 
-$(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/setup.sh
+$(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/train-cuda.txt requirements/setup.sh
 	@echo "setting up $(VENV) (once; about a minute)"
-	@$(SETUP) dev "$(VENV)" torch
-	@rm -f $(VENV)/.installed-*; touch $@
+	@$(SETUP) dev "$(VENV)" $(if $(GPU),cuda,torch)
+	@rm -f $(VENV)/.installed-* $(VENV)/.gpu; touch $@ $(if $(GPU),$(VENV)/.gpu)
 
 .venv-demo/%: requirements/demo.txt requirements/torch-cpu.txt requirements/setup.sh
 	@echo "setting up .venv-demo (once; about a minute)"

@@ -1,6 +1,6 @@
 """Measures what annealing by dollars is worth: the same money, three ways to spend it, several seeds.
 
-    python -m bench.anneal --scratch=FOLDER [--usd=9] [--seeds=3] [--out=FILE]
+    python -m bench.anneal --scratch=FOLDER [--usd=6] [--seeds=3] [--out=FILE]
 
 by dollars       schedule wsd; the money decides when the cooldown begins
 cut off          cosine over more steps than the money pays for, which the cap cuts off at about 57 % of them
@@ -53,7 +53,7 @@ FLAGS = (
 def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the data and the runs")
-    parser.add_argument("--usd", type=float, default=9.0, help="dollars, which are CPU-seconds; default 9")
+    parser.add_argument("--usd", type=float, default=6.0, help="dollars, which are CPU-seconds; default 6")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     data = make_data(options.scratch)

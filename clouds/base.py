@@ -283,6 +283,13 @@ class Cloud:
         """The bill of whole days from `start` to `end` (unix seconds) under a cost allocation tag."""
         return None
 
+    def traffic_usd_per_gb(self, url: str, cloud: str | None, region: str | None) -> tuple[float, float] | None:
+        """What a machine of a cloud pays for each GB that it reads from a bucket of this provider, and writes to it.
+
+        None for a bucket of another provider. Raises Unavailable if the bucket's region is not known.
+        """
+        return None
+
     def unfinished_uploads(self, url: str) -> int | None:
         """Number of unfinished multipart uploads below a URL; None if they cannot be counted."""
         return None

@@ -27,6 +27,14 @@ _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 
 @dataclass(frozen=True)
+class Extra:
+    """A price beside a machine's: of a GB and month of disk, an hour of an address, a GB that leaves the cloud."""
+
+    usd: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Catalog:
     """Offers of all clouds. `source` names the origin of the prices for the reader of a forecast.
 
@@ -65,6 +73,15 @@ def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
             key = (row["cloud"], row["instance_type"], row["market"])
             found.setdefault(key, []).append((row["region"], float(row["usd"]), date.fromisoformat(row["date"])))
     return found
+
+
+@functools.cache
+def extras(cloud: str) -> Mapping[str, Extra]:
+    """What a cloud bills beside machines, by `disk`, `address` and `leaving`; empty for a cloud without rows."""
+    with (FOLDER / "extras.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["cloud"] == cloud]
+    dated = {row["what"]: f"{row['source']}, since {row['since']}" if row["since"] else row["source"] for row in rows}
+    return {row["what"]: Extra(float(row["usd"]), dated[row["what"]]) for row in rows}
 
 
 def on_disk(cloud: str) -> tuple[tuple[Offer, ...], date] | None:

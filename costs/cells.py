@@ -21,7 +21,7 @@ from core.run import timeline
 from core.run.machine import Price
 from core.run.model import Lost, Run, Segment, Span
 from core.run.phases import REPORT_PHASES
-from costs.model import OutsideTime
+from costs.model import Charge, OutsideTime
 from costs.sharing import Shares
 
 # Spans by segment number, with the phases of a report.
@@ -56,10 +56,13 @@ def cells(
     attributed: Attributed,
     outside: Sequence[OutsideTime] = (),
     more_seconds: Mapping[int, float] | None = None,
+    charges: Sequence[Charge] = (),
+    factor: float = 1.0,
 ) -> list[Cell]:
     """All cells of a run, with its payments to endpoints and `outside` time. `attributed` comes from `attribute`.
 
-    `more_seconds` may come on top of a segment, by number.
+    `more_seconds` may come on top of a segment, by number. `charges` have no time. The dollars of `factor` (1.19: a
+    tax of 19 %) are cells of their own.
     """
     parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, attributed[segment.number])]
     for segment in run.segments:
@@ -69,7 +72,35 @@ def cells(
     for segment, usd in paid_to_endpoints(run):
         cell = _cell(run, segment, "api", _day(segment.ended_at), 0.0, None)
         parts.append(replace(cell, usd=usd, price_source="budget of the run's settings"))
-    return parts + [cell for time in outside for cell in _outside_cells(run, time)]
+    parts += [cell for time in outside for cell in _outside_cells(run, time)]
+    parts += [_charge_cell(run, charge) for charge in charges]
+    return parts + (_factor_cells(parts, factor) if factor != 1.0 else [])
+
+
+def _charge_cell(run: Run, charge: Charge) -> Cell:
+    if charge.segment is not None:
+        cell = _cell(run, charge.segment, charge.phase, _day(charge.end), 0.0, None)
+    else:
+        nowhere = dict.fromkeys(("cloud", "region", "zone", "instance", "market"), "–")
+        name = f"– {charge.phase}"
+        cell = Cell(
+            charge.phase, 0.0, None, name, run.stage or "?", _day(charge.end), **nowhere, nodes=1, price_source=""
+        )
+    return replace(cell, usd=charge.usd, price_source=charge.source)
+
+
+def _factor_cells(parts: Sequence[Cell], factor: float) -> list[Cell]:
+    """One cell per place and day, with what a factor adds to the dollars there, or takes off."""
+    found: dict[Cell, list[Cell]] = {}
+    for cell in parts:
+        key = replace(cell, phase="factor", seconds=0.0, usd=None, more_usd=0.0, price_source="COST_FACTOR")
+        found.setdefault(key, []).append(cell)
+    rest, made = factor - 1, []
+    for key, own in found.items():
+        usd, above = math.fsum(cell.usd or 0.0 for cell in own), math.fsum(cell.more_usd for cell in own)
+        if usd or above:
+            made.append(replace(key, usd=usd * rest, more_usd=above * rest))
+    return made
 
 
 def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
@@ -189,7 +220,14 @@ def _day(time: float | None) -> str:
 class Spend:
     """Cumulative dollars of a run by phase. `complete` is False if some time has no price; it counts zero dollars."""
 
-    def __init__(self, run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ()):
+    def __init__(
+        self,
+        run: Run,
+        attributed: Attributed,
+        outside: Sequence[OutsideTime] = (),
+        charges: Sequence[Charge] = (),
+        factor: float = 1.0,
+    ):
         self.complete = True
         pieces: dict[str, list[tuple[float, float, float]]] = {}
         for segment in run.segments:
@@ -205,6 +243,11 @@ class Spend:
             ended = segment.ended_at or 0.0
             start = ended if segment.started_at is None else min(segment.started_at, ended)
             pieces.setdefault("api", []).append((start, ended, usd))
+        for charge in charges:
+            pieces.setdefault(charge.phase, []).append((charge.start, charge.end, charge.usd))
+        if factor != 1.0:
+            every = [piece for phase in pieces.values() for piece in phase]
+            pieces["factor"] = [(start, end, usd * (factor - 1)) for start, end, usd in every]
         names = [*(p for p in REPORT_PHASES if p in pieces), *sorted(set(pieces) - set(REPORT_PHASES))]
         self.curves = {name: _ramp(pieces[name]) for name in names}
         edges = [edge for phase in pieces.values() for start, end, _ in phase for edge in (start, end)]

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator, Mapping
 
 from core import bucket, storage
-from core.errors import ConfigError
+from core.errors import ConfigError, LauncherError
 from core.run.folder import RunFolder
 from core.run.model import Run, Segment
 from core.run.reader import Objects, ledger_listing, read_money
@@ -111,7 +111,20 @@ def storage_use(run: Run) -> StorageUse:
         sum(each.size for each in run.objects),
         sum(each.size for each in run.objects if each.uri.startswith(checkpoints)),
         rates_for(run.url),
+        _data_bytes(run),
     )
+
+
+def _data_bytes(run: Run) -> int | None:
+    """Bytes of the token set of a run; None if it has none, or it is gone or on a store without rates."""
+    section = run.config.get("data")
+    url = section.get("url") if isinstance(section, Mapping) else None
+    if not isinstance(url, str):
+        return None
+    try:
+        return sum(each.size for each in storage.list_objects(url)) or None if rates_for(url) else None
+    except LauncherError:  # moved, removed, or not to be read from here
+        return None
 
 
 def rates_for(url: str) -> StorageRates | None:

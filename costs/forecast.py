@@ -14,7 +14,7 @@ from clouds.base import Offer
 from clouds.catalog import Catalog, fits
 from core import figures
 from core.settings.model import flops_per_token, parameters
-from core.settings.preparation import PrepConfig
+from core.settings.preparation import FetchConfig, PrepConfig
 from core.settings.training import TrainingConfig
 from core.settings.tuning import FinetuneConfig
 from core.task import MachineRequest, TaskSpec, Workload
@@ -120,7 +120,8 @@ def forecast_of(
         elif not tokens:
             return found
         elif workload.stage == "prep":
-            each = assume.prep_bytes_per_second / assume.source_bytes_per_token * task.nodes
+            source = BYTES_PER_TOKEN if isinstance(workload.config, FetchConfig) else assume.source_bytes_per_token
+            each = assume.prep_bytes_per_second / source * task.nodes
             said = f"preparation: limited by the network, at {assume.prep_bytes_per_second / 1e6:.0f} MB/s per node"
             rate = Throughput(each / 2, each, each * 2, "assumed", f"{said}, assumed")
         else:
@@ -147,7 +148,7 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
         return _tokens_of_source(settings.source.place)
     if workload.stage == "evaluate":
         return assume.evaluate_tokens
-    if settings is None:
+    if settings is None or isinstance(settings, FetchConfig):
         return None
     epochs = _epochs(workload)
     return epochs * assume.epoch_tokens if epochs else float(settings.train.steps) * settings.batch.tokens_per_step

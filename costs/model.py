@@ -34,6 +34,21 @@ class OutsideTime:
 
 
 @dataclass(frozen=True)
+class Charge:
+    """Dollars of a run that no machine's hour holds, spread over [start, end] (unix seconds).
+
+    `segment` is None for what no segment caused.
+    """
+
+    phase: str
+    start: float
+    end: float
+    usd: float
+    source: str
+    segment: Segment | None = None
+
+
+@dataclass(frozen=True)
 class StorageRates:
     """Prices of a store, in dollars."""
 
@@ -53,6 +68,7 @@ class StorageUse:
     bytes: int
     checkpoint_bytes: int
     rates: StorageRates | None = None
+    data_bytes: int | None = None  # of the token set that the run reads, which other runs may read too
     unfinished_uploads: int = 0  # multipart uploads, running or cut off: billed, but not in a listing
 
 
@@ -70,10 +86,12 @@ class Outside:
 
     `missing` names the sources that apply to the run and gave no answer. `more_seconds` are, by segment number, the
     seconds that may come on top of its ledger, and `neighbours` the segments of other runs on the run's machines. If no
-    source was asked, `is_asked` is false.
+    source was asked, `is_asked` is false. `factor` multiplies all dollars: tax and discounts.
     """
 
     times: list[OutsideTime] = field(default_factory=list)
+    charges: list[Charge] = field(default_factory=list)
+    factor: float = 1.0
     more_seconds: dict[int, float] = field(default_factory=dict)
     neighbours: list[Segment] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)

@@ -104,8 +104,8 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     lost = run.lost(now)
     attributed = attribute(run, lost, shares_of(run, outside.neighbours))
     more_seconds = outside.more_seconds if outside.is_asked else unheard(run, now)
-    parts = cells(run, attributed, outside.times, more_seconds)
-    spend = Spend(run, attributed, outside.times)
+    parts = cells(run, attributed, outside.times, more_seconds, outside.charges, outside.factor)
+    spend = Spend(run, attributed, outside.times, outside.charges, outside.factor)
     usd = math.fsum(cell.usd for cell in parts if cell.usd is not None)
     places = figures.places_for(usd)
     [total] = table(parts, None, ["total"], places)
@@ -129,7 +129,10 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
             _segment_line(run, segment, line, lost[segment.number], now)
             for segment, line in zip(run.segments, lines, strict=False)
         ]
-        + [SegmentLine(**vars(line), end="no ledger") for line in lines[len(numbers) :]],
+        + [
+            SegmentLine(**vars(line), end="no ledger" if line.seconds else "no machine")
+            for line in lines[len(numbers) :]
+        ],
         by={
             group: table(parts, group, sorted({getattr(cell, group) for cell in parts}), places, total)
             for group in GROUPS
@@ -159,7 +162,7 @@ def _on_demand_usd(parts: list[Cell], on_demand: OnDemand) -> float | None:
         return None
     usd = 0.0
     for cell in parts:
-        if cell.market == "spot" and cell.phase != "api":
+        if cell.market == "spot" and cell.seconds:
             price = on_demand(cell.cloud, cell.region, cell.instance)
             cost = None if price is None else Price(price * cell.nodes, "on demand").usd(cell.seconds)
         else:

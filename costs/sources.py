@@ -8,13 +8,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from clouds import sky_records
-from clouds.base import Cloud, MachineRecord, Unavailable
+from clouds import sky_records, skypilot
+from clouds.base import Cloud, MachineRecord, Unavailable, is_controller
 from clouds.providers import CLOUDS
 from core import figures
+from core.environment import positive
 from core.run import paid
 from core.run.model import Run, Segment
 from core.run.paid import Paid
+from costs.beside import add_charges, origins
 from costs.discover import neighbours, storage_use
 from costs.model import Origin, Outside
 from costs.notes import some
@@ -36,20 +38,22 @@ def ask_others(
 
     Changes `run`: expected spot prices are replaced by the prices paid, if the cloud has a history of spot prices.
     """
-    outside = Outside(is_asked=True, ledger_usd=run.usd)
+    outside = Outside(is_asked=True, ledger_usd=run.usd, factor=positive(environment, "COST_FACTOR") or 1.0)
+    if outside.factor != 1.0:
+        outside.origins.append(Origin("factor", f"COST_FACTOR is {outside.factor:g}: all other lines, times that"))
     outside.storage = storage_use(run)
     rates = outside.storage.rates
     outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
     attempts = paid.read_all(run.folder, paid.attempts_in(run.folder, run.objects))
     outside.neighbours = neighbours(run)
     if offline:
-        _machines(run, outside, now, attempts, clouds, lambda _: _refuse("not asked: --offline"))
+        _machines(run, outside, environment, now, attempts, {}, lambda _: _refuse("not asked: --offline"))
         if any(_has_spot_history(segment, clouds) for segment in run.segments):
             _missing(outside, "paid spot prices", "not asked: --offline")
         return outside
     unfinished = sum(cloud.unfinished_uploads(run.url) or 0 for cloud in clouds.values())
     outside.storage = dataclasses.replace(outside.storage, unfinished_uploads=unfinished)
-    _machines(run, outside, now, attempts, clouds, records)
+    _machines(run, outside, environment, now, attempts, clouds, records)
     outside.origins += _managed_jobs(run, jobs)
     _paid_spot_prices(run, outside, clouds)
     _bills(run, outside, environment, now, clouds)
@@ -61,7 +65,9 @@ def _refuse(reason: str) -> list[MachineRecord]:
 
 
 def _missing(outside: Outside, figure: str, reason: object) -> None:
-    """A source that applies to the run, but has not answered."""
+    """A source that applies to the run, but has not answered. A second sentence about it is left out."""
+    if f"{figure}: {reason}" in outside.missing:
+        return
     outside.origins.append(Origin(figure, f"? ({reason})"))
     outside.missing.append(f"{figure}: {reason}")
 
@@ -69,6 +75,7 @@ def _missing(outside: Outside, figure: str, reason: object) -> None:
 def _machines(
     run: Run,
     outside: Outside,
+    environment: Mapping[str, str],
     now: float,
     attempts: list[Paid],
     clouds: Mapping[str, Cloud],
@@ -78,6 +85,8 @@ def _machines(
     found: list[MachineRecord] = []
     if any(segment.launcher for segment in run.segments):
         names = sorted({name for segment in run.segments if (name := segment.launcher.get("cluster"))})
+        if any(segment.launcher.get("managed_job_id") for segment in run.segments):
+            names.append(skypilot.controller_name(environment))
         try:
             found = records(names)
             outside.origins.append(Origin(LAUNCH, sky_records.ORIGIN))
@@ -89,12 +98,16 @@ def _machines(
             _missing(outside, "start and end of the instances", error)
     else:
         outside.origins.append(Origin(LAUNCH, "? (the run was not started by SkyPilot)"))
-    known = outside_times(run, found, now, outside.neighbours, attempts)
+    controllers = [record for record in found if is_controller(record.cluster)]
+    machines = [record for record in found if not is_controller(record.cluster)]
+    known = outside_times(run, machines, now, outside.neighbours, attempts)
     outside.times, outside.more_seconds = known.times, known.more_seconds
     outside.notes += known.notes
+    add_charges(run, outside, known.records, controllers, clouds, now, _missing)
     sources = sorted({time.record.origin for time in outside.times})
     if sources and outside.origins[-1] == Origin(LAUNCH, sky_records.ORIGIN):
         outside.origins[-1] = Origin(LAUNCH, ", ".join(sources))
+    outside.origins += origins(outside.charges)
 
 
 def _managed_jobs(run: Run, jobs: Callable[[], list[Mapping[str, Any]]]) -> list[Origin]:

@@ -46,7 +46,7 @@ def sheets(report: CostReport) -> dict[str, Sheet]:
         "segments": _segments(report),
         "groups": Sheet("By stage, day, place and machine", ["by", "", "time", "USD", _share(report)], groups, 2),
         "units": Sheet("Unit costs", ["", ""], units, 1),
-        "storage": Sheet("Storage at list prices, not in the total", ["what", "amount", "rate"], storage, 1),
+        "storage": Sheet("Storage from now on, at list prices", ["what", "amount", "rate"], storage, 1),
         "origins": Sheet(
             "Sources of the figures", ["figure", "from"], [(o.figure, o.source) for o in report.origins], 2
         ),
@@ -189,7 +189,7 @@ def hellaswag_rows(of: Units) -> list[tuple[str, str]]:
 
 
 def storage_rows(report: CostReport) -> list[tuple[str, str, str]]:
-    """Storage of the run's objects, and its rates. Requests and egress are not counted, so only their rates appear."""
+    """Storage of the run's objects and of its token set per month from now on."""
     use = report.storage
     if use is None:
         return []
@@ -198,17 +198,13 @@ def storage_rows(report: CostReport) -> list[tuple[str, str, str]]:
 
 
 def _rated_rows(use: StorageUse) -> list[tuple[str, str, str]]:
-    month = use.bytes / 1e9 * use.rates.usd_per_gb_month
-    return [
-        (
-            f"{use.objects:,} objects, of which checkpoints {quantity(use.checkpoint_bytes)}B",
-            f"{quantity(use.bytes)}B",
-            f"${figures.dollars(month, 4 if month < 1 else 2)} a month, at ${use.rates.usd_per_gb_month:g} per GB",
-        ),
-        ("writes and listings", figures.UNKNOWN, f"${use.rates.usd_per_million_writes:g} per million"),
-        ("reads", figures.UNKNOWN, f"${use.rates.usd_per_million_reads:g} per million"),
-        ("egress to the internet", figures.UNKNOWN, f"${use.rates.usd_per_gb_egress:g} per GB"),
-    ]
+    def row(what: str, size: int) -> tuple[str, str, str]:
+        month = size / 1e9 * use.rates.usd_per_gb_month
+        usd = figures.dollars(month, 4 if month < 1 else 2)
+        return what, f"{quantity(size)}B", f"${usd} a month, at ${use.rates.usd_per_gb_month:g} per GB"
+
+    rows = [row(f"{use.objects:,} objects, of which checkpoints {quantity(use.checkpoint_bytes)}B", use.bytes)]
+    return rows + ([row("token set, which other runs may read too", use.data_bytes)] if use.data_bytes else [])
 
 
 def loss(value: float | None) -> str:

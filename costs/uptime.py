@@ -26,10 +26,12 @@ NAMED_BEFORE_SECONDS = 86400.0
 
 @dataclass
 class Found:
-    """Outside time, the seconds that may come on top of segments, by number, and notes for the reader."""
+    """Outside time, the seconds that may come on top of segments and the records of their machines, by number, and
+    notes for the reader."""
 
     times: list[OutsideTime] = field(default_factory=list)
     more_seconds: dict[int, float] = field(default_factory=dict)
+    records: dict[int, MachineRecord] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -61,6 +63,7 @@ def outside_times(
                 found.notes.append(_unclaimed(record, end))
             continue
         used.append(record)
+        found.records |= {segment.number: record for segment in inside}
         if inside:
             _around(found, run, record, end, inside, company, ends, now)
         elif record.was_up:

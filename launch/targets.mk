@@ -13,7 +13,8 @@ OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch plan run role check prep-data pretrain pretrain-spot finetune evaluate smoke anneal status logs pull down image test-sky \
+.PHONY: setup-launch plan run role check prep-data fetch-data train pretrain pretrain-spot finetune evaluate smoke anneal status logs pull \
+  down watch image test-sky \
   test-launch test-image
 
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
@@ -42,8 +43,23 @@ run: $(LAUNCH_STAMP) ## the best plan for USD=20, under one cap: tokens, trainin
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(call typed,TASK).yaml $(MACHINES)
 
-prep-data: $(LAUNCH_STAMP) ## FineWeb-Edu 10BT to token shards in BUCKET, on cheap CPU nodes (NODES=1)
+# SOURCE= says that the data is prepared on this computer.
+ifneq ($(value SOURCE),)
+prep-data: $(STAMP)
+	@$(BIN)/python -m launch.here prep
+
+fetch-data: $(STAMP)
+	@$(BIN)/python -m launch.here fetch
+else
+prep-data: $(LAUNCH_STAMP) ## FineWeb-Edu 10BT to token shards in BUCKET, on cheap CPU nodes (NODES=1); SOURCE=file.txt: here
 	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(OPTIONS) $(MACHINES)
+
+fetch-data: $(LAUNCH_STAMP) ## the same text as shards that somebody else has tokenized; SOURCE=FILES.bin: here
+	@$(LAUNCH_PYTHON) -m launch.submit sky/fetch-data.yaml $(OPTIONS) $(MACHINES)
+endif
+
+train: $(STAMP) ## CONFIG on all GPUs of this computer, or on its CPU (DATA=, RUN=, USD_PER_HOUR=0.40, TRAIN_ARGS=)
+	@$(BIN)/python -m launch.here train
 
 pretrain: $(LAUNCH_STAMP) ## GPT-2 124M on 8 A100 on demand, or on GPUS=A100:2, NODES=2, …
 	@$(LAUNCH_PYTHON) -m launch.submit sky/$(call typed,TASK).yaml $(OPTIONS) $(MACHINES)
@@ -79,6 +95,9 @@ $(LAUNCH_VENV)/bin/sky:
 
 down: | $(LAUNCH_VENV)/bin/sky ## end what you have up of this project, and ask the clouds whether anything is left (YES=1, ALL=1)
 	@$(LAUNCH_PYTHON) -m launch.down --down
+
+watch: $(LAUNCH_STAMP) ## until Ctrl-C: end machines of yours whose launch died before they had autostop (SWITCH_MINUTES=30)
+	@$(LAUNCH_PYTHON) -m launch.watch
 
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag
 	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml $(OPTIONS)

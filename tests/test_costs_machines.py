@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from clouds import catalog
 from clouds.base import Cloud, MachineRecord, Unavailable
 from clouds.providers import CLOUDS
 from core.run.reader import read_run
@@ -18,7 +19,9 @@ CLUSTER = {"cluster": "gpt2"}
 
 
 @pytest.fixture(autouse=True)
-def _forget():
+def _machines_alone(monkeypatch):
+    """Disks and addresses are in tests/test_costs_beside.py."""
+    monkeypatch.setattr(catalog, "extras", lambda _: {})
     discover._ledgers_in.cache_clear()
 
 

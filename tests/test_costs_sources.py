@@ -12,6 +12,7 @@ import botocore.session
 import pytest
 from botocore.stub import Stubber
 
+from clouds import catalog
 from clouds.aws import INSTANCES_ORIGIN, PRICE_SOURCE, Aws, spot_prices
 from clouds.base import Bill, Cloud, Instance, SpotHistory, Unavailable
 from clouds.sky_records import from_record
@@ -29,6 +30,12 @@ LATER = NOON + 86400
 
 def find_distribution(name: str) -> list:
     return list(metadata.distributions(name=name))
+
+
+@pytest.fixture(autouse=True)
+def _machines_alone(monkeypatch):
+    """Disks and addresses are in tests/test_costs_beside.py."""
+    monkeypatch.setattr(catalog, "extras", lambda _: {})
 
 
 def record(*intervals: tuple[float, float | None], price: float | None = 36.0, **fields) -> dict:
@@ -322,7 +329,7 @@ def test_uploads_that_were_cut_off_are_counted(s3, bucket):
         s3._client().create_multipart_upload(Bucket="tests", Key=key)
     assert Aws().unfinished_uploads(run) == 2
     assert Aws().unfinished_uploads("memory://run") is None
-    use = StorageUse(1, 1000, 0, discover.RATES["aws"], 2)
+    use = StorageUse(1, 1000, 0, discover.RATES["aws"], None, 2)
     assert tables.storage_rows(SimpleNamespace(storage=use))[-1] == (
         "unfinished multipart uploads",
         "2",

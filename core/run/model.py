@@ -88,6 +88,7 @@ class Segment:
     end: dict[str, Any] | None = None
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    moved: Sequence[int] = ()  # bytes and requests of its first rank by then (core.stores.meter.FIELDS)
     is_newer_format: bool = False  # written by a newer release, so nothing of it is read
 
     @property
@@ -110,11 +111,16 @@ class Segment:
         return self.price.usd(self.seconds) if self.price and self.spans else None
 
     @property
+    def seconds_at_most(self) -> float:
+        """Upper bound of `seconds`: a killed machine may have run until just before its next heartbeat."""
+        return self.seconds + self.unheard_seconds
+
+    @property
     def usd_at_most(self) -> float | None:
-        """Upper bound of `usd`: a killed machine may have run until just before its next heartbeat."""
+        """Upper bound of `usd`."""
         if self.price is None or self.started_at is None:
             return None
-        return self.price.usd(self.seconds + self.unheard_seconds)
+        return self.price.usd(self.seconds_at_most)
 
     @property
     def unheard_seconds(self) -> float:

@@ -55,6 +55,13 @@ PHASES = (
         "#c9ced6",
         "#4a515c",
     ),
+    Phase("disks", "report", "disks of the machines; dollars, no time", "#8fb7a1", "#5d8a72"),
+    Phase("addresses", "report", "public IPv4 addresses of the machines; no time", "#a9c4b3", "#4e7360"),
+    Phase("traffic", "report", "bytes between machines and bucket that the clouds bill; no time", "#7fa3b5", "#57798a"),
+    Phase("requests", "report", "requests to the store; no time", "#9db8c4", "#46626f"),
+    Phase("storage", "report", "storage of the run's objects until now; no time", "#b7b39a", "#7a765c"),
+    Phase("controller", "report", "the controller of managed jobs; no time", "#b9a9c9", "#766690"),
+    Phase("factor", "report", "tax and discounts, by COST_FACTOR; no time", "#c4a9a9", "#8a6666"),
     Phase("not_attributed", "report", "paid time that no phase claims", "#e3b7b7", "#8d5a5a"),
 )
 LEDGER_PHASES = tuple(phase.name for phase in PHASES if phase.by == "ledger")

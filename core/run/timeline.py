@@ -10,6 +10,7 @@ from core import output
 from core.run import ledger
 from core.run.machine import Machine
 from core.run.model import Segment, Span
+from core.stores import meter
 
 # Events are merged into spans of this length, coarser after the first hour, so that runs of months stay small.
 FINE_SPAN_SECONDS = 10.0
@@ -20,6 +21,7 @@ SHOWN = {
     "train": ("tokens", "loss", "tokens_per_second", "mfu"),
     "eval": ("tokens", "val_loss"),
     "hellaswag": ("accuracy", "accuracy_norm"),
+    "forecast": ("val_loss", "error", "end", "usd"),
 }
 
 # Gaps and overlaps up to this length are ignored: spans of a segment have none, but their stored ends are rounded.
@@ -153,6 +155,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
         )
         start = before
     _steps(segment, event.get("steps"))
+    _moved(segment, event.get("moved"))
     if segment.spans and end <= start:
         return  # doubled, or from before a clock was set back: its time is counted already
     booked_phases = _mapping(event.get("phases")).items()
@@ -165,6 +168,13 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
             )
         phases = {name: seconds * length / booked for name, seconds in phases.items()}
     _extend(segment, start, end, phases)
+
+
+def _moved(segment: Segment, moved: Any) -> None:
+    """Counts since the start of the program, so that none of them falls."""
+    if isinstance(moved, list) and len(moved) == len(meter.FIELDS) and None not in map(step_number, moved):
+        known = segment.moved or (0,) * len(moved)
+        segment.moved = [max(pair) for pair in zip(known, moved, strict=True)]
 
 
 def _steps(segment: Segment, steps: Any) -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from core.errors import ConfigError
 from core.settings.convert import convert
-from core.settings.renamed import REMOVED, RENAMED
+from core.settings.renamed import ELSEWHERE, REMOVED, RENAMED
 
 Schema = TypeVar("Schema")
 
@@ -285,6 +285,8 @@ def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: {key} is an old name; write {today}")
     if key in REMOVED:
         raise ConfigError(f"{where}: {key} is gone; remove it: {REMOVED[key]}")
+    if key in ELSEWHERE:
+        raise ConfigError(f"{where}: {key} is a setting of another program; run {ELSEWHERE[key]} with it")
     sections = {name.rpartition(".")[0] for name in known}
     if key in sections:
         raise ConfigError(

@@ -29,6 +29,22 @@ class RunConfig(Bounded):
         identity=False,
         ge=0,
     )
+    max_hours: float = setting(
+        0.0,
+        "most hours for which machines of the run are paid, all segments together; waiting for a machine costs nothing "
+        "and does not count; 0: no bound",
+        env="MAX_HOURS",
+        identity=False,
+        ge=0,
+    )
+    max_restart_usd: float = setting(
+        0.0,
+        "most dollars for machines that come after the one with the newest checkpoint: a run that only restarts ends; "
+        "0: no bound",
+        env="MAX_RESTART_USD",
+        identity=False,
+        ge=0,
+    )
     branch_from: str = setting(
         "",
         "RUN@STEP, RUN@trunk or RUN: a new run begins with that checkpoint's weights, optimizer state and position in "
@@ -153,6 +169,12 @@ class TrainLoopConfig(Bounded):
         "continue a run to more train.steps than it began with: from its stable part, or with a second warm-up; "
         "--extend for short",
         identity=False,
+    )
+    target_loss: float = setting(
+        0.0,
+        "with schedule wsd: begin the cooldown once a validation loss of this much is expected at its end; 0: none",
+        identity=False,
+        ge=0,
     )
     seed: int = setting(1337, "seed of weights and data order")
     skip_steps: tuple[int, ...] = setting(
