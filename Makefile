@@ -24,7 +24,8 @@ STAMP := $(VENV)/$(call stamp,dev)$(if $(GPU),-$(call stamp,train-cuda))
 DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_VENV)/$(call stamp,demo))
 
-.PHONY: help setup demo test test-all test-slow chaos lint docs bench-prep clean
+# Every target with a help text is a command, whatever files are here.
+.PHONY: $(shell sed -nE 's/^([a-z][a-z-]*):.* \#\# .*/\1/p' Makefile launch/targets.mk)
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'

@@ -21,7 +21,7 @@ from core.errors import ConfigError, one_line
 from core.settings import evaluation, loader
 from core.settings.model import ModelConfig, public_model
 from core.settings.preparation import FetchConfig, PrepConfig
-from core.settings.stages import training_schema
+from core.settings.stages import training_schema, written_out
 from core.settings.training import PretrainConfig, TrainingConfig
 from core.settings.tuning import DistilConfig, FinetuneConfig
 
@@ -127,7 +127,7 @@ def read_task(path: str, environment: Mapping[str, str], choice: MachineChoice |
         requests=tuple(dict.fromkeys(_requests(path, resources, choice))),
         workload=_workload(path, f"{setup}\n{run}", envs),
         envs=envs,
-        idle_seconds=_idle_seconds(resources),
+        idle_seconds=idle_seconds(resources),
         required=tuple(name for name, value in declared.items() if value is None),
         secrets=tuple(document.get("secrets") or {}),
         images=tuple(_IMAGE.findall(setup)),
@@ -171,7 +171,7 @@ def _document(path: str) -> Mapping[str, Any]:
     return document
 
 
-def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
+def idle_seconds(resources: Mapping[str, Any]) -> float | None:
     """Seconds from the end of the last job to the shutdown: 0 for a managed job, None without autostop."""
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
@@ -264,6 +264,7 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
             schema = FetchConfig if programs[chosen] == "data_prep.fetch" else PrepConfig
             config = loader.load(schema, arguments, variables)
         else:
+            arguments = written_out(arguments)
             schema = training_schema(arguments)
             stage = schema.stage
             if stage in _STARTS and not any(word.startswith(f"--{_STARTS[stage]}=") for word in arguments):

@@ -195,7 +195,8 @@ def _parts(
     same = measured is not None and measured.instance_type == row.offer.instance_type
     imports = 0.0 if effort.workload.stage in ("prep", "image") else assume.ready_seconds
     ready = measured.ready_seconds if same else assume.setup_seconds + imports
-    image = 0.0 if effort.workload.stage == "image" else assume.image_seconds
+    # The time of a run to get ready begins with its machine, so that it holds the image.
+    image = 0.0 if effort.workload.stage == "image" or same else assume.image_seconds
     parts = {"provision": assume.provision_seconds, "image": image, "ready": ready}
     parts[_WORK_PHASE.get(effort.workload.stage, "train")] = work
     train = effort.training

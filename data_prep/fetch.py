@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
         return 0
     set_up_logging()
     config = settings.load(FetchConfig, arguments, os.environ)
-    log.info("settings:\n%s", settings.to_yaml(config).rstrip())
+    log.info("%s", settings.describe(config, "--help has the others"))
     with booking.open_log("data_prep.fetch") as segment:
         made = fetch(config, segment.switch)
     print_summary(made, config.data.url)

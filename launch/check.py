@@ -27,12 +27,13 @@ from core.run.machine import checkout_revision
 from core.run.reader import spent_usd_at_most
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
+from core.settings.spot import too_few_checkpoints
 from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, check_batch
 from core.settings.tuning import FinetuneConfig
 from core.stores import aws, credentials
 from core.task import MachineRequest, TaskSpec, machine_choice, read_task
 from launch import registry
-from launch.identity import check_identity
+from launch.identity import check_identity, check_switch
 from launch.node import network, supervise
 
 KEY_PAIR = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
@@ -118,6 +119,8 @@ def check_config(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
         return
     model = config.model if isinstance(config, PretrainConfig) else _start_model(config)
     check_batch(config, model.context)
+    if any(each.spot for each in task.requests) and (problem := too_few_checkpoints(config)):
+        yield Finding("x", f"config: {problem}")
     length = f"{config.train.steps:,} steps of {config.batch.tokens_per_step:,} tokens"
     yield Finding("ok", f"config: {task.envs.get('CONFIG') or task.path}, {length}")
     if settings.get("DEVICE") != "cpu":
@@ -164,6 +167,10 @@ def _cap(settings: Mapping[str, str]) -> float:
     return loader.load(RunConfig, [], {"RUN_URL": "any", "MAX_USD": settings["MAX_USD"]}).max_usd
 
 
+def _bound(name: str, settings: Mapping[str, str]) -> RunConfig:
+    return loader.load(RunConfig, [], {"RUN_URL": "any", name: settings[name]})
+
+
 def _one_of(name: str, *choices: str) -> Callable[[Mapping[str, str]], str]:
     def parse(settings: Mapping[str, str]) -> str:
         if settings[name] not in choices:
@@ -189,9 +196,12 @@ PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
     "RUN": lambda settings: bucket.name(settings, "RUN"),
     "DATA": lambda settings: bucket.name(settings, "DATA"),
     "MAX_USD": _cap,
+    "MAX_HOURS": partial(_bound, "MAX_HOURS"),
+    "MAX_RESTART_USD": partial(_bound, "MAX_RESTART_USD"),
     "USD_PER_HOUR": lambda settings: positive(settings, "USD_PER_HOUR"),
     "RANKS_PER_NODE": network.ranks_per_node,
     "HANG_MINUTES": supervise.hang_minutes,
+    "SWITCH_MINUTES": lambda settings: positive(settings, "SWITCH_MINUTES"),
     "DEVICE": _one_of("DEVICE", "cuda", "cpu"),
     "CUDA_COMPAT": _one_of("CUDA_COMPAT", "yes", "no"),
     "BUCKET_ENDPOINT_URL": _endpoint("BUCKET_ENDPOINT_URL"),
@@ -371,7 +381,15 @@ def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
 
 # A launch runs these checks too, because they ask only the bucket and this checkout. Settings come first.
 FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_cap, check_data)
-CHECKS: tuple[Check, ...] = (*FREE_CHECKS, check_identity, check_image, check_clouds, check_quotas, check_capacity)
+CHECKS: tuple[Check, ...] = (
+    *FREE_CHECKS,
+    check_identity,
+    check_switch,
+    check_image,
+    check_clouds,
+    check_quotas,
+    check_capacity,
+)
 
 
 if __name__ == "__main__":

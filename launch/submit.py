@@ -35,10 +35,18 @@ def main(arguments: list[str]) -> int:
     environment.adopt()
     credentials.inline_google_key(os.environ)  # the file does not exist on the node
     path, *options = arguments
-    task = read_task(path, os.environ, machine_choice(options))
+    return submit(path, options, os.environ)
+
+
+def submit(path: str, options: list[str], environment: Mapping[str, str]) -> int:
+    """Check and launch a task with the settings of `environment`. Returns the exit code.
+
+    Secrets come from this process's environment, where SkyPilot looks for them. Raises ConfigError.
+    """
+    task = read_task(path, environment, machine_choice(options))
     options_of_sky = [option for option in options if option != NO_CHECK]
-    command = skypilot.launch_command(task, os.environ, checkout_revision(), options_of_sky)
-    if NO_CHECK not in options and not launchable(task, {**os.environ, **task.envs}):
+    command = skypilot.launch_command(task, environment, checkout_revision(), options_of_sky)
+    if NO_CHECK not in options and not launchable(task, {**environment, **task.envs}):
         print(
             f"nothing was rented; fix this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr
         )

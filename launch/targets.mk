@@ -13,9 +13,6 @@ OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
-.PHONY: setup-launch plan role check prep-data fetch-data train pretrain pretrain-spot finetune evaluate smoke status logs pull down image test-sky \
-  test-launch test-image
-
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
 
 $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
@@ -29,9 +26,18 @@ role: $(LAUNCH_STAMP) ## an IAM role for the nodes on AWS, limited to BUCKET's r
 # A plan needs no SkyPilot, only the prices that SkyPilot keeps on this machine.
 PLAN_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(LAUNCH_STAMP))
 
+CONSTRAINTS = $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLINE),--deadline=$(call typed,DEADLINE)) \
+  $(if $(value ON_DEMAND),--on-demand)
+
 plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (GPUS=…, DEADLINE=6h)
-	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) \
-	  $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLINE),--deadline=$(call typed,DEADLINE))
+	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) $(CONSTRAINTS)
+
+prices: $(LAUNCH_STAMP) ## renew the price snapshot from the catalogs that SkyPilot keeps here, and show what changed (DRY_RUN=1)
+	@$(LAUNCH_PYTHON) -m launch.prices $(if $(value DRY_RUN),--dry-run)
+
+run: $(LAUNCH_STAMP) ## the best plan for USD=20, under one cap: tokens, training, evaluation, export (ADD_USD=10 RUN=…: more)
+	@$(LAUNCH_PYTHON) -m launch.run $(if $(value ADD_USD),--add-usd=$(call typed,ADD_USD),--usd=$(call typed,USD)) \
+	  $(CONSTRAINTS) $(OPTIONS)
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(call typed,TASK).yaml $(MACHINES)
@@ -70,6 +76,9 @@ smoke: TASK := $(if $(filter command,$(origin TASK)),$(value TASK),smoke-cpu)
 smoke: $(LAUNCH_STAMP) ## the cheapest end-to-end test (TASK=smoke-gpu: on a GPU)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/$(call typed,TASK).yaml $(OPTIONS) $(MACHINES)
 
+anneal: $(LAUNCH_STAMP) ## begin the cooldown of RUN now (optimizer.schedule=wsd); its trunk stays, to go on from
+	@$(LAUNCH_PYTHON) -m launch.anneal sky/$(call typed,TASK).yaml
+
 status: $(LAUNCH_STAMP) ## clusters, managed jobs, machines that the clouds list, dollars of RUN
 	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(call typed,TASK).yaml
 
@@ -86,6 +95,9 @@ $(LAUNCH_VENV)/bin/sky:
 down: | $(LAUNCH_VENV)/bin/sky ## end what you have up of this project, and ask the clouds whether anything is left (YES=1, ALL=1)
 	@$(LAUNCH_PYTHON) -m launch.down --down
 
+watch: $(LAUNCH_STAMP) ## until Ctrl-C: end machines of yours whose launch died before they had autostop (SWITCH_MINUTES=30)
+	@$(LAUNCH_PYTHON) -m launch.watch
+
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag
 	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml $(OPTIONS)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml $(OPTIONS) --cluster build-image-arm64 --instance-type c7g.4xlarge
@@ -94,7 +106,7 @@ test-sky: $(LAUNCH_STAMP) $(STAMP) ## the task files against SkyPilot's own load
 	@SKY_PYTHON=$(LAUNCH_VENV)/bin/python $(BIN)/python -m pytest tests/test_sky.py tests/test_sky_loader.py
 
 test-launch: $(LAUNCH_STAMP) $(STAMP) ## launch the tasks for real on an emulated cloud (LAB_DIR=…; skipped without one)
-	@$(BIN)/python -m pytest -m lab -s tests/test_launch_lab.py
+	@$(BIN)/python -m pytest -m lab -s tests/test_launch_lab.py tests/test_run_lab.py
 
 test-image: $(STAMP) ## lint the Dockerfile, build both images (CPU build of torch) and run their self-tests (needs root)
 	@$(BIN)/python -m pytest -m image -s tests/test_image.py

@@ -8,21 +8,23 @@ machines are ignored: their segments hold the same time, to the second.
 """
 
 import json
-import math
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from core import storage
 from core.errors import LauncherError
 from core.run.folder import RunFolder
 from core.run.model import Segment
+from core.storage import ObjectInfo
 
 # A node without a segment and without an end was killed, or still starts. It opens one within this time, or is ended as
 # hung (HANG_MINUTES), or its preflight fails.
 STARTING_SECONDS = 1800.0
 # The start of a segment is that of its machine, but for the rounding of JSON.
 SAME_SECONDS = 1.5
+PARALLEL_FETCHES = 16
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,14 @@ class Paid:
     host: str
     ended_at: float | None = None
 
-    def usd_at_most(self, now: float) -> float | None:
-        """Upper bound of its dollars until `now`."""
+    def seconds_at_most(self, now: float) -> float:
+        """Upper bound of its paid time until `now`."""
         end = min(now, self.seen_at + STARTING_SECONDS) if self.ended_at is None else self.ended_at
-        return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * max(0.0, end - self.started_at)
+        return max(0.0, end - self.started_at)
+
+    def usd_at_most(self, now: float) -> float | None:
+        """Upper bound of its dollars until `now`; None if the price is unknown."""
+        return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * self.seconds_at_most(now)
 
     def is_in(self, segments: Iterable[Segment]) -> bool:
         """Whether a segment holds its time."""
@@ -61,18 +67,32 @@ def end(folder: RunFolder, attempt: str) -> None:
     _write(storage.join(folder.machines, attempt, "end.json"), {"time": time.time()})
 
 
-def unrecorded_usd(
-    folder: RunFolder, segments: Iterable[Segment], now: float, here: tuple[str | None, float] | None = None
-) -> float | None:
-    """Upper bound of the dollars of machines without a segment; None if a price is unknown. Raises StorageError.
+def unrecorded(
+    folder: RunFolder, segments: Iterable[Segment], here: tuple[str | None, float] | None = None
+) -> list[Paid]:
+    """The machines without a segment. Raises StorageError.
 
     `here` is this machine, by host and start, if it is about to open its segment: it is left out.
     """
     segments = list(segments)
-    machines = [_read(folder, attempt) for attempt in storage.list_names(folder.machines)]
-    others = [each for each in machines if each is not None and not each.is_at(here) and not each.is_in(segments)]
-    amounts = [each.usd_at_most(now) for each in others]
-    return None if None in amounts else math.fsum(amounts)
+    machines = read_all(folder, storage.list_names(folder.machines))
+    return [each for each in machines if not each.is_at(here) and not each.is_in(segments)]
+
+
+def read_all(folder: RunFolder, attempts: Iterable[str]) -> list[Paid]:
+    """The records of these attempts that can be used. Raises StorageError."""
+    if storage.is_local(folder.url):  # a disk has no latency that threads could hide
+        found = [_read(folder, attempt) for attempt in attempts]
+    else:
+        with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
+            found = list(pool.map(lambda attempt: _read(folder, attempt), attempts))
+    return [each for each in found if each is not None]
+
+
+def attempts_in(folder: RunFolder, objects: Iterable[ObjectInfo]) -> list[str]:
+    """The names of the attempts in a listing of the run, in order."""
+    inside = f"{folder.machines}/"
+    return sorted({each.uri[len(inside) :].split("/", 1)[0] for each in objects if each.uri.startswith(inside)})
 
 
 def _read(folder: RunFolder, attempt: str) -> Paid | None:

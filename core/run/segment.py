@@ -8,13 +8,14 @@ with open_segment(folder, "evaluate", config) as segment:
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from core import secrets, stop
 from core.errors import CapReached, one_line
-from core.run.cap import OthersWatch, SpendingCap, spent_by_earlier_segments
+from core.run.cap import Bounds, OthersWatch, SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.journal import Journal
 from core.run.ledger import Ledger
@@ -42,6 +43,7 @@ class Opening:
     gpu: str | None = None
     gpus_per_node: int = 0
     max_usd: float = 0.0
+    max_hours: float = 0.0
     shutdown_seconds: float = 0.0
     is_per_node: bool = False  # each node opens a segment, at its share of the price
     has_metrics: bool = False
@@ -76,6 +78,10 @@ class SegmentLog:
     def mark(self, name: str, **fields: Any) -> None:
         if self.ledger:
             self.ledger.mark(name, **fields)
+
+    def now(self) -> float:
+        """Unix seconds, on the clock of the ledger where there is one."""
+        return self.ledger.now() if self.ledger else time.time()
 
     def step_done(self, step: int) -> None:
         if self.ledger:
@@ -125,11 +131,12 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     if opening.is_per_node:
         machine = one_node_of(machine)
     program = program_versions(opening.packages) | {"stage": opening.stage} | dict(opening.program or {})
-    before = spent_by_earlier_segments(folder, machine, opening.max_usd, segment_started_at())
+    bounds = Bounds(opening.max_usd, opening.max_hours)
+    before = spent_by_earlier_segments(folder, machine, bounds, segment_started_at())
     ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())
-    cap = SpendingCap(ledger, opening.max_usd, opening.shutdown_seconds, before)
+    cap = SpendingCap(ledger, bounds, opening.shutdown_seconds, before)
     metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
-    watch = OthersWatch(cap, folder.url, ledger.segment) if opening.max_usd else None
+    watch = OthersWatch(cap, folder.url, ledger.segment) if bounds != Bounds() else None
     return SegmentLog(ledger, metrics, cap, is_new_run=is_new, watch=watch)
 
 

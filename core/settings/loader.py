@@ -206,6 +206,23 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=False)
 
 
+def describe(config: Any, others: str) -> str:
+    """The settings that differ from their defaults, a line per section. `others` says where the other ones are."""
+    known = dict(_walk(type(config)))
+    sections: dict[str, list[str]] = {}
+    for key, value in flatten(to_dict(config)).items():
+        default = known[key].default
+        if value != (list(default) if isinstance(default, tuple) else default):
+            section, _, name = key.rpartition(".")
+            shown = ",".join(map(str, value)) if isinstance(value, list) else value
+            sections.setdefault(section, []).append(f"{name}={shown}")
+    lines = [
+        f"  {section}: {', '.join(items)}" if section else f"  {', '.join(items)}"
+        for section, items in sections.items()
+    ]
+    return "\n".join([f"settings that differ from the defaults ({others}):", *lines])
+
+
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} → {"a.b": 1}."""
     flat: dict[str, Any] = {}

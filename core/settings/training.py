@@ -29,6 +29,29 @@ class RunConfig(Bounded):
         identity=False,
         ge=0,
     )
+    max_hours: float = setting(
+        0.0,
+        "most hours for which machines of the run are paid, all segments together; waiting for a machine costs nothing "
+        "and does not count; 0: no bound",
+        env="MAX_HOURS",
+        identity=False,
+        ge=0,
+    )
+    max_restart_usd: float = setting(
+        0.0,
+        "most dollars for machines that come after the one with the newest checkpoint: a run that only restarts ends; "
+        "0: no bound",
+        env="MAX_RESTART_USD",
+        identity=False,
+        ge=0,
+    )
+    branch_from: str = setting(
+        "",
+        "RUN@STEP, RUN@trunk or RUN: a new run begins with that checkpoint's weights, optimizer state and position in "
+        "the data; trunk is the step before the cooldown; --from for short",
+        identity=False,
+        check=urls.mistake,
+    )
     shutdown_reserve_seconds: float = setting(
         SHUTDOWN_SECONDS,
         "seconds from the end of the trainer to the end of the machine; the cap reserves the money for them",
@@ -90,15 +113,32 @@ class OptimizerConfig(Bounded):
     embedding_lr: float = setting(0.0, "AdamW's rate for embeddings; 0: lr", ge=0)
     head_lr: float = setting(0.0, "AdamW's rate for an untied output layer; 0: lr", ge=0)
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr", ge=0)
-    schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the decay of the learning rates")
+    schedule: Literal["cosine", "linear", "wsd"] = setting(
+        "cosine",
+        "shape of the decay of the learning rates; wsd: they stay at the peak until the money, `make anneal`, "
+        "train.target_loss or train.steps calls for a cooldown to 0",
+    )
     cooldown_fraction: float = setting(
         1.0, "fraction of the steps, at the end of the run, in which the learning rates decay", ge=0, le=1
     )
     min_lr_ratio: float = setting(
         0.1,
-        "final rate as a share of the peak rate; cosine reaches it at the last step, linear one step later",
+        "final rate as a share of the peak rate; cosine reaches it at the last step, linear one step later; wsd falls "
+        "to 0",
         ge=0,
         le=1,
+    )
+    anneal_fraction: float = setting(
+        0.0,
+        "with wsd: fraction of the steps that the cooldown takes; 0: 0.20 with adamw, 0.35 with muon",
+        identity="unless default",
+        ge=0,
+        lt=1,
+    )
+    anneal_shape: Literal["auto", "linear", "1-sqrt"] = setting(
+        "auto",
+        "with wsd: how the rates fall; auto: 1-sqrt with adamw, linear with muon",
+        identity="unless default",
     )
     warmup_steps: int = setting(715, "steps of linear warm-up", ge=0)
     weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings; none for biases and norms", ge=0)
@@ -123,7 +163,19 @@ class OptimizerConfig(Bounded):
 class TrainLoopConfig(Bounded):
     """Length and intervals of the run, and the computation of a step."""
 
-    steps: int = setting(19073, "optimizer steps of the whole run", gt=0)
+    steps: int = setting(19073, "optimizer steps of the whole run; with schedule wsd, the most that it takes", gt=0)
+    extend: bool = setting(
+        False,
+        "continue a run to more train.steps than it began with: from its stable part, or with a second warm-up; "
+        "--extend for short",
+        identity=False,
+    )
+    target_loss: float = setting(
+        0.0,
+        "with schedule wsd: begin the cooldown once a validation loss of this much is expected at its end; 0: none",
+        identity=False,
+        ge=0,
+    )
     seed: int = setting(1337, "seed of weights and data order")
     skip_steps: tuple[int, ...] = setting(
         (),

@@ -39,16 +39,17 @@ from pathlib import Path
 
 from clouds import machine
 from clouds.base import Gpu
+from core import pulse, storage
 from core import secrets as keys
-from core import storage
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
 from core.exit_codes import BAD_NODE, CAPPED, FAILED, OK, PREEMPTED
 from core.run import paid
+from core.run.cap import RESTARTS, restarts_too_dear
 from core.run.folder import RunFolder
 from core.run.journal import Journal
 from core.run.machine import machine_from_environment, segment_started_at
-from core.run.reader import spent_usd_at_most
+from core.run.reader import Spent, spent_at_most
 from core.run.segment import one_node_of
 from launch.node import network, preflight, supervise
 from launch.node.supervise import Child, Outcome, kill_descendants
@@ -182,8 +183,9 @@ def job(
 ) -> int:
     """Run preflight and program. Returns the exit code of this node."""
     trains = module.startswith("trainer.")
+    pulse.sign_of_life()
     if module == "trainer.train" and (spent := spent_cap(environment)):
-        log.error("%s: the machine ends before it costs more; go on with a larger MAX_USD and the same command", spent)
+        log.error("%s", spent)
         return CAPPED
     if trains:
         network.check_port(environment)
@@ -227,13 +229,25 @@ def job(
 
 
 def spent_cap(environment: Mapping[str, str]) -> str:
-    """One sentence if the run has cost MAX_USD already, this machine's time included; else ""."""
+    """One sentence if the run has reached one of its bounds, and how to go on; else "".
+
+    This machine's time counts, but not as a restart.
+    """
+    names = ("MAX_USD", "MAX_HOURS", RESTARTS)
     try:
-        max_usd = float(environment.get("MAX_USD") or 0)
+        usd, hours, restart_usd = (float(environment.get(name) or 0) for name in names)
     except ValueError:  # the program refuses it with a sentence
         return ""
-    usd = spent_usd_at_most(environment["RUN_URL"]) if max_usd else None
-    return f"${usd:.2f} of ${max_usd:g} spent" if usd is not None and usd >= max_usd else ""
+    folder = RunFolder(environment["RUN_URL"])
+    spent = spent_at_most(folder.url) if usd or hours else Spent(None, 0.0)
+    further = "the machine ends before it costs more; go on with a larger {} and the same command"
+    if usd and spent.usd is not None and spent.usd >= usd:
+        return f"${spent.usd:.2f} of ${usd:g} spent: {further.format('MAX_USD')}"
+    if hours and spent.seconds >= 3600 * hours:
+        return f"{spent.seconds / 3600:.2f} of {hours:g} hours paid: {further.format('MAX_HOURS')}"
+    here = (machine_from_environment(None, 0, environment).host, segment_started_at() or 0.0)
+    restarts = restarts_too_dear(folder, restart_usd, here=here)
+    return restarts and f"{restarts}: see the logs of the last machines; {further.format(RESTARTS)}"
 
 
 def exit_code(outcome: Outcome, written: int | None) -> int:

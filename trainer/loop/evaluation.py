@@ -54,6 +54,10 @@ class TrainingEvaluator:
         self._segment = segment
         self._reporter = reporter
         self._is_leaving = is_leaving
+        # Roughly, at four characters per token: each ending is scored behind its context.
+        endings = ((len(row["ctx"]) + len(each)) for row in hellaswag_rows for each in row["endings"])
+        self._hellaswag_tokens = sum(endings) // 4
+        self._seconds: dict[str, float] = {}  # that each kind of evaluation took last
         self._validation = functools.cache(stage.validation)
         self._hellaswag_rows = hellaswag_rows
         self._hellaswag = functools.cache(self._encode_hellaswag)
@@ -64,13 +68,15 @@ class TrainingEvaluator:
         Returns False, on all ranks, if a request to stop ended an evaluation.
         """
         evaluations = {"eval": self.validate, "hellaswag": self._score_hellaswag, "sample": self._sample}
-        due = [evaluations[kind] for kind in self.due(step, is_last) if kind not in without]
+        due = [kind for kind in self.due(step, is_last) if kind not in without]
         if not due:
             return True
         is_done = True
         try:
-            for evaluation in due:
-                evaluation(step)
+            for kind in due:
+                began = self._segment.now()
+                evaluations[kind](step)
+                self._seconds[kind] = self._segment.now() - began
         except Abandoned:
             is_done = False
         # Only rank 0 samples, so the ranks may differ here.
@@ -88,6 +94,16 @@ class TrainingEvaluator:
         if not takes_samples(train):
             del every["sample"]
         return [kind for kind, steps in every.items() if is_last or (steps and step % steps == 0)]
+
+    def last_seconds(self, seconds_per_token: float) -> float:
+        """Expected seconds of the evaluations after the last step: as measured, else by the speed of training.
+
+        A pass without gradients takes a third of a training pass; half is reckoned. Samples count once measured.
+        """
+        tokens = {"eval": self._train.eval_tokens, "hellaswag": self._hellaswag_tokens}
+        return sum(
+            self._seconds.get(kind, tokens.get(kind, 0) * seconds_per_token / 2) for kind in self.due(0, is_last=True)
+        )
 
     def validate(self, step: int) -> None:
         """Measure the validation loss, if the stage has validation data. Raises Abandoned."""

@@ -13,7 +13,6 @@ No operation here waits for a GPU, and their number depends on the shapes and no
 kernel per group, Muon a batch of matrices at a time.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -251,22 +250,3 @@ def _matrices(model: GPT) -> dict[str, int]:
             parts = next((count for part, count in together.items() if part in name), 1)
             rows[name] = parameter.shape[0] // parts
     return rows
-
-
-def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate at optimizer step `step` (1 to `steps`), as a share of the peak rate.
-
-    The rate rises linearly during the warm-up, stays at its peak, and falls to `min_lr_ratio` over the last
-    `cooldown_fraction` of the steps. The cosine schedule reaches it at the last step (Loshchilov & Hutter 2017; with a
-    fraction of 1 it is the schedule of Brown et al. 2020, appendix B). The linear schedule would reach it one step
-    later (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024).
-    """
-    if step <= config.warmup_steps:
-        return step / config.warmup_steps
-    begin = max(config.warmup_steps, steps - round(config.cooldown_fraction * steps))
-    fallen = max(0, step - begin)
-    if config.schedule == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * min(1.0, fallen / max(1, steps - begin))))
-    else:
-        left = 1 - fallen / (steps - begin + 1)  # above 0 at the last step: a rate of 0 would waste it
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
