@@ -33,7 +33,8 @@ from launch import managed
 from launch.left import NOTHING, UNKNOWN, look
 from launch.spent import spent_line
 
-FOLDERS = ("ledger", "metrics", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines", "refused")
+FOLDERS = ("ledger", "metrics", "course", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines")
+FOLDERS += ("refused",)
 # Objects that differ between two runs, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3

@@ -13,6 +13,8 @@ OPTIONS := $(if $(value NO_CHECK),--no-check)
 LAUNCH_STAMP := $(LAUNCH_VENV)/$(call stamp,launch)
 TASK ?= pretrain-8xa100
 
+##@ Before the first launch
+
 setup-launch: $(LAUNCH_STAMP) ## install SkyPilot and what launching needs into .venv-launch
 
 $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
@@ -29,6 +31,8 @@ PLAN_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(LAUNCH_STAMP))
 CONSTRAINTS = $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLINE),--deadline=$(call typed,DEADLINE)) \
   $(if $(value ON_DEMAND),--on-demand)
 
+##@ What a sum of dollars buys
+
 plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (GPUS=…, DEADLINE=6h)
 	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) $(CONSTRAINTS)
 
@@ -38,6 +42,8 @@ prices: $(LAUNCH_STAMP) ## renew the price snapshot from the catalogs that SkyPi
 run: $(LAUNCH_STAMP) ## the best plan for USD=20, under one cap: tokens, training, evaluation, export (ADD_USD=10 RUN=…: more)
 	@$(LAUNCH_PYTHON) -m launch.run $(if $(value ADD_USD),--add-usd=$(call typed,ADD_USD),--usd=$(call typed,USD)) \
 	  $(CONSTRAINTS) $(OPTIONS)
+
+##@ Train on rented machines: BUCKET=… RUN=… GPUS=NAME:COUNT INFRA=CLOUD NODES=… CONFIG=… MAX_USD=…
 
 check: $(LAUNCH_STAMP) ## before anything costs money: credentials, quotas, bucket, image, config, prices (TASK=…)
 	@$(LAUNCH_PYTHON) -m launch.check sky/$(call typed,TASK).yaml $(MACHINES)
@@ -66,6 +72,15 @@ pretrain: $(LAUNCH_STAMP) ## GPT-2 124M on 8 A100 on demand, or on GPUS=A100:2, 
 pretrain-spot: $(LAUNCH_STAMP) ## the same on spot machines, as a managed job that recovers from preemptions
 	@$(LAUNCH_PYTHON) -m launch.submit sky/pretrain-8xa100-spot.yaml $(OPTIONS) $(MACHINES)
 
+smoke: TASK := $(if $(filter command,$(origin TASK)),$(value TASK),smoke-cpu)
+smoke: $(LAUNCH_STAMP) ## the cheapest end-to-end test (TASK=smoke-gpu: on a GPU)
+	@$(LAUNCH_PYTHON) -m launch.submit sky/$(call typed,TASK).yaml $(OPTIONS) $(MACHINES)
+
+anneal: $(LAUNCH_STAMP) ## begin the cooldown of RUN now (optimizer.schedule=wsd); its trunk stays, to go on from
+	@$(LAUNCH_PYTHON) -m launch.anneal sky/$(call typed,TASK).yaml
+
+##@ After training
+
 finetune: $(LAUNCH_STAMP) ## tune START=run on the conversations stored beside DATA, on one small GPU, as the run RUN=chat
 	@$(LAUNCH_PYTHON) -m launch.submit sky/finetune.yaml $(OPTIONS) $(MACHINES)
 
@@ -90,12 +105,7 @@ serve: $(LAUNCH_STAMP) ## RUN behind SERVE_API_KEY, OpenAI-compatible, on one sm
 chat: $(STAMP) ## talk to RUN's newest checkpoint in BUCKET, or to MODEL=…, on this computer (CHAT_ARGS=…)
 	@$(BIN)/python -m launch.chat
 
-smoke: TASK := $(if $(filter command,$(origin TASK)),$(value TASK),smoke-cpu)
-smoke: $(LAUNCH_STAMP) ## the cheapest end-to-end test (TASK=smoke-gpu: on a GPU)
-	@$(LAUNCH_PYTHON) -m launch.submit sky/$(call typed,TASK).yaml $(OPTIONS) $(MACHINES)
-
-anneal: $(LAUNCH_STAMP) ## begin the cooldown of RUN now (optimizer.schedule=wsd); its trunk stays, to go on from
-	@$(LAUNCH_PYTHON) -m launch.anneal sky/$(call typed,TASK).yaml
+##@ See what runs, and end it
 
 status: $(LAUNCH_STAMP) ## clusters, managed jobs, machines that the clouds list, dollars of RUN
 	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(call typed,TASK).yaml
@@ -116,9 +126,13 @@ down: | $(LAUNCH_VENV)/bin/sky ## end what you have up of this project, and ask 
 watch: $(LAUNCH_STAMP) ## until Ctrl-C: end machines of yours whose launch died before they had autostop (SWITCH_MINUTES=30)
 	@$(LAUNCH_PYTHON) -m launch.watch
 
+##@ Images
+
 image: $(LAUNCH_STAMP) ## build the images for both platforms on cheap nodes and push them to IMAGE=registry/name:tag
 	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml $(OPTIONS)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/build-image.yaml $(OPTIONS) --cluster build-image-arm64 --instance-type c7g.4xlarge
+
+##@ Tests of launching, for work on the code
 
 test-sky: $(LAUNCH_STAMP) $(STAMP) ## the task files against SkyPilot's own loader and optimizer
 	@SKY_PYTHON=$(LAUNCH_VENV)/bin/python $(BIN)/python -m pytest tests/test_sky.py tests/test_sky_loader.py

@@ -94,7 +94,7 @@ class StepReporter:
     def metric(self, kind: str, values: dict) -> None:
         """Store `values`, one of which is the step, and send them to the screen and the trackers."""
         self._segment.metric(kind, values)
-        if self.outlook and kind == "eval":
+        if self.outlook and kind == "eval" and values["step"]:
             self.outlook.validated(values["step"], values["val_loss"])
         self._trackers.add(kind, values)
         if self._screen:
