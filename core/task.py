@@ -20,7 +20,7 @@ from core import bucket
 from core.errors import ConfigError, one_line
 from core.settings import evaluation, loader
 from core.settings.model import ModelConfig, public_model
-from core.settings.preparation import PrepConfig
+from core.settings.preparation import FetchConfig, PrepConfig
 from core.settings.stages import training_schema, written_out
 from core.settings.training import PretrainConfig, TrainingConfig
 from core.settings.tuning import DistilConfig, FinetuneConfig
@@ -31,7 +31,8 @@ _EMPTY_VARIABLE = re.compile(r"=\$\{?\w+\}?$")
 _IMAGE = re.compile(r"container\.sh image (\w+)")
 _BUILD = re.compile(r"container\.sh build\b")
 # Stage of each program. The config of trainer.train may declare another stage.
-_PROGRAMS = {"trainer.train": "pretrain", "trainer.evaluate": "evaluate", "data_prep.prepare": "prep"}
+_PROGRAMS = {"trainer.train": "pretrain", "trainer.evaluate": "evaluate"}
+_PROGRAMS |= {"data_prep.prepare": "prep", "data_prep.fetch": "prep"}
 # Required settings that a launch must give. A forecast replaces a missing one by a placeholder.
 _STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
 # URLs for a task without BUCKET, which can be forecast but not launched.
@@ -78,7 +79,7 @@ class Workload:
     """
 
     stage: str | None
-    config: TrainingConfig | PrepConfig | None = None
+    config: TrainingConfig | PrepConfig | FetchConfig | None = None
     problem: str = ""
     model: ModelConfig | None = None
     assumed: str = ""
@@ -126,7 +127,7 @@ def read_task(path: str, environment: Mapping[str, str], choice: MachineChoice |
         requests=tuple(dict.fromkeys(_requests(path, resources, choice))),
         workload=_workload(path, f"{setup}\n{run}", envs),
         envs=envs,
-        idle_seconds=_idle_seconds(resources),
+        idle_seconds=idle_seconds(resources),
         required=tuple(name for name, value in declared.items() if value is None),
         secrets=tuple(document.get("secrets") or {}),
         images=tuple(_IMAGE.findall(setup)),
@@ -170,7 +171,7 @@ def _document(path: str) -> Mapping[str, Any]:
     return document
 
 
-def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
+def idle_seconds(resources: Mapping[str, Any]) -> float | None:
     """Seconds from the end of the last job to the shutdown: 0 for a managed job, None without autostop."""
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
@@ -260,7 +261,8 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
             evaluation.parse(arguments, variables)
             config = None
         elif stage == "prep":
-            config = loader.load(PrepConfig, arguments, variables)
+            schema = FetchConfig if programs[chosen] == "data_prep.fetch" else PrepConfig
+            config = loader.load(schema, arguments, variables)
         else:
             arguments = written_out(arguments)
             schema = training_schema(arguments)

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     else:
         console = render.console()
         console.print(f"[bold]{task.name}[/bold]: {_work(forecast)}", highlight=False)
-        console.print(render.terminal_table(_sheet(forecast, options.all)))
+        console.print(render.terminal_table(_sheet(forecast, options.all), console.width))
         for note in notes:
             console.print(note, markup=False)
 
@@ -144,7 +144,8 @@ def _sheet(forecast: Forecast, everything: bool) -> Sheet:
     rows = [[*_where(row), row.kind, *_dollars(row)] for row in shown]
     left = len(forecast.rows) - len(shown)
     foot = [f"{left} more: --all", *[""] * (len(heads) - 1)] if left else ()
-    return Sheet("Offers that fit, by expected dollars (an estimate)", heads, rows, 5, foot)
+    spare = ("restarts", "speed", "hours", "USD/h", "cloud")
+    return Sheet("Offers that fit, by expected dollars (an estimate)", heads, rows, 5, foot, spare)
 
 
 def _where(row: ForecastRow) -> list[str]:

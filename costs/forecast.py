@@ -14,7 +14,7 @@ from clouds.base import Offer
 from clouds.catalog import Catalog, fits
 from core import figures
 from core.settings.model import flops_per_token, parameters
-from core.settings.preparation import PrepConfig
+from core.settings.preparation import FetchConfig, PrepConfig
 from core.settings.training import TrainingConfig
 from core.settings.tuning import FinetuneConfig
 from core.task import MachineRequest, TaskSpec, Workload
@@ -120,7 +120,8 @@ def forecast_of(
         elif not tokens:
             return found
         elif workload.stage == "prep":
-            each = assume.prep_bytes_per_second / assume.source_bytes_per_token * task.nodes
+            source = BYTES_PER_TOKEN if isinstance(workload.config, FetchConfig) else assume.source_bytes_per_token
+            each = assume.prep_bytes_per_second / source * task.nodes
             said = f"preparation: limited by the network, at {assume.prep_bytes_per_second / 1e6:.0f} MB/s per node"
             rate = Throughput(each / 2, each, each * 2, "assumed", f"{said}, assumed")
         else:
@@ -147,7 +148,7 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
         return _tokens_of_source(settings.source.place)
     if workload.stage == "evaluate":
         return assume.evaluate_tokens
-    if settings is None:
+    if settings is None or isinstance(settings, FetchConfig):
         return None
     epochs = _epochs(workload)
     return epochs * assume.epoch_tokens if epochs else float(settings.train.steps) * settings.batch.tokens_per_step
@@ -194,7 +195,8 @@ def _parts(
     same = measured is not None and measured.instance_type == row.offer.instance_type
     imports = 0.0 if effort.workload.stage in ("prep", "image") else assume.ready_seconds
     ready = measured.ready_seconds if same else assume.setup_seconds + imports
-    image = 0.0 if effort.workload.stage == "image" else assume.image_seconds
+    # The time of a run to get ready begins with its machine, so that it holds the image.
+    image = 0.0 if effort.workload.stage == "image" or same else assume.image_seconds
     parts = {"provision": assume.provision_seconds, "image": image, "ready": ready}
     parts[_WORK_PHASE.get(effort.workload.stage, "train")] = work
     train = effort.training

@@ -13,22 +13,17 @@ scores are comparable.
 """
 
 import hashlib
-import io
 import json
 import logging
 from collections import Counter
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from core import storage, urls
 from core.console import run_entry, set_up_logging
 from core.data import sets
 from core.data.sets import SetInfo, conversation, preference_row
 from core.errors import ConfigError, DataError
-from data_prep.sources import blocks, lines
-from data_prep.sources.files import SourceFile, has_suffix
+from data_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +36,6 @@ FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type
 # Kind of set → schema, and the function that converts a row.
 KINDS = {"instructions": ("conversations", conversation), "preferences": ("preferences", preference_row)}
 MAX_BAD_FRACTION = 0.01
-JSON_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 
 USAGE = """python -m data_prep.sets hellaswag DATA_URL [--from=URL]
 python -m data_prep.sets instructions DATA_URL --from=URL [--name=instructions] [--licence=TEXT]
@@ -52,8 +46,9 @@ Check an example set and store it below DATA_URL/sets, from where later stages r
 hellaswag     the 10,042 validation items; --from names a copy of hellaswag_val.jsonl or of the Hub's parquet file
               (default: the Hub); any content other than the published one is refused
 instructions  one conversation per row: {"messages": [{"role": ..., "content": ...}, ...]} with the roles system,
-              user and assistant, the last one assistant; or {"instruction": ..., "input": ..., "output": ...}; or
-              {"prompt": ..., "completion": ...}, texts or lists of messages
+              user and assistant, the last one assistant; or ShareGPT's {"conversations": [{"from": "human", "value":
+              ...}, {"from": "gpt", "value": ...}]}; or {"instruction": ..., "input": ..., "output": ...} (Alpaca); or
+              {"question": ..., "answer": ...}; or {"prompt": ..., "completion": ...}, texts or lists of messages
 preferences   one pair per row: {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of messages;
               without a prompt, chosen and rejected are whole conversations, or texts that begin with it
 both          a content is a text or a list of text parts; a column `system` is the first message; tools and images
@@ -127,6 +122,8 @@ def store_rows(data_url: str, source: str, name: str, licence: str, kind: str = 
     if not_used:
         columns = ", ".join(f"{name} in {count:,} rows" for name, count in sorted(not_used.items()))
         log.warning("%s: columns that are not used: %s", source, columns)
+    if not found:
+        raise DataError(f"{source}: holds no rows; give a file with one row per line")
     if not good or len(problems) > MAX_BAD_FRACTION * len(found):
         first = f" ({problems[0]})" if problems else ""
         raise DataError(
@@ -134,22 +131,6 @@ def store_rows(data_url: str, source: str, name: str, licence: str, kind: str = 
             "see python -m data_prep.sets --help for their form"
         )
     return sets.write(data_url, name, schema, source, licence, json_lines(good))
-
-
-def read_rows(uri: str) -> list[Any]:
-    """All rows of a file. A line of invalid JSON becomes None. Raises DataError for another kind of file."""
-    if has_suffix(uri, (".parquet",)):
-        try:
-            return pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{uri}: cannot be read as parquet ({error}); write it again as JSON lines") from error
-    if not has_suffix(uri, JSON_SUFFIXES):
-        raise DataError(f"{uri}: unknown kind of file; give one that ends in {', '.join(JSON_SUFFIXES)} or .parquet")
-    data = b"".join(blocks.content(SourceFile(uri, storage.size_of(uri), ""), lambda count: None))
-    whole = lines.parsed(data)  # a .json file may be one list of rows
-    if isinstance(whole, list):
-        return whole
-    return [lines.parsed(line) for line in data.splitlines() if line.strip()]
 
 
 def json_lines(rows: list[dict[str, Any]]) -> bytes:

@@ -33,7 +33,7 @@ from core.settings.tuning import FinetuneConfig
 from core.stores import aws, credentials
 from core.task import MachineRequest, TaskSpec, machine_choice, read_task
 from launch import registry
-from launch.identity import check_identity
+from launch.identity import check_identity, check_switch
 from launch.node import network, supervise
 
 KEY_PAIR = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
@@ -201,6 +201,7 @@ PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
     "USD_PER_HOUR": lambda settings: positive(settings, "USD_PER_HOUR"),
     "RANKS_PER_NODE": network.ranks_per_node,
     "HANG_MINUTES": supervise.hang_minutes,
+    "SWITCH_MINUTES": lambda settings: positive(settings, "SWITCH_MINUTES"),
     "DEVICE": _one_of("DEVICE", "cuda", "cpu"),
     "CUDA_COMPAT": _one_of("CUDA_COMPAT", "yes", "no"),
     "BUCKET_ENDPOINT_URL": _endpoint("BUCKET_ENDPOINT_URL"),
@@ -380,7 +381,15 @@ def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
 
 # A launch runs these checks too, because they ask only the bucket and this checkout. Settings come first.
 FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_cap, check_data)
-CHECKS: tuple[Check, ...] = (*FREE_CHECKS, check_identity, check_image, check_clouds, check_quotas, check_capacity)
+CHECKS: tuple[Check, ...] = (
+    *FREE_CHECKS,
+    check_identity,
+    check_switch,
+    check_image,
+    check_clouds,
+    check_quotas,
+    check_capacity,
+)
 
 
 if __name__ == "__main__":

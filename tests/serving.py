@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE
 
+from core.data import chat_template
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
-from trainer.data import chat_template
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
 

@@ -12,12 +12,11 @@ import pexpect
 import pytest
 import torch
 
-from core.data import vocabulary
+from core.data import chat_template, vocabulary
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from trainer import export
-from trainer.data import chat_template
 from trainer.inference.chat_model import ChatModel, open_chat_model
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import InferenceOptions, Sampling

@@ -238,3 +238,14 @@ def test_every_bound_holds(schema: type):
             outside = bound + {"ge": -1, "gt": 0, "le": 1, "lt": 0}[name]
             with pytest.raises(loader.SettingError, match=field.name):
                 schema(**NEEDED.get(schema, {}), **{field.name: outside})
+
+
+def test_a_log_shows_the_settings_that_differ_from_their_defaults():
+    flags = ["trainer/configs/debug.yaml", "--data.url=d", "--run.url=r", "--train.profile=3,4", "--train.steps=17"]
+    text = loader.describe(loader.load(PretrainConfig, flags, {}), "all: r/run.json")
+    assert text.startswith("settings that differ from the defaults (all: r/run.json):\n")
+    lines = dict(line.strip().split(": ", 1) for line in text.splitlines()[1:])
+    assert lines["run"] == "url=r"
+    assert "steps=17" in lines["train"].split(", ")
+    assert "profile=3,4" in lines["train"].split(", ")
+    assert "device" not in lines["train"]

@@ -17,13 +17,12 @@ import openai
 import pytest
 import torch
 
-from core.data import vocabulary
+from core.data import chat_template, vocabulary
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
-from trainer.data import chat_template
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.sampling import Sampling
 from trainer.inference.worker import Failed, Worker

@@ -34,7 +34,10 @@ def test_instructions_are_stored_in_one_form(tmp_path: Path, capsys: pytest.Capt
     ("row", "problem"),
     [
         ("not json", "is not a JSON object"),
-        ({"text": "x"}, "has neither messages nor instruction and output"),
+        ({"text": "x"}, "has none of the columns messages, conversations; instruction and .*its columns: text"),
+        ({"instruction": "x"}, "instruction and output or response; .*its columns: instruction"),
+        ({"question": "x", "answer": {"text": ["y"]}}, "whose content is dict, not a text"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "has a message from 'tool'; known are human, user, gpt"),
         ({"instruction": "x", "output": " "}, "empty message of role 'assistant'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "does not alternate user, assistant"),
         ({"messages": [{"role": "system", "content": "x"}]}, "does not alternate user, assistant"),
@@ -109,6 +112,46 @@ def test_a_content_is_a_text_or_parts_of_one(row):
     assert sets.conversation(row) == {"messages": expected}
     system = {"role": "system", "content": "Be brief."}
     assert sets.conversation(row | {"system": "Be brief."}) == {"messages": [system, *expected]}
+
+
+SAID = [{"from": "human", "value": "Q 1"}, {"from": "gpt", "value": "A"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "not_used"),
+    [
+        ({"conversations": SAID, "id": "x"}, ["id"]),  # ShareGPT
+        ({"conversations": [{"role": "user", "content": "Q 1"}, {"role": "assistant", "content": "A"}]}, []),
+        ({"conversations": [SAID[0], SAID[1] | {"weight": 1, "source": "y"}]}, ["messages[].source"]),
+        ({"question": "Q 1", "answer": "A"}, []),
+        ({"question": "Q 1", "response": "A", "level": 1}, ["level"]),
+        ({"instruction": "Q 1", "context": "", "response": "A"}, []),  # Dolly
+        ({"instruction": "Q 1", "input": "", "output": "A", "text": "Q 1 A"}, ["text"]),  # Alpaca
+        ({"prompt": "Q 1", "response": "A"}, []),
+    ],
+)
+def test_rows_of_usual_sets_become_conversations(row, not_used: list[str]):
+    expected = [{"role": "user", "content": "Q 1"}, {"role": "assistant", "content": "A"}]
+    assert sets.conversation(row) == {"messages": expected}
+    assert sets.unused(row, "conversations") == not_used
+    system = {"role": "system", "content": "Be brief."}
+    for column in ("system", "system_prompt"):
+        assert sets.conversation(row | {column: "Be brief."}) == {"messages": [system, *expected]}
+
+
+def test_a_context_belongs_to_the_question():
+    row = {"instruction": "Who?", "context": "Ann came.", "response": "Ann"}
+    assert sets.conversation(row)["messages"][0]["content"] == "Who?\n\nAnn came."
+    row = {"question": "Who?", "context": "Ann came.", "answer": "Ann"}
+    assert sets.conversation(row)["messages"][0]["content"] == "Who?\n\nAnn came."
+
+
+def test_pairs_of_sharegpt():
+    better, worse = sets.preference(
+        {"conversations": SAID[:1], "chosen": SAID[1], "rejected": {**SAID[1], "value": "B"}}
+    )
+    assert [each["messages"][-1]["content"] for each in (better, worse)] == ["A", "B"]
+    assert better["messages"][0] == {"role": "user", "content": "Q 1"}
 
 
 def test_parts_in_prompts_and_of_other_kinds():

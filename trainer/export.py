@@ -78,7 +78,7 @@ def write(folder: Path, trained, settings: ExportConfig) -> None:
     """
     import safetensors.torch
 
-    from trainer.data import chat_template
+    from core.data import chat_template
     from trainer.evals import suite
     from trainer.weights import card, gguf, huggingface, tokenizer
 

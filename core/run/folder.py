@@ -96,6 +96,20 @@ class RunFolder:
         return self._at("evaluations")
 
     @property
+    def preparation(self) -> str:
+        """A run folder with a ledger of its own, for a preparation that is a stage of this run."""
+        return self._at("preparation")
+
+    @property
+    def budget(self) -> str:
+        """Records of what the run may cost, of what was expected of it, and of its launches (core.run.budget)."""
+        return self._at("budget")
+
+    def exported(self, step: int) -> str:
+        """Folder for the weights of a step in the format of other programs."""
+        return self._at("exported", step_name(step))
+
+    @property
     def answers(self) -> str:
         return self._at("answers")
 

@@ -10,18 +10,21 @@ machines are ignored: their segments hold the same time, to the second.
 import json
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from core import storage
 from core.errors import LauncherError
 from core.run.folder import RunFolder
 from core.run.model import Segment
+from core.storage import ObjectInfo
 
 # A node without a segment and without an end was killed, or still starts. It opens one within this time, or is ended as
 # hung (HANG_MINUTES), or its preflight fails.
 STARTING_SECONDS = 1800.0
 # The start of a segment is that of its machine, but for the rounding of JSON.
 SAME_SECONDS = 1.5
+PARALLEL_FETCHES = 16
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,24 @@ def unrecorded(
     `here` is this machine, by host and start, if it is about to open its segment: it is left out.
     """
     segments = list(segments)
-    machines = [_read(folder, attempt) for attempt in storage.list_names(folder.machines)]
-    return [each for each in machines if each is not None and not each.is_at(here) and not each.is_in(segments)]
+    machines = read_all(folder, storage.list_names(folder.machines))
+    return [each for each in machines if not each.is_at(here) and not each.is_in(segments)]
+
+
+def read_all(folder: RunFolder, attempts: Iterable[str]) -> list[Paid]:
+    """The records of these attempts that can be used. Raises StorageError."""
+    if storage.is_local(folder.url):  # a disk has no latency that threads could hide
+        found = [_read(folder, attempt) for attempt in attempts]
+    else:
+        with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
+            found = list(pool.map(lambda attempt: _read(folder, attempt), attempts))
+    return [each for each in found if each is not None]
+
+
+def attempts_in(folder: RunFolder, objects: Iterable[ObjectInfo]) -> list[str]:
+    """The names of the attempts in a listing of the run, in order."""
+    inside = f"{folder.machines}/"
+    return sorted({each.uri[len(inside) :].split("/", 1)[0] for each in objects if each.uri.startswith(inside)})
 
 
 def _read(folder: RunFolder, attempt: str) -> Paid | None:

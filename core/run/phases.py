@@ -48,12 +48,26 @@ PHASES = (
     Phase("checkpoint", "ledger", "the part of a checkpoint that blocks training", "#b0749e", "#c98bb6"),
     Phase("idle", "launcher", "between two segments on one machine", "#c9ced6", "#4a515c"),
     Phase("idle_until_down", "launcher", "from the last segment to the machine's end", "#c9ced6", "#4a515c"),
+    Phase(
+        "billing_unit",
+        "launcher",
+        "rest of the unit that the cloud bills, after the machine's end",
+        "#c9ced6",
+        "#4a515c",
+    ),
+    Phase("disks", "report", "disks of the machines; dollars, no time", "#8fb7a1", "#5d8a72"),
+    Phase("addresses", "report", "public IPv4 addresses of the machines; no time", "#a9c4b3", "#4e7360"),
+    Phase("traffic", "report", "bytes between machines and bucket that the clouds bill; no time", "#7fa3b5", "#57798a"),
+    Phase("requests", "report", "requests to the store; no time", "#9db8c4", "#46626f"),
+    Phase("storage", "report", "storage of the run's objects until now; no time", "#b7b39a", "#7a765c"),
+    Phase("controller", "report", "the controller of managed jobs; no time", "#b9a9c9", "#766690"),
+    Phase("factor", "report", "tax and discounts, by COST_FACTOR; no time", "#c4a9a9", "#8a6666"),
     Phase("not_attributed", "report", "paid time that no phase claims", "#e3b7b7", "#8d5a5a"),
 )
 LEDGER_PHASES = tuple(phase.name for phase in PHASES if phase.by == "ledger")
 # A report splits the ledger's `train` into kept and lost.
 REPORT_PHASES = tuple(phase.name for phase in PHASES if phase.name != "train")
-PREPARATION_PHASES = tuple(phase.name for phase in PHASES if phase.is_preparation)
+PREPARATION_PHASES = frozenset(phase.name for phase in PHASES if phase.is_preparation)
 # These phases recur between steps: a forecast adds them as a share of the training time.
 OVERHEAD_PHASES = ("data_wait", "eval", "sample", "checkpoint")
 STEP_PHASES = ("train", "data_wait")  # the time of an optimizer step

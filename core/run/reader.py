@@ -79,21 +79,25 @@ def spent_at_most(
     """Upper bounds of what a run has cost so far. Raises StorageError.
 
     Counts all segments but number `without`, machines that opened none but this one (`here`: host and start), and the
-    evaluations of the run. With `after`, counts only segments above that number and machines that started later.
+    preparation and the evaluations of the run. With `after`, counts only segments of the run above that number, and
+    machines that started later.
     """
     folder = RunFolder(run_url)
     run = Run(folder)
     # One listing, because another node may be starting its segment: it has a folder before it has an object.
     run.segments = _read_prices(folder, _segments_of_ledger(folder))
-    evaluations = Run(RunFolder(folder.evaluations))
-    evaluations.segments = _read_prices(evaluations.folder, _segments_of_ledger(evaluations.folder))
+    others = [Run(RunFolder(url)) for url in (folder.evaluations, folder.preparation)]
+    for other in others:
+        other.segments = _read_prices(other.folder, _segments_of_ledger(other.folder))
+    evaluations, preparation = others
     machines = paid.unrecorded(folder, [*run.segments, *evaluations.segments], here)
     counted = [segment for segment in run.segments if segment.number != without and segment.number > after]
     if after:
         begun = max((each.started_at or 0.0 for each in run.segments if each.number <= after), default=0.0)
         machines = [each for each in machines if each.started_at > begun]
     else:
-        counted += evaluations.segments
+        counted += [*evaluations.segments, *preparation.segments]
+        machines += paid.unrecorded(preparation.folder, preparation.segments)
     now = time.time()
     amounts = [*(each.usd_at_most for each in counted), *(each.usd_at_most(now) for each in machines)]
     seconds = [*(each.seconds_at_most for each in counted), *(each.seconds_at_most(now) for each in machines)]
@@ -105,6 +109,16 @@ def spent_usd_at_most(
 ) -> float | None:
     """The dollars of `spent_at_most`."""
     return spent_at_most(run_url, without, here).usd
+
+
+def ledger_listing(run_url: str) -> Objects:
+    """The objects of a run's ledger by segment number. Raises StorageError."""
+    return _segments_of_ledger(RunFolder(run_url))
+
+
+def read_money(run_url: str, ledgers: Objects) -> list[Segment]:
+    """Segments with machine, start and newest span, from a listing of their ledgers. Raises StorageError."""
+    return _read_prices(RunFolder(run_url), ledgers)
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:

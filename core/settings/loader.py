@@ -20,7 +20,7 @@ import yaml
 
 from core.errors import ConfigError
 from core.settings.convert import convert
-from core.settings.renamed import REMOVED, RENAMED
+from core.settings.renamed import ELSEWHERE, REMOVED, RENAMED
 
 Schema = TypeVar("Schema")
 
@@ -206,6 +206,23 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=False)
 
 
+def describe(config: Any, others: str) -> str:
+    """The settings that differ from their defaults, a line per section. `others` says where the other ones are."""
+    known = dict(_walk(type(config)))
+    sections: dict[str, list[str]] = {}
+    for key, value in flatten(to_dict(config)).items():
+        default = known[key].default
+        if value != (list(default) if isinstance(default, tuple) else default):
+            section, _, name = key.rpartition(".")
+            shown = ",".join(map(str, value)) if isinstance(value, list) else value
+            sections.setdefault(section, []).append(f"{name}={shown}")
+    lines = [
+        f"  {section}: {', '.join(items)}" if section else f"  {', '.join(items)}"
+        for section, items in sections.items()
+    ]
+    return "\n".join([f"settings that differ from the defaults ({others}):", *lines])
+
+
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} → {"a.b": 1}."""
     flat: dict[str, Any] = {}
@@ -268,6 +285,8 @@ def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: {key} is an old name; write {today}")
     if key in REMOVED:
         raise ConfigError(f"{where}: {key} is gone; remove it: {REMOVED[key]}")
+    if key in ELSEWHERE:
+        raise ConfigError(f"{where}: {key} is a setting of another program; run {ELSEWHERE[key]} with it")
     sections = {name.rpartition(".")[0] for name in known}
     if key in sections:
         raise ConfigError(

@@ -39,8 +39,8 @@ from pathlib import Path
 
 from clouds import machine
 from clouds.base import Gpu
+from core import pulse, storage
 from core import secrets as keys
-from core import storage
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
 from core.exit_codes import BAD_NODE, CAPPED, FAILED, OK, PREEMPTED
@@ -183,6 +183,7 @@ def job(
 ) -> int:
     """Run preflight and program. Returns the exit code of this node."""
     trains = module.startswith("trainer.")
+    pulse.sign_of_life()
     if module == "trainer.train" and (spent := spent_cap(environment)):
         log.error("%s", spent)
         return CAPPED

@@ -106,6 +106,12 @@ def restorable(run_url: str) -> dict[int, dict[str, int]]:
     raise CheckpointError(f"{problem}, or move the checkpoint out of {folder} to go on without it")
 
 
+def vanished(run_url: str, found: Mapping[int, Mapping[str, int]]) -> bool:
+    """Whether a marker that the listing `found` shows is not there: the checkpoint was removed after the listing."""
+    markers = [storage.join(folder_of(run_url, step), MARKER) for step, names in found.items() if MARKER in names]
+    return not all(map(storage.exists, markers))
+
+
 def _by_step(folder: str, objects: Iterable[ObjectInfo]) -> dict[int, dict[str, int]]:
     found: dict[int, dict[str, int]] = {}
     for info in objects:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from core.data import chat_template
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import ConfigError
 from core.settings.evaluation import EvaluateConfig
 from core.settings.loader import SettingError
-from trainer.data import chat_template
 from trainer.distributed.process_group import Ranks, gather_objects
 from trainer.evals.likelihood import ScoringRequest, likelihoods
 from trainer.evals.perplexity import rolling

@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core import storage, untrusted
-from core.data import manifest, sets
+from core.data import chat_template, manifest, sets
 from core.errors import ConfigError, ObjectExists
 from core.run.folder import RunFolder, step_name
 from core.settings.evaluation import LM_EVAL, EvaluateConfig
-from trainer.data import chat_template
 from trainer.distributed.process_group import Ranks, on_all, on_main
 from trainer.evals import contamination, perplexity
 from trainer.evals.hellaswag import NAME as HELLASWAG

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from core import storage
+from core.data import chat_template
 from core.errors import ConfigError, LauncherError
-from trainer.data import chat_template
 from trainer.inference.chat_model import ChatModel, open_chat_model
 from trainer.inference.engine import Engine, GenerationRequest, Piece
 from trainer.inference.sampling import InferenceOptions, Sampling, changed

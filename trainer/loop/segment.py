@@ -18,6 +18,7 @@ torch refuses in this mode (tests/test_determinism.py).
 import functools
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, MutableMapping
 
@@ -278,6 +279,8 @@ def _close(
             said = (describe_end(stage.schedule, reached, stage.settings.run.url),)
             for line in filter(None, (*said, outlook.compared(segment.cap.spent_usd()) if outlook else "")):
                 log.info("%s", line)
+        url = shlex.quote(stage.settings.run.url)
+        log.info("finished; next: python cost_report.py %s, or python -m trainer.chat %s", url, url)
         return OK
     segment.mark("notice", kind=request.kind, detail=request.detail)
     if request.kind == "cap":

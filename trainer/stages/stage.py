@@ -123,8 +123,8 @@ class Stage(abc.ABC):
         """Set the weights that no checkpoint of this run has restored: all weights in its first segment."""
 
     def describe(self, model: GPT) -> str:
-        """The settings, and the numbers that follow from them, for the log."""
-        settings = "settings:\n" + loader.to_yaml(self.settings).rstrip()
+        """The chosen settings, and the numbers that follow from all of them, for the log."""
+        settings = loader.describe(self.settings, f"all: {RunFolder(self.settings.run.url).description}")
         return "\n".join([settings, *self.describe_data(model), *self._batch_and_length()])
 
     @abc.abstractmethod

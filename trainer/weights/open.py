@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from core import storage
+from core.data import chat_template
 from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.data.vocabulary import Vocabulary
 from core.data.vocabulary import read as read_vocabulary
@@ -29,7 +30,6 @@ from core.settings.model import ModelConfig, parameters
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import parse_key
 from trainer.checkpoint.load import read_blocks
-from trainer.data import chat_template
 from trainer.model import lora
 from trainer.model.gpt import GPT
 from trainer.weights import folder as public
