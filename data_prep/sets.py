@@ -16,13 +16,15 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
+from shlex import quote
 from typing import Any
 
 from core import storage, urls
 from core.console import run_entry, set_up_logging
 from core.data import sets
 from core.data.sets import SetInfo, conversation, preference_row
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, LauncherError
 from data_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,21 @@ def main(arguments: list[str]) -> int:
         )
     print(f"{data_url}/sets/{info.name}.jsonl: {info.rows:,} rows, {info.bytes:,} bytes, SHA-256 {info.sha256}")
     return 0
+
+
+def ensure(data_url: str, names: Sequence[str]) -> None:
+    """Store those of the evaluation sets `names` that are missing. Raises DataError, StorageError, with the remedy."""
+    for name in names:
+        if storage.exists(storage.join(data_url, "sets", f"{name}.json")):
+            continue
+        try:
+            info = store_hellaswag(data_url, HELLASWAG_SOURCE)
+        except LauncherError as error:
+            raise type(error)(
+                f"{error}; start again to try once more, leave the set out with --evaluation_sets=, or store a copy: "
+                f"python -m data_prep.sets {name} {quote(data_url)} --from=FILE"
+            ) from error
+        log.info("%s/sets/%s.jsonl: %d rows, for evaluation", data_url, name, info.rows)
 
 
 def store_hellaswag(data_url: str, source: str) -> SetInfo:

@@ -29,10 +29,12 @@ from core.run import journal, timeline
 from core.run.folder import RunFolder
 from core.storage import ObjectInfo
 from core.task import read_task
+from launch import managed
 from launch.left import NOTHING, UNKNOWN, look
 from launch.spent import spent_line
 
-FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "machines", "refused")
+FOLDERS = ("ledger", "metrics", "course", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines")
+FOLDERS += ("refused",)
 # Objects that differ between two runs, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
@@ -94,7 +96,7 @@ def logs(arguments: list[str]) -> int:
     source = arguments[-1]
     if stored or not source.endswith(".yaml"):
         return show_stored(run_of(source, os.environ))
-    task = read_task(source, os.environ)
+    task = read_task(managed.chosen(source, os.environ), os.environ)
     elsewhere = f"all its output is in the bucket: make logs FROM=bucket RUN={task.envs.get('RUN') or '...'}"
     command = _of_job(task.name, elsewhere) if task.managed else _of_cluster(task.name, elsewhere)
     print(f"$ sky {' '.join(command)}", flush=True)
@@ -197,7 +199,11 @@ def check_same_run(marks: list[ObjectInfo], run_url: str, folder: str) -> None:
     """
     remedy = f"remove that folder, or pull into another one: python -m launch.runs pull {shlex.quote(run_url)} FOLDER"
     there = {local_path(info, run_url, folder): info for info in marks}
-    places = [f"{below}{name}" for below in ("", "evaluations/") for name in ("run.json", "ledger/*/start.jsonl")]
+    places = [
+        f"{below}{name}"
+        for below in ("", "evaluations/", "serving/", "exports/")
+        for name in ("run.json", "ledger/*/start.jsonl")
+    ]
     ours = sorted(path for place in places for path in Path(folder).glob(place))
     if gone := [path for path in ours if path not in there]:
         raise RunError(f"{folder}: is a copy of another run: {run_url} has no {gone[0].relative_to(folder)}; {remedy}")
@@ -238,7 +244,8 @@ def choose(run_url: str, objects: list[ObjectInfo]) -> list[ObjectInfo]:
     complete = sorted(match[1] for uri in markers if (match := _CHECKPOINT.search(uri)))
     prefixes = [f"{root}/{folder}/" for folder in FOLDERS]
     prefixes += [f"{root}/checkpoints/{complete[-1]}/"] if complete else []
-    return [info for info in objects if info.uri == f"{root}/run.json" or info.uri.startswith(tuple(prefixes))]
+    described = {f"{root}/run.json", f"{root}/exports/run.json"}
+    return [info for info in objects if info.uri in described or info.uri.startswith(tuple(prefixes))]
 
 
 if __name__ == "__main__":

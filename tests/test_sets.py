@@ -1,5 +1,6 @@
 """Small sets beside the shards: checked when stored, checked when read."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def test_damaged_and_missing_sets_are_refused(tmp_path: Path):
     (tmp_path / "sets/instructions.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="its checksum has changed"):
         sets.read(str(tmp_path), "instructions")
+
+
+def test_a_missing_evaluation_set_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    row = dict.fromkeys(entry.FIELDS, "x") | {"label": 3}
+    source = write_rows(tmp_path / "hellaswag.jsonl", [row])
+    monkeypatch.setattr(entry, "HELLASWAG_SOURCE", source)
+    with pytest.raises(DataError, match=r"leave the set out with --evaluation_sets=, or store a copy: python -m data_"):
+        entry.ensure(str(tmp_path / "data"), ["hellaswag"])
+    assert not (tmp_path / "data/sets/hellaswag.json").exists()
+    published = hashlib.sha256(entry.hellaswag_bytes([row], "x")).hexdigest()
+    monkeypatch.setattr(entry, "ROWS_SHA256", published)
+    entry.ensure(str(tmp_path / "data"), [])
+    assert not (tmp_path / "data").exists()
+    entry.ensure(str(tmp_path / "data"), ["hellaswag"])
+    assert sets.info_of(str(tmp_path / "data"), "hellaswag").sha256 == published
+    Path(source).unlink()  # from now on nothing is fetched
+    entry.ensure(str(tmp_path / "data"), ["hellaswag"])
 
 
 def test_hellaswag_is_the_published_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

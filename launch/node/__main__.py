@@ -2,6 +2,7 @@
 
     python -m launch.node -m trainer.train CONFIG [--key=value ...]     (under torchrun, after a preflight)
     python -m launch.node -m data_prep.prepare CONFIG [--key=value ...]
+    python -m launch.node -m trainer.train CONFIG --more="$TRAIN_ARGS"  (that variable's words, split as by a shell)
 
 The program gets the facts of this machine as environment variables (clouds/machine.py). Its output is stored, line by
 line, below RUN_URL/logs/, because SkyPilot loses the output of a preempted node. The tasks in sky/ rely on these exit
@@ -39,7 +40,7 @@ from pathlib import Path
 
 from clouds import machine
 from clouds.base import Gpu
-from core import pulse, storage
+from core import pulse, storage, task
 from core import secrets as keys
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError, LauncherError
@@ -64,6 +65,10 @@ LOG_FLUSH_SECONDS = 10.0
 WAITING_BYTES = 32 << 20
 # Seconds between the kill of the program and the end of this process, which container.sh would kill later.
 AFTER_KILL_SECONDS = 4.0
+# Programs of several ranks. All others are one process.
+UNDER_TORCHRUN = ("trainer.train", "trainer.evaluate")
+# MAX_USD caps the whole run of these. That of others counts in a folder of their own, which they check themselves.
+CAPPED_AS_A_RUN = ("trainer.train", "trainer.synthesize")
 SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
@@ -143,6 +148,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[0] != "-m":
         raise ConfigError("usage: python -m launch.node -m MODULE [ARGUMENTS ...]")
     environment = dict(os.environ)
+    module, words = arguments[1], task.with_more(arguments[2:])
     if not environment.get("RUN_URL"):
         raise ConfigError("RUN_URL is not set; launch/node/container.sh derives it from BUCKET and RUN")
     supervise.hang_minutes(environment)
@@ -159,12 +165,12 @@ def main(arguments: list[str]) -> int:
     stop.on_leaving(output.close)
     ours = StoredLog(output)
     logging.getLogger().addHandler(ours)
-    record = PaidRecord(environment, arguments[1], rank, attempt)
+    record = PaidRecord(environment, module, rank, attempt)
     stop.on_leaving(record.end)
     try:
         record.begin()
         log.info("node %d of %d: %s", rank + 1, len(addresses), describe(environment))
-        code = job(arguments[1], arguments[2:], environment, found, output, attempt)
+        code = job(module, words, environment, found, output, attempt)
         stop.settle(code if code != FAILED else PREEMPTED)
         log.info("exit code %d", code)
         return code
@@ -182,9 +188,9 @@ def job(
     module: str, arguments: list[str], environment: dict[str, str], found: list[Gpu], output: Output, attempt: str
 ) -> int:
     """Run preflight and program. Returns the exit code of this node."""
-    trains = module.startswith("trainer.")
+    trains = module in UNDER_TORCHRUN
     pulse.sign_of_life()
-    if module == "trainer.train" and (spent := spent_cap(environment)):
+    if module in CAPPED_AS_A_RUN and (spent := spent_cap(environment)):
         log.error("%s", spent)
         return CAPPED
     if trains:

@@ -44,7 +44,8 @@ class Pace:
         self._passed: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS + 1)
 
     def passed(self, step: int, now: float) -> None:
-        self._passed.append((step, now))
+        if not self._passed or step > self._passed[-1][0]:
+            self._passed.append((step, now))
 
     def seconds(self, newest: int = WINDOW_STEPS) -> float | None:
         """Over the `newest` steps, or all in the window; None before LEAST_STEPS are measured."""

@@ -75,12 +75,14 @@ class StepReporter:
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if self._ranks.device.type == "cuda" else "cpu"
         log.log(
             logging.DEBUG if self._screen else logging.INFO,
-            "step %d/%d | loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | MFU %s | %s | spent %s | remaining %s%s",
+            "step %d/%d | loss %.4f | lr %.2e | grad norm %.3f | %s ms | %s tokens/s | MFU %s | %s | spent %s | "
+            "remaining %s%s",
             step,
             steps,
             loss,
             rate,
             norm,
+            f"{1000 * seconds:,.0f}",
             quantity(tokens_per_second),
             "?" if mfu is None else f"{100 * mfu:.1f} %",
             memory,
@@ -92,7 +94,7 @@ class StepReporter:
     def metric(self, kind: str, values: dict) -> None:
         """Store `values`, one of which is the step, and send them to the screen and the trackers."""
         self._segment.metric(kind, values)
-        if self.outlook and kind == "eval":
+        if self.outlook and kind == "eval" and values["step"]:
             self.outlook.validated(values["step"], values["val_loss"])
         self._trackers.add(kind, values)
         if self._screen:

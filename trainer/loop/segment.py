@@ -44,7 +44,7 @@ from trainer.distributed import process_group
 from trainer.distributed.process_group import Ranks, on_main
 from trainer.loop.anneal import NOT_ANNEALED, Annealer, describe_end
 from trainer.loop.course import open_course
-from trainer.loop.evaluation import TrainingEvaluator, kinds_measured
+from trainer.loop.evaluation import TrainingEvaluator, measured_before
 from trainer.loop.inputs import open_later_inputs
 from trainer.loop.loop import Loop
 from trainer.loop.outlook import Outlook
@@ -131,7 +131,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             optimizer.set_step(first_step)
             stage.fill(model, restored)
         _mark_restored(segment, restored)
-        log.info("%s", stage.describe(model))
+        log.info("%s\n%s", stage.describe(model), optimizer.describe())
         log.info("%s", describe_determinism(settings.train, ranks, stage.lengths_vary))
 
         # 6. Micro-batches are read in the background while the rest is set up.
@@ -173,9 +173,10 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             annealer=annealer,
             last_loss=restored.state.get("loss") if restored else None,
         )
-        measured: set[str] = set()
+        measured = {}
         if first_step > 0 and not loop.is_last(first_step) and evaluator.due(first_step):
-            measured = on_main(lambda: kinds_measured(segment, restored), ranks)
+            measured = on_main(lambda: measured_before(segment, restored), ranks)
+        evaluator.recall(restored.state.get("best") if restored else None, first_step, measured)
         reached, request = loop.run(first_step, measured)
 
         # 9. Wait for the checkpoint in flight, close the segment with its reason, and end on all ranks together.
