@@ -1,4 +1,4 @@
-"""Stores HellaSwag beside the token shards, for evaluation.
+"""Stores HellaSwag beside a token set, in one form whatever copy it is read from.
 
 HellaSwag is the validation set of Zellers et al. 2019 (MIT licence), all 10,042 items. Copies differ in the order of
 fields and in the type of the label. All are converted to one form and compared with the checksum of that form, so that
@@ -6,6 +6,7 @@ scores are comparable.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from shlex import quote
@@ -15,7 +16,7 @@ from core import storage
 from core.data import sets
 from core.data.sets import SetInfo
 from core.errors import DataError, LauncherError
-from data_prep.sources.rows import json_lines, read_rows
+from data_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def ensure(data_url: str, names: Sequence[str]) -> None:
 def store(data_url: str, source: str) -> SetInfo:
     """Stores HellaSwag below `data_url`. Raises DataError unless `source` holds exactly the published rows."""
     found = read_rows(source)
-    data = in_stored_form(found, source)
+    data = stored_form(found, source)
     digest = hashlib.sha256(data).hexdigest()
     if digest != ROWS_SHA256 and hashlib.sha256(storage.read_bytes(source)).hexdigest() != FILE_SHA256:
         raise DataError(
@@ -55,7 +56,7 @@ def store(data_url: str, source: str) -> SetInfo:
     return sets.write(data_url, "hellaswag", "hellaswag", source, "MIT", data)
 
 
-def in_stored_form(found: list[Any], where: str) -> bytes:
+def stored_form(found: list[Any], where: str) -> bytes:
     """The rows in the stored form: FIELDS in order, labels as numbers."""
     try:
         return json_lines(
@@ -63,3 +64,8 @@ def in_stored_form(found: list[Any], where: str) -> bytes:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{where}: not HellaSwag's rows ({type(error).__name__}: {error}); see --help") from error
+
+
+def json_lines(rows: list[dict[str, Any]]) -> bytes:
+    """Rows as JSON lines in ASCII, the default of Python's json."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -18,7 +18,8 @@ from core.data import sets
 from core.data.sets import SetInfo, conversation, preference_row
 from core.errors import ConfigError, DataError
 from data_prep import hellaswag
-from data_prep.sources.rows import json_lines, read_rows
+from data_prep.hellaswag import json_lines
+from data_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
 

@@ -68,16 +68,16 @@ def test_a_missing_evaluation_set_is_fetched_once(tmp_path: Path, monkeypatch: p
     source = write_rows(tmp_path / "hellaswag.jsonl", [row])
     monkeypatch.setattr(hellaswag, "SOURCE", source)
     with pytest.raises(DataError, match=r"leave the set out with --evaluation_sets=, or store a copy: python -m data_"):
-        hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
+        entry.ensure(str(tmp_path / "data"), ["hellaswag"])
     assert not (tmp_path / "data/sets/hellaswag.json").exists()
-    published = hashlib.sha256(hellaswag.in_stored_form([row], "x")).hexdigest()
+    published = hashlib.sha256(hellaswag.stored_form([row], "x")).hexdigest()
     monkeypatch.setattr(hellaswag, "ROWS_SHA256", published)
-    hellaswag.ensure(str(tmp_path / "data"), [])
+    entry.ensure(str(tmp_path / "data"), [])
     assert not (tmp_path / "data").exists()
-    hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
+    entry.ensure(str(tmp_path / "data"), ["hellaswag"])
     assert sets.info_of(str(tmp_path / "data"), "hellaswag").sha256 == published
     Path(source).unlink()  # from now on nothing is fetched
-    hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
+    entry.ensure(str(tmp_path / "data"), ["hellaswag"])
 
 
 def test_hellaswag_is_the_published_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -90,8 +90,8 @@ def test_hellaswag_is_the_published_one_or_none(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match=r"not HellaSwag.s rows .KeyError"):
         hellaswag.store(str(tmp_path), write_rows(tmp_path / "other.jsonl", [{"a": 1}]))
     # The checksum is that of one form, whatever the order of columns in the copy.
-    assert list(json.loads(hellaswag.in_stored_form([shuffled], "x"))) == list(hellaswag.FIELDS)
-    assert json.loads(hellaswag.in_stored_form([shuffled], "x"))["label"] == 3
+    assert list(json.loads(hellaswag.stored_form([shuffled], "x"))) == list(hellaswag.FIELDS)
+    assert json.loads(hellaswag.stored_form([shuffled], "x"))["label"] == 3
 
 
 def test_unknown_kind_and_missing_source(tmp_path: Path):

@@ -1,7 +1,6 @@
 """Reads the rows of small sets: all rows of one file, as Python objects."""
 
 import io
-import json
 from typing import Any
 
 import pyarrow as pa
@@ -35,8 +34,3 @@ def read_rows(uri: str) -> list[Any]:
     if isinstance(whole, list):
         return whole
     return [lines.parsed(line) for line in data.splitlines() if line.strip()]
-
-
-def json_lines(rows: list[dict[str, Any]]) -> bytes:
-    """Rows as JSON lines in ASCII, the default of Python's json."""
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
