@@ -68,16 +68,16 @@ def test_a_missing_evaluation_set_is_fetched_once(tmp_path: Path, monkeypatch: p
     source = write_rows(tmp_path / "hellaswag.jsonl", [row])
     monkeypatch.setattr(hellaswag, "SOURCE", source)
     with pytest.raises(DataError, match=r"leave the set out with --evaluation_sets=, or store a copy: python -m data_"):
-        entry.ensure(str(tmp_path / "data"), ["hellaswag"])
+        hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
     assert not (tmp_path / "data/sets/hellaswag.json").exists()
     published = hashlib.sha256(hellaswag.stored_form([row], "x")).hexdigest()
     monkeypatch.setattr(hellaswag, "ROWS_SHA256", published)
-    entry.ensure(str(tmp_path / "data"), [])
+    hellaswag.ensure(str(tmp_path / "data"), [])
     assert not (tmp_path / "data").exists()
-    entry.ensure(str(tmp_path / "data"), ["hellaswag"])
+    hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
     assert sets.info_of(str(tmp_path / "data"), "hellaswag").sha256 == published
     Path(source).unlink()  # from now on nothing is fetched
-    entry.ensure(str(tmp_path / "data"), ["hellaswag"])
+    hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
 
 
 def test_hellaswag_is_the_published_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

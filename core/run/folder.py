@@ -142,6 +142,11 @@ class RunFolder:
         return self._at("machines")
 
     @property
+    def bills(self) -> str:
+        """Bills from elsewhere (costs.added)."""
+        return self._at("bills")
+
+    @property
     def refusals(self) -> str:
         """Records of machines that preflight refused."""
         return self._at("refused")

@@ -63,6 +63,7 @@ PHASES = (
     Phase("requests", "report", "requests to the store; no time", "#9db8c4", "#46626f"),
     Phase("storage", "report", "storage of the run's objects until now; no time", "#b7b39a", "#7a765c"),
     Phase("controller", "report", "the controller of managed jobs; no time", "#b9a9c9", "#766690"),
+    Phase("elsewhere", "report", "bills that `cost_report.py add` has stored; no time", "#a8a27a", "#7d7850"),
     Phase("factor", "report", "tax and discounts, by COST_FACTOR; no time", "#c4a9a9", "#8a6666"),
     Phase("not_attributed", "report", "paid time that no phase claims", "#e3b7b7", "#8d5a5a"),
 )
