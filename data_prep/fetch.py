@@ -36,7 +36,7 @@ from core.errors import DataError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
 from core.stores import hub
-from data_prep import booking, plan, sets
+from data_prep import booking, hellaswag, plan
 from data_prep.finalize import GPT2, print_summary
 from data_prep.plan import PrepPlan
 from data_prep.sources.files import SourceFile
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     config = settings.load(FetchConfig, arguments, os.environ)
     log.info("%s", settings.describe(config, "--help has the others"))
     with booking.open_log("data_prep.fetch") as segment:
-        sets.ensure(config.data.url, config.evaluation_sets)
+        hellaswag.ensure(config.data.url, config.evaluation_sets)
         made = fetch(config, segment.switch)
     print_summary(made, config.data.url)
     return 0

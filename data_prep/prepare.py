@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     if config.workers != 1:
         starter.start()
     # These imports are slow. The fork server makes the same imports on another core at the same time.
-    from data_prep import booking, build, sets
+    from data_prep import booking, build, hellaswag
     from data_prep.finalize import print_summary
 
     log_of_node = booking.open_log(
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     try:
         with log_of_node as segment:
             if config.node_rank == 0:  # before the hours of work, because the Hub may refuse
-                sets.ensure(config.data.url, config.evaluation_sets)
+                hellaswag.ensure(config.data.url, config.evaluation_sets)
             made = build.prepare(config, segment.switch, functools.partial(check_cap, segment, config))
     except CapReached as reached:
         log.warning("%s", reached)

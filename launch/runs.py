@@ -1,6 +1,7 @@
 """Shows jobs, clusters and the cost of a run, shows the output of a run, and downloads a run.
 
     python -m launch.runs status [sky/TASK.yaml | RUN_URL]
+    python -m launch.runs logs                            follow what this project launched last
     python -m launch.runs logs sky/TASK.yaml              follow the newest running job of the task
     python -m launch.runs logs --stored sky/TASK.yaml     all output of the run that BUCKET and RUN name
     python -m launch.runs logs RUN_URL                    the same, by URL; includes preempted machines
@@ -30,7 +31,7 @@ from core.run.folder import RunFolder
 from core.storage import ObjectInfo
 from core.task import read_task
 from launch import managed
-from launch.left import NOTHING, UNKNOWN, look
+from launch.left import NOTHING, UNKNOWN, is_ours, look, project_tasks
 from launch.spent import spent_line
 
 FOLDERS = ("ledger", "metrics", "course", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines")
@@ -91,19 +92,49 @@ def status(arguments: list[str]) -> int:
 def logs(arguments: list[str]) -> int:
     """Show a job's output from SkyPilot while it runs, or from the bucket, which keeps every machine's output."""
     stored = arguments[:1] == ["--stored"]
+    if not arguments:
+        return _follow(_of_newest(), "all output of a run is in the bucket: make logs FROM=bucket RUN=...")
     if len(arguments) != 1 + stored:
-        raise ConfigError("usage: python -m launch.runs logs [--stored] sky/TASK.yaml, or ... logs RUN_URL")
+        raise ConfigError("usage: python -m launch.runs logs [[--stored] sky/TASK.yaml], or ... logs RUN_URL")
     source = arguments[-1]
     if stored or not source.endswith(".yaml"):
         return show_stored(run_of(source, os.environ))
     task = read_task(managed.chosen(source, os.environ), os.environ)
     elsewhere = f"all its output is in the bucket: make logs FROM=bucket RUN={task.envs.get('RUN') or '...'}"
-    command = _of_job(task.name, elsewhere) if task.managed else _of_cluster(task.name, elsewhere)
+    return _follow(_of_job(task.name, elsewhere) if task.managed else _of_cluster(task.name, elsewhere), elsewhere)
+
+
+def _follow(command: list[str], elsewhere: str) -> int:
     print(f"$ sky {' '.join(command)}", flush=True)
     code = subprocess.call([skypilot.find_sky(), *command])
     if code:
         print(f"SkyPilot has no more to show; {elsewhere}")
     return code
+
+
+def _of_newest() -> list[str]:
+    """Arguments of sky that follow this project's newest running job or cluster. Raises ConfigError if none is up."""
+    tasks = project_tasks()
+    jobs = [job for job in skypilot.jobs() if job.get("job_name") in tasks and not skypilot.has_ended(job)]
+    clusters = [each for each in skypilot.clusters() if is_ours(each, tasks) and not each.get("is_managed")]
+    found = [(_seconds(job, "submitted_at"), f"managed job {job['job_name']}", _of_number(job)) for job in jobs]
+    found += [(_seconds(each, "launched_at"), f"cluster {each['name']}", ["logs", each["name"]]) for each in clusters]
+    if not found:
+        raise ConfigError(
+            "nothing of this project runs; all output of a run is in the bucket: make logs FROM=bucket RUN=..."
+        )
+    (_, what, command), *others = sorted(found, key=lambda each: each[0], reverse=True)
+    if others:
+        print(f"following {what}, the newest; also up: {', '.join(each[1] for each in others)} (make logs TASK=...)")
+    return command
+
+
+def _seconds(record: Mapping[str, Any], key: str) -> float:
+    return timeline.moment(record.get(key)) or 0.0
+
+
+def _of_number(job: Mapping[str, Any]) -> list[str]:
+    return ["jobs", "logs", str(job["job_id"])]
 
 
 def _of_job(name: str, elsewhere: str) -> list[str]:
@@ -117,7 +148,7 @@ def _of_job(name: str, elsewhere: str) -> list[str]:
     if others:
         named = ", ".join(f"{job['job_id']} ({job['status']})" for job in others)
         print(f"following job {newest['job_id']}, the newest; also running as {name}: {named} (sky jobs logs ID)")
-    return ["jobs", "logs", str(newest["job_id"])]
+    return _of_number(newest)
 
 
 def _of_cluster(name: str, elsewhere: str) -> list[str]:

@@ -110,8 +110,9 @@ chat: $(STAMP) ## talk to RUN's newest checkpoint in BUCKET, or to MODEL=…, on
 status: $(LAUNCH_STAMP) ## clusters, managed jobs, machines that the clouds list, dollars of RUN
 	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(call typed,TASK).yaml
 
-logs: $(LAUNCH_STAMP) ## output of TASK while it runs; FROM=bucket: all output of RUN, preempted machines included
-	@$(LAUNCH_PYTHON) -m launch.runs logs $(if $(filter bucket,$(value FROM)),--stored) sky/$(call typed,TASK).yaml
+logs: $(LAUNCH_STAMP) ## output of what was launched last, or of TASK; FROM=bucket: all output of RUN, preempted machines included
+	@$(LAUNCH_PYTHON) -m launch.runs logs $(if $(filter bucket,$(value FROM)),--stored sky/$(call typed,TASK).yaml,\
+	  $(if $(filter file,$(origin TASK)),,sky/$(call typed,TASK).yaml))
 
 pull: $(LAUNCH_STAMP) ## metrics, samples, ledger, logs and newest checkpoint of RUN to pulled/
 	@$(LAUNCH_PYTHON) -m launch.runs pull sky/$(call typed,TASK).yaml

@@ -8,6 +8,7 @@ import torch
 from core import storage
 from core.errors import CheckpointError
 from core.run import journal
+from core.run.folder import RunFolder
 from tests import launching, models
 from trainer.checkpoint import layout
 from trainer.loop.evaluation import TrainingEvaluator
@@ -38,6 +39,14 @@ def test_a_run_begins_with_the_model_before_its_first_step(run_url: str):
     ]
     assert [(sample["step"], sample["prompt"]) for sample in samples] == [(0, "Once")] * 2 + [(6, "Once")] * 2
     assert samples[0]["text"] != samples[1]["text"]
+
+
+def test_a_run_by_hand_keeps_its_log(run_url: str):
+    [attempt] = storage.list_names(RunFolder(run_url).logs)
+    assert attempt.endswith("-by-hand-000001")
+    lines = [event["line"] for event in journal.read(f"{RunFolder(run_url).logs}/{attempt}")[0]]
+    assert [line for line in lines if line.startswith("step 6/6 | loss ")]
+    assert [line for line in lines if "tokens per parameter" in line and "weight decay on" in line]
 
 
 def test_the_best_checkpoint_is_kept_and_opened_by_name(run_url: str):

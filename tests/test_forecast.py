@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from core.loss import law
 from core.run.course import Change
 from core.run.folder import RunFolder
 from core.run.model import Run, Segment
@@ -72,6 +73,19 @@ def test_the_error_grows_with_what_has_not_been_seen():
     assert law_error(12.0) > 0.1
 
 
+def test_far_beyond_what_was_seen_the_public_law_says_how_tokens_help():
+    """A tenth of 10B tokens is seen: 1.7 times of it by the run's own law, the rest by B / D^b, the gain as always."""
+    schedule = Schedule(WSD, 20_000, [Change("anneal", 16_000, 4000)])
+    made, public = history(schedule, 20_000, 2000, USUAL_GAIN, noise=0.005), law.load()
+    far = made.forecast(schedule, 20_000, 20, tokens_per_step=500_000, public=public)
+    near = made.forecast(Schedule(WSD, 3400, [Change("anneal", 2720, 680)]), 3400, 20)
+    by = public.constants
+    gain = by["B"] * (1.7 ** -by["b"] - 10.0 ** -by["b"])
+    assert near.loss - far.loss == pytest.approx(gain, abs=0.02)
+    small = made.forecast(schedule, 20_000, 20, tokens_per_step=500, public=public)
+    assert small == made.forecast(schedule, 20_000, 20), "10M tokens are outside of the public runs"
+
+
 def test_too_few_steps_and_constant_losses():
     made = LossHistory()
     for step in range(1, 8):
@@ -86,7 +100,8 @@ def test_too_few_steps_and_constant_losses():
 
 def stage_of(schedule: Schedule, target: float = 0.0) -> SimpleNamespace:
     train = SimpleNamespace(overfit=False, target_loss=target)
-    settings = SimpleNamespace(train=train, optimizer=WSD, run=SimpleNamespace(url="/nowhere"))
+    batch = SimpleNamespace(tokens_per_step=512)
+    settings = SimpleNamespace(train=train, optimizer=WSD, batch=batch, run=SimpleNamespace(url="/nowhere"))
     return SimpleNamespace(name="pretrain", schedule=schedule, steps=schedule.end, settings=settings)
 
 

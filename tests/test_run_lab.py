@@ -14,8 +14,8 @@ pytestmark = [
     pytest.mark.lab,
     pytest.mark.skipif(not (LAB / "labexec").exists(), reason="LAB_DIR names no emulated cloud"),
 ]
-# Eight pretended A100 on AWS, on demand, at a pretended price: the sum lasts for about a quarter of an hour.
-USD, USD_PER_HOUR = 13.0, 60.0
+# Eight pretended A100 on AWS, on demand, at a pretended price: the sum lasts for about ten minutes.
+USD, USD_PER_HOUR = 10.0, 60.0
 SMALL = "--batch.tokens_per_step=1024 --batch.micro_batch_size=4 --train.log_every=5 --train.eval_every=0"
 SMALL += " --train.eval_tokens=1024 --optimizer.warmup_steps=5 --train.steps=100000"
 # Emulated machines go 79 to 133 s after their program.

@@ -166,6 +166,9 @@ class TrainLoopConfig(Bounded):
         ge=0,
     )
     eval_every: int = setting(250, "steps between validation losses; 0: only at the end", identity=False, ge=0)
+    eval_first: bool = setting(
+        True, "validate and sample before the first step too, if that is done at intervals", identity=False
+    )
     eval_tokens: int = setting(
         10485760, "validation tokens of each measurement, always the same ones", identity=False, gt=0
     )

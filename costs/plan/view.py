@@ -9,8 +9,9 @@ from typing import Any
 
 from core import figures
 from core.figures import quantity
-from costs.plan import law, recipes
-from costs.plan.law import Law
+from core.loss import law
+from core.loss.law import Law
+from costs.plan import recipes
 from costs.plan.machines import STALE_DAYS, Machine
 from costs.plan.planner import EVALUATION, PREPARATION, RESERVE, Answer, Plan
 from costs.plan.refit import Refit

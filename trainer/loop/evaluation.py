@@ -76,7 +76,7 @@ class TrainingEvaluator:
 
     def start(self) -> None:
         """Measure the model before its first step, in what the run measures at intervals. Raises Abandoned."""
-        due = self.due(0)
+        due = self.due(0) if self._train.eval_first else []
         if "eval" in due or self._stage.measures_start:
             self.validate(0)
         if "sample" in due:

@@ -4,7 +4,8 @@ L(s) = L0 + A S1^-a - C S2 (Tissue et al. 2024, arXiv 2408.11029). S1 is the sum
 the peak; S2 sums what has fallen, of which each step keeps the share DECAY of the step before. So the law knows what a
 cooldown does before it happens, once C is known. A run that has not cooled yet does not show C: then a whole cooldown
 is expected to gain USUAL_GAIN, as in public logs. The law describes training losses; the newest validation adds the
-difference to the validation loss.
+difference to the validation loss. Beyond FAR times the steps seen, the law of public runs (core.loss.law) says how the
+loss falls with further tokens.
 """
 
 import math
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from core.loss.law import LEAST_TOKENS, Law
 from trainer.optim.schedule import Schedule
 
 DECAY = 0.999
@@ -25,7 +27,8 @@ USUAL_GAIN, GAIN_ERROR = 0.12, 0.03
 PRIOR = 0.02  # weight of USUAL_GAIN against the noise of the losses
 # Errors of the law in public logs of 124M and 1.5B, by the final length over what was seen: up to the first it was
 # good to 0.01, at 4.2 times it missed by 0.043, at 6 times by 0.068.
-ERRORS = ((1.7, 0.01), (4.2, 0.043), (6.0, 0.068))
+FAR = 1.7
+ERRORS = ((FAR, 0.01), (4.2, 0.043), (6.0, 0.068))
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,13 @@ class LossHistory:
     def validated(self, step: int, loss: float) -> None:
         self._validation = (step, loss)
 
-    def forecast(self, schedule: Schedule, end: int, warmup: int) -> LossForecast | None:
-        """The forecast for step `end` of a schedule; None while too few steps after the warm-up are known."""
+    def forecast(
+        self, schedule: Schedule, end: int, warmup: int, tokens_per_step: int = 0, public: Law | None = None
+    ) -> LossForecast | None:
+        """The forecast for step `end` of a schedule; None while too few steps after the warm-up are known.
+
+        `public` is asked only for a run that ends inside of its data, at `tokens_per_step`.
+        """
         known = [each for each in self._means if each[0] > max(2 * warmup, 0.1 * self._means[-1][0])]
         if len(known) < LEAST_BINS:
             return None
@@ -70,11 +78,16 @@ class LossHistory:
         last = max(1.0, known[-1][0])
         at = [*steps, *([self._validation[0]] if self._validation else []), float(end)]
         heat, fallen = sums(schedule, end, at)
+        more = 0.0
+        if public and end > FAR * last and end * tokens_per_step >= LEAST_TOKENS:
+            # The run's own law goes as far as it is good, with the whole cooldown; from there on by the public one.
+            heat[-1] = heat[-1] * FAR * last / end
+            more = public.gain_of_tokens(FAR * last * tokens_per_step, end * tokens_per_step)
         count = len(steps)
         full = fallen[-1]
         fitted = fit(heat[:count], fallen[:count], losses, weights, full)
         predicted = fitted.at(heat, fallen)
-        loss, is_training = float(predicted[-1]), self._validation is None
+        loss, is_training = float(predicted[-1]) - more, self._validation is None
         if self._validation:
             loss += self._validation[1] - float(predicted[count])
         # What has fallen already has shown its gain.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.errors import LauncherError
+from core.loss import law
 from core.run.course import Change
 from core.run.reader import read_run
 from trainer.loop.forecast import LossForecast, LossHistory
@@ -78,7 +79,8 @@ class Outlook:
             return None
         schedule, warmup = self._stage.schedule, self._stage.settings.optimizer.warmup_steps
         end, usd = self._expected(step)
-        loss = self._history.forecast(with_cooldown(schedule, end), end, warmup)
+        per_step = self._stage.settings.batch.tokens_per_step
+        loss = self._history.forecast(with_cooldown(schedule, end), end, warmup, per_step, law.load())
         if loss is None:
             return None
         self.view = View(step, loss, usd)
@@ -86,7 +88,7 @@ class Outlook:
         target = self._stage.settings.train.target_loss
         if target and schedule.anneals and not schedule.cooldown:
             now = step + schedule.wanted(step)
-            annealed = self._history.forecast(with_cooldown(schedule, now, step), now, warmup)
+            annealed = self._history.forecast(with_cooldown(schedule, now, step), now, warmup, per_step)
             self.target_reached = annealed is not None and not annealed.is_training and annealed.loss <= target
         return self.view
 
