@@ -27,6 +27,8 @@ from core.errors import ConfigError
 from core.stores.aws import endpoint_of
 from core.task import TaskSpec
 
+# A server that is stopped by a signal, or hangs, takes a request and never answers it.
+LIST_SECONDS = 300.0
 # SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
 # Without it a node on Lambda gets ~/.aws/credentials. With a candidate on AWS it would take the role from that one.
@@ -83,9 +85,13 @@ def has_ended(job: dict[str, Any]) -> bool:
 def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str, Any]]:
     """The records that `sky COMMAND -o json` prints. None of them if it fails and its output contains `nothing`.
 
-    Raises ConfigError with SkyPilot's output if it fails or prints no list.
+    Raises ConfigError with SkyPilot's output if it fails or prints no list, or if its server does not answer.
     """
-    done = subprocess.run([find_sky(), *command, "-o", "json"], capture_output=True, text=True, errors="replace")
+    words = [find_sky(), *command, "-o", "json"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=LIST_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"`sky {' '.join(command)}` did not answer within {LIST_SECONDS:.0f} s") from None
     if done.returncode == 0 and (records := records_in(done.stdout)) is not None:
         return records
     said = _COLOUR.sub("", f"{done.stdout}\n{done.stderr}")

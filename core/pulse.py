@@ -2,8 +2,10 @@
 
     pulse.beat()      called after each exchange between ranks; each step and each batch of an evaluation ends with one
 
-launch.node sets PULSE_FILE and watches that file's modification time (launch/node/supervise.py). Without PULSE_FILE,
-`beat` does nothing.
+    pulse.sign_of_life()   called by that supervisor, whose machine ends without such signs (launch/node/switch.py)
+
+launch.node sets PULSE_FILE and watches that file's modification time (launch/node/supervise.py). ALIVE_FILE is set by
+launch/node/container.sh. Without its variable a function does nothing.
 """
 
 import contextlib
@@ -12,16 +14,24 @@ import time
 from pathlib import Path
 
 EVERY_SECONDS = 1.0
-_due = 0.0
+_due: dict[str, float] = {}
 
 
 def beat() -> None:
     """Touch PULSE_FILE, once a second at most."""
-    global _due
+    _touch("PULSE_FILE")
+
+
+def sign_of_life() -> None:
+    """Touch ALIVE_FILE, once a second at most."""
+    _touch("ALIVE_FILE")
+
+
+def _touch(variable: str) -> None:
     now = time.monotonic()
-    if now < _due:
+    if now < _due.get(variable, 0.0):
         return
-    _due = now + EVERY_SECONDS
-    if path := os.environ.get("PULSE_FILE"):
+    _due[variable] = now + EVERY_SECONDS
+    if path := os.environ.get(variable):
         with contextlib.suppress(OSError):  # the launcher has ended, or its disk is full
             Path(path).touch()

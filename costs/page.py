@@ -58,7 +58,7 @@ def _document(title: str, body: Sequence[str]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
-        f"<style>{phases.css()}{STYLE.read_text(encoding='utf-8')}</style></head><body><main>\n"
+        f"<style>{STYLE.read_text(encoding='utf-8')}{phases.css()}</style></head><body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
@@ -85,14 +85,14 @@ def _cards(report: CostReport) -> str:
 def _charts(report: CostReport) -> Iterable[str]:
     curves = report.curves
     if curves.spend_time and curves.spend_usd:
-        yield _section("Dollars over time", charts.both(charts.spend_over_time, report) + _legend(report))
-        yield _section("Dollars by phase", charts.both(charts.waterfall, report))
+        yield _section("Dollars over time", charts.all_widths(charts.spend_over_time, report) + _legend(report))
+        yield _section("Dollars by phase", charts.all_widths(charts.waterfall, report))
     if curves.loss or curves.val_loss:
         legend = _key([("s-train", "train loss"), ("s-val", "validation loss")])
-        yield _section("Loss against dollars", charts.both(charts.loss_over_dollars, report) + legend)
+        yield _section("Loss against dollars", charts.all_widths(charts.loss_over_dollars, report) + legend)
     if any(value is not None for value in curves.tokens_per_second):
         legend = _key([("gone", "end of a machine")]) if curves.losses_of_machines else ""
-        yield _section("Speed", charts.both(charts.speed_over_time, report) + legend)
+        yield _section("Speed", charts.all_widths(charts.speed_over_time, report) + legend)
 
 
 def _legend(report: CostReport) -> str:

@@ -48,11 +48,16 @@ def main(arguments: list[str]) -> int:
     if config.workers != 1:
         starter.start()
     # These imports are slow. The fork server makes the same imports on another core at the same time.
-    from data_prep import build
+    from data_prep import booking, build, hellaswag
     from data_prep.finalize import print_summary
 
+    log_of_node = booking.open_log(
+        "data_prep.prepare", config.node_rank, config.max_usd, config.shutdown_reserve_seconds
+    )
     try:
-        with open_log(config) as segment:
+        with log_of_node as segment:
+            if config.node_rank == 0:  # before the hours of work, because the Hub may refuse
+                hellaswag.ensure(config.data.url, config.evaluation_sets)
             made = build.prepare(config, segment.switch, functools.partial(check_cap, segment, config))
     except CapReached as reached:
         log.warning("%s", reached)
@@ -70,32 +75,6 @@ def check_cap(segment: "SegmentLog", config: PrepConfig) -> None:
             f"{config.data.url}: its preparation has cost nearly the ${config.max_usd:g} of max_usd; finished parts "
             "are kept: continue with a larger MAX_USD and the same command"
         )
-
-
-def open_log(config: PrepConfig):
-    """The SegmentLog of this node. It writes nothing unless RUN_URL is set.
-
-    Each node opens a segment at its share of the price, because nodes start and end independently. The phases are
-    `init` (imports, the plan), `prep` (documents to shards) and `finalize`.
-    """
-    from core.run.folder import RunFolder
-    from core.run.segment import Opening, SegmentLog, open_segment
-
-    run_url = os.environ.get("RUN_URL")
-    if not run_url:
-        return SegmentLog()
-    opening = Opening(
-        stage="prep",
-        config={},
-        packages=("numpy", "pyarrow", "gigatoken", "tiktoken"),
-        program={"command": "data_prep.prepare", "node": config.node_rank},
-        max_usd=config.max_usd,
-        shutdown_seconds=config.shutdown_reserve_seconds,
-        is_per_node=True,
-    )
-    segment = open_segment(RunFolder(run_url), opening)
-    stop.on_leaving(lambda: segment.close("preempted"))
-    return segment
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from launch.undo import CLOCK_SECONDS
 
 POLL_SECONDS = 30.0
 # Launches of a stage by this command, one after the other, that get it no further.
-MOST_IN_VAIN = 3
+MOST_WITHOUT_PROGRESS = 3
 # Questions to SkyPilot, one after the other, that it does not answer.
 MOST_UNANSWERED = 40
 STOPPED = 130
@@ -83,10 +83,10 @@ class Driver:
         progress = stage.progress()
         if mine:
             _check_end(stage, mine[-1][2])
-        if len([each for each in mine if each[1] == progress]) >= MOST_IN_VAIN:
+        if len([each for each in mine if each[1] == progress]) >= MOST_WITHOUT_PROGRESS:
             raise RunError(
-                f"{self._folder}: {MOST_IN_VAIN} launches of the {stage.name} got it no further than {progress:,} "
-                f"{stage.work}; see {_logs(stage)}; the same command tries again"
+                f"{self._folder}: {MOST_WITHOUT_PROGRESS} launches of the {stage.name} got it no further than "
+                f"{progress:,} {stage.work}; see {_logs(stage)}; the same command tries again"
             )
         settings = with_cap(stage)
         again = f", launch {len(mine) + 1}" if mine else ""

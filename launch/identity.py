@@ -1,4 +1,4 @@
-"""Says which keys of the user's reach a rented node, besides the bucket's.
+"""Says which keys of the user's reach a rented node, besides the bucket's, and what ends it if its job never begins.
 
 SkyPilot 0.14.1 copies the credential files of every cloud to each node, so that the node can end itself. On AWS it
 leaves out its own cloud's if `aws.remote_identity` names a role; a node on Lambda gets those of AWS unless the launch
@@ -35,3 +35,19 @@ def check_identity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
         mark = "ok" if own and len(gets) == 1 else "!"
         said = f"identity: a node on {cloud.name} gets {' and '.join(gets) or 'nothing'}"
         yield Finding(mark, "; ".join([said, *remedies]))
+
+
+def check_switch(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Says for each cloud of the task whether a node ends itself if the launch dies before its first job."""
+    wanted = {request.cloud for request in task.requests}
+    minutes = role.switch_minutes()
+    for name, cloud in CLOUDS.items():
+        if not (None in wanted or name in wanted):
+            continue
+        if cloud.default_role and minutes:
+            yield Finding("ok", f"switch: a node on {name} ends itself {minutes:g} minutes after the last sign of life")
+        else:
+            remedy = "`make role` starts a switch at its boot" if cloud.default_role else "`make watch` ends it then"
+            yield Finding(
+                "!", f"switch: nothing ends a node on {name} if the launch dies before its first job; {remedy}"
+            )

@@ -108,8 +108,12 @@ def is_ours(cluster: Mapping[str, Any], tasks: Iterable[str]) -> bool:
 
 
 def _is_our_job(job: Mapping[str, Any], tasks: Iterable[str], machines: Iterable[str]) -> bool:
-    name = job.get("job_name")
-    return name in tasks or any(cluster.startswith(f"{name}-{job['job_id']}-") for cluster in machines)
+    return job.get("job_name") in tasks or any(job_of(cluster, [job]) for cluster in machines)
+
+
+def job_of(cluster: str, jobs: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The managed job whose machines have this cluster's name on the cloud."""
+    return next((job for job in jobs if cluster.startswith(f"{job.get('job_name')}-{job['job_id']}-")), None)
 
 
 def _on_cloud(clusters: Iterable[Mapping[str, Any]]) -> frozenset[str]:

@@ -21,6 +21,7 @@ from core import bucket, storage
 from core.data import manifest
 from core.errors import ConfigError, DataError, LauncherError
 from core.figures import quantity
+from core.run import course
 from core.run.budget import Budget
 from core.run.folder import RunFolder
 from core.settings.training import PretrainConfig
@@ -33,10 +34,9 @@ WHOLE, TOKENS_OF_WHOLE = "fineweb-edu-10bt", 9.9e9
 PART = re.compile(r"fineweb-edu-\d+m\Z")
 VOCABULARY = "gpt2"
 VALIDATION_TOKENS = 10_485_760  # what a training run reads at each validation
-MOST_EPOCHS = 4.0  # as costs/plan/planner.py
-# Flags with which the trainer decides by MAX_USD when the rates fall. Without them the plan's number of steps decides.
-BY_MONEY: tuple[str, ...] = ()
-MORE_STEPS = 2  # by money, the most steps as a multiple of the plan's
+# The trainer decides by MAX_USD when the rates fall. The plan's steps are an estimate; it may take so many times them.
+BY_MONEY = "--optimizer.schedule=wsd"
+MORE_STEPS = 2
 PLAN_SECONDS = 120.0
 _MAKE_OPTIONS = {"GPUS": "--gpus", "INFRA": "--infra"}
 
@@ -62,7 +62,7 @@ def make(usd: str, options: Sequence[str], environment: Mapping[str, str]) -> tu
         machines_usd=plan["machines_usd"],
         task=plan["machine"]["task"],
         options=_sky_options(plan["machine"]["options"]),
-        settings={**settings, "DATA": data},
+        settings={**settings, "DATA": data} | {name: environment.get(name, "") for name in ("PREP_ARGS", "EVAL_ARGS")},
         train_tokens=missing,
         forecast=forecast,
         began_at=time.time(),
@@ -73,33 +73,32 @@ def make(usd: str, options: Sequence[str], environment: Mapping[str, str]) -> tu
 
 def add(base: Budget, folder: RunFolder, usd: str, environment: Mapping[str, str]) -> tuple[Budget, list[str]]:
     """A budget for another run that goes on from the trunk of `folder`, on the same machine and data."""
-    if not BY_MONEY:
-        raise ConfigError("ADD_USD is not possible: this release has no schedule that can go on")
     added = number("ADD_USD", usd)
-    more = {key: base.forecast[key] for key in ("gpus", "cloud", "size", "recipe") if key in base.forecast}
-    wanted = [f"--{key}={value}" for key, value in more.items()]
-    if "spot" in base.forecast and not base.forecast["spot"]:
-        wanted.append("--on-demand")
-    document = ask([f"--usd={base.usd + added:g}", "--prepared", *wanted])
-    plan = document["plans"][0]
-    given = {**environment, "CONFIG": "", "TRAIN_ARGS": ""}
-    settings, _, forecast = _training(plan, document["loss_scale"], given)
-    if "loss" not in base.forecast:
-        settings, forecast = base.settings, base.forecast
-    source = f"--run.branch_from={folder}@trunk"
-    arguments = " ".join([*settings["TRAIN_ARGS"].split(), source])
+    if not course.trunks(course.read(folder)):
+        raise ConfigError(f"{folder}: its training had no cooldown, so that no step is known from which it could go on")
+    forecast, steps = dict(base.forecast), []
+    if "loss" in forecast:
+        fixed = [f"--{key}={forecast[key]}" for key in ("gpus", "cloud", "size", "recipe")]
+        document = ask([f"--usd={base.usd + added:g}", "--prepared", *fixed])
+        same = [each for each in document["plans"] if each["machine"]["spot"] == forecast["spot"]]
+        if same:
+            _, _, forecast = _training(same[0], document["loss_scale"], {})
+            steps = [f"--train.steps={MORE_STEPS * same[0]['steps']}"]
+    known = base.settings["TRAIN_ARGS"].split()
+    kept = [each for each in known if not each.startswith(("--run.branch_from=", "--train.steps=" if steps else "-- "))]
+    mine = environment.get("TRAIN_ARGS", "").split()
+    arguments = [*kept, *steps, f"--run.branch_from={folder}@trunk", *mine]
     budget = replace(
         base,
         usd=added,
-        machines_usd=added * plan["machines_usd"] / plan["usd"],
-        settings={**base.settings, **settings, "DATA": base.settings["DATA"], "TRAIN_ARGS": arguments},
+        machines_usd=added * base.machines_usd / base.usd,
+        settings={**base.settings, "TRAIN_ARGS": " ".join(arguments)},
         train_tokens=0,
         forecast=forecast,
         began_at=time.time(),
         number=1,
     )
-    said = f"${added:g} more for {folder}: it goes on from the step before its rates fell"
-    return budget, [said, *_lines(plan)]
+    return budget, [f"${added:g} more for {folder}: it goes on from the step before its rates fell"]
 
 
 def ask(arguments: Sequence[str]) -> dict[str, Any]:
@@ -133,20 +132,20 @@ def _training(
     expected = {key: machine[key] for key in ("gpus", "cloud", "spot")} | {"parts": plan["parts"]}
     more = environment.get("TRAIN_ARGS", "").split()
     if config := environment.get("CONFIG"):
-        settings = {"CONFIG": config, "TRAIN_ARGS": " ".join([*BY_MONEY, *more])}
+        settings = {"CONFIG": config, "TRAIN_ARGS": " ".join([BY_MONEY, *more])}
         task = read_task(machine["task"], {**environment, **settings})
         if not isinstance(task.workload.config, PretrainConfig):
             raise ConfigError(task.workload.problem or f"CONFIG is {config!r}, must be a config of pretraining")
         length = task.workload.config.train.steps * task.workload.config.batch.tokens_per_step
         return settings, float(length), expected
     flags, tokens = list(plan["flags"]), plan["tokens"]
-    if BY_MONEY and plan["limited_by"] == "money":
+    if plan["limited_by"] == "money":
         steps = f"--train.steps={MORE_STEPS * plan['steps']}"
-        flags = [*(each for each in flags if not each.startswith("--train.steps=")), steps, *BY_MONEY]
+        flags = [*(each for each in flags if not each.startswith("--train.steps=")), steps]
         tokens = tokens * plan["usd"] / plan["usd_spent"]
     keys = ("loss", "loss_error", "loss_best", "loss_worst", "tokens", "steps", "hours", "usd", "size", "recipe")
     forecast = expected | {key: plan[key] for key in keys} | {"loss_scale": scale}
-    return {"CONFIG": plan["config"], "TRAIN_ARGS": " ".join([*flags, *more])}, tokens, forecast
+    return {"CONFIG": plan["config"], "TRAIN_ARGS": " ".join([*flags, BY_MONEY, *more])}, tokens, forecast
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------

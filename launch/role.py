@@ -3,15 +3,21 @@
     BUCKET=my-bucket python -m launch.role        (make role)
     python -m launch.role --undo                  (make role UNDO=1)
 
+SWITCH_MINUTES is the time without a sign of life after which a node on AWS ends itself.
+
 The role may read and write BUCKET/runs and BUCKET/data, list names in BUCKET, and end machines with this project's
 label (launch/node-policy.json). A condition on the listing would make S3 answer 403 for an object that does not exist.
 `.sky.yaml`, which SkyPilot reads in the folder in which `sky` is started, names the role for all clusters but the
-controller of managed jobs, which rents with your login. Needs your login to AWS, with IAM rights.
+controller of managed jobs, which rents with your login. It also has cloud-init start launch/node/switch.py at a node's
+first boot, before SkyPilot's own set-up. Needs your login to AWS, with IAM rights.
 """
 
+import base64
 import contextlib
+import gzip
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,7 @@ from clouds.aws import Aws
 from clouds.base import LABEL
 from core import bucket, environment, storage
 from core.console import run_entry
+from core.environment import positive
 from core.errors import ConfigError, one_line
 from core.stores import aws
 
@@ -32,6 +39,10 @@ SKY_CONFIG = Path(".sky.yaml")
 HEAD = "# Written by `make role`, removed by `make role UNDO=1`. SkyPilot reads it where `sky` is started.\n"
 # The first pattern that fits a cluster's name counts.
 IDENTITY = [{"sky-jobs-controller-*": "LOCAL_CREDENTIALS"}, {"*": ROLE}]
+SWITCH = Path(__file__).parent / "node/switch.py"
+# cloud-init runs what is in the folder at each boot.
+SWITCH_ON_NODE = "/var/lib/cloud/scripts/per-boot/pretrain-launcher-switch"
+SWITCH_MINUTES = re.compile(r"^MINUTES = (\S+)", re.M)
 TRUST = {
     "Version": "2012-10-17",
     "Statement": [{"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}],
@@ -50,7 +61,7 @@ def main(arguments: list[str]) -> int:
         if arguments:
             undo(iam)
         else:
-            make(iam, bucket.root(os.environ))
+            make(iam, bucket.root(os.environ), minutes=positive(os.environ, "SWITCH_MINUTES"))
     except (BotoCoreError, ClientError) as error:
         raise ConfigError(f"AWS refused to change the role {ROLE}: {one_line(error)}") from error
     return 0
@@ -62,6 +73,30 @@ def node_role(config: Path = SKY_CONFIG) -> str | None:
     if not isinstance(identity, list):
         return None
     return next((pair["*"] for pair in identity if isinstance(pair, dict) and "*" in pair), None)
+
+
+def switch_minutes(config: Path = SKY_CONFIG) -> float | None:
+    """The minutes without a sign of life after which a node ends itself; None if `.sky.yaml` starts no switch."""
+    for command in ((_read(config) or {}).get(CLOUD) or {}).get("post_provision_runcmd") or ():
+        found = re.fullmatch(rf"echo (\S+) \| base64 -d \| gunzip > {SWITCH_ON_NODE}", str(command))
+        if found and (minutes := SWITCH_MINUTES.search(gzip.decompress(base64.b64decode(found[1])).decode())):
+            return float(minutes[1])
+    return None
+
+
+def start_switch(minutes: float | None = None) -> list[str]:
+    """Commands of cloud-init that put the switch on a node and start it. SkyPilot takes one line each without `: `."""
+    text = SWITCH.read_text(encoding="utf-8")
+    if minutes:
+        text = SWITCH_MINUTES.sub(f"MINUTES = {minutes!r}", text)
+    # EC2 takes 16 KB of user data. The same text has the same bytes whenever it is packed.
+    packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return [
+        f"mkdir -p {Path(SWITCH_ON_NODE).parent}",
+        f"echo {packed} | base64 -d | gunzip > {SWITCH_ON_NODE}",
+        f"chmod 755 {SWITCH_ON_NODE}",
+        SWITCH_ON_NODE,
+    ]
 
 
 def policy(url: str) -> dict[str, Any]:
@@ -76,8 +111,11 @@ def policy(url: str) -> dict[str, Any]:
     return json.loads(text.replace("FOLDER", f"{folder}/" if folder else ""))
 
 
-def make(iam: Any, url: str, config: Path = SKY_CONFIG) -> None:
-    """Create the role and its instance profile, or set the policy of those that are there, and write `config`."""
+def make(iam: Any, url: str, config: Path = SKY_CONFIG, minutes: float | None = None) -> None:
+    """Create the role and its instance profile, or set the policy of those that are there, and write `config`.
+
+    A node ends itself after `minutes` without a sign of life; None: the default of launch/node/switch.py.
+    """
     document = policy(url)
     _check_config(config)
     tags = [{"Key": LABEL[0], "Value": LABEL[1]}]
@@ -92,9 +130,10 @@ def make(iam: Any, url: str, config: Path = SKY_CONFIG) -> None:
         iam.create_instance_profile(InstanceProfileName=ROLE, Tags=tags)
     if not iam.get_instance_profile(InstanceProfileName=ROLE)["InstanceProfile"]["Roles"]:
         iam.add_role_to_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE)
-    text = yaml.safe_dump({CLOUD: {"remote_identity": IDENTITY}}, sort_keys=False)
-    config.write_text(HEAD + text, encoding="utf-8")
+    settings = {CLOUD: {"remote_identity": IDENTITY, "post_provision_runcmd": start_switch(minutes)}}
+    config.write_text(HEAD + yaml.safe_dump(settings, sort_keys=False, width=1 << 16), encoding="utf-8")
     print(f"{config}: written; clusters that are up keep the identity that they have")
+    print(f"a node on AWS ends itself after {switch_minutes(config):g} minutes without a sign of life of a job")
 
 
 def undo(iam: Any, config: Path = SKY_CONFIG) -> None:

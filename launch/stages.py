@@ -26,8 +26,20 @@ PREPARATION, TRAINING, EVALUATION = "preparation", "training", "evaluation"
 PREPARATION_TIMES, PREPARATION_LEAST_USD = 3.0, 0.25
 # With less an evaluation's machine would end before it has begun.
 EVALUATION_LEAST_USD = 0.05
-# Variables that say something else in each stage, or name another run.
-_OF_STAGES = ("CONFIG", "TRAIN_ARGS", "PREP_ARGS", "EVAL_ARGS", "EXPORT", "MAX_USD", "RUN", "DATA", "GPUS", "INFRA")
+# Variables that say something else in each stage, or name another run. The price is that of the machine that trains.
+_OF_STAGES = (
+    "USD_PER_HOUR",
+    "CONFIG",
+    "TRAIN_ARGS",
+    "PREP_ARGS",
+    "EVAL_ARGS",
+    "EXPORT",
+    "MAX_USD",
+    "RUN",
+    "DATA",
+    "GPUS",
+    "INFRA",
+)
 _ENDED = ("finished", "cap")
 
 
@@ -55,7 +67,10 @@ def stages(run: str, budget: Budget, environment: Mapping[str, str]) -> list[Sta
     given |= {"RUN": run, "DATA": budget.settings["DATA"]}
     folder = RunFolder(bucket.url(given, "RUN"))
     data_url = bucket.url(given, "DATA")
-    found = [_training(run, budget, folder, given), _evaluation(budget, folder, data_url, given)]
+    found = [
+        _training(budget, folder, environment.get("USD_PER_HOUR", ""), given),
+        _evaluation(budget, folder, data_url, given),
+    ]
     if budget.train_tokens:
         found.insert(0, _preparation(run, budget, folder, data_url, given))
     return found
@@ -93,7 +108,8 @@ def newest_step(folder: RunFolder) -> int:
 
 
 def _preparation(run: str, budget: Budget, folder: RunFolder, data_url: str, given: Mapping[str, str]) -> Stage:
-    arguments = budget.settings.get("PREP_ARGS", "") or plan.preparation_arguments(budget.train_tokens)
+    # Later settings replace earlier ones.
+    arguments = f"{plan.preparation_arguments(budget.train_tokens)} {budget.settings.get('PREP_ARGS', '')}".strip()
     expected = budget.forecast.get("parts", {}).get(PREPARATION, 0.0)
     cap = min(max(PREPARATION_LEAST_USD, PREPARATION_TIMES * expected), budget.machines_usd / 2)
     # Below the run's own folder, because a node's key may be limited to it.
@@ -112,8 +128,8 @@ def _preparation(run: str, budget: Budget, folder: RunFolder, data_url: str, giv
     )
 
 
-def _training(run: str, budget: Budget, folder: RunFolder, given: Mapping[str, str]) -> Stage:
-    settings = {**given, **{name: budget.settings[name] for name in ("CONFIG", "TRAIN_ARGS")}}
+def _training(budget: Budget, folder: RunFolder, price: str, given: Mapping[str, str]) -> Stage:
+    settings = {**given, **{name: budget.settings[name] for name in ("CONFIG", "TRAIN_ARGS")}, "USD_PER_HOUR": price}
     return Stage(
         name=TRAINING,
         task=budget.task,

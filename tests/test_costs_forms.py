@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,7 +283,7 @@ def test_a_browser_shows_every_chart_and_logs_no_error(run, tmp_path):
     assert "CONSOLE" not in shown.stderr
     found = Page(shown.stdout)
     charts = [label for label in re.findall(r'aria-label="([^"]+)"', shown.stdout)]
-    assert len(charts) == 8  # four, each wide and narrow
+    assert len(charts) == 12  # four, in three widths
     assert len([path for path in found.paths if len(path) > 30]) >= 6
 
 
@@ -321,3 +322,19 @@ def test_thousands_of_segments_and_notes_do_not_bury_the_figures(tmp_path: Path)
     shown = [row[0] for row in tables.sheets(report)["segments"].rows]
     assert shown == [*map(str, range(1, 21)), "…", *map(str, range(41, 61))]
     assert len(report.segments) == 60
+
+
+def test_a_python_without_our_packages_is_replaced_or_told_what_to_do(tmp_path: Path):
+    copy = shutil.copy(REPOSITORY / "cost_report.py", tmp_path)
+    bare = [sys.executable, "-I", "-S", copy, "s3://b/runs/first"]  # without site-packages
+    told = subprocess.run(bare, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert re.fullmatch(
+        r"error: \S+ lacks dotenv, numpy, obstore, rich, yaml; run `make setup` once, then the same command again\n",
+        told.stderr,
+    )
+    python = tmp_path / ".venv-launch" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nshift\necho "replaced: $*"\n')
+    python.chmod(0o755)
+    assert subprocess.run(bare, capture_output=True, text=True).stdout == "replaced: s3://b/runs/first\n"

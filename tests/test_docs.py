@@ -29,7 +29,9 @@ def problem_of(command: str) -> str | None:
         is_target = words[1] in make_targets() or "=" in words[1]
         return None if is_target else f"no target {words[1]}"
     for option, module in itertools.pairwise(words):
-        if option == "-m" and "pytest" not in words and not (REPOSITORY / f"{module.replace('.', '/')}.py").exists():
+        place = module.replace(".", "/")
+        exists = any((REPOSITORY / f"{place}{end}").exists() for end in (".py", "/__main__.py"))
+        if option == "-m" and "pytest" not in words and not exists:
             return f"no module {module}"
     for word in words:
         is_ours = re.match(r"^(sky|trainer|data_prep|demo|bench)/.*\.(yaml|py)$", word) or word == "cost_report.py"

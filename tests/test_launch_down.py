@@ -1,4 +1,4 @@
-"""`make down` and `make logs` against what SkyPilot 0.14.1 prints, by a `sky` command that is a real process."""
+"""`make down`, `make logs` and `make watch` against what SkyPilot 0.14.1 prints, by a `sky` that is a real process."""
 
 import http.server
 import json
@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import pytest
 
-from clouds import lambda_labs
+from clouds import lambda_labs, skypilot
 from clouds.base import Cloud, Inventory, Leftover, Ownership
 from clouds.lambda_labs import LambdaLabs
 from clouds.providers import CLOUDS
 from core.errors import ConfigError
 from launch import down, left
+from launch.watch import Watch
 
 BROUGHT_UP = (
     "\x1b[2mFailed to connect to SkyPilot API server at http://127.0.0.1:46580. Starting a local server.\x1b[0m\n"
@@ -336,6 +337,20 @@ def test_logs_of_a_cluster_that_is_gone_name_the_command_that_shows_them(sky):
     assert "make logs FROM=bucket RUN=gpt2-124m" in done.stderr
 
 
+def test_logs_without_a_task_follow_what_was_launched_last(sky):
+    older = cluster("pretrain-8xa100", launched_at=1000)
+    foreign = cluster("somebody-elses", launched_at=3000)
+    sky(**{"jobs queue": said(job(4) | {"submitted_at": 2000.5}), "status": said(older, foreign)})
+    done = sky.run("launch.runs", "logs")
+    assert sky.called()[-1] == "jobs logs 4"
+    also = (
+        "following managed job pretrain-8xa100-spot, the newest; also up: cluster pretrain-8xa100 (make logs TASK=...)"
+    )
+    assert also in done.stdout
+    sky(**{"jobs queue": NO_CONTROLLER, "status": said(foreign)})
+    assert "nothing of this project runs; all output of a run is in the bucket" in sky.run("launch.runs", "logs").stderr
+
+
 # --- Lambda's key ----------------------------------------------------------------------------------------------
 
 KEY = "secret_of-the-team.0123456789abcdef"
@@ -457,3 +472,70 @@ def test_a_machine_of_somebody_else_on_lambda_is_listed_and_left_alone(cloud, la
     monkeypatch.setenv("ALL", "1")
     assert down.main(["--down"]) == 1
     assert lambda_api.terminated == []
+
+
+# --- make watch ------------------------------------------------------------------------------------------------
+
+
+def watched(cloud: Pretended, *clusters: dict, jobs: list[dict] | None = (), asked: bool = True) -> left.Survey:
+    return left.Survey(list(clusters) if asked else None, None if jobs is None else list(jobs), list(cloud.machines))
+
+
+def test_a_machine_that_never_gets_autostop_is_ended(cloud):
+    """Its launch died: SkyPilot has half a record of it, or none."""
+    cloud.has("a", mine=True, cluster=f"one-{USER}")
+    cloud.has("b", mine=True, cluster=f"two-{USER}")
+    half, watch = cluster("one", status="INIT", autostop=-1), Watch(600.0)
+    assert [line.partition(":")[0] for line in watch.step(watched(cloud, half), 0.0)] == ["a", "b"]
+    assert list(watch.step(watched(cloud, half), 599.0)) == []
+    assert [line.rpartition(", ")[2] for line in watch.step(watched(cloud, half), 600.0)] == ["and was ended"] * 2
+    assert cloud.ended == ["a", "b"]
+
+
+def test_a_machine_that_something_ends_is_left_alone(cloud):
+    cloud.has("with autostop", mine=True, cluster=f"one-{USER}")
+    cloud.has("of a job", mine=True, cluster=f"{SPOT_JOB}-7-{USER}")
+    cloud.has("of others", mine=False, cluster="three-ffffffff")
+    survey, watch = watched(cloud, cluster("one", autostop=2), jobs=[job(7)]), Watch(600.0)
+    assert [list(watch.step(survey, now)) for now in (0.0, 9999.0)] == [[], []]
+
+
+def test_autostop_in_time_is_the_end_of_the_matter(cloud):
+    cloud.has("a", mine=True, cluster=f"one-{USER}")
+    watch = Watch(600.0)
+    list(watch.step(watched(cloud, cluster("one", autostop=-1)), 0.0))
+    (said,) = watch.step(watched(cloud, cluster("one", autostop=2)), 500.0)
+    assert said == f"one-{USER}: has autostop now, or is gone"
+    list(watch.step(watched(cloud, cluster("one", autostop=-1)), 9999.0))
+    assert cloud.ended == []
+
+
+@pytest.mark.parametrize("missing", [{"asked": False}, {"jobs": None}])
+def test_while_skypilot_cannot_be_asked_the_watch_ends_nothing(cloud, missing):
+    cloud.has("a", mine=True, cluster=f"one-{USER}")
+    watch = Watch(600.0)
+    lines = [line for now in (0.0, 700.0, 1400.0) for line in watch.step(watched(cloud, **missing), now)]
+    assert lines == ["SkyPilot could not be asked, so that nothing is ended; `make down` ends what is yours"]
+    assert cloud.ended == []
+
+
+def test_an_api_that_refuses_is_asked_again(cloud):
+    def refuse() -> None:
+        raise urllib.error.URLError("no network")
+
+    machine = Leftover("a", mine=True, cluster=f"one-{USER}", end=refuse)
+    watch, survey = Watch(600.0), left.Survey([], [], [machine])
+    list(watch.step(survey, 0.0))
+    for now in (600.0, 660.0):
+        assert list(watch.step(survey, now)) == [
+            "a: could not be ended (<urlopen error no network>); it is tried again"
+        ]
+
+
+def test_a_server_that_hangs_is_an_answer_that_is_missing(sky, cloud, monkeypatch):
+    monkeypatch.setattr(skypilot, "LIST_SECONDS", 0.5)
+    sky(status=("", "", "waits"), **{"jobs queue": NO_CONTROLLER})
+    survey = left.look()
+    assert survey.clusters is None
+    assert "`sky status --verbose` did not answer within 0 s" in survey.unasked[0]
+    assert survey.exit_code == left.UNKNOWN

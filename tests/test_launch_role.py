@@ -193,3 +193,18 @@ def test_what_a_node_gets_besides_the_buckets_keys_is_said(said, tmp_path):
     assert said("pretrain-8xa100", AWS_ACCESS_KEY_ID="a")[1] == on_lambda
     Path(ours).expanduser().unlink()
     assert said("pretrain-8xa100-spot") == [f"ok  identity: a node on aws gets the role {role.ROLE}"]
+
+
+def test_what_ends_a_node_without_a_job_is_said(tmp_path, monkeypatch):
+    task = read_task(str(Path(__file__).parent.parent / "sky/pretrain-8xa100.yaml"), {})
+    monkeypatch.chdir(tmp_path)
+
+    def said() -> list[str]:
+        return [str(finding) for finding in identity.check_switch(task, {})]
+
+    nothing = " !  switch: nothing ends a node on {} if the launch dies before its first job; {}"
+    on_lambda = nothing.format("lambda", "`make watch` ends it then")
+    assert said() == [nothing.format("aws", "`make role` starts a switch at its boot"), on_lambda]
+    config = {"aws": {"remote_identity": role.IDENTITY, "post_provision_runcmd": role.start_switch(12.0)}}
+    Path(".sky.yaml").write_text(yaml.safe_dump(config))
+    assert said() == ["ok  switch: a node on aws ends itself 12 minutes after the last sign of life", on_lambda]

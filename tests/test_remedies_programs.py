@@ -12,7 +12,7 @@ import torch
 from core import bucket, environment
 from core.data import vocabulary
 from core.errors import LauncherError
-from core.run.cap import spent_by_earlier_segments
+from core.run.cap import Bounds, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.machine import Machine
 from core.settings import loader
@@ -178,11 +178,12 @@ def test_a_run_is_continued_elsewhere_with_the_printed_command(data_url: str, tm
 def test_a_cap_needs_a_price_or_is_removed(tmp_path: Path):
     folder = RunFolder(str(tmp_path))
     [name] = found(
-        r"set (USD_PER_HOUR) to .*, or remove the cap", refused(spent_by_earlier_segments, folder, Machine(), 5.0)
+        r"set (USD_PER_HOUR) to .*, or remove the cap",
+        refused(spent_by_earlier_segments, folder, Machine(), Bounds(5.0)),
     )
     usd = environment.positive({name: "2"}, name)
-    assert spent_by_earlier_segments(folder, Machine(usd_per_hour=usd), 5.0) == 0
-    assert spent_by_earlier_segments(folder, Machine(), 0.0) == 0
+    assert spent_by_earlier_segments(folder, Machine(usd_per_hour=usd), Bounds(5.0)).usd == 0
+    assert spent_by_earlier_segments(folder, Machine(), Bounds()).usd == 0
 
 
 def pretrain(data_url: str, ranks, *flags: str):
@@ -311,7 +312,7 @@ class Notes:
     ],
 )
 def test_commands_of_the_chat(line: str, said: str, remedy: str):
-    from trainer.inference.sampling import InferenceOptions, Sampling
+    from core.settings.inference import InferenceOptions, Sampling
 
     notes = Notes()
     model = type("Model", (), {"tuned": True, "name": "m"})()

@@ -83,7 +83,7 @@ def test_an_exchange_between_ranks_is_a_sign_of_life(ranks, tmp_path, monkeypatc
     )
     for exchange in exchanges:
         (tmp_path / "pulse").unlink(missing_ok=True)
-        monkeypatch.setattr(pulse, "_due", 0.0)
+        monkeypatch.setattr(pulse, "_due", {})
         exchange()
         assert (tmp_path / "pulse").exists()
 

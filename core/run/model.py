@@ -110,11 +110,16 @@ class Segment:
         return self.price.usd(self.seconds) if self.price and self.spans else None
 
     @property
+    def seconds_at_most(self) -> float:
+        """Upper bound of `seconds`: a killed machine may have run until just before its next heartbeat."""
+        return self.seconds + self.unheard_seconds
+
+    @property
     def usd_at_most(self) -> float | None:
-        """Upper bound of `usd`: a killed machine may have run until just before its next heartbeat."""
+        """Upper bound of `usd`."""
         if self.price is None or self.started_at is None:
             return None
-        return self.price.usd(self.seconds + self.unheard_seconds)
+        return self.price.usd(self.seconds_at_most)
 
     @property
     def unheard_seconds(self) -> float:

@@ -8,7 +8,6 @@ machines are ignored: their segments hold the same time, to the second.
 """
 
 import json
-import math
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,14 +37,14 @@ class Paid:
     host: str
     ended_at: float | None = None
 
-    def usd_at_most(self, now: float) -> float | None:
-        """Upper bound of its dollars until `now`."""
-        return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * self.seconds_at_most(now)
-
     def seconds_at_most(self, now: float) -> float:
         """Upper bound of its paid time until `now`."""
         end = min(now, self.seen_at + STARTING_SECONDS) if self.ended_at is None else self.ended_at
         return max(0.0, end - self.started_at)
+
+    def usd_at_most(self, now: float) -> float | None:
+        """Upper bound of its dollars until `now`; None if the price is unknown."""
+        return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * self.seconds_at_most(now)
 
     def is_in(self, segments: Iterable[Segment]) -> bool:
         """Whether a segment holds its time."""
@@ -68,18 +67,16 @@ def end(folder: RunFolder, attempt: str) -> None:
     _write(storage.join(folder.machines, attempt, "end.json"), {"time": time.time()})
 
 
-def unrecorded_usd(
-    folder: RunFolder, segments: Iterable[Segment], now: float, here: tuple[str | None, float] | None = None
-) -> float | None:
-    """Upper bound of the dollars of machines without a segment; None if a price is unknown. Raises StorageError.
+def unrecorded(
+    folder: RunFolder, segments: Iterable[Segment], here: tuple[str | None, float] | None = None
+) -> list[Paid]:
+    """The machines without a segment. Raises StorageError.
 
     `here` is this machine, by host and start, if it is about to open its segment: it is left out.
     """
     segments = list(segments)
     machines = read_all(folder, storage.list_names(folder.machines))
-    others = [each for each in machines if not each.is_at(here) and not each.is_in(segments)]
-    amounts = [each.usd_at_most(now) for each in others]
-    return None if None in amounts else math.fsum(amounts)
+    return [each for each in machines if not each.is_at(here) and not each.is_in(segments)]
 
 
 def read_all(folder: RunFolder, attempts: Iterable[str]) -> list[Paid]:

@@ -15,10 +15,11 @@ from typing import Any, Self
 
 from core import secrets, stop
 from core.errors import CapReached, one_line
-from core.run.cap import OthersWatch, SpendingCap, spent_by_earlier_segments
+from core.run.cap import Bounds, OthersWatch, SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.journal import Journal
 from core.run.ledger import Ledger
+from core.run.log import StoredLog
 from core.run.machine import (
     Machine,
     machine_from_environment,
@@ -43,6 +44,7 @@ class Opening:
     gpu: str | None = None
     gpus_per_node: int = 0
     max_usd: float = 0.0
+    max_hours: float = 0.0
     shutdown_seconds: float = 0.0
     is_per_node: bool = False  # each node opens a segment, at its share of the price
     has_metrics: bool = False
@@ -59,6 +61,7 @@ class SegmentLog:
         number: int = 0,
         is_new_run: bool = False,
         watch: OthersWatch | None = None,
+        log_lines: StoredLog | None = None,
     ):
         self.ledger = ledger
         self.metrics = metrics
@@ -66,6 +69,7 @@ class SegmentLog:
         self.number = ledger.segment if ledger else number
         self.is_new_run = is_new_run
         self._watch = watch
+        self._log_lines = log_lines
 
     def phase(self, name: str):
         return self.ledger.phase(name) if self.ledger else contextlib.nullcontext()
@@ -110,6 +114,8 @@ class SegmentLog:
             # `details` may hold the error message of another library, which may contain a key.
             plain = {key: secrets.scrub(each) if isinstance(each, str) else each for key, each in details.items()}
             self.ledger.close(reason, step, **plain)
+        if self._log_lines:
+            self._log_lines.end()
 
     def __enter__(self) -> Self:
         return self
@@ -130,12 +136,15 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     if opening.is_per_node:
         machine = one_node_of(machine)
     program = program_versions(opening.packages) | {"stage": opening.stage} | dict(opening.program or {})
-    before = spent_by_earlier_segments(folder, machine, opening.max_usd, segment_started_at())
+    bounds = Bounds(opening.max_usd, opening.max_hours)
+    before = spent_by_earlier_segments(folder, machine, bounds, segment_started_at())
     ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())
-    cap = SpendingCap(ledger, opening.max_usd, opening.shutdown_seconds, before)
+    cap = SpendingCap(ledger, bounds, opening.shutdown_seconds, before)
     metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
-    watch = OthersWatch(cap, folder.url, ledger.segment) if opening.max_usd else None
-    return SegmentLog(ledger, metrics, cap, is_new_run=is_new, watch=watch)
+    watch = OthersWatch(cap, folder.url, ledger.segment) if bounds != Bounds() else None
+    name = f"by-hand-{ledger.segment:06d}"
+    log_lines = StoredLog.begin(folder, name, environment) if opening.has_metrics else None
+    return SegmentLog(ledger, metrics, cap, is_new_run=is_new, watch=watch, log_lines=log_lines)
 
 
 def one_node_of(machine: Machine) -> Machine:

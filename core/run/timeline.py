@@ -22,6 +22,7 @@ SHOWN = {
     "train": ("tokens", "loss", "tokens_per_second", "mfu"),
     "eval": ("tokens", "val_loss"),
     "hellaswag": ("accuracy", "accuracy_norm"),
+    "forecast": ("val_loss", "error", "end", "usd"),
 }
 
 # Gaps and overlaps up to this length are ignored: spans of a segment have none, but their stored ends are rounded.

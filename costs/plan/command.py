@@ -8,15 +8,16 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 
 from clouds import providers
 from clouds.catalog import Catalog
 from core import figures, urls
 from core.errors import ConfigError
+from core.loss import law
 from costs import discover, estimate_command, render
-from costs.plan import chart, law, machines, own, planner, recipes, refit, stages, view
+from costs.plan import chart, machines, own, planner, recipes, refit, stages, view
 from costs.plan.machines import Wanted
 from costs.plan.own import Own
 from costs.plan.planner import PREPARATION, Answer, Buyer, Prices, Question
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> None:
         document = view.document(answer, fitted, catalog.source, today, notes, os.environ.get("BUCKET", ""))
         print(json.dumps(document, indent=1))
     else:
-        _show(answer, notes, today)
+        _show(answer, notes, today, _constraints(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,23 +107,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(answer: Answer, notes: Sequence[str], today: date) -> None:
+def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str, str]) -> None:
     console = render.console()
     console.print(f"[bold]{view.headline(answer)}[/bold]", highlight=False)
     console.print(render.terminal_table(view.plans(answer)))
     for line in notes[: view.LEGEND]:
         console.print(line, markup=False)
+    usd, bucket = answer.question.usd, os.environ.get("BUCKET", "")
+    for what, command in (
+        (
+            "To do all of plan 1 (rents machines): prepare, train, evaluate, export:",
+            view.run_command(usd, bucket, given),
+        ),
+        ("To launch only its training:", view.command(answer.plans[0], usd, bucket)),
+    ):
+        console.print(what, markup=False)
+        console.file.write(f"  {command}\n")  # not through the console, which would break the line: it is to be copied
     console.print()
     console.print(render.terminal_table(view.bill(answer, today)))
-    console.print("To launch plan 1 (rents machines):", markup=False)
-    # Not through the console, which would break the line: it is to be copied.
-    console.file.write(f"  {view.command(answer.plans[0], answer.question.usd, os.environ.get('BUCKET', ''))}\n\n")
     for line in notes[view.LEGEND :]:
         console.print(line, markup=False)
     if answer.refusals:
         console.print("not planned:", markup=False)
     for line in view.refusals(answer):
         console.print(f"  {line}", markup=False)
+
+
+def _constraints(options: argparse.Namespace) -> dict[str, str]:
+    """The flags that `make run` is to be given too, by name; "" for one without a value."""
+    names = ("deadline", "gpus", "cloud", "size", "recipe", "refuse_stale")
+    found = {name.replace("_", "-"): value for name in names if (value := getattr(options, name)) is not None}
+    return found | ({"on-demand": ""} if options.on_demand else {})
 
 
 def _beside(prices: Prices) -> list[str]:

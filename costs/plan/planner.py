@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core.figures import dollars, quantity
+from core.loss.law import LEAST_TOKENS, Law
 from core.settings.model import flops_per_token
 from core.settings.training import PretrainConfig
 from core.task import Workload
@@ -20,7 +21,6 @@ from costs import forecast, throughput
 from costs.forecast import Assumptions, Effort, ForecastRow
 from costs.model import StorageRates
 from costs.plan import recipes
-from costs.plan.law import LEAST_TOKENS, Law
 from costs.plan.machines import Machine, Refusal
 from costs.plan.recipes import Candidate
 from costs.throughput import Measured, Throughput

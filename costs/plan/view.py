@@ -9,8 +9,9 @@ from typing import Any
 
 from core import figures
 from core.figures import quantity
-from costs.plan import law, recipes
-from costs.plan.law import Law
+from core.loss import law
+from core.loss.law import Law
+from costs.plan import recipes
 from costs.plan.machines import STALE_DAYS, Machine
 from costs.plan.planner import EVALUATION, PREPARATION, RESERVE, Answer, Plan
 from costs.plan.refit import Refit
@@ -49,11 +50,20 @@ def command(each: Plan, usd: float, bucket: str = "") -> str:
     return " ".join(words)
 
 
+def run_command(usd: float, bucket: str, constraints: Mapping[str, str]) -> str:
+    """What to type to do all of plan 1. `constraints` are the flags of the question, by name."""
+    names = {"gpus": "GPUS", "deadline": "DEADLINE", "on-demand": "ON_DEMAND"}
+    words = [f"BUCKET={shlex.quote(bucket or 'my-bucket')}"]
+    if constraints.keys() <= names.keys():
+        words += [f"{names[name]}={shlex.quote(value or '1')}" for name, value in constraints.items()]
+        return " ".join(["make run", f"USD={usd:g}", *words])
+    flags = [shlex.quote(f"--{name}={value}" if value else f"--{name}") for name, value in constraints.items()]
+    return " ".join([*words, ".venv-launch/bin/python -m launch.run", f"--usd={usd:g}", *flags])
+
+
 def headline(answer: Answer) -> str:
     best = answer.plans[0]
-    model = f"a {best.candidate.size} model ({quantity(best.candidate.parameters)} parameters with both vocabularies)"
-    if best.candidate.settings.model.tie_embeddings:
-        model = f"a {best.candidate.size} model ({quantity(best.candidate.parameters)} parameters)"
+    model = f"a {best.candidate.size} model ({quantity(best.candidate.parameters)} parameters, embeddings included)"
     time = figures.duration(best.hours * 3600)
     sum_said = f"${figures.dollars(best.usd)} of ${figures.dollars(answer.question.usd)}"
     if best.limit == "money":

@@ -28,6 +28,8 @@ BUILD_SECONDS=5400
 TEST_SECONDS=600     # a self-test of an image
 INSTALL_SECONDS=900
 TRY_MACHINES_MINUTES=15
+# Of launch/node/switch.py, which ends a machine without signs of life.
+SWITCH_FOLDER=/var/lib/pretrain-launcher
 
 say() { printf '%s %s\n' "$(date -u +%T)" "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -102,6 +104,24 @@ refuse_without_compat() { # CAUSE
 holds_compat() { # TARGET
   within $TEST_SECONDS run --rm --network none "$NAME:$1" test -e "$COMPAT/libcuda.so.1"
 }
+
+# Starts the switch of a machine that SkyPilot rented, unless the first boot has, and gives signs of life as long as this
+# shell runs, or until live_no_more. The signs stop with this shell even if it is killed.
+PULSE=
+live() {
+  [ -n "${SKYPILOT_CLUSTER_INFO:-}" ] || return 0
+  sudo -n timeout -k 5 60 python3 launch/node/switch.py --ours ${SWITCH_MINUTES:+"$SWITCH_MINUTES"} \
+    </dev/null >/dev/null 2>&1 || say "launch/node/switch.py did not start: nothing ends this machine if its jobs hang"
+  if [ -d "$SWITCH_FOLDER" ] && [ "${SKYPILOT_NUM_NODES:-1}" != 1 ]; then
+    head -n 1 <<<"${SKYPILOT_NODE_IPS:-}" >"$SWITCH_FOLDER/head"
+  fi
+  while kill -0 $$; do
+    touch -c "$SWITCH_FOLDER/alive"
+    sleep 10
+  done </dev/null >/dev/null 2>&1 &
+  PULSE=$!
+}
+live_no_more() { [ -z "$PULSE" ] || kill "$PULSE" 2>/dev/null || true; }
 
 SUDO=()
 find_docker() {
@@ -221,9 +241,9 @@ run() { # TARGET COMMAND ...
     case $name in
       # Programs do not get the login by which SkyPilot rents: the bucket has separate keys.
       AWS_ACCESS_KEY_ID | AWS_SECRET_ACCESS_KEY | AWS_SESSION_TOKEN | AWS_PROFILE) ;;
-      SKYPILOT_* | BUCKET_* | AWS_* | AZURE_* | NCCL_* | DEVICE | MAX_USD | USD_PER_HOUR | PRICE_SOURCE | \
+      SKYPILOT_* | BUCKET_* | AWS_* | AZURE_* | NCCL_* | DEVICE | MAX_USD | MAX_HOURS | MAX_RESTART_USD | USD_PER_HOUR | PRICE_SOURCE | \
         CLOUD | REGION | ZONE | INSTANCE_TYPE | USE_SPOT | RUN_URL | DATA_URL | SOURCE_URL | VOCAB_URL | RUN_TAGS | \
-        WANDB_PROJECT | WANDB_API_KEY | MLFLOW_TRACKING_URI | MLFLOW_EXPERIMENT_NAME | \
+        OPENAI_API_KEY | OPENAI_BASE_URL | SERVE_API_KEY | WANDB_PROJECT | WANDB_API_KEY | MLFLOW_TRACKING_URI | MLFLOW_EXPERIMENT_NAME | \
         RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | SEGMENT_STARTED_AT | NODE_XIDS | IMAGE_DIGEST)
         # Libraries read an empty AWS_ENDPOINT_URL or AWS_ACCESS_KEY_ID as a value.
         [ -z "${!name}" ] || options+=(-e "$name") ;;
@@ -236,6 +256,11 @@ run() { # TARGET COMMAND ...
   if [ -n "$OLD_DRIVER" ] && [ "${DEVICE:-}" = cuda ] && holds_compat "$target"; then
     options+=(-e "LD_LIBRARY_PATH=$COMPAT")
   fi
+  # The program gives the signs of life from here on: this shell would also wait for a docker engine that hangs.
+  if [ -n "$PULSE" ] && [ -d "$SWITCH_FOLDER" ]; then
+    options+=(-v "$SWITCH_FOLDER:$SWITCH_FOLDER" -e "ALIVE_FILE=$SWITCH_FOLDER/alive")
+  fi
+  live_no_more
   for device in /dev/infiniband/*; do [ ! -e "$device" ] || options+=(--device "$device"); done
   # AWS's GPU machine images hold libfabric and its NCCL plugin here; our image does not.
   for name in /opt/amazon/efa /opt/amazon/ofi-nccl; do [ ! -d "$name" ] || options+=(-v "$name:$name:ro"); done
@@ -266,13 +291,13 @@ leave() { # EXIT_CODE
 }
 
 case "${1:-} $#" in
-  "image 2") check_driver; find_docker; image "$2" ;;
-  "build 2" | "push 2") find_docker; "$1" "$2" ;;
+  "image 2") live; check_driver; find_docker; image "$2" ;;
+  "build 2" | "push 2") live; find_docker; "$1" "$2" ;;
   "run "[3-9] | "run "[1-9][0-9]*)
     trap 'leave $?' EXIT
     trap 'exit 143' TERM
     trap 'exit 130' INT
     trap 'exit 129' HUP
-    find_docker; shift; run "$@" ;;
+    live; find_docker; shift; run "$@" ;;
   *) sed -n 2,7p "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

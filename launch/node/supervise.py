@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from core import stop
+from core import pulse, stop
 from core.environment import positive
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ class Child:
         hung = answered = False
         while self.process.poll() is None:
             time.sleep(POLL_SECONDS)
+            pulse.sign_of_life()
             self._started |= descendants_of(self.process.pid)
             self._pass_stop_on()
             if self._is_overdue():

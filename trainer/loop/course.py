@@ -151,7 +151,8 @@ def _copy_checkpoint(stage: Stage, folder: RunFolder, origin: str) -> None:
             )
         storage.write_bytes(storage.join(layout.folder_of(folder.url, step), file.name), data)
     state = {**manifest.state, "config": stage.config, "data_fingerprint": stage.fingerprint, "origin": origin}
-    layout.write_marker(folder.url, dataclasses.replace(manifest, state=state))
+    # Segment 0: no segment of this run has stored it.
+    layout.write_marker(folder.url, dataclasses.replace(manifest, segment=0, state=state))
     log.info("step %d of %s is copied", step, source)
 
 

@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""Ends this machine if no job of ours gives a sign of life for MINUTES: a dead man's switch, run as root.
+
+    switch.py                     from cloud-init at each boot of a node on AWS, where `make role` puts this file
+    switch.py --ours [MINUTES]    from launch/node/container.sh on any node
+
+A change of the time of ALIVE is a sign of life: launch/node/container.sh gives one while it makes an image or starts a
+container, launch.node while it supervises. Until the first one the time counts from the boot. At the end the machine is
+terminated by its cloud, as far as the node's role or key allows; otherwise it is powered off, which ends a spot machine
+and stops another one.
+
+cloud-init starts this on every machine that SkyPilot rents on AWS from the project's folder. A controller of SkyPilot
+and a machine of another project are left alone. With `--ours` nothing is asked, because our job runs here; a machine
+that is neither on AWS nor on Lambda is left alone.
+
+In a cluster of several nodes one may be done hours before another, and SkyPilot ends them together. So a silent node
+waits as long as the head of its cluster answers, for OTHERS_SECONDS at most.
+
+A copy of this file runs alone on a new machine, and therefore uses only the standard library of Python 3.8.
+"""
+
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+import xml.etree.ElementTree
+
+MINUTES = 30.0  # `make role` writes another number here
+FOLDER = "/var/lib/pretrain-launcher"
+ALIVE = FOLDER + "/alive"
+HEAD = FOLDER + "/head"  # the address of the head of a cluster of several nodes
+OTHERS_SECONDS = 6 * 3600.0
+LABEL = ("project", "pretrain-launcher")
+CONTROLLERS = ("sky-jobs-controller-", "sky-serve-controller-")
+ROLE = "pretrain-launcher-node"
+POLL_SECONDS = 10.0
+REQUEST_SECONDS = 20.0
+METADATA_SECONDS = 3.0
+# The cloud takes this long at most between its answer and the end of the machine.
+GRACE_SECONDS = 60.0
+LAMBDA = "https://cloud.lambdalabs.com/api/v1/"
+EC2_VERSION = "2016-11-15"
+
+
+def main(arguments):
+    if arguments[:1] not in ([], ["--ours"]) or len(arguments) > 2:
+        return "usage: switch.py [--ours [MINUTES]]"
+    minutes = float(arguments[1]) if arguments[1:] else MINUTES
+    if arguments and not (is_on_lambda() or is_on_aws()):
+        return 0
+    os.makedirs(FOLDER, exist_ok=True)
+    os.chmod(FOLDER, 0o1777)
+    lock = open(FOLDER + "/lock", "w")  # noqa: SIM115 - held until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return 0  # it runs already
+    if not os.path.exists(ALIVE):
+        open(ALIVE, "w").close()
+    os.chmod(ALIVE, 0o666)  # jobs are not root
+    if os.fork():
+        return 0
+    os.setsid()
+    with open(FOLDER + "/switch.log", "a") as log:
+        for number in (1, 2):
+            os.dup2(log.fileno(), number)
+    say(f"ends this machine after {minutes:g} minutes without a sign of life")
+    wait_for_silence(minutes)
+    if arguments or is_ours():
+        end()
+    return 0
+
+
+def wait_for_silence(minutes):
+    """Return once ALIVE has not changed for so long. The clock of the system may jump meanwhile."""
+    last, seen, silent = time.monotonic(), modified(), 0.0
+    while silent < minutes * 60 or (silent < OTHERS_SECONDS and cluster_lives()):
+        time.sleep(min(POLL_SECONDS, minutes * 6))
+        if modified() != seen:
+            last, seen = time.monotonic(), modified()
+        silent = time.monotonic() - last
+
+
+def cluster_lives():
+    """Whether this node is one of several, and their head answers."""
+    try:
+        with open(HEAD) as file:
+            address = file.read().strip()
+        if address:
+            socket.create_connection((address, 22), METADATA_SECONDS).close()
+        return bool(address)
+    except OSError:
+        return False
+
+
+def modified():
+    try:
+        return os.stat(ALIVE).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def is_ours():
+    """Whether this is a machine on AWS for a job of ours, by its tags, else by its role."""
+    try:
+        tags = own_tags()
+    except Exception as error:  # no network, no permission: any error of the request
+        say(f"tags: {error}")
+        return has_our_role()
+    cluster = tags.get("ray-cluster-name", "")
+    ours = tags.get(LABEL[0]) == LABEL[1] and not cluster.startswith(CONTROLLERS)
+    say(f"cluster {cluster or '?'} {'is of this project' if ours else 'is left alone'}")
+    return ours
+
+
+def has_our_role():
+    """Whether the machine has the role that `make role` gives to nodes, or cannot say which: then nobody knows it."""
+    try:
+        profile = json.loads(metadata("iam/info")).get("InstanceProfileArn", "")
+    except Exception as error:
+        say(f"role: {error}")
+        return True
+    say(f"role {profile}")
+    return profile.rpartition("/")[2] == ROLE
+
+
+def end():
+    """Terminate this machine, or power it off. Tries again until it is gone."""
+    while True:
+        for terminate in (terminate_on_aws, terminate_on_lambda):
+            try:
+                say(terminate())
+            except Exception as error:  # another cloud, no network, no permission: any error of the request
+                say(f"{terminate.__name__}: {error}")
+            else:
+                time.sleep(GRACE_SECONDS)
+        if not is_on_lambda():
+            say("powered off")
+            subprocess.call(["shutdown", "-h", "now"])
+        time.sleep(GRACE_SECONDS)
+
+
+# --- AWS -------------------------------------------------------------------------------------------------------
+
+
+def metadata(path):
+    """An item of the instance metadata service (IMDSv2)."""
+    base = (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254").rstrip("/") + "/latest/"
+    wanted = {"X-aws-ec2-metadata-token-ttl-seconds": "300"}
+    token = direct(urllib.request.Request(base + "api/token", headers=wanted, method="PUT"))
+    return direct(urllib.request.Request(base + "meta-data/" + path, headers={"X-aws-ec2-metadata-token": token}))
+
+
+def direct(request):
+    """The answer without a proxy: the service is local to the machine."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=METADATA_SECONDS) as answer:
+        return answer.read().decode()
+
+
+def is_on_aws():
+    try:
+        return metadata("instance-id").startswith("i-")
+    except Exception:  # there is no such service
+        return False
+
+
+def own_tags():
+    tags = {}
+    for item in xml.etree.ElementTree.fromstring(ec2("DescribeInstances")).iter():
+        named = {child.tag.rpartition("}")[2]: child.text or "" for child in item}
+        if set(named) == {"key", "value"}:
+            tags[named["key"]] = named["value"]
+    return tags
+
+
+def terminate_on_aws():
+    ec2("TerminateInstances")
+    return "terminated by EC2"
+
+
+def ec2(action):
+    """EC2's answer to an action on this machine, with the keys of its role."""
+    region, instance = metadata("placement/region"), metadata("instance-id")
+    role = metadata("iam/security-credentials/").split()[0]
+    keys = json.loads(metadata("iam/security-credentials/" + role))
+    query = {"Action": action, "InstanceId.1": instance, "Version": EC2_VERSION}
+    body = urllib.parse.urlencode(sorted(query.items()))
+    url = endpoint() or f"https://ec2.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}"
+    headers = signed(url, region, body, keys, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
+    request = urllib.request.Request(url + "/", body.encode(), headers)
+    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
+        return answer.read().decode()
+
+
+def endpoint():
+    """The address of EC2 if the machine's image sets another one than AWS's."""
+    found = dict(os.environ)
+    try:
+        with open("/etc/environment") as file:
+            pairs = [line.strip().partition("=") for line in file if "=" in line]
+        found = {**{name: value.strip("\"'") for name, _, value in pairs}, **found}
+    except OSError:
+        pass
+    return (found.get("AWS_ENDPOINT_URL_EC2") or found.get("AWS_ENDPOINT_URL") or "").rstrip("/")
+
+
+def signed(url, region, body, keys, now):
+    """The headers of a POST of `body` to EC2, signed with AWS's Signature Version 4."""
+    headers = {
+        "content-type": "application/x-www-form-urlencoded; charset=utf-8",
+        "host": urllib.parse.urlsplit(url).netloc,
+        "x-amz-date": now,
+    }
+    if keys.get("Token"):
+        headers["x-amz-security-token"] = keys["Token"]
+    names = ";".join(sorted(headers))
+    lines = ["POST", "/", "", *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names]
+    request = "\n".join([*lines, hashlib.sha256(body.encode()).hexdigest()])
+    scope = f"{now[:8]}/{region}/ec2/aws4_request"
+    text = "\n".join(["AWS4-HMAC-SHA256", now, scope, hashlib.sha256(request.encode()).hexdigest()])
+    key = ("AWS4" + keys["SecretAccessKey"]).encode()
+    for part in [*scope.split("/"), text]:
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    credential = f"{keys['AccessKeyId']}/{scope}"
+    said = f"Credential={credential}, SignedHeaders={names}, Signature={key.hex()}"
+    headers["authorization"] = f"AWS4-HMAC-SHA256 {said}"
+    return headers
+
+
+# --- Lambda ----------------------------------------------------------------------------------------------------
+
+
+def lambda_keys():
+    """The file that SkyPilot copies to a node, with which the node ends itself."""
+    return os.path.expanduser(f"~{os.environ.get('SUDO_USER', '')}/.lambda_cloud/lambda_keys")
+
+
+def is_on_lambda():
+    """Lambda bills a machine that is off, until its API ends it, and a machine that is off cannot ask for that."""
+    return os.path.exists(lambda_keys()) and not is_on_aws()
+
+
+def terminate_on_lambda():
+    here = set(subprocess.check_output(["hostname", "-I"]).decode().split())
+    ids = [each["id"] for each in lambda_api("instances") if {each.get("ip"), each.get("private_ip")} & here]
+    if len(ids) != 1:  # private addresses of two regions may be equal
+        raise OSError(f"{len(ids)} of its machines have one of the addresses {' '.join(sorted(here))}")
+    lambda_api("instance-operations/terminate", {"instance_ids": ids})
+    return "terminated by Lambda"
+
+
+def lambda_api(path, body=None):
+    with open(lambda_keys()) as file:
+        pairs = dict(line.strip().split(" = ", 1) for line in file if " = " in line)
+    headers = {"Authorization": "Bearer " + pairs["api_key"], "Content-Type": "application/json"}
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(
+        urllib.request.Request(LAMBDA + path, data, headers), timeout=REQUEST_SECONDS
+    ) as answer:
+        return json.loads(answer.read().decode())["data"]
+
+
+def say(text):
+    print(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
