@@ -30,7 +30,7 @@ def as_html(report: CostReport, now: float) -> str:
         '<div class="grid">',
         *_charts(report),
         f'<div class="stack">{tables["phases"]}{tables.get("groups", "")}</div>',
-        f'<div class="stack">{tables.get("units", "")}{tables.get("storage", "")}</div>',
+        f'<div class="stack">{tables.get("forecast", "")}{tables.get("units", "")}{tables.get("storage", "")}</div>',
         tables["segments"],
         tables["origins"],
         "</div>",

@@ -14,6 +14,8 @@ from core.run.model import Lost, Run, Segment
 from core.run.phases import REPORT_PHASES
 from core.run.timeline import SHOWN
 from costs.cells import Cell, Spend, attribute, cells, summed_up
+from costs.foreseen import Comparison, Foreseen, compare
+from costs.foreseen import read as read_forecast
 from costs.model import Origin, Outside, StorageUse
 from costs.notes import notes, some
 from costs.sharing import shares_of
@@ -85,6 +87,8 @@ class CostReport:
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     is_managed: bool = False
+    foreseen: Foreseen | None = None
+    forecast: list[Comparison] = field(default_factory=list)
 
     @property
     def has_prices(self) -> bool:
@@ -102,6 +106,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     `outside` holds what other sources add to the ledger (costs.sources).
     """
     outside = outside or Outside()
+    foreseen = read_forecast(run)
     lost = run.lost(now)
     attributed = attribute(run, lost, shares_of(run, outside.neighbours))
     more_seconds = outside.more_seconds if outside.is_asked else unheard(run, now)
@@ -156,6 +161,8 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
         storage=outside.storage,
         notes=[*run.problems, *outside.notes, *notes(run)],
         missing=outside.missing,
+        foreseen=foreseen,
+        forecast=compare(foreseen, summed) if foreseen else [],
         is_managed=any(segment.launcher.get("managed_job_id") for segment in run.segments),
     )
 
