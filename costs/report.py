@@ -12,9 +12,10 @@ from core import figures
 from core.run.machine import Price
 from core.run.model import Lost, Run, Segment
 from core.run.phases import REPORT_PHASES
+from costs.about import About, about, stretches
 from costs.cells import Cell, Spend, attribute, cells
 from costs.model import Origin, Outside, StorageUse
-from costs.notes import notes, some
+from costs.notes import notes_on_money, notes_on_time, some
 from costs.sharing import shares_of
 from costs.units import Curves, Units, curves, units
 from costs.uptime import unheard
@@ -84,6 +85,7 @@ class CostReport:
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     is_managed: bool = False
+    about: About = About()
 
     @property
     def has_prices(self) -> bool:
@@ -146,13 +148,14 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
             _on_demand_usd(parts, on_demand),
             outside.times,
         ),
-        curves=curves(run, spend),
+        curves=replace(curves(run, spend), machines=stretches(run, attributed, outside.times)),
         tags=tuple(sorted({tag for segment in run.segments for tag in segment.tags})),
         origins=[*_origins(run), *outside.origins],
         storage=outside.storage,
-        notes=[*run.problems, *outside.notes, *notes(run)],
+        notes=[*notes_on_money(run), *run.problems, *outside.notes, *notes_on_time(run)],
         missing=outside.missing,
         is_managed=any(segment.launcher.get("managed_job_id") for segment in run.segments),
+        about=about(run, outside.budget),
     )
 
 
