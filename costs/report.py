@@ -86,6 +86,7 @@ class CostReport:
     missing: list[str] = field(default_factory=list)
     is_managed: bool = False
     about: About = About()
+    charges: list[Cell] = field(default_factory=list)  # of which the lines of all tables are sums
 
     @property
     def has_prices(self) -> bool:
@@ -156,6 +157,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
         missing=outside.missing,
         is_managed=any(segment.launcher.get("managed_job_id") for segment in run.segments),
         about=about(run, outside.budget),
+        charges=parts,
     )
 
 

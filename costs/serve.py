@@ -12,12 +12,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 from core import output, secrets
 from core.errors import ConfigError, LauncherError, RunError, one_line
-from costs import discover, live
+from costs import discover, live, notify
+from costs.notify import Watched
 from costs.report import CostReport
 
 log = logging.getLogger("costs")
@@ -72,6 +74,8 @@ def serve(options: argparse.Namespace, reports: Reports) -> None:
     else:
         discover.runs_url(os.environ)
     server = bound(options.port, handler(reports, options.run_url, options.every))
+    ended = threading.Event()
+    notify.keep_looking(Watched.by_environment(), partial(_watched, reports, options.run_url), options.every, ended)
     port = server.server_address[1]
     print(
         f"http://{HOST}:{port} shows {options.run_url or 'all runs'}; from another computer: "
@@ -83,6 +87,13 @@ def serve(options: argparse.Namespace, reports: Reports) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             return
+        finally:
+            ended.set()
+
+
+def _watched(reports: Reports, run_url: str | None) -> list[CostReport]:
+    """The runs whose changes are told."""
+    return [reports.of(run_url)] if run_url else reports.all()
 
 
 def bound(port: int, answers: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:

@@ -19,6 +19,7 @@ from core.errors import ConfigError, LauncherError, RunError, one_line
 from core.run import cache
 from core.run.reader import read_run
 from costs import compare, discover, render, tables
+from costs.notify import Watched
 from costs.report import FINAL, RUNNING, CostReport, build
 from costs.sources import ask_others
 
@@ -135,11 +136,14 @@ def _watch(options: argparse.Namespace) -> None:
     if not console.is_terminal:
         raise ConfigError("--watch needs a terminal; call cost_report.py repeatedly instead")
 
+    watched = Watched.by_environment()
+
     def current() -> tuple[bool, RenderableType]:
         try:
             report = _report(options.run_url, options)
         except RunError as error:
             return True, Text(f"waiting: {error}")
+        watched.look(report, time.time())
         return may_go_on(report), render.render(report, console.width)
 
     goes_on, shown = current()
