@@ -24,10 +24,16 @@ STAMP := $(VENV)/$(call stamp,dev)$(if $(GPU),-$(call stamp,train-cuda))
 DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_VENV)/$(call stamp,demo))
 
-.PHONY: help setup demo test test-all test-slow chaos lint docs bench-prep clean
+# Every target with a help text is a command, whatever files are here.
+.PHONY: help $(shell sed -nE 's/^([a-z][a-z-]*):.* \#\# .*/\1/p' Makefile launch/targets.mk)
 
-help: ## list the targets
-	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+# A line `##@ TITLE` begins a group of targets. Those for work on the code are listed last.
+help:
+	@awk -F ':.*## ' '/^##@ / {late = /code$$/; line = "\n" substr($$0, 5) "\n"} \
+	  /^[a-z][a-z-]*:.*## / {line = sprintf("  make %-14s %s\n", $$1, $$2)} \
+	  {if (late) last = last line; else printf "%s", line; line = ""} END {printf "%s", last}' Makefile launch/targets.mk
+
+##@ On this computer
 
 setup: $(STAMP) ## install everything that demo and tests need into .venv (CPU build of torch; GPU=1: with CUDA)
 
@@ -44,6 +50,8 @@ $(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/train-cud
 
 demo: $(DEMO_STAMP) ## the whole pipeline on this machine: prepare, train, kill, resume, report (2 to 3 minutes)
 	@$(DEMO_VENV)/bin/python -m demo.run
+
+##@ To work on the code
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'not slow and not gpu and not image and not lab'

@@ -1,14 +1,14 @@
 """Measures what annealing by dollars is worth: the same money, three ways to spend it, several seeds.
 
-    python -m bench.anneal --scratch=FOLDER [--usd=9] [--seeds=3] [--out=FILE]
+    python -m bench.anneal --scratch=FOLDER [--usd=400] [--seeds=3] [--out=FILE]
 
 by dollars       schedule wsd; the money decides when the cooldown begins
 cut off          cosine over more steps than the money pays for, which the cap cuts off at about 57 % of them
 knew its length  cosine over exactly the steps that the first one reached
 
-A small model learns the bytes of the State of the Union addresses on one thread. A second costs a pretended dollar, and
-seconds are CPU-seconds of the trainer's process, because other programs share the machine. The validation losses are
-those of the last checkpoints over the same tokens, outside of the money. A finished run in `--scratch` is used again.
+A small model learns the bytes of the State of the Union addresses on one thread. The price is pretended: a step costs a
+dollar, whatever else the machine does (bench.step_clock). The validation losses are those of the last checkpoints over
+the same tokens. Started again after an interruption, the command goes on where it was, to the same bits.
 """
 
 import argparse
@@ -18,9 +18,7 @@ import os
 import shutil
 import statistics
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -28,7 +26,7 @@ from bench import harness, tokens
 
 BY_DOLLARS, CUT_OFF, KNEW = "by dollars", "cut off", "knew its length"
 CUT_SHARE = 0.57  # where $20 end the default run: findings of a plan for it
-EVAL_TOKENS = 1 << 18
+EVAL_TOKENS = 1 << 17
 BATCH = 512
 MODEL = ("layers=2", "heads=2", "width=64", "context=128", "padded_vocab_size=256")
 FLAGS = (
@@ -46,14 +44,14 @@ FLAGS = (
     "--train.device=cpu",
     "--train.display=lines",
     "--checkpoint.every_steps=1000000",
-    "--run.shutdown_reserve_seconds=0.5",
+    "--run.shutdown_reserve_seconds=1",
 )
 
 
 def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the data and the runs")
-    parser.add_argument("--usd", type=float, default=9.0, help="dollars, which are CPU-seconds; default 9")
+    parser.add_argument("--usd", type=float, default=400.0, help="dollars, which are steps; default 400")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     data = make_data(options.scratch)
@@ -67,7 +65,7 @@ def main() -> None:
         **harness.header("torch", "numpy"),
         "command": "python -m bench.anneal " + " ".join(sys.argv[1:]),
         "usd": options.usd,
-        "price": "a pretended dollar per CPU-second of the trainer",
+        "price": "pretended: a dollar per step",
         "tokens_per_step": BATCH,
         "flags": FLAGS,
         "validation_tokens": EVAL_TOKENS,
@@ -108,7 +106,8 @@ def one(options: argparse.Namespace, data: str, arm: str, seed: int, steps: int,
     folder = options.scratch / f"{arm.replace(' ', '-')}-{options.usd:g}-seed-{seed}"
     result = folder / "result.json"
     if not result.exists():
-        shutil.rmtree(folder, ignore_errors=True)
+        if not left_cleanly(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # the steps that it lost would cost money
         schedule = "wsd" if arm == BY_DOLLARS else "cosine"
         flags = [*FLAGS, f"--optimizer.schedule={schedule}", f"--train.steps={steps}", f"--train.seed={seed}"]
         flags += [f"--data.url={data}", f"--run.url={folder}", f"--run.max_usd={usd:g}"]
@@ -117,18 +116,32 @@ def one(options: argparse.Namespace, data: str, arm: str, seed: int, steps: int,
         process = multiprocessing.get_context("fork").Process(target=train, args=(flags, str(folder), str(result)))
         process.start()
         process.join()
-        if process.exitcode or not result.exists():
-            raise SystemExit(f"{folder}: the run failed")
+        if not result.exists():
+            raise SystemExit(f"{folder}: no result; the same command goes on")
     found = {"seed": seed, "planned_steps": steps, **json.loads(result.read_text())}
     print(f"{arm}, seed {seed}: {found}", file=sys.stderr)
     return found
 
 
+def left_cleanly(folder: Path) -> bool:
+    """Whether an earlier, interrupted run in `folder` has saved its last step."""
+    from core.errors import LauncherError
+    from core.run.reader import Detail, read_run
+
+    try:
+        ended = read_run(str(folder), Detail.MONEY).segments[-1].end
+    except LauncherError:
+        return False
+    return ended is not None and ended.get("reason") == "preempted" and ended.get("step") is not None
+
+
 def train(flags: list[str], run_url: str, result: str) -> None:
-    """Train with the CPU-time of this process as the ledger's clock, then measure the last checkpoint."""
+    """Train at a dollar per step, then measure the last checkpoint."""
     import torch
 
-    from core.run import course, ledger
+    from bench.step_clock import use_step_clock
+    from core.exit_codes import PREEMPTED
+    from core.run import course
     from core.run.folder import RunFolder
     from core.run.reader import Detail, read_run
     from core.settings import loader
@@ -139,11 +152,11 @@ def train(flags: list[str], run_url: str, result: str) -> None:
     from trainer.stages.pretrain import Pretrain
     from trainer.weights.open import open_weights
 
-    began = time.time()
-    ledger.time = SimpleNamespace(time=lambda: began + time.process_time(), monotonic=time.process_time)
+    use_step_clock()
     os.environ |= {"USD_PER_HOUR": "3600", "PRICE_SOURCE": "pretended"}
     settings = loader.load(PretrainConfig, flags, os.environ)
-    run_segment(Pretrain, settings)
+    if run_segment(Pretrain, settings) == PREEMPTED:
+        return
     run = read_run(run_url, Detail.REPORT)
     ranks = process_group.start("cpu")
     stage = Pretrain(loader.load(PretrainConfig, [*flags, f"--train.eval_tokens={EVAL_TOKENS}"], {}), ranks)
@@ -171,7 +184,7 @@ def show(results: dict) -> None:
             ]
         )
     heads = ("the money is spent", "steps", "dollars", "validation loss by seed", "mean", "against by dollars")
-    harness.print_table(f"${results['usd']:g}, a dollar per CPU-second", heads, rows)
+    harness.print_table(f"${results['usd']:g}, a dollar per step", heads, rows)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from clouds.base import Gpu, Offer
 from core.task import MachineRequest
 
 FOLDER = Path(__file__).parent / "catalog"
-# Commits of skypilot-org/skypilot-catalog, also in clouds/catalog/README.md.
-SNAPSHOT = "price snapshot of SkyPilot's catalog (AWS 00148f2, Lambda 0f40703), not today's prices"
+# A line per cloud: the commit of skypilot-org/skypilot-catalog, or the day on which `make prices` renewed its prices.
+SOURCE = FOLDER / "source.txt"
+_ORIGINS = ", ".join(SOURCE.read_text(encoding="utf-8").splitlines())
+SNAPSHOT = f"price snapshot of SkyPilot's catalog ({_ORIGINS}), not today's prices"
 # AWS Local Zones (such as use1-atl2-az1) are left out: they need an opt-in, and SkyPilot does not launch there.
 _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 

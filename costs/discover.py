@@ -40,13 +40,14 @@ def runs_url(environment: Mapping[str, str]) -> str:
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
     """URLs of the runs at or below `url`, in order, at most `depth` folders down. One listing per folder.
 
-    The preparation and the evaluations of a run have ledgers in subfolders of the run, and count as other runs.
+    Preparation, evaluations, servers and exports of a run have ledgers in subfolders of the run, and count as other
+    runs.
     """
     names = storage.list_names(url)
     folder = RunFolder(url)
     if {_name(folder.description), _name(folder.ledger)} & set(names):
         yield url
-        yield from (each for each in (folder.preparation, folder.evaluations) if _name(each) in names)
+        yield from (each for each in folder.beside if _name(each) in names)
     elif depth:
         for name in names:
             if "." not in name and name not in _NO_RUNS:

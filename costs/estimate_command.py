@@ -23,6 +23,7 @@ from costs.forecast import (
     describe,
     dominates,
     forecast_of,
+    is_timed,
     preparation_usd,
 )
 from costs.tables import Sheet
@@ -119,11 +120,11 @@ def _cap(task: TaskSpec) -> float | None:
 
 def _work(forecast: Forecast) -> str:
     stage = forecast.task.workload.stage or "stage ?"
-    unknown = "both" if forecast.task.workload.stage == "image" else "? tokens"
-    tokens = unknown if forecast.tokens is None else f"{quantity(forecast.tokens)} tokens"
+    tokens = "" if is_timed(stage) else ", ? tokens"
+    tokens = tokens if forecast.tokens is None else f", {quantity(forecast.tokens)} tokens"
     flops = "" if forecast.flops is None else f", {quantity(forecast.flops)} FLOPs per token"
     nodes = f", {forecast.task.nodes} nodes" if forecast.task.nodes > 1 else ""
-    return f"{stage}, {tokens}{flops}{nodes}; prices: {forecast.prices}"
+    return f"{stage}{tokens}{flops}{nodes}; prices: {forecast.prices}"
 
 
 def _sheet(forecast: Forecast, everything: bool) -> Sheet:
@@ -168,7 +169,7 @@ def _notes(forecast: Forecast, change: Change | None, assume: Assumptions, cap: 
     notes = list(forecast.sources)
     if workload.problem:
         notes.append(f"the settings of its program are not known: {workload.problem}")
-    if forecast.tokens is None and workload.stage != "image":
+    if forecast.tokens is None and not is_timed(workload.stage):
         notes.append("the amount of work is not known, so only prices per hour are shown; give --tokens")
     elif best.usd is None:
         notes.append(

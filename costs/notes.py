@@ -13,7 +13,7 @@ CLOCKS_AGREE_SECONDS = 2.0
 
 def notes_on_money(run: Run) -> list[str]:
     """Prices that are unknown, and caps that were reached: a report begins with them."""
-    return [*_price_notes(run), *_cap_notes(run)]
+    return [*_price_notes(run), *_cap_notes(run), *_forecast_notes(run)]
 
 
 def some(names: list[str]) -> str:
@@ -39,6 +39,26 @@ def _cap_notes(run: Run) -> list[str]:
         for segment in run.segments
         for mark in segment.marks
         if mark["name"] == "cap"
+    ]
+
+
+def _forecast_notes(run: Run) -> list[str]:
+    """What the run expects of itself; after its end, the forecast at half of the steps and what came."""
+    points = [point for point in run.points("forecast") if point.values["val_loss"] is not None]
+    if not points:
+        return []
+    measured = run.points("eval")
+    ended = run.segments[-1].end
+    if ended and ended.get("reason") == "finished" and measured:
+        came = measured[-1]
+        point = min(points, key=lambda point: abs(point.step - came.step / 2))
+        tail = f"; it came to {came.values['val_loss']:.3f} and ${_dollars(run.usd)}"
+    else:
+        point, tail = points[-1], ""
+    loss = f"{point.values['val_loss']:.3f} ± {point.values['error'] or 0.0:.3f}"
+    end = int(point.values["end"] or 0)
+    return [
+        f"forecast at step {point.step}: validation loss {loss} at step {end}, ${_dollars(point.values['usd'])}{tail}"
     ]
 
 

@@ -1,6 +1,7 @@
 """Reads runs and prints reports on them, in the form that the options of cost_report.py choose."""
 
 import argparse
+import gc
 import logging
 import os
 import re
@@ -68,10 +69,15 @@ def live_reports(options: argparse.Namespace, every: float):
 
 def _report(run_url: str, options: argparse.Namespace) -> CostReport:
     """The report on one run, with what other sources know unless --offline is given."""
-    run = read_run(run_url, cache_file=None if options.no_cache else cache.path_for(run_url))
-    now = time.time()
-    outside = ask_others(run, os.environ, now, offline=options.offline)
-    return build(run, now, on_demand_price, outside)
+    # A ledger makes many small objects and no cycles: to look for some takes a sixth of the time.
+    gc.disable()
+    try:
+        run = read_run(run_url, cache_file=None if options.no_cache else cache.path_for(run_url))
+        now = time.time()
+        outside = ask_others(run, os.environ, now, offline=options.offline)
+        return build(run, now, on_demand_price, outside)
+    finally:
+        gc.enable()
 
 
 def _all_reports(options: argparse.Namespace) -> list[CostReport]:

@@ -18,6 +18,7 @@ from core.run import budget, paid
 from core.run.budget import Budget
 from core.run.model import Run, Segment
 from core.run.paid import Paid
+from costs import added
 from costs.beside import add_charges, origins
 from costs.discover import neighbours, storage_use
 from costs.model import Origin, Outside
@@ -44,6 +45,7 @@ def ask_others(
     if outside.factor != 1.0:
         outside.origins.append(Origin("factor", f"COST_FACTOR is {outside.factor:g}: all other lines, times that"))
     outside.storage, outside.budget = storage_use(run), _budget(run, outside)
+    outside.charges += added.charges(run)
     rates = outside.storage.rates
     outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
     attempts = paid.read_all(run.folder, paid.attempts_in(run.folder, run.objects))

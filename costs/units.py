@@ -72,12 +72,14 @@ def units(
     seconds: Mapping[str, float],
     usd: float | None,
     usd_on_demand: float | None,
-    outside: Sequence[OutsideTime] = (),
+    outside: Sequence[OutsideTime],
+    points: Mapping[str, Sequence[Point]],
 ) -> Units:
-    """Unit costs from `seconds` by phase, `usd` of the run (None: unknown) and `usd_on_demand` of the same hours."""
-    evals = run.points("eval")
-    hellaswag = run.points("hellaswag")
-    train = run.points("train")
+    """Unit costs from `seconds` by phase, `usd` of the run (None: unknown) and `usd_on_demand` of the same hours.
+
+    `points` are those of the run (Run.points), by kind.
+    """
+    evals, hellaswag, train = points["eval"], points["hellaswag"], points["train"]
     tokens = newest(train, "tokens")
     flops = flops_per_token(run.config)
     whole = math.fsum(seconds.values())
@@ -217,13 +219,13 @@ class Curves:
     machines: list[Stretch] = field(default_factory=list)
 
 
-def curves(run: Run, spend: Spend) -> Curves:
+def curves(run: Run, spend: Spend, known: Mapping[str, Sequence[Point]]) -> Curves:
     """Dollars over time by phase, loss over dollars (only if all prices are known), and speed over time."""
     times = np.linspace(spend.start, spend.end, POINTS) if spend.end > spend.start else np.array([])
     by_phase = spend.by_phase(times) if len(times) else {}
-    points = _thin(run.points("train"))
+    points = _thin(known["train"])
     with_loss = [point for point in points if point.values["loss"] is not None] if spend.complete else []
-    with_eval = run.points("eval") if spend.complete else []
+    with_eval = known["eval"] if spend.complete else []
     return Curves(
         spend_time=[float(time) for time in times],
         spend_usd={name: [float(usd) for usd in curve] for name, curve in by_phase.items()},

@@ -38,6 +38,7 @@ def outcome(folder: RunFolder, budget: Budget) -> dict[str, Any]:
         "preparation": _usd_of(folder.preparation),
         "training": run.usd_at_most,
         "evaluation": _usd_of(folder.evaluations),
+        "export": _usd_of(folder.exports),
     }
     losses = run.points("eval")
     trained = run.points("train")
@@ -84,7 +85,7 @@ def summary(folder: RunFolder, budget: Budget, result: Mapping[str, Any]) -> lis
         said[-1] += f"; the plan said {expected}, another set of texts"
     step = result["steps"]
     if step:
-        said.append(f"model: {folder.exported(step)} (for transformers), {folder.checkpoint(step)}")
+        said.append(f"model: {folder.checkpoint(step)}; for transformers: {folder.exports}")
     said.append(f"report: python cost_report.py {folder}")
     return said
 

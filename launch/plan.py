@@ -62,7 +62,7 @@ def make(usd: str, options: Sequence[str], environment: Mapping[str, str]) -> tu
         machines_usd=plan["machines_usd"],
         task=plan["machine"]["task"],
         options=_sky_options(plan["machine"]["options"]),
-        settings={**settings, "DATA": data},
+        settings={**settings, "DATA": data} | {name: environment.get(name, "") for name in ("PREP_ARGS", "EVAL_ARGS")},
         train_tokens=missing,
         forecast=forecast,
         began_at=time.time(),

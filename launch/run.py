@@ -11,11 +11,13 @@ Ctrl-C or a reboot the same command finds in the bucket how far the run is, and 
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 from core import bucket, environment, storage
 from core.console import run_entry
 from core.errors import ConfigError
+from core.exit_codes import FAILED
 from core.run import budget as budgets
 from core.run.budget import Budget
 from core.run.folder import RunFolder
@@ -50,6 +52,9 @@ def main(arguments: list[str]) -> int:
         if code := driver.carry_out(stage):
             return code
     conclude(folder, budget)
+    if driver.failed:
+        print(f"without its {' and '.join(driver.failed)}; the same command tries again", file=sys.stderr)
+        return FAILED
     return 0
 
 

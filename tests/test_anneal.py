@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import re
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from core.errors import RunError
 from core.run import course
 from core.run.course import Change
 from core.run.folder import RunFolder, open_run
+from core.run.reader import spent_usd_at_most
 from core.settings.training import OptimizerConfig
 from launch import anneal
 from tests import corpus, launching
@@ -179,10 +182,22 @@ def test_a_price_that_doubles_in_the_cooldown_gives_one_shorter_plan(tmp_path):
     clock.usd_per_second = 2.0
     end = clock.train(850)
     assert [change.kind for change in clock.schedule.changes] == ["anneal", "replan"]
+    assert clock.schedule.changes[1].step < 870, "half of the money for it is missing, so it is re-planned soon"
     assert end < planned
     assert clock.spent + 2 * 36 <= 1000
     assert clock.requests.stop is None
     assert describe_end(clock.schedule, end, "RUN").startswith("annealed over ")
+
+
+def test_a_small_shortage_is_judged_near_the_end(tmp_path):
+    """Steps that are 5 % slower: the one re-plan waits until little of the cooldown is left."""
+    clock = Clock(str(tmp_path), max_usd=1000.0)
+    clock.train(until=800)
+    planned = clock.schedule.cooldown
+    assert clock.train(800, seconds=1.08) < planned.end
+    [_, replan] = clock.schedule.changes
+    assert replan.step > planned.step + 0.6 * planned.steps
+    assert clock.spent + 36 <= 1000
 
 
 def test_less_than_a_tenth_of_the_steps_is_not_called_a_cooldown(tmp_path):
@@ -268,28 +283,32 @@ WSD_FLAGS = ["--optimizer.schedule=wsd", "--train.sample_tokens=0", "--run.shutd
 
 
 def test_the_money_decides_and_a_kill_in_the_cooldown_changes_no_bit(data_url: str, tmp_path):
-    """A dollar a second. The run is killed in its cooldown and goes on; another one has the recorded course from the
-    start and is not killed."""
-    run_url = str(tmp_path / "run")
-    flags = [f"--data.url={data_url}", *WSD_FLAGS, "--train.steps=100000", "--checkpoint.every_steps=5"]
-    machine = {"USD_PER_HOUR": "3600", "MAX_USD": "14"}
-    process = launching.start(2, *flags, f"--run.url={run_url}", environment=machine)
+    """A dollar per step. The run dies in its cooldown and goes on with two ranks; another one has the recorded course
+    from its start and is left alone."""
+    run_url, other = str(tmp_path / "run"), str(tmp_path / "undisturbed")
+    flags = [f"--data.url={data_url}", *WSD_FLAGS, "--train.steps=100000", "--checkpoint.every_steps=3"]
 
-    def is_cooling() -> bool:
-        planned = course.read(RunFolder(run_url))
-        return bool(planned) and (launching.completed(run_url) or [0])[0] > planned[0].step
+    def life(ranks: int, **environment: str) -> tuple[int, str]:
+        money = {"USD_PER_HOUR": "3600", "MAX_USD": "60"} | environment
+        run = [*flags, f"--run.url={run_url}"]
+        return launching.finish(launching.start(ranks, *run, module="tests.dollar_steps", environment=money))
 
-    launching.wait_until(is_cooling, process)
-    launching.kill(process)
+    code, output = life(1, DIE_AT_STEP="53")
+    assert code == -signal.SIGKILL, output
     [plan] = course.read(RunFolder(run_url))
     assert plan.why == "budget"
-    # More money, because the restart of a process that costs a dollar a second is dear: no re-plan is wanted here.
-    output = launching.train(1, *flags, f"--run.url={run_url}", environment=machine | {"MAX_USD": "300"})
+    assert plan.step < 52 < plan.end
+    assert plan.steps / plan.end == pytest.approx(0.20, abs=0.02)
+    assert 57 <= plan.end <= 59, "60 dollars pay for the shutdown and an evaluation too"
+    # A killed machine counts until its next heartbeat: these dollars are given back, because no re-plan is wanted here.
+    code, output = life(2, MAX_USD="70")
+    assert code == 0, output
+    assert int(re.search(r"resumed from step (\d+)", output)[1]) >= plan.step
     assert f"annealed over {plan.steps} steps; the checkpoint of step {plan.step}, before them, is kept" in output
     assert course.read(RunFolder(run_url)) == [plan]
     assert {plan.step, plan.end} <= set(launching.completed(run_url))
+    assert spent_usd_at_most(run_url) <= 70
 
-    other = str(tmp_path / "undisturbed")
     course.add(RunFolder(other), 1, plan)
     launching.train(1, *flags, f"--run.url={other}")
     assert launching.tensors(other, plan.end) == launching.tensors(run_url, plan.end)

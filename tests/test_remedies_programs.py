@@ -312,7 +312,7 @@ class Notes:
     ],
 )
 def test_commands_of_the_chat(line: str, said: str, remedy: str):
-    from trainer.inference.sampling import InferenceOptions, Sampling
+    from core.settings.inference import InferenceOptions, Sampling
 
     notes = Notes()
     model = type("Model", (), {"tuned": True, "name": "m"})()

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from clouds import providers
-from clouds.base import Cloud
 from core.data import manifest
 from core.errors import ConfigError, DataError, LauncherError, RunError
 from core.run import budget as budgets
@@ -16,94 +15,16 @@ from core.run import course
 from core.run.folder import RunFolder
 from launch import drive, outcome, plan, run
 from tests import corpus
-from tests.golden import GoldenRun, mark, span, train_metric
+from tests.golden import GoldenRun
+from tests.rented import Machines, planned, rent
 
-STEPS = 12
 STORE_REPORT = outcome._store_report
 
 
-@pytest.fixture(scope="module")
-def planned() -> dict:
-    """The plan for $20 on eight A100 on demand, by the program itself."""
-    return plan.ask(["--usd=20", "--offline", "--gpus=A100:8", "--cloud=lambda", "--on-demand"])
-
-
-class Machines:
-    """In the place of launches: leaves in the bucket what the machines of each task would.
-
-    `trainings` are ends of training machines, one after the other; None is a machine that left nothing.
-    """
-
-    def __init__(self, bucket: Path, vocab: Path):
-        self.bucket, self._vocab = bucket, vocab
-        self.launches: list[tuple[str, list[str], dict[str, str]]] = []
-        self.trainings: list[str | None] = ["finished"]
-        self.usd_per_hour = 36.0
-
-    def submit(self, path: str, options: list[str], settings: dict[str, str]) -> int:
-        self.launches.append((path, options, settings))
-        {"sky/prep-data.yaml": self._prepare, "sky/evaluate.yaml": self._evaluate}.get(path, self._train)(settings)
-        return 0
-
-    def caps(self) -> list[float]:
-        return [float(settings["MAX_USD"]) for _, _, settings in self.launches]
-
-    def _prepare(self, settings: dict[str, str]) -> None:
-        source = corpus.write_parquet(self.bucket / "source", [corpus.documents(60)])
-        flags = [each for each in settings["PREP_ARGS"].split() if "val_fraction" not in each]
-        corpus.prepare_set(source, str(self.bucket / "data" / settings["DATA"]), self._vocab, *flags)
-        self._segment(self.bucket / "runs" / settings["RUN"], "finished", 10.0)
-
-    def _train(self, settings: dict[str, str]) -> None:
-        end = self.trainings.pop(0)
-        if end is None:
-            return
-        folder = self.bucket / "runs" / settings["RUN"]
-        step = STEPS if end == "finished" else 5
-        self._segment(folder, end, 600.0, step)
-        (folder / f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
-        (folder / f"checkpoints/step-{step:08d}/COMPLETE").touch()
-
-    def _evaluate(self, settings: dict[str, str]) -> None:
-        folder = self.bucket / "runs" / settings["RUN"]
-        self._segment(folder / "evaluations", "finished", 20.0)
-        (folder / settings["EXPORT"]).mkdir(parents=True)
-        (folder / settings["EXPORT"] / "config.json").write_text("{}")
-
-    def _segment(self, folder: Path, end: str, seconds: float, step: int = 0) -> None:
-        now, golden = time.time(), GoldenRun(folder)
-        number = len(list(folder.glob("ledger/segment-*"))) + 1
-        steps = [[each, seconds / step, 0.0] for each in range(1, step + 1)]
-        events = [
-            mark("restored", step=0, checkpoint=None, skipped=[]),
-            span(now, now + seconds, steps, train=seconds),
-            {
-                "event": "end",
-                "time": now + seconds,
-                "reason": end,
-                "step": step,
-                "error": "it broke" * (end == "failed"),
-            },
-        ]
-        golden.segment(number, now, events, usd_per_hour=self.usd_per_hour, spot=False)
-        loss = {"kind": "eval", "time": now + seconds, "step": step, "tokens": 1e6 * step, "val_loss": 3.25}
-        golden.metrics(number, [*(train_metric(each, now + each) for each in range(1, step + 1)), loss])
-
-
 @pytest.fixture
-def machines(tmp_path: Path, sky, monkeypatch, planned, vocab_bpe) -> Machines:
-    sky.find_here(monkeypatch)
-    sky(**{"status": ["[]", "", 0], "jobs queue": ["[]", "", 0]})
-    for name in ("RUN", "DATA", "CONFIG", "TRAIN_ARGS", "MAX_USD"):
-        monkeypatch.delenv(name, raising=False)
+def machines(tmp_path: Path, sky, monkeypatch, vocab_bpe) -> Machines:
     found = Machines(tmp_path / "bucket", vocab_bpe)
-    monkeypatch.setenv("BUCKET", str(found.bucket))
-    monkeypatch.setattr(drive, "submit", found.submit)
-    monkeypatch.setattr(drive, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(plan, "ask", lambda arguments: planned)
-    monkeypatch.setattr(outcome, "_store_report", lambda folder: None)
-    monkeypatch.setattr(Cloud, "is_configured", lambda self: True)
-    monkeypatch.setattr(providers.CLOUDS["lambda"], "is_configured", lambda: True)
+    rent(found, sky, monkeypatch)
     return found
 
 
@@ -114,16 +35,17 @@ def folder_of(machines: Machines, name: str = "20usd") -> RunFolder:
 # --- the stages --------------------------------------------------------------------------------------------------
 
 
-def test_a_sum_becomes_a_model_in_three_launches_under_one_cap(machines, planned, capsys):
+def test_a_sum_becomes_a_model_in_four_launches_under_one_cap(machines, capsys):
     assert run.main(["--usd=20"]) == 0
-    best = planned["plans"][0]
+    best = planned()["plans"][0]
     parts, whole = best["parts"], best["machines_usd"]
     assert [path for path, _, _ in machines.launches] == [
         "sky/prep-data.yaml",
         best["machine"]["task"],
         "sky/evaluate.yaml",
+        "sky/export.yaml",
     ]
-    prepared, trained, evaluated = (settings for _, _, settings in machines.launches)
+    prepared, trained, evaluated, _ = (settings for _, _, settings in machines.launches)
     # A preparation's key may be limited to the run's folder, and its tokens are those of the plan.
     assert prepared["RUN"] == "20usd/preparation"
     million = -(-best["tokens"] * 20 / best["usd_spent"] // 1e6)  # what all of the money would buy
@@ -135,19 +57,20 @@ def test_a_sum_becomes_a_model_in_three_launches_under_one_cap(machines, planned
     assert steps == f"--train.steps={best['steps']}"
     wanted = [*model, f"--train.steps={2 * best['steps']}", "--optimizer.schedule=wsd"]
     assert trained["TRAIN_ARGS"].split() == wanted, "the money ends it, and decides when the rates fall"
-    assert evaluated["EXPORT"] == "exported/step-00000012"
     assert evaluated["EVAL_ARGS"] == "--tasks=perplexity"  # HellaSwag is not stored beside these tokens
-    # The machines cost a cent a second: 10 s and 600 s, the evaluation 20 s.
-    assert machines.caps() == pytest.approx([0.25, whole - parts["evaluation"], whole - 6.10], abs=0.011)
+    # The machines cost a cent a second: 10 s and 600 s, the evaluation 20 s, the export 5 s.
+    later = parts["evaluation"] + parts["export"]
+    caps = [0.25, whole - later, whole - 6.10 - parts["export"], whole - 6.30]
+    assert machines.caps() == pytest.approx(caps, abs=0.011)
     said = capsys.readouterr().out
-    assert "spent on machines: $6.30 (preparation 0.10, training 6.00, evaluation 0.20)" in said
-    assert f"left of $20.00: ${whole - 6.30:.2f}, and" in said
+    assert "spent on machines: $6.35 (preparation 0.10, training 6.00, evaluation 0.20, export 0.05)" in said
+    assert f"left of $20.00: ${whole - 6.35:.2f}, and" in said
     assert "validation loss on fineweb-edu-" in said
     folder = folder_of(machines)
     found = budgets.outcome(folder, 1)
     assert found["val_loss"] == 3.25
     assert found["forecast"]["loss"] == best["loss"]
-    assert found["usd"] == pytest.approx(6.30)
+    assert found["usd"] == pytest.approx(6.35)
     STORE_REPORT(folder)
     assert (Path(folder.url) / "report.html").exists()
 
@@ -159,7 +82,7 @@ def test_the_same_command_after_the_end_launches_nothing(machines, capsys):
     capsys.readouterr()
     assert run.main(["--usd=20"]) == 0
     assert len(machines.launches) == count
-    assert "spent on machines: $6.30" in capsys.readouterr().out
+    assert "spent on machines: $6.35" in capsys.readouterr().out
     assert budgets.outcome(folder_of(machines), 1) == first
 
 
@@ -184,13 +107,13 @@ def test_a_machine_that_is_taken_away_is_replaced_within_the_same_cap(machines):
     training = [settings for path, _, settings in machines.launches if "pretrain" in path]
     assert len(training) == 3
     assert len({settings["MAX_USD"] for settings in training}) == 1
-    assert len(budgets.launches(folder_of(machines), 1)) == 5
+    assert len(budgets.launches(folder_of(machines), 1)) == 6
 
 
 def test_a_training_that_its_cap_ends_is_evaluated_and_the_end_says_so(machines, capsys):
     machines.trainings = ["cap"]
     assert run.main(["--usd=20"]) == 0
-    assert machines.launches[-1][2]["EXPORT"] == "exported/step-00000005"
+    assert [path for path, _, _ in machines.launches[-2:]] == ["sky/evaluate.yaml", "sky/export.yaml"]
     assert "the cap ended the training before its last step" in capsys.readouterr().out
 
 
@@ -208,14 +131,25 @@ def test_launches_that_get_a_stage_no_further_come_to_an_end(machines):
     assert machines.trainings == [None] * 6
 
 
-def test_money_that_is_gone_leaves_the_evaluation_out(machines, capsys):
-    machines.usd_per_hour = 36.0 * 3.05  # 600 s of training cost $18.30 of the $19 for machines
+def test_money_that_is_gone_leaves_out_what_is_not_needed_and_the_command_fails(machines, capsys):
+    machines.usd_per_hour = 36.0 * 3.19  # 600 s of training cost $19.14 of the $19.19 for machines
     machines.trainings = ["cap"]
+    assert run.main(["--usd=20"]) == 1
+    assert "sky/evaluate.yaml" not in [path for path, _, _ in machines.launches]
+    said = capsys.readouterr()
+    assert "evaluation: left out, $0.0" in said.out
+    assert "spent on machines: $" in said.out
+    assert "without its evaluation and export; the same command tries again" in said.err
+
+
+def test_a_failed_evaluation_does_not_keep_the_model_from_its_export(machines, capsys):
+    machines.evaluation = "failed"
+    assert run.main(["--usd=20"]) == 1
+    assert machines.launches[-1][0] == "sky/export.yaml"
+    assert "the evaluation has ended (failed: it broke)" in capsys.readouterr().err
+    machines.evaluation = "finished"
     assert run.main(["--usd=20"]) == 0
-    if "sky/evaluate.yaml" in [path for path, _, _ in machines.launches]:
-        assert machines.caps()[-1] >= 0.05
-    else:
-        assert "evaluation: left out, $0." in capsys.readouterr().out
+    assert [path for path, _, _ in machines.launches[-2:]] == ["sky/export.yaml", "sky/evaluate.yaml"]
 
 
 # --- where a stage runs ------------------------------------------------------------------------------------------
@@ -251,7 +185,7 @@ def test_ctrl_c_leaves_the_machine_and_the_same_command_follows_it_again(machine
 
     monkeypatch.setattr(drive.time, "sleep", finishes)
     assert run.main(["--usd=20"]) == 0
-    assert [path for path, _, _ in machines.launches[count:]] == ["sky/evaluate.yaml"]
+    assert [path for path, _, _ in machines.launches[count:]] == ["sky/evaluate.yaml", "sky/export.yaml"]
     assert "training: cluster pretrain-8xa100 UP, 0 steps, $0.10 of $20.00" in capsys.readouterr().out
 
 
@@ -262,10 +196,10 @@ def test_the_cluster_of_another_run_is_not_taken(machines, sky):
     assert [path for path, _, _ in machines.launches] == ["sky/prep-data.yaml"]
 
 
-def test_a_managed_job_counts_from_the_launch_that_is_in_the_bucket(machines, sky, planned, monkeypatch):
-    best = planned["plans"][0]
+def test_a_managed_job_counts_from_the_launch_that_is_in_the_bucket(machines, sky, monkeypatch):
+    best = planned()["plans"][0]
     spot = best | {"machine": best["machine"] | {"task": "sky/pretrain-8xa100-spot.yaml", "options": []}}
-    monkeypatch.setattr(plan, "ask", lambda arguments: planned | {"plans": [spot]})
+    monkeypatch.setattr(plan, "ask", lambda arguments: planned() | {"plans": [spot]})
     job = {"job_id": 3, "job_name": "pretrain-8xa100-spot", "status": "RUNNING"}
     old = [json.dumps([job | {"submitted_at": 1000.0}]), "", 0]
     ours = [json.dumps([job | {"job_id": 4, "submitted_at": time.time() + 60}, job | {"submitted_at": 1000.0}]), "", 0]
@@ -281,21 +215,23 @@ def test_a_managed_job_counts_from_the_launch_that_is_in_the_bucket(machines, sk
 # --- tokens and settings -----------------------------------------------------------------------------------------
 
 
-def test_tokens_that_are_there_are_not_prepared_again(machines, planned, monkeypatch, vocab_bpe):
+def test_tokens_that_are_there_are_not_prepared_again(machines, monkeypatch, vocab_bpe):
     source = corpus.write_parquet(machines.bucket / "source", [corpus.documents(60)])
     corpus.prepare_set(source, str(machines.bucket / "data/mine"), vocab_bpe)
     asked: list[list[str]] = []
 
     def ask(arguments: list[str]) -> dict:
         asked.append(list(arguments))
-        return planned
+        return planned()
 
     monkeypatch.setattr(plan, "ask", ask)
     monkeypatch.setenv("DATA", "mine")
     assert run.main(["--usd=20"]) == 0
     tokens = manifest.read(str(machines.bucket / "data/mine")).splits["train"].tokens
     assert asked == [["--usd=20", f"--unique-tokens={tokens}", "--prepared"]]
-    assert [path for path, _, _ in machines.launches] == ["sky/pretrain-8xa100.yaml", "sky/evaluate.yaml"]
+    assert [path for path, _, _ in machines.launches] == [
+        "sky/pretrain-8xa100.yaml", "sky/evaluate.yaml", "sky/export.yaml"
+    ]  # fmt: skip
     assert machines.launches[0][2]["DATA"] == "mine"
 
 
@@ -310,7 +246,7 @@ def test_an_own_config_takes_the_place_of_the_plan_s_model(machines, monkeypatch
     assert "loss" not in budgets.outcome(folder_of(machines), 1)["forecast"]
 
 
-def test_more_money_goes_on_from_the_step_before_the_rates_fell(machines, planned, monkeypatch):
+def test_more_money_goes_on_from_the_step_before_the_rates_fell(machines, monkeypatch):
     machines.trainings *= 2
     assert run.main(["--usd=20"]) == 0
     base = folder_of(machines)
@@ -320,21 +256,21 @@ def test_more_money_goes_on_from_the_step_before_the_rates_fell(machines, planne
     course.add(base, 1, course.Change("anneal", 8, steps=4, why="budget"))
     count = len(machines.launches)
     asked: list[list[str]] = []
-    monkeypatch.setattr(plan, "ask", lambda arguments: asked.append(list(arguments)) or planned)
+    monkeypatch.setattr(plan, "ask", lambda arguments: asked.append(list(arguments)) or planned())
     assert run.main(["--add-usd=10"]) == 0
-    size = planned["plans"][0]["size"]
+    size = planned()["plans"][0]["size"]
     assert asked == [
         ["--usd=30", "--prepared", "--gpus=A100:8", "--cloud=lambda", f"--size={size}", "--recipe=speedrun"]
     ]
-    trained, evaluated = (settings for _, _, settings in machines.launches[count:])
-    assert trained["RUN"] == evaluated["RUN"] == "20usd-plus-10usd"
+    trained, evaluated, exported = (settings for _, _, settings in machines.launches[count:])
+    assert trained["RUN"] == evaluated["RUN"] == exported["RUN"] == "20usd-plus-10usd"
     assert trained["TRAIN_ARGS"].endswith(f" --run.branch_from={base}@trunk")
     assert trained["TRAIN_ARGS"].count("--train.steps=") == 1
     assert trained["DATA"] == machines.launches[0][2]["DATA"]
     assert float(trained["MAX_USD"]) < 10
-    assert (Path(base.url) / "exported/step-00000012/config.json").exists(), "the first model stays"
+    assert (Path(base.url) / "checkpoints/step-00000012/COMPLETE").exists(), "the first model stays"
     assert run.main(["--add-usd=10"]) == 0
-    assert len(machines.launches) == count + 2
+    assert len(machines.launches) == count + 3
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Small sets beside the shards: checked when stored, checked when read."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from core.data import sets
 from core.errors import ConfigError, DataError
+from data_prep import hellaswag
 from data_prep import sets as entry
 
 GOOD = [
@@ -61,18 +63,35 @@ def test_damaged_and_missing_sets_are_refused(tmp_path: Path):
         sets.read(str(tmp_path), "instructions")
 
 
+def test_a_missing_evaluation_set_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    row = dict.fromkeys(hellaswag.FIELDS, "x") | {"label": 3}
+    source = write_rows(tmp_path / "hellaswag.jsonl", [row])
+    monkeypatch.setattr(hellaswag, "SOURCE", source)
+    with pytest.raises(DataError, match=r"leave the set out with --evaluation_sets=, or store a copy: python -m data_"):
+        hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
+    assert not (tmp_path / "data/sets/hellaswag.json").exists()
+    published = hashlib.sha256(hellaswag.stored_form([row], "x")).hexdigest()
+    monkeypatch.setattr(hellaswag, "ROWS_SHA256", published)
+    hellaswag.ensure(str(tmp_path / "data"), [])
+    assert not (tmp_path / "data").exists()
+    hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
+    assert sets.info_of(str(tmp_path / "data"), "hellaswag").sha256 == published
+    Path(source).unlink()  # from now on nothing is fetched
+    hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
+
+
 def test_hellaswag_is_the_published_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    row = dict.fromkeys(entry.FIELDS, "x") | {"ind": 1, "label": "3", "endings": ["a", "b", "c", "d"]}
+    row = dict.fromkeys(hellaswag.FIELDS, "x") | {"ind": 1, "label": "3", "endings": ["a", "b", "c", "d"]}
     shuffled = dict(sorted(row.items()))
     source = write_rows(tmp_path / "hellaswag.jsonl", [shuffled])
     with pytest.raises(DataError, match=r"its 1 rows have the checksum .* HellaSwag's validation set has dc1be2fa1bef"):
-        entry.store_hellaswag(str(tmp_path), source)
+        hellaswag.store(str(tmp_path), source)
     assert not (tmp_path / "sets").exists()
     with pytest.raises(DataError, match=r"not HellaSwag.s rows .KeyError"):
-        entry.store_hellaswag(str(tmp_path), write_rows(tmp_path / "other.jsonl", [{"a": 1}]))
+        hellaswag.store(str(tmp_path), write_rows(tmp_path / "other.jsonl", [{"a": 1}]))
     # The checksum is that of one form, whatever the order of columns in the copy.
-    assert list(json.loads(entry.hellaswag_bytes([shuffled], "x"))) == list(entry.FIELDS)
-    assert json.loads(entry.hellaswag_bytes([shuffled], "x"))["label"] == 3
+    assert list(json.loads(hellaswag.stored_form([shuffled], "x"))) == list(hellaswag.FIELDS)
+    assert json.loads(hellaswag.stored_form([shuffled], "x"))["label"] == 3
 
 
 def test_unknown_kind_and_missing_source(tmp_path: Path):

@@ -168,9 +168,7 @@ def test_restarts_without_a_newer_checkpoint_are_bounded(tmp_path: Path):
 
 
 def test_spot_without_a_checkpoint_is_refused_with_the_arithmetic():
-    config = loader.load(
-        PretrainConfig, ["--run.url=run", "--data.url=data", "--train.steps=500", "--optimizer.warmup_steps=0"], {}
-    )
+    config = loader.load(PretrainConfig, ["--run.url=run", "--data.url=data", "--train.steps=1000"], {})
     assert too_few_checkpoints(config) == "", "by time, the default"
 
     def said(**checkpoint) -> str:
@@ -178,8 +176,7 @@ def test_spot_without_a_checkpoint_is_refused_with_the_arithmetic():
         return too_few_checkpoints(dataclasses.replace(config, checkpoint=changed), hours=48.5)
 
     assert said(every_steps=100) == ""
-    rare = said(every_steps=500, expected_hours_between_failures=20.0)
-    assert "checkpoint.every_steps is 500, and the run has 500 steps" in rare
+    rare = said(every_steps=1000, expected_hours_between_failures=20.0)
+    assert "checkpoint.every_steps is 1,000 and train.steps is 1,000" in rare
     # 20 (e^2.425 - 1) = 20 x 10.3023 hours
     assert "48.5 h of training take 20 x (e^(48.5/20) - 1) = 206 paid hours" in rare
-    assert "checkpoint.max_lost_seconds is 2 d 2 h, as long as the run" in said(max_lost_seconds=180000.0)

@@ -58,7 +58,7 @@ def info_of(data_url: str, name: str) -> SetInfo:
             raise ValueError("rows, source or sha256 is of another type")
         return info
     except ObjectNotFound as error:
-        raise DataError(f"{uri}: there is no set {name!r}; store it first: {_storing(data_url, name)}") from error
+        raise DataError(_absent(uri, data_url, name)) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         again = _storing(data_url, name)
         raise DataError(f"{uri}: not a description of a set ({error}); store it again: {again}") from error
@@ -82,6 +82,16 @@ def read(data_url: str, name: str) -> Sequence[dict[str, Any]]:
 def read_if_there(data_url: str, name: str) -> Sequence[dict[str, Any]] | None:
     """All rows of a set, or None if there is none. Raises DataError if its checksum differs."""
     return read(data_url, name) if storage.exists(_uri(data_url, f"{name}.json")) else None
+
+
+def missing(data_url: str, name: str) -> str:
+    """A sentence that names a missing set and the command that stores it; empty if the set is there."""
+    uri = _uri(data_url, f"{name}.json")
+    return "" if storage.exists(uri) else _absent(uri, data_url, name)
+
+
+def _absent(uri: str, data_url: str, name: str) -> str:
+    return f"{uri}: there is no set {name!r}; store it first: {_storing(data_url, name)}"
 
 
 def _uri(data_url: str, name: str) -> str:

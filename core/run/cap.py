@@ -1,8 +1,9 @@
 """Keeps a run below its bounds: all its machines together never cost more than MAX_USD, nor run for MAX_HOURS.
 
 The ledgers of other segments give an upper bound of their cost: a killed machine counts until just before its next
-heartbeat, so that the cap also holds after many kills. Machines that opened no segment and evaluations of the run count
-too (core.run.reader.spent_at_most). All are read again every LOOK_SECONDS, because another machine may be running.
+heartbeat, so that the cap also holds after many kills. Machines that opened no segment and work on the trained model
+(evaluations, servers, exports) count too (core.run.reader.spent_at_most). All are read again every LOOK_SECONDS,
+because another machine may be running.
 
 A segment stops while enough money remains for the last checkpoint and for the time until its machine is down. On spot,
 enough must also remain for one more machine, which starts if this one is taken away now, and then finds that the money

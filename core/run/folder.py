@@ -96,18 +96,29 @@ class RunFolder:
         return self._at("evaluations")
 
     @property
+    def serving(self) -> str:
+        """Run folder with the ledger of servers of this run."""
+        return self._at("serving")
+
+    @property
+    def exports(self) -> str:
+        """Run folder with the ledger of exports, and the exported folders."""
+        return self._at("exports")
+
+    @property
     def preparation(self) -> str:
         """A run folder with a ledger of its own, for a preparation that is a stage of this run."""
         return self._at("preparation")
 
     @property
+    def beside(self) -> tuple[str, ...]:
+        """Run folders inside of this one with ledgers of their own: preparation, and work on the trained model."""
+        return (self.preparation, self.evaluations, self.serving, self.exports)
+
+    @property
     def budget(self) -> str:
         """Records of what the run may cost, of what was expected of it, and of its launches (core.run.budget)."""
         return self._at("budget")
-
-    def exported(self, step: int) -> str:
-        """Folder for the weights of a step in the format of other programs."""
-        return self._at("exported", step_name(step))
 
     @property
     def answers(self) -> str:
@@ -125,6 +136,11 @@ class RunFolder:
     def machines(self) -> str:
         """Records of the machines' paid time (core.run.paid)."""
         return self._at("machines")
+
+    @property
+    def bills(self) -> str:
+        """Bills from elsewhere (costs.added)."""
+        return self._at("bills")
 
     @property
     def refusals(self) -> str:

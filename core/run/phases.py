@@ -43,6 +43,8 @@ PHASES = (
     Phase("train_kept", "report", "the part of `train` whose steps count", "#2f9e63", "#3fb577"),
     Phase("train_lost", "report", "steps that were repeated later, unfinished steps", "#d64545", "#ec6a6a"),
     Phase("eval", "ledger", "validation loss and HellaSwag", "#3aa6b9", "#4fb9cb"),
+    Phase("serve", "ledger", "a server answers requests, or waits for them", "#c77d3a", "#d9975c"),
+    Phase("export", "ledger", "conversion and storing of exported weights", "#5c8a8a", "#78a5a5"),
     Phase("sample", "ledger", "text samples; for `trainer.synthesize`: calls of the endpoint", "#7cc4c9", "#3f8d96"),
     Phase("api", "report", "dollars paid to an endpoint; no time", "#b58f5c", "#c8a573"),
     Phase("checkpoint", "ledger", "the part of a checkpoint that blocks training", "#b0749e", "#c98bb6"),
@@ -61,6 +63,7 @@ PHASES = (
     Phase("requests", "report", "requests to the store; no time", "#9db8c4", "#46626f"),
     Phase("storage", "report", "storage of the run's objects until now; no time", "#b7b39a", "#7a765c"),
     Phase("controller", "report", "the controller of managed jobs; no time", "#b9a9c9", "#766690"),
+    Phase("elsewhere", "report", "bills that `cost_report.py add` has stored; no time", "#a8a27a", "#7d7850"),
     Phase("factor", "report", "tax and discounts, by COST_FACTOR; no time", "#c4a9a9", "#8a6666"),
     Phase("not_attributed", "report", "paid time that no phase claims", "#e3b7b7", "#8d5a5a"),
 )

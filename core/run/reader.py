@@ -79,24 +79,26 @@ def spent_at_most(
     """Upper bounds of what a run has cost so far. Raises StorageError.
 
     Counts all segments but number `without`, machines that opened none but this one (`here`: host and start), and the
-    preparation and the evaluations of the run. With `after`, counts only segments of the run above that number, and
-    machines that started later.
+    preparation, the evaluations, the servers and the exports of the run. With `after`, counts only segments of the run
+    above that number, and machines that started later.
     """
     folder = RunFolder(run_url)
     run = Run(folder)
     # One listing, because another node may be starting its segment: it has a folder before it has an object.
     run.segments = _read_prices(folder, _segments_of_ledger(folder))
-    others = [Run(RunFolder(url)) for url in (folder.evaluations, folder.preparation)]
-    for other in others:
+    others = {url: Run(RunFolder(url)) for url in folder.beside}
+    for other in others.values():
         other.segments = _read_prices(other.folder, _segments_of_ledger(other.folder))
-    evaluations, preparation = others
-    machines = paid.unrecorded(folder, [*run.segments, *evaluations.segments], here)
+    preparation = others.pop(folder.preparation)
+    # Machines that evaluate, serve or export are recorded in the folder of the run.
+    beside = [segment for other in others.values() for segment in other.segments]
+    machines = paid.unrecorded(folder, [*run.segments, *beside], here)
     counted = [segment for segment in run.segments if segment.number != without and segment.number > after]
     if after:
         begun = max((each.started_at or 0.0 for each in run.segments if each.number <= after), default=0.0)
         machines = [each for each in machines if each.started_at > begun]
     else:
-        counted += [*evaluations.segments, *preparation.segments]
+        counted += [*beside, *preparation.segments]
         machines += paid.unrecorded(preparation.folder, preparation.segments)
     now = time.time()
     amounts = [*(each.usd_at_most for each in counted), *(each.usd_at_most(now) for each in machines)]

@@ -20,6 +20,7 @@ from core.run.cap import Bounds, OthersWatch, SpendingCap, spent_by_earlier_segm
 from core.run.folder import RunFolder, open_run
 from core.run.journal import Journal
 from core.run.ledger import Ledger
+from core.run.log import StoredLog
 from core.run.machine import (
     Machine,
     machine_from_environment,
@@ -61,6 +62,7 @@ class SegmentLog:
         number: int = 0,
         is_new_run: bool = False,
         watch: OthersWatch | None = None,
+        log_lines: StoredLog | None = None,
     ):
         self.ledger = ledger
         self.metrics = metrics
@@ -68,6 +70,7 @@ class SegmentLog:
         self.number = ledger.segment if ledger else number
         self.is_new_run = is_new_run
         self._watch = watch
+        self._log_lines = log_lines
 
     def phase(self, name: str):
         return self.ledger.phase(name) if self.ledger else contextlib.nullcontext()
@@ -112,6 +115,8 @@ class SegmentLog:
             # `details` may hold the error message of another library, which may contain a key.
             plain = {key: secrets.scrub(each) if isinstance(each, str) else each for key, each in details.items()}
             self.ledger.close(reason, step, **plain)
+        if self._log_lines:
+            self._log_lines.end()
 
     def __enter__(self) -> Self:
         return self
@@ -142,7 +147,9 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     cap = SpendingCap(ledger, bounds, opening.shutdown_seconds, before)
     metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
     watch = OthersWatch(cap, folder.url, ledger.segment) if bounds != Bounds() else None
-    return SegmentLog(ledger, metrics, cap, is_new_run=is_new, watch=watch)
+    name = f"by-hand-{ledger.segment:06d}"
+    log_lines = StoredLog.begin(folder, name, environment) if opening.has_metrics else None
+    return SegmentLog(ledger, metrics, cap, is_new_run=is_new, watch=watch, log_lines=log_lines)
 
 
 def one_node_of(machine: Machine) -> Machine:

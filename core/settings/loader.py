@@ -25,6 +25,9 @@ from core.settings.renamed import ELSEWHERE, REMOVED, RENAMED
 Schema = TypeVar("Schema")
 
 
+_ZERO = ("0", "0.0")
+
+
 def setting(
     default: Any,
     help: str,
@@ -111,12 +114,23 @@ class _Sources:
         self.layers[key] = self.layer
 
     def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
-        """Unset each setting that a setting of a higher layer names in `replaces`."""
-        for key in [key for key, value in self.values.items() if value]:
-            for name in known[key].metadata["replaces"]:
-                other = f"{key.rpartition('.')[0]}.{name}"
-                if other in self.values and self.layers[other] < self.layers[key]:
+        """Unset each setting that a setting of a higher layer names in `replaces`. A setting of 0 replaces none.
+
+        Raises ConfigError for numbers of one layer that replace each other, because only one of them can count.
+        """
+        for key in [key for key, value in self.values.items() if value and str(value) not in _ZERO]:
+            for name in known[key].metadata["replaces"] if key in self.values else ():
+                section, last = key.rpartition(".")[::2]
+                other = f"{section}.{name}"
+                if other not in self.values:
+                    continue
+                if self.layers[other] < self.layers[key]:
                     del self.values[other]
+                elif self.layers[other] == self.layers[key] and known[key].type in (int, float):
+                    excludes = last in known[other].metadata["replaces"] and str(self.values[other]) not in _ZERO
+                    if excludes:
+                        places = f"{self.where[key]} and {self.where[other]}"
+                        raise ConfigError(f"{places}: {key} and {other} are both set; give one of them")
 
 
 def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[str, str]) -> Schema:

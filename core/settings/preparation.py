@@ -6,7 +6,7 @@ from typing import Literal
 
 from core import urls
 from core.settings.loader import Bounded, require, section, setting
-from core.settings.training import SHUTDOWN_SECONDS
+from core.settings.run import SHUTDOWN_SECONDS
 from core.stores import hub
 
 
@@ -171,6 +171,9 @@ class TokenizerConfig:
     )
 
 
+EVALUATION_SETS = "sets to store beside the shards for evaluation: hellaswag, from the Hub, with a pinned checksum"
+
+
 @dataclass(frozen=True)
 class PrepConfig(Bounded):
     """Settings of `python -m data_prep.prepare`."""
@@ -179,6 +182,7 @@ class PrepConfig(Bounded):
     filter: FilterConfig = section(FilterConfig)
     data: PrepDataConfig = section(PrepDataConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
+    evaluation_sets: tuple[Literal["hellaswag"], ...] = setting((), EVALUATION_SETS, identity=False)
     max_usd: float = setting(
         0.0,
         "hard cap in dollars for all preparations whose ledger is in RUN_URL: finished parts are kept; 0: no cap",
@@ -248,4 +252,18 @@ class FetchConfig(Bounded):
     source: FetchSourceConfig = section(FetchSourceConfig)
     data: ShardsConfig = section(ShardsConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
+    evaluation_sets: tuple[Literal["hellaswag"], ...] = setting((), EVALUATION_SETS, identity=False)
+    max_usd: float = setting(
+        0.0,
+        "hard cap in dollars for all preparations whose ledger is in RUN_URL: finished parts are kept; 0: no cap",
+        identity=False,
+        env="MAX_USD",
+        ge=0,
+    )
+    shutdown_reserve_seconds: float = setting(
+        SHUTDOWN_SECONDS,
+        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
+        identity=False,
+        ge=0,
+    )
     workers: int = setting(4, "number of shards that are copied in parallel", identity=False, ge=1)

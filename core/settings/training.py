@@ -1,67 +1,12 @@
 """Declares the settings of training: default, meaning and bounds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from core import urls
 from core.settings.loader import Bounded, require, section, setting
 from core.settings.model import ModelConfig
-
-# From a program's end to its machine's: 79 to 133 s in eight launches on emulated AWS and Lambda, and a fifth more.
-SHUTDOWN_SECONDS = 160.0
-
-
-@dataclass(frozen=True)
-class RunConfig(Bounded):
-    """The run and its folder."""
-
-    url: str = setting(
-        "",
-        "folder for checkpoints, metrics and ledger (local, s3://, gs://, az://)",
-        env="RUN_URL",
-        identity=False,
-        check=urls.mistake,
-    )
-    max_usd: float = setting(
-        0.0,
-        "hard cap in dollars for all segments together: the run saves and stops before it is reached; 0: no cap",
-        env="MAX_USD",
-        identity=False,
-        ge=0,
-    )
-    max_hours: float = setting(
-        0.0,
-        "most hours for which machines of the run are paid, all segments together; waiting for a machine costs nothing "
-        "and does not count; 0: no bound",
-        env="MAX_HOURS",
-        identity=False,
-        ge=0,
-    )
-    max_restart_usd: float = setting(
-        0.0,
-        "most dollars for machines that come after the one with the newest checkpoint: a run that only restarts ends; "
-        "0: no bound",
-        env="MAX_RESTART_USD",
-        identity=False,
-        ge=0,
-    )
-    branch_from: str = setting(
-        "",
-        "RUN@STEP, RUN@trunk or RUN: a new run begins with that checkpoint's weights, optimizer state and position in "
-        "the data; trunk is the step before the cooldown; --from for short",
-        identity=False,
-        check=urls.mistake,
-    )
-    shutdown_reserve_seconds: float = setting(
-        SHUTDOWN_SECONDS,
-        "seconds from the end of the trainer to the end of the machine; the cap reserves the money for them",
-        identity=False,
-        ge=0,
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+from core.settings.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -163,12 +108,37 @@ class OptimizerConfig(Bounded):
 class TrainLoopConfig(Bounded):
     """Length and intervals of the run, and the computation of a step."""
 
-    steps: int = setting(19073, "optimizer steps of the whole run; with schedule wsd, the most that it takes", gt=0)
+    steps: int = setting(
+        19073,
+        "optimizer steps of the whole run; with schedule wsd, the most that it takes",
+        gt=0,
+        replaces=("tokens", "epochs"),
+    )
+    tokens: float = setting(
+        0.0,
+        "training tokens of the whole run, such as 10e9; the nearest number of steps follows; 0: use `steps`",
+        identity=False,
+        ge=0,
+        replaces=("steps", "epochs"),
+    )
+    epochs: float = setting(
+        0.0,
+        "passes over the training tokens; the nearest number of steps follows; 0: use `steps`",
+        identity=False,
+        ge=0,
+        replaces=("steps", "tokens"),
+    )
     extend: bool = setting(
         False,
         "continue a run to more train.steps than it began with: from its stable part, or with a second warm-up; "
         "--extend for short",
         identity=False,
+    )
+    target_loss: float = setting(
+        0.0,
+        "with schedule wsd: begin the cooldown once a validation loss of this much is expected at its end; 0: none",
+        identity=False,
+        ge=0,
     )
     seed: int = setting(1337, "seed of weights and data order")
     skip_steps: tuple[int, ...] = setting(
@@ -196,6 +166,9 @@ class TrainLoopConfig(Bounded):
         ge=0,
     )
     eval_every: int = setting(250, "steps between validation losses; 0: only at the end", identity=False, ge=0)
+    eval_first: bool = setting(
+        True, "validate and sample before the first step too, if that is done at intervals", identity=False
+    )
     eval_tokens: int = setting(
         10485760, "validation tokens of each measurement, always the same ones", identity=False, gt=0
     )
@@ -215,6 +188,7 @@ class TrainLoopConfig(Bounded):
         "prompts of the samples; prompts with commas need the form of a JSON list",
         identity=False,
     )
+    samples_per_prompt: int = setting(1, "texts that continue each prompt", identity=False, ge=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on", identity=False)
     precision: Literal["auto", "fp32", "bf16", "fp8"] = setting(
         "auto",
@@ -257,6 +231,11 @@ class TrainLoopConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            not (self.tokens and self.epochs),
+            "tokens",
+            f"is {self.tokens:g}, and epochs is {self.epochs:g}; give one of them",
+        )
         require(
             not (self.precision == "fp8" and self.device == "cpu"),
             "precision",
@@ -320,6 +299,11 @@ class CheckpointConfig(Bounded):
         identity=False,
         ge=2,
     )
+    keep_best: bool = setting(
+        True,
+        "also keep the checkpoint with the lowest validation loss; a step with a new lowest one is saved",
+        identity=False,
+    )
     keep_every_steps: int = setting(
         0,
         "also keep the checkpoints at multiples of this number of steps; 0: none",
@@ -353,6 +337,16 @@ class TrainingConfig(Bounded):
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainLoopConfig = section(TrainLoopConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train.tokens:  # from here on the run has a number of steps, as it would if that had been given
+            object.__setattr__(self, "train", of_length(self.train, self.train.tokens, self.batch.tokens_per_step))
+
+
+def of_length(train: TrainLoopConfig, tokens: float, tokens_per_step: int) -> TrainLoopConfig:
+    """The same settings with the number of steps that is nearest to `tokens`, at least 1."""
+    return replace(train, steps=max(1, round(tokens / tokens_per_step)), tokens=0.0, epochs=0.0)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from clouds import providers
 from clouds.catalog import Catalog
 from core import figures, urls
 from core.errors import ConfigError
+from core.loss import law
 from costs import discover, estimate_command, render
-from costs.plan import chart, law, machines, own, planner, recipes, refit, stages, view
+from costs.plan import chart, machines, own, planner, recipes, refit, stages, view
 from costs.plan.machines import Wanted
 from costs.plan.own import Own
 from costs.plan.planner import PREPARATION, Answer, Buyer, Prices, Question

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.gpus import memory_bytes
+from core.loss import law
 from core.settings import loader, memory
 from core.settings.model import matrix_parameters, parameters
 from core.settings.training import PretrainConfig
-from costs.plan import law
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = "trainer/configs"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from core.loss.law import Law
 from core.run.model import Run
 from core.settings import loader
 from costs.plan import recipes
-from costs.plan.law import Law
 from costs.plan.recipes import Candidate
 
 # Errors in nats: of the law for one run (bench/results/2026-11-30-fit-loss.json), and of another set of texts.

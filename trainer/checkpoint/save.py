@@ -70,7 +70,7 @@ class Saver:
         self._flush_log = flush_log
         self._blocks = blocks
         self._is_hurried = is_hurried
-        self._kept = kept
+        self._kept_by_others = kept
         # A thread allocates the buffer, because that takes a while and only the first checkpoint needs it.
         self._staging = ThreadPoolExecutor(1, "staging").submit(StagedFile, list(blocks()))
         self._thread: threading.Thread | None = None
@@ -81,6 +81,7 @@ class Saver:
         self._failing_since = math.inf
         self._insist_until = -math.inf
         self.last_step = first_step  # step of the newest complete checkpoint; kept up to date on rank 0 only
+        self.best_step: int | None = None  # step whose checkpoint is kept however old it gets
 
     @property
     def staged(self) -> StagedFile:
@@ -241,7 +242,8 @@ class Saver:
     def _make_room(self, step: int) -> bool:
         """On rank 0: delete older checkpoints, so that the one of `step` finds room.
 
-        Keeps the newest complete checkpoint and those of keep_every_steps. Returns whether any were deleted.
+        Keeps the newest complete checkpoint, the best one and those of keep_every_steps. Returns whether any were
+        deleted.
         """
         check_owner(RunFolder(self.run_url), self.segment)
         found = layout.stored(self.run_url)
@@ -261,6 +263,9 @@ class Saver:
                 f"{self.run_url}: its disk is full, so that {self._full_in_a_row} checkpoints in a row were not "
                 f"stored; {newest}. Free space there and start again with the same settings"
             )
+
+    def _kept(self) -> set[int]:
+        return {*self._kept_by_others(), *([] if self.best_step is None else [self.best_step])}
 
     def _prune(self) -> None:
         try:

@@ -11,7 +11,7 @@ and stops.
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from core.errors import LauncherError, RunError, StorageError
 from core.run import course
@@ -29,8 +29,10 @@ from trainer.stages.stage import Stage
 log = logging.getLogger("train")
 
 SHORTEST = 0.10  # share of the steps; 10 % are enough, 2.5 % are not (Hu et al. 2024)
+LATE = 0.25  # share of a cooldown
 MARGIN = 1.02  # on the expected time of a cooldown
 WINDOW_STEPS = 500  # steps over which the pace is measured
+RECENT_STEPS = 50
 LEAST_STEPS = 3  # measured steps before a decision
 LOOK_SECONDS = 10.0
 
@@ -42,13 +44,14 @@ class Pace:
         self._passed: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS + 1)
 
     def passed(self, step: int, now: float) -> None:
-        self._passed.append((step, now))
+        if not self._passed or step > self._passed[-1][0]:
+            self._passed.append((step, now))
 
-    def seconds(self) -> float | None:
-        """None before LEAST_STEPS are measured."""
+    def seconds(self, newest: int = WINDOW_STEPS) -> float | None:
+        """Over the `newest` steps, or all in the window; None before LEAST_STEPS are measured."""
         if len(self._passed) <= LEAST_STEPS:
             return None
-        (first, began), (last, now) = self._passed[0], self._passed[-1]
+        (first, began), (last, now) = self._passed[max(0, len(self._passed) - 1 - newest)], self._passed[-1]
         return (now - began) / (last - first)
 
 
@@ -90,6 +93,7 @@ class Annealer:
         first_step: int,
     ):
         self.failure: RunError | None = None
+        self.is_target_reached: Callable[[], bool] = lambda: False
         self._stage, self._segment, self._saver = stage, segment, saver
         self._requests, self._evaluator = requests, evaluator
         self._first_step = first_step
@@ -108,12 +112,23 @@ class Annealer:
     def decide(self, step: int) -> Change | None:
         """The change of course after `step`, which is stored. May also request to stop, because the money is spent."""
         schedule = self._stage.schedule
-        if not self._is_active() or step >= schedule.end or self._requests.stop:
-            return None
         if step > self._first_step:  # the first step compiles
             self._pace.passed(step, self._segment.ledger.now())
+        if not self._is_active() or step >= schedule.end or self._requests.stop:
+            return None
         change = self._replanned(step) if schedule.cooldown else self._begun(step)
         return change and self._stored(change)
+
+    def expected(self, step: int) -> tuple[int, float | None]:
+        """The last step that the money pays for, and the run's dollars at its end; None without a price."""
+        schedule, seconds, cap = self._stage.schedule, self._pace.seconds(), self._segment.cap
+        end = min(schedule.end, step + self._pays(seconds, full=False))
+        spent, price = cap.spent_usd(), self._segment.ledger.machine.price
+        if seconds is None or spent is None or price is None:
+            return end, None
+        shutdown = self._stage.settings.run.shutdown_reserve_seconds
+        rest = (end - step) * seconds + self._reserve(seconds, full=False) + shutdown
+        return end, spent + price.usd(rest)
 
     def _is_active(self) -> bool:
         return self._stage.schedule.anneals and not self._stage.settings.train.overfit
@@ -127,18 +142,26 @@ class Annealer:
             return self._cooldown(step, left, pays, "length", seconds)
         if step > schedule.config.warmup_steps and self._watch and self._watch.request:
             return self._cooldown(step, wanted, pays, "request", seconds, request=self._watch.request)
+        if self.is_target_reached():
+            return self._cooldown(step, wanted, pays, "target", seconds)
         if seconds is not None and pays < schedule.wanted(step + self._ahead) + self._ahead:
             return self._cooldown(step, wanted, pays, "budget", seconds)
         return None
 
     def _replanned(self, step: int) -> Change | None:
-        """A shorter cooldown, if the money does not pay for what is left of the one in force."""
+        """A shorter cooldown, if the money does not pay for what is left of the one in force.
+
+        There is one re-plan. A small shortage may be noise of the pace, and is judged when little is left.
+        """
         schedule, seconds = self._stage.schedule, self._pace.seconds()
         plan = schedule.cooldown
         left = schedule.end - step
         if seconds is None or plan.kind == "replan" or self._pays(seconds, full=False) >= left:
             return None
-        pays = self._pays(seconds, full=True)
+        # The only re-plan trusts the slower one of two paces.
+        pays = self._pays(max(seconds, self._pace.seconds(RECENT_STEPS)), full=True)
+        if pays > max(left / 2, LATE * plan.steps):
+            return None
         begun = min(plan.step, step)
         return self._cooldown(step, left, pays, "replan", seconds, begun)
 

@@ -103,11 +103,12 @@ class Loop:
         `measured` holds the kinds of metrics that `first_step` already has. Others that are due are measured first.
         """
         self.first_step = step = first_step
-        if step == 0 and self.stage.measures_start:
+        if step == 0:
             with contextlib.suppress(Abandoned):  # the exchange below finds the request to stop
-                self.evaluator.validate(step)
+                self.evaluator.start()
         elif step > 0 and not self.is_last(step):
             self.evaluator.evaluate(step, measured)
+        self._keep_best(step, is_saved=step > 0)
         while True:
             # 1. Fetch this rank's micro-batches of the next step.
             self.segment.switch("data_wait")
@@ -139,6 +140,7 @@ class Loop:
                 return step, request
             if step > first_step and not self.evaluator.evaluate(step):
                 return step, self._leave_evaluation(step)
+            self._keep_best(step, is_saved=save or step == first_step)
             # 5. Take the next step: forward and backward passes, reduction, update.
             self.segment.switch("compile" if self.compiled and step == first_step else "train")
             if step == first_step:
@@ -325,6 +327,13 @@ class Loop:
                 self.saver.finish(step)
                 log.info("step %d is saved", step)
 
+    def _keep_best(self, step: int, is_saved: bool) -> None:
+        """Keep the checkpoint with the lowest validation loss so far. Save `step` if it is the one and has none."""
+        best = self.evaluator.best
+        if best and self.settings.checkpoint.keep_best:
+            self.saver.best_step = best[0]
+            self._save(step, due=best[0] == step and not is_saved, last=False)
+
     def _save_at_last(self, step: int, request: StopRequest) -> None:
         """Try for a while to store the last step in a store that is away. The end of the segment says whether it is."""
         seconds = 60 * self.settings.checkpoint.last_try_minutes
@@ -348,6 +357,7 @@ class Loop:
         return {
             "step": step,
             **loss,
+            **({"best": list(self.evaluator.best)} if self.evaluator.best else {}),
             "tokens": step * self.settings.batch.tokens_per_step,
             "rng": {"rule": "seeded per micro-batch from (train.seed, step, index)", "seed": self.settings.train.seed},
             "config": self.stage.config,

@@ -44,9 +44,10 @@ from trainer.distributed import process_group
 from trainer.distributed.process_group import Ranks, on_main
 from trainer.loop.anneal import NOT_ANNEALED, Annealer, describe_end
 from trainer.loop.course import open_course
-from trainer.loop.evaluation import TrainingEvaluator, kinds_measured
+from trainer.loop.evaluation import TrainingEvaluator, measured_before
 from trainer.loop.inputs import open_later_inputs
 from trainer.loop.loop import Loop
+from trainer.loop.outlook import Outlook
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import SpotWatch, StopRequest, StopRequests
 from trainer.model.kernels import use_attention
@@ -130,7 +131,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             optimizer.set_step(first_step)
             stage.fill(model, restored)
         _mark_restored(segment, restored)
-        log.info("%s", stage.describe(model))
+        log.info("%s\n%s", stage.describe(model), optimizer.describe())
         log.info("%s", describe_determinism(settings.train, ranks, stage.lengths_vary))
 
         # 6. Micro-batches are read in the background while the rest is set up.
@@ -153,6 +154,9 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
         evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, hellaswag_rows, is_leaving)
 
         annealer = Annealer(stage, segment, saver, requests, evaluator, first_step)
+        if ranks.is_main:
+            reporter.outlook = outlook = Outlook(stage, annealer.expected, first_step)
+            annealer.is_target_reached = lambda: outlook.target_reached
 
         # 8. Train: trainer/loop/loop.py.
         loop = Loop(
@@ -169,9 +173,10 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             annealer=annealer,
             last_loss=restored.state.get("loss") if restored else None,
         )
-        measured: set[str] = set()
+        measured = {}
         if first_step > 0 and not loop.is_last(first_step) and evaluator.due(first_step):
-            measured = on_main(lambda: kinds_measured(segment, restored), ranks)
+            measured = on_main(lambda: measured_before(segment, restored), ranks)
+        evaluator.recall(restored.state.get("best") if restored else None, first_step, measured)
         reached, request = loop.run(first_step, measured)
 
         # 9. Wait for the checkpoint in flight, close the segment with its reason, and end on all ranks together.
@@ -180,7 +185,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             stored = on_main(lambda: saver.last_step, ranks)
             code = _close_without_store(stage, segment, reached, stored, request)
         else:
-            code = _close(stage, segment, reached, request)
+            code = _close(stage, segment, reached, request, reporter.outlook)
         _leave_together(code, ranks)
         batches.close()
         return code
@@ -264,13 +269,17 @@ def _mark_restored(segment: SegmentLog, restored: Restored | None) -> None:
 # --- the end of a segment ---------------------------------------------------------------------------------------
 
 
-def _close(stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None) -> int:
+def _close(
+    stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None, outlook: Outlook | None = None
+) -> int:
     """Close the segment with the reason for which it ends at step `reached`. Returns the exit code."""
     if request is None:
         stop.settle(OK)
         segment.close("finished", reached)
-        if segment.ledger and (said := describe_end(stage.schedule, reached, stage.settings.run.url)):
-            log.info("%s", said)
+        if segment.ledger:
+            said = (describe_end(stage.schedule, reached, stage.settings.run.url),)
+            for line in filter(None, (*said, outlook.compared(segment.cap.spent_usd()) if outlook else "")):
+                log.info("%s", line)
         url = shlex.quote(stage.settings.run.url)
         log.info("finished; next: python cost_report.py %s, or python -m trainer.chat %s", url, url)
         return OK

@@ -171,6 +171,19 @@ class BlockOptimizer:
     def _gradient(self, block: Block) -> torch.Tensor:
         return self._parameters[block.name].grad[block.start : block.stop]
 
+    def describe(self) -> str:
+        """The number of parameters with and without weight decay, and the kernels, for the log."""
+        counts = {True: [0, 0], False: [0, 0]}  # tensors, parameters
+        for parameter in self._parameters.values():
+            counts[parameter.dim() >= 2][0] += 1
+            counts[parameter.dim() >= 2][1] += parameter.numel()
+        (decayed, with_decay), (others, without) = counts[True], counts[False]
+        matrices = f"Muon for {len(self._matrices)} matrices, " if self._matrices else ""
+        return (
+            f"optimizer: {matrices}fused AdamW on {self._device.type}; weight decay on {with_decay:,} parameters of "
+            f"{decayed} tensors, none on {without:,} of {others}"
+        )
+
     def _adamw_groups(self) -> list[AdamWGroup]:
         """Rows by peak rate, and decayed or not."""
         groups: dict[tuple[float, float], AdamWGroup] = {}

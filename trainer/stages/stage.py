@@ -64,7 +64,7 @@ class Stage(abc.ABC):
     name: str  # in the ledger
     settings: TrainingConfig
     round_robin = False  # whether ranks take micro-batches in turn (trainer.optim.reduce)
-    measures_start = False  # whether the validation loss is measured before the first step
+    measures_start = False  # whether the start is validated even without validations at intervals
     lengths_vary = False  # whether micro-batches differ in the length of their sequences
 
     def __init__(self, settings: TrainingConfig, model: ModelConfig, context: int, ranks: Ranks):
