@@ -20,6 +20,7 @@ from core.run.reader import read_run
 from costs import charts, command, compare, discover, page, render, show, svg, tables
 from costs.forecast import Assumptions
 from costs.report import CostReport, build
+from tests.browser import BROWSER
 from tests.conftest import REPOSITORY
 from tests.golden import NOON, GoldenRun, preempted_and_resumed, span
 from tests.patience import PATIENCE_SECONDS
@@ -264,9 +265,6 @@ def test_html_file_is_written(run, tmp_path):
     assert target.read_text().startswith("<!doctype html>")
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
 def test_a_browser_shows_every_chart_and_logs_no_error(run, tmp_path):
     target = tmp_path / "report.html"
@@ -283,7 +281,7 @@ def test_a_browser_shows_every_chart_and_logs_no_error(run, tmp_path):
     assert "CONSOLE" not in shown.stderr
     found = Page(shown.stdout)
     charts = [label for label in re.findall(r'aria-label="([^"]+)"', shown.stdout)]
-    assert len(charts) == 12  # four, in three widths
+    assert len(charts) == 17  # four in three widths, that of the machines in five
     assert len([path for path in found.paths if len(path) > 30]) >= 6
 
 
