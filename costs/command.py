@@ -17,13 +17,13 @@ Reports where the dollars of a run went, phase by phase, adding up to the cent.
   python cost_report.py RUN_URL --html report.html        one self-contained page
   python cost_report.py --compare RUN_URL RUN_URL         side by side
   python cost_report.py --serve                           live pages on http://127.0.0.1:8321
-  python cost_report.py estimate TASK.yaml                what a launch would cost
+  python cost_report.py estimate TASK.yaml                what a launch would cost (--fail-over=USD for scripts)
   python cost_report.py plan --usd=20                     the best model for a sum of dollars
   python cost_report.py add RUN_URL "Hugging Face" 2.00   a bill from elsewhere, as a line of the report
 """
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int | None:
     """Run a report, an estimate or a plan, or add a bill. Raises LauncherError if it has nothing to show."""
     environment.adopt()
     if arguments[:1] == ["estimate"]:

@@ -33,7 +33,7 @@ def of_run(report: CostReport) -> list[str]:
         '<div class="grid">',
         *_charts(report),
         f'<div class="stack">{tables["phases"]}{tables.get("groups", "")}</div>',
-        f'<div class="stack">{tables.get("units", "")}{tables.get("storage", "")}</div>',
+        f'<div class="stack">{tables.get("forecast", "")}{tables.get("units", "")}{tables.get("storage", "")}</div>',
         tables["segments"],
         tables["origins"],
         "</div>",

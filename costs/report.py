@@ -15,6 +15,8 @@ from core.run.phases import REPORT_PHASES
 from core.run.timeline import SHOWN
 from costs.about import About, about, stretches
 from costs.cells import Cell, Spend, attribute, cells, summed_up
+from costs.foreseen import Comparison, Foreseen, compare
+from costs.foreseen import read as read_forecast
 from costs.model import Origin, Outside, StorageUse
 from costs.notes import notes_on_money, notes_on_time, some
 from costs.sharing import shares_of
@@ -86,6 +88,8 @@ class CostReport:
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     is_managed: bool = False
+    foreseen: Foreseen | None = None
+    forecast: list[Comparison] = field(default_factory=list)
     about: About = About()
     charges: list[Cell] = field(default_factory=list)  # of which the lines of all tables are sums
 
@@ -105,6 +109,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     `outside` holds what other sources add to the ledger (costs.sources).
     """
     outside = outside or Outside()
+    foreseen = read_forecast(run)
     lost = run.lost(now)
     attributed = attribute(run, lost, shares_of(run, outside.neighbours))
     more_seconds = outside.more_seconds if outside.is_asked else unheard(run, now)
@@ -159,6 +164,8 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
         storage=outside.storage,
         notes=[*notes_on_money(run), *run.problems, *outside.notes, *notes_on_time(run)],
         missing=outside.missing,
+        foreseen=foreseen,
+        forecast=compare(foreseen, summed) if foreseen else [],
         is_managed=any(segment.launcher.get("managed_job_id") for segment in run.segments),
         about=about(run, outside.budget),
         charges=parts,

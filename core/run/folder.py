@@ -133,6 +133,11 @@ class RunFolder:
         return self._at("preflight")
 
     @property
+    def forecast(self) -> str:
+        """The forecast of the newest launch (costs.foreseen)."""
+        return self._at("forecast.json")
+
+    @property
     def machines(self) -> str:
         """Records of the machines' paid time (core.run.paid)."""
         return self._at("machines")
