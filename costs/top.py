@@ -106,7 +106,8 @@ def _expected_loss(report: CostReport) -> str:
 
 def _money(report: CostReport) -> str:
     """The card of the total, with bars of what the cap allows and what was forecast."""
-    usd, cap, forecast = report.total.usd, report.about.cap_usd, report.about.forecast_usd
+    usd, cap = report.total.usd, report.about.cap_usd
+    forecast = report.foreseen.usd if report.foreseen else report.about.forecast_usd
     lines, bar = ["total"], ""
     if usd is not None and cap:
         lines = [f"of ${figures.dollars(cap)} allowed, {100 * usd / cap:.0f} %"]
