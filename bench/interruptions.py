@@ -247,6 +247,9 @@ class Trial:
         run = f"cell-{self.cell.number:02d}-{time.time():.0f}"
         settings = {"RUN": run, "DATA": run, "AWS_ENDPOINT_URL": self.bench.endpoint, **source, **self.environment}
         settings |= {"PREP_ARGS": "--data.val_fraction=0.05", "SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
+        for _ in range(3):  # it gives itself a minute, which is short on a busy machine
+            if self.bench.inside(self.home, "sky", "api", "start", **self.environment).returncode == 0:
+                break
         submit = (self.bench.python, "-u", "-m", "launch.submit", self._task())
         self.output = (self.bench.scratch / f"cell-{self.cell.number:02d}.log").open("w")
         self.launcher = subprocess.Popen(

@@ -31,7 +31,7 @@ from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, ch
 from core.settings.tuning import FinetuneConfig
 from core.stores import aws, credentials
 from core.task import MachineRequest, TaskSpec, machine_choice, read_task
-from launch import registry
+from launch import gone, registry
 from launch.identity import check_identity, check_switch
 from launch.node import network, supervise
 
@@ -291,6 +291,8 @@ def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
         return
     max_usd, url = _cap(settings) if settings.get("MAX_USD") else 0.0, bucket.url(task.envs, "RUN")
     folder = RunFolder(url).evaluations if task.workload.stage == "evaluate" else url
+    if max_usd:
+        gone.record(url)
     usd = spent_usd_at_most(folder) if max_usd else 0.0
     if usd is None:
         yield Finding("!", f"cap: what {folder} has cost is not known, so that MAX_USD will be refused")

@@ -30,7 +30,7 @@ from core.run.folder import RunFolder
 from core.storage import ObjectInfo
 from core.task import read_task
 from launch.left import NOTHING, UNKNOWN, look
-from launch.spent import spent_line
+from launch.spent import run_lines
 
 FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "machines", "refused")
 # Objects that differ between two runs, even if both had the same URL.
@@ -79,7 +79,7 @@ def status(arguments: list[str]) -> int:
     if survey.exit_code == NOTHING:
         print("nothing of this project is up")
     if arguments and (not arguments[0].endswith(".yaml") or os.environ.get("BUCKET") or os.environ.get("RUN_URL")):
-        print(f"\n{spent_line(run_of(arguments[0], os.environ))}")
+        print("", *run_lines(run_of(arguments[0], os.environ)), sep="\n")
     return UNKNOWN if survey.unasked else code
 
 

@@ -24,7 +24,7 @@ from core.exit_codes import FAILED
 from core.run.machine import checkout_revision
 from core.stores import credentials
 from core.task import TaskSpec, machine_choice, read_task
-from launch import check, undo
+from launch import check, prices, undo
 
 NO_CHECK = "--no-check"
 
@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
     path, *options = arguments
     task = read_task(path, os.environ, machine_choice(options))
     options_of_sky = [option for option in options if option != NO_CHECK]
-    command = skypilot.launch_command(task, os.environ, checkout_revision(), options_of_sky)
+    given = prices.declared(task, os.environ)
+    command = skypilot.launch_command(task, given, checkout_revision(), options_of_sky)
     if NO_CHECK not in options and not launchable(task, {**os.environ, **task.envs}):
         print(
             f"nothing was rented; fix this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr

@@ -17,8 +17,10 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
+from core import pulse
 from launch import role
 from launch.node import switch
+from launch.node.supervise import Child
 from tests import fake_metadata
 from tests.patience import PATIENCE_SECONDS
 
@@ -126,6 +128,14 @@ def test_a_node_waits_for_the_others_of_its_cluster(monkeypatch, answers_until, 
 def test_a_file_that_is_gone_is_no_sign_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(switch, "ALIVE", str(tmp_path / "gone"))
     assert switch.modified() == switch.modified() == 0
+
+
+def test_a_supervised_program_is_a_sign_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(pulse, "_due", {})
+    monkeypatch.setenv("ALIVE_FILE", str(tmp_path / "alive"))
+    child = Child([sys.executable, "-c", "import time; time.sleep(0.1)"], dict(os.environ), lambda line: None)
+    assert child.wait(900).returncode == 0
+    assert (tmp_path / "alive").exists()
 
 
 # --- whose machine ---------------------------------------------------------------------------------------------

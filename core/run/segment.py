@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from core import secrets, stop
 from core.errors import CapReached, one_line
+from core.run import paid
 from core.run.cap import OthersWatch, SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.journal import Journal
@@ -42,7 +43,7 @@ class Opening:
     gpu: str | None = None
     gpus_per_node: int = 0
     max_usd: float = 0.0
-    shutdown_seconds: float = 0.0
+    shutdown_seconds: float | None = None  # None: what was measured on the cloud
     is_per_node: bool = False  # each node opens a segment, at its share of the price
     has_metrics: bool = False
 
@@ -127,7 +128,10 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     program = program_versions(opening.packages) | {"stage": opening.stage} | dict(opening.program or {})
     before = spent_by_earlier_segments(folder, machine, opening.max_usd, segment_started_at())
     ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())
-    cap = SpendingCap(ledger, opening.max_usd, opening.shutdown_seconds, before)
+    reserve = opening.shutdown_seconds
+    if reserve is None:
+        reserve = paid.reserve_seconds(folder, machine.cloud) if opening.max_usd else 0.0
+    cap = SpendingCap(ledger, opening.max_usd, reserve, before)
     metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
     watch = OthersWatch(cap, folder.url, ledger.segment) if opening.max_usd else None
     return SegmentLog(ledger, metrics, cap, is_new_run=is_new, watch=watch)

@@ -8,7 +8,6 @@ from core import urls
 from core.errors import ConfigError
 from core.settings import loader
 from core.settings.loader import Bounded, SettingError, setting
-from core.settings.training import SHUTDOWN_SECONDS
 
 LM_EVAL = "lm-eval:"
 OWN_TASKS = ("perplexity", "hellaswag")
@@ -68,9 +67,10 @@ class EvaluateConfig(Bounded):
         env="MAX_USD",
         ge=0,
     )
-    shutdown_reserve_seconds: float = setting(
-        SHUTDOWN_SECONDS,
-        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
+    shutdown_reserve_seconds: float | None = setting(
+        None,
+        "seconds from the end of this program to the end of the machine; the cap reserves the money for them; "
+        "none: what was measured on this cloud",
         ge=0,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device for all computation")

@@ -186,15 +186,19 @@ def terminate_on_aws():
     return "terminated by EC2"
 
 
+def role_keys():
+    """The temporary keys of this machine's role."""
+    role = metadata("iam/security-credentials/").split()[0]
+    return json.loads(metadata("iam/security-credentials/" + role))
+
+
 def ec2(action):
     """EC2's answer to an action on this machine, with the keys of its role."""
     region, instance = metadata("placement/region"), metadata("instance-id")
-    role = metadata("iam/security-credentials/").split()[0]
-    keys = json.loads(metadata("iam/security-credentials/" + role))
     query = {"Action": action, "InstanceId.1": instance, "Version": EC2_VERSION}
     body = urllib.parse.urlencode(sorted(query.items()))
     url = endpoint() or f"https://ec2.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}"
-    headers = signed(url, region, body, keys, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
+    headers = signed(url, region, body, role_keys(), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
     request = urllib.request.Request(url + "/", body.encode(), headers)
     with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
         return answer.read().decode()
@@ -212,20 +216,23 @@ def endpoint():
     return (found.get("AWS_ENDPOINT_URL_EC2") or found.get("AWS_ENDPOINT_URL") or "").rstrip("/")
 
 
-def signed(url, region, body, keys, now):
-    """The headers of a POST of `body` to EC2, signed with AWS's Signature Version 4."""
+def signed(url, region, body, keys, now, method="POST", service="ec2"):
+    """The headers of a request, signed with AWS's Signature Version 4, at `now`, such as 20261130T120000Z."""
+    parts = urllib.parse.urlsplit(url)
+    digest = hashlib.sha256(body.encode()).hexdigest()
     headers = {
         "content-type": "application/x-www-form-urlencoded; charset=utf-8",
-        "host": urllib.parse.urlsplit(url).netloc,
+        "host": parts.netloc,
         "x-amz-date": now,
     }
+    if service == "s3":
+        headers["content-type"], headers["x-amz-content-sha256"] = "application/json", digest
     if keys.get("Token"):
         headers["x-amz-security-token"] = keys["Token"]
     names = ";".join(sorted(headers))
-    lines = ["POST", "/", "", *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names]
-    request = "\n".join([*lines, hashlib.sha256(body.encode()).hexdigest()])
-    scope = f"{now[:8]}/{region}/ec2/aws4_request"
-    text = "\n".join(["AWS4-HMAC-SHA256", now, scope, hashlib.sha256(request.encode()).hexdigest()])
+    lines = [method, parts.path or "/", "", *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names, digest]
+    scope = f"{now[:8]}/{region}/{service}/aws4_request"
+    text = "\n".join(["AWS4-HMAC-SHA256", now, scope, hashlib.sha256("\n".join(lines).encode()).hexdigest()])
     key = ("AWS4" + keys["SecretAccessKey"]).encode()
     for part in [*scope.split("/"), text]:
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()
