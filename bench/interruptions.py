@@ -37,12 +37,13 @@ from launch import role
 
 EVENTS = ("ctrl-c", "kill", "stop", "cut")
 STAGES = ("request", "provision", "sync", "set-up", "build", "job")
+FIRST = ("provision", "sync", "job", "set-up", "build", "request")  # of what a session has time for
 SWITCH_MINUTES = 6.0
 LIMIT_SECONDS = SWITCH_MINUTES * 60 + 120
 STAGE_SECONDS = 600.0
 WATCH_SECONDS = 300.0
 POLL_SECONDS = 0.25
-IN_FLIGHT = 3
+IN_FLIGHT = 6
 BUCKET = "my-bucket"
 LAB = Path(os.environ.get("LAB_DIR") or "/nonexistent")
 LAB_ROOT = Path(os.environ.get("LAB_ROOT") or "/tmp/lab")
@@ -103,6 +104,7 @@ def main() -> None:
     record = json.loads(options.out.read_text()) if options.out.exists() else {**header(), "cells": []}
     done = {each["number"] for each in record["cells"]}
     wanted = [each for each in cells() if each.number not in done and each.number in (options.only or range(1, 25))]
+    wanted.sort(key=lambda cell: (FIRST.index(cell.stage), -cell.number))
     bench, last = Bench(options.scratch.resolve()), time.monotonic() + options.minutes * 60
     keep = threading.Lock()
 
