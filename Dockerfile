@@ -75,6 +75,15 @@ RUN --mount=type=cache,id=pip,target=/root/.cache/pip \
       pip install --require-hashes -r requirements/train-cpu.txt \
    && pip install --no-deps "$(cat requirements/torch.constraint)+cpu"; \
     fi
+# yes or no: what train.trackers sends metrics to (TensorBoard, W&B, MLflow), 61 MB compressed.
+ARG TRACKERS=yes
+COPY requirements/track.txt requirements/
+RUN --mount=type=cache,id=pip,target=/root/.cache/pip \
+    case "$TRACKERS" in \
+      yes) pip install --require-hashes -r requirements/track.txt ;; \
+      no) ;; \
+      *) echo "error: TRACKERS is '$TRACKERS', must be yes or no" >&2; exit 1 ;; \
+    esac
 # yes or no; empty: as torch needs it. The key is that of NVIDIA's repository, cudatools@nvidia.com.
 ARG CUDA_COMPAT
 ARG CUDA_REPOSITORY=https://developer.download.nvidia.com/compute/cuda/repos

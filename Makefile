@@ -17,22 +17,30 @@ BIN := $(VENV)/bin
 SETUP := PYTHON="$(PYTHON)" requirements/setup.sh
 # A stamp identifies the installed pins, so that only a changed pin installs again.
 stamp = .installed-$(shell cat requirements/$1.txt requirements/torch* requirements/uv.txt | cksum | cut -d' ' -f1)
-STAMP := $(VENV)/$(call stamp,dev)
+# `make setup GPU=1` takes torch's CUDA build. Later calls keep it, `make setup GPU=` goes back.
+GPU ?= $(if $(wildcard $(VENV)/.gpu),1)
+STAMP := $(VENV)/$(call stamp,dev)$(if $(GPU),-$(call stamp,train-cuda))
 # The demo needs a tenth of the packages. It uses the complete environment if that exists.
 DEMO_VENV := $(if $(wildcard $(STAMP)),$(VENV),.venv-demo)
 DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_VENV)/$(call stamp,demo))
 
-.PHONY: help setup demo test test-all test-slow chaos lint bench-prep clean
+# Every target with a help text is a command, whatever files are here.
+.PHONY: help $(shell sed -nE 's/^([a-z][a-z-]*):.* \#\# .*/\1/p' Makefile launch/targets.mk)
 
-help: ## list the targets
-	@grep -hE '^[a-z][a-z-]*:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+# A line `##@ TITLE` begins a group of targets. Those for work on the code are listed last.
+help:
+	@awk -F ':.*## ' '/^##@ / {late = /code$$/; line = "\n" substr($$0, 5) "\n"} \
+	  /^[a-z][a-z-]*:.*## / {line = sprintf("  make %-14s %s\n", $$1, $$2)} \
+	  {if (late) last = last line; else printf "%s", line; line = ""} END {printf "%s", last}' Makefile launch/targets.mk
 
-setup: $(STAMP) ## install everything that demo and tests need into .venv (CPU build of torch, no CUDA)
+##@ On this computer
 
-$(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/setup.sh
+setup: $(STAMP) ## install everything that demo and tests need into .venv (CPU build of torch; GPU=1: with CUDA)
+
+$(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/train-cuda.txt requirements/setup.sh
 	@echo "setting up $(VENV) (once; about a minute)"
-	@$(SETUP) dev "$(VENV)" torch
-	@rm -f $(VENV)/.installed-*; touch $@
+	@$(SETUP) dev "$(VENV)" $(if $(GPU),cuda,torch)
+	@rm -f $(VENV)/.installed-* $(VENV)/.gpu; touch $@ $(if $(GPU),$(VENV)/.gpu)
 
 .venv-demo/%: requirements/demo.txt requirements/torch-cpu.txt requirements/setup.sh
 	@echo "setting up .venv-demo (once; about a minute)"
@@ -42,6 +50,8 @@ $(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/setup.sh
 
 demo: $(DEMO_STAMP) ## the whole pipeline on this machine: prepare, train, kill, resume, report (2 to 3 minutes)
 	@$(DEMO_VENV)/bin/python -m demo.run
+
+##@ To work on the code
 
 test: $(STAMP) ## the fast tests
 	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'not slow and not gpu and not image and not lab'
@@ -60,10 +70,19 @@ lint: $(STAMP) ## ruff and shellcheck
 	@$(BIN)/ruff format --check .
 	@$(BIN)/shellcheck .ci/run requirements/*.sh launch/node/container.sh tests/conditions.sh
 
+DOCS_STAMP := .venv-docs/$(call stamp,docs)
+
+$(DOCS_STAMP): requirements/docs.txt requirements/setup.sh
+	@$(SETUP) docs .venv-docs
+	@rm -f .venv-docs/.installed-*; touch $@
+
+docs: $(DOCS_STAMP) ## the documents as a site in site/; a broken link is an error
+	@NO_COLOR=1 .venv-docs/bin/zensical build --strict
+
 include launch/targets.mk
 
 bench-prep: $(STAMP) ## data preparation against the usual scripts, end to end (fetches 140 MB of text; 10 minutes)
 	@mkdir -p .bench && $(BIN)/python -m bench.prep --scratch=.bench --encode --larger --out=bench/results/$$(date +%F)-prep.json
 
 clean: ## remove the virtual environments and what demo and benchmarks left
-	rm -rf $(call typed,VENV) .venv-demo .venv-launch .demo .bench .azurite
+	rm -rf $(call typed,VENV) .venv-demo .venv-docs .venv-launch .demo .bench .azurite site

@@ -1,10 +1,10 @@
 """Fits the law of the loss to public runs, and says how well it predicts runs that it has not seen.
 
     python -m bench.fit_loss                                  print the fit and its errors
-    python -m bench.fit_loss --write                          … and store the constants in costs/plan/data/law.json
+    python -m bench.fit_loss --write                          … and store the constants in core/loss/law.json
     python -m bench.fit_loss --out=bench/results/DATE-fit-loss.json      … and a record
 
-Reads costs/plan/data/runs.csv. Rows marked `fit` take part; rows marked `check` are only predicted. The constants are
+Reads core/loss/runs.csv. Rows marked `fit` take part; rows marked `check` are only predicted. The constants are
 found by damped Gauss-Newton on the residuals over the noise of a run, with weak priors, since some recipes have one
 run only: E is 1.7 ± 0.2, the exponents are 0.34 ± 0.1, ln k is 0 ± 0.5. The ratio of the exponents follows the minima
 of nanochat's iso-FLOP curves (same file): they are on another scale of loss, but say how size and tokens share compute.
@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 
 from bench import harness
-from costs.plan import law
-from costs.plan.law import Law, Recipe
+from core.loss import law
+from core.loss.law import Law, Recipe
 
 REFERENCE = "muon-modern"
 ON_ADAMW = "adam-modern"  # the same architecture and tuning with Adam

@@ -192,6 +192,7 @@ def make_loop(settings: PretrainConfig, ranks: Any) -> Any:
     from trainer.loop.loop import Loop
     from trainer.model.gpt import GPT
     from trainer.optim.optimizer import BlockOptimizer
+    from trainer.optim.schedule import Schedule
     from trainer.stages.pretrain import Pretrain
 
     def never(*_: Any, **__: Any) -> bool:
@@ -206,6 +207,7 @@ def make_loop(settings: PretrainConfig, ranks: Any) -> Any:
         accumulation=accumulation,
         precision="fp32",
         round_robin=False,
+        schedule=Schedule(settings.optimizer, settings.train.steps),
         steps=settings.train.steps,
         identity=loader.identity(settings),
         objective=lambda *arguments: Pretrain.objective(None, *arguments),
@@ -224,6 +226,7 @@ def make_loop(settings: PretrainConfig, ranks: Any) -> Any:
         requests=SimpleNamespace(stop=None, take_save=never),
         evaluator=SimpleNamespace(),
         reporter=SimpleNamespace(step=never, metric=never),
+        annealer=SimpleNamespace(decide=lambda step: None, failure=None),
     )
 
 

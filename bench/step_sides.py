@@ -99,6 +99,33 @@ def plain(settings: PretrainConfig, device: torch.device, accumulation: int, com
     return _usual(forward, model, optimizer)
 
 
+def teaching(settings: PretrainConfig, device: torch.device, switches) -> Side:
+    """A step of teaching code with the switches of bench.ladder."""
+    for kernel in ("flash", "mem_efficient", "cudnn"):
+        # Without a fused kernel torch computes the matrix of scores, as code without scaled_dot_product_attention does.
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(switches.flash and kernel == "flash")
+    model = GPT(settings.model)
+    model.initialise(1)
+    model.to(device)
+    config = settings.optimizer
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=betas, fused=switches.fused, foreach=not switches.fused
+    )
+    run = (
+        torch.compile(model, backend="inductor" if device.type == "cuda" else "aot_eager")
+        if switches.compiled
+        else model
+    )
+
+    def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=switches.bf16):
+            logits_BTV = run(tokens_BT[:, :-1])
+            return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten().long())
+
+    return _usual(forward, model, optimizer)
+
+
 def nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
     """karpathy/nanoGPT with its optimizer and whole-model compilation."""
     module = _load(folder / "nanoGPT" / "model.py")

@@ -1,10 +1,13 @@
-"""Writes the generated tables of the documents: measurements in README.md, phases and marks in docs/formats.md.
+"""Writes the generated tables of the documents: measurements and plans in README.md, phases in docs/formats.md.
 
 python -m bench.tables
 
-Measurements come from the newest record of each kind in bench/results. tests/test_docs.py fails for an outdated table.
+Measurements come from the newest record of each kind in bench/results, plans from the price snapshot in the project.
+tests/test_docs.py fails for an outdated table.
 """
 
+import contextlib
+import io
 import json
 import re
 import statistics
@@ -15,7 +18,9 @@ from typing import Any
 from bench.harness import REPOSITORY
 from core.figures import quantity
 from core.run import phases
+from costs.plan import command
 
+SUMS = (5, 20, 60, 100)  # dollars
 RESULTS = REPOSITORY / "bench" / "results"
 
 Row = tuple[str, str, str, float]  # the quantity, our figure, the other side's figure and name, the ratio
@@ -28,15 +33,31 @@ def main() -> None:
 
 def up_to_date() -> dict[Path, str]:
     """Texts of the documents with current tables."""
+    readme, formats = REPOSITORY / "README.md", REPOSITORY / "docs" / "formats.md"
     return {
-        REPOSITORY / "README.md": _between("measured", table(), REPOSITORY / "README.md"),
-        REPOSITORY / "docs" / "formats.md": _between("phases", phases.markdown(), REPOSITORY / "docs" / "formats.md"),
+        readme: _between("plans", plans(), _between("measured", table(), readme.read_text())),
+        formats: _between("phases", phases.markdown(), formats.read_text()),
     }
 
 
-def _between(name: str, content: str, path: Path) -> str:
+def _between(name: str, content: str, text: str) -> str:
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", path.read_text(), flags=re.S)
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.S)
+
+
+def plans() -> str:
+    """The best plan for some sums, at the prices of the snapshot."""
+    lines = ["| sum | model | tokens | machine | hours | loss, expected |", "|---|---|---|---|---|---|"]
+    for usd in SUMS:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            command.main([f"--usd={usd}", "--offline", "--json"])
+        best = json.loads(out.getvalue())["plans"][0]
+        lines.append(
+            f"| ${usd} | {best['size']}, `{best['recipe']}` | {quantity(best['tokens'])} | {best['machine']['name']} "
+            f"| {best['hours']:.1f} | {best['loss']:.2f} ± {best['loss_error']:g} |"
+        )
+    return "\n".join(lines)
 
 
 def table() -> str:

@@ -48,9 +48,14 @@ def random_ids(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, GPT2_VOCAB_SIZE, count, dtype=np.uint16)
 
 
-def write(folder: str, splits: Mapping[str, Iterable[np.ndarray]], source: Mapping[str, str] = {}) -> Manifest:
-    """Write one shard per array of ids, and the manifest last."""
-    tokenizer = TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, "")
+def write(
+    folder: str,
+    splits: Mapping[str, Iterable[np.ndarray]],
+    source: Mapping[str, str] = {},
+    vocab_size: int = GPT2_VOCAB_SIZE,
+) -> Manifest:
+    """Write one shard per array of ids below `vocab_size`, and the manifest last."""
+    tokenizer = TokenizerInfo("gpt2", vocab_size, min(GPT2_END_OF_TEXT, vocab_size - 1), FILE_NAME, "")
     written = {name: _split(folder, name, shards) for name, shards in splits.items()}
     made = Manifest(tokenizer, dict(source), {"rule": f"the last one in {VAL_SHARE} tokens"}, written)
     manifest.write(folder, made)

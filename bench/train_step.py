@@ -4,8 +4,9 @@
 
 All sides use one device, and the same model, batch and precision. Each runs as a process, in interleaved rounds; the
 table shows medians. `ours` is the step of the trainer's loop; `plain` is the step of teaching code (complete logits,
-torch's AdamW), on a GPU also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt. Tokens
-are random, or the first ones of a dataset (--data); bench.loader measures reading.
+torch's AdamW), on a GPU also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt.
+`before` is our step in another checkout of this project (--before). Tokens are random, or the first ones of a dataset
+(--data); bench.loader measures reading.
 
 The roofline is the lower bound: a step takes at least as long as its matrix products at the device's peak (core.gpus;
 on a CPU, measured with a large product), and as long as reading and writing weights, gradients and optimizer state
@@ -39,7 +40,7 @@ def main() -> None:
         harness.say(_line(options.one, result), **result)
         return
     sides = options.sides.split(",") if options.sides else _sides(options)
-    runs = harness.interleaved({side: _process(side) for side in sides}, options.rounds)
+    runs = harness.interleaved({side: _process(side, options.before) for side in sides}, options.rounds)
     results = {
         **harness.header("torch", "numpy"),
         "command": "python -m bench.train_step " + " ".join(sys.argv[1:]),
@@ -55,8 +56,13 @@ def main() -> None:
     harness.finish(results, show, options.out)
 
 
-def _process(side: str) -> Callable[[int], dict[str, Any]]:
-    command = [sys.executable, "-m", "bench.train_step", *sys.argv[1:], f"--one={side}"]
+def _process(side: str, before: Path | None) -> Callable[[int], dict[str, Any]]:
+    flags = [each for each in sys.argv[1:] if not each.startswith("--before")]
+    command = [sys.executable, "-m", "bench.train_step", *flags]
+    if side == "before":
+        command = ["env", "-C", str(before), *command, "--one=ours"]
+    else:
+        command.append(f"--one={side}")
     return lambda _: harness.measured(command)
 
 
@@ -72,6 +78,7 @@ def _options() -> argparse.Namespace:
         "--sides", default="", help="ours, plain, plain-compiled and names of rivals, separated by commas; default: all"
     )
     parser.add_argument("--rivals", type=Path, help="folder with checkouts of other trainers")
+    parser.add_argument("--before", type=lambda given: Path(given).resolve(), help="checkout that is compared")
     parser.add_argument("--device", default="", help="cpu or cuda; default: cuda if available")
     parser.add_argument("--data", default="", help="dataset whose first tokens are used; default: random tokens")
     parser.add_argument(
@@ -101,7 +108,7 @@ def _sides(options: argparse.Namespace) -> list[str]:
 
     found = [name for name in OTHERS if options.rivals and (options.rivals / name).is_dir()]
     compiled = ["plain-compiled"] if torch.cuda.is_available() and options.device != "cpu" else []
-    return ["ours", "plain", *compiled, *found]
+    return ["ours", *(["before"] if options.before else []), "plain", *compiled, *found]
 
 
 def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:

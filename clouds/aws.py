@@ -6,6 +6,7 @@ ec2:DescribeInstances, ec2:DescribeSpotPriceHistory and ce:GetCostAndUsage.
 
 import dataclasses
 import datetime
+import functools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Any
 from clouds import catalog, ec2
 from clouds.base import (
     Bill,
+    Billing,
     Cloud,
     Finding,
     Instance,
@@ -64,6 +66,8 @@ class Aws(Cloud):
     name = "aws"
     key_file = "~/.aws/credentials"
     default_role = "SkyPilot's role, which may do anything on EC2 and S3"
+    # Linux instances: by the second, the first minute whole (aws.amazon.com/ec2/pricing).
+    billing = Billing(least_seconds=60.0)
 
     def offers(self) -> tuple[Offer, ...]:
         return catalog.snapshot(self.name)
@@ -136,17 +140,27 @@ class Aws(Cloud):
 
     def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterator[Finding]:
         """AWS bills each gigabyte that a machine reads from a bucket in another region, or from outside of AWS."""
-        terms = storage.terms_of(bucket_url)
-        home = bucket_place.Place(terms.bucket, None, None).home() if terms.service == self.name else None
+        home = _home_of(bucket_url)
         if not home:
             return
         for cloud, region in sorted({(request.cloud or "", request.region or "") for request in task.requests}):
-            elsewhere = INTER_REGION_USD_PER_GB if region and region != home else 0.0
-            usd = elsewhere if cloud == self.name else INTERNET_USD_PER_GB
+            usd = self._reading(home, cloud, region)
             if usd:
                 amount = f"${usd * data_bytes / 1e9:.2f} for this data" if data_bytes else f"${usd:.2f} per GB"
                 place = f"{cloud}/{region}" if region else cloud
                 yield Finding("!", f"bucket: it is in {home}; a machine at {place} reads it for {amount}")
+
+    def _reading(self, home: str, cloud: str | None, region: str | None) -> float:
+        elsewhere = INTER_REGION_USD_PER_GB if region and region != home else 0.0
+        return elsewhere if cloud == self.name else INTERNET_USD_PER_GB
+
+    def traffic_usd_per_gb(self, url: str, cloud: str | None, region: str | None) -> tuple[float, float] | None:
+        if storage.terms_of(url).service != self.name:
+            return None
+        if not (home := _home_of(url)):
+            raise Unavailable(f"the region of the bucket of {url} is not known")
+        reading = self._reading(home, cloud, region)
+        return reading, reading if cloud == self.name else 0.0
 
     def opens_buckets(self, service: str) -> bool:
         return service not in ("r2", "s3-like", "google", "azure")
@@ -230,6 +244,13 @@ class Aws(Cloud):
             return sum(len(page.get("Uploads", ())) for page in pages)
         except Exception:  # no permission, or a server without this request: not worth a line of the report
             return None
+
+
+@functools.cache
+def _home_of(url: str) -> str | None:
+    """The region of a bucket on S3; None for another store, or if it does not answer."""
+    terms = storage.terms_of(url)
+    return bucket_place.Place(terms.bucket, None, None).home() if terms.service == Aws.name else None
 
 
 def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> list[str | None]:

@@ -162,10 +162,22 @@ class MachineRecord:
     instance_type: str | None = None
     spot: bool | None = None
     job: str | None = None
+    run: str | None = None
+    idle_seconds: float | None = None
+    disk_gb: float | None = None
 
     @property
     def price(self) -> Price | None:
         return None if self.usd_per_hour is None else Price(self.usd_per_hour, self.price_source or "?")
+
+
+@dataclass(frozen=True)
+class Billing:
+    """How a provider bills a machine: in whole units, at least `least_seconds`, from its launch or once it is ready."""
+
+    unit_seconds: float = 1.0
+    least_seconds: float = 0.0
+    from_ready: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,6 +225,7 @@ class Cloud:
     key_file = ""
     # What a node gets for its cloud's identity if the project does not name a role; "" if the cloud has no roles.
     default_role = ""
+    billing = Billing()
 
     def offers(self) -> tuple[Offer, ...]:
         """Instance types with the prices of the snapshot in clouds/catalog."""
@@ -268,6 +281,13 @@ class Cloud:
 
     def bill(self, tag: str, value: str, start: float, end: float) -> Bill | None:
         """The bill of whole days from `start` to `end` (unix seconds) under a cost allocation tag."""
+        return None
+
+    def traffic_usd_per_gb(self, url: str, cloud: str | None, region: str | None) -> tuple[float, float] | None:
+        """What a machine of a cloud pays for each GB that it reads from a bucket of this provider, and writes to it.
+
+        None for a bucket of another provider. Raises Unavailable if the bucket's region is not known.
+        """
         return None
 
     def unfinished_uploads(self, url: str) -> int | None:

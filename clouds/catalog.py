@@ -20,10 +20,20 @@ from clouds.base import Gpu, Offer
 from core.task import MachineRequest
 
 FOLDER = Path(__file__).parent / "catalog"
-# Commits of skypilot-org/skypilot-catalog, also in clouds/catalog/README.md.
-SNAPSHOT = "price snapshot of SkyPilot's catalog (AWS 00148f2, Lambda 0f40703), not today's prices"
+# A line per cloud: the commit of skypilot-org/skypilot-catalog, or the day on which `make prices` renewed its prices.
+SOURCE = FOLDER / "source.txt"
+_ORIGINS = ", ".join(SOURCE.read_text(encoding="utf-8").splitlines())
+SNAPSHOT = f"price snapshot of SkyPilot's catalog ({_ORIGINS}), not today's prices"
 # AWS Local Zones (such as use1-atl2-az1) are left out: they need an opt-in, and SkyPilot does not launch there.
 _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A price beside a machine's: of a GB and month of disk, an hour of an address, a GB that leaves the cloud."""
+
+    usd: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,15 @@ def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
             key = (row["cloud"], row["instance_type"], row["market"])
             found.setdefault(key, []).append((row["region"], float(row["usd"]), date.fromisoformat(row["date"])))
     return found
+
+
+@functools.cache
+def extras(cloud: str) -> Mapping[str, Extra]:
+    """What a cloud bills beside machines, by `disk`, `address` and `leaving`; empty for a cloud without rows."""
+    with (FOLDER / "extras.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["cloud"] == cloud]
+    dated = {row["what"]: f"{row['source']}, since {row['since']}" if row["since"] else row["source"] for row in rows}
+    return {row["what"]: Extra(float(row["usd"]), dated[row["what"]]) for row in rows}
 
 
 def on_disk(cloud: str) -> tuple[tuple[Offer, ...], date] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clouds import catalog
-from clouds.base import Cloud, Finding, Inventory, Leftover, MachineFacts, Offer, Ownership
+from clouds.base import Billing, Cloud, Finding, Inventory, Leftover, MachineFacts, Offer, Ownership
 from core import secrets
 from core.errors import ConfigError
 from core.run.machine import Price
@@ -32,6 +32,8 @@ class LambdaLabs(Cloud):
 
     name = "lambda"
     key_file = str(KEYS)
+    # By the minute, from the moment at which its health checks passed to the termination.
+    billing = Billing(unit_seconds=60.0, least_seconds=60.0, from_ready=True)
 
     def offers(self) -> tuple[Offer, ...]:
         return catalog.snapshot(self.name)

@@ -9,7 +9,6 @@ checks what it imported.
 """
 
 import contextlib
-import functools
 import importlib
 import json
 import logging
@@ -22,14 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clouds.base import MachineRecord, Unavailable
+from clouds.base import Unavailable
 from core import secrets
 from core.errors import ConfigError
 from core.stores.aws import endpoint_of
 from core.task import TaskSpec
 
-ORIGIN = "SkyPilot cluster records"
-DAYS = 365
 # A server that is stopped by a signal, or hangs, takes a request and never answers it.
 LIST_SECONDS = 300.0
 # SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
@@ -74,6 +71,11 @@ def user_hash(environment: Mapping[str, str]) -> str:
     with contextlib.suppress(OSError):
         return environment.get("SKYPILOT_USER_ID") or USER_HASH.expanduser().read_text(encoding="utf-8").strip()
     return ""
+
+
+def controller_name(environment: Mapping[str, str]) -> str:
+    """The cluster of this user's controller of managed jobs."""
+    return f"sky-jobs-controller-{user_hash(environment)}"
 
 
 def has_ended(job: dict[str, Any]) -> bool:
@@ -177,92 +179,3 @@ def catalog_rows(cloud: str) -> list[dict[str, Any]]:
         return common.read_catalog(f"{cloud}/vms.csv").to_dict("records")
     except Exception as error:  # network, a damaged file: any error of its libraries
         raise Unavailable(f"SkyPilot has no catalog of {cloud} ({type(error).__name__})") from error
-
-
-def machine_records() -> list[MachineRecord]:
-    """All clusters in SkyPilot's records, those of managed jobs included. Asks once per process. Raises Unavailable."""
-    records, refusal = _cost_records()
-    if refusal:
-        raise Unavailable(refusal)
-    return [each for record in records for each in from_record(record)]
-
-
-@functools.cache
-def _cost_records() -> tuple[list[Mapping[str, Any]], str]:
-    try:
-        sky = package()
-        return sky.get(sky.cost_report(days=DAYS)), ""
-    except Unavailable as error:
-        return [], str(error)
-    except Exception as error:  # no API server, no network: any error of its client
-        return [], f"SkyPilot's API server did not answer ({type(error).__name__})"
-
-
-def job_queue() -> list[Mapping[str, Any]]:
-    """Managed jobs with their recoveries and durations. Raises Unavailable."""
-    sky = package()
-    try:
-        return list(sky.get(sky.jobs.queue_v2(refresh=False, all_users=False))[0])
-    except Exception as error:  # no controller, no API server
-        raise Unavailable(f"SkyPilot has no list of managed jobs ({type(error).__name__})") from error
-
-
-def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
-    """One MachineRecord per usage interval of a record of `sky.cost_report`.
-
-    An interval opens at the launch attempt and closes when SkyPilot notices that the machine is gone. A record whose
-    cluster never got nodes belongs to a failed launch, which SkyPilot's own report counts as paid time.
-    """
-    resources = record.get("resources")
-    nodes = record.get("num_nodes") or 1
-    price = _usd_per_hour(resources)
-    # SkyPilot sets node_names once nodes exist. In records of older releases, which lack it, no launch is failed.
-    failed = "node_names" in record and not record["node_names"] and _ended(record)
-    job = _job_of(str(record.get("name") or ""))
-    return [
-        MachineRecord(
-            cluster=str(record.get("name")),
-            start=float(start),
-            end=None if end is None else float(end),
-            origin=ORIGIN,
-            was_up=not failed,
-            nodes=nodes,
-            usd_per_hour=None if price is None else price * nodes,
-            price_source=None if price is None else "SkyPilot catalog, today's price",
-            cloud=_lower(_of(resources, "cloud") or record.get("cloud")),
-            region=_of(resources, "region") or record.get("region"),
-            zone=_of(resources, "zone"),
-            instance_type=_of(resources, "instance_type"),
-            spot=_of(resources, "use_spot"),
-            job=job,
-        )
-        for start, end in record.get("usage_intervals") or []
-    ]
-
-
-def _ended(record: Mapping[str, Any]) -> bool:
-    status = record.get("status")
-    return status is None or str(status) in ("TERMINATED", "None")
-
-
-def _usd_per_hour(resources: Any) -> float | None:
-    """List price of one node; None if the lookup fails, which SkyPilot counts as zero dollars."""
-    try:
-        price = float(resources.get_cost(3600))
-    except Exception:  # the type left the catalog, or the record has no resources
-        return None
-    return price if price > 0 else None
-
-
-def _job_of(cluster: str) -> str | None:
-    """The id of the managed job that a cluster belongs to, from its name <job>-<id>; None for any other name."""
-    name, _, number = cluster.rpartition("-")
-    return number if name and number.isdigit() else None
-
-
-def _of(resources: Any, name: str) -> Any:
-    return getattr(resources, name, None)
-
-
-def _lower(value: Any) -> str | None:
-    return None if value is None else str(value).lower()

@@ -30,11 +30,12 @@ def apportion(amounts: Sequence[float | None], places: int, total: float | None 
     return [float(floors[index] * unit) if index in exact else None for index in range(len(amounts))]
 
 
-def dollars(usd: float | None, places: int = 2, complete: bool = True) -> str:
-    """1234.5 → "1,234.50"; None → "?"; a sum with an unknown part → "1,234.50 + ?"."""
+def dollars(usd: float | None, places: int = 2, complete: bool = True, most: float | None = None) -> str:
+    """1234.5 → "1,234.50"; None → "?"; a sum with an unknown part → "1,234.50 + ?"; up to `most` → "4.92 to 5.03"."""
     if usd is None:
         return UNKNOWN
-    return f"{usd:,.{places}f}" + ("" if complete else f" + {UNKNOWN}")
+    low, high = f"{usd:,.{places}f}", f"{usd if most is None else most:,.{places}f}"
+    return (low if low == high else f"{low} to {high}") + ("" if complete else f" + {UNKNOWN}")
 
 
 def duration(seconds: float | None) -> str:

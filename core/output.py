@@ -16,6 +16,8 @@ import sys
 
 SIMPLER = {"–": "-", "—": "-", "→": "->", "…": "...", "×": "x", "·": "*", "≤": "<=", "≥": ">=", "≈": "~", "−": "-"}
 SIMPLER |= {"“": '"', "”": '"', "‘": "'", "’": "'", "✓": "ok", "✗": "x", "\u00a0": " ", "\u202f": " ", "\u2009": " "}
+# What a spreadsheet takes for the start of a formula, which it runs.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # What a terminal obeys, and what turns or hides the text after it. Line ends and tabs are not among them.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from core import files
 from core.errors import ObjectDamaged, ObjectNotFound
-from core.stores import base, faults, local, retries
+from core.stores import base, faults, local, meter, retries
 from core.stores.base import Buffer, Found, Store, Terms
 from core.stores.opener import open_store
 
@@ -87,9 +87,13 @@ def chunks(uri: str, most: int | None = None) -> Iterator[Buffer]:
 
     def begin(store: Store, key: str) -> list[Buffer] | int:
         size, pieces = store.get(key)
+        meter.count(store, reads=1)
         if most is not None and size > most:
             raise ObjectDamaged(f"{uri}: has {size:,} bytes, where at most {most:,} belong; store it again")
-        return size if size > READ_PART_BYTES else list(pieces)
+        if size > READ_PART_BYTES:
+            return size
+        meter.count(store, read_bytes=size)
+        return list(pieces)
 
     def part(start: int, end: int) -> list[Buffer]:
         return retries.call(uri, "read", lambda store, key: list(_get(store, key, start, end)))
@@ -115,6 +119,7 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
 
     def read(store: Store, key: str) -> list[Buffer]:
         found = list(store.get_ranges(key, ranges))
+        meter.count(store, reads=1, read_bytes=sum(map(len, found)))
         for (start, end), data in zip(ranges, found, strict=True):
             _check_length(len(data), end - start)
         return found
@@ -208,6 +213,7 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
         attempt += 1
         try:
             store.put(key, view, exclusive)
+            meter.count(store, writes=1, written_bytes=len(view))
         except Exception as error:
             if exclusive and attempt > 1 and faults.is_conflict(faults.marks_of(error)) and read_bytes(uri) == view:
                 return
@@ -218,7 +224,12 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
 
 def write_file(uri: str, path: str | os.PathLike) -> int:
     """Store a local file as an object, atomically. Returns its size in bytes."""
-    retries.call(uri, "write", lambda store, key: store.put_file(key, str(path)))
+
+    def write(store: Store, key: str) -> None:
+        store.put_file(key, str(path))
+        meter.count(store, writes=1, written_bytes=Path(path).stat().st_size)
+
+    retries.call(uri, "write", write)
     return Path(path).stat().st_size
 
 
@@ -304,6 +315,7 @@ def _get(store: Store, key: str, start: int, end: int) -> Iterator[Buffer]:
     """Exactly the bytes [start, end)."""
     count, pieces = store.get(key, start, end)
     _check_length(count, end - start)
+    meter.count(store, reads=1, read_bytes=count)
     got = 0
     for piece in pieces:
         got += len(piece)
@@ -326,7 +338,12 @@ def _listed(place: str, find: Callable[[Store, str], Iterable[Found]]) -> list[O
     key = open_store(place)[1]
     # `before` is empty for stores whose keys are whole URIs.
     before = place.removesuffix(key) if key else f"{place.rstrip('/')}/"
-    found = retries.call(place, "list", lambda store, key: list(find(store, key)))
+
+    def look(store: Store, key: str) -> list[Found]:
+        meter.count(store, writes=1)  # stores bill a listing as a write
+        return list(find(store, key))
+
+    found = retries.call(place, "list", look)
     return sorted(
         (ObjectInfo(before + each.key, each.size, each.modified) for each in found), key=lambda info: info.uri
     )

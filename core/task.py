@@ -10,7 +10,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,32 @@ import yaml
 from core import bucket
 from core.errors import ConfigError, one_line
 from core.settings import evaluation, loader
+from core.settings.inference import ExportConfig, ServeConfig
 from core.settings.model import ModelConfig, public_model
-from core.settings.preparation import PrepConfig
-from core.settings.stages import training_schema
+from core.settings.preparation import FetchConfig, PrepConfig
+from core.settings.stages import training_schema, written_out
 from core.settings.training import PretrainConfig, TrainingConfig
-from core.settings.tuning import DistilConfig, FinetuneConfig
+from core.settings.tuning import DistilConfig, FinetuneConfig, SynthesisConfig
 
 _COMMAND = re.compile(r"-m\s+(trainer|data_prep)\.(\w+)([^\S\n][^\n;&|]*)?")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 _EMPTY_VARIABLE = re.compile(r"=\$\{?\w+\}?$")
 _IMAGE = re.compile(r"container\.sh image (\w+)")
 _BUILD = re.compile(r"container\.sh build\b")
+MORE = "--more="
 # Stage of each program. The config of trainer.train may declare another stage.
-_PROGRAMS = {"trainer.train": "pretrain", "trainer.evaluate": "evaluate", "data_prep.prepare": "prep"}
+_PROGRAMS = {
+    "trainer.train": "pretrain",
+    "trainer.evaluate": "evaluate",
+    "trainer.synthesize": "synthesize",
+    "trainer.export": "export",
+    "trainer.serve": "serve",
+    "data_prep.prepare": "prep",
+    "data_prep.fetch": "prep",
+}
 # Required settings that a launch must give. A forecast replaces a missing one by a placeholder.
 _STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
+_SCHEMAS = {"prep": PrepConfig, "synthesize": SynthesisConfig, "export": ExportConfig, "serve": ServeConfig}
 # URLs for a task without BUCKET, which can be forecast but not launched.
 _PLACEHOLDER = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
 
@@ -73,14 +84,16 @@ class MachineRequest:
 class Workload:
     """The program that a task runs: its stage ("image" for a build of images) and its settings.
 
-    `config` is None if the settings cannot be read; `problem` says why. `assumed` names an assumption about `model`.
+    `config` is None if the settings cannot be read; `problem` says why. `assumed` names an assumption about `model` or
+    about the `teacher` of a distillation.
     `programs` lists all modules of this project that the task's commands run.
     """
 
     stage: str | None
-    config: TrainingConfig | PrepConfig | None = None
+    config: Any = None
     problem: str = ""
     model: ModelConfig | None = None
+    teacher: ModelConfig | None = None
     assumed: str = ""
     programs: tuple[str, ...] = ()
 
@@ -90,7 +103,8 @@ class TaskSpec:
     """A parsed task.
 
     `envs` maps each declared variable to its value, "" if it has none; `required` names the variables without a
-    default. `secrets` are names of variables, `images` names of the Docker targets that the task's `setup` builds.
+    default, `derived` those whose value follows from the config. `secrets` are names of
+    variables, `images` names of the Docker targets that the task's `setup` builds.
     `idle_seconds` is the time from the last job's end to the machine's shutdown, None if nothing shuts it down.
     """
 
@@ -105,6 +119,7 @@ class TaskSpec:
     required: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
+    derived: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_task(path: str, environment: Mapping[str, str], choice: MachineChoice | None = None) -> TaskSpec:
@@ -118,15 +133,18 @@ def read_task(path: str, environment: Mapping[str, str], choice: MachineChoice |
     envs = {name: environment.get(name) or ("" if value is None else str(value)) for name, value in declared.items()}
     resources = document.get("resources") or {}
     setup, run = (str(document.get(part) or "") for part in ("setup", "run"))
+    workload = _workload(path, f"{setup}\n{run}", envs)
+    derived = _derived(workload, envs, environment)
     return TaskSpec(
         path=path,
         name=str(document.get("name") or Path(path).stem),
         nodes=choice.nodes or int(document.get("num_nodes") or 1),
         managed=resources.get("job_recovery") is not None,
         requests=tuple(dict.fromkeys(_requests(path, resources, choice))),
-        workload=_workload(path, f"{setup}\n{run}", envs),
-        envs=envs,
-        idle_seconds=_idle_seconds(resources),
+        workload=workload,
+        envs={**envs, **derived},
+        derived=derived,
+        idle_seconds=idle_seconds(resources),
         required=tuple(name for name, value in declared.items() if value is None),
         secrets=tuple(document.get("secrets") or {}),
         images=tuple(_IMAGE.findall(setup)),
@@ -146,6 +164,27 @@ def machine_choice(options: Sequence[str]) -> MachineChoice:
     if found.num_nodes is not None and not (found.num_nodes.isdigit() and int(found.num_nodes)):
         raise ConfigError(f"--num-nodes is {found.num_nodes!r}, must be a whole number above 0")
     return MachineChoice(found.gpus, found.num_nodes and int(found.num_nodes), found.infra)
+
+
+def with_more(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the words of TEXT in the place of `--more=TEXT`, split as by a shell.
+
+    Thus a variable of a task, such as TRAIN_ARGS, can hold values with blanks in quotes. Raises ConfigError.
+    """
+    found: list[str] = []
+    for word in words:
+        if not word.startswith(MORE):
+            found.append(word)
+            continue
+        try:
+            found += shlex.split(word.removeprefix(MORE))
+        except ValueError as error:
+            text = word.removeprefix(MORE)
+            raise ConfigError(
+                f"{text!r} cannot be split into words ({str(error).lower()}); quote a value with blanks, "
+                "such as --train.sample_prompts='[\"Once upon a time\"]'"
+            ) from None
+    return found
 
 
 def urls(envs: Mapping[str, str]) -> dict[str, str]:
@@ -170,7 +209,7 @@ def _document(path: str) -> Mapping[str, Any]:
     return document
 
 
-def _idle_seconds(resources: Mapping[str, Any]) -> float | None:
+def idle_seconds(resources: Mapping[str, Any]) -> float | None:
     """Seconds from the end of the last job to the shutdown: 0 for a managed job, None without autostop."""
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
@@ -259,9 +298,11 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
         if stage == "evaluate":
             evaluation.parse(arguments, variables)
             config = None
-        elif stage == "prep":
-            config = loader.load(PrepConfig, arguments, variables)
+        elif stage in _SCHEMAS:
+            schema = FetchConfig if programs[chosen] == "data_prep.fetch" else _SCHEMAS[stage]
+            config = loader.load(schema, arguments, variables)
         else:
+            arguments = written_out(arguments)
             schema = training_schema(arguments)
             stage = schema.stage
             if stage in _STARTS and not any(word.startswith(f"--{_STARTS[stage]}=") for word in arguments):
@@ -272,12 +313,22 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
     return _with_model(Workload(stage, config, programs=programs), envs)
 
 
+def _derived(workload: Workload, envs: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+    """MAX_USD as the config suggests it, if nobody gave one and the task's is lower."""
+    if "MAX_USD" not in envs or environment.get("MAX_USD") or not isinstance(workload.config, TrainingConfig):
+        return {}
+    usual = workload.config.run.usual_max_usd
+    return {"MAX_USD": f"{usual:g}"} if usual > float(envs["MAX_USD"] or 0) else {}
+
+
 def _with_model(workload: Workload, envs: Mapping[str, str]) -> Workload:
-    """Add the model that the settings define, or the public model that they start from; else assume GPT-2 124M."""
-    if workload.stage in (None, "prep"):
+    """Add the models that the settings define, or the public ones that they name; else assume GPT-2 124M."""
+    if workload.stage in (None, "prep", "synthesize", "export", "serve"):
         return workload
     if isinstance(workload.config, DistilConfig):
-        return replace(workload, model=workload.config.model, assumed="the teacher's computation is not counted")
+        teacher = public_model(workload.config.teacher.weights)
+        unknown = "" if teacher else "the teacher's computation is not counted"
+        return replace(workload, model=workload.config.model, teacher=teacher, assumed=unknown)
     if isinstance(workload.config, PretrainConfig):
         return replace(workload, model=workload.config.model)
     start = workload.config.start.weights if isinstance(workload.config, FinetuneConfig) else envs.get("MODEL", "")
@@ -296,14 +347,18 @@ def _arguments(path: str, text: str, envs: Mapping[str, str]) -> list[str]:
     except ValueError:
         return []
     found = []
-    for word in words:
-        expanded = _VARIABLE.sub(lambda match: envs.get(match[1] or match[3]) or match[2] or "", word)
+    for word in with_more(_expanded(word, envs) if word.startswith(MORE) else word for word in words):
+        expanded = _expanded(word, envs)
         is_unset = _EMPTY_VARIABLE.search(word) and expanded.endswith("=")
         if word.startswith("$"):
             found += expanded.split()
         elif expanded.endswith((".yaml", ".yml")) or (word.startswith("--") and not is_unset):
             found.append(expanded)
     return [word if word.startswith("--") else _config_file(path, word) for word in found]
+
+
+def _expanded(word: str, envs: Mapping[str, str]) -> str:
+    return _VARIABLE.sub(lambda match: envs.get(match[1] or match[3]) or match[2] or "", word)
 
 
 def _config_file(path: str, name: str) -> str:

@@ -10,7 +10,7 @@ that a segment did not finish. Time to which the ledger gives no phase is `not_a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -21,7 +21,8 @@ from core.run import timeline
 from core.run.machine import Price
 from core.run.model import Lost, Run, Segment, Span
 from core.run.phases import REPORT_PHASES
-from costs.model import OutsideTime
+from costs.model import Charge, OutsideTime
+from costs.sharing import Shares
 
 # Spans by segment number, with the phases of a report.
 Attributed = dict[int, list[Span]]
@@ -29,7 +30,10 @@ Attributed = dict[int, list[Span]]
 
 @dataclass(frozen=True)
 class Cell:
-    """Seconds of one phase on one day on one machine. `usd` is None if the price is unknown."""
+    """Seconds of one phase on one day on one machine. `usd` is None if the price is unknown.
+
+    `more_usd` may come on top, where no source knows when a machine's bill began or ended.
+    """
 
     phase: str
     seconds: float
@@ -44,15 +48,59 @@ class Cell:
     market: str
     nodes: int
     price_source: str
+    more_usd: float = 0.0
 
 
-def cells(run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ()) -> list[Cell]:
-    """All cells of a run, with its payments to endpoints and `outside` time. `attributed` comes from `attribute`."""
+def cells(
+    run: Run,
+    attributed: Attributed,
+    outside: Sequence[OutsideTime] = (),
+    more_seconds: Mapping[int, float] | None = None,
+    charges: Sequence[Charge] = (),
+    factor: float = 1.0,
+) -> list[Cell]:
+    """All cells of a run, with its payments to endpoints and `outside` time. `attributed` comes from `attribute`.
+
+    `more_seconds` may come on top of a segment, by number. `charges` have no time. The dollars of `factor` (1.19: a
+    tax of 19 %) are cells of their own.
+    """
     parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, attributed[segment.number])]
+    for segment in run.segments:
+        if segment.price and (more := (more_seconds or {}).get(segment.number)):
+            cell = _cell(run, segment, "not_attributed", _day(segment.ended_at), 0.0, segment.price)
+            parts.append(replace(cell, more_usd=segment.price.usd(more)))
     for segment, usd in paid_to_endpoints(run):
         cell = _cell(run, segment, "api", _day(segment.ended_at), 0.0, None)
         parts.append(replace(cell, usd=usd, price_source="budget of the run's settings"))
-    return parts + [cell for time in outside for cell in _outside_cells(run, time)]
+    parts += [cell for time in outside for cell in _outside_cells(run, time)]
+    parts += [_charge_cell(run, charge) for charge in charges]
+    return parts + (_factor_cells(parts, factor) if factor != 1.0 else [])
+
+
+def _charge_cell(run: Run, charge: Charge) -> Cell:
+    if charge.segment is not None:
+        cell = _cell(run, charge.segment, charge.phase, _day(charge.end), 0.0, None)
+    else:
+        nowhere = dict.fromkeys(("cloud", "region", "zone", "instance", "market"), "–")
+        name = f"– {charge.phase}"
+        cell = Cell(
+            charge.phase, 0.0, None, name, run.stage or "?", _day(charge.end), **nowhere, nodes=1, price_source=""
+        )
+    return replace(cell, usd=charge.usd, price_source=charge.source)
+
+
+def _factor_cells(parts: Sequence[Cell], factor: float) -> list[Cell]:
+    """One cell per place and day, with what a factor adds to the dollars there, or takes off."""
+    found: dict[Cell, list[Cell]] = {}
+    for cell in parts:
+        key = replace(cell, phase="factor", seconds=0.0, usd=None, more_usd=0.0, price_source="COST_FACTOR")
+        found.setdefault(key, []).append(cell)
+    rest, made = factor - 1, []
+    for key, own in found.items():
+        usd, above = math.fsum(cell.usd or 0.0 for cell in own), math.fsum(cell.more_usd for cell in own)
+        if usd or above:
+            made.append(replace(key, usd=usd * rest, more_usd=above * rest))
+    return made
 
 
 def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
@@ -71,9 +119,15 @@ def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
     return found
 
 
-def attribute(run: Run, lost: dict[int, Lost]) -> Attributed:
-    """Split the ledger's phases into the phases of a report. `lost` is the result of `run.lost`."""
-    return {segment.number: _attribute(segment, lost[segment.number]) for segment in run.segments}
+def attribute(run: Run, lost: dict[int, Lost], shares: Mapping[int, Shares] | None = None) -> Attributed:
+    """Split the ledger's phases into the phases of a report. `lost` is the result of `run.lost`.
+
+    `shares` are those of the segments that had company on their machine (costs.sharing.shares_of).
+    """
+    found = {segment.number: _attribute(segment, lost[segment.number]) for segment in run.segments}
+    for number, share in (shares or {}).items():
+        found[number] = [share.applied(span) for span in found[number]]
+    return found
 
 
 def _attribute(segment: Segment, lost: Lost) -> list[Span]:
@@ -112,13 +166,17 @@ def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
 
 
 def _outside_cells(run: Run, time: OutsideTime) -> list[Cell]:
-    """One cell per day, cut at midnight UTC."""
+    """One cell per day, cut at midnight UTC. Seconds that may come on top are on the last day."""
     found = []
     start = time.start
     while start < time.end:
         end = min(time.end, (start // 86400 + 1) * 86400)
-        found.append(_cell(run, time.segment, time.phase, _day(start), end - start, time.price, time.record))
+        cell = _cell(run, time.segment, time.phase, _day(start), end - start, time.price, time.record)
+        found.append(replace(cell, usd=time.price and 0.0) if time.free else cell)
         start = end
+    if time.price and time.more_seconds:
+        found = found or [_cell(run, time.segment, time.phase, _day(time.start), 0.0, time.price, time.record)]
+        found[-1] = replace(found[-1], more_usd=time.price.usd(time.more_seconds))
     return found
 
 
@@ -162,7 +220,14 @@ def _day(time: float | None) -> str:
 class Spend:
     """Cumulative dollars of a run by phase. `complete` is False if some time has no price; it counts zero dollars."""
 
-    def __init__(self, run: Run, attributed: Attributed, outside: Sequence[OutsideTime] = ()):
+    def __init__(
+        self,
+        run: Run,
+        attributed: Attributed,
+        outside: Sequence[OutsideTime] = (),
+        charges: Sequence[Charge] = (),
+        factor: float = 1.0,
+    ):
         self.complete = True
         pieces: dict[str, list[tuple[float, float, float]]] = {}
         for segment in run.segments:
@@ -173,12 +238,16 @@ class Spend:
                         pieces.setdefault(phase, []).append((span.start, span.end, segment.price.usd(seconds)))
         for time in outside:
             self.complete &= time.price is not None
-            usd = time.price.usd(time.end - time.start) if time.price else 0.0
-            pieces.setdefault(time.phase, []).append((time.start, time.end, usd))
+            pieces.setdefault(time.phase, []).append((time.start, time.end, time.usd or 0.0))
         for segment, usd in paid_to_endpoints(run):
             ended = segment.ended_at or 0.0
             start = ended if segment.started_at is None else min(segment.started_at, ended)
             pieces.setdefault("api", []).append((start, ended, usd))
+        for charge in charges:
+            pieces.setdefault(charge.phase, []).append((charge.start, charge.end, charge.usd))
+        if factor != 1.0:
+            every = [piece for phase in pieces.values() for piece in phase]
+            pieces["factor"] = [(start, end, usd * (factor - 1)) for start, end, usd in every]
         names = [*(p for p in REPORT_PHASES if p in pieces), *sorted(set(pieces) - set(REPORT_PHASES))]
         self.curves = {name: _ramp(pieces[name]) for name in names}
         edges = [edge for phase in pieces.values() for start, end, _ in phase for edge in (start, end)]

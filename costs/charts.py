@@ -9,7 +9,7 @@ from core.run.phases import colour_class, label
 from costs import svg
 from costs.report import CostReport
 
-WIDTHS = {"wide": 720, "narrow": 350}
+WIDTHS = {"wide": 700, "middle": 470, "narrow": 320}  # pixels; costs/page.css says when each is shown
 HEIGHT = 280
 TOP, BOTTOM, RIGHT = 14, 28, 12
 # Phases below this share of the dollars are merged into "other".
@@ -19,8 +19,8 @@ LOSSES_SHOWN = 0.97
 Draw = Callable[[CostReport, int, str], str]
 
 
-def both(draw: Draw, report: CostReport) -> str:
-    """A wide and a narrow drawing, of which the style sheet shows one."""
+def all_widths(draw: Draw, report: CostReport) -> str:
+    """A drawing of each width, of which the style sheet shows one."""
     return "".join(draw(report, width, kind) for kind, width in WIDTHS.items())
 
 
@@ -60,7 +60,7 @@ def spend_over_time(report: CostReport, width: int, kind: str) -> str:
 def waterfall(report: CostReport, width: int, kind: str) -> str:
     """A bar per phase, each beginning at the end of the one before, so that the last one ends at the total."""
     rows = [line for line in report.phases if line.usd]
-    left, right, pitch = (118, 70, 24) if kind == "wide" else (96, 58, 24)
+    left, right, pitch = (96, 58, 24) if kind == "narrow" else (118, 70, 24)
     height = TOP + pitch * (len(rows) + 1) + 8
     total = report.total.usd
     x = svg.value_axis(0.0, total, left, width - right, str)

@@ -16,11 +16,12 @@ Reports where the dollars of a run went, phase by phase, adding up to the cent.
   python cost_report.py --compare RUN_URL RUN_URL         side by side
   python cost_report.py estimate TASK.yaml                what a launch would cost
   python cost_report.py plan --usd=20                     the best model for a sum of dollars
+  python cost_report.py add RUN_URL "Hugging Face" 2.00   a bill from elsewhere, as a line of the report
 """
 
 
 def main(arguments: list[str]) -> None:
-    """Run a report, an estimate or a plan. Raises LauncherError if it has nothing to show."""
+    """Run a report, an estimate or a plan, or add a bill. Raises LauncherError if it has nothing to show."""
     environment.adopt()
     if arguments[:1] == ["estimate"]:
         from costs import estimate_command
@@ -30,6 +31,10 @@ def main(arguments: list[str]) -> None:
         from costs.plan import command as plan_command
 
         return plan_command.main(arguments[1:])
+    if arguments[:1] == ["add"]:
+        from costs import added
+
+        return added.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if (options.since or options.tag) and options.run_url and not options.compare:
         raise ConfigError("--since and --tag choose among all runs; leave out RUN_URL, or these two options")

@@ -1,14 +1,18 @@
 """Finds runs below a URL, and measures the storage of a run."""
 
+import functools
 from collections.abc import Iterator, Mapping
 
 from core import bucket, storage
-from core.errors import ConfigError
+from core.errors import ConfigError, LauncherError
 from core.run.folder import RunFolder
-from core.run.model import Run
+from core.run.model import Run, Segment
+from core.run.reader import Objects, ledger_listing, read_money
+from core.storage import ObjectInfo
 from costs.model import StorageRates, StorageUse
 
 DEPTH = 3
+NEAR_SECONDS = 86400.0  # a machine is up no longer than this before or after a run's own segments
 FORECAST_BUCKET = "s3://forecast"  # a forecast assumes a bucket at the current endpoint
 # Folders without runs in them.
 _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
@@ -36,14 +40,14 @@ def runs_url(environment: Mapping[str, str]) -> str:
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
     """URLs of the runs at or below `url`, in order, at most `depth` folders down. One listing per folder.
 
-    The evaluations of a run have a ledger in a subfolder of the run, and count as another run.
+    Preparation, evaluations, servers and exports of a run have ledgers in subfolders of the run, and count as other
+    runs.
     """
     names = storage.list_names(url)
     folder = RunFolder(url)
     if {_name(folder.description), _name(folder.ledger)} & set(names):
         yield url
-        if _name(folder.evaluations) in names:
-            yield folder.evaluations
+        yield from (each for each in folder.beside if _name(each) in names)
     elif depth:
         for name in names:
             if "." not in name and name not in _NO_RUNS:
@@ -54,6 +58,52 @@ def _name(uri: str) -> str:
     return uri.rpartition("/")[2]
 
 
+def neighbours(run: Run) -> list[Segment]:
+    """Segments of other runs in the same folder that may have used this run's machines: dollars and time only.
+
+    Of their ledgers, reads only those that were written while the machines may have been up. Runs of managed jobs have
+    machines of their own. Raises StorageError.
+    """
+    clusters = {
+        name
+        for segment in run.segments
+        if (name := segment.launcher.get("cluster")) and not segment.launcher.get("managed_job_id")
+    }
+    times = [(segment.started_at, segment.ended_at) for segment in run.segments if segment.started_at is not None]
+    if not clusters or not times:
+        return []
+    first, last = min(start for start, _ in times) - NEAR_SECONDS, max(end for _, end in times) + NEAR_SECONDS
+    ledgers = _ledgers_in(_folder_of(run.url))
+    # In a copy of a bucket, objects have the time of the copy.
+    is_copy = any(min(map(_written, objects)) > last for objects in ledgers.get(run.url, {}).values())
+    found = []
+    for url, segments in ledgers.items():
+        near = {
+            number: objects
+            for number, objects in segments.items()
+            if is_copy or (min(map(_written, objects)) <= last and max(map(_written, objects)) >= first)
+        }
+        if url != run.url and near:
+            found += [each for each in read_money(url, near) if each.launcher.get("cluster") in clusters]
+    return found
+
+
+def _folder_of(run_url: str) -> str:
+    """The folder of a run, in which other runs are. The evaluations of a run are in its own folder."""
+    above = run_url.rstrip("/").rpartition("/")[0]
+    return above.rpartition("/")[0] if RunFolder(above).evaluations == run_url else above
+
+
+@functools.cache
+def _ledgers_in(folder: str) -> dict[str, Objects]:
+    """The listings of the ledgers of all runs in a folder, by run. Asks once per process."""
+    return {url: ledger_listing(url) for url in find_runs(folder, 1)}
+
+
+def _written(info: ObjectInfo) -> float:
+    return info.modified or 0.0
+
+
 def storage_use(run: Run) -> StorageUse:
     """Number and bytes of the objects that were there when `run` was read."""
     checkpoints = f"{run.folder.checkpoints}/"
@@ -62,7 +112,20 @@ def storage_use(run: Run) -> StorageUse:
         sum(each.size for each in run.objects),
         sum(each.size for each in run.objects if each.uri.startswith(checkpoints)),
         rates_for(run.url),
+        _data_bytes(run),
     )
+
+
+def _data_bytes(run: Run) -> int | None:
+    """Bytes of the token set of a run; None if it has none, or it is gone or on a store without rates."""
+    section = run.config.get("data")
+    url = section.get("url") if isinstance(section, Mapping) else None
+    if not isinstance(url, str):
+        return None
+    try:
+        return sum(each.size for each in storage.list_objects(url)) or None if rates_for(url) else None
+    except LauncherError:  # moved, removed, or not to be read from here
+        return None
 
 
 def rates_for(url: str) -> StorageRates | None:

@@ -23,6 +23,7 @@ from costs.forecast import (
     describe,
     dominates,
     forecast_of,
+    is_timed,
     preparation_usd,
 )
 from costs.tables import Sheet
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
     else:
         console = render.console()
         console.print(f"[bold]{task.name}[/bold]: {_work(forecast)}", highlight=False)
-        console.print(render.terminal_table(_sheet(forecast, options.all)))
+        console.print(render.terminal_table(_sheet(forecast, options.all), console.width))
         for note in notes:
             console.print(note, markup=False)
 
@@ -119,11 +120,11 @@ def _cap(task: TaskSpec) -> float | None:
 
 def _work(forecast: Forecast) -> str:
     stage = forecast.task.workload.stage or "stage ?"
-    unknown = "both" if forecast.task.workload.stage == "image" else "? tokens"
-    tokens = unknown if forecast.tokens is None else f"{quantity(forecast.tokens)} tokens"
+    tokens = "" if is_timed(stage) else ", ? tokens"
+    tokens = tokens if forecast.tokens is None else f", {quantity(forecast.tokens)} tokens"
     flops = "" if forecast.flops is None else f", {quantity(forecast.flops)} FLOPs per token"
     nodes = f", {forecast.task.nodes} nodes" if forecast.task.nodes > 1 else ""
-    return f"{stage}, {tokens}{flops}{nodes}; prices: {forecast.prices}"
+    return f"{stage}{tokens}{flops}{nodes}; prices: {forecast.prices}"
 
 
 def _sheet(forecast: Forecast, everything: bool) -> Sheet:
@@ -144,7 +145,8 @@ def _sheet(forecast: Forecast, everything: bool) -> Sheet:
     rows = [[*_where(row), row.kind, *_dollars(row)] for row in shown]
     left = len(forecast.rows) - len(shown)
     foot = [f"{left} more: --all", *[""] * (len(heads) - 1)] if left else ()
-    return Sheet("Offers that fit, by expected dollars (an estimate)", heads, rows, 5, foot)
+    spare = ("restarts", "speed", "hours", "USD/h", "cloud")
+    return Sheet("Offers that fit, by expected dollars (an estimate)", heads, rows, 5, foot, spare)
 
 
 def _where(row: ForecastRow) -> list[str]:
@@ -167,7 +169,7 @@ def _notes(forecast: Forecast, change: Change | None, assume: Assumptions, cap: 
     notes = list(forecast.sources)
     if workload.problem:
         notes.append(f"the settings of its program are not known: {workload.problem}")
-    if forecast.tokens is None and workload.stage != "image":
+    if forecast.tokens is None and not is_timed(workload.stage):
         notes.append("the amount of work is not known, so only prices per hour are shown; give --tokens")
     elif best.usd is None:
         notes.append(

@@ -14,7 +14,7 @@ from clouds.base import Offer
 from clouds.catalog import Catalog, fits
 from core import figures
 from core.settings.model import flops_per_token, parameters
-from core.settings.preparation import PrepConfig
+from core.settings.preparation import FetchConfig, PrepConfig
 from core.settings.training import TrainingConfig
 from core.settings.tuning import FinetuneConfig
 from core.task import MachineRequest, TaskSpec, Workload
@@ -27,7 +27,21 @@ BYTES_PER_PARAMETER_SAVED = 12  # fp32 weights and two AdamW moments
 # A forward pass is a third of a training step: 2 of 6 FLOPs per parameter and token.
 EVAL_SPEEDUP = 3.0
 UNSAID_IDLE_SECONDS = 600.0
-_WORK_PHASE = {"prep": "prepare", "evaluate": "eval", "image": "build"}
+_WORK_PHASE = {
+    "prep": "prepare",
+    "evaluate": "eval",
+    "image": "build",
+    "synthesize": "sample",
+    "export": "export",
+    "serve": "serve",
+}
+# Work whose time the machine's speed does not decide: the assumption with its seconds, and its name.
+_TIMED = {
+    "image": ("build_seconds", "building both images"),
+    "synthesize": ("synthesize_seconds", "waiting for an endpoint's answers, without its own price"),
+    "export": ("export_seconds", "loading, converting and storing the weights"),
+    "serve": ("serve_seconds", "serving"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,9 @@ class Assumptions:
     epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002)
     evaluate_tokens: float = 25e6  # validation set of sample-10BT (0.2 %), and HellaSwag's 40,168 endings in context
     build_seconds: float = 1800.0  # both images on 8 cores
+    synthesize_seconds: float = 3600.0
+    export_seconds: float = 300.0
+    serve_seconds: float = 3600.0
     storage_months: float = 1.0
     controller_usd_per_hour: float = 0.2  # SkyPilot's jobs controller, 4 vCPUs on AWS; only `plan` counts it
     bucket_cloud: str = aws.Aws.name
@@ -70,7 +87,7 @@ class ForecastRow:
 
 @dataclass(frozen=True)
 class Effort:
-    """A workload on one offer: `amount` tokens at `rate` tokens/s. For a build of images: seconds and a factor."""
+    """A workload on one offer: `amount` tokens at `rate` tokens/s. For work in _TIMED: seconds and a factor."""
 
     workload: Workload
     amount: float
@@ -78,7 +95,7 @@ class Effort:
 
     @property
     def training(self) -> TrainingConfig | None:
-        return None if self.workload.config is None or self.workload.stage == "prep" else self.workload.config
+        return self.workload.config if isinstance(self.workload.config, TrainingConfig) else None
 
 
 @dataclass(frozen=True)
@@ -111,16 +128,18 @@ def forecast_of(
     if assume.shutdown_seconds is None:
         idle = task.idle_seconds
         assume = dataclasses.replace(assume, shutdown_seconds=UNSAID_IDLE_SECONDS if idle is None else idle)
-    flops = flops_per_token(workload.model) if workload.model else None
+    flops = _flops_per_token(workload)
+    timed = getattr(assume, _TIMED[workload.stage][0]) if workload.stage in _TIMED else None
 
     def row(offer: Offer, spot: bool) -> ForecastRow:
         found = ForecastRow(offer, spot, task.nodes, (offer.usd_spot if spot else offer.usd_on_demand) * task.nodes)
-        if workload.stage == "image":
-            rate = Throughput(0.5, 1.0, 2.0, "assumed", f"building both images: {assume.build_seconds:.0f} s, assumed")
+        if timed:
+            rate = Throughput(0.5, 1.0, 2.0, "assumed", f"{_TIMED[workload.stage][1]}: {timed:.0f} s, assumed")
         elif not tokens:
             return found
         elif workload.stage == "prep":
-            each = assume.prep_bytes_per_second / assume.source_bytes_per_token * task.nodes
+            source = BYTES_PER_TOKEN if isinstance(workload.config, FetchConfig) else assume.source_bytes_per_token
+            each = assume.prep_bytes_per_second / source * task.nodes
             said = f"preparation: limited by the network, at {assume.prep_bytes_per_second / 1e6:.0f} MB/s per node"
             rate = Throughput(each / 2, each, each * 2, "assumed", f"{said}, assumed")
         else:
@@ -130,7 +149,7 @@ def forecast_of(
         sources.add(rate.source)
         if workload.stage == "evaluate" and rate.kind != "measured":
             rate = rate.times(EVAL_SPEEDUP)
-        return price(found, Effort(workload, tokens or assume.build_seconds, rate), assume, rates, measured)
+        return price(found, Effort(workload, timed or tokens, rate), assume, rates, measured)
 
     fitting = [(offer, request.spot) for request in task.requests for offer in catalog.offers if fits(offer, request)]
     rows = sorted(_merged(row(offer, spot) for offer, spot in dict.fromkeys(fitting)), key=_by_dollars)
@@ -140,6 +159,17 @@ def forecast_of(
     return Forecast(task, tokens, flops, rows, others, named, catalog.source)
 
 
+def is_timed(stage: str | None) -> bool:
+    """Whether an assumption gives the time of this work, and not an amount of tokens."""
+    return stage in _TIMED
+
+
+def _flops_per_token(workload: Workload) -> float | None:
+    """FLOPs of a training step per token, the forward pass of a teacher included; None without a model."""
+    teacher = flops_per_token(workload.teacher) / EVAL_SPEEDUP if workload.teacher else 0.0
+    return flops_per_token(workload.model) + teacher if workload.model else None
+
+
 def _tokens(workload: Workload, assume: Assumptions) -> float | None:
     """Tokens that the settings ask for; None if they are unknown."""
     settings = workload.config
@@ -147,9 +177,11 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
         return _tokens_of_source(settings.source.place)
     if workload.stage == "evaluate":
         return assume.evaluate_tokens
-    if settings is None:
+    if not isinstance(settings, TrainingConfig):
         return None
     epochs = _epochs(workload)
+    if settings.train.epochs and not epochs:
+        return None  # passes over tokens that only the data's manifest counts
     return epochs * assume.epoch_tokens if epochs else float(settings.train.steps) * settings.batch.tokens_per_step
 
 
@@ -194,7 +226,8 @@ def _parts(
     same = measured is not None and measured.instance_type == row.offer.instance_type
     imports = 0.0 if effort.workload.stage in ("prep", "image") else assume.ready_seconds
     ready = measured.ready_seconds if same else assume.setup_seconds + imports
-    image = 0.0 if effort.workload.stage == "image" else assume.image_seconds
+    # The time of a run to get ready begins with its machine, so that it holds the image.
+    image = 0.0 if effort.workload.stage == "image" or same else assume.image_seconds
     parts = {"provision": assume.provision_seconds, "image": image, "ready": ready}
     parts[_WORK_PHASE.get(effort.workload.stage, "train")] = work
     train = effort.training
@@ -223,13 +256,13 @@ def _checkpoint_seconds(train: TrainingConfig, speed: float) -> float:
 
 def _other_usd(row: ForecastRow, effort: Effort, assume: Assumptions, rates: StorageRates | None) -> dict[str, float]:
     """Dollars that are not machine time: storage of the objects, and egress of the tokens to another cloud."""
-    if rates is None or effort.workload.stage == "image":
+    if rates is None or effort.workload.stage in _TIMED:
         return {}
     moved = effort.amount * BYTES_PER_TOKEN
     stored = 0.0 if effort.workload.stage == "evaluate" else moved
     if effort.training and effort.workload.model:
         size = parameters(effort.workload.model) * BYTES_PER_PARAMETER_SAVED
-        stored += effort.training.checkpoint.keep_last * size
+        stored += (effort.training.checkpoint.keep_last + effort.training.checkpoint.keep_best) * size
     found = {"storage": stored / 1e9 * rates.usd_per_gb_month * assume.storage_months}
     if effort.workload.stage != "prep" and row.offer.cloud != assume.bucket_cloud:
         found["egress"] = moved / 1e9 * rates.usd_per_gb_egress

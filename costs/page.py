@@ -10,7 +10,7 @@ from core.run import phases
 from core.run.phases import colour_class, label
 from costs import charts
 from costs.report import CostReport
-from costs.tables import Sheet, headline, hellaswag_rows, notes, sheets
+from costs.tables import Sheet, headline, hellaswag_rows, money, notes, sheets, sums
 
 # No script runs, of whatever origin, and nothing is loaded: a mistake in escaping stays text.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -25,6 +25,7 @@ def as_html(report: CostReport, now: float) -> str:
     body = [
         f"<h1>{escape(report.run)}</h1>",
         f'<p class="lead">{escape(headline(report))}</p>',
+        f"<p>{escape(sums(report))}</p>",
         _cards(report),
         '<div class="grid">',
         *_charts(report),
@@ -33,15 +34,31 @@ def as_html(report: CostReport, now: float) -> str:
         tables["segments"],
         tables["origins"],
         "</div>",
-        f"<footer>Written {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC. All amounts are in US dollars; ? "
-        "means unknown. Times are UTC.</footer>",
+        _footer(now),
     ]
+    return _document(f"Cost of {report.run}", body)
+
+
+def of_sheets(sheets: Sequence[Sheet], now: float) -> str:
+    """A page of tables about several runs."""
+    body = ["<h1>Costs of runs</h1>", *(_section(sheet.title, _table(sheet)) for sheet in sheets if sheet.rows)]
+    return _document("Costs of runs", [*body, _footer(now)])
+
+
+def _footer(now: float) -> str:
+    return (
+        f"<footer>Written {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC. All amounts are in US dollars; ? "
+        "means unknown. Times are UTC.</footer>"
+    )
+
+
+def _document(title: str, body: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>Cost of {escape(report.run)}</title>'
-        f"<style>{phases.css()}{STYLE.read_text(encoding='utf-8')}</style></head><body><main>\n"
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
+        f"<style>{STYLE.read_text(encoding='utf-8')}{phases.css()}</style></head><body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
@@ -49,12 +66,11 @@ def as_html(report: CostReport, now: float) -> str:
 
 def _cards(report: CostReport) -> str:
     of, phases = report.units, {line.name: line for line in report.phases}
-    cards = [("total", "$" + figures.dollars(report.total.usd, report.places, report.total.complete))]
+    cards = [("total", "$" + money(report, report.total))]
     if "train_kept" in phases:
         for name in ("train_kept", "train_lost"):
             line = phases[name]
-            usd = figures.dollars(line.usd, report.places, line.complete)
-            cards.append((f"{label(name)}, {100 * line.share:.1f} %", f"${usd}"))
+            cards.append((f"{label(name)}, {100 * line.share:.1f} %", f"${money(report, line)}"))
         cards.append(("per billion tokens", "$" + figures.dollars(of.usd_per_billion_tokens)))
         cards.append(("goodput", "?" if of.goodput is None else f"{100 * of.goodput:.1f} %"))
         cards.append(("validation loss", "?" if of.val_loss is None else f"{of.val_loss:.4f}"))
@@ -69,14 +85,14 @@ def _cards(report: CostReport) -> str:
 def _charts(report: CostReport) -> Iterable[str]:
     curves = report.curves
     if curves.spend_time and curves.spend_usd:
-        yield _section("Dollars over time", charts.both(charts.spend_over_time, report) + _legend(report))
-        yield _section("Dollars by phase", charts.both(charts.waterfall, report))
+        yield _section("Dollars over time", charts.all_widths(charts.spend_over_time, report) + _legend(report))
+        yield _section("Dollars by phase", charts.all_widths(charts.waterfall, report))
     if curves.loss or curves.val_loss:
         legend = _key([("s-train", "train loss"), ("s-val", "validation loss")])
-        yield _section("Loss against dollars", charts.both(charts.loss_over_dollars, report) + legend)
+        yield _section("Loss against dollars", charts.all_widths(charts.loss_over_dollars, report) + legend)
     if any(value is not None for value in curves.tokens_per_second):
         legend = _key([("gone", "end of a machine")]) if curves.losses_of_machines else ""
-        yield _section("Speed", charts.both(charts.speed_over_time, report) + legend)
+        yield _section("Speed", charts.all_widths(charts.speed_over_time, report) + legend)
 
 
 def _legend(report: CostReport) -> str:

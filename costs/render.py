@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,24 +12,27 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from core.output import visible
+from core.output import FORMULA, visible
 from costs.report import CostReport, Line
-from costs.tables import Sheet, headline, notes, sheets
+from costs.tables import Sheet, headline, notes, sheets, sums
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 STYLES = {"train lost": "red", "train kept": "green"}
 
 
-def render(report: CostReport) -> RenderableType:
+def render(report: CostReport, width: int | None = None) -> RenderableType:
+    """All tables of a report, for a terminal of `width` columns."""
     return Group(
         Text(visible(report.run), style="bold"),
         Text(visible(headline(report))),
-        *(terminal_table(sheet) for sheet in sheets(report).values()),
+        Text(visible(sums(report)), style="dim"),
+        *(terminal_table(sheet, width) for sheet in sheets(report).values()),
         *(Text(visible(f"note: {note}"), style="yellow") for note in notes(report)),
     )
 
 
-def terminal_table(sheet: Sheet) -> Table:
+def terminal_table(sheet: Sheet, width: int | None = None) -> Table:
+    """The table of a sheet. If it is wider than `width`, it lacks the sheet's spare columns."""
+    sheet = _narrowed(sheet, width) if width else sheet
     found = Table(
         box=SIMPLE_HEAD, title=sheet.title, title_justify="left", title_style="bold",
         show_header=any(sheet.heads), show_footer=bool(sheet.foot),
@@ -43,6 +46,42 @@ def terminal_table(sheet: Sheet) -> Table:
     return found
 
 
+def _narrowed(sheet: Sheet, width: int) -> Sheet:
+    """The sheet without the spare columns that do not fit, and with a title that names them."""
+    left_out = []
+    for head in sheet.spare:
+        if _least_width(sheet) <= width or head not in sheet.heads:
+            continue
+        at = list(sheet.heads).index(head)
+        left_out.append(head)
+        sheet = replace(
+            sheet,
+            heads=_without(sheet.heads, at),
+            rows=[_without(row, at) for row in sheet.rows],
+            foot=_without(sheet.foot, at),
+            words=sheet.words - (at < sheet.words),
+        )
+    if left_out:
+        sheet = replace(sheet, title=f"{sheet.title} (a wider terminal adds {', '.join(left_out)})")
+    return sheet
+
+
+def _without(row: Sequence[str], at: int) -> list[str]:
+    return [cell for place, cell in enumerate(row) if place != at]
+
+
+def _least_width(sheet: Sheet) -> int:
+    """The width at which no word and no number is broken: three columns more for each column of the table."""
+    rows = [row for row in (sheet.heads, *sheet.rows, sheet.foot) if row]
+    total = 1
+    for column in range(len(sheet.heads)):
+        cells = [row[column] for row in rows]
+        if column < sheet.words:
+            cells = [word for cell in cells for word in cell.split()]
+        total += max(map(len, cells), default=0) + 3
+    return total
+
+
 def console() -> Console:
     """A console as wide as the terminal, or wide enough for all columns if the output is a file or a pipe."""
     found = Console(highlight=False)
@@ -50,7 +89,7 @@ def console() -> Console:
 
 
 def as_markdown(report: CostReport) -> str:
-    parts = [f"## Cost of {_plain(report.run)}", _plain(headline(report))]
+    parts = [f"## Cost of {_plain(report.run)}", _plain(headline(report)), _plain(sums(report))]
     for sheet in sheets(report).values():
         parts += [f"### {sheet.title}", markdown_table(sheet)]
     if report.notes:

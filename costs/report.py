@@ -4,21 +4,25 @@ report = build(read_run(url), time.time())
 report.phases, report.segments, report.by["day"]
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from core import figures
-from core.run import timeline
 from core.run.machine import Price
 from core.run.model import Lost, Run, Segment
 from core.run.phases import REPORT_PHASES
 from costs.cells import Cell, Spend, attribute, cells
 from costs.model import Origin, Outside, StorageUse
+from costs.notes import notes, some
+from costs.sharing import shares_of
 from costs.units import Curves, Units, curves, units
+from costs.uptime import unheard
 
+RUNNING = "running"
 ENDINGS = {"cap": "stopped by its cap", "storage": "stopped: its store was away"}
+# A managed job does not start again after these.
+FINAL = ("finished", "failed", "interrupted", *ENDINGS.values())
 GROUPS = ("stage", "day", "cloud", "region", "zone", "instance", "market")
 
 
@@ -26,7 +30,8 @@ GROUPS = ("stage", "day", "cloud", "region", "zone", "instance", "market")
 class Line:
     """One row of a table. `usd` is None if no part of it has a price; `complete` is false if some part has none.
 
-    `share` is the row's share of the dollars or, if a part of the report has no price, of the time.
+    `share` is the row's share of the dollars or, if a part of the report has no price, of the time. `usd_most` is above
+    `usd` where no source knows when a machine's bill began or ended: the dollars are in between.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Line:
     usd: float | None
     share: float
     complete: bool = True
+    usd_most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,19 @@ class SegmentLine(Line):
 
 @dataclass(frozen=True)
 class CostReport:
-    """The content of a report for all renderers. Tables add up when rounded to `places` digits."""
+    """The content of a report for all renderers. Tables add up when rounded to `places` digits.
+
+    `total` is the bill as known: the ledger's dollars, `ledger_usd`, with the prices paid and with all that other
+    sources add. It is complete if every second has a price and each source that applies has answered; `missing` names
+    the others.
+    """
 
     run: str
     stage: str | None
     state: str
     places: int
     total: Line
+    ledger_usd: float | None
     phases: list[Line]
     segments: list[SegmentLine]
     by: dict[str, list[Line]]
@@ -70,6 +82,13 @@ class CostReport:
     origins: list[Origin] = field(default_factory=list)
     storage: StorageUse | None = None
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    is_managed: bool = False
+
+    @property
+    def has_prices(self) -> bool:
+        """Whether every second has a price, so that shares are those of dollars."""
+        return all(line.complete for line in self.phases)
 
 
 # Dollars per hour on demand, by cloud, region and instance type; None if unknown.
@@ -83,41 +102,47 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     """
     outside = outside or Outside()
     lost = run.lost(now)
-    attributed = attribute(run, lost)
-    parts = cells(run, attributed, outside.times)
-    spend = Spend(run, attributed, outside.times)
-    places = figures.places_for(math.fsum(cell.usd for cell in parts if cell.usd is not None))
+    attributed = attribute(run, lost, shares_of(run, outside.neighbours))
+    more_seconds = outside.more_seconds if outside.is_asked else unheard(run, now)
+    parts = cells(run, attributed, outside.times, more_seconds, outside.charges, outside.factor)
+    spend = Spend(run, attributed, outside.times, outside.charges, outside.factor)
+    usd = math.fsum(cell.usd for cell in parts if cell.usd is not None)
+    places = figures.places_for(usd)
     [total] = table(parts, None, ["total"], places)
     used = {cell.phase for cell in parts}
     # These two lines are shown even at zero, because a reader looks for them.
     always = {"train_lost", "not_attributed"} if "train_kept" in used else {"not_attributed"}
     order = [*(phase for phase in REPORT_PHASES if phase in used | always), *sorted(used - set(REPORT_PHASES))]
-    phases = table(parts, "phase", order, places, total.usd)
+    phases = table(parts, "phase", order, places, total)
     numbers = [str(segment.number) for segment in run.segments]
     others = sorted({cell.segment for cell in parts} - set(numbers))
-    lines = table(parts, "segment", numbers + others, places, total.usd)
+    lines = table(parts, "segment", numbers + others, places, total)
     return CostReport(
         run=run.url,
         stage=run.stage,
         state=_how_it_ended(run, run.segments[-1], now),
         places=places,
-        total=total,
+        total=replace(total, complete=total.complete and not outside.missing),
+        ledger_usd=figures.apportion([outside.ledger_usd if outside.is_asked else run.usd], places)[0],
         phases=phases,
         segments=[
             _segment_line(run, segment, line, lost[segment.number], now)
             for segment, line in zip(run.segments, lines, strict=False)
         ]
-        + [SegmentLine(**vars(line), end="no ledger") for line in lines[len(numbers) :]],
+        + [
+            SegmentLine(**vars(line), end="no ledger" if line.seconds else "no machine")
+            for line in lines[len(numbers) :]
+        ],
         by={
-            group: table(parts, group, sorted({getattr(cell, group) for cell in parts}), places, total.usd)
+            group: table(parts, group, sorted({getattr(cell, group) for cell in parts}), places, total)
             for group in GROUPS
         },
         units=units(
             run,
-            lost,
+            attributed,
             spend,
             {line.name: line.seconds for line in phases},
-            total.usd if total.complete else None,
+            usd if total.complete else None,
             _on_demand_usd(parts, on_demand),
             outside.times,
         ),
@@ -126,6 +151,8 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
         origins=[*_origins(run), *outside.origins],
         storage=outside.storage,
         notes=[*run.problems, *outside.notes, *notes(run)],
+        missing=outside.missing,
+        is_managed=any(segment.launcher.get("managed_job_id") for segment in run.segments),
     )
 
 
@@ -135,7 +162,7 @@ def _on_demand_usd(parts: list[Cell], on_demand: OnDemand) -> float | None:
         return None
     usd = 0.0
     for cell in parts:
-        if cell.market == "spot" and cell.phase != "api":
+        if cell.market == "spot" and cell.seconds:
             price = on_demand(cell.cloud, cell.region, cell.instance)
             cost = None if price is None else Price(price * cell.nodes, "on demand").usd(cell.seconds)
         else:
@@ -156,7 +183,7 @@ def _origins(run: Run) -> list[Origin]:
 
 
 def table(
-    parts: Iterable[Cell], group: str | None, order: list[str], places: int, total: float | None = None
+    parts: Iterable[Cell], group: str | None, order: list[str], places: int, total: Line | None = None
 ) -> list[Line]:
     """One Line per name in `order`: the sum of the cells whose field `group` has that name. The dollars are rounded so
     that the lines add up to `total`. With `group=None`, one line for all cells."""
@@ -166,15 +193,24 @@ def table(
     # fsum, because the cache may change the order of the cells, which must not change a digit.
     seconds = {name: math.fsum(cell.seconds for cell in own) for name, own in cells_of.items()}
     usd = {name: math.fsum(cell.usd or 0.0 for cell in own) for name, own in cells_of.items()}
+    more = [math.fsum(cell.more_usd for cell in own) for own in cells_of.values()]
     priced = {name for name, own in cells_of.items() if any(cell.usd is not None for cell in own)}
     unpriced = {name for name, own in cells_of.items() if any(cell.usd is None for cell in own)}
     # A line without cells costs zero dollars, or an unknown amount if no cell has a price.
     known = [usd[name] if name in priced or (priced and name not in unpriced) else None for name in order]
-    shown = figures.apportion(known, places, total)
+    shown = figures.apportion(known, places, total and total.usd)
+    above = figures.apportion(more, places, total and (total.usd_most or 0.0) - (total.usd or 0.0))
     whole = seconds if unpriced else usd
     sum_of_whole = math.fsum(whole.values())
     return [
-        Line(name, seconds[name], shown[i], whole[name] / sum_of_whole if sum_of_whole else 0.0, name not in unpriced)
+        Line(
+            name,
+            seconds[name],
+            shown[i],
+            whole[name] / sum_of_whole if sum_of_whole else 0.0,
+            name not in unpriced,
+            None if shown[i] is None else round(shown[i] + above[i], places),
+        )
         for i, name in enumerate(order)
     ]
 
@@ -210,71 +246,5 @@ def _how_it_ended(run: Run, segment: Segment, now: float) -> str:
     if not segment.spans:
         return "no heartbeat"
     if segment is run.segments[-1] and segment.is_live(now):
-        return "running"
+        return RUNNING
     return "killed (end: last heartbeat)"
-
-
-# Clocks of machines differ by up to this much, so that a shorter overlap proves nothing.
-CLOCKS_AGREE_SECONDS = 2.0
-
-
-def notes(run: Run) -> list[str]:
-    return [*_price_notes(run), *_cap_notes(run), *_time_notes(run)]
-
-
-def some(names: list[str]) -> str:
-    """The names, separated by commas. Of a long list only the first eight, and the number of the others."""
-    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])} and {len(names) - 8} more"
-
-
-def _price_notes(run: Run) -> list[str]:
-    unpriced = [str(segment.number) for segment in run.segments if segment.price is None]
-    if not unpriced:
-        return []
-    return [
-        f"no price is known for segment {some(unpriced)}: its dollars are ?, and sums count only the other segments; "
-        "set USD_PER_HOUR where the run is started"
-    ]
-
-
-def _cap_notes(run: Run) -> list[str]:
-    """For each segment that its cap stopped, the cap and how to continue."""
-    return [
-        f"segment {segment.number} stopped at the cap of ${_dollars(mark.get('limit_usd'))} with "
-        f"${_dollars(mark.get('spent_usd'))} spent; to continue, start the run again with a higher MAX_USD"
-        for segment in run.segments
-        for mark in segment.marks
-        if mark["name"] == "cap"
-    ]
-
-
-def _dollars(value: object) -> str:
-    return figures.dollars(timeline.number(value))
-
-
-def _time_notes(run: Run) -> list[str]:
-    notes = []
-    for segment in run.segments:
-        jumps = [mark for mark in segment.marks if mark["name"] == "clock_jump"]
-        if jumps:
-            seconds = sum(timeline.number(mark.get("seconds")) or 0.0 for mark in jumps)
-            notes.append(
-                f"segment {segment.number}: its clock was set by {seconds:+.0f} s while it ran; durations are correct"
-            )
-    silent = [str(segment.number) for segment in run.segments if not segment.spans]
-    if silent:
-        notes.append(f"segment {some(silent)} has a start but no heartbeat, so the cost of its machine is not known")
-    for before, after in itertools.pairwise(run.segments):
-        if before.ended_at is None or after.started_at is None:
-            continue
-        if before.started_at is not None and after.started_at < before.started_at - CLOCKS_AGREE_SECONDS:
-            notes.append(
-                f"segment {after.number} starts {before.started_at - after.started_at:.0f} s before segment "
-                f"{before.number}, which is older: the clocks of the two machines differ"
-            )
-        elif (common := before.ended_at - after.started_at) > CLOCKS_AGREE_SECONDS:
-            notes.append(
-                f"segments {before.number} and {after.number} overlap by {figures.duration(common)}: "
-                "two machines were paid at the same time, or their clocks differ"
-            )
-    return notes

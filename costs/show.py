@@ -7,17 +7,19 @@ import re
 import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 from rich.console import RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from clouds.providers import on_demand_price
 from core import urls
 from core.errors import ConfigError, LauncherError, RunError, one_line
 from core.run import cache
 from core.run.reader import read_run
-from costs import discover, render, tables
-from costs.report import CostReport, build
+from costs import compare, discover, render, tables
+from costs.report import FINAL, RUNNING, CostReport, build
 from costs.sources import ask_others
 
 log = logging.getLogger("costs")
@@ -28,27 +30,29 @@ def show(options: argparse.Namespace, form: str | None) -> None:
 
     Raises LauncherError if there is nothing to report.
     """
+    html = urls.local_path(options.html, "--html") if options.html else None
     if options.compare:
+        if options.watch is not None or len(options.compare) < 2:
+            raise ConfigError("--compare needs two or more RUN_URLs, and does not go with --watch")
         reports = [_report(url, options) for url in options.compare]
-        return _print_all(reports, [tables.comparison(reports)], form)
+        return _print_all(reports, [compare.comparison(reports)], form, html)
     if not options.run_url:
         reports = _all_reports(options)
-        return _print_all(reports, [tables.overview(reports), tables.overview_groups(reports)], form)
-    html = urls.local_path(options.html, "--html") if options.html else None
+        return _print_all(reports, [compare.overview(reports), compare.overview_groups(reports)], form, html)
     if options.watch is not None:
         return _watch(options)
     report = _report(options.run_url, options)
     if html:
         from costs import page  # not at the top: only --html draws charts
 
-        html.write_text(page.as_html(report, time.time()), encoding="utf-8")
-        log.info("wrote %s", html)
+        _write(html, page.as_html(report, time.time()))
     if form == "markdown":
         sys.stdout.write(render.as_markdown(report))
     elif form:
         sys.stdout.write({"json": render.as_json, "csv": render.as_csv}[form]([report]))
     elif not html:
-        render.console().print(render.render(report))
+        console = render.console()
+        console.print(render.render(report, console.width))
 
 
 def _report(run_url: str, options: argparse.Namespace) -> CostReport:
@@ -81,33 +85,58 @@ def _all_reports(options: argparse.Namespace) -> list[CostReport]:
     return kept
 
 
-def _print_all(reports: list[CostReport], tables: list[tables.Sheet], form: str | None) -> None:
+def _print_all(reports: list[CostReport], sheets: list[tables.Sheet], form: str | None, html: Path | None) -> None:
+    if html:
+        from costs import page  # not at the top: only --html draws pages
+
+        _write(html, page.of_sheets(sheets, time.time()))
     if form in ("json", "csv"):
         sys.stdout.write({"json": render.as_json, "csv": render.as_csv}[form](reports))
     elif form == "markdown":
-        sys.stdout.write("\n\n".join(render.markdown_table(table) for table in tables if table.rows) + "\n")
-    else:
-        for table in tables:
-            if table.rows:
-                render.console().print(render.terminal_table(table))
+        sys.stdout.write("\n\n".join(render.markdown_table(sheet) for sheet in sheets if sheet.rows) + "\n")
+    elif not html:
+        console = render.console()
+        for sheet in sheets:
+            if sheet.rows:
+                console.print(render.terminal_table(sheet, console.width))
+
+
+def _write(path: Path, text: str) -> None:
+    """Raises ConfigError if the file cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {path}: cannot be written: {error.strerror}") from None
+    log.info("wrote %s", path)
 
 
 def _watch(options: argparse.Namespace) -> None:
-    """Show the report again every few seconds until the run has ended."""
+    """Show the report again every few seconds until the run has ended, and before it has begun.
 
-    def current() -> tuple[CostReport, RenderableType]:
-        report = _report(options.run_url, options)
-        return report, render.render(report)
-
-    report, shown = current()
+    A run that a managed job works on comes back after a preemption. Raises ConfigError without a terminal.
+    """
     console = render.console()
     if not console.is_terminal:
         raise ConfigError("--watch needs a terminal; call cost_report.py repeatedly instead")
+
+    def current() -> tuple[bool, RenderableType]:
+        try:
+            report = _report(options.run_url, options)
+        except RunError as error:
+            return True, Text(f"waiting: {error}")
+        return may_go_on(report), render.render(report, console.width)
+
+    goes_on, shown = current()
     with Live(shown, console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        while report.state == "running":
+        while goes_on:
             time.sleep(options.watch)
-            report, shown = current()
+            goes_on, shown = current()
             live.update(shown, refresh=True)
+
+
+def may_go_on(report: CostReport) -> bool:
+    """Whether the run is running, or a managed job may continue it on another machine."""
+    return report.state == RUNNING or (report.is_managed and report.state not in FINAL)
 
 
 def _since(text: str, now: float) -> float:

@@ -5,18 +5,25 @@ answer.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from clouds import skypilot
-from clouds.base import Cloud, MachineRecord, Unavailable
+from clouds import sky_records, skypilot
+from clouds.base import Cloud, MachineRecord, Unavailable, is_controller
 from clouds.providers import CLOUDS
 from core import figures
+from core.environment import positive
+from core.run import paid
 from core.run.model import Run, Segment
-from costs.discover import storage_use
+from core.run.paid import Paid
+from costs import added
+from costs.beside import add_charges, origins
+from costs.discover import neighbours, storage_use
 from costs.model import Origin, Outside
-from costs.report import some
-from costs.uptime import is_of, outside_times, with_instances
+from costs.notes import some
+from costs.uptime import outside_times, with_instances
+
+LAUNCH = "launch, idle until down"
 
 
 def ask_others(
@@ -24,56 +31,85 @@ def ask_others(
     environment: Mapping[str, str],
     now: float,
     offline: bool = False,
-    records: Callable[[], list[MachineRecord]] = skypilot.machine_records,
-    jobs: Callable[[], list[Mapping[str, Any]]] = skypilot.job_queue,
+    records: Callable[[Sequence[str]], list[MachineRecord]] = sky_records.machine_records,
+    jobs: Callable[[], list[Mapping[str, Any]]] = sky_records.job_queue,
     clouds: Mapping[str, Cloud] = CLOUDS,
 ) -> Outside:
-    """Ask other sources about `run`. With `offline`, the result has only the storage, which `run` knows.
+    """Ask other sources about `run`. With `offline`, only the store is asked.
 
     Changes `run`: expected spot prices are replaced by the prices paid, if the cloud has a history of spot prices.
     """
-    outside = Outside()
+    outside = Outside(is_asked=True, ledger_usd=run.usd, factor=positive(environment, "COST_FACTOR") or 1.0)
+    if outside.factor != 1.0:
+        outside.origins.append(Origin("factor", f"COST_FACTOR is {outside.factor:g}: all other lines, times that"))
     outside.storage = storage_use(run)
+    outside.charges += added.charges(run)
     rates = outside.storage.rates
     outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
+    attempts = paid.read_all(run.folder, paid.attempts_in(run.folder, run.objects))
+    outside.neighbours = neighbours(run)
     if offline:
-        outside.origins.append(Origin("launch, idle until down", "? (not asked: --offline)"))
+        _machines(run, outside, environment, now, attempts, {}, lambda _: _refuse("not asked: --offline"))
+        if any(_has_spot_history(segment, clouds) for segment in run.segments):
+            _missing(outside, "paid spot prices", "not asked: --offline")
         return outside
     unfinished = sum(cloud.unfinished_uploads(run.url) or 0 for cloud in clouds.values())
     outside.storage = dataclasses.replace(outside.storage, unfinished_uploads=unfinished)
-    _machines(run, outside, now, records, jobs, clouds)
+    _machines(run, outside, environment, now, attempts, clouds, records)
+    outside.origins += _managed_jobs(run, jobs)
     _paid_spot_prices(run, outside, clouds)
     _bills(run, outside, environment, now, clouds)
     return outside
 
 
+def _refuse(reason: str) -> list[MachineRecord]:
+    raise Unavailable(reason)
+
+
+def _missing(outside: Outside, figure: str, reason: object) -> None:
+    """A source that applies to the run, but has not answered. A second sentence about it is left out."""
+    if f"{figure}: {reason}" in outside.missing:
+        return
+    outside.origins.append(Origin(figure, f"? ({reason})"))
+    outside.missing.append(f"{figure}: {reason}")
+
+
 def _machines(
     run: Run,
     outside: Outside,
+    environment: Mapping[str, str],
     now: float,
-    records: Callable[[], list[MachineRecord]],
-    jobs: Callable[[], list[Mapping[str, Any]]],
+    attempts: list[Paid],
     clouds: Mapping[str, Cloud],
+    records: Callable[[Sequence[str]], list[MachineRecord]],
 ) -> None:
     """Time of the run's machines outside its segments."""
-    if not any(segment.launcher for segment in run.segments):
-        outside.origins.append(Origin("launch, idle until down", "? (the run was not started by SkyPilot)"))
-        return
-    try:
-        found = [record for record in records() if is_of(run.segments, record)]
-    except Unavailable as error:
-        outside.origins.append(Origin("launch, idle until down", f"? ({error})"))
-        return
-    source = skypilot.ORIGIN
-    try:
-        found = _with_cloud_times(found, now, clouds)
-        source = ", ".join(sorted({record.origin for record in found})) or source
-    except Unavailable as error:
-        outside.origins.append(Origin("start and end of the instances", f"? ({error})"))
-    outside.times, notes = outside_times(run.segments, found, now)
-    outside.notes += notes
-    outside.origins.append(Origin("launch, idle until down", source))
-    outside.origins += _managed_jobs(run, jobs)
+    found: list[MachineRecord] = []
+    if any(segment.launcher for segment in run.segments):
+        names = sorted({name for segment in run.segments if (name := segment.launcher.get("cluster"))})
+        if any(segment.launcher.get("managed_job_id") for segment in run.segments):
+            names.append(skypilot.controller_name(environment))
+        try:
+            found = records(names)
+            outside.origins.append(Origin(LAUNCH, sky_records.ORIGIN))
+        except Unavailable as error:
+            _missing(outside, LAUNCH, error)
+        try:
+            found = _with_cloud_times(found, now, clouds)
+        except Unavailable as error:
+            _missing(outside, "start and end of the instances", error)
+    else:
+        outside.origins.append(Origin(LAUNCH, "? (the run was not started by SkyPilot)"))
+    controllers = [record for record in found if is_controller(record.cluster)]
+    machines = [record for record in found if not is_controller(record.cluster)]
+    known = outside_times(run, machines, now, outside.neighbours, attempts)
+    outside.times, outside.more_seconds = known.times, known.more_seconds
+    outside.notes += known.notes
+    add_charges(run, outside, known.records, controllers, clouds, now, _missing)
+    sources = sorted({time.record.origin for time in outside.times})
+    if sources and outside.origins[-1] == Origin(LAUNCH, sky_records.ORIGIN):
+        outside.origins[-1] = Origin(LAUNCH, ", ".join(sources))
+    outside.origins += origins(outside.charges)
 
 
 def _managed_jobs(run: Run, jobs: Callable[[], list[Mapping[str, Any]]]) -> list[Origin]:
@@ -88,7 +124,7 @@ def _managed_jobs(run: Run, jobs: Callable[[], list[Mapping[str, Any]]]) -> list
     return [
         Origin(
             f"managed job {job['job_id']}",
-            f"{getattr(job.get('status'), 'value', job.get('status'))}, {job.get('recovery_count', '?')} recoveries, "
+            f"{job.get('status')}, {job.get('recovery_count', '?')} recoveries, "
             f"{figures.duration(job.get('job_duration'))} running, by SkyPilot's queue",
         )
         for job in found
@@ -118,7 +154,7 @@ def _paid_spot_prices(run: Run, outside: Outside, clouds: Mapping[str, Cloud]) -
     surprises: dict[tuple[str, str, str], list[str]] = {}
     for segment in run.segments:
         machine = segment.machine
-        if machine.spot and segment.spans and (machine.cloud or "").lower() in clouds:
+        if _has_spot_history(segment, clouds):
             place = (machine.cloud, machine.region, machine.zone, machine.instance_type)
             groups.setdefault(place, []).append(segment)
     for segments in groups.values():
@@ -136,12 +172,17 @@ def _paid_spot_prices(run: Run, outside: Outside, clouds: Mapping[str, Cloud]) -
                     segment.machine, usd_per_hour=price, price_source=f"{history.source}, {machine.zone}"
                 )
         except Unavailable as error:
-            outside.origins.append(Origin("paid spot prices", f"? ({error})"))
+            _missing(outside, "paid spot prices", error)
             break
     outside.notes += [
         f"segment {some(numbers)}: {source} has ${price} an hour, the ledger expected ${expected}; the history is used"
         for (source, price, expected), numbers in surprises.items()
     ]
+
+
+def _has_spot_history(segment: Segment, clouds: Mapping[str, Cloud]) -> bool:
+    cloud = clouds.get((segment.machine.cloud or "").lower())
+    return bool(segment.machine.spot and segment.spans and cloud)
 
 
 def _bills(run: Run, outside: Outside, environment: Mapping[str, str], now: float, clouds: Mapping[str, Cloud]) -> None:

@@ -1,6 +1,6 @@
 """Draws lines, areas and bars as inline SVG. Colours are CSS classes of costs/page.css, which has a dark variant.
 
-A chart is drawn for a given width; a page contains a wide and a narrow drawing, because scaling would shrink the text.
+A chart is drawn for a given width; a page contains several drawings, because scaling would shrink the text.
 """
 
 import math

@@ -6,24 +6,30 @@ from datetime import UTC, datetime
 
 from core import figures
 from core.figures import quantity
+from core.run.model import AS_KNOWN, BY_LEDGER
 from core.run.phases import label
 from costs.model import StorageUse
 from costs.report import CostReport, Line, SegmentLine
 from costs.units import Units
 
+RANGE = "a range, because no source knows when a machine's bill began or ended: an invoice settles it"
 # A longer table shows only its first and last segments.
 SEGMENTS_SHOWN = 40
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table. Its first `words` columns are text, the others numbers; `foot` is an emphasized last row."""
+    """A table. Its first `words` columns are text, the others numbers; `foot` is an emphasized last row.
+
+    A narrow terminal leaves out the columns of `spare`, the first one first.
+    """
 
     title: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int
     foot: Sequence[str] = ()
+    spare: Sequence[str] = ()
 
 
 def sheets(report: CostReport) -> dict[str, Sheet]:
@@ -40,7 +46,7 @@ def sheets(report: CostReport) -> dict[str, Sheet]:
         "segments": _segments(report),
         "groups": Sheet("By stage, day, place and machine", ["by", "", "time", "USD", _share(report)], groups, 2),
         "units": Sheet("Unit costs", ["", ""], units, 1),
-        "storage": Sheet("Storage at list prices, not in the total", ["what", "amount", "rate"], storage, 1),
+        "storage": Sheet("Storage from now on, at list prices", ["what", "amount", "rate"], storage, 1),
         "origins": Sheet(
             "Sources of the figures", ["figure", "from"], [(o.figure, o.source) for o in report.origins], 2
         ),
@@ -48,62 +54,8 @@ def sheets(report: CostReport) -> dict[str, Sheet]:
     return {name: sheet for name, sheet in found.items() if sheet.rows}
 
 
-def overview(reports: Sequence[CostReport]) -> Sheet:
-    """A table with one row per run, the newest first."""
-    heads = ["run", "stage", "state", "last seen", "time", "USD", "lost", "tokens", "val loss", "USD/1B tokens"]
-    rows = []
-    for report in sorted(reports, key=last_seen, reverse=True):
-        lost = next((line for line in report.phases if line.name == "train_lost"), None)
-        usd = figures.dollars(report.total.usd, report.places, report.total.complete)
-        time, part = figures.duration(report.total.seconds), f"{100 * lost.share:.1f} %" if lost else "–"
-        about = [report.run, report.stage or "?", report.state, clock(last_seen(report) or None)]
-        rows.append([*about, time, usd, part, *_trained(report)])
-    priced = [report.total.usd for report in reports if report.total.usd is not None]
-    complete = all(report.total.complete for report in reports)
-    total = figures.dollars(sum(priced) if priced else None, 2, complete)
-    foot = [f"{len(reports)} run{'s' * (len(reports) != 1)}", "", "", "", "", total, "", "", "", ""]
-    return Sheet("Runs", heads, rows, 4, foot)
-
-
-def overview_groups(reports: Sequence[CostReport]) -> Sheet:
-    """Sums over all runs by stage, day, place and machine, which equal the sums of the runs' printed figures."""
-    rows: list[list[str]] = []
-    for group in reports[0].by:
-        names: dict[str, list[Line]] = {}
-        for report in reports:
-            for line in report.by[group]:
-                names.setdefault(line.name, []).append(line)
-        for index, (name, lines) in enumerate(sorted(names.items()) if len(names) > 1 else ()):
-            known = [line.usd for line in lines if line.usd is not None]
-            usd = figures.dollars(sum(known) if known else None, 2, all(line.complete for line in lines))
-            seconds = sum(line.seconds for line in lines)
-            rows.append([group if not index else "", name, figures.duration(seconds), usd])
-    return Sheet("All runs by stage, day, place and machine", ["by", "", "time", "USD"], rows, 2)
-
-
-def comparison(reports: Sequence[CostReport]) -> Sheet:
-    """A table of several runs, with a column per run and a row per phase and unit cost."""
-    names = [report.run.rstrip("/").rsplit("/", 1)[-1] for report in reports]
-    heads = ["", *(names if len(set(names)) == len(names) else [report.run for report in reports])]
-    columns = [_column(report) for report in reports]
-    order = list(dict.fromkeys(name for column in columns for name in column))
-    return Sheet("Comparison", heads, [[name, *(column.get(name, "–") for column in columns)] for name in order], 1)
-
-
 def last_seen(report: CostReport) -> float:
     return max((line.ended_at for line in report.segments if line.ended_at is not None), default=0.0)
-
-
-def _column(report: CostReport) -> dict[str, str]:
-    column = {
-        "state": report.state,
-        "USD total": figures.dollars(report.total.usd, report.places, report.total.complete),
-    }
-    column |= {"time": figures.duration(report.total.seconds), "segments": str(len(report.segments))}
-    for line in report.phases:
-        usd = figures.dollars(line.usd, report.places, line.complete)
-        column[f"USD {label(line.name)}"] = f"{usd} ({100 * line.share:.1f} %)"
-    return column | {name: value for name, value in unit_rows(report, levels=False)}
 
 
 def _phases(report: CostReport) -> Sheet:
@@ -134,23 +86,21 @@ def _segments(report: CostReport) -> Sheet:
             continue
         about = [line.name, clock(line.started_at), line.machine, line.end, figures.dollars(line.usd_per_hour)]
         rows.append([*about, *_figures(report, line), steps(line), str(line.steps_lost)])
-    return Sheet("Segments", heads, rows, 4)
-
-
-def _trained(report: CostReport) -> tuple[str, str, str]:
-    of = report.units
-    if of.tokens is None:
-        return "–", "–", "–"
-    return f"{of.tokens:,.0f}", loss(of.val_loss), figures.dollars(of.usd_per_billion_tokens)
+    return Sheet("Segments", heads, rows, 4, spare=("steps lost", _share(report), "USD/h", "machine", "time"))
 
 
 def _figures(report: CostReport, line: Line) -> tuple[str, str, str]:
-    usd = figures.dollars(line.usd, report.places, line.complete)
+    usd = money(report, line)
     return figures.duration(line.seconds), usd, f"{100 * line.share:.1f} %"
 
 
+def money(report: CostReport, line: Line) -> str:
+    """The dollars of a line, as all tables print them."""
+    return figures.dollars(line.usd, report.places, line.complete, line.usd_most)
+
+
 def _share(report: CostReport) -> str:
-    return "share" if report.total.complete else "share of time"
+    return "share" if report.has_prices else "share of time"
 
 
 NOTES_SHOWN = 20
@@ -162,10 +112,19 @@ def clock(time: float | None) -> str:
 
 def headline(report: CostReport) -> str:
     count = len(report.segments)
-    usd = "$" + figures.dollars(report.total.usd, report.places, report.total.complete)
     segments = f"{count} segment{'s' * (count != 1)}"
     time = f"{figures.duration(report.total.seconds)} of machine time"
-    return f"{report.stage or 'stage ?'}, {report.state}; {segments}, {time}, {usd}"
+    return f"{report.stage or 'stage ?'}, {report.state}; {segments}, {time}, ${money(report, report.total)}"
+
+
+def sums(report: CostReport) -> str:
+    """Which sum the total is, the ledger's dollars, and what would complete the total or close its range."""
+    ledger = figures.dollars(report.ledger_usd, report.places)
+    said = [f"${money(report, report.total)} is the bill {AS_KNOWN}; ${ledger} {BY_LEDGER}"]
+    if report.total.usd_most is not None and report.total.usd_most > (report.total.usd or 0.0):
+        said.append(RANGE)
+    said += [f"not complete: {each}" for each in report.missing]
+    return "; ".join(said)
 
 
 def notes(report: CostReport) -> list[str]:
@@ -184,33 +143,33 @@ def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
     of = report.units
     if of.tokens is None and not any(line.name == "train_kept" for line in report.phases):
         return []
+
+    def usd(value: float | None, places: int = 2) -> str:
+        return figures.dollars(value, places, complete=not report.missing)
+
     rows = [
         ("last step", _or(of.last_step, "{:,}")),
         ("tokens", figures.UNKNOWN if of.tokens is None else f"{quantity(of.tokens)} ({of.tokens:,.0f})"),
-        ("USD per billion tokens", figures.dollars(of.usd_per_billion_tokens)),
+        ("USD per billion tokens", usd(of.usd_per_billion_tokens)),
         ("USD per 1e18 FLOPs", _or(of.usd_per_exaflop, "{:.4f}")),
         ("final train loss", loss(of.train_loss)),
         ("final validation loss", loss(of.val_loss)),
         *hellaswag_rows(of),
-        ("USD per point of validation loss", figures.dollars(of.usd_per_loss_point)),
+        ("USD per point of validation loss", usd(of.usd_per_loss_point)),
     ]
     rows += [
-        (f"USD to validation loss {level.val_loss:g} (step {level.step:,})", figures.dollars(level.usd, report.places))
+        (f"USD to validation loss {level.val_loss:g}", f"{usd(level.usd, report.places)} (step {level.step:,})")
         for level in (of.usd_to_val_loss if levels else ())
     ]
     rows += [
         ("GPU-hours", _or(of.gpu_hours, "{:,.2f}")),
-        ("USD per GPU-hour", figures.dollars(of.usd_per_gpu_hour)),
+        ("USD per GPU-hour", usd(of.usd_per_gpu_hour)),
         ("utilisation of the GPUs while training (MFU)", _percent(of.mfu)),
         ("goodput: train kept as a share of paid time", _percent(of.goodput)),
     ]
     if of.restarts:
-        rows.append(
-            (
-                f"USD per restart ({of.restarts}): repeated steps and preparation",
-                figures.dollars(of.usd_per_restart, report.places),
-            )
-        )
+        each = f"{figures.dollars(of.usd_per_restart, report.places)} ({figures.counted(of.restarts, 'restart')})"
+        rows.append(("USD per restart: repeated steps and preparation", each))
     if of.usd_on_demand is not None:
         saved = figures.dollars(of.usd_saved, report.places)
         rows.append(
@@ -218,8 +177,8 @@ def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
         )
     if of.hour_more_tokens is not None:
         reached = "" if of.hour_more_val_loss is None else f", val loss {of.hour_more_val_loss:.3f}"
-        price = figures.dollars(of.hour_more_usd)
-        rows.append((f"one hour more (estimate), for {price} USD", f"{quantity(of.hour_more_tokens)} tokens{reached}"))
+        more = f"{quantity(of.hour_more_tokens)} tokens for {figures.dollars(of.hour_more_usd)} USD{reached}"
+        rows.append(("one hour more (estimate)", more))
     return rows
 
 
@@ -230,7 +189,7 @@ def hellaswag_rows(of: Units) -> list[tuple[str, str]]:
 
 
 def storage_rows(report: CostReport) -> list[tuple[str, str, str]]:
-    """Storage of the run's objects, and its rates. Requests and egress are not counted, so only their rates appear."""
+    """Storage of the run's objects and of its token set per month from now on."""
     use = report.storage
     if use is None:
         return []
@@ -239,17 +198,13 @@ def storage_rows(report: CostReport) -> list[tuple[str, str, str]]:
 
 
 def _rated_rows(use: StorageUse) -> list[tuple[str, str, str]]:
-    month = use.bytes / 1e9 * use.rates.usd_per_gb_month
-    return [
-        (
-            f"{use.objects:,} objects, of which checkpoints {quantity(use.checkpoint_bytes)}B",
-            f"{quantity(use.bytes)}B",
-            f"${figures.dollars(month, 4 if month < 1 else 2)} a month, at ${use.rates.usd_per_gb_month:g} per GB",
-        ),
-        ("writes and listings", figures.UNKNOWN, f"${use.rates.usd_per_million_writes:g} per million"),
-        ("reads", figures.UNKNOWN, f"${use.rates.usd_per_million_reads:g} per million"),
-        ("egress to the internet", figures.UNKNOWN, f"${use.rates.usd_per_gb_egress:g} per GB"),
-    ]
+    def row(what: str, size: int) -> tuple[str, str, str]:
+        month = size / 1e9 * use.rates.usd_per_gb_month
+        usd = figures.dollars(month, 4 if month < 1 else 2)
+        return what, f"{quantity(size)}B", f"${usd} a month, at ${use.rates.usd_per_gb_month:g} per GB"
+
+    rows = [row(f"{use.objects:,} objects, of which checkpoints {quantity(use.checkpoint_bytes)}B", use.bytes)]
+    return rows + ([row("token set, which other runs may read too", use.data_bytes)] if use.data_bytes else [])
 
 
 def loss(value: float | None) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from core.errors import LauncherError
-from core.run.model import Lost, Point, Run
+from core.run.model import Point, Run
 from core.run.phases import PREPARATION_PHASES
 from core.settings import model as architecture
 from core.settings.loader import from_dict
 from core.settings.model import ModelConfig
-from costs.cells import Spend
+from costs.cells import Attributed, Spend
 from costs.model import OutsideTime
 
 # Validation losses, besides multiples of 0.1, for which a report states the dollars. 3.28 is the loss of GPT-2 124M on
@@ -36,7 +36,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Units:
-    """Unit costs and other figures of a run. None means unknown."""
+    """Unit costs and other figures of a run. None means unknown.
+
+    Dollars are not rounded. Those of the whole run are the least: of the known dollars, without `usd_most`.
+    """
 
     last_step: int | None
     tokens: float | None
@@ -64,7 +67,7 @@ class Units:
 
 def units(
     run: Run,
-    lost: Mapping[int, Lost],
+    attributed: Attributed,
     spend: Spend,
     seconds: Mapping[str, float],
     usd: float | None,
@@ -79,7 +82,7 @@ def units(
     flops = flops_per_token(run.config)
     whole = math.fsum(seconds.values())
     trained = seconds.get("train_kept", 0.0)
-    gpu_hours = _gpu_hours(run, outside)
+    gpu_hours = _gpu_hours(run, attributed, outside)
     drop = evals[0].values["val_loss"] - evals[-1].values["val_loss"] if len(evals) > 1 else 0.0
     speed = tokens / trained if tokens and trained else None
     hour_tokens = tokens / whole * 3600 if tokens and whole else None
@@ -100,7 +103,7 @@ def units(
         goodput=trained / whole if whole and trained else None,
         tokens_per_second=speed,
         restarts=restarts,
-        usd_per_restart=_usd_per_restart(run, lost, restarts),
+        usd_per_restart=_usd_per_restart(run, attributed, restarts),
         usd_on_demand=usd_on_demand,
         usd_saved=None if usd is None or usd_on_demand is None else usd_on_demand - usd,
         hour_more_usd=run.segments[-1].machine.usd_per_hour if hour_tokens else None,
@@ -144,12 +147,15 @@ def _ratio(usd: float | None, amount: float | None, per: float = 1.0) -> float |
     return None if usd is None or not amount else usd / amount * per
 
 
-def _gpu_hours(run: Run, outside: Sequence[OutsideTime]) -> float | None:
+def _gpu_hours(run: Run, attributed: Attributed, outside: Sequence[OutsideTime]) -> float | None:
     """GPU-hours of segments and outside time; None if a segment has no GPUs."""
     if not run.segments or not all(segment.gpus for segment in run.segments):
         return None
-    inside = sum(segment.seconds * segment.gpus for segment in run.segments)
-    others = sum((each.end - each.start) * (each.segment.gpus if each.segment else 0) for each in outside)
+    inside = math.fsum(
+        math.fsum(math.fsum(span.phases.values()) for span in attributed[segment.number]) * segment.gpus
+        for segment in run.segments
+    )
+    others = math.fsum((each.end - each.start) * (each.segment.gpus if each.segment else 0) for each in outside)
     return (inside + others) / 3600
 
 
@@ -158,20 +164,18 @@ def _mean_mfu(run: Run) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _usd_per_restart(run: Run, lost: Mapping[int, Lost], restarts: int) -> float | None:
+def _usd_per_restart(run: Run, attributed: Attributed, restarts: int) -> float | None:
     """Mean dollars per restart: repeated steps, and preparation of the new machine."""
     if not restarts:
         return None
-    usd = 0.0
+    usd = []
     for segment in run.segments:
         if segment.price is None:
             return None
-        seconds = lost[segment.number].seconds
-        if segment is not run.segments[0]:
-            spent = segment.phase_seconds()
-            seconds += math.fsum(spent.get(phase, 0.0) for phase in PREPARATION_PHASES)
-        usd += segment.price.usd(seconds)
-    return usd / restarts
+        counted = {"train_lost"} | (set() if segment is run.segments[0] else PREPARATION_PHASES)
+        for span in attributed[segment.number]:
+            usd += [segment.price.usd(seconds) for phase, seconds in span.phases.items() if phase in counted]
+    return math.fsum(usd) / restarts
 
 
 def _loss_after(evals: Sequence[Point], more_tokens: float | None) -> float | None:

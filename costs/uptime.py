@@ -1,71 +1,146 @@
 """Finds outside time, the time of machines that no segment covers, by comparing records of machines with the ledger.
 
 The ledger begins when a process starts and ends with its last heartbeat. A launcher's record of the same machine also
-covers the time before, from the launch on (`provision`), and after, until the shutdown (`idle_until_down`).
+covers the time before, from the launch on (`provision`), and after, until the shutdown (`idle_until_down`). Several
+runs may use one machine: each has the time of its segments, and the run that asked for the machine has the rest.
 """
 
-import itertools
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
-from clouds.base import Instance, MachineRecord
+from clouds.base import Billing, Instance, MachineRecord
+from clouds.providers import cloud_named
 from core import figures
-from core.run.model import Segment
+from core.run.journal import FLUSH_SECONDS
+from core.run.model import Run, Segment
+from core.run.paid import Paid
 from costs.model import OutsideTime
 
 # A launcher polls: it notices up to this much later that a machine is gone. This delay is not billed.
 NOTICED_LATE_SECONDS = 120.0
+# From the last job's end to the machine's, beside the idle minutes of its autostop: 79 to 133 s with two idle minutes.
+AUTOSTOP_TAKES_SECONDS = 60.0
 FAILED_LAUNCH_BEFORE_SECONDS = 3600.0
+NAMED_BEFORE_SECONDS = 86400.0
+
+
+@dataclass
+class Found:
+    """Outside time, the seconds that may come on top of segments and the records of their machines, by number, and
+    notes for the reader."""
+
+    times: list[OutsideTime] = field(default_factory=list)
+    more_seconds: dict[int, float] = field(default_factory=dict)
+    records: dict[int, MachineRecord] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def outside_times(
-    segments: list[Segment], records: Iterable[MachineRecord], now: float
-) -> tuple[list[OutsideTime], list[str]]:
-    """Outside time that the records of a run's machines show, and notes for the reader."""
-    times: list[OutsideTime] = []
-    notes: list[str] = []
+    run: Run,
+    records: Iterable[MachineRecord],
+    now: float,
+    others: Iterable[Segment] = (),
+    attempts: Iterable[Paid] = (),
+) -> Found:
+    """Outside time that the records of a run's machines show.
+
+    `others` are segments of other runs, and `attempts` the run's own records of its machines.
+    """
+    found, others, attempts = Found(), list(others), list(attempts)
+    ends, numbers = _ends(run.segments, attempts), {each.number: at for at, each in enumerate(run.segments)}
+    found.more_seconds = {
+        number: seconds
+        for number, seconds in unheard(run, now).items()
+        if ends[number] == run.segments[numbers[number]].ended_at
+    }
+    used: list[MachineRecord] = []
     for record in sorted(records, key=lambda each: each.start):
-        if not is_of(segments, record):
-            continue
         end = now if record.end is None else record.end
-        inside = [s for s in segments if _same_machine(s, record) and s.started_at < end and s.ended_at > record.start]
+        inside = [each for each in run.segments if _is_inside(each, record, end)]
+        company = [each for each in others if _is_inside(each, record, end)]
+        if not _is_of(run, record, inside, company):
+            if not inside and not company and _is_unclaimed(run, record):
+                found.notes.append(_unclaimed(record, end))
+            continue
+        used.append(record)
+        found.records |= {segment.number: record for segment in inside}
         if inside:
-            more, note = _between(record, end, inside, now)
-            times += more
-            notes += note
+            _around(found, run, record, end, inside, company, ends, now)
         elif record.was_up:
-            times.append(OutsideTime("provision", record.start, end, record))
-            notes.append(
+            found.times.append(OutsideTime("provision", record.start, end, record))
+            found.notes.append(
                 f"{record.origin}: {record.cluster} was up for {figures.duration(end - record.start)} but wrote no "
                 "ledger; its time is booked as provision"
             )
         else:
             most = record.price and record.price.usd(end - record.start)
-            notes.append(
+            found.notes.append(
                 f"{record.origin}: a launch of {record.cluster} failed after {figures.duration(end - record.start)}, "
                 "and no machine is known that it started; nothing is counted for it "
                 f"(at most ${figures.dollars(most)})"
             )
-    return times, notes
+    _without_record(found, run, used, attempts, ends, now)
+    return found
 
 
-def is_of(segments: list[Segment], record: MachineRecord) -> bool:
-    """Whether a record belongs to this run, by the names of clusters and jobs in the run's segments.
+def unheard(run: Run, now: float) -> dict[int, float]:
+    """The seconds that killed programs may have run after their last heartbeats, by number of the segment."""
+    return {
+        each.number: each.unheard_seconds for each in run.segments if each.unheard_seconds and not each.is_live(now)
+    }
+
+
+def _ends(segments: Iterable[Segment], attempts: list[Paid]) -> dict[int, float | None]:
+    """When each segment's program ended, by number: after a kill, the node may have recorded it."""
+    known = {}
+    for segment in segments:
+        own = [each.ended_at for each in attempts if each.ended_at is not None and each.is_in([segment])]
+        ended = [segment.ended_at, *own] if segment.end is None and segment.spans else [segment.ended_at]
+        known[segment.number] = max((each for each in ended if each is not None), default=None)
+    return known
+
+
+def _is_of(run: Run, record: MachineRecord, inside: list[Segment], company: list[Segment]) -> bool:
+    """Whether a record belongs to this run.
 
     The cluster of a managed job has a unique name. Any other name may also be used by other runs. A record with such a
-    name belongs to this run if it overlaps the time between the run's first and last sign of life, or if it is a launch
-    that failed shortly before.
+    name belongs to the run that launched it, if SkyPilot has kept its task, and to each run with a segment on it. If
+    neither is known, it belongs to a run if it ended shortly before the run's first sign of life, or lies between the
+    first and the last one.
     """
-    for segment in segments:
+    for segment in run.segments:
         job, cluster = segment.launcher.get("managed_job_id"), segment.launcher.get("cluster")
         if job is not None and (record.cluster == cluster if cluster else record.job == job):
             return True
-    own = [segment for segment in segments if segment.launcher.get("cluster") == record.cluster]
-    times = [(segment.started_at, segment.ended_at) for segment in own if segment.started_at is not None]
-    if not times:
+    if inside or record.run is not None:
+        return bool(inside) or record.run == run.url
+    times = _times_on(run, record.cluster)
+    if company or not times:
         return False
-    earliest = min(start for start, _ in times) - (0.0 if record.was_up else FAILED_LAUNCH_BEFORE_SECONDS)
+    earliest = min(start for start, _ in times) - FAILED_LAUNCH_BEFORE_SECONDS
     return record.start <= max(end for _, end in times) and (record.end is None or record.end >= earliest)
+
+
+def _is_unclaimed(run: Run, record: MachineRecord) -> bool:
+    """Whether a machine with a cluster's name of this run was up within a day before, and no run is known to have
+    asked for it."""
+    times = _times_on(run, record.cluster)
+    if not times or record.run is not None or not record.was_up or record.end is None:
+        return False
+    return 0 <= min(start for start, _ in times) - record.end <= NAMED_BEFORE_SECONDS
+
+
+def _unclaimed(record: MachineRecord, end: float) -> str:
+    usd = record.price and record.price.usd(end - record.start)
+    return (
+        f"{record.origin}: {record.cluster} was also up earlier, for {figures.duration(end - record.start)} "
+        f"(${figures.dollars(usd)}); no ledger in this bucket says for which run, so it is not counted"
+    )
+
+
+def _times_on(run: Run, cluster: str) -> list[tuple[float, float]]:
+    own = [segment for segment in run.segments if segment.launcher.get("cluster") == cluster]
+    return [(segment.started_at, segment.ended_at) for segment in own if segment.started_at is not None]
 
 
 def with_instances(records: Iterable[MachineRecord], instances: Iterable[Instance], now: float) -> list[MachineRecord]:
@@ -86,34 +161,178 @@ def with_instances(records: Iterable[MachineRecord], instances: Iterable[Instanc
     return refined
 
 
-def _same_machine(segment: Segment, record: MachineRecord) -> bool:
-    if segment.started_at is None:
+def _is_inside(segment: Segment, record: MachineRecord, end: float) -> bool:
+    """Whether a segment ran on the machine of a record."""
+    if segment.started_at is None or not segment.started_at < end or not segment.ended_at > record.start:
         return False
     cluster = segment.launcher.get("cluster")
     return cluster == record.cluster or (cluster is None and segment.launcher.get("managed_job_id") == record.job)
 
 
+def _around(
+    found: Found,
+    run: Run,
+    record: MachineRecord,
+    end: float,
+    inside: list[Segment],
+    company: list[Segment],
+    ends: Mapping[int, float | None],
+    now: float,
+) -> None:
+    """Adds the outside time of one machine before, between and after its segments, if this run asked for it."""
+    users = [(each, True) for each in inside] + [(each, False) for each in company]
+    users.sort(key=lambda user: user[0].started_at)
+    asked = users[0][1] if record.run is None else record.run == run.url
+    if not asked:
+        found.notes.append(
+            f"{record.origin}: another run asked for {record.cluster}, on which segment "
+            f"{', '.join(str(each.number) for each in inside[:8])} ran; boot and idle time of that machine are its"
+        )
+        return
+    if company:
+        found.notes.append(
+            f"{record.origin}: other runs used {record.cluster} too, and have the time of their own segments; the time "
+            "that no run used is here, because this run asked for the machine"
+        )
+    # Nodes that open a segment each have a time of their own. Nodes of a training run have one ledger together.
+    nodes: dict[str | None, list[tuple[Segment, bool]]] = {}
+    for user in users:
+        alone = record.nodes > 1 and user[0].machine.nodes == 1
+        nodes.setdefault(user[0].machine.host if alone else None, []).append(user)
+    if None in nodes:
+        nodes = {None: users}
+    for node in nodes.values():
+        _between(found, record, end, node, ends, now)
+    silent = record.nodes - len(nodes) if None not in nodes else 0
+    if silent > 0:
+        usd = record.usd_per_hour and record.usd_per_hour * silent / record.nodes
+        part = replace(record, nodes=silent, usd_per_hour=usd)
+        found.times.append(OutsideTime("provision", record.start, end, part))
+        found.notes.append(f"{record.origin}: {silent} of {record.nodes} nodes of {record.cluster} wrote no ledger")
+
+
 def _between(
-    record: MachineRecord, end: float, inside: list[Segment], now: float
-) -> tuple[list[OutsideTime], list[str]]:
-    """Outside time of one machine before, between and after its segments, and notes."""
-    times: list[OutsideTime] = []
-    first, last = inside[0], max(inside, key=lambda segment: segment.ended_at)
+    found: Found,
+    record: MachineRecord,
+    end: float,
+    users: list[tuple[Segment, bool]],
+    ends: Mapping[int, float | None],
+    now: float,
+) -> None:
+    own = [segment for segment, mine in users if mine]
+    if not own:
+        return
+    for segment in own:  # what follows its last heartbeat is the time of another segment, or idle time
+        found.more_seconds.pop(segment.number, None)
+    cloud = cloud_named(own[0].machine.cloud or record.cloud)
+    billing = cloud.billing if cloud else None
+    first = users[0][0]
     if first.started_at > record.start:
-        times.append(OutsideTime("provision", record.start, first.started_at, record, first))
-    reached = first.ended_at
-    for before, after in itertools.pairwise(inside):
-        if after.started_at > reached:
-            times.append(OutsideTime("idle", reached, after.started_at, record, before))
-        reached = max(reached, after.ended_at)
+        free = bool(billing and billing.from_ready)
+        before = OutsideTime("provision", record.start, first.started_at, record, own[0], free=free)
+        found.times.append(replace(before, more_seconds=before.end - before.start if free else 0.0))
+    reached, last, last_is_own = None, first, True
+    for segment, mine in users:
+        if reached is not None and segment.started_at > reached:
+            found.times.append(OutsideTime("idle", reached, segment.started_at, record, own[0]))
+        ended = ends[segment.number] if mine else segment.ended_at
+        if reached is None or ended >= reached:
+            reached, last, last_is_own = ended, segment, mine
+    if mine_end := (ends[last.number] if last_is_own else None):
+        _unheard(found, record, last, min(mine_end, end))
+    if not last.is_live(now):
+        _after(found, record, end, reached, last if last_is_own else own[-1], last)
+        if billing and record.end is not None:
+            _round_up(found, record, billing, own[-1])
+
+
+def _unheard(found: Found, record: MachineRecord, segment: Segment, ended: float) -> None:
+    """The time from the last heartbeat of a killed program to the end that its node recorded."""
+    if ended > segment.ended_at:
+        found.times.append(OutsideTime("not_attributed", segment.ended_at, ended, record, segment))
+
+
+def _after(found: Found, record: MachineRecord, end: float, reached: float, segment: Segment, last: Segment) -> None:
+    """The time from the last program's end, at `reached`, to the machine's."""
     rest = end - reached
-    if rest <= 0 or last.is_live(now):
-        return times, []
-    if last.end is None and record.end is not None and rest <= NOTICED_LATE_SECONDS:
+    if rest <= 0:
+        return
+    if last.end is None and record.end is not None and rest <= NOTICED_LATE_SECONDS and reached == last.ended_at:
         if record.exact:  # killed between two heartbeats
-            return [*times, OutsideTime("not_attributed", reached, end, record, last)], []
-        return times, [
-            f"segment {last.number}: {record.origin} lists its machine for {figures.duration(rest)} after the last "
-            "heartbeat; this is taken for the delay in noticing its end, and is not counted"
-        ]
-    return [*times, OutsideTime("idle_until_down", reached, end, record, last)], []
+            found.times.append(OutsideTime("not_attributed", reached, end, record, segment))
+            return
+        if last is segment:
+            found.more_seconds[last.number] = min(rest, FLUSH_SECONDS)
+            found.notes.append(
+                f"segment {last.number}: {record.origin} lists its machine for {figures.duration(rest)} after the last "
+                "heartbeat; this is taken for the delay in noticing its end, and is not counted"
+            )
+        return
+    sure = rest
+    idle = record.idle_seconds
+    if record.end is not None and not record.exact and idle is not None:
+        expected = idle + AUTOSTOP_TAKES_SECONDS
+        if rest > expected + NOTICED_LATE_SECONDS:
+            sure = idle
+            found.notes.append(
+                f"{record.origin}: {record.cluster} was to end itself {figures.duration(idle)} after its last job, and "
+                f"was found gone {figures.duration(rest)} after it; its bill ends in between. The cloud's own list or "
+                "an invoice settles it"
+            )
+    time = OutsideTime("idle_until_down", reached, reached + sure, record, segment, more_seconds=rest - sure)
+    found.times.append(time)
+
+
+def _round_up(found: Found, record: MachineRecord, billing: Billing, segment: Segment) -> None:
+    """The seconds that a cloud bills beyond a machine's end."""
+    end, unit = record.end, billing.unit_seconds
+    length = end - record.start
+    if record.exact:
+        rest = max(billing.least_seconds - length, -length % unit)
+        if rest > 0:
+            found.times.append(OutsideTime("billing_unit", end, end + rest, record, segment))
+    elif unit > 1:
+        found.times.append(OutsideTime("billing_unit", end, end, record, segment, more_seconds=unit))
+
+
+def _without_record(
+    found: Found,
+    run: Run,
+    used: list[MachineRecord],
+    attempts: list[Paid],
+    ends: Mapping[int, float | None],
+    now: float,
+) -> None:
+    """Machines of which only the run's own folder knows."""
+
+    def is_covered(at: float) -> bool:
+        return any(record.start <= at <= (now if record.end is None else record.end) for record in used)
+
+    for segment in run.segments:
+        ended = ends[segment.number]
+        if ended is not None and ended > segment.ended_at and not is_covered(segment.ended_at):
+            record = _as_record(segment.machine.host or "?", segment.ended_at, ended, None)
+            found.times.append(OutsideTime("not_attributed", segment.ended_at, ended, record, segment))
+    for each in attempts:
+        if each.is_in(run.segments) or is_covered(each.seen_at) or any(_ran_at(s, each) for s in run.segments):
+            continue
+        end = each.seen_at if each.ended_at is None else each.ended_at
+        most = each.seconds_at_most(now) - (end - each.started_at)
+        record = _as_record(each.host, each.started_at, end, each.usd_per_hour)
+        found.times.append(OutsideTime("provision", each.started_at, end, record, more_seconds=max(0.0, most)))
+        found.notes.append(
+            f"machine {each.host}: was paid for {figures.duration(end - each.started_at)} but opened no segment "
+            "(refused, or its program failed before); its time is booked as provision"
+        )
+
+
+def _ran_at(segment: Segment, attempt: Paid) -> bool:
+    """Whether a segment on the same host covers the moment at which a program began."""
+    if segment.machine.host != attempt.host or segment.started_at is None:
+        return False
+    return segment.started_at <= attempt.seen_at <= segment.ended_at
+
+
+def _as_record(host: str, start: float, end: float, usd_per_hour: float | None) -> MachineRecord:
+    source = None if usd_per_hour is None else "the run's own record of the machine"
+    return MachineRecord(host, start, end, "record of the run", usd_per_hour=usd_per_hour, price_source=source)

@@ -20,17 +20,20 @@ from core.data.manifest import Manifest
 from core.data.vocabulary import store_vocabulary
 from core.figures import quantity
 from core.settings.preparation import PrepConfig
-from data_prep import duplicates, finalize, plan, workers
+from data_prep import duplicates, finalize, limit, plan, workers
 from data_prep.plan import PrepPlan
 from data_prep.sources.files import Part
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: PrepConfig, switch: Callable[[str], None] = lambda phase: None) -> Manifest | None:
+def prepare(
+    config: PrepConfig, switch: Callable[[str], None] = lambda phase: None, check: Callable[[], None] = lambda: None
+) -> Manifest | None:
     """Prepares what is missing. Returns None if other nodes still work on their parts.
 
-    Calls `switch(phase)` at each change of phase. Raises ConfigError, DataError, StorageError.
+    Calls `switch(phase)` at each change of phase, and `check` every now and then, which may raise to end it. Raises
+    ConfigError, DataError, StorageError.
     """
     config, todo = plan.make(config)
     todo, complete = plan.claim(todo, config.data.url)
@@ -39,27 +42,37 @@ def prepare(config: PrepConfig, switch: Callable[[str], None] = lambda phase: No
         return manifest.read(config.data.url)
     if config.phase != "finalize":
         switch("prep")
-        _encode(config, todo)
+        _encode(config, todo, check)
     switch("finalize")
-    absent = finalize.missing(todo, config.data.url)
+    absent = limit.missing(todo, config.data.url)
     if config.phase == "encode" or (config.phase == "all" and config.num_nodes > 1 and absent):
         log.info(
             "node %d of %d is done; %d of %d parts are still missing; the last node writes the manifest",
             config.node_rank,
             config.num_nodes,
             len(absent),
-            len(todo.parts),
+            len(limit.needed(todo, config.data.url)),
         )
         return None
     return finalize.finalize(config, todo)
 
 
-def _encode(config: PrepConfig, todo: PrepPlan) -> None:
-    """Prepares the missing parts of this node."""
+def _encode(config: PrepConfig, todo: PrepPlan, check: Callable[[], None]) -> None:
+    """Prepares the missing parts of this node. Of a limited preparation also those that turn out to be needed."""
+    job = workers.PrepJob(config, todo, store_vocabulary(config.tokenizer.vocab_url, config.data.url))
+    wanted = limit.needed(todo, config.data.url, at_first=config.num_nodes > 1)
+    _encode_parts(job, wanted, wanted[config.node_rank :: config.num_nodes], check)
+    done = plan.done_parts(config.data.url)
+    if not todo.settings.get(limit.LIMIT) or any(part.name not in done for part in wanted):
+        return  # the node that finishes last goes on
+    while more := limit.missing(todo, config.data.url):
+        _encode_parts(job, limit.needed(todo, config.data.url), more, check)
+
+
+def _encode_parts(job: workers.PrepJob, wanted: list[Part], mine: list[Part], check: Callable[[], None]) -> None:
+    config, todo = job.config, job.plan
     data_url = config.data.url
-    job = workers.PrepJob(config, todo, store_vocabulary(config.tokenizer.vocab_url, data_url))
     done = plan.done_parts(data_url)
-    mine = todo.parts[config.node_rank :: config.num_nodes]
     left = [each for each in mine if each.name not in done]
     count = config.workers or usable_cores()
     log.info(
@@ -67,7 +80,7 @@ def _encode(config: PrepConfig, todo: PrepPlan) -> None:
         len(todo.files),
         quantity(todo.source_bytes),
         len(mine),
-        f" of {len(todo.parts)} on this node" if config.num_nodes > 1 else "",
+        f" of {len(wanted)} on this node" if config.num_nodes > 1 else "",
         len(mine) - len(left),
         min(count, max(1, len(left))),
     )
@@ -75,12 +88,13 @@ def _encode(config: PrepConfig, todo: PrepPlan) -> None:
         return
     if config.filter.drop_duplicates:
         # A node that has hashed its parts hashes the missing parts of the others, so that no node waits for another.
-        for share in (mine, todo.parts):
+        for share in (mine, wanted):
             known = duplicates.hashed(todo, data_url)
-            _run("hash", workers.hash_texts, job, [each for each in share if each.name not in known], count)
+            todo_now = [each for each in share if each.name not in known]
+            _run("hash", workers.hash_texts, job, todo_now, count, check)
         duplicates.find(todo, mine, data_url)
     started = time.monotonic()
-    made = _run("prepare", workers.prepare, job, left, count)
+    made = _run("prepare", workers.prepare, job, left, count, check)
     seconds = time.monotonic() - started
     log.info(
         "encoded %s tokens in %.1f s: %s tokens/s, %.1f MB/s of text",
@@ -91,6 +105,13 @@ def _encode(config: PrepConfig, todo: PrepPlan) -> None:
     )
 
 
-def _run(title: str, task: workers.Task, job: workers.PrepJob, todo: list[Part], count: int) -> workers.Done:
+def _run(
+    title: str, task: workers.Task, job: workers.PrepJob, todo: list[Part], count: int, check: Callable[[], None]
+) -> workers.Done:
     with progress(title, sum(each.end - each.start for each in todo), "source bytes") as bar:
-        return workers.run(task, job, todo, count, bar.advance)
+
+        def advance(amount: int) -> None:
+            bar.advance(amount)
+            check()
+
+        return workers.run(task, job, todo, count, advance)

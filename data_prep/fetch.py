@@ -8,13 +8,18 @@ shards, the vocabulary and, last, manifest.json. A record per shard lets an inte
 that would otherwise give wrong tokens silently: a file in both splits, ids wider than their type, unknown headers.
 """
 
+from core import stop
+
+if __name__ == "__main__":
+    stop.listen()  # called before the imports that take seconds
+
 import hashlib
 import io
 import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,7 +36,7 @@ from core.errors import DataError
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
 from core.stores import hub
-from data_prep import plan
+from data_prep import booking, hellaswag, plan
 from data_prep.finalize import GPT2, print_summary
 from data_prep.plan import PrepPlan
 from data_prep.sources.files import SourceFile
@@ -85,13 +90,19 @@ def main(arguments: list[str]) -> int:
         return 0
     set_up_logging()
     config = settings.load(FetchConfig, arguments, os.environ)
-    log.info("settings:\n%s", settings.to_yaml(config).rstrip())
-    print_summary(fetch(config), config.data.url)
+    log.info("%s", settings.describe(config, "--help has the others"))
+    with booking.open_log("data_prep.fetch") as segment:
+        hellaswag.ensure(config.data.url, config.evaluation_sets)
+        made = fetch(config, segment.switch)
+    print_summary(made, config.data.url)
     return 0
 
 
-def fetch(config: FetchConfig) -> Manifest:
-    """Imports the shards that are missing and writes the manifest. Raises ConfigError, DataError, StorageError."""
+def fetch(config: FetchConfig, enter: Callable[[str], None] = lambda phase: None) -> Manifest:
+    """Imports the shards that are missing and writes the manifest. Raises ConfigError, DataError, StorageError.
+
+    Calls `enter` at the start of each phase of the ledger.
+    """
     data_url = config.data.url
     files = {
         split: plan.list_files(plan.pinned(url, config.source.revision, data_url), SUFFIXES)
@@ -105,6 +116,7 @@ def fetch(config: FetchConfig) -> Manifest:
     if complete:
         log.info("%s is complete already, from the same source", data_url)
         return manifest.read(data_url)
+    enter("prep")
     store_vocabulary(config.tokenizer.vocab_url, data_url)
     done = plan.done_parts(data_url)
     left = [piece for each in pieces.values() for piece in each if piece.record not in done]
@@ -115,6 +127,7 @@ def fetch(config: FetchConfig) -> Manifest:
                 bar.advance((piece.end - piece.start) * piece.source.dtype.itemsize)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    enter("finalize")
     splits = {split: _split(each, data_url) for split, each in pieces.items()}
     for name, split in splits.items():
         if not split.documents:

@@ -8,7 +8,7 @@ threshold" and does not depend on the order of parts. The remaining candidates b
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from shlex import quote
@@ -22,10 +22,13 @@ from core.data.shard import HEADER_BYTES
 from core.data.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_SHA256, GPT2_VOCAB_SIZE
 from core.errors import DataError
 from core.settings.preparation import PrepConfig
+from data_prep import limit
 from data_prep import part as parts
+from data_prep.limit import order
 from data_prep.pack import ShardWriter
 from data_prep.part import PartRecord
-from data_prep.plan import PrepPlan, done_parts
+from data_prep.plan import PrepPlan
+from data_prep.sources.files import Part
 
 log = logging.getLogger(__name__)
 
@@ -42,23 +45,18 @@ class _Chosen:
     documents: int
 
 
-def missing(plan: PrepPlan, data_url: str) -> list[str]:
-    """Names of the unfinished parts."""
-    done = done_parts(data_url)
-    return [part.name for part in plan.parts if part.name not in done]
-
-
 def finalize(config: PrepConfig, plan: PrepPlan) -> Manifest:
     """Writes the manifest. Raises DataError if parts are missing, or if no document is left for training."""
     data = config.data
-    absent = missing(plan, data.url)
+    todo = limit.needed(plan, data.url)
+    absent = [part.name for part in limit.missing(plan, data.url)]
     if absent:
         raise DataError(
-            f"{data.url}: {len(absent)} of {len(plan.parts)} parts are missing ({', '.join(absent[:5])}"
+            f"{data.url}: {len(absent)} of {len(todo)} parts are missing ({', '.join(absent[:5])}"
             f"{', …' if len(absent) > 5 else ''}); run python -m data_prep.prepare with the same settings and "
             "--phase=all"
         )
-    records = _read_records(config, plan)
+    records = _read_records(config, plan, todo)
     _judge(records, config)
     shared = _shared_key(records, config)
     if shared:
@@ -69,10 +67,10 @@ def finalize(config: PrepConfig, plan: PrepPlan) -> Manifest:
         ShardWriter(data.url, "train/rest-{:05d}.bin", data.shard_tokens, GPT2_END_OF_TEXT, data.shuffle) as rest,
     ):
         for key, document in _candidates(records, config):
-            (val if key < chosen.threshold else rest).add(document, _order(key, data.seed))
+            (val if key < chosen.threshold else rest).add(document, order(key, data.seed))
     train_shards = [shard for record in records for shard in record.shards] + list(rest.entries)
     if data.shuffle:
-        train_shards.sort(key=lambda shard: _order(shard.name, data.seed))
+        train_shards.sort(key=lambda shard: order(shard.name, data.seed))
     documents = sum(record.documents for record in records)
     splits = {
         "train": _split(train_shards, documents - chosen.documents),
@@ -108,10 +106,11 @@ def finalize(config: PrepConfig, plan: PrepPlan) -> Manifest:
     return made
 
 
-def _read_records(config: PrepConfig, plan: PrepPlan) -> list[PartRecord]:
+def _read_records(config: PrepConfig, plan: PrepPlan, todo: Sequence[Part]) -> list[PartRecord]:
+    in_source = sorted(todo, key=lambda part: part.index)
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        records = list(pool.map(lambda part: parts.read_record(config.data.url, part.name), plan.parts))
-    for part, record in zip(plan.parts, records, strict=True):
+        records = list(pool.map(lambda part: parts.read_record(config.data.url, part.name), in_source))
+    for part, record in zip(in_source, records, strict=True):
         if record.identity != plan.identity_of(part):
             raise DataError(
                 f"{config.data.url}: part {record.part} was made with other settings or another source; "
@@ -178,7 +177,7 @@ def _candidates(records: list[PartRecord], config: PrepConfig) -> Iterator[tuple
     """Yields (split key, token ids) of all candidates. Holds one part in memory. The seed determines their order."""
     ordered = records
     if config.data.shuffle:
-        ordered = sorted(records, key=lambda record: _order(record.part, config.data.seed))
+        ordered = sorted(records, key=lambda record: order(record.part, config.data.seed))
     for record in ordered:
         tokens = np.concatenate([np.zeros(0, np.uint16), *_tokens(record.candidate_shards, config.data.url)])
         start = 0
@@ -195,12 +194,6 @@ def _tokens(shards: tuple[ShardEntry, ...], data_url: str) -> Iterator[np.ndarra
         if hashlib.sha256(data).hexdigest() != shard.sha256:
             raise DataError(f"{uri}: its checksum has changed; delete that part's .json and prepare again")
         yield np.frombuffer(data, dtype="<u2", offset=HEADER_BYTES)
-
-
-def _order(value: int | str, seed: int) -> int:
-    """A position in a shuffle, the same on every machine and with every version of NumPy."""
-    digest = hashlib.blake2b(str(value).encode(), digest_size=8, key=str(seed).encode()).digest()
-    return int.from_bytes(digest, "big")
 
 
 def _split(shards: list[ShardEntry] | tuple[ShardEntry, ...], documents: int) -> Split:

@@ -1,6 +1,8 @@
 """Shows a dataset: content, source, sample documents and the distribution of document lengths.
 
 python -m data_prep.inspect DATA_URL [--samples=3] [--split=train] [--seed=0]
+python -m data_prep.inspect DATA_URL --set=instructions [--length=1024]
+python -m data_prep.inspect rows.jsonl [--length=1024]
 """
 
 import os
@@ -14,16 +16,24 @@ from rich.text import Text
 
 from core import storage
 from core.console import run_entry
-from core.data import manifest, vocabulary
+from core.data import manifest, sets, vocabulary
 from core.data.manifest import Manifest
 from core.data.shard import HEADER_BYTES
-from core.errors import ConfigError
+from core.errors import ConfigError, DataError
 from core.figures import quantity
+from data_prep import conversations
+from data_prep.sources.rows import is_file_of_rows, read_rows
 
 USAGE = """python -m data_prep.inspect DATA_URL [--samples=3] [--split=train] [--seed=0]
+python -m data_prep.inspect DATA_URL --set=instructions [--length=1024]
+python -m data_prep.inspect rows.jsonl [--length=1024]
 
-Show the content of the dataset at DATA_URL, decode random documents, and draw the distribution of their lengths."""
-OPTIONS = {"samples": "3", "split": "train", "seed": "0"}
+Show the content of the dataset at DATA_URL, decode random documents, and draw the distribution of their lengths.
+
+Of a set of conversations or preferences, stored beside the tokens (--set) or in a file of rows: turns, lengths,
+duplicates, the longest rows, and the share of tokens that carry loss after a cut at --length tokens. Token counts need
+GPT-2's vocabulary: that of DATA_URL, else VOCAB_URL, else tiktoken's download."""
+OPTIONS = {"samples": "3", "split": "train", "seed": "0", "set": "", "length": "1024"}
 # Tokens to read after a random position: enough to contain the start of a document.
 WINDOW_TOKENS = 1 << 16
 SAMPLE_TOKENS = 120
@@ -47,19 +57,57 @@ def main(arguments: list[str]) -> int:
                 f"flag {argument}: unknown; known flags: {', '.join(f'--{k}={v}' for k, v in OPTIONS.items())}"
             )
     urls = urls or [url for url in [os.environ.get("DATA_URL")] if url]
-    if len(urls) != 1 or not (options["samples"].isdigit() and options["seed"].isdigit()):
+    numbers_are_whole = all(options[name].isdigit() for name in ("samples", "seed", "length"))
+    if len(urls) != 1 or not numbers_are_whole or int(options["length"]) < 1:
         raise ConfigError("give one DATA_URL, and whole numbers: python -m data_prep.inspect DATA_URL --samples=3")
     url = urls[0]
-    made = manifest.read(url)
     console = Console()
+    if options["set"] or is_file_of_rows(url):
+        _show_rows(console, url, options["set"], int(options["length"]))
+        return 0
+    made = _manifest(url)
     console.print(_overview(url, made))
     if "length_classes" in made.stats:
-        console.print(_lengths(made.stats["length_classes"]))
+        console.print(_lengths(made.stats["length_classes"], "documents"))
     for title, text in _samples(url, made, options["split"], int(options["samples"]), int(options["seed"])):
         console.print(Text(title, style="bold"))
         console.print(Text(text))
         console.print()
     return 0
+
+
+def _manifest(url: str) -> Manifest:
+    try:
+        return manifest.read(url)
+    except DataError as error:
+        stored = [name.removesuffix(".json") for name in storage.list_names(storage.join(url, "sets"))]
+        names = [name for name in stored if not name.endswith(".jsonl") and f"{name}.jsonl" in stored]
+        if not names or manifest.exists(url):
+            raise
+        raise DataError(f"{url}: holds no tokens, but sets; name one: --set={' or --set='.join(names)}") from error
+
+
+def _show_rows(console: Console, url: str, name: str, length: int) -> None:
+    """Show a set below `url`, or without a `name` the rows of the file `url`."""
+    if name:
+        info, rows = sets.info_of(url, name), sets.read(url, name)
+        title = f"{url}/sets/{name}.jsonl, {info.schema} from {info.source}, licence {info.licence}"
+        schema = info.schema
+        place = storage.join(url, vocabulary.FILE_NAME)
+    else:
+        rows, title, place = read_rows(url), url, ""
+        is_pair = bool(rows) and isinstance(rows[0], dict) and {"chosen", "rejected"} <= rows[0].keys()
+        schema = "preferences" if is_pair else "conversations"
+    if schema not in ("conversations", "preferences"):
+        raise ConfigError(f"--set={name}: holds {schema}; only conversations and preferences can be shown")
+    if not rows:
+        raise DataError(f"{url}: holds no rows; give a file with one row per line")
+    vocab_url = place if place and storage.exists(place) else os.environ.get("VOCAB_URL", "")
+    found = conversations.measure(rows, schema, vocabulary.elsewhere(vocab_url).encoding(), length)
+    for table in conversations.tables(title, found, schema == "preferences"):
+        console.print(table)
+    if found.lengths:
+        console.print(_lengths(conversations.classes(found.lengths), "texts"))
 
 
 def _overview(url: str, made: Manifest) -> Table:
@@ -86,11 +134,11 @@ def _overview(url: str, made: Manifest) -> Table:
     return table
 
 
-def _lengths(classes: list[int]) -> Table:
-    """Histogram of document lengths in tokens. Each class is twice as wide as the one before."""
-    table = Table(title="documents by tokens", title_justify="left", box=None)
+def _lengths(classes: list[int], kind: str) -> Table:
+    """Histogram of lengths in tokens, of documents or of texts. Each class is twice as wide as the one before."""
+    table = Table(title=f"{kind} by tokens", title_justify="left", box=None)
     table.add_column("tokens", justify="right")
-    table.add_column("documents", justify="right")
+    table.add_column(kind, justify="right")
     table.add_column("")
     used = [index for index, count in enumerate(classes) if count]
     largest = max(classes, default=0)

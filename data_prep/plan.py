@@ -40,6 +40,9 @@ LISTING_THREADS = 32
 # Settings that name the source. The files in the plan define the result, not the source's name.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
 
+# Settings that choose among the parts, and change none of them.
+CHOOSING = frozenset({"data.train_tokens"})
+
 # (finished parts, the plan that made them) → whether a new plan would make the same parts.
 Accepts = Callable[[set[str], "PrepPlan"], bool]
 
@@ -85,7 +88,8 @@ class PrepPlan:
 
     def content_of(self, part: Part) -> str:
         """SHA-256 of all that the documents of a part depend on. The other files do not affect it."""
-        document = {"settings": self._result(), "part": [part.index, part.start, part.end, *part.file.content]}
+        settings = {key: value for key, value in self._result().items() if key not in CHOOSING}
+        document = {"settings": settings, "part": [part.index, part.start, part.end, *part.file.content]}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     def identity_of(self, part: Part) -> str:

@@ -12,13 +12,21 @@ from core import stop
 if __name__ == "__main__":
     stop.listen()  # called before the imports that take seconds
 
+import functools
 import logging
 import os
+import time
+from typing import TYPE_CHECKING
 
 from core.console import run_entry, set_up_logging
+from core.errors import CapReached
+from core.exit_codes import CAPPED, OK, tell_launcher
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig
 from data_prep import starter
+
+if TYPE_CHECKING:
+    from core.run.segment import SegmentLog
 
 log = logging.getLogger(__name__)
 
@@ -33,45 +41,40 @@ On several machines give each --num-nodes and --node-rank (SkyPilot's variables 
 def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(settings.help_text(PrepConfig, USAGE))
-        return 0
+        return OK
     set_up_logging()
     config = settings.load(PrepConfig, arguments, os.environ)
-    log.info("settings:\n%s", settings.to_yaml(config).rstrip())
+    log.info("%s", settings.describe(config, "--help has the others"))
     if config.workers != 1:
         starter.start()
     # These imports are slow. The fork server makes the same imports on another core at the same time.
-    from data_prep import build
+    from data_prep import booking, build, hellaswag
     from data_prep.finalize import print_summary
 
-    with open_log(config) as segment:
-        made = build.prepare(config, segment.switch)
+    log_of_node = booking.open_log(
+        "data_prep.prepare", config.node_rank, config.max_usd, config.shutdown_reserve_seconds
+    )
+    try:
+        with log_of_node as segment:
+            if config.node_rank == 0:  # before the hours of work, because the Hub may refuse
+                hellaswag.ensure(config.data.url, config.evaluation_sets)
+            made = build.prepare(config, segment.switch, functools.partial(check_cap, segment, config))
+    except CapReached as reached:
+        log.warning("%s", reached)
+        tell_launcher(CAPPED)
+        return CAPPED
     if made:
         print_summary(made, config.data.url)
-    return 0
+    return OK
 
 
-def open_log(config: PrepConfig):
-    """The SegmentLog of this node. It writes nothing unless RUN_URL is set.
-
-    Each node opens a segment at its share of the price, because nodes start and end independently. The phases are
-    `init` (imports, the plan), `prep` (documents to shards) and `finalize`.
-    """
-    from core.run.folder import RunFolder
-    from core.run.segment import Opening, SegmentLog, open_segment
-
-    run_url = os.environ.get("RUN_URL")
-    if not run_url:
-        return SegmentLog()
-    opening = Opening(
-        stage="prep",
-        config={},
-        packages=("numpy", "pyarrow", "gigatoken", "tiktoken"),
-        program={"command": "data_prep.prepare", "node": config.node_rank},
-        is_per_node=True,
-    )
-    segment = open_segment(RunFolder(run_url), opening)
-    stop.on_leaving(lambda: segment.close("preempted"))
-    return segment
+def check_cap(segment: "SegmentLog", config: PrepConfig) -> None:
+    """Raises CapReached if the machine must end now for the cap to hold."""
+    if segment.cap and time.time() >= segment.cap.latest():
+        raise CapReached(
+            f"{config.data.url}: its preparation has cost nearly the ${config.max_usd:g} of max_usd; finished parts "
+            "are kept: continue with a larger MAX_USD and the same command"
+        )
 
 
 if __name__ == "__main__":

@@ -6,42 +6,26 @@
 
 Reads JSON lines or parquet (local, s3://, gs://, az://, hf://) and checks every row. Writes DATA_URL/sets/<name>.jsonl,
 then <name>.json with rows, bytes and SHA-256.
-
-HellaSwag is the validation set of Zellers et al. 2019 (MIT licence), all 10,042 items. Copies differ in the order of
-fields and in the type of the label. All are converted to one form and compared with the checksum of that form, so that
-scores are comparable.
 """
 
-import hashlib
-import io
-import json
 import logging
 from collections import Counter
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from core import storage, urls
+from core import urls
 from core.console import run_entry, set_up_logging
 from core.data import sets
 from core.data.sets import SetInfo, conversation, preference_row
 from core.errors import ConfigError, DataError
-from data_prep.sources import blocks, lines
-from data_prep.sources.files import SourceFile, has_suffix
+from data_prep import hellaswag
+from data_prep.hellaswag import json_lines
+from data_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
 
-HELLASWAG_SOURCE = "hf://datasets/Rowan/hellaswag/data/validation-00000-of-00001.parquet"
-# The authors' own file, hellaswag_val.jsonl in github.com/rowanz/hellaswag: 12,246,618 bytes.
-FILE_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-# The Hub's rows in the stored form. The authors' file has the same size, but its fields vary in order.
-ROWS_SHA256 = "dc1be2fa1bef56aab8e92a5be597a617e363b09239fa66822939d7fb7a8da4ec"
-FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type", "label", "endings", "source_id")
 # Kind of set → schema, and the function that converts a row.
 KINDS = {"instructions": ("conversations", conversation), "preferences": ("preferences", preference_row)}
 MAX_BAD_FRACTION = 0.01
-JSON_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 
 USAGE = """python -m data_prep.sets hellaswag DATA_URL [--from=URL]
 python -m data_prep.sets instructions DATA_URL --from=URL [--name=instructions] [--licence=TEXT]
@@ -52,8 +36,9 @@ Check an example set and store it below DATA_URL/sets, from where later stages r
 hellaswag     the 10,042 validation items; --from names a copy of hellaswag_val.jsonl or of the Hub's parquet file
               (default: the Hub); any content other than the published one is refused
 instructions  one conversation per row: {"messages": [{"role": ..., "content": ...}, ...]} with the roles system,
-              user and assistant, the last one assistant; or {"instruction": ..., "input": ..., "output": ...}; or
-              {"prompt": ..., "completion": ...}, texts or lists of messages
+              user and assistant, the last one assistant; or ShareGPT's {"conversations": [{"from": "human", "value":
+              ...}, {"from": "gpt", "value": ...}]}; or {"instruction": ..., "input": ..., "output": ...} (Alpaca); or
+              {"question": ..., "answer": ...}; or {"prompt": ..., "completion": ...}, texts or lists of messages
 preferences   one pair per row: {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of messages;
               without a prompt, chosen and rejected are whole conversations, or texts that begin with it
 both          a content is a text or a list of text parts; a column `system` is the first message; tools and images
@@ -75,7 +60,7 @@ def main(arguments: list[str]) -> int:
     kind, data_url = names
     urls.check(data_url)
     if kind == "hellaswag":
-        info = store_hellaswag(data_url, flags.get("from") or HELLASWAG_SOURCE)
+        info = hellaswag.store(data_url, flags.get("from") or hellaswag.SOURCE)
     else:
         if not flags.get("from"):
             raise ConfigError("--from is missing: name the file with the rows, as --from=rows.jsonl")
@@ -84,29 +69,6 @@ def main(arguments: list[str]) -> int:
         )
     print(f"{data_url}/sets/{info.name}.jsonl: {info.rows:,} rows, {info.bytes:,} bytes, SHA-256 {info.sha256}")
     return 0
-
-
-def store_hellaswag(data_url: str, source: str) -> SetInfo:
-    """Stores HellaSwag below `data_url`. Raises DataError unless `source` holds exactly the published rows."""
-    found = read_rows(source)
-    data = hellaswag_bytes(found, source)
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != ROWS_SHA256 and hashlib.sha256(storage.read_bytes(source)).hexdigest() != FILE_SHA256:
-        raise DataError(
-            f"{source}: its {len(found)} rows have the checksum {digest[:12]}…, HellaSwag's validation set has "
-            f"{ROWS_SHA256[:12]}…; give the authors' hellaswag_val.jsonl or the Hub's Rowan/hellaswag"
-        )
-    return sets.write(data_url, "hellaswag", "hellaswag", source, "MIT", data)
-
-
-def hellaswag_bytes(found: list[Any], where: str) -> bytes:
-    """The rows in the stored form: FIELDS in order, labels as numbers."""
-    try:
-        return json_lines(
-            [{field: int(row[field]) if field == "label" else row[field] for field in FIELDS} for row in found]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: not HellaSwag's rows ({type(error).__name__}: {error}); see --help") from error
 
 
 def store_rows(data_url: str, source: str, name: str, licence: str, kind: str = "instructions") -> SetInfo:
@@ -127,6 +89,8 @@ def store_rows(data_url: str, source: str, name: str, licence: str, kind: str = 
     if not_used:
         columns = ", ".join(f"{name} in {count:,} rows" for name, count in sorted(not_used.items()))
         log.warning("%s: columns that are not used: %s", source, columns)
+    if not found:
+        raise DataError(f"{source}: holds no rows; give a file with one row per line")
     if not good or len(problems) > MAX_BAD_FRACTION * len(found):
         first = f" ({problems[0]})" if problems else ""
         raise DataError(
@@ -134,27 +98,6 @@ def store_rows(data_url: str, source: str, name: str, licence: str, kind: str = 
             "see python -m data_prep.sets --help for their form"
         )
     return sets.write(data_url, name, schema, source, licence, json_lines(good))
-
-
-def read_rows(uri: str) -> list[Any]:
-    """All rows of a file. A line of invalid JSON becomes None. Raises DataError for another kind of file."""
-    if has_suffix(uri, (".parquet",)):
-        try:
-            return pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{uri}: cannot be read as parquet ({error}); write it again as JSON lines") from error
-    if not has_suffix(uri, JSON_SUFFIXES):
-        raise DataError(f"{uri}: unknown kind of file; give one that ends in {', '.join(JSON_SUFFIXES)} or .parquet")
-    data = b"".join(blocks.content(SourceFile(uri, storage.size_of(uri), ""), lambda count: None))
-    whole = lines.parsed(data)  # a .json file may be one list of rows
-    if isinstance(whole, list):
-        return whole
-    return [lines.parsed(line) for line in data.splitlines() if line.strip()]
-
-
-def json_lines(rows: list[dict[str, Any]]) -> bytes:
-    """Rows as JSON lines in ASCII, the default of Python's json."""
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 if __name__ == "__main__":

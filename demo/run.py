@@ -86,7 +86,8 @@ def main() -> int:
         show("python cost_report.py", RUN_URL)
         follow([sys.executable, str(ROOT / "cost_report.py"), RUN_URL])
     console.print(
-        f"\nThe demo took {time.monotonic() - begun:.0f} s. Next: README.md, 'On rented GPUs'.", style="green"
+        f"\nThe demo took {time.monotonic() - begun:.0f} s. Next: README.md, 'Train GPT-2 on rented GPUs'.",
+        style="green",
     )
     return 0
 

@@ -18,21 +18,24 @@ from clouds.base import Cloud, Finding
 from clouds.providers import CLOUDS
 from core import bucket, environment, secrets, storage
 from core.console import run_entry
-from core.data import manifest, sets
+from core.data import manifest
 from core.environment import positive
-from core.errors import ConfigError, DataError, LauncherError, ObjectExists, one_line
+from core.errors import ConfigError, LauncherError, ObjectExists, one_line
 from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
 from core.run.machine import checkout_revision
 from core.run.reader import spent_usd_at_most
 from core.settings import loader, memory
 from core.settings.model import ModelConfig, public_model
-from core.settings.training import PretrainConfig, RunConfig, TrainingConfig, check_batch
+from core.settings.run import RunConfig
+from core.settings.spot import too_few_checkpoints
+from core.settings.training import PretrainConfig, TrainingConfig, check_batch
 from core.settings.tuning import FinetuneConfig
 from core.stores import aws, credentials
 from core.task import MachineRequest, TaskSpec, machine_choice, read_task
-from launch import gone, registry
+from launch import gone, managed, registry
 from launch.identity import check_identity, check_switch
+from launch.inputs import BESIDE, check_data
 from launch.node import network, supervise
 
 KEY_PAIR = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
@@ -46,7 +49,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("usage: python -m launch.check sky/TASK.yaml [--gpus NAME:COUNT] [--num-nodes NUMBER]")
     path, *options = arguments
     environment.adopt()
-    task = read_task(path, os.environ, machine_choice(options))
+    task = read_task(managed.chosen(path, os.environ), os.environ, machine_choice(options))
     print(f"{path}:")
     failed = 0
     for finding in all_findings(CHECKS, task, {**os.environ, **task.envs}):
@@ -118,7 +121,10 @@ def check_config(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
         return
     model = config.model if isinstance(config, PretrainConfig) else _start_model(config)
     check_batch(config, model.context)
-    length = f"{config.train.steps:,} steps of {config.batch.tokens_per_step:,} tokens"
+    if any(each.spot for each in task.requests) and (problem := too_few_checkpoints(config)):
+        yield Finding("x", f"config: {problem}")
+    steps = f"{config.train.epochs:g} epochs" if config.train.epochs else f"{config.train.steps:,} steps"
+    length = f"{steps} of {config.batch.tokens_per_step:,} tokens"
     yield Finding("ok", f"config: {task.envs.get('CONFIG') or task.path}, {length}")
     if settings.get("DEVICE") != "cpu":
         for gpu, count in dict.fromkeys((each.accelerator, each.accelerators) for each in task.requests):
@@ -164,6 +170,10 @@ def _cap(settings: Mapping[str, str]) -> float:
     return loader.load(RunConfig, [], {"RUN_URL": "any", "MAX_USD": settings["MAX_USD"]}).max_usd
 
 
+def _bound(name: str, settings: Mapping[str, str]) -> RunConfig:
+    return loader.load(RunConfig, [], {"RUN_URL": "any", name: settings[name]})
+
+
 def _one_of(name: str, *choices: str) -> Callable[[Mapping[str, str]], str]:
     def parse(settings: Mapping[str, str]) -> str:
         if settings[name] not in choices:
@@ -189,6 +199,8 @@ PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
     "RUN": lambda settings: bucket.name(settings, "RUN"),
     "DATA": lambda settings: bucket.name(settings, "DATA"),
     "MAX_USD": _cap,
+    "MAX_HOURS": partial(_bound, "MAX_HOURS"),
+    "MAX_RESTART_USD": partial(_bound, "MAX_RESTART_USD"),
     "USD_PER_HOUR": lambda settings: positive(settings, "USD_PER_HOUR"),
     "RANKS_PER_NODE": network.ranks_per_node,
     "HANG_MINUTES": supervise.hang_minutes,
@@ -209,6 +221,12 @@ def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findi
     named = settings.get("BUCKET")
     service = storage.terms_of(bucket.root(settings)).service if named else aws.service_of(None)
     keys = (ONE_KEY[service],) if service in ONE_KEY else KEY_PAIR
+    if "SERVE_API_KEY" in task.secrets and not settings.get("SERVE_API_KEY"):
+        yield Finding(
+            "x", "secrets: SERVE_API_KEY is empty; set it in .env to a secret that clients of the server send"
+        )
+    if "OPENAI_API_KEY" in task.secrets and not settings.get("OPENAI_API_KEY"):
+        yield Finding("!", "secrets: OPENAI_API_KEY is empty, so the endpoint must be one that needs no key")
     empty = [key for key in keys if not settings.get(key)]
     clouds = cloud_names(task)
     closed = [name for name in clouds if not CLOUDS.get(name, Cloud()).opens_buckets(service)]
@@ -263,34 +281,12 @@ def _data_bytes(task: TaskSpec) -> int:
         return 0
 
 
-def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Looks for the tokens to train on, or for the weights and examples to tune or evaluate."""
-    workload = task.workload
-    if workload.stage in ("finetune", "dpo") and not isinstance(workload.config, FinetuneConfig):
-        return  # check_config names the problem
-    if isinstance(workload.config, FinetuneConfig):
-        yield from _weights(workload.config.start.weights)
-        examples = workload.config.data.examples
-        if not examples.endswith(".jsonl"):
-            rows = sets.info_of(bucket.url(task.envs, "DATA"), examples).rows
-            yield Finding("ok", f"data: {rows:,} rows of {examples!r}")
-    elif workload.stage == "evaluate":
-        yield from _weights(bucket.url(task.envs, "RUN"))
-    elif workload.programs == ("trainer.train",):  # a task that also runs another program prepares its data itself
-        url = bucket.url(task.envs, "DATA")
-        try:
-            tokens = manifest.read(url).splits["train"].tokens
-            yield Finding("ok", f"data: {tokens:,} training tokens at {url}")
-        except DataError as error:
-            yield Finding("x", f"data: {error}; `make prep-data` makes it")
-
-
 def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
     """Compares what the run has cost with MAX_USD: nothing is rented on a spent cap."""
     if "MAX_USD" not in task.envs or setting_problems(settings):
         return
     max_usd, url = _cap(settings) if settings.get("MAX_USD") else 0.0, bucket.url(task.envs, "RUN")
-    folder = RunFolder(url).evaluations if task.workload.stage == "evaluate" else url
+    folder = getattr(RunFolder(url), BESIDE[task.workload.stage]) if task.workload.stage in BESIDE else url
     if max_usd:
         gone.record(url)
     usd = spent_usd_at_most(folder) if max_usd else 0.0
@@ -301,16 +297,6 @@ def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("x", f"cap: {folder} has cost ${usd:.2f}, all of MAX_USD (${max_usd:g}); {remedy}")
     elif usd:
         yield Finding("ok", f"cap: {folder} has cost ${usd:.2f} of ${max_usd:g}")
-
-
-def _weights(start: str) -> Iterator[Finding]:
-    """Looks for the weights of a run or checkpoint, not for those of a public model."""
-    if "://" not in start:
-        return
-    if storage.list_names(start if "/checkpoints/" in start else RunFolder(start).checkpoints):
-        yield Finding("ok", f"start: {start} has weights")
-    else:
-        yield Finding("x", f"start: {start} has no checkpoint; check the name, or `make pretrain` first")
 
 
 # --- image and clouds ------------------------------------------------------------------------------------------

@@ -1,62 +1,106 @@
-"""What a launch may cost an hour beyond what a node can find out: a machine without an image, and the jobs' controller.
+"""Renews the price snapshot in clouds/catalog from the catalogs that SkyPilot keeps on this machine.
 
-A node passes both on to the cap (core/run/paid.py): the first for a machine that ends in its set-up, where nothing of
-ours knows its type, the second for a managed job.
+    python -m launch.prices             shows each price that changed, and stores the new ones
+    python -m launch.prices --dry-run   shows them only
+
+A row of the snapshot that SkyPilot's catalog lacks keeps its price and is named. SkyPilot fetches its catalogs when it
+launches, or with `sky check`.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
 from clouds import catalog, skypilot
-from clouds.base import MachineRecord, Offer, Unavailable, is_controller
 from clouds.providers import CLOUDS
-from core.task import TaskSpec
+from core import files
+from core.console import run_entry
+from core.errors import ConfigError
 
-# The machine that SkyPilot 0.14.1 takes on AWS for "4+" processors and four times as many GB.
-CONTROLLER_TYPE = "m6i.xlarge"
-
-
-def for_nodes(task: TaskSpec) -> dict[str, str]:
-    """The variables USD_PER_HOUR_AT_MOST and, for a managed job, CONTROLLER_USD_PER_HOUR; none without a price."""
-    found = {"USD_PER_HOUR_AT_MOST": at_most(task, [offer for cloud in CLOUDS.values() for offer in cloud.offers()])}
-    if task.managed:
-        found["CONTROLLER_USD_PER_HOUR"] = controller_usd_per_hour()
-    return {name: f"{usd:g}" for name, usd in found.items() if usd}
+KEY = ("InstanceType", "Region", "AvailabilityZone")
+PRICES = ("Price", "SpotPrice")
+USAGE = "usage: python -m launch.prices [--dry-run]"
 
 
-def at_most(task: TaskSpec, offers: Iterable[Offer]) -> float | None:
-    """The highest list price of all nodes together that the task may be given; None if no price is known.
+def main(arguments: list[str]) -> None:
+    """Print what changed; store it unless --dry-run is given. Raises ConfigError if there is nothing to read."""
+    if set(arguments) - {"--dry-run"}:
+        raise ConfigError(f"{USAGE}; {' '.join(arguments)!r} is something else")
+    origins = catalog.SOURCE.read_text(encoding="utf-8").splitlines()
+    found = False
+    for cloud in CLOUDS:
+        path = skypilot.catalog_file(cloud)
+        if not path.exists():
+            print(f"{cloud}: SkyPilot has no catalog here ({path}); its prices stay as they are")
+            continue
+        found = True
+        day = datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
+        text, changes = renewed(_rows(catalog.FOLDER / cloud / "vms.csv"), _rows(path))
+        print(f"{cloud}: catalog of {day}, {len(changes)} changed")
+        for change in changes:
+            print(f"  {change}")
+        if "--dry-run" not in arguments:
+            _store(catalog.FOLDER / cloud / "vms.csv", text)
+            names = [line.split()[0] for line in origins]
+            origins = [
+                f"{name} {day}" if name.lower() == cloud else line for name, line in zip(names, origins, strict=True)
+            ]
+    if not found:
+        raise ConfigError("SkyPilot keeps no catalog on this machine; run `make setup-launch` and `sky check` first")
+    if "--dry-run" not in arguments:
+        _store(catalog.SOURCE, "".join(f"{line}\n" for line in origins))
 
-    A spot machine costs at most what it costs on demand.
-    """
-    prices = [
-        min(filter(None, (offer.usd_on_demand, request.max_usd_per_hour)))
-        for offer in offers
-        for request in task.requests
-        if catalog.fits(offer, request) and offer.usd_on_demand
-    ]
-    return max(prices) * task.nodes if prices else None
+
+def renewed(ours: Sequence[Mapping[str, str]], theirs: Sequence[Mapping[str, str]]) -> tuple[str, list[str]]:
+    """The CSV text of `ours` with the prices of `theirs`, and a line for each price that changed or is gone."""
+    prices = {tuple(row.get(name, "") for name in KEY): row for row in theirs}
+    changes, rows = [], []
+    for row in ours:
+        key = tuple(row.get(name, "") for name in KEY)
+        new = prices.get(key)
+        place = " ".join(part for part in key if part)
+        if new is None:
+            changes.append(f"{place}: is not in SkyPilot's catalog any more; its prices stay")
+            rows.append(dict(row))
+            continue
+        for name in PRICES:
+            before, after = row.get(name, ""), new.get(name, "")
+            if _number(before) != _number(after):
+                changes.append(f"{place} {name}: {before or 'none'} → {after or 'none'}{_percent(before, after)}")
+        rows.append({**row, **{name: new.get(name, "") for name in PRICES if name in row}})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(ours[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue(), changes
 
 
-def controller_usd_per_hour() -> float | None:
-    """The price of this user's controller of managed jobs, by SkyPilot's records, else by its catalog.
+def _store(path: Path, text: str) -> None:
+    with files.replacing(path) as file:
+        file.write(text.encode())
 
-    None if the controller is part of SkyPilot's server, or nothing is known.
-    """
+
+def _percent(before: str, after: str) -> str:
+    old, new = _number(before), _number(after)
+    return f" ({100 * (new / old - 1):+.1f} %)" if old and new else ""
+
+
+def _number(text: str) -> float | None:
     try:
-        if skypilot.setting("jobs", "controller", "consolidation_mode"):
-            return None
-        records: list[MachineRecord] = [each for each in skypilot.machine_records() if is_controller(each.cluster)]
-        priced = [each for each in sorted(records, key=lambda each: each.start) if each.usd_per_hour]
-        if priced:
-            return priced[-1].usd_per_hour
-        offers = [each for each in catalog.of_skypilot("aws") if each.instance_type == CONTROLLER_TYPE]
-    except Unavailable:
+        return float(text)
+    except ValueError:
         return None
-    return max((offer.usd_on_demand for offer in offers if offer.usd_on_demand), default=None)
 
 
-def declared(task: TaskSpec, given: Mapping[str, str]) -> dict[str, Any]:
-    """`given` with the prices that the task takes and the user has not set."""
-    wanted = {name: usd for name, usd in for_nodes(task).items() if name in task.envs and not given.get(name)}
-    return {**given, **wanted}
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path}: cannot be read as a price catalog: {error}") from None
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,6 +1,7 @@
 """Shows jobs, clusters and the cost of a run, shows the output of a run, and downloads a run.
 
     python -m launch.runs status [sky/TASK.yaml | RUN_URL]
+    python -m launch.runs logs                            follow what this project launched last
     python -m launch.runs logs sky/TASK.yaml              follow the newest running job of the task
     python -m launch.runs logs --stored sky/TASK.yaml     all output of the run that BUCKET and RUN name
     python -m launch.runs logs RUN_URL                    the same, by URL; includes preempted machines
@@ -29,10 +30,12 @@ from core.run import journal, timeline
 from core.run.folder import RunFolder
 from core.storage import ObjectInfo
 from core.task import read_task
-from launch.left import NOTHING, UNKNOWN, look
+from launch import managed
+from launch.left import NOTHING, UNKNOWN, is_ours, look, project_tasks
 from launch.spent import run_lines
 
-FOLDERS = ("ledger", "metrics", "evaluations", "logs", "preflight", "machines", "refused")
+FOLDERS = ("ledger", "metrics", "course", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines")
+FOLDERS += ("refused",)
 # Objects that differ between two runs, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
@@ -89,19 +92,49 @@ def status(arguments: list[str]) -> int:
 def logs(arguments: list[str]) -> int:
     """Show a job's output from SkyPilot while it runs, or from the bucket, which keeps every machine's output."""
     stored = arguments[:1] == ["--stored"]
+    if not arguments:
+        return _follow(_of_newest(), "all output of a run is in the bucket: make logs FROM=bucket RUN=...")
     if len(arguments) != 1 + stored:
-        raise ConfigError("usage: python -m launch.runs logs [--stored] sky/TASK.yaml, or ... logs RUN_URL")
+        raise ConfigError("usage: python -m launch.runs logs [[--stored] sky/TASK.yaml], or ... logs RUN_URL")
     source = arguments[-1]
     if stored or not source.endswith(".yaml"):
         return show_stored(run_of(source, os.environ))
-    task = read_task(source, os.environ)
+    task = read_task(managed.chosen(source, os.environ), os.environ)
     elsewhere = f"all its output is in the bucket: make logs FROM=bucket RUN={task.envs.get('RUN') or '...'}"
-    command = _of_job(task.name, elsewhere) if task.managed else _of_cluster(task.name, elsewhere)
+    return _follow(_of_job(task.name, elsewhere) if task.managed else _of_cluster(task.name, elsewhere), elsewhere)
+
+
+def _follow(command: list[str], elsewhere: str) -> int:
     print(f"$ sky {' '.join(command)}", flush=True)
     code = subprocess.call([skypilot.find_sky(), *command])
     if code:
         print(f"SkyPilot has no more to show; {elsewhere}")
     return code
+
+
+def _of_newest() -> list[str]:
+    """Arguments of sky that follow this project's newest running job or cluster. Raises ConfigError if none is up."""
+    tasks = project_tasks()
+    jobs = [job for job in skypilot.jobs() if job.get("job_name") in tasks and not skypilot.has_ended(job)]
+    clusters = [each for each in skypilot.clusters() if is_ours(each, tasks) and not each.get("is_managed")]
+    found = [(_seconds(job, "submitted_at"), f"managed job {job['job_name']}", _of_number(job)) for job in jobs]
+    found += [(_seconds(each, "launched_at"), f"cluster {each['name']}", ["logs", each["name"]]) for each in clusters]
+    if not found:
+        raise ConfigError(
+            "nothing of this project runs; all output of a run is in the bucket: make logs FROM=bucket RUN=..."
+        )
+    (_, what, command), *others = sorted(found, key=lambda each: each[0], reverse=True)
+    if others:
+        print(f"following {what}, the newest; also up: {', '.join(each[1] for each in others)} (make logs TASK=...)")
+    return command
+
+
+def _seconds(record: Mapping[str, Any], key: str) -> float:
+    return timeline.moment(record.get(key)) or 0.0
+
+
+def _of_number(job: Mapping[str, Any]) -> list[str]:
+    return ["jobs", "logs", str(job["job_id"])]
 
 
 def _of_job(name: str, elsewhere: str) -> list[str]:
@@ -115,7 +148,7 @@ def _of_job(name: str, elsewhere: str) -> list[str]:
     if others:
         named = ", ".join(f"{job['job_id']} ({job['status']})" for job in others)
         print(f"following job {newest['job_id']}, the newest; also running as {name}: {named} (sky jobs logs ID)")
-    return ["jobs", "logs", str(newest["job_id"])]
+    return _of_number(newest)
 
 
 def _of_cluster(name: str, elsewhere: str) -> list[str]:
@@ -197,7 +230,11 @@ def check_same_run(marks: list[ObjectInfo], run_url: str, folder: str) -> None:
     """
     remedy = f"remove that folder, or pull into another one: python -m launch.runs pull {shlex.quote(run_url)} FOLDER"
     there = {local_path(info, run_url, folder): info for info in marks}
-    places = [f"{below}{name}" for below in ("", "evaluations/") for name in ("run.json", "ledger/*/start.jsonl")]
+    places = [
+        f"{below}{name}"
+        for below in ("", "evaluations/", "serving/", "exports/")
+        for name in ("run.json", "ledger/*/start.jsonl")
+    ]
     ours = sorted(path for place in places for path in Path(folder).glob(place))
     if gone := [path for path in ours if path not in there]:
         raise RunError(f"{folder}: is a copy of another run: {run_url} has no {gone[0].relative_to(folder)}; {remedy}")
@@ -238,7 +275,8 @@ def choose(run_url: str, objects: list[ObjectInfo]) -> list[ObjectInfo]:
     complete = sorted(match[1] for uri in markers if (match := _CHECKPOINT.search(uri)))
     prefixes = [f"{root}/{folder}/" for folder in FOLDERS]
     prefixes += [f"{root}/checkpoints/{complete[-1]}/"] if complete else []
-    return [info for info in objects if info.uri == f"{root}/run.json" or info.uri.startswith(tuple(prefixes))]
+    described = {f"{root}/run.json", f"{root}/exports/run.json"}
+    return [info for info in objects if info.uri in described or info.uri.startswith(tuple(prefixes))]
 
 
 if __name__ == "__main__":

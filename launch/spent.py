@@ -10,6 +10,7 @@ import yaml
 from clouds import skypilot
 from core import bucket
 from core.errors import ConfigError, LauncherError, RunError
+from core.run.model import BY_LEDGER
 from core.run.reader import Detail, read_run
 from core.task import read_task
 from launch import gone
@@ -40,7 +41,7 @@ def spent_line(run_url: str) -> str:
         return f"{run_url}: no run here yet; check RUN and BUCKET"
     except LauncherError as error:
         return str(error)
-    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far (cost_report.py shows for what)"
+    return f"{run_url}: {'?' if usd is None else f'${usd:.2f}'} so far, {BY_LEDGER} (cost_report.py shows for what)"
 
 
 def _clusters(survey: Survey) -> Iterator[str]:

@@ -5,13 +5,15 @@
 First runs the checks that cost nothing (launch/check.py), to find settings that the node would refuse before a machine
 is rented. `--no-check` skips them. Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its
 `secrets` becomes `--secret NAME`: SkyPilot reads the values of secrets from the environment, not from a command line. A
-task with job_recovery becomes a managed job. A launch that is interrupted is
-undone, and one that fails ends with a look at what is up (launch/undo.py).
+task with job_recovery becomes a managed job, and with MANAGED=1 any task does (launch/managed.py). A launch that is
+interrupted is undone, and one that fails ends with a look at what is up (launch/undo.py). MAX_WAIT=MINUTES bounds the
+time that the launch waits for a machine (launch/waiting.py).
 """
 
 import itertools
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -24,9 +26,11 @@ from core.exit_codes import FAILED
 from core.run.machine import checkout_revision
 from core.stores import credentials
 from core.task import TaskSpec, machine_choice, read_task
-from launch import check, prices, undo
+from launch import check, managed, node_prices, undo
+from launch.waiting import Wait
 
 NO_CHECK = "--no-check"
+UNTIL_UP = "--retry-until-up"
 
 
 def main(arguments: list[str]) -> int:
@@ -35,11 +39,24 @@ def main(arguments: list[str]) -> int:
     environment.adopt()
     credentials.inline_google_key(os.environ)  # the file does not exist on the node
     path, *options = arguments
-    task = read_task(path, os.environ, machine_choice(options))
+    return submit(path, options, os.environ)
+
+
+def submit(path: str, options: list[str], given: Mapping[str, str]) -> int:
+    """Check and launch a task with the settings of `given`. Returns the exit code.
+
+    Secrets come from this process's environment, where SkyPilot looks for them. Raises ConfigError.
+    """
+    task = read_task(managed.chosen(path, given), given, machine_choice(options))
     options_of_sky = [option for option in options if option != NO_CHECK]
-    given = prices.declared(task, os.environ)
+    minutes = environment.positive(given, "MAX_WAIT")
+    if minutes and not task.managed and "--dryrun" not in options and UNTIL_UP not in options:
+        options_of_sky.append(UNTIL_UP)
+    for name, value in task.derived.items():
+        print(f"{name} is {value}, as {task.envs['CONFIG']} says; give another one with {name}=...")
+    given = node_prices.declared(task, {**given, **task.derived})
     command = skypilot.launch_command(task, given, checkout_revision(), options_of_sky)
-    if NO_CHECK not in options and not launchable(task, {**os.environ, **task.envs}):
+    if NO_CHECK not in options and not launchable(task, {**given, **task.envs}):
         print(
             f"nothing was rented; fix this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr
         )
@@ -48,13 +65,17 @@ def main(arguments: list[str]) -> int:
     if "--dryrun" in options:
         return undo.run(command).code
     launch = undo.Launch(task.name, task.managed, time.time(), _cluster(task, options_of_sky))
-    ended = undo.run(command)
+    wait = Wait(task, minutes, launch.cluster) if minutes else None
+    ended = undo.run(command, wait.goes_on) if wait and not task.managed else undo.run(command)
     if ended.signal:
         return undo.undo(launch, ended.signal)
     if ended.code:
         undo.show_rest(launch)
         return ended.code
-    print(f"output: make logs TASK={task.name}; what runs: make status; to end it: make down")
+    if wait and task.managed and not wait.for_job():
+        return undo.undo(launch, signal.SIGTERM)
+    more = " MANAGED=1" if os.environ.get("MANAGED") else ""
+    print(f"output: make logs TASK={task.name}{more}; what runs: make status; to end it: make down")
     return 0
 
 

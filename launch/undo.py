@@ -11,7 +11,7 @@ import os
 import signal
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -57,8 +57,10 @@ class Ended:
     signal: int = 0
 
 
-def run(command: list[str]) -> Ended:
+def run(command: list[str], goes_on: Callable[[], bool] = lambda: True) -> Ended:
     """Run a command until it ends, or until one of SIGNALS asks for its end. After that they are ignored.
+
+    `goes_on` is asked now and then; once it is false, that counts as SIGTERM.
 
     It gets a session of its own, so that Ctrl-C and a closed terminal reach this program alone.
     """
@@ -71,6 +73,8 @@ def run(command: list[str]) -> Ended:
         try:
             code = process.wait(POLL_SECONDS)
         except subprocess.TimeoutExpired:
+            if not received and not goes_on():
+                received.append(signal.SIGTERM)
             continue
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fills a virtual environment with one hash-pinned set. A second call installs nothing, an interrupted one is repaired.
-#   requirements/setup.sh SET VENV [torch]     SET: dev, demo or launch; torch: its CPU build as well
+#   requirements/setup.sh SET VENV [torch|cuda]     SET: dev, demo, docs or launch; torch: its CPU build too, cuda: for GPUs
 # PYTHON names the interpreter. A uv on PATH is used; without one, a pinned uv goes into the environment. Mirrors and
 # folders of wheels come from uv's own variables, else from pip's settings.
 set -euo pipefail
@@ -31,6 +31,23 @@ attempt() { # WHAT COMMAND ...
   fi
   fail "could not $what (lines above); then run the same command again"
 }
+
+# CUDA's wheels need a driver of the series that launch/node/container.sh names, and a GPU of Turing or newer.
+check_driver() {
+  local needed driver old how
+  needed=$(sed -n 's/^CUDA_DRIVER=//p' launch/node/container.sh)
+  how="install NVIDIA's driver R$needed or newer (Ubuntu: sudo apt install nvidia-driver-$needed; WSL2: in Windows), start"
+  how+=" the computer again, then run the same command again; without a GPU: make setup"
+  [ "$(uname -s)" = Linux ] || fail "GPU=1 needs Linux, which WSL2 is; this is $(uname -s): run make setup, for the CPU"
+  nvidia-smi --query-gpu=driver_version,compute_cap,name --format=csv,noheader >"$log" 2>&1 ||
+    fail "no NVIDIA GPU answers (nvidia-smi: $(head -n 1 "$log")); $how"
+  driver=$(head -n 1 "$log" | cut -d, -f1)
+  [ "${driver%%.*}" -ge "$needed" ] 2>/dev/null ||
+    fail "the driver is '$driver', and CUDA 13.0, with which torch is built, needs R$needed; $how"
+  old=$(awk -F', ' '$2 + 0 < 7.5 { print $3 " (" $2 ")" }' "$log" | sort -u | paste -sd ';')
+  [ -z "$old" ] || fail "CUDA 13.0 serves GPUs of compute capability 7.5 (Turing) and newer; this computer has $old"
+}
+if [ "$with_torch" = cuda ]; then check_driver; fi
 
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) ||
   fail "PYTHON is $python, which does not run; install Python ${VERSIONS// /, } or set PYTHON=/path/to/python3"
@@ -73,7 +90,11 @@ install=("$uv" pip install --python "$venv/bin/python" --no-deps)
 
 attempt "install $requirements into $venv" "${install[@]}" --require-hashes -r "$requirements"
 
-if [ -n "$with_torch" ]; then
+if [ "$with_torch" = cuda ]; then
+  attempt "install torch with CUDA into $venv" "${install[@]}" --require-hashes -r requirements/train-cuda.txt
+  "$venv/bin/python" -c 'import torch; torch.zeros(1, device="cuda")' >"$log" 2>&1 ||
+    fail "torch finds no GPU ($(tail -n 1 "$log")); nvidia-smi must list one, and CUDA_VISIBLE_DEVICES must not hide it"
+elif [ -n "$with_torch" ]; then
   torch=$(cat requirements/torch.constraint)
   wheels=("${install[@]}" --no-index)
   for place in $find_links; do wheels+=(--find-links "$place"); done

@@ -18,8 +18,9 @@ from trainer.checkpoint.save import Saver
 from trainer.data.order import micro_batch_numbers
 from trainer.distributed import process_group
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import BlockOptimizer, rate_factor
+from trainer.optim.optimizer import BlockOptimizer
 from trainer.optim.reduce import TreeReducer
+from trainer.optim.schedule import rate_factor
 
 MICRO_BATCHES = 24  # two ranks have four turns of three each
 STEPS = 8

@@ -38,12 +38,21 @@ class GoldenRun:
         return path
 
     def segment(
-        self, number: int, time: float, events: list[dict[str, Any]], *, version: int = 1, **machine: Any
+        self,
+        number: int,
+        time: float,
+        events: list[dict[str, Any]],
+        *,
+        version: int = 1,
+        launcher: dict[str, Any] | None = None,
+        **machine: Any,
     ) -> None:
         """A start object, and one object that holds all events."""
         folder = f"ledger/segment-{number:06d}"
         start = {"event": "start", "version": version, "segment": number, "time": time, "machine": A100S | machine}
-        self.write(f"{folder}/start.jsonl", lines(start | {"program": {}}))
+        self.write(
+            f"{folder}/start.jsonl", lines(start | {"program": {}} | ({"launcher": launcher} if launcher else {}))
+        )
         if events:
             self.write(f"{folder}/events/00000000-{len(events) - 1:08d}.jsonl", lines(*events))
 

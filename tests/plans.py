@@ -3,10 +3,10 @@
 from datetime import date
 
 from clouds.base import Offer
+from core.loss.law import Law, Recipe
 from costs import discover
 from costs.forecast import Assumptions
 from costs.plan import planner
-from costs.plan.law import Law, Recipe
 from costs.plan.machines import Machine
 from costs.plan.planner import Prices, Question
 

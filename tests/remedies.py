@@ -13,14 +13,13 @@ from pathlib import Path
 
 from core.settings import loader, renamed
 from core.settings.evaluation import EvaluateConfig
+from core.settings.inference import ExportConfig, ServeConfig
 from core.settings.preparation import FetchConfig, PrepConfig
 from core.settings.training import PretrainConfig
 from core.settings.tuning import DistilConfig, DpoConfig, FinetuneConfig, SynthesisConfig
 from tests import variables
 from trainer.chat import ChatConfig
-from trainer.export import ExportConfig
 from trainer.generate import GenerateConfig
-from trainer.serve import ServeConfig
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("core", "clouds", "costs", "data_prep", "launch", "trainer")

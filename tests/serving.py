@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE
 
+from core.data import chat_template
+from core.settings.inference import Sampling
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
-from trainer.data import chat_template
 from trainer.inference.engine import Engine, GenerationRequest
-from trainer.inference.sampling import Sampling
 
 CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
 KEY = "correct-horse-battery"
@@ -30,10 +30,11 @@ def runs_in(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serving(run: Path, vocab_bpe: Path, *flags: str, key: str = "") -> Iterator[str]:
-    """URL of a server in a process of its own, which must end well when asked to."""
-    environment = {**os.environ, "VOCAB_URL": str(vocab_bpe), "SERVE_API_KEY": key, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "trainer.serve", str(run), "--port=0", *flags]
+def serving(run: Path | None, vocab_bpe: Path, *flags: str, key: str = "", **more: str) -> Iterator[str]:
+    """URL of a server in a process of its own, which must end well when asked to. `more` are variables."""
+    environment = {**os.environ, "VOCAB_URL": str(vocab_bpe), "SERVE_API_KEY": key, "OMP_NUM_THREADS": "1", **more}
+    names = [str(run)] if run else []
+    command = [sys.executable, "-m", "trainer.serve", *names, "--port=0", *flags]
     process = warm.Popen(command, cwd=REPOSITORY, env=environment, stderr=PIPE, text=True)
     try:
         said = ""

@@ -7,12 +7,12 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from clouds import catalog, skypilot
+from clouds import catalog, sky_records, skypilot
 from clouds.base import MachineRecord, Offer, Unavailable
 from clouds.providers import CLOUDS
 from core.run.reader import spent_usd_at_most
 from core.task import MachineChoice, MachineRequest, TaskSpec, Workload, read_task
-from launch import prices
+from launch import node_prices
 from launch.node import __main__ as node
 from launch.node import arrival, switch
 
@@ -92,34 +92,34 @@ def task_with(*requests: MachineRequest, nodes: int = 1) -> TaskSpec:
 )
 def test_a_machine_counts_at_the_highest_price_that_it_may_have(requests, nodes, usd):
     offers = [offer("small", 1.0), offer("large", 3.0, 0.5), offer("unpriced", None)]
-    assert prices.at_most(task_with(*requests, nodes=nodes), offers) == usd
+    assert node_prices.at_most(task_with(*requests, nodes=nodes), offers) == usd
 
 
 def test_a_launch_tells_its_nodes(monkeypatch):
-    monkeypatch.setattr(prices, "controller_usd_per_hour", lambda: 0.192)
+    monkeypatch.setattr(node_prices, "controller_usd_per_hour", lambda: 0.192)
     task = read_task("sky/pretrain-8xa100-spot.yaml", {}, MachineChoice())
-    told = prices.declared(task, {"A": "b"})
+    told = node_prices.declared(task, {"A": "b"})
     assert told["CONTROLLER_USD_PER_HOUR"] == "0.192"
     assert 10 < float(told["USD_PER_HOUR_AT_MOST"]) < 100
-    assert prices.declared(task, {"USD_PER_HOUR_AT_MOST": "1", "CONTROLLER_USD_PER_HOUR": "2"}) == {
+    assert node_prices.declared(task, {"USD_PER_HOUR_AT_MOST": "1", "CONTROLLER_USD_PER_HOUR": "2"}) == {
         "USD_PER_HOUR_AT_MOST": "1",
         "CONTROLLER_USD_PER_HOUR": "2",
     }
     on_demand = read_task("sky/pretrain-8xa100.yaml", {}, MachineChoice())
-    assert "CONTROLLER_USD_PER_HOUR" not in prices.declared(on_demand, {})
+    assert "CONTROLLER_USD_PER_HOUR" not in node_prices.declared(on_demand, {})
 
 
 def test_the_controllers_price_is_that_of_the_records_else_of_the_catalog(monkeypatch):
     records: list[MachineRecord] = []
     monkeypatch.setattr(skypilot, "setting", lambda *keys: None)
-    monkeypatch.setattr(skypilot, "machine_records", lambda: records)
+    monkeypatch.setattr(sky_records, "machine_records", lambda clusters: records)
     monkeypatch.setattr(catalog, "of_skypilot", lambda cloud: (offer("m6i.xlarge", 0.192), offer("m6i.large", 0.1)))
-    assert prices.controller_usd_per_hour() == 0.192
+    assert node_prices.controller_usd_per_hour() == 0.192
     records.append(MachineRecord("sky-jobs-controller-1a2b3c4d", 1.0, None, "test", usd_per_hour=0.3))
-    records.append(MachineRecord("pretrain-8xa100", 2.0, None, "test", usd_per_hour=32.0))
-    assert prices.controller_usd_per_hour() == 0.3
+    records.append(MachineRecord("sky-jobs-controller-1a2b3c4d", 0.5, 0.7, "test", usd_per_hour=0.4))
+    assert node_prices.controller_usd_per_hour() == 0.3
     monkeypatch.setattr(skypilot, "setting", lambda *keys: True)
-    assert prices.controller_usd_per_hour() is None
+    assert node_prices.controller_usd_per_hour() is None
 
 
 def test_without_skypilot_the_controllers_price_is_unknown(monkeypatch):
@@ -127,7 +127,7 @@ def test_without_skypilot_the_controllers_price_is_unknown(monkeypatch):
         raise Unavailable("SkyPilot is not installed")
 
     monkeypatch.setattr(skypilot, "setting", missing)
-    assert prices.controller_usd_per_hour() is None
+    assert node_prices.controller_usd_per_hour() is None
 
 
 @pytest.mark.parametrize("missing", ["CONTROLLER_USD_PER_HOUR", "SUBMITTED_AT", "SKYPILOT_MANAGED_JOB_ID"])
@@ -142,4 +142,4 @@ def test_every_cloud_has_offers_for_the_tasks():
     """Otherwise a set-up that fails there would count as nothing."""
     offers = [offer for cloud in CLOUDS.values() for offer in cloud.offers()]
     for name in ("pretrain-8xa100", "pretrain-gh200", "prep-data", "smoke-cpu"):
-        assert prices.at_most(read_task(f"sky/{name}.yaml", {}, MachineChoice()), offers), name
+        assert node_prices.at_most(read_task(f"sky/{name}.yaml", {}, MachineChoice()), offers), name

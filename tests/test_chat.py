@@ -12,15 +12,14 @@ import pexpect
 import pytest
 import torch
 
-from core.data import vocabulary
+from core.data import chat_template, vocabulary
+from core.settings.inference import InferenceOptions, Sampling
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from trainer import export
-from trainer.data import chat_template
 from trainer.inference.chat_model import ChatModel, open_chat_model
 from trainer.inference.engine import Engine, GenerationRequest
-from trainer.inference.sampling import InferenceOptions, Sampling
 from trainer.inference.terminal import printable
 
 READY, TAKEN = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste is on while a line is written
@@ -116,6 +115,12 @@ def test_a_terminal_session_does_every_command(folder, environment, models, enco
     shown = terminal.say("/bench")
     assert re.search(r"1 x 256 \+ 32 +[\d,]+ +[\d,.]+", shown)
     assert re.search(r"memory: weights 3\.\d MB, cache 0\.1 kB per token of a text, peak [\d,]+ MB", shown)
+
+    shown = terminal.say("/bench Once upon a")
+    assert [*re.findall(r"^ *(\d|mean) +12 +\d", printable(shown), re.M)] == ["1", "2", "3", "mean"]
+    shown = words(terminal.say("/compare"))
+    assert re.search(r"4 tokens of prompt .* on 12 [\d.]+ [\d,.]+ off 12 [\d.]+ [\d,.]+", shown)
+    assert re.search(r"with the cache [\d.]+ times as fast; the same text", shown)
 
     assert f"comparing with {tuned} step 1" in words(terminal.say(f"/compare {tuned}"))
     shown = words(terminal.say("Hello there"))

@@ -1,13 +1,12 @@
-"""trainer.data.chat_template: ids, targets, and the same text by way of `transformers`' template language."""
+"""core.data.chat_template: ids, targets, and the same text by way of `transformers`' template language."""
 
 import jinja2
 import pytest
 
-from core.data import vocabulary
+from core.data import chat_template, vocabulary
+from core.data.chat_template import NO_TARGET, render
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import CheckpointError, DataError
-from trainer.data import chat_template
-from trainer.data.chat_template import NO_TARGET, render
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -11,7 +11,7 @@ from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
 from core.settings.training import CheckpointConfig, ModelConfig, OptimizerConfig
-from trainer.checkpoint import blocks, layout
+from trainer.checkpoint import blocks, layout, load
 from trainer.checkpoint.load import load_newest
 from trainer.checkpoint.save import Saver
 from trainer.model.gpt import GPT
@@ -148,6 +148,28 @@ def test_all_damaged_stops_and_leaves_the_targets_alone(tmp_path, ranks):
     ):
         load_newest(run_url, optimizer, ranks)
     assert torch.equal(model.wte.weight, before)
+
+
+@pytest.mark.parametrize("old_listings", [2, 99])
+def test_a_listing_that_shows_only_removed_checkpoints_is_repeated(tmp_path, ranks, monkeypatch, old_listings: int):
+    run_url, listed = str(tmp_path), []
+    save(run_url, ranks, 1, 2, keep_last=2)
+    old = layout.restorable(run_url)
+    save(run_url, ranks, 3, 4, segment=2, keep_last=2)
+    recent = layout.restorable
+
+    def lagging(url: str) -> dict[int, dict[str, int]]:
+        listed.append(url)
+        return old if len(listed) <= old_listings else recent(url)
+
+    monkeypatch.setattr(layout, "restorable", lagging)
+    monkeypatch.setattr(load, "OLD_LISTING_SECONDS", (0.01, 0.01, 0.01))
+    if old_listings == 2:
+        assert load_newest(run_url, trained(2, 1)[1], ranks).step == 4
+    else:
+        with pytest.raises(CheckpointError, match="none of the 2 complete checkpoints can be used"):
+            load_newest(run_url, trained(2, 1)[1], ranks)
+    assert len(listed) == min(old_listings + 1, 4)
 
 
 def test_another_models_checkpoint_is_refused(tmp_path, ranks):

@@ -11,7 +11,7 @@ from clouds.aws import Aws
 from clouds.base import Cloud, Finding, Gpu, Instance, Interruption, Inventory, Leftover, Ownership, SpotHistory
 from clouds.lambda_labs import LambdaLabs
 from clouds.providers import CLOUDS
-from clouds.skypilot import from_record
+from clouds.sky_records import from_record
 from core.run.machine import Price
 from core.run.reader import read_run
 from core.task import MachineRequest, read_task
@@ -103,7 +103,7 @@ def test_a_report_asks_a_new_cloud(nimbus, tmp_path):
     run = read_run(one_segment(tmp_path, cloud="nimbus", spot=True, instance_type="n8").url)
     seen = [record((NOON - 60, NOON + 130))]
     seen[0]["resources"].cloud = "Nimbus"
-    outside = ask_others(run, {}, NOON + 999, records=lambda: from_record(seen[0]), clouds={"nimbus": nimbus})
+    outside = ask_others(run, {}, NOON + 999, records=lambda _: from_record(seen[0]), clouds={"nimbus": nimbus})
     assert {origin.figure: origin.source for origin in outside.origins}["launch, idle until down"] == "Nimbus' own list"
     assert [(time.phase, time.end - time.start) for time in outside.times] == [("provision", 10)]
     assert run.segments[0].price == Price(18.0, "Nimbus' prices, us-east-1a")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import re
 from pathlib import Path
 
@@ -112,6 +113,30 @@ def test_round_trip_and_identity():
     assert "run.url" not in identity
     with pytest.raises(ConfigError, match=r"stored: unknown setting train\.nonsense"):
         loader.from_dict(PretrainConfig, {"train": {"nonsense": 1}}, "stored")
+
+
+def test_a_number_of_tokens_gives_the_number_of_steps(tmp_path: Path):
+    file = write(tmp_path, "train: {steps: 7}\nbatch: {tokens_per_step: 65536}\noptimizer: {warmup_steps: 0}\n")
+    assert load(file).train.steps == 7
+    found = load(file, "--train.tokens=1e6").train
+    assert (found.steps, found.tokens) == (15, 0.0)  # 15.26 steps
+    assert load(file, "--train.tokens=1").train.steps == 1
+    # The run is the same as with that number of steps.
+    assert loader.identity(load(file, "--train.tokens=1e6")) == loader.identity(load(file, "--train.steps=15"))
+    assert load(file, "--train.epochs=0.5").train.epochs == 0.5
+    # A flag replaces another length of the file, but a zero does not.
+    longer = write(tmp_path, "train: {epochs: 2}\n")
+    assert load(longer, "--train.steps=1000").train.epochs == 0
+    assert load(longer, "--train.tokens=1e9").train.epochs == 0
+    assert load(longer, "--train.steps=1000", "--train.epochs=0").train.steps == 1000
+
+
+@pytest.mark.parametrize("flags", [*itertools.combinations(("steps", "tokens", "epochs"), 2)])
+def test_a_run_has_one_length(flags: tuple[str, str]):
+    said = " and ".join(f"flag --train.{name}" for name in flags)
+    both = " and ".join(f"train.{name}" for name in flags)
+    with pytest.raises(ConfigError, match=f"{said}: {both} are both set; give one of them"):
+        load(*(f"--train.{name}=1000" for name in flags))
 
 
 def test_help_names_every_setting():
@@ -238,3 +263,14 @@ def test_every_bound_holds(schema: type):
             outside = bound + {"ge": -1, "gt": 0, "le": 1, "lt": 0}[name]
             with pytest.raises(loader.SettingError, match=field.name):
                 schema(**NEEDED.get(schema, {}), **{field.name: outside})
+
+
+def test_a_log_shows_the_settings_that_differ_from_their_defaults():
+    flags = ["trainer/configs/debug.yaml", "--data.url=d", "--run.url=r", "--train.profile=3,4", "--train.steps=17"]
+    text = loader.describe(loader.load(PretrainConfig, flags, {}), "all: r/run.json")
+    assert text.startswith("settings that differ from the defaults (all: r/run.json):\n")
+    lines = dict(line.strip().split(": ", 1) for line in text.splitlines()[1:])
+    assert lines["run"] == "url=r"
+    assert "steps=17" in lines["train"].split(", ")
+    assert "profile=3,4" in lines["train"].split(", ")
+    assert "device" not in lines["train"]

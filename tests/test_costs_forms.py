@@ -7,15 +7,17 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from core.errors import ConfigError, LauncherError
 from core.run.reader import read_run
-from costs import charts, command, discover, page, render, show, svg, tables
+from costs import charts, command, compare, discover, page, render, show, svg, tables
 from costs.forecast import Assumptions
 from costs.report import CostReport, build
 from tests.conftest import REPOSITORY
@@ -129,7 +131,7 @@ def test_ticks_are_few_round_and_inside(low, high, most):
 def test_markdown_holds_the_same_tables(report: CostReport):
     text = render.as_markdown(report)
     assert "| train lost | 1 min 52 s | 1.12 | 22.8 % |" in text
-    assert "| **total** | **10 min 12 s** | **4.92** | **100.0 %** |" in text
+    assert "| **total** | **10 min 12 s** | **4.92 to 4.95** | **100.0 %** |" in text
     assert "|---" not in text.replace("| --- |", "")
 
 
@@ -153,7 +155,7 @@ def test_without_an_argument_all_runs_are_shown(run, capsys, monkeypatch, tmp_pa
     assert "2 runs" in out
     assert "9.84" in out
     by_market = [line.split() for line in out.splitlines() if "on demand" in line or line.split()[:1] == ["spot"]]
-    assert [float(words[-1]) for words in by_market] == [7.44, 2.40]
+    assert [" ".join(words[-3:]) for words in by_market] == ["7.44 to 7.50", "00 s 2.40"]
     assert [each["run"] for each in json.loads(entry(capsys, "--offline", "--json"))] == [run.url, second.url]
 
 
@@ -191,9 +193,32 @@ def test_runs_side_by_side(run, capsys, tmp_path):
     cheap.segment(1, NOON, [span(NOON, NOON + 100, setup=20.0, train=80.0)], usd_per_hour=3.6)
     out = entry(capsys, "--offline", "--markdown", "--compare", run.url, cheap.url)
     rows = {line.split("|")[1].strip(): line for line in out.splitlines()}
-    assert "| first | cheap |" in rows[""]
-    assert "4.92" in rows["USD total"]
+    assert "| first | cheap | − first |" in rows[""]
+    assert rows["USD total"].split("|")[2:5] == [" 4.92 to 4.95 + ? ", " 1.57 + ? ", " -3.35 + ? "]
     assert "1.30 (" in rows["USD setup"]
+    target = tmp_path / "both.html"
+    command.main(["--offline", "--html", str(target), "--compare", run.url, cheap.url])
+    assert "-3.35" in Page(target.read_text()).text
+    with pytest.raises(ConfigError, match="cannot be written: No such file"):
+        command.main([run.url, "--offline", "--html", str(tmp_path / "nowhere" / "report.html")])
+    with pytest.raises(ConfigError, match="needs two or more"):
+        command.main(["--offline", "--compare", run.url])
+
+
+def test_tables_hold_at_eighty_columns(run, tmp_path):
+    """No word and no number is broken, and the title names the columns that a wider terminal adds."""
+    reports = [build(read_run(preempted_and_resumed(tmp_path / "runs" / name).url), LATER) for name in "ab"]
+    sheets = [*tables.sheets(reports[0]).values(), compare.overview(reports), compare.overview_groups(reports)]
+    for sheet in sheets:
+        screen = io.StringIO()
+        Console(file=screen, width=80).print(render.terminal_table(sheet, 80))
+        shown = screen.getvalue()
+        assert max(map(len, shown.splitlines())) <= 80
+        narrow = render._narrowed(sheet, 80)
+        words = {word for row in (narrow.heads, *narrow.rows, narrow.foot) for cell in row for word in cell.split()}
+        assert words <= set(shown.split())
+    assert "a wider terminal adds USD/1B tokens" in render._narrowed(sheets[-2], 80).title
+    assert render._narrowed(sheets[-2], 400) == sheets[-2]
 
 
 def test_a_run_is_followed_until_it_ends(run, monkeypatch):
@@ -212,6 +237,24 @@ def test_a_run_is_followed_until_it_ends(run, monkeypatch):
     monkeypatch.setattr(render, "console", lambda: Console(file=screen, force_terminal=True, width=150))
     command.main([run.url, "--offline", "--watch", "2"])
     assert slept == [2.0, 2.0]
+    assert "finished" in screen.getvalue()
+
+
+def test_a_run_that_may_come_back_is_followed_further():
+    def seen(state: str, is_managed: bool) -> bool:
+        return show.may_go_on(SimpleNamespace(state=state, is_managed=is_managed))
+
+    assert [seen(state, True) for state in ("running", "preempted", "killed (end: last heartbeat)")] == [True] * 3
+    assert [seen(state, True) for state in ("finished", "failed", "stopped by its cap")] == [False] * 3
+    assert [seen(state, False) for state in ("running", "preempted")] == [True, False]
+
+
+def test_a_run_that_has_not_begun_is_waited_for(run, tmp_path, monkeypatch):
+    screen, later = io.StringIO(), tmp_path / "runs" / "later"
+    monkeypatch.setattr(show.time, "sleep", lambda _: run.path.rename(later))
+    monkeypatch.setattr(render, "console", lambda: Console(file=screen, force_terminal=True, width=150))
+    command.main([str(later), "--offline", "--watch", "2"])
+    assert "waiting: " in screen.getvalue()
     assert "finished" in screen.getvalue()
 
 
@@ -240,7 +283,7 @@ def test_a_browser_shows_every_chart_and_logs_no_error(run, tmp_path):
     assert "CONSOLE" not in shown.stderr
     found = Page(shown.stdout)
     charts = [label for label in re.findall(r'aria-label="([^"]+)"', shown.stdout)]
-    assert len(charts) == 8  # four, each wide and narrow
+    assert len(charts) == 12  # four, in three widths
     assert len([path for path in found.paths if len(path) > 30]) >= 6
 
 
@@ -279,3 +322,19 @@ def test_thousands_of_segments_and_notes_do_not_bury_the_figures(tmp_path: Path)
     shown = [row[0] for row in tables.sheets(report)["segments"].rows]
     assert shown == [*map(str, range(1, 21)), "…", *map(str, range(41, 61))]
     assert len(report.segments) == 60
+
+
+def test_a_python_without_our_packages_is_replaced_or_told_what_to_do(tmp_path: Path):
+    copy = shutil.copy(REPOSITORY / "cost_report.py", tmp_path)
+    bare = [sys.executable, "-I", "-S", copy, "s3://b/runs/first"]  # without site-packages
+    told = subprocess.run(bare, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert re.fullmatch(
+        r"error: \S+ lacks dotenv, numpy, obstore, rich, yaml; run `make setup` once, then the same command again\n",
+        told.stderr,
+    )
+    python = tmp_path / ".venv-launch" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nshift\necho "replaced: $*"\n')
+    python.chmod(0o755)
+    assert subprocess.run(bare, capture_output=True, text=True).stdout == "replaced: s3://b/runs/first\n"

@@ -12,9 +12,10 @@ import botocore.session
 import pytest
 from botocore.stub import Stubber
 
+from clouds import catalog
 from clouds.aws import INSTANCES_ORIGIN, PRICE_SOURCE, Aws, spot_prices
 from clouds.base import Bill, Cloud, Instance, SpotHistory, Unavailable
-from clouds.skypilot import from_record
+from clouds.sky_records import from_record
 from core.run.reader import read_run
 from costs import discover, tables
 from costs.model import StorageUse
@@ -29,6 +30,12 @@ LATER = NOON + 86400
 
 def find_distribution(name: str) -> list:
     return list(metadata.distributions(name=name))
+
+
+@pytest.fixture(autouse=True)
+def _machines_alone(monkeypatch):
+    """Disks and addresses are in tests/test_costs_beside.py."""
+    monkeypatch.setattr(catalog, "extras", lambda _: {})
 
 
 def record(*intervals: tuple[float, float | None], price: float | None = 36.0, **fields) -> dict:
@@ -60,7 +67,7 @@ def record(*intervals: tuple[float, float | None], price: float | None = 36.0, *
 
 def one_segment(folder: Path, *, killed: bool = False, **machine) -> GoldenRun:
     """A machine of cluster gpt2-7 that wrote a ledger for 100 s from noon on."""
-    run = GoldenRun(folder)
+    run = GoldenRun(folder / "runs" / "one")
     events = [span(NOON, NOON + 100, setup=20.0, train=80.0)]
     if not killed:
         events.append({"event": "end", "time": NOON + 100, "reason": "finished", "step": 1})
@@ -72,7 +79,7 @@ def one_segment(folder: Path, *, killed: bool = False, **machine) -> GoldenRun:
 
 def merged(run: GoldenRun, *records: dict, now: float = LATER, aws: Cloud | None = None, **sources):
     read = read_run(run.url)
-    sources = {"records": lambda: [found for each in records for found in from_record(each)]} | sources
+    sources = {"records": lambda _: [found for each in records for found in from_record(each)]} | sources
     outside = ask_others(read, {}, now, clouds={"aws": aws or Closed()}, **sources)
     return outside, build(read, now, outside=outside)
 
@@ -189,14 +196,15 @@ def test_a_cluster_name_that_another_run_used_before_is_not_charged_twice(tmp_pa
     yesterday, before, after = (record((NOON + at, NOON + at + 3000)) for at in (-90000, -7200, 9000))
     _, report = merged(one_segment(tmp_path), yesterday, before, record((NOON - 60, NOON + 100)), after)
     assert report.total.usd == 1.60
-    assert report.notes == []
+    assert len(report.notes) == 1
+    assert "was also up earlier, for 50 min 00 s ($30.00); no ledger in this bucket says" in report.notes[0]
 
 
 def test_a_managed_job_is_named_with_its_recoveries(tmp_path: Path):
     run = one_segment(tmp_path)
     start = run.path / "ledger/segment-000001/start.jsonl"
     start.write_text(start.read_text().replace('{"cluster": "gpt2-7"}', '{"cluster": "gpt2-7", "managed_job_id": "7"}'))
-    queue = [{"job_id": 7, "status": SimpleNamespace(value="SUCCEEDED"), "recovery_count": 2, "job_duration": 482.0}]
+    queue = [{"job_id": 7, "status": "SUCCEEDED", "recovery_count": 2, "job_duration": 482.0}]
     read, _ = merged(run, record((NOON, NOON + 100)), jobs=lambda: [*queue, {"job_id": 8, "status": "RUNNING"}])
     assert [(origin.figure, origin.source) for origin in read.origins if "job" in origin.figure] == [
         ("managed job 7", "SUCCEEDED, 2 recoveries, 8 min 02 s running, by SkyPilot's queue")
@@ -218,7 +226,7 @@ def test_paid_spot_prices_replace_what_the_launch_expected(tmp_path: Path):
 
 
 def test_what_a_source_cannot_say_is_an_origin_with_its_reason(tmp_path: Path):
-    def absent():
+    def absent(_):
         raise Unavailable("SkyPilot is not installed")
 
     _, report = merged(one_segment(tmp_path, spot=True), records=absent)
@@ -302,7 +310,7 @@ def test_the_bill_stands_beside_the_report_for_reconciliation(tmp_path: Path):
 
     read = read_run(one_segment(tmp_path).url)
     clouds = {"aws": Billing(), "other": Cloud()}
-    outside = ask_others(read, {"COST_TAG": "run=gpt2"}, LATER, records=list, clouds=clouds)
+    outside = ask_others(read, {"COST_TAG": "run=gpt2"}, LATER, records=lambda _: [], clouds=clouds)
     assert outside.origins[-1].source == "Cost Explorer, run=gpt2, whole days: $1.21 (EC2 1.01, S3 0.20)"
 
 
@@ -321,7 +329,7 @@ def test_uploads_that_were_cut_off_are_counted(s3, bucket):
         s3._client().create_multipart_upload(Bucket="tests", Key=key)
     assert Aws().unfinished_uploads(run) == 2
     assert Aws().unfinished_uploads("memory://run") is None
-    use = StorageUse(1, 1000, 0, discover.RATES["aws"], 2)
+    use = StorageUse(1, 1000, 0, discover.RATES["aws"], None, 2)
     assert tables.storage_rows(SimpleNamespace(storage=use))[-1] == (
         "unfinished multipart uploads",
         "2",

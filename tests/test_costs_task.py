@@ -1,11 +1,13 @@
 """What a forecast reads in a task file: resources, idle time, the program with its settings and its model."""
 
+import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from core.errors import ConfigError
-from core.task import MachineChoice, MachineRequest, TaskSpec, machine_choice, read_task, urls
+from core.task import MachineChoice, MachineRequest, TaskSpec, machine_choice, read_task, urls, with_more
 from tests.sky_tasks import GPT2, write
 
 
@@ -119,7 +121,28 @@ def test_what_is_distilled_is_the_student(tmp_path: Path):
     run = "torchrun -m trainer.train --stage=distil --teacher.weights=gpt2-xl --model.layers=6"
     work = load(write(tmp_path, "accelerators: A100:1", run)).workload
     assert (work.stage, work.model.layers) == ("distil", 6)
-    assert work.assumed == "the teacher's computation is not counted"
+    assert (work.teacher.layers, work.assumed) == (48, "")
+    unknown = load(write(tmp_path, "accelerators: A100:1", run.replace("gpt2-xl", "s3://b/runs/x"))).workload
+    assert (unknown.teacher, unknown.assumed) == (None, "the teacher's computation is not counted")
+
+
+def test_a_variable_holds_values_with_blanks_and_commas(tmp_path: Path):
+    run = 'python -m launch.node -m trainer.train "$CONFIG" --more="$TRAIN_ARGS"'
+    envs = "{CONFIG: trainer/configs/debug.yaml, TRAIN_ARGS: '', BUCKET: null}"
+    path = write(tmp_path, "cpus: 4+", run).strip()
+    file = Path(path)
+    file.write_text(file.read_text().replace("envs: {RUN_URL: '', DATA_URL: ''}", f"envs: {envs}"))
+    said = ["Hello, I'm a language model,", "Once upon a time"]
+    given = f"--train.steps=20 --train.sample_prompts={shlex.quote(json.dumps(said))}"
+    settings = load(path, TRAIN_ARGS=given).workload.config
+    assert settings.train.sample_prompts == tuple(said)
+    assert settings.train.steps == 20
+    assert load(path).workload.problem == ""
+    assert "cannot be split into words (no closing quotation)" in load(path, TRAIN_ARGS="--a='b").workload.problem
+
+
+def test_the_words_of_a_variable_take_its_place():
+    assert with_more(["a b", "--more=--x=1 '--y=2 3'", "--more=", "c"]) == ["a b", "--x=1", "--y=2 3", "c"]
 
 
 @pytest.mark.parametrize("options", ["--gpus H100:4 --num-nodes 2", "--yes --num-nodes=2 --gpus=H100:4 --env A=b"])

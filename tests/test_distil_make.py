@@ -101,6 +101,17 @@ def spent(tmp_path) -> float:
     return answers.read_answers(str(tmp_path / "run")).usd
 
 
+def test_the_machines_have_a_cap_of_their_own(tmp_path):
+    write_prompts(tmp_path, 40)
+    environment = {"OPENAI_API_KEY": KEY, "USD_PER_HOUR": "3600"}
+    with FakeEndpoint() as endpoint:
+        arguments = flags_of(endpoint, tmp_path, "--run.max_usd=1")
+        code, output = launching.finish(tuning.start_alone(MODULE, *arguments, environment=environment))
+    assert code == 34, output
+    assert "stopped by the cap on the machines" in output
+    assert not endpoint.prompts
+
+
 def test_the_budget_is_never_exceeded_and_a_larger_one_goes_on(tmp_path):
     """A call costs 0.03 dollars and at most 0.1 + what its prompt can be."""
     write_prompts(tmp_path, 40)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from core import storage
+from core.data.chat_template import NO_TARGET, render
 from core.data.sets import preference
 from core.data.vocabulary import read as read_vocabulary
 from core.errors import DataError
@@ -14,7 +15,6 @@ from core.settings.model import ModelConfig
 from core.settings.tuning import ExamplesConfig
 from tests import launching, tuning
 from trainer.data import examples
-from trainer.data.chat_template import NO_TARGET, render
 from trainer.model.gpt import GPT
 from trainer.stages.dpo import answer_log_probs, margins, preference_losses
 

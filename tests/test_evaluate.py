@@ -367,6 +367,15 @@ def test_runs_and_public_models_side_by_side(fresh, run_url, ranks, capsys):
     assert own[0]["scores"] == public[0]["scores"]
 
 
+def test_without_hellaswag_the_rest_is_measured(fresh, data_url, ranks, tmp_path, caplog):
+    shutil.copytree(data_url, tmp_path / "bare", ignore=shutil.ignore_patterns("sets"))
+    with caplog.at_level("WARNING"):
+        found = evaluated(fresh, "--tokens=2000", f"--data_url={tmp_path / 'bare'}", ranks=ranks)
+    assert set(found) == {"perplexity"}
+    said = f"hellaswag is left out: {tmp_path}/bare/sets/hellaswag.json: there is no set 'hellaswag'; store it first: "
+    assert f"{said}python -m data_prep.sets hellaswag {tmp_path}/bare" in caplog.text
+
+
 def test_what_cannot_be_measured_is_one_sentence(fresh, run_url, data_url, ranks, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="'helaswag' is not a task; choose from perplexity, hellaswag, lm-eval:NAME"):
         loader.load(EvaluateConfig, ["--tasks=helaswag"], {})

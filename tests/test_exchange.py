@@ -11,12 +11,12 @@ import torch
 
 from core.errors import CheckpointError, ConfigError, DataError, StorageError
 from core.settings import loader
+from core.settings.inference import Sampling
 from core.settings.model import ModelConfig
 from core.settings.training import PretrainConfig
 from tests import launching, models
 from trainer import export, import_weights
 from trainer.inference.engine import Engine, GenerationRequest
-from trainer.inference.sampling import Sampling
 from trainer.weights import folder, huggingface
 from trainer.weights.open import look_up, open_weights
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ import torch
 
 from core import storage
 from core.errors import ConfigError
+from core.exit_codes import CAPPED
 from core.run.folder import RunFolder
 from core.run.journal import Journal
 from core.run.ledger import Ledger
 from core.run.machine import Machine
+from core.run.reader import read_run
 from tests import models, warm
 from tests.patience import PATIENCE_SECONDS
 from trainer import export
@@ -280,3 +283,25 @@ def test_a_download_that_is_cut_off_is_one_sentence(hub: Hub, run_url, data_url,
     assert done.returncode == 1
     assert "error: hf:me/mine: cannot be downloaded: " in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_an_export_of_a_run_is_stored_below_it_with_its_dollars_and_can_be_resumed(run_url, monkeypatch):
+    """As on a rented machine: the launcher sets RUN_URL, and the price."""
+    monkeypatch.setenv("RUN_URL", run_url)
+    monkeypatch.setenv("USD_PER_HOUR", "36")
+    monkeypatch.setattr("core.run.segment.process_started_at", time.time)
+    step = layout.complete_steps(run_url)[0]
+    target = Path(RunFolder(run_url).exports) / f"step-{step:08d}-huggingface-bfloat16"
+    target.mkdir(parents=True)
+    (target / "model.safetensors").write_bytes(b"a part of an upload")
+    assert export.main(["--dtype=bfloat16", "--max_usd=5"]) == 0
+    assert json.loads((target / "config.json").read_text())["model_type"]
+    assert (target / "model.safetensors").stat().st_size > 1000
+    run = read_run(RunFolder(run_url).exports)
+    assert (run.stage, run.segments[-1].end["reason"]) == ("export", "finished")
+    assert sum(span.phases.get("export", 0) for span in run.segments[-1].spans) > 0
+    # Another export begins only below the cap.
+    monkeypatch.setattr("core.run.cap.SpendingCap.latest", lambda *_: 0.0)
+    assert export.main(["--dtype=float16", "--max_usd=0.0001"]) == CAPPED
+    assert not target.with_name(f"step-{step:08d}-huggingface-float16").exists()
+    assert read_run(RunFolder(run_url).exports).segments[-1].end["reason"] == "cap"

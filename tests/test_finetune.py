@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from core import storage
+from core.data.chat_template import NO_TARGET, render
 from core.data.vocabulary import read as read_vocabulary
 from core.errors import CheckpointError, DataError
 from core.settings.model import ModelConfig
@@ -12,7 +13,6 @@ from core.settings.tuning import ExamplesConfig
 from tests import launching, tuning
 from trainer.checkpoint import layout
 from trainer.data import examples
-from trainer.data.chat_template import NO_TARGET, render
 from trainer.data.examples import NumberedBatches, in_order, pack
 from trainer.model import lora
 from trainer.model.gpt import GPT

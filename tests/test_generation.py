@@ -13,12 +13,13 @@ from transformers.generation import logits_process
 from core.data import vocabulary
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import ConfigError, TrainingError
+from core.settings.inference import Sampling
 from core.settings.model import ModelConfig
 from tests import presets
 from tests.checkpoints import random_model
 from trainer.inference.choose import choose
 from trainer.inference.engine import ROOM_STEP, Engine, GenerationRequest, TextStream
-from trainer.inference.sampling import Sampling, load
+from trainer.inference.sampling import load
 from trainer.loop.evaluation import sample
 from trainer.model.gpt import GPT
 
@@ -347,3 +348,17 @@ def test_settings_say_what_is_wrong():
         with pytest.raises(ConfigError, match=f"^{error}".replace("?", r"\?")):
             load(Sampling, [flag], {})
     assert load(Sampling, [r"--stop=\n\n,END"], {}).stop == ("\n\n", "END")
+
+
+def test_without_a_cache_the_texts_are_the_same():
+    """Its speed is what /compare shows beside the cache's."""
+    model = random_model(ModelConfig(layers=2, heads=2, width=32, context=64, padded_vocab_size=50304))
+    requests = [
+        GenerationRequest([5, 6, 7], Sampling(max_tokens=8, seed=1), endless=True),
+        GenerationRequest([9], Sampling(max_tokens=5, temperature=0), endless=True),
+    ]
+    kept, again = (
+        Engine(model, None, CPU, max_batch_size=2, caches=caches).complete(requests) for caches in (True, False)
+    )
+    assert [[token.id for token in each.tokens] for each in kept] == [[t.id for t in each.tokens] for each in again]
+    assert [len(each.tokens) for each in again] == [8, 5]

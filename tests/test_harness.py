@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
+from core.data import chat_template
 from core.errors import ConfigError
 from core.settings.evaluation import EvaluateConfig
 from tests import models
-from trainer.data import chat_template
 from trainer.distributed.process_group import Ranks
 from trainer.evals.progress import PartialResults
 from trainer.weights.open import open_weights

@@ -21,6 +21,7 @@ from core.errors import LauncherError, RunError
 from core.run import journal
 from core.run.folder import RunFolder, id_of, open_run, read_description
 from core.run.reader import Detail, read_run, spent_usd_at_most
+from core.settings.inference import Sampling
 from core.settings.model import ModelConfig
 from core.storage import ObjectInfo
 from costs import page, render, tables
@@ -33,7 +34,6 @@ from trainer.checkpoint import blocks, layout
 from trainer.data.cache import ShardCache
 from trainer.inference import protocol
 from trainer.inference.chat_model import ChatModel
-from trainer.inference.sampling import Sampling
 from trainer.weights.open import open_weights
 
 LATER = NOON + 86400

@@ -205,8 +205,9 @@ IMAGES = {
 NOT_IN_IMAGES = {"boto3", "gguf", "lm_eval", "matplotlib", "mlflow", "prompt_toolkit", "sky", "transformers"}
 NOT_IN_IMAGES |= {"tensorboard", "wandb"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
-# launch.node.preflight asks torch about GPUs, on machines that have some; core.xxh3 sums checkpoints.
-ELSEWHERE = {"prep": {"torch", "xxhash"}, "train": set()}
+# launch.node.preflight asks torch about GPUs, on machines that have some; core.xxh3 sums checkpoints; trainer.metrics
+# writes parquet on the user's computer.
+ELSEWHERE = {"prep": {"torch", "xxhash"}, "train": {"pyarrow"}}
 
 
 def third_party(folders: tuple[str, ...]) -> set[str]:
@@ -232,3 +233,15 @@ def test_gpu_images_hold_no_other_reader_of_buckets():
         pinned = set(re.findall(r"^([\w.-]+)==", (REPOSITORY / f"requirements/{name}.txt").read_text(), re.M))
         assert "obstore" in pinned
         assert not pinned & {"boto3", "s3fs", "aiobotocore", "gcsfs", "adlfs"}
+
+
+def test_trackers_of_the_image_keep_the_versions_of_its_other_packages():
+    def pins(name: str) -> set[tuple[str, str]]:
+        text = (REPOSITORY / f"requirements/{name}.txt").read_text()
+        return set(re.findall(r"^([\w.-]+)==(\S+)", text, re.M))
+
+    trackers, train = pins("track"), pins("train-cuda")
+    assert {"mlflow-skinny", "tensorboard", "wandb"} <= {name for name, _ in trackers}
+    both = {name for name, _ in trackers} & {name for name, _ in train}
+    assert "numpy" in both
+    assert {pin for pin in trackers if pin[0] in both} == {pin for pin in train if pin[0] in both}

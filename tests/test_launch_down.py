@@ -337,6 +337,20 @@ def test_logs_of_a_cluster_that_is_gone_name_the_command_that_shows_them(sky):
     assert "make logs FROM=bucket RUN=gpt2-124m" in done.stderr
 
 
+def test_logs_without_a_task_follow_what_was_launched_last(sky):
+    older = cluster("pretrain-8xa100", launched_at=1000)
+    foreign = cluster("somebody-elses", launched_at=3000)
+    sky(**{"jobs queue": said(job(4) | {"submitted_at": 2000.5}), "status": said(older, foreign)})
+    done = sky.run("launch.runs", "logs")
+    assert sky.called()[-1] == "jobs logs 4"
+    also = (
+        "following managed job pretrain-8xa100-spot, the newest; also up: cluster pretrain-8xa100 (make logs TASK=...)"
+    )
+    assert also in done.stdout
+    sky(**{"jobs queue": NO_CONTROLLER, "status": said(foreign)})
+    assert "nothing of this project runs; all output of a run is in the bucket" in sky.run("launch.runs", "logs").stderr
+
+
 # --- Lambda's key ----------------------------------------------------------------------------------------------
 
 KEY = "secret_of-the-team.0123456789abcdef"

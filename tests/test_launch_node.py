@@ -16,7 +16,7 @@ from core import stop
 from core.commands import run_within
 from core.errors import ConfigError
 from core.exit_codes import BAD_NODE, CAPPED
-from core.run import journal, paid
+from core.run import journal, log, paid
 from core.run.folder import RunFolder
 from core.run.reader import spent_usd_at_most
 from launch.node import __main__ as node
@@ -160,8 +160,8 @@ def test_a_line_without_end_takes_little_memory(monkeypatch):
 
 
 def test_lines_that_the_store_does_not_take_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(node, "WAITING_BYTES", 1000)
-    monkeypatch.setattr(node, "LOG_FLUSH_SECONDS", 3600.0)
+    monkeypatch.setattr(log, "WAITING_BYTES", 1000)
+    monkeypatch.setattr(log, "FLUSH_SECONDS", 3600.0)
     output = node.Output(str(tmp_path))
     for number in range(100):
         output.add(f"line {number} " + "x" * 100)

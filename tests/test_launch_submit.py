@@ -12,7 +12,7 @@ from core.errors import LauncherError
 from core.run import paid
 from core.run.folder import RunFolder
 from core.settings import loader
-from core.settings.training import RunConfig
+from core.settings.run import RunConfig
 from core.task import read_task
 from launch import check, submit
 from tests import corpus
@@ -89,6 +89,33 @@ def test_an_interrupted_launch_is_cancelled_and_what_it_began_is_ended(sky, how,
     assert interrupt(sky, how) == code
     calls = [call for call in sky.called() if call.startswith(("api cancel", "down", "jobs cancel"))]
     assert calls == ["api cancel --yes 3f", "down --yes pretrain-8xa100"]
+
+
+def test_a_launch_waits_for_a_machine_no_longer_than_it_may(sky):
+    """MAX_WAIT of a second: nothing is up, so the launch is cancelled; a cluster that is up is left to go on."""
+    requests = said({**REQUEST, "created_at": NOW})
+    sky(**answers(**{"api status": requests}))
+    done = sky.run("launch.submit", TRAIN, "--no-check", BUCKET="b", MAX_WAIT="0.02")
+    assert done.returncode == 143
+    assert "no machine within MAX_WAIT" in done.stdout
+    assert "tried A100-80GB:8 at lambda" in done.stdout or "tried A100:8 at" in done.stdout
+    calls = sky.called()
+    assert "--retry-until-up" in calls[0]
+    assert "api cancel --yes 3f" in calls
+
+
+def test_a_managed_job_waits_no_longer_either(sky):
+    name = "pretrain-8xa100-spot"
+    job = {"job_id": 2, "job_name": name, "status": "STARTING", "submitted_at": NOW}
+    sky(**answers(**{"jobs launch": ["", "", 0], "jobs queue": said(job), "api status": said()}))
+    done = sky.run("launch.submit", f"sky/{name}.yaml", "--no-check", BUCKET="b", MAX_WAIT="0.02")
+    assert done.returncode == 143
+    assert "tried A100:8 on spot at aws/us-east-1, A100:8 on spot at aws/us-west-2" in done.stdout
+    assert "jobs cancel --yes 2" in sky.called()
+    sky(**answers(**{"jobs launch": ["", "", 0], "jobs queue": said(job | {"status": "RUNNING"})}))
+    assert sky.run("launch.submit", f"sky/{name}.yaml", "--no-check", BUCKET="b", MAX_WAIT="60").returncode == 0
+    wrong = sky.run("launch.submit", f"sky/{name}.yaml", "--no-check", BUCKET="b", MAX_WAIT="30 min")
+    assert "environment variable MAX_WAIT is '30 min', must be a number above zero" in wrong.stderr
 
 
 def test_a_cluster_that_was_up_before_stays(sky):

@@ -46,6 +46,8 @@ VALUES = ("x; touch ran", "$(touch ran)", "`touch ran`", "a'b; touch ran'", "$(s
         ("pretrain", "INFRA", "<--infra><{}>"),
         ("plan", "USD", "<cost_report.py><plan><--usd={}>"),
         ("plan", "DEADLINE", "<--deadline={}>"),
+        ("run", "USD", "<launch.run><--usd={}>"),
+        ("run", "ADD_USD", "<launch.run><--add-usd={}>"),
         ("status", "RUN", ""),
         ("logs", "FROM", ""),
         ("smoke", "TASK", "<sky/smoke-cpu.yaml>"),

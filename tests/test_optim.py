@@ -18,7 +18,8 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import parse_key
 from trainer.model.gpt import GPT
 from trainer.optim import muon
-from trainer.optim.optimizer import BlockOptimizer, rate_factor
+from trainer.optim.optimizer import BlockOptimizer
+from trainer.optim.schedule import rate_factor
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])

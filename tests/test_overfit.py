@@ -10,9 +10,10 @@ from core import storage
 from core.run import journal
 from core.settings.training import PretrainConfig
 from tests import corpus, launching, presets
-from trainer.loop.loop import is_overfitted
+from trainer.loop.overfit import is_overfitted
 from trainer.model.gpt import GPT
-from trainer.optim.optimizer import BlockOptimizer, rate_factor
+from trainer.optim.optimizer import BlockOptimizer
+from trainer.optim.schedule import rate_factor
 from trainer.stages import sizing
 
 PRESETS = presets.pretraining()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from costs.plan import law, planner, recipes
+from core.loss import law
+from costs.plan import planner, recipes
 from costs.plan.planner import Prices, Question
 from costs.throughput import Measured
 from tests.plans import ASSUME, LAW, MACHINES, RATES, answer, machine, offer

@@ -138,7 +138,31 @@ def test_the_first_screen_says_what_is_bought_and_what_to_type(capsys):
         assert word in said, word
     columns = [line.split()[-3:] for line in said.splitlines() if line.strip().startswith("all in")]
     assert columns == [["20.00", "20.00", "20.00"]]
+    assert re.search(r"^  make run USD=20 BUCKET=my-bucket$", said, re.M)
     assert re.search(r"^  make pretrain\S* .*MAX_USD=", said, re.M)
+    assert said.index("make run USD=20") < said.index("The same plans in dollars"), "the command is on the first screen"
+
+
+def test_the_command_for_all_of_it_has_the_question_s_constraints(capsys):
+    said = run(capsys, "--usd=20", "--gpus=A100:8", "--on-demand", "--deadline=6h")
+    assert "  make run USD=20 BUCKET=my-bucket DEADLINE=6h GPUS=A100:8 ON_DEMAND=1\n" in said
+    said = run(capsys, "--usd=20", "--gpus=A100:8", "--size=124M")
+    assert "  BUCKET=my-bucket .venv-launch/bin/python -m launch.run --usd=20 --gpus=A100:8 --size=124M\n" in said
+
+
+def test_preparation_and_evaluation_are_lines_of_the_bill_and_no_part_of_the_training_s_cap(capsys):
+    whole, prepared = (
+        json.loads(run(capsys, "--usd=20", "--gpus=A100:8", "--json", *flags))["plans"][0]
+        for flags in ((), ("--prepared",))
+    )
+    assert {"preparation", "evaluation"} <= whole["parts"].keys()
+    assert "preparation" not in prepared["parts"]
+    assert prepared["tokens"] > whole["tokens"]
+    for each in (whole, prepared):
+        beside = sum(each["parts"].get(name, 0.0) for name in ("storage", "egress", "jobs controller"))
+        assert each["machines_usd"] == pytest.approx(20.0 - beside, abs=0.01)
+        stages = sum(each["parts"].get(name, 0.0) for name in ("preparation", "evaluation"))
+        assert each["max_usd"] == pytest.approx(each["machines_usd"] - stages, abs=0.011)
 
 
 def test_an_assumption_of_the_estimate_is_one_of_the_plan(capsys):
@@ -226,7 +250,7 @@ def test_a_bucket_that_cannot_be_read_only_leaves_out_own_runs(tmp_path: Path, c
     command.main(["plan", "--usd=20"])
     assert "own runs: none in BUCKET has trained" in capsys.readouterr().out
     monkeypatch.setenv("BUCKET", "../x")
-    assert own.in_bucket({"BUCKET": "s3://"})[1].startswith("own runs: BUCKET cannot be read (BUCKET is 's3://'")
+    assert own.in_bucket({"BUCKET": "s3://"}).said.startswith("own runs: BUCKET cannot be read (BUCKET is 's3://'")
 
 
 def test_sizes_are_settings_that_the_trainer_takes():

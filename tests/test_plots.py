@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError, DataError, RunError
+from core.run.measured import read_measured
 from tests import launching, warm
 from trainer import plots
-from trainer.plots import read_measured
 
 
 def segment(run: Path, number: int, start: float, price: float | None, marks: list[dict], metrics: list[dict]) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from core.data import manifest
 from core.errors import DataError
-from data_prep import sets
 from data_prep.sources import parquet
 from data_prep.sources.files import Part, SourceFile
+from data_prep.sources.rows import read_rows
 from tests.corpus import documents, prepare_set
 
 TEXTS = documents(40)
@@ -128,11 +128,11 @@ def test_every_name_of_json_lines_is_read(name: str, tmp_path: Path, vocab_bpe: 
     (tmp_path / name).write_bytes(gzip.compress(ROWS.encode()) if name.lower().endswith("gz") else ROWS.encode())
     prepare_set(str(tmp_path / name), str(tmp_path / "set"), vocab_bpe)
     assert manifest.read(str(tmp_path / "set")).stats["documents"] == 300
-    assert len(sets.read_rows(str(tmp_path / name))) == 300
+    assert len(read_rows(str(tmp_path / name))) == 300
 
 
 def test_rows_of_a_set_may_be_a_list_and_a_deep_one_is_none(tmp_path: Path):
     (tmp_path / "a.json").write_text(json.dumps([{"a": 1}, {"a": 2}], indent=1))
-    assert sets.read_rows(str(tmp_path / "a.json")) == [{"a": 1}, {"a": 2}]
+    assert read_rows(str(tmp_path / "a.json")) == [{"a": 1}, {"a": 2}]
     (tmp_path / "b.jsonl").write_text('{"a": 1}\n' + DEEP)
-    assert sets.read_rows(str(tmp_path / "b.jsonl")) == [{"a": 1}, None]
+    assert read_rows(str(tmp_path / "b.jsonl")) == [{"a": 1}, None]

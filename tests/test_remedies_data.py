@@ -283,7 +283,7 @@ def test_flags_of_sets_and_inspect(copy: tuple[Path, list[str]], tmp_path: Path,
     assert sets.main(["instructions", place, flag]) == 0
     assert "--help" in refused(sets, "instruction", place)
     assert sets.main(["--help"]) == 0
-    known = found(r"known flags: (\S+), (\S+), (\S+)$", refused(inspect, place, "--sample=1"))
+    known = found(r"known flags: (\S+), (\S+), (\S+), (--set=), (\S+)$", refused(inspect, place, "--sample=1"))
     assert inspect.main([place, *known]) == 0
     [example] = found(r"python -m data_prep\.inspect (DATA_URL --samples=3)$", refused(inspect))
     assert inspect.main([place if word == "DATA_URL" else word for word in example.split()]) == 0

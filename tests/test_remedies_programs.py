@@ -12,11 +12,11 @@ import torch
 from core import bucket, environment
 from core.data import vocabulary
 from core.errors import LauncherError
-from core.run.cap import spent_by_earlier_segments
+from core.run.cap import Bounds, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.machine import Machine
 from core.settings import loader
-from core.settings.stages import training_schema
+from core.settings.stages import training_schema, written_out
 from core.settings.training import PretrainConfig
 from core.settings.tuning import ExamplesConfig
 from core.stores import credentials
@@ -150,9 +150,16 @@ def test_a_run_is_continued_elsewhere_with_the_printed_command(data_url: str, tm
     run_url = str(tmp_path / "a run")
     models.make_run(run_url, data_url)
     flags = [f"--model.{key}={value}" for key, value in loader.to_dict(models.SMALL).items()]
-    settings = loader.load(PretrainConfig, [*flags, f"--run.url={run_url}", f"--data.url={data_url}"], {})
+    loaded = [*flags, f"--run.url={run_url}", f"--data.url={data_url}"]
+    settings = loader.load(PretrainConfig, loaded, {})
     open_run(RunFolder(run_url), loader.identity(settings), loader.to_dict(settings), "data")
     other = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, lr=0.5))
+    opening = (loader.identity(other), loader.to_dict(other), "data")
+    said = refused(open_run, RunFolder(run_url), *opening)
+    [flags] = found(r"to go on from its newest step with other settings: (.*)$", said)
+    branch = loader.load(PretrainConfig, [*loaded, *written_out(shlex.split(flags))], {})
+    assert (branch.run.branch_from, branch.run.url) == (run_url, f"{run_url}-2")
+    other = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, name="muon"))
     opening = (loader.identity(other), loader.to_dict(other), "data")
     said = refused(open_run, RunFolder(run_url), *opening)
     command, place = found(
@@ -171,11 +178,12 @@ def test_a_run_is_continued_elsewhere_with_the_printed_command(data_url: str, tm
 def test_a_cap_needs_a_price_or_is_removed(tmp_path: Path):
     folder = RunFolder(str(tmp_path))
     [name] = found(
-        r"set (USD_PER_HOUR) to .*, or remove the cap", refused(spent_by_earlier_segments, folder, Machine(), 5.0)
+        r"set (USD_PER_HOUR) to .*, or remove the cap",
+        refused(spent_by_earlier_segments, folder, Machine(), Bounds(5.0)),
     )
     usd = environment.positive({name: "2"}, name)
-    assert spent_by_earlier_segments(folder, Machine(usd_per_hour=usd), 5.0) == 0
-    assert spent_by_earlier_segments(folder, Machine(), 0.0) == 0
+    assert spent_by_earlier_segments(folder, Machine(usd_per_hour=usd), Bounds(5.0)).usd == 0
+    assert spent_by_earlier_segments(folder, Machine(), Bounds()).usd == 0
 
 
 def pretrain(data_url: str, ranks, *flags: str):
@@ -304,7 +312,7 @@ class Notes:
     ],
 )
 def test_commands_of_the_chat(line: str, said: str, remedy: str):
-    from trainer.inference.sampling import InferenceOptions, Sampling
+    from core.settings.inference import InferenceOptions, Sampling
 
     notes = Notes()
     model = type("Model", (), {"tuned": True, "name": "m"})()

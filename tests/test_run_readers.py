@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from core.run.measured import read_measured
 from core.run.reader import Detail, read_run, spent_usd_at_most
 from costs import page, render
 from costs.report import build
 from launch.runs import spent_line
 from tests.golden import NOON, GoldenRun, mark, preempted_and_resumed, span, train_metric
-from trainer.plots import read_measured
 from trainer.weights import card
 
 LATER = NOON + 86400

@@ -9,12 +9,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from core.settings.inference import Sampling
 from tests.patience import PATIENCE_SECONDS
 from tests.test_hostile_fuzz import Words
 from trainer.inference import server as http
 from trainer.inference.chat_model import ChatModel
 from trainer.inference.connections import Connections, most_connections
-from trainer.inference.sampling import Sampling
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 HALF_A_HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "

@@ -12,11 +12,10 @@ import aiohttp
 import pytest
 import torch
 
-from core.data import vocabulary
+from core.data import chat_template, vocabulary
 from tests import checkpoints
 from tests.patience import PATIENCE_SECONDS
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
-from trainer.data import chat_template
 from trainer.inference.engine import Engine
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

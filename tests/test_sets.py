@@ -1,5 +1,6 @@
 """Small sets beside the shards: checked when stored, checked when read."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from core.data import sets
 from core.errors import ConfigError, DataError
+from data_prep import hellaswag
 from data_prep import sets as entry
 
 GOOD = [
@@ -34,7 +36,10 @@ def test_instructions_are_stored_in_one_form(tmp_path: Path, capsys: pytest.Capt
     ("row", "problem"),
     [
         ("not json", "is not a JSON object"),
-        ({"text": "x"}, "has neither messages nor instruction and output"),
+        ({"text": "x"}, "has none of the columns messages, conversations; instruction and .*its columns: text"),
+        ({"instruction": "x"}, "instruction and output or response; .*its columns: instruction"),
+        ({"question": "x", "answer": {"text": ["y"]}}, "whose content is dict, not a text"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "has a message from 'tool'; known are human, user, gpt"),
         ({"instruction": "x", "output": " "}, "empty message of role 'assistant'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "does not alternate user, assistant"),
         ({"messages": [{"role": "system", "content": "x"}]}, "does not alternate user, assistant"),
@@ -58,18 +63,35 @@ def test_damaged_and_missing_sets_are_refused(tmp_path: Path):
         sets.read(str(tmp_path), "instructions")
 
 
+def test_a_missing_evaluation_set_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    row = dict.fromkeys(hellaswag.FIELDS, "x") | {"label": 3}
+    source = write_rows(tmp_path / "hellaswag.jsonl", [row])
+    monkeypatch.setattr(hellaswag, "SOURCE", source)
+    with pytest.raises(DataError, match=r"leave the set out with --evaluation_sets=, or store a copy: python -m data_"):
+        hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
+    assert not (tmp_path / "data/sets/hellaswag.json").exists()
+    published = hashlib.sha256(hellaswag.stored_form([row], "x")).hexdigest()
+    monkeypatch.setattr(hellaswag, "ROWS_SHA256", published)
+    hellaswag.ensure(str(tmp_path / "data"), [])
+    assert not (tmp_path / "data").exists()
+    hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
+    assert sets.info_of(str(tmp_path / "data"), "hellaswag").sha256 == published
+    Path(source).unlink()  # from now on nothing is fetched
+    hellaswag.ensure(str(tmp_path / "data"), ["hellaswag"])
+
+
 def test_hellaswag_is_the_published_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    row = dict.fromkeys(entry.FIELDS, "x") | {"ind": 1, "label": "3", "endings": ["a", "b", "c", "d"]}
+    row = dict.fromkeys(hellaswag.FIELDS, "x") | {"ind": 1, "label": "3", "endings": ["a", "b", "c", "d"]}
     shuffled = dict(sorted(row.items()))
     source = write_rows(tmp_path / "hellaswag.jsonl", [shuffled])
     with pytest.raises(DataError, match=r"its 1 rows have the checksum .* HellaSwag's validation set has dc1be2fa1bef"):
-        entry.store_hellaswag(str(tmp_path), source)
+        hellaswag.store(str(tmp_path), source)
     assert not (tmp_path / "sets").exists()
     with pytest.raises(DataError, match=r"not HellaSwag.s rows .KeyError"):
-        entry.store_hellaswag(str(tmp_path), write_rows(tmp_path / "other.jsonl", [{"a": 1}]))
+        hellaswag.store(str(tmp_path), write_rows(tmp_path / "other.jsonl", [{"a": 1}]))
     # The checksum is that of one form, whatever the order of columns in the copy.
-    assert list(json.loads(entry.hellaswag_bytes([shuffled], "x"))) == list(entry.FIELDS)
-    assert json.loads(entry.hellaswag_bytes([shuffled], "x"))["label"] == 3
+    assert list(json.loads(hellaswag.stored_form([shuffled], "x"))) == list(hellaswag.FIELDS)
+    assert json.loads(hellaswag.stored_form([shuffled], "x"))["label"] == 3
 
 
 def test_unknown_kind_and_missing_source(tmp_path: Path):
@@ -109,6 +131,46 @@ def test_a_content_is_a_text_or_parts_of_one(row):
     assert sets.conversation(row) == {"messages": expected}
     system = {"role": "system", "content": "Be brief."}
     assert sets.conversation(row | {"system": "Be brief."}) == {"messages": [system, *expected]}
+
+
+SAID = [{"from": "human", "value": "Q 1"}, {"from": "gpt", "value": "A"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "not_used"),
+    [
+        ({"conversations": SAID, "id": "x"}, ["id"]),  # ShareGPT
+        ({"conversations": [{"role": "user", "content": "Q 1"}, {"role": "assistant", "content": "A"}]}, []),
+        ({"conversations": [SAID[0], SAID[1] | {"weight": 1, "source": "y"}]}, ["messages[].source"]),
+        ({"question": "Q 1", "answer": "A"}, []),
+        ({"question": "Q 1", "response": "A", "level": 1}, ["level"]),
+        ({"instruction": "Q 1", "context": "", "response": "A"}, []),  # Dolly
+        ({"instruction": "Q 1", "input": "", "output": "A", "text": "Q 1 A"}, ["text"]),  # Alpaca
+        ({"prompt": "Q 1", "response": "A"}, []),
+    ],
+)
+def test_rows_of_usual_sets_become_conversations(row, not_used: list[str]):
+    expected = [{"role": "user", "content": "Q 1"}, {"role": "assistant", "content": "A"}]
+    assert sets.conversation(row) == {"messages": expected}
+    assert sets.unused(row, "conversations") == not_used
+    system = {"role": "system", "content": "Be brief."}
+    for column in ("system", "system_prompt"):
+        assert sets.conversation(row | {column: "Be brief."}) == {"messages": [system, *expected]}
+
+
+def test_a_context_belongs_to_the_question():
+    row = {"instruction": "Who?", "context": "Ann came.", "response": "Ann"}
+    assert sets.conversation(row)["messages"][0]["content"] == "Who?\n\nAnn came."
+    row = {"question": "Who?", "context": "Ann came.", "answer": "Ann"}
+    assert sets.conversation(row)["messages"][0]["content"] == "Who?\n\nAnn came."
+
+
+def test_pairs_of_sharegpt():
+    better, worse = sets.preference(
+        {"conversations": SAID[:1], "chosen": SAID[1], "rejected": {**SAID[1], "value": "B"}}
+    )
+    assert [each["messages"][-1]["content"] for each in (better, worse)] == ["A", "B"]
+    assert better["messages"][0] == {"role": "user", "content": "Q 1"}
 
 
 def test_parts_in_prompts_and_of_other_kinds():

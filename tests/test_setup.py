@@ -40,10 +40,10 @@ class SetUp:
         file.chmod(0o755)
         return str(file)
 
-    def run(self, python: str = sys.executable) -> subprocess.CompletedProcess:
+    def run(self, python: str = sys.executable, build: str = "torch") -> subprocess.CompletedProcess:
         given = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", "PYTHON": python, "LC_ALL": "C"}
         return subprocess.run(
-            [SCRIPT, "demo", str(self.venv), "torch"], env=given, cwd="/", capture_output=True, text=True
+            [SCRIPT, "demo", str(self.venv), build], env=given, cwd="/", capture_output=True, text=True
         )
 
     def called(self) -> str:
@@ -119,3 +119,44 @@ def test_what_uv_cannot_do_is_said_in_one_sentence_with_the_remedy(setup, uv_say
     assert sentence in last
     setup.uv()
     assert setup.run().returncode == 0, "the next call repairs it"
+
+
+def nvidia_smi(setup, lines: str, code: int = 0) -> None:
+    file = setup.folder / "nvidia-smi"
+    file.write_text(f"#!/bin/sh\necho '{lines}'\nexit {code}\n")
+    file.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "said"),
+    [
+        (
+            "couldnt communicate",
+            9,
+            "no NVIDIA GPU answers (nvidia-smi: couldnt communicate); install NVIDIA's driver",
+        ),
+        (
+            "570.86.15, 8.9, NVIDIA L4",
+            0,
+            "the driver is '570.86.15', and CUDA 13.0, with which torch is built, needs",
+        ),
+        ("580.95.05, 6.1, NVIDIA GeForce GTX 1080", 0, "this computer has NVIDIA GeForce GTX 1080 (6.1)"),
+    ],
+    ids=["no driver", "old driver", "old GPU"],
+)
+def test_a_gpu_that_torch_cannot_use_is_said_before_anything_is_installed(setup, lines: str, code: int, said: str):
+    nvidia_smi(setup, lines, code)
+    done = setup.run(build="cuda")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (setup.folder / "calls").exists()
+
+
+def test_a_gpu_gets_torch_with_cuda_and_is_tried(setup):
+    nvidia_smi(setup, "580.95.05, 8.9, NVIDIA L4")
+    done = setup.run(build="cuda")
+    assert "--require-hashes -r requirements/train-cuda.txt" in setup.called()
+    assert "torch-cpu" not in setup.called()
+    assert done.returncode == 1  # the torch of this environment has no CUDA
+    assert "error: torch finds no GPU (" in done.stderr

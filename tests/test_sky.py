@@ -13,6 +13,7 @@ from clouds import skypilot
 from core.errors import ConfigError
 from core.exit_codes import BAD_NODE, PREEMPTED
 from core.task import read_task
+from launch import managed
 
 ROOT = Path(__file__).parent.parent
 TASKS = sorted((ROOT / "sky").glob("*.yaml"))
@@ -67,6 +68,25 @@ def test_recovery_names_our_codes_and_never_the_cap():
         assert recovery["max_restarts_on_errors"] == 0
 
 
+def test_every_task_can_be_a_managed_job(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(managed, "FOLDER", tmp_path)
+    assert managed.chosen(str(path), {}) == str(path)
+    copy = Path(managed.chosen(str(path), {"MANAGED": "1"}))
+    before, after = task_of(path), task_of(copy)
+    assert read_task(str(copy), {}).managed
+    if "job_recovery" in before["resources"]:
+        assert copy == path
+        return
+    assert {name for name in before if before[name] != after[name]} == {"resources", "envs"}
+    assert {"ordered", "any_of"} & before["resources"].keys() <= {"any_of"}
+    candidates = after["resources"].get("ordered", [])
+    assert sorted(map(str, candidates)) == sorted(map(str, before["resources"].get("any_of", [])))
+    spot = [candidate.get("use_spot", False) for candidate in candidates]
+    assert spot == sorted(spot, reverse=True)
+    assert "autostop" not in after["resources"]
+    assert after["resources"]["job_recovery"]["recover_on_exit_codes"] == RECOVERED
+
+
 def test_managed_jobs_order_their_candidates():
     """SkyPilot 0.14.1 tries any_of of a managed job in arbitrary order."""
     for path in TASKS:
@@ -99,8 +119,9 @@ def test_configs_exist_and_fit_their_program(path):
     if "CONFIG" not in envs:
         pytest.skip("names no config")
     assert (ROOT / envs["CONFIG"]).is_file()
-    workload = read_task(str(path), {}).workload
-    assert workload.stage in ("pretrain", "prep", "finetune")
+    given = {name: "s3://b/prompts.txt" for name, value in envs.items() if value is None and name != "BUCKET"}
+    workload = read_task(str(path), given).workload
+    assert workload.stage in ("pretrain", "prep", "finetune", "dpo", "distil", "synthesize")
     assert workload.problem == ""
 
 
@@ -157,7 +178,8 @@ def test_the_login_by_which_skypilot_rents_goes_to_no_node(monkeypatch):
     for path in (ROOT / "sky").glob("*.yaml"):
         declared = task_of(path)
         assert not {*login} & {*(declared.get("envs") or {}), *(declared.get("secrets") or {})}
-        given = {"BUCKET": "b", "IMAGE": "i", "BUCKET_SESSION_TOKEN": "b", "HF_TOKEN": "h", **login}
+        required = {name: "x" for name, value in declared["envs"].items() if value is None}
+        given = {**required, "BUCKET": "b", "IMAGE": "i", "BUCKET_SESSION_TOKEN": "b", "HF_TOKEN": "h", **login}
         command = command_of(f"sky/{path.name}", given)
         sent = {command[at + 1] for at, word in enumerate(command) if word == "--secret"}
         assert sent == ({"BUCKET_SESSION_TOKEN", "HF_TOKEN"} if "BUCKET" in declared["envs"] else set())

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -8,11 +9,14 @@ from clouds.base import Instance, Unavailable
 from clouds.providers import CLOUDS
 from core import storage
 from core.run import paid
-from core.run.cap import OthersWatch, SpendingCap
+from core.run.cap import Bounds, OthersWatch, SpendingCap, newest_saving_segment, restarts_too_dear
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
-from core.run.reader import Detail, read_run, spent_usd_at_most
+from core.run.reader import Detail, Spent, read_run, spent_usd_at_most
+from core.settings import loader
+from core.settings.spot import too_few_checkpoints
+from core.settings.training import PretrainConfig
 from launch import gone
 from launch.spent import spent_line
 from tests.golden import NOON, GoldenRun, mark, preempted_and_resumed, span
@@ -163,7 +167,7 @@ def test_the_cap_hears_of_another_trainer_of_the_same_run(tmp_path: Path):
     """Both opened the run when nothing was spent; each one's machine costs 36 dollars an hour."""
     run = str(tmp_path)
     mine = Ledger(RunFolder(run), Machine(usd_per_hour=36.0, host="a"), {})
-    cap = SpendingCap(mine, max_usd=5.0, shutdown_seconds=60, spent_before=0.0)
+    cap = SpendingCap(mine, Bounds(5.0), 60, Spent(0.0, 0.0))
     assert not cap.reached(0.0, 0.0)
     Ledger(RunFolder(run), Machine(usd_per_hour=36.0, host="b"), {}, started_at=time.time() - 450).close("preempted")
     watch = OthersWatch(cap, run, mine.segment, seconds=0.01)
@@ -172,8 +176,8 @@ def test_the_cap_hears_of_another_trainer_of_the_same_run(tmp_path: Path):
         assert time.monotonic() < deadline, "the cap has not heard"
         time.sleep(0.01)
     watch.close()
-    cap.others_have_spent(None)
-    cap.others_have_spent(0.0)
+    cap.others_have_spent(Spent(None, 0.0))
+    cap.others_have_spent(Spent(0.0, 0.0))
     assert cap.spent_usd() > 4.4, "less or nothing known frees no money"
     mine.close("cap")
 
@@ -231,12 +235,12 @@ def test_a_cloud_that_does_not_answer_leaves_the_end_open(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("cloud", "took", "reserve"),
     [
-        ("aws", None, paid.SHUTDOWN_SECONDS["aws"]),
+        ("aws", None, 0.0),
         ("AWS", 300.0, 360.0),
-        ("lambda", 300.0, paid.SHUTDOWN_SECONDS["lambda"]),  # measured on another cloud
-        ("aws", 60.0, paid.SHUTDOWN_SECONDS["aws"]),
-        ("aws", 5000.0, paid.SHUTDOWN_SECONDS["aws"]),  # it did something else meanwhile
-        (None, None, max(paid.SHUTDOWN_SECONDS.values())),
+        ("lambda", 300.0, 0.0),  # measured on another cloud
+        ("aws", 60.0, 72.0),
+        ("aws", 5000.0, 0.0),  # it did something else meanwhile
+        (None, 60.0, 0.0),
     ],
 )
 def test_the_reserve_is_what_was_measured_on_the_cloud(tmp_path: Path, cloud, took, reserve):
@@ -253,3 +257,47 @@ def test_the_shutdown_of_a_machine_with_a_segment_counts_too(tmp_path: Path):
     before = spent_usd_at_most(run)
     paid.gone(RunFolder(run), "a", began + 160)
     assert spent_usd_at_most(run) == pytest.approx(before + 1.0, abs=0.01)
+
+
+# --- restarts --------------------------------------------------------------------------------------------------
+
+
+def test_restarts_without_a_newer_checkpoint_are_bounded(tmp_path: Path):
+    """Three machines of a dollar each; the first stores a checkpoint, the others only restart."""
+    folder, began = RunFolder(str(tmp_path)), time.time()
+    assert restarts_too_dear(folder, 1.5) == ""
+    for number in (1, 2, 3):
+        started_at = began - 100 * (4 - number)
+        book = Ledger(folder, Machine(usd_per_hour=36.0, host=str(number)), {}, started_at=started_at)
+        monotonic = book._monotonic_origin
+        book._monotonic_origin = monotonic + 100 * (3 - number)  # each lives for 100 seconds
+        book.close("failed")
+        if number == 1:
+            place = f"{folder.checkpoint(10)}"
+            storage.write_bytes(f"{place}/manifest-segment-000001.json", b"{}")
+            assert newest_saving_segment(folder) == 0, "it is not complete"
+            storage.write_bytes(f"{place}/COMPLETE", b"{}")
+    assert newest_saving_segment(folder) == 1
+    assert restarts_too_dear(folder, 2.5) == ""
+    said = restarts_too_dear(folder, 1.5)
+    assert said == "restarts have cost $2.00 since segment 1 stored the newest checkpoint, and MAX_RESTART_USD is $1.5"
+    assert restarts_too_dear(folder, 1.5, without=3) == "", "the machine that asks is no restart yet"
+    assert restarts_too_dear(folder, 0.0) == ""
+    # A node that was refused has no segment, but its time is paid too.
+    machine_record(str(tmp_path), "refused", began - 60, began - 50, began)
+    assert "$2.60" in restarts_too_dear(folder, 2.5)
+
+
+def test_spot_without_a_checkpoint_is_refused_with_the_arithmetic():
+    config = loader.load(PretrainConfig, ["--run.url=run", "--data.url=data", "--train.steps=1000"], {})
+    assert too_few_checkpoints(config) == "", "by time, the default"
+
+    def said(**checkpoint) -> str:
+        changed = dataclasses.replace(config.checkpoint, **checkpoint)
+        return too_few_checkpoints(dataclasses.replace(config, checkpoint=changed), hours=48.5)
+
+    assert said(every_steps=100) == ""
+    rare = said(every_steps=1000, expected_hours_between_failures=20.0)
+    assert "checkpoint.every_steps is 1,000 and train.steps is 1,000" in rare
+    # 20 (e^2.425 - 1) = 20 x 10.3023 hours
+    assert "48.5 h of training take 20 x (e^(48.5/20) - 1) = 206 paid hours" in rare

@@ -208,16 +208,18 @@ def test_a_finished_run_is_extended_as_the_message_says(data_url: str, straight:
     code, output = launching.finish(launching.start(1, *flags, f"--run.url={straight}"))
     assert code != 0
     assert "holds a run with train.steps=24, this config has train.steps=26; use the settings it was started" in output
-    [(command, other)] = re.findall(r"settings: python -m (.*) CONFIG.yaml, then train with run.url=(.*)\n", output)
-    module, *names = command.split()
-    imported = launching.start(1, *names, *launching.TINY, *flags, module=module, base=())
-    assert launching.finish(imported)[0] == 0
-    output = launching.train(1, *flags, f"--run.url={other}")
-    assert "resumed from step 0" in output or "starting at step 0" in output
-    start, end = launching.tensors(straight, 24), launching.tensors(other, 26)
-    assert start.keys() == end.keys()
-    losses = launching.metrics(other)
-    assert losses[1]["loss"] < launching.metrics(straight)[1]["loss"] - 0.5  # it goes on from trained weights
+    [(extend, branch, other)] = re.findall(r"more steps: (\S+); to go on .*: (--from=\S+) --run.url=(\S+)\n", output)
+    # A branch leaves the run as it is, with its own schedule over 26 steps.
+    assert "resumed from step 24" in launching.train(1, *flags, branch, f"--run.url={other}")
+    assert sorted(launching.metrics(other)) == [25, 26]
+    assert launching.tensors(other, 24) == launching.tensors(straight, 24)
+    # The extended run warms up again, and goes on without the flag too.
+    output = launching.train(1, *flags, extend, f"--run.url={straight}")
+    assert "the run is extended from 24 to 26 steps, after step 24" in output
+    rates = [metric["lr"] for _, metric in sorted(launching.metrics(straight).items())]
+    assert rates[23] < rates[24]
+    assert set(launching.completed(straight)) == {24, 25, 26}, "the last stable step and the old end are kept"
+    assert "the run had already reached its last step" in launching.train(1, *flags, f"--run.url={straight}")
 
 
 def test_damaged_checkpoints_are_skipped_by_name_and_never_replaced_by_a_fresh_start(data_url: str, straight: str):

@@ -19,7 +19,7 @@ def commands() -> list[str]:
 
 @pytest.mark.slow
 def test_every_command_works(tmp_path):
-    for name in ("core", "costs", "data_prep", "demo", "trainer", "launch", "cost_report.py"):
+    for name in ("clouds", "core", "costs", "data_prep", "demo", "launch", "sky", "trainer", "cost_report.py"):
         (tmp_path / name).symlink_to(launching.REPOSITORY / name)
     (tmp_path / "python").symlink_to(sys.executable)
     programs = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -6,10 +6,11 @@ import pytest
 
 from clouds import aws, machine, metadata
 from core.errors import ConfigError
-from core.run.cap import SpendingCap, spent_by_earlier_segments
+from core.run.cap import Bounds, SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
+from core.run.reader import Spent
 from core.settings.training import CheckpointConfig
 from tests.fake_metadata import metadata_service
 from tests.patience import PATIENCE_SECONDS
@@ -139,10 +140,10 @@ def test_cap_counts_all_segments_and_keeps_a_reserve(tmp_path, monkeypatch: pyte
     now = time.time()
     first = Ledger(RunFolder(run_url), machine, {}, started_at=now - 100)
     first.close("preempted")
-    before = spent_by_earlier_segments(RunFolder(run_url), machine, 5.0)
-    assert before == pytest.approx(1.0, abs=0.02), "100 seconds at a cent a second"
+    before = spent_by_earlier_segments(RunFolder(run_url), machine, Bounds(5.0))
+    assert before.usd == pytest.approx(1.0, abs=0.02), "100 seconds at a cent a second"
     second = Ledger(RunFolder(run_url), machine, {})
-    cap = SpendingCap(second, max_usd=5.0, shutdown_seconds=120, spent_before=1.0)
+    cap = SpendingCap(second, Bounds(5.0), 120, Spent(1.0, 100.0))
     clock = Clock(monkeypatch)
     # 4.00 are left for this segment: 120 s of shutdown, 1.5 x 20 s of checkpoint and a step of 10 s cost 1.60.
     clock.seconds = 239
@@ -150,7 +151,17 @@ def test_cap_counts_all_segments_and_keeps_a_reserve(tmp_path, monkeypatch: pyte
     clock.seconds = 241
     assert cap.reached(step_seconds=10, checkpoint_seconds=20)
     assert cap.describe() == "$3.41 of $5 spent"
-    assert not SpendingCap(second, 0.0, 120, 1.0).reached(10, 20)
+    assert not SpendingCap(second, Bounds(), 120, Spent(1.0, 100.0)).reached(10, 20)
+    # 0.15 hours are 540 s: 100 s of the first machine, and on this one 120 s of shutdown, 30 s and 10 s.
+    cap = SpendingCap(second, Bounds(5.0, hours=0.15), 120, Spent(1.0, 100.0))
+    assert cap.variable() == "MAX_USD", "which leaves 159 s"
+    cap = SpendingCap(second, Bounds(50.0, hours=0.15), 120, Spent(1.0, 100.0))
+    clock.seconds = 279
+    assert not cap.reached(step_seconds=10, checkpoint_seconds=20)
+    clock.seconds = 281
+    assert cap.reached(step_seconds=10, checkpoint_seconds=20)
+    assert cap.variable() == "MAX_HOURS"
+    assert cap.describe() == "$3.81 of $50 spent, 0.11 of 0.15 hours paid"
     second.close("cap")
 
 
@@ -160,7 +171,7 @@ def test_on_spot_the_cap_pays_for_one_more_arrival(tmp_path, monkeypatch: pytest
     for spot, reached_at in ((True, 1000 - 120 - 150), (False, 1000 - 120)):
         book = Ledger(RunFolder(str(tmp_path / str(spot))), Machine(usd_per_hour=36.0, spot=spot), {})
         clock.seconds = 100
-        cap = SpendingCap(book, max_usd=10.0, shutdown_seconds=120, spent_before=0.0)
+        cap = SpendingCap(book, Bounds(10.0), 120, Spent(0.0, 0.0))
         clock.seconds = reached_at - 1
         assert not cap.reached(step_seconds=0, checkpoint_seconds=0)
         clock.seconds = reached_at + 1
@@ -173,11 +184,11 @@ def test_cap_without_a_known_price_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"run\.max_usd is 20, but this machine's price is not known; set USD_PER_HOUR"
     ):
-        spent_by_earlier_segments(RunFolder(run_url), Machine(), 20.0)
-    assert spent_by_earlier_segments(RunFolder(run_url), Machine(), 0.0) == 0.0
+        spent_by_earlier_segments(RunFolder(run_url), Machine(), Bounds(20.0))
+    assert spent_by_earlier_segments(RunFolder(run_url), Machine(), Bounds()).usd == 0.0
     Ledger(RunFolder(run_url), Machine(), {}).close("failed")
     with pytest.raises(ConfigError, match=r"an earlier segment of .* ran at an unknown price"):
-        spent_by_earlier_segments(RunFolder(run_url), Machine(usd_per_hour=1.0), 20.0)
+        spent_by_earlier_segments(RunFolder(run_url), Machine(usd_per_hour=1.0), Bounds(20.0))
 
 
 def test_interval_follows_costs_within_the_bound():

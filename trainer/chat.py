@@ -15,9 +15,9 @@ from core.console import run_entry, set_up_logging
 from core.errors import ConfigError
 from core.exit_codes import FAILED, OK
 from core.settings import loader
+from core.settings.inference import InferenceOptions, Sampling
 from core.settings.loader import setting
 from trainer.inference import sampling as generation
-from trainer.inference.sampling import InferenceOptions, Sampling
 
 USAGE = "python -m trainer.chat RUN_OR_CHECKPOINT [--name=value ...]"
 

@@ -61,7 +61,7 @@ def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
 
     from core.cores import usable_cores
     from trainer.distributed.process_group import on_all
-    from trainer.evals import suite
+    from trainer.evals import comparison, suite
     from trainer.evals.progress import EvaluationLog
     from trainer.model import precision
     from trainer.weights.open import open_weights
@@ -72,6 +72,7 @@ def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
     trained = on_all(lambda: open_weights(targets[0], ranks.device), ranks)
     own = RunFolder(trained.run_url).evaluations if trained.run_url else None
     home = settings.results or own or "evaluations"
+    comparison.check(settings.out)
     data = suite.EvaluationData(settings.data_url or trained.data_url or "", ranks)
     tasks = suite.measurements(settings, data, ranks, numbers, home)
     columns: dict[str, dict[str, Mapping]] = {}
@@ -88,6 +89,9 @@ def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
             trained = None  # frees its memory for the next model
     if ranks.is_main:
         show(columns, [task.name for task in tasks])
+        for file in settings.out:
+            comparison.write(columns, file)
+            log.info("%s: the scores of %d models", file, len(columns))
 
 
 def measured(task, trained, folder: str, settings: EvaluateConfig, ranks, evaluation_log) -> Mapping[str, float]:

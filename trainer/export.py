@@ -8,67 +8,93 @@
 Writes model.safetensors, config.json, generation_config.json, the tokenizer's files and README.md, a model card made
 from the run's records. `transformers` loads the GPT-2 and Llama presets as its own classes; for other models the
 folder includes a modelling file. The export removes the rows that pad the vocabulary. The folder must be empty.
+
+Without names, as on a rented machine, the model is RUN_URL, and the folder is RUN_URL/exports/STEP-FORMAT-DTYPE. The
+time and dollars are then booked in a ledger below RUN_URL/exports. A second start finishes an interrupted export.
 """
 
 import json
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import Literal
 
-from core import urls
+from core import storage, urls
 from core.console import run_entry, set_up_logging
 from core.errors import ConfigError
+from core.exit_codes import CAPPED, OK, tell_launcher
+from core.run.folder import RunFolder, step_name
+from core.run.segment import Opening, SegmentLog, open_segment
 from core.settings import loader
-from core.settings.loader import setting
+from core.settings.inference import ExportConfig
 
 log = logging.getLogger("export")
 USAGE = "python -m trainer.export RUN_OR_CHECKPOINT FOLDER [--setting=value ...]"
 
 
-@dataclass(frozen=True)
-class ExportConfig:
-    """Settings of `python -m trainer.export`."""
-
-    format: Literal["huggingface", "gguf"] = setting(
-        "huggingface", "huggingface: a folder for transformers; gguf: one file for llama.cpp and compatible programs"
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "data type of the exported weights")
-    publish: str = setting(
-        "", "also store the folder at hf:OWNER/NAME (needs HF_TOKEN) or at a URL such as s3://bucket/models/name"
-    )
-    private: bool = setting(True, "make a repository that publishing creates on the Hub private")
-
-
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     set_up_logging()
     if {"-h", "--help"} & set(arguments):
         print(loader.help_text(ExportConfig, USAGE))
-        return
+        return OK
     names = [each for each in arguments if not each.startswith("--")]
-    if len(names) != 2:
+    run_url = os.environ.get("RUN_URL", "")
+    if len(names) != 2 and not (run_url and not names):
         raise ConfigError(f"give a model and a folder, not {len(names)} names: {USAGE}")
-    where, target = names
+    where, target = names or (run_url, "")
     urls.check_model(where)
     urls.check(target)
     settings = loader.load(ExportConfig, [each for each in arguments if each.startswith("--")], os.environ)
+    from trainer.weights import folder
+
+    if target:
+        folder.check_empty(target)
+    folder.check_publishable(settings.publish)
+    with _segment("" if target else run_url, settings) as segment:
+        if segment.cap and time.time() >= segment.cap.latest():
+            log.warning("%s: no export begins; give a larger max_usd", segment.cap.describe())
+            segment.close("cap")
+            tell_launcher(CAPPED)
+            return CAPPED
+        export(where, target, settings, segment)
+    return OK
+
+
+def export(where: str, target: str, settings: ExportConfig, segment: SegmentLog) -> None:
+    """Store and publish the model. An empty `target` is a folder of the run, which may hold a part of this export."""
     import torch
 
     from trainer.weights import folder
     from trainer.weights.open import open_weights
 
-    folder.check_empty(target)
-    folder.check_publishable(settings.publish)
-    trained = open_weights(where, torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as scratch:
+    with segment.phase("restore"):
+        trained = open_weights(where, torch.device("cpu"))
+    resumes = not target
+    if resumes:
+        name = f"{step_name(trained.step)}-{settings.format}-{settings.dtype}"
+        target = storage.join(RunFolder(trained.run_url).exports, name)
+    with tempfile.TemporaryDirectory() as scratch, segment.phase("export"):
         local = Path(scratch)
         write(local, trained, settings)
-        folder.store(local, target)
+        folder.store(local, target, resumes)
         print(f"{trained.name} is in {target}: {', '.join(sorted(path.name for path in local.iterdir()))}")
         if settings.publish:
             print(f"published at {folder.publish(local, settings.publish, settings.private)}")
+
+
+def _segment(run_url: str, settings: ExportConfig) -> SegmentLog:
+    """The ledger of exports of this run; without a run, one that books nothing."""
+    if not run_url:
+        return SegmentLog()
+    opening = Opening(
+        stage="export",
+        config={"export": loader.to_dict(settings)},
+        identity={},
+        packages=("torch", "obstore"),
+        max_usd=settings.max_usd,
+    )
+    return open_segment(RunFolder(RunFolder(run_url).exports), opening)
 
 
 def write(folder: Path, trained, settings: ExportConfig) -> None:
@@ -78,7 +104,7 @@ def write(folder: Path, trained, settings: ExportConfig) -> None:
     """
     import safetensors.torch
 
-    from trainer.data import chat_template
+    from core.data import chat_template
     from trainer.evals import suite
     from trainer.weights import card, gguf, huggingface, tokenizer
 

@@ -16,9 +16,9 @@ from core.console import run_entry, set_up_logging
 from core.errors import ConfigError
 from core.exit_codes import OK
 from core.settings import loader
+from core.settings.inference import InferenceOptions, Sampling
 from core.settings.loader import SettingError, setting
 from trainer.inference import sampling as generation
-from trainer.inference.sampling import InferenceOptions, Sampling
 
 log = logging.getLogger("generate")
 USAGE = "python -m trainer.generate RUN_OR_CHECKPOINT [--prompt=TEXT | --prompts=FILE] [--name=value ...]"

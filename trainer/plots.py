@@ -2,7 +2,7 @@
 
     python -m trainer.plots RUN_URL [RUN_URL ...] [--out=plots] [--format=png,svg] [--smooth=0.9]
 
-Reads metrics and ledger of each run (core.run.reader). Writes into --out the figures loss (over tokens, machine hours
+Reads metrics and ledger of each run (core.run.measured). Writes into --out the figures loss (over tokens, machine hours
 and dollars), hellaswag, recipe (learning rate and gradient norm), speed (tokens/s and MFU, with restarts and
 checkpoints) and norms, and samples.md with the text samples of each prompt by step. Skips a figure without data and
 logs its name. Needs matplotlib (the extra `plot`).
@@ -16,10 +16,10 @@ from typing import Any
 
 from core import urls
 from core.console import run_entry, set_up_logging
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError
 from core.exit_codes import OK
+from core.run import measured
 from core.run.model import Point, Run
-from core.run.reader import Detail, read_run
 
 log = logging.getLogger("plots")
 FORMATS = ("png", "svg")
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("plots need matplotlib; run `pip install -e '.[plot]'`") from None
-    runs = [(name, read_measured(url)) for name, url in named(options.runs).items()]
+    runs = measured.read_all(options.runs)
     for _, run in runs:
         for problem in run.problems:
             log.warning("%s", problem)
@@ -69,14 +69,6 @@ def main(arguments: list[str]) -> int:
         path.write_text(table)
         print(path)
     return OK
-
-
-def read_measured(run_url: str) -> Run:
-    """Reads a run. Raises DataError for one without metrics."""
-    run = read_run(run_url, Detail.ALL)
-    if not any(segment.metrics for segment in run.segments):
-        raise DataError(f"{run_url}: has no metrics; give the run.url of a training run")
-    return run
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -104,12 +96,6 @@ def parse(arguments: Sequence[str]) -> Options:
     if not 0 <= smooth < 1:
         raise ConfigError(f"--smooth={flags['smooth']}: must be a number, at least 0 and below 1")
     return Options(tuple(runs), urls.local_path(flags["out"], "--out"), formats, smooth)
-
-
-def named(urls: Sequence[str]) -> dict[str, str]:
-    """URLs by short name: the last part of the URL, or the whole URL if several runs share it."""
-    last = [url.rstrip("/").rsplit("/", 1)[-1] for url in urls]
-    return {name if last.count(name) == 1 else url: url for name, url in zip(last, urls, strict=True)}
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:

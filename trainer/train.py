@@ -21,7 +21,7 @@ import os
 from core.console import run_entry, set_up_logging
 from core.exit_codes import OK
 from core.settings import loader
-from core.settings.stages import training_schema
+from core.settings.stages import training_schema, written_out
 from trainer.checkpoint import early
 
 USAGE = """torchrun --nproc-per-node=N -m trainer.train CONFIG.yaml [--section.key=value ...]
@@ -31,7 +31,7 @@ USAGE = """torchrun --nproc-per-node=N -m trainer.train CONFIG.yaml [--section.k
 
 def main(arguments: list[str]) -> int:
     set_up_logging(speaks=os.environ.get("RANK", "0") == "0")
-    arguments = ["--train.overfit=true" if each == "--overfit" else each for each in arguments]
+    arguments = written_out(arguments)
     schema = training_schema(arguments)
     if {"-h", "--help"} & set(arguments):
         print(loader.help_text(schema, USAGE))

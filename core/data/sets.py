@@ -4,9 +4,9 @@
     DATA_URL/sets/<name>.json    description with rows, bytes and SHA-256; written last
 
 A row of conversations is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
-The roles are system (first only), then user and assistant in turn. The last one is assistant. Rows of the older form
-`instruction`, `input` (optional), `output` are converted: instruction and input, joined by a blank line, become the
-user's message. A content may be a list of text parts, as in OpenAI's API.
+The roles are system (first only), then user and assistant in turn. The last one is assistant. Rows of other forms are
+converted (`conversation`): ShareGPT's `conversations`, Alpaca's `instruction`, `input` and `output`, `question` and
+`answer`, `prompt` and `completion`. A content may be a list of text parts, as in OpenAI's API.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def info_of(data_url: str, name: str) -> SetInfo:
             raise ValueError("rows, source or sha256 is of another type")
         return info
     except ObjectNotFound as error:
-        raise DataError(f"{uri}: there is no set {name!r}; store it first: {_storing(data_url, name)}") from error
+        raise DataError(_absent(uri, data_url, name)) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         again = _storing(data_url, name)
         raise DataError(f"{uri}: not a description of a set ({error}); store it again: {again}") from error
@@ -84,6 +84,16 @@ def read_if_there(data_url: str, name: str) -> Sequence[dict[str, Any]] | None:
     return read(data_url, name) if storage.exists(_uri(data_url, f"{name}.json")) else None
 
 
+def missing(data_url: str, name: str) -> str:
+    """A sentence that names a missing set and the command that stores it; empty if the set is there."""
+    uri = _uri(data_url, f"{name}.json")
+    return "" if storage.exists(uri) else _absent(uri, data_url, name)
+
+
+def _absent(uri: str, data_url: str, name: str) -> str:
+    return f"{uri}: there is no set {name!r}; store it first: {_storing(data_url, name)}"
+
+
 def _uri(data_url: str, name: str) -> str:
     return storage.join(data_url, "sets", name)
 
@@ -106,22 +116,39 @@ _TEXTS = ("chosen", "rejected", "system")
 _MEANINGFUL = ("tools", "images", "functions")
 _MEANINGFUL_IN_MESSAGES = ("tool_calls", "function_call")
 _HUMAN = re.compile(r"\n\n(Human|Assistant):")
+# Columns of whole conversations, and of a system text.
+_WHOLE = ("messages", "conversations")
+_SYSTEM = ("system", "system_prompt")
+# Column that asks → columns of which one answers. Alpaca and Dolly, sets of questions, OpenAI's older form.
+_ANSWERS = {
+    "instruction": ("output", "response"),
+    "question": ("answer", "response", "output"),
+    "prompt": ("completion", "response"),
+}
+_MORE = ("input", "context")  # belong to the question of an `instruction` or a `question`
+# ShareGPT's names of roles.
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SPEAKERS |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
 
 
 def conversation(row: Any) -> dict[str, Any]:
     """Converts a row to the stored form. Raises ValueError with the problem.
 
-    Besides `messages` and `instruction` with `output`, a row may have `prompt` and `completion`, both texts or lists of
+    A row has `messages` or `conversations`, with OpenAI's fields `role` and `content` or ShareGPT's `from` and `value`;
+    or a question and an answer in two columns (_ANSWERS), of which `prompt` and `completion` may also be lists of
     messages. A `system` column becomes the first message.
     """
     _check_row(row)
-    messages = row.get("messages")
-    if messages is None and "instruction" in row:
-        messages = [_message("user", _instruction(row)), _message("assistant", row.get("output"))]
-    elif messages is None and "completion" in row:
-        messages = _joined(row.get("prompt"), row["completion"], "completion")
-    elif messages is not None and row.get("completion") is not None:
-        raise ValueError("has both messages and a completion; leave one of them out")
+    row = _in_roles(row)
+    used = _conversation_columns(row)
+    if used[0] in _WHOLE:
+        if row.get("completion") is not None:
+            raise ValueError(f"has both {used[0]} and a completion; leave one of them out")
+        messages = row[used[0]]
+    elif used[0] == "prompt":
+        messages = _joined(row.get("prompt"), row.get(used[1]), used[1])
+    else:
+        messages = [_message("user", _question(row, used[:-1])), _message("assistant", row.get(used[-1]))]
     return {"messages": _turns(_with_system(row, messages), "assistant")}
 
 
@@ -135,6 +162,7 @@ def preference(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     first message.
     """
     _check_row(row)
+    row = _in_roles(row)
     chosen, rejected = row.get("chosen"), row.get("rejected")
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer is None:
@@ -175,12 +203,9 @@ def unused(row: Any, schema: str) -> list[str]:
     """Columns of a row, and fields of its messages, that have a value but do not become part of the conversation."""
     if not isinstance(row, dict):
         return []
-    if schema == "preferences":
-        used = ("chosen", "rejected", *_prompt_columns(row))
-    elif row.get("messages") is not None:
-        used = ("messages",)
-    else:
-        used = ("instruction", "input", "output") if "instruction" in row else ("prompt", "completion")
+    row = _in_roles(row)
+    is_pair = schema == "preferences"
+    used = ("chosen", "rejected", *_prompt_columns(row)) if is_pair else _conversation_columns(row)
     fields = {
         key
         for messages in map(row.get, used)
@@ -189,7 +214,7 @@ def unused(row: Any, schema: str) -> list[str]:
         for key, value in message.items()
         if value not in (None, [], "") and key not in ("role", "content", "weight")
     }
-    columns = [key for key, value in row.items() if value is not None and key not in (*used, "system", "provenance")]
+    columns = [key for key, value in row.items() if value is not None and key not in (*used, *_SYSTEM, "provenance")]
     return sorted(columns) + sorted(f"messages[].{key}" for key in fields)
 
 
@@ -223,25 +248,65 @@ def _check_row(row: Any) -> None:
             raise ValueError(f"has {key}, which a conversation of texts cannot express; leave the column out")
 
 
-def _instruction(row: dict[str, Any]) -> str:
-    parts = [part for part in (row.get("instruction"), row.get("input")) if part]
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError("has an instruction or input that is not a text")
-    return "\n\n".join(parts)
+def _question(row: dict[str, Any], columns: Sequence[str]) -> str:
+    """The texts of the columns, joined by a blank line."""
+    parts = {column: row[column] for column in columns if row.get(column)}
+    for column, part in parts.items():
+        if not isinstance(part, str):
+            raise ValueError(f"has the column {column} of type {type(part).__name__}, not a text")
+    return "\n\n".join(parts.values())
+
+
+def _conversation_columns(row: dict[str, Any]) -> tuple[str, ...]:
+    """The columns that hold a row's conversation: a whole one, or the question's and then the answer's.
+
+    Raises ValueError for a row of another form.
+    """
+    for column in _WHOLE:
+        if row.get(column) is not None:
+            return (column,)
+    pairs = [(asks, answer) for asks, answers in _ANSWERS.items() for answer in answers if answer in row]
+    asked = [pair for pair in pairs if pair[0] in row] or [pair for pair in pairs if pair[1] == "completion"]
+    if asked:
+        asks, answer = next((pair for pair in asked if row[pair[1]] is not None), asked[0])
+        return (asks, answer) if asks == "prompt" else (asks, *_MORE, answer)
+    names = ", ".join(str(name) for name in list(row)[:8]) or "none"
+    pairs = "; ".join(f"{asks} and {' or '.join(answers)}" for asks, answers in _ANSWERS.items())
+    raise ValueError(f"has none of the columns {', '.join(_WHOLE)}; {pairs} (its columns: {names}); rename them")
+
+
+def _in_roles(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose messages have `role` and `content` in place of ShareGPT's `from` and `value`. Raises ValueError."""
+
+    def message(said: Any) -> Any:
+        if not isinstance(said, dict) or "role" in said or not {"from", "value"} <= said.keys():
+            return said
+        speaker = said["from"]
+        if not isinstance(speaker, str) or speaker.lower() not in _SPEAKERS:
+            raise ValueError(f"has a message from {speaker!r}; known are {', '.join(_SPEAKERS)}")
+        rest = {key: value for key, value in said.items() if key not in ("from", "value")}
+        return {"role": _SPEAKERS[speaker.lower()], "content": said["value"], **rest}
+
+    columns = (*_WHOLE, "prompt", "completion", "response", "chosen", "rejected")
+    said = {name: row[name] for name in columns if name in row}
+    return row | {
+        name: [message(each) for each in value] if isinstance(value, list) else message(value)
+        for name, value in said.items()
+    }
 
 
 def _prompt_columns(row: dict[str, Any]) -> tuple[str, ...]:
     """The columns of a row of preferences that hold its prompt."""
     chosen = row.get("chosen")
     whole = _is_messages(chosen) and chosen[0]["role"] != "assistant"
-    for key in ("prompt",) if whole else ("prompt", "question", "messages"):
+    for key in ("prompt",) if whole else ("prompt", "question", *_WHOLE):
         if row.get(key) is not None:
             return (key,)
     return () if whole else ("instruction", "input")
 
 
 def _value(row: dict[str, Any], columns: tuple[str, ...]) -> Any:
-    return row[columns[0]] if len(columns) == 1 else _instruction(row) if len(columns) == 2 else None
+    return row[columns[0]] if len(columns) == 1 else _question(row, columns) if columns else None
 
 
 def _joined(prompt: Any, answer: Any, key: str) -> list[dict[str, Any]]:
@@ -286,7 +351,7 @@ def _whole_texts(row: dict[str, Any]) -> list[list[dict[str, str]]]:
 
 def _with_system(row: dict[str, Any], messages: Any) -> Any:
     """Puts the text of the column `system` before the messages. An empty column is ignored."""
-    system = row.get("system")
+    system = next((row[name] for name in _SYSTEM if row.get(name)), None)
     if not system or not _is_messages(messages):
         return messages
     first = _message("system", system)
@@ -307,7 +372,7 @@ def _stripped(value: Any) -> Any:
 
 def _turns(messages: Any, last: str) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
-        raise ValueError("has neither messages nor instruction and output")
+        raise ValueError("has no messages in its list")
     if not all(isinstance(message, dict) for message in messages):
         raise ValueError("has a message that is not an object")
     for message in messages:

@@ -87,8 +87,13 @@ def store_vocabulary(vocab_url: str, data_url: str) -> str:
     try:
         read(uri)
     except ObjectNotFound:
-        storage.write_bytes(uri, (read(vocab_url) if vocab_url else _from_tiktoken()).stored)
+        storage.write_bytes(uri, elsewhere(vocab_url).stored)
     return uri
+
+
+def elsewhere(vocab_url: str) -> Vocabulary:
+    """The vocabulary at `vocab_url`, or, if that is empty, tiktoken's download. Raises ConfigError, DataError."""
+    return read(vocab_url) if vocab_url else _from_tiktoken()
 
 
 def _from_tiktoken() -> Vocabulary:

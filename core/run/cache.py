@@ -26,8 +26,8 @@ from core.run.timeline import SHOWN
 from core.stores import aws
 
 log = logging.getLogger(__name__)
-VERSION = 4
-_PLAIN = ("number", "started_at", "program", "launcher", "marks", "end", "problems")
+VERSION = 5
+_PLAIN = ("number", "started_at", "program", "launcher", "marks", "end", "problems", "moved")
 _CURVE = ("step", "time", *SHOWN["train"])
 
 

@@ -1,55 +1,95 @@
-"""Keeps a run below its dollar cap: all its machines together never cost more than MAX_USD.
+"""Keeps a run below its bounds: all its machines together never cost more than MAX_USD, nor run for MAX_HOURS.
 
 The ledgers of other segments give an upper bound of their cost: a killed machine counts until just before its next
-heartbeat, so that the cap also holds after many kills. Machines that opened no segment and evaluations of the run count
-too (core.run.reader.spent_usd_at_most). All are read again every LOOK_SECONDS, because another machine may be running.
+heartbeat, so that the cap also holds after many kills. Machines that opened no segment and work on the trained model
+(evaluations, servers, exports) count too (core.run.reader.spent_at_most). All are read again every LOOK_SECONDS,
+because another machine may be running.
 
 A segment stops while enough money remains for the last checkpoint and for the time until its machine is down. On spot,
 enough must also remain for one more machine, which starts if this one is taken away now, and then finds that the money
-is spent.
+is spent. MAX_HOURS counts paid time in the same way. MAX_RESTART_USD bounds what machines cost that came after the one
+that stored the newest checkpoint: a run that only ever restarts ends.
 """
 
 import logging
 import math
+import re
 import threading
+from dataclasses import dataclass
 
+from core import storage
 from core.errors import ConfigError, LauncherError
 from core.run.folder import RunFolder
 from core.run.ledger import Ledger
 from core.run.machine import Machine
-from core.run.reader import spent_usd_at_most
+from core.run.reader import Spent, spent_at_most
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 30.0
+RESTARTS = "MAX_RESTART_USD"
 SAFETY = 1.5  # factor on the expected times of the last checkpoint and of a new machine's start
+_MANIFEST = re.compile(r"^manifest-segment-(\d{6,12})\.json\Z")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The most that a run may cost in dollars and in paid hours. 0: no bound."""
+
+    usd: float = 0.0
+    hours: float = 0.0
 
 
 def spent_by_earlier_segments(
-    folder: RunFolder, machine: Machine, max_usd: float, started_at: float | None = None
-) -> float | None:
-    """Dollars of all other machines; None if a price is unknown, for which a cap raises ConfigError.
+    folder: RunFolder, machine: Machine, bounds: Bounds, started_at: float | None = None
+) -> Spent:
+    """What all other machines have cost. Raises ConfigError if a price is unknown and dollars are bounded.
 
     `started_at` is the start of this machine's paid time (unix s).
     """
     here = None if started_at is None else (machine.host, started_at)
-    if not max_usd:
-        return spent_usd_at_most(folder.url, here=here)
-    if machine.price is None:
+    if bounds.usd and machine.price is None:
         raise ConfigError(
-            f"run.max_usd is {max_usd:g}, but this machine's price is not known; "
+            f"run.max_usd is {bounds.usd:g}, but this machine's price is not known; "
             "set USD_PER_HOUR to what all its nodes cost per hour, or remove the cap"
         )
-    before = spent_usd_at_most(folder.url, here=here)
-    if before is None:
+    before = spent_at_most(folder.url, here=here)
+    if bounds.usd and before.usd is None:
         raise ConfigError(
-            f"run.max_usd is {max_usd:g}, but an earlier segment of {folder} ran at an unknown price; "
+            f"run.max_usd is {bounds.usd:g}, but an earlier segment of {folder} ran at an unknown price; "
             "remove the cap, or use another run.url"
         )
     return before
 
 
+def newest_saving_segment(folder: RunFolder) -> int:
+    """The number of the segment that stored the newest complete checkpoint; 0 if there is none. Raises StorageError."""
+    for step in sorted(storage.list_names(folder.checkpoints), reverse=True):
+        names = storage.list_names(storage.join(folder.checkpoints, step))
+        numbers = [int(match[1]) for name in names if (match := _MANIFEST.match(name))]
+        if "COMPLETE" in names and numbers:
+            return max(numbers)
+    return 0
+
+
+def restarts_too_dear(
+    folder: RunFolder, max_usd: float, without: int | None = None, here: tuple[str | None, float] | None = None
+) -> str:
+    """Says that the machines after the newest checkpoint's have cost `max_usd`; "" otherwise, and for 0.
+
+    This machine is left out: by its segment, `without`, or by host and start, `here`. Raises StorageError.
+    """
+    if not max_usd:
+        return ""
+    segment = newest_saving_segment(folder)
+    usd = spent_at_most(folder.url, without, here, segment).usd
+    if usd is None or usd < max_usd:
+        return ""
+    since = f"since segment {segment} stored the newest checkpoint" if segment else "and no checkpoint is stored"
+    return f"restarts have cost ${usd:.2f} {since}, and {RESTARTS} is ${max_usd:g}"
+
+
 class OthersWatch:
-    """Reads again and again what the run's other machines have spent, and tells a cap; on a thread of its own."""
+    """Reads again and again what the run's other machines have cost, and tells a cap; on a thread of its own."""
 
     def __init__(self, cap: "SpendingCap", run_url: str, segment: int, seconds: float | None = None):
         self._cap, self._run_url, self._segment = cap, run_url, segment
@@ -64,41 +104,67 @@ class OthersWatch:
     def _run(self) -> None:
         while not self._end.wait(self._seconds):
             try:
-                self._cap.others_have_spent(spent_usd_at_most(self._run_url, without=self._segment))
+                self._cap.others_have_spent(spent_at_most(self._run_url, without=self._segment))
             except LauncherError as error:  # the store will answer again
                 log.info("what other machines of this run spend is not known now: %s", error)
 
 
 class SpendingCap:
-    """The money that rank 0 may still spend. `spent_before` are the dollars of all other machines of the run."""
+    """What rank 0 may still spend. `before` is what all other machines of the run have cost."""
 
-    def __init__(self, ledger: Ledger, max_usd: float, shutdown_seconds: float, spent_before: float | None):
-        self.max_usd = max_usd
+    def __init__(self, ledger: Ledger, bounds: Bounds, shutdown_seconds: float, before: Spent):
+        self.max_usd = bounds.usd
+        self._bounds = bounds
         self._ledger = ledger
         self._shutdown_seconds = shutdown_seconds
-        self._before = spent_before
+        self._before = before
         self._arrival_seconds = ledger.elapsed_seconds() if ledger.machine.spot else 0.0
 
-    def others_have_spent(self, usd: float | None) -> None:
+    def others_have_spent(self, spent: Spent) -> None:
         """Take a newer sum of the other machines. An unknown one, or a lower one, does not raise what is left."""
-        if usd is not None and self._before is not None:
-            self._before = max(self._before, usd)
+        before = self._before
+        usd = before.usd if spent.usd is None or before.usd is None else max(before.usd, spent.usd)
+        self._before = Spent(usd, max(before.seconds, spent.seconds))
 
     def spent_usd(self) -> float | None:
         """Upper bound of the run's dollars so far; None if a price is unknown, which cannot happen with a cap."""
         here = self._ledger.spent_usd()
-        return None if here is None or self._before is None else self._before + here
+        return None if here is None or self._before.usd is None else self._before.usd + here
+
+    def paid_seconds(self) -> float:
+        """Upper bound of the paid time of all machines of the run so far."""
+        return self._before.seconds + self._ledger.elapsed_seconds()
 
     def reached(self, step_seconds: float, checkpoint_seconds: float) -> bool:
-        """Whether one more step would leave too little money for the last checkpoint and the shutdown."""
+        """Whether one more step would leave too little for the last checkpoint and the shutdown."""
         return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
 
     def latest(self, seconds: float = 0.0) -> float:
-        """The latest unix time at which an ending that takes `seconds` may begin, so that the cap holds."""
-        if not self.max_usd:
-            return math.inf
-        paid_for = self._ledger.machine.price.seconds(self.max_usd - self.spent_usd())
-        return self._ledger.now() + paid_for - seconds - SAFETY * self._arrival_seconds - self._shutdown_seconds
+        """The latest unix time at which an ending that takes `seconds` may begin, so that the bounds hold."""
+        left = min(self._left_seconds())
+        return self._ledger.now() + left - seconds - SAFETY * self._arrival_seconds - self._shutdown_seconds
+
+    def _left_seconds(self) -> tuple[float, float]:
+        """The seconds of this machine that the dollars and the hours leave."""
+        usd, hours = self._bounds.usd, self._bounds.hours
+        return (
+            self._ledger.machine.price.seconds(usd - self.spent_usd()) if usd else math.inf,
+            3600 * hours - self.paid_seconds() if hours else math.inf,
+        )
+
+    def now(self) -> float:
+        """Unix seconds on the clock of `latest`."""
+        return self._ledger.now()
+
+    def variable(self) -> str:
+        """The name of the tighter bound, a larger value of which lets the run go on."""
+        by_usd, by_hours = self._left_seconds()
+        return "MAX_HOURS" if by_hours < by_usd else "MAX_USD"
 
     def describe(self) -> str:
-        return f"${self.spent_usd():.2f} of ${self.max_usd:g} spent"
+        spent = self.spent_usd()
+        said = "dollars not known" if spent is None else f"${spent:.2f}"
+        said = f"{said} of ${self.max_usd:g} spent" if self.max_usd else f"{said} spent"
+        if self._bounds.hours:
+            said += f", {self.paid_seconds() / 3600:.2f} of {self._bounds.hours:g} hours paid"
+        return said

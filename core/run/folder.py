@@ -20,6 +20,8 @@ from core.errors import ObjectExists, RunError
 from core.secrets import without_keys
 
 VERSION = 2  # version 1 had other names of settings
+# Settings that say what the tensors and the steps of a checkpoint mean, so that a branch (--from) keeps them.
+FIXED_IN_A_BRANCH = ("model.", "stage", "start.", "teacher.", "lora.", "optimizer.name", "batch.tokens_per_step")
 _SEGMENT = re.compile(r"^segment-(\d{6}|[1-9]\d{6,8})\Z")  # one spelling per number
 _ID = re.compile(r"^[0-9a-z]{1,64}\Z")  # trackers name files by it
 
@@ -94,6 +96,35 @@ class RunFolder:
         return self._at("evaluations")
 
     @property
+    def serving(self) -> str:
+        """Run folder with the ledger of servers of this run."""
+        return self._at("serving")
+
+    @property
+    def exports(self) -> str:
+        """Run folder with the ledger of exports, and the exported folders."""
+        return self._at("exports")
+
+    @property
+    def preparation(self) -> str:
+        """A run folder with a ledger of its own, for a preparation that is a stage of this run."""
+        return self._at("preparation")
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Run folders inside of this one with ledgers of their own: preparation, and work on the trained model."""
+        return (self.preparation, self.evaluations, self.serving, self.exports)
+
+    @property
+    def budget(self) -> str:
+        """Records of what the run may cost, of what was expected of it, and of its launches (core.run.budget)."""
+        return self._at("budget")
+
+    def exported(self, step: int) -> str:
+        """Folder for the weights of a step in the format of other programs."""
+        return self._at("exported", step_name(step))
+
+    @property
     def answers(self) -> str:
         return self._at("answers")
 
@@ -111,9 +142,19 @@ class RunFolder:
         return self._at("machines")
 
     @property
+    def bills(self) -> str:
+        """Bills from elsewhere (costs.added)."""
+        return self._at("bills")
+
+    @property
     def refusals(self) -> str:
         """Records of machines that preflight refused."""
         return self._at("refused")
+
+    @property
+    def course(self) -> str:
+        """Cooldowns, extensions and the origin of a branch (core.run.course)."""
+        return self._at("course")
 
     @property
     def reference(self) -> str:
@@ -171,11 +212,12 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
         pass
     stored = read_description(folder)
     remedy = "use the settings it was started with, or another run.url"
-    branch = continued_elsewhere(folder, stored["identity"])
     for key in sorted({*stored["identity"], *identity}):
         there, here = without_keys(stored["identity"].get(key)), identity.get(key)
         if _plain(there) != _plain(here):
-            more = "" if key.startswith(("model.", "start.")) or key == "stage" else branch
+            more = continued_elsewhere(folder, stored["identity"], key)
+            if key == "train.steps" and isinstance(there, int) and there < here:
+                more = f"; to train this run for more steps: --extend{more}"
             raise RunError(
                 f"{folder}: holds a run with {key}={there!r}, this config has {key}={here!r}; {remedy}{more}"
             )
@@ -183,25 +225,35 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
         raise RunError(
             f"{folder}: this run was started on data {stored['data_fingerprint'][:12]}…, "
             f"data.url now holds {data_fingerprint[:12]}…; "
-            f"point data.url at the data it was started on, or use another run.url{branch}"
+            f"point data.url at the data it was started on, or use another run.url"
+            f"{continued_elsewhere(folder, stored['identity'])}"
         )
     return False
 
 
-def continued_elsewhere(folder: RunFolder, identity: Mapping[str, Any]) -> str:
-    """The end of a message: how to continue from a run's weights with other settings. Empty without a checkpoint.
+def continued_elsewhere(folder: RunFolder, identity: Mapping[str, Any], key: str = "") -> str:
+    """The end of a message: how to continue a run with another value of `key`. Empty without a checkpoint.
 
-    The settings that define the result of a run cannot change, so other settings need a new run.
+    The settings that define the result of a run cannot change, so other settings need a new run: a branch, or for those
+    that a branch keeps, a run from its weights.
     """
     stage = identity.get("stage")
-    if not stage or not storage.list_names(folder.checkpoints):
+    if (
+        not stage
+        or key.startswith(("model.", "start."))
+        or key == "stage"
+        or not storage.list_names(folder.checkpoints)
+    ):
         return ""
-    other = f"{folder}-2"
+    run, other = str(folder), f"{folder}-2"
+    if not key.startswith(FIXED_IN_A_BRANCH):
+        how = f"{quote(f'--from={run}')} {quote(f'--run.url={other}')}"
+        return f"; to go on from its newest step with other settings: {how}"
     if stage == "pretrain":
-        places = f"{quote(str(folder))} {quote(other)}"
+        places = f"{quote(run)} {quote(other)}"
         how = f"python -m trainer.import_weights {places} CONFIG.yaml, then train with run.url={other}"
     else:
-        how = f"{quote(f'--start.weights={folder}')} {quote(f'--run.url={other}')}"
+        how = f"{quote(f'--start.weights={run}')} {quote(f'--run.url={other}')}"
     return f"; to go on from its weights with other settings: {how}"
 
 

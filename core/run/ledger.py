@@ -24,6 +24,7 @@ from core.run.folder import RunFolder
 from core.run.journal import FLUSH_SECONDS, Journal
 from core.run.machine import Machine, launcher_facts
 from core.run.phases import LEDGER_PHASES, STEP_PHASES, check_mark
+from core.stores import meter
 
 VERSION = 1
 CLOCK_JUMP_SECONDS = 5.0
@@ -189,9 +190,9 @@ class Ledger:
             self._jump_seen = jump
         if end > self._span_start:
             phases = {name: seconds for name in LEDGER_PHASES if (seconds := self._seconds.get(name, 0.0)) > 0}
-            self.journal.add(
-                {"event": "span", "start": self._span_start, "end": end, "phases": phases, "steps": self._steps}
-            )
+            span = {"event": "span", "start": self._span_start, "end": end, "phases": phases, "steps": self._steps}
+            moved = meter.moved()
+            self.journal.add(span | ({"moved": moved} if any(moved) else {}))
         self._span_start = end
         self._seconds = {}
         self._steps = []

@@ -19,6 +19,12 @@ from core.run.journal import FLUSH_SECONDS
 from core.run.machine import Machine, Price
 from core.storage import ObjectInfo
 
+# The three sums of a run's dollars, as every output names them. BY_LEDGER: time of its ledgers at their prices, equal
+# to the cent everywhere. AS_KNOWN: with all that other sources add. AT_MOST: the cautious sum that a cap compares.
+BY_LEDGER = "by the ledger"
+AS_KNOWN = "as known"
+AT_MOST = "at most"
+
 # A machine without a heartbeat for this long is taken to be gone. Heartbeats come every few seconds, but an outage of
 # the store may last minutes.
 SILENT_SECONDS = 180.0
@@ -82,6 +88,7 @@ class Segment:
     end: dict[str, Any] | None = None
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    moved: Sequence[int] = ()  # bytes and requests of its first rank by then (core.stores.meter.FIELDS)
     is_newer_format: bool = False  # written by a newer release, so nothing of it is read
 
     @property
@@ -104,19 +111,34 @@ class Segment:
         return self.price.usd(self.seconds) if self.price and self.spans else None
 
     @property
+    def seconds_at_most(self) -> float:
+        """Upper bound of `seconds`: a killed machine may have run until just before its next heartbeat."""
+        return self.seconds + self.unheard_seconds
+
+    @property
     def usd_at_most(self) -> float | None:
-        """Upper bound of `usd`: a killed machine may have run until just before its next heartbeat."""
+        """Upper bound of `usd`."""
         if self.price is None or self.started_at is None:
             return None
-        return self.price.usd(self.seconds + (0.0 if self.end and self.spans else FLUSH_SECONDS))
+        return self.price.usd(self.seconds_at_most)
+
+    @property
+    def unheard_seconds(self) -> float:
+        """The longest time for which the machine may have run after its last heartbeat without another one."""
+        return 0.0 if self.end and self.spans else FLUSH_SECONDS
 
     @property
     def restored_step(self) -> int | None:
-        """The step from which the segment continued (0: it began anew); None if it ended before it restored one."""
+        """The step from which the segment continued (0: it began anew); None if it ended before it restored one.
+
+        If the ledger lost the mark that says so, the first step of the segment does.
+        """
         steps = [
             mark["step"] for mark in self.marks if mark["name"] == "restored" and isinstance(mark.get("step"), int)
         ]
-        return steps[-1] if steps else None
+        if steps:
+            return steps[-1]
+        return self.steps.number[0] - 1 if self.steps.number else None
 
     @property
     def gpus(self) -> int:

@@ -12,9 +12,9 @@ A record of a managed job also names the price of the job's controller, and the 
 """
 
 import json
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,17 +22,17 @@ from core import storage
 from core.errors import LauncherError
 from core.run.folder import RunFolder
 from core.run.model import Segment
+from core.storage import ObjectInfo
 
 # A node without a segment and without an end was killed, or still starts. It opens one within this time, or is ended as
 # hung (HANG_MINUTES), or its preflight fails.
 STARTING_SECONDS = 1800.0
 # The start of a segment is that of its machine, but for the rounding of JSON.
 SAME_SECONDS = 1.5
-# From a program's end to its machine's: 79 to 133 s in eight launches on emulated AWS and Lambda, and a fifth more.
-SHUTDOWN_SECONDS = {"aws": 160.0, "lambda": 160.0}
-# A longer time means that the machine did something else meanwhile.
+# From a program's end to its machine's. A longer time means that the machine did something else meanwhile.
 LONGEST_SHUTDOWN_SECONDS = 900.0
 SLACK = 1.2
+PARALLEL_FETCHES = 16
 # SkyPilot 0.14.1 stops a controller ten minutes after its last job, by a look once a minute.
 CONTROLLER_IDLE_SECONDS = 660.0
 
@@ -75,10 +75,13 @@ class Paid:
         """The latest time at which its program may have ended, if it opened no segment."""
         return min(now, self.seen_at + STARTING_SECONDS) if self.ended_at is None else self.ended_at
 
+    def seconds_at_most(self, now: float) -> float:
+        """Upper bound of its paid time until `now`."""
+        return max(0.0, self.end_at_most(now) - self.started_at) + self.shutdown_seconds
+
     def usd_at_most(self, now: float) -> float | None:
-        """Upper bound of its dollars until `now`."""
-        seconds = max(0.0, self.end_at_most(now) - self.started_at) + self.shutdown_seconds
-        return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * seconds
+        """Upper bound of its dollars until `now`; None if the price is unknown."""
+        return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * self.seconds_at_most(now)
 
     def is_in(self, segments: Iterable[Segment]) -> bool:
         """Whether a segment holds its time."""
@@ -125,40 +128,55 @@ def gone(folder: RunFolder, attempt: str, at: float) -> None:
 
 
 def reserve_seconds(folder: RunFolder, cloud: str | None) -> float:
-    """Seconds to pay for after the end of a program: what was measured on the cloud, by this run's machines too.
+    """Seconds to pay for after the end of a program, as this run's machines on a cloud took; 0 if none is known.
 
     Raises StorageError.
     """
     name = (cloud or "").lower()
-    usual = SHUTDOWN_SECONDS.get(name, max(SHUTDOWN_SECONDS.values()))
-    seen = [each.shutdown_seconds for each in machines(folder).values() if each.cloud == name]
-    return max([usual, *(SLACK * seconds for seconds in seen)])
+    return max((SLACK * each.shutdown_seconds for each in machines(folder).values() if each.cloud == name), default=0.0)
 
 
-def unrecorded_usd(
-    folder: RunFolder, segments: Iterable[Segment], now: float, here: tuple[str | None, float] | None = None
-) -> float | None:
-    """Upper bound of the dollars of machines without a segment, of recorded shutdowns and of controllers.
-
-    None if a price is unknown. `here` is this machine, by host and start, if it is about to open its segment, and is
-    left out. Raises StorageError.
-    """
+def unrecorded(
+    found: list[Paid], segments: Iterable[Segment], here: tuple[str | None, float] | None = None
+) -> list[Paid]:
+    """The machines without a segment. `here` is this machine, by host and start, if it is about to open its segment."""
     segments = list(segments)
-    found = list(machines(folder).values())
-    once = [each for each in _once(found) if not each.is_at(here)]
-    amounts = [each.usd_at_most(now) for each in once if not each.is_in(segments)]
-    if None in amounts:
-        return None
-    downs = [each.shutdown_seconds * (each.usd_per_hour or 0.0) / 3600 for each in once if each.is_in(segments)]
-    return math.fsum([*amounts, *downs, *_controllers_usd(found, segments, now)])
+    return [each for each in found if not each.is_at(here) and not each.is_in(segments)]
 
 
-def machines(folder: RunFolder) -> dict[str, Paid]:
-    """The records of a run's machines that can be used, by attempt. Raises StorageError."""
-    objects = {info.uri for info in storage.list_objects(folder.machines)}
-    attempts = sorted({uri.rpartition("/")[0].rpartition("/")[2] for uri in objects})
-    found = {attempt: _read(folder, attempt, objects) for attempt in attempts}
-    return {attempt: machine for attempt, machine in found.items() if machine is not None}
+def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> Iterator[float]:
+    """Upper bounds of dollars that no segment holds: recorded shutdowns of machines with a segment, controllers."""
+    segments = list(segments)
+    for each in found:
+        if each.usd_per_hour and each.is_in(segments):
+            yield each.usd_per_hour / 3600 * each.shutdown_seconds
+    # One for each job, from its submission until SkyPilot stops it.
+    for controller in dict.fromkeys(each.controller for each in found if each.controller):
+        ends = [_end_of(each, segments, now) for each in found if each.controller == controller]
+        end = min(now, max(ends) + CONTROLLER_IDLE_SECONDS)
+        yield controller.usd_per_hour / 3600 * max(0.0, end - controller.since)
+
+
+def read_all(folder: RunFolder, attempts: Iterable[str] | None = None) -> list[Paid]:
+    """The records of these attempts, or of all, that can be used, one for each machine. Raises StorageError."""
+    return list(_once(list(machines(folder, attempts).values())))
+
+
+def machines(folder: RunFolder, attempts: Iterable[str] | None = None) -> dict[str, Paid]:
+    """The records of these attempts, or of all, that can be used, by attempt. Raises StorageError."""
+    names = sorted(storage.list_names(folder.machines)) if attempts is None else list(attempts)
+    if storage.is_local(folder.url):  # a disk has no latency that threads could hide
+        found = [_read(folder, name) for name in names]
+    else:
+        with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
+            found = list(pool.map(lambda name: _read(folder, name), names))
+    return {name: machine for name, machine in zip(names, found, strict=True) if machine is not None}
+
+
+def attempts_in(folder: RunFolder, objects: Iterable[ObjectInfo]) -> list[str]:
+    """The names of the attempts in a listing of the run, in order."""
+    inside = f"{folder.machines}/"
+    return sorted({each.uri[len(inside) :].split("/", 1)[0] for each in objects if each.uri.startswith(inside)})
 
 
 def _once(found: list[Paid]) -> Iterator[Paid]:
@@ -170,22 +188,14 @@ def _once(found: list[Paid]) -> Iterator[Paid]:
             yield each
 
 
-def _controllers_usd(found: list[Paid], segments: list[Segment], now: float) -> Iterator[float]:
-    """Upper bounds of the dollars of the controllers, one for each job, from its submission until it is idle."""
-    for controller in dict.fromkeys(each.controller for each in found if each.controller):
-        ends = [_end_of(each, segments, now) for each in found if each.controller == controller]
-        end = min(now, max(ends) + CONTROLLER_IDLE_SECONDS)
-        yield controller.usd_per_hour / 3600 * max(0.0, end - controller.since)
-
-
 def _end_of(machine: Paid, segments: list[Segment], now: float) -> float:
     """The end of a machine's program, by its record, else by its segment."""
     ends = [each.ended_at for each in segments if machine.is_in([each]) and each.ended_at is not None]
     return max(ends) if ends and machine.ended_at is None else machine.end_at_most(now)
 
 
-def _read(folder: RunFolder, attempt: str, objects: set[str]) -> Paid | None:
-    """A machine's record, of which `objects` are there; None if its start cannot be used."""
+def _read(folder: RunFolder, attempt: str) -> Paid | None:
+    """A machine's record; None if its start cannot be used."""
     place = storage.join(folder.machines, attempt)
     try:
         start = json.loads(storage.read_bytes(storage.join(place, "start.json")))
@@ -202,14 +212,12 @@ def _read(folder: RunFolder, attempt: str, objects: set[str]) -> Paid | None:
         )
     except _UNUSABLE:
         return None
-    times = {name: _time(storage.join(place, f"{name}.json"), objects) for name in ("end", "gone")}
-    return replace(found, ended_at=times["end"], gone_at=times["gone"])
+    ended_at, gone_at = (_time(storage.join(place, name)) for name in ("end.json", "gone.json"))
+    return replace(found, ended_at=ended_at, gone_at=gone_at)
 
 
-def _time(uri: str, objects: set[str]) -> float | None:
+def _time(uri: str) -> float | None:
     """The time in an object; None if it is not there or cannot be used."""
-    if uri not in objects:
-        return None
     try:
         return float(json.loads(storage.read_bytes(uri))["time"])
     except _UNUSABLE:

@@ -43,17 +43,34 @@ PHASES = (
     Phase("train_kept", "report", "the part of `train` whose steps count", "#2f9e63", "#3fb577"),
     Phase("train_lost", "report", "steps that were repeated later, unfinished steps", "#d64545", "#ec6a6a"),
     Phase("eval", "ledger", "validation loss and HellaSwag", "#3aa6b9", "#4fb9cb"),
+    Phase("serve", "ledger", "a server answers requests, or waits for them", "#c77d3a", "#d9975c"),
+    Phase("export", "ledger", "conversion and storing of exported weights", "#5c8a8a", "#78a5a5"),
     Phase("sample", "ledger", "text samples; for `trainer.synthesize`: calls of the endpoint", "#7cc4c9", "#3f8d96"),
     Phase("api", "report", "dollars paid to an endpoint; no time", "#b58f5c", "#c8a573"),
     Phase("checkpoint", "ledger", "the part of a checkpoint that blocks training", "#b0749e", "#c98bb6"),
     Phase("idle", "launcher", "between two segments on one machine", "#c9ced6", "#4a515c"),
     Phase("idle_until_down", "launcher", "from the last segment to the machine's end", "#c9ced6", "#4a515c"),
+    Phase(
+        "billing_unit",
+        "launcher",
+        "rest of the unit that the cloud bills, after the machine's end",
+        "#c9ced6",
+        "#4a515c",
+    ),
+    Phase("disks", "report", "disks of the machines; dollars, no time", "#8fb7a1", "#5d8a72"),
+    Phase("addresses", "report", "public IPv4 addresses of the machines; no time", "#a9c4b3", "#4e7360"),
+    Phase("traffic", "report", "bytes between machines and bucket that the clouds bill; no time", "#7fa3b5", "#57798a"),
+    Phase("requests", "report", "requests to the store; no time", "#9db8c4", "#46626f"),
+    Phase("storage", "report", "storage of the run's objects until now; no time", "#b7b39a", "#7a765c"),
+    Phase("controller", "report", "the controller of managed jobs; no time", "#b9a9c9", "#766690"),
+    Phase("elsewhere", "report", "bills that `cost_report.py add` has stored; no time", "#a8a27a", "#7d7850"),
+    Phase("factor", "report", "tax and discounts, by COST_FACTOR; no time", "#c4a9a9", "#8a6666"),
     Phase("not_attributed", "report", "paid time that no phase claims", "#e3b7b7", "#8d5a5a"),
 )
 LEDGER_PHASES = tuple(phase.name for phase in PHASES if phase.by == "ledger")
 # A report splits the ledger's `train` into kept and lost.
 REPORT_PHASES = tuple(phase.name for phase in PHASES if phase.name != "train")
-PREPARATION_PHASES = tuple(phase.name for phase in PHASES if phase.is_preparation)
+PREPARATION_PHASES = frozenset(phase.name for phase in PHASES if phase.is_preparation)
 # These phases recur between steps: a forecast adds them as a share of the training time.
 OVERHEAD_PHASES = ("data_wait", "eval", "sample", "checkpoint")
 STEP_PHASES = ("train", "data_wait")  # the time of an optimizer step
@@ -78,6 +95,12 @@ MARKS = (
     ),
     Mark("notice", ("kind", "detail"), "`kind` and `detail` of a warning that the machine will be taken away"),
     Mark("cap", ("limit_usd", "spent_usd"), "`limit_usd`, `spent_usd`"),
+    Mark(
+        "anneal",
+        ("kind", "step", "steps", "why"),
+        "`kind` anneal or replan; the cooldown takes `steps` after `step`; `why`: budget, request, target, length or "
+        "replan",
+    ),
     Mark("slow_rank", ("rank", "times"), "`rank` whose steps take `times` as long as the others'"),
     Mark("api", ("usd", "answers"), "`usd` that a paid endpoint took since the run began, `answers`"),
     Mark("clock_jump", ("seconds",), "`seconds` by which the wall clock was changed"),

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +62,68 @@ def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | No
     return run
 
 
-def spent_usd_at_most(
-    run_url: str, without: int | None = None, here: tuple[str | None, float] | None = None
-) -> float | None:
-    """Upper bound of the dollars of a run so far; None if a price or a time is unknown. Raises StorageError.
+@dataclass(frozen=True)
+class Spent:
+    """Upper bounds: dollars (None if a price or a time is unknown), and paid seconds of machines."""
+
+    usd: float | None
+    seconds: float
+
+
+def spent_at_most(
+    run_url: str,
+    without: int | None = None,
+    here: tuple[str | None, float] | None = None,
+    after: int = 0,
+) -> Spent:
+    """Upper bounds of what a run has cost so far. Raises StorageError.
 
     Counts all segments but number `without`, machines that opened none but this one (`here`: host and start), and the
-    evaluations of the run.
+    preparation, the evaluations, the servers and the exports of the run. With `after`, counts only segments of the run
+    above that number, and machines that started later.
     """
     folder = RunFolder(run_url)
     run = Run(folder)
     # One listing, because another node may be starting its segment: it has a folder before it has an object.
     run.segments = _read_prices(folder, _segments_of_ledger(folder))
-    evaluations = Run(RunFolder(folder.evaluations))
-    evaluations.segments = _read_prices(evaluations.folder, _segments_of_ledger(evaluations.folder))
-    everything = [*run.segments, *evaluations.segments]
-    machines = paid.unrecorded_usd(folder, everything, time.time(), here)
-    run.segments = [segment for segment in run.segments if segment.number != without]
-    amounts = (run.usd_at_most, evaluations.usd_at_most, machines)
-    return None if None in amounts else math.fsum(amounts)
+    others = {url: Run(RunFolder(url)) for url in folder.beside}
+    for other in others.values():
+        other.segments = _read_prices(other.folder, _segments_of_ledger(other.folder))
+    preparation = others.pop(folder.preparation)
+    # Machines that evaluate, serve or export are recorded in the folder of the run.
+    beside = [segment for other in others.values() for segment in other.segments]
+    records = paid.read_all(folder)
+    machines = paid.unrecorded(records, [*run.segments, *beside], here)
+    counted = [segment for segment in run.segments if segment.number != without and segment.number > after]
+    if after:
+        begun = max((each.started_at or 0.0 for each in run.segments if each.number <= after), default=0.0)
+        machines = [each for each in machines if each.started_at > begun]
+    else:
+        counted += [*beside, *preparation.segments]
+        machines += paid.unrecorded(paid.read_all(preparation.folder), preparation.segments)
+    now = time.time()
+    amounts = [*(each.usd_at_most for each in counted), *(each.usd_at_most(now) for each in machines)]
+    if not after:
+        amounts += paid.beside_usd(records, [*run.segments, *beside], now)
+    seconds = [*(each.seconds_at_most for each in counted), *(each.seconds_at_most(now) for each in machines)]
+    return Spent(None if None in amounts else math.fsum(amounts), math.fsum(seconds))
+
+
+def spent_usd_at_most(
+    run_url: str, without: int | None = None, here: tuple[str | None, float] | None = None
+) -> float | None:
+    """The dollars of `spent_at_most`."""
+    return spent_at_most(run_url, without, here).usd
+
+
+def ledger_listing(run_url: str) -> Objects:
+    """The objects of a run's ledger by segment number. Raises StorageError."""
+    return _segments_of_ledger(RunFolder(run_url))
+
+
+def read_money(run_url: str, ledgers: Objects) -> list[Segment]:
+    """Segments with machine, start and newest span, from a listing of their ledgers. Raises StorageError."""
+    return _read_prices(RunFolder(run_url), ledgers)
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:

@@ -8,6 +8,7 @@ with open_segment(folder, "evaluate", config) as segment:
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -15,10 +16,11 @@ from typing import Any, Self
 from core import secrets, stop
 from core.errors import CapReached, one_line
 from core.run import paid
-from core.run.cap import OthersWatch, SpendingCap, spent_by_earlier_segments
+from core.run.cap import Bounds, OthersWatch, SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.journal import Journal
 from core.run.ledger import Ledger
+from core.run.log import StoredLog
 from core.run.machine import (
     Machine,
     machine_from_environment,
@@ -43,7 +45,8 @@ class Opening:
     gpu: str | None = None
     gpus_per_node: int = 0
     max_usd: float = 0.0
-    shutdown_seconds: float | None = None  # None: what was measured on the cloud
+    max_hours: float = 0.0
+    shutdown_seconds: float = 0.0
     is_per_node: bool = False  # each node opens a segment, at its share of the price
     has_metrics: bool = False
 
@@ -59,6 +62,7 @@ class SegmentLog:
         number: int = 0,
         is_new_run: bool = False,
         watch: OthersWatch | None = None,
+        log_lines: StoredLog | None = None,
     ):
         self.ledger = ledger
         self.metrics = metrics
@@ -66,6 +70,7 @@ class SegmentLog:
         self.number = ledger.segment if ledger else number
         self.is_new_run = is_new_run
         self._watch = watch
+        self._log_lines = log_lines
 
     def phase(self, name: str):
         return self.ledger.phase(name) if self.ledger else contextlib.nullcontext()
@@ -77,6 +82,10 @@ class SegmentLog:
     def mark(self, name: str, **fields: Any) -> None:
         if self.ledger:
             self.ledger.mark(name, **fields)
+
+    def now(self) -> float:
+        """Unix seconds, on the clock of the ledger where there is one."""
+        return self.ledger.now() if self.ledger else time.time()
 
     def step_done(self, step: int) -> None:
         if self.ledger:
@@ -106,6 +115,8 @@ class SegmentLog:
             # `details` may hold the error message of another library, which may contain a key.
             plain = {key: secrets.scrub(each) if isinstance(each, str) else each for key, each in details.items()}
             self.ledger.close(reason, step, **plain)
+        if self._log_lines:
+            self._log_lines.end()
 
     def __enter__(self) -> Self:
         return self
@@ -126,15 +137,16 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     if opening.is_per_node:
         machine = one_node_of(machine)
     program = program_versions(opening.packages) | {"stage": opening.stage} | dict(opening.program or {})
-    before = spent_by_earlier_segments(folder, machine, opening.max_usd, segment_started_at())
+    bounds = Bounds(opening.max_usd, opening.max_hours)
+    before = spent_by_earlier_segments(folder, machine, bounds, segment_started_at())
     ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())
-    reserve = opening.shutdown_seconds
-    if reserve is None:
-        reserve = paid.reserve_seconds(folder, machine.cloud) if opening.max_usd else 0.0
-    cap = SpendingCap(ledger, opening.max_usd, reserve, before)
+    measured = paid.reserve_seconds(folder, machine.cloud) if bounds != Bounds() else 0.0
+    cap = SpendingCap(ledger, bounds, max(opening.shutdown_seconds, measured), before)
     metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
-    watch = OthersWatch(cap, folder.url, ledger.segment) if opening.max_usd else None
-    return SegmentLog(ledger, metrics, cap, is_new_run=is_new, watch=watch)
+    watch = OthersWatch(cap, folder.url, ledger.segment) if bounds != Bounds() else None
+    name = f"by-hand-{ledger.segment:06d}"
+    log_lines = StoredLog.begin(folder, name, environment) if opening.has_metrics else None
+    return SegmentLog(ledger, metrics, cap, is_new_run=is_new, watch=watch, log_lines=log_lines)
 
 
 def one_node_of(machine: Machine) -> Machine:

@@ -10,6 +10,7 @@ from core import output
 from core.run import ledger
 from core.run.machine import Machine
 from core.run.model import Segment, Span
+from core.stores import meter
 
 # Events are merged into spans of this length, coarser after the first hour, so that runs of months stay small.
 FINE_SPAN_SECONDS = 10.0
@@ -20,6 +21,7 @@ SHOWN = {
     "train": ("tokens", "loss", "tokens_per_second", "mfu"),
     "eval": ("tokens", "val_loss"),
     "hellaswag": ("accuracy", "accuracy_norm"),
+    "forecast": ("val_loss", "error", "end", "usd"),
 }
 
 # Gaps and overlaps up to this length are ignored: spans of a segment have none, but their stored ends are rounded.
@@ -151,7 +153,11 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
             f"segment {segment.number}: a span starts {before - start:.1f} s before the end of the previous span; "
             "the overlap is counted once"
         )
-        start = min(before, end)
+        start = before
+    _steps(segment, event.get("steps"))
+    _moved(segment, event.get("moved"))
+    if segment.spans and end <= start:
+        return  # doubled, or from before a clock was set back: its time is counted already
     booked_phases = _mapping(event.get("phases")).items()
     phases = {text(name): seconds for name, value in booked_phases if (seconds := number(value) or 0) > 0}
     booked, length = sum(phases.values()), end - start
@@ -161,13 +167,25 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
                 f"segment {segment.number}: a span of {length:.1f} s books {booked:.1f} s; its phases are scaled down"
             )
         phases = {name: seconds * length / booked for name, seconds in phases.items()}
-    steps = event.get("steps")
+    _extend(segment, start, end, phases)
+
+
+def _moved(segment: Segment, moved: Any) -> None:
+    """Counts since the start of the program, so that none of them falls."""
+    if isinstance(moved, list) and len(moved) == len(meter.FIELDS) and None not in map(step_number, moved):
+        known = segment.moved or (0,) * len(moved)
+        segment.moved = [max(pair) for pair in zip(known, moved, strict=True)]
+
+
+def _steps(segment: Segment, steps: Any) -> None:
+    """Append the steps of a span. A segment computes each step once, so that a number it has passed is a double."""
     for step in steps if isinstance(steps, list) else ():
         if isinstance(step, list) and len(step) >= 3 and None not in (step_number(step[0]), *map(number, step[1:3])):
+            if segment.steps.number and step[0] <= segment.steps.number[-1]:
+                continue
             segment.steps.number.append(step[0])
             segment.steps.train.append(max(0.0, step[1]))
             segment.steps.wait.append(max(0.0, step[2]))
-    _extend(segment, start, end, phases)
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:

@@ -7,10 +7,12 @@ from typing import Literal
 from core import urls
 from core.errors import ConfigError
 from core.settings import loader
-from core.settings.loader import Bounded, SettingError, setting
+from core.settings.loader import Bounded, SettingError, require, setting
+from core.settings.run import SHUTDOWN_SECONDS
 
 LM_EVAL = "lm-eval:"
 OWN_TASKS = ("perplexity", "hellaswag")
+OUT_SUFFIXES = (".json", ".svg", ".png")
 USAGE = "python -m trainer.evaluate [RUN_OR_CHECKPOINT ...] [CONFIG.yaml] [--setting=value ...]"
 
 
@@ -25,6 +27,11 @@ class EvaluateConfig(Bounded):
         (),
         "more models, separated by commas: runs, checkpoints, folders, gpt2, hf:OWNER/NAME",
         check=urls.mistake_in_model,
+    )
+    out: tuple[str, ...] = setting(
+        (),
+        "local files for the scores of all models side by side, by their ending: .json, .svg or .png (a chart)",
+        check=urls.mistake_in_folder,
     )
     rerun: bool = setting(False, "repeat measurements whose results are stored already; the older results are kept")
     data_url: str = setting(
@@ -67,10 +74,9 @@ class EvaluateConfig(Bounded):
         env="MAX_USD",
         ge=0,
     )
-    shutdown_reserve_seconds: float | None = setting(
-        None,
-        "seconds from the end of this program to the end of the machine; the cap reserves the money for them; "
-        "none: what was measured on this cloud",
+    shutdown_reserve_seconds: float = setting(
+        SHUTDOWN_SECONDS,
+        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
         ge=0,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device for all computation")
@@ -79,6 +85,8 @@ class EvaluateConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
+        for file in self.out:
+            require(file.endswith(OUT_SUFFIXES), "out", f"is {file!r}, must end in {', '.join(OUT_SUFFIXES)}")
         for task in self.tasks:
             if task not in OWN_TASKS and not (task.startswith(LM_EVAL) and task != LM_EVAL):
                 near = ", ".join((*OWN_TASKS, f"{LM_EVAL}NAME"))

@@ -20,9 +20,12 @@ import yaml
 
 from core.errors import ConfigError
 from core.settings.convert import convert
-from core.settings.renamed import REMOVED, RENAMED
+from core.settings.renamed import ELSEWHERE, REMOVED, RENAMED
 
 Schema = TypeVar("Schema")
+
+
+_ZERO = ("0", "0.0")
 
 
 def setting(
@@ -111,12 +114,23 @@ class _Sources:
         self.layers[key] = self.layer
 
     def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
-        """Unset each setting that a setting of a higher layer names in `replaces`."""
-        for key in [key for key, value in self.values.items() if value]:
-            for name in known[key].metadata["replaces"]:
-                other = f"{key.rpartition('.')[0]}.{name}"
-                if other in self.values and self.layers[other] < self.layers[key]:
+        """Unset each setting that a setting of a higher layer names in `replaces`. A setting of 0 replaces none.
+
+        Raises ConfigError for numbers of one layer that replace each other, because only one of them can count.
+        """
+        for key in [key for key, value in self.values.items() if value and str(value) not in _ZERO]:
+            for name in known[key].metadata["replaces"] if key in self.values else ():
+                section, last = key.rpartition(".")[::2]
+                other = f"{section}.{name}"
+                if other not in self.values:
+                    continue
+                if self.layers[other] < self.layers[key]:
                     del self.values[other]
+                elif self.layers[other] == self.layers[key] and known[key].type in (int, float):
+                    excludes = last in known[other].metadata["replaces"] and str(self.values[other]) not in _ZERO
+                    if excludes:
+                        places = f"{self.where[key]} and {self.where[other]}"
+                        raise ConfigError(f"{places}: {key} and {other} are both set; give one of them")
 
 
 def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[str, str]) -> Schema:
@@ -206,6 +220,23 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=False)
 
 
+def describe(config: Any, others: str) -> str:
+    """The settings that differ from their defaults, a line per section. `others` says where the other ones are."""
+    known = dict(_walk(type(config)))
+    sections: dict[str, list[str]] = {}
+    for key, value in flatten(to_dict(config)).items():
+        default = known[key].default
+        if value != (list(default) if isinstance(default, tuple) else default):
+            section, _, name = key.rpartition(".")
+            shown = ",".join(map(str, value)) if isinstance(value, list) else value
+            sections.setdefault(section, []).append(f"{name}={shown}")
+    lines = [
+        f"  {section}: {', '.join(items)}" if section else f"  {', '.join(items)}"
+        for section, items in sections.items()
+    ]
+    return "\n".join([f"settings that differ from the defaults ({others}):", *lines])
+
+
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} → {"a.b": 1}."""
     flat: dict[str, Any] = {}
@@ -268,6 +299,8 @@ def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: {key} is an old name; write {today}")
     if key in REMOVED:
         raise ConfigError(f"{where}: {key} is gone; remove it: {REMOVED[key]}")
+    if key in ELSEWHERE:
+        raise ConfigError(f"{where}: {key} is a setting of another program; run {ELSEWHERE[key]} with it")
     sections = {name.rpartition(".")[0] for name in known}
     if key in sections:
         raise ConfigError(

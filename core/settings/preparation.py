@@ -6,6 +6,7 @@ from typing import Literal
 
 from core import urls
 from core.settings.loader import Bounded, require, section, setting
+from core.settings.run import SHUTDOWN_SECONDS
 from core.stores import hub
 
 
@@ -132,6 +133,13 @@ class PrepDataConfig(ShardsConfig):
     val_tokens: int = setting(
         0, "largest number of validation tokens; the lowest hashes come first; 0: all documents of val_fraction", ge=0
     )
+    train_tokens: int = setting(
+        0,
+        "least number of training tokens: only as many parts of the source are read as hold them, in an order that the "
+        "seed draws; 0: all",
+        identity="unless default",
+        ge=0,
+    )
     shuffle: bool = setting(True, "shuffle documents within a shard, and shards")
     seed: int = setting(1337, "seed of the split and the shuffle")
 
@@ -163,6 +171,9 @@ class TokenizerConfig:
     )
 
 
+EVALUATION_SETS = "sets to store beside the shards for evaluation: hellaswag, from the Hub, with a pinned checksum"
+
+
 @dataclass(frozen=True)
 class PrepConfig(Bounded):
     """Settings of `python -m data_prep.prepare`."""
@@ -171,6 +182,20 @@ class PrepConfig(Bounded):
     filter: FilterConfig = section(FilterConfig)
     data: PrepDataConfig = section(PrepDataConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
+    evaluation_sets: tuple[Literal["hellaswag"], ...] = setting((), EVALUATION_SETS, identity=False)
+    max_usd: float = setting(
+        0.0,
+        "hard cap in dollars for all preparations whose ledger is in RUN_URL: finished parts are kept; 0: no cap",
+        identity=False,
+        env="MAX_USD",
+        ge=0,
+    )
+    shutdown_reserve_seconds: float = setting(
+        SHUTDOWN_SECONDS,
+        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
+        identity=False,
+        ge=0,
+    )
     workers: int = setting(0, "parallel workers; 0: one per core. Does not change the result", identity=False, ge=0)
     num_nodes: int = setting(
         1,
@@ -193,6 +218,11 @@ class PrepConfig(Bounded):
             0 <= self.node_rank < self.num_nodes,
             "node_rank",
             f"is {self.node_rank}, must be from 0 to num_nodes - 1 = {self.num_nodes - 1}",
+        )
+        require(
+            not (self.data.train_tokens and self.filter.drop_duplicates),
+            "data.train_tokens",
+            f"is {self.data.train_tokens}, but filter.drop_duplicates compares all documents; set one of them",
         )
 
 
@@ -222,4 +252,5 @@ class FetchConfig(Bounded):
     source: FetchSourceConfig = section(FetchSourceConfig)
     data: ShardsConfig = section(ShardsConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
+    evaluation_sets: tuple[Literal["hellaswag"], ...] = setting((), EVALUATION_SETS, identity=False)
     workers: int = setting(4, "number of shards that are copied in parallel", identity=False, ge=1)

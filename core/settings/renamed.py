@@ -1,4 +1,4 @@
-"""Maps former names of settings to today's, so that an error for an old config or flag can name the new setting."""
+"""Former names of settings, and settings of other programs, for errors that say what to do with a config or flag."""
 
 RENAMED = {
     "run.shutdown_seconds": "run.shutdown_reserve_seconds",
@@ -45,3 +45,7 @@ RENAMED = {
 REMOVED = {
     "train.compile_cache": "each machine compiles its kernels, because stored ones are pickles, which may run code",
 }
+
+# Settings by which a config for another program is recognised, and the command that takes it.
+_FETCH, _PREPARE = "python -m data_prep.fetch (make fetch-data)", "python -m data_prep.prepare (make prep-data)"
+ELSEWHERE = {"source.train_url": _FETCH, "source.val_url": _FETCH, "source.url": _PREPARE, "source.dataset": _PREPARE}

@@ -7,7 +7,19 @@ from core.settings import loader
 from core.settings.training import PretrainConfig, TrainingConfig
 
 STAGES = ("pretrain", "finetune", "dpo", "distil")
+# Short forms of flags. A flag that ends with = takes a value.
+SHORT = {"--overfit": "--train.overfit=true", "--extend": "--train.extend=true", "--from=": "--run.branch_from="}
 OF_OTHER_STAGES = ("--start.", "--lora.", "--dpo.beta", "--dpo.label_smoothing", "--teacher.")
+
+
+def written_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a training command with the long forms of its flags."""
+    found = []
+    for each in arguments:
+        name, equals, value = each.partition("=")
+        long = SHORT.get(f"{name}=") if equals else SHORT.get(name)
+        found.append(f"{long}{value}" if long else each)
+    return found
 
 
 def training_schema(arguments: Sequence[str]) -> type[TrainingConfig]:

@@ -1,42 +1,12 @@
 """Declares the settings of training: default, meaning and bounds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from core import urls
 from core.settings.loader import Bounded, require, section, setting
 from core.settings.model import ModelConfig
-
-
-@dataclass(frozen=True)
-class RunConfig(Bounded):
-    """The run and its folder."""
-
-    url: str = setting(
-        "",
-        "folder for checkpoints, metrics and ledger (local, s3://, gs://, az://)",
-        env="RUN_URL",
-        identity=False,
-        check=urls.mistake,
-    )
-    max_usd: float = setting(
-        0.0,
-        "hard cap in dollars for all segments together: the run saves and stops before it is reached; 0: no cap",
-        env="MAX_USD",
-        identity=False,
-        ge=0,
-    )
-    shutdown_reserve_seconds: float | None = setting(
-        None,
-        "seconds from the end of the trainer to the end of the machine; the cap reserves the money for them; "
-        "none: what was measured on this cloud",
-        identity=False,
-        ge=0,
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+from core.settings.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -88,15 +58,32 @@ class OptimizerConfig(Bounded):
     embedding_lr: float = setting(0.0, "AdamW's rate for embeddings; 0: lr", ge=0)
     head_lr: float = setting(0.0, "AdamW's rate for an untied output layer; 0: lr", ge=0)
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr", ge=0)
-    schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the decay of the learning rates")
+    schedule: Literal["cosine", "linear", "wsd"] = setting(
+        "cosine",
+        "shape of the decay of the learning rates; wsd: they stay at the peak until the money, `make anneal`, "
+        "train.target_loss or train.steps calls for a cooldown to 0",
+    )
     cooldown_fraction: float = setting(
         1.0, "fraction of the steps, at the end of the run, in which the learning rates decay", ge=0, le=1
     )
     min_lr_ratio: float = setting(
         0.1,
-        "final rate as a share of the peak rate; cosine reaches it at the last step, linear one step later",
+        "final rate as a share of the peak rate; cosine reaches it at the last step, linear one step later; wsd falls "
+        "to 0",
         ge=0,
         le=1,
+    )
+    anneal_fraction: float = setting(
+        0.0,
+        "with wsd: fraction of the steps that the cooldown takes; 0: 0.20 with adamw, 0.35 with muon",
+        identity="unless default",
+        ge=0,
+        lt=1,
+    )
+    anneal_shape: Literal["auto", "linear", "1-sqrt"] = setting(
+        "auto",
+        "with wsd: how the rates fall; auto: 1-sqrt with adamw, linear with muon",
+        identity="unless default",
     )
     warmup_steps: int = setting(715, "steps of linear warm-up", ge=0)
     weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings; none for biases and norms", ge=0)
@@ -121,7 +108,38 @@ class OptimizerConfig(Bounded):
 class TrainLoopConfig(Bounded):
     """Length and intervals of the run, and the computation of a step."""
 
-    steps: int = setting(19073, "optimizer steps of the whole run", gt=0)
+    steps: int = setting(
+        19073,
+        "optimizer steps of the whole run; with schedule wsd, the most that it takes",
+        gt=0,
+        replaces=("tokens", "epochs"),
+    )
+    tokens: float = setting(
+        0.0,
+        "training tokens of the whole run, such as 10e9; the nearest number of steps follows; 0: use `steps`",
+        identity=False,
+        ge=0,
+        replaces=("steps", "epochs"),
+    )
+    epochs: float = setting(
+        0.0,
+        "passes over the training tokens; the nearest number of steps follows; 0: use `steps`",
+        identity=False,
+        ge=0,
+        replaces=("steps", "tokens"),
+    )
+    extend: bool = setting(
+        False,
+        "continue a run to more train.steps than it began with: from its stable part, or with a second warm-up; "
+        "--extend for short",
+        identity=False,
+    )
+    target_loss: float = setting(
+        0.0,
+        "with schedule wsd: begin the cooldown once a validation loss of this much is expected at its end; 0: none",
+        identity=False,
+        ge=0,
+    )
     seed: int = setting(1337, "seed of weights and data order")
     skip_steps: tuple[int, ...] = setting(
         (),
@@ -148,6 +166,9 @@ class TrainLoopConfig(Bounded):
         ge=0,
     )
     eval_every: int = setting(250, "steps between validation losses; 0: only at the end", identity=False, ge=0)
+    eval_first: bool = setting(
+        True, "validate and sample before the first step too, if that is done at intervals", identity=False
+    )
     eval_tokens: int = setting(
         10485760, "validation tokens of each measurement, always the same ones", identity=False, gt=0
     )
@@ -167,6 +188,7 @@ class TrainLoopConfig(Bounded):
         "prompts of the samples; prompts with commas need the form of a JSON list",
         identity=False,
     )
+    samples_per_prompt: int = setting(1, "texts that continue each prompt", identity=False, ge=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to train on", identity=False)
     precision: Literal["auto", "fp32", "bf16", "fp8"] = setting(
         "auto",
@@ -209,6 +231,11 @@ class TrainLoopConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            not (self.tokens and self.epochs),
+            "tokens",
+            f"is {self.tokens:g}, and epochs is {self.epochs:g}; give one of them",
+        )
         require(
             not (self.precision == "fp8" and self.device == "cpu"),
             "precision",
@@ -272,6 +299,11 @@ class CheckpointConfig(Bounded):
         identity=False,
         ge=2,
     )
+    keep_best: bool = setting(
+        True,
+        "also keep the checkpoint with the lowest validation loss; a step with a new lowest one is saved",
+        identity=False,
+    )
     keep_every_steps: int = setting(
         0,
         "also keep the checkpoints at multiples of this number of steps; 0: none",
@@ -305,6 +337,16 @@ class TrainingConfig(Bounded):
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainLoopConfig = section(TrainLoopConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train.tokens:  # from here on the run has a number of steps, as it would if that had been given
+            object.__setattr__(self, "train", of_length(self.train, self.train.tokens, self.batch.tokens_per_step))
+
+
+def of_length(train: TrainLoopConfig, tokens: float, tokens_per_step: int) -> TrainLoopConfig:
+    """The same settings with the number of steps that is nearest to `tokens`, at least 1."""
+    return replace(train, steps=max(1, round(tokens / tokens_per_step)), tokens=0.0, epochs=0.0)
 
 
 @dataclass(frozen=True)

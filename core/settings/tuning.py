@@ -5,6 +5,7 @@ from typing import Literal
 
 from core import urls
 from core.settings.loader import Bounded, require, section, setting
+from core.settings.run import SHUTDOWN_SECONDS
 from core.settings.training import STAGE, PretrainConfig, TrainingConfig, TrainLoopConfig
 
 
@@ -99,7 +100,12 @@ class OptionalStartConfig(Bounded):
 class TuningLoopConfig(TrainLoopConfig):
     """Length and intervals of the run, and the computation of a step."""
 
-    epochs: float = setting(0.0, "passes over the examples, which give the number of steps; 0: use train.steps", ge=0)
+    epochs: float = setting(
+        0.0,
+        "passes over the examples, which give the number of steps; 0: use `steps`",
+        ge=0,
+        replaces=("steps", "tokens"),
+    )
 
 
 @dataclass(frozen=True)
@@ -274,8 +280,8 @@ class MakeConfig(Bounded):
 
 
 @dataclass(frozen=True)
-class WorkConfig:
-    """The folder of the run."""
+class WorkConfig(Bounded):
+    """The folder of the run, and the money for its machines."""
 
     url: str = setting(
         "",
@@ -285,7 +291,21 @@ class WorkConfig:
         check=urls.mistake,
     )
 
+    max_usd: float = setting(
+        0.0,
+        "hard cap in dollars for the machines of all segments together; budget.max_usd caps the endpoint; 0: no cap",
+        identity=False,
+        ge=0,
+    )
+    shutdown_reserve_seconds: float = setting(
+        SHUTDOWN_SECONDS,
+        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
+        identity=False,
+        ge=0,
+    )
+
     def __post_init__(self):
+        super().__post_init__()
         require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
 
 

@@ -8,18 +8,19 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 
 from clouds import providers
 from clouds.catalog import Catalog
 from core import figures, urls
 from core.errors import ConfigError
-from costs import discover, estimate_command, forecast, render
-from costs.plan import chart, law, machines, own, planner, recipes, view
+from core.loss import law
+from costs import discover, estimate_command, render
+from costs.plan import chart, machines, own, planner, recipes, refit, stages, view
 from costs.plan.machines import Wanted
-from costs.plan.planner import Answer, Buyer, Prices, Question
-from costs.throughput import Measured
+from costs.plan.own import Own
+from costs.plan.planner import PREPARATION, Answer, Buyer, Prices, Question
 
 MOST_USD = 100_000.0  # above it every plan has all the tokens that it may take
 USAGE = """\
@@ -53,10 +54,12 @@ def main(arguments: list[str]) -> None:
     catalog = providers.dated(options.offline)
     _check_machines(wanted, catalog)
     found, refused = machines.machines(catalog, machines.tasks(), wanted, today)
-    known, said = _own(options)
-    prices = Prices(estimate_command.assumptions(options), discover.rates_for(discover.FORECAST_BUCKET), known)
+    mine = _own(options)
+    assume, rates = estimate_command.assumptions(options), discover.rates_for(discover.FORECAST_BUCKET)
+    prices = Prices(assume, rates, mine.speeds, stages.beside(catalog, assume, is_prepared=options.prepared))
     buyers, unable = planner.buyers(found, prices, size, recipe)
-    fitted = law.load()
+    fit = refit.refit(law.load(), mine.losses)
+    fitted = fit.law
 
     def ask(dollars: float) -> Answer:
         return planner.plan(dataclasses.replace(question, usd=dollars), buyers, [*refused, *unable], fitted)
@@ -71,12 +74,13 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise ConfigError(f"--svg={options.svg}: cannot be written: {error.strerror}") from error
         print(f"wrote {path}", file=sys.stderr)
-    notes = [*view.notes(answer, fitted, today), said, f"prices: {catalog.source}", *_beside(answer, prices)]
+    losses = [*fit.notes, *view.on_own_sets(answer, fit)]
+    notes = [*view.notes(answer, fitted, today), mine.said, *losses, f"prices: {catalog.source}", *_beside(prices)]
     if options.json:
         document = view.document(answer, fitted, catalog.source, today, notes, os.environ.get("BUCKET", ""))
         print(json.dumps(document, indent=1))
     else:
-        _show(answer, notes, today)
+        _show(answer, notes, today, _constraints(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", metavar="SIZE", help=f"only this model size: {', '.join(recipes.SIZES)}")
     add("--recipe", metavar="NAME", help=f"only this recipe: {', '.join(recipes.RECIPES)}")
     add("--unique-tokens", default="10e9", metavar="N", help="tokens of the set; default: FineWeb-Edu 10BT's 10e9")
+    add("--prepared", action="store_true", help="the tokens are in the bucket already: leave out their preparation")
     add("--reserve", default="0.1", metavar="SHARE", help="share of the sum that is kept back; default 0.1")
     add("--like", action="append", default=[], metavar="RUN_URL", help="take speed and overhead from this run, too")
     add("--refuse-stale", metavar="DAYS", help="refuse prices that are older, or have no date")
@@ -102,17 +107,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(answer: Answer, notes: Sequence[str], today: date) -> None:
+def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str, str]) -> None:
     console = render.console()
     console.print(f"[bold]{view.headline(answer)}[/bold]", highlight=False)
     console.print(render.terminal_table(view.plans(answer)))
     for line in notes[: view.LEGEND]:
         console.print(line, markup=False)
+    usd, bucket = answer.question.usd, os.environ.get("BUCKET", "")
+    for what, command in (
+        (
+            "To do all of plan 1 (rents machines): prepare, train, evaluate, export:",
+            view.run_command(usd, bucket, given),
+        ),
+        ("To launch only its training:", view.command(answer.plans[0], usd, bucket)),
+    ):
+        console.print(what, markup=False)
+        console.file.write(f"  {command}\n")  # not through the console, which would break the line: it is to be copied
     console.print()
     console.print(render.terminal_table(view.bill(answer, today)))
-    console.print("To launch plan 1 (rents machines):", markup=False)
-    # Not through the console, which would break the line: it is to be copied.
-    console.file.write(f"  {view.command(answer.plans[0], answer.question.usd, os.environ.get('BUCKET', ''))}\n\n")
     for line in notes[view.LEGEND :]:
         console.print(line, markup=False)
     if answer.refusals:
@@ -121,23 +133,30 @@ def _show(answer: Answer, notes: Sequence[str], today: date) -> None:
         console.print(f"  {line}", markup=False)
 
 
-def _beside(answer: Answer, prices: Prices) -> list[str]:
+def _constraints(options: argparse.Namespace) -> dict[str, str]:
+    """The flags that `make run` is to be given too, by name; "" for one without a value."""
+    names = ("deadline", "gpus", "cloud", "size", "recipe", "refuse_stale")
+    found = {name.replace("_", "-"): value for name in names if (value := getattr(options, name)) is not None}
+    return found | ({"on-demand": ""} if options.on_demand else {})
+
+
+def _beside(prices: Prices) -> list[str]:
     """Notes on what the dollars leave out."""
     said = ["the container image is taken as pushed (make image); without IMAGE the node builds it, which takes longer"]
-    tokens = min(answer.plans[0].tokens, answer.question.unique_tokens)
-    prep = forecast.preparation_usd(providers.snapshot(), tokens, prices.assume)
-    if prep is not None:
-        said.append(f"preparing the tokens, once, is not in the dollars: about ${prep[1]:.2f} (make prep-data)")
+    if PREPARATION not in prices.beside:
+        said.append("the tokens are taken as prepared, so that the dollars leave that out")
     return said
 
 
-def _own(options: argparse.Namespace) -> tuple[dict[str, list[Measured]], str]:
-    """The user's own runs by instance type, and a note about them. Runs that --like names come first."""
-    known, said = ({}, "own runs: not read (--offline)") if options.offline else own.in_bucket(os.environ)
+def _own(options: argparse.Namespace) -> Own:
+    """The user's own runs. Runs that --like names come first."""
+    mine = Own(said="own runs: not read (--offline)") if options.offline else own.in_bucket(os.environ)
     named = own.named(options.like)
-    if named:
-        said = own.note(named)
-    return known | named, said
+    if not named.speeds and not named.losses:
+        return mine
+    seen = {each.url for each in named.losses}
+    others = [each for each in mine.losses if each.url not in seen]
+    return Own({**mine.speeds, **named.speeds}, [*named.losses, *others], named.said)
 
 
 def _dollars(text: str) -> float:

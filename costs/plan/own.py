@@ -1,14 +1,16 @@
-"""Reads the user's own runs, whose speeds and overheads a plan prefers to published ones."""
+"""Reads the user's own runs, whose speeds, overheads and losses a plan prefers to published ones."""
 
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 from core.errors import LauncherError
 from core.run import cache
 from core.run.reader import read_run
 from costs import discover, throughput
+from costs.plan.refit import OwnRun, own_run
 from costs.throughput import Measured
 
 log = logging.getLogger(__name__)
@@ -16,37 +18,49 @@ MOST_RUNS = 20
 PATIENCE_SECONDS = 10.0
 
 
-def named(urls: Iterable[str]) -> dict[str, list[Measured]]:
-    """What the runs at these URLs measured, by instance type. Raises LauncherError if one cannot be read."""
-    found: dict[str, list[Measured]] = {}
+@dataclass(frozen=True)
+class Own:
+    """What the user's runs tell: speeds and overheads by instance type, losses, and a note about the former."""
+
+    speeds: Mapping[str, list[Measured]] = field(default_factory=dict)
+    losses: Sequence[OwnRun] = ()
+    said: str = ""
+
+
+def named(urls: Iterable[str]) -> Own:
+    """What the runs at these URLs tell. Raises LauncherError if one cannot be read."""
+    speeds: dict[str, list[Measured]] = {}
+    losses = []
     for url in urls:
-        measured = throughput.measure(read_run(url, cache_file=cache.path_for(url)))
+        run = read_run(url, cache_file=cache.path_for(url))
+        measured, loss = throughput.measure(run), own_run(run)
         if measured is not None and measured.instance_type:
-            found.setdefault(measured.instance_type, []).append(measured)
-    return found
+            speeds.setdefault(measured.instance_type, []).append(measured)
+        losses += [loss] if loss is not None else []
+    return Own(speeds, losses, note(speeds))
 
 
-def in_bucket(environment: Mapping[str, str]) -> tuple[dict[str, list[Measured]], str]:
-    """What the runs in BUCKET measured, and a note about them. A store that does not answer only leaves them out."""
+def in_bucket(environment: Mapping[str, str]) -> Own:
+    """What the runs in BUCKET tell. A store that does not answer only leaves them out."""
     if not environment.get("BUCKET"):
-        return {}, "own runs: none were read, BUCKET is not set; speeds and overheads are published or assumed ones"
-    answers: list[tuple[dict[str, list[Measured]], str]] = []
+        said = "own runs: none were read, BUCKET is not set; speeds and overheads are published or assumed ones"
+        return Own(said=said)
+    answers: list[Own] = []
     reader = threading.Thread(target=lambda: answers.append(_read(environment)), daemon=True)
     reader.start()
     reader.join(PATIENCE_SECONDS)
-    return answers[0] if answers else ({}, f"own runs: BUCKET did not answer in {PATIENCE_SECONDS:.0f} s")
+    return answers[0] if answers else Own(said=f"own runs: BUCKET did not answer in {PATIENCE_SECONDS:.0f} s")
 
 
-def _read(environment: Mapping[str, str]) -> tuple[dict[str, list[Measured]], str]:
+def _read(environment: Mapping[str, str]) -> Own:
     try:
-        found = named(islice(discover.find_runs(discover.runs_url(environment)), MOST_RUNS))
+        return named(islice(discover.find_runs(discover.runs_url(environment)), MOST_RUNS))
     except LauncherError as error:
-        return {}, f"own runs: BUCKET cannot be read ({error})"
-    return found, note(found)
+        return Own(said=f"own runs: BUCKET cannot be read ({error})")
 
 
-def note(found: Mapping[str, Sequence[Measured]]) -> str:
-    count = sum(len(each) for each in found.values())
+def note(speeds: Mapping[str, Sequence[Measured]]) -> str:
+    count = sum(len(each) for each in speeds.values())
     if not count:
         return "own runs: none in BUCKET has trained; speeds and overheads are published or assumed ones"
-    return f"own runs: speed and overhead of {count} on {', '.join(sorted(found))}"
+    return f"own runs: speed and overhead of {count} on {', '.join(sorted(speeds))}"

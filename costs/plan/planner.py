@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core.figures import dollars, quantity
+from core.loss.law import LEAST_TOKENS, Law
 from core.settings.model import flops_per_token
 from core.settings.training import PretrainConfig
 from core.task import Workload
@@ -20,7 +21,6 @@ from costs import forecast, throughput
 from costs.forecast import Assumptions, Effort, ForecastRow
 from costs.model import StorageRates
 from costs.plan import recipes
-from costs.plan.law import LEAST_TOKENS, Law
 from costs.plan.machines import Machine, Refusal
 from costs.plan.recipes import Candidate
 from costs.throughput import Measured, Throughput
@@ -29,6 +29,7 @@ from costs.throughput import Measured, Throughput
 LEAST_RATIO, MOST_RATIO = 8.0, 80.0
 MOST_EPOCHS = 4.0  # repeats up to here cost almost nothing (Muennighoff et al. 2023, arXiv 2305.16264)
 CONTROLLER, RESERVE = "jobs controller", "reserve"
+PREPARATION, EVALUATION = "preparation", "evaluation"
 CONTROLLER_HOURS = 0.25  # its start, and the ten minutes until it stops
 SAME_DOLLARS = 0.05  # sums that differ by less than this share count as the same
 
@@ -47,12 +48,31 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A linear function of tokens."""
+
+    fixed: float
+    per_token: float
+
+    def at(self, tokens: float) -> float:
+        return self.fixed + self.per_token * tokens
+
+    def tokens_for(self, amount: float) -> float:
+        """Tokens at which it reaches an amount; negative if the fixed part exceeds it."""
+        return (amount - self.fixed) / self.per_token
+
+
+@dataclass(frozen=True)
 class Prices:
-    """What dollars and speeds are computed from. `own` are the user's runs by instance type."""
+    """What dollars and speeds are computed from. `own` are the user's runs by instance type.
+
+    `beside` are the dollars of the other stages, PREPARATION and EVALUATION, which other machines do.
+    """
 
     assume: Assumptions
     rates: StorageRates | None
     own: Mapping[str, Sequence[Measured]] = field(default_factory=dict)
+    beside: Mapping[str, Line] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,10 +109,16 @@ class Plan:
         return self.tokens < LEAST_TOKENS
 
     @property
+    def machines_usd(self) -> float:
+        """What the machines of all stages may cost: the sum without what no ledger counts."""
+        return self.usd - sum(self.parts.get(name, 0.0) for name in ("storage", "egress", CONTROLLER))
+
+    @property
     def cap_usd(self) -> float:
-        """MAX_USD: the cap counts machines, not what is paid beside them."""
-        beside = sum(self.parts.get(name, 0.0) for name in ("storage", "egress", CONTROLLER))
-        return int((self.usd - beside) * 100) / 100
+        """MAX_USD of the training, whose cap counts its own machines only."""
+        return (
+            int((self.machines_usd - sum(self.parts.get(name, 0.0) for name in (PREPARATION, EVALUATION))) * 100) / 100
+        )
 
 
 @dataclass(frozen=True)
@@ -109,21 +135,6 @@ class Answer:
     equal: int
     refusals: list[Refusal]
     least: tuple[float, str] | None
-
-
-@dataclass(frozen=True)
-class Line:
-    """A linear function of tokens."""
-
-    fixed: float
-    per_token: float
-
-    def at(self, tokens: float) -> float:
-        return self.fixed + self.per_token * tokens
-
-    def tokens_for(self, amount: float) -> float:
-        """Tokens at which it reaches an amount; negative if the fixed part exceeds it."""
-        return (amount - self.fixed) / self.per_token
 
 
 @dataclass(frozen=True)
@@ -168,18 +179,18 @@ def bill(
     tokens: float,
     usd_per_hour: float,
 ) -> ForecastRow:
-    """Hours and dollars of a run by `estimate`, and its jobs controller."""
+    """Hours and dollars of a run by `estimate`, its jobs controller, and the stages beside it."""
     assume = prices.assume
     if assume.shutdown_seconds is None:
         assume = dataclasses.replace(assume, shutdown_seconds=machine.idle_seconds)
     workload = Workload("pretrain", settings, model=settings.model)
     row = ForecastRow(machine.offer, machine.spot, 1, usd_per_hour)
     found = forecast.price(row, Effort(workload, tokens, speed), assume, prices.rates, measured)
-    if not machine.spot:
-        return found
-    usd = (found.hours + CONTROLLER_HOURS) * assume.controller_usd_per_hour
-    added = {name: getattr(found, name) + usd for name in ("usd", "usd_low", "usd_high")}
-    return dataclasses.replace(found, **added, parts=found.parts | {CONTROLLER: usd})
+    more = {name: line.at(tokens) for name, line in prices.beside.items()}
+    if machine.spot:
+        more[CONTROLLER] = (found.hours + CONTROLLER_HOURS) * assume.controller_usd_per_hour
+    added = {name: getattr(found, name) + sum(more.values()) for name in ("usd", "usd_low", "usd_high")}
+    return dataclasses.replace(found, **added, parts=found.parts | more)
 
 
 def buyers(

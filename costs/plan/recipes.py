@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.gpus import memory_bytes
+from core.loss import law
 from core.settings import loader, memory
 from core.settings.model import matrix_parameters, parameters
 from core.settings.training import PretrainConfig
-from costs.plan import law
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = "trainer/configs"
@@ -123,5 +123,9 @@ def known_to(found: law.Law) -> dict[str, str]:
             f" to {known.largest / 1e6:.0f}M" if known.largest > known.smallest else ""
         )
         runs = f"{known.runs} public run{'s' * (known.runs != 1)}"
-        lines[recipe] = f"{recipe}: token multiplier {known.k:.2f} by {runs} of {sizes} non-embedding parameters"
+        preset = next(each.config for each in candidates() if each.recipe == recipe)
+        lines[recipe] = (
+            f"{recipe}: the recipe of {preset}; a token counts {known.k:.2f} times as much as with the law's reference "
+            f"recipe, by {runs} of {sizes} parameters without embeddings"
+        )
     return lines

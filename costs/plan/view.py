@@ -9,10 +9,12 @@ from typing import Any
 
 from core import figures
 from core.figures import quantity
-from costs.plan import law, recipes
-from costs.plan.law import Law
+from core.loss import law
+from core.loss.law import Law
+from costs.plan import recipes
 from costs.plan.machines import STALE_DAYS, Machine
-from costs.plan.planner import RESERVE, Answer, Plan
+from costs.plan.planner import EVALUATION, PREPARATION, RESERVE, Answer, Plan
+from costs.plan.refit import Refit
 from costs.tables import Sheet
 
 ROWS = 3
@@ -30,6 +32,8 @@ PARTS = {
     "jobs controller": "SkyPilot's jobs controller",
     "storage": "storage, one month",
     "egress": "data to another cloud",
+    PREPARATION: "preparation of the tokens, once",
+    EVALUATION: "evaluation and export",
     RESERVE: "reserve",
 }
 # Machines without a target of their own are launched by `make pretrain TASK=…`.
@@ -46,11 +50,20 @@ def command(each: Plan, usd: float, bucket: str = "") -> str:
     return " ".join(words)
 
 
+def run_command(usd: float, bucket: str, constraints: Mapping[str, str]) -> str:
+    """What to type to do all of plan 1. `constraints` are the flags of the question, by name."""
+    names = {"gpus": "GPUS", "deadline": "DEADLINE", "on-demand": "ON_DEMAND"}
+    words = [f"BUCKET={shlex.quote(bucket or 'my-bucket')}"]
+    if constraints.keys() <= names.keys():
+        words += [f"{names[name]}={shlex.quote(value or '1')}" for name, value in constraints.items()]
+        return " ".join(["make run", f"USD={usd:g}", *words])
+    flags = [shlex.quote(f"--{name}={value}" if value else f"--{name}") for name, value in constraints.items()]
+    return " ".join([*words, ".venv-launch/bin/python -m launch.run", f"--usd={usd:g}", *flags])
+
+
 def headline(answer: Answer) -> str:
     best = answer.plans[0]
-    model = f"a {best.candidate.size} model ({quantity(best.candidate.parameters)} parameters with both vocabularies)"
-    if best.candidate.settings.model.tie_embeddings:
-        model = f"a {best.candidate.size} model ({quantity(best.candidate.parameters)} parameters)"
+    model = f"a {best.candidate.size} model ({quantity(best.candidate.parameters)} parameters, embeddings included)"
     time = figures.duration(best.hours * 3600)
     sum_said = f"${figures.dollars(best.usd)} of ${figures.dollars(answer.question.usd)}"
     if best.limit == "money":
@@ -172,6 +185,19 @@ def notes(answer: Answer, found: Law, today: date) -> list[str]:
     return said + sorted({each.speed.source for each in shown})
 
 
+def on_own_sets(answer: Answer, fit: Refit) -> list[str]:
+    """The expected losses of the plans that are shown, on the sets of the user's own runs."""
+    said = []
+    for url, (offset, error) in fit.offsets.items():
+        where = "/".join(url.rstrip("/").split("/")[-2:])
+        losses = [
+            f"plan {number} {each.loss + offset:.2f} ± {(each.error**2 + error**2) ** 0.5:.2f}"
+            for number, each in enumerate(answer.plans[:ROWS], 1)
+        ]
+        said.append(f"own losses: expected on {where}: {', '.join(losses)}")
+    return said
+
+
 def _limited(number: int, each: Plan) -> str:
     why = "the deadline ends it" if each.limit == "deadline" else "it has all the tokens that it may take"
     return f"plan {number}: {why}, so that ${figures.dollars(each.usd)} are enough"
@@ -185,6 +211,7 @@ def document(answer: Answer, found: Law, source: str, today: date, said: Sequenc
         "currency": "USD",
         "date": today.isoformat(),
         "question": dataclasses.asdict(answer.question),
+        "headline": headline(answer),
         "loss_scale": law.SCALE,
         "law": {"date": found.date, "constants": dict(found.constants)},
         "prices": source,
@@ -211,6 +238,7 @@ def _plain(each: Plan, answer: Answer, bucket: str) -> Mapping[str, Any]:
             "usd_per_hour_high": machine.high,
             "priced": machine.priced and machine.priced.isoformat(),
             "task": machine.task,
+            "options": list(machine.options),
         },
         "recipe": candidate.recipe,
         "size": candidate.size,
@@ -232,6 +260,7 @@ def _plain(each: Plan, answer: Answer, bucket: str) -> Mapping[str, Any]:
         "limited_by": each.limit,
         "speed": {"tokens_per_second": each.speed.expected, "kind": each.speed.kind, "source": each.speed.source},
         "max_usd": each.cap_usd,
+        "machines_usd": each.machines_usd,
         "config": candidate.config,
         "flags": list(each.flags),
         "command": command(each, answer.question.usd, bucket),

@@ -2,6 +2,7 @@
 
     python -m launch.node -m trainer.train CONFIG [--key=value ...]     (under torchrun, after a preflight)
     python -m launch.node -m data_prep.prepare CONFIG [--key=value ...]
+    python -m launch.node -m trainer.train CONFIG --more="$TRAIN_ARGS"  (that variable's words, split as by a shell)
 
 The program gets the facts of this machine as environment variables (clouds/machine.py). Its output is stored, line by
 line, below RUN_URL/logs/, because SkyPilot loses the output of a preempted node. The tasks in sky/ rely on these exit
@@ -39,17 +40,17 @@ from pathlib import Path
 
 from clouds import machine
 from clouds.base import Gpu
-from core import pulse, storage
-from core import secrets as keys
+from core import pulse, storage, task
 from core.console import run_entry, set_up_logging
 from core.environment import positive
 from core.errors import ConfigError, LauncherError
 from core.exit_codes import BAD_NODE, CAPPED, FAILED, OK, PREEMPTED
 from core.run import paid
+from core.run.cap import RESTARTS, restarts_too_dear
 from core.run.folder import RunFolder
-from core.run.journal import Journal
+from core.run.log import Output, StoredLog
 from core.run.machine import cluster_info, machine_from_environment, segment_started_at
-from core.run.reader import spent_usd_at_most
+from core.run.reader import Spent, spent_at_most
 from core.run.segment import one_node_of
 from launch.node import network, preflight, supervise
 from launch.node.supervise import Child, Outcome, kill_descendants
@@ -60,56 +61,13 @@ log = logging.getLogger("node")
 REFUSALS_PER_DAY = 3
 # The head node's exit code counts. The other nodes wait this long for it before they end the job.
 HEAD_START_SECONDS = 30.0
-LOG_FLUSH_SECONDS = 10.0
-WAITING_BYTES = 32 << 20
 # Seconds between the kill of the program and the end of this process, which container.sh would kill later.
 AFTER_KILL_SECONDS = 4.0
+# Programs of several ranks. All others are one process.
+UNDER_TORCHRUN = ("trainer.train", "trainer.evaluate")
+# MAX_USD caps the whole run of these. That of others counts in a folder of their own, which they check themselves.
+CAPPED_AS_A_RUN = ("trainer.train", "trainer.synthesize")
 SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
-
-
-class Output:
-    """Stores lines in a journal; thread-safe.
-
-    If lines arrive faster than they can be stored, or the store does not answer, at most WAITING_BYTES wait in memory.
-    Further lines are left out, and a line at their place says how many.
-    """
-
-    def __init__(self, folder: str):
-        self._journal = Journal(folder, LOG_FLUSH_SECONDS)
-        self._lock = threading.Lock()
-        self._scrub = keys.scrubber()
-        self._left_out = 0
-
-    def add(self, line: str, at: float | None = None) -> None:
-        now = time.time() if at is None else at
-        with self._lock:
-            if self._journal.waiting_bytes > WAITING_BYTES:
-                self._left_out += 1
-                return
-            self._say_left_out(now)
-        self._journal.add({"time": now, "line": self._scrub(line)})
-
-    def close(self) -> None:
-        with self._lock:
-            self._say_left_out(time.time())
-        self._journal.close()
-
-    def _say_left_out(self, now: float) -> None:
-        if self._left_out:
-            count, self._left_out = self._left_out, 0
-            said = f"({count:,} lines are left out here: the store did not take them as fast as they came)"
-            self._journal.add({"time": now, "line": said})
-
-
-class StoredLog(logging.Handler):
-    """A logging handler that stores the log lines of this process among the output of the program."""
-
-    def __init__(self, output: Output):
-        super().__init__()
-        self._output = output
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._output.add(self.format(record), record.created)
 
 
 class PaidRecord:
@@ -152,6 +110,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[0] != "-m":
         raise ConfigError("usage: python -m launch.node -m MODULE [ARGUMENTS ...]")
     environment = dict(os.environ)
+    module, words = arguments[1], task.with_more(arguments[2:])
     if not environment.get("RUN_URL"):
         raise ConfigError("RUN_URL is not set; launch/node/container.sh derives it from BUCKET and RUN")
     supervise.hang_minutes(environment)
@@ -168,12 +127,12 @@ def main(arguments: list[str]) -> int:
     stop.on_leaving(output.close)
     ours = StoredLog(output)
     logging.getLogger().addHandler(ours)
-    record = PaidRecord(environment, arguments[1], rank, attempt)
+    record = PaidRecord(environment, module, rank, attempt)
     stop.on_leaving(record.end)
     try:
         record.begin()
         log.info("node %d of %d: %s", rank + 1, len(addresses), describe(environment))
-        code = job(arguments[1], arguments[2:], environment, found, output, attempt)
+        code = job(module, words, environment, found, output, attempt)
         stop.settle(code if code != FAILED else PREEMPTED)
         log.info("exit code %d", code)
         return code
@@ -191,10 +150,10 @@ def job(
     module: str, arguments: list[str], environment: dict[str, str], found: list[Gpu], output: Output, attempt: str
 ) -> int:
     """Run preflight and program. Returns the exit code of this node."""
-    trains = module.startswith("trainer.")
+    trains = module in UNDER_TORCHRUN
     pulse.sign_of_life()
-    if module == "trainer.train" and (spent := spent_cap(environment)):
-        log.error("%s: the machine ends before it costs more; go on with a larger MAX_USD and the same command", spent)
+    if module in CAPPED_AS_A_RUN and (spent := spent_cap(environment)):
+        log.error("%s", spent)
         return CAPPED
     if trains:
         network.check_port(environment)
@@ -238,13 +197,25 @@ def job(
 
 
 def spent_cap(environment: Mapping[str, str]) -> str:
-    """One sentence if the run has cost MAX_USD already, this machine's time included; else ""."""
+    """One sentence if the run has reached one of its bounds, and how to go on; else "".
+
+    This machine's time counts, but not as a restart.
+    """
+    names = ("MAX_USD", "MAX_HOURS", RESTARTS)
     try:
-        max_usd = float(environment.get("MAX_USD") or 0)
+        usd, hours, restart_usd = (float(environment.get(name) or 0) for name in names)
     except ValueError:  # the program refuses it with a sentence
         return ""
-    usd = spent_usd_at_most(environment["RUN_URL"]) if max_usd else None
-    return f"${usd:.2f} of ${max_usd:g} spent" if usd is not None and usd >= max_usd else ""
+    folder = RunFolder(environment["RUN_URL"])
+    spent = spent_at_most(folder.url) if usd or hours else Spent(None, 0.0)
+    further = "the machine ends before it costs more; go on with a larger {} and the same command"
+    if usd and spent.usd is not None and spent.usd >= usd:
+        return f"${spent.usd:.2f} of ${usd:g} spent: {further.format('MAX_USD')}"
+    if hours and spent.seconds >= 3600 * hours:
+        return f"{spent.seconds / 3600:.2f} of {hours:g} hours paid: {further.format('MAX_HOURS')}"
+    here = (machine_from_environment(None, 0, environment).host, segment_started_at() or 0.0)
+    restarts = restarts_too_dear(folder, restart_usd, here=here)
+    return restarts and f"{restarts}: see the logs of the last machines; {further.format(RESTARTS)}"
 
 
 def exit_code(outcome: Outcome, written: int | None) -> int:

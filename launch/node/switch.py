@@ -45,6 +45,8 @@ REQUEST_SECONDS = 20.0
 METADATA_SECONDS = 3.0
 # The cloud takes this long at most between its answer and the end of the machine.
 GRACE_SECONDS = 60.0
+TRIES = 3
+PAUSE_SECONDS = 20.0
 LAMBDA = "https://cloud.lambdalabs.com/api/v1/"
 EC2_VERSION = "2016-11-15"
 
@@ -73,7 +75,7 @@ def main(arguments):
             os.dup2(log.fileno(), number)
     say(f"ends this machine after {minutes:g} minutes without a sign of life")
     wait_for_silence(minutes)
-    if arguments or is_ours():
+    if arguments or is_ours(minutes):
         end()
     return 0
 
@@ -107,32 +109,41 @@ def modified():
         return 0
 
 
-def is_ours():
-    """Whether this is a machine on AWS for a job of ours, by its tags, else by its role."""
-    try:
-        tags = own_tags()
-    except Exception as error:  # no network, no permission: any error of the request
-        say(f"tags: {error}")
-        return has_our_role()
+def is_ours(minutes):
+    """Whether this is a machine on AWS for a job of ours, by its tags, else by its role.
+
+    A machine of which neither is known for `minutes` more counts as ours: it has lost its network.
+    """
+    until = time.monotonic() + minutes * 60
+    while True:
+        for look in (by_tags, by_role):
+            try:
+                ours, said = look()
+            except Exception as error:  # no network, no permission: any error of the request
+                say(f"{look.__name__}: {error}")
+            else:
+                say(f"{said} {'is of this project' if ours else 'is left alone'}")
+                return ours
+        if time.monotonic() >= until:
+            return True
+        time.sleep(min(POLL_SECONDS, minutes * 6))
+
+
+def by_tags():
+    tags = own_tags()
     cluster = tags.get("ray-cluster-name", "")
-    ours = tags.get(LABEL[0]) == LABEL[1] and not cluster.startswith(CONTROLLERS)
-    say(f"cluster {cluster or '?'} {'is of this project' if ours else 'is left alone'}")
-    return ours
+    return tags.get(LABEL[0]) == LABEL[1] and not cluster.startswith(CONTROLLERS), f"cluster {cluster or '?'}"
 
 
-def has_our_role():
-    """Whether the machine has the role that `make role` gives to nodes, or cannot say which: then nobody knows it."""
-    try:
-        profile = json.loads(metadata("iam/info")).get("InstanceProfileArn", "")
-    except Exception as error:
-        say(f"role: {error}")
-        return True
-    say(f"role {profile}")
-    return profile.rpartition("/")[2] == ROLE
+def by_role():
+    """`make role` gives a role to nodes, not to controllers."""
+    profile = json.loads(metadata("iam/info")).get("InstanceProfileArn", "")
+    return profile.rpartition("/")[2] == ROLE, f"a machine with the role {profile or '?'}"
 
 
 def end():
-    """Terminate this machine, or power it off. Tries again until it is gone."""
+    """Terminate this machine; power it off after TRIES in vain. Goes on until it is gone."""
+    tries = 0
     while True:
         for terminate in (terminate_on_aws, terminate_on_lambda):
             try:
@@ -141,10 +152,12 @@ def end():
                 say(f"{terminate.__name__}: {error}")
             else:
                 time.sleep(GRACE_SECONDS)
-        if not is_on_lambda():
+        tries += 1
+        # A machine on demand that is off keeps its disk, and a busy cloud may answer the next time.
+        if tries >= TRIES and not is_on_lambda():
             say("powered off")
             subprocess.call(["shutdown", "-h", "now"])
-        time.sleep(GRACE_SECONDS)
+        time.sleep(PAUSE_SECONDS)
 
 
 # --- AWS -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ files with those of its successor. The marker holds the name and the checksum of
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,6 +104,12 @@ def restorable(run_url: str) -> dict[int, dict[str, int]]:
         if problem is None:
             return _by_step(folder, objects)
     raise CheckpointError(f"{problem}, or move the checkpoint out of {folder} to go on without it")
+
+
+def vanished(run_url: str, found: Mapping[int, Mapping[str, int]]) -> bool:
+    """Whether a marker that the listing `found` shows is not there: the checkpoint was removed after the listing."""
+    markers = [storage.join(folder_of(run_url, step), MARKER) for step, names in found.items() if MARKER in names]
+    return not all(map(storage.exists, markers))
 
 
 def _by_step(folder: str, objects: Iterable[ObjectInfo]) -> dict[int, dict[str, int]]:
@@ -222,13 +228,15 @@ def remove(run_url: str, step: int, names: Iterable[str]) -> None:
         storage.delete(storage.join(folder, name))
 
 
-def to_remove(found: Mapping[int, Mapping[str, int]], keep: int, keep_every: int) -> list[int]:
+def to_remove(
+    found: Mapping[int, Mapping[str, int]], keep: int, keep_every: int, kept: Collection[int] = ()
+) -> list[int]:
     """The steps to delete.
 
-    These are the complete ones except the newest `keep` and the multiples of `keep_every`, and the incomplete ones
-    before the newest complete step, which a dead segment left behind.
+    These are the complete ones except the newest `keep`, the multiples of `keep_every` and those in `kept`, and the
+    incomplete ones before the newest complete step, which a dead segment left behind.
     """
     complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)
     newest = complete[0] if complete else -1
-    old = {step for step in complete[keep:] if not keep_every or step % keep_every}
+    old = {step for step in complete[keep:] if step not in kept and (not keep_every or step % keep_every)}
     return [step for step in found if step in old or (step not in complete and step < newest)]

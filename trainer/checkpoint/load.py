@@ -7,6 +7,7 @@ checkpoints exist but none can be used, or if a listing may hide one, loading fa
 
 import functools
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from core import storage
 from core.errors import CheckpointError, ObjectNotFound
+from core.figures import duration
 from core.run.folder import RunFolder, step_name
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import parse_key, tensors_of
@@ -25,6 +27,7 @@ from trainer.distributed.process_group import Ranks, gather_objects, on_main
 
 log = logging.getLogger(__name__)
 
+OLD_LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0)  # pauses before a listing that shows only removed checkpoints is repeated
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -60,7 +63,23 @@ def load_newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | 
 
 
 def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None) -> Restored | None:
-    found = on_main(lambda: layout.restorable(run_url), ranks)
+    for pause in (*OLD_LISTING_SECONDS, None):
+        found = on_main(lambda: layout.restorable(run_url), ranks)
+        restored, sentence = _first_usable(run_url, found, target, ranks, early)
+        if restored or not sentence:
+            return restored
+        # A store whose listings lag may still show only checkpoints that were removed since.
+        if pause is None or not on_main(functools.partial(layout.vanished, run_url, found), ranks):
+            raise CheckpointError(sentence)
+        if ranks.is_main:
+            log.warning("the listing shows only checkpoints that were removed; listing again in %s", duration(pause))
+        on_main(functools.partial(time.sleep, pause), ranks)
+
+
+def _first_usable(
+    run_url: str, found: Mapping[int, Mapping[str, int]], target: Target, ranks: Ranks, early: EarlyFetch | None
+) -> tuple[Restored | None, str]:
+    """The newest of the listed checkpoints that can be used, or None and why; "" if none of them is complete."""
     skipped: list[tuple[str, str]] = []
     damaged = 0
     for step, names in found.items():
@@ -68,18 +87,18 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
         if manifest is not None:
             why = _load(run_url, manifest, target, ranks, early)
             if why is None:
-                return Restored(step, manifest.state, tuple(skipped), manifest.segment)
+                return Restored(step, manifest.state, tuple(skipped), manifest.segment), ""
         if why != "":
             damaged += 1
         skipped.append((step_name(step), why or "incomplete: it was never finished"))
         if ranks.is_main:
             log.warning("checkpoint %s skipped: %s", *skipped[-1])
-    if damaged:
-        raise CheckpointError(
-            f"{RunFolder(run_url).checkpoints}: none of the {damaged} complete checkpoints can be used, "
-            f"the newest because: {skipped[0][1]}; restore one from a backup, or start over with another run.url"
-        )
-    return None
+    if not damaged:
+        return None, ""
+    return None, (
+        f"{RunFolder(run_url).checkpoints}: none of the {damaged} complete checkpoints can be used, "
+        f"the newest because: {skipped[0][1]}; restore one from a backup, or start over with another run.url"
+    )
 
 
 def _open(run_url: str, step: int, names: Mapping[str, int]) -> tuple[CheckpointManifest | None, str]:

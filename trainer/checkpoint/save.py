@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,7 +45,7 @@ class Saver:
 
     `ledger` is None on all ranks but rank 0. `flush_log` stores the ledger and the metrics, and returns whether it
     succeeded. Once `is_hurried()` is true, there will be no later checkpoint: a failed upload is repeated until it
-    succeeds.
+    succeeds. The checkpoints of the steps `kept()` are never removed.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Saver:
         blocks: Callable[[], Iterable[tuple[str, torch.Tensor]]],
         first_step: int = 0,
         is_hurried: Callable[[], bool] = stop.is_hurried,
+        kept: Callable[[], Collection[int]] = tuple,
     ):
         self.run_url = run_url
         self.segment = segment
@@ -69,6 +70,7 @@ class Saver:
         self._flush_log = flush_log
         self._blocks = blocks
         self._is_hurried = is_hurried
+        self._kept_by_others = kept
         # A thread allocates the buffer, because that takes a while and only the first checkpoint needs it.
         self._staging = ThreadPoolExecutor(1, "staging").submit(StagedFile, list(blocks()))
         self._thread: threading.Thread | None = None
@@ -79,6 +81,7 @@ class Saver:
         self._failing_since = math.inf
         self._insist_until = -math.inf
         self.last_step = first_step  # step of the newest complete checkpoint; kept up to date on rank 0 only
+        self.best_step: int | None = None  # step whose checkpoint is kept however old it gets
 
     @property
     def staged(self) -> StagedFile:
@@ -239,12 +242,13 @@ class Saver:
     def _make_room(self, step: int) -> bool:
         """On rank 0: delete older checkpoints, so that the one of `step` finds room.
 
-        Keeps the newest complete checkpoint and those of keep_every_steps. Returns whether any were deleted.
+        Keeps the newest complete checkpoint, the best one and those of keep_every_steps. Returns whether any were
+        deleted.
         """
         check_owner(RunFolder(self.run_url), self.segment)
         found = layout.stored(self.run_url)
         unfinished = {old for old, names in found.items() if old < step and layout.MARKER not in names}
-        gone = sorted({*layout.to_remove(found, 1, self.config.keep_every_steps), *unfinished})
+        gone = sorted({*layout.to_remove(found, 1, self.config.keep_every_steps, self._kept()), *unfinished})
         for old in gone:
             layout.remove(self.run_url, old, found[old])
         if gone:
@@ -260,10 +264,13 @@ class Saver:
                 f"stored; {newest}. Free space there and start again with the same settings"
             )
 
+    def _kept(self) -> set[int]:
+        return {*self._kept_by_others(), *([] if self.best_step is None else [self.best_step])}
+
     def _prune(self) -> None:
         try:
             found = layout.stored(self.run_url)
-            for step in layout.to_remove(found, self.config.keep_last, self.config.keep_every_steps):
+            for step in layout.to_remove(found, self.config.keep_last, self.config.keep_every_steps, self._kept()):
                 layout.remove(self.run_url, step, found[step])
         except LauncherError as error:
             log.warning("old checkpoints were not removed, which only costs storage: %s", error)

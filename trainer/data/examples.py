@@ -24,10 +24,10 @@ import numpy as np
 
 from core import storage, untrusted
 from core.data import sets
+from core.data.chat_template import NO_TARGET, render
 from core.data.sets import conversation, preference, question_of
 from core.errors import DataError
 from core.settings.tuning import ExamplesConfig
-from trainer.data.chat_template import NO_TARGET, render
 from trainer.data.loader import batch_numbers
 from trainer.data.order import derive_key, micro_batch_numbers, permute
 
@@ -124,7 +124,7 @@ def _read(
             continue
         not_used.update(sets.unused(row, "preferences" if per_example == 2 else "conversations"))
         if per_example == 2:
-            rendered = [_last_answer_only(each.tokens, each.targets) for each in rendered]
+            rendered = [each.last_answer_only() for each in rendered]
         cut = [(tokens[:length], targets[:length]) for tokens, targets in rendered]
         long += any(len(tokens) > length for tokens, _ in rendered)
         # Both examples of a pair must keep some of their answers, and must still differ.
@@ -174,14 +174,6 @@ def _parsed(line: bytes) -> Any:
         return untrusted.parse_json(line)
     except ValueError:
         return None
-
-
-def _last_answer_only(tokens: list[int], targets: list[int]) -> tuple[list[int], list[int]]:
-    """Keep the targets of the last answer only. Both texts of a pair share the earlier ones, which would cancel out."""
-    begin = len(targets)
-    while begin and targets[begin - 1] != NO_TARGET:
-        begin -= 1
-    return tokens, [NO_TARGET] * begin + targets[begin:]
 
 
 def _hashed(question: str) -> float:

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from core.data import chat_template
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import ConfigError
 from core.settings.evaluation import EvaluateConfig
+from core.settings.inference import Sampling
 from core.settings.loader import SettingError
-from trainer.data import chat_template
 from trainer.distributed.process_group import Ranks, gather_objects
 from trainer.evals.likelihood import ScoringRequest, likelihoods
 from trainer.evals.perplexity import rolling
 from trainer.evals.progress import PartialResults
 from trainer.inference.engine import Engine, GenerationRequest
-from trainer.inference.sampling import Sampling
 from trainer.weights.open import TrainedModel
 
 try:

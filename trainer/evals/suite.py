@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core import storage, untrusted
-from core.data import manifest, sets
+from core.data import chat_template, manifest, sets
 from core.errors import ConfigError, ObjectExists
 from core.run.folder import RunFolder, step_name
 from core.settings.evaluation import LM_EVAL, EvaluateConfig
-from trainer.data import chat_template
 from trainer.distributed.process_group import Ranks, on_all, on_main
 from trainer.evals import contamination, perplexity
 from trainer.evals.hellaswag import NAME as HELLASWAG
@@ -63,6 +62,11 @@ class EvaluationData:
             )
         return on_main(lambda: manifest.read(self.url), self.ranks)
 
+    def lacks(self, name: str) -> str:
+        """How to store the set `name`, if it is missing; else an empty text."""
+        self.manifest  # noqa: B018 (raises the error that says how to give data)
+        return on_main(lambda: sets.missing(self.url, name), self.ranks)
+
     def hellaswag(self, count: int) -> list[dict[str, Any]]:
         self.manifest  # noqa: B018 (raises the error that says how to give data)
         rows = on_main(lambda: sets.read(self.url, HELLASWAG), self.ranks)
@@ -72,12 +76,19 @@ class EvaluationData:
 def measurements(
     settings: EvaluateConfig, data: EvaluationData, ranks: Ranks, precision: str, home: str
 ) -> list[Measurement]:
-    """One measurement per task, in order. Raises ConfigError, DataError for missing data."""
+    """One measurement per task, in order. Raises ConfigError, DataError for missing data.
+
+    HellaSwag is left out with a warning if its set is not stored, unless it is the only task.
+    """
     makers = {"perplexity": _perplexity, HELLASWAG: _hellaswag}
-    return [
-        (_harness if task.startswith(LM_EVAL) else makers[task])(task, settings, data, ranks, precision, home)
-        for task in dict.fromkeys(settings.tasks)
-    ]
+    found = []
+    for task in dict.fromkeys(settings.tasks):
+        if task == HELLASWAG and len(settings.tasks) > 1 and (missing := data.lacks(HELLASWAG)):
+            log.warning("%s is left out: %s", HELLASWAG, missing)
+            continue
+        maker = _harness if task.startswith(LM_EVAL) else makers[task]
+        found.append(maker(task, settings, data, ranks, precision, home))
+    return found
 
 
 def _perplexity(

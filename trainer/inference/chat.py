@@ -4,27 +4,24 @@ import dataclasses
 import difflib
 import itertools
 import json
-import random
-import resource
-import sys
+import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
-from typing import NamedTuple
-
-import torch
 
 from core import storage
+from core.data import chat_template
 from core.errors import ConfigError, LauncherError
-from trainer.data import chat_template
+from core.settings.inference import InferenceOptions, Sampling
+from trainer.inference import speed
 from trainer.inference.chat_model import ChatModel, open_chat_model
-from trainer.inference.engine import Engine, GenerationRequest, Piece
-from trainer.inference.sampling import InferenceOptions, Sampling, changed
+from trainer.inference.engine import GenerationRequest, Piece
+from trainer.inference.sampling import changed
 from trainer.inference.terminal import Interrupt, Terminal
 
-PROMPT_TOKENS, NEW_TOKENS = 256, 32  # length of /bench's prompts and answers
-BATCH_SIZES = (1, 8)
-PATIENCE_SECONDS = 60.0  # /bench skips a batch size that would take longer
+CACHE_PROMPT = "The most important thing about"  # of /compare before anything was said
+CACHE_TOKENS = 64  # most new tokens of /compare
 
 
 class ChatSession:
@@ -111,9 +108,10 @@ class Chat:
             self._terminal.note(f"{key} is {_shown(getattr(self._sampling, key))}")
 
     def do_compare(self, rest: str) -> None:
-        """OTHER | off: let another model answer beside this one, or stop that"""
+        """[OTHER | off]: let another model answer beside this one, or stop that; alone: time the KV cache on and off"""
         if not rest:
-            raise ConfigError("/compare: no model; write /compare RUN_OR_CHECKPOINT, or /compare off")
+            self._compare_cache()
+            return
         if rest == "off":
             del self._sessions[1:]
             self._terminal.note("no comparison")
@@ -127,16 +125,19 @@ class Chat:
         )
         self._sessions[0] = ChatSession(self._sessions[0].model)
 
-    def do_bench(self, _: str) -> None:
-        """: measure this machine: tokens per second, memory"""
+    def do_bench(self, rest: str) -> None:
+        """[PROMPT]: measure this machine: tokens per second, memory; or three answers to a prompt"""
+        if rest:
+            self._bench_prompt(rest)
+            return
         for session in self._sessions:
             engine = session.model.engine
             rows = []
             with self._terminal.waiting("measuring"):
-                for found in measure_speed(engine):
+                for found in speed.measure_speed(engine):
                     size = f"{found.batch_size} x {found.prompt_tokens} + {found.new_tokens}"
                     rows.append((size, f"{found.prefill:,.0f}", f"{found.decode:,.1f}"))
-                used = measure_memory(engine)
+                used = speed.measure_memory(engine)
             self._terminal.note(
                 f"{session.model.name} on {engine.device.type}, {str(engine.dtype).removeprefix('torch.')}"
             )
@@ -145,6 +146,35 @@ class Chat:
                 f"memory: weights {used.weights_bytes / 1e6:,.1f} MB, cache {used.cache_bytes / 1e3:,.1f} kB per token "
                 f"of a text, peak {used.peak_bytes / 1e6:,.0f} MB"
             )
+
+    def _bench_prompt(self, line: str) -> None:
+        """Answer a line ROUNDS times without remembering it, and show speed and mean."""
+        for session in self._sessions:
+            request, _ = session.request(line, self._system, self._sampling)
+            with self._terminal.waiting("measuring"):
+                runs = [speed.timed(session.model.engine, request) for _ in range(speed.ROUNDS)]
+            rows = [(str(number), *_speed(run.tokens, run.seconds)) for number, run in enumerate(runs, 1)]
+            means = [statistics.mean(getattr(run, name) for run in runs) for name in ("tokens", "seconds")]
+            self._terminal.note(f"{session.model.name}: {len(request.tokens)} tokens of prompt")
+            self._terminal.table(["run", "new tokens", "seconds", "tokens/s"], [*rows, ("mean", *_speed(*means))])
+
+    def _compare_cache(self) -> None:
+        """Answer the newest line, or a fixed one, with and without the KV cache, at the same sampling settings."""
+        for session in self._sessions:
+            lines = [each["prompt"] for each in session.texts]
+            sampling = dataclasses.replace(
+                self._sampling, seed=self._sampling.seed or 0, max_tokens=min(self._sampling.max_tokens, CACHE_TOKENS)
+            )
+            request, _ = session.request(lines[-1] if lines else CACHE_PROMPT, self._system, sampling)
+            with self._terminal.waiting("measuring"):
+                speed.timed(session.model.engine, request)  # a warm-up
+                kept, again = (speed.timed(session.model.engine, request, caches) for caches in (True, False))
+            rows = [(name, *_speed(run.tokens, run.seconds)) for name, run in (("on", kept), ("off", again))]
+            self._terminal.note(f"{session.model.name}: {len(request.tokens)} tokens of prompt")
+            self._terminal.table(["KV cache", "new tokens", "seconds", "tokens/s"], rows)
+            times = kept.tokens_per_second / again.tokens_per_second if again.tokens and kept.tokens else math.nan
+            same = "the same text" if kept.text == again.text else "another text, because of rounding"
+            self._terminal.note(f"with the cache {times:.1f} times as fast; {same}")
 
     def do_save(self, rest: str) -> None:
         """FILE: store the conversation as JSONL (local, s3://, gs://, az://)"""
@@ -231,77 +261,10 @@ def _shown(value: object) -> str:
     return "none" if value is None else str(value)
 
 
+def _speed(tokens: float, seconds: float) -> tuple[str, str, str]:
+    return f"{tokens:,.0f}", f"{seconds:.2f}", f"{tokens / seconds:,.1f}"
+
+
 def _usage(name: str, text: str) -> tuple[str, str]:
     takes, _, does = text.partition(": ")
     return f"/{name} {takes}".strip(), does
-
-
-# --- /bench ------------------------------------------------------------------------------------------------------
-
-
-class Speed(NamedTuple):
-    """Tokens per second of the whole batch: `prefill` of prompts, `decode` of new tokens, including sampling."""
-
-    batch_size: int
-    prompt_tokens: int
-    new_tokens: int
-    prefill: float
-    decode: float
-
-
-class Memory(NamedTuple):
-    """`cache_bytes`: KV cache per token of one text. `peak_bytes`: torch's peak on a GPU, else the process's peak."""
-
-    weights_bytes: int
-    cache_bytes: int
-    peak_bytes: int
-
-
-def measure_speed(engine: Engine) -> Iterator[Speed]:
-    """Yields one result per batch size, after a warm-up round. Uses a separate engine on the same model."""
-    prompt_tokens = min(PROMPT_TOKENS, engine.context // 2)
-    new_tokens = min(NEW_TOKENS, engine.context - prompt_tokens)
-    _round(engine, 1, prompt_tokens, new_tokens)
-    seconds = 0.0
-    for batch_size in BATCH_SIZES:
-        if seconds * batch_size > PATIENCE_SECONDS:
-            return
-        start = time.monotonic()
-        yield _round(engine, batch_size, prompt_tokens, new_tokens)
-        seconds = time.monotonic() - start
-
-
-def measure_memory(engine: Engine) -> Memory:
-    config = engine.model.config
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in engine.model.parameters())
-    cache = 2 * config.layers * config.width * engine.dtype.itemsize
-    if engine.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(engine.device)
-    else:
-        # ru_maxrss is in kilobytes on Linux and in bytes on macOS (getrusage(2)).
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Memory(weights, cache, peak)
-
-
-def _round(engine: Engine, batch_size: int, prompt_tokens: int, new_tokens: int) -> Speed:
-    fresh = Engine(engine.model, engine.encoding, engine.device, engine.precision, batch_size)
-    source = random.Random(0)
-    sampling = Sampling(max_tokens=new_tokens, seed=0)
-    for _ in range(batch_size):
-        prompt = [source.randrange(engine.vocabulary) for _ in range(prompt_tokens)]
-        fresh.add(GenerationRequest(prompt, sampling, endless=True))
-    start = time.monotonic()
-    read = 0
-    while fresh.waiting:  # each of these steps processes prompts and waits for their tokens
-        read += len(fresh.step())
-    middle = time.monotonic()
-    written = 0
-    while fresh.busy:
-        written += len(fresh.step())
-    return Speed(
-        batch_size,
-        prompt_tokens,
-        new_tokens,
-        read * prompt_tokens / (middle - start),
-        written / (time.monotonic() - middle),
-    )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from core.data import chat_template
 from core.errors import ConfigError
-from trainer.data import chat_template
+from core.settings.inference import InferenceOptions, Sampling
 from trainer.inference.engine import Engine
-from trainer.inference.sampling import InferenceOptions, Sampling
 from trainer.weights.open import open_weights
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from core.errors import TrainingError
-from trainer.inference.sampling import Sampling
+from core.settings.inference import Sampling
 
 
 def choose(

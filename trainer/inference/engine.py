@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 from core.data.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from core.errors import ConfigError
+from core.settings.inference import Sampling
 from trainer.inference.choose import choose
-from trainer.inference.sampling import Sampling
 from trainer.model.attention import KVCache, merged
 from trainer.model.gpt import GPT
 from trainer.model.loss import soft_cap
@@ -96,8 +96,17 @@ class _Row:
 class Engine:
     """Batches requests to one model. Not thread-safe."""
 
-    def __init__(self, model: GPT, encoding, device: torch.device, precision: str = "auto", max_batch_size: int = 16):
-        """Without an `encoding`, pieces have token ids but no text."""
+    def __init__(
+        self,
+        model: GPT,
+        encoding,
+        device: torch.device,
+        precision: str = "auto",
+        max_batch_size: int = 16,
+        caches: bool = True,
+    ):
+        """Without an `encoding`, pieces have token ids but no text. Unless it `caches`, each step computes keys and
+        values of all tokens anew, which serves to show what the cache saves."""
         self.model = model
         self.encoding = encoding
         self.device = device
@@ -105,6 +114,7 @@ class Engine:
         bf16 = resolve(precision, device) == "bf16"
         self.dtype = torch.bfloat16 if bf16 else model.wte.weight.dtype
         self._max_batch_size = max_batch_size
+        self._caches = caches
         self._numbers = itertools.count()
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # texts in progress, in the order of the rows of the cache
@@ -170,6 +180,9 @@ class Engine:
             self._cache = merged([*parts, (cache, range(len(rows)))], self._room()) if parts else cache
         elif self._rows:
             rows = self._rows
+            if not self._caches:
+                self._cache, logits_BV = self._read_prompts(rows)
+                return self._finished(rows, logits_BV)
             if self._room() > self._cache.room:
                 self._cache = merged([(self._cache, range(len(rows)))], self._room())
             tokens_B1 = torch.tensor([row.tokens[-1:] for row in rows], device=self.device)
@@ -178,6 +191,10 @@ class Engine:
             logits_BV = self._logits(x_BD)
         else:
             return []
+        return self._finished(rows, logits_BV)
+
+    def _finished(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> list[Piece]:
+        """The pieces of a step, after which complete texts leave the batch."""
         pieces = self._extend(rows, logits_BV)
         self._drop({piece.number for piece in pieces if piece.finish})
         return pieces

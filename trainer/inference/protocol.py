@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.data import chat_template
 from core.data.sets import text_of
 from core.errors import DataError
+from core.settings.inference import Sampling
 from core.settings.loader import SettingError
-from trainer.data import chat_template
 from trainer.inference.chat_model import ChatModel
 from trainer.inference.engine import GenerationRequest, Token
-from trainer.inference.sampling import Sampling
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 64

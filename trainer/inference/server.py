@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -15,12 +16,12 @@ from aiohttp import web
 
 from core import untrusted
 from core.errors import LauncherError
+from core.settings.inference import Sampling
 from trainer.inference import protocol
 from trainer.inference.chat_model import ChatModel
 from trainer.inference.connections import Connections
 from trainer.inference.engine import Piece, Token
 from trainer.inference.protocol import ApiError, ApiRequest, ApiResponse
-from trainer.inference.sampling import Sampling
 from trainer.inference.worker import Busy, Failed, Worker
 
 log = logging.getLogger("serve")
@@ -43,6 +44,12 @@ class HttpServer:
         self._most_waiting = most_waiting
         self._worker: Worker | None = None
         self._connections: Connections | None = None
+        self._open = 0  # requests in progress
+        self._used_at = time.monotonic()  # the last time at which a request came or ended
+
+    def idle_seconds(self) -> float:
+        """Seconds since the last request for an answer came or ended; 0 while one is in progress."""
+        return 0.0 if self._open else time.monotonic() - self._used_at
 
     def watch(self, connections: Connections) -> None:
         """Tell `connections` of each request that has arrived."""
@@ -107,6 +114,14 @@ class HttpServer:
         return await self._respond(request, chat=True)
 
     async def _respond(self, request: web.Request, chat: bool) -> web.StreamResponse:
+        self._open += 1
+        try:
+            return await self._answer(request, chat)
+        finally:
+            self._open -= 1
+            self._used_at = time.monotonic()
+
+    async def _answer(self, request: web.Request, chat: bool) -> web.StreamResponse:
         # A browser sends JSON to another site only after a preflight request, which this server does not answer.
         if request.content_type != "application/json":
             raise ApiError(415, f"the content type is {request.content_type}, must be application/json")

@@ -13,12 +13,12 @@ from core.errors import ObjectNotFound
 from core.figures import quantity
 from core.run import journal
 from core.run.segment import SegmentLog
+from core.settings.inference import Sampling
 from trainer.checkpoint.load import Restored
 from trainer.data.order import derive_key
 from trainer.distributed.process_group import Abandoned, Ranks, gather_numbers
 from trainer.evals.hellaswag import HellaSwag
 from trainer.inference.engine import Engine, GenerationRequest
-from trainer.inference.sampling import Sampling
 from trainer.loop.inputs import takes_samples
 from trainer.loop.report import StepReporter
 from trainer.model.gpt import GPT
@@ -54,9 +54,33 @@ class TrainingEvaluator:
         self._segment = segment
         self._reporter = reporter
         self._is_leaving = is_leaving
+        # Roughly, at four characters per token: each ending is scored behind its context.
+        endings = ((len(row["ctx"]) + len(each)) for row in hellaswag_rows for each in row["endings"])
+        self._hellaswag_tokens = sum(endings) // 4
+        self._seconds: dict[str, float] = {}  # that each kind of evaluation took last
         self._validation = functools.cache(stage.validation)
         self._hellaswag_rows = hellaswag_rows
         self._hellaswag = functools.cache(self._encode_hellaswag)
+        self.best: tuple[int, float] | None = None  # step and loss of the lowest validation loss; the same on all ranks
+
+    def recall(self, best: Sequence[float] | None, step: int, measured: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over the lowest validation loss of earlier segments: as restored with `step`, or measured after it."""
+        if best:
+            self.best = (int(best[0]), float(best[1]))
+        if loss := measured.get("eval", {}).get("val_loss"):
+            self._compare(step, loss)
+
+    def _compare(self, step: int, loss: float) -> None:
+        if self.best is None or loss < self.best[1]:
+            self.best = (step, loss)
+
+    def start(self) -> None:
+        """Measure the model before its first step, in what the run measures at intervals. Raises Abandoned."""
+        due = self.due(0) if self._train.eval_first else []
+        if "eval" in due or self._stage.measures_start:
+            self.validate(0)
+        if "sample" in due:
+            self._sample(0)
 
     def evaluate(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
         """Run the evaluations that are due after `step`, except those whose kind of metric is in `without`.
@@ -64,13 +88,15 @@ class TrainingEvaluator:
         Returns False, on all ranks, if a request to stop ended an evaluation.
         """
         evaluations = {"eval": self.validate, "hellaswag": self._score_hellaswag, "sample": self._sample}
-        due = [evaluations[kind] for kind in self.due(step, is_last) if kind not in without]
+        due = [kind for kind in self.due(step, is_last) if kind not in without]
         if not due:
             return True
         is_done = True
         try:
-            for evaluation in due:
-                evaluation(step)
+            for kind in due:
+                began = self._segment.now()
+                evaluations[kind](step)
+                self._seconds[kind] = self._segment.now() - began
         except Abandoned:
             is_done = False
         # Only rank 0 samples, so the ranks may differ here.
@@ -89,6 +115,16 @@ class TrainingEvaluator:
             del every["sample"]
         return [kind for kind, steps in every.items() if is_last or (steps and step % steps == 0)]
 
+    def last_seconds(self, seconds_per_token: float) -> float:
+        """Expected seconds of the evaluations after the last step: as measured, else by the speed of training.
+
+        A pass without gradients takes a third of a training pass; half is reckoned. Samples count once measured.
+        """
+        tokens = {"eval": self._train.eval_tokens, "hellaswag": self._hellaswag_tokens}
+        return sum(
+            self._seconds.get(kind, tokens.get(kind, 0) * seconds_per_token / 2) for kind in self.due(0, is_last=True)
+        )
+
     def validate(self, step: int) -> None:
         """Measure the validation loss, if the stage has validation data. Raises Abandoned."""
         with self._segment.phase("eval"):
@@ -97,6 +133,8 @@ class TrainingEvaluator:
                 return
             found = validation(self._model, self._check_stop)
         self._reporter.metric("eval", {"step": step, "tokens": step * self._tokens_per_step, **found})
+        if step:
+            self._compare(step, found["val_loss"])
         text = f"step %d/%d | validation loss {found['val_loss']:.4f} over {quantity(found['eval_tokens'])} tokens"
         more = [name for name in found if name not in ("val_loss", "eval_tokens")]
         text += "".join(f" | {name.removeprefix('val_').replace('_', ' ')} {found[name]:.4f}" for name in more)
@@ -120,11 +158,12 @@ class TrainingEvaluator:
         texts = []
         with self._segment.phase("sample"):
             for number, prompt in enumerate(train.sample_prompts):
-                seed = derive_key(train.seed, number) >> 1
-                prompt, length = stage.as_prompt(prompt), train.sample_tokens
-                device = self._ranks.device
-                texts.append(sample(self._model, stage.encoding, prompt, length, seed, device, self._is_leaving))
-        for prompt, text in zip(train.sample_prompts, texts, strict=True):
+                for each in range(train.samples_per_prompt):
+                    seed = derive_key(train.seed, number, *([each] if each else [])) >> 1
+                    begin, length, device = stage.as_prompt(prompt), train.sample_tokens, self._ranks.device
+                    text = sample(self._model, stage.encoding, begin, length, seed, device, self._is_leaving)
+                    texts.append((prompt, text))
+        for prompt, text in texts:
             self._reporter.metric("sample", {"step": step, "prompt": prompt, "text": text})
             log.info("step %d/%d | sample: %s", step, stage.steps, " ".join(text.split()))
 
@@ -163,17 +202,17 @@ def sample(
     return text
 
 
-def kinds_measured(segment: SegmentLog, restored: Restored) -> set[str]:
-    """On rank 0: the kinds of metrics that earlier segments recorded for the restored step.
+def measured_before(segment: SegmentLog, restored: Restored) -> dict[str, Mapping[str, Any]]:
+    """On rank 0: the metrics that earlier segments recorded for the restored step, by kind.
 
     The segment that saved the step may have recorded them, or a later one. An evaluation that was cut off has none.
     """
-    found: set[str] = set()
+    found: dict[str, Mapping[str, Any]] = {}
     for number in range(restored.segment, segment.number):
         for info in reversed(storage.list_objects(segment.ledger.folder.segment(number).metrics)):
             with contextlib.suppress(ObjectNotFound):  # the object was just merged with others
                 events, _ = journal.read_objects([info.uri])
-                found |= {event["kind"] for event in events if event["step"] == restored.step}
+                found |= {event["kind"]: event for event in events if event["step"] == restored.step}
                 if events and events[0]["step"] < restored.step:
                     break
     return found

@@ -4,6 +4,7 @@ A vocabulary that is missing, a damaged HellaSwag set or a lost shard would othe
 """
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from trainer.distributed.process_group import Ranks, on_main
 from trainer.evals import hellaswag
 from trainer.stages.stage import Stage
 
+log = logging.getLogger("train")
+
 
 def open_later_inputs(stage: Stage, ranks: Ranks) -> Sequence[Mapping[str, Any]]:
     """Open and check these inputs, on all ranks together. Returns the HellaSwag items to score, if there are any.
@@ -21,7 +24,7 @@ def open_later_inputs(stage: Stage, ranks: Ranks) -> Sequence[Mapping[str, Any]]
     """
     train = stage.settings.train
     on_main(stage.check_stored, ranks)
-    rows = on_main(functools.partial(_hellaswag_rows, stage.data_url, train.hellaswag_items), ranks)
+    rows = on_main(functools.partial(_hellaswag_rows, stage.data_url, train), ranks)
     if rows or takes_samples(train):
         _ = stage.vocabulary  # reads it now; the stage keeps it
     return rows
@@ -31,7 +34,10 @@ def takes_samples(train: TrainLoopConfig) -> bool:
     return bool(train.sample_tokens and train.sample_prompts)
 
 
-def _hellaswag_rows(data_url: str, count: int) -> Sequence[Mapping[str, Any]]:
+def _hellaswag_rows(data_url: str, train: TrainLoopConfig) -> Sequence[Mapping[str, Any]]:
+    count, every = train.hellaswag_items, train.hellaswag_every
     rows = (sets.read_if_there(data_url, hellaswag.NAME) or ()) if data_url and count else ()
+    if every and count and data_url and not rows:
+        log.warning("HellaSwag is not scored: %s", sets.missing(data_url, hellaswag.NAME))
     hellaswag.check(rows[:count])
     return rows[:count]

@@ -24,7 +24,6 @@ from core.errors import LauncherError, StorageError, TrainingError
 from core.figures import duration
 from core.run.folder import RunFolder, continued_elsewhere
 from core.run.segment import SegmentLog
-from core.settings.training import TrainLoopConfig
 from trainer.checkpoint.save import Saver
 from trainer.data.loader import skipping
 from trainer.data.order import derive_key
@@ -37,15 +36,17 @@ from trainer.distributed.process_group import (
     meet,
     on_main,
 )
+from trainer.loop.anneal import Annealer, as_numbers, from_numbers
 from trainer.loop.evaluation import TrainingEvaluator
 from trainer.loop.health import DeviceClock, SlowRanks, StepNorms, slow_rank_sentence
 from trainer.loop.numbers import Gate, StepNumbers
+from trainer.loop.overfit import check_overfit, is_overfitted
 from trainer.loop.profile import StepProfiler
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import KINDS, StopRequest, StopRequests
 from trainer.model.gpt import GPT
 from trainer.model.precision import autocast, use_fp8
-from trainer.optim.optimizer import BlockOptimizer, rate_factor
+from trainer.optim.optimizer import BlockOptimizer
 from trainer.optim.reduce import TreeReducer, clip
 from trainer.stages.stage import MicroBatches, Stage
 
@@ -70,6 +71,7 @@ class Loop:
     requests: StopRequests
     evaluator: TrainingEvaluator
     reporter: StepReporter
+    annealer: Annealer
     last_loss: float | None = None  # loss of the restored step, if its checkpoint holds it
     first_step: int = 0  # the restored step, at which this segment starts
 
@@ -101,11 +103,12 @@ class Loop:
         `measured` holds the kinds of metrics that `first_step` already has. Others that are due are measured first.
         """
         self.first_step = step = first_step
-        if step == 0 and self.stage.measures_start:
+        if step == 0:
             with contextlib.suppress(Abandoned):  # the exchange below finds the request to stop
-                self.evaluator.validate(step)
+                self.evaluator.start()
         elif step > 0 and not self.is_last(step):
             self.evaluator.evaluate(step, measured)
+        self._keep_best(step, is_saved=step > 0)
         while True:
             # 1. Fetch this rank's micro-batches of the next step.
             self.segment.switch("data_wait")
@@ -129,7 +132,7 @@ class Loop:
                 log.info("the run had already reached its last step, %d", step)
             # 4. End here, or evaluate the previous step.
             if is_last:
-                self._check_overfit(step)
+                check_overfit(step, self.settings.train, self.last_loss)
                 if not self.evaluator.evaluate(step, is_last=True):
                     return step, self._stop_request(step)
                 return step, None
@@ -137,6 +140,7 @@ class Loop:
                 return step, request
             if step > first_step and not self.evaluator.evaluate(step):
                 return step, self._leave_evaluation(step)
+            self._keep_best(step, is_saved=save or step == first_step)
             # 5. Take the next step: forward and backward passes, reduction, update.
             self.segment.switch("compile" if self.compiled and step == first_step else "train")
             if step == first_step:
@@ -189,7 +193,7 @@ class Loop:
             # 3. Update the weights.
             if norms:
                 norms.gradients()
-            factor = rate_factor(step, self.stage.steps, optimizer)
+            factor = self.stage.schedule.factor(step)
             self.optimizer.step(factor, found_inf)
             if norms:
                 norms.finish()
@@ -247,9 +251,11 @@ class Loop:
     def _exchange(self, step: int, fetched: list[Any] | LauncherError) -> tuple[StopRequest | None, bool]:
         """Agree between all ranks. Returns the request to stop, if any, and whether to save. Raises if a rank failed.
 
-        If a rank cannot read its data while another was asked to stop, all ranks save before they stop.
+        If a rank cannot read its data while another was asked to stop, all ranks save before they stop. A change of
+        course that rank 0 has decided and stored holds for the next step, on all ranks.
         """
-        failure = self.saver.taken_over or self.saver.stuck
+        change = self.annealer.decide(step) if self.ranks.is_main else None
+        failure = self.saver.taken_over or self.saver.stuck or self.annealer.failure
         no_data = fetched if isinstance(fetched, LauncherError) else None
         save = False
         outage = 60 * self.settings.checkpoint.outage_minutes  # 0: none is too long
@@ -270,8 +276,11 @@ class Loop:
         request = self.requests.stop
         kind = KINDS.index(request.kind) + 1 if request else 0
         mine = [failure is not None, no_data is not None, kind, stop.is_hurried(), save or reason_to_save is not None]
-        everyones = gather_numbers([*mine, self.forward_seconds], self.ranks)
-        failed, without_data, kinds, hurried, saves, forward_seconds = everyones.T
+        everyones = gather_numbers([*mine, self.forward_seconds, *as_numbers(change)], self.ranks)
+        failed, without_data, kinds, hurried, saves, forward_seconds, *changed = everyones.T
+        decided = change or from_numbers(step, [each[0].item() for each in changed])
+        if decided:
+            self.stage.schedule.add(decided)
         if failed.any() or (without_data.any() and not kinds.any()):
             raise failure or no_data or PeerFailed()
         if kinds.any():
@@ -287,7 +296,7 @@ class Loop:
         if self.ranks.world > 1 and self.forward_seconds:
             self._report_slow_ranks(forward_seconds.tolist())
         self.forward_seconds = 0.0  # said
-        return None, bool(saves.any())
+        return None, bool(saves.any()) or decided is not None
 
     def _stop_request(self, step: int) -> StopRequest:
         """The request to stop that ended an evaluation on some rank."""
@@ -318,6 +327,13 @@ class Loop:
                 self.saver.finish(step)
                 log.info("step %d is saved", step)
 
+    def _keep_best(self, step: int, is_saved: bool) -> None:
+        """Keep the checkpoint with the lowest validation loss so far. Save `step` if it is the one and has none."""
+        best = self.evaluator.best
+        if best and self.settings.checkpoint.keep_best:
+            self.saver.best_step = best[0]
+            self._save(step, due=best[0] == step and not is_saved, last=False)
+
     def _save_at_last(self, step: int, request: StopRequest) -> None:
         """Try for a while to store the last step in a store that is away. The end of the segment says whether it is."""
         seconds = 60 * self.settings.checkpoint.last_try_minutes
@@ -341,6 +357,7 @@ class Loop:
         return {
             "step": step,
             **loss,
+            **({"best": list(self.evaluator.best)} if self.evaluator.best else {}),
             "tokens": step * self.settings.batch.tokens_per_step,
             "rng": {"rule": "seeded per micro-batch from (train.seed, step, index)", "seed": self.settings.train.seed},
             "config": self.stage.config,
@@ -380,21 +397,3 @@ class Loop:
             f"{f'step {newest}' if newest else 'the beginning'}; if it comes back, {batch}give "
             f"another run.url a lower optimizer.lr{branch}"
         )
-
-    def _check_overfit(self, step: int) -> None:
-        train = self.settings.train
-        if not train.overfit or self.last_loss is None:
-            return
-        bound = f"train.overfit_max_loss = {train.overfit_max_loss:g}"
-        if not is_overfitted(train, self.last_loss):
-            raise TrainingError(
-                f"step {step}: with one micro-batch repeated the loss is {self.last_loss:.4f}, not below {bound}; "
-                "if it was still falling give another run.url more train.steps, else look at optimizer.lr and at the "
-                "changes to the model"
-            )
-        log.info("step %d: the model has memorized the micro-batch: loss %.4f is below %s", step, self.last_loss, bound)
-
-
-def is_overfitted(train: TrainLoopConfig, loss: float | None) -> bool:
-    """Whether a run with `train.overfit` has reached its goal with this loss."""
-    return train.overfit and loss is not None and loss < train.overfit_max_loss

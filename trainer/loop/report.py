@@ -12,6 +12,7 @@ from core.run.cap import SpendingCap
 from core.run.folder import RunFolder, id_of
 from core.run.segment import SegmentLog
 from trainer.distributed.process_group import Ranks
+from trainer.loop.outlook import Outlook
 from trainer.loop.trackers import Trackers
 from trainer.stages.stage import Stage
 
@@ -35,6 +36,7 @@ class StepReporter:
         self._flops_per_step = stage.flops_per_token * self._tokens_per_step * copies if known else 0.0
         display = settings.train.display
         live = ranks.is_main and (display == "live" or (display == "auto" and sys.stderr.isatty()))
+        self.outlook: Outlook | None = None
         self._screen = open_screen(display, stage.steps, segment.cap) if live else None
         kinds = settings.train.trackers if ranks.is_main else ()
         run_id = id_of(RunFolder(settings.run.url)) if kinds else ""
@@ -57,32 +59,43 @@ class StepReporter:
             "data_wait_seconds": waited_seconds,
         }
         self.metric("train", values)
+        if self.outlook:
+            self.outlook.add(step, loss)
         cap = self._segment.cap
         spent = cap.spent_usd() if cap else None
-        remaining = seconds * (steps - step)
+        end = self.outlook.view.loss.end if self.outlook and self.outlook.view else steps
+        remaining = seconds * max(0, min(steps, end) - step)
         if self._screen:
             self._screen.step(values, spent, remaining)
         if step % self._train.log_every and step != steps:
             return
+        view = self.outlook and self.outlook.refreshed(step)
+        if view:
+            self.metric("forecast", view.as_metric())
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if self._ranks.device.type == "cuda" else "cpu"
         log.log(
             logging.DEBUG if self._screen else logging.INFO,
-            "step %d/%d | loss %.4f | lr %.2e | grad norm %.3f | %s tokens/s | MFU %s | %s | spent %s | remaining %s",
+            "step %d/%d | loss %.4f | lr %.2e | grad norm %.3f | %s ms | %s tokens/s | MFU %s | %s | spent %s | "
+            "remaining %s%s",
             step,
             steps,
             loss,
             rate,
             norm,
+            f"{1000 * seconds:,.0f}",
             quantity(tokens_per_second),
             "?" if mfu is None else f"{100 * mfu:.1f} %",
             memory,
             "?" if spent is None else f"${spent:.2f}",
             duration(remaining),
+            f" | expected: {self.outlook.view}" if self.outlook and self.outlook.view else "",
         )
 
     def metric(self, kind: str, values: dict) -> None:
         """Store `values`, one of which is the step, and send them to the screen and the trackers."""
         self._segment.metric(kind, values)
+        if self.outlook and kind == "eval" and values["step"]:
+            self.outlook.validated(values["step"], values["val_loss"])
         self._trackers.add(kind, values)
         if self._screen:
             self._screen.metric(kind, values)

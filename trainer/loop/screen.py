@@ -53,6 +53,10 @@ class Screen:
     def metric(self, kind: str, values: Mapping[str, Any]) -> None:
         if kind == "eval":
             self._evaluations["validation loss"] = f"{values['val_loss']:.4f} at step {values['step']}"
+        elif kind == "forecast" and "val_loss" in values:
+            dollars = "" if values["usd"] is None else f", {_usd(values['usd'])}"
+            expected = f"{values['val_loss']:.3f} ± {values['error']:.3f} at step {values['end']}{dollars}"
+            self._evaluations["expected"] = expected
         elif kind == "hellaswag":
             self._evaluations["HellaSwag"] = f"{100 * values['accuracy_norm']:.2f} % at step {values['step']}"
         elif kind == "sample":

@@ -18,6 +18,7 @@ torch refuses in this mode (tests/test_determinism.py).
 import functools
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, MutableMapping
 
@@ -28,8 +29,12 @@ from core.cores import usable_cores
 from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.errors import ConfigError, LauncherError, one_line
 from core.exit_codes import CAPPED, FAILED, NO_STORAGE, OK, PREEMPTED, tell_launcher
+from core.run.cap import RESTARTS, restarts_too_dear
+from core.run.course import kept_steps
 from core.run.folder import RunFolder
+from core.run.machine import machine_from_environment
 from core.run.segment import Opening, SegmentLog, open_segment
+from core.settings.spot import too_few_checkpoints
 from core.settings.training import TrainingConfig, TrainLoopConfig
 from trainer.checkpoint import layout
 from trainer.checkpoint.early import EarlyFetch
@@ -37,13 +42,17 @@ from trainer.checkpoint.load import Restored, load_newest
 from trainer.checkpoint.save import Saver
 from trainer.distributed import process_group
 from trainer.distributed.process_group import Ranks, on_main
-from trainer.loop.evaluation import TrainingEvaluator, kinds_measured
+from trainer.loop.anneal import NOT_ANNEALED, Annealer, describe_end
+from trainer.loop.course import open_course
+from trainer.loop.evaluation import TrainingEvaluator, measured_before
 from trainer.loop.inputs import open_later_inputs
 from trainer.loop.loop import Loop
+from trainer.loop.outlook import Outlook
 from trainer.loop.report import StepReporter
 from trainer.loop.requests import SpotWatch, StopRequest, StopRequests
 from trainer.model.kernels import use_attention
 from trainer.optim.optimizer import BlockOptimizer
+from trainer.optim.schedule import Schedule
 from trainer.stages.stage import Stage
 
 log = logging.getLogger("train")
@@ -98,14 +107,16 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     stage = stage_class(settings, ranks)
     settings = stage.settings
     hellaswag_rows = open_later_inputs(stage, ranks)
+    changes = on_main(lambda: open_course(stage), ranks)
+    stage.schedule = Schedule(settings.optimizer, settings.train.steps, changes)
 
     # 4. The run and its next segment: run.json, the ledger, metrics, and the dollars spent so far.
     segment = open_log(stage, ranks)
     stop.on_leaving(functools.partial(_close_unsaved, segment, requests))
     spot = SpotWatch(requests, os.environ) if ranks.local_rank == 0 else None
-    saver = reporter = None
+    saver = reporter = annealer = None
     try:
-        spent = on_main(lambda: segment.cap.describe() if segment.cap.reached(0.0, 0.0) else "", ranks)
+        spent = on_main(lambda: _spent(segment, settings), ranks)
         if spent:  # earlier segments have spent the cap: end before this machine costs more
             saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
             return _leave_together(_close(stage, segment, saved, StopRequest("cap", spent)), ranks)
@@ -120,7 +131,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             optimizer.set_step(first_step)
             stage.fill(model, restored)
         _mark_restored(segment, restored)
-        log.info("%s", stage.describe(model))
+        log.info("%s\n%s", stage.describe(model), optimizer.describe())
         log.info("%s", describe_determinism(settings.train, ranks, stage.lengths_vary))
 
         # 6. Micro-batches are read in the background while the rest is set up.
@@ -137,9 +148,15 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             segment.flush,
             optimizer.blocks,
             first_step,
+            kept=lambda: kept_steps(stage.schedule.changes),
         )
         reporter = StepReporter(stage, ranks, segment, first_step)
         evaluator = TrainingEvaluator(stage, ranks, model, segment, reporter, hellaswag_rows, is_leaving)
+
+        annealer = Annealer(stage, segment, saver, requests, evaluator, first_step)
+        if ranks.is_main:
+            reporter.outlook = outlook = Outlook(stage, annealer.expected, first_step)
+            annealer.is_target_reached = lambda: outlook.target_reached
 
         # 8. Train: trainer/loop/loop.py.
         loop = Loop(
@@ -153,11 +170,13 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             requests=requests,
             evaluator=evaluator,
             reporter=reporter,
+            annealer=annealer,
             last_loss=restored.state.get("loss") if restored else None,
         )
-        measured: set[str] = set()
+        measured = {}
         if first_step > 0 and not loop.is_last(first_step) and evaluator.due(first_step):
-            measured = on_main(lambda: kinds_measured(segment, restored), ranks)
+            measured = on_main(lambda: measured_before(segment, restored), ranks)
+        evaluator.recall(restored.state.get("best") if restored else None, first_step, measured)
         reached, request = loop.run(first_step, measured)
 
         # 9. Wait for the checkpoint in flight, close the segment with its reason, and end on all ranks together.
@@ -166,7 +185,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
             stored = on_main(lambda: saver.last_step, ranks)
             code = _close_without_store(stage, segment, reached, stored, request)
         else:
-            code = _close(stage, segment, reached, request)
+            code = _close(stage, segment, reached, request, reporter.outlook)
         _leave_together(code, ranks)
         batches.close()
         return code
@@ -179,8 +198,9 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     finally:
         if reporter:
             reporter.close()
-        if spot:
-            spot.close()
+        for watch in (spot, annealer):
+            if watch:
+                watch.close()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -194,6 +214,8 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
 
     def open_on_main() -> int:
         settings = stage.settings
+        if machine_from_environment(None, 0).spot and (problem := too_few_checkpoints(settings)):
+            raise ConfigError(problem)
         gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
         opening = Opening(
             stage=stage.name,
@@ -205,6 +227,7 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
             gpu=gpu,
             gpus_per_node=ranks.local_world if gpu else 0,
             max_usd=settings.run.max_usd,
+            max_hours=settings.run.max_hours,
             shutdown_seconds=settings.run.shutdown_reserve_seconds,
             has_metrics=True,
         )
@@ -218,6 +241,13 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
 
     number = on_main(open_on_main, ranks)
     return opened[0] if opened else SegmentLog(number=number)
+
+
+def _spent(segment: SegmentLog, settings: TrainingConfig) -> str:
+    """On rank 0: the bound that other segments have reached; "" if this one may begin."""
+    if segment.cap.reached(0.0, 0.0):
+        return segment.cap.describe()
+    return restarts_too_dear(RunFolder(settings.run.url), settings.run.max_restart_usd, without=segment.number)
 
 
 def keep_vocabulary(stage: Stage) -> None:
@@ -239,11 +269,19 @@ def _mark_restored(segment: SegmentLog, restored: Restored | None) -> None:
 # --- the end of a segment ---------------------------------------------------------------------------------------
 
 
-def _close(stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None) -> int:
+def _close(
+    stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None, outlook: Outlook | None = None
+) -> int:
     """Close the segment with the reason for which it ends at step `reached`. Returns the exit code."""
     if request is None:
         stop.settle(OK)
         segment.close("finished", reached)
+        if segment.ledger:
+            said = (describe_end(stage.schedule, reached, stage.settings.run.url),)
+            for line in filter(None, (*said, outlook.compared(segment.cap.spent_usd()) if outlook else "")):
+                log.info("%s", line)
+        url = shlex.quote(stage.settings.run.url)
+        log.info("finished; next: python cost_report.py %s, or python -m trainer.chat %s", url, url)
         return OK
     segment.mark("notice", kind=request.kind, detail=request.detail)
     if request.kind == "cap":
@@ -252,10 +290,12 @@ def _close(stage: Stage, segment: SegmentLog, reached: int, request: StopRequest
         segment.mark("cap", limit_usd=limit, spent_usd=segment.cap and segment.cap.spent_usd())
         segment.close("cap", reached)
         log.warning(
-            "stopped by the cap at step %d of %d, which is saved: %s; go on with a larger MAX_USD and the same command",
+            "stopped by the cap at step %d of %d, which is saved: %s%s; go on with a larger %s and the same command",
             reached,
             stage.steps,
             request.detail,
+            "" if NOT_ANNEALED in request.detail else describe_end(stage.schedule, reached, "", before="; "),
+            RESTARTS if RESTARTS in request.detail else segment.cap.variable() if segment.cap else "MAX_USD",
         )
         return CAPPED
     segment.close("preempted", reached)

@@ -13,7 +13,6 @@ No operation here waits for a GPU, and their number depends on the shapes and no
 kernel per group, Muon a batch of matrices at a time.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -172,6 +171,19 @@ class BlockOptimizer:
     def _gradient(self, block: Block) -> torch.Tensor:
         return self._parameters[block.name].grad[block.start : block.stop]
 
+    def describe(self) -> str:
+        """The number of parameters with and without weight decay, and the kernels, for the log."""
+        counts = {True: [0, 0], False: [0, 0]}  # tensors, parameters
+        for parameter in self._parameters.values():
+            counts[parameter.dim() >= 2][0] += 1
+            counts[parameter.dim() >= 2][1] += parameter.numel()
+        (decayed, with_decay), (others, without) = counts[True], counts[False]
+        matrices = f"Muon for {len(self._matrices)} matrices, " if self._matrices else ""
+        return (
+            f"optimizer: {matrices}fused AdamW on {self._device.type}; weight decay on {with_decay:,} parameters of "
+            f"{decayed} tensors, none on {without:,} of {others}"
+        )
+
     def _adamw_groups(self) -> list[AdamWGroup]:
         """Rows by peak rate, and decayed or not."""
         groups: dict[tuple[float, float], AdamWGroup] = {}
@@ -251,22 +263,3 @@ def _matrices(model: GPT) -> dict[str, int]:
             parts = next((count for part, count in together.items() if part in name), 1)
             rows[name] = parameter.shape[0] // parts
     return rows
-
-
-def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate at optimizer step `step` (1 to `steps`), as a share of the peak rate.
-
-    The rate rises linearly during the warm-up, stays at its peak, and falls to `min_lr_ratio` over the last
-    `cooldown_fraction` of the steps. The cosine schedule reaches it at the last step (Loshchilov & Hutter 2017; with a
-    fraction of 1 it is the schedule of Brown et al. 2020, appendix B). The linear schedule would reach it one step
-    later (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024).
-    """
-    if step <= config.warmup_steps:
-        return step / config.warmup_steps
-    begin = max(config.warmup_steps, steps - round(config.cooldown_fraction * steps))
-    fallen = max(0, step - begin)
-    if config.schedule == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * min(1.0, fallen / max(1, steps - begin))))
-    else:
-        left = 1 - fallen / (steps - begin + 1)  # above 0 at the last step: a rate of 0 would waste it
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from core import storage, untrusted
+from core.data.chat_template import NO_TARGET
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.errors import CheckpointError, ObjectNotFound
 from core.run.folder import RunFolder
 from core.settings.tuning import DpoConfig
-from trainer.data.chat_template import NO_TARGET
 from trainer.data.examples import Examples, NumberedBatches, Texts, read_preferences
 from trainer.distributed.process_group import Ranks, StopCheck, divide_over_ranks, on_main
 from trainer.model.gpt import GPT

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from core.data.chat_template import NO_TARGET
 from core.data.vocabulary import GPT2_END_OF_TEXT
 from core.settings.tuning import FinetuneConfig
-from trainer.data.chat_template import NO_TARGET
 from trainer.data.examples import Examples, NumberedBatches, Texts, pack, read_conversations
 from trainer.distributed.process_group import StopCheck, divide_over_ranks
 from trainer.model.gpt import GPT

@@ -17,7 +17,7 @@ from core.data.vocabulary import Vocabulary
 from core.errors import ConfigError, DataError, StorageError
 from core.figures import quantity
 from core.settings.model import flops_per_token
-from core.settings.training import PretrainConfig
+from core.settings.training import PretrainConfig, of_length
 from trainer.checkpoint.load import Restored
 from trainer.data.cache import ShardCache
 from trainer.data.loader import Batches, TokenSource
@@ -52,6 +52,10 @@ class Pretrain(Stage):
         settings = dataclasses.replace(settings, data=data)
         self.data = on_main(functools.partial(manifest.read, settings.data.url), ranks)
         check_vocabulary(settings, self.data)
+        if settings.train.epochs:
+            tokens = settings.train.epochs * self.data.split("train", settings.data.url).tokens
+            train = of_length(settings.train, tokens, settings.batch.tokens_per_step)
+            settings = dataclasses.replace(settings, train=train)
         super().__init__(settings, settings.model, settings.model.context, ranks)
         self.settings = dataclasses.replace(self.settings, model=self.model)
         self.round_robin = settings.optimizer.zero == 2
@@ -65,11 +69,13 @@ class Pretrain(Stage):
             model.initialise(self.settings.train.seed)
 
     def describe_data(self, model: GPT) -> list[str]:
-        train, flops = self.data.splits["train"], flops_per_token(self.model)
+        train, flops, count = self.data.splits["train"], flops_per_token(self.model), model.parameter_count()
+        per_parameter = self.settings.batch.tokens_per_step * self.steps / count
+        shards = ", ".join(f"{name} {len(split.shards):,}" for name, split in self.data.splits.items())
         return [
-            f"model: {model.parameter_count():,} parameters, {quantity(flops)} FLOPs per token",
+            f"model: {count:,} parameters, {quantity(flops)} FLOPs per token, {per_parameter:.3g} tokens per parameter",
             f"data: {quantity(train.tokens)} training tokens, {self.validation_tokens:,} validation tokens, "
-            f"fingerprint {self.data.fingerprint[:12]}",
+            f"fingerprint {self.data.fingerprint[:12]}; shards: {shards}",
         ]
 
     def describe_epochs(self) -> str:

@@ -25,6 +25,7 @@ from trainer.checkpoint.load import Restored
 from trainer.distributed.process_group import Ranks, StopCheck, on_main
 from trainer.model import precision
 from trainer.model.gpt import GPT
+from trainer.optim.schedule import Schedule
 from trainer.stages import sizing
 from trainer.weights import folder as public
 from trainer.weights.open import look_up
@@ -56,13 +57,14 @@ class Stage(abc.ABC):
     """Stages are constructed on all ranks before anything is written, so that a wrong setting changes nothing.
 
     `settings` are the given ones with the values that this run determines: the micro-batch size that fits, the number
-    of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens.
+    of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens. `schedule`
+    begins as that of the settings; trainer.loop.course puts in its place that of the run's course.
     """
 
     name: str  # in the ledger
     settings: TrainingConfig
     round_robin = False  # whether ranks take micro-batches in turn (trainer.optim.reduce)
-    measures_start = False  # whether the validation loss is measured before the first step
+    measures_start = False  # whether the start is validated even without validations at intervals
     lengths_vary = False  # whether micro-batches differ in the length of their sequences
 
     def __init__(self, settings: TrainingConfig, model: ModelConfig, context: int, ranks: Ranks):
@@ -79,12 +81,13 @@ class Stage(abc.ABC):
             settings, model = sizing.one_micro_batch(settings, model, context)
             self.share_rank, self.share_world = 0, 1
         self.settings, self.model, self.context = settings, model, context
+        self.schedule = Schedule(settings.optimizer, settings.train.steps)
         self.accumulation = sizing.accumulation(settings.batch, context, self.share_world, earlier is not None)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run; when overfitting, the most that it may take."""
-        return self.settings.train.steps
+        """The last step of the run, as far as it is known now; when overfitting, the most that it may take."""
+        return self.schedule.end
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -94,7 +97,11 @@ class Stage(abc.ABC):
     @property
     def identity(self) -> Mapping[str, Any]:
         """The settings that define the result. A later segment with other values is refused."""
-        return loader.identity(self.settings)
+        identity = loader.identity(self.settings)
+        extended = [change.steps for change in self.schedule.changes if change.kind == "extend"]
+        if extended and identity["train.steps"] == extended[-1]:
+            identity["train.steps"] = self.schedule.first_steps
+        return identity
 
     @property
     @abc.abstractmethod
@@ -116,8 +123,8 @@ class Stage(abc.ABC):
         """Set the weights that no checkpoint of this run has restored: all weights in its first segment."""
 
     def describe(self, model: GPT) -> str:
-        """The settings, and the numbers that follow from them, for the log."""
-        settings = "settings:\n" + loader.to_yaml(self.settings).rstrip()
+        """The chosen settings, and the numbers that follow from all of them, for the log."""
+        settings = loader.describe(self.settings, f"all: {RunFolder(self.settings.run.url).description}")
         return "\n".join([settings, *self.describe_data(model), *self._batch_and_length()])
 
     @abc.abstractmethod
@@ -139,11 +146,12 @@ class Stage(abc.ABC):
                 f"length: until the loss is below train.overfit_max_loss = {train.overfit_max_loss:g}, "
                 f"at most {counted(train.steps, 'step')}",
             ]
-        total = quantity(batch.tokens_per_step * train.steps)
+        total = quantity(batch.tokens_per_step * self.steps)
+        most = "at most " if self.schedule.anneals and not self.schedule.cooldown else ""
         micro_batches = counted(self.accumulation, "micro-batch")
         return [
             f"{tokens} x {micro_batches} x {where}",
-            f"length: {counted(train.steps, 'step')} = {total} tokens{self.describe_epochs()}",
+            f"length: {most}{counted(self.steps, 'step')} = {total} tokens{self.describe_epochs()}",
         ]
 
     @abc.abstractmethod

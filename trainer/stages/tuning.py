@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from core import storage
+from core.data import chat_template
 from core.data.vocabulary import Vocabulary
 from core.errors import CheckpointError, ConfigError
 from core.settings import loader
@@ -20,7 +21,6 @@ from core.settings.model import ModelConfig
 from core.settings.tuning import FinetuneConfig, StartConfig
 from trainer.checkpoint import layout
 from trainer.checkpoint.load import Restored
-from trainer.data import chat_template
 from trainer.data.examples import Examples
 from trainer.distributed.process_group import Ranks, on_main
 from trainer.model import lora

@@ -21,7 +21,7 @@ from core.data import sets
 from core.errors import ConfigError, EndpointError, LauncherError
 from core.exit_codes import CAPPED, OK, PREEMPTED
 from core.run.folder import RunFolder
-from core.run.segment import Opening, open_segment
+from core.run.segment import Opening, SegmentLog, open_segment
 from core.settings import loader
 from core.settings.tuning import SynthesisConfig
 from trainer.synthesis import answers
@@ -50,11 +50,13 @@ def run(settings: SynthesisConfig, environment: Mapping[str, str]) -> int:
         identity=loader.identity(settings),
         fingerprint=asked.fingerprint,
         packages=("aiohttp", "numpy", "obstore"),
+        max_usd=settings.run.max_usd,
+        shutdown_seconds=settings.run.shutdown_reserve_seconds,
     )
     with open_segment(RunFolder(url), opening, environment=environment) as segment:
         with segment.phase("restore"):
             stored = answers.read_answers(url)
-        maker = Maker(settings, asked.prompts, stored, segment.number, environment.get("OPENAI_API_KEY", ""))
+        maker = Maker(settings, asked.prompts, stored, segment, environment.get("OPENAI_API_KEY", ""))
         log.info(
             "%d prompts, and %d duplicates of them; segment %d", len(asked.prompts), asked.duplicates, segment.number
         )
@@ -74,19 +76,20 @@ class Maker:
     """Asks the endpoint for the answers that `stored` lacks, and adds them to `stored`."""
 
     def __init__(
-        self, settings: SynthesisConfig, asked: tuple[Prompt, ...], stored: StoredAnswers, segment: int, key: str
+        self, settings: SynthesisConfig, asked: tuple[Prompt, ...], stored: StoredAnswers, segment: SegmentLog, key: str
     ):
         self._settings = settings
         self._stored = stored
         self._key = key
         self._prompts = asked
-        self._log = answers.AnswerLog(settings.run.url, segment)
+        self._log = answers.AnswerLog(settings.run.url, segment.number)
+        self._segment = segment
         self.budget = Budget(settings.budget, stored.usd)
         self._given_up: list[str] = []
         self._unclear: dict[str, str] = {}  # refused keys → the reason, which may concern all prompts
         self._warned_of_usage = False
         self._failing = 0
-        self._out_of_money = self._asked_to_stop = False
+        self._out_of_money = self._capped = self._asked_to_stop = False
         self._failure: LauncherError | None = None
 
     async def run(self) -> None:
@@ -115,6 +118,12 @@ class Maker:
                 f"{self._settings.endpoint.attempts} calls each, the last because it {self._given_up[-1]}; all "
                 "answers are stored: the same command asks for the rest"
             )
+        if self._capped:
+            log.warning(
+                "stopped by the cap on the machines: %s; go on with a larger run.max_usd and the same command",
+                self._segment.cap.describe(),
+            )
+            return CAPPED
         if self._out_of_money:
             log.warning(
                 "stopped by the budget: $%.4f of $%g spent, and one more call could exceed it; go on with a larger "
@@ -166,7 +175,9 @@ class Maker:
 
     @property
     def _over(self) -> bool:
-        return self._asked_to_stop or self._out_of_money or self._failure is not None
+        if not self._capped and time.time() >= self._segment.cap.latest(self._settings.endpoint.timeout_seconds):
+            self._capped = True
+        return self._capped or self._asked_to_stop or self._out_of_money or self._failure is not None
 
     async def _work(self, client: EndpointClient, todo: Iterator[tuple[str, Prompt]], bar: Progress) -> None:
         for key, prompt in todo:

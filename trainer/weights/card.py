@@ -14,7 +14,7 @@ from core.data import manifest
 from core.data.vocabulary import GPT2_VOCAB_SIZE
 from core.errors import LauncherError
 from core.run.folder import RunFolder
-from core.run.model import Run
+from core.run.model import BY_LEDGER, Run
 from core.run.reader import Detail, read_run
 from core.settings import loader as settings
 from core.settings.model import ModelConfig, parameters
@@ -175,9 +175,9 @@ def _cost(trained: TrainedModel, facts: Facts) -> str:
         return "not known" if amount is None else f"${amount:,.2f}"
 
     segments = f"{facts.segments} segment{'s' * (facts.segments != 1)}"
-    lines = ["## Cost", "", f"- training: {dollars(facts.spent_usd)}, {segments}"]
+    lines = ["## Cost", "", f"- training: {dollars(facts.spent_usd)} {BY_LEDGER}, {segments}"]
     if facts.evaluation_usd is not None:
-        lines.append(f"- evaluation: {dollars(facts.evaluation_usd)}")
+        lines.append(f"- evaluation: {dollars(facts.evaluation_usd)} {BY_LEDGER}")
     return "\n".join(lines)
 
 

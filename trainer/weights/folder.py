@@ -175,12 +175,13 @@ def check_empty(where: str) -> None:
         raise ConfigError(f"{where}: holds {len(found)} objects already, such as {found[0].name}; name a new folder")
 
 
-def store(folder: Path, where: str) -> None:
-    """Copies a local folder to a URL. Raises ConfigError if the URL holds objects.
+def store(folder: Path, where: str, resumes: bool = False) -> None:
+    """Copies a local folder to a URL. Raises ConfigError if the URL holds objects, unless it `resumes` such a copy.
 
     config.json is written last: a reader that finds it finds all other files.
     """
-    check_empty(where)
+    if not resumes:
+        check_empty(where)
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == CONFIG)
     for path in files:
         storage.write_file(storage.join(where, path.relative_to(folder).as_posix()), path)

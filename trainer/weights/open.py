@@ -2,6 +2,7 @@
 
     trained = open_weights("s3://bucket/runs/first", device)                             # a run's newest checkpoint
     trained = open_weights("s3://bucket/runs/first/checkpoints/step-00001000", device)   # one checkpoint
+    trained = open_weights("s3://bucket/runs/first/checkpoints/best", device)     # the lowest validation loss
     trained = open_weights("gpt2", device)      # a public model, also hf:OWNER/NAME, or a folder in that format
 
 Reads the weights without the optimizer's state. Checks the checksums of a checkpoint's files.
@@ -19,23 +20,25 @@ from typing import Any
 import torch
 
 from core import storage
+from core.data import chat_template
 from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.data.vocabulary import Vocabulary
 from core.data.vocabulary import read as read_vocabulary
 from core.errors import CheckpointError, ConfigError, ObjectNotFound, one_line
 from core.run.folder import step_name
+from core.run.reader import Detail, read_run
 from core.settings.loader import from_dict, to_dict
 from core.settings.model import ModelConfig, parameters
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import parse_key
 from trainer.checkpoint.load import read_blocks
-from trainer.data import chat_template
 from trainer.model import lora
 from trainer.model.gpt import GPT
 from trainer.weights import folder as public
 from trainer.weights import huggingface
 
 READERS = 8
+_BEST = re.compile(r"^(?P<run>.*)/checkpoints/best/?$")
 _STEP = re.compile(r"^(?P<run>.*)/checkpoints/(?P<name>step-(?P<step>\d{8,}))/?$")
 
 
@@ -159,6 +162,8 @@ def _check_size(config: ModelConfig, size: int, place: str) -> None:
 
 def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
     """The run's URL and the manifest of its newest complete checkpoint, or of the one that `where` names."""
+    if best := _BEST.match(where):
+        where = _best(best["run"])
     match = _STEP.match(where)
     run_url = match["run"] if match else where.rstrip("/")
     found = layout.stored(run_url) if match else layout.restorable(run_url)
@@ -168,6 +173,17 @@ def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
         there = ", ".join(step_name(step) for step, names in found.items() if layout.MARKER in names)
         raise CheckpointError(f"{run_url}: has no {wanted}; complete ones: {there or 'none'}")
     return run_url, layout.read_manifest(run_url, steps[0], found[steps[0]])
+
+
+def _best(run_url: str) -> str:
+    """The URL of the complete checkpoint with the lowest validation loss. Raises CheckpointError if none has one."""
+    complete = layout.complete_steps(run_url)
+    points = read_run(run_url, Detail.ALL).points("eval") if complete else []
+    losses = {point.step: point.values["val_loss"] for point in points if point.step in complete}
+    if not losses:
+        there = ", ".join(map(step_name, complete))
+        raise CheckpointError(f"{run_url}: has no checkpoint with a validation loss; complete ones: {there or 'none'}")
+    return layout.folder_of(run_url, min(losses, key=losses.get))
 
 
 def _check_base(model: GPT, state: Mapping[str, Any], where: str) -> None:

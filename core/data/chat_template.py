@@ -42,6 +42,13 @@ class Rendered(NamedTuple):
     tokens: list[int]
     targets: list[int]
 
+    def last_answer_only(self) -> "Rendered":
+        """Without the targets of earlier answers. Both texts of a pair share these, and they would cancel out."""
+        begin = len(self.targets)
+        while begin and self.targets[begin - 1] != NO_TARGET:
+            begin -= 1
+        return Rendered(self.tokens, [NO_TARGET] * begin + self.targets[begin:])
+
 
 def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_prompt: bool = False) -> Rendered:
     """Token ids and targets of `messages`, {"role": system | user | assistant, "content": text}.

@@ -5,7 +5,7 @@
 
 L = E + A / N^a + B / (k D)^b (Hoffmann et al. 2022, with a multiplier k per recipe). N are the parameters without
 embedding and output layer, D the tokens, both in billions; L is in nats per GPT-2 token on FineWeb. The constants are
-fitted by `python -m bench.fit_loss` to public runs (costs/plan/data/runs.csv).
+fitted by `python -m bench.fit_loss` to public runs (core/loss/runs.csv).
 """
 
 import functools
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent
 RUNS, LAW = DATA / "runs.csv", DATA / "law.json"
 SCALE = "FineWeb"
 
@@ -67,6 +67,11 @@ class Law:
         by = self.constants
         effective = self.multiplier(recipe, non_embedding) * tokens / 1e9
         return by["E"] + by["A"] * (non_embedding / 1e9) ** -by["a"] + by["B"] * effective ** -by["b"]
+
+    def gain_of_tokens(self, seen: float, end: float) -> float:
+        """Nats by which the loss falls between two numbers of tokens, for a multiplier of 1, whatever the size."""
+        by = self.constants
+        return by["B"] * ((seen / 1e9) ** -by["b"] - (end / 1e9) ** -by["b"])
 
     def error(self, recipe: str, non_embedding: float, tokens: float) -> float:
         """Likely error of `loss` in nats."""

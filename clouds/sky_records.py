@@ -1,0 +1,199 @@
+"""Reads SkyPilot's records of clusters and managed jobs, for the cost report.
+
+    machine_records(["gpt2-7"])        [MachineRecord("gpt2-7", 1795176000.0, 1795183200.0, ...)]
+
+If this Python has no SkyPilot, another one that has is asked: that of .venv-launch, or of the `sky` command on PATH.
+"""
+
+import contextlib
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clouds import skypilot
+from clouds.base import MachineRecord, Unavailable
+from core import bucket
+from core.errors import ConfigError
+from core.exit_codes import FAILED, OK
+from core.run.machine import REPOSITORY
+from core.task import idle_seconds
+
+ORIGIN = "SkyPilot cluster records"
+DAYS = 365
+ASK_SECONDS = 180.0
+HOW = "run `make setup-launch`, or put its sky command on PATH"
+_JOB_FIELDS = ("job_id", "status", "recovery_count", "job_duration")
+
+
+def machine_records(clusters: Sequence[str]) -> list[MachineRecord]:
+    """The machines of clusters with these names, those of managed jobs included. Raises Unavailable."""
+    found, refusal = _answer(tuple(sorted(set(clusters))))
+    if refusal:
+        raise Unavailable(refusal)
+    return [MachineRecord(**record) for record in found["records"]]
+
+
+def job_queue() -> list[Mapping[str, Any]]:
+    """Managed jobs with their recoveries and durations. Raises Unavailable."""
+    found, refusal = _answer(None)
+    if refusal:
+        raise Unavailable(refusal)
+    return found["jobs"]
+
+
+def answer_here(clusters: Sequence[str]) -> int:
+    """Print as JSON the records of these clusters; without any, the managed jobs. Returns an exit code."""
+    try:
+        print(json.dumps(_ask(tuple(clusters) or None)))
+    except Unavailable as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    return OK
+
+
+@functools.cache
+def _answer(clusters: tuple[str, ...] | None) -> tuple[dict[str, Any], str]:
+    """SkyPilot's answer, or the reason why there is none. Asks once per process."""
+    try:
+        try:
+            skypilot.package()
+        except Unavailable:
+            other = _other_python()
+            if other is None:
+                raise Unavailable(f"SkyPilot is not installed; {HOW}") from None
+            return _ask_by(other, clusters), ""
+        return _ask(clusters), ""
+    except Unavailable as error:
+        return {}, str(error)
+
+
+def _other_python() -> str | None:
+    """The Python of an environment with SkyPilot; None if none is found."""
+    places = [REPOSITORY / ".venv-launch" / "bin"]
+    if sky := shutil.which("sky"):
+        places.append(Path(sky).resolve().parent)
+    for place in places:
+        python = place / "python"
+        if (place / "sky").exists() and python.exists() and Path(sys.executable).parent.absolute() != place:
+            return str(python)
+    return None
+
+
+def _ask_by(python: str, clusters: tuple[str, ...] | None) -> dict[str, Any]:
+    code = "import sys; from clouds import sky_records; sys.exit(sky_records.answer_here(sys.argv[1:]))"
+    command = [python, "-c", code, *(clusters or ())]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=ASK_SECONDS)
+        if done.returncode:
+            raise Unavailable(" ".join(done.stderr.split())[-200:] or f"{python} ended with {done.returncode}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        raise Unavailable(f"SkyPilot of {python} did not answer ({type(error).__name__})") from error
+
+
+def _ask(clusters: tuple[str, ...] | None) -> dict[str, Any]:
+    sky = skypilot.package()
+    if clusters is None:
+        try:
+            listed = list(sky.get(sky.jobs.queue_v2(refresh=False, all_users=False))[0])
+        except Exception as error:  # no controller, no API server
+            raise Unavailable(f"SkyPilot has no list of managed jobs ({type(error).__name__})") from error
+        return {"jobs": [_job(job) for job in listed]}
+    try:
+        # Only a question about names is answered with the clusters' tasks.
+        records = sky.get(sky.cost_report(days=DAYS, cluster_names=list(clusters)))
+    except TypeError:  # a release before 0.14 knows no names
+        records = sky.get(sky.cost_report(days=DAYS))
+    except Exception as error:  # no API server, no network: any error of its client
+        raise Unavailable(f"SkyPilot's API server did not answer ({type(error).__name__})") from error
+    return {"records": [asdict(each) for record in records for each in from_record(record)]}
+
+
+def _job(job: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: job.get(name) for name in _JOB_FIELDS}
+    return found | {"status": str(getattr(found["status"], "value", found["status"]))}
+
+
+def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
+    """One MachineRecord per usage interval of a record of `sky.cost_report`.
+
+    An interval opens at the launch attempt and closes when SkyPilot notices that the machine is gone. A record whose
+    cluster never got nodes belongs to a failed launch, which SkyPilot's own report counts as paid time.
+    """
+    resources = record.get("resources")
+    nodes = record.get("num_nodes") or 1
+    price = _usd_per_hour(resources)
+    # SkyPilot sets node_names once nodes exist. In records of older releases, which lack it, no launch is failed.
+    failed = "node_names" in record and not record["node_names"] and _ended(record)
+    job = _job_of(str(record.get("name") or ""))
+    run, idle = _of_task(record.get("last_creation_yaml"))
+    return [
+        MachineRecord(
+            cluster=str(record.get("name")),
+            start=float(start),
+            end=None if end is None else float(end),
+            origin=ORIGIN,
+            was_up=not failed,
+            nodes=nodes,
+            usd_per_hour=None if price is None else price * nodes,
+            price_source=None if price is None else "SkyPilot catalog, today's price",
+            cloud=_lower(_of(resources, "cloud") or record.get("cloud")),
+            region=_of(resources, "region") or record.get("region"),
+            zone=_of(resources, "zone"),
+            instance_type=_of(resources, "instance_type"),
+            spot=_of(resources, "use_spot"),
+            job=job,
+            run=None if job else run,
+            idle_seconds=idle,
+            disk_gb=_of(resources, "disk_size"),
+        )
+        for start, end in record.get("usage_intervals") or []
+    ]
+
+
+def _ended(record: Mapping[str, Any]) -> bool:
+    status = record.get("status")
+    return status is None or str(status) in ("TERMINATED", "None")
+
+
+def _usd_per_hour(resources: Any) -> float | None:
+    """List price of one node; None if the lookup fails, which SkyPilot counts as zero dollars."""
+    try:
+        price = float(resources.get_cost(3600))
+    except Exception:  # the type left the catalog, or the record has no resources
+        return None
+    return price if price > 0 else None
+
+
+def _job_of(cluster: str) -> str | None:
+    """The id of the managed job that a cluster belongs to, from its name <job>-<id>; None for any other name."""
+    name, _, number = cluster.rpartition("-")
+    return number if name and number.isdigit() else None
+
+
+def _of(resources: Any, name: str) -> Any:
+    return getattr(resources, name, None)
+
+
+def _lower(value: Any) -> str | None:
+    return None if value is None else str(value).lower()
+
+
+def _of_task(text: str | None) -> tuple[str | None, float | None]:
+    """The URL of the run that a cluster was launched for, and its idle time until autostop; None if not known."""
+    with contextlib.suppress(yaml.YAMLError, AttributeError, TypeError, ValueError, ConfigError):
+        task = yaml.safe_load(text or "") or {}
+        idle = idle_seconds(task.get("resources") or {})
+        with contextlib.suppress(ConfigError):
+            envs = {name: str(value or "") for name, value in (task.get("envs") or {}).items()}
+            return bucket.url(envs, "RUN"), idle
+        return None, idle
+    return None, None

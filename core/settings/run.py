@@ -1,0 +1,68 @@
+"""Declares the settings of a run's folder, bounds and origin."""
+
+from dataclasses import dataclass
+
+from core import urls
+from core.settings.loader import Bounded, require, setting
+
+# From a program's end to its machine's: 79 to 133 s in eight launches on emulated AWS and Lambda, and a fifth more.
+SHUTDOWN_SECONDS = 160.0
+
+
+@dataclass(frozen=True)
+class RunConfig(Bounded):
+    """The run and its folder."""
+
+    url: str = setting(
+        "",
+        "folder for checkpoints, metrics and ledger (local, s3://, gs://, az://)",
+        env="RUN_URL",
+        identity=False,
+        check=urls.mistake,
+    )
+    max_usd: float = setting(
+        0.0,
+        "hard cap in dollars for all segments together: the run saves and stops before it is reached; 0: no cap",
+        env="MAX_USD",
+        identity=False,
+        ge=0,
+    )
+    usual_max_usd: float = setting(
+        0.0,
+        "cap that a launch takes if MAX_USD is not given and the task's is lower: above this config's forecast",
+        identity=False,
+        ge=0,
+    )
+    max_hours: float = setting(
+        0.0,
+        "most hours for which machines of the run are paid, all segments together; waiting for a machine costs nothing "
+        "and does not count; 0: no bound",
+        env="MAX_HOURS",
+        identity=False,
+        ge=0,
+    )
+    max_restart_usd: float = setting(
+        0.0,
+        "most dollars for machines that come after the one with the newest checkpoint: a run that only restarts ends; "
+        "0: no bound",
+        env="MAX_RESTART_USD",
+        identity=False,
+        ge=0,
+    )
+    branch_from: str = setting(
+        "",
+        "RUN@STEP, RUN@trunk or RUN: a new run begins with that checkpoint's weights, optimizer state and position in "
+        "the data; trunk is the step before the cooldown; --from for short",
+        identity=False,
+        check=urls.mistake,
+    )
+    shutdown_reserve_seconds: float = setting(
+        SHUTDOWN_SECONDS,
+        "seconds from the end of the trainer to the end of the machine; the cap reserves the money for them",
+        identity=False,
+        ge=0,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")

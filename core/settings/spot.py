@@ -1,0 +1,29 @@
+"""Refuses spot machines for a run that would store no checkpoint, and says what it would take."""
+
+import math
+
+from core.settings.training import TrainingConfig
+
+EXAMPLE_HOURS = 24.0
+
+
+def too_few_checkpoints(config: TrainingConfig, hours: float | None = None) -> str:
+    """Why a config's checkpoints are too rare for spot, with the arithmetic; "" if they are not.
+
+    `hours` is the expected length of the run; if it is not known, the arithmetic is that of 24. A run is refused if its
+    first checkpoint is due after its last step. Interruptions come at random, on average M hours apart
+    (`checkpoint.expected_hours_between_failures`). A run of T hours that can only start again takes M (e^(T/M) - 1)
+    hours until it once gets through. With `every_steps=0` checkpoints come as often as costs least.
+    """
+    every, apart = config.checkpoint.every_steps, config.checkpoint.expected_hours_between_failures
+    if every < config.train.steps:
+        return ""
+    length = EXAMPLE_HOURS if hours is None else hours
+    paid = apart * math.expm1(min(length / apart, 50.0))
+    return (
+        f"checkpoint.every_steps is {every:,} and train.steps is {config.train.steps:,}, so that a spot machine that "
+        f"is taken away loses everything. With an interruption every {apart:g} hours "
+        f"(checkpoint.expected_hours_between_failures), {length:.3g} h of training take {apart:g} x "
+        f"(e^({length:.3g}/{apart:g}) - 1) = {paid:,.0f} paid hours; set checkpoint.every_steps=0, which saves as "
+        "often as costs least, or train on demand"
+    )

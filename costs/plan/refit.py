@@ -1,0 +1,139 @@
+"""Fits the law to the user's own runs: the scale of their validation sets, and the multipliers of their recipes.
+
+    fitted, said = refit(law.load(), runs)
+
+The loss of a run differs from the law's by an offset, which all runs on one set of tokens share because the law is on
+another set of texts, and by the error of its recipe's multiplier k. Both are estimated together, by least squares with
+the errors that are known beforehand. One run alone therefore moves the offset of its set, and hardly a multiplier;
+several recipes on one set tell how their multipliers differ from the public runs'.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from core.loss.law import Law
+from core.run.model import Run
+from core.settings import loader
+from costs.plan import recipes
+from costs.plan.recipes import Candidate
+
+# Errors in nats: of the law for one run (bench/results/2026-11-30-fit-loss.json), and of another set of texts.
+RUN_ERROR, SET_ERROR = 0.0104, 0.5
+# Of the logarithm of k: an error of .015 nats, as of a recipe at its own sizes, for a run of three billion tokens.
+K_ERROR = 0.15
+ROUNDS = 5  # of linearization
+
+
+@dataclass(frozen=True)
+class OwnRun:
+    """A finished run with the recipe of a plan. `data` is the URL of its tokens, `loss` its last validation loss."""
+
+    url: str
+    candidate: Candidate
+    tokens: float
+    loss: float
+    data: str
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A law with multipliers from own runs. `offsets` are (nats above the law, error) by the URL of the tokens."""
+
+    law: Law
+    offsets: Mapping[str, tuple[float, float]]
+    notes: tuple[str, ...] = ()
+
+
+def own_run(run: Run) -> OwnRun | None:
+    """What a run says about the law; None unless it has come to its end, with the recipe of a plan."""
+    ended = run.segments[-1].end if run.segments else None
+    losses, trained = run.points("eval"), run.points("train")
+    candidate = _candidate(run.config)
+    if candidate is None or not losses or not trained or not ended or ended.get("reason") != "finished":
+        return None
+    last, tokens = losses[-1], trained[-1].values["tokens"]
+    data = run.config.get("data")
+    url = data.get("url") if isinstance(data, Mapping) else None
+    is_last = run.last_step is not None and last.step == run.last_step
+    if not (is_last and tokens and math.isfinite(last.values["val_loss"]) and isinstance(url, str)):
+        return None
+    return OwnRun(run.url, candidate, float(tokens), float(last.values["val_loss"]), url)
+
+
+def _candidate(config: Mapping[str, object]) -> Candidate | None:
+    """The candidate with the model and the optimizer of a run."""
+    model, optimizer = config.get("model"), config.get("optimizer")
+    if not isinstance(model, Mapping) or not isinstance(optimizer, Mapping):
+        return None
+    for each in recipes.candidates():
+        theirs = loader.to_dict(each.settings)
+        same_model = all(model.get(key) == value for key, value in theirs["model"].items() if key in model)
+        rates = ("name", "lr", "muon_lr")
+        if same_model and model and all(optimizer.get(key) == theirs["optimizer"][key] for key in rates):
+            return each
+    return None
+
+
+def refit(law: Law, runs: Sequence[OwnRun]) -> Refit:
+    """The law with the multipliers that own runs suggest, and the offsets of their sets."""
+    if not runs:
+        return Refit(law, {})
+    sets = list(dict.fromkeys(each.data for each in runs))
+    names = list(dict.fromkeys(each.candidate.in_law for each in runs))
+    known = np.zeros(len(names))  # changes of log k
+    offsets, covariance = np.zeros(len(sets)), np.zeros((0, 0))
+    for _ in range(ROUNDS):
+        fitted = _with_k(law, names, known)
+        rows, wanted = [], []
+        for each in runs:
+            candidate = each.candidate
+            predicted = fitted.loss(candidate.in_law, candidate.non_embedding, each.tokens)
+            row = np.zeros(len(sets) + len(names))
+            row[sets.index(each.data)] = 1.0
+            at = names.index(candidate.in_law)
+            row[len(sets) + at] = _slope(fitted, candidate, each.tokens)
+            rows.append(row / RUN_ERROR)
+            wanted.append((each.loss - predicted + row[len(sets) + at] * known[at]) / RUN_ERROR)
+        beliefs = np.concatenate([np.full(len(sets), 1 / SET_ERROR), np.full(len(names), 1 / K_ERROR)])
+        matrix = np.vstack([np.array(rows), np.diag(beliefs)])
+        right = np.concatenate([wanted, np.zeros(len(beliefs))])
+        covariance = np.linalg.inv(matrix.T @ matrix)
+        found = covariance @ matrix.T @ right
+        offsets, known = found[: len(sets)], found[len(sets) :]
+    errors = np.sqrt(np.diag(covariance))
+    by_set = {url: (float(offsets[at]), float(errors[at])) for at, url in enumerate(sets)}
+    fitted = _with_k(law, names, known)
+    return Refit(fitted, by_set, tuple(_notes(law, fitted, runs, by_set)))
+
+
+def _with_k(law: Law, names: Sequence[str], changes: Iterable[float]) -> Law:
+    changed = {
+        name: dataclasses.replace(law.recipes[name], k=law.recipes[name].k * math.exp(change))
+        for name, change in zip(names, changes, strict=True)
+    }
+    return dataclasses.replace(law, recipes={**law.recipes, **changed})
+
+
+def _slope(law: Law, candidate: Candidate, tokens: float) -> float:
+    """Change of the loss with log k, in nats."""
+    by = law.constants
+    effective = law.multiplier(candidate.in_law, candidate.non_embedding) * tokens / 1e9
+    return -by["b"] * by["B"] * effective ** -by["b"]
+
+
+def _notes(law: Law, fitted: Law, runs: Sequence[OwnRun], offsets: Mapping[str, tuple[float, float]]) -> Iterable[str]:
+    count = f"{len(runs)} finished run{'s' * (len(runs) != 1)}"
+    changed = {
+        recipe: (law.recipes[name].k, fitted.recipes[name].k)
+        for recipe, name in recipes.RECIPES.items()
+        if name in {each.candidate.in_law for each in runs}
+    }
+    said = ", ".join(f"{recipe} {new:.2f} ({old:.2f} by public runs)" for recipe, (old, new) in changed.items())
+    yield f"own losses: token multipliers by {count} of yours: {said}"
+    for url, (offset, error) in offsets.items():
+        where = "/".join(url.rstrip("/").split("/")[-2:])
+        yield f"own losses: on {where} they are {offset:+.3f} ± {error:.3f} nats from this scale"

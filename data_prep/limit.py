@@ -1,0 +1,53 @@
+"""Chooses the parts of a preparation that is to hold only so many training tokens (data.train_tokens).
+
+The seed draws an order of the parts. The first ones that together hold the tokens are the data set, so that the result
+depends neither on the number of workers nor on interruptions, and a larger limit only adds parts.
+"""
+
+import hashlib
+
+from data_prep import part as parts
+from data_prep.plan import PrepPlan, done_parts
+from data_prep.sources.files import Part
+
+LIMIT = "data.train_tokens"
+# Until a part has told how many bytes of the source a token takes: the parquet files of FineWeb-Edu.
+BYTES_PER_TOKEN = 2.8
+
+
+def needed(plan: PrepPlan, data_url: str, at_first: bool = False) -> list[Part]:
+    """The parts that the data set needs, in the order in which the seed draws them; all parts without a limit.
+
+    As long as one of them is unfinished, the number of those after it is an estimate. With `at_first` it is the one
+    before any part is finished, which is the same on every node at any time.
+    """
+    limit = plan.settings.get(LIMIT, 0)
+    if not limit:
+        return plan.parts
+    seed, done = plan.settings["data.seed"], set() if at_first else done_parts(data_url)
+    found: list[Part] = []
+    read_bytes, read_tokens, expected = 0, 0, 0.0
+    for each in sorted(plan.parts, key=lambda part: order(part.name, seed)):
+        if expected >= limit:
+            break
+        found.append(each)
+        size = each.end - each.start
+        if each.name in done:
+            tokens = sum(shard.tokens for shard in parts.read_record(data_url, each.name).shards)
+            read_bytes, read_tokens = read_bytes + size, read_tokens + tokens
+            expected += tokens
+        else:
+            expected += size * read_tokens / read_bytes if read_tokens else size / BYTES_PER_TOKEN
+    return found
+
+
+def missing(plan: PrepPlan, data_url: str) -> list[Part]:
+    """The unfinished ones of the needed parts."""
+    found, done = needed(plan, data_url), done_parts(data_url)
+    return [part for part in found if part.name not in done]
+
+
+def order(value: int | str, seed: int) -> int:
+    """A position in a shuffle, the same on every machine and with every version of NumPy."""
+    digest = hashlib.blake2b(str(value).encode(), digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big")

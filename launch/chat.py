@@ -1,0 +1,26 @@
+"""Talks with a trained model on this computer: names the run by BUCKET and RUN, and starts trainer.chat.
+
+    BUCKET=my-bucket RUN=gpt2-124m python -m launch.chat [--temperature=0.7 ...]
+
+MODEL names another model: a checkpoint, a folder, or a public model. CHAT_ARGS holds more settings of trainer.chat.
+Reads the weights of the newest checkpoint from the bucket.
+"""
+
+import os
+import sys
+
+from core import bucket, environment
+from core.console import run_entry
+from core.task import MORE, with_more
+
+
+def main(arguments: list[str]) -> None:
+    environment.adopt()
+    model = os.environ.get("MODEL") or bucket.url(os.environ, "RUN")
+    words = with_more([*arguments, f"{MORE}{os.environ.get('CHAT_ARGS', '')}"])
+    command = [sys.executable, "-m", "trainer.chat", model, *words]
+    os.execv(sys.executable, command)  # it gets the terminal, and its exit code is ours
+
+
+if __name__ == "__main__":
+    run_entry(main, shows=True)

@@ -1,0 +1,155 @@
+"""Carries out one stage of a run with a budget: launches its task as often as needed, and waits until it is done.
+
+It knows what is done from the bucket, and what is up from SkyPilot. Between the two it keeps nothing.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from clouds import skypilot
+from core.errors import ConfigError, RunError, one_line
+from core.figures import dollars
+from core.run import budget as budgets
+from core.run.budget import Budget
+from core.run.folder import RunFolder
+from core.run.reader import spent_usd_at_most
+from core.task import read_task
+from launch.stages import EVALUATION, EVALUATION_LEAST_USD, TRAINING, Stage, last_segment, with_cap
+from launch.submit import NO_CHECK, submit
+from launch.undo import CLOCK_SECONDS
+
+POLL_SECONDS = 30.0
+# Launches of a stage by this command, one after the other, that get it no further.
+MOST_WITHOUT_PROGRESS = 3
+# Questions to SkyPilot, one after the other, that it does not answer.
+MOST_UNANSWERED = 40
+STOPPED = 130
+
+
+class Driver:
+    """Carries out the stages of one run. `arguments` are those of the command, of which NO_CHECK counts."""
+
+    def __init__(self, folder: RunFolder, budget: Budget, arguments: Sequence[str]):
+        self._folder, self._budget = folder, budget
+        self._options = [each for each in arguments if each == NO_CHECK]
+        self._launched: list[tuple[str, int, float]] = []  # stage, progress, unix time of launches by this command
+
+    def carry_out(self, stage: Stage) -> int:
+        """Returns 0 once the stage is done or left out for want of money, else the exit code of a failed launch.
+
+        Raises RunError if the stage has failed, or gets no further.
+        """
+        said, unanswered = "", 0
+        try:
+            while not stage.is_done():
+                try:
+                    where, unanswered = self._up(stage), 0
+                except ConfigError as error:
+                    unanswered += 1
+                    if unanswered == MOST_UNANSWERED:
+                        raise
+                    where = f"SkyPilot does not answer ({one_line(error, 160)})"
+                if where:
+                    now = f"{stage.name}: {where}, {self._state(stage)}"
+                    if now != said:
+                        print(now, flush=True)
+                    said = now
+                    time.sleep(POLL_SECONDS)
+                    continue
+                if stage.name == EVALUATION and stage.cap() < EVALUATION_LEAST_USD:
+                    print(
+                        f"evaluation: left out, ${dollars(max(0.0, stage.cap()))} of the money is left; by hand: "
+                        f"python -m trainer.export {self._folder} FOLDER",
+                        flush=True,
+                    )
+                    return 0
+                if code := self._launch(stage):
+                    return code
+        except KeyboardInterrupt:
+            print(
+                f"\n{stage.name} goes on without this command; the same command follows it again, `make down` ends it",
+                flush=True,
+            )
+            return STOPPED
+        print(f"{stage.name}: done, {self._state(stage)}", flush=True)
+        return 0
+
+    def _launch(self, stage: Stage) -> int:
+        """Launch a stage that is neither done nor up. Returns the exit code of the launch."""
+        mine = [each for each in self._launched if each[0] == stage.name]
+        progress = stage.progress()
+        if mine:
+            _check_end(stage, mine[-1][2])
+        if len([each for each in mine if each[1] == progress]) >= MOST_WITHOUT_PROGRESS:
+            raise RunError(
+                f"{self._folder}: {MOST_WITHOUT_PROGRESS} launches of the {stage.name} got it no further than "
+                f"{progress:,} {stage.work}; see {_logs(stage)}; the same command tries again"
+            )
+        settings = with_cap(stage)
+        again = f", launch {len(mine) + 1}" if mine else ""
+        print(f"{stage.name}: {stage.task}, at most ${settings['MAX_USD']}{again}", flush=True)
+        record = budgets.launching(self._folder, self._budget.number, stage.name, progress)
+        self._launched.append((stage.name, progress, record.began_at))
+        return submit(stage.task, [*stage.options, *self._options], settings)
+
+    def _up(self, stage: Stage) -> str:
+        """Where a stage runs, by SkyPilot's records; "" if it does not. Raises ConfigError if SkyPilot does not answer.
+
+        Raises RunError if another run has the stage's cluster.
+        """
+        task = read_task(stage.task, stage.settings())
+        if not task.managed:
+            return _cluster(task.name, task.envs["RUN"])
+        known = [each for each in budgets.launches(self._folder, self._budget.number) if each.stage == stage.name]
+        if not known:
+            return ""
+        for job in skypilot.jobs():
+            is_later = float(job.get("submitted_at") or 0.0) >= known[0].began_at - CLOCK_SECONDS
+            if job.get("job_name") == task.name and is_later and not skypilot.has_ended(job):
+                return f"managed job {job['job_id']} {job['status']}"
+        return ""
+
+    def _state(self, stage: Stage) -> str:
+        usd = spent_usd_at_most(self._folder.url)
+        spent = "?" if usd is None else dollars(usd)
+        return f"{stage.progress():,} {stage.work}, ${spent} of ${dollars(self._budget.usd)}"
+
+
+def _cluster(name: str, run: str) -> str:
+    for cluster in skypilot.clusters():
+        if cluster["name"] == name:
+            other = _run_on(cluster)
+            if other and other != run:
+                raise RunError(
+                    f"cluster {name} works for RUN={other}; wait until it has ended, or end it by `make down`"
+                )
+            return f"cluster {name} {cluster['status']}"
+    return ""
+
+
+def _run_on(cluster: Mapping[str, Any]) -> str:
+    """RUN of the task that a cluster was launched with; "" if SkyPilot does not say."""
+    try:
+        envs = (yaml.safe_load(cluster.get("last_creation_yaml") or "") or {}).get("envs") or {}
+        return str(envs.get("RUN") or "")
+    except (yaml.YAMLError, AttributeError):
+        return ""
+
+
+def _check_end(stage: Stage, since: float) -> None:
+    """Raises RunError if the newest machine of a stage has failed, so that another one would fail likewise."""
+    segment = last_segment(stage.ledger, since)
+    end = (segment and segment.end) or {}
+    if end.get("reason") == "failed" or (end.get("reason") == "cap" and stage.name != TRAINING):
+        error = " ".join(str(end.get("error") or "").split())[:300]
+        raise RunError(
+            f"{stage.ledger}: the {stage.name} has ended ({end['reason']}{': ' * bool(error)}{error}); see "
+            f"{_logs(stage)}; the same command tries again"
+        )
+
+
+def _logs(stage: Stage) -> str:
+    return f"`make logs FROM=bucket RUN={stage.settings()['RUN']}`"

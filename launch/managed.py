@@ -1,0 +1,56 @@
+"""Writes a task file as a managed job, which continues by itself on another machine after a preemption.
+
+    MANAGED=1 python -m launch.submit sky/finetune.yaml      launches .launch/finetune.yaml
+
+Any task of sky/ can be a managed job, as sky/pretrain-8xa100-spot.yaml is one. The written file differs in `resources`
+alone: spot machines come first, and `job_recovery` replaces `autostop`, because a managed job ends its machines itself.
+SkyPilot's jobs controller costs money on top, so that it pays for jobs of hours.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.errors import ConfigError, one_line
+from core.exit_codes import BAD_NODE, PREEMPTED
+
+FOLDER = Path(".launch")
+RECOVERY = {
+    "strategy": "EAGER_NEXT_REGION",
+    "max_restarts_on_errors": 0,
+    "recover_on_exit_codes": [PREEMPTED, BAD_NODE],
+}
+
+
+def chosen(path: str, environment: Mapping[str, str]) -> str:
+    """The path of the task file to launch: a managed copy if MANAGED is set, else `path`. Raises ConfigError."""
+    if not environment.get("MANAGED"):
+        return path
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a task: {one_line(error)}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("resources"), dict):
+        raise ConfigError(f"{path}: has no resources, so it cannot become a managed job")
+    if "job_recovery" in document["resources"]:
+        return path
+    FOLDER.mkdir(exist_ok=True)
+    target = FOLDER / Path(path).name
+    text = yaml.safe_dump(as_managed(document), sort_keys=False, width=1000)
+    target.write_text(f"# {path} as a managed job, written by launch.managed.\n{text}", encoding="utf-8")
+    return str(target)
+
+
+def as_managed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The task with its candidates in order, spot first, and recovery from preemptions in place of autostop."""
+    resources = dict(document["resources"])
+    resources.pop("autostop", None)
+    candidates = resources.pop("any_of", None) or resources.pop("ordered", None)
+    if candidates:
+        # SkyPilot 0.14.1 tries any_of of a managed job in arbitrary order.
+        resources["ordered"] = sorted(candidates, key=lambda each: not each.get("use_spot", False))
+    resources["job_recovery"] = RECOVERY
+    envs = {**(document.get("envs") or {}), "SUBMITTED_AT": "", "CONTROLLER_USD_PER_HOUR": ""}
+    return {**document, "resources": resources, "envs": envs}

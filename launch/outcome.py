@@ -1,0 +1,104 @@
+"""Says what came of a budget: dollars by stage, what is left, and loss and dollars beside what was expected."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core import storage
+from core.errors import LauncherError, RunError, one_line
+from core.figures import dollars
+from core.run import budget as budgets
+from core.run.budget import Budget
+from core.run.folder import RunFolder
+from core.run.reader import read_run
+from launch import plan
+from launch.stages import end_of, spent
+
+
+def _figure(usd: float | None) -> str:
+    return "?" if usd is None else dollars(usd)
+
+
+def conclude(folder: RunFolder, budget: Budget) -> None:
+    """Store and print what came of the budget, beside what was expected."""
+    result = outcome(folder, budget)
+    budgets.end(folder, budget.number, result)
+    print("", *summary(folder, budget, result), sep="\n", flush=True)
+    _store_report(folder)
+
+
+def outcome(folder: RunFolder, budget: Budget) -> dict[str, Any]:
+    """Dollars by stage, steps, tokens and validation loss of a run that has ended, beside its forecast."""
+    run = read_run(folder.url)
+    whole = spent(folder)
+    by_stage = {
+        "preparation": _usd_of(folder.preparation),
+        "training": run.usd_at_most,
+        "evaluation": _usd_of(folder.evaluations),
+    }
+    losses = run.points("eval")
+    trained = run.points("train")
+    return {
+        "forecast": dict(budget.forecast),
+        "budget_usd": budget.usd,
+        "beside_usd": budget.usd - budget.machines_usd,
+        "usd": whole,
+        "usd_by_stage": by_stage,
+        "left_usd": budget.machines_usd - whole,
+        "end": end_of(folder.url, budget.began_at),
+        "steps": run.last_step,
+        "tokens": trained[-1].values["tokens"] if trained else None,
+        "hours": sum(segment.seconds for segment in run.segments) / 3600,
+        "restarts": len(run.segments) - 1,
+        "val_loss": losses[-1].values["val_loss"] if losses else None,
+        "data": budget.settings["DATA"],
+    }
+
+
+def _usd_of(url: str) -> float | None:
+    try:
+        return read_run(url).usd_at_most
+    except RunError:
+        return 0.0
+
+
+def summary(folder: RunFolder, budget: Budget, result: Mapping[str, Any]) -> list[str]:
+    """What was spent on what, what is left, and how far loss and dollars are from the forecast."""
+    parts = ", ".join(f"{name} {_figure(usd)}" for name, usd in result["usd_by_stage"].items() if usd != 0.0)
+    left, beside = result["left_usd"], result["beside_usd"]
+    said = [
+        f"spent on machines: ${_figure(result['usd'])} ({parts})",
+        f"left of ${dollars(budget.usd)}: ${dollars(max(0.0, left))}, and ${dollars(beside)} for storage, egress and "
+        "SkyPilot, which no ledger counts",
+    ]
+    if result["end"] == "cap":
+        said.append("the cap ended the training before its last step, so that the rates had not fallen to their end")
+    loss, forecast = result["val_loss"], budget.forecast
+    if loss is not None:
+        said.append(f"validation loss on {result['data']}: {loss:.4f}")
+    if loss is not None and "loss" in forecast:
+        expected = f"{forecast['loss']:.3f} ± {forecast['loss_error']:g} on {forecast['loss_scale']}"
+        said[-1] += f"; the plan said {expected}, another set of texts"
+    step = result["steps"]
+    if step:
+        said.append(f"model: {folder.exported(step)} (for transformers), {folder.checkpoint(step)}")
+    said.append(f"report: python cost_report.py {folder}")
+    return said
+
+
+def _store_report(folder: RunFolder) -> None:
+    """Store the cost report as a page in the run's folder. A failure is only said."""
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / "report.html"
+        command = [sys.executable, str(plan.ROOT / "cost_report.py"), folder.url, "--html", str(page)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=plan.PLAN_SECONDS)
+            if done.returncode:
+                raise RunError((done.stderr.strip().splitlines() or ["no answer"])[-1])
+            storage.write_file(storage.join(folder.url, page.name), page)
+            print(f"page: {storage.join(folder.url, page.name)}", flush=True)
+        except (LauncherError, subprocess.TimeoutExpired) as error:
+            print(f"the page of the report was not stored: {one_line(error)}", file=sys.stderr)

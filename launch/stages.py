@@ -1,0 +1,182 @@
+"""Defines the stages of a run with a budget: preparation, training, evaluation with export. Each is a task of sky/.
+
+    for stage in stages(name, budget, environment):
+        stage.is_done(), stage.progress(), stage.cap()
+
+What a stage has done is read from the bucket alone, so that any computer can go on with it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from core import bucket, storage
+from core.data import manifest, sets
+from core.errors import DataError, RunError
+from core.run.budget import Budget
+from core.run.folder import RunFolder
+from core.run.model import Segment
+from core.run.reader import Detail, read_run, spent_usd_at_most
+from launch import plan
+from launch.plan import PREPARE
+
+EVALUATE = "sky/evaluate.yaml"
+PREPARATION, TRAINING, EVALUATION = "preparation", "training", "evaluation"
+# A preparation may cost a multiple of its expected dollars, and at least so many: its machine costs cents.
+PREPARATION_TIMES, PREPARATION_LEAST_USD = 3.0, 0.25
+# With less an evaluation's machine would end before it has begun.
+EVALUATION_LEAST_USD = 0.05
+# Variables that say something else in each stage, or name another run. The price is that of the machine that trains.
+_OF_STAGES = (
+    "USD_PER_HOUR",
+    "CONFIG",
+    "TRAIN_ARGS",
+    "PREP_ARGS",
+    "EVAL_ARGS",
+    "EXPORT",
+    "MAX_USD",
+    "RUN",
+    "DATA",
+    "GPUS",
+    "INFRA",
+)
+_ENDED = ("finished", "cap")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage. `ledger` is the folder whose ledger its machines write, `cap` what its MAX_USD is now, in dollars.
+
+    `progress` grows as long as the stage gets on. `work` names its unit.
+    """
+
+    name: str
+    task: str
+    options: tuple[str, ...]
+    settings: Callable[[], Mapping[str, str]]
+    ledger: str
+    is_done: Callable[[], bool]
+    progress: Callable[[], int]
+    work: str
+    cap: Callable[[], float]
+
+
+def stages(run: str, budget: Budget, environment: Mapping[str, str]) -> list[Stage]:
+    """The stages of a run in their order."""
+    given = {name: value for name, value in environment.items() if name not in _OF_STAGES}
+    given |= {"RUN": run, "DATA": budget.settings["DATA"]}
+    folder = RunFolder(bucket.url(given, "RUN"))
+    data_url = bucket.url(given, "DATA")
+    found = [
+        _training(budget, folder, environment.get("USD_PER_HOUR", ""), given),
+        _evaluation(budget, folder, data_url, given),
+    ]
+    if budget.train_tokens:
+        found.insert(0, _preparation(run, budget, folder, data_url, given))
+    return found
+
+
+def spent(folder: RunFolder) -> float:
+    """Upper bound of the dollars of all stages so far. Raises RunError if a price is not known."""
+    usd = spent_usd_at_most(folder.url)
+    if usd is None:
+        raise RunError(
+            f"{folder}: a machine of this run has no known price, so its budget cannot be kept; see `make status`"
+        )
+    return usd
+
+
+def last_segment(ledger: str, since: float) -> Segment | None:
+    """The newest segment that started after `since` (unix time); None without one."""
+    try:
+        segments = read_run(ledger, Detail.MONEY).segments
+    except RunError:
+        return None
+    return segments[-1] if segments and (segments[-1].started_at or 0.0) >= since else None
+
+
+def end_of(ledger: str, since: float) -> str:
+    """Why the newest segment since then has ended; "" if there is none, or it has not."""
+    segment = last_segment(ledger, since)
+    return str((segment and segment.end and segment.end.get("reason")) or "")
+
+
+def newest_step(folder: RunFolder) -> int:
+    """The step of the newest complete checkpoint; 0 without one."""
+    markers = [info.uri.split("/")[-2] for info in storage.list_objects(folder.checkpoints) if info.name == "COMPLETE"]
+    return max((int(name.removeprefix("step-")) for name in markers if name.startswith("step-")), default=0)
+
+
+def _preparation(run: str, budget: Budget, folder: RunFolder, data_url: str, given: Mapping[str, str]) -> Stage:
+    # Later settings replace earlier ones.
+    arguments = f"{plan.preparation_arguments(budget.train_tokens)} {budget.settings.get('PREP_ARGS', '')}".strip()
+    expected = budget.forecast.get("parts", {}).get(PREPARATION, 0.0)
+    cap = min(max(PREPARATION_LEAST_USD, PREPARATION_TIMES * expected), budget.machines_usd / 2)
+    # Below the run's own folder, because a node's key may be limited to it.
+    settings = {**given, "RUN": f"{run}/{PREPARATION}", "PREP_ARGS": arguments}
+    parts = storage.join(data_url, "parts")
+    return Stage(
+        name=PREPARATION,
+        task=PREPARE,
+        options=(),
+        settings=lambda: settings,
+        ledger=folder.preparation,
+        is_done=lambda: manifest.exists(data_url),
+        progress=lambda: len(storage.list_names(parts)),
+        work="parts",
+        cap=lambda: cap,
+    )
+
+
+def _training(budget: Budget, folder: RunFolder, price: str, given: Mapping[str, str]) -> Stage:
+    settings = {**given, **{name: budget.settings[name] for name in ("CONFIG", "TRAIN_ARGS")}, "USD_PER_HOUR": price}
+    return Stage(
+        name=TRAINING,
+        task=budget.task,
+        options=budget.options,
+        settings=lambda: settings,
+        ledger=folder.url,
+        is_done=lambda: end_of(folder.url, budget.began_at) in _ENDED,
+        progress=lambda: newest_step(folder),
+        work="steps",
+        # The trainer counts what the preparation has cost, and leaves the evaluation its share.
+        cap=lambda: budget.machines_usd - budget.forecast.get("parts", {}).get(EVALUATION, 0.0),
+    )
+
+
+def _evaluation(budget: Budget, folder: RunFolder, data_url: str, given: Mapping[str, str]) -> Stage:
+    def settings() -> Mapping[str, str]:
+        step = newest_step(folder)
+        if not step:
+            raise RunError(f"{folder}: the training left no checkpoint to evaluate; see `make logs FROM=bucket`")
+        tasks = budget.settings.get("EVAL_ARGS") or ("" if _has_hellaswag(data_url) else "--tasks=perplexity")
+        return {**given, "EVAL_ARGS": tasks, "EXPORT": folder.exported(step).removeprefix(f"{folder}/")}
+
+    return Stage(
+        name=EVALUATION,
+        task=EVALUATE,
+        options=(),
+        settings=settings,
+        ledger=folder.evaluations,
+        is_done=lambda: storage.exists(storage.join(folder.exported(newest_step(folder)), "config.json")),
+        progress=lambda: len(storage.list_objects(folder.evaluations)),
+        work="objects",
+        cap=lambda: budget.machines_usd - spent(folder),
+    )
+
+
+def _has_hellaswag(data_url: str) -> bool:
+    try:
+        sets.info_of(data_url, "hellaswag")
+        return True
+    except DataError:
+        return False
+
+
+def in_cents(usd: float) -> str:
+    """A cap as MAX_USD, rounded down."""
+    return f"{math.floor(usd * 100 + 1e-6) / 100:.2f}"
+
+
+def with_cap(stage: Stage) -> dict[str, str]:
+    return {**stage.settings(), "MAX_USD": in_cents(stage.cap())}

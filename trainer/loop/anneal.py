@@ -1,0 +1,274 @@
+"""Decides when the cooldown of a run begins, and how many steps it takes: once, on rank 0.
+
+What is left of the money pays for the rest: the cooldown, the last evaluation and checkpoint, the machine's shutdown
+and, on spot, one lost checkpoint interval and one restart. When one more step would leave too little, the cooldown
+begins. `make anneal`, a target loss or the last of train.steps may begin it earlier. The decision is stored in the
+run's course (core.run.course) before its first step. If a preemption or a higher price then takes money that the
+cooldown needs, it is re-planned once. A cooldown of less than a tenth of the steps would change little: the run saves
+and stops.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from core.errors import LauncherError, RunError, StorageError
+from core.run import course
+from core.run.cap import SAFETY
+from core.run.course import Change
+from core.run.folder import RunFolder
+from core.run.ledger import check_owner
+from core.run.segment import SegmentLog
+from trainer.checkpoint.save import Saver
+from trainer.loop.evaluation import TrainingEvaluator
+from trainer.loop.requests import StopRequests
+from trainer.optim.schedule import Schedule
+from trainer.stages.stage import Stage
+
+log = logging.getLogger("train")
+
+SHORTEST = 0.10  # share of the steps; 10 % are enough, 2.5 % are not (Hu et al. 2024)
+LATE = 0.25  # share of a cooldown
+MARGIN = 1.02  # on the expected time of a cooldown
+WINDOW_STEPS = 500  # steps over which the pace is measured
+RECENT_STEPS = 50
+LEAST_STEPS = 3  # measured steps before a decision
+LOOK_SECONDS = 10.0
+
+
+class Pace:
+    """Seconds per step by the wall clock: waits, evaluations and checkpoints included."""
+
+    def __init__(self):
+        self._passed: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS + 1)
+
+    def passed(self, step: int, now: float) -> None:
+        if not self._passed or step > self._passed[-1][0]:
+            self._passed.append((step, now))
+
+    def seconds(self, newest: int = WINDOW_STEPS) -> float | None:
+        """Over the `newest` steps, or all in the window; None before LEAST_STEPS are measured."""
+        if len(self._passed) <= LEAST_STEPS:
+            return None
+        (first, began), (last, now) = self._passed[max(0, len(self._passed) - 1 - newest)], self._passed[-1]
+        return (now - began) / (last - first)
+
+
+class RequestWatch:
+    """Looks for a request to anneal (`make anneal`), on a thread of its own."""
+
+    def __init__(self, folder: RunFolder, answered: set[str], seconds: float | None = None):
+        self.request: str | None = None
+        self._folder, self._answered = folder, answered
+        self._seconds = LOOK_SECONDS if seconds is None else seconds
+        self._end = threading.Event()
+        threading.Thread(target=self._run, name="requests to anneal", daemon=True).start()
+
+    def close(self) -> None:
+        self._end.set()
+
+    def _run(self) -> None:
+        while not self._end.is_set():
+            try:
+                found = course.requested_anneal(self._folder)
+                if found and found not in self._answered:
+                    self.request = found
+                    return
+            except LauncherError as error:  # the store will answer again
+                log.debug("requests to anneal are not known now: %s", error)
+            self._end.wait(self._seconds)
+
+
+class Annealer:
+    """Asked by rank 0 between two steps. `failure` is set if another machine has decided."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        segment: SegmentLog,
+        saver: Saver,
+        requests: StopRequests,
+        evaluator: TrainingEvaluator,
+        first_step: int,
+    ):
+        self.failure: RunError | None = None
+        self.is_target_reached: Callable[[], bool] = lambda: False
+        self._stage, self._segment, self._saver = stage, segment, saver
+        self._requests, self._evaluator = requests, evaluator
+        self._first_step = first_step
+        self._folder = RunFolder(stage.settings.run.url)
+        self._ahead = 2 if stage.ranks.device.type == "cuda" else 1  # steps until a decision holds
+        self._pace = Pace()
+        self._watch: RequestWatch | None = None
+        if segment.ledger and self._is_active():
+            answered = {each.facts["request"] for each in stage.schedule.changes if "request" in each.facts}
+            self._watch = RequestWatch(self._folder, answered)
+
+    def close(self) -> None:
+        if self._watch:
+            self._watch.close()
+
+    def decide(self, step: int) -> Change | None:
+        """The change of course after `step`, which is stored. May also request to stop, because the money is spent."""
+        schedule = self._stage.schedule
+        if step > self._first_step:  # the first step compiles
+            self._pace.passed(step, self._segment.ledger.now())
+        if not self._is_active() or step >= schedule.end or self._requests.stop:
+            return None
+        change = self._replanned(step) if schedule.cooldown else self._begun(step)
+        return change and self._stored(change)
+
+    def expected(self, step: int) -> tuple[int, float | None]:
+        """The last step that the money pays for, and the run's dollars at its end; None without a price."""
+        schedule, seconds, cap = self._stage.schedule, self._pace.seconds(), self._segment.cap
+        end = min(schedule.end, step + self._pays(seconds, full=False))
+        spent, price = cap.spent_usd(), self._segment.ledger.machine.price
+        if seconds is None or spent is None or price is None:
+            return end, None
+        shutdown = self._stage.settings.run.shutdown_reserve_seconds
+        rest = (end - step) * seconds + self._reserve(seconds, full=False) + shutdown
+        return end, spent + price.usd(rest)
+
+    def _is_active(self) -> bool:
+        return self._stage.schedule.anneals and not self._stage.settings.train.overfit
+
+    def _begun(self, step: int) -> Change | None:
+        """The cooldown, if it must begin after `step`."""
+        schedule, seconds = self._stage.schedule, self._pace.seconds()
+        left = schedule.end - step
+        wanted, pays = min(left, schedule.wanted(step)), self._pays(seconds, full=True)
+        if step >= schedule.last_trunk_step():
+            return self._cooldown(step, left, pays, "length", seconds)
+        if step > schedule.config.warmup_steps and self._watch and self._watch.request:
+            return self._cooldown(step, wanted, pays, "request", seconds, request=self._watch.request)
+        if self.is_target_reached():
+            return self._cooldown(step, wanted, pays, "target", seconds)
+        if seconds is not None and pays < schedule.wanted(step + self._ahead) + self._ahead:
+            return self._cooldown(step, wanted, pays, "budget", seconds)
+        return None
+
+    def _replanned(self, step: int) -> Change | None:
+        """A shorter cooldown, if the money does not pay for what is left of the one in force.
+
+        There is one re-plan. A small shortage may be noise of the pace, and is judged when little is left.
+        """
+        schedule, seconds = self._stage.schedule, self._pace.seconds()
+        plan = schedule.cooldown
+        left = schedule.end - step
+        if seconds is None or plan.kind == "replan" or self._pays(seconds, full=False) >= left:
+            return None
+        # The only re-plan trusts the slower one of two paces.
+        pays = self._pays(max(seconds, self._pace.seconds(RECENT_STEPS)), full=True)
+        if pays > max(left / 2, LATE * plan.steps):
+            return None
+        begun = min(plan.step, step)
+        return self._cooldown(step, left, pays, "replan", seconds, begun)
+
+    def _cooldown(
+        self, step: int, wanted: int, pays: int, why: str, seconds: float | None, begun: int | None = None, **facts
+    ) -> Change | None:
+        """A cooldown of `wanted` steps after `step`, or of those that the money `pays` for.
+
+        None, and a request to stop, if the money pays for too few.
+        """
+        schedule = self._stage.schedule
+        trunk = step if begun is None else begun
+        cooled = min(wanted, pays)
+        whole = step - trunk + cooled
+        if pays < wanted and (not cooled or schedule.is_too_short(trunk, whole, SHORTEST)):
+            spent = self._segment.cap.describe()
+            self._requests.request_stop(
+                "cap",
+                f"{spent}; {NOT_ANNEALED}: what is left pays for a cooldown of {max(0, whole)} steps, fewer than "
+                f"{SHORTEST:.0%} of the steps",
+            )
+            return None
+        cap = self._segment.cap
+        facts |= {
+            "spent_usd": cap.spent_usd(),
+            "max_usd": cap.max_usd or None,
+            "seconds_per_step": seconds,
+            "reserve_seconds": None if seconds is None else self._reserve(seconds, full=True),
+        }
+        return Change("replan" if why == "replan" else "anneal", step, cooled, why=why, facts=facts)
+
+    def _pays(self, seconds: float | None, full: bool) -> int:
+        """The steps of a cooldown that the money pays for, at `seconds` per step; a large number if it has no end.
+
+        `full`: with the reserve of a new plan and a margin, without which small delays would ask for a re-plan.
+        """
+        if seconds is None:
+            return 1 << 40
+        cap = self._segment.cap
+        have = cap.latest(self._reserve(seconds, full)) - cap.now()
+        return int(max(0.0, min(have / (seconds * (MARGIN if full else 1.0)), 1 << 40)))
+
+    def _reserve(self, seconds: float, full: bool) -> float:
+        """Seconds after the last cooled step, without the shutdown, which the cap itself reserves.
+
+        `full`: on spot also a lost checkpoint interval; the cap reserves the restart.
+        """
+        tokens = self._stage.settings.batch.tokens_per_step
+        ending = self._evaluator.last_seconds(seconds / tokens) + SAFETY * self._saver.seconds()
+        if not full or not self._segment.ledger.machine.spot:
+            return ending
+        every = self._saver.config.every_steps
+        return ending + (every * seconds if every else self._saver.cadence.interval_seconds())
+
+    def _stored(self, change: Change) -> Change | None:
+        """The change, once it is in the run's course; None if the store is away, so that the next step tries again."""
+        try:
+            check_owner(self._folder, self._segment.number)
+            course.add(self._folder, len(self._stage.schedule.changes) + 1, change)
+        except RunError as error:
+            self.failure = error
+            return None
+        except StorageError as error:
+            log.warning("the cooldown cannot begin yet, because its plan is not stored: %s", error)
+            return None
+        self._segment.mark("anneal", kind=change.kind, step=change.step, steps=change.steps, why=change.why)
+        log.info("%s", describe(change, self._segment.cap.describe()))
+        return change
+
+
+def as_numbers(change: Change | None) -> tuple[float, float]:
+    """A cooldown that begins after this step, as the numbers that ranks exchange."""
+    return (course.COOLDOWNS.index(change.kind) + 1, change.steps) if change else (0, 0)
+
+
+def from_numbers(step: int, numbers: Sequence[float]) -> Change | None:
+    """The inverse of `as_numbers`, without what is for people."""
+    kind, steps = map(int, numbers)
+    return Change(course.COOLDOWNS[kind - 1], step, steps) if kind else None
+
+
+NOT_ANNEALED = "not annealed"
+WHY = {
+    "budget": "the money left just pays for it",
+    "request": "somebody asked for it",
+    "target": "the expected loss has reached train.target_loss",
+    "length": "these are the last of train.steps",
+    "replan": "the money no longer paid for the longer cooldown",
+}
+
+
+def describe(change: Change, spent: str) -> str:
+    """A line for the log."""
+    what = "the cooldown is re-planned" if change.kind == "replan" else "the cooldown begins"
+    length = f"{change.steps} steps to step {change.end}"
+    return f"{what} after step {change.step}: {length}, because {WHY[change.why]} ({spent})"
+
+
+def describe_end(schedule: Schedule, reached: int, run_url: str, before: str = "") -> str:
+    """Whether a segment that ends at step `reached` ends annealed; empty without a cooldown that has begun."""
+    plan = schedule.cooldown
+    if plan is None or reached <= schedule.trunk:
+        return ""
+    begun, cooled = schedule.trunk, reached - schedule.trunk
+    if reached < schedule.end:
+        return f"{before}{NOT_ANNEALED}: {cooled} of the {schedule.end - begun} steps of the cooldown are done"
+    return (
+        f"{before}annealed over {cooled} steps; the checkpoint of step {begun}, before them, is kept: "
+        f"go on from it with --from={run_url}@{begun} and another run.url"
+    )
