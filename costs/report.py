@@ -13,11 +13,12 @@ from core.run.machine import Price
 from core.run.model import Lost, Run, Segment
 from core.run.phases import REPORT_PHASES
 from core.run.timeline import SHOWN
+from costs.about import About, about, stretches
 from costs.cells import Cell, Spend, attribute, cells, summed_up
 from costs.foreseen import Comparison, Foreseen, compare
 from costs.foreseen import read as read_forecast
 from costs.model import Origin, Outside, StorageUse
-from costs.notes import notes, some
+from costs.notes import notes_on_money, notes_on_time, some
 from costs.sharing import shares_of
 from costs.units import Curves, Units, curves, units
 from costs.uptime import unheard
@@ -89,6 +90,8 @@ class CostReport:
     is_managed: bool = False
     foreseen: Foreseen | None = None
     forecast: list[Comparison] = field(default_factory=list)
+    about: About = About()
+    charges: list[Cell] = field(default_factory=list)  # of which the lines of all tables are sums
 
     @property
     def has_prices(self) -> bool:
@@ -155,15 +158,17 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
             outside.times,
             points,
         ),
-        curves=curves(run, spend, points),
+        curves=replace(curves(run, spend, points), machines=stretches(run, attributed, outside.times)),
         tags=tuple(sorted({tag for segment in run.segments for tag in segment.tags})),
         origins=[*_origins(run), *outside.origins],
         storage=outside.storage,
-        notes=[*run.problems, *outside.notes, *notes(run)],
+        notes=[*notes_on_money(run), *run.problems, *outside.notes, *notes_on_time(run)],
         missing=outside.missing,
         foreseen=foreseen,
         forecast=compare(foreseen, summed) if foreseen else [],
         is_managed=any(segment.launcher.get("managed_job_id") for segment in run.segments),
+        about=about(run, outside.budget),
+        charges=parts,
     )
 
 

@@ -17,7 +17,7 @@ from core.settings import model as architecture
 from core.settings.loader import from_dict
 from core.settings.model import ModelConfig
 from costs.cells import Attributed, Spend
-from costs.model import OutsideTime
+from costs.model import OutsideTime, Stretch
 
 # Validation losses, besides multiples of 0.1, for which a report states the dollars. 3.28 is the loss of GPT-2 124M on
 # FineWeb (llm.c discussion 481).
@@ -117,8 +117,14 @@ def units(
 
 def flops_per_token(config: Mapping[str, Any]) -> float | None:
     """Forward and backward FLOPs per token of a run's model; None if this release cannot read the model's settings."""
+    model = model_of(config)
+    return None if model is None else architecture.flops_per_token(model)
+
+
+def model_of(config: Mapping[str, Any]) -> ModelConfig | None:
+    """A run's model; None if it has none, or this release cannot read its settings."""
     try:
-        return architecture.flops_per_token(from_dict(ModelConfig, config["model"], "run.json"))
+        return from_dict(ModelConfig, config["model"], "run.json")
     except (KeyError, TypeError, LauncherError):
         return None
 
@@ -200,6 +206,7 @@ class Curves:
 
     spend_time: list[float] = field(default_factory=list)
     spend_usd: dict[str, list[float]] = field(default_factory=dict)
+    loss_time: list[float] = field(default_factory=list)
     loss_usd: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     val_usd: list[float] = field(default_factory=list)
@@ -209,6 +216,7 @@ class Curves:
     mfu: list[float | None] = field(default_factory=list)
     starts: list[float] = field(default_factory=list)
     losses_of_machines: list[float] = field(default_factory=list)
+    machines: list[Stretch] = field(default_factory=list)
 
 
 def curves(run: Run, spend: Spend, known: Mapping[str, Sequence[Point]]) -> Curves:
@@ -221,6 +229,7 @@ def curves(run: Run, spend: Spend, known: Mapping[str, Sequence[Point]]) -> Curv
     return Curves(
         spend_time=[float(time) for time in times],
         spend_usd={name: [float(usd) for usd in curve] for name, curve in by_phase.items()},
+        loss_time=[point.time for point in with_loss],
         loss_usd=[float(usd) for usd in spend.at([point.time for point in with_loss])],
         loss=[point.values["loss"] for point in with_loss],
         val_usd=[float(usd) for usd in spend.at([point.time for point in with_eval])],

@@ -8,6 +8,7 @@ with open_segment(folder, "evaluate", config) as segment:
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 from core import secrets, stop
 from core.errors import CapReached, one_line
+from core.run import paid
 from core.run.cap import Bounds, OthersWatch, SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.journal import Journal
@@ -136,10 +138,15 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     if opening.is_per_node:
         machine = one_node_of(machine)
     program = program_versions(opening.packages) | {"stage": opening.stage} | dict(opening.program or {})
+    if opening.max_usd:
+        program["max_usd"] = f"{opening.max_usd:g}"
+    if config := next((each for each in sys.argv[1:] if each.endswith((".yaml", ".yml"))), None):
+        program["config"] = config
     bounds = Bounds(opening.max_usd, opening.max_hours)
     before = spent_by_earlier_segments(folder, machine, bounds, segment_started_at())
     ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())
-    cap = SpendingCap(ledger, bounds, opening.shutdown_seconds, before)
+    measured = paid.reserve_seconds(folder, machine.cloud) if bounds != Bounds() else 0.0
+    cap = SpendingCap(ledger, bounds, max(opening.shutdown_seconds, measured), before)
     metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
     watch = OthersWatch(cap, folder.url, ledger.segment) if bounds != Bounds() else None
     name = f"by-hand-{ledger.segment:06d}"
