@@ -42,7 +42,7 @@ def of_all(reports: Sequence[CostReport]) -> Page:
     body = [
         "<h1>Runs</h1>",
         f'<p class="lead">{len(ordered)} in this bucket, {running} running</p>',
-        f'<form action="/compare">{page.section(sheet.title, table + button)}</form>',
+        f'<form action="/compare">{page.section(sheet.title, table + button, "runs")}</form>',
         page.section(groups.title, page.table(groups)) if groups.rows else "",
     ]
     return Page("Costs of runs", body)

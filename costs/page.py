@@ -150,7 +150,9 @@ def table(sheet: Sheet, runs: Sequence[str] = ()) -> str:
         found = []
         for column, text in enumerate(row):
             inside = _linked(text, run) if run and not column else escape(text)
-            found.append(f'<{tag} class="{"wrap" if column < sheet.words else "n"}">{inside}</{tag}>')
+            css = "wrap" if column < sheet.words else "n"
+            spare = " spare" if sheet.heads[column] in sheet.spare else ""
+            found.append(f'<{tag} class="{css}{spare}">{inside}</{tag}>')
         return "".join(found)
 
     head = f"<thead><tr>{cells('th', sheet.heads)}</tr></thead>" if any(sheet.heads) else ""
@@ -163,4 +165,4 @@ def table(sheet: Sheet, runs: Sequence[str] = ()) -> str:
 def _linked(text: str, run: str) -> str:
     """A box that chooses a run for the comparison, and the link to its page."""
     box = f'<input type="checkbox" name="run" value="{escape(run)}" aria-label="compare {escape(text)}">'
-    return f'{box} <a href="/run?{escape(urlencode({"run": run}))}">{escape(text)}</a>'
+    return f'<span class="pick">{box} <a href="/run?{escape(urlencode({"run": run}))}">{escape(text)}</a></span>'

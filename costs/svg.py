@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from html import escape
 
 Points = Sequence[tuple[float, float | None]]
-HOVER_COLUMNS = 60
+HOVER_COLUMNS, TAB_STOPS = 40, 8
+CHARACTER = 7.2  # pixels of a wide one, for the boxes of hints
 MOST_TIMES = 10
 EDGE = 14  # pixels beside a chart that half a label may need
 PIXELS_PER_TIME, PIXELS_PER_VALUE, PIXELS_PER_LINE = 56, 60, 40  # that a label needs, with the space around it
@@ -126,7 +127,7 @@ def horizontal(start: float, end: float, y: float, css: str, hint: str) -> str:
 
 
 def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]) -> list[str]:
-    """Invisible columns with titles, which browsers show at the pointer without a script."""
+    """Columns that show a text at the pointer, where a finger taps, and by the tab key, without a script."""
     stride = max(1, len(hints) // HOVER_COLUMNS)
     shown = hints[::stride]
     edges = [x(at) for at, _ in shown]
@@ -134,11 +135,26 @@ def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]
     for index, (_, hint) in enumerate(shown):
         left = (edges[index - 1] + edges[index]) / 2 if index else edges[index]
         right = (edges[index] + edges[index + 1]) / 2 if index + 1 < len(edges) else x.end
-        parts.append(
+        # The tab key stops at some of the columns only, so that it is not a long way to what follows the chart.
+        stop = 0 if index % max(1, len(shown) // TAB_STOPS) == 0 else -1
+        column = (
             f'<rect class="hover" x="{left:.2f}" y="{top}" width="{max(0.0, right - left):.2f}" '
-            f'height="{bottom - top}"><title>{escape(hint)}</title></rect>'
+            f'height="{bottom - top}"/>'
         )
+        parts.append(f'<g class="tip" tabindex="{stop}">{column}{_box(x, top, edges[index], hint)}</g>')
     return parts
+
+
+def _box(x: Axis, top: float, at: float, hint: str) -> str:
+    """The lines of a hint in a box beside `at`, on the side with more room."""
+    lines = hint.split("\n")
+    width = max(map(len, lines)) * CHARACTER + 16
+    left = at + 10 if at < (x.start + x.end) / 2 else at - 10 - width
+    left = max(0.0, min(left, x.end - width))
+    text = "".join(f'<tspan x="{left + 8:.1f}" dy="16">{escape(line)}</tspan>' for line in lines)
+    height = 16 * len(lines) + 10
+    box = f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="{height}" rx="4"/>'
+    return f'<g class="box">{box}<text y="{top + 1}">{text}</text></g>'
 
 
 def bar(x: float, y: float, width: float, height: float, css: str, hint: str) -> str:
