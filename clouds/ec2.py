@@ -19,6 +19,8 @@ from core.stores.aws import DEFAULT_REGION
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down")
 CLUSTER_TAG, USER_TAG = "ray-cluster-name", "skypilot-user"
 PARALLEL_REGIONS = 8
+# List price of a gp3 volume in us-east-1; SkyPilot's default disks are of this type.
+USD_PER_GB_MONTH = 0.08
 
 
 def leftovers(session: Any, whose: Ownership) -> Inventory:
@@ -59,7 +61,9 @@ def _instances(region: str, client: Any, whose: Ownership) -> Iterator[Leftover]
     for page in client.get_paginator("describe_instances").paginate(Filters=filters):
         for each in (instance for group in page["Reservations"] for instance in group["Instances"]):
             number = each["InstanceId"]
-            what = f"aws {region}: {each['InstanceType']} {number} ({each['State']['Name']})"
+            state = each["State"]["Name"]
+            disk = _disk(client, each) if state == "stopped" else ""
+            what = f"aws {region}: {each['InstanceType']} {number} ({state}{disk})"
             end = partial(client.terminate_instances, InstanceIds=[number])
             yield from attributed(what, each, end, whose)
 
@@ -69,9 +73,20 @@ def _volumes(region: str, client: Any, whose: Ownership) -> Iterator[Leftover]:
     filters = [_tagged(), {"Name": "status", "Values": ["available"]}]
     for page in client.get_paginator("describe_volumes").paginate(Filters=filters):
         for each in page["Volumes"]:
-            what = f"aws {region}: unattached volume {each['VolumeId']}, {each['Size']} GB"
+            what = f"aws {region}: unattached volume {each['VolumeId']}, {_priced(each['Size'])}"
             end = partial(client.delete_volume, VolumeId=each["VolumeId"])
             yield from attributed(what, each, end, whose)
+
+
+def _disk(client: Any, instance: Mapping[str, Any]) -> str:
+    """The disks of a stopped machine, which are billed until it is terminated."""
+    numbers = [each["Ebs"]["VolumeId"] for each in instance.get("BlockDeviceMappings") or () if "Ebs" in each]
+    listed = client.describe_volumes(VolumeIds=numbers)["Volumes"] if numbers else []
+    return "".join(f"; disk {each['VolumeId']}, {_priced(each['Size'])}" for each in listed)
+
+
+def _priced(size_gb: int) -> str:
+    return f"{size_gb} GB, about ${size_gb * USD_PER_GB_MONTH:.2f} a month"
 
 
 def _tagged() -> dict[str, Any]:

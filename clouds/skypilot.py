@@ -157,6 +157,14 @@ def package() -> Any:
     return module
 
 
+def setting(*keys: str) -> Any:
+    """An entry of SkyPilot's configuration; None without one. Raises Unavailable."""
+    package()
+    from sky import skypilot_config
+
+    return skypilot_config.get_nested(keys, None)
+
+
 def catalog_file(cloud: str) -> Path:
     """Where SkyPilot 0.14.1 keeps the prices of a cloud on this machine; it replaces the file when it asks again."""
     return Path.home() / ".sky" / "catalogs" / "v8" / cloud / "vms.csv"

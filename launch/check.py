@@ -33,7 +33,7 @@ from core.settings.training import PretrainConfig, TrainingConfig, check_batch
 from core.settings.tuning import FinetuneConfig
 from core.stores import aws, credentials
 from core.task import MachineRequest, TaskSpec, machine_choice, read_task
-from launch import managed, registry
+from launch import gone, managed, registry
 from launch.identity import check_identity, check_switch
 from launch.inputs import BESIDE, check_data
 from launch.node import network, supervise
@@ -287,6 +287,8 @@ def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
         return
     max_usd, url = _cap(settings) if settings.get("MAX_USD") else 0.0, bucket.url(task.envs, "RUN")
     folder = getattr(RunFolder(url), BESIDE[task.workload.stage]) if task.workload.stage in BESIDE else url
+    if max_usd:
+        gone.record(url)
     usd = spent_usd_at_most(folder) if max_usd else 0.0
     if usd is None:
         yield Finding("!", f"cap: what {folder} has cost is not known, so that MAX_USD will be refused")

@@ -19,6 +19,7 @@ from core.run.budget import Budget
 from core.run.folder import RunFolder
 from core.run.reader import spent_usd_at_most
 from core.task import read_task
+from launch import managed
 from launch.stages import LEAST_USD, TRAINING, Stage, last_segment, with_cap
 from launch.submit import NO_CHECK, submit
 from launch.undo import CLOCK_SECONDS
@@ -115,7 +116,8 @@ class Driver:
 
         Raises RunError if another run has the stage's cluster.
         """
-        task = read_task(stage.task, stage.settings())
+        settings = stage.settings()
+        task = read_task(managed.chosen(stage.task, settings), settings)
         if not task.managed:
             return _cluster(task.name, task.envs["RUN"])
         known = [each for each in budgets.launches(self._folder, self._budget.number) if each.stage == stage.name]

@@ -52,5 +52,5 @@ def as_managed(document: Mapping[str, Any]) -> dict[str, Any]:
         # SkyPilot 0.14.1 tries any_of of a managed job in arbitrary order.
         resources["ordered"] = sorted(candidates, key=lambda each: not each.get("use_spot", False))
     resources["job_recovery"] = RECOVERY
-    envs = {**(document.get("envs") or {}), "SUBMITTED_AT": ""}
+    envs = {**(document.get("envs") or {}), "SUBMITTED_AT": "", "CONTROLLER_USD_PER_HOUR": ""}
     return {**document, "resources": resources, "envs": envs}

@@ -71,7 +71,7 @@ def _folder(name: str, given: Mapping[str, str]) -> RunFolder:
 
 def _first(usd: str, options: Sequence[str], given: Mapping[str, str]) -> tuple[str, Budget]:
     """The run's name and its budget, from the bucket if it has begun, else from a new plan."""
-    name = given.get("RUN") or f"{usd.strip().removesuffix('.0')}usd"
+    name = given.get("RUN") or f"{_short(usd)}usd"
     folder = _folder(name, given)
     known = budgets.newest(folder)
     if known is not None:
@@ -95,7 +95,7 @@ def _added(usd: str, given: Mapping[str, str]) -> tuple[str, Budget]:
     known = budgets.newest(base)
     if known is None:
         raise ConfigError(f"{base}: holds no run that `make run` has begun; check RUN and BUCKET")
-    name = f"{given['RUN']}-plus-{usd.strip()}usd"
+    name = f"{given['RUN']}-plus-{_short(usd)}usd"
     folder = _folder(name, given)
     if (begun := budgets.newest(folder)) is not None:
         print(f"{folder} has begun with ${begun.usd:g} and goes on", flush=True)
@@ -105,6 +105,14 @@ def _added(usd: str, given: Mapping[str, str]) -> tuple[str, Budget]:
     _check_unused(folder)
     made, said = plan.add(known, base, usd, given)
     return name, _begin(folder, made, said)
+
+
+def _short(usd: str) -> str:
+    """20.00 → 20: one sum has one name. What is no number is refused later, with a sentence."""
+    try:
+        return f"{float(usd):g}"
+    except ValueError:
+        return usd.strip()
 
 
 def _check_unused(folder: RunFolder) -> None:

@@ -32,7 +32,7 @@ from core.storage import ObjectInfo
 from core.task import read_task
 from launch import managed
 from launch.left import NOTHING, UNKNOWN, is_ours, look, project_tasks
-from launch.spent import spent_line
+from launch.spent import run_lines
 
 FOLDERS = ("ledger", "metrics", "course", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines")
 FOLDERS += ("refused",)
@@ -82,7 +82,7 @@ def status(arguments: list[str]) -> int:
     if survey.exit_code == NOTHING:
         print("nothing of this project is up")
     if arguments and (not arguments[0].endswith(".yaml") or os.environ.get("BUCKET") or os.environ.get("RUN_URL")):
-        print(f"\n{spent_line(run_of(arguments[0], os.environ))}")
+        print("", *run_lines(run_of(arguments[0], os.environ)), sep="\n")
     return UNKNOWN if survey.unasked else code
 
 

@@ -13,14 +13,24 @@ from core.errors import ConfigError, LauncherError, RunError
 from core.run.model import BY_LEDGER
 from core.run.reader import Detail, read_run
 from core.task import read_task
+from launch import gone
 from launch.left import Survey, brief
 
 
 def lines(survey: Survey) -> list[str]:
     """What the clusters of a survey have cost by SkyPilot's records, and the runs of its clusters and jobs so far."""
     clusters = list(_clusters(survey))
-    runs = list(dict.fromkeys(spent_line(url) for url in _runs(survey)))
+    runs = [line for url in dict.fromkeys(_runs(survey)) for line in run_lines(url)]
     return [*clusters, *runs] or ["not known here: neither SkyPilot nor a ledger has it; see the cloud's bill"]
+
+
+def run_lines(run_url: str) -> list[str]:
+    """The run's dollars, after a line for each machine whose end is recorded only now."""
+    try:
+        ends = gone.record(run_url)
+    except LauncherError:  # the next line says it
+        ends = []
+    return [*ends, spent_line(run_url)]
 
 
 def spent_line(run_url: str) -> str:

@@ -26,7 +26,7 @@ from core.exit_codes import FAILED
 from core.run.machine import checkout_revision
 from core.stores import credentials
 from core.task import TaskSpec, machine_choice, read_task
-from launch import check, managed, undo
+from launch import check, managed, node_prices, undo
 from launch.waiting import Wait
 
 NO_CHECK = "--no-check"
@@ -54,7 +54,7 @@ def submit(path: str, options: list[str], given: Mapping[str, str]) -> int:
         options_of_sky.append(UNTIL_UP)
     for name, value in task.derived.items():
         print(f"{name} is {value}, as {task.envs['CONFIG']} says; give another one with {name}=...")
-    given = {**given, **task.derived}
+    given = node_prices.declared(task, {**given, **task.derived})
     command = skypilot.launch_command(task, given, checkout_revision(), options_of_sky)
     if NO_CHECK not in options and not launchable(task, {**given, **task.envs}):
         print(

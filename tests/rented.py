@@ -84,7 +84,9 @@ class Machines:
         ]
         golden.segment(number, now, events, usd_per_hour=self.usd_per_hour, spot=False)
         loss = {"kind": "eval", "time": now + seconds, "step": step, "tokens": 1e6 * step, "val_loss": 3.25}
-        golden.metrics(number, [*(train_metric(each, now + each) for each in range(1, step + 1)), loss])
+        ahead = {"kind": "forecast", "val_loss": 3.3, "error": 0.02, "end": STEPS, "usd": 6.1}
+        forecasts = [ahead | {"time": now + each, "step": each} for each in range(1, step + 1)]
+        golden.metrics(number, [*forecasts, *(train_metric(each, now + each) for each in range(1, step + 1)), loss])
 
 
 def rent(found: Machines, sky, monkeypatch: pytest.MonkeyPatch) -> None:

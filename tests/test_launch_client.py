@@ -80,7 +80,9 @@ def test_machines_and_volumes_are_found_in_every_region_by_label_and_by_skypilot
     account.us_east_1.create_volume(AvailabilityZone="us-east-1a", Size=100, **volume)
     machine, volume = Aws().leftovers(WHOSE).found
     assert re.fullmatch(rf"aws eu-north-1: \S+ i-\w+ \(running\) of sky-5e6f-ann-{USER}", str(machine))
-    assert re.fullmatch(rf"aws us-east-1: unattached volume vol-\w+, 100 GB of evaluate-{USER}", str(volume))
+    assert re.fullmatch(
+        rf"aws us-east-1: unattached volume vol-\w+, 100 GB, about \$8.00 a month of evaluate-{USER}", str(volume)
+    )
     account.refused.add(("us-east-1", "DescribeInstances"))
     answer = Aws().leftovers(WHOSE)
     assert [found.what for found in answer.found] == [machine.what, volume.what], "the rest is still asked"
@@ -90,6 +92,18 @@ def test_machines_and_volumes_are_found_in_every_region_by_label_and_by_skypilot
     machine.end()
     volume.end()
     assert Aws().leftovers(WHOSE) == Inventory()
+
+
+def test_a_stopped_machine_is_listed_with_its_disk_and_what_it_costs(account):
+    """The switch of a node on demand powers it off where its role may not terminate it."""
+    start(account.us_east_1, cluster=f"evaluate-{USER}")
+    (group,) = account.us_east_1.describe_instances()["Reservations"]
+    account.us_east_1.stop_instances(InstanceIds=[group["Instances"][0]["InstanceId"]])
+    (found,) = Aws().leftovers(WHOSE).found
+    size = account.us_east_1.describe_volumes()["Volumes"][0]["Size"]
+    disk = rf"disk vol-\w+, {size} GB, about \${0.08 * size:.2f} a month"
+    assert re.fullmatch(rf"aws us-east-1: \S+ i-\w+ \(stopped; {disk}\) of evaluate-{USER}", str(found))
+    assert found.mine
 
 
 @pytest.mark.parametrize(

@@ -224,3 +224,15 @@ def test_wrong_usage_shows_the_right_one(node):
     output, _ = process.communicate()
     assert process.returncode == 2
     assert "launch/node/container.sh run TARGET COMMAND" in output
+
+
+# --- the dead man's switch -------------------------------------------------------------------------------------
+
+
+def test_a_rented_machine_gets_the_switch_and_no_other(node, tmp_path):
+    (tmp_path / "sudo").write_text('#!/bin/sh\nprintf "sudo %s\\n" "$*" >>"$RECORD"\n')
+    (tmp_path / "sudo").chmod(0o755)
+    for given in ({}, {"SKYPILOT_CLUSTER_INFO": "{}", "SWITCH_MINUTES": "7"}):
+        node("run", "train", "true", **given).communicate()
+    started = [call for call in node.calls() if "switch.py" in call]
+    assert started == ["sudo -n timeout -k 5 60 python3 launch/node/switch.py --ours 7"]

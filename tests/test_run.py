@@ -16,7 +16,7 @@ from core.run.folder import RunFolder
 from launch import drive, outcome, plan, run
 from tests import corpus
 from tests.golden import GoldenRun
-from tests.rented import Machines, planned, rent
+from tests.rented import STEPS, Machines, planned, rent
 
 STORE_REPORT = outcome._store_report
 
@@ -71,6 +71,9 @@ def test_a_sum_becomes_a_model_in_four_launches_under_one_cap(machines, capsys):
     assert found["val_loss"] == 3.25
     assert found["forecast"]["loss"] == best["loss"]
     assert found["usd"] == pytest.approx(6.35)
+    assert [each["step"] for each in found["in_run"]] == [*range(1, STEPS + 1)]
+    assert found["in_run"][-1] == {"step": STEPS, "val_loss": 3.3, "error": 0.02, "end": STEPS, "usd": 6.1}
+    assert f"at step {STEPS // 2} of {STEPS} the run itself expected 3.3000 ± 0.020" in said
     STORE_REPORT(folder)
     assert (Path(folder.url) / "report.html").exists()
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from clouds.base import Instance, Unavailable
+from clouds.providers import CLOUDS
 from core import storage
 from core.run import paid
 from core.run.cap import Bounds, OthersWatch, SpendingCap, newest_saving_segment, restarts_too_dear
@@ -15,6 +17,7 @@ from core.run.reader import Detail, Spent, read_run, spent_usd_at_most
 from core.settings import loader
 from core.settings.spot import too_few_checkpoints
 from core.settings.training import PretrainConfig
+from launch import gone
 from launch.spent import spent_line
 from tests.golden import NOON, GoldenRun, mark, preempted_and_resumed, span
 from tests.patience import PATIENCE_SECONDS
@@ -114,6 +117,47 @@ def test_a_machine_with_a_segment_counts_once(tmp_path: Path):
     assert spent_usd_at_most(run, without=1) == pytest.approx(2 * 0.60, abs=0.1)
 
 
+def test_a_machine_that_ended_in_its_set_up_counts_at_the_highest_price(tmp_path: Path):
+    """Its image was never there, so that no program of ours could say what the machine is."""
+    machine_record(str(tmp_path), "one-setup", NOON - 1800, NOON - 1700, NOON, usd_per_hour=40.0, setup=True)
+    machine_record(str(tmp_path), "two-setup", NOON - 1801, NOON - 900, None, usd_per_hour=40.0, setup=True)
+    assert spent_usd_at_most(str(tmp_path)) == pytest.approx(20.0), "two images on one machine, which failed once"
+
+
+@pytest.mark.parametrize("what", ["refused", "segment"])
+def test_a_set_up_that_led_to_a_program_counts_with_it(tmp_path: Path, what: str):
+    run, began = str(tmp_path), float(int(time.time()) - 60)
+    machine_record(run, "a-setup", began - 1, began, None, usd_per_hour=40.0, setup=True)
+    machine_record(run, "a", began, began + 9, began + 60)
+    if what == "segment":
+        Ledger(RunFolder(run), Machine(usd_per_hour=36.0, host="a"), {}, started_at=began).close("finished")
+    assert spent_usd_at_most(run) == pytest.approx(0.60, abs=0.1)
+
+
+def test_a_controller_counts_once_for_each_job(tmp_path: Path):
+    """From the submission to the end of the job's last machine, and until SkyPilot stops it."""
+    first, second = ({"since": NOON - ago, "usd_per_hour": 0.36} for ago in (7200, 3600))
+    machine_record(str(tmp_path), "a", NOON - 7000, NOON - 7000, NOON - 6900, usd_per_hour=1e-9, controller=first)
+    machine_record(str(tmp_path), "b", NOON - 6800, NOON - 6800, NOON - 6000, usd_per_hour=1e-9, controller=first)
+    machine_record(str(tmp_path), "c", NOON - 1800, NOON - 1800, NOON, usd_per_hour=1e-9, controller=second)
+    idle = 2 * paid.CONTROLLER_IDLE_SECONDS
+    assert spent_usd_at_most(str(tmp_path)) == pytest.approx(0.0001 * (1200 + 3600 + idle), rel=1e-6)
+
+
+def test_a_controller_of_a_killed_machine_counts_until_its_last_heartbeat(tmp_path: Path):
+    run, began = str(tmp_path), float(int(time.time()) - 4000)
+    controller = {"since": began - 100, "usd_per_hour": 3.6}
+    machine_record(run, "a", began, began, None, controller=controller)
+    GoldenRun(tmp_path).segment(1, began, [span(began, began + 300, train=300)], usd_per_hour=1e-9, host="a")
+    assert spent_usd_at_most(run) == pytest.approx(0.001 * (400 + paid.CONTROLLER_IDLE_SECONDS), rel=0.02)
+
+
+def test_what_a_node_records_is_what_the_cap_reads(tmp_path: Path):
+    controller = paid.Controller(time.time() - 3600, 0.2)
+    paid.begin(RunFolder(str(tmp_path)), "a", time.time() - 1800, 36.0, "a", controller)
+    assert spent_usd_at_most(str(tmp_path)) == pytest.approx(18.0 + 0.2, abs=0.1)
+
+
 def test_a_machine_at_an_unknown_price_makes_the_sum_unknown(tmp_path: Path):
     machine_record(str(tmp_path), "refused", NOON - 3600, NOON - 20, NOON, usd_per_hour=None)
     assert spent_usd_at_most(str(tmp_path)) is None
@@ -136,6 +180,83 @@ def test_the_cap_hears_of_another_trainer_of_the_same_run(tmp_path: Path):
     cap.others_have_spent(Spent(0.0, 0.0))
     assert cap.spent_usd() > 4.4, "less or nothing known frees no money"
     mine.close("cap")
+
+
+# --- from the end of a program to that of its machine ----------------------------------------------------------
+
+
+class Cloud:
+    """Lists these instances of the cluster `one` in the region `r`."""
+
+    def __init__(self, *times: tuple[float, float | None]):
+        self._listed = [Instance("one", start, end, end is None, "test") for start, end in times]
+        self._listed.append(Instance("one-more", NOON - 200, NOON + 900, False, "test"))
+
+    def instances(self, clusters: list[str], region: str) -> list[Instance]:
+        assert (clusters, region) == (["one"], "r")
+        return self._listed
+
+
+def ended_machine(run: str, **more) -> None:
+    place = {"cloud": "aws", "region": "r", "cluster": "one", **more}
+    machine_record(run, "a", NOON - 100, NOON - 50, NOON, **place)
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds"),
+    [
+        ([(NOON - 130, NOON + 95)], 95.0),
+        ([(NOON - 9000, NOON - 500), (NOON - 130, NOON + 95), (NOON + 10, NOON + 300)], 95.0),
+        ([(NOON - 130, None)], None),  # still up
+        ([], None),  # the cloud has forgotten it
+    ],
+)
+def test_the_end_of_a_machine_is_recorded_once_its_cloud_says_it(tmp_path: Path, monkeypatch, times, seconds):
+    ended_machine(str(tmp_path))
+    monkeypatch.setitem(CLOUDS, "aws", Cloud(*times))
+    lines = gone.record(str(tmp_path))
+    assert lines == ([f"one: gone {seconds:.0f} s after its program ended"] if seconds else [])
+    (machine,) = paid.machines(RunFolder(str(tmp_path))).values()
+    assert machine.shutdown_seconds == (seconds or 0.0)
+    assert spent_usd_at_most(str(tmp_path)) == pytest.approx(0.01 * (100 + (seconds or 0.0)))
+    monkeypatch.setitem(CLOUDS, "aws", Cloud((NOON - 130, NOON + 200)))
+    assert bool(gone.record(str(tmp_path))) is (seconds is None), "a recorded end is not asked for again"
+
+
+def test_a_cloud_that_does_not_answer_leaves_the_end_open(tmp_path: Path, monkeypatch):
+    def refuse(*_: object) -> list[Instance]:
+        raise Unavailable("no permission")
+
+    ended_machine(str(tmp_path))
+    monkeypatch.setattr(CLOUDS["aws"], "instances", refuse)
+    assert gone.record(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("cloud", "took", "reserve"),
+    [
+        ("aws", None, 0.0),
+        ("AWS", 300.0, 360.0),
+        ("lambda", 300.0, 0.0),  # measured on another cloud
+        ("aws", 60.0, 72.0),
+        ("aws", 5000.0, 0.0),  # it did something else meanwhile
+        (None, 60.0, 0.0),
+    ],
+)
+def test_the_reserve_is_what_was_measured_on_the_cloud(tmp_path: Path, cloud, took, reserve):
+    ended_machine(str(tmp_path))
+    if took:
+        paid.gone(RunFolder(str(tmp_path)), "a", NOON + took)
+    assert paid.reserve_seconds(RunFolder(str(tmp_path)), cloud) == reserve
+
+
+def test_the_shutdown_of_a_machine_with_a_segment_counts_too(tmp_path: Path):
+    run, began = str(tmp_path), float(int(time.time()) - 60)
+    machine_record(run, "a", began, began + 9, began + 60, cloud="aws", region="r", cluster="one")
+    Ledger(RunFolder(run), Machine(usd_per_hour=36.0, host="a"), {}, started_at=began).close("finished")
+    before = spent_usd_at_most(run)
+    paid.gone(RunFolder(run), "a", began + 160)
+    assert spent_usd_at_most(run) == pytest.approx(before + 1.0, abs=0.01)
 
 
 # --- restarts --------------------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
+from core import pulse
 from launch import role
 from launch.node import switch
+from launch.node.supervise import Child
 from tests import fake_metadata
 from tests.patience import PATIENCE_SECONDS
 
@@ -128,6 +130,14 @@ def test_a_file_that_is_gone_is_no_sign_of_life(tmp_path, monkeypatch):
     assert switch.modified() == switch.modified() == 0
 
 
+def test_a_supervised_program_is_a_sign_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(pulse, "_due", {})
+    monkeypatch.setenv("ALIVE_FILE", str(tmp_path / "alive"))
+    child = Child([sys.executable, "-c", "import time; time.sleep(0.1)"], dict(os.environ), lambda line: None)
+    assert child.wait(900).returncode == 0
+    assert (tmp_path / "alive").exists()
+
+
 # --- whose machine ---------------------------------------------------------------------------------------------
 
 
@@ -142,14 +152,33 @@ def test_a_file_that_is_gone_is_no_sign_of_life(tmp_path, monkeypatch):
 )
 def test_a_machine_is_told_by_its_tags(node, api, tags, ours):
     api.answers["DescribeInstances"] = described(tags)
-    assert switch.is_ours() is ours
+    assert switch.is_ours(0.0) is ours
 
 
-@pytest.mark.parametrize(("profile", "ours"), [(role.ROLE, True), ("skypilot-v1", False), (None, True)])
+@pytest.mark.parametrize(("profile", "ours"), [(role.ROLE, True), ("skypilot-v1", False)])
 def test_without_its_tags_it_is_told_by_its_role(node, profile, ours):
-    if profile:
-        node.items["iam/info"] = json.dumps({"InstanceProfileArn": f"arn:aws:iam::1:instance-profile/{profile}"})
-    assert switch.is_ours() is ours
+    node.items["iam/info"] = json.dumps({"InstanceProfileArn": f"arn:aws:iam::1:instance-profile/{profile}"})
+    assert switch.is_ours(0.0) is ours
+
+
+def test_a_machine_that_nobody_can_tell_is_asked_for_as_long_again(monkeypatch):
+    """A controller must not end by one request that failed; a machine that has lost its network must."""
+    asked = []
+
+    def fail() -> None:
+        asked.append(1)
+        raise OSError("no network")
+
+    clock = Clock([])
+    monkeypatch.setattr(clock, "strftime", lambda *_: "", raising=False)
+    monkeypatch.setattr(clock, "gmtime", lambda: None, raising=False)
+    monkeypatch.setattr(switch, "time", clock)
+    monkeypatch.setattr(switch, "own_tags", fail)
+    monkeypatch.setattr(switch, "metadata", lambda path: fail())
+    assert switch.is_ours(30.0)
+    assert clock.now - 1000.0 == pytest.approx(1800, abs=switch.POLL_SECONDS)
+    monkeypatch.setattr(switch, "own_tags", lambda: {} if len(asked) > 400 else fail())
+    assert not switch.is_ours(30.0), "it answers in time"
 
 
 def test_the_names_are_those_of_the_launcher():
@@ -182,7 +211,7 @@ def test_a_silent_machine_is_terminated_or_else_powered_off(node, api, tmp_path,
     wait_until(off.exists)
     stop(process_id)
     actions = [parse_qs(body)["Action"][0] for _, body in api.asked]
-    assert actions[:2] == ["DescribeInstances", "TerminateInstances"]
+    assert actions[:4] == ["DescribeInstances", *["TerminateInstances"] * switch.TRIES]
     assert parse_qs(api.asked[1][1])["InstanceId.1"] == ["i-1"]
     log = (tmp_path / "state/switch.log").read_text()
     assert ("terminated by EC2" in log) is may_terminate
@@ -218,7 +247,8 @@ def test_a_computer_that_no_cloud_rents_is_left_alone(tmp_path, monkeypatch):
 def write(folder: Path, minutes: float = 0.002) -> None:
     """A copy for this folder with shorter times, and a `shutdown` that makes a file."""
     text = role.SWITCH.read_text()
-    for name, value in {"MINUTES": minutes, "GRACE_SECONDS": 0.1, "FOLDER": str(folder / "state")}.items():
+    shorter = {"MINUTES": minutes, "GRACE_SECONDS": 0.1, "PAUSE_SECONDS": 0.1, "FOLDER": str(folder / "state")}
+    for name, value in shorter.items():
         line = next(line for line in text.splitlines() if line.startswith(f"{name} = "))
         text = text.replace(line, f"{name} = {value!r}")
     (folder / "switch.py").write_text(text)

@@ -2,16 +2,21 @@
 
     RUN_URL/machines/ATTEMPT/start.json     when its paid time began, and its price
     RUN_URL/machines/ATTEMPT/end.json       when its program ended; missing if it was killed
+    RUN_URL/machines/ATTEMPT/gone.json      when the machine was gone, if its cloud said so to the user's computer
 
 A node that is refused, or whose program fails before it opens a segment, appears in no ledger. The records of all other
-machines are ignored: their segments hold the same time, to the second.
+machines are ignored: their segments hold the same time, to the second. A machine has a second record from its set-up
+(launch/node/arrival.py), at the highest price that it may have; that one counts if no program of ours ran there.
+
+A record of a managed job also names the price of the job's controller, and the time of the job's submission.
 """
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from core import storage
 from core.errors import LauncherError
@@ -24,7 +29,22 @@ from core.storage import ObjectInfo
 STARTING_SECONDS = 1800.0
 # The start of a segment is that of its machine, but for the rounding of JSON.
 SAME_SECONDS = 1.5
+# From a program's end to its machine's. A longer time means that the machine did something else meanwhile.
+LONGEST_SHUTDOWN_SECONDS = 900.0
+SLACK = 1.2
 PARALLEL_FETCHES = 16
+# SkyPilot 0.14.1 stops a controller ten minutes after its last job, by a look once a minute.
+CONTROLLER_IDLE_SECONDS = 660.0
+
+_UNUSABLE = (LauncherError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Controller:
+    """The controller of a managed job. `since` is the job's submission (unix s)."""
+
+    since: float
+    usd_per_hour: float
 
 
 @dataclass(frozen=True)
@@ -36,11 +56,28 @@ class Paid:
     usd_per_hour: float | None
     host: str
     ended_at: float | None = None
+    is_setup: bool = False
+    controller: Controller | None = None
+    cloud: str = ""
+    region: str = ""
+    cluster: str = ""
+    gone_at: float | None = None
+
+    @property
+    def shutdown_seconds(self) -> float:
+        """Seconds from the end of its program to its own, as far as they are known."""
+        if self.gone_at is None or self.ended_at is None:
+            return 0.0
+        seconds = self.gone_at - self.ended_at
+        return seconds if 0.0 < seconds <= LONGEST_SHUTDOWN_SECONDS else 0.0
+
+    def end_at_most(self, now: float) -> float:
+        """The latest time at which its program may have ended, if it opened no segment."""
+        return min(now, self.seen_at + STARTING_SECONDS) if self.ended_at is None else self.ended_at
 
     def seconds_at_most(self, now: float) -> float:
         """Upper bound of its paid time until `now`."""
-        end = min(now, self.seen_at + STARTING_SECONDS) if self.ended_at is None else self.ended_at
-        return max(0.0, end - self.started_at)
+        return max(0.0, self.end_at_most(now) - self.started_at) + self.shutdown_seconds
 
     def usd_at_most(self, now: float) -> float | None:
         """Upper bound of its dollars until `now`; None if the price is unknown."""
@@ -56,9 +93,27 @@ class Paid:
         return place is not None and place[0] == self.host and abs(place[1] - self.started_at) < SAME_SECONDS
 
 
-def begin(folder: RunFolder, attempt: str, started_at: float, usd_per_hour: float | None, host: str) -> None:
-    """Record that a machine's program has begun. Raises StorageError."""
-    document = {"started_at": started_at, "time": time.time(), "usd_per_hour": usd_per_hour, "host": host}
+def begin(
+    folder: RunFolder,
+    attempt: str,
+    started_at: float,
+    usd_per_hour: float | None,
+    host: str,
+    controller: Controller | None = None,
+    place: Mapping[str, Any] = {},
+) -> None:
+    """Record that a machine's program has begun. `place` is SkyPilot's description of it. Raises StorageError."""
+    document: dict[str, Any] = {
+        "started_at": started_at,
+        "time": time.time(),
+        "usd_per_hour": usd_per_hour,
+        "host": host,
+        "cloud": str(place.get("cloud") or "").lower(),
+        "region": str(place.get("region") or ""),
+        "cluster": str(place.get("cluster_name") or ""),
+    }
+    if controller:
+        document["controller"] = asdict(controller)
     _write(storage.join(folder.machines, attempt, "start.json"), document)
 
 
@@ -67,26 +122,55 @@ def end(folder: RunFolder, attempt: str) -> None:
     _write(storage.join(folder.machines, attempt, "end.json"), {"time": time.time()})
 
 
-def unrecorded(
-    folder: RunFolder, segments: Iterable[Segment], here: tuple[str | None, float] | None = None
-) -> list[Paid]:
-    """The machines without a segment. Raises StorageError.
+def gone(folder: RunFolder, attempt: str, at: float) -> None:
+    """Record that the machine itself was gone at a unix time. Raises StorageError."""
+    _write(storage.join(folder.machines, attempt, "gone.json"), {"time": at})
 
-    `here` is this machine, by host and start, if it is about to open its segment: it is left out.
+
+def reserve_seconds(folder: RunFolder, cloud: str | None) -> float:
+    """Seconds to pay for after the end of a program, as this run's machines on a cloud took; 0 if none is known.
+
+    Raises StorageError.
     """
+    name = (cloud or "").lower()
+    return max((SLACK * each.shutdown_seconds for each in machines(folder).values() if each.cloud == name), default=0.0)
+
+
+def unrecorded(
+    found: list[Paid], segments: Iterable[Segment], here: tuple[str | None, float] | None = None
+) -> list[Paid]:
+    """The machines without a segment. `here` is this machine, by host and start, if it is about to open its segment."""
     segments = list(segments)
-    machines = read_all(folder, storage.list_names(folder.machines))
-    return [each for each in machines if not each.is_at(here) and not each.is_in(segments)]
+    return [each for each in found if not each.is_at(here) and not each.is_in(segments)]
 
 
-def read_all(folder: RunFolder, attempts: Iterable[str]) -> list[Paid]:
-    """The records of these attempts that can be used. Raises StorageError."""
+def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> Iterator[float]:
+    """Upper bounds of dollars that no segment holds: recorded shutdowns of machines with a segment, controllers."""
+    segments = list(segments)
+    for each in found:
+        if each.usd_per_hour and each.is_in(segments):
+            yield each.usd_per_hour / 3600 * each.shutdown_seconds
+    # One for each job, from its submission until SkyPilot stops it.
+    for controller in dict.fromkeys(each.controller for each in found if each.controller):
+        ends = [_end_of(each, segments, now) for each in found if each.controller == controller]
+        end = min(now, max(ends) + CONTROLLER_IDLE_SECONDS)
+        yield controller.usd_per_hour / 3600 * max(0.0, end - controller.since)
+
+
+def read_all(folder: RunFolder, attempts: Iterable[str] | None = None) -> list[Paid]:
+    """The records of these attempts, or of all, that can be used, one for each machine. Raises StorageError."""
+    return list(_once(list(machines(folder, attempts).values())))
+
+
+def machines(folder: RunFolder, attempts: Iterable[str] | None = None) -> dict[str, Paid]:
+    """The records of these attempts, or of all, that can be used, by attempt. Raises StorageError."""
+    names = sorted(storage.list_names(folder.machines)) if attempts is None else list(attempts)
     if storage.is_local(folder.url):  # a disk has no latency that threads could hide
-        found = [_read(folder, attempt) for attempt in attempts]
+        found = [_read(folder, name) for name in names]
     else:
         with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
-            found = list(pool.map(lambda attempt: _read(folder, attempt), attempts))
-    return [each for each in found if each is not None]
+            found = list(pool.map(lambda name: _read(folder, name), names))
+    return {name: machine for name, machine in zip(names, found, strict=True) if machine is not None}
 
 
 def attempts_in(folder: RunFolder, objects: Iterable[ObjectInfo]) -> list[str]:
@@ -95,20 +179,49 @@ def attempts_in(folder: RunFolder, objects: Iterable[ObjectInfo]) -> list[str]:
     return sorted({each.uri[len(inside) :].split("/", 1)[0] for each in objects if each.uri.startswith(inside)})
 
 
+def _once(found: list[Paid]) -> Iterator[Paid]:
+    """Each machine's records without those of its set-up, if it has others; else one, with an end if possible."""
+    taken: list[Paid] = []
+    for each in sorted(found, key=lambda each: (each.is_setup, each.ended_at is None)):
+        if not each.is_setup or not any(other.is_at((each.host, each.started_at)) for other in taken):
+            taken.append(each)
+            yield each
+
+
+def _end_of(machine: Paid, segments: list[Segment], now: float) -> float:
+    """The end of a machine's program, by its record, else by its segment."""
+    ends = [each.ended_at for each in segments if machine.is_in([each]) and each.ended_at is not None]
+    return max(ends) if ends and machine.ended_at is None else machine.end_at_most(now)
+
+
 def _read(folder: RunFolder, attempt: str) -> Paid | None:
     """A machine's record; None if its start cannot be used."""
     place = storage.join(folder.machines, attempt)
     try:
         start = json.loads(storage.read_bytes(storage.join(place, "start.json")))
-        price = start["usd_per_hour"]
-        found = Paid(float(start["started_at"]), float(start["time"]), price and float(price), str(start["host"]))
-    except (LauncherError, ValueError, KeyError, TypeError, RecursionError):
+        price, named = start["usd_per_hour"], start.get("controller")
+        controller = named and Controller(float(named["since"]), float(named["usd_per_hour"]))
+        found = Paid(
+            float(start["started_at"]),
+            float(start["time"]),
+            price and float(price),
+            str(start["host"]),
+            is_setup=bool(start.get("setup")),
+            controller=controller or None,
+            **{name: str(start.get(name) or "") for name in ("cloud", "region", "cluster")},
+        )
+    except _UNUSABLE:
         return None
+    ended_at, gone_at = (_time(storage.join(place, name)) for name in ("end.json", "gone.json"))
+    return replace(found, ended_at=ended_at, gone_at=gone_at)
+
+
+def _time(uri: str) -> float | None:
+    """The time in an object; None if it is not there or cannot be used."""
     try:
-        ended_at = float(json.loads(storage.read_bytes(storage.join(place, "end.json")))["time"])
-    except (LauncherError, ValueError, KeyError, TypeError, RecursionError):
-        return found
-    return Paid(found.started_at, found.seen_at, found.usd_per_hour, found.host, ended_at)
+        return float(json.loads(storage.read_bytes(uri))["time"])
+    except _UNUSABLE:
+        return None
 
 
 def _write(uri: str, document: dict) -> None:

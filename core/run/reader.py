@@ -92,16 +92,19 @@ def spent_at_most(
     preparation = others.pop(folder.preparation)
     # Machines that evaluate, serve or export are recorded in the folder of the run.
     beside = [segment for other in others.values() for segment in other.segments]
-    machines = paid.unrecorded(folder, [*run.segments, *beside], here)
+    records = paid.read_all(folder)
+    machines = paid.unrecorded(records, [*run.segments, *beside], here)
     counted = [segment for segment in run.segments if segment.number != without and segment.number > after]
     if after:
         begun = max((each.started_at or 0.0 for each in run.segments if each.number <= after), default=0.0)
         machines = [each for each in machines if each.started_at > begun]
     else:
         counted += [*beside, *preparation.segments]
-        machines += paid.unrecorded(preparation.folder, preparation.segments)
+        machines += paid.unrecorded(paid.read_all(preparation.folder), preparation.segments)
     now = time.time()
     amounts = [*(each.usd_at_most for each in counted), *(each.usd_at_most(now) for each in machines)]
+    if not after:
+        amounts += paid.beside_usd(records, [*run.segments, *beside], now)
     seconds = [*(each.seconds_at_most for each in counted), *(each.seconds_at_most(now) for each in machines)]
     return Spent(None if None in amounts else math.fsum(amounts), math.fsum(seconds))
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from core import secrets, stop
 from core.errors import CapReached, one_line
+from core.run import paid
 from core.run.cap import Bounds, OthersWatch, SpendingCap, spent_by_earlier_segments
 from core.run.folder import RunFolder, open_run
 from core.run.journal import Journal
@@ -144,7 +145,8 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     bounds = Bounds(opening.max_usd, opening.max_hours)
     before = spent_by_earlier_segments(folder, machine, bounds, segment_started_at())
     ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())
-    cap = SpendingCap(ledger, bounds, opening.shutdown_seconds, before)
+    measured = paid.reserve_seconds(folder, machine.cloud) if bounds != Bounds() else 0.0
+    cap = SpendingCap(ledger, bounds, max(opening.shutdown_seconds, measured), before)
     metrics = Journal(folder.segment(ledger.segment).metrics) if opening.has_metrics else None
     watch = OthersWatch(cap, folder.url, ledger.segment) if bounds != Bounds() else None
     name = f"by-hand-{ledger.segment:06d}"

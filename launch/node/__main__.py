@@ -42,13 +42,14 @@ from clouds import machine
 from clouds.base import Gpu
 from core import pulse, storage, task
 from core.console import run_entry, set_up_logging
+from core.environment import positive
 from core.errors import ConfigError, LauncherError
 from core.exit_codes import BAD_NODE, CAPPED, FAILED, OK, PREEMPTED
 from core.run import paid
 from core.run.cap import RESTARTS, restarts_too_dear
 from core.run.folder import RunFolder
 from core.run.log import Output, StoredLog
-from core.run.machine import machine_from_environment, segment_started_at
+from core.run.machine import cluster_info, machine_from_environment, segment_started_at
 from core.run.reader import Spent, spent_at_most
 from core.run.segment import one_node_of
 from launch.node import network, preflight, supervise
@@ -78,13 +79,15 @@ class PaidRecord:
         self._folder, self._attempt = RunFolder(environment["RUN_URL"]), attempt
         machine = machine_from_environment(None, 0, environment)
         self._machine = machine if trains else one_node_of(machine)
+        self._controller, self._place = controller(environment), cluster_info(environment)
         self._began = False
 
     def begin(self) -> None:
         """Raises StorageError."""
         if self._is_kept:
             started_at = segment_started_at() or time.time()
-            paid.begin(self._folder, self._attempt, started_at, self._machine.usd_per_hour, self._machine.host or "")
+            price, host = self._machine.usd_per_hour, self._machine.host or ""
+            paid.begin(self._folder, self._attempt, started_at, price, host, self._controller, self._place)
             self._began = True
 
     def end(self) -> None:
@@ -93,6 +96,13 @@ class PaidRecord:
             self._began = False
             with contextlib.suppress(LauncherError):
                 paid.end(self._folder, self._attempt)
+
+
+def controller(environment: Mapping[str, str]) -> paid.Controller | None:
+    """The controller of this managed job; None if there is none, or its price is not known."""
+    price, since = positive(environment, "CONTROLLER_USD_PER_HOUR"), positive(environment, "SUBMITTED_AT")
+    managed = environment.get("SKYPILOT_MANAGED_JOB_ID")
+    return paid.Controller(since, price) if managed and price and since else None
 
 
 def main(arguments: list[str]) -> int:

@@ -123,6 +123,17 @@ live() {
 }
 live_no_more() { [ -z "$PULSE" ] || kill "$PULSE" 2>/dev/null || true; }
 
+# Records for the cap, on the first of the nodes, that this machine is paid for, until a program of ours records it.
+ATTEMPT=$(date -u +%Y%m%dT%H%M%SZ)-setup-$$
+arrive() { # begin, or end: the set-up has failed
+  [ -n "${SKYPILOT_CLUSTER_INFO:-}" ] && [ -n "${BUCKET:-}" ] && [ "${SKYPILOT_SETUP_NODE_RANK:-0}" = 0 ] || return 0
+  SEGMENT_STARTED_AT=$(started_at) timeout -k 5 90 python3 -m launch.node.arrival "$1" "$ATTEMPT" || true
+}
+set_up_ended() { # EXIT_CODE
+  [ "$1" = 0 ] || arrive end
+  exit "$1"
+}
+
 SUDO=()
 find_docker() {
   if ! command -v docker >/dev/null; then
@@ -242,6 +253,7 @@ run() { # TARGET COMMAND ...
       # Programs do not get the login by which SkyPilot rents: the bucket has separate keys.
       AWS_ACCESS_KEY_ID | AWS_SECRET_ACCESS_KEY | AWS_SESSION_TOKEN | AWS_PROFILE) ;;
       SKYPILOT_* | BUCKET_* | AWS_* | AZURE_* | NCCL_* | DEVICE | MAX_USD | MAX_HOURS | MAX_RESTART_USD | USD_PER_HOUR | PRICE_SOURCE | \
+        CONTROLLER_USD_PER_HOUR | SUBMITTED_AT | \
         CLOUD | REGION | ZONE | INSTANCE_TYPE | USE_SPOT | RUN_URL | DATA_URL | SOURCE_URL | VOCAB_URL | RUN_TAGS | \
         OPENAI_API_KEY | OPENAI_BASE_URL | SERVE_API_KEY | WANDB_PROJECT | WANDB_API_KEY | MLFLOW_TRACKING_URI | MLFLOW_EXPERIMENT_NAME | \
         RANKS_PER_NODE | HANG_MINUTES | HF_TOKEN | SEGMENT_STARTED_AT | NODE_XIDS | IMAGE_DIGEST)
@@ -291,7 +303,9 @@ leave() { # EXIT_CODE
 }
 
 case "${1:-} $#" in
-  "image 2") live; check_driver; find_docker; image "$2" ;;
+  "image 2")
+    trap 'set_up_ended $?' EXIT
+    live; arrive begin; check_driver; find_docker; image "$2" ;;
   "build 2" | "push 2") live; find_docker; "$1" "$2" ;;
   "run "[3-9] | "run "[1-9][0-9]*)
     trap 'leave $?' EXIT

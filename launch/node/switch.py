@@ -45,6 +45,8 @@ REQUEST_SECONDS = 20.0
 METADATA_SECONDS = 3.0
 # The cloud takes this long at most between its answer and the end of the machine.
 GRACE_SECONDS = 60.0
+TRIES = 3
+PAUSE_SECONDS = 20.0
 LAMBDA = "https://cloud.lambdalabs.com/api/v1/"
 EC2_VERSION = "2016-11-15"
 
@@ -73,7 +75,7 @@ def main(arguments):
             os.dup2(log.fileno(), number)
     say(f"ends this machine after {minutes:g} minutes without a sign of life")
     wait_for_silence(minutes)
-    if arguments or is_ours():
+    if arguments or is_ours(minutes):
         end()
     return 0
 
@@ -107,32 +109,41 @@ def modified():
         return 0
 
 
-def is_ours():
-    """Whether this is a machine on AWS for a job of ours, by its tags, else by its role."""
-    try:
-        tags = own_tags()
-    except Exception as error:  # no network, no permission: any error of the request
-        say(f"tags: {error}")
-        return has_our_role()
+def is_ours(minutes):
+    """Whether this is a machine on AWS for a job of ours, by its tags, else by its role.
+
+    A machine of which neither is known for `minutes` more counts as ours: it has lost its network.
+    """
+    until = time.monotonic() + minutes * 60
+    while True:
+        for look in (by_tags, by_role):
+            try:
+                ours, said = look()
+            except Exception as error:  # no network, no permission: any error of the request
+                say(f"{look.__name__}: {error}")
+            else:
+                say(f"{said} {'is of this project' if ours else 'is left alone'}")
+                return ours
+        if time.monotonic() >= until:
+            return True
+        time.sleep(min(POLL_SECONDS, minutes * 6))
+
+
+def by_tags():
+    tags = own_tags()
     cluster = tags.get("ray-cluster-name", "")
-    ours = tags.get(LABEL[0]) == LABEL[1] and not cluster.startswith(CONTROLLERS)
-    say(f"cluster {cluster or '?'} {'is of this project' if ours else 'is left alone'}")
-    return ours
+    return tags.get(LABEL[0]) == LABEL[1] and not cluster.startswith(CONTROLLERS), f"cluster {cluster or '?'}"
 
 
-def has_our_role():
-    """Whether the machine has the role that `make role` gives to nodes, or cannot say which: then nobody knows it."""
-    try:
-        profile = json.loads(metadata("iam/info")).get("InstanceProfileArn", "")
-    except Exception as error:
-        say(f"role: {error}")
-        return True
-    say(f"role {profile}")
-    return profile.rpartition("/")[2] == ROLE
+def by_role():
+    """`make role` gives a role to nodes, not to controllers."""
+    profile = json.loads(metadata("iam/info")).get("InstanceProfileArn", "")
+    return profile.rpartition("/")[2] == ROLE, f"a machine with the role {profile or '?'}"
 
 
 def end():
-    """Terminate this machine, or power it off. Tries again until it is gone."""
+    """Terminate this machine; power it off after TRIES in vain. Goes on until it is gone."""
+    tries = 0
     while True:
         for terminate in (terminate_on_aws, terminate_on_lambda):
             try:
@@ -141,10 +152,12 @@ def end():
                 say(f"{terminate.__name__}: {error}")
             else:
                 time.sleep(GRACE_SECONDS)
-        if not is_on_lambda():
+        tries += 1
+        # A machine on demand that is off keeps its disk, and a busy cloud may answer the next time.
+        if tries >= TRIES and not is_on_lambda():
             say("powered off")
             subprocess.call(["shutdown", "-h", "now"])
-        time.sleep(GRACE_SECONDS)
+        time.sleep(PAUSE_SECONDS)
 
 
 # --- AWS -------------------------------------------------------------------------------------------------------
@@ -186,15 +199,19 @@ def terminate_on_aws():
     return "terminated by EC2"
 
 
+def role_keys():
+    """The temporary keys of this machine's role."""
+    role = metadata("iam/security-credentials/").split()[0]
+    return json.loads(metadata("iam/security-credentials/" + role))
+
+
 def ec2(action):
     """EC2's answer to an action on this machine, with the keys of its role."""
     region, instance = metadata("placement/region"), metadata("instance-id")
-    role = metadata("iam/security-credentials/").split()[0]
-    keys = json.loads(metadata("iam/security-credentials/" + role))
     query = {"Action": action, "InstanceId.1": instance, "Version": EC2_VERSION}
     body = urllib.parse.urlencode(sorted(query.items()))
     url = endpoint() or f"https://ec2.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}"
-    headers = signed(url, region, body, keys, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
+    headers = signed(url, region, body, role_keys(), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
     request = urllib.request.Request(url + "/", body.encode(), headers)
     with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
         return answer.read().decode()
@@ -212,20 +229,23 @@ def endpoint():
     return (found.get("AWS_ENDPOINT_URL_EC2") or found.get("AWS_ENDPOINT_URL") or "").rstrip("/")
 
 
-def signed(url, region, body, keys, now):
-    """The headers of a POST of `body` to EC2, signed with AWS's Signature Version 4."""
+def signed(url, region, body, keys, now, method="POST", service="ec2"):
+    """The headers of a request, signed with AWS's Signature Version 4, at `now`, such as 20261130T120000Z."""
+    parts = urllib.parse.urlsplit(url)
+    digest = hashlib.sha256(body.encode()).hexdigest()
     headers = {
         "content-type": "application/x-www-form-urlencoded; charset=utf-8",
-        "host": urllib.parse.urlsplit(url).netloc,
+        "host": parts.netloc,
         "x-amz-date": now,
     }
+    if service == "s3":
+        headers["content-type"], headers["x-amz-content-sha256"] = "application/json", digest
     if keys.get("Token"):
         headers["x-amz-security-token"] = keys["Token"]
     names = ";".join(sorted(headers))
-    lines = ["POST", "/", "", *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names]
-    request = "\n".join([*lines, hashlib.sha256(body.encode()).hexdigest()])
-    scope = f"{now[:8]}/{region}/ec2/aws4_request"
-    text = "\n".join(["AWS4-HMAC-SHA256", now, scope, hashlib.sha256(request.encode()).hexdigest()])
+    lines = [method, parts.path or "/", "", *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names, digest]
+    scope = f"{now[:8]}/{region}/{service}/aws4_request"
+    text = "\n".join(["AWS4-HMAC-SHA256", now, scope, hashlib.sha256("\n".join(lines).encode()).hexdigest()])
     key = ("AWS4" + keys["SecretAccessKey"]).encode()
     for part in [*scope.split("/"), text]:
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()

@@ -1,0 +1,46 @@
+"""Records when the machines of a run were gone, once their cloud says it: RUN_URL/machines/ATTEMPT/gone.json.
+
+`make status` and `make down` call it, and a launch before it looks at the cap. AWS lists an ended machine for about an
+hour; Lambda lists none. The cap keeps back as much time as the slowest machine of the run on the same cloud took
+(core/run/paid.py).
+"""
+
+from clouds.base import Instance, Unavailable
+from clouds.providers import cloud_named
+from core.run import paid
+from core.run.folder import RunFolder
+
+CLOCK_SECONDS = 5.0
+
+
+def record(run_url: str) -> list[str]:
+    """Write what the clouds know about machines whose end is not recorded. Returns a line for each of them.
+
+    Raises StorageError.
+    """
+    folder = RunFolder(run_url)
+    lines = []
+    for attempt, machine in paid.machines(folder).items():
+        if machine.gone_at is None and machine.ended_at is not None and machine.cluster:
+            gone_at = _gone_at(machine)
+            if gone_at is not None:
+                paid.gone(folder, attempt, gone_at)
+                lines.append(f"{machine.cluster}: gone {gone_at - machine.ended_at:.0f} s after its program ended")
+    return lines
+
+
+def _gone_at(machine: paid.Paid) -> float | None:
+    """When the cloud's machine was gone; None if the cloud does not list it, or does not answer."""
+    cloud = cloud_named(machine.cloud)
+    try:
+        listed = cloud.instances([machine.cluster], machine.region or "") if cloud else []
+    except Unavailable:
+        return None
+    return max((each.end for each in listed if each.end is not None and _is(each, machine)), default=None)
+
+
+def _is(instance: Instance, machine: paid.Paid) -> bool:
+    """Whether an instance is this machine: of its cluster, requested before its boot, up when its program ended."""
+    if instance.cluster != machine.cluster or instance.end is None or machine.ended_at is None:
+        return False
+    return instance.start <= machine.started_at + CLOCK_SECONDS and instance.end >= machine.ended_at - CLOCK_SECONDS

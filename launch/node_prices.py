@@ -1,0 +1,63 @@
+"""What a launch may cost an hour beyond what a node can find out: a machine without an image, and the jobs' controller.
+
+A node passes both on to the cap (core/run/paid.py): the first for a machine that ends in its set-up, where nothing of
+ours knows its type, the second for a managed job.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from clouds import catalog, sky_records, skypilot
+from clouds.base import Offer, Unavailable
+from clouds.providers import CLOUDS
+from core.task import TaskSpec
+
+# The machine that SkyPilot 0.14.1 takes on AWS for "4+" processors and four times as many GB.
+CONTROLLER_TYPE = "m6i.xlarge"
+
+
+def for_nodes(task: TaskSpec) -> dict[str, str]:
+    """The variables USD_PER_HOUR_AT_MOST and, for a managed job, CONTROLLER_USD_PER_HOUR; none without a price."""
+    found = {"USD_PER_HOUR_AT_MOST": at_most(task, [offer for cloud in CLOUDS.values() for offer in cloud.offers()])}
+    if task.managed:
+        found["CONTROLLER_USD_PER_HOUR"] = controller_usd_per_hour()
+    return {name: f"{usd:g}" for name, usd in found.items() if usd}
+
+
+def at_most(task: TaskSpec, offers: Iterable[Offer]) -> float | None:
+    """The highest list price of all nodes together that the task may be given; None if no price is known.
+
+    A spot machine costs at most what it costs on demand.
+    """
+    prices = [
+        min(filter(None, (offer.usd_on_demand, request.max_usd_per_hour)))
+        for offer in offers
+        for request in task.requests
+        if catalog.fits(offer, request) and offer.usd_on_demand
+    ]
+    return max(prices) * task.nodes if prices else None
+
+
+def controller_usd_per_hour() -> float | None:
+    """The price of this user's controller of managed jobs, by SkyPilot's records, else by its catalog.
+
+    None if the controller is part of SkyPilot's server, or nothing is known.
+    """
+    try:
+        if skypilot.setting("jobs", "controller", "consolidation_mode"):
+            return None
+        records = sky_records.machine_records([skypilot.controller_name(os.environ)])
+        priced = [each for each in sorted(records, key=lambda each: each.start) if each.usd_per_hour]
+        if priced:
+            return priced[-1].usd_per_hour
+        offers = [each for each in catalog.of_skypilot("aws") if each.instance_type == CONTROLLER_TYPE]
+    except Unavailable:
+        return None
+    return max((offer.usd_on_demand for offer in offers if offer.usd_on_demand), default=None)
+
+
+def declared(task: TaskSpec, given: Mapping[str, str]) -> dict[str, Any]:
+    """`given` with the prices that the task takes and the user has not set."""
+    wanted = {name: usd for name, usd in for_nodes(task).items() if name in task.envs and not given.get(name)}
+    return {**given, **wanted}
