@@ -9,7 +9,9 @@ that a segment did not finish. Time to which the ledger gives no phase is `not_a
 (paid to an endpoint) but no time: the time in which a machine waited for the endpoint belongs to another phase.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,6 +25,11 @@ from core.run.model import Lost, Run, Segment, Span
 from core.run.phases import REPORT_PHASES
 from costs.model import Charge, OutsideTime
 from costs.sharing import Shares
+
+# The fields beside phase and day by which a report groups cells, or looks up a price.
+_PLACE = operator.attrgetter("stage", "cloud", "region", "zone", "instance", "market", "nodes")
+
+MARKETS = {None: "?", True: "spot", False: "on demand"}
 
 # Spans by segment number, with the phases of a report.
 Attributed = dict[int, list[Span]]
@@ -103,6 +110,26 @@ def _factor_cells(parts: Sequence[Cell], factor: float) -> list[Cell]:
     return made
 
 
+def summed_up(parts: Sequence[Cell]) -> list[Cell]:
+    """The cells of all segments together: one for those that differ in segment, dollars and time only.
+
+    Cells without a price stay apart from those with one.
+    """
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in parts:
+        groups.setdefault((cell.usd is None, cell.phase, cell.day, *_PLACE(cell)), []).append(cell)
+    return [
+        replace(
+            own[0],
+            segment="",
+            seconds=math.fsum([cell.seconds for cell in own]),
+            usd=None if own[0].usd is None else math.fsum([cell.usd for cell in own]),
+            more_usd=math.fsum([cell.more_usd for cell in own]),
+        )
+        for own in groups.values()
+    ]
+
+
 def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
     """Each segment that paid an endpoint, with the dollars that it paid.
 
@@ -157,9 +184,13 @@ def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
     price = segment.price
     if not sums:  # without a heartbeat the time of a machine is unknown
         sums["not_attributed", _day(segment.started_at)], price = 0.0, None
-    one = _cell(run, segment, "", "", 0.0, None)  # the facts that all cells of the segment share
+    of = segment.machine
+    place = (of.cloud or "?", of.region or "?", of.zone or "?", of.instance_type or "?", MARKETS[of.spot], of.nodes)
+    facts = (*place, of.price_source or "?")
+    number, stage = str(segment.number), run.stage or "?"
+    # Not by dataclasses.replace, which takes several times as long.
     return [
-        replace(one, phase=phase, day=day, seconds=seconds, usd=price and price.usd(seconds))
+        Cell(phase, seconds, price and price.usd(seconds), number, stage, day, *facts)
         for (phase, day), seconds in sums.items()
         if seconds > 0 or price is None
     ]
@@ -207,14 +238,19 @@ def _cell(
         region=of("region") or "?",
         zone=of("zone") or "?",
         instance=of("instance_type") or "?",
-        market={None: "?", True: "spot", False: "on demand"}[spot],
+        market=MARKETS[spot],
         nodes=int(of("nodes") or 1),
         price_source=of("price_source") or "?",
     )
 
 
 def _day(time: float | None) -> str:
-    return "?" if time is None else datetime.fromtimestamp(time, UTC).date().isoformat()
+    return "?" if time is None else _name_of_day(time // 86400)
+
+
+@functools.lru_cache(4096)
+def _name_of_day(day: float) -> str:
+    return datetime.fromtimestamp(day * 86400, UTC).date().isoformat()
 
 
 class Spend:
@@ -231,11 +267,13 @@ class Spend:
         self.complete = True
         pieces: dict[str, list[tuple[float, float, float]]] = {}
         for segment in run.segments:
-            self.complete &= segment.price is not None
-            for span in attributed[segment.number] if segment.price else ():
+            price = segment.price
+            self.complete &= price is not None
+            for span in attributed[segment.number] if price else ():
+                start, end = span.start, span.end
                 for phase, seconds in span.phases.items():
                     if seconds > 0:
-                        pieces.setdefault(phase, []).append((span.start, span.end, segment.price.usd(seconds)))
+                        pieces.setdefault(phase, []).append((start, end, seconds / 3600 * price.usd_per_hour))
         for time in outside:
             self.complete &= time.price is not None
             pieces.setdefault(time.phase, []).append((time.start, time.end, time.usd or 0.0))

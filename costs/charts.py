@@ -1,27 +1,33 @@
 """Draws the charts of a report: dollars over time, phases, loss over dollars, speed over time."""
 
+import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from core import figures
 from core.figures import quantity
 from core.run.phases import colour_class, label
-from costs import svg
+from costs import about, svg
 from costs.report import CostReport
+from costs.units import Curves
 
-WIDTHS = {"wide": 700, "middle": 470, "narrow": 320}  # pixels; costs/page.css says when each is shown
+# Pixels, of a drawing in one column and of one in both; costs/page.css says when each is shown.
+WIDTHS = {"wide": 700, "middle": 470, "narrow": 320}
+FULL_WIDTHS = {"full": 1440, "most": 960, **WIDTHS}
 HEIGHT = 280
+LANE = 28  # of one machine
 TOP, BOTTOM, RIGHT = 14, 28, 12
 # Phases below this share of the dollars are merged into "other".
 SMALL_SHARE = 0.005
 LOSSES_SHOWN = 0.97
 
-Draw = Callable[[CostReport, int, str], str]
+Draw = Callable[[Any, int, str], str]  # of a report, or of several
 
 
-def all_widths(draw: Draw, report: CostReport) -> str:
+def all_widths(draw: Draw, report: Any, widths: Mapping[str, int] = WIDTHS) -> str:
     """A drawing of each width, of which the style sheet shows one."""
-    return "".join(draw(report, width, kind) for kind, width in WIDTHS.items())
+    return "".join(draw(report, width, kind) for kind, width in widths.items())
 
 
 def stacked(report: CostReport) -> dict[str, list[float]]:
@@ -48,13 +54,35 @@ def spend_over_time(report: CostReport, width: int, kind: str) -> str:
         high = [below + value for below, value in zip(low, curve, strict=True)]
         parts.append(svg.area(x, y, times, low, high, colour_class(name)))
         low = high
-    hints = [
-        (at, f"{x.text(at)}: ${figures.dollars(total[i], report.places)}" + "".join(_parts(curves, i, report.places)))
-        for i, at in enumerate(times)
-    ]
+    hints = []
+    for index, at in enumerate(times):
+        spent = f"{figures.duration(at - x.low)}: ${figures.dollars(total[index], report.places)}"
+        hints.append((at, spent + "".join(_parts(curves, index, report.places))))
     parts += _machines(report, x)
     parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
     return svg.chart(width, HEIGHT, parts, "Dollars spent over time, by phase", kind)
+
+
+def machines(report: CostReport, width: int, kind: str) -> str:
+    """A bar per machine and time, in the colours of its phases; a dashed line where the run had no machine."""
+    found = report.curves.machines
+    lanes = max(each.lane for each in found) + 1
+    bottom = TOP + LANE * lanes
+    times = report.curves.spend_time
+    first, last = min(each.start for each in found), max(each.end for each in found)
+    x = svg.time_axis(min([first, *times]), max([last, *times]), RIGHT, width - RIGHT)
+    parts = svg.x_labels(x, bottom)
+    for each in found:
+        hint = (
+            f"segment {each.segment}, {each.machine}: {label(each.phase)}, {figures.duration(each.end - each.start)} "
+            f"from {figures.duration(each.start - x.low)}"
+        )
+        y = TOP + LANE * each.lane
+        parts.append(svg.bar(x(each.start), y, x(each.end) - x(each.start), LANE - 6, colour_class(each.phase), hint))
+    for start, end in about.waits(found):
+        hint = f"no machine for {figures.duration(end - start)}"
+        parts.append(svg.horizontal(x(start), x(end), TOP + (LANE - 6) / 2, "line wait", hint))
+    return svg.chart(width, bottom + BOTTOM, parts, "Machines over time, by phase, and the waiting between them", kind)
 
 
 def waterfall(report: CostReport, width: int, kind: str) -> str:
@@ -92,6 +120,7 @@ def loss_over_dollars(report: CostReport, width: int, kind: str) -> str:
     room = (losses[-1] - losses[0]) * 0.05 or 0.1
     train, val = ([(usd, loss if loss <= losses[-1] else None) for usd, loss in curve] for curve in (train, val))
     x = svg.value_axis(0.0, max(usd for usd, _ in train + val), 52, width - RIGHT, _dollars(report.total.usd))
+    train = _interrupted(curves.loss_time, train, curves.starts)
     y = svg.value_axis(losses[0] - room, losses[-1] + room, HEIGHT - BOTTOM, TOP, "{:g}".format)
     parts = [*svg.frame(x, y), svg.line(x, y, train, "s-train"), svg.line(x, y, val, "s-val")]
     hints = [
@@ -103,6 +132,32 @@ def loss_over_dollars(report: CostReport, width: int, kind: str) -> str:
     return svg.chart(width, HEIGHT, parts, "Loss over dollars spent", kind)
 
 
+def losses(report: CostReport) -> list[tuple[float, float]]:
+    """Dollars and validation loss; of a run without it, dollars and training loss. Empty without either."""
+    curves = report.curves
+    return list(zip(curves.val_usd, curves.val_loss, strict=True)) or list(
+        zip(curves.loss_usd, curves.loss, strict=True)
+    )
+
+
+def losses_compared(reports: Sequence[CostReport], width: int, kind: str) -> str:
+    """A line per run: the validation loss, or without it the training loss, over dollars."""
+    lines = [losses(report) for report in reports]
+    every = sorted(loss for line in lines for _, loss in line)
+    every = every[: max(1, math.ceil(len(every) * LOSSES_SHOWN))]
+    room = (every[-1] - every[0]) * 0.05 or 0.1
+    most = max(usd for line in lines for usd, _ in line)
+    x = svg.value_axis(0.0, most, 52, width - RIGHT, _dollars(most))
+    y = svg.value_axis(every[0] - room, every[-1] + room, HEIGHT - BOTTOM, TOP, "{:g}".format)
+    parts = svg.frame(x, y)
+    for number, (report, line) in enumerate(zip(reports, lines, strict=True)):
+        points = [(usd, loss if loss <= every[-1] else None) for usd, loss in line]
+        say = f"{report.run.rstrip('/').rpartition('/')[2]}: ${{:,.{report.places}f}}, loss {{:.4f}}".format
+        parts.append(svg.line(x, y, points, f"c-{number}"))
+        parts += svg.dots(x, y, points, f"c-{number}", say)
+    return svg.chart(width, HEIGHT, parts, "Loss over dollars spent, a line per run", kind)
+
+
 def speed_over_time(report: CostReport, width: int, kind: str) -> str:
     """Tokens per second above MFU (if known) on one time axis, with marks where machines ended."""
     curves = report.curves
@@ -112,8 +167,8 @@ def speed_over_time(report: CostReport, width: int, kind: str) -> str:
     x = svg.time_axis(times[0], times[-1], 52, width - RIGHT)
     fastest = max(value for value in curves.tokens_per_second if value is not None)
     y = svg.value_axis(0.0, fastest * 1.3, split, TOP, quantity)
-    speed = _interrupted(curves.speed_time, curves.tokens_per_second, curves.starts)
-    parts = [*svg.frame(x, y, x_labels=not has_mfu), svg.line(x, y, speed, "s-speed")]
+    speed = _over_time(curves, curves.tokens_per_second)
+    parts = [*svg.frame(x, y, labels=not has_mfu), svg.line(x, y, speed, "s-speed")]
     parts.append(svg.words(x.start + 4, TOP + 10, "tokens/s", "caption"))
     if has_mfu:
         percent = [None if value is None else 100 * value for value in curves.mfu]
@@ -121,10 +176,10 @@ def speed_over_time(report: CostReport, width: int, kind: str) -> str:
         most = max(value for value in percent if value is not None)
         below = svg.value_axis(0.0, max(1.0, most * 1.5), HEIGHT - BOTTOM, top, lambda value: f"{value:g} %")
         parts += svg.frame(x, below)
-        parts.append(svg.line(x, below, _interrupted(curves.speed_time, percent, curves.starts), "s-mfu"))
+        parts.append(svg.line(x, below, _over_time(curves, percent), "s-mfu"))
         parts.append(svg.words(x.start + 4, top + 10, "MFU", "caption"))
     hints = [
-        (at, f"{x.text(at)}: {'?' if speed is None else quantity(speed)} tokens/s" + _mfu(mfu))
+        (at, f"{figures.duration(at - x.low)}: {'?' if speed is None else quantity(speed)} tokens/s" + _mfu(mfu))
         for at, speed, mfu in zip(curves.speed_time, curves.tokens_per_second, curves.mfu, strict=True)
     ]
     parts += svg.hover(x, TOP, HEIGHT - BOTTOM, hints)
@@ -140,15 +195,19 @@ def _machines(report: CostReport, x: svg.Axis) -> list[str]:
     ]
 
 
-def _interrupted(times: Sequence[float], values: Sequence[float | None], starts: Sequence[float]) -> svg.Points:
-    """The points of a line that is interrupted where a new machine started."""
-    points: list[tuple[float, float | None]] = []
+def _interrupted(times: Sequence[float], points: svg.Points, starts: Sequence[float]) -> svg.Points:
+    """The points of a line, measured at `times`, that is interrupted where a new machine started."""
+    found: list[tuple[float, float | None]] = []
     starts = sorted(starts)
-    for index, (at, value) in enumerate(zip(times, values, strict=True)):
-        if index and any(times[index - 1] < start <= at for start in starts):
-            points.append((at, None))
-        points.append((at, value))
-    return points
+    for index, (time, point) in enumerate(zip(times, points, strict=True)):
+        if index and bisect.bisect_right(starts, times[index - 1]) < bisect.bisect_right(starts, time):
+            found.append((point[0], None))
+        found.append(point)
+    return found
+
+
+def _over_time(curves: Curves, values: Sequence[float | None]) -> svg.Points:
+    return _interrupted(curves.speed_time, list(zip(curves.speed_time, values, strict=True)), curves.starts)
 
 
 def _parts(curves: dict[str, list[float]], index: int, places: int) -> list[str]:

@@ -7,6 +7,8 @@ from core.errors import ConfigError
 
 FORMS = ("json", "csv", "markdown")
 WATCH_SECONDS = 15.0
+SERVED_EVERY_SECONDS = 5.0
+PORT = 8321
 USAGE = """\
 Reports where the dollars of a run went, phase by phase, adding up to the cent.
 
@@ -14,13 +16,14 @@ Reports where the dollars of a run went, phase by phase, adding up to the cent.
   python cost_report.py s3://bucket/runs/gpt2             one run
   python cost_report.py RUN_URL --html report.html        one self-contained page
   python cost_report.py --compare RUN_URL RUN_URL         side by side
-  python cost_report.py estimate TASK.yaml                what a launch would cost
+  python cost_report.py --serve                           live pages on http://127.0.0.1:8321
+  python cost_report.py estimate TASK.yaml                what a launch would cost (--fail-over=USD for scripts)
   python cost_report.py plan --usd=20                     the best model for a sum of dollars
   python cost_report.py add RUN_URL "Hugging Face" 2.00   a bill from elsewhere, as a line of the report
 """
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int | None:
     """Run a report, an estimate or a plan, or add a bill. Raises LauncherError if it has nothing to show."""
     environment.adopt()
     if arguments[:1] == ["estimate"]:
@@ -38,9 +41,23 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
     if (options.since or options.tag) and options.run_url and not options.compare:
         raise ConfigError("--since and --tag choose among all runs; leave out RUN_URL, or these two options")
+    if options.serve:
+        _check_serving(options)
     from costs import show  # not at the top: it loads numpy and rich, which --help does not need
 
     show.show(options, next((name for name in FORMS if getattr(options, name)), None))
+
+
+def _check_serving(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what does not go with --serve."""
+    others = {"--html": options.html, "--compare": options.compare, "--watch": options.watch is not None}
+    others |= {f"--{name}": getattr(options, name) for name in FORMS}
+    if given := [name for name, value in others.items() if value]:
+        raise ConfigError(f"{given[0]} does not go with --serve, whose pages hold tables, charts and comparisons")
+    if not 0 <= options.port <= 65535:
+        raise ConfigError(f"--port is {options.port}, must be from 0 (a free one) to 65535")
+    if not 0.1 <= options.every < 86400:
+        raise ConfigError(f"--every is {options.every:g}, must be seconds from 0.1 to 86,400")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", nargs="+", metavar="RUN_URL", help="put runs side by side")
     parser.add_argument(
         "--watch", nargs="?", type=float, const=WATCH_SECONDS, metavar="SECONDS", help="follow a run that is running"
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="live pages on 127.0.0.1: of RUN_URL, or of all runs and comparisons"
+    )
+    parser.add_argument("--port", type=int, default=PORT, help=f"of --serve (default {PORT}; 0: a free one)")
+    parser.add_argument(
+        "--every", type=float, default=SERVED_EVERY_SECONDS, metavar="SECONDS", help="how often --serve reads again"
     )
     parser.add_argument("--since", metavar="WHEN", help="only runs active since a date (2026-11-01) or age (36h, 7d)")
     parser.add_argument("--tag", metavar="WORD", help="only runs with this word among their RUN_TAGS")

@@ -10,11 +10,21 @@ from costs.report import CostReport, Line
 from costs.tables import Sheet, clock, last_seen, loss, money, unit_rows
 
 
+def newest_first(reports: Sequence[CostReport]) -> list[CostReport]:
+    return sorted(reports, key=last_seen, reverse=True)
+
+
+def names(reports: Sequence[CostReport]) -> list[str]:
+    """The runs' short names; the whole URLs if two short names are equal."""
+    short = [report.run.rstrip("/").rsplit("/", 1)[-1] for report in reports]
+    return short if len(set(short)) == len(short) else [report.run for report in reports]
+
+
 def overview(reports: Sequence[CostReport]) -> Sheet:
     """A table with one row per run, the newest first."""
     heads = ["run", "stage", "state", "last seen", "time", "USD", "lost", "tokens", "val loss", "USD/1B tokens"]
     rows, above = [], _folder_of([report.run for report in reports])
-    for report in sorted(reports, key=last_seen, reverse=True):
+    for report in newest_first(reports):
         lost = next((line for line in report.phases if line.name == "train_lost"), None)
         usd = money(report, report.total)
         time, part = figures.duration(report.total.seconds), f"{100 * lost.share:.1f} %" if lost else "–"
@@ -60,14 +70,13 @@ class Value:
 
 def comparison(reports: Sequence[CostReport]) -> Sheet:
     """A table of several runs: a column per run, and for each run but the first the difference to the first."""
-    names = [report.run.rstrip("/").rsplit("/", 1)[-1] for report in reports]
-    names = names if len(set(names)) == len(names) else [report.run for report in reports]
     level = _equal_loss(reports)
     columns = [_column(report, level) for report in reports]
     order = list(dict.fromkeys(name for column in columns for name in column))
-    heads = ["", names[0]]
-    for name in names[1:]:
-        heads += [name, f"− {names[0]}"]
+    first, *others = names(reports)
+    heads = ["", first]
+    for name in others:
+        heads += [name, f"− {first}"]
     rows = []
     for name in order:
         first, *others = [column.get(name, Value("–")) for column in columns]

@@ -100,6 +100,11 @@ def _ledgers_in(folder: str) -> dict[str, Objects]:
     return {url: ledger_listing(url) for url in find_runs(folder, 1)}
 
 
+def forget_listings() -> None:
+    """Look again for other runs: a program that goes on for long calls it before each report."""
+    _ledgers_in.cache_clear()
+
+
 def _written(info: ObjectInfo) -> float:
     return info.modified or 0.0
 

@@ -3,17 +3,19 @@
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 
 from clouds import catalog, providers
-from core import figures
+from core import bucket, figures
 from core.errors import ConfigError
+from core.exit_codes import FAILED, OK
 from core.figures import quantity
 from core.run import cache
 from core.run.reader import read_run
 from core.task import TaskSpec, machine_choice, read_task
-from costs import discover, render, throughput
+from costs import discover, foreseen, render, throughput
 from costs.forecast import (
     Assumptions,
     Change,
@@ -38,9 +40,13 @@ Prints every offer that fits a task, with estimated hours and dollars, and the s
 """
 
 
-def main(arguments: list[str]) -> None:
-    """Print the forecast of a task, with a warning if it exceeds --cap (or MAX_USD). Raises ConfigError."""
+def main(arguments: list[str]) -> int:
+    """Print the forecast of a task, with a warning if it exceeds --cap (or MAX_USD). Raises ConfigError.
+
+    Returns FAILED if it exceeds --fail-over, or its dollars are not known.
+    """
     options = _parser().parse_args(arguments)
+    _check(options)
     task = read_task(options.task, os.environ, machine_choice(arguments))
     offers = providers.load(options.offline)
     measured = _measured(options.like)
@@ -63,6 +69,25 @@ def main(arguments: list[str]) -> None:
         console.print(render.terminal_table(_sheet(forecast, options.all), console.width))
         for note in notes:
             console.print(note, markup=False)
+    usd = forecast.rows[0].usd
+    if options.store and usd is not None:
+        place = bucket.url({**os.environ, **task.envs}, "RUN")
+        print(f"stored: {foreseen.store(place, task.path, forecast.rows[0])}", file=sys.stderr)
+    if options.fail_over is not None and (usd is None or usd > options.fail_over):
+        said = "not known" if usd is None else f"${figures.dollars(usd)}"
+        print(f"the cheapest offer is {said}, --fail-over is ${figures.dollars(options.fail_over)}", file=sys.stderr)
+        return FAILED
+    return OK
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for a number below zero, or for a sum or an amount of work that is not above it."""
+    for name in ("tokens", "cap", "fail_over", *(field.name for field in dataclasses.fields(Assumptions))):
+        value = getattr(options, name)
+        above = name in ("tokens", "cap", "fail_over", "prep_bytes_per_second", "source_bytes_per_token")
+        if isinstance(value, float) and not (0 < value < math.inf if above else 0 <= value < math.inf):
+            what = "a number above zero" if above else "zero or a number above it"
+            raise ConfigError(f"--{name.replace('_', '-')} is {value:g}, must be {what}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cap", type=float, metavar="USD", help="warn if the forecast exceeds this; default: the task's MAX_USD"
     )
+    parser.add_argument("--fail-over", type=float, metavar="USD", help="exit with 1 if the forecast exceeds this")
+    parser.add_argument(
+        "--store", action="store_true", help="store the cheapest offer with the run that BUCKET and RUN name"
+    )
     parser.add_argument("--offline", action="store_true", help="use the price snapshot, do not ask SkyPilot")
     parser.add_argument("--all", action="store_true", help=f"all offers, not only the first {ROWS_SHOWN}")
     form = parser.add_mutually_exclusive_group()
@@ -90,10 +119,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_assumptions(parser: argparse.ArgumentParser) -> None:
     """A flag for each assumption, which docs/costs.md lists."""
+    group = parser.add_argument_group("assumptions", "each flag replaces a default, which docs/costs.md explains")
     for field in dataclasses.fields(Assumptions):
         flag = f"--{field.name.replace('_', '-')}"
         kind = str if isinstance(field.default, str) else float
-        parser.add_argument(flag, type=kind, metavar=str(field.default), help=argparse.SUPPRESS)
+        group.add_argument(flag, type=kind, metavar=str(field.default))
 
 
 def assumptions(options: argparse.Namespace) -> Assumptions:

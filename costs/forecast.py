@@ -174,7 +174,7 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
     """Tokens that the settings ask for; None if they are unknown."""
     settings = workload.config
     if isinstance(settings, PrepConfig):
-        return _tokens_of_source(settings.source.place)
+        return float(settings.data.train_tokens) or _tokens_of_source(settings.source.place)
     if workload.stage == "evaluate":
         return assume.evaluate_tokens
     if not isinstance(settings, TrainingConfig):

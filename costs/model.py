@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from clouds.base import MachineRecord
+from core.run.budget import Budget
 from core.run.machine import Price
 from core.run.model import Segment
 
@@ -73,6 +74,18 @@ class StorageUse:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Time of one machine in which one phase took most of it. `lane` counts machines that were up at the same time."""
+
+    lane: int
+    segment: str
+    machine: str
+    phase: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
 class Origin:
     """The source of a figure, or the reason for its absence."""
 
@@ -98,5 +111,6 @@ class Outside:
     is_asked: bool = False
     ledger_usd: float | None = None  # of the run, before prices paid replaced those of its ledger
     storage: StorageUse | None = None
+    budget: Budget | None = None  # in force, of a run that `make run` launched
     origins: list[Origin] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

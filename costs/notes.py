@@ -11,8 +11,9 @@ from costs.sharing import machine_of
 CLOCKS_AGREE_SECONDS = 2.0
 
 
-def notes(run: Run) -> list[str]:
-    return [*_price_notes(run), *_cap_notes(run), *_forecast_notes(run), *_time_notes(run)]
+def notes_on_money(run: Run) -> list[str]:
+    """Prices that are unknown, and caps that were reached: a report begins with them."""
+    return [*_price_notes(run), *_cap_notes(run), *_forecast_notes(run)]
 
 
 def some(names: list[str]) -> str:
@@ -65,7 +66,8 @@ def _dollars(value: object) -> str:
     return figures.dollars(timeline.number(value))
 
 
-def _time_notes(run: Run) -> list[str]:
+def notes_on_time(run: Run) -> list[str]:
+    """Clocks, overlaps and machines without a heartbeat."""
     notes = []
     for segment in run.segments:
         jumps = [mark for mark in segment.marks if mark["name"] == "clock_jump"]

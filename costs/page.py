@@ -1,16 +1,20 @@
 """Renders a report as one HTML page without scripts and references to other files."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
+from urllib.parse import urlencode
 
 from core import figures
 from core.run import phases
 from core.run.phases import colour_class, label
-from costs import charts
+from costs import charts, compare
+from costs.about import waits
 from costs.report import CostReport
-from costs.tables import Sheet, headline, hellaswag_rows, money, notes, sheets, sums
+from costs.tables import Sheet, sheets
+from costs.top import top
 
 # No script runs, of whatever origin, and nothing is loaded: a mistake in escaping stays text.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -18,81 +22,82 @@ STYLE = Path(__file__).with_name("page.css")
 
 
 def as_html(report: CostReport, now: float) -> str:
-    tables = {
-        name: _section(sheet.title, _table(sheet) + (_notes(report) if name == "origins" else ""), name)
-        for name, sheet in sheets(report).items()
-    }
-    body = [
-        f"<h1>{escape(report.run)}</h1>",
-        f'<p class="lead">{escape(headline(report))}</p>',
-        f"<p>{escape(sums(report))}</p>",
-        _cards(report),
+    return document(f"Cost of {report.run}", of_run(report), after=footer(now))
+
+
+def of_run(report: CostReport) -> list[str]:
+    """The parts of a run's page."""
+    tables = {name: section(sheet.title, table(sheet), name) for name, sheet in sheets(report).items()}
+    return [
+        top(report),
         '<div class="grid">',
         *_charts(report),
         f'<div class="stack">{tables["phases"]}{tables.get("groups", "")}</div>',
-        f'<div class="stack">{tables.get("units", "")}{tables.get("storage", "")}</div>',
+        f'<div class="stack">{tables.get("forecast", "")}{tables.get("units", "")}{tables.get("storage", "")}</div>',
         tables["segments"],
         tables["origins"],
         "</div>",
-        _footer(now),
     ]
-    return _document(f"Cost of {report.run}", body)
 
 
-def of_sheets(sheets: Sequence[Sheet], now: float) -> str:
+def of_comparison(reports: Sequence[CostReport]) -> list[str]:
+    """The parts of a page of several runs side by side."""
+    sheet = compare.comparison(reports)
+    found = ["<h1>Comparison</h1>", f'<p class="lead">{escape(", ".join(report.run for report in reports))}</p>']
+    if all(charts.losses(report) for report in reports):
+        names = compare.names(reports)
+        key = _key([(f"c-{number}", name) for number, name in enumerate(names)])
+        drawn = charts.all_widths(charts.losses_compared, reports, charts.FULL_WIDTHS)
+        found.append(section("Loss against dollars", drawn + key, "machines"))
+    return [*found, section(sheet.title, table(sheet))]
+
+
+def comparison_as_html(reports: Sequence[CostReport], now: float) -> str:
+    return document("Comparison of runs", of_comparison(reports), after=footer(now))
+
+
+def overview_as_html(reports: Sequence[CostReport], now: float) -> str:
     """A page of tables about several runs."""
-    body = ["<h1>Costs of runs</h1>", *(_section(sheet.title, _table(sheet)) for sheet in sheets if sheet.rows)]
-    return _document("Costs of runs", [*body, _footer(now)])
+    sheets = [compare.overview(reports), compare.overview_groups(reports)]
+    body = ["<h1>Costs of runs</h1>", *(section(sheet.title, table(sheet)) for sheet in sheets if sheet.rows)]
+    return document("Costs of runs", body, after=footer(now))
 
 
-def _footer(now: float) -> str:
+def footer(now: float, more: str = "") -> str:
+    """The last line of a page; `more` is HTML."""
     return (
-        f"<footer>Written {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC. All amounts are in US dollars; ? "
-        "means unknown. Times are UTC.</footer>"
+        f"<footer>{more}Written {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M} UTC. All amounts are in US dollars; "
+        "? means unknown. Times are UTC.</footer>"
     )
 
 
-def _document(title: str, body: Sequence[str]) -> str:
+def document(title: str, body: Sequence[str], policy: str = POLICY, root: str = "", after: str = "") -> str:
+    """A whole page. `policy` says what it may run and load, `root` are attributes of <html>, `after` follows `body`."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<!doctype html>\n<html lang="en" {root}><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
         f"<style>{STYLE.read_text(encoding='utf-8')}{phases.css()}</style></head><body><main>\n"
         + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
-
-
-def _cards(report: CostReport) -> str:
-    of, phases = report.units, {line.name: line for line in report.phases}
-    cards = [("total", "$" + money(report, report.total))]
-    if "train_kept" in phases:
-        for name in ("train_kept", "train_lost"):
-            line = phases[name]
-            cards.append((f"{label(name)}, {100 * line.share:.1f} %", f"${money(report, line)}"))
-        cards.append(("per billion tokens", "$" + figures.dollars(of.usd_per_billion_tokens)))
-        cards.append(("goodput", "?" if of.goodput is None else f"{100 * of.goodput:.1f} %"))
-        cards.append(("validation loss", "?" if of.val_loss is None else f"{of.val_loss:.4f}"))
-        cards += [(name.partition(",")[0], value) for name, value in hellaswag_rows(of)[:1]]
-    return (
-        '<div class="cards">'
-        + "".join(f'<div class="card"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in cards)
-        + "</div>"
+        + f"\n</main>{after}</body></html>\n"
     )
 
 
 def _charts(report: CostReport) -> Iterable[str]:
     curves = report.curves
+    if curves.machines:
+        legend = _legend_of_machines(report)
+        yield section("Machines", charts.all_widths(charts.machines, report, charts.FULL_WIDTHS) + legend, "machines")
     if curves.spend_time and curves.spend_usd:
-        yield _section("Dollars over time", charts.all_widths(charts.spend_over_time, report) + _legend(report))
-        yield _section("Dollars by phase", charts.all_widths(charts.waterfall, report))
+        yield section("Dollars over time", charts.all_widths(charts.spend_over_time, report) + _legend(report))
+        yield section("Dollars by phase", charts.all_widths(charts.waterfall, report))
     if curves.loss or curves.val_loss:
         legend = _key([("s-train", "train loss"), ("s-val", "validation loss")])
-        yield _section("Loss against dollars", charts.all_widths(charts.loss_over_dollars, report) + legend)
+        yield section("Loss against dollars", charts.all_widths(charts.loss_over_dollars, report) + legend)
     if any(value is not None for value in curves.tokens_per_second):
         legend = _key([("gone", "end of a machine")]) if curves.losses_of_machines else ""
-        yield _section("Speed", charts.all_widths(charts.speed_over_time, report) + legend)
+        yield section("Speed", charts.all_widths(charts.speed_over_time, report) + legend)
 
 
 def _legend(report: CostReport) -> str:
@@ -102,11 +107,27 @@ def _legend(report: CostReport) -> str:
     drawn = charts.stacked(report)
     usd["other"] = sum(amount for name, amount in usd.items() if name not in drawn)
     for name in reversed(drawn):
-        swatch = (
-            f'<svg viewBox="0 0 10 10"><rect class="area {colour_class(name)}" width="10" height="10" rx="2"/></svg>'
-        )
-        items.append(f"<li>{swatch}{escape(label(name))} ${figures.dollars(usd[name], report.places)}</li>")
+        items.append(_swatch(name, f"{label(name)} ${figures.dollars(usd[name], report.places)}"))
     return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _legend_of_machines(report: CostReport) -> str:
+    """The phases of the time line, and the time between machines."""
+    shown = {each.phase for each in report.curves.machines}
+    items = [_swatch(name, label(name)) for name in (line.name for line in report.phases) if name in shown]
+    if found := waits(report.curves.machines):
+        waited = figures.duration(sum(end - start for start, end in found))
+        items.append(
+            '<li><svg viewBox="0 0 10 10"><line class="line wait" x1="0" x2="10" y1="5" y2="5"/></svg>'
+            f"no machine, nothing paid: {waited}</li>"
+        )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _swatch(name: str, text: str) -> str:
+    css = colour_class(name)
+    square = f'<rect class="area {css}" width="10" height="10" rx="2"/>'
+    return f'<li><svg viewBox="0 0 10 10">{square}</svg>{escape(text)}</li>'
 
 
 def _key(lines: Iterable[tuple[str, str]]) -> str:
@@ -118,23 +139,30 @@ def _key(lines: Iterable[tuple[str, str]]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _section(title: str, content: str, css: str = "") -> str:
+def section(title: str, content: str, css: str = "") -> str:
     return f'<section class="{escape(css)}"><h2>{escape(title)}</h2>{content}</section>'
 
 
-def _table(sheet: Sheet) -> str:
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f'<{tag} class="{"wrap" if column < sheet.words else "n"}">{escape(text)}</{tag}>'
-            for column, text in enumerate(row)
-        )
+def table(sheet: Sheet, runs: Sequence[str] = ()) -> str:
+    """The table of a sheet. With `runs`, a URL per row, its first cells link to the runs' pages and choose runs."""
+
+    def cells(tag: str, row: Sequence[str], run: str = "") -> str:
+        found = []
+        for column, text in enumerate(row):
+            inside = _linked(text, run) if run and not column else escape(text)
+            css = "wrap" if column < sheet.words else "n"
+            spare = " spare" if sheet.heads[column] in sheet.spare else ""
+            found.append(f'<{tag} class="{css}{spare}">{inside}</{tag}>')
+        return "".join(found)
 
     head = f"<thead><tr>{cells('th', sheet.heads)}</tr></thead>" if any(sheet.heads) else ""
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in sheet.rows)
+    rows = itertools.zip_longest(sheet.rows, runs, fillvalue="")
+    body = "".join(f"<tr>{cells('td', row, run)}</tr>" for row, run in rows)
     foot = f"<tfoot><tr>{cells('td', sheet.foot)}</tr></tfoot>" if sheet.foot else ""
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody>{foot}</table></div>'
 
 
-def _notes(report: CostReport) -> str:
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes(report))
-    return f'<ul class="notes">{items}</ul>' if items else ""
+def _linked(text: str, run: str) -> str:
+    """A box that chooses a run for the comparison, and the link to its page."""
+    box = f'<input type="checkbox" name="run" value="{escape(run)}" aria-label="compare {escape(text)}">'
+    return f'<span class="pick">{box} <a href="/run?{escape(urlencode({"run": run}))}">{escape(text)}</a></span>'

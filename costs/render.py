@@ -1,10 +1,10 @@
-"""Renders a report for the terminal, as Markdown, JSON and CSV, and as rows for a DataFrame."""
+"""Renders a report for the terminal, as Markdown, JSON and CSV."""
 
 import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from core.output import FORMULA, visible
-from costs.report import CostReport, Line
+from costs.focus import charges
+from costs.report import CostReport
 from costs.tables import Sheet, headline, notes, sheets, sums
 
 STYLES = {"train lost": "red", "train kept": "green"}
@@ -112,13 +113,13 @@ def _plain(text: str) -> str:
 
 
 FORMAT = "cost-report"
-VERSION = 1
+VERSION = 2
 
 
 def document(report: CostReport) -> dict[str, Any]:
     """A report as nested plain values. Unknown figures are None; dollars are rounded as printed."""
     plain = asdict(report)
-    del plain["curves"]  # points for charts, which costs.units.curves returns
+    del plain["curves"], plain["charges"]  # points of charts, and the rows of --csv
     return {"format": FORMAT, "version": VERSION, "currency": "USD"} | plain
 
 
@@ -128,44 +129,21 @@ def as_json(reports: Sequence[CostReport]) -> str:
     return json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n"
 
 
-def rows(report: CostReport) -> list[dict[str, Any]]:
-    """One dict per line of each table, all with the same keys, for `pandas.DataFrame(rows(report))`."""
-    tables: list[tuple[str, list[Line]]] = [("total", [report.total]), ("phase", report.phases)]
-    tables += [("segment", list(report.segments)), *report.by.items()]
-    columns = [field.name for field in fields(Line)]
-    found = [
-        {"run": report.run, "table": table} | {column: getattr(line, column) for column in columns}
-        for table, lines in tables
-        for line in lines
-    ]
-    unit = {"run": report.run, "table": "unit"} | dict.fromkeys(columns)
-    for each in fields(report.units):
-        if each.name != "usd_to_val_loss":
-            found.append(unit | {"name": each.name, "value": getattr(report.units, each.name)})
-    for level in report.units.usd_to_val_loss:
-        found.append(unit | {"name": f"usd_to_val_loss_{level.val_loss:g}", "value": level.usd})
-    return found
-
-
 def as_csv(reports: Sequence[CostReport]) -> str:
-    """`rows` of all runs as CSV. Unknown figures are `?`, which no reader mistakes for zero."""
-    table = [row for report in reports for row in rows(report)]
+    """One row per charge of all runs, not rounded (costs.focus). An unknown cost is `?`: nobody takes it for zero."""
+    table = [row for report in reports for row in charges(report)]
     out = io.StringIO()
-    columns = [*dict.fromkeys(key for row in table for key in row)]
+    columns = list(dict.fromkeys(key for row in table for key in row))
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     for row in table:
-        writer.writerow(_field(row, column) for column in columns)
+        writer.writerow(_field(column, row[column]) for column in columns)
     return out.getvalue()
 
 
-def _field(row: dict[str, Any], column: str) -> Any:
-    if column not in row:
-        return ""
-    value = row[column]
+def _field(column: str, value: Any) -> Any:
     if value is None:
-        # An unknown figure is "?". A column that does not apply to this kind of row is empty.
-        return "?" if column == "value" or (column == "usd" and row["table"] != "unit") else ""
+        return "?" if "Cost" in column else ""
     if isinstance(value, str) and value.startswith(FORMULA):
         return f"'{value}"  # a spreadsheet takes it for a text, not for a formula that it runs
-    return f"{value:.6f}" if isinstance(value, float) and column in ("seconds", "share") else value
+    return value

@@ -12,9 +12,13 @@ from core import figures
 from core.run.machine import Price
 from core.run.model import Lost, Run, Segment
 from core.run.phases import REPORT_PHASES
-from costs.cells import Cell, Spend, attribute, cells
+from core.run.timeline import SHOWN
+from costs.about import About, about, stretches
+from costs.cells import Cell, Spend, attribute, cells, summed_up
+from costs.foreseen import Comparison, Foreseen, compare
+from costs.foreseen import read as read_forecast
 from costs.model import Origin, Outside, StorageUse
-from costs.notes import notes, some
+from costs.notes import notes_on_money, notes_on_time, some
 from costs.sharing import shares_of
 from costs.units import Curves, Units, curves, units
 from costs.uptime import unheard
@@ -84,6 +88,10 @@ class CostReport:
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     is_managed: bool = False
+    foreseen: Foreseen | None = None
+    forecast: list[Comparison] = field(default_factory=list)
+    about: About = About()
+    charges: list[Cell] = field(default_factory=list)  # of which the lines of all tables are sums
 
     @property
     def has_prices(self) -> bool:
@@ -101,19 +109,22 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     `outside` holds what other sources add to the ledger (costs.sources).
     """
     outside = outside or Outside()
+    foreseen = read_forecast(run)
     lost = run.lost(now)
     attributed = attribute(run, lost, shares_of(run, outside.neighbours))
     more_seconds = outside.more_seconds if outside.is_asked else unheard(run, now)
     parts = cells(run, attributed, outside.times, more_seconds, outside.charges, outside.factor)
+    points = {kind: run.points(kind) for kind in SHOWN}
     spend = Spend(run, attributed, outside.times, outside.charges, outside.factor)
     usd = math.fsum(cell.usd for cell in parts if cell.usd is not None)
     places = figures.places_for(usd)
-    [total] = table(parts, None, ["total"], places)
-    used = {cell.phase for cell in parts}
+    summed = summed_up(parts)
+    [total] = table(summed, None, ["total"], places)
+    used = {cell.phase for cell in summed}
     # These two lines are shown even at zero, because a reader looks for them.
     always = {"train_lost", "not_attributed"} if "train_kept" in used else {"not_attributed"}
     order = [*(phase for phase in REPORT_PHASES if phase in used | always), *sorted(used - set(REPORT_PHASES))]
-    phases = table(parts, "phase", order, places, total)
+    phases = table(summed, "phase", order, places, total)
     numbers = [str(segment.number) for segment in run.segments]
     others = sorted({cell.segment for cell in parts} - set(numbers))
     lines = table(parts, "segment", numbers + others, places, total)
@@ -134,7 +145,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
             for line in lines[len(numbers) :]
         ],
         by={
-            group: table(parts, group, sorted({getattr(cell, group) for cell in parts}), places, total)
+            group: table(summed, group, sorted({getattr(cell, group) for cell in summed}), places, total)
             for group in GROUPS
         },
         units=units(
@@ -143,16 +154,21 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
             spend,
             {line.name: line.seconds for line in phases},
             usd if total.complete else None,
-            _on_demand_usd(parts, on_demand),
+            _on_demand_usd(summed, on_demand),
             outside.times,
+            points,
         ),
-        curves=curves(run, spend),
+        curves=replace(curves(run, spend, points), machines=stretches(run, attributed, outside.times)),
         tags=tuple(sorted({tag for segment in run.segments for tag in segment.tags})),
         origins=[*_origins(run), *outside.origins],
         storage=outside.storage,
-        notes=[*run.problems, *outside.notes, *notes(run)],
+        notes=[*notes_on_money(run), *run.problems, *outside.notes, *notes_on_time(run)],
         missing=outside.missing,
+        foreseen=foreseen,
+        forecast=compare(foreseen, summed) if foreseen else [],
         is_managed=any(segment.launcher.get("managed_job_id") for segment in run.segments),
+        about=about(run, outside.budget),
+        charges=parts,
     )
 
 
@@ -191,9 +207,9 @@ def table(
     for cell in parts:
         cells_of[getattr(cell, group) if group else order[0]].append(cell)
     # fsum, because the cache may change the order of the cells, which must not change a digit.
-    seconds = {name: math.fsum(cell.seconds for cell in own) for name, own in cells_of.items()}
-    usd = {name: math.fsum(cell.usd or 0.0 for cell in own) for name, own in cells_of.items()}
-    more = [math.fsum(cell.more_usd for cell in own) for own in cells_of.values()]
+    seconds = {name: math.fsum([cell.seconds for cell in own]) for name, own in cells_of.items()}
+    usd = {name: math.fsum([cell.usd or 0.0 for cell in own]) for name, own in cells_of.items()}
+    more = [math.fsum([cell.more_usd for cell in own]) for own in cells_of.values()]
     priced = {name for name, own in cells_of.items() if any(cell.usd is not None for cell in own)}
     unpriced = {name for name, own in cells_of.items() if any(cell.usd is None for cell in own)}
     # A line without cells costs zero dollars, or an unknown amount if no cell has a price.

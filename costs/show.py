@@ -1,6 +1,7 @@
 """Reads runs and prints reports on them, in the form that the options of cost_report.py choose."""
 
 import argparse
+import gc
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from core.errors import ConfigError, LauncherError, RunError, one_line
 from core.run import cache
 from core.run.reader import read_run
 from costs import compare, discover, render, tables
+from costs.notify import Watched
 from costs.report import FINAL, RUNNING, CostReport, build
 from costs.sources import ask_others
 
@@ -31,14 +33,17 @@ def show(options: argparse.Namespace, form: str | None) -> None:
     Raises LauncherError if there is nothing to report.
     """
     html = urls.local_path(options.html, "--html") if options.html else None
+    if options.serve:
+        from costs import serve  # not at the top: only --serve answers requests
+
+        return serve.serve(options, live_reports(options, options.every))
     if options.compare:
         if options.watch is not None or len(options.compare) < 2:
             raise ConfigError("--compare needs two or more RUN_URLs, and does not go with --watch")
         reports = [_report(url, options) for url in options.compare]
-        return _print_all(reports, [compare.comparison(reports)], form, html)
+        return _print_all(reports, form, html, is_comparison=True)
     if not options.run_url:
-        reports = _all_reports(options)
-        return _print_all(reports, [compare.overview(reports), compare.overview_groups(reports)], form, html)
+        return _print_all(_all_reports(options), form, html)
     if options.watch is not None:
         return _watch(options)
     report = _report(options.run_url, options)
@@ -55,12 +60,24 @@ def show(options: argparse.Namespace, form: str | None) -> None:
         console.print(render.render(report, console.width))
 
 
+def live_reports(options: argparse.Namespace, every: float):
+    """The costs.serve.Reports for `options`, which are never older than `every` seconds."""
+    from costs import serve  # not at the top: only --serve answers requests
+
+    return serve.Reports(lambda url: _report(url, options), lambda: _all_reports(options), every)
+
+
 def _report(run_url: str, options: argparse.Namespace) -> CostReport:
     """The report on one run, with what other sources know unless --offline is given."""
-    run = read_run(run_url, cache_file=None if options.no_cache else cache.path_for(run_url))
-    now = time.time()
-    outside = ask_others(run, os.environ, now, offline=options.offline)
-    return build(run, now, on_demand_price, outside)
+    # A ledger makes many small objects and no cycles: to look for some takes a sixth of the time.
+    gc.disable()
+    try:
+        run = read_run(run_url, cache_file=None if options.no_cache else cache.path_for(run_url))
+        now = time.time()
+        outside = ask_others(run, os.environ, now, offline=options.offline)
+        return build(run, now, on_demand_price, outside)
+    finally:
+        gc.enable()
 
 
 def _all_reports(options: argparse.Namespace) -> list[CostReport]:
@@ -85,11 +102,17 @@ def _all_reports(options: argparse.Namespace) -> list[CostReport]:
     return kept
 
 
-def _print_all(reports: list[CostReport], sheets: list[tables.Sheet], form: str | None, html: Path | None) -> None:
+def _print_all(reports: list[CostReport], form: str | None, html: Path | None, is_comparison: bool = False) -> None:
+    """Several reports side by side, or as an overview."""
+    if is_comparison:
+        sheets = [compare.comparison(reports)]
+    else:
+        sheets = [compare.overview(reports), compare.overview_groups(reports)]
     if html:
         from costs import page  # not at the top: only --html draws pages
 
-        _write(html, page.of_sheets(sheets, time.time()))
+        of_several = page.comparison_as_html if is_comparison else page.overview_as_html
+        _write(html, of_several(reports, time.time()))
     if form in ("json", "csv"):
         sys.stdout.write({"json": render.as_json, "csv": render.as_csv}[form](reports))
     elif form == "markdown":
@@ -119,11 +142,14 @@ def _watch(options: argparse.Namespace) -> None:
     if not console.is_terminal:
         raise ConfigError("--watch needs a terminal; call cost_report.py repeatedly instead")
 
+    watched = Watched.by_environment()
+
     def current() -> tuple[bool, RenderableType]:
         try:
             report = _report(options.run_url, options)
         except RunError as error:
             return True, Text(f"waiting: {error}")
+        watched.look(report, time.time())
         return may_go_on(report), render.render(report, console.width)
 
     goes_on, shown = current()

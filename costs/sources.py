@@ -13,7 +13,9 @@ from clouds.base import Cloud, MachineRecord, Unavailable, is_controller
 from clouds.providers import CLOUDS
 from core import figures
 from core.environment import positive
-from core.run import paid
+from core.errors import DataError
+from core.run import budget, paid
+from core.run.budget import Budget
 from core.run.model import Run, Segment
 from core.run.paid import Paid
 from costs import added
@@ -42,7 +44,7 @@ def ask_others(
     outside = Outside(is_asked=True, ledger_usd=run.usd, factor=positive(environment, "COST_FACTOR") or 1.0)
     if outside.factor != 1.0:
         outside.origins.append(Origin("factor", f"COST_FACTOR is {outside.factor:g}: all other lines, times that"))
-    outside.storage = storage_use(run)
+    outside.storage, outside.budget = storage_use(run), _budget(run, outside)
     outside.charges += added.charges(run)
     rates = outside.storage.rates
     outside.origins.append(Origin("storage", f"listing of the run; rates: {rates.source if rates else '?'}"))
@@ -60,6 +62,17 @@ def ask_others(
     _paid_spot_prices(run, outside, clouds)
     _bills(run, outside, environment, now, clouds)
     return outside
+
+
+def _budget(run: Run, outside: Outside) -> Budget | None:
+    """The budget in force, if `make run` launched the run."""
+    if not any(each.uri.startswith(f"{run.folder.budget}/") for each in run.objects):
+        return None
+    try:
+        return budget.newest(run.folder)
+    except DataError as error:
+        outside.notes.append(f"what the run may cost is not known: {error}")
+        return None
 
 
 def _refuse(reason: str) -> list[MachineRecord]:

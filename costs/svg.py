@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from html import escape
 
 Points = Sequence[tuple[float, float | None]]
-HOVER_COLUMNS = 60
+HOVER_COLUMNS, TAB_STOPS = 40, 8
+CHARACTER = 7.2  # pixels of a wide one, for the boxes of hints
+MOST_TIMES = 10
+EDGE = 14  # pixels beside a chart that half a label may need
+PIXELS_PER_TIME, PIXELS_PER_VALUE, PIXELS_PER_LINE = 56, 60, 40  # that a label needs, with the space around it
 
 
 @dataclass(frozen=True)
@@ -29,16 +33,15 @@ class Axis:
 
 
 def nice_ticks(low: float, high: float, most: int) -> tuple[float, ...]:
-    """At most `most` round values from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
+    """At most `most` (2 or more) round values from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return (low,)
-    rough = (high - low) / max(1, most - 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next((factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9)), 0.0)
-    if not step:  # a span that is too small for a float
-        return (low,)
-    first = math.ceil(low / step - 1e-9)
-    return tuple(round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1))
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    for step in (factor * power for factor in (1, 2, 5, 10, 20) if power):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < most:
+            return tuple(round(index * step, 12) for index in range(first, last + 1))
+    return (low,)  # a span that is too small for a float
 
 
 def time_axis(low: float, high: float, start: float, end: float) -> Axis:
@@ -47,14 +50,14 @@ def time_axis(low: float, high: float, start: float, end: float) -> Axis:
     unit, name = next(
         ((size, name) for size, name in ((86400, "d"), (3600, "h"), (60, "min")) if span >= 2 * size), (1, "s")
     )
-    ticks = nice_ticks(0.0, span / unit, max(3, int((end - start) / 90)))
+    ticks = nice_ticks(0.0, span / unit, min(MOST_TIMES, max(3, int((end - start) / PIXELS_PER_TIME))))
     return Axis(
         low, high, start, end, lambda value: f"{(value - low) / unit:g} {name}", tuple(low + t * unit for t in ticks)
     )
 
 
 def value_axis(low: float, high: float, start: float, end: float, text: Callable[[float], str]) -> Axis:
-    most = max(3, int(abs(end - start) / (70 if end > start else 40)))
+    most = max(3, int(abs(end - start) / (PIXELS_PER_VALUE if end > start else PIXELS_PER_LINE)))
     return Axis(low, high, start, end, text, nice_ticks(low, high, most))
 
 
@@ -65,7 +68,7 @@ def chart(width: int, height: int, body: Sequence[str], label: str, kind: str) -
     )
 
 
-def frame(x: Axis, y: Axis, *, x_labels: bool = True) -> list[str]:
+def frame(x: Axis, y: Axis, *, labels: bool = True) -> list[str]:
     """Horizontal grid lines with their values, and the labels of the x axis."""
     parts = []
     for tick in y.ticks:
@@ -73,9 +76,15 @@ def frame(x: Axis, y: Axis, *, x_labels: bool = True) -> list[str]:
         parts.append(
             f'<text class="tick" x="{x.start - 6}" y="{y(tick) + 4}" text-anchor="end">{escape(y.text(tick))}</text>'
         )
-    for tick in x.ticks if x_labels else ():
-        middle = f'x="{x(tick)}" y="{y.start + 16}" text-anchor="middle"'
-        parts.append(f'<text class="tick" {middle}>{escape(x.text(tick))}</text>')
+    return parts + (x_labels(x, y.start) if labels else [])
+
+
+def x_labels(x: Axis, bottom: float) -> list[str]:
+    """The labels of a horizontal axis. One that would leave the chart ends at its right edge."""
+    parts = []
+    for tick in x.ticks:
+        anchor = "end" if x.end - x(tick) < EDGE else "start" if x(tick) - x.start < 1 and x.start < EDGE else "middle"
+        parts.append(words(x(tick), bottom + 16, x.text(tick), anchor=anchor))
     return parts
 
 
@@ -113,8 +122,12 @@ def vertical(x: Axis, top: float, bottom: float, at: float, css: str, hint: str)
     )
 
 
+def horizontal(start: float, end: float, y: float, css: str, hint: str) -> str:
+    return f'<line class="{escape(css)}" x1="{start}" x2="{end}" y1="{y}" y2="{y}"><title>{escape(hint)}</title></line>'
+
+
 def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]) -> list[str]:
-    """Invisible columns with titles, which browsers show at the pointer without a script."""
+    """Columns that show a text at the pointer, where a finger taps, and by the tab key, without a script."""
     stride = max(1, len(hints) // HOVER_COLUMNS)
     shown = hints[::stride]
     edges = [x(at) for at, _ in shown]
@@ -122,11 +135,26 @@ def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]
     for index, (_, hint) in enumerate(shown):
         left = (edges[index - 1] + edges[index]) / 2 if index else edges[index]
         right = (edges[index] + edges[index + 1]) / 2 if index + 1 < len(edges) else x.end
-        parts.append(
+        # The tab key stops at some of the columns only, so that it is not a long way to what follows the chart.
+        stop = 0 if index % max(1, len(shown) // TAB_STOPS) == 0 else -1
+        column = (
             f'<rect class="hover" x="{left:.2f}" y="{top}" width="{max(0.0, right - left):.2f}" '
-            f'height="{bottom - top}"><title>{escape(hint)}</title></rect>'
+            f'height="{bottom - top}"/>'
         )
+        parts.append(f'<g class="tip" tabindex="{stop}">{column}{_box(x, top, edges[index], hint)}</g>')
     return parts
+
+
+def _box(x: Axis, top: float, at: float, hint: str) -> str:
+    """The lines of a hint in a box beside `at`, on the side with more room."""
+    lines = hint.split("\n")
+    width = max(map(len, lines)) * CHARACTER + 16
+    left = at + 10 if at < (x.start + x.end) / 2 else at - 10 - width
+    left = max(0.0, min(left, x.end - width))
+    text = "".join(f'<tspan x="{left + 8:.1f}" dy="16">{escape(line)}</tspan>' for line in lines)
+    height = 16 * len(lines) + 10
+    box = f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="{height}" rx="4"/>'
+    return f'<g class="box">{box}<text y="{top + 1}">{text}</text></g>'
 
 
 def bar(x: float, y: float, width: float, height: float, css: str, hint: str) -> str:

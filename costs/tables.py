@@ -45,6 +45,7 @@ def sheets(report: CostReport) -> dict[str, Sheet]:
         "phases": _phases(report),
         "segments": _segments(report),
         "groups": Sheet("By stage, day, place and machine", ["by", "", "time", "USD", _share(report)], groups, 2),
+        "forecast": _forecast(report),
         "units": Sheet("Unit costs", ["", ""], units, 1),
         "storage": Sheet("Storage from now on, at list prices", ["what", "amount", "rate"], storage, 1),
         "origins": Sheet(
@@ -62,6 +63,18 @@ def _phases(report: CostReport) -> Sheet:
     rows = [[label(line.name), *_figures(report, line)] for line in report.phases]
     heads = ["phase", "time", "USD", _share(report)]
     return Sheet("Phases", heads, rows, 1, ["total", *_figures(report, report.total)])
+
+
+def _forecast(report: CostReport) -> Sheet:
+    """The forecast of the launch beside the dollars as known, by the same lines."""
+
+    def row(name: str, foreseen: float | None, actual: float) -> list[str]:
+        difference = f"{100 * (actual / foreseen - 1):+.0f} %" if foreseen else ""
+        return [name, figures.dollars(foreseen), figures.dollars(actual), difference]
+
+    rows = [row(line.name, line.foreseen or 0.0, line.actual) for line in report.forecast]
+    foot = row("total", report.foreseen.usd, sum(line.actual for line in report.forecast)) if rows else ()
+    return Sheet("Forecast against actual", ["line", "forecast USD", "actual USD", "actual − forecast"], rows, 1, foot)
 
 
 def _segments(report: CostReport) -> Sheet:
@@ -123,6 +136,9 @@ def sums(report: CostReport) -> str:
     said = [f"${money(report, report.total)} is the bill {AS_KNOWN}; ${ledger} {BY_LEDGER}"]
     if report.total.usd_most is not None and report.total.usd_most > (report.total.usd or 0.0):
         said.append(RANGE)
+    if (of := report.foreseen) is not None:
+        between = "" if of.usd_low is None or of.usd_high is None else f", {of.usd_low:,.2f} to {of.usd_high:,.2f}"
+        said.append(f"forecast ${figures.dollars(of.usd)} ({of.what}{between})")
     said += [f"not complete: {each}" for each in report.missing]
     return "; ".join(said)
 

@@ -17,7 +17,7 @@ from core.settings import model as architecture
 from core.settings.loader import from_dict
 from core.settings.model import ModelConfig
 from costs.cells import Attributed, Spend
-from costs.model import OutsideTime
+from costs.model import OutsideTime, Stretch
 
 # Validation losses, besides multiples of 0.1, for which a report states the dollars. 3.28 is the loss of GPT-2 124M on
 # FineWeb (llm.c discussion 481).
@@ -72,12 +72,14 @@ def units(
     seconds: Mapping[str, float],
     usd: float | None,
     usd_on_demand: float | None,
-    outside: Sequence[OutsideTime] = (),
+    outside: Sequence[OutsideTime],
+    points: Mapping[str, Sequence[Point]],
 ) -> Units:
-    """Unit costs from `seconds` by phase, `usd` of the run (None: unknown) and `usd_on_demand` of the same hours."""
-    evals = run.points("eval")
-    hellaswag = run.points("hellaswag")
-    train = run.points("train")
+    """Unit costs from `seconds` by phase, `usd` of the run (None: unknown) and `usd_on_demand` of the same hours.
+
+    `points` are those of the run (Run.points), by kind.
+    """
+    evals, hellaswag, train = points["eval"], points["hellaswag"], points["train"]
     tokens = newest(train, "tokens")
     flops = flops_per_token(run.config)
     whole = math.fsum(seconds.values())
@@ -115,8 +117,14 @@ def units(
 
 def flops_per_token(config: Mapping[str, Any]) -> float | None:
     """Forward and backward FLOPs per token of a run's model; None if this release cannot read the model's settings."""
+    model = model_of(config)
+    return None if model is None else architecture.flops_per_token(model)
+
+
+def model_of(config: Mapping[str, Any]) -> ModelConfig | None:
+    """A run's model; None if it has none, or this release cannot read its settings."""
     try:
-        return architecture.flops_per_token(from_dict(ModelConfig, config["model"], "run.json"))
+        return from_dict(ModelConfig, config["model"], "run.json")
     except (KeyError, TypeError, LauncherError):
         return None
 
@@ -198,6 +206,7 @@ class Curves:
 
     spend_time: list[float] = field(default_factory=list)
     spend_usd: dict[str, list[float]] = field(default_factory=dict)
+    loss_time: list[float] = field(default_factory=list)
     loss_usd: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     val_usd: list[float] = field(default_factory=list)
@@ -207,18 +216,20 @@ class Curves:
     mfu: list[float | None] = field(default_factory=list)
     starts: list[float] = field(default_factory=list)
     losses_of_machines: list[float] = field(default_factory=list)
+    machines: list[Stretch] = field(default_factory=list)
 
 
-def curves(run: Run, spend: Spend) -> Curves:
+def curves(run: Run, spend: Spend, known: Mapping[str, Sequence[Point]]) -> Curves:
     """Dollars over time by phase, loss over dollars (only if all prices are known), and speed over time."""
     times = np.linspace(spend.start, spend.end, POINTS) if spend.end > spend.start else np.array([])
     by_phase = spend.by_phase(times) if len(times) else {}
-    points = _thin(run.points("train"))
+    points = _thin(known["train"])
     with_loss = [point for point in points if point.values["loss"] is not None] if spend.complete else []
-    with_eval = run.points("eval") if spend.complete else []
+    with_eval = known["eval"] if spend.complete else []
     return Curves(
         spend_time=[float(time) for time in times],
         spend_usd={name: [float(usd) for usd in curve] for name, curve in by_phase.items()},
+        loss_time=[point.time for point in with_loss],
         loss_usd=[float(usd) for usd in spend.at([point.time for point in with_loss])],
         loss=[point.values["loss"] for point in with_loss],
         val_usd=[float(usd) for usd in spend.at([point.time for point in with_eval])],

@@ -1,8 +1,10 @@
 """Books the time of a preparation or an import in the ledger of RUN_URL, for the cost report."""
 
 import os
+import time
 
 from core import stop
+from core.errors import CapReached
 from core.run.folder import RunFolder
 from core.run.segment import Opening, SegmentLog, open_segment
 
@@ -28,3 +30,12 @@ def open_log(program: str, node_rank: int = 0, max_usd: float = 0.0, shutdown_se
     segment = open_segment(RunFolder(run_url), opening)
     stop.on_leaving(lambda: segment.close("preempted"))
     return segment
+
+
+def check_cap(segment: SegmentLog, data_url: str, max_usd: float) -> None:
+    """Raises CapReached if the machine must end now for the cap to hold."""
+    if segment.cap and time.time() >= segment.cap.latest():
+        raise CapReached(
+            f"{data_url}: its preparation has cost nearly the ${max_usd:g} of max_usd; finished parts "
+            "are kept: continue with a larger MAX_USD and the same command"
+        )

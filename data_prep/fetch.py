@@ -13,6 +13,7 @@ from core import stop
 if __name__ == "__main__":
     stop.listen()  # called before the imports that take seconds
 
+import functools
 import hashlib
 import io
 import itertools
@@ -32,7 +33,8 @@ from core.data import manifest
 from core.data.manifest import Manifest, ShardEntry, Split
 from core.data.shard import HEADER_BYTES, MAGIC, header_bytes
 from core.data.vocabulary import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE, store_vocabulary
-from core.errors import DataError
+from core.errors import CapReached, DataError
+from core.exit_codes import CAPPED, OK, tell_launcher
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
 from core.stores import hub
@@ -91,17 +93,25 @@ def main(arguments: list[str]) -> int:
     set_up_logging()
     config = settings.load(FetchConfig, arguments, os.environ)
     log.info("%s", settings.describe(config, "--help has the others"))
-    with booking.open_log("data_prep.fetch") as segment:
-        hellaswag.ensure(config.data.url, config.evaluation_sets)
-        made = fetch(config, segment.switch)
+    try:
+        with booking.open_log("data_prep.fetch", 0, config.max_usd, config.shutdown_reserve_seconds) as segment:
+            hellaswag.ensure(config.data.url, config.evaluation_sets)
+            check = functools.partial(booking.check_cap, segment, config.data.url, config.max_usd)
+            made = fetch(config, segment.switch, check)
+    except CapReached as reached:
+        log.warning("%s", reached)
+        tell_launcher(CAPPED)
+        return CAPPED
     print_summary(made, config.data.url)
-    return 0
+    return OK
 
 
-def fetch(config: FetchConfig, enter: Callable[[str], None] = lambda phase: None) -> Manifest:
+def fetch(
+    config: FetchConfig, enter: Callable[[str], None] = lambda phase: None, check: Callable[[], None] = lambda: None
+) -> Manifest:
     """Imports the shards that are missing and writes the manifest. Raises ConfigError, DataError, StorageError.
 
-    Calls `enter` at the start of each phase of the ledger.
+    Calls `enter` at the start of each phase of the ledger, and `check`, which may raise, after each shard.
     """
     data_url = config.data.url
     files = {
@@ -125,6 +135,7 @@ def fetch(config: FetchConfig, enter: Callable[[str], None] = lambda phase: None
         try:
             for piece in pool.map(lambda each: _copy(each, data_url), left):
                 bar.advance((piece.end - piece.start) * piece.source.dtype.itemsize)
+                check()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     enter("finalize")

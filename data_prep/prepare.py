@@ -15,8 +15,6 @@ if __name__ == "__main__":
 import functools
 import logging
 import os
-import time
-from typing import TYPE_CHECKING
 
 from core.console import run_entry, set_up_logging
 from core.errors import CapReached
@@ -24,9 +22,6 @@ from core.exit_codes import CAPPED, OK, tell_launcher
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig
 from data_prep import starter
-
-if TYPE_CHECKING:
-    from core.run.segment import SegmentLog
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +53,8 @@ def main(arguments: list[str]) -> int:
         with log_of_node as segment:
             if config.node_rank == 0:  # before the hours of work, because the Hub may refuse
                 hellaswag.ensure(config.data.url, config.evaluation_sets)
-            made = build.prepare(config, segment.switch, functools.partial(check_cap, segment, config))
+            check = functools.partial(booking.check_cap, segment, config.data.url, config.max_usd)
+            made = build.prepare(config, segment.switch, check)
     except CapReached as reached:
         log.warning("%s", reached)
         tell_launcher(CAPPED)
@@ -66,15 +62,6 @@ def main(arguments: list[str]) -> int:
     if made:
         print_summary(made, config.data.url)
     return OK
-
-
-def check_cap(segment: "SegmentLog", config: PrepConfig) -> None:
-    """Raises CapReached if the machine must end now for the cap to hold."""
-    if segment.cap and time.time() >= segment.cap.latest():
-        raise CapReached(
-            f"{config.data.url}: its preparation has cost nearly the ${config.max_usd:g} of max_usd; finished parts "
-            "are kept: continue with a larger MAX_USD and the same command"
-        )
 
 
 if __name__ == "__main__":

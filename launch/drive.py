@@ -3,6 +3,7 @@
 It knows what is done from the bucket, and what is up from SkyPilot. Between the two it keeps nothing.
 """
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,13 +12,15 @@ import yaml
 
 from clouds import skypilot
 from core.errors import ConfigError, RunError, one_line
+from core.exit_codes import FAILED
 from core.figures import dollars
 from core.run import budget as budgets
 from core.run.budget import Budget
 from core.run.folder import RunFolder
 from core.run.reader import spent_usd_at_most
 from core.task import read_task
-from launch.stages import EVALUATION, EVALUATION_LEAST_USD, TRAINING, Stage, last_segment, with_cap
+from launch import managed
+from launch.stages import LEAST_USD, TRAINING, Stage, last_segment, with_cap
 from launch.submit import NO_CHECK, submit
 from launch.undo import CLOCK_SECONDS
 
@@ -27,6 +30,7 @@ MOST_WITHOUT_PROGRESS = 3
 # Questions to SkyPilot, one after the other, that it does not answer.
 MOST_UNANSWERED = 40
 STOPPED = 130
+SIGNALLED = 128  # exit codes above it are of signals
 
 
 class Driver:
@@ -36,12 +40,27 @@ class Driver:
         self._folder, self._budget = folder, budget
         self._options = [each for each in arguments if each == NO_CHECK]
         self._launched: list[tuple[str, int, float]] = []  # stage, progress, unix time of launches by this command
+        self.failed: list[str] = []  # stages that are not needed
 
     def carry_out(self, stage: Stage) -> int:
-        """Returns 0 once the stage is done or left out for want of money, else the exit code of a failed launch.
+        """Returns 0 once the stage is done, else the exit code of a failed launch.
 
-        Raises RunError if the stage has failed, or gets no further.
+        Raises RunError if the stage has failed, or gets no further. A stage that is not needed may fail, or be left out
+        for want of money; `failed` then names it.
         """
+        try:
+            code = self._carry_out(stage)
+        except RunError as error:
+            if stage.is_needed:
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = FAILED
+        if code and code < SIGNALLED and not stage.is_needed:
+            self.failed.append(stage.name)
+            return 0
+        return code
+
+    def _carry_out(self, stage: Stage) -> int:
         said, unanswered = "", 0
         try:
             while not stage.is_done():
@@ -59,13 +78,10 @@ class Driver:
                     said = now
                     time.sleep(POLL_SECONDS)
                     continue
-                if stage.name == EVALUATION and stage.cap() < EVALUATION_LEAST_USD:
-                    print(
-                        f"evaluation: left out, ${dollars(max(0.0, stage.cap()))} of the money is left; by hand: "
-                        f"python -m trainer.export {self._folder} FOLDER",
-                        flush=True,
-                    )
-                    return 0
+                if not stage.is_needed and stage.cap() < LEAST_USD:
+                    left = dollars(max(0.0, stage.cap()))
+                    print(f"{stage.name}: left out, ${left} of the money is left", flush=True)
+                    return FAILED
                 if code := self._launch(stage):
                     return code
         except KeyboardInterrupt:
@@ -100,7 +116,8 @@ class Driver:
 
         Raises RunError if another run has the stage's cluster.
         """
-        task = read_task(stage.task, stage.settings())
+        settings = stage.settings()
+        task = read_task(managed.chosen(stage.task, settings), settings)
         if not task.managed:
             return _cluster(task.name, task.envs["RUN"])
         known = [each for each in budgets.launches(self._folder, self._budget.number) if each.stage == stage.name]

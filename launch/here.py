@@ -30,7 +30,7 @@ CONFIGS = {
     "train": "trainer/configs/gpt2-124m.yaml",
 }
 SOURCES = {"prep": "source.url", "fetch": "source.train_url"}
-USAGE = f"usage: python -m launch.here {'|'.join(CONFIGS)}, with settings as variables (docs/own-gpu.md)"
+USAGE = "usage: python -m launch.here prep, fetch or train, with settings as variables (docs/own-gpu.md)"
 
 
 def main(arguments: list[str]) -> int:

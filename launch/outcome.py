@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ from core.figures import dollars
 from core.run import budget as budgets
 from core.run.budget import Budget
 from core.run.folder import RunFolder
+from core.run.model import Point
 from core.run.reader import read_run
 from launch import plan
 from launch.stages import end_of, spent
+
+IN_RUN = 8  # forecasts of the run itself that are kept with its outcome
+_FORECAST = ("val_loss", "error", "end", "usd")
 
 
 def _figure(usd: float | None) -> str:
@@ -38,11 +42,13 @@ def outcome(folder: RunFolder, budget: Budget) -> dict[str, Any]:
         "preparation": _usd_of(folder.preparation),
         "training": run.usd_at_most,
         "evaluation": _usd_of(folder.evaluations),
+        "export": _usd_of(folder.exports),
     }
     losses = run.points("eval")
     trained = run.points("train")
     return {
         "forecast": dict(budget.forecast),
+        "in_run": in_run(run.points("forecast")),
         "budget_usd": budget.usd,
         "beside_usd": budget.usd - budget.machines_usd,
         "usd": whole,
@@ -56,6 +62,13 @@ def outcome(folder: RunFolder, budget: Budget) -> dict[str, Any]:
         "val_loss": losses[-1].values["val_loss"] if losses else None,
         "data": budget.settings["DATA"],
     }
+
+
+def in_run(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Some of the forecasts that the trainer made, evenly spaced, and its last one."""
+    every = max(1, len(points) // IN_RUN)
+    shown = [*points[every - 1 : -1 : every], *points[-1:]]
+    return [{"step": each.step} | {key: each.values.get(key) for key in _FORECAST} for each in shown]
 
 
 def _usd_of(url: str) -> float | None:
@@ -76,15 +89,18 @@ def summary(folder: RunFolder, budget: Budget, result: Mapping[str, Any]) -> lis
     ]
     if result["end"] == "cap":
         said.append("the cap ended the training before its last step, so that the rates had not fallen to their end")
-    loss, forecast = result["val_loss"], budget.forecast
+    loss, forecast, step = result["val_loss"], budget.forecast, result["steps"]
     if loss is not None:
         said.append(f"validation loss on {result['data']}: {loss:.4f}")
     if loss is not None and "loss" in forecast:
         expected = f"{forecast['loss']:.3f} ± {forecast['loss_error']:g} on {forecast['loss_scale']}"
         said[-1] += f"; the plan said {expected}, another set of texts"
-    step = result["steps"]
+    middle = [each for each in result["in_run"] if step and each["step"] <= step / 2 and each["val_loss"] is not None]
+    if loss is not None and middle:
+        expected = f"{middle[-1]['val_loss']:.4f} ± {middle[-1]['error'] or 0.0:.3f}"
+        said.append(f"at step {middle[-1]['step']:,} of {step:,} the run itself expected {expected}")
     if step:
-        said.append(f"model: {folder.exported(step)} (for transformers), {folder.checkpoint(step)}")
+        said.append(f"model: {folder.checkpoint(step)}; for transformers: {folder.exports}")
     said.append(f"report: python cost_report.py {folder}")
     return said
 

@@ -1,6 +1,6 @@
 """Turns a sum of dollars into a budget for a run: asks `cost_report.py plan`, and looks for the tokens in the bucket.
 
-    budget = make(usd=20.0, options=["--deadline=6h"], environment)
+    budget, lines = make("20", ["--deadline=6h"], environment)
 
 The plan is another program (costs/plan/), asked by its JSON.
 """
@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clouds.base import Cloud
 from clouds.providers import CLOUDS
 from core import bucket, storage
 from core.data import manifest
@@ -84,10 +85,9 @@ def add(base: Budget, folder: RunFolder, usd: str, environment: Mapping[str, str
         if same:
             _, _, forecast = _training(same[0], document["loss_scale"], {})
             steps = [f"--train.steps={MORE_STEPS * same[0]['steps']}"]
-    known = base.settings["TRAIN_ARGS"].split()
-    kept = [each for each in known if not each.startswith(("--run.branch_from=", "--train.steps=" if steps else "-- "))]
-    mine = environment.get("TRAIN_ARGS", "").split()
-    arguments = [*kept, *steps, f"--run.branch_from={folder}@trunk", *mine]
+    replaced = ("--run.branch_from=", *(["--train.steps="] if steps else []))
+    kept = [each for each in base.settings["TRAIN_ARGS"].split() if not each.startswith(replaced)]
+    arguments = [*kept, *steps, f"--run.branch_from={folder}@trunk", *environment.get("TRAIN_ARGS", "").split()]
     budget = replace(
         base,
         usd=added,
@@ -117,11 +117,18 @@ def ask(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _check_clouds() -> None:
     """Raises ConfigError if nothing can be rented, which a plan does not mind."""
-    if not any(cloud.is_configured() for cloud in CLOUDS.values()):
+    if not any(map(_may_rent, CLOUDS.values())):
         raise ConfigError(
             f"no cloud has credentials on this computer ({', '.join(CLOUDS)} were tried); set up one (docs/launch.md), "
             "or see by `make plan` what the sum would buy"
         )
+
+
+def _may_rent(cloud: Cloud) -> bool:
+    try:
+        return cloud.is_configured()
+    except Exception:  # any error of a cloud's library: SkyPilot says more
+        return True
 
 
 def _training(
@@ -194,7 +201,7 @@ def _parts(environment: Mapping[str, str]) -> list[str]:
 def _tokens_in(url: str) -> int:
     try:
         return manifest.read(url).split("train", url).tokens
-    except (DataError, LauncherError):
+    except LauncherError:
         return 0
 
 
@@ -229,6 +236,7 @@ def _sky_options(options: Sequence[str]) -> tuple[str, ...]:
 
 
 def number(name: str, text: str) -> float:
+    """A sum in dollars. Raises ConfigError, which calls it `name`."""
     try:
         value = float(text)
     except ValueError:

@@ -11,11 +11,13 @@ Ctrl-C or a reboot the same command finds in the bucket how far the run is, and 
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 from core import bucket, environment, storage
 from core.console import run_entry
 from core.errors import ConfigError
+from core.exit_codes import FAILED
 from core.run import budget as budgets
 from core.run.budget import Budget
 from core.run.folder import RunFolder
@@ -50,6 +52,9 @@ def main(arguments: list[str]) -> int:
         if code := driver.carry_out(stage):
             return code
     conclude(folder, budget)
+    if driver.failed:
+        print(f"without its {' and '.join(driver.failed)}; the same command tries again", file=sys.stderr)
+        return FAILED
     return 0
 
 
@@ -66,7 +71,7 @@ def _folder(name: str, given: Mapping[str, str]) -> RunFolder:
 
 def _first(usd: str, options: Sequence[str], given: Mapping[str, str]) -> tuple[str, Budget]:
     """The run's name and its budget, from the bucket if it has begun, else from a new plan."""
-    name = given.get("RUN") or f"{usd.strip().removesuffix('.0')}usd"
+    name = given.get("RUN") or f"{_short(usd)}usd"
     folder = _folder(name, given)
     known = budgets.newest(folder)
     if known is not None:
@@ -90,7 +95,7 @@ def _added(usd: str, given: Mapping[str, str]) -> tuple[str, Budget]:
     known = budgets.newest(base)
     if known is None:
         raise ConfigError(f"{base}: holds no run that `make run` has begun; check RUN and BUCKET")
-    name = f"{given['RUN']}-plus-{usd.strip()}usd"
+    name = f"{given['RUN']}-plus-{_short(usd)}usd"
     folder = _folder(name, given)
     if (begun := budgets.newest(folder)) is not None:
         print(f"{folder} has begun with ${begun.usd:g} and goes on", flush=True)
@@ -100,6 +105,14 @@ def _added(usd: str, given: Mapping[str, str]) -> tuple[str, Budget]:
     _check_unused(folder)
     made, said = plan.add(known, base, usd, given)
     return name, _begin(folder, made, said)
+
+
+def _short(usd: str) -> str:
+    """20.00 → 20: one sum has one name. What is no number is refused later, with a sentence."""
+    try:
+        return f"{float(usd):g}"
+    except ValueError:
+        return usd.strip()
 
 
 def _check_unused(folder: RunFolder) -> None:

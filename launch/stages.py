@@ -1,4 +1,4 @@
-"""Defines the stages of a run with a budget: preparation, training, evaluation with export. Each is a task of sky/.
+"""Defines the stages of a run with a budget: preparation, training, evaluation, export. Each is a task of sky/.
 
     for stage in stages(name, budget, environment):
         stage.is_done(), stage.progress(), stage.cap()
@@ -20,12 +20,12 @@ from core.run.reader import Detail, read_run, spent_usd_at_most
 from launch import plan
 from launch.plan import PREPARE
 
-EVALUATE = "sky/evaluate.yaml"
-PREPARATION, TRAINING, EVALUATION = "preparation", "training", "evaluation"
+EVALUATE, EXPORT_TASK = "sky/evaluate.yaml", "sky/export.yaml"
+PREPARATION, TRAINING, EVALUATION, EXPORT = "preparation", "training", "evaluation", "export"
 # A preparation may cost a multiple of its expected dollars, and at least so many: its machine costs cents.
 PREPARATION_TIMES, PREPARATION_LEAST_USD = 3.0, 0.25
-# With less an evaluation's machine would end before it has begun.
-EVALUATION_LEAST_USD = 0.05
+# With less a machine would end before it has begun.
+LEAST_USD = 0.02
 # Variables that say something else in each stage, or name another run. The price is that of the machine that trains.
 _OF_STAGES = (
     "USD_PER_HOUR",
@@ -33,7 +33,6 @@ _OF_STAGES = (
     "TRAIN_ARGS",
     "PREP_ARGS",
     "EVAL_ARGS",
-    "EXPORT",
     "MAX_USD",
     "RUN",
     "DATA",
@@ -47,7 +46,8 @@ _ENDED = ("finished", "cap")
 class Stage:
     """A stage. `ledger` is the folder whose ledger its machines write, `cap` what its MAX_USD is now, in dollars.
 
-    `progress` grows as long as the stage gets on. `work` names its unit.
+    `progress` grows as long as the stage gets on. `work` names its unit. If a stage that is not needed fails, the next
+    one follows.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Stage:
     progress: Callable[[], int]
     work: str
     cap: Callable[[], float]
+    is_needed: bool = True
 
 
 def stages(run: str, budget: Budget, environment: Mapping[str, str]) -> list[Stage]:
@@ -70,6 +71,7 @@ def stages(run: str, budget: Budget, environment: Mapping[str, str]) -> list[Sta
     found = [
         _training(budget, folder, environment.get("USD_PER_HOUR", ""), given),
         _evaluation(budget, folder, data_url, given),
+        _export(budget, folder, given),
     ]
     if budget.train_tokens:
         found.insert(0, _preparation(run, budget, folder, data_url, given))
@@ -110,8 +112,8 @@ def newest_step(folder: RunFolder) -> int:
 def _preparation(run: str, budget: Budget, folder: RunFolder, data_url: str, given: Mapping[str, str]) -> Stage:
     # Later settings replace earlier ones.
     arguments = f"{plan.preparation_arguments(budget.train_tokens)} {budget.settings.get('PREP_ARGS', '')}".strip()
-    expected = budget.forecast.get("parts", {}).get(PREPARATION, 0.0)
-    cap = min(max(PREPARATION_LEAST_USD, PREPARATION_TIMES * expected), budget.machines_usd / 2)
+    cap = max(PREPARATION_LEAST_USD, PREPARATION_TIMES * _expected(budget, PREPARATION))
+    cap = min(cap, budget.machines_usd / 2)
     # Below the run's own folder, because a node's key may be limited to it.
     settings = {**given, "RUN": f"{run}/{PREPARATION}", "PREP_ARGS": arguments}
     parts = storage.join(data_url, "parts")
@@ -140,17 +142,14 @@ def _training(budget: Budget, folder: RunFolder, price: str, given: Mapping[str,
         progress=lambda: newest_step(folder),
         work="steps",
         # The trainer counts what the preparation has cost, and leaves the evaluation its share.
-        cap=lambda: budget.machines_usd - budget.forecast.get("parts", {}).get(EVALUATION, 0.0),
+        cap=lambda: budget.machines_usd - _expected(budget, EVALUATION) - _expected(budget, EXPORT),
     )
 
 
 def _evaluation(budget: Budget, folder: RunFolder, data_url: str, given: Mapping[str, str]) -> Stage:
     def settings() -> Mapping[str, str]:
-        step = newest_step(folder)
-        if not step:
-            raise RunError(f"{folder}: the training left no checkpoint to evaluate; see `make logs FROM=bucket`")
         tasks = budget.settings.get("EVAL_ARGS") or ("" if _has_hellaswag(data_url) else "--tasks=perplexity")
-        return {**given, "EVAL_ARGS": tasks, "EXPORT": folder.exported(step).removeprefix(f"{folder}/")}
+        return {**given, "EVAL_ARGS": tasks}
 
     return Stage(
         name=EVALUATION,
@@ -158,11 +157,32 @@ def _evaluation(budget: Budget, folder: RunFolder, data_url: str, given: Mapping
         options=(),
         settings=settings,
         ledger=folder.evaluations,
-        is_done=lambda: storage.exists(storage.join(folder.exported(newest_step(folder)), "config.json")),
+        is_done=lambda: end_of(folder.evaluations, budget.began_at) == "finished",
         progress=lambda: len(storage.list_objects(folder.evaluations)),
         work="objects",
-        cap=lambda: budget.machines_usd - spent(folder),
+        cap=lambda: budget.machines_usd - spent(folder) - _expected(budget, EXPORT),
+        is_needed=False,
     )
+
+
+def _export(budget: Budget, folder: RunFolder, given: Mapping[str, str]) -> Stage:
+    return Stage(
+        name=EXPORT,
+        task=EXPORT_TASK,
+        options=(),
+        settings=lambda: given,
+        ledger=folder.exports,
+        is_done=lambda: end_of(folder.exports, budget.began_at) == "finished",
+        progress=lambda: len(storage.list_objects(folder.exports)),
+        work="objects",
+        cap=lambda: budget.machines_usd - spent(folder),
+        is_needed=False,
+    )
+
+
+def _expected(budget: Budget, part: str) -> float:
+    """The dollars that the plan expects for a part of the bill."""
+    return float(budget.forecast.get("parts", {}).get(part, 0.0))
 
 
 def _has_hellaswag(data_url: str) -> bool:

@@ -32,11 +32,14 @@ class Machines:
         self.bucket, self._vocab = bucket, vocab
         self.launches: list[tuple[str, list[str], dict[str, str]]] = []
         self.trainings: list[str | None] = ["finished"]
+        self.evaluation = "finished"
         self.usd_per_hour = 36.0
 
     def submit(self, path: str, options: list[str], settings: dict[str, str]) -> int:
         self.launches.append((path, options, settings))
-        {"sky/prep-data.yaml": self._prepare, "sky/evaluate.yaml": self._evaluate}.get(path, self._train)(settings)
+        {"sky/prep-data.yaml": self._prepare, "sky/evaluate.yaml": self._evaluate, "sky/export.yaml": self._export}.get(
+            path, self._train
+        )(settings)
         return 0
 
     def caps(self) -> list[float]:
@@ -59,10 +62,10 @@ class Machines:
         (folder / f"checkpoints/step-{step:08d}/COMPLETE").touch()
 
     def _evaluate(self, settings: dict[str, str]) -> None:
-        folder = self.bucket / "runs" / settings["RUN"]
-        self._segment(folder / "evaluations", "finished", 20.0)
-        (folder / settings["EXPORT"]).mkdir(parents=True)
-        (folder / settings["EXPORT"] / "config.json").write_text("{}")
+        self._segment(self.bucket / "runs" / settings["RUN"] / "evaluations", self.evaluation, 20.0)
+
+    def _export(self, settings: dict[str, str]) -> None:
+        self._segment(self.bucket / "runs" / settings["RUN"] / "exports", "finished", 5.0)
 
     def _segment(self, folder: Path, end: str, seconds: float, step: int = 0) -> None:
         now, golden = time.time(), GoldenRun(folder)
@@ -81,7 +84,9 @@ class Machines:
         ]
         golden.segment(number, now, events, usd_per_hour=self.usd_per_hour, spot=False)
         loss = {"kind": "eval", "time": now + seconds, "step": step, "tokens": 1e6 * step, "val_loss": 3.25}
-        golden.metrics(number, [*(train_metric(each, now + each) for each in range(1, step + 1)), loss])
+        ahead = {"kind": "forecast", "val_loss": 3.3, "error": 0.02, "end": STEPS, "usd": 6.1}
+        forecasts = [ahead | {"time": now + each, "step": each} for each in range(1, step + 1)]
+        golden.metrics(number, [*forecasts, *(train_metric(each, now + each) for each in range(1, step + 1)), loss])
 
 
 def rent(found: Machines, sky, monkeypatch: pytest.MonkeyPatch) -> None:

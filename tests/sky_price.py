@@ -31,7 +31,9 @@ def main(catalog: Path, files: list[str]) -> None:
     found = {}
     for file in files:
         path, _, gpus = file.partition("@")
-        task = sky.Task.from_yaml_config(yaml.safe_load(Path(path).read_text()), {"BUCKET": "b", "IMAGE": "i"})
+        document = yaml.safe_load(Path(path).read_text())
+        required = {name: "x" for name, value in document["envs"].items() if value is None}
+        task = sky.Task.from_yaml_config(document, {**required, "IMAGE": "i"})
         if gpus:
             task.set_resources_override({"accelerators": gpus})
         with sky.Dag() as dag:

@@ -326,10 +326,10 @@ def test_a_branch_begins_with_the_trunk_and_both_models_stay(data_url: str, tmp_
     [plan] = course.read(RunFolder(run_url))
     assert (plan.why, sorted(launching.completed(run_url))) == ("request", [plan.step, plan.end])
     # A branch may change what it names, but neither model nor batch.
-    branch = [*flags, f"--train.steps={plan.end + 4}", f"--run.url={other}", "--from"]
+    branch = [*flags, f"--train.steps={plan.end + 4}", f"--run.url={other}", "--checkpoint.keep_last=9"]
 
     def refused(*more: str) -> str:
-        code, output = launching.finish(launching.start(1, *branch[:-1], *more))
+        code, output = launching.finish(launching.start(1, *branch, *more))
         assert code != 0
         return next(line for line in output.splitlines() if line.startswith("error: "))
 
@@ -339,7 +339,7 @@ def test_a_branch_begins_with_the_trunk_and_both_models_stay(data_url: str, tmp_
         f"--from={run_url}@7"
     )
     assert not storage.list_objects(other)
-    output = launching.train(1, *branch[:-1], f"--from={run_url}", "--optimizer.lr=2e-2")
+    output = launching.train(1, *branch, f"--from={run_url}", "--optimizer.lr=2e-2")
     assert f"resumed from step {plan.step}" in output
     again = course.read(RunFolder(other))
     assert [change.kind for change in again] == ["branch", "anneal"]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -114,7 +115,8 @@ def test_what_is_no_price_is_unknown_and_never_zero(tmp_path: Path, price: objec
     if price is not None:
         assert f"usd_per_hour {price!r} is not a price" in " ".join(report.notes)
     rows = list(csv.DictReader(io.StringIO(render.as_csv([report]))))
-    assert [row["usd"] for row in rows if row["table"] == "segment"] == ["3.72", "?"]
+    assert {row["BilledCost"] for row in rows if row["x_Segment"] == "2"} == {"?"}
+    assert sum(float(row["BilledCost"]) for row in rows if row["x_Segment"] == "1") == pytest.approx(3.72)
 
 
 def test_a_run_without_any_price_has_times_and_question_marks(tmp_path: Path):
@@ -132,7 +134,8 @@ def test_a_foreign_currency_is_not_taken_for_dollars(tmp_path: Path):
     run.segment(1, NOON, [span(NOON, NOON + 100, train=100.0)], usd_per_hour=30.0, currency="EUR")
     report = report_on(run)
     assert report.total.usd is None
-    assert "price is in EUR, not USD" in report.notes[0]
+    assert "no price is known for segment 1" in report.notes[0]
+    assert "price is in EUR, not USD" in report.notes[1]
 
 
 def test_overlapping_machines_are_both_paid_and_named(tmp_path: Path):
@@ -233,8 +236,20 @@ def test_the_forms_give_the_same_figures(tmp_path: Path):
     document = json.loads(render.as_json([report]))
     rows = list(csv.DictReader(io.StringIO(render.as_csv([report]))))
     by_json = {line["name"]: line["usd"] for line in document["phases"]}
-    by_csv = {row["name"]: float(row["usd"]) for row in rows if row["table"] == "phase"}
-    assert by_json == by_csv == usd(report)
+    assert by_json == usd(report)
+    by_csv = dict.fromkeys(by_json, 0.0)
+    for row in rows:
+        by_csv[row["x_Phase"]] += float(row["BilledCost"])
+    assert math.fsum(by_csv.values()) == pytest.approx(4.92)
+    assert by_csv == pytest.approx(by_json, abs=0.01), "the tables round so that they add up"
+    kept = next(row for row in rows if row["x_Phase"] == "train_kept" and row["x_Segment"] == "2")
+    assert float(kept["BilledCost"]) == pytest.approx(0.70, rel=1e-6)
+    assert float(kept["ConsumedQuantity"]) == pytest.approx(140 / 3600, rel=1e-6)
+    assert [kept[name] for name in ("ProviderName", "RegionId", "AvailabilityZone", "ResourceType")] == [
+        "aws", "us-east-1", "us-east-1b", "p4d.24xlarge",
+    ]  # fmt: skip
+    assert (kept["ChargePeriodStart"], kept["ChargePeriodEnd"]) == ("2026-11-20T00:00:00Z", "2026-11-21T00:00:00Z")
+    assert (kept["PricingCategory"], kept["ConsumedUnit"], kept["BillingCurrency"]) == ("Dynamic", "Hours", "USD")
     printed = _printed(render.render(report))
     for line in report.phases:
         assert f"{line.usd:.2f}" in next(row for row in printed if row.strip().startswith(label(line.name)))

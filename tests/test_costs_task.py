@@ -141,6 +141,20 @@ def test_a_variable_holds_values_with_blanks_and_commas(tmp_path: Path):
     assert "cannot be split into words (no closing quotation)" in load(path, TRAIN_ARGS="--a='b").workload.problem
 
 
+@pytest.mark.parametrize(
+    ("config", "given", "cap", "derived"),
+    [
+        ("gpt2-124m", {}, "60", {}),
+        ("llama-416m", {}, "220", {"MAX_USD": "220"}),
+        ("llama-416m", {"MAX_USD": "20"}, "20", {}),
+        ("gpt2-124m", {"TRAIN_ARGS": "--run.usual_max_usd=70.5"}, "70.5", {"MAX_USD": "70.5"}),
+    ],
+)
+def test_the_cap_of_a_launch_fits_its_config(config: str, given: dict[str, str], cap: str, derived: dict[str, str]):
+    task = load("sky/pretrain-8xa100.yaml", CONFIG=f"trainer/configs/{config}.yaml", **given)
+    assert (task.envs["MAX_USD"], task.derived) == (cap, derived)
+
+
 def test_the_words_of_a_variable_take_its_place():
     assert with_more(["a b", "--more=--x=1 '--y=2 3'", "--more=", "c"]) == ["a b", "--x=1", "--y=2 3", "c"]
 

@@ -84,7 +84,7 @@ def test_the_only_set_is_taken(tmp_path: Path):
         ),
         (lambda: here.check_torch(1, "2.13.0+cpu"), r"has 1 NVIDIA GPU, but torch 2\.13\.0\+cpu .* `make setup GPU=1`"),
         (lambda: here.check_torch(0, ""), "torch is not installed in this environment; run `make setup`"),
-        (lambda: here.main(["tain"]), "usage: python -m launch.here prep|fetch|train"),
+        (lambda: here.main(["tain"]), "usage: python -m launch.here prep, fetch or train"),
     ],
     ids=["no source", "no name", "quote", "CPU build", "no torch", "usage"],
 )

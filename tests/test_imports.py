@@ -204,7 +204,7 @@ IMAGES = {
     "train": ("core", "clouds", "costs", "launch", "trainer"),
 }
 # Imported where they are installed only: on the user's computer, or in an image to which they were added.
-NOT_IN_IMAGES = {"boto3", "gguf", "lm_eval", "matplotlib", "mlflow", "prompt_toolkit", "sky", "transformers"}
+NOT_IN_IMAGES = {"apprise", "boto3", "gguf", "lm_eval", "matplotlib", "mlflow", "prompt_toolkit", "sky", "transformers"}
 NOT_IN_IMAGES |= {"tensorboard", "wandb"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
 # launch.node.preflight asks torch about GPUs, on machines that have some; core.xxh3 sums checkpoints; trainer.metrics

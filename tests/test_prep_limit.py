@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from clouds import providers
 from core.data import manifest
 from core.errors import ConfigError, DataError
 from core.run.reader import spent_usd_at_most
+from core.task import read_task
+from costs.forecast import Assumptions, forecast_of
 from data_prep import plan
 from tests.corpus import documents, prepare_config, prepare_set, stored, write_parquet
 from tests.test_prep_record import report_of, start
@@ -67,6 +70,16 @@ def test_a_finished_set_is_not_grown_under_the_runs_that_read_it(source: str, tm
     with pytest.raises(DataError, match=r"data.train_tokens is 9000 there and 12000 here.*choose another data.url"):
         limited(source, tmp_path / "set", vocab_bpe, 12_000)
     assert stored(str(tmp_path / "set")) == before
+
+
+def test_an_estimate_counts_the_tokens_that_are_prepared():
+    given = {"BUCKET": "b", "PREP_ARGS": "--data.train_tokens=2000000000"}
+    whole, part = (
+        forecast_of(read_task("sky/prep-data.yaml", settings), providers.snapshot(), Assumptions(), None)
+        for settings in ({"BUCKET": "b"}, given)
+    )
+    assert (whole.tokens, part.tokens) == (1e10, 2e9)
+    assert part.rows[0].usd < whole.rows[0].usd
 
 
 def test_a_limit_and_a_comparison_of_all_documents_exclude_each_other(source: str, tmp_path: Path, vocab_bpe: Path):

@@ -13,6 +13,8 @@ from core import storage
 from core.data import manifest
 from core.data.shard import HEADER_BYTES
 from core.errors import ConfigError, DataError, StorageError
+from core.exit_codes import CAPPED
+from core.run.reader import read_run
 from core.settings import loader as settings
 from core.settings.preparation import FetchConfig
 from data_prep import fetch, inspect, prepare, verify
@@ -178,6 +180,21 @@ def test_fetch_continues_and_leaves_a_complete_set_alone(tmp_path: Path, vocab_b
     assert fetch.fetch(fetch_config(tmp_path, vocab_bpe)) == made
     assert fetch.fetch(fetch_config(tmp_path, vocab_bpe)) == made
     assert (tmp_path / "set/train/00000.bin").stat().st_mtime_ns == kept
+
+
+def test_fetch_stops_at_its_cap_and_goes_on(tmp_path: Path, vocab_bpe: Path, monkeypatch: pytest.MonkeyPatch):
+    write_source(tmp_path, "llm.c")
+    fixed = [f"--source.{split}_url={tmp_path}/{split}*" for split in ("train", "val")]
+    flags = [*fixed, f"--data.url={tmp_path}/set", "--data.shard_tokens=10000", f"--tokenizer.vocab_url={vocab_bpe}"]
+    monkeypatch.setenv("RUN_URL", f"{tmp_path}/run")
+    monkeypatch.setenv("USD_PER_HOUR", "3600")
+    assert fetch.main([*flags, "--max_usd=0.001", "--shutdown_reserve_seconds=0"]) == CAPPED
+    assert not manifest.exists(f"{tmp_path}/set")
+    assert fetch.main(flags) == 0
+    assert verify.main([f"{tmp_path}/set"]) == 0
+    run = read_run(f"{tmp_path}/run")
+    assert [segment.end["reason"] for segment in run.segments] == ["cap", "finished"]
+    assert run.stage == "prep"
 
 
 def test_fetch_refuses_foreign_tokens_and_truncated_files(tmp_path: Path, vocab_bpe: Path):

@@ -16,7 +16,7 @@ from core.run.folder import RunFolder
 from launch import drive, outcome, plan, run
 from tests import corpus
 from tests.golden import GoldenRun
-from tests.rented import Machines, planned, rent
+from tests.rented import STEPS, Machines, planned, rent
 
 STORE_REPORT = outcome._store_report
 
@@ -35,7 +35,7 @@ def folder_of(machines: Machines, name: str = "20usd") -> RunFolder:
 # --- the stages --------------------------------------------------------------------------------------------------
 
 
-def test_a_sum_becomes_a_model_in_three_launches_under_one_cap(machines, capsys):
+def test_a_sum_becomes_a_model_in_four_launches_under_one_cap(machines, capsys):
     assert run.main(["--usd=20"]) == 0
     best = planned()["plans"][0]
     parts, whole = best["parts"], best["machines_usd"]
@@ -43,8 +43,9 @@ def test_a_sum_becomes_a_model_in_three_launches_under_one_cap(machines, capsys)
         "sky/prep-data.yaml",
         best["machine"]["task"],
         "sky/evaluate.yaml",
+        "sky/export.yaml",
     ]
-    prepared, trained, evaluated = (settings for _, _, settings in machines.launches)
+    prepared, trained, evaluated, _ = (settings for _, _, settings in machines.launches)
     # A preparation's key may be limited to the run's folder, and its tokens are those of the plan.
     assert prepared["RUN"] == "20usd/preparation"
     million = -(-best["tokens"] * 20 / best["usd_spent"] // 1e6)  # what all of the money would buy
@@ -56,19 +57,23 @@ def test_a_sum_becomes_a_model_in_three_launches_under_one_cap(machines, capsys)
     assert steps == f"--train.steps={best['steps']}"
     wanted = [*model, f"--train.steps={2 * best['steps']}", "--optimizer.schedule=wsd"]
     assert trained["TRAIN_ARGS"].split() == wanted, "the money ends it, and decides when the rates fall"
-    assert evaluated["EXPORT"] == "exported/step-00000012"
     assert evaluated["EVAL_ARGS"] == "--tasks=perplexity"  # HellaSwag is not stored beside these tokens
-    # The machines cost a cent a second: 10 s and 600 s, the evaluation 20 s.
-    assert machines.caps() == pytest.approx([0.25, whole - parts["evaluation"], whole - 6.10], abs=0.011)
+    # The machines cost a cent a second: 10 s and 600 s, the evaluation 20 s, the export 5 s.
+    later = parts["evaluation"] + parts["export"]
+    caps = [0.25, whole - later, whole - 6.10 - parts["export"], whole - 6.30]
+    assert machines.caps() == pytest.approx(caps, abs=0.011)
     said = capsys.readouterr().out
-    assert "spent on machines: $6.30 (preparation 0.10, training 6.00, evaluation 0.20)" in said
-    assert f"left of $20.00: ${whole - 6.30:.2f}, and" in said
+    assert "spent on machines: $6.35 (preparation 0.10, training 6.00, evaluation 0.20, export 0.05)" in said
+    assert f"left of $20.00: ${whole - 6.35:.2f}, and" in said
     assert "validation loss on fineweb-edu-" in said
     folder = folder_of(machines)
     found = budgets.outcome(folder, 1)
     assert found["val_loss"] == 3.25
     assert found["forecast"]["loss"] == best["loss"]
-    assert found["usd"] == pytest.approx(6.30)
+    assert found["usd"] == pytest.approx(6.35)
+    assert [each["step"] for each in found["in_run"]] == [*range(1, STEPS + 1)]
+    assert found["in_run"][-1] == {"step": STEPS, "val_loss": 3.3, "error": 0.02, "end": STEPS, "usd": 6.1}
+    assert f"at step {STEPS // 2} of {STEPS} the run itself expected 3.3000 ± 0.020" in said
     STORE_REPORT(folder)
     assert (Path(folder.url) / "report.html").exists()
 
@@ -80,7 +85,7 @@ def test_the_same_command_after_the_end_launches_nothing(machines, capsys):
     capsys.readouterr()
     assert run.main(["--usd=20"]) == 0
     assert len(machines.launches) == count
-    assert "spent on machines: $6.30" in capsys.readouterr().out
+    assert "spent on machines: $6.35" in capsys.readouterr().out
     assert budgets.outcome(folder_of(machines), 1) == first
 
 
@@ -105,13 +110,13 @@ def test_a_machine_that_is_taken_away_is_replaced_within_the_same_cap(machines):
     training = [settings for path, _, settings in machines.launches if "pretrain" in path]
     assert len(training) == 3
     assert len({settings["MAX_USD"] for settings in training}) == 1
-    assert len(budgets.launches(folder_of(machines), 1)) == 5
+    assert len(budgets.launches(folder_of(machines), 1)) == 6
 
 
 def test_a_training_that_its_cap_ends_is_evaluated_and_the_end_says_so(machines, capsys):
     machines.trainings = ["cap"]
     assert run.main(["--usd=20"]) == 0
-    assert machines.launches[-1][2]["EXPORT"] == "exported/step-00000005"
+    assert [path for path, _, _ in machines.launches[-2:]] == ["sky/evaluate.yaml", "sky/export.yaml"]
     assert "the cap ended the training before its last step" in capsys.readouterr().out
 
 
@@ -129,14 +134,25 @@ def test_launches_that_get_a_stage_no_further_come_to_an_end(machines):
     assert machines.trainings == [None] * 6
 
 
-def test_money_that_is_gone_leaves_the_evaluation_out(machines, capsys):
-    machines.usd_per_hour = 36.0 * 3.05  # 600 s of training cost $18.30 of the $19 for machines
+def test_money_that_is_gone_leaves_out_what_is_not_needed_and_the_command_fails(machines, capsys):
+    machines.usd_per_hour = 36.0 * 3.19  # 600 s of training cost $19.14 of the $19.19 for machines
     machines.trainings = ["cap"]
+    assert run.main(["--usd=20"]) == 1
+    assert "sky/evaluate.yaml" not in [path for path, _, _ in machines.launches]
+    said = capsys.readouterr()
+    assert "evaluation: left out, $0.0" in said.out
+    assert "spent on machines: $" in said.out
+    assert "without its evaluation and export; the same command tries again" in said.err
+
+
+def test_a_failed_evaluation_does_not_keep_the_model_from_its_export(machines, capsys):
+    machines.evaluation = "failed"
+    assert run.main(["--usd=20"]) == 1
+    assert machines.launches[-1][0] == "sky/export.yaml"
+    assert "the evaluation has ended (failed: it broke)" in capsys.readouterr().err
+    machines.evaluation = "finished"
     assert run.main(["--usd=20"]) == 0
-    if "sky/evaluate.yaml" in [path for path, _, _ in machines.launches]:
-        assert machines.caps()[-1] >= 0.05
-    else:
-        assert "evaluation: left out, $0." in capsys.readouterr().out
+    assert [path for path, _, _ in machines.launches[-2:]] == ["sky/export.yaml", "sky/evaluate.yaml"]
 
 
 # --- where a stage runs ------------------------------------------------------------------------------------------
@@ -172,7 +188,7 @@ def test_ctrl_c_leaves_the_machine_and_the_same_command_follows_it_again(machine
 
     monkeypatch.setattr(drive.time, "sleep", finishes)
     assert run.main(["--usd=20"]) == 0
-    assert [path for path, _, _ in machines.launches[count:]] == ["sky/evaluate.yaml"]
+    assert [path for path, _, _ in machines.launches[count:]] == ["sky/evaluate.yaml", "sky/export.yaml"]
     assert "training: cluster pretrain-8xa100 UP, 0 steps, $0.10 of $20.00" in capsys.readouterr().out
 
 
@@ -216,7 +232,9 @@ def test_tokens_that_are_there_are_not_prepared_again(machines, monkeypatch, voc
     assert run.main(["--usd=20"]) == 0
     tokens = manifest.read(str(machines.bucket / "data/mine")).splits["train"].tokens
     assert asked == [["--usd=20", f"--unique-tokens={tokens}", "--prepared"]]
-    assert [path for path, _, _ in machines.launches] == ["sky/pretrain-8xa100.yaml", "sky/evaluate.yaml"]
+    assert [path for path, _, _ in machines.launches] == [
+        "sky/pretrain-8xa100.yaml", "sky/evaluate.yaml", "sky/export.yaml"
+    ]  # fmt: skip
     assert machines.launches[0][2]["DATA"] == "mine"
 
 
@@ -247,15 +265,15 @@ def test_more_money_goes_on_from_the_step_before_the_rates_fell(machines, monkey
     assert asked == [
         ["--usd=30", "--prepared", "--gpus=A100:8", "--cloud=lambda", f"--size={size}", "--recipe=speedrun"]
     ]
-    trained, evaluated = (settings for _, _, settings in machines.launches[count:])
-    assert trained["RUN"] == evaluated["RUN"] == "20usd-plus-10usd"
+    trained, evaluated, exported = (settings for _, _, settings in machines.launches[count:])
+    assert trained["RUN"] == evaluated["RUN"] == exported["RUN"] == "20usd-plus-10usd"
     assert trained["TRAIN_ARGS"].endswith(f" --run.branch_from={base}@trunk")
     assert trained["TRAIN_ARGS"].count("--train.steps=") == 1
     assert trained["DATA"] == machines.launches[0][2]["DATA"]
     assert float(trained["MAX_USD"]) < 10
-    assert (Path(base.url) / "exported/step-00000012/config.json").exists(), "the first model stays"
+    assert (Path(base.url) / "checkpoints/step-00000012/COMPLETE").exists(), "the first model stays"
     assert run.main(["--add-usd=10"]) == 0
-    assert len(machines.launches) == count + 2
+    assert len(machines.launches) == count + 3
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ class Programs(Machines):
         self._run("trainer.train", arguments, settings, settings["USD_PER_HOUR"])
 
     def _evaluate(self, settings: dict[str, str]) -> None:
-        url = str(self.bucket / "runs" / settings["RUN"])
-        self._run("trainer.evaluate", [*settings["EVAL_ARGS"].split(), "--tokens=2048"], settings, "36")
-        self._run("trainer.export", [url, f"{url}/{settings['EXPORT']}"], settings, "36")
+        self._run("trainer.evaluate", [*settings["EVAL_ARGS"].split(), "--tokens=2048"], settings, "3.6")
+
+    def _export(self, settings: dict[str, str]) -> None:
+        self._run("trainer.export", [], settings, "3.6")
 
     def _run(self, module: str, arguments: list[str], settings: dict[str, str], price: str) -> None:
         told = {"RUN_URL": str(self.bucket / "runs" / settings["RUN"]), "MAX_USD": settings["MAX_USD"]}
@@ -63,5 +64,6 @@ def test_a_sum_becomes_an_annealed_model_that_is_evaluated_and_exported(
     assert result["end"] == "finished"
     assert result["usd"] <= 20 - result["beside_usd"]
     assert result["val_loss"] < 11
-    assert (Path(folder.exported(change.end)) / "model.safetensors").exists()
+    [exported] = Path(folder.exports).glob("step-*")
+    assert (exported / "model.safetensors").exists()
     assert "the cap ended the training" not in said

@@ -1,24 +1,18 @@
 """The page of trainer.serve in a headless browser."""
 
 import asyncio
-import contextlib
 import json
-import shutil
-import subprocess
-import time
 from pathlib import Path
 
-import aiohttp
 import pytest
 import torch
 
 from core.data import chat_template, vocabulary
 from tests import checkpoints
-from tests.patience import PATIENCE_SECONDS
+from tests.browser import BROWSER, tab_at
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
 from trainer.inference.engine import Engine
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
 # Keeps every length that an answer had, and what the page loaded.
 WATCH = """
@@ -43,59 +37,6 @@ STATE = """JSON.stringify({
 })"""
 
 
-class Tab:
-    """One page in a headless browser, by the DevTools protocol."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse):
-        self._socket = socket
-        self._number = 0
-
-    async def run(self, script: str):
-        self._number += 1
-        await self._socket.send_json(
-            {"id": self._number, "method": "Runtime.evaluate", "params": {"expression": script}}
-        )
-        async for message in self._socket:
-            answer = message.json()
-            if answer.get("id") == self._number:
-                assert "exceptionDetails" not in answer["result"], answer
-                return answer["result"]["result"].get("value")
-        raise AssertionError("the browser is gone")
-
-    async def until(self, holds) -> dict:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not holds(state := json.loads(await self.run(STATE))):
-            assert time.monotonic() < deadline, state
-            await asyncio.sleep(0.05)
-        return state
-
-
-@contextlib.asynccontextmanager
-async def tab_at(url: str, profile: Path):
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --remote-debugging-port=0"
-    process = await asyncio.create_subprocess_exec(
-        BROWSER, *flags.split(), f"--user-data-dir={profile}", url, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    try:
-        port_file = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        pages = []
-        async with aiohttp.ClientSession() as session:
-            while not pages:
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.1)
-                with contextlib.suppress(FileNotFoundError, ValueError, aiohttp.ClientError):
-                    port = int(port_file.read_text().split()[0])
-                    async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-                        pages = [page for page in await answer.json() if page["url"].startswith(url)]
-            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as channel:
-                yield Tab(channel)
-    finally:
-        process.kill()
-        await process.wait()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs_in(tmp_path_factory.mktemp("runs"))
@@ -106,7 +47,7 @@ def test_the_page_streams_an_answer(folder, vocab_bpe, tmp_path):
     engine = Engine(checkpoints.random_model(CONFIG, seed=1), encoding, torch.device("cpu"))
 
     async def look(url: str) -> dict:
-        async with tab_at(f"{url}/", tmp_path / "profile") as tab:
+        async with tab_at(f"{url}/", tmp_path / "profile", STATE) as tab:
             await tab.until(lambda state: state.get("name") == "tuned")
             await tab.run(WATCH)
             await tab.run('document.getElementById("tokens").value = "40"')
@@ -142,7 +83,7 @@ def test_the_page_streams_an_answer(folder, vocab_bpe, tmp_path):
 
 def test_the_page_asks_for_the_key(folder, vocab_bpe, tmp_path):
     async def look(url: str) -> dict:
-        async with tab_at(f"{url}/", tmp_path / "profile") as tab:
+        async with tab_at(f"{url}/", tmp_path / "profile", STATE) as tab:
             asked = await tab.until(lambda state: state["errors"])
             assert asked["asks_for_key"]
             await tab.run(f'document.getElementById("key").value = "{KEY}"')

@@ -120,10 +120,6 @@ class RunFolder:
         """Records of what the run may cost, of what was expected of it, and of its launches (core.run.budget)."""
         return self._at("budget")
 
-    def exported(self, step: int) -> str:
-        """Folder for the weights of a step in the format of other programs."""
-        return self._at("exported", step_name(step))
-
     @property
     def answers(self) -> str:
         return self._at("answers")
@@ -135,6 +131,11 @@ class RunFolder:
     @property
     def preflight(self) -> str:
         return self._at("preflight")
+
+    @property
+    def forecast(self) -> str:
+        """The forecast of the newest launch (costs.foreseen)."""
+        return self._at("forecast.json")
 
     @property
     def machines(self) -> str:

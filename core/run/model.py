@@ -8,11 +8,10 @@ Report, page, plots, status, model card and cap all take dollars, kept steps and
 
 import math
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from core.run.folder import RunFolder
 from core.run.journal import FLUSH_SECONDS
@@ -213,8 +212,8 @@ class Run:
         found, boundary = [], math.inf
         for segment in reversed(self.segments):
             found.append(boundary)
-            if segment.restored_step is not None:
-                boundary = min(boundary, segment.restored_step)
+            if (restored := segment.restored_step) is not None:
+                boundary = min(boundary, restored)
         return found[::-1]
 
     def lost(self, now: float) -> dict[int, Lost]:
@@ -231,14 +230,19 @@ class Run:
         found: list[Point] = []
         seconds, usd = 0.0, 0.0
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
-            start, price = segment.started_at, segment.price if usd is not None else None
-            for record in segment.records(kind):
+            start, price, records = (
+                segment.started_at,
+                segment.price if usd is not None else None,
+                segment.records(kind),
+            )
+            for record in records:
                 if record["step"] <= boundary:
                     since = 0.0 if start is None else max(0.0, record["time"] - start)
                     spent = price and usd + price.usd(since)
                     found.append(Point(record["step"], record["time"], seconds + since, spent, record))
             seconds += segment.seconds
-            usd = _sum((usd, segment.usd if segment.spans else 0.0))
+            if usd is not None and segment.spans:
+                usd = None if price is None else usd + price.usd(segment.seconds)
         return sorted(found, key=lambda point: point.step)
 
     def machine_seconds(self, mark: str) -> list[float]:
@@ -260,16 +264,17 @@ class Run:
 
 
 def _lost(segment: Segment, boundary: float, unfinished: bool) -> Lost:
+    """The steps after `boundary`, whose numbers ascend. With `unfinished`, also the time of a step without a number."""
     steps = segment.steps
-    again = np.asarray(steps.number) > boundary
-    lost = Lost(int(again.sum()), *(float(np.asarray(column)[again].sum()) for column in (steps.train, steps.wait)))
+    first = bisect_right(steps.number, boundary) if boundary < math.inf else len(steps.number)
+    lost = Lost(len(steps.number) - first, math.fsum(steps.train[first:]), math.fsum(steps.wait[first:]))
     if not unfinished:
         return lost
     spent = segment.phase_seconds()
     return Lost(
         lost.steps,
-        lost.train_seconds + max(0.0, spent.get("train", 0.0) - float(np.sum(steps.train))),
-        lost.wait_seconds + max(0.0, spent.get("data_wait", 0.0) - float(np.sum(steps.wait))),
+        lost.train_seconds + max(0.0, spent.get("train", 0.0) - math.fsum(steps.train)),
+        lost.wait_seconds + max(0.0, spent.get("data_wait", 0.0) - math.fsum(steps.wait)),
     )
 
 

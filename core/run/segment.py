@@ -8,6 +8,7 @@ with open_segment(folder, "evaluate", config) as segment:
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -137,6 +138,10 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
     if opening.is_per_node:
         machine = one_node_of(machine)
     program = program_versions(opening.packages) | {"stage": opening.stage} | dict(opening.program or {})
+    if opening.max_usd:
+        program["max_usd"] = f"{opening.max_usd:g}"
+    if config := next((each for each in sys.argv[1:] if each.endswith((".yaml", ".yml"))), None):
+        program["config"] = config
     bounds = Bounds(opening.max_usd, opening.max_hours)
     before = spent_by_earlier_segments(folder, machine, bounds, segment_started_at())
     ledger = Ledger(folder, machine, program, segment_started_at(), process_started_at())

@@ -3,6 +3,7 @@
 `segment.problems` names each event that is skipped because it cannot be understood. No event prevents a report.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -116,9 +117,8 @@ def absorb_all_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) ->
 
 def number(value: Any) -> float | None:
     """A finite float of at most LARGEST, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
-        return None
-    return float(value)
+    kind = type(value)
+    return float(value) if (kind is float or kind is int) and -LARGEST <= value <= LARGEST else None
 
 
 def moment(value: Any) -> float | None:
@@ -134,7 +134,10 @@ def step_number(value: Any) -> int | None:
 
 def text(value: Any) -> str | None:
     """A text, cut, with what a terminal would obey as escapes; None for anything else."""
-    return output.visible(value[:LONGEST_TEXT]) if isinstance(value, str) else None
+    return _visible(value[:LONGEST_TEXT]) if isinstance(value, str) else None
+
+
+_visible = functools.lru_cache(4096)(output.visible)  # the same few words come again and again
 
 
 def _span(segment: Segment, event: Mapping[str, Any]) -> None:
@@ -179,13 +182,19 @@ def _moved(segment: Segment, moved: Any) -> None:
 
 def _steps(segment: Segment, steps: Any) -> None:
     """Append the steps of a span. A segment computes each step once, so that a number it has passed is a double."""
-    for step in steps if isinstance(steps, list) else ():
-        if isinstance(step, list) and len(step) >= 3 and None not in (step_number(step[0]), *map(number, step[1:3])):
-            if segment.steps.number and step[0] <= segment.steps.number[-1]:
-                continue
-            segment.steps.number.append(step[0])
-            segment.steps.train.append(max(0.0, step[1]))
-            segment.steps.wait.append(max(0.0, step[2]))
+    if not isinstance(steps, list):
+        return
+    numbers, trained, waited = segment.steps.number, segment.steps.train, segment.steps.wait
+    last = numbers[-1] if numbers else -1
+    for step in steps:
+        if not isinstance(step, list) or len(step) < 3 or step_number(step[0]) is None or step[0] <= last:
+            continue
+        train, wait = number(step[1]), number(step[2])
+        if train is not None and wait is not None:
+            last = step[0]
+            numbers.append(last)
+            trained.append(max(0.0, train))
+            waited.append(max(0.0, wait))
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:

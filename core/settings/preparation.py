@@ -253,4 +253,17 @@ class FetchConfig(Bounded):
     data: ShardsConfig = section(ShardsConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     evaluation_sets: tuple[Literal["hellaswag"], ...] = setting((), EVALUATION_SETS, identity=False)
+    max_usd: float = setting(
+        0.0,
+        "hard cap in dollars for all preparations whose ledger is in RUN_URL: finished parts are kept; 0: no cap",
+        identity=False,
+        env="MAX_USD",
+        ge=0,
+    )
+    shutdown_reserve_seconds: float = setting(
+        SHUTDOWN_SECONDS,
+        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
+        identity=False,
+        ge=0,
+    )
     workers: int = setting(4, "number of shards that are copied in parallel", identity=False, ge=1)

@@ -29,7 +29,7 @@ from costs.throughput import Measured, Throughput
 LEAST_RATIO, MOST_RATIO = 8.0, 80.0
 MOST_EPOCHS = 4.0  # repeats up to here cost almost nothing (Muennighoff et al. 2023, arXiv 2305.16264)
 CONTROLLER, RESERVE = "jobs controller", "reserve"
-PREPARATION, EVALUATION = "preparation", "evaluation"
+PREPARATION, EVALUATION, EXPORT = "preparation", "evaluation", "export"
 CONTROLLER_HOURS = 0.25  # its start, and the ten minutes until it stops
 SAME_DOLLARS = 0.05  # sums that differ by less than this share count as the same
 
@@ -66,7 +66,7 @@ class Line:
 class Prices:
     """What dollars and speeds are computed from. `own` are the user's runs by instance type.
 
-    `beside` are the dollars of the other stages, PREPARATION and EVALUATION, which other machines do.
+    `beside` are the dollars of the other stages, PREPARATION, EVALUATION and EXPORT, which other machines do.
     """
 
     assume: Assumptions
@@ -117,7 +117,10 @@ class Plan:
     def cap_usd(self) -> float:
         """MAX_USD of the training, whose cap counts its own machines only."""
         return (
-            int((self.machines_usd - sum(self.parts.get(name, 0.0) for name in (PREPARATION, EVALUATION))) * 100) / 100
+            int(
+                (self.machines_usd - sum(self.parts.get(name, 0.0) for name in (PREPARATION, EVALUATION, EXPORT))) * 100
+            )
+            / 100
         )
 
 

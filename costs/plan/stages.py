@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from clouds.catalog import Catalog
 from core.task import read_task
 from costs.forecast import Assumptions, forecast_of
-from costs.plan.planner import EVALUATION, PREPARATION, Line
+from costs.plan.planner import EVALUATION, EXPORT, PREPARATION, Line
 from costs.plan.recipes import ROOT
 
-PREPARE_TASK, EVALUATE_TASK = "sky/prep-data.yaml", "sky/evaluate.yaml"
+PREPARE_TASK = "sky/prep-data.yaml"
+ONCE = {EVALUATION: "sky/evaluate.yaml", EXPORT: "sky/export.yaml"}
 
 
 def beside(catalog: Catalog, assume: Assumptions, is_prepared: bool = False) -> Mapping[str, Line]:
@@ -16,21 +17,12 @@ def beside(catalog: Catalog, assume: Assumptions, is_prepared: bool = False) -> 
 
     A stage for whose machines the catalog has no price is left out.
     """
-    found = {} if is_prepared else {PREPARATION: _line(PREPARE_TASK, catalog, assume)}
-    found[EVALUATION] = _line(EVALUATE_TASK, catalog, assume, assume.evaluate_tokens)
-    return {name: line for name, line in found.items() if line is not None}
+    one, two = (None if is_prepared else _usd(PREPARE_TASK, catalog, assume, tokens) for tokens in (1e9, 2e9))
+    found = {} if one is None or two is None else {PREPARATION: Line(2 * one - two, (two - one) / 1e9)}
+    once = {name: _usd(path, catalog, assume) for name, path in ONCE.items()}
+    return found | {name: Line(usd, 0.0) for name, usd in once.items() if usd is not None}
 
 
-def _line(path: str, catalog: Catalog, assume: Assumptions, fixed_tokens: float | None = None) -> Line | None:
-    """The dollars of a task against tokens; with `fixed_tokens` those of so many, whatever the run trains on."""
-    task = read_task(str(ROOT / path), {"BUCKET": "plan"})
-
-    def usd(tokens: float) -> float | None:
-        rows = forecast_of(task, catalog, assume, None, tokens).rows
-        return rows[0].usd if rows else None
-
-    if fixed_tokens is not None:
-        fixed = usd(fixed_tokens)
-        return None if fixed is None else Line(fixed, 0.0)
-    one, two = usd(1e9), usd(2e9)
-    return None if one is None or two is None else Line(2 * one - two, (two - one) / 1e9)
+def _usd(path: str, catalog: Catalog, assume: Assumptions, tokens: float | None = None) -> float | None:
+    rows = forecast_of(read_task(str(ROOT / path), {"BUCKET": "plan"}), catalog, assume, None, tokens).rows
+    return rows[0].usd if rows else None

@@ -13,7 +13,7 @@ from core.loss import law
 from core.loss.law import Law
 from costs.plan import recipes
 from costs.plan.machines import STALE_DAYS, Machine
-from costs.plan.planner import EVALUATION, PREPARATION, RESERVE, Answer, Plan
+from costs.plan.planner import EVALUATION, EXPORT, PREPARATION, RESERVE, Answer, Plan
 from costs.plan.refit import Refit
 from costs.tables import Sheet
 
@@ -33,7 +33,8 @@ PARTS = {
     "storage": "storage, one month",
     "egress": "data to another cloud",
     PREPARATION: "preparation of the tokens, once",
-    EVALUATION: "evaluation and export",
+    EVALUATION: "evaluation",
+    EXPORT: "export",
     RESERVE: "reserve",
 }
 # Machines without a target of their own are launched by `make pretrain TASK=…`.

@@ -181,7 +181,7 @@ class BlockOptimizer:
         matrices = f"Muon for {len(self._matrices)} matrices, " if self._matrices else ""
         return (
             f"optimizer: {matrices}fused AdamW on {self._device.type}; weight decay on {with_decay:,} parameters of "
-            f"{decayed} tensors, none on {without:,} of {others}"
+            f"{decayed} tensors, none on {without:,} parameters of {others} tensors"
         )
 
     def _adamw_groups(self) -> list[AdamWGroup]:

@@ -1,0 +1,72 @@
+"""Turns reports into rows of charges, named as FOCUS 1.2 names them (FinOps Open Cost and Usage Specification).
+
+Columns that FOCUS lacks begin with `x_`, as it demands of added ones. Dollars are not rounded.
+"""
+
+import json
+from collections.abc import Iterator
+from datetime import date, timedelta
+from typing import Any
+
+from core.run.phases import label
+from costs.cells import Cell
+from costs.report import CostReport
+
+# ServiceCategory of phases that are not the time of a machine.
+_SERVICES = {
+    "api": "AI and Machine Learning",
+    "disks": "Storage",
+    "storage": "Storage",
+    "requests": "Storage",
+    "addresses": "Networking",
+    "traffic": "Networking",
+    "factor": "Other",
+}
+_PRICING = {"on demand": "Standard", "spot": "Dynamic"}
+UNKNOWN = ("?", "–")
+
+
+def charges(report: CostReport) -> Iterator[dict[str, Any]]:
+    """A dict per charge: one phase on one day on one machine. All have the same keys; None is unknown or not apt.
+
+    `BilledCost` is what is known to be billed; up to `x_BilledCostAtMost` no source contradicts.
+    """
+    for cell in report.charges:
+        start, end = _day(cell)
+        yield {
+            "BilledCost": cell.usd,
+            "EffectiveCost": cell.usd,
+            "BillingCurrency": "USD",
+            "ChargePeriodStart": start,
+            "ChargePeriodEnd": end,
+            "ChargeCategory": "Adjustment" if cell.phase == "factor" else "Usage",
+            "ChargeDescription": f"{label(cell.phase)} of {report.run}",
+            "ConsumedQuantity": cell.seconds / 3600 if cell.seconds else None,
+            "ConsumedUnit": "Hours" if cell.seconds else None,
+            "PricingCategory": _PRICING.get(cell.market),
+            "ProviderName": _known(cell.cloud),
+            "RegionId": _known(cell.region),
+            "AvailabilityZone": _known(cell.zone),
+            "ResourceType": _known(cell.instance),
+            "ServiceCategory": _SERVICES.get(cell.phase, "Compute"),
+            "Tags": json.dumps({"run": report.run, "tags": ",".join(report.tags)}),
+            "x_Run": report.run,
+            "x_Stage": cell.stage,
+            "x_Segment": cell.segment,
+            "x_Phase": cell.phase,
+            "x_Nodes": cell.nodes,
+            "x_PriceSource": _known(cell.price_source),
+            "x_BilledCostAtMost": None if cell.usd is None else cell.usd + cell.more_usd,
+        }
+
+
+def _known(text: str) -> str | None:
+    return None if text in UNKNOWN else text
+
+
+def _day(cell: Cell) -> tuple[str | None, str | None]:
+    """The day of a charge and the one after it, at midnight UTC; None if it is not known."""
+    if cell.day == "?":
+        return None, None
+    day = date.fromisoformat(cell.day)
+    return f"{day}T00:00:00Z", f"{day + timedelta(days=1)}T00:00:00Z"

@@ -1,0 +1,115 @@
+"""Stores the forecast of a launch with the run, and puts it beside the dollars that the run took, by the same lines.
+
+RUN_URL/forecast.json            by `cost_report.py estimate TASK --store`
+RUN_URL/budget/NUMBER/plan.json  by `make run`, the newest one
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from core import storage, untrusted
+from core.errors import LauncherError
+from core.run import budget
+from core.run.folder import RunFolder
+from core.run.model import Run
+from core.run.timeline import number
+from costs.cells import Cell
+from costs.forecast import ForecastRow, describe
+
+FORMAT, VERSION = "cost-forecast", 1
+# Lines of a forecast, and the phases of a report that they foresee. The first line takes what no other one does.
+LINES = {
+    "other": ("not_attributed", "api", "elsewhere", "factor"),
+    "provision": ("provision",),
+    "image, ready": ("setup", "init", "compile", "restore"),
+    "train": ("train_kept", "data_wait", "prep", "finalize"),
+    "eval, sample, checkpoint": ("eval", "sample", "checkpoint"),
+    "restarts and lost work": ("train_lost",),
+    "idle until down": ("idle_until_down", "idle", "billing_unit"),
+    "storage": ("storage", "requests"),
+    "egress": ("traffic",),
+    "disks": ("disks", "addresses"),
+    "controller": ("controller",),
+}
+_PARTS = {
+    "image": "image, ready",
+    "ready": "image, ready",
+    "prepare": "train",
+    "build": "train",
+    "jobs controller": "controller",
+    "eval": "eval, sample, checkpoint",
+    "checkpoint": "eval, sample, checkpoint",
+    "eval, sample, checkpoint, wait": "eval, sample, checkpoint",
+}
+# Parts of a plan that are runs of their own, or no cost of a run.
+_OTHERS = ("preparation", "evaluation", "reserve")
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """A forecast that was made at a launch. `lines` are dollars by the names of LINES."""
+
+    usd: float
+    what: str
+    lines: Mapping[str, float] = field(default_factory=dict)
+    usd_low: float | None = None
+    usd_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line: dollars that were foreseen, and dollars as known. None: not foreseen."""
+
+    name: str
+    foreseen: float | None
+    actual: float
+
+
+def store(run_url: str, task: str, row: ForecastRow) -> str:
+    """Store the forecast of a launch. Returns its URI. Raises StorageError."""
+    uri = RunFolder(run_url).forecast
+    document = {"format": FORMAT, "version": VERSION, "time": time.time(), "task": task, "offer": describe(row)}
+    document |= {"usd": row.usd, "usd_low": row.usd_low, "usd_high": row.usd_high, "parts": row.parts}
+    storage.write_bytes(uri, (json.dumps(document | {"machine": asdict(row.offer)}, indent=1) + "\n").encode())
+    return uri
+
+
+def read(run: Run) -> Foreseen | None:
+    """The forecast of a run; None without one that can be understood. Only what the run's listing names is read."""
+    names = {each.uri for each in run.objects}
+    try:
+        if run.folder.forecast in names:
+            found = untrusted.read_object(run.folder.forecast)
+            return _foreseen(found, str(found["offer"])[:100])
+        if any(name.startswith(f"{run.folder.budget}/") for name in names) and (made := budget.newest(run.folder)):
+            return _foreseen(made.forecast, f"plan for ${made.usd:g}")
+    except (LauncherError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return None
+
+
+def _foreseen(document: Mapping[str, Any], what: str) -> Foreseen | None:
+    lines: dict[str, float] = {}
+    for part, value in document["parts"].items():
+        usd = number(value)
+        if usd is None or part in _OTHERS:
+            continue
+        name = _PARTS.get(part, part if part in LINES else "other")
+        lines[name] = lines.get(name, 0.0) + usd
+    if not lines:
+        return None
+    return Foreseen(sum(lines.values()), what, lines, number(document.get("usd_low")), number(document.get("usd_high")))
+
+
+def compare(foreseen: Foreseen, parts: Sequence[Cell]) -> list[Comparison]:
+    """Both by line, without lines that are zero on both sides."""
+    line_of = {phase: name for name, phases in LINES.items() for phase in phases}
+    actual = dict.fromkeys(LINES, 0.0)
+    for cell in parts:
+        actual[line_of.get(cell.phase, "other")] += cell.usd or 0.0
+    return [
+        Comparison(name, foreseen.lines.get(name), usd) for name, usd in actual.items() if usd or name in foreseen.lines
+    ]
