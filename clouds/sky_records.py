@@ -88,7 +88,7 @@ def _other_python() -> str | None:
 
 
 def _ask_by(python: str, clusters: tuple[str, ...] | None) -> dict[str, Any]:
-    code = "import sys; from clouds import sky_records; sys.exit(sky_records.answer_here(sys.argv[1:]))"
+    code = "import sys, clouds.sky_records as records; sys.exit(records.answer_here(sys.argv[1:]))"
     command = [python, "-c", code, *(clusters or ())]
     try:
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=ASK_SECONDS)

@@ -175,6 +175,8 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
     settings = workload.config
     if isinstance(settings, PrepConfig):
         return float(settings.data.train_tokens) or _tokens_of_source(settings.source.place)
+    if isinstance(settings, FetchConfig):
+        return _tokens_of_shards(settings.source.train_url)
     if workload.stage == "evaluate":
         return assume.evaluate_tokens
     if not isinstance(settings, TrainingConfig):
@@ -273,6 +275,15 @@ def _tokens_of_source(place: str) -> float | None:
     """Tokens of a sample of FineWeb, from its name: sample/10BT and sample-10BT have about 10 billion GPT-2 tokens."""
     match = re.search(r"\bsample[/-](\d+)BT/", place)
     return float(match.group(1)) * 1e9 if match else None
+
+
+def _tokens_of_shards(pattern: str) -> float | None:
+    """Tokens of A. Karpathy's shards of FineWeb-Edu, of 100 million each, from the pattern of their names.
+
+    "edu_fineweb_train_0000??.bin" names 99 of them, because number 0 is the validation set.
+    """
+    match = re.search(r"/edu_fineweb_train_(\d*)(\?+)\.bin$", pattern)
+    return (10 ** len(match.group(2)) - 1) * 1e8 if match else None
 
 
 def preparation_usd(catalog: Catalog, tokens: float, assume: Assumptions) -> tuple[Offer, float] | None:

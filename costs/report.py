@@ -103,6 +103,11 @@ class CostReport:
 OnDemand = Callable[[str, str, str], float | None]
 
 
+def _in_order(cell: Cell) -> tuple[str, int, str, str]:
+    """By day, segment number and phase, so that a run has one order, whether or not a cache was read."""
+    return (cell.day, len(cell.segment), cell.segment, cell.phase)
+
+
 def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: Outside | None = None) -> CostReport:
     """The report on a run at `now` (unix seconds), which decides whether its last machine is still running.
 
@@ -168,7 +173,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
         forecast=compare(foreseen, summed) if foreseen else [],
         is_managed=any(segment.launcher.get("managed_job_id") for segment in run.segments),
         about=about(run, outside.budget),
-        charges=parts,
+        charges=sorted(parts, key=_in_order),
     )
 
 

@@ -9,11 +9,13 @@ computer, so that no site in a browser can read it under a name of its own. `ssh
 import argparse
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from shlex import quote
 from urllib.parse import parse_qs, urlsplit
 
 from core import output, secrets
@@ -79,7 +81,7 @@ def serve(options: argparse.Namespace, reports: Reports) -> None:
     port = server.server_address[1]
     print(
         f"http://{HOST}:{port} shows {options.run_url or 'all runs'}; from another computer: "
-        f"ssh -L {port}:{HOST}:{port} THIS_COMPUTER; Ctrl-C ends it",
+        f"ssh -L {port}:{HOST}:{port} {quote(socket.gethostname())}; Ctrl-C ends it",
         flush=True,
     )
     with server:

@@ -38,7 +38,7 @@ def ensure(data_url: str, names: Sequence[str]) -> None:
         except LauncherError as error:
             raise type(error)(
                 f"{error}; start again to try once more, leave the set out with --evaluation_sets=, or store a copy: "
-                f"python -m data_prep.sets {name} {quote(data_url)} --from=FILE"
+                f"python -m data_prep.sets {quote(name)} {quote(data_url)} --from=FILE"
             ) from error
         log.info("%s/sets/%s.jsonl: %d rows, for evaluation", data_url, name, info.rows)
 

@@ -76,7 +76,7 @@ class Driver:
                     if now != said:
                         print(now, flush=True)
                     said = now
-                    time.sleep(POLL_SECONDS)
+                    pause()
                     continue
                 if not stage.is_needed and stage.cap() < LEAST_USD:
                     left = dollars(max(0.0, stage.cap()))
@@ -133,6 +133,11 @@ class Driver:
         usd = spent_usd_at_most(self._folder.url)
         spent = "?" if usd is None else dollars(usd)
         return f"{stage.progress():,} {stage.work}, ${spent} of ${dollars(self._budget.usd)}"
+
+
+def pause() -> None:
+    """Wait until SkyPilot is asked again."""
+    time.sleep(POLL_SECONDS)
 
 
 def _cluster(name: str, run: str) -> str:

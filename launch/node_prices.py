@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from clouds import catalog, sky_records, skypilot
+from clouds.aws import Aws
 from clouds.base import Offer, Unavailable
 from clouds.providers import CLOUDS
 from core.task import TaskSpec
@@ -51,7 +52,7 @@ def controller_usd_per_hour() -> float | None:
         priced = [each for each in sorted(records, key=lambda each: each.start) if each.usd_per_hour]
         if priced:
             return priced[-1].usd_per_hour
-        offers = [each for each in catalog.of_skypilot("aws") if each.instance_type == CONTROLLER_TYPE]
+        offers = [each for each in catalog.of_skypilot(Aws.name) if each.instance_type == CONTROLLER_TYPE]
     except Unavailable:
         return None
     return max((offer.usd_on_demand for offer in offers if offer.usd_on_demand), default=None)

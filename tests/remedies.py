@@ -40,7 +40,7 @@ SCHEMAS = (
 FIELDS = set(
     "acc_norm api_key background_seconds blocked_seconds data_prep digest_size generation_kwargs library_name "
     "max_completion_tokens "
-    "limit_usd lm_eval model_type pipeline_tag spent_usd step_seconds trust_remote_code "
+    "limit_usd lm_eval machines_usd model_type pipeline_tag spent_usd step_seconds trust_remote_code "
     "usd_per_hour vocab_size zero_out".split()
 )
 # Commands of others, up to where the sentence goes on.

@@ -84,6 +84,6 @@ def test_a_later_segment_knows_the_lowest_loss(restored, measured, best):
 
 def test_old_checkpoints_are_removed_but_the_best():
     stored = {step: {layout.MARKER: 1} for step in (9, 8, 7, 6, 5)}
-    assert layout.to_remove(stored, 2, 0, best=6) == [7, 5]
-    assert layout.to_remove(stored, 2, 5, best=6) == [7]
+    assert layout.to_remove(stored, 2, 0, kept=[6]) == [7, 5]
+    assert layout.to_remove(stored, 2, 5, kept=[6]) == [7]
     assert layout.to_remove(stored, 2, 0) == [7, 6, 5]

@@ -63,12 +63,13 @@ def nimbus(tmp_path, monkeypatch) -> Nimbus:
     rows = "InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,Price,Region,SpotPrice\n"
     (tmp_path / "catalog/nimbus").mkdir(parents=True)
     (tmp_path / "catalog/nimbus/vms.csv").write_text(f"{rows}n8,A100,8,96,1000,10.0,north,4.0\n")
-    for name in ("aws", "lambda"):
+    for name in ("aws", "lambda", "extras.csv"):
         (tmp_path / "catalog" / name).symlink_to(catalog.FOLDER / name)
     monkeypatch.setattr(catalog, "FOLDER", tmp_path / "catalog")
     monkeypatch.setitem(CLOUDS, "nimbus", Nimbus())
     yield CLOUDS["nimbus"]
     catalog.snapshot.cache_clear()
+    catalog.extras.cache_clear()
 
 
 def test_a_new_cloud_is_one_class_one_file_and_one_candidate(nimbus, tmp_path, monkeypatch):

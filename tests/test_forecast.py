@@ -10,7 +10,7 @@ from core.run.course import Change
 from core.run.folder import RunFolder
 from core.run.model import Run, Segment
 from core.settings.training import OptimizerConfig
-from costs.report import notes
+from costs.notes import notes_on_money
 from trainer.loop.forecast import ERRORS, USUAL_GAIN, LossHistory, law_error, sums
 from trainer.loop.outlook import Outlook, with_cooldown
 from trainer.optim.schedule import Schedule
@@ -140,9 +140,9 @@ def test_a_report_shows_the_newest_forecast_and_in_the_end_what_came():
         for step, loss, usd in forecasts
     ]
     run = Run(RunFolder("/run"), [segment])
-    found = [note for note in notes(run) if note.startswith("forecast")]
+    found = [note for note in notes_on_money(run) if note.startswith("forecast")]
     assert found == ["forecast at step 900: validation loss 3.300 ± 0.020 at step 1000, $11.00"]
     segment.metrics["eval"] = [{"step": 1000, "time": 1000.0, "tokens": 1.0, "val_loss": 3.38}]
     segment.end = {"reason": "finished"}
-    [note] = [note for note in notes(run) if note.startswith("forecast")]
+    [note] = [note for note in notes_on_money(run) if note.startswith("forecast")]
     assert note.startswith("forecast at step 500: validation loss 3.400 ± 0.020 at step 1000, $10.00; it came to 3.380")

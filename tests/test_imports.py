@@ -146,6 +146,8 @@ def test_package_markers_are_empty():
 
 # How places are spelt, and what opens them. Everything else asks the store.
 KNOW_SCHEMES = {"core/urls.py", "core/bucket.py", "core/stores/hub.py", "core/stores/opener.py"}
+# They run with a node's own Python, outside of the image and of all packages.
+KNOW_SCHEMES |= {"launch/node/arrival.py", "launch/node/switch.py"}
 
 
 def test_only_the_opener_branches_on_a_scheme():

@@ -13,6 +13,7 @@ from tests.golden import preempted_and_resumed
 PATH = launching.REPOSITORY / "notebooks" / "run.ipynb"
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_the_model_learns(tmp_path: Path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     pytest.importorskip("pandas", reason="pandas is not installed")

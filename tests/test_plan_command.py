@@ -150,18 +150,18 @@ def test_the_command_for_all_of_it_has_the_question_s_constraints(capsys):
     assert "  BUCKET=my-bucket .venv-launch/bin/python -m launch.run --usd=20 --gpus=A100:8 --size=124M\n" in said
 
 
-def test_preparation_and_evaluation_are_lines_of_the_bill_and_no_part_of_the_training_s_cap(capsys):
+def test_the_other_stages_are_lines_of_the_bill_and_no_part_of_the_training_s_cap(capsys):
     whole, prepared = (
         json.loads(run(capsys, "--usd=20", "--gpus=A100:8", "--json", *flags))["plans"][0]
         for flags in ((), ("--prepared",))
     )
-    assert {"preparation", "evaluation"} <= whole["parts"].keys()
+    assert {"preparation", "evaluation", "export"} <= whole["parts"].keys()
     assert "preparation" not in prepared["parts"]
     assert prepared["tokens"] > whole["tokens"]
     for each in (whole, prepared):
         beside = sum(each["parts"].get(name, 0.0) for name in ("storage", "egress", "jobs controller"))
         assert each["machines_usd"] == pytest.approx(20.0 - beside, abs=0.01)
-        stages = sum(each["parts"].get(name, 0.0) for name in ("preparation", "evaluation"))
+        stages = sum(each["parts"].get(name, 0.0) for name in ("preparation", "evaluation", "export"))
         assert each["max_usd"] == pytest.approx(each["machines_usd"] - stages, abs=0.011)
 
 

@@ -173,20 +173,20 @@ def test_ctrl_c_leaves_the_machine_and_the_same_command_follows_it_again(machine
             return 0
         return real(path, options, settings)
 
-    def interrupt(_: float) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(drive, "submit", submit)
-    monkeypatch.setattr(drive.time, "sleep", interrupt)
+    monkeypatch.setattr(drive, "pause", interrupt)
     assert run.main(["--usd=20"]) == 130
     assert "training goes on without this command; the same command follows it again" in capsys.readouterr().out
     count = len(machines.launches)
 
-    def finishes(_: float) -> None:
+    def finishes() -> None:
         sky(**{"status": nothing})
         machines._train(machines.launches[count - 1][2])
 
-    monkeypatch.setattr(drive.time, "sleep", finishes)
+    monkeypatch.setattr(drive, "pause", finishes)
     assert run.main(["--usd=20"]) == 0
     assert [path for path, _, _ in machines.launches[count:]] == ["sky/evaluate.yaml", "sky/export.yaml"]
     assert "training: cluster pretrain-8xa100 UP, 0 steps, $0.10 of $20.00" in capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_a_managed_job_counts_from_the_launch_that_is_in_the_bucket(machines, sk
     ours = [json.dumps([job | {"job_id": 4, "submitted_at": time.time() + 60}, job | {"submitted_at": 1000.0}]), "", 0]
     sky(**{"status": ["[]", "", 0], "jobs queue": [ours, old]})
     seen: list[int] = []
-    monkeypatch.setattr(drive.time, "sleep", lambda _: seen.append(len(machines.launches)))
+    monkeypatch.setattr(drive, "pause", lambda: seen.append(len(machines.launches)))
     machines.trainings = ["preempted", "finished"]
     assert run.main(["--usd=20"]) == 0
     assert [path for path, _, _ in machines.launches].count("sky/pretrain-8xa100-spot.yaml") == 2

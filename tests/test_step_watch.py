@@ -23,6 +23,7 @@ from trainer.distributed import process_group
 from trainer.loop import trackers
 from trainer.loop.health import SlowRanks, StepNorms
 from trainer.loop.loop import Loop
+from trainer.loop.report import StepReporter
 from trainer.loop.screen import curve
 from trainer.model.gpt import GPT
 from trainer.optim.optimizer import BlockOptimizer
@@ -130,6 +131,29 @@ def test_tensorboard_gets_the_numbers(monkeypatch, tmp_path):
     sender.close()
     events = EventAccumulator(str(tmp_path / "first-1a")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def test_trackers_get_the_dollars_of_each_step(monkeypatch, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path / "logs"))
+    url = str(tmp_path / "run")
+    open_run(RunFolder(url), {}, {}, "f")
+    train = SimpleNamespace(display="lines", trackers=("tensorboard",), log_every=100)
+    settings = SimpleNamespace(train=train, batch=SimpleNamespace(tokens_per_step=256), run=SimpleNamespace(url=url))
+    stage = SimpleNamespace(settings=settings, flops_per_token=None, share_world=1, steps=9, config={})
+    ranks = SimpleNamespace(device=torch.device("cpu"), world=1, is_main=True)
+    amounts = iter([1.25, 1.5, None])
+    segment = SimpleNamespace(metric=lambda *_: None, cap=SimpleNamespace(spent_usd=lambda: next(amounts)))
+    reporter = StepReporter(stage, ranks, segment)
+    for step in (1, 2, 3):
+        reporter.step(step, 3.0, 0.1, 1.0, 2.0, 0.0)
+    reporter.close()
+    [folder] = (tmp_path / "logs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("cost/usd_at_most")] == [(1, 1.25), (2, 1.5)]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
 
 
 def test_tensorboard_shows_a_repeated_step_once_and_runs_of_one_name_apart(monkeypatch, tmp_path):

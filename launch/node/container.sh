@@ -127,6 +127,7 @@ live_no_more() { [ -z "$PULSE" ] || kill "$PULSE" 2>/dev/null || true; }
 ATTEMPT=$(date -u +%Y%m%dT%H%M%SZ)-setup-$$
 arrive() { # begin, or end: the set-up has failed
   [ -n "${SKYPILOT_CLUSTER_INFO:-}" ] && [ -n "${BUCKET:-}" ] && [ "${SKYPILOT_SETUP_NODE_RANK:-0}" = 0 ] || return 0
+  [ -n "${USD_PER_HOUR:-}${USD_PER_HOUR_AT_MOST:-}" ] || return 0
   SEGMENT_STARTED_AT=$(started_at) timeout -k 5 90 python3 -m launch.node.arrival "$1" "$ATTEMPT" || true
 }
 set_up_ended() { # EXIT_CODE

@@ -53,7 +53,7 @@ EC2_VERSION = "2016-11-15"
 
 def main(arguments):
     if arguments[:1] not in ([], ["--ours"]) or len(arguments) > 2:
-        return "usage: switch.py [--ours [MINUTES]]"
+        return "usage: launch/node/switch.py [--ours [MINUTES]]"
     minutes = float(arguments[1]) if arguments[1:] else MINUTES
     if arguments and not (is_on_lambda() or is_on_aws()):
         return 0

@@ -9,6 +9,7 @@ and stops.
 """
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ SHORTEST = 0.10  # share of the steps; 10 % are enough, 2.5 % are not (Hu et al.
 LATE = 0.25  # share of a cooldown
 MARGIN = 1.02  # on the expected time of a cooldown
 WINDOW_STEPS = 500  # steps over which the pace is measured
+REPLAN_MARGIN, REPLAN_STEPS = 0.05, 3  # share and number of the steps that a re-plan leaves unused
 RECENT_STEPS = 50
 LEAST_STEPS = 3  # measured steps before a decision
 LOOK_SECONDS = 10.0
@@ -160,6 +162,8 @@ class Annealer:
             return None
         # The only re-plan trusts the slower one of two paces.
         pays = self._pays(max(seconds, self._pace.seconds(RECENT_STEPS)), full=True)
+        # Nothing can shorten it further, so a pace that falls again must not cut off its last steps.
+        pays = max(0, math.floor(pays * (1 - REPLAN_MARGIN)) - REPLAN_STEPS)
         if pays > max(left / 2, LATE * plan.steps):
             return None
         begun = min(plan.step, step)

@@ -63,6 +63,8 @@ class StepReporter:
             self.outlook.add(step, loss)
         cap = self._segment.cap
         spent = cap.spent_usd() if cap else None
+        if spent is not None:  # a report works out the run's own record from its ledger
+            self._trackers.add("cost", {"step": step, "usd_at_most": spent})
         end = self.outlook.view.loss.end if self.outlook and self.outlook.view else steps
         remaining = seconds * max(0, min(steps, end) - step)
         if self._screen:

@@ -25,7 +25,7 @@ from core.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 from core.data.vocabulary import Vocabulary
 from core.data.vocabulary import read as read_vocabulary
 from core.errors import CheckpointError, ConfigError, ObjectNotFound, one_line
-from core.run.folder import step_name
+from core.run.folder import RunFolder, step_name
 from core.run.reader import Detail, read_run
 from core.settings.loader import from_dict, to_dict
 from core.settings.model import ModelConfig, parameters
@@ -178,7 +178,8 @@ def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
 def _best(run_url: str) -> str:
     """The URL of the complete checkpoint with the lowest validation loss. Raises CheckpointError if none has one."""
     complete = layout.complete_steps(run_url)
-    points = read_run(run_url, Detail.ALL).points("eval") if complete else []
+    has_metrics = bool(complete and RunFolder(run_url).segment_numbers())
+    points = read_run(run_url, Detail.ALL).points("eval") if has_metrics else []
     losses = {point.step: point.values["val_loss"] for point in points if point.step in complete}
     if not losses:
         there = ", ".join(map(step_name, complete))
