@@ -98,6 +98,7 @@ class Driver:
         mine = [each for each in self._launched if each[0] == stage.name]
         progress = stage.progress()
         if mine:
+            self._check_not_stopped(stage, mine[-1][2])
             _check_end(stage, mine[-1][2])
         if len([each for each in mine if each[1] == progress]) >= MOST_WITHOUT_PROGRESS:
             raise RunError(
@@ -128,6 +129,24 @@ class Driver:
             if job.get("job_name") == task.name and is_later and not skypilot.has_ended(job):
                 return f"managed job {job['job_id']} {job['status']}"
         return ""
+
+    def _check_not_stopped(self, stage: Stage, since: float) -> None:
+        """Raises RunError if somebody has ended the stage's newest job or machine, as `make down` does."""
+        settings = stage.settings()
+        task = read_task(managed.chosen(stage.task, settings), settings)
+        if task.managed:
+            jobs = [job for job in skypilot.jobs(ended=True) if job.get("job_name") == task.name]
+            jobs = [job for job in jobs if float(job.get("submitted_at") or 0.0) >= since - CLOCK_SECONDS]
+            is_stopped = bool(jobs) and str(jobs[0]["status"]).startswith("CANCEL")
+        else:
+            # Only a managed job's machines are on spot: nobody but a user asks the others to stop.
+            segment = last_segment(stage.ledger, since)
+            is_stopped = ((segment and segment.end) or {}).get("reason") == "preempted"
+        if is_stopped:
+            raise RunError(
+                f"{stage.ledger}: the {stage.name} was asked to stop, so it is not launched again; what it has stored "
+                "is kept, and the same command continues it"
+            )
 
     def _state(self, stage: Stage) -> str:
         usd = spent_usd_at_most(self._folder.url)

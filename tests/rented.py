@@ -25,7 +25,8 @@ def planned() -> dict:
 class Machines:
     """In the place of launches: leaves in the bucket what the machines of each task would.
 
-    `trainings` are ends of training machines, one after the other; None is a machine that left nothing.
+    `trainings` are ends of training machines, one after the other; None is a machine that left nothing, "gone" one
+    that left its steps and no end.
     """
 
     def __init__(self, bucket: Path, vocab: Path):
@@ -82,6 +83,8 @@ class Machines:
                 "error": "it broke" * (end == "failed"),
             },
         ]
+        if end == "gone":
+            events.pop()
         golden.segment(number, now, events, usd_per_hour=self.usd_per_hour, spot=False)
         loss = {"kind": "eval", "time": now + seconds, "step": step, "tokens": 1e6 * step, "val_loss": 3.25}
         ahead = {"kind": "forecast", "val_loss": 3.3, "error": 0.02, "end": STEPS, "usd": 6.1}

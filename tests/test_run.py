@@ -105,7 +105,7 @@ def test_a_plan_of_today_does_not_change_a_run_of_yesterday(machines, monkeypatc
 
 
 def test_a_machine_that_is_taken_away_is_replaced_within_the_same_cap(machines):
-    machines.trainings = ["preempted", "preempted", "finished"]
+    machines.trainings = ["gone", "gone", "finished"]
     assert run.main(["--usd=20"]) == 0
     training = [settings for path, _, settings in machines.launches if "pretrain" in path]
     assert len(training) == 3
@@ -213,6 +213,22 @@ def test_a_managed_job_counts_from_the_launch_that_is_in_the_bucket(machines, sk
     assert run.main(["--usd=20"]) == 0
     assert [path for path, _, _ in machines.launches].count("sky/pretrain-8xa100-spot.yaml") == 2
     assert seen == [2]  # it waited for job 4, and not for the older one
+
+
+def test_what_a_user_has_ended_is_not_launched_again(machines, sky, monkeypatch):
+    machines.trainings = ["preempted", "finished"]
+    with pytest.raises(RunError, match="the training was asked to stop, so it is not launched again"):
+        run.main(["--usd=20"])
+    best = planned()["plans"][0]
+    spot = best | {"machine": best["machine"] | {"task": "sky/pretrain-8xa100-spot.yaml", "options": []}}
+    monkeypatch.setattr(plan, "ask", lambda arguments: planned() | {"plans": [spot]})
+    job = {"job_id": 4, "job_name": "pretrain-8xa100-spot", "submitted_at": time.time() + 60, "status": "CANCELLED"}
+    sky(**{"status": ["[]", "", 0], "jobs queue": [json.dumps([job]), "", 0]})
+    machines.trainings = ["preempted", "finished"]
+    monkeypatch.setenv("RUN", "second")
+    with pytest.raises(RunError, match="the training was asked to stop, so it is not launched again"):
+        run.main(["--usd=20"])
+    assert machines.trainings == ["finished"]
 
 
 # --- tokens and settings -----------------------------------------------------------------------------------------
