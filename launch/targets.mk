@@ -29,11 +29,11 @@ role: $(LAUNCH_STAMP) ## an IAM role for the nodes on AWS, limited to BUCKET's r
 PLAN_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(LAUNCH_STAMP))
 
 CONSTRAINTS = $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLINE),--deadline=$(call typed,DEADLINE)) \
-  $(if $(value ON_DEMAND),--on-demand)
+  $(if $(value ON_DEMAND),--on-demand) $(if $(value SIZE),--size=$(call typed,SIZE))
 
 ##@ What a sum of dollars buys
 
-plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (GPUS=…, DEADLINE=6h)
+plan: $(PLAN_STAMP) ## the best model for USD=20, all in: machine, size, tokens, and what to type (GPUS=…, SIZE=350M, DEADLINE=6h)
 	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) $(CONSTRAINTS)
 
 prices: $(LAUNCH_STAMP) ## renew the price snapshot from the catalogs that SkyPilot keeps here, and show what changed (DRY_RUN=1)
