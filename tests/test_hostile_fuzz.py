@@ -24,7 +24,7 @@ from core.run.reader import Detail, read_run, spent_usd_at_most
 from core.settings.inference import Sampling
 from core.settings.model import ModelConfig
 from core.storage import ObjectInfo
-from costs import page, render, tables
+from costs import compare, page, render
 from costs.report import build
 from launch import runs
 from tests import checkpoints, hostile
@@ -121,7 +121,7 @@ def use(url: str, chance: random.Random) -> None:
     console = Console(file=screen, width=150)
     others = {
         "screen": lambda: console.print(render.render(report)) or screen.getvalue(),
-        "markdown": lambda: render.as_markdown(report) + render.markdown_table(tables.overview([report])),
+        "markdown": lambda: render.as_markdown(report) + render.markdown_table(compare.overview([report])),
         "json": lambda: render.as_json([report]),
         "csv": lambda: render.as_csv([report]),
     }

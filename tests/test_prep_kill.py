@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def start(
 
 def wait_for_work(process: subprocess.Popen) -> None:
     for line in process.stderr:
-        if "source: " in line:
+        if re.match(r"[\d:]+ source: ", line):  # and not the setting of that name
             return
     raise AssertionError("ended before its work began")
 

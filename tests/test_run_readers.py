@@ -11,7 +11,7 @@ from core.run.measured import read_measured
 from core.run.reader import Detail, read_run, spent_usd_at_most
 from costs import page, render
 from costs.report import build
-from launch.runs import spent_line
+from launch.spent import spent_line
 from tests.golden import NOON, GoldenRun, mark, preempted_and_resumed, span, train_metric
 from trainer.weights import card
 
