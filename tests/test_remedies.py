@@ -1,5 +1,6 @@
 """What our messages tell a user to type exists, and the settings that they name are accepted as printed."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -231,3 +232,42 @@ def a_value_of(key: str) -> str:
     defaults = [re.search(rf"^  --{re.escape(key)}=(\S*)", loader.help_text(each, ""), re.M) for each in schemas]
     found = next(match[1] for match in defaults if match)
     return {'""': "gpt2", "none": "gpt2", "()": "1"}.get(found, found)
+
+
+# --- docs/troubleshooting.md --------------------------------------------------------------------------------------
+
+TROUBLES = remedies.ROOT / "docs" / "troubleshooting.md"
+
+
+def quoted() -> list[str]:
+    rows = [line for line in TROUBLES.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    return [re.match(r"\| `([^`]+)` \|", row)[1] for row in rows]
+
+
+@functools.cache
+def printed() -> tuple[str, ...]:
+    return tuple(" ".join(each.text.split()) for each in (*remedies.messages(), *remedies.sentences()))
+
+
+def is_printed(quote: str) -> bool:
+    """Whether one message holds the literal parts of `quote` in this order."""
+    parts = [part for part in quote.split("…") if part.strip(" :;,(")]
+    return any(holds(text, parts) for text in printed())
+
+
+def holds(text: str, parts: list[str]) -> bool:
+    at = 0
+    for part in parts:
+        at = text.find(part, at) + len(part)
+        if at < len(part):
+            return False
+    return True
+
+
+def test_every_quoted_message_is_one_of_the_programs():
+    assert len(quoted()) > 25
+    assert [quote for quote in quoted() if not is_printed(quote)] == []
+
+
+def test_a_sentence_that_nothing_prints_is_found():
+    assert not is_printed("…: this sentence is printed by no program")
