@@ -6,11 +6,12 @@ Measurements come from the newest record of each kind in bench/results, plans fr
 tests/test_docs.py fails for an outdated table.
 """
 
-import contextlib
-import io
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 from bench.harness import REPOSITORY
 from core.figures import quantity
 from core.run import phases
-from costs.plan import command
 
 SUMS = (5, 20, 60, 100)  # dollars
 RESULTS = REPOSITORY / "bench" / "results"
@@ -49,10 +49,10 @@ def plans() -> str:
     """The best plan for some sums, at the prices of the snapshot."""
     lines = ["| sum | model | tokens | machine | hours | loss, expected |", "|---|---|---|---|---|---|"]
     for usd in SUMS:
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            command.main([f"--usd={usd}", "--offline", "--json"])
-        best = json.loads(out.getvalue())["plans"][0]
+        # In a process with an environment of its own, because variables such as BUCKET change a plan.
+        command = [sys.executable, "cost_report.py", "plan", f"--usd={usd}", "--offline", "--json"]
+        done = subprocess.run(command, cwd=REPOSITORY, env={"PATH": os.defpath}, stdout=subprocess.PIPE, check=True)
+        best = json.loads(done.stdout)["plans"][0]
         lines.append(
             f"| ${usd} | {best['size']}, `{best['recipe']}` | {quantity(best['tokens'])} | {best['machine']['name']} "
             f"| {best['hours']:.1f} | {best['loss']:.2f} ± {best['loss_error']:g} |"
