@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def start(minutes: float, tags: dict[str, str], spot: bool, has_network: bool) -> str:
-    """Start a machine. Returns its id. Outside of a subnet of the emulated cloud there is no way to any service."""
+    """Start a machine and return its id. Only a subnet of the emulated cloud reaches the services."""
     ec2 = boto3.client("ec2", region_name="us-east-1")
     zone = [{"Name": "availability-zone", "Values": ["us-east-1a"]}]
     more: dict[str, Any] = {"InstanceMarketOptions": {"MarketType": "spot"}} if spot else {}

@@ -49,7 +49,7 @@ def plans() -> str:
     """The best plan for some sums, at the prices of the snapshot."""
     lines = ["| sum | model | tokens | machine | hours | loss, expected |", "|---|---|---|---|---|---|"]
     for usd in SUMS:
-        # In a process with an environment of its own, because variables such as BUCKET change a plan.
+        # In a process with an environment of its own, because the endpoint of a bucket changes its price.
         command = [sys.executable, "cost_report.py", "plan", f"--usd={usd}", "--offline", "--json"]
         done = subprocess.run(command, cwd=REPOSITORY, env={"PATH": os.defpath}, stdout=subprocess.PIPE, check=True)
         best = json.loads(done.stdout)["plans"][0]

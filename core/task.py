@@ -314,7 +314,7 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
 
 
 def _derived(workload: Workload, envs: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
-    """MAX_USD as the config suggests it, if nobody gave one and the task's is lower."""
+    """The MAX_USD that the config suggests, if the user gave none and the task's is lower."""
     if "MAX_USD" not in envs or environment.get("MAX_USD") or not isinstance(workload.config, TrainingConfig):
         return {}
     usual = workload.config.run.usual_max_usd

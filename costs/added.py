@@ -28,7 +28,7 @@ USAGE = 'python cost_report.py add RUN_URL "Hugging Face" 2.00 [--date=2026-11-3
 
 @dataclass(frozen=True)
 class Bill:
-    """Dollars that somebody else charged for a run, on a day (unix seconds of its noon, UTC)."""
+    """A bill from elsewhere for a run: its dollars, and its day as the unix time of noon UTC."""
 
     supplier: str
     usd: float

@@ -130,7 +130,7 @@ def as_json(reports: Sequence[CostReport]) -> str:
 
 
 def as_csv(reports: Sequence[CostReport]) -> str:
-    """One row per charge of all runs, not rounded (costs.focus). An unknown cost is `?`: nobody takes it for zero."""
+    """One row per charge of all runs, not rounded (costs.focus). An unknown cost is `?`, not zero."""
     table = [row for report in reports for row in charges(report)]
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in table for key in row))

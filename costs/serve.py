@@ -94,7 +94,7 @@ def serve(options: argparse.Namespace, reports: Reports) -> None:
 
 
 def _watched(reports: Reports, run_url: str | None) -> list[CostReport]:
-    """The runs whose changes are told."""
+    """The runs whose changes are sent to NOTIFY_URLS."""
     return [reports.of(run_url)] if run_url else reports.all()
 
 

@@ -59,7 +59,7 @@ else
 prep-data: $(LAUNCH_STAMP) ## FineWeb-Edu 10BT to token shards in BUCKET, on cheap CPU nodes (NODES=1); SOURCE=file.txt: here
 	@$(LAUNCH_PYTHON) -m launch.submit sky/prep-data.yaml $(OPTIONS) $(MACHINES)
 
-fetch-data: $(LAUNCH_STAMP) ## the same text as shards that somebody else has tokenized; SOURCE=FILES.bin: here
+fetch-data: $(LAUNCH_STAMP) ## the same text as shards that others have tokenized; SOURCE=FILES.bin: here
 	@$(LAUNCH_PYTHON) -m launch.submit sky/fetch-data.yaml $(OPTIONS) $(MACHINES)
 endif
 

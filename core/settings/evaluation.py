@@ -8,7 +8,7 @@ from core import urls
 from core.errors import ConfigError
 from core.settings import loader
 from core.settings.loader import Bounded, SettingError, require, setting
-from core.settings.run import SHUTDOWN_SECONDS
+from core.settings.run import shutdown_reserve
 
 LM_EVAL = "lm-eval:"
 OWN_TASKS = ("perplexity", "hellaswag")
@@ -74,11 +74,7 @@ class EvaluateConfig(Bounded):
         env="MAX_USD",
         ge=0,
     )
-    shutdown_reserve_seconds: float = setting(
-        SHUTDOWN_SECONDS,
-        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
-        ge=0,
-    )
+    shutdown_reserve_seconds: float = shutdown_reserve(identity=True)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device for all computation")
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 on a GPU, fp32 on a CPU")
     cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores / ranks", ge=0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core.settings.loader import Bounded, require, setting
-from core.settings.run import SHUTDOWN_SECONDS
+from core.settings.run import shutdown_reserve
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,7 @@ class ServeConfig(InferenceOptions, Sampling):
         "hard cap in dollars for all servers of the run at RUN_URL, whose dollars are counted there; 0: no cap",
         ge=0,
     )
-    shutdown_reserve_seconds: float = setting(
-        SHUTDOWN_SECONDS,
-        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
-        ge=0,
-    )
+    shutdown_reserve_seconds: float = shutdown_reserve(identity=True)
     queue: int = setting(256, "limit of texts in progress and waiting; further requests get the status 429", ge=1)
 
 

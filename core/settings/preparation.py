@@ -2,12 +2,23 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from core import urls
 from core.settings.loader import Bounded, require, section, setting
-from core.settings.run import SHUTDOWN_SECONDS
+from core.settings.run import shutdown_reserve
 from core.stores import hub
+
+
+def _cap() -> Any:
+    """The field `max_usd` of programs that make a token set."""
+    return setting(
+        0.0,
+        "hard cap in dollars for all preparations whose ledger is in RUN_URL: finished parts are kept; 0: no cap",
+        identity=False,
+        env="MAX_USD",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -183,19 +194,8 @@ class PrepConfig(Bounded):
     data: PrepDataConfig = section(PrepDataConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     evaluation_sets: tuple[Literal["hellaswag"], ...] = setting((), EVALUATION_SETS, identity=False)
-    max_usd: float = setting(
-        0.0,
-        "hard cap in dollars for all preparations whose ledger is in RUN_URL: finished parts are kept; 0: no cap",
-        identity=False,
-        env="MAX_USD",
-        ge=0,
-    )
-    shutdown_reserve_seconds: float = setting(
-        SHUTDOWN_SECONDS,
-        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
-        identity=False,
-        ge=0,
-    )
+    max_usd: float = _cap()
+    shutdown_reserve_seconds: float = shutdown_reserve()
     workers: int = setting(0, "parallel workers; 0: one per core. Does not change the result", identity=False, ge=0)
     num_nodes: int = setting(
         1,
@@ -253,17 +253,6 @@ class FetchConfig(Bounded):
     data: ShardsConfig = section(ShardsConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     evaluation_sets: tuple[Literal["hellaswag"], ...] = setting((), EVALUATION_SETS, identity=False)
-    max_usd: float = setting(
-        0.0,
-        "hard cap in dollars for all preparations whose ledger is in RUN_URL: finished parts are kept; 0: no cap",
-        identity=False,
-        env="MAX_USD",
-        ge=0,
-    )
-    shutdown_reserve_seconds: float = setting(
-        SHUTDOWN_SECONDS,
-        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
-        identity=False,
-        ge=0,
-    )
+    max_usd: float = _cap()
+    shutdown_reserve_seconds: float = shutdown_reserve()
     workers: int = setting(4, "number of shards that are copied in parallel", identity=False, ge=1)

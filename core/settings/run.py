@@ -1,12 +1,19 @@
 """Declares the settings of a run's folder, bounds and origin."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from core import urls
 from core.settings.loader import Bounded, require, setting
 
 # From a program's end to its machine's: 79 to 133 s in eight launches on emulated AWS and Lambda, and a fifth more.
 SHUTDOWN_SECONDS = 160.0
+
+
+def shutdown_reserve(identity: bool = False) -> Any:
+    """The field `shutdown_reserve_seconds` of every program that has a cap."""
+    help_text = "seconds from the end of this program to the end of the machine; the cap reserves the money for them"
+    return setting(SHUTDOWN_SECONDS, help_text, identity=identity, ge=0)
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,7 @@ class RunConfig(Bounded):
         identity=False,
         check=urls.mistake,
     )
-    shutdown_reserve_seconds: float = setting(
-        SHUTDOWN_SECONDS,
-        "seconds from the end of the trainer to the end of the machine; the cap reserves the money for them",
-        identity=False,
-        ge=0,
-    )
+    shutdown_reserve_seconds: float = shutdown_reserve()
 
     def __post_init__(self):
         super().__post_init__()

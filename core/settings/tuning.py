@@ -5,7 +5,7 @@ from typing import Literal
 
 from core import urls
 from core.settings.loader import Bounded, require, section, setting
-from core.settings.run import SHUTDOWN_SECONDS
+from core.settings.run import shutdown_reserve
 from core.settings.training import STAGE, PretrainConfig, TrainingConfig, TrainLoopConfig
 
 
@@ -297,12 +297,7 @@ class WorkConfig(Bounded):
         identity=False,
         ge=0,
     )
-    shutdown_reserve_seconds: float = setting(
-        SHUTDOWN_SECONDS,
-        "seconds from the end of this program to the end of the machine; the cap reserves the money for them",
-        identity=False,
-        ge=0,
-    )
+    shutdown_reserve_seconds: float = shutdown_reserve()
 
     def __post_init__(self):
         super().__post_init__()
