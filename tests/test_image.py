@@ -28,14 +28,15 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 TARGETS = ("prep", "train")
 HERE = "localhost/base:bookworm"
 
-# Names of files that no image needs, and what keys look like inside of any file.
+# Names of files that no image needs, and what keys look like inside of any file. The first line of a PEM block alone
+# is no key: libraries name it to recognise one (google-auth, which the trackers bring).
 FORBIDDEN_NAMES = re.compile(
     r"(^|/)(\.env|\.netrc|\.pypirc|pip\.conf|\.git|\.aws|\.ssh|id_(rsa|ed25519)|\.sky|\.cache|__pycache__/launch|"
     r"tests|bench)(/|$)|^root/\..*history$|var/lib/apt/lists/.+Packages|var/cache/apt/archives/.+\.deb$"
 )
 KEYS = re.compile(
-    rb"-----BEGIN (RSA |EC |OPENSSH )?PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{34}\b|"
-    rb"\bghp_[A-Za-z0-9]{36}\b"
+    rb"-----BEGIN (RSA |EC |OPENSSH )?PRIVATE KEY-----(\\n|\s)+[A-Za-z0-9+/=]{32}|"
+    rb"\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{34}\b|\bghp_[A-Za-z0-9]{36}\b"
 )
 # Not ours, and no secrets: test keys and examples that Python packages carry.
 KEYS_OF_PACKAGES = re.compile(r"^opt/venv/lib/python3\.11/site-packages/(aiohttp|botocore|cryptography|torch)/")
@@ -391,3 +392,6 @@ def test_the_scan_can_find_something():
     assert FORBIDDEN_NAMES.search("root/.cache/pip/http/x")
     assert not FORBIDDEN_NAMES.search("app/core/settings/loader.py")
     assert KEYS.search(io.BytesIO(b"key = AKIA" + b"A" * 16).read())
+    for line_end in (b"\n", b"\\n"):  # a key file, and the key inside of a JSON string
+        assert KEYS.search(b"-----BEGIN RSA PRIVATE KEY-----" + line_end + b"MIIE" * 16)
+    assert not KEYS.search(b'PEM_FIRST_LINE = b"-----BEGIN RSA PRIVATE KEY-----"')
