@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.interrupted import FIRST, LIMIT_SECONDS, SWITCH_MINUTES, Bench, Cell, Trial, cells
+from bench.emulated import SWITCH_MINUTES, Bench
+from bench.interrupted import FIRST, LIMIT_SECONDS, Cell, Trial, cells
 
 
 def main() -> None:
