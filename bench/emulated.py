@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
@@ -15,10 +16,10 @@ from typing import Any
 from bench import harness
 from launch import role
 
-SWITCH_MINUTES = 4.0
-POLL_SECONDS = 0.25
-IN_FLIGHT = 6
-LAUNCHES = 2  # at a time
+SWITCH_MINUTES = 5.0
+POLL_SECONDS = 0.5
+IN_FLIGHT = 5
+LAUNCHES = 1  # at a time: several would take each other's processors
 BUCKET = "my-bucket"
 LAB = Path(os.environ.get("LAB_DIR") or "/nonexistent")
 LAB_ROOT = Path(os.environ.get("LAB_ROOT") or "/tmp/lab")
@@ -77,13 +78,17 @@ class Bench:
         found = self.inside(self.home, "sky", "check", "aws", "lambda", SKYPILOT_API_SERVER_LOCAL_PORT=str(PORT - 1))
         (self.scratch / "check.log").write_text(found.stdout + found.stderr)
         kill(self.home)
+        with contextlib.closing(sqlite3.connect(self.home / ".sky/state.db")) as database:
+            # A server takes this one before ~/.sky/user_hash, by which the cells are told apart.
+            database.execute("DELETE FROM system_config WHERE config_key = 'server_user_hash'")
+            database.commit()
 
     def command(self, home: Path, *command: object, **environment: str) -> list[str]:
         given = {"HOME": str(home), "BUCKET": BUCKET, "AWS_DEFAULT_REGION": "us-east-1", "YES": "1"}
         given |= {"BUCKET_ACCESS_KEY_ID": "test", "BUCKET_SECRET_ACCESS_KEY": "test", **environment}
-        given["SPT_NOENV"] = (
-            "1"  # a process of SkyPilot's that names itself keeps its environment, by which it is found
-        )
+        # A process of SkyPilot's that names itself keeps its environment, by which it is found.
+        given["SPT_NOENV"] = "1"
+        given["SKYPILOT_POD_MEMORY_GB_LIMIT"] = "4"  # else a server starts thirty controllers of managed jobs
         settings = [f"{name}={value}" for name, value in given.items()]
         return [str(LAB / "labexec"), "env", *settings, *map(str, command)]
 

@@ -18,8 +18,8 @@ STAGES = ("request", "provision", "sync", "set-up", "build", "job")
 FIRST = ("provision", "sync", "job", "set-up", "build", "request")  # of what a session has time for
 LIMIT_SECONDS = SWITCH_MINUTES * 60 + 120
 STAGE_SECONDS = 600.0
-WATCH_SECONDS = 300.0
-FOLLOW_SECONDS = 1500.0  # of one cell: SkyPilot may go on to replace its machines
+WATCH_SECONDS = 600.0
+FOLLOW_SECONDS = 1200.0  # of one cell: SkyPilot may go on to replace its machines
 # What makes a stage long enough to meet it: the set-up waits before the image, the build is preceded by a pause.
 SET_UP = """\
 touch ~/stage-set-up

@@ -19,6 +19,7 @@ finished cell, and a second call continues. The emulated cloud must be up, with 
 
 import argparse
 import json
+import signal
 import threading
 import time
 from dataclasses import asdict
@@ -26,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.emulated import SWITCH_MINUTES, Bench
-from bench.interrupted import FIRST, LIMIT_SECONDS, Cell, Trial, cells
+from bench.emulated import Bench
+from bench.interrupted import FIRST, Cell, Trial, cells
 
 
 def main() -> None:
@@ -37,10 +38,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=25.0, help="start no cell after this time")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cells")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, as then by all launchers
     record = json.loads(options.out.read_text()) if options.out.exists() else {**header(), "cells": []}
     done = {each["number"] for each in record["cells"]}
     wanted = [each for each in cells() if each.number not in done and each.number in (options.only or range(1, 25))]
-    wanted.sort(key=lambda cell: (FIRST.index(cell.stage), -cell.number))
+    wanted.sort(key=lambda cell: (cell.cloud, FIRST.index(cell.stage), -cell.number))
     bench, last = Bench(options.scratch.resolve()), time.monotonic() + options.minutes * 60
     keep = threading.Lock()
 
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def header() -> dict[str, Any]:
-    return {**harness.header(), "skypilot": "0.14.1", "switch_minutes": SWITCH_MINUTES, "limit_seconds": LIMIT_SECONDS}
+    return {**harness.header(), "skypilot": "0.14.1", "limit_minutes": "those of the switch, and two"}
 
 
 def row(cell: Cell) -> str:
