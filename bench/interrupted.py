@@ -277,7 +277,8 @@ class Trial:
             process.send_signal(signal.SIGINT)
             process.wait()
             if gone:
-                self.cell.ended_by = "`make watch`"
+                said = Path(self.output.name).read_text(errors="replace")
+                self.cell.ended_by = "`make watch`" if "and was ended" in said else "SkyPilot"
                 self.cell.notes.append(f"ended {time.time() - began:.0f} s after `make watch` began")
                 return
         done = self.bench.inside(self.home, self.bench.python, "-m", "launch.down", "--down", **self.environment)
