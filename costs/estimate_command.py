@@ -57,7 +57,9 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{options.task}: no offer fits its resources in {offers.source}")
     change = best_change(forecast, offers, assume, rates, measured)
     notes = _notes(forecast, change, assume, options.cap or _cap(task)) + _price_notes(forecast, offers, assume)
-    if options.json:
+    if options.brief:
+        print(_brief(forecast, options.cap or _cap(task)))
+    elif options.json:
         print(json.dumps(_document(forecast, assume, notes), indent=1))
     elif options.markdown:
         sys.stdout.write(
@@ -72,7 +74,9 @@ def main(arguments: list[str]) -> int:
     usd = forecast.rows[0].usd
     if options.store and usd is not None:
         place = bucket.url({**os.environ, **task.envs}, "RUN")
-        print(f"stored: {foreseen.store(place, task.path, forecast.rows[0])}", file=sys.stderr)
+        uri, is_new = foreseen.store(place, task.path, forecast.rows[0])
+        kept = "the run has begun, and this forecast of its launch is kept"
+        print(f"stored: {uri}" if is_new else f"{uri}: {kept}", file=sys.stderr)
     if options.fail_over is not None and (usd is None or usd > options.fail_over):
         said = "not known" if usd is None else f"${figures.dollars(usd)}"
         print(f"the cheapest offer is {said}, --fail-over is ${figures.dollars(options.fail_over)}", file=sys.stderr)
@@ -97,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("task", metavar="TASK.yaml", help="a SkyPilot task")
     parser.add_argument("--gpus", metavar="NAME:COUNT", help="other GPUs than the task's, as in sky launch")
     parser.add_argument("--num-nodes", metavar="NUMBER", help="another number of nodes than the task's")
+    parser.add_argument("--infra", metavar="CLOUD/REGION", help="only offers of this place, as in sky launch")
     parser.add_argument(
         "--tokens", type=float, help="tokens to train on or prepare; default: as the task's config says"
     )
@@ -111,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--offline", action="store_true", help="use the price snapshot, do not ask SkyPilot")
     parser.add_argument("--all", action="store_true", help=f"all offers, not only the first {ROWS_SHOWN}")
     form = parser.add_mutually_exclusive_group()
+    form.add_argument("--brief", action="store_true", help="one line about the cheapest offer")
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
     add_assumptions(parser)
@@ -155,6 +161,17 @@ def _work(forecast: Forecast) -> str:
     flops = "" if forecast.flops is None else f", {quantity(forecast.flops)} FLOPs per token"
     nodes = f", {forecast.task.nodes} nodes" if forecast.task.nodes > 1 else ""
     return f"{stage}{tokens}{flops}{nodes}; prices: {forecast.prices}"
+
+
+def _brief(forecast: Forecast, cap: float | None) -> str:
+    best = forecast.rows[0]
+    if best.usd is None:
+        return f"forecast: dollars not known; ${figures.dollars(best.usd_per_hour)} an hour on {describe(best)}"
+    spread = ""
+    if best.usd_low is not None and best.usd_high is not None:
+        spread = f" (${figures.dollars(best.usd_low)} to ${figures.dollars(best.usd_high)})"
+    above = f"; above the cap of ${cap:,.2f}" if cap is not None and best.usd > cap else ""
+    return f"forecast: ${figures.dollars(best.usd)}{spread} for {best.hours:.2f} hours of {describe(best)}{above}"
 
 
 def _sheet(forecast: Forecast, everything: bool) -> Sheet:

@@ -71,13 +71,19 @@ class Comparison:
     actual: float
 
 
-def store(run_url: str, task: str, row: ForecastRow) -> str:
-    """Store the forecast of a launch. Returns its URI. Raises StorageError."""
-    uri = RunFolder(run_url).forecast
+def store(run_url: str, task: str, row: ForecastRow) -> tuple[str, bool]:
+    """Store the forecast of a launch, unless the run has begun and has one. Returns its URI and whether it is new.
+
+    Raises StorageError.
+    """
+    folder = RunFolder(run_url)
+    uri = folder.forecast
+    if storage.exists(folder.description) and storage.exists(uri):
+        return uri, False
     document = {"format": FORMAT, "version": VERSION, "time": time.time(), "task": task, "offer": describe(row)}
     document |= {"usd": row.usd, "usd_low": row.usd_low, "usd_high": row.usd_high, "parts": row.parts}
     storage.write_bytes(uri, (json.dumps(document | {"machine": asdict(row.offer)}, indent=1) + "\n").encode())
-    return uri
+    return uri, True
 
 
 def read(run: Run) -> Foreseen | None:

@@ -162,8 +162,9 @@ class SpendingCap:
         return "MAX_HOURS" if by_hours < by_usd else "MAX_USD"
 
     def describe(self) -> str:
+        """The sum that the cap goes by: an upper bound, because a machine counts until its end is known."""
         spent = self.spent_usd()
-        said = "dollars not known" if spent is None else f"${spent:.2f}"
+        said = "dollars not known" if spent is None else f"at most ${spent:.2f}"
         said = f"{said} of ${self.max_usd:g} spent" if self.max_usd else f"{said} spent"
         if self._bounds.hours:
             said += f", {self.paid_seconds() / 3600:.2f} of {self._bounds.hours:g} hours paid"

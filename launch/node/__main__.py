@@ -210,7 +210,7 @@ def spent_cap(environment: Mapping[str, str]) -> str:
     spent = spent_at_most(folder.url) if usd or hours else Spent(None, 0.0)
     further = "the machine ends before it costs more; go on with a larger {} and the same command"
     if usd and spent.usd is not None and spent.usd >= usd:
-        return f"${spent.usd:.2f} of ${usd:g} spent: {further.format('MAX_USD')}"
+        return f"at most ${spent.usd:.2f} of ${usd:g} spent: {further.format('MAX_USD')}"
     if hours and spent.seconds >= 3600 * hours:
         return f"{spent.seconds / 3600:.2f} of {hours:g} hours paid: {further.format('MAX_HOURS')}"
     here = (machine_from_environment(None, 0, environment).host, segment_started_at() or 0.0)
