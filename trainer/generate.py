@@ -30,7 +30,7 @@ class GenerateConfig(InferenceOptions, Sampling):
 
     prompt: str = setting("", "text to continue; empty: start a new document")
     prompts: str = setting(
-        "", "file with one prompt per line (local, s3://, gs://, az://), in place of --prompt", check=urls.mistake
+        "", "file with one prompt per line (local, s3://, gs://, az://), instead of --prompt", check=urls.mistake
     )
     samples: int = setting(1, "texts per prompt; with a seed, each text uses the next seed", ge=1)
     json: bool = setting(False, "one JSON object per text instead of plain text")

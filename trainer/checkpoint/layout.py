@@ -4,8 +4,8 @@
     RUN_URL/checkpoints/step-00000100/manifest-segment-000002.json                     files, sizes, checksums, state
     RUN_URL/checkpoints/step-00000100/COMPLETE                                         marker, written last
 
-The names of payloads and manifests contain the segment, so a machine that was replaced but still runs cannot mix its
-files with those of its successor. The marker holds the name and the checksum of the manifest.
+The names of payloads and manifests contain the segment, so a replaced machine that still runs cannot mix its files with
+the files of its successor. The marker holds the name and the checksum of the manifest.
 """
 
 import json
@@ -23,13 +23,13 @@ from core.xxh3 import xxh3_128
 
 MARKER = "COMPLETE"
 FORMAT = "checkpoint"
-VERSION = 2  # version 1 had other names of settings in `state.config`
+VERSION = 2  # version 1 named some settings in `state.config` differently
 _STEP = re.compile(r"^step-(\d{8,15})\Z")
 _MANIFEST = re.compile(r"^manifest-segment-\d{6,12}\.json\Z")
 _PAYLOAD = re.compile(r"^segment-\d{6,12}-rank-\d{5,9}-of-\d{5,9}\.safetensors\Z")
 _OBJECT = re.compile(rf"^{MARKER}\Z|{_MANIFEST.pattern}|{_PAYLOAD.pattern}")
 LISTINGS = 5
-PAUSE_SECONDS = 0.5  # before the second listing; it doubles, for a store whose listings lag by some seconds
+PAUSE_SECONDS = 0.5  # pause before the second listing; it doubles, because the listings of some stores lag by seconds
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def stored(run_url: str) -> dict[int, dict[str, int]]:
 def restorable(run_url: str) -> dict[int, dict[str, int]]:
     """Like `stored`, but misses no checkpoint, because it compares two listings.
 
-    Raises CheckpointError for a step that only one listing shows, or that this user may not read.
+    Raises CheckpointError for a step that only one listing shows, or for a step that this user may not read.
     """
     folder = RunFolder(run_url).checkpoints
     for attempt in range(LISTINGS):  # another machine of this run may store or remove one between the two listings
@@ -107,7 +107,7 @@ def restorable(run_url: str) -> dict[int, dict[str, int]]:
 
 
 def vanished(run_url: str, found: Mapping[int, Mapping[str, int]]) -> bool:
-    """Whether a marker that the listing `found` shows is not there: the checkpoint was removed after the listing."""
+    """Whether a checkpoint was removed after the listing `found`: the listing shows its marker, which is gone."""
     markers = [storage.join(folder_of(run_url, step), MARKER) for step, names in found.items() if MARKER in names]
     return not all(map(storage.exists, markers))
 
@@ -158,8 +158,8 @@ def write_marker(run_url: str, manifest: CheckpointManifest) -> None:
 def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> CheckpointManifest:
     """The manifest of a complete checkpoint. `sizes` holds the bytes of its objects by name (see `stored`).
 
-    Raises CheckpointError if an object is missing, damaged or of another size, StorageError if the store does not
-    answer.
+    Raises CheckpointError if an object is missing, damaged or of another size. Raises StorageError if the store does
+    not answer.
     """
     folder = folder_of(run_url, step)
     try:
@@ -196,7 +196,7 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
 
 
 def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
-    """Why this is not the manifest of a checkpoint of `step`, whatever its checksum says."""
+    """The reason why this is not a manifest of `step`, even if its checksum is right; None if it is one."""
     for file in manifest.files:
         if not isinstance(file.name, str) or not _PAYLOAD.match(file.name):
             return f"{file.name!r} is no name of a payload"
@@ -231,10 +231,8 @@ def remove(run_url: str, step: int, names: Iterable[str]) -> None:
 def to_remove(
     found: Mapping[int, Mapping[str, int]], keep: int, keep_every: int, kept: Collection[int] = ()
 ) -> list[int]:
-    """The steps to delete.
-
-    These are the complete ones except the newest `keep`, the multiples of `keep_every` and those in `kept`, and the
-    incomplete ones before the newest complete step, which a dead segment left behind.
+    """The steps to delete: complete ones, and incomplete ones that a dead segment left before the newest complete step.
+    Three kinds of complete steps stay: the newest `keep`, the multiples of `keep_every`, and the steps in `kept`.
     """
     complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)
     newest = complete[0] if complete else -1

@@ -77,7 +77,7 @@ class GPT(nn.Module):
 
     With `recompute` each block frees its activations after the forward pass and computes them again in the backward
     pass (Chen et al. 2016): a third more work for a fraction of the memory. `residual` is the number format of the
-    residual stream: fp32, or bf16 wherever autocast makes the products in it.
+    residual stream: fp32 or bf16. bf16 applies only where autocast computes the products in bf16.
     """
 
     def __init__(self, config: ModelConfig, recompute: bool = False, residual: str = "fp32"):
@@ -112,7 +112,7 @@ class GPT(nn.Module):
 
         A target below 0 does not count in the mean. With a `cache`, the tokens of a row follow those in the cache.
         `packed` rows hold several texts, each of which begins with an end-of-text token and attends to itself only.
-        With a `share` the backward pass gives the gradient of share times the loss, whatever gradient comes in.
+        With a `share` the backward pass gives the gradient of share times the loss and ignores the incoming gradient.
         """
         x_BTD = self.hidden(tokens_BT, cache, packed)
         if targets_BT is None:
@@ -162,7 +162,7 @@ class GPT(nn.Module):
 
         Blocks with the same code are compiled once. One graph per block, instead of one for the model, allows DDP to
         send the gradients of a block while those of the next are computed. `optimize_ddp` would cut the graphs at DDP's
-        buckets. That gains nothing here, and costs memory: activations that cross a cut must be stored.
+        buckets. Here that brings no speed and costs memory, because activations that cross a cut must be stored.
         """
         torch._dynamo.config.optimize_ddp = False
         self.fused = True
@@ -171,7 +171,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Set the initial weights (core.settings.model, `init`). Biases and skips start without effect.
+        """Set the initial weights (core.settings.model, `init`). Biases and skip connections start without effect.
 
         Values are drawn on the CPU from `seed` alone, so that every device and rank starts from the same bits.
         """

@@ -9,8 +9,8 @@ with or without optimizer.zero.
 A Muon block is a whole matrix; queries, keys and values are separate matrices. Only its owner updates it, even without
 optimizer.zero, because an update is expensive. The matrices of a batch (trainer.optim.muon) have one owner.
 
-No operation here waits for a GPU, and their number depends on the shapes and not on the tensors: AdamW is one fused
-kernel per group, Muon a batch of matrices at a time.
+No operation here waits for a GPU. AdamW takes one fused kernel per group, and Muon updates a batch of matrices at a
+time, so the number of operations does not grow with the number of tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -79,7 +79,7 @@ class BlockOptimizer:
             for block in self._blocks
             if block.owner == rank or block not in exchanged
         }
-        # The state is allocated now: `restore` copies into it, and a checkpoint needs its layout.
+        # The state is allocated here, because `restore` copies into it and a checkpoint needs its layout.
         self._state: dict[Block, dict[str, torch.Tensor]] = {}
         self._adamw = self._adamw_groups()
         self._muon = self._muon_batches(batches)

@@ -58,7 +58,7 @@ class Distillation(nn.Module):
         self.share = share
         self.temperature = temperature
         self.kl_weight = kl_weight
-        self._teacher = [teacher]  # a list hides the teacher from nn.Module, so that DDP ignores it
+        self._teacher = [teacher]  # nn.Module does not register a teacher in a list, so DDP ignores it
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         divergence, cross_entropy = self.parts(tokens, self.temperature)

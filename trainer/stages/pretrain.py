@@ -157,7 +157,7 @@ def default_cache_folder() -> Path:
 
 
 def check_shards(data_url: str, data: Manifest) -> None:
-    """Raises DataError unless all shards are stored with the size that the manifest says.
+    """Raises DataError unless all shards are stored with the sizes in the manifest.
 
     Does nothing if the store can be read but not listed.
     """

@@ -58,13 +58,13 @@ class Stage(abc.ABC):
 
     `settings` are the given ones with the values that this run determines: the micro-batch size that fits, the number
     of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens. `schedule`
-    begins as that of the settings; trainer.loop.course puts in its place that of the run's course.
+    is the one of the settings, until trainer.loop.course replaces it by the schedule of the run's course.
     """
 
     name: str  # in the ledger
     settings: TrainingConfig
     round_robin = False  # whether ranks take micro-batches in turn (trainer.optim.reduce)
-    measures_start = False  # whether the start is validated even without validations at intervals
+    measures_start = False  # whether step 0 is validated even if validations at intervals are off
     lengths_vary = False  # whether micro-batches differ in the length of their sequences
 
     def __init__(self, settings: TrainingConfig, model: ModelConfig, context: int, ranks: Ranks):
@@ -86,12 +86,14 @@ class Stage(abc.ABC):
 
     @property
     def steps(self) -> int:
-        """The last step of the run, as far as it is known now; when overfitting, the most that it may take."""
+        """The last step of the run, as planned now; when overfitting, the largest number of steps that the run may
+        take.
+        """
         return self.schedule.end
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The settings and the model, as run.json and checkpoints store them."""
+        """The settings and the model in the form that run.json and checkpoints store."""
         return {**loader.to_dict(self.settings), "model": loader.to_dict(self.model)}
 
     @property
@@ -106,7 +108,7 @@ class Stage(abc.ABC):
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """A checksum of the training data."""
+        """A checksum that identifies the training data."""
 
     @property
     def flops_per_token(self) -> float | None:

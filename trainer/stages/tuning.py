@@ -99,7 +99,9 @@ class Tuning(Stage):
         return _vocabulary(self.start.where, self.settings.data.url)
 
     def check_stored(self) -> None:
-        """The start is opened here, because it may be damaged, and kept for `fill`."""
+        """The starting weights are opened here, before anything is written, because they may be damaged. `fill` uses
+        them.
+        """
         if self.settings.lora.rank or not layout.complete_steps(self.settings.run.url):
             self._opened = open_weights(self.start.where, self.ranks.device)
 
@@ -166,7 +168,7 @@ class Tuning(Stage):
 
 
 def _start_of(settings: FinetuneConfig) -> Start:
-    """On rank 0: the weights that the run starts from. A continued run reads model and data from its own config."""
+    """On rank 0: the weights that the run starts from. A continued run reads model and data from its stored config."""
     where = lasting_name(settings.start.weights, settings.run.url, "start")
     earlier = stored_config(settings.run.url)
     if earlier and earlier.get("start", {}).get("weights") == where:
@@ -186,6 +188,6 @@ def _vocabulary(start: str, data_url: str) -> Vocabulary:
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The values on the device. The host does not wait until a GPU has them."""
+    """Copies the values to the device, without waiting for a GPU."""
     found = torch.from_numpy(values)
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)

@@ -86,7 +86,7 @@ class Maker:
         self._segment = segment
         self.budget = Budget(settings.budget, stored.usd)
         self._given_up: list[str] = []
-        self._unclear: dict[str, str] = {}  # refused keys → the reason, which may concern all prompts
+        self._unclear: dict[str, str] = {}  # keys of refused prompts → the reason, which may concern all prompts
         self._warned_of_usage = False
         self._failing = 0
         self._out_of_money = self._capped = self._asked_to_stop = False
@@ -170,7 +170,7 @@ class Maker:
                     yield key, prompt
 
     def _stop(self) -> None:
-        log.warning("stopping: waiting for calls in flight")
+        log.warning("stopping after the calls in flight")
         self._asked_to_stop = True
 
     @property

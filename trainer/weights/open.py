@@ -152,7 +152,7 @@ def _attach(model: GPT, settings: Any, place: str) -> None:
 
 
 def _check_size(config: ModelConfig, size: int, place: str) -> None:
-    """Raises CheckpointError for a model that files of `size` bytes cannot hold, before memory is taken for it."""
+    """Called before memory is allocated. Raises CheckpointError for a model that files of `size` bytes cannot hold."""
     if parameters(config) > size:
         raise CheckpointError(
             f"{place}: describes a model of {parameters(config):,} parameters, which its files of {size:,} bytes do "
@@ -237,7 +237,7 @@ def _fill(parameters: Mapping[str, torch.Tensor], run_url: str, manifest: layout
 
     def read(file: layout.PayloadFile) -> dict[str, torch.Tensor]:
         blocks = read_blocks(folder, file)
-        # Copy the blocks: each is a view that would keep the whole file in memory, with the optimizer's state.
+        # Copy the blocks. A block is a view and would keep the whole file in memory, including the optimizer's state.
         return {key: values.clone() for key, values in blocks.items() if key.startswith("model.")}
 
     with ThreadPoolExecutor(READERS) as pool:
