@@ -65,17 +65,16 @@ def _move_to_free_name(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # exFAT, SMB and some FUSE file systems have no hard links. Between these two calls `path` is an empty file.
+        # exFAT, SMB and some FUSE file systems have no hard links. Until the second call, `path` is an empty file.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         temporary.replace(path)
 
 
 def below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield path and status of each file below a folder, at any depth, following links. None if there is no folder.
-
-    A folder with several paths is read once, by the path with the fewest links, so that loops of links end. A dangling
-    link is listed with the size of the link itself; reading it fails. Raises StorageError if `root` is a dangling link,
-    OSError for an unreadable folder.
+    """Yield path and status of each file below a folder, at any depth, following links. Yields nothing if there is no
+    folder. A folder with several paths is read once, by the path with the fewest links, so loops of links end. A
+    dangling link is listed with the size of the link itself; reading it fails. Raises StorageError if `root` is a
+    dangling link, OSError for an unreadable folder.
     """
     _check_link(root)
     yield from _walk(root, lambda names: True, bounded=False)
@@ -93,7 +92,8 @@ def names(folder: Path) -> list[str]:
 def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
     """Files whose path matches a pattern with `*`, `?`, `[...]` or `**`; links and errors as in `below`.
 
-    Raises StorageError also for a dangling link where the pattern expects a folder: files that match may be missing.
+    Raises StorageError also if a dangling link stands for a folder of the pattern, because matching files may be
+    missing.
     """
     wild = literal_parts(pattern.parts, lambda names: os.path.lexists(Path(*names)))
     root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
@@ -156,7 +156,7 @@ def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -
             if known in read:
                 continue
             entries = _entries(folder)
-        except (FileNotFoundError, NotADirectoryError):  # removed during the walk, or never there
+        except (FileNotFoundError, NotADirectoryError):  # the folder was removed during the walk, or never existed
             continue
         read.add(known)
         for entry in entries:
