@@ -2,8 +2,8 @@
 
     python -m launch.anneal RUN_URL | sky/TASK.yaml
 
-Writes one small object into the run's folder, at which the trainer looks every few seconds. The cooldown takes the
-usual share of the steps, or less if the cap on dollars pays for less.
+Writes one small object into the run's folder. The trainer looks for it every few seconds. The cooldown takes the usual
+share of the steps, or fewer steps if the dollars left under the cap pay for fewer.
 """
 
 import os
@@ -25,7 +25,9 @@ def main(arguments: list[str]) -> int:
 
 
 def ask(folder: RunFolder) -> str:
-    """Ask, and return what to tell the user. Raises RunError for a run that has no cooldown to begin."""
+    """Request the cooldown. Returns a sentence for the user. Raises RunError for a run that has no cooldown to
+    begin.
+    """
     try:
         config = read_description(folder)["config"]
     except ObjectNotFound as error:

@@ -4,8 +4,8 @@
 
 Checks number, kind and error counters of the GPUs, clock, disk and bucket. In parallel, a torch program
 (trainer/distributed/preflight.py) checks that CUDA initialises and measures an all-reduce over all GPUs. A `problem` is
-a fault of this machine, which is then replaced by another one. A fault that another machine would have too raises
-ConfigError. A note has no effect. The reports are stored below RUN_URL/preflight/.
+a fault of this machine, which is then replaced by another machine. For a fault that another machine would have too,
+ConfigError is raised. A note has no effect. The reports are stored below RUN_URL/preflight/.
 """
 
 import json
@@ -64,7 +64,7 @@ class PreflightReport:
 
 
 def run(environment: Mapping[str, str], found: Sequence[Gpu]) -> PreflightReport:
-    """Run all checks, in parallel where they do not disturb each other. Raises ConfigError, StorageError."""
+    """Run all checks. Checks that do not disturb each other run in parallel. Raises ConfigError, StorageError."""
     started = time.monotonic()
     rehearsal = environment.get("DEVICE") == "cpu"
     healthy = [gpu for gpu in found if not gpu.fault]
@@ -186,12 +186,14 @@ def disk_speed() -> float:
 
 
 def clock_skew_seconds(environment: Mapping[str, str]) -> float | None:
-    """This clock minus the object store's, to a second, by the Date header of its answer. None without that header."""
+    """The difference between this clock and the object store's, to a second. It comes from the Date header of an
+    answer; None without this header.
+    """
     endpoint = aws.endpoint_of(environment)
     try:
         with urllib.request.urlopen(endpoint or "https://s3.amazonaws.com", timeout=10) as answer:
             header = answer.headers["Date"]
-    except urllib.error.HTTPError as error:  # a refusal has a date too
+    except urllib.error.HTTPError as error:  # a refused request has a Date header too
         header = error.headers["Date"]
     except OSError:
         return None
