@@ -4,8 +4,8 @@
     results = harness.header("torch") | {"rounds": 3, "median": harness.medians(runs)}
     harness.finish(results, show, options.out)
 
-A side that needs a process of its own runs as a module that reports each result by `say`; `run_process` starts it,
-receives the results and ends it at its deadline or together with this process. The module imports neither torch nor
+A side that needs a separate process runs as a module and reports each result by `say`. `run_process` starts it,
+receives the results, and ends it at its deadline or together with this process. The module imports neither torch nor
 rich, because machines that run bench.on_gpu may lack packages.
 """
 
@@ -150,7 +150,8 @@ def measured(command: Sequence[str]) -> dict[str, Any]:
 def run_process(command: Sequence[str], log: TextIO, deadline: float, take: Callable[[dict[str, Any]], None]) -> str:
     """Run `command` until it ends or until `deadline` (of time.monotonic); its children end with it.
 
-    Calls `take` with each result and writes all other output to `log`. Returns why it failed, empty for success.
+    Calls `take` with each result and writes all other output to `log`. Returns the reason of a failure, empty for
+    success.
     """
     process = subprocess.Popen(
         command,

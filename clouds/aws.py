@@ -255,8 +255,9 @@ def _home_of(url: str) -> str | None:
 
 
 def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> list[str | None]:
-    """Values of `items` of the metadata service; None for an item that it lacks. Waits at most METADATA_SECONDS in
-    total.
+    """Values of `items` of the metadata service; None for an item that it lacks.
+
+    Waits at most METADATA_SECONDS in total.
     """
     service = Metadata(environment)
     deadline = time.monotonic() + METADATA_SECONDS

@@ -47,8 +47,9 @@ class MachineFacts:
 
 @dataclass(frozen=True)
 class Offer:
-    """One instance type in one zone. Prices are in dollars per hour, or None if the provider does not offer the type
-    that way.
+    """One instance type in one zone.
+
+    Prices are in dollars per hour, or None if the provider does not offer the type that way.
     """
 
     cloud: str
@@ -93,9 +94,7 @@ class Ownership:
         return cluster in self.ours or bool(self.user and cluster.endswith(f"-{self.user}"))
 
     def is_named_as_ours(self, cluster: str) -> bool:
-        """Whether the name is one that SkyPilot gives to a cluster, or to a managed job's machine, of one of our
-        tasks.
-        """
+        """Whether SkyPilot gives this name to a cluster, or to a managed job's machine, of one of our tasks."""
         names = "|".join(map(re.escape, self.tasks))
         return bool(names and re.fullmatch(rf"({names})(-\d+)?-[0-9a-f]{{8}}", cluster))
 
@@ -112,9 +111,10 @@ def is_controller(cluster: str) -> bool:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A machine or volume that is up or may still be billed. `cluster` is the name of its SkyPilot cluster on the
-    cloud. `mine` means that this user started it for this project, `labelled` that it has this project's label. `end`
-    ends it without SkyPilot; None if only SkyPilot can end it.
+    """A machine or volume that is up or may still be billed.
+
+    `cluster` is the name of its SkyPilot cluster on the cloud. `mine` means that this user started it for this project,
+    `labelled` that it has this project's label. `end` ends it without SkyPilot; None if only SkyPilot can end it.
     """
 
     what: str
@@ -129,9 +129,7 @@ class Leftover:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The machines and volumes that a source lists, and a sentence for each part of the source that could not be
-    asked.
-    """
+    """The machines and volumes that a source lists, and a sentence for each part that could not be asked."""
 
     found: tuple[Leftover, ...] = ()
     unasked: tuple[str, ...] = ()
@@ -274,8 +272,9 @@ class Cloud:
         return bool(self.key_file) and Path(self.key_file).expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
-        """Machines and volumes that may belong to this project, of all users. Called only if the provider is
-        configured.
+        """Machines and volumes that may belong to this project, of all users.
+
+        Called only if the provider is configured.
         """
         return Inventory()
 
@@ -292,8 +291,7 @@ class Cloud:
         return None
 
     def traffic_usd_per_gb(self, url: str, cloud: str | None, region: str | None) -> tuple[float, float] | None:
-        """The price of each GB that a machine of a cloud reads from a bucket of this provider, and of each GB that it
-        writes to it.
+        """The price of each GB that a machine of a cloud reads from, or writes to, a bucket of this provider.
 
         None for a bucket of another provider. Raises Unavailable if the bucket's region is not known.
         """

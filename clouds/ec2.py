@@ -25,8 +25,9 @@ USD_PER_GB_MONTH = 0.08
 
 
 def leftovers(session: Any, whose: Ownership) -> Inventory:
-    """Resources of all enabled regions that may belong to this project. Raises botocore's error if the regions cannot
-    be listed.
+    """Resources of all enabled regions that may belong to this project.
+
+    Raises botocore's error if the regions cannot be listed.
     """
     client = _client(session, session.region_name or DEFAULT_REGION)
     names = sorted(region["RegionName"] for region in client.describe_regions()["Regions"])

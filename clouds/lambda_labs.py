@@ -80,9 +80,7 @@ class LambdaLabs(Cloud):
         return KEYS.expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
-        """All instances except those of this user's other projects, because Lambda has no labels to tell projects
-        apart.
-        """
+        """All instances except those of this user's other projects: Lambda has no labels to tell projects apart."""
         listed = [each for each in get("instances") or () if each.get("status") != "terminated"]
         found = [_leftover(each, whose) for each in listed if _cluster_of(each) not in whose.others]
         return Inventory(tuple(found))

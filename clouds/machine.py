@@ -52,8 +52,9 @@ def gpus() -> list[Gpu]:
 
 
 def describe(environment: Mapping[str, str], found: list[Gpu]) -> dict[str, str]:
-    """Values of the variables that core.run.machine.machine_from_environment reads. Values in `environment` have
-    precedence.
+    """Values of the variables that core.run.machine.machine_from_environment reads.
+
+    Values in `environment` have precedence.
     """
     cluster = cluster_info(environment)
     name = environment.get("CLOUD") or cluster.get("cloud")

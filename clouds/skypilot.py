@@ -49,8 +49,7 @@ def find_sky() -> str:
 
 
 def clusters(everyone: bool = False) -> list[dict[str, Any]]:
-    """This user's clusters, or all users' clusters, including those of managed jobs (`is_managed`) that this computer
-    keeps.
+    """This user's clusters, or all users', including those of managed jobs (`is_managed`) that this computer keeps.
 
     Raises ConfigError if SkyPilot cannot list them.
     """
@@ -85,10 +84,10 @@ def has_ended(job: dict[str, Any]) -> bool:
 
 
 def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str, Any]]:
-    """The records that `sky COMMAND -o json` prints. Returns no records if the command fails and its output contains
-    `nothing`.
+    """The records that `sky COMMAND -o json` prints.
 
-    Raises ConfigError with SkyPilot's output if it fails or prints no list, or if its server does not answer.
+    Returns no records if the command fails and its output contains `nothing`. Raises ConfigError with SkyPilot's output
+    if it fails or prints no list, or if its server does not answer.
     """
     words = [find_sky(), *command, "-o", "json"]
     try:
@@ -169,8 +168,9 @@ def setting(*keys: str) -> Any:
 
 
 def catalog_file(cloud: str) -> Path:
-    """The file in which SkyPilot 0.14.1 keeps the prices of a cloud on this machine. SkyPilot replaces it when it
-    fetches prices again.
+    """The file in which SkyPilot 0.14.1 keeps the prices of a cloud on this machine.
+
+    SkyPilot replaces it when it fetches prices again.
     """
     return Path.home() / ".sky" / "catalogs" / "v8" / cloud / "vms.csv"
 

@@ -18,8 +18,9 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
 
 def _quota(cgroup: Path) -> float:
-    """The quota in seconds of CPU time per second; infinite without a limit. A container sees its control group at the
-    root.
+    """The quota in seconds of CPU time per second; infinite without a limit.
+
+    A container sees its control group at the root.
     """
     try:
         if (cgroup / "cpu.max").exists():  # version 2

@@ -1,7 +1,7 @@
-"""Combines the environment of the shell with the variables of a .env file. A value in the shell has precedence over the
-file. An empty variable counts as not set.
+"""Combines the environment of the shell with the variables of a .env file.
 
-environment.adopt()      adds the variables of .env to os.environ, and removes empty ones that would mislead a library
+A value in the shell has precedence over the file. An empty variable counts as not set. environment.adopt()      adds
+the variables of .env to os.environ, and removes empty ones that would mislead a library
 """
 
 import getpass
@@ -47,8 +47,9 @@ def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
 
 
 def tidy(environment: MutableMapping[str, str]) -> None:
-    """Remove empty variables that a library would read as a value. Also strip what was copied along with a URL: blanks,
-    and the line ends of a Windows file.
+    """Remove empty variables that a library would read as a value.
+
+    Also strip what was copied along with a URL: blanks, and the line ends of a Windows file.
     """
     for name in _PLACES:
         if name in environment:

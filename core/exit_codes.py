@@ -14,9 +14,7 @@ NO_STORAGE = 36  # the bucket failed for too long: the job ends, because another
 
 
 def tell_launcher(code: int) -> None:
-    """Write the code to EXIT_CODE_FILE, if set. torchrun exits with 1 for any failure of a worker, so it hides the
-    code.
-    """
+    """Write the code to EXIT_CODE_FILE, if set, because torchrun exits with 1 for any failure of a worker."""
     if path := os.environ.get("EXIT_CODE_FILE"):
         whole = Path(f"{path}.{os.getpid()}")
         whole.write_text(f"{code}\n")

@@ -71,10 +71,11 @@ def _move_to_free_name(temporary: Path, path: Path) -> None:
 
 
 def below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield path and status of each file below a folder, at any depth, following links. Yields nothing if there is no
-    folder. A folder with several paths is read once, by the path with the fewest links, so loops of links end. A
-    dangling link is listed with the size of the link itself; reading it fails. Raises StorageError if `root` is a
-    dangling link, OSError for an unreadable folder.
+    """Yield path and status of each file below a folder, at any depth, following links.
+
+    Yields nothing if there is no folder. A folder with several paths is read once, by the path with the fewest links,
+    so loops of links end. A dangling link is listed with the size of the link itself; reading it fails. Raises
+    StorageError if `root` is a dangling link, OSError for an unreadable folder.
     """
     _check_link(root)
     yield from _walk(root, lambda names: True, bounded=False)

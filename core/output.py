@@ -1,5 +1,6 @@
-"""Makes standard output safe. A program crashes neither because of its encoding nor because of a full disk or a closed
-pipe.
+"""Makes standard output safe.
+
+A program crashes neither because of its encoding nor because of a full disk or a closed pipe.
 
     output.prepare(is_product=True)
 

@@ -71,8 +71,9 @@ def scrubber() -> Callable[[str], str]:
 
 
 def without_keys(value: Any) -> Any:
-    """A copy of a value of JSON types, with every text that has the form of a secret hidden. Equal values give equal
-    results.
+    """A copy of a value of JSON types, with every text that has the form of a secret hidden.
+
+    Equal values give equal results.
     """
     if isinstance(value, str):
         return _without_forms(value)

@@ -86,8 +86,9 @@ def listen(*more: signal.Signals) -> None:
 
 
 def _ignore() -> None:
-    """Ignore further signals, to keep the exit code. Python removes its handlers while it ends, and a signal would then
-    kill the process.
+    """Ignore further signals, to keep the exit code.
+
+    Python removes its handlers while it ends, and a signal would then kill the process.
     """
     for number in _state.before:
         signal.signal(number, signal.SIG_IGN)

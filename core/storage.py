@@ -80,10 +80,10 @@ def read_bytes(uri: str, most: int | None = None) -> bytes:
 
 
 def chunks(uri: str, most: int | None = None) -> Iterator[Buffer]:
-    """The content of an object, in order and in pieces. Raises the errors of `read_bytes`; an object that is too large
-    is not read.
+    """The content of an object, in order and in pieces.
 
-    Parts of a large object are fetched in parallel, and each part is retried separately.
+    Raises the errors of `read_bytes`; an object that is too large is not read. Parts of a large object are fetched in
+    parallel, and each part is retried separately.
     """
 
     def begin(store: Store, key: str) -> list[Buffer] | int:

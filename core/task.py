@@ -167,8 +167,9 @@ def machine_choice(options: Sequence[str]) -> MachineChoice:
 
 
 def with_more(words: Sequence[str]) -> list[str]:
-    """The words of a command line. `--more=TEXT` is replaced by the words of TEXT, split as a shell splits them. So a
-    variable of a task, such as TRAIN_ARGS, can hold values with blanks in quotes. Raises ConfigError.
+    """The words of a command line. `--more=TEXT` is replaced by the words of TEXT, split as a shell splits them.
+
+    So a variable of a task, such as TRAIN_ARGS, can hold values with blanks in quotes. Raises ConfigError.
     """
     found: list[str] = []
     for word in words:
@@ -246,9 +247,7 @@ def _requests(path: str, resources: Mapping[str, Any], choice: MachineChoice) ->
 
 
 def _place(resources: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
-    """Cloud, region and zone, from fields with these names or from `infra: cloud/region/zone`, in which `*` stands for
-    any.
-    """
+    """Cloud, region and zone, from fields with these names or from `infra: cloud/region/zone`, where `*` means any."""
     parts = [None if part in ("*", "") else part for part in str(resources.get("infra") or "").split("/")]
     cloud, region, zone = [*parts, None, None, None][:3]
     cloud = resources.get("cloud") or cloud
@@ -363,8 +362,9 @@ def _expanded(word: str, envs: Mapping[str, str]) -> str:
 
 
 def _config_file(path: str, name: str) -> str:
-    """The path of a config file. The task gives it relative to the repository's root, where it runs, or to the task
-    file.
+    """The path of a config file.
+
+    The task gives it relative to the repository's root, where it runs, or to the task file.
     """
     roots = [Path(), Path(path).parent, Path(path).parent.parent, Path(__file__).parent.parent]
     return next((str(root / name) for root in roots if (root / name).is_file()), name)

@@ -1,5 +1,6 @@
-"""Checks data from storage. Strangers may be able to write to a bucket, so its names, sizes, JSON and texts are not
-trusted.
+"""Checks data from storage.
+
+Strangers may be able to write to a bucket, so its names, sizes, JSON and texts are not trusted.
 
     path = untrusted.inside(folder, name)          # a local path for an object's name, proved to be in the folder
     document = untrusted.read_json(uri)            # JSON, bounded in size, depth and numbers
@@ -56,8 +57,9 @@ def mistake_in_name(name: Any) -> str | None:
 
 
 def check_name(name: Any, where: str) -> str:
-    """Returns the name. Raises DataError, which names the place `where`, for a name that could lead out of its
-    folder.
+    """Returns the name.
+
+    Raises DataError, which names the place `where`, for a name that could lead out of its folder.
     """
     if problem := mistake_in_name(name):
         raise DataError(
@@ -68,8 +70,9 @@ def check_name(name: Any, where: str) -> str:
 
 
 def inside(folder: Path, name: Any, where: str) -> Path:
-    """The local path of the object `name` in `folder`. Raises DataError unless the path, with links followed, is
-    inside.
+    """The local path of the object `name` in `folder`.
+
+    Raises DataError unless the path, with links followed, is inside.
     """
     path = folder / check_name(name, where)
     root, real = folder.resolve(), path.resolve()
@@ -104,9 +107,10 @@ def read_object(uri: str) -> dict[str, Any]:
 
 
 def parse_json(data: bytes | str, is_finite: bool = True) -> Any:
-    """The value of a JSON text. Raises ValueError with the reason for any other text. It also rejects JSON that is
-    nested deeper than DEEPEST, that holds a whole number above 2^64, or (unless `is_finite` is false) a number that is
-    not finite.
+    """The value of a JSON text. Raises ValueError with the reason for any other text.
+
+    It also rejects JSON that is nested deeper than DEEPEST, that holds a whole number above 2^64, or (unless
+    `is_finite` is false) a number that is not finite.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")

@@ -96,10 +96,10 @@ def check_model(name: str) -> None:
 
 
 def local_path(path: str, where: str) -> Path:
-    """`path` as a Path, with `~` replaced by the home folder. Shells expand `~` only at the start of a word, not in
-    `--flag=~/x`.
+    """`path` as a Path, with `~` replaced by the home folder.
 
-    Raises ConfigError, which names the flag or variable, if it looks like a URL.
+    Shells expand `~` only at the start of a word, not in `--flag=~/x`. Raises ConfigError, which names the flag or
+    variable, if it looks like a URL.
     """
     if problem := mistake_in_folder(path):
         raise ConfigError(f"{where} is {path!r}, which {problem}")

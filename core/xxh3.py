@@ -71,9 +71,8 @@ class NumpyXxh3:
     def _take(self, part: memoryview) -> None:
         before = STRIPE if self._blocks else 0
         data = self._rest + part
-        blocks = (
-            len(data) - before - 1
-        ) // BLOCK  # leaves at least one byte, because `hexdigest` sums the end of the input
+        # Leaves at least one byte, because `hexdigest` sums the end of the input.
+        blocks = (len(data) - before - 1) // BLOCK
         if blocks < 1:
             self._rest = data
             return

@@ -20,9 +20,11 @@ LEAST_SHARE = 1 / 400
 
 @dataclass(frozen=True)
 class About:
-    """Facts of a run. None means unknown; a text is empty if it does not apply. `tokens` is the number of tokens of the
-    whole planned run. `cap_usd` limits the dollars of the run's machines or, with `make run`, of the whole run.
-    `forecast_usd` and `forecast_loss` come from the plan of `make run`. Times are unix seconds.
+    """Facts of a run. None means unknown; a text is empty if it does not apply.
+
+    `tokens` is the number of tokens of the whole planned run. `cap_usd` limits the dollars of the run's machines or,
+    with `make run`, of the whole run. `forecast_usd` and `forecast_loss` come from the plan of `make run`. Times are
+    unix seconds.
     """
 
     model: str = ""
@@ -78,8 +80,9 @@ def machine_in_words(segment: Segment) -> str:
 
 
 def stretches(run: Run, attributed: Attributed, outside: list[OutsideTime]) -> list[Stretch]:
-    """The time of each machine in phases, in order. A phase that is too short to be visible joins the phase before
-    it.
+    """The time of each machine in phases, in order.
+
+    A phase that is too short to be visible joins the phase before it.
     """
     pieces: list[tuple[str, str, list[tuple[str, float, float]]]] = []
     for segment in run.segments:
@@ -120,9 +123,8 @@ def waits(found: list[Stretch]) -> list[tuple[float, float]]:
 def _merged(spans: list[tuple[str, float, float]], least: float) -> list[tuple[str, float, float]]:
     """Merges neighbours with the same phase. Stretches shorter than `least` seconds are left out."""
     joined: list[tuple[str, float, float]] = []
-    for _ in range(
-        2
-    ):  # the first pass merges equal neighbours, the second merges those that the removal of short ones has joined
+    # The first pass merges equal neighbours, and the second merges those that the removal of short ones has joined.
+    for _ in range(2):
         joined = []
         for phase, group in itertools.groupby(spans, key=lambda span: span[0]):
             own = list(group)

@@ -1,5 +1,6 @@
-"""Computes charges beside machine hours: disks, addresses, traffic, requests, storage, and the controller of jobs. Each
-charge names its source. An amount that a source does not give is named as missing and never counted as zero.
+"""Computes charges beside machine hours: disks, addresses, traffic, requests, storage, and the controller of jobs.
+
+Each charge names its source. An amount that a source does not give is named as missing and never counted as zero.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

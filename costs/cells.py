@@ -111,8 +111,9 @@ def _factor_cells(parts: Sequence[Cell], factor: float) -> list[Cell]:
 
 
 def summed_up(parts: Sequence[Cell]) -> list[Cell]:
-    """Merges the cells of all segments: cells that differ only in segment, dollars and time become one. Cells without a
-    price are not merged with priced ones.
+    """Merges the cells of all segments: cells that differ only in segment, dollars and time become one.
+
+    Cells without a price are not merged with priced ones.
     """
     groups: dict[tuple, list[Cell]] = {}
     for cell in parts:
@@ -146,8 +147,9 @@ def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
 
 
 def attribute(run: Run, lost: dict[int, Lost], shares: Mapping[int, Shares] | None = None) -> Attributed:
-    """Split the ledger's phases into the phases of a report. `lost` is the result of `run.lost`. `shares` belong to the
-    segments that shared a machine (costs.sharing.shares_of).
+    """Split the ledger's phases into the phases of a report. `lost` is the result of `run.lost`.
+
+    `shares` belong to the segments that shared a machine (costs.sharing.shares_of).
     """
     found = {segment.number: _attribute(segment, lost[segment.number]) for segment in run.segments}
     for number, share in (shares or {}).items():
@@ -252,8 +254,9 @@ def _name_of_day(day: float) -> str:
 
 
 class Spend:
-    """Cumulative dollars of a run by phase. `complete` is False if some time has no price; such time counts as zero
-    dollars.
+    """Cumulative dollars of a run by phase.
+
+    `complete` is False if some time has no price; such time counts as zero dollars.
     """
 
     def __init__(

@@ -59,8 +59,9 @@ def overview_groups(reports: Sequence[CostReport]) -> Sheet:
 
 @dataclass(frozen=True)
 class Value:
-    """A cell of a comparison. `number` is None for a cell that has no difference, such as a text. `complete` is false
-    if a part of the number is unknown.
+    """A cell of a comparison. `number` is None for a cell that has no difference, such as a text.
+
+    `complete` is false if a part of the number is unknown.
     """
 
     text: str

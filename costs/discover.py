@@ -60,6 +60,7 @@ def _name(uri: str) -> str:
 
 def neighbours(run: Run) -> list[Segment]:
     """Segments of other runs in the same folder that may have used this run's machines, with dollars and time only.
+
     Reads only ledgers that were written while the machines may have been up. Managed jobs do not share machines. Raises
     StorageError.
     """
@@ -100,8 +101,9 @@ def _ledgers_in(folder: str) -> dict[str, Objects]:
 
 
 def forget_listings() -> None:
-    """Forget the listings, so that other runs are looked for again. A long-running program calls this before each
-    report.
+    """Forget the listings, so that other runs are looked for again.
+
+    A long-running program calls this before each report.
     """
     _ledgers_in.cache_clear()
 
@@ -123,8 +125,9 @@ def storage_use(run: Run) -> StorageUse:
 
 
 def _data_bytes(run: Run) -> int | None:
-    """Bytes of a run's token set; None if the run has no token set, or if the set is deleted or on a store without
-    rates.
+    """Bytes of a run's token set;
+
+    None if the run has no token set, or if the set is deleted or on a store without rates.
     """
     section = run.config.get("data")
     url = section.get("url") if isinstance(section, Mapping) else None

@@ -1,5 +1,6 @@
-"""Turns reports into rows of charges with the names of FOCUS 1.2 (FinOps Open Cost and Usage Specification). FOCUS
-requires that names of additional columns begin with `x_`. Dollars are not rounded.
+"""Turns reports into rows of charges with the names of FOCUS 1.2 (FinOps Open Cost and Usage Specification).
+
+FOCUS requires that names of additional columns begin with `x_`. Dollars are not rounded.
 """
 
 import json
@@ -26,10 +27,10 @@ UNKNOWN = ("?", "–")
 
 
 def charges(report: CostReport) -> Iterator[dict[str, Any]]:
-    """A dict per charge, which is one phase on one day on one machine. All dicts have the same keys. None means unknown
-    or not applicable.
+    """A dict per charge, which is one phase on one day on one machine. All dicts have the same keys.
 
-    `BilledCost` is the amount that is known to be billed. `x_BilledCostAtMost` is an upper bound of it.
+    None means unknown or not applicable. `BilledCost` is the amount that is known to be billed. `x_BilledCostAtMost` is
+    an upper bound of it.
     """
     for cell in report.charges:
         start, end = _day(cell)

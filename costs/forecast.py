@@ -87,8 +87,9 @@ class ForecastRow:
 
 @dataclass(frozen=True)
 class Effort:
-    """A workload on one offer: `amount` tokens at `rate` tokens/s. For work in _TIMED, `amount` is in seconds and
-    `rate` is a factor.
+    """A workload on one offer: `amount` tokens at `rate` tokens/s.
+
+    For work in _TIMED, `amount` is in seconds and `rate` is a factor.
     """
 
     workload: Workload
@@ -203,8 +204,9 @@ def _eval_tokens(train: TrainingConfig, assume: Assumptions) -> float:
 def price(
     row: ForecastRow, effort: Effort, assume: Assumptions, rates: StorageRates | None, measured: Measured | None
 ) -> ForecastRow:
-    """The row with the hours and dollars of a workload on its offer. Hours and dollars are linear in the amount of
-    work.
+    """The row with the hours and dollars of a workload on its offer.
+
+    Hours and dollars are linear in the amount of work.
     """
     parts, restarts = _parts(row, effort, effort.rate.expected, assume, measured)
     others = _other_usd(row, effort, assume, rates)
@@ -317,9 +319,7 @@ def _alternatives(task: TaskSpec, catalog: Catalog) -> Iterable[tuple[Offer, boo
 
 
 def _merged(rows: Iterable[ForecastRow]) -> list[ForecastRow]:
-    """`rows` without duplicates: the on-demand offers of a region have the same price in all zones and become one
-    row.
-    """
+    """`rows` without duplicates: the on-demand offers of a region cost the same in all zones and become one row."""
     found: dict[object, ForecastRow] = {}
     for row in rows:
         zone = row.offer.zone if row.spot else None

@@ -82,8 +82,9 @@ def store(run_url: str, task: str, row: ForecastRow) -> str:
 
 
 def read(run: Run) -> Foreseen | None:
-    """The forecast of a run; None if there is none or it cannot be understood. Reads only objects in the run's
-    listing.
+    """The forecast of a run; None if there is none or it cannot be understood.
+
+    Reads only objects in the run's listing.
     """
     names = {each.uri for each in run.objects}
     try:

@@ -70,15 +70,15 @@ class StorageUse:
     checkpoint_bytes: int
     rates: StorageRates | None = None
     data_bytes: int | None = None  # bytes of the run's token set, which other runs may read too
-    unfinished_uploads: int = (
-        0  # bytes of multipart uploads, running or interrupted: they are billed, but not in a listing
-    )
+    # Bytes of multipart uploads, running or interrupted. They are billed, but not in a listing.
+    unfinished_uploads: int = 0
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of one machine's time in which one phase took most of the time. `lane` numbers the machines that were
-    up at the same time.
+    """A stretch of one machine's time in which one phase took most of the time.
+
+    `lane` numbers the machines that were up at the same time.
     """
 
     lane: int

@@ -132,8 +132,9 @@ def _silent_seconds(report: CostReport, now: float) -> float:
 def keep_looking(
     watched: Watched, reports: Callable[[], list[CostReport]], every: float, ended: threading.Event
 ) -> None:
-    """Look at all runs every `every` seconds in a thread, until `ended`. If the store does not answer, it is asked
-    again.
+    """Look at all runs every `every` seconds in a thread, until `ended`.
+
+    If the store does not answer, it is asked again.
     """
 
     def work() -> None:

@@ -72,9 +72,7 @@ def footer(now: float, more: str = "") -> str:
 
 
 def document(title: str, body: Sequence[str], policy: str = POLICY, root: str = "", after: str = "") -> str:
-    """A whole page. `policy` is its content security policy, `root` are attributes of <html>, `after` follows
-    `body`.
-    """
+    """A page. `policy` is its content security policy, `root` holds attributes of <html>, `after` follows `body`."""
     return (
         f'<!doctype html>\n<html lang="en" {root}><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

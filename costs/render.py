@@ -72,8 +72,9 @@ def _without(row: Sequence[str], at: int) -> list[str]:
 
 
 def _least_width(sheet: Sheet) -> int:
-    """The width at which no word and no number is broken. Each column of the table takes three characters more than its
-    text.
+    """The width at which no word and no number is broken.
+
+    Each column of the table takes three characters more than its text.
     """
     rows = [row for row in (sheet.heads, *sheet.rows, sheet.foot) if row]
     total = 1

@@ -33,6 +33,7 @@ GROUPS = ("stage", "day", "cloud", "region", "zone", "instance", "market")
 @dataclass(frozen=True)
 class Line:
     """One row of a table. `usd` is None if no part of the row has a price; `complete` is false if a part has no price.
+
     `share` is the row's share of the dollars or, if a part of the report has no price, of the time. If no source knows
     when a machine's bill began or ended, the dollars lie between `usd` and `usd_most`.
     """
@@ -108,8 +109,9 @@ def _in_order(cell: Cell) -> tuple[str, int, str, str]:
 
 
 def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: Outside | None = None) -> CostReport:
-    """The report on a run at `now` (unix seconds), which decides whether the last machine is still running. `outside`
-    holds the amounts from other sources than the ledger (costs.sources).
+    """The report on a run at `now` (unix seconds), which decides whether the last machine is still running.
+
+    `outside` holds the amounts from other sources than the ledger (costs.sources).
     """
     outside = outside or Outside()
     foreseen = read_forecast(run)

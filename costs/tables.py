@@ -19,8 +19,9 @@ SEGMENTS_SHOWN = 40
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table. Its first `words` columns are text, the others numbers. `foot` is an emphasized last row. On a narrow
-    terminal, columns of `spare` are left out in the order of the list.
+    """A table. Its first `words` columns are text, the others numbers. `foot` is an emphasized last row.
+
+    On a narrow terminal, columns of `spare` are left out in the order of the list.
     """
 
     title: str
@@ -130,9 +131,7 @@ def headline(report: CostReport) -> str:
 
 
 def sums(report: CostReport) -> str:
-    """Notes on the total: which sum it is, the ledger's dollars, and the sources that would complete it or narrow its
-    range.
-    """
+    """Notes on the total: which sum it is, the ledger's dollars, and the sources that would complete it."""
     ledger = figures.dollars(report.ledger_usd, report.places)
     said = [f"${money(report, report.total)} is the bill {AS_KNOWN}; ${ledger} {BY_LEDGER}"]
     if report.total.usd_most is not None and report.total.usd_most > (report.total.usd or 0.0):

@@ -85,8 +85,9 @@ class Measured:
 
 
 def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | None) -> Throughput | None:
-    """Throughput of `nodes` machines on a model with `flops` per token: measured, else published, else assumed for a
-    CPU. None if no figure is known.
+    """Throughput of `nodes` machines on a model with `flops` per token.
+
+    It is measured, else published, else assumed for a CPU. None if no figure is known.
     """
     gpus = offer.accelerators * nodes
     if measured and offer.instance_type == measured.instance_type:

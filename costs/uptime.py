@@ -28,8 +28,9 @@ NAMED_BEFORE_SECONDS = 86400.0
 
 @dataclass
 class Found:
-    """Outside time and notes for the reader. By segment number, it also holds the seconds that may be added and the
-    machine's record.
+    """Outside time and notes for the reader.
+
+    By segment number, it also holds the seconds that may be added and the machine's record.
     """
 
     times: list[OutsideTime] = field(default_factory=list)
@@ -125,9 +126,7 @@ def _is_of(run: Run, record: MachineRecord, inside: list[Segment], company: list
 
 
 def _is_unclaimed(run: Run, record: MachineRecord) -> bool:
-    """Whether a machine of one of this run's clusters was up within a day before the run, and no run is known that
-    requested it.
-    """
+    """Whether a machine of this run's clusters was up in the day before the run, and no known run requested it."""
     times = _times_on(run, record.cluster)
     if not times or record.run is not None or not record.was_up or record.end is None:
         return False
@@ -183,9 +182,7 @@ def _around(
     ends: Mapping[int, float | None],
     now: float,
 ) -> None:
-    """Adds the outside time of one machine before, between and after its segments, if this run requested the
-    machine.
-    """
+    """Adds the outside time of a machine before, between and after its segments, if this run requested it."""
     users = [(each, True) for each in inside] + [(each, False) for each in company]
     users.sort(key=lambda user: user[0].started_at)
     asked = users[0][1] if record.run is None else record.run == run.url

@@ -58,8 +58,9 @@ def prepare(
 
 
 def _encode(config: PrepConfig, todo: PrepPlan, check: Callable[[], None]) -> None:
-    """Prepares the missing parts of this node. A limited preparation may turn out to need more parts; they are prepared
-    too.
+    """Prepares the missing parts of this node.
+
+    A limited preparation may turn out to need more parts; they are prepared too.
     """
     job = workers.PrepJob(config, todo, store_vocabulary(config.tokenizer.vocab_url, config.data.url))
     wanted = limit.needed(todo, config.data.url, at_first=config.num_nodes > 1)

@@ -28,6 +28,7 @@ SHOWN = 70  # characters of a question
 @dataclass
 class Figures:
     """The results of `measure`. A pair counts as one row and as two texts, with the chosen and the rejected answer.
+
     `tokens` and `loss_tokens` count the texts as cut after `length` tokens. `lengths` holds the length of each uncut
     text. `turns` counts the rows by number of answers.
     """

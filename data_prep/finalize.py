@@ -152,8 +152,9 @@ def _shared_key(records: list[PartRecord], config: PrepConfig) -> str:
 
 
 def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
-    """Chooses the threshold of the validation split. Documents with equal hashes, and thus equal ids, stay in one
-    split.
+    """Chooses the threshold of the validation split.
+
+    Documents with equal hashes, and thus equal ids, stay in one split.
     """
     candidates = sorted(candidate for record in records for candidate in record.candidates)
     limit = config.data.val_tokens

@@ -92,8 +92,9 @@ class PrepPlan:
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     def identity_of(self, part: Part) -> str:
-        """SHA-256 of everything that the shards of a part depend on. With `drop_duplicates`, this includes all
-        files.
+        """SHA-256 of everything that the shards of a part depend on.
+
+        With `drop_duplicates`, this includes all files.
         """
         return self.sha256 if self.settings.get("filter.drop_duplicates") else self.content_of(part)
 
@@ -182,8 +183,7 @@ def _identified(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
 
 
 def pinned(url: str, revision: str, data_url: str) -> str:
-    """An hf:// address with a commit: the one of `revision`, else of an unfinished preparation at `data_url`, else the
-    newest.
+    """An hf:// address with a commit: of `revision`, else of the unfinished preparation at `data_url`, else the newest.
 
     A revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
     """

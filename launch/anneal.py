@@ -25,8 +25,9 @@ def main(arguments: list[str]) -> int:
 
 
 def ask(folder: RunFolder) -> str:
-    """Request the cooldown. Returns a sentence for the user. Raises RunError for a run that has no cooldown to
-    begin.
+    """Request the cooldown. Returns a sentence for the user.
+
+    Raises RunError for a run that has no cooldown to begin.
     """
     try:
         config = read_description(folder)["config"]

@@ -113,10 +113,9 @@ class Driver:
         return submit(stage.task, [*stage.options, *self._options], settings)
 
     def _up(self, stage: Stage) -> str:
-        """The job or cluster that runs a stage, by SkyPilot's records; "" if none does. Raises ConfigError if SkyPilot
-        does not answer.
+        """The job or cluster that runs a stage, by SkyPilot's records; "" if none does.
 
-        Raises RunError if another run has the stage's cluster.
+        Raises ConfigError if SkyPilot does not answer. Raises RunError if another run has the stage's cluster.
         """
         settings = stage.settings()
         task = read_task(managed.chosen(stage.task, settings), settings)

@@ -40,9 +40,7 @@ def _gone_at(machine: paid.Paid) -> float | None:
 
 
 def _is(instance: Instance, machine: paid.Paid) -> bool:
-    """Whether an instance is this machine: it belongs to the cluster, was requested before the boot, and was up when
-    the program ended.
-    """
+    """Whether an instance is this machine: of its cluster, requested before its boot, and up when its program ended."""
     if instance.cluster != machine.cluster or instance.end is None or machine.ended_at is None:
         return False
     return instance.start <= machine.started_at + CLOCK_SECONDS and instance.end >= machine.ended_at - CLOCK_SECONDS

@@ -1,5 +1,4 @@
-"""Names the user's keys that a rented node gets besides the bucket's keys, and says what ends a node whose job never
-begins.
+"""Names the user's keys that a node gets besides the bucket's keys, and says what ends a node whose job never begins.
 
 SkyPilot 0.14.1 copies the credential files of every cloud to each node, so that the node can end itself. A node on AWS
 does not get the files of AWS if `aws.remote_identity` names a role. A node on Lambda gets the files of AWS unless the

@@ -29,11 +29,10 @@ OUR_COMMAND = "launch/node/container.sh"
 
 @dataclass
 class Survey:
-    """The running resources of this project. `clusters` and `jobs` are SkyPilot's records, None if it could not be
-    asked.
+    """The running resources of this project.
 
-    `answers` holds a line per source. `unasked` holds a sentence for each source, or part of a source, that could not
-    be asked.
+    `clusters` and `jobs` are SkyPilot's records, None if it could not be asked. `answers` holds a line per source.
+    `unasked` holds a sentence for each source, or part of a source, that could not be asked.
     """
 
     clusters: list[dict[str, Any]] | None = None
@@ -55,9 +54,7 @@ class Survey:
         return FOUND if self.found else UNKNOWN if self.unasked else NOTHING
 
     def lines(self) -> list[str]:
-        """The answers of all sources, then a line marked `!` for each running resource and a line marked `?` for each
-        unasked source.
-        """
+        """The answers of all sources, then a line `!` for each running resource and `?` for each unasked source."""
         return [*self.answers, *(f"!  {each}" for each in self.found), *(f"?  {each}" for each in self.unasked)]
 
     @property
@@ -66,9 +63,7 @@ class Survey:
         return _on_cloud(self.clusters or ())
 
     def in_records(self, leftover: Leftover) -> bool:
-        """Whether SkyPilot itself ends a machine: it lists the cluster, or a managed job that would replace the
-        machine.
-        """
+        """Whether SkyPilot itself ends a machine: it lists the cluster, or a managed job that would replace it."""
         return leftover.cluster in self.cluster_names or bool(self.jobs)
 
 

@@ -1,5 +1,4 @@
-"""Finds two prices per hour that a node cannot find out: of a machine that has no image yet, and of the jobs'
-controller.
+"""Finds two prices per hour that a node cannot find out: of a machine without an image, and of the jobs' controller.
 
 A node passes both prices to the cap (core/run/paid.py). The first is for a machine that ends in its set-up, before a
 program of this project knows its type. The second is for a managed job.

@@ -207,8 +207,9 @@ def _tokens_in(url: str) -> int:
 
 
 def preparation_arguments(tokens: int) -> str:
-    """The flags that prepare this many training tokens. For as many tokens as the source has, all documents are
-    taken.
+    """The flags that prepare this many training tokens.
+
+    For as many tokens as the source has, all documents are taken.
     """
     if tokens >= TOKENS_OF_WHOLE:
         return ""

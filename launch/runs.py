@@ -174,8 +174,9 @@ def show_stored(url: str) -> int:
 
 
 def _shown(event: Mapping[str, Any]) -> str:
-    """A stored line behind its time (UTC), unless the line begins with a time. Terminal control characters are
-    escaped.
+    """A stored line behind its time (UTC), unless the line begins with a time.
+
+    Terminal control characters are escaped.
     """
     line = output.visible(secrets.scrub(str(event.get("line", ""))))
     if _TIMED.match(line):

@@ -18,9 +18,7 @@ from launch.left import Survey, brief
 
 
 def lines(survey: Survey) -> list[str]:
-    """Lines on the cost of a survey's clusters by SkyPilot's records, and of the runs of its clusters and jobs so
-    far.
-    """
+    """Lines on the cost of a survey's clusters by SkyPilot's records, and of the runs of its clusters and jobs."""
     clusters = list(_clusters(survey))
     runs = [line for url in dict.fromkeys(_runs(survey)) for line in run_lines(url)]
     return [*clusters, *runs] or ["not known here: neither SkyPilot nor a ledger has it; see the cloud's bill"]
@@ -36,8 +34,9 @@ def run_lines(run_url: str) -> list[str]:
 
 
 def spent_line(run_url: str) -> str:
-    """A line with the run's dollars. For a run that does not exist it does not show $0.00, because the name may be
-    wrong.
+    """A line with the run's dollars.
+
+    For a run that does not exist it does not show $0.00, because the name may be wrong.
     """
     try:
         usd = read_run(run_url, Detail.MONEY).usd

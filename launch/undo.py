@@ -1,5 +1,6 @@
-"""Runs a launch and undoes it after an interruption. Otherwise SkyPilot's server would finish the launch and rent a
-machine.
+"""Runs a launch and undoes it after an interruption.
+
+Otherwise SkyPilot's server would finish the launch and rent a machine.
 
     ended = run(["sky", "launch", ...])
     undo(launch, ended.signal)          cancel SkyPilot's request, end what it has begun, say what is still up
@@ -35,8 +36,9 @@ END = "`make down` ends it"
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of this program. `began_at` is unix time; `cluster` is the name of the cluster, unless it is a managed
-    job.
+    """A launch of this program. `began_at` is unix time;
+
+    `cluster` is the name of the cluster, unless it is a managed job.
     """
 
     task: str
@@ -45,8 +47,9 @@ class Launch:
     cluster: str
 
     def is_request(self, name: str, cluster: str | None) -> bool:
-        """Whether a request on SkyPilot's server may belong to this launch. The request of a managed job names the
-        controller.
+        """Whether a request on SkyPilot's server may belong to this launch.
+
+        The request of a managed job names the controller.
         """
         return name == "jobs.launch" if self.managed else name == "launch" and cluster == self.cluster
 
@@ -100,8 +103,9 @@ def _end_client(process: subprocess.Popen) -> None:
 
 
 def undo(launch: Launch, number: int) -> int:
-    """Cancel SkyPilot's requests for this launch and end its cluster or job. Returns the signal's exit code (128 +
-    n).
+    """Cancel SkyPilot's requests for this launch and end its cluster or job.
+
+    Returns the signal's exit code (128 + n).
     """
     if number == signal.SIGHUP:
         _leave_terminal()
@@ -130,8 +134,9 @@ def _leave_terminal() -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within this context, SIGINT and SIGTERM raise KeyboardInterrupt. SIGHUP does not, because a closed terminal may
-    send it twice.
+    """Within this context, SIGINT and SIGTERM raise KeyboardInterrupt.
+
+    SIGHUP does not, because a closed terminal may send it twice.
     """
 
     def on_signal(number: int, _: FrameType | None) -> None:

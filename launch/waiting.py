@@ -45,8 +45,9 @@ class Wait:
         return not is_over
 
     def for_job(self) -> bool:
-        """Wait until the newest job of the task has a machine or has ended. Returns False if the time was over
-        first.
+        """Wait until the newest job of the task has a machine or has ended.
+
+        Returns False if the time was over first.
         """
         while True:
             jobs = [job for job in skypilot.jobs(ended=True) if job.get("job_name") == self._task.name]

@@ -69,16 +69,15 @@ class Watch:
 
 
 def is_guarded(machine: Leftover, survey: left.Survey) -> bool:
-    """Whether a machine will be ended anyway: by the autostop of its cluster, or by the controller of its managed
-    job.
-    """
+    """Whether a machine ends anyway: by the autostop of its cluster, or by the controller of its managed job."""
     clusters = [each for each in survey.clusters or () if each.get("cluster_name_on_cloud") == machine.cluster]
     return any(map(_has_autostop, clusters)) or left.job_of(machine.cluster, survey.jobs or ()) is not None
 
 
 def _has_autostop(cluster: Mapping[str, Any]) -> bool:
-    """SkyPilot's autostop is -1 before it is set. Machines of a managed job have no autostop; their controller ends
-    them.
+    """SkyPilot's autostop is -1 before it is set.
+
+    Machines of a managed job have no autostop; their controller ends them.
     """
     autostop = cluster.get("autostop")
     return isinstance(autostop, int) and autostop >= 0

@@ -16,7 +16,8 @@ from bench.gpu.presets import OTHER, PLAIN, path, small_flags
 from bench.gpu.records import Record
 from bench.harness import REPOSITORY
 
-MICRO_BATCHES = (64, 32, 96)  # sequences, in this order; with more, the logits of the plain side exceed 141 GB
+# Numbers of sequences, in this order. With more, the logits of the plain side exceed 141 GB.
+MICRO_BATCHES = (64, 32, 96)
 BF16_RESIDUAL = ("train.residual=bf16", "train.precision=bf16")
 # The resume measurement stores a checkpoint every two steps, so its model is narrow. These heads keep the head width.
 NARROW = {PLAIN: ["--model.heads=4"], OTHER: ["--model.heads=2"]}
@@ -90,7 +91,7 @@ def speed(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def gains(place: Place, record: Record) -> Iterator[Measurement]:
-    """Steps of the trainer, and the same without one of the choices that are to make them fast."""
+    """Steps of the trainer, and the same steps without one of the choices that make them fast."""
     yield "steps-with-all", _steps(place, "all", OTHER, 20)
     for name in toggles.TOGGLES:
         yield f"steps-without-{name}", _steps(place, f"without-{name}", OTHER, 20, [f"--without={name}"])
@@ -192,6 +193,6 @@ def _tokens_per_second(record: Record, name: str) -> float:
 
 
 def shown(command: list[str], work: Path | None = None) -> str:
-    """The command as a user would type it, with WORK in place of the temporary folder."""
+    """The command as a user would type it, with WORK instead of the temporary folder."""
     text = shlex.join(["python", *command[1:]]).replace(f"{REPOSITORY}/", "")
     return text.replace(str(work), "WORK") if work else text

@@ -36,16 +36,15 @@ JINJA = (
 
 
 class Rendered(NamedTuple):
-    """`targets[i]` is the token to predict after `tokens[i]`, if that token belongs to an answer or ends one; else
-    NO_TARGET.
-    """
+    """`targets[i]` is the token to predict after `tokens[i]` if it belongs to an answer or ends one, else NO_TARGET."""
 
     tokens: list[int]
     targets: list[int]
 
     def last_answer_only(self) -> "Rendered":
-        """A copy without the targets of earlier answers. Both texts of a pair share the earlier answers, so their
-        losses would cancel out.
+        """A copy without the targets of earlier answers.
+
+        Both texts of a pair share the earlier answers, so their losses would cancel out.
         """
         begin = len(self.targets)
         while begin and self.targets[begin - 1] != NO_TARGET:
@@ -88,8 +87,9 @@ def text_of(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) 
 
 
 def is_tuned(state: Mapping[str, Any], where: str) -> bool:
-    """Whether a checkpoint with this state was fine-tuned with this template. Raises CheckpointError for another
-    template.
+    """Whether a checkpoint with this state was fine-tuned with this template.
+
+    Raises CheckpointError for another template.
     """
     name = state.get(STATE_KEY)
     if name not in (None, NAME):

@@ -66,8 +66,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the checksums of the vocabulary and of the shards in order. Equal data has equal
-        fingerprints.
+        """SHA-256 over the checksums of the vocabulary and of the shards in order.
+
+        Equal data has equal fingerprints.
         """
         digest = hashlib.sha256(f"{self.tokenizer.vocab_sha256} {self.bits}".encode())
         for name in sorted(self.splits):

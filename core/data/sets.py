@@ -154,14 +154,13 @@ def conversation(row: Any) -> dict[str, Any]:
 
 
 def preference(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Converts a row to two conversations that differ in the last answer. The better one comes first. Raises
-    ValueError.
+    """Converts a row to two conversations that differ in the last answer. The better one comes first.
 
-    `chosen` and `rejected` are texts or lists of messages, as in TRL. If the row has a `prompt` (a text or a list of
-    messages), they are answers to it or whole conversations; otherwise they are whole conversations. Two texts without
-    a prompt are dialogues of "Human:" and "Assistant:", or they begin with the same prompt and differ in the answer
-    after it. Columns `question`, or `instruction` and `input`, may replace `prompt`. A `system` column becomes the
-    first message.
+    Raises ValueError. `chosen` and `rejected` are texts or lists of messages, as in TRL. If the row has a `prompt` (a
+    text or a list of messages), they are answers to it or whole conversations; otherwise they are whole conversations.
+    Two texts without a prompt are dialogues of "Human:" and "Assistant:", or they begin with the same prompt and differ
+    in the answer after it. Columns `question`, or `instruction` and `input`, may replace `prompt`. A `system` column
+    becomes the first message.
     """
     _check_row(row)
     row = _in_roles(row)
@@ -221,8 +220,9 @@ def unused(row: Any, schema: str) -> list[str]:
 
 
 def text_of(content: Any) -> Any:
-    """The text of a message's content, which may be a list of text parts as in OpenAI's API. Any other value is
-    returned unchanged. Raises ValueError for a part that is not text.
+    """The text of a message's content, which may be a list of text parts as in OpenAI's API.
+
+    Any other value is returned unchanged. Raises ValueError for a part that is not text.
     """
     if not isinstance(content, list):
         return content

@@ -29,12 +29,12 @@ _LAUNCH = re.compile(r"launch-(\d{6})\.json\Z")
 
 @dataclass(frozen=True)
 class Budget:
-    """The dollars for a run. `machines_usd` of them may go to machines; the rest pays for storage, traffic and
-    requests.
+    """The dollars for a run.
 
-    `task` is the task file of the training, `options` choose its machines, and `settings` are the variables of all
-    launches. `forecast` holds what the plan expects: `loss`, `loss_error`, `loss_scale`, `tokens`, `steps`, `hours`,
-    `parts` in dollars. `began_at` is unix time.
+    `machines_usd` of them may go to machines; the rest pays for storage, traffic and requests. `task` is the task file
+    of the training, `options` choose its machines, and `settings` are the variables of all launches. `forecast` holds
+    what the plan expects: `loss`, `loss_error`, `loss_scale`, `tokens`, `steps`, `hours`, `parts` in dollars.
+    `began_at` is unix time.
     """
 
     usd: float

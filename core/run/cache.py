@@ -33,8 +33,9 @@ _CURVE = ("step", "time", *SHOWN["train"])
 
 @dataclass(frozen=True)
 class Seen:
-    """Sequence numbers up to which ledger and metrics of a segment were read; -1 if nothing was read. `start`
-    identifies the version of the start object, so a replaced segment is noticed.
+    """Sequence numbers up to which ledger and metrics of a segment were read; -1 if nothing was read.
+
+    `start` identifies the version of the start object, so a replaced segment is noticed.
     """
 
     start: str

@@ -88,9 +88,7 @@ def trunks(changes: Sequence[Change]) -> list[int]:
 
 
 def kept_steps(changes: Sequence[Change]) -> set[int]:
-    """Steps whose checkpoints are kept: the last step before each cooldown, and each step from which the run was
-    extended.
-    """
+    """Steps whose checkpoints are kept: the last one before each cooldown, and each one where an extension began."""
     return {*trunks(changes), *(each.step for each in changes if each.kind == "extend")}
 
 

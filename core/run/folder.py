@@ -89,8 +89,10 @@ class RunFolder:
 
     @property
     def evaluations(self) -> str:
-        """Folder for the results of evaluations. It is a run folder with a separate ledger, because a new segment in
-        the ledger of the training run would take over that run.
+        """Folder for the results of evaluations.
+
+        It is a run folder with a separate ledger, because a new segment in the ledger of the training run would take
+        over that run.
         """
         return self._at("evaluations")
 

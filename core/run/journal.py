@@ -176,8 +176,10 @@ def stream(folder: str, after: int = -1) -> Iterator[tuple[list[dict[str, Any]],
 
 
 def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
-    """Like `read`, for the objects `uris` of a listing. An object is not fetched if a larger object contains its
-    events. Raises ObjectNotFound if an object was replaced after the listing; the caller then lists again.
+    """Like `read`, for the objects `uris` of a listing.
+
+    An object is not fetched if a larger object contains its events. Raises ObjectNotFound if an object was replaced
+    after the listing; the caller then lists again.
     """
     return _together((events, problems) for _, events, problems in _each_object(uris, after))
 

@@ -128,8 +128,9 @@ class Ledger:
             self.switch(before)
 
     def step_done(self, step: int) -> None:
-        """Complete optimizer step `step`, counted from 1. Its time is the train and data-wait time since the previous
-        step.
+        """Complete optimizer step `step`, counted from 1.
+
+        Its time is the train and data-wait time since the previous step.
         """
         with self._lock:
             self._settle()

@@ -65,8 +65,9 @@ class StoredLog(logging.Handler):
 
     @classmethod
     def begin(cls, folder: RunFolder, name: str, environment: Mapping[str, str] = os.environ) -> Self | None:
-        """Store the log lines of this process from now on, as an attempt with this name. Below launch.node, which
-        already stores them, this stores nothing and returns None.
+        """Store the log lines of this process from now on, as an attempt with this name.
+
+        Below launch.node, which already stores them, this stores nothing and returns None.
         """
         if environment.get("PULSE_FILE"):
             return None

@@ -129,8 +129,9 @@ class Segment:
 
     @property
     def restored_step(self) -> int | None:
-        """The step from which the segment continued, 0 for a fresh start; None if it ended before that. It is taken
-        from a mark in the ledger or, if that is lost, from the segment's first step.
+        """The step from which the segment continued, 0 for a fresh start; None if it ended before that.
+
+        It is taken from a mark in the ledger or, if that is lost, from the segment's first step.
         """
         steps = [
             mark["step"] for mark in self.marks if mark["name"] == "restored" and isinstance(mark.get("step"), int)
@@ -217,8 +218,9 @@ class Run:
         return found[::-1]
 
     def lost(self, now: float) -> dict[int, Lost]:
-        """Lost work by segment number. A step that a running segment has not finished at `now` does not count as
-        lost.
+        """Lost work by segment number.
+
+        A step that a running segment has not finished at `now` does not count as lost.
         """
         found = {}
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
@@ -266,8 +268,9 @@ class Run:
 
 
 def _lost(segment: Segment, boundary: float, unfinished: bool) -> Lost:
-    """The work of all steps after `boundary`; step numbers ascend. With `unfinished`, the time of an unfinished step is
-    added.
+    """The work of all steps after `boundary`; step numbers ascend.
+
+    With `unfinished`, the time of an unfinished step is added.
     """
     steps = segment.steps
     first = bisect_right(steps.number, boundary) if boundary < math.inf else len(steps.number)

@@ -1,5 +1,4 @@
-"""Records each machine of a run from the start of its paid time, so that the cap also counts machines without a
-segment.
+"""Records each machine of a run from the start of its paid time, so that the cap counts machines without a segment too.
 
     RUN_URL/machines/ATTEMPT/start.json     when its paid time began, and its price
     RUN_URL/machines/ATTEMPT/end.json       when its program ended; missing if it was killed
@@ -148,9 +147,7 @@ def unrecorded(
 
 
 def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> Iterator[float]:
-    """Upper bounds of dollars outside of segments: shutdowns of machines that have a segment, and controllers of
-    jobs.
-    """
+    """Upper bounds of dollars outside of segments: shutdowns of machines with a segment, and controllers of jobs."""
     segments = list(segments)
     for each in found:
         if each.usd_per_hour and each.is_in(segments):

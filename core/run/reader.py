@@ -38,10 +38,10 @@ class Detail(enum.Enum):
 
 
 def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | None = None) -> Run:
-    """The run at `run_url`. With `cache_file` (for Detail.REPORT), objects that the last call read are not fetched
-    again.
+    """The run at `run_url`.
 
-    Raises RunError if the URL holds no run, StorageError if the store fails.
+    With `cache_file` (for Detail.REPORT), objects that the last call read are not fetched again. Raises RunError if the
+    URL holds no run, StorageError if the store fails.
     """
     run = Run(RunFolder(run_url))
     if detail is Detail.MONEY:

@@ -102,8 +102,9 @@ class SegmentLog:
         return max(((each.failing_seconds, each.failure) for each in journals if each), default=(0.0, ""))
 
     def flush(self) -> bool:
-        """Store all events so far. A checkpoint is marked as complete only afterwards, so time and metrics of its steps
-        cannot be missing.
+        """Store all events so far.
+
+        A checkpoint is marked as complete only afterwards, so time and metrics of its steps cannot be missing.
         """
         return (not self.metrics or self.metrics.flush()) and (not self.ledger or self.ledger.flush())
 

@@ -199,8 +199,9 @@ def _steps(segment: Segment, steps: Any) -> None:
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:
-    """Extend the newest span or begin another one. A span is short and ends with the UTC hour, so it never crosses a
-    day.
+    """Extend the newest span or begin another one.
+
+    A span is short and ends with the UTC hour, so it never crosses a day.
     """
     last = segment.spans[-1] if segment.spans else None
     if (

@@ -115,8 +115,10 @@ class _Sources:
         self.layers[key] = self.layer
 
     def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
-        """Unset each setting that a setting of a higher layer names in `replaces`. A setting with the value 0 replaces
-        none. Raises ConfigError if two settings of one layer replace each other, because only one of them can count.
+        """Unset each setting that a setting of a higher layer names in `replaces`.
+
+        A setting with the value 0 replaces none. Raises ConfigError if two settings of one layer replace each other,
+        because only one of them can count.
         """
         for key in [key for key, value in self.values.items() if value and str(value) not in _ZERO]:
             for name in known[key].metadata["replaces"] if key in self.values else ():
@@ -221,8 +223,9 @@ def to_yaml(config: Any) -> str:
 
 
 def describe(config: Any, others: str) -> str:
-    """The settings that differ from their defaults, a line per section. `others` says where to find the other
-    settings.
+    """The settings that differ from their defaults, a line per section.
+
+    `others` says where to find the other settings.
     """
     known = dict(_walk(type(config)))
     sections: dict[str, list[str]] = {}

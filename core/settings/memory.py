@@ -25,8 +25,9 @@ LARGEST = 128  # the largest micro-batch that is tried, in sequences; a larger o
 
 
 def possible(settings: TrainingConfig, model: ModelConfig, world: int) -> list[int]:
-    """Micro-batch sizes that divide the batch over `world` ranks, largest first. Raises ConfigError if there is
-    none.
+    """Micro-batch sizes that divide the batch over `world` ranks, largest first.
+
+    Raises ConfigError if there is none.
     """
     sequences = settings.batch.tokens_per_step // model.context
     sizes = [size for size in range(min(LARGEST, sequences), 0, -1) if sequences % (size * world) == 0]

@@ -135,8 +135,9 @@ def parameters(model: ModelConfig) -> int:
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Forward and backward FLOPs per token: 6 per matrix weight, 12 L T D for attention (Chowdhery et al. 2022, PaLM,
-    appendix B). The attention scores that the causal mask hides are counted too, as is usual.
+    """Forward and backward FLOPs per token: 6 per matrix weight, 12 L T D for attention (Chowdhery et al.
+
+    2022, PaLM, appendix B). The attention scores that the causal mask hides are counted too, as is usual.
     """
     return 6.0 * matrix_parameters(model) + 12.0 * model.layers * model.context * model.width
 
@@ -170,9 +171,8 @@ def _block_bytes(model: ModelConfig, residual_bytes: int) -> int:
     products = 7 * model.width  # results of both norms, the queries, keys and values, the attention and its projection
     products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
     if model.position == "rope" or model.qk_norm:
-        products += (
-            3 * model.width
-        )  # queries and keys after rope or norm, and a reordered copy of the attention's result
+        # Queries and keys after rope or norm, and a reordered copy of the attention's result.
+        products += 3 * model.width
     products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # the hidden layer before and after the activation
     kept = residual_bytes * model.width + BF16_BYTES * products
     kept += 2 * model.width if model.dropout else 0  # dropout masks, a byte per element

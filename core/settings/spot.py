@@ -8,9 +8,10 @@ EXAMPLE_HOURS = 24.0
 
 
 def too_few_checkpoints(config: TrainingConfig, hours: float | None = None) -> str:
-    """A sentence on why a config's checkpoints are too rare for spot, with the calculation; "" if they are not. `hours`
-    is the expected length of the run; if unknown, 24 hours are assumed. A run is refused if its first checkpoint is due
-    after its last step. Interruptions come at random, on average M hours apart
+    """A sentence on why a config's checkpoints are too rare for spot, with the calculation; "" if they are not.
+
+    `hours` is the expected length of the run; if unknown, 24 hours are assumed. A run is refused if its first
+    checkpoint is due after its last step. Interruptions come at random, on average M hours apart
     (`checkpoint.expected_hours_between_failures`). A run of T hours that must restart from the beginning each time
     takes M (e^(T/M) - 1) hours on average. With `every_steps=0`, the interval of checkpoints is the one that costs
     least.

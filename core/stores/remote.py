@@ -154,10 +154,10 @@ class RemoteStore:
             raise
 
     def _asked_again(self, key: str, refusal: Exception) -> int:
-        """The size of an object whose HEAD request was refused. Sends a GET request, because its answer names the
-        cause.
+        """The size of an object whose HEAD request was refused.
 
-        Raises the error of the GET request, or NoListing if the credentials may not list the bucket either.
+        Sends a GET request, because its answer names the cause. Raises the error of the GET request, or NoListing if
+        the credentials may not list the bucket either.
         """
         try:
             return obstore.get(self._store, key, options={"range": (0, 1)}).meta["size"]
@@ -184,8 +184,10 @@ class RemoteStore:
                     yield Found(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     def _marks_folder(self, meta: Any) -> bool:
-        """Whether this is an empty object whose name ends with a slash, with which some tools mark a folder. obstore
-        lists it without the slash, a name under which no object exists.
+        """Whether this is an empty object whose name ends with a slash.
+
+        Some tools mark a folder with such an object. obstore lists it without the slash, a name under which no object
+        exists.
         """
         if meta["size"]:
             return False

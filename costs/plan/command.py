@@ -127,9 +127,8 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
         ("To launch only its training:", view.command(answer.plans[0], usd, bucket)),
     ):
         console.print(what, markup=False)
-        console.file.write(
-            f"  {command}\n"
-        )  # printed without the console, which would break a line that the user is to copy
+        # Printed without the console, which would break a line that the user is to copy.
+        console.file.write(f"  {command}\n")
     console.print()
     console.print(render.terminal_table(view.bill(answer, today)))
     for line in notes[view.LEGEND :]:

@@ -36,10 +36,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine that a launch of `task` with `options` rents. Its dollars per hour are the expected price and the range
-    over zones and regions.
+    """A machine that a launch of `task` with `options` rents.
 
-    `priced` is the day of the price, None if it has none; `idle_seconds` the time from the run's end to the shutdown.
+    Its dollars per hour are the expected price and the range over zones and regions. `priced` is the day of the price,
+    None if it has none; `idle_seconds` the time from the run's end to the shutdown.
     """
 
     task: str
@@ -74,8 +74,9 @@ def tasks(folder: Path = ROOT / "sky") -> list[TaskSpec]:
 def machines(
     catalog: Catalog, tasks: Sequence[TaskSpec], wanted: Wanted, today: date
 ) -> tuple[list[Machine], list[Refusal]]:
-    """All machines with GPUs that a task launches, and those that no task launches. A managed task launches spot
-    machines, any other task on-demand machines.
+    """All machines with GPUs that a task launches, and those that no task launches.
+
+    A managed task launches spot machines, any other task on-demand machines.
     """
     kinds: dict[tuple[str, str, int], list[Offer]] = {}
     for offer in catalog.offers:

@@ -36,8 +36,10 @@ SAME_DOLLARS = 0.05  # sums that differ by less than this share count as the sam
 
 @dataclass(frozen=True)
 class Question:
-    """A sum in dollars and the constraints on its use. The share `reserve` is kept back, because the cap would end a
-    more expensive run before its learning rates have fallen.
+    """A sum in dollars and the constraints on its use.
+
+    The share `reserve` is kept back, because the cap would end a more expensive run before its learning rates have
+    fallen.
     """
 
     usd: float
@@ -110,9 +112,7 @@ class Plan:
 
     @property
     def machines_usd(self) -> float:
-        """The dollars for the machines of all stages: the sum without storage, egress and controller, which no ledger
-        counts.
-        """
+        """The dollars for machines of all stages: the sum without the parts that no ledger counts."""
         return self.usd - sum(self.parts.get(name, 0.0) for name in ("storage", "egress", CONTROLLER))
 
     @property
@@ -271,9 +271,7 @@ def plan(question: Question, buyers: Iterable[Buyer], refused: Iterable[Refusal]
 def _choices(
     group: Iterable[Buyer], question: Question, law: Law
 ) -> tuple[list[tuple[float, Buyer, float, str]], list[str]]:
-    """(loss, buyer, tokens, the limit of the tokens) of all candidates on one machine, and the reasons against the
-    others.
-    """
+    """(loss, buyer, tokens, limit of tokens) of the candidates on one machine, and the reasons against the others."""
     found, reasons = [], []
     for each in group:
         ends = {"money": each.usd.tokens_for(question.usd * (1 - question.reserve))}
@@ -347,9 +345,7 @@ def _plan(buyer: Buyer, most: float, limit: str, question: Question, law: Law) -
 
 
 def _ordered(plans: Sequence[Plan]) -> tuple[list[Plan], int]:
-    """The order of plans: first those that equal the best within their errors, by dollars and then by risk, then the
-    others by loss.
-    """
+    """Sorts plans: those that equal the best within their errors by dollars, then by risk; then the others by loss."""
     if not plans:
         return [], 0
     first = min(plans, key=lambda each: each.loss)

@@ -75,8 +75,9 @@ def head(file: SourceFile) -> bytes:
 
 
 def sample(file: SourceFile) -> bytes:
-    """The beginning of a file, decompressed: at least the first line of most files. Reads at most HEAD_BYTES. The
-    result is empty if these bytes contain no complete compressed block. Raises DataError for a small damaged file.
+    """The beginning of a file, decompressed: at least the first line of most files. Reads at most HEAD_BYTES.
+
+    The result is empty if these bytes contain no complete compressed block. Raises DataError for a small damaged file.
     """
     if not (kind := compression_of(file.uri)):
         return read_range(file.uri, 0, min(file.size, SAMPLE_BYTES))

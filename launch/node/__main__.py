@@ -71,8 +71,9 @@ SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 class PaidRecord:
-    """The record of this machine for the cap. The nodes of a training have one record together, which the first node
-    writes.
+    """The record of this machine for the cap.
+
+    The nodes of a training have one record together, which the first node writes.
     """
 
     def __init__(self, environment: Mapping[str, str], module: str, rank: int, attempt: str):
@@ -199,8 +200,9 @@ def job(
 
 
 def spent_cap(environment: Mapping[str, str]) -> str:
-    """A sentence if the run has reached a limit, with how to continue; else "". The time of this machine counts, but
-    not as a restart.
+    """A sentence if the run has reached a limit, with how to continue; else "".
+
+    The time of this machine counts, but not as a restart.
     """
     names = ("MAX_USD", "MAX_HOURS", RESTARTS)
     try:

@@ -47,8 +47,9 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 
 
 def check_port(environment: Mapping[str, str]) -> None:
-    """Called on the head node. Raises ConfigError if another program uses the port at which the ranks of several nodes
-    meet.
+    """Called on the head node.
+
+    Raises ConfigError if another program uses the port at which the ranks of several nodes meet.
     """
     rank, addresses = nodes(environment)
     if rank > 0 or len(addresses) == 1:

@@ -186,8 +186,9 @@ def disk_speed() -> float:
 
 
 def clock_skew_seconds(environment: Mapping[str, str]) -> float | None:
-    """The difference between this clock and the object store's, to a second. It comes from the Date header of an
-    answer; None without this header.
+    """The difference between this clock and the object store's, to a second.
+
+    It comes from the Date header of an answer; None without this header.
     """
     endpoint = aws.endpoint_of(environment)
     try:

@@ -50,8 +50,10 @@ LINE_CHARACTERS = 1 << 16
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a child: the return code (negative for a signal), and whether it hung or was asked to stop. `answered`
-    means that it seemed to hang but made progress when it was asked to save. `stacks` means that it printed its stacks.
+    """The end of a child: the return code (negative for a signal), and whether it hung or was asked to stop.
+
+    `answered` means that it seemed to hang but made progress when it was asked to save. `stacks` means that it printed
+    its stacks.
     """
 
     returncode: int
@@ -189,8 +191,9 @@ class Child:
         return [pid for pid, parent in parents().items() if parent == self.process.pid]
 
     def _kill_rest(self) -> int:
-        """Kill all remaining processes. Returns the child's return code, or the code of SIGKILL if SIGKILL does not end
-        the child.
+        """Kill all remaining processes.
+
+        Returns the child's return code, or the code of SIGKILL if SIGKILL does not end the child.
         """
         _send(signal.SIGKILL, [*self._started, self.process.pid])
         try:
@@ -223,8 +226,9 @@ class Child:
 
 
 class _Lines:
-    """Cuts text into lines for `keep`. To limit the memory, a line is cut after LINE_CHARACTERS, and a note marks the
-    cut.
+    """Cuts text into lines for `keep`.
+
+    To limit the memory, a line is cut after LINE_CHARACTERS, and a note marks the cut.
     """
 
     def __init__(self, keep: Callable[[str], None]):

@@ -264,8 +264,9 @@ def lambda_keys():
 
 
 def is_on_lambda():
-    """Terminate through Lambda's API. Lambda bills a powered-off machine until its API ends it, and a powered-off
-    machine cannot call the API.
+    """Terminate through Lambda's API.
+
+    Lambda bills a powered-off machine until its API ends it, and a powered-off machine cannot call the API.
     """
     return os.path.exists(lambda_keys()) and not is_on_aws()
 

@@ -232,6 +232,7 @@ def to_remove(
     found: Mapping[int, Mapping[str, int]], keep: int, keep_every: int, kept: Collection[int] = ()
 ) -> list[int]:
     """The steps to delete: complete ones, and incomplete ones that a dead segment left before the newest complete step.
+
     Three kinds of complete steps stay: the newest `keep`, the multiples of `keep_every`, and the steps in `kept`.
     """
     complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)

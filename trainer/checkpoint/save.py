@@ -115,10 +115,10 @@ class Saver:
         return max(0.0, time.monotonic() - self._failing_since)
 
     def insist(self, step: int, state: dict[str, Any], seconds: float) -> None:
-        """Store `step` and repeat failed attempts for at most `seconds`, because it is the last. All ranks call it
-        together.
+        """Store `step` and repeat failed attempts for at most `seconds`, because it is the last.
 
-        Returns once `step` is stored or the time is over. On rank 0, `last_step` shows whether it is stored.
+        All ranks call it together. Returns once `step` is stored or the time is over. On rank 0, `last_step` shows
+        whether it is stored.
         """
         self.wait()
         self._insist_until = time.monotonic() + seconds
@@ -299,8 +299,9 @@ class Cadence:
         return max(self._background, min(young, longest)) if self._background else longest / 2
 
     def due(self, step: int, step_seconds: float, now: float | None = None) -> bool:
-        """Whether to save after `step`: at multiples of `every_steps`. Without `every_steps`: if the next step would
-        end too late.
+        """Whether to save after `step`: at multiples of `every_steps`.
+
+        Without `every_steps`: if the next step would end too late.
         """
         if self._config.every_steps:
             return step % self._config.every_steps == 0

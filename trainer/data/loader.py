@@ -149,8 +149,9 @@ class Batches:
 
 
 def batch_numbers(steps: np.ndarray, skip: Sequence[int]) -> np.ndarray:
-    """The number of the batch that each step trains on if the batches of the steps `skip` are left out. `steps` and
-    batches count from 0; `skip` is sorted and counts from 1.
+    """The number of the batch that each step trains on if the batches of the steps `skip` are left out.
+
+    `steps` and batches count from 0; `skip` is sorted and counts from 1.
     """
     numbers = steps.copy()
     for skipped in skip:

@@ -162,8 +162,10 @@ def odd_part(number: int) -> int:
 
 
 def micro_batch_numbers(rank: int, world: int, accumulation: int, round_robin: bool = False) -> list[int]:
-    """The numbers of this rank's micro-batches within a step, in order. They are consecutive, except in round-robin
-    order. Then the rank takes every `world`-th group of micro-batches (trainer.optim.reduce).
+    """The numbers of this rank's micro-batches within a step, in order.
+
+    They are consecutive, except in round-robin order. Then the rank takes every `world`-th group of micro-batches
+    (trainer.optim.reduce).
     """
     if not round_robin:
         return list(range(rank * accumulation, (rank + 1) * accumulation))

@@ -121,8 +121,9 @@ def stop() -> None:
 
 
 def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
-    """Wait up to `seconds` until all ranks have called `meet` with this name. Uses no collective, because a rank that
-    has failed elsewhere would never join it.
+    """Wait up to `seconds` until all ranks have called `meet` with this name.
+
+    Uses no collective, because a rank that has failed elsewhere would never join it.
     """
     with contextlib.suppress(dist.DistError):  # the time is over, or the key-value store has ended with torchrun
         ranks.store.set(f"{name}/{ranks.rank}", "here")
@@ -216,8 +217,9 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
 def divide_over_ranks(
     count: int, measure: Callable[[int], Sequence[float]], ranks: Ranks, check_stop: StopCheck | None = None
 ) -> list[list[float]]:
-    """[measure(0), ..., measure(count - 1)] on all ranks. The ranks take the items in turn. The results and their order
-    do not depend on the number of ranks.
+    """[measure(0), ..., measure(count - 1)] on all ranks. The ranks take the items in turn.
+
+    The results and their order do not depend on the number of ranks.
     """
     mine = []
     for first in range(0, count, ranks.world):

@@ -145,8 +145,9 @@ def _seen(
     identity,
     check: Callable[[], None],
 ) -> list[int]:
-    """Numbers of the items that occur in the training shards. They are stored once for all models, because they depend
-    on the data alone.
+    """Numbers of the items that occur in the training shards.
+
+    They are stored once for all models, because they depend on the data alone.
     """
     key = result_key("contamination", identity)
     found = on_main(lambda: find_result(home, key), ranks)

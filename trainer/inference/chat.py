@@ -108,9 +108,7 @@ class Chat:
             self._terminal.note(f"{key} is {_shown(getattr(self._sampling, key))}")
 
     def do_compare(self, rest: str) -> None:
-        """[OTHER | off]: let another model answer beside this one, or stop that; without an argument: time answers with
-        and without the KV cache
-        """
+        """[OTHER | off]: let another model answer beside this one, or stop that; alone: time the KV cache on and off"""
         if not rest:
             self._compare_cache()
             return
@@ -150,8 +148,9 @@ class Chat:
             )
 
     def _bench_prompt(self, line: str) -> None:
-        """Answer a line ROUNDS times and show the speed of each answer and the mean. The answers do not join the
-        conversation.
+        """Answer a line ROUNDS times and show the speed of each answer and the mean.
+
+        The answers do not join the conversation.
         """
         for session in self._sessions:
             request, _ = session.request(line, self._system, self._sampling)
@@ -163,9 +162,7 @@ class Chat:
             self._terminal.table(["run", "new tokens", "seconds", "tokens/s"], [*rows, ("mean", *_speed(*means))])
 
     def _compare_cache(self) -> None:
-        """Answer the newest line, or CACHE_PROMPT without one, with and without the KV cache, with the same sampling
-        settings.
-        """
+        """Answer the newest line, else CACHE_PROMPT, with and without the KV cache, with the same sampling settings."""
         for session in self._sessions:
             lines = [each["prompt"] for each in session.texts]
             sampling = dataclasses.replace(

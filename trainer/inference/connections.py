@@ -19,8 +19,9 @@ def most_connections() -> int:
 
 
 class Connections:
-    """Makes a protocol for each connection, as `loop.create_server` expects. It wraps the protocols that `make`
-    returns.
+    """Makes a protocol for each connection, as `loop.create_server` expects.
+
+    It wraps the protocols that `make` returns.
     """
 
     def __init__(

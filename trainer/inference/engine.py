@@ -105,8 +105,10 @@ class Engine:
         max_batch_size: int = 16,
         caches: bool = True,
     ):
-        """Without an `encoding`, pieces have token ids but no text. If `caches` is false, each step computes the keys
-        and values of all tokens anew, to show how much the cache saves.
+        """Without an `encoding`, pieces have token ids but no text.
+
+        If `caches` is false, each step computes the keys and values of all tokens anew, to show how much the cache
+        saves.
         """
         self.model = model
         self.encoding = encoding

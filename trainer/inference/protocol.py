@@ -176,8 +176,10 @@ def _check_keys(body: Mapping[str, Any]) -> None:
 
 
 def _prompts(body: Mapping[str, Any], model: ChatModel) -> list[list[int]]:
-    """Token ids of each prompt. A prompt given as text gets a leading end-of-text token, like documents in training; a
-    prompt given as ids gets none.
+    """Token ids of each prompt.
+
+    A prompt given as text gets a leading end-of-text token, like documents in training; a prompt given as ids gets
+    none.
     """
     prompt = body.get("prompt", "")
     if isinstance(prompt, str) or (prompt and _is_tokens(prompt)):

@@ -64,9 +64,7 @@ class TrainingEvaluator:
         self.best: tuple[int, float] | None = None  # step and loss of the lowest validation loss; the same on all ranks
 
     def recall(self, best: Sequence[float] | None, step: int, measured: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over the lowest validation loss of earlier segments: the restored one, or the one measured at `step`
-        itself.
-        """
+        """Take over the lowest validation loss of earlier segments: the restored one, or the one measured at `step`."""
         if best:
             self.best = (int(best[0]), float(best[1]))
         if loss := measured.get("eval", {}).get("val_loss"):

@@ -48,9 +48,7 @@ class LossForecast:
 
 
 class LossHistory:
-    """The training losses so far, as at most 2 x BINS means over equal numbers of steps, and the newest validation
-    loss.
-    """
+    """The training losses, as up to 2 x BINS means over equal numbers of steps, and the newest validation loss."""
 
     def __init__(self):
         self._width = 1

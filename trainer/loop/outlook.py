@@ -97,8 +97,9 @@ class Outlook:
         return self.view
 
     def compared(self, spent_usd: float | None) -> str:
-        """A line at the end of the run that compares the forecast at half of the steps with the outcome; "" without
-        one.
+        """A line at the end of the run that compares the forecast at half of the steps with the outcome;
+
+        "" without one.
         """
         if not self._views or not self._validation or self._validation[0] < self._views[-1].loss.end:
             return ""

@@ -23,8 +23,9 @@ COMPILES = True  # the passes between the products, where the blocks are compile
 
 
 def batches(shapes: Mapping[tuple[str, int], torch.Size]) -> list[list[tuple[str, int]]]:
-    """Divides the matrices of each shape into at most BATCHES batches. A matrix is named by its parameter and first
-    row.
+    """Divides the matrices of each shape into at most BATCHES batches.
+
+    A matrix is named by its parameter and first row.
     """
     of_shape: dict[torch.Size, list[tuple[str, int]]] = {}
     for matrix in sorted(shapes):

@@ -109,8 +109,9 @@ class Schedule:
         self.changes.append(change)
 
     def _add_cooldown(self, change: Change) -> None:
-        """The rate falls from the rate of the trunk. A re-plan keeps the progress so far and spreads the rest over its
-        steps.
+        """The rate falls from the rate of the trunk.
+
+        A re-plan keeps the progress so far and spreads the rest over its steps.
         """
         before = self.cooldown
         begins = before.step if before else change.step

@@ -86,9 +86,7 @@ class Stage(abc.ABC):
 
     @property
     def steps(self) -> int:
-        """The last step of the run, as planned now; when overfitting, the largest number of steps that the run may
-        take.
-        """
+        """The last step of the run, as planned now; when overfitting, the largest number of steps allowed."""
         return self.schedule.end
 
     @property

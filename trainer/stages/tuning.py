@@ -99,8 +99,9 @@ class Tuning(Stage):
         return _vocabulary(self.start.where, self.settings.data.url)
 
     def check_stored(self) -> None:
-        """The starting weights are opened here, before anything is written, because they may be damaged. `fill` uses
-        them.
+        """The starting weights are opened here, before anything is written, because they may be damaged.
+
+        `fill` uses them.
         """
         if self.settings.lora.rank or not layout.complete_steps(self.settings.run.url):
             self._opened = open_weights(self.start.where, self.ranks.device)

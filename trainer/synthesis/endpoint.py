@@ -133,8 +133,9 @@ class EndpointClient:
         await self._session.close()
 
     async def ask(self, messages: Messages) -> Reply:
-        """Sends one call. Raises TransientError, RejectedPrompt, or a LauncherError if all calls would fail in this
-        way.
+        """Sends one call.
+
+        Raises TransientError, RejectedPrompt, or a LauncherError if all calls would fail in this way.
         """
         most = self._budget.usd_at_most(messages, self._synthesis.max_tokens)
         body = {"model": self._config.model, "messages": list(messages), **self.parameters}
