@@ -117,7 +117,7 @@ def s3_server(scratch: Path | None = None) -> Iterator[tuple[Path, Any]]:
 
 
 def touch_pages(size: int) -> None:
-    """Use `size` bytes of memory once and free them, before a side that needs as much.
+    """Use `size` bytes of memory once and free them, before a side that needs this amount.
 
     On a virtual machine that returns free pages to its host, the first use of a page costs ten times a later one. No
     side should pay for that. The memory is anonymous, because pages of a file would be written to disk later, while the

@@ -7,9 +7,9 @@
     python -m bench.on_gpu all --out=FOLDER       the four, one after another
 
 Each measurement runs as a separate process and stores each result immediately. FOLDER receives, for each part, a JSON
-record, the same as text, and a log of the processes' output. The program continues after a measurement that fails, and
-names those that it skips because the time is over. The exit status is 0 if no measurement failed or lacked time. The
-program needs torch, numpy, PyYAML and fsspec, but no network: it generates its tokens. --rehearse runs the same
+record, the same as text, and a log of the processes' output. The program continues after a failed measurement. It names
+the measurements that it skips because the time is over. The exit status is 0 if no measurement failed or lacked time.
+The program needs torch, numpy, PyYAML and fsspec, but no network: it generates its tokens. --rehearse runs the same
 commands on a CPU with small models; its numbers have no meaning.
 """
 

@@ -3,13 +3,13 @@
     python -m bench.step_counts [--before=../old] [--only=gpt2-124m-1] [--width=96] [--out=FILE]
 
 It takes steps of the trainer's loop on a CPU under a TorchDispatchMode, with short sequences. The numbers of operations
-are those of the preset; bytes follow from the width, and those of the passes from the tokens. Eight ranks are one
-process whose collectives move nothing. An operation is one call of a kernel. Views and allocations do not count. An
-operation over a list of tensors counts once; a GPU takes a launch for about every 20 million numbers of the list.
-`moved` adds the sizes of all tensors that operations read and write. `reads` counts the places where the host reads a
-value of a tensor, for which it waits on a GPU. `late` counts such reads of the previous step, after its end. The last
-rank is counted, because the embeddings do not reduce its share of Muon's matrices. `--before` names a checkout of
-another commit. In commits before Muon's batches, AdamW was fused on a GPU only, and on a CPU it read its own step
+equal those of the preset. Bytes depend on the width, and the bytes of the passes also on the number of tokens. Eight
+ranks are one process whose collectives move nothing. An operation is one call of a kernel. Views and allocations do not
+count. An operation over a list of tensors counts once; a GPU takes a launch for about every 20 million numbers of the
+list. `moved` adds the sizes of all tensors that operations read and write. `reads` counts the places where the host
+reads a value of a tensor, for which it waits on a GPU. `late` counts such reads of the previous step, after its end.
+The last rank is counted, because the embeddings do not reduce its share of Muon's matrices. `--before` names a checkout
+of another commit. In commits before Muon's batches, AdamW was fused on a GPU only, and on a CPU it read its own step
 counters.
 """
 

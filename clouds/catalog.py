@@ -30,7 +30,7 @@ _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 @dataclass(frozen=True)
 class Extra:
-    """A price beside the machine's: of a GB and month of disk, of an hour of an address, or of a GB leaving the cloud."""
+    """A price beside the machine's: of a GB and month of disk, of an hour of an address, or a GB out of the cloud."""
 
     usd: float
     source: str

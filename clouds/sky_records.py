@@ -2,7 +2,7 @@
 
     machine_records(["gpt2-7"])        [MachineRecord("gpt2-7", 1795176000.0, 1795183200.0, ...)]
 
-If this Python has no SkyPilot, a Python that has it is asked: the one of .venv-launch, or of the `sky` command on PATH.
+If this Python has no SkyPilot, another Python with SkyPilot is asked: of .venv-launch, or of the `sky` command on PATH.
 """
 
 import contextlib

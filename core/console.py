@@ -39,8 +39,8 @@ def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> N
 
     Printed errors show `***` instead of secrets. `shows` marks a program whose only purpose is its output. Such a
     program ends without an error when the reader of its output has closed (`| head`); any other program continues
-    without output. After a request to stop, every failure exits with PREEMPTED, because a store or a rank that has
-    already ended may be the cause.
+    without output. After a request to stop, every failure exits with PREEMPTED. Its cause may be a store or a rank that
+    has already ended.
     """
     environment.tidy(os.environ)
     environment.name_user(os.environ)

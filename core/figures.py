@@ -8,7 +8,7 @@ UNKNOWN = "?"
 
 
 def places_for(total: float) -> int:
-    """Decimal places for dollars: 2 if the total is at least a dollar, 4 below that, 6 below a cent (4 for zero)."""
+    """Decimal places for dollars: 2 from a dollar on, 4 below a dollar, 6 below a cent (4 for zero)."""
     return 2 if total >= 1 else 4 if total >= 0.01 or total <= 0 else 6
 
 

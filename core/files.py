@@ -142,11 +142,11 @@ def _check_link(path: Path) -> None:
 def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the files in `root`, and in each folder below it for which `leads(parts of its relative path)` is true.
 
-    `bounded` means that `leads` accepts folders down to some depth only. Then a folder that has paths of several depths
-    is read once per depth, because its files may match the pattern at one of these depths only.
+    `bounded` means that `leads` accepts folders down to some depth only. Then a folder with paths of several depths is
+    read once per depth, because its files may match the pattern at only one depth.
     """
-    # A heap: a folder with several paths is read by the one with the fewest links, then the least depth. Paths are
-    # strings, because a run may have tens of thousands of folders, and pathlib takes five times as long.
+    # A heap, so that a folder with several paths is read by the path with the fewest links and then the least depth.
+    # Paths are strings, because pathlib takes five times as long and a run may have tens of thousands of folders.
     waiting: list[tuple[int, int, str, tuple[str, ...]]] = [(0, 0, str(root), ())]
     read: set[tuple[int, int, int]] = set()
     while waiting:

@@ -99,7 +99,7 @@ def follow_parent() -> None:
     parent = os.environ.get("PARENT_PID", "")
     if sys.platform != "linux" or not (parent or "TORCHELASTIC_RUN_ID" in os.environ):
         return
-    import ctypes  # imported here, because it is slow, and the signal handlers must be set before
+    import ctypes  # imported here: the import is slow, and the signal handlers must be set first
 
     if not parent or parent == str(os.getppid()):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -187,7 +187,7 @@ def hold_if_leaving() -> None:
 
 def seconds() -> float:
     """Seconds between launch.node's request to stop and its SIGKILL. Raises ConfigError."""
-    from core.environment import positive  # imported here, so that `listen` can run before it is loaded
+    from core.environment import positive  # imported here, so that `listen` can run before this import
 
     return positive(os.environ, "LEAVE_SECONDS") or SECONDS
 

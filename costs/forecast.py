@@ -58,8 +58,10 @@ class Assumptions:
     prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
     epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002)
-    evaluate_tokens: float = 25e6  # validation set of sample-10BT (0.2 %), and HellaSwag's 40,168 endings in context
-    build_seconds: float = 1800.0  # both images on 8 cores
+    evaluate_tokens: float = (
+        25e6  # tokens in the validation set of sample-10BT (0.2 %), and in HellaSwag's 40,168 endings with context
+    )
+    build_seconds: float = 1800.0  # build of both images on 8 cores
     synthesize_seconds: float = 3600.0
     export_seconds: float = 300.0
     serve_seconds: float = 3600.0
@@ -186,7 +188,7 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
         return None
     epochs = _epochs(workload)
     if settings.train.epochs and not epochs:
-        return None  # these passes are over tokens whose number only the data's manifest holds
+        return None  # the number of tokens in a pass is in the data's manifest only
     return epochs * assume.epoch_tokens if epochs else float(settings.train.steps) * settings.batch.tokens_per_step
 
 

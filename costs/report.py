@@ -126,7 +126,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     summed = summed_up(parts)
     [total] = table(summed, None, ["total"], places)
     used = {cell.phase for cell in summed}
-    # These two lines are shown even at zero, because a reader looks for them.
+    # These two lines are shown even if they are zero, because a reader looks for them.
     always = {"train_lost", "not_attributed"} if "train_kept" in used else {"not_attributed"}
     order = [*(phase for phase in REPORT_PHASES if phase in used | always), *sorted(used - set(REPORT_PHASES))]
     phases = table(summed, "phase", order, places, total)

@@ -34,7 +34,7 @@ def show(options: argparse.Namespace, form: str | None) -> None:
     """
     html = urls.local_path(options.html, "--html") if options.html else None
     if options.serve:
-        from costs import serve  # not at the top: only --serve answers requests
+        from costs import serve  # imported here, because only --serve answers requests
 
         return serve.serve(options, live_reports(options, options.every))
     if options.compare:
@@ -62,7 +62,7 @@ def show(options: argparse.Namespace, form: str | None) -> None:
 
 def live_reports(options: argparse.Namespace, every: float):
     """The costs.serve.Reports for `options`. A report is never older than `every` seconds."""
-    from costs import serve  # not at the top: only --serve answers requests
+    from costs import serve  # imported here, because only --serve answers requests
 
     return serve.Reports(lambda url: _report(url, options), lambda: _all_reports(options), every)
 

@@ -248,9 +248,10 @@ def _tokens_of(file: SourceFile) -> _Tokens:
 
 
 def _check_width(tokens: np.ndarray, uri: str, first: int) -> None:
-    """Raises DataError if 16-bit numbers are halves or quarters of wider ids. `first` numbers of the file precede them.
+    """Raises DataError if 16-bit numbers are halves or quarters of wider ids.
 
-    The upper parts of wider ids are mostly zero, whereas the id 0 is rare in text.
+    `first` is the count of the file's numbers before them. The upper parts of wider ids are mostly zero, whereas the id
+    0 is rare in text.
     """
     if tokens.dtype != np.dtype("<u2"):
         return

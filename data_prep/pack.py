@@ -69,7 +69,7 @@ class ShardWriter:
         # The piece at the cut is divided: this shard takes the tokens that fit.
         rest = cut - (int(ends[whole - 1]) if whole else 0)
         taken = [*pieces[:whole], *(piece[:rest] for piece in pieces[whole : whole + 1])]
-        # One copy, with the header, serves for hashing and for storing.
+        # One copy with the header is used for hashing and for storing.
         shard = b"".join([header_bytes(cut), *(piece.astype("<u2", copy=False) for piece in taken)])
         self._carry = np.concatenate([np.zeros(0, np.uint16), *pieces[whole:]])[rest:]
         self._documents.clear()

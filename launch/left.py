@@ -135,7 +135,7 @@ def _answer(source: str, found: list | None) -> list[str]:
 
 
 def ask_clouds(whose: Ownership, survey: Survey) -> None:
-    """Add the resources that the clouds list to a survey."""
+    """Add the resources that the clouds list to `survey`."""
     configured = 0
     for name, cloud in CLOUDS.items():
         has_keys = _ask(name, survey, cloud.is_configured)

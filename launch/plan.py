@@ -160,7 +160,7 @@ def _training(
 
 
 def _ready_tokens(environment: Mapping[str, str]) -> tuple[str, int] | None:
-    """(name, training tokens) of the set that DATA names, or of the whole default set; None if it is not there.
+    """(name, training tokens) of the set that DATA names, or of the whole default set; None if the set does not exist.
 
     Raises DataError for a set that no plan can train on.
     """

@@ -157,7 +157,7 @@ def undo(iam: Any, config: Path = SKY_CONFIG) -> None:
 
 
 def _has_role(iam: Any) -> bool:
-    """Whether the role exists. Raises ConfigError for one of that name without our label."""
+    """Whether the role exists. Raises ConfigError for a role of that name without our label."""
     try:
         tags = iam.get_role(RoleName=ROLE)["Role"].get("Tags") or []
     except iam.exceptions.NoSuchEntityException:

@@ -3,7 +3,7 @@
 Otherwise SkyPilot's server would finish the launch and rent a machine.
 
     ended = run(["sky", "launch", ...])
-    undo(launch, ended.signal)          cancel SkyPilot's request, end what it has begun, say what is still up
+    undo(launch, ended.signal)          cancels the launch, ends its machines, and prints what is still up
 
 Ctrl-C, SIGTERM and a closed terminal (SIGHUP) count as interruptions. During the undoing, a second Ctrl-C or SIGTERM
 ends this program immediately.

@@ -2,7 +2,7 @@
 
     wait = Wait(task, minutes, cluster="pretrain-8xa100")
     ended = undo.run(command, wait.goes_on)        ends the launch when the time is over
-    wait.for_job()                                 the same for a managed job, which is queued at once
+    wait.for_job()                                 the same for a managed job, which is queued immediately
 
 Waiting is free, because machines are paid for only once they are up.
 """

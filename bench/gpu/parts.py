@@ -19,7 +19,8 @@ from bench.harness import REPOSITORY
 # Numbers of sequences, in this order. With more, the logits of the plain side exceed 141 GB.
 MICRO_BATCHES = (64, 32, 96)
 BF16_RESIDUAL = ("train.residual=bf16", "train.precision=bf16")
-# The resume measurement stores a checkpoint every two steps, so its model is narrow. These heads keep the head width.
+# The resume measurement stores a checkpoint every two steps, so its model is narrow. These numbers of heads keep the
+# head width.
 NARROW = {PLAIN: ["--model.heads=4"], OTHER: ["--model.heads=2"]}
 
 
@@ -41,7 +42,7 @@ class Place:
     rehearse: bool
 
 
-# A name with one of three: a command, a result computed from earlier results, or a reason to skip.
+# The name of a measurement with a command, a result computed from earlier results, or a reason to skip it.
 Measurement = tuple[str, list[str] | dict[str, Any] | Skip]
 Part = Callable[[Place, Record], Iterator[Measurement]]
 

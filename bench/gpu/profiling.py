@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 COUNTERS = ("stats", "aot_autograd", "inductor", "graph_break", "ddp")
 TOP = 12
 LARGEST_TRACE_BYTES = 8 << 20
-# The first pattern that matches counts. Names are those of kernels on a GPU, of operators on a CPU.
+# The first pattern that matches counts. Names are names of kernels on a GPU, and of operators on a CPU.
 KINDS = {
     "attention": r"flash|fmha|attention|cudnn.*sdp|sdpa|flex",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|::(add|b|ba)?mm\b|addmm|linear|matmul|sm\d\d_|triton_tem.*mm",

@@ -119,7 +119,7 @@ _HUMAN = re.compile(r"\n\n(Human|Assistant):")
 # Columns of whole conversations, and of a system text.
 _WHOLE = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
-# Column of the question → possible columns of the answer. These are of Alpaca and Dolly, of question sets, and of
+# Column of the question → possible columns of the answer. The rows are for Alpaca and Dolly, for question sets, and for
 # OpenAI's older format.
 _ANSWERS = {
     "instruction": ("output", "response"),

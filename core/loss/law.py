@@ -70,10 +70,7 @@ class Law:
         return by["E"] + by["A"] * (non_embedding / 1e9) ** -by["a"] + by["B"] * effective ** -by["b"]
 
     def gain_of_tokens(self, seen: float, end: float) -> float:
-        """Nats by which the loss falls between two numbers of tokens, for a multiplier of 1.
-
-        It does not depend on the size.
-        """
+        """Nats by which the loss falls between two numbers of tokens, for a multiplier of 1. The size has no effect."""
         by = self.constants
         return by["B"] * ((seen / 1e9) ** -by["b"] - (end / 1e9) ** -by["b"])
 

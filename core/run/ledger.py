@@ -47,7 +47,7 @@ def claim_segment(folder: RunFolder, start_event: Mapping[str, Any]) -> int:
 
 
 def check_owner(folder: RunFolder, segment: int) -> None:
-    """Raises RunError if a newer segment has taken over this run, which means that this machine was replaced."""
+    """Raises RunError if a newer segment has taken over this run. Then this machine was replaced."""
     newest = (folder.segment_numbers() or [segment])[-1]
     if newest > segment:
         raise RunError(

@@ -26,7 +26,7 @@ def read_measured(run_url: str) -> Run:
 
 
 def read_all(urls: Sequence[str]) -> list[tuple[str, Run]]:
-    """Runs with their short names, in the order of `urls`. Raises LauncherError for one that cannot be read."""
+    """Runs with their short names, in the order of `urls`. Raises LauncherError if a run cannot be read."""
     return [(name, read_measured(url)) for name, url in named(urls).items()]
 
 

@@ -33,8 +33,8 @@ class Detail(enum.Enum):
     """The parts of a run to read."""
 
     MONEY = "money"  # start, last heartbeat, end and price of each segment
-    REPORT = "report"  # all of the ledger; metrics that a report shows, thinned
-    ALL = "all"  # all of the ledger and of the metrics
+    REPORT = "report"  # the whole ledger, and a thinned part of the metrics that a report shows
+    ALL = "all"  # the whole ledger and all metrics
 
 
 def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | None = None) -> Run:

@@ -133,7 +133,7 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
 
     As a context manager, the segment closes with the reason why the block ended. stop.leave ends the process without
     leaving the block, so also register `close` with stop.on_leaving. Raises RunError for a folder that holds another
-    run, ConfigError for a cap that cannot be kept because a price is unknown.
+    run. Raises ConfigError if a cap cannot be kept because a price is unknown.
     """
     is_new = opening.identity is not None and open_run(folder, opening.identity, opening.config, opening.fingerprint)
     machine = machine_from_environment(opening.gpu, opening.gpus_per_node, environment)

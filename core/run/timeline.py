@@ -14,7 +14,8 @@ from core.run.machine import Machine
 from core.run.model import Segment, Span
 from core.stores import meter
 
-# Events are merged into spans of this length, coarser after the first hour, so that runs of months stay small.
+# Events are merged into spans of this many seconds. Spans are longer after the first hour, so that the data of a long
+# run stays small.
 FINE_SPAN_SECONDS = 10.0
 COARSE_SPAN_SECONDS = 60.0
 FINE_FOR_SECONDS = 3600.0

@@ -67,7 +67,7 @@ def convert(value: Any, kind: Any, key: str, where: str) -> Any:
 
 
 def _items(value: Any, key: str, where: str) -> list[Any]:
-    """The items of a list, which may be a YAML list, a JSON list (text that begins with `[`), or a text with commas."""
+    """The items of a list. It may be a YAML list, a JSON list (text that begins with `[`), or a text with commas."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)

@@ -201,10 +201,11 @@ def training_bytes(
 ) -> float:
     """Memory that one GPU needs to train with `sequences` per micro-batch, `accumulation` of them per step and rank.
 
-    The sum of: weights, gradients and partial gradient sums in float32 (trainer.optim.reduce keeps a partial sum per
-    level of its tree), the optimizer's state, a buffer for the exchange of updates if ranks share that state (ZeRO or
-    Muon), bfloat16 copies of the weights, activations, and one chunk of the loss. 10 % are added for gradients of
-    activations, the allocator and the libraries. The estimate is not confirmed on a GPU yet.
+    The sum covers weights, gradients and partial gradient sums in float32; trainer.optim.reduce keeps a partial sum per
+    level of its tree. It also covers the optimizer's state, bfloat16 copies of the weights, activations, and one chunk
+    of the loss. If ranks share the optimizer's state (ZeRO or Muon), a buffer for the exchange of updates is added.
+    Then 10 % are added for gradients of activations, the allocator and the libraries. The estimate is not confirmed on
+    a GPU yet.
     """
     count = parameters(model)
     matrices = matrix_parameters(model) - model.padded_vocab_size * model.width if muon else 0

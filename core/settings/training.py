@@ -347,7 +347,7 @@ class TrainingConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.train.tokens:  # from here on the number of steps counts, as if it had been given
+        if self.train.tokens:  # convert the tokens to a number of steps
             object.__setattr__(self, "train", of_length(self.train, self.train.tokens, self.batch.tokens_per_step))
 
 

@@ -90,7 +90,7 @@ class Place:
 
     def home(self) -> str | None:
         """The bucket's region, which the server returns without credentials; None if it does not answer."""
-        import urllib.error  # imported here, because most programs never need it
+        import urllib.error  # imported here, because most programs never need this module
         import urllib.request
 
         address = f"{self.endpoint or 'https://s3.amazonaws.com'}/{quote(self.bucket)}"

@@ -31,7 +31,7 @@ class Terms:
     service: str
     bucket: str = ""
     endpoint: str = "the server"
-    create: str = "create it"  # how to create the bucket
+    create: str = "create it"  # a sentence on how to create the bucket
     keys: str = ""  # variables that hold its credentials
     access: str = "that the key may read and write this bucket"
 

@@ -43,7 +43,7 @@ class HubPath:
 
 
 def parse(uri: str) -> HubPath:
-    """Split a URI. Raises ConfigError for one that does not name a repository."""
+    """Split a URI. Raises ConfigError for a URI that does not name a repository."""
     match = _URI.match(uri)
     if not match:
         raise ConfigError(f"{uri}: not of the form hf://datasets/OWNER/NAME[@REVISION]/PATH")

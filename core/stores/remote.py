@@ -136,7 +136,7 @@ class RemoteStore:
                 self._upload(key, file, size)
 
     def _upload(self, key: str, content: Any, size: int) -> None:
-        """Upload in parallel parts. If one fails for good, obstore removes the others."""
+        """Upload in parallel parts. If a part fails finally, obstore removes the others."""
         part = max(PART_BYTES, -(-size // MOST_PARTS))
         try:
             obstore.put(self._uploads, key, content, use_multipart=True, chunk_size=part, max_concurrency=PARTS_AT_ONCE)

@@ -38,7 +38,10 @@ It rents nothing. It prints what to type to launch the best plan.
 
 
 def main(arguments: list[str]) -> None:
-    """Print the plans for a sum. Raises LauncherError, with the smallest sum that works if that is the problem."""
+    """Print the plans for a sum. Raises LauncherError.
+
+    If the sum is too small, the error names the smallest sum that works.
+    """
     options = _parser().parse_args(arguments)
     today = datetime.now(UTC).date()
     usd = _dollars(options.usd)

@@ -31,7 +31,7 @@ MOST_EPOCHS = 4.0  # repeats up to here are almost as good as new tokens (Muenni
 CONTROLLER, RESERVE = "jobs controller", "reserve"
 PREPARATION, EVALUATION, EXPORT = "preparation", "evaluation", "export"
 CONTROLLER_HOURS = 0.25  # the controller's start, and the ten minutes until it stops
-SAME_DOLLARS = 0.05  # sums that differ by less than this share count as the same
+SAME_DOLLARS = 0.05  # sums that differ by less than this share count as equal
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from core import bucket
 from core.errors import ConfigError
 from launch.node import switch
 
-# As in core/stores/aws.py, which this Python may not be able to import.
+# A copy of the names in core/stores/aws.py, which this Python may not be able to import.
 ENDPOINTS = ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 REGIONS = ("BUCKET_REGION", "AWS_REGION", "AWS_DEFAULT_REGION")
 KEYS = {

@@ -35,8 +35,8 @@ from launch.node import network
 
 log = logging.getLogger(__name__)
 
-# Xid codes of hardware faults; other codes may be faults of programs (NVIDIA's Xid catalog). In this order: double-bit
-# ECC, row remapping failed, NVLink, fallen off the bus, uncontained ECC, GSP time-outs.
+# Xid codes of hardware faults; other codes may be faults of programs (NVIDIA's Xid catalog). The codes mean, in this
+# order: double-bit ECC, row remapping failed, NVLink, fallen off the bus, uncontained ECC, GSP time-outs.
 FATAL_XIDS = {48, 64, 74, 79, 95, 119, 120}
 # PCIe 4.0 x16 moves at most 31.5 GB/s, so a faster all-reduce used NVLink.
 MIN_NVLINK_GB_PER_S = 40.0
@@ -134,7 +134,7 @@ def judge(report: PreflightReport, environment: Mapping[str, str], found: Sequen
 def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
     """The figures of trainer/distributed/preflight.py on all GPUs of this node, or one sentence about its failure."""
     ranks = network.ranks_per_node(environment)
-    # Not --standalone, which would resolve the host name: a container may not know it.
+    # --standalone would resolve the host name, which a container may not know.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
     # With PARENT_PID the program ends when this process ends (core.stop).

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
     """Returns the bytes of a payload file (uint8) and their XXH3-128, which is computed during the transfer.
 
-    Raises CheckpointError for one that is larger than this machine's memory.
+    Raises CheckpointError if the file is larger than this machine's memory.
     """
     if not 0 <= size <= untrusted.memory_bytes():
         raise CheckpointError(f"{uri}: its {size:,} bytes do not fit into the memory of this machine")

@@ -243,8 +243,8 @@ class Saver:
     def _make_room(self, step: int) -> bool:
         """On rank 0: delete older checkpoints to make room for the one of `step`.
 
-        Keeps the newest complete checkpoint, the best one and those of keep_every_steps. Returns whether any were
-        deleted.
+        Keeps the newest complete checkpoint, the best one, and the multiples of keep_every_steps. Returns whether any
+        were deleted.
         """
         check_owner(RunFolder(self.run_url), self.segment)
         found = layout.stored(self.run_url)
@@ -295,7 +295,8 @@ class Cadence:
         """Seconds between two snapshots, computed from the costs measured so far."""
         young = math.sqrt(2 * self._blocked * self._config.expected_hours_between_failures * 3600)
         longest = self._config.max_lost_seconds - self._background
-        # Uploads do not overlap: if one takes more than half of `max_lost_seconds`, the next save begins when it ends.
+        # Uploads do not overlap. If an upload takes more than half of `max_lost_seconds`, the next save begins when it
+        # ends.
         return max(self._background, min(young, longest)) if self._background else longest / 2
 
     def due(self, step: int, step_seconds: float, now: float | None = None) -> bool:

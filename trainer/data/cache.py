@@ -47,7 +47,7 @@ STALL_SECONDS = 480.0  # shorter than the time-out of collectives, so that the e
 
 try:
     BOOT = "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-except OSError:  # not Linux: all boots share one folder, and every shard is flushed to the disk
+except OSError:  # on other systems than Linux, all boots share one folder, and every shard is flushed to the disk
     BOOT = ""
 
 Window = tuple[int, int, int]  # shard, first token within it, row of the batch
@@ -69,7 +69,7 @@ class ShardCache:
         self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])])
         self._mapped: dict[int, np.ndarray] = {}
         self._closed = False
-        self.patient = False  # whether to wait for downloads; set after the first batch
+        self.patient = False  # whether readers wait for downloads; set after the first batch
         self._not_before = 0.0
         self._readers = ThreadPoolExecutor(RANGE_READERS, thread_name_prefix="range reader")
 

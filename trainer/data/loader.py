@@ -136,7 +136,7 @@ class Batches:
                     if self._read_ahead:
                         self._read_ahead.start()
                 step += steps_at_once
-        except Exception as error:  # the consumer raises it; otherwise it would wait forever
+        except Exception as error:  # the consumer raises this error; without it, the consumer would wait forever
             self._put(error)
 
     def _put(self, item: torch.Tensor | Exception) -> None:

@@ -94,7 +94,7 @@ class Loop:
         profiled = self.settings.train.profile
         self.profiler = StepProfiler(profiled, self.settings.run.url, self.segment.number, self.ranks)
         self.unread: StepNumbers | None = None  # the step that was launched last
-        self.step_seconds = self.work_seconds = 0.0  # of the step that was read last, with and without wait
+        self.step_seconds = self.work_seconds = 0.0  # the newest read step with and without its wait
         self.forward_seconds = 0.0
 
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, StopRequest | None]:
@@ -105,7 +105,7 @@ class Loop:
         """
         self.first_step = step = first_step
         if step == 0:
-            with contextlib.suppress(Abandoned):  # the exchange below passes on the request to stop
+            with contextlib.suppress(Abandoned):  # the exchange below returns the request to stop
                 self.evaluator.start()
         elif step > 0 and not self.is_last(step):
             self.evaluator.evaluate(step, measured)
@@ -158,7 +158,7 @@ class Loop:
                 stop.allow(stop.own_seconds(), self._last_words)
                 self._mark_first_step(step, self.work_seconds)
             elif self.settings.train.overfit:
-                self._read()  # the loss decides whether this was the last step
+                self._read()  # the loss shows whether this was the last step
 
     def _step(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> None:
         """Launch an optimizer step, then read the numbers of the one before. Raises TrainingError as `_report` does."""
@@ -173,7 +173,8 @@ class Loop:
         with whole:
             norms = StepNorms(self.model) if train.norms_every and step % train.norms_every == 0 else None
 
-            # 1. Forward and backward pass of each micro-batch; the gradients of the last one are reduced meanwhile.
+            # 1. Forward and backward pass of each micro-batch. The ranks exchange gradients during the last backward
+            # pass.
             losses = []
             self.reducer.reset()
             for index, (number, micro_batch) in enumerate(zip(self.batches.numbers, micro_batches, strict=True)):

@@ -22,7 +22,8 @@ log = logging.getLogger("train")
 SHARE = 0.01  # share of the run's steps between two forecasts
 # Fits to fewer steps miss by more than the law's error: runs of 200 steps ended 0.3 to 1 nats above the forecast.
 LEAST_STEPS = 1000
-# For a step: the last step that the money pays for, and the dollars at the end, or None without a price.
+# A function of a step. Returns the last step that the money pays for, and the dollars at the end (None without a
+# price).
 Expected = Callable[[int], tuple[int, float | None]]
 
 

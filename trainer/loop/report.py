@@ -109,7 +109,7 @@ class StepReporter:
 
 
 def open_screen(display: str, steps: int, cap: SpendingCap | None):
-    """The live screen. Without the package rich: None, or ConfigError if `display` is live."""
+    """The live screen. If the package rich is missing, returns None, or raises ConfigError if `display` is live."""
     try:
         from trainer.loop.screen import Screen
     except ImportError as error:

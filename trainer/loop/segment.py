@@ -84,7 +84,8 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
             return FAILED
         error = determinism_refusal(error) or error
         if ranks and isinstance(error, LauncherError) and not process_group.is_first_to_say(str(error), ranks):
-            time.sleep(process_group.SAYING_SECONDS)  # torchrun then kills the rank that reports the error
+            # An earlier end would let torchrun kill the rank that reports the error.
+            time.sleep(process_group.SAYING_SECONDS)
             return FAILED
         raise error
     finally:
@@ -346,7 +347,7 @@ def _tell(code: int, ranks: Ranks) -> int:
 
 def set_up_torch(train: TrainLoopConfig, ranks: Ranks) -> None:
     """Configure torch before the first kernel of the process. Raises ConfigError."""
-    torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
+    torch.set_float32_matmul_precision("high")  # use TF32 for the products that stay in float32
     if ranks.device.type == "cpu":
         torch.set_num_threads(train.cpu_threads or max(1, usable_cores() // ranks.local_world))
     set_up_determinism(train, ranks.device, os.environ)

@@ -160,9 +160,10 @@ class GPT(nn.Module):
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile each block as one graph, and the loss. A graph break is an error.
 
-        Blocks with the same code are compiled once. One graph per block, instead of one for the model, allows DDP to
-        send the gradients of a block while those of the next are computed. `optimize_ddp` would cut the graphs at DDP's
-        buckets. Here that brings no speed and costs memory, because activations that cross a cut must be stored.
+        Blocks with the same code are compiled once. With one graph per block instead of one for the model, DDP sends
+        the gradients of a block while the gradients of the next block are computed. `optimize_ddp` would cut the graphs
+        at DDP's buckets. Here that brings no speed and costs memory, because activations that cross a cut must be
+        stored.
         """
         torch._dynamo.config.optimize_ddp = False
         self.fused = True
@@ -190,7 +191,7 @@ class GPT(nn.Module):
             return INIT_STD / math.sqrt(2 * self.config.layers) if closes_branch else INIT_STD
         if closes_branch or name.startswith("lm_head"):
             return 0.0
-        # A tied embedding is also the output layer. Its logits would be as large as the width with a deviation of 1.
+        # A tied embedding is also the output layer. With a deviation of 1, its logits would be as large as the width.
         is_embedding = name.startswith(("wte", "wpe"))
         return (
             (INIT_STD if self.config.tie_embeddings else 1.0)

@@ -35,7 +35,7 @@ def order(name: str, capability: tuple[int, int], deterministic: bool) -> tuple[
 
 
 def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
-    """Restrict this process to a kernel, or to the measured ones. Raises ConfigError for one that is not installed."""
+    """Restrict this process to a kernel, or to the measured ones. Raises ConfigError if the kernel is not installed."""
     if device.type != "cuda":
         return
     chosen = order(name, torch.cuda.get_device_capability(device), deterministic)

@@ -48,7 +48,7 @@ def orthogonalise(matrices: torch.Tensor, rounds: int) -> torch.Tensor:
     if tall:
         x = x.mT
     batch = x.reshape(-1, *x.shape[-2:])
-    batch = batch / (torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True) + 1e-7)  # at least the spectral norm
+    batch = batch / (torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True) + 1e-7)  # a bound of the spectral norm
     for _ in range(rounds):
         gram = batch @ batch.mT
         batch = torch.baddbmm(batch, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), batch, beta=a)
@@ -86,7 +86,7 @@ def update(
     """One step of a batch of N matrices (O, I), in place. `decay` is decoupled, as in AdamW.
 
     Nothing changes if `found_inf`, a scalar on the device, is not 0. A tall matrix takes a larger step, so that its
-    output changes as much as that of a square one. `fused` compiles the passes between the products.
+    output changes as much as a square matrix's output. `fused` compiles the passes between the products.
     """
     directions = _compiled() if fused and COMPILES else _directions
     moved_NOI, direction_NOI = directions(torch.stack(list(gradients)), momentum_NOI, found_inf, mu, rounds)

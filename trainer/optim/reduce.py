@@ -1,8 +1,8 @@
 """Sums gradients with the same bits on any number of ranks.
 
-Floating-point addition is not associative. The usual running sum over accumulation steps, followed by a ring
-all-reduce, gives other bits on 8 GPUs than on 4, so a run that resumes on other ranks drifts away. Here the M
-micro-batches of a step are the leaves of one fixed binary tree:
+Floating-point addition is not associative. The usual method is a running sum over accumulation steps, followed by a
+ring all-reduce. It gives other bits on 8 GPUs than on 4, so a run that resumes on another number of ranks diverges from
+the original. Here the M micro-batches of a step are the leaves of one fixed binary tree:
 
     M = 2**k * q, q odd:  each q consecutive micro-batches are summed in order, then neighbours pairwise
 

@@ -165,7 +165,7 @@ def _open_foreign(name: str, encoding, device: torch.device) -> Teacher:
         raise ConfigError(f"teacher.weights is {FOREIGN}{name}, which needs: pip install transformers") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        # Only safetensors: a pickle may run code.
+        # Only safetensors are loaded, because a pickle may run code.
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"teacher.weights: {name} cannot be opened: {' '.join(str(error).split())[:300]}") from error

@@ -151,7 +151,7 @@ class Pretrain(Stage):
 
 def default_cache_folder() -> Path:
     """The default folder for cached shards, in the system's temporary folder. All runs of this user share it."""
-    import getpass  # imported here, because it is not needed if data.cache_dir is set
+    import getpass  # imported here, because only this default needs the module
 
     return Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}"
 

@@ -1,8 +1,8 @@
 """Determines the batch of a run: the largest micro-batch that fits, and its division over the ranks.
 
-With `batch.micro_batch_size: 0` the first segment of a run determines how many sequences fit: by the estimate of
-core.settings.memory and, on a GPU, by a trial of a forward and a backward pass. Later segments use the size that the
-first one found, on any machine, because the bits of the sums depend on it.
+With `batch.micro_batch_size: 0`, the first segment of a run determines how many sequences fit. It uses the estimate of
+core.settings.memory and, on a GPU, tries a forward and a backward pass. Later segments use the size that the first one
+found, on any machine, because the bits of the sums depend on it.
 
 With `train.overfit` the run repeats one micro-batch until its loss is below a bound, to show that everything works.
 """

@@ -58,7 +58,7 @@ class Stage(abc.ABC):
 
     `settings` are the given ones with the values that this run determines: the micro-batch size that fits, the number
     of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens. `schedule`
-    is the one of the settings, until trainer.loop.course replaces it by the schedule of the run's course.
+    follows the settings until trainer.loop.course replaces it by the schedule of the run's course.
     """
 
     name: str  # in the ledger
@@ -75,7 +75,8 @@ class Stage(abc.ABC):
         earlier = on_main(functools.partial(stored_config, settings.run.url), ranks)
         found = earlier["batch"]["micro_batch_size"] if earlier else None
         settings = sizing.with_micro_batch(settings, dataclasses.replace(model, context=context), found, ranks)
-        # This rank's share of a step's micro-batches. When overfitting, every rank computes the same single one.
+        # This rank's share of a step's micro-batches. When overfitting, every rank computes the same single
+        # micro-batch.
         self.share_rank, self.share_world = ranks.rank, ranks.world
         if settings.train.overfit:
             settings, model = sizing.one_micro_batch(settings, model, context)

@@ -31,8 +31,8 @@ from trainer.synthesis.endpoint import Budget, EndpointClient, RejectedPrompt, R
 log = logging.getLogger("distil")
 
 FIRST_PAUSE_SECONDS = 1.0
-GIVE_UP_AFTER = 5  # after so many prompts in a row without an answer, the endpoint is taken to be down
-# If so many prompts are refused for an unclear reason before the first answer, the prompts are not the reason.
+GIVE_UP_AFTER = 5  # after this many prompts in a row without an answer, the endpoint counts as down
+# If this many prompts are refused for an unclear reason before the first answer, the prompts are not the reason.
 REFUSED_AT_FIRST = 20
 DECLINED = "declined"
 SCHEMA = "conversations"

@@ -161,7 +161,7 @@ def _check_size(config: ModelConfig, size: int, place: str) -> None:
 
 
 def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
-    """The run's URL and the manifest of its newest complete checkpoint, or of the one that `where` names."""
+    """The run's URL, and the manifest of its newest complete checkpoint or of the checkpoint that `where` names."""
     if best := _BEST.match(where):
         where = _best(best["run"])
     match = _STEP.match(where)
