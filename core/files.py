@@ -135,7 +135,7 @@ def link_to_nothing(path: Path) -> Path | None:
 def _check_link(path: Path) -> None:
     if link := link_to_nothing(path):
         raise StorageError(
-            f"{link}: is a link to {os.readlink(link)}, which is not there; mount or restore it, or remove the link"
+            f"{link}: is a link to {os.readlink(link)}, which does not exist; mount or restore it, or remove the link"
         )
 
 

@@ -57,8 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     except ObjectExists:
         day = datetime.fromtimestamp(bill.time, UTC).date()
         raise RunError(
-            f"{uri}: a bill of {bill.supplier} over ${figures.dollars(bill.usd)} of {day} is there already; "
-            "if it is another one, give its --date"
+            f"{uri}: a bill of {bill.supplier} over ${figures.dollars(bill.usd)} of {day} already exists; "
+            "if it is another bill, give its --date"
         ) from None
     print(f"{uri}: ${figures.dollars(bill.usd)}, {bill.supplier}; python cost_report.py shows it as {PHASE}")
 

@@ -63,7 +63,7 @@ def _machine(
         return
     if (disk := prices["disk"]).usd:
         if record.disk_gb is None:
-            missing(outside, "disks", f"{record.origin} does not say how large that of {record.cluster} is")
+            missing(outside, "disks", f"{record.origin} does not say how large the disk of {record.cluster} is")
         else:
             usd = hours / HOURS_PER_MONTH * record.disk_gb * disk.usd
             source = f"{record.disk_gb:g} GB by SkyPilot's record, at ${disk.usd:g} a GB and month: {disk.source}"

@@ -291,7 +291,7 @@ def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
         gone.record(url)
     usd = spent_usd_at_most(folder) if max_usd else 0.0
     if usd is None:
-        yield Finding("!", f"cap: what {folder} has cost is not known, so that MAX_USD will be refused")
+        yield Finding("!", f"cap: the cost of {folder} so far is not known, so MAX_USD will be refused")
     elif max_usd and usd >= max_usd:
         remedy = "set a larger MAX_USD, or another RUN"
         yield Finding("x", f"cap: {folder} has cost ${usd:.2f}, all of MAX_USD (${max_usd:g}); {remedy}")

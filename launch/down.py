@@ -124,7 +124,7 @@ def conclude(survey: Survey) -> int:
     """Print the answers of all sources. Returns the exit code."""
     print(*survey.lines(), sep="\n")
     if survey.exit_code == FOUND:
-        print(f"{len(survey.found)} up and maybe billed: `make down` ends what is yours, the cloud's console the rest")
+        print(f"{len(survey.found)} up and maybe billed: `make down` ends yours, the cloud's console ends the rest")
     elif survey.unasked:
         print("nothing was found, but not everything could be asked: see the lines that begin with ?")
     else:

@@ -77,7 +77,7 @@ def add(base: Budget, folder: RunFolder, usd: str, environment: Mapping[str, str
     """A budget for another run that continues from the trunk of `folder`, on the same machine and data."""
     added = number("ADD_USD", usd)
     if not course.trunks(course.read(folder)):
-        raise ConfigError(f"{folder}: its training had no cooldown, so that no step is known from which it could go on")
+        raise ConfigError(f"{folder}: its training had no cooldown, so there is no step for a new run to begin with")
     forecast, steps = dict(base.forecast), []
     if "loss" in forecast:
         fixed = [f"--{key}={forecast[key]}" for key in ("gpus", "cloud", "size", "recipe")]
@@ -99,7 +99,7 @@ def add(base: Budget, folder: RunFolder, usd: str, environment: Mapping[str, str
         began_at=time.time(),
         number=1,
     )
-    return budget, [f"${added:g} more for {folder}: it goes on from the step before its rates fell"]
+    return budget, [f"${added:g} more for {folder}: the new run goes on from the step before its rates fell"]
 
 
 def ask(arguments: Sequence[str]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _check_clouds() -> None:
     if not any(map(_may_rent, CLOUDS.values())):
         raise ConfigError(
             f"no cloud has credentials on this computer ({', '.join(CLOUDS)} were tried); set up one (docs/launch.md), "
-            "or see by `make plan` what the sum would buy"
+            "or run `make plan` to see what the sum would buy"
         )
 
 

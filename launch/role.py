@@ -103,9 +103,7 @@ def policy(url: str) -> dict[str, Any]:
     """The role's policy for a bucket, or a folder in one. Raises ConfigError unless it is S3 at AWS."""
     terms = storage.terms_of(url)
     if terms.service != DEFAULT_SERVICE:
-        raise ConfigError(
-            f"{url} is no bucket at AWS, so that no role opens it; a node needs the bucket's keys in .env"
-        )
+        raise ConfigError(f"{url} is not a bucket at AWS, so no role opens it; a node needs the bucket's keys in .env")
     folder = url.partition(f"://{terms.bucket}")[2].strip("/")
     text = POLICY.read_text(encoding="utf-8").replace("BUCKET", terms.bucket)
     return json.loads(text.replace("FOLDER", f"{folder}/" if folder else ""))

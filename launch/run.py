@@ -77,7 +77,7 @@ def _first(usd: str, options: Sequence[str], given: Mapping[str, str]) -> tuple[
         if plan.number("USD", usd) != known.usd:
             raise ConfigError(
                 f"USD is {usd}, but {folder} has begun with ${known.usd:g}; to spend more on it give ADD_USD=10 and "
-                f"RUN={name}, and for a run of its own another RUN"
+                f"RUN={name}, or give another RUN for a separate run"
             )
         print(f"{folder} has begun with ${known.usd:g} and goes on", flush=True)
         return name, known

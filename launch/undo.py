@@ -109,7 +109,7 @@ def undo(launch: Launch, number: int) -> int:
     """
     if number == signal.SIGHUP:
         _leave_terminal()
-    _say(f"\n{signal.Signals(number).name}: the launch is being cancelled; again, and it is left as it is")
+    _say(f"\n{signal.Signals(number).name}: the launch is being cancelled; a second signal leaves it as it is")
     try:
         with _interruptible():
             for step in (_cancel_requests, _end_begun):

@@ -52,7 +52,7 @@ class Watch:
         """End what is overdue at `now` (s, monotonic). Yields a sentence for each change."""
         if survey.clusters is None or survey.jobs is None:
             if not self._silent:
-                yield "SkyPilot could not be asked, so that nothing is ended; `make down` ends what is yours"
+                yield "SkyPilot did not answer, so nothing is ended now; `make down` ends your machines"
             self._silent = True
             return
         self._silent = False

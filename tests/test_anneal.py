@@ -209,7 +209,7 @@ def test_less_than_a_tenth_of_the_steps_is_not_called_a_cooldown(tmp_path):
     assert course.read(RunFolder(str(tmp_path))) == []
     stop = clock.requests.stop
     assert stop.kind == "cap"
-    assert "not annealed: what is left pays for a cooldown of" in stop.detail
+    assert "not annealed: the money left pays for a cooldown of" in stop.detail
     assert "fewer than 10% of the steps" in stop.detail
 
 

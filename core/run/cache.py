@@ -72,7 +72,7 @@ def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
     except FileNotFoundError:
         return {}
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
-        log.warning("%s: this cache is not readable and is written anew (%s)", path, error)
+        log.warning("%s: this cache cannot be read and is replaced (%s)", path, error)
         return {}
 
 

@@ -153,7 +153,7 @@ def _beside(prices: Prices) -> list[str]:
     """Notes on what the dollars leave out."""
     said = ["the container image is taken as pushed (make image); without IMAGE the node builds it, which takes longer"]
     if PREPARATION not in prices.beside:
-        said.append("the tokens are taken as prepared, so that the dollars leave that out")
+        said.append("the tokens count as prepared, so the dollars do not include their preparation")
     return said
 
 

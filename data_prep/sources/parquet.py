@@ -192,10 +192,10 @@ def _sliced(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 def _unreadable(uri: str, where: str, error: Exception) -> DataError:
     said = f"{uri}: {where} cannot be read as parquet ({' '.join(str(error).split())[:160]}); "
     if isinstance(error, pa.ArrowNotImplementedError | pa.ArrowTypeError | pa.ArrowKeyError):
-        return DataError(said + f"Arrow {pa.__version__} lacks what the file uses: write it again with plain columns")
+        return DataError(said + f"Arrow {pa.__version__} lacks a feature of it: write it again with plain columns")
     if isinstance(error, pa.ArrowMemoryError):
         return DataError(said + "memory is short: run the same command again with fewer --workers")
-    return DataError(said + "if another copy fails likewise, write the file anew; then run the same command")
+    return DataError(said + "if another copy fails too, write the file again; then run the same command")
 
 
 class _Spans(io.RawIOBase):

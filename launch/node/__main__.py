@@ -178,7 +178,7 @@ def job(
         log.info("running %s", " ".join(command))
         asked = threading.Event()
         stop.inform(lambda reason: asked.set())
-        stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: what is still open is not waited for")
+        stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: ending without waiting for open work")
         files = {"EXIT_CODE_FILE": str(code_file), "STOP_FILE": f"{folder}/stop", "PULSE_FILE": f"{folder}/pulse"}
         child = Child(command, {**environment, **files}, output.add, launched=trains, asked=asked)
         outcome = child.wait(supervise.hang_minutes(environment) * 60, stop.seconds())

@@ -128,7 +128,7 @@ def _problems(folder: str, names: Sequence[str], objects: Sequence[ObjectInfo]) 
         shown = {info.uri for info in objects if info.uri == uri or info.uri.startswith(f"{uri}/")}
         for each in sorted(shown):
             if target := storage.link_to_nothing(each):
-                yield f"{each}: is a link to {target}, which is not there; mount or restore it"
+                yield f"{each}: is a link to {target}, which does not exist; mount or restore it"
         if uri in shown:
             yield f"{uri}: is a file, but should be a checkpoint's folder; restore the folder"
         elif shown:
@@ -165,7 +165,7 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
     try:
         marker = untrusted.read_json(storage.join(folder, MARKER))
         if not _MANIFEST.match(marker["manifest"]):
-            raise ValueError(f"{marker['manifest']!r} is no name of a manifest")
+            raise ValueError(f"{marker['manifest']!r} is not the name of a manifest")
         uri = storage.join(folder, marker["manifest"])
         data = storage.read_bytes(uri, untrusted.DOCUMENT_BYTES)
         if checksum(data) != marker["xxh3_128"]:
@@ -199,7 +199,7 @@ def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
     """The reason why this is not a manifest of `step`, even if its checksum is right; None if it is one."""
     for file in manifest.files:
         if not isinstance(file.name, str) or not _PAYLOAD.match(file.name):
-            return f"{file.name!r} is no name of a payload"
+            return f"{file.name!r} is not the name of a payload"
         if type(file.bytes) is not int or not isinstance(file.xxh3_128, str):
             return f"{file.name} has {file.bytes!r} bytes and the checksum {file.xxh3_128!r}"
     if len({file.name for file in manifest.files}) < len(manifest.files):

@@ -137,7 +137,7 @@ def _read(
         log.warning("%s: skipped %s", where, problem)
     if len(problems) > data.max_bad_fraction * count:
         raise DataError(
-            f"{where}: {len(problems)} of {count} rows cannot be used, such as {problems[0]}; mend them, or raise "
+            f"{where}: {len(problems)} of {count} rows cannot be used, such as {problems[0]}; correct them, or raise "
             "data.max_bad_fraction to skip them"
         )
     if not sides["train"]:

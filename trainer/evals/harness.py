@@ -231,7 +231,7 @@ def sampling_of(options: dict[str, Any], seed: int, where: str) -> Sampling:
         stop = tuple(str(text) for text in until if text)
         sampling = Sampling(max_tokens=limit, temperature=temperature, seed=seed, stop=stop, **{"top_k": 0, **chosen})
     except (SettingError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: generation_kwargs cannot be used: {error}; mend the task's file") from error
+        raise ConfigError(f"{where}: generation_kwargs cannot be used: {error}; correct the task's file") from error
     left = [key for key, value in known.items() if value not in _NEUTRAL.get(key, [])]
     if left:
         names = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *_OPTIONS, "seed"))

@@ -187,7 +187,7 @@ class Annealer:
             spent = self._segment.cap.describe()
             self._requests.request_stop(
                 "cap",
-                f"{spent}; {NOT_ANNEALED}: what is left pays for a cooldown of {max(0, whole)} steps, fewer than "
+                f"{spent}; {NOT_ANNEALED}: the money left pays for a cooldown of {max(0, whole)} steps, fewer than "
                 f"{SHORTEST:.0%} of the steps",
             )
             return None

@@ -174,7 +174,7 @@ def check_shards(data_url: str, data: Manifest) -> None:
     for uri, shard in shards.items():
         if uri not in stored:
             raise DataError(
-                f"{uri}: this shard of the manifest is not there; copy it again, or delete the set and prepare it again"
+                f"{uri}: this shard of the manifest is missing; copy it again, or delete the set and prepare it again"
             )
         if stored[uri] != shard.bytes:
             raise DataError(

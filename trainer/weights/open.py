@@ -140,7 +140,7 @@ def _opened_start(state: Mapping[str, Any], place: str, above: tuple[str, ...], 
     """The model that the adapters of the checkpoint at `place` belong to."""
     start = state.get("start")
     if not isinstance(start, str) or place in above:
-        raise CheckpointError(f"{place}: its adapters belong to {start!r}, which is no other model")
+        raise CheckpointError(f"{place}: its adapters belong to {start!r}, which is not another model")
     return open_weights(start, device, (*above, place)).model
 
 
