@@ -97,7 +97,7 @@ class Bench:
         code = "import boto3, sys; boto3.client('s3').create_bucket(Bucket=sys.argv[1])"
         self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET)
         self._store_source()
-        # The role is for a bucket at AWS, as this one would be without the address of the emulated cloud.
+        # The role needs a bucket at AWS. Without the address of the emulated cloud, this bucket counts as one.
         alone = ("env", "-u", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE=/dev/null", f"AWS_ENDPOINT_URL_IAM={self.endpoint}")
         settings = {"SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
         made = self.inside(LAB_ROOT / "home", *alone, self.python, "-m", "launch.role", **settings)

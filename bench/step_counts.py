@@ -103,7 +103,7 @@ def show(results: dict[str, Any]) -> None:
     )
 
 
-# --- one case, in a process of its own -------------------------------------------------------------------------
+# --- one case, in a separate process ---------------------------------------------------------------------------
 
 
 def count(preset: str, world: int, width: int = 0) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
 
 @functools.cache
 def extras(cloud: str) -> Mapping[str, Extra]:
-    """The prices of a cloud beside machines, by `disk`, `address` and `leaving`; empty for a cloud without rows."""
+    """A cloud's prices except for machines, by `disk`, `address` and `leaving`; empty for a cloud without rows."""
     with (FOLDER / "extras.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["cloud"] == cloud]
     dated = {row["what"]: f"{row['source']}, since {row['since']}" if row["since"] else row["source"] for row in rows}

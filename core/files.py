@@ -59,7 +59,10 @@ def _if_supported() -> Iterator[None]:
 
 
 def _move_to_free_name(temporary: Path, path: Path) -> None:
-    """Raises FileExistsError if `path` exists; exactly one of several racing callers succeeds."""
+    """Move a file to a name that is free. Raises FileExistsError if `path` exists.
+
+    Exactly one of several racing callers succeeds.
+    """
     try:
         os.link(temporary, path)  # atomic: `path` appears with its complete content
     except OSError as error:

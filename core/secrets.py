@@ -1,4 +1,4 @@
-"""Hides keys in what is printed or stored: replaces every secret by `***`.
+"""Hides keys in printed and stored texts: replaces every secret by `***`.
 
     secrets.scrub(str(error))          what is printed
     secrets.without_keys(settings)     what is stored, whatever the environment holds

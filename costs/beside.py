@@ -1,4 +1,4 @@
-"""Computes charges beside machine hours: disks, addresses, traffic, requests, storage, and the controller of jobs.
+"""Computes charges other than machine hours: disks, addresses, traffic, requests, storage, and the controller of jobs.
 
 Each charge names its source. An amount that a source does not give is named as missing and never counted as zero.
 """

@@ -36,7 +36,7 @@ class OutsideTime:
 
 @dataclass(frozen=True)
 class Charge:
-    """Dollars of a run beside machine hours, spread over [start, end] (unix seconds).
+    """Dollars of a run other than for machine hours, spread over [start, end] (unix seconds).
 
     `segment` is None if no segment caused the charge.
     """

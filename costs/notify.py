@@ -68,7 +68,7 @@ class Watched:
 
     @classmethod
     def by_environment(cls, environment: Mapping[str, str] = os.environ) -> "Watched":
-        """Raises ConfigError."""
+        """Makes a Watched from the environment's variables. Raises ConfigError."""
         return cls(sender(environment), positive(environment, "NOTIFY_SILENT_MINUTES") or SILENT_MINUTES)
 
     def look(self, report: CostReport, now: float) -> None:

@@ -1,7 +1,7 @@
 """Prepares data and trains on this computer, with the variables of a launch: BUCKET, RUN, DATA, CONFIG, TRAIN_ARGS, …
 
     SOURCE=input.txt python -m launch.here prep        text or other documents → token shards
-    SOURCE=FILES.bin python -m launch.here fetch       ready-made token shards → ours
+    SOURCE=FILES.bin python -m launch.here fetch       ready-made token shards → a token set
     python -m launch.here train                        CONFIG on all GPUs of this computer, or on its CPU
 
 Without BUCKET everything is below the current folder: data/DATA and runs/RUN. Training runs the same program as a

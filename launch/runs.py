@@ -7,8 +7,8 @@
     python -m launch.runs logs RUN_URL                    the same, by URL; includes preempted machines
     python -m launch.runs pull sky/TASK.yaml | RUN_URL [FOLDER]
 
-`pull` downloads metrics, ledger, logs and the newest complete checkpoint to pulled/RUN, or to FOLDER. Files that are
-there already are kept. The copy is a run folder: `python cost_report.py pulled/gpt2-124m` reads it.
+`pull` downloads metrics, ledger, logs and the newest complete checkpoint to pulled/RUN, or to FOLDER. Existing files
+are kept. The copy is a run folder: `python cost_report.py pulled/gpt2-124m` reads it.
 """
 
 import datetime

@@ -1,6 +1,6 @@
-"""Defines the three parts of bench.on_gpu: the measurements of each, the most valuable first, and their commands.
+"""Defines the parts of bench.on_gpu: the measurements of each, the most valuable first, and their commands.
 
-A part is a generator, because its later measurements depend on results of its earlier ones.
+A part is a generator, because later measurements depend on results of earlier ones.
 """
 
 import shlex

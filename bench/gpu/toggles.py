@@ -81,7 +81,7 @@ TOGGLES: Mapping[str, Callable[[], None]] = {
 
 
 def undo(names: str) -> None:
-    """Undo the choices in `names`, separated by commas. Raises SystemExit for an unknown one."""
+    """Undo the choices in `names`, separated by commas. Raises SystemExit for an unknown name."""
     for name in filter(None, names.split(",")):
         if name not in TOGGLES:
             raise SystemExit(f"--without={name}: not a choice; choose from {', '.join(TOGGLES)}")

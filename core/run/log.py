@@ -1,4 +1,4 @@
-"""Stores what programs print in the run's folder: RUN_URL/logs/ATTEMPT, a journal with an event per line.
+"""Stores the output of programs in the run's folder: RUN_URL/logs/ATTEMPT, a journal with an event per line.
 
 On a rented machine launch.node stores all output of the program. A program that a person starts stores its own log
 lines by `StoredLog.begin`.

@@ -36,7 +36,7 @@ GAP_BYTES = 1 << 20
 PAGE_OBJECTS = 1000
 
 _RETRIES_OFF = {"max_retries": 0, "retry_timeout": timedelta(0)}
-# Pauses of 1, 2, 4, 8, 15 and 15 s, 45 s in all. The first is as long as a second, because the server may be
+# Pauses of 1, 2, 4, 8, 15 and 15 s, 45 s in all. Even the first pause takes a second, because the server may be
 # throttling.
 _RETRIES_OF_PARTS = {
     "max_retries": UPLOAD_TRIES - 1,

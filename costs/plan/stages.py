@@ -1,4 +1,4 @@
-"""Prices the stages beside training: the preparation of the tokens, and the evaluation and export of the model."""
+"""Prices the stages other than training: the preparation of the tokens, and the evaluation and export of the model."""
 
 from collections.abc import Mapping
 

@@ -86,7 +86,7 @@ class PaidRecord:
         self._began = False
 
     def begin(self) -> None:
-        """Raises StorageError."""
+        """Record the start of the machine's paid time. Raises StorageError."""
         if self._is_kept:
             started_at = segment_started_at() or time.time()
             price, host = self._machine.usd_per_hour, self._machine.host or ""
@@ -94,7 +94,7 @@ class PaidRecord:
             self._began = True
 
     def end(self) -> None:
-        """Idempotent. If the store fails, the cap only counts more time for this machine."""
+        """Record the end. Idempotent. If the store fails, the cap only counts more time for this machine."""
         if self._began:
             self._began = False
             with contextlib.suppress(LauncherError):

@@ -152,7 +152,7 @@ def _load(
 def read_blocks(folder: str, file: PayloadFile, early: EarlyFetch | None = None) -> dict[str, torch.Tensor]:
     """The blocks of one payload file by key, on the CPU.
 
-    Raises ObjectNotFound for a missing file, CheckpointError for a damaged one.
+    Raises ObjectNotFound for a missing file, CheckpointError for a damaged file.
     """
     uri = storage.join(folder, file.name)
     data, checksum = (early.take(uri) if early else None) or read_payload(uri, file.bytes)

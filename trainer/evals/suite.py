@@ -4,8 +4,8 @@
     RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   the same task, measured once more
     RUN_URL/evaluations/step-00001000/partial/                    partial results of unfinished tasks
 
-The hash covers the task's `identity`: results of two models with the same name are comparable. Results have a folder of
-their own, because old checkpoints are deleted. An existing object is never overwritten. docs/formats.md documents the
+The hash covers the task's `identity`: results of two models with the same name are comparable. Results have a separate
+folder, because old checkpoints are deleted. An existing object is never overwritten. docs/formats.md documents the
 fields.
 """
 

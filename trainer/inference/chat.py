@@ -33,7 +33,10 @@ class ChatSession:
         self.texts: list[dict[str, str]] = []
 
     def request(self, line: str, system: str, sampling: Sampling) -> tuple[GenerationRequest, int]:
-        """The request for a line, and the number of old messages left out. ConfigError if the line is too long."""
+        """The request for a line, and the number of old messages left out.
+
+        Raises ConfigError if the line is too long.
+        """
         if not self.model.tuned:
             return GenerationRequest(self.model.engine.encode(line), sampling), 0
         messages = [{"role": "system", "content": system}] if system.strip() else []

@@ -76,7 +76,7 @@ class ApiRequest:
 
 
 def read(body: Any, model: ChatModel, name: str, defaults: Sampling, chat: bool) -> ApiRequest:
-    """Checks a request's body and translates it. Raises ApiError for an invalid one."""
+    """Checks a request's body and translates it. Raises ApiError for an invalid body."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     _check_keys(body)

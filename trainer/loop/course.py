@@ -133,7 +133,7 @@ def _climb_from(stage: Stage, step: int, stored: Mapping[str, Any], theirs: list
 
 
 def _copy_checkpoint(stage: Stage, folder: RunFolder, origin: str) -> None:
-    """Copy the checkpoint of another run. Raises CheckpointError if it is damaged or gone."""
+    """Copy the checkpoint of another run. Raises CheckpointError if it is damaged or missing."""
     source, text = parse_source(origin)
     step = int(text)
     found = layout.stored(source.url)

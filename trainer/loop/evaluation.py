@@ -206,7 +206,8 @@ def sample(
 def measured_before(segment: SegmentLog, restored: Restored) -> dict[str, Mapping[str, Any]]:
     """On rank 0: the metrics that earlier segments recorded for the restored step, by kind.
 
-    The segment that saved the step may have recorded them, or a later one. An evaluation that was cut off has none.
+    They were recorded by the segment that saved the step, or by a later segment. An evaluation that was cut off has
+    none.
     """
     found: dict[str, Mapping[str, Any]] = {}
     for number in range(restored.segment, segment.number):

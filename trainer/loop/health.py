@@ -81,7 +81,7 @@ class SlowRanks:
     """Detects a rank that stays slower than the others, such as one with a throttling GPU.
 
     Ranks wait for each other within a step, so the time of a whole step does not show which rank is slow. The time of
-    the forward passes does, because no rank waits in them.
+    the forward passes shows it, because no rank waits in them.
     """
 
     def __init__(self, world: int):

@@ -69,7 +69,7 @@ class TreeReducer:
         model.register_comm_hook(None, self._reduce_bucket)
 
     def context(self, index: int):
-        """Lets DDP synchronise in the last micro-batch only; in round-robin order, in the last one of each group."""
+        """Lets DDP synchronise only in the last micro-batch or, in round-robin order, in the last one of each group."""
         self._last = index == self.accumulation - 1
         ends_group = self._round_robin and (index + 1) % self.group == 0
         return contextlib.nullcontext() if self._last or ends_group else self.model.no_sync()

@@ -94,7 +94,7 @@ class Distil(Pretrain):
         super().__init__(dataclasses.replace(settings, teacher=TeacherConfig(teacher)), ranks)
         if self.settings.start.weights:
             on_main(functools.partial(_check_same_model, self.settings), ranks)
-        self._opened: TrainedModel | None = None  # the start, on rank 0, until `fill` has copied it
+        self._opened: TrainedModel | None = None  # the starting model on rank 0, until `fill` has copied it
         self.teacher = open_teacher(teacher, self.encoding, ranks.device)
         if self.teacher.context < self.context:
             raise ConfigError(
@@ -151,7 +151,7 @@ def _check_same_model(settings: DistilConfig) -> None:
 
 
 def open_teacher(name: str, encoding, device: torch.device) -> Teacher:
-    """Raises ConfigError for a teacher of another vocabulary, CheckpointError for a damaged one."""
+    """Raises ConfigError for a teacher with another vocabulary, CheckpointError for a damaged teacher."""
     if name.startswith(FOREIGN):
         return _open_foreign(name.removeprefix(FOREIGN), encoding, device)
     model = open_weights(name, device).model.requires_grad_(False)

@@ -178,7 +178,7 @@ class Stage(abc.ABC):
     def read_vocabulary(self) -> Vocabulary:
         """On rank 0: the vocabulary at VOCAB_URL, else the one stored with the data or with the starting weights.
 
-        Raises ConfigError if there is none, DataError for another one than GPT-2's.
+        Raises ConfigError if there is none, DataError for any vocabulary except GPT-2's.
         """
 
     @functools.cached_property

@@ -70,7 +70,7 @@ class Tuning(Stage):
             settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=steps))
         super().__init__(settings, start.model, length, ranks)
         self.digest = ""  # checksum of the weights that adapters belong to
-        self._opened: TrainedModel | None = None  # the start, until `fill` has copied it
+        self._opened: TrainedModel | None = None  # the starting model, until `fill` has copied it
 
     @abc.abstractmethod
     def read(self, settings: Any, encoding, length: int) -> Examples:
@@ -129,7 +129,10 @@ class Tuning(Stage):
             lora.initialise(model, self.settings.train.seed)
 
     def _take_start(self, model: GPT, restored: Restored | None) -> str:
-        """On rank 0: copy all weights but adapters from the start. Returns their checksum if there are adapters."""
+        """On rank 0: copy all weights except adapters from the starting model.
+
+        Returns their checksum if there are adapters.
+        """
         start, self._opened = self._opened or open_weights(self.start.where, self.ranks.device), None
         weights = dict(start.model.named_parameters())
         with torch.no_grad():

@@ -176,7 +176,10 @@ def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
 
 
 def _best(run_url: str) -> str:
-    """The URL of the complete checkpoint with the lowest validation loss. Raises CheckpointError if none has one."""
+    """The URL of the complete checkpoint with the lowest validation loss.
+
+    Raises CheckpointError if no checkpoint has a loss.
+    """
     complete = layout.complete_steps(run_url)
     has_metrics = bool(complete and RunFolder(run_url).segment_numbers())
     points = read_run(run_url, Detail.ALL).points("eval") if has_metrics else []
