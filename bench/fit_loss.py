@@ -190,7 +190,9 @@ def _error(found: Law, row: Row) -> dict[str, Any]:
 
 
 def left_out(rows: Sequence[Row], noise: float = NOISE, has_shape: bool = True) -> list[dict[str, Any]]:
-    """For each run, the error of the law that was fitted to all others, and whether they hold its recipe."""
+    """For each run, the error of the law that was fitted to all others, and whether one of the others has its
+    recipe.
+    """
     counts = Counter(row.recipe for row in rows)
     return [
         _error(fit([other for other in rows if other is not row], noise, has_shape), row)

@@ -7,7 +7,7 @@ from core.run import timeline
 from core.run.model import Run
 from costs.sharing import machine_of
 
-# The clocks of machines may differ by this many seconds, so a shorter overlap is no proof.
+# The clocks of machines may differ by this many seconds, so a shorter overlap proves nothing.
 CLOCKS_AGREE_SECONDS = 2.0
 
 

@@ -19,10 +19,10 @@ DATA = Path(__file__).parent
 RUNS, LAW = DATA / "runs.csv", DATA / "law.json"
 SCALE = "FineWeb"
 
-# In billions of parameters. The advantage of an optimizer over AdamW shrinks with size: its logarithm falls linearly in
-# the logarithm of the parameters, and is halved at this size (Wen et al. 2025, arXiv 2509.02046: 1.4 at 0.1B, 1.1 at
-# 1.2B; Marin, 2025-06: 1.27 at 130M, 1.24 at 1.2B). The fall starts at the largest size at which the recipe was
-# measured.
+# HALF_AT is in billions of parameters. The advantage of an optimizer over AdamW shrinks with size: its logarithm falls
+# linearly in the logarithm of the parameters, and is halved at this size (Wen et al. 2025, arXiv 2509.02046: 1.4 at
+# 0.1B, 1.1 at 1.2B; Marin, 2025-06: 1.27 at 130M, 1.24 at 1.2B). The fall starts at the largest size at which the
+# recipe was measured.
 HALF_AT = 1.2
 # Errors of a prediction in nats. The record of bench.fit_loss shows the source of the first.
 KNOWN_RECIPE, KNOWN_CLASS, OUTSIDE, UNKNOWN_RECIPE = 0.015, 0.02, 0.04, 0.09

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from core.errors import ConfigError
 
-Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # by model, task and metric
+Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # scores by model, task and metric
 # Only these metrics of a task are drawn. A task that has none of them shows all of its metrics.
 SHOWN = ("perplexity", "accuracy", "accuracy_norm", "acc", "acc_norm")
 BAR_INCHES, PANEL_INCHES = 0.45, 3.2
