@@ -85,6 +85,15 @@ def medians(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict
     return {name: median(results) for name, results in runs.items()}
 
 
+def ratio(runs: Mapping[str, Sequence[Mapping[str, float]]], side: str, other: str, key: str) -> float:
+    """Median over the rounds of `key` of `side` divided by `key` of `other`.
+
+    The quotient is formed within each round, because both sides of a round meet the same slow minutes of the machine.
+    """
+    pairs = zip(runs[side], runs[other], strict=True)
+    return statistics.median(mine[key] / theirs[key] for mine, theirs in pairs)
+
+
 def finish(results: dict[str, Any], show: Callable[[dict], None], out: Path | None) -> None:
     """Print the results and store them in `out`, if given."""
     show(results)

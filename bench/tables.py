@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench import harness
 from bench.harness import REPOSITORY
 from core.figures import quantity
 from core.run import phases
@@ -107,12 +108,14 @@ def _checkpoint(record: Mapping[str, Any]) -> list[Row]:
 
 
 def _train_step(record: Mapping[str, Any]) -> list[Row]:
-    speed = {side: statistics.median(run["tokens_per_second"] for run in runs) for side, runs in record["runs"].items()}
+    runs, key = record["runs"], "tokens_per_second"
+    speed = {side: statistics.median(run[key] for run in results) for side, results in runs.items()}
+    mine = quantity(speed["ours"])
     what = f"training step, {quantity(record['parameters'])} parameters, {record['device']}"
     return [
-        (what, f"{quantity(speed['ours'])} tokens/s", f"{quantity(theirs)} ({side})", speed["ours"] / theirs)
+        (what, f"{mine} tokens/s", f"{quantity(theirs)} ({side})", harness.ratio(runs, "ours", side, key))
         for side, theirs in speed.items()
-        if side != "ours"
+        if side not in ("ours", "before")  # the table compares with other trainers, not with an earlier version
     ]
 
 

@@ -230,13 +230,13 @@ def show(results: dict) -> None:
         side: sorted(runs, key=lambda run: run["tokens_per_second"])[len(runs) // 2]
         for side, runs in results["runs"].items()
     }
-    ours = next(iter(middle.values()))["tokens_per_second"]
+    first, peak = next(iter(results["runs"])), _peak(results["runs"])
     rows = [
         [
             side,
             quantity(run["tokens_per_second"]),
-            f"{run['tokens_per_second'] / ours:.2f}",
-            "?" if run["mfu"] is None else f"{100 * run['mfu']:.1f} %",
+            f"{harness.ratio(results['runs'], side, first, 'tokens_per_second'):.2f}",
+            "?" if peak is None else f"{100 * run['tokens_per_second'] * results['flops_per_token'] / peak:.1f} %",
             "" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e9:.1f} GB",
             " / ".join(f"{value:.3f}" for value in run["step_seconds"].values()),
             " / ".join(f"{100 * value:.0f} %" for value in run["share"].values()),
@@ -247,6 +247,12 @@ def show(results: dict) -> None:
     batch = f"{results['micro_batch']} x {results['model']['context']} x {results['accumulation']} tokens per step"
     heads = ("side", "tokens/s", "x first", "MFU", "memory", "step p10/p50/p90 s", "forward / backward / optimizer")
     harness.print_table(f"{quantity(results['parameters'])} parameters, {batch}; {about}", heads, rows)
+
+
+def _peak(runs: dict[str, list[dict]]) -> float | None:
+    """FLOP/s that MFU refers to: the highest of all runs, because a CPU's is measured anew by each of them."""
+    measured = [run["roofline"]["peak_flops"] for results in runs.values() for run in results]
+    return max((each for each in measured if each), default=None)
 
 
 if __name__ == "__main__":
