@@ -88,7 +88,7 @@ def medians(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict
 def ratio(runs: Mapping[str, Sequence[Mapping[str, float]]], side: str, other: str, key: str) -> float:
     """Median over the rounds of `key` of `side` divided by `key` of `other`.
 
-    The quotient is formed within each round, because both sides of a round meet the same slow minutes of the machine.
+    The quotient is formed within each round, because a slow minute of the machine affects both sides of a round.
     """
     pairs = zip(runs[side], runs[other], strict=True)
     return statistics.median(mine[key] / theirs[key] for mine, theirs in pairs)

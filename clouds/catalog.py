@@ -89,7 +89,7 @@ def extras(cloud: str) -> Mapping[str, Extra]:
 def on_disk(cloud: str) -> tuple[tuple[Offer, ...], date] | None:
     """GPU offers of one cloud in the file that SkyPilot keeps here, and the day of that file; None without one.
 
-    Unlike `of_skypilot`, it needs neither SkyPilot in this environment nor a network, and no slow import.
+    Unlike `of_skypilot`, this needs no SkyPilot in this environment, no network and no slow import.
     """
     path = skypilot.catalog_file(cloud)
     try:

@@ -4,9 +4,9 @@ A program crashes neither because of its encoding nor because of a full disk or 
 
     output.prepare(is_product=True)
 
-Characters that the encoding lacks are replaced. If a write fails (the disk is full, the reader has gone), it raises
-OutputEnds in a program whose output is its product. Any other program continues without output, because its work
-matters more.
+Characters that the encoding lacks are replaced. A write can fail because the disk is full or the reader has closed. It
+then raises OutputEnds in a program whose output is its product. Any other program continues without output, because its
+work matters more.
 """
 
 import codecs

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def prepare(
     config: PrepConfig, switch: Callable[[str], None] = lambda phase: None, check: Callable[[], None] = lambda: None
 ) -> Manifest | None:
-    """Prepares what is missing. Returns None if other nodes still work on their parts.
+    """Prepares the missing parts. Returns None if other nodes still work on their parts.
 
     Calls `switch(phase)` at each change of phase. Calls `check` periodically; it may raise an error to end the
     preparation. Raises ConfigError, DataError, StorageError.

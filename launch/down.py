@@ -104,7 +104,7 @@ def end_in_skypilot(survey: Survey) -> None:
 
 
 def end_rest(survey: Survey, everyone: bool) -> None:
-    """End the controller once its jobs have ended, and what SkyPilot does not end.
+    """End the controller once its jobs have ended, and the resources that SkyPilot does not end.
 
     This is repeated: a volume is free only once its machine is gone, and a controller is needed until its jobs are
     gone.

@@ -2,12 +2,12 @@
 
     BUCKET=my-bucket python -m launch.submit sky/pretrain-8xa100.yaml [--no-check] [options of sky launch]
 
-First runs the checks that cost nothing (launch/check.py), to find settings that the node would refuse before a machine
-is rented. `--no-check` skips them. Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its
-`secrets` becomes `--secret NAME`: SkyPilot reads the values of secrets from the environment, not from a command line. A
-task with job_recovery becomes a managed job, and with MANAGED=1 any task does (launch/managed.py). An interrupted
-launch is undone. A failed launch ends with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES limits the time that
-the launch waits for a machine (launch/waiting.py).
+First runs the checks that cost nothing (launch/check.py), to find wrong settings before a machine is rented.
+`--no-check` skips them. Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its `secrets`
+becomes `--secret NAME`: SkyPilot reads the values of secrets from the environment, not from a command line. A task with
+job_recovery becomes a managed job, and with MANAGED=1 any task does (launch/managed.py). An interrupted launch is
+undone. A failed launch ends with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES limits the time that the
+launch waits for a machine (launch/waiting.py).
 """
 
 import itertools
