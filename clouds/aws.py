@@ -189,7 +189,7 @@ class Aws(Cloud):
         try:
             pages = client.get_paginator("describe_instances").paginate(Filters=filters)
             listed = [i for page in pages for group in page["Reservations"] for i in group["Instances"]]
-        except Exception as error:  # credentials, permissions, network: any error of botocore
+        except Exception as error:  # any error of botocore, such as credentials, permissions or network
             raise _unavailable(error) from error
         return [_instance(each) for each in listed]
 
@@ -293,7 +293,7 @@ def spot_prices(
             **place,
         )
         entries = [entry for page in pages for entry in page["SpotPriceHistory"]]
-    except Exception as error:  # credentials, permissions, network: any error of botocore
+    except Exception as error:  # any error of botocore, such as credentials, permissions or network
         raise _unavailable(error) from error
     return [(entry["Timestamp"].timestamp(), float(entry["SpotPrice"])) for entry in entries]
 

@@ -112,7 +112,7 @@ def _ask(clusters: tuple[str, ...] | None) -> dict[str, Any]:
         records = sky.get(sky.cost_report(days=DAYS, cluster_names=list(clusters)))
     except TypeError:  # a release before 0.14 knows no names
         records = sky.get(sky.cost_report(days=DAYS))
-    except Exception as error:  # no API server, no network: any error of its client
+    except Exception as error:  # any error of its client, such as no API server or no network
         raise Unavailable(f"SkyPilot's API server did not answer ({type(error).__name__})") from error
     return {"records": [asdict(each) for record in records for each in from_record(record)]}
 

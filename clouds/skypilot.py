@@ -182,5 +182,5 @@ def catalog_rows(cloud: str) -> list[dict[str, Any]]:
 
     try:
         return common.read_catalog(f"{cloud}/vms.csv").to_dict("records")
-    except Exception as error:  # network, a damaged file: any error of its libraries
+    except Exception as error:  # any error of its libraries, such as network or a damaged file
         raise Unavailable(f"SkyPilot has no catalog of {cloud} ({type(error).__name__})") from error

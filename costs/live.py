@@ -33,7 +33,7 @@ def of_run(report: CostReport, is_one_of_many: bool = False) -> Page:
 
 
 def of_all(reports: Sequence[CostReport]) -> Page:
-    """All runs, each with a link to its page, and a choice of those to compare."""
+    """All runs, each with a link to its page and a box that selects it for a comparison."""
     ordered = compare.newest_first(reports)
     running = sum(report.state == RUNNING for report in ordered)
     button = '<p><button type="submit">Compare the chosen runs</button></p>'

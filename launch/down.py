@@ -73,7 +73,7 @@ def agreed(wanted: list[str]) -> bool:
 
 
 def end(survey: Survey, everyone: bool) -> Survey:
-    """End everything, wait until it is gone, and return the last look."""
+    """End everything, wait until it is gone, and return the last survey."""
     known = survey.cluster_names
     end_in_skypilot(survey)
     deadline = time.monotonic() + WAIT_SECONDS

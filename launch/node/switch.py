@@ -119,7 +119,7 @@ def is_ours(minutes):
         for look in (by_tags, by_role):
             try:
                 ours, said = look()
-            except Exception as error:  # no network, no permission: any error of the request
+            except Exception as error:  # any error of the request, such as no network or no permission
                 say(f"{look.__name__}: {error}")
             else:
                 say(f"{said} {'is of this project' if ours else 'is left alone'}")
@@ -148,7 +148,7 @@ def end():
         for terminate in (terminate_on_aws, terminate_on_lambda):
             try:
                 say(terminate())
-            except Exception as error:  # another cloud, no network, no permission: any error of the request
+            except Exception as error:  # any error of the request, such as another cloud, no network or no permission
                 say(f"{terminate.__name__}: {error}")
             else:
                 time.sleep(GRACE_SECONDS)
