@@ -53,7 +53,7 @@ class Cell:
     stage: str
     managed: bool
     cloud: str
-    launcher: str = ""  # the launcher: its state at the interruption, its exit code
+    launcher: str = ""  # the launcher's state at the interruption, and its exit code
     minutes: float = SWITCH_MINUTES
     machines: int = 0
     gap: float | None = None  # seconds from a machine's start to its first job; autostop is set just before

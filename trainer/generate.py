@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     settings = generation.load(GenerateConfig, flags, os.environ)
     set_up_logging()
     prompts = _prompts(settings)
-    # Importing torch takes seconds. Errors in the settings are reported before that.
+    # Importing torch takes seconds. Errors in the settings are reported before the import.
     from trainer.inference.chat_model import open_chat_model
     from trainer.inference.engine import GenerationRequest
 

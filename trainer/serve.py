@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     where, flags = generation.split_arguments(arguments, USAGE)
     settings = generation.load(ServeConfig, flags, os.environ)
     set_up_logging()
-    # Importing torch takes seconds. Errors in the settings are reported before that.
+    # Importing torch takes seconds. Errors in the settings are reported before the import.
     from trainer.inference import server
     from trainer.inference.chat_model import open_chat_model
 

@@ -128,7 +128,7 @@ def read_money(run_url: str, ledgers: Objects) -> list[Segment]:
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
-    if storage.is_local(folder.url):  # a disk has no latency that threads could hide
+    if storage.is_local(folder.url):  # threads hide the latency of requests, and a disk has none
         return [read(number) for number in numbers]
     with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
         return list(pool.map(read, numbers))

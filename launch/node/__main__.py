@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
         stop.settle(code if code != FAILED else PREEMPTED)
         log.info("exit code %d", code)
         return code
-    except LauncherError as error:  # run_entry prints it; the stored log needs it too
+    except LauncherError as error:  # run_entry prints the error; the stored log needs it too
         output.add(f"error: {error}")
         raise
     finally:
@@ -207,7 +207,7 @@ def spent_cap(environment: Mapping[str, str]) -> str:
     names = ("MAX_USD", "MAX_HOURS", RESTARTS)
     try:
         usd, hours, restart_usd = (float(environment.get(name) or 0) for name in names)
-    except ValueError:  # the program refuses it with a sentence
+    except ValueError:  # the program itself reports the error
         return ""
     folder = RunFolder(environment["RUN_URL"])
     spent = spent_at_most(folder.url) if usd or hours else Spent(None, 0.0)

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
 
 
 def check_files(target: str) -> str:
-    """The container's first process. Raises ConfigError if a program's file is not there."""
+    """A text that names the container's first process. Raises ConfigError if a program's file is missing."""
     for program in PROGRAMS[target]:
         if not Path(*program.split(".")).with_suffix(".py").exists() and not Path(*program.split(".")).is_dir():
             raise ConfigError(f"{program} is not in the image's folder {Path.cwd()}")

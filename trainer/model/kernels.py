@@ -52,7 +52,7 @@ def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
 def _activate_flash3() -> None:
     try:
         attention.activate_flash_attention_impl("FA3")
-    except Exception as error:  # torch raises several kinds, by what is missing
+    except Exception as error:  # the kind of torch's error depends on what is missing
         raise ConfigError(
             "train.attention is flash3, which needs FlashAttention 3 for this GPU "
             f"({' '.join(str(error).split())[:200]}); install its package flash_attn_3, or set train.attention=auto"

@@ -92,6 +92,6 @@ def update(
     moved_NOI, direction_NOI = directions(torch.stack(list(gradients)), momentum_NOI, found_inf, mu, rounds)
     momentum_NOI.copy_(moved_NOI)
     rows, columns = momentum_NOI.shape[1:]
-    # A factor of 1 and a summand of -0 leave all bits as they are.
+    # A factor of 1 and a summand of -0 change no bit.
     torch._foreach_mul_(weights, torch.where(found_inf != 0, 1.0, 1 - rate * decay))
     torch._foreach_add_(weights, direction_NOI.unbind(), alpha=-rate * max(1.0, rows / columns) ** 0.5)
