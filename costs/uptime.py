@@ -189,7 +189,7 @@ def _around(
     if not asked:
         found.notes.append(
             f"{record.origin}: another run asked for {record.cluster}, on which segment "
-            f"{', '.join(str(each.number) for each in inside[:8])} ran; boot and idle time of that machine are its"
+            f"{', '.join(str(each.number) for each in inside[:8])} ran; that run pays for boot and idle time"
         )
         return
     if company:

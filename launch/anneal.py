@@ -44,7 +44,7 @@ def ask(folder: RunFolder) -> str:
         last = changes[-1]
         raise RunError(f"{folder}: its cooldown is decided: after step {last.step}, to step {last.end}")
     course.request_anneal(folder)
-    return f"{folder}: asked for the cooldown; the run's log says when it begins (make logs)"
+    return f"{folder}: the cooldown is requested; the run's log says when it begins (make logs)"
 
 
 if __name__ == "__main__":

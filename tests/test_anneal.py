@@ -257,7 +257,7 @@ def test_the_request_of_a_user(tmp_path):
     with pytest.raises(RunError, match="there is no run here; check RUN and BUCKET"):
         anneal.ask(folder)
     open_run(folder, {}, {"optimizer": {"schedule": "wsd"}}, "data")
-    assert "asked for the cooldown" in anneal.ask(folder)
+    assert "the cooldown is requested" in anneal.ask(folder)
     assert course.requested_anneal(folder)
     course.add(folder, 1, Change("anneal", 80, 20, "request"))
     with pytest.raises(RunError, match="its cooldown is decided: after step 80, to step 100"):

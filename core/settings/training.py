@@ -259,7 +259,7 @@ class TrainLoopConfig(Bounded):
         require(
             not (self.residual == "bf16" and is_fp32),
             "residual",
-            "is bf16, but the products are fp32, which it would round; set train.precision=bf16, or this to fp32",
+            "is bf16, but the products are fp32, and bf16 would round them; set train.precision=bf16, or this to fp32",
         )
         if self.attention == "auto":
             return

@@ -118,7 +118,7 @@ def read_range(uri: str, start: int, end: int) -> bytes:
     if is_offline():
         raise StorageError(
             f"{uri}: is not in the Hub's cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE "
-            "forbids to fetch it; unset it, or download the set (hf download --repo-type dataset OWNER/NAME)"
+            "forbids fetching it; unset it, or download the set (hf download --repo-type dataset OWNER/NAME)"
         )
     where = parse(uri)
     prefix = "" if where.kind == "models" else f"{where.kind}/"

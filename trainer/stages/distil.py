@@ -146,7 +146,7 @@ def _check_same_model(settings: DistilConfig) -> None:
         if theirs[key] != ours[key] and key != "init":
             raise ConfigError(
                 f"start.weights: {where} has model.{key} = {theirs[key]}, this config has {ours[key]}; "
-                "give the start's model settings, or leave start.weights empty"
+                "give the model settings of the start, or leave start.weights empty"
             )
 
 
