@@ -340,9 +340,7 @@ class Loop:
         """Try for a while to store the last step although the store fails. The segment's end reports the outcome."""
         seconds = 60 * self.settings.checkpoint.last_try_minutes
         if self.ranks.is_main or not request.detail.startswith(OTHER_RANK):
-            log.error(
-                "%s; training stops; storing step %d is tried for %s more", request.detail, step, duration(seconds)
-            )
+            log.error("%s; training stops, and saving step %d is tried for %s", request.detail, step, duration(seconds))
         with self.segment.phase("checkpoint"):
             self.saver.insist(step, self._state(step), seconds)
             # A collective would time out: the other ranks may store their parts long before rank 0 does.
