@@ -1,4 +1,4 @@
-"""Measures what annealing by dollars is worth: the same money, three ways to spend it, several seeds.
+"""Measures the benefit of annealing by dollars: spends the same money in three ways, with several seeds.
 
     python -m bench.anneal --scratch=FOLDER [--usd=400] [--seeds=3] [--out=FILE]
 
@@ -6,9 +6,9 @@ by dollars       schedule wsd; the money decides when the cooldown begins
 cut off          cosine over more steps than the money pays for, which the cap cuts off at about 57 % of them
 knew its length  cosine over exactly the steps that the first one reached
 
-A small model learns the bytes of the State of the Union addresses on one thread. The price is pretended: a step costs a
-dollar, whatever else the machine does (bench.step_clock). The validation losses are those of the last checkpoints over
-the same tokens. Started again after an interruption, the command goes on where it was, to the same bits.
+A small model learns the bytes of the State of the Union addresses on one thread. The price is artificial: a step costs
+a dollar, and nothing else costs anything (bench.step_clock). The validation losses are those of the last checkpoints
+over the same tokens. After an interruption, the same command continues and gives the same bits.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 from bench import harness, tokens
 
 BY_DOLLARS, CUT_OFF, KNEW = "by dollars", "cut off", "knew its length"
-CUT_SHARE = 0.57  # where $20 end the default run: findings of a plan for it
+CUT_SHARE = 0.57  # the share at which $20 end the default run, from a plan
 EVAL_TOKENS = 1 << 17
 BATCH = 512
 MODEL = ("layers=2", "heads=2", "width=64", "context=128", "padded_vocab_size=256")
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def differences(runs: dict[str, list[dict]]) -> dict[str, list[float]]:
-    """Loss of each seed minus that of the run by dollars, of the same seed."""
+    """For each seed, the loss minus the loss of the run by dollars."""
     return {
         name: [
             round(each["val_loss"] - ours["val_loss"], 4)
@@ -102,12 +102,12 @@ def make_data(scratch: Path) -> str:
 
 
 def one(options: argparse.Namespace, data: str, arm: str, seed: int, steps: int, usd: float) -> dict:
-    """Train once in a process of its own, unless the result is there."""
+    """Train once in a separate process, unless the result already exists."""
     folder = options.scratch / f"{arm.replace(' ', '-')}-{options.usd:g}-seed-{seed}"
     result = folder / "result.json"
     if not result.exists():
         if not left_cleanly(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # the steps that it lost would cost money
+            shutil.rmtree(folder, ignore_errors=True)  # steps lost in an interruption would cost money
         schedule = "wsd" if arm == BY_DOLLARS else "cosine"
         flags = [*FLAGS, f"--optimizer.schedule={schedule}", f"--train.steps={steps}", f"--train.seed={seed}"]
         flags += [f"--data.url={data}", f"--run.url={folder}", f"--run.max_usd={usd:g}"]

@@ -1,4 +1,4 @@
-"""Measures checkpoints side by side: seconds that training is blocked, until all is stored, and of a restore.
+"""Measures checkpoints side by side: seconds in which training is blocked, seconds to store, and seconds to restore.
 
     python -m bench.checkpoint --scratch=/tmp/bench [--rounds=5] [--layers=12] [--out=FILE]
 

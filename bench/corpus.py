@@ -35,7 +35,7 @@ RFC_PACKAGES = tuple(
 )
 RFC = re.compile(r".*/rfc[0-9]+\.txt\.gz")
 PAGE_BYTES = 4700  # about 1,000 tokens, the mean of FineWeb-Edu
-# Larger files are mostly generated register tables, which compress and tokenize unlike text of the web.
+# Larger files are mostly generated register tables. They compress and tokenize differently from text of the web.
 LARGEST_FILE_BYTES = 64 << 10
 BLANKS = re.compile(r"[ \t]+")
 FILES = 4
@@ -43,7 +43,10 @@ ROWS_PER_GROUP = 1000
 
 
 def parquet_files(scratch: Path, megabytes: int, kind: str) -> list[Path]:
-    """Four parquet files with about `megabytes` MB of text in total, or all there is; built once per size."""
+    """Four parquet files with about `megabytes` MB of text in total, or with all texts if there are fewer.
+
+    Built once per size.
+    """
     folder = scratch / f"parquet-{kind}-{megabytes}mb"
     done = folder / "DONE"
     if not done.exists():
@@ -118,7 +121,7 @@ def _files(package: Path) -> Iterator[bytes]:
         tarfile.open(fileobj=unpack.stdout, mode="r|") as outer,
     ):
         inner = next(outer.extractfile(member) for member in outer if ARCHIVE.fullmatch(member.name)).read()
-        unpack.kill()  # the rest is not needed
+        unpack.kill()  # the rest of the archive is not needed
     if inner.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(inner)) as archive:
             for info in archive.infolist():

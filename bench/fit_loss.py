@@ -1,18 +1,18 @@
-"""Fits the law of the loss to public runs, and says how well it predicts runs that it has not seen.
+"""Fits the law of the loss to public runs, and measures how well it predicts runs that were not fitted.
 
     python -m bench.fit_loss                                  print the fit and its errors
     python -m bench.fit_loss --write                          … and store the constants in core/loss/law.json
     python -m bench.fit_loss --out=bench/results/DATE-fit-loss.json      … and a record
 
-Reads core/loss/runs.csv. Rows marked `fit` take part; rows marked `check` are only predicted. The constants are
-found by damped Gauss-Newton on the residuals over the noise of a run, with weak priors, since some recipes have one
-run only: E is 1.7 ± 0.2, the exponents are 0.34 ± 0.1, ln k is 0 ± 0.5. The ratio of the exponents follows the minima
-of nanochat's iso-FLOP curves (same file): they are on another scale of loss, but say how size and tokens share compute.
+Reads core/loss/runs.csv. Rows marked `fit` take part; rows marked `check` are only predicted. The constants are found
+by damped Gauss-Newton on the residuals over the noise of a run. Some recipes have one run only, so there are weak
+priors: E is 1.7 ± 0.2, the exponents are 0.34 ± 0.1, ln k is 0 ± 0.5. The ratio of the exponents follows the minima of
+nanochat's iso-FLOP curves (same file). Their scale of loss differs, but they show how size and tokens share compute.
 The multiplier of REFERENCE is 1.
 
-For an error without the run itself, each run is left out in turn and everything is fitted again; a recipe that has no
-other run then has the k of its prior, 1. In the table two runs of one recipe alone (1.7B and 10B tokens) determine the
-slope over tokens, and without either it is a guess. So the errors are also given with the `check` rows in the table.
+To measure errors, each run is left out in turn and everything is fitted again. A recipe without another run then has
+the k of its prior, 1. Only two runs of one recipe (1.7B and 10B tokens) determine the slope over tokens, and without
+one of them the slope is a guess. So the errors are also computed with the `check` rows in the fit.
 """
 
 import csv
@@ -33,8 +33,8 @@ from core.loss import law
 from core.loss.law import Law, Recipe
 
 REFERENCE = "muon-modern"
-ON_ADAMW = "adam-modern"  # the same architecture and tuning with Adam
-NOISE = 0.003  # nats, between runs that differ in the seed or in details
+ON_ADAMW = "adam-modern"  # the recipe with the same architecture and tuning, but Adam
+NOISE = 0.003  # nats between runs that differ in the seed or in details
 PRIORS = {"E": (1.7, 0.2), "a": (0.34, 0.1), "b": (0.34, 0.1)}
 PRIOR_LN_K = 0.5
 ISO_FLOP = "nanochat-iso-"
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def read(use: str) -> list[Row]:
-    """The runs of the table that are marked so."""
+    """The runs of the table with this mark."""
     with law.RUNS.open(newline="", encoding="utf-8") as file:
         return [
             Row(
@@ -104,7 +104,7 @@ def _iso_flop_shape() -> float:
     compute = [math.log(float(each["name"].removeprefix(ISO_FLOP))) for each in minima]
     by_size, by_tokens = (
         np.polyfit(compute, [math.log(float(each[column])) for each in minima], 1)[0]
-        for column in ("params_nonembed", "tokens")  # here with the output layer
+        for column in ("params_nonembed", "tokens")  # these curves count the output layer
     )
     return float(math.log(by_size / by_tokens))
 
@@ -114,7 +114,7 @@ def _family(optimizer: str) -> str:
 
 
 def fit(rows: Sequence[Row], noise: float = NOISE, has_shape: bool = True) -> Law:
-    """The law of these runs. `has_shape`: with the prior of nanochat's curves."""
+    """The law that is fitted to these runs. With `has_shape`, the prior of nanochat's curves is used."""
     shape = _iso_flop_shape() if has_shape else None
     free = sorted({row.recipe for row in rows} - {REFERENCE})
     values = np.array([*START, *np.zeros(len(free))])
@@ -182,7 +182,7 @@ def _residuals(
 
 
 def _error(found: Law, row: Row) -> dict[str, Any]:
-    """Predicted minus measured. The fit's k of a recipe holds at the sizes of its own runs."""
+    """Predicted minus measured loss. The fitted k of a recipe holds at the sizes of its own runs."""
     k = found.recipes[row.recipe].k if row.recipe in found.recipes else 1.0
     by = found.constants
     predicted = by["E"] + by["A"] * row.size ** -by["a"] + by["B"] * (k * row.tokens) ** -by["b"]
@@ -190,7 +190,9 @@ def _error(found: Law, row: Row) -> dict[str, Any]:
 
 
 def left_out(rows: Sequence[Row], noise: float = NOISE, has_shape: bool = True) -> list[dict[str, Any]]:
-    """For each run, the error of the law that was fitted to all others, and whether they hold its recipe."""
+    """For each run, the error of the law that was fitted to all others, and whether one of the others has its
+    recipe.
+    """
     counts = Counter(row.recipe for row in rows)
     return [
         _error(fit([other for other in rows if other is not row], noise, has_shape), row)
@@ -200,7 +202,7 @@ def left_out(rows: Sequence[Row], noise: float = NOISE, has_shape: bool = True) 
 
 
 def _variant(rows: Sequence[Row], unseen: Sequence[Row], noise: float, has_shape: bool) -> dict[str, Any]:
-    """Another fit than the one that the plan uses, so that a reader sees what the choices change."""
+    """A variant of the fit, which shows the effect of its choices. The plan does not use it."""
     found, without = fit(rows, noise, has_shape), left_out(rows, noise, has_shape)
     return {
         "noise": noise,
@@ -236,7 +238,7 @@ def show(results: Mapping[str, Any]) -> None:
     print("errors in nats, predicted minus measured")
     _print("in the sample", results["in_sample"], False)
     _print("never fitted", results["checked"], True)
-    for key, table in (("left_out", "the table"), ("left_out_with_checks", "the table with the runs never fitted")):
+    for key, table in (("left_out", "the table"), ("left_out_with_checks", "the table with the check rows")):
         for title, seen in (("recipe seen in other runs", True), ("recipe not seen", False)):
             errors = [each for each in results[key] if each["recipe_seen"] is seen]
             _print(f"left out of {table}, {title}", errors, seen)

@@ -4,8 +4,8 @@
     results = harness.header("torch") | {"rounds": 3, "median": harness.medians(runs)}
     harness.finish(results, show, options.out)
 
-A side that needs a process of its own runs as a module that reports each result by `say`; `run_process` starts it,
-receives the results and ends it at its deadline or together with this process. The module imports neither torch nor
+A side that needs a separate process runs as a module and reports each result by `say`. `run_process` starts it,
+receives the results, and ends it at its deadline or together with this process. The module imports neither torch nor
 rich, because machines that run bench.on_gpu may lack packages.
 """
 
@@ -88,7 +88,7 @@ def medians(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict
 def ratio(runs: Mapping[str, Sequence[Mapping[str, float]]], side: str, other: str, key: str) -> float:
     """Median over the rounds of `key` of `side` divided by `key` of `other`.
 
-    The quotient is formed within each round, because both sides of a round meet the same slow minutes of the machine.
+    The quotient is formed within each round, because a slow minute of the machine affects both sides of a round.
     """
     pairs = zip(runs[side], runs[other], strict=True)
     return statistics.median(mine[key] / theirs[key] for mine, theirs in pairs)
@@ -126,7 +126,7 @@ def s3_server(scratch: Path | None = None) -> Iterator[tuple[Path, Any]]:
 
 
 def touch_pages(size: int) -> None:
-    """Use `size` bytes of memory once and free them, before a side that needs as much.
+    """Use `size` bytes of memory once and free them, before a side that needs this amount.
 
     On a virtual machine that returns free pages to its host, the first use of a page costs ten times a later one. No
     side should pay for that. The memory is anonymous, because pages of a file would be written to disk later, while the
@@ -159,7 +159,8 @@ def measured(command: Sequence[str]) -> dict[str, Any]:
 def run_process(command: Sequence[str], log: TextIO, deadline: float, take: Callable[[dict[str, Any]], None]) -> str:
     """Run `command` until it ends or until `deadline` (of time.monotonic); its children end with it.
 
-    Calls `take` with each result and writes all other output to `log`. Returns why it failed, empty for success.
+    Calls `take` with each result and writes all other output to `log`. Returns the reason of a failure, empty for
+    success.
     """
     process = subprocess.Popen(
         command,

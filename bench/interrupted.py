@@ -1,4 +1,4 @@
-"""The parts of bench.interruptions: a cell, the emulated cloud that all cells share, and a cell as it runs."""
+"""Defines the parts of bench.interruptions: a cell, the environment that all cells share, and a running cell."""
 
 import json
 import os
@@ -19,7 +19,8 @@ from launch import role
 
 EVENTS = ("ctrl-c", "kill", "stop", "cut")
 STAGES = ("request", "provision", "sync", "set-up", "build", "job")
-FIRST = ("provision", "sync", "job", "set-up", "build", "request")  # of what a session has time for
+# The order of the stages, because the time may not suffice for all of them.
+FIRST = ("provision", "sync", "job", "set-up", "build", "request")
 SWITCH_MINUTES = 6.0
 LIMIT_SECONDS = SWITCH_MINUTES * 60 + 120
 STAGE_SECONDS = 600.0
@@ -29,8 +30,9 @@ IN_FLIGHT = 6
 BUCKET = "my-bucket"
 LAB = Path(os.environ.get("LAB_DIR") or "/nonexistent")
 LAB_ROOT = Path(os.environ.get("LAB_ROOT") or "/tmp/lab")
-PORT = 47100  # of the first cell's API server
-# What makes a stage long enough to meet it: the set-up waits before the image, the build is preceded by a pause.
+PORT = 47100  # port of the first cell's API server
+# These commands prolong two stages, so that an event can hit them: they add a pause to the set-up and one before the
+# build.
 SET_UP = """\
 touch ~/stage-set-up
 sleep 15
@@ -44,19 +46,19 @@ PATH=~/slow:$PATH
 
 @dataclass
 class Cell:
-    """One interruption. Seconds count from it; None: it did not happen."""
+    """One interruption. Seconds count from the interruption; None means that the event did not happen."""
 
     number: int
     event: str
     stage: str
     managed: bool
     cloud: str
-    launcher: str = ""  # what the launcher did: its state at the interruption, its exit code
+    launcher: str = ""  # the launcher's state at the interruption, and its exit code
     minutes: float = SWITCH_MINUTES
     machines: int = 0
-    gap: float | None = None  # from a machine's start to its first job: autostop is set just before
+    gap: float | None = None  # seconds from a machine's start to its first job; autostop is set just before
     gone_after: float | None = None
-    silent_for: float | None = None  # from the last sign of life, or the machine's start, to its end
+    silent_for: float | None = None  # seconds from the last sign of life, or from the machine's start, to its end
     ended_by: str = ""
     verdict: str = ""
     notes: list[str] = field(default_factory=list)
@@ -67,7 +69,7 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All events at all stages; the other two factors alternate, so that each pair of values of two factors occurs."""
+    """All events at all stages. The other two factors alternate, so that each pair of values of two factors occurs."""
     found = []
     for i, event in enumerate(EVENTS):
         for j, stage in enumerate(STAGES):
@@ -77,7 +79,7 @@ def cells() -> list[Cell]:
 
 
 class Bench:
-    """What all cells share: the project's folder with `.sky.yaml`, the emulated cloud, and a prepared home."""
+    """The environment of all cells: the project's folder with `.sky.yaml`, the emulated cloud, and a prepared home."""
 
     def __init__(self, scratch: Path):
         self.scratch, self.project = scratch, scratch / "project"
@@ -95,7 +97,7 @@ class Bench:
         code = "import boto3, sys; boto3.client('s3').create_bucket(Bucket=sys.argv[1])"
         self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET)
         self._store_source()
-        # The role is for a bucket at AWS, as this one would be without the address of the emulated cloud.
+        # The role needs a bucket at AWS. Without the address of the emulated cloud, this bucket counts as one.
         alone = ("env", "-u", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE=/dev/null", f"AWS_ENDPOINT_URL_IAM={self.endpoint}")
         settings = {"SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
         made = self.inside(LAB_ROOT / "home", *alone, self.python, "-m", "launch.role", **settings)
@@ -132,9 +134,7 @@ class Bench:
     def command(self, home: Path, *command: object, **environment: str) -> list[str]:
         given = {"HOME": str(home), "BUCKET": BUCKET, "AWS_DEFAULT_REGION": "us-east-1", "YES": "1"}
         given |= {"BUCKET_ACCESS_KEY_ID": "test", "BUCKET_SECRET_ACCESS_KEY": "test", **environment}
-        given["SPT_NOENV"] = (
-            "1"  # a process of SkyPilot's that names itself keeps its environment, by which it is found
-        )
+        given["SPT_NOENV"] = "1"  # a SkyPilot process that renames itself keeps its environment, by which it is found
         settings = [f"{name}={value}" for name, value in given.items()]
         return [str(LAB / "labexec"), "env", *settings, *map(str, command)]
 
@@ -149,7 +149,7 @@ class Bench:
 
 
 class Trial:
-    """A cell as it runs."""
+    """A running cell."""
 
     def __init__(self, bench: Bench, cell: Cell):
         self.bench, self.cell = bench, cell
@@ -168,7 +168,7 @@ class Trial:
                 reached = self._wait(self._has_reached, STAGE_SECONDS)
                 self._interrupt(reached)
             self._follow()
-        except Exception as error:  # a cell that breaks must not hide the others
+        except Exception as error:  # a failed cell must not hide the others
             self.cell.verdict, note = "not measured", f"{type(error).__name__}: {error}"
             self.cell.notes.append(note)
         finally:
@@ -183,7 +183,7 @@ class Trial:
         run = f"cell-{self.cell.number:02d}-{time.time():.0f}"
         settings = {"RUN": run, "DATA": run, "AWS_ENDPOINT_URL": self.bench.endpoint, **source, **self.environment}
         settings |= {"PREP_ARGS": "--data.val_fraction=0.05", "SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
-        for _ in range(3):  # it gives itself a minute, which is short on a busy machine
+        for _ in range(3):  # its own limit is a minute, which is short on a busy machine
             if self.bench.inside(self.home, "sky", "api", "start", **self.environment).returncode == 0:
                 break
         submit = (self.bench.python, "-u", "-m", "launch.submit", self._task())
@@ -215,7 +215,7 @@ class Trial:
     # --- the cloud
 
     def _look(self) -> bool:
-        """Note what the cloud lists of this cell. Returns whether anything of it is up."""
+        """Record the cell's machines that the cloud lists. Returns whether any of them is up."""
         now, listed = time.time(), {}
         for each in self.bench.instances():
             if self.hash in f"{each['cluster']} {each['name']}" and each["state"] != "terminated":
@@ -287,7 +287,7 @@ class Trial:
                 os.kill(process, number)
 
     def _follow(self) -> None:
-        """Wait until everything is gone or over its limit; then let the user come back."""
+        """Wait until every machine is gone or over its limit. Then the user comes back."""
         assert self.launcher
         while True:
             is_up = self._look()
@@ -323,7 +323,7 @@ class Trial:
         cell.verdict = "gone within the limit" if cell.silent_for <= LIMIT_SECONDS else "gone too late"
 
     def _ended_by(self) -> str:
-        """What ended the machines: the switch writes it down, and the launcher says it."""
+        """The cause that ended the machines, from the switch's log or the launcher's output."""
         logs = [self._disk(number) / "var/lib/pretrain-launcher/switch.log" for number in self.seen]
         if any("terminated by" in log.read_text() or "powered off" in log.read_text() for log in logs if log.exists()):
             return "the node's switch"
@@ -333,7 +333,7 @@ class Trial:
         return "SkyPilot"
 
     def _come_back(self) -> None:
-        """The user is back, and runs `make watch` on Lambda, then `make down` if something is still up."""
+        """The user comes back and runs `make watch` on Lambda, then `make down` if a machine is still up."""
         for process in processes(self.home):
             os.kill(process, signal.SIGCONT)
         self._reconnect()
@@ -378,7 +378,7 @@ class Trial:
 
 
 def processes(home: Path) -> Iterator[int]:
-    """The processes of a computer, which its home tells apart."""
+    """The processes of an emulated computer, which are recognised by its home folder."""
     mark = f"HOME={home}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

@@ -1,20 +1,22 @@
-"""Interrupts launches on an emulated cloud, and measures when the machines are gone: 24 pairwise cells.
+"""Interrupts launches on an emulated cloud, and measures when the machines are gone. There are 24 cells.
 
     LAB_DIR=… python -m bench.interruptions --scratch=FOLDER --out=FILE [--minutes=25] [--only=NUMBER ...]
 
-Each of four events meets each of six stages; on demand and managed, AWS and Lambda alternate so that every pair of them
-meets every event and every stage. A cell is a user's computer of its own: a home folder with SkyPilot's API server, and
-`launch.submit` of sky/prep-data.yaml, whose container and preparation are real. The events:
+A cell is one of four events at one of six stages of a launch. The kind of launch (on demand or managed) and the cloud
+(AWS or Lambda) alternate, so that each occurs with every event and every stage. Each cell has a separate emulated
+computer: a home folder with SkyPilot's API server. It runs `launch.submit` of sky/prep-data.yaml, whose container and
+preparation are real. The events:
 
     ctrl-c   SIGINT to the launcher
     kill     SIGKILL to the launcher and to SkyPilot's server, as when the computer is lost
     stop     SIGSTOP to both, as when its lid is closed
     cut      no packet reaches port 22 of the nodes from the computer, and the rest of the network works
 
-A machine counts as gone when its cloud lists it no more, or as terminated. The limit is SWITCH_MINUTES and two minutes
-after the interruption, the machine's start, or its last sign of life, whichever is last. What is up after that is ended
-on the computer, once that is back: on Lambda by `launch.watch`, with one minute, else by `launch.down`. FILE keeps each
-finished cell, and a second call continues. The emulated cloud must be up, with the project's `prep` image prepared.
+A machine counts as gone when its cloud no longer lists it, or lists it as terminated. The time limit is SWITCH_MINUTES
+plus two minutes. It counts from the interruption, the machine's start or its last sign of life, whichever is last. When
+the computer is back, it ends machines that are still up after the limit: on Lambda by `launch.watch` with one minute,
+else by `launch.down`. FILE keeps each finished cell, and a second call continues. The emulated cloud must be up, with
+the project's `prep` image prepared.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""Measures what each usual switch gives, one after the other: from a plain float32 step to the trainer's own.
+"""Measures the gain of each usual switch, one after the other, from a plain float32 step to the trainer's step.
 
     python -m bench.ladder --preset=gpt2-124m [--micro-batch=16] [--rounds=3] [--out=FILE]
     python -m bench.ladder --rehearse       on a CPU, with a small model and the switches that exist there
 
 Each row keeps the switches of the rows above it, as in A. Karpathy's "Let's reproduce GPT-2": TF32, bf16,
 torch.compile, flash attention, a padded vocabulary, fused AdamW, a larger micro-batch. The last row is the step of the
-trainer's loop. All steps have the same model, tokens per micro-batch (the larger one apart) and random tokens; each row
-runs as a process, in interleaved rounds, and the table shows medians. bench.train_step compares whole trainers.
+trainer's loop. All steps have the same model, random tokens and, except in the row of the larger micro-batch, the same
+number of tokens. Each row runs as a process, in interleaved rounds. The table shows medians. bench.train_step compares
+whole trainers.
 """
 
 import argparse
@@ -30,7 +31,7 @@ LARGER = 2  # factor of the larger micro-batch
 
 @dataclass(frozen=True)
 class Switches:
-    """How a step is computed. `matmul` is torch's precision of float32 products; "high" is TF32 on a GPU."""
+    """The switches of a step. `matmul` is torch's precision of float32 products; "high" is TF32 on a GPU."""
 
     matmul: str = "highest"
     bf16: bool = False
@@ -65,7 +66,7 @@ RUNGS = (
 
 
 def switches_of(name: str) -> Switches:
-    """The switches of a row: its own and those of the rows above it."""
+    """The switches of a row, including those of the rows above it."""
     found = Switches()
     for rung in RUNGS:
         found = replace(found, **rung.changes)

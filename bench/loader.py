@@ -3,11 +3,11 @@
     python -m bench.loader [--rounds=3] [--million-tokens=64] [--sides=raw,ours,streaming,litdata] [--out=FILE]
 
 An S3 server on loopback holds the same tokens in the format of each side. A side runs as a process with an empty cache
-and reports seconds to the first batch, and tokens/s of the first pass (downloads included) and of the second. Two
-clocks measure the first batch, one from before the imports of the side's and the store's library, one from after
-them; torch and numpy are imported before both. A batch is 64 random windows of 1024 tokens. CPU seconds count both
-passes of the side; on a shared machine they say more than the clock. streaming and litdata are not dependencies:
-`pip install --no-deps mosaicml-streaming litdata` and the packages that their imports then miss.
+and reports seconds to the first batch, and tokens/s of the first pass (downloads included) and of the second. The time
+to the first batch is measured twice: from before and from after the imports of the side's and the store's library.
+torch and numpy are imported before both. A batch is 64 random windows of 1024 tokens. CPU seconds count both passes of
+the side; on a shared machine they say more than the clock. streaming and litdata are not dependencies: `pip install
+--no-deps mosaicml-streaming litdata` and the packages that their imports then miss.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Checks one GPU in a quarter of an hour: what works, whether it is exact, how fast it is. See docs/gpu-check.md.
+"""Checks the project on one GPU in a quarter of an hour: functions, exactness and speed. See docs/gpu-check.md.
 
     python -m bench.on_gpu look --out=FOLDER      3 minutes: versions, steps of two presets, graphs, a profile
     python -m bench.on_gpu exact --out=FOLDER     4 minutes: compiled against plain, kill and resume, determinism
@@ -7,10 +7,10 @@
     python -m bench.on_gpu all --out=FOLDER       the four, one after another
 
 Each measurement runs as a separate process and stores each result immediately. FOLDER receives, for each part, a JSON
-record, the same as text, and a log of the processes' output. The program continues after a measurement that fails, and
-names those that it skips because the time is over. The exit status is 0 if no measurement failed or lacked time. The
-program needs torch, numpy, PyYAML and fsspec, but no network: it generates its tokens. --rehearse runs the same
-commands on a CPU with small models; its numbers mean nothing.
+record, the same as text, and a log of the processes' output. The program continues after a failed measurement. It names
+the measurements that it skips because the time is over. The exit status is 0 if no measurement failed or lacked time.
+The program needs torch, numpy, PyYAML and fsspec, but no network: it generates its tokens. --rehearse runs the same
+commands on a CPU with small models; its numbers have no meaning.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NO_TIME = "the time was over before it began; give it more with --minutes"
 def main() -> None:
     options = _options()
     _exit_on_signals()
-    if sys.platform == "linux":  # single ranks meet on loopback, whatever networks exist
+    if sys.platform == "linux":  # single ranks meet on loopback, independently of the networks
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if options.rehearse:

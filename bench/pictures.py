@@ -1,4 +1,4 @@
-"""Makes the pictures of the documents from the run that `make demo` has left in .demo: the cost page, and the terminal.
+"""Makes the documents' pictures of the cost page and of the terminal, from the run that `make demo` has left in .demo.
 
     make demo && python -m bench.pictures [--demo=.demo]
 
@@ -24,7 +24,7 @@ from demo.s3_server import S3Server
 IMAGES = REPOSITORY / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 COLUMNS = 92  # of the terminal
-# The file's name, the width and height of the window in pixels, whether it is dark.
+# The file's name, the width and height of the window in pixels, and whether the page is dark.
 PAGES = (
     ("cost-report-light", 1080, 1500, False),
     ("cost-report-dark", 1080, 1500, True),
@@ -51,13 +51,13 @@ def main() -> None:
 
 
 def report(flags: list[str], environment: dict[str, str]) -> str:
-    """What the cost report of the demo's run prints."""
+    """The output of the cost report on the demo's run."""
     command = [sys.executable, str(REPOSITORY / "cost_report.py"), RUN_URL, "--offline", *flags]
     return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def photograph(browser: str, page: Path, target: Path, width: int, height: int, is_dark: bool) -> None:
-    """Stores the upper part of a page as it looks in a window of this size."""
+    """Stores a picture of the upper part of a page in a window of this size."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
     flags += [f"--user-data-dir={page.parent / target.stem}", f"--window-size={width},{height}"]
     flags += ["--virtual-time-budget=2000", f"--screenshot={target}"]
@@ -68,7 +68,7 @@ def photograph(browser: str, page: Path, target: Path, width: int, height: int, 
 
 
 def terminal(printed: str, target: Path) -> None:
-    """Stores what a program prints, with its colours, as a picture of a terminal."""
+    """Stores the output of a program, with its colours, as a picture of a terminal."""
     lines = printed.splitlines()
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(f"[bold]$ python cost_report.py {RUN_URL}[/bold]")

@@ -5,7 +5,7 @@
 
 End to end: parquet in a bucket of an S3 server on loopback becomes token shards in that bucket, on all cores of this
 machine, which the server shares. --kind=csv stores CSV files, which `ours` also reads through datasets (sides: ours,
-map). The server's data is in --store; a folder in memory keeps up with the fast side, a small disk does not. The table
+map). The server's data is in --store. A folder in memory keeps up with the fast side; a small disk may not. The table
 shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set size). On
 a shared machine, compare the CPU seconds of the sides. A remote store would not need the CPU seconds of the server.
 With --where=folder no server runs, and parquet and shards are in a folder of --store. `read` is our reader alone, the
@@ -32,7 +32,7 @@ from demo.s3_server import S3Server
 
 # Seconds between two samples of the memory of all processes. A sample takes 15 ms of the cores that are measured.
 SAMPLE_SECONDS = 0.5
-# Enough for a side, its server and their files.
+# Seconds; enough for a side, its server and their files.
 PAGES_BYTES = 3 << 30
 
 
@@ -165,7 +165,7 @@ def _session(leader: int) -> list[int]:
 
 
 def _bytes(process: int) -> int:
-    """Proportional set size, which counts a page that several processes share once in their sum."""
+    """The proportional set size: in the sum over processes, a shared page counts once."""
     try:
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:

@@ -165,7 +165,7 @@ def _share(number: int) -> int:
 
 
 def _timed(results: Iterator) -> float:
-    """Seconds for all results but the first. For `ours`, the first one only shows that the processes run."""
+    """Seconds for all results except the first. For `ours`, the first one only shows that the processes run."""
     next(results)
     started = time.perf_counter()
     for _ in results:

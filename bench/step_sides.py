@@ -207,11 +207,14 @@ def _usual(forward: Callable, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def _load(path: Path, before: str | None = None) -> types.ModuleType:
-    """Load a module from a file. With `before`, only the lines before that text: a whole script would train."""
+    """Load a module from a file.
+
+    With `before`, load only the lines before that text, because a whole script would train.
+    """
     source = path.read_text()
     if before:
         if before not in source:
-            raise SystemExit(f"{path}: has no line {before.strip()!r}; another version than this adapter knows")
+            raise SystemExit(f"{path}: has no line {before.strip()!r}; it is not the version that this adapter knows")
         source = source[: source.index(before)]
     module = types.ModuleType(f"rival_{path.stem}")
     module.__file__ = str(path)

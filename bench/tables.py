@@ -24,7 +24,7 @@ from core.run import phases
 SUMS = (5, 20, 60, 100)  # dollars
 RESULTS = REPOSITORY / "bench" / "results"
 
-Row = tuple[str, str, str, float]  # the quantity, our figure, the other side's figure and name, the ratio
+Row = tuple[str, str, str, float]  # the quantity, our figure, the figure and the name of the other side, the ratio
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def plans() -> str:
     """The best plan for some sums, at the prices of the snapshot."""
     lines = ["| sum | model | tokens | machine | hours | loss, expected |", "|---|---|---|---|---|---|"]
     for usd in SUMS:
-        # In a process with an environment of its own, because the endpoint of a bucket changes its price.
+        # This runs in a process with a separate environment, because the endpoint of a bucket changes its price.
         command = [sys.executable, "cost_report.py", "plan", f"--usd={usd}", "--offline", "--json"]
         done = subprocess.run(command, cwd=REPOSITORY, env={"PATH": os.defpath}, stdout=subprocess.PIPE, check=True)
         best = json.loads(done.stdout)["plans"][0]

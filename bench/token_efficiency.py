@@ -1,4 +1,4 @@
-"""Measures how many tokens one recipe needs for the loss of another: same text, same batches, several seeds.
+"""Measures how many tokens a recipe needs to reach another recipe's loss, on the same text, with several seeds.
 
     python -m bench.token_efficiency --data=DATA_URL --scratch=FOLDER --steps=1000 [--shares=0.6] [--seeds=3]
         [-- --model.layers=4 ...]

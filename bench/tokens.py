@@ -2,9 +2,9 @@
 
     python -m bench.tokens FOLDER --tokens=8388608 [--text=FILE]
 
-A model can learn the generated ids: after each id follows one of four others, the first of them most often. With
-`--text` the ids are the bytes of a file instead. Documents begin with the end-of-text token, as data_prep writes them.
-The dataset has no vocabulary file, so that text can be neither encoded nor sampled.
+A model can learn the generated ids: each id is followed by one of four others, most often by the first. With `--text`
+the ids are the bytes of a file instead. Documents begin with the end-of-text token, as data_prep writes them. The
+dataset has no vocabulary file, so that text can be neither encoded nor sampled.
 """
 
 import argparse

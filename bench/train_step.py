@@ -3,13 +3,13 @@
     python -m bench.train_step --preset=gpt2-124m --micro-batch=32 [--rivals=FOLDER] [--out=FILE]
 
 All sides use one device, and the same model, batch and precision. Each runs as a process, in interleaved rounds; the
-table shows medians. `ours` is the step of the trainer's loop; `plain` is the step of teaching code (complete logits,
-torch's AdamW), on a GPU also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt.
-`before` is our step in another checkout of this project (--before). Tokens are random, or the first ones of a dataset
-(--data); bench.loader measures reading.
+table shows medians. `ours` is the step of the trainer's loop. `plain` is the step of teaching code (complete logits,
+torch's AdamW); on a GPU it is also measured compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and
+modded-nanogpt. `before` is our step in another checkout of this project (--before). Tokens are random, or the first
+ones of a dataset (--data); bench.loader measures reading.
 
-The roofline is the lower bound: a step takes at least as long as its matrix products at the device's peak (core.gpus;
-on a CPU, measured with a large product), and as long as reading and writing weights, gradients and optimizer state
+The roofline is the lower bound of a step's time. It is the time of the matrix products at the device's peak (core.gpus;
+on a CPU, measured with a large product) or, if longer, of reading and writing weights, gradients and optimizer state
 once.
 """
 
@@ -250,7 +250,7 @@ def show(results: dict) -> None:
 
 
 def _peak(runs: dict[str, list[dict]]) -> float | None:
-    """FLOP/s that MFU refers to: the highest of all runs, because a CPU's is measured anew by each of them."""
+    """The FLOP/s for MFU: the highest of all runs, because each run measures the FLOP/s of a CPU anew."""
     measured = [run["roofline"]["peak_flops"] for results in runs.values() for run in results]
     return max((each for each in measured if each), default=None)
 

@@ -43,10 +43,11 @@ log = logging.getLogger(__name__)
 PRICE_SOURCE = "AWS spot price history"
 INSTANCES_ORIGIN = "EC2's list of instances"
 # Longest wait for the metadata service, which may need a while after the boot. Without its answer the price is unknown,
-# and no cap can be kept.
+# and the cap cannot be kept.
 METADATA_SECONDS = 20.0
 METADATA_PAUSE_SECONDS = 1.0
-# By family of instance types: the codes in AWS Service Quotas of the vCPUs that may run, on demand and on spot.
+# For each family of instance types, the codes in AWS Service Quotas of the limits of running vCPUs: on demand and on
+# spot.
 QUOTAS = {
     "p": ("L-417A185B", "L-7212CCBC"),
     "g": ("L-DB2E81BA", "L-3819A6DF"),
@@ -66,7 +67,7 @@ class Aws(Cloud):
     name = "aws"
     key_file = "~/.aws/credentials"
     default_role = "SkyPilot's role, which may do anything on EC2 and S3"
-    # Linux instances: by the second, the first minute whole (aws.amazon.com/ec2/pricing).
+    # Linux instances are billed by the second, and for at least a minute (aws.amazon.com/ec2/pricing).
     billing = Billing(least_seconds=60.0)
 
     def offers(self) -> tuple[Offer, ...]:
@@ -171,7 +172,7 @@ class Aws(Cloud):
         return boto3.session.Session().get_credentials() is not None
 
     def copies_key_file(self, environment: Mapping[str, str]) -> bool:
-        # With keys in the environment SkyPilot logs in by them, and copies no file.
+        # If the environment holds keys, SkyPilot uses them and copies no file.
         return super().copies_key_file(environment) and not environment.get("AWS_ACCESS_KEY_ID")
 
     def leftovers(self, whose: Ownership) -> Inventory:
@@ -188,7 +189,7 @@ class Aws(Cloud):
         try:
             pages = client.get_paginator("describe_instances").paginate(Filters=filters)
             listed = [i for page in pages for group in page["Reservations"] for i in group["Instances"]]
-        except Exception as error:  # credentials, permissions, network: any error of botocore
+        except Exception as error:  # any error of botocore, such as credentials, permissions or network
             raise _unavailable(error) from error
         return [_instance(each) for each in listed]
 
@@ -234,7 +235,7 @@ class Aws(Cloud):
             return None
         prefix = url.partition(f"{terms.bucket}/")[2].rstrip("/") + "/"
         names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
-        names |= {"token": "aws_session_token"}  # from obstore's names to botocore's
+        names |= {"token": "aws_session_token"}  # obstore's names → botocore's names
         try:
             place = bucket_place.place_of(terms.bucket, os.environ, credentials.profile_settings(os.environ))
             provider = credentials.for_s3(os.environ)
@@ -242,7 +243,7 @@ class Aws(Cloud):
             client = _client("s3", place.region, endpoint_url=place.endpoint, **keys)
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=terms.bucket, Prefix=prefix)
             return sum(len(page.get("Uploads", ())) for page in pages)
-        except Exception:  # no permission, or a server without this request: not worth a line of the report
+        except Exception:  # no permission, or a server without this request; the report does not mention it
             return None
 
 
@@ -254,7 +255,10 @@ def _home_of(url: str) -> str | None:
 
 
 def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> list[str | None]:
-    """Values of `items` of the metadata service, None for one that it lacks. Waits METADATA_SECONDS in all at most."""
+    """Values of `items` of the metadata service; None for an item that it lacks.
+
+    Waits at most METADATA_SECONDS in total.
+    """
     service = Metadata(environment)
     deadline = time.monotonic() + METADATA_SECONDS
     return [_wait_for(service, item, deadline) for item in items]
@@ -273,7 +277,7 @@ def current_spot_price(zone: str, instance_type: str, region: str) -> float | No
 def spot_prices(
     zone: str, instance_type: str, region: str | None, start: float, end: float, client: Any = None
 ) -> list[tuple[float, float]]:
-    """Spot prices of one node as (unix time of the change, dollars per hour), the price that held at `start` included.
+    """Spot prices of one node as (unix time of the change, dollars per hour), including the price at `start`.
 
     Raises Unavailable.
     """
@@ -289,7 +293,7 @@ def spot_prices(
             **place,
         )
         entries = [entry for page in pages for entry in page["SpotPriceHistory"]]
-    except Exception as error:  # credentials, permissions, network: any error of botocore
+    except Exception as error:  # any error of botocore, such as credentials, permissions or network
         raise _unavailable(error) from error
     return [(entry["Timestamp"].timestamp(), float(entry["SpotPrice"])) for entry in entries]
 

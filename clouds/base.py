@@ -13,7 +13,7 @@ from pathlib import Path
 from core.run.machine import Machine, Price
 from core.task import TaskSpec
 
-# The label that each task in sky/ gives its machines, by which a provider finds them.
+# Each task in sky/ gives its machines this label, by which a provider finds them.
 LABEL = ("project", "pretrain-launcher")
 
 
@@ -47,7 +47,10 @@ class MachineFacts:
 
 @dataclass(frozen=True)
 class Offer:
-    """One instance type in one zone. A price, in dollars per hour, is None if the provider does not offer it."""
+    """One instance type in one zone.
+
+    Prices are in dollars per hour, or None if the provider does not offer the type that way.
+    """
 
     cloud: str
     region: str
@@ -75,10 +78,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Ownership:
-    """Tells whose a machine is, by the name of its SkyPilot cluster: NAME-HASH, where HASH is the user's.
+    """Finds the owner of a machine by the name of its SkyPilot cluster: NAME-HASH, where HASH is the user's.
 
     `tasks` are the names of this project's tasks. `user` is this user's hash, "" if it is unknown. `ours` and `others`
-    are this user's clusters of this project and of other projects that SkyPilot lists, by their names on the cloud.
+    are the clusters of this user that SkyPilot lists, of this project and of other projects, by their names on the
+    cloud.
     """
 
     tasks: tuple[str, ...] = ()
@@ -90,7 +94,7 @@ class Ownership:
         return cluster in self.ours or bool(self.user and cluster.endswith(f"-{self.user}"))
 
     def is_named_as_ours(self, cluster: str) -> bool:
-        """Whether it is called as SkyPilot calls a cluster, or a managed job's machine, of one of our tasks."""
+        """Whether SkyPilot gives this name to a cluster, or to a managed job's machine, of one of our tasks."""
         names = "|".join(map(re.escape, self.tasks))
         return bool(names and re.fullmatch(rf"({names})(-\d+)?-[0-9a-f]{{8}}", cluster))
 
@@ -107,10 +111,10 @@ def is_controller(cluster: str) -> bool:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that is up, or may still be billed.
+    """A machine or volume that is up or may still be billed.
 
-    `cluster` is its SkyPilot cluster's name on the cloud. `mine`: this user started it for this project. `labelled`: it
-    has this project's label. `end` ends it without SkyPilot; None if only SkyPilot can.
+    `cluster` is the name of its SkyPilot cluster on the cloud. `mine` means that this user started it for this project,
+    `labelled` that it has this project's label. `end` ends it without SkyPilot; None if only SkyPilot can end it.
     """
 
     what: str
@@ -125,7 +129,7 @@ class Leftover:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a source lists, and a sentence for each part of it that could not be asked."""
+    """The machines and volumes that a source lists, and a sentence for each part that could not be asked."""
 
     found: tuple[Leftover, ...] = ()
     unasked: tuple[str, ...] = ()
@@ -223,7 +227,7 @@ class Cloud:
     name = ""
     # The file of the user's keys, which SkyPilot copies to nodes; "" if it copies none.
     key_file = ""
-    # What a node gets for its cloud's identity if the project does not name a role; "" if the cloud has no roles.
+    # The identity that a node gets on its cloud if the project does not name a role; "" if the cloud has no roles.
     default_role = ""
     billing = Billing()
 
@@ -268,11 +272,14 @@ class Cloud:
         return bool(self.key_file) and Path(self.key_file).expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
-        """Machines and volumes that may be this project's, whoever started them. Asked only if it is configured."""
+        """Machines and volumes that may belong to this project, of all users.
+
+        Called only if the provider is configured.
+        """
         return Inventory()
 
     def instances(self, clusters: Sequence[str], region: str) -> list[Instance]:
-        """Machines of these clusters of SkyPilot, running or ended not long ago."""
+        """Machines of these SkyPilot clusters that are running or ended recently."""
         return []
 
     def paid_spot(self, machine: Machine, start: float, end: float) -> SpotHistory | None:
@@ -284,7 +291,7 @@ class Cloud:
         return None
 
     def traffic_usd_per_gb(self, url: str, cloud: str | None, region: str | None) -> tuple[float, float] | None:
-        """What a machine of a cloud pays for each GB that it reads from a bucket of this provider, and writes to it.
+        """The price of each GB that a machine of a cloud reads from, or writes to, a bucket of this provider.
 
         None for a bucket of another provider. Raises Unavailable if the bucket's region is not known.
         """

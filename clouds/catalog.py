@@ -30,7 +30,7 @@ _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 @dataclass(frozen=True)
 class Extra:
-    """A price beside a machine's: of a GB and month of disk, an hour of an address, a GB that leaves the cloud."""
+    """A price beside the machine's: of a GB and month of disk, of an hour of an address, or a GB out of the cloud."""
 
     usd: float
     source: str
@@ -40,8 +40,8 @@ class Extra:
 class Catalog:
     """Offers of all clouds. `source` names the origin of the prices for the reader of a forecast.
 
-    `fetched` are the days on which SkyPilot asked for the prices of each cloud; the snapshot's prices have dates of
-    their own.
+    `fetched` holds the day on which SkyPilot fetched the prices of each cloud. Prices of the snapshot have separate
+    dates.
     """
 
     offers: tuple[Offer, ...]
@@ -68,7 +68,7 @@ def snapshot(cloud: str) -> tuple[Offer, ...]:
 
 @functools.cache
 def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
-    """Region (empty: all), price and day of each price that was seen at the provider, by cloud, type and market."""
+    """Prices that were seen at the provider, by cloud, type and market: region (empty means all), price and day."""
     found: dict[tuple[str, str, str], list[tuple[str, float, date]]] = {}
     with (FOLDER / "seen.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -79,7 +79,7 @@ def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
 
 @functools.cache
 def extras(cloud: str) -> Mapping[str, Extra]:
-    """What a cloud bills beside machines, by `disk`, `address` and `leaving`; empty for a cloud without rows."""
+    """A cloud's prices except for machines, by `disk`, `address` and `leaving`; empty for a cloud without rows."""
     with (FOLDER / "extras.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["cloud"] == cloud]
     dated = {row["what"]: f"{row['source']}, since {row['since']}" if row["since"] else row["source"] for row in rows}
@@ -89,7 +89,7 @@ def extras(cloud: str) -> Mapping[str, Extra]:
 def on_disk(cloud: str) -> tuple[tuple[Offer, ...], date] | None:
     """GPU offers of one cloud in the file that SkyPilot keeps here, and the day of that file; None without one.
 
-    Unlike `of_skypilot` it needs no SkyPilot in this environment, no network and no second to import either.
+    Unlike `of_skypilot`, this needs no SkyPilot in this environment, no network and no slow import.
     """
     path = skypilot.catalog_file(cloud)
     try:
@@ -123,7 +123,7 @@ def fits(offer: Offer, request: MachineRequest) -> bool:
         if accelerator != ((offer.accelerator or "").lower(), offer.accelerators):
             return False
     elif request.instance_type is None and offer.accelerator is not None:
-        return False  # a request for processors alone does not mean a machine with GPUs
+        return False  # a request for processors alone does not match machines with GPUs
     return _enough(offer.vcpus, request.cpus) and _enough(offer.memory_gb, request.memory_gb)
 
 
@@ -132,7 +132,7 @@ def has_accelerator(offer: Offer, gpu: Gpu) -> bool:
     kind, eighty, _ = (offer.accelerator or "?").partition("-80GB")
     if kind == "A100" and gpu.memory_mib is not None and bool(eighty) != (gpu.memory_mib > 60_000):
         return False
-    return re.search(rf"\b{re.escape(kind)}\b", gpu.name) is not None  # whole words: an A10 is not an A100
+    return re.search(rf"\b{re.escape(kind)}\b", gpu.name) is not None  # whole words must match: an A10 is not an A100
 
 
 def spot_range(offers: Iterable[Offer]) -> tuple[float, float, float] | None:

@@ -32,7 +32,7 @@ class LambdaLabs(Cloud):
 
     name = "lambda"
     key_file = str(KEYS)
-    # By the minute, from the moment at which its health checks passed to the termination.
+    # Billed by the minute, from the moment when the health checks passed to the termination.
     billing = Billing(unit_seconds=60.0, least_seconds=60.0, from_ready=True)
 
     def offers(self) -> tuple[Offer, ...]:
@@ -43,7 +43,7 @@ class LambdaLabs(Cloud):
         return dataclasses.replace(known, instance_type=types.pop() if len(types) == 1 else None, spot=False)
 
     def price(self, facts: MachineFacts) -> Price | None:
-        """The price of the type. If the type is unknown: the price that all types with these GPUs have in common."""
+        """The price of the type. If the type is unknown, the price of all types with these GPUs, if it is the same."""
         prices = {
             offer.usd_on_demand
             for offer in self._offers_with(facts)
@@ -80,7 +80,7 @@ class LambdaLabs(Cloud):
         return KEYS.expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
-        """All instances but those of this user's other projects: Lambda has no labels that could tell."""
+        """All instances except those of this user's other projects: Lambda has no labels to tell projects apart."""
         listed = [each for each in get("instances") or () if each.get("status") != "terminated"]
         found = [_leftover(each, whose) for each in listed if _cluster_of(each) not in whose.others]
         return Inventory(tuple(found))

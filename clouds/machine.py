@@ -17,7 +17,8 @@ from core.run.machine import cluster_info
 
 log = logging.getLogger(__name__)
 
-# Time limit of nvidia-smi, which is slow without persistence mode: the driver then initialises all GPUs for each call.
+# Time limit of nvidia-smi. It is slow without persistence mode, because the driver then initialises all GPUs for each
+# call.
 NVIDIA_SMI_SECONDS = 60.0
 # Words that nvidia-smi prints for a healthy GPU instead of a figure, with or without brackets.
 NOT_REPORTED = {"N/A", "Not Supported", "Not Found", "Insufficient Permissions"}
@@ -51,7 +52,10 @@ def gpus() -> list[Gpu]:
 
 
 def describe(environment: Mapping[str, str], found: list[Gpu]) -> dict[str, str]:
-    """Values of the variables that core.run.machine.machine_from_environment reads. Values in `environment` win."""
+    """Values of the variables that core.run.machine.machine_from_environment reads.
+
+    Values in `environment` have precedence.
+    """
     cluster = cluster_info(environment)
     name = environment.get("CLOUD") or cluster.get("cloud")
     facts = MachineFacts(name, cluster.get("region"), cluster.get("zone"), gpus=tuple(found))

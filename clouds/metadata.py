@@ -45,7 +45,7 @@ class Metadata:
                 return text if status == 200 else None
             if status != 401:
                 break
-            self._token = None  # expired: ask again with a new one
+            self._token = None  # the token has expired: ask again with a new one
         raise Unavailable(f"{self.endpoint} answers {status} to a request for {path}")
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str]:
@@ -55,7 +55,7 @@ class Metadata:
         is_over = threading.Event()
         try:
             address = urlsplit(self.endpoint)
-            # Without a proxy: the service is local to the machine.
+            # Without a proxy, because the service is local to the machine.
             connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=REQUEST_SECONDS)
             with contextlib.closing(connection):
                 connection.connect()

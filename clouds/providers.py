@@ -54,7 +54,7 @@ def snapshot() -> Catalog:
     return Catalog(tuple(offer for cloud in CLOUDS.values() for offer in cloud.offers()), catalog.SNAPSHOT)
 
 
-@functools.cache  # because a report calls it for every phase of every segment
+@functools.cache  # cached, because a report calls it for every phase of every segment
 def on_demand_price(cloud: str, region: str, instance_type: str) -> float | None:
     """Dollars per hour of one node in the snapshot; None without such an offer."""
     provider = cloud_named(cloud)

@@ -2,7 +2,7 @@
 
     machine_records(["gpt2-7"])        [MachineRecord("gpt2-7", 1795176000.0, 1795183200.0, ...)]
 
-If this Python has no SkyPilot, another one that has is asked: that of .venv-launch, or of the `sky` command on PATH.
+If this Python has no SkyPilot, another Python with SkyPilot is asked: of .venv-launch, or of the `sky` command on PATH.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _JOB_FIELDS = ("job_id", "status", "recovery_count", "job_duration")
 
 
 def machine_records(clusters: Sequence[str]) -> list[MachineRecord]:
-    """The machines of clusters with these names, those of managed jobs included. Raises Unavailable."""
+    """The machines of clusters with these names, including clusters of managed jobs. Raises Unavailable."""
     found, refusal = _answer(tuple(sorted(set(clusters))))
     if refusal:
         raise Unavailable(refusal)
@@ -50,7 +50,7 @@ def job_queue() -> list[Mapping[str, Any]]:
 
 
 def answer_here(clusters: Sequence[str]) -> int:
-    """Print as JSON the records of these clusters; without any, the managed jobs. Returns an exit code."""
+    """Print the records of these clusters as JSON or, without names, the managed jobs. Returns an exit code."""
     try:
         print(json.dumps(_ask(tuple(clusters) or None)))
     except Unavailable as error:
@@ -61,7 +61,7 @@ def answer_here(clusters: Sequence[str]) -> int:
 
 @functools.cache
 def _answer(clusters: tuple[str, ...] | None) -> tuple[dict[str, Any], str]:
-    """SkyPilot's answer, or the reason why there is none. Asks once per process."""
+    """SkyPilot's answer, or the reason why there is no answer. Asks once per process."""
     try:
         try:
             skypilot.package()
@@ -108,11 +108,11 @@ def _ask(clusters: tuple[str, ...] | None) -> dict[str, Any]:
             raise Unavailable(f"SkyPilot has no list of managed jobs ({type(error).__name__})") from error
         return {"jobs": [_job(job) for job in listed]}
     try:
-        # Only a question about names is answered with the clusters' tasks.
+        # SkyPilot adds the clusters' tasks only to an answer about named clusters.
         records = sky.get(sky.cost_report(days=DAYS, cluster_names=list(clusters)))
     except TypeError:  # a release before 0.14 knows no names
         records = sky.get(sky.cost_report(days=DAYS))
-    except Exception as error:  # no API server, no network: any error of its client
+    except Exception as error:  # any error of its client, such as no API server or no network
         raise Unavailable(f"SkyPilot's API server did not answer ({type(error).__name__})") from error
     return {"records": [asdict(each) for record in records for each in from_record(record)]}
 
@@ -131,7 +131,8 @@ def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
     resources = record.get("resources")
     nodes = record.get("num_nodes") or 1
     price = _usd_per_hour(resources)
-    # SkyPilot sets node_names once nodes exist. In records of older releases, which lack it, no launch is failed.
+    # SkyPilot sets node_names once nodes exist. Records of older releases lack it, and none of them counts as a failed
+    # launch.
     failed = "node_names" in record and not record["node_names"] and _ended(record)
     job = _job_of(str(record.get("name") or ""))
     run, idle = _of_task(record.get("last_creation_yaml"))

@@ -1,4 +1,4 @@
-"""Asks SkyPilot: by its command for clusters and managed jobs, by its Python package for records and prices.
+"""Asks SkyPilot: its command for clusters and managed jobs, and its Python package for records and prices.
 
     clusters()      [{"name": "pretrain-8xa100", "status": "UP", "labels": {...}, ...}, ...]
     jobs()          [{"job_id": 3, "job_name": "pretrain-8xa100-spot", "status": "RUNNING", ...}, ...]
@@ -27,11 +27,12 @@ from core.errors import ConfigError
 from core.stores.aws import endpoint_of
 from core.task import TaskSpec
 
-# A server that is stopped by a signal, or hangs, takes a request and never answers it.
+# A server that hangs or is stopped by a signal accepts a request and never answers it.
 LIST_SECONDS = 300.0
 # SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
-# Without it a node on Lambda gets ~/.aws/credentials. With a candidate on AWS it would take the role from that one.
+# Without this option, a node on Lambda gets ~/.aws/credentials. If the task has a candidate on AWS, the option would
+# take the role from that candidate's nodes.
 KEEP_AWS_FILES = ("--config", "aws.remote_identity=NO_UPLOAD")
 USER_HASH = Path("~/.sky/user_hash")
 # Beginnings of the final statuses of a managed job; several begin with FAILED (sky/jobs/state.py of SkyPilot).
@@ -48,7 +49,7 @@ def find_sky() -> str:
 
 
 def clusters(everyone: bool = False) -> list[dict[str, Any]]:
-    """This user's clusters, or all users', with those of managed jobs (`is_managed`) that this computer keeps.
+    """This user's clusters, or all users', including those of managed jobs (`is_managed`) that this computer keeps.
 
     Raises ConfigError if SkyPilot cannot list them.
     """
@@ -57,7 +58,7 @@ def clusters(everyone: bool = False) -> list[dict[str, Any]]:
 
 
 def jobs(ended: bool = False, everyone: bool = False) -> list[dict[str, Any]]:
-    """This user's managed jobs, or all users', newest first; with `ended` finished ones too.
+    """This user's managed jobs, or all users' jobs, the newest first. With `ended`, finished jobs are included.
 
     Raises ConfigError as `clusters` does.
     """
@@ -83,9 +84,10 @@ def has_ended(job: dict[str, Any]) -> bool:
 
 
 def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str, Any]]:
-    """The records that `sky COMMAND -o json` prints. None of them if it fails and its output contains `nothing`.
+    """The records that `sky COMMAND -o json` prints.
 
-    Raises ConfigError with SkyPilot's output if it fails or prints no list, or if its server does not answer.
+    Returns no records if the command fails and its output contains `nothing`. Raises ConfigError with SkyPilot's output
+    if it fails or prints no list, or if its server does not answer.
     """
     words = [find_sky(), *command, "-o", "json"]
     try:
@@ -128,7 +130,7 @@ def launch_command(
         command += ["--detach-run"]
     given = dict(environment)
     given["GIT_REVISION"] = given.get("GIT_REVISION") or git_revision
-    # Other names of this variable do not reach the node.
+    # The node gets this variable only under this name.
     given["BUCKET_ENDPOINT_URL"] = given.get("BUCKET_ENDPOINT_URL") or endpoint_of(given) or ""
     given["SUBMITTED_AT"] = f"{time.time():.0f}"
     for name in task.envs:
@@ -146,7 +148,7 @@ def launch_command(
 
 def package() -> Any:
     """The SkyPilot package. Raises Unavailable."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # its database migrations log at every import
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # SkyPilot's database migrations log at every import
     try:
         module = importlib.import_module("sky")
     except ImportError as error:
@@ -166,7 +168,10 @@ def setting(*keys: str) -> Any:
 
 
 def catalog_file(cloud: str) -> Path:
-    """Where SkyPilot 0.14.1 keeps the prices of a cloud on this machine; it replaces the file when it asks again."""
+    """The file in which SkyPilot 0.14.1 keeps the prices of a cloud on this machine.
+
+    SkyPilot replaces it when it fetches prices again.
+    """
     return Path.home() / ".sky" / "catalogs" / "v8" / cloud / "vms.csv"
 
 
@@ -177,5 +182,5 @@ def catalog_rows(cloud: str) -> list[dict[str, Any]]:
 
     try:
         return common.read_catalog(f"{cloud}/vms.csv").to_dict("records")
-    except Exception as error:  # network, a damaged file: any error of its libraries
+    except Exception as error:  # any error of its libraries, such as network or a damaged file
         raise Unavailable(f"SkyPilot has no catalog of {cloud} ({type(error).__name__})") from error

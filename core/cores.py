@@ -1,4 +1,4 @@
-"""Counts the CPU cores that this process may use: of a container or a `taskset`, not of the whole machine."""
+"""Counts the CPU cores that this process may use. A container or `taskset` may allow fewer than the machine has."""
 
 import math
 import os
@@ -18,12 +18,15 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
 
 def _quota(cgroup: Path) -> float:
-    """Seconds of CPU time per second; infinite without a limit. Containers see their own group at the root."""
+    """The quota in seconds of CPU time per second; infinite without a limit.
+
+    A container sees its control group at the root.
+    """
     try:
         if (cgroup / "cpu.max").exists():  # version 2
             allowed, period = (cgroup / "cpu.max").read_text().split()
         else:
             allowed, period = ((cgroup / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(allowed) / int(period) if int(allowed) > 0 else math.inf
-    except (OSError, ValueError):  # no control group, or "max"
+    except (OSError, ValueError):  # there is no control group, or its quota is "max"
         return math.inf

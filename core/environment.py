@@ -1,8 +1,7 @@
-"""Combines the environment of the shell with the variables of a .env file. A value of the shell wins over the file's.
+"""Combines the environment of the shell with the variables of a .env file.
 
-An empty variable counts as not set.
-
-environment.adopt()      adds the variables of .env to os.environ, and removes empty ones that would mislead a library
+A value in the shell has precedence over the file. An empty variable counts as not set. environment.adopt()      adds
+the variables of .env to os.environ, and removes empty ones that would mislead a library
 """
 
 import getpass
@@ -24,7 +23,7 @@ _READ_BY_LIBRARIES = re.compile(
     r"|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE"
 )
 
-# Programs make folders and objects of these.
+# Programs build the names of folders and objects from these variables.
 _PLACES = ("BUCKET", "RUN_URL", "DATA_URL", "SOURCE_URL", "VOCAB_URL")
 
 
@@ -48,8 +47,10 @@ def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
 
 
 def tidy(environment: MutableMapping[str, str]) -> None:
-    """Remove the empty variables that a library would read as a value, and what a URL copied with it: blanks and the
-    line ends of a file from Windows."""
+    """Remove empty variables that a library would read as a value.
+
+    Also strip what was copied along with a URL: blanks, and the line ends of a Windows file.
+    """
     for name in _PLACES:
         if name in environment:
             environment[name] = environment[name].strip()
@@ -58,9 +59,9 @@ def tidy(environment: MutableMapping[str, str]) -> None:
 
 
 def name_user(environment: MutableMapping[str, str]) -> None:
-    """Give the user a name and a home where the system knows none, as in a container under another user's number.
+    """Give the user a name and a home if the system knows none, as in a container that runs under another user id.
 
-    Python and torch ask for them to find folders of the user, and fail without an answer.
+    Python and torch need both to find the user's folders, and fail without them.
     """
     try:
         getpass.getuser()

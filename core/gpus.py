@@ -5,7 +5,7 @@ H200 data sheet (2024): 989; GH200 data sheet (2024): 989 (the GPU is an H100 wi
 L40S: 362; A10: 125; V100 (fp16): 125; RTX 4090 (Ada white paper, fp32 accumulation): 165.
 """
 
-# The first entry whose name occurs in the device's name counts, so longer names come first.
+# The first entry whose name occurs in the device's name is used, so longer names come first.
 _PEAK_BF16_TFLOPS = (
     ("GH200", 989.0),
     ("H200", 989.0),

@@ -9,9 +9,9 @@ A separate thread answers requests, because the main thread may wait for an impo
 ends the process with exit code 33, unless the program has called `allow` to announce that it has something to save.
 
 SIGTERM is not always a request to stop: torchrun also sends it to the remaining workers when one of them has failed.
-launch.node therefore creates STOP_FILE before it sends a signal. A request is `certain` if it cannot be such a SIGTERM.
-A failure exits with code 33 only after a certain request (core.console.run_entry). This module does not import torch,
-and imports little else before `listen`, so that signals are received early.
+launch.node therefore creates STOP_FILE before it sends a signal. A request is `certain` if torchrun cannot have sent it
+after a failure. A failure exits with code 33 only after a certain request (core.console.run_entry). This module does
+not import torch, and imports little else before `listen`, so that signals are received early.
 """
 
 import atexit
@@ -86,7 +86,10 @@ def listen(*more: signal.Signals) -> None:
 
 
 def _ignore() -> None:
-    """Keep the exit code: Python removes its handlers while it ends, and a signal would then kill the process."""
+    """Ignore further signals, to keep the exit code.
+
+    Python removes its handlers while it ends, and a signal would then kill the process.
+    """
     for number in _state.before:
         signal.signal(number, signal.SIG_IGN)
 
@@ -96,11 +99,11 @@ def follow_parent() -> None:
     parent = os.environ.get("PARENT_PID", "")
     if sys.platform != "linux" or not (parent or "TORCHELASTIC_RUN_ID" in os.environ):
         return
-    import ctypes  # imported here, because it is slow, and the signal handlers must be set before
+    import ctypes  # imported here: the import is slow, and the signal handlers must be set first
 
     if not parent or parent == str(os.getppid()):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if parent and not os.path.exists(f"/proc/{parent}"):  # the parent died before the call of prctl
+    if parent and not os.path.exists(f"/proc/{parent}"):  # the parent has died before the call of prctl
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -153,13 +156,13 @@ def settle(code: int) -> None:
 
 
 def on_leaving(call: Callable[[], object]) -> None:
-    """Register a function that `leave` calls. It has CLOSE_SECONDS; the main thread continues meanwhile."""
+    """Register a function that `leave` calls. It has CLOSE_SECONDS, during which the main thread continues."""
     with _lock:
         _state.cleanups.append(call)
 
 
 def leave(code: int, words: str = "") -> NoReturn:
-    """End this process now. sys.exit would first wait for threads, which may themselves wait for a store."""
+    """End this process now. sys.exit would wait for threads, which may be waiting for a store."""
     from core.exit_codes import tell_launcher
 
     with _lock:
@@ -177,14 +180,14 @@ def leave(code: int, words: str = "") -> NoReturn:
 
 
 def hold_if_leaving() -> None:
-    """Block if another thread is ending this process: a failure that the caller sees may be caused by that end."""
+    """Block if another thread is ending this process, because that end may be the cause of the caller's failure."""
     if _state.leaving:
         _wait_for_the_end()
 
 
 def seconds() -> float:
     """Seconds between launch.node's request to stop and its SIGKILL. Raises ConfigError."""
-    from core.environment import positive  # imported here, so that `listen` can run before it is loaded
+    from core.environment import positive  # imported here, so that `listen` can run before this import
 
     return positive(os.environ, "LEAVE_SECONDS") or SECONDS
 
@@ -195,7 +198,7 @@ def own_seconds() -> float:
 
 
 def forget() -> None:
-    """Undo `listen` and all that followed, for tests."""
+    """Undo `listen` and its later effects, for tests."""
     global _state
     with _lock:
         _state.closed = True
@@ -252,7 +255,7 @@ def _verdict(state: _State) -> int:
 def _words(state: _State) -> str:
     if state.allowed_seconds is not None:
         return state.last_words() if state.last_words else ""
-    return f"asked to stop ({state.reason}) with nothing to save: leaving at once"
+    return f"asked to stop ({state.reason}) with nothing to save: ending now"
 
 
 def _leave_at() -> float:

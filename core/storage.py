@@ -2,8 +2,8 @@
 
 These functions call the stores of core/stores; s3:// covers AWS, Cloudflare R2 and any other endpoint of the protocol.
 A reader sees a written object completely or not at all. Transient faults are retried with exponential backoff and
-jitter (core/stores/retries.py); any other error is raised at once, with the URI and the remedy. Credentials come from
-the environment (core/stores/credentials.py) and never appear in a message.
+jitter (core/stores/retries.py). Any other error is raised immediately, with the URI and the remedy. Credentials come
+from the environment (core/stores/credentials.py) and never appear in a message.
 
     storage.write_bytes("s3://bucket/a.json", b"{}")
     storage.read_range("s3://bucket/shard.bin", 0, 1024)
@@ -75,14 +75,15 @@ def join(uri: str, *parts: str) -> str:
 
 
 def read_bytes(uri: str, most: int | None = None) -> bytes:
-    """The whole object. Raises ObjectNotFound, StorageError, and ObjectDamaged for one of more than `most` bytes."""
+    """The whole object. Raises ObjectNotFound, StorageError, and ObjectDamaged if it has more than `most` bytes."""
     return b"".join(chunks(uri, most))
 
 
 def chunks(uri: str, most: int | None = None) -> Iterator[Buffer]:
-    """The content of an object, in order and in pieces. Raises as `read_bytes`, before it reads what is too large.
+    """The content of an object, in order and in pieces.
 
-    Parts of a large object are fetched in parallel, and each part is retried separately.
+    Raises the errors of `read_bytes`; an object that is too large is not read. Parts of a large object are fetched in
+    parallel, and each part is retried separately.
     """
 
     def begin(store: Store, key: str) -> list[Buffer] | int:
@@ -146,7 +147,7 @@ def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
 def side_by_side(
     fetch: Callable[[int, int], T], ranges: Iterable[tuple[int, int]], at_once: int = READ_PARTS_AT_ONCE
 ) -> Iterator[T]:
-    """Yield `fetch(start, end)` of each range in order, with `at_once` calls in parallel ahead of the reader."""
+    """Yield `fetch(start, end)` of each range in order. Up to `at_once` calls run in parallel, ahead of the reader."""
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(at_once, thread_name_prefix="part reader") as pool:
         try:
@@ -172,7 +173,7 @@ def download(
     """Copy an object into a local file, which appears when it is complete. Returns its size in bytes.
 
     Without `survives_crash` the file is not flushed to disk, and may be incomplete after a power failure. `check` gets
-    the first HEAD_BYTES and the size before the file appears, and raises what keeps it from appearing. Raises
+    the first HEAD_BYTES and the size before the file appears. If it raises an error, the file does not appear. Raises
     ObjectDamaged if the content has more than `most` bytes or not `expected_sha256`.
     """
     digest = hashlib.sha256()
@@ -250,8 +251,8 @@ def exists(uri: str) -> bool:
 def list_objects(prefix: str) -> list[ObjectInfo]:
     """All objects below a folder at any depth, sorted by URI; none if the folder does not exist.
 
-    Raises StorageError for a missing bucket and for a dangling local link in place of the folder. Local links are
-    followed, each folder once (`core.files.below`).
+    Raises StorageError for a missing bucket, and if the folder is a dangling local link. Local links are followed, each
+    folder once (`core.files.below`).
     """
     return _listed(prefix, lambda store, key: store.objects(key))
 
@@ -286,12 +287,12 @@ def _is_there(names: Sequence[str]) -> bool:
 
 
 def pinned(uri: str) -> str:
-    """A URI of the Hugging Face Hub with the current commit in place of its branch or tag; any other URI unchanged."""
+    """A URI of the Hugging Face Hub with the current commit instead of its branch or tag; any other URI unchanged."""
     return uri.removesuffix(open_store(uri)[1]) + retries.call(uri, "read", lambda store, key: store.pinned(key))
 
 
 def link_to_nothing(uri: str) -> str | None:
-    """Target of a dangling local link; None for everything else, also for a missing object."""
+    """The target of a dangling local link; None for everything else, including a missing object."""
     if not is_local(uri):
         return None
     path = local_path(uri)

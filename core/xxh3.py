@@ -4,9 +4,9 @@
     digest.update(b"...")
     digest.hexdigest()
 
-Both give the same digits (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0); numpy takes longer. What a
-block of 1024 bytes adds to the sums depends on that block alone: numpy computes it for many blocks in one operation,
-and a sequential loop combines the blocks.
+Both give the same digits (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0); numpy takes longer. The
+contribution of a block of 1024 bytes to the sums depends on that block alone. So numpy computes the contributions of
+many blocks in one operation, and a sequential loop combines them.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ _SECRET = bytes.fromhex(
 
 
 def _words(offset: int) -> np.ndarray:
-    """Eight 64-bit words of the secret, from byte `offset` on."""
+    """Eight 64-bit words of the secret, starting at byte `offset`."""
     return np.frombuffer(_SECRET, "<u8", 8, offset)
 
 
@@ -42,7 +42,7 @@ class NumpyXxh3:
 
     def __init__(self):
         self._sums = np.array([_P32[2], *_P64[:4], _P32[1], _P64[4], _P32[0]], np.uint64)
-        self._rest = b""  # input that is not summed yet, at most one block; before it the last stripe that is
+        self._rest = b""  # the input that is not summed yet, at most one block, after the last summed stripe
         self._blocks = 0
 
     def update(self, data) -> None:
@@ -71,7 +71,8 @@ class NumpyXxh3:
     def _take(self, part: memoryview) -> None:
         before = STRIPE if self._blocks else 0
         data = self._rest + part
-        blocks = (len(data) - before - 1) // BLOCK  # leaves at least a byte: `hexdigest` sums the end of the input
+        # Leaves at least one byte, because `hexdigest` sums the end of the input.
+        blocks = (len(data) - before - 1) // BLOCK
         if blocks < 1:
             self._rest = data
             return

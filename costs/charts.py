@@ -12,7 +12,7 @@ from costs import about, svg
 from costs.report import CostReport
 from costs.units import Curves
 
-# Pixels, of a drawing in one column and of one in both; costs/page.css says when each is shown.
+# Widths in pixels of a drawing in one column and of a drawing across both. costs/page.css chooses which is shown.
 WIDTHS = {"wide": 700, "middle": 470, "narrow": 320}
 FULL_WIDTHS = {"full": 1440, "most": 960, **WIDTHS}
 HEIGHT = 280
@@ -22,11 +22,11 @@ TOP, BOTTOM, RIGHT = 14, 28, 12
 SMALL_SHARE = 0.005
 LOSSES_SHOWN = 0.97
 
-Draw = Callable[[Any, int, str], str]  # of a report, or of several
+Draw = Callable[[Any, int, str], str]  # charts of one report, or of several reports
 
 
 def all_widths(draw: Draw, report: Any, widths: Mapping[str, int] = WIDTHS) -> str:
-    """A drawing of each width, of which the style sheet shows one."""
+    """One drawing per width. The style sheet shows one of them."""
     return "".join(draw(report, width, kind) for kind, width in widths.items())
 
 
@@ -86,7 +86,7 @@ def machines(report: CostReport, width: int, kind: str) -> str:
 
 
 def waterfall(report: CostReport, width: int, kind: str) -> str:
-    """A bar per phase, each beginning at the end of the one before, so that the last one ends at the total."""
+    """A bar per phase. Each bar begins where the previous one ends, so that the last one ends at the total."""
     rows = [line for line in report.phases if line.usd]
     left, right, pitch = (96, 58, 24) if kind == "narrow" else (118, 70, 24)
     height = TOP + pitch * (len(rows) + 1) + 8
@@ -133,7 +133,7 @@ def loss_over_dollars(report: CostReport, width: int, kind: str) -> str:
 
 
 def losses(report: CostReport) -> list[tuple[float, float]]:
-    """Dollars and validation loss; of a run without it, dollars and training loss. Empty without either."""
+    """Dollars and validation loss or, without a validation loss, training loss. Empty without both."""
     curves = report.curves
     return list(zip(curves.val_usd, curves.val_loss, strict=True)) or list(
         zip(curves.loss_usd, curves.loss, strict=True)
@@ -141,7 +141,7 @@ def losses(report: CostReport) -> list[tuple[float, float]]:
 
 
 def losses_compared(reports: Sequence[CostReport], width: int, kind: str) -> str:
-    """A line per run: the validation loss, or without it the training loss, over dollars."""
+    """A line per run with the loss over dollars: the validation loss or, without it, the training loss."""
     lines = [losses(report) for report in reports]
     every = sorted(loss for line in lines for _, loss in line)
     every = every[: max(1, math.ceil(len(every) * LOSSES_SHOWN))]
@@ -196,7 +196,7 @@ def _machines(report: CostReport, x: svg.Axis) -> list[str]:
 
 
 def _interrupted(times: Sequence[float], points: svg.Points, starts: Sequence[float]) -> svg.Points:
-    """The points of a line, measured at `times`, that is interrupted where a new machine started."""
+    """The points of a line, measured at `times`. The line is interrupted where a new machine started."""
     found: list[tuple[float, float | None]] = []
     starts = sorted(starts)
     for index, (time, point) in enumerate(zip(times, points, strict=True)):

@@ -43,13 +43,13 @@ def main(arguments: list[str]) -> int | None:
         raise ConfigError("--since and --tag choose among all runs; leave out RUN_URL, or these two options")
     if options.serve:
         _check_serving(options)
-    from costs import show  # not at the top: it loads numpy and rich, which --help does not need
+    from costs import show  # imported here: it loads numpy and rich, which --help does not need
 
     show.show(options, next((name for name in FORMS if getattr(options, name)), None))
 
 
 def _check_serving(options: argparse.Namespace) -> None:
-    """Raises ConfigError for what does not go with --serve."""
+    """Raises ConfigError for options that cannot be combined with --serve."""
     others = {"--html": options.html, "--compare": options.compare, "--watch": options.watch is not None}
     others |= {f"--{name}": getattr(options, name) for name in FORMS}
     if given := [name for name, value in others.items() if value]:
@@ -82,6 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--since", metavar="WHEN", help="only runs active since a date (2026-11-01) or age (36h, 7d)")
     parser.add_argument("--tag", metavar="WORD", help="only runs with this word among their RUN_TAGS")
-    parser.add_argument("--offline", action="store_true", help="read the store only; ask neither SkyPilot nor AWS")
+    parser.add_argument("--offline", action="store_true", help="read only the store, and ask neither SkyPilot nor AWS")
     parser.add_argument("--no-cache", action="store_true", help="ignore the local cache, read all from the store")
     return parser

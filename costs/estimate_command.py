@@ -43,7 +43,7 @@ Prints every offer that fits a task, with estimated hours and dollars, and the s
 def main(arguments: list[str]) -> int:
     """Print the forecast of a task, with a warning if it exceeds --cap (or MAX_USD). Raises ConfigError.
 
-    Returns FAILED if it exceeds --fail-over, or its dollars are not known.
+    Returns FAILED if the forecast exceeds --fail-over or its dollars are unknown.
     """
     options = _parser().parse_args(arguments)
     _check(options)
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ConfigError for a number below zero, or for a sum or an amount of work that is not above it."""
+    """Raises ConfigError for a negative number, and for a sum or an amount of work that is not above zero."""
     for name in ("tokens", "cap", "fail_over", *(field.name for field in dataclasses.fields(Assumptions))):
         value = getattr(options, name)
         above = name in ("tokens", "cap", "fail_over", "prep_bytes_per_second", "source_bytes_per_token")

@@ -1,4 +1,4 @@
-"""Stores the forecast of a launch with the run, and puts it beside the dollars that the run took, by the same lines.
+"""Stores the forecast of a launch with the run, and compares it line by line with the dollars that the run took.
 
 RUN_URL/forecast.json            by `cost_report.py estimate TASK --store`
 RUN_URL/budget/NUMBER/plan.json  by `make run`, the newest one
@@ -20,7 +20,8 @@ from costs.cells import Cell
 from costs.forecast import ForecastRow, describe
 
 FORMAT, VERSION = "cost-forecast", 1
-# Lines of a forecast, and the phases of a report that they foresee. The first line takes what no other one does.
+# Lines of a forecast, and the phases of a report that belong to each. The first line takes all phases without another
+# line.
 LINES = {
     "other": ("not_attributed", "api", "elsewhere", "factor"),
     "provision": ("provision",),
@@ -47,7 +48,7 @@ _PARTS = {
     "checkpoint": "eval, sample, checkpoint",
     "eval, sample, checkpoint, wait": "eval, sample, checkpoint",
 }
-# Parts of a plan that are runs of their own, or no cost of a run.
+# These parts of a plan are separate runs, or not a cost of the run.
 _OTHERS = ("preparation", "evaluation", "reserve")
 
 
@@ -64,7 +65,7 @@ class Foreseen:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line: dollars that were foreseen, and dollars as known. None: not foreseen."""
+    """One line: the forecast dollars, None if there was no forecast, and the dollars as known."""
 
     name: str
     foreseen: float | None
@@ -87,7 +88,10 @@ def store(run_url: str, task: str, row: ForecastRow) -> tuple[str, bool]:
 
 
 def read(run: Run) -> Foreseen | None:
-    """The forecast of a run; None without one that can be understood. Only what the run's listing names is read."""
+    """The forecast of a run; None if there is none or it cannot be understood.
+
+    Reads only objects in the run's listing.
+    """
     names = {each.uri for each in run.objects}
     try:
         if run.folder.forecast in names:
@@ -114,7 +118,7 @@ def _foreseen(document: Mapping[str, Any], what: str) -> Foreseen | None:
 
 
 def compare(foreseen: Foreseen, parts: Sequence[Cell]) -> list[Comparison]:
-    """Both by line, without lines that are zero on both sides."""
+    """Forecast and actual dollars by line, without lines that are zero in both."""
     line_of = {phase: name for name, phases in LINES.items() for phase in phases}
     actual = dict.fromkeys(LINES, 0.0)
     for cell in parts:

@@ -16,7 +16,7 @@ from costs.report import CostReport
 from costs.tables import Sheet, sheets
 from costs.top import top
 
-# No script runs, of whatever origin, and nothing is loaded: a mistake in escaping stays text.
+# No script of any origin runs, and the page loads no other files. So a mistake in escaping stays harmless text.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 STYLE = Path(__file__).with_name("page.css")
 
@@ -72,7 +72,7 @@ def footer(now: float, more: str = "") -> str:
 
 
 def document(title: str, body: Sequence[str], policy: str = POLICY, root: str = "", after: str = "") -> str:
-    """A whole page. `policy` says what it may run and load, `root` are attributes of <html>, `after` follows `body`."""
+    """A page. `policy` is its content security policy, `root` holds attributes of <html>, `after` follows `body`."""
     return (
         f'<!doctype html>\n<html lang="en" {root}><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

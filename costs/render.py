@@ -32,7 +32,7 @@ def render(report: CostReport, width: int | None = None) -> RenderableType:
 
 
 def terminal_table(sheet: Sheet, width: int | None = None) -> Table:
-    """The table of a sheet. If it is wider than `width`, it lacks the sheet's spare columns."""
+    """The table of a sheet. If the table is wider than `width`, the sheet's spare columns are left out."""
     sheet = _narrowed(sheet, width) if width else sheet
     found = Table(
         box=SIMPLE_HEAD, title=sheet.title, title_justify="left", title_style="bold",
@@ -72,7 +72,10 @@ def _without(row: Sequence[str], at: int) -> list[str]:
 
 
 def _least_width(sheet: Sheet) -> int:
-    """The width at which no word and no number is broken: three columns more for each column of the table."""
+    """The width at which no word and no number is broken.
+
+    Each column of the table takes three characters more than its text.
+    """
     rows = [row for row in (sheet.heads, *sheet.rows, sheet.foot) if row]
     total = 1
     for column in range(len(sheet.heads)):
@@ -119,7 +122,7 @@ VERSION = 2
 def document(report: CostReport) -> dict[str, Any]:
     """A report as nested plain values. Unknown figures are None; dollars are rounded as printed."""
     plain = asdict(report)
-    del plain["curves"], plain["charges"]  # points of charts, and the rows of --csv
+    del plain["curves"], plain["charges"]  # the points of charts, and the rows of --csv
     return {"format": FORMAT, "version": VERSION, "currency": "USD"} | plain
 
 
@@ -145,5 +148,5 @@ def _field(column: str, value: Any) -> Any:
     if value is None:
         return "?" if "Cost" in column else ""
     if isinstance(value, str) and value.startswith(FORMULA):
-        return f"'{value}"  # a spreadsheet takes it for a text, not for a formula that it runs
+        return f"'{value}"  # a spreadsheet then reads a text and does not run a formula
     return value

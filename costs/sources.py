@@ -1,4 +1,4 @@
-"""Asks other sources than the ledger: SkyPilot and the clouds, for machines, prices, bills and unfinished uploads.
+"""Asks SkyPilot and the clouds, beside the ledger, for machines, prices, bills and unfinished uploads.
 
 None of these sources is required. The report names the origin of each figure, or the reason why a source gave no
 answer.
@@ -65,13 +65,13 @@ def ask_others(
 
 
 def _budget(run: Run, outside: Outside) -> Budget | None:
-    """The budget in force, if `make run` launched the run."""
+    """The newest budget, if `make run` launched the run."""
     if not any(each.uri.startswith(f"{run.folder.budget}/") for each in run.objects):
         return None
     try:
         return budget.newest(run.folder)
     except DataError as error:
-        outside.notes.append(f"what the run may cost is not known: {error}")
+        outside.notes.append(f"the budget of the run is not known: {error}")
         return None
 
 
@@ -80,7 +80,7 @@ def _refuse(reason: str) -> list[MachineRecord]:
 
 
 def _missing(outside: Outside, figure: str, reason: object) -> None:
-    """A source that applies to the run, but has not answered. A second sentence about it is left out."""
+    """Note that a source applies to the run but has not answered. Each source is noted once."""
     if f"{figure}: {reason}" in outside.missing:
         return
     outside.origins.append(Origin(figure, f"? ({reason})"))
@@ -161,7 +161,8 @@ def _with_cloud_times(records: list[MachineRecord], now: float, clouds: Mapping[
 def _paid_spot_prices(run: Run, outside: Outside, clouds: Mapping[str, Cloud]) -> None:
     """Replace the expected price of spot machines by the price in the cloud's history.
 
-    Asks once per cloud, zone and type. Stops at the first refusal, because the reason applies to the others too.
+    Asks once per cloud, zone and type. Stops at the first refusal, because its reason applies to the other machines
+    too.
     """
     groups: dict[tuple[str | None, ...], list[Segment]] = {}
     surprises: dict[tuple[str, str, str], list[str]] = {}

@@ -38,7 +38,7 @@ class Level:
 class Units:
     """Unit costs and other figures of a run. None means unknown.
 
-    Dollars are not rounded. Those of the whole run are the least: of the known dollars, without `usd_most`.
+    Dollars are not rounded. Dollars of the whole run are the lower bound: the known dollars without `usd_most`.
     """
 
     last_step: int | None
@@ -77,7 +77,7 @@ def units(
 ) -> Units:
     """Unit costs from `seconds` by phase, `usd` of the run (None: unknown) and `usd_on_demand` of the same hours.
 
-    `points` are those of the run (Run.points), by kind.
+    `points` are the run's metrics (Run.points) by kind.
     """
     evals, hellaswag, train = points["eval"], points["hellaswag"], points["train"]
     tokens = newest(train, "tokens")
@@ -187,7 +187,10 @@ def _usd_per_restart(run: Run, attributed: Attributed, restarts: int) -> float |
 
 
 def _loss_after(evals: Sequence[Point], more_tokens: float | None) -> float | None:
-    """Estimated validation loss after more tokens: the last two evaluations, extrapolated linearly in log(tokens)."""
+    """Estimated validation loss after more tokens.
+
+    The last two evaluations are extrapolated linearly in log(tokens).
+    """
     if len(evals) < 2 or not more_tokens:
         return None
     before, now = (each.values for each in evals[-2:])

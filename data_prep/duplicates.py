@@ -7,7 +7,7 @@ equal documents in the order of the source stays, so that the result does not de
     parts/<part>-<content>.hashes   257 int64 offsets, then each document's hash as two uint64 and number as uint32
     parts/<part>-<plan>.drops        uint32 numbers, ascending
 
-The names contain a hash of what the content depends on, so that the files of a corrected source are hashed again.
+The names contain a hash of everything that the content depends on, so that a corrected source is hashed again.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from data_prep.plan import PrepPlan
 from data_prep.sources import documents
 from data_prep.sources.files import Part
 
-BUCKETS = 256  # one for each value of the first byte of the hash
+BUCKETS = 256  # one bucket for each value of the first byte of the hash
 ENTRY = np.dtype([("upper", "<u8"), ("lower", "<u8"), ("number", "<u4")])
 # Bytes per document that sorting a range of hashes takes. Ranges are chosen so that this fits into MEMORY_BYTES.
 SORT_BYTES = 64

@@ -4,7 +4,8 @@ Both engines treat all characters of a document as ordinary text. "<|endoftext|>
 of its spelling, never the token 50256, which only the shard writer adds.
 
 The input is an Arrow array, the output one flat array of ids. The fast path creates no Python strings. gigatoken gets
-one document per call: its batch calls are not faster for web pages, and need awkward, which takes 0.3 s to import.
+one document per call, because its batch calls are not faster for web pages and need the package awkward, which takes
+0.3 s to import.
 """
 
 import logging
@@ -113,7 +114,7 @@ class Check:
         self._left = 0
 
     def restart(self, part_bytes: int) -> None:
-        """Starts the check of a part of `part_bytes` source bytes."""
+        """Starts the check of a part that has `part_bytes` source bytes."""
         self._left = min(CHECK_BYTES, max(CHECK_LEAST_BYTES, int(part_bytes * CHECK_SHARE)))
 
     def compare(self, texts: pa.LargeStringArray, ids: np.ndarray, offsets: np.ndarray, where: str) -> None:

@@ -5,7 +5,7 @@
 Reads from the Hub, a bucket or a disk: llm.c's .bin files (magic 20240520 version 1 with uint16, and 20240801 version 7
 with uint32), NumPy's .npy of any integer type, and plain uint16 .bin without a header. Checks every token. Writes
 shards, the vocabulary and, last, manifest.json. A record per shard lets an interrupted import continue. Refuses sources
-that would otherwise give wrong tokens silently: a file in both splits, ids wider than their type, unknown headers.
+that would silently give wrong tokens: a file in both splits, ids wider than their type, unknown headers.
 """
 
 from core import stop
@@ -248,9 +248,10 @@ def _tokens_of(file: SourceFile) -> _Tokens:
 
 
 def _check_width(tokens: np.ndarray, uri: str, first: int) -> None:
-    """Raises DataError if 16-bit numbers are halves or quarters of wider ids. `first` numbers of the file precede them.
+    """Raises DataError if 16-bit numbers are halves or quarters of wider ids.
 
-    The upper parts of wider ids are mostly zero, whereas the id 0 is rare in text.
+    `first` is the count of the file's numbers before them. The upper parts of wider ids are mostly zero, whereas the id
+    0 is rare in text.
     """
     if tokens.dtype != np.dtype("<u2"):
         return
@@ -309,7 +310,7 @@ def _copy(piece: _Piece, data_url: str) -> _Piece:
 
 
 def _accepts(finished: set[str], pieces: Mapping[str, list[_Piece]], data_url: str) -> bool:
-    """Whether finished shards, made under another plan, are equal to the shards of this plan."""
+    """Whether the finished shards of another plan are equal to the shards of this plan."""
     wanted = {piece.record: piece.content for each in pieces.values() for piece in each}
     records = {name: _record(data_url, name) for name in finished}
     return all(name in wanted and record.get("source") == wanted[name] for name, record in records.items())

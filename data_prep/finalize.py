@@ -33,7 +33,7 @@ from data_prep.sources.files import Part
 log = logging.getLogger(__name__)
 
 READ_THREADS = 16
-# An id is reported if at least so many documents share it, and if these are a larger share of all documents than this.
+# An id is reported if at least this many documents share it, and if they are more than this share of all documents.
 LEAST_SHARED = 10
 LARGEST_SHARE = 0.01
 GPT2 = TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, GPT2_SHA256)
@@ -131,7 +131,7 @@ def _judge(records: list[PartRecord], config: PrepConfig) -> None:
 
 
 def _shared_key(records: list[PartRecord], config: PrepConfig) -> str:
-    """A sentence about the id that the most documents share, if they are enough to distort the split; else empty."""
+    """A sentence about the most frequent id, if enough documents share it to distort the split; else empty."""
     total: Counter[int] = Counter()
     for record in records:
         total.update(dict(record.shared))
@@ -152,7 +152,10 @@ def _shared_key(records: list[PartRecord], config: PrepConfig) -> str:
 
 
 def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
-    """Chooses the threshold of the validation split. Documents with equal hashes, that is equal ids, stay together."""
+    """Chooses the threshold of the validation split.
+
+    Documents with equal hashes, and thus equal ids, stay in one split.
+    """
     candidates = sorted(candidate for record in records for candidate in record.candidates)
     limit = config.data.val_tokens
     tokens = number = 0

@@ -1,4 +1,4 @@
-"""Stores HellaSwag beside a token set, in one form whatever copy it is read from.
+"""Stores HellaSwag beside a token set, in the same form from any copy.
 
 HellaSwag is the validation set of Zellers et al. 2019 (MIT licence), all 10,042 items. Copies differ in the order of
 fields and in the type of the label. All are converted to one form and compared with the checksum of that form, so that
@@ -29,7 +29,7 @@ FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type
 
 
 def ensure(data_url: str, names: Sequence[str]) -> None:
-    """Store those of the evaluation sets `names` that are missing. Raises DataError, StorageError, with the remedy."""
+    """Store the missing ones of the evaluation sets `names`. Raises DataError, StorageError, with the remedy."""
     for name in names:
         if storage.exists(storage.join(data_url, "sets", f"{name}.json")):
             continue

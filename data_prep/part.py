@@ -26,14 +26,14 @@ from data_prep.sources.files import Part
 
 # Document lengths are counted in classes [2**k, 2**(k+1)).
 LENGTH_CLASSES = 32
-LARGEST_RECORD = 1 << 30  # bytes; candidates for validation take 30 each
+LARGEST_RECORD = 1 << 30  # limit in bytes; a candidate for validation takes 30 bytes
 # Number of the most common keys that a record stores, to find an id that many documents share.
 SHARED_KEYS = 16
 
 
 @dataclass(frozen=True)
 class PartRecord:
-    """Record of a finished part. `identity` is a hash of all that its shards depend on (data_prep/plan.py).
+    """The record of a finished part. `identity` is a hash of everything that its shards depend on (data_prep/plan.py).
 
     `shared` holds the most common split keys, each with the number of documents that have it.
     `candidates` holds (split key, tokens) of each candidate for validation, in the order of `candidate_shards`. The

@@ -1,12 +1,11 @@
 """Plans a preparation: lists the source's files, cuts them into parts and stores DATA_URL/parts/plan.json.
 
 A part is a byte range of one source file. A parquet row group or JSON line belongs to the part in which it starts, so
-that the file sizes alone determine the parts, without reading any footer. All processes read the same stored plan.
-A plan with another source, other settings or another seed is refused if it would change the shards of a finished part,
-so that a dataset never mixes two preparations.
-
-The size and the hash of the last bytes identify a source file. The last bytes of a parquet file are its footer, with
-the offsets and statistics of every column chunk, which differs for different contents.
+that the file sizes alone determine the parts, without reading any footer. All processes read the same stored plan. A
+plan with another source, other settings or another seed is refused if it would change the shards of a finished part. So
+a dataset never mixes two preparations. The size and the hash of the last bytes identify a source file. In a parquet
+file, these bytes are the footer. It holds the offsets and statistics of every column chunk, so it differs for different
+contents.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ FORMAT = "data-plan"
 # Raise this if the same settings give other shards than before: older unfinished datasets are then not continued.
 VERSION = 1
 TAIL_BYTES = 64 << 10
-LARGEST_BYTES = 1 << 30  # of a plan; a file takes 250
+LARGEST_BYTES = 1 << 30  # largest size of a plan in bytes; a file takes 250
 LISTING_THREADS = 32
 # Settings that name the source. The files in the plan define the result, not the source's name.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
@@ -43,7 +42,7 @@ NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "
 # Settings that choose among the parts, and change none of them.
 CHOOSING = frozenset({"data.train_tokens"})
 
-# (finished parts, the plan that made them) → whether a new plan would make the same parts.
+# Takes the finished parts and the plan that made them. Returns whether a new plan would make the same parts.
 Accepts = Callable[[set[str], "PrepPlan"], bool]
 
 
@@ -53,7 +52,7 @@ class PrepPlan:
 
     settings: Mapping[str, Any]
     files: tuple[SourceFile, ...]
-    # The plan with which the preparation began, if it names the same files in another way.
+    # The first plan of the preparation, if it names the same files in another way.
     begun: "PrepPlan | None" = None
 
     @property
@@ -87,23 +86,26 @@ class PrepPlan:
         return hashlib.sha256((self.begun or self).to_bytes()).hexdigest()
 
     def content_of(self, part: Part) -> str:
-        """SHA-256 of all that the documents of a part depend on. The other files do not affect it."""
+        """SHA-256 of everything that the documents of a part depend on. Other files do not affect it."""
         settings = {key: value for key, value in self._result().items() if key not in CHOOSING}
         document = {"settings": settings, "part": [part.index, part.start, part.end, *part.file.content]}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     def identity_of(self, part: Part) -> str:
-        """SHA-256 of all that the shards of a part depend on. With `drop_duplicates` that includes all files."""
+        """SHA-256 of everything that the shards of a part depend on.
+
+        With `drop_duplicates`, this includes all files.
+        """
         return self.sha256 if self.settings.get("filter.drop_duplicates") else self.content_of(part)
 
     def accepts(self, finished: set[str], other: "PrepPlan") -> bool:
-        """Whether this plan makes the same parts as `other`, for all that were finished under `other`."""
+        """Whether this plan makes the parts that were finished under `other` in the same way."""
         old, new = ({part.name: plan.identity_of(part) for part in plan.parts} for plan in (other, self))
         return all(name in old and old[name] == new.get(name) for name in finished)
 
     @property
     def origin(self) -> dict[str, str]:
-        """Name of the source at the start of the preparation, for the manifest."""
+        """The name of the source at the start of the preparation, for the manifest."""
         if self.begun:
             return self.begun.origin
         revision = {"revision": hub.revision_of(self.files[0].uri)}
@@ -128,12 +130,12 @@ def uri_of(data_url: str) -> str:
 def make(config: PrepConfig) -> tuple[PrepConfig, PrepPlan]:
     """Lists the source's files. Returns the plan, and the settings with all columns resolved.
 
-    Raises ConfigError, DataError for a source without files, or with unsuitable files or columns.
+    Raises ConfigError. Raises DataError for a source without files, or with unsuitable files or columns.
     """
     source = config.source
     if source.dataset:
         found = named.find(source, _begun_revision(config))
-        with named.explained(source, source.revision):  # a gated dataset with a public card is refused only here
+        with named.explained(source, source.revision):  # the Hub refuses a gated dataset with a public card only here
             files = _identified(_named(found, folder_of([file.uri for file in found])))
     else:
         files = list_files(pinned(source.url, source.revision, config.data.url), kinds.SUFFIXES)
@@ -153,7 +155,7 @@ def identity_of(config: Any) -> dict[str, Any]:
             plain.pop(f"source.{name}", None)
     if plain.get("source.text_documents") == "file":
         del plain["source.text_documents"]
-    # The tolerance for bad rows decides whether there is a result, but does not change it.
+    # The tolerance for bad rows can make a preparation fail, but does not change its result.
     plain.pop("source.max_bad_share", None)
     return plain
 
@@ -181,7 +183,7 @@ def _identified(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
 
 
 def pinned(url: str, revision: str, data_url: str) -> str:
-    """An hf:// address with a commit: of `revision`, else of an unfinished preparation at `data_url`, else the newest.
+    """An hf:// address with a commit: of `revision`, else of the unfinished preparation at `data_url`, else the newest.
 
     A revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
     """

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     )
     try:
         with log_of_node as segment:
-            if config.node_rank == 0:  # before the hours of work, because the Hub may refuse
+            if config.node_rank == 0:  # stored before the hours of work, because the Hub may refuse it
                 hellaswag.ensure(config.data.url, config.evaluation_sets)
             check = functools.partial(booking.check_cap, segment, config.data.url, config.max_usd)
             made = build.prepare(config, segment.switch, check)

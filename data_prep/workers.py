@@ -66,7 +66,7 @@ def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: C
     read = context.Value("q", 0)
     reported = 0
     total = Done()
-    # The environment is passed on, because the server may have started before a variable was set.
+    # The workers get this environment, because the server may have started before a variable was set.
     with ProcessPoolExecutor(workers, context, _begin, (job, dict(os.environ), read)) as pool:
         try:
             running: set[Future[Done]] = {pool.submit(_do, task, part) for part in todo}
@@ -116,7 +116,7 @@ def _begin(job: PrepJob, environment: dict[str, str], read) -> None:
         with read.get_lock():
             read.value += count
 
-    # The state is opened with the first part, so that an error of opening becomes an error of this part.
+    # The state is opened with the first part, so that its errors become errors of that part.
     _work = functools.cache(lambda: _open(job, fetched))
 
 

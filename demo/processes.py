@@ -38,7 +38,7 @@ def kill_tree(process: subprocess.Popen) -> None:
     if process.poll() is not None:
         return  # the id may belong to another process by now
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGSTOP)  # stopped, so that it cannot restart killed children
+        os.kill(process.pid, signal.SIGSTOP)  # the process is stopped first, so that it cannot restart killed children
     for pid in [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -2,7 +2,7 @@
 
     python -m demo.run          (or: make demo)
 
-Only the price is invented: the S3 server on loopback, GPT-2's tokenizer, the torchrun processes and the SIGKILL are
+Only the price is invented. The S3 server on loopback, GPT-2's tokenizer, the torchrun processes and the SIGKILL are
 real. All files are in .demo/; the next demo replaces them. Ctrl-C ends all processes that the demo started.
 """
 
@@ -38,7 +38,7 @@ PRETEND_PRICE = {"USD_PER_HOUR": "22.32", "PRICE_SOURCE": "pretended for the dem
 ENVIRONMENT = {"DATA_CACHE_DIR": str(FOLDER / "cache"), "CLOUD": "demo", "INSTANCE_TYPE": "this-machine"}
 
 LAST_STEPS = 20
-# A loss must be so many nats below the loss of token frequencies, so that the perplexity is at least a fifth lower.
+# A loss must be this many nats below the loss of token frequencies, so that the perplexity is at least a fifth lower.
 MARGIN = 0.25
 
 console = Console(highlight=False)

@@ -98,7 +98,7 @@ class S3Server:
 
     def stop(self) -> None:
         if self._process and self._process.poll() is None:
-            self._process.kill()  # a regular end takes ten seconds, and the data is temporary
+            self._process.kill()  # killed, because a regular end takes ten seconds and the data is temporary
             self._process.wait()
 
     def make_bucket(self, name: str) -> None:

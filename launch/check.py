@@ -1,4 +1,4 @@
-"""Finds what would make a launch fail or cost more than expected, before anything costs money.
+"""Finds problems that would make a launch fail or cost more than expected, before anything costs money.
 
     BUCKET=my-bucket python -m launch.check sky/pretrain-8xa100.yaml [--gpus NAME:COUNT] [--num-nodes NUMBER]
 
@@ -40,7 +40,7 @@ from launch.node import network, supervise
 
 KEY_PAIR = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
 ONE_KEY = {"google": "BUCKET_GOOGLE_KEY", "azure": "BUCKET_AZURE_KEY"}
-# A check takes a task and its settings: the environment, updated by the task's envs.
+# A check takes a task and its settings, which are the environment updated by the task's envs.
 Check = Callable[[TaskSpec, Mapping[str, str]], Iterable[Finding]]
 
 
@@ -94,7 +94,7 @@ def _guarded(name: str, ask: Callable[[], Iterable[Finding]]) -> Iterator[Findin
         yield from ask()
     except LauncherError as error:
         yield Finding("x", secrets.scrub(str(error)))
-    except Exception as error:  # without credentials, rights or network: any error of a cloud's library
+    except Exception as error:  # a cloud's library may raise any error without credentials, rights or network
         yield Finding("?", f"{name}: could not be asked ({secrets.scrub(one_line(error))[:160]})")
 
 
@@ -155,7 +155,7 @@ def _start_model(tuned: FinetuneConfig) -> ModelConfig:
 
 
 def setting_problems(settings: Mapping[str, str]) -> list[str]:
-    """One sentence for each setting that the node would refuse."""
+    """Yields a sentence for each setting that the node would refuse."""
     found = []
     for name, parse in PARSERS.items():
         if settings.get(name):  # an empty setting has its default
@@ -193,7 +193,7 @@ def _endpoint(name: str) -> Callable[[Mapping[str, str]], str]:
     return parse
 
 
-# The parsers that the node will use too.
+# The node uses the same parsers.
 PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
     "BUCKET": bucket.root,
     "RUN": lambda settings: bucket.name(settings, "RUN"),
@@ -217,7 +217,7 @@ PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
 
 
 def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Checks the keys of the bucket. The node would find an empty key only after the image is built."""
+    """Checks the keys of the bucket. The node would notice an empty key only after it has built the image."""
     named = settings.get("BUCKET")
     service = storage.terms_of(bucket.root(settings)).service if named else aws.service_of(None)
     keys = (ONE_KEY[service],) if service in ONE_KEY else KEY_PAIR
@@ -274,7 +274,7 @@ def _refuses_second_write(uri: str) -> bool:
 
 
 def _data_bytes(task: TaskSpec) -> int:
-    """Size of the training data; 0 if there is none yet."""
+    """Size of the training data; 0 if the data does not exist yet."""
     try:
         return sum(shard.bytes for shard in manifest.read(bucket.url(task.envs, "DATA")).splits["train"].shards)
     except LauncherError:
@@ -282,7 +282,7 @@ def _data_bytes(task: TaskSpec) -> int:
 
 
 def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Compares what the run has cost with MAX_USD: nothing is rented on a spent cap."""
+    """Compares the run's cost so far with MAX_USD, so that nothing is rented once the cap is spent."""
     if "MAX_USD" not in task.envs or setting_problems(settings):
         return
     max_usd, url = _cap(settings) if settings.get("MAX_USD") else 0.0, bucket.url(task.envs, "RUN")
@@ -291,7 +291,7 @@ def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
         gone.record(url)
     usd = spent_usd_at_most(folder) if max_usd else 0.0
     if usd is None:
-        yield Finding("!", f"cap: what {folder} has cost is not known, so that MAX_USD will be refused")
+        yield Finding("!", f"cap: the cost of {folder} so far is not known, so MAX_USD will be refused")
     elif max_usd and usd >= max_usd:
         remedy = "set a larger MAX_USD, or another RUN"
         yield Finding("x", f"cap: {folder} has cost ${usd:.2f}, all of MAX_USD (${max_usd:g}); {remedy}")
@@ -358,7 +358,7 @@ def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
         yield from _guarded(f"capacity of {name}", partial(CLOUDS.get(name, Cloud()).capacity_findings, task))
 
 
-# A launch runs these checks too, because they ask only the bucket and this checkout. Settings come first.
+# A launch runs these checks too, because they need only the bucket and this checkout. Settings come first.
 FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_cap, check_data)
 CHECKS: tuple[Check, ...] = (
     *FREE_CHECKS,

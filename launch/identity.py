@@ -1,8 +1,8 @@
-"""Says which keys of the user's reach a rented node, besides the bucket's, and what ends it if its job never begins.
+"""Names the user's keys that a node gets besides the bucket's keys, and says what ends a node whose job never begins.
 
-SkyPilot 0.14.1 copies the credential files of every cloud to each node, so that the node can end itself. On AWS it
-leaves out its own cloud's if `aws.remote_identity` names a role; a node on Lambda gets those of AWS unless the launch
-forbids it, which it can only if no candidate of the task is on AWS.
+SkyPilot 0.14.1 copies the credential files of every cloud to each node, so that the node can end itself. A node on AWS
+does not get the files of AWS if `aws.remote_identity` names a role. A node on Lambda gets the files of AWS unless the
+launch forbids it, which is possible only if no candidate of the task is on AWS.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,8 @@ def check_identity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
     for cloud in candidates:
         own = role.node_role() if cloud.default_role else None
         gets = [f"the role {own}" if own else cloud.default_role] if cloud.default_role else []
-        # Files of a cloud with roles stay here if it gives a role, and can be kept here if no candidate is on it.
+        # The files of a cloud with roles stay on this computer if the node has a role. They can stay here if no
+        # candidate is on this cloud.
         copied = [
             each
             for each in CLOUDS.values()

@@ -1,4 +1,4 @@
-"""Looks for what a task works on, before a machine is rented: tokens, weights, examples, prompts."""
+"""Checks before a machine is rented that a task's inputs exist: tokens, weights, examples, prompts."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,7 +10,7 @@ from core.run.folder import RunFolder
 from core.settings.tuning import DistilConfig, FinetuneConfig, SynthesisConfig
 from core.task import TaskSpec
 
-# Work on a trained run: its stage, and the property of RunFolder with its ledger.
+# Stages that work on a trained run, and the property of RunFolder that names their ledger.
 BESIDE = {"evaluate": "evaluations", "serve": "serving", "export": "exports"}
 
 

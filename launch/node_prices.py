@@ -1,7 +1,7 @@
-"""What a launch may cost an hour beyond what a node can find out: a machine without an image, and the jobs' controller.
+"""Finds two prices per hour that a node cannot find out: of a machine without an image, and of the jobs' controller.
 
-A node passes both on to the cap (core/run/paid.py): the first for a machine that ends in its set-up, where nothing of
-ours knows its type, the second for a managed job.
+A node passes both prices to the cap (core/run/paid.py). The first is for a machine that ends in its set-up, before a
+program of this project knows its type. The second is for a managed job.
 """
 
 import os
@@ -27,9 +27,9 @@ def for_nodes(task: TaskSpec) -> dict[str, str]:
 
 
 def at_most(task: TaskSpec, offers: Iterable[Offer]) -> float | None:
-    """The highest list price of all nodes together that the task may be given; None if no price is known.
+    """The highest list price of all nodes together among the machines that fit the task; None if no price is known.
 
-    A spot machine costs at most what it costs on demand.
+    The on-demand price is an upper bound of the spot price.
     """
     prices = [
         min(filter(None, (offer.usd_on_demand, request.max_usd_per_hour)))
@@ -59,6 +59,6 @@ def controller_usd_per_hour() -> float | None:
 
 
 def declared(task: TaskSpec, given: Mapping[str, str]) -> dict[str, Any]:
-    """`given` with the prices that the task takes and the user has not set."""
+    """`given`, with the prices that the task declares and the user has not set."""
     wanted = {name: usd for name, usd in for_nodes(task).items() if name in task.envs and not given.get(name)}
     return {**given, **wanted}

@@ -7,8 +7,8 @@
     python -m launch.runs logs RUN_URL                    the same, by URL; includes preempted machines
     python -m launch.runs pull sky/TASK.yaml | RUN_URL [FOLDER]
 
-`pull` downloads metrics, ledger, logs and the newest complete checkpoint to pulled/RUN, or to FOLDER. Files that are
-there already are kept. The copy is a run folder: `python cost_report.py pulled/gpt2-124m` reads it.
+`pull` downloads metrics, ledger, logs and the newest complete checkpoint to pulled/RUN, or to FOLDER. Existing files
+are kept. The copy is a run folder: `python cost_report.py pulled/gpt2-124m` reads it.
 """
 
 import datetime
@@ -39,7 +39,7 @@ FOLDERS += ("refused",)
 # Objects that differ between two runs, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
-# The beginning of a line that contains its time already, as the log lines of this project do.
+# The beginning of a line that already contains its time, as the log lines of this project do.
 _TIMED = re.compile(r"\d\d:\d\d:\d\d ")
 _CHECKPOINT = re.compile(r"/checkpoints/(step-\d+)/")
 USAGE = "usage: python -m launch.runs status|logs|pull sky/TASK.yaml|RUN_URL (make status, make logs, make pull)"
@@ -67,14 +67,14 @@ def run_of(source: str, variables: Mapping[str, str]) -> str:
 
 
 def status(arguments: list[str]) -> int:
-    """Print what SkyPilot and the clouds say is up, and the dollars of a run if one is named.
+    """Print the running resources that SkyPilot and the clouds list, and the dollars of a run if one is named.
 
-    Returns 2 if a source could not be asked. Something that is up is no failure here, unlike in launch.down.
+    Returns 2 if a source could not be asked, else 0. Unlike in launch.down, running resources are not a failure here.
     """
     print("$ sky status --refresh", flush=True)
     try:
         code = subprocess.call([skypilot.find_sky(), "status", "--refresh"])
-    except ConfigError as error:  # not installed: the clouds may know
+    except ConfigError as error:  # SkyPilot is not installed; the clouds may list machines
         print(f"?  {error}")
         code = UNKNOWN
     survey = look(everyone=bool(os.environ.get("ALL")))
@@ -174,7 +174,10 @@ def show_stored(url: str) -> int:
 
 
 def _shown(event: Mapping[str, Any]) -> str:
-    """A stored line, after its time (UTC), unless the line begins with a time. A terminal obeys nothing in it."""
+    """A stored line behind its time (UTC), unless the line begins with a time.
+
+    Terminal control characters are escaped.
+    """
     line = output.visible(secrets.scrub(str(event.get("line", ""))))
     if _TIMED.match(line):
         return line
@@ -212,7 +215,7 @@ def pull(arguments: list[str]) -> int:
 
 
 def name_of(run_url: str) -> str:
-    """The run's name: what follows `runs/` in its URL, else the last part."""
+    """The run's name: the part after `runs/` in its URL, else the last part."""
     _, found, name = run_url.rpartition("/runs/")
     return name if found else run_url.rpartition("/")[2]
 

@@ -1,16 +1,16 @@
-"""Submits a task of sky/ with settings from the environment and .env, and prints the sky command that does it.
+"""Submits a task of sky/ with settings from the environment and .env, and prints the sky command.
 
     BUCKET=my-bucket python -m launch.submit sky/pretrain-8xa100.yaml [--no-check] [options of sky launch]
 
-First runs the checks that cost nothing (launch/check.py), to find settings that the node would refuse before a machine
-is rented. Then it prints the forecast of the cheapest offer and stores it with the run; the report compares it with the
-dollars that the run took. `--no-check` skips both.
+First runs the checks that cost nothing (launch/check.py), to find wrong settings before a machine is rented. Then it
+prints the forecast of the cheapest offer and stores it with the run. The report compares this forecast with the dollars
+that the run took. `--no-check` skips both.
 
 Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its `secrets` becomes `--secret NAME`:
 SkyPilot reads the values of secrets from the environment, not from a command line. A task with job_recovery becomes a
-managed job, and with MANAGED=1 any task does (launch/managed.py). A launch that is interrupted is undone, and one that
-fails ends with a look at what is up (launch/undo.py). MAX_WAIT=MINUTES bounds the time that the launch waits for a
-machine (launch/waiting.py).
+managed job, and with MANAGED=1 any task does (launch/managed.py). An interrupted launch is undone. A failed launch ends
+with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES limits the time that the launch waits for a machine
+(launch/waiting.py).
 """
 
 import itertools
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 def submit(path: str, options: list[str], given: Mapping[str, str]) -> int:
     """Check and launch a task with the settings of `given`. Returns the exit code.
 
-    Secrets come from this process's environment, where SkyPilot looks for them. Raises ConfigError.
+    Secrets come from this process's environment, because SkyPilot reads them there. Raises ConfigError.
     """
     task = read_task(managed.chosen(path, given), given, machine_choice(options))
     options_of_sky = [option for option in options if option != NO_CHECK]
@@ -89,7 +89,7 @@ def submit(path: str, options: list[str], given: Mapping[str, str]) -> int:
 
 
 def launchable(task: TaskSpec, settings: Mapping[str, str]) -> bool:
-    """Print the findings of the free checks that are not `ok`. False if one of them is an `x`."""
+    """Print the findings of the free checks that are not `ok`. Returns False if one of them is an `x`."""
     allowed = True
     for finding in check.all_findings(check.FREE_CHECKS, task, settings):
         allowed = allowed and finding.mark != "x"

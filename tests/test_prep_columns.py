@@ -67,7 +67,7 @@ def test_an_intact_file_is_not_called_damaged(tmp_path: Path, vocab_bpe: Path, m
 
     source = written(tmp_path, {"text": TEXTS, "id": IDS})
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lacks)
-    with pytest.raises(DataError, match=r"codec 'lzo' not built\); Arrow .* lacks what the file uses") as caught:
+    with pytest.raises(DataError, match=r"codec 'lzo' not built\); Arrow .* lacks a feature of it") as caught:
         prepare_set(source, str(tmp_path / "set"), vocab_bpe)
     assert "damaged" not in str(caught.value)
 

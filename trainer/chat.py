@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     where, flags = generation.split_arguments(arguments, USAGE)
     settings = generation.load(ChatConfig, flags, os.environ)
     set_up_logging(speaks=False)
-    # Importing torch takes seconds. Errors in the settings are reported before that.
+    # Importing torch takes seconds. Errors in the settings are reported before the import.
     from trainer.inference.chat import Chat
     from trainer.inference.chat_model import open_chat_model
     from trainer.inference.terminal import Terminal

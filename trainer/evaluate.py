@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         print(loader.help_text(EvaluateConfig, evaluation.USAGE))
         return OK
     targets, settings = evaluation.parse(arguments, os.environ)
-    # Importing torch takes seconds. Errors in the settings are reported before that.
+    # Importing torch takes seconds. Errors in the settings are reported before the import.
     from trainer.distributed import process_group
 
     try:

@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
 
 
 def check_same(weights: dict, wanted: dict, where: str) -> None:
-    """Raises ConfigError if a flag asks for another model than the one that the weights belong to."""
+    """Raises ConfigError if a flag sets another model than the model of the weights."""
     for key, value in wanted.items():
         if key not in FREE and weights[key] != value:
             raise ConfigError(f"model.{key} is {value}, the weights of {where} have {weights[key]}; leave it out")

@@ -39,9 +39,8 @@ class Shape(NamedTuple):
         return f"{self.sequences} x {self.heads} heads x {self.context} x {self.head_width}"
 
     def flops(self, products: int) -> float:
-        return (
-            products * self.sequences * self.heads * self.context**2 * self.head_width
-        )  # 2 FLOPs per multiply-add, of which the mask keeps half
+        # 2 FLOPs per multiply-add, of which the mask keeps half.
+        return products * self.sequences * self.heads * self.context**2 * self.head_width
 
 
 def main() -> None:
@@ -87,7 +86,7 @@ def sides(shape: Shape, device: torch.device) -> dict[str, Callable]:
 
 
 def measure(name: str, call: Callable, shape: Shape, device: torch.device, rounds: int, compare: bool) -> None:
-    """Report the times, or that the kernel does not support this shape."""
+    """Report the times, or report that the kernel does not support this shape."""
     size = (shape.sequences, shape.heads, shape.context, shape.head_width)
     torch.manual_seed(1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,4 +1,4 @@
-"""Measures time on a device: by CUDA events on a GPU, by the host's clock elsewhere; summarises it by medians."""
+"""Measures time by CUDA events on a GPU and by the host's clock elsewhere, and summarises it by medians."""
 
 import statistics
 import time

@@ -1,6 +1,6 @@
-"""Defines the three parts of bench.on_gpu: the measurements of each, the most valuable first, and their commands.
+"""Defines the parts of bench.on_gpu: the measurements of each, the most valuable first, and their commands.
 
-A part is a generator, because its later measurements depend on results of its earlier ones.
+A part is a generator, because later measurements depend on results of earlier ones.
 """
 
 import shlex
@@ -16,9 +16,11 @@ from bench.gpu.presets import OTHER, PLAIN, path, small_flags
 from bench.gpu.records import Record
 from bench.harness import REPOSITORY
 
-MICRO_BATCHES = (64, 32, 96)  # sequences, in this order; with more, the logits of the plain side exceed 141 GB
+# Numbers of sequences, in this order. With more, the logits of the plain side exceed 141 GB.
+MICRO_BATCHES = (64, 32, 96)
 BF16_RESIDUAL = ("train.residual=bf16", "train.precision=bf16")
-# The resume measurement stores a checkpoint every two steps, so its model is narrow. These heads keep the head width.
+# The resume measurement stores a checkpoint every two steps, so its model is narrow. These numbers of heads keep the
+# head width.
 NARROW = {PLAIN: ["--model.heads=4"], OTHER: ["--model.heads=2"]}
 
 
@@ -40,7 +42,7 @@ class Place:
     rehearse: bool
 
 
-# A name with one of three: a command, a result computed from earlier results, or a reason to skip.
+# The name of a measurement with a command, a result computed from earlier results, or a reason to skip it.
 Measurement = tuple[str, list[str] | dict[str, Any] | Skip]
 Part = Callable[[Place, Record], Iterator[Measurement]]
 
@@ -90,7 +92,7 @@ def speed(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def gains(place: Place, record: Record) -> Iterator[Measurement]:
-    """Steps of the trainer, and the same without one of the choices that are to make them fast."""
+    """Steps of the trainer, and the same steps without one of the choices that make them fast."""
     yield "steps-with-all", _steps(place, "all", OTHER, 20)
     for name in toggles.TOGGLES:
         yield f"steps-without-{name}", _steps(place, f"without-{name}", OTHER, 20, [f"--without={name}"])
@@ -192,6 +194,6 @@ def _tokens_per_second(record: Record, name: str) -> float:
 
 
 def shown(command: list[str], work: Path | None = None) -> str:
-    """The command as a user would type it, with WORK in place of the temporary folder."""
+    """The command as a user would type it, with WORK instead of the temporary folder."""
     text = shlex.join(["python", *command[1:]]).replace(f"{REPOSITORY}/", "")
     return text.replace(str(work), "WORK") if work else text

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 COUNTERS = ("stats", "aot_autograd", "inductor", "graph_break", "ddp")
 TOP = 12
 LARGEST_TRACE_BYTES = 8 << 20
-# The first pattern that matches counts. Names are those of kernels on a GPU, of operators on a CPU.
+# The first pattern that matches counts. Names are names of kernels on a GPU, and of operators on a CPU.
 KINDS = {
     "attention": r"flash|fmha|attention|cudnn.*sdp|sdpa|flex",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|::(add|b|ba)?mm\b|addmm|linear|matmul|sm\d\d_|triton_tem.*mm",
@@ -42,7 +42,7 @@ def kind_of(name: str) -> str:
 def kernels(profile: torch.profiler.profile, device: torch.device) -> dict[str, Any]:
     """Milliseconds by kernel and by kind; on a GPU also its idle time between the first and the last kernel."""
     spans = [(each.name, each.time_range.start, each.time_range.end) for each in _kernels(profile, device)]
-    by_name: dict[str, list[float]] = {}  # milliseconds of each call; on a CPU only their sum
+    by_name: dict[str, list[float]] = {}  # milliseconds of each call; on a CPU, only their sum
     calls: dict[str, int] = {}
     if device.type == "cuda":
         for name, begin, end in spans:
@@ -88,7 +88,7 @@ def _kernels(profile: torch.profiler.profile, device: torch.device) -> list:
     if device.type != "cuda":
         return []
     events = profile.events()
-    # The GPU's timeline also holds the ranges that the program marked, under the names that they have on the CPU.
+    # The GPU's timeline also holds ranges that the program marked. They have the same names as on the CPU.
     marked = {each.name for each in events if each.device_type == DeviceType.CPU}
     return [each for each in events if each.device_type == DeviceType.CUDA and each.name not in marked]
 

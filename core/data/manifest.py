@@ -18,8 +18,8 @@ from core.secrets import without_keys
 NAME = "manifest.json"
 FORMAT = "token-shards"
 VERSION = 1
-SUFFIX = ".bin"  # of a shard; the cache finds what it may remove by it
-# Records beside the shards hold what a manifest says: preparation writes it again without reading the source.
+SUFFIX = ".bin"  # ending of a shard's name, by which the cache recognises the files that it may remove
+# The records beside the shards hold all facts of a manifest, so preparation can write it again without the source.
 _AGAIN = "delete it, and run the command that prepared the data again"
 
 
@@ -66,7 +66,10 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the checksums of the vocabulary and of the shards in order. Equal data has the same one."""
+        """SHA-256 over the checksums of the vocabulary and of the shards in order.
+
+        Equal data has equal fingerprints.
+        """
         digest = hashlib.sha256(f"{self.tokenizer.vocab_sha256} {self.bits}".encode())
         for name in sorted(self.splits):
             for shard in self.splits[name].shards:

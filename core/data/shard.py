@@ -1,6 +1,6 @@
 """Writes and parses token shards: a header of 1024 bytes, then little-endian tokens.
 
-The header is that of llm.c (256 int32: magic 20240520, version 1, token count), so that llm.c, build-nanogpt and
+The header has llm.c's format (256 int32: magic 20240520, version 1, token count), so llm.c, build-nanogpt and
 modded-nanogpt can read the files. The fourth field, zero in llm.c, holds the bits per token. docs/formats.md documents
 the fields.
 """

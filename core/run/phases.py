@@ -1,7 +1,7 @@
 """Defines the phases of a run's time and the marks of its ledger, in two tables.
 
-To add a phase, add a line to PHASES, and book its time with `SegmentLog.switch` or `SegmentLog.phase`: the ledger
-accepts it, and report and page show it. `python -m bench.tables` renews docs/formats.md.
+To add a phase, add a line to PHASES and book its time with `SegmentLog.switch` or `SegmentLog.phase`. The ledger then
+accepts the phase, and report and page show it. `python -m bench.tables` renews docs/formats.md.
 """
 
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ def label(name: str) -> str:
 
 
 def colour_class(name: str) -> str:
-    """The CSS class with the colour of a phase; `p-other` for a name that the table lacks, which may be anything."""
+    """The CSS class with the colour of a phase; `p-other` for any name that is not in the table."""
     return f"p-{name if name in _NAMES else 'other'}"
 
 

@@ -21,11 +21,14 @@ Training = TypeVar("Training", bound=TrainingConfig)
 
 UNCONFIRMED = "by estimate, not confirmed on a GPU yet"
 
-LARGEST = 128  # most sequences per micro-batch that are tried; more are never faster
+LARGEST = 128  # the largest micro-batch that is tried, in sequences; a larger one is never faster
 
 
 def possible(settings: TrainingConfig, model: ModelConfig, world: int) -> list[int]:
-    """Micro-batch sizes that divide the batch over `world` ranks, largest first. Raises ConfigError if none does."""
+    """Micro-batch sizes that divide the batch over `world` ranks, largest first.
+
+    Raises ConfigError if there is none.
+    """
     sequences = settings.batch.tokens_per_step // model.context
     sizes = [size for size in range(min(LARGEST, sequences), 0, -1) if sequences % (size * world) == 0]
     if not sizes:
@@ -53,7 +56,7 @@ def estimate(settings: TrainingConfig, model: ModelConfig, micro_batch_size: int
 
 
 def advice(settings: TrainingConfig, model: ModelConfig, world: int, memory: float) -> str:
-    """The end of a message: flags with which training fits into `memory`, at the least cost in speed."""
+    """The end of a message: the flags with which training fits into `memory` at the least cost in speed."""
     stages = range(settings.optimizer.zero + 1, 3) if world > 1 else ()
     remedies: list[tuple[str, Any]] = [("optimizer.zero", stage) for stage in stages]
     if not settings.train.activation_checkpointing:
@@ -77,7 +80,7 @@ def changed_to(settings: Training, key: str, value: Any) -> Training:
 
 
 def verdict(settings: TrainingConfig, model: ModelConfig, gpu: str, world: int) -> tuple[bool, str] | None:
-    """Whether `settings` fit, and a sentence that names settings that do. None for a GPU of unknown memory.
+    """Whether `settings` fit, and a sentence that names settings which fit. None for a GPU of unknown memory.
 
     Raises ConfigError if the batch does not divide over `world` ranks.
     """

@@ -1,7 +1,7 @@
 """Defines Store, the interface of stores for core.storage, and selects keys by patterns.
 
-The form of the keys differs between stores. Each store raises the errors of the library that it uses, which
-core/stores/faults.py interprets.
+The form of the keys differs between stores. Each store raises its library's errors, which core/stores/faults.py
+interprets.
 """
 
 import fnmatch
@@ -31,7 +31,7 @@ class Terms:
     service: str
     bucket: str = ""
     endpoint: str = "the server"
-    create: str = "create it"  # how to create the bucket
+    create: str = "create it"  # a sentence on how to create the bucket
     keys: str = ""  # variables that hold its credentials
     access: str = "that the key may read and write this bucket"
 
@@ -91,8 +91,9 @@ def is_pattern(place: str) -> bool:
 def matcher(pattern: str) -> Callable[[str], bool]:
     """A function that says whether a whole path matches. `**` stands for folders only as a complete part.
 
-    Names that begin with `.` are hidden, as in a shell, and so are names that begin with `_`, which Spark and Hive give
-    to files beside the data. A wildcard matches them only if the pattern begins with the same character (`.*`, `_*`).
+    Names that begin with `.` are hidden, as in a shell. Names that begin with `_` are hidden too, because Spark and
+    Hive use them for files beside the data. A wildcard matches hidden names only if the pattern begins with the same
+    character (`.*`, `_*`).
     """
     parts = [None if part == "**" else _part(part) for part in pattern.split("/")]
     return lambda path: _fits(parts, path.split("/"))

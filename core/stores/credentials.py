@@ -1,4 +1,4 @@
-"""Finds the credentials of a bucket: in the BUCKET_ variables, else in the places where the store's own tools look.
+"""Finds the credentials of a bucket: in the BUCKET_ variables, else in the places that the store's own tools use.
 
 For S3, these are the environment (AWS_ACCESS_KEY_ID, ...), then a profile or SSO login of ~/.aws if boto3 is installed,
 then the machine's role. A profile is read again before its keys expire, because other programs renew it. For Google and
@@ -35,7 +35,7 @@ class NoCredentials(Exception):
 
 
 def for_s3(variables: Mapping[str, str]) -> Provider | None:
-    """A function that returns keys. None if the machine's role is to be used, which obstore finds without it.
+    """A function that returns keys. None if the machine's role is to be used, which obstore finds itself.
 
     Raises ConfigError if a variable is set but its partner is not (key and secret).
     """

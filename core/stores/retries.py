@@ -21,15 +21,15 @@ from core.stores.opener import open_store
 log = logging.getLogger("core.storage")
 T = TypeVar("T")
 
-# The eight pauses (0.25 to 15 s) add up to about 45 s, besides the time of the attempts: longer than S3's SlowDown
-# episodes, shorter than the time after a preemption notice.
+# The eight pauses (0.25 to 15 s) add up to about 45 s, without the time of the attempts. This is longer than S3's
+# SlowDown episodes and shorter than the time after a preemption notice.
 ATTEMPTS = 9
 BACKOFF_SECONDS = 0.25
 BACKOFF_CAP_SECONDS = 15.0
 
 
 def call(uri: str, verb: str, use: Callable[[Store, str], T]) -> T:
-    """`use(store, key)` with the store behind a URI and the object's key. `verb` describes it in messages.
+    """Calls `use(store, key)` with the store behind a URI and the object's key. `verb` describes the call in messages.
 
     Raises StorageError with the URI and the remedy, and core.errors.ConfigError for wrong credentials.
     """
@@ -73,9 +73,9 @@ def _pause(verb: str, uri: str, attempt: int, error: Exception, marks: frozenset
     time.sleep(pause)
 
 
-# --- interruptible waiting -------------------------------------------------------------------------------------
-# Python runs signal handlers between two bytecodes of the main thread, and a request of obstore is one bytecode, which
-# takes a minute if the server hangs. Another thread therefore makes the request while the main thread waits for it.
+# --- interruptible waiting ------------------------------------------------------------------------------------- Python
+# runs signal handlers between two bytecodes of the main thread. A request of obstore is one bytecode, and takes a
+# minute if the server hangs. Another thread therefore makes the request while the main thread waits for it.
 
 
 class _Asker:
@@ -97,7 +97,7 @@ class _Asker:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
-            del call, future  # they would keep the last object in memory until the next call
+            del call, future  # these variables would keep the last object in memory until the next call
 
 
 # Threads that wait for a request. A thread whose caller was interrupted is not put back here.

@@ -22,7 +22,7 @@ from costs.plan.machines import Wanted
 from costs.plan.own import Own
 from costs.plan.planner import PREPARATION, Answer, Buyer, Prices, Question
 
-MOST_USD = 100_000.0  # above it every plan has all the tokens that it may take
+MOST_USD = 100_000.0  # above this sum, every plan already has all the tokens that it may take
 USAGE = """\
 Says which machine, model size, number of tokens and recipe give the lowest expected validation loss for a sum of
 dollars, all in: start, image, data, training, validation, checkpoints, shutdown, restarts, storage, egress.
@@ -38,7 +38,10 @@ It rents nothing. It prints what to type to launch the best plan.
 
 
 def main(arguments: list[str]) -> None:
-    """Print the plans for a sum. Raises LauncherError, with the smallest sum that works if that is the problem."""
+    """Print the plans for a sum. Raises LauncherError.
+
+    If the sum is too small, the error names the smallest sum that works.
+    """
     options = _parser().parse_args(arguments)
     today = datetime.now(UTC).date()
     usd = _dollars(options.usd)
@@ -95,8 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--cloud", metavar="NAME", help="only this cloud")
     add("--size", metavar="SIZE", help=f"only this model size: {', '.join(recipes.SIZES)}")
     add("--recipe", metavar="NAME", help=f"only this recipe: {', '.join(recipes.RECIPES)}")
-    add("--unique-tokens", default="10e9", metavar="N", help="tokens of the set; default: FineWeb-Edu 10BT's 10e9")
-    add("--prepared", action="store_true", help="the tokens are in the bucket already: leave out their preparation")
+    add(
+        "--unique-tokens",
+        default="10e9",
+        metavar="N",
+        help="number of tokens in the set; default: 10e9, as in FineWeb-Edu 10BT",
+    )
+    add("--prepared", action="store_true", help="leave out the preparation: the tokens are already in the bucket")
     add("--reserve", default="0.1", metavar="SHARE", help="share of the sum that is kept back; default 0.1")
     add("--like", action="append", default=[], metavar="RUN_URL", help="take speed and overhead from this run, too")
     add("--refuse-stale", metavar="DAYS", help="refuse prices that are older, or have no date")
@@ -122,7 +130,8 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
         ("To launch only its training:", view.command(answer.plans[0], usd, bucket)),
     ):
         console.print(what, markup=False)
-        console.file.write(f"  {command}\n")  # not through the console, which would break the line: it is to be copied
+        # Printed without the console, which would break a line that the user is to copy.
+        console.file.write(f"  {command}\n")
     console.print()
     console.print(render.terminal_table(view.bill(answer, today)))
     for line in notes[view.LEGEND :]:
@@ -134,7 +143,7 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
 
 
 def _constraints(options: argparse.Namespace) -> dict[str, str]:
-    """The flags that `make run` is to be given too, by name; "" for one without a value."""
+    """The flags that `make run` needs too, by name; "" for a flag without a value."""
     names = ("deadline", "gpus", "cloud", "size", "recipe", "refuse_stale")
     found = {name.replace("_", "-"): value for name in names if (value := getattr(options, name)) is not None}
     return found | ({"on-demand": ""} if options.on_demand else {})
@@ -144,12 +153,12 @@ def _beside(prices: Prices) -> list[str]:
     """Notes on what the dollars leave out."""
     said = ["the container image is taken as pushed (make image); without IMAGE the node builds it, which takes longer"]
     if PREPARATION not in prices.beside:
-        said.append("the tokens are taken as prepared, so that the dollars leave that out")
+        said.append("the tokens count as prepared, so the dollars do not include their preparation")
     return said
 
 
 def _own(options: argparse.Namespace) -> Own:
-    """The user's own runs. Runs that --like names come first."""
+    """The user's own runs; the runs of --like come first."""
     mine = Own(said="own runs: not read (--offline)") if options.offline else own.in_bucket(os.environ)
     named = own.named(options.like)
     if not named.speeds and not named.losses:
@@ -219,7 +228,7 @@ def _one_of(flag: str, text: str | None, known: Sequence[str]) -> str | None:
 
 
 def _check_machines(wanted: Wanted, catalog: Catalog) -> None:
-    """Raises ConfigError if the catalog has no prices, or none of what is wanted."""
+    """Raises ConfigError if the catalog has no prices, or none that fits the constraints."""
     priced = [each for each in catalog.offers if each.accelerator and (each.usd_on_demand or each.usd_spot)]
     if not priced:
         raise ConfigError(f"no machine has a price in {catalog.source}; run `sky check`, or give --offline")
@@ -240,7 +249,7 @@ def _check_machines(wanted: Wanted, catalog: Catalog) -> None:
 
 
 def _nothing(answer: Answer, buyers: Sequence[Buyer]) -> str:
-    """The reason, in a sentence, when nothing can be planned."""
+    """A sentence with the reason why no plan is possible."""
     question = answer.question
     if answer.least is not None and answer.least[0] > question.usd:
         usd, what = answer.least

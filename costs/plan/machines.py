@@ -18,7 +18,7 @@ STALE_DAYS = 30
 
 @dataclass(frozen=True)
 class Wanted:
-    """Constraints of the user. None and False accept anything. `gpus` is NAME or NAME:COUNT."""
+    """The user's constraints. None and False accept anything. `gpus` is NAME or NAME:COUNT."""
 
     on_demand: bool = False
     gpus: str | None = None
@@ -28,7 +28,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that a plan does not use, and why."""
+    """A machine or model that a plan does not use, and the reason."""
 
     what: str
     why: str
@@ -36,9 +36,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a launch of `task` with `options` rents. Dollars per hour: expected, and the range over zones and regions.
+    """A machine that a launch of `task` with `options` rents.
 
-    `priced` is the day of the price, None if it has none; `idle_seconds` the time from the run's end to the shutdown.
+    Its dollars per hour are the expected price and the range over zones and regions. `priced` is the day of the price,
+    None if it has none; `idle_seconds` the time from the run's end to the shutdown.
     """
 
     task: str
@@ -73,9 +74,9 @@ def tasks(folder: Path = ROOT / "sky") -> list[TaskSpec]:
 def machines(
     catalog: Catalog, tasks: Sequence[TaskSpec], wanted: Wanted, today: date
 ) -> tuple[list[Machine], list[Refusal]]:
-    """All machines with GPUs that a task launches, and those that none does.
+    """All machines with GPUs that a task launches, and those that no task launches.
 
-    A managed task launches spot machines; a machine on demand comes from a task that is not managed.
+    A managed task launches spot machines, any other task on-demand machines.
     """
     kinds: dict[tuple[str, str, int], list[Offer]] = {}
     for offer in catalog.offers:
@@ -104,7 +105,7 @@ def _is_wanted(offer: Offer, wanted: Wanted) -> bool:
 
 
 def _launched(catalog: Catalog, offers: Sequence[Offer], spot: bool, tasks: Iterable[TaskSpec]) -> Machine | Refusal:
-    """The machine that the first fitting task launches, one that names these GPUs itself before others."""
+    """The machine that the first fitting task launches. Tasks that name these GPUs come first."""
     cloud, gpu, count = offers[0].cloud, offers[0].accelerator or "", offers[0].accelerators
     kind = [task for task in tasks if task.managed is spot]
     for task in sorted(kind, key=lambda task: not any(_asks_for(each, gpu, count) for each in task.requests)):

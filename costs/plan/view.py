@@ -1,4 +1,4 @@
-"""Says a plan in words, tables and JSON: what to rent, what it buys, what it costs, and what to type."""
+"""Shows a plan in words, tables and JSON: the machine, the model, the dollars, and the command to type."""
 
 import dataclasses
 import shlex
@@ -18,7 +18,7 @@ from costs.plan.refit import Refit
 from costs.tables import Sheet
 
 ROWS = 3
-# The phases of costs/forecast.py in words for a reader who has not seen the documents.
+# Names of the phases of costs/forecast.py for a reader who does not know the documents.
 PARTS = {
     "provision": "start of the machine",
     "image": "container image",
@@ -37,12 +37,12 @@ PARTS = {
     EXPORT: "export",
     RESERVE: "reserve",
 }
-# Machines without a target of their own are launched by `make pretrain TASK=…`.
+# Machines without a separate target are launched by `make pretrain TASK=…`.
 _TARGETS = {"pretrain-8xa100": "make pretrain", "pretrain-8xa100-spot": "make pretrain-spot"}
 
 
 def command(each: Plan, usd: float, bucket: str = "") -> str:
-    """What to type to launch a plan."""
+    """The command that launches a plan."""
     task = Path(each.machine.task).stem
     run = f"{each.candidate.recipe}-{each.candidate.size.lower()}-{usd:g}usd"
     words = [_TARGETS.get(task, f"make pretrain TASK={task}"), f"BUCKET={shlex.quote(bucket or 'my-bucket')}"]
@@ -52,7 +52,7 @@ def command(each: Plan, usd: float, bucket: str = "") -> str:
 
 
 def run_command(usd: float, bucket: str, constraints: Mapping[str, str]) -> str:
-    """What to type to do all of plan 1. `constraints` are the flags of the question, by name."""
+    """The command that carries out all stages of plan 1. `constraints` are the flags of the question, by name."""
     names = {"gpus": "GPUS", "deadline": "DEADLINE", "on-demand": "ON_DEMAND"}
     words = [f"BUCKET={shlex.quote(bucket or 'my-bucket')}"]
     if constraints.keys() <= names.keys():
@@ -112,7 +112,7 @@ def _seen(machine: Machine, today: date) -> str:
 
 
 def bill(answer: Answer, today: date) -> Sheet:
-    """What each plan rents and trains, and its dollars by line, which add up to its sum."""
+    """A table of each plan's machine and model, and of its dollars by line, which add up to the sum."""
     shown = answer.plans[:ROWS]
     columns = [_rounded(each) for each in shown]
     others = [answer.others.get(each.machine.name) for each in shown]
@@ -135,7 +135,7 @@ def _rounded(each: Plan) -> dict[str, float]:
 
 
 def refusals(answer: Answer) -> list[str]:
-    """One line per reason, with all that it refuses."""
+    """One line per reason, with everything that is refused for it."""
     by_reason: dict[str, list[str]] = {}
     for each in answer.refusals:
         by_reason.setdefault(each.why, []).append(each.what)
@@ -146,7 +146,7 @@ LEGEND = 2  # the first notes explain the columns
 
 
 def notes(answer: Answer, found: Law, today: date) -> list[str]:
-    """What a reader has to know before trusting the figures; the first LEGEND explain the table of plans."""
+    """Notes on how far to trust the figures. The first LEGEND of them explain the table of plans."""
     shown = answer.plans[:ROWS]
     said = [
         f"loss: validation loss on {law.SCALE} in nats per token, lower is better; a public GPT-2 124M reached 3.27 "
@@ -187,7 +187,7 @@ def notes(answer: Answer, found: Law, today: date) -> list[str]:
 
 
 def on_own_sets(answer: Answer, fit: Refit) -> list[str]:
-    """The expected losses of the plans that are shown, on the sets of the user's own runs."""
+    """The expected losses of the shown plans, converted to the token sets of the user's own runs."""
     said = []
     for url, (offset, error) in fit.offsets.items():
         where = "/".join(url.rstrip("/").split("/")[-2:])

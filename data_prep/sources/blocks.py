@@ -45,7 +45,7 @@ def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Generator[bytes,
 
 
 def content(file: SourceFile, fetched: Fetched) -> Generator[bytes, None, None]:
-    """Yields the blocks of a whole file, decompressed according to its suffix. Raises DataError for a damaged one."""
+    """Yields the blocks of a whole file, decompressed according to its suffix. Raises DataError for a damaged file."""
     raw = ranged(file.uri, 0, file.size, fetched)
     kind = compression_of(file.uri)
     if kind is None:
@@ -77,7 +77,7 @@ def head(file: SourceFile) -> bytes:
 def sample(file: SourceFile) -> bytes:
     """The beginning of a file, decompressed: at least the first line of most files. Reads at most HEAD_BYTES.
 
-    Empty if these bytes contain no complete compressed block. Raises DataError for a small damaged file.
+    The result is empty if these bytes contain no complete compressed block. Raises DataError for a small damaged file.
     """
     if not (kind := compression_of(file.uri)):
         return read_range(file.uri, 0, min(file.size, SAMPLE_BYTES))

@@ -38,7 +38,7 @@ def resolved(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> Sour
     """
     kind = kinds.kind_of(file)
     schema = kind.schema(file, source)
-    if not schema.names:  # the file has no valid rows, which is reported when it is read
+    if not schema.names:  # the file has no valid rows; the reader reports this
         return replace(source, text_column=source.text_column or TEXTS[0], id_column=source.id_column or "")
     text = source.text_column if source.text_column is not None else _text(schema, file.uri)
     key = source.id_column if source.id_column is not None else _id(schema, text)
@@ -106,7 +106,7 @@ def _text(schema: pa.Schema, uri: str) -> str:
 
 
 def _id(schema: pa.Schema, text: str) -> str:
-    """The column of ids; empty if there is none, and the hash of the text replaces the id."""
+    """The column of ids; empty if there is none. Then the hash of the text replaces the id."""
     fitting = (name for name in IDS if name in schema.names and name != text)
     return next((name for name in fitting if _is_text(schema.field(name).type) or _is_number(schema, name)), "")
 
@@ -122,7 +122,7 @@ def _present(schema: pa.Schema, uri: str, column: str, hint: str = "") -> str:
 
 def _check_type(schema: pa.Schema, uri: str, column: str, holds: str) -> None:
     kind = schema.field(column).type
-    if kind == pa.null():  # all values that were seen are null
+    if kind == pa.null():  # all values in the first rows are null
         return
     numeric = _is_number(schema, column)
     if holds == "number" and not numeric:

@@ -1,7 +1,7 @@
 """Reads the documents of a part as Arrow batches of valid text, with a 128-bit key per document.
 
-The key is a keyed hash of the document's id. Its upper half decides the split, its lower half the position in the
-shuffle, so that neither depends on the order of documents or on the number of workers and nodes.
+The key is a keyed hash of the document's id. Its upper half decides the split, and its lower half the position in the
+shuffle. So neither depends on the order of documents or on the number of workers and nodes.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from data_prep.sources import chat, columns, kinds
 from data_prep.sources.files import Fetched, Part
 
 KEY_BYTES = 16
-# In each part, the share of bad rows is checked from this number of rows on. It is checked again for the whole dataset.
+# Within a part, the share of bad rows is checked once this number of rows is read. It is checked again for the whole
+# dataset.
 JUDGED_ROWS = 1000
 
 
@@ -98,7 +99,7 @@ def _is_utf8(text: pa.LargeStringScalar) -> bool:
 
 
 def _filters(batch: pa.RecordBatch, keep: FilterConfig) -> Iterator[tuple[str, pa.BooleanArray]]:
-    # Cast first: Arrow compares neither half floats nor views of strings.
+    # Cast first, because Arrow compares neither half floats nor views of strings.
     if keep.min_score is not None:
         yield "low_score", pc.greater_equal(batch.column(keep.score_column).cast(pa.float64()), keep.min_score)
     if keep.languages:

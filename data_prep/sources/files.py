@@ -37,7 +37,7 @@ class SourceFile:
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """The values that the file's documents depend on. The folder is left out, because its spelling may vary."""
+        """The values on which the file's documents depend. The folder is left out, because its spelling may vary."""
         last = self.uri.rsplit("/", 1)[-1]
         return last, self.size, self.tail_sha256, self.reader, self.options, self.name
 
@@ -108,7 +108,7 @@ def has_suffix(uri: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def below(uri: str, folder: str) -> str:
-    """The path of a file below a folder. The two may spell a local folder differently."""
+    """The path of a file below a folder. File and folder may spell a local folder differently."""
     if storage.is_local(uri):
         return os.path.relpath(storage.local_path(uri), storage.local_path(folder or ".")).replace(os.sep, "/")
     return uri.removeprefix(folder.rstrip("/") + "/")

@@ -63,7 +63,7 @@ def is_text(file: SourceFile) -> bool:
 
 
 def kind_of(file: SourceFile) -> SourceKind:
-    """The kind of a file. Raises DataError for an unknown one."""
+    """The kind of a file. Raises DataError for an unknown kind."""
     kind = _STREAMED if file.reader else of_name(file.uri)
     if kind is None:
         raise DataError(f"{file.uri}: unknown kind of source; give files that end in {', '.join(SUFFIXES)}")

@@ -1,7 +1,7 @@
 """Finds the files of a Hugging Face dataset by its name, and determines how to read them.
 
-`datasets` decides as in `load_dataset`, but from the repository's list of files and its card alone, so that nothing is
-downloaded twice and our storage makes the requests. With HF_HUB_OFFLINE or HF_DATASETS_OFFLINE, a copy in the Hub's
+`datasets` decides as in `load_dataset`, but only from the repository's list of files and its card. So nothing is
+downloaded twice, and core.storage makes the requests. With HF_HUB_OFFLINE or HF_DATASETS_OFFLINE, a copy in the Hub's
 cache (`hf download --repo-type dataset OWNER/NAME`) replaces the Hub, with the same plan and result.
 """
 
@@ -31,7 +31,7 @@ _OWN = {"parquet", "text"}
 
 @dataclass(frozen=True)
 class _Copy:
-    """A dataset at a commit: a local folder with its files, and their true sizes. Only cards need their content."""
+    """A dataset at a commit: a local folder with its files, and their true sizes. Only cards have content."""
 
     repository: str
     commit: str
@@ -61,7 +61,7 @@ def find(source: SourceConfig, begun_revision: str = "") -> list[SourceFile]:
 
 
 def _file(uri: str, size: int, module: str, options: dict[str, Any]) -> SourceFile:
-    """A source file. It names a reader only if its suffix does not."""
+    """A source file. It names a reader only if the suffix does not determine one."""
     own = kinds.of_name(uri)
     if own and (module in _OWN or (module == "json" and not options) or streamed.reader_of(uri) == (module, options)):
         return SourceFile(uri, size, "")

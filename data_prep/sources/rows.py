@@ -16,7 +16,7 @@ JSON_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json") f
 
 
 def is_file_of_rows(uri: str) -> bool:
-    """Whether the name is that of a file that `read_rows` reads."""
+    """Whether `read_rows` reads a file of this name."""
     return has_suffix(uri, (*JSON_SUFFIXES, *PARQUET))
 
 

@@ -93,7 +93,7 @@ def _settings(module: str, columns: Mapping[str, str]) -> dict[str, Any]:
     """Settings that keep CSV's text unconverted and its batches small."""
     if module != "csv":
         return {}
-    if not columns:  # this call infers the types
+    if not columns:  # infers the types
         return {"chunksize": ROWS}
     import datasets
 

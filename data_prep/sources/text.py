@@ -1,6 +1,6 @@
 """Reads plain text: each file is one document, or each block of lines between blank lines is one.
 
-A document's id is the file's path below the source's folder. A block's id has its number after that, as in `a.txt#3`.
+A document's id is the file's path below the source's folder. A block's id also has its number, as in `a.txt#3`.
 """
 
 from collections.abc import Iterator, Mapping

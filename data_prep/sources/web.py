@@ -1,6 +1,6 @@
 """Reads sizes and byte ranges of source files at https:// addresses, with one request each. huggingface_hub retries.
 
-A server that ignores ranges sends whole files. Small files are then kept in memory, large ones are refused.
+A server that ignores ranges sends whole files. Then small files are kept in memory, and large ones are refused.
 """
 
 from functools import lru_cache

@@ -47,12 +47,15 @@ def rendezvous(environment: Mapping[str, str]) -> list[str]:
 
 
 def check_port(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError if another program uses the port at which ranks of several nodes meet (head node only)."""
+    """Called on the head node.
+
+    Raises ConfigError if another program uses the port at which the ranks of several nodes meet.
+    """
     rank, addresses = nodes(environment)
     if rank > 0 or len(addresses) == 1:
         return
     with socket.socket() as probe:
-        # torch sets this option too: the closing connections of an earlier job then do not block the port.
+        # torch sets this option too. With it, closing connections of an earlier job do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", MASTER_PORT))

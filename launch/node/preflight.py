@@ -4,8 +4,8 @@
 
 Checks number, kind and error counters of the GPUs, clock, disk and bucket. In parallel, a torch program
 (trainer/distributed/preflight.py) checks that CUDA initialises and measures an all-reduce over all GPUs. A `problem` is
-a fault of this machine, which is then replaced by another one. A fault that another machine would have too raises
-ConfigError. A note has no effect. The reports are stored below RUN_URL/preflight/.
+a fault of this machine, which is then replaced by another machine. For a fault that another machine would have too,
+ConfigError is raised. A note has no effect. The reports are stored below RUN_URL/preflight/.
 """
 
 import json
@@ -35,8 +35,8 @@ from launch.node import network
 
 log = logging.getLogger(__name__)
 
-# Xid codes of hardware faults; other codes may be faults of programs (NVIDIA's Xid catalog). In this order: double-bit
-# ECC, row remapping failed, NVLink, fallen off the bus, uncontained ECC, GSP time-outs.
+# Xid codes of hardware faults; other codes may be faults of programs (NVIDIA's Xid catalog). The codes mean, in this
+# order: double-bit ECC, row remapping failed, NVLink, fallen off the bus, uncontained ECC, GSP time-outs.
 FATAL_XIDS = {48, 64, 74, 79, 95, 119, 120}
 # PCIe 4.0 x16 moves at most 31.5 GB/s, so a faster all-reduce used NVLink.
 MIN_NVLINK_GB_PER_S = 40.0
@@ -64,7 +64,7 @@ class PreflightReport:
 
 
 def run(environment: Mapping[str, str], found: Sequence[Gpu]) -> PreflightReport:
-    """Run all checks, in parallel where they do not disturb each other. Raises ConfigError, StorageError."""
+    """Run all checks. Checks that do not disturb each other run in parallel. Raises ConfigError, StorageError."""
     started = time.monotonic()
     rehearsal = environment.get("DEVICE") == "cpu"
     healthy = [gpu for gpu in found if not gpu.fault]
@@ -134,7 +134,7 @@ def judge(report: PreflightReport, environment: Mapping[str, str], found: Sequen
 def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
     """The figures of trainer/distributed/preflight.py on all GPUs of this node, or one sentence about its failure."""
     ranks = network.ranks_per_node(environment)
-    # Not --standalone, which would resolve the host name: a container may not know it.
+    # --standalone would resolve the host name, which a container may not know.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
     # With PARENT_PID the program ends when this process ends (core.stop).
@@ -186,12 +186,15 @@ def disk_speed() -> float:
 
 
 def clock_skew_seconds(environment: Mapping[str, str]) -> float | None:
-    """This clock minus the object store's, to a second, by the Date header of its answer. None without that header."""
+    """The difference between this clock and the object store's, to a second.
+
+    It comes from the Date header of an answer; None without this header.
+    """
     endpoint = aws.endpoint_of(environment)
     try:
         with urllib.request.urlopen(endpoint or "https://s3.amazonaws.com", timeout=10) as answer:
             header = answer.headers["Date"]
-    except urllib.error.HTTPError as error:  # a refusal has a date too
+    except urllib.error.HTTPError as error:  # a refused request has a Date header too
         header = error.headers["Date"]
     except OSError:
         return None

@@ -4,8 +4,8 @@
     outcome = child.wait(hang_seconds=900)
 
 Workers are children of torchrun. They get signals directly, because torchrun gives its children only 30 seconds to
-save. A request to stop creates STOP_FILE. The file shows workers that a SIGTERM is such a request, and that one came
-before they started (core.stop).
+save. A request to stop creates STOP_FILE. By this file, workers recognise that a SIGTERM is a request to stop, or that
+a request came before they started (core.stop).
 
 A program hangs if it neither prints a byte nor touches PULSE_FILE (core.pulse) for HANG_MINUTES.
 """
@@ -41,7 +41,7 @@ DUMP_SECONDS = 15.0
 DRAIN_SECONDS = 10.0
 DRAIN_AFTER_STOP_SECONDS = 3.0
 KILL_SECONDS = 2.0
-# A process that SIGKILL does not end by then waits in the kernel, maybe for good.
+# After this time, a process that SIGKILL has not ended waits in the kernel, perhaps forever.
 AFTER_SIGKILL_SECONDS = 20.0
 READ_BYTES = 1 << 16
 # Longer lines are cut before they are stored.
@@ -50,9 +50,10 @@ LINE_CHARACTERS = 1 << 16
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a child: return code (negative: the signal), and whether it hung or was asked to stop.
+    """The end of a child: the return code (negative for a signal), and whether it hung or was asked to stop.
 
-    `answered`: it seemed to hang, but made progress when it was asked to save. `stacks`: it printed its stacks.
+    `answered` means that it seemed to hang but made progress when it was asked to save. `stacks` means that it printed
+    its stacks.
     """
 
     returncode: int
@@ -79,7 +80,7 @@ class Child:
         self._workers_are_children = launched
         self._keep = keep
         self._aborted = self._stacks = False
-        self._is_gone = True  # False: even SIGKILL did not end it
+        self._is_gone = True  # False if even SIGKILL did not end it
         self._stop = asked or threading.Event()
         self._stop_file = environment.get("STOP_FILE")
         self._asked: set[int] = set()  # processes that got SIGTERM
@@ -132,7 +133,7 @@ class Child:
         return Outcome(code, hung or not self._is_gone, self._stop.is_set(), answered, self._stacks)
 
     def _silent_seconds(self) -> float:
-        """Seconds since the last output or pulse. A pulse is any change of the file's time, also backwards."""
+        """Seconds since the last output or pulse. A pulse is any change of the file's time, forwards or backwards."""
         if self._pulse_file:
             with contextlib.suppress(FileNotFoundError):
                 pulse = Path(self._pulse_file).stat().st_mtime_ns
@@ -141,7 +142,7 @@ class Child:
         return time.monotonic() - self._last_progress
 
     def _pass_stop_on(self) -> None:
-        """Send SIGTERM once to every worker, new ones included. While there are no workers, send it to the child."""
+        """Send SIGTERM once to every worker, including new ones. While there are no workers, send it to the child."""
         if not self._stop.is_set():
             return
         if self._kill_at == math.inf:
@@ -161,8 +162,8 @@ class Child:
     def _end_hang(self, hang_seconds: float) -> bool:
         """Ask the workers to save. If the program does not end, make all threads print their stacks.
 
-        Saving works if the program is only slow, or only one rank waits. Returns whether the program made progress and
-        ended. A program that has nothing to save ends without progress.
+        Saving works if the program is only slow, or if only one rank waits. Returns whether the program made progress
+        and ended. A program that has nothing to save ends without progress.
         """
         log.error("neither output nor a step for %.0f s: the program is asked to save and to end", hang_seconds)
         _send(signal.SIGUSR1, self._workers() or [self.process.pid])
@@ -190,7 +191,10 @@ class Child:
         return [pid for pid, parent in parents().items() if parent == self.process.pid]
 
     def _kill_rest(self) -> int:
-        """Kill all that is left. Returns the child's return code, that of SIGKILL if even that does not end it."""
+        """Kill all remaining processes.
+
+        Returns the child's return code, or the code of SIGKILL if SIGKILL does not end the child.
+        """
         _send(signal.SIGKILL, [*self._started, self.process.pid])
         try:
             return self.process.wait(AFTER_SIGKILL_SECONDS)
@@ -222,7 +226,10 @@ class Child:
 
 
 class _Lines:
-    """Cuts text into lines for `keep`. To bound the memory, a line is cut after LINE_CHARACTERS; a note says so."""
+    """Cuts text into lines for `keep`.
+
+    To limit the memory, a line is cut after LINE_CHARACTERS, and a note marks the cut.
+    """
 
     def __init__(self, keep: Callable[[str], None]):
         self._keep = keep

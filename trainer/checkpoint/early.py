@@ -1,8 +1,8 @@
 """Fetches the newest checkpoint while torch is imported.
 
-A restart has two long parts that do not depend on each other: Python's imports and the transfer of the checkpoint.
-This module does not import torch, and the trainer calls `start` before it imports torch. `load` uses a fetched file
-only if rank 0 chooses the same checkpoint, and compares its checksum.
+The imports and the transfer of the checkpoint are the long parts of a restart, and neither depends on the other. This
+module does not import torch, and the trainer calls `start` before it imports torch. `load` uses a fetched file only if
+rank 0 chooses the same checkpoint. It compares the checksum of the file.
 """
 
 import logging
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
-    """The bytes of a payload file (uint8) and their XXH3-128, which is computed during the transfer.
+    """Returns the bytes of a payload file (uint8) and their XXH3-128, which is computed during the transfer.
 
-    Raises CheckpointError for one that is larger than this machine's memory.
+    Raises CheckpointError if the file is larger than this machine's memory.
     """
     if not 0 <= size <= untrusted.memory_bytes():
         raise CheckpointError(f"{uri}: its {size:,} bytes do not fit into the memory of this machine")
@@ -71,5 +71,5 @@ class EarlyFetch:
 
 
 def start(run_url: str, environment: Mapping[str, str]) -> EarlyFetch:
-    """Begin the fetch for the rank that torchrun's variables name. Without them, this process is the only rank."""
+    """Begin the fetch for the rank in torchrun's environment variables. Without them, this process is the only rank."""
     return EarlyFetch(run_url, int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")))

@@ -33,12 +33,12 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.f
 
 @dataclass(frozen=True)
 class Restored:
-    """The checkpoint that was loaded, and (name, why) of each newer one that was skipped."""
+    """The loaded checkpoint. `skipped` holds the name of each newer checkpoint and the reason why it was not used."""
 
     step: int
     state: Mapping[str, Any]
     skipped: tuple[tuple[str, str], ...]
-    segment: int  # the segment that saved it
+    segment: int  # the segment that saved the checkpoint
 
 
 class Target(Protocol):
@@ -68,7 +68,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
         restored, sentence = _first_usable(run_url, found, target, ranks, early)
         if restored or not sentence:
             return restored
-        # A store whose listings lag may still show only checkpoints that were removed since.
+        # A store's listings can lag and show only checkpoints that were removed meanwhile.
         if pause is None or not on_main(functools.partial(layout.vanished, run_url, found), ranks):
             raise CheckpointError(sentence)
         if ranks.is_main:
@@ -79,7 +79,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
 def _first_usable(
     run_url: str, found: Mapping[int, Mapping[str, int]], target: Target, ranks: Ranks, early: EarlyFetch | None
 ) -> tuple[Restored | None, str]:
-    """The newest of the listed checkpoints that can be used, or None and why; "" if none of them is complete."""
+    """The newest usable checkpoint of the listed ones, or None and the reason. The reason is "" if none is complete."""
     skipped: list[tuple[str, str]] = []
     damaged = 0
     for step, names in found.items():
@@ -152,7 +152,7 @@ def _load(
 def read_blocks(folder: str, file: PayloadFile, early: EarlyFetch | None = None) -> dict[str, torch.Tensor]:
     """The blocks of one payload file by key, on the CPU.
 
-    Raises ObjectNotFound for a missing file, CheckpointError for a damaged one.
+    Raises ObjectNotFound for a missing file, CheckpointError for a damaged file.
     """
     uri = storage.join(folder, file.name)
     data, checksum = (early.take(uri) if early else None) or read_payload(uri, file.bytes)

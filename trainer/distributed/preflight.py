@@ -27,7 +27,7 @@ import torch.distributed as dist
 ELEMENTS = {
     "cuda": 64 << 20,
     "cpu": 1 << 18,
-}  # float32 numbers: 256 MB on a GPU, to measure the bandwidth of its links; 1 MB is enough for a CPU
+}  # count of float32 numbers: 256 MB on a GPU, to measure the bandwidth of its links; 1 MB is enough for a CPU
 ROUNDS = 5
 
 
@@ -66,7 +66,7 @@ def main(kind: str, answer: Path) -> None:
 def cuda_problem(device: torch.device) -> str | None:
     """Initialises CUDA and selects this GPU. Returns None, or the reason of a failure with the libcuda in use.
 
-    It is not enough to compare driver versions: with NVIDIA's forward-compatibility libcuda an older driver works on
+    A comparison of driver versions is not enough: with NVIDIA's forward-compatibility libcuda, an older driver works on
     some GPUs and fails with error 804 on others.
     """
     try:

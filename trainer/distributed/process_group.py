@@ -23,16 +23,16 @@ from core.figures import counted
 
 T = TypeVar("T")
 
-# Called on all ranks together before each round of batches. Raises Abandoned on all of them to end a measurement.
+# All ranks call this together before each round of batches. It raises Abandoned on all of them to end a measurement.
 StopCheck = Callable[[], None]
 
 # Torch 2.13 renamed all_gather_into_tensor; the code also runs on 2.11.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# A rank waits so long for the others: longer than the retries of the storage and a slow upload together.
+# Seconds that a rank waits for the others. This is longer than the retries of the storage and a slow upload together.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 ASK_SECONDS = 5.0
-# How long a rank waits for the one that says what is wrong: torchrun ends the others once one has ended.
+# Seconds that a failed rank waits for the rank that reports the error. torchrun ends all ranks once one has ended.
 SAYING_SECONDS = 1.0
 
 
@@ -60,8 +60,8 @@ class Ranks:
 def start(device: str, setting: str = "train.device") -> Ranks:
     """Join the job. `setting` is the name of the setting that holds `device`.
 
-    Raises ConfigError if the device is not available or the ranks do not meet: on one rank of each node; the others
-    raise PeerFailed, because all of them fail in the same way.
+    Raises ConfigError if the device is not available or the ranks do not meet. All ranks of a node fail in the same
+    way, so one of them raises ConfigError and the others raise PeerFailed.
     """
     is_alone = "RANK" not in os.environ
     local_rank = 0 if is_alone else int(os.environ["LOCAL_RANK"])
@@ -95,7 +95,7 @@ def start(device: str, setting: str = "train.device") -> Ranks:
             device_id=chosen if cuda else None,
         )
         control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else dist.group.WORLD
-    except RuntimeError as error:  # of the store, gloo or NCCL
+    except RuntimeError as error:  # errors of the store, gloo or NCCL
         world = os.environ.get("WORLD_SIZE", "1")
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise _said_by_one(
@@ -107,7 +107,7 @@ def start(device: str, setting: str = "train.device") -> Ranks:
 
 
 def _said_by_one(is_speaker: bool, message: str) -> Exception:
-    """The error to raise before there is a job in which ranks could agree on the one that reports it."""
+    """The error to raise before the job exists, when ranks cannot yet agree on the rank that reports it."""
     if is_speaker:
         return ConfigError(message)
     time.sleep(SAYING_SECONDS)
@@ -123,7 +123,7 @@ def stop() -> None:
 def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
     """Wait up to `seconds` until all ranks have called `meet` with this name.
 
-    Uses no collective: a rank that has failed elsewhere would never join it.
+    Uses no collective, because a rank that has failed elsewhere would never join it.
     """
     with contextlib.suppress(dist.DistError):  # the time is over, or the key-value store has ended with torchrun
         ranks.store.set(f"{name}/{ranks.rank}", "here")
@@ -131,7 +131,7 @@ def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
 
 
 def say_left(ranks: Ranks) -> None:
-    """Announce that this rank leaves, if it was asked to stop. Without this, others only see a lost connection."""
+    """Announce that this rank leaves, if it was asked to stop. Otherwise the other ranks only see a lost connection."""
     if stop_requests.is_certain():
         with contextlib.suppress(dist.DistError):
             ranks.store.set("has left", str(ranks.rank))
@@ -152,7 +152,7 @@ def has_left(ranks: Ranks) -> bool:
 
 
 def is_first_to_say(message: str, ranks: Ranks) -> bool:
-    """Whether this rank is the first to report `message`. All ranks find a wrong setting; one report is enough."""
+    """Whether this rank is the first to report `message`. All ranks find a wrong setting, and one report is enough."""
     try:
         key = hashlib.sha256(message.encode(errors="replace")).hexdigest()
         return ranks.store.add(f"said/{key}", 1) == 1
@@ -161,11 +161,11 @@ def is_first_to_say(message: str, ranks: Ranks) -> bool:
 
 
 class PeerFailed(Exception):
-    """Another rank has failed and reports the error, so this rank ends without a report."""
+    """Another rank has failed and reports the error. This rank ends without a report."""
 
 
 class Abandoned(Exception):
-    """A measurement or a wait for data ended early because the ranks were asked to stop."""
+    """A request to stop has ended a measurement or a wait for data."""
 
 
 def on_main(call: Callable[[], T], ranks: Ranks) -> T:
@@ -206,7 +206,7 @@ def on_all(call: Callable[[], T], ranks: Ranks) -> T:
 
 
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
-    """The `value` of every rank, in rank order, on all ranks. Only for small, trusted, picklable values."""
+    """The `value` of every rank, in rank order, on all ranks. The values must be small, trusted and picklable."""
     box: list[Any] = [value] * ranks.world
     if ranks.world > 1:
         dist.all_gather_object(box, value, group=ranks.control)
@@ -217,9 +217,9 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
 def divide_over_ranks(
     count: int, measure: Callable[[int], Sequence[float]], ranks: Ranks, check_stop: StopCheck | None = None
 ) -> list[list[float]]:
-    """[measure(0), ..., measure(count - 1)] on all ranks. Each item is computed on one rank, the next on the next rank.
+    """[measure(0), ..., measure(count - 1)] on all ranks. The ranks take the items in turn.
 
-    The numbers and their order do not depend on the number of ranks.
+    The results and their order do not depend on the number of ranks.
     """
     mine = []
     for first in range(0, count, ranks.world):

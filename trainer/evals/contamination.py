@@ -1,8 +1,8 @@
 """Finds the items of an evaluation set that occur in the training text, by common runs of tokens.
 
-An item counts as seen if the training shards contain any `run` consecutive tokens of its text (GPT-3 used 13, Brown
-et al. 2020, appendix C). Each rank reads its share of the shards, one at a time. Memory holds one shard, one number per
-token of the set and a table of 16 MB. A run across the boundary of two shards is not found.
+An item counts as seen if the training shards contain any `run` consecutive tokens of its text (GPT-3 used 13, Brown et
+al. 2020, appendix C). Each rank reads its share of the shards, one at a time. Memory holds one shard, one number per
+token of the set and a table of 16 MB. Runs that cross the boundary of two shards are not found.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ CHUNK_TOKENS = 1 << 20  # tokens hashed at a time, so that the arrays fit the CP
 
 
 def item_tokens(item, encoding) -> np.ndarray:
-    """Tokens of a HellaSwag item as text: the context and its right ending, without the activity label."""
+    """Tokens of a HellaSwag item: the context and the right ending, without the activity label."""
     context, endings, label = text_of(item)
     context = context.partition(": ")[2]
     return np.array(encoding.encode_ordinary(f"{context} {endings[label]}"), np.uint64)

@@ -1,11 +1,11 @@
-"""Scores HellaSwag (Zellers et al. 2019), a choice of one of four endings, as lm-evaluation-harness does.
+"""Scores HellaSwag (Zellers et al. 2019) as lm-evaluation-harness does. Each item is a choice between four endings.
 
 The answer is the ending with the largest log-likelihood, as a sum (`accuracy`, the harness's acc) or per character of
 the ending (`accuracy_norm`, its acc_norm). Texts are formatted as in the harness. The items come from
 DATA_URL/sets/hellaswag.jsonl (data_prep.sets).
 
-The style "llm.c" (also of build-nanogpt) uses the field `ctx`, without activity label and cleaning, and divides by
-tokens. It gives 29.5 % for GPT-2 124M where the harness gives 31.1 %.
+The style "llm.c", which build-nanogpt uses too, takes the field `ctx` without activity label and cleaning. It divides
+the log-likelihood by the number of tokens. It gives 29.5 % for GPT-2 124M where the harness gives 31.1 %.
 """
 
 import math
@@ -47,7 +47,7 @@ class Score:
 
 @dataclass(frozen=True)
 class HellaSwagAnswers:
-    """Whether each item was answered rightly, by log-likelihood and by normalised log-likelihood."""
+    """Whether each item was answered correctly, by log-likelihood and by normalised log-likelihood."""
 
     right: list[bool]
     right_norm: list[bool]
@@ -72,7 +72,7 @@ class HellaSwag:
         precision: str = "auto",
         style: str = "harness",
     ):
-        """`items` are rows with the published fields. Raises DataError for a malformed one."""
+        """`items` are rows with the published fields. Raises DataError for a malformed row."""
         self._ranks = ranks
         self._precision = precision
         self._requests: list[ScoringRequest] = []

@@ -79,11 +79,12 @@ class EvaluationLog:
 class PartialResults:
     """Results of an unfinished task in storage, from which the next attempt continues.
 
-    Each rank appends to its own journal (core.run.journal). A killed process loses a few seconds of results at most.
+    Each rank appends to its own journal (core.run.journal). If the process is killed, at most a few seconds of results
+    are lost.
     """
 
     def __init__(self, folder: str, ranks: Ranks, check: Callable[[], None]):
-        """`check` is called after each addition. It may raise to stop the task."""
+        """`check` is called after each addition. It may raise an error to stop the task."""
         self.folder = folder
         self.check = check
         self._ranks = ranks

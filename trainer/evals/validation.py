@@ -49,7 +49,7 @@ class ValidationLoss:
         measure: Callable[[torch.Tensor], torch.Tensor],
         check_stop: StopCheck | None = None,
     ) -> list[float]:
-        """Means over all batches of the numbers that `measure` computes of one batch, (rows, T + 1)."""
+        """`measure` computes some numbers of one batch (rows, T + 1). Returns their means over all batches."""
 
         def of_batch(index: int) -> list[float]:
             tokens = self._batches[index // self._ranks.world].to(self._ranks.device, non_blocking=True)

@@ -105,8 +105,11 @@ class Engine:
         max_batch_size: int = 16,
         caches: bool = True,
     ):
-        """Without an `encoding`, pieces have token ids but no text. Unless it `caches`, each step computes keys and
-        values of all tokens anew, which serves to show what the cache saves."""
+        """Without an `encoding`, pieces have token ids but no text.
+
+        If `caches` is false, each step computes the keys and values of all tokens anew, to show how much the cache
+        saves.
+        """
         self.model = model
         self.encoding = encoding
         self.device = device
@@ -163,7 +166,7 @@ class Engine:
         return row.number
 
     def cancel(self, number: int) -> None:
-        """Cancels a request. Does nothing if it is complete."""
+        """Cancels a request. Does nothing if the request is already complete."""
         self._waiting = deque(row for row in self._waiting if row.number != number)
         self._gone |= {row.number for row in self._rows if row.number == number}
 
@@ -194,7 +197,7 @@ class Engine:
         return self._finished(rows, logits_BV)
 
     def _finished(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> list[Piece]:
-        """The pieces of a step, after which complete texts leave the batch."""
+        """Returns the pieces of a step, and removes complete texts from the batch."""
         pieces = self._extend(rows, logits_BV)
         self._drop({piece.number for piece in pieces if piece.finish})
         return pieces

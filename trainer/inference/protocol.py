@@ -76,7 +76,7 @@ class ApiRequest:
 
 
 def read(body: Any, model: ChatModel, name: str, defaults: Sampling, chat: bool) -> ApiRequest:
-    """Checks a request's body and translates it. Raises ApiError for an invalid one."""
+    """Checks a request's body and translates it. Raises ApiError for an invalid body."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     _check_keys(body)
@@ -176,7 +176,11 @@ def _check_keys(body: Mapping[str, Any]) -> None:
 
 
 def _prompts(body: Mapping[str, Any], model: ChatModel) -> list[list[int]]:
-    """Token ids of each prompt. A text gets a leading end-of-text token, like documents in training; ids get none."""
+    """Token ids of each prompt.
+
+    A prompt given as text gets a leading end-of-text token, like documents in training; a prompt given as ids gets
+    none.
+    """
     prompt = body.get("prompt", "")
     if isinstance(prompt, str) or (prompt and _is_tokens(prompt)):
         prompt = [prompt]
@@ -198,7 +202,8 @@ def _conversation(body: Mapping[str, Any], model: ChatModel) -> list[int]:
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ApiError(400, "messages must be a list of objects", "messages")
     turns = [_message(each) for each in messages]
-    # Clients send earlier turns back, also an empty answer of the model. Training has no empty turns: leave them out.
+    # Clients send earlier turns back, including empty answers of the model. Training data has no empty turns, so they
+    # are left out.
     said = [turn for turn in turns[:-1] if not _is_empty(turn)]
     said += [turn for turn in turns[-1:] if turn["role"] == "user" or not _is_empty(turn)]
     try:

@@ -36,7 +36,7 @@ class Timed(NamedTuple):
 
 
 def timed(engine: Engine, request: GenerationRequest, caches: bool = True) -> Timed:
-    """Generate one text with an engine of its own. `caches`: keys and values are kept, and not computed again."""
+    """Generate one text with a new engine. With `caches`, keys and values are kept and not computed again."""
     fresh = Engine(engine.model, engine.encoding, engine.device, engine.precision, 1, caches)
     start = time.monotonic()
     [found] = fresh.complete([request])
@@ -101,7 +101,7 @@ def _round(engine: Engine, batch_size: int, prompt_tokens: int, new_tokens: int)
         fresh.add(GenerationRequest(prompt, sampling, endless=True))
     start = time.monotonic()
     read = 0
-    while fresh.waiting:  # each of these steps processes prompts and waits for their tokens
+    while fresh.waiting:  # each step here processes prompts and waits for their tokens
         read += len(fresh.step())
     middle = time.monotonic()
     written = 0

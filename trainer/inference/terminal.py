@@ -52,7 +52,7 @@ class Terminal:
     def answers(self, names: Sequence[str], prompts: Sequence[str]) -> Iterator[Callable[[int, str], None]]:
         """Yields a function `show(index, text)` that appends text to an answer. Two answers appear side by side.
 
-        Each answer follows its prompt, which is empty for a tuned model.
+        Each answer is shown after its prompt, which is empty for a tuned model.
         """
         if len(names) == 1:
             self._console.print(Text(printable(prompts[0]), style="dim"), end="")
@@ -97,7 +97,7 @@ class Terminal:
 
 
 class Interrupt:
-    """Context in which Ctrl-C sets `asked` instead of interrupting a step of the model."""
+    """Within this context, Ctrl-C sets `asked` and does not interrupt a step of the model."""
 
     def __enter__(self) -> "Interrupt":
         self.asked = False

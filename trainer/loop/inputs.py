@@ -1,6 +1,6 @@
-"""Checks, before a run writes anything, the inputs that it reads only later: for evaluations or at its end.
+"""Checks inputs before a run writes anything, if the run reads them only later: for evaluations or at its end.
 
-A vocabulary that is missing, a damaged HellaSwag set or a lost shard would otherwise end a run after paid hours.
+Otherwise a missing vocabulary, a damaged HellaSwag set or a lost shard would end a run after paid hours.
 """
 
 import functools
@@ -26,7 +26,7 @@ def open_later_inputs(stage: Stage, ranks: Ranks) -> Sequence[Mapping[str, Any]]
     on_main(stage.check_stored, ranks)
     rows = on_main(functools.partial(_hellaswag_rows, stage.data_url, train), ranks)
     if rows or takes_samples(train):
-        _ = stage.vocabulary  # reads it now; the stage keeps it
+        _ = stage.vocabulary  # reads the vocabulary now; the stage keeps it
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Reports each step: a metric in the run's folder, a log line at intervals or a live screen, a copy to trackers."""
+"""Reports each step: as a metric in the run's folder, on the log or a live screen, and to trackers."""
 
 import logging
 import sys
@@ -63,7 +63,7 @@ class StepReporter:
             self.outlook.add(step, loss)
         cap = self._segment.cap
         spent = cap.spent_usd() if cap else None
-        if spent is not None:  # a report works out the run's own record from its ledger
+        if spent is not None:  # a report on the run computes this record from the run's ledger
             self._trackers.add("cost", {"step": step, "usd_at_most": spent})
         end = self.outlook.view.loss.end if self.outlook and self.outlook.view else steps
         remaining = seconds * max(0, min(steps, end) - step)
@@ -109,7 +109,7 @@ class StepReporter:
 
 
 def open_screen(display: str, steps: int, cap: SpendingCap | None):
-    """The live screen. Without the package rich: None, or ConfigError if `display` is live."""
+    """The live screen. If the package rich is missing, returns None, or raises ConfigError if `display` is live."""
     try:
         from trainer.loop.screen import Screen
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Collects requests to stop or to save: from signals, the cap, a store that is away, and a spot machine's provider.
+"""Collects requests to stop or to save: from signals, the cap, a failing store, and a spot machine's provider.
 
 The training loop reads them between steps. If the provider announces the end of a spot machine (clouds/base.py,
 Cloud.interruptions), the run stops. If it warns that the risk has grown, the run saves one more checkpoint.
@@ -31,7 +31,7 @@ class StopRequest:
 class StopRequests:
     """The requests that have arrived. Thread-safe. The first request to stop counts; a request to save is taken once.
 
-    If the machine will be taken away, `hurry` (core.stop.ask) is called with the reason, because little time is left.
+    If the machine will be taken away, little time is left. Then `hurry` (core.stop.ask) is called with the reason.
     """
 
     def __init__(self, hurry: Callable[[str], None] = lambda reason: None) -> None:

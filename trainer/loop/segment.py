@@ -59,7 +59,7 @@ log = logging.getLogger("train")
 
 MEET_SECONDS = 60.0
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-# Values with which cuBLAS computes the same bits each time. The first one is faster and takes 32 MB.
+# cuBLAS computes the same bits each time with either of these values. The first one is faster and takes 32 MB.
 EXACT_WORKSPACES = (":4096:8", ":16:8")
 
 StageClass = Callable[[TrainingConfig, Ranks], Stage]
@@ -84,7 +84,8 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
             return FAILED
         error = determinism_refusal(error) or error
         if ranks and isinstance(error, LauncherError) and not process_group.is_first_to_say(str(error), ranks):
-            time.sleep(process_group.SAYING_SECONDS)  # torchrun then kills the rank that reports the error
+            # An earlier end would let torchrun kill the rank that reports the error.
+            time.sleep(process_group.SAYING_SECONDS)
             return FAILED
         raise error
     finally:
@@ -102,8 +103,8 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     # 2. Torch: precision, threads, deterministic kernels.
     set_up_torch(settings.train, ranks)
 
-    # 3. The stage reads its data and determines batch size and sequence length. Nothing is written before these, and
-    #    what evaluations will need, are checked.
+    # 3. The stage reads its data and determines batch size and sequence length. The inputs of later evaluations are
+    # checked too, before anything is written.
     stage = stage_class(settings, ranks)
     settings = stage.settings
     hellaswag_rows = open_later_inputs(stage, ranks)
@@ -244,7 +245,7 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
 
 
 def _spent(segment: SegmentLog, settings: TrainingConfig) -> str:
-    """On rank 0: the bound that other segments have reached; "" if this one may begin."""
+    """On rank 0: a sentence on the dollar limit that earlier segments have reached; "" if this segment may begin."""
     if segment.cap.reached(0.0, 0.0):
         return segment.cap.describe()
     return restarts_too_dear(RunFolder(settings.run.url), settings.run.max_restart_usd, without=segment.number)
@@ -272,7 +273,7 @@ def _mark_restored(segment: SegmentLog, restored: Restored | None) -> None:
 def _close(
     stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None, outlook: Outlook | None = None
 ) -> int:
-    """Close the segment with the reason for which it ends at step `reached`. Returns the exit code."""
+    """Close the segment with the reason why it ends at step `reached`. Returns the exit code."""
     if request is None:
         stop.settle(OK)
         segment.close("finished", reached)
@@ -304,7 +305,7 @@ def _close(
 
 
 def _close_without_store(stage: Stage, segment: SegmentLog, reached: int, stored: int, request: StopRequest) -> int:
-    """Close a segment that ends at step `reached` because its store is away; `stored` is the newest stored step."""
+    """Close a segment that ends at step `reached` because its store fails. `stored` is the newest stored step."""
     stop.settle(NO_STORAGE)
     segment.mark("notice", kind=request.kind, detail=secrets.scrub(request.detail))
     if stored == reached:
@@ -314,7 +315,7 @@ def _close_without_store(stage: Stage, segment: SegmentLog, reached: int, stored
         lost = f"{newest}, and the work of {reached - stored} steps is lost"
     if segment.ledger:
         said = f"stopped at step {reached} of {stage.steps}, because {request.detail}; {lost}"
-        log.error("%s; mend the store, then the same command continues there", said)
+        log.error("%s; repair the store, then the same command continues from there", said)
     segment.close("storage", reached)
     return NO_STORAGE
 
@@ -346,7 +347,7 @@ def _tell(code: int, ranks: Ranks) -> int:
 
 def set_up_torch(train: TrainLoopConfig, ranks: Ranks) -> None:
     """Configure torch before the first kernel of the process. Raises ConfigError."""
-    torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
+    torch.set_float32_matmul_precision("high")  # use TF32 for the products that stay in float32
     if ranks.device.type == "cpu":
         torch.set_num_threads(train.cpu_threads or max(1, usable_cores() // ranks.local_world))
     set_up_determinism(train, ranks.device, os.environ)

@@ -1,8 +1,8 @@
 """Computes causal multi-head self-attention (Vaswani et al. 2017, section 3.2), and caches keys and values.
 
 core.settings.model describes the variants. All kernels are fused: scaled_dot_product_attention uses FlashAttention
-where it applies. Attention within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU, whose
-block mask skips positions that no query attends to. Elsewhere, attention within documents uses a dense mask.
+where it applies. Attention within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU. Its
+block mask skips positions that no query attends to. Without compiled blocks it uses a dense mask.
 
 Shapes: B sequences, T positions, D model width, H heads, K head width, S positions of the cache.
 """
@@ -143,7 +143,7 @@ def rotate(x_BHTK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> t
 
 @functools.cache
 def _block_masks():
-    """create_block_mask, compiled: otherwise it would build a (B, T, T) mask first."""
+    """A compiled create_block_mask. The function without compilation would build a (B, T, T) mask first."""
     return torch.compile(create_block_mask)
 
 

@@ -1,7 +1,8 @@
 """Chooses the kernel of scaled_dot_product_attention for a device.
 
-`train.attention: auto` takes the order that was measured on the device (MEASURED), else torch's own: flash,
-memory-efficient, plain products, cuDNN. `python -m bench.gpu.attention` measures the kernels.
+`train.attention: auto` takes the order that was measured for this kind of GPU (MEASURED). Without a measurement it
+takes torch's own order: flash, memory-efficient, plain products, cuDNN. `python -m bench.gpu.attention` measures the
+kernels.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from core.errors import ConfigError
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
-    "flash3": SDPBackend.FLASH_ATTENTION,  # FlashAttention 3 in place of torch's own flash kernels
+    "flash3": SDPBackend.FLASH_ATTENTION,  # FlashAttention 3 replaces torch's own flash kernels
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
@@ -34,7 +35,7 @@ def order(name: str, capability: tuple[int, int], deterministic: bool) -> tuple[
 
 
 def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
-    """Restrict this process to a kernel, or to the measured ones. Raises ConfigError for one that is not installed."""
+    """Restrict this process to a kernel, or to the measured ones. Raises ConfigError if the kernel is not installed."""
     if device.type != "cuda":
         return
     chosen = order(name, torch.cuda.get_device_capability(device), deterministic)
@@ -42,7 +43,8 @@ def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
         return
     if "flash3" in chosen:
         _activate_flash3()
-    # Plain products serve what no fused kernel takes; a kernel that was asked for is used or torch refuses.
+    # With auto, plain products compute the cases that no fused kernel supports. With a named kernel, torch raises an
+    # error in such a case.
     backends = [BACKENDS[each] for each in chosen] + ([SDPBackend.MATH] if name == "auto" else [])
     _for_good.enter_context(attention.sdpa_kernel(backends, set_priority=True))
 
@@ -50,7 +52,7 @@ def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
 def _activate_flash3() -> None:
     try:
         attention.activate_flash_attention_impl("FA3")
-    except Exception as error:  # torch raises several kinds, by what is missing
+    except Exception as error:  # the kind of torch's error depends on what is missing
         raise ConfigError(
             "train.attention is flash3, which needs FlashAttention 3 for this GPU "
             f"({' '.join(str(error).split())[:200]}); install its package flash_attn_3, or set train.attention=auto"

@@ -1,10 +1,10 @@
 """Computes losses over a large vocabulary without the logits of a whole micro-batch in memory.
 
 The output layer and the loss process the rows in chunks. Each chunk's gradient is computed immediately, in the forward
-pass, while its logits are in memory. This takes the same three matrix products as the usual way, but no (B T, V) tensor
-in float32 ever exists (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Hsu et al. 2024,
-Liger Kernel). The losses of distillation and preference optimisation leave gradients to autograd, which computes the
-logits of each chunk again in the backward pass (Chen et al. 2016).
+pass, while its logits are in memory. This takes the same three matrix products as the usual computation, but no (B T,
+V) tensor in float32 ever exists (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Hsu et al.
+2024, Liger Kernel). The losses of distillation and preference optimisation leave gradients to autograd, which computes
+the logits of each chunk again in the backward pass (Chen et al. 2016).
 
 Shapes: N rows (B T positions), D model width, E the teacher's width, V vocabulary rows, C rows of a chunk.
 """
@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from core.data.vocabulary import GPT2_VOCAB_SIZE
 
-# With GPT-2's vocabulary, a chunk's float32 logits take 26 MB on a CPU, which fit its cache, and 800 MB on a GPU, which
-# needs larger products.
+# With GPT-2's vocabulary, a chunk's float32 logits take 26 MB on a CPU and fit its cache. On a GPU, which needs larger
+# products, they take 800 MB.
 CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
-# Whether the output layer's gradient is summed over chunks inside of a GPU's product. Else each product is rounded to
-# bfloat16, stored, and added to the sum in another pass (bench.gpu.toggles).
+# Whether a GPU's matrix product adds the output layer's gradient to the sum over chunks. Otherwise each product is
+# rounded to bfloat16, stored, and added to the sum in another pass (bench.gpu.toggles).
 SUM_IN_FLOAT32 = True
 
 
@@ -42,18 +42,17 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Mean cross-entropy in nats (float32 scalar) of logits x_ND @ weight_VD.T against targets_N, soft-capped.
 
-    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the logits
-    into fewer kernels, which a GPU's memory bandwidth bounds: the logits stay in the format of the product, and no
-    float32 copy of them exists.
-
-    With a `share` the backward pass gives the gradient of share times the loss, whatever gradient comes in: the
-    gradients of a chunk are made with it, instead of passing over all of them a second time.
+    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the
+    logits, which a GPU's memory bandwidth limits, into fewer kernels. The logits then stay in the format of the
+    product, without a float32 copy. With a `share` the backward pass gives the gradient of share times the loss and
+    ignores the incoming gradient. The factor is applied as each chunk's gradients are computed, which saves a second
+    pass over them.
     """
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused, share)
 
 
 def with_share(loss: torch.Tensor, share: float) -> torch.Tensor:
-    """The same loss, whose backward pass gives the gradient of share times the loss."""
+    """The same loss, with a backward pass that gives the gradient of share times the loss."""
     return _Share.apply(loss, share)
 
 

@@ -33,10 +33,10 @@ def resolve(precision: str, device: torch.device) -> str:
 
 
 def check_residual(residual: str, precision: str) -> None:
-    """Raises ConfigError for a residual stream that is rounded more than the products that it is the sum of."""
+    """Raises ConfigError if the residual stream would be rounded more than the products that are added to it."""
     if residual == "bf16" and precision == "fp32":
         raise ConfigError(
-            "train.residual is bf16, but the products are fp32 on this device, which it would round; set "
+            "train.residual is bf16, but the products are fp32 on this device; bf16 would round them; set "
             "train.precision=bf16, or train.residual=fp32"
         )
 

@@ -4,8 +4,8 @@ An update whose singular values are all near one moves a layer equally in every 
 of GPT-2's size need little more than half of AdamW's tokens for the same loss.
 
 Matrices of one shape are updated in batches, because a launch per matrix keeps a GPU waiting. A batched product may
-round differently for another batch size. So the batches of a model are fixed (`batches`), and a batch moves between
-ranks as a whole: its bits do not depend on the number of ranks.
+round differently for another batch size. So the batches of a model are fixed (`batches`), and each batch is computed on
+one rank. Its bits do not depend on the number of ranks.
 
 Shapes: N matrices of a batch, O rows (outputs), I columns (inputs).
 """
@@ -23,7 +23,10 @@ COMPILES = True  # the passes between the products, where the blocks are compile
 
 
 def batches(shapes: Mapping[tuple[str, int], torch.Size]) -> list[list[tuple[str, int]]]:
-    """Divides matrices, which are named by parameter and first row, into at most BATCHES batches of each shape."""
+    """Divides the matrices of each shape into at most BATCHES batches.
+
+    A matrix is named by its parameter and first row.
+    """
     of_shape: dict[torch.Size, list[tuple[str, int]]] = {}
     for matrix in sorted(shapes):
         of_shape.setdefault(shapes[matrix], []).append(matrix)
@@ -45,7 +48,7 @@ def orthogonalise(matrices: torch.Tensor, rounds: int) -> torch.Tensor:
     if tall:
         x = x.mT
     batch = x.reshape(-1, *x.shape[-2:])
-    batch = batch / (torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True) + 1e-7)  # it bounds the spectral norm
+    batch = batch / (torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True) + 1e-7)  # a bound of the spectral norm
     for _ in range(rounds):
         gram = batch @ batch.mT
         batch = torch.baddbmm(batch, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), batch, beta=a)
@@ -83,12 +86,12 @@ def update(
     """One step of a batch of N matrices (O, I), in place. `decay` is decoupled, as in AdamW.
 
     Nothing changes if `found_inf`, a scalar on the device, is not 0. A tall matrix takes a larger step, so that its
-    output changes as much as that of a square one. `fused` compiles the passes between the products.
+    output changes as much as a square matrix's output. `fused` compiles the passes between the products.
     """
     directions = _compiled() if fused and COMPILES else _directions
     moved_NOI, direction_NOI = directions(torch.stack(list(gradients)), momentum_NOI, found_inf, mu, rounds)
     momentum_NOI.copy_(moved_NOI)
     rows, columns = momentum_NOI.shape[1:]
-    # A factor of 1 and a summand of -0 leave all bits as they are.
+    # A factor of 1 and a summand of -0 change no bit.
     torch._foreach_mul_(weights, torch.where(found_inf != 0, 1.0, 1 - rate * decay))
     torch._foreach_add_(weights, direction_NOI.unbind(), alpha=-rate * max(1.0, rows / columns) ** 0.5)

@@ -1,16 +1,16 @@
 """Updates the weights: AdamW and Muon over row blocks of the parameters, at a scheduled learning rate.
 
 A block is a range of rows (`trainer.checkpoint.blocks.assign_blocks`), and each block has a rank that owns it. With
-optimizer.zero a rank keeps the state of its own blocks only, updates their rows and sends them to the other ranks
-(Rajbhandari et al. 2020, "ZeRO", section 5.1: the memory of the optimizer divides by the number of ranks). AdamW works
-element by element, so both ways give the same bits. A checkpoint names its rows, so any number of ranks can load it,
-with or without optimizer.zero.
+optimizer.zero, a rank keeps the state of its own blocks only. It updates their rows and sends the rows to the other
+ranks (Rajbhandari et al. 2020, "ZeRO", section 5.1: the memory of the optimizer divides by the number of ranks). AdamW
+works element by element, so both ways give the same bits. A checkpoint names its rows, so any number of ranks can load
+it, with or without optimizer.zero.
 
 A Muon block is a whole matrix; queries, keys and values are separate matrices. Only its owner updates it, even without
 optimizer.zero, because an update is expensive. The matrices of a batch (trainer.optim.muon) have one owner.
 
-No operation here waits for a GPU, and their number depends on the shapes and not on the tensors: AdamW is one fused
-kernel per group, Muon a batch of matrices at a time.
+No operation here waits for a GPU. AdamW takes one fused kernel per group, and Muon updates a batch of matrices at a
+time, so the number of operations does not grow with the number of tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -79,7 +79,7 @@ class BlockOptimizer:
             for block in self._blocks
             if block.owner == rank or block not in exchanged
         }
-        # The state is allocated now: `restore` copies into it, and a checkpoint needs its layout.
+        # The state is allocated here, because `restore` copies into it and a checkpoint needs its layout.
         self._state: dict[Block, dict[str, torch.Tensor]] = {}
         self._adamw = self._adamw_groups()
         self._muon = self._muon_batches(batches)
@@ -225,7 +225,7 @@ class BlockOptimizer:
         return (config.scalar_lr or config.lr) if self._parameters[name].dim() < 2 else config.lr
 
     def _prepare_exchange(self) -> None:
-        """Allocate the memory of the exchange, and list what is copied into it and out of it."""
+        """Allocate the memory of the exchange, and list the copies into it and out of it."""
         loads = [0] * self._world
         places = []
         for block in self._exchanged:

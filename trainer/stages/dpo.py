@@ -48,7 +48,7 @@ def answer_log_probs(model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tens
     counts_BT = targets_BT != NO_TARGET
     x_ND = model.hidden(tokens_BT)[counts_BT]
     log_probs_N = token_log_probs(x_ND, model.head, targets_BT[counts_BT], model.config.logit_softcap)
-    # Scatter the values, then sum each row: on a GPU, a sum by index would not give the same bits each time.
+    # Scatter the values, then sum each row. On a GPU, a sum by index would not give the same bits each time.
     return torch.zeros_like(targets_BT, dtype=torch.float32).masked_scatter(counts_BT, log_probs_N).sum(1)
 
 
@@ -202,4 +202,4 @@ def _read_reference(uri: str) -> dict[str, np.ndarray] | None:
     except ObjectNotFound:
         return None
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{uri}: is damaged ({error}); delete it, and it is computed again") from error
+        raise CheckpointError(f"{uri}: is damaged ({error}); delete it to have it computed again") from error

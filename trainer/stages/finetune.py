@@ -32,7 +32,7 @@ class Packed(NamedTuple):
 
 
 class Rows:
-    """Texts packed into rows. End-of-text tokens fill the rest of a row, each of them a text without targets."""
+    """Texts packed into rows. End-of-text tokens fill the rest of a row; each one is a text without targets."""
 
     def __init__(self, texts: Texts, length: int):
         self._texts = texts

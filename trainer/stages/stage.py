@@ -58,13 +58,13 @@ class Stage(abc.ABC):
 
     `settings` are the given ones with the values that this run determines: the micro-batch size that fits, the number
     of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens. `schedule`
-    begins as that of the settings; trainer.loop.course puts in its place that of the run's course.
+    follows the settings until trainer.loop.course replaces it by the schedule of the run's course.
     """
 
     name: str  # in the ledger
     settings: TrainingConfig
     round_robin = False  # whether ranks take micro-batches in turn (trainer.optim.reduce)
-    measures_start = False  # whether the start is validated even without validations at intervals
+    measures_start = False  # whether step 0 is validated even if validations at intervals are off
     lengths_vary = False  # whether micro-batches differ in the length of their sequences
 
     def __init__(self, settings: TrainingConfig, model: ModelConfig, context: int, ranks: Ranks):
@@ -75,7 +75,8 @@ class Stage(abc.ABC):
         earlier = on_main(functools.partial(stored_config, settings.run.url), ranks)
         found = earlier["batch"]["micro_batch_size"] if earlier else None
         settings = sizing.with_micro_batch(settings, dataclasses.replace(model, context=context), found, ranks)
-        # This rank's share of a step's micro-batches. When overfitting, every rank computes the same single one.
+        # This rank's share of a step's micro-batches. When overfitting, every rank computes the same single
+        # micro-batch.
         self.share_rank, self.share_world = ranks.rank, ranks.world
         if settings.train.overfit:
             settings, model = sizing.one_micro_batch(settings, model, context)
@@ -86,12 +87,12 @@ class Stage(abc.ABC):
 
     @property
     def steps(self) -> int:
-        """The last step of the run, as far as it is known now; when overfitting, the most that it may take."""
+        """The last step of the run, as planned now; when overfitting, the largest number of steps allowed."""
         return self.schedule.end
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The settings and the model, as run.json and checkpoints store them."""
+        """The settings and the model in the form that run.json and checkpoints store."""
         return {**loader.to_dict(self.settings), "model": loader.to_dict(self.model)}
 
     @property
@@ -106,7 +107,7 @@ class Stage(abc.ABC):
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """A checksum of the training data."""
+        """A checksum that identifies the training data."""
 
     @property
     def flops_per_token(self) -> float | None:
@@ -177,7 +178,7 @@ class Stage(abc.ABC):
     def read_vocabulary(self) -> Vocabulary:
         """On rank 0: the vocabulary at VOCAB_URL, else the one stored with the data or with the starting weights.
 
-        Raises ConfigError if there is none, DataError for another one than GPT-2's.
+        Raises ConfigError if there is none, DataError for any vocabulary except GPT-2's.
         """
 
     @functools.cached_property

@@ -3,7 +3,7 @@
     RUN_URL/answers/segment-000001/00000000-00000015.jsonl      a journal per segment (core.run.journal)
 
 The event `begun` is stored before a call, with the call's maximum cost. `answer`, `left_out` or `failed` is stored
-after it, with the actual cost. A call without a second event, from a killed process, counts at its maximum cost.
+after it, with the actual cost. If the process was killed, a call has no second event. It counts at its maximum cost.
 """
 
 import asyncio
@@ -79,10 +79,10 @@ class StoredAnswers:
     usd: float = 0.0
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Adds the answer of an event, but not its cost."""
+        """Adds the answer of an event without its cost."""
         if event["event"] == "answer":
             self.rows[event["key"]] = event["row"]
-            self.left_out.pop(event["key"], None)  # an earlier call was declined, this one was answered
+            self.left_out.pop(event["key"], None)  # an earlier call was declined, and this one was answered
         elif event["event"] == "left_out":
             self.left_out[event["key"]] = event["why"]
 

@@ -83,7 +83,7 @@ class Budget:
         return self.usd(size + TOKENS_PER_MESSAGE, max_tokens)
 
     async def reserve(self, usd: float) -> bool:
-        """Waits until the budget has room for `usd`. Returns False if it has none when no call is in flight."""
+        """Waits until the budget has room for `usd`. Returns False if there is no room and no call is in flight."""
         async with self._changed:
             while self.max_usd and self.spent_usd + self._reserved + usd > self.max_usd:
                 if not self._reserved:
@@ -101,7 +101,7 @@ class Budget:
 
 
 def host_of(url: str) -> str:
-    """Host and port of a URL, without the user and password that may stand before them."""
+    """Host and port of a URL, without a user and password before them."""
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
@@ -133,7 +133,10 @@ class EndpointClient:
         await self._session.close()
 
     async def ask(self, messages: Messages) -> Reply:
-        """Asks once. Raises TransientError, RejectedPrompt, or a LauncherError if all calls would fail like this."""
+        """Sends one call.
+
+        Raises TransientError, RejectedPrompt, or a LauncherError if all calls would fail in this way.
+        """
         most = self._budget.usd_at_most(messages, self._synthesis.max_tokens)
         body = {"model": self._config.model, "messages": list(messages), **self.parameters}
         try:

@@ -31,8 +31,8 @@ from trainer.synthesis.endpoint import Budget, EndpointClient, RejectedPrompt, R
 log = logging.getLogger("distil")
 
 FIRST_PAUSE_SECONDS = 1.0
-GIVE_UP_AFTER = 5  # after so many prompts in a row without an answer, the endpoint is taken to be down
-# If so many prompts are refused for an unclear reason before the first answer, the prompts are not the reason.
+GIVE_UP_AFTER = 5  # after this many prompts in a row without an answer, the endpoint counts as down
+# If this many prompts are refused for an unclear reason before the first answer, the prompts are not the reason.
 REFUSED_AT_FIRST = 20
 DECLINED = "declined"
 SCHEMA = "conversations"
@@ -86,7 +86,7 @@ class Maker:
         self._segment = segment
         self.budget = Budget(settings.budget, stored.usd)
         self._given_up: list[str] = []
-        self._unclear: dict[str, str] = {}  # refused keys → the reason, which may concern all prompts
+        self._unclear: dict[str, str] = {}  # keys of refused prompts → the reason, which may concern all prompts
         self._warned_of_usage = False
         self._failing = 0
         self._out_of_money = self._capped = self._asked_to_stop = False
@@ -170,7 +170,7 @@ class Maker:
                     yield key, prompt
 
     def _stop(self) -> None:
-        log.warning("stopping: waiting for calls in flight")
+        log.warning("stopping after the calls in flight")
         self._asked_to_stop = True
 
     @property

@@ -27,7 +27,10 @@ POINTS = 12  # number of rows in the table of losses
 
 @dataclass
 class Facts:
-    """Records of a run about one of its checkpoints. `spent_usd` is None if a price or a time is not known."""
+    """The facts that a run has recorded about one of its checkpoints.
+
+    `spent_usd` is None if a price or a time is not known.
+    """
 
     train: list[tuple[int, float]] = field(default_factory=list)  # step, loss
     validation: list[tuple[int, float]] = field(default_factory=list)

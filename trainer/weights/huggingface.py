@@ -130,7 +130,7 @@ def document_of(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def config_of(document: Mapping[str, Any], where: str) -> ModelConfig:
-    """Settings of the model that a config.json describes. Raises CheckpointError for an unsupported one."""
+    """Settings of the model that a config.json describes. Raises CheckpointError for an unsupported model."""
     kind = document.get("model_type")
     readers = {"gpt2": _gpt2_config, "llama": _llama_config, OWN: _own_config}
     if kind not in readers:
