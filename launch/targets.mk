@@ -22,7 +22,7 @@ $(LAUNCH_STAMP): requirements/launch.txt requirements/setup.sh
 	@$(SETUP) launch "$(LAUNCH_VENV)"
 	@rm -f $(LAUNCH_VENV)/.installed-*; touch $@
 
-role: $(LAUNCH_STAMP) ## create a role on AWS with which the nodes need no key, limited to BUCKET's runs and data (UNDO=1 deletes it)
+role: $(LAUNCH_STAMP) ## create an AWS role for BUCKET's runs and data, so that nodes need no key (UNDO=1 deletes it)
 	@$(LAUNCH_PYTHON) -m launch.role $(if $(UNDO),--undo)
 
 # A plan needs prices, but not SkyPilot, so the environment of training is enough.
