@@ -31,7 +31,7 @@ class Mark:
 
 # A report lists them in this order.
 PHASES = (
-    Phase("provision", "launcher", "from the launch to the first time in the ledger", "#707d91", "#9aa5b6"),
+    Phase("provision", "launcher", "from the launch to the beginning of the ledger", "#707d91", "#9aa5b6"),
     Phase("setup", "ledger", "start of the machine to start of the program", "#8d99ae", "#7f8ba0", is_preparation=True),
     Phase("init", "ledger", "imports, and opening of the data and the run", "#a5afc0", "#667085", is_preparation=True),
     Phase("prep", "ledger", "preparation: documents become shards", "#2f9e63", "#3fb577"),
