@@ -88,14 +88,14 @@ MARKS = (
         "`step`: the first completed step; `seconds` from the start of the process to the beginning of that step; "
         "`step_seconds`: duration of that step, compilation included",
     ),
-    Mark("checkpoint_begun", ("step",), "`step`"),
+    Mark("checkpoint_begun", ("step",), "`step` of the checkpoint that is now uploaded"),
     Mark(
         "checkpoint",
         ("step", "bytes", "blocked_seconds", "background_seconds"),
         "`step`, `bytes`, `blocked_seconds`, `background_seconds`; written once it is complete",
     ),
     Mark("notice", ("kind", "detail"), "`kind` and `detail` of a notice that the cloud will take the machine back"),
-    Mark("cap", ("limit_usd", "spent_usd"), "`limit_usd`, `spent_usd`"),
+    Mark("cap", ("limit_usd", "spent_usd"), "`limit_usd`: the cap; `spent_usd`: dollars spent when it was reached"),
     Mark(
         "anneal",
         ("kind", "step", "steps", "why"),
@@ -130,7 +130,7 @@ def check_mark(name: str, fields: set[str]) -> None:
 
 def markdown() -> str:
     """Both tables for docs/formats.md."""
-    lines = ["| phase | booked by | time |", "|---|---|---|"]
+    lines = ["| phase | booked by | meaning |", "|---|---|---|"]
     lines += [f"| `{phase.name}` | {phase.by} | {phase.help} |" for phase in PHASES]
     lines += ["", "| mark | fields |", "|---|---|"]
     lines += [f"| `{mark.name}` | {mark.help} |" for mark in MARKS]
