@@ -94,7 +94,7 @@ MARKS = (
         ("step", "bytes", "blocked_seconds", "background_seconds"),
         "`step`, `bytes`, `blocked_seconds`, `background_seconds`; written once it is complete",
     ),
-    Mark("notice", ("kind", "detail"), "`kind` and `detail` of a notice that the cloud will take the machine back"),
+    Mark("notice", ("kind", "detail"), "`kind` and `detail` of a request to stop, such as a spot notice"),
     Mark("cap", ("limit_usd", "spent_usd"), "`limit_usd`: the cap; `spent_usd`: dollars spent when it was reached"),
     Mark(
         "anneal",
