@@ -47,7 +47,7 @@ def _between(name: str, content: str, text: str) -> str:
 
 def plans() -> str:
     """The best plan for some sums, at the prices of the snapshot."""
-    lines = ["| sum | model | tokens | machine | hours | loss, expected |", "|---|---|---|---|---|---|"]
+    lines = ["| sum | model | tokens | machine | hours | expected loss |", "|---|---|---|---|---|---|"]
     for usd in SUMS:
         # In a process with an environment of its own, because the endpoint of a bucket changes its price.
         command = [sys.executable, "cost_report.py", "plan", f"--usd={usd}", "--offline", "--json"]
