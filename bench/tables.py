@@ -48,7 +48,7 @@ def _between(name: str, content: str, text: str) -> str:
 
 def plans() -> str:
     """The best plan for some sums, at the prices of the snapshot."""
-    lines = ["| sum | model | tokens | machine | hours | loss, expected |", "|---|---|---|---|---|---|"]
+    lines = ["| sum | model | tokens | machine | hours | expected loss |", "|---|---|---|---|---|---|"]
     for usd in SUMS:
         # This runs in a process with a separate environment, because the endpoint of a bucket changes its price.
         command = [sys.executable, "cost_report.py", "plan", f"--usd={usd}", "--offline", "--json"]
