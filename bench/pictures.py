@@ -29,6 +29,8 @@ PAGES = (
     ("cost-report-light", 1080, 1500, False),
     ("cost-report-dark", 1080, 1500, True),
     ("cost-report-phone", 390, 1500, False),
+    ("cost-report-tablet", 768, 1500, False),
+    ("cost-report-wide", 1440, 1500, True),
 )
 
 
@@ -47,6 +49,7 @@ def main() -> None:
         report([f"--html={page}"], environment)
         for name, width, height, is_dark in PAGES:
             photograph(browser, page, IMAGES / f"{name}.png", width, height, is_dark)
+        print_to_pdf(browser, page, IMAGES / "cost-report-print.pdf")
         terminal(report([], environment | {"FORCE_COLOR": "1", "COLUMNS": str(COLUMNS)}), IMAGES / "terminal.svg")
 
 
@@ -58,12 +61,21 @@ def report(flags: list[str], environment: dict[str, str]) -> str:
 
 def photograph(browser: str, page: Path, target: Path, width: int, height: int, is_dark: bool) -> None:
     """Stores a picture of the upper part of a page in a window of this size."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-    flags += [f"--user-data-dir={page.parent / target.stem}", f"--window-size={width},{height}"]
-    flags += ["--virtual-time-budget=2000", f"--screenshot={target}"]
+    flags = [f"--window-size={width},{height}", f"--screenshot={target}"]
     if is_dark:
         flags.append("--blink-settings=preferredColorScheme=0")
-    subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True, timeout=300)
+    browse(browser, page, target, flags)
+
+
+def print_to_pdf(browser: str, page: Path, target: Path) -> None:
+    """Stores a page as it looks on paper."""
+    browse(browser, page, target, [f"--print-to-pdf={target}", "--no-pdf-header-footer"])
+
+
+def browse(browser: str, page: Path, target: Path, flags: list[str]) -> None:
+    always = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+    always += [f"--user-data-dir={page.parent / target.stem}", "--virtual-time-budget=2000"]
+    subprocess.run([browser, *always, *flags, page.as_uri()], check=True, capture_output=True, timeout=300)
     print(f"wrote {target.relative_to(REPOSITORY)}")
 
 

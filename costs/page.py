@@ -150,6 +150,7 @@ def table(sheet: Sheet, runs: Sequence[str] = ()) -> str:
         found = []
         for column, text in enumerate(row):
             inside = _linked(text, run) if run and not column else escape(text)
+            inside = inside.replace(" to ", " to <wbr>")  # where a range may be broken on a phone
             css = "wrap" if column < sheet.words else "n"
             spare = " spare" if sheet.heads[column] in sheet.spare else ""
             found.append(f'<{tag} class="{css}{spare}">{inside}</{tag}>')

@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -100,9 +101,16 @@ def _watched(reports: Reports, run_url: str | None) -> list[CostReport]:
     return [reports.of(run_url)] if run_url else reports.all()
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print nothing for a browser that closed its connection before the answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def bound(port: int, answers: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
     try:
-        server = ThreadingHTTPServer((HOST, port), answers)
+        server = Server((HOST, port), answers)
     except (OSError, OverflowError) as error:
         why = one_line(error)
         raise ConfigError(f"--port {port}: cannot be listened on ({why}); name another, or 0 for a free one") from None

@@ -96,7 +96,7 @@ def train(kill_at: int | None) -> None:
     """Run torchrun to the end, or kill it when its log reaches step `kill_at`."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", "trainer.train"]
-    command += [str(ROOT / "demo" / "train.yaml"), f"--data.url={DATA_URL}", f"--run.url={RUN_URL}"]
+    command += [os.path.relpath(ROOT / "demo" / "train.yaml"), f"--data.url={DATA_URL}", f"--run.url={RUN_URL}"]
     show(f"torchrun --nproc-per-node={RANKS}", *command[7:])
     # torchrun would set OMP_NUM_THREADS to the same value, and print six lines of warning.
     machine = {**PRETEND_PRICE, "SEGMENT_STARTED_AT": str(time.time()), "OMP_NUM_THREADS": "1"}
