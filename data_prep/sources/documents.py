@@ -64,8 +64,8 @@ def read(
 
 def _documents(batch: pa.RecordBatch, source: SourceConfig, keep: FilterConfig, seed: int, dropped: Counter) -> Batch:
     texts = batch.column(source.text_column)
-    texts = chat.texts_of(texts) if chat.is_chat(texts.type) else texts.cast(pa.large_string())
-    ids = batch.column(source.id_column).cast(pa.large_string()) if source.id_column else None
+    texts = chat.texts_of(texts) if chat.is_chat(texts.type) else _as_text(texts)
+    ids = _as_text(batch.column(source.id_column)) if source.id_column else None
     good = _valid(texts)
     if ids is not None and ids.null_count:
         good = pc.and_(good, pc.is_valid(ids))
@@ -78,6 +78,11 @@ def _documents(batch: pa.RecordBatch, source: SourceConfig, keep: FilterConfig, 
         texts = texts.filter(good)
         ids = ids.filter(good) if ids is not None else None
     return Batch(texts, _keys(ids if ids is not None else texts, seed))
+
+
+def _as_text(values: pa.Array) -> pa.LargeStringArray:
+    """The values as text. Bytes are taken as they are: `_valid` finds those that are not UTF-8."""
+    return pc.cast(values, options=pc.CastOptions(pa.large_string(), allow_invalid_utf8=True))
 
 
 def _valid(texts: pa.LargeStringArray) -> pa.BooleanArray:
@@ -103,7 +108,7 @@ def _filters(batch: pa.RecordBatch, keep: FilterConfig) -> Iterator[tuple[str, p
     if keep.min_score is not None:
         yield "low_score", pc.greater_equal(batch.column(keep.score_column).cast(pa.float64()), keep.min_score)
     if keep.languages:
-        languages = batch.column(keep.language_column).cast(pa.large_string())
+        languages = _as_text(batch.column(keep.language_column))
         yield "language", pc.is_in(languages, pa.array(keep.languages, pa.large_string()))
 
 
