@@ -1,38 +1,27 @@
-"""Defines the parts of bench.interruptions: a cell, the environment that all cells share, and a running cell."""
+"""Defines the parts of bench.interruptions: a cell, and a running cell."""
 
-import json
-import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bench import harness
-from launch import role
+from bench.emulated import BUCKET, LAB, LAB_ROOT, POLL_SECONDS, PORT, SWITCH_MINUTES, Bench, kill, send
 
 EVENTS = ("ctrl-c", "kill", "stop", "cut")
 STAGES = ("request", "provision", "sync", "set-up", "build", "job")
 # The order of the stages, because the time may not suffice for all of them.
 FIRST = ("provision", "sync", "job", "set-up", "build", "request")
-SWITCH_MINUTES = 6.0
 LIMIT_SECONDS = SWITCH_MINUTES * 60 + 120
 STAGE_SECONDS = 600.0
-WATCH_SECONDS = 300.0
-POLL_SECONDS = 0.25
-IN_FLIGHT = 6
-BUCKET = "my-bucket"
-LAB = Path(os.environ.get("LAB_DIR") or "/nonexistent")
-LAB_ROOT = Path(os.environ.get("LAB_ROOT") or "/tmp/lab")
-PORT = 47100  # port of the first cell's API server
-# These commands prolong two stages, so that an event can hit them: they add a pause to the set-up and one before the
-# build.
+WATCH_SECONDS = 600.0
+FOLLOW_SECONDS = 1200.0  # of one cell: SkyPilot may go on to replace its machines
+# What makes a stage long enough to meet it: the set-up waits before the image, the build is preceded by a pause.
 SET_UP = """\
 touch ~/stage-set-up
 sleep 15
@@ -76,76 +65,6 @@ def cells() -> list[Cell]:
             managed, cloud = bool((i + j) % 2), ("aws", "lambda")[(i // 2 + j) % 2]
             found.append(Cell(len(found) + 1, event, stage, managed, cloud))
     return found
-
-
-class Bench:
-    """The environment of all cells: the project's folder with `.sky.yaml`, the emulated cloud, and a prepared home."""
-
-    def __init__(self, scratch: Path):
-        self.scratch, self.project = scratch, scratch / "project"
-        self.slots, self.launching = threading.Semaphore(IN_FLIGHT), threading.Lock()
-        if self.project.exists():
-            shutil.rmtree(self.project)
-        self.project.mkdir()
-        files = subprocess.run(["git", "ls-files", "-z"], cwd=harness.REPOSITORY, capture_output=True, check=True)
-        for name in filter(None, files.stdout.decode().split("\0")):
-            target = self.project / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(harness.REPOSITORY / name, target)
-        self.endpoint = self.inside(LAB_ROOT / "home", "sh", "-c", "echo $AWS_ENDPOINT_URL").stdout.strip()
-        self.python = harness.REPOSITORY / ".venv-launch/bin/python"
-        code = "import boto3, sys; boto3.client('s3').create_bucket(Bucket=sys.argv[1])"
-        self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET)
-        self._store_source()
-        # The role needs a bucket at AWS. Without the address of the emulated cloud, this bucket counts as one.
-        alone = ("env", "-u", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE=/dev/null", f"AWS_ENDPOINT_URL_IAM={self.endpoint}")
-        settings = {"SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
-        made = self.inside(LAB_ROOT / "home", *alone, self.python, "-m", "launch.role", **settings)
-        assert role.switch_minutes(self.project / role.SKY_CONFIG) == SWITCH_MINUTES, made.stdout + made.stderr
-        self.home = scratch / "home"
-        if not self.home.exists():
-            self._prepare_home()
-
-    def _store_source(self) -> None:
-        from tests import corpus
-
-        folder = self.scratch / "source"
-        paragraphs = [part for text in corpus.speeches(20) for part in text.split("\n\n") if len(part) > 200]
-        corpus.write_parquet(folder, [paragraphs], rows=200)
-        (folder / "vocab.bpe").write_bytes(corpus.vocab_bpe().read_bytes())
-        code = "import boto3, pathlib, sys\nfor path in pathlib.Path(sys.argv[2]).iterdir():\n"
-        code += " boto3.client('s3').upload_file(str(path), sys.argv[1], 'source/' + path.name)"
-        self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET, folder)
-
-    def _prepare_home(self) -> None:
-        """A home whose SkyPilot has found its clouds. Its server is stopped."""
-        lab = LAB_ROOT / "home"
-        self.home.mkdir()
-        for name in (".aws", ".lambda_cloud"):
-            shutil.copytree(lab / name, self.home / name)
-        for name in ("catalogs", "wheels"):
-            shutil.copytree(lab / ".sky" / name, self.home / ".sky" / name, symlinks=True)
-        shutil.copy2(lab / ".sky/config.yaml", self.home / ".sky/config.yaml")
-        found = self.inside(self.home, "sky", "check", "aws", "lambda", SKYPILOT_API_SERVER_LOCAL_PORT=str(PORT - 1))
-        (self.scratch / "check.log").write_text(found.stdout + found.stderr)
-        for process in processes(self.home):
-            os.kill(process, signal.SIGKILL)
-
-    def command(self, home: Path, *command: object, **environment: str) -> list[str]:
-        given = {"HOME": str(home), "BUCKET": BUCKET, "AWS_DEFAULT_REGION": "us-east-1", "YES": "1"}
-        given |= {"BUCKET_ACCESS_KEY_ID": "test", "BUCKET_SECRET_ACCESS_KEY": "test", **environment}
-        given["SPT_NOENV"] = "1"  # a SkyPilot process that renames itself keeps its environment, by which it is found
-        settings = [f"{name}={value}" for name, value in given.items()]
-        return [str(LAB / "labexec"), "env", *settings, *map(str, command)]
-
-    def inside(self, home: Path, *command: object, **environment: str) -> subprocess.CompletedProcess:
-        """Run a command on a computer, in the project's folder."""
-        words = self.command(home, *command, **environment)
-        return subprocess.run(words, cwd=self.project, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-    def instances(self) -> list[dict[str, Any]]:
-        done = subprocess.run([LAB / "labctl", "json"], capture_output=True, text=True)
-        return json.loads(done.stdout) if done.returncode == 0 else []
 
 
 class Trial:
@@ -223,6 +142,7 @@ class Trial:
         for number, each in listed.items():
             machine = self.seen.setdefault(number, {"start": now, "end": None})
             machine |= {"state": each["state"], "alive": self._sign_of_life(number) or machine.get("alive")}
+            machine["log"] = self._switch_log(number) or machine.get("log", "")
             mark = self._disk(number) / "home/ubuntu/stage-set-up"
             if self.cell.gap is None and mark.exists():
                 self.cell.gap = round(mark.stat().st_mtime - machine["start"], 1)
@@ -242,6 +162,12 @@ class Trial:
         except OSError:
             return None
 
+    def _switch_log(self, number: str) -> str:
+        try:
+            return (self._disk(number) / "var/lib/pretrain-launcher/switch.log").read_text()
+        except OSError:
+            return ""
+
     def _cut_off(self, instance: dict[str, Any]) -> None:
         for address in {instance["private"], instance["public"]} - self.rules - {None}:
             rule = f"rule add to {address} ipproto tcp dport 22 blackhole priority {2000 + self.cell.number}"
@@ -251,6 +177,8 @@ class Trial:
     # --- the interruption
 
     def _has_reached(self) -> bool:
+        if self.launcher and self.launcher.poll():
+            raise RuntimeError(f"the launch ended with {self.launcher.returncode} before its interruption")
         self._look()
         stage = self.cell.stage
         if stage == "request":
@@ -281,10 +209,11 @@ class Trial:
         elif self.cell.event == "cut":
             self.cut_at = self.at
             self._look()
+        elif self.cell.event == "kill":
+            kill(self.home)
         else:
-            number = signal.SIGKILL if self.cell.event == "kill" else signal.SIGSTOP
-            for process in processes(self.home):
-                os.kill(process, number)
+            send(self.home, signal.SIGSTOP)
+            send(self.home, signal.SIGSTOP)  # to what was started meanwhile
 
     def _follow(self) -> None:
         """Wait until every machine is gone or over its limit. Then the user comes back."""
@@ -296,7 +225,7 @@ class Trial:
             quiet = time.time() - since
             if not is_up and (self.seen or quiet > 60) and not (launching and quiet < LIMIT_SECONDS):
                 break
-            if quiet > LIMIT_SECONDS:
+            if quiet > LIMIT_SECONDS or time.time() - self.at > FOLLOW_SECONDS:
                 break
             time.sleep(1)
         if self.launcher.poll() is not None and self.cell.launcher == "running":
@@ -323,10 +252,11 @@ class Trial:
         cell.verdict = "gone within the limit" if cell.silent_for <= LIMIT_SECONDS else "gone too late"
 
     def _ended_by(self) -> str:
-        """The cause that ended the machines, from the switch's log or the launcher's output."""
-        logs = [self._disk(number) / "var/lib/pretrain-launcher/switch.log" for number in self.seen]
-        if any("terminated by" in log.read_text() or "powered off" in log.read_text() for log in logs if log.exists()):
-            return "the node's switch"
+        """The cause that ended the machines. The switch may end with its machine before it has logged the end."""
+        for machine in self.seen.values():
+            silent = machine["end"] - max(machine["start"], machine.get("alive") or 0.0)
+            if machine.get("log") and silent >= SWITCH_MINUTES * 60 - 1:
+                return "the node's switch"
         said = Path(self.output.name).read_text(errors="replace")
         if "$ sky down" in said or "$ sky jobs cancel" in said or "$ sky api cancel" in said:
             return "the launcher"
@@ -334,8 +264,7 @@ class Trial:
 
     def _come_back(self) -> None:
         """The user comes back and runs `make watch` on Lambda, then `make down` if a machine is still up."""
-        for process in processes(self.home):
-            os.kill(process, signal.SIGCONT)
+        send(self.home, signal.SIGCONT)
         self._reconnect()
         began = time.time()
         if self.cell.cloud == "lambda":
@@ -363,8 +292,7 @@ class Trial:
         self.rules.clear()
 
     def _clean_up(self) -> None:
-        for process in processes(self.home):
-            os.kill(process, signal.SIGKILL)
+        kill(self.home)
         if self.launcher:
             self.launcher.wait()
         self._reconnect()
@@ -375,14 +303,3 @@ class Trial:
         for number in self.seen:
             shutil.rmtree(LAB_ROOT / "instances" / number, ignore_errors=True)
         shutil.rmtree(self.home, ignore_errors=True)
-
-
-def processes(home: Path) -> Iterator[int]:
-    """The processes of an emulated computer, which are recognised by its home folder."""
-    mark = f"HOME={home}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in path.read_bytes().split(b"\0"):
-                yield int(path.parent.name)
-        except OSError:
-            continue

@@ -21,6 +21,7 @@ the project's `prep` image prepared.
 
 import argparse
 import json
+import signal
 import threading
 import time
 from dataclasses import asdict
@@ -28,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.interrupted import FIRST, LIMIT_SECONDS, SWITCH_MINUTES, Bench, Cell, Trial, cells
+from bench.emulated import Bench
+from bench.interrupted import FIRST, Cell, Trial, cells
 
 
 def main() -> None:
@@ -38,10 +40,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=25.0, help="start no cell after this time")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cells")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, as then by all launchers
     record = json.loads(options.out.read_text()) if options.out.exists() else {**header(), "cells": []}
     done = {each["number"] for each in record["cells"]}
     wanted = [each for each in cells() if each.number not in done and each.number in (options.only or range(1, 25))]
-    wanted.sort(key=lambda cell: (FIRST.index(cell.stage), -cell.number))
+    wanted.sort(key=lambda cell: (cell.cloud, FIRST.index(cell.stage), -cell.number))
     bench, last = Bench(options.scratch.resolve()), time.monotonic() + options.minutes * 60
     keep = threading.Lock()
 
@@ -65,7 +68,7 @@ def main() -> None:
 
 
 def header() -> dict[str, Any]:
-    return {**harness.header(), "skypilot": "0.14.1", "switch_minutes": SWITCH_MINUTES, "limit_seconds": LIMIT_SECONDS}
+    return {**harness.header(), "skypilot": "0.14.1", "limit_minutes": "those of the switch, and two"}
 
 
 def row(cell: Cell) -> str:
