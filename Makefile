@@ -53,14 +53,29 @@ demo: $(DEMO_STAMP) ## the whole pipeline on this machine: prepare, train, kill,
 
 ##@ To work on the code
 
+# Three workers for two cores, since tests wait for programs; a file goes to one worker, the longest files first.
+WORKERS := -n 3 --dist=loadfile --no-loadscope-reorder
+# Bytecode is written, so that not every worker and every program that a test starts compiles our code.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(WORKERS)
+
 test: $(STAMP) ## the fast tests
-	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'not slow and not gpu and not image and not lab'
+	@$(PYTEST) -m 'not slow and not gpu and not image and not lab'
 
 test-all: $(STAMP) ## all tests that need no GPU
-	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'not gpu and not image and not lab'
+	@$(PYTEST) -m 'not gpu and not image and not lab'
 
 test-slow: $(STAMP) ## the tests that `make test` leaves out, without those that need a GPU
-	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'slow and not gpu and not image and not lab'
+	@$(PYTEST) -m 'slow and not gpu and not image and not lab'
+
+COVERAGE_STAMP := .venv-coverage/$(call stamp,coverage)
+
+$(COVERAGE_STAMP): requirements/coverage.txt requirements/setup.sh
+	@$(SETUP) coverage .venv-coverage
+	@rm -f .venv-coverage/.installed-*; touch $@
+
+coverage: $(STAMP) $(COVERAGE_STAMP) ## lines that the fast tests reach, per package, in all processes
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m tests.covered "$$(.venv-coverage/bin/python -c 'import site; print(site.getsitepackages()[0])')" \
+	  $(WORKERS) -m 'not slow and not gpu and not image and not lab'
 
 chaos: $(STAMP) ## one training run under 100 random kills, compared bit by bit with a quiet one (KILLS=100)
 	@$(BIN)/python -m tests.chaos --kills=$(if $(value KILLS),$(call typed,KILLS),100)
@@ -85,4 +100,4 @@ bench-prep: $(STAMP) ## data preparation against the usual scripts, end to end (
 	@mkdir -p .bench && $(BIN)/python -m bench.prep --scratch=.bench --encode --larger --out=bench/results/$$(date +%F)-prep.json
 
 clean: ## remove the virtual environments and what demo and benchmarks left
-	rm -rf $(call typed,VENV) .venv-demo .venv-docs .venv-launch .demo .bench .azurite site
+	rm -rf $(call typed,VENV) .venv-coverage .venv-demo .venv-docs .venv-launch .demo .bench .azurite site
