@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from core import storage
 from core.data.vocabulary import GPT2_VOCAB_SIZE
@@ -11,6 +10,7 @@ from core.data.vocabulary import read as read_vocabulary
 from core.errors import ConfigError
 from core.settings.model import ModelConfig
 from tests import corpus, launching, tuning
+from tests.later import Later
 from trainer.model.gpt import GPT
 from trainer.model.loss import divergence_and_cross_entropy
 from trainer.stages.distil import Distillation, Teacher, open_teacher
@@ -23,6 +23,7 @@ FLAGS += [
     "--batch.tokens_per_step=256",
 ]  # each token costs two softmaxes over the vocabulary
 CPU = torch.device("cpu")
+transformers = Later("transformers")
 
 
 def flags_of(base: tuple[str, str], run_url: str, *more: str) -> list[str]:
@@ -119,14 +120,13 @@ def test_the_mixture_is_hintons():
 def foreign(tmp_path_factory) -> str:
     """A GPT-2 that `transformers` made, with OpenAI's tokenizer."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("foreign")
     data = corpus.vocab_bpe().parent
     bpe = ByteLevelBPETokenizer.from_file(str(data / "encoder.json"), str(data / "vocab.bpe"))
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
     torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64))
     model.save_pretrained(folder)
     return str(folder)
 
@@ -134,7 +134,7 @@ def foreign(tmp_path_factory) -> str:
 def test_a_teacher_of_transformers_gives_its_own_logits(foreign, vocab_bpe):
     encoding = read_vocabulary(str(vocab_bpe)).encoding()
     tokens = torch.arange(100, 140)[None]
-    expected = GPT2LMHeadModel.from_pretrained(foreign).eval()(input_ids=tokens).logits
+    expected = transformers.GPT2LMHeadModel.from_pretrained(foreign).eval()(input_ids=tokens).logits
     for name in (foreign, f"transformers:{foreign}"):  # opened as ours, and run by transformers
         teacher = open_teacher(name, encoding, CPU)
         logits = teacher.hidden(tokens) @ teacher.head.T
@@ -144,7 +144,9 @@ def test_a_teacher_of_transformers_gives_its_own_logits(foreign, vocab_bpe):
 
 def test_a_teacher_of_another_vocabulary_is_refused(foreign, vocab_bpe, tmp_path):
     encoding = read_vocabulary(str(vocab_bpe)).encoding()
-    small = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, vocab_size=1000))
+    small = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, vocab_size=1000)
+    )
     small.save_pretrained(tmp_path)
     for info in storage.list_objects(foreign):
         if "token" in info.name:

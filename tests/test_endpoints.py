@@ -88,7 +88,7 @@ def server_that(answer, context: ssl.SSLContext | None = None) -> Iterator[tuple
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", handler.seen
     finally:
@@ -242,7 +242,7 @@ def test_an_endpoint_may_be_an_ipv6_address(keys, monkeypatch):
         )
     except OSError:
         pytest.skip("this machine has no IPv6")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("BUCKET_ENDPOINT_URL", f"http://[::1]:{server.server_port}")
     assert storage.read_bytes("s3://b/object") == b"content"
     server.shutdown()

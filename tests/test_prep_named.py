@@ -18,7 +18,7 @@ from core.data import manifest
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig, SourceConfig
 from data_prep import plan
-from tests import hub_cache
+from tests import hub_cache, patched
 from tests.corpus import both_splits, documents, encoded, prepare_set, speeches, stored
 from tests.fake_hub import COMMIT, REPOSITORY, Hub
 from tests.patience import PATIENCE_SECONDS
@@ -62,7 +62,7 @@ def repository(suffix: str) -> dict[str, bytes]:
 def start(url: Path, vocab: Path, environment: Mapping[str, str], *flags: str) -> subprocess.Popen:
     """A preparation in a process of its own: huggingface_hub reads its variables when it is imported."""
     fixed = (f"--data.url={url}", f"--tokenizer.vocab_url={vocab}", *SMALL)
-    command = [sys.executable, "-m", "data_prep.prepare", *fixed, *flags]
+    command = [sys.executable, *patched.module_of("data_prep.prepare", patched.NO_PAUSES), *fixed, *flags]
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | environment
     )
@@ -190,7 +190,7 @@ def test_refused_offline(tmp_path: Path):
 @pytest.fixture
 def hub(tmp_path: Path):
     with Hub() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 

@@ -11,6 +11,7 @@ what launch.node runs. Tests of starting itself (imports, signals at the first i
 
 import atexit
 import ctypes
+import fcntl
 import gc
 import importlib
 import inspect
@@ -21,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Mapping
@@ -64,8 +66,10 @@ class Popen(ColdPopen):
         streams = [bound[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         self.pid = _fork_in_server(request, [own if given == -1 else given for own, given in enumerate(streams)])
         self._child_created = True
-        for descriptor in {each for each in streams if each > 2}:
-            os.close(descriptor)
+        pipes = {bound["p2cread"]: bound["p2cwrite"], bound["c2pwrite"]: bound["c2pread"]}
+        pipes |= {bound["errwrite"]: bound["errread"]} if bound["errread"] != -1 else {}
+        for descriptor in {each for each, end in pipes.items() if end != -1} | {getattr(self, "_devnull", -1)} - {-1}:
+            os.close(descriptor)  # the caller keeps those that it has opened itself
 
 
 _servers: dict[int, socket.socket] = {}  # by the process that asks
@@ -161,6 +165,8 @@ def become(request: dict, streams: list[int]) -> list[str]:
     for own, given in enumerate(streams):
         os.dup2(given, own)
     os.closerange(3, 4096)
+    if request["is_session"] and os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal of the session: its Ctrl-C reaches the program
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
