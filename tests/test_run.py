@@ -1,6 +1,7 @@
 """`make run`: the stages of a budget one after the other, what it takes up again, its caps, its end, and bad input."""
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -159,8 +160,10 @@ def test_a_failed_evaluation_does_not_keep_the_model_from_its_export(machines, c
 
 
 def cluster(run_name: str) -> list:
-    launched = f"envs: {{RUN: {run_name}}}\n"
-    return [json.dumps([{"name": "pretrain-8xa100", "status": "UP", "last_creation_yaml": launched}]), "", 0]
+    """As SkyPilot 0.14.1 records it: the file's own variables, and the command that replaced them."""
+    words = ["sky", "launch", "--env", "TRAIN_ARGS=--a=1 --b=2", "--env", f"RUN={run_name}", "sky/pretrain-8xa100.yaml"]
+    record = {"last_creation_yaml": "envs: {RUN: gpt2-124m}\n", "last_creation_command": shlex.join(words)}
+    return [json.dumps([{"name": "pretrain-8xa100", "status": "UP", **record}]), "", 0]
 
 
 def test_ctrl_c_leaves_the_machine_and_the_same_command_follows_it_again(machines, sky, monkeypatch, capsys):

@@ -41,7 +41,7 @@ class Money:
         given |= {"BUCKET_ACCESS_KEY_ID": "test", "BUCKET_SECRET_ACCESS_KEY": "test"}
         given |= {"BUCKET": BUCKET, "AWS_ENDPOINT_URL": self.lab.endpoint, **REHEARSAL, "RUN": self.run}
         given |= {"SOURCE_URL": f"s3://{BUCKET}/source/*.parquet", "VOCAB_URL": f"s3://{BUCKET}/source/vocab.bpe"}
-        given |= {"TRAIN_ARGS": SMALL, "USD_PER_HOUR": f"{usd_per_hour:g}"}
+        given |= {"PREP_ARGS": "--evaluation_sets=", "TRAIN_ARGS": SMALL, "USD_PER_HOUR": f"{usd_per_hour:g}"}
         words = [LAB / "labexec", "env", *(f"{name}={value}" for name, value in given.items())]
         command = [*words, str(PYTHON), "-u", "-m", "launch.run", f"--usd={self.usd:g}", *self._options]
         with self._said.open("ab") as file:
