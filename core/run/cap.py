@@ -144,15 +144,15 @@ class SpendingCap:
         return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
 
     def latest(self, seconds: float = 0.0) -> float:
-        """The end of the segment takes `seconds`.
+        """The latest unix time at which the segment's end may begin, so that no limit is exceeded.
 
-        Returns the latest unix time at which it may begin so that no limit is exceeded.
+        The end takes `seconds`.
         """
         left = min(self._left_seconds())
         return self._ledger.now() + left - seconds - SAFETY * self._arrival_seconds - self._shutdown_seconds
 
     def _left_seconds(self) -> tuple[float, float]:
-        """The seconds that this machine may still run: by the limit in dollars, and by the limit in hours."""
+        """The seconds that this machine may still run by the limit in dollars, and those by the limit in hours."""
         usd, hours = self._bounds.usd, self._bounds.hours
         return (
             self._ledger.machine.price.seconds(usd - self.spent_usd()) if usd else math.inf,
