@@ -128,7 +128,10 @@ class Stage(abc.ABC):
         """
 
     def describe(self, model: GPT) -> str:
-        """A text for the log: the settings that differ from their defaults, and the numbers that follow from the settings."""
+        """A text for the log.
+
+        It holds the settings that differ from their defaults, and numbers that follow from the settings.
+        """
         settings = loader.describe(self.settings, f"all: {RunFolder(self.settings.run.url).description}")
         return "\n".join([settings, *self.describe_data(model), *self._batch_and_length()])
 
