@@ -23,10 +23,10 @@ def lines(survey: Survey) -> list[str]:
 
 
 def run_lines(run_url: str) -> list[str]:
-    """A line for each machine whose end is recorded only now, then the run's dollars."""
+    """A line for each machine whose end was recorded by this call, and a line with the run's dollars."""
     try:
         ends = gone.record(run_url)
-    except LauncherError:  # the next line reports this error
+    except LauncherError:  # the line with the run's dollars reports this error
         ends = []
     return [*ends, spent_line(run_url)]
 
@@ -34,7 +34,7 @@ def run_lines(run_url: str) -> list[str]:
 def spent_line(run_url: str) -> str:
     """A line with the run's dollars.
 
-    For a run that does not exist it does not show $0.00, because the name may be wrong.
+    If there is no such run, the line says so and does not show $0.00, because the name may be wrong.
     """
     try:
         usd = read_run(run_url, Detail.MONEY).usd

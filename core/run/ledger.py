@@ -47,7 +47,7 @@ def claim_segment(folder: RunFolder, start_event: Mapping[str, Any]) -> int:
 
 
 def check_owner(folder: RunFolder, segment: int) -> None:
-    """Raises RunError if a newer segment has taken over this run. Then this machine was replaced."""
+    """Raises RunError if a newer segment has taken over this run, because this machine was then replaced."""
     newest = (folder.segment_numbers() or [segment])[-1]
     if newest > segment:
         raise RunError(
@@ -110,7 +110,7 @@ class Ledger:
         return self._wall_origin + time.monotonic() - self._monotonic_origin
 
     def switch(self, phase: str) -> None:
-        """Begin `phase`: all time from now until the next `switch` belongs to it."""
+        """Begin `phase`. All time from now until the next `switch` belongs to this phase."""
         if phase not in LEDGER_PHASES:
             raise ValueError(f"unknown phase {phase!r}")
         with self._lock:
@@ -160,7 +160,7 @@ class Ledger:
     def close(self, reason: str, step: int | None = None, **details: Any) -> bool:
         """Write the last span and the reason for the end, and store everything. Idempotent.
 
-        Reasons: finished, preempted, failed, cap, interrupted. Returns False if the store failed.
+        The reason is finished, preempted, failed, cap or interrupted. Returns False if the store failed.
         """
         with self._lock:
             if self._closed:

@@ -143,14 +143,14 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
 
 
 def _constraints(options: argparse.Namespace) -> dict[str, str]:
-    """The flags that `make run` needs too, by name; "" for a flag without a value."""
+    """The flags that `make run` needs too, by name. A flag without a value has the value ""."""
     names = ("deadline", "gpus", "cloud", "size", "recipe", "refuse_stale")
     found = {name.replace("_", "-"): value for name in names if (value := getattr(options, name)) is not None}
     return found | ({"on-demand": ""} if options.on_demand else {})
 
 
 def _beside(prices: Prices) -> list[str]:
-    """Notes on what the dollars leave out."""
+    """Notes on costs that the dollars do not include."""
     said = ["the container image is taken as pushed (make image); without IMAGE the node builds it, which takes longer"]
     if PREPARATION not in prices.beside:
         said.append("the tokens count as prepared, so the dollars do not include their preparation")

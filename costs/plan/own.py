@@ -20,7 +20,7 @@ PATIENCE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Own:
-    """Results of the user's runs: speeds and overheads by instance type with a note about them, and losses."""
+    """Results of the user's runs: speeds and overheads by instance type, a note about these, and the losses."""
 
     speeds: Mapping[str, list[Measured]] = field(default_factory=dict)
     losses: Sequence[OwnRun] = ()

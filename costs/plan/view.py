@@ -135,7 +135,7 @@ def _rounded(each: Plan) -> dict[str, float]:
 
 
 def refusals(answer: Answer) -> list[str]:
-    """One line per reason, with everything that is refused for it."""
+    """One line per reason. It names all machines and models that are refused for this reason."""
     by_reason: dict[str, list[str]] = {}
     for each in answer.refusals:
         by_reason.setdefault(each.why, []).append(each.what)
