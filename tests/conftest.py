@@ -55,6 +55,7 @@ def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
             server = one_s3.join(Path(host))
         else:
             server = stack.enter_context(S3Server(tmp_path_factory.mktemp("s3")))
+            server.make_bucket("tests")
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in server.environment().items():
             patch.setenv(name, value)
@@ -64,8 +65,6 @@ def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def bucket(s3: S3Server, request: pytest.FixtureRequest) -> str:
     """The URL of a folder in a bucket, of this test alone: every bucket more takes the server several volumes."""
-    if not s3.has_bucket("tests"):
-        s3.make_bucket("tests")
     return f"s3://tests/{abs(hash(request.node.nodeid)):x}"
 
 

@@ -36,6 +36,7 @@ PRELOADED = """
     pyarrow.parquet tiktoken trainer.loop.segment trainer.stages.pretrain
     trainer.stages.finetune trainer.stages.dpo trainer.stages.distil trainer.inference.engine trainer.evals.harness
     trainer.weights.folder costs.show launch.node.preflight
+    trainer.synthesis.make trainer.inference.server trainer.inference.terminal data_prep.build data_prep.booking
 """.split()
 TORCHRUN_STARTS = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 LONGEST_REQUEST = 1 << 20
