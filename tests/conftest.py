@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).parent.parent
 S3_HOST = pytest.StashKey()
 LONGEST = """
     test_train test_chat test_launch_node test_stop_life test_distil test_anneal test_finetune test_evaluate test_dpo
-    test_distil_make test_refusals test_prep_named test_overfit test_prep_kill test_outage test_storage test_generation
+    test_distil_make test_refusals test_prep_named test_overfit test_prep_kill test_outage test_storage test_elsewhere
+    test_exchange test_evaluate_cap test_generation test_cache test_export
 """.split()
 
 

@@ -1,4 +1,4 @@
-"""Programs of ours that start from a process which has imported torch already.
+"""Programs of ours that start from a process which has imported torch already, and has read GPT-2's vocabulary.
 
 `python -m trainer.train` spends three seconds of a core on imports before its first line, and the tests start it often.
 `warm.Popen` is subprocess.Popen, except that a server process forks instead of starting an interpreter: the child gets
@@ -211,6 +211,11 @@ def _fork_server() -> list[str] | None:
 def main() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
+    from core.data import vocabulary
+    from tests import corpus
+
+    # The vocabulary too, without core.storage, which no process may use before it is forked.
+    vocabulary.parse(corpus.vocab_bpe().read_bytes(), "vocab.bpe").encoding()
     gc.freeze()
     arguments = serve(socket.socket(fileno=int(sys.argv[1])), {})
     if arguments[0] == "-u":
