@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).parent.parent
 S3_HOST = pytest.StashKey()
 LONGEST = """
     test_train test_chat test_launch_node test_stop_life test_distil test_anneal test_finetune test_evaluate test_dpo
-    test_distil_make test_refusals test_prep_named test_overfit test_prep_kill test_outage test_storage test_generation
+    test_distil_make test_refusals test_prep_named test_overfit test_prep_kill test_outage test_storage test_elsewhere
+    test_exchange test_evaluate_cap test_generation test_cache test_export
 """.split()
 
 
@@ -55,6 +56,7 @@ def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
             server = one_s3.join(Path(host))
         else:
             server = stack.enter_context(S3Server(tmp_path_factory.mktemp("s3")))
+            server.make_bucket("tests")
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in server.environment().items():
             patch.setenv(name, value)
@@ -64,8 +66,6 @@ def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def bucket(s3: S3Server, request: pytest.FixtureRequest) -> str:
     """The URL of a folder in a bucket, of this test alone: every bucket more takes the server several volumes."""
-    if not s3.has_bucket("tests"):
-        s3.make_bucket("tests")
     return f"s3://tests/{abs(hash(request.node.nodeid)):x}"
 
 

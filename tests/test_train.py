@@ -173,7 +173,7 @@ def test_batch_that_does_not_divide_over_the_ranks(data_url: str, straight: str)
     )
     assert code != 0
     assert (
-        "makes 4 micro-batches of 2 x 32 tokens, which do not divide over 3 ranks; start 2 ranks, or 4: the" in output
+        "makes 4 micro-batches of 1 x 32 tokens, which do not divide over 3 ranks; start 2 ranks, or 4: the" in output
     )
     assert "the batch of a run that has begun is fixed" in output
 
@@ -184,7 +184,7 @@ def test_the_batch_that_a_new_run_is_advised_to_take_is_accepted(data_url: str):
     flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=2", "--train.sample_tokens=0"]
     code, output = launching.finish(launching.start(3, *flags))
     assert code != 0
-    [advised] = re.findall(r"start 2 ranks, or 4, or set (batch\.tokens_per_step=192)\n", output)
+    [advised] = re.findall(r"start 2 ranks, or 4, or set (batch\.tokens_per_step=96)\n", output)
     launching.train(3, *flags, f"--{advised}")
 
 

@@ -1,4 +1,4 @@
-"""Programs of ours that start from a process which has imported torch already.
+"""Programs of ours that start from a process which has imported torch already, and has read GPT-2's vocabulary.
 
 `python -m trainer.train` spends three seconds of a core on imports before its first line, and the tests start it often.
 `warm.Popen` is subprocess.Popen, except that a server process forks instead of starting an interpreter: the child gets
@@ -36,6 +36,7 @@ PRELOADED = """
     pyarrow.parquet tiktoken trainer.loop.segment trainer.stages.pretrain
     trainer.stages.finetune trainer.stages.dpo trainer.stages.distil trainer.inference.engine trainer.evals.harness
     trainer.weights.folder costs.show launch.node.preflight
+    trainer.synthesis.make trainer.inference.server trainer.inference.terminal data_prep.build data_prep.booking
 """.split()
 TORCHRUN_STARTS = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 LONGEST_REQUEST = 1 << 20
@@ -210,6 +211,11 @@ def _fork_server() -> list[str] | None:
 def main() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
+    from core.data import vocabulary
+    from tests import corpus
+
+    # The vocabulary too, without core.storage, which no process may use before it is forked.
+    vocabulary.parse(corpus.vocab_bpe().read_bytes(), "vocab.bpe").encoding()
     gc.freeze()
     arguments = serve(socket.socket(fileno=int(sys.argv[1])), {})
     if arguments[0] == "-u":
