@@ -48,7 +48,7 @@ $(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/train-cud
 	@PYTHONDONTWRITEBYTECODE= .venv-demo/bin/python -c "import torch" # writes bytecode, so that no rank compiles it
 	@rm -f .venv-demo/.installed-*; touch $@
 
-demo: $(DEMO_STAMP) ## run the whole pipeline here: prepare, train, kill, resume, report (2 to 3 minutes)
+demo: $(DEMO_STAMP) ## prepare, train, kill, resume and report on this computer (2 to 3 minutes)
 	@$(DEMO_VENV)/bin/python -m demo.run
 
 ##@ To work on the code
@@ -59,10 +59,10 @@ test: $(STAMP) ## run the fast tests
 test-all: $(STAMP) ## run all tests that need no GPU
 	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'not gpu and not image and not lab'
 
-test-slow: $(STAMP) ## run the tests that `make test` leaves out, except those that need a GPU
+test-slow: $(STAMP) ## run the slow tests, which `make test` leaves out (without those that need a GPU)
 	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'slow and not gpu and not image and not lab'
 
-chaos: $(STAMP) ## kill one training run 100 times (KILLS=100), and compare it bit by bit with an undisturbed run
+chaos: $(STAMP) ## kill one training run 100 times (KILLS=100), and compare its weights with those of an undisturbed run
 	@$(BIN)/python -m tests.chaos --kills=$(if $(value KILLS),$(call typed,KILLS),100)
 
 lint: $(STAMP) ## run ruff and shellcheck
