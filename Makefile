@@ -48,7 +48,7 @@ $(STAMP): requirements/dev.txt requirements/torch-cpu.txt requirements/train-cud
 	@PYTHONDONTWRITEBYTECODE= .venv-demo/bin/python -c "import torch" # writes bytecode, so that no rank compiles it
 	@rm -f .venv-demo/.installed-*; touch $@
 
-demo: $(DEMO_STAMP) ## run the whole pipeline here: prepare, train, kill, resume, report (2 to 3 minutes)
+demo: $(DEMO_STAMP) ## prepare, train, kill, resume and report on this computer (2 to 3 minutes)
 	@$(DEMO_VENV)/bin/python -m demo.run
 
 ##@ To work on the code
@@ -64,7 +64,7 @@ test: $(STAMP) ## run the fast tests
 test-all: $(STAMP) ## run all tests that need no GPU
 	@$(PYTEST) -m 'not gpu and not image and not lab'
 
-test-slow: $(STAMP) ## run the tests that `make test` leaves out, except those that need a GPU
+test-slow: $(STAMP) ## run the slow tests, which `make test` leaves out (without those that need a GPU)
 	@$(PYTEST) -m 'slow and not gpu and not image and not lab'
 
 COVERAGE_STAMP := .venv-coverage/$(call stamp,coverage)
@@ -77,7 +77,7 @@ coverage: $(STAMP) $(COVERAGE_STAMP) ## measure the lines that the fast tests re
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m tests.covered "$$(.venv-coverage/bin/python -c 'import site; print(site.getsitepackages()[0])')" \
 	  $(WORKERS) -m 'not slow and not gpu and not image and not lab'
 
-chaos: $(STAMP) ## kill one training run 100 times (KILLS=100), and compare it bit by bit with an undisturbed run
+chaos: $(STAMP) ## kill one training run 100 times (KILLS=100), and compare its weights with those of an undisturbed run
 	@$(BIN)/python -m tests.chaos --kills=$(if $(value KILLS),$(call typed,KILLS),100)
 
 lint: $(STAMP) ## run ruff and shellcheck
