@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--profile", action="store_true", help="run the last steps under torch.profiler")
     parser.add_argument("--trace", type=Path, help="file for the profiler's trace; a large one is not kept")
-    parser.add_argument("--without", default="", help=f"choices to undo: {', '.join(toggles.TOGGLES)}")
+    parser.add_argument("--without", default="", help=f"optimizations to switch off: {', '.join(toggles.TOGGLES)}")
     options = parser.parse_args(arguments[:split])
     toggles.undo(options.without)
     watch = Watch(options.steps, options.profile)
