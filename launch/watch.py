@@ -69,7 +69,7 @@ class Watch:
 
 
 def is_guarded(machine: Leftover, survey: left.Survey) -> bool:
-    """Whether a machine ends without this program, by its cluster's autostop or by the controller of its managed job."""
+    """Whether a machine ends without this program: by its cluster's autostop or by its managed job's controller."""
     clusters = [each for each in survey.clusters or () if each.get("cluster_name_on_cloud") == machine.cluster]
     return any(map(_has_autostop, clusters)) or left.job_of(machine.cluster, survey.jobs or ()) is not None
 
