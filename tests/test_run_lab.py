@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.lab,
     pytest.mark.skipif(not (LAB / "labexec").exists(), reason="LAB_DIR names no emulated cloud"),
 ]
-USD_PER_HOUR = 60.0
+USD_PER_HOUR = 30.0
 # Emulated machines go 79 to 133 s after their program.
 RESERVE_SECONDS = 135
 SMALL = "--batch.tokens_per_step=1024 --batch.micro_batch_size=4 --train.log_every=5 --train.eval_every=0"
@@ -109,7 +109,7 @@ def test_a_sum_on_demand_ends_annealed_and_within_the_money(lab, tmp_path: Path)
 
 def test_a_sum_on_spot_survives_two_preemptions_one_during_the_cooldown(lab, tmp_path: Path):  # noqa: F811
     options = ("--gpus=A100:8", "--cloud=aws")
-    money = Money(lab, tmp_path / "said.txt", "money-spot", "pretrain-8xa100-spot", 30.0, *options)
+    money = Money(lab, tmp_path / "said.txt", "money-spot", "pretrain-8xa100-spot", 15.0, *options)
     command = money.start()
     wait("a step", lambda: lab.step(money.run) > 0 or command.poll() is not None)
     money.preempt()
@@ -124,7 +124,7 @@ def test_a_sum_on_spot_survives_two_preemptions_one_during_the_cooldown(lab, tmp
 def test_a_price_that_doubles_shortens_the_training_and_not_the_annealing(lab, tmp_path: Path):  # noqa: F811
     """The machine is lost, and the next one costs twice as much."""
     options = ("--gpus=A100:8", "--cloud=aws", "--on-demand")
-    money = Money(lab, tmp_path / "said.txt", "money-dearer", "pretrain-8xa100", 18.0, *options)
+    money = Money(lab, tmp_path / "said.txt", "money-dearer", "pretrain-8xa100", 12.0, *options)
     money.stop(money.start())
     wait("a step", lambda: lab.step(money.run) > 0)
     money.preempt()
