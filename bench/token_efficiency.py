@@ -44,7 +44,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser = harness.options(__doc__)
     parser.add_argument("--data", required=True, help="token set that data_prep has written")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for runs; unfinished runs are continued")
-    parser.add_argument("--steps", type=int, required=True, help="steps of the plain recipe")
+    parser.add_argument("--steps", type=int, required=True, help="number of steps of the plain recipe")
     parser.add_argument("--shares", default="0.6", help="shares of --steps for the other recipe, separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plain", default="gpt2-124m")

@@ -36,9 +36,7 @@ PHASES = (
     Phase("init", "ledger", "the program loads its code and opens the run", "#a5afc0", "#667085", is_preparation=True),
     Phase("prep", "ledger", "preparation: documents are turned into shards", "#2f9e63", "#3fb577"),
     Phase("finalize", "ledger", "preparation: shards are chosen, and the manifest is written", "#3aa6b9", "#4fb9cb"),
-    Phase(
-        "compile", "ledger", "the first step, with the work of torch.compile", "#6d8fd6", "#7d9de0", is_preparation=True
-    ),
+    Phase("compile", "ledger", "the first step, which includes compilation", "#6d8fd6", "#7d9de0", is_preparation=True),
     Phase("restore", "ledger", "weights and optimizer state are loaded", "#8a6fc9", "#a08be0", is_preparation=True),
     Phase("data_wait", "ledger", "a step waits for its tokens", "#d9a13b", "#e0b159"),
     Phase("train", "ledger", "optimizer steps", "#2f9e63", "#3fb577"),
