@@ -49,7 +49,7 @@ class Catalog:
     fetched: Mapping[str, date] = field(default_factory=dict)
 
     def price_date(self, offer: Offer, spot: bool) -> date | None:
-        """The day on which a price was last seen at the provider; None if that day is not known."""
+        """The day on which a price was last seen at the provider, or None if that day is not known."""
         if offer.cloud in self.fetched:
             return self.fetched[offer.cloud]
         usd = offer.usd_spot if spot else offer.usd_on_demand

@@ -105,7 +105,7 @@ _PUBLIC = {
 
 
 def public_model(name: str) -> ModelConfig | None:
-    """The settings of one of OpenAI's GPT-2 models, by its public name; None for any other name."""
+    """The settings of one of OpenAI's GPT-2 models, by its public name, or None for any other name."""
     if name not in _PUBLIC:
         return None
     layers, heads, width = _PUBLIC[name]

@@ -196,7 +196,7 @@ def _tokens(text: str) -> float:
 
 
 def _number(text: str) -> float | None:
-    """A finite number; None for anything else."""
+    """A finite number, or None for anything else."""
     try:
         value = float(text)
     except ValueError:

@@ -48,7 +48,7 @@ class HttpServer:
         self._used_at = time.monotonic()  # the last time at which a request came or ended
 
     def idle_seconds(self) -> float:
-        """Seconds since the last request for an answer arrived or ended; 0 while one is in progress."""
+        """Seconds since the last request for an answer arrived or ended, or 0 while one is in progress."""
         return 0.0 if self._open else time.monotonic() - self._used_at
 
     def watch(self, connections: Connections) -> None:
@@ -215,7 +215,7 @@ async def _errors_as_json(request: web.Request, handler) -> web.StreamResponse:
 
 
 def api_key() -> str:
-    """The key from the environment; empty for none."""
+    """The key from the environment. It is empty if none is set."""
     return os.environ.get(KEY, "").strip()
 
 
