@@ -24,7 +24,8 @@ FOLDER = Path(__file__).parent / "catalog"
 SOURCE = FOLDER / "source.txt"
 _ORIGINS = ", ".join(SOURCE.read_text(encoding="utf-8").splitlines())
 SNAPSHOT = f"price snapshot of SkyPilot's catalog ({_ORIGINS}), not today's prices"
-# AWS Local Zones (such as use1-atl2-az1) are left out: they need an opt-in, and SkyPilot does not launch there.
+# AWS Local Zones (such as use1-atl2-az1) are left out: an account must opt in to use them, and SkyPilot does not launch
+# machines there.
 _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 

@@ -1,7 +1,11 @@
-"""Asks AWS's instance metadata service (IMDSv2). metadata = Metadata(os.environ) metadata.get("instance-type") "p4d.24xlarge", or None if the service has no such item The service may fail for a while: it may refuse a request, answer 503, end a body early, or send one byte a second.
+"""Asks AWS's instance metadata service (IMDSv2).
 
-Each of these failures raises Unavailable within REQUEST_SECONDS. AWS_EC2_METADATA_SERVICE_ENDPOINT names another
-endpoint, and AWS_EC2_METADATA_DISABLED=true turns the service off, as in botocore.
+    metadata = Metadata(os.environ)
+    metadata.get("instance-type")      "p4d.24xlarge"; None if the service has no such item
+
+The service may fail for a while: it may refuse a request, answer 503, end a body early, or send one byte a second. Each
+of these failures raises Unavailable within REQUEST_SECONDS. AWS_EC2_METADATA_SERVICE_ENDPOINT names another endpoint,
+and AWS_EC2_METADATA_DISABLED=true turns the service off, as in botocore.
 """
 
 import contextlib
@@ -54,7 +58,7 @@ class Metadata:
         is_over = threading.Event()
         try:
             address = urlsplit(self.endpoint)
-            # Requests use no proxy, because the service is local to the machine.
+            # Without a proxy, because the service is local to the machine.
             connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=REQUEST_SECONDS)
             with contextlib.closing(connection):
                 connection.connect()

@@ -116,7 +116,7 @@ def units(
 
 
 def flops_per_token(config: Mapping[str, Any]) -> float | None:
-    """Forward and backward FLOPs per token of a run's model, or None if this release cannot read the model's settings."""
+    """FLOPs per token of a run's model, forward and backward. None if this release cannot read the model's settings."""
     model = model_of(config)
     return None if model is None else architecture.flops_per_token(model)
 

@@ -144,7 +144,7 @@ class SpendingCap:
         return self._before.seconds + self._ledger.elapsed_seconds()
 
     def reached(self, step_seconds: float, checkpoint_seconds: float) -> bool:
-        """Whether one more step would leave too little for the last checkpoint and the shutdown."""
+        """Whether one more step would leave too little money or time for the last checkpoint and the shutdown."""
         return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
 
     def latest(self, seconds: float = 0.0) -> float:

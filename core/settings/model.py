@@ -113,7 +113,7 @@ def public_model(name: str) -> ModelConfig | None:
 
 
 def matrix_parameters(model: ModelConfig) -> int:
-    """Weights of all matrix products of a forward pass, the output layer included."""
+    """The number of weights in all matrix products of a forward pass, including the output layer."""
     attention = (4 + model.extra_projection) * model.width**2
     mlp = (3 if model.mlp == "swiglu" else 2) * model.width * model.hidden
     return model.layers * (attention + mlp) + model.padded_vocab_size * model.width

@@ -105,7 +105,7 @@ class HttpServer:
 
     def _about(self) -> dict[str, Any]:
         about = {"id": self._name, "object": "model", "created": 0, "owned_by": "local"}
-        # Fields beyond OpenAI's: whether the model takes conversations, and its context.
+        # OpenAI's API does not have these fields. They say whether the model takes conversations, and give its context.
         return about | {"chat": self._model.tuned, "context": self._model.engine.context}
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:

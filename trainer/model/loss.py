@@ -191,8 +191,8 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the losses, and d (share x loss) / d logits = share (softmax - one-hot), in the dtype of the logits.
 
-    If the operations are not compiled, each of them is a pass over memory. That path therefore computes one exponential
-    per logit, for both the loss and the gradient, and reuses the memory of `logits_CV` where possible.
+    If the operations are not compiled, each of them is a pass over memory. In that case, the function computes one
+    exponential per logit for both the loss and the gradient, and reuses the memory of `logits_CV` where possible.
     """
     z_CV = soft_cap(logits_CV.float(), softcap)
     counts_C1 = (targets_C >= 0)[:, None]
