@@ -37,8 +37,8 @@ TASK = "pretrain-8xa100"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="existing folder for task files")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the cases, which grows")
-    parser.add_argument("--only", nargs="*", choices=CASES, help="cases")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to which finished cases are added")
+    parser.add_argument("--only", nargs="*", choices=CASES, help="measure only these cases")
     options = parser.parse_args()
     record = json.loads(options.out.read_text()) if options.out.exists() else {**harness.header(), "cases": {}}
     lab, keep = Lab(options.scratch.resolve()), threading.Lock()

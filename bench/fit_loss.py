@@ -60,7 +60,7 @@ class Row:
 
 def main() -> None:
     parser = harness.options(__doc__)
-    parser.add_argument("--write", action="store_true", help="store the constants where the plan reads them")
+    parser.add_argument("--write", action="store_true", help="store the fitted constants for `make plan`")
     options = parser.parse_args()
     rows, unseen = read("fit"), read("check")
     found = fit(rows)

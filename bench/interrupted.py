@@ -110,7 +110,10 @@ class Trial:
         source = {"SOURCE_URL": f"s3://{BUCKET}/source/*.parquet", "VOCAB_URL": f"s3://{BUCKET}/source/vocab.bpe"}
         run = f"cell-{self.cell.number:02d}-{time.time():.0f}"
         settings = {"RUN": run, "DATA": run, "AWS_ENDPOINT_URL": self.bench.endpoint, **source, **self.environment}
-        settings |= {"PREP_ARGS": "--data.val_fraction=0.05", "SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
+        settings |= {
+            "PREP_ARGS": "--data.val_fraction=0.05 --evaluation_sets=",
+            "SWITCH_MINUTES": f"{SWITCH_MINUTES:g}",
+        }
         # Tried three times: `sky api start` waits only a minute, which may not suffice on a busy machine.
         for _ in range(3):
             if self.bench.inside(self.home, "sky", "api", "start", **self.environment).returncode == 0:

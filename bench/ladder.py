@@ -105,9 +105,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = presets.options(__doc__, presets.PLAIN)
     parser.add_argument("--rounds", type=int, default=3, help="default 3")
-    parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: half of the preset's")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences per micro-batch; 0: half of the preset's")
     parser.add_argument("--steps", type=int, default=20, help="measured steps per round")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps of a round that are not measured")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     return parser.parse_args()

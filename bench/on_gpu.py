@@ -62,7 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", help="names of measurements, separated by commas; default: all of the part"
     )
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with small models")
+    parser.add_argument("--rehearse", action="store_true", help="run on a CPU, with small models")
     options = parser.parse_args()
     if options.minutes is not None and options.minutes <= 0:
         parser.error(f"--minutes is {options.minutes:g}, must be above 0")

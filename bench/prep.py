@@ -62,16 +62,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the text, kept between runs")
     parser.add_argument("--text", choices=("code", "prose"), default="prose")
     parser.add_argument("--kind", choices=("parquet", "csv"), default="parquet", help="kind of the source's files")
-    parser.add_argument("--megabytes", type=int, default=300, help="text in MB")
+    parser.add_argument("--megabytes", type=int, default=300, help="size of the text in MB")
     parser.add_argument("--sides", default="ours,fineweb,map,read")
+    parser.add_argument("--encode", action="store_true", help="also measure encoding with text and tokens in memory")
     parser.add_argument(
-        "--encode", action="store_true", help="also measure encoding alone, with text and tokens kept in memory"
+        "--where", choices=("bucket", "folder"), default="bucket", help="where the benchmark keeps source and shards"
     )
-    parser.add_argument("--where", choices=("bucket", "folder"), default="bucket", help="place of parquet and shards")
-    parser.add_argument("--store", type=Path, help="folder for the data, in both cases of --where; default: --scratch")
-    parser.add_argument(
-        "--larger", action="store_true", help="also run ours with four times the text, to compare its memory"
-    )
+    parser.add_argument("--store", type=Path, help="local folder that holds this bucket or folder; default: --scratch")
+    parser.add_argument("--larger", action="store_true", help="also measure the memory with four times the text")
     return parser.parse_args()
 
 

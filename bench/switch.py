@@ -41,7 +41,7 @@ ALIVE = "var/lib/pretrain-launcher/alive"
 
 def main() -> None:
     parser = harness.options(__doc__)
-    parser.add_argument("--minutes", type=float, default=1.5, help="of the switch")
+    parser.add_argument("--minutes", type=float, default=1.5, help="minutes without a sign of life")
     options = parser.parse_args()
     ids = {name: start(options.minutes, *machine[:3]) for name, machine in MACHINES.items()}
     ended = threading.Event()

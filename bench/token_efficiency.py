@@ -42,8 +42,8 @@ def main() -> None:
 
 def _options() -> tuple[argparse.Namespace, list[str]]:
     parser = harness.options(__doc__)
-    parser.add_argument("--data", required=True, help="dataset, as data_prep writes it")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder for the runs; runs in it are continued")
+    parser.add_argument("--data", required=True, help="token set that data_prep has written")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for runs; unfinished runs are continued")
     parser.add_argument("--steps", type=int, required=True, help="steps of the plain recipe")
     parser.add_argument("--shares", default="0.6", help="shares of --steps for the other recipe, separated by commas")
     parser.add_argument("--seeds", type=int, default=3)

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder or URL of the dataset")
     parser.add_argument("--tokens", type=int, default=1 << 23, help="number of tokens, both splits together")
-    parser.add_argument("--text", type=Path, help="a file whose bytes are the ids")
+    parser.add_argument("--text", type=Path, help="a file whose bytes become the token ids")
     options = parser.parse_args()
     make(options.folder, options.tokens, options.text)
 

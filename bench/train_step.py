@@ -69,22 +69,24 @@ def _process(side: str, before: Path | None) -> Callable[[int], dict[str, Any]]:
 def _options() -> argparse.Namespace:
     parser = harness.options(__doc__, rounds=3)
     parser.add_argument("--preset", default="gpt2-124m", help="a name in trainer/configs")
-    parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: the preset's")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences per micro-batch; 0: the preset's")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--context", type=int, default=0, help="tokens per sequence; 0: the preset's")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps per round, after --warm-up ones")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps per round")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument(
         "--sides", default="", help="ours, plain, plain-compiled and names of rivals, separated by commas; default: all"
     )
     parser.add_argument("--rivals", type=Path, help="folder with checkouts of other trainers")
-    parser.add_argument("--before", type=lambda given: Path(given).resolve(), help="checkout that is compared")
+    parser.add_argument(
+        "--before", type=lambda given: Path(given).resolve(), help="folder with another checkout to compare"
+    )
     parser.add_argument("--device", default="", help="cpu or cuda; default: cuda if available")
     parser.add_argument("--data", default="", help="dataset whose first tokens are used; default: random tokens")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of the trainer"
     )
-    parser.add_argument("--optimize-ddp", choices=("on", "off"), help="whether torch splits graphs under DDP")
+    parser.add_argument("--optimize-ddp", choices=("on", "off"), help="torch splits graphs under DDP (on) or not (off)")
     parser.add_argument("--attention", choices=ATTENTION, help="the only attention kernel that torch may choose")
     parser.add_argument("--without", default="", help="optimizations of our step to switch off (bench.gpu.toggles)")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)

@@ -140,7 +140,7 @@ def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
     # does not count as a failed launch.
     failed = "node_names" in record and not record["node_names"] and _ended(record)
     job = _job_of(str(record.get("name") or ""))
-    run, idle = _of_task(record.get("last_creation_yaml"))
+    run, idle = _run_of(record), _idle_of(record.get("last_creation_yaml"))
     return [
         MachineRecord(
             cluster=str(record.get("name")),
@@ -196,16 +196,15 @@ def _lower(value: Any) -> str | None:
     return None if value is None else str(value).lower()
 
 
-def _of_task(text: str | None) -> tuple[str | None, float | None]:
-    """The URL of the run that a cluster was launched for, and the idle time until the cluster's autostop.
+def _run_of(record: Mapping[str, Any]) -> str | None:
+    """The URL of the run that a cluster was launched for; None if it is not known."""
+    with contextlib.suppress(ConfigError):
+        return bucket.url(skypilot.variables_of(record), "RUN")
+    return None
 
-    Each is None if it is not known.
-    """
+
+def _idle_of(task: str | None) -> float | None:
+    """The idle time until the autostop of a cluster that was launched with a task (YAML); None if it is not known."""
     with contextlib.suppress(yaml.YAMLError, AttributeError, TypeError, ValueError, ConfigError):
-        task = yaml.safe_load(text or "") or {}
-        idle = idle_seconds(task.get("resources") or {})
-        with contextlib.suppress(ConfigError):
-            envs = {name: str(value or "") for name, value in (task.get("envs") or {}).items()}
-            return bucket.url(envs, "RUN"), idle
-        return None, idle
-    return None, None
+        return idle_seconds((yaml.safe_load(task or "") or {}).get("resources") or {})
+    return None

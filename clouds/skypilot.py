@@ -13,13 +13,17 @@ import importlib
 import json
 import logging
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from clouds.base import Unavailable
 from core import secrets
@@ -82,6 +86,21 @@ def user_hash(environment: Mapping[str, str]) -> str:
 def controller_name(environment: Mapping[str, str]) -> str:
     """The cluster of this user's controller of managed jobs."""
     return f"sky-jobs-controller-{user_hash(environment)}"
+
+
+def variables_of(cluster: Mapping[str, Any]) -> dict[str, str]:
+    """The variables of the task that a cluster was launched with, by SkyPilot's record of the cluster.
+
+    SkyPilot 0.14.1 records the task's file as it is, and values that `--env` replaced only in the command.
+    """
+    found: dict[str, str] = {}
+    with contextlib.suppress(yaml.YAMLError, AttributeError):
+        envs = (yaml.safe_load(cluster.get("last_creation_yaml") or "") or {}).get("envs") or {}
+        found = {str(name): str(value or "") for name, value in envs.items()}
+    with contextlib.suppress(ValueError):
+        words = shlex.split(cluster.get("last_creation_command") or "")
+        found |= {word.partition("=")[0]: word.partition("=")[2] for flag, word in pairwise(words) if flag == "--env"}
+    return found
 
 
 def has_ended(job: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from core import files
-from core.errors import ObjectDamaged, ObjectNotFound
+from core.errors import ObjectDamaged, ObjectExists, ObjectNotFound, StorageError
 from core.stores import base, faults, local, meter, retries
 from core.stores.base import Buffer, Found, Store, Terms
 from core.stores.opener import open_store
@@ -223,6 +223,33 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
             raise
 
     retries.call(uri, "write", write)
+
+
+def claim(uri: str, data: bytes) -> None:
+    """Create an object whose creation decides between machines, such as the description of a run.
+
+    Raises ObjectExists if it exists, StorageError if the store would let a second machine create it too. Some stores
+    ignore the condition of a write; even there an object that exists is not overwritten.
+    """
+    if not is_local(uri) and exists(uri):
+        raise ObjectExists(f"{uri}: exists already; nothing was overwritten")
+    write_bytes(uri, data, exclusive=True)
+    if is_local(uri) or refuses_second_write(uri):
+        return
+    delete(uri)
+    raise StorageError(
+        f"{uri}: {terms_of(uri).endpoint} ignores conditional writes (If-None-Match), which keep two machines from "
+        "creating the same object; nothing was stored: use a newer release of that server, or another store"
+    )
+
+
+def refuses_second_write(uri: str) -> bool:
+    """Whether the store refuses to create an object that exists. If it does not, the object is empty now."""
+    try:
+        write_bytes(uri, b"", exclusive=True)
+    except ObjectExists:
+        return True
+    return False
 
 
 def write_file(uri: str, path: str | os.PathLike) -> int:

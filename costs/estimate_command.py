@@ -32,7 +32,8 @@ from costs.tables import Sheet
 
 ROWS_SHOWN = 20
 USAGE = """\
-Prints every offer that fits a task, with estimated hours and dollars, and the source of each figure.
+Lists the offers that fit a task, with estimated hours and dollars, the cheapest first. An offer is a machine type in
+one place, on spot or on demand. Notes give the source of each figure.
 
   python cost_report.py estimate sky/pretrain-8xa100.yaml
   python cost_report.py estimate sky/pretrain-8xa100.yaml --gpus A100:2
@@ -99,24 +100,30 @@ def _parser() -> argparse.ArgumentParser:
         "cost_report.py estimate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", metavar="TASK.yaml", help="a SkyPilot task")
-    parser.add_argument("--gpus", metavar="NAME:COUNT", help="other GPUs than the task's, as in sky launch")
-    parser.add_argument("--num-nodes", metavar="NUMBER", help="another number of nodes than the task's")
-    parser.add_argument("--infra", metavar="CLOUD/REGION", help="only offers of this place, as in sky launch")
+    parser.add_argument("--gpus", metavar="NAME:COUNT", help="use these GPUs, not the task's; as in sky launch")
+    parser.add_argument("--num-nodes", metavar="NUMBER", help="use this number of nodes, not the task's")
     parser.add_argument(
-        "--tokens", type=float, help="tokens to train on or prepare; default: as the task's config says"
+        "--infra", metavar="CLOUD/REGION", help="show only offers of this cloud or region, as in sky launch"
+    )
+    parser.add_argument(
+        "--tokens", type=float, help="number of tokens to train on or to prepare; default: as the task's config says"
     )
     parser.add_argument("--like", metavar="RUN_URL", help="take speed and overhead from a run of this project")
     parser.add_argument(
-        "--cap", type=float, metavar="USD", help="warn if the forecast exceeds this; default: the task's MAX_USD"
+        "--cap", type=float, metavar="USD", help="warn if the forecast exceeds this sum; default: the task's MAX_USD"
     )
-    parser.add_argument("--fail-over", type=float, metavar="USD", help="exit with 1 if the forecast exceeds this")
     parser.add_argument(
-        "--store", action="store_true", help="store the cheapest offer with the run that BUCKET and RUN name"
+        "--fail-over", type=float, metavar="USD", help="exit with 1 if the forecast exceeds this sum, or is not known"
     )
-    parser.add_argument("--offline", action="store_true", help="use the price snapshot, do not ask SkyPilot")
-    parser.add_argument("--all", action="store_true", help=f"all offers, not only the first {ROWS_SHOWN}")
+    parser.add_argument(
+        "--store",
+        action="store_true",
+        help="store the forecast of the cheapest offer with the run that BUCKET and RUN name",
+    )
+    parser.add_argument("--offline", action="store_true", help="use the price snapshot; do not ask SkyPilot")
+    parser.add_argument("--all", action="store_true", help=f"show all offers, not only the first {ROWS_SHOWN}")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--brief", action="store_true", help="one line about the cheapest offer")
+    form.add_argument("--brief", action="store_true", help="print one line about the cheapest offer")
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
     add_assumptions(parser)
@@ -124,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_assumptions(parser: argparse.ArgumentParser) -> None:
-    """A flag for each assumption, which docs/costs.md lists."""
-    group = parser.add_argument_group("assumptions", "each flag replaces a default, which docs/costs.md explains")
+    """Add a flag for each assumption. docs/costs.md lists the assumptions."""
+    group = parser.add_argument_group("assumptions", "each flag replaces a default; docs/costs.md lists them")
     for field in dataclasses.fields(Assumptions):
         flag = f"--{field.name.replace('_', '-')}"
         kind = str if isinstance(field.default, str) else float

@@ -238,7 +238,7 @@ def claim(plan: PrepPlan, data_url: str, accepts: Accepts | None = None) -> tupl
             return plan, True
         if stored is None:
             try:
-                storage.write_bytes(uri_of(data_url), plan.to_bytes(), exclusive=True)
+                storage.claim(uri_of(data_url), plan.to_bytes())
                 return plan, False
             except ObjectExists:
                 pass

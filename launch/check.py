@@ -20,7 +20,7 @@ from core import bucket, environment, secrets, storage
 from core.console import run_entry
 from core.data import manifest
 from core.environment import positive
-from core.errors import ConfigError, LauncherError, ObjectExists, one_line
+from core.errors import ConfigError, LauncherError, one_line
 from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
 from core.run.machine import checkout_revision
@@ -254,7 +254,7 @@ def check_bucket(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
     probe = storage.join(url, f".check-{os.urandom(6).hex()}")
     storage.write_bytes(probe, b"launch.check\n", exclusive=True)
     storage.read_bytes(probe)
-    refused = _refuses_second_write(probe)
+    refused = storage.refuses_second_write(probe)
     storage.delete(probe)
     if refused:
         yield Finding("ok", f"bucket: {url} can be written, read and deleted in")
@@ -267,14 +267,6 @@ def check_bucket(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
     size = _data_bytes(task)
     for cloud in CLOUDS.values():
         yield from cloud.transfer_findings(task, url, size)
-
-
-def _refuses_second_write(uri: str) -> bool:
-    try:
-        storage.write_bytes(uri, b"launch.check once more\n", exclusive=True)
-    except ObjectExists:
-        return True
-    return False
 
 
 def _data_bytes(task: TaskSpec) -> int:

@@ -5,10 +5,7 @@ The bucket shows the finished work, and SkyPilot shows the running jobs. This mo
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import yaml
+from collections.abc import Sequence
 
 from clouds import skypilot
 from core.errors import ConfigError, RunError, one_line
@@ -163,22 +160,13 @@ def pause() -> None:
 def _cluster(name: str, run: str) -> str:
     for cluster in skypilot.clusters():
         if cluster["name"] == name:
-            other = _run_on(cluster)
+            other = skypilot.variables_of(cluster).get("RUN")
             if other and other != run:
                 raise RunError(
                     f"cluster {name} works for RUN={other}; wait until it has ended, or end it by `make down`"
                 )
             return f"cluster {name} {cluster['status']}"
     return ""
-
-
-def _run_on(cluster: Mapping[str, Any]) -> str:
-    """RUN of the task that a cluster was launched with; "" if SkyPilot does not say."""
-    try:
-        envs = (yaml.safe_load(cluster.get("last_creation_yaml") or "") or {}).get("envs") or {}
-        return str(envs.get("RUN") or "")
-    except (yaml.YAMLError, AttributeError):
-        return ""
 
 
 def _check_end(stage: Stage, since: float) -> None:

@@ -52,7 +52,9 @@ def make(usd: str, options: Sequence[str], environment: Mapping[str, str]) -> tu
     known = _ready_tokens(environment)
     wanted = [f"--usd={usd}", *options]
     if known is not None:
-        wanted += [f"--unique-tokens={known[1]}", "--prepared"]
+        wanted.append("--prepared")
+        if not environment.get("CONFIG"):  # which may be smaller than all models of a plan
+            wanted.append(f"--unique-tokens={known[1]}")
     document = ask(wanted)
     plan = document["plans"][0]
     settings, tokens, forecast = _training(plan, document["loss_scale"], environment)

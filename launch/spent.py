@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clouds import skypilot
 from core import bucket
 from core.errors import ConfigError, LauncherError, RunError
@@ -66,20 +64,12 @@ def _clusters(survey: Survey) -> Iterator[str]:
 def _runs(survey: Survey) -> Iterator[str]:
     """The URLs of runs that clusters and jobs worked on."""
     for cluster in survey.clusters or ():
-        yield from _url(_envs(cluster.get("last_creation_yaml")))
+        yield from _url(skypilot.variables_of(cluster))
     if survey.jobs:  # SkyPilot's queue does not hold a job's variables
         for path in sorted(Path("sky").glob("*.yaml")):
             task = read_task(str(path), os.environ)
             if task.name in {job["job_name"] for job in survey.jobs}:
                 yield from _url(task.envs)
-
-
-def _envs(task: str | None) -> Mapping[str, Any]:
-    try:
-        found = (yaml.safe_load(task or "") or {}).get("envs")
-    except (yaml.YAMLError, AttributeError):
-        return {}
-    return found if isinstance(found, Mapping) else {}
 
 
 def _url(envs: Mapping[str, Any]) -> Iterator[str]:

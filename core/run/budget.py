@@ -165,4 +165,4 @@ def _uri(folder: RunFolder, number: int, *names: str) -> str:
 
 
 def _write(uri: str, document: Mapping[str, Any]) -> None:
-    storage.write_bytes(uri, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode(), exclusive=True)
+    storage.claim(uri, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())

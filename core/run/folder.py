@@ -207,7 +207,7 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
     }
     data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
     try:
-        storage.write_bytes(folder.description, data, exclusive=True)
+        storage.claim(folder.description, data)
         return True
     except ObjectExists:
         pass

@@ -39,9 +39,9 @@ class Journal:
     does not stop the caller. `before_flush` is called before each periodic flush, for instance to add a heartbeat.
     """
 
-    def __init__(self, folder: str, flush_seconds: float = FLUSH_SECONDS, before_flush=None):
+    def __init__(self, folder: str, flush_seconds: float | None = None, before_flush=None):
         self.folder = folder
-        self._flush_seconds = flush_seconds
+        self._flush_seconds = FLUSH_SECONDS if flush_seconds is None else flush_seconds
         self._before_flush = before_flush
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()

@@ -21,7 +21,7 @@ from typing import Any
 from core import storage
 from core.errors import ObjectExists, RunError
 from core.run.folder import RunFolder
-from core.run.journal import FLUSH_SECONDS, Journal
+from core.run.journal import Journal
 from core.run.machine import Machine, launcher_facts
 from core.run.phases import LEDGER_PHASES, STEP_PHASES, check_mark
 from core.stores import meter
@@ -72,7 +72,7 @@ class Ledger:
         program: Mapping[str, Any],
         started_at: float | None = None,
         process_started_at: float | None = None,
-        flush_seconds: float = FLUSH_SECONDS,
+        flush_seconds: float | None = None,
     ):
         now = time.time()
         self._wall_origin = now

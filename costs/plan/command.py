@@ -24,8 +24,9 @@ from costs.plan.planner import PREPARATION, Answer, Buyer, Prices, Question
 
 MOST_USD = 100_000.0  # above this sum, every plan already has all the tokens that it may take
 USAGE = """\
-Says which machine, model size, number of tokens and recipe give the lowest expected validation loss for a sum of
-dollars, all in: start, image, data, training, validation, checkpoints, shutdown, restarts, storage, egress.
+Finds the machine, model size, number of tokens and recipe with the lowest expected validation loss for a sum of
+dollars. The sum covers all costs: start, image, data, training, validation, checkpoints, shutdown, restarts,
+storage, egress.
 
   python cost_report.py plan --usd=20
   python cost_report.py plan --usd=20 --deadline=6h --on-demand
@@ -33,7 +34,7 @@ dollars, all in: start, image, data, training, validation, checkpoints, shutdown
   python cost_report.py plan --usd=20 --offline --json
   python cost_report.py plan --usd=20 --svg=loss-for-dollars.svg
 
-It rents nothing. It prints what to type to launch the best plan.
+This command rents nothing. It prints the command that carries out the best plan.
 """
 
 
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"--svg={options.svg}: cannot be written: {error.strerror}") from error
         print(f"wrote {path}", file=sys.stderr)
     losses = [*fit.notes, *view.on_own_sets(answer, fit)]
-    notes = [*view.notes(answer, fitted, today), mine.said, *losses, f"prices: {catalog.source}", *_beside(prices)]
+    notes = [*view.notes(answer, fitted, catalog.source, today), mine.said, *losses, *_beside(prices)]
     if options.json:
         document = view.document(answer, fitted, catalog.source, today, notes, os.environ.get("BUCKET", ""))
         print(json.dumps(document, indent=1))
@@ -91,23 +92,33 @@ def _parser() -> argparse.ArgumentParser:
         "cost_report.py plan", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--usd", default="", metavar="SUM", help="dollars for everything, such as 20")
+    add("--usd", default="", metavar="SUM", help="dollars for all costs, such as 20")
     add("--deadline", metavar="TIME", help="longest time from launch to shutdown: 90min, 6h, 2d")
-    add("--on-demand", action="store_true", help="no spot machines")
-    add("--gpus", metavar="NAME[:COUNT]", help="only these GPUs, as in the catalog: A100-80GB:8")
-    add("--cloud", metavar="NAME", help="only this cloud")
-    add("--size", metavar="SIZE", help=f"only this model size: {', '.join(recipes.SIZES)}")
-    add("--recipe", metavar="NAME", help=f"only this recipe: {', '.join(recipes.RECIPES)}")
+    add("--on-demand", action="store_true", help="plan without spot machines")
+    add("--gpus", metavar="NAME[:COUNT]", help="plan with these GPUs only, as in the catalog: A100-80GB:8")
+    add("--cloud", metavar="NAME", help="plan with machines of this cloud only")
+    add("--size", metavar="SIZE", help=f"plan this model size only: {', '.join(recipes.SIZES)}")
+    add("--recipe", metavar="NAME", help=f"plan this recipe only: {', '.join(recipes.RECIPES)}")
     add(
         "--unique-tokens",
         default="10e9",
         metavar="N",
-        help="number of tokens in the set; default: 10e9, as in FineWeb-Edu 10BT",
+        help="number of tokens in the data set; default: 10e9, as in FineWeb-Edu 10BT",
     )
-    add("--prepared", action="store_true", help="leave out the preparation: the tokens are already in the bucket")
-    add("--reserve", default="0.1", metavar="SHARE", help="share of the sum that is kept back; default 0.1")
-    add("--like", action="append", default=[], metavar="RUN_URL", help="take speed and overhead from this run, too")
-    add("--refuse-stale", metavar="DAYS", help="refuse prices that are older, or have no date")
+    add(
+        "--prepared",
+        action="store_true",
+        help="leave out the preparation, because the tokens are already in the bucket",
+    )
+    add("--reserve", default="0.1", metavar="SHARE", help="share of the sum that the plan does not spend; default 0.1")
+    add(
+        "--like",
+        action="append",
+        default=[],
+        metavar="RUN_URL",
+        help="take speed and overhead from this run; may be given several times",
+    )
+    add("--refuse-stale", metavar="DAYS", help="refuse prices that are older than this number of days, or have no date")
     add("--offline", action="store_true", help="use the price snapshot, and do not read the runs in BUCKET")
     add("--svg", metavar="FILE", help="also draw loss against dollars, from $5 to $500, by machine")
     add("--json", action="store_true", help="print everything as JSON")
@@ -122,11 +133,10 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
     for line in notes[: view.LEGEND]:
         console.print(line, markup=False)
     usd, bucket = answer.question.usd, os.environ.get("BUCKET", "")
+    everything = view.run_command(usd, bucket, given)
+    console.print("Keys, quotas and the bucket must allow it; `make check` looks for what would fail.", markup=False)
     for what, command in (
-        (
-            "To do all of plan 1 (rents machines): prepare, train, evaluate, export:",
-            view.run_command(usd, bucket, given),
-        ),
+        ("To do all of plan 1 (rents machines): prepare, train, evaluate, export:", everything),
         ("To launch only its training:", view.command(answer.plans[0], usd, bucket)),
     ):
         console.print(what, markup=False)
@@ -140,6 +150,8 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
         console.print("not planned:", markup=False)
     for line in view.refusals(answer):
         console.print(f"  {line}", markup=False)
+    console.print("next (rents machines):", markup=False)  # the end of a long output is what a terminal shows
+    console.file.write(f"  {everything}\n")
 
 
 def _constraints(options: argparse.Namespace) -> dict[str, str]:

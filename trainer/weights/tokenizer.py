@@ -3,6 +3,7 @@
 All of them are computed from the ranks of the tokens, so an export needs no download.
 """
 
+import functools
 import json
 from typing import Any
 
@@ -67,8 +68,9 @@ def files(vocabulary: Vocabulary, context: int, chat_template: str = "") -> dict
     }
 
 
+@functools.lru_cache(maxsize=1)
 def merges_of(vocabulary: Vocabulary) -> list[str]:
-    """Lines of merges.txt in order of rank."""
+    """Lines of merges.txt in order of rank. To recover them takes a second."""
     return [" ".join(map(shown, pair)) for pair in recover_merges(vocabulary.ranks)]
 
 
