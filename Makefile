@@ -53,14 +53,29 @@ demo: $(DEMO_STAMP) ## prepare, train, kill, resume and report on this computer 
 
 ##@ To work on the code
 
+# Three workers use two cores, because tests wait for programs. Each file goes to one worker, the longest files first.
+WORKERS := -n 3 --dist=loadfile --no-loadscope-reorder
+# Python writes bytecode, so that workers and the programs of tests do not each compile our code.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(WORKERS)
+
 test: $(STAMP) ## run the fast tests
-	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'not slow and not gpu and not image and not lab'
+	@$(PYTEST) -m 'not slow and not gpu and not image and not lab'
 
 test-all: $(STAMP) ## run all tests that need no GPU
-	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'not gpu and not image and not lab'
+	@$(PYTEST) -m 'not gpu and not image and not lab'
 
 test-slow: $(STAMP) ## run the slow tests, which `make test` leaves out (without those that need a GPU)
-	@$(BIN)/python -m pytest -n 2 --dist=loadfile -m 'slow and not gpu and not image and not lab'
+	@$(PYTEST) -m 'slow and not gpu and not image and not lab'
+
+COVERAGE_STAMP := .venv-coverage/$(call stamp,coverage)
+
+$(COVERAGE_STAMP): requirements/coverage.txt requirements/setup.sh
+	@$(SETUP) coverage .venv-coverage
+	@rm -f .venv-coverage/.installed-*; touch $@
+
+coverage: $(STAMP) $(COVERAGE_STAMP) ## measure the lines that the fast tests reach, per package and in all processes
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m tests.covered "$$(.venv-coverage/bin/python -c 'import site; print(site.getsitepackages()[0])')" \
+	  $(WORKERS) -m 'not slow and not gpu and not image and not lab'
 
 chaos: $(STAMP) ## kill one training run 100 times (KILLS=100), and compare its weights with those of an undisturbed run
 	@$(BIN)/python -m tests.chaos --kills=$(if $(value KILLS),$(call typed,KILLS),100)
@@ -85,4 +100,4 @@ bench-prep: $(STAMP) ## compare data preparation with commonly used scripts (dow
 	@mkdir -p .bench && $(BIN)/python -m bench.prep --scratch=.bench --encode --larger --out=bench/results/$$(date +%F)-prep.json
 
 clean: ## delete the virtual environments and the files of demo and benchmarks
-	rm -rf $(call typed,VENV) .venv-demo .venv-docs .venv-launch .demo .bench .azurite site
+	rm -rf $(call typed,VENV) .venv-coverage .venv-demo .venv-docs .venv-launch .demo .bench .azurite site

@@ -1,4 +1,4 @@
-"""Makes the documents' pictures of the cost page and of the terminal, from the run that `make demo` has left in .demo.
+"""Makes the pictures of the cost page and of the terminal for docs/, from the run that `make demo` has left in .demo.
 
     make demo && python -m bench.pictures [--demo=.demo]
 
@@ -68,7 +68,7 @@ def photograph(browser: str, page: Path, target: Path, width: int, height: int, 
 
 
 def print_to_pdf(browser: str, page: Path, target: Path) -> None:
-    """Stores a page as it looks on paper."""
+    """Stores a picture of a page as it is printed on paper."""
     browse(browser, page, target, [f"--print-to-pdf={target}", "--no-pdf-header-footer"])
 
 

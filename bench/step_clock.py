@@ -1,8 +1,10 @@
-"""Makes the ledger's clock advance only by one second per optimizer step, so that money is exact at any load.
+"""Makes the ledger's clock advance by one second per optimizer step and at no other time.
+
+So the dollars of a run are exact, whatever the load of the machine.
 
     use_step_clock()        before a run of this process begins; at USD_PER_HOUR=3600 a step then costs a dollar
 
-By this clock, starts, evaluations and checkpoints take no time, and restarts cost nothing.
+On this clock, starts, evaluations and checkpoints take no time, so restarts cost nothing.
 """
 
 import time

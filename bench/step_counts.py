@@ -5,12 +5,12 @@
 It takes steps of the trainer's loop on a CPU under a TorchDispatchMode, with short sequences. The numbers of operations
 equal those of the preset. Bytes depend on the width, and the bytes of the passes also on the number of tokens. Eight
 ranks are one process whose collectives move nothing. An operation is one call of a kernel. Views and allocations do not
-count. An operation over a list of tensors counts once; a GPU takes a launch for about every 20 million numbers of the
-list. `moved` adds the sizes of all tensors that operations read and write. `reads` counts the places where the host
-reads a value of a tensor, for which it waits on a GPU. `late` counts such reads of the previous step, after its end.
-The last rank is counted, because the embeddings do not reduce its share of Muon's matrices. `--before` names a checkout
-of another commit. In commits before Muon's batches, AdamW was fused on a GPU only, and on a CPU it read its own step
-counters.
+count. An operation over a list of tensors counts once, although a GPU needs a launch for about every 20 million numbers
+of the list. `moved` adds the sizes of all tensors that operations read and write. `reads` counts the places where the
+host reads a value of a tensor, for which it waits on a GPU. `late` counts reads of values of the previous step, which
+has ended by then. The numbers are those of the last rank. The work is divided by size, so ranks that own rows of the
+embeddings get fewer of Muon's matrices; the last rank owns no such rows. `--before` names a checkout of another commit.
+In commits before Muon's batches, AdamW was fused on a GPU only, and on a CPU it read its own step counters.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _RESULT = "counted: "
 
 def main() -> None:
     parser = harness.options(__doc__)
-    parser.add_argument("--before", type=Path, help="folder of another working tree, counted too")
+    parser.add_argument("--before", type=Path, help="also count in the checkout in this folder")
     parser.add_argument("--only", default="", help="names such as gpt2-124m-8, separated by commas; default: all")
     parser.add_argument("--width", type=int, default=0, help="model dimension; default: the preset's")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _counted(tree: Path, names: list[str], width: int) -> list[dict[str, Any]]:
-    """The counts of a working tree: this file, with the packages of that tree."""
+    """The counts of a working tree. This file is run with the packages of that tree."""
     flags = ["step_counts", f"--one={','.join(names)}", f"--width={width}"]
     code = f"import runpy, sys; sys.path.insert(0, {str(tree)!r}); sys.argv = {flags!r}; "
     code += f"runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
@@ -153,7 +153,7 @@ def take_step(loop: Any, step: int, batches: list) -> None:
 
     from trainer.loop import health
 
-    # Older trees, whose host waits for each step, take the seconds themselves.
+    # In older trees, the host waits for each step and measures the seconds itself.
     takes_seconds = "waited_seconds" in inspect.signature(loop._step).parameters
     waited: Any = 0.0
     if not takes_seconds:
@@ -316,7 +316,7 @@ def _counter() -> Any:
             results = function(*args, **(kwargs or {}))
             if function is torch.Tensor.cpu:
                 results = results.clone()
-            # A tensor that is made of values on the host is on the host too.
+            # A tensor that is computed only from values on the host is on the host too.
             if on_host or function is torch.Tensor.cpu:
                 for each in _tensors([results]):
                     each.is_on_host = True

@@ -1,12 +1,12 @@
-"""Boots machines of an emulated AWS with the dead man's switch, and measures when each is gone.
+"""Boots machines with the dead man's switch on an emulated AWS, and measures when each machine is gone.
 
     LAB_DIR=… python -m bench.switch --minutes=1.5 [--out=FILE]
 
 EC2 starts the machines, without SkyPilot, with the user data that SkyPilot would send after `make role`. There are
 seven machines. Two have no job, one on demand and one on spot. One has a job that gives signs of life. One is a
-controller of managed jobs, and one belongs to another project. The last two, on demand and on spot, have lost their
-network, so they cannot ask for their tags or role. The emulated cloud must be up. Seconds count from the switch's start
-at boot.
+controller of managed jobs, and one belongs to another project. The last two, one on demand and one on spot, have lost
+their network, so they cannot ask for their tags or role. The emulated cloud must be up. Seconds count from the switch's
+start at boot.
 """
 
 import json
@@ -41,7 +41,7 @@ ALIVE = "var/lib/pretrain-launcher/alive"
 
 def main() -> None:
     parser = harness.options(__doc__)
-    parser.add_argument("--minutes", type=float, default=1.5, help="of the switch")
+    parser.add_argument("--minutes", type=float, default=1.5, help="minutes without a sign of life")
     options = parser.parse_args()
     ids = {name: start(options.minutes, *machine[:3]) for name, machine in MACHINES.items()}
     ended = threading.Event()
@@ -51,8 +51,8 @@ def main() -> None:
     found = {name: {"state": "running", "seconds": None} for name in MACHINES}
     began: dict[str, float] = {}
     deadline = time.monotonic() + BOOT_SECONDS
-    # A machine without a network waits for the same time again. A minute later, a machine that is still up counts as
-    # staying up.
+    # A machine without a network waits for the time of the switch twice. A machine that is still running a minute after
+    # that counts as never ending.
     while len(began) < len(ids) or time.time() < max(began.values()) + options.minutes * 120 + 60:
         if time.monotonic() > deadline and len(began) < len(ids):
             raise SystemExit(f"not all machines have booted within {BOOT_SECONDS:.0f} s")
@@ -70,7 +70,10 @@ def main() -> None:
 
 
 def start(minutes: float, tags: dict[str, str], spot: bool, has_network: bool) -> str:
-    """Start a machine and return its id. The services can be reached only from a subnet of the emulated cloud."""
+    """Start a machine and return its id.
+
+    The machine is in a subnet of the emulated cloud, because its services can be reached only from there.
+    """
     ec2 = boto3.client("ec2", region_name="us-east-1")
     zone = [{"Name": "availability-zone", "Values": ["us-east-1a"]}]
     more: dict[str, Any] = {"InstanceMarketOptions": {"MarketType": "spot"}} if spot else {}

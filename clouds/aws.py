@@ -42,12 +42,12 @@ from core.task import MachineRequest, TaskSpec
 log = logging.getLogger(__name__)
 PRICE_SOURCE = "AWS spot price history"
 INSTANCES_ORIGIN = "EC2's list of instances"
-# Longest wait for the metadata service, which may need a while after the boot. Without its answer the price is unknown,
-# and the cap cannot be kept.
+# Longest wait in seconds for the metadata service, which may need a while after the boot. If it does not answer, the
+# price is unknown, and the cap cannot be kept.
 METADATA_SECONDS = 20.0
 METADATA_PAUSE_SECONDS = 1.0
-# For each family of instance types, the codes in AWS Service Quotas of the limits of running vCPUs: on demand and on
-# spot.
+# Codes of quotas in AWS Service Quotas. For each family of instance types, there is a limit of running vCPUs on demand,
+# and another one on spot.
 QUOTAS = {
     "p": ("L-417A185B", "L-7212CCBC"),
     "g": ("L-DB2E81BA", "L-3819A6DF"),
@@ -62,7 +62,7 @@ _TRANSITION = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
 class Aws(Cloud):
-    """EC2, with S3 buckets in the same account."""
+    """EC2, together with S3 buckets in the same account."""
 
     name = "aws"
     key_file = "~/.aws/credentials"
@@ -86,7 +86,10 @@ class Aws(Cloud):
         )
 
     def price(self, facts: MachineFacts) -> Price | None:
-        """On demand: the price in the snapshot. Spot: the current price, else the snapshot's median over the zones."""
+        """The price on demand is that of the snapshot.
+
+        The price on spot is the current one or, if that is not known, the snapshot's median over the zones.
+        """
         if not facts.instance_type or facts.spot is None:
             return None
         offers = [
@@ -182,8 +185,10 @@ class Aws(Cloud):
         return ec2.leftovers(boto3.session.Session(), whose)
 
     def instances(self, clusters: Sequence[str], region: str, client: Any = None) -> list[Instance]:
-        """SkyPilot tags an instance with its cluster's name and a hash of the user. EC2 lists a terminated instance for
-        about an hour."""
+        """SkyPilot tags an instance with its cluster's name and a hash of the user.
+
+        EC2 still lists a terminated instance for about an hour.
+        """
         client = client or _client("ec2", region)
         filters = [{"Name": "tag:ray-cluster-name", "Values": [f"{name}-*" for name in clusters]}]
         try:
@@ -235,7 +240,7 @@ class Aws(Cloud):
             return None
         prefix = url.partition(f"{terms.bucket}/")[2].rstrip("/") + "/"
         names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
-        names |= {"token": "aws_session_token"}  # obstore's names → botocore's names
+        names |= {"token": "aws_session_token"}  # obstore's name of a setting, and botocore's name of the same setting
         try:
             place = bucket_place.place_of(terms.bucket, os.environ, credentials.profile_settings(os.environ))
             provider = credentials.for_s3(os.environ)
@@ -249,13 +254,13 @@ class Aws(Cloud):
 
 @functools.cache
 def _home_of(url: str) -> str | None:
-    """The region of a bucket on S3; None for another store, or if it does not answer."""
+    """The region of a bucket on S3. None if the bucket is on another store, or if the store does not answer."""
     terms = storage.terms_of(url)
     return bucket_place.Place(terms.bucket, None, None).home() if terms.service == Aws.name else None
 
 
 def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> list[str | None]:
-    """Values of `items` of the metadata service; None for an item that it lacks.
+    """The values of `items` in the metadata service. An item that the service does not have is None.
 
     Waits at most METADATA_SECONDS in total.
     """
@@ -319,7 +324,10 @@ def _interruption(metadata: Metadata) -> Interruption | None:
 
 
 def _notice(metadata: Metadata, item: str, key: str) -> dict | None:
-    """The notice in an item, which must have `key`; None if there is none. Raises Unavailable."""
+    """The notice in an item of the metadata service, which must contain `key`. None if there is no notice.
+
+    Raises Unavailable.
+    """
     text = metadata.get(item)
     if text is None:
         return None

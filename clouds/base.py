@@ -13,7 +13,7 @@ from pathlib import Path
 from core.run.machine import Machine, Price
 from core.task import TaskSpec
 
-# Each task in sky/ gives its machines this label, by which a provider finds them.
+# Each task in sky/ gives this label to its machines, so that they can be found in a provider's list.
 LABEL = ("project", "pretrain-launcher")
 
 
@@ -23,7 +23,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Gpu:
-    """One line of nvidia-smi. A figure is None if the driver does not report it; `fault` is a reported error."""
+    """One line of nvidia-smi. A figure is None if the driver does not report it.
+
+    `fault` is an error that the driver reports.
+    """
 
     name: str
     memory_mib: float | None
@@ -49,7 +52,7 @@ class MachineFacts:
 class Offer:
     """One instance type in one zone.
 
-    Prices are in dollars per hour, or None if the provider does not offer the type that way.
+    Prices are in dollars per hour. A price is None if the provider does not offer the type on demand, or on spot.
     """
 
     cloud: str
@@ -67,7 +70,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of `make check`. Marks: `ok`, `!` (works, but look), `x` (would fail), `?` (no answer)."""
+    """A line of `make check`. Its mark is `ok`, `!` (works, but look), `x` (would fail) or `?` (no answer)."""
 
     mark: str
     what: str
@@ -80,9 +83,9 @@ class Finding:
 class Ownership:
     """Finds the owner of a machine by the name of its SkyPilot cluster: NAME-HASH, where HASH is the user's.
 
-    `tasks` are the names of this project's tasks. `user` is this user's hash, "" if it is unknown. `ours` and `others`
-    are the clusters of this user that SkyPilot lists, of this project and of other projects, by their names on the
-    cloud.
+    `tasks` are the names of this project's tasks. `user` is this user's hash, or "" if it is unknown. `ours` and
+    `others` are clusters of this user that SkyPilot lists, by their names on the cloud: `ours` belong to this project,
+    `others` to other projects.
     """
 
     tasks: tuple[str, ...] = ()
@@ -111,7 +114,7 @@ def is_controller(cluster: str) -> bool:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A machine or volume that is up or may still be billed.
+    """A machine or volume that is running, or may still be billed.
 
     `cluster` is the name of its SkyPilot cluster on the cloud. `mine` means that this user started it for this project,
     `labelled` that it has this project's label. `end` ends it without SkyPilot; None if only SkyPilot can end it.
@@ -129,7 +132,10 @@ class Leftover:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The machines and volumes that a source lists, and a sentence for each part that could not be asked."""
+    """The machines and volumes that a source lists.
+
+    `unasked` has a sentence for each part of the source that could not be asked.
+    """
 
     found: tuple[Leftover, ...] = ()
     unasked: tuple[str, ...] = ()
@@ -137,7 +143,10 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Interruption:
-    """A provider's notice: this machine will be taken away (`leave`), or the risk of that has grown."""
+    """A provider's notice. If `leave` is true, this machine will be taken away.
+
+    Otherwise only the risk of this has grown.
+    """
 
     leave: bool
     detail: str
@@ -148,7 +157,8 @@ class MachineRecord:
     """One machine or cluster, from launch to shutdown, as a launcher or a provider recorded it.
 
     `end` is None while it is up. `was_up` is false for a launch that failed before there was a machine. `exact` is true
-    for times from the provider; a launcher notices a shutdown late. `usd_per_hour` is for all nodes together.
+    if the times are from the provider. A launcher's times are not exact, because it notices a shutdown late.
+    `usd_per_hour` is for all nodes together.
     """
 
     cluster: str
@@ -177,7 +187,10 @@ class MachineRecord:
 
 @dataclass(frozen=True)
 class Billing:
-    """How a provider bills a machine: in whole units, at least `least_seconds`, from its launch or once it is ready."""
+    """How a provider bills a machine. The bill is in whole units of time and for at least `least_seconds`.
+
+    It begins at the launch, or when the machine is ready.
+    """
 
     unit_seconds: float = 1.0
     least_seconds: float = 0.0
@@ -186,7 +199,10 @@ class Billing:
 
 @dataclass(frozen=True)
 class Instance:
-    """A machine in a provider's own list. `end` is None while it runs, or if the provider does not report it."""
+    """A machine in a provider's own list.
+
+    `end` is None while the machine runs, or if the provider does not report its end.
+    """
 
     cluster: str
     start: float
@@ -197,13 +213,19 @@ class Instance:
 
 @dataclass(frozen=True)
 class SpotHistory:
-    """Spot prices of one node. A change is (unix time from which the price holds, dollars per hour)."""
+    """The history of the spot price of one node.
+
+    A change is a pair: the unix time from which the price holds, and the price in dollars per hour.
+    """
 
     changes: tuple[tuple[float, float], ...]
     source: str
 
     def mean(self, start: float, end: float) -> float:
-        """Dollars per hour over [start, end], weighted by time. Raises Unavailable if the history begins later."""
+        """The mean price in dollars per hour over [start, end], weighted by time.
+
+        Raises Unavailable if the history begins later.
+        """
         changes = sorted(self.changes)
         if not changes or changes[0][0] > start or end <= start:
             raise Unavailable("its history does not reach back to the start")
@@ -236,7 +258,7 @@ class Cloud:
         return ()
 
     def facts(self, known: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
-        """`known`, completed with the provider's facts about this machine."""
+        """`known`, completed by the provider's facts about this machine."""
         return known
 
     def price(self, facts: MachineFacts) -> Price | None:
@@ -244,7 +266,10 @@ class Cloud:
         return None
 
     def interruptions(self, environment: Mapping[str, str]) -> Callable[[], Interruption | None] | None:
-        """A function that asks for the newest notice about this machine, and raises Unavailable without an answer."""
+        """A function that asks for the newest notice about this machine.
+
+        It raises Unavailable if the provider does not answer.
+        """
         return None
 
     def quota_findings(self, task: TaskSpec) -> Iterable[Finding]:
@@ -264,7 +289,10 @@ class Cloud:
         return False
 
     def is_configured(self) -> bool:
-        """Whether this computer has credentials for the provider. Raises the error of a library for broken ones."""
+        """Whether this computer has credentials for the provider.
+
+        If the credentials are broken, raises the error of the provider's library.
+        """
         return False
 
     def copies_key_file(self, environment: Mapping[str, str]) -> bool:
@@ -298,5 +326,5 @@ class Cloud:
         return None
 
     def unfinished_uploads(self, url: str) -> int | None:
-        """Number of unfinished multipart uploads below a URL; None if they cannot be counted."""
+        """The number of unfinished multipart uploads below a URL. None if they cannot be counted."""
         return None

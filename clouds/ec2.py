@@ -16,7 +16,8 @@ from core import secrets
 from core.errors import one_line
 from core.stores.aws import DEFAULT_REGION
 
-# EC2 bills the volumes of a machine that is shutting down, but not the machine. A terminated machine is gone.
+# States of machines that are looked for. While a machine is shutting down, EC2 bills its volumes, but not the machine.
+# A terminated machine is gone.
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down")
 CLUSTER_TAG, USER_TAG = "ray-cluster-name", "skypilot-user"
 PARALLEL_REGIONS = 8
@@ -73,7 +74,10 @@ def _instances(region: str, client: Any, whose: Ownership) -> Iterator[Leftover]
 
 
 def _volumes(region: str, client: Any, whose: Ownership) -> Iterator[Leftover]:
-    """A volume that is not deleted with its machine stays, and is listed as available once the machine is gone."""
+    """Volumes that were not deleted together with their machine.
+
+    Such a volume is listed as available once the machine is gone.
+    """
     filters = [_tagged(), {"Name": "status", "Values": ["available"]}]
     for page in client.get_paginator("describe_volumes").paginate(Filters=filters):
         for each in page["Volumes"]:
@@ -94,12 +98,15 @@ def _priced(size_gb: int) -> str:
 
 
 def _tagged() -> dict[str, Any]:
-    """A filter that finds our label's key or SkyPilot's: EC2 joins filters by `and`, values by `or`."""
+    """One filter that finds our label's key or SkyPilot's key.
+
+    It must be one filter, because EC2 joins several filters by `and`, but the values of a filter by `or`.
+    """
     return {"Name": "tag-key", "Values": [LABEL[0], CLUSTER_TAG]}
 
 
 def attributed(what: str, described: Mapping[str, Any], end: Any, whose: Ownership) -> Iterator[Leftover]:
-    """The leftover; None if it certainly belongs to another project."""
+    """Yields the leftover, unless the resource certainly belongs to another project."""
     tags = {tag["Key"]: tag["Value"] for tag in described.get("Tags") or ()}
     cluster, labelled = tags.get(CLUSTER_TAG, ""), tags.get(LABEL[0]) == LABEL[1]
     if cluster in whose.others:

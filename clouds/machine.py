@@ -2,7 +2,7 @@
 
     os.environ.update(describe(os.environ, gpus()))
 
-Guesses nothing: an unknown fact stays unset, and a price names its source.
+It guesses nothing: the variable of an unknown fact stays unset, and a price names its source.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ NOT_REPORTED |= {"Requested functionality has been deprecated"}
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that the driver lists, lost ones included; none without a driver.
+    """The GPUs that the driver lists, including lost GPUs. The list is empty if there is no driver.
 
     The exit code of nvidia-smi is ignored: 14 is a warning, and 15 means that one GPU of several is lost.
     """
@@ -75,7 +75,7 @@ def describe(environment: Mapping[str, str], found: list[Gpu]) -> dict[str, str]
 
 
 def _corrected(facts: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
-    """`facts` with the values that the user set."""
+    """`facts`, in which the values that the user set replace others."""
     spot = environment.get("USE_SPOT")
     return dataclasses.replace(
         facts,
@@ -97,7 +97,10 @@ def _gpu(name: str, memory: str, driver: str, ecc: str, remaps: str) -> Gpu:
 
 
 def _figure(cell: str, faults: list[str]) -> float | None:
-    """A figure of nvidia-smi as a number, `No` and `Yes` as 0 and 1, `[N/A]` as None. Other text goes to `faults`."""
+    """Converts a figure of nvidia-smi to a number. `No` and `Yes` become 0 and 1, `[N/A]` becomes None.
+
+    Any other text is added to `faults`.
+    """
     text = cell.strip("[]")
     if text in ("No", "Yes"):
         return float(text == "Yes")

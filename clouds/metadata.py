@@ -1,11 +1,11 @@
 """Asks AWS's instance metadata service (IMDSv2).
 
     metadata = Metadata(os.environ)
-    metadata.get("instance-type")      "p4d.24xlarge"; None without such an item; raises Unavailable
+    metadata.get("instance-type")      "p4d.24xlarge"; None if the service has no such item
 
-The service may fail for a while. Every failure (it refuses, answers 503, ends a body early, sends a byte a second)
-raises Unavailable within REQUEST_SECONDS. AWS_EC2_METADATA_SERVICE_ENDPOINT names another endpoint, and
-AWS_EC2_METADATA_DISABLED=true turns the service off, as in botocore.
+The service may fail for a while: it may refuse a request, answer 503, end a body early, or send one byte a second. Each
+of these failures raises Unavailable within REQUEST_SECONDS. AWS_EC2_METADATA_SERVICE_ENDPOINT names another endpoint,
+and AWS_EC2_METADATA_DISABLED=true turns the service off, as in botocore.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Metadata:
         self._token: str | None = None
 
     def get(self, path: str) -> str | None:
-        """An item below meta-data/; None if the service answers that it has none. Raises Unavailable."""
+        """An item below meta-data/. None if the service answers that it has no such item. Raises Unavailable."""
         if self.disabled:
             raise Unavailable("AWS_EC2_METADATA_DISABLED is set")
         for _ in range(2):
@@ -49,7 +49,10 @@ class Metadata:
         raise Unavailable(f"{self.endpoint} answers {status} to a request for {path}")
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str]:
-        """Status and body of the answer. A timer limits the whole request; the socket's timeout limits one read."""
+        """Status and body of the answer.
+
+        A timer limits the whole request, and the socket's timeout limits each read.
+        """
         import http.client  # imported here: it takes 30 ms, and a report needs no metadata
 
         is_over = threading.Event()

@@ -2,7 +2,8 @@
 
     machine_records(["gpt2-7"])        [MachineRecord("gpt2-7", 1795176000.0, 1795183200.0, ...)]
 
-If this Python has no SkyPilot, another Python with SkyPilot is asked: of .venv-launch, or of the `sky` command on PATH.
+If this Python has no SkyPilot, another Python that has SkyPilot is asked: that of .venv-launch, or that of the `sky`
+command on PATH.
 """
 
 import contextlib
@@ -108,9 +109,9 @@ def _ask(clusters: tuple[str, ...] | None) -> dict[str, Any]:
             raise Unavailable(f"SkyPilot has no list of managed jobs ({type(error).__name__})") from error
         return {"jobs": [_job(job) for job in listed]}
     try:
-        # SkyPilot adds the clusters' tasks only to an answer about named clusters.
+        # SkyPilot's answer contains the tasks of the clusters only if the clusters are named.
         records = sky.get(sky.cost_report(days=DAYS, cluster_names=list(clusters)))
-    except TypeError:  # a release before 0.14 knows no names
+    except TypeError:  # releases before 0.14 do not accept names
         records = sky.get(sky.cost_report(days=DAYS))
     except Exception as error:  # any error of its client, such as no API server or no network
         raise Unavailable(f"SkyPilot's API server did not answer ({type(error).__name__})") from error
@@ -125,17 +126,18 @@ def _job(job: Mapping[str, Any]) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
     """One MachineRecord per usage interval of a record of `sky.cost_report`.
 
-    An interval opens at the launch attempt and closes when SkyPilot notices that the machine is gone. A record whose
-    cluster never got nodes belongs to a failed launch, which SkyPilot's own report counts as paid time.
+    An interval opens at the launch attempt and closes when SkyPilot notices that the machine is gone. If the cluster of
+    a record never got nodes, its launch failed and nothing was paid, although SkyPilot's own report counts this time as
+    paid.
     """
     resources = record.get("resources")
     nodes = record.get("num_nodes") or 1
     price = _usd_per_hour(resources)
-    # SkyPilot sets node_names once nodes exist. Records of older releases lack it, and none of them counts as a failed
-    # launch.
+    # SkyPilot sets node_names once nodes exist. Records of older releases do not have this field, and such a record
+    # does not count as a failed launch.
     failed = "node_names" in record and not record["node_names"] and _ended(record)
     job = _job_of(str(record.get("name") or ""))
-    run, idle = _of_task(record.get("last_creation_yaml"))
+    run, idle = _run_of(record), _idle_of(record.get("last_creation_yaml"))
     return [
         MachineRecord(
             cluster=str(record.get("name")),
@@ -166,7 +168,7 @@ def _ended(record: Mapping[str, Any]) -> bool:
 
 
 def _usd_per_hour(resources: Any) -> float | None:
-    """List price of one node; None if the lookup fails, which SkyPilot counts as zero dollars."""
+    """The list price of one node. None if the lookup fails; SkyPilot would count zero dollars then."""
     try:
         price = float(resources.get_cost(3600))
     except Exception:  # the type left the catalog, or the record has no resources
@@ -175,7 +177,10 @@ def _usd_per_hour(resources: Any) -> float | None:
 
 
 def _job_of(cluster: str) -> str | None:
-    """The id of the managed job that a cluster belongs to, from its name <job>-<id>; None for any other name."""
+    """The id of the managed job that a cluster belongs to. It is part of the cluster's name <job>-<id>.
+
+    None if the name has another form.
+    """
     name, _, number = cluster.rpartition("-")
     return number if name and number.isdigit() else None
 
@@ -188,13 +193,15 @@ def _lower(value: Any) -> str | None:
     return None if value is None else str(value).lower()
 
 
-def _of_task(text: str | None) -> tuple[str | None, float | None]:
-    """The URL of the run that a cluster was launched for, and its idle time until autostop; None if not known."""
+def _run_of(record: Mapping[str, Any]) -> str | None:
+    """The URL of the run that a cluster was launched for; None if it is not known."""
+    with contextlib.suppress(ConfigError):
+        return bucket.url(skypilot.variables_of(record), "RUN")
+    return None
+
+
+def _idle_of(task: str | None) -> float | None:
+    """The idle time until the autostop of a cluster that was launched with a task (YAML); None if it is not known."""
     with contextlib.suppress(yaml.YAMLError, AttributeError, TypeError, ValueError, ConfigError):
-        task = yaml.safe_load(text or "") or {}
-        idle = idle_seconds(task.get("resources") or {})
-        with contextlib.suppress(ConfigError):
-            envs = {name: str(value or "") for name, value in (task.get("envs") or {}).items()}
-            return bucket.url(envs, "RUN"), idle
-        return None, idle
-    return None, None
+        return idle_seconds((yaml.safe_load(task or "") or {}).get("resources") or {})
+    return None

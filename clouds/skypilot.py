@@ -13,13 +13,17 @@ import importlib
 import json
 import logging
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from clouds.base import Unavailable
 from core import secrets
@@ -27,9 +31,10 @@ from core.errors import ConfigError
 from core.stores.aws import endpoint_of
 from core.task import TaskSpec
 
-# A server that hangs or is stopped by a signal accepts a request and never answers it.
+# Time limit in seconds of a request. A server that hangs, or that a signal has stopped, accepts a request and never
+# answers it.
 LIST_SECONDS = 300.0
-# SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
+# SkyPilot 0.14.1 prints this, with exit code 1, if its jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
 # Without this option, a node on Lambda gets ~/.aws/credentials. If the task has a candidate on AWS, the option would
 # take the role from that candidate's nodes.
@@ -49,16 +54,17 @@ def find_sky() -> str:
 
 
 def clusters(everyone: bool = False) -> list[dict[str, Any]]:
-    """This user's clusters, or all users', including those of managed jobs (`is_managed`) that this computer keeps.
+    """The clusters of this user, or of all users.
 
-    Raises ConfigError if SkyPilot cannot list them.
+    Clusters of managed jobs (`is_managed`) are included if this computer keeps their records. Raises ConfigError if
+    SkyPilot cannot list them.
     """
     # --verbose adds the task that a cluster was launched with.
     return listed(["status", "--verbose", *(["--all-users"] if everyone else [])])
 
 
 def jobs(ended: bool = False, everyone: bool = False) -> list[dict[str, Any]]:
-    """This user's managed jobs, or all users' jobs, the newest first. With `ended`, finished jobs are included.
+    """The managed jobs of this user, or of all users, the newest first. If `ended` is true, finished jobs are included.
 
     Raises ConfigError as `clusters` does.
     """
@@ -68,7 +74,10 @@ def jobs(ended: bool = False, everyone: bool = False) -> list[dict[str, Any]]:
 
 
 def user_hash(environment: Mapping[str, str]) -> str:
-    """The hash by which SkyPilot tells users apart in the names of machines; "" before its first use here."""
+    """The hash by which SkyPilot tells users apart in the names of machines.
+
+    It is "" until SkyPilot was used on this computer.
+    """
     with contextlib.suppress(OSError):
         return environment.get("SKYPILOT_USER_ID") or USER_HASH.expanduser().read_text(encoding="utf-8").strip()
     return ""
@@ -79,6 +88,21 @@ def controller_name(environment: Mapping[str, str]) -> str:
     return f"sky-jobs-controller-{user_hash(environment)}"
 
 
+def variables_of(cluster: Mapping[str, Any]) -> dict[str, str]:
+    """The variables of the task that a cluster was launched with, by SkyPilot's record of the cluster.
+
+    SkyPilot 0.14.1 records the task's file as it is, and values that `--env` replaced only in the command.
+    """
+    found: dict[str, str] = {}
+    with contextlib.suppress(yaml.YAMLError, AttributeError):
+        envs = (yaml.safe_load(cluster.get("last_creation_yaml") or "") or {}).get("envs") or {}
+        found = {str(name): str(value or "") for name, value in envs.items()}
+    with contextlib.suppress(ValueError):
+        words = shlex.split(cluster.get("last_creation_command") or "")
+        found |= {word.partition("=")[0]: word.partition("=")[2] for flag, word in pairwise(words) if flag == "--env"}
+    return found
+
+
 def has_ended(job: dict[str, Any]) -> bool:
     return str(job.get("status")).startswith(_ENDED)
 
@@ -86,8 +110,9 @@ def has_ended(job: dict[str, Any]) -> bool:
 def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str, Any]]:
     """The records that `sky COMMAND -o json` prints.
 
-    Returns no records if the command fails and its output contains `nothing`. Raises ConfigError with SkyPilot's output
-    if it fails or prints no list, or if its server does not answer.
+    `nothing` is a text that SkyPilot prints if there are no records. If the command fails and its output contains this
+    text, the list is empty. If it fails in another way, prints no list, or SkyPilot's server does not answer, raises
+    ConfigError with SkyPilot's output.
     """
     words = [find_sky(), *command, "-o", "json"]
     try:
@@ -104,9 +129,9 @@ def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str,
 
 
 def records_in(output: str) -> list[dict[str, Any]] | None:
-    """The first JSON list of objects in SkyPilot's output; None if there is none.
+    """The first JSON list of objects in SkyPilot's output. None if there is no such list.
 
-    Before the list there may be colour codes and other text, such as "Failed to connect ... Starting a local server."
+    There may be colour codes and other text before the list, such as "Failed to connect ... Starting a local server."
     """
     text = _COLOUR.sub("", output)
     decoder = json.JSONDecoder()
@@ -130,7 +155,7 @@ def launch_command(
         command += ["--detach-run"]
     given = dict(environment)
     given["GIT_REVISION"] = given.get("GIT_REVISION") or git_revision
-    # The node gets this variable only under this name.
+    # SkyPilot passes this variable to the node only under this name.
     given["BUCKET_ENDPOINT_URL"] = given.get("BUCKET_ENDPOINT_URL") or endpoint_of(given) or ""
     given["SUBMITTED_AT"] = f"{time.time():.0f}"
     for name in task.envs:
@@ -160,7 +185,7 @@ def package() -> Any:
 
 
 def setting(*keys: str) -> Any:
-    """An entry of SkyPilot's configuration; None without one. Raises Unavailable."""
+    """An entry of SkyPilot's configuration. None if there is no such entry. Raises Unavailable."""
     package()
     from sky import skypilot_config
 

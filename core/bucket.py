@@ -59,9 +59,9 @@ def name(environment: Mapping[str, str], variable: str) -> str:
 
 
 def url(environment: Mapping[str, str], variable: str) -> str:
-    """The URL of the run (`variable` RUN) or token set (DATA). RUN_URL or DATA_URL, if set, is returned instead.
+    """The URL of the run if `variable` is RUN, or of the token set if it is DATA.
 
-    Raises ConfigError.
+    If RUN_URL or DATA_URL is set, its value is returned. Raises ConfigError.
     """
     given = environment.get(f"{variable}_URL", "").strip()
     _check_characters(f"{variable}_URL", given)

@@ -39,8 +39,8 @@ def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> N
 
     Printed errors show `***` instead of secrets. `shows` marks a program whose only purpose is its output. Such a
     program ends without an error when the reader of its output has closed (`| head`); any other program continues
-    without output. After a request to stop, every failure exits with PREEMPTED. Its cause may be a store or a rank that
-    has already ended.
+    without output. After a request to stop, every failure exits with PREEMPTED. Such a failure may only be a
+    consequence of the stop: a store or another rank may have ended first.
     """
     environment.tidy(os.environ)
     environment.name_user(os.environ)
@@ -78,7 +78,7 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 class Progress:
-    """Shows progress up to `total`: as a bar on a terminal, else as one line every `interval_seconds`."""
+    """Shows progress up to `total`. On a terminal it is a bar. Elsewhere it is a line every `interval_seconds`."""
 
     def __init__(self, title: str, total: float | None, unit: str, interval_seconds: float = 10.0):
         self.title = title

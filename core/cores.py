@@ -8,8 +8,11 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
-    """Cores by affinity (`docker --cpuset-cpus`, Slurm), at most the quota of the control group (`docker --cpus`,
-    Kubernetes limits), rounded up; at least 1."""
+    """The number of cores that this process may use, at least 1.
+
+    It is the smaller of two numbers: the cores of the process's affinity (`docker --cpuset-cpus`, Slurm), and the quota
+    of its control group (`docker --cpus`, Kubernetes limits), rounded up.
+    """
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
@@ -18,7 +21,7 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
 
 def _quota(cgroup: Path) -> float:
-    """The quota in seconds of CPU time per second; infinite without a limit.
+    """The quota in seconds of CPU time per second. It is infinite if there is no limit.
 
     A container sees its control group at the root.
     """

@@ -35,9 +35,9 @@ def adopt(dotenv: Path = DOTENV) -> None:
 
 
 def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
-    """The variables of a .env file, if it exists, updated by `environment`. An empty value never replaces another one.
+    """The variables of `environment` and, if there is a .env file, of that file.
 
-    Raises ConfigError.
+    A variable of `environment` has precedence, unless its value is empty. Raises ConfigError.
     """
     given = dict(environment)
     tidy(given)
@@ -49,7 +49,8 @@ def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
 def tidy(environment: MutableMapping[str, str]) -> None:
     """Remove empty variables that a library would read as a value.
 
-    Also strip what was copied along with a URL: blanks, and the line ends of a Windows file.
+    Also remove blanks and the line ends of a Windows file from the ends of URLs and names, because they are easily
+    copied along.
     """
     for name in _PLACES:
         if name in environment:
@@ -88,7 +89,7 @@ def _check_whose_keys(dotenv: Path, found: Mapping[str, str]) -> None:
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
-    """The variables of a .env file, as python-dotenv reads them; none without a file. Raises ConfigError."""
+    """The variables of a .env file, as python-dotenv reads them. Without a file there are none. Raises ConfigError."""
     try:
         # utf-8-sig: some editors begin a file with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
@@ -112,7 +113,7 @@ def read_dotenv(path: Path) -> dict[str, str]:
 
 
 def positive(environment: Mapping[str, str], name: str) -> float | None:
-    """The number in a variable; None if it is empty. Raises ConfigError unless the number is above zero."""
+    """The number in a variable; None if the variable is empty. Raises ConfigError unless the number is above zero."""
     text = environment.get(name)
     if not text:
         return None

@@ -6,7 +6,7 @@
     ├── StorageError        the bucket, its credentials or the network are at fault
     │   ├── ObjectNotFound  the object does not exist
     │   ├── ObjectExists    another writer created it first (exclusive creation)
-    │   ├── ObjectDamaged   the object's content does not match its checksum or its size
+    │   ├── ObjectDamaged   the object's content does not match its checksum or size
     │   └── DiskFull        the disk or its quota is full
     ├── CheckpointError     checkpoints exist but cannot be used
     ├── RunError            the run folder belongs to another run, or a newer segment has taken the run over

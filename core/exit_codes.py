@@ -7,7 +7,7 @@ from pathlib import Path
 # recover_on_exit_codes names.
 OK = 0  # the program reached its end
 FAILED = 1  # the job ends
-PREEMPTED = 33  # asked to stop, and saved: the job starts again
+PREEMPTED = 33  # the program was asked to stop and has saved its work: the job starts again
 CAPPED = 34  # the cap on dollars is reached: the job ends
 BAD_NODE = 35  # this machine is bad or hung: the job starts again on another one
 NO_STORAGE = 36  # the bucket failed for too long: the job ends, because another machine would use the same bucket

@@ -31,7 +31,10 @@ def apportion(amounts: Sequence[float | None], places: int, total: float | None 
 
 
 def dollars(usd: float | None, places: int = 2, complete: bool = True, most: float | None = None) -> str:
-    """1234.5 → "1,234.50"; None → "?"; a sum with an unknown part → "1,234.50 + ?"; up to `most` → "4.92 to 5.03"."""
+    """1234.5 → "1,234.50"; None → "?". A sum with an unknown part: "1,234.50 + ?".
+
+    A range whose upper end is `most`: "4.92 to 5.03".
+    """
     if usd is None:
         return UNKNOWN
     low, high = f"{usd:,.{places}f}", f"{usd if most is None else most:,.{places}f}"

@@ -85,7 +85,10 @@ def below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def names(folder: Path) -> list[str]:
-    """Names of files, folders and links in a folder; none if it does not exist. Raises the errors of `below`."""
+    """Names of files, folders and links in a folder. The list is empty if the folder does not exist.
+
+    Raises the errors of `below`.
+    """
     try:
         return [entry.name for entry in _entries(folder)]
     except (FileNotFoundError, NotADirectoryError):
@@ -94,10 +97,10 @@ def names(folder: Path) -> list[str]:
 
 
 def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
-    """Files whose path matches a pattern with `*`, `?`, `[...]` or `**`; links and errors as in `below`.
+    """Files whose path matches a pattern with `*`, `?`, `[...]` or `**`.
 
-    Raises StorageError also if a dangling link stands for a folder of the pattern, because matching files may be
-    missing.
+    Links are followed, and errors raised, as in `below`. Also raises StorageError if the pattern needs a folder and a
+    dangling link is found in its place, because matching files may then be missing.
     """
     wild = literal_parts(pattern.parts, lambda names: os.path.lexists(Path(*names)))
     root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
@@ -128,7 +131,10 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 
 
 def link_to_nothing(path: Path) -> Path | None:
-    """The first of `path` and the folders above it that exists, if it is a dangling link; otherwise None."""
+    """The dangling link that makes `path` unreachable; None if there is no such link.
+
+    It is `path` or the nearest folder above `path` that exists as an entry.
+    """
     for each in (path, *path.parents):
         if os.path.lexists(each):
             return each if each.is_symlink() and not os.path.exists(each) else None
@@ -179,7 +185,10 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Status of the entry's target, or of the link itself if it dangles; None if the entry was removed meanwhile."""
+    """The status of the file that an entry leads to. For a dangling link, this is the status of the link.
+
+    None if the entry was removed after the listing.
+    """
     try:
         return entry.stat()
     except OSError as error:

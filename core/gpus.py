@@ -40,13 +40,13 @@ _MEMORY_GB = {
 
 
 def memory_bytes(accelerator: str) -> float | None:
-    """Memory in bytes of an accelerator of SkyPilot's catalog, or None if it is not in the table."""
+    """Memory in bytes of an accelerator of SkyPilot's catalog, or None if the accelerator is not in the table."""
     gb = _MEMORY_GB.get(accelerator)
     return None if gb is None else gb * 1e9
 
 
 def has_fp8(accelerator: str) -> bool | None:
-    """Whether an accelerator of SkyPilot's catalog has fp8 units; None if it is not in the table."""
+    """Whether an accelerator of SkyPilot's catalog has fp8 units, or None if the accelerator is not in the table."""
     return accelerator in _WITH_FP8 if accelerator in _MEMORY_GB else None
 
 

@@ -55,7 +55,10 @@ _output: _Output | None = None
 
 
 def prepare(is_product: bool) -> None:
-    """Replace sys.stdout, unless other code has replaced it. A closed output becomes the null device."""
+    """Replace sys.stdout by a safe stream, unless other code has replaced it already.
+
+    If standard output is closed, the new stream writes to the null device.
+    """
     global _output
     codecs.register_error("simpler", _simpler)
     if sys.stdout is None:
@@ -82,7 +85,7 @@ def visible(text: str) -> str:
 
 
 def failure() -> OSError | None:
-    """Flush standard output, and return the first error of a write to it, or None."""
+    """Flush standard output. Returns the first error that a write to standard output raised, or None."""
     with contextlib.suppress(OutputEnds):
         sys.stdout.flush()
     return _output.failure if _output else None
@@ -95,7 +98,8 @@ def _simpler(error: UnicodeError) -> tuple[str | bytes, int]:
     character = error.object[error.start]
     if character in SIMPLER:
         return SIMPLER[character], error.start + 1
-    if 0xDC80 <= ord(character) <= 0xDCFF:  # surrogateescape stands for a byte of a file name that is not UTF-8
+    # Python's error handler surrogateescape uses these code points for bytes of a file name that are not UTF-8.
+    if 0xDC80 <= ord(character) <= 0xDCFF:
         return bytes([ord(character) - 0xDC00]), error.start + 1
     escape = character.encode("ascii", "backslashreplace").decode()
     return escape, error.start + 1

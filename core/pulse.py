@@ -4,7 +4,8 @@
     pulse.sign_of_life()    called by the supervisor; a machine without such signs ends (launch/node/switch.py)
 
 launch.node sets PULSE_FILE and watches the modification time of that file (launch/node/supervise.py).
-launch/node/container.sh sets ALIVE_FILE. A function does nothing if its variable is not set.
+launch/node/container.sh sets ALIVE_FILE. If PULSE_FILE is not set, `beat` does nothing. If ALIVE_FILE is not set,
+`sign_of_life` does nothing.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Hides keys in printed and stored texts: replaces every secret by `***`.
 
-    secrets.scrub(str(error))          what is printed
-    secrets.without_keys(settings)     what is stored, whatever the environment holds
+    secrets.scrub(str(error))          for text that is printed
+    secrets.without_keys(settings)     for values that are stored; the result does not depend on the environment
 
 There are three kinds of secrets: values of environment variables with names such as *_KEY, *_TOKEN and *_PASSWORD;
 arguments of `register`, such as a key from a file; and texts with the form of a secret, such as a user and password in
@@ -18,7 +18,8 @@ HIDDEN = "***"
 # Shorter values are not hidden, because they may occur in messages as ordinary words.
 MIN_CHARACTERS = 8
 _NAME = re.compile(r"(^|_)(KEY|KEY_ID|TOKEN|PASSWORD|SECRET)$")
-# No two adjacent parts repeat without a limit, so the time grows linearly with the length of the text.
+# Of two adjacent parts of a pattern, at most one repeats without a limit. So the time of a search grows linearly with
+# the length of the text.
 _FORMS = (
     (re.compile(r"://[^/\s@'\"<>?#]+@"), f"://{HIDDEN}@"),
     (
@@ -55,9 +56,9 @@ def scrub(text: str) -> str:
 
 
 def scrubber() -> Callable[[str], str]:
-    """A function like `scrub` for many texts, with the secrets that are known now."""
+    """A function that hides the secrets that are known now. For many texts it is faster than `scrub`."""
     known = _registered | {value for name, value in os.environ.items() if _NAME.search(name)}
-    # A message may quote one line of a secret with several lines.
+    # A secret may have several lines, and a message may quote only one of them.
     lines = {line.strip() for secret in known for line in (secret, *secret.splitlines())}
     forms = {form for line in lines for form in (line, repr(line)[1:-1]) if len(line) >= MIN_CHARACTERS}
     longest_first = sorted(forms, key=len, reverse=True)

@@ -24,7 +24,7 @@ NAME_BYTES = 1024
 DOCUMENT_BYTES = 256 << 20
 # Our documents are at most eight levels deep.
 DEEPEST = 64
-# Hashes have 64 bits, the most of any whole number here.
+# The largest whole numbers in our documents are hashes of 64 bits.
 LARGEST_WHOLE = 2**64
 NO_LENGTH = str(int(1e30))  # the model_max_length that transformers writes for a tokenizer without limit
 
@@ -35,9 +35,10 @@ _DRIVE = re.compile(r"(?:^|/)[A-Za-z]:")
 
 
 def mistake_in_name(name: Any) -> str | None:
-    """The mistake in an object's name below a folder, as the rest of a sentence after the name; None for a good name.
+    """The mistake in an object's name below a folder, or None for a good name.
 
-    A good name is relative, its parts are neither empty nor `.` or `..`, and all of its characters are printable.
+    It completes a sentence that begins with the name. A good name is relative, its parts are neither empty nor `.` or
+    `..`, and all of its characters are printable.
     """
     if not isinstance(name, str):
         return "is not a text"
@@ -59,7 +60,7 @@ def mistake_in_name(name: Any) -> str | None:
 def check_name(name: Any, where: str) -> str:
     """Returns the name.
 
-    Raises DataError, which names the place `where`, for a name that could lead out of its folder.
+    If the name could lead out of its folder, raises DataError, which names the place `where`.
     """
     if problem := mistake_in_name(name):
         raise DataError(

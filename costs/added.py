@@ -1,8 +1,11 @@
-"""Stores bills from other sources with a run. A user adds such a bill, because neither the ledger nor a cloud shows it.
+"""Stores bills from other sources with a run.
+
+The user adds such a bill by hand, because neither the ledger nor a cloud shows it.
 
     python cost_report.py add RUN_URL "Hugging Face" 2.00 [--date=2026-11-30]
 
-Each bill is an object RUN_URL/bills/NAME.json. The report shows it in the phase `elsewhere`, on its day.
+Each bill is an object RUN_URL/bills/NAME.json. The report shows a bill in the phase `elsewhere`, on the day of the
+bill.
 """
 
 import hashlib
@@ -41,7 +44,10 @@ class Bill:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Store a bill. Raises ConfigError, RunError, StorageError. A bill that already exists is refused."""
+    """Store a bill. Raises ConfigError, RunError, StorageError.
+
+    If a bill with the same name and day exists, the new one is refused.
+    """
     words = [argument for argument in arguments if not argument.startswith("--")]
     flags = [argument for argument in arguments if argument.startswith("--")]
     dates = [flag.removeprefix("--date=") for flag in flags if flag.startswith("--date=")]

@@ -1,7 +1,7 @@
-"""Splits a run into cells, the smallest parts that have a price, as a flat table. Reads nothing but its arguments.
+"""Splits a run into a flat table of cells, the smallest parts that have a price. Reads nothing but its arguments.
 
-Every figure in dollars is a sum over cells, so that all groupings add up to the same total.
-`[dataclasses.asdict(cell) for cell in cells(run, attributed)]` can be loaded into a DataFrame.
+Every figure in dollars is a sum over cells, so that all groupings add up to the same total. `[dataclasses.asdict(cell)
+for cell in cells(run, attributed)]` can be loaded into a DataFrame.
 
 A step counts for the last segment that computed it. If a later segment continued from an earlier step, all steps above
 that step were repeated. The train and data-wait time of repeated and of unfinished steps is `train_lost`. Time without
@@ -26,7 +26,7 @@ from core.run.phases import REPORT_PHASES
 from costs.model import Charge, OutsideTime
 from costs.sharing import Shares
 
-# A report groups cells, or looks up prices, by these fields and by phase and day.
+# A report groups cells and looks up prices by these fields. It also groups by phase and day.
 _PLACE = operator.attrgetter("stage", "cloud", "region", "zone", "instance", "market", "nodes")
 
 MARKETS = {None: "?", True: "spot", False: "on demand"}
@@ -39,7 +39,7 @@ Attributed = dict[int, list[Span]]
 class Cell:
     """Seconds of one phase on one day on one machine. `usd` is None if the price is unknown.
 
-    `more_usd` may be added if no source knows when a machine's bill began or ended.
+    If no source knows when a machine's bill began or ended, up to `more_usd` dollars may have to be added.
     """
 
     phase: str
@@ -68,8 +68,8 @@ def cells(
 ) -> list[Cell]:
     """All cells of a run, with its payments to endpoints and `outside` time. `attributed` comes from `attribute`.
 
-    `more_seconds` holds, by number, seconds that may be added to a segment. `charges` have no time. The dollars of
-    `factor` (1.19 is a tax of 19 %) become separate cells.
+    `more_seconds` holds, by number of the segment, the seconds that may have to be added to it. `charges` have dollars
+    but no time. The dollars that `factor` adds (1.19 is a tax of 19 %) become separate cells.
     """
     parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, attributed[segment.number])]
     for segment in run.segments:
@@ -133,8 +133,8 @@ def summed_up(parts: Sequence[Cell]) -> list[Cell]:
 def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
     """Each segment that paid an endpoint, with the dollars that it paid.
 
-    A mark `api` states the dollars since the run began. A killed segment may not have written its last mark; its
-    payments then count for the next segment, which reads them from the run's folder.
+    A mark `api` states the dollars since the run began. A killed segment may not have written its last mark. In this
+    case, its payments count for the next segment, which reads them from the run's folder.
     """
     found, known = [], 0.0
     for segment in run.segments:
@@ -197,7 +197,7 @@ def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
 
 
 def _outside_cells(run: Run, time: OutsideTime) -> list[Cell]:
-    """One cell per day, cut at midnight UTC. Seconds that may be added count on the last day."""
+    """One cell per day, cut at midnight UTC. Seconds that may have to be added count on the last day."""
     found = []
     start = time.start
     while start < time.end:
@@ -256,7 +256,7 @@ def _name_of_day(day: float) -> str:
 class Spend:
     """Cumulative dollars of a run by phase.
 
-    `complete` is False if some time has no price; such time counts as zero dollars.
+    Time that has no price counts as zero dollars. If there is such time, `complete` is False.
     """
 
     def __init__(

@@ -64,7 +64,10 @@ def spend_over_time(report: CostReport, width: int, kind: str) -> str:
 
 
 def machines(report: CostReport, width: int, kind: str) -> str:
-    """A bar per machine and time, in the colours of its phases; a dashed line where the run had no machine."""
+    """A bar for the time of each machine, in the colours of the machine's phases.
+
+    A dashed line shows the time in which the run had no machine.
+    """
     found = report.curves.machines
     lanes = max(each.lane for each in found) + 1
     bottom = TOP + LANE * lanes
@@ -133,7 +136,10 @@ def loss_over_dollars(report: CostReport, width: int, kind: str) -> str:
 
 
 def losses(report: CostReport) -> list[tuple[float, float]]:
-    """Dollars and validation loss or, without a validation loss, training loss. Empty without both."""
+    """A line of the validation loss over dollars. If there is no validation loss, the training loss is drawn.
+
+    If there is neither, the result is empty.
+    """
     curves = report.curves
     return list(zip(curves.val_usd, curves.val_loss, strict=True)) or list(
         zip(curves.loss_usd, curves.loss, strict=True)
@@ -159,7 +165,10 @@ def losses_compared(reports: Sequence[CostReport], width: int, kind: str) -> str
 
 
 def speed_over_time(report: CostReport, width: int, kind: str) -> str:
-    """Tokens per second above MFU (if known) on one time axis, with marks where machines ended."""
+    """Two plots on one time axis: tokens per second, and below it the MFU if it is known.
+
+    Marks show where machines ended.
+    """
     curves = report.curves
     has_mfu = any(value is not None for value in curves.mfu)
     split = HEIGHT - BOTTOM if not has_mfu else round(HEIGHT * 0.55)
@@ -188,7 +197,7 @@ def speed_over_time(report: CostReport, width: int, kind: str) -> str:
 
 
 def _machines(report: CostReport, x: svg.Axis) -> list[str]:
-    """A dashed line at the end of each machine. Only the first hundred get one, because more would hide the chart."""
+    """A dashed line at the end of each of the first hundred machines. More lines would hide the chart."""
     return [
         svg.vertical(x, TOP, HEIGHT - BOTTOM, at, "gone", f"machine of segment {number} ended")
         for number, at in enumerate(report.curves.losses_of_machines[:100], 1)

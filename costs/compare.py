@@ -15,7 +15,7 @@ def newest_first(reports: Sequence[CostReport]) -> list[CostReport]:
 
 
 def names(reports: Sequence[CostReport]) -> list[str]:
-    """The runs' short names; the whole URLs if two short names are equal."""
+    """The runs' short names. If two short names are equal, the whole URLs of all runs."""
     short = [report.run.rstrip("/").rsplit("/", 1)[-1] for report in reports]
     return short if len(set(short)) == len(short) else [report.run for report in reports]
 
@@ -96,7 +96,10 @@ def _difference(first: Value, other: Value) -> str:
 
 
 def _equal_loss(reports: Sequence[CostReport]) -> float | None:
-    """The lowest validation loss that all runs reached; None if a run has no validation loss or no dollars for it."""
+    """The lowest validation loss that all runs reached.
+
+    None if a run has no validation loss, or no known dollars up to it.
+    """
     if not all(report.curves.val_loss for report in reports):
         return None
     return max(min(report.curves.val_loss) for report in reports)

@@ -13,12 +13,12 @@ from costs.model import StorageRates, StorageUse
 
 DEPTH = 3
 NEAR_SECONDS = 86400.0  # longest time that a machine is up before or after a run's own segments
-FORECAST_BUCKET = "s3://forecast"  # a forecast assumes a bucket at the current endpoint
+FORECAST_BUCKET = "s3://forecast"  # a forecast takes the rates of a bucket at the current endpoint
 # These folders contain no runs.
 _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 
 # Public list prices in US dollars by storage service, of the first tier and without the free allowance. S3's prices of
-# requests and egress are the long-standing ones of us-east-1; they are assumed until a bill confirms them.
+# requests and egress are the long-standing ones of us-east-1; they are assumptions until a bill confirms them.
 RATES = {
     "r2": StorageRates("Cloudflare R2", 0.015, 4.50, 0.36, 0.0, "developers.cloudflare.com/r2/pricing, 2026"),
     "google": StorageRates(
@@ -38,10 +38,10 @@ def runs_url(environment: Mapping[str, str]) -> str:
 
 
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
-    """URLs of the runs at or below `url`, in order, at most `depth` folders down. One listing per folder.
+    """URLs of the runs at or below `url`, in order, at most `depth` folders down. This makes one listing per folder.
 
-    Preparation, evaluations, servers and exports of a run have ledgers in subfolders of the run, and count as other
-    runs.
+    The preparation, evaluations, servers and exports of a run have ledgers in subfolders of the run. Here each of them
+    counts as a separate run.
     """
     names = storage.list_names(url)
     folder = RunFolder(url)
@@ -59,10 +59,10 @@ def _name(uri: str) -> str:
 
 
 def neighbours(run: Run) -> list[Segment]:
-    """Segments of other runs in the same folder that may have used this run's machines, with dollars and time only.
+    """Segments of other runs in the same folder that may have used this run's machines.
 
-    Reads only ledgers that were written while the machines may have been up. Managed jobs do not share machines. Raises
-    StorageError.
+    Only their dollars and times are read. Reads only ledgers that were written while the machines may have been up.
+    Managed jobs do not share machines. Raises StorageError.
     """
     clusters = {
         name
@@ -125,9 +125,9 @@ def storage_use(run: Run) -> StorageUse:
 
 
 def _data_bytes(run: Run) -> int | None:
-    """Bytes of a run's token set;
+    """Bytes of a run's token set.
 
-    None if the run has no token set, or if the set is deleted or on a store without rates.
+    None if the run has no token set, if the set was deleted, or if no rates of its store are known.
     """
     section = run.config.get("data")
     url = section.get("url") if isinstance(section, Mapping) else None

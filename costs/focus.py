@@ -30,7 +30,7 @@ def charges(report: CostReport) -> Iterator[dict[str, Any]]:
     """A dict per charge, which is one phase on one day on one machine. All dicts have the same keys.
 
     None means unknown or not applicable. `BilledCost` is the amount that is known to be billed. `x_BilledCostAtMost` is
-    an upper bound of it.
+    an upper bound of the billed amount.
     """
     for cell in report.charges:
         start, end = _day(cell)

@@ -46,16 +46,16 @@ _TIMED = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Assumptions of a forecast. A comment names the measurement behind a figure if there is one."""
+    """Assumptions of a forecast. If a figure was measured, a comment names the measurement."""
 
     provision_seconds: float = 150.0  # instance boot, and SkyPilot's set-up (30-40 s on a prepared image)
     image_seconds: float = 180.0  # pull of a CUDA image of some 6 GB compressed
     setup_seconds: float = 30.0
     ready_seconds: float = 90.0  # imports, first shards, torch.compile, restore
-    shutdown_seconds: float | None = None  # idle until shutdown; None: the task's autostop, else 10 minutes
+    shutdown_seconds: float | None = None  # idle time until shutdown; None: the task's autostop, else 10 minutes
     checkpoint_blocked_seconds: float = 0.3  # first save of 124M measured at 0.25-0.33 s, later ones at 0.1 s
     preemptions_per_hour: float = 0.25  # spot; as checkpoint.expected_hours_between_failures assumes
-    prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
+    prep_bytes_per_second: float = 100e6  # speed of download and upload, which run in parallel; encoding is faster
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
     epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002)
     evaluate_tokens: float = (
@@ -72,7 +72,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class ForecastRow:
-    """One offer. Dollars are None if the throughput on it is unknown; `parts` add up to `usd`."""
+    """One offer. `parts` add up to `usd`. The dollars are None if the machine's throughput is unknown."""
 
     offer: Offer
     spot: bool
@@ -188,12 +188,12 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
         return None
     epochs = _epochs(workload)
     if settings.train.epochs and not epochs:
-        return None  # the number of tokens in a pass is in the data's manifest only
+        return None  # only the data's manifest has the number of tokens in a pass
     return epochs * assume.epoch_tokens if epochs else float(settings.train.steps) * settings.batch.tokens_per_step
 
 
 def _epochs(workload: Workload) -> float:
-    """Number of passes over data of unknown size; 0 if the settings give a number of steps instead."""
+    """Number of passes over data of unknown size. It is 0 if the settings give a number of steps."""
     return workload.config.train.epochs if isinstance(workload.config, FinetuneConfig) else 0.0
 
 
@@ -259,7 +259,10 @@ def _parts(
 
 
 def _checkpoint_seconds(train: TrainingConfig, speed: float) -> float:
-    """Seconds of training between checkpoints; by default the longest interval that the trainer may choose."""
+    """Seconds of training between checkpoints.
+
+    If the settings do not fix them, this is the longest interval that the trainer may choose.
+    """
     every = train.checkpoint.every_steps
     return every * train.batch.tokens_per_step / speed if every else train.checkpoint.max_lost_seconds
 
@@ -309,7 +312,10 @@ def preparation_usd(catalog: Catalog, tokens: float, assume: Assumptions) -> tup
 
 
 def _alternatives(task: TaskSpec, catalog: Catalog) -> Iterable[tuple[Offer, bool]]:
-    """Any machine with GPUs, on demand and spot; for a task without GPUs, any machine with at least as many vCPUs."""
+    """Requests for any machine with GPUs, on demand and on spot.
+
+    For a task without GPUs, they are requests for any machine with at least as many vCPUs.
+    """
     gpu_work = any(request.accelerator for request in task.requests)
     least = min((request.cpus[0] for request in task.requests if request.cpus), default=0.0)
     for offer in catalog.offers:
@@ -344,7 +350,7 @@ class Change:
 
 
 def dominates(row: ForecastRow) -> str | None:
-    """A phrase that names the largest part of an offer's dollars; None without dollars."""
+    """A phrase that names the largest part of an offer's dollars. None if the dollars are unknown."""
     if not row.parts or not row.usd:
         return None
     name, usd = max(row.parts.items(), key=lambda item: item[1])
@@ -354,7 +360,7 @@ def dominates(row: ForecastRow) -> str | None:
 def best_change(
     forecast: Forecast, catalog: Catalog, assume: Assumptions, rates: StorageRates | None, measured: Measured | None
 ) -> Change | None:
-    """The single change with the lowest expected dollars; None if no change is cheaper than the best offer."""
+    """The single change with the lowest expected dollars. None if no change is cheaper than the best offer."""
     now = forecast.rows[0] if forecast.rows else None
     if now is None or now.usd is None:
         return None

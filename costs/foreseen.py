@@ -1,7 +1,7 @@
-"""Stores the forecast of a launch with the run, and compares it line by line with the dollars that the run took.
+"""Stores the forecast of a launch with the run.
 
-RUN_URL/forecast.json            by `cost_report.py estimate TASK --store`
-RUN_URL/budget/NUMBER/plan.json  by `make run`, the newest one
+Compares the forecast line by line with the dollars that the run has cost. RUN_URL/forecast.json by `cost_report.py
+estimate TASK --store` RUN_URL/budget/NUMBER/plan.json by `make run`, the newest one
 """
 
 import json
@@ -20,8 +20,8 @@ from costs.cells import Cell
 from costs.forecast import ForecastRow, describe
 
 FORMAT, VERSION = "cost-forecast", 1
-# Lines of a forecast, and the phases of a report that belong to each. The first line takes all phases without another
-# line.
+# Lines of a forecast, and the phases of a report that belong to each. The first line takes all phases that belong to no
+# other line.
 LINES = {
     "other": ("not_attributed", "api", "elsewhere", "factor"),
     "provision": ("provision",),
@@ -73,9 +73,9 @@ class Comparison:
 
 
 def store(run_url: str, task: str, row: ForecastRow) -> tuple[str, bool]:
-    """Store the forecast of a launch, unless the run has begun and has one. Returns its URI and whether it is new.
+    """Store the forecast of a launch. If the run has begun and has a forecast, that one is kept.
 
-    Raises StorageError.
+    Returns the URI of the stored forecast, and whether it is new. Raises StorageError.
     """
     folder = RunFolder(run_url)
     uri = folder.forecast
@@ -88,7 +88,7 @@ def store(run_url: str, task: str, row: ForecastRow) -> tuple[str, bool]:
 
 
 def read(run: Run) -> Foreseen | None:
-    """The forecast of a run; None if there is none or it cannot be understood.
+    """The forecast of a run. None if there is no forecast, or if it cannot be understood.
 
     Reads only objects in the run's listing.
     """

@@ -10,10 +10,10 @@ from core.run.model import Segment
 
 @dataclass(frozen=True)
 class OutsideTime:
-    """Time of a machine in which no segment ran. `segment` ran on this machine before or after, if there is one.
+    """Time of a machine in which no segment ran.
 
-    `more_seconds` may be added, because no source knows when the cloud's bill begins or ends. `free` time costs
-    nothing.
+    `segment` is a segment that ran on this machine before or after that time, if there is one. `more_seconds` may have
+    to be added, because no source knows when the cloud's bill begins or ends. `free` time costs nothing.
     """
 
     phase: str
@@ -26,7 +26,7 @@ class OutsideTime:
 
     @property
     def price(self) -> Price | None:
-        """The ledger's price of this machine, else the launcher's."""
+        """The price of this machine: from the ledger if it has one, else from the launcher's record."""
         return (self.segment and self.segment.price) or self.record.price
 
     @property
@@ -70,7 +70,7 @@ class StorageUse:
     checkpoint_bytes: int
     rates: StorageRates | None = None
     data_bytes: int | None = None  # bytes of the run's token set, which other runs may read too
-    # Bytes of multipart uploads, running or interrupted. They are billed, but not in a listing.
+    # Bytes of running or interrupted multipart uploads. The store bills them, but a listing does not show them.
     unfinished_uploads: int = 0
 
 
@@ -78,7 +78,7 @@ class StorageUse:
 class Stretch:
     """A stretch of one machine's time in which one phase took most of the time.
 
-    `lane` numbers the machines that were up at the same time.
+    Machines that were up at the same time have different numbers as their `lane`.
     """
 
     lane: int
@@ -101,9 +101,9 @@ class Origin:
 class Outside:
     """Everything that other sources add to a run, with the origin of each figure and notes for the reader.
 
-    `missing` names the sources that apply to the run and gave no answer. `more_seconds` holds, by segment number,
-    seconds that may be added to the ledger. `neighbours` are segments of other runs on the run's machines. If no source
-    was asked, `is_asked` is false. `factor`, for tax and discounts, multiplies all dollars.
+    `missing` names the sources that apply to the run and gave no answer. `more_seconds` holds, by segment number, the
+    seconds that may have to be added to the ledger's. `neighbours` are segments of other runs on the run's machines. If
+    no source was asked, `is_asked` is false. `factor`, for tax and discounts, multiplies all dollars.
     """
 
     times: list[OutsideTime] = field(default_factory=list)
@@ -113,8 +113,9 @@ class Outside:
     neighbours: list[Segment] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     is_asked: bool = False
-    ledger_usd: float | None = None  # dollars of the run at the ledger's prices, before prices paid replaced them
+    # Dollars of the run at the ledger's prices, before these were replaced by the prices paid.
+    ledger_usd: float | None = None
     storage: StorageUse | None = None
-    budget: Budget | None = None  # the newest budget of a run that `make run` launched
+    budget: Budget | None = None  # the run's newest budget, if `make run` launched the run
     origins: list[Origin] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """Sends messages about runs to NOTIFY_URLS, addresses of apprise: mail, ntfy, Slack, plain JSON to a web server.
 
-`cost_report.py --watch` and `--serve` look at runs periodically and send the changes between two looks. The state at
-the first look is not sent.
+`cost_report.py --watch` and `--serve` look at runs periodically and send the changes between two looks. The first look
+only records the state, and nothing is sent.
 """
 
 import logging
@@ -27,9 +27,10 @@ Look = Callable[[], list[CostReport]]
 
 
 def sender(environment: Mapping[str, str] = os.environ) -> Send | None:
-    """A function that sends to the addresses in NOTIFY_URLS, separated by spaces or commas; None without addresses.
+    """A function that sends messages to the addresses in NOTIFY_URLS, which are separated by spaces or commas.
 
-    Raises ConfigError for an address that apprise does not know, and if apprise is not installed.
+    None if there are no addresses. Raises ConfigError for an address that apprise does not know, and if apprise is not
+    installed.
     """
     urls = environment.get("NOTIFY_URLS", "").replace(",", " ").split()
     if not urls:
@@ -59,7 +60,7 @@ def sender(environment: Mapping[str, str] = os.environ) -> Send | None:
 
 @dataclass
 class Watched:
-    """Sends the changes of each run since the previous look. Does nothing without a `send`."""
+    """Sends the changes of each run since the previous look. Does nothing if `send` is None."""
 
     send: Send | None
     silent_minutes: float = SILENT_MINUTES
@@ -114,7 +115,7 @@ def changes(before: CostReport, after: CostReport) -> list[str]:
 
 
 def _share(report: CostReport, newest: CostReport) -> float:
-    """A report's dollars as a share of the newest cap; 0 if dollars or cap are unknown."""
+    """A report's dollars as a share of the newest cap. 0 if the dollars or the cap are unknown."""
     cap = newest.about.cap_usd
     return (report.total.usd or 0.0) / cap if cap else 0.0
 
@@ -134,7 +135,7 @@ def keep_looking(
 ) -> None:
     """Look at all runs every `every` seconds in a thread, until `ended`.
 
-    If the store does not answer, it is asked again.
+    If the store does not answer, the thread tries again at the next look.
     """
 
     def work() -> None:

@@ -16,7 +16,7 @@ from costs.report import CostReport
 from costs.tables import Sheet, sheets
 from costs.top import top
 
-# No script of any origin runs, and the page loads no other files. So a mistake in escaping stays harmless text.
+# No script of any origin runs, and the page loads no other files. So text that was escaped wrongly does no harm.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 STYLE = Path(__file__).with_name("page.css")
 
@@ -144,7 +144,10 @@ def section(title: str, content: str, css: str = "") -> str:
 
 
 def table(sheet: Sheet, runs: Sequence[str] = ()) -> str:
-    """The table of a sheet. With `runs`, a URL per row, its first cells link to the runs' pages and choose runs."""
+    """The table of a sheet. If `runs` is given, it holds a URL per row.
+
+    The first cell of a row then links to the page of its run, and has a box that chooses the run.
+    """
 
     def cells(tag: str, row: Sequence[str], run: str = "") -> str:
         found = []

@@ -48,7 +48,7 @@ def terminal_table(sheet: Sheet, width: int | None = None) -> Table:
 
 
 def _narrowed(sheet: Sheet, width: int) -> Sheet:
-    """The sheet without the spare columns that do not fit, and with a title that names them."""
+    """The sheet without the spare columns that do not fit. The sheet's title names the missing columns."""
     left_out = []
     for head in sheet.spare:
         if _least_width(sheet) <= width or head not in sheet.heads:
@@ -122,7 +122,7 @@ VERSION = 2
 def document(report: CostReport) -> dict[str, Any]:
     """A report as nested plain values. Unknown figures are None; dollars are rounded as printed."""
     plain = asdict(report)
-    del plain["curves"], plain["charges"]  # the points of charts, and the rows of --csv
+    del plain["curves"], plain["charges"]  # the points of charts and the rows of --csv are left out
     return {"format": FORMAT, "version": VERSION, "currency": "USD"} | plain
 
 
@@ -133,7 +133,10 @@ def as_json(reports: Sequence[CostReport]) -> str:
 
 
 def as_csv(reports: Sequence[CostReport]) -> str:
-    """One row per charge of all runs, not rounded (costs.focus). An unknown cost is `?`, not zero."""
+    """One row for each charge of all runs, not rounded (costs.focus).
+
+    An unknown cost is printed as `?`, not as zero.
+    """
     table = [row for report in reports for row in charges(report)]
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in table for key in row))

@@ -48,7 +48,10 @@ class Line:
 
 @dataclass(frozen=True)
 class SegmentLine(Line):
-    """One segment, on one machine. `end` says how it ended; after a kill, `ended_at` is the last heartbeat."""
+    """One segment, on one machine. `end` says how the segment ended.
+
+    After a kill, `ended_at` is the time of the last heartbeat.
+    """
 
     started_at: float | None = None
     ended_at: float | None = None
@@ -95,7 +98,10 @@ class CostReport:
 
     @property
     def has_prices(self) -> bool:
-        """Whether every second has a price. Then shares refer to dollars, else to time."""
+        """Whether every second has a price. If so, shares are shares of the dollars.
+
+        Otherwise they are shares of the time.
+        """
         return all(line.complete for line in self.phases)
 
 
@@ -109,9 +115,10 @@ def _in_order(cell: Cell) -> tuple[str, int, str, str]:
 
 
 def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: Outside | None = None) -> CostReport:
-    """The report on a run at `now` (unix seconds), which decides whether the last machine is still running.
+    """The report on a run at `now` (unix seconds).
 
-    `outside` holds the amounts from other sources than the ledger (costs.sources).
+    From `now` and the last heartbeat follows whether the last machine is still running. `outside` holds the amounts
+    from other sources than the ledger (costs.sources).
     """
     outside = outside or Outside()
     foreseen = read_forecast(run)
@@ -178,7 +185,10 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
 
 
 def _on_demand_usd(parts: list[Cell], on_demand: OnDemand) -> float | None:
-    """Dollars of the same hours on demand; None without spot machines, or if a price is unknown."""
+    """The dollars that the same hours would have cost on demand.
+
+    None if the run had no spot machines, or if a price is unknown.
+    """
     if not any(cell.market == "spot" for cell in parts):
         return None
     usd = 0.0
@@ -206,8 +216,10 @@ def _origins(run: Run) -> list[Origin]:
 def table(
     parts: Iterable[Cell], group: str | None, order: list[str], places: int, total: Line | None = None
 ) -> list[Line]:
-    """One Line per name in `order`: the sum of the cells whose field `group` has that name. The dollars are rounded so
-    that the lines add up to `total`. With `group=None`, one line for all cells."""
+    """One Line per name in `order`: the sum of the cells whose field `group` has that name.
+
+    The dollars are rounded so that the lines add up to `total`. If `group` is None, there is one line for all cells.
+    """
     cells_of = {name: [] for name in order}
     for cell in parts:
         cells_of[getattr(cell, group) if group else order[0]].append(cell)

@@ -3,8 +3,8 @@
     python cost_report.py --serve [RUN_URL]        http://127.0.0.1:8321
 
 A page reads itself again every few seconds. Listens on loopback only, and answers only requests that name this computer
-as host. So a web site whose domain name resolves to this computer cannot read the pages. `ssh -L` brings them to other
-computers.
+as host. So a web site whose domain name resolves to this computer cannot read the pages. `ssh -L` makes the pages
+available on another computer.
 """
 
 import argparse
@@ -35,8 +35,8 @@ MOST_COMPARED = 6
 class Reports:
     """Reports on runs. A requested report is made anew if it is older than `every` seconds.
 
-    `one` makes the report on a URL, and `all_of_them` makes the reports on all runs of the bucket. Both may raise
-    LauncherError.
+    `one` makes the report on the run at a URL, and `all_of_them` makes the reports on all runs of the bucket. Both may
+    raise LauncherError.
     """
 
     def __init__(self, one: Callable[[str], CostReport], all_of_them: Callable[[], list[CostReport]], every: float):
@@ -119,7 +119,7 @@ def bound(port: int, answers: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServ
 
 
 def handler(reports: Reports, run_url: str | None, every: float) -> type[BaseHTTPRequestHandler]:
-    """The answers to requests. `/` is the page of `run_url` or, without a run, the overview."""
+    """The answers to requests. `/` is the page of `run_url`. If no run is given, it is the overview."""
 
     def page_for(path: str, names: dict[str, list[str]]) -> live.Page | None:
         chosen = names.get("run", [])

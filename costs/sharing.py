@@ -15,7 +15,7 @@ Machine = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Shares:
-    """The share of its time that a segment pays: `shares[i]` from `edges[i]` to `edges[i + 1]`."""
+    """The share of its time that a segment pays. The share is `shares[i]` from `edges[i]` to `edges[i + 1]`."""
 
     edges: Sequence[float]
     shares: Sequence[float]
@@ -32,7 +32,7 @@ class Shares:
         return paid / (end - start)
 
     def applied(self, span: Span) -> Span:
-        """A copy of the span with the seconds that the segment pays."""
+        """A copy of the span. It holds only the seconds that the segment pays for."""
         share = self.of(span.start, span.end)
         return replace(span, phases={phase: seconds * share for phase, seconds in span.phases.items()})
 

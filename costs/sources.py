@@ -1,4 +1,4 @@
-"""Asks SkyPilot and the clouds, beside the ledger, for machines, prices, bills and unfinished uploads.
+"""Asks SkyPilot and the clouds for machines, prices, bills and unfinished uploads, in addition to the ledger.
 
 None of these sources is required. The report names the origin of each figure, or the reason why a source gave no
 answer.
@@ -37,9 +37,10 @@ def ask_others(
     jobs: Callable[[], list[Mapping[str, Any]]] = sky_records.job_queue,
     clouds: Mapping[str, Cloud] = CLOUDS,
 ) -> Outside:
-    """Ask other sources about `run`. With `offline`, only the store is asked.
+    """Ask other sources about `run`. If `offline` is true, only the store is asked.
 
-    Changes `run`: expected spot prices are replaced by the prices paid, if the cloud has a history of spot prices.
+    This function changes `run`: if the cloud has a history of spot prices, the prices paid replace the expected spot
+    prices.
     """
     outside = Outside(is_asked=True, ledger_usd=run.usd, factor=positive(environment, "COST_FACTOR") or 1.0)
     if outside.factor != 1.0:
@@ -161,8 +162,8 @@ def _with_cloud_times(records: list[MachineRecord], now: float, clouds: Mapping[
 def _paid_spot_prices(run: Run, outside: Outside, clouds: Mapping[str, Cloud]) -> None:
     """Replace the expected price of spot machines by the price in the cloud's history.
 
-    Asks once per cloud, zone and type. Stops at the first refusal, because its reason applies to the other machines
-    too.
+    Asks once per cloud, zone and type. Stops at the first refusal, because the reason of the refusal applies to the
+    other machines too.
     """
     groups: dict[tuple[str | None, ...], list[Segment]] = {}
     surprises: dict[tuple[str, str, str], list[str]] = {}

@@ -38,7 +38,7 @@ def sheets(report: CostReport) -> dict[str, Sheet]:
     groups = [
         [group if not index else "", line.name, *_figures(report, line)]
         for group, lines in report.by.items()
-        if len(lines) > 1  # a group with a single line equals the total
+        if len(lines) > 1  # a group with a single line is left out, because it equals the total
         for index, line in enumerate(lines)
     ]
     found = {
@@ -131,7 +131,10 @@ def headline(report: CostReport) -> str:
 
 
 def sums(report: CostReport) -> str:
-    """Notes on the total: which sum it is, the ledger's dollars, and the sources that would complete it."""
+    """Notes on the total.
+
+    They say which sum it is, give the ledger's dollars, and name the sources that have not answered.
+    """
     ledger = figures.dollars(report.ledger_usd, report.places)
     said = [f"${money(report, report.total)} is the bill {AS_KNOWN}; ${ledger} {BY_LEDGER}"]
     if report.total.usd_most is not None and report.total.usd_most > (report.total.usd or 0.0):
@@ -144,7 +147,7 @@ def sums(report: CostReport) -> str:
 
 
 def notes(report: CostReport) -> list[str]:
-    """The first NOTES_SHOWN notes; the JSON form contains all."""
+    """The first NOTES_SHOWN notes. The JSON form of the report contains all notes."""
     left = len(report.notes) - NOTES_SHOWN
     return report.notes[:NOTES_SHOWN] + ([f"{left} more notes: --json has all"] if left > 0 else [])
 
@@ -199,7 +202,7 @@ def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
 
 
 def hellaswag_rows(of: Units) -> list[tuple[str, str]]:
-    """HellaSwag's accuracies; empty if the run did not measure them."""
+    """HellaSwag's accuracies. The text is empty if the run did not measure them."""
     rows = (("HellaSwag, by character (acc_norm)", of.hellaswag_norm), ("HellaSwag, unnormalised (acc)", of.hellaswag))
     return [(name, _percent(value)) for name, value in rows if value is not None]
 

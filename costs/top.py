@@ -33,7 +33,7 @@ def name_of(run_url: str) -> str:
 
 
 def state(report: CostReport) -> str:
-    """The state as a coloured word."""
+    """The state of a run as a coloured word."""
     css = "good" if report.state in GOOD else "bad"
     return f'<span class="state {css}">{escape(report.state)}</span>'
 

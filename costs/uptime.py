@@ -17,7 +17,8 @@ from core.run.model import Run, Segment
 from core.run.paid import Paid
 from costs.model import OutsideTime
 
-# A launcher polls, so it notices the end of a machine up to this many seconds late. The delay is not billed.
+# A launcher asks for a machine's state from time to time, so it notices the end of the machine up to this many seconds
+# late. This delay is not billed.
 NOTICED_LATE_SECONDS = 120.0
 # Seconds from the last job's end to the machine's end, without the idle minutes of the autostop. Measured: 79 to 133 s
 # with two idle minutes.
@@ -30,7 +31,7 @@ NAMED_BEFORE_SECONDS = 86400.0
 class Found:
     """Outside time and notes for the reader.
 
-    By segment number, it also holds the seconds that may be added and the machine's record.
+    It also holds two things by segment number: the seconds that may have to be added, and the machine's record.
     """
 
     times: list[OutsideTime] = field(default_factory=list)
@@ -95,7 +96,7 @@ def unheard(run: Run, now: float) -> dict[int, float]:
 
 
 def _ends(segments: Iterable[Segment], attempts: list[Paid]) -> dict[int, float | None]:
-    """The end of each segment's program, by segment number. After a kill, the node may have recorded it."""
+    """The end of each segment's program, by segment number. After a kill, it may come from the record of the node."""
     known = {}
     for segment in segments:
         own = [each.ended_at for each in attempts if each.ended_at is not None and each.is_in([segment])]
@@ -197,7 +198,8 @@ def _around(
             f"{record.origin}: other runs used {record.cluster} too, and have the time of their own segments; the time "
             "that no run used is here, because this run asked for the machine"
         )
-    # If each node opens a segment, each has its own time. The nodes of a training run share one ledger.
+    # If each node opens a segment, each node's time is counted separately. The nodes of a training run share one
+    # ledger.
     nodes: dict[str | None, list[tuple[Segment, bool]]] = {}
     for user in users:
         alone = record.nodes > 1 and user[0].machine.nodes == 1
@@ -225,7 +227,7 @@ def _between(
     own = [segment for segment, mine in users if mine]
     if not own:
         return
-    for segment in own:  # the time after its last heartbeat belongs to another segment, or is idle time
+    for segment in own:  # the time after this segment's last heartbeat belongs to another segment, or is idle time
         found.more_seconds.pop(segment.number, None)
     cloud = cloud_named(own[0].machine.cloud or record.cloud)
     billing = cloud.billing if cloud else None

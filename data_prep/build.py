@@ -4,9 +4,9 @@ An interrupted preparation continues with the missing parts. The result does not
 number of workers and nodes.
 
 Each part of the source becomes complete shards (data_prep/part.py). Parts are therefore independent, each token is
-uploaded once and never read again, and the last step only merges records. In return, the last shard of each part is
-shorter than the others; readers support this. A last step that packs all parts into equal shards would have to download
-and upload 20 GB per ten billion tokens on one machine.
+uploaded once and never read again, and the last step only merges records. The price for this is that the last shard of
+each part is shorter than the others. Readers support such shards. Shards of equal size would need a last step that
+downloads and uploads 20 GB per ten billion tokens on one machine.
 """
 
 import logging
@@ -32,7 +32,7 @@ def prepare(
 ) -> Manifest | None:
     """Prepares the missing parts. Returns None if other nodes still work on their parts.
 
-    Calls `switch(phase)` at each change of phase. Calls `check` periodically; it may raise an error to end the
+    Calls `switch(phase)` at each change of phase. Calls `check` periodically. `check` may raise an error to end the
     preparation. Raises ConfigError, DataError, StorageError.
     """
     config, todo = plan.make(config)
@@ -60,14 +60,14 @@ def prepare(
 def _encode(config: PrepConfig, todo: PrepPlan, check: Callable[[], None]) -> None:
     """Prepares the missing parts of this node.
 
-    A limited preparation may turn out to need more parts; they are prepared too.
+    A preparation with a limited number of tokens may turn out to need more parts. These are prepared too.
     """
     job = workers.PrepJob(config, todo, store_vocabulary(config.tokenizer.vocab_url, config.data.url))
     wanted = limit.needed(todo, config.data.url, at_first=config.num_nodes > 1)
     _encode_parts(job, wanted, wanted[config.node_rank :: config.num_nodes], check)
     done = plan.done_parts(config.data.url)
     if not todo.settings.get(limit.LIMIT) or any(part.name not in done for part in wanted):
-        return  # only the node that finishes last goes on
+        return  # only the node that finishes last goes on from here
     while more := limit.missing(todo, config.data.url):
         _encode_parts(job, limit.needed(todo, config.data.url), more, check)
 

@@ -27,10 +27,11 @@ SHOWN = 70  # characters of a question
 
 @dataclass
 class Figures:
-    """The results of `measure`. A pair counts as one row and as two texts, with the chosen and the rejected answer.
+    """The results of `measure`.
 
-    `tokens` and `loss_tokens` count the texts as cut after `length` tokens. `lengths` holds the length of each uncut
-    text. `turns` counts the rows by number of answers.
+    A pair counts as one row and as two texts: one with the chosen answer, one with the rejected answer. For `tokens`
+    and `loss_tokens`, each text is cut after `length` tokens. `lengths` holds the length of each text before the cut.
+    `turns` holds the number of rows for each number of answers.
     """
 
     length: int
@@ -46,11 +47,12 @@ class Figures:
     without_answer: int = 0
     same_rows: int = 0
     same_questions: int = 0
-    longest: list[tuple[int, int, str]] = field(default_factory=list)  # tokens, number of the row, question
+    # For each of the longest rows: tokens, number of the row, question.
+    longest: list[tuple[int, int, str]] = field(default_factory=list)
 
 
 def measure(rows: Iterable[Any], schema: str, encoding, length: int) -> Figures:
-    """The figures of rows of `schema`, "conversations" or "preferences", whose texts are cut after `length` tokens."""
+    """The figures of some rows. `schema` is "conversations" or "preferences". Texts are cut after `length` tokens."""
     found = Figures(length)
     questions: Counter[str] = Counter()
     wholes: Counter[str] = Counter()

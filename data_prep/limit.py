@@ -11,15 +11,17 @@ from data_prep.plan import PrepPlan, done_parts
 from data_prep.sources.files import Part
 
 LIMIT = "data.train_tokens"
-# Source bytes per token, until a finished part shows them: the value of FineWeb-Edu's parquet files.
+# Assumed source bytes per token, until a finished part shows the true number. It is the value of FineWeb-Edu's parquet
+# files.
 BYTES_PER_TOKEN = 2.8
 
 
 def needed(plan: PrepPlan, data_url: str, at_first: bool = False) -> list[Part]:
-    """The parts that the data set needs, in the order in which the seed draws them; all parts without a limit.
+    """The parts that the data set needs, in the order in which the seed draws them.
 
-    While one of them is unfinished, the number of parts after it is an estimate. With `at_first`, it is the estimate
-    before any part is finished, which is the same on every node at any time.
+    If the number of tokens is not limited, these are all parts. While a part is unfinished, the number of parts after
+    it is an estimate. If `at_first` is true, the result is the estimate from before any part was finished. This
+    estimate is the same on every node at any time.
     """
     limit = plan.settings.get(LIMIT, 0)
     if not limit:

@@ -2,8 +2,8 @@
 
     python -m launch.anneal RUN_URL | sky/TASK.yaml
 
-Writes one small object into the run's folder. The trainer looks for it every few seconds. The cooldown takes the usual
-share of the steps, or fewer steps if the dollars left under the cap pay for fewer.
+Writes one small object into the run's folder. The trainer looks for this object every few seconds. The cooldown takes
+the usual share of the steps, or fewer steps if the dollars left under the cap pay for fewer.
 """
 
 import os

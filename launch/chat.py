@@ -2,8 +2,8 @@
 
     BUCKET=my-bucket RUN=gpt2-124m python -m launch.chat [--temperature=0.7 ...]
 
-MODEL names another model: a checkpoint, a folder, or a public model. CHAT_ARGS holds more settings of trainer.chat.
-Reads the weights of the newest checkpoint from the bucket.
+MODEL names another model: a checkpoint, a folder, or a public model. CHAT_ARGS holds more settings of trainer.chat. The
+weights of the newest checkpoint are read from the bucket.
 """
 
 import os

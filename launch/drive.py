@@ -5,10 +5,7 @@ The bucket shows the finished work, and SkyPilot shows the running jobs. This mo
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import yaml
+from collections.abc import Sequence
 
 from clouds import skypilot
 from core.errors import ConfigError, RunError, one_line
@@ -30,7 +27,7 @@ MOST_WITHOUT_PROGRESS = 3
 # This command stops after this many questions in a row that SkyPilot does not answer.
 MOST_UNANSWERED = 40
 STOPPED = 130
-SIGNALLED = 128  # an exit code above this stands for a signal
+SIGNALLED = 128  # an exit code above this number means that a signal ended the command
 
 
 class Driver:
@@ -39,14 +36,14 @@ class Driver:
     def __init__(self, folder: RunFolder, budget: Budget, arguments: Sequence[str]):
         self._folder, self._budget = folder, budget
         self._options = [each for each in arguments if each == NO_CHECK]
-        self._launched: list[tuple[str, int, float]] = []  # stage, progress, unix time of launches by this command
+        self._launched: list[tuple[str, int, float]] = []  # for each launch by this command: stage, progress, unix time
         self.failed: list[str] = []  # names of failed stages that are not needed
 
     def carry_out(self, stage: Stage) -> int:
         """Returns 0 once the stage is done, else the exit code of a failed launch.
 
-        Raises RunError if the stage has failed or makes no progress. A stage that is not needed may fail, or be left
-        out because the money is spent; `failed` then names it.
+        Raises RunError if the stage has failed or makes no progress. A stage that the next stages do not need may fail,
+        or may be left out because the money is spent. `failed` then contains its name.
         """
         try:
             code = self._carry_out(stage)
@@ -113,7 +110,7 @@ class Driver:
         return submit(stage.task, [*stage.options, *self._options], settings)
 
     def _up(self, stage: Stage) -> str:
-        """The job or cluster that runs a stage, by SkyPilot's records; "" if none does.
+        """The job or cluster that runs a stage, by SkyPilot's records. "" if no job or cluster runs it.
 
         Raises ConfigError if SkyPilot does not answer. Raises RunError if another run has the stage's cluster.
         """
@@ -139,7 +136,8 @@ class Driver:
             jobs = [job for job in jobs if float(job.get("submitted_at") or 0.0) >= since - CLOCK_SECONDS]
             is_stopped = bool(jobs) and str(jobs[0]["status"]).startswith("CANCEL")
         else:
-            # Only the machines of managed jobs are on spot. Any other machine is asked to stop by a user alone.
+            # Only the machines of managed jobs are on spot. A program on any other machine is asked to stop only if a
+            # user ends the machine.
             segment = last_segment(stage.ledger, since)
             is_stopped = ((segment and segment.end) or {}).get("reason") == "preempted"
         if is_stopped:
@@ -155,29 +153,20 @@ class Driver:
 
 
 def pause() -> None:
-    """Wait until SkyPilot is asked again."""
+    """Pause between two questions to SkyPilot."""
     time.sleep(POLL_SECONDS)
 
 
 def _cluster(name: str, run: str) -> str:
     for cluster in skypilot.clusters():
         if cluster["name"] == name:
-            other = _run_on(cluster)
+            other = skypilot.variables_of(cluster).get("RUN")
             if other and other != run:
                 raise RunError(
                     f"cluster {name} works for RUN={other}; wait until it has ended, or end it by `make down`"
                 )
             return f"cluster {name} {cluster['status']}"
     return ""
-
-
-def _run_on(cluster: Mapping[str, Any]) -> str:
-    """RUN of the task that a cluster was launched with; "" if SkyPilot does not say."""
-    try:
-        envs = (yaml.safe_load(cluster.get("last_creation_yaml") or "") or {}).get("envs") or {}
-        return str(envs.get("RUN") or "")
-    except (yaml.YAMLError, AttributeError):
-        return ""
 
 
 def _check_end(stage: Stage, since: float) -> None:

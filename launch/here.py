@@ -6,7 +6,7 @@
 
 Without BUCKET everything is below the current folder: data/DATA and runs/RUN. Training runs the same program as a
 rented node (launch.node). It checks the GPUs, starts one process per GPU, supervises them, stores their output in the
-run's logs, and writes the same ledger. USD_PER_HOUR is the price of an hour of this computer.
+run's logs, and writes the same ledger. USD_PER_HOUR is the price of an hour on this computer.
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ from core.console import run_entry
 from core.data import manifest
 from core.errors import ConfigError
 
-HERE = "./"  # the BUCKET if the user names none
+HERE = "./"  # the value of BUCKET if the user gives none
 CONFIGS = {
     "prep": "data_prep/configs/text.yaml",
     "fetch": "data_prep/configs/fineweb-edu-10bt-ready.yaml",
@@ -62,7 +62,7 @@ def preparation(kind: str, given: Mapping[str, str]) -> tuple[list[str], dict[st
     config = source if is_config else given.get("CONFIG") or CONFIGS[kind]
     chosen = [] if is_config else [f"--{SOURCES[kind]}={source}"]
     if kind == "fetch" and not is_config and not given.get("CONFIG"):
-        config = ""  # a config's sources would be mixed with the named ones
+        config = ""  # otherwise, the sources of a config would be mixed with the source that the user names
     program = {"prep": "data_prep.prepare", "fetch": "data_prep.fetch"}[kind]
     words = [config] if config else []
     command = ["python", "-m", program, *words, *chosen, *split(given, "PREP_ARGS")]
@@ -108,7 +108,10 @@ def torch_version() -> str:
 
 
 def only_set(given: Mapping[str, str]) -> str:
-    """The name of the one token set below BUCKET/data. Raises ConfigError if there are none or several."""
+    """The name of the only token set below BUCKET/data.
+
+    Raises ConfigError if there is no token set, or if there are several.
+    """
     folder = storage.join(bucket.root(given), bucket.FOLDERS["DATA"])
     names = [name for name in sorted(storage.list_names(folder)) if manifest.exists(storage.join(folder, name))]
     if len(names) == 1:

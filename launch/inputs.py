@@ -15,7 +15,7 @@ BESIDE = {"evaluate": "evaluations", "serve": "serving", "export": "exports"}
 
 
 def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Looks for the tokens to train on, or for the weights and examples to tune or evaluate."""
+    """Looks for the inputs of a stage: tokens to train on, or weights and examples for a tuning or an evaluation."""
     workload = task.workload
     if workload.stage in ("finetune", "dpo") and not isinstance(workload.config, FinetuneConfig):
         return  # check_config names the problem
@@ -45,7 +45,7 @@ def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]
 
 
 def _weights(start: str) -> Iterator[Finding]:
-    """Looks for the weights of a run or checkpoint, not for those of a public model."""
+    """Looks for the weights of a run or checkpoint. The weights of a public model are not checked."""
     if "://" not in start:
         return
     if storage.list_names(start if "/checkpoints/" in start else RunFolder(start).checkpoints):

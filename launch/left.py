@@ -4,8 +4,8 @@
     survey.found, survey.unasked, survey.exit_code
 
 A source is SkyPilot's list of clusters, its queue of managed jobs, or a cloud for which this computer has credentials.
-Each source lists something, lists nothing, or cannot be asked. The clouds are asked independently of SkyPilot, which
-does not know machines that it has lost or that were started elsewhere.
+Each source lists something, lists nothing, or cannot be asked. The clouds are asked even if SkyPilot answers. SkyPilot
+does not know machines that it has lost, or that were started elsewhere.
 """
 
 import functools
@@ -23,7 +23,7 @@ from core.task import read_task
 
 FOUND, UNKNOWN, NOTHING = 1, 2, 0
 NO_CLOUD = "no cloud has credentials on this computer, so none could be asked whether a machine is up"
-# Each task of this project runs this, and no other task does.
+# Each task of this project runs this command, and no other task does.
 OUR_COMMAND = "launch/node/container.sh"
 
 
@@ -31,8 +31,8 @@ OUR_COMMAND = "launch/node/container.sh"
 class Survey:
     """The running resources of this project.
 
-    `clusters` and `jobs` are SkyPilot's records, None if it could not be asked. `answers` holds a line per source.
-    `unasked` holds a sentence for each source, or part of a source, that could not be asked.
+    `clusters` and `jobs` are SkyPilot's records, or None if SkyPilot could not be asked. `answers` holds a line per
+    source. `unasked` holds a sentence for each source, or part of a source, that could not be asked.
     """
 
     clusters: list[dict[str, Any]] | None = None
@@ -50,7 +50,7 @@ class Survey:
 
     @property
     def exit_code(self) -> int:
-        """1: something is up. 2: nothing was found, but a source could not be asked. 0: nothing is up."""
+        """1 if something is up. 2 if nothing was found but a source could not be asked. 0 if nothing is up."""
         return FOUND if self.found else UNKNOWN if self.unasked else NOTHING
 
     def lines(self) -> list[str]:
@@ -122,7 +122,10 @@ def _on_cloud(clusters: Iterable[Mapping[str, Any]]) -> frozenset[str]:
 
 
 def _ask(source: str, survey: Survey, ask: Callable[[], Any]) -> Any:
-    """The answer of a source; None after an error, which becomes a sentence of `unasked`."""
+    """The answer of a source.
+
+    If an error occurs, the answer is None, and a sentence about the error is added to `unasked`.
+    """
     try:
         return ask()
     except Exception as error:  # any error of SkyPilot, credentials or network

@@ -4,7 +4,7 @@
 
 Any task of sky/ can be a managed job, as sky/pretrain-8xa100-spot.yaml is one. The written file differs only in
 `resources`: spot machines come first, and `job_recovery` replaces `autostop`, because a managed job ends its machines
-itself. SkyPilot's jobs controller costs extra, so a managed job is worth it only for jobs of hours.
+itself. SkyPilot's jobs controller costs extra, so a managed job saves money only if the job takes hours.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""Finds two prices per hour that a node cannot find out: of a machine without an image, and of the jobs' controller.
+"""Finds two prices per hour that a node cannot find out itself.
 
-A node passes both prices to the cap (core/run/paid.py). The first is for a machine that ends in its set-up, before a
-program of this project knows its type. The second is for a managed job.
+A node passes both prices to the cap (core/run/paid.py). The first is the price of a machine that ends in its set-up,
+before a program of this project knows the machine's type. The second is the price of the controller of a managed job.
 """
 
 import os
@@ -19,7 +19,10 @@ CONTROLLER_TYPE = "m6i.xlarge"
 
 
 def for_nodes(task: TaskSpec) -> dict[str, str]:
-    """The variables USD_PER_HOUR_AT_MOST and, for a managed job, CONTROLLER_USD_PER_HOUR; none without a price."""
+    """The variables USD_PER_HOUR_AT_MOST and, for a managed job, CONTROLLER_USD_PER_HOUR.
+
+    A variable whose price is unknown is left out.
+    """
     found = {"USD_PER_HOUR_AT_MOST": at_most(task, [offer for cloud in CLOUDS.values() for offer in cloud.offers()])}
     if task.managed:
         found["CONTROLLER_USD_PER_HOUR"] = controller_usd_per_hour()
@@ -41,9 +44,10 @@ def at_most(task: TaskSpec, offers: Iterable[Offer]) -> float | None:
 
 
 def controller_usd_per_hour() -> float | None:
-    """The price of this user's controller of managed jobs, by SkyPilot's records, else by its catalog.
+    """The price of this user's controller of managed jobs.
 
-    None if the controller is part of SkyPilot's server, or nothing is known.
+    It comes from SkyPilot's records or, if there are none, from SkyPilot's catalog. None if the controller is part of
+    SkyPilot's server, or nothing is known.
     """
     try:
         if skypilot.setting("jobs", "controller", "consolidation_mode"):

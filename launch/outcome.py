@@ -1,4 +1,4 @@
-"""Shows the outcome of a budget: dollars by stage, the dollars left, and loss and dollars beside the forecast."""
+"""Shows the outcome of a budget: dollars by stage, dollars left, and how loss and dollars differ from the forecast."""
 
 import subprocess
 import sys
@@ -79,7 +79,10 @@ def _usd_of(url: str) -> float | None:
 
 
 def summary(folder: RunFolder, budget: Budget, result: Mapping[str, Any]) -> list[str]:
-    """Lines on the dollars by stage, the dollars left, and the differences of loss and dollars to the forecast."""
+    """Lines on the dollars by stage and on the dollars left.
+
+    Further lines say how loss and dollars differ from the forecast.
+    """
     parts = ", ".join(f"{name} {_figure(usd)}" for name, usd in result["usd_by_stage"].items() if usd != 0.0)
     left, beside = result["left_usd"], result["beside_usd"]
     said = [
@@ -108,7 +111,7 @@ def summary(folder: RunFolder, budget: Budget, result: Mapping[str, Any]) -> lis
 
 
 def _store_report(folder: RunFolder) -> None:
-    """Store the cost report as a page in the run's folder. A failure is only said."""
+    """Store the cost report as a page in the run's folder. A failure is only reported."""
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / "report.html"
         command = [sys.executable, str(plan.ROOT / "cost_report.py"), folder.url, "--html", str(page)]

@@ -2,7 +2,7 @@
 
     budget, lines = make("20", ["--deadline=6h"], environment)
 
-The plan is another program (costs/plan/), asked by its JSON.
+The plan is made by another program (costs/plan/). This module runs that program and reads its JSON.
 """
 
 import json
@@ -30,13 +30,13 @@ from core.task import read_task
 
 ROOT = Path(__file__).parents[1]
 PREPARE = "sky/prep-data.yaml"
-# The names of the whole set that PREPARE makes, and of a part of it.
+# Two names: of the whole token set that PREPARE makes, and of a part of that set.
 WHOLE, TOKENS_OF_WHOLE = "fineweb-edu-10bt", 9.9e9
 PART = re.compile(r"fineweb-edu-\d+m\Z")
 VOCABULARY = "gpt2"
 VALIDATION_TOKENS = 10_485_760  # the tokens that a training run reads at each validation
-# The trainer decides by MAX_USD when the rates fall. The plan's number of steps is an estimate, so train.steps is this
-# many times larger.
+# train.steps is this many times the plan's number of steps, which is only an estimate. The trainer decides by MAX_USD
+# when the learning rates fall.
 BY_MONEY = "--optimizer.schedule=wsd"
 MORE_STEPS = 2
 PLAN_SECONDS = 120.0
@@ -52,7 +52,9 @@ def make(usd: str, options: Sequence[str], environment: Mapping[str, str]) -> tu
     known = _ready_tokens(environment)
     wanted = [f"--usd={usd}", *options]
     if known is not None:
-        wanted += [f"--unique-tokens={known[1]}", "--prepared"]
+        wanted.append("--prepared")
+        if not environment.get("CONFIG"):  # which may be smaller than all models of a plan
+            wanted.append(f"--unique-tokens={known[1]}")
     document = ask(wanted)
     plan = document["plans"][0]
     settings, tokens, forecast = _training(plan, document["loss_scale"], environment)
@@ -117,7 +119,7 @@ def ask(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_clouds() -> None:
-    """Raises ConfigError if no cloud can rent a machine. A plan alone would not need one."""
+    """Raises ConfigError if no cloud can rent a machine. `make plan` alone needs no cloud."""
     if not any(map(_may_rent, CLOUDS.values())):
         raise ConfigError(
             f"no cloud has credentials on this computer ({', '.join(CLOUDS)} were tried); set up one (docs/launch.md), "
@@ -128,7 +130,7 @@ def _check_clouds() -> None:
 def _may_rent(cloud: Cloud) -> bool:
     try:
         return cloud.is_configured()
-    except Exception:  # any error of a cloud's library: SkyPilot says more
+    except Exception:  # a cloud's library may raise any error; SkyPilot's own message says more
         return True
 
 
@@ -160,9 +162,9 @@ def _training(
 
 
 def _ready_tokens(environment: Mapping[str, str]) -> tuple[str, int] | None:
-    """(name, training tokens) of the set that DATA names, or of the whole default set; None if the set does not exist.
+    """(name, training tokens) of the set that DATA names. If DATA is empty, of the whole default set.
 
-    Raises DataError for a set that no plan can train on.
+    None if the set does not exist. Raises DataError for a set that no plan can train on.
     """
     name = environment.get("DATA") or WHOLE
     url = bucket.url({**environment, "DATA": name}, "DATA")
@@ -179,7 +181,10 @@ def _ready_tokens(environment: Mapping[str, str]) -> tuple[str, int] | None:
 
 
 def _place(tokens: float, environment: Mapping[str, str]) -> tuple[str, int]:
-    """The name of a set with this many tokens, and the number of tokens to prepare for it: 0 if the set exists."""
+    """The name of a set with this many tokens, and the number of tokens to prepare for it.
+
+    The number is 0 if the set exists.
+    """
     if tokens >= TOKENS_OF_WHOLE:
         tokens = TOKENS_OF_WHOLE
     else:
@@ -209,7 +214,7 @@ def _tokens_in(url: str) -> int:
 def preparation_arguments(tokens: int) -> str:
     """The flags that prepare this many training tokens.
 
-    For as many tokens as the source has, all documents are taken.
+    If the source has no more tokens than that, there are no flags, and all documents are taken.
     """
     if tokens >= TOKENS_OF_WHOLE:
         return ""

@@ -6,10 +6,10 @@
 SWITCH_MINUTES is the time without a sign of life after which a node on AWS ends itself.
 
 The role may read and write BUCKET/runs and BUCKET/data, list names in BUCKET, and end machines with this project's
-label (launch/node-policy.json). The right to list has no condition, because S3 would then answer 403 for objects that
-do not exist. SkyPilot reads `.sky.yaml` in the folder in which `sky` is started. It names the role for all clusters
-except the controller of managed jobs, which rents with your login. It also makes cloud-init start launch/node/switch.py
-at a node's first boot, before SkyPilot's set-up. Needs your login to AWS, with IAM rights.
+label (launch/node-policy.json). The right to list has no condition. With a condition, S3 would answer 403 for objects
+that do not exist. SkyPilot reads `.sky.yaml` in the folder in which `sky` is started. `.sky.yaml` names the role for
+all clusters except the controller of managed jobs, which rents machines with your login. It also makes cloud-init start
+launch/node/switch.py at a node's first boot, before SkyPilot's set-up. Needs your login to AWS, with IAM rights.
 """
 
 import base64
@@ -31,9 +31,9 @@ from core.environment import positive
 from core.errors import ConfigError, one_line
 from core.stores import aws
 
-ROLE = "pretrain-launcher-node"  # the name of the instance profile, too
+ROLE = "pretrain-launcher-node"  # the name of the role and of its instance profile
 CLOUD = Aws.name
-DEFAULT_SERVICE = aws.service_of(None)  # the name of S3 without an endpoint
+DEFAULT_SERVICE = aws.service_of(None)  # the name of the store if S3 has no other endpoint
 POLICY = Path(__file__).parent / "node-policy.json"
 SKY_CONFIG = Path(".sky.yaml")
 HEAD = "# Written by `make role`, removed by `make role UNDO=1`. SkyPilot reads it where `sky` is started.\n"
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 
 def node_role(config: Path = SKY_CONFIG) -> str | None:
-    """The instance profile that `.sky.yaml` gives to nodes on AWS, None without one. Raises ConfigError."""
+    """The instance profile that `.sky.yaml` gives to nodes on AWS. None if it gives none. Raises ConfigError."""
     identity = ((_read(config) or {}).get(CLOUD) or {}).get("remote_identity")
     if not isinstance(identity, list):
         return None
@@ -85,7 +85,10 @@ def switch_minutes(config: Path = SKY_CONFIG) -> float | None:
 
 
 def start_switch(minutes: float | None = None) -> list[str]:
-    """Commands of cloud-init that put the switch on a node and start it. SkyPilot takes one line each without `: `."""
+    """Commands of cloud-init that put the switch on a node and start it.
+
+    For SkyPilot, each command must be one line that does not contain `: `.
+    """
     text = SWITCH.read_text(encoding="utf-8")
     if minutes:
         text = SWITCH_MINUTES.sub(f"MINUTES = {minutes!r}", text)
@@ -100,7 +103,10 @@ def start_switch(minutes: float | None = None) -> list[str]:
 
 
 def policy(url: str) -> dict[str, Any]:
-    """The role's policy for a bucket, or a folder in one. Raises ConfigError unless it is S3 at AWS."""
+    """The role's policy for a bucket, or for a folder in a bucket.
+
+    Raises ConfigError unless the bucket is on S3 at AWS.
+    """
     terms = storage.terms_of(url)
     if terms.service != DEFAULT_SERVICE:
         raise ConfigError(f"{url} is not a bucket at AWS, so no role opens it; a node needs the bucket's keys in .env")

@@ -36,7 +36,7 @@ from launch.spent import run_lines
 
 FOLDERS = ("ledger", "metrics", "course", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines")
 FOLDERS += ("refused",)
-# Objects that differ between two runs, even if both had the same URL.
+# Objects by which two runs can be told apart, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
 # The beginning of a line that already contains its time, as the log lines of this project do.
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_of(source: str, variables: Mapping[str, str]) -> str:
-    """The URL of a run. `source` is that URL or a task file, for which RUN_URL, or BUCKET and RUN, name the run.
+    """The URL of a run. `source` is this URL, or a task file. For a task file, RUN_URL or BUCKET and RUN name the run.
 
     Raises ConfigError.
     """
@@ -69,7 +69,8 @@ def run_of(source: str, variables: Mapping[str, str]) -> str:
 def status(arguments: list[str]) -> int:
     """Print the running resources that SkyPilot and the clouds list, and the dollars of a run if one is named.
 
-    Returns 2 if a source could not be asked, else 0. Unlike in launch.down, running resources are not a failure here.
+    Returns 2 if a source could not be asked, else 0. Running resources do not change the exit code here, unlike in
+    launch.down.
     """
     print("$ sky status --refresh", flush=True)
     try:
@@ -174,7 +175,7 @@ def show_stored(url: str) -> int:
 
 
 def _shown(event: Mapping[str, Any]) -> str:
-    """A stored line behind its time (UTC), unless the line begins with a time.
+    """A stored line with its time (UTC) before it. If the line begins with a time already, none is added.
 
     Terminal control characters are escaped.
     """

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clouds import skypilot
 from core import bucket
 from core.errors import ConfigError, LauncherError, RunError
@@ -25,10 +23,10 @@ def lines(survey: Survey) -> list[str]:
 
 
 def run_lines(run_url: str) -> list[str]:
-    """A line for each machine whose end is recorded only now, then the run's dollars."""
+    """A line for each machine whose end was recorded by this call, and a line with the run's dollars."""
     try:
         ends = gone.record(run_url)
-    except LauncherError:  # the next line reports this error
+    except LauncherError:  # the line with the run's dollars reports this error
         ends = []
     return [*ends, spent_line(run_url)]
 
@@ -36,7 +34,7 @@ def run_lines(run_url: str) -> list[str]:
 def spent_line(run_url: str) -> str:
     """A line with the run's dollars.
 
-    For a run that does not exist it does not show $0.00, because the name may be wrong.
+    If there is no such run, the line says so and does not show $0.00, because the name may be wrong.
     """
     try:
         usd = read_run(run_url, Detail.MONEY).usd
@@ -66,20 +64,12 @@ def _clusters(survey: Survey) -> Iterator[str]:
 def _runs(survey: Survey) -> Iterator[str]:
     """The URLs of runs that clusters and jobs worked on."""
     for cluster in survey.clusters or ():
-        yield from _url(_envs(cluster.get("last_creation_yaml")))
+        yield from _url(skypilot.variables_of(cluster))
     if survey.jobs:  # SkyPilot's queue does not hold a job's variables
         for path in sorted(Path("sky").glob("*.yaml")):
             task = read_task(str(path), os.environ)
             if task.name in {job["job_name"] for job in survey.jobs}:
                 yield from _url(task.envs)
-
-
-def _envs(task: str | None) -> Mapping[str, Any]:
-    try:
-        found = (yaml.safe_load(task or "") or {}).get("envs")
-    except (yaml.YAMLError, AttributeError):
-        return {}
-    return found if isinstance(found, Mapping) else {}
 
 
 def _url(envs: Mapping[str, Any]) -> Iterator[str]:

@@ -22,9 +22,10 @@ from launch.plan import PREPARE
 
 EVALUATE, EXPORT_TASK = "sky/evaluate.yaml", "sky/export.yaml"
 PREPARATION, TRAINING, EVALUATION, EXPORT = "preparation", "training", "evaluation", "export"
-# The cap of a preparation is a multiple of its expected dollars, and at least this sum. Its machine costs cents.
+# The cap of a preparation is a multiple of its expected dollars, and at least this sum. The machine of a preparation
+# costs cents.
 PREPARATION_TIMES, PREPARATION_LEAST_USD = 3.0, 0.25
-# With fewer dollars, a machine would end before its program has begun.
+# With fewer dollars than this, a machine would end before its program has begun.
 LEAST_USD = 0.02
 # These variables differ between stages or name another run. USD_PER_HOUR is the price of the machine that trains.
 _OF_STAGES = (
@@ -44,10 +45,11 @@ _ENDED = ("finished", "cap")
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage. `ledger` is the folder with the ledger of its machines. `cap` returns its MAX_USD now, in dollars.
+    """A stage. `ledger` is the folder with the ledger of its machines.
 
-    `progress` returns a number that grows while the stage progresses; `work` names its unit. If a stage that is not
-    needed fails, the next one follows.
+    `cap` returns the stage's MAX_USD, in dollars, if it were launched now. `progress` returns a number that grows while
+    the stage progresses; `work` names the unit of that number. If a stage that the next stages do not need fails, the
+    next stage follows.
     """
 
     name: str
@@ -89,7 +91,7 @@ def spent(folder: RunFolder) -> float:
 
 
 def last_segment(ledger: str, since: float) -> Segment | None:
-    """The newest segment that started after `since` (unix time); None without one."""
+    """The newest segment that started after `since` (unix time). None if there is no such segment."""
     try:
         segments = read_run(ledger, Detail.MONEY).segments
     except RunError:
@@ -98,13 +100,16 @@ def last_segment(ledger: str, since: float) -> Segment | None:
 
 
 def end_of(ledger: str, since: float) -> str:
-    """The reason why the newest segment since `since` has ended; "" if there is none or it has not ended."""
+    """The reason why the newest segment since `since` has ended.
+
+    "" if there is no such segment, or if it has not ended.
+    """
     segment = last_segment(ledger, since)
     return str((segment and segment.end and segment.end.get("reason")) or "")
 
 
 def newest_step(folder: RunFolder) -> int:
-    """The step of the newest complete checkpoint; 0 without one."""
+    """The step of the newest complete checkpoint. 0 if there is none."""
     markers = [info.uri.split("/")[-2] for info in storage.list_objects(folder.checkpoints) if info.name == "COMPLETE"]
     return max((int(name.removeprefix("step-")) for name in markers if name.startswith("step-")), default=0)
 
@@ -141,7 +146,8 @@ def _training(budget: Budget, folder: RunFolder, price: str, given: Mapping[str,
         is_done=lambda: end_of(folder.url, budget.began_at) in _ENDED,
         progress=lambda: newest_step(folder),
         work="steps",
-        # The trainer counts the preparation's cost, and this cap leaves the evaluation its share.
+        # The trainer counts the cost of the preparation under its cap. The cap is the sum without the share of the
+        # evaluation.
         cap=lambda: budget.machines_usd - _expected(budget, EVALUATION) - _expected(budget, EXPORT),
     )
 

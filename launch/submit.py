@@ -4,13 +4,13 @@
 
 First runs the checks that cost nothing (launch/check.py), to find wrong settings before a machine is rented. Then it
 prints the forecast of the cheapest offer and stores it with the run. The report compares this forecast with the dollars
-that the run took. `--no-check` skips both.
+that the run has cost. `--no-check` skips the checks and the forecast.
 
 Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its `secrets` becomes `--secret NAME`:
 SkyPilot reads the values of secrets from the environment, not from a command line. A task with job_recovery becomes a
-managed job, and with MANAGED=1 any task does (launch/managed.py). An interrupted launch is undone. A failed launch ends
-with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES limits the time that the launch waits for a machine
-(launch/waiting.py).
+managed job. If MANAGED=1 is set, any task becomes a managed job (launch/managed.py). An interrupted launch is undone. A
+failed launch ends with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES limits the time that the launch waits
+for a machine (launch/waiting.py).
 """
 
 import itertools
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 def submit(path: str, options: list[str], given: Mapping[str, str]) -> int:
     """Check and launch a task with the settings of `given`. Returns the exit code.
 
-    Secrets come from this process's environment, because SkyPilot reads them there. Raises ConfigError.
+    Secrets are read from this process's environment, because SkyPilot reads them there too. Raises ConfigError.
     """
     task = read_task(managed.chosen(path, given), given, machine_choice(options))
     options_of_sky = [option for option in options if option != NO_CHECK]
@@ -89,7 +89,7 @@ def submit(path: str, options: list[str], given: Mapping[str, str]) -> int:
 
 
 def launchable(task: TaskSpec, settings: Mapping[str, str]) -> bool:
-    """Print the findings of the free checks that are not `ok`. Returns False if one of them is an `x`."""
+    """Print the findings of the free checks that are not `ok`. Returns False if one of the findings is an `x`."""
     allowed = True
     for finding in check.all_findings(check.FREE_CHECKS, task, settings):
         allowed = allowed and finding.mark != "x"
@@ -99,7 +99,7 @@ def launchable(task: TaskSpec, settings: Mapping[str, str]) -> bool:
 
 
 def foresee(task: TaskSpec, options: Sequence[str], given: Mapping[str, str]) -> None:
-    """Print the forecast of a launch and store it with the run. A launch without a forecast goes on."""
+    """Print the forecast of a launch and store it with the run. If no forecast can be made, the launch goes on."""
     choice = machine_choice(options)
     machine = [f"--gpus={choice.gpus}"] if choice.gpus else []
     machine += [f"--num-nodes={choice.nodes}"] if choice.nodes else []

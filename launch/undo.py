@@ -25,7 +25,7 @@ from launch import left
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.2
-# Seconds in which the sky client must end; it has nothing to save.
+# Seconds that the sky client has to end after a signal. It has nothing to save.
 CLIENT_SECONDS = 5.0
 # Time limit of one sky command, which may wait for a server that is busy with the launch.
 COMMAND_SECONDS = 300.0
@@ -60,7 +60,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a command: its exit code, and the signal that interrupted it, 0 without one."""
+    """The end of a command: its exit code, and the signal that interrupted it.
+
+    The signal is 0 if the command was not interrupted.
+    """
 
     code: int
     signal: int = 0
@@ -69,7 +72,7 @@ class Ended:
 def run(command: list[str], goes_on: Callable[[], bool] = lambda: True) -> Ended:
     """Run a command until it ends or one of SIGNALS arrives. After such a signal, SIGNALS are ignored.
 
-    `goes_on` is called periodically. When it returns false, this counts as SIGTERM.
+    `goes_on` is called periodically. If it returns false, the command ends as after SIGTERM.
 
     The command gets a separate session, so that Ctrl-C and a closed terminal reach only this program.
     """
@@ -164,7 +167,7 @@ def _cancel_requests(launch: Launch) -> None:
 
 
 def _end_begun(launch: Launch) -> None:
-    """End the cluster or the job that this launch has begun. A cluster that existed before stays."""
+    """End the cluster or the job that this launch has begun. A cluster that existed before this launch is not ended."""
     if launch.managed:
         jobs = [job for job in skypilot.jobs() if job.get("job_name") == launch.task]
         if begun := [str(job["job_id"]) for job in jobs if launch.began(job, "submitted_at")]:
@@ -195,7 +198,7 @@ def show_rest(launch: Launch) -> None:
 def _sky(arguments: list[str]) -> None:
     _say(f"$ sky {' '.join(arguments)}")
     command = [skypilot.find_sky(), *arguments]
-    # In this session, a second Ctrl-C would end the command too, so it gets a separate one.
+    # The command gets a separate session. In this session, a second Ctrl-C would end the command too.
     done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=COMMAND_SECONDS, start_new_session=True)
     if done.returncode:
         raise ConfigError(f"`sky {' '.join(arguments)}` ended with {done.returncode}")

@@ -1,4 +1,6 @@
-"""Limits the time that a launch waits for a machine (MAX_WAIT, in minutes), and prints once a minute what it tries.
+"""Limits the time that a launch waits for a machine (MAX_WAIT, in minutes).
+
+Prints once a minute which machines the launch tries to get.
 
     wait = Wait(task, minutes, cluster="pretrain-8xa100")
     ended = undo.run(command, wait.goes_on)        ends the launch when the time is over
@@ -31,7 +33,10 @@ class Wait:
         self._has_machine = False
 
     def goes_on(self) -> bool:
-        """Whether the launch may go on: it has a machine, or time is left to wait. Prints what the launch tries."""
+        """Whether the launch may go on. It may, if it has a machine or if time is left to wait.
+
+        Prints which machines it tries to get.
+        """
         if self._has_machine:
             return True
         now = time.monotonic()
@@ -47,7 +52,7 @@ class Wait:
     def for_job(self) -> bool:
         """Wait until the newest job of the task has a machine or has ended.
 
-        Returns False if the time was over first.
+        Returns False if MAX_WAIT was over before that.
         """
         while True:
             jobs = [job for job in skypilot.jobs(ended=True) if job.get("job_name") == self._task.name]

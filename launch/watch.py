@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Watch:
-    """The machines without autostop, by cluster name, with the time since which they were seen."""
+    """Keeps the machines without autostop, by cluster name, with the time when each was first seen."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds
@@ -49,7 +49,7 @@ class Watch:
         self._silent = False
 
     def step(self, survey: left.Survey, now: float) -> Iterator[str]:
-        """End what is overdue at `now` (s, monotonic). Yields a sentence for each change."""
+        """End the machines that are overdue at `now` (s, monotonic). Yields a sentence for each change."""
         if survey.clusters is None or survey.jobs is None:
             if not self._silent:
                 yield "SkyPilot did not answer, so nothing is ended now; `make down` ends your machines"
@@ -69,7 +69,7 @@ class Watch:
 
 
 def is_guarded(machine: Leftover, survey: left.Survey) -> bool:
-    """Whether a machine ends anyway: by the autostop of its cluster, or by the controller of its managed job."""
+    """Whether a machine ends without this program: by its cluster's autostop or by its managed job's controller."""
     clusters = [each for each in survey.clusters or () if each.get("cluster_name_on_cloud") == machine.cluster]
     return any(map(_has_autostop, clusters)) or left.job_of(machine.cluster, survey.jobs or ()) is not None
 

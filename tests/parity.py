@@ -75,16 +75,15 @@ def module_of(command: str) -> str:
 
 def kind_of(command: str) -> str:
     """How a command is tried. Raises ValueError for one that no kind fits, and for one that two tables name."""
-    named = [table for table in (ELSEWHERE, UNTYPED, LOGGED, NAMED, ALONE) if command in table]
+    tables = {"elsewhere": ELSEWHERE, "untyped": UNTYPED, "log": LOGGED, "named": NAMED, "alone": ALONE}
+    named = [kind for kind, table in tables.items() if command in table]
     if len(named) > 1:
         raise ValueError(f"{command}: is in two tables")
     if named:
-        return {0: "elsewhere", 1: "untyped", 2: "log", 3: "named", 4: "alone"}[
-            (ELSEWHERE, UNTYPED, LOGGED, NAMED, ALONE).index(named[0])
-        ]
+        return named[0]
     if command.startswith("/"):
         return "chat"
-    if command in SPECIAL or (ROOT / command).exists():
+    if command in SPECIAL or (" " not in command and (ROOT / command).exists()):
         return "file"
     if command.startswith(HERE):
         return "here"

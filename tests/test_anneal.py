@@ -287,6 +287,7 @@ def test_the_money_decides_and_a_kill_in_the_cooldown_changes_no_bit(data_url: s
     from its start and is left alone."""
     run_url, other = str(tmp_path / "run"), str(tmp_path / "undisturbed")
     flags = [f"--data.url={data_url}", *WSD_FLAGS, "--train.steps=100000", "--checkpoint.every_steps=3"]
+    flags += ["--batch.tokens_per_step=64"]  # a micro-batch for each of two ranks
 
     def life(ranks: int, **environment: str) -> tuple[int, str]:
         money = {"USD_PER_HOUR": "3600", "MAX_USD": "60"} | environment
@@ -333,8 +334,8 @@ def test_a_branch_begins_with_the_trunk_and_both_models_stay(data_url: str, tmp_
         assert code != 0
         return next(line for line in output.splitlines() if line.startswith("error: "))
 
-    said = refused(f"--from={run_url}@trunk", "--batch.tokens_per_step=128")
-    assert "that run has batch.tokens_per_step=256, this config has batch.tokens_per_step=128" in said
+    said = refused(f"--from={run_url}@trunk", "--batch.tokens_per_step=64")
+    assert "that run has batch.tokens_per_step=128, this config has batch.tokens_per_step=64" in said
     assert f"has no complete checkpoint of step 7; it has those of steps {plan.step}, {plan.end}" in refused(
         f"--from={run_url}@7"
     )

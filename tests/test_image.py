@@ -321,7 +321,7 @@ def repository(tmp_path):
         (folder / "3bf863cc.pub").write_text(run(*gpg, "--armor", "--export"))
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(top))
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}", fingerprint
 
     yield serve

@@ -68,6 +68,18 @@ def test_strings_that_were_written_as_bytes_are_read_as_utf8(kind: pa.DataType, 
         assert found == documents_of(str(tmp_path / "plain"), split)
 
 
+def test_rows_for_tuning_may_hold_strings_as_bytes(tmp_path: Path):
+    """A row whose text is not UTF-8 is a bad row; bytes that are no text stay what they are."""
+    answer = pa.array([b"fine", b"\xff broken", b"good"], pa.binary()).view(pa.string())
+    turns = pa.array([[{"content": "naïve".encode()}]] * 3)
+    columns = {"question": pa.array([b"one", b"two", b"\xff\xd8"]), "answer": answer, "turns": turns}
+    assert read_rows(written(tmp_path, columns)) == [
+        {"question": "one", "answer": "fine", "turns": [{"content": "naïve"}]},
+        None,
+        {"question": b"\xff\xd8", "answer": "good", "turns": [{"content": "naïve"}]},
+    ]
+
+
 def test_bytes_that_are_no_text_are_bad_rows(tmp_path: Path, vocab_bpe: Path):
     texts = [b"\xff\xd8\xff\xe0 a picture", *(text.encode() for text in TEXTS[1:])]
     source = written(tmp_path, {"text": texts, "id": IDS})

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.lab,
     pytest.mark.skipif(not (LAB / "labexec").exists(), reason="LAB_DIR names no emulated cloud"),
 ]
-USD_PER_HOUR = 60.0
+USD_PER_HOUR = 30.0
 # Emulated machines go 79 to 133 s after their program.
 RESERVE_SECONDS = 135
 SMALL = "--batch.tokens_per_step=1024 --batch.micro_batch_size=4 --train.log_every=5 --train.eval_every=0"
@@ -41,7 +41,7 @@ class Money:
         given |= {"BUCKET_ACCESS_KEY_ID": "test", "BUCKET_SECRET_ACCESS_KEY": "test"}
         given |= {"BUCKET": BUCKET, "AWS_ENDPOINT_URL": self.lab.endpoint, **REHEARSAL, "RUN": self.run}
         given |= {"SOURCE_URL": f"s3://{BUCKET}/source/*.parquet", "VOCAB_URL": f"s3://{BUCKET}/source/vocab.bpe"}
-        given |= {"TRAIN_ARGS": SMALL, "USD_PER_HOUR": f"{usd_per_hour:g}"}
+        given |= {"PREP_ARGS": "--evaluation_sets=", "TRAIN_ARGS": SMALL, "USD_PER_HOUR": f"{usd_per_hour:g}"}
         words = [LAB / "labexec", "env", *(f"{name}={value}" for name, value in given.items())]
         command = [*words, str(PYTHON), "-u", "-m", "launch.run", f"--usd={self.usd:g}", *self._options]
         with self._said.open("ab") as file:
@@ -109,7 +109,7 @@ def test_a_sum_on_demand_ends_annealed_and_within_the_money(lab, tmp_path: Path)
 
 def test_a_sum_on_spot_survives_two_preemptions_one_during_the_cooldown(lab, tmp_path: Path):  # noqa: F811
     options = ("--gpus=A100:8", "--cloud=aws")
-    money = Money(lab, tmp_path / "said.txt", "money-spot", "pretrain-8xa100-spot", 18.0, *options)
+    money = Money(lab, tmp_path / "said.txt", "money-spot", "pretrain-8xa100-spot", 15.0, *options)
     command = money.start()
     wait("a step", lambda: lab.step(money.run) > 0 or command.poll() is not None)
     money.preempt()
@@ -124,7 +124,7 @@ def test_a_sum_on_spot_survives_two_preemptions_one_during_the_cooldown(lab, tmp
 def test_a_price_that_doubles_shortens_the_training_and_not_the_annealing(lab, tmp_path: Path):  # noqa: F811
     """The machine is lost, and the next one costs twice as much."""
     options = ("--gpus=A100:8", "--cloud=aws", "--on-demand")
-    money = Money(lab, tmp_path / "said.txt", "money-dearer", "pretrain-8xa100", 18.0, *options)
+    money = Money(lab, tmp_path / "said.txt", "money-dearer", "pretrain-8xa100", 12.0, *options)
     money.stop(money.start())
     wait("a step", lambda: lab.step(money.run) > 0)
     money.preempt()

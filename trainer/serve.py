@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _segment(run_url: str, settings: ServeConfig) -> SegmentLog:
-    """The ledger of servers of this run; without a run, one that books nothing."""
+    """The ledger of the servers of this run. If there is no run, a ledger that books nothing."""
     if not run_url:
         return SegmentLog()
     import torch

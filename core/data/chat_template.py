@@ -36,15 +36,18 @@ JINJA = (
 
 
 class Rendered(NamedTuple):
-    """`targets[i]` is the token to predict after `tokens[i]` if it belongs to an answer or ends one, else NO_TARGET."""
+    """`targets[i]` is the token that follows `tokens[i]`, if that token belongs to an answer or ends an answer.
+
+    Otherwise it is NO_TARGET.
+    """
 
     tokens: list[int]
     targets: list[int]
 
     def last_answer_only(self) -> "Rendered":
-        """A copy without the targets of earlier answers.
+        """A copy that keeps only the targets of the last answer.
 
-        Both texts of a pair share the earlier answers, so their losses would cancel out.
+        Both texts of a pair share the earlier answers, so the losses of the earlier answers would cancel out.
         """
         begin = len(self.targets)
         while begin and self.targets[begin - 1] != NO_TARGET:
@@ -55,9 +58,9 @@ class Rendered(NamedTuple):
 def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_prompt: bool = False) -> Rendered:
     """Token ids and targets of `messages`, {"role": system | user | assistant, "content": text}.
 
-    With `add_generation_prompt` the text ends with the heading of the assistant's answer. Headings and contents are
-    encoded separately. The ids equal those of the whole text: contents are stripped of white space, so no pre-token of
-    GPT-2 crosses the border of two parts. Raises DataError that names the wrong message.
+    If `add_generation_prompt` is true, the text ends with the heading of the assistant's answer. Headings and contents
+    are encoded separately. The ids equal those of the whole text: contents are stripped of white space, so no pre-token
+    of GPT-2 crosses the border of two parts. Raises DataError, which names the wrong message.
     """
     tokens, targets = [GPT2_END_OF_TEXT], [NO_TARGET]
     separator = ""

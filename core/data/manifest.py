@@ -18,8 +18,9 @@ from core.secrets import without_keys
 NAME = "manifest.json"
 FORMAT = "token-shards"
 VERSION = 1
-SUFFIX = ".bin"  # ending of a shard's name, by which the cache recognises the files that it may remove
-# The records beside the shards hold all facts of a manifest, so preparation can write it again without the source.
+SUFFIX = ".bin"  # ending of a shard's name; the cache removes only files with this ending
+# The records that are stored beside the shards hold everything that a manifest contains. From them, preparation can
+# write the manifest again and does not need the source.
 _AGAIN = "delete it, and run the command that prepared the data again"
 
 
@@ -77,7 +78,7 @@ class Manifest:
         return digest.hexdigest()
 
     def split(self, name: str, where: str) -> Split:
-        """A split. Raises DataError that names `where` if it is missing or empty."""
+        """The split with this name. If it is missing or empty, raises DataError, which names `where`."""
         split = self.splits.get(name)
         if split is None or not split.tokens:
             raise DataError(

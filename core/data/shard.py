@@ -20,7 +20,7 @@ DTYPES = {16: np.dtype("<u2"), 32: np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The fields of a shard's header that vary: number of tokens, and bits per token."""
+    """The two fields of a shard's header that differ between shards: the number of tokens, and the bits per token."""
 
     tokens: int
     bits: int

@@ -19,22 +19,24 @@ DATA = Path(__file__).parent
 RUNS, LAW = DATA / "runs.csv", DATA / "law.json"
 SCALE = "FineWeb"
 
-# HALF_AT is in billions of parameters. The advantage of an optimizer over AdamW shrinks with size: its logarithm falls
-# linearly in the logarithm of the parameters, and is halved at this size (Wen et al. 2025, arXiv 2509.02046: 1.4 at
-# 0.1B, 1.1 at 1.2B; Marin, 2025-06: 1.27 at 130M, 1.24 at 1.2B). The fall starts at the largest size at which the
-# recipe was measured.
+# The advantage of an optimizer over AdamW shrinks as models grow. From the largest size at which a recipe was measured,
+# the logarithm of the advantage falls linearly in the logarithm of the number of parameters. At HALF_AT billion
+# parameters it is halved (Wen et al. 2025, arXiv 2509.02046: 1.4 at 0.1B, 1.1 at 1.2B; Marin, 2025-06: 1.27 at 130M,
+# 1.24 at 1.2B).
 HALF_AT = 1.2
-# Errors of a prediction in nats. The record of bench.fit_loss shows the source of the first.
+# Expected errors of a prediction, in nats. The record of bench.fit_loss shows the measurement of KNOWN_RECIPE.
 KNOWN_RECIPE, KNOWN_CLASS, OUTSIDE, UNKNOWN_RECIPE = 0.015, 0.02, 0.04, 0.09
-LEAST_TOKENS = 1.6e9  # fewer tokens are outside of the data; the shortest fitted run has 1.41e9
+LEAST_TOKENS = 1.6e9  # runs of fewer tokens count as outside of the data; the shortest fitted run has 1.41e9 tokens
 SIZE_TOLERANCE = 1.1  # sizes this near to a measured one count as measured
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The fitted facts of a recipe. `k` multiplies its tokens; sizes are parameters without embeddings.
+    """The fitted values of a recipe. `k` multiplies the number of tokens.
 
-    `family` is the optimizer of the recipe. The recipes of a family together were measured over a wider range of sizes.
+    `smallest` and `largest` are the sizes of the smallest and the largest measured model; a size is the number of
+    parameters without embeddings. `family` is the optimizer of the recipe. The recipes of one family together cover a
+    wider range of sizes than each recipe alone.
     """
 
     k: float

@@ -1,8 +1,8 @@
 """Records the budget of a run: the sum and the plan, each launch of a stage, and the outcome.
 
-    RUN_URL/budget/000001/plan.json             the sum, the plan, the settings of all launches: written before them
-    RUN_URL/budget/000001/launch-000001.json    a launch: its stage, its time, and how far the stage was
-    RUN_URL/budget/000001/outcome.json          loss and dollars beside what was expected, written at the end
+    RUN_URL/budget/000001/plan.json             the sum, the plan, the settings of all launches; written first
+    RUN_URL/budget/000001/launch-000001.json    a launch: its stage, its time, the stage's progress then
+    RUN_URL/budget/000001/outcome.json          loss and dollars, as expected and as measured; written at the end
     RUN_URL/budget/000002/plan.json             a later sum for the same run (ADD_USD)
 
 `make run` writes these objects from the user's computer. When it starts again, they show where it stopped. Objects are
@@ -29,12 +29,11 @@ _LAUNCH = re.compile(r"launch-(\d{6})\.json\Z")
 
 @dataclass(frozen=True)
 class Budget:
-    """The dollars for a run.
+    """The budget of a run in dollars. `machines_usd` is the part for machines.
 
-    `machines_usd` of them may go to machines; the rest pays for storage, traffic and requests. `task` is the task file
-    of the training, `options` choose its machines, and `settings` are the variables of all launches. `forecast` holds
-    what the plan expects: `loss`, `loss_error`, `loss_scale`, `tokens`, `steps`, `hours`, `parts` in dollars.
-    `began_at` is unix time.
+    The rest pays for storage, traffic and requests. `task` is the task file of the training, `options` choose its
+    machines, and `settings` are the variables of all launches. `forecast` holds what the plan expects: `loss`,
+    `loss_error`, `loss_scale`, `tokens`, `steps`, `hours`, `parts` in dollars. `began_at` is unix time.
     """
 
     usd: float
@@ -59,7 +58,10 @@ class LaunchRecord:
 
 
 def newest(folder: RunFolder) -> Budget | None:
-    """The newest budget; None if the run has none. Raises DataError for a record that cannot be understood."""
+    """The newest budget of a run, or None if the run has no budget.
+
+    Raises DataError for a record that cannot be understood.
+    """
     numbers = [int(name) for name in storage.list_names(folder.budget) if _NUMBER.match(name)]
     return _read(folder, max(numbers)) if numbers else None
 
@@ -163,4 +165,4 @@ def _uri(folder: RunFolder, number: int, *names: str) -> str:
 
 
 def _write(uri: str, document: Mapping[str, Any]) -> None:
-    storage.write_bytes(uri, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode(), exclusive=True)
+    storage.claim(uri, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())

@@ -61,7 +61,7 @@ def folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
-    """The cached segments by number; empty without a usable file."""
+    """The cached segments by number. The result is empty if there is no usable file."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             columns = {name: stored[name] for name in stored.files}
@@ -77,7 +77,10 @@ def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
 
 
 def save(path: Path, known: Known) -> None:
-    """Replace the file atomically. A failure is logged as a warning; it only makes the next report slower."""
+    """Replace the file atomically. If this fails, a warning is logged.
+
+    The next report is then slower, and nothing else is lost.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -1,4 +1,4 @@
-"""Keeps a run below its bounds: all its machines together never cost more than MAX_USD, nor run for MAX_HOURS.
+"""Keeps a run within its limits: its machines together never cost more than MAX_USD or run longer than MAX_HOURS.
 
 The ledgers of other segments give an upper bound of their cost. A killed machine counts until just before its next
 heartbeat, so the cap holds even after many kills. Machines that opened no segment and work on the trained model
@@ -74,10 +74,10 @@ def newest_saving_segment(folder: RunFolder) -> int:
 def restarts_too_dear(
     folder: RunFolder, max_usd: float, without: int | None = None, here: tuple[str | None, float] | None = None
 ) -> str:
-    """A sentence, if the machines since the newest checkpoint have cost `max_usd` or more; else "". 0 sets no limit.
+    """A sentence, if the machines since the newest checkpoint have cost `max_usd` dollars or more.
 
-    This machine does not count. It is named by its segment `without`, or by host and start in `here`. Raises
-    StorageError.
+    Otherwise, and if `max_usd` is 0, the result is "". The cost of this machine is left out. The caller names this
+    machine by its segment (`without`) or by its host and start (`here`). Raises StorageError.
     """
     if not max_usd:
         return ""
@@ -106,7 +106,7 @@ class OthersWatch:
         while not self._end.wait(self._seconds):
             try:
                 self._cap.others_have_spent(spent_at_most(self._run_url, without=self._segment))
-            except LauncherError as error:  # it reads again after a pause
+            except LauncherError as error:  # the thread reads again after a pause
                 log.info("the cost of this run's other machines cannot be read now: %s", error)
 
 
@@ -122,7 +122,10 @@ class SpendingCap:
         self._arrival_seconds = ledger.elapsed_seconds() if ledger.machine.spot else 0.0
 
     def others_have_spent(self, spent: Spent) -> None:
-        """Update the cost of the other machines. An unknown or lower cost does not raise the money that is left."""
+        """Update the cost of the other machines.
+
+        If the new cost is unknown or lower than before, the old cost stays, so that the money that is left never rises.
+        """
         before = self._before
         usd = before.usd if spent.usd is None or before.usd is None else max(before.usd, spent.usd)
         self._before = Spent(usd, max(before.seconds, spent.seconds))
@@ -141,12 +144,15 @@ class SpendingCap:
         return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
 
     def latest(self, seconds: float = 0.0) -> float:
-        """The latest unix time at which the end, which takes `seconds`, may begin without exceeding a limit."""
+        """The latest unix time at which the segment's end may begin, so that no limit is exceeded.
+
+        The end takes `seconds`.
+        """
         left = min(self._left_seconds())
         return self._ledger.now() + left - seconds - SAFETY * self._arrival_seconds - self._shutdown_seconds
 
     def _left_seconds(self) -> tuple[float, float]:
-        """The seconds that this machine may still run, by the dollars and by the hours."""
+        """The seconds that this machine may still run by the limit in dollars, and those by the limit in hours."""
         usd, hours = self._bounds.usd, self._bounds.hours
         return (
             self._ledger.machine.price.seconds(usd - self.spent_usd()) if usd else math.inf,
@@ -158,12 +164,15 @@ class SpendingCap:
         return self._ledger.now()
 
     def variable(self) -> str:
-        """The variable of the tighter limit. With a larger value, the run goes on."""
+        """The variable whose limit is reached first. With a larger value of this variable, the run goes on."""
         by_usd, by_hours = self._left_seconds()
         return "MAX_HOURS" if by_hours < by_usd else "MAX_USD"
 
     def describe(self) -> str:
-        """The sum that the cap goes by: an upper bound, because a machine counts until its end is known."""
+        """The sum that is compared with the cap.
+
+        It is an upper bound, because a machine counts as running until its end is known.
+        """
         spent = self.spent_usd()
         said = "dollars not known" if spent is None else f"at most ${spent:.2f}"
         said = f"{said} of ${self.max_usd:g} spent" if self.max_usd else f"{said} spent"

@@ -30,9 +30,9 @@ class Change:
     """A change that applies to the steps after `step`.
 
     For a cooldown, `steps` is its length. For an extension, `steps` is the new length of the run and `before` the old
-    one. After a branch or an extension, the rate rises within `warmup` steps from the share `factor` of its peak to the
-    peak. If `warmup` is None, the rate goes on as before. `source` is the origin of a branch, as RUN@STEP. `facts` are
-    the figures behind a decision, for people.
+    length. After a branch or an extension, the rate rises within `warmup` steps from the share `factor` of its peak to
+    the peak. If `warmup` is None, the rate goes on as before. `source` is the origin of a branch, as RUN@STEP. `facts`
+    are the figures behind a decision, for people.
     """
 
     kind: str
@@ -64,7 +64,7 @@ def read(folder: RunFolder) -> list[Change]:
 
 
 def add(folder: RunFolder, number: int, change: Change) -> None:
-    """Store a change under `number`, counted from 1. Raises RunError if a change with this number exists."""
+    """Store a change under `number`, counted from 1. Raises RunError if a change with this number already exists."""
     document = {"format": "course", "version": VERSION, "number": number, "time": time.time(), **asdict(change)}
     uri = _uri(folder, number)
     try:
@@ -77,7 +77,10 @@ def add(folder: RunFolder, number: int, change: Change) -> None:
 
 
 def trunks(changes: Sequence[Change]) -> list[int]:
-    """The last step before each cooldown. A re-plan moves it only to an earlier step."""
+    """The last step before each cooldown.
+
+    A re-planned cooldown belongs to the same trunk, so its step counts only if it is earlier.
+    """
     found: list[int] = []
     for change in changes:
         if change.kind == "anneal":
@@ -126,7 +129,7 @@ def request_anneal(folder: RunFolder) -> str:
 
 
 def requested_anneal(folder: RunFolder) -> str | None:
-    """The id of the newest request; None if there is none or it cannot be read. Raises StorageError."""
+    """The id of the newest request. None if there is no request, or if it cannot be read. Raises StorageError."""
     try:
         request = untrusted.read_object(storage.join(folder.url, _REQUEST))["id"]
         return request if isinstance(request, str) else None

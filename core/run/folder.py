@@ -89,10 +89,9 @@ class RunFolder:
 
     @property
     def evaluations(self) -> str:
-        """Folder for the results of evaluations.
+        """Folder for the results of evaluations. It is a run folder with a separate ledger.
 
-        It is a run folder with a separate ledger, because a new segment in the ledger of the training run would take
-        over that run.
+        A new segment in the training run's own ledger would take over the training run.
         """
         return self._at("evaluations")
 
@@ -208,7 +207,7 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
     }
     data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
     try:
-        storage.write_bytes(folder.description, data, exclusive=True)
+        storage.claim(folder.description, data)
         return True
     except ObjectExists:
         pass
@@ -236,8 +235,8 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
 def continued_elsewhere(folder: RunFolder, identity: Mapping[str, Any], key: str = "") -> str:
     """The end of a message that says how to continue a run with another value of `key`. Empty without a checkpoint.
 
-    The settings that define the result of a run cannot change, so other values need a new run. This is a branch, or a
-    run from the old run's weights if a branch must keep the setting.
+    The settings that define the result of a run cannot change, so other values need a new run. The new run can be a
+    branch of the old one. If a branch must keep the setting `key`, the new run can start from the old run's weights.
     """
     stage = identity.get("stage")
     if (

@@ -35,13 +35,13 @@ _NAME = re.compile(r"^(\d{8,15})-(\d{8,15})\.jsonl\Z")
 class Journal:
     """Writes one journal folder; thread-safe. `close` stores the rest and stops the thread.
 
-    Storing never blocks `add`. While the store does not answer, events wait in memory; an outage is logged once and
+    Storing never blocks `add`. While the store does not answer, events wait in memory. An outage is logged once and
     does not stop the caller. `before_flush` is called before each periodic flush, for instance to add a heartbeat.
     """
 
-    def __init__(self, folder: str, flush_seconds: float = FLUSH_SECONDS, before_flush=None):
+    def __init__(self, folder: str, flush_seconds: float | None = None, before_flush=None):
         self.folder = folder
-        self._flush_seconds = flush_seconds
+        self._flush_seconds = FLUSH_SECONDS if flush_seconds is None else flush_seconds
         self._before_flush = before_flush
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()
@@ -129,7 +129,8 @@ class Journal:
         with self._lock:
             del self._pending[: len(lines)]
             self._pending_bytes -= len(data)
-        # A large object is never merged. The small ones before it are merged now, because merging needs neighbours.
+        # Only neighbours can be merged, and a large object is never merged. So the small objects before a large object
+        # are merged now.
         if len(data) >= CHUNK_BYTES:
             self._compact()
         self._next += len(lines)
@@ -158,7 +159,7 @@ class Journal:
 
 
 def read(folder: str, after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
-    """The events of a journal after sequence number `after`, in order, and a sentence for each unreadable object."""
+    """The events of a journal after number `after`, in order, and a sentence for each unreadable object."""
     return _together(stream(folder, after))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from core import storage
 from core.errors import ObjectExists, RunError
 from core.run.folder import RunFolder
-from core.run.journal import FLUSH_SECONDS, Journal
+from core.run.journal import Journal
 from core.run.machine import Machine, launcher_facts
 from core.run.phases import LEDGER_PHASES, STEP_PHASES, check_mark
 from core.stores import meter
@@ -47,7 +47,7 @@ def claim_segment(folder: RunFolder, start_event: Mapping[str, Any]) -> int:
 
 
 def check_owner(folder: RunFolder, segment: int) -> None:
-    """Raises RunError if a newer segment has taken over this run. Then this machine was replaced."""
+    """Raises RunError if a newer segment has taken over this run, because this machine was then replaced."""
     newest = (folder.segment_numbers() or [segment])[-1]
     if newest > segment:
         raise RunError(
@@ -72,7 +72,7 @@ class Ledger:
         program: Mapping[str, Any],
         started_at: float | None = None,
         process_started_at: float | None = None,
-        flush_seconds: float = FLUSH_SECONDS,
+        flush_seconds: float | None = None,
     ):
         now = time.time()
         self._wall_origin = now
@@ -110,7 +110,7 @@ class Ledger:
         return self._wall_origin + time.monotonic() - self._monotonic_origin
 
     def switch(self, phase: str) -> None:
-        """Begin `phase`: all time from now until the next `switch` belongs to it."""
+        """Begin `phase`. All time from now until the next `switch` belongs to this phase."""
         if phase not in LEDGER_PHASES:
             raise ValueError(f"unknown phase {phase!r}")
         with self._lock:
@@ -160,7 +160,7 @@ class Ledger:
     def close(self, reason: str, step: int | None = None, **details: Any) -> bool:
         """Write the last span and the reason for the end, and store everything. Idempotent.
 
-        Reasons: finished, preempted, failed, cap, interrupted. Returns False if the store failed.
+        The reason is finished, preempted, failed, cap or interrupted. Returns False if the store failed.
         """
         with self._lock:
             if self._closed:

@@ -121,7 +121,10 @@ def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def process_started_at() -> float:
-    """The unix time at which this process started, before its imports; the current time if /proc does not show it."""
+    """The unix time at which this process started, before its imports.
+
+    If /proc does not show it, this is the current time.
+    """
     try:
         ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])

@@ -18,7 +18,7 @@ LEADING = ("run", "kind", "step", "machine_seconds", "usd", "time")
 
 
 def read_measured(run_url: str) -> Run:
-    """Reads a run with all of its metrics. Raises DataError for a run without metrics."""
+    """Reads a run with all of its metrics. Raises DataError if the run has no metrics."""
     run = read_run(run_url, Detail.ALL)
     if not any(segment.metrics for segment in run.segments):
         raise DataError(f"{run_url}: has no metrics; give the run.url of a training run")
@@ -37,11 +37,11 @@ def named(urls: Sequence[str]) -> dict[str, str]:
 
 
 def rows(runs: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
-    """One row per record at a step that counts, by run, step and time. All rows have the same columns.
+    """One row for each record of a step that counts, sorted by run, step and time. All rows have the same columns.
 
-    `machine_seconds` and `usd` (None if unknown) are sums of the whole run up to the record. Nested fields get names
-    such as `weights.mlp`, and items of a list names such as `largest_activations.0`. A field that a record lacks is
-    None.
+    `machine_seconds` and `usd` (None if unknown) are sums of the whole run up to the record. The columns of nested
+    fields have names such as `weights.mlp`. The columns of list items have names such as `largest_activations.0`. A
+    field that a record lacks is None.
     """
     found = []
     for name, run in runs:

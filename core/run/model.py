@@ -18,9 +18,9 @@ from core.run.journal import FLUSH_SECONDS
 from core.run.machine import Machine, Price
 from core.storage import ObjectInfo
 
-# The three sums of a run's dollars, as every output names them. BY_LEDGER is the time in the ledgers at their prices;
-# it is the same to the cent in every output. AS_KNOWN also holds the amounts from all other sources. AT_MOST is the
-# upper bound that the cap is compared with.
+# The three sums of a run's dollars, as every output names them. BY_LEDGER is the machine time in the ledgers, at the
+# prices that they hold; this sum is the same to the cent in every output. AS_KNOWN adds the amounts from all other
+# sources, such as bills. AT_MOST is the upper bound that the cap is compared with.
 BY_LEDGER = "by the ledger"
 AS_KNOWN = "as known"
 AT_MOST = "at most"
@@ -54,9 +54,9 @@ class Steps:
 
 @dataclass(frozen=True)
 class Lost:
-    """Work of a segment that does not count: `steps` that a later segment repeated.
+    """Work of a segment that is lost. `steps` is the number of its steps that a later segment repeated.
 
-    The seconds are those of the repeated steps and of a step that the segment did not finish.
+    The seconds are the time of these steps and of a step that the segment did not finish.
     """
 
     steps: int = 0
@@ -88,8 +88,8 @@ class Segment:
     end: dict[str, Any] | None = None
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    moved: Sequence[int] = ()  # bytes and requests of its first rank so far (core.stores.meter.FIELDS)
-    is_newer_format: bool = False  # a newer release wrote the segment, so no part of it is read
+    moved: Sequence[int] = ()  # bytes and requests of the segment's first rank so far (core.stores.meter.FIELDS)
+    is_newer_format: bool = False  # whether a newer release wrote the segment; no part of such a segment is read
 
     @property
     def price(self) -> Price | None:
@@ -97,7 +97,10 @@ class Segment:
 
     @property
     def ended_at(self) -> float | None:
-        """Unix time of the last heartbeat, which a regular end also writes. Without one: the start of the segment."""
+        """Unix time of the last heartbeat. A regular end writes a heartbeat too.
+
+        If there is no heartbeat, this is the start of the segment.
+        """
         return self.spans[-1].end if self.spans else self.started_at
 
     @property
@@ -107,7 +110,7 @@ class Segment:
 
     @property
     def usd(self) -> float | None:
-        """Dollars up to the last heartbeat; None without a price or without any heartbeat."""
+        """Dollars up to the last heartbeat. None if there is no price or no heartbeat."""
         return self.price.usd(self.seconds) if self.price and self.spans else None
 
     @property
@@ -129,9 +132,10 @@ class Segment:
 
     @property
     def restored_step(self) -> int | None:
-        """The step from which the segment continued, 0 for a fresh start; None if it ended before that.
+        """The step from which the segment continued, 0 for a fresh start.
 
-        It is taken from a mark in the ledger or, if that is lost, from the segment's first step.
+        None if the segment ended before it started from a step. The step is read from a mark in the ledger. If this
+        mark is lost, it follows from the segment's first step.
         """
         steps = [
             mark["step"] for mark in self.marks if mark["name"] == "restored" and isinstance(mark.get("step"), int)
@@ -206,9 +210,10 @@ class Run:
         return max((segment.steps.number[-1] for segment in self.segments if segment.steps.number), default=None)
 
     def boundaries(self) -> list[float]:
-        """For each segment, the last step that counts. Infinity if no later segment continued from a checkpoint.
+        """For each segment, the last step that counts.
 
-        A later segment that continued from a step repeated all steps above it.
+        A later segment that continued from a checkpoint repeated all steps above the step of that checkpoint. If no
+        later segment did so, all steps count, and the number is infinity.
         """
         found, boundary = [], math.inf
         for segment in reversed(self.segments):
@@ -250,7 +255,7 @@ class Run:
         return sorted(found, key=lambda point: point.step)
 
     def machine_seconds(self, mark: str) -> list[float]:
-        """Cumulative machine seconds of the run at each mark that is named `mark`."""
+        """The machine seconds that the run had used in all at each mark with the name `mark`."""
         found, seconds = [], 0.0
         for segment in self.segments:
             started_at = segment.started_at or 0.0
@@ -259,7 +264,10 @@ class Run:
         return found
 
     def restarts(self) -> list[float]:
-        """Cumulative machine seconds of the run at each restart, that is, before every segment but the first."""
+        """The machine seconds that the run had used in all at each restart.
+
+        A restart is every segment except the first.
+        """
         found, seconds = [], 0.0
         for segment in self.segments[:-1]:
             seconds += segment.seconds
@@ -268,9 +276,9 @@ class Run:
 
 
 def _lost(segment: Segment, boundary: float, unfinished: bool) -> Lost:
-    """The work of all steps after `boundary`; step numbers ascend.
+    """The work of all steps after `boundary`. The step numbers of a segment ascend.
 
-    With `unfinished`, the time of an unfinished step is added.
+    If `unfinished` is true, the time of an unfinished step is added.
     """
     steps = segment.steps
     first = bisect_right(steps.number, boundary) if boundary < math.inf else len(steps.number)

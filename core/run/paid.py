@@ -1,13 +1,13 @@
 """Records each machine of a run from the start of its paid time, so that the cap counts machines without a segment too.
 
-    RUN_URL/machines/ATTEMPT/start.json     when its paid time began, and its price
-    RUN_URL/machines/ATTEMPT/end.json       when its program ended; missing if it was killed
-    RUN_URL/machines/ATTEMPT/gone.json      when the machine was gone, if its cloud said so to the user's computer
+    RUN_URL/machines/ATTEMPT/start.json     the time when its paid time began, and its price
+    RUN_URL/machines/ATTEMPT/end.json       the time when its program ended; missing if it was killed
+    RUN_URL/machines/ATTEMPT/gone.json      the time when the machine was gone, if the cloud reported it
 
-A node that is refused, or whose program fails before it opens a segment, appears in no ledger. Only such a machine is
-counted by its record. For all other machines, the segments hold the same time. The set-up of a machine writes a second
-record (launch/node/arrival.py) at the highest price that the machine may have. It counts only if no program of this
-project ran on the machine.
+A node that is refused, or whose program fails before it opens a segment, appears in no ledger. The time of such a
+machine is taken from this record. The time of all other machines is taken from their segments. The set-up of a machine
+writes a second record (launch/node/arrival.py) at the highest price that the machine may have. This second record
+counts only if no program of this project ran on the machine.
 
 The record of a managed job also holds the price of the job's controller and the time when the job was submitted.
 """
@@ -25,13 +25,13 @@ from core.run.folder import RunFolder
 from core.run.model import Segment
 from core.storage import ObjectInfo
 
-# A node without a segment and without an end was killed or is still starting. Within this time it opens a segment, ends
-# as hung (HANG_MINUTES), or fails in preflight.
+# A node that has neither a segment nor an end was killed or is still starting. A starting node opens a segment, is
+# ended as hung (HANG_MINUTES), or fails in preflight within this time.
 STARTING_SECONDS = 1800.0
 # Segment and machine have the same start, except for rounding in JSON.
 SAME_SECONDS = 1.5
-# Limit of the seconds from a program's end to its machine's end. After a longer time, the machine did something else
-# meanwhile.
+# Longest plausible time in seconds from a program's end to its machine's end. If it took longer, the machine did
+# something else meanwhile.
 LONGEST_SHUTDOWN_SECONDS = 900.0
 SLACK = 1.2
 PARALLEL_FETCHES = 16
@@ -130,9 +130,10 @@ def gone(folder: RunFolder, attempt: str, at: float) -> None:
 
 
 def reserve_seconds(folder: RunFolder, cloud: str | None) -> float:
-    """Paid seconds to expect after the end of a program, from this run's earlier machines on the cloud; 0 without any.
+    """The paid seconds to expect after the end of a program.
 
-    Raises StorageError.
+    They were measured on this run's earlier machines on the same cloud. The result is 0 if there were none. Raises
+    StorageError.
     """
     name = (cloud or "").lower()
     return max((SLACK * each.shutdown_seconds for each in machines(folder).values() if each.cloud == name), default=0.0)
@@ -141,7 +142,10 @@ def reserve_seconds(folder: RunFolder, cloud: str | None) -> float:
 def unrecorded(
     found: list[Paid], segments: Iterable[Segment], here: tuple[str | None, float] | None = None
 ) -> list[Paid]:
-    """The machines without a segment. `here` is this machine, by host and start, if it is about to open its segment."""
+    """The machines that have opened no segment.
+
+    `here` is the host and the start of this machine, if it is about to open its segment; it is left out.
+    """
     segments = list(segments)
     return [each for each in found if not each.is_at(here) and not each.is_in(segments)]
 
@@ -160,14 +164,17 @@ def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> It
 
 
 def read_all(folder: RunFolder, attempts: Iterable[str] | None = None) -> list[Paid]:
-    """The usable records of these attempts, or of all attempts, one for each machine. Raises StorageError."""
+    """The usable records of `attempts`, or of all attempts if none are named; one record for each machine.
+
+    Raises StorageError.
+    """
     return list(_once(list(machines(folder, attempts).values())))
 
 
 def machines(folder: RunFolder, attempts: Iterable[str] | None = None) -> dict[str, Paid]:
-    """The usable records of these attempts, or of all attempts, by attempt. Raises StorageError."""
+    """The usable records of `attempts`, or of all attempts if none are named, by attempt. Raises StorageError."""
     names = sorted(storage.list_names(folder.machines)) if attempts is None else list(attempts)
-    if storage.is_local(folder.url):  # threads hide the latency of requests, and a disk has none
+    if storage.is_local(folder.url):  # threads hide the latency of requests; a local disk needs none
         found = [_read(folder, name) for name in names]
     else:
         with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
@@ -191,13 +198,16 @@ def _once(found: list[Paid]) -> Iterator[Paid]:
 
 
 def _end_of(machine: Paid, segments: list[Segment], now: float) -> float:
-    """The time when a machine's program ended: from the record, else from the segment."""
+    """The time when a machine's program ended.
+
+    It is read from the record of the end, or else from the machine's segment.
+    """
     ends = [each.ended_at for each in segments if machine.is_in([each]) and each.ended_at is not None]
     return max(ends) if ends and machine.ended_at is None else machine.end_at_most(now)
 
 
 def _read(folder: RunFolder, attempt: str) -> Paid | None:
-    """A machine's record; None if start.json cannot be used."""
+    """A machine's record, or None if start.json cannot be used."""
     place = storage.join(folder.machines, attempt)
     try:
         start = json.loads(storage.read_bytes(storage.join(place, "start.json")))

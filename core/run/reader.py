@@ -4,7 +4,7 @@
     read_run("s3://bucket/run", Detail.ALL)        ledger and all metrics, for plots
     read_run("s3://bucket/run", Detail.MONEY)      two objects per segment: dollars, for a cap
 
-One listing finds all objects, which are fetched in parallel. `Run.problems` names everything that cannot be read.
+One listing finds all objects, which are fetched in parallel. `Run.problems` names each object that cannot be read.
 """
 
 import enum
@@ -80,8 +80,8 @@ def spent_at_most(
     """Upper bounds of what a run has cost so far. Raises StorageError.
 
     Counts the segments, the machines without a segment, and the preparation, evaluations, servers and exports of the
-    run. Leaves out segment `without`, and the machine with host and start `here`. With `after`, counts only segments of
-    the run above that number, and machines that started later.
+    run. Leaves out the segment `without`, and the machine whose host and start are `here`. If `after` is given, only
+    the run's segments above that number count, and only the machines that started after that segment.
     """
     folder = RunFolder(run_url)
     run = Run(folder)
@@ -128,7 +128,7 @@ def read_money(run_url: str, ledgers: Objects) -> list[Segment]:
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
-    if storage.is_local(folder.url):  # threads hide the latency of requests, and a disk has none
+    if storage.is_local(folder.url):  # threads hide the latency of requests; a local disk needs none
         return [read(number) for number in numbers]
     with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
         return list(pool.map(read, numbers))
@@ -253,14 +253,14 @@ def _started(folder: RunFolder, number: int) -> Segment:
 
 
 def _read_journal(folder: str, objects: list[ObjectInfo], after: int) -> tuple[list[dict[str, Any]], int, list[str]]:
-    """Events after sequence number `after`, the highest sequence number, and a sentence for each unreadable object."""
+    """The events of a journal after number `after`, the highest number, and a sentence for each unreadable object."""
     if _newest(objects) <= after:
         return [], after, []
     for _ in range(journal.READ_ATTEMPTS):
         try:
             events, problems = journal.read_objects([info.uri for info in objects], after)
             return events, _newest(objects), problems
-        except ObjectNotFound:  # its writer has replaced objects since the listing
+        except ObjectNotFound:  # the journal's writer has replaced objects since the listing
             objects = storage.list_objects(folder)
     return [], after, [f"{folder}: its objects change faster than they can be read"]
 
@@ -276,7 +276,7 @@ def _last_number(info: ObjectInfo) -> int:
 
 
 def _stage(run: Run) -> str | None:
-    """The run's stage: as recorded, otherwise inferred from its settings."""
+    """The run's stage. If it is not recorded, it is inferred from the run's settings."""
     named: Any = run.stage or next((s.program["stage"] for s in run.segments if s.program.get("stage")), None)
     if named:
         return str(named)

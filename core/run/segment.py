@@ -53,7 +53,10 @@ class Opening:
 
 
 class SegmentLog:
-    """An open segment: its ledger, metrics and cap. Only one rank has a ledger; on others the methods do nothing."""
+    """An open segment: its ledger, metrics and cap. Only one rank has a ledger.
+
+    On the other ranks, the methods do nothing.
+    """
 
     def __init__(
         self,
@@ -97,7 +100,7 @@ class SegmentLog:
             self.metrics.add({"kind": kind, "time": self.ledger.now(), **values})
 
     def outage(self) -> tuple[float, str]:
-        """Seconds since the store began to refuse events, and the error."""
+        """The seconds since the store began to refuse events, and the error that it gave."""
         journals = [self.metrics, self.ledger and self.ledger.journal]
         return max(((each.failing_seconds, each.failure) for each in journals if each), default=(0.0, ""))
 
@@ -157,13 +160,16 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
 
 
 def one_node_of(machine: Machine) -> Machine:
-    """One node of `machine` with its share of the price. It is for nodes that start and end independently."""
+    """One node of `machine` with its share of the price.
+
+    Programs use this if the nodes of a machine start and end independently.
+    """
     price = machine.usd_per_hour
     return replace(machine, nodes=1, usd_per_hour=price and price / machine.nodes)
 
 
 def reason_for(error: BaseException | None) -> str:
-    """Reason of a segment's end: finished, cap, interrupted, preempted or failed."""
+    """The reason of a segment's end, from the error that ended it: finished, cap, interrupted, preempted or failed."""
     if error is None:
         return "finished"
     if isinstance(error, CapReached):

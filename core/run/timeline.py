@@ -39,11 +39,14 @@ _MACHINE_TEXTS = ("cloud", "region", "zone", "instance_type", "gpu", "price_sour
 
 
 class NewerFormat(ValueError):
-    """A newer release wrote the segment, and its events may have other meanings."""
+    """A newer release wrote the segment, so its events may have other meanings."""
 
 
 def start(segment: Segment, event: Mapping[str, Any]) -> None:
-    """Apply the start event. Raises ValueError with the reason if it is unusable, NewerFormat for a newer release."""
+    """Apply the start event.
+
+    Raises ValueError with the reason if the event is unusable, and NewerFormat if a newer release wrote it.
+    """
     if event.get("event") != "start" or not isinstance(event.get("machine"), Mapping):
         raise ValueError("it is not a start event")
     if not isinstance(event.get("version"), int) or event["version"] > ledger.VERSION:
@@ -93,7 +96,7 @@ def _mark(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append the metrics that a report shows. Of training records, keep one per span of the timeline."""
+    """Append the metrics that a report shows. Of the training records, one per span of the timeline is kept."""
     for event in events:
         kind, step, time = event.get("kind"), step_number(event.get("step")), moment(event.get("time"))
         if not isinstance(kind, str) or kind not in SHOWN or step is None or time is None:
@@ -151,7 +154,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
         return
     before = segment.ended_at
     if before is not None and start > before + TOLERANCE_SECONDS:
-        # A part of the timeline is missing. Its time was paid and belongs to no phase.
+        # A part of the timeline is missing. The time of this part was paid for and belongs to no phase.
         segment.spans.append(Span(before, start))
     elif segment.spans and start < before - TOLERANCE_SECONDS:
         segment.problems.append(
@@ -162,7 +165,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
     _steps(segment, event.get("steps"))
     _moved(segment, event.get("moved"))
     if segment.spans and end <= start:
-        return  # a duplicate, or from before a clock was set back: its time is already counted
+        return  # the span is a duplicate, or the clock was set back before it: its time is already counted
     booked_phases = _mapping(event.get("phases")).items()
     phases = {text(name): seconds for name, value in booked_phases if (seconds := number(value) or 0) > 0}
     booked, length = sum(phases.values()), end - start
@@ -176,7 +179,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
 
 
 def _moved(segment: Segment, moved: Any) -> None:
-    """Update the counts since the start of the program. A count never falls."""
+    """Update the counts of bytes and requests since the start of the program. A lower value than before is ignored."""
     if isinstance(moved, list) and len(moved) == len(meter.FIELDS) and None not in map(step_number, moved):
         known = segment.moved or (0,) * len(moved)
         segment.moved = [max(pair) for pair in zip(known, moved, strict=True)]
@@ -200,9 +203,9 @@ def _steps(segment: Segment, steps: Any) -> None:
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:
-    """Extend the newest span or begin another one.
+    """Extend the newest span, or begin another span.
 
-    A span is short and ends with the UTC hour, so it never crosses a day.
+    A span ends at the latest with its UTC hour, so no span crosses the end of a day.
     """
     last = segment.spans[-1] if segment.spans else None
     if (
@@ -223,7 +226,7 @@ def _span_seconds(age_seconds: float) -> float:
 
 
 def _price(segment: Segment, machine: Mapping[str, Any]) -> float | None:
-    """The stored price per hour in dollars; None, and a sentence in `problems`, if it is not usable."""
+    """The stored price per hour in dollars. If it is not usable, returns None and adds a sentence to `problems`."""
     stored, currency = machine.get("usd_per_hour"), machine.get("currency", "USD")
     if currency != "USD":
         named = text(currency) or _brief(currency)

@@ -45,11 +45,11 @@ def setting(
 
     `env` names an environment variable, which overrides the default and the file. With `identity=False` the setting may
     differ between the segments of a run, because it does not change the result (paths, intervals, prices).
-    `identity="unless default"` is for a new setting: older runs, which do not name it, were made with its default.
-    `check` returns the problem of a text, or None (see `core.urls`); it is called for each item of a list. `ge`, `gt`,
-    `le` and `lt` bound a number, which must then be finite. A schema that derives from Bounded checks these bounds.
-    `replaces` names settings of the same section. If this setting is given, their values of lower precedence are
-    dropped (see `load`).
+    `identity="unless default"` is for a new setting. Older runs do not name such a setting, and were made with its
+    default. `check` returns the problem of a text, or None (see `core.urls`); it is called for each item of a list.
+    `ge`, `gt`, `le` and `lt` bound a number, which must then be finite. A schema that derives from Bounded checks these
+    bounds. `replaces` names settings of the same section. If this setting is given, their values of lower precedence
+    are dropped (see `load`).
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds, "replaces": replaces}
@@ -117,8 +117,8 @@ class _Sources:
     def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
         """Unset each setting that a setting of a higher layer names in `replaces`.
 
-        A setting with the value 0 replaces none. Raises ConfigError if two settings of one layer replace each other,
-        because only one of them can count.
+        A setting with the value 0 unsets no other setting. Raises ConfigError if two settings of one layer replace each
+        other, because only one of them can count.
         """
         for key in [key for key, value in self.values.items() if value and str(value) not in _ZERO]:
             for name in known[key].metadata["replaces"] if key in self.values else ():
@@ -180,9 +180,10 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
 
 
 def peek(key: str, arguments: Sequence[str]) -> tuple[str, str] | None:
-    """The value, as text, of a top-level setting in the flags or else in the YAML file, and its place; None if not set.
+    """The value, as text, of a top-level setting in the flags or else in the YAML file, and the place where it was set.
 
-    Reads a setting that decides which schema to load. Raises ConfigError for a file that cannot be read.
+    None if it is not set. Programs read with it the setting that decides which schema to load. Raises ConfigError for a
+    file that cannot be read.
     """
     for argument in reversed(arguments):
         if argument.startswith(f"--{key}="):
@@ -225,7 +226,7 @@ def to_yaml(config: Any) -> str:
 def describe(config: Any, others: str) -> str:
     """The settings that differ from their defaults, a line per section.
 
-    `others` says where to find the other settings.
+    `others` is a text on where to find the other settings.
     """
     known = dict(_walk(type(config)))
     sections: dict[str, list[str]] = {}
@@ -357,7 +358,10 @@ def _read_node(node: yaml.Node, prefix: str, path: Path, known: Mapping[str, Any
 
 
 def _plain(node: yaml.Node) -> Any:
-    """A scalar as text (the declared type decides later), a list as a list of text, null as None."""
+    """A scalar becomes text, which is converted to the declared type later.
+
+    A list becomes a list of text. null becomes None.
+    """
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):

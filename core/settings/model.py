@@ -13,7 +13,7 @@ from core.settings.loader import Bounded, require, setting
 FP32_BYTES, BF16_BYTES = 4, 2
 
 
-# A stored run may hold any number, and some computations take time in proportion to the width.
+# Upper bound of the width. A stored run may hold any number, and the time of some computations grows with the width.
 LARGEST_WIDTH = 1_000_000
 
 
@@ -145,10 +145,10 @@ def flops_per_token(model: ModelConfig) -> float:
 def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residual_bytes: int = FP32_BYTES) -> float:
     """Memory of one micro-batch between forward and backward pass, under autocast to bfloat16, in compiled blocks.
 
-    It counts the tensors that autograd stores (tests/activations.py). With torch 2.13, torch.compile keeps for each
-    block the tensors that `_block_bytes` lists, and recomputes the rest. With `recompute`, only the input of each block
-    is kept, and all tensors of one block while its backward pass runs. `residual_bytes` is the size of one number of
-    the residual stream.
+    It counts the tensors that autograd stores (tests/activations.py). In torch 2.13, torch.compile keeps the tensors of
+    each block that `_block_bytes` lists, and recomputes the others. If `recompute` is true, only the input of each
+    block is kept. While the backward pass of a block runs, all tensors of that one block are in memory too.
+    `residual_bytes` is the size of one number of the residual stream.
     """
     tokens = sequences * model.context
     block, residual = _block_bytes(model, residual_bytes), residual_bytes * model.width
@@ -161,7 +161,7 @@ def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residu
         around += FP32_BYTES * model.width + _norm_bytes(model) + (residual if residual_bytes < FP32_BYTES else 0)
     around += model.width if model.dropout else 0
     # All blocks use the first block's values. They are a view of a tensor that also holds queries and keys, so the
-    # whole tensor stays.
+    # whole tensor stays in memory.
     around += 3 * BF16_BYTES * model.width if model.value_skip and recompute else 0
     return float(tokens * (blocks + around))
 
@@ -181,7 +181,10 @@ def _block_bytes(model: ModelConfig, residual_bytes: int) -> int:
 
 
 def _norm_bytes(model: ModelConfig) -> int:
-    """Bytes of the statistics that a norm stores per token: the inverse deviation, and for LayerNorm also the mean."""
+    """Bytes of the statistics that a norm stores per token.
+
+    These are the inverse deviation and, for LayerNorm, also the mean.
+    """
     return FP32_BYTES * (2 if model.norm == "layernorm" else 1)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from core import urls
 from core.settings.loader import Bounded, require, setting
 
-# A program's end to its machine's end took 79 to 133 s in eight launches on emulated AWS and Lambda. A fifth is added.
+# In eight launches on emulated AWS and Lambda, 79 to 133 s passed between the end of the program and the end of its
+# machine. The default adds a fifth to the longest of these times.
 SHUTDOWN_SECONDS = 160.0
 
 

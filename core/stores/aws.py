@@ -98,7 +98,7 @@ class Place:
         try:
             with urllib.request.urlopen(request, timeout=LOOK_UP_SECONDS) as answer:
                 return answer.headers["x-amz-bucket-region"]
-        except urllib.error.HTTPError as error:  # a refusal or a redirect names the region too
+        except urllib.error.HTTPError as error:  # the region is in the headers of a refusal or a redirect, too
             return error.headers["x-amz-bucket-region"]
         except (OSError, ValueError):
             return None

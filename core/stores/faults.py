@@ -73,7 +73,7 @@ def _row(marks: str, text: str, kind: type[StorageError] = StorageError) -> _Row
     return _Row(frozenset(marks.split()), kind, text)
 
 
-# The first matching row counts. Rows with codes of servers come before rows with types of a library, which say less.
+# The first matching row counts. Codes of servers say more than types of a library, so the rows with codes come first.
 _TABLE = (
     _row("NoSuchBucket ContainerNotFound", "bucket {bucket!r} does not exist; {create} or correct the URL"),
     _row(
@@ -137,7 +137,10 @@ def marks_of(error: BaseException) -> frozenset[str]:
 
 
 def is_transient(marks: frozenset[str]) -> bool:
-    """Whether a retry can succeed: yes after a reset, time-out, 429, 5xx or short body; no after 403 or 404."""
+    """Whether a retry can succeed. It can after a reset, a time-out, 429, 5xx or a short body.
+
+    It cannot after 403 or 404.
+    """
     if marks & _FINAL_TYPES or marks & {"credentials", "certificate"}:
         return False
     if "FileNotFoundError" in marks:
@@ -150,7 +153,7 @@ def is_conflict(marks: frozenset[str]) -> bool:
 
 
 def wait_seconds(error: BaseException, marks: frozenset[str]) -> float:
-    """Minimum pause in seconds before a retry, as the server asks for it, at most MAX_WAIT_SECONDS."""
+    """The shortest pause in seconds that the server asks for before a retry, at most MAX_WAIT_SECONDS."""
     for link in _chain(error):
         headers = getattr(getattr(link, "response", None), "headers", None)
         if headers and str(headers.get("Retry-After", "")).isdigit():
@@ -211,7 +214,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-# Metadata services, which libraries ask for credentials if they find none elsewhere.
+# Metadata services. Libraries ask them for credentials if they find no credentials elsewhere.
 _METADATA = re.compile(r"https?://(169\.254\.169\.254|169\.254\.170\.\d+|metadata\.google\.internal|\[fd00:ec2::254\])")
 # The innermost reason in an error of rustls.
 _CERTIFICATE = re.compile(r"InvalidCertificate\([\s(]*(?:Other\(\s*OtherError\(\s*)?(\w+)")

@@ -57,7 +57,7 @@ def is_address(uri: str) -> bool:
 
 
 def revision_of(uri: str) -> str:
-    """The revision in a URI; empty without one and for URIs of other stores."""
+    """The revision in a URI. It is empty if the URI has no revision, and for URIs of other stores."""
     return parse(uri).revision if is_address(uri) else ""
 
 
@@ -85,7 +85,10 @@ def page_of(dataset: str) -> str:
 
 
 def similar_datasets(name: str) -> list[str]:
-    """Datasets on the Hub with the same owner or a similar name, for a message; none if the Hub does not answer."""
+    """Names of datasets on the Hub with the same owner or a similar name, for a message.
+
+    Empty if the Hub does not answer.
+    """
     from huggingface_hub import HfApi
 
     owner, _, last = name.rpartition("/")

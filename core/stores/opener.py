@@ -27,7 +27,10 @@ _opened: dict[tuple, Store] = {}
 
 
 def scheme_of(uri: str) -> str:
-    """`s3` for s3://bucket/key, `file` for a plain path. Raises StorageError for another spelling (`core.urls`)."""
+    """The scheme of a URI: `s3` for s3://bucket/key, `file` for a plain path.
+
+    Raises StorageError for another spelling (`core.urls`).
+    """
     if problem := urls.mistake(uri):
         raise StorageError(f"{uri}: {problem}")
     scheme, separator, _ = uri.partition("://")
@@ -134,8 +137,8 @@ def _memory(bucket: str, variables: Mapping[str, str]) -> Store:
     return in_memory()
 
 
-# For each scheme: the number of path parts that name the bucket, and the store's constructor. With None, the keys are
-# whole URIs.
+# For each scheme: the number of path parts that name the bucket, and the store's constructor. If the number is None,
+# the keys are whole URIs.
 _STORES: dict[str, tuple[int | None, Callable[..., Store]]] = {
     "file": (None, LocalStore),
     "hf": (None, HubStore),

@@ -18,10 +18,11 @@ from core.stores import faults
 from core.stores.base import Buffer, Found, Terms, matching
 
 CONNECT_SECONDS = 10
-# A request fails if nothing arrives for this long. During the upload of a part nothing arrives, so uploads get longer.
+# A request fails if no byte arrives for this many seconds. No byte arrives while a part is uploaded, so uploads have a
+# longer limit.
 SILENT_SECONDS = 60
 SILENT_UPLOAD_SECONDS = 300
-# A whole request has practically no time limit, because large objects take long.
+# A whole request has a very long time limit, because a large object takes long.
 REQUEST_SECONDS = 24 * 3600
 
 PART_BYTES = 16 << 20
@@ -60,8 +61,8 @@ os.register_at_fork(after_in_child=_after_fork)
 class RemoteStore:
     """One bucket. `make` builds obstore's store from client options and a retry configuration.
 
-    `move` takes the marks of an error (core/stores/faults.py). It returns whether the bucket is now addressed in
-    another region.
+    `move` takes the marks of an error (core/stores/faults.py). If these marks name another region, `move` addresses the
+    bucket there and returns true.
     """
 
     is_local = False

@@ -19,7 +19,7 @@ _STYLE = (
 
 
 def frontier(ask: Callable[[float], Answer]) -> dict[str, list[Plan]]:
-    """The plans of each machine for sums from LEAST_USD to MOST_USD; the lowest losses first."""
+    """The plans of each machine for sums from LEAST_USD to MOST_USD. The machine with the lowest losses comes first."""
     ratio = (MOST_USD / LEAST_USD) ** (1 / (POINTS - 1))
     found: dict[str, list[Plan]] = {}
     for index in range(POINTS):

@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"--svg={options.svg}: cannot be written: {error.strerror}") from error
         print(f"wrote {path}", file=sys.stderr)
     losses = [*fit.notes, *view.on_own_sets(answer, fit)]
-    notes = [*view.notes(answer, fitted, today), mine.said, *losses, f"prices: {catalog.source}", *_beside(prices)]
+    notes = [*view.notes(answer, fitted, catalog.source, today), mine.said, *losses, *_beside(prices)]
     if options.json:
         document = view.document(answer, fitted, catalog.source, today, notes, os.environ.get("BUCKET", ""))
         print(json.dumps(document, indent=1))
@@ -133,11 +133,10 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
     for line in notes[: view.LEGEND]:
         console.print(line, markup=False)
     usd, bucket = answer.question.usd, os.environ.get("BUCKET", "")
+    everything = view.run_command(usd, bucket, given)
+    console.print("Keys, quotas and the bucket must allow it; `make check` looks for what would fail.", markup=False)
     for what, command in (
-        (
-            "To do all of plan 1 (rents machines): prepare, train, evaluate, export:",
-            view.run_command(usd, bucket, given),
-        ),
+        ("To do all of plan 1 (rents machines): prepare, train, evaluate, export:", everything),
         ("To launch only its training:", view.command(answer.plans[0], usd, bucket)),
     ):
         console.print(what, markup=False)
@@ -151,17 +150,19 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
         console.print("not planned:", markup=False)
     for line in view.refusals(answer):
         console.print(f"  {line}", markup=False)
+    console.print("next (rents machines):", markup=False)  # the end of a long output is what a terminal shows
+    console.file.write(f"  {everything}\n")
 
 
 def _constraints(options: argparse.Namespace) -> dict[str, str]:
-    """The flags that `make run` needs too, by name; "" for a flag without a value."""
+    """The flags that `make run` needs too, by name. A flag without a value has the value ""."""
     names = ("deadline", "gpus", "cloud", "size", "recipe", "refuse_stale")
     found = {name.replace("_", "-"): value for name in names if (value := getattr(options, name)) is not None}
     return found | ({"on-demand": ""} if options.on_demand else {})
 
 
 def _beside(prices: Prices) -> list[str]:
-    """Notes on what the dollars leave out."""
+    """Notes on costs that the dollars do not include."""
     said = ["the container image is taken as pushed (make image); without IMAGE the node builds it, which takes longer"]
     if PREPARATION not in prices.beside:
         said.append("the tokens count as prepared, so the dollars do not include their preparation")

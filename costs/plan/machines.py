@@ -39,7 +39,7 @@ class Machine:
     """A machine that a launch of `task` with `options` rents.
 
     Its dollars per hour are the expected price and the range over zones and regions. `priced` is the day of the price,
-    None if it has none; `idle_seconds` the time from the run's end to the shutdown.
+    or None if the price has no date. `idle_seconds` is the time from the run's end to the machine's shutdown.
     """
 
     task: str
@@ -114,7 +114,8 @@ def _launched(catalog: Catalog, offers: Sequence[Offer], spot: bool, tasks: Iter
         allowed = [each for each in allowed if each]
         if not allowed:
             continue
-        # SkyPilot tries the requests of a managed job in their order, and takes the cheapest place on demand.
+        # For a managed job, SkyPilot tries the requests in their order. For a machine on demand, it takes the cheapest
+        # place.
         first = allowed[0] if spot else [min((o for each in allowed for o in each), key=lambda o: _price(o, spot))]
         prices = sorted(_price(offer, spot) for offer in first)
         kept = [o for each in allowed for o in each if o.instance_type == first[0].instance_type]
@@ -148,13 +149,13 @@ def _asks_for(request: MachineRequest, gpu: str, count: int) -> bool:
 
 
 def _with_gpus(task: TaskSpec, gpu: str, count: int) -> list[MachineRequest]:
-    """The requests of a task with GPUS=gpu:count, for its main market."""
+    """The requests of a task that is launched with GPUS=gpu:count, in the task's main market (spot or on demand)."""
     changed = [dataclasses.replace(each, accelerator=gpu, accelerators=count) for each in task.requests]
     return [each for each in dict.fromkeys(changed) if each.spot is task.managed]
 
 
 def _options(task: TaskSpec, gpu: str, count: int, cloud: str) -> tuple[str, ...]:
-    """The options of make with which the task launches these GPUs in this cloud and nothing else."""
+    """The options of make with which the task launches only these GPUs, and only in this cloud."""
     options = []
     if not all(_asks_for(request, gpu, count) for request in task.requests):
         options.append(f"GPUS={gpu}:{count}")

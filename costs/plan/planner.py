@@ -31,7 +31,7 @@ MOST_EPOCHS = 4.0  # repeats up to here are almost as good as new tokens (Muenni
 CONTROLLER, RESERVE = "jobs controller", "reserve"
 PREPARATION, EVALUATION, EXPORT = "preparation", "evaluation", "export"
 CONTROLLER_HOURS = 0.25  # the controller's start, and the ten minutes until it stops
-SAME_DOLLARS = 0.05  # sums that differ by less than this share count as equal
+SAME_DOLLARS = 0.05  # two sums of dollars that differ by less than this share count as equal
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Plan:
 
     `loss` is the expected loss and `error` the error of the law. `best` and `worst` are the bounds of the loss under
     the most and the least favourable price, speed and number of preemptions, with the error included. `worst` is None
-    if such a run could not train.
+    if the run could not train under the least favourable conditions.
     """
 
     machine: Machine
@@ -100,7 +100,7 @@ class Plan:
     worst: float | None
     speed: Throughput
     k: float
-    limit: str  # the limit of the tokens: the money, the deadline, or the data
+    limit: str  # the reason why there are not more tokens: the money, the deadline, or the data
 
     @property
     def spent(self) -> float:
@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def machines_usd(self) -> float:
-        """The dollars for machines of all stages: the sum without the parts that no ledger counts."""
+        """The dollars for the machines of all stages. This is the sum without the parts that no ledger counts."""
         return self.usd - sum(self.parts.get(name, 0.0) for name in ("storage", "egress", CONTROLLER))
 
     @property
@@ -128,10 +128,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Answer:
-    """Plans, the best first, one per machine; `others` are the next best models on each of these machines.
+    """The plans, one per machine, the best first. `others` are the next best models on each of these machines.
 
     `equal` is the number of leading plans that differ from the best by less than their errors. `least` is the smallest
-    sum for which a plan exists, and that plan in words.
+    sum for which a plan exists, with a description of that plan.
     """
 
     question: Question
@@ -271,7 +271,10 @@ def plan(question: Question, buyers: Iterable[Buyer], refused: Iterable[Refusal]
 def _choices(
     group: Iterable[Buyer], question: Question, law: Law
 ) -> tuple[list[tuple[float, Buyer, float, str]], list[str]]:
-    """(loss, buyer, tokens, limit of tokens) of the candidates on one machine, and the reasons against the others."""
+    """Two results for one machine. The first holds (loss, buyer, tokens, limit of tokens) for each possible candidate.
+
+    The second holds the reasons why the other candidates are impossible.
+    """
     found, reasons = [], []
     for each in group:
         ends = {"money": each.usd.tokens_for(question.usd * (1 - question.reserve))}
@@ -345,7 +348,10 @@ def _plan(buyer: Buyer, most: float, limit: str, question: Question, law: Law) -
 
 
 def _ordered(plans: Sequence[Plan]) -> tuple[list[Plan], int]:
-    """Sorts plans: those that equal the best within their errors by dollars, then by risk; then the others by loss."""
+    """Sorts plans. First come the plans that equal the best plan within their errors, by dollars and then by risk.
+
+    The others follow by loss.
+    """
     if not plans:
         return [], 0
     first = min(plans, key=lambda each: each.loss)

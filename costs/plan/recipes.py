@@ -20,7 +20,7 @@ CONFIGS = "trainer/configs"
 SIZES = ("124M", "254M", "350M", "774M", "1.5B")
 # Tokens per step above which tokens are wasted, by parameters (nanochat #850, 2026-09): 2^19 up to 350M, then 2^20.
 _BATCH_CAPS = ((360e6, 1 << 19), (float("inf"), 1 << 20))
-RECOMPUTE_SPEED = 3 / 4  # activations computed again: a third more work
+RECOMPUTE_SPEED = 3 / 4  # computing activations again takes a third more work
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings of a candidate that fit a GPU, with the flags to add and the share of the speed that remains."""
+    """Settings with which a candidate fits a GPU.
+
+    `flags` are the flags to add, `speed` is the share of the speed that remains.
+    """
 
     settings: PretrainConfig
     flags: tuple[str, ...]
@@ -115,7 +118,10 @@ def fit(candidate: Candidate, gpu: str, world: int) -> Fit | str:
 
 
 def known_to(found: law.Law) -> dict[str, str]:
-    """A line about each recipe that can be planned: its multiplier and the source of the multiplier."""
+    """A line about each recipe that can be planned.
+
+    It holds the recipe's multiplier and the source of the multiplier.
+    """
     lines = {}
     for recipe, name in RECIPES.items():
         known = found.recipes[name]

@@ -27,7 +27,7 @@ def text_of(messages: Any) -> str | None:
 
 
 def texts_of(values: pa.Array) -> pa.LargeStringArray:
-    """The texts of a column of conversations; null for each that is empty or malformed."""
+    """The texts of a column of conversations. An empty or malformed conversation gives null."""
     return pa.array([text_of(value) for value in values.to_pylist()], pa.large_string())
 
 

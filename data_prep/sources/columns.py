@@ -1,4 +1,4 @@
-"""Resolves the columns of text and ids: those in the settings, else those with common names."""
+"""Finds the columns of text and ids. They are named in the settings, or else have one of some common names."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -38,7 +38,7 @@ def resolved(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> Sour
     """
     kind = kinds.kind_of(file)
     schema = kind.schema(file, source)
-    if not schema.names:  # the file has no valid rows; the reader reports this
+    if not schema.names:  # the file has no valid rows, which the reader will report
         return replace(source, text_column=source.text_column or TEXTS[0], id_column=source.id_column or "")
     text = source.text_column if source.text_column is not None else _text(schema, file.uri)
     key = source.id_column if source.id_column is not None else _id(schema, text)
@@ -106,7 +106,7 @@ def _text(schema: pa.Schema, uri: str) -> str:
 
 
 def _id(schema: pa.Schema, text: str) -> str:
-    """The column of ids; empty if there is none. Then the hash of the text replaces the id."""
+    """The column of ids. It is empty if there is none; the hash of the text then replaces the id."""
     fitting = (name for name in IDS if name in schema.names and name != text)
     return next((name for name in fitting if _holds_text(schema.field(name).type) or _is_number(schema, name)), "")
 

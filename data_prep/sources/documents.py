@@ -1,7 +1,8 @@
-"""Reads the documents of a part as Arrow batches of valid text, with a 128-bit key per document.
+"""Reads the documents of a part as Arrow batches of valid text. Each document gets a 128-bit key.
 
 The key is a keyed hash of the document's id. Its upper half decides the split, and its lower half the position in the
-shuffle. So neither depends on the order of documents or on the number of workers and nodes.
+shuffle. So the split and the shuffle depend neither on the order of the documents nor on the number of workers and
+nodes.
 """
 
 import hashlib
@@ -49,9 +50,10 @@ def read(
     dropped: Counter,
     fetched: Fetched,
 ) -> Iterator[Batch]:
-    """Yields the documents of a part that pass the row filters, in order. Counts the others in `dropped` by reason.
+    """Yields the documents of a part that pass the row filters, in order.
 
-    Raises DataError if more than `source.max_bad_share` of the rows are bad.
+    Counts the other documents in `dropped` by reason. Raises DataError if more than `source.max_bad_share` of the rows
+    are bad.
     """
     columns.check(part.file, source, keep)
     rows = 0
@@ -81,7 +83,7 @@ def _documents(batch: pa.RecordBatch, source: SourceConfig, keep: FilterConfig, 
 
 
 def _as_text(values: pa.Array) -> pa.LargeStringArray:
-    """The values as text. Bytes are taken as they are: `_valid` finds those that are not UTF-8."""
+    """The values as text. Bytes are not checked here: `_valid` finds values that are not UTF-8."""
     return pc.cast(values, options=pc.CastOptions(pa.large_string(), allow_invalid_utf8=True))
 
 
@@ -104,7 +106,7 @@ def _is_utf8(text: pa.LargeStringScalar) -> bool:
 
 
 def _filters(batch: pa.RecordBatch, keep: FilterConfig) -> Iterator[tuple[str, pa.BooleanArray]]:
-    # Cast first, because Arrow compares neither half floats nor views of strings.
+    # The column is cast first, because Arrow can compare neither half floats nor views of strings.
     if keep.min_score is not None:
         yield "low_score", pc.greater_equal(batch.column(keep.score_column).cast(pa.float64()), keep.min_score)
     if keep.languages:

@@ -1,4 +1,7 @@
-"""Reads .json files: as JSON lines if the first line is an object, else as one document with `datasets`."""
+"""Reads .json files.
+
+If the first line is an object, the file is read as JSON lines, else as one document by `datasets`.
+"""
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache

@@ -57,13 +57,14 @@ from launch.node.supervise import Child, Outcome, kill_descendants
 
 log = logging.getLogger("node")
 
-# After more refusals within a day the job ends and waits for a person, because the machines are probably not the cause.
+# After more refusals than this within a day, the job ends and a person must look, because the machines are probably not
+# the cause.
 REFUSALS_PER_DAY = 3
-# The head node's exit code counts. The other nodes wait this long for it before they end the job.
+# The head node's exit code counts. The other nodes wait this many seconds for its end before they end the job.
 HEAD_START_SECONDS = 30.0
-# Seconds between the kill of the program and the end of this process, which container.sh would kill later.
+# Seconds that this process has after it has killed the program. After them, container.sh would kill this process.
 AFTER_KILL_SECONDS = 4.0
-# These programs run several ranks. All others are one process.
+# These programs run as several ranks under torchrun. All other programs are one process.
 UNDER_TORCHRUN = ("trainer.train", "trainer.evaluate")
 # For these programs, MAX_USD caps the whole run. Other programs have a separate ledger and check their cap themselves.
 CAPPED_AS_A_RUN = ("trainer.train", "trainer.synthesize")
@@ -71,10 +72,7 @@ SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 class PaidRecord:
-    """The record of this machine for the cap.
-
-    The nodes of a training have one record together, which the first node writes.
-    """
+    """The record of this machine for the cap. All nodes of a training have one record, which the first node writes."""
 
     def __init__(self, environment: Mapping[str, str], module: str, rank: int, attempt: str):
         trains = module.startswith("trainer.")
@@ -118,13 +116,13 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("RUN_URL is not set; launch/node/container.sh derives it from BUCKET and RUN")
     supervise.hang_minutes(environment)
     stop.seconds()
-    # Before the program runs there is nothing to save, so a request to stop ends the preflight and this program.
+    # Until the program runs, there is nothing to save. A request to stop then ends the preflight and this program.
     stop.on_leaving(kill_descendants)
     rank, addresses = network.nodes(environment)
     found = machine.gpus()
     environment |= machine.describe(environment, found)
     run_url = environment["RUN_URL"]
-    # Two machines may start in the same second.
+    # Names of attempts have a random part, because two machines may start in the same second.
     attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-node-{rank:03d}-{secrets.token_hex(4)}"
     output = Output(storage.join(RunFolder(run_url).logs, attempt))
     stop.on_leaving(output.close)
@@ -139,13 +137,13 @@ def main(arguments: list[str]) -> int:
         stop.settle(code if code != FAILED else PREEMPTED)
         log.info("exit code %d", code)
         return code
-    except LauncherError as error:  # run_entry prints the error; the stored log needs it too
+    except LauncherError as error:  # run_entry prints the error, but the stored log needs it as well
         output.add(f"error: {error}")
         raise
     finally:
         record.end()
         logging.getLogger().removeHandler(ours)
-        if not stop.asked():  # if the process is asked to stop, stop.leave closes it within a time limit
+        if not stop.asked():  # if the process is asked to stop, stop.leave closes the log within a time limit
             output.close()
 
 
@@ -200,9 +198,9 @@ def job(
 
 
 def spent_cap(environment: Mapping[str, str]) -> str:
-    """A sentence if the run has reached a limit, with how to continue; else "".
+    """If the run has reached a limit, a sentence that also says how to continue. Otherwise "".
 
-    The time of this machine counts, but not as a restart.
+    The time of this machine counts for the limits of the whole run, but not for the limit of restarts.
     """
     names = ("MAX_USD", "MAX_HOURS", RESTARTS)
     try:
@@ -252,7 +250,7 @@ def refuse(run_url: str, attempt: str, problems: list[str]) -> int:
 
 
 def describe(environment: Mapping[str, str]) -> str:
-    """Place, type, market and price of this machine in one line."""
+    """A line with the place, the type, the market and the price of this machine."""
     place = "/".join(environment.get(name) or "?" for name in ("CLOUD", "REGION", "ZONE"))
     market = {"true": "spot", "false": "on demand"}.get(environment.get("USE_SPOT", ""), "?")
     price = environment.get("USD_PER_HOUR")

@@ -3,9 +3,9 @@
     python3 -m launch.node.arrival begin 20261130T120000Z-setup-1a2b3c4d
     python3 -m launch.node.arrival end 20261130T120000Z-setup-1a2b3c4d        its set-up has failed
 
-launch/node/container.sh calls it on the first node. The cap counts this record unless a program of this project has run
-on the machine (core/run/paid.py). It works only for buckets on S3. This runs outside of the container with the node's
-Python, and therefore uses only the standard library of Python 3.8.
+launch/node/container.sh calls this module on the first node. The cap counts this record unless a program of this
+project has run on the machine (core/run/paid.py). This works only for buckets on S3. The module runs outside of the
+container with the node's Python, so it uses only the standard library of Python 3.8.
 """
 
 import json
@@ -21,7 +21,7 @@ from core import bucket
 from core.errors import ConfigError
 from launch.node import switch
 
-# A copy of the names in core/stores/aws.py, which this Python may not be able to import.
+# The same names as in core/stores/aws.py. The node's Python may not be able to import that file.
 ENDPOINTS = ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 REGIONS = ("BUCKET_REGION", "AWS_REGION", "AWS_DEFAULT_REGION")
 KEYS = {

@@ -4,14 +4,14 @@
     switch.py                     from cloud-init at each boot of a node on AWS, where `make role` puts this file
     switch.py --ours [MINUTES]    from launch/node/container.sh on any node
 
-A change of the modification time of ALIVE is a sign of life. launch/node/container.sh gives signs while it makes an
-image or starts a container, and launch.node while it supervises. Until the first sign, the time counts from the boot.
-Then the cloud terminates the machine, if the node's role or key allows it. Otherwise the machine is powered off, which
-ends a spot machine and stops an on-demand machine.
+A change of the modification time of ALIVE is a sign of life. launch/node/container.sh gives signs of life while it
+makes an image or starts a container. launch.node gives them while it supervises a program. Until the first sign, the
+time counts from the boot. When the time is over, this program asks the cloud to terminate the machine, if the node's
+role or key allows it. Otherwise the machine is powered off, which ends a spot machine and stops an on-demand machine.
 
 cloud-init starts this on every machine that SkyPilot rents on AWS from the project's folder. The switch does not end
-controllers of SkyPilot and machines of other projects. With `--ours` it does not check this, because a job of this
-project runs here. It does not run on clouds other than AWS and Lambda.
+controllers of SkyPilot and machines of other projects. With `--ours` it does not check to whom the machine belongs,
+because a job of this project runs on it. It does not run on clouds other than AWS and Lambda.
 
 In a cluster of several nodes, one node may finish hours before another, and SkyPilot ends all of them together. So a
 silent node waits while the head of its cluster answers, but at most OTHERS_SECONDS.
@@ -32,7 +32,7 @@ import urllib.parse
 import urllib.request
 import xml.etree.ElementTree
 
-MINUTES = 30.0  # `make role` writes another number here
+MINUTES = 30.0  # `make role` replaces this number
 FOLDER = "/var/lib/pretrain-launcher"
 ALIVE = FOLDER + "/alive"
 HEAD = FOLDER + "/head"  # the address of the head of a cluster of several nodes
@@ -81,7 +81,10 @@ def main(arguments):
 
 
 def wait_for_silence(minutes):
-    """Return once ALIVE has not changed for this time. The system's clock may jump meanwhile."""
+    """Return once ALIVE has not changed for `minutes`.
+
+    The time is measured so that a jump of the system's clock does no harm.
+    """
     last, seen, silent = time.monotonic(), modified(), 0.0
     while silent < minutes * 60 or (silent < OTHERS_SECONDS and cluster_lives()):
         time.sleep(min(POLL_SECONDS, minutes * 6))
@@ -110,9 +113,10 @@ def modified():
 
 
 def is_ours(minutes):
-    """Whether this is a machine on AWS for a job of this project, by its tags, else by its role.
+    """Whether this is a machine on AWS for a job of this project.
 
-    If neither is known after `minutes` more, the machine has lost its network and counts as this project's.
+    This is decided by its tags or, if they cannot be read, by its role. If neither is known after `minutes` more, the
+    machine has lost its network and counts as this project's.
     """
     until = time.monotonic() + minutes * 60
     while True:
@@ -142,7 +146,10 @@ def by_role():
 
 
 def end():
-    """Terminate this machine. After TRIES failed attempts, power it off. Repeats this until the machine is gone."""
+    """Terminate this machine. After TRIES failed attempts, power it off.
+
+    Repeat all of this until the machine is gone.
+    """
     tries = 0
     while True:
         for terminate in (terminate_on_aws, terminate_on_lambda):
@@ -206,7 +213,7 @@ def role_keys():
 
 
 def ec2(action):
-    """EC2's answer to an action on this machine, with the keys of its role."""
+    """EC2's answer to an action on this machine. The request is signed with the keys of the machine's role."""
     region, instance = metadata("placement/region"), metadata("instance-id")
     query = {"Action": action, "InstanceId.1": instance, "Version": EC2_VERSION}
     body = urllib.parse.urlencode(sorted(query.items()))
@@ -218,7 +225,7 @@ def ec2(action):
 
 
 def endpoint():
-    """The address of EC2 if the machine's image sets another one than AWS's."""
+    """The address of EC2, if the machine's image sets an address other than AWS's."""
     found = dict(os.environ)
     try:
         with open("/etc/environment") as file:

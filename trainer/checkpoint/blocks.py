@@ -39,11 +39,12 @@ def assign_blocks(
     rows_of: Mapping[str, int] = MappingProxyType({}),
     together: Iterable[Sequence[tuple[str, int]]] = (),
 ) -> list[Block]:
-    """Cut parameters into blocks of at most `max_elements`; assign each, largest first, to the least loaded rank.
+    """Cut parameters into blocks of at most `max_elements` elements, and assign the blocks to ranks.
 
-    `rows_of` gives some parameters a fixed number of rows per block, whatever the size of the blocks. `together` lists
-    sequences of blocks by name and first row; all blocks of one sequence get the same owner. The result depends only on
-    the arguments, so all ranks compute the same one.
+    The largest block comes first, and each block goes to the least loaded rank. The blocks of a parameter in `rows_of`
+    have the number of rows that it gives, even if they are larger than `max_elements`. `together` lists sequences of
+    blocks by name and first row; all blocks of one sequence get the same owner. The result depends only on the
+    arguments, so all ranks compute the same one.
     """
     first_of = {each: tuple(sequence[0]) for sequence in together for each in sequence}
     units: dict[tuple[str, int], list[tuple[int, str, int, int]]] = {}
@@ -94,13 +95,13 @@ class StagedFile:
             }
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the tensors start 8-byte aligned
+        text += b" " * (-len(text) % 8)  # padding, so that the tensors start 8-byte aligned
         start = 8 + len(text)
         on_gpu = any(tensor.is_cuda for _, tensor in blocks)
         if on_gpu:  # a new thread starts with the first GPU and would pin memory for it
             torch.cuda.set_device(blocks[0][1].device)
         self._buffer = torch.empty(start + offset, dtype=torch.uint8, pin_memory=on_gpu)
-        self._buffer.fill_(0)  # allocates the pages now, not in the first save
+        self._buffer.fill_(0)  # writing zeros allocates the memory pages now, not during the first save
         self._buffer[:start] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
         self._views = {}
         for key, tensor in blocks:

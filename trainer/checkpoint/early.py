@@ -1,8 +1,8 @@
 """Fetches the newest checkpoint while torch is imported.
 
-The imports and the transfer of the checkpoint are the long parts of a restart, and neither depends on the other. This
-module does not import torch, and the trainer calls `start` before it imports torch. `load` uses a fetched file only if
-rank 0 chooses the same checkpoint. It compares the checksum of the file.
+A restart spends most of its time on the imports and on the transfer of the checkpoint. Neither depends on the other, so
+both run at the same time. This module does not import torch, and the trainer calls `start` before it imports torch.
+`load` uses a fetched file only if rank 0 chooses the same checkpoint. `load` compares the checksum of the file.
 """
 
 import logging
@@ -34,7 +34,7 @@ def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
 
 
 class EarlyFetch:
-    """Fetches this rank's files of the newest complete checkpoint of a run in the background, if there is one."""
+    """Fetches files in the background: this rank's part of the newest complete checkpoint of a run."""
 
     def __init__(self, run_url: str, rank: int, world: int):
         self._run_url = run_url
@@ -66,10 +66,13 @@ class EarlyFetch:
                 uri = storage.join(layout.folder_of(self._run_url, step), file.name)
                 self._found[uri] = read_payload(uri, file.bytes)
         except LauncherError as error:
-            # `load_newest` meets the same error and reports it.
+            # No report is needed here: `load_newest` will meet the same error and report it.
             log.debug("no early fetch: %s", error)
 
 
 def start(run_url: str, environment: Mapping[str, str]) -> EarlyFetch:
-    """Begin the fetch for the rank in torchrun's environment variables. Without them, this process is the only rank."""
+    """Begin the fetch for the rank in torchrun's environment variables.
+
+    If these variables are not set, this process is the only rank.
+    """
     return EarlyFetch(run_url, int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")))

@@ -29,7 +29,9 @@ _MANIFEST = re.compile(r"^manifest-segment-\d{6,12}\.json\Z")
 _PAYLOAD = re.compile(r"^segment-\d{6,12}-rank-\d{5,9}-of-\d{5,9}\.safetensors\Z")
 _OBJECT = re.compile(rf"^{MARKER}\Z|{_MANIFEST.pattern}|{_PAYLOAD.pattern}")
 LISTINGS = 5
-PAUSE_SECONDS = 0.5  # pause before the second listing; it doubles, because the listings of some stores lag by seconds
+# Pause before the second listing, in seconds; each further pause is twice as long, because the listings of some stores
+# lag.
+PAUSE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,10 @@ def checksum(data: bytes | memoryview) -> str:
 
 
 def stored(run_url: str) -> dict[int, dict[str, int]]:
-    """All stored checkpoints, complete or not, newest first: step → object name → bytes."""
+    """All stored checkpoints, complete or not, newest first.
+
+    The result maps a step to the names of its objects, and each name to its size in bytes.
+    """
     folder = RunFolder(run_url).checkpoints
     return _by_step(folder, storage.list_objects(folder))
 
@@ -86,7 +91,8 @@ def restorable(run_url: str) -> dict[int, dict[str, int]]:
     Raises CheckpointError for a step that only one listing shows, or for a step that this user may not read.
     """
     folder = RunFolder(run_url).checkpoints
-    for attempt in range(LISTINGS):  # another machine of this run may store or remove one between the two listings
+    # Another machine of this run may store or remove a checkpoint between the two listings.
+    for attempt in range(LISTINGS):
         if attempt and not storage.is_local(folder):
             time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
@@ -107,7 +113,10 @@ def restorable(run_url: str) -> dict[int, dict[str, int]]:
 
 
 def vanished(run_url: str, found: Mapping[int, Mapping[str, int]]) -> bool:
-    """Whether a checkpoint was removed after the listing `found`: the listing shows its marker, which is gone."""
+    """Whether a checkpoint was removed after the listing `found` was made.
+
+    This is so if the listing shows a marker that no longer exists.
+    """
     markers = [storage.join(folder_of(run_url, step), MARKER) for step, names in found.items() if MARKER in names]
     return not all(map(storage.exists, markers))
 
@@ -196,7 +205,10 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
 
 
 def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
-    """The reason why this is not a manifest of `step`, even if its checksum is right; None if it is one."""
+    """The reason why this text is not a manifest of `step`, even if its checksum is right.
+
+    None if it is such a manifest.
+    """
     for file in manifest.files:
         if not isinstance(file.name, str) or not _PAYLOAD.match(file.name):
             return f"{file.name!r} is not the name of a payload"
@@ -212,10 +224,11 @@ def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
 
 
 def remove(run_url: str, step: int, names: Iterable[str]) -> None:
-    """Delete a checkpoint, marker first, so that it is never marked complete while objects are missing.
+    """Delete a checkpoint.
 
-    If its folder is a symbolic link, only objects with the names of a checkpoint are deleted in the target folder. If
-    the target belongs to another run, only the link is removed.
+    The marker is deleted first, so that a checkpoint with missing objects is never marked complete. If its folder is a
+    symbolic link, only objects with the names of a checkpoint are deleted in the target folder. If the target belongs
+    to another run, only the link is removed.
     """
     folder = folder_of(run_url, step)
     path = storage.local_path(folder) if storage.is_local(folder) else None
@@ -231,9 +244,10 @@ def remove(run_url: str, step: int, names: Iterable[str]) -> None:
 def to_remove(
     found: Mapping[int, Mapping[str, int]], keep: int, keep_every: int, kept: Collection[int] = ()
 ) -> list[int]:
-    """The steps to delete: complete ones, and incomplete ones that a dead segment left before the newest complete step.
+    """The steps whose checkpoints are to be deleted.
 
-    Three kinds of complete steps stay: the newest `keep`, the multiples of `keep_every`, and the steps in `kept`.
+    These are complete checkpoints, and incomplete ones that a dead segment left before the newest complete step. Three
+    kinds of complete steps stay: the newest `keep`, the multiples of `keep_every`, and the steps in `kept`.
     """
     complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)
     newest = complete[0] if complete else -1

@@ -1,8 +1,8 @@
 """Saves checkpoints: copies a snapshot to host memory, then uploads it in the background while training goes on.
 
 Each rank uploads its part of the state (its payload file) and reports it through the job's key-value store. Rank 0 then
-writes the manifest and, last, the marker. There is one staging buffer, so one checkpoint at a time is in flight. While
-`busy`, the caller waits or saves later.
+writes the manifest and, last, the marker. There is one staging buffer, so only one checkpoint at a time is in flight.
+While `busy` is true, the caller waits or saves later.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ POLL_SECONDS = 0.05
 AGAIN_SECONDS = 2.0
 # Training ends once this many checkpoints in a row have failed because the disk was full.
 FULL_AT_MOST = 3
-# Seconds for which another rank repeats its upload to a full disk, while rank 0 deletes old checkpoints.
+# Seconds for which a rank other than rank 0 repeats its upload to a full disk. Rank 0 deletes old checkpoints
+# meanwhile.
 ROOM_SECONDS = 30.0
 
 
@@ -45,7 +46,7 @@ class Saver:
 
     `ledger` is None on all ranks but rank 0. `flush_log` stores the ledger and the metrics, and returns whether it
     succeeded. Once `is_hurried()` is true, there will be no later checkpoint: a failed upload is repeated until it
-    succeeds. The checkpoints of the steps `kept()` are never removed.
+    succeeds. `kept()` returns steps whose checkpoints are never removed.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class Saver:
         self._blocks = blocks
         self._is_hurried = is_hurried
         self._kept_by_others = kept
-        # A thread allocates the buffer: the allocation takes a while, and only the first checkpoint waits for it.
+        # A thread allocates the buffer, because the allocation takes a while. Training need not wait for it; only the
+        # first checkpoint does.
         self._staging = ThreadPoolExecutor(1, "staging").submit(StagedFile, list(blocks()))
         self._thread: threading.Thread | None = None
         self.failure: LauncherError | None = None
@@ -111,14 +113,14 @@ class Saver:
             self._thread = None
 
     def failing_seconds(self) -> float:
-        """Seconds since checkpoints began to fail; 0 if the newest one was completed."""
+        """Seconds since checkpoints began to fail; 0 if the newest checkpoint was completed."""
         return max(0.0, time.monotonic() - self._failing_since)
 
     def insist(self, step: int, state: dict[str, Any], seconds: float) -> None:
-        """Store `step` and repeat failed attempts for at most `seconds`, because it is the last.
+        """Store the last checkpoint, which is the one of `step`. Failed attempts are repeated for at most `seconds`.
 
-        All ranks call it together. Returns once `step` is stored or the time is over. On rank 0, `last_step` shows
-        whether it is stored.
+        All ranks call it together. Returns once the checkpoint is stored or the time is over. On rank 0, `last_step`
+        shows whether it is stored.
         """
         self.wait()
         self._insist_until = time.monotonic() + seconds
@@ -243,8 +245,8 @@ class Saver:
     def _make_room(self, step: int) -> bool:
         """On rank 0: delete older checkpoints to make room for the one of `step`.
 
-        Keeps the newest complete checkpoint, the best one, and the multiples of keep_every_steps. Returns whether any
-        were deleted.
+        Keeps the newest complete checkpoint, the best one, and the multiples of keep_every_steps. Returns whether a
+        checkpoint was deleted.
         """
         check_owner(RunFolder(self.run_url), self.segment)
         found = layout.stored(self.run_url)
@@ -280,9 +282,10 @@ class Saver:
 class Cadence:
     """Decides when to save: every `every_steps` steps, or as often as costs least. Rank 0 uses it.
 
-    Young (1974) and Daly (2006): if a save blocks training for C and failures are M apart on average, saving every
-    sqrt(2 C M) wastes the least time. `max_lost_seconds` is an upper limit: a machine that is lost without notice loses
-    the work since the last snapshot. If the upload of that snapshot is still in flight, the work before it is lost too.
+    Young (1974) and Daly (2006) give the interval that wastes the least time. If a save blocks training for C seconds,
+    and failures come every M seconds on average, this interval is sqrt(2 C M). `max_lost_seconds` is an upper limit: a
+    machine that is lost without notice loses the work since the last snapshot. If the upload of that snapshot is still
+    in flight, the work before it is lost too.
     """
 
     def __init__(self, config: CheckpointConfig, now: float | None = None):
@@ -300,9 +303,9 @@ class Cadence:
         return max(self._background, min(young, longest)) if self._background else longest / 2
 
     def due(self, step: int, step_seconds: float, now: float | None = None) -> bool:
-        """Whether to save after `step`: at multiples of `every_steps`.
+        """Whether to save after `step`. If `every_steps` is set, the answer is yes at its multiples.
 
-        Without `every_steps`: if the next step would end too late.
+        Otherwise it is yes if the next step would end too late.
         """
         if self._config.every_steps:
             return step % self._config.every_steps == 0

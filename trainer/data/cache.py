@@ -3,12 +3,13 @@
 A window whose shard is not on disk is read by its byte range of about 2 kB, and one request reads several windows that
 are close to each other. So the first batch needs no whole shard. After the first batch, one rank per node downloads
 whole shards in the order in which they are needed. It checks their SHA-256 and moves them into place, and all ranks of
-the node map the same files. If the folder would outgrow its bound, the shards that are needed last are removed first. A
-rank that does not find a shard reads byte ranges again, so the cache affects the speed and never the content.
+the node map the same files. If the folder would outgrow its bound, shards are removed. The shard that is needed last
+goes first. A rank that does not find a shard on disk reads byte ranges again. So the cache affects the speed and never
+the content.
 
 Each boot of the machine has a separate folder. Shards are not flushed to the disk, because the page cache holds all
-written data until the machine stops. A power failure may truncate the files of an earlier boot, so those files are
-removed unread.
+written data until the machine stops. A power failure may truncate the files of an earlier boot, so files of an earlier
+boot are removed without being read.
 """
 
 import logging
@@ -69,15 +70,16 @@ class ShardCache:
         self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])])
         self._mapped: dict[int, np.ndarray] = {}
         self._closed = False
-        self.patient = False  # whether readers wait for downloads; set after the first batch
+        self.patient = False  # whether readers wait for downloads; true after the first batch
         self._not_before = 0.0
         self._readers = ThreadPoolExecutor(RANGE_READERS, thread_name_prefix="range reader")
 
     def read(self, shards: Sequence[int], begins: Sequence[int], count: int) -> np.ndarray:
-        """For each i, `count` tokens that start at token `begins[i]` of shard `shards[i]`: int32 (len(shards), count).
+        """Rows of `count` tokens, int32 (len(shards), count).
 
-        They may extend into the next shards. Each row is copied as one slice, and the copy converts it to int32. For
-        rows of 2 kB this is faster than numpy's indexing with arrays.
+        Row i starts at token `begins[i]` of shard `shards[i]`, and may extend into the next shards. Each row is copied
+        as one slice, and the copy converts it to int32. For rows of 2 kB this is faster than numpy's indexing with
+        arrays.
         """
         out = np.empty((len(shards), count), np.int32)
         mapped, by_range = self._mapped, []
@@ -139,7 +141,8 @@ class ShardCache:
     def _wait_for(self, shard: int) -> np.ndarray | None:
         """Wait until the shard is on disk, and return its tokens.
 
-        None if it does not arrive within PATIENCE_SECONDS. Calls in the next IMPATIENT_SECONDS then do not wait.
+        If it does not arrive within PATIENCE_SECONDS, return None. Calls in the IMPATIENT_SECONDS after that do not
+        wait.
         """
         now = time.monotonic()
         if now < self._not_before:
@@ -219,8 +222,8 @@ class ReadAhead:
     """Downloads the shards that are needed next. One instance per node.
 
     `upcoming(count)` returns the numbers of these shards, the soonest first. Training mixes the windows of a group of
-    shards and needs the whole group, so several shards are downloaded in parallel. Downloads begin with a call of
-    `start`, so that they do not compete with the first batch.
+    shards and needs the whole group, so several shards are downloaded in parallel. The downloads begin when `start` is
+    called, so that they do not compete with the first batch.
     """
 
     def __init__(self, cache: ShardCache, upcoming: Callable[[int], list[int]]):
@@ -270,7 +273,10 @@ class ReadAhead:
                     self._in_flight.discard(shard)
 
     def _claim(self) -> int | None:
-        """Choose the next shard to download: the soonest one that is missing and fits. Make room for it."""
+        """Choose the next shard to download, and make room for it.
+
+        It is the missing shard that is needed soonest and fits into the folder.
+        """
         with self._lock:
             budget = self.cache.limit_bytes
             soon = self._upcoming(READ_AHEAD_SHARDS)

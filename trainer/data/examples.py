@@ -74,7 +74,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class Examples:
-    """`train` and `val` hold one text per example, or two texts (chosen, rejected) if `per_example` is 2."""
+    """The examples for training and for validation. If `per_example` is 1, an example is one text.
+
+    If it is 2, an example is two texts: the chosen and the rejected answer.
+    """
 
     train: Texts
     val: Texts
@@ -157,7 +160,10 @@ def _read(
 
 
 def rows_of(data: ExamplesConfig) -> tuple[str, Iterable[Any], str]:
-    """The path of the rows, the rows (None for a line that is not JSON), and their fingerprint."""
+    """Three results: the path of the rows, the rows, and their fingerprint.
+
+    A line that is not JSON gives None as its row.
+    """
     if not data.examples.endswith(".jsonl"):
         info = sets.info_of(data.url, data.examples)
         return f"{data.url}/sets/{data.examples}.jsonl", sets.read(data.url, data.examples), info.sha256
@@ -187,7 +193,7 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     No length may exceed `room`.
     """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # number of free tokens → rows with this many free tokens
+    by_room: dict[int, list[int]] = {}  # keys: a number of free tokens; values: the rows with this many free tokens
     rooms: list[int] = []  # the keys of by_room, ascending
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[index]
@@ -257,7 +263,10 @@ class NumberedBatches:
 
 
 def in_order(numbers: np.ndarray, items: int, seed: int) -> np.ndarray:
-    """The items at the places `numbers` of an endless order. Each epoch permutes all items anew; items count from 0."""
+    """The items at the places `numbers` of an endless order. Each epoch permutes all items anew.
+
+    Items and places count from 0.
+    """
     found = np.empty_like(numbers)
     epochs = numbers // items
     for epoch in np.unique(epochs):

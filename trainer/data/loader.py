@@ -41,8 +41,8 @@ class Batches:
     """Iterates without end over this rank's micro-batches, starting at step `first_step`, counted from 0.
 
     Each item is a (micro_batch_size, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. The batches
-    of the steps in `skip`, counted from 1, are skipped, and later batches move up. Once `is_leaving()` returns true, a
-    wait for data ends with Abandoned. `numbers` are the numbers of this rank's micro-batches within a step.
+    of the steps in `skip`, counted from 1, are skipped, and later batches move up. If `is_leaving()` returns true
+    during a wait for data, Abandoned is raised. `numbers` are the numbers of this rank's micro-batches within a step.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Batches:
     def _produce(self, step: int) -> None:
         # Locating samples and handing over micro-batches take time per call, so each call handles many of them.
         steps_at_once = max(1, LOCATED_AT_ONCE // self._per_rank)
-        rows = self._micro_batch  # the first micro-batch goes out alone, because training waits for it
+        rows = self._micro_batch  # the first call makes one micro-batch only, because training waits for it
         try:
             while not self._stop.is_set():
                 firsts = batch_numbers(step + np.arange(steps_at_once), self._skip) * self._batch

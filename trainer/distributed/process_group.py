@@ -1,6 +1,6 @@
 """Joins the ranks of one job, and provides the small exchanges between them.
 
-torchrun sets RANK, WORLD_SIZE and LOCAL_RANK in the environment. Without them the process is the only rank.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK in the environment. If they are not set, this process is the only rank.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from core.figures import counted
 
 T = TypeVar("T")
 
-# All ranks call this together before each round of batches. It raises Abandoned on all of them to end a measurement.
+# All ranks call a function of this kind together before each round of batches. To end a measurement, it raises
+# Abandoned on all ranks.
 StopCheck = Callable[[], None]
 
 # Torch 2.13 renamed all_gather_into_tensor; the code also runs on 2.11.
@@ -82,7 +83,7 @@ def start(device: str, setting: str = "train.device") -> Ranks:
     if cuda:
         torch.cuda.set_device(chosen)
     try:
-        if is_alone:  # this store needs no port, which another program could occupy
+        if is_alone:  # this kind of store needs no port, which could be taken by another program
             store, rank, world = dist.HashStore(), 0, 1
         else:
             store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
@@ -107,7 +108,10 @@ def start(device: str, setting: str = "train.device") -> Ranks:
 
 
 def _said_by_one(is_speaker: bool, message: str) -> Exception:
-    """The error to raise before the job exists, when ranks cannot yet agree on the rank that reports it."""
+    """The error to raise while the job does not exist yet.
+
+    The ranks cannot agree at that time on the rank that reports an error.
+    """
     if is_speaker:
         return ConfigError(message)
     time.sleep(SAYING_SECONDS)
@@ -131,7 +135,10 @@ def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
 
 
 def say_left(ranks: Ranks) -> None:
-    """Announce that this rank leaves, if it was asked to stop. Otherwise the other ranks only see a lost connection."""
+    """If this rank was asked to stop, announce that it leaves.
+
+    Without this announcement, the other ranks would only see a lost connection.
+    """
     if stop_requests.is_certain():
         with contextlib.suppress(dist.DistError):
             ranks.store.set("has left", str(ranks.rank))
@@ -217,7 +224,7 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
 def divide_over_ranks(
     count: int, measure: Callable[[int], Sequence[float]], ranks: Ranks, check_stop: StopCheck | None = None
 ) -> list[list[float]]:
-    """[measure(0), ..., measure(count - 1)] on all ranks. The ranks take the items in turn.
+    """The list [measure(0), ..., measure(count - 1)] on all ranks. The ranks compute its items in turn.
 
     The results and their order do not depend on the number of ranks.
     """
@@ -244,7 +251,7 @@ def gather_numbers(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> torc
 
 
 def gather_on_device(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """`values` (K,) of every rank as a tensor of shape (world, K) on the device. The host does not wait for a GPU."""
+    """`values` (K,) of every rank as a tensor of shape (world, K) on the device. The host does not wait for the GPU."""
     if ranks.world == 1:
         return values[None]
     everyone = values.new_empty(ranks.world, len(values))

@@ -12,7 +12,7 @@ from pathlib import Path
 from core.errors import ConfigError
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # scores by model, task and metric
-# Only these metrics of a task are drawn. A task that has none of them shows all of its metrics.
+# If a task has some of these metrics, only these are drawn. If it has none of them, all of its metrics are drawn.
 SHOWN = ("perplexity", "accuracy", "accuracy_norm", "acc", "acc_norm")
 BAR_INCHES, PANEL_INCHES = 0.45, 3.2
 
@@ -36,7 +36,10 @@ def write(scores: Scores, file: str) -> None:
 
 
 def panels(scores: Scores) -> dict[tuple[str, str], dict[str, float]]:
-    """The values to draw by (task, metric) and model. Metrics that no model has are left out."""
+    """The values to draw. The result maps (task, metric) to the values by model.
+
+    Metrics that no model has are left out.
+    """
     found: dict[tuple[str, str], dict[str, float]] = {}
     for task in dict.fromkeys(task for tasks in scores.values() for task in tasks):
         metrics = dict.fromkeys(metric for tasks in scores.values() for metric in tasks.get(task, {}))

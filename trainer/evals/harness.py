@@ -42,7 +42,8 @@ NEW_TOKENS = 256  # length of a text if the task sets no limit, as in the harnes
 # are not reused.
 SAMPLING = 2
 _OPTIONS = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
-# Options of other backends, with the values that have no effect. The value null has no effect either.
+# Options that only other backends support. An option is accepted if it has one of the listed values or null, because
+# these values have no effect.
 _NEUTRAL: dict[str, list[Any]] = {
     "early_stopping": [False],
     "frequency_penalty": [0],
@@ -90,7 +91,7 @@ def run(
             trained.name,
         )
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    # The harness needs half a minute to index its own tasks. Skip them if the task is in the folder.
+    # The harness needs half a minute to index its own tasks. They are skipped if the task is in the user's folder.
     tasks = TaskManager(include_path=folder, include_defaults=False) if folder else None
     if tasks is None or not tasks.match_tasks([task]):
         tasks = _all_tasks(folder)
@@ -200,8 +201,9 @@ class HarnessModel(TemplateLM):
 
 
 def seeds_of(requests) -> list[int]:
-    """One seed per request, computed from its task, its place in the task and its repeat: the same on every rank.
+    """One seed per request.
 
+    It is computed from the task, the place in the task and the number of the repeat, so it is the same on every rank.
     For a task with `repeats`, the harness passes the same request several times.
     """
     seen: Counter[str] = Counter()

@@ -5,7 +5,8 @@ the ending (`accuracy_norm`, its acc_norm). Texts are formatted as in the harnes
 DATA_URL/sets/hellaswag.jsonl (data_prep.sets).
 
 The style "llm.c", which build-nanogpt uses too, takes the field `ctx` without activity label and cleaning. It divides
-the log-likelihood by the number of tokens. It gives 29.5 % for GPT-2 124M where the harness gives 31.1 %.
+the log-likelihood by the number of tokens. For GPT-2 124M, this style gives 29.5 %, and the harness's style gives 31.1
+%.
 """
 
 import math
@@ -77,7 +78,7 @@ class HellaSwag:
         self._precision = precision
         self._requests: list[ScoringRequest] = []
         self._labels: list[int] = []
-        self._lengths: list[list[int]] = []  # divisors of the normalised log-likelihoods
+        self._lengths: list[list[int]] = []  # each log-likelihood is divided by its divisor to normalise it
         for number, item in enumerate(items):
             try:
                 label = int(item["label"])
@@ -114,7 +115,7 @@ class HellaSwag:
 
 
 def check(items: Sequence[Mapping[str, Any]]) -> None:
-    """Raises DataError for a malformed item, without encoding it."""
+    """Checks an item without encoding it. Raises DataError if it is malformed."""
     for number, item in enumerate(items):
         try:
             _, endings, label = text_of(item)

@@ -26,7 +26,10 @@ from trainer.model.gpt import GPT
 
 
 def read_tokens(data_url: str, manifest: Manifest, tokens: int) -> np.ndarray:
-    """The first `tokens` validation tokens in the manifest's order; all if `tokens` is 0. Raises DataError."""
+    """The first `tokens` validation tokens in the manifest's order. If `tokens` is 0, these are all validation tokens.
+
+    Raises DataError.
+    """
     parts = []
     wanted = tokens or manifest.split("val", data_url).tokens
     for shard in manifest.split("val", data_url).shards:
@@ -83,7 +86,10 @@ def of_documents(
 
 
 def rolling(document: np.ndarray, context: int) -> Iterator[ScoringRequest]:
-    """Windows that predict each token once. All windows except the first have as much context as fits."""
+    """Windows of a document that together predict each token once.
+
+    All windows except the first have as much context as fits.
+    """
     with_start = np.concatenate([[GPT2_END_OF_TEXT], document])
     for first in range(0, len(document), context):
         last = min(first + context, len(document))

@@ -4,9 +4,9 @@
     RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   the same task, measured once more
     RUN_URL/evaluations/step-00001000/partial/                    partial results of unfinished tasks
 
-The hash covers the task's `identity`: results of two models with the same name are comparable. Results have a separate
-folder, because old checkpoints are deleted. An existing object is never overwritten. docs/formats.md documents the
-fields.
+The hash covers the task's `identity`. So two results are comparable if their objects have the same name, even for
+different models. The results are not in the folder of the checkpoint, because old checkpoints are deleted. An existing
+object is never overwritten. docs/formats.md documents the fields.
 """
 
 import functools
@@ -44,12 +44,13 @@ class Measurement:
 
     name: str
     identity: Mapping[str, Any]
-    compute: Callable[[TrainedModel, PartialResults], Found]  # all ranks call it, and each gets the same result
+    # All ranks call this function, and all get the same result.
+    compute: Callable[[TrainedModel, PartialResults], Found]
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The dataset at `url`. Each part is read once."""
+    """The dataset at `url`. Each part of it is read only once."""
 
     url: str
     ranks: Ranks
@@ -76,7 +77,7 @@ class EvaluationData:
 def measurements(
     settings: EvaluateConfig, data: EvaluationData, ranks: Ranks, precision: str, home: str
 ) -> list[Measurement]:
-    """One measurement per task, in order. Raises ConfigError, or DataError for missing data.
+    """One measurement per task, in the order of the tasks. Raises ConfigError, or DataError if data is missing.
 
     HellaSwag is left out with a warning if its set is not stored, unless it is the only task.
     """

@@ -25,7 +25,7 @@ CACHE_TOKENS = 64  # /compare generates at most this many new tokens
 
 
 class ChatSession:
-    """The conversation with one model, or the texts that a base model continued."""
+    """The conversation with a fine-tuned model, or the texts that a base model has continued."""
 
     def __init__(self, model: ChatModel):
         self.model = model
@@ -33,7 +33,7 @@ class ChatSession:
         self.texts: list[dict[str, str]] = []
 
     def request(self, line: str, system: str, sampling: Sampling) -> tuple[GenerationRequest, int]:
-        """The request for a line, and the number of old messages left out.
+        """The request for a line, and the number of old messages that were left out.
 
         Raises ConfigError if the line is too long.
         """
@@ -252,7 +252,7 @@ class Chat:
 
 
 def _in_turn(streams: Sequence[Iterable[Piece]]) -> Iterable[tuple[int, Piece]]:
-    """Yields (stream, piece), one piece of each stream in turn, until all streams end."""
+    """Yields pairs (stream, piece). The streams take turns, a piece at a time, until all of them have ended."""
     for pieces in itertools.zip_longest(*streams):
         yield from ((index, piece) for index, piece in enumerate(pieces) if piece is not None)
 

@@ -13,7 +13,10 @@ MOST_CONNECTIONS = 1000
 
 
 def most_connections() -> int:
-    """Half of the file descriptors that this process may open, and at most MOST_CONNECTIONS."""
+    """The limit of open connections.
+
+    It is half of the number of files that this process may open, at most MOST_CONNECTIONS.
+    """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_CONNECTIONS if descriptors < 0 else max(8, min(MOST_CONNECTIONS, descriptors // 2))
 

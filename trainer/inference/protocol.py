@@ -36,7 +36,8 @@ _SAMPLING = {
 }
 _READ = {"model", "prompt", "messages", "stop", "n", "stream", "stream_options", "logprobs", "top_logprobs"}
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction"}
-# Unsupported parameters, with the values that have no effect. The value null has no effect either.
+# Unsupported parameters. A parameter is accepted if it has one of the listed values or null, because these values have
+# no effect.
 _NEUTRAL = {
     "best_of": [1],
     "echo": [False],
@@ -57,7 +58,7 @@ _NEUTRAL = {
 
 
 class ApiError(Exception):
-    """A response with a status other than 200."""
+    """An error that becomes a response with a status other than 200."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -138,7 +139,7 @@ class ApiResponse:
         return self._event([choice], request)
 
     def opening(self, index: int, request: ApiRequest) -> dict[str, Any]:
-        """The first event of a chat's choice, which names the role."""
+        """The first event of a choice in a chat. It names the role."""
         delta = {"role": "assistant", "content": ""}
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], request)
 

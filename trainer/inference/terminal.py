@@ -1,4 +1,4 @@
-"""Displays a chat: with colours, columns and line editing on a terminal, as plain text in a pipe.
+"""Displays a chat. On a terminal it has colours, columns and line editing. In a pipe it is plain text.
 
 Answers go to standard output. In a pipe, notes and errors go to standard error.
 """
@@ -71,7 +71,7 @@ class Terminal:
 
         with Live(get_renderable=picture, console=self._console, refresh_per_second=REFRESHES_PER_SECOND):
             yield lambda index, text: texts[index].append(printable(text), style="not dim")
-        if not self.is_terminal:  # outside a terminal, Live does not end with a line break
+        if not self.is_terminal:  # if the output is not a terminal, Live does not end with a line break
             self._console.print()
 
     def lines(self, commands: Sequence[str]) -> Iterator[str]:

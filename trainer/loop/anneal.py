@@ -1,13 +1,14 @@
-"""Decides when the cooldown of a run begins and how many steps it takes. Rank 0 decides this once.
+"""Decides when the cooldown of a run begins and how many steps it takes. Rank 0 makes this decision once per cooldown.
 
 The money that is left must pay for the cooldown, the last evaluation, the last checkpoint and the machine's shutdown.
 On spot it must also pay for one lost checkpoint interval and one restart. The cooldown begins when one more step would
 leave too little money. It begins earlier on request (`make anneal`), when the forecast loss of an immediate cooldown
 reaches train.target_loss, or when only the cooldown is left of train.steps.
 
-The decision is stored in the run's course (core.run.course) before the first step of the cooldown. A preemption or a
-higher price can take money that the cooldown needs; the cooldown is then shortened, at most once. A cooldown of less
-than a tenth of the steps would change little. If the money pays for no more, the run saves and stops.
+The decision is stored in the run's course (core.run.course) before the cooldown's first step. A preemption or a higher
+price can take money that the cooldown needs. In this case the cooldown is shortened, at most once. A cooldown of less
+than a tenth of the steps would change little, so if the money pays for less than that, the run saves and stops without
+a cooldown.
 """
 
 import logging
@@ -32,7 +33,7 @@ from trainer.stages.stage import Stage
 log = logging.getLogger("train")
 
 SHORTEST = 0.10  # the shortest cooldown, as a share of the steps; 10 % are enough, 2.5 % are not (Hu et al. 2024)
-LATE = 0.25  # a re-plan waits until at most this share of the cooldown can be paid
+LATE = 0.25  # a re-plan waits until the money pays for at most this share of the cooldown (see `_replanned`)
 MARGIN = 1.02  # factor on the expected time of a cooldown
 WINDOW_STEPS = 500  # steps over which the pace is measured
 REPLAN_MARGIN, REPLAN_STEPS = 0.05, 3  # share and number of the steps that a re-plan leaves unused
@@ -42,7 +43,7 @@ LOOK_SECONDS = 10.0
 
 
 class Pace:
-    """Seconds per step by the wall clock: waits, evaluations and checkpoints included."""
+    """Measures the seconds per step by the wall clock. This includes waits, evaluations and checkpoints."""
 
     def __init__(self):
         self._passed: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS + 1)
@@ -52,7 +53,10 @@ class Pace:
             self._passed.append((step, now))
 
     def seconds(self, newest: int = WINDOW_STEPS) -> float | None:
-        """Mean seconds over the `newest` steps, or over the window; None until LEAST_STEPS are measured."""
+        """The mean seconds per step over the `newest` steps, or over the whole window.
+
+        None until LEAST_STEPS are measured.
+        """
         if len(self._passed) <= LEAST_STEPS:
             return None
         (first, began), (last, now) = self._passed[max(0, len(self._passed) - 1 - newest)], self._passed[-1]
@@ -79,7 +83,7 @@ class RequestWatch:
                 if found and found not in self._answered:
                     self.request = found
                     return
-            except LauncherError as error:  # it looks again after a pause
+            except LauncherError as error:  # the thread looks again after a pause
                 log.debug("requests to anneal cannot be read now: %s", error)
             self._end.wait(self._seconds)
 
@@ -102,7 +106,8 @@ class Annealer:
         self._requests, self._evaluator = requests, evaluator
         self._first_step = first_step
         self._folder = RunFolder(stage.settings.run.url)
-        self._ahead = 2 if stage.ranks.device.type == "cuda" else 1  # the number of steps until a decision takes effect
+        # Number of steps between a decision and its first effect.
+        self._ahead = 2 if stage.ranks.device.type == "cuda" else 1
         self._pace = Pace()
         self._watch: RequestWatch | None = None
         if segment.ledger and self._is_active():
@@ -114,7 +119,10 @@ class Annealer:
             self._watch.close()
 
     def decide(self, step: int) -> Change | None:
-        """The change of course after `step`, already stored, or None. Requests a stop if the money is spent."""
+        """The change of course after `step`, or None. A returned change is already stored.
+
+        Requests a stop if the money is spent.
+        """
         schedule = self._stage.schedule
         if step > self._first_step:  # the first step compiles
             self._pace.passed(step, self._segment.ledger.now())
@@ -124,7 +132,10 @@ class Annealer:
         return change and self._stored(change)
 
     def expected(self, step: int) -> tuple[int, float | None]:
-        """The last step that the money pays for, and the run's dollars at its end, which are None without a price."""
+        """The last step that the money pays for, and the dollars that the run will have cost after it.
+
+        The dollars are None if no price is known.
+        """
         schedule, seconds, cap = self._stage.schedule, self._pace.seconds(), self._segment.cap
         end = min(schedule.end, step + self._pays(seconds, full=False))
         spent, price = cap.spent_usd(), self._segment.ledger.machine.price
@@ -138,7 +149,7 @@ class Annealer:
         return self._stage.schedule.anneals and not self._stage.settings.train.overfit
 
     def _begun(self, step: int) -> Change | None:
-        """The cooldown, if it must begin after `step`; else None."""
+        """The cooldown, if it must begin directly after `step`. Otherwise None."""
         schedule, seconds = self._stage.schedule, self._pace.seconds()
         left = schedule.end - step
         wanted, pays = min(left, schedule.wanted(step)), self._pays(seconds, full=True)
@@ -153,17 +164,17 @@ class Annealer:
         return None
 
     def _replanned(self, step: int) -> Change | None:
-        """A shorter cooldown, if the money no longer pays for the rest of the current one; else None.
+        """A shorter cooldown, if the money no longer pays for the rest of the current cooldown. Otherwise None.
 
-        There is one re-plan per cooldown. A small shortage may come from noise in the pace, so it is left until little
-        of the cooldown can be paid.
+        A cooldown is re-planned at most once. A small shortage may come from noise in the pace. So the re-plan waits
+        until the money pays for at most half of the steps that are left, or for at most the share LATE of the cooldown.
         """
         schedule, seconds = self._stage.schedule, self._pace.seconds()
         plan = schedule.cooldown
         left = schedule.end - step
         if seconds is None or plan.kind == "replan" or self._pays(seconds, full=False) >= left:
             return None
-        # There is only one re-plan, so it uses the slower of two paces: the mean one and the recent one.
+        # There is only one re-plan. To be safe, it uses the slower of two paces: the mean pace and the recent pace.
         pays = self._pays(max(seconds, self._pace.seconds(RECENT_STEPS)), full=True)
         # The new cooldown cannot be shortened again. The margin protects its last steps if training slows down further.
         pays = max(0, math.floor(pays * (1 - REPLAN_MARGIN)) - REPLAN_STEPS)
@@ -203,8 +214,8 @@ class Annealer:
     def _pays(self, seconds: float | None, full: bool) -> int:
         """The number of steps that the money pays for at `seconds` per step; a large number if there is no cap.
 
-        With `full`, the full reserve and a margin are kept back. A new plan uses them, so that small delays cause no
-        re-plan.
+        If `full` is true, the full reserve and a margin are kept back. A new plan keeps them back, so that small delays
+        cause no re-plan.
         """
         if seconds is None:
             return 1 << 40
@@ -213,9 +224,10 @@ class Annealer:
         return int(max(0.0, min(have / (seconds * (MARGIN if full else 1.0)), 1 << 40)))
 
     def _reserve(self, seconds: float, full: bool) -> float:
-        """Seconds needed after the last step of the cooldown, without the shutdown, which the cap itself reserves.
+        """Seconds needed after the last step of the cooldown.
 
-        With `full`, a lost checkpoint interval on spot is added; the cap reserves the restart.
+        The shutdown is not included, because the cap reserves its time. If `full` is true and the machine is on spot,
+        one lost checkpoint interval is added. The cap reserves the time of a restart.
         """
         tokens = self._stage.settings.batch.tokens_per_step
         ending = self._evaluator.last_seconds(seconds / tokens) + SAFETY * self._saver.seconds()
@@ -241,12 +253,12 @@ class Annealer:
 
 
 def as_numbers(change: Change | None) -> tuple[float, float]:
-    """A cooldown that begins after the current step, as numbers that the ranks exchange."""
+    """Encodes a cooldown that begins after the current step as numbers, which the ranks can exchange."""
     return (course.COOLDOWNS.index(change.kind) + 1, change.steps) if change else (0, 0)
 
 
 def from_numbers(step: int, numbers: Sequence[float]) -> Change | None:
-    """The inverse of `as_numbers`, without reason and facts."""
+    """Decodes the numbers of `as_numbers`. The reason and the facts are not among them."""
     kind, steps = map(int, numbers)
     return Change(course.COOLDOWNS[kind - 1], step, steps) if kind else None
 
@@ -269,7 +281,7 @@ def describe(change: Change, spent: str) -> str:
 
 
 def describe_end(schedule: Schedule, reached: int, run_url: str, before: str = "") -> str:
-    """A sentence on whether the cooldown is complete at step `reached`; empty if no cooldown has begun."""
+    """A sentence that says whether the cooldown is complete at step `reached`. It is empty if no cooldown has begun."""
     plan = schedule.cooldown
     if plan is None or reached <= schedule.trunk:
         return ""

@@ -54,7 +54,10 @@ def parse_source(given: str) -> tuple[RunFolder, str]:
 
 
 def _branch(stage: Stage, folder: RunFolder, changes: list[Change], given: str) -> list[Change]:
-    """Record a new branch. If the run already began as this branch, it continues. Any other existing run is refused."""
+    """Record a new branch. If the run began as this branch before, it continues.
+
+    A run that began in any other way is refused.
+    """
     source, wanted = parse_source(given)
     urls.check(source.url)
     if folder.url == source.url:
@@ -151,7 +154,7 @@ def _copy_checkpoint(stage: Stage, folder: RunFolder, origin: str) -> None:
             )
         storage.write_bytes(storage.join(layout.folder_of(folder.url, step), file.name), data)
     state = {**manifest.state, "config": stage.config, "data_fingerprint": stage.fingerprint, "origin": origin}
-    # Segment 0 means that no segment of this run has stored the checkpoint.
+    # Number 0 as the segment means that no segment of this run has stored the checkpoint.
     layout.write_marker(folder.url, dataclasses.replace(manifest, segment=0, state=state))
     log.info("step %d of %s is copied", step, source)
 
@@ -160,7 +163,10 @@ def _copy_checkpoint(stage: Stage, folder: RunFolder, origin: str) -> None:
 
 
 def _extend(stage: Stage, folder: RunFolder, changes: list[Change]) -> list[Change]:
-    """Record train.steps as the new length of the run. A run that already has this length just continues."""
+    """Record train.steps as the new length of the run.
+
+    If the run already has this length, nothing is recorded and it continues.
+    """
     settings = stage.settings
     try:
         stored = read_description(folder)

@@ -54,7 +54,8 @@ class TrainingEvaluator:
         self._segment = segment
         self._reporter = reporter
         self._is_leaving = is_leaving
-        # An estimate with four characters per token: each ending is scored after its context.
+        # Each ending is scored after its context, so the context is counted for each ending. This estimate takes four
+        # characters per token.
         endings = ((len(row["ctx"]) + len(each)) for row in hellaswag_rows for each in row["endings"])
         self._hellaswag_tokens = sum(endings) // 4
         self._seconds: dict[str, float] = {}  # seconds that each kind of evaluation took the last time
@@ -83,7 +84,7 @@ class TrainingEvaluator:
             self._sample(0)
 
     def evaluate(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
-        """Run the evaluations that are due after `step`, except those whose kind of metric is in `without`.
+        """Run the evaluations that are due after `step`. Those whose kind of metric is in `without` are left out.
 
         Returns False, on all ranks, if a request to stop ended an evaluation.
         """
@@ -99,7 +100,7 @@ class TrainingEvaluator:
                 self._seconds[kind] = self._segment.now() - began
         except Abandoned:
             is_done = False
-        # Only rank 0 samples, so the ranks may differ here.
+        # Only rank 0 makes samples, so the ranks may differ in this number.
         is_done = bool(gather_numbers([is_done], self._ranks).all())
         if not is_done:
             log.warning("the evaluation of step %d is cut off: the next segment repeats it", step)
@@ -119,7 +120,8 @@ class TrainingEvaluator:
         """Expected seconds of the evaluations after the last step.
 
         The last measured time of each kind counts. Before a measurement, the estimate is half of a training pass over
-        the same tokens; a pass without gradients needs a third. Samples count only once measured.
+        the same tokens; a pass without gradients needs a third. The time of samples counts only after it was measured
+        once.
         """
         tokens = {"eval": self._train.eval_tokens, "hellaswag": self._hellaswag_tokens}
         return sum(
@@ -206,8 +208,8 @@ def sample(
 def measured_before(segment: SegmentLog, restored: Restored) -> dict[str, Mapping[str, Any]]:
     """On rank 0: the metrics that earlier segments recorded for the restored step, by kind.
 
-    They were recorded by the segment that saved the step, or by a later segment. An evaluation that was cut off has
-    none.
+    The segment that saved the step recorded these metrics, or a later segment did. An evaluation that was cut off has
+    recorded none.
     """
     found: dict[str, Mapping[str, Any]] = {}
     for number in range(restored.segment, segment.number):

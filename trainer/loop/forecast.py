@@ -2,12 +2,11 @@
 
 L(s) = L0 + A S1^-a - C S2 (Tissue et al. 2024, arXiv 2408.11029). S1 is the sum of the learning rates up to step s, as
 shares of the peak. S2 grows with the drops of the rate: it sums a momentum that takes each drop and keeps the share
-DECAY per step. L0, A, a and C are fitted to the run's losses.
-
-C says how much a cooldown lowers the loss. A run that has not cooled yet does not show C, so the fit expects a whole
-cooldown to gain USUAL_GAIN, as in public logs. The law describes training losses. The difference to the newest
-validation loss is added to the forecast. Beyond FAR times the steps seen, the law of public runs (core.loss.law) says
-how the loss falls with further tokens.
+DECAY per step. The constants L0, A, a and C are fitted to the run's losses. C says how much a cooldown lowers the loss.
+A run that has not cooled yet does not show C, so the fit expects a whole cooldown to gain USUAL_GAIN, as in public
+logs. The law describes training losses. The difference to the newest validation loss is added to the forecast. The
+fitted law is used up to FAR times the steps seen. Beyond that, the law of public runs (core.loss.law) says how the loss
+falls with further tokens.
 """
 
 import math
@@ -82,7 +81,8 @@ class LossHistory:
         heat, fallen = sums(schedule, end, at)
         more = 0.0
         if public and end > FAR * last and end * tokens_per_step >= LEAST_TOKENS:
-            # The fitted law is used up to FAR times the steps seen, with the whole cooldown, and the public law beyond.
+            # The fitted law is used up to FAR times the steps seen, and it also gives the gain of the whole cooldown.
+            # Beyond, the public law is used.
             heat[-1] = heat[-1] * FAR * last / end
             more = public.gain_of_tokens(FAR * last * tokens_per_step, end * tokens_per_step)
         count = len(steps)
@@ -92,7 +92,8 @@ class LossHistory:
         loss, is_training = float(predicted[-1]) - more, self._validation is None
         if self._validation:
             loss += self._validation[1] - float(predicted[count])
-        # The part of the rate that has already fallen has shown its gain, so it adds no error.
+        # The rate may have fallen in part already. The gain of this part is in the measured losses, so it adds no
+        # error.
         ahead = max(0.0, 1 - fallen[count - 1] / full) if full > 0 else 0.0
         error = math.hypot(law_error(end / last), GAIN_ERROR * ahead)
         return LossForecast(loss, error, end, end / last, is_training)
@@ -113,7 +114,10 @@ def _joined(a: tuple[float, float, int], b: tuple[float, float, int]) -> tuple[f
 
 
 def law_error(ratio: float) -> float:
-    """The error of the law at a ratio of all steps to the steps seen, interpolated or extrapolated from ERRORS."""
+    """The error of the law for a ratio of all steps to the steps seen.
+
+    It is interpolated or extrapolated from ERRORS.
+    """
     logs, errors = zip(*((math.log(each), error) for each, error in ERRORS), strict=True)
     beyond = max(0.0, math.log(max(ratio, 1.0)) - logs[-1])
     slope = (errors[-1] - errors[-2]) / (logs[-1] - logs[-2])
@@ -121,7 +125,7 @@ def law_error(ratio: float) -> float:
 
 
 def sums(schedule: Schedule, end: int, at: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """S1 and S2 at the steps `at`, on a grid of at most POINTS steps up to `end`."""
+    """The sums S1 and S2 at the steps `at`. They are computed on a grid of at most POINTS steps up to `end`."""
     grid = np.unique(np.linspace(1, max(2, end), POINTS).round().astype(int))
     rates = np.array([schedule.factor(int(step)) for step in grid])
     gaps = np.diff(grid, prepend=0)
@@ -129,7 +133,8 @@ def sums(schedule: Schedule, end: int, at: Sequence[float]) -> tuple[np.ndarray,
     fallen, momentum, total = [0.0], 0.0, 0.0
     for drop, gap in zip(-np.diff(rates), gaps[1:], strict=True):
         keep = DECAY**gap
-        # A rise in the warm-up does not count. The drop is assumed to be even within a gap of the grid.
+        # Only drops count, so the rise in the warm-up is ignored. Between two points of the grid, the drop is assumed
+        # to be even.
         before, momentum = momentum, momentum * keep + max(0.0, drop) * (1 - keep) / (gap * (1 - DECAY))
         total += (before + momentum) / 2 * gap
         fallen.append(total)
@@ -138,7 +143,7 @@ def sums(schedule: Schedule, end: int, at: Sequence[float]) -> tuple[np.ndarray,
 
 @dataclass(frozen=True)
 class Fit:
-    """L0, A, C and the exponent a."""
+    """The fitted constants: L0, A, C and the exponent a."""
 
     floor: float
     scale: float

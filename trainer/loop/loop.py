@@ -52,7 +52,8 @@ from trainer.stages.stage import MicroBatches, Stage
 
 log = logging.getLogger("train")
 
-# The longest time in seconds that a single attempt to store takes. It is added to the time for the last step.
+# The longest time in seconds that a single attempt to store may take. It is added to the time limit for storing the
+# last step.
 TRY_SECONDS = 300.0
 OTHER_RANK = "reported by rank"
 
@@ -94,14 +95,15 @@ class Loop:
         profiled = self.settings.train.profile
         self.profiler = StepProfiler(profiled, self.settings.run.url, self.segment.number, self.ranks)
         self.unread: StepNumbers | None = None  # the step that was launched last
-        self.step_seconds = self.work_seconds = 0.0  # the newest read step with and without its wait
+        # Seconds of the newest step that was read: with its wait, and without.
+        self.step_seconds = self.work_seconds = 0.0
         self.forward_seconds = 0.0
 
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, StopRequest | None]:
-        """Returns the step that was reached and the request that ended the run, if any. This step is saved.
+        """Returns the step that was reached, which is saved, and the request that ended the run, if any.
 
-        `measured` holds the kinds of metrics that `first_step` already has. Missing ones that are due are measured
-        first.
+        `measured` holds the kinds of metrics that `first_step` already has. Other kinds that are due at `first_step`
+        are measured first.
         """
         self.first_step = step = first_step
         if step == 0:
@@ -158,16 +160,22 @@ class Loop:
                 stop.allow(stop.own_seconds(), self._last_words)
                 self._mark_first_step(step, self.work_seconds)
             elif self.settings.train.overfit:
-                self._read()  # the loss shows whether this was the last step
+                self._read()  # when overfitting, the loss decides whether this was the last step
 
     def _step(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> None:
-        """Launch an optimizer step, then read the numbers of the one before. Raises TrainingError as `_report` does."""
+        """Launch an optimizer step, then read the numbers of the step before it.
+
+        Raises TrainingError as `_report` does.
+        """
         before, self.unread = self.unread, self._launch(step, micro_batches, waited)
         if before:
             self._report(before)
 
     def _launch(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> StepNumbers:
-        """One optimizer step, which the host does not wait for. The weights change only if all numbers are finite."""
+        """Launch one optimizer step. The host does not wait for its end.
+
+        The weights change only if all numbers are finite.
+        """
         train, optimizer, device = self.settings.train, self.settings.optimizer, self.ranks.device
         forward, whole = DeviceClock(device), DeviceClock(device)
         with whole:
@@ -237,7 +245,10 @@ class Loop:
         return step == self.stage.steps or is_overfitted(self.settings.train, self.last_loss)
 
     def _fetch(self) -> list[Any] | LauncherError:
-        """This rank's micro-batches of the next step, or the error of reading them. Empty after a request to stop."""
+        """This rank's micro-batches of the next step, or the error that reading them raised.
+
+        The list is empty after a request to stop.
+        """
         if self.repeated:
             return self.repeated
         try:
@@ -253,8 +264,9 @@ class Loop:
     def _exchange(self, step: int, fetched: list[Any] | LauncherError) -> tuple[StopRequest | None, bool]:
         """Exchange requests and failures between all ranks. Returns the request to stop, if any, and whether to save.
 
-        Raises an error if a rank failed. If one rank cannot read its data and another was asked to stop, all ranks save
-        before they stop. A change of course that rank 0 has decided and stored applies to the next step on all ranks.
+        Raises an error if a rank failed. If one rank cannot read its data and another rank was asked to stop, this is
+        treated as a request to stop: all ranks save. A change of course that rank 0 has decided and stored applies to
+        the next step on all ranks.
         """
         change = self.annealer.decide(step) if self.ranks.is_main else None
         failure = self.saver.taken_over or self.saver.stuck or self.annealer.failure
@@ -320,7 +332,7 @@ class Loop:
         return request
 
     def _save(self, step: int, due: bool, last: bool) -> None:
-        """Begin a checkpoint if one is due; wait for the last one of a segment."""
+        """Begin a checkpoint if one is due. If it is the last checkpoint of the segment, wait until it is complete."""
         if not (due or last):
             return
         with self.segment.phase("checkpoint"):
@@ -330,7 +342,10 @@ class Loop:
                 log.info("step %d is saved", step)
 
     def _keep_best(self, step: int, is_saved: bool) -> None:
-        """Keep the checkpoint with the lowest validation loss so far. Save `step` if it is the one and has none."""
+        """Keep the checkpoint with the lowest validation loss so far.
+
+        If `step` has the lowest loss and no checkpoint, save it.
+        """
         best = self.evaluator.best
         if best and self.settings.checkpoint.keep_best:
             self.saver.best_step = best[0]
@@ -343,7 +358,8 @@ class Loop:
             log.error("%s; training stops, and saving step %d is tried for %s", request.detail, step, duration(seconds))
         with self.segment.phase("checkpoint"):
             self.saver.insist(step, self._state(step), seconds)
-            # A collective would time out: the other ranks may store their parts long before rank 0 does.
+            # No collective is used here. It would time out, because the other ranks may store their parts long before
+            # rank 0 does.
             meet(self.ranks, f"tried/{step}", seconds + TRY_SECONDS)
 
     def _check_outage(self, most_seconds: float) -> None:
@@ -353,7 +369,10 @@ class Loop:
             self.requests.request_stop("storage", why)
 
     def _state(self, step: int) -> dict:
-        """The state that a checkpoint stores besides tensors. Random numbers follow from the step and need no state."""
+        """The state that a checkpoint stores besides tensors.
+
+        Random numbers are computed from the number of the step, so they need no stored state.
+        """
         # A resumed overfitting run needs the loss to know whether it has ended.
         loss = {"loss": self.last_loss} if self.settings.train.overfit else {}
         return {
@@ -386,7 +405,7 @@ class Loop:
         problem = done.problem()
         if not problem:
             return
-        self.unread = None  # the step launched after it has changed no weight either
+        self.unread = None  # the step that was launched after this one has changed no weight either
         if not self.ranks.is_main:
             raise PeerFailed  # all ranks have the same numbers, and rank 0 reports them
         self.saver.wait()

@@ -22,11 +22,11 @@ class Gate:
         self._zero = torch.zeros((), device=device)
 
     def check(self, numbers: torch.Tensor) -> torch.Tensor:
-        """1.0 if a number of this or an earlier call is not finite, else 0.0: a float32 scalar.
+        """A float32 scalar: 1.0 if a number of this call or of an earlier call is not finite, else 0.0.
 
         All ranks must call it with the same numbers, so that either all ranks update or none does.
         """
-        self._zero += (numbers * 0).sum()  # 0 times a number is 0 only if the number is finite
+        self._zero += (numbers * 0).sum()  # the product with 0 is NaN if a number is not finite
         return (self._zero != 0).float()
 
 
@@ -38,7 +38,7 @@ class StepNumbers:
     factor: float  # learning rate as a share of the peak
     numbers: torch.Tensor
     forward: DeviceClock
-    waited: DeviceClock  # the wait for data and other ranks before the step
+    waited: DeviceClock  # the wait before the step, for data and for other ranks
     whole: DeviceClock
     norms: StepNorms | None
 
@@ -78,6 +78,6 @@ class StepNumbers:
         return self.waited.seconds()
 
     def all_seconds(self) -> tuple[float, float, float]:
-        """Seconds of the step with the wait before it, of the step alone, and of its forward passes."""
+        """Seconds of three things: the step with the wait before it, the step alone, and the step's forward passes."""
         whole = self.whole.seconds()
         return self.waited.seconds() + whole, whole, self.forward.seconds()

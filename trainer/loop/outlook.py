@@ -1,4 +1,4 @@
-"""Forecasts a run while it trains: the final validation loss, the dollars, and whether a target loss is in reach.
+"""Forecasts a run while it trains: its final validation loss, its dollars, and whether it can reach a target loss.
 
 Only rank 0 forecasts, and only pretraining, because the law was tested on losses of pretraining. A resumed run reads
 its earlier losses in the background and forecasts once they are loaded.
@@ -20,7 +20,7 @@ from trainer.stages.stage import Stage
 log = logging.getLogger("train")
 
 SHARE = 0.01  # share of the run's steps between two forecasts
-# Fits to fewer steps miss by more than the law's error: runs of 200 steps ended 0.3 to 1 nats above the forecast.
+# With fewer steps, a fit is worse than the law's error says: runs of 200 steps ended 0.3 to 1 nats above the forecast.
 LEAST_STEPS = 1000
 # A function of a step. Returns the last step that the money pays for, and the dollars at the end (None without a
 # price).
@@ -98,9 +98,9 @@ class Outlook:
         return self.view
 
     def compared(self, spent_usd: float | None) -> str:
-        """A line at the end of the run that compares the forecast at half of the steps with the outcome;
+        """A line at the end of the run. It compares the outcome with the forecast at half of the steps.
 
-        "" without one.
+        "" if there was no forecast.
         """
         if not self._views or not self._validation or self._validation[0] < self._views[-1].loss.end:
             return ""
@@ -121,7 +121,10 @@ class Outlook:
             self._found = None
 
     def _take_loaded(self) -> None:
-        """Once the earlier losses are loaded, add them to the history, then add the losses that have come meanwhile."""
+        """Once the earlier losses are loaded, add them to the history.
+
+        Then add the losses that were reported meanwhile.
+        """
         if self._loader.is_alive() or self._found is None:
             return
         before = 0
@@ -136,7 +139,11 @@ class Outlook:
 
 
 def with_cooldown(schedule: Schedule, end: int, trunk: int | None = None) -> Schedule:
-    """A copy of the schedule with a cooldown that ends at `end`; the schedule itself if its cooldown is decided."""
+    """A copy of the schedule, with a cooldown that ends at `end`.
+
+    Returns the schedule itself if it has no cooldown that is decided while the run trains, or if this cooldown is
+    decided already.
+    """
     if not schedule.anneals or schedule.cooldown:
         return schedule
     expected = Schedule(schedule.config, schedule.first_steps, schedule.changes)

@@ -32,7 +32,8 @@ class StepReporter:
         peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
         known = peak and stage.flops_per_token
         self._peak_flops = peak * ranks.world if known else None
-        copies = ranks.world // stage.share_world  # when overfitting, all ranks compute the same micro-batch
+        # When overfitting, all ranks compute the same micro-batch, so its tokens count once.
+        copies = ranks.world // stage.share_world
         self._flops_per_step = stage.flops_per_token * self._tokens_per_step * copies if known else 0.0
         display = settings.train.display
         live = ranks.is_main and (display == "live" or (display == "auto" and sys.stderr.isatty()))
@@ -109,7 +110,10 @@ class StepReporter:
 
 
 def open_screen(display: str, steps: int, cap: SpendingCap | None):
-    """The live screen. If the package rich is missing, returns None, or raises ConfigError if `display` is live."""
+    """The live screen. If the package rich is missing, returns None.
+
+    It raises ConfigError if rich is missing and `display` is live.
+    """
     try:
         from trainer.loop.screen import Screen
     except ImportError as error:

@@ -55,7 +55,7 @@ class StopRequests:
             self._save = self._save or why
 
     def take_save(self) -> str | None:
-        """The reason to save now, if one has arrived since the last call."""
+        """The reason to save now, if a request to save has arrived since the last call."""
         with self._lock:
             why, self._save = self._save, None
             return why
@@ -96,7 +96,8 @@ class SpotWatch:
             except Unavailable as error:
                 failures += 1
                 if failures == GIVE_UP_AFTER:
-                    # This is normal if the provider is unknown. In a container on AWS, the hop limit may be the cause.
+                    # If the provider is unknown, it is normal that no source answers. In a container on AWS, the cause
+                    # may be the hop limit.
                     log.log(
                         logging.WARNING if self._is_known else logging.DEBUG,
                         "cannot read spot notices: %s; if this lasts, give the container the host's network, "

@@ -59,7 +59,7 @@ log = logging.getLogger("train")
 
 MEET_SECONDS = 60.0
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-# cuBLAS computes the same bits each time with either of these values. The first one is faster and takes 32 MB.
+# With either of these values, cuBLAS computes the same bits each time. The first value is faster and takes 32 MB.
 EXACT_WORKSPACES = (":4096:8", ":16:8")
 
 StageClass = Callable[[TrainingConfig, Ranks], Stage]
@@ -70,7 +70,9 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
 
     `fetched` is the early fetch of the newest checkpoint, which began before torch was imported.
     """
-    stop.listen()  # the main programs have already called it
+    # The main programs have called this function already; the call is for other callers, and a second call does
+    # nothing.
+    stop.listen()
     ranks = None
     try:
         ranks = process_group.start(settings.train.device)
@@ -84,7 +86,7 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
             return FAILED
         error = determinism_refusal(error) or error
         if ranks and isinstance(error, LauncherError) and not process_group.is_first_to_say(str(error), ranks):
-            # An earlier end would let torchrun kill the rank that reports the error.
+            # Wait here: if this rank ended sooner, torchrun could kill the rank that still has to report the error.
             time.sleep(process_group.SAYING_SECONDS)
             return FAILED
         raise error
@@ -118,7 +120,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     saver = reporter = annealer = None
     try:
         spent = on_main(lambda: _spent(segment, settings), ranks)
-        if spent:  # earlier segments have spent the cap: end before this machine costs more
+        if spent:  # earlier segments have spent the cap, so this segment ends before its machine costs more
             saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
             return _leave_together(_close(stage, segment, saved, StopRequest("cap", spent)), ranks)
 
@@ -192,7 +194,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
         return code
     except BaseException as error:
         if saver:
-            saver.wait()  # a checkpoint in flight can still be completed
+            saver.wait()  # wait, because a checkpoint in flight can still be completed
         ended = "preempted" if stop.is_certain() else "failed"
         segment.close("interrupted" if isinstance(error, KeyboardInterrupt) else ended, None, error=one_line(error))
         raise
@@ -207,7 +209,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
 
 
 def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
-    """Rank 0 opens the run and its next segment; other ranks get a log that writes nothing.
+    """Rank 0 opens the run and its next segment. Other ranks get a log that writes nothing.
 
     Raises RunError or ConfigError on rank 0, PeerFailed on the others.
     """
@@ -328,7 +330,7 @@ def _close_unsaved(segment: SegmentLog, requests: StopRequests) -> None:
 
 
 def _leave_together(code: int, ranks: Ranks) -> int:
-    """Report the exit code and wait for the other ranks: torchrun kills them 30 s after the first one has failed."""
+    """Report the exit code and wait for the other ranks. torchrun would kill them 30 s after this rank has failed."""
     _tell(code, ranks)
     if code != OK:
         process_group.meet(ranks, "left", MEET_SECONDS)
@@ -367,7 +369,8 @@ def set_up_determinism(train: TrainLoopConfig, device: torch.device, environment
             "train.deterministic=false"
         )
     torch.use_deterministic_algorithms(True)
-    # Filling new tensors would cost bandwidth, and no tensor is read here before it is written.
+    # In deterministic mode torch would fill new tensors. This costs memory bandwidth and is not needed: no tensor is
+    # read here before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 

@@ -21,21 +21,25 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 NOT_DETERMINISTIC = ("cudnn",)
-# Compute capability → kernels, the fastest first, from a record in bench/results. Nothing was measured on a GPU yet.
+# For each compute capability, the kernels of a record in bench/results, the fastest first. Nothing was measured on a
+# GPU yet.
 MEASURED: Mapping[tuple[int, int], tuple[str, ...]] = {}
 
-_for_good = contextlib.ExitStack()  # torch restores its order when this is closed, so it stays open
+_for_good = contextlib.ExitStack()  # never closed, because torch would then restore its own order of kernels
 
 
 def order(name: str, capability: tuple[int, int], deterministic: bool) -> tuple[str, ...]:
-    """The kernels to choose from, the best first; empty for torch's own order."""
+    """The kernels to choose from, the best first. The result is empty if torch's own order is to be used."""
     if name != "auto":
         return (name,)
     return tuple(each for each in MEASURED.get(capability, ()) if not (deterministic and each in NOT_DETERMINISTIC))
 
 
 def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
-    """Restrict this process to a kernel, or to the measured ones. Raises ConfigError if the kernel is not installed."""
+    """Restrict this process to the kernel `name`, or to the measured kernels.
+
+    Raises ConfigError if the kernel is not installed.
+    """
     if device.type != "cuda":
         return
     chosen = order(name, torch.cuda.get_device_capability(device), deterministic)
@@ -43,8 +47,8 @@ def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
         return
     if "flash3" in chosen:
         _activate_flash3()
-    # With auto, plain products compute the cases that no fused kernel supports. With a named kernel, torch raises an
-    # error in such a case.
+    # No fused kernel may support a case. If the setting is auto, plain products then compute it. If the setting names a
+    # kernel, torch raises an error.
     backends = [BACKENDS[each] for each in chosen] + ([SDPBackend.MATH] if name == "auto" else [])
     _for_good.enter_context(attention.sdpa_kernel(backends, set_priority=True))
 

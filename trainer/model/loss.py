@@ -18,12 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from core.data.vocabulary import GPT2_VOCAB_SIZE
 
-# With GPT-2's vocabulary, a chunk's float32 logits take 26 MB on a CPU and fit its cache. On a GPU, which needs larger
-# products, they take 800 MB.
+# Rows of a chunk. With GPT-2's vocabulary, the float32 logits of a chunk take 26 MB on a CPU, which fits the CPU's
+# cache. A GPU needs larger products, so there they take 800 MB.
 CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
-# Whether a GPU's matrix product adds the output layer's gradient to the sum over chunks. Otherwise each product is
-# rounded to bfloat16, stored, and added to the sum in another pass (bench.gpu.toggles).
+# Whether the matrix product for the output layer's gradient adds its result directly to the sum over chunks, on a GPU.
+# If not, each product is rounded to bfloat16, stored, and added to the sum in another pass. bench.gpu.toggles measures
+# the difference.
 SUM_IN_FLOAT32 = True
 
 
@@ -45,8 +46,8 @@ def chunked_cross_entropy(
     Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the
     logits, which a GPU's memory bandwidth limits, into fewer kernels. The logits then stay in the format of the
     product, without a float32 copy. With a `share` the backward pass gives the gradient of share times the loss and
-    ignores the incoming gradient. The factor is applied as each chunk's gradients are computed, which saves a second
-    pass over them.
+    ignores the incoming gradient. The factor is applied while the gradients of each chunk are computed. This saves a
+    second pass over the gradients.
     """
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused, share)
 
@@ -60,8 +61,11 @@ def with_share(loss: torch.Tensor, share: float) -> torch.Tensor:
 def token_scores(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each row in nats, float32 (N,), 0 where the target is below 0; whether each target is the
-    likeliest token, bool (N,)."""
+    """Two results.
+
+    The first is the cross-entropy of each row in nats, float32 (N,); it is 0 where the target is below 0. The second
+    says whether each target is the likeliest token, bool (N,).
+    """
     losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=x_ND.device)
     likeliest_N = torch.zeros(len(targets_N), dtype=torch.bool, device=x_ND.device)
     dtype = _product_dtype(x_ND)
@@ -71,7 +75,7 @@ def token_scores(
             logits_CV = x_ND[chunk].to(dtype) @ w_VD.T
             targets_C = targets_N[chunk].long()
             losses_N[chunk] = _losses(logits_CV, targets_C, softcap)
-            # On a CPU this takes a third of the time of argmax.
+            # On a CPU, this comparison takes a third of the time of argmax.
             likeliest_N[chunk] = logits_CV.gather(1, targets_C.clamp(min=0)[:, None])[:, 0] == logits_CV.amax(1)
     return losses_N, likeliest_N
 

@@ -1,7 +1,8 @@
 """Chooses the number format of the matrix products in forward and backward passes. Weights stay in float32.
 
-bf16 is autocast (Micikevicius et al. 2018, mixed precision); fp8 is torchao's conversion of the blocks' linear layers
-(Micikevicius et al. 2022, "FP8 formats for deep learning": e4m3 forward, e5m2 for gradients, scaled per tensor).
+bf16 uses autocast (Micikevicius et al. 2018, mixed precision). fp8 uses torchao's conversion of the blocks' linear
+layers (Micikevicius et al. 2022, "FP8 formats for deep learning"): e4m3 in the forward pass, e5m2 for gradients, and a
+scale per tensor.
 """
 
 import contextlib

@@ -19,10 +19,10 @@ def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """The learning rate at optimizer step `step` (1 to `steps`), as a share of the peak rate.
 
     The rate rises linearly during the warm-up, stays at its peak, and falls to `min_lr_ratio` over the last
-    `cooldown_fraction` of the steps. The cosine schedule reaches this end at the last step (Loshchilov & Hutter 2017).
-    With a fraction of 1 it is the schedule of Brown et al. 2020, appendix B. The linear schedule would reach the end
-    one step after the last. It has the phases warm-up, stable and decay (Hu et al. 2024, "MiniCPM", section 4; Hägele
-    et al. 2024). Schedule wsd stays at the peak, and its cooldown is in the run's course.
+    `cooldown_fraction` of the steps. The cosine schedule (Loshchilov & Hutter 2017) reaches `min_lr_ratio` at the last
+    step. With a fraction of 1 it is the schedule of Brown et al. 2020, appendix B. The linear schedule has the phases
+    warm-up, stable and decay (Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024). It would reach `min_lr_ratio`
+    one step after the last step. Schedule wsd stays at the peak, and its cooldown is in the run's course.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -33,7 +33,8 @@ def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     if config.schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * min(1.0, fallen / max(1, steps - begin))))
     else:
-        left = 1 - fallen / (steps - begin + 1)  # above 0 at the last step, which a rate of 0 would waste
+        # This is above 0 at the last step, because a rate of 0 would waste that step.
+        left = 1 - fallen / (steps - begin + 1)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
 
 
@@ -79,8 +80,8 @@ class Schedule:
     def wanted(self, step: int) -> int:
         """The length of a cooldown that begins after `step`: a fixed share of all steps, including the cooldown.
 
-        After a second warm-up, the cooldown is at most as long as the steps since, so that the rate rises before it
-        falls.
+        After a second warm-up, the cooldown is at most as long as the steps since the warm-up began, so that the rate
+        rises before it falls.
         """
         share = math.ceil(self._fraction / (1 - self._fraction) * step - 1e-9)
         return max(1, min(share, step - self._since) if self._since else share)
@@ -111,7 +112,7 @@ class Schedule:
     def _add_cooldown(self, change: Change) -> None:
         """The rate falls from the rate of the trunk.
 
-        A re-plan keeps the progress so far and spreads the rest over its steps.
+        A re-planned cooldown keeps its progress so far. The rest of the fall is spread over the new number of steps.
         """
         before = self.cooldown
         begins = before.step if before else change.step

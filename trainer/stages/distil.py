@@ -58,7 +58,8 @@ class Distillation(nn.Module):
         self.share = share
         self.temperature = temperature
         self.kl_weight = kl_weight
-        self._teacher = [teacher]  # nn.Module does not register a teacher in a list, so DDP ignores it
+        # In a list, because nn.Module does not register modules in lists, so DDP ignores the teacher.
+        self._teacher = [teacher]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         divergence, cross_entropy = self.parts(tokens, self.temperature)
@@ -66,7 +67,7 @@ class Distillation(nn.Module):
         return with_share(loss, self.share)
 
     def parts(self, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
-        """(2,): divergence and cross-entropy of a (B, T + 1) micro-batch."""
+        """A tensor (2,) with the divergence and the cross-entropy of a (B, T + 1) micro-batch."""
         (teacher,) = self._teacher
         inputs_BT = tokens[:, :-1]
         return divergence_and_cross_entropy(
@@ -94,7 +95,7 @@ class Distil(Pretrain):
         super().__init__(dataclasses.replace(settings, teacher=TeacherConfig(teacher)), ranks)
         if self.settings.start.weights:
             on_main(functools.partial(_check_same_model, self.settings), ranks)
-        self._opened: TrainedModel | None = None  # the starting model on rank 0, until `fill` has copied it
+        self._opened: TrainedModel | None = None  # on rank 0: the starting model, until `fill` has copied its weights
         self.teacher = open_teacher(teacher, self.encoding, ranks.device)
         if self.teacher.context < self.context:
             raise ConfigError(

@@ -154,7 +154,7 @@ class Dpo(Tuning):
             return answer_log_probs(model, tokens_BT, targets_BT).view(-1, 2)
 
     def _groups(self, count: int) -> list[np.ndarray]:
-        """The numbers of the pairs of each forward pass outside of training."""
+        """The numbers of the pairs, grouped by forward pass. It is used for passes outside of training."""
         size = self.settings.batch.micro_batch_size // 2
         return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 

@@ -159,7 +159,7 @@ def default_cache_folder() -> Path:
 def check_shards(data_url: str, data: Manifest) -> None:
     """Raises DataError unless all shards are stored with the sizes in the manifest.
 
-    Does nothing if the store can be read but not listed.
+    If the store can be read but not listed, the shards are not checked.
     """
     shards = {storage.join(data_url, shard.name): shard for split in data.splits.values() for shard in split.shards}
     try:

@@ -32,9 +32,10 @@ from trainer.weights.open import look_up
 
 
 class MicroBatches(Protocol):
-    """Yields this rank's micro-batches without end; each is the one argument of the objective.
+    """Yields this rank's micro-batches without end; each micro-batch is the only argument of the objective.
 
-    `next` raises LauncherError for data that cannot be read. If `is_leaving()`, it raises Abandoned instead of waiting.
+    `next` raises LauncherError for data that cannot be read. If `is_leaving()` is true, `next` raises Abandoned and
+    does not wait.
     """
 
     numbers: list[int]  # the numbers of this rank's micro-batches within a step
@@ -121,10 +122,16 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def fill(self, model: GPT, restored: Restored | None) -> None:
-        """Set the weights that no checkpoint of this run has restored: all weights in its first segment."""
+        """Set the weights that were not restored from a checkpoint of this run.
+
+        In the first segment, these are all weights.
+        """
 
     def describe(self, model: GPT) -> str:
-        """The chosen settings, and the numbers that follow from all of them, for the log."""
+        """A text for the log.
+
+        It holds the settings that differ from their defaults, and numbers that follow from the settings.
+        """
         settings = loader.describe(self.settings, f"all: {RunFolder(self.settings.run.url).description}")
         return "\n".join([settings, *self.describe_data(model), *self._batch_and_length()])
 
@@ -157,7 +164,7 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def objective(self, model: GPT, share: float) -> nn.Module:
-        """A module whose forward(micro_batch) is the loss, to be averaged over a step's micro-batches.
+        """A module whose forward(micro_batch) is the loss of a micro-batch. The loss of a step is the mean of these.
 
         Its backward pass gives the gradient of `share` times the loss.
         """
@@ -215,8 +222,8 @@ def stored_config(run_url: str) -> Mapping[str, Any] | None:
 def lasting_name(given: str, run_url: str, section: str) -> str:
     """On rank 0: a name for the model `given` that refers to the same weights in every segment of a run.
 
-    The first segment stores this name in `section` of its config. Later segments use it again, even if the run that
-    `given` names has newer checkpoints by then.
+    The first segment stores this name in `section` of its config. Later segments use the stored name, even if the run
+    that `given` names has newer checkpoints by then.
     """
     if not public.is_public(given) and storage.is_local(given):
         given = str(storage.local_path(given).resolve())

@@ -99,9 +99,9 @@ class Tuning(Stage):
         return _vocabulary(self.start.where, self.settings.data.url)
 
     def check_stored(self) -> None:
-        """The starting weights are opened here, before anything is written, because they may be damaged.
+        """The starting weights may be damaged, so they are opened here, before anything is written.
 
-        `fill` uses them.
+        `fill` copies them later.
         """
         if self.settings.lora.rank or not layout.complete_steps(self.settings.run.url):
             self._opened = open_weights(self.start.where, self.ranks.device)
@@ -131,7 +131,7 @@ class Tuning(Stage):
     def _take_start(self, model: GPT, restored: Restored | None) -> str:
         """On rank 0: copy all weights except adapters from the starting model.
 
-        Returns their checksum if there are adapters.
+        If there are adapters, returns the checksum of these weights.
         """
         start, self._opened = self._opened or open_weights(self.start.where, self.ranks.device), None
         weights = dict(start.model.named_parameters())

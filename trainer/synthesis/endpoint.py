@@ -1,7 +1,7 @@
 """Calls an OpenAI-compatible chat endpoint within a budget, and turns its failures into exceptions by their cause.
 
-The key from OPENAI_API_KEY goes into the Authorization header only. Without a key, the client sends none, as a local
-server expects.
+The key from OPENAI_API_KEY goes into the Authorization header only. If there is no key, the client sends no such
+header. Local servers need none.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ Messages = Sequence[dict[str, str]]
 class Reply:
     """An answer. `finish` is the endpoint's reason: stop, length, content_filter, ...
 
-    The numbers of tokens are None if the endpoint does not report them. `usd` is then the most that the call can cost.
+    If the endpoint does not report the numbers of tokens, they are None, and `usd` is the most that the call can cost.
     """
 
     text: str
@@ -182,7 +182,10 @@ class EndpointClient:
         raise ConfigError(f"{url}: {said}; {remedy}")
 
     def _remedy(self, refusal: refusals.Refusal) -> str:
-        """Advice on a refused setting, for a message. A setting that defines the run needs another run to change it."""
+        """Advice on a refused setting, for a message.
+
+        If the setting defines the run, another value of it needs another run.
+        """
         name, made = refusal.parameter, self._synthesis
         if name in ("temperature", "top_p"):
             value = getattr(made, name)
@@ -243,7 +246,7 @@ async def _content(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds to wait. The header has seconds or a date (RFC 9110, section 10.2.3)."""
+    """Seconds to wait, from the header Retry-After. It holds seconds or a date (RFC 9110, section 10.2.3)."""
     if not text:
         return None
     try:

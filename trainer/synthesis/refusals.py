@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from core import secrets
 
-# again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters are refused. setting: a
-# parameter is refused that every call has. credit: the account is empty. key, address: OPENAI_API_KEY or endpoint.url.
+# The kinds of refusals. again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters
+# are refused. setting: a parameter is refused that every call has. credit: the account is empty. key, address:
+# OPENAI_API_KEY or endpoint.url.
 Kind = Literal["again", "prompt", "unclear", "setting", "credit", "key", "address"]
 
 _RETRIED = (408, 409, 425, 429)
@@ -114,7 +115,10 @@ def _is_moderation(body: _Body) -> bool:
 
 
 def _parameter(body: _Body, sent: Mapping[str, Any]) -> str:
-    """The parameter of our call that the endpoint names in its error; empty if it names none."""
+    """The parameter of our call that the endpoint names in its error.
+
+    It is empty if the endpoint names no parameter.
+    """
     for named in body.parameters:
         if named in sent and named != "messages":
             return named

@@ -42,7 +42,10 @@ class Facts:
 
 
 def gather(trained: TrainedModel, evaluations: Sequence[Mapping[str, Any]]) -> Facts:
-    """Reads the run's metrics, data manifest and ledger. A model without a run has no facts but its `evaluations`."""
+    """Reads the run's metrics, data manifest and ledger.
+
+    If the model has no run, its `evaluations` are the only facts.
+    """
     facts = Facts(evaluations=evaluations)
     if not trained.run_url:
         return facts
@@ -185,7 +188,7 @@ def _cost(trained: TrainedModel, facts: Facts) -> str:
 
 
 def thinned(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` evenly spaced values, including the last one."""
+    """At most `count` of the values, evenly spaced. The last value is always among them."""
     if len(values) <= count:
         return list(values)
     return [values[(index + 1) * len(values) // count - 1] for index in range(count)]

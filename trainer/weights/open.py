@@ -95,7 +95,10 @@ def vocabulary_at(name: str, homes: Sequence[str | None], folder: str | None = N
 
 
 def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
-    """(name, state) of a model. The name refers to the same weights forever: a run's newest checkpoint, not the run."""
+    """The pair (name, state) of a model.
+
+    The name refers to the same weights forever: for a run, it is the name of its newest checkpoint.
+    """
     public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):
         return where, {"config": {"model": to_dict(public.read_config(public.resolve(where))[1])}}
