@@ -55,7 +55,7 @@ def lambda_api(monkeypatch, tmp_path):
 
     Handler.asked, Handler.instances, Handler.terminated = [], [], []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(lambda_labs, "API", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(lambda_labs, "KEYS", tmp_path / "lambda_keys")
     yield Handler

@@ -216,8 +216,11 @@ def test_without_a_terminal_nothing_is_ended_unasked(sky):
 
 
 def test_what_it_cost_is_said_at_the_end(sky, cloud, capsys, tmp_path):
-    envs = f"envs: {{BUCKET: {tmp_path}, RUN: first}}\n"
-    mine = cluster("pretrain-8xa100", last_creation_yaml=envs)
+    envs, command = (
+        "envs: {BUCKET: null, RUN: gpt2-124m}\n",
+        f"sky launch --env BUCKET={tmp_path} --env RUN=first x.yaml",
+    )
+    mine = cluster("pretrain-8xa100", last_creation_yaml=envs, last_creation_command=command)
     records = [{"cluster_hash": "hash-pretrain-8xa100", "total_cost": 3.204, "duration": 720}, {"cluster_hash": "x"}]
     sky(**{"jobs queue": NO_CONTROLLER, "status": said(mine), "cost-report": said(*records)})
     assert down.main(["--down"]) == 0

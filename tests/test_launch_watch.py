@@ -49,7 +49,7 @@ def test_while_skypilot_cannot_be_asked_the_watch_ends_nothing(cloud, missing):
     cloud.has("a", mine=True, cluster=f"one-{USER}")
     watch = Watch(600.0)
     lines = [line for now in (0.0, 700.0, 1400.0) for line in watch.step(watched(cloud, **missing), now)]
-    assert lines == ["SkyPilot could not be asked, so that nothing is ended; `make down` ends what is yours"]
+    assert lines == ["SkyPilot did not answer, so nothing is ended now; `make down` ends your machines"]
     assert cloud.ended == []
 
 

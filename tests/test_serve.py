@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import openai
 import pytest
 import torch
 
@@ -25,10 +24,13 @@ from core.settings.inference import Sampling
 from costs.discover import find_runs
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
+from tests.later import Later
 from tests.patience import PATIENCE_SECONDS
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.worker import Failed, Worker
+
+openai = Later("openai")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,8 @@ def guarded(folder, vocab_bpe) -> Iterator[str]:
 
 
 @pytest.fixture
-def client(url) -> openai.OpenAI:
+def client(url):
+    """OpenAI's."""
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 

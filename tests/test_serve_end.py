@@ -31,13 +31,13 @@ class Spent:
         return self.at
 
     def describe(self) -> str:
-        return "$4.99 of $5 spent"
+        return "at most $4.99 of $5 spent"
 
 
 @pytest.mark.parametrize(
     ("idle", "cap_at", "minutes", "code", "why"),
     [
-        (0.0, 0.0, 0.0, CAPPED, "$4.99 of $5 spent; serve on with a larger max_usd"),
+        (0.0, 0.0, 0.0, CAPPED, "at most $4.99 of $5 spent; serve on with a larger max_usd"),
         (61.0, math.inf, 1.0, 0, "1 minutes without a request"),
     ],
 )
