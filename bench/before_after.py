@@ -49,7 +49,7 @@ def main() -> None:
         for name in names:
             try:
                 runs = _both(name, MEASUREMENTS[name](Path(folder)), options.before, options.rounds)
-            except SystemExit as error:  # the other measurements still run
+            except SystemExit as error:  # if a measurement fails, the other measurements still run
                 results["failed"][name] = str(error)
                 print(error, file=sys.stderr)
                 continue

@@ -38,14 +38,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="existing folder for task files")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to which finished cases are added")
-    parser.add_argument("--only", nargs="*", choices=CASES, help="measure only these cases")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), help="measure only these cases")
+    parser.add_argument(
+        "--runs",
+        nargs="*",
+        metavar="RUN=CLUSTER",
+        default=[],
+        help="also compare these finished runs of other programs",
+    )
     options = parser.parse_args()
     record = json.loads(options.out.read_text()) if options.out.exists() else {**harness.header(), "cases": {}}
     lab, keep = Lab(options.scratch.resolve()), threading.Lock()
 
+    others = dict(each.split("=") for each in options.runs)
+
     def run(name: str) -> None:
         try:
-            found = CASES[name](lab)
+            found = compared(lab, others[name], name) if name in others else CASES[name](lab)
         except (AssertionError, subprocess.SubprocessError, KeyError, ValueError) as error:
             found = {"error": f"{type(error).__name__}: {str(error)[-500:]}"}
             print(f"{name}: {found['error']}", flush=True)
@@ -55,7 +64,8 @@ def main() -> None:
             options.out.write_text(json.dumps(record, indent=1) + "\n")
             print(f"{name}: {json.dumps(found)}", flush=True)
 
-    threads = [threading.Thread(target=run, args=(n,)) for n in options.only or CASES if n not in record["cases"]]
+    wanted = [name for name in (*options.only, *others) if name not in record["cases"]]
+    threads = [threading.Thread(target=run, args=(name,)) for name in wanted]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -68,7 +78,7 @@ def show(record: dict[str, Any]) -> None:
     rows = []
     for name, case in record["cases"].items():
         usd = [f"{case[key]:.4f}" for key in ("charged_usd", "report_usd", "report_usd_most")]
-        rows.append((name, case["machines"], *usd, f"{case['difference_percent']:+.2f}", case["holds"]))
+        rows.append((name, str(case["machines"]), *usd, f"{case['difference_percent']:+.2f}", str(case["holds"])))
     harness.print_table("the report and the bill", heads, rows)
 
 

@@ -109,7 +109,7 @@ def _iso_flop_shape() -> float:
     compute = [math.log(float(each["name"].removeprefix(ISO_FLOP))) for each in minima]
     by_size, by_tokens = (
         np.polyfit(compute, [math.log(float(each[column])) for each in minima], 1)[0]
-        for column in ("params_nonembed", "tokens")  # these curves count the output layer
+        for column in ("params_nonembed", "tokens")  # N in these curves includes the output layer
     )
     return float(math.log(by_size / by_tokens))
 

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=25.0, help="start no new cell after this many minutes")
     parser.add_argument("--only", type=int, nargs="*", help="measure only the cells with these numbers")
     options = parser.parse_args()
-    # A shell in the background ignores SIGINT, and the launchers would inherit this.
+    # A shell starts background processes with SIGINT ignored, and the launchers would inherit this setting.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     record = json.loads(options.out.read_text()) if options.out.exists() else {**header(), "cells": []}
     done = {each["number"] for each in record["cells"]}

@@ -8,9 +8,9 @@ machine, which the server shares. --kind=csv stores CSV files, which `ours` also
 map). The server's data is in --store. A folder in memory is fast enough for the fastest side; a small disk may not be.
 The table shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set
 size). On a shared machine, compare the CPU seconds of the sides. The server's CPU seconds are listed separately,
-because with a remote store they would not be spent on this machine. With --where=folder no server runs, and parquet and
-shards are in a folder of --store. The side `read` is our reader alone. It is the upper bound of the speed.
-bench/corpus.py describes the text.
+because with a remote store they would not be spent on this machine. If --where=folder is given, no server runs, and
+parquet files and shards are in a folder of --store. The side `read` is our reader alone. It is the upper bound of the
+speed. bench/corpus.py describes the text.
 """
 
 import argparse

@@ -7,10 +7,11 @@ equal those of the preset. Bytes depend on the width, and the bytes of the passe
 ranks are one process whose collectives move nothing. An operation is one call of a kernel. Views and allocations do not
 count. An operation over a list of tensors counts once, although a GPU needs a launch for about every 20 million numbers
 of the list. `moved` adds the sizes of all tensors that operations read and write. `reads` counts the places where the
-host reads a value of a tensor, for which it waits on a GPU. `late` counts reads of values of the previous step, which
-has ended by then. The numbers are those of the last rank. The work is divided by size, so ranks that own rows of the
-embeddings get fewer of Muon's matrices; the last rank owns no such rows. `--before` names a checkout of another commit.
-In commits before Muon's batches, AdamW was fused on a GPU only, and on a CPU it read its own step counters.
+host reads a value of a tensor. On a GPU, the host would wait at each of these places. `late` counts reads of values of
+the previous step, which has ended by then. The numbers are those of the last rank. The work is divided by size, so
+ranks that own rows of the embeddings get fewer of Muon's matrices; the last rank owns no such rows. `--before` names a
+checkout of another commit. In commits before Muon's batches, AdamW was fused on a GPU only. On a CPU, it read its step
+counters, which are tensors; these reads are in the counts.
 """
 
 import argparse

@@ -76,7 +76,7 @@ def ours(settings: PretrainConfig, device: torch.device, accumulation: int) -> S
 
 
 def plain(settings: PretrainConfig, device: torch.device, accumulation: int, compiled: bool = False) -> Side:
-    """The same model as teaching code trains it: complete logits, F.cross_entropy, torch's AdamW."""
+    """Trains the same model in the way of teaching code: with complete logits, F.cross_entropy and torch's AdamW."""
     model = GPT(settings.model)
     model.initialise(1)
     model.to(device)

@@ -3,7 +3,7 @@
     python -m bench.tokens FOLDER --tokens=8388608 [--text=FILE]
 
 A model can learn the generated ids: each id is followed by one of four other ids, most often by the first of the four.
-With `--text` the ids are the bytes of a file instead. Documents begin with the end-of-text token, as data_prep writes
+If `--text` is given, the ids are the bytes of a file. Documents begin with the end-of-text token, as data_prep writes
 them. The dataset has no vocabulary file, so that text can be neither encoded nor sampled.
 """
 

@@ -270,7 +270,7 @@ def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> l
 
 
 def current_spot_price(zone: str, instance_type: str, region: str) -> float | None:
-    """The current spot price; None if this machine's role may not ask for it (ec2:DescribeSpotPriceHistory)."""
+    """The current spot price, or None if this machine's role may not ask for it (ec2:DescribeSpotPriceHistory)."""
     now = time.time()
     try:
         return max(spot_prices(zone, instance_type, region, now, now), default=(0.0, None))[1]

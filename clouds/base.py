@@ -117,7 +117,7 @@ class Leftover:
     """A machine or volume that is running, or may still be billed.
 
     `cluster` is the name of its SkyPilot cluster on the cloud. `mine` means that this user started it for this project,
-    `labelled` that it has this project's label. `end` ends it without SkyPilot; None if only SkyPilot can end it.
+    `labelled` that it has this project's label. `end` ends it without SkyPilot, or None if only SkyPilot can end it.
     """
 
     what: str

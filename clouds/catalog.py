@@ -24,7 +24,8 @@ FOLDER = Path(__file__).parent / "catalog"
 SOURCE = FOLDER / "source.txt"
 _ORIGINS = ", ".join(SOURCE.read_text(encoding="utf-8").splitlines())
 SNAPSHOT = f"price snapshot of SkyPilot's catalog ({_ORIGINS}), not today's prices"
-# AWS Local Zones (such as use1-atl2-az1) are left out: they need an opt-in, and SkyPilot does not launch there.
+# AWS Local Zones (such as use1-atl2-az1) are left out: an account must opt in to use them, and SkyPilot does not launch
+# machines there.
 _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 
@@ -49,7 +50,7 @@ class Catalog:
     fetched: Mapping[str, date] = field(default_factory=dict)
 
     def price_date(self, offer: Offer, spot: bool) -> date | None:
-        """The day on which a price was last seen at the provider; None if that day is not known."""
+        """The day on which a price was last seen at the provider, or None if that day is not known."""
         if offer.cloud in self.fetched:
             return self.fetched[offer.cloud]
         usd = offer.usd_spot if spot else offer.usd_on_demand

@@ -51,7 +51,10 @@ def job_queue() -> list[Mapping[str, Any]]:
 
 
 def answer_here(clusters: Sequence[str]) -> int:
-    """Print the records of these clusters as JSON or, without names, the managed jobs. Returns an exit code."""
+    """Print the records of these clusters as JSON. If no cluster is named, print the managed jobs.
+
+    Returns an exit code.
+    """
     try:
         print(json.dumps(_ask(tuple(clusters) or None)))
     except Unavailable as error:
@@ -77,7 +80,7 @@ def _answer(clusters: tuple[str, ...] | None) -> tuple[dict[str, Any], str]:
 
 
 def _other_python() -> str | None:
-    """The Python of an environment with SkyPilot; None if none is found."""
+    """The Python of an environment with SkyPilot, or None if none is found."""
     places = [REPOSITORY / ".venv-launch" / "bin"]
     if sky := shutil.which("sky"):
         places.append(Path(sky).resolve().parent)

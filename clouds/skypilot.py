@@ -36,8 +36,8 @@ from core.task import TaskSpec
 LIST_SECONDS = 300.0
 # SkyPilot 0.14.1 prints this, with exit code 1, if its jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
-# Without this option, a node on Lambda gets ~/.aws/credentials. If the task has a candidate on AWS, the option would
-# take the role from that candidate's nodes.
+# If this option is not given, a node on Lambda gets ~/.aws/credentials. The option is not given if the task has a
+# candidate on AWS, because nodes on AWS would then lose their role.
 KEEP_AWS_FILES = ("--config", "aws.remote_identity=NO_UPLOAD")
 USER_HASH = Path("~/.sky/user_hash")
 # Beginnings of the final statuses of a managed job; several begin with FAILED (sky/jobs/state.py of SkyPilot).

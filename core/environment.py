@@ -89,7 +89,10 @@ def _check_whose_keys(dotenv: Path, found: Mapping[str, str]) -> None:
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
-    """The variables of a .env file, as python-dotenv reads them. Without a file there are none. Raises ConfigError."""
+    """The variables of a .env file, as python-dotenv reads them. If there is no file, the result is empty.
+
+    Raises ConfigError.
+    """
     try:
         # utf-8-sig: some editors begin a file with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
@@ -113,7 +116,10 @@ def read_dotenv(path: Path) -> dict[str, str]:
 
 
 def positive(environment: Mapping[str, str], name: str) -> float | None:
-    """The number in a variable; None if the variable is empty. Raises ConfigError unless the number is above zero."""
+    """The number in a variable, or None if the variable is empty.
+
+    Raises ConfigError unless the number is above zero.
+    """
     text = environment.get(name)
     if not text:
         return None

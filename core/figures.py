@@ -15,9 +15,9 @@ def places_for(total: float) -> int:
 def apportion(amounts: Sequence[float | None], places: int, total: float | None = None) -> list[float | None]:
     """Round each amount to `places` so that they add up to the rounded total (largest remainder method).
 
-    `total` is the sum that another table prints for these amounts. Without it, the amounts are added here; a different
-    order of additions could give a slightly different sum. An unknown amount is None and stays None. If two remainders
-    are equal, the earlier amount is rounded up.
+    `total` is the sum that another table prints for these amounts. If `total` is not given, the amounts are added here.
+    This sum could differ slightly from that of the other table, because the order of additions may be different. An
+    unknown amount is None and stays None. If two remainders are equal, the earlier amount is rounded up.
     """
     unit = Decimal(1).scaleb(-places)
     exact = {index: Decimal(amount) for index, amount in enumerate(amounts) if amount is not None}

@@ -26,7 +26,8 @@ _NO_HARD_LINKS = _UNSUPPORTED | {errno.EMLINK}
 def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterator[BinaryIO]:
     """Yield a temporary file beside `path`. After the block, unless it failed, flush the file and rename it to `path`.
 
-    With `exclusive`, raises FileExistsError if `path` exists. Raises StorageError if the folder is a dangling link.
+    If `exclusive` is true and `path` exists, raises FileExistsError. Raises StorageError if the folder is a dangling
+    link.
     """
     _check_link(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 
 
 def link_to_nothing(path: Path) -> Path | None:
-    """The dangling link that makes `path` unreachable; None if there is no such link.
+    """The dangling link that makes `path` unreachable, or None if there is no such link.
 
     It is `path` or the nearest folder above `path` that exists as an entry.
     """

@@ -18,7 +18,7 @@ import sys
 
 SIMPLER = {"–": "-", "—": "-", "→": "->", "…": "...", "×": "x", "·": "*", "≤": "<=", "≥": ">=", "≈": "~", "−": "-"}
 SIMPLER |= {"“": '"', "”": '"', "‘": "'", "’": "'", "✓": "ok", "✗": "x", "\u00a0": " ", "\u202f": " ", "\u2009": " "}
-# A spreadsheet runs a text as a formula if it starts with one of these.
+# If a text starts with one of these characters, a spreadsheet runs the text as a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # Control characters of a terminal, and characters that reverse or hide the following text, without line ends and tabs.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")

@@ -39,7 +39,7 @@ UNCERTAIN_SECONDS = 20.0
 # Time limit for closing logs and ledger at the end.
 CLOSE_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-WAKE = 0  # written to the pipe to wake the thread; no signal has this number
+WAKE = 0  # a byte that wakes the thread when it is written to the pipe; it is no signal's number
 
 
 class _State:

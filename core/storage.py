@@ -324,7 +324,7 @@ def pinned(uri: str) -> str:
 
 
 def link_to_nothing(uri: str) -> str | None:
-    """The target of a dangling local link; None for everything else, including a missing object."""
+    """The target of a dangling local link, or None for everything else, including a missing object."""
     if not is_local(uri):
         return None
     path = local_path(uri)

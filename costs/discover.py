@@ -140,5 +140,5 @@ def _data_bytes(run: Run) -> int | None:
 
 
 def rates_for(url: str) -> StorageRates | None:
-    """Rates of the store behind a URL; None if they are unknown."""
+    """Rates of the store behind a URL, or None if they are unknown."""
     return RATES.get(storage.terms_of(url).service)

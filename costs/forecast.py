@@ -170,13 +170,13 @@ def is_timed(stage: str | None) -> bool:
 
 
 def _flops_per_token(workload: Workload) -> float | None:
-    """FLOPs of a training step per token, including the forward pass of a teacher; None without a model."""
+    """FLOPs of a training step per token, including the forward pass of a teacher. None if no model is known."""
     teacher = flops_per_token(workload.teacher) / EVAL_SPEEDUP if workload.teacher else 0.0
     return flops_per_token(workload.model) + teacher if workload.model else None
 
 
 def _tokens(workload: Workload, assume: Assumptions) -> float | None:
-    """The number of tokens in the settings; None if it is unknown."""
+    """The number of tokens in the settings, or None if it is unknown."""
     settings = workload.config
     if isinstance(settings, PrepConfig):
         return float(settings.data.train_tokens) or _tokens_of_source(settings.source.place)

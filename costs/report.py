@@ -105,7 +105,8 @@ class CostReport:
         return all(line.complete for line in self.phases)
 
 
-# Dollars per hour on demand, by cloud, region and instance type; None if unknown.
+# A function that returns dollars per hour on demand, by cloud, region and instance type. It returns None if the price
+# is unknown.
 OnDemand = Callable[[str, str, str], float | None]
 
 

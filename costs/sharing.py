@@ -38,7 +38,7 @@ class Shares:
 
 
 def machine_of(segment: Segment) -> Machine | None:
-    """A key of the segment's machine; None if the ledger names no host."""
+    """A key of the segment's machine, or None if the ledger names no host."""
     if not segment.machine.host or segment.started_at is None:
         return None
     return (segment.machine.host, segment.launcher.get("cluster"), segment.launcher.get("node_ips"))

@@ -19,9 +19,9 @@ SEGMENTS_SHOWN = 40
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table. Its first `words` columns are text, the others numbers. `foot` is an emphasized last row.
+    """A table. Its first `words` columns hold text, and the other columns hold numbers.
 
-    On a narrow terminal, columns of `spare` are left out in the order of the list.
+    `foot` is an emphasized last row. On a narrow terminal, columns of `spare` are left out in the order of the list.
     """
 
     title: str

@@ -115,7 +115,7 @@ def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | 
 
 
 def measure(run: Run) -> Measured | None:
-    """Throughput and overhead of the newest segment that trained; None if no segment did."""
+    """Throughput and overhead of the newest segment that trained, or None if no segment did."""
     for segment in reversed(run.segments):
         seconds, count = sum(segment.steps.train), len(segment.steps.number)
         tokens = _tokens_of(segment.records("train"))

@@ -116,7 +116,7 @@ def units(
 
 
 def flops_per_token(config: Mapping[str, Any]) -> float | None:
-    """Forward and backward FLOPs per token of a run's model; None if this release cannot read the model's settings."""
+    """FLOPs per token of a run's model, forward and backward. None if this release cannot read the model's settings."""
     model = model_of(config)
     return None if model is None else architecture.flops_per_token(model)
 
@@ -156,7 +156,7 @@ def _ratio(usd: float | None, amount: float | None, per: float = 1.0) -> float |
 
 
 def _gpu_hours(run: Run, attributed: Attributed, outside: Sequence[OutsideTime]) -> float | None:
-    """GPU-hours of segments and outside time; None if a segment has no GPUs."""
+    """GPU-hours of segments and outside time, or None if a segment has no GPUs."""
     if not run.segments or not all(segment.gpus for segment in run.segments):
         return None
     inside = math.fsum(

@@ -101,7 +101,7 @@ class GigatokenEngine:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
             path.write_bytes(self._rank_file)
-            # No special tokens: "<|endoftext|>" in a document must stay text.
+            # No special tokens are given, because "<|endoftext|>" in a document must stay text.
             self._tokenizer = self._load(path, "gpt2", None)
         self._text_bytes = 0
 

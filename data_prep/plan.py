@@ -35,7 +35,7 @@ FORMAT = "data-plan"
 # releases are then not continued.
 VERSION = 1
 TAIL_BYTES = 64 << 10
-LARGEST_BYTES = 1 << 30  # largest size of a plan in bytes; a file takes 250
+LARGEST_BYTES = 1 << 30  # largest size of a plan in bytes; each source file takes about 250 bytes
 LISTING_THREADS = 32
 # Settings that name the source. The files in the plan define the result, not the source's name.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))

@@ -30,7 +30,7 @@ def record(run_url: str) -> list[str]:
 
 
 def _gone_at(machine: paid.Paid) -> float | None:
-    """The time when the cloud's machine was gone; None if the cloud does not list it or does not answer."""
+    """The time when the cloud's machine was gone, or None if the cloud does not list it or does not answer."""
     cloud = cloud_named(machine.cloud)
     try:
         listed = cloud.instances([machine.cluster], machine.region or "") if cloud else []

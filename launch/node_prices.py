@@ -30,7 +30,7 @@ def for_nodes(task: TaskSpec) -> dict[str, str]:
 
 
 def at_most(task: TaskSpec, offers: Iterable[Offer]) -> float | None:
-    """The highest list price of all nodes together among the machines that fit the task; None if no price is known.
+    """The highest list price of all nodes together among the machines that fit the task, or None if no price is known.
 
     The on-demand price is an upper bound of the spot price.
     """

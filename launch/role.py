@@ -76,7 +76,7 @@ def node_role(config: Path = SKY_CONFIG) -> str | None:
 
 
 def switch_minutes(config: Path = SKY_CONFIG) -> float | None:
-    """The minutes without a sign of life after which a node ends itself; None if `.sky.yaml` starts no switch."""
+    """The minutes without a sign of life after which a node ends itself, or None if `.sky.yaml` starts no switch."""
     for command in ((_read(config) or {}).get(CLOUD) or {}).get("post_provision_runcmd") or ():
         found = re.fullmatch(rf"echo (\S+) \| base64 -d \| gunzip > {SWITCH_ON_NODE}", str(command))
         if found and (minutes := SWITCH_MINUTES.search(gzip.decompress(base64.b64decode(found[1])).decode())):
@@ -92,7 +92,7 @@ def start_switch(minutes: float | None = None) -> list[str]:
     text = SWITCH.read_text(encoding="utf-8")
     if minutes:
         text = SWITCH_MINUTES.sub(f"MINUTES = {minutes!r}", text)
-    # EC2 limits user data to 16 KB. Without a timestamp, packing the same text always gives the same bytes.
+    # EC2 limits user data to 16 KB. The packed text has no timestamp, so the same text always gives the same bytes.
     packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
     return [
         f"mkdir -p {Path(SWITCH_ON_NODE).parent}",

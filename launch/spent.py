@@ -55,7 +55,7 @@ def _clusters(survey: Survey) -> Iterator[str]:
         return
     for cluster in survey.clusters:
         record = records.get(cluster.get("cluster_hash")) or {}
-        usd = record.get("total_cost")  # 0 if SkyPilot knows no price
+        usd = record.get("total_cost")  # the cost is 0 if SkyPilot knows no price
         hours = f" for {record['duration'] / 3600:.2f} hours" if record.get("duration") else ""
         said = f"${usd:.2f}{hours} at today's list price, by SkyPilot's records" if usd else f"?{hours}"
         yield f"cluster {cluster['name']}: {said}"

@@ -99,7 +99,7 @@ evaluate: $(LAUNCH_STAMP) ## measure perplexity and HellaSwag of RUN's newest ch
 export: $(LAUNCH_STAMP) ## export RUN for other programs (EXPORT_ARGS=--format=gguf, --publish=hf:OWNER/NAME)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/export.yaml $(OPTIONS) $(MACHINES)
 
-serve: $(LAUNCH_STAMP) ## serve RUN with OpenAI's API on one small GPU, until MAX_USD is spent or no request comes (needs SERVE_API_KEY)
+serve: $(LAUNCH_STAMP) ## serve RUN with OpenAI's API on one small GPU, until MAX_USD is spent (needs SERVE_API_KEY)
 	@$(LAUNCH_PYTHON) -m launch.submit sky/serve.yaml $(OPTIONS) $(MACHINES)
 
 chat: $(STAMP) ## chat on this computer with RUN's newest checkpoint in BUCKET, or with MODEL=… (CHAT_ARGS=…)

@@ -38,9 +38,9 @@ def pytest_configure_node(node) -> None:
     node.workerinput["s3_folder"] = str(node.config.stash[S3_HOST].folder)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that no worker begins one of them when the others are done."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --no-loadscope-reorder the files that take longest come first, so that no worker begins one of them last."""
+    if config.getoption("loadscopereorder", default=True) is False:
         last = len(LONGEST)
         items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else last)
 

@@ -119,6 +119,8 @@ class Lab:
     def machines(self, name: str, since: float = 0.0, ended: bool = True) -> list[dict]:
         """The machines of a cluster, or of the managed jobs of a task, that started after `since`, oldest first.
 
+        `name` is SkyPilot's, or the cluster's on its cloud.
+
         By the cloud's own record of events, with `start` and, if they have ended, `end` (unix s). `ended`: only these,
         else only the others.
         """
@@ -132,7 +134,7 @@ class Lab:
             elif event["kind"] == "lambda_launch":  # it lists no machine that has ended
                 place = {"cluster": event["name"], "market": "lambda", "region": event["region"]}
                 found.append({"id": event["id"], "type": event["type"], "start": event["t"], **place})
-        of_name = re.compile(rf"{re.escape(name)}(-\d+)?-[0-9a-f]{{8}}(-head|-worker)?")
+        of_name = re.compile(rf"{re.escape(name)}((-\d+)?-[0-9a-f]{{8}})?(-head|-worker)?")
         found = [{**each, "end": ends.get(each["id"])} for each in found if of_name.fullmatch(each["cluster"] or "")]
         return [each for each in found if each["start"] >= since and (each["end"] is not None) is ended]
 

@@ -58,6 +58,10 @@ ADDED = {
     "trainer.train trainer/configs/gpt2-124m.yaml": (f"{_SMALL} {_BATCH}", _PRESET),
     "trainer/configs/llama-416m.yaml": (f"{_SMALL} --model.mlp_width=32 {_BATCH}", _PRESET),
     "trainer/configs/tuning/distil-logits.yaml": (f"{_SMALL} {_BATCH}", _PRESET),
+    "trainer/configs/tuning/finetune-chat.yaml": (
+        "--batch.micro_batch_size=16",
+        "as many sequences as fit would take half of the memory that other tests need",
+    ),
     "trainer.serve": ("--port=0", "another program may have the usual port"),
 }
 

@@ -120,7 +120,8 @@ def public_models(home: Path, vocab: Path) -> None:
     shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64)
     folder = home / "made"
     transformers.GPT2LMHeadModel(shape).save_pretrained(folder)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"merges.txt": vocab.read_bytes()}
+    shutil.copy(vocab, folder / "merges.txt")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
     for name in ("gpt2", "gpt2-medium", "gpt2-xl"):
         hub_cache.lay_out(home, f"openai-community/{name}", files, kind="models")
 

@@ -21,9 +21,10 @@ pytestmark = [
 USD_PER_HOUR = 30.0
 # Emulated machines go 79 to 133 s after their program.
 RESERVE_SECONDS = 135
-SMALL = "--batch.tokens_per_step=1024 --batch.micro_batch_size=4 --train.log_every=5 --train.eval_every=0"
-SMALL += " --train.eval_tokens=1024 --optimizer.warmup_steps=5 --train.steps=100000"
-SMALL += f" --run.shutdown_reserve_seconds={RESERVE_SECONDS}"
+SMALL = "--batch.tokens_per_step=256 --batch.micro_batch_size=2 --train.log_every=5 --train.eval_every=0"
+SMALL += " --train.eval_tokens=1024 --checkpoint.every_steps=20 --optimizer.warmup_steps=5 --train.steps=100000"
+# On few processors threads would wait for each other.
+SMALL += f" --train.cpu_threads=1 --run.shutdown_reserve_seconds={RESERVE_SECONDS}"
 STAGES = ("prep-data", "evaluate", "export")
 MOST_UNSPENT = 0.03
 

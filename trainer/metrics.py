@@ -32,7 +32,7 @@ Rows = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line. `form` is one of FORMS. Without `path` the table goes to standard output."""
+    """Options of the command line. `form` is one of FORMS. If `path` is None, the table goes to standard output."""
 
     runs: tuple[str, ...]
     form: str
@@ -98,7 +98,10 @@ def as_json(rows: Rows) -> bytes:
 
 
 def as_parquet(rows: Rows) -> bytes:
-    """One parquet table. A column that mixes texts and numbers becomes text; no program of this project writes one."""
+    """One parquet table. A column that mixes texts and numbers becomes text.
+
+    No program of this project writes such a column.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

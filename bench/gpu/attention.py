@@ -105,7 +105,7 @@ def measure(name: str, call: Callable, shape: Shape, device: torch.device, round
             forward = clock.rounds(lambda: call(*inputs), device, rounds, CALLS)
         whole = clock.rounds(both, device, rounds, CALLS)
         ran = kernel_names(both, device)
-    except Exception as refusal:  # an error of torch or a kernel; the other kernels are still measured
+    except Exception as refusal:  # after an error of torch or of a kernel, the other kernels are still measured
         why = " ".join(f"{type(refusal).__name__}: {refusal}".split())[:300]
         harness.say(f"{name}, {shape}: does not run: {why}", **said, refused=why)
         return

@@ -138,7 +138,10 @@ def _steps(place: Place, run: str, preset: str, steps: int, options=(), flags=()
 
 
 def _resume(place: Place, preset: str) -> list[str]:
-    """A command that kills and resumes a run. With sixteen micro-batches per step, kills fall between checkpoints."""
+    """A command that kills and resumes a run.
+
+    A step has sixteen micro-batches, so it takes long enough for a kill to fall between two checkpoints.
+    """
     sequences, accumulation, context, steps = (2, 2, 32, 20) if place.rehearse else (8, 16, 1024, 60)
     trainer = _trainer_flags(place, preset, sequences, accumulation, context)
     if not place.rehearse:

@@ -90,7 +90,7 @@ def read(uri: str) -> Vocabulary:
 def store_vocabulary(vocab_url: str, data_url: str) -> str:
     """Stores the vocabulary below `data_url` unless it is there. Returns its URI.
 
-    Without a `vocab_url`, tiktoken downloads it. Raises ConfigError, DataError.
+    If `vocab_url` is empty, tiktoken downloads the vocabulary. Raises ConfigError, DataError.
     """
     uri = storage.join(data_url, FILE_NAME)
     try:

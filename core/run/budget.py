@@ -118,7 +118,7 @@ def end(folder: RunFolder, number: int, outcome: Mapping[str, Any]) -> None:
 
 
 def outcome(folder: RunFolder, number: int) -> dict[str, Any] | None:
-    """The outcome of a budget; None while the run is under way. Raises DataError."""
+    """The outcome of a budget, or None while the run is under way. Raises DataError."""
     uri = _uri(folder, number, "outcome.json")
     try:
         return untrusted.read_object(uri)

@@ -6,9 +6,10 @@ heartbeat, so the cap holds even after many kills. Machines that opened no segme
 LOOK_SECONDS, because another machine may be running.
 
 A segment stops while enough money remains for the last checkpoint and for the time until its machine is down. On spot,
-enough must also remain for the start of one more machine: if this machine is taken away now, its successor must start
-to find that the money is spent. MAX_HOURS counts paid time in the same way. MAX_RESTART_USD limits the cost of the
-machines since the newest checkpoint was stored, so a run that only restarts comes to an end.
+enough money must also remain for the start of one more machine. If this machine is taken away, another machine starts,
+and only after its start can it find that the money is spent. MAX_HOURS counts paid time in the same way.
+MAX_RESTART_USD limits the cost of the machines since the newest checkpoint was stored, so a run that only restarts
+comes to an end.
 """
 
 import logging
@@ -62,7 +63,10 @@ def spent_by_earlier_segments(
 
 
 def newest_saving_segment(folder: RunFolder) -> int:
-    """The number of the segment that stored the newest complete checkpoint; 0 if there is none. Raises StorageError."""
+    """The number of the segment that stored the newest complete checkpoint, or 0 if there is none.
+
+    Raises StorageError.
+    """
     for step in sorted(storage.list_names(folder.checkpoints), reverse=True):
         names = storage.list_names(storage.join(folder.checkpoints, step))
         numbers = [int(match[1]) for name in names if (match := _MANIFEST.match(name))]
@@ -131,7 +135,7 @@ class SpendingCap:
         self._before = Spent(usd, max(before.seconds, spent.seconds))
 
     def spent_usd(self) -> float | None:
-        """Upper bound of the run's dollars so far; None if a price is unknown, which cannot happen with a cap."""
+        """Upper bound of the run's dollars so far, or None if a price is unknown, which cannot happen with a cap."""
         here = self._ledger.spent_usd()
         return None if here is None or self._before.usd is None else self._before.usd + here
 
@@ -140,7 +144,7 @@ class SpendingCap:
         return self._before.seconds + self._ledger.elapsed_seconds()
 
     def reached(self, step_seconds: float, checkpoint_seconds: float) -> bool:
-        """Whether one more step would leave too little for the last checkpoint and the shutdown."""
+        """Whether one more step would leave too little money or time for the last checkpoint and the shutdown."""
         return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
 
     def latest(self, seconds: float = 0.0) -> float:

@@ -186,7 +186,7 @@ def step_name(step: int) -> str:
 
 
 def segment_number(name: str) -> int | None:
-    """The number in a segment's name; None for any other name."""
+    """The number in a segment's name, or None for any other name."""
     match = _SEGMENT.match(name)
     return int(match.group(1)) if match else None
 

@@ -75,7 +75,7 @@ class Journal:
 
     @property
     def failing_seconds(self) -> float:
-        """Seconds since the store began to fail; 0 if the newest attempt succeeded."""
+        """Seconds since the store began to fail, or 0 if the newest attempt succeeded."""
         return max(0.0, time.monotonic() - self._failing_since)
 
     def flush(self) -> bool:
@@ -227,7 +227,7 @@ def _each_object(uris: Iterable[str], after: int) -> Iterator[tuple[int, list[di
 
 
 def sequence_numbers(uri: str) -> tuple[int, int] | None:
-    """First and last sequence number in an object's name; None for an object of another kind."""
+    """First and last sequence number in an object's name, or None for an object of another kind."""
     match = _NAME.match(uri.rsplit("/", 1)[-1])
     numbers = (int(match.group(1)), int(match.group(2))) if match else (1, 0)
     return numbers if numbers[0] <= numbers[1] else None

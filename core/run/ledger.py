@@ -149,7 +149,7 @@ class Ledger:
         return self.now() - self.started_at
 
     def spent_usd(self) -> float | None:
-        """Dollars of this segment so far; None if the price is unknown."""
+        """Dollars of this segment so far, or None if the price is unknown."""
         price = self.machine.price
         return price and price.usd(self.elapsed_seconds())
 

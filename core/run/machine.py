@@ -56,7 +56,7 @@ class Machine:
 
     @cached_property
     def price(self) -> Price | None:
-        """The price; None if it is unknown."""
+        """The price, or None if it is unknown."""
         if self.usd_per_hour is None or not 0 < self.usd_per_hour < math.inf:
             return None
         return Price(self.usd_per_hour, self.price_source or "ledger, without a source")
@@ -102,7 +102,8 @@ def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
 def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
     """Versions of Python, platform, git revision, image and `packages`.
 
-    The image sets GIT_REVISION, and launch/node/container.sh sets IMAGE_DIGEST. Without GIT_REVISION, git is called.
+    The image sets GIT_REVISION, and launch/node/container.sh sets IMAGE_DIGEST. If GIT_REVISION is not set, git is
+    called.
     """
     from importlib import metadata  # imported here: it takes 20 ms, and not every command needs it
 
@@ -144,7 +145,10 @@ def segment_started_at() -> float | None:
 
 
 def cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:
-    """SkyPilot's description of the cluster: cluster_name, cloud, region, zone; empty without SkyPilot."""
+    """SkyPilot's description of the cluster: cluster_name, cloud, region, zone.
+
+    It is empty if SkyPilot did not start this machine.
+    """
     try:
         found = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
     except ValueError:

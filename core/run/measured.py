@@ -3,7 +3,7 @@
     runs = read_all(["s3://bucket/runs/first", "s3://bucket/runs/second"])
     rows(runs)          # one dict per record, for a data frame or a file
 
-`trainer.plots` draws these records, `trainer.metrics` writes them to one file.
+`trainer.plots` draws these records. `trainer.metrics` writes these records to one file.
 """
 
 from collections.abc import Mapping, Sequence

@@ -197,7 +197,7 @@ class Run:
 
     @property
     def usd(self) -> float | None:
-        """Dollars of all segments by their ledgers; None if the dollars of a segment are unknown."""
+        """Dollars of all segments by their ledgers, or None if the dollars of a segment are unknown."""
         return _sum(segment.usd for segment in self.segments)
 
     @property

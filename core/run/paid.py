@@ -82,7 +82,7 @@ class Paid:
         return max(0.0, self.end_at_most(now) - self.started_at) + self.shutdown_seconds
 
     def usd_at_most(self, now: float) -> float | None:
-        """Upper bound of the machine's dollars until `now`; None if the price is unknown."""
+        """Upper bound of the machine's dollars until `now`, or None if the price is unknown."""
         return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * self.seconds_at_most(now)
 
     def is_in(self, segments: Iterable[Segment]) -> bool:
@@ -229,7 +229,7 @@ def _read(folder: RunFolder, attempt: str) -> Paid | None:
 
 
 def _time(uri: str) -> float | None:
-    """The time in an object; None if the object is missing or cannot be used."""
+    """The time in an object, or None if the object is missing or cannot be used."""
     try:
         return float(json.loads(storage.read_bytes(uri))["time"])
     except _UNUSABLE:

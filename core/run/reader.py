@@ -40,8 +40,8 @@ class Detail(enum.Enum):
 def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | None = None) -> Run:
     """The run at `run_url`.
 
-    With `cache_file` (for Detail.REPORT), objects that the last call read are not fetched again. Raises RunError if the
-    URL holds no run, StorageError if the store fails.
+    If `cache_file` is given (for Detail.REPORT), objects that the last call read are not fetched again. Raises RunError
+    if the URL holds no run, StorageError if the store fails.
     """
     run = Run(RunFolder(run_url))
     if detail is Detail.MONEY:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opening:
-    """Arguments of `open_segment`. Without an `identity`, no run.json is written or checked."""
+    """Arguments of `open_segment`. If `identity` is None, no run.json is written or checked."""
 
     stage: str
     config: Mapping[str, Any]

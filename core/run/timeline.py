@@ -138,7 +138,7 @@ def step_number(value: Any) -> int | None:
 
 
 def text(value: Any) -> str | None:
-    """A text, shortened, with terminal control characters as escapes; None for anything else."""
+    """A text, shortened, with terminal control characters as escapes, or None for anything else."""
     return _visible(value[:LONGEST_TEXT]) if isinstance(value, str) else None
 
 

@@ -43,10 +43,10 @@ def setting(
 ) -> Any:
     """Declare one setting.
 
-    `env` names an environment variable, which overrides the default and the file. With `identity=False` the setting may
-    differ between the segments of a run, because it does not change the result (paths, intervals, prices).
-    `identity="unless default"` is for a new setting. Older runs do not name such a setting, and were made with its
-    default. `check` returns the problem of a text, or None (see `core.urls`); it is called for each item of a list.
+    `env` names an environment variable, which overrides the default and the file. If `identity` is False, the setting
+    may differ between the segments of a run, because it does not change the result. Examples are paths, intervals and
+    prices. `identity="unless default"` is for a new setting. Older runs do not name such a setting, and were made with
+    its default. `check` returns the problem of a text, or None (see `core.urls`); it is called for each item of a list.
     `ge`, `gt`, `le` and `lt` bound a number, which must then be finite. A schema that derives from Bounded checks these
     bounds. `replaces` names settings of the same section. If this setting is given, their values of lower precedence
     are dropped (see `load`).

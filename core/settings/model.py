@@ -105,7 +105,7 @@ _PUBLIC = {
 
 
 def public_model(name: str) -> ModelConfig | None:
-    """The settings of one of OpenAI's GPT-2 models, by its public name; None for any other name."""
+    """The settings of one of OpenAI's GPT-2 models, by its public name, or None for any other name."""
     if name not in _PUBLIC:
         return None
     layers, heads, width = _PUBLIC[name]
@@ -113,7 +113,7 @@ def public_model(name: str) -> ModelConfig | None:
 
 
 def matrix_parameters(model: ModelConfig) -> int:
-    """Weights of all matrix products of a forward pass, the output layer included."""
+    """The number of weights in all matrix products of a forward pass, including the output layer."""
     attention = (4 + model.extra_projection) * model.width**2
     mlp = (3 if model.mlp == "swiglu" else 2) * model.width * model.hidden
     return model.layers * (attention + mlp) + model.padded_vocab_size * model.width

@@ -18,7 +18,7 @@ LOOK_UP_SECONDS = 10.0
 
 
 def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -> str | None:
-    """The URL of the S3 server; None for AWS's default."""
+    """The URL of the S3 server, or None for AWS's default."""
     for name in ENDPOINTS:
         if variables.get(name):
             return variables[name].rstrip("/")
@@ -89,7 +89,7 @@ class Place:
         return True
 
     def home(self) -> str | None:
-        """The bucket's region, which the server returns without credentials; None if it does not answer."""
+        """The bucket's region, which the server returns without credentials, or None if it does not answer."""
         import urllib.error  # imported here, because most programs never need this module
         import urllib.request
 
@@ -105,7 +105,7 @@ class Place:
 
 
 def _special_endpoint(region: str, variables: Mapping[str, str]) -> str | None:
-    """AWS's endpoint for FIPS, dual stack or China; None for the usual one."""
+    """AWS's endpoint for FIPS, dual stack or China, or None for the usual one."""
 
     def is_set(name: str) -> bool:
         return variables.get(name, "").lower() == "true"

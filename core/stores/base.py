@@ -82,7 +82,7 @@ class Store(Protocol):
 # --- patterns over keys ----------------------------------------------------------------------------------------
 
 _WILD = re.compile(r"[*?\[]")
-# A function that says whether one part of a path matches; None stands for `**`.
+# A function that says whether one part of a path matches. None means `**`.
 _Part = Callable[[str], object] | None
 
 

@@ -1,6 +1,7 @@
-"""Opens the store behind a URI, once per process, bucket and set of credentials. No other module branches on schemes.
+"""Opens the store behind a URI, once per process, bucket and set of credentials.
 
-store, key = opener.open_store("s3://bucket/runs/first/run.json")     key is runs/first/run.json
+No other module distinguishes the schemes of URIs. store, key = opener.open_store("s3://bucket/runs/first/run.json") key
+is runs/first/run.json
 """
 
 import os

@@ -100,7 +100,7 @@ class _Asker:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
-            del call, future  # these variables would keep the last object in memory until the next call
+            del call, future  # otherwise, these variables would keep the last object in memory until the next call
 
 
 # Threads that wait for their next request. If the caller of a thread was interrupted, the thread is not put back into

@@ -208,7 +208,7 @@ def _tokens(text: str) -> float:
 
 
 def _number(text: str) -> float | None:
-    """A finite number; None for anything else."""
+    """A finite number, or None for anything else."""
     try:
         value = float(text)
     except ValueError:
@@ -240,7 +240,7 @@ def _one_of(flag: str, text: str | None, known: Sequence[str]) -> str | None:
 
 
 def _check_machines(wanted: Wanted, catalog: Catalog) -> None:
-    """Raises ConfigError if the catalog has no prices, or none that fits the constraints."""
+    """Raises ConfigError if the catalog has no prices, or no price of a machine that meets the constraints."""
     priced = [each for each in catalog.offers if each.accelerator and (each.usd_on_demand or each.usd_spot)]
     if not priced:
         raise ConfigError(f"no machine has a price in {catalog.source}; run `sky check`, or give --offline")

@@ -140,7 +140,7 @@ def _launched(catalog: Catalog, offers: Sequence[Offer], spot: bool, tasks: Iter
 
 
 def _price(offer: Offer, spot: bool) -> float:
-    """Dollars per hour; 0 without an offer."""
+    """Dollars per hour, or 0 if there is no offer."""
     return (offer.usd_spot if spot else offer.usd_on_demand) or 0.0
 
 

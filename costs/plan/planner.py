@@ -184,7 +184,7 @@ def bill(
     tokens: float,
     usd_per_hour: float,
 ) -> ForecastRow:
-    """Hours and dollars of a run as `estimate` gives them, with the jobs controller and the other stages."""
+    """The hours and dollars of a run, as `estimate` gives them. The jobs controller and the other stages are added."""
     assume = prices.assume
     if assume.shutdown_seconds is None:
         assume = dataclasses.replace(assume, shutdown_seconds=machine.idle_seconds)
@@ -297,7 +297,10 @@ def _choices(
 
 
 def _least(group: Sequence[Buyer], question: Question, law: Law) -> list[tuple[float, str]]:
-    """The smallest sum that works on a machine within the other constraints, and a text on what it buys."""
+    """The smallest sum with which a plan is possible on a machine, and a text on what this sum buys.
+
+    The other constraints are kept.
+    """
     able = [each for each in group if each.least_tokens <= MOST_EPOCHS * question.unique_tokens]
     if question.deadline_hours is not None:
         able = [each for each in able if each.hours.at(each.least_tokens) <= question.deadline_hours]

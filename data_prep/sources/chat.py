@@ -19,7 +19,7 @@ def is_chat(kind: pa.DataType) -> bool:
 
 
 def text_of(messages: Any) -> str | None:
-    """The text of a conversation; None if it is empty or malformed."""
+    """The text of a conversation, or None if it is empty or malformed."""
     if not isinstance(messages, list) or not messages:
         return None
     turns = [_turn(message) for message in messages]

@@ -28,7 +28,10 @@ JUDGED_ROWS = 1000
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts without nulls, and their keys, (N, 2), uint64: column 0 for the split, column 1 for the order."""
+    """Texts without nulls, and their keys, (N, 2), uint64.
+
+    Column 0 of the keys decides the split, and column 1 the order.
+    """
 
     texts: pa.LargeStringArray
     keys: np.ndarray

@@ -100,7 +100,7 @@ class PaidRecord:
 
 
 def controller(environment: Mapping[str, str]) -> paid.Controller | None:
-    """The controller of this managed job; None if there is none, or its price is not known."""
+    """The controller of this managed job, or None if there is none, or its price is not known."""
     price, since = positive(environment, "CONTROLLER_USD_PER_HOUR"), positive(environment, "SUBMITTED_AT")
     managed = environment.get("SKYPILOT_MANAGED_JOB_ID")
     return paid.Controller(since, price) if managed and price and since else None

@@ -141,7 +141,7 @@ def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
     # --standalone would resolve the host name, which a container may not know.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
-    # With PARENT_PID the program ends when this process ends (core.stop).
+    # PARENT_PID makes the program end when this process ends (core.stop).
     variables = {**os.environ, **environment, "PARENT_PID": str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"

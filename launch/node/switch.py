@@ -10,8 +10,8 @@ time counts from the boot. When the time is over, this program asks the cloud to
 role or key allows it. Otherwise the machine is powered off, which ends a spot machine and stops an on-demand machine.
 
 cloud-init starts this on every machine that SkyPilot rents on AWS from the project's folder. The switch does not end
-controllers of SkyPilot and machines of other projects. With `--ours` it does not check to whom the machine belongs,
-because a job of this project runs on it. It does not run on clouds other than AWS and Lambda.
+controllers of SkyPilot and machines of other projects. If `--ours` is given, the switch does not check to whom the
+machine belongs, because a job of this project runs on it. The switch does not run on clouds other than AWS and Lambda.
 
 In a cluster of several nodes, one node may finish hours before another, and SkyPilot ends all of them together. So a
 silent node waits while the head of its cluster answers, but at most OTHERS_SECONDS.

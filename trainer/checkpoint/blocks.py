@@ -41,10 +41,10 @@ def assign_blocks(
 ) -> list[Block]:
     """Cut parameters into blocks of at most `max_elements` elements, and assign the blocks to ranks.
 
-    The largest block comes first, and each block goes to the least loaded rank. The blocks of a parameter in `rows_of`
-    have the number of rows that it gives, even if they are larger than `max_elements`. `together` lists sequences of
-    blocks by name and first row; all blocks of one sequence get the same owner. The result depends only on the
-    arguments, so all ranks compute the same one.
+    The largest block comes first, and each block goes to the least loaded rank. `rows_of` fixes the number of rows per
+    block for some parameters; such blocks may be larger than `max_elements`. `together` lists groups of blocks, each
+    block by name and first row. All blocks of a group get the same owner. The result depends only on the arguments, so
+    all ranks compute the same one.
     """
     first_of = {each: tuple(sequence[0]) for sequence in together for each in sequence}
     units: dict[tuple[str, int], list[tuple[int, str, int, int]]] = {}

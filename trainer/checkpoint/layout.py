@@ -246,8 +246,9 @@ def to_remove(
 ) -> list[int]:
     """The steps whose checkpoints are to be deleted.
 
-    These are complete checkpoints, and incomplete ones that a dead segment left before the newest complete step. Three
-    kinds of complete steps stay: the newest `keep`, the multiples of `keep_every`, and the steps in `kept`.
+    Of the complete checkpoints, three kinds are kept: the newest `keep`, those at multiples of `keep_every`, and those
+    of the steps in `kept`. All others are deleted. An incomplete checkpoint is deleted if a dead segment left it before
+    the newest complete step.
     """
     complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)
     newest = complete[0] if complete else -1

@@ -113,7 +113,7 @@ class Saver:
             self._thread = None
 
     def failing_seconds(self) -> float:
-        """Seconds since checkpoints began to fail; 0 if the newest checkpoint was completed."""
+        """Seconds since checkpoints began to fail, or 0 if the newest checkpoint was completed."""
         return max(0.0, time.monotonic() - self._failing_since)
 
     def insist(self, step: int, state: dict[str, Any], seconds: float) -> None:
@@ -142,7 +142,7 @@ class Saver:
             )
 
     def seconds(self) -> float:
-        """Seconds that the last checkpoint took from snapshot to marker; 0 before the first."""
+        """Seconds that the last checkpoint took from snapshot to marker, or 0 before the first."""
         return self.cadence.seconds()
 
     def _store(self, step: int, state: dict[str, Any], blocked_seconds: float) -> None:
@@ -167,7 +167,10 @@ class Saver:
                 )
 
     def _stored(self, step: int, state: dict[str, Any], blocked_seconds: float) -> bool:
-        """Try once. Returns False if the attempt failed and should be repeated. Raises an error that is final."""
+        """Try once to store the checkpoint. Returns False if the attempt failed and should be repeated.
+
+        Raises an error that is final.
+        """
         started = time.monotonic()
         try:
             file = self._upload(step)
@@ -317,7 +320,7 @@ class Cadence:
         self._last = time.monotonic() if now is None else now
 
     def seconds(self) -> float:
-        """Seconds that the last complete checkpoint took, blocking time included; 0 before the first."""
+        """Seconds that the last complete checkpoint took, blocking time included, or 0 before the first."""
         return self._blocked + self._background
 
     def measured(self, blocked_seconds: float, background_seconds: float) -> None:

@@ -156,7 +156,7 @@ class ShardCache:
         return tokens
 
     def _map(self, shard: int) -> np.ndarray | None:
-        """The tokens of the shard as a memory map; None if the file is not on disk."""
+        """The tokens of the shard as a memory map, or None if the file is not on disk."""
         path = self.path(shard)
         try:
             # Use a plain array over the map: slicing an np.memmap takes three times as long.

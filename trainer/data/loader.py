@@ -104,7 +104,8 @@ class Batches:
         deadline = time.monotonic() + CLOSE_SECONDS
         if self._read_ahead:
             self._read_ahead.close()
-        while self._thread.is_alive() and time.monotonic() < deadline:  # it may wait for room in the queue
+        # The thread may be waiting for room in the queue.
+        while self._thread.is_alive() and time.monotonic() < deadline:
             try:
                 self._queue.get_nowait()
             except queue.Empty:
@@ -136,7 +137,8 @@ class Batches:
                     if self._read_ahead:
                         self._read_ahead.start()
                 step += steps_at_once
-        except Exception as error:  # the consumer raises this error; without it, the consumer would wait forever
+        # The error is passed on, because the consumer must raise it and would otherwise wait forever.
+        except Exception as error:
             self._put(error)
 
     def _put(self, item: torch.Tensor | Exception) -> None:
@@ -160,6 +162,9 @@ def batch_numbers(steps: np.ndarray, skip: Sequence[int]) -> np.ndarray:
 
 
 def skipping(skip: Sequence[int], step: int) -> str:
-    """The flag that skips the batch of `step` in addition to those of the steps `skip`; steps count from 1."""
+    """The flag that skips the batch of `step`, in addition to the batches that `skip` names already.
+
+    Steps count from 1.
+    """
     batch = int(batch_numbers(np.array([step - 1]), sorted(set(skip)))[0]) + 1
     return f"--train.skip_steps={','.join(str(each) for each in (*skip, batch))}"

@@ -1,8 +1,8 @@
 """Maps sample numbers to windows of the token stream: a pure function, the same for any number of ranks.
 
-The shards of a split, one after the other, are one stream of N tokens. Window i holds the tokens [i T, i T + T]. There
-are (N - 1) // T windows. Together they predict each token once, also at the first token of a shard. A window belongs to
-the shard of its first token.
+The shards of a split, joined in their order, are one stream of N tokens. Window i holds the tokens [i T, i T + T].
+There are (N - 1) // T windows. Together they predict each token once, also at the first token of a shard. A window
+belongs to the shard of its first token.
 
 An epoch visits the shards in a pseudo-random order, `shards_mixed` of them at a time, and the windows of such a group
 in a pseudo-random order. Both orders are keyed Feistel permutations with cycle walking (Black & Rogaway 2002, "Ciphers

@@ -198,7 +198,10 @@ def on_main(call: Callable[[], T], ranks: Ranks) -> T:
 
 
 def on_all(call: Callable[[], T], ranks: Ranks) -> T:
-    """Run `call` on every rank. If it fails, the first failed rank raises its LauncherError, the others PeerFailed."""
+    """Run `call` on every rank.
+
+    If `call` fails, the first failed rank raises its LauncherError, and the other ranks raise PeerFailed.
+    """
     result, error = None, None
     try:
         result = call()

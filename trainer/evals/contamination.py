@@ -86,7 +86,7 @@ def hashes(tokens: np.ndarray, run: int) -> np.ndarray:
             power = power[: len(power) - size] * factor + power[size:]
             factor = np.uint64(int(factor) ** 2 % (1 << 64))
             size *= 2
-    # Multiplication only carries differences to higher bits. These steps mix them into the lower ones.
+    # Multiplication carries differences to higher bits only. The steps below mix the higher bits into the lower bits.
     value = value ^ (value >> np.uint64(29))
     value = value * np.uint64(0xBF58476D1CE4E5B9)
     return value ^ (value >> np.uint64(32))

@@ -54,7 +54,7 @@ class HellaSwagAnswers:
     right_norm: list[bool]
 
     def score(self, without: Container[int] = ()) -> Score:
-        """Scores all items except the numbers in `without`."""
+        """Scores all items, except those whose numbers are in `without`."""
         counted = [number for number in range(len(self.right)) if number not in without]
         right, right_norm = (sum(each[number] for number in counted) for each in (self.right, self.right_norm))
         items = len(counted)

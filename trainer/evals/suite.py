@@ -64,7 +64,7 @@ class EvaluationData:
         return on_main(lambda: manifest.read(self.url), self.ranks)
 
     def lacks(self, name: str) -> str:
-        """A sentence on how to store the set `name`, if it is missing; else an empty text."""
+        """A sentence on how to store the set `name`, if the set is missing. Otherwise an empty text."""
         self.manifest  # noqa: B018 (the access raises the error that says how to give data)
         return on_main(lambda: sets.missing(self.url, name), self.ranks)
 

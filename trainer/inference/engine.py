@@ -105,7 +105,7 @@ class Engine:
         max_batch_size: int = 16,
         caches: bool = True,
     ):
-        """Without an `encoding`, pieces have token ids but no text.
+        """If `encoding` is None, pieces have token ids but no text.
 
         If `caches` is false, each step computes the keys and values of all tokens anew, to show how much the cache
         saves.
@@ -320,7 +320,7 @@ class TextStream:
     def feed(self, data: bytes, final: bool = False) -> tuple[str, bool]:
         """Takes a token's bytes. Returns the text that can be shown, and whether it ended at a stop text.
 
-        The stop text and all that follows are omitted. With `final`, no text is held back.
+        The stop text and all that follows are omitted. If `final` is true, no text is held back.
         """
         self._held += self._decoder.decode(data, final)
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]

@@ -144,7 +144,7 @@ class ApiResponse:
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], request)
 
     def closing(self, request: ApiRequest, count: int) -> dict[str, Any]:
-        """The last event, with the usage."""
+        """The last event of a stream. It holds the usage, which is the numbers of tokens."""
         return self._event([], request) | {"usage": _usage(request, count)}
 
     def _event(self, choices: list[dict[str, Any]], request: ApiRequest) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class HttpServer:
         self._used_at = time.monotonic()  # the last time at which a request came or ended
 
     def idle_seconds(self) -> float:
-        """Seconds since the last request for an answer arrived or ended; 0 while one is in progress."""
+        """Seconds since the last request for an answer arrived or ended, or 0 while one is in progress."""
         return 0.0 if self._open else time.monotonic() - self._used_at
 
     def watch(self, connections: Connections) -> None:
@@ -105,7 +105,7 @@ class HttpServer:
 
     def _about(self) -> dict[str, Any]:
         about = {"id": self._name, "object": "model", "created": 0, "owned_by": "local"}
-        # Fields beyond OpenAI's: whether the model takes conversations, and its context.
+        # OpenAI's API does not have these fields. They say whether the model takes conversations, and give its context.
         return about | {"chat": self._model.tuned, "context": self._model.engine.context}
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -215,7 +215,7 @@ async def _errors_as_json(request: web.Request, handler) -> web.StreamResponse:
 
 
 def api_key() -> str:
-    """The key from the environment; empty for none."""
+    """The key from the environment. It is empty if none is set."""
     return os.environ.get(KEY, "").strip()
 
 

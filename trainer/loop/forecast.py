@@ -68,7 +68,7 @@ class LossHistory:
     def forecast(
         self, schedule: Schedule, end: int, warmup: int, tokens_per_step: int = 0, public: Law | None = None
     ) -> LossForecast | None:
-        """The forecast for step `end` of a schedule; None while too few steps after the warm-up are known.
+        """The forecast for step `end` of a schedule, or None while too few steps after the warm-up are known.
 
         The law `public` is used if the run ends far beyond the steps seen and takes at least LEAST_TOKENS in all.
         """

@@ -63,7 +63,10 @@ class StepNumbers:
         return float(self.numbers[0, -1])
 
     def problem(self) -> str:
-        """A text that names the number that is not finite and its rank; empty if all numbers are finite."""
+        """A text that names a number that is not finite, and the rank that has it.
+
+        The text is empty if all numbers are finite.
+        """
         losses, norms = self.numbers[:, :-1], self.numbers[:, -1]
         bad_losses, bad_norms = (~losses.isfinite()).nonzero(), (~norms.isfinite()).nonzero()
         if len(bad_losses):

@@ -75,7 +75,7 @@ class Outlook:
         self._history.validated(step, loss)
 
     def refreshed(self, step: int) -> View | None:
-        """A new forecast, if one is due and the earlier losses are loaded; else None."""
+        """A new forecast, if a forecast is due and the earlier losses are loaded. Otherwise None."""
         if self._loader or (self.view and step - self.view.step < SHARE * self.view.loss.end):
             return None
         if self._stage.name != "pretrain" or self._stage.settings.train.overfit:

@@ -95,7 +95,8 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
 
 
 def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetched: EarlyFetch | None) -> int:
-    # 1. From here on, a signal is a request to stop. The machine's provider and the cap are watched further below.
+    # 1. From here on, a signal is a request to stop. The code below also starts to watch the machine's provider and the
+    # cap.
     requests = StopRequests(hurry=stop.ask)
     stop.inform(requests.on_signal)
 
@@ -360,7 +361,7 @@ def set_up_determinism(train: TrainLoopConfig, device: torch.device, environment
     """Choose deterministic kernels on CUDA. Raises ConfigError if a variable contradicts train.deterministic."""
     if device.type != "cuda" or not train.deterministic:
         return
-    # cuBLAS reads this variable when it starts. Without it, torch refuses matrix products in deterministic mode.
+    # cuBLAS reads this variable when it starts. If it is not set, torch refuses matrix products in deterministic mode.
     workspace = environment.setdefault(CUBLAS_WORKSPACE, EXACT_WORKSPACES[0])
     if workspace not in EXACT_WORKSPACES:
         raise ConfigError(

@@ -75,9 +75,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`forward(tokens, targets)` is the mean cross-entropy in nats; `forward(tokens)` gives the logits.
 
-    With `recompute` each block frees its activations after the forward pass and computes them again in the backward
-    pass (Chen et al. 2016): this takes a third more work and a fraction of the memory. `residual` is the number format
-    of the residual stream: fp32 or bf16. bf16 applies only where autocast computes the products in bf16.
+    If `recompute` is true, each block frees its activations after the forward pass and computes them again in the
+    backward pass (Chen et al. 2016): this takes a third more work and a fraction of the memory. `residual` is the
+    number format of the residual stream: fp32 or bf16. bf16 applies only where autocast computes the products in bf16.
     """
 
     def __init__(self, config: ModelConfig, recompute: bool = False, residual: str = "fp32"):
@@ -111,8 +111,9 @@ class GPT(nn.Module):
         """tokens_BT: integer ids, T at most the context. Returns a float32 scalar, or logits_BTV.
 
         A target below 0 does not count in the mean. With a `cache`, the tokens of a row follow those in the cache.
-        `packed` rows hold several texts, each of which begins with an end-of-text token and attends to itself only.
-        With a `share` the backward pass gives the gradient of share times the loss and ignores the incoming gradient.
+        `packed` rows hold several texts, each of which begins with an end-of-text token and attends to itself only. If
+        `share` is given, the backward pass gives the gradient of `share` times the loss, and ignores the incoming
+        gradient.
         """
         x_BTD = self.hidden(tokens_BT, cache, packed)
         if targets_BT is None:
@@ -192,7 +193,7 @@ class GPT(nn.Module):
             return INIT_STD / math.sqrt(2 * self.config.layers) if closes_branch else INIT_STD
         if closes_branch or name.startswith("lm_head"):
             return 0.0
-        # A tied embedding is also the output layer. With a deviation of 1, its logits would be as large as the width.
+        # A tied embedding is also the output layer. If its deviation were 1, the logits would be as large as the width.
         is_embedding = name.startswith(("wte", "wpe"))
         return (
             (INIT_STD if self.config.tie_embeddings else 1.0)

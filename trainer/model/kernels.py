@@ -1,8 +1,8 @@
 """Chooses the kernel of scaled_dot_product_attention for a device.
 
-`train.attention: auto` takes the order that was measured for this kind of GPU (MEASURED). Without a measurement it
-takes torch's own order: flash, memory-efficient, plain products, cuDNN. `python -m bench.gpu.attention` measures the
-kernels.
+`train.attention: auto` takes the order that was measured for this kind of GPU (MEASURED). If this kind was not
+measured, torch's own order is used: flash, memory-efficient, plain products, cuDNN. `python -m bench.gpu.attention`
+measures the kernels.
 """
 
 import contextlib

@@ -45,9 +45,9 @@ def chunked_cross_entropy(
 
     Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the
     logits, which a GPU's memory bandwidth limits, into fewer kernels. The logits then stay in the format of the
-    product, without a float32 copy. With a `share` the backward pass gives the gradient of share times the loss and
-    ignores the incoming gradient. The factor is applied while the gradients of each chunk are computed. This saves a
-    second pass over the gradients.
+    product, without a float32 copy. If `share` is given, the backward pass gives the gradient of `share` times the
+    loss, and ignores the incoming gradient. The factor is applied while the gradients of each chunk are computed. This
+    saves a second pass over the gradients.
     """
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused, share)
 
@@ -191,8 +191,8 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the losses, and d (share x loss) / d logits = share (softmax - one-hot), in the dtype of the logits.
 
-    Without a compiler, each operation is a pass over memory. That path therefore computes one exponential per logit,
-    for both the loss and the gradient, and reuses the memory of `logits_CV` where possible.
+    If the operations are not compiled, each of them is a pass over memory. In that case, the function computes one
+    exponential per logit for both the loss and the gradient, and reuses the memory of `logits_CV` where possible.
     """
     z_CV = soft_cap(logits_CV.float(), softcap)
     counts_C1 = (targets_C >= 0)[:, None]

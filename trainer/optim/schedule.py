@@ -65,12 +65,12 @@ class Schedule:
 
     @property
     def cooldown(self) -> Change | None:
-        """The current cooldown; None before it is decided, and after an extension."""
+        """The current cooldown, or None before it is decided, and after an extension."""
         return self.changes[-1] if self.changes and self.changes[-1].is_cooldown else None
 
     @property
     def trunk(self) -> int | None:
-        """The last step before the newest cooldown; None before one is decided."""
+        """The last step before the newest cooldown, or None before one is decided."""
         return next(reversed(trunks(self.changes)), None)
 
     def factor(self, step: int) -> float:

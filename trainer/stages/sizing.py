@@ -1,10 +1,11 @@
 """Determines the batch of a run: the largest micro-batch that fits, and its division over the ranks.
 
-With `batch.micro_batch_size: 0`, the first segment of a run determines how many sequences fit. The segment uses the
+If `batch.micro_batch_size` is 0, the first segment of a run determines how many sequences fit. The segment uses the
 estimate of core.settings.memory. On a GPU, it also tries a forward and a backward pass. Later segments use the size
 that the first one found, on any machine, because the bits of the sums depend on it.
 
-With `train.overfit` the run repeats one micro-batch until its loss is below a bound, to show that everything works.
+If `train.overfit` is set, the run repeats one micro-batch until its loss is below a bound. This shows that everything
+works.
 """
 
 import dataclasses

@@ -112,7 +112,7 @@ class Stage(abc.ABC):
 
     @property
     def flops_per_token(self) -> float | None:
-        """FLOPs per token for the MFU; None for a stage whose FLOPs are not counted."""
+        """FLOPs per token for the MFU, or None for a stage whose FLOPs are not counted."""
         return flops_per_token(dataclasses.replace(self.model, context=self.context))
 
     def build(self) -> GPT:
@@ -174,12 +174,12 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def validation(self) -> Validation | None:
-        """The measurement on validation data; None without such data."""
+        """The measurement on validation data, or None if there is no such data."""
 
     @property
     @abc.abstractmethod
     def data_url(self) -> str:
-        """The URL of the dataset, where evaluation sets are stored too; empty if there is none."""
+        """The URL of the dataset, where evaluation sets are stored too. It is empty if there is no dataset."""
 
     @abc.abstractmethod
     def read_vocabulary(self) -> Vocabulary:
@@ -212,7 +212,7 @@ class Stage(abc.ABC):
 
 
 def stored_config(run_url: str) -> Mapping[str, Any] | None:
-    """The config that the first segment of this run stored; None for a new run."""
+    """The config that the first segment of this run stored, or None for a new run."""
     try:
         return read_description(RunFolder(run_url))["config"]
     except ObjectNotFound:

@@ -98,7 +98,7 @@ def sort(status: int, data: bytes, sent: Mapping[str, Any]) -> Refusal:
 
 
 def status_within(document: Any) -> int | None:
-    """The status of an error that a gateway sends as an answer with status 200; None for other answers."""
+    """The status of an error that a gateway sends as an answer with status 200, or None for other answers."""
     error = document.get("error") if isinstance(document, dict) else None
     if not error or document.get("choices"):
         return None

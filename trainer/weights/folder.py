@@ -139,7 +139,7 @@ def vocabulary_of(folder: str) -> Vocabulary:
 
 
 def chat_template_of(folder: str) -> str:
-    """The chat template (Jinja) of the model's tokenizer; empty if it has none."""
+    """The chat template (Jinja) of the model's tokenizer. It is empty if the tokenizer has none."""
     uri = storage.join(folder, TOKENIZER_CONFIG)
     template = _json(uri).get("chat_template") if storage.exists(uri) else None
     return template if isinstance(template, str) else ""
