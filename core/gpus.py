@@ -24,8 +24,9 @@ _PEAK_BF16_TFLOPS = (
 # Compute capability 8.9 (Ada) and above.
 _WITH_FP8 = frozenset({"H100", "H200", "GH200", "L4", "L40S"})
 
-# Memory in GB (10^9 bytes) by the GPU's name in SkyPilot's catalog, from the same sheets and, for the A10G, AWS's page
-# of g5, read 2026-11; Lambda's GH200 has HBM3. A driver shows slightly more or less than this as free.
+# Memory in GB (10^9 bytes) by the GPU's name in SkyPilot's catalog, from the same sheets. The A10G's figure is from
+# AWS's page of g5, read 2026-11. GH200 means Lambda's GH200, which has HBM3. The driver reports slightly more or less
+# memory than this.
 _MEMORY_GB = {
     "A100": 40,
     "A100-80GB": 80,

@@ -210,7 +210,10 @@ def _document(path: str) -> Mapping[str, Any]:
 
 
 def idle_seconds(resources: Mapping[str, Any]) -> float | None:
-    """Seconds from the end of the last job to the shutdown: 0 for a managed job, None without autostop."""
+    """Seconds from the end of the last job to the shutdown.
+
+    They are 0 for a managed job, and None if the task has no autostop.
+    """
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
         return 0.0

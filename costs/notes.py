@@ -43,7 +43,10 @@ def _cap_notes(run: Run) -> list[str]:
 
 
 def _forecast_notes(run: Run) -> list[str]:
-    """The run's own forecast; after its end, the forecast at half of the steps beside the outcome."""
+    """While the run trains, its newest forecast.
+
+    After its end, the forecast at half of the steps beside the outcome.
+    """
     points = [point for point in run.points("forecast") if point.values["val_loss"] is not None]
     if not points:
         return []

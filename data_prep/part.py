@@ -154,7 +154,7 @@ def _most_common(keys: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
 
 
 def _length_filter(sizes: np.ndarray, config: PrepConfig, dropped: Counter) -> np.ndarray:
-    """Mask of the documents whose length in tokens is allowed, (N,). Counts the other documents in `dropped`."""
+    """A mask (N,) of the documents whose length in tokens is allowed. Counts the other documents in `dropped`."""
     short = sizes < config.filter.min_tokens
     long = sizes > config.filter.max_tokens if config.filter.max_tokens else np.zeros(len(sizes), bool)
     dropped["empty"] += int((sizes == 0).sum())
