@@ -1,36 +1,29 @@
-"""The parts of bench.interruptions: a cell, the emulated cloud that all cells share, and a cell as it runs."""
+"""Defines a cell of bench.interruptions, which is one interruption of a launch, and a trial, which runs a cell."""
 
-import json
-import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bench import harness
-from launch import role
+from bench.emulated import BUCKET, LAB, LAB_ROOT, POLL_SECONDS, PORT, SWITCH_MINUTES, Bench, kill, send
 
 EVENTS = ("ctrl-c", "kill", "stop", "cut")
 STAGES = ("request", "provision", "sync", "set-up", "build", "job")
-FIRST = ("provision", "sync", "job", "set-up", "build", "request")  # of what a session has time for
-SWITCH_MINUTES = 6.0
+# The order in which stages are measured. The time may not suffice for all stages, so the most important ones come
+# first.
+FIRST = ("provision", "sync", "job", "set-up", "build", "request")
 LIMIT_SECONDS = SWITCH_MINUTES * 60 + 120
 STAGE_SECONDS = 600.0
-WATCH_SECONDS = 300.0
-POLL_SECONDS = 0.25
-IN_FLIGHT = 6
-BUCKET = "my-bucket"
-LAB = Path(os.environ.get("LAB_DIR") or "/nonexistent")
-LAB_ROOT = Path(os.environ.get("LAB_ROOT") or "/tmp/lab")
-PORT = 47100  # of the first cell's API server
-# What makes a stage long enough to meet it: the set-up waits before the image, the build is preceded by a pause.
+WATCH_SECONDS = 600.0
+FOLLOW_SECONDS = 1200.0  # longest time to follow one cell, because SkyPilot may replace its machines again and again
+# Shell commands that lengthen two stages, so that the interruption can hit them. The set-up sleeps for 15 s before the
+# image is made, and again before each `docker build`.
 SET_UP = """\
 touch ~/stage-set-up
 sleep 15
@@ -44,19 +37,23 @@ PATH=~/slow:$PATH
 
 @dataclass
 class Cell:
-    """One interruption. Seconds count from it; None: it did not happen."""
+    """One interruption of a launch, and its results. Seconds count from the interruption.
+
+    None means that something did not happen.
+    """
 
     number: int
     event: str
     stage: str
     managed: bool
     cloud: str
-    launcher: str = ""  # what the launcher did: its state at the interruption, its exit code
+    launcher: str = ""  # the launcher's state at the interruption, and its exit code
     minutes: float = SWITCH_MINUTES
     machines: int = 0
-    gap: float | None = None  # from a machine's start to its first job: autostop is set just before
+    # Seconds from a machine's start to its first job; SkyPilot sets autostop just before the job.
+    gap: float | None = None
     gone_after: float | None = None
-    silent_for: float | None = None  # from the last sign of life, or the machine's start, to its end
+    silent_for: float | None = None  # seconds from the last sign of life, or from the machine's start, to its end
     ended_by: str = ""
     verdict: str = ""
     notes: list[str] = field(default_factory=list)
@@ -67,7 +64,10 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All events at all stages; the other two factors alternate, so that each pair of values of two factors occurs."""
+    """A cell for each event at each stage.
+
+    The kind of launch and the cloud alternate, so that each pair of values of any two factors occurs.
+    """
     found = []
     for i, event in enumerate(EVENTS):
         for j, stage in enumerate(STAGES):
@@ -76,87 +76,15 @@ def cells() -> list[Cell]:
     return found
 
 
-class Bench:
-    """What all cells share: the project's folder with `.sky.yaml`, the emulated cloud, and a prepared home."""
-
-    def __init__(self, scratch: Path):
-        self.scratch, self.project = scratch, scratch / "project"
-        self.slots, self.launching = threading.Semaphore(IN_FLIGHT), threading.Lock()
-        if self.project.exists():
-            shutil.rmtree(self.project)
-        self.project.mkdir()
-        files = subprocess.run(["git", "ls-files", "-z"], cwd=harness.REPOSITORY, capture_output=True, check=True)
-        for name in filter(None, files.stdout.decode().split("\0")):
-            target = self.project / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(harness.REPOSITORY / name, target)
-        self.endpoint = self.inside(LAB_ROOT / "home", "sh", "-c", "echo $AWS_ENDPOINT_URL").stdout.strip()
-        self.python = harness.REPOSITORY / ".venv-launch/bin/python"
-        code = "import boto3, sys; boto3.client('s3').create_bucket(Bucket=sys.argv[1])"
-        self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET)
-        self._store_source()
-        # The role is for a bucket at AWS, as this one would be without the address of the emulated cloud.
-        alone = ("env", "-u", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE=/dev/null", f"AWS_ENDPOINT_URL_IAM={self.endpoint}")
-        settings = {"SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
-        made = self.inside(LAB_ROOT / "home", *alone, self.python, "-m", "launch.role", **settings)
-        assert role.switch_minutes(self.project / role.SKY_CONFIG) == SWITCH_MINUTES, made.stdout + made.stderr
-        self.home = scratch / "home"
-        if not self.home.exists():
-            self._prepare_home()
-
-    def _store_source(self) -> None:
-        from tests import corpus
-
-        folder = self.scratch / "source"
-        paragraphs = [part for text in corpus.speeches(20) for part in text.split("\n\n") if len(part) > 200]
-        corpus.write_parquet(folder, [paragraphs], rows=200)
-        (folder / "vocab.bpe").write_bytes(corpus.vocab_bpe().read_bytes())
-        code = "import boto3, pathlib, sys\nfor path in pathlib.Path(sys.argv[2]).iterdir():\n"
-        code += " boto3.client('s3').upload_file(str(path), sys.argv[1], 'source/' + path.name)"
-        self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET, folder)
-
-    def _prepare_home(self) -> None:
-        """A home whose SkyPilot has found its clouds. Its server is stopped."""
-        lab = LAB_ROOT / "home"
-        self.home.mkdir()
-        for name in (".aws", ".lambda_cloud"):
-            shutil.copytree(lab / name, self.home / name)
-        for name in ("catalogs", "wheels"):
-            shutil.copytree(lab / ".sky" / name, self.home / ".sky" / name, symlinks=True)
-        shutil.copy2(lab / ".sky/config.yaml", self.home / ".sky/config.yaml")
-        found = self.inside(self.home, "sky", "check", "aws", "lambda", SKYPILOT_API_SERVER_LOCAL_PORT=str(PORT - 1))
-        (self.scratch / "check.log").write_text(found.stdout + found.stderr)
-        for process in processes(self.home):
-            os.kill(process, signal.SIGKILL)
-
-    def command(self, home: Path, *command: object, **environment: str) -> list[str]:
-        given = {"HOME": str(home), "BUCKET": BUCKET, "AWS_DEFAULT_REGION": "us-east-1", "YES": "1"}
-        given |= {"BUCKET_ACCESS_KEY_ID": "test", "BUCKET_SECRET_ACCESS_KEY": "test", **environment}
-        given["SPT_NOENV"] = (
-            "1"  # a process of SkyPilot's that names itself keeps its environment, by which it is found
-        )
-        settings = [f"{name}={value}" for name, value in given.items()]
-        return [str(LAB / "labexec"), "env", *settings, *map(str, command)]
-
-    def inside(self, home: Path, *command: object, **environment: str) -> subprocess.CompletedProcess:
-        """Run a command on a computer, in the project's folder."""
-        words = self.command(home, *command, **environment)
-        return subprocess.run(words, cwd=self.project, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-    def instances(self) -> list[dict[str, Any]]:
-        done = subprocess.run([LAB / "labctl", "json"], capture_output=True, text=True)
-        return json.loads(done.stdout) if done.returncode == 0 else []
-
-
 class Trial:
-    """A cell as it runs."""
+    """Runs a cell."""
 
     def __init__(self, bench: Bench, cell: Cell):
         self.bench, self.cell = bench, cell
         self.hash = f"ce11{cell.number:04x}"
         self.home = bench.scratch / f"cell-{cell.number:02d}"
         self.environment = {"SKYPILOT_API_SERVER_LOCAL_PORT": str(PORT + cell.number)}
-        self.seen: dict[str, dict[str, Any]] = {}  # machines by id, with `start`, `end`, `state`
+        self.seen: dict[str, dict[str, Any]] = {}  # the machines by id, each with `start`, `end` and `state`
         self.rules: set[str] = set()
         self.at = self.cut_at = 0.0
         self.launcher: subprocess.Popen | None = None
@@ -168,7 +96,7 @@ class Trial:
                 reached = self._wait(self._has_reached, STAGE_SECONDS)
                 self._interrupt(reached)
             self._follow()
-        except Exception as error:  # a cell that breaks must not hide the others
+        except Exception as error:  # the other cells still run
             self.cell.verdict, note = "not measured", f"{type(error).__name__}: {error}"
             self.cell.notes.append(note)
         finally:
@@ -182,8 +110,12 @@ class Trial:
         source = {"SOURCE_URL": f"s3://{BUCKET}/source/*.parquet", "VOCAB_URL": f"s3://{BUCKET}/source/vocab.bpe"}
         run = f"cell-{self.cell.number:02d}-{time.time():.0f}"
         settings = {"RUN": run, "DATA": run, "AWS_ENDPOINT_URL": self.bench.endpoint, **source, **self.environment}
-        settings |= {"PREP_ARGS": "--data.val_fraction=0.05", "SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
-        for _ in range(3):  # it gives itself a minute, which is short on a busy machine
+        settings |= {
+            "PREP_ARGS": "--data.val_fraction=0.05 --evaluation_sets=",
+            "SWITCH_MINUTES": f"{SWITCH_MINUTES:g}",
+        }
+        # Tried three times: `sky api start` waits only a minute, which may not suffice on a busy machine.
+        for _ in range(3):
             if self.bench.inside(self.home, "sky", "api", "start", **self.environment).returncode == 0:
                 break
         submit = (self.bench.python, "-u", "-m", "launch.submit", self._task())
@@ -199,7 +131,10 @@ class Trial:
         self.started_at = time.time()
 
     def _task(self) -> Path:
-        """sky/prep-data.yaml on one cloud, on demand or as a managed job, with longer stages."""
+        """Writes a copy of sky/prep-data.yaml for one cloud, on demand or as a managed job.
+
+        The copy has longer stages.
+        """
         task = yaml.safe_load((self.bench.project / "sky/prep-data.yaml").read_text())
         kinds = {"aws": "c6i.2xlarge", "lambda": "cpu_4x_general"}
         resources = task["resources"]
@@ -215,7 +150,7 @@ class Trial:
     # --- the cloud
 
     def _look(self) -> bool:
-        """Note what the cloud lists of this cell. Returns whether anything of it is up."""
+        """Record the machines of the cell that the cloud lists. Returns whether one of them is running."""
         now, listed = time.time(), {}
         for each in self.bench.instances():
             if self.hash in f"{each['cluster']} {each['name']}" and each["state"] != "terminated":
@@ -223,6 +158,7 @@ class Trial:
         for number, each in listed.items():
             machine = self.seen.setdefault(number, {"start": now, "end": None})
             machine |= {"state": each["state"], "alive": self._sign_of_life(number) or machine.get("alive")}
+            machine["log"] = self._switch_log(number) or machine.get("log", "")
             mark = self._disk(number) / "home/ubuntu/stage-set-up"
             if self.cell.gap is None and mark.exists():
                 self.cell.gap = round(mark.stat().st_mtime - machine["start"], 1)
@@ -242,6 +178,12 @@ class Trial:
         except OSError:
             return None
 
+    def _switch_log(self, number: str) -> str:
+        try:
+            return (self._disk(number) / "var/lib/pretrain-launcher/switch.log").read_text()
+        except OSError:
+            return ""
+
     def _cut_off(self, instance: dict[str, Any]) -> None:
         for address in {instance["private"], instance["public"]} - self.rules - {None}:
             rule = f"rule add to {address} ipproto tcp dport 22 blackhole priority {2000 + self.cell.number}"
@@ -251,6 +193,8 @@ class Trial:
     # --- the interruption
 
     def _has_reached(self) -> bool:
+        if self.launcher and self.launcher.poll():
+            raise RuntimeError(f"the launch ended with {self.launcher.returncode} before its interruption")
         self._look()
         stage = self.cell.stage
         if stage == "request":
@@ -281,13 +225,17 @@ class Trial:
         elif self.cell.event == "cut":
             self.cut_at = self.at
             self._look()
+        elif self.cell.event == "kill":
+            kill(self.home)
         else:
-            number = signal.SIGKILL if self.cell.event == "kill" else signal.SIGSTOP
-            for process in processes(self.home):
-                os.kill(process, number)
+            send(self.home, signal.SIGSTOP)
+            send(self.home, signal.SIGSTOP)  # a second time, for processes that were started meanwhile
 
     def _follow(self) -> None:
-        """Wait until everything is gone or over its limit; then let the user come back."""
+        """Wait until every machine is gone or has been running for longer than the limit.
+
+        If a machine is still running, let the user come back.
+        """
         assert self.launcher
         while True:
             is_up = self._look()
@@ -296,7 +244,7 @@ class Trial:
             quiet = time.time() - since
             if not is_up and (self.seen or quiet > 60) and not (launching and quiet < LIMIT_SECONDS):
                 break
-            if quiet > LIMIT_SECONDS:
+            if quiet > LIMIT_SECONDS or time.time() - self.at > FOLLOW_SECONDS:
                 break
             time.sleep(1)
         if self.launcher.poll() is not None and self.cell.launcher == "running":
@@ -323,19 +271,25 @@ class Trial:
         cell.verdict = "gone within the limit" if cell.silent_for <= LIMIT_SECONDS else "gone too late"
 
     def _ended_by(self) -> str:
-        """What ended the machines: the switch writes it down, and the launcher says it."""
-        logs = [self._disk(number) / "var/lib/pretrain-launcher/switch.log" for number in self.seen]
-        if any("terminated by" in log.read_text() or "powered off" in log.read_text() for log in logs if log.exists()):
-            return "the node's switch"
+        """The cause that ended the machines. The switch ends its own machine, and may not have logged this before.
+
+        So the time of the silence decides whether it was the switch.
+        """
+        for machine in self.seen.values():
+            silent = machine["end"] - max(machine["start"], machine.get("alive") or 0.0)
+            if machine.get("log") and silent >= SWITCH_MINUTES * 60 - 1:
+                return "the node's switch"
         said = Path(self.output.name).read_text(errors="replace")
         if "$ sky down" in said or "$ sky jobs cancel" in said or "$ sky api cancel" in said:
             return "the launcher"
         return "SkyPilot"
 
     def _come_back(self) -> None:
-        """The user is back, and runs `make watch` on Lambda, then `make down` if something is still up."""
-        for process in processes(self.home):
-            os.kill(process, signal.SIGCONT)
+        """Plays the user who comes back. On Lambda he first runs `make watch`.
+
+        If a machine is still running, he then runs `make down`.
+        """
+        send(self.home, signal.SIGCONT)
         self._reconnect()
         began = time.time()
         if self.cell.cloud == "lambda":
@@ -363,8 +317,7 @@ class Trial:
         self.rules.clear()
 
     def _clean_up(self) -> None:
-        for process in processes(self.home):
-            os.kill(process, signal.SIGKILL)
+        kill(self.home)
         if self.launcher:
             self.launcher.wait()
         self._reconnect()
@@ -375,14 +328,3 @@ class Trial:
         for number in self.seen:
             shutil.rmtree(LAB_ROOT / "instances" / number, ignore_errors=True)
         shutil.rmtree(self.home, ignore_errors=True)
-
-
-def processes(home: Path) -> Iterator[int]:
-    """The processes of a computer, which its home tells apart."""
-    mark = f"HOME={home}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in path.read_bytes().split(b"\0"):
-                yield int(path.parent.name)
-        except OSError:
-            continue

@@ -52,7 +52,7 @@ class S3Server:
         }
 
     def reader_environment(self) -> dict[str, str]:
-        """Variables with keys that may read and list, but not write."""
+        """The same variables, with keys that may read and list, but not write."""
         keys = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": self.reader_secret_key}
         return self.environment() | keys
 
@@ -99,7 +99,7 @@ class S3Server:
 
     def stop(self) -> None:
         if self._process and self._process.poll() is None:
-            self._process.kill()  # a regular end takes ten seconds, and the data is temporary
+            self._process.kill()  # killed, because a regular end takes ten seconds and the data is temporary
             self._process.wait()
 
     def make_bucket(self, name: str) -> None:

@@ -114,3 +114,11 @@ def sky(tmp_path) -> SkyCommand:
     from tests.sky_command import SkyCommand
 
     return SkyCommand(tmp_path)
+
+
+@pytest.fixture
+def cloud(sky, monkeypatch):
+    """tests.pretended.Pretended: the only cloud of the user of `sky`."""
+    from tests import pretended
+
+    return pretended.only_cloud(sky, monkeypatch)

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -110,16 +111,34 @@ class Lab:
         offers = json.loads(self.python(*arguments, environment=environment))["offers"]
         return next(offer for offer in offers if offer["kind"] == "measured")
 
-    def bill(self, name: str) -> tuple[float, float]:
-        """Seconds and dollars that the cloud charges for the machines of the clusters whose names begin so: from start
-        to end, by its own record of events, at its own prices; spot at what its price history says."""
+    def bill(self, name: str, since: float = 0.0) -> list[tuple[float, float]]:
+        """Seconds and dollars that the cloud charges for each machine of `machines`, from start to end."""
+        found = self.machines(name, since)
+        return [(each["end"] - each["start"], self._usd(each)) for each in found]
+
+    def machines(self, name: str, since: float = 0.0, ended: bool = True) -> list[dict]:
+        """The machines of a cluster, or of the managed jobs of a task, that started after `since`, oldest first.
+
+        By the cloud's own record of events, with `start` and, if they have ended, `end` (unix s). `ended`: only these,
+        else only the others.
+        """
         events = json.loads(self.inside("curl", "-s", f"{self.endpoint.rpartition(':')[0]}:5001/events").stdout)
-        started = {i: event for event in events if event["kind"] == "run_instances" for i in event["ids"]}
-        ended = {event["id"]: event["t"] for event in events if event["kind"] == "kill"}
-        ours = [i for i in json.loads(self.control("json")) if (i["cluster"] or "").startswith(name)]
-        seconds = [ended[i["id"]] - started[i["id"]]["t"] for i in ours]
-        usd = [each / 3600 * self._usd_per_hour(i) for each, i in zip(seconds, ours, strict=True)]
-        return sum(seconds), sum(usd)
+        ends = {event["id"]: event["t"] for event in events if event["kind"] == "kill"}
+        listed = {each["id"]: each for each in json.loads(self.control("json"))}
+        found = []
+        for event in events:
+            if event["kind"] == "run_instances":
+                found += [listed[number] | {"start": event["t"]} for number in event["ids"]]
+            elif event["kind"] == "lambda_launch":  # it lists no machine that has ended
+                place = {"cluster": event["name"], "market": "lambda", "region": event["region"]}
+                found.append({"id": event["id"], "type": event["type"], "start": event["t"], **place})
+        of_name = re.compile(rf"{re.escape(name)}(-\d+)?-[0-9a-f]{{8}}(-head|-worker)?")
+        found = [{**each, "end": ends.get(each["id"])} for each in found if of_name.fullmatch(each["cluster"] or "")]
+        return [each for each in found if each["start"] >= since and (each["end"] is not None) is ended]
+
+    def _usd(self, machine: dict) -> float:
+        """At the cloud's own prices; spot at what its price history says."""
+        return (machine["end"] - machine["start"]) / 3600 * self._usd_per_hour(machine)
 
     def _usd_per_hour(self, instance: dict) -> float:
         if instance["market"] == "spot":
@@ -127,7 +146,8 @@ class Lab:
             code += "print(max(aws.spot_prices(sys.argv[1], sys.argv[2], sys.argv[3], now, now))[1])"
             place = (instance["zone"], instance["type"], instance["region"])
             return float(self.python("-c", code, *place, environment={"AWS_ENDPOINT_URL": self.endpoint}))
-        catalog = self.inside("sh", "-c", "cat $HOME/.sky/catalogs/v8/aws/vms.csv").stdout
+        cloud = "lambda" if instance["market"] == "lambda" else "aws"
+        catalog = self.inside("sh", "-c", f"cat $HOME/.sky/catalogs/v8/{cloud}/vms.csv").stdout
         rows = csv.DictReader(io.StringIO(catalog))
         return next(float(row["Price"]) for row in rows if row["InstanceType"] == instance["type"])
 

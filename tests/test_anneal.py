@@ -209,7 +209,7 @@ def test_less_than_a_tenth_of_the_steps_is_not_called_a_cooldown(tmp_path):
     assert course.read(RunFolder(str(tmp_path))) == []
     stop = clock.requests.stop
     assert stop.kind == "cap"
-    assert "not annealed: what is left pays for a cooldown of" in stop.detail
+    assert "not annealed: the money left pays for a cooldown of" in stop.detail
     assert "fewer than 10% of the steps" in stop.detail
 
 
@@ -257,7 +257,7 @@ def test_the_request_of_a_user(tmp_path):
     with pytest.raises(RunError, match="there is no run here; check RUN and BUCKET"):
         anneal.ask(folder)
     open_run(folder, {}, {"optimizer": {"schedule": "wsd"}}, "data")
-    assert "asked for the cooldown" in anneal.ask(folder)
+    assert "the cooldown is requested" in anneal.ask(folder)
     assert course.requested_anneal(folder)
     course.add(folder, 1, Change("anneal", 80, 20, "request"))
     with pytest.raises(RunError, match="its cooldown is decided: after step 80, to step 100"):

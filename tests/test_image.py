@@ -244,7 +244,7 @@ def test_no_layer_holds_a_secret_or_a_cache(built, target):
 
 @pytest.mark.image
 def test_sizes_are_stated(built):
-    """Prints what docs/launch.md quotes: compressed megabytes of each layer."""
+    """Prints what docs/internals.md quotes: compressed megabytes of each layer."""
     for target, image in built.items():
         sizes = [layer.stat().st_size / 1e6 for layer in layers(image)]
         print(f"{target}: {sum(sizes):.0f} MB compressed; layers {', '.join(f'{size:.0f}' for size in sizes)}")

@@ -103,7 +103,7 @@ def test_of_a_folder_in_a_bucket_only_the_folder():
 
 @pytest.mark.parametrize("url", ["gs://b", "/data/b"])
 def test_a_bucket_elsewhere_needs_keys(url):
-    with pytest.raises(ConfigError, match="is no bucket at AWS, so that no role opens it"):
+    with pytest.raises(ConfigError, match="is not a bucket at AWS, so no role opens it"):
         role.policy(url)
 
 

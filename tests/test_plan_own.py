@@ -78,11 +78,14 @@ def test_a_multiplier_by_hand():
 # --- from run folders --------------------------------------------------------------------------------------------
 
 
-def stored(folder: Path, candidate: recipes.Candidate, end: str = "finished", **changes: object) -> GoldenRun:
+def stored(
+    folder: Path, candidate: recipes.Candidate, end: str = "finished", device: str = "cuda", **changes: object
+) -> GoldenRun:
     """A finished run of twelve steps, 12e6 tokens in all, at a loss of 3.5."""
     settings = loader.to_dict(candidate.settings)
     settings["data"]["url"] = "s3://b/data/mine"
     settings["model"] |= changes
+    settings["train"]["device"] = device
     run = GoldenRun(folder, settings)
     steps = [[step, 10.0, 0.0] for step in range(1, 13)]
     run.segment(
@@ -114,6 +117,12 @@ def test_a_finished_run_with_a_planned_recipe_is_one_of_the_fit_and_others_are_n
     assert (run.tokens, run.loss, run.data) == (12e6, 3.5, "s3://b/data/mine")
     assert len(found.speeds["gpu_8x_a100"]) == 3
     assert own_run(Run(good)) is None
+
+
+def test_a_rehearsal_on_the_cpu_of_a_machine_with_gpus_does_not_tell_their_speed(tmp_path: Path):
+    found = own.named([stored(tmp_path / name, SPEEDRUN, device=name).url for name in ("cuda", "cpu")])
+    [measured] = found.speeds["gpu_8x_a100"]
+    assert measured.run == str(tmp_path / "cuda")
 
 
 def test_a_plan_says_what_own_runs_changed(tmp_path: Path, monkeypatch, capsys):

@@ -101,7 +101,10 @@ def store_vocabulary(vocab_url: str, data_url: str) -> str:
 
 
 def elsewhere(vocab_url: str) -> Vocabulary:
-    """The vocabulary at `vocab_url`, or, if that is empty, tiktoken's download. Raises ConfigError, DataError."""
+    """The vocabulary at `vocab_url`. If `vocab_url` is empty, tiktoken downloads the vocabulary.
+
+    Raises ConfigError, DataError.
+    """
     return read(vocab_url) if vocab_url else _from_tiktoken()
 
 

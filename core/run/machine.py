@@ -67,8 +67,8 @@ def machine_from_environment(
 ) -> Machine:
     """The machine that the launcher's variables describe (docs/environment.md lists them).
 
-    CLOUD, REGION and ZONE win over SkyPilot's values in SKYPILOT_CLUSTER_INFO. A missing price stays None. Raises
-    ConfigError if a price or node count is given that is not a number above zero.
+    CLOUD, REGION and ZONE have precedence over SkyPilot's values in SKYPILOT_CLUSTER_INFO. A missing price stays None.
+    Raises ConfigError if a given price or node count is not a number above zero.
     """
     cluster = cluster_info(environment)
     price = positive(environment, "USD_PER_HOUR")
@@ -121,7 +121,10 @@ def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def process_started_at() -> float:
-    """The unix time at which this process started, before its imports; the current time if /proc does not show it."""
+    """The unix time at which this process started, before its imports.
+
+    If /proc does not show it, this is the current time.
+    """
     try:
         ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -163,6 +166,7 @@ def checkout_revision(repository: Path = REPOSITORY) -> str:
 
 
 def _git(repository: Path, arguments: list[str]) -> str:
-    # Git refuses a checkout of another user, as in a container that mounts it. We run this one's code anyway.
+    # Git refuses a checkout that belongs to another user, as in a container that mounts it. The option allows this
+    # checkout, whose code runs anyway.
     command = ["git", "-C", str(repository), "-c", f"safe.directory={repository}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -60,7 +60,7 @@ LayerName = Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 @dataclass(frozen=True)
 class LoraConfig(Bounded):
-    """Low-rank adapters (Hu et al. 2021), which train instead of all weights."""
+    """Low-rank adapters (Hu et al. 2021). They train instead of all other weights."""
 
     rank: int = setting(0, "rank of the adapters; 0: no adapters, all weights train", ge=0)
     alpha: float = setting(16.0, "the output of an adapter is multiplied by alpha / rank", gt=0)
@@ -102,7 +102,7 @@ class TuningLoopConfig(TrainLoopConfig):
 
     epochs: float = setting(
         0.0,
-        "passes over the examples, which give the number of steps; 0: use `steps`",
+        "passes over the examples, from which the number of steps follows; 0: use `steps`",
         ge=0,
         replaces=("steps", "tokens"),
     )

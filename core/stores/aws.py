@@ -51,7 +51,7 @@ class Place:
         found: dict[str, Any] = {
             "region": self.region,
             "conditional_put": "etag",
-            # A signature of the body would need one more pass over it. AWS's tools do not sign it over https either.
+            # Signing the body would need one more pass over it. AWS's tools do not sign it over https either.
             "unsigned_payload": True,
             # Some servers do not accept lists of keys; this project deletes one object at a time.
             "disable_bulk_delete": True,
@@ -90,7 +90,7 @@ class Place:
 
     def home(self) -> str | None:
         """The bucket's region, which the server returns without credentials; None if it does not answer."""
-        import urllib.error  # most programs never need it
+        import urllib.error  # imported here, because most programs never need this module
         import urllib.request
 
         address = f"{self.endpoint or 'https://s3.amazonaws.com'}/{quote(self.bucket)}"
@@ -98,7 +98,7 @@ class Place:
         try:
             with urllib.request.urlopen(request, timeout=LOOK_UP_SECONDS) as answer:
                 return answer.headers["x-amz-bucket-region"]
-        except urllib.error.HTTPError as error:  # refusals and redirects name the region too
+        except urllib.error.HTTPError as error:  # the region is in the headers of a refusal or a redirect, too
             return error.headers["x-amz-bucket-region"]
         except (OSError, ValueError):
             return None

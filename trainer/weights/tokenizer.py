@@ -77,7 +77,7 @@ def merges_of(vocabulary: Vocabulary) -> list[str]:
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Recovers the pair that was merged into each token, in order of rank. Single bytes have none.
 
-    Merging a token's bytes with the merges of lower rank alone leaves exactly two parts, its pair.
+    If the bytes of a token are merged with the merges of lower rank only, exactly two parts remain. These are its pair.
     """
     found = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
