@@ -29,11 +29,12 @@ role: $(LAUNCH_STAMP) ## create an AWS role with which machines open BUCKET with
 PLAN_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(LAUNCH_STAMP))
 
 CONSTRAINTS = $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLINE),--deadline=$(call typed,DEADLINE)) \
-  $(if $(value ON_DEMAND),--on-demand) $(if $(value SIZE),--size=$(call typed,SIZE))
+  $(if $(value ON_DEMAND),--on-demand) $(if $(value SIZE),--size=$(call typed,SIZE)) \
+  $(if $(value CLOUD),--cloud=$(call typed,CLOUD))
 
 ##@ Spend a sum of dollars
 
-plan: $(PLAN_STAMP) ## show the best model, machine and tokens for USD=20, rent nothing (GPUS=…, SIZE=350M, DEADLINE=6h)
+plan: $(PLAN_STAMP) ## show the best model, machine and tokens for USD=20, rent nothing (GPUS=…, SIZE=350M, CLOUD=lambda, DEADLINE=6h)
 	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) $(CONSTRAINTS)
 
 prices: $(LAUNCH_STAMP) ## update the price snapshot from SkyPilot's catalogs, and show the changes (DRY_RUN=1: show only)

@@ -53,7 +53,7 @@ def command(each: Plan, usd: float, bucket: str = "") -> str:
 
 def run_command(usd: float, bucket: str, constraints: Mapping[str, str]) -> str:
     """The command that carries out all stages of plan 1. `constraints` are the flags of the question, by name."""
-    names = {"gpus": "GPUS", "deadline": "DEADLINE", "on-demand": "ON_DEMAND"}
+    names = {"gpus": "GPUS", "deadline": "DEADLINE", "on-demand": "ON_DEMAND", "size": "SIZE", "cloud": "CLOUD"}
     words = [f"BUCKET={shlex.quote(bucket or 'my-bucket')}"]
     if constraints.keys() <= names.keys():
         words += [f"{names[name]}={shlex.quote(value or '1')}" for name, value in constraints.items()]
