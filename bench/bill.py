@@ -23,9 +23,10 @@ from typing import Any
 from bench import harness
 from tests.lab import Lab, wait
 
-SMALL = "--checkpoint.every_steps=5 --train.log_every=5 --batch.tokens_per_step=1024 --batch.micro_batch_size=4"
-SMALL += " --train.eval_every=0 --train.eval_tokens=1024"
-SHORT, ENDLESS = f"{SMALL} --train.steps=40", f"{SMALL} --train.steps=100000"
+SMALL = "--checkpoint.every_steps=5 --train.log_every=5 --batch.tokens_per_step=256 --batch.micro_batch_size=2"
+SMALL += " --train.eval_every=0 --train.eval_tokens=1024 --train.cpu_threads=1"
+LAST = 20
+SHORT, ENDLESS = f"{SMALL} --train.steps={LAST}", f"{SMALL} --train.steps=100000"
 NO_IMAGE = "registry.example.org/none:1"
 SHARE = 0.005
 RANGE_SHARE = 0.05
@@ -117,7 +118,7 @@ def compared(lab: Lab, name: str, *runs: str) -> dict[str, Any]:
 
 def on_demand(lab: Lab, name: str, without: str, machines: str = "") -> dict[str, Any]:
     lab.launch(TASK, name, without=without, machines=machines, RUN=name, TRAIN_ARGS=SHORT)
-    wait("the last step", lambda: lab.step(name) == 40, LONGEST_SECONDS)
+    wait("the last step", lambda: lab.step(name) == LAST, LONGEST_SECONDS)
     return compared(lab, name, name)
 
 
@@ -146,7 +147,7 @@ def two_runs(lab: Lab) -> dict[str, Any]:
     name = "bill-shared"
     for run in ("bill-shared-a", "bill-shared-b"):
         lab.launch(TASK, name, without="lambda", RUN=run, TRAIN_ARGS=SHORT)
-        wait("the last step", lambda run=run: lab.step(run) == 40, LONGEST_SECONDS)
+        wait("the last step", lambda run=run: lab.step(run) == LAST, LONGEST_SECONDS)
     found = compared(lab, name, "bill-shared-a", "bill-shared-b")
     assert found["machines"] == 1, "the machine was down before the second run"
     return found

@@ -345,3 +345,15 @@ def test_it_runs_with_the_python_of_an_older_machine():
     ast.parse(text, feature_version=(3, 8))
     imported = {name for line in text.splitlines() if line.startswith("import ") for name in line.split()[1:]}
     assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
+
+
+def test_the_switch_takes_over_the_variables_of_the_image_that_sudo_leaves_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"HTTPS_PROXY": "http://mine:1"})
+    image = tmp_path / "environment"
+    image.write_text(
+        "# a comment\nAWS_ENDPOINT_URL='http://ec2:5000/'\nSSL_CERT_FILE=/etc/ca.pem\nHTTPS_PROXY=http://image:2\n"
+    )
+    switch.adopt_environment(str(image))
+    assert (switch.endpoint(), os.environ["SSL_CERT_FILE"]) == ("http://ec2:5000", "/etc/ca.pem")
+    assert os.environ["HTTPS_PROXY"] == "http://mine:1"
+    switch.adopt_environment(str(tmp_path / "none"))

@@ -55,6 +55,7 @@ def main(arguments):
     if arguments[:1] not in ([], ["--ours"]) or len(arguments) > 2:
         return "usage: launch/node/switch.py [--ours [MINUTES]]"
     minutes = float(arguments[1]) if arguments[1:] else MINUTES
+    adopt_environment("/etc/environment")
     if arguments and not (is_on_lambda() or is_on_aws()):
         return 0
     os.makedirs(FOLDER, exist_ok=True)
@@ -78,6 +79,20 @@ def main(arguments):
     if arguments or is_ours(minutes):
         end()
     return 0
+
+
+def adopt_environment(path):
+    """Set the variables of the machine's image, such as a proxy or a certificate authority of its own.
+
+    cloud-init and sudo leave them out. Without its authority no request to the cloud would succeed.
+    """
+    try:
+        with open(path) as file:
+            pairs = [line.strip().partition("=") for line in file if "=" in line]
+    except OSError:
+        return
+    for name, _, value in pairs:
+        os.environ.setdefault(name, value.strip("\"'"))
 
 
 def wait_for_silence(minutes):
@@ -226,14 +241,7 @@ def ec2(action):
 
 def endpoint():
     """The address of EC2, if the machine's image sets an address other than AWS's."""
-    found = dict(os.environ)
-    try:
-        with open("/etc/environment") as file:
-            pairs = [line.strip().partition("=") for line in file if "=" in line]
-        found = {**{name: value.strip("\"'") for name, _, value in pairs}, **found}
-    except OSError:
-        pass
-    return (found.get("AWS_ENDPOINT_URL_EC2") or found.get("AWS_ENDPOINT_URL") or "").rstrip("/")
+    return (os.environ.get("AWS_ENDPOINT_URL_EC2") or os.environ.get("AWS_ENDPOINT_URL") or "").rstrip("/")
 
 
 def signed(url, region, body, keys, now, method="POST", service="ec2"):
