@@ -34,7 +34,8 @@ NO_TIME = "the time was over before it began; give it more with --minutes"
 def main() -> None:
     options = _options()
     _exit_on_signals()
-    if sys.platform == "linux":  # single ranks meet on loopback, independently of the networks
+    # A process group of one rank uses loopback, so it does not depend on the machine's network interfaces.
+    if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if options.rehearse:

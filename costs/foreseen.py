@@ -65,7 +65,10 @@ class Foreseen:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line: the forecast dollars, None if there was no forecast, and the dollars as known."""
+    """A line of the comparison.
+
+    `foreseen` is the dollars by the forecast, None if the forecast has no such line. `actual` is the dollars as known.
+    """
 
     name: str
     foreseen: float | None

@@ -43,9 +43,10 @@ def _cap_notes(run: Run) -> list[str]:
 
 
 def _forecast_notes(run: Run) -> list[str]:
-    """While the run trains, its newest forecast.
+    """A note with a forecast of the run.
 
-    After its end, the forecast at half of the steps beside the outcome.
+    If the run has finished, this is the forecast that was made nearest to half of its steps, together with the outcome.
+    Otherwise it is the newest forecast.
     """
     points = [point for point in run.points("forecast") if point.values["val_loss"] is not None]
     if not points:

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Watch:
-    """Keeps the machines without autostop, by cluster name, with the time when each was first seen."""
+    """Remembers which machines have no autostop: their cluster names, and when each was first seen without one."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds

@@ -2,7 +2,8 @@
 
     read_run("s3://bucket/run")                    ledger, and the metrics that a report shows
     read_run("s3://bucket/run", Detail.ALL)        ledger and all metrics, for plots
-    read_run("s3://bucket/run", Detail.MONEY)      two objects per segment: dollars, for a cap
+    read_run("s3://bucket/run", Detail.MONEY)      times and price of each segment, for the run's dollars; usually
+                                                   fetches only two objects per segment
 
 One listing finds all objects, which are fetched in parallel. `Run.problems` names each object that cannot be read.
 """

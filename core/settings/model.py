@@ -143,11 +143,12 @@ def flops_per_token(model: ModelConfig) -> float:
 
 
 def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residual_bytes: int = FP32_BYTES) -> float:
-    """Memory of one micro-batch between forward and backward pass, under autocast to bfloat16, in compiled blocks.
+    """Bytes that one micro-batch occupies between its forward and its backward pass.
 
-    It counts the tensors that autograd stores (tests/activations.py). In torch 2.13, torch.compile keeps the tensors of
-    each block that `_block_bytes` lists, and recomputes the others. If `recompute` is true, only the input of each
-    block is kept. While the backward pass of a block runs, all tensors of that one block are in memory too.
+    The model runs under autocast to bfloat16, and its blocks are compiled. The function counts the tensors that
+    autograd stores (tests/activations.py). In torch 2.13, torch.compile keeps the tensors of each block that
+    `_block_bytes` lists, and recomputes the others. If `recompute` is true, only the input of each block is kept. While
+    the backward pass of a block runs, all tensors of that one block are in memory too.
     `residual_bytes` is the size of one number of the residual stream.
     """
     tokens = sequences * model.context

@@ -127,7 +127,7 @@ class ShardsConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
+        require(bool(self.url), "url", "is empty; set it with --data.url=... or with DATA_URL")
         require(self.shard_tokens < 2**31, "shard_tokens", f"is {self.shard_tokens}, must be at most 2147483647")
 
 

@@ -68,4 +68,4 @@ class RunConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+        require(bool(self.url), "url", "is empty; set it with --run.url=... or with RUN_URL")

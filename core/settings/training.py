@@ -33,7 +33,7 @@ class DataConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
+        require(bool(self.url), "url", "is empty; set it with --data.url=... or with DATA_URL")
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ class ExamplesConfig(Bounded):
     )
     max_bad_fraction: float = setting(
         0.01,
-        "largest fraction of rows without an answer or of an unknown form. They are skipped; a larger fraction is an "
-        "error",
+        "largest allowed fraction of unusable rows: rows without an answer or of an unknown form. They are skipped; a "
+        "larger fraction is an error",
         ge=0,
         le=1,
     )
@@ -273,7 +273,7 @@ class MakeConfig(Bounded):
         super().__post_init__()
         for key, remedy in (
             ("prompts", "name a file"),
-            ("url", "set it, --make.url=... or DATA_URL"),
+            ("url", "set it with --make.url=... or with DATA_URL"),
             ("licence", "name the terms under which the answers may be used, for those who train on the rows"),
         ):
             require(bool(getattr(self, key)), key, f"is empty; {remedy}")
@@ -301,7 +301,7 @@ class WorkConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+        require(bool(self.url), "url", "is empty; set it with --run.url=... or with RUN_URL")
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ def spent_cap(environment: Mapping[str, str]) -> str:
         return ""
     folder = RunFolder(environment["RUN_URL"])
     spent = spent_at_most(folder.url) if usd or hours else Spent(None, 0.0)
-    further = "the machine ends before it costs more; go on with a larger {} and the same command"
+    further = "this machine ends so that it costs no more; to continue, raise {} and type the same command again"
     if usd and spent.usd is not None and spent.usd >= usd:
         return f"at most ${spent.usd:.2f} of ${usd:g} spent: {further.format('MAX_USD')}"
     if hours and spent.seconds >= 3600 * hours:

@@ -52,7 +52,8 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     result = indices.astype(np.uint64)
     walking = np.arange(len(result))
     while len(walking):
-        # The Feistel domain is the next power of four: apply the cipher until the image is inside [0, size).
+        # Cycle walking. The cipher permutes [0, n), where n is the smallest power of four that is at least `size`. A
+        # result outside of [0, size) is encrypted again until it is in [0, size).
         left, right = result[walking] >> shift, result[walking] & mask
         for round_key in keys:
             left, right = right, left ^ (_mix(right, round_key) & mask)

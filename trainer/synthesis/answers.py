@@ -104,8 +104,8 @@ def read_answers(run_url: str) -> StoredAnswers:
         for number, event in enumerate(events):
             if not _is_event(event):
                 raise DataError(
-                    f"{storage.join(folder, segment)}: event {number} is not an answer of this program; restore it "
-                    "from a backup, or delete it to have its prompts asked again"
+                    f"{storage.join(folder, segment)}: event {number} is damaged or was not written by this "
+                    "program; restore this folder from a backup, or delete it to have its prompts asked again"
                 )
             if event["event"] == "begun":
                 open_calls[event["key"]] = event["usd"]
