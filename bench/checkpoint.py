@@ -1,11 +1,11 @@
-"""Measures checkpoints side by side: seconds that training is blocked, until all is stored, and of a restore.
+"""Compares checkpoints: seconds in which training is blocked, seconds to store, and seconds to restore.
 
     python -m bench.checkpoint --scratch=/tmp/bench [--rounds=5] [--layers=12] [--out=FILE]
 
 The state is GPT-2 124M with AdamW's moments in float32, on one rank. `copy` copies the same bytes into allocated
-memory, the lower bound of the blocked time. `put` writes the same bytes to the same store, the lower bound of the
-background time. `ours` is the trainer's Saver; `torch.save` and DCP are called as their documentation says. CPU seconds
-are those of this process. The table shows medians.
+memory. This is the lower bound of the blocked time. `put` writes the same bytes to the same store. This is the lower
+bound of the background time. `ours` is the trainer's Saver; `torch.save` and DCP are called as their documentation
+says. CPU seconds are those of this process. The table shows medians.
 """
 
 import os
@@ -40,7 +40,7 @@ def main() -> None:
     model.initialise(0)
     optimizer = BlockOptimizer(model, OptimizerConfig(), 0, 1)
     with harness.s3_server(options.scratch) as (folder, _):
-        # The first round touches memory and fills caches.
+        # The first round only touches memory and fills caches, and is not counted.
         runs = harness.interleaved(_sides(folder, ranks, optimizer), options.rounds, warm_up=1)
     process_group.stop()
     results = {
@@ -121,7 +121,9 @@ def _sides(folder: Path, ranks, optimizer: BlockOptimizer) -> dict[str, Side]:
 
     def on_touched_pages(side: Callable, *arguments: str) -> Side:
         def measure(number: int) -> dict[str, float]:
-            harness.touch_pages(size)  # memory for the files that the side writes
+            # The files that a side writes take memory of the page cache. This memory is used once before the side is
+            # measured.
+            harness.touch_pages(size)
             return side(*arguments, number)
 
         return measure

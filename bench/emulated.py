@@ -1,4 +1,4 @@
-"""The emulated cloud that all cells of bench.interruptions share, and the computers of its users."""
+"""Sets up what the cells of bench.interruptions share: an emulated cloud, and a prepared home for each computer."""
 
 import contextlib
 import json
@@ -19,15 +19,15 @@ from launch import role
 SWITCH_MINUTES = 5.0
 POLL_SECONDS = 0.5
 IN_FLIGHT = 5
-LAUNCHES = 1  # at a time: several would take each other's processors
+LAUNCHES = 1  # number of cells at a time; several cells would compete for the processors
 BUCKET = "my-bucket"
 LAB = Path(os.environ.get("LAB_DIR") or "/nonexistent")
 LAB_ROOT = Path(os.environ.get("LAB_ROOT") or "/tmp/lab")
-PORT = 47100  # of the first cell's API server
+PORT = 47100  # port of the first cell's API server
 
 
 class Bench:
-    """What all cells share: the project's folder with `.sky.yaml`, the emulated cloud, and a prepared home."""
+    """Parts that all cells share: the project's folder with `.sky.yaml`, the emulated cloud, and a prepared home."""
 
     def __init__(self, scratch: Path):
         self.scratch, self.project = scratch, scratch / "project"
@@ -46,7 +46,8 @@ class Bench:
         code = "import boto3, sys; boto3.client('s3').create_bucket(Bucket=sys.argv[1])"
         self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET)
         self._store_source()
-        # The role is for a bucket at AWS, as this one would be without the address of the emulated cloud.
+        # `make role` accepts only a bucket at AWS. Without the address of the emulated cloud, this bucket looks like
+        # one.
         alone = ("env", "-u", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE=/dev/null", f"AWS_ENDPOINT_URL_IAM={self.endpoint}")
         settings = {"SWITCH_MINUTES": f"{SWITCH_MINUTES:g}"}
         made = self.inside(LAB_ROOT / "home", *alone, self.python, "-m", "launch.role", **settings)
@@ -67,7 +68,7 @@ class Bench:
         self.inside(LAB_ROOT / "home", self.python, "-c", code, BUCKET, folder)
 
     def _prepare_home(self) -> None:
-        """A home whose SkyPilot has found its clouds. Its server is stopped."""
+        """Prepare a home folder in which SkyPilot has found its clouds. The server of that SkyPilot is then stopped."""
         lab = LAB_ROOT / "home"
         self.home.mkdir()
         for name in (".aws", ".lambda_cloud"):
@@ -79,26 +80,29 @@ class Bench:
         (self.scratch / "check.log").write_text(found.stdout + found.stderr)
         kill(self.home)
         with contextlib.closing(sqlite3.connect(self.home / ".sky/state.db")) as database:
-            # A server takes this one before ~/.sky/user_hash, by which the cells are told apart.
+            # The cells are told apart by ~/.sky/user_hash. A server would prefer the hash in its database, so that hash
+            # is deleted.
             database.execute("DELETE FROM system_config WHERE config_key = 'server_user_hash'")
             database.commit()
 
     def command(self, home: Path, *command: object, **environment: str) -> list[str]:
         given = {"HOME": str(home), "BUCKET": BUCKET, "AWS_DEFAULT_REGION": "us-east-1", "YES": "1"}
         given |= {"BUCKET_ACCESS_KEY_ID": "test", "BUCKET_SECRET_ACCESS_KEY": "test", **environment}
-        # A process of SkyPilot's that names itself keeps its environment, by which it is found.
+        # With this variable, a process of SkyPilot that changes its title keeps its environment. `processes` needs the
+        # environment to find it.
         given["SPT_NOENV"] = "1"
-        given["SKYPILOT_POD_MEMORY_GB_LIMIT"] = "4"  # else a server starts thirty controllers of managed jobs
+        # With more memory, a server would start thirty controllers of managed jobs.
+        given["SKYPILOT_POD_MEMORY_GB_LIMIT"] = "4"
         settings = [f"{name}={value}" for name, value in given.items()]
         return [str(LAB / "labexec"), "env", *settings, *map(str, command)]
 
     def inside(self, home: Path, *command: object, **environment: str) -> subprocess.CompletedProcess:
-        """Run a command on a computer, in the project's folder."""
+        """Run a command on an emulated computer, in the project's folder."""
         words = self.command(home, *command, **environment)
         return subprocess.run(words, cwd=self.project, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
     def instances(self) -> list[dict[str, Any]]:
-        """All machines of the emulated clouds, asked once for all cells that look at about the same time."""
+        """All machines of the emulated clouds. Cells that call this at about the same time share one answer."""
         with self._asking:
             if time.monotonic() - self._listed[0] > POLL_SECONDS:
                 done = subprocess.run([LAB / "labctl", "json"], capture_output=True, text=True, check=True)
@@ -107,7 +111,10 @@ class Bench:
 
 
 def processes(home: Path) -> Iterator[int]:
-    """The processes of a computer, which its home tells apart."""
+    """The ids of the processes of an emulated computer.
+
+    They are found by the computer's home folder, which is in their environment.
+    """
     mark = f"HOME={home}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -118,14 +125,14 @@ def processes(home: Path) -> Iterator[int]:
 
 
 def send(home: Path, number: int) -> None:
-    """Send a signal to all processes of a computer."""
+    """Send a signal to all processes of an emulated computer."""
     for process in processes(home):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
 
 
 def kill(home: Path) -> None:
-    """Kill all processes of a computer, and what they have started meanwhile."""
+    """Kill all processes of an emulated computer, including processes that these start meanwhile."""
     while any(True for _ in processes(home)):
         send(home, signal.SIGKILL)
         time.sleep(0.1)

@@ -1,18 +1,20 @@
-"""Fits the law of the loss to public runs, and says how well it predicts runs that it has not seen.
+"""Fits the law of the loss to public runs, and measures how well it predicts runs that were not fitted.
 
     python -m bench.fit_loss                                  print the fit and its errors
     python -m bench.fit_loss --write                          … and store the constants in core/loss/law.json
     python -m bench.fit_loss --out=bench/results/DATE-fit-loss.json      … and a record
 
-Reads core/loss/runs.csv. Rows marked `fit` take part; rows marked `check` are only predicted. The constants are
-found by damped Gauss-Newton on the residuals over the noise of a run, with weak priors, since some recipes have one
-run only: E is 1.7 ± 0.2, the exponents are 0.34 ± 0.1, ln k is 0 ± 0.5. The ratio of the exponents follows the minima
-of nanochat's iso-FLOP curves (same file): they are on another scale of loss, but say how size and tokens share compute.
-The multiplier of REFERENCE is 1.
+Reads core/loss/runs.csv. Rows marked `fit` take part in the fit. Rows marked `check` are only predicted. The constants
+are found by damped Gauss-Newton, which minimises the squared residuals, each divided by the noise of a run. Some
+recipes have only one run, so there are weak priors: E is 1.7 ± 0.2, the exponents are 0.34 ± 0.1, and ln k is 0 ± 0.5.
+The ratio of the exponents follows the minima of nanochat's iso-FLOP curves, which are in the same file. The losses of
+these curves are on another scale, but their minima show how compute is divided between size and tokens. The multiplier
+of REFERENCE is 1.
 
-For an error without the run itself, each run is left out in turn and everything is fitted again; a recipe that has no
-other run then has the k of its prior, 1. In the table two runs of one recipe alone (1.7B and 10B tokens) determine the
-slope over tokens, and without either it is a guess. So the errors are also given with the `check` rows in the table.
+To measure errors, each run is left out in turn, and everything is fitted again. If the left-out run is the only run of
+its recipe, the k of this recipe is that of the prior, 1. The slope over tokens is determined by only two runs of one
+recipe (1.7B and 10B tokens). If one of them is left out, the slope is a guess. So the errors are also computed with the
+`check` rows in the fit.
 """
 
 import csv
@@ -33,8 +35,8 @@ from core.loss import law
 from core.loss.law import Law, Recipe
 
 REFERENCE = "muon-modern"
-ON_ADAMW = "adam-modern"  # the same architecture and tuning with Adam
-NOISE = 0.003  # nats, between runs that differ in the seed or in details
+ON_ADAMW = "adam-modern"  # the recipe with the same architecture and tuning, but Adam
+NOISE = 0.003  # nats between runs that differ in the seed or in details
 PRIORS = {"E": (1.7, 0.2), "a": (0.34, 0.1), "b": (0.34, 0.1)}
 PRIOR_LN_K = 0.5
 ISO_FLOP = "nanochat-iso-"
@@ -46,7 +48,7 @@ _FAMILIES = (("soap", "soap"), ("muon", "muon"), ("shampoo", "shampoo"), ("adam"
 
 @dataclass(frozen=True)
 class Row:
-    """A run: N and D in billions."""
+    """A run of the table. N and D are in billions."""
 
     name: str
     recipe: str
@@ -58,7 +60,7 @@ class Row:
 
 def main() -> None:
     parser = harness.options(__doc__)
-    parser.add_argument("--write", action="store_true", help="store the constants where the plan reads them")
+    parser.add_argument("--write", action="store_true", help="store the fitted constants for `make plan`")
     options = parser.parse_args()
     rows, unseen = read("fit"), read("check")
     found = fit(rows)
@@ -81,7 +83,7 @@ def main() -> None:
 
 
 def read(use: str) -> list[Row]:
-    """The runs of the table that are marked so."""
+    """The runs of the table with this mark."""
     with law.RUNS.open(newline="", encoding="utf-8") as file:
         return [
             Row(
@@ -98,13 +100,16 @@ def read(use: str) -> list[Row]:
 
 
 def _iso_flop_shape() -> float:
-    """ln(b / a) by the minima of iso-FLOP curves: the best N is C^(b / (a + b)), the best D C^(a / (a + b))."""
+    """ln(b / a), from the minima of iso-FLOP curves.
+
+    For compute C, the best N grows as C^(b / (a + b)), and the best D as C^(a / (a + b)).
+    """
     with law.RUNS.open(newline="", encoding="utf-8") as file:
         minima = [each for each in csv.DictReader(file) if each["name"].startswith(ISO_FLOP)]
     compute = [math.log(float(each["name"].removeprefix(ISO_FLOP))) for each in minima]
     by_size, by_tokens = (
         np.polyfit(compute, [math.log(float(each[column])) for each in minima], 1)[0]
-        for column in ("params_nonembed", "tokens")  # here with the output layer
+        for column in ("params_nonembed", "tokens")  # N in these curves includes the output layer
     )
     return float(math.log(by_size / by_tokens))
 
@@ -114,7 +119,7 @@ def _family(optimizer: str) -> str:
 
 
 def fit(rows: Sequence[Row], noise: float = NOISE, has_shape: bool = True) -> Law:
-    """The law of these runs. `has_shape`: with the prior of nanochat's curves."""
+    """The law that is fitted to these runs. If `has_shape` is true, the prior from nanochat's curves is used."""
     shape = _iso_flop_shape() if has_shape else None
     free = sorted({row.recipe for row in rows} - {REFERENCE})
     values = np.array([*START, *np.zeros(len(free))])
@@ -153,7 +158,10 @@ def _recipe(rows: Sequence[Row], k: float) -> Recipe:
 def _residuals(
     rows: Sequence[Row], free: Sequence[str], values: np.ndarray, noise: float, shape: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Residuals of runs and priors over their errors, and their derivatives by each value."""
+    """The residuals of the runs and of the priors, each divided by its error.
+
+    Also the derivatives of the residuals by each value.
+    """
     E, ln_A, ln_B, a, b = values[:5]
     place = {name: 5 + index for index, name in enumerate(free)}
     residuals, slopes = [], []
@@ -182,7 +190,7 @@ def _residuals(
 
 
 def _error(found: Law, row: Row) -> dict[str, Any]:
-    """Predicted minus measured. The fit's k of a recipe holds at the sizes of its own runs."""
+    """Predicted minus measured loss. The fitted k of a recipe holds at the sizes of its own runs."""
     k = found.recipes[row.recipe].k if row.recipe in found.recipes else 1.0
     by = found.constants
     predicted = by["E"] + by["A"] * row.size ** -by["a"] + by["B"] * (k * row.tokens) ** -by["b"]
@@ -190,7 +198,10 @@ def _error(found: Law, row: Row) -> dict[str, Any]:
 
 
 def left_out(rows: Sequence[Row], noise: float = NOISE, has_shape: bool = True) -> list[dict[str, Any]]:
-    """For each run, the error of the law that was fitted to all others, and whether they hold its recipe."""
+    """For each run, the error of the law that was fitted to all other runs.
+
+    `recipe_seen` says whether another run has the same recipe.
+    """
     counts = Counter(row.recipe for row in rows)
     return [
         _error(fit([other for other in rows if other is not row], noise, has_shape), row)
@@ -200,7 +211,7 @@ def left_out(rows: Sequence[Row], noise: float = NOISE, has_shape: bool = True) 
 
 
 def _variant(rows: Sequence[Row], unseen: Sequence[Row], noise: float, has_shape: bool) -> dict[str, Any]:
-    """Another fit than the one that the plan uses, so that a reader sees what the choices change."""
+    """The errors of a variant of the fit. It shows the effect of one choice, and the plan does not use it."""
     found, without = fit(rows, noise, has_shape), left_out(rows, noise, has_shape)
     return {
         "noise": noise,
@@ -236,7 +247,7 @@ def show(results: Mapping[str, Any]) -> None:
     print("errors in nats, predicted minus measured")
     _print("in the sample", results["in_sample"], False)
     _print("never fitted", results["checked"], True)
-    for key, table in (("left_out", "the table"), ("left_out_with_checks", "the table with the runs never fitted")):
+    for key, table in (("left_out", "the table"), ("left_out_with_checks", "the table with the check rows")):
         for title, seen in (("recipe seen in other runs", True), ("recipe not seen", False)):
             errors = [each for each in results[key] if each["recipe_seen"] is seen]
             _print(f"left out of {table}, {title}", errors, seen)

@@ -4,9 +4,9 @@
     results = harness.header("torch") | {"rounds": 3, "median": harness.medians(runs)}
     harness.finish(results, show, options.out)
 
-A side that needs a process of its own runs as a module that reports each result by `say`; `run_process` starts it,
-receives the results and ends it at its deadline or together with this process. The module imports neither torch nor
-rich, because machines that run bench.on_gpu may lack packages.
+A side that needs a separate process runs as a module and reports each result by `say`. `run_process` starts such a
+module and receives its results. It ends the module at a deadline, or together with this process. The module imports
+neither torch nor rich, because machines that run bench.on_gpu may lack packages.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from demo.processes import die_with_parent, kill_tree
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parent.parent
 BUCKET = "bench"
-# torchrun for ranks on this machine: they meet on loopback.
+# A torchrun command whose ranks are on this machine and meet on loopback.
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d")
 TORCHRUN += ("--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
 POLL_SECONDS = 1.0
@@ -47,7 +47,7 @@ end_with_parent = functools.partial(die_with_parent, signal.SIGKILL)
 
 
 def options(description: str | None, rounds: int = 0) -> argparse.ArgumentParser:
-    """A parser with --out, and with --rounds if its default `rounds` is given."""
+    """A parser with the option --out. If `rounds` is given, there is also --rounds, with `rounds` as its default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
         parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
@@ -85,6 +85,15 @@ def medians(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict
     return {name: median(results) for name, results in runs.items()}
 
 
+def ratio(runs: Mapping[str, Sequence[Mapping[str, float]]], side: str, other: str, key: str) -> float:
+    """The ratio of `key` between `side` and `other`, as a median over the rounds.
+
+    The ratio is computed within each round, because a slow minute of the machine affects both sides of a round.
+    """
+    pairs = zip(runs[side], runs[other], strict=True)
+    return statistics.median(mine[key] / theirs[key] for mine, theirs in pairs)
+
+
 def finish(results: dict[str, Any], show: Callable[[dict], None], out: Path | None) -> None:
     """Print the results and store them in `out`, if given."""
     show(results)
@@ -104,9 +113,10 @@ def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]])
 
 @contextlib.contextmanager
 def s3_server(scratch: Path | None = None) -> Iterator[tuple[Path, Any]]:
-    """A temporary folder in `scratch` and an S3 server (demo.s3_server) whose data is in it, with the bucket `bench`.
+    """A temporary folder in `scratch`, and an S3 server (demo.s3_server) with the bucket `bench`.
 
-    Sets the variables of the environment that direct S3 clients to the server.
+    The server keeps its data in this folder. Sets the variables of the environment that direct S3 clients to the
+    server.
     """
     from demo.s3_server import S3Server
 
@@ -117,11 +127,11 @@ def s3_server(scratch: Path | None = None) -> Iterator[tuple[Path, Any]]:
 
 
 def touch_pages(size: int) -> None:
-    """Use `size` bytes of memory once and free them, before a side that needs as much.
+    """Use `size` bytes of memory once and free them. Call this before a side that needs so much memory.
 
-    On a virtual machine that returns free pages to its host, the first use of a page costs ten times a later one. No
-    side should pay for that. The memory is anonymous, because pages of a file would be written to disk later, while the
-    side is measured.
+    On a virtual machine that returns free pages to its host, the first use of a page takes ten times as long as a later
+    use. No side should be charged for that. The memory is anonymous, because pages of a file would be written to disk
+    later, while the side is measured.
     """
     with mmap.mmap(-1, size) as pages:
         for begin in range(0, size, mmap.PAGESIZE):
@@ -137,7 +147,7 @@ def say(text: str, **values: Any) -> None:
 
 
 def measured(command: Sequence[str]) -> dict[str, Any]:
-    """Run a side as a process without a time limit. Returns its last result; SystemExit if it fails."""
+    """Run a side as a process without a time limit. Returns its last result. Raises SystemExit if the side fails."""
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryFile("w+") as log:
         why = run_process(command, log, math.inf, results.append)
@@ -148,9 +158,10 @@ def measured(command: Sequence[str]) -> dict[str, Any]:
 
 
 def run_process(command: Sequence[str], log: TextIO, deadline: float, take: Callable[[dict[str, Any]], None]) -> str:
-    """Run `command` until it ends or until `deadline` (of time.monotonic); its children end with it.
+    """Run `command` until it ends, or until `deadline` (of time.monotonic). Its child processes end with it.
 
-    Calls `take` with each result and writes all other output to `log`. Returns why it failed, empty for success.
+    Calls `take` with each result and writes all other output to `log`. Returns the reason of a failure, or an empty
+    text.
     """
     process = subprocess.Popen(
         command,
@@ -179,7 +190,7 @@ def _follow(process: subprocess.Popen, log: TextIO, deadline: float, take: Calla
             line = lines.get(timeout=max(0.0, min(POLL_SECONDS, deadline - time.monotonic())))
         except queue.Empty:
             if process.poll() is not None:
-                break  # another process holds the output of this one open
+                break  # another process keeps the output of this process open
             if time.monotonic() < deadline:
                 continue
             return "its time was over while it ran; give it more with --minutes"

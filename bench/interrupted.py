@@ -1,4 +1,4 @@
-"""The parts of bench.interruptions: a cell, and a cell as it runs."""
+"""Defines a cell of bench.interruptions, which is one interruption of a launch, and a trial, which runs a cell."""
 
 import shutil
 import signal
@@ -15,12 +15,15 @@ from bench.emulated import BUCKET, LAB, LAB_ROOT, POLL_SECONDS, PORT, SWITCH_MIN
 
 EVENTS = ("ctrl-c", "kill", "stop", "cut")
 STAGES = ("request", "provision", "sync", "set-up", "build", "job")
-FIRST = ("provision", "sync", "job", "set-up", "build", "request")  # of what a session has time for
+# The order in which stages are measured. The time may not suffice for all stages, so the most important ones come
+# first.
+FIRST = ("provision", "sync", "job", "set-up", "build", "request")
 LIMIT_SECONDS = SWITCH_MINUTES * 60 + 120
 STAGE_SECONDS = 600.0
 WATCH_SECONDS = 600.0
-FOLLOW_SECONDS = 1200.0  # of one cell: SkyPilot may go on to replace its machines
-# What makes a stage long enough to meet it: the set-up waits before the image, the build is preceded by a pause.
+FOLLOW_SECONDS = 1200.0  # longest time to follow one cell, because SkyPilot may replace its machines again and again
+# Shell commands that lengthen two stages, so that the interruption can hit them. The set-up sleeps for 15 s before the
+# image is made, and again before each `docker build`.
 SET_UP = """\
 touch ~/stage-set-up
 sleep 15
@@ -34,19 +37,23 @@ PATH=~/slow:$PATH
 
 @dataclass
 class Cell:
-    """One interruption. Seconds count from it; None: it did not happen."""
+    """One interruption of a launch, and its results. Seconds count from the interruption.
+
+    None means that something did not happen.
+    """
 
     number: int
     event: str
     stage: str
     managed: bool
     cloud: str
-    launcher: str = ""  # what the launcher did: its state at the interruption, its exit code
+    launcher: str = ""  # the launcher's state at the interruption, and its exit code
     minutes: float = SWITCH_MINUTES
     machines: int = 0
-    gap: float | None = None  # from a machine's start to its first job: autostop is set just before
+    # Seconds from a machine's start to its first job; SkyPilot sets autostop just before the job.
+    gap: float | None = None
     gone_after: float | None = None
-    silent_for: float | None = None  # from the last sign of life, or the machine's start, to its end
+    silent_for: float | None = None  # seconds from the last sign of life, or from the machine's start, to its end
     ended_by: str = ""
     verdict: str = ""
     notes: list[str] = field(default_factory=list)
@@ -57,7 +64,10 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All events at all stages; the other two factors alternate, so that each pair of values of two factors occurs."""
+    """A cell for each event at each stage.
+
+    The kind of launch and the cloud alternate, so that each pair of values of any two factors occurs.
+    """
     found = []
     for i, event in enumerate(EVENTS):
         for j, stage in enumerate(STAGES):
@@ -67,14 +77,14 @@ def cells() -> list[Cell]:
 
 
 class Trial:
-    """A cell as it runs."""
+    """Runs a cell."""
 
     def __init__(self, bench: Bench, cell: Cell):
         self.bench, self.cell = bench, cell
         self.hash = f"ce11{cell.number:04x}"
         self.home = bench.scratch / f"cell-{cell.number:02d}"
         self.environment = {"SKYPILOT_API_SERVER_LOCAL_PORT": str(PORT + cell.number)}
-        self.seen: dict[str, dict[str, Any]] = {}  # machines by id, with `start`, `end`, `state`
+        self.seen: dict[str, dict[str, Any]] = {}  # the machines by id, each with `start`, `end` and `state`
         self.rules: set[str] = set()
         self.at = self.cut_at = 0.0
         self.launcher: subprocess.Popen | None = None
@@ -86,7 +96,7 @@ class Trial:
                 reached = self._wait(self._has_reached, STAGE_SECONDS)
                 self._interrupt(reached)
             self._follow()
-        except Exception as error:  # a cell that breaks must not hide the others
+        except Exception as error:  # the other cells still run
             self.cell.verdict, note = "not measured", f"{type(error).__name__}: {error}"
             self.cell.notes.append(note)
         finally:
@@ -104,7 +114,8 @@ class Trial:
             "PREP_ARGS": "--data.val_fraction=0.05 --evaluation_sets=",
             "SWITCH_MINUTES": f"{SWITCH_MINUTES:g}",
         }
-        for _ in range(3):  # it gives itself a minute, which is short on a busy machine
+        # Tried three times: `sky api start` waits only a minute, which may not suffice on a busy machine.
+        for _ in range(3):
             if self.bench.inside(self.home, "sky", "api", "start", **self.environment).returncode == 0:
                 break
         submit = (self.bench.python, "-u", "-m", "launch.submit", self._task())
@@ -120,7 +131,10 @@ class Trial:
         self.started_at = time.time()
 
     def _task(self) -> Path:
-        """sky/prep-data.yaml on one cloud, on demand or as a managed job, with longer stages."""
+        """Writes a copy of sky/prep-data.yaml for one cloud, on demand or as a managed job.
+
+        The copy has longer stages.
+        """
         task = yaml.safe_load((self.bench.project / "sky/prep-data.yaml").read_text())
         kinds = {"aws": "c6i.2xlarge", "lambda": "cpu_4x_general"}
         resources = task["resources"]
@@ -136,7 +150,7 @@ class Trial:
     # --- the cloud
 
     def _look(self) -> bool:
-        """Note what the cloud lists of this cell. Returns whether anything of it is up."""
+        """Record the machines of the cell that the cloud lists. Returns whether one of them is running."""
         now, listed = time.time(), {}
         for each in self.bench.instances():
             if self.hash in f"{each['cluster']} {each['name']}" and each["state"] != "terminated":
@@ -215,10 +229,13 @@ class Trial:
             kill(self.home)
         else:
             send(self.home, signal.SIGSTOP)
-            send(self.home, signal.SIGSTOP)  # to what was started meanwhile
+            send(self.home, signal.SIGSTOP)  # a second time, for processes that were started meanwhile
 
     def _follow(self) -> None:
-        """Wait until everything is gone or over its limit; then let the user come back."""
+        """Wait until every machine is gone or has been running for longer than the limit.
+
+        If a machine is still running, let the user come back.
+        """
         assert self.launcher
         while True:
             is_up = self._look()
@@ -254,7 +271,10 @@ class Trial:
         cell.verdict = "gone within the limit" if cell.silent_for <= LIMIT_SECONDS else "gone too late"
 
     def _ended_by(self) -> str:
-        """What ended the machines. The switch may end with its machine before it has written that down."""
+        """The cause that ended the machines. The switch ends its own machine, and may not have logged this before.
+
+        So the time of the silence decides whether it was the switch.
+        """
         for machine in self.seen.values():
             silent = machine["end"] - max(machine["start"], machine.get("alive") or 0.0)
             if machine.get("log") and silent >= SWITCH_MINUTES * 60 - 1:
@@ -265,7 +285,10 @@ class Trial:
         return "SkyPilot"
 
     def _come_back(self) -> None:
-        """The user is back, and runs `make watch` on Lambda, then `make down` if something is still up."""
+        """Plays the user who comes back. On Lambda he first runs `make watch`.
+
+        If a machine is still running, he then runs `make down`.
+        """
         send(self.home, signal.SIGCONT)
         self._reconnect()
         began = time.time()

@@ -1,20 +1,23 @@
-"""Interrupts launches on an emulated cloud, and measures when the machines are gone: 24 pairwise cells.
+"""Interrupts launches on an emulated cloud, and measures when the machines are gone. There are 24 cells.
 
     LAB_DIR=… python -m bench.interruptions --scratch=FOLDER --out=FILE [--minutes=25] [--only=NUMBER ...]
 
-Each of four events meets each of six stages; on demand and managed, AWS and Lambda alternate so that every pair of them
-meets every event and every stage. A cell is a user's computer of its own: a home folder with SkyPilot's API server, and
-`launch.submit` of sky/prep-data.yaml, whose container and preparation are real. The events:
+A cell is one of four events at one of six stages of a launch. The kind of launch (on demand or managed) and the cloud
+(AWS or Lambda) alternate, so that each kind and each cloud occurs with every event and at every stage. Each cell has a
+separate emulated computer: a home folder with SkyPilot's API server. It runs `launch.submit` of sky/prep-data.yaml,
+whose container and preparation are real. The events:
 
     ctrl-c   SIGINT to the launcher
     kill     SIGKILL to the launcher and to SkyPilot's server, as when the computer is lost
-    stop     SIGSTOP to both, as when its lid is closed
+    stop     SIGSTOP to both, as when the computer's lid is closed
     cut      no packet reaches port 22 of the nodes from the computer, and the rest of the network works
 
-A machine counts as gone when its cloud lists it no more, or as terminated. The limit is SWITCH_MINUTES and two minutes
-after the interruption, the machine's start, or its last sign of life, whichever is last. What is up after that is ended
-on the computer, once that is back: on Lambda by `launch.watch`, with one minute, else by `launch.down`. FILE keeps each
-finished cell, and a second call continues. The emulated cloud must be up, with the project's `prep` image prepared.
+A machine counts as gone when its cloud no longer lists it, or lists it as terminated. The time limit is SWITCH_MINUTES
+plus two minutes. The limit counts from the latest of three times: the interruption, the machine's start, and the
+machine's last sign of life. If machines are still running after the limit, the computer comes back and ends them: on
+Lambda by `launch.watch` with a limit of one minute, elsewhere by `launch.down`. Each finished cell is stored in FILE,
+and a second call runs the cells that are missing. The emulated cloud must be up, with the project's `prep` image
+prepared.
 """
 
 import argparse
@@ -34,11 +37,12 @@ from bench.interrupted import FIRST, Cell, Trial, cells
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True, help="existing folder for homes, outputs and records")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the cells, which grows")
-    parser.add_argument("--minutes", type=float, default=25.0, help="start no cell after this time")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of cells")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to which finished cells are added")
+    parser.add_argument("--minutes", type=float, default=25.0, help="start no new cell after this many minutes")
+    parser.add_argument("--only", type=int, nargs="*", help="measure only the cells with these numbers")
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, as then by all launchers
+    # A shell starts background processes with SIGINT ignored, and the launchers would inherit this setting.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     record = json.loads(options.out.read_text()) if options.out.exists() else {**header(), "cells": []}
     done = {each["number"] for each in record["cells"]}
     wanted = [each for each in cells() if each.number not in done and each.number in (options.only or range(1, 25))]

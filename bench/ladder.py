@@ -1,12 +1,13 @@
-"""Measures what each usual switch gives, one after the other: from a plain float32 step to the trainer's own.
+"""Measures the gain of each usual switch, one after the other, from a plain float32 step to the trainer's step.
 
     python -m bench.ladder --preset=gpt2-124m [--micro-batch=16] [--rounds=3] [--out=FILE]
-    python -m bench.ladder --rehearse       on a CPU, with a small model and the switches that exist there
+    python -m bench.ladder --rehearse       on a CPU, with a small model and the switches that a CPU has
 
-Each row keeps the switches of the rows above it, as in A. Karpathy's "Let's reproduce GPT-2": TF32, bf16,
+Each row keeps the switches of the rows above it. The order follows A. Karpathy's "Let's reproduce GPT-2": TF32, bf16,
 torch.compile, flash attention, a padded vocabulary, fused AdamW, a larger micro-batch. The last row is the step of the
-trainer's loop. All steps have the same model, tokens per micro-batch (the larger one apart) and random tokens; each row
-runs as a process, in interleaved rounds, and the table shows medians. bench.train_step compares whole trainers.
+trainer's loop. All steps have the same model, random tokens and, except in the row of the larger micro-batch, the same
+number of tokens. Each row runs as a process, in interleaved rounds. The table shows medians. bench.train_step compares
+whole trainers.
 """
 
 import argparse
@@ -30,7 +31,7 @@ LARGER = 2  # factor of the larger micro-batch
 
 @dataclass(frozen=True)
 class Switches:
-    """How a step is computed. `matmul` is torch's precision of float32 products; "high" is TF32 on a GPU."""
+    """The switches of a step. `matmul` is torch's precision of float32 products; "high" is TF32 on a GPU."""
 
     matmul: str = "highest"
     bf16: bool = False
@@ -65,7 +66,7 @@ RUNGS = (
 
 
 def switches_of(name: str) -> Switches:
-    """The switches of a row: its own and those of the rows above it."""
+    """The switches of a row, including those of the rows above it."""
     found = Switches()
     for rung in RUNGS:
         found = replace(found, **rung.changes)
@@ -104,16 +105,16 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = presets.options(__doc__, presets.PLAIN)
     parser.add_argument("--rounds", type=int, default=3, help="default 3")
-    parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: half of the preset's")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences per micro-batch; 0: half of the preset's")
     parser.add_argument("--steps", type=int, default=20, help="measured steps per round")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps of a round that are not measured")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _settings(options: argparse.Namespace, switches: Switches) -> PretrainConfig:
-    """The preset with the vocabulary and the micro-batch of a row, one micro-batch per step."""
+    """The preset with the vocabulary and the micro-batch size of a row. A step has one micro-batch."""
     flags = presets.small_flags() if options.rehearse else []
     vocabulary = PADDED_VOCABULARY if switches.padded else PLAIN_VOCABULARY
     known = presets.settings_of(options.preset, *flags)
@@ -178,7 +179,7 @@ def measure(options: argparse.Namespace, device) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    middle = {  # the run of median speed of each row
+    middle = {  # for each row, the run with the median speed
         name: sorted(runs, key=lambda run: run["tokens_per_second"])[len(runs) // 2]
         for name, runs in results["runs"].items()
     }

@@ -2,12 +2,13 @@
 
     python -m bench.loader [--rounds=3] [--million-tokens=64] [--sides=raw,ours,streaming,litdata] [--out=FILE]
 
-An S3 server on loopback holds the same tokens in the format of each side. A side runs as a process with an empty cache
-and reports seconds to the first batch, and tokens/s of the first pass (downloads included) and of the second. Two
-clocks measure the first batch, one from before the imports of the side's and the store's library, one from after
-them; torch and numpy are imported before both. A batch is 64 random windows of 1024 tokens. CPU seconds count both
-passes of the side; on a shared machine they say more than the clock. streaming and litdata are not dependencies:
-`pip install --no-deps mosaicml-streaming litdata` and the packages that their imports then miss.
+An S3 server on loopback holds the same tokens in the format of each side. A side runs as a process with an empty cache.
+It reports three figures: seconds to the first batch, tokens/s of the first pass (downloads included), and tokens/s of
+the second pass. The time to the first batch is measured twice: once with the imports of the side's library and of the
+store's library, and once without these imports. torch and numpy are imported before both. A batch is 64 random windows
+of 1024 tokens. CPU seconds count both passes of the side. On a shared machine, CPU seconds say more than wall-clock
+time. streaming and litdata are not dependencies of this project. To install them: `pip install --no-deps
+mosaicml-streaming litdata` and the packages that their imports then miss.
 """
 
 import argparse
@@ -138,7 +139,7 @@ def litdata(cache: Path) -> Iterator[object]:
 
 
 def raw(cache: Path) -> Iterator[object]:
-    """The same bytes by range reads of 8 MB, four at a time."""
+    """Reads the same bytes by range reads of 8 MB, four at a time."""
     objects = [info for info in storage.list_objects(f"{ROOT}/ours") if info.uri.endswith(".bin")]
     ranges = [(o.uri, a, min(a + (8 << 20), o.size)) for o in objects for a in range(0, o.size, 8 << 20)]
     with ThreadPoolExecutor(4) as pool:
@@ -197,7 +198,7 @@ def main() -> None:
     shards = max(1, round(options.million_tokens * 1e6 / SHARD_TOKENS))
     if options.side:
         harness.say(options.side, **run_side(options.side, shards * SHARD_TOKENS))
-        os._exit(0)  # libraries leave daemon threads that delay a usual exit
+        os._exit(0)  # exit without cleanup, because daemon threads of the libraries delay a normal exit
     with harness.s3_server() as (folder, _):
         for write in dict.fromkeys(WRITERS[side] for side in options.sides.split(",")):
             write(shards, folder / write.__name__)

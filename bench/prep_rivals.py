@@ -4,10 +4,10 @@
     python -m bench.prep_rivals map SOURCE TARGET          datasets.map with tiktoken, in batches
     python -m bench.prep_rivals read SOURCE TARGET         our reader alone: download, decompress, decode
 
-`fineweb` follows build-nanogpt's fineweb.py and llm.c's dev/data/fineweb.py: `load_dataset`, `Pool.imap` with
-chunks of 16 documents, half of the cores, shards of 100 million uint16 tokens. `map` follows nanoGPT's
-data/openwebtext/prepare.py, in batches. Both get the same transfers added: they download all files first and upload
-the shards at the end. SOURCE and TARGET are folders in a bucket; the TARGET `memory` stores nothing.
+`fineweb` follows build-nanogpt's fineweb.py and llm.c's dev/data/fineweb.py: `load_dataset`, `Pool.imap` with chunks of
+16 documents, half of the cores, shards of 100 million uint16 tokens. `map` follows nanoGPT's
+data/openwebtext/prepare.py, in batches. Here, transfers are added to both: they first download all files, and upload
+the shards at the end. SOURCE and TARGET are folders in a bucket. If TARGET is `memory`, nothing is stored.
 """
 
 import multiprocessing
@@ -79,7 +79,7 @@ def read(source: str, target: str, scratch: Path) -> None:
 
 
 def decode(part, work):
-    """Task of a worker: fetch and decode text and ids of a part, and discard them."""
+    """Task of a worker: fetch and decode the texts and ids of a part, and discard them."""
     from data_prep import workers
     from data_prep.sources import parquet
 
@@ -165,7 +165,10 @@ def _share(number: int) -> int:
 
 
 def _timed(results: Iterator) -> float:
-    """Seconds for all results but the first. For `ours`, the first one only shows that the processes run."""
+    """Seconds for all results except the first.
+
+    For `ours`, the first result only shows that the processes are running.
+    """
     next(results)
     started = time.perf_counter()
     for _ in results:

@@ -1,8 +1,10 @@
-"""Makes the ledger's clock stand still but for a second per optimizer step, so that money is exact at any load.
+"""Makes the ledger's clock advance by one second per optimizer step and at no other time.
+
+So the dollars of a run are exact, whatever the load of the machine.
 
     use_step_clock()        before a run of this process begins; at USD_PER_HOUR=3600 a step then costs a dollar
 
-Starts, evaluations and checkpoints take no time by this clock, and restarts cost nothing.
+On this clock, starts, evaluations and checkpoints take no time, so restarts cost nothing.
 """
 
 import time
@@ -13,7 +15,7 @@ from core.run import ledger, segment
 
 
 def use_step_clock(after_step: Callable[[int], None] = lambda step: None) -> None:
-    """Replace the clock of this process's ledgers. `after_step` is called with each step that is booked."""
+    """Replace the clock of this process's ledgers. `after_step` is called with each booked step."""
     began, done = time.time(), {"steps": 0}
     clock = SimpleNamespace(time=lambda: began + done["steps"], monotonic=lambda: float(done["steps"]))
     ledger.time = clock
@@ -25,7 +27,7 @@ def use_step_clock(after_step: Callable[[int], None] = lambda step: None) -> Non
         step_done(book, step)
         after_step(step)
 
-    from trainer.checkpoint.save import Saver  # imported here, because it imports torch
+    from trainer.checkpoint.save import Saver  # imported here, because this module imports torch
 
     ledger.Ledger.step_done = a_second_later
     Saver.seconds = lambda saver: 0.0

@@ -1,15 +1,17 @@
-"""Counts what a training step asks of a device, without one: operations, bytes, and waits of the host.
+"""Counts the operations, bytes and waits of the host in a training step, without a GPU.
 
     python -m bench.step_counts [--before=../old] [--only=gpt2-124m-1] [--width=96] [--out=FILE]
 
 It takes steps of the trainer's loop on a CPU under a TorchDispatchMode, with short sequences. The numbers of operations
-are those of the preset; bytes follow from the width, and those of the passes from the tokens. Eight ranks are one
-process whose collectives move nothing. An operation is one call of a kernel: views and allocations are none, and an
-operation over a list of tensors is one (a GPU takes a launch for about every 20 million numbers of it). `moved` adds
-the sizes of all that operations read and write. `reads` are the places where the host takes a value out of a tensor:
-on a GPU each waits for it. `late` are those of the step before, after its end. Counted is the last rank, whose share of
-Muon's matrices the embeddings do not make smaller. FOLDER of `--before` is a checkout of another commit; before Muon
-went by batches, AdamW was fused on a GPU only, and on a CPU read its own step counters.
+equal those of the preset. Bytes depend on the width, and the bytes of the passes also on the number of tokens. Eight
+ranks are one process whose collectives move nothing. An operation is one call of a kernel. Views and allocations do not
+count. An operation over a list of tensors counts once, although a GPU needs a launch for about every 20 million numbers
+of the list. `moved` adds the sizes of all tensors that operations read and write. `reads` counts the places where the
+host reads a value of a tensor. On a GPU, the host would wait at each of these places. `late` counts reads of values of
+the previous step, which has ended by then. The numbers are those of the last rank. The work is divided by size, so
+ranks that own rows of the embeddings get fewer of Muon's matrices; the last rank owns no such rows. `--before` names a
+checkout of another commit. In commits before Muon's batches, AdamW was fused on a GPU only. On a CPU, it read its step
+counters, which are tensors; these reads are in the counts.
 """
 
 import argparse
@@ -35,7 +37,7 @@ _RESULT = "counted: "
 
 def main() -> None:
     parser = harness.options(__doc__)
-    parser.add_argument("--before", type=Path, help="folder of another working tree, counted too")
+    parser.add_argument("--before", type=Path, help="folder with another checkout, which is counted too")
     parser.add_argument("--only", default="", help="names such as gpt2-124m-8, separated by commas; default: all")
     parser.add_argument("--width", type=int, default=0, help="model dimension; default: the preset's")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
@@ -60,7 +62,7 @@ def main() -> None:
 
 
 def _counted(tree: Path, names: list[str], width: int) -> list[dict[str, Any]]:
-    """The counts of a working tree: this file, with the packages of that tree."""
+    """The counts of a working tree. This file is run with the packages of that tree."""
     flags = ["step_counts", f"--one={','.join(names)}", f"--width={width}"]
     code = f"import runpy, sys; sys.path.insert(0, {str(tree)!r}); sys.argv = {flags!r}; "
     code += f"runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
@@ -102,7 +104,7 @@ def show(results: dict[str, Any]) -> None:
     )
 
 
-# --- one case, in a process of its own -------------------------------------------------------------------------
+# --- one case, in a separate process ---------------------------------------------------------------------------
 
 
 def count(preset: str, world: int, width: int = 0) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def count(preset: str, world: int, width: int = 0) -> dict[str, Any]:
 
 
 def count_steps(settings: PretrainConfig, world: int) -> dict[str, Any]:
-    """Counts of one step of the trainer's loop, after some others."""
+    """Counts of one step of the trainer's loop, after some other steps."""
     import torch
 
     torch.set_num_threads(1)
@@ -152,7 +154,7 @@ def take_step(loop: Any, step: int, batches: list) -> None:
 
     from trainer.loop import health
 
-    # A tree from before the steps without waiting takes the seconds themselves.
+    # In older trees, the host waits for each step and measures the seconds itself.
     takes_seconds = "waited_seconds" in inspect.signature(loop._step).parameters
     waited: Any = 0.0
     if not takes_seconds:
@@ -164,7 +166,10 @@ def take_step(loop: Any, step: int, batches: list) -> None:
 
 @contextlib.contextmanager
 def fake_ranks(world: int):
-    """This process as the last rank of `world`. Collectives move nothing: each rank seems to have the same values."""
+    """Within this context, the process is the last rank of `world`.
+
+    Collectives move nothing, as if all ranks had the same values.
+    """
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -187,7 +192,7 @@ def fake_ranks(world: int):
 
 
 def make_loop(settings: PretrainConfig, ranks: Any) -> Any:
-    """The trainer's loop without a run: nothing is stored, and no request ever arrives."""
+    """The trainer's loop without a run. It stores nothing, and no request arrives."""
     from core.run.segment import SegmentLog
     from trainer.loop.loop import Loop
     from trainer.model.gpt import GPT
@@ -231,7 +236,7 @@ def make_loop(settings: PretrainConfig, ranks: Any) -> Any:
 
 
 def _counter() -> Any:
-    """A counter; its classes are made here, because the module imports no torch."""
+    """A counter. Its classes are defined here, because the module does not import torch."""
     from collections import Counter
 
     import torch
@@ -312,7 +317,8 @@ def _counter() -> Any:
             results = function(*args, **(kwargs or {}))
             if function is torch.Tensor.cpu:
                 results = results.clone()
-            if on_host or function is torch.Tensor.cpu:  # what is made of values on the host is there too
+            # A tensor that is computed only from values on the host is on the host too.
+            if on_host or function is torch.Tensor.cpu:
                 for each in _tensors([results]):
                     each.is_on_host = True
             return results

@@ -30,8 +30,9 @@ class Side:
     """One training step in pieces.
 
     `begin` clears gradients. `context(i)` wraps forward and backward of micro-batch i, and `done(i)` follows.
-    `forward(tokens)` returns the loss of a micro-batch (sequences, context + 1), and `finish` clips and updates.
-    Unless the side `scales` it, the loss is divided by the number of micro-batches before its backward pass.
+    `forward(tokens)` returns the loss of a micro-batch (sequences, context + 1), and `finish` clips and updates. If
+    `scales` is true, the side scales the loss itself. Otherwise the loss is divided by the number of micro-batches
+    before its backward pass.
     """
 
     forward: Callable[[torch.Tensor], torch.Tensor]
@@ -75,7 +76,7 @@ def ours(settings: PretrainConfig, device: torch.device, accumulation: int) -> S
 
 
 def plain(settings: PretrainConfig, device: torch.device, accumulation: int, compiled: bool = False) -> Side:
-    """The same model as teaching code trains it: complete logits, F.cross_entropy, torch's AdamW."""
+    """Trains the same model in the way of teaching code: with complete logits, F.cross_entropy and torch's AdamW."""
     model = GPT(settings.model)
     model.initialise(1)
     model.to(device)
@@ -88,7 +89,7 @@ def plain(settings: PretrainConfig, device: torch.device, accumulation: int, com
         betas=(config.beta1, config.beta2),
         fused=device.type == "cuda",
     )
-    # A CPU traces the same graph and runs it without a compiler.
+    # On a CPU, the same graph is traced, but run without a compiler.
     run = torch.compile(model, backend="inductor" if device.type == "cuda" else "aot_eager") if compiled else model
 
     def forward(tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -179,7 +180,7 @@ def build_nanogpt(folder: Path, settings: PretrainConfig, device: torch.device) 
 def modded(folder: Path, settings: PretrainConfig, device: torch.device) -> Side:
     """KellerJordan/modded-nanogpt's train_gpt_simple.py (track 3): its model, compiled as a whole, with AdamW.
 
-    bench.token_efficiency compares optimizers; here only the time of a step counts, so AdamW replaces Muon.
+    AdamW replaces Muon here, because only the time of a step is compared. bench.token_efficiency compares optimizers.
     """
     path = folder / "modded-nanogpt" / "records" / "track_3_optimization" / "train_gpt_simple.py"
     module = _load(path, before="########################################\n#                Setup")
@@ -207,15 +208,18 @@ def _usual(forward: Callable, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def _load(path: Path, before: str | None = None) -> types.ModuleType:
-    """Load a module from a file. With `before`, only the lines before that text: a whole script would train."""
+    """Load a module from a file.
+
+    If `before` is given, load only the lines before this text, because the whole script would start a training.
+    """
     source = path.read_text()
     if before:
         if before not in source:
-            raise SystemExit(f"{path}: has no line {before.strip()!r}; another version than this adapter knows")
+            raise SystemExit(f"{path}: has no line {before.strip()!r}; it is not the version that this adapter knows")
         source = source[: source.index(before)]
     module = types.ModuleType(f"rival_{path.stem}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses look up their module there
+    sys.modules[module.__name__] = module  # dataclasses look up their module in sys.modules
     argv, sys.argv = sys.argv, [str(path)]  # some scripts read their own source
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)

@@ -1,11 +1,12 @@
-"""Boots machines of an emulated AWS with the dead man's switch, and measures when each is gone.
+"""Boots machines with the dead man's switch on an emulated AWS, and measures when each machine is gone.
 
     LAB_DIR=… python -m bench.switch --minutes=1.5 [--out=FILE]
 
-EC2 starts the machines with the user data that `make role` has SkyPilot send, without SkyPilot: no launch ever comes.
-One is on demand and one on spot, both without a job; one has a job that gives signs of life; one is a controller of
-managed jobs and one is of another project. One on demand and one on spot have lost their network, so that neither their
-cloud nor their role can be asked. The emulated cloud must be up. Seconds count from the switch's start at boot.
+EC2 starts the machines, without SkyPilot, with the user data that SkyPilot would send after `make role`. There are
+seven machines. Two have no job, one on demand and one on spot. One has a job that gives signs of life. One is a
+controller of managed jobs, and one belongs to another project. The last two, one on demand and one on spot, have lost
+their network, so they cannot ask for their tags or role. The emulated cloud must be up. Seconds count from the switch's
+start at boot.
 """
 
 import json
@@ -24,7 +25,7 @@ from launch import role
 LAB = Path(os.environ.get("LAB_DIR") or "/nonexistent")
 LAB_ROOT = Path(os.environ.get("LAB_ROOT") or "/tmp/lab")
 OURS = {"project": "pretrain-launcher"}
-# Name: tags, whether on spot, whether it has a network, whether a job gives signs of life.
+# For each name: the tags, whether the machine is on spot, whether it has a network, whether a job gives signs of life.
 MACHINES: dict[str, tuple[dict[str, str], bool, bool, bool]] = {
     "on demand, no job": ({**OURS, "ray-cluster-name": "a-1a2b3c4d"}, False, True, False),
     "spot, no job": ({**OURS, "ray-cluster-name": "b-1a2b3c4d"}, True, True, False),
@@ -40,7 +41,9 @@ ALIVE = "var/lib/pretrain-launcher/alive"
 
 def main() -> None:
     parser = harness.options(__doc__)
-    parser.add_argument("--minutes", type=float, default=1.5, help="of the switch")
+    parser.add_argument(
+        "--minutes", type=float, default=1.5, help="minutes without a sign of life after which a machine ends itself"
+    )
     options = parser.parse_args()
     ids = {name: start(options.minutes, *machine[:3]) for name, machine in MACHINES.items()}
     ended = threading.Event()
@@ -50,7 +53,8 @@ def main() -> None:
     found = {name: {"state": "running", "seconds": None} for name in MACHINES}
     began: dict[str, float] = {}
     deadline = time.monotonic() + BOOT_SECONDS
-    # A machine without a network is asked for as long again; a minute more, and what is still up stays up.
+    # A machine without a network waits for the time of the switch twice. A machine that is still running a minute after
+    # that counts as never ending.
     while len(began) < len(ids) or time.time() < max(began.values()) + options.minutes * 120 + 60:
         if time.monotonic() > deadline and len(began) < len(ids):
             raise SystemExit(f"not all machines have booted within {BOOT_SECONDS:.0f} s")
@@ -68,7 +72,10 @@ def main() -> None:
 
 
 def start(minutes: float, tags: dict[str, str], spot: bool, has_network: bool) -> str:
-    """Start a machine and return its id. Only a subnet of the emulated cloud reaches the services."""
+    """Start a machine and return its id.
+
+    The machine is in a subnet of the emulated cloud, because its services can be reached only from there.
+    """
     ec2 = boto3.client("ec2", region_name="us-east-1")
     zone = [{"Name": "availability-zone", "Values": ["us-east-1a"]}]
     more: dict[str, Any] = {"InstanceMarketOptions": {"MarketType": "spot"}} if spot else {}

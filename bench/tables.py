@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench import harness
 from bench.harness import REPOSITORY
 from core.figures import quantity
 from core.run import phases
@@ -23,7 +24,7 @@ from core.run import phases
 SUMS = (5, 20, 60, 100)  # dollars
 RESULTS = REPOSITORY / "bench" / "results"
 
-Row = tuple[str, str, str, float]  # the quantity, our figure, the other side's figure and name, the ratio
+Row = tuple[str, str, str, float]  # the quantity, our figure, the figure and the name of the other side, the ratio
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
 
 
 def up_to_date() -> dict[Path, str]:
-    """Texts of the documents with current tables."""
+    """The texts of the documents with up-to-date tables, by file."""
     readme, formats = REPOSITORY / "README.md", REPOSITORY / "docs" / "formats.md"
     return {
         readme: _between("plans", plans(), _between("measured", table(), readme.read_text())),
@@ -47,9 +48,10 @@ def _between(name: str, content: str, text: str) -> str:
 
 def plans() -> str:
     """The best plan for some sums, at the prices of the snapshot."""
-    lines = ["| sum | model | tokens | machine | hours | loss, expected |", "|---|---|---|---|---|---|"]
+    lines = ["| sum | model | tokens | machine | hours | expected loss |", "|---|---|---|---|---|---|"]
     for usd in SUMS:
-        # In a process with an environment of its own, because the endpoint of a bucket changes its price.
+        # This runs in a separate process with a clean environment, because the variable of a bucket's endpoint would
+        # change the price of storage.
         command = [sys.executable, "cost_report.py", "plan", f"--usd={usd}", "--offline", "--json"]
         done = subprocess.run(command, cwd=REPOSITORY, env={"PATH": os.defpath}, stdout=subprocess.PIPE, check=True)
         best = json.loads(done.stdout)["plans"][0]
@@ -107,17 +109,23 @@ def _checkpoint(record: Mapping[str, Any]) -> list[Row]:
 
 
 def _train_step(record: Mapping[str, Any]) -> list[Row]:
-    speed = {side: statistics.median(run["tokens_per_second"] for run in runs) for side, runs in record["runs"].items()}
+    runs, key = record["runs"], "tokens_per_second"
+    speed = {side: statistics.median(run[key] for run in results) for side, results in runs.items()}
+    mine = quantity(speed["ours"])
     what = f"training step, {quantity(record['parameters'])} parameters, {record['device']}"
     return [
-        (what, f"{quantity(speed['ours'])} tokens/s", f"{quantity(theirs)} ({side})", speed["ours"] / theirs)
+        (what, f"{mine} tokens/s", f"{quantity(theirs)} ({side})", harness.ratio(runs, "ours", side, key))
         for side, theirs in speed.items()
-        if side != "ours"
+        # Left out, because the table compares with other trainers and not with an earlier version.
+        if side not in ("ours", "before")
     ]
 
 
 def _gpu_speed(record: Mapping[str, Any]) -> list[Row]:
-    """Rows that compare the steps of other trainers with ours at the same micro-batch. Names are SIDE-SEQUENCES."""
+    """Rows that compare the steps of other trainers with ours at the same micro-batch size.
+
+    The names in the record have the form SIDE-SEQUENCES.
+    """
     steps = {name: each["results"][0] for name, each in record["measurements"].items() if each["results"]}
     rows: list[Row] = []
     for name, other in steps.items():

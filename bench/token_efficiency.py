@@ -1,11 +1,12 @@
-"""Measures how many tokens one recipe needs for the loss of another: same text, same batches, several seeds.
+"""Measures how many tokens a recipe needs to reach another recipe's loss, on the same text, with several seeds.
 
     python -m bench.token_efficiency --data=DATA_URL --scratch=FOLDER --steps=1000 [--shares=0.6] [--seeds=3]
         [-- --model.layers=4 ...]
 
-For each seed the plain recipe trains for `--steps` steps, and the other recipe for each share of these steps; both
-follow their complete schedule. A share suffices if the mean of its final validation losses is not above the plain
-recipe's. Every run is a call of trainer.train. Arguments after `--` go to both recipes, for instance a smaller model.
+For each seed, the plain recipe trains for `--steps` steps. The other recipe trains once for each share of these steps.
+All runs follow their complete schedule. A share suffices if the mean of its final validation losses is not above the
+plain recipe's. Every run is a call of trainer.train. Arguments after `--` go to both recipes, for instance a smaller
+model.
 """
 
 import argparse
@@ -41,9 +42,9 @@ def main() -> None:
 
 def _options() -> tuple[argparse.Namespace, list[str]]:
     parser = harness.options(__doc__)
-    parser.add_argument("--data", required=True, help="dataset, as data_prep writes it")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder for the runs; runs in it are continued")
-    parser.add_argument("--steps", type=int, required=True, help="steps of the plain recipe")
+    parser.add_argument("--data", required=True, help="token set that data_prep has written")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for runs; unfinished runs are continued")
+    parser.add_argument("--steps", type=int, required=True, help="number of steps of the plain recipe")
     parser.add_argument("--shares", default="0.6", help="shares of --steps for the other recipe, separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plain", default="gpt2-124m")
@@ -59,7 +60,7 @@ def _train(options: argparse.Namespace, preset: str, steps: int, seed: int, both
     url = str(options.scratch / f"{preset}-{steps}-seed-{seed}")
     flags = [str(presets.path(preset)), f"--data.url={options.data}", f"--run.url={url}", f"--train.seed={seed}"]
     flags += [f"--train.steps={steps}", "--train.eval_every=0", "--train.sample_tokens=0", "--train.hellaswag_items=0"]
-    # GPT-3's warm-up of 375M tokens would exceed such short runs; it is a tenth of the steps instead.
+    # GPT-3's warm-up of 375M tokens would be longer than such short runs. Here the warm-up is a tenth of the steps.
     flags += [f"--optimizer.warmup_steps={steps // 10}"] if preset == options.plain else []
     command = [*harness.TORCHRUN, f"--nproc-per-node={options.ranks}", "-m", "trainer.train", *flags, *both]
     done = subprocess.run(command, capture_output=True, text=True, cwd=harness.REPOSITORY)

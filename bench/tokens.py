@@ -2,9 +2,9 @@
 
     python -m bench.tokens FOLDER --tokens=8388608 [--text=FILE]
 
-A model can learn the generated ids: after each id follows one of four others, the first of them most often. With
-`--text` the ids are the bytes of a file instead. Documents begin with the end-of-text token, as data_prep writes them.
-The dataset has no vocabulary file, so that text can be neither encoded nor sampled.
+A model can learn the generated ids: each id is followed by one of four other ids, most often by the first of the four.
+If `--text` is given, the ids are the bytes of a file. Documents begin with the end-of-text token, as data_prep writes
+them. The dataset has no vocabulary file, so that text can be neither encoded nor sampled.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from core.data.vocabulary import FILE_NAME, GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE
 from core.errors import DataError
 
 FOLLOWERS, DOCUMENT = (0.5, 0.25, 0.15, 0.1), 512
-VAL_SHARE = 16  # the last 1 / VAL_SHARE of the tokens is for validation
+VAL_SHARE = 16  # the last 1 / VAL_SHARE of the tokens are for validation
 SHARDS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder or URL of the dataset")
-    parser.add_argument("--tokens", type=int, default=1 << 23, help="number of tokens, both splits together")
-    parser.add_argument("--text", type=Path, help="a file whose bytes are the ids")
+    parser.add_argument("--tokens", type=int, default=1 << 23, help="number of tokens of both splits together")
+    parser.add_argument("--text", type=Path, help="a file whose bytes become the token ids")
     options = parser.parse_args()
     make(options.folder, options.tokens, options.text)
 

@@ -1,16 +1,16 @@
-"""Measures a training step of several trainers side by side: tokens/s, MFU, memory, time by part, and a lower bound.
+"""Compares a training step of several trainers: tokens/s, MFU, memory, time by part, and a lower bound.
 
     python -m bench.train_step --preset=gpt2-124m --micro-batch=32 [--rivals=FOLDER] [--out=FILE]
 
 All sides use one device, and the same model, batch and precision. Each runs as a process, in interleaved rounds; the
-table shows medians. `ours` is the step of the trainer's loop; `plain` is the step of teaching code (complete logits,
-torch's AdamW), on a GPU also compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and modded-nanogpt.
-`before` is our step in another checkout of this project (--before). Tokens are random, or the first ones of a dataset
-(--data); bench.loader measures reading.
+table shows medians. `ours` is the step of the trainer's loop. `plain` is the step of teaching code (complete logits,
+torch's AdamW); on a GPU it is also measured compiled. FOLDER may hold checkouts of nanoGPT, build-nanogpt and
+modded-nanogpt. `before` is our step in another checkout of this project (--before). Tokens are random, or the first
+ones of a dataset (--data); bench.loader measures reading.
 
-The roofline is the lower bound: a step takes at least as long as its matrix products at the device's peak (core.gpus;
-on a CPU, measured with a large product), and as long as reading and writing weights, gradients and optimizer state
-once.
+The roofline is the lower bound of a step's time. It is the longer of two times. The first is the time of the matrix
+products at the device's peak, which is that of core.gpus or, on a CPU, measured with a large product. The second is the
+time to read and write weights, gradients and optimizer state once.
 """
 
 import argparse
@@ -69,24 +69,26 @@ def _process(side: str, before: Path | None) -> Callable[[int], dict[str, Any]]:
 def _options() -> argparse.Namespace:
     parser = harness.options(__doc__, rounds=3)
     parser.add_argument("--preset", default="gpt2-124m", help="a name in trainer/configs")
-    parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: the preset's")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences per micro-batch; 0: the preset's")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--context", type=int, default=0, help="tokens per sequence; 0: the preset's")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps per round, after --warm-up ones")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps per round")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument(
         "--sides", default="", help="ours, plain, plain-compiled and names of rivals, separated by commas; default: all"
     )
     parser.add_argument("--rivals", type=Path, help="folder with checkouts of other trainers")
-    parser.add_argument("--before", type=lambda given: Path(given).resolve(), help="checkout that is compared")
+    parser.add_argument(
+        "--before", type=lambda given: Path(given).resolve(), help="folder with another checkout to compare"
+    )
     parser.add_argument("--device", default="", help="cpu or cuda; default: cuda if available")
     parser.add_argument("--data", default="", help="dataset whose first tokens are used; default: random tokens")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of the trainer"
     )
-    parser.add_argument("--optimize-ddp", choices=("on", "off"), help="whether torch splits graphs under DDP")
+    parser.add_argument("--optimize-ddp", choices=("on", "off"), help="torch splits graphs under DDP (on) or not (off)")
     parser.add_argument("--attention", choices=ATTENTION, help="the only attention kernel that torch may choose")
-    parser.add_argument("--without", default="", help="choices of our step to undo (bench.gpu.toggles)")
+    parser.add_argument("--without", default="", help="optimizations of our step to switch off (bench.gpu.toggles)")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -169,7 +171,7 @@ def _measure(options: argparse.Namespace, settings: PretrainConfig) -> dict:
 
 
 def _toggle(options: argparse.Namespace) -> None:
-    """Set torch's global switches, which the compilation of the first step reads."""
+    """Set torch's global switches. This must come before the first step, because its compilation reads them."""
     import torch
 
     if options.optimize_ddp:
@@ -226,17 +228,17 @@ def _measured_peak(device) -> float:
 
 
 def show(results: dict) -> None:
-    middle = {  # the run of median speed of each side
+    middle = {  # for each side, the run with the median speed
         side: sorted(runs, key=lambda run: run["tokens_per_second"])[len(runs) // 2]
         for side, runs in results["runs"].items()
     }
-    ours = next(iter(middle.values()))["tokens_per_second"]
+    first, peak = next(iter(results["runs"])), _peak(results["runs"])
     rows = [
         [
             side,
             quantity(run["tokens_per_second"]),
-            f"{run['tokens_per_second'] / ours:.2f}",
-            "?" if run["mfu"] is None else f"{100 * run['mfu']:.1f} %",
+            f"{harness.ratio(results['runs'], side, first, 'tokens_per_second'):.2f}",
+            "?" if peak is None else f"{100 * run['tokens_per_second'] * results['flops_per_token'] / peak:.1f} %",
             "" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e9:.1f} GB",
             " / ".join(f"{value:.3f}" for value in run["step_seconds"].values()),
             " / ".join(f"{100 * value:.0f} %" for value in run["share"].values()),
@@ -247,6 +249,12 @@ def show(results: dict) -> None:
     batch = f"{results['micro_batch']} x {results['model']['context']} x {results['accumulation']} tokens per step"
     heads = ("side", "tokens/s", "x first", "MFU", "memory", "step p10/p50/p90 s", "forward / backward / optimizer")
     harness.print_table(f"{quantity(results['parameters'])} parameters, {batch}; {about}", heads, rows)
+
+
+def _peak(runs: dict[str, list[dict]]) -> float | None:
+    """The peak FLOP/s for MFU. It is the highest of all runs, because each run measures the FLOP/s of a CPU anew."""
+    measured = [run["roofline"]["peak_flops"] for results in runs.values() for run in results]
+    return max((each for each in measured if each), default=None)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ from core.task import MachineRequest, TaskSpec
 log = logging.getLogger(__name__)
 PRICE_SOURCE = "AWS spot price history"
 INSTANCES_ORIGIN = "EC2's list of instances"
-# Longest wait for the metadata service, which may need a while after the boot. Without its answer the price is unknown,
-# and no cap can be kept.
+# Longest wait in seconds for the metadata service, which may need a while after the boot. If it does not answer, the
+# price is unknown, and the cap cannot be kept.
 METADATA_SECONDS = 20.0
 METADATA_PAUSE_SECONDS = 1.0
-# By family of instance types: the codes in AWS Service Quotas of the vCPUs that may run, on demand and on spot.
+# Codes of quotas in AWS Service Quotas. For each family of instance types, there is a limit of running vCPUs on demand,
+# and another one on spot.
 QUOTAS = {
     "p": ("L-417A185B", "L-7212CCBC"),
     "g": ("L-DB2E81BA", "L-3819A6DF"),
@@ -61,12 +62,12 @@ _TRANSITION = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 
 
 class Aws(Cloud):
-    """EC2, with S3 buckets in the same account."""
+    """EC2, together with S3 buckets in the same account."""
 
     name = "aws"
     key_file = "~/.aws/credentials"
     default_role = "SkyPilot's role, which may do anything on EC2 and S3"
-    # Linux instances: by the second, the first minute whole (aws.amazon.com/ec2/pricing).
+    # Linux instances are billed by the second, and for at least a minute (aws.amazon.com/ec2/pricing).
     billing = Billing(least_seconds=60.0)
 
     def offers(self) -> tuple[Offer, ...]:
@@ -85,7 +86,10 @@ class Aws(Cloud):
         )
 
     def price(self, facts: MachineFacts) -> Price | None:
-        """On demand: the price in the snapshot. Spot: the current price, else the snapshot's median over the zones."""
+        """The price on demand is that of the snapshot.
+
+        The price on spot is the current one or, if that is not known, the snapshot's median over the zones.
+        """
         if not facts.instance_type or facts.spot is None:
             return None
         offers = [
@@ -171,7 +175,7 @@ class Aws(Cloud):
         return boto3.session.Session().get_credentials() is not None
 
     def copies_key_file(self, environment: Mapping[str, str]) -> bool:
-        # With keys in the environment SkyPilot logs in by them, and copies no file.
+        # If the environment holds keys, SkyPilot uses them and copies no file.
         return super().copies_key_file(environment) and not environment.get("AWS_ACCESS_KEY_ID")
 
     def leftovers(self, whose: Ownership) -> Inventory:
@@ -181,14 +185,16 @@ class Aws(Cloud):
         return ec2.leftovers(boto3.session.Session(), whose)
 
     def instances(self, clusters: Sequence[str], region: str, client: Any = None) -> list[Instance]:
-        """SkyPilot tags an instance with its cluster's name and a hash of the user. EC2 lists a terminated instance for
-        about an hour."""
+        """SkyPilot tags an instance with its cluster's name and a hash of the user.
+
+        EC2 still lists a terminated instance for about an hour.
+        """
         client = client or _client("ec2", region)
         filters = [{"Name": "tag:ray-cluster-name", "Values": [f"{name}-*" for name in clusters]}]
         try:
             pages = client.get_paginator("describe_instances").paginate(Filters=filters)
             listed = [i for page in pages for group in page["Reservations"] for i in group["Instances"]]
-        except Exception as error:  # credentials, permissions, network: any error of botocore
+        except Exception as error:  # any error of botocore, such as credentials, permissions or network
             raise _unavailable(error) from error
         return [_instance(each) for each in listed]
 
@@ -234,7 +240,7 @@ class Aws(Cloud):
             return None
         prefix = url.partition(f"{terms.bucket}/")[2].rstrip("/") + "/"
         names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key"}
-        names |= {"token": "aws_session_token"}  # from obstore's names to botocore's
+        names |= {"token": "aws_session_token"}  # obstore's name of a setting, and botocore's name of the same setting
         try:
             place = bucket_place.place_of(terms.bucket, os.environ, credentials.profile_settings(os.environ))
             provider = credentials.for_s3(os.environ)
@@ -242,26 +248,29 @@ class Aws(Cloud):
             client = _client("s3", place.region, endpoint_url=place.endpoint, **keys)
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=terms.bucket, Prefix=prefix)
             return sum(len(page.get("Uploads", ())) for page in pages)
-        except Exception:  # no permission, or a server without this request: not worth a line of the report
+        except Exception:  # no permission, or a server without this request; the report does not mention it
             return None
 
 
 @functools.cache
 def _home_of(url: str) -> str | None:
-    """The region of a bucket on S3; None for another store, or if it does not answer."""
+    """The region of a bucket on S3. None if the bucket is on another store, or if the store does not answer."""
     terms = storage.terms_of(url)
     return bucket_place.Place(terms.bucket, None, None).home() if terms.service == Aws.name else None
 
 
 def instance_metadata(items: Iterable[str], environment: Mapping[str, str]) -> list[str | None]:
-    """Values of `items` of the metadata service, None for one that it lacks. Waits METADATA_SECONDS in all at most."""
+    """The values of `items` in the metadata service. An item that the service does not have is None.
+
+    Waits at most METADATA_SECONDS in total.
+    """
     service = Metadata(environment)
     deadline = time.monotonic() + METADATA_SECONDS
     return [_wait_for(service, item, deadline) for item in items]
 
 
 def current_spot_price(zone: str, instance_type: str, region: str) -> float | None:
-    """The current spot price; None if this machine's role may not ask for it (ec2:DescribeSpotPriceHistory)."""
+    """The current spot price, or None if this machine's role may not ask for it (ec2:DescribeSpotPriceHistory)."""
     now = time.time()
     try:
         return max(spot_prices(zone, instance_type, region, now, now), default=(0.0, None))[1]
@@ -273,7 +282,7 @@ def current_spot_price(zone: str, instance_type: str, region: str) -> float | No
 def spot_prices(
     zone: str, instance_type: str, region: str | None, start: float, end: float, client: Any = None
 ) -> list[tuple[float, float]]:
-    """Spot prices of one node as (unix time of the change, dollars per hour), the price that held at `start` included.
+    """Spot prices of one node as (unix time of the change, dollars per hour), including the price at `start`.
 
     Raises Unavailable.
     """
@@ -289,7 +298,7 @@ def spot_prices(
             **place,
         )
         entries = [entry for page in pages for entry in page["SpotPriceHistory"]]
-    except Exception as error:  # credentials, permissions, network: any error of botocore
+    except Exception as error:  # any error of botocore, such as credentials, permissions or network
         raise _unavailable(error) from error
     return [(entry["Timestamp"].timestamp(), float(entry["SpotPrice"])) for entry in entries]
 
@@ -315,7 +324,10 @@ def _interruption(metadata: Metadata) -> Interruption | None:
 
 
 def _notice(metadata: Metadata, item: str, key: str) -> dict | None:
-    """The notice in an item, which must have `key`; None if there is none. Raises Unavailable."""
+    """The notice in an item of the metadata service, which must contain `key`. None if there is no notice.
+
+    Raises Unavailable.
+    """
     text = metadata.get(item)
     if text is None:
         return None

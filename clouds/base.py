@@ -13,7 +13,7 @@ from pathlib import Path
 from core.run.machine import Machine, Price
 from core.task import TaskSpec
 
-# The label that each task in sky/ gives its machines, by which a provider finds them.
+# Each task in sky/ gives this label to its machines, so that they can be found in a provider's list.
 LABEL = ("project", "pretrain-launcher")
 
 
@@ -23,7 +23,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Gpu:
-    """One line of nvidia-smi. A figure is None if the driver does not report it; `fault` is a reported error."""
+    """One line of nvidia-smi. A figure is None if the driver does not report it.
+
+    `fault` is an error that the driver reports.
+    """
 
     name: str
     memory_mib: float | None
@@ -47,7 +50,10 @@ class MachineFacts:
 
 @dataclass(frozen=True)
 class Offer:
-    """One instance type in one zone. A price, in dollars per hour, is None if the provider does not offer it."""
+    """One instance type in one zone.
+
+    Prices are in dollars per hour. A price is None if the provider does not offer the type on demand, or on spot.
+    """
 
     cloud: str
     region: str
@@ -64,7 +70,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of `make check`. Marks: `ok`, `!` (works, but look), `x` (would fail), `?` (no answer)."""
+    """A line of `make check`. Its mark is `ok`, `!` (works, but look), `x` (would fail) or `?` (no answer)."""
 
     mark: str
     what: str
@@ -75,10 +81,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Ownership:
-    """Tells whose a machine is, by the name of its SkyPilot cluster: NAME-HASH, where HASH is the user's.
+    """Finds the owner of a machine by the name of its SkyPilot cluster: NAME-HASH, where HASH is the user's.
 
-    `tasks` are the names of this project's tasks. `user` is this user's hash, "" if it is unknown. `ours` and `others`
-    are this user's clusters of this project and of other projects that SkyPilot lists, by their names on the cloud.
+    `tasks` are the names of this project's tasks. `user` is this user's hash, or "" if it is unknown. `ours` and
+    `others` are clusters of this user that SkyPilot lists, by their names on the cloud: `ours` belong to this project,
+    `others` to other projects.
     """
 
     tasks: tuple[str, ...] = ()
@@ -90,7 +97,7 @@ class Ownership:
         return cluster in self.ours or bool(self.user and cluster.endswith(f"-{self.user}"))
 
     def is_named_as_ours(self, cluster: str) -> bool:
-        """Whether it is called as SkyPilot calls a cluster, or a managed job's machine, of one of our tasks."""
+        """Whether SkyPilot gives this name to a cluster, or to a managed job's machine, of one of our tasks."""
         names = "|".join(map(re.escape, self.tasks))
         return bool(names and re.fullmatch(rf"({names})(-\d+)?-[0-9a-f]{{8}}", cluster))
 
@@ -107,10 +114,10 @@ def is_controller(cluster: str) -> bool:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that is up, or may still be billed.
+    """A machine or volume that is running, or may still be billed.
 
-    `cluster` is its SkyPilot cluster's name on the cloud. `mine`: this user started it for this project. `labelled`: it
-    has this project's label. `end` ends it without SkyPilot; None if only SkyPilot can.
+    `cluster` is the name of its SkyPilot cluster on the cloud. `mine` means that this user started it for this project,
+    `labelled` that it has this project's label. `end` ends it without SkyPilot, or None if only SkyPilot can end it.
     """
 
     what: str
@@ -125,7 +132,10 @@ class Leftover:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a source lists, and a sentence for each part of it that could not be asked."""
+    """The machines and volumes that a source lists.
+
+    `unasked` has a sentence for each part of the source that could not be asked.
+    """
 
     found: tuple[Leftover, ...] = ()
     unasked: tuple[str, ...] = ()
@@ -133,7 +143,10 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Interruption:
-    """A provider's notice: this machine will be taken away (`leave`), or the risk of that has grown."""
+    """A provider's notice. If `leave` is true, this machine will be taken away.
+
+    Otherwise only the risk of this has grown.
+    """
 
     leave: bool
     detail: str
@@ -144,7 +157,8 @@ class MachineRecord:
     """One machine or cluster, from launch to shutdown, as a launcher or a provider recorded it.
 
     `end` is None while it is up. `was_up` is false for a launch that failed before there was a machine. `exact` is true
-    for times from the provider; a launcher notices a shutdown late. `usd_per_hour` is for all nodes together.
+    if the times are from the provider. A launcher's times are not exact, because it notices a shutdown late.
+    `usd_per_hour` is for all nodes together.
     """
 
     cluster: str
@@ -173,7 +187,10 @@ class MachineRecord:
 
 @dataclass(frozen=True)
 class Billing:
-    """How a provider bills a machine: in whole units, at least `least_seconds`, from its launch or once it is ready."""
+    """How a provider bills a machine. The bill is in whole units of time and for at least `least_seconds`.
+
+    It begins at the launch, or when the machine is ready.
+    """
 
     unit_seconds: float = 1.0
     least_seconds: float = 0.0
@@ -182,7 +199,10 @@ class Billing:
 
 @dataclass(frozen=True)
 class Instance:
-    """A machine in a provider's own list. `end` is None while it runs, or if the provider does not report it."""
+    """A machine in a provider's own list.
+
+    `end` is None while the machine runs, or if the provider does not report its end.
+    """
 
     cluster: str
     start: float
@@ -193,13 +213,19 @@ class Instance:
 
 @dataclass(frozen=True)
 class SpotHistory:
-    """Spot prices of one node. A change is (unix time from which the price holds, dollars per hour)."""
+    """The history of the spot price of one node.
+
+    A change is a pair: the unix time from which the price holds, and the price in dollars per hour.
+    """
 
     changes: tuple[tuple[float, float], ...]
     source: str
 
     def mean(self, start: float, end: float) -> float:
-        """Dollars per hour over [start, end], weighted by time. Raises Unavailable if the history begins later."""
+        """The mean price in dollars per hour over [start, end], weighted by time.
+
+        Raises Unavailable if the history begins later.
+        """
         changes = sorted(self.changes)
         if not changes or changes[0][0] > start or end <= start:
             raise Unavailable("its history does not reach back to the start")
@@ -223,7 +249,7 @@ class Cloud:
     name = ""
     # The file of the user's keys, which SkyPilot copies to nodes; "" if it copies none.
     key_file = ""
-    # What a node gets for its cloud's identity if the project does not name a role; "" if the cloud has no roles.
+    # The identity that a node gets on its cloud if the project does not name a role; "" if the cloud has no roles.
     default_role = ""
     billing = Billing()
 
@@ -232,7 +258,7 @@ class Cloud:
         return ()
 
     def facts(self, known: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
-        """`known`, completed with the provider's facts about this machine."""
+        """`known`, completed by the provider's facts about this machine."""
         return known
 
     def price(self, facts: MachineFacts) -> Price | None:
@@ -240,7 +266,10 @@ class Cloud:
         return None
 
     def interruptions(self, environment: Mapping[str, str]) -> Callable[[], Interruption | None] | None:
-        """A function that asks for the newest notice about this machine, and raises Unavailable without an answer."""
+        """A function that asks for the newest notice about this machine.
+
+        It raises Unavailable if the provider does not answer.
+        """
         return None
 
     def quota_findings(self, task: TaskSpec) -> Iterable[Finding]:
@@ -260,7 +289,10 @@ class Cloud:
         return False
 
     def is_configured(self) -> bool:
-        """Whether this computer has credentials for the provider. Raises the error of a library for broken ones."""
+        """Whether this computer has credentials for the provider.
+
+        If the credentials are broken, raises the error of the provider's library.
+        """
         return False
 
     def copies_key_file(self, environment: Mapping[str, str]) -> bool:
@@ -268,11 +300,14 @@ class Cloud:
         return bool(self.key_file) and Path(self.key_file).expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
-        """Machines and volumes that may be this project's, whoever started them. Asked only if it is configured."""
+        """Machines and volumes that may belong to this project, of all users.
+
+        Called only if the provider is configured.
+        """
         return Inventory()
 
     def instances(self, clusters: Sequence[str], region: str) -> list[Instance]:
-        """Machines of these clusters of SkyPilot, running or ended not long ago."""
+        """Machines of these SkyPilot clusters that are running or ended recently."""
         return []
 
     def paid_spot(self, machine: Machine, start: float, end: float) -> SpotHistory | None:
@@ -284,12 +319,12 @@ class Cloud:
         return None
 
     def traffic_usd_per_gb(self, url: str, cloud: str | None, region: str | None) -> tuple[float, float] | None:
-        """What a machine of a cloud pays for each GB that it reads from a bucket of this provider, and writes to it.
+        """The price of each GB that a machine of a cloud reads from, or writes to, a bucket of this provider.
 
         None for a bucket of another provider. Raises Unavailable if the bucket's region is not known.
         """
         return None
 
     def unfinished_uploads(self, url: str) -> int | None:
-        """Number of unfinished multipart uploads below a URL; None if they cannot be counted."""
+        """The number of unfinished multipart uploads below a URL. None if they cannot be counted."""
         return None

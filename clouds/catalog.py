@@ -24,13 +24,14 @@ FOLDER = Path(__file__).parent / "catalog"
 SOURCE = FOLDER / "source.txt"
 _ORIGINS = ", ".join(SOURCE.read_text(encoding="utf-8").splitlines())
 SNAPSHOT = f"price snapshot of SkyPilot's catalog ({_ORIGINS}), not today's prices"
-# AWS Local Zones (such as use1-atl2-az1) are left out: they need an opt-in, and SkyPilot does not launch there.
+# AWS Local Zones (such as use1-atl2-az1) are left out: an account must opt in to use them, and SkyPilot does not launch
+# machines there.
 _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 
 @dataclass(frozen=True)
 class Extra:
-    """A price beside a machine's: of a GB and month of disk, an hour of an address, a GB that leaves the cloud."""
+    """A price other than a machine's: of a GB of disk a month, an address an hour, or a GB that leaves the cloud."""
 
     usd: float
     source: str
@@ -38,10 +39,10 @@ class Extra:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Offers of all clouds. `source` names the origin of the prices for the reader of a forecast.
+    """Offers of all clouds. `source` names the origin of the prices; a forecast prints it.
 
-    `fetched` are the days on which SkyPilot asked for the prices of each cloud; the snapshot's prices have dates of
-    their own.
+    `fetched` holds the day on which SkyPilot fetched the prices of each cloud. Each price of the snapshot has a
+    separate date.
     """
 
     offers: tuple[Offer, ...]
@@ -49,7 +50,7 @@ class Catalog:
     fetched: Mapping[str, date] = field(default_factory=dict)
 
     def price_date(self, offer: Offer, spot: bool) -> date | None:
-        """The day on which a price was last seen at the provider; None if that day is not known."""
+        """The day on which a price was last seen at the provider, or None if that day is not known."""
         if offer.cloud in self.fetched:
             return self.fetched[offer.cloud]
         usd = offer.usd_spot if spot else offer.usd_on_demand
@@ -68,7 +69,10 @@ def snapshot(cloud: str) -> tuple[Offer, ...]:
 
 @functools.cache
 def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
-    """Region (empty: all), price and day of each price that was seen at the provider, by cloud, type and market."""
+    """Prices that were seen at the provider.
+
+    For each cloud, type and market, the result holds the region (empty means all regions), the price and the day.
+    """
     found: dict[tuple[str, str, str], list[tuple[str, float, date]]] = {}
     with (FOLDER / "seen.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -79,7 +83,10 @@ def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
 
 @functools.cache
 def extras(cloud: str) -> Mapping[str, Extra]:
-    """What a cloud bills beside machines, by `disk`, `address` and `leaving`; empty for a cloud without rows."""
+    """A cloud's prices other than those of machines, by `disk`, `address` and `leaving`.
+
+    The result is empty if the file has no rows for the cloud.
+    """
     with (FOLDER / "extras.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["cloud"] == cloud]
     dated = {row["what"]: f"{row['source']}, since {row['since']}" if row["since"] else row["source"] for row in rows}
@@ -87,9 +94,10 @@ def extras(cloud: str) -> Mapping[str, Extra]:
 
 
 def on_disk(cloud: str) -> tuple[tuple[Offer, ...], date] | None:
-    """GPU offers of one cloud in the file that SkyPilot keeps here, and the day of that file; None without one.
+    """GPU offers of one cloud from the file that SkyPilot keeps on this computer, and the day of that file.
 
-    Unlike `of_skypilot` it needs no SkyPilot in this environment, no network and no second to import either.
+    None if there is no such file. Unlike `of_skypilot`, this needs no SkyPilot in this environment, no network and no
+    slow import.
     """
     path = skypilot.catalog_file(cloud)
     try:
@@ -123,7 +131,7 @@ def fits(offer: Offer, request: MachineRequest) -> bool:
         if accelerator != ((offer.accelerator or "").lower(), offer.accelerators):
             return False
     elif request.instance_type is None and offer.accelerator is not None:
-        return False  # a request for processors alone does not mean a machine with GPUs
+        return False  # a request for processors alone does not match machines with GPUs
     return _enough(offer.vcpus, request.cpus) and _enough(offer.memory_gb, request.memory_gb)
 
 
@@ -132,11 +140,11 @@ def has_accelerator(offer: Offer, gpu: Gpu) -> bool:
     kind, eighty, _ = (offer.accelerator or "?").partition("-80GB")
     if kind == "A100" and gpu.memory_mib is not None and bool(eighty) != (gpu.memory_mib > 60_000):
         return False
-    return re.search(rf"\b{re.escape(kind)}\b", gpu.name) is not None  # whole words: an A10 is not an A100
+    return re.search(rf"\b{re.escape(kind)}\b", gpu.name) is not None  # whole words must match: an A10 is not an A100
 
 
 def spot_range(offers: Iterable[Offer]) -> tuple[float, float, float] | None:
-    """Lowest, median and highest spot price of some offers; None without a spot offer."""
+    """The lowest, the median and the highest spot price of some offers. None if there is no spot offer among them."""
     prices = sorted(offer.usd_spot for offer in offers if offer.usd_spot is not None)
     return (prices[0], statistics.median(prices), prices[-1]) if prices else None
 
@@ -169,7 +177,7 @@ def _offers(cloud: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Offer]:
 
 
 def _number(value: Any) -> float | None:
-    """A CSV file holds text, SkyPilot's table holds floats; NaN is an empty cell."""
+    """The value of a cell. A CSV file holds text. SkyPilot's table holds floats, in which NaN means an empty cell."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -1,8 +1,9 @@
-"""Finds what is up on EC2: machines and volumes with this project's label or SkyPilot's tags, in every region.
+"""Finds running machines and volumes on EC2 with this project's label or SkyPilot's tags, in every region.
 
     leftovers(boto3.session.Session(), whose)
 
-A region that refuses hides no other region. Needs ec2:DescribeRegions, ec2:DescribeInstances and ec2:DescribeVolumes.
+If a region refuses, the others are still listed. Needs ec2:DescribeRegions, ec2:DescribeInstances and
+ec2:DescribeVolumes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,8 @@ from core import secrets
 from core.errors import one_line
 from core.stores.aws import DEFAULT_REGION
 
-# EC2 does not bill a machine that is shutting down, but its volumes; it is gone once it is terminated.
+# States of machines that are looked for. While a machine is shutting down, EC2 bills its volumes, but not the machine.
+# A terminated machine is gone.
 STATES = ("pending", "running", "stopping", "stopped", "shutting-down")
 CLUSTER_TAG, USER_TAG = "ray-cluster-name", "skypilot-user"
 PARALLEL_REGIONS = 8
@@ -24,10 +26,13 @@ USD_PER_GB_MONTH = 0.08
 
 
 def leftovers(session: Any, whose: Ownership) -> Inventory:
-    """What may be this project's in all enabled regions. Raises botocore's error if they cannot be listed."""
+    """Resources of all enabled regions that may belong to this project.
+
+    Raises botocore's error if the regions cannot be listed.
+    """
     client = _client(session, session.region_name or DEFAULT_REGION)
     names = sorted(region["RegionName"] for region in client.describe_regions()["Regions"])
-    # boto3 makes clients in one thread only; a client serves any thread.
+    # boto3 can create clients in one thread only. A client can then be used in any thread.
     clients = [(name, _client(session, name)) for name in names]
     with ThreadPoolExecutor(PARALLEL_REGIONS) as pool:
         answers = list(pool.map(lambda each: _in_region(*each, whose), clients))
@@ -50,7 +55,7 @@ def _in_region(region: str, client: Any, whose: Ownership) -> Inventory:
     for what, ask in (("instances", _instances), ("volumes", _volumes)):
         try:
             found += ask(region, client, whose)
-        except Exception as error:  # permissions, network: any error of botocore
+        except Exception as error:  # any error of botocore, such as permissions or network
             why = secrets.scrub(one_line(error))[:200]
             unasked.append(f"aws {region}: could not be asked for {what} ({why})")
     return Inventory(tuple(found), tuple(unasked))
@@ -69,7 +74,10 @@ def _instances(region: str, client: Any, whose: Ownership) -> Iterator[Leftover]
 
 
 def _volumes(region: str, client: Any, whose: Ownership) -> Iterator[Leftover]:
-    """A volume stays if it is not deleted with its machine, and shows as available once that is gone."""
+    """Volumes that were not deleted together with their machine.
+
+    Such a volume is listed as available once the machine is gone.
+    """
     filters = [_tagged(), {"Name": "status", "Values": ["available"]}]
     for page in client.get_paginator("describe_volumes").paginate(Filters=filters):
         for each in page["Volumes"]:
@@ -90,12 +98,15 @@ def _priced(size_gb: int) -> str:
 
 
 def _tagged() -> dict[str, Any]:
-    """A filter that finds our label's key or SkyPilot's: EC2 joins filters by `and`, values by `or`."""
+    """One filter that finds our label's key or SkyPilot's key.
+
+    It must be one filter, because EC2 joins several filters by `and`, but the values of a filter by `or`.
+    """
     return {"Name": "tag-key", "Values": [LABEL[0], CLUSTER_TAG]}
 
 
 def attributed(what: str, described: Mapping[str, Any], end: Any, whose: Ownership) -> Iterator[Leftover]:
-    """The leftover, unless it is certainly of another project."""
+    """Yields the leftover, unless the resource certainly belongs to another project."""
     tags = {tag["Key"]: tag["Value"] for tag in described.get("Tags") or ()}
     cluster, labelled = tags.get(CLUSTER_TAG, ""), tags.get(LABEL[0]) == LABEL[1]
     if cluster in whose.others:

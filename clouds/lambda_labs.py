@@ -32,7 +32,7 @@ class LambdaLabs(Cloud):
 
     name = "lambda"
     key_file = str(KEYS)
-    # By the minute, from the moment at which its health checks passed to the termination.
+    # Lambda bills by the minute, from the moment when the health checks passed until the termination.
     billing = Billing(unit_seconds=60.0, least_seconds=60.0, from_ready=True)
 
     def offers(self) -> tuple[Offer, ...]:
@@ -43,7 +43,10 @@ class LambdaLabs(Cloud):
         return dataclasses.replace(known, instance_type=types.pop() if len(types) == 1 else None, spot=False)
 
     def price(self, facts: MachineFacts) -> Price | None:
-        """The price of the type. If the type is unknown: the price that all types with these GPUs have in common."""
+        """The price of the type.
+
+        If the type is unknown, the price that all types with these GPUs have in common, if there is one.
+        """
         prices = {
             offer.usd_on_demand
             for offer in self._offers_with(facts)
@@ -80,7 +83,7 @@ class LambdaLabs(Cloud):
         return KEYS.expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
-        """All instances but those of this user's other projects: Lambda has no labels that could tell."""
+        """All instances except those of this user's other projects: Lambda has no labels to tell projects apart."""
         listed = [each for each in get("instances") or () if each.get("status") != "terminated"]
         found = [_leftover(each, whose) for each in listed if _cluster_of(each) not in whose.others]
         return Inventory(tuple(found))
@@ -102,14 +105,14 @@ def _leftover(instance: Mapping[str, Any], whose: Ownership) -> Leftover:
 
 
 def get(path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """`data` of an answer of Lambda's API, to a POST with `body`; None without a key.
+    """`data` in the answer of Lambda's API. If `body` is given, the request is a POST. None if there is no key.
 
     Retries a refusal for too many requests.
     """
     keys = KEYS.expanduser()
     if not keys.exists():
         return None
-    import urllib.error  # imported here: both take 40 ms, and a report sends Lambda no request
+    import urllib.error  # imported here: both imports take 40 ms, and a report sends no request to Lambda
     import urllib.request
 
     headers = {"Authorization": f"Bearer {_key(keys)}", "Content-Type": "application/json"}

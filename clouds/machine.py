@@ -2,7 +2,7 @@
 
     os.environ.update(describe(os.environ, gpus()))
 
-Guesses nothing: an unknown fact stays unset, and a price names its source.
+It guesses nothing: the variable of an unknown fact stays unset, and a price names its source.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from core.run.machine import cluster_info
 
 log = logging.getLogger(__name__)
 
-# Time limit of nvidia-smi, which is slow without persistence mode: the driver then initialises all GPUs for each call.
+# Time limit of nvidia-smi. It is slow without persistence mode, because the driver then initialises all GPUs for each
+# call.
 NVIDIA_SMI_SECONDS = 60.0
 # Words that nvidia-smi prints for a healthy GPU instead of a figure, with or without brackets.
 NOT_REPORTED = {"N/A", "Not Supported", "Not Found", "Insufficient Permissions"}
@@ -25,7 +26,7 @@ NOT_REPORTED |= {"Requested functionality has been deprecated"}
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that the driver lists, lost ones included; none without a driver.
+    """The GPUs that the driver lists, including lost GPUs. The list is empty if there is no driver.
 
     The exit code of nvidia-smi is ignored: 14 is a warning, and 15 means that one GPU of several is lost.
     """
@@ -51,7 +52,10 @@ def gpus() -> list[Gpu]:
 
 
 def describe(environment: Mapping[str, str], found: list[Gpu]) -> dict[str, str]:
-    """Values of the variables that core.run.machine.machine_from_environment reads. Values in `environment` win."""
+    """Values of the variables that core.run.machine.machine_from_environment reads.
+
+    Values in `environment` have precedence.
+    """
     cluster = cluster_info(environment)
     name = environment.get("CLOUD") or cluster.get("cloud")
     facts = MachineFacts(name, cluster.get("region"), cluster.get("zone"), gpus=tuple(found))
@@ -71,7 +75,7 @@ def describe(environment: Mapping[str, str], found: list[Gpu]) -> dict[str, str]
 
 
 def _corrected(facts: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
-    """`facts` with the values that the user set."""
+    """`facts`, in which the values that the user set replace others."""
     spot = environment.get("USE_SPOT")
     return dataclasses.replace(
         facts,
@@ -93,7 +97,10 @@ def _gpu(name: str, memory: str, driver: str, ecc: str, remaps: str) -> Gpu:
 
 
 def _figure(cell: str, faults: list[str]) -> float | None:
-    """A figure of nvidia-smi as a number, `No` and `Yes` as 0 and 1, `[N/A]` as None. Other text goes to `faults`."""
+    """Converts a figure of nvidia-smi to a number. `No` and `Yes` become 0 and 1, `[N/A]` becomes None.
+
+    Any other text is added to `faults`.
+    """
     text = cell.strip("[]")
     if text in ("No", "Yes"):
         return float(text == "Yes")

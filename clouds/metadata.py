@@ -1,11 +1,11 @@
 """Asks AWS's instance metadata service (IMDSv2).
 
     metadata = Metadata(os.environ)
-    metadata.get("instance-type")      "p4d.24xlarge"; None without such an item; raises Unavailable
+    metadata.get("instance-type")      "p4d.24xlarge"; None if the service has no such item
 
-The service may fail for a while. Every failure (it refuses, answers 503, ends a body early, sends a byte a second)
-raises Unavailable within REQUEST_SECONDS. AWS_EC2_METADATA_SERVICE_ENDPOINT names another endpoint, and
-AWS_EC2_METADATA_DISABLED=true turns the service off, as in botocore.
+The service may fail for a while: it may refuse a request, answer 503, end a body early, or send one byte a second. Each
+of these failures raises Unavailable within REQUEST_SECONDS. AWS_EC2_METADATA_SERVICE_ENDPOINT names another endpoint,
+and AWS_EC2_METADATA_DISABLED=true turns the service off, as in botocore.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Metadata:
         self._token: str | None = None
 
     def get(self, path: str) -> str | None:
-        """An item below meta-data/; None if the service answers that it has none. Raises Unavailable."""
+        """An item below meta-data/. None if the service answers that it has no such item. Raises Unavailable."""
         if self.disabled:
             raise Unavailable("AWS_EC2_METADATA_DISABLED is set")
         for _ in range(2):
@@ -45,17 +45,20 @@ class Metadata:
                 return text if status == 200 else None
             if status != 401:
                 break
-            self._token = None  # expired: ask again with a new one
+            self._token = None  # the token has expired: ask again with a new one
         raise Unavailable(f"{self.endpoint} answers {status} to a request for {path}")
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, str]:
-        """Status and body of the answer. A timer limits the whole request; the socket's timeout limits one read."""
+        """Status and body of the answer.
+
+        A timer limits the whole request, and the socket's timeout limits each read.
+        """
         import http.client  # imported here: it takes 30 ms, and a report needs no metadata
 
         is_over = threading.Event()
         try:
             address = urlsplit(self.endpoint)
-            # Without a proxy: the service is local to the machine.
+            # Without a proxy, because the service is local to the machine.
             connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=REQUEST_SECONDS)
             with contextlib.closing(connection):
                 connection.connect()

@@ -18,7 +18,7 @@ CLOUDS: dict[str, Cloud] = {cloud.name: cloud for cloud in (Aws(), LambdaLabs())
 
 
 def cloud_named(name: str | None) -> Cloud | None:
-    """The provider with this name in any case; None if it is not listed."""
+    """The provider with this name, in upper or lower case. None if no such provider is listed."""
     return CLOUDS.get((name or "").lower())
 
 
@@ -34,7 +34,10 @@ def load(offline: bool = False) -> Catalog:
 
 
 def dated(offline: bool = False) -> Catalog:
-    """GPU offers with the days of their prices: SkyPilot's file for each cloud that has one, else the snapshot."""
+    """GPU offers with the days of their prices.
+
+    The offers of a cloud come from SkyPilot's file for that cloud or, if there is none, from the snapshot.
+    """
     offers, sources, fetched = [], [], {}
     for name, cloud in CLOUDS.items():
         found = None if offline else catalog.on_disk(name)
@@ -54,9 +57,9 @@ def snapshot() -> Catalog:
     return Catalog(tuple(offer for cloud in CLOUDS.values() for offer in cloud.offers()), catalog.SNAPSHOT)
 
 
-@functools.cache  # because a report calls it for every phase of every segment
+@functools.cache  # cached, because a report calls it for every phase of every segment
 def on_demand_price(cloud: str, region: str, instance_type: str) -> float | None:
-    """Dollars per hour of one node in the snapshot; None without such an offer."""
+    """Dollars per hour of one node in the snapshot. None if the snapshot has no such offer."""
     provider = cloud_named(cloud)
     prices = [
         offer.usd_on_demand

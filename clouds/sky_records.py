@@ -2,7 +2,8 @@
 
     machine_records(["gpt2-7"])        [MachineRecord("gpt2-7", 1795176000.0, 1795183200.0, ...)]
 
-If this Python has no SkyPilot, another one that has is asked: that of .venv-launch, or of the `sky` command on PATH.
+If this Python has no SkyPilot, another Python that has SkyPilot is asked: that of .venv-launch, or that of the `sky`
+command on PATH.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ _JOB_FIELDS = ("job_id", "status", "recovery_count", "job_duration")
 
 
 def machine_records(clusters: Sequence[str]) -> list[MachineRecord]:
-    """The machines of clusters with these names, those of managed jobs included. Raises Unavailable."""
+    """The machines of clusters with these names, including clusters of managed jobs. Raises Unavailable."""
     found, refusal = _answer(tuple(sorted(set(clusters))))
     if refusal:
         raise Unavailable(refusal)
@@ -50,7 +51,10 @@ def job_queue() -> list[Mapping[str, Any]]:
 
 
 def answer_here(clusters: Sequence[str]) -> int:
-    """Print as JSON the records of these clusters; without any, the managed jobs. Returns an exit code."""
+    """Print the records of these clusters as JSON. If no cluster is named, print the managed jobs.
+
+    Returns an exit code.
+    """
     try:
         print(json.dumps(_ask(tuple(clusters) or None)))
     except Unavailable as error:
@@ -61,7 +65,7 @@ def answer_here(clusters: Sequence[str]) -> int:
 
 @functools.cache
 def _answer(clusters: tuple[str, ...] | None) -> tuple[dict[str, Any], str]:
-    """SkyPilot's answer, or the reason why there is none. Asks once per process."""
+    """SkyPilot's answer, or the reason why there is no answer. Asks once per process."""
     try:
         try:
             skypilot.package()
@@ -76,7 +80,7 @@ def _answer(clusters: tuple[str, ...] | None) -> tuple[dict[str, Any], str]:
 
 
 def _other_python() -> str | None:
-    """The Python of an environment with SkyPilot; None if none is found."""
+    """The Python of an environment with SkyPilot, or None if none is found."""
     places = [REPOSITORY / ".venv-launch" / "bin"]
     if sky := shutil.which("sky"):
         places.append(Path(sky).resolve().parent)
@@ -108,11 +112,11 @@ def _ask(clusters: tuple[str, ...] | None) -> dict[str, Any]:
             raise Unavailable(f"SkyPilot has no list of managed jobs ({type(error).__name__})") from error
         return {"jobs": [_job(job) for job in listed]}
     try:
-        # Only a question about names is answered with the clusters' tasks.
+        # SkyPilot's answer contains the tasks of the clusters only if the clusters are named.
         records = sky.get(sky.cost_report(days=DAYS, cluster_names=list(clusters)))
-    except TypeError:  # a release before 0.14 knows no names
+    except TypeError:  # releases before 0.14 do not accept names
         records = sky.get(sky.cost_report(days=DAYS))
-    except Exception as error:  # no API server, no network: any error of its client
+    except Exception as error:  # any error of its client, such as no API server or no network
         raise Unavailable(f"SkyPilot's API server did not answer ({type(error).__name__})") from error
     return {"records": [asdict(each) for record in records for each in from_record(record)]}
 
@@ -125,13 +129,15 @@ def _job(job: Mapping[str, Any]) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any]) -> list[MachineRecord]:
     """One MachineRecord per usage interval of a record of `sky.cost_report`.
 
-    An interval opens at the launch attempt and closes when SkyPilot notices that the machine is gone. A record whose
-    cluster never got nodes belongs to a failed launch, which SkyPilot's own report counts as paid time.
+    An interval opens at the launch attempt and closes when SkyPilot notices that the machine is gone. If the cluster of
+    a record never got nodes, its launch failed and nothing was paid, although SkyPilot's own report counts this time as
+    paid.
     """
     resources = record.get("resources")
     nodes = record.get("num_nodes") or 1
     price = _usd_per_hour(resources)
-    # SkyPilot sets node_names once nodes exist. In records of older releases, which lack it, no launch is failed.
+    # SkyPilot sets node_names once nodes exist. Records of older releases do not have this field, and such a record
+    # does not count as a failed launch.
     failed = "node_names" in record and not record["node_names"] and _ended(record)
     job = _job_of(str(record.get("name") or ""))
     run, idle = _run_of(record), _idle_of(record.get("last_creation_yaml"))
@@ -165,7 +171,7 @@ def _ended(record: Mapping[str, Any]) -> bool:
 
 
 def _usd_per_hour(resources: Any) -> float | None:
-    """List price of one node; None if the lookup fails, which SkyPilot counts as zero dollars."""
+    """The list price of one node. None if the lookup fails; SkyPilot would count zero dollars then."""
     try:
         price = float(resources.get_cost(3600))
     except Exception:  # the type left the catalog, or the record has no resources
@@ -174,7 +180,10 @@ def _usd_per_hour(resources: Any) -> float | None:
 
 
 def _job_of(cluster: str) -> str | None:
-    """The id of the managed job that a cluster belongs to, from its name <job>-<id>; None for any other name."""
+    """The id of the managed job that a cluster belongs to. It is part of the cluster's name <job>-<id>.
+
+    None if the name has another form.
+    """
     name, _, number = cluster.rpartition("-")
     return number if name and number.isdigit() else None
 

@@ -1,4 +1,4 @@
-"""Asks SkyPilot: by its command for clusters and managed jobs, by its Python package for records and prices.
+"""Asks SkyPilot: its command for clusters and managed jobs, and its Python package for records and prices.
 
     clusters()      [{"name": "pretrain-8xa100", "status": "UP", "labels": {...}, ...}, ...]
     jobs()          [{"job_id": 3, "job_name": "pretrain-8xa100-spot", "status": "RUNNING", ...}, ...]
@@ -31,11 +31,13 @@ from core.errors import ConfigError
 from core.stores.aws import endpoint_of
 from core.task import TaskSpec
 
-# A server that is stopped by a signal, or hangs, takes a request and never answers it.
+# Time limit in seconds of a request. A server that hangs, or that a signal has stopped, accepts a request and never
+# answers it.
 LIST_SECONDS = 300.0
-# SkyPilot 0.14.1 answers this, with exit code 1, if its jobs controller is stopped or was never started.
+# SkyPilot 0.14.1 prints this, with exit code 1, if its jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
-# Without it a node on Lambda gets ~/.aws/credentials. With a candidate on AWS it would take the role from that one.
+# If this option is not given, a node on Lambda gets ~/.aws/credentials. The option is not given if the task has a
+# candidate on AWS, because nodes on AWS would then lose their role.
 KEEP_AWS_FILES = ("--config", "aws.remote_identity=NO_UPLOAD")
 USER_HASH = Path("~/.sky/user_hash")
 # Beginnings of the final statuses of a managed job; several begin with FAILED (sky/jobs/state.py of SkyPilot).
@@ -52,16 +54,17 @@ def find_sky() -> str:
 
 
 def clusters(everyone: bool = False) -> list[dict[str, Any]]:
-    """This user's clusters, or all users', with those of managed jobs (`is_managed`) that this computer keeps.
+    """The clusters of this user, or of all users.
 
-    Raises ConfigError if SkyPilot cannot list them.
+    Clusters of managed jobs (`is_managed`) are included if this computer keeps their records. Raises ConfigError if
+    SkyPilot cannot list them.
     """
     # --verbose adds the task that a cluster was launched with.
     return listed(["status", "--verbose", *(["--all-users"] if everyone else [])])
 
 
 def jobs(ended: bool = False, everyone: bool = False) -> list[dict[str, Any]]:
-    """This user's managed jobs, or all users', newest first; with `ended` finished ones too.
+    """The managed jobs of this user, or of all users, the newest first. If `ended` is true, finished jobs are included.
 
     Raises ConfigError as `clusters` does.
     """
@@ -71,7 +74,10 @@ def jobs(ended: bool = False, everyone: bool = False) -> list[dict[str, Any]]:
 
 
 def user_hash(environment: Mapping[str, str]) -> str:
-    """The hash by which SkyPilot tells users apart in the names of machines; "" before its first use here."""
+    """The hash by which SkyPilot tells users apart in the names of machines.
+
+    It is "" until SkyPilot was used on this computer.
+    """
     with contextlib.suppress(OSError):
         return environment.get("SKYPILOT_USER_ID") or USER_HASH.expanduser().read_text(encoding="utf-8").strip()
     return ""
@@ -102,9 +108,11 @@ def has_ended(job: dict[str, Any]) -> bool:
 
 
 def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str, Any]]:
-    """The records that `sky COMMAND -o json` prints. None of them if it fails and its output contains `nothing`.
+    """The records that `sky COMMAND -o json` prints.
 
-    Raises ConfigError with SkyPilot's output if it fails or prints no list, or if its server does not answer.
+    `nothing` is a text that SkyPilot prints if there are no records. If the command fails and its output contains this
+    text, the list is empty. If it fails in another way, prints no list, or SkyPilot's server does not answer, raises
+    ConfigError with SkyPilot's output.
     """
     words = [find_sky(), *command, "-o", "json"]
     try:
@@ -121,9 +129,9 @@ def listed(command: Sequence[str], nothing: str | None = None) -> list[dict[str,
 
 
 def records_in(output: str) -> list[dict[str, Any]] | None:
-    """The first JSON list of objects in SkyPilot's output; None if there is none.
+    """The first JSON list of objects in SkyPilot's output. None if there is no such list.
 
-    Before the list there may be colour codes and other text, such as "Failed to connect ... Starting a local server."
+    There may be colour codes and other text before the list, such as "Failed to connect ... Starting a local server."
     """
     text = _COLOUR.sub("", output)
     decoder = json.JSONDecoder()
@@ -147,7 +155,7 @@ def launch_command(
         command += ["--detach-run"]
     given = dict(environment)
     given["GIT_REVISION"] = given.get("GIT_REVISION") or git_revision
-    # Other names of this variable do not reach the node.
+    # SkyPilot passes this variable to the node only under this name.
     given["BUCKET_ENDPOINT_URL"] = given.get("BUCKET_ENDPOINT_URL") or endpoint_of(given) or ""
     given["SUBMITTED_AT"] = f"{time.time():.0f}"
     for name in task.envs:
@@ -165,7 +173,7 @@ def launch_command(
 
 def package() -> Any:
     """The SkyPilot package. Raises Unavailable."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # its database migrations log at every import
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # SkyPilot's database migrations log at every import
     try:
         module = importlib.import_module("sky")
     except ImportError as error:
@@ -177,7 +185,7 @@ def package() -> Any:
 
 
 def setting(*keys: str) -> Any:
-    """An entry of SkyPilot's configuration; None without one. Raises Unavailable."""
+    """An entry of SkyPilot's configuration. None if there is no such entry. Raises Unavailable."""
     package()
     from sky import skypilot_config
 
@@ -185,7 +193,10 @@ def setting(*keys: str) -> Any:
 
 
 def catalog_file(cloud: str) -> Path:
-    """Where SkyPilot 0.14.1 keeps the prices of a cloud on this machine; it replaces the file when it asks again."""
+    """The file in which SkyPilot 0.14.1 keeps the prices of a cloud on this machine.
+
+    SkyPilot replaces it when it fetches prices again.
+    """
     return Path.home() / ".sky" / "catalogs" / "v8" / cloud / "vms.csv"
 
 
@@ -196,5 +207,5 @@ def catalog_rows(cloud: str) -> list[dict[str, Any]]:
 
     try:
         return common.read_catalog(f"{cloud}/vms.csv").to_dict("records")
-    except Exception as error:  # network, a damaged file: any error of its libraries
+    except Exception as error:  # any error of its libraries, such as network or a damaged file
         raise Unavailable(f"SkyPilot has no catalog of {cloud} ({type(error).__name__})") from error

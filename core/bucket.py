@@ -3,7 +3,7 @@
     bucket.url({"BUCKET": "my-bucket/team/", "RUN": "gpt2-124m"}, "RUN")    s3://my-bucket/team/runs/gpt2-124m
 
 launch/node/place.py runs this module outside of the container with the node's system Python. The module therefore uses
-the standard library only, and the syntax of Python 3.8.
+only the standard library and the syntax of Python 3.8.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from core import urls
 from core.errors import ConfigError
 
 FOLDERS = {"RUN": "runs", "DATA": "data"}
-# S3 allows 1,024 bytes per key. The rest is room for the names of the objects in the folder.
+# S3 allows 1,024 bytes per key. The bytes above this limit are left for the names of objects in the folder.
 NAME_BYTES = 512
 
 
@@ -44,7 +44,7 @@ def root(environment: Mapping[str, str]) -> str:
 
 
 def name(environment: Mapping[str, str], variable: str) -> str:
-    """The name of a folder from RUN or DATA, possibly of several parts separated by slashes. Raises ConfigError."""
+    """The folder's name in RUN or DATA. It may have several parts, separated by slashes. Raises ConfigError."""
     text = environment.get(variable, "").strip()
     _check_characters(variable, text)
     parts = [part for part in text.split("/") if part]
@@ -59,9 +59,9 @@ def name(environment: Mapping[str, str], variable: str) -> str:
 
 
 def url(environment: Mapping[str, str], variable: str) -> str:
-    """The URL of the run (`variable` RUN) or token set (DATA). RUN_URL or DATA_URL, if set, replaces BUCKET and name.
+    """The URL of the run if `variable` is RUN, or of the token set if it is DATA.
 
-    Raises ConfigError.
+    If RUN_URL or DATA_URL is set, its value is returned. Raises ConfigError.
     """
     given = environment.get(f"{variable}_URL", "").strip()
     _check_characters(f"{variable}_URL", given)

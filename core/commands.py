@@ -1,9 +1,9 @@
-"""Runs a command with a time limit that also holds for a process that SIGKILL does not end.
+"""Runs a command with a time limit that holds even if SIGKILL does not end the process.
 
     done = run_within(["nvidia-smi"], 60.0)
 
-A process that waits inside of a driver ends only when the driver answers. subprocess.run would wait for it after its
-limit, and a rented machine would stay up.
+A process that waits inside a driver ends only when the driver answers. subprocess.run would wait for such a process
+even after the limit, and a rented machine would keep running.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ def run_within(
 ) -> subprocess.CompletedProcess[str]:
     """The ended command with its output as text. Raises subprocess.TimeoutExpired, OSError.
 
-    After the limit the command and what it has started are killed, and not waited for.
+    After the limit, the command and its child processes are killed. The function does not wait for their end.
     """
     process = subprocess.Popen(
         command,

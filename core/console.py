@@ -19,7 +19,7 @@ from core.figures import quantity
 
 
 def set_up_logging(speaks: bool = True) -> None:
-    """Log plain lines to standard error; only warnings if `speaks` is false (ranks above 0)."""
+    """Log plain lines to standard error. If `speaks` is false (ranks above 0), log warnings only."""
     handler = logging.StreamHandler()
     handler.setFormatter(_PlainLines("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO if speaks else logging.WARNING, handlers=[handler], force=True)
@@ -28,7 +28,7 @@ def set_up_logging(speaks: bool = True) -> None:
 
 
 class _PlainLines(logging.Formatter):
-    """Lines without keys, and without anything that a terminal obeys: messages quote what others wrote."""
+    """Hides keys and escapes terminal control characters in lines, because messages may quote texts of strangers."""
 
     def format(self, record: logging.LogRecord) -> str:
         return output.visible(secrets.scrub(super().format(record)))
@@ -37,9 +37,10 @@ class _PlainLines(logging.Formatter):
 def run_entry(main: Callable[[list[str]], int | None], shows: bool = False) -> None:
     """Run `main` and exit the process. A LauncherError is printed as one line, any other error with its traceback.
 
-    Printed errors show `***` in place of secrets. `shows` marks a program whose only purpose is its output: it ends
-    without an error when the reader of its output has gone (`| head`). Any other program continues without output.
-    After a request to stop, every failure exits with PREEMPTED, because its cause may be a store or rank that is gone.
+    Printed errors show `***` instead of secrets. `shows` marks a program whose only purpose is its output. Such a
+    program ends without an error when the reader of its output has closed (`| head`); any other program continues
+    without output. After a request to stop, every failure exits with PREEMPTED. Such a failure may only be a
+    consequence of the stop: a store or another rank may have ended first.
     """
     environment.tidy(os.environ)
     environment.name_user(os.environ)
@@ -77,7 +78,7 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 class Progress:
-    """Shows progress up to `total`: as a bar on a terminal, else as one line every `interval_seconds`."""
+    """Shows progress up to `total`. On a terminal it is a bar. Elsewhere it is a line every `interval_seconds`."""
 
     def __init__(self, title: str, total: float | None, unit: str, interval_seconds: float = 10.0):
         self.title = title

@@ -1,4 +1,4 @@
-"""Counts the CPU cores that this process may use: of a container or a `taskset`, not of the whole machine."""
+"""Counts the CPU cores that this process may use. A container or `taskset` may allow fewer than the machine has."""
 
 import math
 import os
@@ -8,8 +8,11 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
-    """Cores by affinity (`docker --cpuset-cpus`, Slurm), at most the quota of the control group (`docker --cpus`,
-    Kubernetes limits), rounded up; at least 1."""
+    """The number of cores that this process may use, at least 1.
+
+    It is the smaller of two numbers: the cores of the process's affinity (`docker --cpuset-cpus`, Slurm), and the quota
+    of its control group (`docker --cpus`, Kubernetes limits), rounded up.
+    """
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
@@ -18,12 +21,15 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
 
 def _quota(cgroup: Path) -> float:
-    """Seconds of CPU time per second; infinite without a limit. Containers see their own group at the root."""
+    """The quota in seconds of CPU time per second. It is infinite if there is no limit.
+
+    A container sees its control group at the root.
+    """
     try:
         if (cgroup / "cpu.max").exists():  # version 2
             allowed, period = (cgroup / "cpu.max").read_text().split()
         else:
             allowed, period = ((cgroup / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(allowed) / int(period) if int(allowed) > 0 else math.inf
-    except (OSError, ValueError):  # no control group, or "max"
+    except (OSError, ValueError):  # there is no control group, or its quota is "max"
         return math.inf

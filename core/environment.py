@@ -1,8 +1,7 @@
-"""Combines the environment of the shell with the variables of a .env file. A value of the shell wins over the file's.
+"""Combines the environment of the shell with the variables of a .env file.
 
-An empty variable counts as not set.
-
-environment.adopt()      adds the variables of .env to os.environ, and removes empty ones that would mislead a library
+A value in the shell has precedence over the file. An empty variable counts as not set. environment.adopt()      adds
+the variables of .env to os.environ, and removes empty ones that would mislead a library
 """
 
 import getpass
@@ -24,7 +23,7 @@ _READ_BY_LIBRARIES = re.compile(
     r"|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE"
 )
 
-# Programs make folders and objects of these.
+# Programs build the names of folders and objects from these variables.
 _PLACES = ("BUCKET", "RUN_URL", "DATA_URL", "SOURCE_URL", "VOCAB_URL")
 
 
@@ -36,9 +35,9 @@ def adopt(dotenv: Path = DOTENV) -> None:
 
 
 def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
-    """The variables of a .env file, if it exists, updated by `environment`. An empty value never replaces another one.
+    """The variables of `environment` and, if there is a .env file, of that file.
 
-    Raises ConfigError.
+    A variable of `environment` has precedence, unless its value is empty. Raises ConfigError.
     """
     given = dict(environment)
     tidy(given)
@@ -48,8 +47,11 @@ def with_dotenv(environment: Mapping[str, str], dotenv: Path) -> dict[str, str]:
 
 
 def tidy(environment: MutableMapping[str, str]) -> None:
-    """Remove the empty variables that a library would read as a value, and what a URL copied with it: blanks and the
-    line ends of a file from Windows."""
+    """Remove empty variables that a library would read as a value.
+
+    Also remove blanks and the line ends of a Windows file from the ends of URLs and names, because they are easily
+    copied along.
+    """
     for name in _PLACES:
         if name in environment:
             environment[name] = environment[name].strip()
@@ -58,9 +60,9 @@ def tidy(environment: MutableMapping[str, str]) -> None:
 
 
 def name_user(environment: MutableMapping[str, str]) -> None:
-    """Give the user a name and a home where the system knows none, as in a container under another user's number.
+    """Give the user a name and a home if the system knows none, as in a container that runs under another user id.
 
-    Python and torch ask for them to find folders of the user, and fail without an answer.
+    Python and torch need both to find the user's folders, and fail without them.
     """
     try:
         getpass.getuser()
@@ -87,7 +89,10 @@ def _check_whose_keys(dotenv: Path, found: Mapping[str, str]) -> None:
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
-    """The variables of a .env file, as python-dotenv reads them; none without a file. Raises ConfigError."""
+    """The variables of a .env file, as python-dotenv reads them. If there is no file, the result is empty.
+
+    Raises ConfigError.
+    """
     try:
         # utf-8-sig: some editors begin a file with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
@@ -111,7 +116,10 @@ def read_dotenv(path: Path) -> dict[str, str]:
 
 
 def positive(environment: Mapping[str, str], name: str) -> float | None:
-    """The number in a variable; None if it is empty. Raises ConfigError unless the number is above zero."""
+    """The number in a variable, or None if the variable is empty.
+
+    Raises ConfigError unless the number is above zero.
+    """
     text = environment.get(name)
     if not text:
         return None

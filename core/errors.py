@@ -6,7 +6,7 @@
     ├── StorageError        the bucket, its credentials or the network are at fault
     │   ├── ObjectNotFound  the object does not exist
     │   ├── ObjectExists    another writer created it first (exclusive creation)
-    │   ├── ObjectDamaged   the object's content does not match its checksum or its size
+    │   ├── ObjectDamaged   the object's content does not match its checksum or size
     │   └── DiskFull        the disk or its quota is full
     ├── CheckpointError     checkpoints exist but cannot be used
     ├── RunError            the run folder belongs to another run, or a newer segment has taken the run over
@@ -14,8 +14,8 @@
     ├── TrainingError       the loss or a gradient is NaN or infinite
     └── CapReached          not a failure: the dollars that the cap allows are spent
 
-A message is one sentence that says what is wrong (with the value), where (file and key, URI, rank, step) and how
-to fix it. Entries print it without a traceback and exit non-zero (`core.console.run_entry`).
+A message is one sentence. It says what is wrong (with the value), where it is wrong (file and key, URI, rank, step) and
+how to fix it. Entries print it without a traceback and exit non-zero (`core.console.run_entry`).
 """
 
 LONGEST_LINE = 500
@@ -46,7 +46,7 @@ class ObjectExists(StorageError):
 
 
 class ObjectDamaged(StorageError):
-    """The content of the object at this URI does not have the expected checksum, or is larger than it may be."""
+    """The content of the object at this URI does not have the expected checksum, or exceeds the allowed size."""
 
 
 class DiskFull(StorageError):
@@ -62,7 +62,7 @@ class RunError(LauncherError):
 
 
 class EndpointError(LauncherError):
-    """A model behind an API does not answer at all, or some prompts are left without an answer."""
+    """A model behind an API does not answer, or leaves some prompts without an answer."""
 
 
 class TrainingError(LauncherError):

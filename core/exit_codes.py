@@ -3,18 +3,18 @@
 import os
 from pathlib import Path
 
-# launch/node/container.sh has a copy. The managed jobs in sky/ start again after PREEMPTED and BAD_NODE only, which
-# SkyPilot's recover_on_exit_codes names there.
+# launch/node/container.sh has a copy. The managed jobs in sky/ restart only after PREEMPTED and BAD_NODE, which their
+# recover_on_exit_codes names.
 OK = 0  # the program reached its end
 FAILED = 1  # the job ends
-PREEMPTED = 33  # asked to stop, and saved: the job starts again
+PREEMPTED = 33  # the program was asked to stop and has saved its work: the job starts again
 CAPPED = 34  # the cap on dollars is reached: the job ends
 BAD_NODE = 35  # this machine is bad or hung: the job starts again on another one
-NO_STORAGE = 36  # the bucket was away for too long: the job ends, because another machine has no better bucket
+NO_STORAGE = 36  # the bucket failed for too long: the job ends, because another machine would use the same bucket
 
 
 def tell_launcher(code: int) -> None:
-    """Write the code to EXIT_CODE_FILE, if set, because torchrun exits with 1 whatever its workers exit with."""
+    """Write the code to EXIT_CODE_FILE, if set, because torchrun exits with 1 for any failure of a worker."""
     if path := os.environ.get("EXIT_CODE_FILE"):
         whole = Path(f"{path}.{os.getpid()}")
         whole.write_text(f"{code}\n")

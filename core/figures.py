@@ -8,16 +8,16 @@ UNKNOWN = "?"
 
 
 def places_for(total: float) -> int:
-    """Decimal places for dollars: 2 if the total is at least a dollar, 4 below, 6 below a cent (4 for zero)."""
+    """Decimal places for dollars: 2 from a dollar on, 4 below a dollar, 6 below a cent (4 for zero)."""
     return 2 if total >= 1 else 4 if total >= 0.01 or total <= 0 else 6
 
 
 def apportion(amounts: Sequence[float | None], places: int, total: float | None = None) -> list[float | None]:
     """Round each amount to `places` so that they add up to the rounded total (largest remainder method).
 
-    `total` is the sum of these amounts that another table prints. Without it, the amounts are added here, and another
-    order of the additions can round to another sum. An unknown amount is None and stays None. If two remainders are
-    equal, the earlier amount is rounded up.
+    `total` is the sum that another table prints for these amounts. If `total` is not given, the amounts are added here.
+    This sum could differ slightly from that of the other table, because the order of additions may be different. An
+    unknown amount is None and stays None. If two remainders are equal, the earlier amount is rounded up.
     """
     unit = Decimal(1).scaleb(-places)
     exact = {index: Decimal(amount) for index, amount in enumerate(amounts) if amount is not None}
@@ -31,7 +31,10 @@ def apportion(amounts: Sequence[float | None], places: int, total: float | None 
 
 
 def dollars(usd: float | None, places: int = 2, complete: bool = True, most: float | None = None) -> str:
-    """1234.5 → "1,234.50"; None → "?"; a sum with an unknown part → "1,234.50 + ?"; up to `most` → "4.92 to 5.03"."""
+    """1234.5 → "1,234.50"; None → "?". A sum with an unknown part: "1,234.50 + ?".
+
+    A range whose upper end is `most`: "4.92 to 5.03".
+    """
     if usd is None:
         return UNKNOWN
     low, high = f"{usd:,.{places}f}", f"{usd if most is None else most:,.{places}f}"

@@ -26,7 +26,8 @@ _NO_HARD_LINKS = _UNSUPPORTED | {errno.EMLINK}
 def replacing(path: Path, exclusive: bool = False, flush: bool = True) -> Iterator[BinaryIO]:
     """Yield a temporary file beside `path`. After the block, unless it failed, flush the file and rename it to `path`.
 
-    With `exclusive`, raises FileExistsError if `path` exists. Raises StorageError if the folder is a dangling link.
+    If `exclusive` is true and `path` exists, raises FileExistsError. Raises StorageError if the folder is a dangling
+    link.
     """
     _check_link(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,30 +60,36 @@ def _if_supported() -> Iterator[None]:
 
 
 def _move_to_free_name(temporary: Path, path: Path) -> None:
-    """Raises FileExistsError if `path` exists; exactly one of several racing callers succeeds."""
+    """Move a file to a name that is free. Raises FileExistsError if `path` exists.
+
+    Exactly one of several racing callers succeeds.
+    """
     try:
         os.link(temporary, path)  # atomic: `path` appears with its complete content
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # exFAT, SMB and some FUSE file systems have no hard links. Between these two calls `path` is an empty file.
+        # exFAT, SMB and some FUSE file systems have no hard links. Until the second call, `path` is an empty file.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         temporary.replace(path)
 
 
 def below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield path and status of each file below a folder, at any depth, following links. None if there is no folder.
+    """Yield path and status of each file below a folder, at any depth, following links.
 
-    A folder with several paths is read once, by the path with the fewest links, so that loops of links end. A dangling
-    link is listed with the size of the link itself; reading it fails. Raises StorageError if `root` is a dangling link,
-    OSError for an unreadable folder.
+    Yields nothing if there is no folder. A folder with several paths is read once, by the path with the fewest links,
+    so loops of links end. A dangling link is listed with the size of the link itself; reading it fails. Raises
+    StorageError if `root` is a dangling link, OSError for an unreadable folder.
     """
     _check_link(root)
     yield from _walk(root, lambda names: True, bounded=False)
 
 
 def names(folder: Path) -> list[str]:
-    """Names of files, folders and links in a folder; none if it does not exist. Raises the errors of `below`."""
+    """Names of files, folders and links in a folder. The list is empty if the folder does not exist.
+
+    Raises the errors of `below`.
+    """
     try:
         return [entry.name for entry in _entries(folder)]
     except (FileNotFoundError, NotADirectoryError):
@@ -91,9 +98,10 @@ def names(folder: Path) -> list[str]:
 
 
 def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
-    """Files whose path matches a pattern with `*`, `?`, `[...]` or `**`; links and errors as in `below`.
+    """Files whose path matches a pattern with `*`, `?`, `[...]` or `**`.
 
-    Raises StorageError also for a dangling link where the pattern expects a folder: files that match may be missing.
+    Links are followed, and errors raised, as in `below`. Also raises StorageError if the pattern needs a folder and a
+    dangling link is found in its place, because matching files may then be missing.
     """
     wild = literal_parts(pattern.parts, lambda names: os.path.lexists(Path(*names)))
     root, parts = Path(*pattern.parts[:wild]), pattern.parts[wild:]
@@ -124,7 +132,10 @@ def matching(pattern: Path) -> list[tuple[Path, os.stat_result]]:
 
 
 def link_to_nothing(path: Path) -> Path | None:
-    """The first of `path` and the folders above it that exists, if it is a dangling link; otherwise None."""
+    """The dangling link that makes `path` unreachable, or None if there is no such link.
+
+    It is `path` or the nearest folder above `path` that exists as an entry.
+    """
     for each in (path, *path.parents):
         if os.path.lexists(each):
             return each if each.is_symlink() and not os.path.exists(each) else None
@@ -134,18 +145,18 @@ def link_to_nothing(path: Path) -> Path | None:
 def _check_link(path: Path) -> None:
     if link := link_to_nothing(path):
         raise StorageError(
-            f"{link}: is a link to {os.readlink(link)}, which is not there; mount or restore it, or remove the link"
+            f"{link}: is a link to {os.readlink(link)}, which does not exist; mount or restore it, or remove the link"
         )
 
 
 def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the files in `root`, and in each folder below it for which `leads(parts of its relative path)` is true.
 
-    `bounded` means that `leads` accepts folders down to some depth only. Then a folder that has paths of several depths
-    is read once per depth, because its files may match the pattern at one of these depths only.
+    `bounded` means that `leads` accepts folders down to some depth only. Then a folder with paths of several depths is
+    read once per depth, because its files may match the pattern at only one depth.
     """
-    # A heap: a folder with several paths is read by the one with the fewest links, then the least depth. Paths are
-    # strings, because a run may have tens of thousands of folders, and pathlib takes five times as long.
+    # A heap, so that a folder with several paths is read by the path with the fewest links and then the least depth.
+    # Paths are strings, because pathlib takes five times as long and a run may have tens of thousands of folders.
     waiting: list[tuple[int, int, str, tuple[str, ...]]] = [(0, 0, str(root), ())]
     read: set[tuple[int, int, int]] = set()
     while waiting:
@@ -156,7 +167,7 @@ def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -
             if known in read:
                 continue
             entries = _entries(folder)
-        except (FileNotFoundError, NotADirectoryError):  # removed during the walk, or never there
+        except (FileNotFoundError, NotADirectoryError):  # the folder was removed during the walk, or never existed
             continue
         read.add(known)
         for entry in entries:
@@ -175,7 +186,10 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Status of the entry's target, or of the link itself if it dangles; None if the entry was removed meanwhile."""
+    """The status of the file that an entry leads to. For a dangling link, this is the status of the link.
+
+    None if the entry was removed after the listing.
+    """
     try:
         return entry.stat()
     except OSError as error:

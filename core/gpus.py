@@ -5,7 +5,7 @@ H200 data sheet (2024): 989; GH200 data sheet (2024): 989 (the GPU is an H100 wi
 L40S: 362; A10: 125; V100 (fp16): 125; RTX 4090 (Ada white paper, fp32 accumulation): 165.
 """
 
-# The first entry whose name occurs in the device's name counts, so longer names come first.
+# The first entry whose name occurs in the device's name is used, so longer names come first.
 _PEAK_BF16_TFLOPS = (
     ("GH200", 989.0),
     ("H200", 989.0),
@@ -24,8 +24,9 @@ _PEAK_BF16_TFLOPS = (
 # Compute capability 8.9 (Ada) and above.
 _WITH_FP8 = frozenset({"H100", "H200", "GH200", "L4", "L40S"})
 
-# Memory in GB (10^9 bytes) by the GPU's name in SkyPilot's catalog, from the same sheets and, for the A10G, AWS's page
-# of g5, read 2026-11; Lambda's GH200 has HBM3. A driver shows slightly more or less than this as free.
+# Memory in GB (10^9 bytes) by the GPU's name in SkyPilot's catalog, from the same sheets. The A10G's figure is from
+# AWS's page of g5, read 2026-11. GH200 means Lambda's GH200, which has HBM3. The driver reports slightly more or less
+# memory than this.
 _MEMORY_GB = {
     "A100": 40,
     "A100-80GB": 80,
@@ -40,13 +41,13 @@ _MEMORY_GB = {
 
 
 def memory_bytes(accelerator: str) -> float | None:
-    """Memory in bytes of an accelerator of SkyPilot's catalog, or None if it is not in the table."""
+    """Memory in bytes of an accelerator of SkyPilot's catalog, or None if the accelerator is not in the table."""
     gb = _MEMORY_GB.get(accelerator)
     return None if gb is None else gb * 1e9
 
 
 def has_fp8(accelerator: str) -> bool | None:
-    """Whether an accelerator of SkyPilot's catalog has fp8 units; None if it is not in the table."""
+    """Whether an accelerator of SkyPilot's catalog has fp8 units, or None if the accelerator is not in the table."""
     return accelerator in _WITH_FP8 if accelerator in _MEMORY_GB else None
 
 

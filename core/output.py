@@ -1,10 +1,12 @@
-"""Makes standard output safe: neither its encoding nor a full disk or a closed pipe makes a program crash.
+"""Makes standard output safe.
+
+A program crashes neither because of its encoding nor because of a full disk or a closed pipe.
 
     output.prepare(is_product=True)
 
-Characters that the encoding lacks are replaced. If a write fails (the disk is full, the reader has gone), it raises
-OutputEnds in a program whose output is its product. Any other program continues without output, because its work
-matters more.
+Characters that the encoding lacks are replaced. A write can fail because the disk is full or the reader has closed. It
+then raises OutputEnds in a program whose output is its product. Any other program continues without output, because its
+work matters more.
 """
 
 import codecs
@@ -16,9 +18,9 @@ import sys
 
 SIMPLER = {"–": "-", "—": "-", "→": "->", "…": "...", "×": "x", "·": "*", "≤": "<=", "≥": ">=", "≈": "~", "−": "-"}
 SIMPLER |= {"“": '"', "”": '"', "‘": "'", "’": "'", "✓": "ok", "✗": "x", "\u00a0": " ", "\u202f": " ", "\u2009": " "}
-# What a spreadsheet takes for the start of a formula, which it runs.
+# If a text starts with one of these characters, a spreadsheet runs the text as a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-# What a terminal obeys, and what turns or hides the text after it. Line ends and tabs are not among them.
+# Control characters of a terminal, and characters that reverse or hide the following text, without line ends and tabs.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
@@ -53,7 +55,10 @@ _output: _Output | None = None
 
 
 def prepare(is_product: bool) -> None:
-    """Replace sys.stdout, unless other code has replaced it. A closed output becomes the null device."""
+    """Replace sys.stdout by a safe stream, unless other code has replaced it already.
+
+    If standard output is closed, the new stream writes to the null device.
+    """
     global _output
     codecs.register_error("simpler", _simpler)
     if sys.stdout is None:
@@ -75,12 +80,12 @@ def prepare(is_product: bool) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` with each character that a terminal obeys as an escape such as \\x1b. Others may have written the text."""
+    """`text` with each terminal control character as an escape such as \\x1b. Strangers may have written the text."""
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def failure() -> OSError | None:
-    """Flush standard output, and return the first error of a write to it, or None."""
+    """Flush standard output. Returns the first error that a write to standard output raised, or None."""
     with contextlib.suppress(OutputEnds):
         sys.stdout.flush()
     return _output.failure if _output else None
@@ -93,7 +98,8 @@ def _simpler(error: UnicodeError) -> tuple[str | bytes, int]:
     character = error.object[error.start]
     if character in SIMPLER:
         return SIMPLER[character], error.start + 1
-    if 0xDC80 <= ord(character) <= 0xDCFF:  # surrogateescape: a byte of a file name that is not UTF-8
+    # Python's error handler surrogateescape uses these code points for bytes of a file name that are not UTF-8.
+    if 0xDC80 <= ord(character) <= 0xDCFF:
         return bytes([ord(character) - 0xDC00]), error.start + 1
     escape = character.encode("ascii", "backslashreplace").decode()
     return escape, error.start + 1

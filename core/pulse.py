@@ -1,11 +1,11 @@
 """Shows the supervisor of a node that this program makes progress, even while it prints nothing.
 
-    pulse.beat()      called after each exchange between ranks; each step and each batch of an evaluation ends with one
+    pulse.beat()            called at the end of each step and of each batch of an evaluation
+    pulse.sign_of_life()    called by the supervisor; a machine without such signs ends (launch/node/switch.py)
 
-    pulse.sign_of_life()   called by that supervisor, whose machine ends without such signs (launch/node/switch.py)
-
-launch.node sets PULSE_FILE and watches that file's modification time (launch/node/supervise.py). ALIVE_FILE is set by
-launch/node/container.sh. Without its variable a function does nothing.
+launch.node sets PULSE_FILE and watches the modification time of that file (launch/node/supervise.py).
+launch/node/container.sh sets ALIVE_FILE. If PULSE_FILE is not set, `beat` does nothing. If ALIVE_FILE is not set,
+`sign_of_life` does nothing.
 """
 
 import contextlib

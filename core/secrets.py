@@ -1,12 +1,12 @@
-"""Hides keys in what is printed or stored: replaces every secret by `***`.
+"""Hides keys in printed and stored texts: replaces every secret by `***`.
 
-    secrets.scrub(str(error))          what is printed
-    secrets.without_keys(settings)     what is stored, whatever the environment holds
+    secrets.scrub(str(error))          for text that is printed
+    secrets.without_keys(settings)     for values that are stored; the result does not depend on the environment
 
-Secrets are the values of environment variables with names such as *_KEY, *_TOKEN and *_PASSWORD, the arguments of
-`register`, such as a key that was read from a file, and what has the form of a secret: a user and password in a URL, a
-key in a URL's query or in a header. This module imports no other module of the project, because all code that prints
-imports it.
+There are three kinds of secrets: values of environment variables with names such as *_KEY, *_TOKEN and *_PASSWORD;
+arguments of `register`, such as a key from a file; and texts with the form of a secret, such as a user and password in
+a URL, or a key in a URL's query or in a header. This module imports no other module of the project, because all code
+that prints imports it.
 """
 
 import os
@@ -18,7 +18,8 @@ HIDDEN = "***"
 # Shorter values are not hidden, because they may occur in messages as ordinary words.
 MIN_CHARACTERS = 8
 _NAME = re.compile(r"(^|_)(KEY|KEY_ID|TOKEN|PASSWORD|SECRET)$")
-# No part repeats without a bound next to another one, so that the time grows with the length of the text alone.
+# Of two adjacent parts of a pattern, at most one repeats without a limit. So the time of a search grows linearly with
+# the length of the text.
 _FORMS = (
     (re.compile(r"://[^/\s@'\"<>?#]+@"), f"://{HIDDEN}@"),
     (
@@ -50,14 +51,14 @@ def register(secret: str) -> str:
 
 
 def scrub(text: str) -> str:
-    """`text` with every secret hidden, also in the form of a Python literal."""
+    """`text` with every secret hidden, including secrets written as Python literals."""
     return scrubber()(text)
 
 
 def scrubber() -> Callable[[str], str]:
-    """`scrub` with the secrets that are known now, for many texts."""
+    """A function that hides the secrets that are known now. For many texts it is faster than `scrub`."""
     known = _registered | {value for name, value in os.environ.items() if _NAME.search(name)}
-    # A message may quote a single line of a secret that has several.
+    # A secret may have several lines, and a message may quote only one of them.
     lines = {line.strip() for secret in known for line in (secret, *secret.splitlines())}
     forms = {form for line in lines for form in (line, repr(line)[1:-1]) if len(line) >= MIN_CHARACTERS}
     longest_first = sorted(forms, key=len, reverse=True)
@@ -71,7 +72,10 @@ def scrubber() -> Callable[[str], str]:
 
 
 def without_keys(value: Any) -> Any:
-    """A value of JSON types whose texts hold nothing with the form of a secret. Equal values give equal results."""
+    """A copy of a value of JSON types, with every text that has the form of a secret hidden.
+
+    Equal values give equal results.
+    """
     if isinstance(value, str):
         return _without_forms(value)
     if isinstance(value, Mapping):

@@ -5,13 +5,14 @@
     if __name__ == "__main__":
         stop.listen()  # before the imports that take seconds
 
-A separate thread answers requests, because the main thread may wait for an import, a GPU or a store. It immediately
-ends the process with exit code 33, unless the program has called `allow` to announce that it has something to save.
+A separate thread answers requests, because the main thread may wait for an import, a GPU or a store. This thread
+immediately ends the process with exit code 33. The exception is a program that has called `allow` to announce that it
+has something to save.
 
 SIGTERM is not always a request to stop: torchrun also sends it to the remaining workers when one of them has failed.
-launch.node therefore creates STOP_FILE before it sends a signal. A request is `certain` if it cannot be such a SIGTERM.
-A failure exits with code 33 only after a certain request (core.console.run_entry). This module does not import torch,
-and imports little else before `listen`, so that signals are received early.
+launch.node therefore creates STOP_FILE before it sends a signal. A request is `certain` if torchrun cannot have sent it
+after a failure. A failure exits with code 33 only after a certain request (core.console.run_entry). This module does
+not import torch, and imports little else before `listen`, so that signals are received early.
 """
 
 import atexit
@@ -27,17 +28,18 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-# AWS takes a spot machine two minutes after its notice, launch/node/container.sh kills the container after 100 s, and
-# launch.node kills the program after this time.
+# Seconds after a notice at which launch.node kills the program. AWS takes a spot machine away two minutes after its
+# notice, and launch/node/container.sh kills the container after 100 s.
 SECONDS = 90.0
-# A program ends itself this long before launch.node would kill it, so that it can still log how far it got.
+# A program ends itself this many seconds before launch.node would kill it. In this time it can still log its progress.
 SOONER_SECONDS = 10.0
-# Time that a process has to end after a request that is not certain. torchrun kills its workers 30 s after its signal.
+# Seconds that a process has to end after a request that is not certain. This is less than 30 s, because torchrun kills
+# its workers 30 s after its signal.
 UNCERTAIN_SECONDS = 20.0
 # Time limit for closing logs and ledger at the end.
 CLOSE_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-WAKE = 0  # written to the pipe to wake the thread; no signal has this number
+WAKE = 0  # a byte that wakes the thread when it is written to the pipe; it is no signal's number
 
 
 class _State:
@@ -86,17 +88,20 @@ def listen(*more: signal.Signals) -> None:
 
 
 def _ignore() -> None:
-    """Keep the exit code: Python removes its handlers while it ends, and a signal would then kill the process."""
+    """Ignore further signals, to keep the exit code.
+
+    Python removes its handlers while it ends, and a signal would then kill the process.
+    """
     for number in _state.before:
         signal.signal(number, signal.SIG_IGN)
 
 
 def follow_parent() -> None:
-    """Linux: receive SIGTERM when the parent process dies, so that no orphan keeps a GPU."""
+    """On Linux: receive SIGTERM when the parent process dies, so that no orphaned process keeps a GPU."""
     parent = os.environ.get("PARENT_PID", "")
     if sys.platform != "linux" or not (parent or "TORCHELASTIC_RUN_ID" in os.environ):
         return
-    import ctypes  # imported here, because it is slow, and the signal handlers must be set before
+    import ctypes  # imported here: the import is slow, and the signal handlers must be set first
 
     if not parent or parent == str(os.getppid()):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -125,7 +130,7 @@ def ask(reason: str) -> None:
 
 
 def inform(call: Callable[[str], None]) -> None:
-    """Call `call(reason)` once when this process is asked to stop; immediately if it has been asked before."""
+    """Call `call(reason)` once when this process is asked to stop. If it was asked before, call it immediately."""
     with _lock:
         _state.informed.append(call)
         reason = _state.reason
@@ -134,10 +139,10 @@ def inform(call: Callable[[str], None]) -> None:
 
 
 def allow(seconds: float, last_words: Callable[[], str] | None = None) -> None:
-    """Announce that there is something to save: a request to stop then leaves the program `seconds` for it.
+    """Announce that there is something to save. The program then has `seconds` to save it after a request to stop.
 
-    The seconds count from the request. When they are over, the process ends with the code given to `settle`, or with
-    33, and logs the sentence that `last_words` returns.
+    When these seconds are over, the process logs the sentence that `last_words` returns. It ends with the code given to
+    `settle`, or with 33.
     """
     with _lock:
         if not _state.leaving:
@@ -148,18 +153,21 @@ def allow(seconds: float, last_words: Callable[[], str] | None = None) -> None:
 
 
 def settle(code: int) -> None:
-    """Fix the exit code. A process that does not end in time is then ended with this code instead of 33."""
+    """Fix the exit code. If the process does not end in time, it is ended with this code and not with 33."""
     _state.verdict = code
 
 
 def on_leaving(call: Callable[[], object]) -> None:
-    """Register a function that `leave` calls. It has CLOSE_SECONDS; the main thread continues meanwhile."""
+    """Register a function that `leave` calls. The function has CLOSE_SECONDS to return.
+
+    The main thread continues meanwhile.
+    """
     with _lock:
         _state.cleanups.append(call)
 
 
 def leave(code: int, words: str = "") -> NoReturn:
-    """End this process now. sys.exit would first wait for threads, which may themselves wait for a store."""
+    """End this process now. sys.exit would wait for threads, which may be waiting for a store."""
     from core.exit_codes import tell_launcher
 
     with _lock:
@@ -177,25 +185,28 @@ def leave(code: int, words: str = "") -> NoReturn:
 
 
 def hold_if_leaving() -> None:
-    """Block if another thread is ending this process: a failure that the caller sees may be caused by that end."""
+    """Block if another thread is ending this process.
+
+    The caller has seen a failure, and the end of the process may be its cause.
+    """
     if _state.leaving:
         _wait_for_the_end()
 
 
 def seconds() -> float:
     """Seconds between launch.node's request to stop and its SIGKILL. Raises ConfigError."""
-    from core.environment import positive  # imported here, so that `listen` can run before it is loaded
+    from core.environment import positive  # imported here, so that `listen` can run before this import
 
     return positive(os.environ, "LEAVE_SECONDS") or SECONDS
 
 
 def own_seconds() -> float:
-    """Seconds after which a program under launch.node ends without waiting for its SIGKILL."""
+    """Seconds after a request to stop at which a program under launch.node ends itself, before the SIGKILL."""
     return seconds() - min(SOONER_SECONDS, seconds() / 4)
 
 
 def forget() -> None:
-    """Undo `listen` and all that followed, for tests."""
+    """Undo `listen` and its later effects, for tests."""
     global _state
     with _lock:
         _state.closed = True
@@ -210,7 +221,7 @@ def forget() -> None:
 def _handle(number: int, _: object) -> None:
     """Signal handler. Writes the signal to the pipe as well, in case an event loop replaced the wake-up descriptor.
 
-    It does not take the lock, because it may interrupt the code that holds it.
+    The handler does not take the lock, because it may interrupt the code that holds the lock.
     """
     with contextlib.suppress(BlockingIOError):  # the pipe is full of signals
         os.write(_state.pipe[1], bytes([number]))
@@ -252,11 +263,14 @@ def _verdict(state: _State) -> int:
 def _words(state: _State) -> str:
     if state.allowed_seconds is not None:
         return state.last_words() if state.last_words else ""
-    return f"asked to stop ({state.reason}) with nothing to save: leaving at once"
+    return f"asked to stop ({state.reason}) with nothing to save: ending now"
 
 
 def _leave_at() -> float:
-    """Monotonic time at which this process must end; infinity without a request. The caller must hold the lock."""
+    """Monotonic time at which this process must end. It is infinity if there was no request to stop.
+
+    The caller must hold the lock.
+    """
     if not _state.reason:
         return math.inf
     if _state.allowed_seconds is not None:

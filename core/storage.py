@@ -2,8 +2,8 @@
 
 These functions call the stores of core/stores; s3:// covers AWS, Cloudflare R2 and any other endpoint of the protocol.
 A reader sees a written object completely or not at all. Transient faults are retried with exponential backoff and
-jitter (core/stores/retries.py); any other error is raised at once, with the URI and the remedy. Credentials come from
-the environment (core/stores/credentials.py) and never appear in a message.
+jitter (core/stores/retries.py). Any other error is raised immediately, with the URI and the remedy. Credentials come
+from the environment (core/stores/credentials.py) and never appear in a message.
 
     storage.write_bytes("s3://bucket/a.json", b"{}")
     storage.read_range("s3://bucket/shard.bin", 0, 1024)
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from core import files
-from core.errors import ObjectDamaged, ObjectNotFound
+from core.errors import ObjectDamaged, ObjectExists, ObjectNotFound, StorageError
 from core.stores import base, faults, local, meter, retries
 from core.stores.base import Buffer, Found, Store, Terms
 from core.stores.opener import open_store
@@ -75,14 +75,15 @@ def join(uri: str, *parts: str) -> str:
 
 
 def read_bytes(uri: str, most: int | None = None) -> bytes:
-    """The whole object. Raises ObjectNotFound, StorageError, and ObjectDamaged for one of more than `most` bytes."""
+    """The whole object. Raises ObjectNotFound, StorageError, and ObjectDamaged if it has more than `most` bytes."""
     return b"".join(chunks(uri, most))
 
 
 def chunks(uri: str, most: int | None = None) -> Iterator[Buffer]:
-    """The content of an object, in order and in pieces. Raises as `read_bytes`, before it reads what is too large.
+    """The content of an object, in order and in pieces. Raises the errors of `read_bytes`.
 
-    Parts of a large object are fetched in parallel, and each part is retried separately.
+    If the object is larger than `most`, nothing of it is read. Parts of a large object are fetched in parallel, and
+    each part is retried separately.
     """
 
     def begin(store: Store, key: str) -> list[Buffer] | int:
@@ -146,7 +147,7 @@ def read_into(uri: str, buffer: memoryview) -> Iterator[memoryview]:
 def side_by_side(
     fetch: Callable[[int, int], T], ranges: Iterable[tuple[int, int]], at_once: int = READ_PARTS_AT_ONCE
 ) -> Iterator[T]:
-    """Yield `fetch(start, end)` of each range in order, with `at_once` calls in parallel ahead of the reader."""
+    """Yield `fetch(start, end)` of each range in order. Up to `at_once` calls run in parallel, ahead of the reader."""
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(at_once, thread_name_prefix="part reader") as pool:
         try:
@@ -171,9 +172,9 @@ def download(
 ) -> int:
     """Copy an object into a local file, which appears when it is complete. Returns its size in bytes.
 
-    Without `survives_crash` the file is not flushed to disk, and may be incomplete after a power failure. `check` gets
-    the first HEAD_BYTES and the size before the file appears, and raises what keeps it from appearing. Raises
-    ObjectDamaged if the content has more than `most` bytes or not `expected_sha256`.
+    If `survives_crash` is false, the file is not flushed to disk, and may be incomplete after a power failure. `check`
+    gets the first HEAD_BYTES and the size before the file appears. If it raises an error, the file does not appear.
+    Raises ObjectDamaged if the content has more than `most` bytes, or if its SHA-256 is not `expected_sha256`.
     """
     digest = hashlib.sha256()
     head = b""
@@ -194,15 +195,17 @@ def download(
                 )
             if check:
                 check(head, size)
-    except OSError as error:  # an error of the local file; `chunks` raises StorageError for errors of the store
+    # This is an error of the local file; for an error of the store, `chunks` raises StorageError.
+    except OSError as error:
         raise faults.translated("download", uri, error, faults.marks_of(error), local.TERMS) from error
     return size
 
 
 def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bool = False) -> None:
-    """Store an object atomically: readers see the old content or the new one.
+    """Store an object atomically: readers see the old content or the new content.
 
-    With `exclusive`, raises ObjectExists if the object exists; exactly one of several racing writers succeeds.
+    If `exclusive` is true and the object exists, raises ObjectExists. If several writers race, exactly one of them
+    succeeds.
     """
     view = memoryview(data).cast("B")
     attempt = 0
@@ -222,6 +225,33 @@ def write_bytes(uri: str, data: bytes | bytearray | memoryview, *, exclusive: bo
     retries.call(uri, "write", write)
 
 
+def claim(uri: str, data: bytes) -> None:
+    """Create an object whose creation decides between machines, such as the description of a run.
+
+    Raises ObjectExists if it exists, StorageError if the store would let a second machine create it too. Some stores
+    ignore the condition of a write; even there an object that exists is not overwritten.
+    """
+    if not is_local(uri) and exists(uri):
+        raise ObjectExists(f"{uri}: exists already; nothing was overwritten")
+    write_bytes(uri, data, exclusive=True)
+    if is_local(uri) or refuses_second_write(uri):
+        return
+    delete(uri)
+    raise StorageError(
+        f"{uri}: {terms_of(uri).endpoint} ignores conditional writes (If-None-Match), which keep two machines from "
+        "creating the same object; nothing was stored: use a newer release of that server, or another store"
+    )
+
+
+def refuses_second_write(uri: str) -> bool:
+    """Whether the store refuses to create an object that exists. If it does not, the object is empty now."""
+    try:
+        write_bytes(uri, b"", exclusive=True)
+    except ObjectExists:
+        return True
+    return False
+
+
 def write_file(uri: str, path: str | os.PathLike) -> int:
     """Store a local file as an object, atomically. Returns its size in bytes."""
 
@@ -234,7 +264,7 @@ def write_file(uri: str, path: str | os.PathLike) -> int:
 
 
 def size_of(uri: str) -> int:
-    """Size in bytes. Raises ObjectNotFound, also for a folder."""
+    """The size of an object in bytes. Raises ObjectNotFound if there is no object, or if the URI is a folder."""
     return retries.call(uri, "stat", lambda store, key: store.size(key))
 
 
@@ -248,16 +278,16 @@ def exists(uri: str) -> bool:
 
 
 def list_objects(prefix: str) -> list[ObjectInfo]:
-    """All objects below a folder at any depth, sorted by URI; none if the folder does not exist.
+    """All objects below a folder at any depth, sorted by URI. There are none if the folder does not exist.
 
-    Raises StorageError for a missing bucket and for a dangling local link in place of the folder. Local links are
-    followed, each folder once (`core.files.below`).
+    Raises StorageError if the bucket is missing, or if the folder is a dangling local link. Local links are followed,
+    each folder once (`core.files.below`).
     """
     return _listed(prefix, lambda store, key: store.objects(key))
 
 
 def list_names(prefix: str) -> list[str]:
-    """Sorted names of objects and folders one level below a folder; none if the folder does not exist."""
+    """Sorted names of objects and folders one level below a folder. There are none if the folder does not exist."""
     return sorted(retries.call(prefix, "list", lambda store, key: list(store.names(key))))
 
 
@@ -286,12 +316,15 @@ def _is_there(names: Sequence[str]) -> bool:
 
 
 def pinned(uri: str) -> str:
-    """A URI of the Hugging Face Hub with the current commit in place of its branch or tag; any other URI unchanged."""
+    """A URI of the Hugging Face Hub, with its branch or tag replaced by the current commit.
+
+    Any other URI is unchanged.
+    """
     return uri.removesuffix(open_store(uri)[1]) + retries.call(uri, "read", lambda store, key: store.pinned(key))
 
 
 def link_to_nothing(uri: str) -> str | None:
-    """Target of a dangling local link; None for everything else, also for a missing object."""
+    """The target of a dangling local link, or None for everything else, including a missing object."""
     if not is_local(uri):
         return None
     path = local_path(uri)
@@ -340,7 +373,7 @@ def _listed(place: str, find: Callable[[Store, str], Iterable[Found]]) -> list[O
     before = place.removesuffix(key) if key else f"{place.rstrip('/')}/"
 
     def look(store: Store, key: str) -> list[Found]:
-        meter.count(store, writes=1)  # stores bill a listing as a write
+        meter.count(store, writes=1)  # a listing is counted as a write, because stores bill it as a write
         return list(find(store, key))
 
     found = retries.call(place, "list", look)

@@ -1,4 +1,4 @@
-"""Parses a SkyPilot task: the machines that it asks for, its variables, and the program of this project that it runs.
+"""Parses a SkyPilot task: the requested machines, the variables, and the program of this project that it runs.
 
     task = read_task("sky/pretrain-8xa100.yaml", os.environ, MachineChoice(gpus="A100:2"))
     task.requests, task.workload, task.envs["RUN"]
@@ -45,13 +45,13 @@ _PROGRAMS = {
 # Required settings that a launch must give. A forecast replaces a missing one by a placeholder.
 _STARTS = {"finetune": "start.weights", "dpo": "start.weights", "distil": "teacher.weights"}
 _SCHEMAS = {"prep": PrepConfig, "synthesize": SynthesisConfig, "export": ExportConfig, "serve": ServeConfig}
-# URLs for a task without BUCKET, which can be forecast but not launched.
+# URLs for a task that has no BUCKET. Such a task can be forecast but not launched.
 _PLACEHOLDER = {"RUN_URL": "s3://forecast/run", "DATA_URL": "s3://forecast/data"}
 
 
 @dataclass(frozen=True)
 class MachineChoice:
-    """Machines that a launch takes instead of the task's: `gpus` as NAME or NAME:COUNT, `nodes` as a number.
+    """Options of a launch that replace the task's machines: `gpus` as NAME or NAME:COUNT, `nodes` as a number.
 
     `infra` is a place as in SkyPilot, such as `lambda` or `aws/us-east-1`.
     """
@@ -103,9 +103,9 @@ class TaskSpec:
     """A parsed task.
 
     `envs` maps each declared variable to its value, "" if it has none; `required` names the variables without a
-    default, `derived` those whose value follows from the config. `secrets` are names of
-    variables, `images` names of the Docker targets that the task's `setup` builds.
-    `idle_seconds` is the time from the last job's end to the machine's shutdown, None if nothing shuts it down.
+    default, `derived` those whose value follows from the config. `secrets` are names of variables, `images` names of
+    the Docker targets that the task's `setup` builds. `idle_seconds` is the time from the last job's end to the
+    machine's shutdown. It is None if nothing shuts the machine down.
     """
 
     path: str
@@ -167,9 +167,9 @@ def machine_choice(options: Sequence[str]) -> MachineChoice:
 
 
 def with_more(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with the words of TEXT in the place of `--more=TEXT`, split as by a shell.
+    """The words of a command line. `--more=TEXT` is replaced by the words of TEXT, split as a shell splits them.
 
-    Thus a variable of a task, such as TRAIN_ARGS, can hold values with blanks in quotes. Raises ConfigError.
+    So a variable of a task, such as TRAIN_ARGS, can hold values with blanks in quotes. Raises ConfigError.
     """
     found: list[str] = []
     for word in words:
@@ -188,7 +188,7 @@ def with_more(words: Sequence[str]) -> list[str]:
 
 
 def urls(envs: Mapping[str, str]) -> dict[str, str]:
-    """RUN_URL and DATA_URL of a task's program; placeholders where BUCKET is not set. Raises ConfigError."""
+    """RUN_URL and DATA_URL of a task's program. If BUCKET is not set, they are placeholders. Raises ConfigError."""
     found = dict(_PLACEHOLDER)
     for variable in bucket.FOLDERS:
         if envs.get(f"{variable}_URL") or (envs.get("BUCKET") and envs.get(variable)):
@@ -210,7 +210,10 @@ def _document(path: str) -> Mapping[str, Any]:
 
 
 def idle_seconds(resources: Mapping[str, Any]) -> float | None:
-    """Seconds from the end of the last job to the shutdown: 0 for a managed job, None without autostop."""
+    """Seconds from the end of the last job to the shutdown.
+
+    They are 0 for a managed job, and None if the task has no autostop.
+    """
     autostop = resources.get("autostop")
     if resources.get("job_recovery") is not None:
         return 0.0
@@ -228,7 +231,7 @@ def _requests(path: str, resources: Mapping[str, Any], choice: MachineChoice) ->
     for entry in resources.get("any_of") or resources.get("ordered") or [{}]:
         merged = base | (entry or {})
         cloud, region, zone = _place(merged)
-        if choice.infra:  # the parts that it names replace the task's
+        if choice.infra:  # parts of the place that the launch names replace those that the task names
             chosen = _place({"infra": choice.infra})
             cloud, region, zone = (new or old for new, old in zip(chosen, (cloud, region, zone), strict=True))
         for accelerator, count in _accelerators(path, choice.gpus or merged.get("accelerators")):
@@ -247,7 +250,7 @@ def _requests(path: str, resources: Mapping[str, Any], choice: MachineChoice) ->
 
 
 def _place(resources: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
-    """Cloud, region and zone, from fields of these names or from `infra: cloud/region/zone`, where `*` is any."""
+    """Cloud, region and zone, from fields with these names or from `infra: cloud/region/zone`, where `*` means any."""
     parts = [None if part in ("*", "") else part for part in str(resources.get("infra") or "").split("/")]
     cloud, region, zone = [*parts, None, None, None][:3]
     cloud = resources.get("cloud") or cloud
@@ -314,7 +317,7 @@ def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
 
 
 def _derived(workload: Workload, envs: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The MAX_USD that the config suggests, if the user gave none and the task's is lower."""
+    """The MAX_USD that the config suggests. It applies if the user gave no MAX_USD and the task's MAX_USD is lower."""
     if "MAX_USD" not in envs or environment.get("MAX_USD") or not isinstance(workload.config, TrainingConfig):
         return {}
     usual = workload.config.run.usual_max_usd
@@ -322,7 +325,10 @@ def _derived(workload: Workload, envs: Mapping[str, str], environment: Mapping[s
 
 
 def _with_model(workload: Workload, envs: Mapping[str, str]) -> Workload:
-    """Add the models that the settings define, or the public ones that they name; else assume GPT-2 124M."""
+    """Add the models that the settings define, and the public models that they name.
+
+    If there is none, assume GPT-2 124M.
+    """
     if workload.stage in (None, "prep", "synthesize", "export", "serve"):
         return workload
     if isinstance(workload.config, DistilConfig):
@@ -340,7 +346,7 @@ def _with_model(workload: Workload, envs: Mapping[str, str]) -> Workload:
 def _arguments(path: str, text: str, envs: Mapping[str, str]) -> list[str]:
     """Config files and flags of a command line, with the variables that the task's envs define.
 
-    A flag whose variable is empty is left out, because only the launch sets that variable.
+    If a flag's variable is empty, the flag is left out: only the launch sets such a variable.
     """
     try:
         words = shlex.split(text)
@@ -362,6 +368,9 @@ def _expanded(word: str, envs: Mapping[str, str]) -> str:
 
 
 def _config_file(path: str, name: str) -> str:
-    """The path of a config file. The task names it relative to the repository's root, where it runs, or to itself."""
+    """The path of a config file.
+
+    The task gives it relative to the repository's root, where it runs, or to the task file.
+    """
     roots = [Path(), Path(path).parent, Path(path).parent.parent, Path(__file__).parent.parent]
     return next((str(root / name) for root in roots if (root / name).is_file()), name)

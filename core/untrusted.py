@@ -1,9 +1,11 @@
-"""Checks what storage says: others may write to a bucket, so its names, sizes, JSON and texts are not trusted.
+"""Checks data from storage.
+
+Strangers may be able to write to a bucket, so its names, sizes, JSON and texts are not trusted.
 
     path = untrusted.inside(folder, name)          # a local path for an object's name, proved to be in the folder
     document = untrusted.read_json(uri)            # JSON, bounded in size, depth and numbers
 
-Names of objects are checked here and nowhere else. `core.output.visible` makes their texts harmless to a terminal.
+Only this module checks names of objects. `core.output.visible` makes their texts harmless to a terminal.
 """
 
 import json
@@ -22,7 +24,7 @@ NAME_BYTES = 1024
 DOCUMENT_BYTES = 256 << 20
 # Our documents are at most eight levels deep.
 DEEPEST = 64
-# Hashes have 64 bits, and no other whole number has more.
+# The largest whole numbers in our documents are hashes of 64 bits.
 LARGEST_WHOLE = 2**64
 NO_LENGTH = str(int(1e30))  # the model_max_length that transformers writes for a tokenizer without limit
 
@@ -33,9 +35,10 @@ _DRIVE = re.compile(r"(?:^|/)[A-Za-z]:")
 
 
 def mistake_in_name(name: Any) -> str | None:
-    """The mistake in an object's name below a folder, worded to follow the name; None for a good one.
+    """The mistake in an object's name below a folder, or None for a good name.
 
-    A good name is relative, its parts are neither empty nor `.` or `..`, and all of its characters are printable.
+    It completes a sentence that begins with the name. A good name is relative, its parts are neither empty nor `.` or
+    `..`, and all of its characters are printable.
     """
     if not isinstance(name, str):
         return "is not a text"
@@ -55,7 +58,10 @@ def mistake_in_name(name: Any) -> str | None:
 
 
 def check_name(name: Any, where: str) -> str:
-    """The name. Raises DataError, which names `where` it stands, for one that could lead out of its folder."""
+    """Returns the name.
+
+    If the name could lead out of its folder, raises DataError, which names the place `where`.
+    """
     if problem := mistake_in_name(name):
         raise DataError(
             f"{where}: the name {output.visible(repr(name)[:200])} {problem}; nothing was written: someone may have "
@@ -65,7 +71,10 @@ def check_name(name: Any, where: str) -> str:
 
 
 def inside(folder: Path, name: Any, where: str) -> Path:
-    """The local path of the object `name` in `folder`. Raises DataError unless it is inside, with links followed."""
+    """The local path of the object `name` in `folder`.
+
+    Raises DataError unless the path, with links followed, is inside.
+    """
     path = folder / check_name(name, where)
     root, real = folder.resolve(), path.resolve()
     if root not in real.parents:
@@ -74,7 +83,7 @@ def inside(folder: Path, name: Any, where: str) -> Path:
 
 
 def memory_bytes() -> int:
-    """The memory of this machine. What is larger cannot be read as a whole."""
+    """The memory of this machine. A larger object cannot be read as a whole."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -91,7 +100,7 @@ def read_json(uri: str, most: int = DOCUMENT_BYTES, is_finite: bool = True) -> A
 
 
 def read_object(uri: str) -> dict[str, Any]:
-    """Like `read_json`, for a document that must be a JSON object; raises ValueError for any other."""
+    """Like `read_json`, for a document that must be a JSON object. Raises ValueError for any other JSON value."""
     document = read_json(uri)
     if not isinstance(document, dict):
         raise ValueError("not a JSON object")
@@ -99,8 +108,11 @@ def read_object(uri: str) -> dict[str, Any]:
 
 
 def parse_json(data: bytes | str, is_finite: bool = True) -> Any:
-    """The value of a JSON text. Raises ValueError, with the reason, for any other text, and for one that is deeper
-    than DEEPEST or holds a number that is not finite (unless `is_finite` is false) or a whole number above 2^64."""
+    """The value of a JSON text. Raises ValueError with the reason for any other text.
+
+    It also rejects JSON that is nested deeper than DEEPEST, that holds a whole number above 2^64, or (unless
+    `is_finite` is false) a number that is not finite.
+    """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         value = (_DECODER if is_finite else _WITH_NAN).decode(text)

@@ -1,14 +1,14 @@
-"""Checks how settings name places: URLs of stores, local folders, names of models.
+"""Checks the places that settings name: URLs of stores, local folders, names of models.
 
     mistake("s3:/bucket/run")      # "looks like a URL but is not one; did you mean s3://bucket/run? ..."
     mistake("./s3:/bucket/run")    # None: a local path
 
 Each check returns None, or a description of the mistake that completes a sentence such as "KEY is PLACE, which ...".
-pathlib, shells and `.env` files can change s3:// to another form, such as s3:/. Without a check that form would name a
-local folder, and all that is written there would be lost with the machine.
+pathlib, shells and `.env` files can change s3:// to another form, such as s3:/. Without a check, a place such as s3:/
+would name a local folder, and everything written there would be lost with the machine.
 """
 
-from __future__ import annotations  # a node's Python may be old (core/bucket.py)
+from __future__ import annotations  # core/bucket.py imports this module, and a node's Python may be old
 
 import re
 from pathlib import Path
@@ -27,7 +27,10 @@ HUB_MODEL = re.compile(r"^hf:(?!//)(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\
 
 
 def mistake(place: str) -> str | None:
-    """The mistake in a place: it is a wrong URL, or a path that is probably meant as a URL. None without a mistake."""
+    """The mistake in a place: it is a wrong URL, or a path that was probably meant as a URL.
+
+    None if there is no mistake.
+    """
     if wrapped := _WRAPPED.match(place):
         return f"has spaces or quotes around it; did you mean {_corrected(wrapped[1])}?"
     if bare := _NO_COLON.match(place):
@@ -96,9 +99,10 @@ def check_model(name: str) -> None:
 
 
 def local_path(path: str, where: str) -> Path:
-    """`path` as a Path, with the home folder for `~`: shells expand it at the start of a word, not in `--flag=~/x`.
+    """`path` as a Path, with `~` replaced by the home folder.
 
-    Raises ConfigError, which names the flag or variable, if it looks like a URL.
+    Shells expand `~` only at the start of a word, not in `--flag=~/x`. If the path looks like a URL, raises
+    ConfigError, which names the flag or variable.
     """
     if problem := mistake_in_folder(path):
         raise ConfigError(f"{where} is {path!r}, which {problem}")

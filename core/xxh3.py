@@ -4,9 +4,10 @@
     digest.update(b"...")
     digest.hexdigest()
 
-Both give the same digits (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0); numpy takes longer. What a
-block of 1024 bytes adds to the sums depends on that block alone: numpy computes it for many blocks in one operation,
-and a sequential loop combines the blocks.
+The results of the package and of numpy are equal (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md, seed 0);
+numpy takes longer. The hash keeps eight running sums. A block of 1024 bytes contributes to these sums, and its
+contribution depends on that block alone. So numpy computes the contributions of many blocks in one operation, and a
+sequential loop combines them.
 """
 
 import numpy as np
@@ -28,7 +29,7 @@ _SECRET = bytes.fromhex(
 
 
 def _words(offset: int) -> np.ndarray:
-    """Eight 64-bit words of the secret, from byte `offset` on."""
+    """Eight 64-bit words of the secret, starting at byte `offset`."""
     return np.frombuffer(_SECRET, "<u8", 8, offset)
 
 
@@ -38,11 +39,11 @@ _SCRAMBLE, _LAST = _words(len(_SECRET) - 64), _words(len(_SECRET) - 71)
 
 
 class NumpyXxh3:
-    """Replaces xxhash.xxh3_128() for inputs of at least SHORTEST bytes."""
+    """A replacement of xxhash.xxh3_128() for inputs of at least SHORTEST bytes."""
 
     def __init__(self):
         self._sums = np.array([_P32[2], *_P64[:4], _P32[1], _P64[4], _P32[0]], np.uint64)
-        self._rest = b""  # input that is not summed yet, at most one block; before it the last stripe that is
+        self._rest = b""  # the last summed stripe, and after it the input that is not summed yet, at most one block
         self._blocks = 0
 
     def update(self, data) -> None:
@@ -71,7 +72,8 @@ class NumpyXxh3:
     def _take(self, part: memoryview) -> None:
         before = STRIPE if self._blocks else 0
         data = self._rest + part
-        blocks = (len(data) - before - 1) // BLOCK  # leaves at least a byte: `hexdigest` sums the end of the input
+        # Keep at least one byte in the buffer: `hexdigest` needs the end of the input.
+        blocks = (len(data) - before - 1) // BLOCK
         if blocks < 1:
             self._rest = data
             return

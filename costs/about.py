@@ -14,7 +14,7 @@ from costs.cells import Attributed
 from costs.model import OutsideTime, Stretch
 from costs.units import model_of
 
-# A stretch shorter than this share of the whole is drawn as a part of the one before it.
+# A stretch that is shorter than this share of the whole time is drawn as a part of the stretch before it.
 LEAST_SHARE = 1 / 400
 
 
@@ -22,8 +22,9 @@ LEAST_SHARE = 1 / 400
 class About:
     """Facts of a run. None means unknown; a text is empty if it does not apply.
 
-    `tokens` are those of all steps that the run is to take. `cap_usd` bounds the machines of the run, or with `make
-    run` all of it; `forecast_usd` and `forecast_loss` are what the plan of `make run` expected. Times are unix seconds.
+    `tokens` is the number of tokens of the whole planned run. `cap_usd` limits the dollars of the run's machines. For a
+    run that `make run` launched, it limits the dollars of the whole run. `forecast_usd` and `forecast_loss` come from
+    the plan of `make run`. Times are unix seconds.
     """
 
     model: str = ""
@@ -42,7 +43,7 @@ class About:
 
 
 def about(run: Run, budget: Budget | None = None) -> About:
-    """What a run trained. `budget` is the one in force, if `make run` launched it."""
+    """The facts of a run. `budget` is its newest budget, if `make run` launched it."""
     config, last = run.config, run.segments[-1]
     model = model_of(config)
     steps, per_step = _whole(config, "train", "steps"), _whole(config, "batch", "tokens_per_step")
@@ -69,7 +70,7 @@ def about(run: Run, budget: Budget | None = None) -> About:
 
 
 def machine_in_words(segment: Segment) -> str:
-    """ "8x A100, aws us-east-1 spot", as far as it is known."""
+    """A text such as "8x A100, aws us-east-1 spot", without the parts that are unknown."""
     machine = segment.machine
     number = machine.gpus_per_node * machine.nodes
     what = f"{number}x {machine.gpu}" if machine.gpu and number else machine.instance_type or "?"
@@ -79,7 +80,10 @@ def machine_in_words(segment: Segment) -> str:
 
 
 def stretches(run: Run, attributed: Attributed, outside: list[OutsideTime]) -> list[Stretch]:
-    """The time of each machine in phases, in order. A phase that is too short to be seen joins the one before it."""
+    """The time of each machine in phases, in order.
+
+    A phase that is too short to be visible is added to the phase before it.
+    """
     pieces: list[tuple[str, str, list[tuple[str, float, float]]]] = []
     for segment in run.segments:
         spans = [
@@ -96,7 +100,7 @@ def stretches(run: Run, attributed: Attributed, outside: list[OutsideTime]) -> l
     if not pieces:
         return []
     whole = max(spans[-1][2] for *_, spans in pieces) - min(spans[0][1] for *_, spans in pieces)
-    free: list[float] = []  # the moment from which each lane is free
+    free: list[float] = []  # for each lane, the time from which it is free
     found = []
     for name, machine, spans in sorted(pieces, key=lambda piece: piece[2][0][1]):
         start, end = spans[0][1], spans[-1][2]
@@ -107,7 +111,7 @@ def stretches(run: Run, attributed: Attributed, outside: list[OutsideTime]) -> l
 
 
 def waits(found: list[Stretch]) -> list[tuple[float, float]]:
-    """Intervals between the first and the last second of a run in which it had no machine."""
+    """The intervals in which a run had no machine, between its first and its last second."""
     gaps, reached = [], None
     for each in sorted(found, key=lambda stretch: stretch.start):
         if reached is not None and each.start > reached + 1.0:
@@ -117,9 +121,11 @@ def waits(found: list[Stretch]) -> list[tuple[float, float]]:
 
 
 def _merged(spans: list[tuple[str, float, float]], least: float) -> list[tuple[str, float, float]]:
-    """Neighbours with the same phase as one, and without those that are shorter than `least` seconds."""
+    """Merges neighbours with the same phase. Stretches shorter than `least` seconds are left out."""
     joined: list[tuple[str, float, float]] = []
-    for _ in range(2):  # once for equal neighbours, once more after the short ones have gone
+    # Short stretches are removed between two passes. The first pass merges equal neighbours. The second pass merges
+    # equal stretches that have become neighbours.
+    for _ in range(2):
         joined = []
         for phase, group in itertools.groupby(spans, key=lambda span: span[0]):
             own = list(group)
@@ -133,7 +139,7 @@ def _merged(spans: list[tuple[str, float, float]], least: float) -> list[tuple[s
 
 
 def _cap(run: Run) -> float | None:
-    """The cap of the newest segment; where its ledger does not say it, the one in run.json. None without a cap."""
+    """The cap in the ledger of the newest segment. If it has none, the cap in run.json. None if neither has a cap."""
     stated = run.segments[-1].program.get("max_usd")
     try:
         usd = timeline.number(float(stated) if stated else _section(run.config, "run").get("max_usd"))

@@ -1,8 +1,11 @@
-"""Bills from elsewhere, which a user adds to a run: a line of the report that no ledger and no cloud of ours knows.
+"""Stores bills from other sources with a run.
+
+The user adds such a bill by hand, because neither the ledger nor a cloud shows it.
 
     python cost_report.py add RUN_URL "Hugging Face" 2.00 [--date=2026-11-30]
 
-Each is an object RUN_URL/bills/NAME.json. The report shows them in the phase `elsewhere`, on their day.
+Each bill is an object RUN_URL/bills/NAME.json. The report shows a bill in the phase `elsewhere`, on the day of the
+bill.
 """
 
 import hashlib
@@ -22,13 +25,13 @@ from costs.model import Charge
 
 PHASE = "elsewhere"
 FORMAT, VERSION = "bill", 1
-LONGEST = 80  # characters of a supplier's name
+LONGEST = 80  # largest number of characters in a supplier's name
 USAGE = 'python cost_report.py add RUN_URL "Hugging Face" 2.00 [--date=2026-11-30]'
 
 
 @dataclass(frozen=True)
 class Bill:
-    """A bill from elsewhere for a run: its dollars, and its day as the unix time of noon UTC."""
+    """A bill from another source for a run: its dollars, and its day as the unix time of noon UTC."""
 
     supplier: str
     usd: float
@@ -41,7 +44,10 @@ class Bill:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Store a bill. Raises ConfigError, RunError, StorageError; a bill that is there already is refused."""
+    """Store a bill. Raises ConfigError, RunError, StorageError.
+
+    If a bill with the same name and day exists, the new one is refused.
+    """
     words = [argument for argument in arguments if not argument.startswith("--")]
     flags = [argument for argument in arguments if argument.startswith("--")]
     dates = [flag.removeprefix("--date=") for flag in flags if flag.startswith("--date=")]
@@ -57,14 +63,14 @@ def main(arguments: Sequence[str]) -> None:
     except ObjectExists:
         day = datetime.fromtimestamp(bill.time, UTC).date()
         raise RunError(
-            f"{uri}: a bill of {bill.supplier} over ${figures.dollars(bill.usd)} of {day} is there already; "
-            "if it is another one, give its --date"
+            f"{uri}: a bill of {bill.supplier} over ${figures.dollars(bill.usd)} of {day} already exists; "
+            "if it is another bill, give its --date"
         ) from None
     print(f"{uri}: ${figures.dollars(bill.usd)}, {bill.supplier}; python cost_report.py shows it as {PHASE}")
 
 
 def charges(run: Run) -> list[Charge]:
-    """The bills of a run that was read with its objects. One that cannot be read is a problem of the run."""
+    """The bills of a run that was read with its objects. A bill that cannot be read becomes a problem of the run."""
     found = []
     for info in run.objects:
         if not info.uri.startswith(f"{run.folder.bills}/"):

@@ -1,6 +1,6 @@
-"""Charges that no machine's hour holds: disks, addresses, traffic, requests, storage, and the controller of jobs.
+"""Computes charges other than machine hours: disks, addresses, traffic, requests, storage, and the controller of jobs.
 
-Each charge names its source. What a source does not say is named as missing, never counted as zero.
+Each charge names its source. An amount that a source does not give is named as missing and never counted as zero.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ def add_charges(
     now: float,
     missing: Missing,
 ) -> None:
-    """Add to `outside` the charges of a run at `now`. `records` are those of the machines, by number of a segment."""
+    """Add the charges of a run at `now` to `outside`. `records` holds the machine's record by segment number."""
     shares = shares_of(run, outside.neighbours)
     for segment in run.segments:
         if not segment.spans:
@@ -55,7 +55,10 @@ def _machine(
     machines: float,
     missing: Missing,
 ) -> None:
-    """Disk and address of a machine for some time. `machines` is the number of nodes, or a share of one."""
+    """The charges for the disk and the address of a machine over some time.
+
+    `machines` is the number of nodes, or a share of one node.
+    """
     prices = catalog.extras((cloud or "").lower())
     start, end = times
     hours = (end - start) / 3600 * machines
@@ -63,7 +66,7 @@ def _machine(
         return
     if (disk := prices["disk"]).usd:
         if record.disk_gb is None:
-            missing(outside, "disks", f"{record.origin} does not say how large that of {record.cluster} is")
+            missing(outside, "disks", f"{record.origin} does not say how large the disk of {record.cluster} is")
         else:
             usd = hours / HOURS_PER_MONTH * record.disk_gb * disk.usd
             source = f"{record.disk_gb:g} GB by SkyPilot's record, at ${disk.usd:g} a GB and month: {disk.source}"
@@ -74,7 +77,7 @@ def _machine(
 
 
 def _moved(run: Run, outside: Outside, rates: StorageRates, clouds: Mapping[str, Cloud], missing: Missing) -> None:
-    """Traffic and requests of the segments, by the counts in their ledgers."""
+    """The charges for the traffic and the requests of the segments, by the counts in their ledgers."""
     silent, prices = [], {}
     for segment in run.segments:
         if not segment.spans:
@@ -92,7 +95,7 @@ def _moved(run: Run, outside: Outside, rates: StorageRates, clouds: Mapping[str,
             silent.append(str(segment.number))
             continue
         read, written, reads, writes = (count * machine.nodes for count in segment.moved)
-        # Other ranks upload parts of a checkpoint too: its mark has the bytes of all of them.
+        # Other ranks upload parts of a checkpoint too. The mark of a checkpoint holds the bytes of all ranks.
         written = max(written, _checkpoint_bytes(segment))
         times = (segment.spans[0].start, segment.ended_at)
         usd = (read * reading + written * writing) / 1e9
@@ -114,7 +117,7 @@ def _traffic_prices(
 ) -> tuple[float, float]:
     """Dollars per GB that a machine reads from the store and writes to it. Raises Unavailable."""
     if not clouds:
-        raise Unavailable("where the bucket is was not asked: --offline")
+        raise Unavailable("the region of the bucket was not asked for: --offline")
     for cloud in clouds.values():
         if (found := cloud.traffic_usd_per_gb(url, *place)) is not None:
             reading, writing = found
@@ -133,7 +136,7 @@ def _checkpoint_bytes(segment: Segment) -> int:
 
 
 def _stored(run: Run, outside: Outside, rates: StorageRates, now: float) -> None:
-    """Storage until now of the objects that are still there."""
+    """The charge for storage until now, for the objects that still exist."""
     known = [each for each in run.objects if each.modified is not None and each.modified <= now]
     months = sum(each.size * (now - each.modified) for each in known) / 3600 / HOURS_PER_MONTH
     if known:
@@ -143,7 +146,10 @@ def _stored(run: Run, outside: Outside, rates: StorageRates, now: float) -> None
 
 
 def _controller(run: Run, outside: Outside, controllers: Iterable[MachineRecord]) -> None:
-    """The controller of managed jobs, for the time of the run. Other jobs may have used it too."""
+    """The charge for the controller of managed jobs over the time of the run.
+
+    Other jobs may have used the controller too.
+    """
     times = [(s.started_at, s.ended_at) for s in run.segments if s.launcher.get("managed_job_id") and s.started_at]
     if not times:
         return
@@ -158,5 +164,5 @@ def _controller(run: Run, outside: Outside, controllers: Iterable[MachineRecord]
 
 
 def origins(charges: Sequence[Charge]) -> list[Origin]:
-    """The sources of charges, each once."""
+    """The names of the sources of some charges, without duplicates."""
     return [Origin(phase, source) for phase, source in dict.fromkeys((each.phase, each.source) for each in charges)]

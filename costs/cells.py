@@ -1,12 +1,12 @@
-"""Splits a run into cells, the smallest parts that have a price, as a flat table. Reads nothing but its arguments.
+"""Splits a run into a flat table of cells, the smallest parts that have a price. Reads nothing but its arguments.
 
-Every figure in dollars is a sum over cells, so that all groupings add up to the same total.
-`[dataclasses.asdict(cell) for cell in cells(run, attributed)]` can be loaded into a DataFrame.
+Every figure in dollars is a sum over cells, so that all groupings add up to the same total. `[dataclasses.asdict(cell)
+for cell in cells(run, attributed)]` can be loaded into a DataFrame.
 
 A step counts for the last segment that computed it. If a later segment continued from an earlier step, all steps above
-that one were repeated. The train and data-wait time of repeated steps is `train_lost`, and so is the time of a step
-that a segment did not finish. Time to which the ledger gives no phase is `not_attributed`. The phase `api` has dollars
-(paid to an endpoint) but no time: the time in which a machine waited for the endpoint belongs to another phase.
+that step were repeated. The train and data-wait time of repeated and of unfinished steps is `train_lost`. Time without
+a phase in the ledger is `not_attributed`. The phase `api` holds dollars paid to an endpoint, but no time: a machine's
+wait for the endpoint belongs to another phase.
 """
 
 import functools
@@ -26,7 +26,7 @@ from core.run.phases import REPORT_PHASES
 from costs.model import Charge, OutsideTime
 from costs.sharing import Shares
 
-# The fields beside phase and day by which a report groups cells, or looks up a price.
+# A report groups cells and looks up prices by these fields. It also groups by phase and day.
 _PLACE = operator.attrgetter("stage", "cloud", "region", "zone", "instance", "market", "nodes")
 
 MARKETS = {None: "?", True: "spot", False: "on demand"}
@@ -39,7 +39,7 @@ Attributed = dict[int, list[Span]]
 class Cell:
     """Seconds of one phase on one day on one machine. `usd` is None if the price is unknown.
 
-    `more_usd` may come on top, where no source knows when a machine's bill began or ended.
+    If no source knows when a machine's bill began or ended, up to `more_usd` dollars may have to be added.
     """
 
     phase: str
@@ -68,8 +68,8 @@ def cells(
 ) -> list[Cell]:
     """All cells of a run, with its payments to endpoints and `outside` time. `attributed` comes from `attribute`.
 
-    `more_seconds` may come on top of a segment, by number. `charges` have no time. The dollars of `factor` (1.19: a
-    tax of 19 %) are cells of their own.
+    `more_seconds` holds, by number of the segment, the seconds that may have to be added to it. `charges` have dollars
+    but no time. The dollars that `factor` adds (1.19 is a tax of 19 %) become separate cells.
     """
     parts = [cell for segment in run.segments for cell in _segment_cells(run, segment, attributed[segment.number])]
     for segment in run.segments:
@@ -97,7 +97,7 @@ def _charge_cell(run: Run, charge: Charge) -> Cell:
 
 
 def _factor_cells(parts: Sequence[Cell], factor: float) -> list[Cell]:
-    """One cell per place and day, with what a factor adds to the dollars there, or takes off."""
+    """One cell per place and day, with the dollars that a factor adds there or takes off."""
     found: dict[Cell, list[Cell]] = {}
     for cell in parts:
         key = replace(cell, phase="factor", seconds=0.0, usd=None, more_usd=0.0, price_source="COST_FACTOR")
@@ -111,9 +111,9 @@ def _factor_cells(parts: Sequence[Cell], factor: float) -> list[Cell]:
 
 
 def summed_up(parts: Sequence[Cell]) -> list[Cell]:
-    """The cells of all segments together: one for those that differ in segment, dollars and time only.
+    """Merges the cells of all segments: cells that differ only in segment, dollars and time become one.
 
-    Cells without a price stay apart from those with one.
+    Cells without a price are not merged with priced ones.
     """
     groups: dict[tuple, list[Cell]] = {}
     for cell in parts:
@@ -133,8 +133,8 @@ def summed_up(parts: Sequence[Cell]) -> list[Cell]:
 def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
     """Each segment that paid an endpoint, with the dollars that it paid.
 
-    A mark `api` states the dollars since the run began. A killed segment may not have written its last mark; its
-    payments then count for the next segment, which reads them from the run's folder.
+    A mark `api` states the dollars since the run began. A killed segment may not have written its last mark. In this
+    case, its payments count for the next segment, which reads them from the run's folder.
     """
     found, known = [], 0.0
     for segment in run.segments:
@@ -149,7 +149,7 @@ def paid_to_endpoints(run: Run) -> list[tuple[Segment, float]]:
 def attribute(run: Run, lost: dict[int, Lost], shares: Mapping[int, Shares] | None = None) -> Attributed:
     """Split the ledger's phases into the phases of a report. `lost` is the result of `run.lost`.
 
-    `shares` are those of the segments that had company on their machine (costs.sharing.shares_of).
+    `shares` belong to the segments that shared a machine (costs.sharing.shares_of).
     """
     found = {segment.number: _attribute(segment, lost[segment.number]) for segment in run.segments}
     for number, share in (shares or {}).items():
@@ -182,13 +182,13 @@ def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
         for phase, seconds in span.phases.items():
             sums[phase, day] = sums.get((phase, day), 0.0) + seconds
     price = segment.price
-    if not sums:  # without a heartbeat the time of a machine is unknown
+    if not sums:  # without a heartbeat, the machine's time is unknown
         sums["not_attributed", _day(segment.started_at)], price = 0.0, None
     of = segment.machine
     place = (of.cloud or "?", of.region or "?", of.zone or "?", of.instance_type or "?", MARKETS[of.spot], of.nodes)
     facts = (*place, of.price_source or "?")
     number, stage = str(segment.number), run.stage or "?"
-    # Not by dataclasses.replace, which takes several times as long.
+    # dataclasses.replace would take several times as long.
     return [
         Cell(phase, seconds, price and price.usd(seconds), number, stage, day, *facts)
         for (phase, day), seconds in sums.items()
@@ -197,7 +197,7 @@ def _segment_cells(run: Run, segment: Segment, spans: list[Span]) -> list[Cell]:
 
 
 def _outside_cells(run: Run, time: OutsideTime) -> list[Cell]:
-    """One cell per day, cut at midnight UTC. Seconds that may come on top are on the last day."""
+    """One cell per day, cut at midnight UTC. Seconds that may have to be added count on the last day."""
     found = []
     start = time.start
     while start < time.end:
@@ -220,7 +220,7 @@ def _cell(
     price: Price | None,
     record: MachineRecord | None = None,
 ) -> Cell:
-    """A cell. Facts that the segment does not contain come from the launcher's record of the machine."""
+    """Builds a cell. Facts that the segment lacks come from the launcher's record of the machine."""
 
     def of(ours: str) -> object:
         known = [getattr(source, ours) for source in (segment and segment.machine, record) if source]
@@ -254,7 +254,10 @@ def _name_of_day(day: float) -> str:
 
 
 class Spend:
-    """Cumulative dollars of a run by phase. `complete` is False if some time has no price; it counts zero dollars."""
+    """Cumulative dollars of a run by phase.
+
+    Time that has no price counts as zero dollars. If there is such time, `complete` is False.
+    """
 
     def __init__(
         self,
@@ -301,7 +304,7 @@ class Spend:
 
 
 def _ramp(pieces: list[tuple[float, float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Times, and the dollars spent until each of them, from intervals (start, end, dollars), which may overlap.
+    """Times, and the dollars spent until each time, from intervals (start, end, dollars) that may overlap.
 
     The dollars of an interval are spread evenly over it.
     """

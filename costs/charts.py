@@ -12,7 +12,7 @@ from costs import about, svg
 from costs.report import CostReport
 from costs.units import Curves
 
-# Pixels, of a drawing in one column and of one in both; costs/page.css says when each is shown.
+# Widths in pixels of a drawing in one column and of a drawing across both. costs/page.css chooses which is shown.
 WIDTHS = {"wide": 700, "middle": 470, "narrow": 320}
 FULL_WIDTHS = {"full": 1440, "most": 960, **WIDTHS}
 HEIGHT = 280
@@ -22,11 +22,11 @@ TOP, BOTTOM, RIGHT = 14, 28, 12
 SMALL_SHARE = 0.005
 LOSSES_SHOWN = 0.97
 
-Draw = Callable[[Any, int, str], str]  # of a report, or of several
+Draw = Callable[[Any, int, str], str]  # charts of one report, or of several reports
 
 
 def all_widths(draw: Draw, report: Any, widths: Mapping[str, int] = WIDTHS) -> str:
-    """A drawing of each width, of which the style sheet shows one."""
+    """One drawing per width. The style sheet shows one of them."""
     return "".join(draw(report, width, kind) for kind, width in widths.items())
 
 
@@ -64,7 +64,10 @@ def spend_over_time(report: CostReport, width: int, kind: str) -> str:
 
 
 def machines(report: CostReport, width: int, kind: str) -> str:
-    """A bar per machine and time, in the colours of its phases; a dashed line where the run had no machine."""
+    """A bar for the time of each machine, in the colours of the machine's phases.
+
+    A dashed line shows the time in which the run had no machine.
+    """
     found = report.curves.machines
     lanes = max(each.lane for each in found) + 1
     bottom = TOP + LANE * lanes
@@ -86,7 +89,7 @@ def machines(report: CostReport, width: int, kind: str) -> str:
 
 
 def waterfall(report: CostReport, width: int, kind: str) -> str:
-    """A bar per phase, each beginning at the end of the one before, so that the last one ends at the total."""
+    """A bar per phase. Each bar begins where the previous one ends, so that the last one ends at the total."""
     rows = [line for line in report.phases if line.usd]
     left, right, pitch = (96, 58, 24) if kind == "narrow" else (118, 70, 24)
     height = TOP + pitch * (len(rows) + 1) + 8
@@ -133,7 +136,10 @@ def loss_over_dollars(report: CostReport, width: int, kind: str) -> str:
 
 
 def losses(report: CostReport) -> list[tuple[float, float]]:
-    """Dollars and validation loss; of a run without it, dollars and training loss. Empty without either."""
+    """A line of the validation loss over dollars. If there is no validation loss, the training loss is drawn.
+
+    If there is neither, the result is empty.
+    """
     curves = report.curves
     return list(zip(curves.val_usd, curves.val_loss, strict=True)) or list(
         zip(curves.loss_usd, curves.loss, strict=True)
@@ -141,7 +147,7 @@ def losses(report: CostReport) -> list[tuple[float, float]]:
 
 
 def losses_compared(reports: Sequence[CostReport], width: int, kind: str) -> str:
-    """A line per run: the validation loss, or without it the training loss, over dollars."""
+    """A line per run with the loss over dollars: the validation loss or, without it, the training loss."""
     lines = [losses(report) for report in reports]
     every = sorted(loss for line in lines for _, loss in line)
     every = every[: max(1, math.ceil(len(every) * LOSSES_SHOWN))]
@@ -159,7 +165,10 @@ def losses_compared(reports: Sequence[CostReport], width: int, kind: str) -> str
 
 
 def speed_over_time(report: CostReport, width: int, kind: str) -> str:
-    """Tokens per second above MFU (if known) on one time axis, with marks where machines ended."""
+    """Two plots on one time axis: tokens per second, and below it the MFU if it is known.
+
+    Marks show where machines ended.
+    """
     curves = report.curves
     has_mfu = any(value is not None for value in curves.mfu)
     split = HEIGHT - BOTTOM if not has_mfu else round(HEIGHT * 0.55)
@@ -188,7 +197,7 @@ def speed_over_time(report: CostReport, width: int, kind: str) -> str:
 
 
 def _machines(report: CostReport, x: svg.Axis) -> list[str]:
-    """A dashed line at the end of each machine. Only the first hundred get one, because more would hide the chart."""
+    """A dashed line at the end of each of the first hundred machines. More lines would hide the chart."""
     return [
         svg.vertical(x, TOP, HEIGHT - BOTTOM, at, "gone", f"machine of segment {number} ended")
         for number, at in enumerate(report.curves.losses_of_machines[:100], 1)
@@ -196,7 +205,7 @@ def _machines(report: CostReport, x: svg.Axis) -> list[str]:
 
 
 def _interrupted(times: Sequence[float], points: svg.Points, starts: Sequence[float]) -> svg.Points:
-    """The points of a line, measured at `times`, that is interrupted where a new machine started."""
+    """The points of a line, measured at `times`. The line is interrupted where a new machine started."""
     found: list[tuple[float, float | None]] = []
     starts = sorted(starts)
     for index, (time, point) in enumerate(zip(times, points, strict=True)):

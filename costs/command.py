@@ -10,16 +10,16 @@ WATCH_SECONDS = 15.0
 SERVED_EVERY_SECONDS = 5.0
 PORT = 8321
 USAGE = """\
-Reports where the dollars of a run went, phase by phase, adding up to the cent.
+Shows what a run cost, phase by phase. All lines add up to the total, to the cent.
 
-  python cost_report.py                                   all runs in $BUCKET
-  python cost_report.py s3://bucket/runs/gpt2             one run
-  python cost_report.py RUN_URL --html report.html        one self-contained page
-  python cost_report.py --compare RUN_URL RUN_URL         side by side
-  python cost_report.py --serve                           live pages on http://127.0.0.1:8321
-  python cost_report.py estimate TASK.yaml                what a launch would cost (--fail-over=USD for scripts)
-  python cost_report.py plan --usd=20                     the best model for a sum of dollars
-  python cost_report.py add RUN_URL "Hugging Face" 2.00   a bill from elsewhere, as a line of the report
+  python cost_report.py                                   shows all runs in $BUCKET
+  python cost_report.py s3://bucket/runs/gpt2             shows one run
+  python cost_report.py RUN_URL --html report.html        writes one page that needs no network
+  python cost_report.py --compare RUN_URL RUN_URL         shows runs side by side
+  python cost_report.py --serve                           serves live pages on http://127.0.0.1:8321
+  python cost_report.py estimate TASK.yaml                forecasts the cost of a launch
+  python cost_report.py plan --usd=20                     finds the best model for a sum of dollars
+  python cost_report.py add RUN_URL "Hugging Face" 2.00   adds a bill from another source as a line of the report
 """
 
 
@@ -43,13 +43,13 @@ def main(arguments: list[str]) -> int | None:
         raise ConfigError("--since and --tag choose among all runs; leave out RUN_URL, or these two options")
     if options.serve:
         _check_serving(options)
-    from costs import show  # not at the top: it loads numpy and rich, which --help does not need
+    from costs import show  # imported here: it loads numpy and rich, which --help does not need
 
     show.show(options, next((name for name in FORMS if getattr(options, name)), None))
 
 
 def _check_serving(options: argparse.Namespace) -> None:
-    """Raises ConfigError for what does not go with --serve."""
+    """Raises ConfigError for options that cannot be combined with --serve."""
     others = {"--html": options.html, "--compare": options.compare, "--watch": options.watch is not None}
     others |= {f"--{name}": getattr(options, name) for name in FORMS}
     if given := [name for name, value in others.items() if value]:
@@ -69,19 +69,27 @@ def _parser() -> argparse.ArgumentParser:
     for name in FORMS:
         form.add_argument(f"--{name}", action="store_true", help=f"print {name.upper()} instead of tables")
     parser.add_argument("--html", metavar="FILE", help="write one page that needs no network")
-    parser.add_argument("--compare", nargs="+", metavar="RUN_URL", help="put runs side by side")
+    parser.add_argument("--compare", nargs="+", metavar="RUN_URL", help="show these runs side by side")
     parser.add_argument(
         "--watch", nargs="?", type=float, const=WATCH_SECONDS, metavar="SECONDS", help="follow a run that is running"
     )
+    parser.add_argument("--serve", action="store_true", help="serve live pages on 127.0.0.1, of RUN_URL or of all runs")
+    parser.add_argument("--port", type=int, default=PORT, help=f"port of --serve (default {PORT}; 0: any free port)")
     parser.add_argument(
-        "--serve", action="store_true", help="live pages on 127.0.0.1: of RUN_URL, or of all runs and comparisons"
+        "--every",
+        type=float,
+        default=SERVED_EVERY_SECONDS,
+        metavar="SECONDS",
+        help="seconds between two updates of the pages of --serve",
     )
-    parser.add_argument("--port", type=int, default=PORT, help=f"of --serve (default {PORT}; 0: a free one)")
     parser.add_argument(
-        "--every", type=float, default=SERVED_EVERY_SECONDS, metavar="SECONDS", help="how often --serve reads again"
+        "--since",
+        metavar="WHEN",
+        help="show only runs that were active after this date (2026-11-01), or in the last 36h or 7d",
     )
-    parser.add_argument("--since", metavar="WHEN", help="only runs active since a date (2026-11-01) or age (36h, 7d)")
-    parser.add_argument("--tag", metavar="WORD", help="only runs with this word among their RUN_TAGS")
-    parser.add_argument("--offline", action="store_true", help="read the store only; ask neither SkyPilot nor AWS")
-    parser.add_argument("--no-cache", action="store_true", help="ignore the local cache, read all from the store")
+    parser.add_argument("--tag", metavar="WORD", help="show only runs that have this word in RUN_TAGS")
+    parser.add_argument("--offline", action="store_true", help="read only the store; do not ask SkyPilot and AWS")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="ignore the local cache, and read all objects from the store"
+    )
     return parser

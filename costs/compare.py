@@ -15,7 +15,7 @@ def newest_first(reports: Sequence[CostReport]) -> list[CostReport]:
 
 
 def names(reports: Sequence[CostReport]) -> list[str]:
-    """The runs' short names; the whole URLs if two short names are equal."""
+    """The runs' short names. If two short names are equal, the whole URLs of all runs."""
     short = [report.run.rstrip("/").rsplit("/", 1)[-1] for report in reports]
     return short if len(set(short)) == len(short) else [report.run for report in reports]
 
@@ -59,8 +59,10 @@ def overview_groups(reports: Sequence[CostReport]) -> Sheet:
 
 @dataclass(frozen=True)
 class Value:
-    """A cell of a comparison. `number` is None if it has no difference to another run's, and `complete` false if a part
-    of it is not known."""
+    """A cell of a comparison. `number` is None for a cell that has no difference, such as a text.
+
+    `complete` is false if a part of the number is unknown.
+    """
 
     text: str
     number: float | None = None
@@ -69,7 +71,7 @@ class Value:
 
 
 def comparison(reports: Sequence[CostReport]) -> Sheet:
-    """A table of several runs: a column per run, and for each run but the first the difference to the first."""
+    """A table with a column per run, and the difference to the first run for each other run."""
     level = _equal_loss(reports)
     columns = [_column(report, level) for report in reports]
     order = list(dict.fromkeys(name for column in columns for name in column))
@@ -94,7 +96,10 @@ def _difference(first: Value, other: Value) -> str:
 
 
 def _equal_loss(reports: Sequence[CostReport]) -> float | None:
-    """The lowest validation loss that all runs reached; None if one of them has none, or no dollars beside it."""
+    """The lowest validation loss that all runs reached.
+
+    None if a run has no validation loss, or no known dollars up to it.
+    """
     if not all(report.curves.val_loss for report in reports):
         return None
     return max(min(report.curves.val_loss) for report in reports)
@@ -132,7 +137,7 @@ def _column(report: CostReport, level: float | None) -> dict[str, Value]:
         reached = next(
             usd for usd, loss in zip(report.curves.val_usd, report.curves.val_loss, strict=True) if loss <= level
         )
-        name = f"USD to validation loss {level:.4f}, which all of them reached"
+        name = f"USD to validation loss {level:.4f}, which all runs reached"
         found[name] = usd(figures.dollars(reached, report.places), reached)
     return found
 
@@ -142,7 +147,7 @@ def _signed_duration(seconds: float) -> str:
 
 
 def _folder_of(urls: Sequence[str]) -> str:
-    """The folder that all runs are in, with a slash at its end; "" if there is none, or one run only."""
+    """The common folder of all runs, ending with a slash; "" for a single run or without a common folder."""
     above = [url.split("/")[:-1] for url in urls]
     common = []
     for parts in zip(*above, strict=False):

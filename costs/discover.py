@@ -12,13 +12,13 @@ from core.storage import ObjectInfo
 from costs.model import StorageRates, StorageUse
 
 DEPTH = 3
-NEAR_SECONDS = 86400.0  # a machine is up no longer than this before or after a run's own segments
-FORECAST_BUCKET = "s3://forecast"  # a forecast assumes a bucket at the current endpoint
-# Folders without runs in them.
+NEAR_SECONDS = 86400.0  # longest time that a machine is up before or after a run's own segments
+FORECAST_BUCKET = "s3://forecast"  # a forecast takes the rates of a bucket at the current endpoint
+# These folders contain no runs.
 _NO_RUNS = {"checkpoints", "ledger", "metrics", "shards", "train", "val"}
 
 # Public list prices in US dollars by storage service, of the first tier and without the free allowance. S3's prices of
-# requests and egress are the long-standing ones of us-east-1; they are assumed until a bill confirms them.
+# requests and egress are the long-standing ones of us-east-1; they are assumptions until a bill confirms them.
 RATES = {
     "r2": StorageRates("Cloudflare R2", 0.015, 4.50, 0.36, 0.0, "developers.cloudflare.com/r2/pricing, 2026"),
     "google": StorageRates(
@@ -38,10 +38,10 @@ def runs_url(environment: Mapping[str, str]) -> str:
 
 
 def find_runs(url: str, depth: int = DEPTH) -> Iterator[str]:
-    """URLs of the runs at or below `url`, in order, at most `depth` folders down. One listing per folder.
+    """URLs of the runs at or below `url`, in order, at most `depth` folders down. This makes one listing per folder.
 
-    Preparation, evaluations, servers and exports of a run have ledgers in subfolders of the run, and count as other
-    runs.
+    The preparation, evaluations, servers and exports of a run have ledgers in subfolders of the run. Here each of them
+    counts as a separate run.
     """
     names = storage.list_names(url)
     folder = RunFolder(url)
@@ -59,10 +59,10 @@ def _name(uri: str) -> str:
 
 
 def neighbours(run: Run) -> list[Segment]:
-    """Segments of other runs in the same folder that may have used this run's machines: dollars and time only.
+    """Segments of other runs in the same folder that may have used this run's machines.
 
-    Of their ledgers, reads only those that were written while the machines may have been up. Runs of managed jobs have
-    machines of their own. Raises StorageError.
+    Only their dollars and times are read. Reads only ledgers that were written while the machines may have been up.
+    Managed jobs do not share machines. Raises StorageError.
     """
     clusters = {
         name
@@ -74,7 +74,7 @@ def neighbours(run: Run) -> list[Segment]:
         return []
     first, last = min(start for start, _ in times) - NEAR_SECONDS, max(end for _, end in times) + NEAR_SECONDS
     ledgers = _ledgers_in(_folder_of(run.url))
-    # In a copy of a bucket, objects have the time of the copy.
+    # In a copied bucket, objects have the time of the copy.
     is_copy = any(min(map(_written, objects)) > last for objects in ledgers.get(run.url, {}).values())
     found = []
     for url, segments in ledgers.items():
@@ -89,7 +89,7 @@ def neighbours(run: Run) -> list[Segment]:
 
 
 def _folder_of(run_url: str) -> str:
-    """The folder of a run, in which other runs are. The evaluations of a run are in its own folder."""
+    """The folder in which a run and other runs are. For evaluations, this is the folder of their run."""
     above = run_url.rstrip("/").rpartition("/")[0]
     return above.rpartition("/")[0] if RunFolder(above).evaluations == run_url else above
 
@@ -101,7 +101,10 @@ def _ledgers_in(folder: str) -> dict[str, Objects]:
 
 
 def forget_listings() -> None:
-    """Look again for other runs: a program that goes on for long calls it before each report."""
+    """Forget the listings, so that other runs are looked for again.
+
+    A long-running program calls this before each report.
+    """
     _ledgers_in.cache_clear()
 
 
@@ -110,7 +113,7 @@ def _written(info: ObjectInfo) -> float:
 
 
 def storage_use(run: Run) -> StorageUse:
-    """Number and bytes of the objects that were there when `run` was read."""
+    """Number and bytes of the objects that existed when `run` was read."""
     checkpoints = f"{run.folder.checkpoints}/"
     return StorageUse(
         len(run.objects),
@@ -122,17 +125,20 @@ def storage_use(run: Run) -> StorageUse:
 
 
 def _data_bytes(run: Run) -> int | None:
-    """Bytes of the token set of a run; None if it has none, or it is gone or on a store without rates."""
+    """Bytes of a run's token set.
+
+    None if the run has no token set, if the set was deleted, or if no rates of its store are known.
+    """
     section = run.config.get("data")
     url = section.get("url") if isinstance(section, Mapping) else None
     if not isinstance(url, str):
         return None
     try:
         return sum(each.size for each in storage.list_objects(url)) or None if rates_for(url) else None
-    except LauncherError:  # moved, removed, or not to be read from here
+    except LauncherError:  # the set was moved or removed, or cannot be read from here
         return None
 
 
 def rates_for(url: str) -> StorageRates | None:
-    """Rates of the store behind a URL; None if they are unknown."""
+    """Rates of the store behind a URL, or None if they are unknown."""
     return RATES.get(storage.terms_of(url).service)

@@ -32,7 +32,8 @@ from costs.tables import Sheet
 
 ROWS_SHOWN = 20
 USAGE = """\
-Prints every offer that fits a task, with estimated hours and dollars, and the source of each figure.
+Lists the offers that fit a task, with estimated hours and dollars, the cheapest first. An offer is a machine type in
+one place, on spot or on demand. Notes give the source of each figure.
 
   python cost_report.py estimate sky/pretrain-8xa100.yaml
   python cost_report.py estimate sky/pretrain-8xa100.yaml --gpus A100:2
@@ -43,7 +44,7 @@ Prints every offer that fits a task, with estimated hours and dollars, and the s
 def main(arguments: list[str]) -> int:
     """Print the forecast of a task, with a warning if it exceeds --cap (or MAX_USD). Raises ConfigError.
 
-    Returns FAILED if it exceeds --fail-over, or its dollars are not known.
+    Returns FAILED if the forecast exceeds --fail-over or its dollars are unknown.
     """
     options = _parser().parse_args(arguments)
     _check(options)
@@ -57,7 +58,9 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{options.task}: no offer fits its resources in {offers.source}")
     change = best_change(forecast, offers, assume, rates, measured)
     notes = _notes(forecast, change, assume, options.cap or _cap(task)) + _price_notes(forecast, offers, assume)
-    if options.json:
+    if options.brief:
+        print(_brief(forecast, options.cap or _cap(task)))
+    elif options.json:
         print(json.dumps(_document(forecast, assume, notes), indent=1))
     elif options.markdown:
         sys.stdout.write(
@@ -72,7 +75,9 @@ def main(arguments: list[str]) -> int:
     usd = forecast.rows[0].usd
     if options.store and usd is not None:
         place = bucket.url({**os.environ, **task.envs}, "RUN")
-        print(f"stored: {foreseen.store(place, task.path, forecast.rows[0])}", file=sys.stderr)
+        uri, is_new = foreseen.store(place, task.path, forecast.rows[0])
+        kept = "the run has begun, and this forecast of its launch is kept"
+        print(f"stored: {uri}" if is_new else f"{uri}: {kept}", file=sys.stderr)
     if options.fail_over is not None and (usd is None or usd > options.fail_over):
         said = "not known" if usd is None else f"${figures.dollars(usd)}"
         print(f"the cheapest offer is {said}, --fail-over is ${figures.dollars(options.fail_over)}", file=sys.stderr)
@@ -81,7 +86,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ConfigError for a number below zero, or for a sum or an amount of work that is not above it."""
+    """Raises ConfigError for a negative number, and for a sum or an amount of work that is not above zero."""
     for name in ("tokens", "cap", "fail_over", *(field.name for field in dataclasses.fields(Assumptions))):
         value = getattr(options, name)
         above = name in ("tokens", "cap", "fail_over", "prep_bytes_per_second", "source_bytes_per_token")
@@ -95,22 +100,30 @@ def _parser() -> argparse.ArgumentParser:
         "cost_report.py estimate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", metavar="TASK.yaml", help="a SkyPilot task")
-    parser.add_argument("--gpus", metavar="NAME:COUNT", help="other GPUs than the task's, as in sky launch")
-    parser.add_argument("--num-nodes", metavar="NUMBER", help="another number of nodes than the task's")
+    parser.add_argument("--gpus", metavar="NAME:COUNT", help="use these GPUs, not the task's; as in sky launch")
+    parser.add_argument("--num-nodes", metavar="NUMBER", help="use this number of nodes, not the task's")
     parser.add_argument(
-        "--tokens", type=float, help="tokens to train on or prepare; default: as the task's config says"
+        "--infra", metavar="CLOUD/REGION", help="show only offers of this cloud or region, as in sky launch"
+    )
+    parser.add_argument(
+        "--tokens", type=float, help="number of tokens to train on or to prepare; default: as the task's config says"
     )
     parser.add_argument("--like", metavar="RUN_URL", help="take speed and overhead from a run of this project")
     parser.add_argument(
-        "--cap", type=float, metavar="USD", help="warn if the forecast exceeds this; default: the task's MAX_USD"
+        "--cap", type=float, metavar="USD", help="warn if the forecast exceeds this sum; default: the task's MAX_USD"
     )
-    parser.add_argument("--fail-over", type=float, metavar="USD", help="exit with 1 if the forecast exceeds this")
     parser.add_argument(
-        "--store", action="store_true", help="store the cheapest offer with the run that BUCKET and RUN name"
+        "--fail-over", type=float, metavar="USD", help="exit with 1 if the forecast exceeds this sum, or is not known"
     )
-    parser.add_argument("--offline", action="store_true", help="use the price snapshot, do not ask SkyPilot")
-    parser.add_argument("--all", action="store_true", help=f"all offers, not only the first {ROWS_SHOWN}")
+    parser.add_argument(
+        "--store",
+        action="store_true",
+        help="store the forecast of the cheapest offer with the run that BUCKET and RUN name",
+    )
+    parser.add_argument("--offline", action="store_true", help="use the price snapshot; do not ask SkyPilot")
+    parser.add_argument("--all", action="store_true", help=f"show all offers, not only the first {ROWS_SHOWN}")
     form = parser.add_mutually_exclusive_group()
+    form.add_argument("--brief", action="store_true", help="print one line about the cheapest offer")
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
     add_assumptions(parser)
@@ -118,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_assumptions(parser: argparse.ArgumentParser) -> None:
-    """A flag for each assumption, which docs/costs.md lists."""
-    group = parser.add_argument_group("assumptions", "each flag replaces a default, which docs/costs.md explains")
+    """Add a flag for each assumption. docs/costs.md lists the assumptions."""
+    group = parser.add_argument_group("assumptions", "each flag replaces a default; docs/costs.md lists them")
     for field in dataclasses.fields(Assumptions):
         flag = f"--{field.name.replace('_', '-')}"
         kind = str if isinstance(field.default, str) else float
@@ -155,6 +168,17 @@ def _work(forecast: Forecast) -> str:
     flops = "" if forecast.flops is None else f", {quantity(forecast.flops)} FLOPs per token"
     nodes = f", {forecast.task.nodes} nodes" if forecast.task.nodes > 1 else ""
     return f"{stage}{tokens}{flops}{nodes}; prices: {forecast.prices}"
+
+
+def _brief(forecast: Forecast, cap: float | None) -> str:
+    best = forecast.rows[0]
+    if best.usd is None:
+        return f"forecast: dollars not known; ${figures.dollars(best.usd_per_hour)} an hour on {describe(best)}"
+    spread = ""
+    if best.usd_low is not None and best.usd_high is not None:
+        spread = f" (${figures.dollars(best.usd_low)} to ${figures.dollars(best.usd_high)})"
+    above = f"; above the cap of ${cap:,.2f}" if cap is not None and best.usd > cap else ""
+    return f"forecast: ${figures.dollars(best.usd)}{spread} for {best.hours:.2f} hours of {describe(best)}{above}"
 
 
 def _sheet(forecast: Forecast, everything: bool) -> Sheet:

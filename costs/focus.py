@@ -1,6 +1,6 @@
-"""Turns reports into rows of charges, named as FOCUS 1.2 names them (FinOps Open Cost and Usage Specification).
+"""Turns reports into rows of charges with the names of FOCUS 1.2 (FinOps Open Cost and Usage Specification).
 
-Columns that FOCUS lacks begin with `x_`, as it demands of added ones. Dollars are not rounded.
+FOCUS requires that names of additional columns begin with `x_`. Dollars are not rounded.
 """
 
 import json
@@ -12,7 +12,7 @@ from core.run.phases import label
 from costs.cells import Cell
 from costs.report import CostReport
 
-# ServiceCategory of phases that are not the time of a machine.
+# The ServiceCategory of phases that hold no machine time.
 _SERVICES = {
     "api": "AI and Machine Learning",
     "disks": "Storage",
@@ -27,9 +27,10 @@ UNKNOWN = ("?", "–")
 
 
 def charges(report: CostReport) -> Iterator[dict[str, Any]]:
-    """A dict per charge: one phase on one day on one machine. All have the same keys; None is unknown or not apt.
+    """A dict per charge, which is one phase on one day on one machine. All dicts have the same keys.
 
-    `BilledCost` is what is known to be billed; up to `x_BilledCostAtMost` no source contradicts.
+    None means unknown or not applicable. `BilledCost` is the amount that is known to be billed. `x_BilledCostAtMost` is
+    an upper bound of the billed amount.
     """
     for cell in report.charges:
         start, end = _day(cell)
@@ -65,7 +66,7 @@ def _known(text: str) -> str | None:
 
 
 def _day(cell: Cell) -> tuple[str | None, str | None]:
-    """The day of a charge and the one after it, at midnight UTC; None if it is not known."""
+    """Begin and end of a charge's day, at midnight UTC, or None if the day is unknown."""
     if cell.day == "?":
         return None, None
     day = date.fromisoformat(cell.day)

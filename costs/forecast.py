@@ -35,10 +35,10 @@ _WORK_PHASE = {
     "export": "export",
     "serve": "serve",
 }
-# Work whose time the machine's speed does not decide: the assumption with its seconds, and its name.
+# Work that takes the same time on any machine: the assumption with its seconds, and its name.
 _TIMED = {
     "image": ("build_seconds", "building both images"),
-    "synthesize": ("synthesize_seconds", "waiting for an endpoint's answers, without its own price"),
+    "synthesize": ("synthesize_seconds", "waiting for an endpoint's answers, without the endpoint's own price"),
     "export": ("export_seconds", "loading, converting and storing the weights"),
     "serve": ("serve_seconds", "serving"),
 }
@@ -46,20 +46,22 @@ _TIMED = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Assumptions of a forecast. A comment names the measurement behind a figure if there is one."""
+    """Assumptions of a forecast. If a figure was measured, a comment names the measurement."""
 
     provision_seconds: float = 150.0  # instance boot, and SkyPilot's set-up (30-40 s on a prepared image)
     image_seconds: float = 180.0  # pull of a CUDA image of some 6 GB compressed
     setup_seconds: float = 30.0
     ready_seconds: float = 90.0  # imports, first shards, torch.compile, restore
-    shutdown_seconds: float | None = None  # idle until shutdown; None: the task's autostop, else 10 minutes
+    shutdown_seconds: float | None = None  # idle time until shutdown; None: the task's autostop, else 10 minutes
     checkpoint_blocked_seconds: float = 0.3  # first save of 124M measured at 0.25-0.33 s, later ones at 0.1 s
     preemptions_per_hour: float = 0.25  # spot; as checkpoint.expected_hours_between_failures assumes
-    prep_bytes_per_second: float = 100e6  # download and upload in parallel; encoding is faster than that
+    prep_bytes_per_second: float = 100e6  # speed of download and upload, which run in parallel; encoding is faster
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
     epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002)
-    evaluate_tokens: float = 25e6  # validation set of sample-10BT (0.2 %), and HellaSwag's 40,168 endings in context
-    build_seconds: float = 1800.0  # both images on 8 cores
+    evaluate_tokens: float = (
+        25e6  # tokens in the validation set of sample-10BT (0.2 %), and in HellaSwag's 40,168 endings with context
+    )
+    build_seconds: float = 1800.0  # build of both images on 8 cores
     synthesize_seconds: float = 3600.0
     export_seconds: float = 300.0
     serve_seconds: float = 3600.0
@@ -70,7 +72,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class ForecastRow:
-    """One offer. Dollars are None if the throughput on it is unknown; `parts` add up to `usd`."""
+    """One offer. `parts` add up to `usd`. The dollars are None if the machine's throughput is unknown."""
 
     offer: Offer
     spot: bool
@@ -87,7 +89,10 @@ class ForecastRow:
 
 @dataclass(frozen=True)
 class Effort:
-    """A workload on one offer: `amount` tokens at `rate` tokens/s. For work in _TIMED: seconds and a factor."""
+    """A workload on one offer: `amount` tokens at `rate` tokens/s.
+
+    For work in _TIMED, `amount` is in seconds and `rate` is a factor.
+    """
 
     workload: Workload
     amount: float
@@ -100,7 +105,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Offers that fit a task, cheapest first. `others` do not fit it but could do the same work."""
+    """Offers that fit a task, the cheapest first. `others` do not fit the task but could do the same work."""
 
     task: TaskSpec
     tokens: float | None
@@ -160,18 +165,18 @@ def forecast_of(
 
 
 def is_timed(stage: str | None) -> bool:
-    """Whether an assumption gives the time of this work, and not an amount of tokens."""
+    """Whether an assumption gives the time of this work instead of an amount of tokens."""
     return stage in _TIMED
 
 
 def _flops_per_token(workload: Workload) -> float | None:
-    """FLOPs of a training step per token, the forward pass of a teacher included; None without a model."""
+    """FLOPs of a training step per token, including the forward pass of a teacher. None if no model is known."""
     teacher = flops_per_token(workload.teacher) / EVAL_SPEEDUP if workload.teacher else 0.0
     return flops_per_token(workload.model) + teacher if workload.model else None
 
 
 def _tokens(workload: Workload, assume: Assumptions) -> float | None:
-    """Tokens that the settings ask for; None if they are unknown."""
+    """The number of tokens in the settings, or None if it is unknown."""
     settings = workload.config
     if isinstance(settings, PrepConfig):
         return float(settings.data.train_tokens) or _tokens_of_source(settings.source.place)
@@ -183,12 +188,12 @@ def _tokens(workload: Workload, assume: Assumptions) -> float | None:
         return None
     epochs = _epochs(workload)
     if settings.train.epochs and not epochs:
-        return None  # passes over tokens that only the data's manifest counts
+        return None  # only the data's manifest has the number of tokens in a pass
     return epochs * assume.epoch_tokens if epochs else float(settings.train.steps) * settings.batch.tokens_per_step
 
 
 def _epochs(workload: Workload) -> float:
-    """Number of passes over data of unknown size; 0 if the settings give a number of steps instead."""
+    """Number of passes over data of unknown size. It is 0 if the settings give a number of steps."""
     return workload.config.train.epochs if isinstance(workload.config, FinetuneConfig) else 0.0
 
 
@@ -201,7 +206,10 @@ def _eval_tokens(train: TrainingConfig, assume: Assumptions) -> float:
 def price(
     row: ForecastRow, effort: Effort, assume: Assumptions, rates: StorageRates | None, measured: Measured | None
 ) -> ForecastRow:
-    """The row with the hours and dollars of a workload on its offer. All of them are linear in the amount of work."""
+    """The row with the hours and dollars of a workload on its offer.
+
+    Hours and dollars are linear in the amount of work.
+    """
     parts, restarts = _parts(row, effort, effort.rate.expected, assume, measured)
     others = _other_usd(row, effort, assume, rates)
     slow, _ = _parts(row, effort, effort.rate.low, assume, measured, unlucky=2.0)
@@ -228,7 +236,7 @@ def _parts(
     same = measured is not None and measured.instance_type == row.offer.instance_type
     imports = 0.0 if effort.workload.stage in ("prep", "image") else assume.ready_seconds
     ready = measured.ready_seconds if same else assume.setup_seconds + imports
-    # The time of a run to get ready begins with its machine, so that it holds the image.
+    # A run's measured start begins with its machine, so it includes the image.
     image = 0.0 if effort.workload.stage == "image" or same else assume.image_seconds
     parts = {"provision": assume.provision_seconds, "image": image, "ready": ready}
     parts[_WORK_PHASE.get(effort.workload.stage, "train")] = work
@@ -251,7 +259,10 @@ def _parts(
 
 
 def _checkpoint_seconds(train: TrainingConfig, speed: float) -> float:
-    """Seconds of training between checkpoints; by default the longest interval that the trainer may choose."""
+    """Seconds of training between checkpoints.
+
+    If the settings do not fix them, this is the longest interval that the trainer may choose.
+    """
     every = train.checkpoint.every_steps
     return every * train.batch.tokens_per_step / speed if every else train.checkpoint.max_lost_seconds
 
@@ -301,7 +312,10 @@ def preparation_usd(catalog: Catalog, tokens: float, assume: Assumptions) -> tup
 
 
 def _alternatives(task: TaskSpec, catalog: Catalog) -> Iterable[tuple[Offer, bool]]:
-    """Any machine with GPUs, on demand and spot; for a task without GPUs any machine of at least as many vCPUs."""
+    """Requests for any machine with GPUs, on demand and on spot.
+
+    For a task without GPUs, they are requests for any machine with at least as many vCPUs.
+    """
     gpu_work = any(request.accelerator for request in task.requests)
     least = min((request.cpus[0] for request in task.requests if request.cpus), default=0.0)
     for offer in catalog.offers:
@@ -313,7 +327,7 @@ def _alternatives(task: TaskSpec, catalog: Catalog) -> Iterable[tuple[Offer, boo
 
 
 def _merged(rows: Iterable[ForecastRow]) -> list[ForecastRow]:
-    """`rows` without duplicates: on-demand offers have one price for all zones of a region, and become one row."""
+    """`rows` without duplicates: the on-demand offers of a region cost the same in all zones and become one row."""
     found: dict[object, ForecastRow] = {}
     for row in rows:
         zone = row.offer.zone if row.spot else None
@@ -323,7 +337,7 @@ def _merged(rows: Iterable[ForecastRow]) -> list[ForecastRow]:
 
 
 def _by_dollars(row: ForecastRow) -> tuple[bool, float]:
-    """Sort key: expected dollars, then rows without them by price per hour."""
+    """The sort key: rows by expected dollars, then rows without expected dollars by price per hour."""
     return row.usd is None, row.usd_per_hour if row.usd is None else row.usd
 
 
@@ -336,7 +350,7 @@ class Change:
 
 
 def dominates(row: ForecastRow) -> str | None:
-    """A phrase that names the largest part of an offer's dollars; None without dollars."""
+    """A phrase that names the largest part of an offer's dollars. None if the dollars are unknown."""
     if not row.parts or not row.usd:
         return None
     name, usd = max(row.parts.items(), key=lambda item: item[1])
@@ -346,7 +360,7 @@ def dominates(row: ForecastRow) -> str | None:
 def best_change(
     forecast: Forecast, catalog: Catalog, assume: Assumptions, rates: StorageRates | None, measured: Measured | None
 ) -> Change | None:
-    """The single change with the lowest expected dollars; None if no change is cheaper than the best offer."""
+    """The single change with the lowest expected dollars. None if no change is cheaper than the best offer."""
     now = forecast.rows[0] if forecast.rows else None
     if now is None or now.usd is None:
         return None

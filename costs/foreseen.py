@@ -1,7 +1,7 @@
-"""Stores the forecast of a launch with the run, and puts it beside the dollars that the run took, by the same lines.
+"""Stores the forecast of a launch with the run.
 
-RUN_URL/forecast.json            by `cost_report.py estimate TASK --store`
-RUN_URL/budget/NUMBER/plan.json  by `make run`, the newest one
+Compares the forecast line by line with the dollars that the run has cost. RUN_URL/forecast.json by `cost_report.py
+estimate TASK --store` RUN_URL/budget/NUMBER/plan.json by `make run`, the newest one
 """
 
 import json
@@ -20,7 +20,8 @@ from costs.cells import Cell
 from costs.forecast import ForecastRow, describe
 
 FORMAT, VERSION = "cost-forecast", 1
-# Lines of a forecast, and the phases of a report that they foresee. The first line takes what no other one does.
+# Lines of a forecast, and the phases of a report that belong to each. The first line takes all phases that belong to no
+# other line.
 LINES = {
     "other": ("not_attributed", "api", "elsewhere", "factor"),
     "provision": ("provision",),
@@ -47,7 +48,7 @@ _PARTS = {
     "checkpoint": "eval, sample, checkpoint",
     "eval, sample, checkpoint, wait": "eval, sample, checkpoint",
 }
-# Parts of a plan that are runs of their own, or no cost of a run.
+# These parts of a plan are separate runs, or not a cost of the run.
 _OTHERS = ("preparation", "evaluation", "reserve")
 
 
@@ -64,24 +65,36 @@ class Foreseen:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line: dollars that were foreseen, and dollars as known. None: not foreseen."""
+    """A line of the comparison.
+
+    `foreseen` is the dollars by the forecast, None if the forecast has no such line. `actual` is the dollars as known.
+    """
 
     name: str
     foreseen: float | None
     actual: float
 
 
-def store(run_url: str, task: str, row: ForecastRow) -> str:
-    """Store the forecast of a launch. Returns its URI. Raises StorageError."""
-    uri = RunFolder(run_url).forecast
+def store(run_url: str, task: str, row: ForecastRow) -> tuple[str, bool]:
+    """Store the forecast of a launch. If the run has begun and has a forecast, that one is kept.
+
+    Returns the URI of the stored forecast, and whether it is new. Raises StorageError.
+    """
+    folder = RunFolder(run_url)
+    uri = folder.forecast
+    if storage.exists(folder.description) and storage.exists(uri):
+        return uri, False
     document = {"format": FORMAT, "version": VERSION, "time": time.time(), "task": task, "offer": describe(row)}
     document |= {"usd": row.usd, "usd_low": row.usd_low, "usd_high": row.usd_high, "parts": row.parts}
     storage.write_bytes(uri, (json.dumps(document | {"machine": asdict(row.offer)}, indent=1) + "\n").encode())
-    return uri
+    return uri, True
 
 
 def read(run: Run) -> Foreseen | None:
-    """The forecast of a run; None without one that can be understood. Only what the run's listing names is read."""
+    """The forecast of a run. None if there is no forecast, or if it cannot be understood.
+
+    Reads only objects in the run's listing.
+    """
     names = {each.uri for each in run.objects}
     try:
         if run.folder.forecast in names:
@@ -108,7 +121,7 @@ def _foreseen(document: Mapping[str, Any], what: str) -> Foreseen | None:
 
 
 def compare(foreseen: Foreseen, parts: Sequence[Cell]) -> list[Comparison]:
-    """Both by line, without lines that are zero on both sides."""
+    """Forecast and actual dollars by line, without lines that are zero in both."""
     line_of = {phase: name for name, phases in LINES.items() for phase in phases}
     actual = dict.fromkeys(LINES, 0.0)
     for cell in parts:

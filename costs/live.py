@@ -33,7 +33,7 @@ def of_run(report: CostReport, is_one_of_many: bool = False) -> Page:
 
 
 def of_all(reports: Sequence[CostReport]) -> Page:
-    """All runs, each with a link to its page, and a choice of those to compare."""
+    """All runs, each with a link to its page and a box that selects it for a comparison."""
     ordered = compare.newest_first(reports)
     running = sum(report.state == RUNNING for report in ordered)
     button = '<p><button type="submit">Compare the chosen runs</button></p>'
@@ -53,13 +53,13 @@ def of_comparison(reports: Sequence[CostReport]) -> Page:
 
 
 def of_problem(sentence: str, is_one_of_many: bool = False) -> Page:
-    """A page that says why there is nothing to show yet."""
+    """A page that says why it cannot show anything yet."""
     back = BACK if is_one_of_many else ""
     return Page("Costs of runs", [back, "<h1>Nothing to show</h1>", f"<p>{escape(sentence)}</p>"])
 
 
 def tag_of(shown: Page) -> str:
-    """Changes with the content of a page."""
+    """A fingerprint of a page's content."""
     return '"' + hashlib.sha256("\n".join(shown.body).encode()).hexdigest()[:20] + '"'
 
 

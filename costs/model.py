@@ -1,4 +1,4 @@
-"""Declares the values that a report adds to those of the ledger: outside time, storage, and origins of figures."""
+"""Declares the values that a report adds to the ledger's values: outside time, storage, and origins of figures."""
 
 from dataclasses import dataclass, field
 
@@ -10,10 +10,10 @@ from core.run.model import Segment
 
 @dataclass(frozen=True)
 class OutsideTime:
-    """Time of a machine in which no segment ran. `segment` is one that ran on this machine before or after, if any.
+    """Time of a machine in which no segment ran.
 
-    `more_seconds` may come on top, because no source knows the moment at which the cloud's bill begins or ends. Of
-    `free` time the cloud's bill is zero.
+    `segment` is a segment that ran on this machine before or after that time, if there is one. `more_seconds` may have
+    to be added, because no source knows when the cloud's bill begins or ends. `free` time costs nothing.
     """
 
     phase: str
@@ -26,7 +26,7 @@ class OutsideTime:
 
     @property
     def price(self) -> Price | None:
-        """The ledger's price of this machine, else the launcher's."""
+        """The price of this machine: from the ledger if it has one, else from the launcher's record."""
         return (self.segment and self.segment.price) or self.record.price
 
     @property
@@ -36,9 +36,9 @@ class OutsideTime:
 
 @dataclass(frozen=True)
 class Charge:
-    """Dollars of a run that no machine's hour holds, spread over [start, end] (unix seconds).
+    """Dollars of a run other than for machine hours, spread over [start, end] (unix seconds).
 
-    `segment` is None for what no segment caused.
+    `segment` is None if no segment caused the charge.
     """
 
     phase: str
@@ -69,13 +69,17 @@ class StorageUse:
     bytes: int
     checkpoint_bytes: int
     rates: StorageRates | None = None
-    data_bytes: int | None = None  # of the token set that the run reads, which other runs may read too
-    unfinished_uploads: int = 0  # multipart uploads, running or cut off: billed, but not in a listing
+    data_bytes: int | None = None  # bytes of the run's token set, which other runs may read too
+    # Bytes of running or interrupted multipart uploads. The store bills them, but a listing does not show them.
+    unfinished_uploads: int = 0
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Time of one machine in which one phase took most of it. `lane` counts machines that were up at the same time."""
+    """A stretch of one machine's time in which one phase took most of the time.
+
+    Machines that were up at the same time have different numbers as their `lane`.
+    """
 
     lane: int
     segment: str
@@ -97,9 +101,9 @@ class Origin:
 class Outside:
     """Everything that other sources add to a run, with the origin of each figure and notes for the reader.
 
-    `missing` names the sources that apply to the run and gave no answer. `more_seconds` are, by segment number, the
-    seconds that may come on top of its ledger, and `neighbours` the segments of other runs on the run's machines. If no
-    source was asked, `is_asked` is false. `factor` multiplies all dollars: tax and discounts.
+    `missing` names the sources that apply to the run and gave no answer. `more_seconds` holds, by segment number, the
+    seconds that may have to be added to the ledger's. `neighbours` are segments of other runs on the run's machines. If
+    no source was asked, `is_asked` is false. `factor`, for tax and discounts, multiplies all dollars.
     """
 
     times: list[OutsideTime] = field(default_factory=list)
@@ -109,8 +113,9 @@ class Outside:
     neighbours: list[Segment] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     is_asked: bool = False
-    ledger_usd: float | None = None  # of the run, before prices paid replaced those of its ledger
+    # Dollars of the run at the ledger's prices, before these were replaced by the prices paid.
+    ledger_usd: float | None = None
     storage: StorageUse | None = None
-    budget: Budget | None = None  # in force, of a run that `make run` launched
+    budget: Budget | None = None  # the run's newest budget, if `make run` launched the run
     origins: list[Origin] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

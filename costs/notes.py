@@ -1,4 +1,4 @@
-"""Writes the sentences of a report that its tables cannot hold, from a run alone."""
+"""Writes sentences on a run that the tables of a report cannot hold."""
 
 import itertools
 
@@ -7,17 +7,17 @@ from core.run import timeline
 from core.run.model import Run
 from costs.sharing import machine_of
 
-# Clocks of machines differ by up to this much, so that a shorter overlap proves nothing.
+# The clocks of machines may differ by this many seconds, so a shorter overlap proves nothing.
 CLOCKS_AGREE_SECONDS = 2.0
 
 
 def notes_on_money(run: Run) -> list[str]:
-    """Prices that are unknown, and caps that were reached: a report begins with them."""
+    """The notes at the top of a report: unknown prices, and caps that were reached."""
     return [*_price_notes(run), *_cap_notes(run), *_forecast_notes(run)]
 
 
 def some(names: list[str]) -> str:
-    """The names, separated by commas. Of a long list only the first eight, and the number of the others."""
+    """The names, separated by commas. A long list is cut after eight names and ends with the number of the others."""
     return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])} and {len(names) - 8} more"
 
 
@@ -32,7 +32,7 @@ def _price_notes(run: Run) -> list[str]:
 
 
 def _cap_notes(run: Run) -> list[str]:
-    """For each segment that its cap stopped, the cap and how to continue."""
+    """A sentence for each segment that its cap stopped: the cap, and how to continue."""
     return [
         f"segment {segment.number} stopped at the cap of ${_dollars(mark.get('limit_usd'))} with "
         f"${_dollars(mark.get('spent_usd'))} spent; to continue, start the run again with a higher MAX_USD"
@@ -43,7 +43,11 @@ def _cap_notes(run: Run) -> list[str]:
 
 
 def _forecast_notes(run: Run) -> list[str]:
-    """What the run expects of itself; after its end, the forecast at half of the steps and what came."""
+    """A note with a forecast of the run.
+
+    If the run has finished, this is the forecast that was made nearest to half of its steps, together with the outcome.
+    Otherwise it is the newest forecast.
+    """
     points = [point for point in run.points("forecast") if point.values["val_loss"] is not None]
     if not points:
         return []
@@ -67,7 +71,7 @@ def _dollars(value: object) -> str:
 
 
 def notes_on_time(run: Run) -> list[str]:
-    """Clocks, overlaps and machines without a heartbeat."""
+    """Sentences on clocks, overlaps and machines without a heartbeat."""
     notes = []
     for segment in run.segments:
         jumps = [mark for mark in segment.marks if mark["name"] == "clock_jump"]

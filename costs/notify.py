@@ -1,7 +1,7 @@
 """Sends messages about runs to NOTIFY_URLS, addresses of apprise: mail, ntfy, Slack, plain JSON to a web server.
 
-`cost_report.py --watch` and `--serve` look at runs again and again, and tell what has changed between two looks. What
-was so at the first look is not told.
+`cost_report.py --watch` and `--serve` look at runs periodically and send the changes between two looks. The first look
+only records the state, and nothing is sent.
 """
 
 import logging
@@ -27,9 +27,10 @@ Look = Callable[[], list[CostReport]]
 
 
 def sender(environment: Mapping[str, str] = os.environ) -> Send | None:
-    """Sends to the addresses in NOTIFY_URLS, which spaces or commas separate; None without any.
+    """A function that sends messages to the addresses in NOTIFY_URLS, which are separated by spaces or commas.
 
-    Raises ConfigError for an address that apprise does not know, and if apprise is not installed.
+    None if there are no addresses. Raises ConfigError for an address that apprise does not know, and if apprise is not
+    installed.
     """
     urls = environment.get("NOTIFY_URLS", "").replace(",", " ").split()
     if not urls:
@@ -51,7 +52,7 @@ def sender(environment: Mapping[str, str] = os.environ) -> Send | None:
         try:
             if not service.notify(title=title, body=text):
                 log.warning("notification not delivered: %s", title)
-        except Exception as error:  # a service that is away must not end what watches a run
+        except Exception as error:  # a failing service must not end the program that watches a run
             log.warning("notification not delivered: %s (%s)", title, secrets.scrub(one_line(error)))
 
     return send
@@ -59,7 +60,7 @@ def sender(environment: Mapping[str, str] = os.environ) -> Send | None:
 
 @dataclass
 class Watched:
-    """Tells what has changed of each run since the look before. Without a `send`, does nothing."""
+    """Sends the changes of each run since the previous look. Does nothing if `send` is None."""
 
     send: Send | None
     silent_minutes: float = SILENT_MINUTES
@@ -68,7 +69,7 @@ class Watched:
 
     @classmethod
     def by_environment(cls, environment: Mapping[str, str] = os.environ) -> "Watched":
-        """Raises ConfigError."""
+        """Makes a Watched from the environment's variables. Raises ConfigError."""
         return cls(sender(environment), positive(environment, "NOTIFY_SILENT_MINUTES") or SILENT_MINUTES)
 
     def look(self, report: CostReport, now: float) -> None:
@@ -91,7 +92,7 @@ class Watched:
 
 
 def changes(before: CostReport, after: CostReport) -> list[str]:
-    """What happened between two reports on a run, in order."""
+    """A text for each change between two reports on a run, in order."""
     found = []
     ends = {line.name: line.end for line in before.segments}
     for line in after.segments:
@@ -114,7 +115,7 @@ def changes(before: CostReport, after: CostReport) -> list[str]:
 
 
 def _share(report: CostReport, newest: CostReport) -> float:
-    """The part of the newest cap that a report's dollars are; 0 if one of them is unknown."""
+    """A report's dollars as a share of the newest cap. 0 if the dollars or the cap are unknown."""
     cap = newest.about.cap_usd
     return (report.total.usd or 0.0) / cap if cap else 0.0
 
@@ -124,7 +125,7 @@ def _spent(report: CostReport) -> str:
 
 
 def _silent_seconds(report: CostReport, now: float) -> float:
-    """Seconds since the last heartbeat of a run that is to go on."""
+    """Seconds since the last heartbeat of a run that should continue."""
     over = report.state in FINAL or report.about.ended_at is None
     return 0.0 if over else now - report.about.ended_at
 
@@ -132,7 +133,10 @@ def _silent_seconds(report: CostReport, now: float) -> float:
 def keep_looking(
     watched: Watched, reports: Callable[[], list[CostReport]], every: float, ended: threading.Event
 ) -> None:
-    """Look at all runs every `every` seconds until `ended`, in a thread. A store that is away is asked again."""
+    """Look at all runs every `every` seconds in a thread, until `ended`.
+
+    If the store does not answer, the thread tries again at the next look.
+    """
 
     def work() -> None:
         while not ended.wait(max(every, SMALLEST_LOOK_SECONDS)):

@@ -16,7 +16,7 @@ from costs.report import CostReport
 from costs.tables import Sheet, sheets
 from costs.top import top
 
-# No script runs, of whatever origin, and nothing is loaded: a mistake in escaping stays text.
+# No script of any origin runs, and the page loads no other files. So text that was escaped wrongly does no harm.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 STYLE = Path(__file__).with_name("page.css")
 
@@ -72,7 +72,7 @@ def footer(now: float, more: str = "") -> str:
 
 
 def document(title: str, body: Sequence[str], policy: str = POLICY, root: str = "", after: str = "") -> str:
-    """A whole page. `policy` says what it may run and load, `root` are attributes of <html>, `after` follows `body`."""
+    """A page. `policy` is its content security policy, `root` holds attributes of <html>, `after` follows `body`."""
     return (
         f'<!doctype html>\n<html lang="en" {root}><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -144,12 +144,16 @@ def section(title: str, content: str, css: str = "") -> str:
 
 
 def table(sheet: Sheet, runs: Sequence[str] = ()) -> str:
-    """The table of a sheet. With `runs`, a URL per row, its first cells link to the runs' pages and choose runs."""
+    """The table of a sheet. If `runs` is given, it holds a URL per row.
+
+    The first cell of a row then links to the page of its run, and has a box that chooses the run.
+    """
 
     def cells(tag: str, row: Sequence[str], run: str = "") -> str:
         found = []
         for column, text in enumerate(row):
             inside = _linked(text, run) if run and not column else escape(text)
+            inside = inside.replace(" to ", " to <wbr>")  # where a range may be broken on a phone
             css = "wrap" if column < sheet.words else "n"
             spare = " spare" if sheet.heads[column] in sheet.spare else ""
             found.append(f'<{tag} class="{css}{spare}">{inside}</{tag}>')

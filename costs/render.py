@@ -32,7 +32,7 @@ def render(report: CostReport, width: int | None = None) -> RenderableType:
 
 
 def terminal_table(sheet: Sheet, width: int | None = None) -> Table:
-    """The table of a sheet. If it is wider than `width`, it lacks the sheet's spare columns."""
+    """The table of a sheet. If the table is wider than `width`, the sheet's spare columns are left out."""
     sheet = _narrowed(sheet, width) if width else sheet
     found = Table(
         box=SIMPLE_HEAD, title=sheet.title, title_justify="left", title_style="bold",
@@ -48,7 +48,7 @@ def terminal_table(sheet: Sheet, width: int | None = None) -> Table:
 
 
 def _narrowed(sheet: Sheet, width: int) -> Sheet:
-    """The sheet without the spare columns that do not fit, and with a title that names them."""
+    """The sheet without the spare columns that do not fit. The sheet's title names the missing columns."""
     left_out = []
     for head in sheet.spare:
         if _least_width(sheet) <= width or head not in sheet.heads:
@@ -72,7 +72,10 @@ def _without(row: Sequence[str], at: int) -> list[str]:
 
 
 def _least_width(sheet: Sheet) -> int:
-    """The width at which no word and no number is broken: three columns more for each column of the table."""
+    """The width at which no word and no number is broken.
+
+    Each column of the table takes three characters more than its text.
+    """
     rows = [row for row in (sheet.heads, *sheet.rows, sheet.foot) if row]
     total = 1
     for column in range(len(sheet.heads)):
@@ -119,7 +122,7 @@ VERSION = 2
 def document(report: CostReport) -> dict[str, Any]:
     """A report as nested plain values. Unknown figures are None; dollars are rounded as printed."""
     plain = asdict(report)
-    del plain["curves"], plain["charges"]  # points of charts, and the rows of --csv
+    del plain["curves"], plain["charges"]  # the points of charts and the rows of --csv are left out
     return {"format": FORMAT, "version": VERSION, "currency": "USD"} | plain
 
 
@@ -130,7 +133,10 @@ def as_json(reports: Sequence[CostReport]) -> str:
 
 
 def as_csv(reports: Sequence[CostReport]) -> str:
-    """One row per charge of all runs, not rounded (costs.focus). An unknown cost is `?`, not zero."""
+    """One row for each charge of all runs, not rounded (costs.focus).
+
+    An unknown cost is printed as `?`, not as zero.
+    """
     table = [row for report in reports for row in charges(report)]
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in table for key in row))
@@ -145,5 +151,5 @@ def _field(column: str, value: Any) -> Any:
     if value is None:
         return "?" if "Cost" in column else ""
     if isinstance(value, str) and value.startswith(FORMULA):
-        return f"'{value}"  # a spreadsheet takes it for a text, not for a formula that it runs
+        return f"'{value}"  # a spreadsheet then reads a text and does not run a formula
     return value

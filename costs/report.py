@@ -24,18 +24,18 @@ from costs.units import Curves, Units, curves, units
 from costs.uptime import unheard
 
 RUNNING = "running"
-ENDINGS = {"cap": "stopped by its cap", "storage": "stopped: its store was away"}
-# A managed job does not start again after these.
+ENDINGS = {"cap": "stopped by its cap", "storage": "stopped: its store failed"}
+# A managed job does not restart after these reasons.
 FINAL = ("finished", "failed", "interrupted", *ENDINGS.values())
 GROUPS = ("stage", "day", "cloud", "region", "zone", "instance", "market")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table. `usd` is None if no part of it has a price; `complete` is false if some part has none.
+    """One row of a table. `usd` is None if no part of the row has a price; `complete` is false if a part has no price.
 
-    `share` is the row's share of the dollars or, if a part of the report has no price, of the time. `usd_most` is above
-    `usd` where no source knows when a machine's bill began or ended: the dollars are in between.
+    `share` is the row's share of the dollars or, if a part of the report has no price, of the time. If no source knows
+    when a machine's bill began or ended, the dollars lie between `usd` and `usd_most`.
     """
 
     name: str
@@ -48,7 +48,10 @@ class Line:
 
 @dataclass(frozen=True)
 class SegmentLine(Line):
-    """One segment, on one machine. `end` says how it ended; after a kill, `ended_at` is the last heartbeat."""
+    """One segment, on one machine. `end` says how the segment ended.
+
+    After a kill, `ended_at` is the time of the last heartbeat.
+    """
 
     started_at: float | None = None
     ended_at: float | None = None
@@ -66,9 +69,9 @@ class SegmentLine(Line):
 class CostReport:
     """The content of a report for all renderers. Tables add up when rounded to `places` digits.
 
-    `total` is the bill as known: the ledger's dollars, `ledger_usd`, with the prices paid and with all that other
-    sources add. It is complete if every second has a price and each source that applies has answered; `missing` names
-    the others.
+    `total` is the bill as known. It starts from the ledger's dollars, `ledger_usd`, applies the prices paid, and adds
+    the amounts from other sources. It is complete if every second has a price and each applicable source has answered.
+    `missing` names the sources that have not answered.
     """
 
     run: str
@@ -91,27 +94,32 @@ class CostReport:
     foreseen: Foreseen | None = None
     forecast: list[Comparison] = field(default_factory=list)
     about: About = About()
-    charges: list[Cell] = field(default_factory=list)  # of which the lines of all tables are sums
+    charges: list[Cell] = field(default_factory=list)  # the lines of all tables are sums of these cells
 
     @property
     def has_prices(self) -> bool:
-        """Whether every second has a price, so that shares are those of dollars."""
+        """Whether every second has a price. If so, shares are shares of the dollars.
+
+        Otherwise they are shares of the time.
+        """
         return all(line.complete for line in self.phases)
 
 
-# Dollars per hour on demand, by cloud, region and instance type; None if unknown.
+# A function that returns dollars per hour on demand, by cloud, region and instance type. It returns None if the price
+# is unknown.
 OnDemand = Callable[[str, str, str], float | None]
 
 
 def _in_order(cell: Cell) -> tuple[str, int, str, str]:
-    """By day, segment number and phase, so that a run has one order, whether or not a cache was read."""
+    """The sort key: day, segment number and phase. The order of cells is then the same with and without a cache."""
     return (cell.day, len(cell.segment), cell.segment, cell.phase)
 
 
 def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: Outside | None = None) -> CostReport:
-    """The report on a run at `now` (unix seconds), which decides whether its last machine is still running.
+    """The report on a run at `now` (unix seconds).
 
-    `outside` holds what other sources add to the ledger (costs.sources).
+    From `now` and the last heartbeat follows whether the last machine is still running. `outside` holds the amounts
+    from other sources than the ledger (costs.sources).
     """
     outside = outside or Outside()
     foreseen = read_forecast(run)
@@ -126,7 +134,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     summed = summed_up(parts)
     [total] = table(summed, None, ["total"], places)
     used = {cell.phase for cell in summed}
-    # These two lines are shown even at zero, because a reader looks for them.
+    # These two lines are shown even if they are zero, because a reader looks for them.
     always = {"train_lost", "not_attributed"} if "train_kept" in used else {"not_attributed"}
     order = [*(phase for phase in REPORT_PHASES if phase in used | always), *sorted(used - set(REPORT_PHASES))]
     phases = table(summed, "phase", order, places, total)
@@ -178,7 +186,10 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
 
 
 def _on_demand_usd(parts: list[Cell], on_demand: OnDemand) -> float | None:
-    """Dollars of the same hours on demand; None without spot machines, or if a price is unknown."""
+    """The dollars that the same hours would have cost on demand.
+
+    None if the run had no spot machines, or if a price is unknown.
+    """
     if not any(cell.market == "spot" for cell in parts):
         return None
     usd = 0.0
@@ -206,12 +217,14 @@ def _origins(run: Run) -> list[Origin]:
 def table(
     parts: Iterable[Cell], group: str | None, order: list[str], places: int, total: Line | None = None
 ) -> list[Line]:
-    """One Line per name in `order`: the sum of the cells whose field `group` has that name. The dollars are rounded so
-    that the lines add up to `total`. With `group=None`, one line for all cells."""
+    """One Line per name in `order`: the sum of the cells whose field `group` has that name.
+
+    The dollars are rounded so that the lines add up to `total`. If `group` is None, there is one line for all cells.
+    """
     cells_of = {name: [] for name in order}
     for cell in parts:
         cells_of[getattr(cell, group) if group else order[0]].append(cell)
-    # fsum, because the cache may change the order of the cells, which must not change a digit.
+    # fsum gives the same sum in any order: the cache may change the order of the cells.
     seconds = {name: math.fsum([cell.seconds for cell in own]) for name, own in cells_of.items()}
     usd = {name: math.fsum([cell.usd or 0.0 for cell in own]) for name, own in cells_of.items()}
     more = [math.fsum([cell.more_usd for cell in own]) for own in cells_of.values()]

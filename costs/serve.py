@@ -2,14 +2,16 @@
 
     python cost_report.py --serve [RUN_URL]        http://127.0.0.1:8321
 
-A page reads itself again every few seconds. Listens on loopback only, and answers only requests that name this
-computer, so that no site in a browser can read it under a name of its own. `ssh -L` brings it to other computers.
+A page reads itself again every few seconds. Listens on loopback only, and answers only requests that name this computer
+as host. So a web site whose domain name resolves to this computer cannot read the pages. `ssh -L` makes the pages
+available on another computer.
 """
 
 import argparse
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -31,9 +33,10 @@ MOST_COMPARED = 6
 
 
 class Reports:
-    """Reports on runs, each made anew once it is older than `every` seconds and asked for.
+    """Reports on runs. A requested report is made anew if it is older than `every` seconds.
 
-    `one` makes the report on a URL, `all_of_them` those on all runs of the bucket. Both may raise LauncherError.
+    `one` makes the report on the run at a URL, and `all_of_them` makes the reports on all runs of the bucket. Both may
+    raise LauncherError.
     """
 
     def __init__(self, one: Callable[[str], CostReport], all_of_them: Callable[[], list[CostReport]], every: float):
@@ -51,7 +54,7 @@ class Reports:
         return self._fresh(url, lambda: self._one(url))
 
     def knows(self, url: str) -> bool:
-        """Whether a run is one of the bucket's. Only such URLs are read: a request may name any."""
+        """Whether a run is in the bucket. A request may name any URL, but only URLs of the bucket's runs are read."""
         if url not in self._known:
             self.all()
         return url in self._known
@@ -94,13 +97,20 @@ def serve(options: argparse.Namespace, reports: Reports) -> None:
 
 
 def _watched(reports: Reports, run_url: str | None) -> list[CostReport]:
-    """The runs whose changes are sent to NOTIFY_URLS."""
+    """The reports on the runs whose changes are sent to NOTIFY_URLS."""
     return [reports.of(run_url)] if run_url else reports.all()
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print nothing for a browser that closed its connection before the answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def bound(port: int, answers: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
     try:
-        server = ThreadingHTTPServer((HOST, port), answers)
+        server = Server((HOST, port), answers)
     except (OSError, OverflowError) as error:
         why = one_line(error)
         raise ConfigError(f"--port {port}: cannot be listened on ({why}); name another, or 0 for a free one") from None
@@ -109,7 +119,7 @@ def bound(port: int, answers: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServ
 
 
 def handler(reports: Reports, run_url: str | None, every: float) -> type[BaseHTTPRequestHandler]:
-    """The answers to requests: `/` is the page of `run_url`, or the overview without one."""
+    """The answers to requests. `/` is the page of `run_url`. If no run is given, it is the overview."""
 
     def page_for(path: str, names: dict[str, list[str]]) -> live.Page | None:
         chosen = names.get("run", [])
@@ -134,9 +144,9 @@ def handler(reports: Reports, run_url: str | None, every: float) -> type[BaseHTT
                 found = page_for(asked.path, parse_qs(asked.query))
             except LauncherError as error:
                 found = live.of_problem(output.visible(secrets.scrub(str(error))), is_one_of_many=asked.path != "/")
-            except Exception as error:  # what others wrote into one run must not end the server
+            except Exception as error:  # a run that strangers have changed must not end the server
                 log.warning("%s: cannot be shown (%s)", asked.path, one_line(error))
-                found = live.of_problem("this run cannot be understood; the terminal of the server says why")
+                found = live.of_problem("this run cannot be understood; the server's terminal shows the reason")
             if found is None:
                 return self._send(404, b"no such page, or no run of this bucket\n")
             text = live.as_html(found, every, time.time()).encode()
@@ -158,6 +168,6 @@ def handler(reports: Reports, run_url: str | None, every: float) -> type[BaseHTT
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Nothing is logged: a page asks every few seconds."""
+            """Logs no requests, because a page sends one every few seconds."""
 
     return Answers

@@ -1,7 +1,7 @@
 """Divides the time of a machine among the segments that used it at the same time, so that it is billed once.
 
-Segments are on one machine if they name the same host of the same cluster. Each of n segments pays for a n-th of the
-time that they have in common, at its own price.
+Segments are on one machine if they name the same host of the same cluster. While n segments share a machine, each pays
+for one n-th of the time, at its own price.
 """
 
 from bisect import bisect_left, bisect_right
@@ -15,7 +15,7 @@ Machine = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Shares:
-    """The share that a segment pays of each interval of its time: `shares[i]` from `edges[i]` to `edges[i + 1]`."""
+    """The share of its time that a segment pays. The share is `shares[i]` from `edges[i]` to `edges[i + 1]`."""
 
     edges: Sequence[float]
     shares: Sequence[float]
@@ -32,23 +32,20 @@ class Shares:
         return paid / (end - start)
 
     def applied(self, span: Span) -> Span:
-        """The span with the seconds that the segment pays."""
+        """A copy of the span. It holds only the seconds that the segment pays for."""
         share = self.of(span.start, span.end)
         return replace(span, phases={phase: seconds * share for phase, seconds in span.phases.items()})
 
 
 def machine_of(segment: Segment) -> Machine | None:
-    """What identifies the machine of a segment; None if its ledger names no host."""
+    """A key of the segment's machine, or None if the ledger names no host."""
     if not segment.machine.host or segment.started_at is None:
         return None
     return (segment.machine.host, segment.launcher.get("cluster"), segment.launcher.get("node_ips"))
 
 
 def shares_of(run: Run, others: Iterable[Segment] = ()) -> dict[int, Shares]:
-    """The shares of the segments of a run that had company on their machine, by number.
-
-    `others` are segments of other runs.
-    """
+    """The shares of the segments that shared a machine, by number. `others` are segments of other runs."""
     users: dict[Machine, list[tuple[Segment, bool]]] = {}
     for mine, segments in ((True, run.segments), (False, others)):
         for segment in segments:

@@ -28,13 +28,13 @@ log = logging.getLogger("costs")
 
 
 def show(options: argparse.Namespace, form: str | None) -> None:
-    """Print or store what `options` ask for. `form` is json, csv, markdown, or None for tables on a terminal.
+    """Print or store the output for `options`. `form` is json, csv, markdown, or None for tables on a terminal.
 
     Raises LauncherError if there is nothing to report.
     """
     html = urls.local_path(options.html, "--html") if options.html else None
     if options.serve:
-        from costs import serve  # not at the top: only --serve answers requests
+        from costs import serve  # imported here, because only --serve answers requests
 
         return serve.serve(options, live_reports(options, options.every))
     if options.compare:
@@ -48,7 +48,7 @@ def show(options: argparse.Namespace, form: str | None) -> None:
         return _watch(options)
     report = _report(options.run_url, options)
     if html:
-        from costs import page  # not at the top: only --html draws charts
+        from costs import page  # imported here, because only --html draws charts
 
         _write(html, page.as_html(report, time.time()))
     if form == "markdown":
@@ -61,15 +61,16 @@ def show(options: argparse.Namespace, form: str | None) -> None:
 
 
 def live_reports(options: argparse.Namespace, every: float):
-    """The costs.serve.Reports for `options`, which are never older than `every` seconds."""
-    from costs import serve  # not at the top: only --serve answers requests
+    """The costs.serve.Reports for `options`. A report is never older than `every` seconds."""
+    from costs import serve  # imported here, because only --serve answers requests
 
     return serve.Reports(lambda url: _report(url, options), lambda: _all_reports(options), every)
 
 
 def _report(run_url: str, options: argparse.Namespace) -> CostReport:
-    """The report on one run, with what other sources know unless --offline is given."""
-    # A ledger makes many small objects and no cycles: to look for some takes a sixth of the time.
+    """The report on one run, with amounts from other sources unless --offline is given."""
+    # Reading a ledger creates many small objects and no cycles, and the search for cycles would take a sixth of the
+    # time.
     gc.disable()
     try:
         run = read_run(run_url, cache_file=None if options.no_cache else cache.path_for(run_url))
@@ -92,7 +93,7 @@ def _all_reports(options: argparse.Namespace) -> list[CostReport]:
         except LauncherError as error:
             log.warning("left out of the report: %s", error)
             continue
-        except Exception as error:  # what others wrote into one run must not hide the others
+        except Exception as error:  # a run that strangers have changed must not hide the other runs
             log.warning("left out: %s: cannot be understood (%s)", url, one_line(error))
             continue
         if tables.last_seen(report) >= since and (not options.tag or options.tag in report.tags):
@@ -109,7 +110,7 @@ def _print_all(reports: list[CostReport], form: str | None, html: Path | None, i
     else:
         sheets = [compare.overview(reports), compare.overview_groups(reports)]
     if html:
-        from costs import page  # not at the top: only --html draws pages
+        from costs import page  # imported here, because only --html draws pages
 
         of_several = page.comparison_as_html if is_comparison else page.overview_as_html
         _write(html, of_several(reports, time.time()))
@@ -134,9 +135,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _watch(options: argparse.Namespace) -> None:
-    """Show the report again every few seconds until the run has ended, and before it has begun.
+    """Show the report every few seconds until the run has ended. The run may begin later.
 
-    A run that a managed job works on comes back after a preemption. Raises ConfigError without a terminal.
+    After a preemption, a managed job continues the run, so the reports go on too. Raises ConfigError without a
+    terminal.
     """
     console = render.console()
     if not console.is_terminal:

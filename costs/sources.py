@@ -1,4 +1,4 @@
-"""Asks other sources than the ledger: SkyPilot and the clouds, for machines, prices, bills and unfinished uploads.
+"""Asks SkyPilot and the clouds for machines, prices, bills and unfinished uploads, in addition to the ledger.
 
 None of these sources is required. The report names the origin of each figure, or the reason why a source gave no
 answer.
@@ -37,9 +37,10 @@ def ask_others(
     jobs: Callable[[], list[Mapping[str, Any]]] = sky_records.job_queue,
     clouds: Mapping[str, Cloud] = CLOUDS,
 ) -> Outside:
-    """Ask other sources about `run`. With `offline`, only the store is asked.
+    """Ask other sources about `run`. If `offline` is true, only the store is asked.
 
-    Changes `run`: expected spot prices are replaced by the prices paid, if the cloud has a history of spot prices.
+    This function changes `run`: if the cloud has a history of spot prices, the prices paid replace the expected spot
+    prices.
     """
     outside = Outside(is_asked=True, ledger_usd=run.usd, factor=positive(environment, "COST_FACTOR") or 1.0)
     if outside.factor != 1.0:
@@ -65,13 +66,13 @@ def ask_others(
 
 
 def _budget(run: Run, outside: Outside) -> Budget | None:
-    """The budget in force, if `make run` launched the run."""
+    """The newest budget, if `make run` launched the run."""
     if not any(each.uri.startswith(f"{run.folder.budget}/") for each in run.objects):
         return None
     try:
         return budget.newest(run.folder)
     except DataError as error:
-        outside.notes.append(f"what the run may cost is not known: {error}")
+        outside.notes.append(f"the budget of the run is not known: {error}")
         return None
 
 
@@ -80,7 +81,7 @@ def _refuse(reason: str) -> list[MachineRecord]:
 
 
 def _missing(outside: Outside, figure: str, reason: object) -> None:
-    """A source that applies to the run, but has not answered. A second sentence about it is left out."""
+    """Note that a source applies to the run but has not answered. Each source is noted once."""
     if f"{figure}: {reason}" in outside.missing:
         return
     outside.origins.append(Origin(figure, f"? ({reason})"))
@@ -161,7 +162,8 @@ def _with_cloud_times(records: list[MachineRecord], now: float, clouds: Mapping[
 def _paid_spot_prices(run: Run, outside: Outside, clouds: Mapping[str, Cloud]) -> None:
     """Replace the expected price of spot machines by the price in the cloud's history.
 
-    Asks once per cloud, zone and type. Stops at the first refusal, because the reason applies to the others too.
+    Asks once per cloud, zone and type. Stops at the first refusal, because the reason of the refusal applies to the
+    other machines too.
     """
     groups: dict[tuple[str | None, ...], list[Segment]] = {}
     surprises: dict[tuple[str, str, str], list[str]] = {}

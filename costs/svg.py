@@ -10,10 +10,10 @@ from html import escape
 
 Points = Sequence[tuple[float, float | None]]
 HOVER_COLUMNS, TAB_STOPS = 40, 8
-CHARACTER = 7.2  # pixels of a wide one, for the boxes of hints
+CHARACTER = 7.2  # width in pixels of a wide chart, for the boxes of hints
 MOST_TIMES = 10
 EDGE = 14  # pixels beside a chart that half a label may need
-PIXELS_PER_TIME, PIXELS_PER_VALUE, PIXELS_PER_LINE = 56, 60, 40  # that a label needs, with the space around it
+PIXELS_PER_TIME, PIXELS_PER_VALUE, PIXELS_PER_LINE = 56, 60, 40  # pixels that a label needs, with the space around it
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def nice_ticks(low: float, high: float, most: int) -> tuple[float, ...]:
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         if last - first < most:
             return tuple(round(index * step, 12) for index in range(first, last + 1))
-    return (low,)  # a span that is too small for a float
+    return (low,)  # the span is too small for a float
 
 
 def time_axis(low: float, high: float, start: float, end: float) -> Axis:
@@ -69,7 +69,7 @@ def chart(width: int, height: int, body: Sequence[str], label: str, kind: str) -
 
 
 def frame(x: Axis, y: Axis, *, labels: bool = True) -> list[str]:
-    """Horizontal grid lines with their values, and the labels of the x axis."""
+    """Draws horizontal grid lines with their values, and the labels of the x axis."""
     parts = []
     for tick in y.ticks:
         parts.append(f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{y(tick)}" y2="{y(tick)}"/>')
@@ -80,7 +80,10 @@ def frame(x: Axis, y: Axis, *, labels: bool = True) -> list[str]:
 
 
 def x_labels(x: Axis, bottom: float) -> list[str]:
-    """The labels of a horizontal axis. One that would leave the chart ends at its right edge."""
+    """The labels of a horizontal axis.
+
+    A label that would extend beyond the chart is moved, so that it ends at the right edge.
+    """
     parts = []
     for tick in x.ticks:
         anchor = "end" if x.end - x(tick) < EDGE else "start" if x(tick) - x.start < 1 and x.start < EDGE else "middle"
@@ -127,7 +130,7 @@ def horizontal(start: float, end: float, y: float, css: str, hint: str) -> str:
 
 
 def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]) -> list[str]:
-    """Columns that show a text at the pointer, where a finger taps, and by the tab key, without a script."""
+    """Invisible columns that show a text at the mouse pointer, at a tap, and on the tab key, without a script."""
     stride = max(1, len(hints) // HOVER_COLUMNS)
     shown = hints[::stride]
     edges = [x(at) for at, _ in shown]
@@ -135,7 +138,7 @@ def hover(x: Axis, top: float, bottom: float, hints: Sequence[tuple[float, str]]
     for index, (_, hint) in enumerate(shown):
         left = (edges[index - 1] + edges[index]) / 2 if index else edges[index]
         right = (edges[index] + edges[index + 1]) / 2 if index + 1 < len(edges) else x.end
-        # The tab key stops at some of the columns only, so that it is not a long way to what follows the chart.
+        # The tab key stops only at some of the columns, so that a user soon gets past the chart.
         stop = 0 if index % max(1, len(shown) // TAB_STOPS) == 0 else -1
         column = (
             f'<rect class="hover" x="{left:.2f}" y="{top}" width="{max(0.0, right - left):.2f}" '

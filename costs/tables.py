@@ -19,9 +19,9 @@ SEGMENTS_SHOWN = 40
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table. Its first `words` columns are text, the others numbers; `foot` is an emphasized last row.
+    """A table. Its first `words` columns hold text, and the other columns hold numbers.
 
-    A narrow terminal leaves out the columns of `spare`, the first one first.
+    `foot` is an emphasized last row. On a narrow terminal, columns of `spare` are left out in the order of the list.
     """
 
     title: str
@@ -38,7 +38,7 @@ def sheets(report: CostReport) -> dict[str, Sheet]:
     groups = [
         [group if not index else "", line.name, *_figures(report, line)]
         for group, lines in report.by.items()
-        if len(lines) > 1  # a group with one line equals the total
+        if len(lines) > 1  # a group with a single line is left out, because it equals the total
         for index, line in enumerate(lines)
     ]
     found = {
@@ -66,7 +66,7 @@ def _phases(report: CostReport) -> Sheet:
 
 
 def _forecast(report: CostReport) -> Sheet:
-    """The forecast of the launch beside the dollars as known, by the same lines."""
+    """The forecast of the launch beside the dollars as known, line by line."""
 
     def row(name: str, foreseen: float | None, actual: float) -> list[str]:
         difference = f"{100 * (actual / foreseen - 1):+.0f} %" if foreseen else ""
@@ -131,7 +131,10 @@ def headline(report: CostReport) -> str:
 
 
 def sums(report: CostReport) -> str:
-    """Which sum the total is, the ledger's dollars, and what would complete the total or close its range."""
+    """Notes on the total.
+
+    They say which sum it is, give the ledger's dollars, and name the sources that have not answered.
+    """
     ledger = figures.dollars(report.ledger_usd, report.places)
     said = [f"${money(report, report.total)} is the bill {AS_KNOWN}; ${ledger} {BY_LEDGER}"]
     if report.total.usd_most is not None and report.total.usd_most > (report.total.usd or 0.0):
@@ -144,7 +147,7 @@ def sums(report: CostReport) -> str:
 
 
 def notes(report: CostReport) -> list[str]:
-    """The first NOTES_SHOWN notes; the JSON form contains all."""
+    """The first NOTES_SHOWN notes. The JSON form of the report contains all notes."""
     left = len(report.notes) - NOTES_SHOWN
     return report.notes[:NOTES_SHOWN] + ([f"{left} more notes: --json has all"] if left > 0 else [])
 
@@ -199,13 +202,13 @@ def unit_rows(report: CostReport, levels: bool = True) -> list[tuple[str, str]]:
 
 
 def hellaswag_rows(of: Units) -> list[tuple[str, str]]:
-    """HellaSwag's accuracies; empty if the run did not measure them."""
+    """HellaSwag's accuracies. The text is empty if the run did not measure them."""
     rows = (("HellaSwag, by character (acc_norm)", of.hellaswag_norm), ("HellaSwag, unnormalised (acc)", of.hellaswag))
     return [(name, _percent(value)) for name, value in rows if value is not None]
 
 
 def storage_rows(report: CostReport) -> list[tuple[str, str, str]]:
-    """Storage of the run's objects and of its token set per month from now on."""
+    """The monthly storage cost of the run's objects and of its token set from now on."""
     use = report.storage
     if use is None:
         return []

@@ -1,8 +1,8 @@
 """Estimates how fast a machine trains a model: from published MFU, or from a finished run of this project.
 
 tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.settings.model. The published runs are
-GPT-2-class models of 124M to 1.6B parameters on one node. The sources do not state the figures marked †: these are
-computed from the tokens/s or ms/step that they state.
+GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † are not stated in the sources. They were
+computed from the tokens/s or ms/step that the sources state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,9 +85,9 @@ class Measured:
 
 
 def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | None) -> Throughput | None:
-    """Throughput of `nodes` machines on a model of `flops` per token: measured, else published, else assumed for a CPU.
+    """Throughput of `nodes` machines on a model with `flops` per token.
 
-    None if none of these is known.
+    A measured figure comes first, then a published one. For a CPU, a figure is assumed. None if no figure is known.
     """
     gpus = offer.accelerators * nodes
     if measured and offer.instance_type == measured.instance_type:
@@ -115,7 +115,7 @@ def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | 
 
 
 def measure(run: Run) -> Measured | None:
-    """Throughput and overhead of the newest segment that trained; None if no segment did."""
+    """Throughput and overhead of the newest segment that trained, or None if no segment did."""
     for segment in reversed(run.segments):
         seconds, count = sum(segment.steps.train), len(segment.steps.number)
         tokens = _tokens_of(segment.records("train"))
@@ -138,6 +138,6 @@ def measure(run: Run) -> Measured | None:
 
 
 def _tokens_of(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """Tokens per step; None without metrics."""
+    """Tokens per step. None if there are no metrics."""
     known = [record for record in records if record["tokens"] and record["step"]]
     return known[-1]["tokens"] / known[-1]["step"] if known else None

@@ -1,4 +1,4 @@
-"""Renders the top of a run's page: what was trained, when, on what, and the dollars against cap and forecast."""
+"""Renders the top of a run's page: the model, dates and machines, and the dollars beside cap and forecast."""
 
 from collections.abc import Sequence
 from html import escape
@@ -28,18 +28,18 @@ def top(report: CostReport) -> str:
 
 
 def name_of(run_url: str) -> str:
-    """The last part of a run's URL, which a reader knows it by."""
+    """The last part of a run's URL, the name that a reader knows."""
     return run_url.rstrip("/").rpartition("/")[2] or run_url
 
 
 def state(report: CostReport) -> str:
-    """The state as a coloured word."""
+    """The state of a run as a coloured word."""
     css = "good" if report.state in GOOD else "bad"
     return f'<span class="state {css}">{escape(report.state)}</span>'
 
 
 def facts(report: CostReport) -> list[tuple[str, str]]:
-    """Name and value of each known fact on what was trained."""
+    """Name and value of each known fact about the training."""
     of = report.about
     known = [] if of.parameters is None else [f"{quantity(of.parameters)} parameters"]
     found = [
@@ -105,7 +105,7 @@ def _expected_loss(report: CostReport) -> str:
 
 
 def _money(report: CostReport) -> str:
-    """The card of the total, with bars of what the cap allows and what was forecast."""
+    """The card of the total, with bars for the cap and the forecast."""
     usd, cap = report.total.usd, report.about.cap_usd
     forecast = report.foreseen.usd if report.foreseen else report.about.forecast_usd
     lines, bar = ["total"], ""

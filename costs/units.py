@@ -38,7 +38,7 @@ class Level:
 class Units:
     """Unit costs and other figures of a run. None means unknown.
 
-    Dollars are not rounded. Those of the whole run are the least: of the known dollars, without `usd_most`.
+    Dollars are not rounded. For the dollars of the whole run, the lower bound is used. These are the known dollars.
     """
 
     last_step: int | None
@@ -77,7 +77,7 @@ def units(
 ) -> Units:
     """Unit costs from `seconds` by phase, `usd` of the run (None: unknown) and `usd_on_demand` of the same hours.
 
-    `points` are those of the run (Run.points), by kind.
+    `points` holds the run's metrics (Run.points) by kind.
     """
     evals, hellaswag, train = points["eval"], points["hellaswag"], points["train"]
     tokens = newest(train, "tokens")
@@ -116,13 +116,13 @@ def units(
 
 
 def flops_per_token(config: Mapping[str, Any]) -> float | None:
-    """Forward and backward FLOPs per token of a run's model; None if this release cannot read the model's settings."""
+    """FLOPs per token of a run's model, forward and backward. None if this release cannot read the model's settings."""
     model = model_of(config)
     return None if model is None else architecture.flops_per_token(model)
 
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig | None:
-    """A run's model; None if it has none, or this release cannot read its settings."""
+    """A run's model. None if the run has no model, or if this release cannot read the model's settings."""
     try:
         return from_dict(ModelConfig, config["model"], "run.json")
     except (KeyError, TypeError, LauncherError):
@@ -130,7 +130,7 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig | None:
 
 
 def newest(points: Sequence[Point], name: str) -> float | None:
-    """Newest known value of a metric."""
+    """The newest known value of a metric."""
     return next((value for point in reversed(points) if (value := point.values[name]) is not None), None)
 
 
@@ -156,7 +156,7 @@ def _ratio(usd: float | None, amount: float | None, per: float = 1.0) -> float |
 
 
 def _gpu_hours(run: Run, attributed: Attributed, outside: Sequence[OutsideTime]) -> float | None:
-    """GPU-hours of segments and outside time; None if a segment has no GPUs."""
+    """GPU-hours of segments and outside time, or None if a segment has no GPUs."""
     if not run.segments or not all(segment.gpus for segment in run.segments):
         return None
     inside = math.fsum(
@@ -173,7 +173,7 @@ def _mean_mfu(run: Run) -> float | None:
 
 
 def _usd_per_restart(run: Run, attributed: Attributed, restarts: int) -> float | None:
-    """Mean dollars per restart: repeated steps, and preparation of the new machine."""
+    """Mean dollars per restart. They pay for repeated steps and for the preparation of the new machine."""
     if not restarts:
         return None
     usd = []
@@ -187,7 +187,10 @@ def _usd_per_restart(run: Run, attributed: Attributed, restarts: int) -> float |
 
 
 def _loss_after(evals: Sequence[Point], more_tokens: float | None) -> float | None:
-    """Estimated validation loss after more tokens: the last two evaluations, extrapolated linearly in log(tokens)."""
+    """Estimated validation loss after more tokens.
+
+    The last two evaluations are extrapolated linearly in log(tokens).
+    """
     if len(evals) < 2 or not more_tokens:
         return None
     before, now = (each.values for each in evals[-2:])

@@ -1,8 +1,9 @@
 """Finds outside time, the time of machines that no segment covers, by comparing records of machines with the ledger.
 
 The ledger begins when a process starts and ends with its last heartbeat. A launcher's record of the same machine also
-covers the time before, from the launch on (`provision`), and after, until the shutdown (`idle_until_down`). Several
-runs may use one machine: each has the time of its segments, and the run that asked for the machine has the rest.
+covers the time from the launch to the process (`provision`) and from the last heartbeat to the shutdown
+(`idle_until_down`). Several runs may use one machine. Each run pays for the time of its segments, and the run that
+requested the machine pays for the rest.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,11 @@ from core.run.model import Run, Segment
 from core.run.paid import Paid
 from costs.model import OutsideTime
 
-# A launcher polls: it notices up to this much later that a machine is gone. This delay is not billed.
+# A launcher asks for a machine's state from time to time, so it notices the end of the machine up to this many seconds
+# late. This delay is not billed.
 NOTICED_LATE_SECONDS = 120.0
-# From the last job's end to the machine's, beside the idle minutes of its autostop: 79 to 133 s with two idle minutes.
+# Seconds from the last job's end to the machine's end, without the idle minutes of the autostop. Measured: 79 to 133 s
+# with two idle minutes.
 AUTOSTOP_TAKES_SECONDS = 60.0
 FAILED_LAUNCH_BEFORE_SECONDS = 3600.0
 NAMED_BEFORE_SECONDS = 86400.0
@@ -26,8 +29,10 @@ NAMED_BEFORE_SECONDS = 86400.0
 
 @dataclass
 class Found:
-    """Outside time, the seconds that may come on top of segments and the records of their machines, by number, and
-    notes for the reader."""
+    """Outside time and notes for the reader.
+
+    It also holds two things by segment number: the seconds that may have to be added, and the machine's record.
+    """
 
     times: list[OutsideTime] = field(default_factory=list)
     more_seconds: dict[int, float] = field(default_factory=dict)
@@ -84,14 +89,14 @@ def outside_times(
 
 
 def unheard(run: Run, now: float) -> dict[int, float]:
-    """The seconds that killed programs may have run after their last heartbeats, by number of the segment."""
+    """By segment number, the seconds that a killed program may have run after its last heartbeat."""
     return {
         each.number: each.unheard_seconds for each in run.segments if each.unheard_seconds and not each.is_live(now)
     }
 
 
 def _ends(segments: Iterable[Segment], attempts: list[Paid]) -> dict[int, float | None]:
-    """When each segment's program ended, by number: after a kill, the node may have recorded it."""
+    """The end of each segment's program, by segment number. After a kill, it may come from the record of the node."""
     known = {}
     for segment in segments:
         own = [each.ended_at for each in attempts if each.ended_at is not None and each.is_in([segment])]
@@ -104,9 +109,9 @@ def _is_of(run: Run, record: MachineRecord, inside: list[Segment], company: list
     """Whether a record belongs to this run.
 
     The cluster of a managed job has a unique name. Any other name may also be used by other runs. A record with such a
-    name belongs to the run that launched it, if SkyPilot has kept its task, and to each run with a segment on it. If
-    neither is known, it belongs to a run if it ended shortly before the run's first sign of life, or lies between the
-    first and the last one.
+    name belongs to each run with a segment on the machine and, if SkyPilot has kept the task, to the run that launched
+    it. If neither is known, the record belongs to a run if it overlaps with the time from shortly before the run's
+    first sign of life until the last one.
     """
     for segment in run.segments:
         job, cluster = segment.launcher.get("managed_job_id"), segment.launcher.get("cluster")
@@ -122,8 +127,7 @@ def _is_of(run: Run, record: MachineRecord, inside: list[Segment], company: list
 
 
 def _is_unclaimed(run: Run, record: MachineRecord) -> bool:
-    """Whether a machine with a cluster's name of this run was up within a day before, and no run is known to have
-    asked for it."""
+    """Whether a machine of this run's clusters was up in the day before the run, and no known run requested it."""
     times = _times_on(run, record.cluster)
     if not times or record.run is not None or not record.was_up or record.end is None:
         return False
@@ -144,7 +148,7 @@ def _times_on(run: Run, cluster: str) -> list[tuple[float, float]]:
 
 
 def with_instances(records: Iterable[MachineRecord], instances: Iterable[Instance], now: float) -> list[MachineRecord]:
-    """Records with the times of the cloud's own instances, where the cloud still lists them."""
+    """The records with the times of the cloud's own instances, if the cloud still lists them."""
     listed = list(instances)
     refined = []
     for record in records:
@@ -179,14 +183,14 @@ def _around(
     ends: Mapping[int, float | None],
     now: float,
 ) -> None:
-    """Adds the outside time of one machine before, between and after its segments, if this run asked for it."""
+    """Adds the outside time of a machine before, between and after its segments, if this run requested it."""
     users = [(each, True) for each in inside] + [(each, False) for each in company]
     users.sort(key=lambda user: user[0].started_at)
     asked = users[0][1] if record.run is None else record.run == run.url
     if not asked:
         found.notes.append(
             f"{record.origin}: another run asked for {record.cluster}, on which segment "
-            f"{', '.join(str(each.number) for each in inside[:8])} ran; boot and idle time of that machine are its"
+            f"{', '.join(str(each.number) for each in inside[:8])} ran; that run pays for boot and idle time"
         )
         return
     if company:
@@ -194,7 +198,8 @@ def _around(
             f"{record.origin}: other runs used {record.cluster} too, and have the time of their own segments; the time "
             "that no run used is here, because this run asked for the machine"
         )
-    # Nodes that open a segment each have a time of their own. Nodes of a training run have one ledger together.
+    # If each node opens a segment, each node's time is counted separately. The nodes of a training run share one
+    # ledger.
     nodes: dict[str | None, list[tuple[Segment, bool]]] = {}
     for user in users:
         alone = record.nodes > 1 and user[0].machine.nodes == 1
@@ -222,7 +227,7 @@ def _between(
     own = [segment for segment, mine in users if mine]
     if not own:
         return
-    for segment in own:  # what follows its last heartbeat is the time of another segment, or idle time
+    for segment in own:  # the time after this segment's last heartbeat belongs to another segment, or is idle time
         found.more_seconds.pop(segment.number, None)
     cloud = cloud_named(own[0].machine.cloud or record.cloud)
     billing = cloud.billing if cloud else None
@@ -247,13 +252,13 @@ def _between(
 
 
 def _unheard(found: Found, record: MachineRecord, segment: Segment, ended: float) -> None:
-    """The time from the last heartbeat of a killed program to the end that its node recorded."""
+    """Adds the time from the last heartbeat of a killed program to the end that its node recorded."""
     if ended > segment.ended_at:
         found.times.append(OutsideTime("not_attributed", segment.ended_at, ended, record, segment))
 
 
 def _after(found: Found, record: MachineRecord, end: float, reached: float, segment: Segment, last: Segment) -> None:
-    """The time from the last program's end, at `reached`, to the machine's."""
+    """Adds the time from the end of the last program, at `reached`, to the end of the machine."""
     rest = end - reached
     if rest <= 0:
         return
@@ -284,7 +289,7 @@ def _after(found: Found, record: MachineRecord, end: float, reached: float, segm
 
 
 def _round_up(found: Found, record: MachineRecord, billing: Billing, segment: Segment) -> None:
-    """The seconds that a cloud bills beyond a machine's end."""
+    """Adds the seconds that a cloud bills beyond a machine's end."""
     end, unit = record.end, billing.unit_seconds
     length = end - record.start
     if record.exact:
@@ -303,7 +308,7 @@ def _without_record(
     ends: Mapping[int, float | None],
     now: float,
 ) -> None:
-    """Machines of which only the run's own folder knows."""
+    """Adds machines that only the run's own folder records."""
 
     def is_covered(at: float) -> bool:
         return any(record.start <= at <= (now if record.end is None else record.end) for record in used)

@@ -12,7 +12,7 @@ from core.run.segment import Opening, SegmentLog, open_segment
 def open_log(program: str, node_rank: int = 0, max_usd: float = 0.0, shutdown_seconds: float = 0.0) -> SegmentLog:
     """The SegmentLog of this node, with a cap if `max_usd` is not 0. It writes nothing unless RUN_URL is set.
 
-    Each node opens a segment at its share of the price, because nodes start and end independently. The phases are
+    Each node opens a segment with its share of the price, because nodes start and end independently. The phases are
     `init` (imports, the plan), `prep` (documents or tokens to shards) and `finalize`.
     """
     run_url = os.environ.get("RUN_URL")
@@ -33,7 +33,7 @@ def open_log(program: str, node_rank: int = 0, max_usd: float = 0.0, shutdown_se
 
 
 def check_cap(segment: SegmentLog, data_url: str, max_usd: float) -> None:
-    """Raises CapReached if the machine must end now for the cap to hold."""
+    """Raises CapReached if the machine must end now to stay below the cap."""
     if segment.cap and time.time() >= segment.cap.latest():
         raise CapReached(
             f"{data_url}: its preparation has cost nearly the ${max_usd:g} of max_usd; finished parts "

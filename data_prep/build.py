@@ -4,9 +4,9 @@ An interrupted preparation continues with the missing parts. The result does not
 number of workers and nodes.
 
 Each part of the source becomes complete shards (data_prep/part.py). Parts are therefore independent, each token is
-uploaded once and never read again, and the last step only merges records. In return, the last shard of each part is
-shorter than the others, which readers support. The alternative, a last step that packs all parts into equal shards,
-would have to download and upload 20 GB per ten billion tokens on one machine.
+uploaded once and never read again, and the last step only merges records. The price for this is that the last shard of
+each part is shorter than the others. Readers support such shards. Shards of equal size would need a last step that
+downloads and uploads 20 GB per ten billion tokens on one machine.
 """
 
 import logging
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 def prepare(
     config: PrepConfig, switch: Callable[[str], None] = lambda phase: None, check: Callable[[], None] = lambda: None
 ) -> Manifest | None:
-    """Prepares what is missing. Returns None if other nodes still work on their parts.
+    """Prepares the missing parts. Returns None if other nodes still work on their parts.
 
-    Calls `switch(phase)` at each change of phase, and `check` every now and then, which may raise to end it. Raises
-    ConfigError, DataError, StorageError.
+    Calls `switch(phase)` at each change of phase. Calls `check` periodically. `check` may raise an error to end the
+    preparation. Raises ConfigError, DataError, StorageError.
     """
     config, todo = plan.make(config)
     todo, complete = plan.claim(todo, config.data.url)
@@ -58,13 +58,16 @@ def prepare(
 
 
 def _encode(config: PrepConfig, todo: PrepPlan, check: Callable[[], None]) -> None:
-    """Prepares the missing parts of this node. Of a limited preparation also those that turn out to be needed."""
+    """Prepares the missing parts of this node.
+
+    A preparation with a limited number of tokens may turn out to need more parts. These are prepared too.
+    """
     job = workers.PrepJob(config, todo, store_vocabulary(config.tokenizer.vocab_url, config.data.url))
     wanted = limit.needed(todo, config.data.url, at_first=config.num_nodes > 1)
     _encode_parts(job, wanted, wanted[config.node_rank :: config.num_nodes], check)
     done = plan.done_parts(config.data.url)
     if not todo.settings.get(limit.LIMIT) or any(part.name not in done for part in wanted):
-        return  # the node that finishes last goes on
+        return  # only the node that finishes last goes on from here
     while more := limit.missing(todo, config.data.url):
         _encode_parts(job, limit.needed(todo, config.data.url), more, check)
 
@@ -87,7 +90,8 @@ def _encode_parts(job: workers.PrepJob, wanted: list[Part], mine: list[Part], ch
     if not left:
         return
     if config.filter.drop_duplicates:
-        # A node that has hashed its parts hashes the missing parts of the others, so that no node waits for another.
+        # A node that has hashed its parts also hashes the missing parts of other nodes, so that no node waits for
+        # another.
         for share in (mine, wanted):
             known = duplicates.hashed(todo, data_url)
             todo_now = [each for each in share if each.name not in known]

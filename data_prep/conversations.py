@@ -2,8 +2,8 @@
 
     figures = measure(rows, "conversations", encoding, length=1024)
 
-Rows become conversations and tokens as in training (core.data.sets, core.data.chat_template), so that the figures are
-those of what is trained on.
+Rows become conversations and tokens in the same way as in training (core.data.sets, core.data.chat_template), so the
+figures describe the training data.
 """
 
 from collections import Counter
@@ -21,16 +21,17 @@ from core.errors import DataError
 from core.output import visible
 
 LONGEST = 5  # rows that are named
-PROBLEMS = 3  # rows that are named as unusable
+PROBLEMS = 3  # number of unusable rows that are named
 SHOWN = 70  # characters of a question
 
 
 @dataclass
 class Figures:
-    """What `measure` found. A pair counts as one row, and as two texts: with the chosen and the rejected answer.
+    """The results of `measure`.
 
-    `tokens` and `loss_tokens` count what is left of the texts after `length` tokens. `lengths` are those of the whole
-    texts, by text. `turns` counts the rows by number of answers.
+    A pair counts as one row and as two texts: one with the chosen answer, one with the rejected answer. For `tokens`
+    and `loss_tokens`, each text is cut after `length` tokens. `lengths` holds the length of each text before the cut.
+    `turns` holds the number of rows for each number of answers.
     """
 
     length: int
@@ -46,11 +47,12 @@ class Figures:
     without_answer: int = 0
     same_rows: int = 0
     same_questions: int = 0
-    longest: list[tuple[int, int, str]] = field(default_factory=list)  # tokens, number of the row, question
+    # For each of the longest rows: tokens, number of the row, question.
+    longest: list[tuple[int, int, str]] = field(default_factory=list)
 
 
 def measure(rows: Iterable[Any], schema: str, encoding, length: int) -> Figures:
-    """The figures of rows of `schema`, "conversations" or "preferences", whose texts are cut after `length` tokens."""
+    """The figures of some rows. `schema` is "conversations" or "preferences". Texts are cut after `length` tokens."""
     found = Figures(length)
     questions: Counter[str] = Counter()
     wholes: Counter[str] = Counter()
@@ -124,7 +126,7 @@ def _overview(found: Figures, good: int, is_pairs: bool) -> Iterator[tuple[str, 
     mean = sum(ordered) / len(ordered)
     spread = f"mean {mean:,.0f}, median {median:,}, most {ordered[-1]:,}"
     yield "tokens", f"{sum(ordered):,} in {len(ordered):,} {kind}; {spread}"
-    cut = f"{found.too_long:,} rows; nothing of an answer remains in {found.without_answer:,} rows"
+    cut = f"{found.too_long:,} rows; no part of an answer remains in {found.without_answer:,} rows"
     yield f"longer than {found.length:,}", cut
     share = 100 * found.loss_tokens / found.tokens
     yield "tokens with loss", f"{found.loss_tokens:,} of {found.tokens:,} ({share:.1f} %), after the cut"

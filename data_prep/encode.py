@@ -1,10 +1,11 @@
-"""Encodes text as GPT-2 token ids, with gigatoken where it has a wheel, else with tiktoken, the reference.
+"""Encodes text as GPT-2 token ids. gigatoken does this where it has a wheel, else tiktoken, the reference.
 
 Both engines treat all characters of a document as ordinary text. "<|endoftext|>" in a document becomes the seven tokens
-of its spelling, never the token 50256, which only the shard writer adds.
+of its spelling, and never the token 50256. Only the shard writer adds that token.
 
 The input is an Arrow array, the output one flat array of ids. The fast path creates no Python strings. gigatoken gets
-one document per call: its batch calls are not faster for web pages, and need awkward, which takes 0.3 s to import.
+one document per call, because its batch calls are not faster for web pages and need the package awkward, which takes
+0.3 s to import.
 """
 
 import logging
@@ -22,13 +23,13 @@ from data_prep.sources.documents import buffers
 
 log = logging.getLogger(__name__)
 
-# gigatoken caches every distinct word: 20 MB of random words take 120 MB. If the process is larger than this, a new
-# tokenizer replaces the old one, which takes 0.05 s. A new tokenizer has an empty cache and is three times slower, so
-# the old one is kept for at least this much text.
+# gigatoken caches every distinct word: 20 MB of random words take 120 MB. If the process takes more memory than this, a
+# new tokenizer replaces the old one. The replacement takes 0.05 s. A new tokenizer has an empty cache and is three
+# times slower. So a tokenizer is kept for at least this much text.
 RENEW_RESIDENT_BYTES = 640 << 20
 RENEW_TEXT_BYTES = 64 << 20
 
-# The run-time check compares both engines at the start of each part, on this fraction of its source bytes, within
+# At the start of each part, a check compares both engines. It covers this fraction of the part's source bytes, within
 # these limits.
 CHECK_BYTES = 256 << 10
 CHECK_LEAST_BYTES = 64 << 10
@@ -76,7 +77,7 @@ class TiktokenEngine:
 
 
 class GigatokenEngine:
-    """gigatoken on one thread. Parts run in parallel in worker processes."""
+    """gigatoken on one thread. Worker processes encode several parts in parallel."""
 
     name = "gigatoken"
 
@@ -96,11 +97,11 @@ class GigatokenEngine:
         return flat
 
     def _fresh(self) -> None:
-        self._tokenizer = None  # free the old one first
+        self._tokenizer = None  # free the old tokenizer before the new one is made
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
             path.write_bytes(self._rank_file)
-            # No special tokens: "<|endoftext|>" in a document must stay text.
+            # No special tokens are given, because "<|endoftext|>" in a document must stay text.
             self._tokenizer = self._load(path, "gpt2", None)
         self._text_bytes = 0
 
@@ -113,7 +114,7 @@ class Check:
         self._left = 0
 
     def restart(self, part_bytes: int) -> None:
-        """Starts the check of a part of `part_bytes` source bytes."""
+        """Starts the check of a part that has `part_bytes` source bytes."""
         self._left = min(CHECK_BYTES, max(CHECK_LEAST_BYTES, int(part_bytes * CHECK_SHARE)))
 
     def compare(self, texts: pa.LargeStringArray, ids: np.ndarray, offsets: np.ndarray, where: str) -> None:
@@ -145,7 +146,7 @@ def _flat(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process in bytes; 0 on systems without /proc."""
+    """Resident memory of this process in bytes. It is 0 on systems without /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -5,7 +5,7 @@
 Reads from the Hub, a bucket or a disk: llm.c's .bin files (magic 20240520 version 1 with uint16, and 20240801 version 7
 with uint32), NumPy's .npy of any integer type, and plain uint16 .bin without a header. Checks every token. Writes
 shards, the vocabulary and, last, manifest.json. A record per shard lets an interrupted import continue. Refuses sources
-that would otherwise give wrong tokens silently: a file in both splits, ids wider than their type, unknown headers.
+that would silently give wrong tokens: a file in both splits, ids wider than their type, unknown headers.
 """
 
 from core import stop
@@ -46,7 +46,7 @@ from data_prep.sources.files import SourceFile
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".bin", ".npy")
-# karpathy/llm.c, dev/data/data_common.py: (magic, version) → token type.
+# The token type for each (magic, version), as in dev/data/data_common.py of karpathy/llm.c.
 LLMC_HEADERS = {(MAGIC, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 SAMPLE_BYTES = 64 << 10
 
@@ -111,7 +111,8 @@ def fetch(
 ) -> Manifest:
     """Imports the shards that are missing and writes the manifest. Raises ConfigError, DataError, StorageError.
 
-    Calls `enter` at the start of each phase of the ledger, and `check`, which may raise, after each shard.
+    Calls `enter` at the start of each phase of the ledger. Calls `check` after each shard; `check` may raise an error
+    to end the import.
     """
     data_url = config.data.url
     files = {
@@ -172,7 +173,10 @@ def fetch(
 
 
 def _check_splits(files: Mapping[str, tuple[SourceFile, ...]]) -> None:
-    """Raises DataError for a file that would be imported twice: into both splits, or by two names."""
+    """Raises DataError for a file that would be imported twice.
+
+    It may be named for both splits, or under two names for one split.
+    """
     train, val = files["train"], files.get("val", ())
     remedy = "narrow source.train_url, for example to *train*, or leave source.val_url empty"
     places: dict[str, str] = {}
@@ -248,9 +252,10 @@ def _tokens_of(file: SourceFile) -> _Tokens:
 
 
 def _check_width(tokens: np.ndarray, uri: str, first: int) -> None:
-    """Raises DataError if 16-bit numbers are halves or quarters of wider ids. `first` numbers of the file precede them.
+    """Raises DataError if 16-bit numbers look like halves or quarters of wider ids.
 
-    The upper parts of wider ids are mostly zero, whereas the id 0 is rare in text.
+    The upper parts of wider ids are mostly zero, whereas the id 0 is rare in text. `first` is the position of the first
+    of these numbers in the file.
     """
     if tokens.dtype != np.dtype("<u2"):
         return
@@ -309,7 +314,7 @@ def _copy(piece: _Piece, data_url: str) -> _Piece:
 
 
 def _accepts(finished: set[str], pieces: Mapping[str, list[_Piece]], data_url: str) -> bool:
-    """Whether finished shards, made under another plan, are equal to the shards of this plan."""
+    """Whether the finished shards of another plan are the same as this plan would make."""
     wanted = {piece.record: piece.content for each in pieces.values() for piece in each}
     records = {name: _record(data_url, name) for name in finished}
     return all(name in wanted and record.get("source") == wanted[name] for name, record in records.items())

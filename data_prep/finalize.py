@@ -2,7 +2,7 @@
 
 The shards of the parts are final. Only the candidates for validation are read again. The candidates with the lowest
 hashes become the validation split, up to `data.val_tokens` tokens. So the split follows the rule "hash below a
-threshold" and does not depend on the order of parts. The remaining candidates become training shards.
+threshold" and does not depend on the order of parts. The other candidates become training shards.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from data_prep.sources.files import Part
 log = logging.getLogger(__name__)
 
 READ_THREADS = 16
-# An id is reported if at least so many documents share it, and if these are a larger share of all documents than this.
+# An id is reported if it belongs to at least this many documents, and to more than this share of all documents.
 LEAST_SHARED = 10
 LARGEST_SHARE = 0.01
 GPT2 = TokenizerInfo("gpt2", GPT2_VOCAB_SIZE, GPT2_END_OF_TEXT, FILE_NAME, GPT2_SHA256)
@@ -131,7 +131,10 @@ def _judge(records: list[PartRecord], config: PrepConfig) -> None:
 
 
 def _shared_key(records: list[PartRecord], config: PrepConfig) -> str:
-    """A sentence about the id that the most documents share, if they are enough to distort the split; else empty."""
+    """A sentence about the most frequent id, if it belongs to so many documents that it distorts the split.
+
+    Otherwise the text is empty.
+    """
     total: Counter[int] = Counter()
     for record in records:
         total.update(dict(record.shared))
@@ -152,7 +155,10 @@ def _shared_key(records: list[PartRecord], config: PrepConfig) -> str:
 
 
 def _choose(records: list[PartRecord], config: PrepConfig) -> _Chosen:
-    """Chooses the threshold of the validation split. Documents with equal hashes, that is equal ids, stay together."""
+    """Chooses the threshold of the validation split.
+
+    Documents with equal ids have equal hashes, so they are always in the same split.
+    """
     candidates = sorted(candidate for record in records for candidate in record.candidates)
     limit = config.data.val_tokens
     tokens = number = 0
@@ -182,7 +188,7 @@ def _candidates(records: list[PartRecord], config: PrepConfig) -> Iterator[tuple
         tokens = np.concatenate([np.zeros(0, np.uint16), *_tokens(record.candidate_shards, config.data.url)])
         start = 0
         for key, length in record.candidates:
-            # The shard writer adds the end-of-text token again.
+            # The end-of-text token is left out, because the shard writer adds it again.
             yield key, tokens[start + 1 : start + length].copy()
             start += length
 

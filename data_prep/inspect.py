@@ -34,7 +34,7 @@ Of a set of conversations or preferences, stored beside the tokens (--set) or in
 duplicates, the longest rows, and the share of tokens that carry loss after a cut at --length tokens. Token counts need
 GPT-2's vocabulary: that of DATA_URL, else VOCAB_URL, else tiktoken's download."""
 OPTIONS = {"samples": "3", "split": "train", "seed": "0", "set": "", "length": "1024"}
-# Tokens to read after a random position: enough to contain the start of a document.
+# Number of tokens to read after a random position. It is large enough to contain the start of a document.
 WINDOW_TOKENS = 1 << 16
 SAMPLE_TOKENS = 120
 BAR_WIDTH = 40
@@ -88,7 +88,7 @@ def _manifest(url: str) -> Manifest:
 
 
 def _show_rows(console: Console, url: str, name: str, length: int) -> None:
-    """Show a set below `url`, or without a `name` the rows of the file `url`."""
+    """Show the set `name` below `url`. If `name` is empty, show the rows of the file `url`."""
     if name:
         info, rows = sets.info_of(url, name), sets.read(url, name)
         title = f"{url}/sets/{name}.jsonl, {info.schema} from {info.source}, licence {info.licence}"
@@ -135,7 +135,7 @@ def _overview(url: str, made: Manifest) -> Table:
 
 
 def _lengths(classes: list[int], kind: str) -> Table:
-    """Histogram of lengths in tokens, of documents or of texts. Each class is twice as wide as the one before."""
+    """Histogram of lengths in tokens, of documents or of texts. Each class is twice as wide as the previous one."""
     table = Table(title=f"{kind} by tokens", title_justify="left", box=None)
     table.add_column("tokens", justify="right")
     table.add_column(kind, justify="right")
@@ -150,7 +150,10 @@ def _lengths(classes: list[int], kind: str) -> Table:
 
 
 def _samples(url: str, made: Manifest, split_name: str, count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Yields (title, text) of the documents that start after uniformly random positions."""
+    """Yields (title, text) of random documents.
+
+    A document is chosen as the first that starts after a uniformly random position.
+    """
     split = made.split(split_name, url)
     encoding = vocabulary.read(storage.join(url, made.tokenizer.vocab_file)).encoding()
     chance = random.Random(seed)

@@ -1,7 +1,7 @@
-"""Chooses the parts of a preparation that is to hold only so many training tokens (data.train_tokens).
+"""Chooses the parts of a preparation with a limited number of training tokens (data.train_tokens).
 
-The seed draws an order of the parts. The first ones that together hold the tokens are the data set, so that the result
-depends neither on the number of workers nor on interruptions, and a larger limit only adds parts.
+The seed draws an order of the parts. The first parts in this order that together hold the tokens are the data set. So
+the result depends neither on the number of workers nor on interruptions, and a larger limit only adds parts.
 """
 
 import hashlib
@@ -11,15 +11,17 @@ from data_prep.plan import PrepPlan, done_parts
 from data_prep.sources.files import Part
 
 LIMIT = "data.train_tokens"
-# Until a part has told how many bytes of the source a token takes: the parquet files of FineWeb-Edu.
+# Assumed source bytes per token, until a finished part shows the true number. It is the value of FineWeb-Edu's parquet
+# files.
 BYTES_PER_TOKEN = 2.8
 
 
 def needed(plan: PrepPlan, data_url: str, at_first: bool = False) -> list[Part]:
-    """The parts that the data set needs, in the order in which the seed draws them; all parts without a limit.
+    """The parts that the data set needs, in the order in which the seed draws them.
 
-    As long as one of them is unfinished, the number of those after it is an estimate. With `at_first` it is the one
-    before any part is finished, which is the same on every node at any time.
+    If the number of tokens is not limited, these are all parts. While a part is unfinished, the number of parts after
+    it is an estimate. If `at_first` is true, the result is the estimate from before any part was finished. This
+    estimate is the same on every node at any time.
     """
     limit = plan.settings.get(LIMIT, 0)
     if not limit:
@@ -42,7 +44,7 @@ def needed(plan: PrepPlan, data_url: str, at_first: bool = False) -> list[Part]:
 
 
 def missing(plan: PrepPlan, data_url: str) -> list[Part]:
-    """The unfinished ones of the needed parts."""
+    """The needed parts that are unfinished."""
     found, done = needed(plan, data_url), done_parts(data_url)
     return [part for part in found if part.name not in done]
 

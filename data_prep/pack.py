@@ -1,6 +1,6 @@
-"""Packs documents into shards of exactly `shard_tokens` tokens and uploads each while the next one fills.
+"""Packs documents into shards of exactly `shard_tokens` tokens. A shard is uploaded while the next one is filled.
 
-An end-of-text token precedes each document. A shard's documents are sorted by a hash of their ids, a shuffle that needs
+An end-of-text token precedes each document. A shard's documents are sorted by a hash of their ids. This shuffle needs
 no random generator and is the same on every machine. A document at the end of a shard continues in the next one.
 """
 
@@ -47,7 +47,7 @@ class ShardWriter:
 
     @property
     def entries(self) -> tuple[ShardEntry, ...]:
-        """The shards in order. Complete after the context has ended."""
+        """The shards in order. The list is complete once the context has ended."""
         return tuple(future.result() for future in self._stored)
 
     def add(self, ids: np.ndarray, order: int) -> None:
@@ -66,10 +66,10 @@ class ShardWriter:
             pieces += (self._end_of_text, ids)
         ends = np.cumsum([len(piece) for piece in pieces])
         whole = int(np.searchsorted(ends, cut, side="right"))
-        # The piece at the cut is divided: this shard takes the tokens that fit.
+        # The document at the end of the shard is divided. This shard takes the tokens that fit.
         rest = cut - (int(ends[whole - 1]) if whole else 0)
         taken = [*pieces[:whole], *(piece[:rest] for piece in pieces[whole : whole + 1])]
-        # One copy, with the header, serves for hashing and for storing.
+        # The same copy, with the header, is hashed and stored.
         shard = b"".join([header_bytes(cut), *(piece.astype("<u2", copy=False) for piece in taken)])
         self._carry = np.concatenate([np.zeros(0, np.uint16), *pieces[whole:]])[rest:]
         self._documents.clear()
@@ -79,7 +79,7 @@ class ShardWriter:
         self._stored.append(self._pool.submit(_store, self._data_url, name, shard, cut))
 
     def _await(self, unfinished: int) -> None:
-        """Waits until at most `unfinished` uploads are in progress. Raises the errors of the others."""
+        """Waits until at most `unfinished` uploads are in progress. Raises the errors of the finished ones."""
         for future in self._stored[: len(self._stored) - unfinished]:
             future.result()
 

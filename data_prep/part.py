@@ -1,8 +1,8 @@
 """Prepares one part: reads, filters, encodes and splits its documents, and stores shards and a record.
 
 Writes below the data URL the shards `train/<part>-<number>.bin`, the candidates for validation as shards
-`parts/<part>-val-<number>.bin` and, last, the record `parts/<part>.json`. The plan alone determines all of them.
-An interrupted part is prepared again, and two processes that prepare the same part store the same bytes.
+`parts/<part>-val-<number>.bin` and, last, the record `parts/<part>.json`. The plan alone determines the content of all
+these objects. An interrupted part is prepared again. Two processes that prepare the same part store the same bytes.
 """
 
 import json
@@ -26,18 +26,19 @@ from data_prep.sources.files import Part
 
 # Document lengths are counted in classes [2**k, 2**(k+1)).
 LENGTH_CLASSES = 32
-LARGEST_RECORD = 1 << 30  # bytes; candidates for validation take 30 each
-# Number of the most common keys that a record stores, to find an id that many documents share.
+LARGEST_RECORD = 1 << 30  # largest size of a record in bytes; a candidate for validation takes 30 bytes
+# How many of the most common keys a record stores. They show whether many documents have the same id.
 SHARED_KEYS = 16
 
 
 @dataclass(frozen=True)
 class PartRecord:
-    """Record of a finished part. `identity` is a hash of all that its shards depend on (data_prep/plan.py).
+    """The record of a finished part. `identity` is a hash of everything that its shards depend on (data_prep/plan.py).
 
-    `shared` holds the most common split keys, each with the number of documents that have it.
-    `candidates` holds (split key, tokens) of each candidate for validation, in the order of `candidate_shards`. The
-    tokens include the end-of-text token.
+    The split key of a document is a hash of its id, which decides the document's split. `shared` holds the most common
+    split keys, each with the number of documents that have it. `candidates` holds, for each candidate for validation,
+    its split key and its number of tokens, in the order of `candidate_shards`. This number includes the end-of-text
+    token.
     """
 
     part: int
@@ -58,7 +59,7 @@ class PartRecord:
 
 @dataclass
 class WorkerState:
-    """State of a worker process, which all its parts share."""
+    """The state of a worker process. All parts that the process prepares use it."""
 
     config: PrepConfig
     plan: PrepPlan
@@ -84,7 +85,7 @@ def read_record(data_url: str, name: str) -> PartRecord:
 
 
 def prepare(part: Part, state: WorkerState, drops: np.ndarray | None = None) -> PartRecord:
-    """Prepares a part without the documents numbered `drops`.
+    """Prepares a part. The documents whose numbers are in `drops` are left out.
 
     Raises DataError, StorageError. An error leaves no record.
     """
@@ -153,7 +154,7 @@ def _most_common(keys: list[np.ndarray]) -> tuple[tuple[int, int], ...]:
 
 
 def _length_filter(sizes: np.ndarray, config: PrepConfig, dropped: Counter) -> np.ndarray:
-    """Mask of the documents whose length in tokens is allowed, (N,). Counts the others in `dropped`."""
+    """A mask (N,) of the documents whose length in tokens is allowed. Counts the other documents in `dropped`."""
     short = sizes < config.filter.min_tokens
     long = sizes > config.filter.max_tokens if config.filter.max_tokens else np.zeros(len(sizes), bool)
     dropped["empty"] += int((sizes == 0).sum())

@@ -1,12 +1,11 @@
 """Plans a preparation: lists the source's files, cuts them into parts and stores DATA_URL/parts/plan.json.
 
 A part is a byte range of one source file. A parquet row group or JSON line belongs to the part in which it starts, so
-that the file sizes alone determine the parts, without reading any footer. All processes read the same stored plan.
-A plan with another source, other settings or another seed is refused if it would change the shards of a finished part,
-so that a dataset never mixes two preparations.
-
-The size and the hash of the last bytes identify a source file. The last bytes of a parquet file are its footer, with
-the offsets and statistics of every column chunk, which differs for different contents.
+the file sizes alone determine the parts, and no footer has to be read. All processes read the same stored plan. A plan
+with another source, other settings or another seed is refused if it would change the shards of a finished part. So a
+dataset never mixes two preparations. A source file is identified by its size and by a hash of its last bytes. In a
+parquet file, these bytes are the footer. The footer holds the offsets and statistics of every column chunk, so files
+with different contents have different footers.
 """
 
 import contextlib
@@ -32,18 +31,19 @@ from data_prep.sources.files import Part, SourceFile, below, find_files, folder_
 log = logging.getLogger(__name__)
 
 FORMAT = "data-plan"
-# Raise this if the same settings give other shards than before: older unfinished datasets are then not continued.
+# Raise this number if a change of the code makes other shards from the same settings. Unfinished datasets of older
+# releases are then not continued.
 VERSION = 1
 TAIL_BYTES = 64 << 10
-LARGEST_BYTES = 1 << 30  # of a plan; a file takes 250
+LARGEST_BYTES = 1 << 30  # largest size of a plan in bytes; each source file takes about 250 bytes
 LISTING_THREADS = 32
 # Settings that name the source. The files in the plan define the result, not the source's name.
 NAMING = frozenset(f"source.{name}" for name in ("url", "revision", "dataset", "name", "split"))
 
-# Settings that choose among the parts, and change none of them.
+# Settings that choose which parts are used, and do not change the content of a part.
 CHOOSING = frozenset({"data.train_tokens"})
 
-# (finished parts, the plan that made them) → whether a new plan would make the same parts.
+# Takes the finished parts and the plan that made them. Returns whether a new plan would make the same parts.
 Accepts = Callable[[set[str], "PrepPlan"], bool]
 
 
@@ -53,7 +53,7 @@ class PrepPlan:
 
     settings: Mapping[str, Any]
     files: tuple[SourceFile, ...]
-    # The plan with which the preparation began, if it names the same files in another way.
+    # The earlier plan of this preparation, if it names the same files in another way.
     begun: "PrepPlan | None" = None
 
     @property
@@ -87,23 +87,29 @@ class PrepPlan:
         return hashlib.sha256((self.begun or self).to_bytes()).hexdigest()
 
     def content_of(self, part: Part) -> str:
-        """SHA-256 of all that the documents of a part depend on. The other files do not affect it."""
+        """SHA-256 of everything that the documents of a part depend on.
+
+        The source files of other parts do not affect it.
+        """
         settings = {key: value for key, value in self._result().items() if key not in CHOOSING}
         document = {"settings": settings, "part": [part.index, part.start, part.end, *part.file.content]}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     def identity_of(self, part: Part) -> str:
-        """SHA-256 of all that the shards of a part depend on. With `drop_duplicates` that includes all files."""
+        """SHA-256 of everything that the shards of a part depend on.
+
+        If `drop_duplicates` is set, this includes all source files.
+        """
         return self.sha256 if self.settings.get("filter.drop_duplicates") else self.content_of(part)
 
     def accepts(self, finished: set[str], other: "PrepPlan") -> bool:
-        """Whether this plan makes the same parts as `other`, for all that were finished under `other`."""
+        """Whether this plan makes the parts that were finished under `other` in the same way."""
         old, new = ({part.name: plan.identity_of(part) for part in plan.parts} for plan in (other, self))
         return all(name in old and old[name] == new.get(name) for name in finished)
 
     @property
     def origin(self) -> dict[str, str]:
-        """Name of the source at the start of the preparation, for the manifest."""
+        """The name of the source at the start of the preparation, for the manifest."""
         if self.begun:
             return self.begun.origin
         revision = {"revision": hub.revision_of(self.files[0].uri)}
@@ -128,12 +134,13 @@ def uri_of(data_url: str) -> str:
 def make(config: PrepConfig) -> tuple[PrepConfig, PrepPlan]:
     """Lists the source's files. Returns the plan, and the settings with all columns resolved.
 
-    Raises ConfigError, DataError for a source without files, or with unsuitable files or columns.
+    Raises ConfigError. Raises DataError if the source has no files, or unsuitable files or columns.
     """
     source = config.source
     if source.dataset:
         found = named.find(source, _begun_revision(config))
-        with named.explained(source, source.revision):  # a gated dataset with a public card is refused only here
+        # For a gated dataset with a public card, this is the first request that the Hub refuses.
+        with named.explained(source, source.revision):
             files = _identified(_named(found, folder_of([file.uri for file in found])))
     else:
         files = list_files(pinned(source.url, source.revision, config.data.url), kinds.SUFFIXES)
@@ -153,13 +160,16 @@ def identity_of(config: Any) -> dict[str, Any]:
             plain.pop(f"source.{name}", None)
     if plain.get("source.text_documents") == "file":
         del plain["source.text_documents"]
-    # The tolerance for bad rows decides whether there is a result, but does not change it.
+    # The tolerance for bad rows can make a preparation fail, but does not change its result.
     plain.pop("source.max_bad_share", None)
     return plain
 
 
 def list_files(pattern: str, suffixes: tuple[str, ...]) -> tuple[SourceFile, ...]:
-    """The files of a source, sorted by name. Raises DataError if there is none, or one of another kind."""
+    """The files of a source, sorted by name.
+
+    Raises DataError if there is no file, or if a file is of an unknown kind.
+    """
     found = [SourceFile(info.uri, info.size, "") for info in find_files(pattern, suffixes)]
     for file in found:
         if not has_suffix(file.uri, suffixes):
@@ -170,7 +180,7 @@ def list_files(pattern: str, suffixes: tuple[str, ...]) -> tuple[SourceFile, ...
 
 
 def _named(files: Sequence[SourceFile], folder: str) -> list[SourceFile]:
-    """The files. A text file in a subfolder of `folder` gets its path below `folder` as its name."""
+    """The files with their names. The name of a text file in a subfolder of `folder` is its path below `folder`."""
     names = [below(file.uri, folder) if kinds.is_text(file) else "" for file in files]
     return [replace(file, name=name if "/" in name else "") for file, name in zip(files, names, strict=True)]
 
@@ -181,9 +191,10 @@ def _identified(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
 
 
 def pinned(url: str, revision: str, data_url: str) -> str:
-    """An hf:// address with a commit: of `revision`, else of an unfinished preparation at `data_url`, else the newest.
+    """An hf:// address with a commit.
 
-    A revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
+    The commit is that of `revision`, else that of the unfinished preparation at `data_url`, else the newest one. A
+    revision in the address overrides `revision`, so that SOURCE_URL replaces a config's source entirely.
     """
     if not hub.is_address(url):
         return url
@@ -200,7 +211,10 @@ def pinned(url: str, revision: str, data_url: str) -> str:
 
 
 def _begun_revision(config: PrepConfig) -> str:
-    """The commit that an unfinished preparation of the same dataset at `data.url` uses; empty if there is none."""
+    """The commit that an unfinished preparation of the same dataset at `data.url` uses.
+
+    It is empty if there is no such preparation.
+    """
     with contextlib.suppress(ObjectNotFound):
         begun = read(config.data.url)
         same = ("dataset", "name", "split", "revision")
@@ -215,7 +229,8 @@ def claim(plan: PrepPlan, data_url: str, accepts: Accepts | None = None) -> tupl
     A new plan replaces the old one if no part is finished, or if `accepts(finished parts, old plan)` returns true; by
     default `accepts` is `PrepPlan.accepts`.
 
-    Raises DataError if another source, seed or setting was used there, StorageError if it is not writable.
+    Raises DataError if another source, seed or setting was used there. Raises StorageError if `data_url` is not
+    writable.
     """
     try:
         stored = manifest.read(data_url) if manifest.exists(data_url) else None
@@ -223,7 +238,7 @@ def claim(plan: PrepPlan, data_url: str, accepts: Accepts | None = None) -> tupl
             return plan, True
         if stored is None:
             try:
-                storage.write_bytes(uri_of(data_url), plan.to_bytes(), exclusive=True)
+                storage.claim(uri_of(data_url), plan.to_bytes())
                 return plan, False
             except ObjectExists:
                 pass

@@ -23,7 +23,7 @@ from data_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
 
-# Kind of set → schema, and the function that converts a row.
+# For each kind of set: the schema, and the function that converts a row.
 KINDS = {"instructions": ("conversations", conversation), "preferences": ("preferences", preference_row)}
 MAX_BAD_FRACTION = 0.01
 

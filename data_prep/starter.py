@@ -1,6 +1,7 @@
-"""Starts the fork server, a clean process from which workers are forked. It imports their modules in the meantime.
+"""Starts the fork server, a clean process from which workers are forked.
 
-This module imports the standard library only, so that a program can call `start` before its slow imports.
+The server imports the workers' modules while this program starts. This module imports the standard library only, so
+that a program can call `start` before its slow imports.
 """
 
 import multiprocessing
@@ -9,7 +10,10 @@ import os
 
 
 def start() -> None:
-    """Starts the fork server unless it already runs, without waiting for it. It exits with this process."""
+    """Starts the fork server unless it already runs, without waiting for it.
+
+    The server exits when this process exits.
+    """
     # Preparation multiplies no matrices, so more threads of OpenBLAS would only waste time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     multiprocessing.get_context("forkserver").set_forkserver_preload(["data_prep.preload"])

@@ -3,7 +3,8 @@
     python -m data_prep.verify DATA_URL
 
 Checks header, size, SHA-256 and token ids of every shard, and the vocabulary file. Prints one line per problem. A file
-that the store does not give is no damaged one: it is counted apart. Exits with 0 only if every file was read and fits.
+that the store does not deliver is counted separately, and not as damaged. Exits with 0 only if every file was read and
+matches.
 """
 
 import hashlib
@@ -59,7 +60,10 @@ def main(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """One sentence. Without `is_damage` the file could not be read, and may be good."""
+    """One sentence about a problem of a file.
+
+    If `is_damage` is false, the file could not be read, and may be undamaged.
+    """
 
     sentence: str
     is_damage: bool = True

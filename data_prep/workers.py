@@ -2,7 +2,7 @@
 
 Threads would not help, because hashing ids and slicing documents hold the global interpreter lock. The workers are not
 forked from this process, because it runs storage threads, and its forks could hang. A worker exits when its parent
-does, even after SIGKILL.
+process ends, even if SIGKILL ended the parent.
 """
 
 import functools
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Done:
-    """Number of tokens and bytes of text in one or several finished parts."""
+    """The numbers of tokens and of bytes of text in one or several finished parts."""
 
     tokens: int = 0
     text_bytes: int = 0
@@ -66,7 +66,7 @@ def run(task: Task, job: PrepJob, todo: Sequence[Part], workers: int, advance: C
     read = context.Value("q", 0)
     reported = 0
     total = Done()
-    # The environment is passed on, because the server may have started before a variable was set.
+    # The workers get this environment, because the server may have started before a variable was set.
     with ProcessPoolExecutor(workers, context, _begin, (job, dict(os.environ), read)) as pool:
         try:
             running: set[Future[Done]] = {pool.submit(_do, task, part) for part in todo}
@@ -116,7 +116,7 @@ def _begin(job: PrepJob, environment: dict[str, str], read) -> None:
         with read.get_lock():
             read.value += count
 
-    # The state is opened with the first part, so that an error of opening becomes an error of this part.
+    # The worker's state is opened with the first part, so that an error in this becomes an error of the part.
     _work = functools.cache(lambda: _open(job, fetched))
 
 

@@ -11,7 +11,11 @@ from pathlib import Path
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """For `preexec_fn`. On Linux, the kernel sends the child signal `number` when its parent dies, even by SIGKILL."""
+    """A function for `preexec_fn`.
+
+    On Linux, the kernel then sends the signal `number` to the child when its parent dies, even if SIGKILL ends the
+    parent.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
@@ -31,14 +35,14 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """Send SIGKILL to a process and all its descendants, as if its machine failed.
+    """Send SIGKILL to a process and all its descendants, as if the machine had failed.
 
     A signal to the process group is not enough, because torchrun starts each worker in a new session.
     """
     if process.poll() is not None:
         return  # the id may belong to another process by now
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGSTOP)  # stopped, so that it cannot restart killed children
+        os.kill(process.pid, signal.SIGSTOP)  # the process is stopped first, so that it cannot restart killed children
     for pid in [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -59,7 +63,10 @@ def descendants(pid: int) -> list[int]:
 
 
 def _parents() -> list[tuple[int, int]]:
-    """(process, its parent) of all processes, from /proc, or from `ps` on systems without it (macOS)."""
+    """The pair (process, its parent) for all processes.
+
+    It is read from /proc or, on systems without /proc (macOS), from `ps`.
+    """
     if not Path("/proc/self/stat").exists():
         listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
         return [(int(child), int(parent)) for child, parent in map(str.split, listing.splitlines())]

@@ -2,8 +2,8 @@
 
     python -m demo.run          (or: make demo)
 
-Only the price is invented: the S3 server on loopback, GPT-2's tokenizer, the torchrun processes and the SIGKILL are
-real. All files are in .demo/; the next demo replaces them. Ctrl-C ends all processes that the demo started.
+Only the price is invented. The S3 server on loopback, GPT-2's tokenizer, the torchrun processes and the SIGKILL are
+real. All files are in .demo/. The next demo replaces these files. Ctrl-C ends all processes that the demo started.
 """
 
 import importlib.util
@@ -31,14 +31,15 @@ FOLDER = ROOT / ".demo"
 BUCKET = "s3://demo-bucket"
 DATA_URL, RUN_URL = f"{BUCKET}/tokens", f"{BUCKET}/runs/demo"
 RANKS = 2
-# The first log line of this step or a later one triggers the kill: well after a checkpoint, so that some work is lost.
+# The processes are killed at the first log line of this step or a later step. This is well after a checkpoint, so that
+# some work is lost.
 KILL_STEP = 120
 PRETEND_PRICE = {"USD_PER_HOUR": "22.32", "PRICE_SOURCE": "pretended for the demo (Lambda's listed 8xA100 80 GB)"}
 # All ranks share the cache. CLOUD is set, so that no request goes to a cloud's metadata service.
 ENVIRONMENT = {"DATA_CACHE_DIR": str(FOLDER / "cache"), "CLOUD": "demo", "INSTANCE_TYPE": "this-machine"}
 
 LAST_STEPS = 20
-# A loss must be so many nats below the loss of token frequencies, so that the perplexity is at least a fifth lower.
+# A loss must be this many nats below the loss of token frequencies, so that the perplexity is at least a fifth lower.
 MARGIN = 0.25
 
 console = Console(highlight=False)
@@ -93,10 +94,10 @@ def main() -> int:
 
 
 def train(kill_at: int | None) -> None:
-    """Run torchrun to the end, or kill it when its log reaches step `kill_at`."""
+    """Run torchrun to its end. If `kill_at` is given, kill torchrun when its log reaches this step."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", "trainer.train"]
-    command += [str(ROOT / "demo" / "train.yaml"), f"--data.url={DATA_URL}", f"--run.url={RUN_URL}"]
+    command += [os.path.relpath(ROOT / "demo" / "train.yaml"), f"--data.url={DATA_URL}", f"--run.url={RUN_URL}"]
     show(f"torchrun --nproc-per-node={RANKS}", *command[7:])
     # torchrun would set OMP_NUM_THREADS to the same value, and print six lines of warning.
     machine = {**PRETEND_PRICE, "SEGMENT_STARTED_AT": str(time.time()), "OMP_NUM_THREADS": "1"}
@@ -138,7 +139,10 @@ def follow(command: list[str], environment: dict[str, str] | None = None, stop_w
 
 @dataclass(frozen=True)
 class Unigrams:
-    """A model that knows only the frequencies of the training tokens. The trained model's loss must be lower."""
+    """A model that knows only how frequent each training token is.
+
+    The loss of the trained model must be lower than the loss of this one.
+    """
 
     shares: np.ndarray
 
@@ -154,7 +158,10 @@ class Unigrams:
         return float(-(seen * np.log(seen)).sum())
 
     def loss(self, tokens: np.ndarray) -> float:
-        """Nats per token on other text. Unseen tokens count as half as frequent as the rarest seen token."""
+        """Nats per token on other text.
+
+        A token that the training text does not contain counts as half as frequent as the rarest token.
+        """
         floor = self.shares[self.shares > 0].min() / 2
         return float(-np.log(np.maximum(self.shares[tokens], floor)).mean())
 

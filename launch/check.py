@@ -1,4 +1,4 @@
-"""Finds what would make a launch fail or cost more than expected, before anything costs money.
+"""Finds problems that would make a launch fail or cost more than expected, before anything costs money.
 
     BUCKET=my-bucket python -m launch.check sky/pretrain-8xa100.yaml [--gpus NAME:COUNT] [--num-nodes NUMBER]
 
@@ -20,7 +20,7 @@ from core import bucket, environment, secrets, storage
 from core.console import run_entry
 from core.data import manifest
 from core.environment import positive
-from core.errors import ConfigError, LauncherError, ObjectExists, one_line
+from core.errors import ConfigError, LauncherError, one_line
 from core.gpus import has_fp8
 from core.run.folder import RunFolder, read_description
 from core.run.machine import checkout_revision
@@ -40,7 +40,7 @@ from launch.node import network, supervise
 
 KEY_PAIR = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
 ONE_KEY = {"google": "BUCKET_GOOGLE_KEY", "azure": "BUCKET_AZURE_KEY"}
-# A check takes a task and its settings: the environment, updated by the task's envs.
+# A check takes a task and its settings. The settings are the environment and the task's envs; the envs have precedence.
 Check = Callable[[TaskSpec, Mapping[str, str]], Iterable[Finding]]
 
 
@@ -84,7 +84,7 @@ def all_findings(checks: Iterable[Check], task: TaskSpec, settings: Mapping[str,
 
 
 def findings(check: Check, task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Findings of one check. An error becomes a finding."""
+    """The findings of one check. If the check raises an error, the error becomes a finding."""
     name = check.__name__.removeprefix("check_").replace("_", " ")
     yield from _guarded(name, lambda: check(task, settings))
 
@@ -94,7 +94,8 @@ def _guarded(name: str, ask: Callable[[], Iterable[Finding]]) -> Iterator[Findin
         yield from ask()
     except LauncherError as error:
         yield Finding("x", secrets.scrub(str(error)))
-    except Exception as error:  # without credentials, rights or network: any error of a cloud's library
+    # If credentials, rights or the network are missing, a cloud's library may raise any error.
+    except Exception as error:
         yield Finding("?", f"{name}: could not be asked ({secrets.scrub(one_line(error))[:160]})")
 
 
@@ -147,7 +148,7 @@ def _fit(config: TrainingConfig, model: ModelConfig, gpu: str, count: int, ranks
 
 
 def _start_model(tuned: FinetuneConfig) -> ModelConfig:
-    """The model that a tuning starts from; GPT-2 124M if its name is unknown."""
+    """The model that a tuning starts from. If its name is unknown, GPT-2 124M is assumed."""
     start = tuned.start.weights.partition("/checkpoints/")[0]
     if "://" in start:
         return loader.from_dict(ModelConfig, read_description(RunFolder(start))["config"]["model"], start)
@@ -155,10 +156,10 @@ def _start_model(tuned: FinetuneConfig) -> ModelConfig:
 
 
 def setting_problems(settings: Mapping[str, str]) -> list[str]:
-    """One sentence for each setting that the node would refuse."""
+    """Yields a sentence for each setting that the node would refuse."""
     found = []
     for name, parse in PARSERS.items():
-        if settings.get(name):  # an empty setting has its default
+        if settings.get(name):  # an empty variable means the default of the setting
             try:
                 parse(settings)
             except ConfigError as error:
@@ -193,7 +194,7 @@ def _endpoint(name: str) -> Callable[[Mapping[str, str]], str]:
     return parse
 
 
-# The parsers that the node will use too.
+# The node uses the same parsers.
 PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
     "BUCKET": bucket.root,
     "RUN": lambda settings: bucket.name(settings, "RUN"),
@@ -217,7 +218,10 @@ PARSERS: dict[str, Callable[[Mapping[str, str]], object]] = {
 
 
 def check_secrets(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Checks the keys of the bucket. The node would find an empty key only after the image is built."""
+    """Checks the keys of the bucket before the launch.
+
+    A node would notice an empty key only after it had built the image.
+    """
     named = settings.get("BUCKET")
     service = storage.terms_of(bucket.root(settings)).service if named else aws.service_of(None)
     keys = (ONE_KEY[service],) if service in ONE_KEY else KEY_PAIR
@@ -250,7 +254,7 @@ def check_bucket(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
     probe = storage.join(url, f".check-{os.urandom(6).hex()}")
     storage.write_bytes(probe, b"launch.check\n", exclusive=True)
     storage.read_bytes(probe)
-    refused = _refuses_second_write(probe)
+    refused = storage.refuses_second_write(probe)
     storage.delete(probe)
     if refused:
         yield Finding("ok", f"bucket: {url} can be written, read and deleted in")
@@ -265,16 +269,8 @@ def check_bucket(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Findin
         yield from cloud.transfer_findings(task, url, size)
 
 
-def _refuses_second_write(uri: str) -> bool:
-    try:
-        storage.write_bytes(uri, b"launch.check once more\n", exclusive=True)
-    except ObjectExists:
-        return True
-    return False
-
-
 def _data_bytes(task: TaskSpec) -> int:
-    """Size of the training data; 0 if there is none yet."""
+    """The size of the training data in bytes. 0 if the data does not exist yet."""
     try:
         return sum(shard.bytes for shard in manifest.read(bucket.url(task.envs, "DATA")).splits["train"].shards)
     except LauncherError:
@@ -282,7 +278,7 @@ def _data_bytes(task: TaskSpec) -> int:
 
 
 def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Compares what the run has cost with MAX_USD: nothing is rented on a spent cap."""
+    """Compares the run's cost so far with MAX_USD, so that nothing is rented once the cap is spent."""
     if "MAX_USD" not in task.envs or setting_problems(settings):
         return
     max_usd, url = _cap(settings) if settings.get("MAX_USD") else 0.0, bucket.url(task.envs, "RUN")
@@ -291,7 +287,7 @@ def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
         gone.record(url)
     usd = spent_usd_at_most(folder) if max_usd else 0.0
     if usd is None:
-        yield Finding("!", f"cap: what {folder} has cost is not known, so that MAX_USD will be refused")
+        yield Finding("!", f"cap: the cost of {folder} so far is not known, so MAX_USD will be refused")
     elif max_usd and usd >= max_usd:
         remedy = "set a larger MAX_USD, or another RUN"
         yield Finding("x", f"cap: {folder} has cost ${usd:.2f}, all of MAX_USD (${max_usd:g}); {remedy}")
@@ -303,7 +299,7 @@ def check_cap(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def check_image(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Looks for the published images, for the platforms (amd64, arm64) of the task's machines."""
+    """Checks that the images are published for the platforms (amd64, arm64) of the task's machines."""
     image = settings.get("IMAGE")
     if not image:
         yield Finding("ok", "image: built on the node (IMAGE is empty); `make image` publishes one")
@@ -327,7 +323,7 @@ def _platform(request: MachineRequest) -> str:
 
 
 def cloud_names(task: TaskSpec) -> list[str]:
-    """The clouds that a task requests; all providers if a request leaves the choice open."""
+    """The clouds that a task requests. If a request leaves the choice open, these are all providers."""
     return sorted({name for request in task.requests for name in ([request.cloud] if request.cloud else CLOUDS)})
 
 
@@ -358,7 +354,7 @@ def check_capacity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Find
         yield from _guarded(f"capacity of {name}", partial(CLOUDS.get(name, Cloud()).capacity_findings, task))
 
 
-# A launch runs these checks too, because they ask only the bucket and this checkout. Settings come first.
+# A launch runs these checks too, because they need only the bucket and this checkout. The settings are checked first.
 FREE_CHECKS: tuple[Check, ...] = (check_config, check_secrets, check_bucket, check_cap, check_data)
 CHECKS: tuple[Check, ...] = (
     *FREE_CHECKS,

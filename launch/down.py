@@ -1,12 +1,12 @@
-"""Ends what this user has up of this project, and says whether anything is left.
+"""Ends this user's machines and jobs of this project, and says whether anything is left.
 
     python -m launch.down             look only
     python -m launch.down --down      cancel managed jobs, take clusters down, end machines, wait until they are gone
 
-On a terminal it asks once before it ends anything; YES=1 answers. ALL=1 also ends what others started in the same
-account, if it has this project's label. Each step is independent of the one before: a step that fails is reported, and
-the rest continues. Exit codes: 0, every source says that nothing is up; 1, something is up; 2, nothing was found, but a
-source could not be asked.
+On a terminal, it asks once before it ends anything. YES=1 answers this question with yes. ALL=1 also ends machines that
+other users of the same account started, if they have this project's label. If a step fails, the failure is reported and
+the next steps are still taken. Exit codes: 0, every source says that nothing is up; 1, something is up; 2, nothing was
+found, but a source could not be asked.
 """
 
 import os
@@ -25,7 +25,8 @@ from core.errors import ConfigError
 from launch import left, spent
 from launch.left import FOUND, Survey, brief, look
 
-# A cancelled job ends its machine, which takes the controller a minute or two; then the controller itself ends.
+# Seconds to wait until everything is gone. When a job is cancelled, the controller ends the job's machine within a
+# minute or two. After that, the controller itself is ended.
 WAIT_SECONDS = 600.0
 POLL_SECONDS = 5.0
 
@@ -54,7 +55,7 @@ def endings(survey: Survey, everyone: bool) -> list[str]:
 
 
 def agreed(wanted: list[str]) -> bool:
-    """Ask on the terminal whether to end all that. YES=1 answers without a terminal."""
+    """Ask on the terminal whether to end everything that was found. YES=1 answers yes, also if there is no terminal."""
     print(*["to end:", *wanted], sep="\n   ", flush=True)
     if os.environ.get("YES"):
         return True
@@ -72,7 +73,7 @@ def agreed(wanted: list[str]) -> bool:
 
 
 def end(survey: Survey, everyone: bool) -> Survey:
-    """End everything, wait until it is gone, and return the last look."""
+    """End everything, wait until it is gone, and return the last survey."""
     known = survey.cluster_names
     end_in_skypilot(survey)
     deadline = time.monotonic() + WAIT_SECONDS
@@ -95,7 +96,7 @@ def end_in_skypilot(survey: Survey) -> None:
             _sky(["jobs", "cancel", "--yes", *(str(job["job_id"]) for job in survey.jobs)])
     if survey.clusters is None:
         with _step("clusters"):
-            # SkyPilot skips the names that it does not know.
+            # SkyPilot ignores names that it does not know.
             _sky(["down", "--yes", *(name for name, managed in left.project_tasks().items() if not managed)])
     elif names := [each["name"] for each in survey.clusters if not _ends_with_its_job(each)]:
         with _step("clusters"):
@@ -103,14 +104,16 @@ def end_in_skypilot(survey: Survey) -> None:
 
 
 def end_rest(survey: Survey, everyone: bool) -> None:
-    """End the controller once its jobs have ended, and what SkyPilot does not end.
+    """End the controller once its jobs have ended, and end the resources that SkyPilot does not end.
 
-    Repeated, because a machine leaves a volume only once it is gone, and a controller serves until its jobs are gone.
+    The caller repeats this step, because a volume can be deleted only once its machine is gone, and a controller is
+    needed until its jobs are gone.
     """
     for cluster in survey.clusters or ():
         if is_controller(cluster["name"]) and survey.jobs == []:
             with _step(f"cluster {cluster['name']}"):
-                _sky(["down", cluster["name"]], typed="delete\n")  # --yes does not answer this question of SkyPilot's
+                # The answer to a question that SkyPilot asks even with --yes.
+                _sky(["down", cluster["name"]], typed="delete\n")
     for leftover in survey.on_clouds:
         if _may_end(leftover, everyone) and not survey.in_records(leftover):
             with _step(str(leftover)):
@@ -119,10 +122,10 @@ def end_rest(survey: Survey, everyone: bool) -> None:
 
 
 def conclude(survey: Survey) -> int:
-    """Print what all sources say. Returns the exit code."""
+    """Print the answers of all sources. Returns the exit code."""
     print(*survey.lines(), sep="\n")
     if survey.exit_code == FOUND:
-        print(f"{len(survey.found)} up and maybe billed: `make down` ends what is yours, the cloud's console the rest")
+        print(f"{len(survey.found)} up and maybe billed: `make down` ends yours, the cloud's console ends the rest")
     elif survey.unasked:
         print("nothing was found, but not everything could be asked: see the lines that begin with ?")
     else:
@@ -143,7 +146,7 @@ def _step(what: str) -> Iterator[None]:
     """Do one step. Reports an error and continues, because the next step may still end something."""
     try:
         yield
-    except Exception as error:  # SkyPilot, credentials, network: any error of a library
+    except Exception as error:  # any error of SkyPilot, credentials or network
         print(f"?  {what}: {brief(error)}", flush=True)
 
 

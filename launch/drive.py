@@ -1,6 +1,6 @@
 """Carries out one stage of a run with a budget: launches its task as often as needed, and waits until it is done.
 
-It knows what is done from the bucket, and what is up from SkyPilot. Between the two it keeps nothing.
+The bucket shows the finished work, and SkyPilot shows the running jobs. This module keeps no other state.
 """
 
 import sys
@@ -22,28 +22,28 @@ from launch.submit import NO_CHECK, submit
 from launch.undo import CLOCK_SECONDS
 
 POLL_SECONDS = 30.0
-# Launches of a stage by this command, one after the other, that get it no further.
+# This command stops after this many launches of a stage in a row without progress.
 MOST_WITHOUT_PROGRESS = 3
-# Questions to SkyPilot, one after the other, that it does not answer.
+# This command stops after this many questions in a row that SkyPilot does not answer.
 MOST_UNANSWERED = 40
 STOPPED = 130
-SIGNALLED = 128  # exit codes above it are of signals
+SIGNALLED = 128  # an exit code above this number means that a signal ended the command
 
 
 class Driver:
-    """Carries out the stages of one run. `arguments` are those of the command, of which NO_CHECK counts."""
+    """Carries out the stages of one run. Of the command's `arguments`, only NO_CHECK is used."""
 
     def __init__(self, folder: RunFolder, budget: Budget, arguments: Sequence[str]):
         self._folder, self._budget = folder, budget
         self._options = [each for each in arguments if each == NO_CHECK]
-        self._launched: list[tuple[str, int, float]] = []  # stage, progress, unix time of launches by this command
-        self.failed: list[str] = []  # stages that are not needed
+        self._launched: list[tuple[str, int, float]] = []  # for each launch by this command: stage, progress, unix time
+        self.failed: list[str] = []  # names of failed stages that are not needed
 
     def carry_out(self, stage: Stage) -> int:
         """Returns 0 once the stage is done, else the exit code of a failed launch.
 
-        Raises RunError if the stage has failed, or gets no further. A stage that is not needed may fail, or be left out
-        for want of money; `failed` then names it.
+        Raises RunError if the stage has failed or makes no progress. A stage that the next stages do not need may fail,
+        or may be left out because the money is spent. `failed` then contains its name.
         """
         try:
             code = self._carry_out(stage)
@@ -91,7 +91,7 @@ class Driver:
         return 0
 
     def _launch(self, stage: Stage) -> int:
-        """Launch a stage that is neither done nor up. Returns the exit code of the launch."""
+        """Launch a stage that is neither done nor running. Returns the exit code of the launch."""
         mine = [each for each in self._launched if each[0] == stage.name]
         progress = stage.progress()
         if mine:
@@ -110,9 +110,9 @@ class Driver:
         return submit(stage.task, [*stage.options, *self._options], settings)
 
     def _up(self, stage: Stage) -> str:
-        """Where a stage runs, by SkyPilot's records; "" if it does not. Raises ConfigError if SkyPilot does not answer.
+        """The job or cluster that runs a stage, by SkyPilot's records. "" if no job or cluster runs it.
 
-        Raises RunError if another run has the stage's cluster.
+        Raises ConfigError if SkyPilot does not answer. Raises RunError if another run has the stage's cluster.
         """
         settings = stage.settings()
         task = read_task(managed.chosen(stage.task, settings), settings)
@@ -128,7 +128,7 @@ class Driver:
         return ""
 
     def _check_not_stopped(self, stage: Stage, since: float) -> None:
-        """Raises RunError if somebody has ended the stage's newest job or machine, as `make down` does."""
+        """Raises RunError if a user has ended the stage's newest job or machine, for example by `make down`."""
         settings = stage.settings()
         task = read_task(managed.chosen(stage.task, settings), settings)
         if task.managed:
@@ -136,7 +136,8 @@ class Driver:
             jobs = [job for job in jobs if float(job.get("submitted_at") or 0.0) >= since - CLOCK_SECONDS]
             is_stopped = bool(jobs) and str(jobs[0]["status"]).startswith("CANCEL")
         else:
-            # Only a managed job's machines are on spot: nobody but a user asks the others to stop.
+            # Only the machines of managed jobs are on spot. A program on any other machine is asked to stop only if a
+            # user ends the machine.
             segment = last_segment(stage.ledger, since)
             is_stopped = ((segment and segment.end) or {}).get("reason") == "preempted"
         if is_stopped:
@@ -152,7 +153,7 @@ class Driver:
 
 
 def pause() -> None:
-    """Wait until SkyPilot is asked again."""
+    """Pause between two questions to SkyPilot."""
     time.sleep(POLL_SECONDS)
 
 
@@ -169,7 +170,7 @@ def _cluster(name: str, run: str) -> str:
 
 
 def _check_end(stage: Stage, since: float) -> None:
-    """Raises RunError if the newest machine of a stage has failed, so that another one would fail likewise."""
+    """Raises RunError if the newest machine of a stage has failed, because another one would fail in the same way."""
     segment = last_segment(stage.ledger, since)
     end = (segment and segment.end) or {}
     if end.get("reason") == "failed" or (end.get("reason") == "cap" and stage.name != TRAINING):

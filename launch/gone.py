@@ -1,8 +1,8 @@
-"""Records when the machines of a run were gone, once their cloud says it: RUN_URL/machines/ATTEMPT/gone.json.
+"""Records the end of a run's machines, once their cloud shows it: RUN_URL/machines/ATTEMPT/gone.json.
 
-`make status` and `make down` call it, and a launch before it looks at the cap. AWS lists an ended machine for about an
-hour; Lambda lists none. The cap keeps back as much time as the slowest machine of the run on the same cloud took
-(core/run/paid.py).
+`make status` and `make down` call this module. A launch calls it before it checks the cap. AWS lists an ended machine
+for about an hour; Lambda does not list ended machines. The recorded ends serve the cap: for the shutdown, it reserves
+the longest time that a machine of the run took on the same cloud (core/run/paid.py).
 """
 
 from clouds.base import Instance, Unavailable
@@ -14,7 +14,7 @@ CLOCK_SECONDS = 5.0
 
 
 def record(run_url: str) -> list[str]:
-    """Write what the clouds know about machines whose end is not recorded. Returns a line for each of them.
+    """Record the ends that the clouds know and that are not recorded yet. Returns a line for each recorded end.
 
     Raises StorageError.
     """
@@ -30,7 +30,7 @@ def record(run_url: str) -> list[str]:
 
 
 def _gone_at(machine: paid.Paid) -> float | None:
-    """When the cloud's machine was gone; None if the cloud does not list it, or does not answer."""
+    """The time when the cloud's machine was gone, or None if the cloud does not list it or does not answer."""
     cloud = cloud_named(machine.cloud)
     try:
         listed = cloud.instances([machine.cluster], machine.region or "") if cloud else []
@@ -40,7 +40,11 @@ def _gone_at(machine: paid.Paid) -> float | None:
 
 
 def _is(instance: Instance, machine: paid.Paid) -> bool:
-    """Whether an instance is this machine: of its cluster, requested before its boot, up when its program ended."""
+    """Whether an instance is this machine.
+
+    It is, if it belongs to the machine's cluster, was requested before the machine's boot, and was up when the
+    machine's program ended.
+    """
     if instance.cluster != machine.cluster or instance.end is None or machine.ended_at is None:
         return False
     return instance.start <= machine.started_at + CLOCK_SECONDS and instance.end >= machine.ended_at - CLOCK_SECONDS

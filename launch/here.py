@@ -1,12 +1,12 @@
 """Prepares data and trains on this computer, with the variables of a launch: BUCKET, RUN, DATA, CONFIG, TRAIN_ARGS, …
 
     SOURCE=input.txt python -m launch.here prep        text or other documents → token shards
-    SOURCE=FILES.bin python -m launch.here fetch       ready-made token shards → ours
+    SOURCE=FILES.bin python -m launch.here fetch       ready-made token shards → a token set
     python -m launch.here train                        CONFIG on all GPUs of this computer, or on its CPU
 
-Without BUCKET everything is below the current folder: data/DATA and runs/RUN. Training is the program that a rented
-node runs (launch.node): a check of the GPUs, one process per GPU, supervision, the output among the run's logs, and the
-same ledger. USD_PER_HOUR is what an hour of this computer costs.
+Without BUCKET everything is below the current folder: data/DATA and runs/RUN. Training runs the same program as a
+rented node (launch.node). It checks the GPUs, starts one process per GPU, supervises them, stores their output in the
+run's logs, and writes the same ledger. USD_PER_HOUR is the price of an hour on this computer.
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ from core.console import run_entry
 from core.data import manifest
 from core.errors import ConfigError
 
-HERE = "./"  # the BUCKET of somebody who names none
+HERE = "./"  # the value of BUCKET if the user gives none
 CONFIGS = {
     "prep": "data_prep/configs/text.yaml",
     "fetch": "data_prep/configs/fineweb-edu-10bt-ready.yaml",
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 def preparation(kind: str, given: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """The command that turns SOURCE into a token set, and the variables that it needs. Raises ConfigError.
 
-    SOURCE is files, or a config of preparation (.yaml). The set is named DATA, else like SOURCE.
+    SOURCE names files, or a config of preparation (.yaml). DATA is the name of the set, by default derived from SOURCE.
     """
     source = given.get("SOURCE", "").strip()
     if not source:
@@ -62,7 +62,7 @@ def preparation(kind: str, given: Mapping[str, str]) -> tuple[list[str], dict[st
     config = source if is_config else given.get("CONFIG") or CONFIGS[kind]
     chosen = [] if is_config else [f"--{SOURCES[kind]}={source}"]
     if kind == "fetch" and not is_config and not given.get("CONFIG"):
-        config = ""  # the sources of a config would be mixed with the named ones
+        config = ""  # otherwise, the sources of a config would be mixed with the source that the user names
     program = {"prep": "data_prep.prepare", "fetch": "data_prep.fetch"}[kind]
     words = [config] if config else []
     command = ["python", "-m", program, *words, *chosen, *split(given, "PREP_ARGS")]
@@ -82,7 +82,7 @@ def training(given: Mapping[str, str], gpus: Sequence[Gpu]) -> tuple[list[str], 
         "RANKS_PER_NODE": given.get("RANKS_PER_NODE") or str(max(1, len(gpus))),
     }
     if not given.get("USD_PER_HOUR"):
-        print("the price of this computer is not known, and the report shows ?; USD_PER_HOUR=0.40, say, gives dollars")
+        print("the price of this computer is not known, so the report shows ?; for dollars set USD_PER_HOUR=0.40, say")
     if not gpus:
         print("no NVIDIA GPU answers (nvidia-smi); training runs on the CPU")
     return ["python", "-m", "launch.node", "-m", "trainer.train", config, *split(given, "TRAIN_ARGS")], added
@@ -108,7 +108,10 @@ def torch_version() -> str:
 
 
 def only_set(given: Mapping[str, str]) -> str:
-    """The name of the one token set below BUCKET/data. Raises ConfigError if there are none or several."""
+    """The name of the only token set below BUCKET/data.
+
+    Raises ConfigError if there is no token set, or if there are several.
+    """
     folder = storage.join(bucket.root(given), bucket.FOLDERS["DATA"])
     names = [name for name in sorted(storage.list_names(folder)) if manifest.exists(storage.join(folder, name))]
     if len(names) == 1:
@@ -119,7 +122,7 @@ def only_set(given: Mapping[str, str]) -> str:
 
 
 def split(given: Mapping[str, str], variable: str) -> list[str]:
-    """The words of a variable with more settings. Raises ConfigError for a quote that does not end."""
+    """The words of a variable that holds more settings. Raises ConfigError for a quote that does not end."""
     try:
         return shlex.split(given.get(variable, ""))
     except ValueError as error:

@@ -1,8 +1,9 @@
-"""Says which keys of the user's reach a rented node, besides the bucket's, and what ends it if its job never begins.
+"""Names the keys of the user that a node gets in addition to the bucket's keys.
 
-SkyPilot 0.14.1 copies the credential files of every cloud to each node, so that the node can end itself. On AWS it
-leaves out its own cloud's if `aws.remote_identity` names a role; a node on Lambda gets those of AWS unless the launch
-forbids it, which it can only if no candidate of the task is on AWS.
+Also says what ends a node whose job never begins. SkyPilot 0.14.1 copies the credential files of every cloud to each
+node, so that the node can end itself. A node on AWS does not get the files of AWS if `aws.remote_identity` names a
+role. A node on Lambda gets the files of AWS unless the launch forbids it, which is possible only if no candidate of the
+task is on AWS.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,13 +15,14 @@ from launch import role
 
 
 def check_identity(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Names the files and roles that a node gets, for each cloud of the task."""
+    """Yields findings that name, for each cloud of the task, the files and the role that a node gets."""
     wanted = {request.cloud for request in task.requests}
     candidates = [cloud for name, cloud in CLOUDS.items() if None in wanted or name in wanted]
     for cloud in candidates:
         own = role.node_role() if cloud.default_role else None
         gets = [f"the role {own}" if own else cloud.default_role] if cloud.default_role else []
-        # Files of a cloud with roles stay here if it gives a role, and can be kept here if no candidate is on it.
+        # On a cloud with roles, a node that has a role needs no key files, so they stay on this computer. If no
+        # candidate of the task is on that cloud, the launch can forbid SkyPilot to copy them.
         copied = [
             each
             for each in CLOUDS.values()

@@ -1,4 +1,4 @@
-"""Looks for what a task works on, before a machine is rented: tokens, weights, examples, prompts."""
+"""Checks before a machine is rented that a task's inputs exist: tokens, weights, examples, prompts."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,12 +10,12 @@ from core.run.folder import RunFolder
 from core.settings.tuning import DistilConfig, FinetuneConfig, SynthesisConfig
 from core.task import TaskSpec
 
-# Work on a trained run: its stage, and the property of RunFolder with its ledger.
+# Stages that work on a trained run, and the property of RunFolder that names their ledger.
 BESIDE = {"evaluate": "evaluations", "serve": "serving", "export": "exports"}
 
 
 def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Looks for the tokens to train on, or for the weights and examples to tune or evaluate."""
+    """Looks for the inputs of a stage: tokens to train on, or weights and examples for a tuning or an evaluation."""
     workload = task.workload
     if workload.stage in ("finetune", "dpo") and not isinstance(workload.config, FinetuneConfig):
         return  # check_config names the problem
@@ -45,7 +45,7 @@ def check_data(task: TaskSpec, settings: Mapping[str, str]) -> Iterator[Finding]
 
 
 def _weights(start: str) -> Iterator[Finding]:
-    """Looks for the weights of a run or checkpoint, not for those of a public model."""
+    """Looks for the weights of a run or checkpoint. The weights of a public model are not checked."""
     if "://" not in start:
         return
     if storage.list_names(start if "/checkpoints/" in start else RunFolder(start).checkpoints):

@@ -1,11 +1,11 @@
-"""Finds everything that this project may have up: asks SkyPilot for clusters and managed jobs, then each cloud.
+"""Finds all running resources of this project: asks SkyPilot for clusters and managed jobs, then each cloud.
 
     survey = look()
     survey.found, survey.unasked, survey.exit_code
 
 A source is SkyPilot's list of clusters, its queue of managed jobs, or a cloud for which this computer has credentials.
-Each one lists something, or nothing, or cannot be asked. A cloud's answer does not depend on SkyPilot's, which knows no
-machine that it has lost or that was started elsewhere.
+Each source lists something, lists nothing, or cannot be asked. The clouds are asked even if SkyPilot answers. SkyPilot
+does not know machines that it has lost, or that were started elsewhere.
 """
 
 import functools
@@ -23,15 +23,16 @@ from core.task import read_task
 
 FOUND, UNKNOWN, NOTHING = 1, 2, 0
 NO_CLOUD = "no cloud has credentials on this computer, so none could be asked whether a machine is up"
-# What each of our tasks runs, and no other task.
+# Each task of this project runs this command, and no other task does.
 OUR_COMMAND = "launch/node/container.sh"
 
 
 @dataclass
 class Survey:
-    """What is up. `clusters` and `jobs` are SkyPilot's records of ours, None if it could not be asked.
+    """The running resources of this project.
 
-    `answers` holds a line per source, `unasked` a sentence per source, or part of one, that could not be asked.
+    `clusters` and `jobs` are SkyPilot's records, or None if SkyPilot could not be asked. `answers` holds a line per
+    source. `unasked` holds a sentence for each source, or part of a source, that could not be asked.
     """
 
     clusters: list[dict[str, Any]] | None = None
@@ -42,27 +43,27 @@ class Survey:
 
     @property
     def found(self) -> list[str]:
-        """A line for each thing that is up. A cluster's machine may follow, as its cloud lists it."""
+        """A line for each running resource. The machine of a cluster may have another line, from the cloud's list."""
         jobs = [f"managed job {job['job_id']} {job['job_name']}: {job['status']}" for job in self.jobs or ()]
         clusters = [f"cluster {cluster['name']}: {cluster['status']}" for cluster in self.clusters or ()]
         return [*jobs, *clusters, *map(str, self.on_clouds)]
 
     @property
     def exit_code(self) -> int:
-        """1: something is up. 2: nothing was found, but a source could not be asked. 0: nothing is up."""
+        """1 if something is up. 2 if nothing was found but a source could not be asked. 0 if nothing is up."""
         return FOUND if self.found else UNKNOWN if self.unasked else NOTHING
 
     def lines(self) -> list[str]:
-        """The answers of all sources, then what is up, marked `!`, and what could not be asked, marked `?`."""
+        """The answers of all sources, then a line `!` for each running resource and `?` for each unasked source."""
         return [*self.answers, *(f"!  {each}" for each in self.found), *(f"?  {each}" for each in self.unasked)]
 
     @property
     def cluster_names(self) -> frozenset[str]:
-        """Names on the cloud of SkyPilot's clusters of ours."""
+        """The cloud names of this project's clusters that SkyPilot lists."""
         return _on_cloud(self.clusters or ())
 
     def in_records(self, leftover: Leftover) -> bool:
-        """Whether SkyPilot still ends a machine: it lists the cluster, or a managed job that would replace it."""
+        """Whether SkyPilot itself ends a machine: it lists the cluster, or a managed job that would replace it."""
         return leftover.cluster in self.cluster_names or bool(self.jobs)
 
 
@@ -76,20 +77,20 @@ def project_tasks() -> dict[str, bool]:
 def look(everyone: bool = False, known: Iterable[str] = ()) -> Survey:
     """Ask all sources. `everyone` includes the clusters and jobs of SkyPilot's other users.
 
-    `known` are names on the cloud of clusters of ours, which SkyPilot may have taken off its list meanwhile.
+    `known` are cloud names of this project's clusters, even if SkyPilot no longer lists them.
     """
     survey = Survey()
     tasks = project_tasks()
     listed = _ask("SkyPilot's clusters", survey, lambda: skypilot.clusters(everyone))
     queue = _ask("SkyPilot's managed jobs", survey, lambda: skypilot.jobs(everyone=everyone))
     running = [job for job in queue or () if not skypilot.has_ended(job)]
-    # A controller that also serves jobs of other projects stays.
+    # A controller that also serves jobs of other projects is not ended.
     is_shared = any(job.get("job_name") not in tasks for job in running)
     ours = [each for each in listed or () if is_ours(each, tasks) or (is_controller(each["name"]) and not is_shared)]
     others = [each for each in listed or () if each not in ours]
     whose = Ownership(tuple(tasks), skypilot.user_hash(os.environ), _on_cloud(ours) | {*known}, _on_cloud(others))
     ask_clouds(whose, survey)
-    # Of a job with another name than its task's, only its machines tell that it is ours.
+    # If a job's name differs from its task's, only its machines show that it belongs to this project.
     machines = [leftover.cluster for leftover in survey.on_clouds if leftover.mine]
     survey.clusters = None if listed is None else ours
     survey.jobs = None if queue is None else [job for job in running if _is_our_job(job, tasks, machines)]
@@ -101,7 +102,7 @@ def look(everyone: bool = False, known: Iterable[str] = ()) -> Survey:
 
 
 def is_ours(cluster: Mapping[str, Any], tasks: Iterable[str]) -> bool:
-    """Whether a cluster is of one of our tasks: by its name, its label, or the task that it was launched with."""
+    """Whether a cluster belongs to this project: by its name, its label, or the task that it was launched with."""
     key, value = LABEL
     labelled = (cluster.get("labels") or {}).get(key) == value
     return cluster["name"] in tasks or labelled or OUR_COMMAND in (cluster.get("last_creation_yaml") or "")
@@ -112,7 +113,7 @@ def _is_our_job(job: Mapping[str, Any], tasks: Iterable[str], machines: Iterable
 
 
 def job_of(cluster: str, jobs: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The managed job whose machines have this cluster's name on the cloud."""
+    """The managed job whose machines have this cluster name on the cloud."""
     return next((job for job in jobs if cluster.startswith(f"{job.get('job_name')}-{job['job_id']}-")), None)
 
 
@@ -121,10 +122,13 @@ def _on_cloud(clusters: Iterable[Mapping[str, Any]]) -> frozenset[str]:
 
 
 def _ask(source: str, survey: Survey, ask: Callable[[], Any]) -> Any:
-    """The answer; None for an error, which becomes a sentence of `unasked`."""
+    """The answer of a source.
+
+    If an error occurs, the answer is None, and a sentence about the error is added to `unasked`.
+    """
     try:
         return ask()
-    except Exception as error:  # SkyPilot, credentials, network: any error of a library
+    except Exception as error:  # any error of SkyPilot, credentials or network
         survey.unasked.append(f"{source}: could not be asked ({brief(error)})")
         return None
 
@@ -134,7 +138,7 @@ def _answer(source: str, found: list | None) -> list[str]:
 
 
 def ask_clouds(whose: Ownership, survey: Survey) -> None:
-    """Add what the clouds list to a survey."""
+    """Add the resources that the clouds list to `survey`."""
     configured = 0
     for name, cloud in CLOUDS.items():
         has_keys = _ask(name, survey, cloud.is_configured)

@@ -1,10 +1,10 @@
-"""Writes a task file as a managed job, which continues by itself on another machine after a preemption.
+"""Writes a task file as a managed job. After a preemption, SkyPilot continues such a job on another machine.
 
     MANAGED=1 python -m launch.submit sky/finetune.yaml      launches .launch/finetune.yaml
 
-Any task of sky/ can be a managed job, as sky/pretrain-8xa100-spot.yaml is one. The written file differs in `resources`
-alone: spot machines come first, and `job_recovery` replaces `autostop`, because a managed job ends its machines itself.
-SkyPilot's jobs controller costs money on top, so that it pays for jobs of hours.
+Any task of sky/ can be a managed job, as sky/pretrain-8xa100-spot.yaml is one. The written file differs only in
+`resources`: spot machines come first, and `job_recovery` replaces `autostop`, because a managed job ends its machines
+itself. SkyPilot's jobs controller costs extra, so a managed job saves money only if the job takes hours.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def chosen(path: str, environment: Mapping[str, str]) -> str:
 
 
 def as_managed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The task with its candidates in order, spot first, and recovery from preemptions in place of autostop."""
+    """The task with its candidates in order, spot first, and with recovery from preemptions instead of autostop."""
     resources = dict(document["resources"])
     resources.pop("autostop", None)
     candidates = resources.pop("any_of", None) or resources.pop("ordered", None)

@@ -1,7 +1,7 @@
-"""What a launch may cost an hour beyond what a node can find out: a machine without an image, and the jobs' controller.
+"""Finds two prices per hour that a node cannot find out itself.
 
-A node passes both on to the cap (core/run/paid.py): the first for a machine that ends in its set-up, where nothing of
-ours knows its type, the second for a managed job.
+A node passes both prices to the cap (core/run/paid.py). The first is the price of a machine that ends in its set-up,
+before a program of this project knows the machine's type. The second is the price of the controller of a managed job.
 """
 
 import os
@@ -19,7 +19,10 @@ CONTROLLER_TYPE = "m6i.xlarge"
 
 
 def for_nodes(task: TaskSpec) -> dict[str, str]:
-    """The variables USD_PER_HOUR_AT_MOST and, for a managed job, CONTROLLER_USD_PER_HOUR; none without a price."""
+    """The variables USD_PER_HOUR_AT_MOST and, for a managed job, CONTROLLER_USD_PER_HOUR.
+
+    A variable whose price is unknown is left out.
+    """
     found = {"USD_PER_HOUR_AT_MOST": at_most(task, [offer for cloud in CLOUDS.values() for offer in cloud.offers()])}
     if task.managed:
         found["CONTROLLER_USD_PER_HOUR"] = controller_usd_per_hour()
@@ -27,9 +30,9 @@ def for_nodes(task: TaskSpec) -> dict[str, str]:
 
 
 def at_most(task: TaskSpec, offers: Iterable[Offer]) -> float | None:
-    """The highest list price of all nodes together that the task may be given; None if no price is known.
+    """The highest list price of all nodes together among the machines that fit the task, or None if no price is known.
 
-    A spot machine costs at most what it costs on demand.
+    The on-demand price is an upper bound of the spot price.
     """
     prices = [
         min(filter(None, (offer.usd_on_demand, request.max_usd_per_hour)))
@@ -41,9 +44,10 @@ def at_most(task: TaskSpec, offers: Iterable[Offer]) -> float | None:
 
 
 def controller_usd_per_hour() -> float | None:
-    """The price of this user's controller of managed jobs, by SkyPilot's records, else by its catalog.
+    """The price of this user's controller of managed jobs.
 
-    None if the controller is part of SkyPilot's server, or nothing is known.
+    It comes from SkyPilot's records or, if there are none, from SkyPilot's catalog. None if the controller is part of
+    SkyPilot's server, or nothing is known.
     """
     try:
         if skypilot.setting("jobs", "controller", "consolidation_mode"):
@@ -59,6 +63,6 @@ def controller_usd_per_hour() -> float | None:
 
 
 def declared(task: TaskSpec, given: Mapping[str, str]) -> dict[str, Any]:
-    """`given` with the prices that the task takes and the user has not set."""
+    """`given`, with the prices that the task declares and the user has not set."""
     wanted = {name: usd for name, usd in for_nodes(task).items() if name in task.envs and not given.get(name)}
     return {**given, **wanted}

@@ -1,4 +1,4 @@
-"""Says what came of a budget: dollars by stage, what is left, and loss and dollars beside what was expected."""
+"""Shows the outcome of a budget: dollars by stage, dollars left, and how loss and dollars differ from the forecast."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from core.run.reader import read_run
 from launch import plan
 from launch.stages import end_of, spent
 
-IN_RUN = 8  # forecasts of the run itself that are kept with its outcome
+IN_RUN = 8  # number of the run's own forecasts that are kept with the outcome
 _FORECAST = ("val_loss", "error", "end", "usd")
 
 
@@ -27,7 +27,7 @@ def _figure(usd: float | None) -> str:
 
 
 def conclude(folder: RunFolder, budget: Budget) -> None:
-    """Store and print what came of the budget, beside what was expected."""
+    """Store and print the outcome of the budget beside the forecast."""
     result = outcome(folder, budget)
     budgets.end(folder, budget.number, result)
     print("", *summary(folder, budget, result), sep="\n", flush=True)
@@ -65,7 +65,7 @@ def outcome(folder: RunFolder, budget: Budget) -> dict[str, Any]:
 
 
 def in_run(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Some of the forecasts that the trainer made, evenly spaced, and its last one."""
+    """Some of the trainer's forecasts, evenly spaced, including the last one."""
     every = max(1, len(points) // IN_RUN)
     shown = [*points[every - 1 : -1 : every], *points[-1:]]
     return [{"step": each.step} | {key: each.values.get(key) for key in _FORECAST} for each in shown]
@@ -79,7 +79,10 @@ def _usd_of(url: str) -> float | None:
 
 
 def summary(folder: RunFolder, budget: Budget, result: Mapping[str, Any]) -> list[str]:
-    """What was spent on what, what is left, and how far loss and dollars are from the forecast."""
+    """Lines on the dollars by stage and on the dollars left.
+
+    Further lines say how loss and dollars differ from the forecast.
+    """
     parts = ", ".join(f"{name} {_figure(usd)}" for name, usd in result["usd_by_stage"].items() if usd != 0.0)
     left, beside = result["left_usd"], result["beside_usd"]
     said = [
@@ -88,7 +91,9 @@ def summary(folder: RunFolder, budget: Budget, result: Mapping[str, Any]) -> lis
         "SkyPilot, which no ledger counts",
     ]
     if result["end"] == "cap":
-        said.append("the cap ended the training before its last step, so that the rates had not fallen to their end")
+        said.append(
+            "the cap ended the training before its last step, so the learning rates had not fallen to their end"
+        )
     loss, forecast, step = result["val_loss"], budget.forecast, result["steps"]
     if loss is not None:
         said.append(f"validation loss on {result['data']}: {loss:.4f}")
@@ -106,7 +111,7 @@ def summary(folder: RunFolder, budget: Budget, result: Mapping[str, Any]) -> lis
 
 
 def _store_report(folder: RunFolder) -> None:
-    """Store the cost report as a page in the run's folder. A failure is only said."""
+    """Store the cost report as a page in the run's folder. A failure is only reported."""
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / "report.html"
         command = [sys.executable, str(plan.ROOT / "cost_report.py"), folder.url, "--html", str(page)]

@@ -2,7 +2,7 @@
 
     budget, lines = make("20", ["--deadline=6h"], environment)
 
-The plan is another program (costs/plan/), asked by its JSON.
+The plan is made by another program (costs/plan/). This module runs that program and reads its JSON.
 """
 
 import json
@@ -30,12 +30,13 @@ from core.task import read_task
 
 ROOT = Path(__file__).parents[1]
 PREPARE = "sky/prep-data.yaml"
-# The whole set that PREPARE makes, and the name of a part of it.
+# Two names: of the whole token set that PREPARE makes, and of a part of that set.
 WHOLE, TOKENS_OF_WHOLE = "fineweb-edu-10bt", 9.9e9
 PART = re.compile(r"fineweb-edu-\d+m\Z")
 VOCABULARY = "gpt2"
-VALIDATION_TOKENS = 10_485_760  # what a training run reads at each validation
-# The trainer decides by MAX_USD when the rates fall. The plan's steps are an estimate; it may take so many times them.
+VALIDATION_TOKENS = 10_485_760  # the tokens that a training run reads at each validation
+# train.steps is this many times the plan's number of steps, which is only an estimate. The trainer decides by MAX_USD
+# when the learning rates fall.
 BY_MONEY = "--optimizer.schedule=wsd"
 MORE_STEPS = 2
 PLAN_SECONDS = 120.0
@@ -43,7 +44,7 @@ _MAKE_OPTIONS = {"GPUS": "--gpus", "INFRA": "--infra"}
 
 
 def make(usd: str, options: Sequence[str], environment: Mapping[str, str]) -> tuple[Budget, list[str]]:
-    """The budget of the first plan for a sum, and lines that say what it buys.
+    """The budget of the first plan for a sum, and lines on what the plan buys.
 
     CONFIG in `environment` replaces the plan's model, TRAIN_ARGS adds settings. Raises LauncherError.
     """
@@ -75,10 +76,10 @@ def make(usd: str, options: Sequence[str], environment: Mapping[str, str]) -> tu
 
 
 def add(base: Budget, folder: RunFolder, usd: str, environment: Mapping[str, str]) -> tuple[Budget, list[str]]:
-    """A budget for another run that goes on from the trunk of `folder`, on the same machine and data."""
+    """A budget for another run that continues from the trunk of `folder`, on the same machine and data."""
     added = number("ADD_USD", usd)
     if not course.trunks(course.read(folder)):
-        raise ConfigError(f"{folder}: its training had no cooldown, so that no step is known from which it could go on")
+        raise ConfigError(f"{folder}: its training had no cooldown, so there is no step for a new run to begin with")
     forecast, steps = dict(base.forecast), []
     if "loss" in forecast:
         fixed = [f"--{key}={forecast[key]}" for key in ("gpus", "cloud", "size", "recipe")]
@@ -100,11 +101,11 @@ def add(base: Budget, folder: RunFolder, usd: str, environment: Mapping[str, str
         began_at=time.time(),
         number=1,
     )
-    return budget, [f"${added:g} more for {folder}: it goes on from the step before its rates fell"]
+    return budget, [f"${added:g} more for {folder}: the new run goes on from the step before its rates fell"]
 
 
 def ask(arguments: Sequence[str]) -> dict[str, Any]:
-    """The answer of `cost_report.py plan`. Raises ConfigError with its sentence."""
+    """The answer of `cost_report.py plan`. Raises ConfigError with the plan's error sentence."""
     command = [sys.executable, str(ROOT / "cost_report.py"), "plan", "--json", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PLAN_SECONDS)
@@ -118,25 +119,25 @@ def ask(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_clouds() -> None:
-    """Raises ConfigError if nothing can be rented, which a plan does not mind."""
+    """Raises ConfigError if no cloud can rent a machine. `make plan` alone needs no cloud."""
     if not any(map(_may_rent, CLOUDS.values())):
         raise ConfigError(
             f"no cloud has credentials on this computer ({', '.join(CLOUDS)} were tried); set up one (docs/launch.md), "
-            "or see by `make plan` what the sum would buy"
+            "or run `make plan` to see what the sum would buy"
         )
 
 
 def _may_rent(cloud: Cloud) -> bool:
     try:
         return cloud.is_configured()
-    except Exception:  # any error of a cloud's library: SkyPilot says more
+    except Exception:  # a cloud's library may raise any error; SkyPilot's own message says more
         return True
 
 
 def _training(
     plan: Mapping[str, Any], scale: str, environment: Mapping[str, str]
 ) -> tuple[dict[str, str], float, dict[str, Any]]:
-    """Settings of the training, its tokens, and what the plan expects of it."""
+    """Settings of the training, its tokens, and the plan's forecast."""
     machine = plan["machine"]
     expected = {key: machine[key] for key in ("gpus", "cloud", "spot")} | {"parts": plan["parts"]}
     more = environment.get("TRAIN_ARGS", "").split()
@@ -161,9 +162,9 @@ def _training(
 
 
 def _ready_tokens(environment: Mapping[str, str]) -> tuple[str, int] | None:
-    """(name, training tokens) of the set that DATA names, or of the whole default set; None if it is not there.
+    """(name, training tokens) of the set that DATA names. If DATA is empty, of the whole default set.
 
-    Raises DataError for a set that no plan can train on.
+    None if the set does not exist. Raises DataError for a set that no plan can train on.
     """
     name = environment.get("DATA") or WHOLE
     url = bucket.url({**environment, "DATA": name}, "DATA")
@@ -180,7 +181,10 @@ def _ready_tokens(environment: Mapping[str, str]) -> tuple[str, int] | None:
 
 
 def _place(tokens: float, environment: Mapping[str, str]) -> tuple[str, int]:
-    """The name of a set with so many tokens, and how many are to be prepared there: 0 if it is there."""
+    """The name of a set with this many tokens, and the number of tokens to prepare for it.
+
+    The number is 0 if the set exists.
+    """
     if tokens >= TOKENS_OF_WHOLE:
         tokens = TOKENS_OF_WHOLE
     else:
@@ -208,7 +212,10 @@ def _tokens_in(url: str) -> int:
 
 
 def preparation_arguments(tokens: int) -> str:
-    """The flags of a preparation of so many training tokens. All documents are taken for as many as there are."""
+    """The flags that prepare this many training tokens.
+
+    If the source has no more tokens than that, there are no flags, and all documents are taken.
+    """
     if tokens >= TOKENS_OF_WHOLE:
         return ""
     fraction = max(0.002, min(0.2, 1.2 * VALIDATION_TOKENS / tokens))

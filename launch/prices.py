@@ -3,8 +3,8 @@
     python -m launch.prices             shows each price that changed, and stores the new ones
     python -m launch.prices --dry-run   shows them only
 
-A row of the snapshot that SkyPilot's catalog lacks keeps its price and is named. SkyPilot fetches its catalogs when it
-launches, or with `sky check`.
+If SkyPilot's catalog lacks a row of the snapshot, the row keeps its price, and the program names the row. SkyPilot
+fetches its catalogs when it launches, or with `sky check`.
 """
 
 import csv
@@ -25,7 +25,7 @@ USAGE = "usage: python -m launch.prices [--dry-run]"
 
 
 def main(arguments: list[str]) -> None:
-    """Print what changed; store it unless --dry-run is given. Raises ConfigError if there is nothing to read."""
+    """Print the changes, and store them unless --dry-run is given. Raises ConfigError if there is nothing to read."""
     if set(arguments) - {"--dry-run"}:
         raise ConfigError(f"{USAGE}; {' '.join(arguments)!r} is something else")
     origins = catalog.SOURCE.read_text(encoding="utf-8").splitlines()
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
 
 
 def renewed(ours: Sequence[Mapping[str, str]], theirs: Sequence[Mapping[str, str]]) -> tuple[str, list[str]]:
-    """The CSV text of `ours` with the prices of `theirs`, and a line for each price that changed or is gone."""
+    """The CSV text of `ours` with the prices of `theirs`, and a line for each price that changed or is missing."""
     prices = {tuple(row.get(name, "") for name in KEY): row for row in theirs}
     changes, rows = [], []
     for row in ours:

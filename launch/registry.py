@@ -44,7 +44,7 @@ def platforms(reference: str) -> set[str]:
 
 
 def split(reference: str) -> tuple[str, str, str]:
-    """Registry host, repository, and tag or digest, with Docker Hub's defaults."""
+    """The host of the registry, the repository, and the tag or digest. Missing parts have Docker Hub's defaults."""
     name, _, digest = reference.partition("@")
     head, slash, tail = name.rpartition("/")
     tail, _, tag = tail.partition(":")

@@ -1,4 +1,4 @@
-"""Makes the IAM role of the nodes on AWS, and tells SkyPilot to use it, so that a node there needs no key.
+"""Makes the IAM role of the nodes on AWS, and configures SkyPilot to use it, so that these nodes need no key.
 
     BUCKET=my-bucket python -m launch.role        (make role)
     python -m launch.role --undo                  (make role UNDO=1)
@@ -6,10 +6,10 @@
 SWITCH_MINUTES is the time without a sign of life after which a node on AWS ends itself.
 
 The role may read and write BUCKET/runs and BUCKET/data, list names in BUCKET, and end machines with this project's
-label (launch/node-policy.json). A condition on the listing would make S3 answer 403 for an object that does not exist.
-`.sky.yaml`, which SkyPilot reads in the folder in which `sky` is started, names the role for all clusters but the
-controller of managed jobs, which rents with your login. It also has cloud-init start launch/node/switch.py at a node's
-first boot, before SkyPilot's own set-up. Needs your login to AWS, with IAM rights.
+label (launch/node-policy.json). The right to list has no condition. With a condition, S3 would answer 403 for objects
+that do not exist. SkyPilot reads `.sky.yaml` in the folder in which `sky` is started. `.sky.yaml` names the role for
+all clusters except the controller of managed jobs, which rents machines with your login. It also makes cloud-init start
+launch/node/switch.py at a node's first boot, before SkyPilot's set-up. Needs your login to AWS, with IAM rights.
 """
 
 import base64
@@ -31,16 +31,16 @@ from core.environment import positive
 from core.errors import ConfigError, one_line
 from core.stores import aws
 
-ROLE = "pretrain-launcher-node"  # of the instance profile, too
+ROLE = "pretrain-launcher-node"  # the name of the role and of its instance profile
 CLOUD = Aws.name
-DEFAULT_SERVICE = aws.service_of(None)  # of S3 without an endpoint
+DEFAULT_SERVICE = aws.service_of(None)  # the name of the store if S3 has no other endpoint
 POLICY = Path(__file__).parent / "node-policy.json"
 SKY_CONFIG = Path(".sky.yaml")
 HEAD = "# Written by `make role`, removed by `make role UNDO=1`. SkyPilot reads it where `sky` is started.\n"
 # The first pattern that fits a cluster's name counts.
 IDENTITY = [{"sky-jobs-controller-*": "LOCAL_CREDENTIALS"}, {"*": ROLE}]
 SWITCH = Path(__file__).parent / "node/switch.py"
-# cloud-init runs what is in the folder at each boot.
+# cloud-init runs all files of this folder at each boot.
 SWITCH_ON_NODE = "/var/lib/cloud/scripts/per-boot/pretrain-launcher-switch"
 SWITCH_MINUTES = re.compile(r"^MINUTES = (\S+)", re.M)
 TRUST = {
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 
 def node_role(config: Path = SKY_CONFIG) -> str | None:
-    """The instance profile that `.sky.yaml` gives to nodes on AWS, None without one. Raises ConfigError."""
+    """The instance profile that `.sky.yaml` gives to nodes on AWS. None if it gives none. Raises ConfigError."""
     identity = ((_read(config) or {}).get(CLOUD) or {}).get("remote_identity")
     if not isinstance(identity, list):
         return None
@@ -76,7 +76,7 @@ def node_role(config: Path = SKY_CONFIG) -> str | None:
 
 
 def switch_minutes(config: Path = SKY_CONFIG) -> float | None:
-    """The minutes without a sign of life after which a node ends itself; None if `.sky.yaml` starts no switch."""
+    """The minutes without a sign of life after which a node ends itself, or None if `.sky.yaml` starts no switch."""
     for command in ((_read(config) or {}).get(CLOUD) or {}).get("post_provision_runcmd") or ():
         found = re.fullmatch(rf"echo (\S+) \| base64 -d \| gunzip > {SWITCH_ON_NODE}", str(command))
         if found and (minutes := SWITCH_MINUTES.search(gzip.decompress(base64.b64decode(found[1])).decode())):
@@ -85,11 +85,14 @@ def switch_minutes(config: Path = SKY_CONFIG) -> float | None:
 
 
 def start_switch(minutes: float | None = None) -> list[str]:
-    """Commands of cloud-init that put the switch on a node and start it. SkyPilot takes one line each without `: `."""
+    """Commands of cloud-init that put the switch on a node and start it.
+
+    For SkyPilot, each command must be one line that does not contain `: `.
+    """
     text = SWITCH.read_text(encoding="utf-8")
     if minutes:
         text = SWITCH_MINUTES.sub(f"MINUTES = {minutes!r}", text)
-    # EC2 takes 16 KB of user data. The same text has the same bytes whenever it is packed.
+    # EC2 limits user data to 16 KB. The packed text has no timestamp, so the same text always gives the same bytes.
     packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
     return [
         f"mkdir -p {Path(SWITCH_ON_NODE).parent}",
@@ -100,21 +103,22 @@ def start_switch(minutes: float | None = None) -> list[str]:
 
 
 def policy(url: str) -> dict[str, Any]:
-    """The role's policy for a bucket, or a folder in one. Raises ConfigError unless it is S3 at AWS."""
+    """The role's policy for a bucket, or for a folder in a bucket.
+
+    Raises ConfigError unless the bucket is on S3 at AWS.
+    """
     terms = storage.terms_of(url)
     if terms.service != DEFAULT_SERVICE:
-        raise ConfigError(
-            f"{url} is no bucket at AWS, so that no role opens it; a node needs the bucket's keys in .env"
-        )
+        raise ConfigError(f"{url} is not a bucket at AWS, so no role opens it; a node needs the bucket's keys in .env")
     folder = url.partition(f"://{terms.bucket}")[2].strip("/")
     text = POLICY.read_text(encoding="utf-8").replace("BUCKET", terms.bucket)
     return json.loads(text.replace("FOLDER", f"{folder}/" if folder else ""))
 
 
 def make(iam: Any, url: str, config: Path = SKY_CONFIG, minutes: float | None = None) -> None:
-    """Create the role and its instance profile, or set the policy of those that are there, and write `config`.
+    """Create the role and its instance profile, or update the policy of existing ones, and write `config`.
 
-    A node ends itself after `minutes` without a sign of life; None: the default of launch/node/switch.py.
+    A node ends itself after `minutes` without a sign of life; None means the default of launch/node/switch.py.
     """
     document = policy(url)
     _check_config(config)
@@ -137,7 +141,7 @@ def make(iam: Any, url: str, config: Path = SKY_CONFIG, minutes: float | None = 
 
 
 def undo(iam: Any, config: Path = SKY_CONFIG) -> None:
-    """Remove what `make` has made, as far as it is there. Machines that run with the role lose it."""
+    """Remove everything that `make` has made, if it exists. Running machines lose the role."""
     if config.exists() and config.read_text(encoding="utf-8").startswith(HEAD):
         config.unlink()
         print(f"{config}: removed")
@@ -157,7 +161,7 @@ def undo(iam: Any, config: Path = SKY_CONFIG) -> None:
 
 
 def _has_role(iam: Any) -> bool:
-    """Whether the role exists. Raises ConfigError for one of that name without our label."""
+    """Whether the role exists. Raises ConfigError for a role of that name without our label."""
     try:
         tags = iam.get_role(RoleName=ROLE)["Role"].get("Tags") or []
     except iam.exceptions.NoSuchEntityException:
@@ -168,7 +172,7 @@ def _has_role(iam: Any) -> bool:
 
 
 def _check_config(config: Path) -> None:
-    """Raises ConfigError if there is a project config that somebody else has written."""
+    """Raises ConfigError if a project config exists that `make role` has not written."""
     if config.exists() and not config.read_text(encoding="utf-8").startswith(HEAD):
         lines = yaml.safe_dump({CLOUD: {"remote_identity": IDENTITY}}, sort_keys=False, default_flow_style=True).strip()
         raise ConfigError(

@@ -4,10 +4,9 @@
     BUCKET=my-bucket RUN=first python -m launch.run --add-usd=10
 
 The first command asks `cost_report.py plan`, which takes the same options, and stores the plan in the run's folder. It
-then launches one stage after the other and waits for each. Machines and managed jobs do not need this computer: after
-Ctrl-C or a reboot the same command finds in the bucket how far the run is, and goes on.
-
---add-usd trains a finished run further, as another run that begins with the step before the first one's rates fell.
+then launches one stage after the other and waits for each. Machines and managed jobs go on without this computer. After
+Ctrl-C or a reboot, the same command reads the state of the run from the bucket and goes on. --add-usd trains a finished
+run further. It makes another run, which begins at the last step before the learning rates of the first run fell.
 """
 
 import os
@@ -70,7 +69,10 @@ def _folder(name: str, given: Mapping[str, str]) -> RunFolder:
 
 
 def _first(usd: str, options: Sequence[str], given: Mapping[str, str]) -> tuple[str, Budget]:
-    """The run's name and its budget, from the bucket if it has begun, else from a new plan."""
+    """The run's name and its budget. If the run has begun, the budget is read from the bucket.
+
+    Otherwise it comes from a new plan.
+    """
     name = given.get("RUN") or f"{_short(usd)}usd"
     folder = _folder(name, given)
     known = budgets.newest(folder)
@@ -78,7 +80,7 @@ def _first(usd: str, options: Sequence[str], given: Mapping[str, str]) -> tuple[
         if plan.number("USD", usd) != known.usd:
             raise ConfigError(
                 f"USD is {usd}, but {folder} has begun with ${known.usd:g}; to spend more on it give ADD_USD=10 and "
-                f"RUN={name}, and for a run of its own another RUN"
+                f"RUN={name}, or give another RUN for a separate run"
             )
         print(f"{folder} has begun with ${known.usd:g} and goes on", flush=True)
         return name, known
@@ -108,7 +110,10 @@ def _added(usd: str, given: Mapping[str, str]) -> tuple[str, Budget]:
 
 
 def _short(usd: str) -> str:
-    """20.00 → 20: one sum has one name. What is no number is refused later, with a sentence."""
+    """20.00 → 20, so that equal sums have one name.
+
+    If the text is not a number, it is returned unchanged, and a later check refuses it.
+    """
     try:
         return f"{float(usd):g}"
     except ValueError:

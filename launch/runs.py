@@ -7,8 +7,8 @@
     python -m launch.runs logs RUN_URL                    the same, by URL; includes preempted machines
     python -m launch.runs pull sky/TASK.yaml | RUN_URL [FOLDER]
 
-`pull` downloads metrics, ledger, logs and the newest complete checkpoint to pulled/RUN, or to FOLDER. Files that are
-there already are kept. The copy is a run folder: `python cost_report.py pulled/gpt2-124m` reads it.
+`pull` downloads metrics, ledger, logs and the newest complete checkpoint to pulled/RUN, or to FOLDER. Existing files
+are kept. The copy is a run folder: `python cost_report.py pulled/gpt2-124m` reads it.
 """
 
 import datetime
@@ -36,10 +36,10 @@ from launch.spent import run_lines
 
 FOLDERS = ("ledger", "metrics", "course", "evaluations", "serving", "exports/ledger", "logs", "preflight", "machines")
 FOLDERS += ("refused",)
-# Objects that differ between two runs, even if both had the same URL.
+# Objects by which two runs can be told apart, even if both had the same URL.
 IDENTITY = ("run.json", "start.jsonl")
 LISTINGS = 3
-# The beginning of a line that contains its time already, as the log lines of this project do.
+# The beginning of a line that already contains its time, as the log lines of this project do.
 _TIMED = re.compile(r"\d\d:\d\d:\d\d ")
 _CHECKPOINT = re.compile(r"/checkpoints/(step-\d+)/")
 USAGE = "usage: python -m launch.runs status|logs|pull sky/TASK.yaml|RUN_URL (make status, make logs, make pull)"
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_of(source: str, variables: Mapping[str, str]) -> str:
-    """The URL of a run. `source` is that URL or a task file, for which RUN_URL, or BUCKET and RUN, name the run.
+    """The URL of a run. `source` is this URL, or a task file. For a task file, RUN_URL or BUCKET and RUN name the run.
 
     Raises ConfigError.
     """
@@ -67,14 +67,15 @@ def run_of(source: str, variables: Mapping[str, str]) -> str:
 
 
 def status(arguments: list[str]) -> int:
-    """Print what SkyPilot and the clouds say is up, and the dollars of a run if one is named.
+    """Print the running resources that SkyPilot and the clouds list, and the dollars of a run if one is named.
 
-    Returns 2 if a source could not be asked. Something that is up is no failure here, unlike in launch.down.
+    Returns 2 if a source could not be asked, else 0. Running resources do not change the exit code here, unlike in
+    launch.down.
     """
     print("$ sky status --refresh", flush=True)
     try:
         code = subprocess.call([skypilot.find_sky(), "status", "--refresh"])
-    except ConfigError as error:  # not installed: the clouds may know
+    except ConfigError as error:  # SkyPilot is not installed; the clouds may list machines
         print(f"?  {error}")
         code = UNKNOWN
     survey = look(everyone=bool(os.environ.get("ALL")))
@@ -174,7 +175,10 @@ def show_stored(url: str) -> int:
 
 
 def _shown(event: Mapping[str, Any]) -> str:
-    """A stored line, after its time (UTC), unless the line begins with a time. A terminal obeys nothing in it."""
+    """A stored line with its time (UTC) before it. If the line begins with a time already, none is added.
+
+    Terminal control characters are escaped.
+    """
     line = output.visible(secrets.scrub(str(event.get("line", ""))))
     if _TIMED.match(line):
         return line
@@ -212,7 +216,7 @@ def pull(arguments: list[str]) -> int:
 
 
 def name_of(run_url: str) -> str:
-    """The run's name: what follows `runs/` in its URL, else the last part."""
+    """The run's name: the part after `runs/` in its URL, else the last part."""
     _, found, name = run_url.rpartition("/runs/")
     return name if found else run_url.rpartition("/")[2]
 

@@ -1,4 +1,4 @@
-"""Says what machines and runs have cost: SkyPilot's records of clusters, and the ledgers of runs."""
+"""Shows the cost of machines by SkyPilot's records, and the cost of runs by their ledgers."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -16,23 +16,26 @@ from launch.left import Survey, brief
 
 
 def lines(survey: Survey) -> list[str]:
-    """What the clusters of a survey have cost by SkyPilot's records, and the runs of its clusters and jobs so far."""
+    """Lines on the cost of a survey's clusters by SkyPilot's records, and of the runs of its clusters and jobs."""
     clusters = list(_clusters(survey))
     runs = [line for url in dict.fromkeys(_runs(survey)) for line in run_lines(url)]
     return [*clusters, *runs] or ["not known here: neither SkyPilot nor a ledger has it; see the cloud's bill"]
 
 
 def run_lines(run_url: str) -> list[str]:
-    """The run's dollars, after a line for each machine whose end is recorded only now."""
+    """A line for each machine whose end was recorded by this call, and a line with the run's dollars."""
     try:
         ends = gone.record(run_url)
-    except LauncherError:  # the next line says it
+    except LauncherError:  # the line with the run's dollars reports this error
         ends = []
     return [*ends, spent_line(run_url)]
 
 
 def spent_line(run_url: str) -> str:
-    """A line with the run's dollars. It does not show $0.00 for a run that does not exist: the name may be wrong."""
+    """A line with the run's dollars.
+
+    If there is no such run, the line says so and does not show $0.00, because the name may be wrong.
+    """
     try:
         usd = read_run(run_url, Detail.MONEY).usd
     except RunError:
@@ -52,7 +55,7 @@ def _clusters(survey: Survey) -> Iterator[str]:
         return
     for cluster in survey.clusters:
         record = records.get(cluster.get("cluster_hash")) or {}
-        usd = record.get("total_cost")  # 0 where SkyPilot knows no price
+        usd = record.get("total_cost")  # the cost is 0 if SkyPilot knows no price
         hours = f" for {record['duration'] / 3600:.2f} hours" if record.get("duration") else ""
         said = f"${usd:.2f}{hours} at today's list price, by SkyPilot's records" if usd else f"?{hours}"
         yield f"cluster {cluster['name']}: {said}"

@@ -3,7 +3,7 @@
     for stage in stages(name, budget, environment):
         stage.is_done(), stage.progress(), stage.cap()
 
-What a stage has done is read from the bucket alone, so that any computer can go on with it.
+The progress of a stage is read from the bucket alone, so that any computer can go on with the run.
 """
 
 import math
@@ -22,11 +22,12 @@ from launch.plan import PREPARE
 
 EVALUATE, EXPORT_TASK = "sky/evaluate.yaml", "sky/export.yaml"
 PREPARATION, TRAINING, EVALUATION, EXPORT = "preparation", "training", "evaluation", "export"
-# A preparation may cost a multiple of its expected dollars, and at least so many: its machine costs cents.
+# The cap of a preparation is a multiple of its expected dollars, and at least this sum. The machine of a preparation
+# costs cents.
 PREPARATION_TIMES, PREPARATION_LEAST_USD = 3.0, 0.25
-# With less a machine would end before it has begun.
+# With fewer dollars than this, a machine would end before its program has begun.
 LEAST_USD = 0.02
-# Variables that say something else in each stage, or name another run. The price is that of the machine that trains.
+# These variables differ between stages or name another run. USD_PER_HOUR is the price of the machine that trains.
 _OF_STAGES = (
     "USD_PER_HOUR",
     "CONFIG",
@@ -44,10 +45,11 @@ _ENDED = ("finished", "cap")
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage. `ledger` is the folder whose ledger its machines write, `cap` what its MAX_USD is now, in dollars.
+    """A stage. `ledger` is the folder with the ledger of its machines.
 
-    `progress` grows as long as the stage gets on. `work` names its unit. If a stage that is not needed fails, the next
-    one follows.
+    `cap` returns the stage's MAX_USD, in dollars, if it were launched now. `progress` returns a number that grows while
+    the stage progresses; `work` names the unit of that number. If a stage that the next stages do not need fails, the
+    next stage follows.
     """
 
     name: str
@@ -63,7 +65,7 @@ class Stage:
 
 
 def stages(run: str, budget: Budget, environment: Mapping[str, str]) -> list[Stage]:
-    """The stages of a run in their order."""
+    """The stages of a run in order."""
     given = {name: value for name, value in environment.items() if name not in _OF_STAGES}
     given |= {"RUN": run, "DATA": budget.settings["DATA"]}
     folder = RunFolder(bucket.url(given, "RUN"))
@@ -79,7 +81,7 @@ def stages(run: str, budget: Budget, environment: Mapping[str, str]) -> list[Sta
 
 
 def spent(folder: RunFolder) -> float:
-    """Upper bound of the dollars of all stages so far. Raises RunError if a price is not known."""
+    """Upper bound of the dollars of all stages so far. Raises RunError if a price is unknown."""
     usd = spent_usd_at_most(folder.url)
     if usd is None:
         raise RunError(
@@ -89,7 +91,7 @@ def spent(folder: RunFolder) -> float:
 
 
 def last_segment(ledger: str, since: float) -> Segment | None:
-    """The newest segment that started after `since` (unix time); None without one."""
+    """The newest segment that started after `since` (unix time). None if there is no such segment."""
     try:
         segments = read_run(ledger, Detail.MONEY).segments
     except RunError:
@@ -98,13 +100,16 @@ def last_segment(ledger: str, since: float) -> Segment | None:
 
 
 def end_of(ledger: str, since: float) -> str:
-    """Why the newest segment since then has ended; "" if there is none, or it has not."""
+    """The reason why the newest segment since `since` has ended.
+
+    "" if there is no such segment, or if it has not ended.
+    """
     segment = last_segment(ledger, since)
     return str((segment and segment.end and segment.end.get("reason")) or "")
 
 
 def newest_step(folder: RunFolder) -> int:
-    """The step of the newest complete checkpoint; 0 without one."""
+    """The step of the newest complete checkpoint. 0 if there is none."""
     markers = [info.uri.split("/")[-2] for info in storage.list_objects(folder.checkpoints) if info.name == "COMPLETE"]
     return max((int(name.removeprefix("step-")) for name in markers if name.startswith("step-")), default=0)
 
@@ -114,7 +119,7 @@ def _preparation(run: str, budget: Budget, folder: RunFolder, data_url: str, giv
     arguments = f"{plan.preparation_arguments(budget.train_tokens)} {budget.settings.get('PREP_ARGS', '')}".strip()
     cap = max(PREPARATION_LEAST_USD, PREPARATION_TIMES * _expected(budget, PREPARATION))
     cap = min(cap, budget.machines_usd / 2)
-    # Below the run's own folder, because a node's key may be limited to it.
+    # The preparation's folder is below the run's folder, because a node's key may be limited to the run.
     settings = {**given, "RUN": f"{run}/{PREPARATION}", "PREP_ARGS": arguments}
     parts = storage.join(data_url, "parts")
     return Stage(
@@ -141,7 +146,8 @@ def _training(budget: Budget, folder: RunFolder, price: str, given: Mapping[str,
         is_done=lambda: end_of(folder.url, budget.began_at) in _ENDED,
         progress=lambda: newest_step(folder),
         work="steps",
-        # The trainer counts what the preparation has cost, and leaves the evaluation its share.
+        # The trainer counts the cost of the preparation under its cap. The cap is the sum without the share of the
+        # evaluation.
         cap=lambda: budget.machines_usd - _expected(budget, EVALUATION) - _expected(budget, EXPORT),
     )
 

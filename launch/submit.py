@@ -1,22 +1,27 @@
-"""Submits a task of sky/ with settings from the environment and .env, and prints the sky command that does it.
+"""Submits a task of sky/ with settings from the environment and .env, and prints the sky command.
 
     BUCKET=my-bucket python -m launch.submit sky/pretrain-8xa100.yaml [--no-check] [options of sky launch]
 
-First runs the checks that cost nothing (launch/check.py), to find settings that the node would refuse before a machine
-is rented. `--no-check` skips them. Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its
-`secrets` becomes `--secret NAME`: SkyPilot reads the values of secrets from the environment, not from a command line. A
-task with job_recovery becomes a managed job, and with MANAGED=1 any task does (launch/managed.py). A launch that is
-interrupted is undone, and one that fails ends with a look at what is up (launch/undo.py). MAX_WAIT=MINUTES bounds the
-time that the launch waits for a machine (launch/waiting.py).
+First runs the checks that cost nothing (launch/check.py), to find wrong settings before a machine is rented. Then it
+prints the forecast of the cheapest offer and stores it with the run. The report compares this forecast with the dollars
+that the run has cost. `--no-check` skips the checks and the forecast.
+
+Each of the task's `envs` that is set here becomes `--env NAME=value`. Each of its `secrets` becomes `--secret NAME`:
+SkyPilot reads the values of secrets from the environment, not from a command line. A task with job_recovery becomes a
+managed job. If MANAGED=1 is set, any task becomes a managed job (launch/managed.py). An interrupted launch is undone. A
+failed launch ends with a list of what is up (launch/undo.py). MAX_WAIT=MINUTES limits the time that the launch waits
+for a machine (launch/waiting.py).
 """
 
 import itertools
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from clouds import skypilot
 from core import environment, secrets
@@ -31,6 +36,8 @@ from launch.waiting import Wait
 
 NO_CHECK = "--no-check"
 UNTIL_UP = "--retry-until-up"
+FORECAST_SECONDS = 60.0
+REPOSITORY = Path(__file__).parent.parent
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +52,7 @@ def main(arguments: list[str]) -> int:
 def submit(path: str, options: list[str], given: Mapping[str, str]) -> int:
     """Check and launch a task with the settings of `given`. Returns the exit code.
 
-    Secrets come from this process's environment, where SkyPilot looks for them. Raises ConfigError.
+    Secrets are read from this process's environment, because SkyPilot reads them there too. Raises ConfigError.
     """
     task = read_task(managed.chosen(path, given), given, machine_choice(options))
     options_of_sky = [option for option in options if option != NO_CHECK]
@@ -61,6 +68,8 @@ def submit(path: str, options: list[str], given: Mapping[str, str]) -> int:
             f"nothing was rented; fix this, or launch all the same with {NO_CHECK} (make: NO_CHECK=1)", file=sys.stderr
         )
         return FAILED
+    if NO_CHECK not in options and "--dryrun" not in options:
+        foresee(task, options, given)
     print(f"$ {secrets.scrub(shlex.join(['sky', *command[1:]]))}", flush=True)
     if "--dryrun" in options:
         return undo.run(command).code
@@ -80,13 +89,33 @@ def submit(path: str, options: list[str], given: Mapping[str, str]) -> int:
 
 
 def launchable(task: TaskSpec, settings: Mapping[str, str]) -> bool:
-    """Print the findings of the free checks that are not `ok`. False if one of them is an `x`."""
+    """Print the findings of the free checks that are not `ok`. Returns False if one of the findings is an `x`."""
     allowed = True
     for finding in check.all_findings(check.FREE_CHECKS, task, settings):
         allowed = allowed and finding.mark != "x"
         if finding.mark != "ok":
             print(finding, flush=True)
     return allowed
+
+
+def foresee(task: TaskSpec, options: Sequence[str], given: Mapping[str, str]) -> None:
+    """Print the forecast of a launch and store it with the run. If no forecast can be made, the launch goes on."""
+    choice = machine_choice(options)
+    machine = [f"--gpus={choice.gpus}"] if choice.gpus else []
+    machine += [f"--num-nodes={choice.nodes}"] if choice.nodes else []
+    machine += [f"--infra={choice.infra}"] if choice.infra else []
+    command = [sys.executable, "cost_report.py", "estimate", task.path, "--store", "--brief", *machine]
+    environ = {**os.environ, **given}
+    try:
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=FORECAST_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        print(f"no forecast: it took longer than {FORECAST_SECONDS:g} s", flush=True)
+        return
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    line = secrets.scrub(said[-1] if said else "no answer")
+    print(line if done.returncode == 0 else f"no forecast: {line}", flush=True)
 
 
 def _cluster(task: TaskSpec, options: list[str]) -> str:

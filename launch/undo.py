@@ -1,9 +1,12 @@
-"""Runs a launch so that an interruption does not leave it going on: SkyPilot's server would finish it, and rent.
+"""Runs a launch and undoes it after an interruption.
+
+Otherwise SkyPilot's server would finish the launch and rent a machine.
 
     ended = run(["sky", "launch", ...])
-    undo(launch, ended.signal)          cancel SkyPilot's request, end what it has begun, say what is still up
+    undo(launch, ended.signal)          cancels the launch, ends its machines, and prints what is still up
 
-Ctrl-C, SIGTERM and a closed terminal (SIGHUP) count. A second one while undoing ends this program at once.
+Ctrl-C, SIGTERM and a closed terminal (SIGHUP) count as interruptions. During the undoing, a second Ctrl-C or SIGTERM
+ends this program immediately.
 """
 
 import contextlib
@@ -22,18 +25,21 @@ from launch import left
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.2
-# The client has nothing to save.
+# Seconds that the sky client has to end after a signal. It has nothing to save.
 CLIENT_SECONDS = 5.0
-# One sky command may wait for a server that is busy with the launch.
+# Time limit of one sky command, which may wait for a server that is busy with the launch.
 COMMAND_SECONDS = 300.0
-# Clocks: SkyPilot's records hold whole seconds.
+# Tolerance for clocks, because SkyPilot's records hold whole seconds.
 CLOCK_SECONDS = 2.0
 END = "`make down` ends it"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of this program. `began_at` is unix time; `cluster` is the cluster's name if it is no managed job."""
+    """A launch of this program. `began_at` is unix time;
+
+    `cluster` is the name of the cluster, unless it is a managed job.
+    """
 
     task: str
     managed: bool
@@ -41,31 +47,37 @@ class Launch:
     cluster: str
 
     def is_request(self, name: str, cluster: str | None) -> bool:
-        """Whether a request of SkyPilot's server may be that of this launch. A managed job's names the controller."""
+        """Whether a request on SkyPilot's server may belong to this launch.
+
+        The request of a managed job names the controller.
+        """
         return name == "jobs.launch" if self.managed else name == "launch" and cluster == self.cluster
 
     def began(self, record: dict[str, Any], key: str) -> bool:
-        """Whether a record's time is not before this launch."""
+        """Whether a record is from the time of this launch or later."""
         return float(record.get(key) or 0.0) >= self.began_at - CLOCK_SECONDS
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a command: its exit code, and the signal that interrupted it, 0 without one."""
+    """The end of a command: its exit code, and the signal that interrupted it.
+
+    The signal is 0 if the command was not interrupted.
+    """
 
     code: int
     signal: int = 0
 
 
 def run(command: list[str], goes_on: Callable[[], bool] = lambda: True) -> Ended:
-    """Run a command until it ends, or until one of SIGNALS asks for its end. After that they are ignored.
+    """Run a command until it ends or one of SIGNALS arrives. After such a signal, SIGNALS are ignored.
 
-    `goes_on` is asked now and then; once it is false, that counts as SIGTERM.
+    `goes_on` is called periodically. If it returns false, the command ends as after SIGTERM.
 
-    It gets a session of its own, so that Ctrl-C and a closed terminal reach this program alone.
+    The command gets a separate session, so that Ctrl-C and a closed terminal reach only this program.
     """
     received: list[int] = []
-    # What is ignored, as under nohup, stays so.
+    # A signal that is ignored, as under nohup, stays ignored.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in heard}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -94,10 +106,13 @@ def _end_client(process: subprocess.Popen) -> None:
 
 
 def undo(launch: Launch, number: int) -> int:
-    """Cancel what SkyPilot does for this launch and end what it has begun. Returns the signal's exit code (128 + n)."""
+    """Cancel SkyPilot's requests for this launch and end its cluster or job.
+
+    Returns the signal's exit code (128 + n).
+    """
     if number == signal.SIGHUP:
         _leave_terminal()
-    _say(f"\n{signal.Signals(number).name}: the launch is being cancelled; again, and it is left as it is")
+    _say(f"\n{signal.Signals(number).name}: the launch is being cancelled; a second signal leaves it as it is")
     try:
         with _interruptible():
             for step in (_cancel_requests, _end_begun):
@@ -112,7 +127,7 @@ def undo(launch: Launch, number: int) -> int:
 
 
 def _leave_terminal() -> None:
-    """Discard what this program and its commands print on a terminal that is gone: writing to it would fail."""
+    """Discard all further output to the terminal. It has closed, so writing to it would fail."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -122,7 +137,10 @@ def _leave_terminal() -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt. SIGHUP does not: a closed terminal may send it twice."""
+    """Within this context, SIGINT and SIGTERM raise KeyboardInterrupt.
+
+    SIGHUP does not, because a closed terminal may send it twice.
+    """
 
     def on_signal(number: int, _: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -137,7 +155,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _cancel_requests(launch: Launch) -> None:
-    """Cancel the requests of launches that SkyPilot's server works on since then."""
+    """Cancel the requests on SkyPilot's server that belong to this launch."""
     requests = [
         each
         for each in skypilot.listed(["api", "status", "--verbose"])
@@ -149,7 +167,7 @@ def _cancel_requests(launch: Launch) -> None:
 
 
 def _end_begun(launch: Launch) -> None:
-    """End the cluster or the job that this launch has begun. One that was there before stays."""
+    """End the cluster or the job that this launch has begun. A cluster that existed before this launch is not ended."""
     if launch.managed:
         jobs = [job for job in skypilot.jobs() if job.get("job_name") == launch.task]
         if begun := [str(job["job_id"]) for job in jobs if launch.began(job, "submitted_at")]:
@@ -164,7 +182,7 @@ def _end_begun(launch: Launch) -> None:
 
 
 def show_rest(launch: Launch) -> None:
-    """Say what is up after a launch that failed or was cancelled, and the command that ends it."""
+    """After a failed or cancelled launch, print what is up and the command that ends it."""
     survey = left.look()
     if survey.exit_code == left.NOTHING:
         _say(f"nothing of {launch.task} is up: every source says so")
@@ -180,7 +198,7 @@ def show_rest(launch: Launch) -> None:
 def _sky(arguments: list[str]) -> None:
     _say(f"$ sky {' '.join(arguments)}")
     command = [skypilot.find_sky(), *arguments]
-    # Without a session of its own a second Ctrl-C would end it as well.
+    # The command gets a separate session. In this session, a second Ctrl-C would end the command too.
     done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=COMMAND_SECONDS, start_new_session=True)
     if done.returncode:
         raise ConfigError(f"`sky {' '.join(arguments)}` ended with {done.returncode}")

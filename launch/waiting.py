@@ -1,10 +1,12 @@
-"""Bounds the time that a launch waits for a machine (MAX_WAIT, in minutes), and says once a minute what is tried.
+"""Limits the time that a launch waits for a machine (MAX_WAIT, in minutes).
+
+Prints once a minute which machines the launch tries to get.
 
     wait = Wait(task, minutes, cluster="pretrain-8xa100")
     ended = undo.run(command, wait.goes_on)        ends the launch when the time is over
-    wait.for_job()                                 the same for a managed job, which is queued at once
+    wait.for_job()                                 the same for a managed job, which is queued immediately
 
-Waiting costs nothing but time: machines are paid for once they are up.
+Waiting is free, because machines are paid for only once they are up.
 """
 
 import time
@@ -16,7 +18,7 @@ from core.task import MachineRequest, TaskSpec
 
 SAY_SECONDS = 60.0
 POLL_SECONDS = 5.0
-# What SkyPilot calls a managed job that has no machine yet.
+# SkyPilot's names for the status of a managed job that has no machine yet.
 WAITING = ("PENDING", "SUBMITTED", "STARTING", "RECOVERING", "LAUNCHING")
 
 
@@ -31,7 +33,10 @@ class Wait:
         self._has_machine = False
 
     def goes_on(self) -> bool:
-        """Whether the launch may go on: it has a machine, or time is left for waiting. Says what is tried."""
+        """Whether the launch may go on. It may, if it has a machine or if time is left to wait.
+
+        Prints which machines it tries to get.
+        """
         if self._has_machine:
             return True
         now = time.monotonic()
@@ -45,7 +50,10 @@ class Wait:
         return not is_over
 
     def for_job(self) -> bool:
-        """Wait until the newest job of the task has a machine or has ended. False if the time was over before."""
+        """Wait until the newest job of the task has a machine or has ended.
+
+        Returns False if MAX_WAIT was over before that.
+        """
         while True:
             jobs = [job for job in skypilot.jobs(ended=True) if job.get("job_name") == self._task.name]
             mine = [job for job in jobs if float(job.get("submitted_at") or 0.0) >= self._began_at - 2]
@@ -63,7 +71,7 @@ class Wait:
     def _is_up(self) -> bool:
         try:
             found = [each for each in skypilot.clusters() if each["name"] == self._cluster]
-        except ConfigError:  # SkyPilot is busy: it will answer again
+        except ConfigError:  # SkyPilot is busy; the next question may get an answer
             return False
         return any(each.get("status") == "UP" for each in found)
 

@@ -1,12 +1,12 @@
-"""Ends machines of this user that nothing else would end: `make watch`, beside a launch, until Ctrl-C.
+"""Ends machines of this user that nothing else would end. It runs beside a launch (`make watch`) until Ctrl-C.
 
     python -m launch.watch
 
-SkyPilot sets a machine's autostop after its own set-up. If the launch dies before that, a machine on Lambda runs on:
-nothing of ours has run there, and Lambda bills a machine until its API ends it. The same holds on AWS without `make
-role`. This program asks all sources (launch/left.py) every POLL_SECONDS. It ends a machine of this project that has
-been up for SWITCH_MINUTES without autostop. While SkyPilot cannot be asked it ends nothing, because a job may be
-running; it says so, with the command that ends everything.
+SkyPilot sets a machine's autostop after its own set-up. If the launch dies before that, a machine on Lambda keeps
+running: no program of this project has started there, and Lambda bills a machine until its API ends it. A machine on
+AWS without `make role` keeps running too. This program asks all sources (launch/left.py) every POLL_SECONDS. It ends a
+machine of this project that has been up for SWITCH_MINUTES without autostop. While SkyPilot does not answer, it ends
+nothing, because a job may be running. It then prints the command that ends everything.
 """
 
 import os
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Watch:
-    """The machines that have no autostop, and since when, by the name of their cluster."""
+    """Remembers which machines have no autostop: their cluster names, and when each was first seen without one."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds
@@ -49,10 +49,10 @@ class Watch:
         self._silent = False
 
     def step(self, survey: left.Survey, now: float) -> Iterator[str]:
-        """End what is overdue at `now` (s, monotonic). Yields a sentence for each change."""
+        """End the machines that are overdue at `now` (s, monotonic). Yields a sentence for each change."""
         if survey.clusters is None or survey.jobs is None:
             if not self._silent:
-                yield "SkyPilot could not be asked, so that nothing is ended; `make down` ends what is yours"
+                yield "SkyPilot did not answer, so nothing is ended now; `make down` ends your machines"
             self._silent = True
             return
         self._silent = False
@@ -69,13 +69,16 @@ class Watch:
 
 
 def is_guarded(machine: Leftover, survey: left.Survey) -> bool:
-    """Whether something ends a machine: the autostop of its cluster, or the controller of its managed job."""
+    """Whether a machine ends without this program: by its cluster's autostop or by its managed job's controller."""
     clusters = [each for each in survey.clusters or () if each.get("cluster_name_on_cloud") == machine.cluster]
     return any(map(_has_autostop, clusters)) or left.job_of(machine.cluster, survey.jobs or ()) is not None
 
 
 def _has_autostop(cluster: Mapping[str, Any]) -> bool:
-    """SkyPilot's autostop is -1 before it is set. The machines of a managed job have none: its controller ends them."""
+    """SkyPilot's autostop is -1 before it is set.
+
+    Machines of a managed job have no autostop; their controller ends them.
+    """
     autostop = cluster.get("autostop")
     return isinstance(autostop, int) and autostop >= 0
 
@@ -83,7 +86,7 @@ def _has_autostop(cluster: Mapping[str, Any]) -> bool:
 def _end(machine: Leftover) -> str:
     try:
         machine.end()
-    except Exception as error:  # credentials, network: any error of a library
+    except Exception as error:  # any error of credentials or network
         return f"{machine}: could not be ended ({left.brief(error)}); it is tried again"
     return f"{machine}: had no autostop, and was ended"
 

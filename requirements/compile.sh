@@ -17,6 +17,7 @@ uv pip compile "${common[@]}" "${without_torch[@]}" pyproject.toml requirements/
 uv pip compile "${common[@]}" "${without_torch[@]}" --constraint requirements/dev.txt pyproject.toml requirements/torch-cpu.in \
   --extra demo -o requirements/demo.txt
 echo zensical | uv pip compile "${common[@]}" - -o requirements/docs.txt
+echo "coverage>=7.10" | uv pip compile "${common[@]}" - -o requirements/coverage.txt
 echo uv | uv pip compile "${common[@]}" - -o requirements/uv.txt
 # The CPU image differs from the GPU image in nothing but torch and its libraries.
 uv pip compile "${common[@]}" "${without_torch[@]}" --constraint requirements/train-cuda.txt \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fills a virtual environment with one hash-pinned set. A second call installs nothing, an interrupted one is repaired.
-#   requirements/setup.sh SET VENV [torch|cuda]     SET: dev, demo, docs or launch; torch: its CPU build too, cuda: for GPUs
+#   requirements/setup.sh SET VENV [torch|cuda]     SET: dev, demo, docs, coverage or launch; torch: its CPU build too, cuda: for GPUs
 # PYTHON names the interpreter. A uv on PATH is used; without one, a pinned uv goes into the environment. Mirrors and
 # folders of wheels come from uv's own variables, else from pip's settings.
 set -euo pipefail

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.settings.model import ModelConfig
+from tests.later import Later
 from trainer.model import loss
 from trainer.model.attention import Context, rotations
 from trainer.model.gpt import GPT, Block
@@ -47,7 +47,7 @@ def of_compiled_block(config: ModelConfig, sequences: int, residual: str = "fp32
         raise _Seen
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
-        return compile_fx(graph, inputs, inner_compile=stop_at_graph)
+        return Later("torch._inductor.compile_fx").compile_fx(graph, inputs, inner_compile=stop_at_graph)
 
     torch._dynamo.reset()
     block = _block(config)

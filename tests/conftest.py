@@ -5,6 +5,7 @@ They import what they need themselves: tests/test_gpu.py runs where many package
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -18,14 +19,45 @@ if TYPE_CHECKING:
     from tests.sky_command import SkyCommand
 
 REPOSITORY = Path(__file__).parent.parent
+S3_HOST = pytest.StashKey()
+LONGEST = """
+    test_train test_chat test_launch_node test_stop_life test_distil test_anneal test_finetune test_evaluate test_dpo
+    test_distil_make test_refusals test_prep_named test_overfit test_prep_kill test_outage test_storage test_elsewhere
+    test_exchange test_evaluate_cap test_generation test_cache test_export
+""".split()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """In the process that starts the workers, for each of them."""
+    from tests.one_s3 import Host
+
+    if S3_HOST not in node.config.stash:
+        node.config.stash[S3_HOST] = host = Host()
+        node.config.add_cleanup(host.close)
+    node.workerinput["s3_folder"] = str(node.config.stash[S3_HOST].folder)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --no-loadscope-reorder the files that take longest come first, so that no worker begins one of them last."""
+    if config.getoption("loadscopereorder", default=True) is False:
+        last = len(LONGEST)
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else last)
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory):
-    """A real S3 server; `s3.environment()` is set for the whole test process."""
+def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A real S3 server, one for all workers; `s3.environment()` is set for the whole test process."""
     from demo.s3_server import S3Server
+    from tests import one_s3
 
-    with S3Server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+    with contextlib.ExitStack() as stack:
+        if host := getattr(request.config, "workerinput", {}).get("s3_folder"):
+            server = one_s3.join(Path(host))
+        else:
+            server = stack.enter_context(S3Server(tmp_path_factory.mktemp("s3")))
+            server.make_bucket("tests")
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in server.environment().items():
             patch.setenv(name, value)
         yield server
@@ -34,8 +66,6 @@ def s3(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def bucket(s3: S3Server, request: pytest.FixtureRequest) -> str:
     """The URL of a folder in a bucket, of this test alone: every bucket more takes the server several volumes."""
-    if not s3.has_bucket("tests"):
-        s3.make_bucket("tests")
     return f"s3://tests/{abs(hash(request.node.nodeid)):x}"
 
 
@@ -84,3 +114,11 @@ def sky(tmp_path) -> SkyCommand:
     from tests.sky_command import SkyCommand
 
     return SkyCommand(tmp_path)
+
+
+@pytest.fixture
+def cloud(sky, monkeypatch):
+    """tests.pretended.Pretended: the only cloud of the user of `sky`."""
+    from tests import pretended
+
+    return pretended.only_cloud(sky, monkeypatch)

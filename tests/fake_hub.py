@@ -11,12 +11,13 @@ REVISIONS = ("main", "v1")
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `files` as the data set owner/name at COMMIT. A gated one shows only its card without a token."""
+    """Serves `files` as one data set at one commit. A gated one shows only its card without a token."""
 
-    def __init__(self):
+    def __init__(self, repository: str = REPOSITORY, commit: str = COMMIT):
         super().__init__(("127.0.0.1", 0), _Answer)
+        self.repository, self.commit = repository, commit
         self.files: dict[str, bytes] = {}
-        self.newest = COMMIT
+        self.newest = commit
         self.gated = False
         self.requests: list[str] = []
         self.tokens: set[str | None] = set()
@@ -33,17 +34,18 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         path = unquote(self.path.split("?")[0])
         self.server.requests.append(path)
         self.server.tokens.add(self.headers.get("Authorization"))
-        about = re.fullmatch(rf"/api/datasets/{REPOSITORY}(?:/revision/([^/]+))?", path)
-        if about and about[1] in (None, COMMIT, *REVISIONS):
-            sha = self.server.newest if about[1] in (None, "main") else COMMIT
-            self._json({"id": REPOSITORY, "sha": sha, "siblings": [], "gated": "auto" if self.server.gated else False})
+        repository, commit = self.server.repository, self.server.commit
+        about = re.fullmatch(rf"/api/datasets/{repository}(?:/revision/([^/]+))?", path)
+        if about and about[1] in (None, commit, *REVISIONS):
+            sha = self.server.newest if about[1] in (None, "main") else commit
+            self._json({"id": repository, "sha": sha, "siblings": [], "gated": "auto" if self.server.gated else False})
         elif about:
             self._refuse(404, "RevisionNotFound", "Invalid rev id")
         elif path == "/api/datasets":
-            self._json([{"id": REPOSITORY}, {"id": "owner/other"}])
-        elif tree := re.fullmatch(rf"/api/datasets/{REPOSITORY}/tree/({COMMIT})(?:/(.*))?", path):
+            self._json([{"id": repository}, {"id": "owner/other"}])
+        elif tree := re.fullmatch(rf"/api/datasets/{repository}/tree/({commit})(?:/(.*))?", path):
             self._json([self._entry(name) for name in sorted(self.server.files) if name.startswith(tree[2] or "")])
-        elif file := re.fullmatch(rf"/datasets/{REPOSITORY}/resolve/{COMMIT}/(.+)", path):
+        elif file := re.fullmatch(rf"/datasets/{repository}/resolve/{commit}/(.+)", path):
             if self.server.gated and file[1] != "README.md" and not self.headers.get("Authorization"):
                 self._refuse(401, "GatedRepo", "Access to dataset owner/name is restricted.")
             else:

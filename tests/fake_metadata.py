@@ -85,7 +85,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 def metadata_service() -> Iterator[tuple[type[Metadata], dict[str, str]]]:
     handler = type("Service", (Metadata,), {"items": {}, "tokens": [], "trouble": [], "dripping": threading.Event()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield handler, {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
     finally:

@@ -1,4 +1,4 @@
-"""A data set laid out as the Hub's cache, and the environment in which it is read offline."""
+"""A data set or a model laid out as the Hub's cache, and the environment in which it is read offline."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 from tests.fake_hub import COMMIT
 
 
-def lay_out(home: Path, repository: str, files: Mapping[str, bytes], commit: str = COMMIT) -> Path:
-    """The snapshot folder, as `hf download --repo-type dataset` leaves it: links to blobs. `home` is HF_HOME."""
-    root = home / "hub" / f"datasets--{repository.replace('/', '--')}"
+def lay_out(
+    home: Path, repository: str, files: Mapping[str, bytes], commit: str = COMMIT, kind: str = "datasets"
+) -> Path:
+    """The snapshot folder, as `hf download` leaves it: links to blobs. `home` is HF_HOME, `kind` datasets or models."""
+    root = home / "hub" / f"{kind}--{repository.replace('/', '--')}"
     snapshot = root / "snapshots" / commit
     for number, (name, data) in enumerate(files.items()):
         blob = root / "blobs" / f"{number:040x}"

@@ -12,7 +12,7 @@ import numpy as np
 from core import storage
 from core.run import journal
 from demo.processes import kill_tree
-from tests import warm
+from tests import patched, warm
 from tests.patience import PATIENCE_SECONDS
 from trainer.checkpoint import layout
 from trainer.checkpoint.blocks import tensors_of
@@ -25,8 +25,8 @@ TINY = [
     "--model.heads=2",
     "--model.width=16",
     "--model.context=32",
-    "--batch.tokens_per_step=256",
-    "--batch.micro_batch_size=2",
+    "--batch.tokens_per_step=128",
+    "--batch.micro_batch_size=1",
     "--optimizer.lr=1e-2",
     "--optimizer.warmup_steps=2",
     "--train.log_every=1",
@@ -52,17 +52,19 @@ def start(
     base: Sequence[str] = TINY,
     torchrun: Sequence[str] = (),
     within: Sequence[str] = (),
+    constants: Mapping[str, float] | None = None,
 ) -> subprocess.Popen:
     """A run in a process group of its own, output to be read; `within` is a command that runs another.
 
-    torchrun starts several ranks, or one that is given options of it; else one rank starts directly.
+    torchrun starts several ranks, or one that is given options of it; else one rank starts directly. `constants` of the
+    program replace those of the code (tests/patched.py).
     """
     command = [*within, sys.executable]
     if ranks > 1 or torchrun:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
         command += ["--rdzv-backend=c10d", "--local-addr=127.0.0.1"]
         command += torchrun or ["--rdzv-endpoint=127.0.0.1:0"]
-    command += ["-m", module, *base, *flags]
+    command += [*patched.module_of(module, constants or {}), *base, *flags]
     env = {**no_ranks(), "TORCHELASTIC_ERROR_FILE": os.devnull, "WARM_CHILDREN": "yes", **(environment or {})}
     popen = subprocess.Popen if within else warm.Popen
     return popen(

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from demo.processes import descendants
 from tests import launching, warm
 from tests.patience import PATIENCE_SECONDS
 
@@ -99,7 +100,7 @@ class Life:
 
     def until_it_runs(self, words: str) -> "Life":
         """A process with these words in its command, below launch.node."""
-        return self.until(lambda: any(words in command for pid, command in self.alive() if pid != self.process.pid))
+        return self.until(lambda: any(words in command for command in map(_command, descendants(self.process.pid))))
 
     def ask(self, number: int = signal.SIGTERM) -> "Life":
         with contextlib.suppress(ProcessLookupError):
@@ -129,10 +130,9 @@ class Life:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 is_named = (folder / "comm").read_text().strip() == self._name
-                if is_named or mark in (folder / "environ").read_bytes().split(b"\0"):
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    if (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                        found.append((int(folder.name), command.strip()))
+                is_ours = is_named or mark in (folder / "environ").read_bytes().split(b"\0")
+                if is_ours and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    found.append((int(folder.name), _command(int(folder.name))))
         return found
 
     def kill(self) -> None:
@@ -144,6 +144,14 @@ class Life:
         """The step that it said it begins at; None if it did not come so far."""
         found = re.search(r"resumed from step (\d+)|starting at step (0)", self.output)
         return int(found[1] or found[2]) if found else None
+
+
+def _command(pid: int) -> str:
+    """Its command line; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _caught(pid: int) -> int:

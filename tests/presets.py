@@ -1,6 +1,7 @@
 """The presets in trainer/configs, and each one made small: all its choices, few dimensions."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from core.settings import loader
@@ -11,6 +12,7 @@ FOLDER = Path(__file__).parent.parent / "trainer" / "configs"
 EOT_ROWS = 50257  # documents are told apart by the last token id, so that even a small model needs its row
 
 
+@functools.cache
 def pretraining() -> dict[str, PretrainConfig]:
     """Name → settings of every preset that pretrains."""
     found = {}

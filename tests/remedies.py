@@ -114,6 +114,7 @@ def sentences() -> tuple[Message, ...]:
     return tuple(found)
 
 
+@functools.cache
 def names(message: Message) -> list[tuple[str, str]]:
     """(kind, name) of each thing that a user reads as something to type, set, run or open."""
     text = FOREIGN.sub("", re.sub(r"\{[^{}]*\}", "{}", message.text))
@@ -182,10 +183,13 @@ def sections() -> frozenset[str]:
     return frozenset(key.rpartition(".")[0] for key in settings_of("") if "." in key)
 
 
-@functools.cache
 def settings_of(path: str) -> frozenset[str]:
     """Every setting of the programs that raise the messages of a file."""
-    schemas = next(schemas for folder, schemas in SCHEMAS if path.startswith(folder))
+    return _settings(next(schemas for folder, schemas in SCHEMAS if path.startswith(folder)))
+
+
+@functools.cache
+def _settings(schemas: tuple[type, ...]) -> frozenset[str]:
     return frozenset(
         key for schema in schemas for key in re.findall(r"^  --([\w.]+)=", loader.help_text(schema, ""), re.M)
     )

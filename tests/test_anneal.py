@@ -209,7 +209,7 @@ def test_less_than_a_tenth_of_the_steps_is_not_called_a_cooldown(tmp_path):
     assert course.read(RunFolder(str(tmp_path))) == []
     stop = clock.requests.stop
     assert stop.kind == "cap"
-    assert "not annealed: what is left pays for a cooldown of" in stop.detail
+    assert "not annealed: the money left pays for a cooldown of" in stop.detail
     assert "fewer than 10% of the steps" in stop.detail
 
 
@@ -257,7 +257,7 @@ def test_the_request_of_a_user(tmp_path):
     with pytest.raises(RunError, match="there is no run here; check RUN and BUCKET"):
         anneal.ask(folder)
     open_run(folder, {}, {"optimizer": {"schedule": "wsd"}}, "data")
-    assert "asked for the cooldown" in anneal.ask(folder)
+    assert "the cooldown is requested" in anneal.ask(folder)
     assert course.requested_anneal(folder)
     course.add(folder, 1, Change("anneal", 80, 20, "request"))
     with pytest.raises(RunError, match="its cooldown is decided: after step 80, to step 100"):
@@ -287,6 +287,7 @@ def test_the_money_decides_and_a_kill_in_the_cooldown_changes_no_bit(data_url: s
     from its start and is left alone."""
     run_url, other = str(tmp_path / "run"), str(tmp_path / "undisturbed")
     flags = [f"--data.url={data_url}", *WSD_FLAGS, "--train.steps=100000", "--checkpoint.every_steps=3"]
+    flags += ["--batch.tokens_per_step=64"]  # a micro-batch for each of two ranks
 
     def life(ranks: int, **environment: str) -> tuple[int, str]:
         money = {"USD_PER_HOUR": "3600", "MAX_USD": "60"} | environment
@@ -333,8 +334,8 @@ def test_a_branch_begins_with_the_trunk_and_both_models_stay(data_url: str, tmp_
         assert code != 0
         return next(line for line in output.splitlines() if line.startswith("error: "))
 
-    said = refused(f"--from={run_url}@trunk", "--batch.tokens_per_step=128")
-    assert "that run has batch.tokens_per_step=256, this config has batch.tokens_per_step=128" in said
+    said = refused(f"--from={run_url}@trunk", "--batch.tokens_per_step=64")
+    assert "that run has batch.tokens_per_step=128, this config has batch.tokens_per_step=64" in said
     assert f"has no complete checkpoint of step 7; it has those of steps {plan.step}, {plan.end}" in refused(
         f"--from={run_url}@7"
     )

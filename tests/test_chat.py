@@ -1,20 +1,25 @@
 """trainer.chat through a real pseudo-terminal and through a pipe, and trainer.generate."""
 
 import dataclasses
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pexpect
 import pytest
 import torch
+from pexpect import fdpexpect
 
 from core.data import chat_template, vocabulary
 from core.settings.inference import InferenceOptions, Sampling
-from tests import checkpoints, warm
+from tests import checkpoints, patched, warm
 from tests.conftest import REPOSITORY
 from tests.patience import PATIENCE_SECONDS
 from trainer import export
@@ -24,6 +29,7 @@ from trainer.inference.terminal import printable
 
 READY, TAKEN = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste is on while a line is written
 CONFIG = dataclasses.replace(checkpoints.SMALL, context=1024)
+SHORT = {"trainer.inference.speed.PROMPT_TOKENS": 24, "trainer.inference.speed.NEW_TOKENS": 5}  # of /bench
 GREEDY = Sampling(max_tokens=12, temperature=0)
 _STEERING = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r|\x1b\][^\x07]*\x07")
 
@@ -58,17 +64,28 @@ class Terminal:
     """A chat on a pseudo-terminal of 40 lines and 240 columns."""
 
     def __init__(self, folder: Path, environment: dict[str, str], *arguments: str):
-        self.child = pexpect.spawn(
-            sys.executable,
-            ["-m", "trainer.chat", *arguments],
-            cwd=str(REPOSITORY),
-            env=environment | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "240", "LINES": "40"},
-            encoding="utf-8",
-            timeout=PATIENCE_SECONDS,
-            dimensions=(40, 240),  # wide: names of models are paths here, and stand whole above their columns
+        ours, its = pty.openpty()
+        # Wide: names of models are paths here, and stand whole above their columns.
+        fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 240, 0, 0))
+        self.process = warm.Popen(
+            [sys.executable, *patched.module_of("trainer.chat", SHORT), *arguments],
+            cwd=REPOSITORY,
+            env=environment | {"COLUMNS": "240", "LINES": "40"},
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            start_new_session=True,
         )
+        os.close(its)
+        self.child = fdpexpect.fdspawn(ours, encoding="utf-8", timeout=PATIENCE_SECONDS)
         self.child.delaybeforesend = None
         self.wait()
+
+    def end(self) -> int:
+        """The exit code, once it has closed the terminal."""
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        return self.process.wait(PATIENCE_SECONDS)
 
     def wait(self) -> str:
         """Until a line can be written; what was shown before."""
@@ -113,7 +130,7 @@ def test_a_terminal_session_does_every_command(folder, environment, models, enco
     assert all(name in listed for name in ("/set", "/compare", "/bench", "/save", "/new", "/quit", "Ctrl-C"))
 
     shown = terminal.say("/bench")
-    assert re.search(r"1 x 256 \+ 32 +[\d,]+ +[\d,.]+", shown)
+    assert re.search(r"1 x 24 \+ 5 +[\d,]+ +[\d,.]+", shown)
     assert re.search(r"memory: weights 3\.\d MB, cache 0\.1 kB per token of a text, peak [\d,]+ MB", shown)
 
     shown = terminal.say("/bench Once upon a")
@@ -139,9 +156,7 @@ def test_a_terminal_session_does_every_command(folder, environment, models, enco
     assert "exists already; nothing was overwritten" in words(terminal.say(f"/save {kept}"))
 
     terminal.child.send("/quit\r")
-    terminal.child.expect(pexpect.EOF)
-    terminal.child.close()
-    assert terminal.child.exitstatus == 0
+    assert terminal.end() == 0
 
 
 def continued_words(text: str) -> list[str]:
@@ -161,9 +176,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(folder, environment):
     terminal.child.send("\x03")  # at the prompt
     assert "Ctrl-D or /quit ends the chat" in terminal.wait()
     terminal.child.send("\x04")
-    terminal.child.expect(pexpect.EOF)
-    terminal.child.close()
-    assert terminal.child.exitstatus == 0
+    assert terminal.end() == 0
 
 
 def piped(environment, module: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess:

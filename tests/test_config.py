@@ -100,7 +100,7 @@ def test_errors_of_flags(tmp_path: Path):
         match=r"batch\.tokens_per_step: is 1000, must be a multiple of .* = 32 x 1024 = 32768; the nearest is 32768",
     ):
         load("--batch.tokens_per_step=1000")
-    with pytest.raises(ConfigError, match=r"url: is empty; set it, --run\.url"):
+    with pytest.raises(ConfigError, match=r"url: is empty; set it with --run\.url"):
         loader.load(PretrainConfig, [], {})
 
 

@@ -42,7 +42,7 @@ def test_a_bill_is_not_added_twice(tmp_path: Path):
     url = preempted_and_resumed(tmp_path / "run").url
     same = ["add", url, "Hugging Face", "2.00", "--date=2026-11-20"]
     command.main(same)
-    with pytest.raises(RunError, match=r"a bill of Hugging Face over \$2\.00 of 2026-11-20 is there already; if it is"):
+    with pytest.raises(RunError, match=r"a bill of Hugging Face over \$2\.00 of 2026-11-20 already exists; if it is"):
         command.main(same)
     command.main([*same[:-1], "--date=2026-11-22"])
     assert dollars(report_on(url), "elsewhere") == pytest.approx(4.0)

@@ -61,7 +61,7 @@ def test_disks_and_addresses_of_all_nodes_count_by_the_hour(tmp_path: Path):
     assert any(origin.figure == "disks" and "730 GB by SkyPilot's record" in origin.source for origin in found.origins)
     unsaid = report(hour(tmp_path), record(disk_gb=None))
     assert (unsaid.total.complete, "disks" in usd(unsaid)) == (False, False)
-    assert "disks: SkyPilot does not say how large that of gpt2-7 is" in unsaid.missing
+    assert "disks: SkyPilot does not say how large the disk of gpt2-7 is" in unsaid.missing
 
 
 def test_lambda_bills_neither_disks_nor_addresses(tmp_path: Path):

@@ -61,6 +61,11 @@ def test_the_forecast_that_was_stored_is_beside_the_actual(tmp_path: Path, capsy
     assert sum(line.actual for line in report.forecast) == pytest.approx(4.92)
     assert f"forecast ${expected['usd']:,.2f} (" in tables.sums(report)
     rows = {row[0]: row for row in tables.sheets(report)["forecast"].rows}
+    assert command.main(["estimate", TASK, "--tokens=2e9", "--store", "--brief", "--offline"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("forecast: $")
+    assert "this forecast of its launch is kept" in said.err  # the run has begun
+    assert build(read_run(run.url), LATER).foreseen.usd == pytest.approx(expected["usd"])
     change = 100 * (1.86 / (expected["parts"]["image"] + expected["parts"]["ready"]) - 1)
     assert rows["image, ready"][3] == f"{change:+.0f} %"
 

@@ -13,7 +13,7 @@ import pytest
 
 from core.errors import ConfigError
 from costs import command, serve, show
-from tests import launching
+from tests import launching, patched
 from tests.browser import BROWSER, tab_at
 from tests.corpus import documents, prepare_set, write_parquet
 from tests.golden import preempted_and_resumed
@@ -125,7 +125,7 @@ def test_a_page_follows_a_run_that_is_training_without_a_reload(tmp_path: Path, 
             process.terminate()
             return early, later, await tab.until(lambda state: state["state"] not in ("running", ""))
 
-    process = launching.start(1, *flags, environment=environment)
+    process = launching.start(1, *flags, environment=environment, constants=patched.PROMPT)
     try:
         with served(run_url, every=0.3) as port:
             early, later, ended = asyncio.run(look(port))

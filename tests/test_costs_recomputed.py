@@ -131,6 +131,8 @@ class Tables(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
+        if tag == "wbr":  # a place where a cell's text may be broken, inside of the cell
+            return
         if tag == "tr":
             self.rows.append([])
         self._open = tag in ("td", "th")

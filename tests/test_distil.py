@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from core import storage
 from core.data.vocabulary import GPT2_VOCAB_SIZE
@@ -11,18 +10,19 @@ from core.data.vocabulary import read as read_vocabulary
 from core.errors import ConfigError
 from core.settings.model import ModelConfig
 from tests import corpus, launching, tuning
+from tests.later import Later
 from trainer.model.gpt import GPT
 from trainer.model.loss import divergence_and_cross_entropy
 from trainer.stages.distil import Distillation, Teacher, open_teacher
 
 MODULE = "trainer.train"
 STUDENT = ["--model.layers=1", "--model.heads=2", "--model.width=16", "--model.context=64"]
-FLAGS = [*STUDENT, *tuning.BATCH, *tuning.QUIET, "--train.steps=18", "--train.eval_every=0", "--train.eval_tokens=256"]
-FLAGS += [
-    "--checkpoint.every_steps=3",
-    "--batch.tokens_per_step=256",
-]  # each token costs two softmaxes over the vocabulary
+FLAGS = [*STUDENT, *tuning.BATCH, *tuning.QUIET, "--train.steps=10", "--train.eval_every=0", "--train.eval_tokens=256"]
+# Each token costs two softmaxes over the vocabulary.
+FLAGS += ["--checkpoint.every_steps=2", "--batch.tokens_per_step=128", "--batch.micro_batch_size=1"]
+FLAGS += ["--optimizer.lr=3e-2"]
 CPU = torch.device("cpu")
+transformers = Later("transformers")
 
 
 def flags_of(base: tuple[str, str], run_url: str, *more: str) -> list[str]:
@@ -46,8 +46,8 @@ def straight(pretrained, tmp_path_factory) -> str:
 
 def test_the_student_nears_the_teacher(straight):
     found = launching.metrics(straight, "eval")
-    assert found[18]["val_divergence"] < 0.7 * found[0]["val_divergence"]
-    assert found[18]["val_loss"] < found[0]["val_loss"] - 1
+    assert found[10]["val_divergence"] < 0.7 * found[0]["val_divergence"]
+    assert found[10]["val_loss"] < found[0]["val_loss"] - 1
     assert tuning.stage_in_report(straight) == ("distil", 1)
 
 
@@ -55,11 +55,11 @@ def test_the_student_nears_the_teacher(straight):
 def test_killed_it_resumes_to_the_bit(pretrained, straight, tmp_path):
     killed = str(tmp_path / "killed")
     process = tuning.start_alone(MODULE, *flags_of(pretrained, killed))
-    tuning.kill_after(process, killed, 6)
-    assert launching.completed(killed)[0] < 18
+    tuning.kill_after(process, killed, 4)
+    assert launching.completed(killed)[0] < 10
     assert "resumed from step" in tuning.run_alone(MODULE, *flags_of(pretrained, killed))
-    assert launching.tensors(killed, 18) == launching.tensors(straight, 18)
-    found = [launching.metrics(url, "eval")[18] | {"time": 0} for url in (killed, straight)]
+    assert launching.tensors(killed, 10) == launching.tensors(straight, 10)
+    found = [launching.metrics(url, "eval")[10] | {"time": 0} for url in (killed, straight)]
     assert found[0] == found[1]
     assert tuning.stage_in_report(killed) == ("distil", 2)
 
@@ -119,14 +119,13 @@ def test_the_mixture_is_hintons():
 def foreign(tmp_path_factory) -> str:
     """A GPT-2 that `transformers` made, with OpenAI's tokenizer."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("foreign")
     data = corpus.vocab_bpe().parent
     bpe = ByteLevelBPETokenizer.from_file(str(data / "encoder.json"), str(data / "vocab.bpe"))
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
     torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64))
     model.save_pretrained(folder)
     return str(folder)
 
@@ -134,7 +133,7 @@ def foreign(tmp_path_factory) -> str:
 def test_a_teacher_of_transformers_gives_its_own_logits(foreign, vocab_bpe):
     encoding = read_vocabulary(str(vocab_bpe)).encoding()
     tokens = torch.arange(100, 140)[None]
-    expected = GPT2LMHeadModel.from_pretrained(foreign).eval()(input_ids=tokens).logits
+    expected = transformers.GPT2LMHeadModel.from_pretrained(foreign).eval()(input_ids=tokens).logits
     for name in (foreign, f"transformers:{foreign}"):  # opened as ours, and run by transformers
         teacher = open_teacher(name, encoding, CPU)
         logits = teacher.hidden(tokens) @ teacher.head.T
@@ -144,7 +143,9 @@ def test_a_teacher_of_transformers_gives_its_own_logits(foreign, vocab_bpe):
 
 def test_a_teacher_of_another_vocabulary_is_refused(foreign, vocab_bpe, tmp_path):
     encoding = read_vocabulary(str(vocab_bpe)).encoding()
-    small = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, vocab_size=1000))
+    small = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, vocab_size=1000)
+    )
     small.save_pretrained(tmp_path)
     for info in storage.list_objects(foreign):
         if "token" in info.name:

@@ -40,7 +40,8 @@ def write_prompts(tmp_path, count: int, *more: str) -> None:
 
 
 def make(*arguments: str, key: str = KEY) -> str:
-    return tuning.run_alone(MODULE, *arguments, environment={"OPENAI_API_KEY": key})
+    constants = {"trainer.synthesis.make.FIRST_PAUSE_SECONDS": 0.05}
+    return tuning.run_alone(MODULE, *arguments, environment={"OPENAI_API_KEY": key}, constants=constants)
 
 
 def test_an_endpoint_that_fails_one_call_in_five(tmp_path):

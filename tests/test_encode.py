@@ -1,6 +1,7 @@
 """Both engines give tiktoken's ids, on real text and on text that is made to break tokenizers."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,15 @@ HOSTILE = {
     "combining": ["e\u0301" * 999, "Z̸̡̢a̷l̶g̵o̴", "한국어 한국어 中文 日本語 ไทย हिन्दी العربية עברית"],
     "replacement": ["\ufffd", "a\ufffd\ufffdb", "\ufffe\uffff"],
     "code": [CODE * 50, "#include <a.h>\n\n\n\tint\tmain(){}\n", '<div class="a">&nbsp;</div>'],
-    "a megabyte": ["word " * 210_000, " " * 10**6, "\n" * 10**6, "7" * 10**6, "ab" * 500_000, "👍" * 250_000],
+    "a megabyte": [
+        "word " * 210_000,
+        " " * 10**6,
+        "\n" * 10**6,
+        "7" * 10**6,
+        "ab" * 500_000,
+        "a" * 300_000,
+        "👍" * 250_000,
+    ],
 }
 # Planes 0 to 3, 14 and 16: all that has characters, and private ones.
 PLANES = [range(low, low + 0x1000) for low in (*range(0, 0x40000, 0x1000), 0xE0000, 0x10F000)]
@@ -73,6 +82,35 @@ def test_every_plane_of_unicode(fast: GigatokenEngine, reference):
 
 def test_reference_engine_is_encode_ordinary(words: Vocabulary, reference):
     check_identical(TiktokenEngine(words), reference, [text for kind in HOSTILE for text in HOSTILE[kind][:3]])
+
+
+LONG_WORDS = {
+    "one letter": "a" * 600,
+    "two bytes per letter": "é" * 300,
+    "letters": "".join("etaoinshrdlucmfw"[number * number % 97 % 16] for number in range(600)),
+    "digits": "".join(str(number * number % 97) for number in range(300)),
+    "signs": "-=." * 200,
+}
+
+
+@pytest.mark.parametrize("kind", LONG_WORDS)
+def test_a_long_word_is_merged_as_the_definition_says(kind: str, fast, reference, words: Vocabulary):
+    """Both engines merge words of a hundred bytes and more by another algorithm, which takes no quadratic time."""
+    word = LONG_WORDS[kind]
+    check_identical(fast, reference, [word])
+    assert reference.encode_ordinary(word) == merged(word.encode(), words.ranks)
+
+
+def merged(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Byte-pair encoding as it is defined: merge the leftmost pair of the lowest rank until there is none."""
+    tokens = [bytes([byte]) for byte in word]
+    while True:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(tokens)]
+        lowest = min(pairs, default=len(ranks))
+        if lowest == len(ranks):
+            return [ranks[token] for token in tokens]
+        at = pairs.index(lowest)
+        tokens[at : at + 2] = [tokens[at] + tokens[at + 1]]
 
 
 def test_our_tiktoken_has_openais_pattern_and_ranks(reference):

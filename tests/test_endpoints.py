@@ -17,8 +17,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from core import storage
-from core.errors import StorageError
+from core.errors import ObjectExists, StorageError
+from core.run.folder import RunFolder, open_run
 from core.stores import aws, retries
+from data_prep import plan
+from tests import stores
 from tests.faulty_proxy import FaultyProxy
 
 
@@ -88,7 +91,7 @@ def server_that(answer, context: ssl.SSLContext | None = None) -> Iterator[tuple
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", handler.seen
     finally:
@@ -242,7 +245,7 @@ def test_an_endpoint_may_be_an_ipv6_address(keys, monkeypatch):
         )
     except OSError:
         pytest.skip("this machine has no IPv6")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("BUCKET_ENDPOINT_URL", f"http://[::1]:{server.server_port}")
     assert storage.read_bytes("s3://b/object") == b"content"
     server.shutdown()
@@ -258,6 +261,24 @@ def test_a_server_that_hangs_in_the_middle_of_a_body_is_asked_again(s3, bucket: 
         monkeypatch.setenv("BUCKET_ENDPOINT_URL", proxy.url)
         assert storage.read_bytes(f"{bucket}/body") == data
     assert proxy.bodies == 2
+
+
+def test_a_store_that_ignores_conditions_gets_no_run_and_no_plan_and_loses_none(s3, bucket: str, monkeypatch):
+    run = RunFolder(f"{bucket}/run")
+    storage.write_bytes(f"{bucket}/old/run.json", b"{}")
+    with stores.WithoutConditions(s3) as server, monkeypatch.context() as patched:
+        patched.setenv("BUCKET_ENDPOINT_URL", server.url)
+        said = rf"\({server.url}\) ignores conditional writes .*; nothing was stored"
+        with pytest.raises(StorageError, match=said):
+            open_run(run, {"x": 1}, {}, "f")
+        with pytest.raises(StorageError, match=said):
+            plan.claim(plan.PrepPlan({}, ()), f"{bucket}/set")
+        with pytest.raises(ObjectExists):
+            storage.claim(f"{bucket}/old/run.json", b"another")
+    assert [info.uri for info in storage.list_objects(bucket)] == [f"{bucket}/old/run.json"]
+    assert storage.read_bytes(f"{bucket}/old/run.json") == b"{}"
+    assert open_run(run, {"x": 1}, {}, "f"), "the store itself takes conditions"
+    assert storage.read_bytes(run.description)
 
 
 class Hanging(FaultyProxy):

@@ -16,7 +16,7 @@ from core.errors import CapReached, ConfigError
 from core.run.reader import read_run
 from core.settings import loader
 from core.settings.evaluation import EvaluateConfig
-from tests import launching, models, warm
+from tests import launching, models, patched, warm
 from trainer import evaluate
 from trainer.evals import likelihood, progress, suite
 from trainer.weights.open import open_weights
@@ -82,13 +82,15 @@ def test_all_ranks_leave_with_the_code_of_the_cap(run_url, tmp_path):
 
 
 def test_asked_to_stop_it_leaves_with_33_and_keeps_what_it_found(tmp_path, vocab_bpe):
-    """With so many validation tokens that it is not done before it is asked."""
+    """With so many validation tokens, in so small batches, that it is not done before it is asked."""
     run_url = str(tmp_path / "run")
     models.make_run(
-        run_url, models.prepare_data(tmp_path, vocab_bpe, 4, ("Once upon a time there was a cap. " * 4000,) * 24)
+        run_url, models.prepare_data(tmp_path, vocab_bpe, 4, ("Once upon a time there was a cap. " * 2000,) * 24)
     )
     environment = {**launching.no_ranks(), "EXIT_CODE_FILE": str(tmp_path / "code")}
-    command = [sys.executable, "-m", "trainer.evaluate", run_url, "--tasks=perplexity", "--cpu_threads=1"]
+    constants = {**patched.PROMPT, "trainer.evals.likelihood.TOKENS_PER_BATCH": 512}
+    command = [sys.executable, *patched.module_of("trainer.evaluate", constants), run_url]
+    command += ["--tasks=perplexity", "--cpu_threads=1"]
     process = warm.Popen(command, cwd=ROOT, env=environment, stderr=PIPE, text=True)
     folder = tmp_path / "run" / "evaluations"
     while not list(folder.glob("*/partial/*/*/*.jsonl")):

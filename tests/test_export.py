@@ -231,7 +231,7 @@ class _Answer(http.server.BaseHTTPRequestHandler):
 def hub():
     pytest.importorskip("huggingface_hub", reason="needs the extra `hub`: pip install huggingface-hub")
     with Hub() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 

@@ -93,11 +93,13 @@ def test_a_forked_process_is_told_and_does_not_wait_for_ever(s3, bucket):
     assert done.returncode == 0
 
 
-def test_an_exclusive_write_whose_answer_is_lost_is_ours(flaky):
-    bucket, _ = flaky
-    for number in range(30):
+def test_an_exclusive_write_whose_answer_is_lost_is_ours(flaky, monkeypatch: pytest.MonkeyPatch):
+    bucket, proxy = flaky
+    monkeypatch.setattr("tests.faulty_proxy.FAULTS", ("answer lost",))
+    for number in range(12):
         storage.write_bytes(f"{bucket}/claim/{number}", b"mine %d" % number, exclusive=True)
-    for number in range(30):
+    assert proxy.injected["answer lost"] > 1
+    for number in range(12):
         with pytest.raises(ObjectExists):
             storage.write_bytes(f"{bucket}/claim/{number}", b"theirs", exclusive=True)
         assert storage.read_bytes(f"{bucket}/claim/{number}") == b"mine %d" % number

@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.generation import logits_process
 
 from core.data import vocabulary
 from core.data.vocabulary import GPT2_END_OF_TEXT
@@ -17,6 +15,7 @@ from core.settings.inference import Sampling
 from core.settings.model import ModelConfig
 from tests import presets
 from tests.checkpoints import random_model
+from tests.later import Later
 from trainer.inference.choose import choose
 from trainer.inference.engine import ROOM_STEP, Engine, GenerationRequest, TextStream
 from trainer.inference.sampling import load
@@ -24,6 +23,7 @@ from trainer.loop.evaluation import sample
 from trainer.model.gpt import GPT
 
 CPU = torch.device("cpu")
+transformers, processors = Later("transformers"), Later("transformers.generation.logits_process")
 FAMILIES = {name: settings.model for name, settings in presets.pretraining().items()} | presets.OTHERS
 TINY = ModelConfig(layers=2, heads=2, width=16, context=48, padded_vocab_size=64)
 
@@ -123,8 +123,10 @@ def test_a_stream_that_is_given_up_frees_its_place():
 
 
 def test_greedy_equals_transformers():
-    theirs = GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_positions=48, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=64, n_positions=48, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
     ).eval()
     mine = GPT(TINY).eval()
     torch.manual_seed(0)
@@ -152,22 +154,22 @@ def test_greedy_equals_transformers():
 
 
 SETTINGS = {
-    "temperature": (Sampling(temperature=1.7, top_k=0), []),
-    "top_k": (Sampling(temperature=1, top_k=5), [logits_process.TopKLogitsWarper(5)]),
-    "top_p": (Sampling(temperature=1, top_k=0, top_p=0.6), [logits_process.TopPLogitsWarper(0.6)]),
-    "min_p": (Sampling(temperature=1, top_k=0, min_p=0.2), [logits_process.MinPLogitsWarper(0.2)]),
+    "temperature": (Sampling(temperature=1.7, top_k=0), lambda: [processors.TemperatureLogitsWarper(1.7)]),
+    "top_k": (Sampling(temperature=1, top_k=5), lambda: [processors.TopKLogitsWarper(5)]),
+    "top_p": (Sampling(temperature=1, top_k=0, top_p=0.6), lambda: [processors.TopPLogitsWarper(0.6)]),
+    "min_p": (Sampling(temperature=1, top_k=0, min_p=0.2), lambda: [processors.MinPLogitsWarper(0.2)]),
     "repetition": (
         Sampling(temperature=1, top_k=0, repetition_penalty=1.8),
-        [logits_process.RepetitionPenaltyLogitsProcessor(1.8)],
+        lambda: [processors.RepetitionPenaltyLogitsProcessor(1.8)],
     ),
     "all": (
         Sampling(temperature=1.3, top_k=12, top_p=0.8, min_p=0.05, repetition_penalty=1.2),
-        [
-            logits_process.RepetitionPenaltyLogitsProcessor(1.2),
-            logits_process.TemperatureLogitsWarper(1.3),
-            logits_process.TopKLogitsWarper(12),
-            logits_process.TopPLogitsWarper(0.8),
-            logits_process.MinPLogitsWarper(0.05),
+        lambda: [
+            processors.RepetitionPenaltyLogitsProcessor(1.2),
+            processors.TemperatureLogitsWarper(1.3),
+            processors.TopKLogitsWarper(12),
+            processors.TopPLogitsWarper(0.8),
+            processors.MinPLogitsWarper(0.05),
         ],
     ),
 }
@@ -176,13 +178,11 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_probabilities_are_those_of_transformers(name: str):
     """Evenly spread draws choose each token as often as its probability says."""
-    sampling, processors = SETTINGS[name]
+    sampling, theirs = SETTINGS[name]
     logits_V = torch.randn(40, generator=torch.Generator().manual_seed(5)) * 2
     seen = [3, 9, 20, 31]
     expected = logits_V[None].clone()
-    if name == "temperature":
-        processors = [logits_process.TemperatureLogitsWarper(1.7)]
-    for processor in processors:
+    for processor in theirs():
         expected = processor(torch.tensor([seen]), expected)
     draws = [(place + 0.5) / 4000 for place in range(4000)]
     chosen = choose(logits_V.repeat(len(draws), 1), [sampling] * len(draws), draws, [seen] * len(draws))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,17 +11,14 @@ from core.data import chat_template
 from core.errors import ConfigError
 from core.settings.evaluation import EvaluateConfig
 from tests import models
+from tests.later import Later
 from trainer.distributed.process_group import Ranks
 from trainer.evals.progress import PartialResults
 from trainer.weights.open import open_weights
 
-pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install lm-eval")
-
-from lm_eval.api.instance import Instance
-from lm_eval.models.utils import normalize_gen_kwargs
-
-from trainer.evals import harness
-
+pytestmark = pytest.mark.skipif(not find_spec("lm_eval"), reason="needs the extra `eval`: pip install lm-eval")
+instance, utils = Later("lm_eval.api.instance"), Later("lm_eval.models.utils")
+harness = Later("trainer.evals.harness")
 CPU = torch.device("cpu")
 SAMPLED = {"until": ["\n\n"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
 
@@ -33,10 +31,10 @@ def opened(tmp_path_factory, vocab_bpe):
     return open_weights(url, CPU)
 
 
-def requests_of(repeats: int, **options) -> list[Instance]:
+def requests_of(repeats: int, **options) -> list:
     """As the harness hands them in: the same request `repeats` times."""
     each = [
-        Instance("generate_until", {}, ("Once upon", SAMPLED | options), 0, ("task", number, repeats))
+        instance.Instance("generate_until", {}, ("Once upon", SAMPLED | options), 0, ("task", number, repeats))
         for number in range(3)
     ]
     return [request for request in each for _ in range(repeats)]
@@ -84,7 +82,7 @@ def test_repeats_of_a_greedy_task_are_equal(opened, ranks):
     ],
 )
 def test_options_mean_what_they_mean_to_the_harness(options):
-    theirs, ours = normalize_gen_kwargs(options), harness.sampling_of(options, 3, "lm-eval:t")
+    theirs, ours = utils.normalize_gen_kwargs(options), harness.sampling_of(options, 3, "lm-eval:t")
     assert ours.max_tokens == theirs["max_gen_toks"]
     assert ours.temperature == theirs.get("temperature", 0.0)
     assert list(ours.stop) == theirs["until"]
@@ -123,6 +121,7 @@ def test_a_tuned_model_can_be_asked_in_its_turns(opened, ranks, tmp_path, monkey
         "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
         "generation_kwargs:\n  until: ['zzz']\n  max_gen_toks: 4\nmetric_list:\n  - metric: exact_match\n"
     )
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)  # slow: it asks compilers and pip
     asked = []
     whole = harness.HarnessModel._prompt
     monkeypatch.setattr(

@@ -11,6 +11,7 @@ import pytest
 from core.data import manifest
 from core.errors import ConfigError
 from core.stores import hub
+from tests import patched
 from tests.corpus import documents, prepare_set, stored, write_parquet
 from tests.fake_hub import COMMIT, REPOSITORY, Hub
 
@@ -20,7 +21,7 @@ def fake_hub(tmp_path: Path):
     write_parquet(tmp_path / "hub", [documents(60), documents(120)[60:]])
     with Hub() as server:
         server.files = {f"data/{file.name}": file.read_bytes() for file in (tmp_path / "hub").iterdir()}
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -32,7 +33,7 @@ def test_a_throttling_hub_gives_the_same_set(fake_hub: Hub, tmp_path: Path, voca
     flags = (f"--source.url={url}", f"--data.url={tmp_path}/set", f"--tokenizer.vocab_url={vocab_bpe}", *small)
     address = f"http://127.0.0.1:{fake_hub.server_port}"
     environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "data_prep.prepare", *flags]
+    command = [sys.executable, *patched.module_of("data_prep.prepare", patched.NO_PAUSES), *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "read failed" in done.stderr  # it was refused, and said so

@@ -244,7 +244,7 @@ def test_no_layer_holds_a_secret_or_a_cache(built, target):
 
 @pytest.mark.image
 def test_sizes_are_stated(built):
-    """Prints what docs/launch.md quotes: compressed megabytes of each layer."""
+    """Prints what docs/internals.md quotes: compressed megabytes of each layer."""
     for target, image in built.items():
         sizes = [layer.stat().st_size / 1e6 for layer in layers(image)]
         print(f"{target}: {sum(sizes):.0f} MB compressed; layers {', '.join(f'{size:.0f}' for size in sizes)}")
@@ -321,7 +321,7 @@ def repository(tmp_path):
         (folder / "3bf863cc.pub").write_text(run(*gpg, "--armor", "--export"))
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(top))
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}", fingerprint
 
     yield serve

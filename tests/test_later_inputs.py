@@ -77,7 +77,7 @@ def test_shards_that_are_missing_or_cut_off(data: Path, tmp_path: Path):
     said = refused(data, tmp_path / "run")
     assert f"{shard}: has {len(content) - 2:,} bytes, the manifest says {len(content):,}; copy it again" in said
     shard.unlink()
-    assert f"{shard}: this shard of the manifest is not there; copy it again" in refused(data, tmp_path / "run")
+    assert f"{shard}: this shard of the manifest is missing; copy it again" in refused(data, tmp_path / "run")
 
 
 def test_tuning_opens_them_too(pretrained, data: Path, tmp_path: Path):

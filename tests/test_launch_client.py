@@ -10,7 +10,6 @@ import boto3
 import pytest
 import yaml
 from botocore.exceptions import ClientError
-from moto import mock_aws
 
 from clouds import ec2
 from clouds.aws import Aws
@@ -20,8 +19,10 @@ from core.errors import ObjectNotFound, RunError
 from core.run import journal
 from launch import runs
 from tests import variables
+from tests.later import Later
 
 ROOT = Path(__file__).parent.parent
+moto = Later("moto")
 
 
 # --- what is left ----------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def account(monkeypatch):
             made.describe_regions = lambda: {"Regions": [{"RegionName": name} for name in REGIONS]}
         return made
 
-    with mock_aws():
+    with moto.mock_aws():
         monkeypatch.setattr(ec2, "_client", client)
         for region in REGIONS:
             client(boto3.session.Session(), region)

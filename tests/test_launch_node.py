@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from core import stop
+from core import commands, stop
 from core.commands import run_within
 from core.errors import ConfigError
 from core.exit_codes import BAD_NODE, CAPPED
@@ -30,6 +30,11 @@ ROOT = Path(__file__).parent.parent
 
 def child(script: str, lines: list[str], **options) -> Child:
     return Child([sys.executable, "-c", script], os.environ, lines.append, **options)
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch):
+    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.05)
 
 
 # --- supervision -----------------------------------------------------------------------------------------------
@@ -79,8 +84,9 @@ def test_a_request_during_a_hang_does_not_take_longer():
         "import signal,time\nfor n in (10, 6, 15): signal.signal(n, lambda n, _: print('got', n))\nprint('ready')\n"
     )
     running = child(script + "while True: time.sleep(60)", lines)
+    wait_for(lambda: "ready" in lines)
     stop_when(running, lambda: "got 10" in lines)
-    outcome = running.wait(hang_seconds=3, stop_seconds=1)
+    outcome = running.wait(hang_seconds=1, stop_seconds=1)
     assert outcome.stopped
     assert "got 15" in lines
     assert outcome.returncode == -signal.SIGKILL
@@ -94,10 +100,12 @@ def test_who_does_not_stop_is_killed():
 
 
 def test_a_hang_prints_the_stacks_and_ends():
-    script = "import signal,time\nsignal.signal(10, signal.SIG_IGN)\ndef stuck_here():\n time.sleep(60)\n"
-    script += "print('go')\nstuck_here()"
+    script = "import signal,time\nsignal.signal(10, signal.SIG_IGN)\ndef stuck_here():\n print('go'); time.sleep(60)\n"
+    script += "stuck_here()"
     lines = []
-    outcome = child(script, lines).wait(hang_seconds=2)
+    running = child(script, lines)
+    wait_for(lambda: "go" in lines)
+    outcome = running.wait(hang_seconds=0.5)
     assert outcome.hung
     assert outcome.stacks
     assert any("in stuck_here" in line or "line 4" in line for line in lines), lines
@@ -120,17 +128,17 @@ def test_a_hang_that_can_still_save_is_not_aborted(tmp_path, goes_on):
 def test_a_program_that_takes_steps_does_not_hang_though_it_prints_nothing(tmp_path):
     """As training with a large train.log_every."""
     script = "import time\nfrom core import pulse\npulse.EVERY_SECONDS = 0\n"
-    script += "for _ in range(20): time.sleep(0.25); pulse.beat()"
+    script += "for _ in range(14): time.sleep(0.25); pulse.beat()"
     environment = {**os.environ, "PULSE_FILE": str(tmp_path / "pulse"), "PYTHONPATH": str(ROOT)}
     outcome = Child([sys.executable, "-c", script], environment, [].append).wait(hang_seconds=3)
     assert outcome == Outcome(0)
 
 
 def test_a_program_that_prints_dots_does_not_hang_and_its_line_is_kept_whole():
-    script = "import time\nfor _ in range(20): print('.', end='', flush=True); time.sleep(0.25)\nprint('done')"
+    script = "import time\nfor _ in range(14): print('.', end='', flush=True); time.sleep(0.25)\nprint('done')"
     lines = []
     assert child(script, lines).wait(hang_seconds=3) == Outcome(0)
-    assert lines == ["." * 20 + "done"]
+    assert lines == ["." * 14 + "done"]
 
 
 @pytest.mark.parametrize(
@@ -227,17 +235,31 @@ def test_a_command_beyond_its_limit_is_killed_with_all_it_started_and_not_waited
     assert run_within(["sh", "-c", "echo out; echo err >&2; exit 3"], PATIENCE_SECONDS).returncode == 3
 
 
-def test_nothing_that_the_child_started_outlives_it():
-    script = "import subprocess,time\np=subprocess.Popen(['sleep','600'])\nprint(p.pid)\ntime.sleep(3)"
+def test_nothing_that_the_child_started_outlives_it(tmp_path):
+    script = "import os,subprocess,sys,time\np=subprocess.Popen(['sleep','600'])\nprint(p.pid)\n"
+    script += f"while not os.path.exists({str(tmp_path / 'seen')!r}): time.sleep(0.05)"
     lines = []
-    child(script, lines).wait(60)
+    running = child(script, lines)
+
+    def end_once_it_is_seen() -> None:
+        wait_for(lambda: lines and int(lines[0]) in running._started)
+        (tmp_path / "seen").touch()
+
+    threading.Thread(target=end_once_it_is_seen, daemon=True).start()
+    running.wait(PATIENCE_SECONDS)
     assert gone(int(lines[0]))
+
+
+def wait_for(ready) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def stop_when(running: Child, ready) -> None:
     def wait() -> None:
-        while not ready():
-            time.sleep(0.05)
+        wait_for(ready)
         running.stop()
 
     threading.Thread(target=wait, daemon=True).start()
@@ -366,8 +388,10 @@ def test_without_a_run_url_one_sentence():
     assert done.stderr.splitlines()[-1].startswith("error: RUN_URL is not set")
 
 
-def test_preflight_of_a_rehearsal_measures_and_passes(tmp_path):
+def test_preflight_of_a_rehearsal_measures_and_passes(tmp_path, monkeypatch):
     """The whole of it with two gloo ranks instead of GPUs."""
+    monkeypatch.setattr(commands.subprocess, "Popen", warm.Popen)
+    monkeypatch.setenv("WARM_CHILDREN", "yes")
     report = preflight.run({"RUN_URL": str(tmp_path), "DEVICE": "cpu", "RANKS_PER_NODE": "2"}, [])
     assert report.problems == []
     assert report.figures["all_reduce_gb_per_s"] > 0

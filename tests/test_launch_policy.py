@@ -7,10 +7,10 @@ from pathlib import Path
 import boto3
 import pytest
 from botocore.exceptions import ClientError
-from moto.server import ThreadedMotoServer
 
 from core import storage
 from core.errors import ObjectExists, StorageError
+from tests.later import Later
 
 POLICY = Path(__file__).parent.parent / "launch/bucket-policy.json"
 BUCKET = "my-bucket"
@@ -20,7 +20,7 @@ OTHERS = ("runs/second/run.json", "data/other/manifest.json", "runs/first-2/run.
 @pytest.fixture(scope="module")
 def limited():
     """The environment of a user with this policy alone."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = Later("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"

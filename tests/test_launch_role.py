@@ -7,14 +7,14 @@ from pathlib import Path
 import boto3
 import pytest
 import yaml
-from moto import mock_aws
-from moto.iam.access_control import IAMPolicyStatement, PermissionResult
 
 from clouds.providers import CLOUDS
 from core.errors import ConfigError
 from core.task import read_task
 from launch import identity, role
+from tests.later import Later
 
+moto, access = Later("moto"), Later("moto.iam.access_control")
 RUN, DATA = "arn:aws:s3:::my-bucket/runs/first/run.json", "arn:aws:s3:::my-bucket/data/words/manifest.json"
 OURS = {"ec2:ResourceTag/project": "pretrain-launcher"}
 MACHINE = "arn:aws:ec2:us-east-1:123456789012:instance/i-1"
@@ -31,9 +31,9 @@ def allows(url: str, action: str, resource: str, **context: str) -> bool:
     """Whether a statement allows it. moto judges action and resource; it lets some unmet conditions pass."""
     given = {name.replace("__", ":"): value for name, value in context.items()}
     statements = [each for each in role.policy(url)["Statement"] if is_met(each.get("Condition", {}), given)]
-    bare = [IAMPolicyStatement(each | {"Condition": None}) for each in statements]
+    bare = [access.IAMPolicyStatement(each | {"Condition": None}) for each in statements]
     answers = [each.is_action_permitted(action, resource) for each in bare]
-    return PermissionResult.PERMITTED in answers
+    return access.PermissionResult.PERMITTED in answers
 
 
 def listed(values: str | list[str]) -> list[str]:
@@ -103,13 +103,13 @@ def test_of_a_folder_in_a_bucket_only_the_folder():
 
 @pytest.mark.parametrize("url", ["gs://b", "/data/b"])
 def test_a_bucket_elsewhere_needs_keys(url):
-    with pytest.raises(ConfigError, match="is no bucket at AWS, so that no role opens it"):
+    with pytest.raises(ConfigError, match="is not a bucket at AWS, so no role opens it"):
         role.policy(url)
 
 
 def test_the_role_is_made_once_changed_and_undone(tmp_path):
     config = tmp_path / ".sky.yaml"
-    with mock_aws():
+    with moto.mock_aws():
         iam = boto3.client("iam", region_name="us-east-1")
         role.make(iam, "s3://first", config)
         role.make(iam, "s3://second", config)
@@ -127,7 +127,7 @@ def test_the_role_is_made_once_changed_and_undone(tmp_path):
 
 def test_what_is_not_ours_is_left_alone(tmp_path):
     config = tmp_path / ".sky.yaml"
-    with mock_aws():
+    with moto.mock_aws():
         iam = boto3.client("iam", region_name="us-east-1")
         config.write_text("jobs: {}\n")
         with pytest.raises(ConfigError, match="exists and was not written by `make role`"):

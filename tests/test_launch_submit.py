@@ -39,6 +39,7 @@ def test_a_task_that_can_run_is_launched_with_its_settings(sky, bucket_folder):
     (launch,) = sky.called()
     assert launch.startswith("launch --cluster pretrain-8xa100 --yes --detach-run --env BUCKET=")
     assert "--env MAX_USD=20" in launch
+    assert "forecast: " in done.stdout  # on a CPU its dollars are not known
 
 
 # --- a launch that is interrupted or fails ---------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_a_link_to_nothing_is_not_an_absent_object(tmp_path: Path):
         storage.read_bytes(f"{tmp_path}/data/3.bin")
     # A folder may have been behind it, with files that fit.
     for pattern in ("data/*/*.bin", "data/**/2.bin"):
-        with pytest.raises(StorageError, match=r"is a link to .*, which is not there; mount or restore it"):
+        with pytest.raises(StorageError, match=r"is a link to .*, which does not exist; mount or restore it"):
             expanded(tmp_path, pattern)
 
 
@@ -132,7 +132,7 @@ def test_a_folder_that_should_be_behind_a_link_is_no_empty_one(tmp_path: Path, b
         lambda uri: storage.expand(f"{uri}/*"),
         lambda uri: storage.write_bytes(f"{uri}/run.json", b"", exclusive=True),  # the name is not taken either
     ):
-        with pytest.raises(StorageError, match=r"run: is a link to /gone/run, which is not there; mount or restore it"):
+        with pytest.raises(StorageError, match=r"run: is a link to /gone/run, which does not exist; mount or"):
             call(f"{tmp_path}/run{below}")
 
 
@@ -212,11 +212,11 @@ def file_instead(run: Path, _: Path) -> None:
     [
         (
             break_link,
-            r"step-00000003: is a link to .*disk/step-00000003, which is not there; mount or restore it, or",
+            r"step-00000003: is a link to .*disk/step-00000003, which does not exist; mount or restore it, or",
         ),
         (
             break_marker,
-            r"step-00000003/COMPLETE: is a link to .*disk/COMPLETE, which is not there",
+            r"step-00000003/COMPLETE: is a link to .*disk/COMPLETE, which does not exist",
         ),
         (two_names, r"step-00000004: one listing of the store shows it and another does not; check the store, or move"),
         (file_instead, r"step-00000004: is a file, but should be a checkpoint.s folder"),

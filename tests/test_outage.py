@@ -11,10 +11,12 @@ from core import storage
 from core.errors import StorageError
 from core.exit_codes import NO_STORAGE
 from core.run.journal import Journal
-from tests import launching
+from tests import launching, patched
 from tests.patience import PATIENCE_SECONDS
 
-SOON = ("--checkpoint.every_steps=5", "--checkpoint.outage_minutes=0.02", "--train.steps=1000000")
+SOON = ("--checkpoint.every_steps=5", "--checkpoint.outage_minutes=0.01", "--train.steps=1000000")
+
+PROMPT = {**patched.PROMPT, "trainer.checkpoint.save.AGAIN_SECONDS": 0.1}
 
 
 class Place:
@@ -48,8 +50,9 @@ def flags(pretrained: tuple[str, str], place: Place) -> list[str]:
 
 def test_a_store_that_stays_away_ends_training_with_a_code_of_its_own(pretrained, place, tmp_path):
     file = tmp_path / "exit-code"
-    more = ("--checkpoint.last_try_minutes=0.02",)
-    process = launching.start(2, *flags(pretrained, place), *more, environment={"EXIT_CODE_FILE": str(file)})
+    more = ("--checkpoint.last_try_minutes=0.01",)
+    environment = {"EXIT_CODE_FILE": str(file)}
+    process = launching.start(2, *flags(pretrained, place), *more, environment=environment, constants=PROMPT)
     launching.wait_until(lambda: bool(launching.completed(place.url)), process)
     place.take_away()
     code, output = launching.finish(process)
@@ -69,7 +72,7 @@ def test_a_store_that_stays_away_ends_training_with_a_code_of_its_own(pretrained
 
 
 def test_a_store_that_comes_back_in_time_loses_nothing(pretrained, place):
-    process = launching.start(1, *flags(pretrained, place))
+    process = launching.start(1, *flags(pretrained, place), constants=PROMPT)
     launching.wait_until(lambda: bool(launching.completed(place.url)), process)
     place.take_away()
     output = ""

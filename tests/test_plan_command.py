@@ -146,8 +146,10 @@ def test_the_first_screen_says_what_is_bought_and_what_to_type(capsys):
 def test_the_command_for_all_of_it_has_the_question_s_constraints(capsys):
     said = run(capsys, "--usd=20", "--gpus=A100:8", "--on-demand", "--deadline=6h")
     assert "  make run USD=20 BUCKET=my-bucket DEADLINE=6h GPUS=A100:8 ON_DEMAND=1\n" in said
-    said = run(capsys, "--usd=20", "--gpus=A100:8", "--size=124M")
-    assert "  BUCKET=my-bucket .venv-launch/bin/python -m launch.run --usd=20 --gpus=A100:8 --size=124M\n" in said
+    said = run(capsys, "--usd=20", "--cloud=lambda", "--size=124M")
+    assert "  make run USD=20 BUCKET=my-bucket CLOUD=lambda SIZE=124M\n" in said
+    said = run(capsys, "--usd=20", "--gpus=A100:8", "--recipe=gpt2")
+    assert "  BUCKET=my-bucket .venv-launch/bin/python -m launch.run --usd=20 --gpus=A100:8 --recipe=gpt2\n" in said
 
 
 def test_the_other_stages_are_lines_of_the_bill_and_no_part_of_the_training_s_cap(capsys):

@@ -33,7 +33,8 @@ def incompressible(count: int) -> list[str]:
 @pytest.mark.parametrize("flags", [(), ("--filter.drop_duplicates=true",)], ids=["", "without duplicates"])
 def test_finished_parts_survive_a_mended_source(flags: tuple[str, ...], tmp_path: Path, vocab_bpe: Path):
     """The damage lies behind what the start looks at, so that the parts before it are finished."""
-    whole = [gzip.compress(lines_of(incompressible(3000), first)) for first in (0, 10_000, 20_000)]
+    files = ((100, 0), (100, 10_000), (3000, 20_000))
+    whole = [gzip.compress(lines_of(incompressible(count), first)) for count, first in files]
     assert len(whole[2]) > 1 << 20
     for number, data in enumerate(whole):
         (tmp_path / f"{number}.jsonl.gz").write_bytes(data if number < 2 else data[:-20])

@@ -13,7 +13,7 @@ from core.errors import DataError
 from data_prep.sources import parquet
 from data_prep.sources.files import Part, SourceFile
 from data_prep.sources.rows import read_rows
-from tests.corpus import documents, prepare_set
+from tests.corpus import documents, documents_of, prepare_set
 
 TEXTS = documents(40)
 IDS = [f"d{i}" for i in range(40)]
@@ -53,10 +53,46 @@ def test_a_column_may_have_dots_in_its_name(name: str, tmp_path: Path, vocab_bpe
     assert manifest.read(str(tmp_path / "set")).stats["documents"] == 40
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+def test_strings_that_were_written_as_bytes_are_read_as_utf8(kind: pa.DataType, tmp_path: Path, vocab_bpe: Path):
+    """Hive, Impala and others do not mark strings as such. The set is that of the same strings, id for id."""
+    texts = [f"{text} naïve 中文" for text in TEXTS]
+    flags = ("--filter.languages=en", "--data.val_fraction=0.3")
+    plain = {"text": texts, "id": IDS, "language": LANGUAGES}
+    prepare_set(written(tmp_path, plain), str(tmp_path / "plain"), vocab_bpe, *flags)
+    as_bytes = {name: pa.array(values).cast(pa.binary()).cast(kind) for name, values in plain.items()}
+    prepare_set(written(tmp_path, as_bytes), str(tmp_path / "bytes"), vocab_bpe, *flags)
+    for split in ("train", "val"):
+        found = documents_of(str(tmp_path / "bytes"), split)
+        assert found
+        assert found == documents_of(str(tmp_path / "plain"), split)
+
+
+def test_rows_for_tuning_may_hold_strings_as_bytes(tmp_path: Path):
+    """A row whose text is not UTF-8 is a bad row; bytes that are no text stay what they are."""
+    answer = pa.array([b"fine", b"\xff broken", b"good"], pa.binary()).view(pa.string())
+    turns = pa.array([[{"content": "naïve".encode()}]] * 3)
+    columns = {"question": pa.array([b"one", b"two", b"\xff\xd8"]), "answer": answer, "turns": turns}
+    assert read_rows(written(tmp_path, columns)) == [
+        {"question": "one", "answer": "fine", "turns": [{"content": "naïve"}]},
+        None,
+        {"question": b"\xff\xd8", "answer": "good", "turns": [{"content": "naïve"}]},
+    ]
+
+
+def test_bytes_that_are_no_text_are_bad_rows(tmp_path: Path, vocab_bpe: Path):
+    texts = [b"\xff\xd8\xff\xe0 a picture", *(text.encode() for text in TEXTS[1:])]
+    source = written(tmp_path, {"text": texts, "id": IDS})
+    with pytest.raises(DataError, match=r"1 of 40 rows have no text, no id or no valid UTF-8"):
+        prepare_set(source, str(tmp_path / "set"), vocab_bpe)
+    prepare_set(source, str(tmp_path / "set"), vocab_bpe, "--source.max_bad_share=0.1")
+    assert manifest.read(str(tmp_path / "set")).stats["dropped"] == {"bad": 1}
+
+
 def test_a_type_that_cannot_be_used_is_refused_for_every_file_at_the_start(tmp_path: Path, vocab_bpe: Path):
-    for number, values in enumerate((TEXTS, TEXTS, [text.encode() for text in TEXTS])):
+    for number, values in enumerate((TEXTS, TEXTS, [[text] for text in TEXTS])):
         pq.write_table(pa.table({"text": values, "id": IDS}), tmp_path / f"{number}.parquet")
-    with pytest.raises(DataError, match=r"2\.parquet: column 'text' is binary, not text"):
+    with pytest.raises(DataError, match=r"2\.parquet: column 'text' is list<element: string>, not text"):
         prepare_set(str(tmp_path / "*.parquet"), str(tmp_path / "set"), vocab_bpe)
     assert not (tmp_path / "set").exists()
 
@@ -67,7 +103,7 @@ def test_an_intact_file_is_not_called_damaged(tmp_path: Path, vocab_bpe: Path, m
 
     source = written(tmp_path, {"text": TEXTS, "id": IDS})
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lacks)
-    with pytest.raises(DataError, match=r"codec 'lzo' not built\); Arrow .* lacks what the file uses") as caught:
+    with pytest.raises(DataError, match=r"codec 'lzo' not built\); Arrow .* lacks a feature of it") as caught:
         prepare_set(source, str(tmp_path / "set"), vocab_bpe)
     assert "damaged" not in str(caught.value)
 

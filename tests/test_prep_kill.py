@@ -14,6 +14,7 @@ import pytest
 
 from core.data import manifest
 from core.run.reader import read_run
+from tests import warm
 from tests.corpus import prepare_set, speeches, stored, write_parquet
 from tests.patience import PATIENCE_SECONDS
 
@@ -24,7 +25,7 @@ PARTS = ("--data.part_bytes=100000", "--data.shard_tokens=30000", "--data.val_fr
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    texts = speeches(240)
+    texts = speeches(160)
     return write_parquet(tmp_path_factory.mktemp("source"), [texts[::2], texts[1::2]])
 
 
@@ -43,9 +44,7 @@ def start(
     settings = (f"--source.url={source}", f"--data.url={url}", f"--tokenizer.vocab_url={vocab}", *PARTS)
     command = [sys.executable, "-m", "data_prep.prepare", *settings, "--tokenizer.engine=tiktoken", "--workers=2"]
     environment = {**os.environ, **(environment or {})}
-    return subprocess.Popen(
-        [*command, *flags], stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
-    )
+    return warm.Popen([*command, *flags], stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
 
 
 def wait_for_work(process: subprocess.Popen) -> None:

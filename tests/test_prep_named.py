@@ -18,7 +18,7 @@ from core.data import manifest
 from core.settings import loader as settings
 from core.settings.preparation import PrepConfig, SourceConfig
 from data_prep import plan
-from tests import hub_cache
+from tests import hub_cache, patched
 from tests.corpus import both_splits, documents, encoded, prepare_set, speeches, stored
 from tests.fake_hub import COMMIT, REPOSITORY, Hub
 from tests.patience import PATIENCE_SECONDS
@@ -62,7 +62,7 @@ def repository(suffix: str) -> dict[str, bytes]:
 def start(url: Path, vocab: Path, environment: Mapping[str, str], *flags: str) -> subprocess.Popen:
     """A preparation in a process of its own: huggingface_hub reads its variables when it is imported."""
     fixed = (f"--data.url={url}", f"--tokenizer.vocab_url={vocab}", *SMALL)
-    command = [sys.executable, "-m", "data_prep.prepare", *fixed, *flags]
+    command = [sys.executable, *patched.module_of("data_prep.prepare", patched.NO_PAUSES), *fixed, *flags]
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | environment
     )
@@ -83,8 +83,8 @@ from data_prep import plan
 
 for flags in json.loads(sys.argv[1]):
     try:
-        plan.make(loader.load(PrepConfig, flags, {}))
-        print("not refused")
+        file = plan.make(loader.load(PrepConfig, flags, {}))[1].files[0]
+        print("not refused:", file.reader, file.options)
     except LauncherError as error:
         print(error)
 """
@@ -146,23 +146,29 @@ def test_nodes_offline_make_the_same_bytes_as_one(tmp_path: Path, vocab_bpe: Pat
     assert stored(str(tmp_path / "one")) == stored(str(tmp_path / "two"))
 
 
-def test_what_a_card_says_about_a_format_is_followed(tmp_path: Path, vocab_bpe: Path):
+def with_semicolons() -> dict[str, bytes]:
+    """Files of a data set whose card says how its table is written."""
     card = "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  sep: ';'\n---\n"
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter=";")
     writer.writerows([["text"], *([text] for text in documents(50))])
-    files = {"README.md": card.encode(), "a.csv": stream.getvalue().encode()}
-    hub_cache.lay_out(tmp_path / "home", REPOSITORY, files)
+    return {"README.md": card.encode(), "a.csv": stream.getvalue().encode()}
+
+
+@pytest.mark.slow
+def test_what_a_card_says_about_a_format_is_followed(tmp_path: Path, vocab_bpe: Path):
+    hub_cache.lay_out(tmp_path / "home", REPOSITORY, with_semicolons())
     finish(start(tmp_path / "set", vocab_bpe, hub_cache.offline(tmp_path / "home"), NAMED[0]))
     assert both_splits(str(tmp_path / "set")) == encoded(documents(50), vocab_bpe)
     [file] = json.loads((tmp_path / "set/parts/plan.json").read_text())["files"]
     assert (file["reader"], file["options"]) == ("csv", '{"sep": ";"}')
 
 
-def test_refused_offline(tmp_path: Path):
+def test_refused_offline_or_read_as_the_card_says(tmp_path: Path):
     hub_cache.lay_out(tmp_path / "home", REPOSITORY, repository("csv"))
     hub_cache.lay_out(tmp_path / "home", "owner/script", {"script.py": b"", "README.md": b"# by a script"})
-    no_name, name, split, column, dataset, revision, script = refusals(
+    hub_cache.lay_out(tmp_path / "home", "owner/table", with_semicolons())
+    no_name, name, split, column, dataset, revision, script, table = refusals(
         tmp_path / "set",
         hub_cache.offline(tmp_path / "home"),
         NAMED[:1],
@@ -172,6 +178,7 @@ def test_refused_offline(tmp_path: Path):
         ("--source.dataset=owner/nmae",),
         (*NAMED, "--source.revision=v2"),
         ("--source.dataset=owner/script",),
+        ("--source.dataset=owner/table",),
     )
     assert no_name == "source.name is empty, and owner/name has the configurations sample-1, sample-2; choose one"
     assert name.startswith("source.name is 'sample1', but")
@@ -182,6 +189,7 @@ def test_refused_offline(tmp_path: Path):
     assert "did you mean owner/name" in dataset
     assert "has no copy at revision 'v2'" in revision
     assert "has no data files (only README.md, script.py)" in script
+    assert table == 'not refused: csv {"sep": ";"}', "what a card says about its format is followed"
 
 
 # --- online --------------------------------------------------------------------------------------------------------
@@ -190,7 +198,7 @@ def test_refused_offline(tmp_path: Path):
 @pytest.fixture
 def hub(tmp_path: Path):
     with Hub() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 

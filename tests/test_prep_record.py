@@ -12,6 +12,7 @@ import pytest
 from core import storage
 from core.run.reader import read_run
 from costs.report import CostReport, build
+from tests import patched, warm
 from tests.corpus import documents, speeches, write_parquet
 from tests.patience import PATIENCE_SECONDS
 
@@ -19,8 +20,8 @@ from tests.patience import PATIENCE_SECONDS
 def start(source: str, url: str, vocab: Path, run_url: str, *flags: str, **variables: str) -> subprocess.Popen:
     settings = (f"--source.url={source}", f"--data.url={url}", f"--tokenizer.vocab_url={vocab}", "--workers=2")
     environment = os.environ | {"RUN_URL": run_url, "USD_PER_HOUR": "3.6", "CLOUD": "aws"} | variables
-    command = [sys.executable, "-m", "data_prep.prepare", *settings, *flags]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, *patched.module_of("data_prep.prepare", patched.PROMPT), *settings, *flags]
+    return warm.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def report_of(run_url: str) -> CostReport:
@@ -66,18 +67,21 @@ def test_an_error_is_booked_as_one(tmp_path: Path, vocab_bpe: Path):
 
 
 def test_a_killed_prep_leaves_a_readable_ledger(tmp_path: Path, vocab_bpe: Path):
-    source = write_parquet(tmp_path / "source", [speeches(240)] * 8)
+    source = write_parquet(tmp_path / "source", [speeches(240)] * 2)
     run = str(tmp_path / "run")
-    # Slow enough to be there still when the first events are stored.
+    # Slow enough to be there still when the events of its work are stored.
     slow = ("--tokenizer.engine=tiktoken", "--workers=1")
     process = start(source, f"{tmp_path}/set", vocab_bpe, run, *slow)
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not storage.list_objects(f"{run}/ledger/segment-000001/events"):
+
+    def phases_if_killed() -> set[str]:
+        return {line.name for line in build(read_run(run), time.time() + 3600).phases if line.seconds}
+
+    while not storage.list_objects(f"{run}/ledger/segment-000001/events") or not phases_if_killed() >= {"init", "prep"}:
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    report = build(read_run(run), time.time() + 3600)
-    assert report.state == "killed (end: last heartbeat)"
-    assert {line.name for line in report.phases if line.seconds} >= {"init", "prep"}
+    assert build(read_run(run), time.time() + 3600).state == "killed (end: last heartbeat)"
+    assert phases_if_killed() >= {"init", "prep"}

@@ -231,7 +231,7 @@ def test_a_student_within_the_context_of_its_teacher(pretrained, ranks, tmp_path
     assert stage_of(Distil, ranks, flags)
     start = [*flags, f"--start.weights={pretrained[1]}", "--model.layers=1"]
     name, value, empty = found(
-        r"has (model\.layers) = (\d), this config has 1; give the start's model settings, "
+        r"has (model\.layers) = (\d), this config has 1; give the model settings of the start, "
         r"or leave (start\.weights) empty",
         refused(stage_of, Distil, ranks, start),
     )

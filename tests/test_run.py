@@ -276,7 +276,7 @@ def test_more_money_goes_on_from_the_step_before_the_rates_fell(machines, monkey
     assert run.main(["--usd=20"]) == 0
     base = folder_of(machines)
     monkeypatch.setenv("RUN", "20usd")
-    with pytest.raises(ConfigError, match="its training had no cooldown, so that no step is known"):
+    with pytest.raises(ConfigError, match="its training had no cooldown, so there is no step"):
         run.main(["--add-usd=10"])
     course.add(base, 1, course.Change("anneal", 8, steps=4, why="budget"))
     count = len(machines.launches)

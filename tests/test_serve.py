@@ -13,25 +13,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import openai
 import pytest
 import torch
 
 from core.data import chat_template, vocabulary
 from core.data.vocabulary import GPT2_END_OF_TEXT
-from core.exit_codes import CAPPED
 from core.run.folder import RunFolder
 from core.run.reader import read_run, spent_usd_at_most
-from core.run.segment import SegmentLog
-from core.settings.inference import Sampling, ServeConfig
+from core.settings.inference import Sampling
 from costs.discover import find_runs
 from tests import checkpoints, warm
 from tests.conftest import REPOSITORY
+from tests.later import Later
 from tests.patience import PATIENCE_SECONDS
 from tests.serving import CONFIG, HELLO, KEY, locally, runs_in, serving
-from trainer import serve
 from trainer.inference.engine import Engine, GenerationRequest
 from trainer.inference.worker import Failed, Worker
+
+openai = Later("openai")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,8 @@ def guarded(folder, vocab_bpe) -> Iterator[str]:
 
 
 @pytest.fixture
-def client(url) -> openai.OpenAI:
+def client(url):
+    """OpenAI's."""
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
@@ -376,55 +376,3 @@ def test_a_run_is_served_by_its_url_and_its_dollars_are_counted(tmp_path, vocab_
     assert sum(span.phases.get("serve", 0) for span in run.segments[-1].spans) > 0
     assert spent_usd_at_most(run_url) >= run.usd > 0
     assert list(find_runs(str(tmp_path))).count(RunFolder(run_url).serving) == 1
-
-
-class Used:
-    """A server that was last used some seconds ago."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def idle_seconds(self) -> float:
-        return self.seconds
-
-
-class Spent:
-    """A cap that is reached now, or never."""
-
-    def __init__(self, at: float):
-        self.at = at
-
-    def latest(self, seconds: float) -> float:
-        return self.at
-
-    def describe(self) -> str:
-        return "$4.99 of $5 spent"
-
-
-@pytest.mark.parametrize(
-    ("idle", "cap_at", "minutes", "code", "why"),
-    [
-        (0.0, 0.0, 0.0, CAPPED, "$4.99 of $5 spent; serve on with a larger max_usd"),
-        (61.0, math.inf, 1.0, 0, "1 minutes without a request"),
-    ],
-)
-def test_a_server_ends_at_its_cap_and_when_it_is_not_used(monkeypatch, idle, cap_at, minutes, code, why):
-    monkeypatch.setattr(serve, "LOOK_SECONDS", 0.01)
-    segment = SegmentLog(cap=Spent(cap_at))
-    settings = ServeConfig(idle_minutes=minutes)
-
-    async def end() -> tuple[int, str]:
-        return await serve._end(asyncio.Event(), Used(idle), settings, segment)
-
-    assert asyncio.run(end()) == (code, why)
-
-
-def test_a_server_in_use_and_below_its_cap_goes_on_until_it_is_asked_to_stop(monkeypatch):
-    monkeypatch.setattr(serve, "LOOK_SECONDS", 0.01)
-
-    async def end() -> tuple[int, str]:
-        stop = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.1, stop.set)
-        return await serve._end(stop, Used(59.0), ServeConfig(idle_minutes=1), SegmentLog(cap=Spent(math.inf)))
-
-    assert asyncio.run(end()) == (0, "asked to")

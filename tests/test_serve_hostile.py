@@ -33,7 +33,7 @@ class Idle(Words):
 async def serving(**bounds) -> AsyncIterator[int]:
     """The port of a server in this process, around its real handlers."""
     made = http.HttpServer(ChatModel("m", Idle(), True, 0.0), "m", Sampling(), "", 8)
-    runner = web.AppRunner(made.application(), access_log=None)
+    runner = web.AppRunner(made.application(), access_log=None, lingering_time=0.0)
     await runner.setup()
     connections = Connections(runner.server, **bounds)
     made.watch(connections)

@@ -18,7 +18,7 @@ from core.run.folder import RunFolder, id_of, open_run
 from core.run.segment import SegmentLog
 from core.settings.model import ModelConfig
 from core.settings.training import OptimizerConfig
-from tests import corpus, launching
+from tests import corpus, launching, warm
 from trainer.distributed import process_group
 from trainer.loop import trackers
 from trainer.loop.health import SlowRanks, StepNorms
@@ -259,19 +259,18 @@ def test_on_a_terminal_a_picture_is_kept_up_to_date(data_url: str, tmp_path):
     environment = {**os.environ, "COLUMNS": "100", "LINES": "30", "TERM": "xterm-256color", "USD_PER_HOUR": "3.6"}
     watched = ["--train.norms_every=2", "--train.profile=2,3"]
     command = [sys.executable, "-m", "trainer.train", *launching.TINY, *flags, *watched]
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(launching.REPOSITORY)
-        os.execve(sys.executable, command, environment)
+    terminal, end = pty.openpty()
+    process = warm.Popen(command, cwd=launching.REPOSITORY, env=environment, stdin=end, stdout=end, stderr=end)
+    os.close(end)
     output = b""
     while True:
         try:
             output += os.read(terminal, 65536)
         except OSError:  # the other end is closed
             break
-    _, status = os.waitpid(process, 0)
+    os.close(terminal)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
-    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert process.wait() == 0, text
     assert "step 4 of 4" in text
     for name in ("loss", "tokens/s", "MFU", "spent", "left under the cap", "time to go", "validation loss"):
         assert name in text, name

@@ -19,7 +19,7 @@ import pytest
 from core import storage
 from core.data import sets
 from core.run.folder import RunFolder
-from tests import corpus, launching, models, warm
+from tests import corpus, launching, models, patched, warm
 from tests.fake_metadata import metadata_service
 from tests.faulty_proxy import FaultyProxy
 from tests.lives import Life
@@ -44,7 +44,7 @@ STORE_IS_AWAY = {"LEAVE_SECONDS": "8"}  # of which the ranks take six
 def data_url(tmp_path_factory, vocab_bpe) -> str:
     """A token set with HellaSwag items, and so many validation tokens that to look at all of them takes very long."""
     folder = tmp_path_factory.mktemp("lives")
-    source = corpus.write_parquet(folder / "source", [corpus.speeches(249)])
+    source = corpus.write_parquet(folder / "source", [corpus.speeches(120)])
     large = ("--data.part_bytes=100000000", "--data.shard_tokens=1000000", "--data.val_fraction=0.5")
     corpus.prepare_set(source, str(folder / "set"), vocab_bpe, *large)
     rows = "".join(json.dumps(item) + "\n" for item in models.hellaswag_items(12)).encode()
@@ -181,8 +181,9 @@ def test_a_checkpoint_that_cannot_be_stored_before_the_time_is_over(s3, bucket, 
     run_url = f"{bucket}/run"
     flags = [*launching.TINY, *FLAGS, "--train.steps=100000", "--checkpoint.every_steps=1000000"]
     with FaultyProxy(s3.endpoint) as proxy:
-        environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.url, "LEAVE_SECONDS": "4"}
-        command = [sys.executable, "-m", "trainer.train", *flags, "--train.eval_every=0", "--train.sample_every=0"]
+        environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.url, "LEAVE_SECONDS": "1"}
+        command = [sys.executable, *patched.module_of("trainer.train", {"core.stop.CLOSE_SECONDS": 1.0}), *flags]
+        command += ["--train.eval_every=0", "--train.sample_every=0"]
         command += [f"--data.url={data_url}", f"--run.url={run_url}", f"--data.cache_dir={tmp_path}"]
         process = warm.Popen(command, cwd=launching.REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
         said = []

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from core import storage
 from core.errors import ObjectExists, ObjectNotFound, StorageError
@@ -15,6 +14,7 @@ from core.stores import faults, remote, retries
 from core.stores.opener import open_store
 from tests import racing, stores
 from tests.faulty_proxy import FaultyProxy
+from tests.later import Later
 
 STORES = ("local", "memory", "s3", "moto", "google", "azure")
 
@@ -22,7 +22,7 @@ STORES = ("local", "memory", "s3", "moto", "google", "azure")
 @pytest.fixture(scope="module")
 def moto():
     """The variables of another S3 server, which has the bucket `tests`."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = Later("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     keys = {"BUCKET_ACCESS_KEY_ID": "moto", "BUCKET_SECRET_ACCESS_KEY": "moto", "BUCKET_REGION": "us-east-1"}

@@ -66,7 +66,7 @@ class Api(BaseHTTPRequestHandler):
 def api():
     handler = type("Handler", (Api,), {"answers": {}, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     handler.url = f"http://127.0.0.1:{server.server_port}"
     yield handler
     server.shutdown()

@@ -10,7 +10,7 @@ from core import storage
 from core.errors import ConfigError
 from core.run.reader import spent_usd_at_most
 from core.settings.training import BatchConfig
-from tests import corpus, launching
+from tests import corpus, launching, patched
 from tests.faulty_proxy import FaultyProxy
 from trainer.checkpoint import layout
 from trainer.stages import sizing
@@ -31,7 +31,7 @@ def straight(data_url: str) -> str:
     """A run on one rank that nothing interrupted."""
     run_url = data_url.replace("/set", "/straight")
     launching.train(
-        1, f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=100"
+        1, f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=16", "--checkpoint.every_steps=100"
     )
     return run_url
 
@@ -52,23 +52,24 @@ def test_killed_and_resumed_on_other_ranks_equals_uninterrupted_to_the_bit(data_
 
     The four ranks deal out the optimizer's state and the partial sums of gradients."""
     run_url = straight.replace("straight", "killed")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=3"]
-    for ranks, step in ((2, 6), (4, 12)):
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=16", "--checkpoint.every_steps=2"]
+    for ranks, step in ((2, 2), (4, 6)):
         dealt = ["--optimizer.zero=2"] if ranks == 4 else []
         process = launching.start(ranks, *flags, *dealt)
         launching.wait_until(lambda step=step: (launching.completed(run_url) or [0])[0] >= step, process)
         launching.kill(process)
-    assert launching.completed(run_url)[0] < 24
+    assert launching.completed(run_url)[0] < 16
     output = launching.train(2, *flags)
     assert "resumed from step" in output
-    assert_equal_runs(run_url, straight, 24)
-    assert launching.metrics(run_url, "eval")[24]["val_loss"] == launching.metrics(straight, "eval")[24]["val_loss"]
+    assert_equal_runs(run_url, straight, 16)
+    assert launching.metrics(run_url, "eval")[16]["val_loss"] == launching.metrics(straight, "eval")[16]["val_loss"]
 
 
 def test_sigterm_saves_and_leaves_and_the_rest_follows(data_url: str, straight: str, tmp_path):
     run_url = straight.replace("straight", "asked")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=100"]
-    process = launching.start(2, *flags, environment={"EXIT_CODE_FILE": str(tmp_path / "code")})
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=16", "--checkpoint.every_steps=100"]
+    environment = {"EXIT_CODE_FILE": str(tmp_path / "code")}
+    process = launching.start(2, *flags, environment=environment, constants=patched.PROMPT)
     launching.wait_until(lambda: bool(storage.list_names(storage.join(run_url, "metrics"))), process)
     process.send_signal(signal.SIGTERM)
     code, output = launching.finish(process)
@@ -78,21 +79,23 @@ def test_sigterm_saves_and_leaves_and_the_rest_follows(data_url: str, straight: 
     assert len(saved) == 1, output
     output = launching.train(1, *flags)
     assert f"resumed from step {saved[0]}" in output
-    assert_equal_runs(run_url, straight, 24)
+    assert_equal_runs(run_url, straight, 16)
     assert "the run had already reached its last step" in launching.train(1, *flags)
 
 
-def test_a_store_that_fails_one_request_in_ten_changes_nothing(s3, data_url: str, straight: str, tmp_path):
+def test_a_store_that_fails_one_request_in_ten_changes_nothing(s3, data_url: str, straight: str, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.faulty_proxy.HANG_SECONDS", 0.1)
     run_url = straight.replace("straight", "flaky")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=4"]
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=16", "--checkpoint.every_steps=4"]
     with FaultyProxy(s3.endpoint, share=0.1, seed=3) as proxy:
         environment = {"AWS_ENDPOINT_URL": proxy.url, "DATA_CACHE_DIR": str(tmp_path / "cache")}
-        code, output = launching.finish(launching.start(2, *flags, environment=environment))
+        process = launching.start(2, *flags, environment=environment, constants=patched.NO_PAUSES)
+        code, output = launching.finish(process)
     assert code == 0, output
     assert sum(proxy.injected.values()) >= 5, proxy.injected
     assert "again in" in output
-    assert_equal_runs(run_url, straight, 24)
-    assert launching.completed(run_url)[0] == 24
+    assert_equal_runs(run_url, straight, 16)
+    assert launching.completed(run_url)[0] == 16
 
 
 def test_bad_input_is_one_sentence_and_changes_nothing(data_url: str, straight: str, tmp_path):
@@ -109,7 +112,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(data_url: str, straight: 
     run = f"--run.url={straight}"
     data = f"--data.url={data_url}"
     assert "holds a run with optimizer.lr=0.01, this config has optimizer.lr=0.5" in refused(
-        run, data, "--optimizer.lr=0.5", "--train.steps=24"
+        run, data, "--optimizer.lr=0.5", "--train.steps=16"
     )
     assert "there is no manifest; prepare the data first" in refused(run, f"--data.url={data_url}/absent")
     assert "bucket 'no-such-bucket' does not exist" in refused(run, "--data.url=s3://no-such-bucket/x")
@@ -122,9 +125,9 @@ def test_bad_input_is_one_sentence_and_changes_nothing(data_url: str, straight: 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(data_url: str):
     run_url = data_url.replace("/set", "/diverged")
-    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=24", "--checkpoint.every_steps=1"]
+    flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=16", "--checkpoint.every_steps=1"]
     wild = ["--optimizer.lr=1e30", "--optimizer.grad_clip=0", "--optimizer.warmup_steps=0"]
-    code, output = launching.finish(launching.start(2, *flags, *wild))
+    code, output = launching.finish(launching.start(1, *flags, *wild))
     assert code != 0
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     found = re.match(r"error: step (\d+): the (loss on rank \d+|gradient norm) is (nan|inf|-inf)", line)
@@ -133,7 +136,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(data_url: str):
     assert f"the weights were not changed. Start again to retry from step {step - 1}; if it comes back" in line
     # What it advises is accepted, and the next advice adds to it.
     assert f"leave its batch out with --train.skip_steps={step}, or" in line
-    code, output = launching.finish(launching.start(2, *flags, *wild, f"--train.skip_steps={step}"))
+    code, output = launching.finish(launching.start(1, *flags, *wild, f"--train.skip_steps={step}"))
     assert f"with --train.skip_steps={step},{step + 1}, or give another run.url a lower optimizer.lr" in output, output
     assert max(launching.metrics(run_url)) == step - 1
     assert launching.completed(run_url)[0] == step - 1
@@ -166,21 +169,22 @@ def test_the_cap_stops_the_run_saved_and_a_larger_one_goes_on(data_url: str, tmp
 
 def test_batch_that_does_not_divide_over_the_ranks(data_url: str, straight: str):
     code, output = launching.finish(
-        launching.start(3, f"--data.url={data_url}", f"--run.url={straight}", "--train.steps=24")
+        launching.start(3, f"--data.url={data_url}", f"--run.url={straight}", "--train.steps=16")
     )
     assert code != 0
     assert (
-        "makes 4 micro-batches of 2 x 32 tokens, which do not divide over 3 ranks; start 2 ranks, or 4: the" in output
+        "makes 4 micro-batches of 1 x 32 tokens, which do not divide over 3 ranks; start 2 ranks, or 4: the" in output
     )
     assert "the batch of a run that has begun is fixed" in output
 
 
+@pytest.mark.slow
 def test_the_batch_that_a_new_run_is_advised_to_take_is_accepted(data_url: str):
     run_url = data_url.replace("/set", "/three")
     flags = [f"--data.url={data_url}", f"--run.url={run_url}", "--train.steps=2", "--train.sample_tokens=0"]
     code, output = launching.finish(launching.start(3, *flags))
     assert code != 0
-    [advised] = re.findall(r"start 2 ranks, or 4, or set (batch\.tokens_per_step=192)\n", output)
+    [advised] = re.findall(r"start 2 ranks, or 4, or set (batch\.tokens_per_step=96)\n", output)
     launching.train(3, *flags, f"--{advised}")
 
 
@@ -203,22 +207,22 @@ def test_advice_on_a_batch_divides(tokens: int, size: int, world: int, advice: s
 
 
 def test_a_finished_run_is_extended_as_the_message_says(data_url: str, straight: str):
-    longer = ["--train.steps=26", "--train.sample_tokens=0"]
+    longer = ["--train.steps=18", "--train.sample_tokens=0"]
     flags = [f"--data.url={data_url}", *longer]
     code, output = launching.finish(launching.start(1, *flags, f"--run.url={straight}"))
     assert code != 0
-    assert "holds a run with train.steps=24, this config has train.steps=26; use the settings it was started" in output
+    assert "holds a run with train.steps=16, this config has train.steps=18; use the settings it was started" in output
     [(extend, branch, other)] = re.findall(r"more steps: (\S+); to go on .*: (--from=\S+) --run.url=(\S+)\n", output)
-    # A branch leaves the run as it is, with its own schedule over 26 steps.
-    assert "resumed from step 24" in launching.train(1, *flags, branch, f"--run.url={other}")
-    assert sorted(launching.metrics(other)) == [25, 26]
-    assert launching.tensors(other, 24) == launching.tensors(straight, 24)
+    # A branch leaves the run as it is, with its own schedule over 18 steps.
+    assert "resumed from step 16" in launching.train(1, *flags, branch, f"--run.url={other}")
+    assert sorted(launching.metrics(other)) == [17, 18]
+    assert launching.tensors(other, 16) == launching.tensors(straight, 16)
     # The extended run warms up again, and goes on without the flag too.
     output = launching.train(1, *flags, extend, f"--run.url={straight}")
-    assert "the run is extended from 24 to 26 steps, after step 24" in output
+    assert "the run is extended from 16 to 18 steps, after step 16" in output
     rates = [metric["lr"] for _, metric in sorted(launching.metrics(straight).items())]
-    assert rates[23] < rates[24]
-    assert set(launching.completed(straight)) == {24, 25, 26}, "the last stable step and the old end are kept"
+    assert rates[15] < rates[16]
+    assert set(launching.completed(straight)) == {16, 17, 18}, "the last stable step and the old end are kept"
     assert "the run had already reached its last step" in launching.train(1, *flags, f"--run.url={straight}")
 
 

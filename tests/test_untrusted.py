@@ -275,7 +275,7 @@ def test_a_model_of_absurd_size_is_refused_at_once(tmp_path: Path, model: dict):
 def test_adapters_of_themselves_are_no_loop(tmp_path: Path):
     url = checkpoints.store(str(tmp_path), checkpoints.random_model())
     change_manifest(url, state=state_of(url) | {"lora": {"rank": 2}, "start": url, "start_digest": "0"})
-    with pytest.raises(CheckpointError, match=r"its adapters belong to .*, which is no other model"):
+    with pytest.raises(CheckpointError, match=r"its adapters belong to .*, which is not another model"):
         opened.open_weights(url, CPU)
 
 

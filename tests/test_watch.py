@@ -150,7 +150,7 @@ def test_cap_counts_all_segments_and_keeps_a_reserve(tmp_path, monkeypatch: pyte
     assert not cap.reached(step_seconds=10, checkpoint_seconds=20)
     clock.seconds = 241
     assert cap.reached(step_seconds=10, checkpoint_seconds=20)
-    assert cap.describe() == "$3.41 of $5 spent"
+    assert cap.describe() == "at most $3.41 of $5 spent"
     assert not SpendingCap(second, Bounds(), 120, Spent(1.0, 100.0)).reached(10, 20)
     # 0.15 hours are 540 s: 100 s of the first machine, and on this one 120 s of shutdown, 30 s and 10 s.
     cap = SpendingCap(second, Bounds(5.0, hours=0.15), 120, Spent(1.0, 100.0))
@@ -161,7 +161,7 @@ def test_cap_counts_all_segments_and_keeps_a_reserve(tmp_path, monkeypatch: pyte
     clock.seconds = 281
     assert cap.reached(step_seconds=10, checkpoint_seconds=20)
     assert cap.variable() == "MAX_HOURS"
-    assert cap.describe() == "$3.81 of $50 spent, 0.11 of 0.15 hours paid"
+    assert cap.describe() == "at most $3.81 of $50 spent, 0.11 of 0.15 hours paid"
     second.close("cap")
 
 

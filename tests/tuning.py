@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests import corpus, launching, warm
+from tests import corpus, launching, patched, warm
 
 MODEL = ["--model.layers=2", "--model.heads=2", "--model.width=32", "--model.context=64"]
 BATCH = [
@@ -75,10 +75,15 @@ def write_rows(path: Path, rows: Sequence) -> str:
     return str(path)
 
 
-def start_alone(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
-    """A program as one rank, without torchrun and imports: quicker to start."""
+def start_alone(
+    module: str,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    constants: Mapping[str, float] | None = None,
+) -> subprocess.Popen:
+    """A program as one rank, without torchrun and imports: quicker to start. `constants` as in launching.start."""
     return warm.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, *patched.module_of(module, constants or {}), *arguments],
         cwd=launching.REPOSITORY,
         env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
@@ -88,8 +93,9 @@ def start_alone(module: str, *arguments: str, environment: Mapping[str, str] | N
     )
 
 
-def run_alone(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    code, output = launching.finish(start_alone(module, *arguments, environment=environment))
+def run_alone(module: str, *arguments: str, **options: Mapping[str, str] | Mapping[str, float]) -> str:
+    """The output of a program that succeeds. `options` are those of `start_alone`."""
+    code, output = launching.finish(start_alone(module, *arguments, **options))
     assert code == 0, output
     return output
 

@@ -1,4 +1,4 @@
-"""Programs of ours that start from a process which has imported torch already.
+"""Programs of ours that start from a process which has imported torch already, and has read GPT-2's vocabulary.
 
 `python -m trainer.train` spends three seconds of a core on imports before its first line, and the tests start it often.
 `warm.Popen` is subprocess.Popen, except that a server process forks instead of starting an interpreter: the child gets
@@ -11,6 +11,7 @@ what launch.node runs. Tests of starting itself (imports, signals at the first i
 
 import atexit
 import ctypes
+import fcntl
 import gc
 import importlib
 import inspect
@@ -21,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Mapping
@@ -34,6 +36,7 @@ PRELOADED = """
     pyarrow.parquet tiktoken trainer.loop.segment trainer.stages.pretrain
     trainer.stages.finetune trainer.stages.dpo trainer.stages.distil trainer.inference.engine trainer.evals.harness
     trainer.weights.folder costs.show launch.node.preflight
+    trainer.synthesis.make trainer.inference.server trainer.inference.terminal data_prep.build data_prep.booking
 """.split()
 TORCHRUN_STARTS = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 LONGEST_REQUEST = 1 << 20
@@ -64,8 +67,10 @@ class Popen(ColdPopen):
         streams = [bound[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         self.pid = _fork_in_server(request, [own if given == -1 else given for own, given in enumerate(streams)])
         self._child_created = True
-        for descriptor in {each for each in streams if each > 2}:
-            os.close(descriptor)
+        pipes = {bound["p2cread"]: bound["p2cwrite"], bound["c2pwrite"]: bound["c2pread"]}
+        pipes |= {bound["errwrite"]: bound["errread"]} if bound["errread"] != -1 else {}
+        for descriptor in {each for each, end in pipes.items() if end != -1} | {getattr(self, "_devnull", -1)} - {-1}:
+            os.close(descriptor)  # the caller keeps those that it has opened itself
 
 
 _servers: dict[int, socket.socket] = {}  # by the process that asks
@@ -161,6 +166,8 @@ def become(request: dict, streams: list[int]) -> list[str]:
     for own, given in enumerate(streams):
         os.dup2(given, own)
     os.closerange(3, 4096)
+    if request["is_session"] and os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal of the session: its Ctrl-C reaches the program
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -204,6 +211,11 @@ def _fork_server() -> list[str] | None:
 def main() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
+    from core.data import vocabulary
+    from tests import corpus
+
+    # The vocabulary too, without core.storage, which no process may use before it is forked.
+    vocabulary.parse(corpus.vocab_bpe().read_bytes(), "vocab.bpe").encoding()
     gc.freeze()
     arguments = serve(socket.socket(fileno=int(sys.argv[1])), {})
     if arguments[0] == "-u":

@@ -1,9 +1,9 @@
-"""Chats with a trained model: a base model continues text, a fine-tuned one answers.
+"""Chats with a trained model. A base model continues the text, and a fine-tuned model answers it.
 
     python -m trainer.chat s3://bucket/runs/first
 
 Reads a run's newest checkpoint, one checkpoint, or a public model. /help lists the commands. If input comes from a
-pipe, each line gets one answer. `python -m trainer.serve` offers the same on a web page.
+pipe, each line gets one answer. `python -m trainer.serve` offers the same chat on a web page.
 """
 
 import os
@@ -27,7 +27,7 @@ class ChatConfig(InferenceOptions, Sampling):
     """Settings of `trainer.chat`."""
 
     compare: str = setting(
-        "", "another run or checkpoint that answers beside this one, as with /compare", check=urls.mistake_in_model
+        "", "a second run or checkpoint that also answers, as with /compare", check=urls.mistake_in_model
     )
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     where, flags = generation.split_arguments(arguments, USAGE)
     settings = generation.load(ChatConfig, flags, os.environ)
     set_up_logging(speaks=False)
-    # Importing torch takes seconds. Errors in the settings are reported before that.
+    # Importing torch takes seconds. Errors in the settings are reported before the import.
     from trainer.inference.chat import Chat
     from trainer.inference.chat_model import open_chat_model
     from trainer.inference.terminal import Terminal

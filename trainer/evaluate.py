@@ -4,8 +4,8 @@
     torchrun --nproc-per-node=8 -m trainer.evaluate s3://bucket/runs/first/checkpoints/step-00001000
 
 A model is a run (its newest checkpoint), a checkpoint, a folder in Hugging Face's format, gpt2 ... gpt2-xl or
-hf:OWNER/NAME. The default is RUN_URL. Reads the dataset of the first run. Writes results and a ledger below
-RUN_URL/evaluations/ (docs/formats.md) and prints a table. Stored results are not measured again; an interrupted
+hf:OWNER/NAME. The default is RUN_URL. Reads the dataset that the first run was trained on. Writes results and a ledger
+below RUN_URL/evaluations/ (docs/formats.md) and prints a table. Stored results are not measured again; an interrupted
 evaluation continues where it stopped. The scores do not depend on the number of ranks.
 """
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         print(loader.help_text(EvaluateConfig, evaluation.USAGE))
         return OK
     targets, settings = evaluation.parse(arguments, os.environ)
-    # Importing torch takes seconds. Errors in the settings are reported before that.
+    # Importing torch takes seconds. Errors in the settings are reported before the import.
     from trainer.distributed import process_group
 
     try:
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(targets: Sequence[str], settings: EvaluateConfig, ranks) -> None:
-    """Measures all targets, one after another. Call it on all ranks."""
+    """Measures all targets, one after another. All ranks must call it."""
     import torch
 
     from core.cores import usable_cores
@@ -134,7 +134,10 @@ def measured(task, trained, folder: str, settings: EvaluateConfig, ranks, evalua
 
 
 def unique_name(name: str, taken: Mapping[str, object]) -> str:
-    """A heading for the table: the last part of the URL, or the whole name if that is taken."""
+    """A heading for the table: the last part of the URL.
+
+    If another model has this heading already, it is the whole name.
+    """
     short = name.rstrip("/").rpartition("/")[2]
     return short if short not in taken else name
 

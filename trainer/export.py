@@ -6,11 +6,12 @@
     python -m trainer.export s3://bucket/runs/first exported/gguf --format=gguf --dtype=float16
 
 Writes model.safetensors, config.json, generation_config.json, the tokenizer's files and README.md, a model card made
-from the run's records. `transformers` loads the GPT-2 and Llama presets as its own classes; for other models the
-folder includes a modelling file. The export removes the rows that pad the vocabulary. The folder must be empty.
+from the run's records. `transformers` loads the GPT-2 and Llama presets as its own classes; for other models the folder
+includes a modelling file. The export removes the rows that pad the vocabulary. The folder must be empty.
 
-Without names, as on a rented machine, the model is RUN_URL, and the folder is RUN_URL/exports/STEP-FORMAT-DTYPE. The
-time and dollars are then booked in a ledger below RUN_URL/exports. A second start finishes an interrupted export.
+If no model and folder are named, as on a rented machine, the model is RUN_URL, and the folder is
+RUN_URL/exports/STEP-FORMAT-DTYPE. The time and dollars are then booked in a ledger below RUN_URL/exports. A second
+start finishes an interrupted export.
 """
 
 import json
@@ -84,7 +85,7 @@ def export(where: str, target: str, settings: ExportConfig, segment: SegmentLog)
 
 
 def _segment(run_url: str, settings: ExportConfig) -> SegmentLog:
-    """The ledger of exports of this run; without a run, one that books nothing."""
+    """The ledger of the exports of this run. If there is no run, a ledger that books nothing."""
     if not run_url:
         return SegmentLog()
     opening = Opening(

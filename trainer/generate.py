@@ -30,7 +30,7 @@ class GenerateConfig(InferenceOptions, Sampling):
 
     prompt: str = setting("", "text to continue; empty: start a new document")
     prompts: str = setting(
-        "", "file with one prompt per line (local, s3://, gs://, az://), in place of --prompt", check=urls.mistake
+        "", "file with one prompt per line (local, s3://, gs://, az://), instead of --prompt", check=urls.mistake
     )
     samples: int = setting(1, "texts per prompt; with a seed, each text uses the next seed", ge=1)
     json: bool = setting(False, "one JSON object per text instead of plain text")
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     settings = generation.load(GenerateConfig, flags, os.environ)
     set_up_logging()
     prompts = _prompts(settings)
-    # Importing torch takes seconds. Errors in the settings are reported before that.
+    # Importing torch takes seconds. Errors in the settings are reported before the import.
     from trainer.inference.chat_model import open_chat_model
     from trainer.inference.engine import GenerationRequest
 

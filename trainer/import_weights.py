@@ -3,8 +3,9 @@
     python -m trainer.import_weights gpt2 s3://bucket/runs/from-gpt2 trainer/configs/gpt2-124m.yaml
 
 Reads DATA_URL's manifest (or --data.url). Writes RUN_URL/checkpoints/step-00000000 and prints the settings of the
-weights. trainer.train continues from it with the same settings; evaluation and export accept it like any checkpoint.
-The weights determine the model's settings, except dropout, document_mask and init. All other settings can be chosen.
+weights. trainer.train continues from this checkpoint with the same settings. Evaluation and export accept it like any
+other checkpoint. The weights determine the model's settings, except dropout, document_mask and init. All other settings
+can be chosen.
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> None:
 
 
 def check_same(weights: dict, wanted: dict, where: str) -> None:
-    """Raises ConfigError if a flag asks for another model than the one that the weights belong to."""
+    """Raises ConfigError if a flag describes a model that differs from the model of the weights."""
     for key, value in wanted.items():
         if key not in FREE and weights[key] != value:
             raise ConfigError(f"model.{key} is {value}, the weights of {where} have {weights[key]}; leave it out")

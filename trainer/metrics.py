@@ -4,9 +4,9 @@
 
 Reads metrics and ledger of each run (core.run.measured). The columns are run, kind (train, eval, hellaswag, sample,
 norms), step, machine_seconds and usd of the run up to the record, time (Unix), and the fields of the records by name
-(docs/formats.md, Metrics). Steps that a restart repeated are there once. What a record lacks, or what is not known, is
-empty in CSV and null in JSON and parquet. --json writes a list of objects. Without --out the table goes to standard
-output. Parquet needs pyarrow (the extra `prep`; `make setup` installs it).
+(docs/formats.md, Metrics). A step that a restart repeated has one row. A value that a record lacks, or that is not
+known, is empty in CSV and null in JSON and parquet. --json writes a list of objects. Without --out the table goes to
+standard output. Parquet needs pyarrow (the extra `prep`; `make setup` installs it).
 """
 
 import csv
@@ -32,7 +32,7 @@ Rows = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line. `form` is one of FORMS. Without `path` the table goes to standard output."""
+    """Options of the command line. `form` is one of FORMS. If `path` is None, the table goes to standard output."""
 
     runs: tuple[str, ...]
     form: str
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def as_csv(rows: Rows) -> bytes:
-    """CSV with a head line. Texts hold nothing that a terminal obeys and no formula that a spreadsheet runs."""
+    """CSV with a header line. Texts hold no terminal control codes and no formulas that a spreadsheet would run."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]) if rows else list(measured.LEADING), lineterminator="\n")
     writer.writeheader()
@@ -98,7 +98,10 @@ def as_json(rows: Rows) -> bytes:
 
 
 def as_parquet(rows: Rows) -> bytes:
-    """One parquet table. A column that mixes texts and numbers, which no program of ours writes, becomes text."""
+    """One parquet table. A column that mixes texts and numbers becomes text.
+
+    No program of this project writes such a column.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

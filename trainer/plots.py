@@ -2,10 +2,10 @@
 
     python -m trainer.plots RUN_URL [RUN_URL ...] [--out=plots] [--format=png,svg] [--smooth=0.9]
 
-Reads metrics and ledger of each run (core.run.measured). Writes into --out the figures loss (over tokens, machine hours
-and dollars), hellaswag, recipe (learning rate and gradient norm), speed (tokens/s and MFU, with restarts and
-checkpoints) and norms, and samples.md with the text samples of each prompt by step. Skips a figure without data and
-logs its name. Needs matplotlib (the extra `plot`).
+Reads metrics and ledger of each run (core.run.measured). Writes five figures into --out: loss (over tokens, machine
+hours and dollars), hellaswag, recipe (learning rate and gradient norm), speed (tokens/s and MFU, with restarts and
+checkpoints) and norms. Also writes samples.md, with the text samples of each prompt by step. Skips a figure without
+data and logs its name. Needs matplotlib (the extra `plot`).
 """
 
 import logging

@@ -30,9 +30,9 @@ from trainer.inference import sampling as generation
 
 log = logging.getLogger("serve")
 USAGE = "python -m trainer.serve RUN_OR_CHECKPOINT [--name=value ...]"
-LOOK_SECONDS = 10.0  # between two looks at the cap and at the time of the last request
-SHUTDOWN_SECONDS = 5.0  # time that answers in progress get at the end
-KEEPALIVE_SECONDS = 30.0  # that a connection may wait for its next request
+LOOK_SECONDS = 10.0  # seconds between two checks of the cap and of the time of the last request
+SHUTDOWN_SECONDS = 5.0  # seconds that answers in progress get at the end
+KEEPALIVE_SECONDS = 30.0  # seconds that a connection may wait for its next request
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     where, flags = generation.split_arguments(arguments, USAGE)
     settings = generation.load(ServeConfig, flags, os.environ)
     set_up_logging()
-    # Importing torch takes seconds. Errors in the settings are reported before that.
+    # Importing torch takes seconds. Errors in the settings are reported before the import.
     from trainer.inference import server
     from trainer.inference.chat_model import open_chat_model
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _segment(run_url: str, settings: ServeConfig) -> SegmentLog:
-    """The ledger of servers of this run; without a run, one that books nothing."""
+    """The ledger of the servers of this run. If there is no run, a ledger that books nothing."""
     if not run_url:
         return SegmentLog()
     import torch

@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
         print(loader.help_text(schema, USAGE))
         return OK
     settings = loader.load(schema, arguments, os.environ)
-    # Importing torch takes seconds. Wrong settings are refused before it, and a checkpoint is fetched meanwhile.
+    # Importing torch takes seconds. Wrong settings are refused before the import, and a checkpoint is fetched during
+    # it.
     fetched = early.start(settings.run.url, os.environ)
     from trainer.loop.segment import run_segment
 

@@ -3,7 +3,7 @@
     python -m bench.gpu.attention [--rounds=5]
 
 It measures each kernel of scaled_dot_product_attention, torch's choice among them, and compiled FlexAttention. FLOP/s
-count the half of the scores that a causal mask keeps. Outputs of the first shape are compared with float32.
+count only the half of the scores that a causal mask keeps. Outputs of the first shape are compared with float32.
 """
 
 from collections.abc import Callable
@@ -39,9 +39,8 @@ class Shape(NamedTuple):
         return f"{self.sequences} x {self.heads} heads x {self.context} x {self.head_width}"
 
     def flops(self, products: int) -> float:
-        return (
-            products * self.sequences * self.heads * self.context**2 * self.head_width
-        )  # 2 FLOPs per multiply-add, of which the mask keeps half
+        # 2 FLOPs per multiply-add, of which the mask keeps half.
+        return products * self.sequences * self.heads * self.context**2 * self.head_width
 
 
 def main() -> None:
@@ -61,7 +60,7 @@ def shapes(rehearse: bool) -> list[Shape]:
         context = 64 if rehearse else model.context
         tokens = SMALL_TOKENS if rehearse else TOKENS
         found.append(Shape(tokens // context, 2 if rehearse else model.heads, context, model.head_width))
-    return list(dict.fromkeys(found))  # presets of a rehearsal may have equal shapes
+    return list(dict.fromkeys(found))  # without duplicates, because presets of a rehearsal may have equal shapes
 
 
 def sides(shape: Shape, device: torch.device) -> dict[str, Callable]:
@@ -87,7 +86,7 @@ def sides(shape: Shape, device: torch.device) -> dict[str, Callable]:
 
 
 def measure(name: str, call: Callable, shape: Shape, device: torch.device, rounds: int, compare: bool) -> None:
-    """Report the times, or that the kernel does not support this shape."""
+    """Report the times of a kernel, or report that the kernel does not support this shape."""
     size = (shape.sequences, shape.heads, shape.context, shape.head_width)
     torch.manual_seed(1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -106,7 +105,7 @@ def measure(name: str, call: Callable, shape: Shape, device: torch.device, round
             forward = clock.rounds(lambda: call(*inputs), device, rounds, CALLS)
         whole = clock.rounds(both, device, rounds, CALLS)
         ran = kernel_names(both, device)
-    except Exception as refusal:  # an error of torch or a kernel; the other kernels are still measured
+    except Exception as refusal:  # after an error of torch or of a kernel, the other kernels are still measured
         why = " ".join(f"{type(refusal).__name__}: {refusal}".split())[:300]
         harness.say(f"{name}, {shape}: does not run: {why}", **said, refused=why)
         return

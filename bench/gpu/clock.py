@@ -1,4 +1,4 @@
-"""Measures time on a device: by CUDA events on a GPU, by the host's clock elsewhere; summarises it by medians."""
+"""Measures time by CUDA events on a GPU and by the host's clock elsewhere, and summarises it by medians."""
 
 import statistics
 import time
@@ -43,7 +43,10 @@ def rounds(call: Callable[[], object], device: torch.device, count: int, calls: 
 
 
 def summary(seconds: Sequence[float], of_rounds: int = 4) -> dict[str, float | list[float]]:
-    """Divide consecutive times into rounds: each round's median, the median of these, and percentiles of all times."""
+    """Divide consecutive times into rounds.
+
+    Returns the median of each round, the median of these medians, and percentiles of all times.
+    """
     size = max(1, len(seconds) // of_rounds)
     medians = [statistics.median(seconds[first : first + size]) for first in range(0, len(seconds), size)]
     ordered = sorted(seconds)

@@ -2,7 +2,7 @@
 
     python -m bench.gpu.equivalence --preset=gpt2-124m
 
-The plain model in float32 is a third side: its distance from the others shows the size of rounding errors.
+The plain model in float32 is a third side. Its distance from the other two shows the size of rounding errors.
 """
 
 import dataclasses
@@ -31,7 +31,11 @@ class Pass:
 
 @dataclasses.dataclass
 class Difference:
-    """Relative difference of two losses; the lowest cosine between two gradients, and its parameter."""
+    """Compares two passes.
+
+    The result holds the relative difference of the losses, and the lowest cosine between two gradients with the
+    parameter that has it.
+    """
 
     loss: float
     cosine: float
@@ -81,7 +85,8 @@ def one_pass(config: ModelConfig, tokens_BT: torch.Tensor, is_compiled: bool = F
     model.initialise(1)
     model.to(tokens_BT.device)
     if is_compiled:
-        torch.compiler.reset()  # the blocks of both models share code, and torch limits the variants of a function
+        # Forget compiled blocks: both models share code, and torch limits the compiled variants of a function.
+        torch.compiler.reset()
         profiling.compile_blocks(model, tokens_BT.device)
     with autocast(tokens_BT.device, precision):
         loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:])

@@ -1,6 +1,6 @@
-"""Defines the three parts of bench.on_gpu: the measurements of each, the most valuable first, and their commands.
+"""Defines the parts of bench.on_gpu: the measurements of each, the most valuable first, and their commands.
 
-A part is a generator, because its later measurements depend on results of its earlier ones.
+A part is a generator, because later measurements depend on results of earlier ones.
 """
 
 import shlex
@@ -16,9 +16,12 @@ from bench.gpu.presets import OTHER, PLAIN, path, small_flags
 from bench.gpu.records import Record
 from bench.harness import REPOSITORY
 
-MICRO_BATCHES = (64, 32, 96)  # sequences, in this order; with more, the logits of the plain side exceed 141 GB
+# Sequences per micro-batch, in the order of measurement. With more sequences, the logits of the plain side would exceed
+# 141 GB.
+MICRO_BATCHES = (64, 32, 96)
 BF16_RESIDUAL = ("train.residual=bf16", "train.precision=bf16")
-# The resume measurement stores a checkpoint every two steps, so its model is narrow. These heads keep the head width.
+# The resume measurement stores a checkpoint every two steps, so its model is narrow. With these numbers of heads, the
+# width of a head stays the same.
 NARROW = {PLAIN: ["--model.heads=4"], OTHER: ["--model.heads=2"]}
 
 
@@ -40,13 +43,14 @@ class Place:
     rehearse: bool
 
 
-# A name with one of three: a command, a result computed from earlier results, or a reason to skip.
+# The name of a measurement, with one of three things: a command, a result that was computed from earlier results, or a
+# reason to skip the measurement.
 Measurement = tuple[str, list[str] | dict[str, Any] | Skip]
 Part = Callable[[Place, Record], Iterator[Measurement]]
 
 
 def look(place: Place, record: Record) -> Iterator[Measurement]:
-    """Versions, and the first steps of both presets with graphs, graph breaks, compilations and kernels."""
+    """Reports versions, and the first steps of both presets with graphs, graph breaks, compilations and kernels."""
     yield "versions", _module("bench.gpu.versions")
     for preset in (PLAIN, OTHER):
         trace = [f"--trace={place.out / f'{record.path.stem}-{preset}-trace.json.gz'}"]
@@ -54,7 +58,10 @@ def look(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def exact(place: Place, record: Record) -> Iterator[Measurement]:
-    """Compiled against plain blocks, a killed run against an uninterrupted one, and the cost of determinism."""
+    """Compares compiled with plain blocks, and a killed run with an uninterrupted one.
+
+    Measures the cost of determinism.
+    """
     rehearse = ["--rehearse"] if place.rehearse else []
     yield f"equivalence-{PLAIN}", _module("bench.gpu.equivalence", f"--preset={PLAIN}", *rehearse)
     yield f"resume-{PLAIN}", _resume(place, PLAIN)
@@ -67,7 +74,7 @@ def exact(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def speed(place: Place, record: Record) -> Iterator[Measurement]:
-    """Steps by micro-batch and beside other trainers, attention by kernel, and the effect of torch's switches."""
+    """Times steps by micro-batch and beside other trainers, attention by kernel, and the effect of torch's switches."""
     sizes = (1, 2) if place.rehearse else MICRO_BATCHES
     for size in sizes:
         yield f"ours-{size}", _side(place, "ours", size)
@@ -90,7 +97,7 @@ def speed(place: Place, record: Record) -> Iterator[Measurement]:
 
 
 def gains(place: Place, record: Record) -> Iterator[Measurement]:
-    """Steps of the trainer, and the same without one of the choices that are to make them fast."""
+    """Times steps of the trainer, and the same steps without one of the optimizations that make them fast."""
     yield "steps-with-all", _steps(place, "all", OTHER, 20)
     for name in toggles.TOGGLES:
         yield f"steps-without-{name}", _steps(place, f"without-{name}", OTHER, 20, [f"--without={name}"])
@@ -108,7 +115,7 @@ def _module(name: str, *arguments: str) -> list[str]:
 
 
 def _trainer_flags(place: Place, preset: str, sequences: int, accumulation: int, context: int) -> list[str]:
-    """Settings of a short run without evaluations, and without samples and HellaSwag, which need a tokenizer."""
+    """Settings of a short run without evaluations. Samples and HellaSwag are off too, because they need a tokenizer."""
     tokens = sequences * accumulation * context
     flags = [str(path(preset)), f"--data.url={place.data}", f"--data.cache_dir={place.work / 'cache'}"]
     flags += [
@@ -131,7 +138,10 @@ def _steps(place: Place, run: str, preset: str, steps: int, options=(), flags=()
 
 
 def _resume(place: Place, preset: str) -> list[str]:
-    """A command that kills and resumes a run. With sixteen micro-batches per step, kills fall between checkpoints."""
+    """A command that kills and resumes a run.
+
+    A step has sixteen micro-batches, so it takes long enough for a kill to fall between two checkpoints.
+    """
     sequences, accumulation, context, steps = (2, 2, 32, 20) if place.rehearse else (8, 16, 1024, 60)
     trainer = _trainer_flags(place, preset, sequences, accumulation, context)
     if not place.rehearse:
@@ -171,10 +181,10 @@ def _gains(record: Record) -> dict[str, Any] | Skip:
     names = [name for name in record.document["measurements"] if name.startswith("steps-") and name != "steps-with-all"]
     others = {name: seconds for name in names if (seconds := _median_step(record, name))}
     if not whole or not others:
-        return Skip("no steps were timed with and without a choice")
+        return Skip("no steps were timed with and without an optimization")
     times = {name.removeprefix("steps-"): seconds / whole for name, seconds in others.items()}
     text = ", ".join(f"{name} {each:.3f}" for name, each in times.items())
-    return {"text": f"a step takes so many times as long as with all choices: {text}", "times": times}
+    return {"text": f"time of a step, as a multiple of the time with all optimizations: {text}", "times": times}
 
 
 def _median_step(record: Record, name: str) -> float | None:
@@ -192,6 +202,6 @@ def _tokens_per_second(record: Record, name: str) -> float:
 
 
 def shown(command: list[str], work: Path | None = None) -> str:
-    """The command as a user would type it, with WORK in place of the temporary folder."""
+    """The command as a user would type it, with WORK instead of the temporary folder."""
     text = shlex.join(["python", *command[1:]]).replace(f"{REPOSITORY}/", "")
     return text.replace(str(work), "WORK") if work else text

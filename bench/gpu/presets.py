@@ -40,7 +40,7 @@ def options(description: str | None, *presets: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("--preset", default=presets[0], help="a name in trainer/configs")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with a small model")
+    parser.add_argument("--rehearse", action="store_true", help="run on a CPU, with a small model")
     return parser
 
 

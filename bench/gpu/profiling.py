@@ -1,8 +1,8 @@
 """Observes a training process: the graphs that torch.compile makes, and the kernels that take the time.
 
-compilations = profiling.compilations()     graphs, graph breaks, and frames that were compiled more than once
-with profiling.profiled(device) as profile: ...
-profiling.kernels(profile, device)          kernels that take most, time by kind, and idle time of the device
+compilations = profiling.compilations() graphs, graph breaks, and frames that were compiled more than once with
+profiling.profiled(device) as profile: ... profiling.kernels(profile, device) the kernels that take most time, time by
+kind, and idle time of the device
 """
 
 import re
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 COUNTERS = ("stats", "aot_autograd", "inductor", "graph_break", "ddp")
 TOP = 12
 LARGEST_TRACE_BYTES = 8 << 20
-# The first pattern that matches counts. Names are those of kernels on a GPU, of operators on a CPU.
+# The first pattern that matches counts. Names are names of kernels on a GPU, and of operators on a CPU.
 KINDS = {
     "attention": r"flash|fmha|attention|cudnn.*sdp|sdpa|flex",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|::(add|b|ba)?mm\b|addmm|linear|matmul|sm\d\d_|triton_tem.*mm",
@@ -40,9 +40,12 @@ def kind_of(name: str) -> str:
 
 
 def kernels(profile: torch.profiler.profile, device: torch.device) -> dict[str, Any]:
-    """Milliseconds by kernel and by kind; on a GPU also its idle time between the first and the last kernel."""
+    """Milliseconds by kernel and by kind of kernel.
+
+    On a GPU, also the device's idle time between the first and the last kernel.
+    """
     spans = [(each.name, each.time_range.start, each.time_range.end) for each in _kernels(profile, device)]
-    by_name: dict[str, list[float]] = {}  # milliseconds of each call; on a CPU only their sum
+    by_name: dict[str, list[float]] = {}  # milliseconds of each call; on a CPU, one number with the sum of all calls
     calls: dict[str, int] = {}
     if device.type == "cuda":
         for name, begin, end in spans:
@@ -75,7 +78,10 @@ def describe_kernels(found: dict[str, Any]) -> str:
 
 
 def keep_trace(profile: torch.profiler.profile, path: Path) -> str:
-    """Write the profiler's trace, unless it is too large. Returns its name, or why it was not kept."""
+    """Write the profiler's trace, unless it is too large.
+
+    Returns the name of the file, or the reason why there is none.
+    """
     profile.export_chrome_trace(str(path))
     size = path.stat().st_size
     if size <= LARGEST_TRACE_BYTES:
@@ -88,7 +94,8 @@ def _kernels(profile: torch.profiler.profile, device: torch.device) -> list:
     if device.type != "cuda":
         return []
     events = profile.events()
-    # The GPU's timeline also holds the ranges that the program marked, under the names that they have on the CPU.
+    # The GPU's timeline also holds ranges that the program has marked. They are left out; they are recognised by names
+    # that also occur on the CPU.
     marked = {each.name for each in events if each.device_type == DeviceType.CPU}
     return [each for each in events if each.device_type == DeviceType.CUDA and each.name not in marked]
 
@@ -106,7 +113,7 @@ def _covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def compile_blocks(model: nn.Module, device: torch.device) -> None:
-    """Compile as the trainer does on a GPU. A CPU traces the same graphs and runs them without a compiler."""
+    """Compile as the trainer does on a GPU. On a CPU, the same graphs are traced, but run without a compiler."""
     if device.type == "cuda":
         model.compile_blocks()
         return

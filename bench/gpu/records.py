@@ -80,7 +80,7 @@ class Record:
 
 
 def gpu_facts(query: Sequence[str] = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")) -> str:
-    """The first GPU as nvidia-smi describes it; empty without one."""
+    """The first GPU, as nvidia-smi describes it. It is empty if there is no GPU."""
     command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

@@ -60,7 +60,7 @@ class Runs:
 
     @contextlib.contextmanager
     def beside(self, name: str) -> Iterator[None]:
-        """Train in the background during the block, and wait for the end after it."""
+        """Train in the background while the block runs, and wait for the end of the training after the block."""
         process, log = self._start(name)
         try:
             yield
@@ -77,7 +77,10 @@ class Runs:
             raise SystemExit(f"{name}: the trainer ended with {code}: {_last_lines(log)}")
 
     def kill(self, name: str, after: int) -> int:
-        """Train, and kill once step `after` or a later one is stored. Returns the newest stored step."""
+        """Train, and kill the trainer once the checkpoint of step `after` or of a later step is stored.
+
+        Returns the newest stored step.
+        """
         process, log = self._start(name)
         try:
             while (newest := self._newest(name)) < after:

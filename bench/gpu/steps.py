@@ -2,8 +2,8 @@
 
     python -m bench.gpu.steps --steps=30 [--profile] [--trace=FILE] [--without=late-reads] -- CONFIG.yaml --data.url=...
 
-Arguments after `--` go to trainer.train, which runs in this process; only its step functions are wrapped. On a GPU
-torch counts the operations that make the host wait within the launch of a step.
+Arguments after `--` go to trainer.train, which runs in this process; only its step functions are wrapped. On a GPU,
+torch counts how often an operation makes the host wait while a step is launched.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--profile", action="store_true", help="run the last steps under torch.profiler")
     parser.add_argument("--trace", type=Path, help="file for the profiler's trace; a large one is not kept")
-    parser.add_argument("--without", default="", help=f"choices to undo: {', '.join(toggles.TOGGLES)}")
+    parser.add_argument(
+        "--without", default="", help=f"optimizations to switch off for this measurement: {', '.join(toggles.TOGGLES)}"
+    )
     options = parser.parse_args(arguments[:split])
     toggles.undo(options.without)
     watch = Watch(options.steps, options.profile)
@@ -52,7 +54,10 @@ def main() -> None:
 
 
 class Watch:
-    """Measures the time from the beginning of a step to the beginning of the next, with all work in between."""
+    """Measures the time from the beginning of a step to the beginning of the next step.
+
+    This includes all work between the two.
+    """
 
     def __init__(self, steps: int, profile: bool):
         self._steps = steps

@@ -1,9 +1,9 @@
-"""Undoes single choices of the training step, so that the gain of each can be measured.
+"""Switches off single optimizations of the training step, so that the gain of each can be measured.
 
     python -m bench.gpu.steps --without=late-reads,batches ...
 
-Each function replaces a part of the trainer in this process by the plainer one, which gives the same result up to
-rounding. The names of the choices can be read without torch.
+Each function switches off one optimization: it replaces a part of the trainer in this process by a simpler part with
+the same result up to rounding. The names of the optimizations can be read without torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ def _float32_sums() -> None:
 
 
 def _share() -> None:
-    """Scale the gradients of the loss in a pass of their own."""
+    """Scale the gradients of the loss in a separate pass."""
     from trainer.model import gpt, loss
 
     plain = gpt.chunked_cross_entropy
@@ -81,8 +81,10 @@ TOGGLES: Mapping[str, Callable[[], None]] = {
 
 
 def undo(names: str) -> None:
-    """Undo the choices in `names`, separated by commas. Raises SystemExit for an unknown one."""
+    """Switch off the optimizations in `names`, which are separated by commas. Raises SystemExit for an unknown name."""
     for name in filter(None, names.split(",")):
         if name not in TOGGLES:
-            raise SystemExit(f"--without={name}: not a choice; choose from {', '.join(TOGGLES)}")
+            raise SystemExit(
+                f"--without={name}: not an optimization that can be switched off; choose from {', '.join(TOGGLES)}"
+            )
         TOGGLES[name]()

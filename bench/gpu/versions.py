@@ -1,4 +1,4 @@
-"""Reports the machine, the versions of packages, and which are not installed; a measurement of bench.on_gpu."""
+"""Reports the machine, the versions of packages, and the missing packages; a measurement of bench.on_gpu."""
 
 import importlib.metadata
 import importlib.util

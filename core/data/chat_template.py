@@ -7,8 +7,7 @@ GPT-2's vocabulary has one special token, end of text, so plain text marks the t
 An answer ends when the model predicts the end-of-text token. That token appears only at the beginning of a
 conversation. So a model that attends within documents only (`model.document_mask`) attends to all turns of a
 conversation, and to no other conversation in the same row. The target of an answer's last token is the end of text,
-although the heading of the next turn follows. A user can write a heading as text, so nothing secret may depend on
-roles.
+although the heading of the next turn follows. A user can write a heading as text, so roles must not protect secrets.
 
 The state of a checkpoint that was fine-tuned with this template has `template: headed-turns`.
 """
@@ -25,7 +24,7 @@ ROLES = ("system", "user", "assistant")
 NO_TARGET = -1
 END_OF_TEXT = "<|endoftext|>"
 _SEPARATOR = "\n\n"
-# Stop texts, for a model that writes the heading of the next turn where it should end its answer.
+# Stop texts for a model that writes the heading of the next turn instead of ending its answer.
 STOP = tuple(f"{_SEPARATOR}### {role.capitalize()}:" for role in ROLES)
 # The same template for `transformers`, as tokenizer.chat_template.
 JINJA = (
@@ -37,13 +36,19 @@ JINJA = (
 
 
 class Rendered(NamedTuple):
-    """`targets[i]` is the token to predict after `tokens[i]` if it is in an answer or ends one, else NO_TARGET."""
+    """`targets[i]` is the token that follows `tokens[i]`, if that token belongs to an answer or ends an answer.
+
+    Otherwise it is NO_TARGET.
+    """
 
     tokens: list[int]
     targets: list[int]
 
     def last_answer_only(self) -> "Rendered":
-        """Without the targets of earlier answers. Both texts of a pair share these, and they would cancel out."""
+        """A copy that keeps only the targets of the last answer.
+
+        Both texts of a pair share the earlier answers, so the losses of the earlier answers would cancel out.
+        """
         begin = len(self.targets)
         while begin and self.targets[begin - 1] != NO_TARGET:
             begin -= 1
@@ -53,9 +58,9 @@ class Rendered(NamedTuple):
 def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_prompt: bool = False) -> Rendered:
     """Token ids and targets of `messages`, {"role": system | user | assistant, "content": text}.
 
-    With `add_generation_prompt` the text ends with the heading of the assistant's answer. Headings and contents are
-    encoded separately. This gives the ids of the whole text: contents are stripped of white space, so that no pre-token
-    of GPT-2 crosses the border of two parts. Raises DataError that names the wrong message.
+    If `add_generation_prompt` is true, the text ends with the heading of the assistant's answer. Headings and contents
+    are encoded separately. The ids equal those of the whole text: contents are stripped of white space, so no pre-token
+    of GPT-2 crosses the border of two parts. Raises DataError, which names the wrong message.
     """
     tokens, targets = [GPT2_END_OF_TEXT], [NO_TARGET]
     separator = ""
@@ -85,7 +90,10 @@ def text_of(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) 
 
 
 def is_tuned(state: Mapping[str, Any], where: str) -> bool:
-    """Whether a checkpoint with this state was fine-tuned with this template. Raises CheckpointError for another."""
+    """Whether a checkpoint with this state was fine-tuned with this template.
+
+    Raises CheckpointError for another template.
+    """
     name = state.get(STATE_KEY)
     if name not in (None, NAME):
         raise CheckpointError(f"{where}: was tuned with the chat template {name!r}; this program knows {NAME} only")

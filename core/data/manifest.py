@@ -18,8 +18,9 @@ from core.secrets import without_keys
 NAME = "manifest.json"
 FORMAT = "token-shards"
 VERSION = 1
-SUFFIX = ".bin"  # of a shard; the cache finds what it may remove by it
-# Records beside the shards hold what a manifest says: preparation writes it again without reading the source.
+SUFFIX = ".bin"  # ending of a shard's name; the cache removes only files with this ending
+# The records that are stored beside the shards hold everything that a manifest contains. From them, preparation can
+# write the manifest again and does not need the source.
 _AGAIN = "delete it, and run the command that prepared the data again"
 
 
@@ -66,7 +67,10 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the checksums of the vocabulary and of the shards in order. Equal data has the same one."""
+        """SHA-256 over the checksums of the vocabulary and of the shards in order.
+
+        Equal data has equal fingerprints.
+        """
         digest = hashlib.sha256(f"{self.tokenizer.vocab_sha256} {self.bits}".encode())
         for name in sorted(self.splits):
             for shard in self.splits[name].shards:
@@ -74,7 +78,7 @@ class Manifest:
         return digest.hexdigest()
 
     def split(self, name: str, where: str) -> Split:
-        """A split. Raises DataError that names `where` if it is missing or empty."""
+        """The split with this name. If it is missing or empty, raises DataError, which names `where`."""
         split = self.splits.get(name)
         if split is None or not split.tokens:
             raise DataError(

@@ -4,9 +4,9 @@
     DATA_URL/sets/<name>.json    description with rows, bytes and SHA-256; written last
 
 A row of conversations is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
-The roles are system (first only), then user and assistant in turn. The last one is assistant. Rows of other forms are
-converted (`conversation`): ShareGPT's `conversations`, Alpaca's `instruction`, `input` and `output`, `question` and
-`answer`, `prompt` and `completion`. A content may be a list of text parts, as in OpenAI's API.
+The roles are system (first only), then user and assistant in turn. The last message has the role assistant. Rows of
+other forms are converted (`conversation`): ShareGPT's `conversations`, Alpaca's `instruction`, `input` and `output`,
+`question` and `answer`, `prompt` and `completion`. A content may be a list of text parts, as in OpenAI's API.
 """
 
 import hashlib
@@ -85,7 +85,7 @@ def read_if_there(data_url: str, name: str) -> Sequence[dict[str, Any]] | None:
 
 
 def missing(data_url: str, name: str) -> str:
-    """A sentence that names a missing set and the command that stores it; empty if the set is there."""
+    """A sentence that names a missing set and the command that stores the set. It is empty if the set exists."""
     uri = _uri(data_url, f"{name}.json")
     return "" if storage.exists(uri) else _absent(uri, data_url, name)
 
@@ -99,7 +99,7 @@ def _uri(data_url: str, name: str) -> str:
 
 
 def _storing(data_url: str, name: str, schema: str = "") -> str:
-    """The command that stores a set. Without its schema, its name tells the kind."""
+    """The command that stores a set. If the schema is unknown, the name determines the kind."""
     kind = {"conversations": "instructions"}.get(schema, schema) or ("hellaswag" if name == "hellaswag" else "")
     if kind == "hellaswag":
         return f"python -m data_prep.sets hellaswag {quote(data_url)}"
@@ -112,20 +112,21 @@ def _storing(data_url: str, name: str, schema: str = "") -> str:
 
 # Columns of a row of preferences that cannot hold its prompt.
 _TEXTS = ("chosen", "rejected", "system")
-# Columns and fields that change the meaning of an answer, and that no conversation of texts can express.
+# Columns and fields that change the meaning of an answer. A conversation of texts cannot express them.
 _MEANINGFUL = ("tools", "images", "functions")
 _MEANINGFUL_IN_MESSAGES = ("tool_calls", "function_call")
 _HUMAN = re.compile(r"\n\n(Human|Assistant):")
 # Columns of whole conversations, and of a system text.
 _WHOLE = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
-# Column that asks → columns of which one answers. Alpaca and Dolly, sets of questions, OpenAI's older form.
+# Column of the question → possible columns of the answer. The rows are for Alpaca and Dolly, for question sets, and for
+# OpenAI's older format.
 _ANSWERS = {
     "instruction": ("output", "response"),
     "question": ("answer", "response", "output"),
     "prompt": ("completion", "response"),
 }
-_MORE = ("input", "context")  # belong to the question of an `instruction` or a `question`
+_MORE = ("input", "context")  # if the question is in `instruction` or `question`, these columns are part of it
 # ShareGPT's names of roles.
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _SPEAKERS |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
@@ -135,7 +136,7 @@ def conversation(row: Any) -> dict[str, Any]:
     """Converts a row to the stored form. Raises ValueError with the problem.
 
     A row has `messages` or `conversations`, with OpenAI's fields `role` and `content` or ShareGPT's `from` and `value`;
-    or a question and an answer in two columns (_ANSWERS), of which `prompt` and `completion` may also be lists of
+    or a question and an answer in two columns (_ANSWERS). The columns `prompt` and `completion` may also hold lists of
     messages. A `system` column becomes the first message.
     """
     _check_row(row)
@@ -153,13 +154,13 @@ def conversation(row: Any) -> dict[str, Any]:
 
 
 def preference(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Converts a row to two conversations that differ in the last answer, the better one first. Raises ValueError.
+    """Converts a row to two conversations that differ in the last answer. The better one comes first.
 
-    `chosen` and `rejected` are texts or lists of messages, as in TRL. If the row has a `prompt` (a text or a list of
-    messages), they are answers to it or whole conversations; otherwise they are whole conversations. Two texts without
-    a prompt are dialogues of "Human:" and "Assistant:", or they begin with the same prompt and differ in the answer
-    after it. Columns `question`, or `instruction` and `input`, may replace `prompt`. A `system` column becomes the
-    first message.
+    Raises ValueError. `chosen` and `rejected` are texts or lists of messages, as in TRL. If the row has a `prompt` (a
+    text or a list of messages), `chosen` and `rejected` are answers to this prompt, or whole conversations. If it has
+    no `prompt`, they are whole conversations. Two texts in a row that has no prompt are dialogues of "Human:" and
+    "Assistant:", or begin with the same prompt and differ in the answer. Columns `question`, or `instruction` and
+    `input`, may replace `prompt`. A `system` column becomes the first message.
     """
     _check_row(row)
     row = _in_roles(row)
@@ -188,7 +189,7 @@ def preference_row(row: Any) -> dict[str, Any]:
 
 
 def conversation_prompt(row: Any) -> list[dict[str, str]]:
-    """The messages of a row of prompts, in `messages` or `prompt` (text or list). The last is the user's.
+    """The messages of a row of prompts, in `messages` or `prompt` (text or list). The last message is the user's.
 
     Raises ValueError.
     """
@@ -219,9 +220,9 @@ def unused(row: Any, schema: str) -> list[str]:
 
 
 def text_of(content: Any) -> Any:
-    """The text of a message's content, which may be a list of text parts as in OpenAI's API. Other values unchanged.
+    """The text of a message's content, which may be a list of text parts as in OpenAI's API.
 
-    Raises ValueError for a part that is not text.
+    Any other value is returned unchanged. Raises ValueError for a part that is not text.
     """
     if not isinstance(content, list):
         return content
@@ -258,9 +259,10 @@ def _question(row: dict[str, Any], columns: Sequence[str]) -> str:
 
 
 def _conversation_columns(row: dict[str, Any]) -> tuple[str, ...]:
-    """The columns that hold a row's conversation: a whole one, or the question's and then the answer's.
+    """The columns that hold a row's conversation.
 
-    Raises ValueError for a row of another form.
+    This is one column with a whole conversation, or the columns of a question and of an answer. Raises ValueError for a
+    row of another form.
     """
     for column in _WHOLE:
         if row.get(column) is not None:
@@ -276,7 +278,7 @@ def _conversation_columns(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _in_roles(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose messages have `role` and `content` in place of ShareGPT's `from` and `value`. Raises ValueError."""
+    """A row whose messages have `role` and `content` instead of ShareGPT's `from` and `value`. Raises ValueError."""
 
     def message(said: Any) -> Any:
         if not isinstance(said, dict) or "role" in said or not {"from", "value"} <= said.keys():
@@ -310,7 +312,7 @@ def _value(row: dict[str, Any], columns: tuple[str, ...]) -> Any:
 
 
 def _joined(prompt: Any, answer: Any, key: str) -> list[dict[str, Any]]:
-    """The whole conversation of a prompt and an answer, each a text or messages."""
+    """The whole conversation of a prompt and an answer. Both may be a text or a list of messages."""
     answer = [answer] if isinstance(answer, dict) else answer
     turns = answer if _is_messages(answer) else [_message("assistant", answer)]
     if prompt is None:
@@ -320,7 +322,7 @@ def _joined(prompt: Any, answer: Any, key: str) -> list[dict[str, Any]]:
     before = prompt if _is_messages(prompt) else [_message("user", prompt)]
     if turns[0].get("role") == "assistant":
         return [*before, *turns]
-    # The answer is a whole conversation, which must contain the prompt.
+    # Here the answer is a whole conversation, which must contain the prompt.
     said = [text_of(turn.get("content")) for turn in turns[:-1]]
     if any(_stripped(text_of(message.get("content"))) not in map(_stripped, said) for message in before):
         raise ValueError(f"has a prompt that does not occur in `{key}`, a whole conversation; leave out one of them")
@@ -337,13 +339,14 @@ def _whole_texts(row: dict[str, Any]) -> list[list[dict[str, str]]]:
             [{"role": roles[who], "content": said.strip()} for who, said in zip(part[::2], part[1::2], strict=True)]
             for part in parts
         ]
-    # If another column may hold the prompt, the common beginning of two answers must not be taken for the prompt.
+    # Another column may hold the prompt. In that case, the common beginning of the two answers is not the prompt.
     others = [key for key, value in row.items() if key not in _TEXTS and isinstance(value, str | list)]
     if others:
         raise ValueError(f"has no prompt; if one of {', '.join(others)} holds it, rename that column to `prompt`")
     same = next((at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other), None)
     same = min(len(chosen), len(rejected)) if same is None else same
-    end = max(chosen.rfind(space, 0, same) for space in " \n\t")  # no word is cut in two
+    # The prompt ends at a white space, so that no word is cut in two.
+    end = max(chosen.rfind(space, 0, same) for space in " \n\t")
     if end < 1 or not chosen[:end].strip():
         raise ValueError("has no prompt: `chosen` and `rejected` are texts that do not begin alike")
     return [[_message("user", text[:end]), _message("assistant", text[end:].lstrip())] for text in texts]

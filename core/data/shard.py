@@ -1,6 +1,6 @@
 """Writes and parses token shards: a header of 1024 bytes, then little-endian tokens.
 
-The header is that of llm.c (256 int32: magic 20240520, version 1, token count), so that llm.c, build-nanogpt and
+The header has llm.c's format (256 int32: magic 20240520, version 1, token count), so llm.c, build-nanogpt and
 modded-nanogpt can read the files. The fourth field, zero in llm.c, holds the bits per token. docs/formats.md documents
 the fields.
 """
@@ -20,7 +20,7 @@ DTYPES = {16: np.dtype("<u2"), 32: np.dtype("<u4")}
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The fields of a shard's header that vary: number of tokens, and bits per token."""
+    """The two fields of a shard's header that differ between shards: the number of tokens, and the bits per token."""
 
     tokens: int
     bits: int

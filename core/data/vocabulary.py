@@ -56,11 +56,20 @@ class Vocabulary:
         )
 
 
-@functools.lru_cache(maxsize=2)
+_parsed: dict[str, Vocabulary] = {}  # the one vocabulary, by the SHA-256 of each form in which it was read
+
+
 def parse(data: bytes, where: str) -> Vocabulary:
     """Reads a rank file or GPT-2's vocab.bpe. Raises DataError for any vocabulary other than GPT-2's."""
-    if hashlib.sha256(data).hexdigest() == GPT2_SHA256:
-        return Vocabulary(data)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest not in _parsed:
+        stored = data if digest == GPT2_SHA256 else _as_rank_file(data, where)
+        _parsed[digest] = _parsed.setdefault(GPT2_SHA256, Vocabulary(stored))
+    return _parsed[digest]
+
+
+def _as_rank_file(data: bytes, where: str) -> bytes:
+    """The stored form of GPT-2's vocabulary. Raises DataError for any other."""
     ranks = _ranks_of_merges(data, where) if data.startswith(b"#version") else _ranks_of_rank_file(data, where)
     stored = rank_file(ranks)
     sha256 = hashlib.sha256(stored).hexdigest()
@@ -70,7 +79,7 @@ def parse(data: bytes, where: str) -> Vocabulary:
             f"GPT-2's are {GPT2_VOCAB_SIZE - 1} with {GPT2_SHA256[:12]}…; "
             "give OpenAI's vocab.bpe or the tokenizer file of a prepared data set"
         )
-    return Vocabulary(stored)
+    return stored
 
 
 def read(uri: str) -> Vocabulary:
@@ -81,7 +90,7 @@ def read(uri: str) -> Vocabulary:
 def store_vocabulary(vocab_url: str, data_url: str) -> str:
     """Stores the vocabulary below `data_url` unless it is there. Returns its URI.
 
-    Without a `vocab_url`, tiktoken downloads it. Raises ConfigError, DataError.
+    If `vocab_url` is empty, tiktoken downloads the vocabulary. Raises ConfigError, DataError.
     """
     uri = storage.join(data_url, FILE_NAME)
     try:
@@ -92,7 +101,10 @@ def store_vocabulary(vocab_url: str, data_url: str) -> str:
 
 
 def elsewhere(vocab_url: str) -> Vocabulary:
-    """The vocabulary at `vocab_url`, or, if that is empty, tiktoken's download. Raises ConfigError, DataError."""
+    """The vocabulary at `vocab_url`. If `vocab_url` is empty, tiktoken downloads the vocabulary.
+
+    Raises ConfigError, DataError.
+    """
     return read(vocab_url) if vocab_url else _from_tiktoken()
 
 

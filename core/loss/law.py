@@ -3,9 +3,9 @@
     law = load()
     law.loss("track3-muon", non_embedding=84_934_656, tokens=1.7e9)      3.28
 
-L = E + A / N^a + B / (k D)^b (Hoffmann et al. 2022, with a multiplier k per recipe). N are the parameters without
-embedding and output layer, D the tokens, both in billions; L is in nats per GPT-2 token on FineWeb. The constants are
-fitted by `python -m bench.fit_loss` to public runs (core/loss/runs.csv).
+L = E + A / N^a + B / (k D)^b (Hoffmann et al. 2022, with a multiplier k per recipe). N is the number of parameters
+without embedding and output layer, and D the number of tokens, both in billions. L is in nats per GPT-2 token on
+FineWeb. The constants are fitted by `python -m bench.fit_loss` to public runs (core/loss/runs.csv).
 """
 
 import functools
@@ -19,21 +19,24 @@ DATA = Path(__file__).parent
 RUNS, LAW = DATA / "runs.csv", DATA / "law.json"
 SCALE = "FineWeb"
 
-# The advantage of an optimizer over AdamW shrinks with size: its logarithm falls, linearly in the logarithm of the
-# parameters, to half at this size (Wen et al. 2025, arXiv 2509.02046: 1.4 at 0.1B, 1.1 at 1.2B; Marin, 2025-06: 1.27
-# at 130M, 1.24 at 1.2B). It starts to fall at the largest size at which the recipe itself was measured.
+# The advantage of an optimizer over AdamW shrinks as models grow. From the largest size at which a recipe was measured,
+# the logarithm of the advantage falls linearly in the logarithm of the number of parameters. At HALF_AT billion
+# parameters it is halved (Wen et al. 2025, arXiv 2509.02046: 1.4 at 0.1B, 1.1 at 1.2B; Marin, 2025-06: 1.27 at 130M,
+# 1.24 at 1.2B).
 HALF_AT = 1.2
-# Errors of a prediction in nats: see the record of bench.fit_loss for the first.
+# Expected errors of a prediction, in nats. The record of bench.fit_loss shows the measurement of KNOWN_RECIPE.
 KNOWN_RECIPE, KNOWN_CLASS, OUTSIDE, UNKNOWN_RECIPE = 0.015, 0.02, 0.04, 0.09
-LEAST_TOKENS = 1.6e9  # runs with fewer are outside of the data; the shortest that was fitted has 1.41e9
+LEAST_TOKENS = 1.6e9  # runs of fewer tokens count as outside of the data; the shortest fitted run has 1.41e9 tokens
 SIZE_TOLERANCE = 1.1  # sizes this near to a measured one count as measured
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the fit knows of a recipe. `k` multiplies its tokens; sizes are parameters without embeddings.
+    """The fitted values of a recipe. `k` multiplies the number of tokens.
 
-    `family` is the optimizer's: the recipes of a family have been tried over a wider range of sizes.
+    `smallest` and `largest` are the sizes of the smallest and the largest measured model; a size is the number of
+    parameters without embeddings. `family` is the optimizer of the recipe. The recipes of one family together cover a
+    wider range of sizes than each recipe alone.
     """
 
     k: float
@@ -45,7 +48,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Law:
-    """A fitted law. `gain` is Muon's multiplier over AdamW on the same architecture; `date` that of the fit."""
+    """A fitted law. `gain` is Muon's multiplier over AdamW on the same architecture; `date` is the date of the fit."""
 
     date: str
     constants: Mapping[str, float]
@@ -69,7 +72,7 @@ class Law:
         return by["E"] + by["A"] * (non_embedding / 1e9) ** -by["a"] + by["B"] * effective ** -by["b"]
 
     def gain_of_tokens(self, seen: float, end: float) -> float:
-        """Nats by which the loss falls between two numbers of tokens, for a multiplier of 1, whatever the size."""
+        """Nats by which the loss falls between two numbers of tokens, for a multiplier of 1. The size has no effect."""
         by = self.constants
         return by["B"] * ((seen / 1e9) ** -by["b"] - (end / 1e9) ** -by["b"])
 

@@ -1,12 +1,12 @@
-"""Records what a run may cost, what was expected of it, each launch of its stages, and what came of it.
+"""Records the budget of a run: the sum and the plan, each launch of a stage, and the outcome.
 
-    RUN_URL/budget/000001/plan.json             the sum, the plan, the settings of all launches: written before them
-    RUN_URL/budget/000001/launch-000001.json    a launch: its stage, its time, and how far the stage was
-    RUN_URL/budget/000001/outcome.json          loss and dollars beside what was expected, written at the end
+    RUN_URL/budget/000001/plan.json             the sum, the plan, the settings of all launches; written first
+    RUN_URL/budget/000001/launch-000001.json    a launch: its stage, its time, the stage's progress then
+    RUN_URL/budget/000001/outcome.json          loss and dollars, as expected and as measured; written at the end
     RUN_URL/budget/000002/plan.json             a later sum for the same run (ADD_USD)
 
-`make run` writes them on the user's computer, and finds by them where it stopped. Objects are created exclusively, so
-that two commands for the same run do not launch it twice.
+`make run` writes these objects from the user's computer. When it starts again, they show where it stopped. Objects are
+created exclusively, so that two commands for the same run do not launch it twice.
 """
 
 import json
@@ -29,11 +29,11 @@ _LAUNCH = re.compile(r"launch-(\d{6})\.json\Z")
 
 @dataclass(frozen=True)
 class Budget:
-    """A sum for a run, in dollars, of which `machines_usd` may go to machines; the rest is storage and the like.
+    """The budget of a run in dollars. `machines_usd` is the part for machines.
 
-    `task` is the file that trains, `options` choose its machines, and `settings` are the variables of all launches.
-    `forecast` holds what the plan expects: `loss`, `loss_error`, `loss_scale`, `tokens`, `steps`, `hours`, `parts` in
-    dollars. `began_at` is unix time.
+    The rest pays for storage, traffic and requests. `task` is the task file of the training, `options` choose its
+    machines, and `settings` are the variables of all launches. `forecast` holds what the plan expects: `loss`,
+    `loss_error`, `loss_scale`, `tokens`, `steps`, `hours`, `parts` in dollars. `began_at` is unix time.
     """
 
     usd: float
@@ -49,7 +49,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class LaunchRecord:
-    """A launch of a stage at `began_at` (unix time). `progress` is what the stage had done by then."""
+    """A launch of a stage at `began_at` (unix time). `progress` is the stage's progress at that time."""
 
     stage: str
     began_at: float
@@ -58,7 +58,10 @@ class LaunchRecord:
 
 
 def newest(folder: RunFolder) -> Budget | None:
-    """The budget in force; None if the run has none. Raises DataError for one that cannot be understood."""
+    """The newest budget of a run, or None if the run has no budget.
+
+    Raises DataError for a record that cannot be understood.
+    """
     numbers = [int(name) for name in storage.list_names(folder.budget) if _NUMBER.match(name)]
     return _read(folder, max(numbers)) if numbers else None
 
@@ -106,7 +109,7 @@ def launching(folder: RunFolder, number: int, stage: str, progress: int) -> Laun
 
 
 def end(folder: RunFolder, number: int, outcome: Mapping[str, Any]) -> None:
-    """Store what came of a budget. A second end does not replace the first one."""
+    """Store the outcome of a budget. A second call does not replace the first outcome."""
     document = {"format": "run-outcome", "version": VERSION, "time": time.time(), **without_keys(dict(outcome))}
     try:
         _write(_uri(folder, number, "outcome.json"), document)
@@ -115,7 +118,7 @@ def end(folder: RunFolder, number: int, outcome: Mapping[str, Any]) -> None:
 
 
 def outcome(folder: RunFolder, number: int) -> dict[str, Any] | None:
-    """What came of a budget; None as long as it is under way. Raises DataError."""
+    """The outcome of a budget, or None while the run is under way. Raises DataError."""
     uri = _uri(folder, number, "outcome.json")
     try:
         return untrusted.read_object(uri)
@@ -162,4 +165,4 @@ def _uri(folder: RunFolder, number: int, *names: str) -> str:
 
 
 def _write(uri: str, document: Mapping[str, Any]) -> None:
-    storage.write_bytes(uri, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode(), exclusive=True)
+    storage.claim(uri, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())

@@ -1,7 +1,7 @@
-"""Caches on this machine the segments of a run that were read, so that the next report fetches only new objects.
+"""Caches the segments of a run on this machine, so that the next report fetches only new objects.
 
 One NumPy file per run below $COST_CACHE_DIR (default ~/.cache/pretrain-launcher/costs). It contains no secrets and may
-be deleted at any time. A damaged file, or one of another release, is ignored and replaced.
+be deleted at any time. A file that is damaged or of another release is ignored and replaced.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ _CURVE = ("step", "time", *SHOWN["train"])
 
 @dataclass(frozen=True)
 class Seen:
-    """Sequence numbers up to which ledger and metrics of a segment were read; -1: nothing was read.
+    """Sequence numbers up to which ledger and metrics of a segment were read; -1 if nothing was read.
 
-    `start` identifies the version of the start object, so that a segment that was replaced is noticed.
+    `start` identifies the version of the start object, so a replaced segment is noticed.
     """
 
     start: str
@@ -61,7 +61,7 @@ def folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
-    """The cached segments by number; empty without a usable file."""
+    """The cached segments by number. The result is empty if there is no usable file."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             columns = {name: stored[name] for name in stored.files}
@@ -72,12 +72,15 @@ def load(path: Path) -> dict[int, tuple[Segment, Seen]]:
     except FileNotFoundError:
         return {}
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
-        log.warning("%s: this cache is not readable and is written anew (%s)", path, error)
+        log.warning("%s: this cache cannot be read and is replaced (%s)", path, error)
         return {}
 
 
 def save(path: Path, known: Known) -> None:
-    """Replace the file atomically. If that fails, log a warning: the only consequence is a slower next report."""
+    """Replace the file atomically. If this fails, a warning is logged.
+
+    The next report is then slower, and nothing else is lost.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -1,14 +1,15 @@
-"""Keeps a run below its bounds: all its machines together never cost more than MAX_USD, nor run for MAX_HOURS.
+"""Keeps a run within its limits: its machines together never cost more than MAX_USD or run longer than MAX_HOURS.
 
-The ledgers of other segments give an upper bound of their cost: a killed machine counts until just before its next
-heartbeat, so that the cap also holds after many kills. Machines that opened no segment and work on the trained model
-(evaluations, servers, exports) count too (core.run.reader.spent_at_most). All are read again every LOOK_SECONDS,
-because another machine may be running.
+The ledgers of other segments give an upper bound of their cost. A killed machine counts until just before its next
+heartbeat, so the cap holds even after many kills. Machines that opened no segment and work on the trained model
+(evaluations, servers, exports) count too (core.run.reader.spent_at_most). All these records are read again every
+LOOK_SECONDS, because another machine may be running.
 
 A segment stops while enough money remains for the last checkpoint and for the time until its machine is down. On spot,
-enough must also remain for one more machine, which starts if this one is taken away now, and then finds that the money
-is spent. MAX_HOURS counts paid time in the same way. MAX_RESTART_USD bounds what machines cost that came after the one
-that stored the newest checkpoint: a run that only ever restarts ends.
+enough money must also remain for the start of one more machine. If this machine is taken away, another machine starts,
+and only after its start can it find that the money is spent. MAX_HOURS counts paid time in the same way.
+MAX_RESTART_USD limits the cost of the machines since the newest checkpoint was stored, so a run that only restarts
+comes to an end.
 """
 
 import logging
@@ -33,7 +34,7 @@ _MANIFEST = re.compile(r"^manifest-segment-(\d{6,12})\.json\Z")
 
 @dataclass(frozen=True)
 class Bounds:
-    """The most that a run may cost in dollars and in paid hours. 0: no bound."""
+    """The most that a run may cost in dollars and in paid hours. 0 sets no limit."""
 
     usd: float = 0.0
     hours: float = 0.0
@@ -42,7 +43,7 @@ class Bounds:
 def spent_by_earlier_segments(
     folder: RunFolder, machine: Machine, bounds: Bounds, started_at: float | None = None
 ) -> Spent:
-    """What all other machines have cost. Raises ConfigError if a price is unknown and dollars are bounded.
+    """The cost of all other machines. Raises ConfigError if a price is unknown and there is a limit in dollars.
 
     `started_at` is the start of this machine's paid time (unix s).
     """
@@ -62,7 +63,10 @@ def spent_by_earlier_segments(
 
 
 def newest_saving_segment(folder: RunFolder) -> int:
-    """The number of the segment that stored the newest complete checkpoint; 0 if there is none. Raises StorageError."""
+    """The number of the segment that stored the newest complete checkpoint, or 0 if there is none.
+
+    Raises StorageError.
+    """
     for step in sorted(storage.list_names(folder.checkpoints), reverse=True):
         names = storage.list_names(storage.join(folder.checkpoints, step))
         numbers = [int(match[1]) for name in names if (match := _MANIFEST.match(name))]
@@ -74,9 +78,10 @@ def newest_saving_segment(folder: RunFolder) -> int:
 def restarts_too_dear(
     folder: RunFolder, max_usd: float, without: int | None = None, here: tuple[str | None, float] | None = None
 ) -> str:
-    """Says that the machines after the newest checkpoint's have cost `max_usd`; "" otherwise, and for 0.
+    """A sentence, if the machines since the newest checkpoint have cost `max_usd` dollars or more.
 
-    This machine is left out: by its segment, `without`, or by host and start, `here`. Raises StorageError.
+    Otherwise, and if `max_usd` is 0, the result is "". The cost of this machine is left out. The caller names this
+    machine by its segment (`without`) or by its host and start (`here`). Raises StorageError.
     """
     if not max_usd:
         return ""
@@ -89,7 +94,7 @@ def restarts_too_dear(
 
 
 class OthersWatch:
-    """Reads again and again what the run's other machines have cost, and tells a cap; on a thread of its own."""
+    """Reads the cost of the run's other machines every few seconds in a thread, and passes it to the cap."""
 
     def __init__(self, cap: "SpendingCap", run_url: str, segment: int, seconds: float | None = None):
         self._cap, self._run_url, self._segment = cap, run_url, segment
@@ -105,12 +110,12 @@ class OthersWatch:
         while not self._end.wait(self._seconds):
             try:
                 self._cap.others_have_spent(spent_at_most(self._run_url, without=self._segment))
-            except LauncherError as error:  # the store will answer again
-                log.info("what other machines of this run spend is not known now: %s", error)
+            except LauncherError as error:  # the thread reads again after a pause
+                log.info("the cost of this run's other machines cannot be read now: %s", error)
 
 
 class SpendingCap:
-    """What rank 0 may still spend. `before` is what all other machines of the run have cost."""
+    """The money and the time that rank 0 may still spend. `before` is the cost of all other machines of the run."""
 
     def __init__(self, ledger: Ledger, bounds: Bounds, shutdown_seconds: float, before: Spent):
         self.max_usd = bounds.usd
@@ -121,13 +126,16 @@ class SpendingCap:
         self._arrival_seconds = ledger.elapsed_seconds() if ledger.machine.spot else 0.0
 
     def others_have_spent(self, spent: Spent) -> None:
-        """Take a newer sum of the other machines. An unknown one, or a lower one, does not raise what is left."""
+        """Update the cost of the other machines.
+
+        If the new cost is unknown or lower than before, the old cost stays, so that the money that is left never rises.
+        """
         before = self._before
         usd = before.usd if spent.usd is None or before.usd is None else max(before.usd, spent.usd)
         self._before = Spent(usd, max(before.seconds, spent.seconds))
 
     def spent_usd(self) -> float | None:
-        """Upper bound of the run's dollars so far; None if a price is unknown, which cannot happen with a cap."""
+        """Upper bound of the run's dollars so far, or None if a price is unknown, which cannot happen with a cap."""
         here = self._ledger.spent_usd()
         return None if here is None or self._before.usd is None else self._before.usd + here
 
@@ -136,16 +144,19 @@ class SpendingCap:
         return self._before.seconds + self._ledger.elapsed_seconds()
 
     def reached(self, step_seconds: float, checkpoint_seconds: float) -> bool:
-        """Whether one more step would leave too little for the last checkpoint and the shutdown."""
+        """Whether one more step would leave too little money or time for the last checkpoint and the shutdown."""
         return self._ledger.now() >= self.latest(step_seconds + SAFETY * checkpoint_seconds)
 
     def latest(self, seconds: float = 0.0) -> float:
-        """The latest unix time at which an ending that takes `seconds` may begin, so that the bounds hold."""
+        """The latest unix time at which the segment's end may begin, so that no limit is exceeded.
+
+        The end takes `seconds`.
+        """
         left = min(self._left_seconds())
         return self._ledger.now() + left - seconds - SAFETY * self._arrival_seconds - self._shutdown_seconds
 
     def _left_seconds(self) -> tuple[float, float]:
-        """The seconds of this machine that the dollars and the hours leave."""
+        """The seconds that this machine may still run by the limit in dollars, and those by the limit in hours."""
         usd, hours = self._bounds.usd, self._bounds.hours
         return (
             self._ledger.machine.price.seconds(usd - self.spent_usd()) if usd else math.inf,
@@ -153,17 +164,21 @@ class SpendingCap:
         )
 
     def now(self) -> float:
-        """Unix seconds on the clock of `latest`."""
+        """The current unix time, by the clock that `latest` uses."""
         return self._ledger.now()
 
     def variable(self) -> str:
-        """The name of the tighter bound, a larger value of which lets the run go on."""
+        """The variable whose limit is reached first. With a larger value of this variable, the run goes on."""
         by_usd, by_hours = self._left_seconds()
         return "MAX_HOURS" if by_hours < by_usd else "MAX_USD"
 
     def describe(self) -> str:
+        """The sum that is compared with the cap.
+
+        It is an upper bound, because a machine counts as running until its end is known.
+        """
         spent = self.spent_usd()
-        said = "dollars not known" if spent is None else f"${spent:.2f}"
+        said = "dollars not known" if spent is None else f"at most ${spent:.2f}"
         said = f"{said} of ${self.max_usd:g} spent" if self.max_usd else f"{said} spent"
         if self._bounds.hours:
             said += f", {self.paid_seconds() / 3600:.2f} of {self._bounds.hours:g} hours paid"

@@ -1,9 +1,9 @@
-"""Records the changes of a run's course: cooldowns that were decided while it trained, extensions, branches.
+"""Records a run's course: cooldowns that were decided while it trained, extensions, and the start as a branch.
 
     RUN_URL/course/000001.json      one change, created exclusively and never changed
 
-A change holds for the steps after its own. It is stored before the first step that it concerns, and every later segment
-reads it. So all segments compute the same learning rates, and a resume stays exact to the bit.
+A change names a step and applies to the steps after it. It is stored before the first of these steps, and every later
+segment reads it. So all segments compute the same learning rates, and a resume stays exact to the bit.
 """
 
 import json
@@ -27,12 +27,12 @@ _REQUEST = "anneal-request.json"
 
 @dataclass(frozen=True)
 class Change:
-    """A change that holds for the steps after `step`.
+    """A change that applies to the steps after `step`.
 
-    `steps`: of a cooldown the cooled steps, of an extension the steps of the whole run, which were `before` before it.
-    After a branch or an extension the rate rises from the share `factor` of its peak to the peak within `warmup` steps;
-    None: it goes on as before. `source` is the run and the step that a branch begins with, as RUN@STEP. `facts` are the
-    figures behind a decision, for people.
+    For a cooldown, `steps` is its length. For an extension, `steps` is the new length of the run and `before` the old
+    length. After a branch or an extension, the rate rises within `warmup` steps from the share `factor` of its peak to
+    the peak. If `warmup` is None, the rate goes on as before. `source` is the origin of a branch, as RUN@STEP. `facts`
+    are the figures behind a decision, for people.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Change:
 
 
 def read(folder: RunFolder) -> list[Change]:
-    """The changes of a run in their order. Raises RunError for one that cannot be understood."""
+    """The changes of a run in order. Raises RunError for a record that cannot be understood."""
     numbers = sorted(int(match[1]) for name in storage.list_names(folder.course) if (match := _NAME.match(name)))
     if numbers != list(range(1, len(numbers) + 1)):
         raise RunError(f"{folder.course}: holds the changes {numbers}, so one is missing; restore it from a backup")
@@ -64,7 +64,7 @@ def read(folder: RunFolder) -> list[Change]:
 
 
 def add(folder: RunFolder, number: int, change: Change) -> None:
-    """Store the change with this number, which counts from 1. Raises RunError if there is another one."""
+    """Store a change under `number`, counted from 1. Raises RunError if a change with this number already exists."""
     document = {"format": "course", "version": VERSION, "number": number, "time": time.time(), **asdict(change)}
     uri = _uri(folder, number)
     try:
@@ -77,7 +77,10 @@ def add(folder: RunFolder, number: int, change: Change) -> None:
 
 
 def trunks(changes: Sequence[Change]) -> list[int]:
-    """The last step before each cooldown. A re-plan changes it only if it begins even earlier."""
+    """The last step before each cooldown.
+
+    A re-planned cooldown belongs to the same trunk, so its step counts only if it is earlier.
+    """
     found: list[int] = []
     for change in changes:
         if change.kind == "anneal":
@@ -88,7 +91,7 @@ def trunks(changes: Sequence[Change]) -> list[int]:
 
 
 def kept_steps(changes: Sequence[Change]) -> set[int]:
-    """Steps whose checkpoints stay: the last one before each cooldown, and the one from which a run was extended."""
+    """Steps whose checkpoints are kept: the last one before each cooldown, and each one where an extension began."""
     return {*trunks(changes), *(each.step for each in changes if each.kind == "extend")}
 
 
@@ -126,7 +129,7 @@ def request_anneal(folder: RunFolder) -> str:
 
 
 def requested_anneal(folder: RunFolder) -> str | None:
-    """The id of the newest request; None without one that can be read. Raises StorageError."""
+    """The id of the newest request. None if there is no request, or if it cannot be read. Raises StorageError."""
     try:
         request = untrusted.read_object(storage.join(folder.url, _REQUEST))["id"]
         return request if isinstance(request, str) else None

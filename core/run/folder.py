@@ -19,11 +19,11 @@ from core import storage, untrusted
 from core.errors import ObjectExists, RunError
 from core.secrets import without_keys
 
-VERSION = 2  # version 1 had other names of settings
-# Settings that say what the tensors and the steps of a checkpoint mean, so that a branch (--from) keeps them.
+VERSION = 2  # version 1 named some settings differently
+# A branch (--from) must keep these settings, because the tensors and the steps of its checkpoint depend on them.
 FIXED_IN_A_BRANCH = ("model.", "stage", "start.", "teacher.", "lora.", "optimizer.name", "batch.tokens_per_step")
 _SEGMENT = re.compile(r"^segment-(\d{6}|[1-9]\d{6,8})\Z")  # one spelling per number
-_ID = re.compile(r"^[0-9a-z]{1,64}\Z")  # trackers name files by it
+_ID = re.compile(r"^[0-9a-z]{1,64}\Z")  # trackers use the id in file names
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class RunFolder:
     def evaluations(self) -> str:
         """Folder for the results of evaluations. It is a run folder with a separate ledger.
 
-        An evaluation that added a segment to the ledger of the training run would take that run over.
+        A new segment in the training run's own ledger would take over the training run.
         """
         return self._at("evaluations")
 
@@ -107,17 +107,17 @@ class RunFolder:
 
     @property
     def preparation(self) -> str:
-        """A run folder with a ledger of its own, for a preparation that is a stage of this run."""
+        """A run folder with a separate ledger, for a preparation that is a stage of this run."""
         return self._at("preparation")
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """Run folders inside of this one with ledgers of their own: preparation, and work on the trained model."""
+        """Run folders inside this one with separate ledgers: for the preparation, and for work on the trained model."""
         return (self.preparation, self.evaluations, self.serving, self.exports)
 
     @property
     def budget(self) -> str:
-        """Records of what the run may cost, of what was expected of it, and of its launches (core.run.budget)."""
+        """Records of the run's budgets, with their plans, launches and outcomes (core.run.budget)."""
         return self._at("budget")
 
     @property
@@ -144,7 +144,7 @@ class RunFolder:
 
     @property
     def bills(self) -> str:
-        """Bills from elsewhere (costs.added)."""
+        """Bills from other sources (costs.added)."""
         return self._at("bills")
 
     @property
@@ -186,7 +186,7 @@ def step_name(step: int) -> str:
 
 
 def segment_number(name: str) -> int | None:
-    """The number in a segment's name; None for any other name."""
+    """The number in a segment's name, or None for any other name."""
     match = _SEGMENT.match(name)
     return int(match.group(1)) if match else None
 
@@ -207,7 +207,7 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
     }
     data = (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
     try:
-        storage.write_bytes(folder.description, data, exclusive=True)
+        storage.claim(folder.description, data)
         return True
     except ObjectExists:
         pass
@@ -233,10 +233,10 @@ def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str
 
 
 def continued_elsewhere(folder: RunFolder, identity: Mapping[str, Any], key: str = "") -> str:
-    """The end of a message: how to continue a run with another value of `key`. Empty without a checkpoint.
+    """The end of a message that says how to continue a run with another value of `key`. Empty without a checkpoint.
 
-    The settings that define the result of a run cannot change, so other settings need a new run: a branch, or for those
-    that a branch keeps, a run from its weights.
+    The settings that define the result of a run cannot change, so other values need a new run. The new run can be a
+    branch of the old one. If a branch must keep the setting `key`, the new run can start from the old run's weights.
     """
     stage = identity.get("stage")
     if (
@@ -278,10 +278,10 @@ def read_description(folder: RunFolder) -> dict[str, Any]:
 def id_of(folder: RunFolder) -> str:
     """The id of a run in experiment trackers, drawn at random when the run was created.
 
-    The URL would not be unique: two URLs may end alike, and a new run may get the URL of a deleted one.
+    The URL would not be unique: two URLs may end in the same name, and a new run may get the URL of a deleted one.
     """
     known = read_description(folder).get("id")
-    return known or hashlib.sha256(folder.url.encode()).hexdigest()[:16]  # runs of earlier releases have none
+    return known or hashlib.sha256(folder.url.encode()).hexdigest()[:16]  # a run of an earlier release has no id
 
 
 def _plain(value: Any) -> Any:

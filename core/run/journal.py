@@ -2,8 +2,8 @@
 
 A journal is a folder of JSON-lines objects. An object's name contains the sequence numbers of its events
 (`00000000-00000011.jsonl`). A background thread stores new events every few seconds. From time to time it merges small
-objects into one, so that a day has some hundred objects instead of twenty thousand. After a SIGKILL at most the events
-of the last `flush_seconds` are missing. A reader that finds an event in two objects takes it once.
+objects into one, so that a day has a few hundred objects instead of twenty thousand. After a SIGKILL at most the events
+of the last `flush_seconds` are missing. If an event is in two objects, a reader takes it once.
 """
 
 import json
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 3.0
 OBJECTS_PER_CHUNK = 100
-# Two limits of the memory: so many bytes of new events are stored before `flush_seconds` are over, and small objects
-# are merged when they have so many bytes.
+# Two limits of the memory in bytes. New events are stored before the end of `flush_seconds` once they reach the first
+# limit. Small objects are merged once they reach the second.
 FLUSH_BYTES = 4 << 20
 CHUNK_BYTES = 4 << 20
 READ_ATTEMPTS = 3
-# Bytes of an object that is still read. What waited in memory while the store was away is one object.
+# Larger objects are not read. All events that waited in memory while the store failed are stored as one object.
 LARGEST_BYTES = 256 << 20
 _NAME = re.compile(r"^(\d{8,15})-(\d{8,15})\.jsonl\Z")
 
@@ -35,13 +35,13 @@ _NAME = re.compile(r"^(\d{8,15})-(\d{8,15})\.jsonl\Z")
 class Journal:
     """Writes one journal folder; thread-safe. `close` stores the rest and stops the thread.
 
-    Storing never blocks `add`. While the store does not answer, events wait in memory; an outage is logged once and
+    Storing never blocks `add`. While the store does not answer, events wait in memory. An outage is logged once and
     does not stop the caller. `before_flush` is called before each periodic flush, for instance to add a heartbeat.
     """
 
-    def __init__(self, folder: str, flush_seconds: float = FLUSH_SECONDS, before_flush=None):
+    def __init__(self, folder: str, flush_seconds: float | None = None, before_flush=None):
         self.folder = folder
-        self._flush_seconds = flush_seconds
+        self._flush_seconds = FLUSH_SECONDS if flush_seconds is None else flush_seconds
         self._before_flush = before_flush
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()
@@ -53,7 +53,7 @@ class Journal:
         self._chunk_objects: list[str] = []
         self._failing = False
         self._failing_since = math.inf
-        self.failure = ""  # why the newest attempt failed
+        self.failure = ""  # the error of the newest attempt
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"journal {folder.rsplit('/', 1)[-1]}", daemon=True)
@@ -75,16 +75,16 @@ class Journal:
 
     @property
     def failing_seconds(self) -> float:
-        """How long the store has taken nothing; 0 if the newest attempt succeeded."""
+        """Seconds since the store began to fail, or 0 if the newest attempt succeeded."""
         return max(0.0, time.monotonic() - self._failing_since)
 
     def flush(self) -> bool:
-        """Store all events added so far. False if the store failed; the events then wait in memory."""
+        """Store all events added so far. Returns False if the store failed; the events then wait in memory."""
         with self._store_lock:
             return self._store()
 
     def close(self) -> bool:
-        """Store the rest and stop the thread. False if the store failed."""
+        """Store the rest and stop the thread. Returns False if the store failed."""
         self._stop.set()
         self._wake.set()
         self._thread.join()
@@ -129,7 +129,8 @@ class Journal:
         with self._lock:
             del self._pending[: len(lines)]
             self._pending_bytes -= len(data)
-        # A large object is never merged. The small ones before it are merged now, because merging needs neighbours.
+        # Only neighbours can be merged, and a large object is never merged. So the small objects before a large object
+        # are merged now.
         if len(data) >= CHUNK_BYTES:
             self._compact()
         self._next += len(lines)
@@ -158,27 +159,28 @@ class Journal:
 
 
 def read(folder: str, after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
-    """The events of a journal after sequence number `after`, in order, and a sentence for each unreadable object."""
+    """The events of a journal after number `after`, in order, and a sentence for each unreadable object."""
     return _together(stream(folder, after))
 
 
 def stream(folder: str, after: int = -1) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
-    """Like `read`, object by object, for a journal that is larger than the memory."""
+    """Like `read`, but yields object by object, for a journal that is larger than the memory."""
     for attempt in range(READ_ATTEMPTS):
         try:
             for last, events, problems in _each_object((info.uri for info in storage.list_objects(folder)), after):
                 yield events, problems
                 after = last
             return
-        except ObjectNotFound:  # its writer has replaced objects since the listing
+        except ObjectNotFound:  # the writer has replaced objects after the listing
             if attempt == READ_ATTEMPTS - 1:
                 raise
 
 
 def read_objects(uris: Iterable[str], after: int = -1) -> tuple[list[dict[str, Any]], list[str]]:
-    """Like `read`, for the objects `uris` of a listing. An object whose events a larger one contains is not fetched.
+    """Like `read`, for the objects `uris` of a listing.
 
-    Raises ObjectNotFound if an object was replaced since the listing; then list again.
+    An object is not fetched if a larger object contains its events. Raises ObjectNotFound if an object was replaced
+    after the listing; the caller then lists again.
     """
     return _together((events, problems) for _, events, problems in _each_object(uris, after))
 
@@ -225,7 +227,7 @@ def _each_object(uris: Iterable[str], after: int) -> Iterator[tuple[int, list[di
 
 
 def sequence_numbers(uri: str) -> tuple[int, int] | None:
-    """First and last sequence number in an object's name; None for an object of another kind."""
+    """First and last sequence number in an object's name, or None for an object of another kind."""
     match = _NAME.match(uri.rsplit("/", 1)[-1])
     numbers = (int(match.group(1)), int(match.group(2))) if match else (1, 0)
     return numbers if numbers[0] <= numbers[1] else None

@@ -1,12 +1,12 @@
-"""Writes the ledger of a run: the machine of each segment, and how its time was spent.
+"""Writes the ledger of a run: the machine of each segment and its time by phase.
 
     RUN_URL/ledger/segment-000001/start.jsonl                    created exclusively, which claims the segment's number
     RUN_URL/ledger/segment-000001/events/00000000-00000004.jsonl its timeline (core.run.journal)
 
 The timeline is a list of spans without gaps. A span splits its wall time into seconds by phase, which add up to its
-length; so the phases of a segment add up to the segment, and their dollars to the bill. A heartbeat ends the current
-span and stores it every few seconds, so that a SIGKILL loses only the record of the last seconds. docs/formats.md
-describes each field.
+length. So the phases of a segment add up to its time, and their dollars add up to the bill. A heartbeat ends and stores
+the current span every few seconds, so a SIGKILL loses only the record of the last seconds. docs/formats.md describes
+each field.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 from core import storage
 from core.errors import ObjectExists, RunError
 from core.run.folder import RunFolder
-from core.run.journal import FLUSH_SECONDS, Journal
+from core.run.journal import Journal
 from core.run.machine import Machine, launcher_facts
 from core.run.phases import LEDGER_PHASES, STEP_PHASES, check_mark
 from core.stores import meter
@@ -47,12 +47,12 @@ def claim_segment(folder: RunFolder, start_event: Mapping[str, Any]) -> int:
 
 
 def check_owner(folder: RunFolder, segment: int) -> None:
-    """Raises RunError if a newer segment has taken over this run, that is, if this machine was replaced."""
+    """Raises RunError if a newer segment has taken over this run, because this machine was then replaced."""
     newest = (folder.segment_numbers() or [segment])[-1]
     if newest > segment:
         raise RunError(
-            f"{folder}: segment {newest} has taken over this run, so segment {segment} stops writing; "
-            "two machines may not train one run: stop this one, or give it another run.url"
+            f"{folder}: segment {newest} has taken over this run, so segment {segment} stops writing; two "
+            f"machines may not train one run: stop this machine, or give it another run.url"
         )
 
 
@@ -60,9 +60,9 @@ class Ledger:
     """Writes one segment's ledger. One phase is current at any moment, and spans have no gaps between them.
 
     The paid time of the segment began at `started_at`, and this process at `process_started_at` (unix seconds). The
-    time between the two is booked as phase `setup`, the time from then until the first `switch` as `init`. Times
-    advance by the monotonic clock, so that no span becomes negative if the wall clock is set back; the jump is recorded
-    as a mark.
+    time between the two is booked as phase `setup`. The time from the start of the process until the first `switch` is
+    booked as `init`. Times advance by the monotonic clock, so no span becomes negative if the wall clock is set back.
+    Such a jump is recorded as a mark.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Ledger:
         program: Mapping[str, Any],
         started_at: float | None = None,
         process_started_at: float | None = None,
-        flush_seconds: float = FLUSH_SECONDS,
+        flush_seconds: float | None = None,
     ):
         now = time.time()
         self._wall_origin = now
@@ -110,7 +110,7 @@ class Ledger:
         return self._wall_origin + time.monotonic() - self._monotonic_origin
 
     def switch(self, phase: str) -> None:
-        """Begin `phase`: all time from now until the next `switch` belongs to it."""
+        """Begin `phase`. All time from now until the next `switch` belongs to this phase."""
         if phase not in LEDGER_PHASES:
             raise ValueError(f"unknown phase {phase!r}")
         with self._lock:
@@ -128,7 +128,10 @@ class Ledger:
             self.switch(before)
 
     def step_done(self, step: int) -> None:
-        """Complete optimizer step `step` (from 1): the train and data-wait time since the previous one is its time."""
+        """Complete optimizer step `step`, counted from 1.
+
+        Its time is the train and data-wait time since the previous step.
+        """
         with self._lock:
             self._settle()
             seconds = [self._totals.get(phase, 0.0) for phase in STEP_PHASES]
@@ -146,7 +149,7 @@ class Ledger:
         return self.now() - self.started_at
 
     def spent_usd(self) -> float | None:
-        """Dollars of this segment so far; None if the price is unknown."""
+        """Dollars of this segment so far, or None if the price is unknown."""
         price = self.machine.price
         return price and price.usd(self.elapsed_seconds())
 
@@ -155,9 +158,9 @@ class Ledger:
         return self.journal.flush()
 
     def close(self, reason: str, step: int | None = None, **details: Any) -> bool:
-        """Write the last span and the reason of the end, and store everything. Idempotent.
+        """Write the last span and the reason for the end, and store everything. Idempotent.
 
-        Reasons: finished, preempted, failed, cap, interrupted. Returns False if the store failed.
+        The reason is finished, preempted, failed, cap or interrupted. Returns False if the store failed.
         """
         with self._lock:
             if self._closed:

@@ -1,4 +1,4 @@
-"""Stores what programs print in the run's folder: RUN_URL/logs/ATTEMPT, a journal with an event per line.
+"""Stores the output of programs in the run's folder: RUN_URL/logs/ATTEMPT, a journal with an event per line.
 
 On a rented machine launch.node stores all output of the program. A program that a person starts stores its own log
 lines by `StoredLog.begin`.
@@ -23,7 +23,7 @@ class Output:
     """Stores lines in a journal; thread-safe.
 
     If lines arrive faster than they can be stored, or the store does not answer, at most WAITING_BYTES wait in memory.
-    Further lines are left out, and a line at their place says how many.
+    Further lines are left out; a line in the log then says how many.
     """
 
     def __init__(self, folder: str):
@@ -49,7 +49,7 @@ class Output:
     def _say_left_out(self, now: float) -> None:
         if self._left_out:
             count, self._left_out = self._left_out, 0
-            said = f"({count:,} lines are left out here: the store did not take them as fast as they came)"
+            said = f"({count:,} lines are left out here, because the store was too slow)"
             self._journal.add({"time": now, "line": said})
 
 
@@ -67,7 +67,7 @@ class StoredLog(logging.Handler):
     def begin(cls, folder: RunFolder, name: str, environment: Mapping[str, str] = os.environ) -> Self | None:
         """Store the log lines of this process from now on, as an attempt with this name.
 
-        Returns None, and stores nothing, below launch.node, which stores them already.
+        Below launch.node, which already stores them, this stores nothing and returns None.
         """
         if environment.get("PULSE_FILE"):
             return None

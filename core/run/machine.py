@@ -56,7 +56,7 @@ class Machine:
 
     @cached_property
     def price(self) -> Price | None:
-        """The price; None if it is unknown."""
+        """The price, or None if it is unknown."""
         if self.usd_per_hour is None or not 0 < self.usd_per_hour < math.inf:
             return None
         return Price(self.usd_per_hour, self.price_source or "ledger, without a source")
@@ -67,8 +67,8 @@ def machine_from_environment(
 ) -> Machine:
     """The machine that the launcher's variables describe (docs/environment.md lists them).
 
-    CLOUD, REGION and ZONE win over SkyPilot's values in SKYPILOT_CLUSTER_INFO. A missing price stays None. Raises
-    ConfigError if a price or node count is given that is not a number above zero.
+    CLOUD, REGION and ZONE have precedence over SkyPilot's values in SKYPILOT_CLUSTER_INFO. A missing price stays None.
+    Raises ConfigError if a given price or node count is not a number above zero.
     """
     cluster = cluster_info(environment)
     price = positive(environment, "USD_PER_HOUR")
@@ -102,7 +102,8 @@ def launcher_facts(environment: Mapping[str, str]) -> dict[str, str]:
 def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
     """Versions of Python, platform, git revision, image and `packages`.
 
-    The image sets GIT_REVISION, and launch/node/container.sh sets IMAGE_DIGEST. Without GIT_REVISION, git is called.
+    The image sets GIT_REVISION, and launch/node/container.sh sets IMAGE_DIGEST. If GIT_REVISION is not set, git is
+    called.
     """
     from importlib import metadata  # imported here: it takes 20 ms, and not every command needs it
 
@@ -121,7 +122,10 @@ def program_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def process_started_at() -> float:
-    """The unix time at which this process started, before its imports; the current time if /proc does not show it."""
+    """The unix time at which this process started, before its imports.
+
+    If /proc does not show it, this is the current time.
+    """
     try:
         ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -141,7 +145,10 @@ def segment_started_at() -> float | None:
 
 
 def cluster_info(environment: Mapping[str, str]) -> Mapping[str, object]:
-    """SkyPilot's description of the cluster: cluster_name, cloud, region, zone; empty without SkyPilot."""
+    """SkyPilot's description of the cluster: cluster_name, cloud, region, zone.
+
+    It is empty if SkyPilot did not start this machine.
+    """
     try:
         found = json.loads(environment.get("SKYPILOT_CLUSTER_INFO") or "{}")
     except ValueError:
@@ -163,6 +170,7 @@ def checkout_revision(repository: Path = REPOSITORY) -> str:
 
 
 def _git(repository: Path, arguments: list[str]) -> str:
-    # Git refuses a checkout of another user, as in a container that mounts it. We run this one's code anyway.
+    # Git refuses a checkout that belongs to another user, as in a container that mounts it. The option allows this
+    # checkout, whose code runs anyway.
     command = ["git", "-C", str(repository), "-c", f"safe.directory={repository}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

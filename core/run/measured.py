@@ -1,9 +1,9 @@
-"""Reads what runs measured: metrics at the steps that count, with machine time and dollars.
+"""Reads the metrics of runs at the steps that count, with machine time and dollars.
 
     runs = read_all(["s3://bucket/runs/first", "s3://bucket/runs/second"])
     rows(runs)          # one dict per record, for a data frame or a file
 
-`trainer.plots` draws these records, `trainer.metrics` writes them to one file.
+`trainer.plots` draws these records. `trainer.metrics` writes these records to one file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ LEADING = ("run", "kind", "step", "machine_seconds", "usd", "time")
 
 
 def read_measured(run_url: str) -> Run:
-    """Reads a run with all of its metrics. Raises DataError for one without metrics."""
+    """Reads a run with all of its metrics. Raises DataError if the run has no metrics."""
     run = read_run(run_url, Detail.ALL)
     if not any(segment.metrics for segment in run.segments):
         raise DataError(f"{run_url}: has no metrics; give the run.url of a training run")
@@ -26,7 +26,7 @@ def read_measured(run_url: str) -> Run:
 
 
 def read_all(urls: Sequence[str]) -> list[tuple[str, Run]]:
-    """Runs with their short names, in the order of `urls`. Raises LauncherError for one that cannot be read."""
+    """Runs with their short names, in the order of `urls`. Raises LauncherError if a run cannot be read."""
     return [(name, read_measured(url)) for name, url in named(urls).items()]
 
 
@@ -37,10 +37,11 @@ def named(urls: Sequence[str]) -> dict[str, str]:
 
 
 def rows(runs: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
-    """One row per record at a step that counts, by run, step and time. All rows have the same columns.
+    """One row for each record of a step that counts, sorted by run, step and time. All rows have the same columns.
 
-    `machine_seconds` and `usd` (None: unknown) are those of the whole run up to the record. Fields of fields get names
-    such as `weights.mlp`, items of a list `largest_activations.0`. A field that a record lacks is None.
+    `machine_seconds` and `usd` (None if unknown) are sums of the whole run up to the record. The columns of nested
+    fields have names such as `weights.mlp`. The columns of list items have names such as `largest_activations.0`. A
+    field that a record lacks is None.
     """
     found = []
     for name, run in runs:

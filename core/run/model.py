@@ -1,4 +1,4 @@
-"""Represents a run: its segments, their time and steps, and the figures that follow from them by arithmetic.
+"""Represents a run: its segments, their time and steps, and the figures that are computed from them.
 
     run = read_run("s3://bucket/run")
     run.usd, run.lost(now), run.points("eval")
@@ -18,20 +18,21 @@ from core.run.journal import FLUSH_SECONDS
 from core.run.machine import Machine, Price
 from core.storage import ObjectInfo
 
-# The three sums of a run's dollars, as every output names them. BY_LEDGER: time of its ledgers at their prices, equal
-# to the cent everywhere. AS_KNOWN: with all that other sources add. AT_MOST: the cautious sum that a cap compares.
+# The three sums of a run's dollars, as every output names them. BY_LEDGER is the machine time in the ledgers, at the
+# prices that they hold; this sum is the same to the cent in every output. AS_KNOWN adds the amounts from all other
+# sources, such as bills. AT_MOST is the upper bound that the cap is compared with.
 BY_LEDGER = "by the ledger"
 AS_KNOWN = "as known"
 AT_MOST = "at most"
 
-# A machine without a heartbeat for this long is taken to be gone. Heartbeats come every few seconds, but an outage of
-# the store may last minutes.
+# A machine without a heartbeat for this long counts as ended. Heartbeats come every few seconds, but an outage of the
+# store may last minutes.
 SILENT_SECONDS = 180.0
 
 
 @dataclass
 class Span:
-    """An interval of a segment's timeline with seconds by phase. Time outside of them has no phase."""
+    """An interval of a segment's timeline with seconds by phase. Time outside of the listed phases has no phase."""
 
     start: float
     end: float
@@ -44,7 +45,7 @@ class Span:
 
 @dataclass
 class Steps:
-    """Optimizer steps of a segment in order: number, train seconds, data-wait seconds, as compact arrays."""
+    """The optimizer steps of a segment in order, as compact arrays of number, train seconds and data-wait seconds."""
 
     number: array = field(default_factory=lambda: array("q"))
     train: array = field(default_factory=lambda: array("d"))
@@ -53,9 +54,9 @@ class Steps:
 
 @dataclass(frozen=True)
 class Lost:
-    """Work of a segment that does not count: `steps` that a later segment repeated.
+    """Work of a segment that is lost. `steps` is the number of its steps that a later segment repeated.
 
-    The seconds are those of the repeated steps and of a step that the segment did not finish.
+    The seconds are the time of these steps and of a step that the segment did not finish.
     """
 
     steps: int = 0
@@ -87,8 +88,8 @@ class Segment:
     end: dict[str, Any] | None = None
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    moved: Sequence[int] = ()  # bytes and requests of its first rank by then (core.stores.meter.FIELDS)
-    is_newer_format: bool = False  # written by a newer release, so nothing of it is read
+    moved: Sequence[int] = ()  # bytes and requests of the segment's first rank so far (core.stores.meter.FIELDS)
+    is_newer_format: bool = False  # whether a newer release wrote the segment; no part of such a segment is read
 
     @property
     def price(self) -> Price | None:
@@ -96,7 +97,10 @@ class Segment:
 
     @property
     def ended_at(self) -> float | None:
-        """Unix time of the last heartbeat, which a regular end also writes. Without one: the start of the segment."""
+        """Unix time of the last heartbeat. A regular end writes a heartbeat too.
+
+        If there is no heartbeat, this is the start of the segment.
+        """
         return self.spans[-1].end if self.spans else self.started_at
 
     @property
@@ -106,7 +110,7 @@ class Segment:
 
     @property
     def usd(self) -> float | None:
-        """Dollars up to the last heartbeat; None without a price or without any heartbeat."""
+        """Dollars up to the last heartbeat. None if there is no price or no heartbeat."""
         return self.price.usd(self.seconds) if self.price and self.spans else None
 
     @property
@@ -123,14 +127,15 @@ class Segment:
 
     @property
     def unheard_seconds(self) -> float:
-        """The longest time for which the machine may have run after its last heartbeat without another one."""
+        """The longest time that the machine may have run after its last heartbeat."""
         return 0.0 if self.end and self.spans else FLUSH_SECONDS
 
     @property
     def restored_step(self) -> int | None:
-        """The step from which the segment continued (0: it began anew); None if it ended before it restored one.
+        """The step from which the segment continued, 0 for a fresh start.
 
-        If the ledger lost the mark that says so, the first step of the segment does.
+        None if the segment ended before it started from a step. The step is read from a mark in the ledger. If this
+        mark is lost, it follows from the segment's first step.
         """
         steps = [
             mark["step"] for mark in self.marks if mark["name"] == "restored" and isinstance(mark.get("step"), int)
@@ -162,7 +167,7 @@ class Segment:
 class Point(NamedTuple):
     """A metrics record of a step that counts.
 
-    `seconds` and `usd` (None: unknown) are machine time and dollars of the whole run up to this record.
+    `seconds` and `usd` (None if unknown) are machine time and dollars of the whole run up to this record.
     """
 
     step: int
@@ -192,12 +197,12 @@ class Run:
 
     @property
     def usd(self) -> float | None:
-        """Dollars of all segments by their ledgers; None if the dollars of a segment are unknown."""
+        """Dollars of all segments by their ledgers, or None if the dollars of a segment are unknown."""
         return _sum(segment.usd for segment in self.segments)
 
     @property
     def usd_at_most(self) -> float | None:
-        """Upper bound of the dollars of all segments. The cap is compared with it."""
+        """Upper bound of the dollars of all segments, which is compared with the cap."""
         return _sum(segment.usd_at_most for segment in self.segments)
 
     @property
@@ -205,9 +210,10 @@ class Run:
         return max((segment.steps.number[-1] for segment in self.segments if segment.steps.number), default=None)
 
     def boundaries(self) -> list[float]:
-        """For each segment, the last step that counts. Infinity if no later segment continued from a checkpoint.
+        """For each segment, the last step that counts.
 
-        A later segment that continued from a step repeated all steps above it.
+        A later segment that continued from a checkpoint repeated all steps above the step of that checkpoint. If no
+        later segment did so, all steps count, and the number is infinity.
         """
         found, boundary = [], math.inf
         for segment in reversed(self.segments):
@@ -217,7 +223,10 @@ class Run:
         return found[::-1]
 
     def lost(self, now: float) -> dict[int, Lost]:
-        """Lost work by segment number. The step that a running segment has not finished at `now` is not lost."""
+        """Lost work by segment number.
+
+        A step that a running segment has not finished at `now` does not count as lost.
+        """
         found = {}
         for segment, boundary in zip(self.segments, self.boundaries(), strict=True):
             finished = segment.end is not None and segment.end.get("reason") == "finished"
@@ -246,7 +255,7 @@ class Run:
         return sorted(found, key=lambda point: point.step)
 
     def machine_seconds(self, mark: str) -> list[float]:
-        """Cumulative machine seconds of the run at each mark that is named `mark`."""
+        """The machine seconds that the run had used in all at each mark with the name `mark`."""
         found, seconds = [], 0.0
         for segment in self.segments:
             started_at = segment.started_at or 0.0
@@ -255,7 +264,10 @@ class Run:
         return found
 
     def restarts(self) -> list[float]:
-        """Cumulative machine seconds of the run at each restart, that is, before every segment but the first."""
+        """The machine seconds that the run had used in all at each restart.
+
+        A restart is every segment except the first.
+        """
         found, seconds = [], 0.0
         for segment in self.segments[:-1]:
             seconds += segment.seconds
@@ -264,7 +276,10 @@ class Run:
 
 
 def _lost(segment: Segment, boundary: float, unfinished: bool) -> Lost:
-    """The steps after `boundary`, whose numbers ascend. With `unfinished`, also the time of a step without a number."""
+    """The work of all steps after `boundary`. The step numbers of a segment ascend.
+
+    If `unfinished` is true, the time of an unfinished step is added.
+    """
     steps = segment.steps
     first = bisect_right(steps.number, boundary) if boundary < math.inf else len(steps.number)
     lost = Lost(len(steps.number) - first, math.fsum(steps.train[first:]), math.fsum(steps.wait[first:]))

@@ -1,14 +1,15 @@
-"""Records each machine of a run from the time that it is paid for, so that the cap also counts one without a segment.
+"""Records each machine of a run from the start of its paid time, so that the cap counts machines without a segment too.
 
-    RUN_URL/machines/ATTEMPT/start.json     when its paid time began, and its price
-    RUN_URL/machines/ATTEMPT/end.json       when its program ended; missing if it was killed
-    RUN_URL/machines/ATTEMPT/gone.json      when the machine was gone, if its cloud said so to the user's computer
+    RUN_URL/machines/ATTEMPT/start.json     the time when its paid time began, and its price
+    RUN_URL/machines/ATTEMPT/end.json       the time when its program ended; missing if it was killed
+    RUN_URL/machines/ATTEMPT/gone.json      the time when the machine was gone, if the cloud reported it
 
-A node that is refused, or whose program fails before it opens a segment, appears in no ledger. The records of all other
-machines are ignored: their segments hold the same time, to the second. A machine has a second record from its set-up
-(launch/node/arrival.py), at the highest price that it may have; that one counts if no program of ours ran there.
+A node that is refused, or whose program fails before it opens a segment, appears in no ledger. The time of such a
+machine is taken from this record. The time of all other machines is taken from their segments. The set-up of a machine
+writes a second record (launch/node/arrival.py) at the highest price that the machine may have. This second record
+counts only if no program of this project ran on the machine.
 
-A record of a managed job also names the price of the job's controller, and the time of the job's submission.
+The record of a managed job also holds the price of the job's controller and the time when the job was submitted.
 """
 
 import json
@@ -24,16 +25,17 @@ from core.run.folder import RunFolder
 from core.run.model import Segment
 from core.storage import ObjectInfo
 
-# A node without a segment and without an end was killed, or still starts. It opens one within this time, or is ended as
-# hung (HANG_MINUTES), or its preflight fails.
+# A node that has neither a segment nor an end was killed or is still starting. A starting node opens a segment, is
+# ended as hung (HANG_MINUTES), or fails in preflight within this time.
 STARTING_SECONDS = 1800.0
-# The start of a segment is that of its machine, but for the rounding of JSON.
+# Segment and machine have the same start, except for rounding in JSON.
 SAME_SECONDS = 1.5
-# From a program's end to its machine's. A longer time means that the machine did something else meanwhile.
+# Longest plausible time in seconds from a program's end to its machine's end. If it took longer, the machine did
+# something else meanwhile.
 LONGEST_SHUTDOWN_SECONDS = 900.0
 SLACK = 1.2
 PARALLEL_FETCHES = 16
-# SkyPilot 0.14.1 stops a controller ten minutes after its last job, by a look once a minute.
+# SkyPilot 0.14.1 stops a controller ten minutes after its last job. It checks once a minute.
 CONTROLLER_IDLE_SECONDS = 660.0
 
 _UNUSABLE = (LauncherError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -41,7 +43,7 @@ _UNUSABLE = (LauncherError, ValueError, KeyError, TypeError, AttributeError, Rec
 
 @dataclass(frozen=True)
 class Controller:
-    """The controller of a managed job. `since` is the job's submission (unix s)."""
+    """The controller of a managed job. `since` is the time when the job was submitted (unix s)."""
 
     since: float
     usd_per_hour: float
@@ -49,7 +51,7 @@ class Controller:
 
 @dataclass(frozen=True)
 class Paid:
-    """A machine of a run. Times are unix seconds; `usd_per_hour` is for all its nodes, None if it is unknown."""
+    """A machine of a run. Times are unix seconds. `usd_per_hour` is the price of all its nodes, None if unknown."""
 
     started_at: float
     seen_at: float
@@ -65,31 +67,31 @@ class Paid:
 
     @property
     def shutdown_seconds(self) -> float:
-        """Seconds from the end of its program to its own, as far as they are known."""
+        """Seconds from the end of the program to the end of the machine, 0 if unknown."""
         if self.gone_at is None or self.ended_at is None:
             return 0.0
         seconds = self.gone_at - self.ended_at
         return seconds if 0.0 < seconds <= LONGEST_SHUTDOWN_SECONDS else 0.0
 
     def end_at_most(self, now: float) -> float:
-        """The latest time at which its program may have ended, if it opened no segment."""
+        """The latest time at which the program may have ended, if it opened no segment."""
         return min(now, self.seen_at + STARTING_SECONDS) if self.ended_at is None else self.ended_at
 
     def seconds_at_most(self, now: float) -> float:
-        """Upper bound of its paid time until `now`."""
+        """Upper bound of the machine's paid time until `now`."""
         return max(0.0, self.end_at_most(now) - self.started_at) + self.shutdown_seconds
 
     def usd_at_most(self, now: float) -> float | None:
-        """Upper bound of its dollars until `now`; None if the price is unknown."""
+        """Upper bound of the machine's dollars until `now`, or None if the price is unknown."""
         return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * self.seconds_at_most(now)
 
     def is_in(self, segments: Iterable[Segment]) -> bool:
-        """Whether a segment holds its time."""
+        """Whether one of the segments holds this machine's time."""
         places = [(each.machine.host, each.started_at) for each in segments if each.started_at is not None]
         return any(map(self.is_at, places))
 
     def is_at(self, place: tuple[str | None, float] | None) -> bool:
-        """Whether its host and start are these."""
+        """Whether this machine has the given host and start."""
         return place is not None and place[0] == self.host and abs(place[1] - self.started_at) < SAME_SECONDS
 
 
@@ -118,7 +120,7 @@ def begin(
 
 
 def end(folder: RunFolder, attempt: str) -> None:
-    """Record that it has ended. Raises StorageError."""
+    """Record that the machine's program has ended. Raises StorageError."""
     _write(storage.join(folder.machines, attempt, "end.json"), {"time": time.time()})
 
 
@@ -128,9 +130,10 @@ def gone(folder: RunFolder, attempt: str, at: float) -> None:
 
 
 def reserve_seconds(folder: RunFolder, cloud: str | None) -> float:
-    """Seconds to pay for after the end of a program, as this run's machines on a cloud took; 0 if none is known.
+    """The paid seconds to expect after the end of a program.
 
-    Raises StorageError.
+    They were measured on this run's earlier machines on the same cloud. The result is 0 if there were none. Raises
+    StorageError.
     """
     name = (cloud or "").lower()
     return max((SLACK * each.shutdown_seconds for each in machines(folder).values() if each.cloud == name), default=0.0)
@@ -139,18 +142,21 @@ def reserve_seconds(folder: RunFolder, cloud: str | None) -> float:
 def unrecorded(
     found: list[Paid], segments: Iterable[Segment], here: tuple[str | None, float] | None = None
 ) -> list[Paid]:
-    """The machines without a segment. `here` is this machine, by host and start, if it is about to open its segment."""
+    """The machines that have opened no segment.
+
+    `here` is the host and the start of this machine, if it is about to open its segment; it is left out.
+    """
     segments = list(segments)
     return [each for each in found if not each.is_at(here) and not each.is_in(segments)]
 
 
 def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> Iterator[float]:
-    """Upper bounds of dollars that no segment holds: recorded shutdowns of machines with a segment, controllers."""
+    """Upper bounds of dollars outside of segments: shutdowns of machines with a segment, and controllers of jobs."""
     segments = list(segments)
     for each in found:
         if each.usd_per_hour and each.is_in(segments):
             yield each.usd_per_hour / 3600 * each.shutdown_seconds
-    # One for each job, from its submission until SkyPilot stops it.
+    # Each job has a controller, paid from the job's submission until SkyPilot stops the controller.
     for controller in dict.fromkeys(each.controller for each in found if each.controller):
         ends = [_end_of(each, segments, now) for each in found if each.controller == controller]
         end = min(now, max(ends) + CONTROLLER_IDLE_SECONDS)
@@ -158,14 +164,17 @@ def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> It
 
 
 def read_all(folder: RunFolder, attempts: Iterable[str] | None = None) -> list[Paid]:
-    """The records of these attempts, or of all, that can be used, one for each machine. Raises StorageError."""
+    """The usable records of `attempts`, or of all attempts if none are named; one record for each machine.
+
+    Raises StorageError.
+    """
     return list(_once(list(machines(folder, attempts).values())))
 
 
 def machines(folder: RunFolder, attempts: Iterable[str] | None = None) -> dict[str, Paid]:
-    """The records of these attempts, or of all, that can be used, by attempt. Raises StorageError."""
+    """The usable records of `attempts`, or of all attempts if none are named, by attempt. Raises StorageError."""
     names = sorted(storage.list_names(folder.machines)) if attempts is None else list(attempts)
-    if storage.is_local(folder.url):  # a disk has no latency that threads could hide
+    if storage.is_local(folder.url):  # threads hide the latency of requests; a local disk needs none
         found = [_read(folder, name) for name in names]
     else:
         with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
@@ -180,7 +189,7 @@ def attempts_in(folder: RunFolder, objects: Iterable[ObjectInfo]) -> list[str]:
 
 
 def _once(found: list[Paid]) -> Iterator[Paid]:
-    """Each machine's records without those of its set-up, if it has others; else one, with an end if possible."""
+    """Yields the records of each machine. The record of its set-up is left out if the machine has another record."""
     taken: list[Paid] = []
     for each in sorted(found, key=lambda each: (each.is_setup, each.ended_at is None)):
         if not each.is_setup or not any(other.is_at((each.host, each.started_at)) for other in taken):
@@ -189,13 +198,16 @@ def _once(found: list[Paid]) -> Iterator[Paid]:
 
 
 def _end_of(machine: Paid, segments: list[Segment], now: float) -> float:
-    """The end of a machine's program, by its record, else by its segment."""
+    """The time when a machine's program ended.
+
+    It is read from the record of the end, or else from the machine's segment.
+    """
     ends = [each.ended_at for each in segments if machine.is_in([each]) and each.ended_at is not None]
     return max(ends) if ends and machine.ended_at is None else machine.end_at_most(now)
 
 
 def _read(folder: RunFolder, attempt: str) -> Paid | None:
-    """A machine's record; None if its start cannot be used."""
+    """A machine's record, or None if start.json cannot be used."""
     place = storage.join(folder.machines, attempt)
     try:
         start = json.loads(storage.read_bytes(storage.join(place, "start.json")))
@@ -217,7 +229,7 @@ def _read(folder: RunFolder, attempt: str) -> Paid | None:
 
 
 def _time(uri: str) -> float | None:
-    """The time in an object; None if it is not there or cannot be used."""
+    """The time in an object, or None if the object is missing or cannot be used."""
     try:
         return float(json.loads(storage.read_bytes(uri))["time"])
     except _UNUSABLE:

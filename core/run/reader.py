@@ -2,9 +2,10 @@
 
     read_run("s3://bucket/run")                    ledger, and the metrics that a report shows
     read_run("s3://bucket/run", Detail.ALL)        ledger and all metrics, for plots
-    read_run("s3://bucket/run", Detail.MONEY)      two objects per segment: dollars, for a cap
+    read_run("s3://bucket/run", Detail.MONEY)      times and price of each segment, for the run's dollars; usually
+                                                   fetches only two objects per segment
 
-One listing finds all objects, which are fetched in parallel. `Run.problems` names everything that cannot be read.
+One listing finds all objects, which are fetched in parallel. `Run.problems` names each object that cannot be read.
 """
 
 import enum
@@ -33,14 +34,15 @@ class Detail(enum.Enum):
     """The parts of a run to read."""
 
     MONEY = "money"  # start, last heartbeat, end and price of each segment
-    REPORT = "report"  # all of the ledger; metrics that a report shows, thinned
-    ALL = "all"  # all of the ledger and of the metrics
+    REPORT = "report"  # the whole ledger, and a thinned part of the metrics that a report shows
+    ALL = "all"  # the whole ledger and all metrics
 
 
 def read_run(run_url: str, detail: Detail = Detail.REPORT, cache_file: Path | None = None) -> Run:
-    """The run at `run_url`. With `cache_file` (for Detail.REPORT), objects of the last call are not fetched again.
+    """The run at `run_url`.
 
-    Raises RunError if the URL holds no run, StorageError if the store fails.
+    If `cache_file` is given (for Detail.REPORT), objects that the last call read are not fetched again. Raises RunError
+    if the URL holds no run, StorageError if the store fails.
     """
     run = Run(RunFolder(run_url))
     if detail is Detail.MONEY:
@@ -78,13 +80,13 @@ def spent_at_most(
 ) -> Spent:
     """Upper bounds of what a run has cost so far. Raises StorageError.
 
-    Counts all segments but number `without`, machines that opened none but this one (`here`: host and start), and the
-    preparation, the evaluations, the servers and the exports of the run. With `after`, counts only segments of the run
-    above that number, and machines that started later.
+    Counts the segments, the machines without a segment, and the preparation, evaluations, servers and exports of the
+    run. Leaves out the segment `without`, and the machine whose host and start are `here`. If `after` is given, only
+    the run's segments above that number count, and only the machines that started after that segment.
     """
     folder = RunFolder(run_url)
     run = Run(folder)
-    # One listing, because another node may be starting its segment: it has a folder before it has an object.
+    # One listing finds all objects, because another node may be starting a segment whose folder has no object yet.
     run.segments = _read_prices(folder, _segments_of_ledger(folder))
     others = {url: Run(RunFolder(url)) for url in folder.beside}
     for other in others.values():
@@ -122,12 +124,12 @@ def ledger_listing(run_url: str) -> Objects:
 
 
 def read_money(run_url: str, ledgers: Objects) -> list[Segment]:
-    """Segments with machine, start and newest span, from a listing of their ledgers. Raises StorageError."""
+    """The segments in a listing of their ledgers, with machine, start and newest span. Raises StorageError."""
     return _read_prices(RunFolder(run_url), ledgers)
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
-    if storage.is_local(folder.url):  # a disk has no latency that threads could hide
+    if storage.is_local(folder.url):  # threads hide the latency of requests; a local disk needs none
         return [read(number) for number in numbers]
     with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
         return list(pool.map(read, numbers))
@@ -142,7 +144,7 @@ def _read_description(run: Run) -> None:
         run.config = document["config"]
         run.stage = timeline.text(document.get("stage"))
     except ObjectNotFound:
-        run.problems.append(f"{uri}: not there, so the settings of this run are not known")
+        run.problems.append(f"{uri}: not found, so the settings of this run are not known")
     except (ObjectDamaged, ValueError, KeyError, TypeError) as error:
         run.problems.append(f"{uri}: cannot be understood ({error}), so the settings of this run are not known")
 
@@ -169,7 +171,7 @@ def _read_prices(folder: RunFolder, ledgers: Objects) -> list[Segment]:
 
 
 def _read_money(folder: RunFolder, number: int, objects: list[ObjectInfo]) -> Segment:
-    """A segment with its start and newest span, which is in the newest readable object that has spans."""
+    """A segment with its start and its newest span, from the newest readable object that has spans."""
     segment = _started(folder, number)
     by_age = sorted((info for info in objects if journal.sequence_numbers(info.uri)), key=_last_number, reverse=True)
     for info in by_age:
@@ -198,7 +200,7 @@ def _read_segments(run: Run, ledgers: Objects, detail: Detail, cache_file: Path 
 
 
 def _seen(folder: RunFolder, number: int, ledgers: Objects, metrics: Objects) -> Seen:
-    """The `Seen` of a segment, of which all objects in these listings have been read."""
+    """The `Seen` of a segment after all objects in these listings have been read."""
     start_uri = folder.segment(number).start
     stamp = next((f"{info.size} {info.modified}" for info in ledgers[number] if info.uri == start_uri), "")
     return Seen(stamp, _newest(ledgers[number]), _newest(metrics.get(number, [])))
@@ -213,7 +215,7 @@ def _read_segment(
     known: Mapping[int, tuple[Segment, Seen]],
     number: int,
 ) -> tuple[Segment, Seen | None]:
-    """The segment, and the sequence numbers up to which it was read, or None after an error."""
+    """The segment, and the sequence numbers up to which it was read. The latter are None after an error."""
     target = targets[number]
     segment, seen = known.get(number, (None, None))
     # A ledger that is shorter than the cached one has been replaced, so the cached one is discarded.
@@ -252,14 +254,14 @@ def _started(folder: RunFolder, number: int) -> Segment:
 
 
 def _read_journal(folder: str, objects: list[ObjectInfo], after: int) -> tuple[list[dict[str, Any]], int, list[str]]:
-    """Events after sequence number `after`, the highest sequence number, and a sentence for each unreadable object."""
+    """The events of a journal after number `after`, the highest number, and a sentence for each unreadable object."""
     if _newest(objects) <= after:
         return [], after, []
     for _ in range(journal.READ_ATTEMPTS):
         try:
             events, problems = journal.read_objects([info.uri for info in objects], after)
             return events, _newest(objects), problems
-        except ObjectNotFound:  # its writer has replaced objects since the listing
+        except ObjectNotFound:  # the journal's writer has replaced objects since the listing
             objects = storage.list_objects(folder)
     return [], after, [f"{folder}: its objects change faster than they can be read"]
 
@@ -275,7 +277,7 @@ def _last_number(info: ObjectInfo) -> int:
 
 
 def _stage(run: Run) -> str | None:
-    """The run's stage: as recorded, otherwise inferred from its settings."""
+    """The run's stage. If it is not recorded, it is inferred from the run's settings."""
     named: Any = run.stage or next((s.program["stage"] for s in run.segments if s.program.get("stage")), None)
     if named:
         return str(named)

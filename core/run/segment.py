@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opening:
-    """Arguments of `open_segment`. Without an `identity`, no run.json is written or checked."""
+    """Arguments of `open_segment`. If `identity` is None, no run.json is written or checked."""
 
     stage: str
     config: Mapping[str, Any]
@@ -48,12 +48,15 @@ class Opening:
     max_usd: float = 0.0
     max_hours: float = 0.0
     shutdown_seconds: float = 0.0
-    is_per_node: bool = False  # each node opens a segment, at its share of the price
+    is_per_node: bool = False  # each node opens a segment with its share of the price
     has_metrics: bool = False
 
 
 class SegmentLog:
-    """An open segment: its ledger, metrics and cap. Only one rank has a ledger; on others the methods do nothing."""
+    """An open segment: its ledger, metrics and cap. Only one rank has a ledger.
+
+    On the other ranks, the methods do nothing.
+    """
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class SegmentLog:
             self.ledger.mark(name, **fields)
 
     def now(self) -> float:
-        """Unix seconds, on the clock of the ledger where there is one."""
+        """The current unix time, by the ledger's clock if there is a ledger."""
         return self.ledger.now() if self.ledger else time.time()
 
     def step_done(self, step: int) -> None:
@@ -97,13 +100,15 @@ class SegmentLog:
             self.metrics.add({"kind": kind, "time": self.ledger.now(), **values})
 
     def outage(self) -> tuple[float, str]:
-        """Seconds for which the store has taken no event, and why."""
+        """The seconds since the store began to refuse events, and the error that it gave."""
         journals = [self.metrics, self.ledger and self.ledger.journal]
         return max(((each.failing_seconds, each.failure) for each in journals if each), default=(0.0, ""))
 
     def flush(self) -> bool:
-        """Store all events so far. A checkpoint is marked as complete only after that, so that time and metrics of its
-        steps cannot be missing."""
+        """Store all events so far.
+
+        A checkpoint is marked as complete only afterwards, so time and metrics of its steps cannot be missing.
+        """
         return (not self.metrics or self.metrics.flush()) and (not self.ledger or self.ledger.flush())
 
     def close(self, reason: str, step: int | None = None, **details: Any) -> None:
@@ -129,9 +134,9 @@ class SegmentLog:
 def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, str] = os.environ) -> SegmentLog:
     """Check the run, claim the next segment, start its ledger and metrics.
 
-    As a context manager the segment closes with the reason for which the block ended. stop.leave ends a process without
-    leaving the block; register `close` with stop.on_leaving for that case. Raises RunError for a folder that holds
-    another run, ConfigError for a cap that cannot be kept because a price is unknown.
+    As a context manager, the segment closes with the reason why the block ended. stop.leave ends the process without
+    leaving the block, so also register `close` with stop.on_leaving. Raises RunError for a folder that holds another
+    run. Raises ConfigError if a cap cannot be kept because a price is unknown.
     """
     is_new = opening.identity is not None and open_run(folder, opening.identity, opening.config, opening.fingerprint)
     machine = machine_from_environment(opening.gpu, opening.gpus_per_node, environment)
@@ -155,13 +160,16 @@ def open_segment(folder: RunFolder, opening: Opening, environment: Mapping[str, 
 
 
 def one_node_of(machine: Machine) -> Machine:
-    """One node of `machine` with its share of the price, for nodes that start and end independently."""
+    """One node of `machine` with its share of the price.
+
+    Programs use this if the nodes of a machine start and end independently.
+    """
     price = machine.usd_per_hour
     return replace(machine, nodes=1, usd_per_hour=price and price / machine.nodes)
 
 
 def reason_for(error: BaseException | None) -> str:
-    """Reason of a segment's end: finished, cap, interrupted, preempted or failed."""
+    """The reason of a segment's end, from the error that ended it: finished, cap, interrupted, preempted or failed."""
     if error is None:
         return "finished"
     if isinstance(error, CapReached):

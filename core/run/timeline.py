@@ -1,6 +1,7 @@
 """Builds a Segment from events of its ledger and metrics, in journal order and possibly in several portions.
 
-`segment.problems` names each event that is skipped because it cannot be understood. No event prevents a report.
+`segment.problems` names each event that is skipped because it cannot be understood. So a damaged event never prevents a
+report.
 """
 
 import functools
@@ -13,7 +14,8 @@ from core.run.machine import Machine
 from core.run.model import Segment, Span
 from core.stores import meter
 
-# Events are merged into spans of this length, coarser after the first hour, so that runs of months stay small.
+# Events are merged into spans of this many seconds. Spans are longer after the first hour, so that the data of a long
+# run stays small.
 FINE_SPAN_SECONDS = 10.0
 COARSE_SPAN_SECONDS = 60.0
 FINE_FOR_SECONDS = 3600.0
@@ -27,7 +29,7 @@ SHOWN = {
 
 # Gaps and overlaps up to this length are ignored: spans of a segment have none, but their stored ends are rounded.
 TOLERANCE_SECONDS = 0.001
-# Bounds of what a ledger may say. Others may have written it, and what is beyond them no run has.
+# Limits for values in a ledger, which strangers may have changed. A real run stays within them.
 LARGEST = 1e18
 END_OF_TIME = 4_102_444_800.0  # 2100
 LEAST_PRICE, HIGHEST_PRICE = 1e-12, 1e12  # dollars per hour
@@ -37,11 +39,14 @@ _MACHINE_TEXTS = ("cloud", "region", "zone", "instance_type", "gpu", "price_sour
 
 
 class NewerFormat(ValueError):
-    """The segment was written by a newer release, whose events may have other meanings."""
+    """A newer release wrote the segment, so its events may have other meanings."""
 
 
 def start(segment: Segment, event: Mapping[str, Any]) -> None:
-    """Apply the start event. Raises ValueError with the reason if it is unusable, NewerFormat for a newer release."""
+    """Apply the start event.
+
+    Raises ValueError with the reason if the event is unusable, and NewerFormat if a newer release wrote it.
+    """
     if event.get("event") != "start" or not isinstance(event.get("machine"), Mapping):
         raise ValueError("it is not a start event")
     if not isinstance(event.get("version"), int) or event["version"] > ledger.VERSION:
@@ -91,7 +96,7 @@ def _mark(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def absorb_metrics(segment: Segment, events: Iterable[Mapping[str, Any]]) -> None:
-    """Append the metrics that a report shows. Of training records, keep one per span of the timeline."""
+    """Append the metrics that a report shows. Of the training records, one per span of the timeline is kept."""
     for event in events:
         kind, step, time = event.get("kind"), step_number(event.get("step")), moment(event.get("time"))
         if not isinstance(kind, str) or kind not in SHOWN or step is None or time is None:
@@ -133,11 +138,11 @@ def step_number(value: Any) -> int | None:
 
 
 def text(value: Any) -> str | None:
-    """A text, cut, with what a terminal would obey as escapes; None for anything else."""
+    """A text, shortened, with terminal control characters as escapes, or None for anything else."""
     return _visible(value[:LONGEST_TEXT]) if isinstance(value, str) else None
 
 
-_visible = functools.lru_cache(4096)(output.visible)  # the same few words come again and again
+_visible = functools.lru_cache(4096)(output.visible)  # the same few words are repeated often
 
 
 def _span(segment: Segment, event: Mapping[str, Any]) -> None:
@@ -149,7 +154,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
         return
     before = segment.ended_at
     if before is not None and start > before + TOLERANCE_SECONDS:
-        # A part of the timeline is missing. Its time was paid and belongs to no phase.
+        # A part of the timeline is missing. The time of this part was paid for and belongs to no phase.
         segment.spans.append(Span(before, start))
     elif segment.spans and start < before - TOLERANCE_SECONDS:
         segment.problems.append(
@@ -160,7 +165,7 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
     _steps(segment, event.get("steps"))
     _moved(segment, event.get("moved"))
     if segment.spans and end <= start:
-        return  # doubled, or from before a clock was set back: its time is counted already
+        return  # the span is a duplicate, or the clock was set back before it: its time is already counted
     booked_phases = _mapping(event.get("phases")).items()
     phases = {text(name): seconds for name, value in booked_phases if (seconds := number(value) or 0) > 0}
     booked, length = sum(phases.values()), end - start
@@ -174,14 +179,14 @@ def _span(segment: Segment, event: Mapping[str, Any]) -> None:
 
 
 def _moved(segment: Segment, moved: Any) -> None:
-    """Counts since the start of the program, so that none of them falls."""
+    """Update the counts of bytes and requests since the start of the program. A lower value than before is ignored."""
     if isinstance(moved, list) and len(moved) == len(meter.FIELDS) and None not in map(step_number, moved):
         known = segment.moved or (0,) * len(moved)
         segment.moved = [max(pair) for pair in zip(known, moved, strict=True)]
 
 
 def _steps(segment: Segment, steps: Any) -> None:
-    """Append the steps of a span. A segment computes each step once, so that a number it has passed is a double."""
+    """Append the steps of a span. A segment computes each step once, so a number that does not rise is a duplicate."""
     if not isinstance(steps, list):
         return
     numbers, trained, waited = segment.steps.number, segment.steps.train, segment.steps.wait
@@ -198,7 +203,10 @@ def _steps(segment: Segment, steps: Any) -> None:
 
 
 def _extend(segment: Segment, start: float, end: float, phases: Mapping[str, float]) -> None:
-    """Extend the newest span or begin another one. A span is short and ends with the UTC hour, so it is of one day."""
+    """Extend the newest span, or begin another span.
+
+    A span ends at the latest with its UTC hour, so no span crosses the end of a day.
+    """
     last = segment.spans[-1] if segment.spans else None
     if (
         last is not None
@@ -218,7 +226,7 @@ def _span_seconds(age_seconds: float) -> float:
 
 
 def _price(segment: Segment, machine: Mapping[str, Any]) -> float | None:
-    """The stored price per hour in dollars; None, and a sentence in `problems`, if it is not usable."""
+    """The stored price per hour in dollars. If it is not usable, returns None and adds a sentence to `problems`."""
     stored, currency = machine.get("usd_per_hour"), machine.get("currency", "USD")
     if currency != "USD":
         named = text(currency) or _brief(currency)

@@ -12,7 +12,7 @@ from core.errors import ConfigError
 def convert(value: Any, kind: Any, key: str, where: str) -> Any:
     """Convert `value` of the setting `key`, given at `where`, to its type `kind`. Raises ConfigError."""
     if isinstance(value, str):
-        value = value.strip("\r\n")  # files with Windows line ends, and `$(cat file)`
+        value = value.strip("\r\n")  # strips line ends of Windows files and of `$(cat file)`
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
@@ -67,7 +67,7 @@ def convert(value: Any, kind: Any, key: str, where: str) -> Any:
 
 
 def _items(value: Any, key: str, where: str) -> list[Any]:
-    """The items of a list, which may be a YAML list, a JSON list (text that begins with `[`), or a text with commas."""
+    """The items of a list. It may be a YAML list, a JSON list (text that begins with `[`), or a text with commas."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)

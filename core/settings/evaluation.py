@@ -30,7 +30,7 @@ class EvaluateConfig(Bounded):
     )
     out: tuple[str, ...] = setting(
         (),
-        "local files for the scores of all models side by side, by their ending: .json, .svg or .png (a chart)",
+        "local files for the scores of all models side by side: .json for the numbers, .svg or .png for a chart",
         check=urls.mistake_in_folder,
     )
     rerun: bool = setting(False, "repeat measurements whose results are stored already; the older results are kept")
@@ -45,11 +45,13 @@ class EvaluateConfig(Bounded):
         "folder for results of models that belong to no run; empty: the first run's folder, else ./evaluations",
         check=urls.mistake,
     )
-    tokens: int = setting(0, "perplexity: number of validation tokens, from the first on; 0: all", ge=0)
+    tokens: int = setting(0, "perplexity: use this number of validation tokens, starting at the first; 0: all", ge=0)
     per_document: bool = setting(
         False, "perplexity: score each document separately with rolling windows, as the harness's wikitext task does"
     )
-    limit: int = setting(0, "number of items of HellaSwag and of each harness task, from the first on; 0: all", ge=0)
+    limit: int = setting(
+        0, "number of items of HellaSwag and of each harness task, starting at the first; 0: all", ge=0
+    )
     hellaswag_style: Literal["harness", "llm.c"] = setting(
         "harness", "llm.c: format texts and normalise by tokens as llm.c does (GPT-2 124M then scores 29.5 %)"
     )
@@ -70,7 +72,7 @@ class EvaluateConfig(Bounded):
     )
     max_usd: float = setting(
         0.0,
-        "hard cap in dollars for all evaluations in this folder together; results until then are stored; 0: no cap",
+        "hard cap in dollars for all evaluations in this folder together; results up to the cap are stored; 0: no cap",
         env="MAX_USD",
         ge=0,
     )
@@ -92,7 +94,7 @@ class EvaluateConfig(Bounded):
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], EvaluateConfig]:
     """The models and the settings of a command line of `trainer.evaluate`. If it names no model, RUN_URL is the model.
 
-    The launcher calls this function too, to find before the launch what the node would refuse. Raises ConfigError.
+    The launcher calls this function too, to find wrong settings before the launch. Raises ConfigError.
     """
     models = [each for each in arguments if not each.startswith("--") and not each.endswith((".yaml", ".yml"))]
     settings = loader.load(EvaluateConfig, [each for each in arguments if each not in models], environment)

@@ -14,7 +14,8 @@ class Sampling(Bounded):
     max_tokens: int = setting(128, "maximum number of new tokens; a text also ends at the model's context", ge=1)
     repetition_penalty: float = setting(
         1.0,
-        "divides the logits of tokens that the text contains (multiplies negative logits) (Keskar et al. 2019); 1: off",
+        "makes tokens of the text less likely: divides their positive logits, multiplies their negative ones "
+        "(Keskar et al. 2019); 1: off",
         ge=0.01,
         le=100,
     )
@@ -50,13 +51,15 @@ class InferenceOptions(Bounded):
 class ServeConfig(InferenceOptions, Sampling):
     """Settings of `trainer.serve`. The settings of Sampling are defaults that a request can override."""
 
-    host: str = setting("127.0.0.1", "address to listen on; all but loopback need SERVE_API_KEY in the environment")
+    host: str = setting(
+        "127.0.0.1", "address to listen on; any address except loopback needs SERVE_API_KEY in the environment"
+    )
     port: int = setting(8000, "port; 0: a free one", ge=0, le=65535)
     name: str = setting("", "the model's name in the API; empty: the last part of the checkpoint's URL")
     idle_minutes: float = setting(0.0, "minutes without a request after which the server ends; 0: never", ge=0)
     max_usd: float = setting(
         0.0,
-        "hard cap in dollars for all servers of the run at RUN_URL, whose dollars are counted there; 0: no cap",
+        "hard cap in dollars for all servers of the run at RUN_URL together; 0: no cap",
         ge=0,
     )
     shutdown_reserve_seconds: float = shutdown_reserve(identity=True)

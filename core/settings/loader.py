@@ -43,12 +43,13 @@ def setting(
 ) -> Any:
     """Declare one setting.
 
-    `env` names an environment variable, which overrides the default and the file. With `identity=False` the setting may
-    differ between the segments of a run, because it does not change the result (paths, intervals, prices). A setting
-    with `identity="unless default"` is younger than runs that still go on, which were made with its default. `check`
-    returns the problem of a text, or None (see `core.urls`); it is called for each item of a list. `ge`, `gt`, `le`
-    and `lt` bound a number, which must then be finite; a schema that derives from Bounded checks them. If the setting
-    is given, the settings of the same section that `replaces` names lose values of lower precedence (see `load`).
+    `env` names an environment variable, which overrides the default and the file. If `identity` is False, the setting
+    may differ between the segments of a run, because it does not change the result. Examples are paths, intervals and
+    prices. `identity="unless default"` is for a new setting. Older runs do not name such a setting, and were made with
+    its default. `check` returns the problem of a text, or None (see `core.urls`); it is called for each item of a list.
+    `ge`, `gt`, `le` and `lt` bound a number, which must then be finite. A schema that derives from Bounded checks these
+    bounds. `replaces` names settings of the same section. If this setting is given, their values of lower precedence
+    are dropped (see `load`).
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds, "replaces": replaces}
@@ -94,7 +95,7 @@ def _shown(bound: float) -> str:
 
 
 def require(holds: bool, key: str, problem: str) -> None:
-    """Raise SettingError unless `holds`. For a schema's `__post_init__`."""
+    """Raise SettingError unless `holds`. A schema's `__post_init__` calls this."""
     if not holds:
         raise SettingError(key, problem)
 
@@ -114,9 +115,10 @@ class _Sources:
         self.layers[key] = self.layer
 
     def drop_replaced(self, known: Mapping[str, dataclasses.Field]) -> None:
-        """Unset each setting that a setting of a higher layer names in `replaces`. A setting of 0 replaces none.
+        """Unset each setting that a setting of a higher layer names in `replaces`.
 
-        Raises ConfigError for numbers of one layer that replace each other, because only one of them can count.
+        A setting with the value 0 unsets no other setting. Raises ConfigError if two settings of one layer replace each
+        other, because only one of them can count.
         """
         for key in [key for key, value in self.values.items() if value and str(value) not in _ZERO]:
             for name in known[key].metadata["replaces"] if key in self.values else ():
@@ -178,9 +180,10 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
 
 
 def peek(key: str, arguments: Sequence[str]) -> tuple[str, str] | None:
-    """The value, as text, of a top-level setting in the flags or else in the YAML file, and its place; None if not set.
+    """The value, as text, of a top-level setting in the flags or else in the YAML file, and the place where it was set.
 
-    Reads a setting that decides which schema to load. Raises ConfigError for a file that cannot be read.
+    None if it is not set. Programs read with it the setting that decides which schema to load. Raises ConfigError for a
+    file that cannot be read.
     """
     for argument in reversed(arguments):
         if argument.startswith(f"--{key}="):
@@ -221,7 +224,10 @@ def to_yaml(config: Any) -> str:
 
 
 def describe(config: Any, others: str) -> str:
-    """The settings that differ from their defaults, a line per section. `others` says where the other ones are."""
+    """The settings that differ from their defaults, a line per section.
+
+    `others` is a text on where to find the other settings.
+    """
     known = dict(_walk(type(config)))
     sections: dict[str, list[str]] = {}
     for key, value in flatten(to_dict(config)).items():
@@ -307,7 +313,7 @@ def _check_known(key: str, known: Mapping[str, Any], where: str) -> None:
             f"{where}: {key} is a section, not a setting; set one of "
             + ", ".join(name for name in known if name.startswith(f"{key}."))
         )
-    # The most frequent mistake is the right name in a wrong section, so the last part of the key is compared first.
+    # The most frequent mistake is a right name in a wrong section, so the last part of the key is compared first.
     last = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = (
@@ -352,7 +358,10 @@ def _read_node(node: yaml.Node, prefix: str, path: Path, known: Mapping[str, Any
 
 
 def _plain(node: yaml.Node) -> Any:
-    """A scalar as text (the declared type decides later), a list as a list of text, null as None."""
+    """A scalar becomes text, which is converted to the declared type later.
+
+    A list becomes a list of text. null becomes None.
+    """
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):

@@ -21,11 +21,14 @@ Training = TypeVar("Training", bound=TrainingConfig)
 
 UNCONFIRMED = "by estimate, not confirmed on a GPU yet"
 
-LARGEST = 128  # most sequences per micro-batch that are tried; more are never faster
+LARGEST = 128  # the largest micro-batch size to try, in sequences; larger micro-batches are never faster
 
 
 def possible(settings: TrainingConfig, model: ModelConfig, world: int) -> list[int]:
-    """Micro-batch sizes that divide the batch over `world` ranks, largest first. Raises ConfigError if none does."""
+    """Micro-batch sizes that divide the batch over `world` ranks, largest first.
+
+    Raises ConfigError if there is none.
+    """
     sequences = settings.batch.tokens_per_step // model.context
     sizes = [size for size in range(min(LARGEST, sequences), 0, -1) if sequences % (size * world) == 0]
     if not sizes:
@@ -53,7 +56,7 @@ def estimate(settings: TrainingConfig, model: ModelConfig, micro_batch_size: int
 
 
 def advice(settings: TrainingConfig, model: ModelConfig, world: int, memory: float) -> str:
-    """The end of a message: flags with which training fits into `memory`, at the least cost in speed."""
+    """The end of a message. It names the flags with which training fits into `memory`, and costs the least speed."""
     stages = range(settings.optimizer.zero + 1, 3) if world > 1 else ()
     remedies: list[tuple[str, Any]] = [("optimizer.zero", stage) for stage in stages]
     if not settings.train.activation_checkpointing:
@@ -77,15 +80,17 @@ def changed_to(settings: Training, key: str, value: Any) -> Training:
 
 
 def verdict(settings: TrainingConfig, model: ModelConfig, gpu: str, world: int) -> tuple[bool, str] | None:
-    """Whether `settings` fit, and a sentence that names settings that do. None for a GPU of unknown memory.
+    """Whether `settings` fit, and a sentence that names settings which fit.
 
-    Raises ConfigError if the batch does not divide over `world` ranks.
+    The result is None if the memory of the GPU is not known. Raises ConfigError if the batch does not divide over
+    `world` ranks.
     """
     memory = memory_bytes(gpu)
     if memory is None:
         return None
     given = settings.batch.micro_batch_size
-    sizes = [given] if given else possible(settings, model, world)  # with 0 the trainer takes the largest that fits
+    # If the setting is 0, the trainer takes the largest micro-batch that fits.
+    sizes = [given] if given else possible(settings, model, world)
     size = next((each for each in sizes if estimate(settings, model, each, world) <= memory), sizes[-1])
     need = estimate(settings, model, size, world)
     if need <= memory:

@@ -13,7 +13,7 @@ from core.settings.loader import Bounded, require, setting
 FP32_BYTES, BF16_BYTES = 4, 2
 
 
-# A stored run may say anything, and some of what follows from a width takes as long as it is wide.
+# Upper bound of the width. A stored run may hold any number, and the time of some computations grows with the width.
 LARGEST_WIDTH = 1_000_000
 
 
@@ -51,14 +51,17 @@ class ModelConfig(Bounded):
     tie_embeddings: bool = setting(True, "the output layer uses the embedding's weights (Press & Wolf 2017)")
     qk_norm: bool = setting(False, "RMS-norm of queries and keys, per head (Dehghani et al. 2023)")
     attention_scale: float = setting(0.0, "factor of the attention scores; 0: 1 / sqrt(width of a head)", ge=0)
-    logit_softcap: float = setting(0.0, "c: logits become c tanh(logits / c) (Gemma 2, 2024); 0: unchanged", ge=0)
+    logit_softcap: float = setting(
+        0.0, "with value c, logits become c tanh(logits / c) (Gemma 2, 2024); 0: unchanged", ge=0
+    )
     embedding_norm: bool = setting(False, "norm right after the embedding (BLOOM, 2022)")
     embedding_skip: bool = setting(False, "each block also gets the embedding as input, by two learned weights")
     value_skip: bool = setting(
-        False, "attention values are mixed with the first block's by learned weights (value residual, Zhou et al. 2024)"
+        False,
+        "attention values mix with the first block's by learned weights (value residual, Zhou et al. 2024)",
     )
     extra_projection: bool = setting(False, "a second linear layer after the attention's output projection")
-    document_mask: bool = setting(False, "tokens attend only to their own document, not across end-of-text")
+    document_mask: bool = setting(False, "tokens attend to their own document only")
     dropout: float = setting(
         0.0, "fraction of activations that training sets to zero, in attention and after each branch", ge=0, lt=1
     )
@@ -102,7 +105,7 @@ _PUBLIC = {
 
 
 def public_model(name: str) -> ModelConfig | None:
-    """The settings of one of OpenAI's GPT-2 models, by its public name; None for any other name."""
+    """The settings of one of OpenAI's GPT-2 models, by its public name, or None for any other name."""
     if name not in _PUBLIC:
         return None
     layers, heads, width = _PUBLIC[name]
@@ -110,14 +113,14 @@ def public_model(name: str) -> ModelConfig | None:
 
 
 def matrix_parameters(model: ModelConfig) -> int:
-    """Weights of all matrix products of a forward pass, the output layer included."""
+    """The number of weights in all matrix products of a forward pass, including the output layer."""
     attention = (4 + model.extra_projection) * model.width**2
     mlp = (3 if model.mlp == "swiglu" else 2) * model.width * model.hidden
     return model.layers * (attention + mlp) + model.padded_vocab_size * model.width
 
 
 def parameters(model: ModelConfig) -> int:
-    """Parameters in all, as trainer.model.gpt builds them."""
+    """The number of all parameters of the model that trainer.model.gpt builds."""
     width, hidden = model.width, model.hidden
     norm = (2 if model.norm == "layernorm" else 1) * width
     biases = 0
@@ -132,40 +135,46 @@ def parameters(model: ModelConfig) -> int:
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Forward and backward FLOPs per token: 6 per matrix weight, 12 L T D for attention (Chowdhery et al. 2022,
-    PaLM, appendix B). As is usual, the half of the attention scores that the causal mask hides is counted too."""
+    """Forward and backward FLOPs per token: 6 per matrix weight, 12 L T D for attention (Chowdhery et al.
+
+    2022, PaLM, appendix B). The attention scores that the causal mask hides are counted too, as is usual.
+    """
     return 6.0 * matrix_parameters(model) + 12.0 * model.layers * model.context * model.width
 
 
 def activation_bytes(model: ModelConfig, sequences: int, recompute: bool, residual_bytes: int = FP32_BYTES) -> float:
-    """Memory of one micro-batch between forward and backward pass, under autocast to bfloat16, in compiled blocks.
+    """Bytes that one micro-batch occupies between its forward and its backward pass.
 
-    Counted from what autograd stores there (tests/activations.py): with torch 2.13 the partitioner of torch.compile
-    keeps, per block, what `_block_bytes` lists, and recomputes the rest. With `recompute` only the input of each block
-    is kept, and everything of one block while its backward pass runs. `residual_bytes` is the size of a number of the
-    residual stream.
+    The model runs under autocast to bfloat16, and its blocks are compiled. The function counts the tensors that
+    autograd stores (tests/activations.py). In torch 2.13, torch.compile keeps the tensors of each block that
+    `_block_bytes` lists, and recomputes the others. If `recompute` is true, only the input of each block is kept. While
+    the backward pass of a block runs, all tensors of that one block are in memory too.
+    `residual_bytes` is the size of one number of the residual stream.
     """
     tokens = sequences * model.context
     block, residual = _block_bytes(model, residual_bytes), residual_bytes * model.width
     blocks = residual * (model.layers - 1) + block if recompute else block * model.layers
-    # Outside of the blocks: the gradient that the loss has computed already, the last norm's input (RMS-norm takes
-    # float32), and the norm and the dropout mask of the embedding. A residual stream in bfloat16 begins with a copy.
+    # Stored outside of the blocks: the gradient that the loss has already computed, the input of the last norm
+    # (RMS-norm takes float32), and the norm and dropout mask of the embedding. A residual stream in bfloat16 begins
+    # with a copy.
     around = residual + _norm_bytes(model) + (FP32_BYTES * model.width if model.norm == "rmsnorm" else residual)
     if model.embedding_norm:
         around += FP32_BYTES * model.width + _norm_bytes(model) + (residual if residual_bytes < FP32_BYTES else 0)
     around += model.width if model.dropout else 0
-    # All blocks use the first block's values. These are a view of a tensor with its queries and keys, which stays too.
+    # All blocks use the first block's values. They are a view of a tensor that also holds queries and keys, so the
+    # whole tensor stays in memory.
     around += 3 * BF16_BYTES * model.width if model.value_skip and recompute else 0
     return float(tokens * (blocks + around))
 
 
 def _block_bytes(model: ModelConfig, residual_bytes: int) -> int:
-    """Bytes per token that a compiled block stores for its backward pass, its input included."""
-    products = 7 * model.width  # results of: both norms, queries, keys, values, attention, its projection
+    """Bytes per token that a compiled block stores for its backward pass, including its input."""
+    products = 7 * model.width  # results of both norms, the queries, keys and values, the attention and its projection
     products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # a result of each
     if model.position == "rope" or model.qk_norm:
-        products += 3 * model.width  # queries and keys after rope or norm, and a reordered copy of attention's result
-    products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # before and after the activation
+        # Queries and keys after rope or norm, and a reordered copy of the attention's result.
+        products += 3 * model.width
+    products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # the hidden layer before and after the activation
     kept = residual_bytes * model.width + BF16_BYTES * products
     kept += 2 * model.width if model.dropout else 0  # dropout masks, a byte per element
     statistics = model.heads * (3 if model.qk_norm else 1)  # attention's log-sum-exp, and the norms per head
@@ -173,7 +182,10 @@ def _block_bytes(model: ModelConfig, residual_bytes: int) -> int:
 
 
 def _norm_bytes(model: ModelConfig) -> int:
-    """Bytes of the statistics that a norm stores per token: the inverse deviation, and for LayerNorm the mean."""
+    """Bytes of the statistics that a norm stores per token.
+
+    These are the inverse deviation and, for LayerNorm, also the mean.
+    """
     return FP32_BYTES * (2 if model.norm == "layernorm" else 1)
 
 
@@ -193,10 +205,11 @@ def training_bytes(
 ) -> float:
     """Memory that one GPU needs to train with `sequences` per micro-batch, `accumulation` of them per step and rank.
 
-    The sum of: weights, gradients and partial gradient sums in float32 (trainer.optim.reduce keeps a partial sum per
-    level of its tree), the optimizer's state, a buffer for the exchange of updates if ranks share that state (ZeRO or
-    Muon), bfloat16 copies of the weights, activations, and one chunk of the loss. 10 % are added for gradients of
-    activations, the allocator and the libraries. The estimate is not confirmed on a GPU yet.
+    The sum covers weights, gradients and partial gradient sums in float32; trainer.optim.reduce keeps a partial sum per
+    level of its tree. It also covers the optimizer's state, bfloat16 copies of the weights, activations, and one chunk
+    of the loss. If ranks share the optimizer's state (ZeRO or Muon), a buffer for the exchange of updates is added.
+    Then 10 % are added for gradients of activations, the allocator and the libraries. The estimate is not confirmed on
+    a GPU yet.
     """
     count = parameters(model)
     matrices = matrix_parameters(model) - model.padded_vocab_size * model.width if muon else 0

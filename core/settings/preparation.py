@@ -14,7 +14,7 @@ def _cap() -> Any:
     """The field `max_usd` of programs that make a token set."""
     return setting(
         0.0,
-        "hard cap in dollars for all preparations whose ledger is in RUN_URL: finished parts are kept; 0: no cap",
+        "hard cap in dollars for all preparations with their ledger in RUN_URL; finished parts are kept; 0: no cap",
         identity=False,
         env="MAX_USD",
         ge=0,
@@ -34,7 +34,7 @@ class SourceConfig(Bounded):
     split: str = setting("train", "the dataset's split")
     url: str = setting(
         "",
-        "files in place of a dataset: a path or glob of .parquet, .jsonl, .json, .csv, .tsv (.gz, .zst), .txt, .arrow "
+        "files instead of a dataset: a path or glob of .parquet, .jsonl, .json, .csv, .tsv (.gz, .zst), .txt, .arrow "
         "or .tar (local, https://, s3://, gs://, az://, hf://)",
         env="SOURCE_URL",
         check=urls.mistake_in_source,
@@ -42,7 +42,7 @@ class SourceConfig(Bounded):
     )
     revision: str = setting(
         "",
-        "commit or tag of the dataset, or of an hf:// address without @REVISION; empty: the commit that is newest at "
+        "commit or tag of the dataset, or of an hf:// address without @REVISION; empty: the newest commit at "
         "the first start",
     )
     text_column: str | None = setting(
@@ -50,8 +50,8 @@ class SourceConfig(Bounded):
     )
     id_column: str | None = setting(
         None,
-        "column with the document's unique id, whose hash decides the split; empty: use the hash of the text; none: "
-        "the column id if there is one, else the hash of the text",
+        "column with the document's unique id; the hash of the id decides the split. empty: use the hash of the "
+        "text; none: the column id if it exists, else the hash of the text",
     )
     text_documents: Literal["file", "blocks"] = setting(
         "file", "documents of .txt files: whole files, or blocks of lines between blank lines"
@@ -127,7 +127,7 @@ class ShardsConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
+        require(bool(self.url), "url", "is empty; set it with --data.url=... or with DATA_URL")
         require(self.shard_tokens < 2**31, "shard_tokens", f"is {self.shard_tokens}, must be at most 2147483647")
 
 
@@ -136,18 +136,21 @@ class PrepDataConfig(ShardsConfig):
     """Location of the shards, the split and the shuffle."""
 
     part_bytes: int = setting(
-        256 << 20, "source bytes per part, the unit of work and of resuming; a part ends its last shard early", gt=0
+        256 << 20, "source bytes per part, the unit of work and of resuming; the last shard of a part is shorter", gt=0
     )
     val_fraction: float = setting(
         0.002, "maximum fraction of documents for validation, by hash of their id", ge=0, lt=1
     )
     val_tokens: int = setting(
-        0, "largest number of validation tokens; the lowest hashes come first; 0: all documents of val_fraction", ge=0
+        0,
+        "largest number of validation tokens; the documents with the lowest hashes are taken first; 0: all "
+        "documents of val_fraction",
+        ge=0,
     )
     train_tokens: int = setting(
         0,
-        "least number of training tokens: only as many parts of the source are read as hold them, in an order that the "
-        "seed draws; 0: all",
+        "number of training tokens to reach: parts of the source are read in an order drawn from the seed until "
+        "they hold this many tokens; 0: the whole source",
         identity="unless default",
         ge=0,
     )
@@ -234,7 +237,7 @@ class FetchSourceConfig:
         "", "training shards: a file or glob of .bin or .npy (local, s3://, gs://, az://, hf://)", check=urls.mistake
     )
     val_url: str = setting("", "validation shards, as train_url; empty: none", check=urls.mistake)
-    revision: str = setting("", "commit or tag of hf:// sources; empty: the commit that is newest at the first start")
+    revision: str = setting("", "commit or tag of hf:// sources; empty: the newest commit at the first start")
 
     def __post_init__(self):
         require(bool(self.train_url), "train_url", "is empty; give a file or glob")

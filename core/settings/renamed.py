@@ -37,7 +37,7 @@ RENAMED = {
     "few_shot": "num_fewshot",
     "lm_eval_folder": "lm_eval_tasks",
     "shutdown_seconds": "shutdown_reserve_seconds",
-    "tokens": "max_tokens",  # of generation; evaluation has a setting of that name
+    "tokens": "max_tokens",  # generation had this name for a flag; evaluation has a setting with the same name
     "rows": "max_batch_size",
 }
 

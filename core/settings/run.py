@@ -6,7 +6,8 @@ from typing import Any
 from core import urls
 from core.settings.loader import Bounded, require, setting
 
-# From a program's end to its machine's: 79 to 133 s in eight launches on emulated AWS and Lambda, and a fifth more.
+# In eight launches on emulated AWS and Lambda, 79 to 133 s passed between the end of the program and the end of its
+# machine. The default adds a fifth to the longest of these times.
 SHUTDOWN_SECONDS = 160.0
 
 
@@ -36,30 +37,30 @@ class RunConfig(Bounded):
     )
     usual_max_usd: float = setting(
         0.0,
-        "cap that a launch takes if MAX_USD is not given and the task's is lower: above this config's forecast",
+        "cap of a launch if MAX_USD is not given and the task's cap is lower; it is above this config's forecast",
         identity=False,
         ge=0,
     )
     max_hours: float = setting(
         0.0,
-        "most hours for which machines of the run are paid, all segments together; waiting for a machine costs nothing "
-        "and does not count; 0: no bound",
+        "limit of the paid hours of all machines of the run together; time spent waiting for a machine does not "
+        "count; 0: no limit",
         env="MAX_HOURS",
         identity=False,
         ge=0,
     )
     max_restart_usd: float = setting(
         0.0,
-        "most dollars for machines that come after the one with the newest checkpoint: a run that only restarts ends; "
-        "0: no bound",
+        "limit in dollars for machines that start after the newest checkpoint was stored, so that a run that "
+        "only restarts ends; 0: no limit",
         env="MAX_RESTART_USD",
         identity=False,
         ge=0,
     )
     branch_from: str = setting(
         "",
-        "RUN@STEP, RUN@trunk or RUN: a new run begins with that checkpoint's weights, optimizer state and position in "
-        "the data; trunk is the step before the cooldown; --from for short",
+        "RUN@STEP, RUN@trunk or RUN: a new run begins with the weights, optimizer state and data position of "
+        "that checkpoint; trunk is the last step before the cooldown; --from for short",
         identity=False,
         check=urls.mistake,
     )
@@ -67,4 +68,4 @@ class RunConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+        require(bool(self.url), "url", "is empty; set it with --run.url=... or with RUN_URL")

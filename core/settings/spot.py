@@ -1,4 +1,4 @@
-"""Refuses spot machines for a run that would store no checkpoint, and says what it would take."""
+"""Refuses spot machines for a run that would store no checkpoint, and says how long that run would take."""
 
 import math
 
@@ -8,12 +8,13 @@ EXAMPLE_HOURS = 24.0
 
 
 def too_few_checkpoints(config: TrainingConfig, hours: float | None = None) -> str:
-    """Why a config's checkpoints are too rare for spot, with the arithmetic; "" if they are not.
+    """A sentence that says why a config's checkpoints are too rare for spot machines, with the calculation.
 
-    `hours` is the expected length of the run; if it is not known, the arithmetic is that of 24. A run is refused if its
-    first checkpoint is due after its last step. Interruptions come at random, on average M hours apart
-    (`checkpoint.expected_hours_between_failures`). A run of T hours that can only start again takes M (e^(T/M) - 1)
-    hours until it once gets through. With `every_steps=0` checkpoints come as often as costs least.
+    "" if they come often enough. `hours` is the expected length of the run. If it is unknown, 24 hours are assumed. A
+    run is refused if its first checkpoint is due after its last step. Interruptions come at random, on average M hours
+    apart (`checkpoint.expected_hours_between_failures`). A run of T hours that must restart from the beginning each
+    time takes M (e^(T/M) - 1) hours on average. If `every_steps` is 0, checkpoints come at the interval that costs
+    least.
     """
     every, apart = config.checkpoint.every_steps, config.checkpoint.expected_hours_between_failures
     if every < config.train.steps:

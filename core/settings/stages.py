@@ -23,9 +23,10 @@ def written_out(arguments: Sequence[str]) -> list[str]:
 
 
 def training_schema(arguments: Sequence[str]) -> type[TrainingConfig]:
-    """The schema of the stage that `--stage=...` or the config file names; without either, pretraining's.
+    """The schema of the stage that `--stage=...` or the config file names.
 
-    Raises ConfigError for an unknown stage and for a file that cannot be read.
+    If neither names a stage, it is the schema of pretraining. Raises ConfigError for an unknown stage and for a file
+    that cannot be read.
     """
     name, where = loader.peek("stage", arguments) or ("pretrain", "")
     if name not in STAGES:

@@ -11,7 +11,7 @@ from core.settings.run import RunConfig
 
 @dataclass(frozen=True)
 class DataConfig(Bounded):
-    """The tokens to train on, and the way in which they are fetched and mixed."""
+    """The tokens to train on, and how they are fetched and mixed."""
 
     url: str = setting(
         "",
@@ -33,7 +33,7 @@ class DataConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --data.url=... or DATA_URL")
+        require(bool(self.url), "url", "is empty; set it with --data.url=... or with DATA_URL")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class BatchConfig(Bounded):
     tokens_per_step: int = setting(524288, "tokens per optimizer step, over all ranks", gt=0)
     micro_batch_size: int = setting(
         32,
-        "sequences per forward pass and rank, from which the number of accumulated micro-batches follows; 0: the most "
-        "that fit into memory, found by the first segment of the run",
+        "sequences per forward pass and rank; they determine the number of accumulated micro-batches. 0: the "
+        "most that fit into memory, found by the first segment of the run",
         ge=0,
     )
 
@@ -60,8 +60,8 @@ class OptimizerConfig(Bounded):
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr", ge=0)
     schedule: Literal["cosine", "linear", "wsd"] = setting(
         "cosine",
-        "shape of the decay of the learning rates; wsd: they stay at the peak until the money, `make anneal`, "
-        "train.target_loss or train.steps calls for a cooldown to 0",
+        "shape of the decay of the learning rates. wsd: they stay at the peak until a cooldown to 0 begins, "
+        "because of the money, `make anneal`, train.target_loss or train.steps",
     )
     cooldown_fraction: float = setting(
         1.0, "fraction of the steps, at the end of the run, in which the learning rates decay", ge=0, le=1
@@ -97,9 +97,9 @@ class OptimizerConfig(Bounded):
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     zero: Literal[0, 1, 2] = setting(
         0,
-        "ZeRO stage (Rajbhandari et al. 2020): 1: each rank keeps the optimizer state of its share of rows only; 2: "
-        "each rank also keeps partial gradient sums of that share only, which needs more exchanges. The stage does not "
-        "change the results",
+        "ZeRO stage (Rajbhandari et al. 2020). 1: each rank keeps the optimizer state of its share of rows "
+        "only. 2: each rank also keeps partial gradient sums of that share only; this needs more exchanges. The "
+        "stage does not change the results",
         identity=False,
     )
 
@@ -110,7 +110,7 @@ class TrainLoopConfig(Bounded):
 
     steps: int = setting(
         19073,
-        "optimizer steps of the whole run; with schedule wsd, the most that it takes",
+        "optimizer steps of the whole run; with schedule wsd, the largest number of steps",
         gt=0,
         replaces=("tokens", "epochs"),
     )
@@ -130,13 +130,13 @@ class TrainLoopConfig(Bounded):
     )
     extend: bool = setting(
         False,
-        "continue a run to more train.steps than it began with: from its stable part, or with a second warm-up; "
+        "continue a run with more train.steps than before: from its stable part, or with a second warm-up; "
         "--extend for short",
         identity=False,
     )
     target_loss: float = setting(
         0.0,
-        "with schedule wsd: begin the cooldown once a validation loss of this much is expected at its end; 0: none",
+        "with schedule wsd: begin the cooldown once its forecast final validation loss is at most this; 0: no target",
         identity=False,
         ge=0,
     )
@@ -154,7 +154,7 @@ class TrainLoopConfig(Bounded):
     )
     overfit_max_loss: float = setting(
         0.1,
-        "loss below which a run with --overfit ends; the run fails if it does not get there within `steps`",
+        "loss below which a run with --overfit ends; the run fails if it does not reach this loss within `steps`",
         identity=False,
         gt=0,
     )
@@ -167,10 +167,15 @@ class TrainLoopConfig(Bounded):
     )
     eval_every: int = setting(250, "steps between validation losses; 0: only at the end", identity=False, ge=0)
     eval_first: bool = setting(
-        True, "validate and sample before the first step too, if that is done at intervals", identity=False
+        True,
+        "validate and sample before the first step too, if validations and samples at intervals are on",
+        identity=False,
     )
     eval_tokens: int = setting(
-        10485760, "validation tokens of each measurement, always the same ones", identity=False, gt=0
+        10485760,
+        "number of validation tokens of each measurement; they are always the same tokens",
+        identity=False,
+        gt=0,
     )
     hellaswag_every: int = setting(
         0,
@@ -179,7 +184,7 @@ class TrainLoopConfig(Bounded):
         ge=0,
     )
     hellaswag_items: int = setting(
-        10042, "number of HellaSwag items, from the first on; 0: no HellaSwag", identity=False, ge=0
+        10042, "number of HellaSwag items, starting at the first; 0: no HellaSwag", identity=False, ge=0
     )
     sample_every: int = setting(1000, "steps between text samples; 0: only at the end", identity=False, ge=0)
     sample_tokens: int = setting(48, "tokens per sample; 0: no samples", identity=False, ge=0)
@@ -196,19 +201,21 @@ class TrainLoopConfig(Bounded):
     )
     residual: Literal["fp32", "bf16"] = setting(
         "fp32",
-        "number format of the residual stream between blocks; bf16 moves fewer bytes and rounds each block's sum",
+        "number format of the residual stream between blocks; bf16 moves fewer bytes, but rounds each block's sum",
         identity="unless default",
     )
     attention: Literal["auto", "flash", "flash3", "efficient", "cudnn"] = setting(
         "auto",
-        "kernel of attention on a GPU: auto is the fastest one measured on it, else torch's choice",
+        "kernel of attention on a GPU; auto: the fastest kernel measured on it, else torch's choice",
         identity="unless default",
     )
     grad_reduce_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "number format in which ranks exchange gradients; with bf16 the result depends on the number of ranks"
     )
     activation_checkpointing: bool = setting(
-        False, "keep only block inputs for the backward pass: less memory, a third more computation", identity=False
+        False,
+        "keep only the inputs of blocks for the backward pass; this takes less memory and a third more computation",
+        identity=False,
     )
     deterministic: bool = setting(
         True,
@@ -218,7 +225,7 @@ class TrainLoopConfig(Bounded):
     compile: bool = setting(True, "torch.compile the model (CUDA only)", identity=False)
     profile: tuple[int, ...] = setting(
         (),
-        "first and last step to profile: a trace in the run's folder, the dearest operations in the log",
+        "first and last step to profile: the trace goes into the run's folder, the slowest operations into the log",
         identity=False,
     )
     cpu_threads: int = setting(0, "threads per rank on a CPU; 0: cores / ranks", identity=False, ge=0)
@@ -252,7 +259,7 @@ class TrainLoopConfig(Bounded):
         require(
             not (self.residual == "bf16" and is_fp32),
             "residual",
-            "is bf16, but the products are fp32, which it would round; set train.precision=bf16, or this to fp32",
+            "is bf16, but the products are fp32, and bf16 would round them; set train.precision=bf16, or this to fp32",
         )
         if self.attention == "auto":
             return
@@ -312,13 +319,13 @@ class CheckpointConfig(Bounded):
     )
     outage_minutes: float = setting(
         15.0,
-        "minutes without a store that takes checkpoints, metrics or the ledger after which training stops; 0: never",
+        "training stops after the store has refused checkpoints, metrics or the ledger for this many minutes; 0: never",
         identity=False,
         ge=0,
     )
     last_try_minutes: float = setting(
         10.0,
-        "minutes for which a machine that stops for want of its store goes on trying to store the last step",
+        "when training stops because its store fails, it tries to store the last step for this many minutes",
         identity=False,
         ge=0,
     )
@@ -340,12 +347,12 @@ class TrainingConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.train.tokens:  # from here on the run has a number of steps, as it would if that had been given
+        if self.train.tokens:  # convert the tokens to a number of steps
             object.__setattr__(self, "train", of_length(self.train, self.train.tokens, self.batch.tokens_per_step))
 
 
 def of_length(train: TrainLoopConfig, tokens: float, tokens_per_step: int) -> TrainLoopConfig:
-    """The same settings with the number of steps that is nearest to `tokens`, at least 1."""
+    """The same settings with the number of steps that comes nearest to `tokens`, at least 1."""
     return replace(train, steps=max(1, round(tokens / tokens_per_step)), tokens=0.0, epochs=0.0)
 
 

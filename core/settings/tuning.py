@@ -32,8 +32,8 @@ class ExamplesConfig(Bounded):
     )
     max_bad_fraction: float = setting(
         0.01,
-        "largest fraction of rows without an answer or of an unknown form. They are skipped; a larger fraction is an "
-        "error",
+        "largest allowed fraction of unusable rows: rows without an answer or of an unknown form. They are skipped; a "
+        "larger fraction is an error",
         ge=0,
         le=1,
     )
@@ -60,7 +60,7 @@ LayerName = Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 @dataclass(frozen=True)
 class LoraConfig(Bounded):
-    """Low-rank adapters (Hu et al. 2021), which train instead of all weights."""
+    """Low-rank adapters (Hu et al. 2021). They train instead of all other weights."""
 
     rank: int = setting(0, "rank of the adapters; 0: no adapters, all weights train", ge=0)
     alpha: float = setting(16.0, "the output of an adapter is multiplied by alpha / rank", gt=0)
@@ -102,7 +102,7 @@ class TuningLoopConfig(TrainLoopConfig):
 
     epochs: float = setting(
         0.0,
-        "passes over the examples, which give the number of steps; 0: use `steps`",
+        "passes over the examples, from which the number of steps follows; 0: use `steps`",
         ge=0,
         replaces=("steps", "tokens"),
     )
@@ -273,7 +273,7 @@ class MakeConfig(Bounded):
         super().__post_init__()
         for key, remedy in (
             ("prompts", "name a file"),
-            ("url", "set it, --make.url=... or DATA_URL"),
+            ("url", "set it with --make.url=... or with DATA_URL"),
             ("licence", "name the terms under which the answers may be used, for those who train on the rows"),
         ):
             require(bool(getattr(self, key)), key, f"is empty; {remedy}")
@@ -301,7 +301,7 @@ class WorkConfig(Bounded):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.url), "url", "is empty; set it, --run.url=... or RUN_URL")
+        require(bool(self.url), "url", "is empty; set it with --run.url=... or with RUN_URL")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ LOOK_UP_SECONDS = 10.0
 
 
 def endpoint_of(variables: Mapping[str, str], profile: Mapping[str, str] = {}) -> str | None:
-    """The URL of the S3 server; None for AWS's default."""
+    """The URL of the S3 server, or None for AWS's default."""
     for name in ENDPOINTS:
         if variables.get(name):
             return variables[name].rstrip("/")
@@ -51,7 +51,7 @@ class Place:
         found: dict[str, Any] = {
             "region": self.region,
             "conditional_put": "etag",
-            # A signature of the body would need one more pass over it. AWS's tools do not sign it over https either.
+            # Signing the body would need one more pass over it. AWS's tools do not sign it over https either.
             "unsigned_payload": True,
             # Some servers do not accept lists of keys; this project deletes one object at a time.
             "disable_bulk_delete": True,
@@ -89,8 +89,8 @@ class Place:
         return True
 
     def home(self) -> str | None:
-        """The bucket's region, which the server returns without credentials; None if it does not answer."""
-        import urllib.error  # most programs never need it
+        """The bucket's region, which the server returns without credentials, or None if it does not answer."""
+        import urllib.error  # imported here, because most programs never need this module
         import urllib.request
 
         address = f"{self.endpoint or 'https://s3.amazonaws.com'}/{quote(self.bucket)}"
@@ -98,14 +98,14 @@ class Place:
         try:
             with urllib.request.urlopen(request, timeout=LOOK_UP_SECONDS) as answer:
                 return answer.headers["x-amz-bucket-region"]
-        except urllib.error.HTTPError as error:  # refusals and redirects name the region too
+        except urllib.error.HTTPError as error:  # the region is in the headers of a refusal or a redirect, too
             return error.headers["x-amz-bucket-region"]
         except (OSError, ValueError):
             return None
 
 
 def _special_endpoint(region: str, variables: Mapping[str, str]) -> str | None:
-    """AWS's endpoint for FIPS, dual stack or China; None for the usual one."""
+    """AWS's endpoint for FIPS, dual stack or China, or None for the usual one."""
 
     def is_set(name: str) -> bool:
         return variables.get(name, "").lower() == "true"

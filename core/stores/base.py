@@ -1,7 +1,7 @@
 """Defines Store, the interface of stores for core.storage, and selects keys by patterns.
 
-The form of the keys differs between stores. Each store raises the errors of the library that it uses, which
-core/stores/faults.py interprets.
+The form of the keys differs between stores. Each store raises its library's errors, which core/stores/faults.py
+interprets.
 """
 
 import fnmatch
@@ -31,7 +31,7 @@ class Terms:
     service: str
     bucket: str = ""
     endpoint: str = "the server"
-    create: str = "create it"  # how to create the bucket
+    create: str = "create it"  # a sentence on how to create the bucket
     keys: str = ""  # variables that hold its credentials
     access: str = "that the key may read and write this bucket"
 
@@ -43,13 +43,13 @@ class Store(Protocol):
     is_local: bool
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> tuple[int, Iterator[Buffer]]:
-        """The number of bytes that exist in [start, end), and those bytes in pieces."""
+        """The number of bytes in [start, end) that the object has, and these bytes in pieces."""
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[Buffer]:
         """The bytes of each range. Neighbouring ranges may share a request."""
 
     def put(self, key: str, data: memoryview, exclusive: bool) -> None:
-        """Store an object atomically. With `exclusive`, exactly one of several racing writers succeeds."""
+        """Store an object atomically. If `exclusive` is true, exactly one of several racing writers succeeds."""
 
     def put_file(self, key: str, path: str) -> None:
         """Store a local file atomically."""
@@ -58,10 +58,10 @@ class Store(Protocol):
         """Size in bytes. Raises FileNotFoundError or the library's equivalent."""
 
     def objects(self, folder: str) -> Iterable[Found]:
-        """All objects below a folder at any depth; none if the folder does not exist."""
+        """All objects below a folder at any depth. There are none if the folder does not exist."""
 
     def names(self, folder: str) -> Iterable[str]:
-        """Names of objects and folders one level below a folder; none if the folder does not exist."""
+        """Names of objects and folders one level below a folder. There are none if the folder does not exist."""
 
     def matching(self, pattern: str) -> Iterable[Found]:
         """Objects whose keys match a pattern."""
@@ -73,13 +73,16 @@ class Store(Protocol):
         """Delete an object. May raise FileNotFoundError if it does not exist."""
 
     def renew(self, error: Exception) -> bool:
-        """Renew credentials or region if an error asks for it. Returns whether the request can be repeated."""
+        """Renew the credentials or the region if an error shows that they are the cause.
+
+        Returns whether the request can be repeated.
+        """
 
 
 # --- patterns over keys ----------------------------------------------------------------------------------------
 
 _WILD = re.compile(r"[*?\[]")
-# A function that says whether one part of a path matches; None stands for `**`.
+# A function that says whether one part of a path matches. None means `**`.
 _Part = Callable[[str], object] | None
 
 
@@ -89,17 +92,21 @@ def is_pattern(place: str) -> bool:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """A function that says whether a whole path matches. `**` stands for folders only as a complete part.
+    """A function that says whether a whole path matches a pattern.
 
-    Names that begin with `.` are hidden, as in a shell, and so are names that begin with `_`, which Spark and Hive give
-    to files beside the data. A wildcard matches them only if the pattern begins with the same character (`.*`, `_*`).
+    `**` matches folders only if it is a whole part of the pattern. Names that begin with `.` are hidden, as in a shell.
+    Names that begin with `_` are hidden too, because Spark and Hive use them for files beside the data. A wildcard
+    matches a hidden name only if its part of the pattern begins with the same character (`.*`, `_*`).
     """
     parts = [None if part == "**" else _part(part) for part in pattern.split("/")]
     return lambda path: _fits(parts, path.split("/"))
 
 
 def literal_parts(parts: Sequence[str], exists: Callable[[Sequence[str]], bool]) -> int:
-    """The number of leading parts of a pattern that are plain names: without wildcards, or existing as written."""
+    """The number of leading parts of a pattern that are plain names.
+
+    A part is a plain name if it has no wildcards, or if an entry with exactly this name exists.
+    """
     for number, part in enumerate(parts):
         if is_pattern(part) and not (part != "**" and exists(parts[: number + 1])):
             return number

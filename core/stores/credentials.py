@@ -1,4 +1,4 @@
-"""Finds the credentials of a bucket: in the BUCKET_ variables, else in the places where the store's own tools look.
+"""Finds the credentials of a bucket: in the BUCKET_ variables, else in the places that the store's own tools use.
 
 For S3, these are the environment (AWS_ACCESS_KEY_ID, ...), then a profile or SSO login of ~/.aws if boto3 is installed,
 then the machine's role. A profile is read again before its keys expire, because other programs renew it. For Google and
@@ -16,7 +16,7 @@ from typing import Any
 
 from core.errors import ConfigError
 
-# A profile is read again after this time, because its file may have been renewed.
+# Seconds after which a profile is read again, because another program may have renewed the keys in its file.
 PROFILE_SECONDS = 600.0
 NO_PROFILES = "profiles of ~/.aws need boto3 (`pip install boto3`)"
 _AWS_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
@@ -35,9 +35,10 @@ class NoCredentials(Exception):
 
 
 def for_s3(variables: Mapping[str, str]) -> Provider | None:
-    """A function that returns keys. None if the machine's role is to be used, which obstore finds without it.
+    """A function that returns keys.
 
-    Raises ConfigError if a variable is set but its partner is not (key and secret).
+    The result is None if the machine's role is to be used, because obstore finds the role's keys itself. Raises
+    ConfigError if a variable is set but its partner is not (key and secret).
     """
     for key, secret, token in (
         ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_SESSION_TOKEN"),
@@ -64,7 +65,7 @@ def has_profile(variables: Mapping[str, str]) -> bool:
 
 
 def profile_settings(variables: Mapping[str, str]) -> Mapping[str, str]:
-    """`region` and `endpoint_url` of the AWS profile in use; empty without one."""
+    """`region` and `endpoint_url` of the AWS profile in use. Both are empty if there is no profile."""
     if not has_profile(variables) or not importlib.util.find_spec("boto3"):
         return {}
     import botocore.session

@@ -42,7 +42,8 @@ THROTTLED = frozenset(
     "429 503 SlowDown ServiceUnavailable Throttling ThrottlingException TooManyRequests ServerBusy".split()
 )
 TRANSIENT = THROTTLED | frozenset(
-    # Codes of servers. NoSuchUpload: the upload was completed, but the answer was lost; or the server cleaned it away.
+    # Codes of servers. NoSuchUpload means that the upload was completed but its answer was lost, or that the server
+    # removed the upload.
     "500 502 504 408 InternalError RequestTimeout IncompleteBody OperationAborted ConditionalRequestConflict "
     "OperationTimedOut NoSuchUpload InvalidBlockList "
     # Types of errors, by name, so that no HTTP library has to be imported.
@@ -61,7 +62,7 @@ ELSEWHERE = frozenset("301 307 PermanentRedirect TemporaryRedirect Authorization
 
 @dataclass(frozen=True)
 class _Row:
-    """A kind of error: the marks that identify it, the exception to raise, and the text of its message."""
+    """A kind of error: the marks by which it is recognised, the exception to raise, and the text of its message."""
 
     marks: frozenset[str]
     kind: type[StorageError]
@@ -72,7 +73,7 @@ def _row(marks: str, text: str, kind: type[StorageError] = StorageError) -> _Row
     return _Row(frozenset(marks.split()), kind, text)
 
 
-# The first row that matches counts. Rows with codes of servers come before types of a library, which say less.
+# The first matching row counts. Codes of servers say more than types of a library, so the rows with codes come first.
 _TABLE = (
     _row("NoSuchBucket ContainerNotFound", "bucket {bucket!r} does not exist; {create} or correct the URL"),
     _row(
@@ -136,7 +137,10 @@ def marks_of(error: BaseException) -> frozenset[str]:
 
 
 def is_transient(marks: frozenset[str]) -> bool:
-    """Whether a retry can succeed: yes after a reset, time-out, 429, 5xx or short body; no after 403 or 404."""
+    """Whether a retry can succeed. It can after a reset, a time-out, 429, 5xx or a short body.
+
+    It cannot after 403 or 404.
+    """
     if marks & _FINAL_TYPES or marks & {"credentials", "certificate"}:
         return False
     if "FileNotFoundError" in marks:
@@ -149,12 +153,12 @@ def is_conflict(marks: frozenset[str]) -> bool:
 
 
 def wait_seconds(error: BaseException, marks: frozenset[str]) -> float:
-    """Minimum pause in seconds before a retry: the one that the server asks for, at most MAX_WAIT_SECONDS."""
+    """The shortest pause in seconds that the server asks for before a retry, at most MAX_WAIT_SECONDS."""
     for link in _chain(error):
         headers = getattr(getattr(link, "response", None), "headers", None)
         if headers and str(headers.get("Retry-After", "")).isdigit():
             return min(float(headers["Retry-After"]), MAX_WAIT_SECONDS)
-        # The Hugging Face Hub's form: `"api";r=0;t=55`, nothing left for 55 seconds.
+        # The Hugging Face Hub's format: `"api";r=0;t=55` means that no requests are left for 55 seconds.
         window = re.search(r"\br=0;\s*t=(\d+)", str(headers.get("RateLimit", ""))) if headers else None
         if window:
             return min(float(window.group(1)), MAX_WAIT_SECONDS)
@@ -210,11 +214,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-# Metadata services, which libraries ask for credentials if they find none elsewhere.
+# Metadata services. Libraries ask them for credentials if they find no credentials elsewhere.
 _METADATA = re.compile(r"https?://(169\.254\.169\.254|169\.254\.170\.\d+|metadata\.google\.internal|\[fd00:ec2::254\])")
 # The innermost reason in an error of rustls.
 _CERTIFICATE = re.compile(r"InvalidCertificate\([\s(]*(?:Other\(\s*OtherError\(\s*)?(\w+)")
-# The region that a server expects, in the body of its refusal.
+# The body of a refusal names the region that the server expects.
 _REGION = re.compile(r"<Region>([\w-]+)</Region>|expecting (?:'|&apos;|&#39;)([\w-]+)")
 _PROVIDER = re.compile(r"External \w+ credential provider: (?:NoCredentials: ?)?(?P<said>[^\n]*)")
 

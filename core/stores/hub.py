@@ -1,9 +1,9 @@
 """Reads the Hugging Face Hub as a store, and looks up commits, web pages and names of datasets there.
 
 Each byte range is one request to a `resolve` address, which the Hub's content network answers. fsspec's reader also
-asks the Hub's API before each range; the API's rate limit would stop the reading of a parquet file by thousands of
-ranges. A file in the local cache (below HF_HOME) is read from there. HF_TOKEN is used if set; HF_ENDPOINT names another
-Hub. The store's keys are whole URIs.
+asks the Hub's API before each range. To read a parquet file by thousands of ranges would exceed the API's rate limit. A
+file in the local cache (below HF_HOME) is read from there. HF_TOKEN is used if set; HF_ENDPOINT names another Hub. The
+store's keys are whole URIs.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from core.errors import ConfigError, StorageError
 from core.stores.base import Buffer, Found, Terms, matching
 
 TIMEOUT_SECONDS = 60.0
-# Revisions that may be written with their slashes, as in huggingface_hub. Any other slash must be written as %2F.
+# These revisions may contain slashes, as in huggingface_hub. In other revisions, a slash must be written as %2F.
 _SPECIAL = r"refs/(?:convert/\w+|pr/\d+)"
 _URI = re.compile(rf"^hf://(datasets|models|spaces)/([^/@]+/[^/@]+)(?:@({_SPECIAL}(?![^/])|[^/]+))?(?:/(.*))?$")
 TERMS = Terms(
@@ -43,7 +43,7 @@ class HubPath:
 
 
 def parse(uri: str) -> HubPath:
-    """Split a URI. Raises ConfigError for one that does not name a repository."""
+    """Split a URI. Raises ConfigError for a URI that does not name a repository."""
     match = _URI.match(uri)
     if not match:
         raise ConfigError(f"{uri}: not of the form hf://datasets/OWNER/NAME[@REVISION]/PATH")
@@ -57,7 +57,7 @@ def is_address(uri: str) -> bool:
 
 
 def revision_of(uri: str) -> str:
-    """The revision in a URI; empty without one and for URIs of other stores."""
+    """The revision in a URI. It is empty if the URI has no revision, and for URIs of other stores."""
     return parse(uri).revision if is_address(uri) else ""
 
 
@@ -85,7 +85,10 @@ def page_of(dataset: str) -> str:
 
 
 def similar_datasets(name: str) -> list[str]:
-    """Datasets on the Hub with the same owner or a similar name, for a message; none if the Hub does not answer."""
+    """Names of datasets on the Hub with the same owner or a similar name, for a message.
+
+    Empty if the Hub does not answer.
+    """
     from huggingface_hub import HfApi
 
     owner, _, last = name.rpartition("/")
@@ -118,7 +121,7 @@ def read_range(uri: str, start: int, end: int) -> bytes:
     if is_offline():
         raise StorageError(
             f"{uri}: is not in the Hub's cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE "
-            "forbids to fetch it; unset it, or download the set (hf download --repo-type dataset OWNER/NAME)"
+            "forbids fetching it; unset it, or download the set (hf download --repo-type dataset OWNER/NAME)"
         )
     where = parse(uri)
     prefix = "" if where.kind == "models" else f"{where.kind}/"

@@ -34,7 +34,7 @@ class LocalStore:
         if 0 < count <= SMALL_BYTES and not start:
             with open(path, "rb", buffering=0) as file:
                 return count, iter((file.read(count),))
-        # Without `end`, everything up to the end of the file is read, not `size` bytes: a pipe has no size.
+        # If `end` is not given, the file is read to its end. `size` is not used here, because a pipe has no size.
         return count, _chunks(path, start, end)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

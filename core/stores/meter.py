@@ -13,7 +13,7 @@ _moved = dict.fromkeys(FIELDS, 0)
 
 
 def count(store: Store, **amounts: int) -> None:
-    """Add to the fields of FIELDS. A local folder is not counted, because it bills nothing."""
+    """Add to the counts named in FIELDS. A local folder is not counted, because it costs nothing."""
     if store.is_local:
         return
     with _lock:

@@ -1,6 +1,7 @@
-"""Opens the store behind a URI, once per process, bucket and set of credentials. No other module branches on schemes.
+"""Opens the store behind a URI, once per process, bucket and set of credentials.
 
-store, key = opener.open_store("s3://bucket/runs/first/run.json")     key is runs/first/run.json
+No other module distinguishes the schemes of URIs. store, key = opener.open_store("s3://bucket/runs/first/run.json") key
+is runs/first/run.json
 """
 
 import os
@@ -16,7 +17,8 @@ from core.stores.base import Store, Terms
 from core.stores.hub import HubStore
 from core.stores.local import LocalStore
 
-# Variables that decide which server and credentials a store uses. After a change of one of them it is opened again.
+# These variables determine the server and the credentials of a store. If one of them changes, the store is opened
+# again.
 _BUNDLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 _VARIABLES = ("BUCKET_", "AWS_", "GOOGLE_", "AZURE_", "HOME", *_BUNDLES)
 _KEPT = 16
@@ -26,7 +28,10 @@ _opened: dict[tuple, Store] = {}
 
 
 def scheme_of(uri: str) -> str:
-    """`s3` for s3://bucket/key, `file` for a plain path. Raises StorageError for another spelling (`core.urls`)."""
+    """The scheme of a URI: `s3` for s3://bucket/key, `file` for a plain path.
+
+    Raises StorageError for another spelling (`core.urls`).
+    """
     if problem := urls.mistake(uri):
         raise StorageError(f"{uri}: {problem}")
     scheme, separator, _ = uri.partition("://")
@@ -42,7 +47,7 @@ def open_store(uri: str) -> tuple[Store, str]:
     bucket, key = "/".join(parts[:depth]), "/".join(parts[depth:])
     variables = tuple((name, value) for name, value in os.environ.items() if name.startswith(_VARIABLES))
     known = (make, bucket, variables)
-    with _lock:  # otherwise the first threads would each open a store
+    with _lock:  # without the lock, each of the first threads would open a store
         store = _opened.get(known)
         if store is None:
             if len(_opened) >= _KEPT:
@@ -133,7 +138,8 @@ def _memory(bucket: str, variables: Mapping[str, str]) -> Store:
     return in_memory()
 
 
-# By scheme: the number of path parts that name the bucket (None: the store's keys are whole URIs), and its constructor.
+# For each scheme: the number of path parts that name the bucket, and the store's constructor. If the number is None,
+# the keys are whole URIs.
 _STORES: dict[str, tuple[int | None, Callable[..., Store]]] = {
     "file": (None, LocalStore),
     "hf": (None, HubStore),

@@ -18,10 +18,11 @@ from core.stores import faults
 from core.stores.base import Buffer, Found, Terms, matching
 
 CONNECT_SECONDS = 10
-# A request fails if nothing arrives for this long. During the upload of a part nothing arrives, so uploads get longer.
+# A request fails if no byte arrives for this many seconds. No byte arrives while a part is uploaded, so uploads have a
+# longer limit.
 SILENT_SECONDS = 60
 SILENT_UPLOAD_SECONDS = 300
-# A request as a whole has practically no limit, because large objects take long.
+# A whole request has a very long time limit, because a large object takes long.
 REQUEST_SECONDS = 24 * 3600
 
 PART_BYTES = 16 << 20
@@ -36,7 +37,8 @@ GAP_BYTES = 1 << 20
 PAGE_OBJECTS = 1000
 
 _RETRIES_OFF = {"max_retries": 0, "retry_timeout": timedelta(0)}
-# Pauses of 1, 2, 4, 8, 15 and 15 s, about 45 s in all. They begin with a second, because the server may be throttling.
+# Pauses of 1, 2, 4, 8, 15 and 15 s, 45 s in all. Even the first pause takes a second, because the server may be
+# throttling.
 _RETRIES_OF_PARTS = {
     "max_retries": UPLOAD_TRIES - 1,
     "retry_timeout": timedelta(seconds=SILENT_UPLOAD_SECONDS),
@@ -59,8 +61,8 @@ os.register_at_fork(after_in_child=_after_fork)
 class RemoteStore:
     """One bucket. `make` builds obstore's store from client options and a retry configuration.
 
-    `move` takes the marks of an error (core/stores/faults.py) and returns whether the bucket is now addressed in
-    another region.
+    `move` takes the marks of an error (core/stores/faults.py). If these marks name another region, `move` addresses the
+    bucket there and returns true.
     """
 
     is_local = False
@@ -135,7 +137,7 @@ class RemoteStore:
                 self._upload(key, file, size)
 
     def _upload(self, key: str, content: Any, size: int) -> None:
-        """Upload in parallel parts. If one fails for good, obstore removes the others."""
+        """Upload in parallel parts. If a part fails finally, obstore removes the others."""
         part = max(PART_BYTES, -(-size // MOST_PARTS))
         try:
             obstore.put(self._uploads, key, content, use_multipart=True, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
@@ -153,9 +155,10 @@ class RemoteStore:
             raise
 
     def _asked_again(self, key: str, refusal: Exception) -> int:
-        """The size of an object whose HEAD request was refused. Asks by GET, whose answer names the cause of a refusal.
+        """The size of an object whose HEAD request was refused.
 
-        Raises the error of the GET request, or NoListing if the credentials may not list the bucket either.
+        Sends a GET request, because its answer names the cause. Raises the error of the GET request, or NoListing if
+        the credentials may not list the bucket either.
         """
         try:
             return obstore.get(self._store, key, options={"range": (0, 1)}).meta["size"]
@@ -182,9 +185,10 @@ class RemoteStore:
                     yield Found(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     def _marks_folder(self, meta: Any) -> bool:
-        """Whether this is an empty object whose name ends with a slash, by which some tools mark a folder.
+        """Whether this is an empty object whose name ends with a slash.
 
-        obstore lists it without the slash, and no object exists under that name.
+        Some tools mark a folder with such an object. obstore lists it without the slash, a name under which no object
+        exists.
         """
         if meta["size"]:
             return False

@@ -21,15 +21,15 @@ from core.stores.opener import open_store
 log = logging.getLogger("core.storage")
 T = TypeVar("T")
 
-# The eight pauses (0.25 to 15 s) add up to about 45 s, besides the time of the attempts: longer than S3's SlowDown
-# episodes, shorter than the time after a preemption notice.
+# The eight pauses (0.25 to 15 s) add up to about 45 s, without the time of the attempts. The sum is longer than S3's
+# SlowDown episodes, and shorter than the time between a preemption notice and the end of the machine.
 ATTEMPTS = 9
 BACKOFF_SECONDS = 0.25
 BACKOFF_CAP_SECONDS = 15.0
 
 
 def call(uri: str, verb: str, use: Callable[[Store, str], T]) -> T:
-    """`use(store, key)` with the store behind a URI and the object's key. `verb` describes it in messages.
+    """Calls `use(store, key)` with the store behind a URI and the object's key. `verb` describes the call in messages.
 
     Raises StorageError with the URI and the remedy, and core.errors.ConfigError for wrong credentials.
     """
@@ -40,7 +40,10 @@ def call(uri: str, verb: str, use: Callable[[Store, str], T]) -> T:
 
 
 def retrying(uri: str, verb: str, store: Store, request: Callable[[], T]) -> T:
-    """`request()`, repeated with exponential backoff and jitter while its errors are transient."""
+    """The result of `request()`.
+
+    While its errors are transient, the request is repeated with exponential backoff and jitter.
+    """
     renewed = False
     attempt = 1
     while True:
@@ -73,9 +76,9 @@ def _pause(verb: str, uri: str, attempt: int, error: Exception, marks: frozenset
     time.sleep(pause)
 
 
-# --- interruptible waiting -------------------------------------------------------------------------------------
-# Python runs signal handlers between two bytecodes of the main thread, and a request of obstore is one bytecode, which
-# takes a minute if the server hangs. Another thread therefore makes the request while the main thread waits for it.
+# --- interruptible waiting ------------------------------------------------------------------------------------- Python
+# runs signal handlers between two bytecodes of the main thread. A request of obstore is one bytecode, and takes a
+# minute if the server hangs. Another thread therefore makes the request while the main thread waits for it.
 
 
 class _Asker:
@@ -97,16 +100,17 @@ class _Asker:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
-            del call, future  # they would keep the last object in memory until the next call
+            del call, future  # otherwise, these variables would keep the last object in memory until the next call
 
 
-# Threads that wait for a request. A thread whose caller was interrupted is not put back here.
+# Threads that wait for their next request. If the caller of a thread was interrupted, the thread is not put back into
+# this list.
 _idle: list[_Asker] = []
 os.register_at_fork(after_in_child=_idle.clear)
 
 
 def interruptible(request: Callable[[], T]) -> T:
-    """`request()`, run in another thread if this is the main one."""
+    """The result of `request()`. If this is the main thread, another thread runs the request."""
     if threading.current_thread() is not threading.main_thread():
         return request()
     asker = _idle.pop() if _idle else _Asker()

@@ -1,4 +1,4 @@
-"""Draws the lowest expected loss against dollars, one line per machine, as an SVG file that needs nothing else."""
+"""Draws the lowest expected loss against dollars, one line per machine, as a self-contained SVG file."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ LEAST_USD, MOST_USD, POINTS = 5.0, 500.0, 25
 LINES = 6
 WIDTH, HEIGHT = 880, 420
 TICKS = (5, 10, 20, 50, 100, 200, 500)
-# Colours that stay apart for readers who do not see red and green alike (Okabe and Ito 2008).
+# Colours that colour-blind readers can tell apart (Okabe and Ito 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _STYLE = (
     "svg { background: #fff; font: 12px system-ui, sans-serif; } .grid { stroke: #dfe3e8; } "
@@ -19,7 +19,7 @@ _STYLE = (
 
 
 def frontier(ask: Callable[[float], Answer]) -> dict[str, list[Plan]]:
-    """The plans of each machine for sums from LEAST_USD to MOST_USD; the lowest losses first."""
+    """The plans of each machine for sums from LEAST_USD to MOST_USD. The machine with the lowest losses comes first."""
     ratio = (MOST_USD / LEAST_USD) ** (1 / (POINTS - 1))
     found: dict[str, list[Plan]] = {}
     for index in range(POINTS):

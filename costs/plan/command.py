@@ -22,10 +22,11 @@ from costs.plan.machines import Wanted
 from costs.plan.own import Own
 from costs.plan.planner import PREPARATION, Answer, Buyer, Prices, Question
 
-MOST_USD = 100_000.0  # above it every plan has all the tokens that it may take
+MOST_USD = 100_000.0  # above this sum, every plan already has all the tokens that it may take
 USAGE = """\
-Says which machine, model size, number of tokens and recipe give the lowest expected validation loss for a sum of
-dollars, all in: start, image, data, training, validation, checkpoints, shutdown, restarts, storage, egress.
+Finds the machine, model size, number of tokens and recipe with the lowest expected validation loss for a sum of
+dollars. The sum covers all costs: start, image, data, training, validation, checkpoints, shutdown, restarts,
+storage, egress.
 
   python cost_report.py plan --usd=20
   python cost_report.py plan --usd=20 --deadline=6h --on-demand
@@ -33,12 +34,15 @@ dollars, all in: start, image, data, training, validation, checkpoints, shutdown
   python cost_report.py plan --usd=20 --offline --json
   python cost_report.py plan --usd=20 --svg=loss-for-dollars.svg
 
-It rents nothing. It prints what to type to launch the best plan.
+This command rents nothing. It prints the command that carries out the best plan.
 """
 
 
 def main(arguments: list[str]) -> None:
-    """Print the plans for a sum. Raises LauncherError, with the smallest sum that works if that is the problem."""
+    """Print the plans for a sum. Raises LauncherError.
+
+    If the sum is too small, the error names the smallest sum that works.
+    """
     options = _parser().parse_args(arguments)
     today = datetime.now(UTC).date()
     usd = _dollars(options.usd)
@@ -75,7 +79,7 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"--svg={options.svg}: cannot be written: {error.strerror}") from error
         print(f"wrote {path}", file=sys.stderr)
     losses = [*fit.notes, *view.on_own_sets(answer, fit)]
-    notes = [*view.notes(answer, fitted, today), mine.said, *losses, f"prices: {catalog.source}", *_beside(prices)]
+    notes = [*view.notes(answer, fitted, catalog.source, today), mine.said, *losses, *_beside(prices)]
     if options.json:
         document = view.document(answer, fitted, catalog.source, today, notes, os.environ.get("BUCKET", ""))
         print(json.dumps(document, indent=1))
@@ -88,18 +92,33 @@ def _parser() -> argparse.ArgumentParser:
         "cost_report.py plan", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--usd", default="", metavar="SUM", help="dollars for everything, such as 20")
+    add("--usd", default="", metavar="SUM", help="dollars for all costs, such as 20")
     add("--deadline", metavar="TIME", help="longest time from launch to shutdown: 90min, 6h, 2d")
-    add("--on-demand", action="store_true", help="no spot machines")
-    add("--gpus", metavar="NAME[:COUNT]", help="only these GPUs, as in the catalog: A100-80GB:8")
-    add("--cloud", metavar="NAME", help="only this cloud")
-    add("--size", metavar="SIZE", help=f"only this model size: {', '.join(recipes.SIZES)}")
-    add("--recipe", metavar="NAME", help=f"only this recipe: {', '.join(recipes.RECIPES)}")
-    add("--unique-tokens", default="10e9", metavar="N", help="tokens of the set; default: FineWeb-Edu 10BT's 10e9")
-    add("--prepared", action="store_true", help="the tokens are in the bucket already: leave out their preparation")
-    add("--reserve", default="0.1", metavar="SHARE", help="share of the sum that is kept back; default 0.1")
-    add("--like", action="append", default=[], metavar="RUN_URL", help="take speed and overhead from this run, too")
-    add("--refuse-stale", metavar="DAYS", help="refuse prices that are older, or have no date")
+    add("--on-demand", action="store_true", help="plan without spot machines")
+    add("--gpus", metavar="NAME[:COUNT]", help="plan with these GPUs only, as in the catalog: A100-80GB:8")
+    add("--cloud", metavar="NAME", help="plan with machines of this cloud only")
+    add("--size", metavar="SIZE", help=f"plan this model size only: {', '.join(recipes.SIZES)}")
+    add("--recipe", metavar="NAME", help=f"plan this recipe only: {', '.join(recipes.RECIPES)}")
+    add(
+        "--unique-tokens",
+        default="10e9",
+        metavar="N",
+        help="number of tokens in the data set; default: 10e9, as in FineWeb-Edu 10BT",
+    )
+    add(
+        "--prepared",
+        action="store_true",
+        help="leave out the preparation, because the tokens are already in the bucket",
+    )
+    add("--reserve", default="0.1", metavar="SHARE", help="share of the sum that the plan does not spend; default 0.1")
+    add(
+        "--like",
+        action="append",
+        default=[],
+        metavar="RUN_URL",
+        help="take speed and overhead from this run; may be given several times",
+    )
+    add("--refuse-stale", metavar="DAYS", help="refuse prices that are older than this number of days, or have no date")
     add("--offline", action="store_true", help="use the price snapshot, and do not read the runs in BUCKET")
     add("--svg", metavar="FILE", help="also draw loss against dollars, from $5 to $500, by machine")
     add("--json", action="store_true", help="print everything as JSON")
@@ -114,15 +133,15 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
     for line in notes[: view.LEGEND]:
         console.print(line, markup=False)
     usd, bucket = answer.question.usd, os.environ.get("BUCKET", "")
+    everything = view.run_command(usd, bucket, given)
+    console.print("Keys, quotas and the bucket must allow it; `make check` looks for what would fail.", markup=False)
     for what, command in (
-        (
-            "To do all of plan 1 (rents machines): prepare, train, evaluate, export:",
-            view.run_command(usd, bucket, given),
-        ),
+        ("To do all of plan 1 (rents machines): prepare, train, evaluate, export:", everything),
         ("To launch only its training:", view.command(answer.plans[0], usd, bucket)),
     ):
         console.print(what, markup=False)
-        console.file.write(f"  {command}\n")  # not through the console, which would break the line: it is to be copied
+        # Printed without the console, which would break a line that the user is to copy.
+        console.file.write(f"  {command}\n")
     console.print()
     console.print(render.terminal_table(view.bill(answer, today)))
     for line in notes[view.LEGEND :]:
@@ -131,25 +150,27 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
         console.print("not planned:", markup=False)
     for line in view.refusals(answer):
         console.print(f"  {line}", markup=False)
+    console.print("next (rents machines):", markup=False)  # the end of a long output is what a terminal shows
+    console.file.write(f"  {everything}\n")
 
 
 def _constraints(options: argparse.Namespace) -> dict[str, str]:
-    """The flags that `make run` is to be given too, by name; "" for one without a value."""
+    """The flags that `make run` needs too, by name. A flag without a value has the value ""."""
     names = ("deadline", "gpus", "cloud", "size", "recipe", "refuse_stale")
     found = {name.replace("_", "-"): value for name in names if (value := getattr(options, name)) is not None}
     return found | ({"on-demand": ""} if options.on_demand else {})
 
 
 def _beside(prices: Prices) -> list[str]:
-    """Notes on what the dollars leave out."""
+    """Notes on costs that the dollars do not include."""
     said = ["the container image is taken as pushed (make image); without IMAGE the node builds it, which takes longer"]
     if PREPARATION not in prices.beside:
-        said.append("the tokens are taken as prepared, so that the dollars leave that out")
+        said.append("the tokens count as prepared, so the dollars do not include their preparation")
     return said
 
 
 def _own(options: argparse.Namespace) -> Own:
-    """The user's own runs. Runs that --like names come first."""
+    """The user's own runs; the runs of --like come first."""
     mine = Own(said="own runs: not read (--offline)") if options.offline else own.in_bucket(os.environ)
     named = own.named(options.like)
     if not named.speeds and not named.losses:
@@ -187,7 +208,7 @@ def _tokens(text: str) -> float:
 
 
 def _number(text: str) -> float | None:
-    """A finite number; None for anything else."""
+    """A finite number, or None for anything else."""
     try:
         value = float(text)
     except ValueError:
@@ -219,7 +240,7 @@ def _one_of(flag: str, text: str | None, known: Sequence[str]) -> str | None:
 
 
 def _check_machines(wanted: Wanted, catalog: Catalog) -> None:
-    """Raises ConfigError if the catalog has no prices, or none of what is wanted."""
+    """Raises ConfigError if the catalog has no prices, or no price of a machine that meets the constraints."""
     priced = [each for each in catalog.offers if each.accelerator and (each.usd_on_demand or each.usd_spot)]
     if not priced:
         raise ConfigError(f"no machine has a price in {catalog.source}; run `sky check`, or give --offline")
@@ -240,7 +261,7 @@ def _check_machines(wanted: Wanted, catalog: Catalog) -> None:
 
 
 def _nothing(answer: Answer, buyers: Sequence[Buyer]) -> str:
-    """The reason, in a sentence, when nothing can be planned."""
+    """A sentence with the reason why no plan is possible."""
     question = answer.question
     if answer.least is not None and answer.least[0] > question.usd:
         usd, what = answer.least

@@ -18,7 +18,7 @@ STALE_DAYS = 30
 
 @dataclass(frozen=True)
 class Wanted:
-    """Constraints of the user. None and False accept anything. `gpus` is NAME or NAME:COUNT."""
+    """The user's constraints. None and False accept anything. `gpus` is NAME or NAME:COUNT."""
 
     on_demand: bool = False
     gpus: str | None = None
@@ -28,7 +28,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that a plan does not use, and why."""
+    """A machine or model that a plan does not use, and the reason."""
 
     what: str
     why: str
@@ -36,9 +36,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a launch of `task` with `options` rents. Dollars per hour: expected, and the range over zones and regions.
+    """A machine that a launch of `task` with `options` rents.
 
-    `priced` is the day of the price, None if it has none; `idle_seconds` the time from the run's end to the shutdown.
+    Its dollars per hour are the expected price and the range over zones and regions. `priced` is the day of the price,
+    or None if the price has no date. `idle_seconds` is the time from the run's end to the machine's shutdown.
     """
 
     task: str
@@ -73,9 +74,9 @@ def tasks(folder: Path = ROOT / "sky") -> list[TaskSpec]:
 def machines(
     catalog: Catalog, tasks: Sequence[TaskSpec], wanted: Wanted, today: date
 ) -> tuple[list[Machine], list[Refusal]]:
-    """All machines with GPUs that a task launches, and those that none does.
+    """All machines with GPUs that a task launches, and those that no task launches.
 
-    A managed task launches spot machines; a machine on demand comes from a task that is not managed.
+    A managed task launches spot machines, any other task on-demand machines.
     """
     kinds: dict[tuple[str, str, int], list[Offer]] = {}
     for offer in catalog.offers:
@@ -104,7 +105,7 @@ def _is_wanted(offer: Offer, wanted: Wanted) -> bool:
 
 
 def _launched(catalog: Catalog, offers: Sequence[Offer], spot: bool, tasks: Iterable[TaskSpec]) -> Machine | Refusal:
-    """The machine that the first fitting task launches, one that names these GPUs itself before others."""
+    """The machine that the first fitting task launches. Tasks that name these GPUs come first."""
     cloud, gpu, count = offers[0].cloud, offers[0].accelerator or "", offers[0].accelerators
     kind = [task for task in tasks if task.managed is spot]
     for task in sorted(kind, key=lambda task: not any(_asks_for(each, gpu, count) for each in task.requests)):
@@ -113,7 +114,8 @@ def _launched(catalog: Catalog, offers: Sequence[Offer], spot: bool, tasks: Iter
         allowed = [each for each in allowed if each]
         if not allowed:
             continue
-        # SkyPilot tries the requests of a managed job in their order, and takes the cheapest place on demand.
+        # For a managed job, SkyPilot tries the requests in their order. For a machine on demand, it takes the cheapest
+        # place.
         first = allowed[0] if spot else [min((o for each in allowed for o in each), key=lambda o: _price(o, spot))]
         prices = sorted(_price(offer, spot) for offer in first)
         kept = [o for each in allowed for o in each if o.instance_type == first[0].instance_type]
@@ -138,7 +140,7 @@ def _launched(catalog: Catalog, offers: Sequence[Offer], spot: bool, tasks: Iter
 
 
 def _price(offer: Offer, spot: bool) -> float:
-    """Dollars per hour; 0 without an offer."""
+    """Dollars per hour, or 0 if there is no offer."""
     return (offer.usd_spot if spot else offer.usd_on_demand) or 0.0
 
 
@@ -147,13 +149,13 @@ def _asks_for(request: MachineRequest, gpu: str, count: int) -> bool:
 
 
 def _with_gpus(task: TaskSpec, gpu: str, count: int) -> list[MachineRequest]:
-    """The requests of a task with GPUS=gpu:count, for its main market."""
+    """The requests of a task that is launched with GPUS=gpu:count, in the task's main market (spot or on demand)."""
     changed = [dataclasses.replace(each, accelerator=gpu, accelerators=count) for each in task.requests]
     return [each for each in dict.fromkeys(changed) if each.spot is task.managed]
 
 
 def _options(task: TaskSpec, gpu: str, count: int, cloud: str) -> tuple[str, ...]:
-    """The options of make with which the task launches these GPUs in this cloud and nothing else."""
+    """The options of make with which the task launches only these GPUs, and only in this cloud."""
     options = []
     if not all(_asks_for(request, gpu, count) for request in task.requests):
         options.append(f"GPUS={gpu}:{count}")

@@ -1,4 +1,4 @@
-"""Reads the user's own runs, whose speeds, overheads and losses a plan prefers to published ones."""
+"""Reads the user's own runs. A plan prefers their speeds, overheads and losses to published ones."""
 
 import logging
 import threading
@@ -21,7 +21,7 @@ PATIENCE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Own:
-    """What the user's runs tell: speeds and overheads by instance type, losses, and a note about the former."""
+    """Results of the user's runs: speeds and overheads by instance type, a note about these, and the losses."""
 
     speeds: Mapping[str, list[Measured]] = field(default_factory=dict)
     losses: Sequence[OwnRun] = ()
@@ -29,7 +29,7 @@ class Own:
 
 
 def named(urls: Iterable[str]) -> Own:
-    """What the runs at these URLs tell. Raises LauncherError if one cannot be read."""
+    """The results of the runs at these URLs. Raises LauncherError if a run cannot be read."""
     speeds: dict[str, list[Measured]] = {}
     losses = []
     for url in urls:
@@ -48,7 +48,7 @@ def _is_rehearsal(run: Run) -> bool:
 
 
 def in_bucket(environment: Mapping[str, str]) -> Own:
-    """What the runs in BUCKET tell. A store that does not answer only leaves them out."""
+    """The results of the runs in BUCKET. They are left out if the store does not answer."""
     if not environment.get("BUCKET"):
         said = "own runs: none were read, BUCKET is not set; speeds and overheads are published or assumed ones"
         return Own(said=said)

@@ -1,11 +1,11 @@
-"""Answers which machine, model size, tokens and recipe give the lowest expected loss for a sum. Pure.
+"""Finds the machine, model size, tokens and recipe with the lowest expected loss for a sum. All functions are pure.
 
     found, refused = buyers(machines, Prices(Assumptions(), rates))
     answer = plan(Question(usd=20.0), found, refused, law.load())
     answer.plans[0].loss, answer.plans[0].tokens
 
-Dollars are those of `cost_report.py estimate` (costs/forecast.py), which are linear in the tokens: two prices give the
-tokens that a sum buys.
+Dollars come from `cost_report.py estimate` (costs/forecast.py). They are linear in the tokens, so two prices give the
+number of tokens that a sum buys.
 """
 
 import dataclasses
@@ -25,20 +25,21 @@ from costs.plan.machines import Machine, Refusal
 from costs.plan.recipes import Candidate
 from costs.throughput import Measured, Throughput
 
-# Tokens per trained parameter. The runs of the law span 5 to 89; outside, the law has nothing to go by.
+# Tokens per trained parameter. The runs behind the law span 5 to 89; outside of this range the law has no data.
 LEAST_RATIO, MOST_RATIO = 8.0, 80.0
-MOST_EPOCHS = 4.0  # repeats up to here cost almost nothing (Muennighoff et al. 2023, arXiv 2305.16264)
+MOST_EPOCHS = 4.0  # repeats up to here are almost as good as new tokens (Muennighoff et al. 2023, arXiv 2305.16264)
 CONTROLLER, RESERVE = "jobs controller", "reserve"
 PREPARATION, EVALUATION, EXPORT = "preparation", "evaluation", "export"
-CONTROLLER_HOURS = 0.25  # its start, and the ten minutes until it stops
-SAME_DOLLARS = 0.05  # sums that differ by less than this share count as the same
+CONTROLLER_HOURS = 0.25  # the controller's start, and the ten minutes until it stops
+SAME_DOLLARS = 0.05  # two sums of dollars that differ by less than this share count as equal
 
 
 @dataclass(frozen=True)
 class Question:
     """A sum in dollars and the constraints on its use.
 
-    `reserve` is the share that is kept back: the cap would end a more expensive run before its rates have fallen.
+    The share `reserve` is kept back, because the cap would end a more expensive run before its learning rates have
+    fallen.
     """
 
     usd: float
@@ -58,15 +59,15 @@ class Line:
         return self.fixed + self.per_token * tokens
 
     def tokens_for(self, amount: float) -> float:
-        """Tokens at which it reaches an amount; negative if the fixed part exceeds it."""
+        """The tokens at which the line reaches an amount; negative if the fixed part exceeds the amount."""
         return (amount - self.fixed) / self.per_token
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What dollars and speeds are computed from. `own` are the user's runs by instance type.
+    """The sources of dollars and speeds. `own` are measurements of the user's runs by instance type.
 
-    `beside` are the dollars of the other stages, PREPARATION, EVALUATION and EXPORT, which other machines do.
+    `beside` holds the dollars of the stages on other machines: PREPARATION, EVALUATION and EXPORT.
     """
 
     assume: Assumptions
@@ -77,10 +78,11 @@ class Prices:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can be launched. `usd` is the sum of `parts`, which hold the reserve too.
+    """A run that can be launched. `usd` is the sum of `parts`, which include the reserve.
 
-    `loss` is expected, `error` that of the law. `best` and `worst` are the losses at the lowest and the highest price,
-    speed and number of preemptions, with that error; `worst` is None if such a run would not train at all.
+    `loss` is the expected loss and `error` the error of the law. `best` and `worst` are the bounds of the loss under
+    the most and the least favourable price, speed and number of preemptions, with the error included. `worst` is None
+    if the run could not train under the least favourable conditions.
     """
 
     machine: Machine
@@ -98,7 +100,7 @@ class Plan:
     worst: float | None
     speed: Throughput
     k: float
-    limit: str  # what ended it: the money, the deadline, or the data
+    limit: str  # the reason why there are not more tokens: the money, the deadline, or the data
 
     @property
     def spent(self) -> float:
@@ -110,12 +112,12 @@ class Plan:
 
     @property
     def machines_usd(self) -> float:
-        """What the machines of all stages may cost: the sum without what no ledger counts."""
+        """The dollars for the machines of all stages. This is the sum without the parts that no ledger counts."""
         return self.usd - sum(self.parts.get(name, 0.0) for name in ("storage", "egress", CONTROLLER))
 
     @property
     def cap_usd(self) -> float:
-        """MAX_USD of the training, whose cap counts its own machines only."""
+        """MAX_USD of the training. This cap counts the machines of the training only."""
         return (
             int(
                 (self.machines_usd - sum(self.parts.get(name, 0.0) for name in (PREPARATION, EVALUATION, EXPORT))) * 100
@@ -126,10 +128,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Answer:
-    """Plans, the best first, one per machine; `others` are the next best models on each of these machines.
+    """The plans, one per machine, the best first. `others` are the next best models on each of these machines.
 
-    `equal` is the number of first plans that differ from the best by less than their errors. `least` is the smallest
-    sum with which anything can be planned, and that plan.
+    `equal` is the number of leading plans that differ from the best by less than their errors. `least` is the smallest
+    sum for which a plan exists, with a description of that plan.
     """
 
     question: Question
@@ -142,9 +144,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Buyer:
-    """A candidate on a machine, with settings that fit its GPUs, and what tokens cost there.
+    """A candidate on a machine, with settings that fit its GPUs, and the price of tokens there.
 
-    `cheap` and `expensive` are the dollars at the lowest and the highest price, speed and number of preemptions.
+    `cheap` and `expensive` are the dollars under the most and the least favourable price, speed and preemptions.
     """
 
     machine: Machine
@@ -182,7 +184,7 @@ def bill(
     tokens: float,
     usd_per_hour: float,
 ) -> ForecastRow:
-    """Hours and dollars of a run by `estimate`, its jobs controller, and the stages beside it."""
+    """The hours and dollars of a run, as `estimate` gives them. The jobs controller and the other stages are added."""
     assume = prices.assume
     if assume.shutdown_seconds is None:
         assume = dataclasses.replace(assume, shutdown_seconds=machine.idle_seconds)
@@ -199,7 +201,7 @@ def bill(
 def buyers(
     machines: Iterable[Machine], prices: Prices, size: str | None = None, recipe: str | None = None
 ) -> tuple[list[Buyer], list[Refusal]]:
-    """All candidates on all machines, and the machines on which there is none.
+    """All candidates on all machines, and the machines without a candidate.
 
     Raises ConfigError if a preset of the project cannot be read.
     """
@@ -216,7 +218,7 @@ def buyers(
 
 
 def _buyer(machine: Machine, candidate: Candidate, prices: Prices) -> Buyer | str:
-    """A candidate on a machine, or the reason against it."""
+    """A candidate on a machine, or the reason why it is refused."""
     offer = machine.offer
     flops = flops_per_token(candidate.settings.model)
     own = prices.own.get(offer.instance_type, ())
@@ -269,7 +271,10 @@ def plan(question: Question, buyers: Iterable[Buyer], refused: Iterable[Refusal]
 def _choices(
     group: Iterable[Buyer], question: Question, law: Law
 ) -> tuple[list[tuple[float, Buyer, float, str]], list[str]]:
-    """(loss, buyer, tokens, what limits them) of all candidates on one machine, and the reasons against the others."""
+    """Two results for one machine. The first holds (loss, buyer, tokens, limit of tokens) for each possible candidate.
+
+    The second holds the reasons why the other candidates are impossible.
+    """
     found, reasons = [], []
     for each in group:
         ends = {"money": each.usd.tokens_for(question.usd * (1 - question.reserve))}
@@ -292,7 +297,10 @@ def _choices(
 
 
 def _least(group: Sequence[Buyer], question: Question, law: Law) -> list[tuple[float, str]]:
-    """The smallest sum that works on a machine within the other constraints, and what it buys."""
+    """The smallest sum with which a plan is possible on a machine, and a text on what this sum buys.
+
+    The other constraints are kept.
+    """
     able = [each for each in group if each.least_tokens <= MOST_EPOCHS * question.unique_tokens]
     if question.deadline_hours is not None:
         able = [each for each in able if each.hours.at(each.least_tokens) <= question.deadline_hours]
@@ -311,7 +319,7 @@ def _least(group: Sequence[Buyer], question: Question, law: Law) -> list[tuple[f
 
 
 def _plan(buyer: Buyer, most: float, limit: str, question: Question, law: Law) -> Plan:
-    """The plan of a candidate that may use so many tokens, in whole steps."""
+    """The plan of a candidate that may use this many tokens, rounded to whole steps."""
     machine, candidate = buyer.machine, buyer.candidate
     money = question.usd * (1 - question.reserve)
     per_step = buyer.settings.batch.tokens_per_step
@@ -343,7 +351,10 @@ def _plan(buyer: Buyer, most: float, limit: str, question: Question, law: Law) -
 
 
 def _ordered(plans: Sequence[Plan]) -> tuple[list[Plan], int]:
-    """Plans that equal the best within their errors, by dollars and then by risk; then the others by loss."""
+    """Sorts plans. First come the plans that equal the best plan within their errors, by dollars and then by risk.
+
+    The others follow by loss.
+    """
     if not plans:
         return [], 0
     first = min(plans, key=lambda each: each.loss)

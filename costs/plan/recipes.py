@@ -1,7 +1,7 @@
-"""The models that a plan chooses among: recipes of this project in several sizes, and the settings that make them.
+"""Lists the models that a plan chooses from: the project's recipes in several sizes, with their settings.
 
-Each is a preset of trainer/configs with flags, so that a plan can be typed. The law knows a recipe by another name,
-that of the public runs whose recipe the preset follows.
+Each is a preset of trainer/configs with flags, so that a user can type the command of a plan. The law names a recipe
+after the public runs that the preset follows.
 """
 
 import functools
@@ -20,7 +20,7 @@ CONFIGS = "trainer/configs"
 SIZES = ("124M", "254M", "350M", "774M", "1.5B")
 # Tokens per step above which tokens are wasted, by parameters (nanochat #850, 2026-09): 2^19 up to 350M, then 2^20.
 _BATCH_CAPS = ((360e6, 1 << 19), (float("inf"), 1 << 20))
-RECOMPUTE_SPEED = 3 / 4  # activations computed again: a third more work
+RECOMPUTE_SPEED = 3 / 4  # computing activations again takes a third more work
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Candidate:
 
     @property
     def trained(self) -> float:
-        """Parameters in matrix products: blocks and output layer. Tokens per parameter are counted by them."""
+        """Parameters in matrix products, in blocks and output layer. Tokens per parameter refer to this number."""
         return float(matrix_parameters(self.settings.model))
 
     @property
@@ -55,7 +55,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings of a candidate that fit a GPU, with the flags that they add and the share of the speed that is left."""
+    """Settings with which a candidate fits a GPU.
+
+    `flags` are the flags to add, `speed` is the share of the speed that remains.
+    """
 
     settings: PretrainConfig
     flags: tuple[str, ...]
@@ -87,13 +90,13 @@ def _candidates() -> Iterator[Candidate]:
 def _candidate(recipe: str, size: str, preset: str, flags: tuple[str, ...]) -> Candidate:
     config = f"{CONFIGS}/{preset}.yaml"
     flags = (*flags, "--batch.micro_batch_size=0")
-    places = ["--run.url=plan", "--data.url=plan"]  # a plan reads and writes neither
+    places = ["--run.url=plan", "--data.url=plan"]  # a plan uses neither data nor a run
     settings = loader.load(PretrainConfig, [str(ROOT / config), *flags, *places], {})
     return Candidate(recipe, RECIPES[recipe], size, config, flags, settings)
 
 
 def fit(candidate: Candidate, gpu: str, world: int) -> Fit | str:
-    """The fastest settings with which a candidate fits `world` GPUs of a kind, or the reason why there are none."""
+    """The fastest settings with which a candidate fits `world` GPUs of a kind, or the reason why no settings fit."""
     if candidate.settings.batch.tokens_per_step > candidate.batch_cap:
         return f"batch.tokens_per_step is above {candidate.batch_cap}, which wastes tokens at this size"
     if memory_bytes(gpu) is None:
@@ -115,7 +118,10 @@ def fit(candidate: Candidate, gpu: str, world: int) -> Fit | str:
 
 
 def known_to(found: law.Law) -> dict[str, str]:
-    """A line about each recipe that can be planned: its multiplier and what is behind it."""
+    """A line about each recipe that can be planned.
+
+    It holds the recipe's multiplier and the source of the multiplier.
+    """
     lines = {}
     for recipe, name in RECIPES.items():
         known = found.recipes[name]

@@ -2,10 +2,10 @@
 
     fitted, said = refit(law.load(), runs)
 
-The loss of a run differs from the law's by an offset, which all runs on one set of tokens share because the law is on
-another set of texts, and by the error of its recipe's multiplier k. Both are estimated together, by least squares with
-the errors that are known beforehand. One run alone therefore moves the offset of its set, and hardly a multiplier;
-several recipes on one set tell how their multipliers differ from the public runs'.
+The loss of a run differs from the law for two reasons. First, the run's tokens are another set of texts. This shifts
+the losses of all runs on one set by the same offset. Second, the multiplier k of the recipe has an error. Both are
+estimated together by least squares, and the expected size of both errors is given in advance. One run alone mostly
+moves the offset of its set. Several recipes on one set show how their multipliers differ from those of the public runs.
 """
 
 import dataclasses
@@ -21,11 +21,13 @@ from core.settings import loader
 from costs.plan import recipes
 from costs.plan.recipes import Candidate
 
-# Errors in nats: of the law for one run (bench/results/2026-11-30-fit-loss.json), and of another set of texts.
+# Errors in nats: of the law for one run (bench/results/2026-11-30-fit-loss.json), and of the offset of another set of
+# texts.
 RUN_ERROR, SET_ERROR = 0.0104, 0.5
-# Of the logarithm of k: an error of .015 nats, as of a recipe at its own sizes, for a run of three billion tokens.
+# The error of the logarithm of k. For a run of three billion tokens it equals 0.015 nats, the law's error for a recipe
+# at its own sizes.
 K_ERROR = 0.15
-ROUNDS = 5  # of linearization
+ROUNDS = 5  # rounds of linearization
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ class OwnRun:
 
 @dataclass(frozen=True)
 class Refit:
-    """A law with multipliers from own runs. `offsets` are (nats above the law, error) by the URL of the tokens."""
+    """A law with multipliers from the user's own runs.
+
+    `offsets` holds, by the URL of the tokens, the pair (nats above the law, error).
+    """
 
     law: Law
     offsets: Mapping[str, tuple[float, float]]
@@ -49,7 +54,7 @@ class Refit:
 
 
 def own_run(run: Run) -> OwnRun | None:
-    """What a run says about the law; None unless it has come to its end, with the recipe of a plan."""
+    """The run as evidence for the law. None if the run is unfinished, or does not have the recipe of a plan."""
     ended = run.segments[-1].end if run.segments else None
     losses, trained = run.points("eval"), run.points("train")
     candidate = _candidate(run.config)
@@ -84,7 +89,7 @@ def refit(law: Law, runs: Sequence[OwnRun]) -> Refit:
         return Refit(law, {})
     sets = list(dict.fromkeys(each.data for each in runs))
     names = list(dict.fromkeys(each.candidate.in_law for each in runs))
-    known = np.zeros(len(names))  # changes of log k
+    known = np.zeros(len(names))  # changes of log k for each recipe
     offsets, covariance = np.zeros(len(sets)), np.zeros((0, 0))
     for _ in range(ROUNDS):
         fitted = _with_k(law, names, known)
@@ -119,7 +124,7 @@ def _with_k(law: Law, names: Sequence[str], changes: Iterable[float]) -> Law:
 
 
 def _slope(law: Law, candidate: Candidate, tokens: float) -> float:
-    """Change of the loss with log k, in nats."""
+    """The change of the loss in nats when log k grows by 1."""
     by = law.constants
     effective = law.multiplier(candidate.in_law, candidate.non_embedding) * tokens / 1e9
     return -by["b"] * by["B"] * effective ** -by["b"]

@@ -1,4 +1,4 @@
-"""Prices the stages beside training: the preparation of the tokens, and the evaluation and export of the model."""
+"""Prices the stages other than training: the preparation of the tokens, and the evaluation and export of the model."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ ONCE = {EVALUATION: "sky/evaluate.yaml", EXPORT: "sky/export.yaml"}
 def beside(catalog: Catalog, assume: Assumptions, is_prepared: bool = False) -> Mapping[str, Line]:
     """Dollars of machines by stage, each on the cheapest offer that fits its task.
 
-    A stage for whose machines the catalog has no price is left out.
+    A stage is left out if the catalog has no price for its machines.
     """
     one, two = (None if is_prepared else _usd(PREPARE_TASK, catalog, assume, tokens) for tokens in (1e9, 2e9))
     found = {} if one is None or two is None else {PREPARATION: Line(2 * one - two, (two - one) / 1e9)}

@@ -1,4 +1,4 @@
-"""Says a plan in words, tables and JSON: what to rent, what it buys, what it costs, and what to type."""
+"""Shows a plan in words, tables and JSON: the machine, the model, the dollars, and the command to type."""
 
 import dataclasses
 import shlex
@@ -18,7 +18,7 @@ from costs.plan.refit import Refit
 from costs.tables import Sheet
 
 ROWS = 3
-# The phases of costs/forecast.py in words for a reader who has not seen the documents.
+# Names of the phases of costs/forecast.py for a reader who does not know the documents.
 PARTS = {
     "provision": "start of the machine",
     "image": "container image",
@@ -30,19 +30,19 @@ PARTS = {
     "idle until down": "upload and shutdown",
     "restarts and lost work": "restarts and lost work (spot)",
     "jobs controller": "SkyPilot's jobs controller",
-    "storage": "storage, one month",
+    "storage": "storage, the first month",
     "egress": "data to another cloud",
     PREPARATION: "preparation of the tokens, once",
     EVALUATION: "evaluation",
     EXPORT: "export",
-    RESERVE: "reserve",
+    RESERVE: "reserve, spent only if needed",
 }
-# Machines without a target of their own are launched by `make pretrain TASK=…`.
+# Machines without a separate target are launched by `make pretrain TASK=…`.
 _TARGETS = {"pretrain-8xa100": "make pretrain", "pretrain-8xa100-spot": "make pretrain-spot"}
 
 
 def command(each: Plan, usd: float, bucket: str = "") -> str:
-    """What to type to launch a plan."""
+    """The command that launches a plan."""
     task = Path(each.machine.task).stem
     run = f"{each.candidate.recipe}-{each.candidate.size.lower()}-{usd:g}usd"
     words = [_TARGETS.get(task, f"make pretrain TASK={task}"), f"BUCKET={shlex.quote(bucket or 'my-bucket')}"]
@@ -52,8 +52,8 @@ def command(each: Plan, usd: float, bucket: str = "") -> str:
 
 
 def run_command(usd: float, bucket: str, constraints: Mapping[str, str]) -> str:
-    """What to type to do all of plan 1. `constraints` are the flags of the question, by name."""
-    names = {"gpus": "GPUS", "deadline": "DEADLINE", "on-demand": "ON_DEMAND"}
+    """The command that carries out all stages of plan 1. `constraints` are the flags of the question, by name."""
+    names = {"gpus": "GPUS", "deadline": "DEADLINE", "on-demand": "ON_DEMAND", "size": "SIZE", "cloud": "CLOUD"}
     words = [f"BUCKET={shlex.quote(bucket or 'my-bucket')}"]
     if constraints.keys() <= names.keys():
         words += [f"{names[name]}={shlex.quote(value or '1')}" for name, value in constraints.items()]
@@ -71,19 +71,18 @@ def headline(answer: Answer) -> str:
         sum_said = f"${figures.dollars(answer.question.usd)}"
     return (
         f"{sum_said} buys {model} trained on {quantity(best.tokens)} tokens, in {time} on "
-        f"{best.machine.name}: validation loss {best.loss:.2f} ± {best.error:g} expected"
+        f"{best.machine.name}: validation loss {best.loss:.2f} expected, in the range {_losses(best)}"
     )
 
 
 def plans(answer: Answer) -> Sheet:
     heads = ["", "machine", "hours", "model", "tokens", "loss", "range", "USD"]
     rows = [_row(number, each, answer) for number, each in enumerate(answer.plans[:ROWS], 1)]
-    return Sheet("Best plans, one per machine (estimates)", heads, rows, 2)
+    return Sheet("Best plans by expected loss, one per machine (estimates)", heads, rows, 2)
 
 
 def _row(number: int, each: Plan, answer: Answer) -> list[str]:
     mark = "=" if number <= answer.equal and answer.equal > 1 else ""
-    worst = figures.UNKNOWN if each.worst is None else f"{each.worst:.2f}"
     return [
         f"{number}{mark}",
         each.machine.name,
@@ -91,9 +90,14 @@ def _row(number: int, each: Plan, answer: Answer) -> list[str]:
         _model(each),
         quantity(each.tokens),
         f"{each.loss:.2f} ± {each.error:g}" + (" (extrapolated)" if each.is_extrapolated else ""),
-        f"{each.best:.2f}-{worst}",
+        _losses(each),
         figures.dollars(each.usd),
     ]
+
+
+def _losses(each: Plan) -> str:
+    worst = figures.UNKNOWN if each.worst is None else f"{each.worst:.2f}"
+    return f"{each.best:.2f}-{worst}"
 
 
 def _model(each: Plan) -> str:
@@ -112,7 +116,7 @@ def _seen(machine: Machine, today: date) -> str:
 
 
 def bill(answer: Answer, today: date) -> Sheet:
-    """What each plan rents and trains, and its dollars by line, which add up to its sum."""
+    """A table of each plan's machine and model, and of its dollars by line, which add up to the sum."""
     shown = answer.plans[:ROWS]
     columns = [_rounded(each) for each in shown]
     others = [answer.others.get(each.machine.name) for each in shown]
@@ -135,24 +139,30 @@ def _rounded(each: Plan) -> dict[str, float]:
 
 
 def refusals(answer: Answer) -> list[str]:
-    """One line per reason, with all that it refuses."""
+    """One line per reason. It names all machines and models that are refused for this reason."""
     by_reason: dict[str, list[str]] = {}
     for each in answer.refusals:
         by_reason.setdefault(each.why, []).append(each.what)
     return [f"{'; '.join(what)}: {why}" for why, what in by_reason.items()]
 
 
-LEGEND = 2  # the first notes explain the columns
+LEGEND = 3  # the first notes explain the columns, and how old the prices are
 
 
-def notes(answer: Answer, found: Law, today: date) -> list[str]:
-    """What a reader has to know before trusting the figures; the first LEGEND explain the table of plans."""
+def notes(answer: Answer, found: Law, prices: str, today: date) -> list[str]:
+    """Notes on how far to trust the figures. The first LEGEND of them explain the table of plans.
+
+    `prices` is the source of the prices.
+    """
     shown = answer.plans[:ROWS]
     said = [
-        f"loss: validation loss on {law.SCALE} in nats per token, lower is better; a public GPT-2 124M reached 3.27 "
-        "there after 10B tokens. Losses on FineWeb-Edu, the data of these tasks, are on another scale, and no "
-        f"conversion is known: compare plans with each other. ±: error of the law (fitted {found.date})",
-        "range: for the same sum, at the best and the worst prices, speeds and preemptions known, with that error",
+        f"loss: expected validation loss on {law.SCALE}, in nats per token; lower is better, and a public GPT-2 124M "
+        "reached 3.27 after 10B tokens. Your run is validated on FineWeb-Edu, whose losses are on another scale, "
+        "and no conversion is known: use these losses to compare plans. "
+        f"±: error of the scaling law that predicts them (fitted {found.date})",
+        f"range: loss for ${answer.question.usd:g} if prices, speeds and preemptions are all the best or all the worst "
+        "known ones, with the error of the law",
+        _prices(prices, any(each.machine.is_old(today) for each in shown)),
     ]
     if answer.equal > 1:
         plans = f"the first {answer.equal} plans" if answer.equal <= ROWS else f"{answer.equal} plans"
@@ -176,18 +186,24 @@ def notes(answer: Answer, found: Law, today: date) -> list[str]:
     risk = [f"plan {number} {each.restarts:.1f}" for number, each in enumerate(shown, 1) if each.machine.spot]
     if risk:
         said.append(f"spot machines may be taken away; restarts expected: {', '.join(risk)}")
-    if any(each.machine.is_old(today) for each in shown):
-        stale = f"a price without a date or older than {STALE_DAYS} days may be wrong"
-        said.append(f"{stale}; --refuse-stale={STALE_DAYS} leaves it out")
     said.append(
-        f"reserve: {100 * answer.question.reserve:g} % is kept back, because MAX_USD would end a more expensive run "
-        "before its rates have fallen; --reserve changes it"
+        f"reserve: {100 * answer.question.reserve:g} % is kept back and is spent only if the run costs more than "
+        "expected; without it, MAX_USD would end such a run before its learning rate has fallen; --reserve changes it"
     )
     return said + sorted({each.speed.source for each in shown})
 
 
+def _prices(source: str, is_old: bool) -> str:
+    if not is_old:
+        return f"prices: {source}"
+    return (
+        f"prices: {source}. Some have no date or are older than {STALE_DAYS} days, so they may be wrong; "
+        f"--refuse-stale={STALE_DAYS} leaves them out"
+    )
+
+
 def on_own_sets(answer: Answer, fit: Refit) -> list[str]:
-    """The expected losses of the plans that are shown, on the sets of the user's own runs."""
+    """The expected losses of the shown plans, converted to the token sets of the user's own runs."""
     said = []
     for url, (offset, error) in fit.offsets.items():
         where = "/".join(url.rstrip("/").split("/")[-2:])

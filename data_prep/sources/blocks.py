@@ -45,7 +45,7 @@ def ranged(uri: str, start: int, end: int, fetched: Fetched) -> Generator[bytes,
 
 
 def content(file: SourceFile, fetched: Fetched) -> Generator[bytes, None, None]:
-    """Yields the blocks of a whole file, decompressed according to its suffix. Raises DataError for a damaged one."""
+    """Yields the blocks of a whole file, decompressed according to its suffix. Raises DataError for a damaged file."""
     raw = ranged(file.uri, 0, file.size, fetched)
     kind = compression_of(file.uri)
     if kind is None:
@@ -77,7 +77,7 @@ def head(file: SourceFile) -> bytes:
 def sample(file: SourceFile) -> bytes:
     """The beginning of a file, decompressed: at least the first line of most files. Reads at most HEAD_BYTES.
 
-    Empty if these bytes contain no complete compressed block. Raises DataError for a small damaged file.
+    The result is empty if these bytes contain no complete compressed block. Raises DataError for a small damaged file.
     """
     if not (kind := compression_of(file.uri)):
         return read_range(file.uri, 0, min(file.size, SAMPLE_BYTES))
@@ -98,7 +98,7 @@ def _uncounted(count: int) -> None:
 
 
 class Stream(io.RawIOBase):
-    """A file over a generator of blocks, for reading from front to back."""
+    """A file object that reads the blocks of a generator from front to back."""
 
     def __init__(self, blocks: Generator[bytes, None, None]):
         self._blocks = blocks
@@ -110,7 +110,8 @@ class Stream(io.RawIOBase):
     def close(self) -> None:
         """Stops the fetching threads.
 
-        Call it explicitly: the garbage collector may run in one of these threads, which would then wait for itself.
+        This must be called explicitly. The garbage collector cannot do it: it may run in one of these threads, which
+        would then wait for itself.
         """
         self._blocks.close()
         super().close()
@@ -135,9 +136,9 @@ class Stream(io.RawIOBase):
 
 
 class SeekableStream(Stream):
-    """A seekable file for mostly sequential reading. A jump discards the fetched blocks.
+    """A seekable file for mostly sequential reading. A seek to another position discards the fetched blocks.
 
-    `reached` is called with the position after each read.
+    After each read, `reached` is called with the new position.
     """
 
     def __init__(self, file: SourceFile, reached: Callable[[int], None]):

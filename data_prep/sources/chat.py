@@ -19,7 +19,7 @@ def is_chat(kind: pa.DataType) -> bool:
 
 
 def text_of(messages: Any) -> str | None:
-    """The text of a conversation. None for an empty or malformed one."""
+    """The text of a conversation, or None if it is empty or malformed."""
     if not isinstance(messages, list) or not messages:
         return None
     turns = [_turn(message) for message in messages]
@@ -27,7 +27,7 @@ def text_of(messages: Any) -> str | None:
 
 
 def texts_of(values: pa.Array) -> pa.LargeStringArray:
-    """The texts of a column of conversations. Null for empty or malformed ones."""
+    """The texts of a column of conversations. An empty or malformed conversation gives null."""
     return pa.array([text_of(value) for value in values.to_pylist()], pa.large_string())
 
 

@@ -1,4 +1,4 @@
-"""Resolves the columns of text and ids: those in the settings, else those with common names."""
+"""Finds the columns of text and ids. They are named in the settings, or else have one of some common names."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -38,7 +38,7 @@ def resolved(file: SourceFile, source: SourceConfig, keep: FilterConfig) -> Sour
     """
     kind = kinds.kind_of(file)
     schema = kind.schema(file, source)
-    if not schema.names:  # the file has no valid rows, which is reported when it is read
+    if not schema.names:  # the file has no valid rows, which the reader will report
         return replace(source, text_column=source.text_column or TEXTS[0], id_column=source.id_column or "")
     text = source.text_column if source.text_column is not None else _text(schema, file.uri)
     key = source.id_column if source.id_column is not None else _id(schema, text)
@@ -90,7 +90,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _text(schema: pa.Schema, uri: str) -> str:
     by_name = {name.lower(): name for name in reversed(schema.names)}
-    for names, fits in ((TEXTS, _is_text), (CHATS, chat.is_chat)):
+    for names, fits in ((TEXTS, _holds_text), (CHATS, chat.is_chat)):
         for name in names:
             found = by_name.get(name)
             if found and (fits(schema.field(found).type) or schema.field(found).type == pa.null()):
@@ -106,9 +106,9 @@ def _text(schema: pa.Schema, uri: str) -> str:
 
 
 def _id(schema: pa.Schema, text: str) -> str:
-    """The column of ids; empty if there is none, and the hash of the text replaces the id."""
+    """The column of ids. It is empty if there is none; the hash of the text then replaces the id."""
     fitting = (name for name in IDS if name in schema.names and name != text)
-    return next((name for name in fitting if _is_text(schema.field(name).type) or _is_number(schema, name)), "")
+    return next((name for name in fitting if _holds_text(schema.field(name).type) or _is_number(schema, name)), "")
 
 
 def _present(schema: pa.Schema, uri: str, column: str, hint: str = "") -> str:
@@ -122,12 +122,12 @@ def _present(schema: pa.Schema, uri: str, column: str, hint: str = "") -> str:
 
 def _check_type(schema: pa.Schema, uri: str, column: str, holds: str) -> None:
     kind = schema.field(column).type
-    if kind == pa.null():  # all values that were seen are null
+    if kind == pa.null():  # all values in the first rows are null
         return
     numeric = _is_number(schema, column)
     if holds == "number" and not numeric:
         raise DataError(f"{uri}: column {column!r} is {_described(kind)}, filter.min_score needs numbers")
-    if not (_is_text(kind) or (holds == "text" and chat.is_chat(kind)) or (numeric and holds != "text")):
+    if not (_holds_text(kind) or (holds == "text" and chat.is_chat(kind)) or (numeric and holds != "text")):
         raise DataError(f"{uri}: column {column!r} is {_described(kind)}, not text; name another column")
     if not chat.is_chat(kind) and not _casts(kind, pa.float64() if holds == "number" else pa.large_string()):
         raise DataError(
@@ -152,6 +152,11 @@ def _described(kind: pa.DataType) -> str:
 def _is_number(schema: pa.Schema, name: str) -> bool:
     kind = schema.field(name).type
     return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold text. Hive, Impala and others write strings as plain bytes."""
+    return _is_text(kind) or kind in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
 def _is_text(kind: pa.DataType) -> bool:

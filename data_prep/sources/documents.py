@@ -1,7 +1,8 @@
-"""Reads the documents of a part as Arrow batches of valid text, with a 128-bit key per document.
+"""Reads the documents of a part as Arrow batches of valid text. Each document gets a 128-bit key.
 
-The key is a keyed hash of the document's id. Its upper half decides the split, its lower half the position in the
-shuffle, so that neither depends on the order of documents or on the number of workers and nodes.
+The key is a keyed hash of the document's id. Its upper half decides the split, and its lower half the position in the
+shuffle. So the split and the shuffle depend neither on the order of the documents nor on the number of workers and
+nodes.
 """
 
 import hashlib
@@ -20,13 +21,17 @@ from data_prep.sources import chat, columns, kinds
 from data_prep.sources.files import Fetched, Part
 
 KEY_BYTES = 16
-# In each part, the share of bad rows is checked from this number of rows on. It is checked again for the whole dataset.
+# Within a part, the share of bad rows is checked once this number of rows is read. It is checked again for the whole
+# dataset.
 JUDGED_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts without nulls, and their keys, (N, 2), uint64: column 0 for the split, column 1 for the order."""
+    """Texts without nulls, and their keys, (N, 2), uint64.
+
+    Column 0 of the keys decides the split, and column 1 the order.
+    """
 
     texts: pa.LargeStringArray
     keys: np.ndarray
@@ -48,9 +53,10 @@ def read(
     dropped: Counter,
     fetched: Fetched,
 ) -> Iterator[Batch]:
-    """Yields the documents of a part that pass the row filters, in order. Counts the others in `dropped` by reason.
+    """Yields the documents of a part that pass the row filters, in order.
 
-    Raises DataError if more than `source.max_bad_share` of the rows are bad.
+    Counts the other documents in `dropped` by reason. Raises DataError if more than `source.max_bad_share` of the rows
+    are bad.
     """
     columns.check(part.file, source, keep)
     rows = 0
@@ -63,8 +69,8 @@ def read(
 
 def _documents(batch: pa.RecordBatch, source: SourceConfig, keep: FilterConfig, seed: int, dropped: Counter) -> Batch:
     texts = batch.column(source.text_column)
-    texts = chat.texts_of(texts) if chat.is_chat(texts.type) else texts.cast(pa.large_string())
-    ids = batch.column(source.id_column).cast(pa.large_string()) if source.id_column else None
+    texts = chat.texts_of(texts) if chat.is_chat(texts.type) else _as_text(texts)
+    ids = _as_text(batch.column(source.id_column)) if source.id_column else None
     good = _valid(texts)
     if ids is not None and ids.null_count:
         good = pc.and_(good, pc.is_valid(ids))
@@ -77,6 +83,11 @@ def _documents(batch: pa.RecordBatch, source: SourceConfig, keep: FilterConfig, 
         texts = texts.filter(good)
         ids = ids.filter(good) if ids is not None else None
     return Batch(texts, _keys(ids if ids is not None else texts, seed))
+
+
+def _as_text(values: pa.Array) -> pa.LargeStringArray:
+    """The values as text. Bytes are not checked here: `_valid` finds values that are not UTF-8."""
+    return pc.cast(values, options=pc.CastOptions(pa.large_string(), allow_invalid_utf8=True))
 
 
 def _valid(texts: pa.LargeStringArray) -> pa.BooleanArray:
@@ -98,11 +109,11 @@ def _is_utf8(text: pa.LargeStringScalar) -> bool:
 
 
 def _filters(batch: pa.RecordBatch, keep: FilterConfig) -> Iterator[tuple[str, pa.BooleanArray]]:
-    # Cast first: Arrow compares neither half floats nor views of strings.
+    # The column is cast first, because Arrow can compare neither half floats nor views of strings.
     if keep.min_score is not None:
         yield "low_score", pc.greater_equal(batch.column(keep.score_column).cast(pa.float64()), keep.min_score)
     if keep.languages:
-        languages = batch.column(keep.language_column).cast(pa.large_string())
+        languages = _as_text(batch.column(keep.language_column))
         yield "language", pc.is_in(languages, pa.array(keep.languages, pa.large_string()))
 
 

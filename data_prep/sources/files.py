@@ -21,8 +21,9 @@ Fetched = Callable[[int], None]
 class SourceFile:
     """A file of a source, as the plan stores it.
 
-    `reader` and `options` (JSON) name a module of `datasets` and its settings if the file's suffix does not. `name` is
-    the id of a text file in a subfolder of the source: its path below the source's folder.
+    If the file's suffix does not determine how to read it, `reader` names a module of `datasets`, and `options` (JSON)
+    holds its settings. `name` is the id of a text file in a subfolder of the source: its path below the source's
+    folder.
     """
 
     uri: str
@@ -37,7 +38,7 @@ class SourceFile:
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """The values that the file's documents depend on. The folder is left out, because its spelling may vary."""
+        """The values on which the file's documents depend. The folder is left out, because its spelling may vary."""
         last = self.uri.rsplit("/", 1)[-1]
         return last, self.size, self.tail_sha256, self.reader, self.options, self.name
 
@@ -61,7 +62,7 @@ class Part:
 
 
 def find_files(place: str, suffixes: tuple[str, ...]) -> list[ObjectInfo]:
-    """The files that match a URL or pattern, sorted by name. Raises DataError if there is none.
+    """The files that match a URL or pattern, sorted by name. Raises DataError if no file matches.
 
     If the place is a folder, the message proposes a pattern that ends with one of the suffixes.
     """
@@ -82,7 +83,10 @@ def find_files(place: str, suffixes: tuple[str, ...]) -> list[ObjectInfo]:
 
 
 def _folder(place: str, suffixes: tuple[str, ...]) -> DataError | None:
-    """The error for a place that is a folder, with a pattern that matches files in it. None if it has no such files."""
+    """The error for a place that is a folder, with a pattern that matches files in it.
+
+    None if the folder has no such files.
+    """
     for pattern in (storage.join(place, "*"), storage.join(place, "**")):
         names = [path_of(info.uri).lower() for info in storage.expand_objects(pattern)]
         fitting = [max((each for each in suffixes if name.endswith(each)), key=len, default="") for name in names]
@@ -108,7 +112,7 @@ def has_suffix(uri: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def below(uri: str, folder: str) -> str:
-    """The path of a file below a folder. The two may spell a local folder differently."""
+    """The path of a file below a folder. The two URLs may spell the same local folder differently."""
     if storage.is_local(uri):
         return os.path.relpath(storage.local_path(uri), storage.local_path(folder or ".")).replace(os.sep, "/")
     return uri.removeprefix(folder.rstrip("/") + "/")

@@ -1,4 +1,7 @@
-"""Reads .json files: as JSON lines if the first line is an object, else as one document with `datasets`."""
+"""Reads .json files.
+
+If the first line is an object, the file is read as JSON lines, else as one document by `datasets`.
+"""
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -27,7 +30,7 @@ def read(part: Part, source: SourceConfig, columns: Mapping[str, str], fetched: 
 def _has_lines(file: SourceFile) -> bool:
     start = blocks.head(file).lstrip()
     first, separator, _ = start.partition(b"\n")
-    # It has JSON lines if the first line is an object, or if it is longer than the block that was read.
+    # The file has JSON lines if its first line is an object, or is longer than the block that was read.
     if start.startswith(b"{") and (not separator or lines.is_object(first)):
         return True
     limit = LARGEST_DOCUMENT_BYTES // (PACKED_RATIO if blocks.compression_of(file.uri) else 1)

@@ -17,9 +17,9 @@ from data_prep.sources.files import Fetched, Part, SourceFile, has_suffix
 class SourceKind:
     """A kind of source file, recognized by `suffixes`.
 
-    `divisible` files are cut into parts; others are one part each. `columns` are the same for all rows (`fixed`), may
-    differ between rows (`by row`), or `none`. `read` yields the requested columns. Its third argument maps them to
-    their content: `text`, `id` or `number`.
+    `divisible` files are cut into parts. Any other file is one part. `columns` is `fixed` if all rows have the same
+    columns, `by row` if they may differ between rows, and `none` if there are no columns. `read` yields the requested
+    columns. Its third argument maps them to their content: `text`, `id` or `number`.
     """
 
     suffixes: tuple[str, ...]
@@ -63,7 +63,7 @@ def is_text(file: SourceFile) -> bool:
 
 
 def kind_of(file: SourceFile) -> SourceKind:
-    """The kind of a file. Raises DataError for an unknown one."""
+    """The kind of a file. Raises DataError for an unknown kind."""
     kind = _STREAMED if file.reader else of_name(file.uri)
     if kind is None:
         raise DataError(f"{file.uri}: unknown kind of source; give files that end in {', '.join(SUFFIXES)}")

@@ -16,7 +16,7 @@ from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, chat
 from data_prep.sources.files import Fetched, Part, SourceFile
 
-# Protects memory from a file without line breaks.
+# This limit protects the memory from a file without line breaks.
 LONGEST_LINE_BYTES = 256 << 20
 # Rows from which the columns are inferred.
 SAMPLE_ROWS = 100
@@ -75,10 +75,11 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def parsed(line: bytes) -> Any:
-    """The value of a JSON line; None if Python cannot parse it."""
+    """The value of a JSON line. None if Python cannot parse the line."""
     try:
         return json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits; nested too deeply
+    # The line is not JSON, is not UTF-8, has a number with too many digits, or is nested too deeply.
+    except (ValueError, RecursionError):
         return None
 
 
@@ -93,7 +94,7 @@ def _batch(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pa.RecordB
 
 
 def _converted(row: dict[str, Any], columns: Mapping[str, str]) -> list[Any]:
-    """The values of a row by column; all null for a row with a value that cannot be converted, which counts as bad."""
+    """The values of a row by column. If a value cannot be converted, all values are null, and the row counts as bad."""
     try:
         return [_CONVERT[holds](row.get(name)) for name, holds in columns.items()]
     except (OverflowError, RecursionError):  # an integer beyond float64

@@ -1,8 +1,9 @@
 """Finds the files of a Hugging Face dataset by its name, and determines how to read them.
 
-`datasets` decides as in `load_dataset`, but from the repository's list of files and its card alone, so that nothing is
-downloaded twice and our storage makes the requests. With HF_HUB_OFFLINE or HF_DATASETS_OFFLINE, a copy in the Hub's
-cache (`hf download --repo-type dataset OWNER/NAME`) replaces the Hub, with the same plan and result.
+`datasets` decides as in `load_dataset`, but only from the repository's list of files and its card. So nothing is
+downloaded twice, and core.storage makes the requests. If HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set, a copy in the
+Hub's cache is read (`hf download --repo-type dataset OWNER/NAME`). The plan and the result are the same as from the
+Hub.
 """
 
 import contextlib
@@ -21,17 +22,20 @@ from data_prep.sources import kinds, streamed
 from data_prep.sources.columns import nearest
 from data_prep.sources.files import SourceFile
 
-# Files that describe how to read the others.
+# Files that describe how to read the other files.
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 # Settings of a builder that select data or name types, but do not change how files are read.
 _NOT_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features"}
-# Modules whose settings our readers ignore: selected columns of parquet, division of text.
+# Modules whose settings our readers ignore. These settings select columns of parquet or divide text.
 _OWN = {"parquet", "text"}
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A dataset at a commit: a local folder with its files, and their true sizes. Only cards need their content."""
+    """A dataset at a commit, as a local folder. The files in the folder are empty, except for the cards.
+
+    `sizes` holds the true size of each file.
+    """
 
     repository: str
     commit: str
@@ -45,8 +49,8 @@ class _Copy:
 def find(source: SourceConfig, begun_revision: str = "") -> list[SourceFile]:
     """The files of a split, sorted by name, without the hashes of their tails.
 
-    Without a revision in the settings, uses `begun_revision`, else the newest. Raises ConfigError for an unknown name,
-    StorageError.
+    If the settings name no revision, `begun_revision` is used or, if that is empty, the newest revision. Raises
+    ConfigError for an unknown name, StorageError.
     """
     with contextlib.ExitStack() as stack:
         copy = stack.enter_context(_copy_of(source, source.revision or begun_revision))
@@ -61,7 +65,7 @@ def find(source: SourceConfig, begun_revision: str = "") -> list[SourceFile]:
 
 
 def _file(uri: str, size: int, module: str, options: dict[str, Any]) -> SourceFile:
-    """A source file. It names a reader only if its suffix does not."""
+    """A source file. It names a reader only if the suffix does not determine one."""
     own = kinds.of_name(uri)
     if own and (module in _OWN or (module == "json" and not options) or streamed.reader_of(uri) == (module, options)):
         return SourceFile(uri, size, "")

@@ -18,10 +18,11 @@ from core.errors import DataError
 from core.settings.preparation import SourceConfig
 from data_prep.sources.files import Fetched, Part, SourceFile, read_range
 
-# Bytes per request: so many that a request's latency does not matter, yet few compared with a worker's memory.
+# Bytes per request. They are so many that the latency of a request does not matter, and few compared with a worker's
+# memory.
 FETCH_BYTES = 16 << 20
 FETCH_AHEAD = 3
-# Ranges with a smaller gap are fetched together: the unwanted bytes cost less than another request.
+# Ranges with a smaller gap are fetched together: to fetch the unwanted bytes costs less than another request.
 GAP_BYTES = 1 << 20
 # Decoded bytes per batch.
 BATCH_BYTES = 8 << 20
@@ -100,7 +101,10 @@ def _groups(metadata: pq.FileMetaData, part: Part, columns: Collection[str]) -> 
 
 
 def _is_of(metadata: pq.FileMetaData, number: int, columns: Collection[str]) -> bool:
-    """Whether leaf column `number` of the file belongs to one of `columns`. Both names may contain dots."""
+    """Whether leaf column `number` of the file belongs to one of `columns`.
+
+    The names of leaf columns and of `columns` may contain dots.
+    """
     path = metadata.schema.column(number).path
     return any(path == name or path.startswith(f"{name}.") for name in columns)
 
@@ -151,9 +155,9 @@ def _decode(
 def _batches(file: pq.ParquetFile, groups: Sequence[int], columns: Collection[str]) -> Iterator[pa.RecordBatch]:
     """Yields batches of about BATCH_BYTES of decoded values.
 
-    Encoded sizes do not limit decoded ones, because a dictionary stores a long text once for all of its rows. So the
-    number of rows per batch follows from the decoded size of earlier batches. Each change of it needs a new reader,
-    which decodes the earlier rows once more.
+    A small encoded size does not mean a small decoded size, because a dictionary stores a long text once for all rows
+    that contain it. So the number of rows per batch follows from the decoded size of earlier batches. Each change of
+    this number needs a new reader, which decodes the earlier rows once more.
     """
     rows = min(FIRST_ROWS, _rows_by_encoded_size(file, groups))
     done = 0
@@ -192,10 +196,10 @@ def _sliced(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 def _unreadable(uri: str, where: str, error: Exception) -> DataError:
     said = f"{uri}: {where} cannot be read as parquet ({' '.join(str(error).split())[:160]}); "
     if isinstance(error, pa.ArrowNotImplementedError | pa.ArrowTypeError | pa.ArrowKeyError):
-        return DataError(said + f"Arrow {pa.__version__} lacks what the file uses: write it again with plain columns")
+        return DataError(said + f"Arrow {pa.__version__} lacks a feature of it: write it again with plain columns")
     if isinstance(error, pa.ArrowMemoryError):
         return DataError(said + "memory is short: run the same command again with fewer --workers")
-    return DataError(said + "if another copy fails likewise, write the file anew; then run the same command")
+    return DataError(said + "if another copy fails too, write the file again; then run the same command")
 
 
 class _Spans(io.RawIOBase):

@@ -1,8 +1,8 @@
 """Streams CSV, Arrow, WebDataset and other files that only `datasets` can read.
 
 `datasets` opens the file through an fsspec file system over our storage, so that locations, credentials, retries and
-progress work as for other files. Each file is one part. Memory holds a few blocks of bytes and one batch: ROWS rows of
-CSV, or one batch of the Arrow file.
+progress work as for other files. Each file is one part. Memory holds a few blocks of bytes and one batch. A batch is
+ROWS rows of CSV, or one batch of the Arrow file.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from data_prep.sources import blocks
 from data_prep.sources.files import Fetched, Part, SourceFile, has_suffix, path_of
 
 PROTOCOL = "prepsource"
-# File suffix → module of `datasets` and its settings.
+# For each file suffix: a module of `datasets`, and its settings.
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
@@ -38,9 +38,9 @@ _NUMBERS_ABSENT = ["", "NA", "N/A", "NaN", "nan", "null", "None"]
 
 @lru_cache(maxsize=4)
 def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
-    """The columns of the first rows; empty for a file without rows. A column without values has the type null.
+    """The columns of the first rows. The result is empty if the file has no rows.
 
-    Raises DataError.
+    A column without values has the type null. Raises DataError.
     """
     with _rows(file, {}, lambda count: None) as batches:
         first = next(batches, None)
@@ -65,7 +65,7 @@ def reader_of(uri: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def _plain(uri: str) -> str:
-    """The path without the suffix of its compression: `datasets` sees the decompressed file."""
+    """The path without the suffix of a compression, because `datasets` gets the decompressed file."""
     path = path_of(uri)
     return path.rsplit(".", 1)[0] if blocks.compression_of(uri) else path
 
@@ -93,7 +93,7 @@ def _settings(module: str, columns: Mapping[str, str]) -> dict[str, Any]:
     """Settings that keep CSV's text unconverted and its batches small."""
     if module != "csv":
         return {}
-    if not columns:  # this call infers the types
+    if not columns:  # infers the types
         return {"chunksize": ROWS}
     import datasets
 
@@ -130,7 +130,7 @@ def _explained(file: SourceFile, module: str) -> Iterator[None]:
 
 @dataclass
 class _Entry:
-    """A file for `datasets`, and the furthest position read, so that repeated reads count once."""
+    """A file for `datasets`. It remembers the furthest position that was read, so that repeated reads count once."""
 
     file: SourceFile
     fetched: Fetched

@@ -1,6 +1,6 @@
-"""Reads plain text: each file is one document, or each block of lines between blank lines is one.
+"""Reads plain text. A document is a whole file, or a block of lines between blank lines.
 
-A document's id is the file's path below the source's folder. A block's id has its number after that, as in `a.txt#3`.
+A document's id is the file's path below the source's folder. A block's id also has its number, as in `a.txt#3`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,12 +12,12 @@ from core.settings.preparation import SourceConfig
 from data_prep.sources import blocks, lines
 from data_prep.sources.files import Fetched, Part, SourceFile
 
-# Limits the memory for one document and its tokens.
+# Largest size of a document. It limits the memory for one document and its tokens.
 LARGEST_DOCUMENT_BYTES = 256 << 20
 
 
 def schema_of(file: SourceFile, source: SourceConfig | None = None) -> pa.Schema:
-    """Two text columns with the names from the settings: the text, and the id unless its name is empty."""
+    """The text columns, with the names from the settings: the text and, unless its name is empty, the id."""
     text = (source and source.text_column) or "text"
     name = "id" if source is None or source.id_column is None else source.id_column
     return pa.schema([(column, pa.large_string()) for column in dict.fromkeys((text, name)) if column])

@@ -1,6 +1,7 @@
-"""Reads sizes and byte ranges of source files at https:// addresses, with one request each. huggingface_hub retries.
+"""Reads sizes and byte ranges of source files at https:// addresses.
 
-A server that ignores ranges sends whole files. Small files are then kept in memory, large ones are refused.
+Each read is one request, which huggingface_hub retries. A server that ignores ranges sends whole files. In this case,
+small files are kept in memory, and large files are refused.
 """
 
 from functools import lru_cache

@@ -12,7 +12,7 @@ codes:
     33   it saved after a request to stop               (a managed job starts again)
     34   the run reached its cap on dollars             (a managed job ends)
     35   this machine is bad or hung: take another one  (a managed job starts again, REFUSALS_PER_DAY times)
-    36   the bucket was away for too long               (a managed job ends: another machine has no better bucket)
+    36   the bucket failed for too long                 (a managed job ends: another machine has no better bucket)
     else the program failed                             (the job ends)
 
 A request to stop (SIGTERM, SIGHUP, SIGINT) at any moment ends this program with 33, unless the module exits with 0 or
@@ -24,7 +24,7 @@ import signal
 from core import stop
 
 if __name__ == "__main__":
-    stop.listen(signal.SIGINT)  # before the imports that take seconds
+    stop.listen(signal.SIGINT)  # called before the imports that take seconds
 
 import contextlib
 import json
@@ -57,21 +57,22 @@ from launch.node.supervise import Child, Outcome, kill_descendants
 
 log = logging.getLogger("node")
 
-# After more refusals within a day the job ends, so that a person looks at it: the machines are probably not the cause.
+# After more refusals than this within a day, the job ends and a person must look, because the machines are probably not
+# the cause.
 REFUSALS_PER_DAY = 3
-# The head node's exit code counts. The other nodes wait this long for it before they end the job.
+# The head node's exit code counts. The other nodes wait this many seconds for its end before they end the job.
 HEAD_START_SECONDS = 30.0
-# Seconds between the kill of the program and the end of this process, which container.sh would kill later.
+# Seconds that this process has after it has killed the program. After them, container.sh would kill this process.
 AFTER_KILL_SECONDS = 4.0
-# Programs of several ranks. All others are one process.
+# These programs run as several ranks under torchrun. All other programs are one process.
 UNDER_TORCHRUN = ("trainer.train", "trainer.evaluate")
-# MAX_USD caps the whole run of these. That of others counts in a folder of their own, which they check themselves.
+# For these programs, MAX_USD caps the whole run. Other programs have a separate ledger and check their cap themselves.
 CAPPED_AS_A_RUN = ("trainer.train", "trainer.synthesize")
 SIGTERMED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 class PaidRecord:
-    """The record of this machine for the cap. Training nodes are paid for together, so that the first one has it."""
+    """The record of this machine for the cap. All nodes of a training have one record, which the first node writes."""
 
     def __init__(self, environment: Mapping[str, str], module: str, rank: int, attempt: str):
         trains = module.startswith("trainer.")
@@ -83,7 +84,7 @@ class PaidRecord:
         self._began = False
 
     def begin(self) -> None:
-        """Raises StorageError."""
+        """Record the start of the machine's paid time. Raises StorageError."""
         if self._is_kept:
             started_at = segment_started_at() or time.time()
             price, host = self._machine.usd_per_hour, self._machine.host or ""
@@ -91,7 +92,7 @@ class PaidRecord:
             self._began = True
 
     def end(self) -> None:
-        """Idempotent. A store that is away costs no more than a larger sum under the cap."""
+        """Record the end. Idempotent. If the store fails, the cap only counts more time for this machine."""
         if self._began:
             self._began = False
             with contextlib.suppress(LauncherError):
@@ -99,7 +100,7 @@ class PaidRecord:
 
 
 def controller(environment: Mapping[str, str]) -> paid.Controller | None:
-    """The controller of this managed job; None if there is none, or its price is not known."""
+    """The controller of this managed job, or None if there is none, or its price is not known."""
     price, since = positive(environment, "CONTROLLER_USD_PER_HOUR"), positive(environment, "SUBMITTED_AT")
     managed = environment.get("SKYPILOT_MANAGED_JOB_ID")
     return paid.Controller(since, price) if managed and price and since else None
@@ -115,13 +116,13 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("RUN_URL is not set; launch/node/container.sh derives it from BUCKET and RUN")
     supervise.hang_minutes(environment)
     stop.seconds()
-    # Before the program runs there is nothing to save: a request to stop ends the preflight and this program.
+    # Until the program runs, there is nothing to save. A request to stop then ends the preflight and this program.
     stop.on_leaving(kill_descendants)
     rank, addresses = network.nodes(environment)
     found = machine.gpus()
     environment |= machine.describe(environment, found)
     run_url = environment["RUN_URL"]
-    # Two machines may start in the same second.
+    # Names of attempts have a random part, because two machines may start in the same second.
     attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-node-{rank:03d}-{secrets.token_hex(4)}"
     output = Output(storage.join(RunFolder(run_url).logs, attempt))
     stop.on_leaving(output.close)
@@ -136,13 +137,13 @@ def main(arguments: list[str]) -> int:
         stop.settle(code if code != FAILED else PREEMPTED)
         log.info("exit code %d", code)
         return code
-    except LauncherError as error:  # run_entry prints it; the stored log needs it too
+    except LauncherError as error:  # run_entry prints the error, but the stored log needs it as well
         output.add(f"error: {error}")
         raise
     finally:
         record.end()
         logging.getLogger().removeHandler(ours)
-        if not stop.asked():  # otherwise stop.leave closes it within a time limit
+        if not stop.asked():  # if the process is asked to stop, stop.leave closes the log within a time limit
             output.close()
 
 
@@ -175,7 +176,7 @@ def job(
         log.info("running %s", " ".join(command))
         asked = threading.Event()
         stop.inform(lambda reason: asked.set())
-        stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: giving up what is still open")
+        stop.allow(stop.seconds() + AFTER_KILL_SECONDS, lambda: "asked to stop: ending without waiting for open work")
         files = {"EXIT_CODE_FILE": str(code_file), "STOP_FILE": f"{folder}/stop", "PULSE_FILE": f"{folder}/pulse"}
         child = Child(command, {**environment, **files}, output.add, launched=trains, asked=asked)
         outcome = child.wait(supervise.hang_minutes(environment) * 60, stop.seconds())
@@ -197,20 +198,20 @@ def job(
 
 
 def spent_cap(environment: Mapping[str, str]) -> str:
-    """One sentence if the run has reached one of its bounds, and how to go on; else "".
+    """If the run has reached a limit, a sentence that also says how to continue. Otherwise "".
 
-    This machine's time counts, but not as a restart.
+    The time of this machine counts for the limits of the whole run, but not for the limit of restarts.
     """
     names = ("MAX_USD", "MAX_HOURS", RESTARTS)
     try:
         usd, hours, restart_usd = (float(environment.get(name) or 0) for name in names)
-    except ValueError:  # the program refuses it with a sentence
+    except ValueError:  # the program itself reports the error
         return ""
     folder = RunFolder(environment["RUN_URL"])
     spent = spent_at_most(folder.url) if usd or hours else Spent(None, 0.0)
-    further = "the machine ends before it costs more; go on with a larger {} and the same command"
+    further = "this machine ends so that it costs no more; to continue, raise {} and type the same command again"
     if usd and spent.usd is not None and spent.usd >= usd:
-        return f"${spent.usd:.2f} of ${usd:g} spent: {further.format('MAX_USD')}"
+        return f"at most ${spent.usd:.2f} of ${usd:g} spent: {further.format('MAX_USD')}"
     if hours and spent.seconds >= 3600 * hours:
         return f"{spent.seconds / 3600:.2f} of {hours:g} hours paid: {further.format('MAX_HOURS')}"
     here = (machine_from_environment(None, 0, environment).host, segment_started_at() or 0.0)
@@ -227,8 +228,8 @@ def exit_code(outcome: Outcome, written: int | None) -> int:
         return written
     if outcome.returncode == 0:
         return OK
-    # After a request to stop a child may also be killed at the time limit, or fail because a store is unreachable. A
-    # SIGTERM that only torchrun got is such a request too.
+    # After a request to stop, a child may also be killed at the time limit, or fail because its store is unreachable. A
+    # SIGTERM that only torchrun got counts as a request to stop, too.
     return PREEMPTED if outcome.stopped or outcome.returncode in SIGTERMED else FAILED
 
 
@@ -249,7 +250,7 @@ def refuse(run_url: str, attempt: str, problems: list[str]) -> int:
 
 
 def describe(environment: Mapping[str, str]) -> str:
-    """Place, type, market and price of this machine in one line."""
+    """A line with the place, the type, the market and the price of this machine."""
     place = "/".join(environment.get(name) or "?" for name in ("CLOUD", "REGION", "ZONE"))
     market = {"true": "spot", "false": "on demand"}.get(environment.get("USE_SPOT", ""), "?")
     price = environment.get("USD_PER_HOUR")

@@ -1,11 +1,11 @@
-"""Records in the bucket that this machine is paid for, before there is an image whose programs could do it.
+"""Records in the bucket that this machine is paid for, before the node has an image with the project's programs.
 
     python3 -m launch.node.arrival begin 20261130T120000Z-setup-1a2b3c4d
     python3 -m launch.node.arrival end 20261130T120000Z-setup-1a2b3c4d        its set-up has failed
 
-launch/node/container.sh calls it on the first node. The cap counts the record unless a program of ours has run on the
-machine (core/run/paid.py). Only buckets on S3 take it. This runs outside of the container with the node's Python, and
-therefore uses only the standard library of Python 3.8.
+launch/node/container.sh calls this module on the first node. The cap counts this record unless a program of this
+project has run on the machine (core/run/paid.py). This works only for buckets on S3. The module runs outside of the
+container with the node's Python, so it uses only the standard library of Python 3.8.
 """
 
 import json
@@ -21,7 +21,7 @@ from core import bucket
 from core.errors import ConfigError
 from launch.node import switch
 
-# As in core/stores/aws.py, which this Python may not be able to import.
+# The same names as in core/stores/aws.py. The node's Python may not be able to import that file.
 ENDPOINTS = ("BUCKET_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 REGIONS = ("BUCKET_REGION", "AWS_REGION", "AWS_DEFAULT_REGION")
 KEYS = {
@@ -48,7 +48,7 @@ def main(arguments):
         document.update(started_at=started_at, usd_per_hour=float(price), host=socket.gethostname(), setup=True)
     try:
         put(f"{url}/machines/{attempt}/{'start' if what == 'begin' else 'end'}.json", json.dumps(document) + "\n")
-    except Exception as error:  # network, keys, permissions: any error of the request
+    except Exception as error:  # any error of the request, such as network, keys or permissions
         return f"{url} did not take this machine's record, so that its set-up does not count under the cap: {error}"
     return 0
 

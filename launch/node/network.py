@@ -21,7 +21,10 @@ EFA_LIBRARIES = ("/opt/amazon/ofi-nccl/lib", "/opt/amazon/efa/lib")
 
 
 def nodes(environment: Mapping[str, str]) -> tuple[int, list[str]]:
-    """The rank of this node and the addresses of all nodes. Raises ConfigError if they contradict each other."""
+    """The rank of this node, and the addresses of all nodes.
+
+    Raises ConfigError if SkyPilot's variables contradict each other.
+    """
     addresses = (environment.get("SKYPILOT_NODE_IPS") or "127.0.0.1").split()
     rank = int(environment.get("SKYPILOT_NODE_RANK") or 0)
     if not 0 <= rank < len(addresses):
@@ -30,7 +33,7 @@ def nodes(environment: Mapping[str, str]) -> tuple[int, list[str]]:
 
 
 def ranks_per_node(environment: Mapping[str, str]) -> int:
-    """RANKS_PER_NODE, else one rank per GPU. Raises ConfigError."""
+    """The number of ranks on this node: RANKS_PER_NODE or, if it is not set, one rank per GPU. Raises ConfigError."""
     text = environment.get("RANKS_PER_NODE") or environment.get("SKYPILOT_NUM_GPUS_PER_NODE") or "1"
     if not text.isdigit():
         raise ConfigError(f"RANKS_PER_NODE is {text!r}, must be a whole number; leave it empty for one rank per GPU")
@@ -38,21 +41,25 @@ def ranks_per_node(environment: Mapping[str, str]) -> int:
 
 
 def rendezvous(environment: Mapping[str, str]) -> list[str]:
-    """torchrun's arguments for a static rendezvous: after a failure the whole job starts again from its checkpoint."""
+    """torchrun's arguments for a static rendezvous. After a failure, the whole job starts again from its checkpoint."""
     rank, addresses = nodes(environment)
     arguments = [f"--nnodes={len(addresses)}", f"--node-rank={rank}", f"--nproc-per-node={ranks_per_node(environment)}"]
-    # Several nodes must know the port in advance. A single node takes a free one, because other jobs may run there.
+    # Several nodes must know the port in advance. A single node takes any free port, because other jobs may run on it.
     port = MASTER_PORT if len(addresses) > 1 else free_port()
     return [*arguments, f"--master-addr={addresses[0]}", f"--master-port={port}"]
 
 
 def check_port(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError if another program uses the port at which ranks of several nodes meet (head node only)."""
+    """Called on the head node.
+
+    Raises ConfigError if another program uses the port at which the ranks of several nodes meet.
+    """
     rank, addresses = nodes(environment)
     if rank > 0 or len(addresses) == 1:
         return
     with socket.socket() as probe:
-        # torch sets this option too: the closing connections of an earlier job then do not block the port.
+        # torch sets this option too. It lets a program use the port while connections of an earlier job are still
+        # closing.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", MASTER_PORT))
@@ -75,7 +82,7 @@ def free_port() -> int:
 
 
 def settings(environment: Mapping[str, str], devices: Path = Path("/dev/infiniband")) -> dict[str, str]:
-    """Variables for NCCL and Gloo, without those that the user has set."""
+    """Variables for NCCL and Gloo. Those that the user has set are left out."""
     rank, addresses = nodes(environment)
     found = {"NCCL_DEBUG": "WARN"}
     if len(addresses) > 1:
@@ -93,7 +100,7 @@ def settings(environment: Mapping[str, str], devices: Path = Path("/dev/infiniba
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface with this IPv4 address; None without one."""
+    """The name of the network interface with this IPv4 address, or None if there is no such interface."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = array.array("b", struct.pack("256s", name.encode()[:15]))

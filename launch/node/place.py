@@ -1,6 +1,7 @@
-"""Prints the URL of the run or token set that BUCKET and RUN or DATA name, for shell scripts on a node.
+"""Prints the URL of a run or of a token set, for shell scripts on a node.
 
-    python3 -m launch.node.place RUN     s3://my-bucket/runs/gpt2-124m
+    python3 -m launch.node.place RUN      the run that BUCKET and RUN name: s3://my-bucket/runs/gpt2-124m
+    python3 -m launch.node.place DATA     the token set that BUCKET and DATA name
 
 Runs outside of the container with the node's Python, and therefore uses only the standard library of Python 3.8.
 """

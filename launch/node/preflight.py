@@ -4,8 +4,8 @@
 
 Checks number, kind and error counters of the GPUs, clock, disk and bucket. In parallel, a torch program
 (trainer/distributed/preflight.py) checks that CUDA initialises and measures an all-reduce over all GPUs. A `problem` is
-a fault of this machine, which is then replaced by another one. A fault that another machine would have too raises
-ConfigError. A note has no effect. The reports are stored below RUN_URL/preflight/.
+a fault of this machine. The machine is then replaced by another one. For a fault that another machine would have too,
+ConfigError is raised. A note is only reported. The reports are stored below RUN_URL/preflight/.
 """
 
 import json
@@ -35,22 +35,23 @@ from launch.node import network
 
 log = logging.getLogger(__name__)
 
-# Xid codes of hardware faults; other codes may be faults of programs (NVIDIA's Xid catalog). In this order: double-bit
-# ECC, row remapping failed, NVLink, fallen off the bus, uncontained ECC, GSP time-outs.
+# Xid codes of hardware faults; other codes may be faults of programs (NVIDIA's Xid catalog). The codes mean, in this
+# order: double-bit ECC, row remapping failed, NVLink, fallen off the bus, uncontained ECC, GSP time-outs.
 FATAL_XIDS = {48, 64, 74, 79, 95, 119, 120}
 # PCIe 4.0 x16 moves at most 31.5 GB/s, so a faster all-reduce used NVLink.
 MIN_NVLINK_GB_PER_S = 40.0
-# S3 refuses signatures that are 15 minutes off. The ledgers of several machines must agree much better.
+# Largest difference of the clock in seconds. S3 refuses signatures that are 15 minutes off. The clocks behind the
+# ledgers of several machines must agree much better than that.
 MAX_SKEW_SECONDS = 300.0
 PROBE_BYTES = 16 << 20
-# Time limit of the all-reduce. Its first start reads torch's 5 GB of libraries from disk. A GPU that is not ready after
-# this time does not answer at all.
+# Time limit of the all-reduce. When the program starts for the first time, it reads torch's 5 GB of libraries from
+# disk. A GPU that is not ready after this time will not answer at all.
 ALL_REDUCE_SECONDS = 180.0
 
 
 @dataclass
 class PreflightReport:
-    """Findings of a preflight. `problems` are sentences; a figure without a measurement is None."""
+    """The findings of a preflight. `problems` are sentences. A figure that was not measured is None."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -64,7 +65,7 @@ class PreflightReport:
 
 
 def run(environment: Mapping[str, str], found: Sequence[Gpu]) -> PreflightReport:
-    """Run all checks, in parallel where they do not disturb each other. Raises ConfigError, StorageError."""
+    """Run all checks. Checks that do not disturb each other run in parallel. Raises ConfigError, StorageError."""
     started = time.monotonic()
     rehearsal = environment.get("DEVICE") == "cpu"
     healthy = [gpu for gpu in found if not gpu.fault]
@@ -132,12 +133,15 @@ def judge(report: PreflightReport, environment: Mapping[str, str], found: Sequen
 
 
 def all_reduce(environment: Mapping[str, str], rehearsal: bool) -> dict | str:
-    """The figures of trainer/distributed/preflight.py on all GPUs of this node, or one sentence about its failure."""
+    """Runs trainer/distributed/preflight.py on all GPUs of this node.
+
+    Returns its figures, or one sentence about its failure.
+    """
     ranks = network.ranks_per_node(environment)
-    # Not --standalone, which would resolve the host name: a container may not know it.
+    # --standalone would resolve the host name, which a container may not know.
     launcher = ["-m", "trainer.distributed.torchrun", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
     command = [sys.executable, *launcher, f"--master-port={network.free_port()}", "-m", "trainer.distributed.preflight"]
-    # With PARENT_PID the program ends when this process ends (core.stop).
+    # PARENT_PID makes the program end when this process ends (core.stop).
     variables = {**os.environ, **environment, "PARENT_PID": str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -186,12 +190,15 @@ def disk_speed() -> float:
 
 
 def clock_skew_seconds(environment: Mapping[str, str]) -> float | None:
-    """This clock minus the object store's, to a second, by the Date header of its answer. None without that header."""
+    """The difference between this machine's clock and the object store's clock, accurate to a second.
+
+    It is computed from the Date header of an answer. None if the answer has no such header.
+    """
     endpoint = aws.endpoint_of(environment)
     try:
         with urllib.request.urlopen(endpoint or "https://s3.amazonaws.com", timeout=10) as answer:
             header = answer.headers["Date"]
-    except urllib.error.HTTPError as error:  # a refusal has a date too
+    except urllib.error.HTTPError as error:  # the answer to a refused request has a Date header too
         header = error.headers["Date"]
     except OSError:
         return None

@@ -1,10 +1,12 @@
-"""Tests an image: imports the modules of its programs; on each GPU, initialises CUDA, multiplies and compiles.
+"""Tests an image. Imports the modules of its programs.
+
+On each GPU, initialises CUDA, multiplies matrices and compiles a function.
 
     docker run --rm IMAGE
-    python -m launch.node.selftest --health     the image's health check: the same files, without torch and the GPUs
+    python -m launch.node.selftest --health     the image's health check: files only, no torch, no GPU
 
 IMAGE_TARGET, set in the image, says which programs it contains. Prints one line, or fails with the first error. The
-health check runs beside the training every few minutes, so that it takes no memory of a GPU and compiles nothing.
+health check runs beside the training every few minutes, so it uses no GPU memory and compiles nothing.
 """
 
 import importlib.util
@@ -32,7 +34,8 @@ def main(arguments: list[str]) -> None:
         return
     if arguments:
         raise ConfigError(f"unknown arguments {' '.join(arguments)}; usage: python -m launch.node.selftest [--health]")
-    for program in (*PROGRAMS[target], "core.stores.remote"):  # programs import it when they open a bucket
+    # Programs import this module only when they open a bucket.
+    for program in (*PROGRAMS[target], "core.stores.remote"):
         importlib.import_module(program)
     if os.geteuid() == 0:
         raise ConfigError("the image runs as root; its USER was changed")
@@ -41,7 +44,10 @@ def main(arguments: list[str]) -> None:
 
 
 def check_files(target: str) -> str:
-    """The container's first process. Raises ConfigError if a program's file is not there."""
+    """The health check. Returns a text that names the container's first process.
+
+    Raises ConfigError if a program's file is missing.
+    """
     for program in PROGRAMS[target]:
         if not Path(*program.split(".")).with_suffix(".py").exists() and not Path(*program.split(".")).is_dir():
             raise ConfigError(f"{program} is not in the image's folder {Path.cwd()}")
@@ -64,7 +70,7 @@ def check_torch() -> str:
     preflight = importlib.import_module("trainer.distributed.preflight")
     if not shutil.which("cc"):
         raise ConfigError("the train image has no C compiler, which Triton needs")
-    # torch counts no GPU if CUDA does not initialise.
+    # torch counts zero GPUs if CUDA does not initialise.
     count = max(torch.cuda.device_count(), len(gpus())) if torch.version.cuda else 0
     for number in range(count):
         if problem := preflight.cuda_problem(torch.device("cuda", number)):

@@ -3,11 +3,11 @@
     child = Child(["torchrun", ...], environment, keep=journal.add)
     outcome = child.wait(hang_seconds=900)
 
-Workers are children of torchrun. They get signals directly, because torchrun gives its children only 30 seconds to
-save. A request to stop creates STOP_FILE. The file shows workers that a SIGTERM is such a request, and that one came
-before they started (core.stop).
+Workers are children of torchrun. This module sends signals directly to the workers, because torchrun gives its children
+only 30 seconds to save. A request to stop creates STOP_FILE. By this file, workers recognise that a SIGTERM is a
+request to stop, or that a request came before they started (core.stop).
 
-A program hangs if it neither prints a byte nor touches PULSE_FILE (core.pulse) for HANG_MINUTES.
+A program counts as hung if it neither prints a byte nor touches PULSE_FILE (core.pulse) for HANG_MINUTES.
 """
 
 import codecs
@@ -31,17 +31,18 @@ from core.environment import positive
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-# After this time a program hangs. It is longer than the ten minutes after which a collective gives up and names the
-# missing rank.
+# Minutes after which a silent program counts as hung. They are more than the ten minutes after which a collective gives
+# up and names the missing rank.
 HANG_MINUTES = 15.0
 # Grace period for a worker to save before SIGKILL.
 STOP_SECONDS = stop.SECONDS
 DUMP_SECONDS = 15.0
-# Longest wait for the end of the output: a process that outlives the child may keep the pipe open.
+# Longest wait in seconds for the end of the output. A process that outlives the child may keep the pipe open.
 DRAIN_SECONDS = 10.0
 DRAIN_AFTER_STOP_SECONDS = 3.0
 KILL_SECONDS = 2.0
-# A process that SIGKILL does not end by then waits in the kernel, maybe for good.
+# Seconds to wait for the end of a process after SIGKILL. A process that has not ended by then waits in the kernel,
+# perhaps forever.
 AFTER_SIGKILL_SECONDS = 20.0
 READ_BYTES = 1 << 16
 # Longer lines are cut before they are stored.
@@ -50,9 +51,10 @@ LINE_CHARACTERS = 1 << 16
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a child: return code (negative: the signal), and whether it hung or was asked to stop.
+    """The end of a child: the return code (negative for a signal), and whether it hung or was asked to stop.
 
-    `answered`: it seemed to hang, but made progress when it was asked to save. `stacks`: it printed its stacks.
+    `answered` means that the program seemed to hang, but made progress when it was asked to save. `stacks` means that
+    the program printed its stacks.
     """
 
     returncode: int
@@ -63,9 +65,10 @@ class Outcome:
 
 
 class Child:
-    """A running program. `keep` gets every line of its output, which also goes to our standard output.
+    """A running program. `keep` is called with every line of the program's output.
 
-    `launched` means that the program is torchrun and its children are the workers. `asked` is set to stop it.
+    The lines are also written to our standard output. `launched` means that the program is torchrun and its children
+    are the workers. `asked` is set to stop it.
     """
 
     def __init__(
@@ -79,14 +82,14 @@ class Child:
         self._workers_are_children = launched
         self._keep = keep
         self._aborted = self._stacks = False
-        self._is_gone = True  # False: even SIGKILL did not end it
+        self._is_gone = True  # whether the child has ended; False if even SIGKILL did not end it
         self._stop = asked or threading.Event()
         self._stop_file = environment.get("STOP_FILE")
         self._asked: set[int] = set()  # processes that got SIGTERM
         self._stop_seconds = STOP_SECONDS
         self._kill_at = math.inf
         self._pulse_file = environment.get("PULSE_FILE")
-        self._pulse = 0  # the last known modification time (ns) of that file
+        self._pulse = 0  # the last known modification time (ns) of PULSE_FILE
         self._last_progress = time.monotonic()
         self._started: set[int] = set()  # all descendants of the child, orphans included
         self.process = subprocess.Popen(
@@ -132,7 +135,7 @@ class Child:
         return Outcome(code, hung or not self._is_gone, self._stop.is_set(), answered, self._stacks)
 
     def _silent_seconds(self) -> float:
-        """Seconds since the last output or pulse. A pulse is any change of the file's time, also backwards."""
+        """Seconds since the last output or pulse. A pulse is any change of the file's time, forwards or backwards."""
         if self._pulse_file:
             with contextlib.suppress(FileNotFoundError):
                 pulse = Path(self._pulse_file).stat().st_mtime_ns
@@ -141,7 +144,7 @@ class Child:
         return time.monotonic() - self._last_progress
 
     def _pass_stop_on(self) -> None:
-        """Send SIGTERM once to every worker, new ones included. While there are no workers, send it to the child."""
+        """Send SIGTERM once to every worker, including new ones. While there are no workers, send it to the child."""
         if not self._stop.is_set():
             return
         if self._kill_at == math.inf:
@@ -161,8 +164,8 @@ class Child:
     def _end_hang(self, hang_seconds: float) -> bool:
         """Ask the workers to save. If the program does not end, make all threads print their stacks.
 
-        Saving works if the program is only slow, or only one rank waits. Returns whether the program made progress and
-        ended. A program that has nothing to save ends without progress.
+        Saving works if the program is only slow, or if only one rank waits. Returns whether the program made progress
+        and ended. A program that has nothing to save ends without progress.
         """
         log.error("neither output nor a step for %.0f s: the program is asked to save and to end", hang_seconds)
         _send(signal.SIGUSR1, self._workers() or [self.process.pid])
@@ -190,7 +193,10 @@ class Child:
         return [pid for pid, parent in parents().items() if parent == self.process.pid]
 
     def _kill_rest(self) -> int:
-        """Kill all that is left. Returns the child's return code, that of SIGKILL if even that does not end it."""
+        """Kill all remaining processes.
+
+        Returns the child's return code, or the code of SIGKILL if SIGKILL does not end the child.
+        """
         _send(signal.SIGKILL, [*self._started, self.process.pid])
         try:
             return self.process.wait(AFTER_SIGKILL_SECONDS)
@@ -211,18 +217,23 @@ class Child:
                 try:
                     sys.stdout.write(text)
                     sys.stdout.flush()
-                except OSError:  # our reader is gone; keep draining, or the child blocks on a full pipe
+                # The reader of our output is gone; keep reading, because the child would block on a full pipe.
+                except OSError:
                     shown = False
         lines.add(decode(b"", True))
         lines.end()
 
     def _take(self, line: str) -> None:
-        self._stacks |= self._aborted and "Fatal Python error" in line  # the first line of Python's fault handler
+        # The first line that Python's fault handler prints.
+        self._stacks |= self._aborted and "Fatal Python error" in line
         self._keep(line)
 
 
 class _Lines:
-    """Cuts text into lines for `keep`. To bound the memory, a line is cut after LINE_CHARACTERS; a note says so."""
+    """Cuts text into lines for `keep`.
+
+    To limit the memory, a line is cut after LINE_CHARACTERS, and a note marks the cut.
+    """
 
     def __init__(self, keep: Callable[[str], None]):
         self._keep = keep
@@ -237,7 +248,7 @@ class _Lines:
         self._take(rest)
 
     def end(self) -> None:
-        """Pass on the last line, which may lack a line end."""
+        """Pass the last line to `keep`. It may have no line end."""
         if self._parts:
             self._give()
 
@@ -255,7 +266,10 @@ class _Lines:
 
 
 def hang_minutes(environment: Mapping[str, str]) -> float:
-    """HANG_MINUTES: time without output and steps after which a program counts as hung. Raises ConfigError."""
+    """HANG_MINUTES in seconds: the time without output and without steps after which a program counts as hung.
+
+    Raises ConfigError.
+    """
     return positive(environment, "HANG_MINUTES") or HANG_MINUTES
 
 
@@ -274,11 +288,11 @@ def kill_descendants() -> None:
 
 
 def parents() -> dict[int, int]:
-    """The parent of each process in this container, by process id; without zombies."""
+    """The parent of each process in this container, by process id. Zombies are left out."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            # The command, in parentheses, may contain spaces.
+            # The name of the command, in parentheses, may contain spaces.
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
             if state != "Z":
                 found[int(stat.parent.name)] = int(parent)

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Ends this machine if no job of ours gives a sign of life for MINUTES: a dead man's switch, run as root.
+"""Ends this machine if no job of this project gives a sign of life for MINUTES (a dead man's switch). Runs as root.
 
     switch.py                     from cloud-init at each boot of a node on AWS, where `make role` puts this file
     switch.py --ours [MINUTES]    from launch/node/container.sh on any node
 
-A change of the time of ALIVE is a sign of life: launch/node/container.sh gives one while it makes an image or starts a
-container, launch.node while it supervises. Until the first one the time counts from the boot. At the end the machine is
-terminated by its cloud, as far as the node's role or key allows; otherwise it is powered off, which ends a spot machine
-and stops another one.
+A change of the modification time of ALIVE is a sign of life. launch/node/container.sh gives signs of life while it
+makes an image or starts a container. launch.node gives them while it supervises a program. Until the first sign, the
+time counts from the boot. When the time is over, this program asks the cloud to terminate the machine, if the node's
+role or key allows it. Otherwise the machine is powered off, which ends a spot machine and stops an on-demand machine.
 
-cloud-init starts this on every machine that SkyPilot rents on AWS from the project's folder. A controller of SkyPilot
-and a machine of another project are left alone. With `--ours` nothing is asked, because our job runs here; a machine
-that is neither on AWS nor on Lambda is left alone.
+cloud-init starts this on every machine that SkyPilot rents on AWS from the project's folder. The switch does not end
+controllers of SkyPilot and machines of other projects. If `--ours` is given, the switch does not check to whom the
+machine belongs, because a job of this project runs on it. The switch does not run on clouds other than AWS and Lambda.
 
-In a cluster of several nodes one may be done hours before another, and SkyPilot ends them together. So a silent node
-waits as long as the head of its cluster answers, for OTHERS_SECONDS at most.
+In a cluster of several nodes, one node may finish hours before another, and SkyPilot ends all of them together. So a
+silent node waits while the head of its cluster answers, but at most OTHERS_SECONDS.
 
 A copy of this file runs alone on a new machine, and therefore uses only the standard library of Python 3.8.
 """
@@ -32,7 +32,7 @@ import urllib.parse
 import urllib.request
 import xml.etree.ElementTree
 
-MINUTES = 30.0  # `make role` writes another number here
+MINUTES = 30.0  # `make role` replaces this number
 FOLDER = "/var/lib/pretrain-launcher"
 ALIVE = FOLDER + "/alive"
 HEAD = FOLDER + "/head"  # the address of the head of a cluster of several nodes
@@ -43,7 +43,7 @@ ROLE = "pretrain-launcher-node"
 POLL_SECONDS = 10.0
 REQUEST_SECONDS = 20.0
 METADATA_SECONDS = 3.0
-# The cloud takes this long at most between its answer and the end of the machine.
+# The longest time in seconds from the cloud's answer to the end of the machine.
 GRACE_SECONDS = 60.0
 TRIES = 3
 PAUSE_SECONDS = 20.0
@@ -96,7 +96,10 @@ def adopt_environment(path):
 
 
 def wait_for_silence(minutes):
-    """Return once ALIVE has not changed for so long. The clock of the system may jump meanwhile."""
+    """Return once ALIVE has not changed for `minutes`.
+
+    The time is measured so that a jump of the system's clock does no harm.
+    """
     last, seen, silent = time.monotonic(), modified(), 0.0
     while silent < minutes * 60 or (silent < OTHERS_SECONDS and cluster_lives()):
         time.sleep(min(POLL_SECONDS, minutes * 6))
@@ -106,7 +109,7 @@ def wait_for_silence(minutes):
 
 
 def cluster_lives():
-    """Whether this node is one of several, and their head answers."""
+    """Whether this node is one of several nodes whose head answers."""
     try:
         with open(HEAD) as file:
             address = file.read().strip()
@@ -125,16 +128,17 @@ def modified():
 
 
 def is_ours(minutes):
-    """Whether this is a machine on AWS for a job of ours, by its tags, else by its role.
+    """Whether this is a machine on AWS for a job of this project.
 
-    A machine of which neither is known for `minutes` more counts as ours: it has lost its network.
+    This is decided by its tags or, if they cannot be read, by its role. If neither is known after `minutes` more, the
+    machine has lost its network and counts as this project's.
     """
     until = time.monotonic() + minutes * 60
     while True:
         for look in (by_tags, by_role):
             try:
                 ours, said = look()
-            except Exception as error:  # no network, no permission: any error of the request
+            except Exception as error:  # any error of the request, such as no network or no permission
                 say(f"{look.__name__}: {error}")
             else:
                 say(f"{said} {'is of this project' if ours else 'is left alone'}")
@@ -151,24 +155,27 @@ def by_tags():
 
 
 def by_role():
-    """`make role` gives a role to nodes, not to controllers."""
+    """Decides by the role, because `make role` gives it to nodes and not to controllers."""
     profile = json.loads(metadata("iam/info")).get("InstanceProfileArn", "")
     return profile.rpartition("/")[2] == ROLE, f"a machine with the role {profile or '?'}"
 
 
 def end():
-    """Terminate this machine; power it off after TRIES in vain. Goes on until it is gone."""
+    """Terminate this machine. After TRIES failed attempts, power it off.
+
+    Repeat all of this until the machine is gone.
+    """
     tries = 0
     while True:
         for terminate in (terminate_on_aws, terminate_on_lambda):
             try:
                 say(terminate())
-            except Exception as error:  # another cloud, no network, no permission: any error of the request
+            except Exception as error:  # any error of the request, such as another cloud, no network or no permission
                 say(f"{terminate.__name__}: {error}")
             else:
                 time.sleep(GRACE_SECONDS)
         tries += 1
-        # A machine on demand that is off keeps its disk, and a busy cloud may answer the next time.
+        # A powered-off machine on demand keeps its disk. A busy cloud may answer the next time.
         if tries >= TRIES and not is_on_lambda():
             say("powered off")
             subprocess.call(["shutdown", "-h", "now"])
@@ -187,7 +194,7 @@ def metadata(path):
 
 
 def direct(request):
-    """The answer without a proxy: the service is local to the machine."""
+    """The answer to a request without a proxy, because the service is local to the machine."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=METADATA_SECONDS) as answer:
         return answer.read().decode()
@@ -221,7 +228,7 @@ def role_keys():
 
 
 def ec2(action):
-    """EC2's answer to an action on this machine, with the keys of its role."""
+    """EC2's answer to an action on this machine. The request is signed with the keys of the machine's role."""
     region, instance = metadata("placement/region"), metadata("instance-id")
     query = {"Action": action, "InstanceId.1": instance, "Version": EC2_VERSION}
     body = urllib.parse.urlencode(sorted(query.items()))
@@ -233,7 +240,7 @@ def ec2(action):
 
 
 def endpoint():
-    """The address of EC2 if the machine's image sets another one than AWS's."""
+    """The address of EC2, if the machine's image sets an address other than AWS's."""
     return (os.environ.get("AWS_ENDPOINT_URL_EC2") or os.environ.get("AWS_ENDPOINT_URL") or "").rstrip("/")
 
 
@@ -267,12 +274,15 @@ def signed(url, region, body, keys, now, method="POST", service="ec2"):
 
 
 def lambda_keys():
-    """The file that SkyPilot copies to a node, with which the node ends itself."""
+    """The file with the API key that SkyPilot copies to a node, so that the node can end itself."""
     return os.path.expanduser(f"~{os.environ.get('SUDO_USER', '')}/.lambda_cloud/lambda_keys")
 
 
 def is_on_lambda():
-    """Lambda bills a machine that is off, until its API ends it, and a machine that is off cannot ask for that."""
+    """Terminate through Lambda's API.
+
+    Lambda bills a powered-off machine until its API ends it, and a powered-off machine cannot call the API.
+    """
     return os.path.exists(lambda_keys()) and not is_on_aws()
 
 

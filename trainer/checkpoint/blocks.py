@@ -39,11 +39,12 @@ def assign_blocks(
     rows_of: Mapping[str, int] = MappingProxyType({}),
     together: Iterable[Sequence[tuple[str, int]]] = (),
 ) -> list[Block]:
-    """Cut parameters into blocks of at most `max_elements`; assign each, largest first, to the least loaded rank.
+    """Cut parameters into blocks of at most `max_elements` elements, and assign the blocks to ranks.
 
-    A parameter in `rows_of` is cut into blocks of this many rows instead, whatever their size. Blocks that
-    `together` lists in one sequence, by name and first row, have one owner. The result depends only on the arguments,
-    so all ranks compute the same one.
+    The largest block comes first, and each block goes to the least loaded rank. `rows_of` fixes the number of rows per
+    block for some parameters; such blocks may be larger than `max_elements`. `together` lists groups of blocks, each
+    block by name and first row. All blocks of a group get the same owner. The result depends only on the arguments, so
+    all ranks compute the same one.
     """
     first_of = {each: tuple(sequence[0]) for sequence in together for each in sequence}
     units: dict[tuple[str, int], list[tuple[int, str, int, int]]] = {}
@@ -94,13 +95,13 @@ class StagedFile:
             }
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the tensors start 8-byte aligned
+        text += b" " * (-len(text) % 8)  # padding, so that the tensors start 8-byte aligned
         start = 8 + len(text)
         on_gpu = any(tensor.is_cuda for _, tensor in blocks)
-        if on_gpu:  # this new thread would otherwise pin memory for the first GPU
+        if on_gpu:  # a new thread starts with the first GPU and would pin memory for it
             torch.cuda.set_device(blocks[0][1].device)
         self._buffer = torch.empty(start + offset, dtype=torch.uint8, pin_memory=on_gpu)
-        self._buffer.fill_(0)  # allocates the pages now, not in the first save
+        self._buffer.fill_(0)  # writing zeros allocates the memory pages now, not during the first save
         self._buffer[:start] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
         self._views = {}
         for key, tensor in blocks:
@@ -132,7 +133,7 @@ def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
         raise ValueError("not a safetensors file: its header is longer than the file")
     header = untrusted.parse_json(data[8:start].tobytes())
     if not isinstance(header, dict):
-        raise ValueError("not a safetensors file: its header is no JSON object")
+        raise ValueError("not a safetensors file: its header is not a JSON object")
     tensors = {}
     for key, entry in header.items():
         if key == "__metadata__":
@@ -141,7 +142,7 @@ def tensors_of(data: np.ndarray) -> dict[str, torch.Tensor]:
             dtype, shape = _TYPES[entry["dtype"]], torch.Size(entry["shape"])
             first, last = entry["data_offsets"]
             if not all(type(each) is int and each >= 0 for each in (*entry["shape"], first, last)):
-                raise ValueError("a size below zero, or no size")
+                raise ValueError("a size is negative or missing")
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"not a safetensors file: {key} is described as {repr(entry)[:200]}") from error
         if not 0 <= first <= last <= len(data) - start or shape.numel() * dtype.itemsize != last - first:

@@ -1,8 +1,8 @@
 """Fetches the newest checkpoint while torch is imported.
 
-A restart has two long parts that do not depend on each other: Python's imports and the transfer of the checkpoint.
-This module does not import torch, and the trainer calls `start` before it imports torch. `load` uses a fetched file
-only if rank 0 chooses the same checkpoint, and compares its checksum.
+A restart spends most of its time on the imports and on the transfer of the checkpoint. Neither depends on the other, so
+both run at the same time. This module does not import torch, and the trainer calls `start` before it imports torch.
+`load` uses a fetched file only if rank 0 chooses the same checkpoint. `load` compares the checksum of the file.
 """
 
 import logging
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
-    """The bytes of a payload file (uint8) and their XXH3-128, which is computed during the transfer.
+    """Returns the bytes of a payload file (uint8) and their XXH3-128, which is computed during the transfer.
 
-    Raises CheckpointError for one that is larger than this machine's memory.
+    Raises CheckpointError if the file is larger than this machine's memory.
     """
     if not 0 <= size <= untrusted.memory_bytes():
         raise CheckpointError(f"{uri}: its {size:,} bytes do not fit into the memory of this machine")
@@ -34,7 +34,7 @@ def read_payload(uri: str, size: int) -> tuple[np.ndarray, str]:
 
 
 class EarlyFetch:
-    """Fetches this rank's files of the newest complete checkpoint of a run in the background, if there is one."""
+    """Fetches files in the background: this rank's part of the newest complete checkpoint of a run."""
 
     def __init__(self, run_url: str, rank: int, world: int):
         self._run_url = run_url
@@ -66,10 +66,13 @@ class EarlyFetch:
                 uri = storage.join(layout.folder_of(self._run_url, step), file.name)
                 self._found[uri] = read_payload(uri, file.bytes)
         except LauncherError as error:
-            # `load_newest` meets the same error and reports it.
+            # No report is needed here: `load_newest` will meet the same error and report it.
             log.debug("no early fetch: %s", error)
 
 
 def start(run_url: str, environment: Mapping[str, str]) -> EarlyFetch:
-    """Begin the fetch for the rank that torchrun's variables name. Without them, this process is the only rank."""
+    """Begin the fetch for the rank in torchrun's environment variables.
+
+    If these variables are not set, this process is the only rank.
+    """
     return EarlyFetch(run_url, int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")))

@@ -4,8 +4,8 @@
     RUN_URL/checkpoints/step-00000100/manifest-segment-000002.json                     files, sizes, checksums, state
     RUN_URL/checkpoints/step-00000100/COMPLETE                                         marker, written last
 
-The names of payloads and manifests contain the segment, so a machine that was replaced but still runs cannot mix its
-files with those of its successor. The marker holds the name and the checksum of the manifest.
+The names of payloads and manifests contain the segment, so a replaced machine that still runs cannot mix its files with
+the files of its successor. The marker holds the name and the checksum of the manifest.
 """
 
 import json
@@ -23,13 +23,15 @@ from core.xxh3 import xxh3_128
 
 MARKER = "COMPLETE"
 FORMAT = "checkpoint"
-VERSION = 2  # version 1 had other names of settings in `state.config`
+VERSION = 2  # version 1 named some settings in `state.config` differently
 _STEP = re.compile(r"^step-(\d{8,15})\Z")
 _MANIFEST = re.compile(r"^manifest-segment-\d{6,12}\.json\Z")
 _PAYLOAD = re.compile(r"^segment-\d{6,12}-rank-\d{5,9}-of-\d{5,9}\.safetensors\Z")
 _OBJECT = re.compile(rf"^{MARKER}\Z|{_MANIFEST.pattern}|{_PAYLOAD.pattern}")
 LISTINGS = 5
-PAUSE_SECONDS = 0.5  # before the second listing; it doubles, for a store whose listings lag by some seconds
+# Pause before the second listing, in seconds; each further pause is twice as long, because the listings of some stores
+# lag.
+PAUSE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,10 @@ def checksum(data: bytes | memoryview) -> str:
 
 
 def stored(run_url: str) -> dict[int, dict[str, int]]:
-    """All stored checkpoints, complete or not, newest first: step → object name → bytes."""
+    """All stored checkpoints, complete or not, newest first.
+
+    The result maps a step to the names of its objects, and each name to its size in bytes.
+    """
     folder = RunFolder(run_url).checkpoints
     return _by_step(folder, storage.list_objects(folder))
 
@@ -83,10 +88,11 @@ def stored(run_url: str) -> dict[int, dict[str, int]]:
 def restorable(run_url: str) -> dict[int, dict[str, int]]:
     """Like `stored`, but misses no checkpoint, because it compares two listings.
 
-    Raises CheckpointError for a step that only one listing shows, or that this user may not read.
+    Raises CheckpointError for a step that only one listing shows, or for a step that this user may not read.
     """
     folder = RunFolder(run_url).checkpoints
-    for attempt in range(LISTINGS):  # another machine of this run may store or remove one between the two listings
+    # Another machine of this run may store or remove a checkpoint between the two listings.
+    for attempt in range(LISTINGS):
         if attempt and not storage.is_local(folder):
             time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
@@ -107,7 +113,10 @@ def restorable(run_url: str) -> dict[int, dict[str, int]]:
 
 
 def vanished(run_url: str, found: Mapping[int, Mapping[str, int]]) -> bool:
-    """Whether a marker that the listing `found` shows is not there: the checkpoint was removed after the listing."""
+    """Whether a checkpoint was removed after the listing `found` was made.
+
+    This is so if the listing shows a marker that no longer exists.
+    """
     markers = [storage.join(folder_of(run_url, step), MARKER) for step, names in found.items() if MARKER in names]
     return not all(map(storage.exists, markers))
 
@@ -128,7 +137,7 @@ def _problems(folder: str, names: Sequence[str], objects: Sequence[ObjectInfo]) 
         shown = {info.uri for info in objects if info.uri == uri or info.uri.startswith(f"{uri}/")}
         for each in sorted(shown):
             if target := storage.link_to_nothing(each):
-                yield f"{each}: is a link to {target}, which is not there; mount or restore it"
+                yield f"{each}: is a link to {target}, which does not exist; mount or restore it"
         if uri in shown:
             yield f"{uri}: is a file, but should be a checkpoint's folder; restore the folder"
         elif shown:
@@ -158,14 +167,14 @@ def write_marker(run_url: str, manifest: CheckpointManifest) -> None:
 def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> CheckpointManifest:
     """The manifest of a complete checkpoint. `sizes` holds the bytes of its objects by name (see `stored`).
 
-    Raises CheckpointError if an object is missing, damaged or of another size, StorageError if the store does not
-    answer.
+    Raises CheckpointError if an object is missing, damaged or of another size. Raises StorageError if the store does
+    not answer.
     """
     folder = folder_of(run_url, step)
     try:
         marker = untrusted.read_json(storage.join(folder, MARKER))
         if not _MANIFEST.match(marker["manifest"]):
-            raise ValueError(f"{marker['manifest']!r} is no name of a manifest")
+            raise ValueError(f"{marker['manifest']!r} is not the name of a manifest")
         uri = storage.join(folder, marker["manifest"])
         data = storage.read_bytes(uri, untrusted.DOCUMENT_BYTES)
         if checksum(data) != marker["xxh3_128"]:
@@ -196,10 +205,13 @@ def read_manifest(run_url: str, step: int, sizes: Mapping[str, int]) -> Checkpoi
 
 
 def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
-    """Why this is not the manifest of a checkpoint of `step`, whatever its checksum says."""
+    """The reason why this text is not a manifest of `step`, even if its checksum is right.
+
+    None if it is such a manifest.
+    """
     for file in manifest.files:
         if not isinstance(file.name, str) or not _PAYLOAD.match(file.name):
-            return f"{file.name!r} is no name of a payload"
+            return f"{file.name!r} is not the name of a payload"
         if type(file.bytes) is not int or not isinstance(file.xxh3_128, str):
             return f"{file.name} has {file.bytes!r} bytes and the checksum {file.xxh3_128!r}"
     if len({file.name for file in manifest.files}) < len(manifest.files):
@@ -212,10 +224,11 @@ def _mistake(manifest: CheckpointManifest, step: int) -> str | None:
 
 
 def remove(run_url: str, step: int, names: Iterable[str]) -> None:
-    """Delete a checkpoint, marker first, so that it is never marked complete while objects are missing.
+    """Delete a checkpoint.
 
-    If its folder is a symbolic link, only objects with the names of a checkpoint are deleted in the target folder. If
-    the target belongs to another run, only the link is removed.
+    The marker is deleted first, so that a checkpoint with missing objects is never marked complete. If its folder is a
+    symbolic link, only objects with the names of a checkpoint are deleted in the target folder. If the target belongs
+    to another run, only the link is removed.
     """
     folder = folder_of(run_url, step)
     path = storage.local_path(folder) if storage.is_local(folder) else None
@@ -231,10 +244,11 @@ def remove(run_url: str, step: int, names: Iterable[str]) -> None:
 def to_remove(
     found: Mapping[int, Mapping[str, int]], keep: int, keep_every: int, kept: Collection[int] = ()
 ) -> list[int]:
-    """The steps to delete.
+    """The steps whose checkpoints are to be deleted.
 
-    These are the complete ones except the newest `keep`, the multiples of `keep_every` and those in `kept`, and the
-    incomplete ones before the newest complete step, which a dead segment left behind.
+    Of the complete checkpoints, three kinds are kept: the newest `keep`, those at multiples of `keep_every`, and those
+    of the steps in `kept`. All others are deleted. An incomplete checkpoint is deleted if a dead segment left it before
+    the newest complete step.
     """
     complete = sorted((step for step, names in found.items() if MARKER in names), reverse=True)
     newest = complete[0] if complete else -1

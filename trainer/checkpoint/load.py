@@ -1,8 +1,9 @@
 """Finds the newest usable checkpoint and loads it, on any number of ranks.
 
 Rank 0 lists the candidates. Each rank reads its share of the files and broadcasts them, so each byte leaves the storage
-once. All ranks skip an incomplete or damaged checkpoint, name it in the log, and try the one before it. If complete
-checkpoints exist but none can be used, or if a listing may hide one, loading fails: a run never starts over silently.
+once. All ranks skip an incomplete or damaged checkpoint, name it in the log, and try the one before it. Loading fails
+if complete checkpoints exist but none can be used, or if a listing may hide a checkpoint. So a run never silently
+starts again from its beginning.
 """
 
 import functools
@@ -27,18 +28,19 @@ from trainer.distributed.process_group import Ranks, gather_objects, on_main
 
 log = logging.getLogger(__name__)
 
-OLD_LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0)  # pauses before a listing that shows only removed checkpoints is repeated
+# Pauses in seconds; a listing that shows only removed checkpoints is repeated after each of them.
+OLD_LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0)
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 @dataclass(frozen=True)
 class Restored:
-    """The checkpoint that was loaded, and (name, why) of each newer one that was skipped."""
+    """The loaded checkpoint. `skipped` holds the name of each newer checkpoint and the reason why it was not used."""
 
     step: int
     state: Mapping[str, Any]
     skipped: tuple[tuple[str, str], ...]
-    segment: int  # the segment that saved it
+    segment: int  # the segment that saved the checkpoint
 
 
 class Target(Protocol):
@@ -50,10 +52,11 @@ class Target(Protocol):
 
 
 def load_newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None = None) -> Restored | None:
-    """Fill `target` from the newest usable checkpoint, on all ranks. None if the run has no complete checkpoint.
+    """Fill `target` from the newest usable checkpoint, on all ranks.
 
-    `early` may have fetched some of its files already; this function closes it. Raises CheckpointError if complete
-    checkpoints exist but all are damaged, or if a listing hides one (`layout.restorable`).
+    Returns None if the run has no complete checkpoint. `early` may already have fetched some files of this checkpoint.
+    This function closes `early`. Raises CheckpointError if complete checkpoints exist but all are damaged, or if a
+    listing hides one (`layout.restorable`).
     """
     try:
         return _newest(run_url, target, ranks, early)
@@ -68,7 +71,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
         restored, sentence = _first_usable(run_url, found, target, ranks, early)
         if restored or not sentence:
             return restored
-        # A store whose listings lag may still show only checkpoints that were removed since.
+        # A store's listings can lag and show only checkpoints that were removed meanwhile.
         if pause is None or not on_main(functools.partial(layout.vanished, run_url, found), ranks):
             raise CheckpointError(sentence)
         if ranks.is_main:
@@ -79,7 +82,10 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
 def _first_usable(
     run_url: str, found: Mapping[int, Mapping[str, int]], target: Target, ranks: Ranks, early: EarlyFetch | None
 ) -> tuple[Restored | None, str]:
-    """The newest of the listed checkpoints that can be used, or None and why; "" if none of them is complete."""
+    """The newest usable checkpoint of those in the listing. If there is none, returns None and the reason.
+
+    The reason is "" if no checkpoint is complete.
+    """
     skipped: list[tuple[str, str]] = []
     damaged = 0
     for step, names in found.items():
@@ -152,7 +158,7 @@ def _load(
 def read_blocks(folder: str, file: PayloadFile, early: EarlyFetch | None = None) -> dict[str, torch.Tensor]:
     """The blocks of one payload file by key, on the CPU.
 
-    Raises ObjectNotFound for a missing file, CheckpointError for a damaged one.
+    Raises ObjectNotFound for a missing file, CheckpointError for a damaged file.
     """
     uri = storage.join(folder, file.name)
     data, checksum = (early.take(uri) if early else None) or read_payload(uri, file.bytes)
@@ -165,7 +171,10 @@ def read_blocks(folder: str, file: PayloadFile, early: EarlyFetch | None = None)
 
 
 def _check_cover(keys: Mapping[int, list[tuple[str, str, tuple[int, ...]]]], target: Target) -> str | None:
-    """None if the blocks of all files are exactly the rows of `target`, with its dtypes; else the difference."""
+    """None if the blocks of all files are exactly the rows of `target`, with the same dtypes.
+
+    Otherwise a sentence that names the difference.
+    """
     layout = target.layout()
     blocks: dict[str, list[tuple[int, int]]] = {}
     for entries in keys.values():

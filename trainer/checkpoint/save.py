@@ -1,8 +1,8 @@
 """Saves checkpoints: copies a snapshot to host memory, then uploads it in the background while training goes on.
 
 Each rank uploads its part of the state (its payload file) and reports it through the job's key-value store. Rank 0 then
-writes the manifest and, last, the marker. One checkpoint at a time is in flight, because there is one staging buffer;
-while `busy`, the caller waits or saves later.
+writes the manifest and, last, the marker. There is one staging buffer, so only one checkpoint at a time is in flight.
+While `busy` is true, the caller waits or saves later.
 """
 
 import contextlib
@@ -34,18 +34,19 @@ log = logging.getLogger(__name__)
 PEER_SECONDS = 600.0
 POLL_SECONDS = 0.05
 AGAIN_SECONDS = 2.0
-# Training ends after this many checkpoints in a row that failed because the disk was full.
+# Training ends once this many checkpoints in a row have failed because the disk was full.
 FULL_AT_MOST = 3
-# Seconds for which another rank repeats its upload to a full disk, while rank 0 deletes old checkpoints.
+# Seconds for which a rank other than rank 0 repeats its upload to a full disk. Rank 0 deletes old checkpoints
+# meanwhile.
 ROOM_SECONDS = 30.0
 
 
 class Saver:
-    """Saves the (key, tensor) pairs that `blocks()` gives for this rank. Keys and shapes are the same each time.
+    """Saves the (key, tensor) pairs that `blocks()` returns on this rank. Each call returns the same keys and shapes.
 
     `ledger` is None on all ranks but rank 0. `flush_log` stores the ledger and the metrics, and returns whether it
     succeeded. Once `is_hurried()` is true, there will be no later checkpoint: a failed upload is repeated until it
-    succeeds. The checkpoints of the steps `kept()` are never removed.
+    succeeds. `kept()` returns steps whose checkpoints are never removed.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class Saver:
         self._blocks = blocks
         self._is_hurried = is_hurried
         self._kept_by_others = kept
-        # A thread allocates the buffer, because that takes a while and only the first checkpoint needs it.
+        # A thread allocates the buffer, because the allocation takes a while. Training need not wait for it; only the
+        # first checkpoint does.
         self._staging = ThreadPoolExecutor(1, "staging").submit(StagedFile, list(blocks()))
         self._thread: threading.Thread | None = None
         self.failure: LauncherError | None = None
@@ -81,7 +83,7 @@ class Saver:
         self._failing_since = math.inf
         self._insist_until = -math.inf
         self.last_step = first_step  # step of the newest complete checkpoint; kept up to date on rank 0 only
-        self.best_step: int | None = None  # step whose checkpoint is kept however old it gets
+        self.best_step: int | None = None  # the checkpoint of this step is never deleted for its age
 
     @property
     def staged(self) -> StagedFile:
@@ -111,13 +113,14 @@ class Saver:
             self._thread = None
 
     def failing_seconds(self) -> float:
-        """How long no checkpoint could be completed; 0 if the newest one was."""
+        """Seconds since checkpoints began to fail, or 0 if the newest checkpoint was completed."""
         return max(0.0, time.monotonic() - self._failing_since)
 
     def insist(self, step: int, state: dict[str, Any], seconds: float) -> None:
-        """Store `step`, and repeat it for at most `seconds`, because no later one follows. All ranks call it together.
+        """Store the last checkpoint, which is the one of `step`. Failed attempts are repeated for at most `seconds`.
 
-        Returns once it is stored or given up; `last_step` says which, on rank 0.
+        All ranks call it together. Returns once the checkpoint is stored or the time is over. On rank 0, `last_step`
+        shows whether it is stored.
         """
         self.wait()
         self._insist_until = time.monotonic() + seconds
@@ -139,7 +142,7 @@ class Saver:
             )
 
     def seconds(self) -> float:
-        """Seconds of the last checkpoint from snapshot to marker; 0 before the first."""
+        """Seconds that the last checkpoint took from snapshot to marker, or 0 before the first."""
         return self.cadence.seconds()
 
     def _store(self, step: int, state: dict[str, Any], blocked_seconds: float) -> None:
@@ -164,7 +167,10 @@ class Saver:
                 )
 
     def _stored(self, step: int, state: dict[str, Any], blocked_seconds: float) -> bool:
-        """Try once. Returns False if the attempt failed and should be repeated. Raises an error that is final."""
+        """Try once to store the checkpoint. Returns False if the attempt failed and should be repeated.
+
+        Raises an error that is final.
+        """
         started = time.monotonic()
         try:
             file = self._upload(step)
@@ -240,10 +246,10 @@ class Saver:
         return f"checkpoint/{self.segment}/{step}/{rank}"
 
     def _make_room(self, step: int) -> bool:
-        """On rank 0: delete older checkpoints, so that the one of `step` finds room.
+        """On rank 0: delete older checkpoints to make room for the one of `step`.
 
-        Keeps the newest complete checkpoint, the best one and those of keep_every_steps. Returns whether any were
-        deleted.
+        Keeps the newest complete checkpoint, the best one, and the multiples of keep_every_steps. Returns whether a
+        checkpoint was deleted.
         """
         check_owner(RunFolder(self.run_url), self.segment)
         found = layout.stored(self.run_url)
@@ -279,9 +285,10 @@ class Saver:
 class Cadence:
     """Decides when to save: every `every_steps` steps, or as often as costs least. Rank 0 uses it.
 
-    Young (1974) and Daly (2006): if a save blocks training for C and failures are M apart on average, saving every
-    sqrt(2 C M) wastes the least time. `max_lost_seconds` is an upper limit: a machine that is lost without notice loses
-    the work since the last snapshot and, if its upload is still in flight, the work before it.
+    Young (1974) and Daly (2006) give the interval that wastes the least time. If a save blocks training for C seconds,
+    and failures come every M seconds on average, this interval is sqrt(2 C M). `max_lost_seconds` is an upper limit: a
+    machine that is lost without notice loses the work since the last snapshot. If the upload of that snapshot is still
+    in flight, the work before it is lost too.
     """
 
     def __init__(self, config: CheckpointConfig, now: float | None = None):
@@ -294,11 +301,15 @@ class Cadence:
         """Seconds between two snapshots, computed from the costs measured so far."""
         young = math.sqrt(2 * self._blocked * self._config.expected_hours_between_failures * 3600)
         longest = self._config.max_lost_seconds - self._background
-        # Uploads do not overlap: if one takes more than half of `max_lost_seconds`, the next save begins when it ends.
+        # Uploads do not overlap. If an upload takes more than half of `max_lost_seconds`, the next save begins when it
+        # ends.
         return max(self._background, min(young, longest)) if self._background else longest / 2
 
     def due(self, step: int, step_seconds: float, now: float | None = None) -> bool:
-        """Whether to save after `step`: at multiples of `every_steps`, else if the next step would end too late."""
+        """Whether to save after `step`. If `every_steps` is set, the answer is yes at its multiples.
+
+        Otherwise it is yes if the next step would end too late.
+        """
         if self._config.every_steps:
             return step % self._config.every_steps == 0
         now = time.monotonic() if now is None else now
@@ -309,7 +320,7 @@ class Cadence:
         self._last = time.monotonic() if now is None else now
 
     def seconds(self) -> float:
-        """Seconds of the last complete checkpoint, blocking and in the background; 0 before the first."""
+        """Seconds that the last complete checkpoint took, blocking time included, or 0 before the first."""
         return self._blocked + self._background
 
     def measured(self, blocked_seconds: float, background_seconds: float) -> None:

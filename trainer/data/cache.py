@@ -1,13 +1,15 @@
 """Reads windows of tokens from shards in object storage, through a bounded cache on the node's disk.
 
-A window whose shard is not on disk is read by its byte range (2 kB; one request reads several that are close to each
-other), so the first batch needs no whole shard. After the first batch one rank per node downloads whole shards in the
-order of need, checks their SHA-256 and moves them into place; all ranks of the node map the same files. If the folder
-would outgrow its bound, the shards that are needed last are removed first. A rank that finds a shard missing reads by
-range again: the cache affects the speed, never the content.
+A window whose shard is not on disk is read by its byte range of about 2 kB, and one request reads several windows that
+are close to each other. So the first batch needs no whole shard. After the first batch, one rank per node downloads
+whole shards in the order in which they are needed. It checks their SHA-256 and moves them into place, and all ranks of
+the node map the same files. If the folder would outgrow its bound, shards are removed. The shard that is needed last
+goes first. A rank that does not find a shard on disk reads byte ranges again. So the cache affects the speed and never
+the content.
 
-Each boot of the machine has a folder of its own. Shards are not flushed to the disk: during one boot, the page cache
-holds all that was written. A power failure may have truncated the files of an earlier boot, so they are removed unread.
+Each boot of the machine has a separate folder. Shards are not flushed to the disk, because the page cache holds all
+written data until the machine stops. A power failure may truncate the files of an earlier boot, so files of an earlier
+boot are removed without being read.
 """
 
 import logging
@@ -31,22 +33,22 @@ from core.stores.base import Buffer
 log = logging.getLogger(__name__)
 
 RANGE_READERS = 32
-# Size of the parts of a shard whose windows are read by one call. The call joins windows that are close into one
-# request. With larger parts, two requests on separate connections could be faster than one.
+# A shard is read in parts of this many bytes. One call reads all windows of a part, and joins close windows into one
+# request. In larger parts, two requests on separate connections could be faster than one joined request.
 PART_BYTES = 8 << 20
 READ_AHEAD_SHARDS = 64
 FETCHERS = 4
-# Seconds that a reader waits for a shard that is being downloaded. Thousands of range reads would take longer.
+# Seconds that a reader waits for a shard in download. Thousands of range reads would take longer than this wait.
 PATIENCE_SECONDS = 10.0
 IMPATIENT_SECONDS = 60.0
 POLL_SECONDS = 0.5  # time between two checks of which shards are needed; a check costs one stat per shard
 STALL_RETRY_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
-STALL_SECONDS = 480.0  # the longest wait; less than the time-out of collectives, so that the error names the cause
+STALL_SECONDS = 480.0  # shorter than the time-out of collectives, so that the error names the cause
 
 try:
     BOOT = "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-except OSError:  # not Linux: all boots share one folder, and every shard is flushed to the disk
+except OSError:  # on other systems than Linux, all boots share one folder, and every shard is flushed to the disk
     BOOT = ""
 
 Window = tuple[int, int, int]  # shard, first token within it, row of the batch
@@ -68,15 +70,16 @@ class ShardCache:
         self.starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])])
         self._mapped: dict[int, np.ndarray] = {}
         self._closed = False
-        self.patient = False  # whether to wait for downloads; set after the first batch
+        self.patient = False  # whether readers wait for downloads; true after the first batch
         self._not_before = 0.0
         self._readers = ThreadPoolExecutor(RANGE_READERS, thread_name_prefix="range reader")
 
     def read(self, shards: Sequence[int], begins: Sequence[int], count: int) -> np.ndarray:
-        """`count` tokens from token `begins[i]` of shard `shards[i]` on, for each i: int32 (len(shards), count).
+        """Rows of `count` tokens, int32 (len(shards), count).
 
-        They may extend into the next shards. Each row is copied as one slice, and the copy converts it to int32. For
-        rows of 2 kB this is faster than numpy's indexing with arrays.
+        Row i starts at token `begins[i]` of shard `shards[i]`, and may extend into the next shards. Each row is copied
+        as one slice, and the copy converts it to int32. For rows of 2 kB this is faster than numpy's indexing with
+        arrays.
         """
         out = np.empty((len(shards), count), np.int32)
         mapped, by_range = self._mapped, []
@@ -120,7 +123,7 @@ class ShardCache:
         return self._read_tokens(windows[0][0], ranges)
 
     def stream(self, begin: int, count: int) -> np.ndarray:
-        """`count` consecutive tokens of the split from token `begin` on."""
+        """`count` consecutive tokens of the split, starting at token `begin`."""
         shard = int(np.searchsorted(self.starts, begin, side="right")) - 1
         return self._read(shard, begin - int(self.starts[shard]), count)
 
@@ -129,7 +132,7 @@ class ShardCache:
 
     def is_here(self, shard: int) -> bool:
         """Whether the shard is on disk."""
-        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # with a Path this takes four times as long
+        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # a Path takes four times as long
 
     def close(self) -> None:
         self._closed = True
@@ -138,7 +141,8 @@ class ShardCache:
     def _wait_for(self, shard: int) -> np.ndarray | None:
         """Wait until the shard is on disk, and return its tokens.
 
-        None if it does not arrive within PATIENCE_SECONDS. Calls in the next IMPATIENT_SECONDS then do not wait.
+        If it does not arrive within PATIENCE_SECONDS, return None. Calls in the IMPATIENT_SECONDS after that do not
+        wait.
         """
         now = time.monotonic()
         if now < self._not_before:
@@ -152,7 +156,7 @@ class ShardCache:
         return tokens
 
     def _map(self, shard: int) -> np.ndarray | None:
-        """The tokens of the shard as a memory map; None if the file is not on disk."""
+        """The tokens of the shard as a memory map, or None if the file is not on disk."""
         path = self.path(shard)
         try:
             # Use a plain array over the map: slicing an np.memmap takes three times as long.
@@ -167,7 +171,7 @@ class ShardCache:
         return tokens
 
     def _read(self, shard: int, begin: int, wanted: int) -> np.ndarray:
-        """`wanted` tokens from token `begin` of the shard on. They may extend into the next shards."""
+        """`wanted` tokens that start at token `begin` of the shard. They may extend into the next shards."""
         parts = []
         while wanted:
             count = min(wanted, self.shards[shard].tokens - begin)
@@ -200,7 +204,7 @@ class ShardCache:
         return found
 
     def _read_patiently(self, uri: str, ranges: list[tuple[int, int]]) -> Sequence[Buffer]:
-        """Read the ranges. While the storage does not answer, repeat for at most STALL_SECONDS; other ranks wait."""
+        """Read the ranges. If the storage does not answer, retry for at most STALL_SECONDS; other ranks wait."""
         deadline = time.monotonic() + STALL_SECONDS
         while True:
             try:
@@ -217,9 +221,9 @@ class ShardCache:
 class ReadAhead:
     """Downloads the shards that are needed next. One instance per node.
 
-    `upcoming(count)` returns the numbers of these shards, the soonest first. Several shards are downloaded in parallel,
-    because training mixes the windows of a group of shards and needs the whole group. Downloads begin with a call of
-    `start`, so that they do not compete with the first batch.
+    `upcoming(count)` returns the numbers of these shards, the soonest first. Training mixes the windows of a group of
+    shards and needs the whole group, so several shards are downloaded in parallel. The downloads begin when `start` is
+    called, so that they do not compete with the first batch.
     """
 
     def __init__(self, cache: ShardCache, upcoming: Callable[[int], list[int]]):
@@ -269,7 +273,10 @@ class ReadAhead:
                     self._in_flight.discard(shard)
 
     def _claim(self) -> int | None:
-        """Choose the next shard to download: the soonest one that is missing and fits. Make room for it."""
+        """Choose the next shard to download, and make room for it.
+
+        It is the missing shard that is needed soonest and fits into the folder.
+        """
         with self._lock:
             budget = self.cache.limit_bytes
             soon = self._upcoming(READ_AHEAD_SHARDS)

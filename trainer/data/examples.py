@@ -2,13 +2,13 @@
 
     examples = read_conversations(settings.data, encoding, length=1024)
 
-An example that is longer than a packed row is cut at its end, and skipped if no token of its answer remains. A row of
-the file without an answer or of an unknown form is skipped; too many of these are an error. Examples with the same
+An example that is longer than a packed row is cut at its end. It is skipped if no token of its answer remains. A row of
+the file is skipped if it has no answer or an unknown form; too many skipped rows are an error. Examples with the same
 question are all for training or all for validation.
 
 Examples are packed once, the longest first, each into the row with the least sufficient room (best fit; Krell et al.
 2021, "Efficient Sequence Packing without Cross-contamination"). An epoch visits the rows in a pseudo-random order,
-computed from (seed, epoch, number) like the order of windows in `trainer.data.order`: no position is stored, and the
+computed from (seed, epoch, number) like the order of windows in `trainer.data.order`. So no position is stored, and the
 rows of any step are found directly.
 """
 
@@ -74,7 +74,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class Examples:
-    """`train` and `val` hold one text per example, or two (chosen, rejected) where `per_example` is 2."""
+    """The examples for training and for validation. If `per_example` is 1, an example is one text.
+
+    If it is 2, an example is two texts: the chosen and the rejected answer.
+    """
 
     train: Texts
     val: Texts
@@ -137,7 +140,7 @@ def _read(
         log.warning("%s: skipped %s", where, problem)
     if len(problems) > data.max_bad_fraction * count:
         raise DataError(
-            f"{where}: {len(problems)} of {count} rows cannot be used, such as {problems[0]}; mend them, or raise "
+            f"{where}: {len(problems)} of {count} rows cannot be used, such as {problems[0]}; correct them, or raise "
             "data.max_bad_fraction to skip them"
         )
     if not sides["train"]:
@@ -150,14 +153,17 @@ def _read(
     report = (
         f"examples: {len(train) // per_example:,} for training, {len(val) // per_example:,} for "
         f"validation, of {count:,} rows; {len(problems):,} without an answer or of an unknown form skipped; {long:,} "
-        f"longer than {length:,} tokens and cut at their end, {lost:,} of them skipped: nothing of an answer remained"
+        f"longer than {length:,} tokens and cut at their end, {lost:,} of them skipped: no part of the answer remained"
         + (f"; columns that are not used: {columns}" if columns else "")
     )
     return Examples(train, val, per_example, fingerprint, report)
 
 
 def rows_of(data: ExamplesConfig) -> tuple[str, Iterable[Any], str]:
-    """The path of the rows, the rows (None for a line that is not JSON), and their fingerprint."""
+    """Three results: the path of the rows, the rows, and their fingerprint.
+
+    A line that is not JSON gives None as its row.
+    """
     if not data.examples.endswith(".jsonl"):
         info = sets.info_of(data.url, data.examples)
         return f"{data.url}/sets/{data.examples}.jsonl", sets.read(data.url, data.examples), info.sha256
@@ -187,7 +193,7 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     No length may exceed `room`.
     """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # number of free tokens → rows with this room
+    by_room: dict[int, list[int]] = {}  # keys: a number of free tokens; values: the rows with this many free tokens
     rooms: list[int] = []  # the keys of by_room, ascending
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = lengths[index]
@@ -210,10 +216,10 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 class NumberedBatches:
-    """Iterates over this rank's micro-batches of numbered items, from step `first_step` (from 0) on, without end.
+    """Iterates without end over this rank's micro-batches of numbered items, starting at step `first_step`.
 
-    `make(step_items, mine)` makes a micro-batch of the items `mine`; `step_items` are the items of the step on all
-    ranks. `numbers` are the numbers of this rank's micro-batches within a step.
+    Steps are counted from 0. `make(step_items, mine)` makes a micro-batch of the items `mine`; `step_items` are the
+    items of the step on all ranks. `numbers` are the numbers of this rank's micro-batches within a step.
     """
 
     def __init__(
@@ -253,11 +259,14 @@ class NumberedBatches:
         return self._make(self._of_step, self._of_step[first : first + self._micro_batch])
 
     def close(self) -> None:
-        """Does nothing, because nothing runs in the background."""
+        """Does nothing: no thread runs in the background."""
 
 
 def in_order(numbers: np.ndarray, items: int, seed: int) -> np.ndarray:
-    """The items (from 0) at the places `numbers` of an endless order, which permutes all items anew in each epoch."""
+    """The items at the places `numbers` of an endless order. Each epoch permutes all items anew.
+
+    Items and places count from 0.
+    """
     found = np.empty_like(numbers)
     epochs = numbers // items
     for epoch in np.unique(epochs):

@@ -17,7 +17,7 @@ from trainer.data.cache import CLOSE_SECONDS, ReadAhead, ShardCache
 from trainer.data.order import WindowOrder, micro_batch_numbers
 from trainer.distributed.process_group import Abandoned
 
-POLL_SECONDS = 0.2  # time between two checks for a request to stop, while waiting for data
+POLL_SECONDS = 0.2  # seconds between two checks for a request to stop, while waiting for data
 LOCATED_AT_ONCE = 4096
 HANDED_OVER_AT_ONCE = 128
 
@@ -38,11 +38,11 @@ class TokenSource:
 
 
 class Batches:
-    """Iterates over this rank's micro-batches from step `first_step` (from 0) on, endlessly.
+    """Iterates without end over this rank's micro-batches, starting at step `first_step`, counted from 0.
 
     Each item is a (micro_batch_size, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. The batches
-    of the steps in `skip`, counted from 1, are skipped, and later batches move up. Once `is_leaving()` returns true, a
-    wait for data ends with Abandoned. `numbers` are the numbers of this rank's micro-batches within a step.
+    of the steps in `skip`, counted from 1, are skipped, and later batches move up. If `is_leaving()` returns true
+    during a wait for data, Abandoned is raised. `numbers` are the numbers of this rank's micro-batches within a step.
     """
 
     def __init__(
@@ -99,12 +99,13 @@ class Batches:
                     raise Abandoned from None
 
     def close(self) -> None:
-        """Stop reading, without waiting for a read that the store does not answer."""
+        """Stop reading. Does not wait for a read that the store has not answered yet."""
         self._stop.set()
         deadline = time.monotonic() + CLOSE_SECONDS
         if self._read_ahead:
             self._read_ahead.close()
-        while self._thread.is_alive() and time.monotonic() < deadline:  # the thread may wait for room in the queue
+        # The thread may be waiting for room in the queue.
+        while self._thread.is_alive() and time.monotonic() < deadline:
             try:
                 self._queue.get_nowait()
             except queue.Empty:
@@ -117,7 +118,7 @@ class Batches:
     def _produce(self, step: int) -> None:
         # Locating samples and handing over micro-batches take time per call, so each call handles many of them.
         steps_at_once = max(1, LOCATED_AT_ONCE // self._per_rank)
-        rows = self._micro_batch  # the first micro-batch goes out alone, because training waits for it
+        rows = self._micro_batch  # the first call makes one micro-batch only, because training waits for it
         try:
             while not self._stop.is_set():
                 firsts = batch_numbers(step + np.arange(steps_at_once), self._skip) * self._batch
@@ -136,7 +137,8 @@ class Batches:
                     if self._read_ahead:
                         self._read_ahead.start()
                 step += steps_at_once
-        except Exception as error:  # the consumer raises it; otherwise it would wait forever
+        # The error is passed on, because the consumer must raise it and would otherwise wait forever.
+        except Exception as error:
             self._put(error)
 
     def _put(self, item: torch.Tensor | Exception) -> None:
@@ -149,7 +151,10 @@ class Batches:
 
 
 def batch_numbers(steps: np.ndarray, skip: Sequence[int]) -> np.ndarray:
-    """The batch (from 0) of each step (from 0), if the batches of the steps `skip` (sorted, from 1) are skipped."""
+    """The number of the batch that each step trains on if the batches of the steps `skip` are left out.
+
+    `steps` and batches count from 0; `skip` is sorted and counts from 1.
+    """
     numbers = steps.copy()
     for skipped in skip:
         numbers += numbers >= skipped - 1
@@ -157,6 +162,9 @@ def batch_numbers(steps: np.ndarray, skip: Sequence[int]) -> np.ndarray:
 
 
 def skipping(skip: Sequence[int], step: int) -> str:
-    """The flag that leaves out the batch of `step` (from 1) as well, if the batches of the steps `skip` are skipped."""
+    """The flag that skips the batch of `step`, in addition to the batches that `skip` names already.
+
+    Steps count from 1.
+    """
     batch = int(batch_numbers(np.array([step - 1]), sorted(set(skip)))[0]) + 1
     return f"--train.skip_steps={','.join(str(each) for each in (*skip, batch))}"

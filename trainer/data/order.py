@@ -1,13 +1,13 @@
 """Maps sample numbers to windows of the token stream: a pure function, the same for any number of ranks.
 
-The shards of a split, one after the other, are one stream of N tokens. Window i holds the tokens [i T, i T + T], so the
-(N - 1) // T windows together predict each token once, also across the ends of shards. A window belongs to the shard of
-its first token.
+The shards of a split, joined in their order, are one stream of N tokens. Window i holds the tokens [i T, i T + T].
+There are (N - 1) // T windows. Together they predict each token once, also at the first token of a shard. A window
+belongs to the shard of its first token.
 
 An epoch visits the shards in a pseudo-random order, `shards_mixed` of them at a time, and the windows of such a group
 in a pseudo-random order. Both orders are keyed Feistel permutations with cycle walking (Black & Rogaway 2002, "Ciphers
-with arbitrary finite domains"). They are evaluated at any position in constant time: nothing is stored per window, only
-a few numbers per shard, and any sample is found directly.
+with arbitrary finite domains"). They are evaluated at any position in constant time. So any sample is found directly,
+and memory holds only a few numbers per shard.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def derive_key(*parts: int) -> int:
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Images of `indices` (int64, each in [0, size)) under the keyed permutation of [0, size)."""
+    """The numbers to which the keyed permutation of [0, size) maps `indices` (int64, each in [0, size))."""
     if size <= 1:
         return np.zeros_like(indices)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -52,7 +52,8 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     result = indices.astype(np.uint64)
     walking = np.arange(len(result))
     while len(walking):
-        # The Feistel domain is the next power of four: apply the cipher until the image is inside [0, size).
+        # Cycle walking. The cipher permutes [0, n), where n is the smallest power of four that is at least `size`. A
+        # result outside of [0, size) is encrypted again until it is in [0, size).
         left, right = result[walking] >> shift, result[walking] & mask
         for round_key in keys:
             left, right = right, left ^ (_mix(right, round_key) & mask)
@@ -115,7 +116,7 @@ class WindowOrder:
         return Windows(shard, window, begin)
 
     def shards_from(self, sample: int, count: int) -> list[int]:
-        """The next `count` distinct shards that the samples from `sample` on need, the soonest first."""
+        """The next `count` distinct shards that `sample` and the samples after it need, the soonest first."""
         count = min(count, int(np.count_nonzero(self.shard_windows)))
         found: dict[int, None] = {}
         epoch, position = divmod(sample, self.windows)
@@ -130,7 +131,8 @@ class WindowOrder:
         return list(found)[:count]
 
     def _plan(self, epoch: int) -> "_EpochPlan":
-        # Two threads call this (batches and read-ahead). Plans are immutable; a lost plan is computed once more.
+        # Two threads call this function, one for batches and one for read-ahead. This needs no lock: plans are
+        # immutable, and a plan that the other thread overwrites is computed once more.
         plan = self._plans.get(epoch)
         if plan is None:
             shards = len(self.shard_windows)
@@ -146,7 +148,10 @@ class WindowOrder:
 
 @dataclass(frozen=True)
 class _EpochPlan:
-    """One epoch's shard order and the first sample (within the epoch) of each group of shards."""
+    """The plan of one epoch: the order of its shards, and the first sample of each group of shards.
+
+    Samples are counted within the epoch.
+    """
 
     shard_order: np.ndarray
     group_starts: np.ndarray
@@ -156,14 +161,15 @@ class _EpochPlan:
 
 
 def odd_part(number: int) -> int:
-    """The largest odd divisor: 12 → 3."""
+    """The largest odd divisor of `number`: 12 → 3."""
     return number // (number & -number)
 
 
 def micro_batch_numbers(rank: int, world: int, accumulation: int, round_robin: bool = False) -> list[int]:
     """The numbers of this rank's micro-batches within a step, in order.
 
-    They are consecutive. In round-robin order they are every `world`-th group of micro-batches (trainer.optim.reduce).
+    They are consecutive, except in round-robin order. In round-robin order, the rank takes every `world`-th group of
+    micro-batches (trainer.optim.reduce).
     """
     if not round_robin:
         return list(range(rank * accumulation, (rank + 1) * accumulation))

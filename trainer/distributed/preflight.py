@@ -27,7 +27,7 @@ import torch.distributed as dist
 ELEMENTS = {
     "cuda": 64 << 20,
     "cpu": 1 << 18,
-}  # float32 numbers: 256 MB on a GPU, to measure the bandwidth of its links; 1 MB is enough for a CPU
+}  # count of float32 numbers to sum: 256 MB on a GPU, enough to measure the bandwidth of its links, and 1 MB on a CPU
 ROUNDS = 5
 
 
@@ -66,14 +66,14 @@ def main(kind: str, answer: Path) -> None:
 def cuda_problem(device: torch.device) -> str | None:
     """Initialises CUDA and selects this GPU. Returns None, or the reason of a failure with the libcuda in use.
 
-    It is not enough to compare driver versions: with NVIDIA's forward-compatibility libcuda an older driver works on
+    A comparison of driver versions is not enough: with NVIDIA's forward-compatibility libcuda, an older driver works on
     some GPUs and fails with error 804 on others.
     """
     try:
         torch.cuda.init()
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if it was built without CUDA
         reason = str(error).strip().splitlines()[0]
         return (
             f"CUDA does not initialise on GPU {device.index} with {libcuda()}: {reason}; "
@@ -101,7 +101,10 @@ def wait_for(device: torch.device) -> None:
 
 
 def peer_share(count: int) -> float | None:
-    """Share of ordered GPU pairs that can read each other's memory; None for a single GPU."""
+    """Share of the ordered pairs of GPUs in which the first can read the memory of the second.
+
+    None for a single GPU.
+    """
     pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
     return statistics.mean(torch.cuda.can_device_access_peer(a, b) for a, b in pairs) if pairs else None
 

@@ -1,6 +1,6 @@
 """Joins the ranks of one job, and provides the small exchanges between them.
 
-torchrun sets RANK, WORLD_SIZE and LOCAL_RANK in the environment. Without them the process is the only rank.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK in the environment. If they are not set, this process is the only rank.
 """
 
 import contextlib
@@ -23,16 +23,17 @@ from core.figures import counted
 
 T = TypeVar("T")
 
-# Called on all ranks together before each round of batches. Raises Abandoned on all of them to end a measurement.
+# All ranks call a function of this kind together before each round of batches. To end a measurement, it raises
+# Abandoned on all ranks.
 StopCheck = Callable[[], None]
 
 # Torch 2.13 renamed all_gather_into_tensor; the code also runs on 2.11.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# A rank waits so long for the others: longer than the retries of the storage and a slow upload together.
+# Seconds that a rank waits for the others. This is longer than the retries of the storage and a slow upload together.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 ASK_SECONDS = 5.0
-# How long a rank waits for the one that says what is wrong: torchrun ends the others once one has ended.
+# Seconds that a failed rank waits for the rank that reports the error. torchrun ends all ranks once one has ended.
 SAYING_SECONDS = 1.0
 
 
@@ -60,8 +61,8 @@ class Ranks:
 def start(device: str, setting: str = "train.device") -> Ranks:
     """Join the job. `setting` is the name of the setting that holds `device`.
 
-    Raises ConfigError if the device is not available or the ranks do not meet: on one rank of each node; the others
-    raise PeerFailed, because all of them fail in the same way.
+    Raises ConfigError if the device is not available or the ranks do not meet. All ranks of a node fail in the same
+    way, so one of them raises ConfigError and the others raise PeerFailed.
     """
     is_alone = "RANK" not in os.environ
     local_rank = 0 if is_alone else int(os.environ["LOCAL_RANK"])
@@ -82,7 +83,7 @@ def start(device: str, setting: str = "train.device") -> Ranks:
     if cuda:
         torch.cuda.set_device(chosen)
     try:
-        if is_alone:  # this store needs no port, which another program could occupy
+        if is_alone:  # this kind of store needs no port, which could be taken by another program
             store, rank, world = dist.HashStore(), 0, 1
         else:
             store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
@@ -95,7 +96,7 @@ def start(device: str, setting: str = "train.device") -> Ranks:
             device_id=chosen if cuda else None,
         )
         control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else dist.group.WORLD
-    except RuntimeError as error:  # of the store, gloo or NCCL
+    except RuntimeError as error:  # errors of the store, gloo or NCCL
         world = os.environ.get("WORLD_SIZE", "1")
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise _said_by_one(
@@ -107,7 +108,10 @@ def start(device: str, setting: str = "train.device") -> Ranks:
 
 
 def _said_by_one(is_speaker: bool, message: str) -> Exception:
-    """The error to raise before there is a job in which ranks could agree on the one that reports it."""
+    """The error to raise while the job does not exist yet.
+
+    The ranks cannot agree at that time on the rank that reports an error.
+    """
     if is_speaker:
         return ConfigError(message)
     time.sleep(SAYING_SECONDS)
@@ -123,7 +127,7 @@ def stop() -> None:
 def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
     """Wait up to `seconds` until all ranks have called `meet` with this name.
 
-    Uses no collective: a rank that has failed elsewhere would never join it.
+    Uses no collective, because a rank that has failed elsewhere would never join it.
     """
     with contextlib.suppress(dist.DistError):  # the time is over, or the key-value store has ended with torchrun
         ranks.store.set(f"{name}/{ranks.rank}", "here")
@@ -131,7 +135,10 @@ def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
 
 
 def say_left(ranks: Ranks) -> None:
-    """Announce that this rank leaves, if it was asked to stop. Without this, others only see a lost connection."""
+    """If this rank was asked to stop, announce that it leaves.
+
+    Without this announcement, the other ranks would only see a lost connection.
+    """
     if stop_requests.is_certain():
         with contextlib.suppress(dist.DistError):
             ranks.store.set("has left", str(ranks.rank))
@@ -152,7 +159,7 @@ def has_left(ranks: Ranks) -> bool:
 
 
 def is_first_to_say(message: str, ranks: Ranks) -> bool:
-    """Whether this rank is the first to report `message`. All ranks find a wrong setting; one report is enough."""
+    """Whether this rank is the first to report `message`. All ranks find a wrong setting, and one report is enough."""
     try:
         key = hashlib.sha256(message.encode(errors="replace")).hexdigest()
         return ranks.store.add(f"said/{key}", 1) == 1
@@ -161,11 +168,11 @@ def is_first_to_say(message: str, ranks: Ranks) -> bool:
 
 
 class PeerFailed(Exception):
-    """Another rank has failed and reports the error, so this rank ends without a report."""
+    """Another rank has failed and reports the error. This rank ends without a report."""
 
 
 class Abandoned(Exception):
-    """A measurement or a wait for data ended early because the ranks were asked to stop."""
+    """A request to stop has ended a measurement or a wait for data."""
 
 
 def on_main(call: Callable[[], T], ranks: Ranks) -> T:
@@ -191,7 +198,10 @@ def on_main(call: Callable[[], T], ranks: Ranks) -> T:
 
 
 def on_all(call: Callable[[], T], ranks: Ranks) -> T:
-    """Run `call` on every rank. If it fails, the first failed rank raises its LauncherError, the others PeerFailed."""
+    """Run `call` on every rank.
+
+    If `call` fails, the first failed rank raises its LauncherError, and the other ranks raise PeerFailed.
+    """
     result, error = None, None
     try:
         result = call()
@@ -206,7 +216,7 @@ def on_all(call: Callable[[], T], ranks: Ranks) -> T:
 
 
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
-    """The `value` of every rank, in rank order, on all ranks. Only for small, trusted, picklable values."""
+    """The `value` of every rank, in rank order, on all ranks. The values must be small, trusted and picklable."""
     box: list[Any] = [value] * ranks.world
     if ranks.world > 1:
         dist.all_gather_object(box, value, group=ranks.control)
@@ -217,9 +227,9 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
 def divide_over_ranks(
     count: int, measure: Callable[[int], Sequence[float]], ranks: Ranks, check_stop: StopCheck | None = None
 ) -> list[list[float]]:
-    """[measure(0), ..., measure(count - 1)] on all ranks. Each item is computed on one rank, the next on the next rank.
+    """The list [measure(0), ..., measure(count - 1)] on all ranks. The ranks compute its items in turn.
 
-    The numbers and their order do not depend on the number of ranks.
+    The results and their order do not depend on the number of ranks.
     """
     mine = []
     for first in range(0, count, ranks.world):
@@ -244,7 +254,7 @@ def gather_numbers(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> torc
 
 
 def gather_on_device(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """`values` (K,) of every rank as a tensor of shape (world, K) on the device. The host does not wait for a GPU."""
+    """`values` (K,) of every rank as a tensor of shape (world, K) on the device. The host does not wait for the GPU."""
     if ranks.world == 1:
         return values[None]
     everyone = values.new_empty(ranks.world, len(values))

@@ -2,9 +2,9 @@
 
     python -m trainer.distributed.torchrun --nproc-per-node=8 -m trainer.train CONFIG
 
-Plain torchrun prints its own traceback after a failure, below the worker's error. This process ends when the launcher
-that started it ends, and the workers end when this process ends (PARENT_PID, core.stop). On SIGTERM, this process ends;
-if it has workers, it forwards the signal to them and exits with 143.
+After a failure, plain torchrun prints a traceback of torchrun itself below the worker's error. This process ends when
+the launcher that started it ends, and the workers end when this process ends (PARENT_PID, core.stop). On SIGTERM, this
+process ends. If it has workers, it first forwards the signal to them, and it exits with 143.
 """
 
 from core import stop

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from core.errors import ConfigError
 
-Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # by model, task and metric
-# Of a task's metrics, these compare models. A task without any of them shows all of its metrics.
+Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # scores by model, task and metric
+# If a task has some of these metrics, only these are drawn. If it has none of them, all of its metrics are drawn.
 SHOWN = ("perplexity", "accuracy", "accuracy_norm", "acc", "acc_norm")
 BAR_INCHES, PANEL_INCHES = 0.45, 3.2
 
 
 def check(out: Sequence[str]) -> None:
-    """Raises ConfigError, before anything is measured, for a chart that cannot be drawn or a folder that is missing."""
+    """Called before the measurements. Raises ConfigError for a chart that cannot be drawn or a missing folder."""
     for file in out:
         if not Path(file).expanduser().absolute().parent.is_dir():
             raise ConfigError(f"out: {file}: its folder does not exist; create it first")
@@ -27,7 +27,7 @@ def check(out: Sequence[str]) -> None:
 
 
 def write(scores: Scores, file: str) -> None:
-    """Write the scores of all models to a local file, whose ending says the form."""
+    """Write the scores of all models to a local file. The ending of its name determines the format."""
     path = Path(file).expanduser()
     if file.endswith(".json"):
         path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
@@ -36,7 +36,10 @@ def write(scores: Scores, file: str) -> None:
 
 
 def panels(scores: Scores) -> dict[tuple[str, str], dict[str, float]]:
-    """The values of each (task, metric) to draw, by model. Metrics that no model has are left out."""
+    """The values to draw. The result maps (task, metric) to the values by model.
+
+    Metrics that no model has are left out.
+    """
     found: dict[tuple[str, str], dict[str, float]] = {}
     for task in dict.fromkeys(task for tasks in scores.values() for task in tasks):
         metrics = dict.fromkeys(metric for tasks in scores.values() for metric in tasks.get(task, {}))

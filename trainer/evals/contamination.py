@@ -1,8 +1,8 @@
 """Finds the items of an evaluation set that occur in the training text, by common runs of tokens.
 
-An item counts as seen if the training shards contain any `run` consecutive tokens of its text (GPT-3 used 13, Brown
-et al. 2020, appendix C). Each rank reads its share of the shards, one at a time. Memory holds one shard, one number per
-token of the set and a table of 16 MB. A run across the boundary of two shards is not found.
+An item counts as seen if the training shards contain any `run` consecutive tokens of its text (GPT-3 used 13, Brown et
+al. 2020, appendix C). Each rank reads its share of the shards, one at a time. A rank holds in memory one shard, one
+number per token of the set, and a table of 16 MB. Runs that cross the boundary of two shards are not found.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ CHUNK_TOKENS = 1 << 20  # tokens hashed at a time, so that the arrays fit the CP
 
 
 def item_tokens(item, encoding) -> np.ndarray:
-    """Tokens of a HellaSwag item as text: the context and its right ending, without the activity label."""
+    """Tokens of a HellaSwag item: the context and the right ending, without the activity label."""
     context, endings, label = text_of(item)
     context = context.partition(": ")[2]
     return np.array(encoding.encode_ordinary(f"{context} {endings[label]}"), np.uint64)
@@ -32,7 +32,10 @@ def item_tokens(item, encoding) -> np.ndarray:
 def seen(
     items: Sequence[np.ndarray], data_url: str, manifest: Manifest, run: int, ranks: Ranks, partial: PartialResults
 ) -> list[int]:
-    """Numbers of the items that share `run` consecutive tokens with the training shards, the same on all ranks."""
+    """The numbers of the items that share `run` consecutive tokens with the training shards.
+
+    The result is the same on all ranks.
+    """
     hashes_of = [hashes(tokens, run) for tokens in items]
     known = np.concatenate([np.empty(0, np.uint64), *hashes_of])
     order = np.argsort(known, kind="stable")
@@ -83,7 +86,7 @@ def hashes(tokens: np.ndarray, run: int) -> np.ndarray:
             power = power[: len(power) - size] * factor + power[size:]
             factor = np.uint64(int(factor) ** 2 % (1 << 64))
             size *= 2
-    # Multiplication only carries differences to higher bits. These steps mix them into the lower ones.
+    # Multiplication carries differences to higher bits only. The steps below mix the higher bits into the lower bits.
     value = value ^ (value >> np.uint64(29))
     value = value * np.uint64(0xBF58476D1CE4E5B9)
     return value ^ (value >> np.uint64(32))
@@ -94,6 +97,6 @@ def _places(values: np.ndarray) -> np.ndarray:
 
 
 def _pieces(tokens: np.ndarray, run: int) -> Iterator[np.ndarray]:
-    """Chunks that overlap, so that each run of tokens is within one of them."""
+    """Chunks that overlap. Each run of consecutive tokens is within one of the chunks."""
     for first in range(0, len(tokens), CHUNK_TOKENS):
         yield tokens[first : first + CHUNK_TOKENS + run - 1]

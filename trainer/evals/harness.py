@@ -38,10 +38,12 @@ except ImportError as error:
 log = logging.getLogger("evaluate")
 
 NEW_TOKENS = 256  # length of a text if the task sets no limit, as in the harness
-# Part of a result's identity. Raise it if the meaning of options or seeds changes, so that old results are not reused.
+# This number is part of a result's identity. Raise it when the meaning of options or seeds changes, so that old results
+# are not reused.
 SAMPLING = 2
 _OPTIONS = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
-# Options of other backends, with the values that have no effect. The value null has no effect either.
+# Options that only other backends support. An option is accepted if it has one of the listed values or null, because
+# these values have no effect.
 _NEUTRAL: dict[str, list[Any]] = {
     "early_stopping": [False],
     "frequency_penalty": [0],
@@ -89,7 +91,7 @@ def run(
             trained.name,
         )
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    # The harness needs half a minute to index its own tasks. Skip them if the task is in the folder.
+    # The harness needs half a minute to index its own tasks. They are skipped if the task is in the user's folder.
     tasks = TaskManager(include_path=folder, include_defaults=False) if folder else None
     if tasks is None or not tasks.match_tasks([task]):
         tasks = _all_tasks(folder)
@@ -169,7 +171,7 @@ class HarnessModel(TemplateLM):
         """Generates one text per request; each rank computes its share. Greedy unless the task asks for sampling."""
         engine = Engine(self._model, self._encoding, self._ranks.device, self._precision)
         seeds = seeds_of(requests)
-        # Every rank checks all options, so that all of them refuse together.
+        # Every rank checks all options, so that all ranks raise the same error.
         samplings = [self._sampling(request, seed) for request, seed in zip(requests, seeds, strict=True)]
         mine = {}
         numbers = range(self._ranks.rank, len(requests), self._ranks.world)
@@ -199,8 +201,9 @@ class HarnessModel(TemplateLM):
 
 
 def seeds_of(requests) -> list[int]:
-    """One seed per request, computed from its task, its place in the task and its repeat: the same on every rank.
+    """One seed per request.
 
+    It is computed from the task, the place in the task and the number of the repeat, so it is the same on every rank.
     For a task with `repeats`, the harness passes the same request several times.
     """
     seen: Counter[str] = Counter()
@@ -218,11 +221,11 @@ def sampling_of(options: dict[str, Any], seed: int, where: str) -> Sampling:
     try:
         known = {key: value for key, value in normalize_gen_kwargs(options, NEW_TOKENS).items() if value is not None}
         until, limit, is_sampled = known.pop("until", []), known.pop("max_gen_toks"), known.pop("do_sample", False)
-        # The default temperature of a task that samples is 1, as in `transformers`.
+        # If a task samples, the default temperature is 1, as in `transformers`.
         temperature = float(known.pop("temperature", 1.0)) if is_sampled else 0.0
-        known.pop("temperature", None)  # a greedy text ignores it
+        known.pop("temperature", None)  # greedy decoding ignores the option
         chosen = {key: kind(known.pop(key)) for key, kind in _OPTIONS.items() if key in known}
-        chosen["top_k"] = max(0, chosen.get("top_k", 0))  # -1 is off in other backends
+        chosen["top_k"] = max(0, chosen.get("top_k", 0))  # -1 turns the option off in other backends
         seed ^= int(known.pop("seed", 0))
         if not temperature:
             # Greedy decoding takes the likeliest token, so options that limit the candidates have no effect.
@@ -230,7 +233,7 @@ def sampling_of(options: dict[str, Any], seed: int, where: str) -> Sampling:
         stop = tuple(str(text) for text in until if text)
         sampling = Sampling(max_tokens=limit, temperature=temperature, seed=seed, stop=stop, **{"top_k": 0, **chosen})
     except (SettingError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: generation_kwargs cannot be used: {error}; mend the task's file") from error
+        raise ConfigError(f"{where}: generation_kwargs cannot be used: {error}; correct the task's file") from error
     left = [key for key, value in known.items() if value not in _NEUTRAL.get(key, [])]
     if left:
         names = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *_OPTIONS, "seed"))

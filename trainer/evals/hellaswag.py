@@ -1,11 +1,12 @@
-"""Scores HellaSwag (Zellers et al. 2019), a choice of one of four endings, as lm-evaluation-harness does.
+"""Scores HellaSwag (Zellers et al. 2019) as lm-evaluation-harness does. Each item is a choice between four endings.
 
 The answer is the ending with the largest log-likelihood, as a sum (`accuracy`, the harness's acc) or per character of
 the ending (`accuracy_norm`, its acc_norm). Texts are formatted as in the harness. The items come from
 DATA_URL/sets/hellaswag.jsonl (data_prep.sets).
 
-The style "llm.c" (also of build-nanogpt) uses the field `ctx`, without activity label and cleaning, and divides by
-tokens. It gives 29.5 % for GPT-2 124M where the harness gives 31.1 %.
+The style "llm.c", which build-nanogpt uses too, takes the field `ctx` without activity label and cleaning. It divides
+the log-likelihood by the number of tokens. For GPT-2 124M, this style gives 29.5 %, and the harness's style gives 31.1
+%.
 """
 
 import math
@@ -47,13 +48,13 @@ class Score:
 
 @dataclass(frozen=True)
 class HellaSwagAnswers:
-    """Whether each item was answered rightly, by log-likelihood and by normalised log-likelihood."""
+    """Whether each item was answered correctly, by log-likelihood and by normalised log-likelihood."""
 
     right: list[bool]
     right_norm: list[bool]
 
     def score(self, without: Container[int] = ()) -> Score:
-        """Scores all items except the numbers in `without`."""
+        """Scores all items, except those whose numbers are in `without`."""
         counted = [number for number in range(len(self.right)) if number not in without]
         right, right_norm = (sum(each[number] for number in counted) for each in (self.right, self.right_norm))
         items = len(counted)
@@ -72,12 +73,12 @@ class HellaSwag:
         precision: str = "auto",
         style: str = "harness",
     ):
-        """`items` are rows with the published fields. Raises DataError for a malformed one."""
+        """`items` are rows with the published fields. Raises DataError for a malformed row."""
         self._ranks = ranks
         self._precision = precision
         self._requests: list[ScoringRequest] = []
         self._labels: list[int] = []
-        self._lengths: list[list[int]] = []  # divisors of the normalised log-likelihoods
+        self._lengths: list[list[int]] = []  # each log-likelihood is divided by its divisor to normalise it
         for number, item in enumerate(items):
             try:
                 label = int(item["label"])
@@ -114,7 +115,7 @@ class HellaSwag:
 
 
 def check(items: Sequence[Mapping[str, Any]]) -> None:
-    """Raises DataError for a malformed item, without encoding it."""
+    """Checks an item without encoding it. Raises DataError if it is malformed."""
     for number, item in enumerate(items):
         try:
             _, endings, label = text_of(item)

@@ -1,7 +1,7 @@
 """Computes log-likelihoods of continuations on any number of ranks.
 
-Requests are sorted by length and cut into batches before the ranks share them, so that each request is in the same
-batch, and gets the same result, on any number of ranks.
+Requests are sorted by length and cut into batches before the ranks share them. So each request is in the same batch and
+gets the same result on any number of ranks.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ MULTIPLE = 8  # padded lengths are multiples of this
 
 
 class ScoringRequest(NamedTuple):
-    """Token ids. The context must not be empty: its last token predicts the first one of the continuation."""
+    """Token ids. The context must not be empty, because its last token predicts the first token of the continuation."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -50,11 +50,11 @@ def likelihoods(
     title: str = "",
     check_stop: StopCheck | None = None,
 ) -> list[Likelihood]:
-    """One result per request, in their order, the same on all ranks.
+    """One result per request, in the order of the requests. The results are the same on all ranks.
 
     A request that exceeds the model's context is truncated on the left, as in lm-evaluation-harness. `partial` holds
-    the results of earlier attempts by keys that begin with `part`. `title` heads a progress bar. `check_stop` is called
-    before each round of batches, in which each rank computes one. Raises TrainingError for a result that is not finite.
+    the results of earlier attempts; their keys begin with `part`. `title` heads a progress bar. In a round, each rank
+    computes one batch. `check_stop` is called before each round. Raises TrainingError if a result is not finite.
     """
     windows = [cut(request, model.config.context) for request in requests]
     order = sorted(range(len(windows)), key=lambda index: (-len(windows[index].context), index))
@@ -145,7 +145,7 @@ def _check_finite(found: dict[int, Likelihood], ranks: Ranks) -> None:
 
 
 class _NoProgress:
-    """Replaces the progress bar where none is shown."""
+    """Used if no progress bar is shown."""
 
     def advance(self, amount: float) -> None:
         pass

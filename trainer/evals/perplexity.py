@@ -1,7 +1,7 @@
 """Computes perplexity and bits per byte on the validation tokens.
 
-`of_stream` reads the tokens as training does: one stream, cut into windows of the model's context. It predicts each
-token but the first once, including end-of-text tokens. `of_documents` scores each document separately, after one
+`of_stream` reads the tokens as training does: one stream, cut into windows of the model's context. Each token except
+the first is predicted once, including end-of-text tokens. `of_documents` scores each document separately, after one
 end-of-text token, with rolling windows as in lm-evaluation-harness's loglikelihood_rolling (its wikitext task).
 
 Bits per byte are the sum of all losses, divided by ln 2 and by the bytes of the predicted tokens' text. An end-of-text
@@ -26,7 +26,10 @@ from trainer.model.gpt import GPT
 
 
 def read_tokens(data_url: str, manifest: Manifest, tokens: int) -> np.ndarray:
-    """The first `tokens` validation tokens in the manifest's order; all if `tokens` is 0. Raises DataError."""
+    """The first `tokens` validation tokens in the manifest's order. If `tokens` is 0, these are all validation tokens.
+
+    Raises DataError.
+    """
     parts = []
     wanted = tokens or manifest.split("val", data_url).tokens
     for shard in manifest.split("val", data_url).shards:
@@ -83,7 +86,10 @@ def of_documents(
 
 
 def rolling(document: np.ndarray, context: int) -> Iterator[ScoringRequest]:
-    """Windows that predict each token once. All windows but the first have as much context as fits."""
+    """Windows of a document that together predict each token once.
+
+    All windows except the first have as much context as fits.
+    """
     with_start = np.concatenate([[GPT2_END_OF_TEXT], document])
     for first in range(0, len(document), context):
         last = min(first + context, len(document))
@@ -102,7 +108,7 @@ def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def token_bytes(encoding) -> np.ndarray:
-    """Bytes of text of each token, by id."""
+    """The number of bytes of each token's text, by token id."""
     sizes = np.zeros(encoding.n_vocab, np.int64)
     for token in range(encoding.n_vocab):
         if token != GPT2_END_OF_TEXT:

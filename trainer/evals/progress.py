@@ -6,7 +6,7 @@
             partial.add({"17": [-12.5, False]})
 
 RUN_URL/evaluations has the layout of a run folder, with run.json and a ledger of segments of the stage "evaluate". The
-run's own ledger is not used: a new segment there would stop the machine that trains the run.
+ledger of the training is not used, because a new segment there would stop the machine that trains the run.
 """
 
 import logging
@@ -30,7 +30,7 @@ log = logging.getLogger("evaluate")
 
 
 class EvaluationLog:
-    """The open segment of an evaluation, on all ranks. Rank 0 writes it."""
+    """The open segment of an evaluation, on all ranks. Only rank 0 writes it."""
 
     def __init__(self, folder: str, settings: EvaluateConfig, ranks: Ranks):
         self._segment = SegmentLog()
@@ -77,13 +77,14 @@ class EvaluationLog:
 
 
 class PartialResults:
-    """Results of an unfinished task in storage, from which the next attempt continues.
+    """Stores the results of an unfinished task. The next attempt continues from these results.
 
-    Each rank appends to its own journal (core.run.journal). A killed process loses a few seconds of results at most.
+    Each rank appends to its own journal (core.run.journal). If the process is killed, at most a few seconds of results
+    are lost.
     """
 
     def __init__(self, folder: str, ranks: Ranks, check: Callable[[], None]):
-        """`check` is called after each addition. It may raise to stop the task."""
+        """`check` is called after each addition. It may raise an error to stop the task."""
         self.folder = folder
         self.check = check
         self._ranks = ranks

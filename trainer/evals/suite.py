@@ -4,9 +4,9 @@
     RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   the same task, measured once more
     RUN_URL/evaluations/step-00001000/partial/                    partial results of unfinished tasks
 
-The hash covers the task's `identity`: results of two models with the same name are comparable. Results have a folder of
-their own, because old checkpoints are deleted. An existing object is never overwritten. docs/formats.md documents the
-fields.
+The hash covers the task's `identity`. So two results are comparable if their objects have the same name, even for
+different models. The results are not in the folder of the checkpoint, because old checkpoints are deleted. An existing
+object is never overwritten. docs/formats.md documents the fields.
 """
 
 import functools
@@ -44,12 +44,13 @@ class Measurement:
 
     name: str
     identity: Mapping[str, Any]
-    compute: Callable[[TrainedModel, PartialResults], Found]  # called on all ranks, returns the same on each
+    # All ranks call this function, and all get the same result.
+    compute: Callable[[TrainedModel, PartialResults], Found]
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The dataset at `url`. Each part is read once."""
+    """The dataset at `url`. Each part of it is read only once."""
 
     url: str
     ranks: Ranks
@@ -63,12 +64,12 @@ class EvaluationData:
         return on_main(lambda: manifest.read(self.url), self.ranks)
 
     def lacks(self, name: str) -> str:
-        """How to store the set `name`, if it is missing; else an empty text."""
-        self.manifest  # noqa: B018 (raises the error that says how to give data)
+        """A sentence on how to store the set `name`, if the set is missing. Otherwise an empty text."""
+        self.manifest  # noqa: B018 (the access raises the error that says how to give data)
         return on_main(lambda: sets.missing(self.url, name), self.ranks)
 
     def hellaswag(self, count: int) -> list[dict[str, Any]]:
-        self.manifest  # noqa: B018 (raises the error that says how to give data)
+        self.manifest  # noqa: B018 (the access raises the error that says how to give data)
         rows = on_main(lambda: sets.read(self.url, HELLASWAG), self.ranks)
         return rows[: count or len(rows)]
 
@@ -76,7 +77,7 @@ class EvaluationData:
 def measurements(
     settings: EvaluateConfig, data: EvaluationData, ranks: Ranks, precision: str, home: str
 ) -> list[Measurement]:
-    """One measurement per task, in order. Raises ConfigError, DataError for missing data.
+    """One measurement per task, in the order of the tasks. Raises ConfigError, or DataError if data is missing.
 
     HellaSwag is left out with a warning if its set is not stored, unless it is the only task.
     """
@@ -145,7 +146,10 @@ def _seen(
     identity,
     check: Callable[[], None],
 ) -> list[int]:
-    """Numbers of the items that occur in the training shards. Stored once for all models: only the data matters."""
+    """Numbers of the items that occur in the training shards.
+
+    They are stored once for all models, because they depend on the data alone.
+    """
     key = result_key("contamination", identity)
     found = on_main(lambda: find_result(home, key), ranks)
     if found is None:
@@ -233,7 +237,7 @@ def _newest(folder: str) -> dict[str, dict[str, Any]]:
         try:
             document = untrusted.read_json(uri, is_finite=False)  # the error of a single item is NaN
         except ValueError as error:
-            log.warning("%s: left out, it is no result (%s)", uri, error)
+            log.warning("%s: left out, because it is not a result (%s)", uri, error)
             continue
         if isinstance(document, dict) and (document.get("format"), document.get("version")) == (FORMAT, VERSION):
             found[key] = document

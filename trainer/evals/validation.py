@@ -30,7 +30,8 @@ class ValidationLoss:
         available = sum(shard.tokens for shard in cache.shards)
         windows = max(1, min(tokens, available - 1) // length)
         rows = min(micro_batch_size, windows)
-        self._count = windows // rows  # no smaller last batch, for which torch would compile again
+        # The last batch is as large as the others, because torch would compile again for a smaller batch.
+        self._count = windows // rows
         self.tokens = self._count * rows * length
         self._batches = []
         for index in range(ranks.rank, self._count, ranks.world):
@@ -49,7 +50,10 @@ class ValidationLoss:
         measure: Callable[[torch.Tensor], torch.Tensor],
         check_stop: StopCheck | None = None,
     ) -> list[float]:
-        """Means over all batches of the numbers that `measure` computes of one batch, (rows, T + 1)."""
+        """`measure` computes some numbers from one batch (rows, T + 1).
+
+        Returns the mean of each number over all batches.
+        """
 
         def of_batch(index: int) -> list[float]:
             tokens = self._batches[index // self._ranks.world].to(self._ranks.device, non_blocking=True)

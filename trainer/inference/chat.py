@@ -20,12 +20,12 @@ from trainer.inference.engine import GenerationRequest, Piece
 from trainer.inference.sampling import changed
 from trainer.inference.terminal import Interrupt, Terminal
 
-CACHE_PROMPT = "The most important thing about"  # of /compare before anything was said
-CACHE_TOKENS = 64  # most new tokens of /compare
+CACHE_PROMPT = "The most important thing about"  # the line of /compare in an empty conversation
+CACHE_TOKENS = 64  # /compare generates at most this many new tokens
 
 
 class ChatSession:
-    """The conversation with one model, or the texts that a base model continued."""
+    """The conversation with a fine-tuned model, or the texts that a base model has continued."""
 
     def __init__(self, model: ChatModel):
         self.model = model
@@ -33,7 +33,10 @@ class ChatSession:
         self.texts: list[dict[str, str]] = []
 
     def request(self, line: str, system: str, sampling: Sampling) -> tuple[GenerationRequest, int]:
-        """The request for a line, and the number of old messages left out. ConfigError if the line is too long."""
+        """The request for a line, and the number of old messages that were left out.
+
+        Raises ConfigError if the line is too long.
+        """
         if not self.model.tuned:
             return GenerationRequest(self.model.engine.encode(line), sampling), 0
         messages = [{"role": "system", "content": system}] if system.strip() else []
@@ -118,7 +121,7 @@ class Chat:
             return
         other = open_chat_model(rest, self._options)
         if other.tuned != self._tuned:
-            self._terminal.note("one model answers in turns, the other continues text: each gets lines in its format")
+            self._terminal.note("one model answers messages, the other continues text: each gets lines in its format")
         self._sessions[1:] = [ChatSession(other)]
         self._terminal.note(
             f"comparing with {other.name}, opened in {other.opened_seconds:.1f} s; both start a new conversation"
@@ -126,7 +129,7 @@ class Chat:
         self._sessions[0] = ChatSession(self._sessions[0].model)
 
     def do_bench(self, rest: str) -> None:
-        """[PROMPT]: measure this machine: tokens per second, memory; or three answers to a prompt"""
+        """[PROMPT]: measure tokens per second and memory on this machine, or the speed of three answers to PROMPT"""
         if rest:
             self._bench_prompt(rest)
             return
@@ -148,7 +151,10 @@ class Chat:
             )
 
     def _bench_prompt(self, line: str) -> None:
-        """Answer a line ROUNDS times without remembering it, and show speed and mean."""
+        """Answer a line ROUNDS times and show the speed of each answer and the mean.
+
+        The answers do not join the conversation.
+        """
         for session in self._sessions:
             request, _ = session.request(line, self._system, self._sampling)
             with self._terminal.waiting("measuring"):
@@ -159,7 +165,7 @@ class Chat:
             self._terminal.table(["run", "new tokens", "seconds", "tokens/s"], [*rows, ("mean", *_speed(*means))])
 
     def _compare_cache(self) -> None:
-        """Answer the newest line, or a fixed one, with and without the KV cache, at the same sampling settings."""
+        """Answer the newest line, else CACHE_PROMPT, with and without the KV cache, with the same sampling settings."""
         for session in self._sessions:
             lines = [each["prompt"] for each in session.texts]
             sampling = dataclasses.replace(
@@ -246,7 +252,7 @@ class Chat:
 
 
 def _in_turn(streams: Sequence[Iterable[Piece]]) -> Iterable[tuple[int, Piece]]:
-    """Yields (stream, piece), one piece of each stream in turn, until all streams end."""
+    """Yields pairs (stream, piece). The streams take turns, a piece at a time, until all of them have ended."""
     for pieces in itertools.zip_longest(*streams):
         yield from ((index, piece) for index, piece in enumerate(pieces) if piece is not None)
 

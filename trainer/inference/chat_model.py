@@ -15,7 +15,10 @@ from trainer.weights.open import open_weights
 
 @dataclass(frozen=True)
 class ChatModel:
-    """An opened model. A `tuned` model answers the messages of a conversation, any other model continues text."""
+    """An opened model. If the model is `tuned`, it answers the messages of a conversation.
+
+    Any other model continues text.
+    """
 
     name: str
     engine: Engine

@@ -1,7 +1,7 @@
 """Chooses the next token of each row from its logits.
 
-One uniform random number per token selects from the cumulative probabilities. A row's choice depends on the row's
-logits, settings and random numbers alone, so that a seed gives the same text in any batch.
+One uniform random number per token selects from the cumulative probabilities. A row's choice depends only on the row's
+logits, settings and random numbers, so a seed gives the same text in any batch.
 
 Shapes: B rows, V vocabulary, N rows with the same kind of settings, C candidates in descending order.
 """
@@ -57,7 +57,8 @@ def _choose_cut(logits_NV: torch.Tensor, samplings: Sequence[Sampling], draws: S
     rank_C = torch.arange(logits_NC.shape[1], device=logits_NV.device)
     p_NC = _softmax(logits_NC.masked_fill(rank_C >= _column(limits, logits_NV), -torch.inf), samplings)
     before_NC = p_NC.cumsum(1) - p_NC
-    # The likeliest token passes both tests: the probabilities before it sum to 0, and min_p is relative to its own.
+    # The likeliest token always passes both tests. The probabilities before it sum to 0, and min_p is relative to its
+    # own probability.
     keep_NC = (before_NC < _column([s.top_p for s in samplings], p_NC)) & (
         p_NC >= _column([s.min_p for s in samplings], p_NC) * p_NC[:, :1]
     )
@@ -67,16 +68,17 @@ def _choose_cut(logits_NV: torch.Tensor, samplings: Sequence[Sampling], draws: S
 def _softmax(logits_NC: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """Probabilities at each row's temperature, (N, C), float64."""
     z_NC = logits_NC.double()
-    # Subtract the maximum before dividing: a tiny temperature would make the logits overflow.
+    # Subtract the maximum before the division: with a tiny temperature the logits would overflow.
     z_NC = z_NC - z_NC.amax(1, keepdim=True)
     return (z_NC / _column([s.temperature for s in samplings], z_NC)).softmax(1)
 
 
 def _pick(p_NC: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
-    """Index (N,) at which the cumulative probability exceeds the row's draw. The index has a non-zero probability."""
+    """Index (N,) at which the cumulative probability exceeds the row's draw. Its probability is above zero."""
     sums_NC = p_NC.cumsum(1)
     places_N = torch.searchsorted(sums_NC, _column(draws, sums_NC) * sums_NC[:, -1:], right=True)[:, 0]
-    # The product above can round up to the last sum. Then take the last index with a non-zero probability.
+    # The product above can be rounded up to the last sum. In this case, the last index with a non-zero probability is
+    # taken.
     last_N = (sums_NC < sums_NC[:, -1:]).sum(1)
     return torch.minimum(places_N, last_N)
 

@@ -1,8 +1,7 @@
-"""Bounds what clients may hold open: the time until a request has arrived, and the number of connections.
+"""Limits the time in which a request must arrive, and the number of open connections.
 
-aiohttp waits without a limit for the head of a connection's first request, so that clients which never send it could
-take all descriptors of the process. If there are too many connections, the one that has said nothing for longest gives
-way.
+aiohttp waits without a limit for the head of a connection's first request. Clients that never send it could take all
+file descriptors of the process. If there are too many connections, the one that has been silent for longest is closed.
 """
 
 import asyncio
@@ -14,13 +13,19 @@ MOST_CONNECTIONS = 1000
 
 
 def most_connections() -> int:
-    """Half of the descriptors that this process may open, and at most MOST_CONNECTIONS."""
+    """The limit of open connections.
+
+    It is half of the number of files that this process may open, at most MOST_CONNECTIONS.
+    """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_CONNECTIONS if descriptors < 0 else max(8, min(MOST_CONNECTIONS, descriptors // 2))
 
 
 class Connections:
-    """Makes a protocol per connection, as `loop.create_server` asks, around those of `make`."""
+    """Makes a protocol for each connection, as `loop.create_server` expects.
+
+    It wraps the protocols that `make` returns.
+    """
 
     def __init__(
         self, make: Callable[[], asyncio.Protocol], head_seconds: float = HEAD_SECONDS, most: int | None = None
@@ -35,7 +40,7 @@ class Connections:
         return _Watched(self._make(), self)
 
     def heard(self, transport: asyncio.BaseTransport | None) -> None:
-        """The head of a request has arrived; aiohttp bounds what follows on this connection."""
+        """The head of a request has arrived. From then on, aiohttp applies its own time limits to this connection."""
         if timer := self._silent.pop(transport, None):
             timer.cancel()
 

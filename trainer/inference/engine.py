@@ -41,7 +41,7 @@ Finish = Literal["stop", "length"]
 class GenerationRequest:
     """`tokens` is the prompt. `logprobs` is the number of alternatives to report per token.
 
-    Without `logprobs`, tokens have no log-probability. `endless` excludes the end-of-text token, to measure speed.
+    If `logprobs` is None, tokens have no log-probability. `endless` excludes the end-of-text token, to measure speed.
     """
 
     tokens: Sequence[int]
@@ -105,8 +105,11 @@ class Engine:
         max_batch_size: int = 16,
         caches: bool = True,
     ):
-        """Without an `encoding`, pieces have token ids but no text. Unless it `caches`, each step computes keys and
-        values of all tokens anew, which serves to show what the cache saves."""
+        """If `encoding` is None, pieces have token ids but no text.
+
+        If `caches` is false, each step computes the keys and values of all tokens anew, to show how much the cache
+        saves.
+        """
         self.model = model
         self.encoding = encoding
         self.device = device
@@ -127,7 +130,7 @@ class Engine:
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens. Further rows of the embedding are padding."""
+        """The number of tokens of the vocabulary. Further rows of the embedding are padding."""
         return min(GPT2_VOCAB_SIZE, self.model.config.padded_vocab_size)
 
     @property
@@ -148,7 +151,7 @@ class Engine:
         if not tokens:
             raise ConfigError("the prompt has no tokens; give at least the end-of-text token")
         if self.model.config.document_mask and GPT2_END_OF_TEXT in tokens:
-            # Such a model attends to the current document only.
+            # A model with a document mask attends to the current document only, so earlier documents are dropped.
             del tokens[: len(tokens) - 1 - tokens[::-1].index(GPT2_END_OF_TEXT)]
         wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
         if wrong:
@@ -163,13 +166,16 @@ class Engine:
         return row.number
 
     def cancel(self, number: int) -> None:
-        """Cancels a request. Does nothing if it is complete."""
+        """Cancels a request. Does nothing if the request is already complete."""
         self._waiting = deque(row for row in self._waiting if row.number != number)
         self._gone |= {row.number for row in self._rows if row.number == number}
 
     @torch.no_grad()
     def step(self) -> list[Piece]:
-        """Processes waiting prompts if the batch has room, else extends all texts. Returns a piece per such text."""
+        """Processes waiting prompts if the batch has room. Otherwise extends all texts by a token.
+
+        Returns one piece for each text that was processed or extended.
+        """
         self._drop(self._gone)
         self._gone = set()
         if self._waiting and len(self._rows) < self._max_batch_size:
@@ -194,7 +200,7 @@ class Engine:
         return self._finished(rows, logits_BV)
 
     def _finished(self, rows: Sequence[_Row], logits_BV: torch.Tensor) -> list[Piece]:
-        """The pieces of a step, after which complete texts leave the batch."""
+        """Returns the pieces of a step, and removes complete texts from the batch."""
         pieces = self._extend(rows, logits_BV)
         self._drop({piece.number for piece in pieces if piece.finish})
         return pieces
@@ -314,7 +320,7 @@ class TextStream:
     def feed(self, data: bytes, final: bool = False) -> tuple[str, bool]:
         """Takes a token's bytes. Returns the text that can be shown, and whether it ended at a stop text.
 
-        The stop text and all that follows are omitted. With `final`, no text is held back.
+        The stop text and all that follows are omitted. If `final` is true, no text is held back.
         """
         self._held += self._decoder.decode(data, final)
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]

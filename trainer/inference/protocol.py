@@ -36,7 +36,8 @@ _SAMPLING = {
 }
 _READ = {"model", "prompt", "messages", "stop", "n", "stream", "stream_options", "logprobs", "top_logprobs"}
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction"}
-# Unsupported parameters, with the values that have no effect. The value null has no effect either.
+# Unsupported parameters. A parameter is accepted if it has one of the listed values or null, because these values have
+# no effect.
 _NEUTRAL = {
     "best_of": [1],
     "echo": [False],
@@ -57,7 +58,7 @@ _NEUTRAL = {
 
 
 class ApiError(Exception):
-    """A response with a status other than 200."""
+    """An error that becomes a response with a status other than 200."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -76,7 +77,7 @@ class ApiRequest:
 
 
 def read(body: Any, model: ChatModel, name: str, defaults: Sampling, chat: bool) -> ApiRequest:
-    """Checks a request's body and translates it. Raises ApiError for an invalid one."""
+    """Checks a request's body and translates it. Raises ApiError for an invalid body."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     _check_keys(body)
@@ -138,12 +139,12 @@ class ApiResponse:
         return self._event([choice], request)
 
     def opening(self, index: int, request: ApiRequest) -> dict[str, Any]:
-        """The first event of a chat's choice, which names the role."""
+        """The first event of a choice in a chat. It names the role."""
         delta = {"role": "assistant", "content": ""}
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], request)
 
     def closing(self, request: ApiRequest, count: int) -> dict[str, Any]:
-        """The last event, with the usage."""
+        """The last event of a stream. It holds the usage, which is the numbers of tokens."""
         return self._event([], request) | {"usage": _usage(request, count)}
 
     def _event(self, choices: list[dict[str, Any]], request: ApiRequest) -> dict[str, Any]:
@@ -176,7 +177,11 @@ def _check_keys(body: Mapping[str, Any]) -> None:
 
 
 def _prompts(body: Mapping[str, Any], model: ChatModel) -> list[list[int]]:
-    """Token ids of each prompt. A text gets a leading end-of-text token, like documents in training; ids get none."""
+    """Token ids of each prompt.
+
+    A prompt given as text gets a leading end-of-text token, like documents in training; a prompt given as ids gets
+    none.
+    """
     prompt = body.get("prompt", "")
     if isinstance(prompt, str) or (prompt and _is_tokens(prompt)):
         prompt = [prompt]
@@ -198,7 +203,8 @@ def _conversation(body: Mapping[str, Any], model: ChatModel) -> list[int]:
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ApiError(400, "messages must be a list of objects", "messages")
     turns = [_message(each) for each in messages]
-    # Clients send earlier turns back, also an empty answer of the model. Training has no empty turns: leave them out.
+    # Clients send earlier turns back, including empty answers of the model. Training data has no empty turns, so they
+    # are left out.
     said = [turn for turn in turns[:-1] if not _is_empty(turn)]
     said += [turn for turn in turns[-1:] if turn["role"] == "user" or not _is_empty(turn)]
     try:

@@ -25,7 +25,7 @@ def load(schema: type, flags: Sequence[str], environment: Mapping[str, str]) -> 
 
 
 def changed(sampling: Sampling, key: str, text: str, where: str) -> Sampling:
-    """Replaces one setting by a value that a user typed. Raises ConfigError that names `where`."""
+    """Replaces one setting by a value that a user typed. Raises a ConfigError that names `where`."""
     found = _unescaped(loader.from_dict(Sampling, {key: text}, where))
     return dataclasses.replace(sampling, **{key: getattr(found, key)})
 

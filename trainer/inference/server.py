@@ -48,7 +48,7 @@ class HttpServer:
         self._used_at = time.monotonic()  # the last time at which a request came or ended
 
     def idle_seconds(self) -> float:
-        """Seconds since the last request for an answer came or ended; 0 while one is in progress."""
+        """Seconds since the last request for an answer arrived or ended, or 0 while one is in progress."""
         return 0.0 if self._open else time.monotonic() - self._used_at
 
     def watch(self, connections: Connections) -> None:
@@ -76,8 +76,9 @@ class HttpServer:
         if self._connections:
             self._connections.heard(request.transport)
         if not self._key:
-            # Without a key, only requests from this computer are allowed. The Host header reveals a foreign web page
-            # that reaches this computer by a domain name which resolves to it (DNS rebinding).
+            # Without a key, only requests from this computer are allowed. A foreign web page can use a domain name that
+            # resolves to this computer (DNS rebinding). The Host header then holds that name, and the request is
+            # refused.
             if not is_loopback(name_in(request.host)):
                 problem = f"the host {request.host!r} is not this computer; set {KEY} to serve others"
                 raise ApiError(403, problem)
@@ -104,7 +105,7 @@ class HttpServer:
 
     def _about(self) -> dict[str, Any]:
         about = {"id": self._name, "object": "model", "created": 0, "owned_by": "local"}
-        # Fields beyond OpenAI's: whether the model takes conversations, and its context.
+        # OpenAI's API does not have these fields. They say whether the model takes conversations, and give its context.
         return about | {"chat": self._model.tuned, "context": self._model.engine.context}
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -132,7 +133,7 @@ class HttpServer:
             raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
         except ValueError as error:
             raise ApiError(400, f"the body is not JSON: {error}") from None
-        # In a thread: a megabyte of text takes a second to encode, in which other clients want their tokens.
+        # Encode in a thread: a megabyte of text takes a second, and other clients need their tokens meanwhile.
         api_request = await asyncio.to_thread(protocol.read, body, self._model, self._name, self._defaults, chat)
         answers = ApiResponse(self._name, chat)
         async with aclosing(self._worker.stream(api_request.requests)) as pieces:
@@ -214,7 +215,7 @@ async def _errors_as_json(request: web.Request, handler) -> web.StreamResponse:
 
 
 def api_key() -> str:
-    """The key from the environment; empty for none."""
+    """The key from the environment. It is empty if none is set."""
     return os.environ.get(KEY, "").strip()
 
 

@@ -1,7 +1,6 @@
-"""Measures generation on this machine: tokens per second, memory, and what the KV cache saves.
+"""Measures generation on this machine: tokens per second, memory, and the time that the KV cache saves.
 
-for found in measure_speed(engine): ...       synthetic prompts of one length
-timed(engine, request)                        one text, by wall clock
+for found in measure_speed(engine): ... synthetic prompts of one length timed(engine, request) one text, by wall clock
 """
 
 import random
@@ -36,7 +35,7 @@ class Timed(NamedTuple):
 
 
 def timed(engine: Engine, request: GenerationRequest, caches: bool = True) -> Timed:
-    """Generate one text with an engine of its own. `caches`: keys and values are kept, and not computed again."""
+    """Generate one text with a new engine. If `caches` is true, keys and values are kept and not computed again."""
     fresh = Engine(engine.model, engine.encoding, engine.device, engine.precision, 1, caches)
     start = time.monotonic()
     [found] = fresh.complete([request])
@@ -44,7 +43,10 @@ def timed(engine: Engine, request: GenerationRequest, caches: bool = True) -> Ti
 
 
 class Speed(NamedTuple):
-    """Tokens per second of the whole batch: `prefill` of prompts, `decode` of new tokens, including sampling."""
+    """Speeds of the whole batch in tokens per second. `prefill` is the speed of processing prompts.
+
+    `decode` is the speed of new tokens, including sampling.
+    """
 
     batch_size: int
     prompt_tokens: int
@@ -54,7 +56,10 @@ class Speed(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """`cache_bytes`: KV cache per token of one text. `peak_bytes`: torch's peak on a GPU, else the process's peak."""
+    """`cache_bytes` is the size of the KV cache per token of one text.
+
+    `peak_bytes` is the highest memory use, by torch on a GPU, else by the process.
+    """
 
     weights_bytes: int
     cache_bytes: int
@@ -101,7 +106,7 @@ def _round(engine: Engine, batch_size: int, prompt_tokens: int, new_tokens: int)
         fresh.add(GenerationRequest(prompt, sampling, endless=True))
     start = time.monotonic()
     read = 0
-    while fresh.waiting:  # each of these steps processes prompts and waits for their tokens
+    while fresh.waiting:  # each step here processes prompts and waits for their tokens
         read += len(fresh.step())
     middle = time.monotonic()
     written = 0

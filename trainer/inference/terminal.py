@@ -1,4 +1,4 @@
-"""Displays a chat: with colours, columns and line editing on a terminal, as plain text in a pipe.
+"""Displays a chat. On a terminal it has colours, columns and line editing. In a pipe it is plain text.
 
 Answers go to standard output. In a pipe, notes and errors go to standard error.
 """
@@ -52,7 +52,7 @@ class Terminal:
     def answers(self, names: Sequence[str], prompts: Sequence[str]) -> Iterator[Callable[[int, str], None]]:
         """Yields a function `show(index, text)` that appends text to an answer. Two answers appear side by side.
 
-        Each answer follows its prompt, which is empty for a tuned model.
+        Each answer is shown after its prompt, which is empty for a tuned model.
         """
         if len(names) == 1:
             self._console.print(Text(printable(prompts[0]), style="dim"), end="")
@@ -71,7 +71,7 @@ class Terminal:
 
         with Live(get_renderable=picture, console=self._console, refresh_per_second=REFRESHES_PER_SECOND):
             yield lambda index, text: texts[index].append(printable(text), style="not dim")
-        if not self.is_terminal:  # outside a terminal, Live does not end with a line break
+        if not self.is_terminal:  # if the output is not a terminal, Live does not end with a line break
             self._console.print()
 
     def lines(self, commands: Sequence[str]) -> Iterator[str]:
@@ -97,7 +97,7 @@ class Terminal:
 
 
 class Interrupt:
-    """Context in which Ctrl-C sets `asked` instead of interrupting a step of the model."""
+    """Within this context, Ctrl-C sets `asked` and does not interrupt a step of the model."""
 
     def __enter__(self) -> "Interrupt":
         self.asked = False

@@ -31,8 +31,9 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets = itertools.count()
-        self._numbers: dict[int, list[int]] = {}  # ticket → its requests' numbers in the engine
-        self._sinks: dict[int, tuple[int, int, asyncio.Queue]] = {}  # number in the engine → ticket, position, queue
+        self._numbers: dict[int, list[int]] = {}  # for each ticket, the numbers of its requests in the engine
+        # For each number in the engine: ticket, position, queue.
+        self._sinks: dict[int, tuple[int, int, asyncio.Queue]] = {}
         self._open = 0  # requests in progress or waiting
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)

@@ -1,11 +1,14 @@
-"""Decides when the cooldown of a run begins, and how many steps it takes: once, on rank 0.
+"""Decides when the cooldown of a run begins and how many steps it takes. Rank 0 makes this decision once per cooldown.
 
-What is left of the money pays for the rest: the cooldown, the last evaluation and checkpoint, the machine's shutdown
-and, on spot, one lost checkpoint interval and one restart. When one more step would leave too little, the cooldown
-begins. `make anneal`, a target loss or the last of train.steps may begin it earlier. The decision is stored in the
-run's course (core.run.course) before its first step. If a preemption or a higher price then takes money that the
-cooldown needs, it is re-planned once. A cooldown of less than a tenth of the steps would change little: the run saves
-and stops.
+The money that is left must pay for the cooldown, the last evaluation, the last checkpoint and the machine's shutdown.
+On spot it must also pay for one lost checkpoint interval and one restart. The cooldown begins when one more step would
+leave too little money. It begins earlier on request (`make anneal`), when the forecast loss of an immediate cooldown
+reaches train.target_loss, or when only the cooldown is left of train.steps.
+
+The decision is stored in the run's course (core.run.course) before the cooldown's first step. A preemption or a higher
+price can take money that the cooldown needs. In this case the cooldown is shortened, at most once. A cooldown of less
+than a tenth of the steps would change little, so if the money pays for less than that, the run saves and stops without
+a cooldown.
 """
 
 import logging
@@ -29,9 +32,9 @@ from trainer.stages.stage import Stage
 
 log = logging.getLogger("train")
 
-SHORTEST = 0.10  # share of the steps; 10 % are enough, 2.5 % are not (Hu et al. 2024)
-LATE = 0.25  # share of a cooldown
-MARGIN = 1.02  # on the expected time of a cooldown
+SHORTEST = 0.10  # the shortest cooldown, as a share of the steps; 10 % are enough, 2.5 % are not (Hu et al. 2024)
+LATE = 0.25  # a re-plan waits until the money pays for at most this share of the cooldown (see `_replanned`)
+MARGIN = 1.02  # factor on the expected time of a cooldown
 WINDOW_STEPS = 500  # steps over which the pace is measured
 REPLAN_MARGIN, REPLAN_STEPS = 0.05, 3  # share and number of the steps that a re-plan leaves unused
 RECENT_STEPS = 50
@@ -40,7 +43,7 @@ LOOK_SECONDS = 10.0
 
 
 class Pace:
-    """Seconds per step by the wall clock: waits, evaluations and checkpoints included."""
+    """Measures the seconds per step by the wall clock. This includes waits, evaluations and checkpoints."""
 
     def __init__(self):
         self._passed: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS + 1)
@@ -50,7 +53,10 @@ class Pace:
             self._passed.append((step, now))
 
     def seconds(self, newest: int = WINDOW_STEPS) -> float | None:
-        """Over the `newest` steps, or all in the window; None before LEAST_STEPS are measured."""
+        """The mean seconds per step over the `newest` steps, or over the whole window.
+
+        None until LEAST_STEPS are measured.
+        """
         if len(self._passed) <= LEAST_STEPS:
             return None
         (first, began), (last, now) = self._passed[max(0, len(self._passed) - 1 - newest)], self._passed[-1]
@@ -58,7 +64,7 @@ class Pace:
 
 
 class RequestWatch:
-    """Looks for a request to anneal (`make anneal`), on a thread of its own."""
+    """Looks for a request to anneal (`make anneal`) in a background thread."""
 
     def __init__(self, folder: RunFolder, answered: set[str], seconds: float | None = None):
         self.request: str | None = None
@@ -77,13 +83,13 @@ class RequestWatch:
                 if found and found not in self._answered:
                     self.request = found
                     return
-            except LauncherError as error:  # the store will answer again
-                log.debug("requests to anneal are not known now: %s", error)
+            except LauncherError as error:  # the thread looks again after a pause
+                log.debug("requests to anneal cannot be read now: %s", error)
             self._end.wait(self._seconds)
 
 
 class Annealer:
-    """Asked by rank 0 between two steps. `failure` is set if another machine has decided."""
+    """Makes the decisions, on rank 0 between two steps. `failure` is set if another machine has taken over the run."""
 
     def __init__(
         self,
@@ -100,7 +106,8 @@ class Annealer:
         self._requests, self._evaluator = requests, evaluator
         self._first_step = first_step
         self._folder = RunFolder(stage.settings.run.url)
-        self._ahead = 2 if stage.ranks.device.type == "cuda" else 1  # steps until a decision holds
+        # Number of steps between a decision and its first effect.
+        self._ahead = 2 if stage.ranks.device.type == "cuda" else 1
         self._pace = Pace()
         self._watch: RequestWatch | None = None
         if segment.ledger and self._is_active():
@@ -112,7 +119,10 @@ class Annealer:
             self._watch.close()
 
     def decide(self, step: int) -> Change | None:
-        """The change of course after `step`, which is stored. May also request to stop, because the money is spent."""
+        """The change of course after `step`, or None. A returned change is already stored.
+
+        Requests a stop if the money is spent.
+        """
         schedule = self._stage.schedule
         if step > self._first_step:  # the first step compiles
             self._pace.passed(step, self._segment.ledger.now())
@@ -122,7 +132,10 @@ class Annealer:
         return change and self._stored(change)
 
     def expected(self, step: int) -> tuple[int, float | None]:
-        """The last step that the money pays for, and the run's dollars at its end; None without a price."""
+        """The last step that the money pays for, and the dollars that the run will have cost after it.
+
+        The dollars are None if no price is known.
+        """
         schedule, seconds, cap = self._stage.schedule, self._pace.seconds(), self._segment.cap
         end = min(schedule.end, step + self._pays(seconds, full=False))
         spent, price = cap.spent_usd(), self._segment.ledger.machine.price
@@ -136,7 +149,7 @@ class Annealer:
         return self._stage.schedule.anneals and not self._stage.settings.train.overfit
 
     def _begun(self, step: int) -> Change | None:
-        """The cooldown, if it must begin after `step`."""
+        """The cooldown, if it must begin directly after `step`. Otherwise None."""
         schedule, seconds = self._stage.schedule, self._pace.seconds()
         left = schedule.end - step
         wanted, pays = min(left, schedule.wanted(step)), self._pays(seconds, full=True)
@@ -151,18 +164,19 @@ class Annealer:
         return None
 
     def _replanned(self, step: int) -> Change | None:
-        """A shorter cooldown, if the money does not pay for what is left of the one in force.
+        """A shorter cooldown, if the money no longer pays for the rest of the current cooldown. Otherwise None.
 
-        There is one re-plan. A small shortage may be noise of the pace, and is judged when little is left.
+        A cooldown is re-planned at most once. A small shortage may come from noise in the pace. So the re-plan waits
+        until the money pays for at most half of the steps that are left, or for at most the share LATE of the cooldown.
         """
         schedule, seconds = self._stage.schedule, self._pace.seconds()
         plan = schedule.cooldown
         left = schedule.end - step
         if seconds is None or plan.kind == "replan" or self._pays(seconds, full=False) >= left:
             return None
-        # The only re-plan trusts the slower one of two paces.
+        # There is only one re-plan. To be safe, it uses the slower of two paces: the mean pace and the recent pace.
         pays = self._pays(max(seconds, self._pace.seconds(RECENT_STEPS)), full=True)
-        # Nothing can shorten it further, so a pace that falls again must not cut off its last steps.
+        # The new cooldown cannot be shortened again. The margin protects its last steps if training slows down further.
         pays = max(0, math.floor(pays * (1 - REPLAN_MARGIN)) - REPLAN_STEPS)
         if pays > max(left / 2, LATE * plan.steps):
             return None
@@ -172,9 +186,9 @@ class Annealer:
     def _cooldown(
         self, step: int, wanted: int, pays: int, why: str, seconds: float | None, begun: int | None = None, **facts
     ) -> Change | None:
-        """A cooldown of `wanted` steps after `step`, or of those that the money `pays` for.
+        """A cooldown after `step`: of `wanted` steps, or of `pays` steps if the money pays for fewer.
 
-        None, and a request to stop, if the money pays for too few.
+        Requests a stop and returns None if the money pays for too few.
         """
         schedule = self._stage.schedule
         trunk = step if begun is None else begun
@@ -184,7 +198,7 @@ class Annealer:
             spent = self._segment.cap.describe()
             self._requests.request_stop(
                 "cap",
-                f"{spent}; {NOT_ANNEALED}: what is left pays for a cooldown of {max(0, whole)} steps, fewer than "
+                f"{spent}; {NOT_ANNEALED}: the money left pays for a cooldown of {max(0, whole)} steps, fewer than "
                 f"{SHORTEST:.0%} of the steps",
             )
             return None
@@ -198,9 +212,10 @@ class Annealer:
         return Change("replan" if why == "replan" else "anneal", step, cooled, why=why, facts=facts)
 
     def _pays(self, seconds: float | None, full: bool) -> int:
-        """The steps of a cooldown that the money pays for, at `seconds` per step; a large number if it has no end.
+        """The number of steps that the money pays for at `seconds` per step; a large number if there is no cap.
 
-        `full`: with the reserve of a new plan and a margin, without which small delays would ask for a re-plan.
+        If `full` is true, the full reserve and a margin are kept back. A new plan keeps them back, so that small delays
+        cause no re-plan.
         """
         if seconds is None:
             return 1 << 40
@@ -209,9 +224,10 @@ class Annealer:
         return int(max(0.0, min(have / (seconds * (MARGIN if full else 1.0)), 1 << 40)))
 
     def _reserve(self, seconds: float, full: bool) -> float:
-        """Seconds after the last cooled step, without the shutdown, which the cap itself reserves.
+        """Seconds needed after the last step of the cooldown.
 
-        `full`: on spot also a lost checkpoint interval; the cap reserves the restart.
+        The shutdown is not included, because the cap reserves its time. If `full` is true and the machine is on spot,
+        one lost checkpoint interval is added. The cap reserves the time of a restart.
         """
         tokens = self._stage.settings.batch.tokens_per_step
         ending = self._evaluator.last_seconds(seconds / tokens) + SAFETY * self._saver.seconds()
@@ -221,7 +237,7 @@ class Annealer:
         return ending + (every * seconds if every else self._saver.cadence.interval_seconds())
 
     def _stored(self, change: Change) -> Change | None:
-        """The change, once it is in the run's course; None if the store is away, so that the next step tries again."""
+        """Stores the change in the run's course. Returns None if the store fails; the next step tries again."""
         try:
             check_owner(self._folder, self._segment.number)
             course.add(self._folder, len(self._stage.schedule.changes) + 1, change)
@@ -237,12 +253,12 @@ class Annealer:
 
 
 def as_numbers(change: Change | None) -> tuple[float, float]:
-    """A cooldown that begins after this step, as the numbers that ranks exchange."""
+    """Encodes a cooldown that begins after the current step as numbers, which the ranks can exchange."""
     return (course.COOLDOWNS.index(change.kind) + 1, change.steps) if change else (0, 0)
 
 
 def from_numbers(step: int, numbers: Sequence[float]) -> Change | None:
-    """The inverse of `as_numbers`, without what is for people."""
+    """Decodes the numbers of `as_numbers`. The reason and the facts are not among them."""
     kind, steps = map(int, numbers)
     return Change(course.COOLDOWNS[kind - 1], step, steps) if kind else None
 
@@ -250,7 +266,7 @@ def from_numbers(step: int, numbers: Sequence[float]) -> Change | None:
 NOT_ANNEALED = "not annealed"
 WHY = {
     "budget": "the money left just pays for it",
-    "request": "somebody asked for it",
+    "request": "`make anneal` has requested it",
     "target": "the expected loss has reached train.target_loss",
     "length": "these are the last of train.steps",
     "replan": "the money no longer paid for the longer cooldown",
@@ -258,14 +274,14 @@ WHY = {
 
 
 def describe(change: Change, spent: str) -> str:
-    """A line for the log."""
+    """The line in the log about a cooldown."""
     what = "the cooldown is re-planned" if change.kind == "replan" else "the cooldown begins"
     length = f"{change.steps} steps to step {change.end}"
     return f"{what} after step {change.step}: {length}, because {WHY[change.why]} ({spent})"
 
 
 def describe_end(schedule: Schedule, reached: int, run_url: str, before: str = "") -> str:
-    """Whether a segment that ends at step `reached` ends annealed; empty without a cooldown that has begun."""
+    """A sentence that says whether the cooldown is complete at step `reached`. It is empty if no cooldown has begun."""
     plan = schedule.cooldown
     if plan is None or reached <= schedule.trunk:
         return ""

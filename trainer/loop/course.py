@@ -1,8 +1,8 @@
-"""Opens the course of a run: what earlier segments decided, an extension (--extend), or a branch (--from=RUN@STEP).
+"""Opens the course of a run: the recorded changes, and a new extension (--extend) or branch (--from=RUN@STEP).
 
-A branch is a run of its own. Its first checkpoint is a copy of another run's, so that weights, optimizer state and the
-position in the data go on there. It is recorded before anything else is stored, and an interrupted copy is finished by
-the next start.
+A branch is a separate run. Its first checkpoint is a copy of another run's checkpoint, so it continues with the
+weights, the optimizer state and the data position of that run. The branch is recorded before anything else is stored.
+If the copy is interrupted, the next start finishes it.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ TRUNK = "trunk"
 
 
 def open_course(stage: Stage) -> list[Change]:
-    """On rank 0, before the run is opened: all changes of its course, after a new branch or extension.
+    """On rank 0, before the run is opened: all changes of its course, including a new branch or extension.
 
-    Raises ConfigError or RunError for one that is not possible; nothing is then written.
+    Raises ConfigError or RunError for an impossible change, before anything is written.
     """
     settings, folder = stage.settings, RunFolder(stage.settings.run.url)
     changes = course.read(folder)
@@ -54,7 +54,10 @@ def parse_source(given: str) -> tuple[RunFolder, str]:
 
 
 def _branch(stage: Stage, folder: RunFolder, changes: list[Change], given: str) -> list[Change]:
-    """Record a new branch. A run that has begun as this branch goes on; any other is refused."""
+    """Record a new branch. If the run began as this branch before, it continues.
+
+    A run that began in any other way is refused.
+    """
     source, wanted = parse_source(given)
     urls.check(source.url)
     if folder.url == source.url:
@@ -93,7 +96,7 @@ def _has_begun(folder: RunFolder) -> bool:
 
 
 def _step_of(source: RunFolder, given: str, wanted: str, changes: list[Change]) -> int:
-    """The step to begin with: the one that is named, else the newest trunk, else the newest checkpoint."""
+    """The step to begin with: the named one, else the end of the newest trunk, else the newest checkpoint."""
     found = layout.complete_steps(source.url)
     trunk = next(reversed(course.trunks(changes)), None)
     if wanted == TRUNK and trunk is None:
@@ -112,7 +115,7 @@ def _steps(found: list[int]) -> str:
 
 
 def _check_fixed(stage: Stage, given: str, theirs: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a setting that a branch may not change: what its checkpoint's tensors and steps mean."""
+    """Raises ConfigError if a setting differs that a branch must keep: model, optimizer or batch."""
     for key, value in stage.identity.items():
         if key.startswith(FIXED_IN_A_BRANCH) and key in theirs and theirs[key] != value:
             raise ConfigError(
@@ -122,7 +125,7 @@ def _check_fixed(stage: Stage, given: str, theirs: Mapping[str, Any]) -> None:
 
 
 def _climb_from(stage: Stage, step: int, stored: Mapping[str, Any], theirs: list[Change]) -> dict[str, Any]:
-    """How the rate goes on: with wsd, from the other run's rate back to the peak, where a cooldown has lowered it."""
+    """The warm-up of the branch. With wsd, a rate that a cooldown has lowered climbs back to the peak."""
     config = stage.settings.optimizer
     if config.schedule != "wsd" or step <= config.warmup_steps:
         return {}
@@ -133,7 +136,7 @@ def _climb_from(stage: Stage, step: int, stored: Mapping[str, Any], theirs: list
 
 
 def _copy_checkpoint(stage: Stage, folder: RunFolder, origin: str) -> None:
-    """Copy the checkpoint of another run. Raises CheckpointError if it is damaged or gone."""
+    """Copy the checkpoint of another run. Raises CheckpointError if it is damaged or missing."""
     source, text = parse_source(origin)
     step = int(text)
     found = layout.stored(source.url)
@@ -151,7 +154,7 @@ def _copy_checkpoint(stage: Stage, folder: RunFolder, origin: str) -> None:
             )
         storage.write_bytes(storage.join(layout.folder_of(folder.url, step), file.name), data)
     state = {**manifest.state, "config": stage.config, "data_fingerprint": stage.fingerprint, "origin": origin}
-    # Segment 0: no segment of this run has stored it.
+    # Number 0 as the segment means that no segment of this run has stored the checkpoint.
     layout.write_marker(folder.url, dataclasses.replace(manifest, segment=0, state=state))
     log.info("step %d of %s is copied", step, source)
 
@@ -160,12 +163,15 @@ def _copy_checkpoint(stage: Stage, folder: RunFolder, origin: str) -> None:
 
 
 def _extend(stage: Stage, folder: RunFolder, changes: list[Change]) -> list[Change]:
-    """Record that the run takes train.steps. A run that has that length already goes on."""
+    """Record train.steps as the new length of the run.
+
+    If the run already has this length, nothing is recorded and it continues.
+    """
     settings = stage.settings
     try:
         stored = read_description(folder)
     except ObjectNotFound:
-        return changes  # the first segment of a run: its length is the one that it begins with
+        return changes  # a new run begins with this length
     schedule = Schedule(settings.optimizer, stored["identity"]["train.steps"], changes)
     lengths = [change.steps for change in changes if change.kind == "extend"]
     before, steps = next(reversed(lengths), schedule.first_steps), settings.train.steps
@@ -184,7 +190,7 @@ def _extend(stage: Stage, folder: RunFolder, changes: list[Change]) -> list[Chan
 
 
 def _second_warmup(schedule: Schedule, at: int) -> dict[str, Any]:
-    """How the rate goes on after step `at`: as before from the stable part, else back to its peak in a warm-up."""
+    """The warm-up after step `at`, in which the rate climbs back to its peak. The stable part of wsd needs none."""
     config = schedule.config
     factor = schedule.factor(at) if at else 1.0
     if config.schedule == "wsd" and (at <= config.warmup_steps or factor == 1.0):

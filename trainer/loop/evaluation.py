@@ -32,8 +32,8 @@ TOP_K = 50
 class TrainingEvaluator:
     """Runs the evaluations that are due after a step, on all ranks together.
 
-    A request to stop ends an evaluation between two batches. Its result is then not recorded, so that the next
-    segment does it again.
+    A request to stop ends an evaluation between two batches. The evaluation is then not recorded, and the next segment
+    repeats it.
     """
 
     def __init__(
@@ -54,17 +54,18 @@ class TrainingEvaluator:
         self._segment = segment
         self._reporter = reporter
         self._is_leaving = is_leaving
-        # Roughly, at four characters per token: each ending is scored behind its context.
+        # Each ending is scored after its context, so the context is counted for each ending. This estimate takes four
+        # characters per token.
         endings = ((len(row["ctx"]) + len(each)) for row in hellaswag_rows for each in row["endings"])
         self._hellaswag_tokens = sum(endings) // 4
-        self._seconds: dict[str, float] = {}  # that each kind of evaluation took last
+        self._seconds: dict[str, float] = {}  # seconds that each kind of evaluation took the last time
         self._validation = functools.cache(stage.validation)
         self._hellaswag_rows = hellaswag_rows
         self._hellaswag = functools.cache(self._encode_hellaswag)
         self.best: tuple[int, float] | None = None  # step and loss of the lowest validation loss; the same on all ranks
 
     def recall(self, best: Sequence[float] | None, step: int, measured: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over the lowest validation loss of earlier segments: as restored with `step`, or measured after it."""
+        """Take over the lowest validation loss of earlier segments: the restored one, or the one measured at `step`."""
         if best:
             self.best = (int(best[0]), float(best[1]))
         if loss := measured.get("eval", {}).get("val_loss"):
@@ -75,7 +76,7 @@ class TrainingEvaluator:
             self.best = (step, loss)
 
     def start(self) -> None:
-        """Measure the model before its first step, in what the run measures at intervals. Raises Abandoned."""
+        """Measure the validation loss and samples before the first step, if they are due then. Raises Abandoned."""
         due = self.due(0) if self._train.eval_first else []
         if "eval" in due or self._stage.measures_start:
             self.validate(0)
@@ -83,7 +84,7 @@ class TrainingEvaluator:
             self._sample(0)
 
     def evaluate(self, step: int, without: Collection[str] = (), is_last: bool = False) -> bool:
-        """Run the evaluations that are due after `step`, except those whose kind of metric is in `without`.
+        """Run the evaluations that are due after `step`. Those whose kind of metric is in `without` are left out.
 
         Returns False, on all ranks, if a request to stop ended an evaluation.
         """
@@ -99,10 +100,10 @@ class TrainingEvaluator:
                 self._seconds[kind] = self._segment.now() - began
         except Abandoned:
             is_done = False
-        # Only rank 0 samples, so the ranks may differ here.
+        # Only rank 0 makes samples, so the ranks may differ in this number.
         is_done = bool(gather_numbers([is_done], self._ranks).all())
         if not is_done:
-            log.warning("the evaluation of step %d is cut off: the next segment does it again", step)
+            log.warning("the evaluation of step %d is cut off: the next segment repeats it", step)
         return is_done
 
     def due(self, step: int, is_last: bool = False) -> list[str]:
@@ -116,9 +117,11 @@ class TrainingEvaluator:
         return [kind for kind, steps in every.items() if is_last or (steps and step % steps == 0)]
 
     def last_seconds(self, seconds_per_token: float) -> float:
-        """Expected seconds of the evaluations after the last step: as measured, else by the speed of training.
+        """Expected seconds of the evaluations after the last step.
 
-        A pass without gradients takes a third of a training pass; half is reckoned. Samples count once measured.
+        The last measured time of each kind counts. Before a measurement, the estimate is half of a training pass over
+        the same tokens; a pass without gradients needs a third. The time of samples counts only after it was measured
+        once.
         """
         tokens = {"eval": self._train.eval_tokens, "hellaswag": self._hellaswag_tokens}
         return sum(
@@ -185,14 +188,14 @@ def sample(
     """Continue `prompt` by up to `new_tokens` tokens or to the end of the document, with top-k 50 at temperature 1, as
     build-nanogpt does. The fixed seed makes the samples of different steps comparable.
 
-    A prompt that leaves too little of the model's context is cut at its beginning. `is_leaving` is called after each
-    token; if it returns true, Abandoned is raised.
+    A prompt that leaves too little room in the model's context is cut at its beginning. `is_leaving` is called after
+    each token; if it returns true, Abandoned is raised.
     """
     engine = Engine(model, encoding, device)
     tokens = engine.encode(prompt)[-max(1, engine.context - new_tokens) :]
     settings = Sampling(max_tokens=new_tokens, temperature=1.0, top_k=TOP_K, seed=seed)
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # lengths vary, and each would be compiled anew
+    with torch.compiler.set_stance("force_eager"):  # lengths vary, and torch would compile for each length
         text = prompt
         for piece in engine.stream([GenerationRequest(tokens, settings)]):
             if is_leaving():
@@ -205,12 +208,13 @@ def sample(
 def measured_before(segment: SegmentLog, restored: Restored) -> dict[str, Mapping[str, Any]]:
     """On rank 0: the metrics that earlier segments recorded for the restored step, by kind.
 
-    The segment that saved the step may have recorded them, or a later one. An evaluation that was cut off has none.
+    The segment that saved the step recorded these metrics, or a later segment did. An evaluation that was cut off has
+    recorded none.
     """
     found: dict[str, Mapping[str, Any]] = {}
     for number in range(restored.segment, segment.number):
         for info in reversed(storage.list_objects(segment.ledger.folder.segment(number).metrics)):
-            with contextlib.suppress(ObjectNotFound):  # the object was just merged with others
+            with contextlib.suppress(ObjectNotFound):  # the object was merged with others after the listing
                 events, _ = journal.read_objects([info.uri])
                 found |= {event["kind"]: event for event in events if event["step"] == restored.step}
                 if events and events[0]["step"] < restored.step:

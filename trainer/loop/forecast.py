@@ -1,11 +1,12 @@
 """Forecasts the final validation loss of a run while it trains, from its own losses and its learning rates.
 
-L(s) = L0 + A S1^-a - C S2 (Tissue et al. 2024, arXiv 2408.11029). S1 is the sum of the rates up to step s, as shares of
-the peak; S2 sums what has fallen, of which each step keeps the share DECAY of the step before. So the law knows what a
-cooldown does before it happens, once C is known. A run that has not cooled yet does not show C: then a whole cooldown
-is expected to gain USUAL_GAIN, as in public logs. The law describes training losses; the newest validation adds the
-difference to the validation loss. Beyond FAR times the steps seen, the law of public runs (core.loss.law) says how the
-loss falls with further tokens.
+L(s) = L0 + A S1^-a - C S2 (Tissue et al. 2024, arXiv 2408.11029). S1 is the sum of the learning rates up to step s, as
+shares of the peak. S2 grows with the drops of the rate: it sums a momentum that takes each drop and keeps the share
+DECAY per step. The constants L0, A, a and C are fitted to the run's losses. C says how much a cooldown lowers the loss.
+A run that has not cooled yet does not show C, so the fit expects a whole cooldown to gain USUAL_GAIN, as in public
+logs. The law describes training losses. The difference to the newest validation loss is added to the forecast. The
+fitted law is used up to FAR times the steps seen. Beyond that, the law of public runs (core.loss.law) says how the loss
+falls with further tokens.
 """
 
 import math
@@ -18,24 +19,24 @@ from core.loss.law import LEAST_TOKENS, Law
 from trainer.optim.schedule import Schedule
 
 DECAY = 0.999
-POINTS = 512  # of the grid on which the sums are computed
+POINTS = 512  # points of the grid on which the sums are computed
 BINS = 64
 LEAST_BINS = 12
 EXPONENTS = tuple(np.linspace(0.1, 1.2, 12))
 # A linear cooldown over 28.6 % of the steps gained 0.10 to 0.14 nats in public runs of 124M to 1.5B parameters.
 USUAL_GAIN, GAIN_ERROR = 0.12, 0.03
 PRIOR = 0.02  # weight of USUAL_GAIN against the noise of the losses
-# Errors of the law in public logs of 124M and 1.5B, by the final length over what was seen: up to the first it was
-# good to 0.01, at 4.2 times it missed by 0.043, at 6 times by 0.068.
+# Errors of the law in nats, in public logs of 124M and 1.5B parameters, by the ratio of all steps to the steps seen.
+# The error was 0.01 up to a ratio of FAR, 0.043 at 4.2, and 0.068 at 6.
 FAR = 1.7
 ERRORS = ((FAR, 0.01), (4.2, 0.043), (6.0, 0.068))
 
 
 @dataclass(frozen=True)
 class LossForecast:
-    """The expected validation loss at `end`, its likely error in nats, and how long the run is over what was seen.
+    """The expected validation loss at step `end`, and its likely error in nats. `ratio` is `end` over the steps seen.
 
-    Without any validation so far (`is_training`), it is the training loss.
+    If the run has not been validated yet (`is_training`), `loss` is the training loss.
     """
 
     loss: float
@@ -46,7 +47,7 @@ class LossForecast:
 
 
 class LossHistory:
-    """Training losses so far in at most 2 x BINS means over equal numbers of steps, and the newest validation."""
+    """The training losses, as up to 2 x BINS means over equal numbers of steps, and the newest validation loss."""
 
     def __init__(self):
         self._width = 1
@@ -55,7 +56,7 @@ class LossHistory:
         self._validation: tuple[int, float] | None = None
 
     def add(self, step: int, loss: float, weight: int = 1) -> None:
-        """Take the loss of a step, or the mean of `weight` steps around it."""
+        """Add the loss of a step, or the mean loss of `weight` steps around it."""
         steps, losses, count = self._open
         self._open = steps + weight * step, losses + weight * loss, count + weight
         if self._open[2] >= self._width:
@@ -67,9 +68,9 @@ class LossHistory:
     def forecast(
         self, schedule: Schedule, end: int, warmup: int, tokens_per_step: int = 0, public: Law | None = None
     ) -> LossForecast | None:
-        """The forecast for step `end` of a schedule; None while too few steps after the warm-up are known.
+        """The forecast for step `end` of a schedule, or None while too few steps after the warm-up are known.
 
-        `public` is asked only for a run that ends inside of its data, at `tokens_per_step`.
+        The law `public` is used if the run ends far beyond the steps seen and takes at least LEAST_TOKENS in all.
         """
         known = [each for each in self._means if each[0] > max(2 * warmup, 0.1 * self._means[-1][0])]
         if len(known) < LEAST_BINS:
@@ -80,7 +81,8 @@ class LossHistory:
         heat, fallen = sums(schedule, end, at)
         more = 0.0
         if public and end > FAR * last and end * tokens_per_step >= LEAST_TOKENS:
-            # The run's own law goes as far as it is good, with the whole cooldown; from there on by the public one.
+            # The fitted law is used up to FAR times the steps seen, and it also gives the gain of the whole cooldown.
+            # Beyond, the public law is used.
             heat[-1] = heat[-1] * FAR * last / end
             more = public.gain_of_tokens(FAR * last * tokens_per_step, end * tokens_per_step)
         count = len(steps)
@@ -90,7 +92,8 @@ class LossHistory:
         loss, is_training = float(predicted[-1]) - more, self._validation is None
         if self._validation:
             loss += self._validation[1] - float(predicted[count])
-        # What has fallen already has shown its gain.
+        # The rate may have fallen in part already. The gain of this part is in the measured losses, so it adds no
+        # error.
         ahead = max(0.0, 1 - fallen[count - 1] / full) if full > 0 else 0.0
         error = math.hypot(law_error(end / last), GAIN_ERROR * ahead)
         return LossForecast(loss, error, end, end / last, is_training)
@@ -111,7 +114,10 @@ def _joined(a: tuple[float, float, int], b: tuple[float, float, int]) -> tuple[f
 
 
 def law_error(ratio: float) -> float:
-    """The error of the law at a ratio of final length to what was seen, between and beyond the measured ones."""
+    """The error of the law for a ratio of all steps to the steps seen.
+
+    It is interpolated or extrapolated from ERRORS.
+    """
     logs, errors = zip(*((math.log(each), error) for each, error in ERRORS), strict=True)
     beyond = max(0.0, math.log(max(ratio, 1.0)) - logs[-1])
     slope = (errors[-1] - errors[-2]) / (logs[-1] - logs[-2])
@@ -119,7 +125,7 @@ def law_error(ratio: float) -> float:
 
 
 def sums(schedule: Schedule, end: int, at: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """S1 and S2 at the steps `at`, on a grid of at most POINTS steps up to `end`."""
+    """The sums S1 and S2 at the steps `at`. They are computed on a grid of at most POINTS steps up to `end`."""
     grid = np.unique(np.linspace(1, max(2, end), POINTS).round().astype(int))
     rates = np.array([schedule.factor(int(step)) for step in grid])
     gaps = np.diff(grid, prepend=0)
@@ -127,7 +133,8 @@ def sums(schedule: Schedule, end: int, at: Sequence[float]) -> tuple[np.ndarray,
     fallen, momentum, total = [0.0], 0.0, 0.0
     for drop, gap in zip(-np.diff(rates), gaps[1:], strict=True):
         keep = DECAY**gap
-        # The warm-up's rise is no annealing. Within a gap the drop is taken to be even.
+        # Only drops count, so the rise in the warm-up is ignored. Between two points of the grid, the drop is assumed
+        # to be even.
         before, momentum = momentum, momentum * keep + max(0.0, drop) * (1 - keep) / (gap * (1 - DECAY))
         total += (before + momentum) / 2 * gap
         fallen.append(total)
@@ -136,7 +143,7 @@ def sums(schedule: Schedule, end: int, at: Sequence[float]) -> tuple[np.ndarray,
 
 @dataclass(frozen=True)
 class Fit:
-    """L0, A, C and the exponent a."""
+    """The fitted constants: L0, A, C and the exponent a."""
 
     floor: float
     scale: float
@@ -148,17 +155,17 @@ class Fit:
 
 
 def fit(heat: np.ndarray, fallen: np.ndarray, losses: np.ndarray, weights: np.ndarray, full: float) -> Fit:
-    """The law that is nearest to the losses, with C x `full` (the whole cooldown's S2) near USUAL_GAIN."""
+    """Fits the law to the losses. `full` is S2 of the whole cooldown; C x `full` is drawn towards USUAL_GAIN."""
     found: list[tuple[float, Fit]] = []
     root = np.sqrt(weights / weights.sum())
     for exponent in EXPONENTS:
         columns = np.stack([np.ones_like(heat), heat**-exponent, -fallen], axis=1) * root[:, None]
         target = losses * root
-        if full > 0:  # one more row: the usual gain
+        if full > 0:  # one more row for the usual gain
             columns = np.vstack([columns, [0.0, 0.0, full * PRIOR]])
             target = np.append(target, USUAL_GAIN * PRIOR)
         solution, *_ = np.linalg.lstsq(columns, target, rcond=None)
-        if solution[1] < 0:  # a loss that rises: no law of this form
+        if solution[1] < 0:  # the loss rises, which the law cannot describe
             mean = float((losses * weights).sum() / weights.sum())
             solution = np.array([mean, 0.0, USUAL_GAIN / full if full else 0.0])
         error = float(((columns @ solution - target) ** 2).sum())

@@ -7,16 +7,17 @@ import torch
 
 from trainer.model.gpt import GPT
 
-SLOWER_BY = 1.25  # a slow rank takes more than this multiple of the median time
+SLOWER_BY = 1.25  # a rank counts as slow if it takes more than this multiple of the median time
 IN_A_ROW = 3  # slow steps before a rank is named, because a single slow step may have any cause
 
 
 class StepNorms:
-    """Measures one step: construct it before the forward passes, call `gradients` before the update, `finish` after it.
+    """Measures one step. Construct this object before the forward passes.
 
-    It copies the weights, so use it only every few steps. The residual stream of a block grows before a run diverges
-    (Dettmers et al. 2022 on outliers; Wortsman et al. 2023, "Small-scale proxies", on the norms to observe). `read`
-    gives the results once the device has passed `finish`.
+    Call `gradients` before the update, and `finish` after the update. It copies the weights, so use it only every few
+    steps. The residual stream of a block grows before a run diverges. Dettmers et al. 2022 describe such outliers;
+    Wortsman et al. 2023, "Small-scale proxies", say which norms to observe. `read` gives the results once the device
+    has passed `finish`.
     """
 
     def __init__(self, model: GPT):
@@ -55,7 +56,10 @@ class StepNorms:
 
 
 def to_host(values: torch.Tensor) -> torch.Tensor:
-    """The values in host memory, once the device has passed this point: the host does not wait for a GPU."""
+    """Copies values to host memory without waiting for a GPU.
+
+    The copies are valid once the device has passed this point.
+    """
     if not values.is_cuda:
         return values
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
@@ -81,14 +85,17 @@ class SlowRanks:
     """Detects a rank that stays slower than the others, such as one with a throttling GPU.
 
     Ranks wait for each other within a step, so the time of a whole step does not show which rank is slow. The time of
-    the forward passes does, because no rank waits in them.
+    the forward passes shows it, because no rank waits in them.
     """
 
     def __init__(self, world: int):
         self._slow_steps = [0] * world
 
     def check(self, seconds: list[float]) -> list[tuple[int, float]]:
-        """(rank, multiple of the median) of each rank that was slow for the third step in a row. `seconds`: by rank."""
+        """Pairs (rank, multiple of the median time), one for each rank that was slow for the third step in a row.
+
+        `seconds` holds the times by rank.
+        """
         median = statistics.median(seconds)
         found = []
         for rank, mine in enumerate(seconds):
@@ -111,8 +118,8 @@ def slow_rank_sentence(rank: int, times: float, on_gpu: bool) -> str:
 class DeviceClock:
     """Adds up the time that the device spends in blocks of code, without making the CPU wait for a GPU.
 
-    A GPU reaches the ends of a block when it has done what was launched before them, so that the time for which it
-    works off earlier launches does not count.
+    A mark at each end of a block waits in the device's queue behind earlier launches. So the time of earlier launches
+    is not counted.
     """
 
     def __init__(self, device: torch.device):
@@ -126,7 +133,7 @@ class DeviceClock:
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        """The sum in seconds. Call it after the device has passed all blocks."""
+        """The sum in seconds. Call this after the device has passed all blocks."""
         pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
         if self._on_gpu:
             return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3

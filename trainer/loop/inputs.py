@@ -1,6 +1,7 @@
-"""Checks, before a run writes anything, the inputs that it reads only later: for evaluations or at its end.
+"""Checks the inputs that a run reads only later, for evaluations or at its end.
 
-A vocabulary that is missing, a damaged HellaSwag set or a lost shard would otherwise end a run after paid hours.
+The check comes before the run writes anything. Otherwise a missing vocabulary, a damaged HellaSwag set or a lost shard
+would end a run after paid hours.
 """
 
 import functools
@@ -18,15 +19,15 @@ log = logging.getLogger("train")
 
 
 def open_later_inputs(stage: Stage, ranks: Ranks) -> Sequence[Mapping[str, Any]]:
-    """Open and check these inputs, on all ranks together. Returns the HellaSwag items to score, if there are any.
+    """Open and check these inputs, on all ranks together.
 
-    Raises LauncherError on rank 0, PeerFailed on the others.
+    Returns the HellaSwag items to score, which may be none. Raises LauncherError on rank 0, PeerFailed on the others.
     """
     train = stage.settings.train
     on_main(stage.check_stored, ranks)
     rows = on_main(functools.partial(_hellaswag_rows, stage.data_url, train), ranks)
     if rows or takes_samples(train):
-        _ = stage.vocabulary  # reads it now; the stage keeps it
+        _ = stage.vocabulary  # this access reads the vocabulary, which the stage keeps
     return rows
 
 

@@ -1,13 +1,13 @@
-"""Takes the optimizer steps of one segment: fetch, exchange, save, evaluate, step.
+"""Runs the optimizer steps of one segment. Each round has five parts: fetch, exchange, save, evaluate, step.
 
-Between two steps the ranks first exchange what has happened: a failed batch, a request to stop or to save. Then all
-ranks act alike, so that no rank waits alone in a collective. A step is saved before it is evaluated, because the
-evaluation could fail. A request to stop also ends an evaluation or a wait for data. Before its first step is done, a
-segment has nothing to save, so a request to stop ends the process immediately.
+Between two steps the ranks exchange failures to read a batch and requests to stop or to save. Then all ranks act alike,
+so that no rank waits alone in a collective. A step is saved before it is evaluated, because the evaluation could fail.
+A request to stop also ends an evaluation or a wait for data. Before its first step is done, a segment has nothing to
+save, so a request to stop ends the process immediately.
 
-The host only launches a step, and reads its numbers after launching the next one: a GPU always has work. Before a
-checkpoint, an evaluation and the end the host reads them at once. A step that computed a number that is not finite
-changes no weight, and neither does the one launched behind it.
+The host launches a step and reads its losses and norms only after it has launched the next step, so a GPU always has
+work. Before a checkpoint, an evaluation and the end, the host reads them without launching another step. If a number of
+a step is not finite, neither this step nor the one launched after it changes a weight.
 """
 
 import contextlib
@@ -52,7 +52,8 @@ from trainer.stages.stage import MicroBatches, Stage
 
 log = logging.getLogger("train")
 
-# The longest that a single attempt of the store takes, beyond the time for the last step.
+# The longest time in seconds that a single attempt to store may take. It is added to the time limit for storing the
+# last step.
 TRY_SECONDS = 300.0
 OTHER_RANK = "reported by rank"
 
@@ -93,18 +94,20 @@ class Loop:
         self.gate = Gate(self.ranks.device)
         profiled = self.settings.train.profile
         self.profiler = StepProfiler(profiled, self.settings.run.url, self.segment.number, self.ranks)
-        self.unread: StepNumbers | None = None  # of the step that was launched last
-        self.step_seconds = self.work_seconds = 0.0  # of the newest step that was read, with and without its wait
+        self.unread: StepNumbers | None = None  # the step that was launched last
+        # Seconds of the newest step that was read: with its wait, and without.
+        self.step_seconds = self.work_seconds = 0.0
         self.forward_seconds = 0.0
 
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, StopRequest | None]:
-        """Returns the step that was reached and the request that ended the run, if any. The step is saved.
+        """Returns the step that was reached, which is saved, and the request that ended the run, if any.
 
-        `measured` holds the kinds of metrics that `first_step` already has. Others that are due are measured first.
+        `measured` holds the kinds of metrics that `first_step` already has. Other kinds that are due at `first_step`
+        are measured first.
         """
         self.first_step = step = first_step
         if step == 0:
-            with contextlib.suppress(Abandoned):  # the exchange below finds the request to stop
+            with contextlib.suppress(Abandoned):  # the exchange below returns the request to stop
                 self.evaluator.start()
         elif step > 0 and not self.is_last(step):
             self.evaluator.evaluate(step, measured)
@@ -157,22 +160,29 @@ class Loop:
                 stop.allow(stop.own_seconds(), self._last_words)
                 self._mark_first_step(step, self.work_seconds)
             elif self.settings.train.overfit:
-                self._read()  # the loss decides whether this was the last step
+                self._read()  # when overfitting, the loss decides whether this was the last step
 
     def _step(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> None:
-        """Launch an optimizer step, then read the numbers of the one before. Raises TrainingError as `_report` does."""
+        """Launch an optimizer step, then read the numbers of the step before it.
+
+        Raises TrainingError as `_report` does.
+        """
         before, self.unread = self.unread, self._launch(step, micro_batches, waited)
         if before:
             self._report(before)
 
     def _launch(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> StepNumbers:
-        """One optimizer step, which the host does not wait for. The weights change only if all numbers are finite."""
+        """Launch one optimizer step. The host does not wait for its end.
+
+        The weights change only if all numbers are finite.
+        """
         train, optimizer, device = self.settings.train, self.settings.optimizer, self.ranks.device
         forward, whole = DeviceClock(device), DeviceClock(device)
         with whole:
             norms = StepNorms(self.model) if train.norms_every and step % train.norms_every == 0 else None
 
-            # 1. Forward and backward pass of each micro-batch; the gradients of the last one are reduced meanwhile.
+            # 1. Forward and backward pass of each micro-batch. The ranks exchange gradients during the last backward
+            # pass.
             losses = []
             self.reducer.reset()
             for index, (number, micro_batch) in enumerate(zip(self.batches.numbers, micro_batches, strict=True)):
@@ -235,7 +245,10 @@ class Loop:
         return step == self.stage.steps or is_overfitted(self.settings.train, self.last_loss)
 
     def _fetch(self) -> list[Any] | LauncherError:
-        """This rank's micro-batches of the next step, or the error of reading them. Empty after a request to stop."""
+        """This rank's micro-batches of the next step, or the error that reading them raised.
+
+        The list is empty after a request to stop.
+        """
         if self.repeated:
             return self.repeated
         try:
@@ -249,23 +262,24 @@ class Loop:
         return fetched
 
     def _exchange(self, step: int, fetched: list[Any] | LauncherError) -> tuple[StopRequest | None, bool]:
-        """Agree between all ranks. Returns the request to stop, if any, and whether to save. Raises if a rank failed.
+        """Exchange requests and failures between all ranks. Returns the request to stop, if any, and whether to save.
 
-        If a rank cannot read its data while another was asked to stop, all ranks save before they stop. A change of
-        course that rank 0 has decided and stored holds for the next step, on all ranks.
+        Raises an error if a rank failed. If one rank cannot read its data and another rank was asked to stop, this is
+        treated as a request to stop: all ranks save. A change of course that rank 0 has decided and stored applies to
+        the next step on all ranks.
         """
         change = self.annealer.decide(step) if self.ranks.is_main else None
         failure = self.saver.taken_over or self.saver.stuck or self.annealer.failure
         no_data = fetched if isinstance(fetched, LauncherError) else None
         save = False
-        outage = 60 * self.settings.checkpoint.outage_minutes  # 0: none is too long
+        outage = 60 * self.settings.checkpoint.outage_minutes  # 0 sets no limit
         if outage and isinstance(no_data, StorageError) and step > self.first_step:
             self.requests.request_stop("storage", f"rank {self.ranks.rank} gets no tokens: {no_data}")
         if self.ranks.is_main:
             if outage:
                 self._check_outage(outage)
             cap = self.segment.cap
-            # Before the next exchange ends a step, a GPU must also finish the one that it computes now.
+            # Until the next exchange, a GPU must also finish the step that it computes now.
             seconds = self.step_seconds * (2 if self.ranks.device.type == "cuda" else 1)
             if cap.reached(seconds, self.saver.seconds()):
                 self.requests.request_stop("cap", cap.describe())
@@ -284,7 +298,7 @@ class Loop:
         if failed.any() or (without_data.any() and not kinds.any()):
             raise failure or no_data or PeerFailed()
         if kinds.any():
-            # The same on all ranks, which may have heard of different ones.
+            # All ranks choose the same request, because they may have received different ones.
             kind = KINDS[int(kinds[kinds > 0].min()) - 1]
             asked = int((kinds == KINDS.index(kind) + 1).nonzero()[0, 0])
             if request is None or request.kind != kind:
@@ -318,7 +332,7 @@ class Loop:
         return request
 
     def _save(self, step: int, due: bool, last: bool) -> None:
-        """Begin a checkpoint if one is due; wait for the last one of a segment."""
+        """Begin a checkpoint if one is due. If it is the last checkpoint of the segment, wait until it is complete."""
         if not (due or last):
             return
         with self.segment.phase("checkpoint"):
@@ -328,20 +342,24 @@ class Loop:
                 log.info("step %d is saved", step)
 
     def _keep_best(self, step: int, is_saved: bool) -> None:
-        """Keep the checkpoint with the lowest validation loss so far. Save `step` if it is the one and has none."""
+        """Keep the checkpoint with the lowest validation loss so far.
+
+        If `step` has the lowest loss and no checkpoint, save it.
+        """
         best = self.evaluator.best
         if best and self.settings.checkpoint.keep_best:
             self.saver.best_step = best[0]
             self._save(step, due=best[0] == step and not is_saved, last=False)
 
     def _save_at_last(self, step: int, request: StopRequest) -> None:
-        """Try for a while to store the last step in a store that is away. The end of the segment says whether it is."""
+        """Try for a while to store the last step although the store fails. The segment's end reports the outcome."""
         seconds = 60 * self.settings.checkpoint.last_try_minutes
         if self.ranks.is_main or not request.detail.startswith(OTHER_RANK):
-            log.error("%s; training stops, and step %d is tried for %s more", request.detail, step, duration(seconds))
+            log.error("%s; training stops, and saving step %d is tried for %s", request.detail, step, duration(seconds))
         with self.segment.phase("checkpoint"):
             self.saver.insist(step, self._state(step), seconds)
-            # Not by a collective, which gives up sooner: the other ranks' parts may be stored long before rank 0's.
+            # No collective is used here. It would time out, because the other ranks may store their parts long before
+            # rank 0 does.
             meet(self.ranks, f"tried/{step}", seconds + TRY_SECONDS)
 
     def _check_outage(self, most_seconds: float) -> None:
@@ -351,7 +369,10 @@ class Loop:
             self.requests.request_stop("storage", why)
 
     def _state(self, step: int) -> dict:
-        """The state that a checkpoint stores besides tensors. Random numbers follow from the step and need no state."""
+        """The state that a checkpoint stores besides tensors.
+
+        Random numbers are computed from the number of the step, so they need no stored state.
+        """
         # A resumed overfitting run needs the loss to know whether it has ended.
         loss = {"loss": self.last_loss} if self.settings.train.overfit else {}
         return {
@@ -384,7 +405,7 @@ class Loop:
         problem = done.problem()
         if not problem:
             return
-        self.unread = None  # it has changed nothing either
+        self.unread = None  # the step that was launched after this one has changed no weight either
         if not self.ranks.is_main:
             raise PeerFailed  # all ranks have the same numbers, and rank 0 reports them
         self.saver.wait()

@@ -1,7 +1,8 @@
 """Carries the numbers of a step from the device to the host while the device computes the next step.
 
-Whether a number is finite is decided on the device, because there the update needs the answer: the host would have to
-wait for it. The host reads losses and norms one step late, to report them and to say what went wrong.
+The device decides whether a number is finite, because the update on the device needs the answer; a decision on the host
+would make the host wait. The host reads losses and norms one step late and reports them, or the number that is not
+finite.
 
 Shapes: W ranks, A micro-batches per rank and step.
 """
@@ -15,29 +16,29 @@ from trainer.loop.health import DeviceClock, StepNorms, to_host
 
 
 class Gate:
-    """Closes the updates, for good, once a number is not finite. Its answers stay on the device."""
+    """Stops all further updates once a number is not finite. Its answers stay on the device."""
 
     def __init__(self, device: torch.device):
         self._zero = torch.zeros((), device=device)
 
     def check(self, numbers: torch.Tensor) -> torch.Tensor:
-        """1.0 if one of these numbers, or of those of an earlier call, is not finite, else 0.0: a float32 scalar.
+        """A float32 scalar: 1.0 if a number of this call or of an earlier call is not finite, else 0.0.
 
-        All ranks must call it with the same numbers, so that all of them update or none does.
+        All ranks must call it with the same numbers, so that either all ranks update or none does.
         """
-        self._zero += (numbers * 0).sum()  # 0 times a number is 0 only if the number is finite
+        self._zero += (numbers * 0).sum()  # the product with 0 is NaN if a number is not finite
         return (self._zero != 0).float()
 
 
 @dataclass
 class StepNumbers:
-    """What optimizer step `step` has computed: `numbers` (W, A + 1), losses and gradient norm of each rank."""
+    """The results of optimizer step `step`. `numbers` (W, A + 1) are the losses and the gradient norm of each rank."""
 
     step: int
-    factor: float  # of the peak learning rates
+    factor: float  # learning rate as a share of the peak
     numbers: torch.Tensor
     forward: DeviceClock
-    waited: DeviceClock  # for data and other ranks, before the step
+    waited: DeviceClock  # the wait before the step, for data and for other ranks
     whole: DeviceClock
     norms: StepNorms | None
 
@@ -49,12 +50,12 @@ class StepNumbers:
             self._ready.record()
 
     def wait(self) -> None:
-        """Wait until the device has computed the step. What follows may be called only then."""
+        """Wait until the device has computed the step. The methods below may be called only afterwards."""
         if self._ready:
             self._ready.synchronize()
 
     def loss(self) -> float:
-        """The mean of all losses. An exact sum has the same bits whichever rank computed which."""
+        """The mean of all losses. The sum is exact, so its bits do not depend on the order of the ranks."""
         losses = self.numbers[:, :-1]
         return math.fsum(losses.flatten().tolist()) / losses.numel()
 
@@ -62,7 +63,10 @@ class StepNumbers:
         return float(self.numbers[0, -1])
 
     def problem(self) -> str:
-        """Which number is not finite, and on which rank; empty if all are finite."""
+        """A text that names a number that is not finite, and the rank that has it.
+
+        The text is empty if all numbers are finite.
+        """
         losses, norms = self.numbers[:, :-1], self.numbers[:, -1]
         bad_losses, bad_norms = (~losses.isfinite()).nonzero(), (~norms.isfinite()).nonzero()
         if len(bad_losses):
@@ -77,6 +81,6 @@ class StepNumbers:
         return self.waited.seconds()
 
     def all_seconds(self) -> tuple[float, float, float]:
-        """Of the step with the wait before it, of the step alone, and of its forward passes."""
+        """Seconds of three things: the step with the wait before it, the step alone, and the step's forward passes."""
         whole = self.whole.seconds()
         return self.waited.seconds() + whole, whole, self.forward.seconds()

@@ -1,7 +1,7 @@
-"""Tells during a run what it will come to: final validation loss and dollars, and whether a target loss is in reach.
+"""Forecasts a run while it trains: its final validation loss, its dollars, and whether it can reach a target loss.
 
-Rank 0 has one. Only pretraining is forecast, because the law was tried on its losses. A resumed run reads its earlier
-losses in the background, and forecasts once they are there.
+Only rank 0 forecasts, and only pretraining, because the law was tested on losses of pretraining. A resumed run reads
+its earlier losses in the background and forecasts once they are loaded.
 """
 
 import logging
@@ -19,16 +19,17 @@ from trainer.stages.stage import Stage
 
 log = logging.getLogger("train")
 
-SHARE = 0.01  # of the steps between two forecasts
-# A fit to fewer steps scatters by more than the law's error: runs of 200 steps came to 0.3 to 1 nats above it.
+SHARE = 0.01  # share of the run's steps between two forecasts
+# With fewer steps, a fit is worse than the law's error says: runs of 200 steps ended 0.3 to 1 nats above the forecast.
 LEAST_STEPS = 1000
-# (the last step that the money pays for, dollars at the end or None) after a step
+# A function of a step. Returns the last step that the money pays for, and the dollars at the end (None without a
+# price).
 Expected = Callable[[int], tuple[int, float | None]]
 
 
 @dataclass(frozen=True)
 class View:
-    """A forecast after `step`: loss and dollars (None: no price is known) at the end."""
+    """A forecast made after `step`: loss and dollars at the end of the run. `usd` is None if no price is known."""
 
     step: int
     loss: LossForecast
@@ -45,7 +46,7 @@ class View:
 
 
 class Outlook:
-    """`expected` says where the money ends the run."""
+    """Keeps the losses of a run and makes forecasts. `expected` gives the last step that the money pays for."""
 
     def __init__(self, stage: Stage, expected: Expected, first_step: int):
         self.view: View | None = None
@@ -62,7 +63,7 @@ class Outlook:
             self._loader.start()
 
     def add(self, step: int, loss: float) -> None:
-        """Take the training loss of a step."""
+        """Add the training loss of a step."""
         if self._loader:
             self._waiting.append((step, loss))
             self._take_loaded()
@@ -74,7 +75,7 @@ class Outlook:
         self._history.validated(step, loss)
 
     def refreshed(self, step: int) -> View | None:
-        """A new forecast, if it is time for one and the losses are known."""
+        """A new forecast, if a forecast is due and the earlier losses are loaded. Otherwise None."""
         if self._loader or (self.view and step - self.view.step < SHARE * self.view.loss.end):
             return None
         if self._stage.name != "pretrain" or self._stage.settings.train.overfit:
@@ -97,7 +98,10 @@ class Outlook:
         return self.view
 
     def compared(self, spent_usd: float | None) -> str:
-        """At the end: the forecast at half of the steps against what came; "" without one."""
+        """A line at the end of the run. It compares the outcome with the forecast at half of the steps.
+
+        "" if there was no forecast.
+        """
         if not self._views or not self._validation or self._validation[0] < self._views[-1].loss.end:
             return ""
         half = min(self._views, key=lambda view: abs(view.step - self._validation[0] / 2))
@@ -117,7 +121,10 @@ class Outlook:
             self._found = None
 
     def _take_loaded(self) -> None:
-        """Put earlier losses and those that have come meanwhile into the history, once the former are there."""
+        """Once the earlier losses are loaded, add them to the history.
+
+        Then add the losses that were reported meanwhile.
+        """
         if self._loader.is_alive() or self._found is None:
             return
         before = 0
@@ -132,7 +139,11 @@ class Outlook:
 
 
 def with_cooldown(schedule: Schedule, end: int, trunk: int | None = None) -> Schedule:
-    """The schedule with the cooldown that it will have if it ends at step `end`; itself if that is decided."""
+    """A copy of the schedule, with a cooldown that ends at `end`.
+
+    Returns the schedule itself if it has no cooldown that is decided while the run trains, or if this cooldown is
+    decided already.
+    """
     if not schedule.anneals or schedule.cooldown:
         return schedule
     expected = Schedule(schedule.config, schedule.first_steps, schedule.changes)

@@ -44,7 +44,7 @@ class StepProfiler:
         return self._profile is not None and step == self._steps[1]
 
     def finish(self, step: int) -> None:
-        """End after `step`, store the trace, and log a table. A store that fails costs the trace only."""
+        """End after `step`, store the trace, and log a table. If the store fails, only the trace is lost."""
         assert self._profile is not None
         self._synchronize()
         profile, self._profile, self._steps = self._profile, None, ()
@@ -62,7 +62,7 @@ class StepProfiler:
 
 
 def table(profile: torch.profiler.profile, on_gpu: bool) -> str:
-    """The operations with the most time of their own, without that of the ones that they call."""
+    """The operations with the most time, not counting the operations that they call."""
 
     def milliseconds(each) -> float:
         return (each.self_device_time_total if on_gpu else each.self_cpu_time_total) / 1e3

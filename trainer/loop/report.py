@@ -1,4 +1,4 @@
-"""Reports each step: a metric in the run's folder, a log line at intervals or a live screen, a copy to trackers."""
+"""Reports each step: as a metric in the run's folder, on the log or a live screen, and to trackers."""
 
 import logging
 import sys
@@ -32,7 +32,8 @@ class StepReporter:
         peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
         known = peak and stage.flops_per_token
         self._peak_flops = peak * ranks.world if known else None
-        copies = ranks.world // stage.share_world  # when overfitting, all ranks compute the same micro-batch
+        # When overfitting, all ranks compute the same micro-batch, so its tokens count once.
+        copies = ranks.world // stage.share_world
         self._flops_per_step = stage.flops_per_token * self._tokens_per_step * copies if known else 0.0
         display = settings.train.display
         live = ranks.is_main and (display == "live" or (display == "auto" and sys.stderr.isatty()))
@@ -63,7 +64,7 @@ class StepReporter:
             self.outlook.add(step, loss)
         cap = self._segment.cap
         spent = cap.spent_usd() if cap else None
-        if spent is not None:  # a report works out the run's own record from its ledger
+        if spent is not None:  # a report on the run computes this record from the run's ledger
             self._trackers.add("cost", {"step": step, "usd_at_most": spent})
         end = self.outlook.view.loss.end if self.outlook and self.outlook.view else steps
         remaining = seconds * max(0, min(steps, end) - step)
@@ -109,7 +110,10 @@ class StepReporter:
 
 
 def open_screen(display: str, steps: int, cap: SpendingCap | None):
-    """The live screen. Without the package rich: None, or ConfigError if `display` is live."""
+    """The live screen. If the package rich is missing, returns None.
+
+    It raises ConfigError if rich is missing and `display` is live.
+    """
     try:
         from trainer.loop.screen import Screen
     except ImportError as error:

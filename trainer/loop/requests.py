@@ -1,4 +1,4 @@
-"""Collects requests to stop or to save: from signals, the cap, a store that is away, and a spot machine's provider.
+"""Collects requests to stop or to save: from signals, the cap, a failing store, and a spot machine's provider.
 
 The training loop reads them between steps. If the provider announces the end of a spot machine (clouds/base.py,
 Cloud.interruptions), the run stops. If it warns that the risk has grown, the run saves one more checkpoint.
@@ -31,7 +31,7 @@ class StopRequest:
 class StopRequests:
     """The requests that have arrived. Thread-safe. The first request to stop counts; a request to save is taken once.
 
-    If the machine will be taken away, `hurry` (core.stop.ask) is called with the reason, because little time is left.
+    If the machine will be taken away, little time is left. Then `hurry` (core.stop.ask) is called with the reason.
     """
 
     def __init__(self, hurry: Callable[[str], None] = lambda reason: None) -> None:
@@ -55,7 +55,7 @@ class StopRequests:
             self._save = self._save or why
 
     def take_save(self) -> str | None:
-        """The reason to save now, if one has arrived since the last call."""
+        """The reason to save now, if a request to save has arrived since the last call."""
         with self._lock:
             why, self._save = self._save, None
             return why
@@ -96,7 +96,8 @@ class SpotWatch:
             except Unavailable as error:
                 failures += 1
                 if failures == GIVE_UP_AFTER:
-                    # This is normal if the provider is unknown. In a container on AWS, the hop limit may be the cause.
+                    # If the provider is unknown, it is normal that no source answers. In a container on AWS, the cause
+                    # may be the hop limit.
                     log.log(
                         logging.WARNING if self._is_known else logging.DEBUG,
                         "cannot read spot notices: %s; if this lasts, give the container the host's network, "

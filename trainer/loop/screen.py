@@ -1,6 +1,6 @@
 """Shows a run on a terminal: loss, throughput, dollars spent and left, remaining time, updated in place.
 
-This is a module of its own, because the package rich is optional.
+This is a separate module, because the package rich is optional.
 """
 
 import itertools

@@ -59,7 +59,7 @@ log = logging.getLogger("train")
 
 MEET_SECONDS = 60.0
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-# Values with which cuBLAS computes the same bits each time. The first one is faster and takes 32 MB.
+# With either of these values, cuBLAS computes the same bits each time. The first value is faster and takes 32 MB.
 EXACT_WORKSPACES = (":4096:8", ":16:8")
 
 StageClass = Callable[[TrainingConfig, Ranks], Stage]
@@ -70,7 +70,9 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
 
     `fetched` is the early fetch of the newest checkpoint, which began before torch was imported.
     """
-    stop.listen()  # the main programs have already called it
+    # The main programs have called this function already; the call is for other callers, and a second call does
+    # nothing.
+    stop.listen()
     ranks = None
     try:
         ranks = process_group.start(settings.train.device)
@@ -84,7 +86,8 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
             return FAILED
         error = determinism_refusal(error) or error
         if ranks and isinstance(error, LauncherError) and not process_group.is_first_to_say(str(error), ranks):
-            time.sleep(process_group.SAYING_SECONDS)  # torchrun then kills the rank that reports the error
+            # Wait here: if this rank ended sooner, torchrun could kill the rank that still has to report the error.
+            time.sleep(process_group.SAYING_SECONDS)
             return FAILED
         raise error
     finally:
@@ -92,7 +95,8 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
 
 
 def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetched: EarlyFetch | None) -> int:
-    # 1. From here on, a signal is a request to stop. The machine's provider and the cap are watched further below.
+    # 1. From here on, a signal is a request to stop. The code below also starts to watch the machine's provider and the
+    # cap.
     requests = StopRequests(hurry=stop.ask)
     stop.inform(requests.on_signal)
 
@@ -102,8 +106,8 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     # 2. Torch: precision, threads, deterministic kernels.
     set_up_torch(settings.train, ranks)
 
-    # 3. The stage reads its data and determines batch size and sequence length. Nothing is written before these, and
-    #    what evaluations will need, are checked.
+    # 3. The stage reads its data and determines batch size and sequence length. The inputs of later evaluations are
+    # checked too, before anything is written.
     stage = stage_class(settings, ranks)
     settings = stage.settings
     hellaswag_rows = open_later_inputs(stage, ranks)
@@ -117,7 +121,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
     saver = reporter = annealer = None
     try:
         spent = on_main(lambda: _spent(segment, settings), ranks)
-        if spent:  # earlier segments have spent the cap: end before this machine costs more
+        if spent:  # earlier segments have spent the cap, so this segment ends before its machine costs more
             saved = on_main(lambda: max(layout.complete_steps(settings.run.url), default=0), ranks)
             return _leave_together(_close(stage, segment, saved, StopRequest("cap", spent)), ranks)
 
@@ -191,7 +195,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
         return code
     except BaseException as error:
         if saver:
-            saver.wait()  # a checkpoint in flight can still be completed
+            saver.wait()  # wait, because a checkpoint in flight can still be completed
         ended = "preempted" if stop.is_certain() else "failed"
         segment.close("interrupted" if isinstance(error, KeyboardInterrupt) else ended, None, error=one_line(error))
         raise
@@ -206,7 +210,7 @@ def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetche
 
 
 def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
-    """Rank 0 opens the run and its next segment; other ranks get a log that writes nothing.
+    """Rank 0 opens the run and its next segment. Other ranks get a log that writes nothing.
 
     Raises RunError or ConfigError on rank 0, PeerFailed on the others.
     """
@@ -244,7 +248,7 @@ def open_log(stage: Stage, ranks: Ranks) -> SegmentLog:
 
 
 def _spent(segment: SegmentLog, settings: TrainingConfig) -> str:
-    """On rank 0: the bound that other segments have reached; "" if this one may begin."""
+    """On rank 0: a sentence on the dollar limit that earlier segments have reached; "" if this segment may begin."""
     if segment.cap.reached(0.0, 0.0):
         return segment.cap.describe()
     return restarts_too_dear(RunFolder(settings.run.url), settings.run.max_restart_usd, without=segment.number)
@@ -272,7 +276,7 @@ def _mark_restored(segment: SegmentLog, restored: Restored | None) -> None:
 def _close(
     stage: Stage, segment: SegmentLog, reached: int, request: StopRequest | None, outlook: Outlook | None = None
 ) -> int:
-    """Close the segment with the reason for which it ends at step `reached`. Returns the exit code."""
+    """Close the segment with the reason why it ends at step `reached`. Returns the exit code."""
     if request is None:
         stop.settle(OK)
         segment.close("finished", reached)
@@ -304,7 +308,7 @@ def _close(
 
 
 def _close_without_store(stage: Stage, segment: SegmentLog, reached: int, stored: int, request: StopRequest) -> int:
-    """Close a segment that ends at step `reached` because its store is away; `stored` is the newest stored step."""
+    """Close a segment that ends at step `reached` because its store fails. `stored` is the newest stored step."""
     stop.settle(NO_STORAGE)
     segment.mark("notice", kind=request.kind, detail=secrets.scrub(request.detail))
     if stored == reached:
@@ -314,7 +318,7 @@ def _close_without_store(stage: Stage, segment: SegmentLog, reached: int, stored
         lost = f"{newest}, and the work of {reached - stored} steps is lost"
     if segment.ledger:
         said = f"stopped at step {reached} of {stage.steps}, because {request.detail}; {lost}"
-        log.error("%s; mend the store, then the same command continues there", said)
+        log.error("%s; repair the store, then the same command continues from there", said)
     segment.close("storage", reached)
     return NO_STORAGE
 
@@ -327,7 +331,7 @@ def _close_unsaved(segment: SegmentLog, requests: StopRequests) -> None:
 
 
 def _leave_together(code: int, ranks: Ranks) -> int:
-    """Report the exit code and wait for the other ranks: torchrun kills them 30 s after the first one has failed."""
+    """Report the exit code and wait for the other ranks. torchrun would kill them 30 s after this rank has failed."""
     _tell(code, ranks)
     if code != OK:
         process_group.meet(ranks, "left", MEET_SECONDS)
@@ -346,7 +350,7 @@ def _tell(code: int, ranks: Ranks) -> int:
 
 def set_up_torch(train: TrainLoopConfig, ranks: Ranks) -> None:
     """Configure torch before the first kernel of the process. Raises ConfigError."""
-    torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
+    torch.set_float32_matmul_precision("high")  # use TF32 for the products that stay in float32
     if ranks.device.type == "cpu":
         torch.set_num_threads(train.cpu_threads or max(1, usable_cores() // ranks.local_world))
     set_up_determinism(train, ranks.device, os.environ)
@@ -357,7 +361,7 @@ def set_up_determinism(train: TrainLoopConfig, device: torch.device, environment
     """Choose deterministic kernels on CUDA. Raises ConfigError if a variable contradicts train.deterministic."""
     if device.type != "cuda" or not train.deterministic:
         return
-    # cuBLAS reads this variable when it starts. Without it, torch refuses matrix products in deterministic mode.
+    # cuBLAS reads this variable when it starts. If it is not set, torch refuses matrix products in deterministic mode.
     workspace = environment.setdefault(CUBLAS_WORKSPACE, EXACT_WORKSPACES[0])
     if workspace not in EXACT_WORKSPACES:
         raise ConfigError(
@@ -366,7 +370,8 @@ def set_up_determinism(train: TrainLoopConfig, device: torch.device, environment
             "train.deterministic=false"
         )
     torch.use_deterministic_algorithms(True)
-    # Filling new tensors would cost bandwidth, and no tensor is read here before it is written.
+    # In deterministic mode torch would fill new tensors. This costs memory bandwidth and is not needed: no tensor is
+    # read here before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 

@@ -1,8 +1,8 @@
 """Copies the metrics of a run to TensorBoard, Weights & Biases or MLflow.
 
 The journal in the run's folder remains the complete record; a thread sends copies. If a tracker fails, the log names it
-once and it gets no more metrics: it never delays or stops a run. Each tool has its own variables for the destination:
-TENSORBOARD_DIR, WANDB_PROJECT and WANDB_API_KEY, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
+once, and the tracker gets no more metrics. A tracker never delays or stops a run. Each tool has its own variables for
+the destination: TENSORBOARD_DIR, WANDB_PROJECT and WANDB_API_KEY, MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ _KINDS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
 
 
 class Trackers:
-    """Sends the metrics of a run to the trackers `kinds`, the same ones as the journal stores."""
+    """Sends the metrics of a run to the trackers `kinds`. These are the same metrics that the journal stores."""
 
     def __init__(self, kinds: tuple[str, ...], run_url: str, config: Mapping[str, Any], run_id: str, step: int = 0):
         """`run_id` is from core.run.folder.id_of. `step` is the restored step, 0 for a new run."""
@@ -108,7 +108,7 @@ class Trackers:
                 self._queue.put_nowait((values["step"], numbers))
 
     def close(self) -> None:
-        """Send the rest, for at most CLOSE_SECONDS."""
+        """Send the metrics that still wait, for at most CLOSE_SECONDS."""
         if self._kinds:
             with contextlib.suppress(queue.Full):
                 self._queue.put(None, timeout=CLOSE_SECONDS)

@@ -1,8 +1,9 @@
 """Computes causal multi-head self-attention (Vaswani et al. 2017, section 3.2), and caches keys and values.
 
 core.settings.model describes the variants. All kernels are fused: scaled_dot_product_attention uses FlashAttention
-where it applies. Attention within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU, whose
-block mask skips positions that no query attends to. Elsewhere, attention within documents uses a dense mask.
+where it applies. Attention within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU. The
+block mask of FlexAttention skips positions that no query attends to. If the blocks are not compiled, a dense mask is
+used.
 
 Shapes: B sequences, T positions, D model width, H heads, K head width, S positions of the cache.
 """
@@ -23,9 +24,9 @@ from core.settings.model import ModelConfig
 class KVCache:
     """Keys and values of `rows` sequences, for up to `room` positions in every layer.
 
-    With a cache, generation computes each position once. Rows may differ in length: a prompt is padded on the right,
-    `length_B` holds the length of each row, and the next token overwrites the padding. Positions from a row's length on
-    are masked.
+    With a cache, generation computes each position only once. Rows may differ in length. A shorter prompt is padded on
+    the right, and `length_B` holds the length of each row. The next token overwrites the padding. Positions from a
+    row's length on are masked.
     """
 
     def __init__(self, config: ModelConfig, rows: int, room: int, device: torch.device, dtype: torch.dtype):
@@ -44,7 +45,7 @@ class KVCache:
         return self._written_BT
 
     def mask(self, positions_BT: torch.Tensor) -> torch.Tensor:
-        """The cached positions that each new one attends to, bool (B, 1, T, S)."""
+        """The cached positions that each new position attends to, bool (B, 1, T, S)."""
         seen = torch.arange(self.room, device=positions_BT.device) <= positions_BT[..., None]
         return seen[:, None]
 
@@ -79,7 +80,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(width, width, bias=config.bias)
         self.c_proj_2 = nn.Linear(width, width, bias=config.bias) if config.extra_projection else None
-        # Factors of this block's values and of the first block's values.
+        # Two learned factors: of this block's values, and of the first block's values.
         self.mix = nn.Parameter(torch.empty(2)) if config.value_skip else None
 
     def forward(
@@ -123,7 +124,8 @@ class Attention(nn.Module):
 def rotations(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the angles of rotary positions (Su et al. 2021), float32, (T, K/2) or (B, 1, T, K/2).
 
-    Dimensions i and i + K/2 are rotated as a pair, as in GPT-NeoX and Llama; pairs beyond `rope_fraction` are not.
+    Dimensions i and i + K/2 are rotated as a pair, as in GPT-NeoX and Llama. Only the share `rope_fraction` of the
+    pairs is rotated.
     """
     half = config.head_width // 2
     turning = max(1, round(half * config.rope_fraction))
@@ -143,7 +145,7 @@ def rotate(x_BHTK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> t
 
 @functools.cache
 def _block_masks():
-    """create_block_mask, compiled: otherwise it would build a (B, T, T) mask first."""
+    """A compiled create_block_mask. It is compiled because the plain function would first build a (B, T, T) mask."""
     return torch.compile(create_block_mask)
 
 

@@ -1,8 +1,8 @@
 """Defines the model: a decoder-only transformer with the variants of core.settings.model. The defaults are GPT-2.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; parameter names and initialisation
-follow the released code (openai/gpt-2), so that public weights load by name. Linear layers keep PyTorch's layout
-(out, in).
+GPT-2 is described in Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameter names and
+initialisation follow its released code (openai/gpt-2), so that public weights load by name. Linear layers keep
+PyTorch's layout (out, in).
 
 Shapes: B sequences, T positions, D model width, H heads, K head width, V vocabulary rows.
 """
@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.attn = Attention(config, index)
         self.ln_2 = norm(config)
         self.mlp = MLP(config)
-        # Factors of the residual stream and of the embedding.
+        # Two learned factors: of the residual stream, and of the embedding.
         self.skip = nn.Parameter(torch.empty(2)) if config.embedding_skip else None
 
     def forward(
@@ -75,9 +75,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`forward(tokens, targets)` is the mean cross-entropy in nats; `forward(tokens)` gives the logits.
 
-    With `recompute` each block frees its activations after the forward pass and computes them again in the backward
-    pass (Chen et al. 2016): a third more work for a fraction of the memory. `residual` is the number format of the
-    residual stream: fp32, or bf16 wherever autocast makes the products in it.
+    If `recompute` is true, each block frees its activations after the forward pass and computes them again in the
+    backward pass (Chen et al. 2016): this takes a third more work and a fraction of the memory. `residual` is the
+    number format of the residual stream: fp32 or bf16. bf16 applies only where autocast computes the products in bf16.
     """
 
     def __init__(self, config: ModelConfig, recompute: bool = False, residual: str = "fp32"):
@@ -111,8 +111,9 @@ class GPT(nn.Module):
         """tokens_BT: integer ids, T at most the context. Returns a float32 scalar, or logits_BTV.
 
         A target below 0 does not count in the mean. With a `cache`, the tokens of a row follow those in the cache.
-        `packed` rows hold several texts, each of which begins with an end-of-text token and attends to itself only.
-        With a `share` the backward pass gives the gradient of share times the loss, whatever gradient comes in.
+        `packed` rows hold several texts, each of which begins with an end-of-text token and attends to itself only. If
+        `share` is given, the backward pass gives the gradient of `share` times the loss, and ignores the incoming
+        gradient.
         """
         x_BTD = self.hidden(tokens_BT, cache, packed)
         if targets_BT is None:
@@ -125,7 +126,8 @@ class GPT(nn.Module):
         """The input of the output layer, x_BTD, after the last norm."""
         config = self.config
         T = tokens_BT.shape[1]
-        # Shape (T,). With a cache or packed texts, rows differ in their positions: shape (B, T).
+        # The positions of all rows, shape (T,). With a cache or packed texts, rows differ in their positions, and the
+        # shape is (B, T).
         if cache is not None:
             positions = cache.positions(T)
         else:
@@ -158,11 +160,12 @@ class GPT(nn.Module):
         return self.ln_f(x_BTD)
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
-        """Compile each block as one graph, and the loss. A graph break is an error.
+        """Compile each block as one graph, and compile the loss. A graph break is an error.
 
-        Blocks with the same code are compiled once. One graph per block, instead of one for the model, allows DDP to
-        send the gradients of a block while those of the next are computed. `optimize_ddp` would cut the graphs at DDP's
-        buckets. That gains nothing here, and costs memory: activations that cross a cut must be stored.
+        Blocks with the same code are compiled once. There is one graph per block, not one for the whole model. So DDP
+        sends the gradients of a block while the gradients of the next block are computed. torch's option `optimize_ddp`
+        is off. It would cut the graphs at DDP's buckets, which brings no speed here and costs memory, because
+        activations that cross a cut must be stored.
         """
         torch._dynamo.config.optimize_ddp = False
         self.fused = True
@@ -171,7 +174,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Set the initial weights (core.settings.model, `init`). Biases and skips start without effect.
+        """Set the initial weights (core.settings.model, `init`). Biases and skip connections start without effect.
 
         Values are drawn on the CPU from `seed` alone, so that every device and rank starts from the same bits.
         """
@@ -190,7 +193,7 @@ class GPT(nn.Module):
             return INIT_STD / math.sqrt(2 * self.config.layers) if closes_branch else INIT_STD
         if closes_branch or name.startswith("lm_head"):
             return 0.0
-        # A tied embedding is also the output layer. Its logits would be as large as the width with a deviation of 1.
+        # A tied embedding is also the output layer. If its deviation were 1, the logits would be as large as the width.
         is_embedding = name.startswith(("wte", "wpe"))
         return (
             (INIT_STD if self.config.tie_embeddings else 1.0)

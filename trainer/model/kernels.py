@@ -1,7 +1,8 @@
 """Chooses the kernel of scaled_dot_product_attention for a device.
 
-`train.attention: auto` takes the order that was measured on the device (MEASURED), else torch's own: flash,
-memory-efficient, plain products, cuDNN. `python -m bench.gpu.attention` measures the kernels.
+`train.attention: auto` takes the order that was measured for this kind of GPU (MEASURED). If this kind was not
+measured, torch's own order is used: flash, memory-efficient, plain products, cuDNN. `python -m bench.gpu.attention`
+measures the kernels.
 """
 
 import contextlib
@@ -15,26 +16,30 @@ from core.errors import ConfigError
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
-    "flash3": SDPBackend.FLASH_ATTENTION,  # FlashAttention 3 in place of torch's own flash kernels
+    "flash3": SDPBackend.FLASH_ATTENTION,  # FlashAttention 3 replaces torch's own flash kernels
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 NOT_DETERMINISTIC = ("cudnn",)
-# Compute capability → kernels, the fastest first, from a record in bench/results. Nothing was measured on a GPU yet.
+# For each compute capability, the kernels of a record in bench/results, the fastest first. Nothing was measured on a
+# GPU yet.
 MEASURED: Mapping[tuple[int, int], tuple[str, ...]] = {}
 
-_for_good = contextlib.ExitStack()  # torch restores its order when this is closed, so it stays open
+_for_good = contextlib.ExitStack()  # never closed, because torch would then restore its own order of kernels
 
 
 def order(name: str, capability: tuple[int, int], deterministic: bool) -> tuple[str, ...]:
-    """The kernels to choose from, the best first; empty for torch's own order."""
+    """The kernels to choose from, the best first. The result is empty if torch's own order is to be used."""
     if name != "auto":
         return (name,)
     return tuple(each for each in MEASURED.get(capability, ()) if not (deterministic and each in NOT_DETERMINISTIC))
 
 
 def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
-    """Restrict this process to a kernel, or to the measured ones. Raises ConfigError for one that is not installed."""
+    """Restrict this process to the kernel `name`, or to the measured kernels.
+
+    Raises ConfigError if the kernel is not installed.
+    """
     if device.type != "cuda":
         return
     chosen = order(name, torch.cuda.get_device_capability(device), deterministic)
@@ -42,7 +47,8 @@ def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
         return
     if "flash3" in chosen:
         _activate_flash3()
-    # Plain products serve what no fused kernel takes; a kernel that was asked for is used or torch refuses.
+    # No fused kernel may support a case. If the setting is auto, plain products then compute it. If the setting names a
+    # kernel, torch raises an error.
     backends = [BACKENDS[each] for each in chosen] + ([SDPBackend.MATH] if name == "auto" else [])
     _for_good.enter_context(attention.sdpa_kernel(backends, set_priority=True))
 
@@ -50,7 +56,7 @@ def use_attention(name: str, device: torch.device, deterministic: bool) -> None:
 def _activate_flash3() -> None:
     try:
         attention.activate_flash_attention_impl("FA3")
-    except Exception as error:  # torch raises several kinds, by what is missing
+    except Exception as error:  # the kind of torch's error depends on what is missing
         raise ConfigError(
             "train.attention is flash3, which needs FlashAttention 3 for this GPU "
             f"({' '.join(str(error).split())[:200]}); install its package flash_attn_3, or set train.attention=auto"

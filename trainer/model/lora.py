@@ -1,7 +1,8 @@
 """Adds low-rank adapters (Hu et al. 2021, "LoRA"): y = W x + (alpha / rank) B A x, where only A and B train.
 
-The adapters are parameters `h.0.attn.c_attn.lora_a` (rank, in) and `.lora_b` (out, rank) beside the weights that they
-adapt, which keep their names. B starts at zero, so training starts from the unchanged model.
+The adapters of a layer are two parameters, such as `h.0.attn.c_attn.lora_a` (rank, in) and `h.0.attn.c_attn.lora_b`
+(out, rank). The weights that they adapt keep their names. B starts at zero, so training starts from the unchanged
+model.
 """
 
 import math
@@ -78,7 +79,10 @@ def base(model: GPT) -> dict[str, nn.Parameter]:
 
 
 def digest(parameters: Mapping[str, torch.Tensor]) -> str:
-    """XXH3-128 of the weights, to identify them: adapters work only with the weights that they were trained on."""
+    """An XXH3-128 hash that identifies the weights.
+
+    It is needed because adapters work only with the weights that they were trained on.
+    """
     checksum = xxh3_128()
     for name in sorted(parameters):
         checksum.update(name.encode())

@@ -1,10 +1,10 @@
 """Computes losses over a large vocabulary without the logits of a whole micro-batch in memory.
 
 The output layer and the loss process the rows in chunks. Each chunk's gradient is computed immediately, in the forward
-pass, while its logits are in memory. This takes the same three matrix products as the usual way, but no (B T, V) tensor
-in float32 ever exists (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Hsu et al. 2024,
-Liger Kernel). The losses of distillation and preference optimisation leave gradients to autograd, which computes the
-logits of each chunk again in the backward pass (Chen et al. 2016).
+pass, while its logits are in memory. This takes the same three matrix products as the usual computation, but no (B T,
+V) tensor in float32 ever exists (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Hsu et al.
+2024, Liger Kernel). The losses of distillation and preference optimisation leave gradients to autograd, which computes
+the logits of each chunk again in the backward pass (Chen et al. 2016).
 
 Shapes: N rows (B T positions), D model width, E the teacher's width, V vocabulary rows, C rows of a chunk.
 """
@@ -18,12 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from core.data.vocabulary import GPT2_VOCAB_SIZE
 
-# With GPT-2's vocabulary, a chunk's float32 logits take 26 MB on a CPU, which fit its cache, and 800 MB on a GPU, which
-# needs larger products.
+# Rows of a chunk. With GPT-2's vocabulary, the float32 logits of a chunk take 26 MB on a CPU, which fits the CPU's
+# cache. A GPU needs larger products, so there they take 800 MB.
 CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
-# Whether the output layer's gradient is summed over chunks inside of a GPU's product. Else each product is rounded to
-# bfloat16, stored, and added to the sum in another pass (bench.gpu.toggles).
+# Whether the matrix product for the output layer's gradient adds its result directly to the sum over chunks, on a GPU.
+# If not, each product is rounded to bfloat16, stored, and added to the sum in another pass. bench.gpu.toggles measures
+# the difference.
 SUM_IN_FLOAT32 = True
 
 
@@ -42,18 +43,17 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Mean cross-entropy in nats (float32 scalar) of logits x_ND @ weight_VD.T against targets_N, soft-capped.
 
-    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the logits
-    into fewer kernels, which a GPU's memory bandwidth bounds: the logits stay in the format of the product, and no
-    float32 copy of them exists.
-
-    With a `share` the backward pass gives the gradient of share times the loss, whatever gradient comes in: the
-    gradients of a chunk are made with it, instead of passing over all of them a second time.
+    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the
+    logits, which a GPU's memory bandwidth limits, into fewer kernels. The logits then stay in the format of the
+    product, without a float32 copy. If `share` is given, the backward pass gives the gradient of `share` times the
+    loss, and ignores the incoming gradient. The factor is applied while the gradients of each chunk are computed. This
+    saves a second pass over the gradients.
     """
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N.long(), softcap, fused, share)
 
 
 def with_share(loss: torch.Tensor, share: float) -> torch.Tensor:
-    """The same loss, whose backward pass gives the gradient of share times the loss."""
+    """The same loss, with a backward pass that gives the gradient of share times the loss."""
     return _Share.apply(loss, share)
 
 
@@ -61,8 +61,11 @@ def with_share(loss: torch.Tensor, share: float) -> torch.Tensor:
 def token_scores(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each row in nats, float32 (N,), 0 where the target is below 0; whether each target is the
-    likeliest token, bool (N,)."""
+    """Two results.
+
+    The first is the cross-entropy of each row in nats, float32 (N,); it is 0 where the target is below 0. The second
+    says whether each target is the likeliest token, bool (N,).
+    """
     losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=x_ND.device)
     likeliest_N = torch.zeros(len(targets_N), dtype=torch.bool, device=x_ND.device)
     dtype = _product_dtype(x_ND)
@@ -72,7 +75,7 @@ def token_scores(
             logits_CV = x_ND[chunk].to(dtype) @ w_VD.T
             targets_C = targets_N[chunk].long()
             losses_N[chunk] = _losses(logits_CV, targets_C, softcap)
-            # On a CPU this takes a third of the time of argmax.
+            # On a CPU, this comparison takes a third of the time of argmax.
             likeliest_N[chunk] = logits_CV.gather(1, targets_C.clamp(min=0)[:, None])[:, 0] == logits_CV.amax(1)
     return losses_N, likeliest_N
 
@@ -188,8 +191,8 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the losses, and d (share x loss) / d logits = share (softmax - one-hot), in the dtype of the logits.
 
-    Without a compiler, each operation is a pass over memory. That path therefore computes one exponential per logit,
-    for both the loss and the gradient, and reuses the memory of `logits_CV` where possible.
+    If the operations are not compiled, each of them is a pass over memory. In that case, the function computes one
+    exponential per logit for both the loss and the gradient, and reuses the memory of `logits_CV` where possible.
     """
     z_CV = soft_cap(logits_CV.float(), softcap)
     counts_C1 = (targets_C >= 0)[:, None]

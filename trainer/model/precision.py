@@ -1,7 +1,8 @@
 """Chooses the number format of the matrix products in forward and backward passes. Weights stay in float32.
 
-bf16 is autocast (Micikevicius et al. 2018, mixed precision); fp8 is torchao's conversion of the blocks' linear layers
-(Micikevicius et al. 2022, "FP8 formats for deep learning": e4m3 forward, e5m2 for gradients, scaled per tensor).
+bf16 uses autocast (Micikevicius et al. 2018, mixed precision). fp8 uses torchao's conversion of the blocks' linear
+layers (Micikevicius et al. 2022, "FP8 formats for deep learning"): e4m3 in the forward pass, e5m2 for gradients, and a
+scale per tensor.
 """
 
 import contextlib
@@ -33,10 +34,10 @@ def resolve(precision: str, device: torch.device) -> str:
 
 
 def check_residual(residual: str, precision: str) -> None:
-    """Raises ConfigError for a residual stream that is rounded more than the products that it is the sum of."""
+    """Raises ConfigError if the residual stream would be rounded more than the products that are added to it."""
     if residual == "bf16" and precision == "fp32":
         raise ConfigError(
-            "train.residual is bf16, but the products are fp32 on this device, which it would round; set "
+            "train.residual is bf16, but the products are fp32 on this device; bf16 would round them; set "
             "train.precision=bf16, or train.residual=fp32"
         )
 

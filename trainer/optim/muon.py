@@ -1,11 +1,12 @@
 """Implements Muon: momentum with orthogonalised matrices (Jordan et al. 2024, "Muon: An optimizer for hidden layers").
 
-An update whose singular values are all near one moves a layer equally in every direction of its gradient. Public runs
-of GPT-2's size need little more than half of AdamW's tokens for the same loss.
+Orthogonalisation brings all singular values of an update near one. Such an update moves a layer equally far in every
+direction of its gradient. In public runs of GPT-2's size, Muon needs little more than half of AdamW's tokens for the
+same loss.
 
-Matrices of one shape are updated in batches, because a launch per matrix keeps a GPU waiting. A batched product may
-round differently for another batch size. So the batches of a model are fixed (`batches`), and a batch moves between
-ranks as a whole: its bits do not depend on the number of ranks.
+Matrices of one shape are updated in batches, because a GPU would wait if each matrix needed a separate launch. A
+batched product may round differently for another batch size. So the batches of a model are fixed (`batches`), and each
+batch is computed on one rank. The bits of an update therefore do not depend on the number of ranks.
 
 Shapes: N matrices of a batch, O rows (outputs), I columns (inputs).
 """
@@ -19,11 +20,15 @@ import torch
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Batches per shape: one for each GPU of a machine.
 BATCHES = 8
-COMPILES = True  # the passes between the products, where the blocks are compiled; bench.gpu.toggles turns it off
+# Whether to compile the passes between the products where the blocks are compiled; bench.gpu.toggles turns it off.
+COMPILES = True
 
 
 def batches(shapes: Mapping[tuple[str, int], torch.Size]) -> list[list[tuple[str, int]]]:
-    """Divides matrices, which are named by parameter and first row, into at most BATCHES batches of each shape."""
+    """Divides the matrices of each shape into at most BATCHES batches.
+
+    A matrix is named by its parameter and first row.
+    """
     of_shape: dict[torch.Size, list[tuple[str, int]]] = {}
     for matrix in sorted(shapes):
         of_shape.setdefault(shapes[matrix], []).append(matrix)
@@ -45,7 +50,8 @@ def orthogonalise(matrices: torch.Tensor, rounds: int) -> torch.Tensor:
     if tall:
         x = x.mT
     batch = x.reshape(-1, *x.shape[-2:])
-    batch = batch / (torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True) + 1e-7)  # it bounds the spectral norm
+    # Divide by an upper bound of the spectral norm.
+    batch = batch / (torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(rounds):
         gram = batch @ batch.mT
         batch = torch.baddbmm(batch, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), batch, beta=a)
@@ -56,7 +62,10 @@ def orthogonalise(matrices: torch.Tensor, rounds: int) -> torch.Tensor:
 def _directions(
     gradient_NOI: torch.Tensor, momentum_NOI: torch.Tensor, found_inf: torch.Tensor, mu: float, rounds: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The new momentum, and the orthogonalised direction with Nesterov momentum; (momentum, 0) if `found_inf`."""
+    """The new momentum, and the orthogonalised direction with Nesterov momentum.
+
+    If `found_inf` is not 0, the result is the old momentum and 0.
+    """
     moved_NOI = momentum_NOI.lerp(gradient_NOI, 1 - mu)
     direction_NOI = orthogonalise(gradient_NOI.lerp(moved_NOI, mu), rounds)
     stays = found_inf != 0
@@ -83,12 +92,12 @@ def update(
     """One step of a batch of N matrices (O, I), in place. `decay` is decoupled, as in AdamW.
 
     Nothing changes if `found_inf`, a scalar on the device, is not 0. A tall matrix takes a larger step, so that its
-    output changes as much as that of a square one. `fused` compiles the passes between the products.
+    output changes as much as a square matrix's output. `fused` compiles the passes between the products.
     """
     directions = _compiled() if fused and COMPILES else _directions
     moved_NOI, direction_NOI = directions(torch.stack(list(gradients)), momentum_NOI, found_inf, mu, rounds)
     momentum_NOI.copy_(moved_NOI)
     rows, columns = momentum_NOI.shape[1:]
-    # A factor of 1 and a summand of -0 leave all bits as they are.
+    # If nothing is to change, the factor is 1 and the summand is -0. These change no bit.
     torch._foreach_mul_(weights, torch.where(found_inf != 0, 1.0, 1 - rate * decay))
     torch._foreach_add_(weights, direction_NOI.unbind(), alpha=-rate * max(1.0, rows / columns) ** 0.5)

@@ -1,16 +1,17 @@
 """Updates the weights: AdamW and Muon over row blocks of the parameters, at a scheduled learning rate.
 
-A block is a range of rows (`trainer.checkpoint.blocks.assign_blocks`), and each block has a rank that owns it. With
-optimizer.zero a rank keeps the state of its own blocks only, updates their rows and sends them to the other ranks
-(Rajbhandari et al. 2020, "ZeRO", section 5.1: the memory of the optimizer divides by the number of ranks). AdamW works
-element by element, so both ways give the same bits. A checkpoint names its rows, so any number of ranks can load it,
-with or without optimizer.zero.
+A block is a range of rows (`trainer.checkpoint.blocks.assign_blocks`), and each block has a rank that owns it. If
+optimizer.zero is set, a rank keeps the state of its own blocks only. It updates their rows and sends the rows to the
+other ranks (Rajbhandari et al. 2020, "ZeRO", section 5.1). The memory of the optimizer's state per rank is then divided
+by the number of ranks. AdamW works element by element, so both ways give the same bits. A checkpoint names its rows, so
+any number of ranks can load it, with or without optimizer.zero.
 
-A Muon block is a whole matrix; queries, keys and values are separate matrices. Only its owner updates it, even without
-optimizer.zero, because an update is expensive. The matrices of a batch (trainer.optim.muon) have one owner.
+A Muon block is a whole matrix. Queries, keys and values are separate matrices. Only the owner of a matrix updates it,
+even if optimizer.zero is not set, because an update is expensive. The matrices of a batch (trainer.optim.muon) have one
+owner.
 
-No operation here waits for a GPU, and their number depends on the shapes and not on the tensors: AdamW is one fused
-kernel per group, Muon a batch of matrices at a time.
+No operation here waits for a GPU. AdamW takes one fused kernel per group, and Muon updates a batch of matrices at a
+time, so the number of operations does not grow with the number of tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -79,7 +80,7 @@ class BlockOptimizer:
             for block in self._blocks
             if block.owner == rank or block not in exchanged
         }
-        # The state is allocated now: `restore` copies into it, and a checkpoint needs its layout.
+        # The state is allocated here, because `restore` copies into it and a checkpoint needs its layout.
         self._state: dict[Block, dict[str, torch.Tensor]] = {}
         self._adamw = self._adamw_groups()
         self._muon = self._muon_batches(batches)
@@ -151,7 +152,10 @@ class BlockOptimizer:
 
     @torch.no_grad()
     def restore(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Copy rows [start, start + len(values)) of a named tensor, except those whose state another rank holds."""
+        """Copy `values` to the rows [start, start + len(values)) of a named tensor.
+
+        Rows whose state another rank holds are left out.
+        """
         prefix, _, parameter = name.partition(".")
         if prefix == "model":
             self._parameters[parameter][start : start + len(values)].copy_(values)
@@ -172,7 +176,7 @@ class BlockOptimizer:
         return self._parameters[block.name].grad[block.start : block.stop]
 
     def describe(self) -> str:
-        """The number of parameters with and without weight decay, and the kernels, for the log."""
+        """A text for the log: the numbers of parameters with and without weight decay, and the kernels in use."""
         counts = {True: [0, 0], False: [0, 0]}  # tensors, parameters
         for parameter in self._parameters.values():
             counts[parameter.dim() >= 2][0] += 1
@@ -185,7 +189,7 @@ class BlockOptimizer:
         )
 
     def _adamw_groups(self) -> list[AdamWGroup]:
-        """Rows by peak rate, and decayed or not."""
+        """Groups of rows that have the same peak rate and the same weight decay."""
         groups: dict[tuple[float, float], AdamWGroup] = {}
         for block, rows in self._rows.items():
             if block.name in self._matrices:
@@ -225,7 +229,7 @@ class BlockOptimizer:
         return (config.scalar_lr or config.lr) if self._parameters[name].dim() < 2 else config.lr
 
     def _prepare_exchange(self) -> None:
-        """Allocate the memory of the exchange, and list what is copied into it and out of it."""
+        """Allocate the memory of the exchange, and list the copies into it and out of it."""
         loads = [0] * self._world
         places = []
         for block in self._exchanged:
@@ -255,7 +259,10 @@ class BlockOptimizer:
 
 
 def _matrices(model: GPT) -> dict[str, int]:
-    """Muon's parameters by name, with the number of rows of one matrix: a parameter may hold several matrices."""
+    """The parameters that Muon updates, by name.
+
+    Each has the number of rows of one matrix, because a parameter may hold several matrices.
+    """
     rows = {}
     for name, parameter in model.named_parameters():
         if name.startswith("h.") and parameter.dim() == 2:

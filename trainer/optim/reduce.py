@@ -1,8 +1,8 @@
 """Sums gradients with the same bits on any number of ranks.
 
-Floating-point addition is not associative. The usual running sum over accumulation steps, followed by a ring
-all-reduce, gives other bits on 8 GPUs than on 4, so a run that resumes on other ranks drifts away. Here the M
-micro-batches of a step are the leaves of one fixed binary tree:
+Floating-point addition is not associative. The usual method is a running sum over accumulation steps, followed by a
+ring all-reduce. Its bits on 8 GPUs differ from those on 4 GPUs. So a run that resumes on another number of ranks
+diverges from the original run. Here the M micro-batches of a step are the leaves of one fixed binary tree:
 
     M = 2**k * q, q odd:  each q consecutive micro-batches are summed in order, then neighbours pairwise
 
@@ -46,8 +46,8 @@ class TreeReducer:
     """Sums the gradients of a DDP model over `accumulation` micro-batches and all ranks in tree order.
 
     For each micro-batch i of a step, run the backward pass inside `context(i)`, then call `micro_batch_done(i)`. After
-    the last one `.grad` holds the sum of all M micro-batches on every rank. With `dtype` bf16 the ranks exchange half
-    the bytes, and each rounds its own sum first, so the bits depend on the number of ranks.
+    the last one `.grad` holds the sum of all M micro-batches on every rank. If `dtype` is bf16, the ranks exchange half
+    the bytes. Each rank first rounds its sum to bf16, so the bits then depend on the number of ranks.
     `trainer.data.order.micro_batch_numbers` gives the micro-batches of a rank in either order.
     """
 
@@ -63,13 +63,13 @@ class TreeReducer:
         self._index = {parameter: index for index, parameter in enumerate(self.parameters)}
         self._levels: list[list[torch.Tensor]] = []
         self._occupied: list[bool] = []
-        self._slices: dict[int, list[torch.Tensor | None]] = {}  # bucket → this rank's slice per level
+        self._slices: dict[int, list[torch.Tensor | None]] = {}  # for each bucket, this rank's slice at each level
         self._last = False
         self._stream = torch.cuda.Stream() if next(model.parameters()).is_cuda else None
         model.register_comm_hook(None, self._reduce_bucket)
 
     def context(self, index: int):
-        """Lets DDP synchronise in the last micro-batch only; in round-robin order, in the last one of each group."""
+        """Lets DDP synchronise only in the last micro-batch or, in round-robin order, in the last one of each group."""
         self._last = index == self.accumulation - 1
         ends_group = self._round_robin and (index + 1) % self.group == 0
         return contextlib.nullcontext() if self._last or ends_group else self.model.no_sync()
@@ -95,7 +95,8 @@ class TreeReducer:
         """Discard the sums of a finished or failed step, and zero the gradients."""
         self._occupied = [False] * len(self._occupied)
         self._slices.clear()
-        # There are none before the first backward pass. DDP's buckets hold them, so they are zeroed in place.
+        # Before the first backward pass there are no gradients. DDP's buckets hold the gradients, so they are zeroed in
+        # place.
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if gradients:
             torch._foreach_zero_(gradients)
@@ -135,7 +136,7 @@ class TreeReducer:
     def _exchange(self, index: int, buffer: torch.Tensor) -> None:
         """Replace `buffer` by the tree sum over all ranks.
 
-        In round-robin order the last round of a step gives the sum over all rounds; the others clear `buffer`.
+        In round-robin order, the last round of a step gives the sum over all rounds. Earlier rounds clear `buffer`.
         """
         world = dist.get_world_size()
         if world == 1:
@@ -173,9 +174,9 @@ def _tree_reduce_scatter(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def clip(parameters: Sequence[torch.nn.Parameter], largest: float) -> torch.Tensor:
-    """Clip the gradients to a norm of `largest` over all of them, not at all if it is 0. Returns the norm before.
+    """Clip the gradients to a total norm of `largest`; 0 turns clipping off. Returns the norm before clipping.
 
-    The norm has the same bits however DDP lays out its buckets, because it is made of the norm of each gradient.
+    The total norm is computed from the norm of each gradient, so its bits do not depend on DDP's buckets.
     """
     norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     if largest:

@@ -1,7 +1,7 @@
 """Gives the learning rate of each step, as a share of the peak rate.
 
-A schedule is that of the settings, changed by what the run's course records (core.run.course): a cooldown that was
-decided while the run trained, an extension, a branch.
+The settings give the first schedule. The run's course (core.run.course) records changes of it: a cooldown that was
+decided while the run trained, an extension, or a branch.
 """
 
 import math
@@ -19,10 +19,10 @@ def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """The learning rate at optimizer step `step` (1 to `steps`), as a share of the peak rate.
 
     The rate rises linearly during the warm-up, stays at its peak, and falls to `min_lr_ratio` over the last
-    `cooldown_fraction` of the steps. The cosine schedule reaches it at the last step (Loshchilov & Hutter 2017; with a
-    fraction of 1 it is the schedule of Brown et al. 2020, appendix B). The linear schedule would reach it one step
-    later (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024). Schedule wsd stays at the
-    peak: its cooldown is in the run's course.
+    `cooldown_fraction` of the steps. The cosine schedule (Loshchilov & Hutter 2017) reaches `min_lr_ratio` at the last
+    step. With a fraction of 1 it is the schedule of Brown et al. 2020, appendix B. The linear schedule has the phases
+    warm-up, stable and decay (Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024). It would reach `min_lr_ratio`
+    one step after the last step. Schedule wsd stays at the peak, and its cooldown is in the run's course.
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -33,27 +33,28 @@ def rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     if config.schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * min(1.0, fallen / max(1, steps - begin))))
     else:
-        left = 1 - fallen / (steps - begin + 1)  # above 0 at the last step: a rate of 0 would waste it
+        # This is above 0 at the last step, because a rate of 0 would waste that step.
+        left = 1 - fallen / (steps - begin + 1)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
 
 
 class Schedule:
-    """The rates of a run of `steps` steps. `changes` are its course so far; `add` appends one, on all ranks alike."""
+    """The rates of a run of `steps` steps. `changes` is its course so far. `add` appends a change, on all ranks."""
 
     def __init__(self, config: OptimizerConfig, steps: int, changes: Sequence[Change] = ()):
         self.config = config
         self.changes: list[Change] = []
         extensions = [each for each in changes if each.kind == "extend"]
-        # The settings of an extended run name its new length; the schedule before the extension knew the old one.
+        # The settings of an extended run give its new length. The steps before the extension used the old length.
         self.first_steps = extensions[0].before if extensions else steps
-        self.end = self.first_steps  # the last step, as far as it is known now
+        self.end = self.first_steps  # the last step, as planned now
         self._fraction = config.anneal_fraction or FRACTIONS[config.name]
         shape = SHAPES[config.name] if config.anneal_shape == "auto" else config.anneal_shape
         self._power = 0.5 if shape == "1-sqrt" else 1.0
         self._trunk: Callable[[int], float] = lambda step: rate_factor(step, self.first_steps, config)
         self._legs: list[tuple[int, Callable[[int], float]]] = [(-1, self._trunk)]
         self._since = 0  # the step before the newest second warm-up
-        self._progress: Callable[[int], float] = lambda step: 0.0  # of the cooldown in force
+        self._progress: Callable[[int], float] = lambda step: 0.0  # the progress of the current cooldown
         for change in changes:
             self.add(change)
 
@@ -64,12 +65,12 @@ class Schedule:
 
     @property
     def cooldown(self) -> Change | None:
-        """The cooldown in force; None before it is decided, and after an extension."""
+        """The current cooldown, or None before it is decided, and after an extension."""
         return self.changes[-1] if self.changes and self.changes[-1].is_cooldown else None
 
     @property
     def trunk(self) -> int | None:
-        """The last step before the newest cooldown; None before one is decided."""
+        """The last step before the newest cooldown, or None before one is decided."""
         return next(reversed(trunks(self.changes)), None)
 
     def factor(self, step: int) -> float:
@@ -77,9 +78,10 @@ class Schedule:
         return next(rate(step) for after, rate in reversed(self._legs) if after < step)
 
     def wanted(self, step: int) -> int:
-        """The steps of a cooldown that begins after `step`: a fixed share of all steps, its own included.
+        """The length of a cooldown that begins after `step`: a fixed share of all steps, including the cooldown.
 
-        After a second warm-up they are at most half of the steps since, so that the rate rises before it falls.
+        After a second warm-up, the cooldown is at most as long as the steps since the warm-up began, so that the rate
+        rises before it falls.
         """
         share = math.ceil(self._fraction / (1 - self._fraction) * step - 1e-9)
         return max(1, min(share, step - self._since) if self._since else share)
@@ -94,7 +96,7 @@ class Schedule:
         return max(1, self.end - max(1, min(share, (self.end - self._since) // 2) if self._since else share))
 
     def add(self, change: Change) -> None:
-        """Take a change of course, which holds for the steps after its own."""
+        """Add a change of course. It applies to the steps after `change.step`."""
         if change.is_cooldown:
             self._add_cooldown(change)
         else:
@@ -108,7 +110,10 @@ class Schedule:
         self.changes.append(change)
 
     def _add_cooldown(self, change: Change) -> None:
-        """The rate falls from the trunk's. A re-plan keeps what has fallen, and what is left falls in its steps."""
+        """The rate falls from the rate of the trunk.
+
+        A re-planned cooldown keeps its progress so far. The rest of the fall is spread over the new number of steps.
+        """
         before = self.cooldown
         begins = before.step if before else change.step
         if before and begins < change.step:
@@ -117,7 +122,7 @@ class Schedule:
             top, fallen = self._trunk(max(1, change.step)), 0.0
 
         def progress(step: int) -> float:
-            # 1 would be reached one step after the last: a rate of 0 would waste a step.
+            # The progress would reach 1 one step after the last, because a rate of 0 would waste a step.
             return fallen + (1 - fallen) * (step - change.step) / (change.steps + 1)
 
         self._top, self._progress = top, progress
@@ -126,6 +131,6 @@ class Schedule:
 
 
 def _climb(change: Change) -> Callable[[int], float]:
-    """The rate rises from the change's factor to its peak, and stays there."""
+    """The rate rises from the factor of `change` to the peak, and stays at the peak."""
     steps = max(1, change.warmup or 0)
     return lambda step: change.factor + (1 - change.factor) * min(1.0, (step - change.step) / steps)

@@ -58,7 +58,8 @@ class Distillation(nn.Module):
         self.share = share
         self.temperature = temperature
         self.kl_weight = kl_weight
-        self._teacher = [teacher]  # a list hides the teacher from nn.Module, so that DDP ignores it
+        # In a list, because nn.Module does not register modules in lists, so DDP ignores the teacher.
+        self._teacher = [teacher]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         divergence, cross_entropy = self.parts(tokens, self.temperature)
@@ -66,7 +67,7 @@ class Distillation(nn.Module):
         return with_share(loss, self.share)
 
     def parts(self, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
-        """(2,): divergence and cross-entropy of a (B, T + 1) micro-batch."""
+        """A tensor (2,) with the divergence and the cross-entropy of a (B, T + 1) micro-batch."""
         (teacher,) = self._teacher
         inputs_BT = tokens[:, :-1]
         return divergence_and_cross_entropy(
@@ -94,7 +95,7 @@ class Distil(Pretrain):
         super().__init__(dataclasses.replace(settings, teacher=TeacherConfig(teacher)), ranks)
         if self.settings.start.weights:
             on_main(functools.partial(_check_same_model, self.settings), ranks)
-        self._opened: TrainedModel | None = None  # the start, on rank 0, until `fill` has copied it
+        self._opened: TrainedModel | None = None  # on rank 0: the starting model, until `fill` has copied its weights
         self.teacher = open_teacher(teacher, self.encoding, ranks.device)
         if self.teacher.context < self.context:
             raise ConfigError(
@@ -146,12 +147,12 @@ def _check_same_model(settings: DistilConfig) -> None:
         if theirs[key] != ours[key] and key != "init":
             raise ConfigError(
                 f"start.weights: {where} has model.{key} = {theirs[key]}, this config has {ours[key]}; "
-                "give the start's model settings, or leave start.weights empty"
+                "give the model settings of the start, or leave start.weights empty"
             )
 
 
 def open_teacher(name: str, encoding, device: torch.device) -> Teacher:
-    """Raises ConfigError for a teacher of another vocabulary, CheckpointError for a damaged one."""
+    """Raises ConfigError for a teacher with another vocabulary, CheckpointError for a damaged teacher."""
     if name.startswith(FOREIGN):
         return _open_foreign(name.removeprefix(FOREIGN), encoding, device)
     model = open_weights(name, device).model.requires_grad_(False)
@@ -165,7 +166,7 @@ def _open_foreign(name: str, encoding, device: torch.device) -> Teacher:
         raise ConfigError(f"teacher.weights is {FOREIGN}{name}, which needs: pip install transformers") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        # Only safetensors: a pickle may run code.
+        # Only safetensors are loaded, because a pickle may run code.
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"teacher.weights: {name} cannot be opened: {' '.join(str(error).split())[:300]}") from error

@@ -48,7 +48,7 @@ def answer_log_probs(model: GPT, tokens_BT: torch.Tensor, targets_BT: torch.Tens
     counts_BT = targets_BT != NO_TARGET
     x_ND = model.hidden(tokens_BT)[counts_BT]
     log_probs_N = token_log_probs(x_ND, model.head, targets_BT[counts_BT], model.config.logit_softcap)
-    # Scatter the values, then sum each row: on a GPU, a sum by index would not give the same bits each time.
+    # Scatter the values, then sum each row. On a GPU, a sum by index would not give the same bits each time.
     return torch.zeros_like(targets_BT, dtype=torch.float32).masked_scatter(counts_BT, log_probs_N).sum(1)
 
 
@@ -154,7 +154,7 @@ class Dpo(Tuning):
             return answer_log_probs(model, tokens_BT, targets_BT).view(-1, 2)
 
     def _groups(self, count: int) -> list[np.ndarray]:
-        """The numbers of the pairs of each forward pass outside of training."""
+        """The numbers of the pairs, grouped by forward pass. It is used for passes outside of training."""
         size = self.settings.batch.micro_batch_size // 2
         return [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
@@ -202,4 +202,4 @@ def _read_reference(uri: str) -> dict[str, np.ndarray] | None:
     except ObjectNotFound:
         return None
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{uri}: is damaged ({error}); delete it, and it is computed again") from error
+        raise CheckpointError(f"{uri}: is damaged ({error}); delete it to have it computed again") from error

@@ -1,7 +1,7 @@
 """Fine-tunes on the answers of conversations. A row packs several conversations, none of which attends to another.
 
-The loss of a step is the mean over all its answer tokens: each token has the same weight, whatever its micro-batch and
-the number of ranks.
+The loss of a step is the mean over all answer tokens of the step. Each token has the same weight, independent of its
+micro-batch and of the number of ranks.
 """
 
 import functools
@@ -24,7 +24,7 @@ from trainer.stages.tuning import Tuning, to_device
 
 
 class Packed(NamedTuple):
-    """A micro-batch. `weight` times the mean over its answer tokens is its part of the mean over the step."""
+    """A micro-batch. Its part of the mean over the step is `weight` times the mean over its answer tokens."""
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
@@ -32,7 +32,7 @@ class Packed(NamedTuple):
 
 
 class Rows:
-    """Texts packed into rows. End-of-text tokens fill the rest of a row, each of them a text without targets."""
+    """Texts packed into rows. End-of-text tokens fill the rest of a row; each one is a text without targets."""
 
     def __init__(self, texts: Texts, length: int):
         self._texts = texts

@@ -151,15 +151,15 @@ class Pretrain(Stage):
 
 def default_cache_folder() -> Path:
     """The default folder for cached shards, in the system's temporary folder. All runs of this user share it."""
-    import getpass  # imported here, because it is not needed if data.cache_dir is set
+    import getpass  # imported here, because only this default needs the module
 
     return Path(tempfile.gettempdir()) / f"token-shards-{getpass.getuser()}"
 
 
 def check_shards(data_url: str, data: Manifest) -> None:
-    """Raises DataError unless all shards are stored with the size that the manifest says.
+    """Raises DataError unless all shards are stored with the sizes in the manifest.
 
-    Does nothing if the store can be read but not listed.
+    If the store can be read but not listed, the shards are not checked.
     """
     shards = {storage.join(data_url, shard.name): shard for split in data.splits.values() for shard in split.shards}
     try:
@@ -174,7 +174,7 @@ def check_shards(data_url: str, data: Manifest) -> None:
     for uri, shard in shards.items():
         if uri not in stored:
             raise DataError(
-                f"{uri}: this shard of the manifest is not there; copy it again, or delete the set and prepare it again"
+                f"{uri}: this shard of the manifest is missing; copy it again, or delete the set and prepare it again"
             )
         if stored[uri] != shard.bytes:
             raise DataError(

@@ -1,10 +1,11 @@
 """Determines the batch of a run: the largest micro-batch that fits, and its division over the ranks.
 
-With `batch.micro_batch_size: 0` the first segment of a run determines how many sequences fit: by the estimate of
-core.settings.memory and, on a GPU, by a trial of a forward and a backward pass. Later segments use the size that
-the first one found, on whatever machine they run, because the bits of the sums depend on it.
+If `batch.micro_batch_size` is 0, the first segment of a run determines how many sequences fit. The segment uses the
+estimate of core.settings.memory. On a GPU, it also tries a forward and a backward pass. Later segments use the size
+that the first one found, on any machine, because the bits of the sums depend on it.
 
-With `train.overfit` the run repeats one micro-batch until its loss is below a bound, to show that everything works.
+If `train.overfit` is set, the run repeats one micro-batch until its loss is below a bound. This shows that everything
+works.
 """
 
 import dataclasses
@@ -24,11 +25,11 @@ from trainer.model.precision import autocast, resolve
 
 log = logging.getLogger("train")
 
-CPU_SHARE = 0.5  # share of the free memory that training may use; the page cache of the shards needs the rest
+CPU_SHARE = 0.5  # share of the free memory that training may use; the rest is for the page cache of the shards
 
 
 def with_micro_batch(settings: Training, model: ModelConfig, found_before: int | None, ranks: Ranks) -> Training:
-    """The settings with a micro-batch size that fits. Raises ConfigError if none does.
+    """The settings with a micro-batch size that fits. Raises ConfigError if no size fits.
 
     `model.context` is the length of the sequences. `found_before` is the size that the run's first segment stored.
     """
@@ -52,9 +53,9 @@ def with_micro_batch(settings: Training, model: ModelConfig, found_before: int |
 
 
 def accumulation(batch: BatchConfig, context: int, world: int, has_begun: bool = False) -> int:
-    """Micro-batches per rank and step. Raises ConfigError if the ranks cannot have equally many.
+    """The number of micro-batches per rank and step. Raises ConfigError if this number is not the same for all ranks.
 
-    The batch of a run that `has_begun` cannot change, so the error then proposes only another number of ranks.
+    If the run `has_begun`, its batch cannot change, and the error proposes only another number of ranks.
     """
     micro_batches = batch.tokens_per_step // (batch.micro_batch_size * context)
     if micro_batches % world:

@@ -32,9 +32,10 @@ from trainer.weights.open import look_up
 
 
 class MicroBatches(Protocol):
-    """Yields this rank's micro-batches without end; each is the one argument of the objective.
+    """Yields this rank's micro-batches without end; each micro-batch is the only argument of the objective.
 
-    `next` raises LauncherError for data that cannot be read. If `is_leaving()`, it raises Abandoned instead of waiting.
+    `next` raises LauncherError for data that cannot be read. If `is_leaving()` is true, `next` raises Abandoned and
+    does not wait.
     """
 
     numbers: list[int]  # the numbers of this rank's micro-batches within a step
@@ -58,13 +59,13 @@ class Stage(abc.ABC):
 
     `settings` are the given ones with the values that this run determines: the micro-batch size that fits, the number
     of steps, the names of models. `model` is the network, `context` the length of the sequences in tokens. `schedule`
-    begins as that of the settings; trainer.loop.course puts in its place that of the run's course.
+    follows the settings until trainer.loop.course replaces it by the schedule of the run's course.
     """
 
     name: str  # in the ledger
     settings: TrainingConfig
     round_robin = False  # whether ranks take micro-batches in turn (trainer.optim.reduce)
-    measures_start = False  # whether the start is validated even without validations at intervals
+    measures_start = False  # whether step 0 is validated even if validations at intervals are off
     lengths_vary = False  # whether micro-batches differ in the length of their sequences
 
     def __init__(self, settings: TrainingConfig, model: ModelConfig, context: int, ranks: Ranks):
@@ -75,7 +76,8 @@ class Stage(abc.ABC):
         earlier = on_main(functools.partial(stored_config, settings.run.url), ranks)
         found = earlier["batch"]["micro_batch_size"] if earlier else None
         settings = sizing.with_micro_batch(settings, dataclasses.replace(model, context=context), found, ranks)
-        # This rank's share of a step's micro-batches. When overfitting, every rank computes the same single one.
+        # This rank's share of a step's micro-batches. When overfitting, every rank computes the same single
+        # micro-batch.
         self.share_rank, self.share_world = ranks.rank, ranks.world
         if settings.train.overfit:
             settings, model = sizing.one_micro_batch(settings, model, context)
@@ -86,12 +88,12 @@ class Stage(abc.ABC):
 
     @property
     def steps(self) -> int:
-        """The last step of the run, as far as it is known now; when overfitting, the most that it may take."""
+        """The last step of the run, as planned now; when overfitting, the largest number of steps allowed."""
         return self.schedule.end
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The settings and the model, as run.json and checkpoints store them."""
+        """The settings and the model in the form that run.json and checkpoints store."""
         return {**loader.to_dict(self.settings), "model": loader.to_dict(self.model)}
 
     @property
@@ -106,11 +108,11 @@ class Stage(abc.ABC):
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """A checksum of the training data."""
+        """A checksum that identifies the training data."""
 
     @property
     def flops_per_token(self) -> float | None:
-        """FLOPs per token for the MFU; None for a stage whose FLOPs are not counted."""
+        """FLOPs per token for the MFU, or None for a stage whose FLOPs are not counted."""
         return flops_per_token(dataclasses.replace(self.model, context=self.context))
 
     def build(self) -> GPT:
@@ -120,10 +122,16 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def fill(self, model: GPT, restored: Restored | None) -> None:
-        """Set the weights that no checkpoint of this run has restored: all weights in its first segment."""
+        """Set the weights that were not restored from a checkpoint of this run.
+
+        In the first segment, these are all weights.
+        """
 
     def describe(self, model: GPT) -> str:
-        """The chosen settings, and the numbers that follow from all of them, for the log."""
+        """A text for the log.
+
+        It holds the settings that differ from their defaults, and numbers that follow from the settings.
+        """
         settings = loader.describe(self.settings, f"all: {RunFolder(self.settings.run.url).description}")
         return "\n".join([settings, *self.describe_data(model), *self._batch_and_length()])
 
@@ -156,7 +164,7 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def objective(self, model: GPT, share: float) -> nn.Module:
-        """A module whose forward(micro_batch) is the loss, to be averaged over a step's micro-batches.
+        """A module whose forward(micro_batch) is the loss of a micro-batch. The loss of a step is the mean of these.
 
         Its backward pass gives the gradient of `share` times the loss.
         """
@@ -166,18 +174,18 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def validation(self) -> Validation | None:
-        """The measurement on validation data; None without such data."""
+        """The measurement on validation data, or None if there is no such data."""
 
     @property
     @abc.abstractmethod
     def data_url(self) -> str:
-        """The URL of the dataset, where evaluation sets are stored too; empty if there is none."""
+        """The URL of the dataset, where evaluation sets are stored too. It is empty if there is no dataset."""
 
     @abc.abstractmethod
     def read_vocabulary(self) -> Vocabulary:
         """On rank 0: the vocabulary at VOCAB_URL, else the one stored with the data or with the starting weights.
 
-        Raises ConfigError if there is none, DataError for another one than GPT-2's.
+        Raises ConfigError if there is none, DataError for any vocabulary except GPT-2's.
         """
 
     @functools.cached_property
@@ -204,7 +212,7 @@ class Stage(abc.ABC):
 
 
 def stored_config(run_url: str) -> Mapping[str, Any] | None:
-    """The config that the first segment of this run stored; None for a new run."""
+    """The config that the first segment of this run stored, or None for a new run."""
     try:
         return read_description(RunFolder(run_url))["config"]
     except ObjectNotFound:
@@ -214,8 +222,8 @@ def stored_config(run_url: str) -> Mapping[str, Any] | None:
 def lasting_name(given: str, run_url: str, section: str) -> str:
     """On rank 0: a name for the model `given` that refers to the same weights in every segment of a run.
 
-    The first segment stores this name in `section` of its config. Later segments use it again, even if the run that
-    `given` names has newer checkpoints by then.
+    The first segment stores this name in `section` of its config. Later segments use the stored name, even if the run
+    that `given` names has newer checkpoints by then.
     """
     if not public.is_public(given) and storage.is_local(given):
         given = str(storage.local_path(given).resolve())

@@ -70,7 +70,7 @@ class Tuning(Stage):
             settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=steps))
         super().__init__(settings, start.model, length, ranks)
         self.digest = ""  # checksum of the weights that adapters belong to
-        self._opened: TrainedModel | None = None  # the start, until `fill` has copied it
+        self._opened: TrainedModel | None = None  # the starting model, until `fill` has copied it
 
     @abc.abstractmethod
     def read(self, settings: Any, encoding, length: int) -> Examples:
@@ -99,7 +99,10 @@ class Tuning(Stage):
         return _vocabulary(self.start.where, self.settings.data.url)
 
     def check_stored(self) -> None:
-        """The start is opened here, because it may be damaged, and kept for `fill`."""
+        """The starting weights may be damaged, so they are opened here, before anything is written.
+
+        `fill` copies them later.
+        """
         if self.settings.lora.rank or not layout.complete_steps(self.settings.run.url):
             self._opened = open_weights(self.start.where, self.ranks.device)
 
@@ -126,7 +129,10 @@ class Tuning(Stage):
             lora.initialise(model, self.settings.train.seed)
 
     def _take_start(self, model: GPT, restored: Restored | None) -> str:
-        """On rank 0: copy all weights but adapters from the start. Returns their checksum if there are adapters."""
+        """On rank 0: copy all weights except adapters from the starting model.
+
+        If there are adapters, returns the checksum of these weights.
+        """
         start, self._opened = self._opened or open_weights(self.start.where, self.ranks.device), None
         weights = dict(start.model.named_parameters())
         with torch.no_grad():
@@ -166,7 +172,7 @@ class Tuning(Stage):
 
 
 def _start_of(settings: FinetuneConfig) -> Start:
-    """On rank 0: the weights that the run starts from. A continued run reads model and data from its own config."""
+    """On rank 0: the weights that the run starts from. A continued run reads model and data from its stored config."""
     where = lasting_name(settings.start.weights, settings.run.url, "start")
     earlier = stored_config(settings.run.url)
     if earlier and earlier.get("start", {}).get("weights") == where:
@@ -186,6 +192,6 @@ def _vocabulary(start: str, data_url: str) -> Vocabulary:
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The values on the device. The host does not wait until a GPU has them."""
+    """Copies the values to the device, without waiting for a GPU."""
     found = torch.from_numpy(values)
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)

@@ -3,7 +3,8 @@
     RUN_URL/answers/segment-000001/00000000-00000015.jsonl      a journal per segment (core.run.journal)
 
 The event `begun` is stored before a call, with the call's maximum cost. `answer`, `left_out` or `failed` is stored
-after it, with the actual cost. A call without a second event, from a killed process, counts at its maximum cost.
+after it, with the actual cost. If the process was killed during a call, the call has no second event. Such a call
+counts at its maximum cost.
 """
 
 import asyncio
@@ -72,23 +73,27 @@ def digest_of(messages: list[dict[str, str]]) -> str:
 
 @dataclass
 class StoredAnswers:
-    """Rows of the answers by key, reasons for the omitted answers by key, and the cost of all calls in dollars."""
+    """The stored answers.
+
+    `rows` holds a row for each answer, `left_out` the reason for each omitted answer, both by key. `usd` is the cost of
+    all calls.
+    """
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     usd: float = 0.0
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Adds the answer of an event, but not its cost."""
+        """Adds the answer of an event. The cost of the call is not added."""
         if event["event"] == "answer":
             self.rows[event["key"]] = event["row"]
-            self.left_out.pop(event["key"], None)  # an earlier call was declined, this one was answered
+            self.left_out.pop(event["key"], None)  # an earlier call was declined, and this one was answered
         elif event["event"] == "left_out":
             self.left_out[event["key"]] = event["why"]
 
 
 def read_answers(run_url: str) -> StoredAnswers:
-    """Reads the answers of all segments. Raises DataError if some, which were paid for, cannot be read."""
+    """Reads the answers of all segments. Raises DataError if an answer cannot be read, because it was paid for."""
     stored = StoredAnswers()
     folder = RunFolder(run_url).answers
     for segment in sorted(storage.list_names(folder)):
@@ -99,8 +104,8 @@ def read_answers(run_url: str) -> StoredAnswers:
         for number, event in enumerate(events):
             if not _is_event(event):
                 raise DataError(
-                    f"{storage.join(folder, segment)}: event {number} is not an answer of this program; restore it "
-                    "from a backup, or delete it to have its prompts asked again"
+                    f"{storage.join(folder, segment)}: event {number} is damaged or was not written by this "
+                    "program; restore this folder from a backup, or delete it to have its prompts asked again"
                 )
             if event["event"] == "begun":
                 open_calls[event["key"]] = event["usd"]
@@ -132,7 +137,10 @@ class AnswerLog:
         self._task: asyncio.Task | None = None
 
     async def put(self, event: Mapping[str, Any]) -> None:
-        """Returns when the event is stored. If the store is unavailable, it waits, so that no further call is made."""
+        """Returns when the event is stored.
+
+        While the store is unavailable, this method waits, so that no further call is made.
+        """
         self._journal.add(event)
         stored = asyncio.get_running_loop().create_future()
         self._waiting.append(stored)

@@ -1,7 +1,7 @@
 """Calls an OpenAI-compatible chat endpoint within a budget, and turns its failures into exceptions by their cause.
 
-The key from OPENAI_API_KEY goes into the Authorization header only. Without a key, the client sends none, as a local
-server expects.
+The key from OPENAI_API_KEY goes into the Authorization header only. If there is no key, the client sends no such
+header. Local servers need none.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ Messages = Sequence[dict[str, str]]
 class Reply:
     """An answer. `finish` is the endpoint's reason: stop, length, content_filter, ...
 
-    The numbers of tokens are None if the endpoint does not report them. `usd` is then the most that the call can cost.
+    If the endpoint does not report the numbers of tokens, they are None, and `usd` is the most that the call can cost.
     """
 
     text: str
@@ -83,7 +83,7 @@ class Budget:
         return self.usd(size + TOKENS_PER_MESSAGE, max_tokens)
 
     async def reserve(self, usd: float) -> bool:
-        """Waits until the budget has room for `usd`. Returns False if it has none when no call is in flight."""
+        """Waits until the budget has room for `usd`. Returns False if there is no room and no call is in flight."""
         async with self._changed:
             while self.max_usd and self.spent_usd + self._reserved + usd > self.max_usd:
                 if not self._reserved:
@@ -101,7 +101,7 @@ class Budget:
 
 
 def host_of(url: str) -> str:
-    """Host and port of a URL, without the user and password that may stand before them."""
+    """Host and port of a URL, without a user and password before them."""
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
@@ -133,7 +133,10 @@ class EndpointClient:
         await self._session.close()
 
     async def ask(self, messages: Messages) -> Reply:
-        """Asks once. Raises TransientError, RejectedPrompt, or a LauncherError if all calls would fail like this."""
+        """Sends one call.
+
+        Raises TransientError, RejectedPrompt, or a LauncherError if all calls would fail in this way.
+        """
         most = self._budget.usd_at_most(messages, self._synthesis.max_tokens)
         body = {"model": self._config.model, "messages": list(messages), **self.parameters}
         try:
@@ -179,7 +182,10 @@ class EndpointClient:
         raise ConfigError(f"{url}: {said}; {remedy}")
 
     def _remedy(self, refusal: refusals.Refusal) -> str:
-        """Advice on a refused setting, for a message. A setting that defines the run needs another run to change it."""
+        """Advice on a refused setting, for a message.
+
+        If the setting defines the run, another value of it needs another run.
+        """
         name, made = refusal.parameter, self._synthesis
         if name in ("temperature", "top_p"):
             value = getattr(made, name)
@@ -240,7 +246,7 @@ async def _content(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds to wait. The header has seconds or a date (RFC 9110, section 10.2.3)."""
+    """Seconds to wait, from the header Retry-After. It holds seconds or a date (RFC 9110, section 10.2.3)."""
     if not text:
         return None
     try:

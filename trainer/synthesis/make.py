@@ -31,8 +31,8 @@ from trainer.synthesis.endpoint import Budget, EndpointClient, RejectedPrompt, R
 log = logging.getLogger("distil")
 
 FIRST_PAUSE_SECONDS = 1.0
-GIVE_UP_AFTER = 5  # after so many prompts in a row without an answer, the endpoint is taken to be down
-# If so many prompts are refused for an unclear reason before the first answer, the prompts are not the reason.
+GIVE_UP_AFTER = 5  # after this many prompts in a row without an answer, the endpoint counts as down
+# If this many prompts are refused for an unclear reason before the first answer, the reason is not in the prompts.
 REFUSED_AT_FIRST = 20
 DECLINED = "declined"
 SCHEMA = "conversations"
@@ -86,7 +86,7 @@ class Maker:
         self._segment = segment
         self.budget = Budget(settings.budget, stored.usd)
         self._given_up: list[str] = []
-        self._unclear: dict[str, str] = {}  # refused keys → the reason, which may concern all prompts
+        self._unclear: dict[str, str] = {}  # keys of refused prompts, with the reason, which may concern all prompts
         self._warned_of_usage = False
         self._failing = 0
         self._out_of_money = self._capped = self._asked_to_stop = False
@@ -155,7 +155,10 @@ class Maker:
         )
 
     async def _decide_unclear(self) -> None:
-        """Leaves out the refused prompts once an answer shows that the parameters are not the reason."""
+        """Decides about refusals that may concern all prompts.
+
+        If another prompt got an answer, the parameters are not the reason, and the refused prompts are left out.
+        """
         if self._stored.rows:
             for key in self._unclear:
                 await self._settle(0.0, {"event": "left_out", "key": key, "why": DECLINED, "usd": 0.0})
@@ -170,7 +173,7 @@ class Maker:
                     yield key, prompt
 
     def _stop(self) -> None:
-        log.warning("stopping: waiting for calls in flight")
+        log.warning("stopping after the calls in flight")
         self._asked_to_stop = True
 
     @property
@@ -191,7 +194,10 @@ class Maker:
             bar.advance(1)
 
     async def _answer(self, client: EndpointClient, key: str, prompt: Prompt) -> None:
-        """Stores one answer, or the reason for its omission, or gives up on it until the next start."""
+        """Gets and stores one answer, or the reason why it is omitted.
+
+        After too many failures, the answer is given up until the next start.
+        """
         system = [{"role": "system", "content": self._settings.make.system}] if self._settings.make.system else []
         messages = [*system, *prompt.messages]
         most = self.budget.usd_at_most(messages, self._settings.make.max_tokens)
@@ -245,7 +251,7 @@ class Maker:
         await self.budget.settle(reserved, event["usd"])
 
     async def _pause(self, attempt: int, after_seconds: float | None) -> None:
-        """Waits as long as the endpoint asks, else with exponential backoff and jitter."""
+        """Waits as long as the endpoint asks. If it does not ask, the wait has exponential backoff and jitter."""
         longest = self._settings.endpoint.max_wait_seconds
         backoff = FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0)
         deadline = time.monotonic() + min(longest, backoff if after_seconds is None else after_seconds)

@@ -1,8 +1,8 @@
 """Sorts the refusals of an endpoint by the status and the body of its response.
 
-Endpoints use the same status differently: with 403, one says that a prompt is flagged, another that the key is wrong.
-The body shows whether a refusal concerns one prompt (it is left out), all prompts (the program stops) or only the
-moment (the call is repeated).
+Endpoints use the same status differently: 403 means a flagged prompt at one endpoint and a wrong key at another. The
+body shows whether a refusal concerns one prompt (it is left out), all prompts (the program stops) or only the moment
+(the call is repeated).
 """
 
 import json
@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from core import secrets
 
-# again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters are refused. setting: a
-# parameter is refused that every call has. credit: the account is empty. key, address: OPENAI_API_KEY or endpoint.url.
+# The kinds of refusals. again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters
+# are refused. setting: a parameter is refused that every call has. credit: the account is empty. key, address:
+# OPENAI_API_KEY or endpoint.url.
 Kind = Literal["again", "prompt", "unclear", "setting", "credit", "key", "address"]
 
 _RETRIED = (408, 409, 425, 429)
@@ -97,7 +98,7 @@ def sort(status: int, data: bytes, sent: Mapping[str, Any]) -> Refusal:
 
 
 def status_within(document: Any) -> int | None:
-    """The status of an error that came as an answer with status 200, as gateways send it; None for other answers."""
+    """The status of an error that a gateway sends as an answer with status 200, or None for other answers."""
     error = document.get("error") if isinstance(document, dict) else None
     if not error or document.get("choices"):
         return None
@@ -114,7 +115,10 @@ def _is_moderation(body: _Body) -> bool:
 
 
 def _parameter(body: _Body, sent: Mapping[str, Any]) -> str:
-    """The parameter of our call that the endpoint names in its error; empty if it names none."""
+    """The parameter of our call that the endpoint names in its error.
+
+    It is empty if the endpoint names no parameter.
+    """
     for named in body.parameters:
         if named in sent and named != "messages":
             return named
@@ -132,7 +136,7 @@ def _limit_of(sent: Mapping[str, Any]) -> str:
 
 
 def _read(data: bytes) -> _Body:
-    """Codes, parameters and messages of an error in any known form. Text that echoes the prompt is ignored."""
+    """Codes, parameters and messages of an error in any known format. Text that repeats the prompt is ignored."""
     text = data.decode(errors="replace")
     try:
         document = json.loads(text)

@@ -27,7 +27,10 @@ POINTS = 12  # number of rows in the table of losses
 
 @dataclass
 class Facts:
-    """Records of a run about one of its checkpoints. `spent_usd` is None if a price or a time is not known."""
+    """The facts that a run has recorded about one of its checkpoints.
+
+    `spent_usd` is None if a price or a time is not known.
+    """
 
     train: list[tuple[int, float]] = field(default_factory=list)  # step, loss
     validation: list[tuple[int, float]] = field(default_factory=list)
@@ -39,7 +42,10 @@ class Facts:
 
 
 def gather(trained: TrainedModel, evaluations: Sequence[Mapping[str, Any]]) -> Facts:
-    """Reads the run's metrics, data manifest and ledger. A model without a run has no facts but its `evaluations`."""
+    """Reads the run's metrics, data manifest and ledger.
+
+    If the model has no run, its `evaluations` are the only facts.
+    """
     facts = Facts(evaluations=evaluations)
     if not trained.run_url:
         return facts
@@ -182,7 +188,7 @@ def _cost(trained: TrainedModel, facts: Facts) -> str:
 
 
 def thinned(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` evenly spaced values, including the last one."""
+    """At most `count` of the values, evenly spaced. The last value is always among them."""
     if len(values) <= count:
         return list(values)
     return [values[(index + 1) * len(values) // count - 1] for index in range(count)]

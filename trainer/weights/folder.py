@@ -44,7 +44,7 @@ def is_folder(where: str) -> bool:
 
 
 def refuse_file(where: str) -> None:
-    """Raises CheckpointError for a file in place of a model's folder, and for a folder whose weights are pickles."""
+    """Raises CheckpointError if `where` is a file, and for a folder whose weights are pickles."""
     path = where.rstrip("/")
     if path.lower().endswith(".safetensors"):
         raise CheckpointError(f"{where}: is a file; give its folder, with {CONFIG} and {WEIGHTS}")
@@ -103,7 +103,7 @@ def read_tensors(folder: str) -> dict[str, torch.Tensor]:
         index = _json(storage.join(folder, INDEX)) if storage.exists(storage.join(folder, INDEX)) else None
         names = sorted(set(index["weight_map"].values())) if index else [WEIGHTS]
         if not all(untrusted.mistake_in_name(name) is None and name.endswith(".safetensors") for name in names):
-            raise ValueError("a name that is no safetensors file of the folder")
+            raise ValueError("a name that is not a safetensors file of the folder")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {INDEX} is not an index of weights; copy the model again") from error
     tensors = {}
@@ -139,7 +139,7 @@ def vocabulary_of(folder: str) -> Vocabulary:
 
 
 def chat_template_of(folder: str) -> str:
-    """The chat template (Jinja) of the model's tokenizer; empty if it has none."""
+    """The chat template (Jinja) of the model's tokenizer. It is empty if the tokenizer has none."""
     uri = storage.join(folder, TOKENIZER_CONFIG)
     template = _json(uri).get("chat_template") if storage.exists(uri) else None
     return template if isinstance(template, str) else ""
@@ -158,7 +158,7 @@ def _json(uri: str) -> dict[str, Any]:
 
 
 def check_publishable(where: str) -> None:
-    """Raises ConfigError for an address or a key that cannot work, before anything is computed."""
+    """Called before any computation. Raises ConfigError for an address or a key that cannot work."""
     if where.lower().startswith("hf:"):
         if not HUB_REPOSITORY.match(where):
             raise ConfigError(f"publish: {where} is not of the form hf:OWNER/NAME")
@@ -178,7 +178,7 @@ def check_empty(where: str) -> None:
 def store(folder: Path, where: str, resumes: bool = False) -> None:
     """Copies a local folder to a URL. Raises ConfigError if the URL holds objects, unless it `resumes` such a copy.
 
-    config.json is written last: a reader that finds it finds all other files.
+    config.json is written last, so a reader that finds it also finds all other files.
     """
     if not resumes:
         check_empty(where)

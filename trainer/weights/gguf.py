@@ -1,7 +1,7 @@
 """Writes one GGUF file for llama.cpp and compatible programs, with the `gguf` library (pip install gguf).
 
-These programs support GPT-2 and Llama only. For rotary positions they rotate adjacent dimensions (2i, 2i+1) instead of
-dimensions half a head apart, so the rows of a Llama's queries and keys are reordered.
+These programs support GPT-2 and Llama only. For rotary positions, these programs rotate adjacent dimensions (2i, 2i+1).
+Our models rotate dimensions that are half a head apart, so the rows of a Llama's queries and keys are reordered.
 """
 
 from pathlib import Path

@@ -130,7 +130,7 @@ def document_of(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def config_of(document: Mapping[str, Any], where: str) -> ModelConfig:
-    """Settings of the model that a config.json describes. Raises CheckpointError for an unsupported one."""
+    """Settings of the model that a config.json describes. Raises CheckpointError for an unsupported model."""
     kind = document.get("model_type")
     readers = {"gpt2": _gpt2_config, "llama": _llama_config, OWN: _own_config}
     if kind not in readers:
@@ -263,7 +263,10 @@ def _without_wrappers(tensors: Tensors, where: str) -> dict[str, torch.Tensor]:
 
 
 def _tied_once(config: ModelConfig, tensors: Tensors, *embeddings: str) -> dict[str, torch.Tensor]:
-    """The tensors, with a tied embedding under one name only. Some files store it twice, or only as the head."""
+    """The tensors, with a tied embedding under one name only.
+
+    Some files store it under two names, or only under the head's name.
+    """
     left = dict(tensors)
     if config.tie_embeddings and "lm_head.weight" in left:
         head = left.pop("lm_head.weight")
@@ -308,4 +311,4 @@ def _from_llama(config: ModelConfig, tensors: Tensors, where: str) -> dict[str, 
                     found[f"h.{layer}.{ours}.{what}"] = torch.cat(pieces)
     except KeyError as error:
         raise CheckpointError(f"{where}: lacks the tensor {error.args[0]}") from error
-    return found | left  # the caller reports leftovers, which match no weight of the model
+    return found | left  # `left` holds tensors that match no weight of the model; the caller reports them

@@ -129,7 +129,8 @@ class PretrainLauncherForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, labels=None, **_):
         """Computes logits of the new positions, and their loss against `labels` (shifted here; -100 is ignored).
 
-        `attention_mask` (B, S) may exclude padding on the left. With `past_key_values`, the tokens follow those in it.
+        `attention_mask` (B, S) may exclude padding on the left. If `past_key_values` is given, the tokens follow the
+        cached tokens.
         """
         choices = self.config.choices
         B, T = input_ids.shape

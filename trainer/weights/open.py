@@ -95,7 +95,10 @@ def vocabulary_at(name: str, homes: Sequence[str | None], folder: str | None = N
 
 
 def look_up(where: str) -> tuple[str, Mapping[str, Any]]:
-    """(name, state) of a model. The name refers to the same weights forever: a run's newest checkpoint, not the run."""
+    """The pair (name, state) of a model.
+
+    The name refers to the same weights forever: for a run, it is the name of its newest checkpoint.
+    """
     public.refuse_file(where)
     if public.is_public(where) or public.is_folder(where):
         return where, {"config": {"model": to_dict(public.read_config(public.resolve(where))[1])}}
@@ -140,7 +143,7 @@ def _opened_start(state: Mapping[str, Any], place: str, above: tuple[str, ...], 
     """The model that the adapters of the checkpoint at `place` belong to."""
     start = state.get("start")
     if not isinstance(start, str) or place in above:
-        raise CheckpointError(f"{place}: its adapters belong to {start!r}, which is no other model")
+        raise CheckpointError(f"{place}: its adapters belong to {start!r}, which is not another model")
     return open_weights(start, device, (*above, place)).model
 
 
@@ -152,7 +155,7 @@ def _attach(model: GPT, settings: Any, place: str) -> None:
 
 
 def _check_size(config: ModelConfig, size: int, place: str) -> None:
-    """Raises CheckpointError for a model that files of `size` bytes cannot hold, before memory is taken for it."""
+    """Called before memory is allocated. Raises CheckpointError for a model that files of `size` bytes cannot hold."""
     if parameters(config) > size:
         raise CheckpointError(
             f"{place}: describes a model of {parameters(config):,} parameters, which its files of {size:,} bytes do "
@@ -161,7 +164,7 @@ def _check_size(config: ModelConfig, size: int, place: str) -> None:
 
 
 def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
-    """The run's URL and the manifest of its newest complete checkpoint, or of the one that `where` names."""
+    """The run's URL, and the manifest of its newest complete checkpoint or of the checkpoint that `where` names."""
     if best := _BEST.match(where):
         where = _best(best["run"])
     match = _STEP.match(where)
@@ -176,7 +179,10 @@ def _checkpoint(where: str) -> tuple[str, layout.CheckpointManifest]:
 
 
 def _best(run_url: str) -> str:
-    """The URL of the complete checkpoint with the lowest validation loss. Raises CheckpointError if none has one."""
+    """The URL of the complete checkpoint with the lowest validation loss.
+
+    Raises CheckpointError if no checkpoint has a loss.
+    """
     complete = layout.complete_steps(run_url)
     has_metrics = bool(complete and RunFolder(run_url).segment_numbers())
     points = read_run(run_url, Detail.ALL).points("eval") if has_metrics else []
@@ -237,7 +243,7 @@ def _fill(parameters: Mapping[str, torch.Tensor], run_url: str, manifest: layout
 
     def read(file: layout.PayloadFile) -> dict[str, torch.Tensor]:
         blocks = read_blocks(folder, file)
-        # Copy the blocks: each is a view that would keep the whole file in memory, with the optimizer's state.
+        # Copy the blocks. A block is a view and would keep the whole file in memory, including the optimizer's state.
         return {key: values.clone() for key, values in blocks.items() if key.startswith("model.")}
 
     with ThreadPoolExecutor(READERS) as pool:

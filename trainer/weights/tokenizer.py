@@ -3,6 +3,7 @@
 All of them are computed from the ranks of the tokens, so an export needs no download.
 """
 
+import functools
 import json
 from typing import Any
 
@@ -67,15 +68,16 @@ def files(vocabulary: Vocabulary, context: int, chat_template: str = "") -> dict
     }
 
 
+@functools.lru_cache(maxsize=1)
 def merges_of(vocabulary: Vocabulary) -> list[str]:
-    """Lines of merges.txt in order of rank."""
+    """Lines of merges.txt in order of rank. To recover them takes a second."""
     return [" ".join(map(shown, pair)) for pair in recover_merges(vocabulary.ranks)]
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Recovers the pair that was merged into each token, in order of rank. Single bytes have none.
 
-    Merging a token's bytes with the merges of lower rank alone leaves exactly two parts, its pair.
+    If the bytes of a token are merged with the merges of lower rank only, exactly two parts remain. These are its pair.
     """
     found = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

@@ -1,0 +1,23 @@
+"""Modules that are slow to import, imported when a test first uses them: each worker collects all files.
+
+transformers = Later("transformers")
+"""
+
+import importlib
+from typing import Any
+
+
+class Later:
+    """Has the attributes of a module."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        """For monkeypatch."""
+        if attribute == "_name":
+            return super().__setattr__(attribute, value)
+        setattr(importlib.import_module(self._name), attribute, value)
