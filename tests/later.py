@@ -1,6 +1,6 @@
 """Modules that are slow to import, imported when a test first uses them: each worker collects all files.
 
-transformers = Later("transformers")
+    transformers = Later("transformers")
 """
 
 import importlib
@@ -15,9 +15,3 @@ class Later:
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(importlib.import_module(self._name), attribute)
-
-    def __setattr__(self, attribute: str, value: Any) -> None:
-        """For monkeypatch."""
-        if attribute == "_name":
-            return super().__setattr__(attribute, value)
-        setattr(importlib.import_module(self._name), attribute, value)

@@ -57,7 +57,7 @@ def test_repeats_differ_and_do_not_depend_on_the_ranks(opened, ranks, monkeypatc
         parts.append(mine)
         return [{number: "" for number in range(24)}, mine]
 
-    monkeypatch.setattr(harness, "gather_objects", gather)
+    monkeypatch.setattr("trainer.evals.harness.gather_objects", gather)
     for rank in range(3):
         answers(opened, dataclasses.replace(ranks, rank=rank, world=3), requests)
     together = {number: text for part in parts for number, text in part.items()}
