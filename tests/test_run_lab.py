@@ -69,6 +69,10 @@ class Money:
         for machine in self.lab.machines(self.task, self.began_at, ended=False):
             self.lab.control("preempt-id", machine["id"])
 
+    def segments(self) -> list[dict]:
+        """Of the training. The report also has lines for the machines of the other stages."""
+        return [each for each in self.lab.report(self.run)["segments"] if each["end"] != "no ledger"]
+
     def course(self) -> list[str]:
         return self.lab.objects(f"{self.folder}/course")
 
@@ -78,7 +82,7 @@ class Money:
         print(self.said)
         assert "config.json" in "".join(self.lab.objects(f"{self.folder}/exports"))
         assert "000001.json" in self.course()
-        assert self.lab.report(self.run)["segments"][-1]["end"] == "finished"
+        assert self.segments()[-1]["end"] == "finished"
         for name in (self.task, *STAGES):
             wait(f"no {name}", lambda name=name: not self.lab.machines(name, self.began_at, ended=False), GONE_SECONDS)
 
@@ -118,7 +122,7 @@ def test_a_sum_on_spot_survives_two_preemptions_one_during_the_cooldown(lab, tmp
     money.preempt()
     money.finishes(command)
     assert "training: sky/pretrain-8xa100-spot.yaml" in money.said
-    assert len(lab.report(money.run)["segments"]) == 3
+    assert len(money.segments()) == 3
     assert money.bill(USD_PER_HOUR) <= money.usd
 
 
@@ -130,6 +134,5 @@ def test_a_price_that_doubles_shortens_the_training_and_not_the_annealing(lab, t
     wait("a step", lambda: lab.step(money.run) > 0)
     money.preempt()
     money.finishes(money.start(2 * USD_PER_HOUR))
-    segments = lab.report(money.run)["segments"]
-    assert [each["usd_per_hour"] for each in segments] == [USD_PER_HOUR, 2 * USD_PER_HOUR]
+    assert [each["usd_per_hour"] for each in money.segments()] == [USD_PER_HOUR, 2 * USD_PER_HOUR]
     assert money.bill(USD_PER_HOUR, 2 * USD_PER_HOUR) <= money.usd
