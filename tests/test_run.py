@@ -358,7 +358,7 @@ def a_damaged_budget(machines: Machines, monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("given", "kind", "said"),
     [
-        (no_cloud, ConfigError, r"no cloud has credentials on this computer \(.*see by `make plan` what the sum"),
+        (no_cloud, ConfigError, r"no cloud has credentials on this computer \(.*run `make plan` to see what the sum"),
         (another_vocabulary, DataError, "holds tokens of the vocabulary 'llama', but the models of a plan read 'gpt2'"),
         (another_sum, ConfigError, r"USD is 30, but .* has begun with \$20; to spend more on it give ADD_USD=10"),
         (a_run_by_hand, ConfigError, "holds a run that `make run` has not begun; give another RUN"),
