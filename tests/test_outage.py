@@ -60,7 +60,7 @@ def test_a_store_that_stays_away_ends_training_with_a_code_of_its_own(pretrained
     assert int(file.read_text()) == NO_STORAGE
     said = re.search(
         r"stopped at step (\d+) of 1000000, because .* has taken nothing for .* \(.*is a link to .*\); the newest "
-        r"stored step is (\d+), and the work of (\d+) steps is lost; mend the store",
+        r"stored step is (\d+), and the work of (\d+) steps is lost; repair the store",
         output,
     )
     assert said, output
@@ -78,7 +78,7 @@ def test_a_store_that_comes_back_in_time_loses_nothing(pretrained, place):
     output = ""
     for line in process.stdout:
         output += line
-        if "training stops, and step" in line:
+        if "training stops, and saving step" in line:
             place.give_back()
     assert process.wait(PATIENCE_SECONDS) == NO_STORAGE, output
     reached = int(re.search(r"stopped at step (\d+) of .*; that step is stored after all", output)[1])
