@@ -1,6 +1,6 @@
 """Modules that are slow to import, imported when a test first uses them: each worker collects all files.
 
-    transformers = Later("transformers")
+transformers = Later("transformers")
 """
 
 import importlib
