@@ -198,7 +198,7 @@ def show_rest(launch: Launch) -> None:
 def _sky(arguments: list[str]) -> None:
     _say(f"$ sky {' '.join(arguments)}")
     command = [skypilot.find_sky(), *arguments]
-    # The command gets a separate session. In this session, a second Ctrl-C would end the command too.
+    # The terminal sends Ctrl-C to a process group. In another group, the command survives a second Ctrl-C.
     done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=COMMAND_SECONDS, start_new_session=True)
     if done.returncode:
         raise ConfigError(f"`sky {' '.join(arguments)}` ended with {done.returncode}")

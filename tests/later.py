@@ -1,7 +1,4 @@
-"""Modules that are slow to import, imported when a test first uses them: each worker collects all files.
-
-transformers = Later("transformers")
-"""
+"""Imports modules that are slow to import when a test first uses them, because each worker collects all files."""
 
 import importlib
 from typing import Any

@@ -119,8 +119,7 @@ _HUMAN = re.compile(r"\n\n(Human|Assistant):")
 # Columns of whole conversations, and of a system text.
 _WHOLE = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
-# Column of the question → possible columns of the answer. The rows are for Alpaca and Dolly, for question sets, and for
-# OpenAI's older format.
+# Column of the question → columns of the answer: for Alpaca and Dolly, question sets, and OpenAI's older format.
 _ANSWERS = {
     "instruction": ("output", "response"),
     "question": ("answer", "response", "output"),
@@ -345,8 +344,7 @@ def _whole_texts(row: dict[str, Any]) -> list[list[dict[str, str]]]:
         raise ValueError(f"has no prompt; if one of {', '.join(others)} holds it, rename that column to `prompt`")
     same = next((at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other), None)
     same = min(len(chosen), len(rejected)) if same is None else same
-    # The prompt ends at a white space, so that no word is cut in two.
-    end = max(chosen.rfind(space, 0, same) for space in " \n\t")
+    end = max(chosen.rfind(space, 0, same) for space in " \n\t")  # at a white space, so that no word is cut in two
     if end < 1 or not chosen[:end].strip():
         raise ValueError("has no prompt: `chosen` and `rejected` are texts that do not begin alike")
     return [[_message("user", text[:end]), _message("assistant", text[end:].lstrip())] for text in texts]

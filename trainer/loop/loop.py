@@ -52,8 +52,7 @@ from trainer.stages.stage import MicroBatches, Stage
 
 log = logging.getLogger("train")
 
-# The longest time in seconds that a single attempt to store may take. It is added to the time limit for storing the
-# last step.
+# Seconds that a single attempt to store may take. They are added to the time limit for storing the last step.
 TRY_SECONDS = 300.0
 OTHER_RANK = "reported by rank"
 
@@ -95,15 +94,13 @@ class Loop:
         profiled = self.settings.train.profile
         self.profiler = StepProfiler(profiled, self.settings.run.url, self.segment.number, self.ranks)
         self.unread: StepNumbers | None = None  # the step that was launched last
-        # Seconds of the newest step that was read: with its wait, and without.
-        self.step_seconds = self.work_seconds = 0.0
+        self.step_seconds = self.work_seconds = 0.0  # of the newest step that was read, with and without its wait
         self.forward_seconds = 0.0
 
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, StopRequest | None]:
         """Returns the step that was reached, which is saved, and the request that ended the run, if any.
 
-        `measured` holds the kinds of metrics that `first_step` already has. Other kinds that are due at `first_step`
-        are measured first.
+        `measured` holds the kinds of metrics that `first_step` already has. Other kinds that are due come first.
         """
         self.first_step = step = first_step
         if step == 0:
@@ -163,26 +160,19 @@ class Loop:
                 self._read()  # when overfitting, the loss decides whether this was the last step
 
     def _step(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> None:
-        """Launch an optimizer step, then read the numbers of the step before it.
-
-        Raises TrainingError as `_report` does.
-        """
+        """Launch a step, then read the numbers of the step before it. Raises TrainingError as `_report` does."""
         before, self.unread = self.unread, self._launch(step, micro_batches, waited)
         if before:
             self._report(before)
 
     def _launch(self, step: int, micro_batches: list[Any], waited: DeviceClock) -> StepNumbers:
-        """Launch one optimizer step. The host does not wait for its end.
-
-        The weights change only if all numbers are finite.
-        """
+        """Launch one optimizer step without waiting for it. The weights change only if all numbers are finite."""
         train, optimizer, device = self.settings.train, self.settings.optimizer, self.ranks.device
         forward, whole = DeviceClock(device), DeviceClock(device)
         with whole:
             norms = StepNorms(self.model) if train.norms_every and step % train.norms_every == 0 else None
 
-            # 1. Forward and backward pass of each micro-batch. The ranks exchange gradients during the last backward
-            # pass.
+            # 1. Forward and backward pass of each micro-batch. The last backward pass also exchanges the gradients.
             losses = []
             self.reducer.reset()
             for index, (number, micro_batch) in enumerate(zip(self.batches.numbers, micro_batches, strict=True)):
@@ -245,10 +235,7 @@ class Loop:
         return step == self.stage.steps or is_overfitted(self.settings.train, self.last_loss)
 
     def _fetch(self) -> list[Any] | LauncherError:
-        """This rank's micro-batches of the next step, or the error that reading them raised.
-
-        The list is empty after a request to stop.
-        """
+        """This rank's micro-batches of the next step, or the error that reading raised; [] after a request to stop."""
         if self.repeated:
             return self.repeated
         try:
@@ -264,9 +251,8 @@ class Loop:
     def _exchange(self, step: int, fetched: list[Any] | LauncherError) -> tuple[StopRequest | None, bool]:
         """Exchange requests and failures between all ranks. Returns the request to stop, if any, and whether to save.
 
-        Raises an error if a rank failed. If one rank cannot read its data and another rank was asked to stop, this is
-        treated as a request to stop: all ranks save. A change of course that rank 0 has decided and stored applies to
-        the next step on all ranks.
+        Raises an error if a rank failed. If one rank cannot read its data and another was asked to stop, all ranks save
+        and stop. A change of course that rank 0 has decided and stored applies to the next step on all ranks.
         """
         change = self.annealer.decide(step) if self.ranks.is_main else None
         failure = self.saver.taken_over or self.saver.stuck or self.annealer.failure
@@ -342,10 +328,7 @@ class Loop:
                 log.info("step %d is saved", step)
 
     def _keep_best(self, step: int, is_saved: bool) -> None:
-        """Keep the checkpoint with the lowest validation loss so far.
-
-        If `step` has the lowest loss and no checkpoint, save it.
-        """
+        """Keep the checkpoint with the lowest validation loss so far. Save `step` first if it is this checkpoint."""
         best = self.evaluator.best
         if best and self.settings.checkpoint.keep_best:
             self.saver.best_step = best[0]
@@ -369,10 +352,7 @@ class Loop:
             self.requests.request_stop("storage", why)
 
     def _state(self, step: int) -> dict:
-        """The state that a checkpoint stores besides tensors.
-
-        Random numbers are computed from the number of the step, so they need no stored state.
-        """
+        """The state that a checkpoint stores besides tensors. Random numbers follow from the step and need no state."""
         # A resumed overfitting run needs the loss to know whether it has ended.
         loss = {"loss": self.last_loss} if self.settings.train.overfit else {}
         return {

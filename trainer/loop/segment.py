@@ -70,9 +70,7 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
 
     `fetched` is the early fetch of the newest checkpoint, which began before torch was imported.
     """
-    # The main programs have called this function already; the call is for other callers, and a second call does
-    # nothing.
-    stop.listen()
+    stop.listen()  # for callers other than the main programs, which have called it; a second call does nothing
     ranks = None
     try:
         ranks = process_group.start(settings.train.device)
@@ -86,8 +84,7 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
             return FAILED
         error = determinism_refusal(error) or error
         if ranks and isinstance(error, LauncherError) and not process_group.is_first_to_say(str(error), ranks):
-            # Wait here: if this rank ended sooner, torchrun could kill the rank that still has to report the error.
-            time.sleep(process_group.SAYING_SECONDS)
+            time.sleep(process_group.SAYING_SECONDS)  # else torchrun could kill the rank that reports the error
             return FAILED
         raise error
     finally:
@@ -95,8 +92,7 @@ def run_segment(stage_class: StageClass, settings: TrainingConfig, fetched: Earl
 
 
 def _run(stage_class: StageClass, settings: TrainingConfig, ranks: Ranks, fetched: EarlyFetch | None) -> int:
-    # 1. From here on, a signal is a request to stop. The code below also starts to watch the machine's provider and the
-    # cap.
+    # 1. From here on, a signal is a request to stop. The watch of the machine's provider and of the cap starts below.
     requests = StopRequests(hurry=stop.ask)
     stop.inform(requests.on_signal)
 
@@ -370,8 +366,7 @@ def set_up_determinism(train: TrainLoopConfig, device: torch.device, environment
             "train.deterministic=false"
         )
     torch.use_deterministic_algorithms(True)
-    # In deterministic mode torch would fill new tensors. This costs memory bandwidth and is not needed: no tensor is
-    # read here before it is written.
+    # torch would fill new tensors, which costs memory bandwidth. No tensor is read here before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
