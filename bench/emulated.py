@@ -80,8 +80,8 @@ class Bench:
         (self.scratch / "check.log").write_text(found.stdout + found.stderr)
         kill(self.home)
         with contextlib.closing(sqlite3.connect(self.home / ".sky/state.db")) as database:
-            # `~/.sky/user_hash` gives each cell its own user. A server prefers the hash in its database, so that hash is
-            # deleted.
+            # `~/.sky/user_hash` gives each cell its own user. A server prefers the hash in its database, so that one
+            # is deleted.
             database.execute("DELETE FROM system_config WHERE config_key = 'server_user_hash'")
             database.commit()
 
