@@ -40,7 +40,7 @@ plan: $(PLAN_STAMP) ## show the best model, machine and tokens for USD=20; rents
 prices: $(LAUNCH_STAMP) ## update the price snapshot from SkyPilot's catalogs, and show the changes (DRY_RUN=1: show only)
 	@$(LAUNCH_PYTHON) -m launch.prices $(if $(value DRY_RUN),--dry-run)
 
-run: $(LAUNCH_STAMP) ## prepare, train, evaluate and export by the best plan for USD=20 (ADD_USD=10 RUN=… adds money)
+run: $(LAUNCH_STAMP) ## carry out the best plan for USD=20: prepare, train, evaluate, export (ADD_USD=10 RUN=… adds money)
 	@$(LAUNCH_PYTHON) -m launch.run $(if $(value ADD_USD),--add-usd=$(call typed,ADD_USD),--usd=$(call typed,USD)) \
 	  $(CONSTRAINTS) $(OPTIONS)
 
