@@ -81,7 +81,6 @@ def test_sigterm_saves_and_leaves_and_the_rest_follows(data_url: str, straight: 
     assert "the run had already reached its last step" in launching.train(1, *flags)
 
 
-@pytest.mark.slow
 def test_a_store_that_fails_one_request_in_ten_changes_nothing(s3, data_url: str, straight: str, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.faulty_proxy.HANG_SECONDS", 0.1)
     run_url = straight.replace("straight", "flaky")
@@ -205,7 +204,6 @@ def test_advice_on_a_batch_divides(tokens: int, size: int, world: int, advice: s
     assert sizing.accumulation(dataclasses.replace(batch, **{key: int(value)}), 32, world) >= 1
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_extended_as_the_message_says(data_url: str, straight: str):
     longer = ["--train.steps=18", "--train.sample_tokens=0"]
     flags = [f"--data.url={data_url}", *longer]
