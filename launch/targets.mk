@@ -111,7 +111,7 @@ chat: $(STAMP) ## chat on this computer with RUN's newest checkpoint in BUCKET, 
 status: $(LAUNCH_STAMP) ## list your running clusters, jobs and machines, and the dollars of RUN
 	@$(LAUNCH_PYTHON) -m launch.runs status sky/$(call typed,TASK).yaml
 
-logs: $(LAUNCH_STAMP) ## follow the newest job, or TASK's; FROM=bucket: show the output of all machines of RUN
+logs: $(LAUNCH_STAMP) ## follow the output of the newest job (TASK=…: of a task; FROM=bucket RUN=…: all output of a run)
 	@$(LAUNCH_PYTHON) -m launch.runs logs $(if $(filter bucket,$(value FROM)),--stored sky/$(call typed,TASK).yaml,\
 	  $(if $(filter file,$(origin TASK)),,sky/$(call typed,TASK).yaml))
 
@@ -125,7 +125,7 @@ $(LAUNCH_VENV)/bin/sky:
 down: | $(LAUNCH_VENV)/bin/sky ## end all your machines of this project, and show whether any is left (YES=1, ALL=1)
 	@$(LAUNCH_PYTHON) -m launch.down --down
 
-watch: $(LAUNCH_STAMP) ## until Ctrl-C, end each machine of yours that has no autostop after SWITCH_MINUTES=30
+watch: $(LAUNCH_STAMP) ## end each machine of yours that has no autostop after SWITCH_MINUTES=30; runs until Ctrl-C
 	@$(LAUNCH_PYTHON) -m launch.watch
 
 ##@ Images
