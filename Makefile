@@ -73,7 +73,7 @@ $(COVERAGE_STAMP): requirements/coverage.txt requirements/setup.sh
 	@$(SETUP) coverage .venv-coverage
 	@rm -f .venv-coverage/.installed-*; touch $@
 
-coverage: $(STAMP) $(COVERAGE_STAMP) ## print for each package which share of its lines the fast tests run
+coverage: $(STAMP) $(COVERAGE_STAMP) ## print the share of each package's lines that the fast tests run
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m tests.covered "$$(.venv-coverage/bin/python -c 'import site; print(site.getsitepackages()[0])')" \
 	  $(WORKERS) -m 'not slow and not gpu and not image and not lab'
 

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens", type=float, help="number of tokens to train on or to prepare; default: as the task's config says"
     )
-    parser.add_argument("--like", metavar="RUN_URL", help="take speed and overhead from a run of this project")
+    parser.add_argument("--like", metavar="RUN_URL", help="use the measured speed and overhead of this run")
     parser.add_argument(
         "--cap", type=float, metavar="USD", help="warn if the forecast exceeds this sum; default: the task's MAX_USD"
     )
