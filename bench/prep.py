@@ -64,7 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kind", choices=("parquet", "csv"), default="parquet", help="format of the source's files")
     parser.add_argument("--megabytes", type=int, default=300, help="size of the text in MB")
     parser.add_argument("--sides", default="ours,fineweb,map,read")
-    parser.add_argument("--encode", action="store_true", help="also measure encoding alone, from memory to memory")
+    parser.add_argument("--encode", action="store_true", help="also measure encoding alone, in memory")
     parser.add_argument(
         "--where", choices=("bucket", "folder"), default="bucket", help="kind of store for source and shards"
     )
