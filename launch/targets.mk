@@ -34,7 +34,7 @@ CONSTRAINTS = $(if $(value GPUS),--gpus=$(call typed,GPUS)) $(if $(value DEADLIN
 
 ##@ Spend a sum of dollars
 
-plan: $(PLAN_STAMP) ## show the best model, machine and tokens for USD=20, rent nothing (GPUS=…, SIZE=350M, CLOUD=lambda, DEADLINE=6h)
+plan: $(PLAN_STAMP) ## show the best model, machine and number of tokens for USD=20 (GPUS=…, SIZE=350M, CLOUD=lambda, DEADLINE=6h)
 	@$(dir $(PLAN_STAMP))bin/python cost_report.py plan --usd=$(call typed,USD) $(CONSTRAINTS)
 
 prices: $(LAUNCH_STAMP) ## update the price snapshot from SkyPilot's catalogs, and show the changes (DRY_RUN=1: show only)
