@@ -100,15 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         "cost_report.py estimate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", metavar="TASK.yaml", help="a SkyPilot task")
-    parser.add_argument("--gpus", metavar="NAME:COUNT", help="use these GPUs, not the task's; as in sky launch")
-    parser.add_argument("--num-nodes", metavar="NUMBER", help="use this number of nodes, not the task's")
-    parser.add_argument(
-        "--infra", metavar="CLOUD/REGION", help="show only offers of this cloud or region, as in sky launch"
-    )
+    parser.add_argument("--gpus", metavar="NAME:COUNT", help="use these GPUs instead of the task's")
+    parser.add_argument("--num-nodes", metavar="NUMBER", help="use this number of nodes instead of the task's")
+    parser.add_argument("--infra", metavar="CLOUD/REGION", help="show only offers of this cloud or region")
     parser.add_argument(
         "--tokens", type=float, help="number of tokens to train on or to prepare; default: as the task's config says"
     )
-    parser.add_argument("--like", metavar="RUN_URL", help="take speed and overhead from a run of this project")
+    parser.add_argument("--like", metavar="RUN_URL", help="use the measured speed and overhead of this run")
     parser.add_argument(
         "--cap", type=float, metavar="USD", help="warn if the forecast exceeds this sum; default: the task's MAX_USD"
     )

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RUN_URL",
-        help="take speed and overhead from this run; may be given several times",
+        help="use the measured speed and overhead of this run; repeatable",
     )
     add("--refuse-stale", metavar="DAYS", help="refuse prices that are older than this number of days, or have no date")
     add("--offline", action="store_true", help="use the price snapshot, and do not read the runs in BUCKET")
