@@ -29,7 +29,7 @@ class Mark:
     help: str
 
 
-# A report lists them in this order.
+# A report lists the phases in this order.
 PHASES = (
     Phase("provision", "launcher", "from the launch to the beginning of the ledger", "#707d91", "#9aa5b6"),
     Phase("setup", "ledger", "from machine start to program start", "#8d99ae", "#7f8ba0", is_preparation=True),

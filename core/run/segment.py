@@ -100,14 +100,15 @@ class SegmentLog:
             self.metrics.add({"kind": kind, "time": self.ledger.now(), **values})
 
     def outage(self) -> tuple[float, str]:
-        """The seconds since the store began to refuse events, and the error that it gave."""
+        """The seconds since the store began to refuse events, and the newest error of the store."""
         journals = [self.metrics, self.ledger and self.ledger.journal]
         return max(((each.failing_seconds, each.failure) for each in journals if each), default=(0.0, ""))
 
     def flush(self) -> bool:
-        """Store all events so far.
+        """Store all events so far. Returns whether this succeeded.
 
-        A checkpoint is marked as complete only afterwards, so time and metrics of its steps cannot be missing.
+        The trainer marks a checkpoint as complete only afterwards, so that time and metrics of its steps are not
+        missing.
         """
         return (not self.metrics or self.metrics.flush()) and (not self.ledger or self.ledger.flush())
 

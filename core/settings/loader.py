@@ -45,11 +45,11 @@ def setting(
 
     `env` names an environment variable, which overrides the default and the file. If `identity` is False, the setting
     may differ between the segments of a run, because it does not change the result. Examples are paths, intervals and
-    prices. `identity="unless default"` is for a new setting. Older runs do not name such a setting, and were made with
-    its default. `check` returns the problem of a text, or None (see `core.urls`); it is called for each item of a list.
-    `ge`, `gt`, `le` and `lt` bound a number, which must then be finite. A schema that derives from Bounded checks these
-    bounds. `replaces` names settings of the same section. If this setting is given, their values of lower precedence
-    are dropped (see `load`).
+    prices. `identity="unless default"` is for a setting that is newer than some runs. These runs do not name it, and
+    were made with its default. `check` returns the problem of a text, or None (see `core.urls`); it is called for each
+    item of a list. `ge`, `gt`, `le` and `lt` bound a number, which must then be finite. A schema that derives from
+    Bounded checks these bounds. `replaces` names settings of the same section. If this setting is given, a value of
+    those settings is dropped if its source has a lower precedence (see `load`).
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {"help": help, "env": env, "identity": identity, "check": check, "bounds": bounds, "replaces": replaces}
@@ -182,8 +182,8 @@ def load(schema: type[Schema], arguments: Sequence[str], environment: Mapping[st
 def peek(key: str, arguments: Sequence[str]) -> tuple[str, str] | None:
     """The value, as text, of a top-level setting in the flags or else in the YAML file, and the place where it was set.
 
-    None if it is not set. Programs read with it the setting that decides which schema to load. Raises ConfigError for a
-    file that cannot be read.
+    None if it is not set. Programs call this for the setting that decides which schema to load. Raises ConfigError for
+    a file that cannot be read.
     """
     for argument in reversed(arguments):
         if argument.startswith(f"--{key}="):
@@ -226,7 +226,7 @@ def to_yaml(config: Any) -> str:
 def describe(config: Any, others: str) -> str:
     """The settings that differ from their defaults, a line per section.
 
-    `others` is a text on where to find the other settings.
+    `others` is a text that says where the other settings can be found.
     """
     known = dict(_walk(type(config)))
     sections: dict[str, list[str]] = {}

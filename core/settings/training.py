@@ -28,7 +28,7 @@ class DataConfig(Bounded):
         check=urls.mistake_in_folder,
     )
     cache_gb: float = setting(20.0, "largest size of cache_dir in GB (10^9 bytes)", identity=False, gt=0)
-    shards_mixed: int = setting(4, "number of shards whose windows are mixed, and that are open at a time", ge=1)
+    shards_mixed: int = setting(4, "number of shards that are open at a time; their windows are mixed", ge=1)
     prefetch: int = setting(8, "approximate number of micro-batches prepared ahead", identity=False, ge=1)
 
     def __post_init__(self):
@@ -87,9 +87,9 @@ class OptimizerConfig(Bounded):
     )
     warmup_steps: int = setting(715, "steps of linear warm-up", ge=0)
     weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings; none for biases and norms", ge=0)
-    beta1: float = setting(0.9, "first-moment decay", ge=0, lt=1)
-    beta2: float = setting(0.95, "second-moment decay", ge=0, lt=1)
-    eps: float = setting(1e-8, "denominator term", gt=0)
+    beta1: float = setting(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
+    beta2: float = setting(0.95, "AdamW's decay of the second moment", ge=0, lt=1)
+    eps: float = setting(1e-8, "added to the denominator of AdamW's update", gt=0)
     muon_lr: float = setting(0.02, "peak learning rate of Muon", gt=0)
     muon_momentum: float = setting(0.95, "Muon's momentum", ge=0, lt=1)
     muon_weight_decay: float = setting(0.0, "Muon's decay", ge=0)
@@ -168,7 +168,7 @@ class TrainLoopConfig(Bounded):
     eval_every: int = setting(250, "steps between validation losses; 0: only at the end", identity=False, ge=0)
     eval_first: bool = setting(
         True,
-        "validate and sample before the first step too, if validations and samples at intervals are on",
+        "also validate and sample before the first step, if eval_every and sample_every are above 0",
         identity=False,
     )
     eval_tokens: int = setting(

@@ -1,7 +1,8 @@
 """Opens the store behind a URI, once per process, bucket and set of credentials.
 
-No other module distinguishes the schemes of URIs. store, key = opener.open_store("s3://bucket/runs/first/run.json") key
-is runs/first/run.json
+    store, key = opener.open_store("s3://bucket/runs/first/run.json")    # key is runs/first/run.json
+
+No other module chooses a store by the scheme of a URI.
 """
 
 import os
