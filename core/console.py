@@ -78,7 +78,7 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 class Progress:
-    """Shows progress up to `total`. On a terminal it is a bar. Elsewhere it is a line every `interval_seconds`."""
+    """Shows progress up to `total`: a bar on a terminal, or else a line every `interval_seconds`."""
 
     def __init__(self, title: str, total: float | None, unit: str, interval_seconds: float = 10.0):
         self.title = title

@@ -283,7 +283,7 @@ def _at_least(path: str, key: str, value: Any) -> tuple[float, bool] | None:
 
 
 def _workload(path: str, commands: str, envs: Mapping[str, str]) -> Workload:
-    """The workload of the first training program in the commands. If there is none, the first program counts."""
+    """The workload of the first training program in the commands. If there is none, the first program is used."""
     matches = list(_COMMAND.finditer(commands.replace("\\\n", " ")))
     programs = tuple(f"{match[1]}.{match[2]}" for match in matches)
     if not programs:

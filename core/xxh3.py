@@ -43,7 +43,7 @@ class NumpyXxh3:
 
     def __init__(self):
         self._sums = np.array([_P32[2], *_P64[:4], _P32[1], _P64[4], _P32[0]], np.uint64)
-        self._rest = b""  # the last summed stripe, and after it the input that is not summed yet, at most one block
+        self._rest = b""  # the last summed stripe, then at most one block of input that is not summed yet
         self._blocks = 0
 
     def update(self, data) -> None:
@@ -89,7 +89,7 @@ class NumpyXxh3:
 
 
 def _stripe_sums(words: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Each block's contribution to the eight sums: (blocks, 8), from words (blocks, stripes, 8), keys (stripes, 8)."""
+    """The share of each block in the sums. Shapes: words (blocks, stripes, 8), keys (stripes, 8), result (blocks, 8)."""
     keyed = words ^ keys
     products = (keyed & np.uint64(0xFFFFFFFF)) * (keyed >> np.uint64(32))
     neighbours = words.reshape(*words.shape[:2], 4, 2)[..., ::-1].reshape(words.shape)

@@ -83,7 +83,7 @@ def render(messages: Iterable[Mapping[str, Any]], encoding, add_generation_promp
 
 
 def text_of(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-    """The text that JINJA makes of a conversation. `render` returns its token ids. Raises DataError."""
+    """The text of a conversation, as JINJA makes it. `render` returns the token ids of this text. Raises DataError."""
     turns = [_checked(message, number) for number, message in enumerate(messages)]
     headed = [f"### {role.capitalize()}:\n{content}" for role, content in turns]
     return END_OF_TEXT + _SEPARATOR.join([*headed, "### Assistant:\n"] if add_generation_prompt else headed)
@@ -92,7 +92,7 @@ def text_of(messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool) 
 def is_tuned(state: Mapping[str, Any], where: str) -> bool:
     """Whether a checkpoint with this state was fine-tuned with this template.
 
-    Raises CheckpointError for another template.
+    Raises CheckpointError if it was fine-tuned with another template.
     """
     name = state.get(STATE_KEY)
     if name not in (None, NAME):

@@ -188,7 +188,7 @@ def preference_row(row: Any) -> dict[str, Any]:
 
 
 def conversation_prompt(row: Any) -> list[dict[str, str]]:
-    """The messages of a row of prompts, in `messages` or `prompt` (text or list). The last message is the user's.
+    """The messages of a prompt, from the column `messages` or `prompt` (text or list). The last one is the user's.
 
     Raises ValueError.
     """

@@ -27,7 +27,7 @@ HALF_AT = 1.2
 # Expected errors of a prediction, in nats (see `Law.error`). The record of bench.fit_loss shows the measurement of
 # KNOWN_RECIPE.
 KNOWN_RECIPE, KNOWN_CLASS, OUTSIDE, UNKNOWN_RECIPE = 0.015, 0.02, 0.04, 0.09
-LEAST_TOKENS = 1.6e9  # runs of fewer tokens count as outside of the data; the shortest fitted run has 1.41e9 tokens
+LEAST_TOKENS = 1.6e9  # a prediction for fewer tokens has the error OUTSIDE; the shortest fitted run has 1.41e9
 SIZE_TOLERANCE = 1.1  # a size counts as measured if it is within this factor of a measured size
 
 
@@ -73,7 +73,7 @@ class Law:
         return by["E"] + by["A"] * (non_embedding / 1e9) ** -by["a"] + by["B"] * effective ** -by["b"]
 
     def gain_of_tokens(self, seen: float, end: float) -> float:
-        """Nats by which the loss falls between two numbers of tokens, for a multiplier of 1. The size has no effect."""
+        """Nats by which the loss falls between two numbers of tokens if k is 1. The size of the model has no effect."""
         by = self.constants
         return by["B"] * ((seen / 1e9) ** -by["b"] - (end / 1e9) ** -by["b"])
 

@@ -5,8 +5,8 @@
     RUN_URL/budget/000001/outcome.json          loss and dollars, as expected and as measured; written at the end
     RUN_URL/budget/000002/plan.json             a later sum for the same run (ADD_USD)
 
-`make run` writes these objects from the user's computer. When it starts again, they show where it stopped. Objects are
-created exclusively, so that two commands for the same run do not launch it twice.
+`make run` writes these objects from the user's computer. If it is started again, it reads from them where it stopped.
+Objects are created exclusively, so that two commands for the same run do not launch the run twice.
 """
 
 import json

@@ -194,7 +194,8 @@ def segment_number(name: str) -> int | None:
 def open_run(folder: RunFolder, identity: Mapping[str, Any], config: Mapping[str, Any], data_fingerprint: str) -> bool:
     """Create the run, or check that the existing one has the same settings and data. Returns whether it was created.
 
-    `identity` holds the flat settings that define the result. Raises RunError, which names the different setting.
+    `identity` holds the settings that define the result, by dotted key. Raises RunError, which names a setting that
+    differs.
     """
     identity = without_keys(identity)
     document = {

@@ -73,7 +73,7 @@ class Segment:
     """One machine's part of a run, as its ledger and metrics describe it.
 
     `machine.usd_per_hour` is None unless it is a usable price. `metrics` holds records by kind, each with `step` and
-    `time`. `problems` are sentences for the reader.
+    `time`. `problems` are sentences for the user.
     """
 
     number: int
@@ -156,7 +156,7 @@ class Segment:
         return self.end is None and self.ended_at is not None and abs(now - self.ended_at) < SILENT_SECONDS
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds by the ledger's phases."""
+        """Seconds of the segment in each phase of the ledger."""
         found: dict[str, list[float]] = {}
         for span in self.spans:
             for name, seconds in span.phases.items():

@@ -151,7 +151,7 @@ def unrecorded(
 
 
 def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> Iterator[float]:
-    """Upper bounds of dollars outside of segments: of shutdowns after a segment, and of the controllers of jobs."""
+    """Upper bounds of dollars that are in no segment: for shutdowns after segments, and for controllers of jobs."""
     segments = list(segments)
     for each in found:
         if each.usd_per_hour and each.is_in(segments):
@@ -174,7 +174,7 @@ def read_all(folder: RunFolder, attempts: Iterable[str] | None = None) -> list[P
 def machines(folder: RunFolder, attempts: Iterable[str] | None = None) -> dict[str, Paid]:
     """The usable records of `attempts`, or of all attempts if none are named, by attempt. Raises StorageError."""
     names = sorted(storage.list_names(folder.machines)) if attempts is None else list(attempts)
-    if storage.is_local(folder.url):  # a local disk needs no threads, which hide the latency of requests
+    if storage.is_local(folder.url):  # threads hide the latency of requests, which a local disk does not have
         found = [_read(folder, name) for name in names]
     else:
         with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:

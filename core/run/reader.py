@@ -129,7 +129,7 @@ def read_money(run_url: str, ledgers: Objects) -> list[Segment]:
 
 
 def _each(folder: RunFolder, numbers: Iterable[int], read: Callable[[int], Any]) -> list[Any]:
-    if storage.is_local(folder.url):  # a local disk needs no threads, which hide the latency of requests
+    if storage.is_local(folder.url):  # threads hide the latency of requests, which a local disk does not have
         return [read(number) for number in numbers]
     with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
         return list(pool.map(read, numbers))

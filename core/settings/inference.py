@@ -22,7 +22,7 @@ class Sampling(Bounded):
     temperature: float = setting(0.8, "divides the logits; 0: always choose the likeliest token", ge=0)
     top_k: int = setting(50, "choose among the k likeliest tokens; 0: all", ge=0)
     top_p: float = setting(
-        1.0, "choose among the likeliest tokens with this total probability (Holtzman et al. 2020)", gt=0, le=1
+        1.0, "choose among the likeliest tokens that have this probability together (Holtzman et al. 2020)", gt=0, le=1
     )
     min_p: float = setting(
         0.0,

@@ -60,8 +60,8 @@ class OptimizerConfig(Bounded):
     scalar_lr: float = setting(0.0, "AdamW's rate for norms, biases and skips; 0: lr", ge=0)
     schedule: Literal["cosine", "linear", "wsd"] = setting(
         "cosine",
-        "shape of the decay of the learning rates. wsd: they stay at the peak until a cooldown to 0 begins, "
-        "because of the money, `make anneal`, train.target_loss or train.steps",
+        "shape of the decay of the learning rates. wsd: they stay at the peak, then a cooldown to 0 begins; the money "
+        "left, `make anneal`, train.target_loss or train.steps decide when",
     )
     cooldown_fraction: float = setting(
         1.0, "fraction of the steps, at the end of the run, in which the learning rates decay", ge=0, le=1
@@ -130,13 +130,13 @@ class TrainLoopConfig(Bounded):
     )
     extend: bool = setting(
         False,
-        "continue a run with more train.steps than before: from its stable part, or with a second warm-up; "
+        "continue a run with more train.steps than before: from its trunk (wsd), or with a second warm-up; "
         "--extend for short",
         identity=False,
     )
     target_loss: float = setting(
         0.0,
-        "with schedule wsd: begin the cooldown once its forecast final validation loss is at most this; 0: no target",
+        "with schedule wsd: begin the cooldown once the forecast final validation loss is at most this; 0: no target",
         identity=False,
         ge=0,
     )
@@ -308,7 +308,7 @@ class CheckpointConfig(Bounded):
     )
     keep_best: bool = setting(
         True,
-        "also keep the checkpoint with the lowest validation loss; a step with a new lowest one is saved",
+        "also keep the checkpoint with the lowest validation loss; a step with a new lowest loss is saved",
         identity=False,
     )
     keep_every_steps: int = setting(

@@ -201,7 +201,7 @@ class EndpointConfig(Bounded):
     url: str = setting("https://api.openai.com/v1", "the server's base URL", env="OPENAI_BASE_URL", identity=False)
     model: str = setting("", "name of the model at the server")
     concurrency: int = setting(8, "concurrent calls", identity=False, gt=0)
-    timeout_seconds: float = setting(120.0, "limit of one call", identity=False, gt=0)
+    timeout_seconds: float = setting(120.0, "time limit of one call, in seconds", identity=False, gt=0)
     attempts: int = setting(6, "calls for one answer before its prompt is skipped", identity=False, gt=0)
     max_wait_seconds: float = setting(
         120.0,

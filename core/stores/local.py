@@ -21,7 +21,7 @@ def path_of(uri: str) -> Path:
 
 
 class LocalStore:
-    """Its keys are whole URIs: a plain path, or file:// and a path."""
+    """The store of local folders. Its keys are whole URIs: a plain path, or file:// and a path."""
 
     terms = TERMS
     is_local = True

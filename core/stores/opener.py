@@ -31,7 +31,7 @@ _opened: dict[tuple, Store] = {}
 def scheme_of(uri: str) -> str:
     """The scheme of a URI: `s3` for s3://bucket/key, `file` for a plain path.
 
-    Raises StorageError for another spelling (`core.urls`).
+    Raises StorageError for a misspelt URI (`core.urls`).
     """
     if problem := urls.mistake(uri):
         raise StorageError(f"{uri}: {problem}")

@@ -1,4 +1,4 @@
-"""Calls a store: retries transient errors, translates all others, and keeps a waiting main thread interruptible.
+"""Calls a store: retries transient errors, translates other errors, and lets signals interrupt a waiting main thread.
 
 retries.call("s3://bucket/a.json", "read", lambda store, key: store.size(key))
 """
