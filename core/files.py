@@ -152,8 +152,8 @@ def _check_link(path: Path) -> None:
 def _walk(root: Path, leads: Callable[[tuple[str, ...]], bool], bounded: bool) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the files in `root`, and in each folder below it for which `leads(parts of its relative path)` is true.
 
-    `bounded` means that `leads` accepts folders down to some depth only. A folder that links show at several depths is
-    then read once per depth, because its files may match the pattern at only one of these depths.
+    `bounded` means that `leads` accepts folders only down to some depth. Links may give a folder paths of several
+    depths. The folder is then read once per depth, because its files may match the pattern at only one of these depths.
     """
     # The heap returns the folder with the fewest links in its path first, then the one with the least depth. Paths are
     # strings, because pathlib takes five times as long and a run may have tens of thousands of folders.

@@ -36,7 +36,7 @@ SOONER_SECONDS = 10.0
 # After a request that is not certain, the process ends within this many seconds. torchrun kills its workers 30 s after
 # its signal, so the limit is lower.
 UNCERTAIN_SECONDS = 20.0
-# Time limit in seconds for each part of `leave`: the last words, the closing of logs and ledger, the output.
+# Time limit in seconds for each of the last actions: log a sentence, close logs and ledger, flush the output.
 CLOSE_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 WAKE = 0  # this byte in the pipe wakes the thread; no signal has the number 0

@@ -230,7 +230,7 @@ def _requests(path: str, resources: Mapping[str, Any], choice: MachineChoice) ->
     for entry in resources.get("any_of") or resources.get("ordered") or [{}]:
         merged = base | (entry or {})
         cloud, region, zone = _place(merged)
-        if choice.infra:  # parts of the place that the launch names replace those that the task names
+        if choice.infra:  # cloud, region or zone of the launch replaces that of the task
             chosen = _place({"infra": choice.infra})
             cloud, region, zone = (new or old for new, old in zip(chosen, (cloud, region, zone), strict=True))
         for accelerator, count in _accelerators(path, choice.gpus or merged.get("accelerators")):

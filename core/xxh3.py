@@ -89,7 +89,7 @@ class NumpyXxh3:
 
 
 def _stripe_sums(words: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The share of each block in the sums. Shapes: words (blocks, stripes, 8), keys (stripes, 8), result (blocks, 8)."""
+    """What each block adds to the sums. Shapes: words (blocks, stripes, 8), keys (stripes, 8), result (blocks, 8)."""
     keyed = words ^ keys
     products = (keyed & np.uint64(0xFFFFFFFF)) * (keyed >> np.uint64(32))
     neighbours = words.reshape(*words.shape[:2], 4, 2)[..., ::-1].reshape(words.shape)

@@ -36,8 +36,8 @@ class Recipe:
     """The fitted values of a recipe. `k` multiplies the number of tokens.
 
     `smallest` and `largest` are the sizes of the smallest and the largest measured model; a size is the number of
-    parameters without embeddings. `family` is the optimizer of the recipe. The recipes of one family together cover a
-    wider range of sizes than each recipe alone.
+    parameters without embeddings. `family` is the optimizer of the recipe. A prediction is more reliable for a size
+    that other recipes of the same family cover (`Law.error`).
     """
 
     k: float

@@ -199,7 +199,7 @@ def _fitting(marks: frozenset[str]) -> _Row | None:
 
 
 def _hint(error: BaseException) -> str:
-    """The reason why core/stores/credentials.py found no keys. It is a part of obstore's error message."""
+    """The reason why core/stores/credentials.py found no keys, taken from obstore's error message."""
     found = next(filter(None, (_PROVIDER.search(str(link)) for link in _chain(error))), None)
     said = found["said"].strip() if found else ""
     return f"; {said}" if said else ""
