@@ -24,7 +24,7 @@ _READ_BY_LIBRARIES = re.compile(
     r"|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE"
 )
 
-# URLs and names of folders, from whose ends `tidy` removes white space.
+# `tidy` removes white space around these URLs and folder names.
 _PLACES = ("BUCKET", "RUN_URL", "DATA_URL", "SOURCE_URL", "VOCAB_URL")
 
 

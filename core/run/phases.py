@@ -22,7 +22,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Mark:
-    """A dated fact, its fields, and their description in Markdown."""
+    """A kind of dated fact in the ledger. `help` describes its fields in Markdown."""
 
     name: str
     fields: tuple[str, ...]

@@ -142,7 +142,7 @@ def text(value: Any) -> str | None:
     return _visible(value[:LONGEST_TEXT]) if isinstance(value, str) else None
 
 
-_visible = functools.lru_cache(4096)(output.visible)  # the same few words are repeated often
+_visible = functools.lru_cache(4096)(output.visible)  # cached, because the same few words are repeated often
 
 
 def _span(segment: Segment, event: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ class ModelConfig(Bounded):
     qk_norm: bool = setting(False, "RMS-norm of queries and keys, per head (Dehghani et al. 2023)")
     attention_scale: float = setting(0.0, "factor of the attention scores; 0: 1 / sqrt(width of a head)", ge=0)
     logit_softcap: float = setting(
-        0.0, "with value c, logits become c tanh(logits / c) (Gemma 2, 2024); 0: unchanged", ge=0
+        0.0, "a value c changes logits to c tanh(logits / c) (Gemma 2, 2024); 0: unchanged", ge=0
     )
     embedding_norm: bool = setting(False, "norm right after the embedding (BLOOM, 2022)")
     embedding_skip: bool = setting(False, "each block gets a learned mix of residual stream and embedding as input")
@@ -173,7 +173,7 @@ def _block_bytes(model: ModelConfig, residual_bytes: int) -> int:
     products = 7 * model.width  # results of both norms, the queries, keys and values, the attention and its projection
     products += model.width * (model.extra_projection + model.embedding_skip + model.value_skip)  # one result each
     if model.position == "rope" or model.qk_norm:
-        # Queries and keys after rope or norm, and a reordered copy of the attention's result.
+        # Also stored: queries and keys after rope or norm, and a reordered copy of the attention's result.
         products += 3 * model.width
     products += (3 if model.mlp == "swiglu" else 2) * model.hidden  # the hidden layer before and after the activation
     kept = residual_bytes * model.width + BF16_BYTES * products

@@ -75,14 +75,14 @@ class OptimizerConfig(Bounded):
     )
     anneal_fraction: float = setting(
         0.0,
-        "with wsd: fraction of the steps that the cooldown takes; 0: 0.20 with adamw, 0.35 with muon",
+        "if schedule is wsd: fraction of the steps that the cooldown takes; 0: 0.20 with adamw, 0.35 with muon",
         identity="unless default",
         ge=0,
         lt=1,
     )
     anneal_shape: Literal["auto", "linear", "1-sqrt"] = setting(
         "auto",
-        "with wsd: how the rates fall; auto: 1-sqrt with adamw, linear with muon",
+        "if schedule is wsd: how the rates fall; auto: 1-sqrt with adamw, linear with muon",
         identity="unless default",
     )
     warmup_steps: int = setting(715, "steps of linear warm-up", ge=0)
@@ -110,7 +110,7 @@ class TrainLoopConfig(Bounded):
 
     steps: int = setting(
         19073,
-        "optimizer steps of the whole run; with schedule wsd, the largest number of steps",
+        "optimizer steps of the whole run; if schedule is wsd, the largest number of steps",
         gt=0,
         replaces=("tokens", "epochs"),
     )
@@ -136,7 +136,7 @@ class TrainLoopConfig(Bounded):
     )
     target_loss: float = setting(
         0.0,
-        "with schedule wsd: begin the cooldown once the forecast final validation loss is at most this; 0: no target",
+        "if schedule is wsd: begin the cooldown once the forecast final validation loss is at most this; 0: no target",
         identity=False,
         ge=0,
     )
@@ -290,13 +290,13 @@ class CheckpointConfig(Bounded):
     )
     max_lost_seconds: float = setting(
         60.0,
-        "with every_steps=0: the most work, in seconds, that is lost if a machine ends without notice",
+        "if every_steps is 0: the most work, in seconds, that is lost if a machine ends without notice",
         identity=False,
         gt=0,
     )
     expected_hours_between_failures: float = setting(
         4.0,
-        "with every_steps=0: expected hours until a machine is lost (spot: 1 to 20)",
+        "if every_steps is 0: expected hours until a machine is lost (spot: 1 to 20)",
         identity=False,
         gt=0,
     )
@@ -325,7 +325,7 @@ class CheckpointConfig(Bounded):
     )
     last_try_minutes: float = setting(
         10.0,
-        "when training stops because its store fails, it tries to store the last step for this many minutes",
+        "if training stops because its store fails, it tries to store the last step for this many minutes",
         identity=False,
         ge=0,
     )
