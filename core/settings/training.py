@@ -51,7 +51,7 @@ class BatchConfig(Bounded):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Bounded):
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the matrices of the blocks only."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for block matrices and AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = setting("adamw", "optimizer of the blocks' matrices")
     lr: float = setting(6e-4, "peak learning rate of AdamW", gt=0)
