@@ -164,7 +164,7 @@ def beside_usd(found: list[Paid], segments: Iterable[Segment], now: float) -> It
 
 
 def read_all(folder: RunFolder, attempts: Iterable[str] | None = None) -> list[Paid]:
-    """The usable records of `attempts`, or of all attempts if none are named; one record for each machine.
+    """The usable records of `attempts`, or of all attempts if it is None. Each machine has one record.
 
     Raises StorageError.
     """
@@ -172,7 +172,7 @@ def read_all(folder: RunFolder, attempts: Iterable[str] | None = None) -> list[P
 
 
 def machines(folder: RunFolder, attempts: Iterable[str] | None = None) -> dict[str, Paid]:
-    """The usable records of `attempts`, or of all attempts if none are named, by attempt. Raises StorageError."""
+    """The usable records by attempt: of `attempts`, or of all attempts if it is None. Raises StorageError."""
     names = sorted(storage.list_names(folder.machines)) if attempts is None else list(attempts)
     if storage.is_local(folder.url):  # threads hide the latency of requests, which a local disk does not have
         found = [_read(folder, name) for name in names]

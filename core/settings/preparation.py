@@ -154,7 +154,7 @@ class PrepDataConfig(ShardsConfig):
         identity="unless default",
         ge=0,
     )
-    shuffle: bool = setting(True, "shuffle documents within a shard, and shards")
+    shuffle: bool = setting(True, "shuffle the shards, and the documents within each shard")
     seed: int = setting(1337, "seed of the split and the shuffle")
 
     def __post_init__(self):
