@@ -135,7 +135,7 @@ class SpendingCap:
         self._before = Spent(usd, max(before.seconds, spent.seconds))
 
     def spent_usd(self) -> float | None:
-        """Upper bound of the run's dollars so far, or None if a price is unknown. If there is a cap, all are known."""
+        """Upper bound of the run's dollars so far. None if a price is unknown; a run with a cap knows all prices."""
         here = self._ledger.spent_usd()
         return None if here is None or self._before.usd is None else self._before.usd + here
 
