@@ -24,8 +24,7 @@ SCALE = "FineWeb"
 # number of parameters. At HALF_AT billion parameters, half of this logarithm is left (Wen et al. 2025, arXiv
 # 2509.02046: 1.4 at 0.1B, 1.1 at 1.2B; Marin, 2025-06: 1.27 at 130M, 1.24 at 1.2B).
 HALF_AT = 1.2
-# Expected errors of a prediction, in nats (see `Law.error`). The record of bench.fit_loss shows the measurement of
-# KNOWN_RECIPE.
+# Expected errors of a prediction, in nats (see `Law.error`). bench.fit_loss measures KNOWN_RECIPE.
 KNOWN_RECIPE, KNOWN_CLASS, OUTSIDE, UNKNOWN_RECIPE = 0.015, 0.02, 0.04, 0.09
 LEAST_TOKENS = 1.6e9  # a prediction for fewer tokens has the error OUTSIDE; the shortest fitted run has 1.41e9
 SIZE_TOLERANCE = 1.1  # a size counts as measured if it is within this factor of a measured size

@@ -97,8 +97,8 @@ class OptimizerConfig(Bounded):
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     zero: Literal[0, 1, 2] = setting(
         0,
-        "ZeRO stage (Rajbhandari et al. 2020). 1: each rank keeps the optimizer state of its share of rows "
-        "only. 2: each rank also keeps partial gradient sums of that share only; this needs more exchanges. The "
+        "ZeRO stage (Rajbhandari et al. 2020). 1: each rank keeps only the optimizer state of its share of rows. "
+        "2: each rank also keeps only the partial gradient sums of its share, which needs more exchanges. The "
         "stage does not change the results",
         identity=False,
     )
