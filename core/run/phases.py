@@ -22,14 +22,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Mark:
-    """A dated fact, its fields, and their description in Markdown."""
+    """A kind of dated fact in the ledger. `help` describes its fields in Markdown."""
 
     name: str
     fields: tuple[str, ...]
     help: str
 
 
-# A report lists them in this order.
+# A report lists the phases in this order.
 PHASES = (
     Phase("provision", "launcher", "time from the launch to the beginning of the ledger", "#707d91", "#9aa5b6"),
     Phase("setup", "ledger", "time from machine start to program start", "#8d99ae", "#7f8ba0", is_preparation=True),
