@@ -20,7 +20,7 @@ from clouds.base import Gpu, Offer
 from core.task import MachineRequest
 
 FOLDER = Path(__file__).parent / "catalog"
-# A line per cloud: the commit of skypilot-org/skypilot-catalog, or the day on which `make prices` renewed its prices.
+# One line per cloud: the commit of skypilot-org/skypilot-catalog, or the day on which `make prices` read the prices.
 SOURCE = FOLDER / "source.txt"
 _ORIGINS = ", ".join(SOURCE.read_text(encoding="utf-8").splitlines())
 SNAPSHOT = f"price snapshot of SkyPilot's catalog ({_ORIGINS}), not today's prices"
@@ -31,7 +31,7 @@ _LOCAL_ZONE = re.compile(r"^\w+-[a-z]+\d+-az\d+$")
 
 @dataclass(frozen=True)
 class Extra:
-    """A price other than a machine's: of a GB of disk a month, an address an hour, or a GB that leaves the cloud."""
+    """A price other than a machine's: for a GB of disk a month, an address an hour, or a GB that leaves the cloud."""
 
     usd: float
     source: str
@@ -41,8 +41,8 @@ class Extra:
 class Catalog:
     """Offers of all clouds. `source` names the origin of the prices; a forecast prints it.
 
-    `fetched` holds the day on which SkyPilot fetched the prices of each cloud. Each price of the snapshot has a
-    separate date.
+    `fetched` holds, by cloud, the day on which SkyPilot fetched the prices. It lacks clouds whose prices are from the
+    snapshot, because these prices have a date each.
     """
 
     offers: tuple[Offer, ...]

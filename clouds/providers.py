@@ -57,7 +57,7 @@ def snapshot() -> Catalog:
     return Catalog(tuple(offer for cloud in CLOUDS.values() for offer in cloud.offers()), catalog.SNAPSHOT)
 
 
-@functools.cache  # cached, because a report calls it for every phase of every segment
+@functools.cache  # a report calls this function for every phase of every segment
 def on_demand_price(cloud: str, region: str, instance_type: str) -> float | None:
     """Dollars per hour of one node in the snapshot. None if the snapshot has no such offer."""
     provider = cloud_named(cloud)
