@@ -1,4 +1,4 @@
-"""Says what a run trained: its model, tokens, machines, settings, dates, cap and forecast."""
+"""Collects the facts of a run: its model, tokens, machines, settings, dates, cap and forecast."""
 
 import itertools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from costs.cells import Attributed
 from costs.model import OutsideTime, Stretch
 from costs.units import model_of
 
-# A stretch that is shorter than this share of the whole time is drawn as a part of the stretch before it.
+# A phase that took less than this share of the whole time is drawn as a part of the phase before it.
 LEAST_SHARE = 1 / 400
 
 
@@ -80,9 +80,9 @@ def machine_in_words(segment: Segment) -> str:
 
 
 def stretches(run: Run, attributed: Attributed, outside: list[OutsideTime]) -> list[Stretch]:
-    """The time of each machine in phases, in order.
+    """The time of each machine, cut into stretches of one phase each.
 
-    A phase that is too short to be visible is added to the phase before it.
+    A stretch that is too short to be visible is added to the stretch before it.
     """
     pieces: list[tuple[str, str, list[tuple[str, float, float]]]] = []
     for segment in run.segments:
@@ -121,10 +121,10 @@ def waits(found: list[Stretch]) -> list[tuple[float, float]]:
 
 
 def _merged(spans: list[tuple[str, float, float]], least: float) -> list[tuple[str, float, float]]:
-    """Merges neighbours with the same phase. Stretches shorter than `least` seconds are left out."""
+    """Merges neighbours with the same phase. A stretch shorter than `least` seconds is added to the stretch before."""
     joined: list[tuple[str, float, float]] = []
-    # Short stretches are removed between two passes. The first pass merges equal neighbours. The second pass merges
-    # equal stretches that have become neighbours.
+    # After the first pass, two stretches of one phase may be neighbours, because a short stretch between them is gone.
+    # The second pass merges them.
     for _ in range(2):
         joined = []
         for phase, group in itertools.groupby(spans, key=lambda span: span[0]):

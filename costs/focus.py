@@ -66,7 +66,7 @@ def _known(text: str) -> str | None:
 
 
 def _day(cell: Cell) -> tuple[str | None, str | None]:
-    """Begin and end of a charge's day, at midnight UTC, or None if the day is unknown."""
+    """Start and end of a charge's day, at midnight UTC. Both are None if the day is unknown."""
     if cell.day == "?":
         return None, None
     day = date.fromisoformat(cell.day)

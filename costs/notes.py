@@ -45,8 +45,8 @@ def _cap_notes(run: Run) -> list[str]:
 def _forecast_notes(run: Run) -> list[str]:
     """A note with a forecast of the run.
 
-    If the run has finished, this is the forecast that was made nearest to half of its steps, together with the outcome.
-    Otherwise it is the newest forecast.
+    If the run has finished, this is the forecast that was made nearest to half of the run's steps, with the outcome. If
+    the run has not finished, this is the newest forecast.
     """
     points = [point for point in run.points("forecast") if point.values["val_loss"] is not None]
     if not points:
@@ -71,7 +71,7 @@ def _dollars(value: object) -> str:
 
 
 def notes_on_time(run: Run) -> list[str]:
-    """Sentences on clocks, overlaps and machines without a heartbeat."""
+    """Sentences on clocks that disagree, segments that overlap, and machines without a heartbeat."""
     notes = []
     for segment in run.segments:
         jumps = [mark for mark in segment.marks if mark["name"] == "clock_jump"]

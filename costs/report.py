@@ -1,4 +1,4 @@
-"""Builds the cost report of a run, from its arguments alone. All tables of a report add up to the same total.
+"""Builds the cost report of a run without any input or output. All tables of a report add up to the same total.
 
 report = build(read_run(url), time.time())
 report.phases, report.segments, report.by["day"]
@@ -67,7 +67,7 @@ class SegmentLine(Line):
 
 @dataclass(frozen=True)
 class CostReport:
-    """The content of a report for all renderers. Tables add up when rounded to `places` digits.
+    """The content of a report for all renderers. Dollars are rounded to `places` digits, and the tables still add up.
 
     `total` is the bill as known. It starts from the ledger's dollars, `ledger_usd`, applies the prices paid, and adds
     the amounts from other sources. It is complete if every second has a price and each applicable source has answered.
@@ -118,8 +118,8 @@ def _in_order(cell: Cell) -> tuple[str, int, str, str]:
 def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: Outside | None = None) -> CostReport:
     """The report on a run at `now` (unix seconds).
 
-    From `now` and the last heartbeat follows whether the last machine is still running. `outside` holds the amounts
-    from other sources than the ledger (costs.sources).
+    The last machine counts as running if its last heartbeat is recent at `now`. `outside` holds the amounts from
+    sources other than the ledger (costs.sources).
     """
     outside = outside or Outside()
     foreseen = read_forecast(run)
@@ -134,7 +134,7 @@ def build(run: Run, now: float, on_demand: OnDemand = lambda *_: None, outside: 
     summed = summed_up(parts)
     [total] = table(summed, None, ["total"], places)
     used = {cell.phase for cell in summed}
-    # These two lines are shown even if they are zero, because a reader looks for them.
+    # These lines are shown even if they are zero, because a reader looks for them.
     always = {"train_lost", "not_attributed"} if "train_kept" in used else {"not_attributed"}
     order = [*(phase for phase in REPORT_PHASES if phase in used | always), *sorted(used - set(REPORT_PHASES))]
     phases = table(summed, "phase", order, places, total)

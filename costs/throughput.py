@@ -87,7 +87,8 @@ class Measured:
 def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | None) -> Throughput | None:
     """Throughput of `nodes` machines on a model with `flops` per token.
 
-    A measured figure comes first, then a published one. For a CPU, a figure is assumed. None if no figure is known.
+    A measured speed is preferred to a published one. If neither exists, the speed is assumed. None if the model's FLOPs
+    or the machine's peak FLOP/s are not known.
     """
     gpus = offer.accelerators * nodes
     if measured and offer.instance_type == measured.instance_type:
@@ -96,7 +97,7 @@ def rate_of(offer: Offer, nodes: int, flops: float | None, measured: Measured | 
             scale *= gpus / measured.gpus
         rate = measured.tokens_per_second * scale
         return Throughput(
-            rate * 0.9, rate, rate * 1.1, "measured", f"speed of {offer.instance_type}: by {measured.run}"
+            rate * 0.9, rate, rate * 1.1, "measured", f"speed of {offer.instance_type}: measured in {measured.run}"
         )
     if not flops:
         return None

@@ -39,8 +39,8 @@ PRETEND_PRICE = {"USD_PER_HOUR": "22.32", "PRICE_SOURCE": "pretended for the dem
 ENVIRONMENT = {"DATA_CACHE_DIR": str(FOLDER / "cache"), "CLOUD": "demo", "INSTANCE_TYPE": "this-machine"}
 
 LAST_STEPS = 20
-# Each loss must be this many nats below the loss of a model that knows only token frequencies. The perplexity is then at
-# least a fifth lower.
+# Each loss must be this many nats below the loss of a model that knows only token frequencies. The perplexity is then
+# at least a fifth lower.
 MARGIN = 0.25
 
 console = Console(highlight=False)

@@ -3,9 +3,9 @@
     fitted, said = refit(law.load(), runs)
 
 The loss of a run differs from the law for two reasons. First, the run's tokens are another set of texts. This shifts
-the losses of all runs on one set by the same offset. Second, the multiplier k of the recipe has an error. Both are
-estimated together by least squares, and the expected size of both errors is given in advance. One run alone mostly
-moves the offset of its set. Several recipes on one set show how their multipliers differ from those of the public runs.
+the losses of all runs on one set by the same offset. Second, the multiplier k of the recipe has an error. Offsets and
+multipliers are fitted together by least squares, with an expected size for each (SET_ERROR, K_ERROR). One run alone
+mostly moves the offset of its set. Runs of several recipes on one set also move the multipliers of these recipes.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from core.settings import loader
 from costs.plan import recipes
 from costs.plan.recipes import Candidate
 
-# Errors in nats: of the law for one run (bench/results/2026-11-30-fit-loss.json), and of the offset of another set of
-# texts.
+# RUN_ERROR: error of the law for one run, in nats (bench/results/2026-11-30-fit-loss.json). SET_ERROR: expected size of
+# the offset of another set of texts, in nats.
 RUN_ERROR, SET_ERROR = 0.0104, 0.5
 # The error of the logarithm of k. For a run of three billion tokens it equals 0.015 nats, the law's error for a recipe
 # at its own sizes.
@@ -84,7 +84,7 @@ def _candidate(config: Mapping[str, object]) -> Candidate | None:
 
 
 def refit(law: Law, runs: Sequence[OwnRun]) -> Refit:
-    """The law with the multipliers that own runs suggest, and the offsets of their sets."""
+    """The law with multipliers that were fitted to the user's runs, and the offsets of the runs' token sets."""
     if not runs:
         return Refit(law, {})
     sets = list(dict.fromkeys(each.data for each in runs))
