@@ -46,8 +46,8 @@ INSTANCES_ORIGIN = "EC2's list of instances"
 # answer by then, the price is unknown, and the cap cannot be kept.
 METADATA_SECONDS = 20.0
 METADATA_PAUSE_SECONDS = 1.0
-# Codes of quotas in AWS Service Quotas. Each family of instance types has two quotas: for the vCPUs of running machines
-# on demand, and for those on spot.
+# Codes of quotas in AWS Service Quotas. Each family of instance types has two quotas: vCPUs of running machines on
+# demand, and vCPUs of running spot machines.
 QUOTAS = {
     "p": ("L-417A185B", "L-7212CCBC"),
     "g": ("L-DB2E81BA", "L-3819A6DF"),
@@ -144,7 +144,7 @@ class Aws(Cloud):
         return cheapest.instance_type, cheapest.vcpus or UNKNOWN_VCPUS
 
     def transfer_findings(self, task: TaskSpec, bucket_url: str, data_bytes: int) -> Iterator[Finding]:
-        """AWS bills each gigabyte that a machine reads from a bucket in another region, or from outside of AWS."""
+        """AWS bills each gigabyte that a machine in another region, or outside of AWS, reads from a bucket."""
         home = _home_of(bucket_url)
         if not home:
             return
@@ -220,7 +220,7 @@ class Aws(Cloud):
         while True:
             try:
                 answer = explorer.get_cost_and_usage(**arguments)
-            except Exception as error:  # not enabled, no permission, no network
+            except Exception as error:  # any error, such as a disabled Cost Explorer, permissions or network
                 raise _unavailable(error) from error
             for group in (group for day in answer["ResultsByTime"] for group in day["Groups"]):
                 cost = group["Metrics"]["UnblendedCost"]
@@ -369,5 +369,5 @@ def _client(service: str, region: str | None, **options: Any) -> Any:
 
         settings = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 2})
         return botocore.session.Session().create_client(service, region_name=region, config=settings, **options)
-    except Exception as error:  # no botocore, no region, broken configuration
+    except Exception as error:  # botocore or the region may be missing, or the configuration may be broken
         raise _unavailable(error) from error

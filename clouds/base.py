@@ -117,7 +117,8 @@ class Leftover:
     """A machine or volume that is running, or may still be billed.
 
     `cluster` is the name of its SkyPilot cluster on the cloud. `mine` means that this user started it for this project,
-    `labelled` that it has this project's label. `end` is a function that ends it without SkyPilot, if there is a way.
+    `labelled` that it has this project's label. The function `end` ends it without SkyPilot. `end` is None if only
+    SkyPilot can end it.
     """
 
     what: str
@@ -228,7 +229,7 @@ class SpotHistory:
         """
         changes = sorted(self.changes)
         if not changes or changes[0][0] > start or end <= start:
-            raise Unavailable("its history does not reach back to the start")
+            raise Unavailable("the price history does not reach back to the start")
         total = 0.0
         for (since, price), until in zip(changes, [when for when, _ in changes[1:]] + [end], strict=True):
             total += price * max(0.0, min(until, end) - max(since, start))
@@ -296,7 +297,7 @@ class Cloud:
         return False
 
     def copies_key_file(self, environment: Mapping[str, str]) -> bool:
-        """Whether SkyPilot finds a file of keys that it copies to nodes."""
+        """Whether this computer has the file of keys that SkyPilot copies to nodes."""
         return bool(self.key_file) and Path(self.key_file).expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:

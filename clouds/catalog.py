@@ -41,8 +41,8 @@ class Extra:
 class Catalog:
     """Offers of all clouds. `source` names the origin of the prices; a forecast prints it.
 
-    `fetched` holds, by cloud, the day on which SkyPilot fetched the prices. It lacks clouds whose prices are from the
-    snapshot, because these prices have a date each.
+    `fetched` holds, by cloud, the day on which SkyPilot fetched the prices. A cloud whose prices are from the snapshot
+    is not in `fetched`, because each of these prices has its own date.
     """
 
     offers: tuple[Offer, ...]
@@ -96,8 +96,8 @@ def extras(cloud: str) -> Mapping[str, Extra]:
 def on_disk(cloud: str) -> tuple[tuple[Offer, ...], date] | None:
     """GPU offers of one cloud from the file that SkyPilot keeps on this computer, and the day of that file.
 
-    None if there is no such file. Unlike `of_skypilot`, this needs no SkyPilot in this environment, no network and no
-    slow import.
+    None if there is no such file. Unlike `of_skypilot`, this function needs no network and does not import SkyPilot,
+    which is slow.
     """
     path = skypilot.catalog_file(cloud)
     try:

@@ -83,7 +83,7 @@ class LambdaLabs(Cloud):
         return KEYS.expanduser().exists()
 
     def leftovers(self, whose: Ownership) -> Inventory:
-        """All instances except those that SkyPilot lists for this user's other projects. Lambda has no labels."""
+        """All instances, of all users, except those that SkyPilot lists for this user's other projects."""
         listed = [each for each in get("instances") or () if each.get("status") != "terminated"]
         found = [_leftover(each, whose) for each in listed if _cluster_of(each) not in whose.others]
         return Inventory(tuple(found))

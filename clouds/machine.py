@@ -75,7 +75,7 @@ def describe(environment: Mapping[str, str], found: list[Gpu]) -> dict[str, str]
 
 
 def _corrected(facts: MachineFacts, environment: Mapping[str, str]) -> MachineFacts:
-    """`facts`, in which the values that the user set replace others."""
+    """`facts`, with the values that the user has set in `environment`."""
     spot = environment.get("USE_SPOT")
     return dataclasses.replace(
         facts,

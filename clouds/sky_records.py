@@ -171,7 +171,7 @@ def _ended(record: Mapping[str, Any]) -> bool:
 
 
 def _usd_per_hour(resources: Any) -> float | None:
-    """The list price of one node. None if the lookup fails, a case in which SkyPilot's own report counts $0."""
+    """The list price of one node, or None if the lookup fails. SkyPilot's own report counts $0 for such a node."""
     try:
         price = float(resources.get_cost(3600))
     except Exception:  # the type left the catalog, or the record has no resources

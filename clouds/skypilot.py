@@ -46,7 +46,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def find_sky() -> str:
-    """Path of the sky command beside this Python, else on PATH. Raises ConfigError."""
+    """The path of the sky command in this Python's folder or, if there is none, on PATH. Raises ConfigError."""
     found = shutil.which("sky", path=str(Path(sys.executable).parent)) or shutil.which("sky")
     if not found:
         raise ConfigError("the sky command is not installed; run `make setup-launch`")
@@ -179,7 +179,7 @@ def package() -> Any:
     except ImportError as error:
         raise Unavailable(f"SkyPilot is not installed ({error})") from None
     if not hasattr(module, "__version__"):
-        del sys.modules["sky"]  # the project's folder sky/, which Python imported as a namespace package
+        del sys.modules["sky"]  # it is the project's folder sky/, which Python has imported as a namespace package
         raise Unavailable("SkyPilot is not installed")
     return module
 

@@ -43,7 +43,7 @@ class About:
 
 
 def about(run: Run, budget: Budget | None = None) -> About:
-    """The facts of a run. `budget` is its newest budget, if `make run` launched it."""
+    """The facts of a run. `budget` is the run's newest budget, if `make run` launched the run."""
     config, last = run.config, run.segments[-1]
     model = model_of(config)
     steps, per_step = _whole(config, "train", "steps"), _whole(config, "batch", "tokens_per_step")
@@ -139,7 +139,7 @@ def _merged(spans: list[tuple[str, float, float]], least: float) -> list[tuple[s
 
 
 def _cap(run: Run) -> float | None:
-    """The cap in the ledger of the newest segment. If it has none, the cap in run.json. None if neither has a cap."""
+    """The cap in the newest segment's ledger or, if that ledger has no cap, in run.json. None if there is no cap."""
     stated = run.segments[-1].program.get("max_usd")
     try:
         usd = timeline.number(float(stated) if stated else _section(run.config, "run").get("max_usd"))

@@ -160,7 +160,7 @@ def attribute(run: Run, lost: dict[int, Lost], shares: Mapping[int, Shares] | No
 def _attribute(segment: Segment, lost: Lost) -> list[Span]:
     """The segment's spans with the phases of a report, newest first.
 
-    Lost steps are the last ones of a segment, so lost time is taken from the newest spans first.
+    Lost steps are the last steps of a segment, so lost time is taken from the newest spans first.
     """
     left = {"train": lost.train_seconds, "data_wait": lost.wait_seconds}
     spans = []

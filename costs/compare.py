@@ -71,7 +71,7 @@ class Value:
 
 
 def comparison(reports: Sequence[CostReport]) -> Sheet:
-    """A table with a column per run, and the difference to the first run for each other run."""
+    """A table with a column per run. Each run but the first has another column with the difference to the first run."""
     level = _equal_loss(reports)
     columns = [_column(report, level) for report in reports]
     order = list(dict.fromkeys(name for column in columns for name in column))

@@ -1,4 +1,4 @@
-"""Turns reports into rows of charges with the names of FOCUS 1.2 (FinOps Open Cost and Usage Specification).
+"""Turns reports into rows of charges. Columns have the names of FOCUS 1.2 (FinOps Open Cost and Usage Specification).
 
 FOCUS requires that names of additional columns begin with `x_`. Dollars are not rounded.
 """

@@ -55,7 +55,7 @@ class Assumptions:
     ready_seconds: float = 90.0  # imports, first shards, torch.compile, restore
     shutdown_seconds: float | None = None  # idle time until shutdown; None: the task's autostop, else 10 minutes
     checkpoint_blocked_seconds: float = 0.3  # measured with 124M: 0.25-0.33 s for the first save, 0.1 s for later saves
-    preemptions_per_hour: float = 0.25  # of a spot machine: one in checkpoint.expected_hours_between_failures (4)
+    preemptions_per_hour: float = 0.25  # of a spot machine: one in 4 h, checkpoint.expected_hours_between_failures
     prep_bytes_per_second: float = 100e6  # speed of download and upload, which run in parallel; encoding is faster
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
     epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002 conversations)
@@ -67,7 +67,7 @@ class Assumptions:
     export_seconds: float = 300.0
     serve_seconds: float = 3600.0
     storage_months: float = 1.0
-    controller_usd_per_hour: float = 0.2  # SkyPilot's jobs controller, 4 vCPUs on AWS; only `plan` counts it
+    controller_usd_per_hour: float = 0.2  # SkyPilot's jobs controller, 4 vCPUs on AWS; only a plan counts it
     bucket_cloud: str = aws.Aws.name
 
 
@@ -177,7 +177,7 @@ def _flops_per_token(workload: Workload) -> float | None:
 
 
 def _tokens(workload: Workload, assume: Assumptions) -> float | None:
-    """The number of tokens in the settings, or None if it is unknown."""
+    """The number of tokens for which the settings ask, or None if it is unknown."""
     settings = workload.config
     if isinstance(settings, PrepConfig):
         return float(settings.data.train_tokens) or _tokens_of_source(settings.source.place)
@@ -292,7 +292,7 @@ def _tokens_of_source(place: str) -> float | None:
 def _tokens_of_shards(pattern: str) -> float | None:
     """Tokens of A. Karpathy's shards of FineWeb-Edu, of 100 million each, from the pattern of their names.
 
-    "edu_fineweb_train_0000??.bin" names 99 of them, because number 0 is the validation set.
+    "edu_fineweb_train_0000??.bin" names 99 shards, because number 0 is the validation set.
     """
     match = re.search(r"/edu_fineweb_train_(\d*)(\?+)\.bin$", pattern)
     return (10 ** len(match.group(2)) - 1) * 1e8 if match else None

@@ -13,7 +13,7 @@ class OutsideTime:
     """Time of a machine in which no segment ran.
 
     `segment` is a segment that ran on this machine before or after that time, if there is one. `more_seconds` may have
-    to be added, because no source knows when the cloud's bill begins or ends. `free` time costs nothing.
+    to be added, because no source knows when the cloud's bill begins or ends. `free` time is not billed.
     """
 
     phase: str

@@ -12,7 +12,7 @@ CLOCKS_AGREE_SECONDS = 2.0
 
 
 def notes_on_money(run: Run) -> list[str]:
-    """The notes at the top of a report: unknown prices, and caps that were reached."""
+    """The notes at the top of a report: unknown prices, caps that were reached, and a forecast."""
     return [*_price_notes(run), *_cap_notes(run), *_forecast_notes(run)]
 
 
@@ -32,7 +32,7 @@ def _price_notes(run: Run) -> list[str]:
 
 
 def _cap_notes(run: Run) -> list[str]:
-    """A sentence for each segment that its cap stopped: the cap, and how to continue."""
+    """A sentence for each segment that was stopped by the cap. It names the cap, and says how to continue."""
     return [
         f"segment {segment.number} stopped at the cap of ${_dollars(mark.get('limit_usd'))} with "
         f"${_dollars(mark.get('spent_usd'))} spent; to continue, start the run again with a higher MAX_USD"

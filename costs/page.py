@@ -41,7 +41,7 @@ def of_run(report: CostReport) -> list[str]:
 
 
 def of_comparison(reports: Sequence[CostReport]) -> list[str]:
-    """The parts of a page of several runs side by side."""
+    """The parts of a page that shows several runs side by side."""
     sheet = compare.comparison(reports)
     found = ["<h1>Comparison</h1>", f'<p class="lead">{escape(", ".join(report.run for report in reports))}</p>']
     if all(charts.losses(report) for report in reports):

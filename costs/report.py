@@ -25,7 +25,7 @@ from costs.uptime import unheard
 
 RUNNING = "running"
 ENDINGS = {"cap": "stopped by its cap", "storage": "stopped: its store failed"}
-# A managed job does not restart after these reasons.
+# States of a run after which its managed job starts no other machine.
 FINAL = ("finished", "failed", "interrupted", *ENDINGS.values())
 GROUPS = ("stage", "day", "cloud", "region", "zone", "instance", "market")
 

@@ -113,7 +113,7 @@ def bound(port: int, answers: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServ
         server = Server((HOST, port), answers)
     except (OSError, OverflowError) as error:
         why = one_line(error)
-        raise ConfigError(f"--port {port}: cannot be listened on ({why}); name another, or 0 for a free one") from None
+        raise ConfigError(f"--port {port}: cannot be listened on ({why}); name another, or 0 for a free port") from None
     server.daemon_threads = True
     return server
 

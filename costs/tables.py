@@ -133,7 +133,7 @@ def headline(report: CostReport) -> str:
 def sums(report: CostReport) -> str:
     """Notes on the total.
 
-    They say which sum it is, give the ledger's dollars, and name the sources that have not answered.
+    They say what the total includes, give the ledger's dollars, and name the sources that have not answered.
     """
     ledger = figures.dollars(report.ledger_usd, report.places)
     said = [f"${money(report, report.total)} is the bill {AS_KNOWN}; ${ledger} {BY_LEDGER}"]

@@ -18,7 +18,7 @@ from costs.units import flops_per_token
 
 @dataclass(frozen=True)
 class MfuRange:
-    """Shares of peak FLOP/s. `kind` is measured, sourced or assumed."""
+    """A range of the MFU, the share of peak FLOP/s. `kind` is measured, sourced or assumed."""
 
     low: float
     expected: float

@@ -81,8 +81,8 @@ def outside_times(
             most = record.price and record.price.usd(end - record.start)
             found.notes.append(
                 f"{record.origin}: a launch of {record.cluster} failed after {figures.duration(end - record.start)}, "
-                "and no machine is known that it started; nothing is counted for it "
-                f"(at most ${figures.dollars(most)})"
+                "and no machine of this launch is known; nothing is counted for it "
+                f"(it cost at most ${figures.dollars(most)})"
             )
     _without_record(found, run, used, attempts, ends, now)
     return found
@@ -127,7 +127,7 @@ def _is_of(run: Run, record: MachineRecord, inside: list[Segment], company: list
 
 
 def _is_unclaimed(run: Run, record: MachineRecord) -> bool:
-    """Whether a machine of this run's clusters ended in the day before the run, and no record names the run it served."""
+    """Whether a machine of this run's clusters ended in the day before the run, and the run that used it is unknown."""
     times = _times_on(run, record.cluster)
     if not times or record.run is not None or not record.was_up or record.end is None:
         return False

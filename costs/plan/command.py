@@ -155,7 +155,7 @@ def _show(answer: Answer, notes: Sequence[str], today: date, given: Mapping[str,
 
 
 def _constraints(options: argparse.Namespace) -> dict[str, str]:
-    """The flags that `make run` needs too, by name. A flag without a value has the value ""."""
+    """The given flags that `make run` must get too, by name. A flag without a value has the value ""."""
     names = ("deadline", "gpus", "cloud", "size", "recipe", "refuse_stale")
     found = {name.replace("_", "-"): value for name in names if (value := getattr(options, name)) is not None}
     return found | ({"on-demand": ""} if options.on_demand else {})
@@ -163,14 +163,14 @@ def _constraints(options: argparse.Namespace) -> dict[str, str]:
 
 def _beside(prices: Prices) -> list[str]:
     """Notes on costs that the dollars do not include."""
-    said = ["the container image must be pushed (make image); if IMAGE is not set, the node builds it and takes longer"]
+    said = ["a pushed container image is assumed (make image); without IMAGE, each node builds it, which takes longer"]
     if PREPARATION not in prices.beside:
         said.append("the tokens count as prepared, so the dollars do not include their preparation")
     return said
 
 
 def _own(options: argparse.Namespace) -> Own:
-    """The user's own runs; the runs of --like come first."""
+    """The results of the user's own runs. The runs of --like have precedence."""
     mine = Own(said="own runs: not read (--offline)") if options.offline else own.in_bucket(os.environ)
     named = own.named(options.like)
     if not named.speeds and not named.losses:

@@ -115,8 +115,8 @@ def _launched(catalog: Catalog, offers: Sequence[Offer], spot: bool, tasks: Iter
         allowed = [each for each in allowed if each]
         if not allowed:
             continue
-        # For a managed job, SkyPilot tries the requests in their order. For a machine on demand, it takes the cheapest
-        # place.
+        # For a managed job, SkyPilot tries the requests in their order. For a machine on demand, SkyPilot takes the
+        # cheapest place.
         first = allowed[0] if spot else [min((o for each in allowed for o in each), key=lambda o: _price(o, spot))]
         prices = sorted(_price(offer, spot) for offer in first)
         kept = [o for each in allowed for o in each if o.instance_type == first[0].instance_type]

@@ -227,7 +227,7 @@ def _buyer(machine: Machine, candidate: Candidate, prices: Prices) -> Buyer | st
     if rate is None or rate.kind == "assumed":
         return "its speed was neither measured nor published; give --like RUN_URL of a run on it"
     if measured is None and "pcie" in offer.instance_type:
-        return "it has PCIe, and the published speeds are of SXM; give --like RUN_URL of a run on it"
+        return "its GPUs use PCIe, but the published speeds are of SXM; give --like RUN_URL of a run on it"
     fit = recipes.fit(candidate, offer.accelerator or "", offer.accelerators)
     if isinstance(fit, str):
         return f"{candidate.recipe} {candidate.size} {fit}"

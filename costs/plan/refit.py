@@ -54,7 +54,7 @@ class Refit:
 
 
 def own_run(run: Run) -> OwnRun | None:
-    """The run as evidence for the law. None if the run is unfinished, or does not have the recipe of a plan."""
+    """The run as a data point of the fit. None if the run is unfinished, or does not have the recipe of a plan."""
     ended = run.segments[-1].end if run.segments else None
     losses, trained = run.points("eval"), run.points("train")
     candidate = _candidate(run.config)
