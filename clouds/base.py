@@ -52,7 +52,7 @@ class MachineFacts:
 class Offer:
     """One instance type in one zone.
 
-    Prices are in dollars per hour. A price is None if the type is not offered in that market (on demand or spot).
+    Prices are in dollars per hour, on demand and on spot. A price is None if there is no such offer.
     """
 
     cloud: str

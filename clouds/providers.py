@@ -23,7 +23,7 @@ def cloud_named(name: str | None) -> Cloud | None:
 
 
 def load(offline: bool = False) -> Catalog:
-    """SkyPilot's catalog on this machine. If there is none, or if `offline` is true, the snapshot."""
+    """SkyPilot's catalog on this machine. The snapshot if there is no such catalog, or if `offline` is true."""
     if not offline:
         try:
             offers = tuple(offer for name in CLOUDS for offer in catalog.of_skypilot(name))

@@ -34,7 +34,7 @@ from core.task import TaskSpec
 # Time limit in seconds of a request. A server that hangs, or that a signal has stopped, accepts a request and never
 # answers it.
 LIST_SECONDS = 300.0
-# SkyPilot 0.14.1 prints this, with exit code 1, if its jobs controller is stopped or was never started.
+# SkyPilot 0.14.1 prints this, with exit code 1, if the jobs controller is stopped or was never started.
 NO_JOBS = "No in-progress managed jobs"
 # This option keeps ~/.aws/credentials off nodes on Lambda. A task that may also run on AWS is launched without the
 # option, because the option would take the role away from nodes on AWS.
@@ -172,14 +172,14 @@ def launch_command(
 
 
 def package() -> Any:
-    """The SkyPilot package. Raises Unavailable."""
+    """The SkyPilot package. Raises Unavailable if SkyPilot is not installed."""
     logging.getLogger("alembic").setLevel(logging.WARNING)  # SkyPilot's database migrations log at every import
     try:
         module = importlib.import_module("sky")
     except ImportError as error:
         raise Unavailable(f"SkyPilot is not installed ({error})") from None
     if not hasattr(module, "__version__"):
-        del sys.modules["sky"]  # it is the project's folder sky/, which Python has imported as a namespace package
+        del sys.modules["sky"]  # Python has imported the project's folder sky/ as a namespace package
         raise Unavailable("SkyPilot is not installed")
     return module
 

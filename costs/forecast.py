@@ -55,7 +55,7 @@ class Assumptions:
     ready_seconds: float = 90.0  # imports, first shards, torch.compile, restore
     shutdown_seconds: float | None = None  # idle time until shutdown; None: the task's autostop, else 10 minutes
     checkpoint_blocked_seconds: float = 0.3  # measured with 124M: 0.25-0.33 s for the first save, 0.1 s for later saves
-    preemptions_per_hour: float = 0.25  # of a spot machine: one in 4 h, checkpoint.expected_hours_between_failures
+    preemptions_per_hour: float = 0.25  # of spot machines, as in checkpoint.expected_hours_between_failures (4 h)
     prep_bytes_per_second: float = 100e6  # speed of download and upload, which run in parallel; encoding is faster
     source_bytes_per_token: float = 2.8  # sample-10BT of FineWeb-Edu: about 28 GB of parquet for 10B tokens
     epoch_tokens: float = 5e6  # one pass over a set of conversations as large as Alpaca (52,002 conversations)

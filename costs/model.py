@@ -26,7 +26,7 @@ class OutsideTime:
 
     @property
     def price(self) -> Price | None:
-        """The price of this machine: from the ledger if it has one, else from the launcher's record."""
+        """The price of this machine in the ledger or, if the ledger has no price, in the launcher's record."""
         return (self.segment and self.segment.price) or self.record.price
 
     @property

@@ -1,4 +1,4 @@
-"""Builds the cost report of a run without any input or output. All tables of a report add up to the same total.
+"""Builds the cost report of a run. All tables of a report add up to the same total.
 
 report = build(read_run(url), time.time())
 report.phases, report.segments, report.by["day"]

@@ -1,6 +1,6 @@
 """Estimates how fast a machine trains a model: from published MFU, or from a finished run of this project.
 
-tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.settings.model. The published runs are
+tokens/s = MFU x peak FLOP/s / FLOPs per token, with the FLOPs of core.settings.model. Most of the published runs are
 GPT-2-class models of 124M to 1.6B parameters on one node. Figures marked † are not stated in the sources. They were
 computed from the tokens/s or ms/step that the sources state.
 """
@@ -72,7 +72,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Measured:
-    """Throughput and overhead of a run of this project on its last machine."""
+    """Throughput and overhead of a run of this project, measured on the run's last machine that trained."""
 
     run: str
     instance_type: str | None

@@ -1,4 +1,4 @@
-"""Computes the unit costs of a run, such as dollars per token, and the curves of its charts, without input or output.
+"""Computes the unit costs of a run, such as dollars per token, and the points of its charts.
 
 If a second of the run has no price, the unit costs are None. So a unit cost is never too low.
 """

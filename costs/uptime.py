@@ -89,7 +89,7 @@ def outside_times(
 
 
 def unheard(run: Run, now: float) -> dict[int, float]:
-    """By segment number, the seconds that a killed program may have run after its last heartbeat."""
+    """The seconds that a killed program may have run after its last heartbeat, by segment number."""
     return {
         each.number: each.unheard_seconds for each in run.segments if each.unheard_seconds and not each.is_live(now)
     }
@@ -108,10 +108,10 @@ def _ends(segments: Iterable[Segment], attempts: list[Paid]) -> dict[int, float 
 def _is_of(run: Run, record: MachineRecord, inside: list[Segment], company: list[Segment]) -> bool:
     """Whether a record belongs to this run.
 
-    The cluster of a managed job has a unique name. A cluster with another name may serve several runs. Its record
-    belongs to each run with a segment on the machine and, if SkyPilot has kept the task, to the run that launched the
-    cluster. If no such run is known, the record belongs to this run if it overlaps with the run's time on clusters of
-    that name, or ended shortly before.
+    The cluster of a managed job has a unique name. Any other cluster may serve several runs. The record of such a
+    cluster belongs to each run with a segment on the machine and, if SkyPilot has kept the task, to the run that
+    launched the cluster. If no such run is known, the record belongs to this run if it overlaps with the run's time on
+    clusters of that name, or ended shortly before.
     """
     for segment in run.segments:
         job, cluster = segment.launcher.get("managed_job_id"), segment.launcher.get("cluster")

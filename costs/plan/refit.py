@@ -24,8 +24,8 @@ from costs.plan.recipes import Candidate
 # RUN_ERROR: error of the law for one run, in nats (bench/results/2026-11-30-fit-loss.json). SET_ERROR: expected size of
 # the offset of another set of texts, in nats.
 RUN_ERROR, SET_ERROR = 0.0104, 0.5
-# The error of the logarithm of k. For a run of three billion tokens it equals 0.015 nats, the law's error for a recipe
-# at its own sizes.
+# The expected error of the logarithm of k. For a run of three billion tokens, it equals 0.015 nats, which is the law's
+# error for a recipe at the model sizes of its public runs.
 K_ERROR = 0.15
 ROUNDS = 5  # rounds of linearization
 

@@ -37,7 +37,7 @@ PARTS = {
     EXPORT: "export",
     RESERVE: "reserve, spent only if needed",
 }
-# Machines without a separate target are launched by `make pretrain TASK=…`.
+# A task that is not in this table is launched by `make pretrain TASK=…`.
 _TARGETS = {"pretrain-8xa100": "make pretrain", "pretrain-8xa100-spot": "make pretrain-spot"}
 
 
