@@ -83,10 +83,7 @@ def _seen() -> dict[tuple[str, str, str], list[tuple[str, float, date]]]:
 
 @functools.cache
 def extras(cloud: str) -> Mapping[str, Extra]:
-    """A cloud's prices other than those of machines, by `disk`, `address` and `leaving`.
-
-    The result is empty if the file has no rows for the cloud.
-    """
+    """A cloud's prices for `disk`, `address` and `leaving`. Empty if the file has no rows for the cloud."""
     with (FOLDER / "extras.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["cloud"] == cloud]
     dated = {row["what"]: f"{row['source']}, since {row['since']}" if row["since"] else row["source"] for row in rows}

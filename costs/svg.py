@@ -80,10 +80,7 @@ def frame(x: Axis, y: Axis, *, labels: bool = True) -> list[str]:
 
 
 def x_labels(x: Axis, bottom: float) -> list[str]:
-    """The labels of a horizontal axis.
-
-    A label that would extend beyond the chart is moved inwards.
-    """
+    """The labels of a horizontal axis. A label that would extend beyond the chart is moved inwards."""
     parts = []
     for tick in x.ticks:
         anchor = "end" if x.end - x(tick) < EDGE else "start" if x(tick) - x.start < 1 and x.start < EDGE else "middle"

@@ -187,10 +187,7 @@ def _usd_per_restart(run: Run, attributed: Attributed, restarts: int) -> float |
 
 
 def _loss_after(evals: Sequence[Point], more_tokens: float | None) -> float | None:
-    """Estimated validation loss after more tokens.
-
-    The last two evaluations are extrapolated linearly in log(tokens).
-    """
+    """Estimated validation loss after more tokens: the last two evaluations, extrapolated linearly in log(tokens)."""
     if len(evals) < 2 or not more_tokens:
         return None
     before, now = (each.values for each in evals[-2:])

@@ -140,10 +140,7 @@ def follow(command: list[str], environment: dict[str, str] | None = None, stop_w
 
 @dataclass(frozen=True)
 class Unigrams:
-    """A model that knows only how frequent each training token is.
-
-    The loss of the trained model must be lower than the loss of this model.
-    """
+    """A model that knows only how frequent each training token is. The trained model must reach a lower loss."""
 
     shares: np.ndarray
 
