@@ -98,7 +98,7 @@ class CostReport:
 
     @property
     def has_prices(self) -> bool:
-        """Whether every second has a price. If so, shares are shares of the dollars. If not, they are shares of time."""
+        """Whether every second has a price. If so, shares are shares of dollars. If not, they are shares of time."""
         return all(line.complete for line in self.phases)
 
 
