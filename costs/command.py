@@ -1,4 +1,4 @@
-"""Parses the command line of cost_report.py and runs a report, an estimate or a plan. docs/costs.md describes both."""
+"""Parses the command line of cost_report.py, and runs a report, an estimate or a plan (docs/costs.md)."""
 
 import argparse
 
@@ -24,7 +24,7 @@ Shows what a run cost, phase by phase. All lines add up to the total, to the cen
 
 
 def main(arguments: list[str]) -> int | None:
-    """Run a report, an estimate or a plan, or add a bill. Raises LauncherError if it has nothing to show."""
+    """Run a report, an estimate or a plan, or add a bill. Raises LauncherError if there is nothing to show."""
     environment.adopt()
     if arguments[:1] == ["estimate"]:
         from costs import estimate_command
