@@ -21,10 +21,15 @@ from pathlib import Path
 from demo.processes import die_with_parent
 
 START_SECONDS = 60.0
+STARTS = 4
 _PORTS = (
     "master.port master.port.grpc volume.port volume.port.grpc filer.port filer.port.grpc s3.port s3.port.grpc "
     "s3.port.iceberg s3.port.lance"
 ).split()
+
+
+class PortTaken(RuntimeError):
+    """Another program took one of the free ports before the server did."""
 
 
 class S3Server:
@@ -66,6 +71,15 @@ class S3Server:
         ]
         identities.write_text(json.dumps({"identities": found}))
         identities.chmod(0o600)
+        for left in reversed(range(STARTS)):
+            try:
+                return self._started(data, identities)
+            except PortTaken:
+                if not left:
+                    raise
+        raise AssertionError
+
+    def _started(self, data: Path, identities: Path) -> "S3Server":
         ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
         self.port = ports["s3.port"]
         command = [_weed(), "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
@@ -78,7 +92,7 @@ class S3Server:
             "-volume.max=2000",
         ]
         command += [f"-{name}={port}" for name, port in ports.items()]
-        with (self.folder / "server.log").open("wb") as log:
+        with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdout=log,
@@ -108,8 +122,11 @@ class S3Server:
     def has_bucket(self, name: str) -> bool:
         return name in [bucket["Name"] for bucket in self._client().list_buckets()["Buckets"]]
 
-    @functools.cache  # noqa: B019 (a process has one server, and reading S3's model takes half a second)
     def _client(self):
+        return self._client_of(self.port)
+
+    @functools.cache  # noqa: B019 (a process has one server, and reading S3's model takes half a second)
+    def _client_of(self, port: int):
         import botocore.session
 
         return botocore.session.Session().create_client(
@@ -127,7 +144,7 @@ class S3Server:
         client = None
         while True:
             if self._process.poll() is not None:
-                raise RuntimeError(f"the S3 server stopped; see {self.folder / 'server.log'}")
+                raise PortTaken(f"the S3 server stopped; see {self.folder / 'server.log'}")
             try:
                 with socket.create_connection(("127.0.0.1", self.port), timeout=1):
                     pass
@@ -139,6 +156,8 @@ class S3Server:
                 client.delete_bucket(Bucket=probe)
                 return
             except Exception as error:  # parts of the server are not ready yet: try again until the deadline
+                if "SignatureDoesNotMatch" in str(error):  # our keys are right, so this is another server
+                    raise PortTaken(f"another S3 server listens on port {self.port}") from error
                 if time.monotonic() > deadline:
                     raise RuntimeError(
                         f"no S3 server after {START_SECONDS:.0f} s ({error}); see {self.folder / 'server.log'}"
