@@ -100,6 +100,8 @@ class S3Server:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
+                # The server would take keys of these variables, such as those of an earlier server, for its own.
+                env={name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
             )
         try:
             self._wait()
