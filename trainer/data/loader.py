@@ -41,8 +41,9 @@ class Batches:
     """Iterates without end over this rank's micro-batches, starting at step `first_step`, counted from 0.
 
     Each item is a (micro_batch_size, T + 1) int32 tensor on `device`; inputs are [:, :-1], targets [:, 1:]. The batches
-    of the steps in `skip`, counted from 1, are skipped, and later batches move up. If `is_leaving()` returns true
-    during a wait for data, Abandoned is raised. `numbers` are the numbers of this rank's micro-batches within a step.
+    of the steps in `skip`, counted from 1, are left out: each of these steps trains on the next batch. If
+    `is_leaving()` returns true during a wait for data, Abandoned is raised. `numbers` are the numbers of this rank's
+    micro-batches within a step.
     """
 
     def __init__(

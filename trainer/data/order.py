@@ -1,13 +1,13 @@
-"""Maps sample numbers to windows of the token stream: a pure function, the same for any number of ranks.
+"""Maps sample numbers to windows of the token stream. The result does not depend on the number of ranks.
 
 The shards of a split, joined in their order, are one stream of N tokens. Window i holds the tokens [i T, i T + T].
-There are (N - 1) // T windows. Together they predict each token once, also at the first token of a shard. A window
+There are (N - 1) // T windows. They predict each token once, also where one shard ends and the next begins. A window
 belongs to the shard of its first token.
 
-An epoch visits the shards in a pseudo-random order, `shards_mixed` of them at a time, and the windows of such a group
-in a pseudo-random order. Both orders are keyed Feistel permutations with cycle walking (Black & Rogaway 2002, "Ciphers
-with arbitrary finite domains"). They are evaluated at any position in constant time. So any sample is found directly,
-and memory holds only a few numbers per shard.
+An epoch takes the shards in a pseudo-random order, in groups of `shards_mixed`. The windows of a group are mixed in a
+second pseudo-random order. Both orders are keyed Feistel permutations with cycle walking (Black & Rogaway 2002,
+"Ciphers with arbitrary finite domains"). The item at any position is computed in constant time, and memory holds only a
+few numbers per shard.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def _mix(x: np.ndarray, key: int) -> np.ndarray:
 
 
 def derive_key(*parts: int) -> int:
-    """A 64-bit key out of small integers (seed, epoch, purpose)."""
+    """A 64-bit key, computed from small integers (seed, epoch, purpose)."""
     key = 0
     for part in parts:
         key = (key ^ part) + 0x9E3779B97F4A7C15 & _MASK64
@@ -93,7 +93,7 @@ class WindowOrder:
         self._plans: dict[int, _EpochPlan] = {}
 
     def locate(self, samples: np.ndarray) -> Windows:
-        """Shard and window of each sample, by its global number (int64, from 0)."""
+        """The shard and window of each sample. `samples` are global sample numbers (int64, from 0)."""
         shard = np.empty_like(samples)
         window = np.empty_like(samples)
         epochs = samples // self.windows
@@ -132,7 +132,7 @@ class WindowOrder:
 
     def _plan(self, epoch: int) -> "_EpochPlan":
         # Two threads call this function, one for batches and one for read-ahead. This needs no lock: plans are
-        # immutable, and a plan that the other thread overwrites is computed once more.
+        # immutable, and if one thread drops the plan of the other, the plan is only computed again.
         plan = self._plans.get(epoch)
         if plan is None:
             shards = len(self.shard_windows)
