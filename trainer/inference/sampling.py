@@ -20,7 +20,7 @@ def split_arguments(arguments: Sequence[str], usage: str) -> tuple[str, list[str
 
 
 def load(schema: type, flags: Sequence[str], environment: Mapping[str, str]) -> Any:
-    """Loads settings, with \\n and \\t in stop texts unescaped. Raises ConfigError."""
+    """Loads settings. In stop texts, \\n becomes a line break and \\t a tab. Raises ConfigError."""
     return _unescaped(loader.load(schema, flags, environment))
 
 
