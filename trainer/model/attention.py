@@ -80,7 +80,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(width, width, bias=config.bias)
         self.c_proj_2 = nn.Linear(width, width, bias=config.bias) if config.extra_projection else None
-        # Two learned factors: of this block's values, and of the first block's values.
+        # Two learned factors, for this block's values and for the first block's values.
         self.mix = nn.Parameter(torch.empty(2)) if config.value_skip else None
 
     def forward(
@@ -145,12 +145,15 @@ def rotate(x_BHTK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> t
 
 @functools.cache
 def _block_masks():
-    """A compiled create_block_mask. It is compiled because the plain function would first build a (B, T, T) mask."""
+    """The compiled create_block_mask. The function that is not compiled would first build a (B, T, T) mask."""
     return torch.compile(create_block_mask)
 
 
 def document_mask(tokens_BT: torch.Tensor, fused: bool) -> torch.Tensor | BlockMask:
-    """A causal mask within documents, which begin with the end-of-text token: a block mask, or bool (B, 1, T, T)."""
+    """A causal mask within documents: a block mask if `fused`, else bool (B, 1, T, T).
+
+    A document begins with the end-of-text token.
+    """
     document_BT = (tokens_BT == GPT2_END_OF_TEXT).cumsum(1)
     B, T = tokens_BT.shape
     if fused:
@@ -171,7 +174,7 @@ def document_positions(tokens_BT: torch.Tensor) -> torch.Tensor:
 
 
 def merged(parts: Sequence[tuple[KVCache, Sequence[int]]], room: int) -> KVCache:
-    """A new cache with these rows of each cache and `room` positions, for rows that end, arrive or need more room."""
+    """A new cache of `room` positions with the given rows of each cache. Needed if rows end, arrive or need room."""
     first = parts[0][0]
     rows = sum(len(index) for _, index in parts)
     made = KVCache(first.config, rows, room, first.length_B.device, first._keys.dtype)

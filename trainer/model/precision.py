@@ -18,7 +18,7 @@ FP8_MULTIPLE = 16  # both sides of a matrix in an fp8 product must be multiples 
 
 
 def resolve(precision: str, device: torch.device) -> str:
-    """The precision that `auto` means on this device. Raises ConfigError if the device cannot compute in it."""
+    """Replace `auto` by a precision for this device. Raises ConfigError if the device does not support `precision`."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if precision == "auto":
         return "bf16" if capability >= BF16_FROM else "fp32"
