@@ -176,9 +176,9 @@ def check_empty(where: str) -> None:
 
 
 def store(folder: Path, where: str, resumes: bool = False) -> None:
-    """Copies a local folder to a URL. Raises ConfigError if the URL holds objects, unless it `resumes` such a copy.
+    """Copies a local folder to a URL. If `resumes` is false, raises ConfigError if the URL holds objects.
 
-    config.json is written last, so a reader that finds it also finds all other files.
+    config.json is written last, so a reader that finds config.json also finds all other files.
     """
     if not resumes:
         check_empty(where)
