@@ -1,7 +1,9 @@
-"""Stores the forecast of a launch with the run.
+"""Stores the forecast of a launch with the run, and compares it line by line with the dollars that the run has cost.
 
-Compares the forecast line by line with the dollars that the run has cost. RUN_URL/forecast.json by `cost_report.py
-estimate TASK --store` RUN_URL/budget/NUMBER/plan.json by `make run`, the newest one
+    RUN_URL/forecast.json             stored by `cost_report.py estimate TASK --store`
+    RUN_URL/budget/NUMBER/plan.json   stored by `make run`; the newest plan counts
+
+If both exist, forecast.json is used.
 """
 
 import json
@@ -65,9 +67,9 @@ class Foreseen:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A line of the comparison.
+    """A line of the comparison, in dollars.
 
-    `foreseen` is the dollars by the forecast, None if the forecast has no such line. `actual` is the dollars as known.
+    `foreseen` is None if the forecast has no such line. Costs that are not known count as 0 in `actual`.
     """
 
     name: str
@@ -76,7 +78,7 @@ class Comparison:
 
 
 def store(run_url: str, task: str, row: ForecastRow) -> tuple[str, bool]:
-    """Store the forecast of a launch. If the run has begun and has a forecast, that one is kept.
+    """Store the forecast of a launch. If the run has begun and has a forecast, the stored forecast is kept.
 
     Returns the URI of the stored forecast, and whether it is new. Raises StorageError.
     """

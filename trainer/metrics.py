@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def as_csv(rows: Rows) -> bytes:
-    """CSV with a header line. Texts hold no terminal control codes and no formulas that a spreadsheet would run."""
+    """CSV with a header line, without terminal control codes and without formulas that a spreadsheet would run."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]) if rows else list(measured.LEADING), lineterminator="\n")
     writer.writeheader()

@@ -4,8 +4,8 @@
 
 Reads metrics and ledger of each run (core.run.measured). Writes five figures into --out: loss (over tokens, machine
 hours and dollars), hellaswag, recipe (learning rate and gradient norm), speed (tokens/s and MFU, with restarts and
-checkpoints) and norms. Also writes samples.md, with the text samples of each prompt by step. Skips a figure without
-data and logs its name. Needs matplotlib (the extra `plot`).
+checkpoints) and norms. Also writes samples.md, with the text samples of each prompt by step. A figure without data is
+skipped, and its name is logged. The figures need matplotlib (the extra `plot`).
 """
 
 import logging
