@@ -226,7 +226,7 @@ def _norms(figure: Any, runs: Runs, smooth: float) -> bool:
         largest = [(p.step, max(v for v in p.values["largest_activations"] if v is not None)) for p in points]
         if largest:
             panels[1].plot(*zip(*largest, strict=True), color=colour, label=name)
-    panels[0].set(xlabel="step", ylabel="norm of update over norm of weights")
+    panels[0].set(xlabel="step", ylabel="norm of update / norm of weights")
     panels[1].set(xlabel="step", ylabel="largest activation of any block")
     for panel in panels:
         panel.set_yscale("log")

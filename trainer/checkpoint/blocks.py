@@ -69,7 +69,7 @@ def key_of(name: str, start: int, stop: int) -> str:
 
 
 def parse_key(key: str) -> tuple[str, int, int]:
-    """(name, start, stop) of NAME[START:STOP]. Raises ValueError for any other text."""
+    """Split NAME[START:STOP] into (name, start, stop). Raises ValueError for any other text."""
     match = _KEY.match(key)
     if not match:
         raise ValueError(f"{key!r} is not a row block")
@@ -98,7 +98,7 @@ class StagedFile:
         text += b" " * (-len(text) % 8)  # padding, so that the tensors start 8-byte aligned
         start = 8 + len(text)
         on_gpu = any(tensor.is_cuda for _, tensor in blocks)
-        if on_gpu:  # the current device of a new thread is GPU 0, and memory would be pinned for GPU 0
+        if on_gpu:  # a new thread uses GPU 0 by default, and would pin the memory for GPU 0
             torch.cuda.set_device(blocks[0][1].device)
         self._buffer = torch.empty(start + offset, dtype=torch.uint8, pin_memory=on_gpu)
         self._buffer.fill_(0)  # writing zeros allocates the memory pages now, not during the first save
@@ -110,7 +110,7 @@ class StagedFile:
 
     @torch.no_grad()
     def fill(self, blocks: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy the tensors into the buffer. Keys, shapes and dtypes must equal those given to the constructor."""
+        """Copy the tensors into the buffer. Keys, shapes and dtypes must be the same as in the constructor."""
         on_gpu = False
         for key, tensor in blocks:
             self._views[key].copy_(tensor, non_blocking=True)

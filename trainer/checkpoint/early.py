@@ -2,7 +2,7 @@
 
 A restart spends most of its time on the imports and on the transfer of the checkpoint. Neither depends on the other, so
 both run at the same time. This module does not import torch, and the trainer calls `start` before it imports torch.
-`load` uses a fetched file only if rank 0 chooses the same checkpoint, and compares the checksum of the file.
+`load_newest` uses a fetched file only if rank 0 chooses the same checkpoint and the file has the right checksum.
 """
 
 import logging

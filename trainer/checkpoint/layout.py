@@ -1,8 +1,8 @@
 """Reads and writes the layout of checkpoints in storage. docs/formats.md describes each field.
 
-    RUN_URL/checkpoints/step-00000100/segment-000002-rank-00000-of-00002.safetensors   payload, one per rank
-    RUN_URL/checkpoints/step-00000100/manifest-segment-000002.json                     files, sizes, checksums, state
-    RUN_URL/checkpoints/step-00000100/COMPLETE                                         marker, written last
+    RUN_URL/checkpoints/step-00000100/segment-000002-rank-00000-of-00002.safetensors   (payload, one per rank)
+    RUN_URL/checkpoints/step-00000100/manifest-segment-000002.json            (files, sizes, checksums, state)
+    RUN_URL/checkpoints/step-00000100/COMPLETE                                (marker, written last)
 
 The names of payloads and manifests contain the segment, so a replaced machine that still runs cannot mix its files with
 the files of its successor. The marker holds the name and the checksum of the manifest.

@@ -71,7 +71,7 @@ def _newest(run_url: str, target: Target, ranks: Ranks, early: EarlyFetch | None
         restored, sentence = _first_usable(run_url, found, target, ranks, early)
         if restored or not sentence:
             return restored
-        # A store's listings can lag and show only checkpoints that were removed meanwhile.
+        # An outdated listing may show only checkpoints that were removed meanwhile, so list again after a pause.
         if pause is None or not on_main(functools.partial(layout.vanished, run_url, found), ranks):
             raise CheckpointError(sentence)
         if ranks.is_main:

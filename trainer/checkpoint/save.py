@@ -82,7 +82,7 @@ class Saver:
         self._failing_since = math.inf
         self._insist_until = -math.inf
         self.last_step = first_step  # step of the newest complete checkpoint; kept up to date on rank 0 only
-        self.best_step: int | None = None  # the checkpoint of this step is never deleted for its age
+        self.best_step: int | None = None  # the checkpoint of this step is kept, however old it is
 
     @property
     def staged(self) -> StagedFile:
@@ -247,8 +247,8 @@ class Saver:
     def _make_room(self, step: int) -> bool:
         """On rank 0: delete older checkpoints to make room for the one of `step`.
 
-        Keeps the newest complete checkpoint, the best one, and the multiples of keep_every_steps. Returns whether a
-        checkpoint was deleted.
+        Keeps the newest complete checkpoint, the best checkpoint and the multiples of keep_every_steps. Returns whether
+        a checkpoint was deleted.
         """
         check_owner(RunFolder(self.run_url), self.segment)
         found = layout.stored(self.run_url)
@@ -284,9 +284,9 @@ class Saver:
 class Cadence:
     """Decides on rank 0 when to save: every `every_steps` steps, or at the interval that wastes the least time.
 
-    Young (1974) and Daly (2006) give this interval. If a save blocks training for C seconds, and failures come every M
-    seconds on average, it is sqrt(2 C M). `max_lost_seconds` is an upper limit for the work that is lost with a machine
-    that disappears without notice. This is the work since the last snapshot whose upload was complete.
+    This interval is sqrt(2 C M) if a save blocks training for C seconds, and failures come every M seconds on average
+    (Young 1974; Daly 2006). `max_lost_seconds` limits the work that is lost if a machine disappears without notice. The
+    lost work is the work since the last snapshot whose upload was complete.
     """
 
     def __init__(self, config: CheckpointConfig, now: float | None = None):
@@ -304,9 +304,9 @@ class Cadence:
         return max(self._background, min(young, longest)) if self._background else longest / 2
 
     def due(self, step: int, step_seconds: float, now: float | None = None) -> bool:
-        """Whether to save after `step`: at multiples of `every_steps` if it is set.
+        """Whether to save after `step`.
 
-        Otherwise, if the next step would end after the interval.
+        If `every_steps` is set, save at its multiples. Otherwise, save if the next step would end after the interval.
         """
         if self._config.every_steps:
             return step % self._config.every_steps == 0

@@ -51,7 +51,7 @@ try:
 except OSError:  # on other systems than Linux, all boots share one folder, and every shard is flushed to the disk
     BOOT = ""
 
-Window = tuple[int, int, int]  # shard, first token within it, row of the batch
+Window = tuple[int, int, int]  # the shard, the first token in the shard, and the row of the batch
 
 
 class ShardCache:
@@ -132,7 +132,7 @@ class ShardCache:
 
     def is_here(self, shard: int) -> bool:
         """Whether the shard is on disk."""
-        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # a Path takes four times as long
+        return os.path.exists(f"{self.folder}/{self.shards[shard].name}")  # a check with Path takes four times as long
 
     def close(self) -> None:
         self._closed = True
@@ -214,7 +214,7 @@ class ShardCache:
             except StorageError as error:
                 if time.monotonic() > deadline or self._closed:
                     raise
-                log.warning("the storage stalls, waiting: %s", error)
+                log.warning("the storage does not answer, trying again: %s", error)
                 time.sleep(STALL_RETRY_SECONDS)
 
 

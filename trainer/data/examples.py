@@ -60,7 +60,7 @@ class Texts:
         return np.diff(self.starts).tolist()
 
     def put(self, index: int, tokens: np.ndarray, targets: np.ndarray, place: int) -> int:
-        """Copy text `index` to position `place` of a row. Returns its end in the row."""
+        """Copy text `index` to position `place` of a row. Returns the position after the text."""
         part = slice(self.starts[index], self.starts[index + 1])
         end = place + int(part.stop - part.start)
         tokens[place:end], targets[place:end] = self.tokens[part], self.targets[part]

@@ -138,7 +138,7 @@ class Batches:
                     if self._read_ahead:
                         self._read_ahead.start()
                 step += steps_at_once
-        # The error is passed on, because the consumer must raise it and would otherwise wait forever.
+        # Pass the error to the consumer, which must raise it. Otherwise the consumer would wait forever.
         except Exception as error:
             self._put(error)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from core.errors import DataError
 
-_ROUNDS = 4  # Luby & Rackoff 1988: four suffice for a strong pseudo-random permutation
+_ROUNDS = 4  # four rounds give a strong pseudo-random permutation (Luby & Rackoff 1988)
 _U64 = np.uint64
 _MASK64 = (1 << 64) - 1
 
@@ -42,7 +42,7 @@ def derive_key(*parts: int) -> int:
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The numbers to which the keyed permutation of [0, size) maps `indices` (int64, each in [0, size))."""
+    """Apply the keyed permutation of [0, size) to `indices` (int64, each in [0, size))."""
     if size <= 1:
         return np.zeros_like(indices)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -64,8 +64,10 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Windows:
-    """The places of samples: shard, number of the window within the shard, and first token of the window within the
-    shard, each of shape (samples,), int64."""
+    """For each sample: its shard, the number of its window in the shard, and the window's first token in the shard.
+
+    Each array is int64 (samples,).
+    """
 
     shard: np.ndarray
     window: np.ndarray
@@ -87,7 +89,7 @@ class WindowOrder:
                 f"{where}: {self.starts[-1]} tokens are fewer than one window of {length} + 1; "
                 "prepare more data, or lower model.context"
             )
-        # First window of each shard: the smallest i with i T >= start; windows past the last full one do not exist.
+        # The first window of each shard is the smallest i with i T >= start. The last full window limits it.
         self.first_window = np.minimum(-(-self.starts // length), self.windows)
         self.shard_windows = np.diff(self.first_window)
         self._plans: dict[int, _EpochPlan] = {}
@@ -161,7 +163,7 @@ class _EpochPlan:
 
 
 def odd_part(number: int) -> int:
-    """The largest odd divisor of `number`: 12 → 3."""
+    """The largest odd divisor of `number`, such as 3 for 12."""
     return number // (number & -number)
 
 

@@ -4,9 +4,9 @@
 
 Rank 0 writes these fields to ANSWER.json:
 
-    libcuda               the driver library in use
-    all_reduce_gb_per_s   median bus bandwidth of some rounds, as in nccl-tests (bytes x 2(n-1)/n / time)
-    peer_pairs            the share of GPU pairs with direct access
+    libcuda:               the driver library in use,
+    all_reduce_gb_per_s:   the median bus bandwidth of some rounds, as in nccl-tests (bytes x 2(n-1)/n / time),
+    peer_pairs:            the share of GPU pairs with direct access.
 
 A rank on which CUDA does not initialise writes only `problem` and fails. A rank that computes a wrong sum fails too.
 """

@@ -23,8 +23,8 @@ from core.figures import counted
 
 T = TypeVar("T")
 
-# All ranks call a function of this kind together before each round of batches. To end a measurement, it raises
-# Abandoned on all ranks.
+# All ranks call a function of this kind together before each round of batches. To end a measurement, the function
+# raises Abandoned on all ranks.
 StopCheck = Callable[[], None]
 
 # Torch 2.13 renamed all_gather_into_tensor; the code also runs on 2.11.
@@ -84,7 +84,7 @@ def start(device: str, setting: str = "train.device") -> Ranks:
     if cuda:
         torch.cuda.set_device(chosen)
     try:
-        if is_alone:  # a HashStore needs no port, so no program can already use its port
+        if is_alone:  # a HashStore needs no port, which another program could already use
             store, rank, world = dist.HashStore(), 0, 1
         else:
             store, rank, world = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
@@ -130,7 +130,7 @@ def meet(ranks: Ranks, name: str, seconds: float = 30.0) -> None:
 
     Uses no collective, because a rank that has failed elsewhere would never join it.
     """
-    with contextlib.suppress(dist.DistError):  # the time is over, or the key-value store has ended with torchrun
+    with contextlib.suppress(dist.DistError):  # raised if the time is over or torchrun has ended the key-value store
         ranks.store.set(f"{name}/{ranks.rank}", "here")
         ranks.store.wait([f"{name}/{rank}" for rank in range(ranks.world)], timedelta(seconds=seconds))
 

@@ -18,7 +18,7 @@ BAR_INCHES, PANEL_INCHES = 0.45, 3.2
 
 
 def check(out: Sequence[str]) -> None:
-    """Raises ConfigError if the folder of a file is missing, or matplotlib for a chart."""
+    """Raises ConfigError if the folder of a file does not exist, or if a chart needs matplotlib and it is missing."""
     for file in out:
         if not Path(file).expanduser().absolute().parent.is_dir():
             raise ConfigError(f"out: {file}: its folder does not exist; create it first")

@@ -2,7 +2,7 @@
 
 An item counts as seen if the training shards contain any `run` consecutive tokens of its text (GPT-3 used 13, Brown et
 al. 2020, appendix C). Each rank reads its share of the shards, one at a time. A rank holds in memory one shard, one
-number per token of the set, and a table of 16 MB. Tokens that cross the boundary of two shards are not found.
+number per token of the set, and a table of 16 MB. A match that crosses the boundary of two shards is not found.
 """
 
 from collections.abc import Iterator, Sequence

@@ -73,7 +73,7 @@ class HellaSwag:
         precision: str = "auto",
         style: str = "harness",
     ):
-        """`items` are rows with the published fields. Raises DataError for a malformed row."""
+        """`items` are rows of the published data set. Raises DataError for a malformed row."""
         self._ranks = ranks
         self._precision = precision
         self._requests: list[ScoringRequest] = []

@@ -1,8 +1,8 @@
 """Defines the tasks that measure a model, and stores their results in the model's run.
 
-    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd.json     0123abcd: hash of all settings that define the result
-    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   the same task, measured once more
-    RUN_URL/evaluations/step-00001000/partial/                    partial results of unfinished tasks
+    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd.json     (0123abcd: hash of settings that define the result)
+    RUN_URL/evaluations/step-00001000/hellaswag-0123abcd-2.json   (the same task, measured once more)
+    RUN_URL/evaluations/step-00001000/partial/                    (partial results of unfinished tasks)
 
 The hash covers the task's `identity`. So two results are comparable if their objects have the same name, even for
 different models. The results are not in the folder of the checkpoint, because old checkpoints are deleted. An existing

@@ -165,7 +165,7 @@ class Chat:
             self._terminal.table(["run", "new tokens", "seconds", "tokens/s"], [*rows, ("mean", *_speed(*means))])
 
     def _compare_cache(self) -> None:
-        """Answer the newest line, else CACHE_PROMPT, with and without the KV cache, with the same sampling settings."""
+        """Answer the newest line, or CACHE_PROMPT if there is none, once with and once without the KV cache."""
         for session in self._sessions:
             lines = [each["prompt"] for each in session.texts]
             sampling = dataclasses.replace(

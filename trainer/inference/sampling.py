@@ -31,7 +31,7 @@ def changed(sampling: Sampling, key: str, text: str, where: str) -> Sampling:
 
 
 def sampling_of(settings: Sampling, **changes: Any) -> Sampling:
-    """The sampling settings among all settings of a program, with `changes`."""
+    """The sampling settings out of all settings of a program, with `changes` applied."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Sampling)}
     return Sampling(**fields | changes)
 

@@ -1,7 +1,7 @@
 """Measures generation on this machine: tokens per second, memory, and the time that the KV cache saves.
 
-    for found in measure_speed(engine): ...     synthetic prompts of one length
-    timed(engine, request)                      one text, by wall clock
+    for found in measure_speed(engine): ...     # the speed for synthetic prompts of one length
+    timed(engine, request)                      # the seconds for one text
 
 Each measurement uses a new engine on the same model.
 """
@@ -19,7 +19,7 @@ import torch
 from core.settings.inference import Sampling
 from trainer.inference.engine import Engine, GenerationRequest
 
-PROMPT_TOKENS, NEW_TOKENS = 256, 32  # length of synthetic prompts and answers
+PROMPT_TOKENS, NEW_TOKENS = 256, 32  # length of the synthetic prompts and of the answers, in tokens
 BATCH_SIZES = (1, 8)
 ROUNDS = 3
 PATIENCE_SECONDS = 60.0  # a batch size that would take longer is skipped
@@ -111,7 +111,7 @@ def _round(engine: Engine, batch_size: int, prompt_tokens: int, new_tokens: int)
         fresh.add(GenerationRequest(prompt, sampling, endless=True))
     start = time.monotonic()
     read = 0
-    while fresh.waiting:  # each step here processes prompts and waits for their tokens
+    while fresh.waiting:  # these steps process the prompts
         read += len(fresh.step())
     middle = time.monotonic()
     written = 0

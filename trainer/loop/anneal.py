@@ -2,8 +2,8 @@
 
 The money that is left must pay for the cooldown, the last evaluation, the last checkpoint and the machine's shutdown.
 On spot it must also pay for one lost checkpoint interval and one restart. The cooldown begins when one more step would
-leave too little money. It begins earlier on request (`make anneal`), when the forecast loss of an immediate cooldown
-reaches train.target_loss, or when only the cooldown is left of train.steps.
+leave too little money. It begins earlier if `make anneal` requests it, if the forecast loss of an immediate cooldown
+reaches train.target_loss, or if the steps left of train.steps are only enough for the cooldown.
 
 The decision is stored in the run's course (core.run.course) before the cooldown's first step. A preemption or a higher
 price can take money that the cooldown needs. In this case the cooldown is shortened, at most once. A cooldown of less

@@ -54,7 +54,7 @@ def parse_source(given: str) -> tuple[RunFolder, str]:
 
 
 def _branch(stage: Stage, folder: RunFolder, changes: list[Change], given: str) -> list[Change]:
-    """Record a new branch. If the run began as this branch before, it continues.
+    """Record a new branch. If the run already began as this branch, nothing is recorded.
 
     A run that began in any other way is refused.
     """

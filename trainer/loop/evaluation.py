@@ -119,8 +119,8 @@ class TrainingEvaluator:
     def last_seconds(self, seconds_per_token: float) -> float:
         """Expected seconds of the evaluations after the last step.
 
-        For each kind, this is the last measured time. Before the first measurement, the estimate is half the time of
-        training on the same tokens, and samples count as 0. A pass without gradients takes about a third of that time.
+        For each kind, this is the last measured time. Before the first measurement, half the time of training on the
+        same tokens is assumed. This is enough, because a pass without gradients takes a third. Samples count as 0 then.
         """
         tokens = {"eval": self._train.eval_tokens, "hellaswag": self._hellaswag_tokens}
         return sum(

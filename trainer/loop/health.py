@@ -47,7 +47,7 @@ class StepNorms:
         self._numbers = to_host(torch.stack([*norms, *self._largest]))
 
     def read(self) -> dict[str, dict[str, float] | list[float]]:
-        """{"gradients", "weights", "updates": norm per part of the model, "largest_activations": per block}."""
+        """Norms of gradients, weights and updates by part of the model, and the largest activation of each block."""
         numbers = iter(self._numbers.tolist())
         found = {kind: {part: next(numbers) for part in of_part} for kind, of_part in self._found.items()}
         return {**found, "largest_activations": list(numbers)}
@@ -59,7 +59,7 @@ class StepNorms:
 def to_host(values: torch.Tensor) -> torch.Tensor:
     """Copies values to host memory without waiting for a GPU.
 
-    The copies are valid once the device has executed this call.
+    The result is valid once the device has executed the copy.
     """
     if not values.is_cuda:
         return values

@@ -59,7 +59,7 @@ OTHER_RANK = "reported by rank"
 
 @dataclass
 class Loop:
-    """`run` trains from a restored step to the last one, or until a request to stop."""
+    """`run` trains from a restored step to the last step, or until a request to stop."""
 
     stage: Stage
     ranks: Ranks
@@ -94,7 +94,7 @@ class Loop:
         profiled = self.settings.train.profile
         self.profiler = StepProfiler(profiled, self.settings.run.url, self.segment.number, self.ranks)
         self.unread: StepNumbers | None = None  # the step that was launched last
-        self.step_seconds = self.work_seconds = 0.0  # of the newest step that was read, with and without its wait
+        self.step_seconds = self.work_seconds = 0.0  # of the step reported last, with and without the wait before it
         self.forward_seconds = 0.0
 
     def run(self, first_step: int, measured: Collection[str] = ()) -> tuple[int, StopRequest | None]:
@@ -228,7 +228,7 @@ class Loop:
         with autocast(self.ranks.device, self.stage.precision):
             return self.ddp(micro_batch)
 
-    # --- the parts of a step boundary ---------------------------------------------------------------------------
+    # --- between two steps --------------------------------------------------------------------------------------
 
     def is_last(self, step: int) -> bool:
         """Whether the run ends after `step`; the same on all ranks."""
@@ -265,7 +265,7 @@ class Loop:
             if outage:
                 self._check_outage(outage)
             cap = self.segment.cap
-            # On a GPU, two steps end before the next exchange: the step that it computes now, and the next step.
+            # On a GPU, two steps end before the next exchange: the step in progress, and the step launched next.
             seconds = self.step_seconds * (2 if self.ranks.device.type == "cuda" else 1)
             if cap.reached(seconds, self.saver.seconds()):
                 self.requests.request_stop("cap", cap.describe())
@@ -284,7 +284,7 @@ class Loop:
         if failed.any() or (without_data.any() and not kinds.any()):
             raise failure or no_data or PeerFailed()
         if kinds.any():
-            # The ranks may have received different requests. All ranks choose the first kind in KINDS.
+            # The ranks may have received different requests. All of them choose the kind that is first in KINDS.
             kind = KINDS[int(kinds[kinds > 0].min()) - 1]
             asked = int((kinds == KINDS.index(kind) + 1).nonzero()[0, 0])
             if request is None or request.kind != kind:
@@ -395,6 +395,6 @@ class Loop:
         branch = continued_elsewhere(folder, self.stage.identity) if newest else ""
         raise TrainingError(
             f"step {done.step}: {problem}; the weights were not changed. Start again to retry from "
-            f"{f'step {newest}' if newest else 'the beginning'}; if this happens again, {batch}give "
-            f"another run.url a lower optimizer.lr{branch}"
+            f"{f'step {newest}' if newest else 'the beginning'}; if this happens again, {batch}start a new run "
+            f"(another run.url) with a lower optimizer.lr{branch}"
         )

@@ -5,8 +5,8 @@ complete checkpoint, on any number of ranks.
 
 After a resume, a run computes:
 
-    CPU     the same bits as without the interruption, on CPUs of one kind with the same number of threads per rank
-    CUDA    the same bits on GPUs of one kind if train.deterministic is true (the default), else equal up to rounding
+    CPU:    the same bits as without the interruption, on CPUs of one kind with the same number of threads per rank;
+    CUDA:   the same bits on GPUs of one kind if train.deterministic is true (the default), else equal up to rounding.
 
 On CUDA, torch.use_deterministic_algorithms gives the guarantee. The following is from torch's documentation and source,
 and was not measured: flash and memory-efficient attention have deterministic backward passes; cuDNN attention has none

@@ -1,9 +1,8 @@
 """Computes causal multi-head self-attention (Vaswani et al. 2017, section 3.2), and caches keys and values.
 
 core.settings.model describes the variants. All kernels are fused: scaled_dot_product_attention uses FlashAttention
-where it applies. Attention within documents uses FlexAttention (Dong et al. 2024) in compiled blocks on a GPU. The
-block mask of FlexAttention skips positions that no query attends to. If the blocks are not compiled, a dense mask is
-used.
+where it applies. Attention within documents uses FlexAttention (Dong et al. 2024) if the blocks are compiled, and a
+dense mask otherwise. The block mask of FlexAttention skips positions that no query attends to.
 
 Shapes: B sequences, T positions, D model width, H heads, K head width, S positions of the cache.
 """
@@ -145,7 +144,7 @@ def rotate(x_BHTK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> t
 
 @functools.cache
 def _block_masks():
-    """The compiled create_block_mask. The function that is not compiled would first build a (B, T, T) mask."""
+    """The compiled create_block_mask. Without compilation, this function would first build a (B, T, T) mask."""
     return torch.compile(create_block_mask)
 
 
@@ -174,7 +173,7 @@ def document_positions(tokens_BT: torch.Tensor) -> torch.Tensor:
 
 
 def merged(parts: Sequence[tuple[KVCache, Sequence[int]]], room: int) -> KVCache:
-    """A new cache of `room` positions with the given rows of each cache. Needed if rows end, arrive or need room."""
+    """A new cache of `room` positions with the given rows of each cache. Used if rows end, arrive or need more room."""
     first = parts[0][0]
     rows = sum(len(index) for _, index in parts)
     made = KVCache(first.config, rows, room, first.length_B.device, first._keys.dtype)

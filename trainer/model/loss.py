@@ -22,7 +22,7 @@ from core.data.vocabulary import GPT2_VOCAB_SIZE
 # cache. A GPU needs larger products, so on a GPU these logits take 800 MB.
 CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
-# Whether the matrix product for the output layer's gradient adds its result directly to the sum over chunks, on a GPU.
+# On a GPU, whether the matrix product for the output layer's gradient adds its result directly to the sum over chunks.
 # If not, each product is rounded to bfloat16, stored, and added to the sum in another pass. bench.gpu.toggles measures
 # the difference.
 SUM_IN_FLOAT32 = True
@@ -43,8 +43,8 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Mean cross-entropy in nats (float32 scalar) of logits x_ND @ weight_VD.T against targets_N, soft-capped.
 
-    Rows whose target is below 0 do not count; if none counts the loss is 0. `fused` compiles the passes over the
-    logits, which a GPU's memory bandwidth limits, into fewer kernels. The logits then stay in the format of the
+    Rows whose target is below 0 do not count. If no row counts, the loss is 0. `fused` compiles the operations on the
+    logits into fewer kernels, because a GPU's memory bandwidth limits them. The logits then stay in the format of the
     product, without a float32 copy. If `share` is given, the backward pass gives the gradient of `share` times the
     loss, and ignores the incoming gradient. The factor is applied while the gradients of each chunk are computed. This
     saves a second pass over the gradients.

@@ -12,8 +12,8 @@ from torch import nn
 
 from core.errors import ConfigError
 
-BF16_FROM = (8, 0)  # lowest compute capability with bf16: Ampere's
-FP8_FROM = (8, 9)  # lowest compute capability with fp8: Ada's; Hopper's is (9, 0)
+BF16_FROM = (8, 0)  # lowest compute capability with bf16 (Ampere)
+FP8_FROM = (8, 9)  # lowest compute capability with fp8 (Ada)
 FP8_MULTIPLE = 16  # both sides of a matrix in an fp8 product must be multiples of this
 
 

@@ -4,7 +4,7 @@ Floating-point addition is not associative. The usual method is a running sum ov
 ring all-reduce. On 8 GPUs, this method gives other bits than on 4 GPUs. So a run that resumes on another number of
 ranks diverges from the original run. Here the M micro-batches of a step are the leaves of one fixed binary tree:
 
-    M = 2**k * q, q odd:  each q consecutive micro-batches are summed in order, then neighbours pairwise
+    M = 2**k * q, q odd:  each q consecutive micro-batches are summed in order, then neighbouring sums are added.
 
 A rank computes consecutive micro-batches. If the number of ranks divides 2**k, these are a whole subtree. The rank sums
 them with a binary counter, which needs at most log2(accumulation) copies of the gradients. The sums of the ranks are
@@ -69,7 +69,7 @@ class TreeReducer:
         model.register_comm_hook(None, self._reduce_bucket)
 
     def context(self, index: int):
-        """Lets DDP synchronise only in the last micro-batch or, in round-robin order, in the last one of each group."""
+        """Lets DDP exchange gradients in the last micro-batch, or in the last of each group in round-robin order."""
         self._last = index == self.accumulation - 1
         ends_group = self._round_robin and (index + 1) % self.group == 0
         return contextlib.nullcontext() if self._last or ends_group else self.model.no_sync()

@@ -66,7 +66,7 @@ class Schedule:
 
     @property
     def cooldown(self) -> Change | None:
-        """The current cooldown, or None before it is decided, and after an extension."""
+        """The current cooldown. None before a cooldown is decided, and after an extension."""
         return self.changes[-1] if self.changes and self.changes[-1].is_cooldown else None
 
     @property
@@ -123,7 +123,7 @@ class Schedule:
             top, fallen = self._trunk(max(1, change.step)), 0.0
 
         def progress(step: int) -> float:
-            # The progress would reach 1 one step after the last, because a rate of 0 would waste a step.
+            # The progress is below 1 at the last step, because a rate of 0 would waste that step.
             return fallen + (1 - fallen) * (step - change.step) / (change.steps + 1)
 
         self._top, self._progress = top, progress

@@ -156,7 +156,7 @@ class Tuning(Stage):
     def describe_data(self, model: GPT) -> list[str]:
         training = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         return [
-            f"model: {model.parameter_count():,} parameters of {self.start.where}, of which {training:,} train",
+            f"model: {model.parameter_count():,} parameters of {self.start.where}, of which {training:,} are trained",
             self.examples.report,
         ]
 

@@ -1,6 +1,6 @@
 """Reads the prompts of a synthesis and stores every call and answer, so that no answer is lost or paid for twice.
 
-    RUN_URL/answers/segment-000001/00000000-00000015.jsonl      a journal per segment (core.run.journal)
+    RUN_URL/answers/segment-000001/00000000-00000015.jsonl      (a journal per segment, see core.run.journal)
 
 The event `begun` is stored before a call, with the call's maximum cost. The event `answer`, `left_out` or `failed` is
 stored after the call, with the actual cost. If the process was killed during a call, the call has no second event. Such
@@ -42,7 +42,7 @@ class Prompts:
 def read_prompts(uri: str) -> Prompts:
     """Reads the lines of a .txt file, or rows of a .jsonl file with `prompt` or `messages`.
 
-    Raises DataError that names the line.
+    Raises a DataError that names the malformed line.
     """
     if not uri.endswith((".txt", ".jsonl")):
         raise DataError(f"{uri}: unknown kind of file; give .txt with a prompt per line, or .jsonl")

@@ -78,7 +78,7 @@ class Budget:
         return input_tokens * self._input + output_tokens * self._output
 
     def usd_at_most(self, messages: Messages, max_tokens: int) -> float:
-        """Maximum cost of a call: at most one token per byte of its text."""
+        """The maximum cost of a call. A text has at most one token per byte."""
         size = sum(len(message["content"].encode()) + TOKENS_PER_MESSAGE for message in messages)
         return self.usd(size + TOKENS_PER_MESSAGE, max_tokens)
 

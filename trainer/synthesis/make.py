@@ -145,7 +145,7 @@ class Maker:
         if self._unclear:
             return EndpointError(
                 f"{_host(self._settings)}: refused {len(self._unclear)} of {count} prompts and answered none, the last "
-                f"because it {list(self._unclear.values())[-1]}; these refusals are not stored: correct what it names, "
+                f"because it {list(self._unclear.values())[-1]}; these refusals are not stored: correct the cause, "
                 "then run the same command; other prompts need another run.url"
             )
         return EndpointError(
@@ -230,7 +230,7 @@ class Maker:
         if self._failing >= GIVE_UP_AFTER:
             raise EndpointError(
                 f"{client.host}: {self._failing} prompts in a row got no answer in "
-                f"{self._settings.endpoint.attempts} calls each, the last because it {why}; see whether it is up, then "
+                f"{self._settings.endpoint.attempts} calls each, the last because it {why}; see whether it runs, then "
                 "start the same command again"
             )
 

@@ -13,14 +13,9 @@ from typing import Any, Literal
 
 from core import secrets
 
-# The kinds of refusals:
-# again     a retry may help
-# prompt    this prompt is refused
-# unclear   the prompt or the parameters are refused
-# setting   a parameter of all calls is refused
-# credit    the account has no credit left
-# key       OPENAI_API_KEY is wrong
-# address   endpoint.url is wrong
+# The kinds of refusals. again: a retry may help. prompt: this prompt is refused. unclear: the prompt or the parameters
+# are refused. setting: a parameter of all calls is refused. credit: the account has no credit left. key: OPENAI_API_KEY
+# is wrong. address: endpoint.url is wrong.
 Kind = Literal["again", "prompt", "unclear", "setting", "credit", "key", "address"]
 
 _RETRIED = (408, 409, 425, 429)
@@ -51,7 +46,7 @@ _MODERATION = re.compile(
     r"\bflagged\b|moderation|content (management )?polic|content.?filter|safety (system|filter|polic)|usage polic|"
     r"inappropriate content"
 )
-# The words "Your account was flagged" do not concern a prompt.
+# A refusal of moderation must also have one of these words: "Your account was flagged" does not concern a prompt.
 _ON_A_PROMPT = re.compile(r"\b(prompt|input|content|messages?)\b")
 _LENGTH_CODES = {"context_length_exceeded", "string_above_max_length"}
 _LENGTH = re.compile(r"context (length|window|size)|prompt is too long|input is too long|too many (input )?tokens")

@@ -63,7 +63,7 @@ class TrainedModel:
 
     @property
     def encoding(self):
-        """The tiktoken encoding of its vocabulary. Raises the errors of `vocabulary`."""
+        """The tiktoken encoding of the model's vocabulary. Raises the errors of `vocabulary`."""
         return self.vocabulary.encoding()
 
     @functools.cached_property
