@@ -79,7 +79,7 @@ def write_first_checkpoint(settings: PretrainConfig, model, origin: str, data_fi
     from trainer.checkpoint.blocks import StagedFile
     from trainer.optim.optimizer import BlockOptimizer
 
-    run_url, segment = settings.run.url, 0  # segments of a run count from 1
+    run_url, segment = settings.run.url, 0  # no segment stores this checkpoint; segments count from 1
     if storage.list_objects(run_url):
         raise RunError(f"{run_url}: holds objects already; give the import a new run.url")
     optimizer = BlockOptimizer(model, settings.optimizer, 0, 1)

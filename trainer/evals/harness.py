@@ -1,4 +1,4 @@
-"""Runs tasks of lm-evaluation-harness on our models through its model interface. Needs `pip install lm-eval`.
+"""Runs tasks of lm-evaluation-harness on our models, as a model class of the harness. Needs `pip install lm-eval`.
 
 Every rank builds the same requests and computes its share. All ranks receive all answers and the same scores.
 """

@@ -171,7 +171,7 @@ def _extend(stage: Stage, folder: RunFolder, changes: list[Change]) -> list[Chan
     try:
         stored = read_description(folder)
     except ObjectNotFound:
-        return changes  # a new run begins with this length
+        return changes  # a new run has the length train.steps from its beginning
     schedule = Schedule(settings.optimizer, stored["identity"]["train.steps"], changes)
     lengths = [change.steps for change in changes if change.kind == "extend"]
     before, steps = next(reversed(lengths), schedule.first_steps), settings.train.steps

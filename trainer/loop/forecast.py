@@ -26,7 +26,7 @@ LEAST_BINS = 12
 EXPONENTS = tuple(np.linspace(0.1, 1.2, 12))
 # A linear cooldown over 28.6 % of the steps gained 0.10 to 0.14 nats in public runs of 124M to 1.5B parameters.
 USUAL_GAIN, GAIN_ERROR = 0.12, 0.03
-PRIOR = 0.02  # weight of USUAL_GAIN against the noise of the losses
+PRIOR = 0.02  # weight of the expected USUAL_GAIN in the fit, relative to the weight of the losses
 # Errors of the law in nats, in public logs of 124M and 1.5B parameters, by the ratio of all steps to the steps seen.
 # The error was 0.01 up to a ratio of FAR, 0.043 at 4.2, and 0.068 at 6.
 FAR = 1.7

@@ -235,7 +235,7 @@ class Loop:
         return step == self.stage.steps or is_overfitted(self.settings.train, self.last_loss)
 
     def _fetch(self) -> list[Any] | LauncherError:
-        """This rank's micro-batches of the next step, or the error that reading raised; [] after a request to stop."""
+        """This rank's micro-batches of the next step, or an error of reading. After a request to stop: []."""
         if self.repeated:
             return self.repeated
         try:

@@ -1,4 +1,4 @@
-"""Profiles a range of steps: a trace in the run's folder, and the operations that take most time in the log."""
+"""Profiles a range of steps. Stores a trace in the run's folder, and logs the operations that take the most time."""
 
 import gzip
 import logging

@@ -96,8 +96,8 @@ class SpotWatch:
             except Unavailable as error:
                 failures += 1
                 if failures == GIVE_UP_AFTER:
-                    # If the provider is unknown, it is normal that no source answers. In a container on AWS, the cause
-                    # may be the hop limit.
+                    # If the provider is unknown, a missing answer is normal, so only the debug log has this message. In
+                    # a container on AWS, the hop limit may be the cause.
                     log.log(
                         logging.WARNING if self._is_known else logging.DEBUG,
                         "cannot read spot notices: %s; if this lasts, give the container the host's network, "

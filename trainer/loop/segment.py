@@ -8,11 +8,11 @@ After a resume, a run computes:
     CPU:    the same bits as without the interruption, on CPUs of one kind with the same number of threads per rank;
     CUDA:   the same bits on GPUs of one kind if train.deterministic is true (the default), else equal up to rounding.
 
-On CUDA, torch.use_deterministic_algorithms gives the guarantee. The following is from torch's documentation and source,
-and was not measured: flash and memory-efficient attention have deterministic backward passes; cuDNN attention has none
-and is not used; FlexAttention needs no atomics for the gradients of queries, keys and values; scatter_add and index_put
-sort their indices; Inductor chooses reductions by rule instead of by timing. A training step uses no operation that
-torch refuses in this mode (tests/test_determinism.py).
+On CUDA, torch.use_deterministic_algorithms gives the guarantee. A training step uses no operation that torch refuses in
+this mode (tests/test_determinism.py). The following is from torch's documentation and source, and was not measured.
+Flash and memory-efficient attention have deterministic backward passes. cuDNN attention has none and is not used.
+FlexAttention needs no atomics for the gradients of queries, keys and values. scatter_add and index_put sort their
+indices. Inductor chooses reductions by rule instead of by timing.
 """
 
 import functools

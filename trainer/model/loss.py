@@ -22,9 +22,9 @@ from core.data.vocabulary import GPT2_VOCAB_SIZE
 # cache. A GPU needs larger products, so on a GPU these logits take 800 MB.
 CPU_CHUNK_ROWS = 128
 GPU_CHUNK_ROWS = 4096
-# On a GPU, whether the matrix product for the output layer's gradient adds its result directly to the sum over chunks.
-# If not, each product is rounded to bfloat16, stored, and added to the sum in another pass. bench.gpu.toggles measures
-# the difference.
+# If true, on a GPU the matrix product for the output layer's gradient adds its result directly to the sum over chunks.
+# If false, each product is rounded to bfloat16, stored, and added to the sum in another pass. bench.gpu.toggles
+# measures the difference.
 SUM_IN_FLOAT32 = True
 
 

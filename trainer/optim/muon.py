@@ -20,7 +20,7 @@ import torch
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Most batches per shape: one for each GPU of a machine with 8 GPUs.
 BATCHES = 8
-# Whether to compile the operations between the products if the blocks are compiled. bench.gpu.toggles turns this off.
+# If true, the operations between the products are compiled when the blocks are. bench.gpu.toggles sets it to false.
 COMPILES = True
 
 
